@@ -1,0 +1,93 @@
+"""the values that say which sockets a checkpointed process has, wherever that was read.
+
+Rule: a `Checkpoint` comes from a directory of CRIU's images (images.py) or a text file
+(listing.py); what is found there is only ever *reported*. Which addresses natkeep may touch is
+the operator's word (`--map`), never the image's.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+from natkeep.plan.tuples import Connections, Endpoint, FourTuple
+
+
+class TcpState(StrEnum):
+    """RFC 9293's names; the value is what `inspect` prints."""
+
+    ESTABLISHED = "ESTABLISHED"
+    SYN_SENT = "SYN-SENT"
+    SYN_RECEIVED = "SYN-RECEIVED"
+    FIN_WAIT_1 = "FIN-WAIT-1"
+    FIN_WAIT_2 = "FIN-WAIT-2"
+    TIME_WAIT = "TIME-WAIT"
+    CLOSED = "CLOSED"
+    CLOSE_WAIT = "CLOSE-WAIT"
+    LAST_ACK = "LAST-ACK"
+    LISTEN = "LISTEN"
+    CLOSING = "CLOSING"
+
+
+SYNCHRONIZED = frozenset(
+    {
+        TcpState.ESTABLISHED,
+        TcpState.FIN_WAIT_1,
+        TcpState.FIN_WAIT_2,
+        TcpState.CLOSE_WAIT,
+        TcpState.LAST_ACK,
+        TcpState.CLOSING,
+    }
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Socket:
+    """One inet socket of the process.
+
+    local, peer: endpoints, or None where the socket has no port yet (or no peer).
+    protocol: `tcp`, `udp`, `mptcp`, … or the protocol's number in words (`protocol 132`).
+    state: for TCP only.
+    bound_device: name or index of the device that it is bound to (SO_BINDTODEVICE), or None.
+    unkept: why natkeep cannot keep it, as one clause, or None for connections and listeners
+    that it can serve.
+    unsent: octets in the send queue that have never been sent (they leave before
+    `post-restore`).
+    """
+
+    protocol: str
+    local: Endpoint | None
+    peer: Endpoint | None
+    state: TcpState | None = None
+    bound_device: str | None = None
+    unkept: str | None = None
+    unsent: int = 0
+
+    def is_connection(self) -> bool:
+        """Whether this is a TCP connection that can be kept."""
+        return self.unkept is None and self.state in SYNCHRONIZED
+
+    def is_listener(self) -> bool:
+        """Whether this is a TCP socket that waits for connections."""
+        return self.unkept is None and self.state == TcpState.LISTEN
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """All connections and listeners found in one place.
+
+    sockets is empty where the source tells connections only (a text file).
+    """
+
+    connections: Connections
+    sockets: tuple[Socket, ...] = ()
+
+    @classmethod
+    def of(cls, sockets: tuple[Socket, ...]) -> Checkpoint:
+        """A checkpoint of *sockets*; its connections are those that can be kept."""
+        inbound = [
+            FourTuple(socket.peer, socket.local)
+            for socket in sockets
+            if socket.is_connection() and socket.peer is not None and socket.local is not None
+        ]
+        return cls(Connections.of(inbound), sockets)

@@ -1,0 +1,155 @@
+"""the addresses: endpoints, four-tuples and packed columns of connections.
+
+Rule: everything that says *which* packets belong to a connection is a value from this file.
+Addresses are `ipaddress` objects, ports plain integers 1 to 65535, and an IPv4-mapped IPv6
+address is the IPv4 address that is on the wire.
+This file must never read a file, a clock, a socket or a namespace.
+
+Theory of operation. A person works with `FourTuple`; the kernel is given 100,000 connections
+at once, where an object each would cost seconds. So `Connections` holds fixed-size records
+in two byte strings, and makes objects only while somebody iterates over it:
+
+    IPv4: local address (4) local port (2) peer address (4)  peer port (2)   = 12 octets
+    IPv6: local address (16) local port (2) peer address (16) peer port (2)  = 36 octets
+
+All of it is in network byte order, as it stands in a packet.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import struct
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+Address = ipaddress.IPv4Address | ipaddress.IPv6Address
+
+RECORD_SIZE = {4: 12, 6: 36}
+_ADDRESS_SIZE = {4: 4, 6: 16}
+
+
+def parse_address(text: str) -> Address:
+    """The address that *text* names, IPv4-mapped ones as IPv4.
+
+    ValueError when it is no address; a zone (`fe80::1%eth0`) is refused too, since CRIU
+    restores sockets without their scope.
+    """
+    address = ipaddress.ip_address(text)
+    if isinstance(address, ipaddress.IPv6Address):
+        if address.scope_id is not None:
+            raise ValueError(f"{text!r} has a zone")
+        return address.ipv4_mapped or address
+    return address
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class Endpoint:
+    """An address and a port; prints as `10.2.0.10:80` or `[fd00:2::10]:80`."""
+
+    address: Address
+    port: int
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.port <= 65535:
+            raise ValueError(f"{self.port} is not a port (1 to 65535)")
+
+    def __str__(self) -> str:
+        if self.address.version == 6:
+            return f"[{self.address}]:{self.port}"
+        return f"{self.address}:{self.port}"
+
+    @classmethod
+    def parse(cls, text: str) -> Endpoint:
+        """`10.2.0.10:80` or `[fd00:2::10]:80`; ValueError with a reason otherwise."""
+        host, colon, port = text.rpartition(":")
+        if not colon:
+            raise ValueError(f"{text!r} has no port")
+        if host.startswith("[") and host.endswith("]"):
+            host = host[1:-1]
+        elif ":" in host:
+            raise ValueError(f"{text!r}: write IPv6 as [address]:port")
+        if not (port.isascii() and port.isdigit()):
+            raise ValueError(f"{port!r} is not a port (1 to 65535)")
+        return cls(parse_address(host), int(port))
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class FourTuple:
+    """Source and destination endpoint of one direction of a TCP connection."""
+
+    source: Endpoint
+    destination: Endpoint
+
+    def __post_init__(self) -> None:
+        if self.source.address.version != self.destination.address.version:
+            raise ValueError(f"{self.source} and {self.destination} are of different families")
+
+    def __str__(self) -> str:
+        return f"{self.source} > {self.destination}"
+
+    def reply(self) -> FourTuple:
+        """The same connection, seen from the other direction."""
+        return FourTuple(self.destination, self.source)
+
+
+@dataclass(frozen=True, slots=True)
+class Connections:
+    """Connections of one process, packed (see the top of this file).
+
+    Iterating yields the four-tuple *peer to process* of each, in the order in which they were
+    given, IPv4 before IPv6.
+    """
+
+    v4: bytes = b""
+    v6: bytes = b""
+
+    def __post_init__(self) -> None:
+        if len(self.v4) % RECORD_SIZE[4] or len(self.v6) % RECORD_SIZE[6]:
+            raise ValueError("packed connections end in the middle of a record")
+
+    def __len__(self) -> int:
+        return len(self.v4) // RECORD_SIZE[4] + len(self.v6) // RECORD_SIZE[6]
+
+    def __iter__(self) -> Iterator[FourTuple]:
+        for local4, lport, peer4, pport in struct.iter_unpack("!4sH4sH", self.v4):
+            yield _inbound(peer4, pport, local4, lport)
+        for local6, lport, peer6, pport in struct.iter_unpack("!16sH16sH", self.v6):
+            yield _inbound(peer6, pport, local6, lport)
+
+    @classmethod
+    def of(cls, inbound: Iterable[FourTuple]) -> Connections:
+        """Pack four-tuples that run *from the peer to the process*."""
+        packed = {4: bytearray(), 6: bytearray()}
+        for tuple_ in inbound:
+            local, peer = tuple_.destination, tuple_.source
+            packed[local.address.version] += (
+                local.address.packed
+                + local.port.to_bytes(2, "big")
+                + peer.address.packed
+                + peer.port.to_bytes(2, "big")
+            )
+        return cls(bytes(packed[4]), bytes(packed[6]))
+
+    def records(self, version: int) -> bytes:
+        """The packed records of IP *version* 4 or 6."""
+        return self.v4 if version == 4 else self.v6
+
+    def at(self, local: Address) -> Connections:
+        """Those of the connections whose local address is *local*."""
+        version = local.version
+        records, size, wanted = self.records(version), RECORD_SIZE[version], local.packed
+        count = len(records) // size
+        # The usual case, one local address for all, is decided by columns instead of records.
+        if not all(records[i::size] == wanted[i : i + 1] * count for i in range(len(wanted))):
+            width = _ADDRESS_SIZE[version]
+            records = b"".join(
+                records[i : i + size]
+                for i in range(0, len(records), size)
+                if records[i : i + width] == wanted
+            )
+        return Connections(v4=records) if version == 4 else Connections(v6=records)
+
+
+def _inbound(peer: bytes, peer_port: int, local: bytes, local_port: int) -> FourTuple:
+    make = ipaddress.IPv4Address if len(peer) == 4 else ipaddress.IPv6Address
+    return FourTuple(Endpoint(make(peer), peer_port), Endpoint(make(local), local_port))
