@@ -72,15 +72,39 @@ class Socket:
         return self.unkept is None and self.state == TcpState.LISTEN
 
 
+class NetworkLock(StrEnum):
+    """How CRIU locked the network of a dump; the value is what `criu --network-lock` takes."""
+
+    IPTABLES = "iptables"
+    NFTABLES = "nftables"
+    SKIP = "skip"
+
+
+@dataclass(frozen=True, slots=True)
+class Inventory:
+    """What CRIU noted about a dump as a whole.
+
+    network_lock: how the source was locked; a restore uses the same method again.
+    run_id: the dump's own id, after which CRIU calls its nftables table; None before CRIU 4.1.
+    tcp_close: dumped with `--tcp-close`, so that all connections come back closed.
+    """
+
+    network_lock: NetworkLock
+    run_id: str | None = None
+    tcp_close: bool = False
+
+
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
     """All connections and listeners found in one place.
 
-    sockets is empty where the source tells connections only (a text file).
+    sockets is empty where the source tells connections only (a text file); inventory is None
+    where the source is not a directory of CRIU's images.
     """
 
     connections: Connections
     sockets: tuple[Socket, ...] = ()
+    inventory: Inventory | None = None
 
     @classmethod
     def of(cls, sockets: tuple[Socket, ...]) -> Checkpoint:

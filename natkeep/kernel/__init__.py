@@ -1,0 +1,59 @@
+"""the interface to a machine: everything natkeep may do to it, in four methods.
+
+    kernel.open_sites(sites)            namespaces found once, held by handle
+    for step in plan.steps:
+        kernel.check(step)              could it work? nothing is changed
+    for step in plan.steps:
+        prior = kernel.apply(step, remember)
+    ...
+    for step in reversed(plan.steps):
+        kernel.revert(step, prior)
+    kernel.observe(site, plan)          what the site shows of the plan now
+
+Laws, the same for `LinuxKernel` and `FakeKernel` (tests/kernel/test_contract.py holds them):
+
+- `check` changes nothing.
+- `apply` calls `remember(prior)` once, before it changes anything, so that whoever keeps a
+  journal can undo a step even if the process is killed in the middle of it. What it returns
+  replaces that prior.
+- A step that failed in `apply` has changed nothing at its site.
+- `revert` of a step that is already gone, or that was never applied, succeeds. It removes only
+  what the prior says was not there before.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Protocol
+
+from natkeep.plan.drift import Observation
+from natkeep.plan.move import Site
+from natkeep.plan.steps import Identity, Plan, Prior, Step
+from natkeep.plan.tuples import Address
+
+Remember = Callable[[Prior], None]
+
+
+class Kernel(Protocol):
+    """Everything natkeep may do to a machine; see the top of this file."""
+
+    def open_sites(self, sites: Iterable[Site], known: dict[Site, Identity] | None = None) -> None:
+        """Find the namespaces; with *known*, those very ones, or UsageError."""
+
+    def identity(self, site: Site) -> Identity:
+        """Device and inode of an opened site's namespace."""
+
+    def addresses(self, site: Site, version: int) -> tuple[Address, ...]:
+        """The addresses of IP *version* that others can reach an opened site at."""
+
+    def check(self, step: Step) -> None:
+        """NatkeepError when *step* could not work."""
+
+    def apply(self, step: Step, remember: Remember) -> Prior:
+        """Do *step*; KernelError when the kernel says no."""
+
+    def revert(self, step: Step, prior: Prior) -> None:
+        """Undo *step*; KernelError when the kernel says no."""
+
+    def observe(self, site: Site, plan: Plan) -> Observation:
+        """What *site* shows of *plan* now."""

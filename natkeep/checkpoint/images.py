@@ -1,0 +1,408 @@
+"""the reader of CRIU's images: which sockets a dumped process had, and how CRIU locked them.
+
+    DIR/inventory.img      one entry: network lock, run id, the root task's namespaces
+    DIR/files.img          an entry for each open file; those of type INETSK are sockets
+    DIR/fdinfo-N.img       an entry for each descriptor: which of the files it opens
+    DIR/tcp-stream-X.img   the queues of the socket whose inode is X (hexadecimal): one entry,
+                           then the octets of the receive queue and of the send queue
+
+Rule: a short list is a silently lost connection, so nothing is tolerated: what cannot be
+understood to the last octet is an ImageError. What is understood and cannot be kept is a socket
+with a reason.
+This file must never read what is in a queue, nor write anything.
+
+Reader and field numbers are our own (CRIU's images/*.proto say them): the protobuf library, and
+CRIU's pycriu with it, tolerates what must not be tolerated, and takes longer to import than a
+hook may last. The tests hold this file against pycriu.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import os
+import re
+import struct
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import lru_cache
+
+from natkeep.checkpoint import (
+    SYNCHRONIZED,
+    Checkpoint,
+    Inventory,
+    NetworkLock,
+    Socket,
+    TcpState,
+)
+from natkeep.checkpoint.imagefile import (
+    COMMON,
+    FDINFO,
+    FILES,
+    INVENTORY,
+    TCP_STREAM,
+    Directory,
+    check_magic,
+    opened,
+    read_entries,
+    read_up_to,
+)
+from natkeep.checkpoint.protobuf import Damage, Message, decode, number, octets
+from natkeep.errors import ImageError
+from natkeep.plan.tuples import RECORD_SIZE, Address, Connections, Endpoint
+
+_INVENTORY_ENTRY = Message(
+    "inventory_entry",
+    numbers={1: "img_version", 10: "tcp_close", 11: "network_lock_method"},
+    octets={3: "root_ids", 13: "dump_criu_run_id"},
+    optional="tcp_close network_lock_method root_ids dump_criu_run_id",
+)
+_ROOT_IDS = Message("root_ids", numbers={6: "net_ns_id"}, optional="net_ns_id")
+_FILE_ENTRY = Message("file_entry", numbers={1: "type", 2: "id"}, octets={4: "isk"}, optional="isk")
+_FDINFO_ENTRY = Message("fdinfo_entry", numbers={1: "id", 2: "flags", 3: "type", 4: "fd"})
+_SOCKET_ENTRY = Message(
+    "inet_sk_entry",
+    numbers={
+        1: "id",
+        2: "ino",
+        3: "family",
+        4: "type",
+        5: "proto",
+        6: "state",
+        7: "src_port",
+        8: "dst_port",
+        9: "flags",
+        10: "backlog",
+        15: "v6only",
+        18: "ns_id",
+        19: "shutdown",
+    },
+    octets={13: "fown", 14: "opts", 16: "ip_opts", 17: "ifname", 20: "tcp_opts"},
+    words={11: "src_addr", 12: "dst_addr"},
+    optional="v6only ip_opts ifname ns_id shutdown tcp_opts",
+)
+_SOCKET_OPTIONS = Message(
+    "sk_opts_entry", numbers={}, octets={15: "so_bound_dev"}, optional="so_bound_dev"
+)
+_STREAM_ENTRY = Message(
+    "tcp_stream_entry",
+    numbers={1: "inq_len", 3: "outq_len", 12: "unsq_len"},
+    optional="unsq_len",
+)
+_ID, _INO, _FAMILY, _TYPE, _PROTO, _STATE, _SRC_PORT, _DST_PORT = (number(n) for n in range(1, 9))
+_NS_ID = number(18)
+_SRC_ADDR, _DST_ADDR, _OPTS, _IFNAME = (octets(n) for n in (11, 12, 14, 17))
+_SO_BOUND_DEV = octets(15)
+_FILE_TYPE, _FILE_ISK = number(1), octets(4)
+_FD_ID, _FD_TYPE = number(1), number(3)
+_MAX_STREAM_ENTRY = 4096  # 17 numbers of at most 12 octets, and room for what newer CRIUs add
+
+_INETSK = 4  # enum fd_types
+_STREAM, _RAW = 1, 3  # SOCK_STREAM, SOCK_RAW
+_ADDRESS_SIZES = {2: 4, 10: 16}  # AF_INET, AF_INET6
+_PROTOCOLS = {
+    1: "icmp",
+    6: "tcp",
+    17: "udp",
+    33: "dccp",
+    58: "icmpv6",
+    132: "sctp",
+    136: "udplite",
+    262: "mptcp",
+}
+_LOCKS = {0: NetworkLock.IPTABLES, 1: NetworkLock.NFTABLES, 2: NetworkLock.SKIP}
+_STATES = {  # the kernel's include/net/tcp_states.h
+    1: TcpState.ESTABLISHED,
+    2: TcpState.SYN_SENT,
+    3: TcpState.SYN_RECEIVED,
+    4: TcpState.FIN_WAIT_1,
+    5: TcpState.FIN_WAIT_2,
+    6: TcpState.TIME_WAIT,
+    7: TcpState.CLOSED,
+    8: TcpState.CLOSE_WAIT,
+    9: TcpState.LAST_ACK,
+    10: TcpState.LISTEN,
+    11: TcpState.CLOSING,
+    12: TcpState.SYN_RECEIVED,  # TCP_NEW_SYN_RECV
+}
+_TCP_CLOSE = "dumped with --tcp-close: CRIU restores it closed"
+_UNKEPT_STATES = {
+    TcpState.SYN_SENT: "not yet established: CRIU dials again on restore",
+    TcpState.SYN_RECEIVED: "not yet established: CRIU does not restore it",
+    TcpState.TIME_WAIT: "closed",
+    TcpState.CLOSED: "closed",
+}
+_PORT = struct.Struct("!H").pack
+
+
+def read_checkpoint(directory: str | os.PathLike[str] | int) -> Checkpoint:
+    """The sockets of the images in *directory*: a path, or a descriptor of the open directory.
+
+    The queues are not looked at (`unsent` is 0 throughout): that would open a file for each
+    connection. ImageError for whatever is not as it should be.
+    """
+    with opened(directory) as images:
+        return _read_sockets(images)[0]
+
+
+def read_checkpoint_with_queues(directory: str | os.PathLike[str] | int) -> Checkpoint:
+    """As `read_checkpoint`, with `unsent` of each connection from its tcp-stream image.
+
+    CRIU cannot restore a connection whose stream is missing, so that is an ImageError too.
+    """
+    with opened(directory) as images:
+        checkpoint, inodes = _read_sockets(images)
+        if checkpoint.inventory is not None and checkpoint.inventory.tcp_close:
+            return checkpoint  # such a dump has no streams
+        sockets = tuple(
+            replace(socket, unsent=_read_unsent(images, socket, inode))
+            if socket.state in SYNCHRONIZED
+            else socket
+            for socket, inode in zip(checkpoint.sockets, inodes, strict=True)
+        )
+        return replace(checkpoint, sockets=sockets)
+
+
+def _read_sockets(images: Directory) -> tuple[Checkpoint, Sequence[int]]:
+    """The checkpoint, and the inode of each of its sockets."""
+    try:
+        data = images.read("files.img")
+    except FileNotFoundError:
+        raise _missing(images, "files.img") from None
+    inventory, root_netns = _read_inventory(images)
+    sockets: list[Socket] = []
+    records: list[bytes] = []
+    inodes: list[int] = []
+    ids: set[int] = set()
+    if len(data) == 8:
+        raise images.damaged("files.img", 8, "no entries, though each process has open files")
+    for offset, body in read_entries(images, "files.img", data, (COMMON, FILES)):
+        try:
+            entry = _find_socket(body)
+            if entry is None:
+                continue
+            numbers, strings = decode(entry, _SOCKET_ENTRY)
+            socket, record = _make_socket(numbers, strings, inventory, root_netns)
+        except Damage as damage:
+            raise images.damaged("files.img", offset, damage.what) from None
+        sockets.append(socket)
+        if record:
+            records.append(record)
+        ids.add(numbers[_ID])
+        inodes.append(numbers[_INO])
+    if len(set(records)) != len(records):
+        raise images.damaged("files.img", 0, "two sockets have the same connection")
+    _check_descriptors(images, ids)
+    return Checkpoint(_pack(records), tuple(sockets), inventory), inodes
+
+
+def _find_socket(body: bytes) -> bytes | None:
+    """The inet_sk_entry in a file_entry, None in that of another kind of file."""
+    numbers, strings = decode(body, _FILE_ENTRY)
+    entry = strings.get(_FILE_ISK)
+    if (numbers[_FILE_TYPE] == _INETSK) != (entry is not None):
+        raise Damage(0, f"file_entry: type {numbers[_FILE_TYPE]} does not go with its contents")
+    return entry
+
+
+def _pack(records: Sequence[bytes]) -> Connections:
+    """What `Checkpoint.of` does, without an object in between for each connection."""
+    return Connections(
+        v4=b"".join(record for record in records if len(record) == RECORD_SIZE[4]),
+        v6=b"".join(record for record in records if len(record) == RECORD_SIZE[6]),
+    )
+
+
+def _check_descriptors(images: Directory, ids: set[int]) -> None:
+    """Each socket that a descriptor opens has to be among those of files.img, *ids*.
+
+    Where files.img was cut exactly between two entries, nothing in the file itself shows it.
+    """
+    for image in sorted(os.listdir(images.handle)):
+        if not re.fullmatch(r"fdinfo-[0-9]+\.img", image):
+            continue
+        for offset, body in read_entries(images, image, images.read(image), (COMMON, FDINFO)):
+            try:
+                numbers, _ = decode(body, _FDINFO_ENTRY)
+            except Damage as damage:
+                raise images.damaged(image, offset, damage.what) from None
+            if numbers[_FD_TYPE] == _INETSK and numbers[_FD_ID] not in ids:
+                raise ImageError(
+                    f"{images.name}/{image} opens socket {numbers[_FD_ID]}, "
+                    "which files.img does not have",
+                    hint="files.img is cut short, or the directory holds images of two dumps",
+                )
+
+
+# ---- one socket --------------------------------------------------------------------------
+
+
+def _make_socket(
+    numbers: dict[int, int],
+    strings: dict[int, bytes],
+    inventory: Inventory,
+    root_netns: int | None,
+) -> tuple[Socket, bytes]:
+    """The socket that an inet_sk_entry tells of, and its record if it is a connection to keep."""
+    protocol = _find_protocol(numbers[_PROTO], numbers[_TYPE])
+    local_octets, peer_octets = strings.get(_SRC_ADDR, b""), strings.get(_DST_ADDR, b"")
+    size = _ADDRESS_SIZES.get(numbers[_FAMILY])
+    if len(local_octets) != size or len(peer_octets) != size:
+        sizes = f"{len(local_octets)} and {len(peer_octets)} octets"
+        raise Damage(0, f"inet_sk_entry: addresses of {sizes} in family {numbers[_FAMILY]}")
+    local_port, peer_port = numbers[_SRC_PORT], numbers[_DST_PORT]
+    if local_port > 65535 or peer_port > 65535:
+        raise Damage(0, f"inet_sk_entry: {max(local_port, peer_port)} is not a port")
+    local_address, local_wire, local_reason = _find_address(local_octets)
+    peer_address, peer_wire, peer_reason = _find_address(peer_octets)
+    local = Endpoint(local_address, local_port) if local_port else None
+    peer = Endpoint(peer_address, peer_port) if peer_port else None
+    device = _bound_device(strings[_OPTS])
+    if device is None and _IFNAME in strings:
+        device = _demand_name(strings[_IFNAME])
+    if protocol != "tcp":
+        return Socket(protocol, local, peer, None, device, _why_not_tcp(protocol)), b""
+    state = _STATES.get(numbers[_STATE])
+    if state is None:
+        raise Damage(0, f"inet_sk_entry: {numbers[_STATE]} is not a TCP state")
+    record = b""
+    if state in SYNCHRONIZED:
+        if local is None or peer is None or len(local_wire) != len(peer_wire):
+            raise Damage(0, f"inet_sk_entry: {state} from {local} to {peer}")
+        unkept = _TCP_CLOSE if inventory.tcp_close else local_reason or peer_reason
+        record = local_wire + _PORT(local_port) + peer_wire + _PORT(peer_port)
+    elif state is TcpState.LISTEN:
+        if local is None or peer is not None:
+            raise Damage(0, f"inet_sk_entry: {state} from {local} to {peer}")
+        unkept = local_reason
+    else:
+        unkept = _UNKEPT_STATES[state]
+    # A socket that was never bound has no ns_id, and nor have the images of old CRIUs.
+    if unkept is None and root_netns is not None and numbers.get(_NS_ID, root_netns) != root_netns:
+        unkept = "in another network namespace than the root task"
+    return Socket(protocol, local, peer, state, device, unkept), b"" if unkept else record
+
+
+def _find_protocol(protocol: int, kind: int) -> str:
+    name = _PROTOCOLS.get(protocol) or f"protocol {protocol}"
+    if kind == _RAW:
+        return "raw"
+    if name in ("tcp", "mptcp") and kind != _STREAM:
+        raise Damage(0, f"inet_sk_entry: {name} in a socket of type {kind}")
+    return name
+
+
+def _why_not_tcp(protocol: str) -> str:
+    if protocol in ("mptcp", "sctp", "dccp"):
+        return f"{protocol.upper()}: CRIU cannot restore it"
+    return f"{protocol}: not a TCP connection"
+
+
+@lru_cache(maxsize=4096)
+def _find_address(packed: bytes) -> tuple[Address, bytes, str | None]:
+    """The address, its octets on the wire, and why a connection there cannot be kept, if so."""
+    address: Address
+    if len(packed) == 4:
+        address = ipaddress.IPv4Address(packed)
+    else:
+        full = ipaddress.IPv6Address(packed)
+        address = full.ipv4_mapped or full
+    reason = None
+    if address.is_loopback:
+        reason = "loopback: both ends must be moved"
+    elif address.version == 6 and address.is_link_local:
+        reason = "link-local address: CRIU drops its scope"
+    return address, address.packed, reason
+
+
+@lru_cache(maxsize=256)
+def _bound_device(options: bytes) -> str | None:
+    """The device in a sk_opts_entry; most sockets of a process have the same options."""
+    _, strings = decode(options, _SOCKET_OPTIONS)
+    device = strings.get(_SO_BOUND_DEV)
+    return None if device is None else _demand_name(device)
+
+
+def _demand_name(device: bytes) -> str:
+    """An interface's name; it will be printed, so control characters are not taken."""
+    try:
+        name = device.decode()
+    except UnicodeDecodeError:
+        name = ""
+    if not (0 < len(device) < 16 and name.isprintable()) or set(name) & set(" /:"):
+        raise Damage(0, "inet_sk_entry: the name of its device is not one")
+    return name
+
+
+# ---- what goes with the sockets ----------------------------------------------------------
+
+
+def _read_inventory(images: Directory) -> tuple[Inventory, int | None]:
+    """What the dump says about itself, and the number of the root task's network namespace."""
+    image = "inventory.img"
+    try:
+        entries = list(read_entries(images, image, images.read(image), (INVENTORY,)))
+    except FileNotFoundError:
+        raise _missing(images, image) from None
+    if len(entries) != 1:
+        raise images.damaged(image, 4, f"{len(entries)} entries where there is one")
+    offset, body = entries[0]
+    try:
+        numbers, strings = decode(body, _INVENTORY_ENTRY)
+        if numbers[number(1)] != 2:
+            raise Damage(0, f"images of version {numbers[number(1)]}; only 2 is known")
+        # Images older than CRIU 3.16 do not say it; CRIU then takes iptables, too.
+        method = _LOCKS.get(numbers.get(number(11), 0))
+        if method is None:
+            raise Damage(0, f"network lock method {numbers[number(11)]} is not known")
+        run_id = strings.get(octets(13))
+        if run_id is not None and not re.fullmatch(rb"[0-9A-Za-z-]{1,64}", run_id):
+            raise Damage(0, "the run id is not of letters, digits and hyphens")
+        root_ids, _ = decode(strings.get(octets(3), b""), _ROOT_IDS)
+    except Damage as damage:
+        raise images.damaged(image, offset, damage.what) from None
+    tcp_close = bool(numbers.get(number(10), 0))
+    inventory = Inventory(method, None if run_id is None else run_id.decode("ascii"), tcp_close)
+    return inventory, root_ids.get(number(6))
+
+
+def _missing(images: Directory, image: str) -> ImageError:
+    """The error for a directory without *image*, with a guess what the directory is instead."""
+    names = set(os.listdir(images.handle))
+    hint = "give the directory that `criu dump --images-dir` wrote"
+    if "inetsk.img" in names:
+        hint = "inetsk.img is there: the dump is from before files.img, by a CRIU that is too old"
+    elif "checkpoint" in names:
+        hint = f"a container's checkpoint? Then CRIU's images are in {images.name}/checkpoint"
+    elif "inventory.img" in names:
+        hint = "a pre-dump has none; give the directory of the final dump"
+    return ImageError(f"no {image} in {images.name}", hint=hint)
+
+
+def _read_unsent(images: Directory, socket: Socket, inode: int) -> int:
+    """The octets that the socket has never sent; the queues themselves are not read."""
+    image = f"tcp-stream-{inode:x}.img"
+    try:
+        descriptor, size = images.open(image)
+    except FileNotFoundError:
+        raise ImageError(
+            f"no {image} in {images.name}, for {socket.local} with {socket.peer}",
+            hint="the image is not complete, CRIU could not restore it: copy it again",
+        ) from None
+    try:
+        head = read_up_to(descriptor, 12)
+        check_magic(images, image, head, (COMMON, TCP_STREAM))
+        length = int.from_bytes(head[8:12], "little")
+        if len(head) < 12 or length > min(_MAX_STREAM_ENTRY, size - 12):
+            raise images.damaged(image, 8, f"an entry of {length} octets, {size - 12} are left")
+        numbers, _ = decode(read_up_to(descriptor, length), _STREAM_ENTRY)
+    except Damage as damage:
+        raise images.damaged(image, 12 + damage.offset, damage.what) from None
+    except OSError as error:
+        raise ImageError(f"cannot read {images.name}/{image}: {error.strerror}") from None
+    finally:
+        os.close(descriptor)
+    queues, unsent = numbers[number(1)] + numbers[number(3)], numbers.get(number(12), 0)
+    if size != 12 + length + queues or unsent > numbers[number(3)]:
+        left = size - 12 - length
+        raise images.damaged(image, 12 + length, f"queues of {queues} octets, {left} are left")
+    return unsent

@@ -1,0 +1,165 @@
+"""the reader and writer of a connections file: one line `LOCAL PEER` for each connection.
+
+    # what runs on web1
+    10.2.0.10:5000 10.1.0.2:50594
+    [fd00:2::10]:5000 [fd00:1::2]:50594     # IPv6 in brackets
+
+Rule: each line is a connection, a comment or blank, or else an ImageError that names the line; a
+list that is empty, cut, or says the same thing twice is not what somebody meant.
+This file must never wait for ever: a list may come through a pipe, but not at its leisure.
+
+100,000 lines have to be read before a move can begin, so addresses and ports are understood once
+each, by the text that they are written as, and a usual line costs four look-ups.
+"""
+
+from __future__ import annotations
+
+import os
+import select
+import socket
+import stat
+import time
+
+from natkeep.checkpoint import Checkpoint
+from natkeep.errors import ImageError
+from natkeep.plan.tuples import RECORD_SIZE, Connections, Endpoint, FourTuple
+
+MAX_LISTING = 32 << 20  # 300,000 of the longest lines
+PATIENCE = 30.0  # seconds, for the whole of a list that comes through a pipe
+
+_SIZES = frozenset(RECORD_SIZE.values())
+
+
+def read_listing(path: str | os.PathLike[str]) -> Checkpoint:
+    """The connections in the file or pipe at *path*; ImageError if they cannot be read."""
+    name = os.fsdecode(path)
+    try:
+        _demand_file(name, os.stat(path))  # to open a device could start something
+        # With O_NONBLOCK a FIFO opens at once, whether somebody writes to it or not.
+        flags = os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
+        descriptor = os.open(path, flags)
+        try:
+            _demand_file(name, os.fstat(descriptor))
+            data = _read(descriptor, name)
+        finally:
+            os.close(descriptor)
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise ImageError(f"cannot read {name}: {reason}") from None
+    try:
+        text = data.decode()
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        raise ImageError(f"{name}:{line}: this is not UTF-8 text") from None
+    return parse_listing(text, name)
+
+
+def parse_listing(text: str, name: str) -> Checkpoint:
+    """The connections in *text*; *name* says in messages where it came from."""
+    hosts, ports, ends = _Hosts(), _Ports(), _Ends()
+    lines: dict[bytes, int] = {}  # which line said it first, by record
+    for number, line in enumerate(text.split("\n"), 1):
+        try:
+            local, peer = line.split()
+            host, _, port = peer.rpartition(":")
+            record = ends[local] + hosts[host] + ports[port]
+            usual = len(record) in _SIZES
+        except ValueError:
+            usual = False
+        if not usual:  # a comment, a blank line, or something to complain of
+            found = _read_line(line, f"{name}:{number}")
+            if found is None:
+                continue
+            record = found
+        if lines.setdefault(record, number) != number:
+            raise ImageError(f"{name}:{number}: the same connection as in line {lines[record]}")
+    if not lines:
+        raise ImageError(f"{name} lists no connections", hint="a line is `LOCAL PEER`")
+    v4 = b"".join(record for record in lines if len(record) == RECORD_SIZE[4])
+    v6 = b"".join(record for record in lines if len(record) == RECORD_SIZE[6])
+    return Checkpoint(Connections(v4, v6))
+
+
+def write_listing(connections: Connections) -> str:
+    """The text that `parse_listing` reads as *connections*."""
+    return "".join(f"{inbound.destination} {inbound.source}\n" for inbound in connections)
+
+
+class _Hosts(dict[str, bytes]):
+    """Octets of an address by the text before the port's colon; ValueError if it is none."""
+
+    def __missing__(self, host: str) -> bytes:
+        try:
+            packed = socket.inet_pton(socket.AF_INET, host)  # each client may have its own
+        except (OSError, ValueError):
+            packed = Endpoint.parse(f"{host}:1").address.packed
+        self[host] = packed
+        return packed
+
+
+class _Ports(dict[str, bytes]):
+    """Octets of a port by its text; ValueError if it is none."""
+
+    def __missing__(self, port: str) -> bytes:
+        value = int(port) if port.isascii() and port.isdigit() and len(port) < 6 else 0
+        if not 1 <= value <= 65535:
+            raise ValueError(port)
+        self[port] = packed = value.to_bytes(2, "big")
+        return packed
+
+
+class _Ends(dict[str, bytes]):
+    """Octets of an endpoint by its text; ValueError if it is none."""
+
+    def __missing__(self, text: str) -> bytes:
+        end = Endpoint.parse(text)
+        self[text] = packed = end.address.packed + end.port.to_bytes(2, "big")
+        return packed
+
+
+def _read_line(line: str, where: str) -> bytes | None:
+    """The record in *line*, None if there is none in it; ImageError if it is not right."""
+    parts = line.partition("#")[0].split()
+    if not parts:
+        return None
+    try:
+        if len(parts) != 2:
+            raise ValueError(f"{' '.join(parts)!r} is not `LOCAL PEER`")
+        local, peer = map(Endpoint.parse, parts)
+        inbound = Connections.of([FourTuple(source=peer, destination=local)])
+    except ValueError as error:
+        reason = str(error)
+        reason = reason if len(reason) <= 160 else reason[:157] + "..."
+        raise ImageError(f"{where}: {reason}", hint="as in 10.2.0.10:5000 10.1.0.2:50594") from None
+    return inbound.v4 or inbound.v6
+
+
+def _demand_file(name: str, status: os.stat_result) -> None:
+    if not (stat.S_ISREG(status.st_mode) or stat.S_ISFIFO(status.st_mode)):
+        raise ImageError(f"{name} is neither a file nor a pipe")
+
+
+def _read(descriptor: int, name: str) -> bytes:
+    """All of a file or a pipe.
+
+    A FIFO that nobody writes to shows nothing at all, one whose writer has left shows its end.
+    """
+    deadline = time.monotonic() + PATIENCE
+    poller = select.poll()
+    poller.register(descriptor, select.POLLIN)
+    parts: list[bytes] = []
+    size = 0
+    while True:
+        left = max(deadline - time.monotonic(), 0)
+        if not poller.poll(left * 1000):
+            raise ImageError(
+                f"{name}: no end of it within {PATIENCE:g} s",
+                hint="does its writer still run?",
+            )
+        part = os.read(descriptor, 1 << 20)
+        if not part:
+            return b"".join(parts)
+        parts.append(part)
+        size += len(part)
+        if size > MAX_LISTING:
+            raise ImageError(f"{name}: more than {MAX_LISTING} octets")

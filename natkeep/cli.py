@@ -1,0 +1,339 @@
+"""the command line: verbs; it parses, calls lifecycle, prints, and leaves with the exit code.
+
+Rule: data goes to stdout, talk to stderr; with --json stdout is one document with `schema` 1.
+Nothing is decided here, and what only one verb needs is imported when that verb runs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import sys
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, NoReturn
+
+from natkeep import __version__
+from natkeep.errors import DriftError, NatkeepError, RefusedError, UsageError
+
+if TYPE_CHECKING:
+    from natkeep.checkpoint import Checkpoint
+    from natkeep.lifecycle import Lifecycle
+    from natkeep.plan.move import Move
+
+LAB = "practice networks: move a real server, see what its peer saw"
+
+_SIGNALS = {signal.SIGTERM: 143, signal.SIGHUP: 129}
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse that says what is wrong in one line, as everything else here does."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(message, hint=f"{self.prog} --help")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run natkeep; the exit code of DESIGN's contract (see errors.py for each)."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    try:
+        args = make_parser(arguments).parse_args(arguments)
+        with _signals_as_exit():
+            return int(args.run(args))
+    except NatkeepError as error:
+        return _complain(error)
+    except KeyboardInterrupt:
+        print("natkeep: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        # Whoever read our output has seen enough; do not fail again while Python flushes it.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        return 1
+
+
+def _complain(error: NatkeepError) -> int:
+    print(f"natkeep: {error}", file=sys.stderr)
+    if error.hint:
+        print(f"  ({error.hint})", file=sys.stderr)
+    return error.exit_code
+
+
+class _signals_as_exit:
+    """SIGTERM and SIGHUP unwind the stack, so that what was begun is undone."""
+
+    def __enter__(self) -> None:
+        def leave(number: int, _: object) -> None:
+            raise SystemExit(_SIGNALS[signal.Signals(number)])
+
+        self._before = {number: signal.signal(number, leave) for number in _SIGNALS}
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+
+def make_parser(arguments: Sequence[str] = ("lab",)) -> argparse.ArgumentParser:
+    """The parser of all verbs; tests and documentation read it too.
+
+    *arguments* decide only whether the lab, which no other verb needs, is imported for its own.
+    """
+    common = _make_common(argparse.SUPPRESS)
+    parser = _Parser(
+        prog="natkeep",
+        description="Keep TCP connections alive when CRIU restores a process at another address.",
+        parents=[_make_common(False)],
+    )
+    parser.add_argument("--version", action="version", version=f"natkeep {__version__}")
+    verbs = parser.add_subparsers(metavar="VERB", required=True, parser_class=_Parser)
+
+    def add(name: str, text: str, run: Callable[[argparse.Namespace], int]) -> _Parser:
+        verb: _Parser = verbs.add_parser(name, help=text, description=text, parents=[common])
+        verb.set_defaults(run=run)
+        return verb
+
+    plan = add("plan", "print what prepare would do; touches nothing", _plan)
+    _add_move_options(plan)
+    plan.add_argument("--format", choices=("text", "json", "nft"), default="text")
+    prepare = add("prepare", "make every site ready, with the gate closed", _prepare)
+    _add_move_options(prepare)
+    prepare.add_argument("--gate", choices=("closed", "open"), default="closed")
+    prepare.add_argument("--dry-run", action="store_true", help="check, and print the plan")
+    opening = add("open", "let the kept connections through", _open)
+    opening.add_argument("id", metavar="ID")
+    status = add("status", "what is prepared, what it carries, what drifted", _status)
+    status.add_argument("id", metavar="ID", nargs="?")
+    status.add_argument("--strict", action="store_true", help="exit 6 when something drifted")
+    _add_teardown(add("teardown", "undo a move; a second time is fine", _teardown))
+    inspect = add("inspect", "the sockets in an image, kept or not and why", _inspect)
+    inspect.add_argument("image", metavar="DIR")
+    inspect.add_argument("--map", metavar="OLD=NEW", action="append", default=[])
+    if "lab" in arguments:
+        _add_lab(verbs, common)
+    else:
+        verbs.add_parser("lab", help=LAB)
+    return parser
+
+
+def _make_common(unset: object) -> _Parser:
+    """The options that every verb takes, before or behind its name.
+
+    Behind it they are left out of the result when they are not given (argparse.SUPPRESS), or
+    they would overwrite what was given before it.
+    """
+    common = _Parser(add_help=False)
+    directory = None if unset is False else unset
+    common.add_argument(
+        "--state-dir",
+        metavar="DIR",
+        default=directory,
+        help="default: $NATKEEP_STATE_DIR, or /run/natkeep",
+    )
+    for flags, text in (
+        (("--json",), "one JSON document on stdout"),
+        (("-v", "--verbose"), "print each command as it is done"),
+        (("-q", "--quiet"), "print errors only"),
+        (("--no-color",), "no colours (there are none so far)"),
+    ):
+        common.add_argument(*flags, action="store_true", default=unset, help=text)
+    return common
+
+
+def _add_move_options(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument("id", metavar="ID")
+    verb.add_argument("--map", metavar="OLD=NEW", action="append", default=[])
+    verb.add_argument("--site", metavar="ROLE[=NETNS]", action="append", default=[])
+    source = verb.add_mutually_exclusive_group()
+    source.add_argument("--image", metavar="DIR", help="connections from CRIU's images")
+    source.add_argument("--connections", metavar="FILE", help="lines of LOCAL PEER; - is stdin")
+    verb.add_argument("--mode", choices=("stateful",), default="stateful")
+
+
+def _add_teardown(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument("id", metavar="ID")
+    verb.add_argument(
+        "--drain",
+        metavar="SECONDS",
+        nargs="?",
+        type=_seconds,
+        const=float("inf"),
+        help="wait until the kept connections have ended, so long at most",
+    )
+    verb.add_argument("--yes", action="store_true", help="even if connections live")
+
+
+def _seconds(text: str) -> float:
+    value = float(text)
+    if not value >= 0:
+        raise ValueError(text)
+    return value
+
+
+def _add_lab(verbs: argparse._SubParsersAction[_Parser], common: _Parser) -> None:
+    from natkeep.lab.cli import add_parser, run
+
+    add_parser(verbs, parents=[common]).set_defaults(run=run)
+
+
+def _plan(args: argparse.Namespace) -> int:
+    from natkeep import report
+    from natkeep.plan.steps import describe_plan, make_plan, render_nft
+
+    plan = make_plan(_make_move(args), _read_connections(args).connections)
+    form = "json" if args.json else args.format
+    if form == "json":
+        report.print_json(report.plan_to_json(plan))
+    elif form == "nft":
+        for site, lines in render_nft(plan):
+            print(f"# {site}", *lines, sep="\n")
+    else:
+        print(*describe_plan(plan), sep="\n")
+    return 0
+
+
+def _prepare(args: argparse.Namespace) -> int:
+    from natkeep import report
+    from natkeep.plan.drift import Gate
+    from natkeep.plan.steps import describe_plan
+
+    checkpoint = _read_connections(args)
+    lifecycle = _make_lifecycle(args, create=not args.dry_run)
+    move = _make_move(args, lifecycle)
+    if args.dry_run:
+        print(*describe_plan(lifecycle.check(move, checkpoint.connections)), sep="\n")
+        return 0
+    plan = lifecycle.prepare(move, checkpoint.connections, Gate(args.gate))
+    for line in report.unkept_lines(checkpoint, move):
+        _talk(args, f"natkeep: not kept: {line}")
+    if args.json:
+        report.print_json({"schema": 1, **report.move_to_json(plan), "gate": args.gate})
+    else:
+        _talk(args, f"natkeep: {report.summary(plan)}, gate {args.gate}")
+    return 0
+
+
+def _open(args: argparse.Namespace) -> int:
+    _make_lifecycle(args, create=False).open(args.id)
+    if args.json:
+        _print_verb(args.id, gate="open")
+    else:
+        _talk(args, f"natkeep: {args.id}: gate open")
+    return 0
+
+
+def _status(args: argparse.Namespace) -> int:
+    from natkeep import report
+
+    lifecycle = _make_lifecycle(args, create=False)
+    moves = lifecycle.status((args.id,) if args.id else ())
+    if args.json:
+        report.print_json(report.status_to_json(moves))
+    else:
+        print(*report.status_lines(moves, verbose=args.verbose), sep="\n")
+    drift = [line for move in moves for site in move.sites for line in site.drift]
+    if args.strict and drift:
+        raise DriftError(f"drift: {drift[0]}", hint=f"{len(drift)} in all" if drift[1:] else None)
+    return 0
+
+
+def _teardown(args: argparse.Namespace) -> int:
+    from natkeep.plan.move import parse_id
+
+    lifecycle = _make_lifecycle(args, create=False)
+    parse_id(args.id)
+    if args.id in lifecycle.state.ids():
+        if args.drain is not None:
+            lifecycle.drain(args.id, args.drain)
+        if not args.yes:
+            _ask_if_alive(args.id, lifecycle)
+    found = lifecycle.teardown(args.id)
+    if args.json:
+        _print_verb(args.id, found=found)
+    else:
+        _talk(args, f"natkeep: {args.id}: " + ("undone" if found else "nothing to undo"))
+    return 0
+
+
+def _ask_if_alive(move_id: str, lifecycle: Lifecycle) -> None:
+    alive = lifecycle.count_alive(move_id)
+    if not alive:
+        return
+    question = f"{alive} connections of {move_id} live and will break"
+    if not sys.stdin or not sys.stdin.isatty():
+        raise RefusedError(question, hint="--yes breaks them, --drain waits for their end")
+    print(f"natkeep: {question}. Go on? [y/N] ", end="", file=sys.stderr, flush=True)
+    if sys.stdin.readline().strip().lower() not in ("y", "yes"):
+        raise RefusedError("nothing was changed")
+
+
+def _inspect(args: argparse.Namespace) -> int:
+    from natkeep import report
+    from natkeep.checkpoint.images import read_checkpoint
+    from natkeep.plan.move import parse_map
+
+    checkpoint = read_checkpoint(args.image)
+    olds = [parse_map(text)[0] for text in args.map]
+    if args.json:
+        report.print_json(report.checkpoint_to_json(checkpoint, olds))
+    else:
+        print(*report.checkpoint_lines(checkpoint, olds), sep="\n")
+    return 0
+
+
+def _print_verb(move_id: str, **facts: object) -> None:
+    from natkeep import report
+
+    report.print_json({"schema": 1, "id": move_id, **facts})
+
+
+def _talk(args: argparse.Namespace, line: str) -> None:
+    if not args.quiet:
+        print(line, file=sys.stderr)
+
+
+def _make_lifecycle(args: argparse.Namespace, *, create: bool) -> Lifecycle:
+    from natkeep.journal import StateDirectory
+    from natkeep.kernel.linux import LinuxKernel, demand_privileges
+    from natkeep.lifecycle import Lifecycle
+
+    demand_privileges()
+    return Lifecycle(
+        LinuxKernel(),
+        StateDirectory(args.state_dir, create=create),
+        talk=(lambda line: _talk(args, line)) if args.verbose else (lambda line: None),
+    )
+
+
+def _make_move(args: argparse.Namespace, lifecycle: Lifecycle | None = None) -> Move:
+    from natkeep.plan.move import Map, Mode, Move, Role, Site, parse_id, parse_map
+
+    parse_id(args.id)
+    sites = tuple(Site.parse(text) for text in args.site) or (Site(Role.DESTINATION),)
+    maps = []
+    for text in args.map:
+        old, new = parse_map(text)
+        if new is None:
+            lifecycle = lifecycle or _make_lifecycle(args, create=False)
+            new = lifecycle.find_new(old, sites)
+        maps.append(Map(old, new))
+    return Move(args.id, tuple(maps), sites, Mode(args.mode))
+
+
+def _read_connections(args: argparse.Namespace) -> Checkpoint:
+    if args.image is not None:
+        from natkeep.checkpoint.images import read_checkpoint
+
+        return read_checkpoint(args.image)
+    if args.connections is not None:
+        from natkeep.checkpoint.listing import parse_listing, read_listing
+
+        if args.connections == "-":
+            return parse_listing(sys.stdin.read() if sys.stdin else "", "stdin")
+        return read_listing(args.connections)
+    raise UsageError(
+        "which connections? --image DIR or --connections FILE",
+        hint=f"{os.path.basename(sys.argv[0])} inspect DIR shows those of an image",
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,175 @@
+"""the nf_tables objects by raw netlink: filling a set in bulk, and reading what stands there.
+
+Rule: sets are filled here because a hundred thousand elements as text take eight times as
+long; reading is here because libnftables reads every element of every set before it answers
+anything. All else goes through nft.py as text.
+
+Numbers are from linux/netfilter/nf_tables.h and nfnetlink.h.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from natkeep.kernel.netlink import (
+    NETLINK_NETFILTER,
+    NLM_F_ACK,
+    NLM_F_CREATE,
+    NLM_F_DUMP,
+    Netlink,
+    attribute,
+    attributes,
+    column,
+    message,
+    nested,
+    replicate,
+)
+from natkeep.plan.tuples import RECORD_SIZE, Connections
+
+_SUBSYSTEM = 10 << 8
+_BATCH_BEGIN, _BATCH_END = 16, 17
+_GETTABLE, _GETCHAIN, _GETRULE, _GETSET = 1, 4, 7, 10
+_NEWSETELEM, _GETSETELEM = 12, 13
+
+INET, ARP = 1, 3
+
+_ATTRIBUTE_MAX = 65_532
+"""A netlink attribute's length is 16 bits: longer lists of elements are several messages."""
+
+
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """A rule as far as natkeep needs it: where it is and whose it is."""
+
+    chain: str
+    handle: int
+    comment: str
+
+
+def fill_set(table: str, name: str, connections: Connections, version: int) -> None:
+    """Add all *connections* of IP *version* to the set, in one transaction; OSError if refused."""
+    elements, size = _pack_elements(connections, version)
+    owner = attribute(1, _text(table)) + attribute(2, _text(name))
+    per_message = _ATTRIBUTE_MAX // size * size
+    batch = [_batch_frame(_BATCH_BEGIN, 0)]
+    starts = range(0, len(elements), per_message)
+    for number, start in enumerate(starts, 1):
+        flags = NLM_F_CREATE | (NLM_F_ACK if number == len(starts) else 0)
+        body = _nfgenmsg(INET) + owner + nested(3, bytes(elements[start : start + per_message]))
+        batch.append(message(_SUBSYSTEM | _NEWSETELEM, flags, body, number))
+    batch.append(_batch_frame(_BATCH_END, len(starts) + 1))
+    with Netlink(NETLINK_NETFILTER) as netlink:
+        netlink.send_transaction(b"".join(batch), len(starts))
+
+
+def _pack_elements(connections: Connections, version: int) -> tuple[bytearray, int]:
+    """All elements as attributes of equal size, and that size in octets.
+
+    The key is `peer . peer port . local port`, each part padded to four octets.
+    """
+    records, size = connections.records(version), RECORD_SIZE[version]
+    width = 4 if version == 4 else 16
+    template = nested(1, nested(1, attribute(1, bytes(width + 8))))
+    key = len(template) - width - 8
+    columns = (
+        (key, column(records, size, width + 2, width)),
+        (key + width, column(records, size, 2 * width + 2, 2)),
+        (key + width + 4, column(records, size, width, 2)),
+    )
+    return replicate(template, columns, len(records) // size), len(template)
+
+
+def read_keys(table: str, name: str) -> Iterator[bytes]:
+    """The key of each element of the set or map, as the kernel has it; none when it is gone."""
+    body = _nfgenmsg(INET) + attribute(1, _text(table)) + attribute(2, _text(name))
+    try:
+        for answer in _dump(_GETSETELEM, body):
+            yield from _element_keys(attributes(answer[4:]).get(3, b""))
+    except FileNotFoundError:
+        return
+
+
+def _element_keys(elements: bytes) -> Iterator[bytes]:
+    offset = 0
+    while offset + 4 <= len(elements):
+        length = struct.unpack_from("=H", elements, offset)[0]
+        key = attributes(attributes(elements[offset + 4 : offset + length])[1])
+        yield key[1]
+        offset += (length + 3) & ~3
+
+
+def pack_keys(connections: Connections, version: int) -> frozenset[bytes]:
+    """The keys that a set of *connections* should have, to be compared with read_keys."""
+    elements, size = _pack_elements(connections, version)
+    width = 12 if version == 4 else 24
+    return frozenset(bytes(elements[i - width : i]) for i in range(size, len(elements) + 1, size))
+
+
+def has_table(family: int, table: str) -> bool:
+    """Whether the table is there."""
+    return table in {name for _, name in _names(_GETTABLE, family, b"", 1)}
+
+
+def chain_names(table: str) -> frozenset[str]:
+    """The chains of the inet table; empty when it is not there."""
+    return frozenset(name for owner, name in _names(_GETCHAIN, INET, b"", 3) if owner == table)
+
+
+def set_names(table: str) -> frozenset[str]:
+    """The sets and maps of the inet table, without reading an element."""
+    scope = attribute(1, _text(table))
+    try:
+        return frozenset(name for _, name in _names(_GETSET, INET, scope, 2))
+    except FileNotFoundError:
+        return frozenset()
+
+
+def rules(table: str, chain: str) -> tuple[Rule, ...]:
+    """The rules of one chain, in order; empty when the chain is not there."""
+    body = _nfgenmsg(INET) + attribute(1, _text(table)) + attribute(2, _text(chain))
+    found = []
+    try:
+        for answer in _dump(_GETRULE, body):
+            rule = attributes(answer[4:])
+            if _string(rule[2]) == chain:
+                handle = int.from_bytes(rule[3], "big")
+                found.append(Rule(chain, handle, _comment(rule.get(7, b""))))
+    except FileNotFoundError:
+        return ()
+    return tuple(found)
+
+
+def _comment(userdata: bytes) -> str:
+    # libnftnl's user data: type, length, value; type 0 is the comment, with its final NUL.
+    if len(userdata) > 2 and userdata[0] == 0:
+        return _string(userdata[2 : 2 + userdata[1]])
+    return ""
+
+
+def _names(type_: int, family: int, scope: bytes, attribute_type: int) -> Iterator[tuple[str, str]]:
+    for answer in _dump(type_, _nfgenmsg(family) + scope):
+        found = attributes(answer[4:])
+        yield _string(found[1]), _string(found[attribute_type])
+
+
+def _dump(type_: int, body: bytes) -> Iterator[bytes]:
+    with Netlink(NETLINK_NETFILTER) as netlink:
+        yield from netlink.request(_SUBSYSTEM | type_, NLM_F_DUMP, body)
+
+
+def _batch_frame(type_: int, sequence: int) -> bytes:
+    return message(type_, 0, struct.pack("!BBH", 0, 0, _SUBSYSTEM >> 8), sequence)
+
+
+def _nfgenmsg(family: int) -> bytes:
+    return struct.pack("!BBH", family, 0, 0)
+
+
+def _text(name: str) -> bytes:
+    return name.encode("ascii") + b"\0"
+
+
+def _string(value: bytes) -> str:
+    return value.rstrip(b"\0").decode("ascii", "replace")

@@ -1,0 +1,205 @@
+"""a kernel for tests that behaves: it copies, applies and swaps, and fails on demand.
+
+Rule: it obeys the same laws as the real one (natkeep/kernel/__init__.py), which the contract
+tests hold, so a test that passes on it says something about natkeep and not about the fake.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from natkeep.errors import KernelError, RefusedError
+from natkeep.kernel import Remember
+from natkeep.plan import ruleset
+from natkeep.plan.drift import Gate, Observation, SeenEntry
+from natkeep.plan.move import Role, Site, Translation
+from natkeep.plan.steps import (
+    AddAddress,
+    FillSet,
+    Identity,
+    InsertEntries,
+    InstallGate,
+    InstallTranslation,
+    OpenGate,
+    Plan,
+    Prior,
+    PurgeEntries,
+    RaiseLoopback,
+    Step,
+)
+from natkeep.plan.tuples import Address, Connections, FourTuple
+
+
+@dataclass
+class FakeSite:
+    """What one namespace holds; equal for equal content."""
+
+    gates: dict[str, Gate] = field(default_factory=dict)
+    sets: dict[str, Connections] = field(default_factory=dict)
+    rules: dict[str, set[str]] = field(default_factory=dict)
+    addresses: set[Address] = field(default_factory=set)
+    loopback: bool = False
+    entries: dict[FourTuple, FourTuple] = field(default_factory=dict)
+
+
+class FakeKernel:
+    """Set `fail_at` to the number of the apply (counted from 0) that must fail.
+
+    die_at: likewise, but the process is "killed" after the change and before apply returns.
+    """
+
+    def __init__(self) -> None:
+        self.sites: dict[str, FakeSite] = {}
+        self.fail_at: int | None = None
+        self.die_at: int | None = None
+        self.applied = 0
+
+    def open_sites(self, sites: Iterable[Site], known: dict[Site, Identity] | None = None) -> None:
+        """Every name is a namespace here."""
+        for site in sites:
+            self.sites.setdefault(site.netns, FakeSite())
+
+    def identity(self, site: Site) -> Identity:
+        """A number for each name."""
+        return (0, list(self.sites).index(site.netns))
+
+    def addresses(self, site: Site, version: int) -> tuple[Address, ...]:
+        """What a test put there."""
+        here = self.sites[site.netns].addresses
+        return tuple(sorted(a for a in here if a.version == version))
+
+    def check(self, step: Step) -> None:
+        """NatkeepError when *step* could not work."""
+        if isinstance(step, InstallGate) and step.move_id in self.sites[step.site.netns].gates:
+            raise RefusedError(f"{step.site}: move {step.move_id} is prepared there already")
+
+    def apply(self, step: Step, remember: Remember) -> Prior:
+        """Do *step* on a copy, then swap; KernelError at `fail_at`."""
+        number, self.applied = self.applied, self.applied + 1
+        changed = copy.deepcopy(self.sites[step.site.netns])
+        prior = _find_prior(changed, step)
+        remember(prior)
+        if number == self.fail_at:
+            raise KernelError(f"{step.site}: told to fail")
+        _change(changed, step)
+        self.sites[step.site.netns] = changed
+        if number == self.die_at:
+            raise KilledError
+        return prior
+
+    def revert(self, step: Step, prior: Prior) -> None:
+        """Undo *step*; already gone is fine."""
+        here = self.sites[step.site.netns]
+        match step:
+            case InstallGate():
+                here.gates.pop(step.move_id, None)
+                for translation in step.translations:
+                    here.sets.pop(ruleset.kept_set(step.move_id, translation.number), None)
+                _withdraw(here, step.move_id, _gate_chains(step))
+            case RaiseLoopback() if not prior.present:
+                here.loopback = False
+            case AddAddress() if not prior.present:
+                here.addresses.discard(step.address)
+            case InstallTranslation():
+                _withdraw(here, step.move_id, _translating_chains(step))
+            case InsertEntries():
+                for before, _ in step.translation.tuples():
+                    here.entries.pop(before, None)
+            case OpenGate() if not prior.present and step.move_id in here.gates:
+                here.gates[step.move_id] = Gate.CLOSED
+            case _:
+                pass
+
+    def observe(self, site: Site, plan: Plan) -> Observation:
+        """What *site* shows of *plan* now."""
+        here, move_id = self.sites[site.netns], plan.move.id
+        translations = [t for t in plan.translations if t.site == site]
+        entries = {t.number: tuple(_see(here, t)) for t in translations}
+        return Observation(
+            gate=here.gates.get(move_id, Gate.ABSENT),
+            rules=frozenset(chain for chain, owners in here.rules.items() if move_id in owners),
+            missing={
+                (name := ruleset.kept_set(move_id, t.number)): len(t.kept)
+                - len(here.sets.get(name, Connections()))
+                for t in translations
+            },
+            addresses=frozenset({t.map.old for t in translations} & here.addresses),
+            entries=entries,
+            alive=sum(1 for seen in entries.values() for entry in seen if entry),
+        )
+
+
+class KilledError(BaseException):
+    """As SIGKILL would: nothing that natkeep catches."""
+
+
+def _find_prior(here: FakeSite, step: Step) -> Prior:
+    match step:
+        case RaiseLoopback():
+            return Prior(present=here.loopback)
+        case AddAddress():
+            return Prior(present=step.address in here.addresses)
+        case OpenGate():
+            return Prior(present=here.gates.get(step.move_id) == Gate.OPEN)
+        case _:
+            return Prior()
+
+
+def _change(here: FakeSite, step: Step) -> None:
+    match step:
+        case InstallGate():
+            here.gates[step.move_id] = Gate.CLOSED
+            for chain in _gate_chains(step):
+                here.rules.setdefault(chain, set()).add(step.move_id)
+        case FillSet():
+            here.sets[step.name] = step.translation.kept
+        case RaiseLoopback():
+            here.loopback = True
+        case AddAddress():
+            here.addresses.add(step.address)
+        case InstallTranslation():
+            for chain in _translating_chains(step):
+                here.rules.setdefault(chain, set()).add(step.move_id)
+        case PurgeEntries():
+            for before, after in step.translation.tuples():
+                here.entries.pop(before, None)
+                here.entries.pop(after, None)
+        case InsertEntries():
+            here.entries.update(step.translation.tuples())
+        case OpenGate():
+            if step.move_id not in here.gates:
+                raise KernelError(f"{step.site}: no gate of {step.move_id}")
+            here.gates[step.move_id] = Gate.OPEN
+
+
+def _gate_chains(step: InstallGate) -> list[str]:
+    ends = [t.before for t in step.translations]
+    if step.site.role == Role.DESTINATION:
+        ends += [t.after for t in step.translations]
+    return [ruleset.address_chain(ruleset.GATE, end) for end in ends]
+
+
+def _translating_chains(step: InstallTranslation) -> list[str]:
+    return [
+        chain
+        for t in step.translations
+        for chain in (
+            ruleset.address_chain(ruleset.INBOUND, t.before),
+            ruleset.address_chain(ruleset.OUTBOUND, t.after),
+        )
+    ]
+
+
+def _withdraw(here: FakeSite, move_id: str, chains: Iterable[str]) -> None:
+    for chain in chains:
+        here.rules.get(chain, set()).discard(move_id)
+        if not here.rules.get(chain):
+            here.rules.pop(chain, None)
+
+
+def _see(here: FakeSite, translation: Translation) -> Iterable[SeenEntry | None]:
+    for before, after in translation.tuples():
+        reached = here.entries.get(before)
+        yield SeenEntry(reached == after, 0, 0, True) if reached is not None else None

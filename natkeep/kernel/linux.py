@@ -1,0 +1,361 @@
+"""the real kernel: each step done, undone and looked at in the namespace of its site.
+
+Rule: this file decides nothing about translation; it hands each step to the file that can do
+it (nft.py, elements.py, conntrack.py, address.py) and turns refusals into KernelError.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+
+from natkeep.errors import KernelError, RefusedError
+from natkeep.kernel import Remember, address, conntrack, elements, nft, sockets
+from natkeep.kernel.netns import Namespace, find_namespace, inside, open_namespace
+from natkeep.plan import ruleset
+from natkeep.plan.drift import Gate, Observation
+from natkeep.plan.move import Role, Site, Translation
+from natkeep.plan.ruleset import TABLE
+from natkeep.plan.steps import (
+    AddAddress,
+    FillSet,
+    Identity,
+    InsertEntries,
+    InstallGate,
+    InstallTranslation,
+    OpenGate,
+    Plan,
+    Prior,
+    PurgeEntries,
+    RaiseLoopback,
+    Step,
+)
+from natkeep.plan.tuples import Address
+
+_CAP_NET_ADMIN = 12
+
+_INSERT_ATTEMPTS = 5
+"""A packet may make a stale entry between purge and insertion; five times in a row it does not."""
+
+
+def demand_privileges() -> None:
+    """KernelError when this process could not change a namespace anyway."""
+    with open("/proc/self/status", encoding="ascii") as file:
+        fields = dict(line.split(":", 1) for line in file if ":" in line)
+    if not int(fields["CapEff"], 16) >> _CAP_NET_ADMIN & 1:
+        raise KernelError("no privileges: natkeep needs CAP_NET_ADMIN", hint="run it as root")
+
+
+class LinuxKernel:
+    """See natkeep/kernel/__init__.py for the laws."""
+
+    def __init__(self) -> None:
+        self._namespaces: dict[Site, Namespace] = {}
+
+    def open_sites(self, sites: Iterable[Site], known: dict[Site, Identity] | None = None) -> None:
+        """Find the namespaces of *sites*; those that *known* names by identity, and no others."""
+        for site in sites:
+            if known is None:
+                self._namespaces[site] = open_namespace(site.netns)
+            else:
+                self._namespaces[site] = find_namespace(site.netns, known[site])
+
+    def identity(self, site: Site) -> Identity:
+        """Device and inode of an opened site's namespace."""
+        return self._namespaces[site].identity
+
+    def addresses(self, site: Site, version: int) -> tuple[Address, ...]:
+        """The addresses of IP *version* that others can reach an opened site at."""
+        with self._at(site):
+            return address.global_addresses(version)
+
+    @contextmanager
+    def _at(self, site: Site) -> Iterator[None]:
+        try:
+            with inside(self._namespaces[site]):
+                yield
+        except KernelError as error:
+            raise KernelError(f"{site}: {error}", hint=error.hint) from error
+        except OSError as error:
+            hint = "natkeep needs CAP_NET_ADMIN there" if error.errno in (1, 13) else None
+            raise KernelError(f"{site}: {error.strerror or error}", hint=hint) from error
+
+    def check(self, step: Step) -> None:
+        """NatkeepError when *step* could not work."""
+        with self._at(step.site):
+            match step:
+                case InstallGate():
+                    if elements.rules(TABLE, ruleset.gate_chain(step.move_id)):
+                        raise RefusedError(
+                            f"{step.site}: move {step.move_id} is prepared there already",
+                            hint=f"natkeep teardown {step.move_id}, or another id",
+                        )
+                case InstallTranslation() if step.site.role == Role.DESTINATION:
+                    _check_destination(step)
+                case _:
+                    pass
+
+    def apply(self, step: Step, remember: Remember) -> Prior:
+        """Do *step*; KernelError when the kernel says no."""
+        with self._at(step.site):
+            match step:
+                case InstallGate():
+                    return _install_gate(step, remember)
+                case FillSet():
+                    remember(Prior())
+                    kept = step.translation.kept
+                    elements.fill_set(TABLE, step.name, kept, step.translation.map.old.version)
+                case RaiseLoopback():
+                    return _raise_loopback(remember)
+                case AddAddress():
+                    return _add_address(step, remember)
+                case InstallTranslation():
+                    remember(Prior())
+                    nft.run_transaction(step.lines())
+                case PurgeEntries():
+                    remember(Prior())
+                    conntrack.purge(step.translation)
+                case InsertEntries():
+                    return _insert_entries(step, remember)
+                case OpenGate():
+                    prior = Prior(present=_gate(step.move_id) == Gate.OPEN)
+                    remember(prior)
+                    if not prior.present:
+                        nft.run_transaction(step.lines())
+                    return prior
+        return Prior()
+
+    def revert(self, step: Step, prior: Prior) -> None:
+        """Undo *step*; KernelError when the kernel says no."""
+        with self._at(step.site):
+            match step:
+                case InstallGate():
+                    _remove_gate(step)
+                case RaiseLoopback():
+                    _lower_loopback(prior)
+                case AddAddress() if not prior.present:
+                    address.remove_host_address(step.address)
+                case InstallTranslation():
+                    _withdraw(step.move_id, _translating_chains(step))
+                case InsertEntries():
+                    _restore_accounting(prior)
+                    conntrack.delete(step.translation)
+                case OpenGate() if not prior.present:
+                    _close_gate(step.move_id)
+                case _:  # a set goes with its gate; what was purged comes back by itself
+                    pass
+
+    def observe(self, site: Site, plan: Plan) -> Observation:
+        """What *site* shows of *plan* now."""
+        with self._at(site):
+            return _observe(site, plan)
+
+
+def _check_destination(step: InstallTranslation) -> None:
+    for translation in step.translations:
+        new = translation.map.new
+        if address.device_of(new) is None:
+            raise RefusedError(
+                f"{step.site}: NEW {new} is not an address of this namespace",
+                hint="give the namespace that has it: --site destination=NETNS",
+            )
+        for peer in sorted({tuple_.source.address for tuple_ in translation.kept})[:_PEERS]:
+            if not address.has_route_to(peer):
+                raise RefusedError(
+                    f"{step.site}: no route to the peer {peer}",
+                    hint="a socket cannot be restored without one",
+                )
+
+
+_PEERS = 64
+"""So many peers are looked up before a move; each costs a third of a millisecond."""
+
+
+def _install_gate(step: InstallGate, remember: Remember) -> Prior:
+    lines = list(step.lines())
+    if step.site.role == Role.DESTINATION and not elements.has_table(elements.ARP, TABLE):
+        lines = [*ruleset.render_arp_static(), *lines]
+    if not elements.has_table(elements.INET, TABLE):
+        lines = [*ruleset.render_static(), *lines]
+    remember(Prior())
+    nft.run_transaction(lines)
+    return Prior()
+
+
+def _remove_gate(step: InstallGate) -> None:
+    own = {ruleset.kept_set(step.move_id, t.number) for t in step.translations}
+    kept = {name for name in elements.set_names(TABLE) if name.startswith("kept-")}
+    if kept <= own:
+        # The last move takes the tables with it; others may come only under the same lock.
+        if elements.has_table(elements.INET, TABLE) or elements.has_table(elements.ARP, TABLE):
+            nft.run_transaction(ruleset.render_removal())
+        return
+    _withdraw(step.move_id, _gate_chains(step))
+    lines: list[str] = []
+    for translation in step.translations:
+        old = translation.map.old
+        chain = ruleset.address_chain(ruleset.GATE, old)
+        if step.site.role == Role.DESTINATION and not elements.rules(TABLE, chain):
+            lines += ruleset.render_speech(old)
+    lines += ruleset.render_gate_removal(step.move_id, [t.number for t in step.translations])
+    _run_what_is_there(lines)
+
+
+def _gate_chains(step: InstallGate) -> list[tuple[str, Address]]:
+    chains = [(ruleset.GATE, t.before) for t in step.translations]
+    if step.site.role == Role.DESTINATION:
+        chains += [(ruleset.GATE, t.after) for t in step.translations]
+    return chains
+
+
+def _translating_chains(step: InstallTranslation) -> list[tuple[str, Address]]:
+    return [
+        chain
+        for t in step.translations
+        for chain in ((ruleset.INBOUND, t.before), (ruleset.OUTBOUND, t.after))
+    ]
+
+
+def _withdraw(move_id: str, chains: Iterable[tuple[str, Address]]) -> None:
+    lines: list[str] = []
+    for dispatch, local in dict.fromkeys(chains):
+        rules = elements.rules(TABLE, ruleset.address_chain(dispatch, local))
+        ours = [rule.handle for rule in rules if rule.comment == move_id]
+        if ours:
+            last = len(ours) == len(rules)
+            lines += ruleset.render_withdrawal(dispatch, local, ours, last=last)
+    _run_what_is_there(lines)
+
+
+def _run_what_is_there(lines: list[str]) -> None:
+    """Run deletions in one transaction, or, when something is gone already, one by one."""
+    if not lines:
+        return
+    try:
+        nft.run_transaction(lines)
+    except nft.NftError:
+        for line in lines:
+            try:
+                nft.run_transaction([line])
+            except nft.NftError as error:
+                if "No such file" not in str(error):
+                    raise
+
+
+def _raise_loopback(remember: Remember) -> Prior:
+    prior = Prior(present=address.loopback_is_up(), facts={"addresses": address.count_on_lo()})
+    remember(prior)
+    if not prior.present:
+        address.set_loopback("up")
+    return prior
+
+
+def _lower_loopback(prior: Prior) -> None:
+    if prior.present:
+        return
+    address.set_loopback("down")
+    if not prior.facts.get("addresses"):
+        address.forget_loopback_address()
+
+
+def _add_address(step: AddAddress, remember: Remember) -> Prior:
+    prior = Prior(present=address.device_of(step.address) is not None)
+    remember(prior)
+    if not prior.present:
+        address.add_host_address(step.address)
+    return prior
+
+
+def _insert_entries(step: InsertEntries, remember: Remember) -> Prior:
+    # Entries count their packets only if accounting was on when they were made; it is on for
+    # just this long, so that other people's connections are none the wiser.
+    before = conntrack.read_setting("nf_conntrack_acct")
+    remember(Prior(facts={"acct": before}) if before == "0" else Prior())
+    counting = before == "0" and conntrack.write_setting("nf_conntrack_acct", "1")
+    try:
+        _insert_despite_races(step.translation)
+        wrong = sum(
+            1 for seen in conntrack.look_up(step.translation) if not (seen and seen.translated)
+        )
+        if wrong:
+            raise KernelError(f"conntrack: {wrong} entries do not translate as planned")
+    except BaseException:
+        conntrack.delete(step.translation)
+        raise
+    finally:
+        if counting:
+            conntrack.write_setting("nf_conntrack_acct", "0")
+    return Prior()
+
+
+def _insert_despite_races(translation: Translation) -> None:
+    for attempt in range(1, _INSERT_ATTEMPTS + 1):
+        try:
+            conntrack.insert(translation)
+        except FileExistsError:
+            if attempt == _INSERT_ATTEMPTS:
+                raise
+            conntrack.purge(translation)
+        else:
+            return
+
+
+def _restore_accounting(prior: Prior) -> None:
+    if "acct" in prior.facts:
+        conntrack.write_setting("nf_conntrack_acct", str(prior.facts["acct"]))
+
+
+def _gate(move_id: str) -> Gate:
+    rules = elements.rules(TABLE, ruleset.gate_chain(move_id))
+    if not rules:
+        return Gate.ABSENT
+    return Gate.OPEN if any(rule.comment == ruleset.OPEN for rule in rules) else Gate.CLOSED
+
+
+def _close_gate(move_id: str) -> None:
+    chain = ruleset.gate_chain(move_id)
+    _run_what_is_there(
+        [
+            f"delete rule inet {TABLE} {chain} handle {rule.handle}"
+            for rule in elements.rules(TABLE, chain)
+            if rule.comment == ruleset.OPEN
+        ]
+    )
+
+
+def _observe(site: Site, plan: Plan) -> Observation:
+    here = [t for t in plan.translations if t.site == site]
+    move_id = plan.move.id
+    entries = {t.number: tuple(conntrack.look_up(t)) for t in here}
+    if site.role == Role.DESTINATION:
+        alive = sum(sockets.count_alive(t.kept) for t in here)
+    else:
+        alive = sum(1 for seen in entries.values() for entry in seen if entry and entry.alive)
+    return Observation(
+        gate=_gate(move_id),
+        rules=_observe_rules(move_id, here),
+        missing={ruleset.kept_set(move_id, t.number): _count_missing(move_id, t) for t in here},
+        addresses=frozenset(t.map.old for t in here if address.device_of(t.map.old)),
+        entries=entries,
+        alive=alive,
+    )
+
+
+def _observe_rules(move_id: str, here: Iterable[Translation]) -> frozenset[str]:
+    found = set()
+    for translation in here:
+        for dispatch in ruleset.DISPATCHES:
+            for local in (translation.before, translation.after):
+                chain = ruleset.address_chain(dispatch, local)
+                dispatched = ruleset.dispatch_map(dispatch, local.version)
+                if any(
+                    rule.comment == move_id for rule in elements.rules(TABLE, chain)
+                ) and local.packed in elements.read_keys(TABLE, dispatched):
+                    found.add(chain)
+    return frozenset(found)
+
+
+def _count_missing(move_id: str, translation: Translation) -> int:
+    expected = elements.pack_keys(translation.kept, translation.map.old.version)
+    name = ruleset.kept_set(move_id, translation.number)
+    return len(expected - set(elements.read_keys(TABLE, name)))

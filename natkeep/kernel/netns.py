@@ -1,0 +1,145 @@
+"""the namespaces: found once, held by a handle, entered and left again.
+
+Rule: this is the only file that calls setns(). A namespace is opened once; after that it is
+known by its handle and its identity (device and inode), never looked up by name again.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import fcntl
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from natkeep.errors import KernelError, UsageError
+
+_CLONE_NEWNET = 0x40000000
+_NS_GET_NSTYPE = 0xB703
+_NAMED = "/run/netns"
+
+
+class NamespaceGoneError(UsageError):
+    """A namespace that a journal names does not exist any more, or is out of reach."""
+
+
+@dataclass(frozen=True, slots=True)
+class Namespace:
+    """An open network namespace; its identity stays the same however it was named."""
+
+    fd: int
+    device: int
+    inode: int
+    label: str
+
+    @property
+    def identity(self) -> tuple[int, int]:
+        """Device and inode: equal for two handles of one namespace."""
+        return self.device, self.inode
+
+
+def open_namespace(spec: str) -> Namespace:
+    """Open the namespace named *spec*: a name below /run/netns, a path, `pid:N`, or empty (ours).
+
+    UsageError when there is none of that name, or what is there is no network namespace.
+    """
+    label = spec or "this namespace"
+    path = _path_of(spec)
+    try:
+        # O_NONBLOCK, so that a FIFO in its place cannot hold us.
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    except OSError as error:
+        raise UsageError(
+            f"no network namespace {label!r}: {error.strerror}",
+            hint="a name as `ip netns` lists it, a path, or pid:N",
+        ) from error
+    try:
+        kind = fcntl.ioctl(fd, _NS_GET_NSTYPE)
+    except OSError:
+        kind = 0
+    if kind != _CLONE_NEWNET:
+        os.close(fd)
+        raise UsageError(f"{label!r} is not a network namespace")
+    status = os.fstat(fd)
+    return Namespace(fd, status.st_dev, status.st_ino, label)
+
+
+def find_namespace(spec: str, identity: tuple[int, int]) -> Namespace:
+    """The namespace that was once opened as *spec* and has *identity*.
+
+    A name may have been given to another namespace since, and a pid to another process, so the
+    identity decides; it is then looked for in ours, the named ones, and those of all processes
+    that we see. UsageError when it is nowhere: then it no longer exists, or we cannot reach it.
+    """
+    for candidate in _candidates(spec):
+        try:
+            status = os.stat(candidate)
+        except OSError:
+            continue
+        if (status.st_dev, status.st_ino) == identity:
+            found = open_namespace(candidate)
+            if found.identity == identity:
+                return found
+            os.close(found.fd)
+    raise NamespaceGoneError(f"the network namespace {spec or 'of the move'!r} is gone")
+
+
+def _candidates(spec: str) -> Iterator[str]:
+    if spec:
+        yield _path_of(spec)
+    yield "/proc/self/ns/net"
+    for directory, suffix in ((_NAMED, ""), ("/proc", "/ns/net")):
+        try:
+            names = os.listdir(directory)
+        except OSError:
+            continue
+        for name in names:
+            if directory == _NAMED or name.isdigit():
+                yield f"{directory}/{name}{suffix}"
+
+
+def _path_of(spec: str) -> str:
+    if not spec:
+        return "/proc/self/ns/net"
+    if spec.startswith("pid:"):
+        pid = spec[4:]
+        if not (pid.isascii() and pid.isdigit()):
+            raise UsageError(f"{spec!r} is not of the form pid:N")
+        return f"/proc/{pid}/ns/net"
+    if "/" in spec:
+        return spec
+    if spec in (".", ".."):
+        raise UsageError(f"{spec!r} is not the name of a network namespace")
+    return f"{_NAMED}/{spec}"
+
+
+@contextmanager
+def inside(namespace: Namespace) -> Iterator[None]:
+    """The calling thread is in *namespace* while the block runs.
+
+    Sockets made inside stay in it; that is how one process talks to several namespaces.
+    """
+    home = os.open("/proc/thread-self/ns/net", os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        status = os.fstat(home)
+        if (status.st_dev, status.st_ino) == namespace.identity:
+            yield
+            return
+        _setns(namespace.fd, namespace.label)
+        try:
+            yield
+        finally:
+            _setns(home, "the namespace we came from")
+    finally:
+        os.close(home)
+
+
+def _setns(fd: int, label: str) -> None:
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.setns(fd, _CLONE_NEWNET):
+        errno = ctypes.get_errno()
+        raise KernelError(
+            f"cannot enter {label}: {os.strerror(errno)}",
+            hint="natkeep needs CAP_SYS_ADMIN to enter another network namespace",
+        )

@@ -1,0 +1,51 @@
+"""the sockets that live in a namespace: which of the kept connections still have one.
+
+Rule: read only, from the kernel's own table of the thread's namespace.
+"""
+
+from __future__ import annotations
+
+import socket
+import sys
+
+from natkeep.plan.tuples import RECORD_SIZE, Connections
+
+_ENDED = frozenset({b"06", b"07"})  # TIME-WAIT, CLOSED: no process owns it any more
+
+
+def count_alive(connections: Connections) -> int:
+    """How many of *connections* have a socket in the namespace that the thread is in."""
+    alive = 0
+    live = _records("/proc/thread-self/net/tcp", 4) | _records("/proc/thread-self/net/tcp6", 6)
+    for version in (4, 6):
+        records, size = connections.records(version), RECORD_SIZE[version]
+        alive += sum(records[i : i + size] in live for i in range(0, len(records), size))
+    return alive
+
+
+def _records(path: str, version: int) -> set[bytes]:
+    """The sockets' records as plan.tuples packs them; an IPv4-mapped one as IPv4."""
+    found: set[bytes] = set()
+    try:
+        with open(path, "rb") as file:
+            rows = file.read().splitlines()[1:]
+    except FileNotFoundError:  # a kernel without IPv6
+        return found
+    for row in rows:
+        fields = row.split(None, 4)
+        if fields[3] in _ENDED:
+            continue
+        record = _endpoint(fields[1]) + _endpoint(fields[2])
+        if version == 6 and record[:12] == bytes(10) + b"\xff\xff":
+            record = record[12:18] + record[30:36]
+        found.add(record)
+    return found
+
+
+def _endpoint(text: bytes) -> bytes:
+    # The address stands there as 32-bit words in the machine's order, the port as a number.
+    address, _, port = text.partition(b":")
+    raw = bytes.fromhex(address.decode("ascii"))
+    if sys.byteorder == "little":
+        raw = b"".join(raw[i : i + 4][::-1] for i in range(0, len(raw), 4))
+    return raw + socket.htons(int(port, 16)).to_bytes(2, sys.byteorder)

@@ -1,0 +1,156 @@
+"""the lab's side of traffic.py: start lines, commands, reports and waiting with a deadline.
+
+    serve = Application(tmp / "serve")
+    process = Popen(["ip", "netns", "exec", "web", *serve.serve_line("10.2.0.10:80")])
+    serve.wait(lambda report: report["listening"], "listening")
+    dial = Application(tmp / "dial")
+    Popen(["ip", "netns", "exec", "peer", *dial.dial_line("10.2.0.10:80", count=8)])
+    dial.wait(all_open(8), "connected")
+    dial.do({"talk": {"interval_ms": 10, "size": 64}})       # returns when it is acknowledged
+    dial.wait(answered(100), "100 answers each")
+    serve.command({"freeze": str(tmp / "state.json")})       # does not wait
+    dial.do("mark"); …; dial.fresh()["connections"][0]["longest_silence_ms"]
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+SCRIPT = Path(__file__).with_name("traffic.py")
+
+Report = dict[str, Any]
+Item = str | dict[str, Any]
+
+# How often a report is looked at while waiting; the script writes every 20 ms at most.
+_LOOK_EVERY_S = 0.002
+
+
+class TrafficError(Exception):
+    """The application refused a command, or did not come to a state before the deadline."""
+
+
+class Application:
+    """One traffic.py process, by the directory that steers it.
+
+    A directory belongs to one life of an application: a resumed process carries on in the same
+    one, an unrelated process needs its own.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self.directory.mkdir(parents=True, exist_ok=True)
+        self._seq = 0
+
+    def serve_line(self, *listen: str) -> list[str]:
+        """The command line of a server at the addresses *listen*."""
+        return self._line("serve", *(word for each in listen for word in ("--listen", each)))
+
+    def dial_line(self, to: str, *, count: int = 1, source: str | None = None) -> list[str]:
+        """The command line of a client with *count* connections."""
+        origin = [] if source is None else ["--from", source]
+        return self._line("dial", "--to", to, "--count", str(count), *origin)
+
+    def resume_line(self, state: Path, *, role: str = "serve") -> list[str]:
+        """The command line that goes on from what `freeze` wrote into *state*."""
+        return self._line(role, "--resume", str(state))
+
+    def _line(self, role: str, *arguments: str) -> list[str]:
+        # -I -S: nothing of the user's environment and no site-packages, a third less to dump.
+        script = [sys.executable, "-I", "-S", str(SCRIPT)]
+        return [*script, role, *arguments, "--dir", str(self.directory)]
+
+    def command(self, *items: Item) -> int:
+        """Replace the orders and return their number at once; see traffic.py for the items.
+
+        Orders that nobody has read yet are lost; `do` waits, and so never loses any.
+        """
+        self._seq += 1
+        self._replace("command", json.dumps({"seq": self._seq, "do": items}))
+        return self._seq
+
+    def do(self, *items: Item, within: float = 5.0) -> Report:
+        """Give orders, wait until they are carried out; the report written right after them."""
+        seq = self.command(*items)
+        report = self.wait(lambda report: report["seq"] >= seq, f"to do {items}", within=within)
+        if report["failed"]:
+            raise TrafficError(f"{self.directory.name}: {report['failed']}")
+        return report
+
+    def go(self, how: str = "probe") -> None:
+        """Let a resumed application leave repair: `probe` as CRIU does, or `silent`."""
+        self._replace("go", how)
+
+    def report(self) -> Report | None:
+        """The newest report; None before the first."""
+        try:
+            report: Report = json.loads((self.directory / "report.json").read_text())
+        except FileNotFoundError:
+            return None
+        return report
+
+    def fresh(self) -> Report:
+        """A report that was written after this call."""
+        return self.do()
+
+    def wait(
+        self, predicate: Callable[[Report], object], what: str, *, within: float = 5.0
+    ) -> Report:
+        """The first report that satisfies *predicate*; TrafficError, with the last one, if late."""
+        deadline = time.monotonic() + within
+        while True:
+            report = self.report()
+            if report is not None and predicate(report):
+                return report
+            if time.monotonic() > deadline:
+                raise TrafficError(
+                    f"{self.directory.name}: waited {within} s {what}; last report: {report}"
+                )
+            time.sleep(_LOOK_EVERY_S)
+
+    def _replace(self, name: str, text: str) -> None:
+        # Rename, so that the application never reads half an order.
+        temporary = self.directory / f".{name}.tmp"
+        temporary.write_text(text)
+        os.replace(temporary, self.directory / name)
+
+
+def all_open(count: int) -> Callable[[Report], bool]:
+    """*count* connections are there, and all of them open."""
+    return all_in("open", count)
+
+
+def all_in(state: str, count: int) -> Callable[[Report], bool]:
+    """*count* connections are there, and all of them in *state*."""
+    return lambda report: [each["state"] for each in report["connections"]] == [state] * count
+
+
+def answered(times: int) -> Callable[[Report], bool]:
+    """Every connection has had *times* more… or as many answers in full."""
+    return lambda report: all(each["answered"] >= times for each in report["connections"])
+
+
+def received(octets: int) -> Callable[[Report], bool]:
+    """Every connection has read at least *octets*."""
+    return lambda report: all(each["rx"] >= octets for each in report["connections"])
+
+
+def handed_over(report: Report) -> bool:
+    """No application owes the kernel anything more."""
+    return all(each["owed"] == 0 for each in report["connections"])
+
+
+def faults(report: Report) -> Sequence[str]:
+    """What is wrong with the connections of a report, in words; empty when nothing is."""
+    found = []
+    for index, each in enumerate(report["connections"]):
+        if each["mismatch"] is not None:
+            found.append(f"connection {index}: wrong octet {each['mismatch']}")
+        if each["error"] is not None:
+            found.append(f"connection {index}: {each['state']} ({each['error']})")
+    return found

@@ -1,0 +1,247 @@
+"""the proof: what the captured frames say about the kept connections, as assertions.
+
+Rule: pure; frames and four-tuples in, `Assertion`s out, and each of them can fail. Four-tuples
+run from the peer to the process, as the peer sees them.
+
+What must never step back at the peer, exactly: in the order of capture, for each direction of
+each kept connection, the acknowledgement number and the timestamp value; and at the end the
+sequence numbers that were seen must have no hole. A retransmission is legitimate TCP: its
+sequence number is old, but it acknowledges and is stamped anew.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+from natkeep.lab.topology import Address
+from natkeep.lab.verdict import Assertion
+from natkeep.lab.wire import ACK, FIN, RST, SYN, Frame, Segment
+from natkeep.plan.tuples import Endpoint, FourTuple
+
+_SHOWN = 3  # examples in a detail
+
+
+@dataclass(frozen=True, slots=True)
+class Kept:
+    """What is judged: the kept connections, where OLD went, and when.
+
+    frozen_ns, restored_ns: when the freeze began and when the restore was done; None: never.
+    strangers: peers' endpoints whose traffic is none of the kept connections' business.
+    """
+
+    tuples: tuple[FourTuple, ...]
+    news: Mapping[Address, tuple[Address, ...]]
+    frozen_ns: int
+    restored_ns: int | None
+    strangers: frozenset[Endpoint] = frozenset()
+
+    def on_far_side(self) -> set[FourTuple]:
+        """The tuples that may be seen between gateway and destination."""
+        return {
+            FourTuple(each.source, Endpoint(new, each.destination.port))
+            for each in self.tuples
+            for new in self.news.get(each.destination.address, ())
+        }
+
+
+Points = Mapping[str, Sequence[Frame]]
+
+
+def judge_wires(kept: Kept, peers: Points, near: Points, far: Points) -> list[Assertion]:
+    """Everything that the wires say; *peers* are captures at the peers' own interfaces."""
+    at_peers = [frame for frames in peers.values() for frame in frames]
+    return [
+        no_old_address(far, kept),
+        tuple_unchanged(at_peers, kept),
+        no_reset({**peers, **near, **far}, kept),
+        no_new_path(at_peers, kept),
+        only_kept_ports({**peers, **near}, far, kept),
+        *(steps(at_peers, kept) for steps in (acks_advance, timestamps_advance, no_hole)),
+    ]
+
+
+def no_old_address(far: Points, kept: Kept) -> Assertion:
+    """No frame between gateway and destination carries OLD, in any header."""
+    olds = set(kept.news)
+    bad = [f"{at}: {f.summary}" for at, frames in far.items() for f in frames if f.addresses & olds]
+    seen = sum(1 for frames in far.values() for f in frames if f.segment)
+    return _verdict(
+        "no frame between gateway and destination carries OLD",
+        bad, seen, f"{seen} segments there, all with NEW",
+    )  # fmt: skip
+
+
+def tuple_unchanged(at_peers: Sequence[Frame], kept: Kept) -> Assertion:
+    """Each kept four-tuple came from the process before the freeze and again after the restore."""
+    before, after = set[FourTuple](), set[FourTuple]()
+    for frame in at_peers:
+        if frame.segment and not frame.segment.flags & RST:
+            if frame.at_ns < kept.frozen_ns:
+                before.add(frame.segment.tuple.reply())
+            elif kept.restored_ns is not None and frame.at_ns >= kept.restored_ns:
+                after.add(frame.segment.tuple.reply())
+    bad = [f"{each}: silent {when}"
+           for when, seen in (("before", before), ("after", after))
+           for each in kept.tuples if each not in seen]  # fmt: skip
+    return _verdict(
+        "the peer sees each four-tuple before and after the move",
+        bad, len(kept.tuples), f"{len(kept.tuples)} unchanged",
+    )  # fmt: skip
+
+
+def no_reset(everywhere: Points, kept: Kept) -> Assertion:
+    """No segment of a peer of ours, on any wire, has RST."""
+    bad, seen = [], 0
+    for at, frame, segment in _segments(everywhere, kept):
+        seen += 1
+        if segment.flags & RST:
+            bad.append(f"{at}: {frame.summary}")
+    return _verdict("no reset on any wire", bad, seen, f"0 in {seen} segments")
+
+
+def no_new_path(at_peers: Sequence[Frame], kept: Kept) -> Assertion:
+    """No SYN on a kept connection after the freeze began."""
+    both = _both_directions(kept)
+    late = [f for f in at_peers if f.segment and f.segment.tuple in both]
+    late = [frame for frame in late if frame.at_ns >= kept.frozen_ns]
+    bad = [frame.summary for frame in late if frame.segment and frame.segment.flags & SYN]
+    return _verdict("no SYN after the freeze", bad, len(late), f"0 in {len(late)} segments")
+
+
+def only_kept_ports(near: Points, far: Points, kept: Kept) -> Assertion:
+    """After the freeze every segment belongs to a kept connection, ports unchanged."""
+    bad, seen = [], 0
+    for points, wanted in ((near, set(kept.tuples)), (far, kept.on_far_side())):
+        for at, frame, segment in _segments(points, kept):
+            if frame.at_ns < kept.frozen_ns:
+                continue
+            seen += 1
+            if segment.tuple not in wanted and segment.tuple.reply() not in wanted:
+                bad.append(f"{at}: {frame.summary}")
+    return _verdict("no port differs from the kept ones", bad, seen, f"{seen} segments")
+
+
+def acks_advance(at_peers: Sequence[Frame], kept: Kept) -> Assertion:
+    """No direction ever acknowledges less than it did before."""
+    return _monotonic(
+        "acknowledgements never step back", at_peers, kept,
+        lambda segment: segment.ack if segment.flags & ACK else None,
+    )  # fmt: skip
+
+
+def timestamps_advance(at_peers: Sequence[Frame], kept: Kept) -> Assertion:
+    """No direction ever stamps a segment earlier than the one before."""
+    return _monotonic(
+        "TCP timestamps never step back", at_peers, kept, lambda segment: segment.timestamp
+    )
+
+
+def no_hole(at_peers: Sequence[Frame], kept: Kept) -> Assertion:
+    """Each direction's sequence numbers are seen from the first to the last without a hole."""
+    bad, seen = [], 0
+    for tuple_, segments in _by_direction(at_peers, kept).items():
+        seen += len(segments)
+        bad += [f"{tuple_}: {hole}" for hole in _holes(segments)]
+    return _verdict("sequence numbers have no hole", bad, seen, f"{seen} segments")
+
+
+def count_segments(at_peers: Iterable[Frame], kept: Kept) -> int:
+    """Segments of kept connections at the peers' interfaces, both directions."""
+    both = _both_directions(kept)
+    return sum(1 for f in at_peers if f.segment and f.segment.tuple in both)
+
+
+def count_resets(at_peers: Iterable[Frame], kept: Kept) -> int:
+    """Those of them with RST."""
+    both = _both_directions(kept)
+    return sum(
+        1 for f in at_peers if f.segment and f.segment.tuple in both and f.segment.flags & RST
+    )
+
+
+def longest_silence_ms(at_peers: Sequence[Frame], kept: Kept) -> float:
+    """The longest time that a peer's interface saw nothing from OLD on a kept connection.
+
+    Counted from the last segment before the freeze onwards, to the end of the capture.
+    """
+    silences = [0]
+    last = {each.reply(): kept.frozen_ns for each in kept.tuples}
+    for frame in at_peers:
+        if frame.segment is not None and frame.segment.tuple in last:
+            if frame.at_ns >= kept.frozen_ns:
+                silences.append(frame.at_ns - last[frame.segment.tuple])
+            last[frame.segment.tuple] = frame.at_ns
+    end = max((frame.at_ns for frame in at_peers), default=0)
+    return max(silences + [end - seen for seen in last.values()]) / 1e6
+
+
+def _verdict(name: str, bad: Sequence[str], seen: int, good: str) -> Assertion:
+    """Nothing bad, and something seen: no traffic proves nothing."""
+    if not bad and not seen:
+        return Assertion(name, False, "nothing was seen there, which proves nothing")
+    more = f" and {len(bad) - _SHOWN} more" if len(bad) > _SHOWN else ""
+    return Assertion(name, not bad, "; ".join(bad[:_SHOWN]) + more if bad else good)
+
+
+def _both_directions(kept: Kept) -> set[FourTuple]:
+    return set(kept.tuples) | {each.reply() for each in kept.tuples}
+
+
+def _segments(points: Points, kept: Kept) -> Iterable[tuple[str, Frame, Segment]]:
+    """All segments but those of strangers."""
+    for at, frames in points.items():
+        for frame in frames:
+            segment = frame.segment
+            if segment and not kept.strangers & {segment.tuple.source, segment.tuple.destination}:
+                yield at, frame, segment
+
+
+def _by_direction(at_peers: Iterable[Frame], kept: Kept) -> dict[FourTuple, list[Segment]]:
+    found: dict[FourTuple, list[Segment]] = {each: [] for each in _both_directions(kept)}
+    for frame in at_peers:
+        if frame.segment and frame.segment.tuple in found:
+            found[frame.segment.tuple].append(frame.segment)
+    return found
+
+
+def _monotonic(
+    name: str, at_peers: Sequence[Frame], kept: Kept, number: Callable[[Segment], int | None]
+) -> Assertion:
+    bad, seen = [], 0
+    for tuple_, segments in _by_direction(at_peers, kept).items():
+        highest: int | None = None
+        for segment in segments:
+            value = number(segment)
+            if value is None or segment.flags & RST:
+                continue
+            seen += 1
+            if highest is not None and _distance(highest, value) < 0:
+                bad.append(f"{tuple_}: {highest} then {value}")
+            else:
+                highest = value
+    return _verdict(name, bad, seen, f"{seen} segments")
+
+
+def _holes(segments: Sequence[Segment]) -> list[str]:
+    """Gaps in what the segments cover, each as a text."""
+    if not segments:
+        return []
+    first = segments[0].seq
+    spans = sorted(
+        (start, start + s.length + bool(s.flags & SYN) + bool(s.flags & FIN))
+        for s in segments
+        if not s.flags & RST
+        for start in (_distance(first, s.seq),)
+    )
+    holes, reached = [], spans[0][0] if spans else 0
+    for start, end in spans:
+        if start > reached:
+            holes.append(f"{start - reached} octets missing at {reached} of the capture")
+        reached = max(reached, end)
+    return holes
+
+
+def _distance(a: int, b: int) -> int:
+    """How far *b* is ahead of *a*, in TCP's arithmetic modulo 2^32."""
+    return (b - a + (1 << 31)) % (1 << 32) - (1 << 31)

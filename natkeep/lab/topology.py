@@ -1,0 +1,300 @@
+"""the practice network: hosts that are namespaces, and the wires between them.
+
+Each host's network namespace has a name under /run/netns, `natkeep-lab-HEX-ROLE`, so that
+`natkeep --site gateway=NAME` works. Every network is a bridge in one more namespace, the
+switch, which also holds the anti-spoof filter:
+
+    client 10.1.0.2 ─┐ near            ┌─ old ── source      10.2.0.10  (OLD)
+    client2 10.1.0.3 ┴──── gateway ────┼─ far ── destination 10.3.0.20  (NEW)
+                           10.x.0.1    └─ third ─ third      10.4.0.30
+    (IPv6 likewise: fd00:1::2, fd00:2::10, fd00:3::20, fd00:4::30, gateway fd00:x::1)
+
+Rule: what is made is registered for removal on the line where it is made, and removed in
+reverse order. A lab whose owner died is recognised by the lock that nobody holds any more.
+This file must never touch a namespace that does not bear the lab's own prefix.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import ipaddress
+import os
+import secrets
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+
+from natkeep.lab.host import NAMES, Host, LabError
+
+PREFIX = "natkeep-lab-"
+LOCKS = Path("/run/natkeep-lab")
+NETWORKS = {"near": 1, "old": 2, "far": 3, "third": 4}
+
+Address = ipaddress.IPv4Address | ipaddress.IPv6Address
+
+
+@dataclass(frozen=True, slots=True)
+class Seat:
+    """Where a host sits: its role, its network, its number there, and its first pid."""
+
+    role: str
+    network: str
+    number: int
+    first_pid: int = 0  # pids of a process that moves must be free at the other end
+
+    def address(self, family: int) -> Address:
+        """The host's address of IP version *family*, 4 or 6."""
+        return address(self.network, self.number, family)
+
+
+CLIENT = Seat("client", "near", 2)
+SOURCE = Seat("source", "old", 10, first_pid=1000)
+DESTINATION = Seat("destination", "far", 20)
+THIRD = Seat("third", "third", 30)
+USUAL = (CLIENT, SOURCE, DESTINATION)
+
+
+def address(network: str, number: int, family: int) -> Address:
+    """Host *number* of *network*: 10.3.0.20 or fd00:3::20."""
+    net = NETWORKS[network]
+    return ipaddress.ip_address(f"10.{net}.0.{number}" if family == 4 else f"fd00:{net}::{number}")
+
+
+class Topology:
+    """All hosts of one lab; a context manager that leaves nothing behind."""
+
+    def __init__(self, seats: Iterable[Seat] = USUAL) -> None:
+        self.seats = tuple(seats)
+        self.hex = secrets.token_hex(4)
+        self.hosts: dict[str, Host] = {}
+        self._stack = contextlib.ExitStack()
+        self.directory = Path()
+
+    def __enter__(self) -> Topology:
+        sweep()
+        try:
+            self._build()
+        except BaseException:
+            self._stack.close()
+            raise
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        at: TracebackType | None,
+    ) -> None:
+        self._stack.close()
+
+    def __getitem__(self, role: str) -> Host:
+        return self.hosts[role]
+
+    def defer(self, undo: Callable[..., object], *args: object) -> None:
+        """Have *undo* called when the lab ends, before what was deferred earlier."""
+        self._stack.callback(undo, *args)
+
+    def name(self, role: str) -> str:
+        """The network namespace name of *role*."""
+        return f"{PREFIX}{self.hex}-{role}"
+
+    def _build(self) -> None:
+        self._lock()
+        self.directory = _directory(self.hex)
+        self.directory.mkdir(mode=0o700)
+        self._stack.callback(shutil.rmtree, self.directory, True)
+        roles = ["switch", "gateway", *(seat.role for seat in self.seats)]
+        self._stack.callback(remove_names, [self.name(role) for role in roles])
+        _ip([f"netns add {self.name(role)}" for role in roles] + self._links())
+        scripts = {"switch": self._switch_script(), "gateway": self._gateway_script()}
+        scripts |= {seat.role: _host_script(seat) for seat in self.seats}
+        first_pids = {seat.role: seat.first_pid for seat in self.seats}
+        for role in roles:
+            host = Host(role, self.name(role), self.directory)
+            self.hosts[role] = host
+            self._stack.callback(host.shut)
+            host.boot(scripts[role], first_pid=first_pids.get(role, 0))
+        for host in self.hosts.values():
+            host.await_boot()
+
+    def _lock(self) -> None:
+        path = LOCKS / self.hex
+        with _registry():  # a sweep must not find the file before it is locked
+            lock = os.open(path, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
+            self._stack.callback(os.close, lock)
+            self._stack.callback(path.unlink, True)
+            fcntl.flock(lock, fcntl.LOCK_EX)
+
+    def _used(self) -> list[str]:
+        return [net for net in NETWORKS if any(seat.network == net for seat in self.seats)]
+
+    def _links(self) -> list[str]:
+        """A veth from each host, and one a network from the gateway, to the switch.
+
+        The ports have indexes that no host has: to the kernel a veth whose peer has its own
+        index is not worth a hurry, and its carrier comes up to a second late (linkwatch.c).
+        """
+        switch = self.name("switch")
+        ends = [(self.name(seat.role), "eth0", seat.role) for seat in self.seats]
+        ends += [(self.name("gateway"), net, f"gw-{net}") for net in self._used()]
+        return [
+            f"link add {port} index {index} netns {switch} type veth"
+            f" peer name {inside} netns {name}"
+            for index, (name, inside, port) in enumerate(ends, 100)
+        ]
+
+    def _switch_script(self) -> str:
+        links = []
+        for net in self._used():
+            links.append(f"link add br-{net} type bridge mcast_snooping 0")
+            ports = [seat.role for seat in self.seats if seat.network == net]
+            links += [f"link set {port} master br-{net} up" for port in [*ports, f"gw-{net}"]]
+            links.append(f"link set br-{net} up")
+        # br_netfilter would show bridged frames to the ip hooks of this namespace (H32)
+        quiet = (
+            "echo 1 >/proc/sys/net/ipv6/conf/all/disable_ipv6\n"
+            "for f in /proc/sys/net/bridge/bridge-nf-call-*; do"
+            " if [ -e $f ]; then echo 0 >$f; fi; done\n"
+        )
+        guarded = [s for s in self.seats if s.network not in ("near", "old")]
+        spoofs = [s for s in self.seats if s.network == "old"]
+        return quiet + _batch(links) + _heredoc("nft -f -", anti_spoof(guarded, spoofs))
+
+    def _gateway_script(self) -> str:
+        lines = ["link set lo up"]
+        for net in self._used():
+            lines += [
+                f"address add {address(net, 1, 4)}/24 dev {net}",
+                f"address add {address(net, 1, 6)}/64 dev {net} nodad",
+                f"link set {net} up",
+            ]
+        forward = (
+            "echo 1 >/proc/sys/net/ipv4/ip_forward\n"
+            "echo 1 >/proc/sys/net/ipv6/conf/all/forwarding\n"
+        )
+        return forward + _SETTLED + _batch(lines)
+
+
+# Duplicate address detection would hold every address back for a second, and a machine's own
+# choice of rp_filter should not decide what a lab shows.
+_SETTLED = (
+    "for f in /proc/sys/net/ipv6/conf/*/accept_dad /proc/sys/net/ipv6/conf/*/accept_ra"
+    " /proc/sys/net/ipv4/conf/*/rp_filter; do echo 0 >$f; done\n"
+)
+
+
+def _host_script(seat: Seat) -> str:
+    return _SETTLED + _batch([
+        "link set lo up",
+        f"address add {seat.address(4)}/24 dev eth0",
+        f"address add {seat.address(6)}/64 dev eth0 nodad",
+        "link set eth0 up",
+        f"route add default via {address(seat.network, 1, 4)}",
+        f"route add default via {address(seat.network, 1, 6)}",
+    ])  # fmt: skip
+
+
+def anti_spoof(guarded: Sequence[Seat], spoofs: Sequence[Seat]) -> str:
+    """The filter at the switch's ports of *guarded*: no frame may say that it comes from *spoofs*.
+
+    As clouds have it: IP, IPv6, ARP and neighbour discovery (whose target is at octet 8 of the
+    ICMPv6 message). The counter `spoofed` tells how many frames tried.
+    """
+    lines = ["add table netdev antispoof", "add counter netdev antispoof spoofed"]
+    for port in guarded:
+        chain = f"netdev antispoof {port.role}"
+        lines.append(
+            f"add chain {chain} {{ type filter hook ingress device {port.role} priority 0; }}"
+        )
+        for spoof in spoofs:
+            old4, old6 = spoof.address(4), spoof.address(6)
+            target = f"@th,64,128 {int(old6):#x}"
+            for match in (
+                f"ip saddr {old4}",
+                f"arp saddr ip {old4}",
+                f"ip6 saddr {old6}",
+                f"icmpv6 type nd-neighbor-advert {target}",
+                f"icmpv6 type nd-neighbor-solicit {target}",
+            ):
+                lines.append(f"add rule {chain} {match} counter name spoofed drop")
+    return "\n".join(lines) + "\n"
+
+
+def remove_names(names: Iterable[str]) -> None:
+    """Delete the network namespace names that exist."""
+    doomed = [name for name in names if (NAMES / name).exists()]
+    if doomed:
+        _ip([f"netns delete {name}" for name in doomed], force=True)
+
+
+def sweep() -> list[str]:
+    """Remove the names and files of labs whose owner is dead; returns the names removed.
+
+    An owner holds the lock of its lab as long as it lives, so a lock that can be had, or is
+    missing, says that nobody owns the name.
+    """
+    removed: list[str] = []
+    with _registry():
+        names = [p.name for p in NAMES.glob(f"{PREFIX}*")] if NAMES.is_dir() else []
+        locks = [p.name for p in LOCKS.iterdir()]
+        for hex_ in {name[len(PREFIX) :].partition("-")[0] for name in names} | set(locks):
+            if _owned(LOCKS / hex_):
+                continue
+            own = [name for name in names if name.startswith(f"{PREFIX}{hex_}-")]
+            remove_names(own)
+            removed += own
+            shutil.rmtree(_directory(hex_), ignore_errors=True)
+            (LOCKS / hex_).unlink(missing_ok=True)
+    return removed
+
+
+def _directory(hex_: str) -> Path:
+    return Path(tempfile.gettempdir()) / f"{PREFIX}{hex_}"
+
+
+@contextlib.contextmanager
+def _registry() -> Iterator[None]:
+    """Nobody else makes or sweeps labs meanwhile."""
+    LOCKS.mkdir(mode=0o700, exist_ok=True)
+    registry = os.open(LOCKS, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        fcntl.flock(registry, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(registry)
+
+
+def _owned(path: Path) -> bool:
+    try:
+        lock = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return False
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(lock)
+    return False
+
+
+def _batch(lines: Iterable[str]) -> str:
+    return _heredoc("ip -batch -", "\n".join(lines) + "\n")
+
+
+def _heredoc(command: str, text: str) -> str:
+    return f"{command} <<'END'\n{text}END\n"
+
+
+def _ip(lines: Iterable[str], *, force: bool = False) -> None:
+    done = subprocess.run(
+        ["ip", *(["-force"] if force else []), "-batch", "-"],
+        input="\n".join(lines) + "\n", capture_output=True, text=True, timeout=20,
+    )  # fmt: skip
+    if done.returncode and not force:
+        raise LabError(f"ip: {done.stderr.strip()}")

@@ -1,0 +1,199 @@
+"""the translators: natkeep, driven by its command line, and the baselines it is measured by.
+
+    natkeep       natkeep prepare, open (by natkeep-hook under CRIU), teardown
+    naive         the DNAT and SNAT rules that a blog would give, written by hand
+    naive+purge   the same with explicit ports, and stale conntrack entries deleted
+    none          no translation: whatever is asserted must then fail
+
+Rule: all of them get the same order and know nothing of the engine that restores.
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+import subprocess
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from natkeep.errors import NatkeepError
+from natkeep.lab.engines import CHECKOUT, Opening
+from natkeep.lab.host import Host
+from natkeep.lab.topology import Address
+from natkeep.plan.tuples import FourTuple
+
+
+class TranslatorError(NatkeepError):
+    """A translator could not do its work; `code` is natkeep's exit code."""
+
+    def __init__(self, message: str, *, code: int = 1) -> None:
+        super().__init__(message)
+        self.code = code
+
+
+@dataclass(frozen=True, slots=True)
+class Order:
+    """One move, as the lab orders it: OLD becomes NEW at these hosts for these connections.
+
+    options: natkeep's way to learn of the connections, as the engine gave it.
+    """
+
+    id: str
+    old: Address
+    new: Address
+    gateway: Host
+    destination: Host
+    connections: tuple[FourTuple, ...]
+    options: tuple[str, ...]
+    mode: str = "stateful"
+
+
+class Translator:
+    """What the lab asks of a translator.
+
+    As it stands here it is `none`: OLD is made local, so that a socket can be restored at all,
+    and nothing is translated.
+    """
+
+    name = "none"
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+
+    def prepare(self, order: Order) -> None:
+        """Have everything in place before the sockets come back."""
+        nodad = ["nodad"] if order.old.version == 6 else []
+        order.destination.run("ip", "address", "add", _host_prefix(order.old), "dev", "lo", *nodad)
+
+    def opening(self, order: Order) -> Opening:
+        """How the network is opened when they have."""
+        return Opening(open=lambda: None)
+
+    def teardown(self, order: Order) -> None:
+        """Undo it all."""
+        order.destination.run("ip", "address", "del", _host_prefix(order.old), "dev", "lo")
+
+
+class Natkeep(Translator):
+    """natkeep itself, as a user would call it."""
+
+    name = "natkeep"
+
+    def prepare(self, order: Order) -> None:
+        self._call(
+            "prepare", order.id, "--map", f"{order.old}={order.new}",
+            "--site", f"gateway={order.gateway.name}",
+            "--site", f"destination={order.destination.name}",
+            "--mode", order.mode, *order.options,
+        )  # fmt: skip
+
+    def opening(self, order: Order) -> Opening:
+        environment = {**self._environment(), "NATKEEP_ID": order.id}
+        return Opening(lambda: self._call("open", order.id), self._hook(), environment)
+
+    def teardown(self, order: Order) -> None:
+        self._call("teardown", order.id, "--yes")
+
+    def _environment(self) -> Mapping[str, str]:
+        return {"NATKEEP_STATE_DIR": str(self.directory / "natkeep-state")}
+
+    def _call(self, verb: str, *arguments: str) -> None:
+        argv = [*natkeep_command(), verb, *arguments]
+        environment = {**os.environ, **self._environment()}
+        done = subprocess.run(argv, capture_output=True, text=True, timeout=60, env=environment)
+        if done.returncode:
+            raise TranslatorError(
+                f"natkeep {verb} exited {done.returncode}: {done.stderr.strip()}",
+                code=done.returncode,
+            )
+
+    def _hook(self) -> Path:
+        """natkeep-hook beside natkeep; in a bare checkout a script that runs its module."""
+        natkeep = Path(natkeep_command()[0])
+        beside = natkeep.with_name("natkeep-hook")
+        if natkeep.name == "natkeep" and beside.exists():
+            return beside
+        script = self.directory / "natkeep-hook"
+        python, checkout = shlex.quote(sys.executable), shlex.quote(str(CHECKOUT))
+        script.write_text(
+            f'#!/bin/sh\nPYTHONPATH={checkout} exec {python} -m natkeep.criu.hook "$@"\n'
+        )
+        script.chmod(0o755)
+        return script
+
+
+class Naive(Translator):
+    """Plain DNAT and SNAT for the whole address."""
+
+    name = "naive"
+
+    def prepare(self, order: Order) -> None:
+        super().prepare(order)
+        order.destination.nft(self.rules(order, order.new, order.old))
+        order.gateway.nft(self.rules(order, order.old, order.new))
+
+    def rules(self, order: Order, before: Address, after: Address) -> str:
+        """Packets to *before* go to *after*, and those from *after* say *before*."""
+        ip = "ip" if before.version == 4 else "ip6"
+        lines = [
+            "add table inet naive",
+            "add chain inet naive pre { type nat hook prerouting priority dstnat; }",
+            "add chain inet naive post { type nat hook postrouting priority srcnat; }",
+            f"add rule inet naive pre {ip} daddr {before} dnat {ip} to {after}",
+        ]
+        return "\n".join([*lines, *self.source_rules(order, ip, before, after)]) + "\n"
+
+    def source_rules(self, order: Order, ip: str, before: Address, after: Address) -> list[str]:
+        """The SNAT half."""
+        return [f"add rule inet naive post {ip} saddr {after} snat {ip} to {before}"]
+
+    def teardown(self, order: Order) -> None:
+        for host in (order.gateway, order.destination):
+            host.run("nft", "delete", "table", "inet", "naive")
+        super().teardown(order)
+
+
+class NaivePurge(Naive):
+    """The same with the ports spelled out, and stale conntrack entries deleted."""
+
+    name = "naive+purge"
+
+    def prepare(self, order: Order) -> None:
+        super().prepare(order)
+        purge = "\n".join(
+            f"conntrack -D -p tcp {end} {address}"
+            for address in (order.old, order.new)
+            for end in ("--orig-dst", "--orig-src")
+        )
+        for host in (order.destination, order.gateway):
+            # conntrack exits 1 where there was no such entry
+            host.run("sh", "-c", f"{purge}\ntrue")
+
+    def source_rules(self, order: Order, ip: str, before: Address, after: Address) -> list[str]:
+        ports = sorted({each.destination.port for each in order.connections})
+        target = str(before) if before.version == 4 else f"[{before}]"
+        return [
+            f"add rule inet naive post {ip} saddr {after} tcp sport {port} "
+            f"snat {ip} to {target}:{port}"
+            for port in ports
+        ]
+
+
+TRANSLATORS: dict[str, type[Translator]] = {
+    each.name: each for each in (Natkeep, Naive, NaivePurge, Translator)
+}
+
+
+def _host_prefix(address: Address) -> str:
+    return f"{address}/{address.max_prefixlen}"
+
+
+def natkeep_command() -> list[str]:
+    """How natkeep is called: NATKEEP_BIN, or beside this Python, or this very package."""
+    beside = Path(sys.executable).with_name("natkeep")
+    named = os.environ.get("NATKEEP_BIN") or (str(beside) if beside.exists() else "")
+    if named:
+        return [named]
+    return [sys.executable, "-c", "import sys; from natkeep.cli import main; sys.exit(main())"]

@@ -1,0 +1,373 @@
+"""the conductor: prepare, open, status, teardown; order, rollback and locking.
+
+Rule: this file knows when things happen and nothing of how. It checks everything before it
+changes anything, writes the journal before and after each step, and undoes in reverse. What
+it could not undo it names (LeftoverError); it never flushes, and touches nothing that the
+journal does not say is ours.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+from natkeep.errors import (
+    JournalError,
+    LeftoverError,
+    NatkeepError,
+    RefusedError,
+    UsageError,
+)
+from natkeep.journal import Journal, Record, StateDirectory, read_boot_id
+from natkeep.kernel import Kernel
+from natkeep.kernel.netns import NamespaceGoneError
+from natkeep.plan import ruleset
+from natkeep.plan.drift import Gate, Observation, find_drift
+from natkeep.plan.move import Move, Role, Site, Translation
+from natkeep.plan.steps import AddAddress, Plan, Prior, RaiseLoopback, Step, make_plan
+from natkeep.plan.tuples import RECORD_SIZE, Address, Connections
+
+Talk = Callable[[str], None]
+"""Where progress goes; one line without its newline."""
+
+_DRAIN_INTERVAL = 0.2
+
+
+@dataclass(frozen=True, slots=True)
+class SiteStatus:
+    """A site of a move; seen is None when its namespace is gone."""
+
+    site: Site
+    seen: Observation | None
+    drift: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class MoveStatus:
+    """A move as it stands in the journal and as its sites show it."""
+
+    plan: Plan
+    gate: Gate
+    sites: tuple[SiteStatus, ...]
+
+
+@dataclass
+class Lifecycle:
+    """The verbs, on one kernel and one state directory."""
+
+    kernel: Kernel
+    state: StateDirectory
+    talk: Talk = lambda line: None
+
+    def prepare(self, move: Move, connections: Connections, gate: Gate = Gate.CLOSED) -> Plan:
+        """Make every site ready; with Gate.OPEN let the connections through as well.
+
+        Raises what was refused or failed; then everything has been undone, and if it could not
+        be, LeftoverError says what is there.
+        """
+        with self.state.locked():
+            plan = self.check(move, connections)
+            steps = plan.steps if gate == Gate.OPEN else plan.prepare
+            identities = tuple(self.kernel.identity(site) for site in move.sites)
+            journal = self.state.begin(move, connections, identities, _kinds(plan))
+            self._apply_or_undo(journal, plan, list(range(len(steps))))
+        return plan
+
+    def check(self, move: Move, connections: Connections) -> Plan:
+        """The plan, if it could be carried out as things stand; nothing is changed."""
+        plan = make_plan(move, connections)
+        self._open_sites(move)
+        self._refuse_conflicts(plan)
+        for step in plan.steps:
+            self.kernel.check(step)
+        return plan
+
+    def find_new(self, old: Address, sites: tuple[Site, ...]) -> Address:
+        """What NEW=auto means for *old*: the one address of its family at the destination."""
+        destinations = [site for site in sites if site.role == Role.DESTINATION]
+        if not destinations:
+            raise UsageError("NEW can be `auto` only where there is a site destination")
+        self.kernel.open_sites(destinations)
+        found = [a for a in self.kernel.addresses(destinations[0], old.version) if a != old]
+        if len(found) != 1:
+            listed = ", ".join(str(address) for address in found) or "none"
+            raise RefusedError(
+                f"NEW=auto for {old}: {destinations[0]} has not one IPv{old.version} address "
+                f"but {listed}",
+                hint="name it: --map OLD=NEW",
+            )
+        return found[0]
+
+    def _open_sites(self, move: Move) -> None:
+        self.kernel.open_sites(move.sites)
+        seen: dict[tuple[int, int], Site] = {}
+        for site in move.sites:
+            other = seen.setdefault(self.kernel.identity(site), site)
+            if other is not site:
+                raise RefusedError(f"{site} and {other} are the same network namespace")
+
+    def _refuse_conflicts(self, plan: Plan) -> None:
+        """Two moves may share an address, but no tuple on either side of a site."""
+        if plan.move.id in self.state.ids():
+            raise RefusedError(
+                f"the id {plan.move.id} is in use",
+                hint=f"natkeep teardown {plan.move.id}, or another id",
+            )
+        ours = {self.kernel.identity(site): site for site in plan.move.sites}
+        for move_id in self.state.ids():
+            found = self.state.read_move(move_id)
+            if found is None:
+                continue
+            other, namespaces, boot = found
+            if not set(namespaces) & set(ours) or boot != read_boot_id():
+                continue
+            _refuse_remapped(plan.move, other)
+            if _shares_address(plan.move, other):
+                journal = self.state.load(move_id)
+                _refuse_overlap(plan, make_plan(journal.move, journal.connections))
+
+    def _apply_or_undo(self, journal: Journal, plan: Plan, numbers: list[int]) -> None:
+        try:
+            for number in numbers:
+                self._apply(journal, plan.steps[number], number)
+        except BaseException as error:
+            # Ctrl-C and SIGTERM too: leaving half a translation is what gets connections reset.
+            self.talk(f"natkeep: {error or type(error).__name__}: undoing")
+            left = self._undo(journal, plan, reversed(numbers))
+            if left:
+                raise _leftover(journal, left) from error
+            if not numbers[0]:
+                journal.remove()
+            raise
+
+    def _apply(self, journal: Journal, step: Step, number: int) -> None:
+        for line in step.describe():
+            self.talk(f"[+] {line}")
+        prior = self.kernel.apply(step, lambda found: journal.note(number, "doing", found))
+        journal.note(number, "done", prior)
+
+    def _undo(self, journal: Journal, plan: Plan, numbers: Iterable[int]) -> list[NatkeepError]:
+        """Undo those of the steps that were begun, going on after a failure."""
+        left: list[NatkeepError] = []
+        for number in numbers:
+            record = journal.records.get(number)
+            if record is None or record.state == "undone":
+                continue
+            step = plan.steps[number]
+            self.talk(f"[-] {type(step).__name__} at {step.site}")
+            try:
+                if not self._hand_over(journal, step, record):
+                    self.kernel.revert(step, record.prior)
+                journal.note(number, "undone", Prior())
+            except NatkeepError as error:
+                left.append(error)
+        return left
+
+    def _hand_over(self, journal: Journal, step: Step, record: Record) -> bool:
+        """Leave an address (or lo) that another move uses as well, and make that move its owner.
+
+        Only the move that added it knows that it was not there before.
+        """
+        if not isinstance(step, AddAddress | RaiseLoopback) or record.prior.present:
+            return False
+        identity = journal.identity(step.site)
+        for move_id in self.state.ids():
+            found = self.state.read_move(move_id)
+            if move_id == journal.move.id or found is None or identity not in found[1]:
+                continue
+            other = self.state.load(move_id)
+            if other.boot != journal.boot:
+                continue
+            for number, theirs in enumerate(make_plan(other.move, other.connections).steps):
+                same = _is_same_thing(step, theirs) and other.identity(theirs.site) == identity
+                if same and other.is_done(number):
+                    other.note(number, "done", record.prior)
+                    return True
+        return False
+
+    def open(self, move_id: str) -> None:
+        """Let the kept connections through at every site, gateway first; again is fine.
+
+        KernelError when a site no longer has the move's gate, JournalError when it was not
+        prepared to the end: then nothing is opened.
+        """
+        with self.state.locked():
+            journal, plan = self._load(move_id)
+            self._refuse_earlier_boot(journal)
+            self._open_known(journal, plan)
+            prepared = range(len(plan.prepare))
+            if not all(journal.is_done(number) for number in prepared):
+                raise JournalError(
+                    f"move {move_id} was not prepared to the end",
+                    hint=f"natkeep teardown {move_id}, then prepare again",
+                )
+            numbers = range(len(plan.prepare), len(plan.steps))
+            self._apply_or_undo(journal, plan, [n for n in numbers if not journal.is_done(n)])
+
+    def _load(self, move_id: str) -> tuple[Journal, Plan]:
+        journal = self.state.load(move_id)
+        plan = make_plan(journal.move, journal.connections)
+        if _kinds(plan) != journal.kinds:
+            raise JournalError(
+                f"move {move_id} was prepared by a natkeep that does other steps",
+                hint="use that version to tear it down",
+            )
+        return journal, plan
+
+    def _refuse_earlier_boot(self, journal: Journal) -> None:
+        if journal.boot != read_boot_id():
+            raise JournalError(
+                f"move {journal.move.id} was prepared before the last boot; nothing of it is there",
+                hint=f"natkeep teardown {journal.move.id}",
+            )
+
+    def _open_known(self, journal: Journal, plan: Plan) -> None:
+        for site in plan.move.sites:
+            self.kernel.open_sites([site], {site: journal.identity(site)})
+
+    def status(self, move_ids: tuple[str, ...]) -> tuple[MoveStatus, ...]:
+        """How the moves stand; all of them when none is named."""
+        found = []
+        for move_id in move_ids or self.state.ids():
+            journal, plan = self._load(move_id)
+            sites = tuple(self._look(journal, plan, site) for site in plan.move.sites)
+            gates = {status.seen.gate for status in sites if status.seen is not None}
+            found.append(
+                MoveStatus(plan, Gate.OPEN if gates == {Gate.OPEN} else Gate.CLOSED, sites)
+            )
+        return tuple(found)
+
+    def _look(self, journal: Journal, plan: Plan, site: Site) -> SiteStatus:
+        if journal.boot != read_boot_id():
+            return SiteStatus(site, None, ("prepared before the last boot: nothing is there",))
+        try:
+            self.kernel.open_sites([site], {site: journal.identity(site)})
+        except NamespaceGoneError as error:
+            return SiteStatus(site, None, (str(error),))
+        seen = self.kernel.observe(site, plan)
+        return SiteStatus(site, seen, find_drift(plan, site, seen))
+
+    def count_alive(self, move_id: str) -> int:
+        """How many connections a teardown would break; 0 while the gate is closed."""
+        alive = [
+            site.seen.alive
+            for status in self.status((move_id,))
+            for site in status.sites
+            if site.seen is not None and site.seen.gate == Gate.OPEN
+        ]
+        return min(alive, default=0)
+
+    def drain(self, move_id: str, seconds: float | None) -> int:
+        """Wait until no kept connection lives, *seconds* at most; how many still do."""
+        deadline = None if seconds is None else time.monotonic() + seconds
+        last = -1
+        while alive := self.count_alive(move_id):
+            if alive != last:
+                self.talk(f"natkeep: {alive} connections of {move_id} live")
+                last = alive
+            if deadline is not None and time.monotonic() >= deadline:
+                break
+            time.sleep(_DRAIN_INTERVAL)
+        return alive
+
+    def teardown(self, move_id: str) -> bool:
+        """Undo a move, best effort; whether there was one. A second time is fine."""
+        with self.state.locked():
+            if move_id not in self.state.ids():
+                self.state.remove(move_id)
+                return False
+            journal, plan = self._load(move_id)
+            left: list[NatkeepError] = []
+            if journal.boot == read_boot_id():
+                reachable = {site for site in plan.move.sites if self._reach(journal, site)}
+                numbers = [
+                    number
+                    for number in range(len(plan.steps) - 1, -1, -1)
+                    if plan.steps[number].site in reachable
+                ]
+                # The gates close first, at every site: while the destination is taken apart
+                # the gateway must not hand it packets that it would answer with a reset.
+                left = self._undo(journal, plan, numbers)
+            if left:
+                raise _leftover(journal, left)
+            journal.remove()
+            return True
+
+    def _reach(self, journal: Journal, site: Site) -> bool:
+        try:
+            self.kernel.open_sites([site], {site: journal.identity(site)})
+        except NamespaceGoneError as error:
+            self.talk(f"natkeep: {error}, and with it all that was in it")
+            return False
+        return True
+
+
+def _kinds(plan: Plan) -> tuple[str, ...]:
+    return tuple(type(step).__name__ for step in plan.steps)
+
+
+def _is_same_thing(ours: Step, theirs: Step) -> bool:
+    if isinstance(ours, AddAddress) and isinstance(theirs, AddAddress):
+        return ours.address == theirs.address
+    return isinstance(ours, RaiseLoopback) and isinstance(theirs, RaiseLoopback)
+
+
+def _leftover(journal: Journal, left: list[NatkeepError]) -> LeftoverError:
+    return LeftoverError(
+        f"move {journal.move.id}: not undone: " + "; ".join(str(error) for error in left),
+        hint=f"natkeep teardown {journal.move.id} tries again; table {ruleset.TABLE} is ours alone",
+    )
+
+
+def _refuse_remapped(move: Move, other: Move) -> None:
+    new_of = {map_.old: map_.new for map_ in other.maps}
+    for map_ in move.maps:
+        if new_of.get(map_.old, map_.new) != map_.new:
+            raise RefusedError(
+                f"{map_.old} is moved to {new_of[map_.old]} by {other.id} already",
+                hint=f"natkeep teardown {other.id} first",
+            )
+
+
+def _shares_address(move: Move, other: Move) -> bool:
+    def addresses(of: Move) -> set[object]:
+        return {end for map_ in of.maps for end in (map_.old, map_.new)}
+
+    return bool(addresses(move) & addresses(other))
+
+
+def _refuse_overlap(plan: Plan, other: Plan) -> None:
+    """No two moves may have one tuple at one address, be it OLD or NEW."""
+    for ours in plan.translations:
+        for theirs in other.translations:
+            shared = {ours.map.old, ours.map.new} & {theirs.map.old, theirs.map.new}
+            if not shared:
+                continue
+            common = _keys(ours) & _keys(theirs)
+            if common:
+                raise RefusedError(_describe_overlap(ours, theirs, common, other.move.id))
+
+
+def _keys(translation: Translation) -> set[bytes]:
+    """Local port, peer and peer port of each kept connection, packed."""
+    version = translation.map.old.version
+    records, size = translation.kept.records(version), RECORD_SIZE[version]
+    width = 4 if version == 4 else 16
+    return {records[i + width : i + size] for i in range(0, len(records), size)}
+
+
+def _describe_overlap(
+    ours: Translation, theirs: Translation, common: set[bytes], other_id: str
+) -> str:
+    version = ours.map.old.version
+    key = min(common)
+    texts = []
+    for translation in (ours, theirs):
+        record = translation.map.old.packed + key
+        packed = Connections(v4=record) if version == 4 else Connections(v6=record)
+        texts.append(str(next(iter(packed))))
+    return (
+        f"{texts[0]} and {texts[1]} (of move {other_id}) would be one tuple at "
+        f"{'OLD' if ours.map.old == theirs.map.old else 'NEW'}; {len(common)} in all"
+    )

@@ -1,0 +1,113 @@
+"""the comparison: what a site shows now against what the plan put there.
+
+Rule: an observation is plain values, gathered by kernel/; what it means is decided here.
+This file must never look at a machine.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+from natkeep.plan import ruleset
+from natkeep.plan.move import Role, Site
+from natkeep.plan.steps import AddAddress, FillSet, InsertEntries, Plan
+from natkeep.plan.tuples import Address
+
+
+class Gate(StrEnum):
+    """The state of a move's gate at a site."""
+
+    ABSENT = "absent"
+    CLOSED = "closed"
+    OPEN = "open"
+
+
+@dataclass(frozen=True, slots=True)
+class SeenEntry:
+    """A kept connection in the conntrack table; packets are None without accounting.
+
+    alive: its TCP state is not one of those in which a connection has ended.
+    """
+
+    translated: bool
+    packets_in: int | None
+    packets_out: int | None
+    alive: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Observation:
+    """What a site shows of a move.
+
+    rules: for each address chain that has a rule of this move and is dispatched to, its name.
+    missing: for each set of kept connections, how many are not in it (all, when it is gone).
+    addresses: those of the move's OLD addresses that are local here.
+    entries: one for each kept connection of each translation, in order; None where the table
+    has none.
+    alive: how many kept connections still have a socket here (destination) or an entry that
+    carries traffic (gateway).
+    """
+
+    gate: Gate
+    rules: frozenset[str]
+    missing: dict[str, int]
+    addresses: frozenset[Address]
+    entries: dict[int, tuple[SeenEntry | None, ...]]
+    alive: int
+
+
+def find_drift(plan: Plan, site: Site, seen: Observation) -> tuple[str, ...]:
+    """What is not as the plan put it, each as one line that names the object.
+
+    An entry that is missing is drift only while the connection lives: the kernel removes
+    entries of connections that have ended.
+    """
+    if seen.gate == Gate.ABSENT:
+        return (f"table inet {ruleset.TABLE}: nothing of move {plan.move.id} is there",)
+    drift = [
+        f"chain {chain}: no rule of this move"
+        for chain in _expected_rules(plan, site)
+        if chain not in seen.rules
+    ]
+    for step in plan.prepare:
+        if step.site != site:
+            continue
+        if isinstance(step, FillSet) and seen.missing.get(step.name):
+            drift.append(
+                f"set {step.name}: {seen.missing[step.name]} of "
+                f"{len(step.translation.kept)} connections are missing"
+            )
+        elif isinstance(step, AddAddress) and step.address not in seen.addresses:
+            drift.append(f"address {step.address}: not on this host")
+        elif isinstance(step, InsertEntries):
+            drift += _entry_drift(step, seen)
+    return tuple(drift)
+
+
+def _expected_rules(plan: Plan, site: Site) -> list[str]:
+    expected = []
+    for translation in plan.translations:
+        if translation.site != site:
+            continue
+        before, after = translation.before, translation.after
+        expected.append(ruleset.address_chain(ruleset.GATE, before))
+        if site.role == Role.DESTINATION:
+            expected.append(ruleset.address_chain(ruleset.GATE, after))
+        expected.append(ruleset.address_chain(ruleset.INBOUND, before))
+        expected.append(ruleset.address_chain(ruleset.OUTBOUND, after))
+    return expected
+
+
+def _entry_drift(step: InsertEntries, seen: Observation) -> list[str]:
+    entries = seen.entries.get(step.translation.number, ())
+    wrong = sum(1 for entry in entries if entry is not None and not entry.translated)
+    gone = sum(1 for entry in entries if entry is None)
+    drift = []
+    if wrong:
+        drift.append(f"conntrack: {wrong} entries for {step.translation.map} do not translate")
+    # Ended connections have neither socket nor entry.
+    lost = gone - (len(entries) - min(seen.alive, len(entries)))
+    if lost > 0:
+        drift.append(f"conntrack: {lost} live connections of {step.translation.map} have no entry")
+    return drift

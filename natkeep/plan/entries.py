@@ -1,0 +1,78 @@
+"""the conntrack entries: what a kept connection looks like in a site's connection table.
+
+Rule: what conntrack must know, and what it must not know any more, is said here and only here;
+kernel/conntrack.py packs it into netlink. This file must never touch the kernel.
+
+Why entries are pre-created, since the rules would translate a first packet as well: the kernel
+does not pick up a connection whose first packet is a FIN or RST, nor any with
+`nf_conntrack_tcp_loose=0`, and a firewall with `ct state invalid drop` would drop it. Why
+stale entries are purged first: an established entry without NAT is never asked about rules.
+
+The original direction is always peer to process. The *reply* tuple that is handed to the
+kernel is the plain inverse; the kernel derives the translated one and sets IPS_DST_NAT. With a
+reply tuple that is translated already the entry looks perfect and translates nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from natkeep.plan.move import Translation
+from natkeep.plan.tuples import FourTuple
+
+ESTABLISHED_TIMEOUT = 432_000
+"""Seconds; the kernel's default, for where its own setting cannot be read."""
+
+STATUS = 0x0E
+"""IPS_SEEN_REPLY, IPS_ASSURED (or early_drop may take it), IPS_CONFIRMED."""
+
+TCP_ESTABLISHED = 3
+
+TCP_FLAGS = 0x0A
+"""IP_CT_TCP_FLAG_SACK_PERM and _BE_LIBERAL: nobody can tell the kernel the windows of a
+connection it has not seen, so it must not judge by them; it does the same itself for picked-up
+connections."""
+
+IPS_DST_NAT = 0x20
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """A conntrack entry: *original* as it arrives at the site, *reply* as answers arrive."""
+
+    original: FourTuple
+    reply: FourTuple
+
+    def describe(self) -> str:
+        """The entry as a conntrack(8) command."""
+        source, destination = self.original.source, self.original.destination
+        return (
+            f"conntrack -I -p tcp -s {source.address} -d {destination.address} "
+            f"--sport {source.port} --dport {destination.port} "
+            f"--dst-nat {self.reply.source.address} "
+            f"--state ESTABLISHED --status SEEN_REPLY,ASSURED --timeout {ESTABLISHED_TIMEOUT}"
+        )
+
+
+def entries(translation: Translation) -> Iterator[Entry]:
+    """The entry of each kept connection."""
+    for before, after in translation.tuples():
+        yield Entry(before, after.reply())
+
+
+def stale_tuples(before: FourTuple, after: FourTuple) -> tuple[FourTuple, ...]:
+    """Tuples that no entry may have, in either direction, when ours is created.
+
+    Each of the four can be an entry's original or reply tuple: the connection un-translated in
+    either direction, and what the destination's first packets may have made of it.
+    """
+    return (before, before.reply(), after, after.reply())
+
+
+def describe_purge(stale: FourTuple) -> str:
+    """The deletion of one stale tuple as a conntrack(8) command."""
+    return (
+        f"conntrack -D -p tcp -s {stale.source.address} -d {stale.destination.address} "
+        f"--sport {stale.source.port} --dport {stale.destination.port}"
+    )

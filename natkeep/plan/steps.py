@@ -1,0 +1,300 @@
+"""the plan: one change to one site as a value, and the order in which they happen.
+
+Rule: a step says everything that kernel/ needs to do it and to undo it, and describes itself
+as commands that a person could type. The order is written in `make_plan` and nowhere else.
+This file must never do a step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from itertools import islice
+
+from natkeep.plan import ruleset
+from natkeep.plan.entries import describe_purge, entries, stale_tuples
+from natkeep.plan.move import Move, Role, Site, Translation, make_translations
+from natkeep.plan.tuples import Address, Connections
+
+Identity = tuple[int, int]
+"""Device and inode of a network namespace."""
+
+
+@dataclass(frozen=True, slots=True)
+class Prior:
+    """What a step found before it acted; JSON values only, since it is written to the journal.
+
+    present: what the step adds was there already, so undoing must not remove it.
+    """
+
+    present: bool = False
+    facts: dict[str, str | int | bool] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, object]:
+        """As it stands in the journal."""
+        return {"present": self.present, **self.facts}
+
+    @classmethod
+    def from_json(cls, value: dict[str, object]) -> Prior:
+        """From the journal; TypeError for anything to_json does not write."""
+        facts = dict(value)
+        present = facts.pop("present", None)
+        if not isinstance(present, bool):
+            raise TypeError("a prior says whether it was present")
+        if not all(isinstance(fact, str | int | bool) for fact in facts.values()):
+            raise TypeError("a prior holds text, numbers and truth values")
+        return cls(present, facts)  # type: ignore[arg-type]  # checked just above
+
+
+SHOWN = 3
+"""How many of a step's connections `describe` spells out; `--format nft` and json show all."""
+
+
+@dataclass(frozen=True, slots=True)
+class InstallGate:
+    """The table if there is none, the move's (still empty) sets, its drop, and ARP silence."""
+
+    site: Site
+    move_id: str
+    translations: tuple[Translation, ...]
+
+    def describe(self) -> tuple[str, ...]:
+        """One command a line."""
+        return _nft(self.site, self.lines())
+
+    def lines(self) -> tuple[str, ...]:
+        """The nft text without the static part, which only the first move at a site adds."""
+        return ruleset.render_gate(self.move_id, self.translations)
+
+
+@dataclass(frozen=True, slots=True)
+class FillSet:
+    """The kept connections of one map; with this the gate is closed for them."""
+
+    site: Site
+    move_id: str
+    translation: Translation
+
+    @property
+    def name(self) -> str:
+        """The set's name."""
+        return ruleset.kept_set(self.move_id, self.translation.number)
+
+    def elements(self) -> Iterator[str]:
+        """`peer . peer port . local port` of each kept connection."""
+        for tuple_ in self.translation.kept:
+            source = tuple_.source
+            yield f"{source.address} . {source.port} . {tuple_.destination.port}"
+
+    def describe(self) -> tuple[str, ...]:
+        """One command a line."""
+        shown = ", ".join(_first(self.elements(), len(self.translation.kept)))
+        return _nft(self.site, (f"add element inet {ruleset.TABLE} {self.name} {{ {shown} }}",))
+
+
+@dataclass(frozen=True, slots=True)
+class RaiseLoopback:
+    """lo must be up, or an address on it is not local."""
+
+    site: Site
+
+    def describe(self) -> tuple[str, ...]:
+        """One command a line."""
+        return (f"{_prefix(self.site)}ip link set lo up",)
+
+
+@dataclass(frozen=True, slots=True)
+class AddAddress:
+    """OLD as /32 or /128 on lo, so that sockets can be bound to it and answers find a route.
+
+    A host-length prefix on lo is never chosen as a source address for other connections; for
+    IPv6 `nodad`, because a tentative address cannot be bound.
+    """
+
+    site: Site
+    address: Address
+
+    def describe(self) -> tuple[str, ...]:
+        """One command a line."""
+        if self.address.version == 4:
+            return (f"{_prefix(self.site)}ip address add {self.address}/32 dev lo",)
+        return (
+            f"{_prefix(self.site)}ip address add {self.address}/128 dev lo "
+            "nodad noprefixroute preferred_lft 0",
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class InstallTranslation:
+    """The rules that translate."""
+
+    site: Site
+    move_id: str
+    translations: tuple[Translation, ...]
+
+    def describe(self) -> tuple[str, ...]:
+        """One command a line."""
+        return _nft(self.site, self.lines())
+
+    def lines(self) -> tuple[str, ...]:
+        """The nft text."""
+        return ruleset.render_translation(self.move_id, self.translations)
+
+
+@dataclass(frozen=True, slots=True)
+class PurgeEntries:
+    """Delete what conntrack believes of exactly the kept tuples."""
+
+    site: Site
+    translation: Translation
+
+    def describe(self) -> tuple[str, ...]:
+        """One command a line."""
+        stale = (
+            f"{_prefix(self.site)}{describe_purge(tuple_)}"
+            for before, after in self.translation.tuples()
+            for tuple_ in stale_tuples(before, after)
+        )
+        return tuple(_first(stale, 4 * len(self.translation.kept)))
+
+
+@dataclass(frozen=True, slots=True)
+class InsertEntries:
+    """Pre-create the translated entries, and verify that the kernel took them as meant."""
+
+    site: Site
+    translation: Translation
+
+    def describe(self) -> tuple[str, ...]:
+        """One command a line."""
+        new = (f"{_prefix(self.site)}{e.describe()}" for e in entries(self.translation))
+        return tuple(_first(new, len(self.translation.kept)))
+
+
+@dataclass(frozen=True, slots=True)
+class OpenGate:
+    """Let the kept connections through."""
+
+    site: Site
+    move_id: str
+
+    def describe(self) -> tuple[str, ...]:
+        """One command a line."""
+        return _nft(self.site, self.lines())
+
+    def lines(self) -> tuple[str, ...]:
+        """The nft text."""
+        return ruleset.render_open(self.move_id, self.site.role)
+
+
+Step = (
+    InstallGate
+    | FillSet
+    | RaiseLoopback
+    | AddAddress
+    | InstallTranslation
+    | PurgeEntries
+    | InsertEntries
+    | OpenGate
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What prepare does, in order, and what open does later; nothing has happened yet."""
+
+    move: Move
+    translations: tuple[Translation, ...]
+    prepare: tuple[Step, ...]
+    open: tuple[OpenGate, ...]
+
+    @property
+    def steps(self) -> tuple[Step, ...]:
+        """All steps, in order; a step's index here is its number in the journal."""
+        return (*self.prepare, *self.open)
+
+
+def make_plan(move: Move, connections: Connections) -> Plan:
+    """The steps of *move* for *connections*; see make_translations for what is refused.
+
+    The gateway comes first, whole: its entries must be there before the destination may emit
+    a packet, because a half-translated connection is not stalled, it is reset.
+    """
+    translations = make_translations(move, connections)
+    prepare: list[Step] = []
+    for site in move.ordered_sites():
+        here = tuple(t for t in translations if t.site == site)
+        prepare += _steps_at(site, move, here)
+    for translation in translations:
+        _assert_chain_ends_at_checkpoint(translation)
+    opens = tuple(OpenGate(site, move.id) for site in move.ordered_sites())
+    return Plan(move, translations, tuple(prepare), opens)
+
+
+def _steps_at(site: Site, move: Move, here: tuple[Translation, ...]) -> list[Step]:
+    # The gate before the address: a host that has OLD but not the socket answers with RST.
+    steps: list[Step] = [InstallGate(site, move.id, here)]
+    steps += [FillSet(site, move.id, translation) for translation in here]
+    if site.role == Role.DESTINATION:
+        steps.append(RaiseLoopback(site))
+        steps += [AddAddress(site, translation.map.old) for translation in here]
+    # The translation before the restore begins: CRIU sends unsent data before post-restore.
+    steps.append(InstallTranslation(site, move.id, here))
+    # Purge after the rules (a nat expression starts tracking, so stale entries can appear up to
+    # here) and before the insertion (an existing entry cannot be given a translation).
+    for translation in here:
+        steps += [PurgeEntries(site, translation), InsertEntries(site, translation)]
+    return steps
+
+
+def _assert_chain_ends_at_checkpoint(translation: Translation) -> None:
+    """What the process gets is what the checkpoint says, or the plan is wrong."""
+    ends = translation.after if translation.site.role == Role.DESTINATION else translation.before
+    if ends != translation.map.old:  # pragma: no cover - a bug, not an input
+        raise AssertionError(f"{translation.site}: the process would see {ends}")
+
+
+def describe_plan(plan: Plan) -> Iterator[str]:
+    """The commands of the whole plan, for a person."""
+    for step in plan.prepare:
+        yield from step.describe()
+    yield "# when the sockets are there (natkeep open, or natkeep-hook at post-restore):"
+    for step in plan.open:
+        yield from step.describe()
+
+
+def render_nft(plan: Plan) -> Iterator[tuple[Site, tuple[str, ...]]]:
+    """For each site the complete nft script of prepare, static part included."""
+    for site in plan.move.ordered_sites():
+        lines = [*ruleset.render_static()]
+        if site.role == Role.DESTINATION:
+            lines += ruleset.render_arp_static()
+        for step in plan.prepare:
+            if step.site != site:
+                continue
+            if isinstance(step, FillSet):
+                elements = ", ".join(step.elements())
+                lines.append(f"add element inet {ruleset.TABLE} {step.name} {{ {elements} }}")
+            elif isinstance(step, InstallGate | InstallTranslation):
+                lines += step.lines()
+        yield site, tuple(lines)
+
+
+def _first(lines: Iterable[str], total: int) -> Iterator[str]:
+    yield from islice(lines, SHOWN)
+    if total > SHOWN:
+        yield f"# ... and {total - SHOWN} more"
+
+
+def _nft(site: Site, lines: Iterable[str]) -> tuple[str, ...]:
+    return tuple(f"{_prefix(site)}nft '{line}'" for line in lines)
+
+
+def _prefix(site: Site) -> str:
+    if not site.netns:
+        return ""
+    if site.netns.startswith("pid:"):
+        return f"nsenter --target {site.netns[4:]} --net "
+    if "/" in site.netns:
+        return f"nsenter --net={site.netns} "
+    return f"ip netns exec {site.netns} "

@@ -1,0 +1,206 @@
+"""the words and the JSON: how plans, moves and checkpoints are shown to a person or a script.
+
+Rule: values in, text or JSON values out; the keys are DESIGN's contract. Addresses are written
+as `ipaddress` prints them.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from natkeep.checkpoint import Checkpoint, Socket
+from natkeep.lifecycle import MoveStatus
+from natkeep.plan.drift import SeenEntry
+from natkeep.plan.move import Move, Role
+from natkeep.plan.steps import Plan, render_nft
+from natkeep.plan.tuples import Address, FourTuple
+
+SHOWN = 20
+"""How many connections of a move are listed without -v."""
+
+
+def print_json(value: dict[str, Any]) -> None:
+    """One document on stdout."""
+    json.dump(value, sys.stdout, indent=2)
+    print()
+
+
+def move_to_json(plan: Plan) -> dict[str, Any]:
+    """The part of a move that does not depend on its sites' state."""
+    move = plan.move
+    return {
+        "id": move.id,
+        "mode": str(move.mode),
+        "maps": [{"old": str(map_.old), "new": str(map_.new)} for map_ in move.maps],
+    }
+
+
+def plan_to_json(plan: Plan) -> dict[str, Any]:
+    """What prepare and open would do."""
+    nft = {site: list(lines) for site, lines in render_nft(plan)}
+    return {
+        "schema": 1,
+        **move_to_json(plan),
+        "sites": [
+            {"role": str(site.role), "netns": site.netns, "nft": nft[site]}
+            for site in plan.move.ordered_sites()
+        ],
+        "connections": [_tuple_to_json(tuple_) for tuple_ in _kept(plan)],
+        "steps": [
+            {"step": type(step).__name__, "site": str(step.site), "commands": step.describe()}
+            for step in plan.steps
+        ],
+    }
+
+
+def _tuple_to_json(inbound: FourTuple) -> dict[str, Any]:
+    return {"local": str(inbound.destination), "peer": str(inbound.source)}
+
+
+def _kept(plan: Plan) -> Iterator[FourTuple]:
+    """Each kept connection once, though every site translates it."""
+    first = plan.translations[0].site
+    for translation in plan.translations:
+        if translation.site == first:
+            yield from translation.kept
+
+
+def summary(plan: Plan) -> str:
+    """A move in one line."""
+    maps = ", ".join(str(map_) for map_ in plan.move.maps)
+    count = sum(1 for _ in _kept(plan))
+    sites = ", ".join(str(site) for site in plan.move.ordered_sites())
+    return f"{plan.move.id}: {maps}, {count} connection{'s' * (count != 1)}, at {sites}"
+
+
+def status_to_json(moves: Sequence[MoveStatus]) -> dict[str, Any]:
+    """The document of `status --json`."""
+    return {
+        "schema": 1,
+        "moves": [
+            {
+                **move_to_json(status.plan),
+                "gate": str(status.gate),
+                "sites": [
+                    {
+                        "role": str(site.site.role),
+                        "netns": site.site.netns,
+                        "drift": list(site.drift),
+                    }
+                    for site in status.sites
+                ],
+                "connections": [
+                    {
+                        **_tuple_to_json(tuple_),
+                        "packets": {
+                            "in": seen.packets_in if seen else None,
+                            "out": seen.packets_out if seen else None,
+                        },
+                    }
+                    for tuple_, seen in _connections(status)
+                ],
+            }
+            for status in moves
+        ],
+    }
+
+
+def _connections(status: MoveStatus) -> Iterator[tuple[FourTuple, SeenEntry | None]]:
+    """Each connection and what is seen of it, at the destination if there is one to look at."""
+    looked = [site for site in status.sites if site.seen is not None]
+    looked.sort(key=lambda site: site.site.role != Role.DESTINATION)
+    for translation in status.plan.translations:
+        if looked and translation.site == looked[0].site and looked[0].seen is not None:
+            yield from zip(
+                translation.kept, looked[0].seen.entries[translation.number], strict=True
+            )
+    if not looked:
+        yield from ((tuple_, None) for tuple_ in _kept(status.plan))
+
+
+def status_lines(moves: Sequence[MoveStatus], *, verbose: bool) -> Iterator[str]:
+    """The same for a person."""
+    if not moves:
+        yield "nothing is prepared"
+    for status in moves:
+        yield f"{summary(status.plan)}, gate {status.gate}"
+        for site in status.sites:
+            yield f"  {site.site}: " + ("as prepared" if not site.drift else "DRIFTED")
+            yield from (f"    {line}" for line in site.drift)
+        for number, (tuple_, seen) in enumerate(_connections(status)):
+            if number == SHOWN and not verbose:
+                yield "  ... (all with -v)"
+                break
+            yield f"  {tuple_.destination}  {tuple_.source}  {_packets(seen)}"
+
+
+def _packets(seen: SeenEntry | None) -> str:
+    if seen is None:
+        return "no entry"
+    if seen.packets_in is None:
+        return "not counted"
+    return f"in {seen.packets_in} out {seen.packets_out}"
+
+
+def checkpoint_to_json(checkpoint: Checkpoint, olds: Sequence[Address]) -> dict[str, Any]:
+    """The document of `inspect --json`."""
+    return {
+        "schema": 1,
+        "sockets": [
+            {
+                "protocol": socket.protocol,
+                "state": str(socket.state) if socket.state else None,
+                "local": str(socket.local) if socket.local else None,
+                "peer": str(socket.peer) if socket.peer else None,
+                "device": socket.bound_device,
+                "unsent": socket.unsent,
+                "kept": (verdict := _judge(socket, olds)) is None,
+                "reason": verdict,
+            }
+            for socket in checkpoint.sockets
+        ],
+    }
+
+
+def checkpoint_lines(checkpoint: Checkpoint, olds: Sequence[Address]) -> Iterator[str]:
+    """The same for a person."""
+    if not checkpoint.sockets:
+        yield "no inet sockets"
+    for socket in checkpoint.sockets:
+        verdict = _judge(socket, olds)
+        yield "  ".join(
+            [
+                f"{socket.protocol:4}",
+                f"{socket.state or '':12}",
+                f"{socket.local or '*'!s:24}",
+                f"{socket.peer or '*'!s:24}",
+                "kept" if verdict is None else f"not kept: {verdict}",
+            ]
+        )
+
+
+def _judge(socket: Socket, olds: Sequence[Address]) -> str | None:
+    """Why a socket would not be kept by a move of *olds* (of any, when empty), or None."""
+    if socket.unkept is not None:
+        return socket.unkept
+    if socket.is_listener():
+        return "a listener: it has no peer yet"
+    if olds and (socket.local is None or socket.local.address not in olds):
+        return "its local address is not an OLD of --map"
+    return None
+
+
+def unkept_lines(checkpoint: Checkpoint, move: Move) -> Iterator[str]:
+    """What of the checkpoint the move leaves behind, without the listeners."""
+    olds = [map_.old for map_ in move.maps]
+    for socket in checkpoint.sockets:
+        verdict = _judge(socket, olds)
+        if verdict is not None and not socket.is_listener():
+            yield f"{socket.protocol} {socket.local or '*'} {socket.peer or ''}: {verdict}"
+    if not checkpoint.sockets:
+        others = sum(tuple_.destination.address not in olds for tuple_ in checkpoint.connections)
+        if others:
+            yield f"{others} connections whose local address is not an OLD of --map"

@@ -1,0 +1,163 @@
+"""what every test may ask for: tools, root, a network namespace of its own.
+
+Rule: what a test needs and does not find is a skip, unless NATKEEP_REQUIRE names it: then it is a
+failure (`make test` as root and `.ci/run` name all). A test says what it needs by a marker
+(`root`, `criu`, `lab`, or `needs("pycriu", "scapy")`) or calls the fixture `require`.
+Every namespace of a test comes from the fixture `netns` or `make_netns`, and goes by its name.
+At the end the run fails if it left a namespace or an nft table in the host behind.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import json
+import os
+import secrets
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+CRIU = ROOT / ".lab/criu/criu"
+OURS = ("natkeep-test-", "natkeep-lab-")
+PATIENCE = 30.0  # s; somebody else's lab at the same time is over by then, a leftover is not
+
+
+def _run(*command: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+
+
+def _is_root() -> bool:
+    return os.geteuid() == 0 and _run("unshare", "--net", "true").returncode == 0
+
+
+def _has_module(name: str) -> bool:
+    return importlib.util.find_spec(name) is not None
+
+
+def _has_tool(name: str) -> bool:
+    return bool(shutil.which(name) or Path(sys.executable).with_name(name).exists())
+
+
+def _has_pycriu() -> bool:
+    """Debian's, so asked of Debian's python and not of ours."""
+    return _run("/usr/bin/python3", "-c", "import pycriu").returncode == 0
+
+
+# What can be required: how it is found, and what to say where it is not.
+PROBES: dict[str, tuple[Callable[[], bool], str]] = {
+    "root": (_is_root, "needs root that may make network namespaces"),
+    "criu": (lambda: os.access(CRIU, os.X_OK), "needs a CRIU that works here: scripts/get-criu"),
+    "pycriu": (_has_pycriu, "needs Debian's pycriu (packages criu, python3-protobuf)"),
+    "scapy": (lambda: _has_module("scapy"), "needs scapy: scripts/setup"),
+    "nftables": (lambda: _has_module("nftables"), "needs libnftables' binding: scripts/setup"),
+    "ruff": (lambda: _has_tool("ruff"), "needs ruff: scripts/setup"),
+    "mypy": (lambda: _has_tool("mypy"), "needs mypy: scripts/setup"),
+    "shellcheck": (lambda: _has_tool("shellcheck"), "needs Debian's shellcheck"),
+}
+REQUIRED = frozenset(filter(None, os.environ.get("NATKEEP_REQUIRE", "").split(",")))
+
+
+@functools.cache
+def _is_there(name: str) -> bool:
+    return PROBES[name][0]()
+
+
+def require_tool(name: str) -> None:
+    """Skip the test that runs where *name* is not there; fail it where it ought to be."""
+    if _is_there(name):
+        return
+    if name in REQUIRED:
+        pytest.fail(f"{PROBES[name][1]} (NATKEEP_REQUIRE names it)", pytrace=False)
+    pytest.skip(PROBES[name][1])
+
+
+@pytest.fixture
+def require() -> Callable[[str], None]:
+    """`require("pycriu")`: skip or fail, from the midst of a test."""
+    return require_tool
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "needs(*names): what NATKEEP_REQUIRE knows by these names")
+    if unknown := REQUIRED - PROBES.keys():
+        raise pytest.UsageError(
+            f"NATKEEP_REQUIRE: unknown {', '.join(sorted(unknown))} (known: {', '.join(PROBES)})"
+        )
+
+
+MARKS = {"root": ("root",), "criu": ("root", "criu"), "lab": ("root", "scapy")}
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    for mark in item.iter_markers():
+        for name in mark.args if mark.name == "needs" else MARKS.get(mark.name, ()):
+            require_tool(name)
+
+
+@pytest.fixture
+def make_netns() -> Iterator[Callable[[], str]]:
+    """Make network namespaces with lo up, each with a name of its own; all go with the test."""
+    require_tool("root")
+    made: list[str] = []
+
+    def make() -> str:
+        name = f"natkeep-test-{secrets.token_hex(4)}"
+        subprocess.run(["ip", "netns", "add", name], check=True)
+        made.append(name)
+        subprocess.run(["ip", "-n", name, "link", "set", "lo", "up"], check=True)
+        return name
+
+    yield make
+
+    for name in reversed(made):
+        if Path("/run/netns", name).exists():  # a test may have removed it itself
+            subprocess.run(["ip", "netns", "delete", name], check=True)
+
+
+@pytest.fixture
+def netns(make_netns: Callable[[], str]) -> str:
+    """The name of a fresh network namespace with lo up."""
+    return make_netns()
+
+
+def observe_host() -> frozenset[str]:
+    """What natkeep, its lab or CRIU could have left in the host: namespaces and nft tables."""
+    folder = Path("/run/netns")
+    names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
+    found = {f"namespace {name}" for name in names if name.startswith(OURS)}
+    if os.geteuid() == 0 and shutil.which("nft"):
+        answer = _run("nft", "-j", "list", "tables")
+        listed = json.loads(answer.stdout)["nftables"] if answer.returncode == 0 else []
+        for table in (thing["table"] for thing in listed if "table" in thing):
+            if table["name"].startswith(("natkeep", "CRIU")):
+                found.add(f"nft table {table['family']} {table['name']}")
+    return frozenset(found)
+
+
+BEFORE = pytest.StashKey[frozenset[str]]()
+
+
+def pytest_sessionstart(session: pytest.Session) -> None:
+    session.config.stash[BEFORE] = observe_host()
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """Fail the run for what is there now, was not before, and does not go away."""
+    if hasattr(session.config, "workerinput"):
+        return  # xdist: other workers still run; the one that started them looks
+    left = observe_host() - session.config.stash.get(BEFORE, frozenset())
+    deadline = time.monotonic() + PATIENCE
+    while left and time.monotonic() < deadline:
+        time.sleep(0.2)
+        left &= observe_host()
+    if left:
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+        session.shouldfail = f"left behind in the host: {', '.join(sorted(left))}"
