@@ -52,7 +52,7 @@ class Socket:
     unkept: why natkeep cannot keep it, as one clause, or None for connections and listeners
     that it can serve.
     unsent: octets in the send queue that have never been sent (they leave before
-    `post-restore`).
+    `post-restore`); 0 where the queues were not looked at.
     """
 
     protocol: str

@@ -89,6 +89,13 @@ class Directory:
             raise self.damaged(image, len(data), "its size changed while it was read")
         return data
 
+    def names(self) -> list[str]:
+        """What the directory holds, sorted."""
+        try:
+            return sorted(os.listdir(self.handle))
+        except OSError as error:
+            raise ImageError(f"cannot list {self.name}: {error.strerror}") from None
+
     def damaged(self, image: str, offset: int, what: str) -> ImageError:
         """The error for *image*, of which *what* is wrong at *offset*."""
         return ImageError(

@@ -173,8 +173,7 @@ def _read_sockets(images: Directory) -> tuple[Checkpoint, Sequence[int]]:
     records: list[bytes] = []
     inodes: list[int] = []
     ids: set[int] = set()
-    if len(data) == 8:
-        raise images.damaged("files.img", 8, "no entries, though each process has open files")
+    offset = 0
     for offset, body in read_entries(images, "files.img", data, (COMMON, FILES)):
         try:
             entry = _find_socket(body)
@@ -189,6 +188,8 @@ def _read_sockets(images: Directory) -> tuple[Checkpoint, Sequence[int]]:
             records.append(record)
         ids.add(numbers[_ID])
         inodes.append(numbers[_INO])
+    if not offset:
+        raise images.damaged("files.img", 8, "no entries, though each process has open files")
     if len(set(records)) != len(records):
         raise images.damaged("files.img", 0, "two sockets have the same connection")
     _check_descriptors(images, ids)
@@ -217,10 +218,14 @@ def _check_descriptors(images: Directory, ids: set[int]) -> None:
 
     Where files.img was cut exactly between two entries, nothing in the file itself shows it.
     """
-    for image in sorted(os.listdir(images.handle)):
+    for image in images.names():
         if not re.fullmatch(r"fdinfo-[0-9]+\.img", image):
             continue
-        for offset, body in read_entries(images, image, images.read(image), (COMMON, FDINFO)):
+        try:
+            data = images.read(image)
+        except FileNotFoundError:
+            raise _missing(images, image) from None
+        for offset, body in read_entries(images, image, data, (COMMON, FDINFO)):
             try:
                 numbers, _ = decode(body, _FDINFO_ENTRY)
             except Damage as damage:
@@ -328,7 +333,7 @@ def _demand_name(device: bytes) -> str:
         name = device.decode()
     except UnicodeDecodeError:
         name = ""
-    if not (0 < len(device) < 16 and name.isprintable()) or set(name) & set(" /:"):
+    if not (name and len(device) < 16 and name.isprintable()) or set(name) & set(" /:"):
         raise Damage(0, "inet_sk_entry: the name of its device is not one")
     return name
 
@@ -367,7 +372,7 @@ def _read_inventory(images: Directory) -> tuple[Inventory, int | None]:
 
 def _missing(images: Directory, image: str) -> ImageError:
     """The error for a directory without *image*, with a guess what the directory is instead."""
-    names = set(os.listdir(images.handle))
+    names = images.names()
     hint = "give the directory that `criu dump --images-dir` wrote"
     if "inetsk.img" in names:
         hint = "inetsk.img is there: the dump is from before files.img, by a CRIU that is too old"

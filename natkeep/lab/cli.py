@@ -1,22 +1,21 @@
 """the lab's door: `natkeep lab list` and `natkeep lab run`.
 
 Rule: parse, call scenario.py, print, return the exit code; 0 only for a verdict of pass.
-natkeep's own cli imports this file only for `natkeep lab`.
+natkeep's own cli imports this file only for `natkeep lab`, and turns errors and signals into
+messages and exit codes for it.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import shutil
-import signal
-import sys
 from collections.abc import Sequence
+from json import dumps
 from pathlib import Path
 from typing import Any
 
-from natkeep.errors import NatkeepError, RefusedError
+from natkeep.errors import RefusedError
 from natkeep.lab.host import LabError
 
 _TOOLS = {"nsenter": "util-linux", "ip": "iproute2", "nft": "nftables", "tcpdump": "tcpdump"}
@@ -27,12 +26,11 @@ def add_parser(
     *,
     parents: Sequence[argparse.ArgumentParser] = (),
 ) -> argparse.ArgumentParser:
-    """Add `lab` to natkeep's verbs; *parents* hold the options that every verb has."""
-    lab: argparse.ArgumentParser = subparsers.add_parser(
-        "lab", help="practice networks: move a real server, see what its peer saw"
-    )
-    verbs = lab.add_subparsers(dest="lab_verb", required=True, metavar="list|run")
-    listing = verbs.add_parser("list", parents=list(parents), help="name the scenarios")
+    """Add `lab` to natkeep's verbs; *parents* hold the options that every verb has, as --json."""
+    text = "practice networks: move a real server and see what its peer saw"
+    lab: argparse.ArgumentParser = subparsers.add_parser("lab", help=text, description=text)
+    verbs = lab.add_subparsers(dest="lab_verb", required=True, metavar="list | run")
+    verbs.add_parser("list", parents=list(parents), help="name the scenarios")
     running = verbs.add_parser("run", parents=list(parents), help="run one, and judge it")
     running.add_argument("scenario", metavar="SCENARIO")
     running.add_argument(
@@ -51,9 +49,6 @@ def add_parser(
         "--without-translation", dest="translator", action="store_const", const="none",
         help="leave the translation out; the verdict must then be fail",
     )  # fmt: skip
-    for parser in (listing, running):
-        if not parents:
-            parser.add_argument("--json", action="store_true", help="one JSON document on stdout")
     return lab
 
 
@@ -67,7 +62,7 @@ def _list(args: argparse.Namespace) -> int:
 
     known = [{"name": each.name, "title": each.title} for each in scenarios()]
     if args.json:
-        print(json.dumps({"schema": 1, "scenarios": known}, indent=2))
+        print(dumps({"schema": 1, "scenarios": known}, indent=2))
     else:
         width = max((len(each["name"]) for each in known), default=0)
         for each in known:
@@ -80,10 +75,8 @@ def _run(args: argparse.Namespace) -> int:
 
     found = scenario.find_scenario(args.scenario)
     require_tools()
-    # A lab that is told to end takes its namespaces with it.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     report = scenario.run(found, pcap=args.pcap, engine=args.engine, translator=args.translator)
-    document = json.dumps(report.as_json(), indent=2, ensure_ascii=False)
+    document = dumps(report.as_json(), indent=2, ensure_ascii=False)
     story = verdict.tell_story(report)
     if args.report:
         args.report.mkdir(parents=True, exist_ok=True)
@@ -100,18 +93,3 @@ def require_tools() -> None:
     missing = [f"{tool} (package {p})" for tool, p in _TOOLS.items() if not shutil.which(tool)]
     if missing:
         raise LabError(f"the lab needs {', '.join(missing)}", hint="`make demo` installs them")
-
-
-def main() -> int:
-    """The lab by itself, `python -m natkeep.lab.cli list`, with natkeep's manner of failing."""
-    parser = argparse.ArgumentParser(prog="natkeep")
-    add_parser(parser.add_subparsers(required=True))
-    try:
-        return run(parser.parse_args())
-    except NatkeepError as error:
-        print(f"natkeep: {error}" + (f" ({error.hint})" if error.hint else ""), file=sys.stderr)
-        return error.exit_code
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,4 +1,4 @@
-"""the maker of corpus/: dumps small processes with a real CRIU and keeps the images that natkeep reads.
+"""the maker of corpus/: dumps small processes with a real CRIU, keeps the images natkeep reads.
 
 Usage, as root:  unshare --net --pid --mount --fork --mount-proc \\
                      python3 -I tests/checkpoint/make_corpus.py OUT CRIU [ARGUMENT]...

@@ -1,0 +1,316 @@
+"""the stage: a lab network with the words in which stories are told.
+
+    with Lab("name", engine="criu", family=6) as lab:
+        lab.serve(); lab.dial(); lab.talk()
+        lab.freeze(); lab.prepare(); lab.restore()
+        lab.talk_on(); lab.finish()
+    lab.report.passed
+
+Rule: whatever fails becomes an assertion of the report, never a traceback; what makes going on
+pointless raises StoryOver, after which `conclude` still judges the wires and undoes everything.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
+from typing import Any
+
+from natkeep.errors import NatkeepError
+from natkeep.lab import evidence, wire
+from natkeep.lab.application import Application, TrafficError, all_open, answered, faults
+from natkeep.lab.application import Report as Traffic
+from natkeep.lab.engines import Engine, Frozen, Moving, choose_engine
+from natkeep.lab.host import Host, Program
+from natkeep.lab.surfaces import difference, read_surfaces
+from natkeep.lab.topology import DESTINATION, SOURCE, USUAL, Seat, Topology
+from natkeep.lab.translators import TRANSLATORS, Order
+from natkeep.lab.verdict import Assertion, Report
+from natkeep.plan.tuples import Endpoint, FourTuple
+
+PORT = 5000
+_PATIENCE_S = 3.0  # more than any retransmission that a short blackout causes
+
+
+class StoryOver(Exception):
+    """Something failed after which the story cannot go on."""
+
+
+class Lab:
+    """A lab network with the words of a story; collects the report.
+
+    family 4|6, mode stateful|stateless (handed to natkeep), probe: whether CRIU's window probe
+    arrives, translator: see translators.py. `topology` gives scenarios the hosts themselves.
+    """
+
+    def __init__(
+        self,
+        scenario: str,
+        *,
+        engine: str = "auto",
+        family: int = 4,
+        mode: str = "stateful",
+        probe: bool = True,
+        translator: str = "natkeep",
+        seats: Iterable[Seat] = USUAL,
+    ) -> None:
+        self.engine: Engine = choose_engine(engine, probe=probe)
+        self.family, self.mode, self.probe = family, mode, probe
+        self.topology = Topology(seats)
+        self.report = Report(scenario, engine=self.engine.name, translator=translator, mode=mode)
+        self.site = DESTINATION
+        self.kept: tuple[FourTuple, ...] = ()
+        self._concluded = False
+        self._restored_ns: int | None = None
+
+    def __enter__(self) -> Lab:
+        self.topology.__enter__()
+        directory = self.directory = self.topology.directory
+        try:
+            self.translator = TRANSLATORS[self.report.translator](directory)
+            self.tap = wire.Wiretap(self.topology, directory)
+        except BaseException:
+            self.topology.__exit__(None, None, None)
+            raise
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        self.topology.__exit__(None, None, None)
+
+    # The words, in the order in which a usual story uses them.
+
+    def serve(self) -> None:
+        """A server at the source listens on OLD."""
+        self.old, self.new = SOURCE.address(self.family), self.site.address(self.family)
+        self.report.old, self.report.new = str(self.old), str(self.new)
+        application = Application(self.directory / "serve")
+        line = application.serve_line(str(Endpoint(self.old, PORT)))
+        program = self._start("source", "serve-0", line)
+        application.wait(lambda report: report["listening"], "listening")
+        self.server = Moving(application, "serve", program.pid)
+        self.at = self.topology["source"]
+
+    def dial(self, *, connections: int = 1) -> None:
+        """The client opens *connections* to OLD."""
+        self.client = Application(self.directory / "dial")
+        line = self.client.dial_line(str(Endpoint(self.old, PORT)), count=connections)
+        self._start("client", "dial", line)
+        report = self.client.wait(all_open(connections), "connected")
+        self.kept = tuple(_peer_to_process(each) for each in report["connections"])
+        self.report.before = [str(each) for each in self.kept]
+        self.server.connections = tuple(f"{each.destination} {each.source}" for each in self.kept)
+
+    def talk(self, *, exchanges: int = 10) -> None:
+        """The client asks and is answered on every connection, without pause, from now on."""
+        pause = max(10, 2 * len(self.kept))  # 50 connections shall not fill a processor
+        self.client.do({"talk": {"interval_ms": pause, "size": 64, "answer": 64}})
+        self.client.wait(answered(exchanges), f"{exchanges} answers on each connection")
+
+    def move(self) -> None:
+        """Freeze, prepare, restore: the usual order."""
+        self.freeze()
+        self.prepare()
+        self.restore()
+
+    def freeze(self) -> None:
+        """The engine freezes the server; the source is silent from here on."""
+        self._surfaces = {role: read_surfaces(self.topology[role]) for role in self.sites}
+        self.client.do("mark")
+        self._frozen_ns, self._frozen_at = time.time_ns(), time.monotonic()
+        with self.must("the engine freezes the server"):
+            frozen = self.engine.freeze(self.at, self.server, self.directory / "frozen")
+        self.frozen: Frozen = frozen
+
+    def prepare(self) -> None:
+        """The translator prepares gateway and destination."""
+        self.order = Order(
+            "lab", self.old, self.new,
+            self.topology["gateway"], self.topology[self.site.role],
+            self.kept, self.frozen.options, self.mode,
+        )  # fmt: skip
+        with self.must("the translator prepares gateway and destination"):
+            self.translator.prepare(self.order)
+
+    def restore(self) -> None:
+        """The engine restores the server at the destination, opening on the way."""
+        if not self.probe and self.engine.name == "criu":
+            lose_first_probe(self.topology["switch"], self.site.role)
+        with self.must("the engine restores the server"):
+            opening = self.translator.opening(self.order)
+            self.at = self.topology[self.site.role]
+            self.engine.restore(self.at, self.server, self.frozen, opening)
+        self._restored_ns = time.time_ns()
+        self.report.blackout_ms = (time.monotonic() - self._frozen_at) * 1000
+
+    def talk_on(self, *, exchanges: int = 10) -> None:
+        """Every connection carries as many exchanges again."""
+        start = [each["answered"] for each in self.client.fresh()["connections"]]
+        goal = [before + exchanges for before in start]
+
+        def talked(report: Traffic) -> bool:
+            got = [each["answered"] for each in report["connections"]]
+            return all(have >= want for have, want in zip(got, goal, strict=True))
+
+        def decided(report: Traffic) -> bool:
+            alive = any(each["state"] == "open" for each in report["connections"])
+            return talked(report) or not alive
+
+        name = "the connections carry on after the move"
+        with suppress(TrafficError):
+            self.client.wait(decided, f"{exchanges} more answers", within=_PATIENCE_S)
+        report = self.client.fresh()
+        if not talked(report):
+            states = [f"{each['state']} after {each['answered']} answers"
+                      for each in report["connections"]]  # fmt: skip
+            self.report.assertions.append(Assertion(name, False, _counted(states)))
+            return
+        self.report.stall_ms = max(e["longest_silence_ms"] for e in report["connections"])
+        self.report.assertions.append(Assertion(name, True, f"{exchanges} more answers on each"))
+
+    def finish(self) -> None:
+        """Stop talking; check octets, tuples, wires, and that teardown leaves nothing."""
+        if self.report.stall_ms is None:
+            raise StoryOver  # nothing arrives any more: what is left is to judge the wires
+        with self.must("everything that was asked is answered"):
+            self.client.do("quiet")
+            self.client.wait(_settled, "answers to all", within=_PATIENCE_S)
+        client, server = self.client.fresh(), self.server.application.fresh()
+        self.report.assertions += [
+            octets_agree(client, server),
+            self._sockets_agree(client, server),
+        ]
+        self.report.octets = (_sum(server, "rx"), _sum(client, "rx"))
+        self.conclude()
+
+    def conclude(self) -> None:
+        """Judge the wires and take the translation down; once."""
+        if self._concluded:
+            return
+        self._concluded = True
+        self._judge_wires()
+        if hasattr(self, "order"):
+            self._teardown()
+
+    # What the words are made of.
+
+    @property
+    def sites(self) -> tuple[str, str]:
+        """The roles at which the translator works."""
+        return ("gateway", self.site.role)
+
+    @contextmanager
+    def should(self, name: str) -> Iterator[None]:
+        """Assert that what is done inside succeeds; the story goes on even if not."""
+        began = time.monotonic()
+        try:
+            yield
+        except (NatkeepError, TrafficError) as error:
+            self.report.assertions.append(failure(name, error))
+        else:
+            took = (time.monotonic() - began) * 1000
+            self.report.assertions.append(Assertion(name, True, f"{took:.0f} ms"))
+
+    @contextmanager
+    def must(self, name: str) -> Iterator[None]:
+        """Like `should`, but without it the story is over."""
+        count = len(self.report.assertions)
+        with self.should(name):
+            yield
+        if not self.report.assertions[count].ok:
+            raise StoryOver
+
+    def _start(self, role: str, name: str, line: list[str]) -> Program:
+        return self.topology[role].start(name, *line)
+
+    def _sockets_agree(self, client: Traffic, server: Traffic) -> Assertion:
+        """getsockname and getpeername at both ends still tell the tuples of the beginning."""
+        after = [_peer_to_process(each) for each in client["connections"]]
+        self.report.after = [str(each) for each in after]
+        theirs = {_peer_to_process(each).reply() for each in server["connections"]}
+        missing = [str(each) for each in self.kept if each not in theirs]
+        ok = tuple(after) == self.kept and not missing
+        detail = f"{len(after)} connections" if ok else f"peer {after}, process lacks {missing}"
+        return Assertion("both ends' sockets tell the same four-tuples as before", ok, detail)
+
+    def _judge_wires(self) -> None:
+        frames = self.tap.stop()
+        self.report.assertions.append(self.tap.captured_all())
+        if not hasattr(self, "_frozen_ns"):
+            return
+        kept = evidence.Kept(self.kept, {self.old: (self.new,)}, self._frozen_ns, self._restored_ns)
+        far = wire.beyond_gateway(self.topology)
+        peers = {s.role: frames[s.role] for s in self.topology.seats if s.network == "near"}
+        at_peers = [frame for each in peers.values() for frame in each]
+        self.report.assertions += evidence.judge_wires(
+            kept, peers, {"near": frames["near"]}, {at: frames[at] for at in far}
+        )
+        self.report.segments = evidence.count_segments(at_peers, kept)
+        self.report.resets = evidence.count_resets(at_peers, kept)
+        self.report.silence_ms = evidence.longest_silence_ms(at_peers, kept)
+
+    def _teardown(self) -> None:
+        with self.should("teardown succeeds"):
+            self.translator.teardown(self.order)
+        for role in self.sites:
+            left = difference(self._surfaces[role], read_surfaces(self.topology[role]))
+            self.report.assertions.append(
+                Assertion(f"teardown leaves the {role} byte-identical", not left, left)
+            )
+
+
+def octets_agree(client: Traffic, server: Traffic) -> Assertion:
+    """Every octet arrived once, in order, in both directions, and no connection broke."""
+    bad = [*faults(client), *faults(server)]
+    theirs = {_peer_to_process(each).reply(): each for each in server["connections"]}
+    for each in client["connections"]:
+        other = theirs.get(_peer_to_process(each), {"rx": 0, "tx": 0})
+        if (each["rx"], each["tx"]) != (other["tx"], other["rx"]):
+            bad.append(f"{each['local']} sent {each['tx']} and got {each['rx']}, "
+                       f"the process got {other['rx']} and sent {other['tx']}")  # fmt: skip
+    total = _sum(client, "rx") + _sum(client, "tx")
+    ok = not bad and total > 0
+    detail = "; ".join(bad[:3]) if bad else f"{total} octets, each checked by its number"
+    return Assertion("every octet arrived once and in order", ok, detail)
+
+
+def lose_first_probe(switch: Host, port: str) -> None:
+    """The switch loses the first empty segment of each connection from *port*: CRIU's probe."""
+    lines = [
+        "add table netdev lossy",
+        "add set netdev lossy seen4 { type ipv4_addr . inet_service . inet_service;"
+        " flags dynamic; size 65535; }",
+        "add set netdev lossy seen6 { type ipv6_addr . inet_service . inet_service;"
+        " flags dynamic; size 65535; }",
+        f"add chain netdev lossy c {{ type filter hook ingress device {port} priority 10; }}",
+    ]
+    for ip, longest, seen in (("ip", 60, "seen4"), ("ip6", 40, "seen6")):
+        key = f"{ip} daddr . tcp sport . tcp dport"
+        empty = f"{ip} length <= {longest} tcp flags & (syn | fin | rst) == 0"
+        rule = "add rule netdev lossy c"
+        lines.append(f"{rule} {empty} {key} != @{seen} add @{seen} {{ {key} }} drop")
+    switch.nft("\n".join(lines) + "\n")
+
+
+def _peer_to_process(connection: dict[str, Any]) -> FourTuple:
+    """A connection of a report, from its own end to the other."""
+    return FourTuple(Endpoint.parse(connection["local"]), Endpoint.parse(connection["peer"]))
+
+
+def _settled(report: Traffic) -> bool:
+    return all(e["asked"] == e["answered"] and e["owed"] == 0 for e in report["connections"])
+
+
+def failure(name: str, error: Exception) -> Assertion:
+    """*name* does not hold, for the reason that *error* says (traffic adds a whole report)."""
+    return Assertion(name, False, str(error).partition("; last report:")[0][:600])
+
+
+def _counted(texts: Iterable[str]) -> str:
+    """`48 x open, 2 x reset`, the most frequent first."""
+    return ", ".join(f"{count} x {text}" for text, count in Counter(texts).most_common(4))
+
+
+def _sum(report: Traffic, key: str) -> int:
+    return sum(each[key] for each in report["connections"])
