@@ -519,7 +519,9 @@ def _agree(sock: socket.socket, state: SocketState) -> None:
         options.append((_OPT_TIMESTAMPS, 0))
     _set(sock, _REPAIR_OPTIONS, b"".join(struct.pack("=2I", *each) for each in options))
     if state.timestamps:
-        _set(sock, _TIMESTAMP, state.timestamp)
+        # Two ahead: since Linux 6.12 the lowest bit is a flag (microseconds) and not part of the
+        # clock, so that what was read may be one behind what the peer has seen.
+        _set(sock, _TIMESTAMP, (state.timestamp + 2) % 2**32)
 
 
 def _fill(sock: socket.socket, state: SocketState) -> None:

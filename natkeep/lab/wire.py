@@ -150,24 +150,26 @@ class Wiretap:
 def points(lab: Topology) -> dict[str, tuple[str, str]]:
     """The points of a lab: name to role and interface.
 
-    Each host on the client's side is one, by its role, and so is each of the gateway's sides
-    but the source's (by its network), and the switch's port to each destination.
+    Each host on the client's side, by its role; both sides of the gateway; and the switch's
+    port to each destination, by that one's role.
     """
-    found: dict[str, tuple[str, str]] = {}
+    found = {"near": ("gateway", "near")}
     for seat in lab.seats:
         if seat.network == "near":
             found[seat.role] = (seat.role, "eth0")
         elif seat.network != "old":
-            found[seat.network] = ("gateway", seat.network)
             found[seat.role] = ("switch", seat.role)
-    return {"near": ("gateway", "near"), **found}
+            side = seat.network if seat.network not in found else f"{seat.network}-gateway"
+            found[side] = ("gateway", seat.network)
+    return found
 
 
 def beyond_gateway(lab: Topology) -> list[str]:
     """The points between gateway and destinations, where no frame may carry OLD."""
-    return [point for point, (role, _) in points(lab).items() if role == "switch"] + [
-        seat.network for seat in lab.seats if seat.network not in ("near", "old")
-    ]
+    beyond = [seat for seat in lab.seats if seat.network not in ("near", "old")]
+    wanted = {("switch", seat.role) for seat in beyond}
+    wanted |= {("gateway", seat.network) for seat in beyond}
+    return [point for point, where in points(lab).items() if where in wanted]
 
 
 def read_frames(path: Path) -> Iterator[Frame]:

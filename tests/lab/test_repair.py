@@ -24,7 +24,8 @@ from natkeep.kernel.netns import Namespace, inside, open_namespace
 from natkeep.lab import repair
 from natkeep.lab.repair import RepairSocket, SocketState, TcpState
 
-FAMILIES = {"IPv4": 5000, "IPv6": 5001, "IPv4-mapped": 5002}  # and the port of each
+FAMILIES = ("IPv4", "IPv6", "IPv4-mapped")
+PORTS = range(5000, 5100)  # of the socket under test
 PEER = {4: "10.77.0.1", 6: "fd77::1"}
 LOCAL = {4: "10.77.0.10", 6: "fd77::10"}
 PATIENCE = 5.0  # s, for everything that happens at once unless it is broken
@@ -75,6 +76,7 @@ class Network:
         # kernel can (6.15), with the tail loss probe, which would come first, out of the way.
         for setting in ("tcp_early_retrans=0", "tcp_rto_max_ms=1000"):
             self.destination.run("sysctl", "-eqw", f"net.ipv4.{setting}")
+        self.ports = iter(PORTS)
         with inside(self.peer.namespace):
             self.tap = socket.socket(socket.AF_PACKET, socket.SOCK_RAW, socket.htons(3))
         self.tap.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 22)
@@ -102,7 +104,7 @@ class Network:
 
     def connect(self, family: str = "IPv4") -> Pair:
         """A connection: the socket under test, accepted at the source, and the peer's."""
-        port, version = FAMILIES[family], 6 if family == "IPv6" else 4
+        port, version = next(self.ports), 6 if family == "IPv6" else 4
         with inside(self.source.namespace):
             if family == "IPv4":
                 listener = socket.create_server((LOCAL[4], port))
@@ -167,7 +169,7 @@ def parse(frame: bytes) -> Segment | None:
     # Linux writes the timestamps of an established connection right behind two NOPs.
     stamped = header >= 32 and frame[tcp + 20 : tcp + 24] == b"\x01\x01\x08\x0a"
     tsval = int.from_bytes(frame[tcp + 24 : tcp + 28], "big") if stamped else None
-    return Segment(sport in FAMILIES.values(), flags, seq, length - header, tsval)
+    return Segment(sport in PORTS, flags, seq, length - header, tsval)
 
 
 @pytest.fixture
@@ -223,12 +225,9 @@ SENT = bytes(i % 251 for i in range(60_000))  # more than a first window, less t
 
 
 @root
-@pytest.mark.parametrize("leave", [repair.leave_repair, repair.leave_repair_silently])
-def test_connections_with_full_queues_go_on_elsewhere(
-    network: Network, leave: Callable[[RepairSocket], None]
-) -> None:
-    """Unread, unacknowledged and unsent octets all arrive, once and in order."""
-    pairs = network.connect_all()
+def test_connections_with_full_queues_go_on_elsewhere(network: Network) -> None:
+    """Unread, unacknowledged and unsent octets all arrive, once and in order; probe or not."""
+    pairs = network.connect_all() + network.connect_all()
     for pair in pairs:
         pair.client.sendall(b"not read yet")
         await_readable(pair.server, 12)
@@ -236,8 +235,9 @@ def test_connections_with_full_queues_go_on_elsewhere(
         for pair in pairs:
             pair.server.sendall(SENT)
         moved = network.move(pairs)
-    for _, pair in moved:
-        leave(pair.server)
+    for (_, probed), (_, silent) in zip(moved[:3], moved[3:], strict=True):
+        repair.leave_repair(probed.server)
+        repair.leave_repair_silently(silent.server)
 
     for state, pair in moved:
         assert state.family == pair.family
@@ -396,19 +396,19 @@ def test_fin_wait2_goes_on_to_receive(network: Network) -> None:
 
 
 @root
-@pytest.mark.parametrize("size", [10, len(SENT)])
-def test_fin_wait1_sends_its_fin_again(network: Network, size: int) -> None:
+def test_fin_wait1_sends_its_fin_again(network: Network) -> None:
     """Nothing of our last words arrived; behind 60,000 octets the FIN was not even sent."""
-    pairs = network.connect_all()
+    pairs = network.connect_all() + network.connect_all()
+    sizes = [10] * 3 + [len(SENT)] * 3
     with network.deaf(network.peer):
-        for pair in pairs:
+        for size, pair in zip(sizes, pairs, strict=True):
             pair.server.sendall(SENT[:size])
             pair.server.shutdown(socket.SHUT_WR)
         moved = network.move(pairs)
     for _, pair in moved:
         repair.leave_repair(pair.server)
 
-    for state, pair in moved:
+    for size, (state, pair) in zip(sizes, moved, strict=True):
         assert state.tcp_state is TcpState.FIN_WAIT1
         assert state.fin_unsent == (size == len(SENT))
         assert read_exactly(pair.client, size + 1) == SENT[:size]
@@ -419,28 +419,27 @@ def test_fin_wait1_sends_its_fin_again(network: Network, size: int) -> None:
 
 
 @root
-@pytest.mark.parametrize("tcp_state", [TcpState.LAST_ACK, TcpState.CLOSING])
-def test_both_sides_closed_comes_to_its_end(network: Network, tcp_state: TcpState) -> None:
-    """Our FIN is lost, the peer's is there; who closed first decides about the state."""
-    pairs = network.connect_all()
-    if tcp_state is TcpState.LAST_ACK:
-        for pair in pairs:
-            pair.client.shutdown(socket.SHUT_WR)
-            await_tcp_state(pair.server, CLOSE_WAIT)
+def test_both_sides_closed_comes_to_its_end(network: Network) -> None:
+    """Our FIN is lost, the peer's is there: LAST_ACK where it was first, CLOSING elsewhere."""
+    last_ack, closing = network.connect_all(), network.connect_all()
+    for pair in last_ack:
+        pair.client.shutdown(socket.SHUT_WR)
+        await_tcp_state(pair.server, CLOSE_WAIT)
     with network.deaf(network.peer):
-        for pair in pairs:
+        for pair in last_ack + closing:
             pair.server.sendall(b"last words")
             pair.server.shutdown(socket.SHUT_WR)
-            if tcp_state is TcpState.CLOSING:
-                pair.client.shutdown(socket.SHUT_WR)
-                await_tcp_state(pair.server, CLOSING)
-        moved = network.move(pairs)
-        assert [repair.freeze(pair.server).tcp_state for _, pair in moved] == [tcp_state] * 3
+        for pair in closing:
+            pair.client.shutdown(socket.SHUT_WR)
+            await_tcp_state(pair.server, CLOSING)
+        moved = network.move(last_ack + closing)
+        expected = [TcpState.LAST_ACK] * 3 + [TcpState.CLOSING] * 3
+        assert [state.tcp_state for state, _ in moved] == expected
+        assert [repair.freeze(pair.server).tcp_state for _, pair in moved] == expected
     for _, pair in moved:
         repair.leave_repair(pair.server)
 
-    for state, pair in moved:
-        assert state.tcp_state is tcp_state
+    for _, pair in moved:
         assert read_exactly(pair.client, 11) == b"last words"
         await_tcp_state(pair.server, CLOSE)  # all acknowledged
     assert not any(segment.flags & RST for segment in network.seen())

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import socket
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -51,10 +51,10 @@ class Stage:
 
     @contextlib.contextmanager
     def shut(self) -> Iterator[None]:
-        """No TCP segment arrives anywhere while the block runs."""
+        """No TCP segment arrives anywhere while the block runs, forged ones excepted."""
         self.nft("add table inet gate; "
                  "add chain inet gate input { type filter hook input priority 0; }; "
-                 "add rule inet gate input meta l4proto tcp drop")  # fmt: skip
+                 "add rule inet gate input meta l4proto tcp meta mark != 0xc114 drop")  # fmt: skip
         yield
         self.nft("delete table inet gate")
 
@@ -291,9 +291,7 @@ def test_a_wrong_octet_on_the_wire_is_reported(stage: Stage) -> None:
     with inside(open_namespace(stage.netns)):
         stranger = socket.create_connection(("127.0.0.1", 7000), timeout=5)
     stranger.sendall(make_octets("dial", 0, 99) + b"!")
-    report = stage.serve.wait(lambda r: len(r["connections"]) == 2, "the stranger")
-    report = stage.serve.wait(received(0), "it")
-    report = stage.serve.wait(lambda r: r["connections"][1]["rx"] == 100, "its octets")
+    report = stage.serve.wait(lambda r: r["connections"][-1]["rx"] == 100, "its octets")
     stranger.close()
 
     assert report["connections"][0]["mismatch"] is None
@@ -315,15 +313,14 @@ def test_an_order_that_cannot_be_carried_out_is_an_error(stage: Stage, item: str
 @root
 def test_waiting_ends_at_the_deadline_and_tells_the_state(stage: Stage) -> None:
     stage.connect()
-    with pytest.raises(TrafficError, match="waited 0.05 s for more; last report: {.*'seq'"):
+    with pytest.raises(TrafficError, match=r"waited 0\.05 s for more; last report: \{.*'seq'"):
         stage.dial.wait(received(1), "for more", within=0.05)
 
 
 @root
 def test_exit_leaves_a_last_report(stage: Stage) -> None:
     stage.connect()
-    assert stage.dial.do("exit")["phase"] in ("running", "exited")
-    stage.dial.wait(lambda report: report["phase"] == "exited", "the last report")
+    assert stage.dial.do("exit")["phase"] == "exited"
     assert stage.client.wait(5) == 0
     stage.serve.wait(all_in("eof", 2), "the FIN")
 
@@ -402,11 +399,12 @@ def test_half_closed_and_full_connections_are_resumed(stage: Stage) -> None:
     stage.serve.wait(lambda r: r["connections"][first]["state"] == "eof", "the FIN")
     stage.dial.wait(lambda r: r["connections"][1]["state"] == "eof", "the FIN")
     state = stage.directory / "state.json"
-    stage.serve.do({"freeze": str(state)})
-    stage.server.kill()
-    stage.server.wait()
-    stage.start(stage.serve.resume_line(state))
-    stage.serve.wait(lambda report: report["phase"] == "recreated", "to be re-created")
+    with stage.shut():
+        stage.serve.do({"freeze": str(state)})
+        stage.server.kill()
+        stage.server.wait()
+        stage.start(stage.serve.resume_line(state))
+        stage.serve.wait(lambda report: report["phase"] == "recreated", "to be re-created")
     stage.serve.go()
     stage.serve.do({"push": 1000, "only": [first]})
     stage.dial.do({"push": 1000, "only": [1]}, {"resume_reading": None, "only": [2]})
