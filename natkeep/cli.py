@@ -11,10 +11,11 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import TYPE_CHECKING, NoReturn
 
 from natkeep import __version__
-from natkeep.errors import DriftError, NatkeepError, RefusedError, UsageError
+from natkeep.errors import DriftError, ImageError, NatkeepError, RefusedError, UsageError
 
 if TYPE_CHECKING:
     from natkeep.checkpoint import Checkpoint
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
 
 LAB = "practice networks: move a real server, see what its peer saw"
 
-_SIGNALS = {signal.SIGTERM: 143, signal.SIGHUP: 129}
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -39,14 +40,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         args = make_parser(arguments).parse_args(arguments)
         with _signals_as_exit():
-            return int(args.run(args))
+            code = int(args.run(args))
+        if sys.stdout:
+            sys.stdout.flush()  # here, where it can still fail in one line
+        return code
     except NatkeepError as error:
         return _complain(error)
     except KeyboardInterrupt:
         print("natkeep: interrupted", file=sys.stderr)
         return 130
-    except BrokenPipeError:
-        # Whoever read our output has seen enough; do not fail again while Python flushes it.
+    except OSError as error:
+        if not isinstance(error, BrokenPipeError):  # then our reader has seen enough
+            print(f"natkeep: {error}", file=sys.stderr)
+        # What could not be written now must not fail again while Python flushes it.
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         return 1
 
@@ -59,13 +65,21 @@ def _complain(error: NatkeepError) -> int:
 
 
 class _signals_as_exit:
-    """SIGTERM and SIGHUP unwind the stack, so that what was begun is undone."""
+    """A signal unwinds the stack, so that what was begun is undone; more do not interrupt that.
+
+    What the caller ignores (nohup) stays ignored.
+    """
 
     def __enter__(self) -> None:
         def leave(number: int, _: object) -> None:
-            raise SystemExit(_SIGNALS[signal.Signals(number)])
+            for each in self._before:
+                signal.signal(each, signal.SIG_IGN)
+            raise KeyboardInterrupt if number == signal.SIGINT else SystemExit(128 + number)
 
-        self._before = {number: signal.signal(number, leave) for number in _SIGNALS}
+        handlers = {number: signal.getsignal(number) for number in _SIGNALS}
+        self._before = {n: each for n, each in handlers.items() if each != signal.SIG_IGN}
+        for number in self._before:
+            signal.signal(number, leave)
 
     def __exit__(self, *_: object) -> None:
         for number, handler in self._before.items():
@@ -97,6 +111,9 @@ def make_parser(arguments: Sequence[str] = ("lab",)) -> argparse.ArgumentParser:
     prepare = add("prepare", "make every site ready, with the gate closed", _prepare)
     _add_move_options(prepare)
     prepare.add_argument("--gate", choices=("closed", "open"), default="closed")
+    prepare.add_argument(
+        "--replace", metavar="ID", help="the earlier move of the same process, moved on"
+    )
     prepare.add_argument("--dry-run", action="store_true", help="check, and print the plan")
     opening = add("open", "let the kept connections through", _open)
     opening.add_argument("id", metavar="ID")
@@ -145,7 +162,7 @@ def _add_move_options(verb: argparse.ArgumentParser) -> None:
     source = verb.add_mutually_exclusive_group()
     source.add_argument("--image", metavar="DIR", help="connections from CRIU's images")
     source.add_argument("--connections", metavar="FILE", help="lines of LOCAL PEER; - is stdin")
-    verb.add_argument("--mode", choices=("stateful",), default="stateful")
+    verb.add_argument("--mode", choices=("stateful", "stateless"), default="stateful")
 
 
 def _add_teardown(verb: argparse.ArgumentParser) -> None:
@@ -162,9 +179,12 @@ def _add_teardown(verb: argparse.ArgumentParser) -> None:
 
 
 def _seconds(text: str) -> float:
-    value = float(text)
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1
     if not value >= 0:
-        raise ValueError(text)
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of seconds")
     return value
 
 
@@ -196,13 +216,18 @@ def _prepare(args: argparse.Namespace) -> int:
     from natkeep.plan.steps import describe_plan
 
     checkpoint = _read_connections(args)
+    move = _make_move(args)
     lifecycle = _make_lifecycle(args, create=not args.dry_run)
-    move = _make_move(args, lifecycle)
     if args.dry_run:
-        print(*describe_plan(lifecycle.check(move, checkpoint.connections)), sep="\n")
+        plan = lifecycle.check(move, checkpoint.connections, args.replace)
+        if args.json:
+            report.print_json(report.plan_to_json(plan))
+        else:
+            print(*describe_plan(plan), sep="\n")
         return 0
-    plan = lifecycle.prepare(move, checkpoint.connections, Gate(args.gate))
-    for line in report.unkept_lines(checkpoint, move):
+    lifecycle.require_devices(move, report.bound_devices(checkpoint, move))
+    plan = lifecycle.prepare(move, checkpoint.connections, Gate(args.gate), args.replace)
+    for line in report.unkept_lines(checkpoint, plan):
         _talk(args, f"natkeep: not kept: {line}")
     if args.json:
         report.print_json({"schema": 1, **report.move_to_json(plan), "gate": args.gate})
@@ -286,8 +311,9 @@ def _print_verb(move_id: str, **facts: object) -> None:
 
 
 def _talk(args: argparse.Namespace, line: str) -> None:
-    if not args.quiet:
-        print(line, file=sys.stderr)
+    if not args.quiet and sys.stderr:
+        with suppress(OSError):  # nobody listens (`2>&1 | head`); the work goes on
+            print(line, file=sys.stderr)
 
 
 def _make_lifecycle(args: argparse.Namespace, *, create: bool) -> Lifecycle:
@@ -303,7 +329,7 @@ def _make_lifecycle(args: argparse.Namespace, *, create: bool) -> Lifecycle:
     )
 
 
-def _make_move(args: argparse.Namespace, lifecycle: Lifecycle | None = None) -> Move:
+def _make_move(args: argparse.Namespace) -> Move:
     from natkeep.plan.move import Map, Mode, Move, Role, Site, parse_id, parse_map
 
     parse_id(args.id)
@@ -312,8 +338,7 @@ def _make_move(args: argparse.Namespace, lifecycle: Lifecycle | None = None) -> 
     for text in args.map:
         old, new = parse_map(text)
         if new is None:
-            lifecycle = lifecycle or _make_lifecycle(args, create=False)
-            new = lifecycle.find_new(old, sites)
+            new = _make_lifecycle(args, create=False).find_new(old, sites)
         maps.append(Map(old, new))
     return Move(args.id, tuple(maps), sites, Mode(args.mode))
 
@@ -327,7 +352,11 @@ def _read_connections(args: argparse.Namespace) -> Checkpoint:
         from natkeep.checkpoint.listing import parse_listing, read_listing
 
         if args.connections == "-":
-            return parse_listing(sys.stdin.read() if sys.stdin else "", "stdin")
+            try:
+                text = sys.stdin.read() if sys.stdin else ""
+            except UnicodeDecodeError:
+                raise ImageError("stdin is not UTF-8 text") from None
+            return parse_listing(text, "stdin")
         return read_listing(args.connections)
     raise UsageError(
         "which connections? --image DIR or --connections FILE",

@@ -3,10 +3,13 @@
 The state directory (0700, files 0600; nothing below it is ever opened through a link):
 
     lock               an exclusive flock is held by whoever changes a site
-    ID.connections     the kept connections, packed (plan/tuples.py), written before the journal
+    ID.connections     written before the journal: the kept connections, those that a gateway
+                       carried already, and the carriers, each packed (plan/tuples.py) as IPv4
+                       and IPv6, each of the six with its length (8 octets) in front
     ID.journal         JSON lines, appended and fsynced:
         {"schema": 1, "natkeep": VERSION, "boot": BOOT ID, "move": {...}, "mode": ...,
-         "namespaces": [[DEVICE, INODE], ...], "steps": [KIND, ...], "connections": SHA-256}
+         "namespaces": [[DEVICE, INODE], ...], "steps": [KIND, ...], "local": [ADDRESS, ...],
+         "connections": SHA-256}
         {"step": 4, "state": "doing", "prior": {...}}      before the step acts
         {"step": 4, "state": "done", "prior": {...}}       after it acted
         {"step": 4, "state": "undone"}
@@ -24,6 +27,7 @@ import fcntl
 import hashlib
 import json
 import os
+import stat
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -32,7 +36,7 @@ from typing import Any
 
 from natkeep import __version__
 from natkeep.errors import JournalError, NatkeepError, RefusedError, UsageError
-from natkeep.plan.move import Map, Mode, Move, Role, Site, parse_id
+from natkeep.plan.move import Map, Mode, Move, Role, Site, Surroundings, parse_id
 from natkeep.plan.steps import Identity, Prior
 from natkeep.plan.tuples import Connections, parse_address
 
@@ -64,6 +68,7 @@ class Journal:
 
     move: Move
     connections: Connections
+    surroundings: Surroundings
     namespaces: tuple[Identity, ...]
     kinds: tuple[str, ...]
     boot: str
@@ -121,7 +126,8 @@ class StateDirectory:
         if self._fd is None:
             yield
             return
-        fd = self._open("lock", os.O_RDWR | os.O_CREAT)
+        with self._errors_of("lock"):
+            fd = self._open("lock", os.O_RDWR | os.O_CREAT)
         try:
             _lock(fd, self.path, time.monotonic() + timeout)
             yield
@@ -139,11 +145,12 @@ class StateDirectory:
         self,
         move: Move,
         connections: Connections,
+        surroundings: Surroundings,
         namespaces: tuple[Identity, ...],
         kinds: tuple[str, ...],
     ) -> Journal:
         """Write the journal of a new move; RefusedError when its id is in use."""
-        packed = len(connections.v4).to_bytes(8, "big") + connections.v4 + connections.v6
+        packed = _pack((connections, surroundings.carried, surroundings.carriers))
         header = {
             "schema": SCHEMA,
             "natkeep": __version__,
@@ -151,15 +158,20 @@ class StateDirectory:
             "move": _move_to_json(move),
             "namespaces": [list(identity) for identity in namespaces],
             "steps": list(kinds),
+            "local": sorted(str(address) for address in surroundings.local),
             "connections": hashlib.sha256(packed).hexdigest(),
         }
         if move.id in self.ids():
             raise RefusedError(
                 f"the id {move.id} is in use", hint=f"natkeep teardown {move.id}, or another id"
             )
-        self._write_new(f"{move.id}.connections", packed)
-        self._write_new(f"{move.id}.journal", _line(header))
-        return Journal(move, connections, namespaces, kinds, header["boot"], self)  # type: ignore[arg-type]
+        try:
+            self._write_new(f"{move.id}.connections", packed)
+            self._write_new(f"{move.id}.journal", _line(header))
+        except BaseException:
+            self.remove(move.id)  # nothing has been done yet
+            raise
+        return Journal(move, connections, surroundings, namespaces, kinds, read_boot_id(), self)
 
     def read_move(self, move_id: str) -> tuple[Move, tuple[Identity, ...], str] | None:
         """The move of a journal, its namespaces and its boot, without its connections.
@@ -204,9 +216,12 @@ class StateDirectory:
         move = _move_from_json(header["move"])
         if move.id != move_id:
             raise ValueError(f"it is of move {move.id}")
+        connections, carried, carriers = self._read_connections(move_id, header["connections"])
+        local = frozenset(parse_address(text) for text in header["local"])
         journal = Journal(
             move,
-            self._read_connections(move_id, header["connections"]),
+            connections,
+            Surroundings(local, carried, carriers),
             tuple((int(device), int(inode)) for device, inode in header["namespaces"]),
             tuple(str(kind) for kind in header["steps"]),
             str(header["boot"]),
@@ -218,64 +233,86 @@ class StateDirectory:
             _read_record(journal, json.loads(line), number)
         return journal
 
-    def _read_connections(self, move_id: str, digest: str) -> Connections:
+    def _read_connections(self, move_id: str, digest: str) -> tuple[Connections, ...]:
         try:
             packed = self._read(f"{move_id}.connections")
         except FileNotFoundError:
             raise ValueError("its connections are missing") from None
         if hashlib.sha256(packed).hexdigest() != digest:
             raise ValueError("its connections are not those that were written")
-        length = int.from_bytes(packed[:8], "big")
-        return Connections(packed[8 : 8 + length], packed[8 + length :])
+        return _unpack(packed)
 
     def append(self, name: str, line: dict[str, Any]) -> None:
         """Append one JSON line and have it on disk."""
-        fd = self._open(name, os.O_RDWR | os.O_APPEND)
-        try:
-            _drop_unfinished_line(fd)
-            _write_all(fd, _line(line))
-            os.fsync(fd)
-        finally:
-            os.close(fd)
+        with self._errors_of(name):
+            fd = self._open(name, os.O_RDWR | os.O_APPEND)
+            try:
+                _drop_unfinished_line(fd)
+                _write_all(fd, _line(line))
+                os.fsync(fd)
+            finally:
+                os.close(fd)
 
     def remove(self, move_id: str) -> None:
         """Remove a move's files, the journal first; done as well when they are not there."""
+        parse_id(move_id)
         for suffix in ("journal", "connections"):
-            with suppress(FileNotFoundError):
-                os.unlink(f"{move_id}.{suffix}", dir_fd=self._fd)
+            with self._errors_of(f"{move_id}.{suffix}"):
+                self._unlink(f"{move_id}.{suffix}")
         self._sync()
 
+    def _unlink(self, name: str) -> None:
+        if self._fd is not None:  # without it the name would be one of the working directory
+            with suppress(FileNotFoundError):
+                os.unlink(name, dir_fd=self._fd)
+
     def _open(self, name: str, flags: int) -> int:
+        if self._fd is None:
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), name)
         return os.open(
             name, flags | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK, 0o600, dir_fd=self._fd
         )
 
+    @contextmanager
+    def _errors_of(self, name: str) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise JournalError(f"{self.path}/{name}: {error.strerror}") from error
+
     def _read(self, name: str) -> bytes:
-        if self._fd is None:
-            raise FileNotFoundError(name)
         try:
             fd = self._open(name, os.O_RDONLY)
+        except FileNotFoundError:
+            raise
         except OSError as error:
-            if error.errno == errno.ENOENT:
-                raise
             raise JournalError(f"cannot open {self.path}/{name}: {error.strerror}") from error
-        with os.fdopen(fd, "rb") as file:
-            if os.fstat(fd).st_size > _SIZE_LIMIT:
+        try:
+            status = os.fstat(fd)
+            if not stat.S_ISREG(status.st_mode):
+                raise JournalError(f"{self.path}/{name} is not a file")
+            if status.st_size > _SIZE_LIMIT:
                 raise JournalError(f"{self.path}/{name} is too large")
-            return file.read()
+            with os.fdopen(fd, "rb", closefd=False) as file:
+                return file.read()
+        finally:
+            os.close(fd)
 
     def _write_new(self, name: str, content: bytes) -> None:
         temporary = f".{name}.new"
-        with suppress(FileNotFoundError):
-            os.unlink(temporary, dir_fd=self._fd)
-        fd = self._open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL)
-        try:
-            _write_all(fd, content)
-            os.fsync(fd)
-        finally:
-            os.close(fd)
-        os.rename(temporary, name, src_dir_fd=self._fd, dst_dir_fd=self._fd)
-        self._sync()
+        with self._errors_of(name):
+            self._unlink(temporary)
+            fd = self._open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL)
+            try:
+                _write_all(fd, content)
+                os.fsync(fd)
+                os.rename(temporary, name, src_dir_fd=self._fd, dst_dir_fd=self._fd)
+            except BaseException:
+                self._unlink(temporary)
+                raise
+            finally:
+                os.close(fd)
+            self._sync()
 
     def _sync(self) -> None:
         if self._fd is not None:
@@ -321,6 +358,22 @@ def _write_all(fd: int, content: bytes) -> None:
     view = memoryview(content)
     while view:
         view = view[os.write(fd, view) :]
+
+
+def _pack(some: tuple[Connections, ...]) -> bytes:
+    columns = [column for connections in some for column in (connections.v4, connections.v6)]
+    return b"".join(len(column).to_bytes(8, "big") + column for column in columns)
+
+
+def _unpack(packed: bytes) -> tuple[Connections, ...]:
+    columns, at = [], 0
+    while at < len(packed):
+        length = int.from_bytes(packed[at : at + 8], "big")
+        columns.append(packed[at + 8 : at + 8 + length])
+        at += 8 + length
+    if len(columns) != 6 or at != len(packed):
+        raise ValueError("its connections are not of the form that this natkeep writes")
+    return tuple(Connections(*columns[i : i + 2]) for i in (0, 2, 4))
 
 
 def _read_record(journal: Journal, line: dict[str, Any], number: int) -> None:

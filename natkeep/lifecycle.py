@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 
 from natkeep.errors import (
@@ -25,7 +26,16 @@ from natkeep.kernel.netns import NamespaceGoneError
 from natkeep.plan import ruleset
 from natkeep.plan.drift import Gate, Observation, find_drift
 from natkeep.plan.move import Move, Role, Site, Translation
-from natkeep.plan.steps import AddAddress, Plan, Prior, RaiseLoopback, Step, make_plan
+from natkeep.plan.steps import (
+    AddAddress,
+    InsertEntries,
+    Plan,
+    Prior,
+    PurgeEntries,
+    RaiseLoopback,
+    Step,
+    make_plan,
+)
 from natkeep.plan.tuples import RECORD_SIZE, Address, Connections
 
 Talk = Callable[[str], None]
@@ -60,28 +70,87 @@ class Lifecycle:
     state: StateDirectory
     talk: Talk = lambda line: None
 
-    def prepare(self, move: Move, connections: Connections, gate: Gate = Gate.CLOSED) -> Plan:
+    def prepare(
+        self,
+        move: Move,
+        connections: Connections,
+        gate: Gate = Gate.CLOSED,
+        replaces: str | None = None,
+    ) -> Plan:
         """Make every site ready; with Gate.OPEN let the connections through as well.
+
+        replaces: the id of an earlier move of the same process. At the sites that both have,
+        this move's gate closes in front of it, and when all is ready the earlier one is taken
+        out there: no packet meets both, and none meets neither.
 
         Raises what was refused or failed; then everything has been undone, and if it could not
         be, LeftoverError says what is there.
         """
         with self.state.locked():
-            plan = self.check(move, connections)
-            steps = plan.steps if gate == Gate.OPEN else plan.prepare
-            identities = tuple(self.kernel.identity(site) for site in move.sites)
-            journal = self.state.begin(move, connections, identities, _kinds(plan))
-            self._apply_or_undo(journal, plan, list(range(len(steps))))
+            plan = self.check(move, connections, replaces)
+            if replaces is not None:
+                return self._replace(plan, connections, gate, replaces)
+            self._begin_and_apply(plan, connections, gate)
         return plan
 
-    def check(self, move: Move, connections: Connections) -> Plan:
+    def _begin_and_apply(self, plan: Plan, connections: Connections, gate: Gate) -> None:
+        move = plan.move
+        steps = plan.steps if gate == Gate.OPEN else plan.prepare
+        identities = tuple(self.kernel.identity(site) for site in move.sites)
+        journal = self.state.begin(move, connections, plan.surroundings, identities, _kinds(plan))
+        self._apply_or_undo(journal, plan, list(range(len(steps))))
+
+    def _replace(self, plan: Plan, connections: Connections, gate: Gate, replaces: str) -> Plan:
+        earlier, old = self._load(replaces)
+        self._refuse_earlier_boot(earlier)
+        shared = self._shared_sites(earlier, plan.move)
+        numbers = [n for n, step in enumerate(old.steps) if step.site in shared]
+        # From now on a teardown of the earlier move must not delete entries of the new one.
+        entries = [n for n in numbers if isinstance(old.steps[n], InsertEntries | PurgeEntries)]
+        for number in entries:
+            earlier.note(number, "undone", Prior())
+        self.kernel.open_sites(shared, {site: earlier.identity(site) for site in shared})
+        try:
+            self._begin_and_apply(plan, connections, gate)
+        except BaseException:
+            for number in entries:
+                self._apply(earlier, old.steps[number], number)
+            raise
+        left = self._undo(earlier, old, [n for n in reversed(numbers) if n not in entries])
+        if left:
+            raise _leftover(earlier, left)
+        if all(record.state == "undone" for record in earlier.records.values()):
+            earlier.remove()
+        return plan
+
+    def _shared_sites(self, earlier: Journal, move: Move) -> list[Site]:
+        ours = {self.kernel.identity(site) for site in move.sites}
+        shared = [site for site in earlier.move.sites if earlier.identity(site) in ours]
+        if not shared:
+            raise RefusedError(f"{move.id} and {earlier.move.id} have no site in common")
+        return shared
+
+    def check(self, move: Move, connections: Connections, replaces: str | None = None) -> Plan:
         """The plan, if it could be carried out as things stand; nothing is changed."""
-        plan = make_plan(move, connections)
         self._open_sites(move)
-        self._refuse_conflicts(plan)
+        surroundings = self.kernel.look_around(move, connections)
+        plan = make_plan(move, connections, surroundings)
+        self._refuse_conflicts(plan, replaces)
         for step in plan.steps:
             self.kernel.check(step)
         return plan
+
+    def require_devices(self, move: Move, devices: frozenset[str]) -> None:
+        """RefusedError when the destination lacks a device that a socket is bound to."""
+        destinations = [site for site in move.sites if site.role == Role.DESTINATION]
+        self.kernel.open_sites(destinations)
+        for site in destinations:
+            missing = sorted(devices - self.kernel.devices(site)) if devices else []
+            if missing:
+                raise RefusedError(
+                    f"{site}: no device {', '.join(missing)}, which a socket is bound to",
+                    hint="CRIU could not restore the socket there",
+                )
 
     def find_new(self, old: Address, sites: tuple[Site, ...]) -> Address:
         """What NEW=auto means for *old*: the one address of its family at the destination."""
@@ -107,7 +176,7 @@ class Lifecycle:
             if other is not site:
                 raise RefusedError(f"{site} and {other} are the same network namespace")
 
-    def _refuse_conflicts(self, plan: Plan) -> None:
+    def _refuse_conflicts(self, plan: Plan, replaces: str | None) -> None:
         """Two moves may share an address, but no tuple on either side of a site."""
         if plan.move.id in self.state.ids():
             raise RefusedError(
@@ -117,7 +186,7 @@ class Lifecycle:
         ours = {self.kernel.identity(site): site for site in plan.move.sites}
         for move_id in self.state.ids():
             found = self.state.read_move(move_id)
-            if found is None:
+            if found is None or move_id == replaces:
                 continue
             other, namespaces, boot = found
             if not set(namespaces) & set(ours) or boot != read_boot_id():
@@ -125,7 +194,7 @@ class Lifecycle:
             _refuse_remapped(plan.move, other)
             if _shares_address(plan.move, other):
                 journal = self.state.load(move_id)
-                _refuse_overlap(plan, make_plan(journal.move, journal.connections))
+                _refuse_overlap(plan, _plan_of(journal))
 
     def _apply_or_undo(self, journal: Journal, plan: Plan, numbers: list[int]) -> None:
         try:
@@ -159,9 +228,12 @@ class Lifecycle:
             try:
                 if not self._hand_over(journal, step, record):
                     self.kernel.revert(step, record.prior)
-                journal.note(number, "undone", Prior())
             except NatkeepError as error:
                 left.append(error)
+                continue
+            # A full disk must not stop this: what the journal still has is only undone again.
+            with suppress(JournalError):
+                journal.note(number, "undone", Prior())
         return left
 
     def _hand_over(self, journal: Journal, step: Step, record: Record) -> bool:
@@ -179,7 +251,7 @@ class Lifecycle:
             other = self.state.load(move_id)
             if other.boot != journal.boot:
                 continue
-            for number, theirs in enumerate(make_plan(other.move, other.connections).steps):
+            for number, theirs in enumerate(_plan_of(other).steps):
                 same = _is_same_thing(step, theirs) and other.identity(theirs.site) == identity
                 if same and other.is_done(number):
                     other.note(number, "done", record.prior)
@@ -207,7 +279,7 @@ class Lifecycle:
 
     def _load(self, move_id: str) -> tuple[Journal, Plan]:
         journal = self.state.load(move_id)
-        plan = make_plan(journal.move, journal.connections)
+        plan = _plan_of(journal)
         if _kinds(plan) != journal.kinds:
             raise JournalError(
                 f"move {move_id} was prepared by a natkeep that does other steps",
@@ -231,7 +303,11 @@ class Lifecycle:
         found = []
         for move_id in move_ids or self.state.ids():
             journal, plan = self._load(move_id)
-            sites = tuple(self._look(journal, plan, site) for site in plan.move.sites)
+            sites = tuple(
+                self._look(journal, plan, site)
+                for site in plan.move.sites
+                if not _is_retired(journal, plan, site)
+            )
             gates = {status.seen.gate for status in sites if status.seen is not None}
             found.append(
                 MoveStatus(plan, Gate.OPEN if gates == {Gate.OPEN} else Gate.CLOSED, sites)
@@ -303,8 +379,19 @@ class Lifecycle:
         return True
 
 
+def _plan_of(journal: Journal) -> Plan:
+    return make_plan(journal.move, journal.connections, journal.surroundings)
+
+
 def _kinds(plan: Plan) -> tuple[str, ...]:
     return tuple(type(step).__name__ for step in plan.steps)
+
+
+def _is_retired(journal: Journal, plan: Plan, site: Site) -> bool:
+    """Whether another move has replaced this one at *site*."""
+    numbers = [n for n, step in enumerate(plan.steps) if step.site == site]
+    records = [journal.records[n].state for n in numbers if n in journal.records]
+    return bool(records) and set(records) == {"undone"}
 
 
 def _is_same_thing(ours: Step, theirs: Step) -> bool:

@@ -7,7 +7,6 @@ as `ipaddress` prints them.
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -24,8 +23,7 @@ SHOWN = 20
 
 def print_json(value: dict[str, Any]) -> None:
     """One document on stdout."""
-    json.dump(value, sys.stdout, indent=2)
-    print()
+    print(json.dumps(value, indent=2))
 
 
 def move_to_json(plan: Plan) -> dict[str, Any]:
@@ -193,9 +191,22 @@ def _judge(socket: Socket, olds: Sequence[Address]) -> str | None:
     return None
 
 
-def unkept_lines(checkpoint: Checkpoint, move: Move) -> Iterator[str]:
-    """What of the checkpoint the move leaves behind, without the listeners."""
+def bound_devices(checkpoint: Checkpoint, move: Move) -> frozenset[str]:
+    """Devices that sockets of the move are bound to (SO_BINDTODEVICE)."""
     olds = [map_.old for map_ in move.maps]
+    return frozenset(
+        socket.bound_device
+        for socket in checkpoint.sockets
+        if socket.bound_device is not None and _judge(socket, olds) is None
+    )
+
+
+def unkept_lines(checkpoint: Checkpoint, plan: Plan) -> Iterator[str]:
+    """What of the checkpoint the move leaves behind, without the listeners."""
+    olds = [map_.old for map_ in plan.move.maps]
+    for unkept in plan.unkept:
+        inbound = unkept.inbound
+        yield f"tcp {inbound.destination} {inbound.source}: {unkept.reason}"
     for socket in checkpoint.sockets:
         verdict = _judge(socket, olds)
         if verdict is not None and not socket.is_listener():

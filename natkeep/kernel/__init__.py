@@ -27,9 +27,9 @@ from collections.abc import Callable, Iterable
 from typing import Protocol
 
 from natkeep.plan.drift import Observation
-from natkeep.plan.move import Site
+from natkeep.plan.move import Move, Site, Surroundings
 from natkeep.plan.steps import Identity, Plan, Prior, Step
-from natkeep.plan.tuples import Address
+from natkeep.plan.tuples import Address, Connections
 
 Remember = Callable[[Prior], None]
 
@@ -45,6 +45,12 @@ class Kernel(Protocol):
 
     def addresses(self, site: Site, version: int) -> tuple[Address, ...]:
         """The addresses of IP *version* that others can reach an opened site at."""
+
+    def devices(self, site: Site) -> frozenset[str]:
+        """Names of the network devices at an opened site."""
+
+    def look_around(self, move: Move, connections: Connections) -> Surroundings:
+        """What make_plan has to know of the opened sites of *move*."""
 
     def check(self, step: Step) -> None:
         """NatkeepError when *step* could not work."""

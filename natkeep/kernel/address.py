@@ -55,6 +55,11 @@ def global_addresses(version: int) -> tuple[Address, ...]:
     )
 
 
+def all_addresses() -> frozenset[Address]:
+    """Every local address."""
+    return frozenset(_addresses())
+
+
 def _addresses() -> dict[Address, str]:
     with _route_socket() as ipr:
         names = {link["index"]: link.get("ifname") for link in ipr.get_links()}

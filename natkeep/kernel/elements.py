@@ -48,9 +48,9 @@ class Rule:
     comment: str
 
 
-def fill_set(table: str, name: str, connections: Connections, version: int) -> None:
-    """Add all *connections* of IP *version* to the set, in one transaction; OSError if refused."""
-    elements, size = _pack_elements(connections, version)
+def fill_set(table: str, name: str, connections: Connections) -> None:
+    """Add all *connections* (of one IP version) to the set, in one transaction; or OSError."""
+    elements, size = _pack_elements(connections)
     owner = attribute(1, _text(table)) + attribute(2, _text(name))
     per_message = _ATTRIBUTE_MAX // size * size
     batch = [_batch_frame(_BATCH_BEGIN, 0)]
@@ -64,11 +64,12 @@ def fill_set(table: str, name: str, connections: Connections, version: int) -> N
         netlink.send_transaction(b"".join(batch), len(starts))
 
 
-def _pack_elements(connections: Connections, version: int) -> tuple[bytearray, int]:
+def _pack_elements(connections: Connections) -> tuple[bytearray, int]:
     """All elements as attributes of equal size, and that size in octets.
 
     The key is `peer . peer port . local port`, each part padded to four octets.
     """
+    version = 4 if connections.v4 else 6
     records, size = connections.records(version), RECORD_SIZE[version]
     width = 4 if version == 4 else 16
     template = nested(1, nested(1, attribute(1, bytes(width + 8))))
@@ -100,10 +101,10 @@ def _element_keys(elements: bytes) -> Iterator[bytes]:
         offset += (length + 3) & ~3
 
 
-def pack_keys(connections: Connections, version: int) -> frozenset[bytes]:
+def pack_keys(connections: Connections) -> frozenset[bytes]:
     """The keys that a set of *connections* should have, to be compared with read_keys."""
-    elements, size = _pack_elements(connections, version)
-    width = 12 if version == 4 else 24
+    elements, size = _pack_elements(connections)
+    width = 12 if connections.v4 else 24
     return frozenset(bytes(elements[i - width : i]) for i in range(size, len(elements) + 1, size))
 
 

@@ -14,7 +14,8 @@ from natkeep.errors import KernelError, RefusedError
 from natkeep.kernel import Remember
 from natkeep.plan import ruleset
 from natkeep.plan.drift import Gate, Observation, SeenEntry
-from natkeep.plan.move import Role, Site, Translation
+from natkeep.plan.entries import entries, stale_tuples
+from natkeep.plan.move import NOTHING_SPECIAL, Move, Site, Surroundings, Translation
 from natkeep.plan.steps import (
     AddAddress,
     FillSet,
@@ -29,7 +30,7 @@ from natkeep.plan.steps import (
     RaiseLoopback,
     Step,
 )
-from natkeep.plan.tuples import Address, Connections, FourTuple
+from natkeep.plan.tuples import NO_CONNECTIONS, Address, Connections, FourTuple
 
 
 @dataclass
@@ -55,6 +56,7 @@ class FakeKernel:
         self.fail_at: int | None = None
         self.die_at: int | None = None
         self.applied = 0
+        self.surroundings = NOTHING_SPECIAL
 
     def open_sites(self, sites: Iterable[Site], known: dict[Site, Identity] | None = None) -> None:
         """Every name is a namespace here."""
@@ -69,6 +71,14 @@ class FakeKernel:
         """What a test put there."""
         here = self.sites[site.netns].addresses
         return tuple(sorted(a for a in here if a.version == version))
+
+    def devices(self, site: Site) -> frozenset[str]:
+        """Always the same."""
+        return frozenset({"lo", "eth0"})
+
+    def look_around(self, move: Move, connections: Connections) -> Surroundings:
+        """What a test put there."""
+        return self.surroundings
 
     def check(self, step: Step) -> None:
         """NatkeepError when *step* could not work."""
@@ -96,7 +106,8 @@ class FakeKernel:
             case InstallGate():
                 here.gates.pop(step.move_id, None)
                 for translation in step.translations:
-                    here.sets.pop(ruleset.kept_set(step.move_id, translation.number), None)
+                    for name in ruleset.sets_of(step.move_id, translation):
+                        here.sets.pop(name, None)
                 _withdraw(here, step.move_id, _gate_chains(step))
             case RaiseLoopback() if not prior.present:
                 here.loopback = False
@@ -105,8 +116,8 @@ class FakeKernel:
             case InstallTranslation():
                 _withdraw(here, step.move_id, _translating_chains(step))
             case InsertEntries():
-                for before, _ in step.translation.tuples():
-                    here.entries.pop(before, None)
+                for entry in entries(step.translation):
+                    here.entries.pop(entry.original, None)
             case OpenGate() if not prior.present and step.move_id in here.gates:
                 here.gates[step.move_id] = Gate.CLOSED
             case _:
@@ -116,18 +127,19 @@ class FakeKernel:
         """What *site* shows of *plan* now."""
         here, move_id = self.sites[site.netns], plan.move.id
         translations = [t for t in plan.translations if t.site == site]
-        entries = {t.number: tuple(_see(here, t)) for t in translations}
+        inserted = [s.translation for s in plan.prepare if isinstance(s, InsertEntries)]
+        seen = {t.number: tuple(_see(here, t)) for t in inserted if t.site == site}
         return Observation(
             gate=here.gates.get(move_id, Gate.ABSENT),
             rules=frozenset(chain for chain, owners in here.rules.items() if move_id in owners),
             missing={
-                (name := ruleset.kept_set(move_id, t.number)): len(t.kept)
-                - len(here.sets.get(name, Connections()))
+                name: len(connections) - len(here.sets.get(name, NO_CONNECTIONS))
                 for t in translations
+                for name, connections in ruleset.sets_of(move_id, t).items()
             },
             addresses=frozenset({t.map.old for t in translations} & here.addresses),
-            entries=entries,
-            alive=sum(1 for seen in entries.values() for entry in seen if entry),
+            entries=seen,
+            alive=sum(1 for of_one in seen.values() for entry in of_one if entry),
         )
 
 
@@ -154,7 +166,7 @@ def _change(here: FakeSite, step: Step) -> None:
             for chain in _gate_chains(step):
                 here.rules.setdefault(chain, set()).add(step.move_id)
         case FillSet():
-            here.sets[step.name] = step.translation.kept
+            here.sets[step.name] = step.connections
         case RaiseLoopback():
             here.loopback = True
         case AddAddress():
@@ -163,11 +175,10 @@ def _change(here: FakeSite, step: Step) -> None:
             for chain in _translating_chains(step):
                 here.rules.setdefault(chain, set()).add(step.move_id)
         case PurgeEntries():
-            for before, after in step.translation.tuples():
-                here.entries.pop(before, None)
-                here.entries.pop(after, None)
+            for stale in stale_tuples(step.translation):
+                here.entries.pop(stale, None)
         case InsertEntries():
-            here.entries.update(step.translation.tuples())
+            here.entries.update((e.original, e.reply) for e in entries(step.translation))
         case OpenGate():
             if step.move_id not in here.gates:
                 raise KernelError(f"{step.site}: no gate of {step.move_id}")
@@ -175,20 +186,18 @@ def _change(here: FakeSite, step: Step) -> None:
 
 
 def _gate_chains(step: InstallGate) -> list[str]:
-    ends = [t.before for t in step.translations]
-    if step.site.role == Role.DESTINATION:
-        ends += [t.after for t in step.translations]
-    return [ruleset.address_chain(ruleset.GATE, end) for end in ends]
+    return [
+        ruleset.address_chain(ruleset.GATE, local)
+        for t in step.translations
+        for local in ruleset.gated_addresses(t)
+    ]
 
 
 def _translating_chains(step: InstallTranslation) -> list[str]:
     return [
-        chain
+        ruleset.address_chain(dispatch, local)
         for t in step.translations
-        for chain in (
-            ruleset.address_chain(ruleset.INBOUND, t.before),
-            ruleset.address_chain(ruleset.OUTBOUND, t.after),
-        )
+        for dispatch, local in ruleset.translating_chains(t)
     ]
 
 
@@ -200,6 +209,6 @@ def _withdraw(here: FakeSite, move_id: str, chains: Iterable[str]) -> None:
 
 
 def _see(here: FakeSite, translation: Translation) -> Iterable[SeenEntry | None]:
-    for before, after in translation.tuples():
-        reached = here.entries.get(before)
-        yield SeenEntry(reached == after, 0, 0, True) if reached is not None else None
+    for entry in entries(translation):
+        reply = here.entries.get(entry.original)
+        yield SeenEntry(reply == entry.reply, 0, 0, True) if reply is not None else None

@@ -6,6 +6,7 @@ it (nft.py, elements.py, conntrack.py, address.py) and turns refusals into Kerne
 
 from __future__ import annotations
 
+import socket
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
@@ -14,7 +15,7 @@ from natkeep.kernel import Remember, address, conntrack, elements, nft, sockets
 from natkeep.kernel.netns import Namespace, find_namespace, inside, open_namespace
 from natkeep.plan import ruleset
 from natkeep.plan.drift import Gate, Observation
-from natkeep.plan.move import Role, Site, Translation
+from natkeep.plan.move import Move, Role, Site, Surroundings, Translation
 from natkeep.plan.ruleset import TABLE
 from natkeep.plan.steps import (
     AddAddress,
@@ -30,7 +31,7 @@ from natkeep.plan.steps import (
     RaiseLoopback,
     Step,
 )
-from natkeep.plan.tuples import Address
+from natkeep.plan.tuples import Address, Connections, FourTuple
 
 _CAP_NET_ADMIN = 12
 
@@ -69,6 +70,29 @@ class LinuxKernel:
         with self._at(site):
             return address.global_addresses(version)
 
+    def devices(self, site: Site) -> frozenset[str]:
+        """Names of the network devices at an opened site."""
+        with self._at(site):
+            return frozenset(name for _, name in socket.if_nameindex())
+
+    def look_around(self, move: Move, connections: Connections) -> Surroundings:
+        """What make_plan has to know of the opened sites of *move*."""
+        local: frozenset[Address] = frozenset()
+        carried: list[tuple[FourTuple, FourTuple]] = []
+        for site in move.sites:
+            kept = [connections.at(map_.old) for map_ in move.maps]
+            with self._at(site):
+                if site.role == Role.DESTINATION:
+                    peers = {inbound.source.address for some in kept for inbound in some}
+                    local |= peers & address.all_addresses()
+                elif site.role == Role.GATEWAY and not carried:
+                    carried = [pair for some in kept for pair in _find_carried(some)]
+        return Surroundings(
+            local,
+            Connections.of(inner for inner, _ in carried),
+            Connections.of(outer for _, outer in carried),
+        )
+
     @contextmanager
     def _at(self, site: Site) -> Iterator[None]:
         try:
@@ -92,6 +116,8 @@ class LinuxKernel:
                         )
                 case InstallTranslation() if step.site.role == Role.DESTINATION:
                     _check_destination(step)
+                case InsertEntries():
+                    _check_room(step)
                 case _:
                     pass
 
@@ -103,15 +129,14 @@ class LinuxKernel:
                     return _install_gate(step, remember)
                 case FillSet():
                     remember(Prior())
-                    kept = step.translation.kept
-                    elements.fill_set(TABLE, step.name, kept, step.translation.map.old.version)
+                    elements.fill_set(TABLE, step.name, step.connections)
                 case RaiseLoopback():
                     return _raise_loopback(remember)
                 case AddAddress():
                     return _add_address(step, remember)
                 case InstallTranslation():
                     remember(Prior())
-                    nft.run_transaction(step.lines())
+                    nft.run_transaction([*_missing_mode_lines(step), *step.lines()])
                 case PurgeEntries():
                     remember(Prior())
                     conntrack.purge(step.translation)
@@ -136,7 +161,7 @@ class LinuxKernel:
                 case AddAddress() if not prior.present:
                     address.remove_host_address(step.address)
                 case InstallTranslation():
-                    _withdraw(step.move_id, _translating_chains(step))
+                    _withdraw_translation(step)
                 case InsertEntries():
                     _restore_accounting(prior)
                     conntrack.delete(step.translation)
@@ -149,6 +174,32 @@ class LinuxKernel:
         """What *site* shows of *plan* now."""
         with self._at(site):
             return _observe(site, plan)
+
+
+def _find_carried(connections: Connections) -> Iterator[tuple[FourTuple, FourTuple]]:
+    """Connections that this namespace translates already: inside and outside."""
+    if not len(connections) or conntrack.read_setting("nf_conntrack_count") in ("0", None):
+        return
+    for inner, outer in zip(connections, conntrack.find_carried(connections), strict=True):
+        if outer is not None:
+            yield inner, outer
+
+
+def _check_room(step: InsertEntries) -> None:
+    """A table that is nearly full would take neither our entries nor anybody else's."""
+    count = int(conntrack.read_setting("nf_conntrack_count") or 0)
+    limit = int(conntrack.read_setting("nf_conntrack_max") or 0)
+    wanted = count + len(step.translation.kept)
+    if limit and wanted > limit * _FULL // 100:
+        raise RefusedError(
+            f"{step.site}: the conntrack table would hold {wanted} of {limit} entries, "
+            f"over {_FULL} %",
+            hint="raise net.netfilter.nf_conntrack_max",
+        )
+
+
+_FULL = 90
+"""Per cent of nf_conntrack_max up to which entries are added."""
 
 
 def _check_destination(step: InstallTranslation) -> None:
@@ -183,8 +234,8 @@ def _install_gate(step: InstallGate, remember: Remember) -> Prior:
 
 
 def _remove_gate(step: InstallGate) -> None:
-    own = {ruleset.kept_set(step.move_id, t.number) for t in step.translations}
-    kept = {name for name in elements.set_names(TABLE) if name.startswith("kept-")}
+    own = {name for t in step.translations for name in ruleset.sets_of(step.move_id, t)}
+    kept = {name for name in elements.set_names(TABLE) if name.startswith(("kept-", "outer-"))}
     if kept <= own:
         # The last move takes the tables with it; others may come only under the same lock.
         if elements.has_table(elements.INET, TABLE) or elements.has_table(elements.ARP, TABLE):
@@ -197,23 +248,35 @@ def _remove_gate(step: InstallGate) -> None:
         chain = ruleset.address_chain(ruleset.GATE, old)
         if step.site.role == Role.DESTINATION and not elements.rules(TABLE, chain):
             lines += ruleset.render_speech(old)
-    lines += ruleset.render_gate_removal(step.move_id, [t.number for t in step.translations])
+    lines += ruleset.render_gate_removal(step.move_id, step.translations)
     _run_what_is_there(lines)
 
 
-def _gate_chains(step: InstallGate) -> list[tuple[str, Address]]:
-    chains = [(ruleset.GATE, t.before) for t in step.translations]
-    if step.site.role == Role.DESTINATION:
-        chains += [(ruleset.GATE, t.after) for t in step.translations]
-    return chains
-
-
-def _translating_chains(step: InstallTranslation) -> list[tuple[str, Address]]:
+def _missing_mode_lines(step: InstallTranslation) -> list[str]:
+    present = elements.chain_names(TABLE)
+    modes = dict.fromkeys(translation.mode for translation in step.translations)
     return [
-        chain
-        for t in step.translations
-        for chain in ((ruleset.INBOUND, t.before), (ruleset.OUTBOUND, t.after))
+        line
+        for mode in modes
+        if ruleset.base_chain_of(mode) not in present
+        for line in ruleset.render_mode(mode)
     ]
+
+
+def _gate_chains(step: InstallGate) -> list[tuple[str, Address]]:
+    return [
+        (ruleset.GATE, local)
+        for translation in step.translations
+        for local in ruleset.gated_addresses(translation)
+    ]
+
+
+def _withdraw_translation(step: InstallTranslation) -> None:
+    chains = [chain for t in step.translations for chain in ruleset.translating_chains(t)]
+    _withdraw(step.move_id, chains)
+    present = elements.chain_names(TABLE)
+    lines = ruleset.render_rewriting_removal(step.move_id, step.translations)
+    _run_what_is_there([line for line in lines if line.rpartition(" ")[2] in present])
 
 
 def _withdraw(move_id: str, chains: Iterable[tuple[str, Address]]) -> None:
@@ -326,7 +389,8 @@ def _close_gate(move_id: str) -> None:
 def _observe(site: Site, plan: Plan) -> Observation:
     here = [t for t in plan.translations if t.site == site]
     move_id = plan.move.id
-    entries = {t.number: tuple(conntrack.look_up(t)) for t in here}
+    inserted = [s.translation for s in plan.prepare if isinstance(s, InsertEntries)]
+    entries = {t.number: tuple(conntrack.look_up(t)) for t in inserted if t.site == site}
     if site.role == Role.DESTINATION:
         alive = sum(sockets.count_alive(t.kept) for t in here)
     else:
@@ -334,7 +398,11 @@ def _observe(site: Site, plan: Plan) -> Observation:
     return Observation(
         gate=_gate(move_id),
         rules=_observe_rules(move_id, here),
-        missing={ruleset.kept_set(move_id, t.number): _count_missing(move_id, t) for t in here},
+        missing={
+            name: _count_missing(name, connections)
+            for t in here
+            for name, connections in ruleset.sets_of(move_id, t).items()
+        },
         addresses=frozenset(t.map.old for t in here if address.device_of(t.map.old)),
         entries=entries,
         alive=alive,
@@ -344,18 +412,15 @@ def _observe(site: Site, plan: Plan) -> Observation:
 def _observe_rules(move_id: str, here: Iterable[Translation]) -> frozenset[str]:
     found = set()
     for translation in here:
-        for dispatch in ruleset.DISPATCHES:
-            for local in (translation.before, translation.after):
-                chain = ruleset.address_chain(dispatch, local)
-                dispatched = ruleset.dispatch_map(dispatch, local.version)
-                if any(
-                    rule.comment == move_id for rule in elements.rules(TABLE, chain)
-                ) and local.packed in elements.read_keys(TABLE, dispatched):
-                    found.add(chain)
+        gated = [(ruleset.GATE, local) for local in ruleset.gated_addresses(translation)]
+        for dispatch, local in (*gated, *ruleset.translating_chains(translation)):
+            chain = ruleset.address_chain(dispatch, local)
+            dispatched = ruleset.dispatch_map(dispatch, local.version)
+            ours = any(rule.comment == move_id for rule in elements.rules(TABLE, chain))
+            if ours and local.packed in elements.read_keys(TABLE, dispatched):
+                found.add(chain)
     return frozenset(found)
 
 
-def _count_missing(move_id: str, translation: Translation) -> int:
-    expected = elements.pack_keys(translation.kept, translation.map.old.version)
-    name = ruleset.kept_set(move_id, translation.number)
-    return len(expected - set(elements.read_keys(TABLE, name)))
+def _count_missing(name: str, connections: Connections) -> int:
+    return len(elements.pack_keys(connections) - set(elements.read_keys(TABLE, name)))

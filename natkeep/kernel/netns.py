@@ -102,6 +102,8 @@ def _candidates(spec: str) -> Iterator[str]:
 def _path_of(spec: str) -> str:
     if not spec:
         return "/proc/self/ns/net"
+    if "\0" in spec:
+        raise UsageError(f"{spec!r} is not the name of a network namespace")
     if spec.startswith("pid:"):
         pid = spec[4:]
         if not (pid.isascii() and pid.isdigit()):

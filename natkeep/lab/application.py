@@ -10,6 +10,8 @@
     dial.wait(answered(100), "100 answers each")
     serve.command({"freeze": str(tmp / "state.json")})       # does not wait
     dial.do("mark"); …; dial.fresh()["connections"][0]["longest_silence_ms"]
+
+Rule: nothing here sleeps without a deadline, and what is waited for is named in the error.
 """
 
 from __future__ import annotations
@@ -45,7 +47,8 @@ class Application:
     def __init__(self, directory: Path) -> None:
         self.directory = directory
         self.directory.mkdir(parents=True, exist_ok=True)
-        self._seq = 0
+        report = self.report()  # of a process that another part of the lab began to steer
+        self._seq = 0 if report is None else int(report["seq"])
 
     def serve_line(self, *listen: str) -> list[str]:
         """The command line of a server at the addresses *listen*."""
@@ -131,7 +134,7 @@ def all_in(state: str, count: int) -> Callable[[Report], bool]:
 
 
 def answered(times: int) -> Callable[[Report], bool]:
-    """Every connection has had *times* more… or as many answers in full."""
+    """Every connection has had at least *times* answers in full."""
     return lambda report: all(each["answered"] >= times for each in report["connections"])
 
 
@@ -141,7 +144,7 @@ def received(octets: int) -> Callable[[Report], bool]:
 
 
 def handed_over(report: Report) -> bool:
-    """No application owes the kernel anything more."""
+    """The application has handed everything to the kernel."""
     return all(each["owed"] == 0 for each in report["connections"])
 
 

@@ -58,6 +58,7 @@ class Host:
             ["nsenter", f"--net={NAMES / self.name}", "unshare", "--pid", "--mount", "--fork",
              "--propagation", "private", "sh", "-c", setup],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+            start_new_session=True,  # an interrupt from the keyboard is for the lab alone
         )  # fmt: skip
 
     def await_boot(self) -> None:
@@ -109,6 +110,7 @@ class Host:
         """Start *argv* as a session of its own in the host and leave it running."""
         log, pidfile = self.directory / f"{name}.log", self.directory / f"{name}.pid"
         pidfile.unlink(missing_ok=True)
+        log.touch()  # there before the program, for whoever reads what it says
         shell = (
             'echo $$ >"$1.new"; mv "$1.new" "$1"; log=$2; shift 2; '
             'exec "$@" </dev/null >"$log" 2>&1'

@@ -12,7 +12,8 @@ The lab's side of those files is `application.py`.
     serve --resume STATEFILE --dir DIR             (also dial)
                            re-create what `freeze` wrote, in repair; do nothing, commands included,
                            until there is a file DIR/go ("" or "probe": leave repair as CRIU does,
-                           with a window probe; "silent": without); then go on
+                           with a window probe; "silent": without); then go on. A file DIR/go from
+                           before the report says "recreated" does not count.
 
 ADDR is 10.2.0.10, [fd00:2::10], [::] (both families) or [::ffff:10.2.0.10] (IPv4-mapped).
 
@@ -32,7 +33,8 @@ ITEM         "OPERATION" or {"OPERATION": ARGUMENT, "only": [index, …]}   (els
     swallow          nothing is answered (how `dial` starts)
     push N           owe N octets, and try to send them right now
     bulk N           send N octets as fast as the connection takes them; null: until `quiet`
-    quiet            stop talk and bulk (what is owed as push or answer is still sent)
+    quiet            stop talk and bulk (what is owed as push or answer is still sent, and an
+                     answer that is under way still counts)
     pause_reading, resume_reading      so that queues fill
     shutdown_write   quiet; once everything owed has been handed to the kernel, send FIN
     close            close(2) at once        reset      close with RST
@@ -69,6 +71,7 @@ import errno
 import importlib.util
 import json
 import os
+import resource
 import selectors
 import socket
 import struct
@@ -120,10 +123,26 @@ class Talk:
         self.size = size
         self.answer = size if answer is None else answer
         self.awaited = 0
+        self.over = False  # nothing more is asked, but the last answer still counts
         self.due = 0.0
 
     def saved(self) -> dict[str, Any]:
-        return {"interval_ms": self.interval_s * 1000, "size": self.size, "answer": self.answer}
+        return {
+            "interval_ms": self.interval_s * 1000,
+            "size": self.size,
+            "answer": self.answer,
+            "awaited": self.awaited,
+            "over": self.over,
+        }
+
+    @classmethod
+    def load(cls, saved: dict[str, Any]) -> Talk:
+        talk = cls(saved["interval_ms"], saved["size"], saved["answer"])
+        talk.awaited, talk.over = saved["awaited"], saved["over"]
+        return talk
+
+    def is_due(self, now: float) -> bool:
+        return self.awaited == 0 and not self.over and self.due <= now
 
 
 class Connection:
@@ -157,16 +176,14 @@ class Connection:
 
     def saved(self) -> dict[str, Any]:
         """What a resumed process has to know, the socket apart."""
-        talk = None if self.talk is None else {**self.talk.saved(), "awaited": self.talk.awaited}
-        return {**{name: getattr(self, name) for name in self.SAVED}, "talk": talk}
+        saved = {name: getattr(self, name) for name in self.SAVED}
+        return {**saved, "talk": None if self.talk is None else self.talk.saved()}
 
     def load(self, saved: dict[str, Any]) -> None:
         for name in self.SAVED:
             setattr(self, name, saved[name])
-        if (talk := saved["talk"]) is not None:
-            awaited = talk.pop("awaited")
-            self.talk = Talk(**talk)
-            self.talk.awaited = awaited
+        if saved["talk"] is not None:
+            self.talk = Talk.load(saved["talk"])
 
     def report(self) -> dict[str, Any]:
         return {
@@ -192,7 +209,7 @@ class Connection:
         wanted = 0
         if self.reading and self.state in ("open", "shut"):
             wanted |= selectors.EVENT_READ
-        if self.state in ("open", "eof") and (self.owed or self.bulk != 0):
+        if self.state in ("open", "eof") and (self.owed or self.bulk != 0 or self.shut_wanted):
             wanted |= selectors.EVENT_WRITE
         return wanted
 
@@ -239,9 +256,7 @@ class Connection:
     def ask(self, now: float) -> None:
         """Send the next request of `talk`, if it is time and the last one is answered."""
         talk = self.talk
-        if talk is None or self.state not in ("open", "eof") or talk.awaited > 0:
-            return
-        if now < talk.due:
+        if talk is None or self.state not in ("open", "eof") or not talk.is_due(now):
             return
         talk.due = now + talk.interval_s
         talk.awaited = talk.answer
@@ -313,8 +328,9 @@ class Connection:
     # What the lab may order: the operations of the command file that concern one connection
 
     def do_talk(self, argument: dict[str, Any]) -> None:
-        self.talk = Talk(**argument)
-        self.answering = False
+        talk = Talk(**argument)
+        talk.awaited = 0 if self.talk is None else self.talk.awaited
+        self.talk, self.answering = talk, False
         self.do_mark()
         self.ask(time.monotonic())
 
@@ -333,7 +349,9 @@ class Connection:
         self.send()
 
     def do_quiet(self, _: None = None) -> None:
-        self.talk, self.bulk = None, 0
+        self.bulk = 0
+        if self.talk is not None:
+            self.talk.over = True
 
     def do_pause_reading(self, _: None = None) -> None:
         self.reading = False
@@ -430,14 +448,14 @@ class Process:
         soonest = float("inf")
         if self.phase == "running":
             for connection in self.connections:
-                if (talk := connection.talk) is None:
+                if connection.talk is None or connection.talk.over:
                     continue
-                if talk.awaited == 0 and talk.due <= now:
+                if connection.talk.is_due(now):
                     connection.ask(now)
                     self.watch(connection)
                     self.changed = True
-                if talk.awaited == 0:
-                    soonest = min(soonest, talk.due)
+                if connection.talk is not None and connection.talk.awaited == 0:
+                    soonest = min(soonest, connection.talk.due)
         self._next_pass = min(max(soonest, now + PASS_EVERY_S), now + TICK_S)
 
     def watch(self, connection: Connection) -> None:
@@ -480,6 +498,7 @@ class Process:
         sock = make_socket(address)
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         connection = Connection(sock, self.role, "connecting")
+        connection.names["peer"] = print_on_wire(address)  # known before it answers
         try:
             if self.source is not None:
                 host, port, *rest = parse_address(self.source)
@@ -492,6 +511,7 @@ class Process:
         self.add(connection)
 
     def add(self, connection: Connection) -> None:
+        connection.learn_names()  # now: who is reset at once could not be named any more
         self.connections.append(connection)
         self.watch(connection)
 
@@ -542,8 +562,8 @@ class Process:
 
     def report(self, *, names_too: bool = False) -> None:
         started = time.monotonic()
-        for connection in self.connections:
-            if names_too or connection.names["peer"] is None:
+        if names_too:
+            for connection in self.connections:
                 connection.learn_names()
         value = {
             "seq": self.seq,
@@ -619,6 +639,7 @@ class Process:
     def resume(self, path: Path) -> None:
         """Re-create what `save` wrote; everything stays in repair until the file `go` is there."""
         repair = load_repair()
+        (self.directory / "go").unlink(missing_ok=True)  # of an earlier move
         value = json.loads(path.read_text())
         if (value["version"], value["role"]) != (STATE_VERSION, self.role):
             raise SystemExit(f"{path} is of version {value['version']}, by {value['role']}")
@@ -737,6 +758,8 @@ def make_parser() -> argparse.ArgumentParser:
 
 def main(arguments: list[str] | None = None) -> None:
     options = make_parser().parse_args(arguments)
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # thousands of connections
     process = Process(options.role, Path(options.dir))
     if options.resume is not None:
         process.resume(Path(options.resume))

@@ -104,9 +104,10 @@ class Natkeep(Translator):
         environment = {**os.environ, **self._environment()}
         done = subprocess.run(argv, capture_output=True, text=True, timeout=60, env=environment)
         if done.returncode:
+            lines = [line.strip() for line in done.stderr.splitlines() if line.strip()]
+            said = " ".join(lines[-2:])  # message and hint, or the end of a traceback
             raise TranslatorError(
-                f"natkeep {verb} exited {done.returncode}: {done.stderr.strip()}",
-                code=done.returncode,
+                f"natkeep {verb} exited {done.returncode}: {said}", code=done.returncode
             )
 
     def _hook(self) -> Path:

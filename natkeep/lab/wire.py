@@ -109,6 +109,8 @@ class Capture:
         return list(read_frames(self.path))
 
     def _caught_up(self) -> bool:
+        if self._tcpdump.process.poll() is not None:
+            return True  # ended already, by an interrupt or with its host
         # SIGUSR1 makes tcpdump print its statistics and go on.
         known = self._read_statistics()
         self._host.kill(self._tcpdump.pid, signal.SIGUSR1)

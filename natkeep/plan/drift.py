@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 from natkeep.plan import ruleset
-from natkeep.plan.move import Role, Site
+from natkeep.plan.move import Site
 from natkeep.plan.steps import AddAddress, FillSet, InsertEntries, Plan
 from natkeep.plan.tuples import Address
 
@@ -76,13 +76,13 @@ def find_drift(plan: Plan, site: Site, seen: Observation) -> tuple[str, ...]:
         if isinstance(step, FillSet) and seen.missing.get(step.name):
             drift.append(
                 f"set {step.name}: {seen.missing[step.name]} of "
-                f"{len(step.translation.kept)} connections are missing"
+                f"{len(step.connections)} connections are missing"
             )
         elif isinstance(step, AddAddress) and step.address not in seen.addresses:
             drift.append(f"address {step.address}: not on this host")
         elif isinstance(step, InsertEntries):
-            drift += _entry_drift(step, seen)
-    return tuple(drift)
+            drift += _untranslated(step, seen)
+    return (*drift, *_lost_entries(seen))
 
 
 def _expected_rules(plan: Plan, site: Site) -> list[str]:
@@ -90,24 +90,23 @@ def _expected_rules(plan: Plan, site: Site) -> list[str]:
     for translation in plan.translations:
         if translation.site != site:
             continue
-        before, after = translation.before, translation.after
-        expected.append(ruleset.address_chain(ruleset.GATE, before))
-        if site.role == Role.DESTINATION:
-            expected.append(ruleset.address_chain(ruleset.GATE, after))
-        expected.append(ruleset.address_chain(ruleset.INBOUND, before))
-        expected.append(ruleset.address_chain(ruleset.OUTBOUND, after))
-    return expected
+        for local in ruleset.gated_addresses(translation):
+            expected.append(ruleset.address_chain(ruleset.GATE, local))
+        for dispatch, local in ruleset.translating_chains(translation):
+            expected.append(ruleset.address_chain(dispatch, local))
+    return list(dict.fromkeys(expected))
 
 
-def _entry_drift(step: InsertEntries, seen: Observation) -> list[str]:
+def _untranslated(step: InsertEntries, seen: Observation) -> list[str]:
     entries = seen.entries.get(step.translation.number, ())
     wrong = sum(1 for entry in entries if entry is not None and not entry.translated)
-    gone = sum(1 for entry in entries if entry is None)
-    drift = []
-    if wrong:
-        drift.append(f"conntrack: {wrong} entries for {step.translation.map} do not translate")
-    # Ended connections have neither socket nor entry.
-    lost = gone - (len(entries) - min(seen.alive, len(entries)))
-    if lost > 0:
-        drift.append(f"conntrack: {lost} live connections of {step.translation.map} have no entry")
-    return drift
+    return [f"conntrack: {wrong} entries for {step.translation.map} do not translate"] * bool(wrong)
+
+
+def _lost_entries(seen: Observation) -> list[str]:
+    # Ended connections have neither socket nor entry. How many live is known of the whole site
+    # only, so what is lost is counted over all its maps.
+    entries = [entry for some in seen.entries.values() for entry in some]
+    ended = max(0, len(entries) - seen.alive)
+    lost = entries.count(None) - ended
+    return [f"conntrack: {lost} live connections have no entry"] if lost > 0 else []

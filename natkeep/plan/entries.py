@@ -18,8 +18,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from natkeep.plan.move import Translation
-from natkeep.plan.tuples import FourTuple
+from natkeep.plan.move import Mode, Translation
+from natkeep.plan.tuples import Connections, FourTuple
 
 ESTABLISHED_TIMEOUT = 432_000
 """Seconds; the kernel's default, for where its own setting cannot be read."""
@@ -50,24 +50,48 @@ class Entry:
         return (
             f"conntrack -I -p tcp -s {source.address} -d {destination.address} "
             f"--sport {source.port} --dport {destination.port} "
-            f"--dst-nat {self.reply.source.address} "
+            f"{self._describe_nat()}"
             f"--state ESTABLISHED --status SEEN_REPLY,ASSURED --timeout {ESTABLISHED_TIMEOUT}"
         )
 
+    def _describe_nat(self) -> str:
+        plain, text = self.original.reply(), ""
+        if self.reply.source != plain.source:
+            text += f"--dst-nat {self.reply.source} "
+        if self.reply.destination != plain.destination:
+            text += f"--src-nat {self.reply.destination} "
+        return text
+
 
 def entries(translation: Translation) -> Iterator[Entry]:
-    """The entry of each kept connection."""
-    for before, after in translation.tuples():
-        yield Entry(before, after.reply())
+    """The entry of each kept connection.
 
-
-def stale_tuples(before: FourTuple, after: FourTuple) -> tuple[FourTuple, ...]:
-    """Tuples that no entry may have, in either direction, when ours is created.
-
-    Each of the four can be an entry's original or reply tuple: the connection un-translated in
-    either direction, and what the destination's first packets may have made of it.
+    In stateless mode conntrack stands between the two rewritings and sees the inner tuple both
+    ways: what it needs then is a plain entry.
     """
-    return (before, before.reply(), after, after.reply())
+    for outer, inner in translation.tuples():
+        if translation.mode == Mode.STATELESS:
+            yield Entry(inner, inner.reply())
+        else:
+            yield Entry(outer, inner.reply())
+
+
+def stale_views(translation: Translation) -> tuple[Connections, ...]:
+    """The views of the kept connections that no entry may have when ours is created.
+
+    Each can be an entry's original or its reply tuple: the connection un-translated in either
+    direction, and what the destination's first packets may have made of it.
+    """
+    views = (translation.outer, translation.inner, translation.kept)
+    return tuple(dict.fromkeys(views))
+
+
+def stale_tuples(translation: Translation) -> Iterator[FourTuple]:
+    """Each stale tuple, in both directions, connection by connection."""
+    for same in zip(*stale_views(translation), strict=True):
+        for tuple_ in same:
+            yield tuple_
+            yield tuple_.reply()
 
 
 def describe_purge(stale: FourTuple) -> str:

@@ -23,7 +23,14 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 from natkeep.errors import RefusedError, UsageError
-from natkeep.plan.tuples import Address, Connections, Endpoint, FourTuple, parse_address
+from natkeep.plan.tuples import (
+    NO_CONNECTIONS,
+    Address,
+    Connections,
+    Endpoint,
+    FourTuple,
+    parse_address,
+)
 
 _ID = re.compile(r"[a-z0-9][a-z0-9-]{0,31}")
 
@@ -44,6 +51,7 @@ class Mode(StrEnum):
     """How a translation is carried out at a site."""
 
     STATEFUL = "stateful"
+    STATELESS = "stateless"
 
 
 SUPPORTED_ROLES = (Role.GATEWAY, Role.DESTINATION)
@@ -166,48 +174,87 @@ class Move:
 
 
 @dataclass(frozen=True, slots=True)
-class Translation:
-    """At *site*, packets from peers to *before* leave for *after*; replies the other way round.
+class Surroundings:
+    """What make_plan has to know of the sites; observed by kernel/, kept in the journal.
 
-    It concerns exactly the *kept* connections (whose local address is OLD in every one of
-    them, since that is what the process sees); ports are never changed.
-    number: which of the move's maps this is; it is part of the name of the set of kept
-    connections.
+    local: peers' addresses that are local to the destination: they reach OLD through its lo.
+    carried: connections that a gateway translates already, as the process sees them, and
+    carriers: the same ones, in the same order, as their peers see them (a published port: the
+    local address is the one that was published; a masqueraded client: its own address).
+    """
+
+    local: frozenset[Address] = frozenset()
+    carried: Connections = NO_CONNECTIONS
+    carriers: Connections = NO_CONNECTIONS
+
+
+NOTHING_SPECIAL = Surroundings()
+"""No peer is at the destination, and no gateway translates yet."""
+
+
+@dataclass(frozen=True, slots=True)
+class Translation:
+    """At *site*, packets of *outer* leave as *inner*; replies the other way round.
+
+    Three views of the same connections, in the same order: *kept* as the process sees them,
+    *outer* as packets from the peer arrive at the site, *inner* as they leave it. All have one
+    local address each; ports differ only where a gateway published another one, and peers only
+    where it masquerades them.
+    number: part of the names of the sets; unique at a site.
     """
 
     site: Site
     number: int
     map: Map
+    mode: Mode
     kept: Connections
+    outer: Connections
+    inner: Connections
 
     @property
     def before(self) -> Address:
         """Where a peer's packet is addressed when it reaches the site."""
-        return self.map.new if self.site.role == Role.DESTINATION else self.map.old
+        return next(iter(self.outer)).destination.address
 
     @property
     def after(self) -> Address:
         """Where a peer's packet is addressed when it leaves the site."""
         return self.map.old if self.site.role == Role.DESTINATION else self.map.new
 
+    @property
+    def renames(self) -> bool:
+        """Whether peers or ports change too, not the local address alone."""
+        return self.outer.toward(self.after) != self.inner
+
+    def ports(self) -> tuple[int, int]:
+        """The local port outside and inside, of a translation that renames."""
+        outer, inner = next(iter(self.outer)), next(iter(self.inner))
+        return outer.destination.port, inner.destination.port
+
     def tuples(self) -> Iterator[tuple[FourTuple, FourTuple]]:
         """For each kept connection its tuple (peer to process) before and after the site."""
-        for inbound in self.kept:
-            yield _toward(inbound, self.before), _toward(inbound, self.after)
+        return zip(self.outer, self.inner, strict=True)
 
 
-def _toward(inbound: FourTuple, local: Address) -> FourTuple:
-    return FourTuple(inbound.source, Endpoint(local, inbound.destination.port))
+@dataclass(frozen=True, slots=True)
+class Unkept:
+    """A connection of the move that cannot be kept, and why."""
+
+    inbound: FourTuple
+    reason: str
 
 
-def make_translations(move: Move, connections: Connections) -> tuple[Translation, ...]:
-    """Every translation that *move* needs for *connections*, gateways first.
+def make_translations(
+    move: Move, connections: Connections, surroundings: Surroundings = NOTHING_SPECIAL
+) -> tuple[tuple[Translation, ...], tuple[Unkept, ...]]:
+    """Every translation that *move* needs for *connections*, gateways first; and what is lost.
 
     RefusedError when no connection has one of the move's OLD addresses (the usual cause is a
-    typing error, and an empty translation would look like success), or when there are too many.
+    typing error, and an empty translation would look like success), when none of them can be
+    kept, or when there are too many.
     """
-    kept = [connections.at(map_.old) for map_ in move.maps]
-    count = sum(len(some) for some in kept)
+    found = [connections.at(map_.old) for map_ in move.maps]
+    count = sum(len(some) for some in found)
     if not count:
         olds = ", ".join(str(map_.old) for map_ in move.maps)
         raise RefusedError(
@@ -216,9 +263,95 @@ def make_translations(move: Move, connections: Connections) -> tuple[Translation
         )
     if count > MAX_CONNECTIONS:
         raise RefusedError(f"{count} connections are more than {MAX_CONNECTIONS}")
-    return tuple(
-        Translation(site, number, map_, kept[number])
-        for site in move.ordered_sites()
-        for number, map_ in enumerate(move.maps)
-        if len(kept[number])
-    )
+    unkept = tuple(_find_unkept(move, found))
+    kept = [_without(some, unkept) for some in found]
+    if not any(len(some) for some in kept):
+        raise RefusedError(f"{unkept[0].inbound}: {unkept[0].reason}", hint=f"{count} in all")
+    translations: list[Translation] = []
+    for site in move.ordered_sites():
+        here: list[Translation] = []
+        for map_, some in zip(move.maps, kept, strict=True):
+            here += _translate_at(site, len(here), map_, move.mode, some, surroundings)
+        translations += here
+    _refuse_what_the_mode_cannot(move, translations)
+    return tuple(translations), unkept
+
+
+def _refuse_what_the_mode_cannot(move: Move, translations: list[Translation]) -> None:
+    for translation in translations:
+        if move.mode == Mode.STATELESS and translation.renames:
+            outer, inner = next(translation.tuples())
+            raise RefusedError(
+                f"{translation.site} translates already: {outer} is {inner} inside; that is "
+                "conntrack's work, which mode stateless does without",
+                hint="--mode stateful takes such connections over",
+            )
+
+
+def _find_unkept(move: Move, found: list[Connections]) -> Iterator[Unkept]:
+    olds = {map_.old for map_ in move.maps}
+    suspects = [old.packed for old in olds]
+    for some in found:
+        # Only a peer that has an OLD address, or none that a wire carries, is looked at closer.
+        if not any(packed in some.v4 or packed in some.v6 for packed in suspects) and not (
+            some.has_special_peer()
+        ):
+            continue
+        for inbound in some:
+            peer = inbound.source.address
+            if peer in olds:
+                yield Unkept(inbound, f"its peer {peer} is on the source host too")
+            elif peer.is_loopback or peer.is_unspecified or peer.is_multicast:
+                yield Unkept(inbound, f"its peer {peer} is not on any wire")
+            elif peer.is_link_local:
+                yield Unkept(inbound, f"its peer {peer} is link-local: no gateway passes it on")
+
+
+def _without(some: Connections, unkept: tuple[Unkept, ...]) -> Connections:
+    if not unkept:
+        return some
+    lost = {entry.inbound for entry in unkept}
+    return Connections.of(inbound for inbound in some if inbound not in lost)
+
+
+def _translate_at(
+    site: Site,
+    number: int,
+    map_: Map,
+    mode: Mode,
+    kept: Connections,
+    surroundings: Surroundings,
+) -> Iterator[Translation]:
+    """The translations of one map at one site, numbered from *number*."""
+    if not len(kept):
+        return
+    if site.role == Role.DESTINATION:
+        yield Translation(
+            site, number, map_, mode, kept, kept.toward(map_.new), kept.toward(map_.old)
+        )
+        return
+    groups = _group_carried(map_, surroundings)
+    carried = {inbound for pairs in groups for inbound, _ in pairs}
+    plain = Connections.of(i for i in kept if i not in carried) if carried else kept
+    if len(plain):
+        yield Translation(
+            site, number, map_, mode, plain, plain.toward(map_.old), plain.toward(map_.new)
+        )
+        number += 1
+    for pairs in groups:
+        own = Connections.of(inbound for inbound, _ in pairs)
+        outer = Connections.of(outer for _, outer in pairs)
+        yield Translation(site, number, map_, mode, own, outer, own.toward(map_.new))
+        number += 1
+
+
+def _group_carried(
+    map_: Map, surroundings: Surroundings
+) -> list[list[tuple[FourTuple, FourTuple]]]:
+    """Carried connections of *map_*, grouped so that each group has one local end on each side."""
+    groups: dict[tuple[Endpoint, Endpoint], list[tuple[FourTuple, FourTuple]]] = {}
+    for inner, outer in zip(surroundings.carried, surroundings.carriers, strict=True):
+        if inner.destination.address == map_.old:
+            ends = (outer.destination, inner.destination)
+            groups.setdefault(ends, []).append((inner, outer))
+    return [groups[ends] for ends in sorted(groups)]

@@ -8,35 +8,47 @@ This file must never run anything.
 Theory of operation. A site has one table `inet natkeep`, shared by all moves.
 
     prerouting   -350  gate      local address ─► gate-at-ADDRESS ─► (kept?) ─► gate-ID: drop
+    stateful:
     prerouting   -120  inbound   local address ─► in-at-ADDRESS   ─► (kept?) ─► dnat
     postrouting    80  outbound  local address ─► out-at-ADDRESS  ─► (kept?) ─► snat
+    stateless:
+    prerouting   -300  arriving  local address ─► set-at-ADDRESS  ─► (kept?) ─► set daddr
+    postrouting   300  departing local address ─► put-at-ADDRESS  ─► (kept?) ─► set saddr
+    either:
     postrouting   350  leaving   a source that is still OLD is dropped, not leaked
 
 - Base chains hold verdict maps on the local address only, so other people's packets leave
   after one lookup, and a packet costs the same with 1 move or 1,000.
-- `kept-ID-N` is the one set of connections of the move's map N, `peer . peer port . local
-  port`, with its size given: all three chains ask it, and nothing else depends on how many
-  connections there are.
+- `kept-ID-N` is the one set of connections of the move's translation N, `peer . peer port .
+  local port`, with its size given: all chains ask it, and nothing else depends on how many
+  connections there are. Only where a gateway publishes another port, or masquerades the peer,
+  do packets look different outside: then `outer-ID-N` is that side's set.
 - `gate-ID` holds a drop. Opening inserts an accept in front of it: one rule, add-only
   (a deletion would make the closing of the netlink socket wait for an RCU grace period).
 - Rules in the shared `…-at-ADDRESS` chains carry the id as comment; that is how they are found
-  again without a journal.
+  again without a journal. They are inserted in front: the newest move of a tuple has the word,
+  so a translation is replaced without a moment in which there is none.
 - The mark 0xC114 is CRIU's (SOCCR_MARK): it restores half-closed sockets with segments of its
   own, through lo. They pass the gate and are not tracked, or conntrack would know the
   connection the wrong way round.
 - Translations are 20 before dstnat and srcnat: at an equal priority the chain that was
-  registered last would win.
+  registered last would win. Stateless ones are before conntrack inbound and after it outbound,
+  so that it sees one and the same tuple in both directions.
 - Ports are explicit (`dnat to OLD : tcp dport`): with a range of one port the kernel does not
   choose another on a clash; the packet is dropped, which TCP repairs.
 - A bare SYN is never translated: a kept tuple does not open a new path.
+- What a peer on the destination itself sends goes through lo, and is not translated.
+- Stateless nft cannot translate the packet that an ICMP error quotes, so path MTU discovery
+  would fail: IPv4 packets lose their DF on the way out instead, and are fragmented where the
+  path narrows.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 
-from natkeep.plan.move import Role, Translation
-from natkeep.plan.tuples import Address
+from natkeep.plan.move import Mode, Role, Translation
+from natkeep.plan.tuples import Address, Connections
 
 TABLE = "natkeep"
 CRIU_MARK = 0xC114
@@ -46,8 +58,16 @@ _IP = {4: "ip", 6: "ip6"}
 _TYPE = {4: "ipv4_addr", 6: "ipv6_addr"}
 _NOT_SYN = "tcp flags & (fin | syn | rst | ack) != syn"
 
-GATE, INBOUND, OUTBOUND = "gate", "in", "out"
-DISPATCHES = (GATE, INBOUND, OUTBOUND)
+GATE = "gate"
+DISPATCHES = {Mode.STATEFUL: ("in", "out"), Mode.STATELESS: ("set", "put")}
+"""Inbound and outbound dispatch of each mode; GATE is every mode's."""
+
+_BASE_CHAINS = {
+    "in": ("inbound", "nat", "prerouting", "dstnat - 20", "daddr"),
+    "out": ("outbound", "nat", "postrouting", "srcnat - 20", "saddr"),
+    "set": ("arriving", "filter", "prerouting", "-300", "daddr"),
+    "put": ("departing", "filter", "postrouting", "300", "saddr"),
+}
 
 OPEN = "open"
 """Comment of the rule that opens a gate."""
@@ -81,33 +101,66 @@ def held_set(version: int) -> str:
     return f"held{version}"
 
 
+def outer_set(move_id: str, number: int) -> str:
+    """Name of the set of the same connections as they look outside, where that differs."""
+    return f"outer-{move_id}-{number}"
+
+
+def rewrite_chain(dispatch: str, move_id: str, number: int) -> str:
+    """Name of the chain that rewrites one translation's packets, in stateless mode."""
+    return f"{dispatch}-{move_id}-{number}"
+
+
 def render_static() -> tuple[str, ...]:
     """The table as it is before any move; `create` fails when it is there already."""
-    lines = [f"create table inet {TABLE}"]
-    for version in FAMILIES:
-        for dispatch in DISPATCHES:
-            name = dispatch_map(dispatch, version)
-            lines.append(f"add map inet {TABLE} {name} {{ type {_TYPE[version]} : verdict; }}")
-        lines.append(f"add set inet {TABLE} {held_set(version)} {{ type {_TYPE[version]}; }}")
     mark = f"meta mark {CRIU_MARK:#x}"
-    lines += [
+    return (
+        f"create table inet {TABLE}",
+        *(
+            f"add set inet {TABLE} {held_set(version)} {{ type {_TYPE[version]}; }}"
+            for version in FAMILIES
+        ),
+        *_render_dispatch_maps(GATE),
         _base_chain("gate", "filter", "prerouting", "-350"),
         f"add rule inet {TABLE} gate {mark} notrack accept",
         *_dispatches("gate", GATE, "daddr"),
         _base_chain("injected", "filter", "output", "-350"),
         f"add rule inet {TABLE} injected {mark} notrack",
-        _base_chain("inbound", "nat", "prerouting", "dstnat - 20"),
-        *_dispatches("inbound", INBOUND, "daddr"),
-        _base_chain("outbound", "nat", "postrouting", "srcnat - 20"),
-        *_dispatches("outbound", OUTBOUND, "saddr"),
         _base_chain("leaving", "filter", "postrouting", "350"),
         *(
             f'add rule inet {TABLE} leaving oifname != "lo" '
             f"{_IP[version]} saddr @{held_set(version)} drop"
             for version in FAMILIES
         ),
-    ]
+    )
+
+
+def base_chain_of(mode: Mode) -> str:
+    """The chain by whose presence one knows that render_mode has been loaded."""
+    return _BASE_CHAINS[DISPATCHES[mode][0]][0]
+
+
+def render_mode(mode: Mode) -> tuple[str, ...]:
+    """The base chains of a mode, added by the first move that uses it.
+
+    A gateway with stateless moves only has no nat chain: that would track everybody's
+    connections.
+    """
+    lines: list[str] = []
+    for dispatch in DISPATCHES[mode]:
+        chain, type_, hook, priority, field = _BASE_CHAINS[dispatch]
+        lines += _render_dispatch_maps(dispatch)
+        lines.append(_base_chain(chain, type_, hook, priority))
+        lines += _dispatches(chain, dispatch, field)
     return tuple(lines)
+
+
+def _render_dispatch_maps(dispatch: str) -> tuple[str, ...]:
+    return tuple(
+        f"add map inet {TABLE} {dispatch_map(dispatch, version)} "
+        f"{{ type {_TYPE[version]} : verdict; }}"
+        for version in FAMILIES
+    )
 
 
 def _base_chain(name: str, type_: str, hook: str, priority: str) -> str:
@@ -126,32 +179,58 @@ def render_gate(move_id: str, translations: Iterable[Translation]) -> tuple[str,
     """The sets of kept connections (empty), the closed gate, and what keeps OLD silent.
 
     The gate is closed as soon as the sets have been filled, which happens before OLD is local
-    and before anything translates. At the destination it is on both addresses: packets for
-    NEW from the wire, and for OLD from a peer on the same host.
+    and before anything translates.
     """
     lines = [
         f"add chain inet {TABLE} {gate_chain(move_id)}",
         f"add rule inet {TABLE} {gate_chain(move_id)} drop",
     ]
     for translation in translations:
-        lines += _render_kept_set(move_id, translation)
-        lines += _render_dispatch(GATE, translation.before)
-        lines.append(_render_gate_rule(move_id, translation, translation.before))
+        for name in sets_of(move_id, translation):
+            lines.append(_render_set(name, translation))
+        for local in gated_addresses(translation):
+            lines += _render_dispatch(GATE, local)
+            lines.append(
+                f"insert rule inet {TABLE} {address_chain(GATE, local)} "
+                f"{_inbound_key(local)} @{_outer_name(move_id, translation)} "
+                f'jump {gate_chain(move_id)} comment "{move_id}"'
+            )
         if translation.site.role == Role.DESTINATION:
-            lines += _render_dispatch(GATE, translation.after)
-            lines.append(_render_gate_rule(move_id, translation, translation.after))
             lines += _render_silence(translation.map.old)
     return tuple(lines)
 
 
-def _render_kept_set(move_id: str, translation: Translation) -> list[str]:
+def gated_addresses(translation: Translation) -> tuple[Address, ...]:
+    """Where a peer's packet may be addressed when the gate must stop it.
+
+    At the destination both: NEW from the wire, and OLD from a peer on the same host.
+    """
+    if translation.site.role == Role.DESTINATION:
+        return (translation.before, translation.after)
+    return (translation.before,)
+
+
+def sets_of(move_id: str, translation: Translation) -> dict[str, Connections]:
+    """The translation's sets by name, and what is in them."""
+    sets = {kept_set(move_id, translation.number): translation.inner}
+    if translation.renames:
+        sets[outer_set(move_id, translation.number)] = translation.outer
+    return sets
+
+
+def _outer_name(move_id: str, translation: Translation) -> str:
+    name = outer_set if translation.renames else kept_set
+    return name(move_id, translation.number)
+
+
+def _render_set(name: str, translation: Translation) -> str:
     # A set with a size is a hash of that size from the start; without, it grows while it is
     # filled, at three times the cost.
-    return [
-        f"add set inet {TABLE} {kept_set(move_id, translation.number)} "
+    return (
+        f"add set inet {TABLE} {name} "
         f"{{ type {_TYPE[translation.map.old.version]} . inet_service . inet_service; "
         f"size {len(translation.kept)}; }}"
-    ]
+    )
 
 
 def _render_dispatch(dispatch: str, address: Address) -> list[str]:
@@ -161,14 +240,6 @@ def _render_dispatch(dispatch: str, address: Address) -> list[str]:
         f"add chain inet {TABLE} {chain}",
         f"add element inet {TABLE} {name} {{ {address} : jump {chain} }}",
     ]
-
-
-def _render_gate_rule(move_id: str, translation: Translation, address: Address) -> str:
-    return (
-        f"add rule inet {TABLE} {address_chain(GATE, address)} "
-        f"{_inbound_key(address)} @{kept_set(move_id, translation.number)} "
-        f'jump {gate_chain(move_id)} comment "{move_id}"'
-    )
 
 
 def _inbound_key(address: Address) -> str:
@@ -211,22 +282,67 @@ def render_translation(move_id: str, translations: Iterable[Translation]) -> tup
     """
     lines: list[str] = []
     for translation in translations:
-        before, after = translation.before, translation.after
-        kept = kept_set(move_id, translation.number)
-        family = _IP[before.version]
-        lines += _render_dispatch(INBOUND, before)
-        lines.append(
-            f"add rule inet {TABLE} {address_chain(INBOUND, before)} "
-            f"{_inbound_key(before)} @{kept} {_NOT_SYN} "
-            f'dnat {family} to {after} : tcp dport comment "{move_id}"'
-        )
-        lines += _render_dispatch(OUTBOUND, after)
-        lines.append(
-            f"add rule inet {TABLE} {address_chain(OUTBOUND, after)} "
-            f"{_outbound_key(after)} @{kept} {_NOT_SYN} "
-            f'snat {family} to {before} : tcp sport comment "{move_id}"'
-        )
+        render = _render_nat if translation.mode == Mode.STATEFUL else _render_rewriting
+        lines += render(move_id, translation)
     return tuple(lines)
+
+
+def _render_nat(move_id: str, translation: Translation) -> list[str]:
+    before, after = translation.before, translation.after
+    family, inbound, outbound = _IP[before.version], *DISPATCHES[Mode.STATEFUL]
+    outer_port, inner_port = "tcp sport", "tcp dport"
+    if translation.renames:
+        outer_port, inner_port = (str(port) for port in translation.ports())
+    return [
+        *_render_dispatch(inbound, before),
+        f"insert rule inet {TABLE} {address_chain(inbound, before)} "
+        f"{_inbound_key(before)} @{_outer_name(move_id, translation)} {_NOT_SYN} "
+        f'{_from_wire(translation)}dnat {family} to {after} : {inner_port} comment "{move_id}"',
+        *_render_dispatch(outbound, after),
+        f"insert rule inet {TABLE} {address_chain(outbound, after)} "
+        f"{_outbound_key(after)} @{kept_set(move_id, translation.number)} {_NOT_SYN} "
+        f'{_to_wire(translation)}snat {family} to {before} : {outer_port} comment "{move_id}"',
+    ]
+
+
+def _from_wire(translation: Translation) -> str:
+    return 'iifname != "lo" ' if translation.site.role == Role.DESTINATION else ""
+
+
+def _to_wire(translation: Translation) -> str:
+    return 'oifname != "lo" ' if translation.site.role == Role.DESTINATION else ""
+
+
+def _render_rewriting(move_id: str, translation: Translation) -> list[str]:
+    before, after = translation.before, translation.after
+    family, (arrive, depart) = _IP[before.version], DISPATCHES[Mode.STATELESS]
+    kept = kept_set(move_id, translation.number)
+    arriving = rewrite_chain(arrive, move_id, translation.number)
+    departing = rewrite_chain(depart, move_id, translation.number)
+    # DF goes where packets leave for the path: from the process, and from the gateway inwards.
+    narrowed = departing if translation.site.role == Role.DESTINATION else arriving
+    lines = [f"add chain inet {TABLE} {arriving}", f"add chain inet {TABLE} {departing}"]
+    if before.version == 4:
+        lines.append(f"add rule inet {TABLE} {narrowed} ip frag-off 0x4000 ip frag-off set 0")
+    return [
+        *lines,
+        f"add rule inet {TABLE} {arriving} {family} daddr set {after}",
+        f"add rule inet {TABLE} {departing} {family} saddr set {before}",
+        *_render_dispatch(arrive, before),
+        f"insert rule inet {TABLE} {address_chain(arrive, before)} {_inbound_key(before)} "
+        f"@{kept} {_NOT_SYN} {_from_wire(translation)}"
+        f'jump {arriving} comment "{move_id}"',
+        *_render_dispatch(depart, after),
+        f"insert rule inet {TABLE} {address_chain(depart, after)} {_outbound_key(after)} "
+        f"@{kept} {_NOT_SYN} {_to_wire(translation)}"
+        f'jump {departing} comment "{move_id}"',
+    ]
+
+
+def translating_chains(translation: Translation) -> tuple[tuple[str, Address], ...]:
+    """Dispatch and address of the chains in which the translation has a rule."""
+    inbound, outbound = DISPATCHES[translation.mode]
+    return (inbound, translation.before), (outbound, translation.after)
 
 
 def render_open(move_id: str, role: Role) -> tuple[str, ...]:
@@ -254,11 +370,21 @@ def render_withdrawal(
     return tuple(lines)
 
 
-def render_gate_removal(move_id: str, numbers: Iterable[int]) -> tuple[str, ...]:
+def render_gate_removal(move_id: str, translations: Iterable[Translation]) -> tuple[str, ...]:
     """Remove the move's gate chain and sets, once no address chain refers to them."""
-    return (
-        f"delete chain inet {TABLE} {gate_chain(move_id)}",
-        *(f"delete set inet {TABLE} {kept_set(move_id, number)}" for number in numbers),
+    lines = [f"delete chain inet {TABLE} {gate_chain(move_id)}"]
+    for translation in translations:
+        lines += [f"delete set inet {TABLE} {name}" for name in sets_of(move_id, translation)]
+    return tuple(lines)
+
+
+def render_rewriting_removal(move_id: str, translations: Iterable[Translation]) -> tuple[str, ...]:
+    """Remove the chains of the stateless ones of *translations*, once nothing jumps there."""
+    return tuple(
+        f"delete chain inet {TABLE} {rewrite_chain(dispatch, move_id, translation.number)}"
+        for translation in translations
+        if translation.mode == Mode.STATELESS
+        for dispatch in DISPATCHES[Mode.STATELESS]
     )
 
 

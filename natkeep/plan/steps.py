@@ -8,12 +8,22 @@ This file must never do a step.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import islice
+from shlex import quote
 
 from natkeep.plan import ruleset
-from natkeep.plan.entries import describe_purge, entries, stale_tuples
-from natkeep.plan.move import Move, Role, Site, Translation, make_translations
+from natkeep.plan.entries import describe_purge, entries, stale_tuples, stale_views
+from natkeep.plan.move import (
+    NOTHING_SPECIAL,
+    Move,
+    Role,
+    Site,
+    Surroundings,
+    Translation,
+    Unkept,
+    make_translations,
+)
 from natkeep.plan.tuples import Address, Connections
 
 Identity = tuple[int, int]
@@ -69,26 +79,21 @@ class InstallGate:
 
 @dataclass(frozen=True, slots=True)
 class FillSet:
-    """The kept connections of one map; with this the gate is closed for them."""
+    """One set of kept connections; with this the gate is closed for them."""
 
     site: Site
-    move_id: str
-    translation: Translation
-
-    @property
-    def name(self) -> str:
-        """The set's name."""
-        return ruleset.kept_set(self.move_id, self.translation.number)
+    name: str
+    connections: Connections
 
     def elements(self) -> Iterator[str]:
         """`peer . peer port . local port` of each kept connection."""
-        for tuple_ in self.translation.kept:
+        for tuple_ in self.connections:
             source = tuple_.source
             yield f"{source.address} . {source.port} . {tuple_.destination.port}"
 
     def describe(self) -> tuple[str, ...]:
         """One command a line."""
-        shown = ", ".join(_first(self.elements(), len(self.translation.kept)))
+        shown = ", ".join(_first(self.elements(), len(self.connections)))
         return _nft(self.site, (f"add element inet {ruleset.TABLE} {self.name} {{ {shown} }}",))
 
 
@@ -152,10 +157,10 @@ class PurgeEntries:
         """One command a line."""
         stale = (
             f"{_prefix(self.site)}{describe_purge(tuple_)}"
-            for before, after in self.translation.tuples()
-            for tuple_ in stale_tuples(before, after)
+            for tuple_ in stale_tuples(self.translation)
         )
-        return tuple(_first(stale, 4 * len(self.translation.kept)))
+        views = len(stale_views(self.translation))
+        return tuple(_first(stale, 2 * views * len(self.translation.kept)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -205,6 +210,8 @@ class Plan:
 
     move: Move
     translations: tuple[Translation, ...]
+    unkept: tuple[Unkept, ...]
+    surroundings: Surroundings
     prepare: tuple[Step, ...]
     open: tuple[OpenGate, ...]
 
@@ -214,27 +221,35 @@ class Plan:
         return (*self.prepare, *self.open)
 
 
-def make_plan(move: Move, connections: Connections) -> Plan:
+def make_plan(
+    move: Move, connections: Connections, surroundings: Surroundings = NOTHING_SPECIAL
+) -> Plan:
     """The steps of *move* for *connections*; see make_translations for what is refused.
 
     The gateway comes first, whole: its entries must be there before the destination may emit
     a packet, because a half-translated connection is not stalled, it is reset.
     """
-    translations = make_translations(move, connections)
+    translations, unkept = make_translations(move, connections, surroundings)
     prepare: list[Step] = []
     for site in move.ordered_sites():
         here = tuple(t for t in translations if t.site == site)
-        prepare += _steps_at(site, move, here)
+        prepare += _steps_at(site, move, here, surroundings)
     for translation in translations:
         _assert_chain_ends_at_checkpoint(translation)
     opens = tuple(OpenGate(site, move.id) for site in move.ordered_sites())
-    return Plan(move, translations, tuple(prepare), opens)
+    return Plan(move, translations, unkept, surroundings, tuple(prepare), opens)
 
 
-def _steps_at(site: Site, move: Move, here: tuple[Translation, ...]) -> list[Step]:
+def _steps_at(
+    site: Site, move: Move, here: tuple[Translation, ...], surroundings: Surroundings
+) -> list[Step]:
     # The gate before the address: a host that has OLD but not the socket answers with RST.
     steps: list[Step] = [InstallGate(site, move.id, here)]
-    steps += [FillSet(site, move.id, translation) for translation in here]
+    steps += [
+        FillSet(site, name, connections)
+        for translation in here
+        for name, connections in ruleset.sets_of(move.id, translation).items()
+    ]
     if site.role == Role.DESTINATION:
         steps.append(RaiseLoopback(site))
         steps += [AddAddress(site, translation.map.old) for translation in here]
@@ -243,15 +258,43 @@ def _steps_at(site: Site, move: Move, here: tuple[Translation, ...]) -> list[Ste
     # Purge after the rules (a nat expression starts tracking, so stale entries can appear up to
     # here) and before the insertion (an existing entry cannot be given a translation).
     for translation in here:
-        steps += [PurgeEntries(site, translation), InsertEntries(site, translation)]
+        crossing = _crossing(translation, surroundings)
+        if crossing is not None:
+            steps += [PurgeEntries(site, crossing), InsertEntries(site, crossing)]
     return steps
+
+
+def _crossing(translation: Translation, surroundings: Surroundings) -> Translation | None:
+    """The translation without the connections whose peer is on the destination itself.
+
+    These go through lo, un-translated; at the gateway they are not seen any more.
+    """
+    if not surroundings.local:
+        return translation
+    version = translation.map.old.version
+    crossing = [
+        index
+        for index, (_, inner) in enumerate(translation.tuples())
+        if inner.source.address not in surroundings.local
+    ]
+    if len(crossing) == len(translation.kept):
+        return translation
+    if not crossing:
+        return None
+    return replace(
+        translation,
+        kept=translation.kept.pick(crossing, version),
+        outer=translation.outer.pick(crossing, version),
+        inner=translation.inner.pick(crossing, version),
+    )
 
 
 def _assert_chain_ends_at_checkpoint(translation: Translation) -> None:
     """What the process gets is what the checkpoint says, or the plan is wrong."""
-    ends = translation.after if translation.site.role == Role.DESTINATION else translation.before
-    if ends != translation.map.old:  # pragma: no cover - a bug, not an input
-        raise AssertionError(f"{translation.site}: the process would see {ends}")
+    at_destination = translation.site.role == Role.DESTINATION
+    ends = translation.inner if at_destination else translation.inner.toward(translation.map.old)
+    if ends != translation.kept:  # pragma: no cover - a bug, not an input
+        raise AssertionError(f"{translation.site}: the process would see other tuples")
 
 
 def describe_plan(plan: Plan) -> Iterator[str]:
@@ -266,7 +309,7 @@ def describe_plan(plan: Plan) -> Iterator[str]:
 def render_nft(plan: Plan) -> Iterator[tuple[Site, tuple[str, ...]]]:
     """For each site the complete nft script of prepare, static part included."""
     for site in plan.move.ordered_sites():
-        lines = [*ruleset.render_static()]
+        lines = [*ruleset.render_static(), *ruleset.render_mode(plan.move.mode)]
         if site.role == Role.DESTINATION:
             lines += ruleset.render_arp_static()
         for step in plan.prepare:
@@ -293,8 +336,9 @@ def _nft(site: Site, lines: Iterable[str]) -> tuple[str, ...]:
 def _prefix(site: Site) -> str:
     if not site.netns:
         return ""
+    # Quoted, since a path may hold anything and the command is there to be typed.
     if site.netns.startswith("pid:"):
-        return f"nsenter --target {site.netns[4:]} --net "
+        return f"nsenter --target {quote(site.netns[4:])} --net "
     if "/" in site.netns:
-        return f"nsenter --net={site.netns} "
-    return f"ip netns exec {site.netns} "
+        return f"nsenter --net={quote(site.netns)} "
+    return f"ip netns exec {quote(site.netns)} "

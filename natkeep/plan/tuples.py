@@ -147,7 +147,41 @@ class Connections:
                 for i in range(0, len(records), size)
                 if records[i : i + width] == wanted
             )
-        return Connections(v4=records) if version == 4 else Connections(v6=records)
+        return _of_version(version, records)
+
+    def has_special_peer(self) -> bool:
+        """Whether a peer's first octet is one that no ordinary unicast address begins with.
+
+        Loopback, unspecified, link-local and multicast are among those, of either family;
+        IPv4's 169 is as well, so a yes means only that it is worth a closer look.
+        """
+        firsts4 = set(self.v4[6 :: RECORD_SIZE[4]])
+        firsts6 = set(self.v6[18 :: RECORD_SIZE[6]])
+        return bool(
+            any(first in (0, 127, 169) or first >= 224 for first in firsts4)
+            or any(first in (0, 0xFE, 0xFF) for first in firsts6)
+        )
+
+    def toward(self, local: Address) -> Connections:
+        """The same peers and ports, with *local* as the local address (of the same family)."""
+        version = local.version
+        records, size = bytearray(self.records(version)), RECORD_SIZE[version]
+        count = len(records) // size
+        for i, octet in enumerate(local.packed):
+            records[i::size] = bytes((octet,)) * count
+        return _of_version(version, bytes(records))
+
+    def pick(self, indexes: Iterable[int], version: int) -> Connections:
+        """Those of IP *version* that stand at *indexes*."""
+        records, size = self.records(version), RECORD_SIZE[version]
+        return _of_version(version, b"".join(records[i * size : (i + 1) * size] for i in indexes))
+
+
+NO_CONNECTIONS = Connections()
+
+
+def _of_version(version: int, records: bytes) -> Connections:
+    return Connections(v4=records) if version == 4 else Connections(v6=records)
 
 
 def _inbound(peer: bytes, peer_port: int, local: bytes, local_port: int) -> FourTuple:

@@ -71,6 +71,23 @@ def test_nothing_is_left_after_an_exception():
     assert not (topology.LOCKS / lab.hex).exists()
 
 
+def test_a_lab_runs_on_one_processor_and_gives_the_others_back():
+    usual = os.sched_getaffinity(0)
+    with Topology() as lab:
+        (processor,) = os.sched_getaffinity(0)
+        assert lab["client"].run("nproc").stdout.strip() == "1"
+
+    assert os.sched_getaffinity(0) == usual
+    assert processor in usual
+
+
+def test_several_labs_at_once_do_not_meet():
+    with Topology() as one, Topology() as other:
+        assert one.hex != other.hex
+        assert len(namespaces(one)) == len(namespaces(other)) == 5
+    assert namespaces(one) == namespaces(other) == []
+
+
 def test_nothing_is_left_when_a_host_cannot_be_made():
     lab = Topology([Seat("client", "near", 2), Seat("broken", "near", 3, first_pid=2**31 - 1)])
     with pytest.raises(LabError, match="broken"):

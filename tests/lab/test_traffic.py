@@ -13,6 +13,7 @@ import pytest
 from natkeep.kernel.netns import inside, open_namespace
 from natkeep.lab.application import (
     Application,
+    Report,
     TrafficError,
     all_in,
     all_open,
@@ -57,6 +58,16 @@ class Stage:
                  "add rule inet gate input meta l4proto tcp meta mark != 0xc114 drop")  # fmt: skip
         yield
         self.nft("delete table inet gate")
+
+    def move(self, application: Application, process: subprocess.Popen[bytes], role: str) -> Report:
+        """Freeze, kill, re-create in a new process; the report of the frozen one."""
+        state = self.directory / "state.json"
+        frozen = application.do({"freeze": str(state)})
+        process.kill()
+        process.wait()
+        self.latest = self.start(application.resume_line(state, role=role))
+        application.wait(lambda report: report["phase"] == "recreated", "to be re-created")
+        return frozen
 
     def nft(self, text: str) -> None:
         subprocess.run(["ip", "netns", "exec", self.netns, "nft", text], check=True)
@@ -141,7 +152,7 @@ def test_the_client_asks_and_the_server_answers(
     stage.dial.wait(answered(20), "20 answers")
     stage.dial.do("quiet")
     report = stage.dial.wait(
-        lambda report: all(each["rx"] == each["tx"] for each in report["connections"]), "the last"
+        lambda r: all(c["asked"] == c["answered"] for c in r["connections"]), "the last answer"
     )
 
     for each in report["connections"]:
@@ -234,6 +245,17 @@ def test_shutdown_waits_for_what_is_owed(stage: Stage) -> None:
     stage.dial.wait(all_open(2), "to be stuck")
     stage.serve.do("resume_reading")
     stage.serve.wait(all_in("eof", 2), "the FIN", within=10)
+    stage.assert_sound()
+
+
+@root
+@pytest.mark.parametrize("octets", [0, 1, 65536, 131072])
+def test_shutdown_follows_the_last_octet(stage: Stage, octets: int) -> None:
+    """Also where the last piece is a full one."""
+    stage.connect()
+    stage.serve.do("swallow")
+    stage.dial.do({"push": octets}, "shutdown_write")
+    stage.serve.wait(all_in("eof", 2), "the FIN")
     stage.assert_sound()
 
 
@@ -343,13 +365,8 @@ def test_a_frozen_application_is_resumed_in_another_process(
     application, process = (
         (stage.serve, stage.server) if moving == "serve" else (stage.dial, stage.client)
     )  # fmt: skip
-    state = stage.directory / "state.json"
     with stage.shut():
-        frozen = application.do({"freeze": str(state)})
-        process.kill()
-        process.wait()
-        stage.start(application.resume_line(state, role=moving))
-        application.wait(lambda report: report["phase"] == "recreated", "to be re-created")
+        frozen = stage.move(application, process, moving)
     application.command({"push": 100, "only": [2]})
     application.go(how)
 
@@ -361,6 +378,29 @@ def test_a_frozen_application_is_resumed_in_another_process(
     stage.dial.do({"open": SERVERS[0]})
     stage.dial.wait(all_open(4), "a new connection")
     assert [faults(each.fresh()) for each in (stage.serve, stage.dial)] == [[], []]
+
+
+@root
+def test_an_application_moves_twice(stage: Stage) -> None:
+    """The second one waits for a `go` of its own, and the last answer is not lost count of."""
+    stage.connect()
+    stage.dial.do(TALK)
+    with stage.shut():
+        stage.move(stage.serve, stage.server, "serve")
+    stage.serve.go()
+    stage.serve.wait(lambda report: report["phase"] == "running", "to run")
+    with stage.shut():
+        stage.move(stage.serve, stage.latest, "serve")
+        assert stage.serve.report()["phase"] == "recreated"
+    stage.serve.go()
+
+    more = max(c["answered"] for c in stage.dial.fresh()["connections"]) + 5
+    stage.dial.wait(answered(more), "answers")
+    stage.dial.do("quiet")
+    stage.dial.wait(
+        lambda r: all(c["asked"] == c["answered"] for c in r["connections"]), "the last answer"
+    )
+    stage.assert_sound()
 
 
 @root
@@ -398,13 +438,8 @@ def test_half_closed_and_full_connections_are_resumed(stage: Stage) -> None:
     stage.serve.do({"push": 20_000_000, "only": [third]})
     stage.serve.wait(lambda r: r["connections"][first]["state"] == "eof", "the FIN")
     stage.dial.wait(lambda r: r["connections"][1]["state"] == "eof", "the FIN")
-    state = stage.directory / "state.json"
     with stage.shut():
-        stage.serve.do({"freeze": str(state)})
-        stage.server.kill()
-        stage.server.wait()
-        stage.start(stage.serve.resume_line(state))
-        stage.serve.wait(lambda report: report["phase"] == "recreated", "to be re-created")
+        stage.move(stage.serve, stage.server, "serve")
     stage.serve.go()
     stage.serve.do({"push": 1000, "only": [first]})
     stage.dial.do({"push": 1000, "only": [1]}, {"resume_reading": None, "only": [2]})

@@ -1,0 +1,229 @@
+"""kernel/netns.py: namespaces by name, path and process, refused where they are none."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from natkeep.errors import UsageError
+from natkeep.kernel.netns import (
+    Namespace,
+    NamespaceGoneError,
+    find_namespace,
+    inside,
+    open_namespace,
+)
+
+MakeNetns = Callable[[], str]
+
+
+def identity_of(path: str) -> tuple[int, int]:
+    status = os.stat(path)
+    return status.st_dev, status.st_ino
+
+
+def here() -> tuple[int, int]:
+    return identity_of("/proc/thread-self/ns/net")
+
+
+@contextmanager
+def opened(spec: str) -> Iterator[Namespace]:
+    namespace = open_namespace(spec)
+    try:
+        yield namespace
+    finally:
+        os.close(namespace.fd)
+
+
+@contextmanager
+def process_in(netns: str) -> Iterator[int]:
+    """The pid of a process that lives in the namespace; it says so before we go on."""
+    process = subprocess.Popen(
+        ["nsenter", f"--net=/run/netns/{netns}", "sh", "-c", "echo ready; exec cat"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    )
+    try:
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"ready\n"
+        yield process.pid
+    finally:
+        process.communicate()
+
+
+@pytest.mark.root
+def test_one_namespace_has_one_identity_however_it_is_named(netns: str) -> None:
+    with (
+        process_in(netns) as pid,
+        opened(netns) as by_name,
+        opened(f"/run/netns/{netns}") as by_path,
+        opened(f"pid:{pid}") as by_pid,
+    ):
+        assert {identity_of(f"/run/netns/{netns}")} == {
+            by_name.identity,
+            by_path.identity,
+            by_pid.identity,
+        }
+        assert by_name.identity != here()
+
+
+def test_no_name_is_the_namespace_we_are_in() -> None:
+    with opened("") as ours:
+        assert here() == ours.identity
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        "natkeep-test-none",
+        "/run/netns/natkeep-test-none",
+        "/proc/self/ns",
+        "/proc/self/ns/mnt",
+        "/proc/self/status",
+        "/dev/null",
+        ".",
+        "..",
+        "pid:",
+        "pid:x",
+        "pid:-1",
+        "pid:٣",
+        "pid:0",
+        "pid:4194305",
+        "x" * 300,
+        "nul\0nul",
+    ],
+)
+def test_what_is_no_network_namespace_is_a_usage_error(spec: str) -> None:
+    before = set(os.listdir("/proc/self/fd"))
+
+    with pytest.raises(UsageError):
+        open_namespace(spec)
+
+    assert before == set(os.listdir("/proc/self/fd"))
+
+
+def test_a_fifo_in_its_place_does_not_hold_us(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "net")
+
+    with pytest.raises(UsageError, match="is not a network namespace"):
+        open_namespace(str(tmp_path / "net"))
+
+
+@pytest.mark.root
+def test_sockets_made_inside_stay_inside(netns: str, run: Callable[..., str]) -> None:
+    run(netns, "ip", "link", "add", "only-here", "type", "veth")
+    home = here()
+
+    with opened(netns) as namespace, inside(namespace):
+        assert namespace.identity == here()
+        with socket.socket() as made:
+            pass
+        names = {name for _, name in socket.if_nameindex()}
+
+    assert home == here()
+    assert made.fileno() == -1
+    assert "only-here" in names
+    assert "only-here" not in {name for _, name in socket.if_nameindex()}
+
+
+@pytest.mark.root
+def test_we_come_home_from_an_error(netns: str) -> None:
+    home = here()
+
+    with opened(netns) as namespace, pytest.raises(KeyError), inside(namespace):
+        raise KeyError
+
+    assert home == here()
+
+
+@pytest.mark.root
+def test_insides_nest(make_netns: MakeNetns) -> None:
+    with opened(make_netns()) as one, opened(make_netns()) as two, inside(one):
+        with inside(two):
+            assert two.identity == here()
+            with inside(two):
+                assert two.identity == here()
+            assert two.identity == here()
+        assert one.identity == here()
+
+
+@pytest.mark.root
+def test_only_the_calling_thread_moves(netns: str) -> None:
+    home, elsewhere, moved = here(), [], threading.Event()
+
+    def look() -> None:
+        if moved.wait(10):
+            elsewhere.append(here())
+
+    thread = threading.Thread(target=look)
+    thread.start()
+    with opened(netns) as namespace, inside(namespace):
+        moved.set()
+        thread.join()
+
+    assert [home] == elsewhere
+
+
+@pytest.mark.root
+def test_no_handle_is_left_open_by_going_inside(netns: str) -> None:
+    with opened(netns) as namespace:
+        before = set(os.listdir("/proc/self/fd"))
+        with inside(namespace):
+            pass
+
+        assert before == set(os.listdir("/proc/self/fd"))
+
+
+@pytest.mark.root
+def test_a_namespace_is_found_again_under_its_name(netns: str) -> None:
+    known = identity_of(f"/run/netns/{netns}")
+
+    found = find_namespace(netns, known)
+
+    os.close(found.fd)
+    assert known == found.identity
+
+
+@pytest.mark.root
+def test_a_namespace_is_found_under_another_name_by_its_identity(netns: str) -> None:
+    """It was opened as pid:N, and the process is another one by now."""
+    known = identity_of(f"/run/netns/{netns}")
+
+    found = find_namespace("pid:1", known)
+
+    os.close(found.fd)
+    assert known == found.identity
+
+
+@pytest.mark.root
+def test_a_namespace_without_a_name_is_found_by_the_processes_in_it(
+    netns: str,
+) -> None:
+    known = identity_of(f"/run/netns/{netns}")
+
+    with process_in(netns):
+        subprocess.run(["ip", "netns", "delete", netns], check=True)
+
+        found = find_namespace(netns, known)
+
+        os.close(found.fd)
+        assert known == found.identity
+
+
+@pytest.mark.root
+def test_a_name_that_was_given_to_another_namespace_is_not_taken_for_it(
+    make_netns: MakeNetns,
+) -> None:
+    gone, other = make_netns(), make_netns()
+    known = identity_of(f"/run/netns/{gone}")
+    subprocess.run(["ip", "netns", "delete", gone], check=True)
+
+    with pytest.raises(NamespaceGoneError, match="is gone"):
+        find_namespace(other, known)

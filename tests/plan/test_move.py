@@ -1,0 +1,260 @@
+"""plan/move.py: what is a valid wish, what is refused, and which translations follow from it."""
+
+from __future__ import annotations
+
+from ipaddress import IPv4Address, IPv6Address, ip_address
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from natkeep.errors import NatkeepError, RefusedError, UsageError
+from natkeep.plan import move as move_module
+from natkeep.plan.move import (
+    Map,
+    Move,
+    Role,
+    Site,
+    parse_id,
+    parse_map,
+)
+from natkeep.plan.steps import make_plan
+from natkeep.plan.tuples import Connections, Endpoint, FourTuple
+
+GATEWAY, DESTINATION = Site(Role.GATEWAY, "gw"), Site(Role.DESTINATION, "dst")
+MAP4 = Map(ip_address("10.2.0.10"), ip_address("10.3.0.20"))
+MAP6 = Map(ip_address("fd00:2::10"), ip_address("fd00:3::20"))
+
+
+def inbound(peer: str, local: str) -> FourTuple:
+    return FourTuple(Endpoint.parse(peer), Endpoint.parse(local))
+
+
+KEPT4 = inbound("10.1.0.2:5000", "10.2.0.10:80")
+KEPT6 = inbound("[fd00:1::2]:5000", "[fd00:2::10]:80")
+
+
+@pytest.mark.parametrize("text", ["w", "0", "web", "web-1", "9-", "a" * 32])
+def test_an_id_is_accepted(text: str) -> None:
+    assert text == parse_id(text)
+
+
+@pytest.mark.parametrize(
+    "text", ["", "-web", "Web", "web_1", "web.1", "a" * 33, "web\n", "wéb", 'x"; }', "../x", "٣"]
+)
+def test_what_is_no_id_is_a_usage_error(text: str) -> None:
+    with pytest.raises(UsageError, match="is not an id"):
+        parse_id(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "site"),
+    [
+        ("destination", Site(Role.DESTINATION, "")),
+        ("destination=dst", Site(Role.DESTINATION, "dst")),
+        ("gateway=pid:7", Site(Role.GATEWAY, "pid:7")),
+        ("gateway=/run/netns/a=b", Site(Role.GATEWAY, "/run/netns/a=b")),
+    ],
+)
+def test_a_site_is_parsed(text: str, site: Site) -> None:
+    assert site == Site.parse(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "error"),
+    [
+        ("router=gw", UsageError),
+        ("", UsageError),
+        ("=gw", UsageError),
+        ("Gateway", UsageError),
+        ("peer", RefusedError),
+        ("source=src", RefusedError),
+    ],
+)
+def test_a_bad_site_is_an_error(text: str, error: type[NatkeepError]) -> None:
+    with pytest.raises(NatkeepError) as caught:
+        Site.parse(text)
+
+    assert error is type(caught.value)
+
+
+@pytest.mark.parametrize("text", ["destination", "gateway=gw", "gateway=pid:7"])
+def test_a_site_prints_as_it_is_written(text: str) -> None:
+    assert text == str(Site.parse(text))
+
+
+@pytest.mark.parametrize(
+    ("text", "old", "new"),
+    [
+        ("10.2.0.10=10.3.0.20", "10.2.0.10", "10.3.0.20"),
+        ("fd00:2::10=fd00:3::20", "fd00:2::10", "fd00:3::20"),
+        ("::ffff:10.2.0.10=10.3.0.20", "10.2.0.10", "10.3.0.20"),
+        ("10.2.0.10=auto", "10.2.0.10", None),
+    ],
+)
+def test_a_map_is_parsed(text: str, old: str, new: str | None) -> None:
+    assert (ip_address(old), new and ip_address(new)) == parse_map(text)
+
+
+@pytest.mark.parametrize(
+    "text", ["", "10.2.0.10", "10.2.0.10=", "=10.3.0.20", "auto=10.3.0.20", "a=b", "1.2.3.4=5=6"]
+)
+def test_what_is_no_map_is_a_usage_error(text: str) -> None:
+    with pytest.raises(UsageError):
+        parse_map(text)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "error", "why"),
+    [
+        ("10.2.0.10", "fd00:3::20", UsageError, "different families"),
+        ("10.2.0.10", "10.2.0.10", UsageError, "nothing to translate"),
+        ("127.0.0.1", "10.3.0.20", RefusedError, "OLD 127.0.0.1 is loopback"),
+        ("10.2.0.10", "127.9.9.9", RefusedError, "NEW 127.9.9.9 is loopback"),
+        ("::1", "fd00:3::20", RefusedError, "OLD ::1 is loopback"),
+        ("0.0.0.0", "10.3.0.20", RefusedError, "unspecified"),
+        ("fd00:2::10", "::", RefusedError, "unspecified"),
+        ("224.0.0.1", "10.3.0.20", RefusedError, "multicast"),
+        ("ff02::1", "fd00:3::20", RefusedError, "multicast"),
+        ("169.254.1.1", "10.3.0.20", RefusedError, "link-local"),
+        ("fe80::1", "fd00:3::20", RefusedError, "link-local"),
+        ("255.255.255.255", "10.3.0.20", RefusedError, "broadcast"),
+    ],
+)
+def test_a_map_of_unfit_addresses_is_refused(
+    old: str, new: str, error: type[NatkeepError], why: str
+) -> None:
+    with pytest.raises(NatkeepError, match=why) as caught:
+        Map(ip_address(old), ip_address(new))
+
+    assert error is type(caught.value)
+
+
+def map4(old: str, new: str) -> Map:
+    return Map(IPv4Address(old), IPv4Address(new))
+
+
+@pytest.mark.parametrize(
+    ("maps", "sites", "error", "why"),
+    [
+        ((), (DESTINATION,), UsageError, "no --map"),
+        ((MAP4,), (), UsageError, "no site"),
+        ((MAP4, map4("10.2.0.10", "10.3.0.21")), (DESTINATION,), UsageError, "mapped twice"),
+        ((MAP4, map4("10.3.0.20", "10.4.0.1")), (DESTINATION,), RefusedError, "both an OLD and"),
+        ((MAP4,), (DESTINATION, Site(Role.GATEWAY, "dst")), UsageError, "same namespace"),
+        ((MAP4,), (DESTINATION, Site(Role.DESTINATION, "b")), UsageError, "one destination"),
+    ],
+)
+def test_a_move_that_contradicts_itself_is_an_error(
+    maps: tuple[Map, ...], sites: tuple[Site, ...], error: type[NatkeepError], why: str
+) -> None:
+    with pytest.raises(NatkeepError, match=why) as caught:
+        Move("web", maps, sites)
+
+    assert error is type(caught.value)
+
+
+def test_a_move_checks_its_id() -> None:
+    with pytest.raises(UsageError, match="is not an id"):
+        Move('w"; }', (MAP4,), (DESTINATION,))
+
+
+def test_gateways_come_before_the_destination() -> None:
+    other = Site(Role.GATEWAY, "gw2")
+
+    move = Move("web", (MAP4,), (DESTINATION, GATEWAY, other))
+
+    assert (GATEWAY, other, DESTINATION) == move.ordered_sites()
+
+
+@pytest.mark.parametrize(("map_", "kept"), [(MAP4, KEPT4), (MAP6, KEPT6)], ids=["v4", "v6"])
+def test_the_chain_of_translations_ends_at_the_checkpoint(map_: Map, kept: FourTuple) -> None:
+    move = Move("web", (map_,), (DESTINATION, GATEWAY))
+
+    gateway, destination = make_plan(move, Connections.of([kept])).translations
+
+    assert (gateway.site, destination.site) == (GATEWAY, DESTINATION)
+    assert (map_.old, map_.new) == (gateway.before, gateway.after)
+    assert (map_.new, map_.old) == (destination.before, destination.after)
+    [(sent, on_the_wire)], [(received, seen)] = list(gateway.tuples()), list(destination.tuples())
+    assert kept == sent
+    assert on_the_wire == received
+    assert kept == seen
+
+
+ADDRESSES4 = st.integers(0x01000000, 0x7EFFFFFF).map(IPv4Address)
+ADDRESSES6 = st.integers(0x2000 << 112, (0x4000 << 112) - 1).map(IPv6Address)
+PORTS = st.integers(1, 65535)
+
+
+@st.composite
+def moves(draw: st.DrawFn) -> tuple[Map, list[FourTuple]]:
+    addresses = draw(st.sampled_from([ADDRESSES4, ADDRESSES6]))
+    old, new = draw(st.lists(addresses, min_size=2, max_size=2, unique=True))
+    local, peer = st.builds(Endpoint, st.just(old), PORTS), st.builds(Endpoint, addresses, PORTS)
+    kept = draw(st.lists(st.builds(FourTuple, peer, local), min_size=1, max_size=4, unique=True))
+    return Map(old, new), kept
+
+
+@settings(max_examples=60)
+@given(moves())
+def test_whatever_is_moved_the_process_sees_what_it_saw(wish: tuple[Map, list[FourTuple]]) -> None:
+    map_, kept = wish
+
+    plan = make_plan(Move("web", (map_,), (GATEWAY, DESTINATION)), Connections.of(kept))
+    gateway, destination = plan.translations
+
+    assert map_.old == gateway.before == destination.after
+    assert gateway.after == destination.before
+    assert kept == [before for before, _ in gateway.tuples()]
+    assert kept == [after for _, after in destination.tuples()]
+    for before, after in (*gateway.tuples(), *destination.tuples()):
+        assert before.source == after.source
+        assert before.destination.port == after.destination.port
+
+
+def test_each_map_translates_the_connections_of_its_own_old() -> None:
+    connections = Connections.of([KEPT6, KEPT4, inbound("10.1.0.2:5000", "10.9.9.9:80")])
+
+    found = make_plan(Move("web", (MAP4, MAP6), (DESTINATION,)), connections).translations
+
+    assert [(t.number, t.map, [*t.kept]) for t in found] == [(0, MAP4, [KEPT4]), (1, MAP6, [KEPT6])]
+
+
+def test_a_map_without_connections_needs_no_translation() -> None:
+    found = make_plan(
+        Move("web", (MAP4, MAP6), (DESTINATION,)), Connections.of([KEPT6])
+    ).translations
+
+    assert [t.map for t in found] == [MAP6]
+
+
+def test_an_old_that_no_connection_has_is_refused() -> None:
+    with pytest.raises(RefusedError, match=r"none of the 1 connections .* 10\.2\.0\.10"):
+        make_plan(Move("web", (MAP4,), (DESTINATION,)), Connections.of([KEPT6]))
+
+
+def test_more_connections_than_the_limit_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(move_module, "MAX_CONNECTIONS", 1)
+    two = Connections.of([KEPT4, inbound("10.1.0.2:5001", "10.2.0.10:80")])
+
+    with pytest.raises(RefusedError, match="2 connections are more than 1"):
+        make_plan(Move("web", (MAP4,), (DESTINATION,)), two)
+
+
+def test_two_olds_may_become_one_new() -> None:
+    maps = (MAP4, map4("10.2.0.11", "10.3.0.20"))
+    connections = Connections.of([KEPT4, inbound("10.1.0.2:5001", "10.2.0.11:80")])
+
+    found = make_plan(Move("web", maps, (DESTINATION,)), connections).translations
+
+    assert [MAP4.new, MAP4.new] == [t.before for t in found]
+
+
+def test_two_connections_that_would_be_one_tuple_at_new_are_refused() -> None:
+    """A peer may use one port to two servers; behind one NEW nobody could tell them apart."""
+    maps = (MAP4, map4("10.2.0.11", "10.3.0.20"))
+    connections = Connections.of([KEPT4, inbound("10.1.0.2:5000", "10.2.0.11:80")])
+
+    with pytest.raises(RefusedError, match=r"10\.1\.0\.2:5000 > 10\.3\.0\.20:80"):
+        make_plan(Move("web", maps, (GATEWAY, DESTINATION)), connections)

@@ -1,0 +1,180 @@
+"""plan/ruleset.py: goldens, compared literally, and a grammar that no input can change.
+
+After a change that is meant: `NATKEEP_GOLDEN=write pytest tests/plan/test_ruleset.py` writes
+tests/plan/golden/*.nft anew; read the difference before you commit it. The same files go through
+nft's own dry run in tests/kernel/test_golden.py, because a golden text that looks right may
+still be no ruleset.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterable
+from ipaddress import IPv4Address, IPv6Address, ip_address
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from natkeep.errors import UsageError
+from natkeep.plan import ruleset
+from natkeep.plan.move import Map, Move, Role, Site
+from natkeep.plan.steps import (
+    FillSet,
+    InstallGate,
+    InstallTranslation,
+    OpenGate,
+    Plan,
+    make_plan,
+    render_nft,
+)
+from natkeep.plan.tuples import Address, Connections, Endpoint, FourTuple
+
+GOLDEN = Path(__file__).parent / "golden"
+MAP4 = Map(ip_address("10.2.0.10"), ip_address("10.3.0.20"))
+MAP6 = Map(ip_address("fd00:2::10"), ip_address("fd00:3::20"))
+KEPT = Connections.of(
+    FourTuple(Endpoint.parse(peer), Endpoint.parse(local))
+    for peer, local in (
+        ("10.1.0.2:50594", "10.2.0.10:80"),
+        ("10.1.0.3:50595", "10.2.0.10:443"),
+        ("[fd00:1::2]:50594", "[fd00:2::10]:80"),
+    )
+)
+CASES: dict[str, tuple[Role, tuple[Map, ...], bool]] = {
+    "destination-v4": (Role.DESTINATION, (MAP4,), False),
+    "destination-v4-open": (Role.DESTINATION, (MAP4,), True),
+    "destination-two-maps": (Role.DESTINATION, (MAP4, MAP6), False),
+    "gateway-v4": (Role.GATEWAY, (MAP4,), False),
+    "gateway-v4-open": (Role.GATEWAY, (MAP4,), True),
+    "gateway-two-maps": (Role.GATEWAY, (MAP4, MAP6), False),
+}
+
+
+def render(plan: Plan, *, opened: bool) -> str:
+    """The script of the plan's only site."""
+    [(_, lines)] = render_nft(plan)
+    opening = [line for step in plan.open for line in step.lines()] if opened else []
+    return "\n".join((*lines, *opening)) + "\n"
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_ruleset_is_the_golden_one(name: str) -> None:
+    role, maps, opened = CASES[name]
+    rendered = render(make_plan(Move("web", maps, (Site(role),)), KEPT), opened=opened)
+    file = GOLDEN / f"{name}.nft"
+
+    if os.environ.get("NATKEEP_GOLDEN") == "write":
+        file.write_text(rendered, encoding="ascii")
+
+    assert file.read_text(encoding="ascii") == rendered
+
+
+def test_every_golden_file_belongs_to_a_case() -> None:
+    assert {f"{name}.nft" for name in CASES} == {file.name for file in GOLDEN.iterdir()}
+
+
+@pytest.mark.parametrize("render_table", [ruleset.render_static, ruleset.render_arp_static])
+def test_a_table_that_is_there_already_is_an_error(render_table: object) -> None:
+    """`create` once, at the top: two that start at the same time must not both succeed."""
+    lines = render_table()  # type: ignore[operator]  # a function without arguments
+
+    assert lines[0].startswith("create table ")
+    assert not any(line.startswith("create") for line in lines[1:])
+
+
+def test_a_set_is_given_its_size() -> None:
+    plan = make_plan(Move("web", (MAP4, MAP6), (Site(Role.GATEWAY),)), KEPT)
+
+    sizes = re.findall(r"kept-web-(\d) .*; size (\d+);", render(plan, opened=False))
+
+    assert sizes == [("0", "2"), ("1", "1")]
+
+
+@pytest.mark.parametrize("role", [Role.GATEWAY, Role.DESTINATION])
+def test_the_number_of_rules_does_not_depend_on_the_number_of_connections(role: Role) -> None:
+    def count(connections: int) -> int:
+        kept = Connections.of(
+            FourTuple(Endpoint(IPv4Address("10.1.0.2"), port), Endpoint(MAP4.old, 80))
+            for port in range(1, connections + 1)
+        )
+        return len(render(make_plan(Move("web", (MAP4,), (Site(role),)), kept), opened=True))
+
+    rules = [count(n) - n * len("10.1.0.2 . 1 . 80, ") for n in (1, 9)]
+    assert rules[0] == rules[1]
+
+
+def words_of(*, move_id: str, maps: Iterable[Map], kept: Connections) -> str:
+    """All that natkeep would ever hand to nft for such a move, less what is always the same."""
+    lines: list[str] = []
+    for role in (Role.GATEWAY, Role.DESTINATION):
+        plan = make_plan(Move(move_id, tuple(maps), (Site(role),)), kept)
+        for step in plan.steps:
+            if isinstance(step, InstallGate | InstallTranslation | OpenGate):
+                lines += step.lines()
+            elif isinstance(step, FillSet):
+                lines += (step.name, *step.elements())
+        for translation in plan.translations:
+            ends = (translation.before, translation.after, translation.before)
+            for dispatch, end in zip(ruleset.DISPATCHES, ends, strict=True):
+                lines += ruleset.render_withdrawal(dispatch, end, (7,), last=True)
+            lines += ruleset.render_speech(translation.map.old)
+        lines += ruleset.render_gate_removal(move_id, (t.number for t in plan.translations))
+    return "\n".join(lines)
+
+
+_WORD = re.compile(r"[a-z0-9_.:-]*[a-z0-9_.-]|:")
+
+
+def kept_of(peer: Address, old: Address, peer_port: int, port: int) -> Connections:
+    return Connections.of([FourTuple(Endpoint(peer, peer_port), Endpoint(old, port))])
+
+
+SKELETONS = {
+    map_.old.version: _WORD.sub(
+        "W", words_of(move_id="web", maps=[map_], kept=kept_of(peer, map_.old, 9, 80))
+    )
+    for map_, peer in ((MAP4, IPv4Address("10.1.0.2")), (MAP6, IPv6Address("fd00:1::2")))
+}
+IDS = st.text(max_size=8) | st.text("abcz019-", min_size=1, max_size=34)
+_WISH = 52  # octets
+
+
+def make_wish(words: bytes) -> tuple[Map, Connections]:
+    """Anything that fits the addresses and ports of a process, out of any octets."""
+    six = words[0] & 1
+    make = IPv6Address if six else IPv4Address
+    # The first octet makes it unicast; whatever follows is free.
+    old, new = (
+        make(b"\xfd" + words[i : i + 15]) if six else make(b"\x0a" + words[i : i + 3])
+        for i in (1, 16)
+    )
+    peer = make(b"\xfc" + words[33:48]) if six else make(b"\x0b" + words[33:36])
+    ports = (max(1, int.from_bytes(words[i : i + 2], "big")) for i in (48, 50))
+    return Map(old, new + 1 if new == old else new), kept_of(peer, old, *ports)
+
+
+def test_only_characters_of_a_closed_alphabet_are_rendered() -> None:
+    for skeleton in SKELETONS.values():
+        assert re.fullmatch(r'[W {}@"&|()!=;,\n-]+', skeleton)
+
+
+@settings(max_examples=150, deadline=None)
+@given(IDS, st.binary(min_size=16 * _WISH, max_size=16 * _WISH))
+def test_whatever_is_given_only_words_change_and_never_the_grammar(
+    move_id: str, words: bytes
+) -> None:
+    """2,400 moves have the same punctuation as a harmless one: nothing can be smuggled in."""
+    try:
+        Move(move_id, (MAP4,), (Site(Role.GATEWAY),))
+    except UsageError:
+        assert not re.fullmatch("[a-z0-9][a-z0-9-]{0,31}", move_id)
+        move_id = "x"  # it is refused, so nothing is ever rendered with it
+    for start in range(0, len(words), _WISH):
+        map_, kept = make_wish(words[start : start + _WISH])
+
+        text = words_of(move_id=move_id, maps=[map_], kept=kept)
+
+        assert SKELETONS[map_.old.version] == _WORD.sub("W", text)

@@ -1,0 +1,1053 @@
+"""tests of the conductor on the fake kernel: order, rollback at each step, what a kill leaves.
+
+A "killed" process is one whose kernel and state directory refuse to do anything more from that
+moment on (Mortal...), so that what natkeep would still do to clean up cannot happen, as after
+SIGKILL. The next process has a kernel of its own and finds the sites as they were left.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import json
+import os
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import NoReturn
+
+import pytest
+
+from natkeep import lifecycle
+from natkeep.errors import (
+    JournalError,
+    KernelError,
+    LeftoverError,
+    NatkeepError,
+    RefusedError,
+    UsageError,
+)
+from natkeep.journal import StateDirectory
+from natkeep.kernel import Remember
+from natkeep.kernel.fake import FakeKernel, FakeSite, KilledError
+from natkeep.kernel.netns import NamespaceGoneError
+from natkeep.lifecycle import Lifecycle
+from natkeep.plan.drift import Gate, Observation
+from natkeep.plan.move import Map, Move, Role, Site
+from natkeep.plan.steps import (
+    AddAddress,
+    Identity,
+    InsertEntries,
+    InstallGate,
+    OpenGate,
+    Plan,
+    Prior,
+    RaiseLoopback,
+    Step,
+    make_plan,
+)
+from natkeep.plan.tuples import Connections, Endpoint, FourTuple, parse_address
+
+GATEWAY, DESTINATION = Site(Role.GATEWAY, "gw"), Site(Role.DESTINATION, "dst")
+SITES = (DESTINATION, GATEWAY)
+
+MAPS = {
+    "ipv4": ("10.2.0.10=10.3.0.20", "10.2.0.11=10.3.0.21"),
+    "ipv6": ("fd00:2::10=fd00:3::20", "fd00:2::11=fd00:3::21"),
+    "both": ("10.2.0.10=10.3.0.20", "fd00:2::11=fd00:3::21"),
+}
+
+
+def maps(*texts: str) -> tuple[Map, ...]:
+    pairs = [text.split("=") for text in texts]
+    return tuple(Map(parse_address(old), parse_address(new)) for old, new in pairs)
+
+
+def listed(*rows: str) -> Connections:
+    """Connections from `LOCAL PEER`, as in a connections file."""
+    ends = [map(Endpoint.parse, row.split()) for row in rows]
+    return Connections.of(FourTuple(source=peer, destination=local) for local, peer in ends)
+
+
+CONNECTIONS = listed(
+    "10.2.0.10:5000 10.1.0.2:50001",
+    "10.2.0.10:5000 10.1.0.2:50002",
+    "10.2.0.11:5000 10.1.0.2:50003",
+    "[fd00:2::10]:5000 [fd00:1::2]:50001",
+    "[fd00:2::11]:5000 [fd00:1::2]:50002",
+)
+
+
+def make_move(family: str = "ipv4", move_id: str = "web", sites: tuple[Site, ...] = SITES) -> Move:
+    return Move(move_id, maps(*MAPS[family]), sites)
+
+
+PLANS = {family: make_plan(make_move(family), CONNECTIONS) for family in MAPS}
+
+
+def steps_of(family: str, gate: Gate) -> tuple[Step, ...]:
+    return PLANS[family].steps if gate == Gate.OPEN else PLANS[family].prepare
+
+
+class RecordingKernel(FakeKernel):
+    """Notes what was done, in order; at `stuck` kinds of steps revert fails."""
+
+    def __init__(self, sites: dict[str, FakeSite] | None = None) -> None:
+        super().__init__()
+        self.sites = sites if sites is not None else {"gw": FakeSite(), "dst": FakeSite()}
+        self.done: list[tuple[str, type, Role]] = []
+        self.stuck: tuple[type, ...] = ()
+        self.gone: set[str] = set()
+
+    def open_sites(self, sites: Iterable[Site], known: dict[Site, Identity] | None = None) -> None:
+        for site in sites:
+            if site.netns in self.gone:
+                raise NamespaceGoneError(f"the network namespace {site.netns!r} is gone")
+            super().open_sites([site], known)
+
+    def apply(self, step: Step, remember: Remember) -> Prior:
+        prior = super().apply(step, remember)
+        self.done.append(("apply", type(step), step.site.role))
+        return prior
+
+    def revert(self, step: Step, prior: Prior) -> None:
+        if isinstance(step, self.stuck):
+            raise KernelError(f"{step.site}: told not to undo {type(step).__name__}")
+        super().revert(step, prior)
+        self.done.append(("revert", type(step), step.site.role))
+
+
+@pytest.fixture(autouse=True)
+def _no_fsync(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing here is about a power cut, and it is most of the time that these tests take."""
+    monkeypatch.setattr(os, "fsync", lambda fd: None)
+
+
+@pytest.fixture
+def kernel() -> RecordingKernel:
+    return RecordingKernel()
+
+
+@pytest.fixture
+def state(tmp_path: Path) -> StateDirectory:
+    return StateDirectory(str(tmp_path / "state"), create=True)
+
+
+@pytest.fixture
+def natkeep(kernel: RecordingKernel, state: StateDirectory) -> Lifecycle:
+    return Lifecycle(kernel, state)
+
+
+def files(state: StateDirectory) -> dict[str, bytes]:
+    """What the state directory holds, without the lock, which is never removed."""
+    found = {path.name: path.read_bytes() for path in Path(state.path).iterdir()}
+    assert found.pop("lock", b"") == b""
+    return found
+
+
+def observe(kernel: FakeKernel, plan: Plan) -> dict[str, object]:
+    """Everything that the sites hold, and what natkeep itself sees of the plan there."""
+    seen = {site: kernel.observe(site, plan) for site in plan.move.sites}
+    return {"content": copy.deepcopy(kernel.sites), "seen": seen}
+
+
+def empty_sites() -> dict[str, FakeSite]:
+    return {"gw": FakeSite(), "dst": FakeSite()}
+
+
+def sites_with_old_and_lo() -> dict[str, FakeSite]:
+    """A destination that has lo up and one OLD of each family, as after an earlier attempt."""
+    olds = {parse_address("10.2.0.10"), parse_address("fd00:2::10"), parse_address("10.3.0.20")}
+    return {"gw": FakeSite(loopback=True), "dst": FakeSite(loopback=True, addresses=olds)}
+
+
+def sites_with_another_move() -> dict[str, FakeSite]:
+    """As another move with the same addresses and other connections leaves them."""
+    kernel = FakeKernel()
+    kernel.sites = empty_sites()
+    others = ("10.2.0.10:99 10.1.0.9:1", "[fd00:2::11]:99 [fd00:1::9]:1")
+    move = Move("other", maps(*MAPS["both"]), SITES)
+    for step in make_plan(move, listed(*others)).steps:
+        kernel.apply(step, lambda prior: None)
+    return kernel.sites
+
+
+STARTS = [empty_sites, sites_with_old_and_lo, sites_with_another_move]
+EACH_START = pytest.mark.parametrize("start", STARTS, ids=lambda start: start.__name__)
+EACH_STEP = pytest.mark.parametrize(
+    ("start", "family", "gate", "number"),
+    [
+        pytest.param(
+            *(start, family, gate, number),
+            id=f"{start.__name__}-{family}-{gate}-{number}-{type(step).__name__}",
+        )
+        for start in STARTS
+        for family in (MAPS if start is empty_sites else ("both",))
+        for gate in (Gate.CLOSED, Gate.OPEN)
+        for number, step in enumerate(steps_of(family, gate))
+    ],
+)
+
+
+# ---- failure and rollback --------------------------------------------------------------------
+
+
+@EACH_STEP
+def test_prepare_that_fails_at_a_step_leaves_nothing(
+    family: str,
+    gate: Gate,
+    number: int,
+    start: Callable[[], dict[str, FakeSite]],
+    state: StateDirectory,
+) -> None:
+    kernel = RecordingKernel(start())
+    before = observe(kernel, PLANS[family])
+    kernel.fail_at = number
+
+    with pytest.raises(KernelError) as caught:
+        Lifecycle(kernel, state).prepare(make_move(family), CONNECTIONS, gate)
+
+    assert (
+        f"{steps_of(family, gate)[number].site}: told to fail",
+        5,
+    ) == (str(caught.value), caught.value.exit_code)
+    assert before == observe(kernel, PLANS[family])
+    assert files(state) == {}
+    assert number == sum(verb == "apply" for verb, *_ in kernel.done)
+
+
+@EACH_START
+@pytest.mark.parametrize("family", MAPS)
+@pytest.mark.parametrize("gate", [Gate.CLOSED, Gate.OPEN])
+def test_teardown_restores_what_was_there_and_twice_is_once(
+    family: str, gate: Gate, start: Callable[[], dict[str, FakeSite]], state: StateDirectory
+) -> None:
+    kernel = RecordingKernel(start())
+    before = observe(kernel, PLANS[family])
+    natkeep = Lifecycle(kernel, state)
+    natkeep.prepare(make_move(family), CONNECTIONS, gate)
+    assert before != observe(kernel, PLANS[family])
+
+    assert natkeep.teardown("web") is True
+    assert before == observe(kernel, PLANS[family])
+    assert files(state) == {}
+
+    kernel.done.clear()
+    assert natkeep.teardown("web") is False
+    assert before == observe(kernel, PLANS[family])
+    assert kernel.done == []
+
+
+def test_teardown_of_an_unknown_id_is_fine_and_touches_no_file_outside_the_state_directory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The user's own web.connections, in the directory that natkeep is called in, stays."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("web.connections", "web.journal"):
+        Path(name).write_text("mine\n")
+    natkeep = Lifecycle(FakeKernel(), StateDirectory(str(tmp_path / "nowhere"), create=False))
+
+    assert natkeep.teardown("web") is False
+    assert {"web.connections", "web.journal"} == {path.name for path in tmp_path.iterdir()}
+
+
+def test_teardown_does_not_leave_the_state_directory_by_the_id(
+    tmp_path: Path, natkeep: Lifecycle
+) -> None:
+    (tmp_path / "web.connections").write_text("mine\n")
+    with pytest.raises(UsageError):
+        natkeep.teardown("../web")
+    assert (tmp_path / "web.connections").read_text() == "mine\n"
+
+
+def test_prepare_that_cannot_be_undone_says_what_is_left_and_teardown_finishes_it(
+    kernel: RecordingKernel, natkeep: Lifecycle, state: StateDirectory
+) -> None:
+    before = copy.deepcopy(kernel.sites)
+    kernel.fail_at = len(PLANS["ipv4"].prepare) - 1
+    kernel.stuck = (RaiseLoopback,)
+
+    with pytest.raises(LeftoverError) as caught:
+        natkeep.prepare(make_move(), CONNECTIONS)
+
+    assert caught.value.exit_code == 8
+    expected = "move web: not undone: destination=dst: told not to undo RaiseLoopback"
+    assert expected == str(caught.value)
+    assert "natkeep teardown web" in str(caught.value.hint)
+    assert isinstance(caught.value.__cause__, KernelError)
+    # What could be undone was: only lo is still up.
+    assert {**before, "dst": FakeSite(loopback=True)} == kernel.sites
+    assert state.ids() == ("web",)
+
+    kernel.stuck = ()
+    assert natkeep.teardown("web") is True
+    assert before == kernel.sites
+    assert files(state) == {}
+
+
+@pytest.mark.parametrize("kind", [InstallGate, AddAddress, InsertEntries, RaiseLoopback])
+def test_teardown_that_fails_names_what_is_left_and_a_second_finishes(
+    kind: type, kernel: RecordingKernel, natkeep: Lifecycle, state: StateDirectory
+) -> None:
+    before = copy.deepcopy(kernel.sites)
+    natkeep.prepare(make_move(), CONNECTIONS, Gate.OPEN)
+    kernel.stuck = (kind,)
+
+    with pytest.raises(LeftoverError) as caught:
+        natkeep.teardown("web")
+
+    stuck = sum(isinstance(step, kind) for step in PLANS["ipv4"].steps)
+    assert stuck == str(caught.value).count(f"told not to undo {kind.__name__}")
+    assert caught.value.exit_code == 8
+    assert state.ids() == ("web",)
+
+    kernel.stuck = ()
+    kernel.done.clear()
+    assert natkeep.teardown("web") is True
+    assert {("revert", kind)} == {(verb, step) for verb, step, _ in kernel.done}
+    assert before == kernel.sites
+    assert files(state) == {}
+
+
+class FullState(StateDirectory):
+    """A disk that is full from the record number `room` on."""
+
+    room = 1000
+
+    def append(self, name: str, line: dict[str, object]) -> None:
+        self.room -= 1
+        if self.room < 0:
+            raise JournalError(f"cannot write {self.path}/{name}: No space left on device")
+        super().append(name, line)
+
+
+@pytest.mark.parametrize("room", range(2 * len(PLANS["ipv4"].steps)))
+def test_a_disk_that_fills_up_in_prepare_leaves_nothing_at_the_sites(
+    room: int, kernel: RecordingKernel, tmp_path: Path
+) -> None:
+    before = copy.deepcopy(kernel.sites)
+    state = FullState(str(tmp_path / "state"), create=True)
+    state.room = room
+
+    with pytest.raises(JournalError, match="No space left on device"):
+        Lifecycle(kernel, state).prepare(make_move(), CONNECTIONS, Gate.OPEN)
+
+    assert before == kernel.sites
+    assert files(state) == {}
+
+
+def test_teardown_needs_no_room_on_the_disk(kernel: RecordingKernel, tmp_path: Path) -> None:
+    before = copy.deepcopy(kernel.sites)
+    state = FullState(str(tmp_path / "state"), create=True)
+    natkeep = Lifecycle(kernel, state)
+    natkeep.prepare(make_move(), CONNECTIONS, Gate.OPEN)
+    state.room = 0
+
+    assert natkeep.teardown("web") is True
+    assert before == kernel.sites
+    assert files(state) == {}
+
+
+# ---- being killed ----------------------------------------------------------------------------
+
+
+class MortalState(StateDirectory):
+    """Writes nothing any more once the process is dead."""
+
+    dead = False
+
+    def append(self, name: str, line: dict[str, object]) -> None:
+        self.demand_life()
+        super().append(name, line)
+
+    def remove(self, move_id: str) -> None:
+        self.demand_life()
+        super().remove(move_id)
+
+    def demand_life(self) -> None:
+        if self.dead:
+            raise KilledError
+
+    def die(self) -> NoReturn:
+        self.dead = True
+        raise KilledError
+
+
+MOMENTS = ("before it is begun", "before the change", "after the change")
+
+
+class MortalKernel(FakeKernel):
+    """Dies at the apply or revert number `at`, at one of MOMENTS; then it does nothing any more."""
+
+    def __init__(self, sites: dict[str, FakeSite], state: MortalState) -> None:
+        super().__init__()
+        self.sites, self.state = sites, state
+        self.at, self.moment, self.reverted = -1, "", 0
+
+    def apply(self, step: Step, remember: Remember) -> Prior:
+        self.state.demand_life()
+
+        def remember_and_die(prior: Prior) -> None:
+            remember(prior)
+            self.state.die()
+
+        if self.applied != self.at:
+            return super().apply(step, remember)
+        if self.moment == MOMENTS[0]:
+            self.state.die()
+        super().apply(step, remember_and_die if self.moment == MOMENTS[1] else remember)
+        self.state.die()
+
+    def revert(self, step: Step, prior: Prior) -> None:
+        self.state.demand_life()
+        number, self.reverted = self.reverted, self.reverted + 1
+        if number == self.at and self.moment != MOMENTS[2]:
+            self.state.die()
+        super().revert(step, prior)
+        if number == self.at:
+            self.state.die()
+
+
+def next_process(kernel: FakeKernel, state: StateDirectory) -> tuple[RecordingKernel, Lifecycle]:
+    """What starts after the death: it knows the sites and the state directory, nothing else."""
+    revived = RecordingKernel(kernel.sites)
+    return revived, Lifecycle(revived, StateDirectory(state.path, create=False))
+
+
+def prepare_and_die(
+    tmp_path: Path,
+    number: int,
+    moment: str,
+    *,
+    family: str = "ipv4",
+    gate: Gate = Gate.CLOSED,
+    sites: dict[str, FakeSite] | None = None,
+) -> tuple[RecordingKernel, Lifecycle, StateDirectory]:
+    """Kill prepare at step *number*; the sites and the next process."""
+    state = MortalState(str(tmp_path / "state"), create=True)
+    kernel = MortalKernel(empty_sites() if sites is None else sites, state)
+    kernel.at, kernel.moment = number, moment
+    with pytest.raises(KilledError):
+        Lifecycle(kernel, state).prepare(make_move(family), CONNECTIONS, gate)
+    assert number + (moment != MOMENTS[0]) == kernel.applied
+    assert kernel.reverted == 0  # a dead process cleans nothing up
+    revived, natkeep = next_process(kernel, state)
+    return revived, natkeep, natkeep.state
+
+
+@pytest.mark.parametrize("moment", MOMENTS)
+@EACH_STEP
+def test_what_a_kill_in_prepare_leaves_is_cleaned_by_teardown(
+    family: str,
+    gate: Gate,
+    number: int,
+    moment: str,
+    start: Callable[[], dict[str, FakeSite]],
+    tmp_path: Path,
+) -> None:
+    kernel, natkeep, state = prepare_and_die(
+        tmp_path, number, moment, family=family, gate=gate, sites=start()
+    )
+    assert state.ids() == ("web",)
+    if moment == MOMENTS[2] and number == 0:
+        assert start() != kernel.sites
+
+    assert natkeep.teardown("web") is True
+    assert start() == kernel.sites
+    assert files(state) == {}
+    assert natkeep.teardown("web") is False
+
+
+@pytest.mark.parametrize("moment", MOMENTS[1:])
+@pytest.mark.parametrize("number", range(len(PLANS["both"].steps)))
+def test_what_a_kill_in_teardown_leaves_is_cleaned_by_the_next(
+    number: int, moment: str, tmp_path: Path
+) -> None:
+    state = MortalState(str(tmp_path / "state"), create=True)
+    kernel = MortalKernel(empty_sites(), state)
+    natkeep = Lifecycle(kernel, state)
+    natkeep.prepare(make_move("both"), CONNECTIONS, Gate.OPEN)
+    kernel.at, kernel.moment = number, moment
+    with pytest.raises(KilledError):
+        natkeep.teardown("web")
+
+    revived, natkeep = next_process(kernel, state)
+    assert natkeep.teardown("web") is True
+    assert empty_sites() == revived.sites
+    assert files(natkeep.state) == {}
+
+
+@pytest.mark.parametrize("moment", MOMENTS)
+@pytest.mark.parametrize("which", [0, 1])
+def test_what_a_kill_in_open_leaves_can_be_opened_or_torn_down(
+    which: int, moment: str, tmp_path: Path
+) -> None:
+    state = MortalState(str(tmp_path / "state"), create=True)
+    kernel = MortalKernel(empty_sites(), state)
+    natkeep = Lifecycle(kernel, state)
+    natkeep.prepare(make_move(), CONNECTIONS)
+    kernel.at, kernel.moment = len(PLANS["ipv4"].prepare) + which, moment
+    with pytest.raises(KilledError):
+        natkeep.open("web")
+
+    revived, natkeep = next_process(kernel, state)
+    natkeep.open("web")
+    assert [revived.sites[s].gates["web"] for s in ("gw", "dst")] == [Gate.OPEN, Gate.OPEN]
+    natkeep.teardown("web")
+    assert empty_sites() == revived.sites
+
+
+@pytest.mark.parametrize("number", range(1, len(PLANS["ipv4"].prepare)))
+def test_open_refuses_a_move_that_was_prepared_in_part(number: int, tmp_path: Path) -> None:
+    kernel, natkeep, _ = prepare_and_die(tmp_path, number, MOMENTS[0])
+    before = copy.deepcopy(kernel.sites)
+
+    with pytest.raises(JournalError, match="move web was not prepared to the end") as caught:
+        natkeep.open("web")
+
+    assert caught.value.exit_code == 7
+    assert "natkeep teardown web" in str(caught.value.hint)
+    assert before == kernel.sites
+    assert kernel.done == []
+
+
+def test_an_id_that_a_killed_prepare_used_is_in_use_until_it_is_torn_down(tmp_path: Path) -> None:
+    _, natkeep, _ = prepare_and_die(tmp_path, 3, MOMENTS[1])
+    with pytest.raises(RefusedError, match="the id web is in use"):
+        natkeep.prepare(make_move(), CONNECTIONS)
+    natkeep.teardown("web")
+    natkeep.prepare(make_move(), CONNECTIONS)
+
+
+# ---- open ------------------------------------------------------------------------------------
+
+
+def test_open_lets_through_at_every_site_and_again_does_nothing(
+    kernel: RecordingKernel, natkeep: Lifecycle
+) -> None:
+    natkeep.prepare(make_move(), CONNECTIONS)
+    gates = [kernel.sites[name].gates["web"] for name in ("gw", "dst")]
+    assert gates == [Gate.CLOSED, Gate.CLOSED]
+
+    natkeep.open("web")
+    opened = copy.deepcopy(kernel.sites)
+    assert [opened[name].gates["web"] for name in ("gw", "dst")] == [Gate.OPEN, Gate.OPEN]
+
+    kernel.done.clear()
+    natkeep.open("web")
+    assert opened == kernel.sites
+    assert kernel.done == []
+
+
+@pytest.mark.parametrize("which", [0, 1])
+def test_open_that_fails_at_a_site_closes_the_others_again_and_can_be_repeated(
+    which: int, kernel: RecordingKernel, natkeep: Lifecycle, state: StateDirectory
+) -> None:
+    natkeep.prepare(make_move(), CONNECTIONS)
+    prepared = copy.deepcopy(kernel.sites)
+    kernel.fail_at = kernel.applied + which
+
+    with pytest.raises(KernelError, match="told to fail"):
+        natkeep.open("web")
+    assert prepared == kernel.sites
+    assert state.ids() == ("web",)  # still prepared, to be opened or torn down
+
+    natkeep.open("web")
+    assert [kernel.sites[name].gates["web"] for name in ("gw", "dst")] == [Gate.OPEN, Gate.OPEN]
+    natkeep.teardown("web")
+    assert empty_sites() == kernel.sites
+
+
+def test_open_that_cannot_close_again_says_so(
+    kernel: RecordingKernel, natkeep: Lifecycle, state: StateDirectory
+) -> None:
+    natkeep.prepare(make_move(), CONNECTIONS)
+    kernel.fail_at = kernel.applied + 1
+    kernel.stuck = (OpenGate,)
+    with pytest.raises(LeftoverError, match="gateway=gw: told not to undo OpenGate"):
+        natkeep.open("web")
+    assert state.ids() == ("web",)
+
+
+def test_open_where_the_gate_is_gone_fails_and_opens_no_site(
+    kernel: RecordingKernel, natkeep: Lifecycle
+) -> None:
+    natkeep.prepare(make_move(), CONNECTIONS)
+    del kernel.sites["dst"].gates["web"]  # as `nft delete table` would
+    with pytest.raises(KernelError, match="no gate of web"):
+        natkeep.open("web")
+    assert kernel.sites["gw"].gates["web"] == Gate.CLOSED
+
+
+def test_open_of_an_unknown_id_is_an_error_of_the_journal(natkeep: Lifecycle) -> None:
+    with pytest.raises(JournalError, match="no move web") as caught:
+        natkeep.open("web")
+    assert caught.value.exit_code == 7
+
+
+# ---- order -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("sites", [(GATEWAY, DESTINATION), (DESTINATION, GATEWAY)])
+def test_the_gateway_comes_first_however_the_sites_are_given(
+    sites: tuple[Site, ...], kernel: RecordingKernel, natkeep: Lifecycle
+) -> None:
+    natkeep.prepare(make_move(sites=sites), CONNECTIONS)
+    roles = [role for _, _, role in kernel.done]
+    assert roles == [Role.GATEWAY] * 8 + [Role.DESTINATION] * 11
+
+    kernel.done.clear()
+    natkeep.open("web")
+    opened = [("apply", OpenGate, Role.GATEWAY), ("apply", OpenGate, Role.DESTINATION)]
+    assert opened == kernel.done
+
+
+@pytest.mark.parametrize("sites", [(GATEWAY, DESTINATION), (DESTINATION, GATEWAY)])
+def test_teardown_closes_every_gate_before_it_removes_anything(
+    sites: tuple[Site, ...], kernel: RecordingKernel, natkeep: Lifecycle
+) -> None:
+    natkeep.prepare(make_move(sites=sites), CONNECTIONS, Gate.OPEN)
+    applied = list(kernel.done)
+    kernel.done.clear()
+    natkeep.teardown("web")
+
+    assert {OpenGate} == {step for _, step, _ in kernel.done[:2]}
+    assert {Role.GATEWAY, Role.DESTINATION} == {role for _, _, role in kernel.done[:2]}
+    assert OpenGate not in {step for _, step, _ in kernel.done[2:]}
+    assert [("revert", step, role) for _, step, role in reversed(applied)] == kernel.done
+
+
+def test_rollback_runs_in_reverse(kernel: RecordingKernel, natkeep: Lifecycle) -> None:
+    kernel.fail_at = len(PLANS["ipv4"].steps) - 1
+    with pytest.raises(KernelError):
+        natkeep.prepare(make_move(), CONNECTIONS, Gate.OPEN)
+    steps = [step for verb, step, _ in kernel.done if verb == "apply"]
+    undone = [step for verb, step, _ in kernel.done if verb == "revert"]
+    assert [OpenGate, *reversed(steps)] == undone  # the one that failed was begun, too
+
+
+def test_everything_is_checked_before_anything_is_changed(
+    kernel: RecordingKernel, natkeep: Lifecycle, state: StateDirectory
+) -> None:
+    """A refusal by the last site, when the first has not been touched yet."""
+    kernel.sites["dst"].gates["web"] = Gate.CLOSED
+    with pytest.raises(RefusedError, match="destination=dst: move web is prepared there already"):
+        natkeep.prepare(make_move(), CONNECTIONS)
+    assert kernel.done == []
+    assert files(state) == {}
+
+
+def test_check_changes_nothing(kernel: RecordingKernel, natkeep: Lifecycle) -> None:
+    before = copy.deepcopy(kernel.sites)
+    assert PLANS["ipv4"] == natkeep.check(make_move(), CONNECTIONS)
+    assert before == kernel.sites
+    assert kernel.done == []
+    assert files(natkeep.state) == {}
+
+
+def test_each_command_is_talked_of_as_it_is_done_and_undone(
+    kernel: RecordingKernel, state: StateDirectory
+) -> None:
+    lines: list[str] = []
+    natkeep = Lifecycle(kernel, state, lines.append)
+    plan = natkeep.prepare(make_move(), CONNECTIONS, Gate.OPEN)
+    expected = [f"[+] {line}" for step in plan.steps for line in step.describe()]
+    assert expected == lines
+
+    lines.clear()
+    natkeep.teardown("web")
+    undone = [f"[-] {type(step).__name__} at {step.site}" for step in reversed(plan.steps)]
+    assert undone == lines
+
+
+# ---- several moves ---------------------------------------------------------------------------
+
+
+def test_an_id_in_use_is_refused(kernel: RecordingKernel, natkeep: Lifecycle) -> None:
+    natkeep.prepare(make_move(), CONNECTIONS)
+    before = copy.deepcopy(kernel.sites)
+    with pytest.raises(RefusedError, match="the id web is in use") as caught:
+        natkeep.prepare(make_move("ipv6"), CONNECTIONS)
+    assert caught.value.exit_code == 4
+    assert "natkeep teardown web" in str(caught.value.hint)
+    assert before == kernel.sites
+
+
+def test_one_old_cannot_become_two_news(kernel: RecordingKernel, natkeep: Lifecycle) -> None:
+    natkeep.prepare(make_move(), CONNECTIONS)
+    before = copy.deepcopy(kernel.sites)
+    elsewhere = Move("api", maps("10.2.0.10=10.3.0.99"), SITES)
+    with pytest.raises(RefusedError) as caught:
+        natkeep.prepare(elsewhere, listed("10.2.0.10:1 10.1.0.9:1"))
+    assert str(caught.value) == "10.2.0.10 is moved to 10.3.0.20 by web already"
+    assert caught.value.hint == "natkeep teardown web first"
+    assert before == kernel.sites
+
+
+def test_one_old_may_become_two_news_at_different_sites(
+    kernel: RecordingKernel, natkeep: Lifecycle
+) -> None:
+    natkeep.prepare(make_move(), CONNECTIONS)
+    sites = (Site(Role.DESTINATION, "dst2"), Site(Role.GATEWAY, "gw2"))
+    natkeep.prepare(Move("api", maps("10.2.0.10=10.3.0.99"), sites), CONNECTIONS)
+    assert natkeep.state.ids() == ("api", "web")
+
+
+@pytest.mark.parametrize(
+    ("map_", "row", "named"),
+    [
+        (
+            "10.2.0.10=10.3.0.20",
+            "10.2.0.10:5000 10.1.0.2:50002",
+            "10.1.0.2:50002 > 10.2.0.10:5000 and 10.1.0.2:50002 > 10.2.0.10:5000 (of move web) "
+            "would be one tuple at OLD; 1 in all",
+        ),
+        (
+            "10.2.0.99=10.3.0.20",
+            "10.2.0.99:5000 10.1.0.2:50002",
+            "10.1.0.2:50002 > 10.2.0.99:5000 and 10.1.0.2:50002 > 10.2.0.10:5000 (of move web) "
+            "would be one tuple at NEW; 1 in all",
+        ),
+        (
+            "fd00:2::99=fd00:3::21",
+            "[fd00:2::99]:5000 [fd00:1::2]:50002",
+            "[fd00:1::2]:50002 > [fd00:2::99]:5000 and [fd00:1::2]:50002 > [fd00:2::11]:5000 "
+            "(of move web) would be one tuple at NEW; 1 in all",
+        ),
+    ],
+)
+def test_tuples_of_two_moves_that_would_be_one_are_named(
+    map_: str, row: str, named: str, kernel: RecordingKernel, natkeep: Lifecycle
+) -> None:
+    natkeep.prepare(make_move("both"), CONNECTIONS)
+    before = copy.deepcopy(kernel.sites)
+    with pytest.raises(RefusedError) as caught:
+        natkeep.prepare(Move("api", maps(map_), SITES), listed(row))
+    assert named == str(caught.value)
+    assert before == kernel.sites
+
+
+def sites_after(move_id: str, connections: Connections, tmp_path: Path) -> dict[str, FakeSite]:
+    """As this move alone leaves them."""
+    kernel = RecordingKernel()
+    state = StateDirectory(str(tmp_path / f"only-{move_id}"), create=True)
+    Lifecycle(kernel, state).prepare(make_move("both", move_id), connections)
+    return kernel.sites
+
+
+@pytest.mark.parametrize(("first", "last"), [("web", "api"), ("api", "web")])
+def test_of_two_moves_with_one_old_either_may_go_first_and_the_last_removes_the_address(
+    first: str, last: str, kernel: RecordingKernel, natkeep: Lifecycle, tmp_path: Path
+) -> None:
+    others = listed("10.2.0.10:5000 10.1.0.2:60001", "[fd00:2::11]:5000 [fd00:1::2]:60002")
+    rows = {"web": CONNECTIONS, "api": others}
+    natkeep.prepare(make_move("both", "web"), rows["web"])
+    natkeep.prepare(make_move("both", "api"), rows["api"])
+
+    natkeep.teardown(first)
+    assert sites_after(last, rows[last], tmp_path) == kernel.sites
+    assert [site.drift for site in natkeep.status((last,))[0].sites] == [()] * 2
+
+    natkeep.open(last)  # what is left works as if it had been alone
+    natkeep.teardown(last)
+    assert empty_sites() == kernel.sites
+    assert files(natkeep.state) == {}
+
+
+def test_an_address_that_was_there_before_both_moves_stays(
+    natkeep: Lifecycle, kernel: RecordingKernel
+) -> None:
+    kernel.sites = sites_with_old_and_lo()
+    natkeep.prepare(make_move("both", "web"), CONNECTIONS)
+    natkeep.prepare(make_move("both", "api"), listed("10.2.0.10:5000 10.1.0.2:60001"))
+    natkeep.teardown("web")
+    natkeep.teardown("api")
+    assert sites_with_old_and_lo() == kernel.sites
+
+
+def test_prepare_that_fails_leaves_the_address_to_the_move_that_had_it(
+    natkeep: Lifecycle, kernel: RecordingKernel, state: StateDirectory
+) -> None:
+    natkeep.prepare(make_move("both", "web"), CONNECTIONS)
+    before, on_disk = copy.deepcopy(kernel.sites), files(state)
+    move, others = make_move("both", "api"), listed("10.2.0.10:5000 10.1.0.2:60001")
+    kernel.fail_at = kernel.applied + len(make_plan(move, others).prepare) - 1
+    with pytest.raises(KernelError):
+        natkeep.prepare(move, others)
+    assert (before, on_disk) == (kernel.sites, files(state))
+
+
+def test_a_move_whose_journal_cannot_be_read_does_not_stop_another(
+    natkeep: Lifecycle, state: StateDirectory
+) -> None:
+    (Path(state.path) / "old.journal").write_text("not json\n")
+    natkeep.prepare(make_move(), CONNECTIONS)
+    natkeep.teardown("web")
+    assert state.ids() == ("old",)
+
+
+# ---- sites -----------------------------------------------------------------------------------
+
+
+def test_two_sites_that_turn_out_to_be_one_namespace_are_refused(state: StateDirectory) -> None:
+    class OneNamespace(RecordingKernel):
+        def identity(self, site: Site) -> Identity:
+            return (0, 1)
+
+    with pytest.raises(RefusedError, match="are the same network namespace") as caught:
+        Lifecycle(OneNamespace(), state).prepare(make_move(), CONNECTIONS)
+    assert "gateway=gw and destination=dst" in str(caught.value)
+    assert files(state) == {}
+
+
+def auto(kernel: FakeKernel, state: StateDirectory, *addresses: str, old: str = "10.2.0.10") -> str:
+    kernel.sites = {"dst": FakeSite(addresses={parse_address(text) for text in addresses})}
+    return str(Lifecycle(kernel, state).find_new(parse_address(old), SITES))
+
+
+def test_new_auto_is_the_one_address_of_the_family_that_is_not_old(
+    kernel: RecordingKernel, state: StateDirectory
+) -> None:
+    both = ("10.3.0.20", "fd00:3::20")
+    assert auto(kernel, state, *both) == "10.3.0.20"
+    assert auto(kernel, state, *both, old="fd00:2::10") == "fd00:3::20"
+    assert auto(kernel, state, "10.2.0.10", *both) == "10.3.0.20"
+
+
+@pytest.mark.parametrize(
+    ("addresses", "named"),
+    [
+        ((), "none"),
+        (("fd00:3::20",), "none"),
+        (("10.2.0.10",), "none"),
+        (("10.3.0.20", "10.3.0.21"), "10.3.0.20, 10.3.0.21"),
+    ],
+)
+def test_new_auto_with_none_or_several_addresses_is_refused(
+    addresses: tuple[str, ...], named: str, kernel: RecordingKernel, state: StateDirectory
+) -> None:
+    with pytest.raises(RefusedError) as caught:
+        auto(kernel, state, *addresses)
+    expected = f"NEW=auto for 10.2.0.10: destination=dst has not one IPv4 address but {named}"
+    assert expected == str(caught.value)
+    assert caught.value.exit_code == 4
+
+
+def test_new_auto_without_a_destination_is_a_mistake_in_the_command_line(
+    natkeep: Lifecycle,
+) -> None:
+    with pytest.raises(UsageError, match="only where there is a site destination"):
+        natkeep.find_new(parse_address("10.2.0.10"), (GATEWAY,))
+
+
+@pytest.mark.parametrize("gone", ["gw", "dst"])
+def test_teardown_goes_on_where_a_namespace_is_gone_with_all_that_was_in_it(
+    gone: str, kernel: RecordingKernel, state: StateDirectory
+) -> None:
+    lines: list[str] = []
+    natkeep = Lifecycle(kernel, state, lines.append)
+    natkeep.prepare(make_move(), CONNECTIONS)
+    kernel.gone.add(gone)
+    lines.clear()
+
+    assert natkeep.teardown("web") is True
+    there = {"gw", "dst"} - {gone}
+    assert [FakeSite()] == [kernel.sites[name] for name in there]
+    assert FakeSite() != kernel.sites[gone]  # it was not reached for
+    assert (
+        f"natkeep: the network namespace '{gone}' is gone, and with it all that was in it" in lines
+    )
+    assert files(state) == {}
+
+
+# ---- an earlier boot -------------------------------------------------------------------------
+
+
+@pytest.fixture
+def rebooted(natkeep: Lifecycle, kernel: RecordingKernel, state: StateDirectory) -> Lifecycle:
+    """A move that was prepared before the last boot; whatever the sites hold is not its own."""
+    natkeep.prepare(make_move(), CONNECTIONS)
+    path = Path(state.path) / "web.journal"
+    header, rest = path.read_text().split("\n", 1)
+    path.write_text(json.dumps({**json.loads(header), "boot": "earlier"}) + "\n" + rest)
+    kernel.done.clear()
+    return natkeep
+
+
+def test_a_move_of_an_earlier_boot_cannot_be_opened(
+    rebooted: Lifecycle, kernel: RecordingKernel
+) -> None:
+    with pytest.raises(JournalError, match="before the last boot") as caught:
+        rebooted.open("web")
+    assert caught.value.exit_code == 7
+    assert kernel.done == []
+
+
+def test_a_move_of_an_earlier_boot_is_told_by_status(rebooted: Lifecycle) -> None:
+    (status,) = rebooted.status(())
+    drift = ("prepared before the last boot: nothing is there",)
+    assert [(None, drift)] * 2 == [(site.seen, site.drift) for site in status.sites]
+
+
+def test_teardown_of_a_move_of_an_earlier_boot_removes_the_journal_and_touches_no_site(
+    rebooted: Lifecycle, kernel: RecordingKernel, state: StateDirectory
+) -> None:
+    before = copy.deepcopy(kernel.sites)
+    assert rebooted.teardown("web") is True
+    assert before == kernel.sites
+    assert kernel.done == []
+    assert files(state) == {}
+
+
+def test_a_move_of_an_earlier_boot_is_in_nobodys_way(
+    rebooted: Lifecycle, kernel: RecordingKernel
+) -> None:
+    kernel.sites = empty_sites()
+    rebooted.prepare(Move("api", maps("10.2.0.10=10.3.0.99"), SITES), CONNECTIONS)
+
+
+# ---- status and drain ------------------------------------------------------------------------
+
+
+def test_status_tells_gate_connections_and_drift(
+    kernel: RecordingKernel, natkeep: Lifecycle
+) -> None:
+    assert natkeep.status(()) == ()
+    natkeep.prepare(make_move("both"), CONNECTIONS)
+    (status,) = natkeep.status(())
+    assert (PLANS["both"], Gate.CLOSED) == (status.plan, status.gate)
+    assert [(s.site, s.drift) for s in status.sites] == [(DESTINATION, ()), (GATEWAY, ())]
+
+    natkeep.open("web")
+    assert natkeep.status(("web",))[0].gate == Gate.OPEN
+
+    kernel.sites["dst"].addresses.clear()
+    kernel.sites["gw"].gates.clear()
+    (status,) = natkeep.status(("web",))
+    assert {site.site: site.drift for site in status.sites} == {
+        DESTINATION: (
+            "address 10.2.0.10: not on this host",
+            "address fd00:2::11: not on this host",
+        ),
+        GATEWAY: ("table inet natkeep: nothing of move web is there",),
+    }
+    assert status.gate == Gate.CLOSED  # not every gate is open
+
+
+def test_status_of_an_unknown_id_is_an_error_of_the_journal(natkeep: Lifecycle) -> None:
+    with pytest.raises(JournalError, match="no move web"):
+        natkeep.status(("web",))
+
+
+def test_status_tells_a_namespace_that_is_gone(kernel: RecordingKernel, natkeep: Lifecycle) -> None:
+    natkeep.prepare(make_move(), CONNECTIONS)
+    kernel.gone.add("dst")
+    (status,) = natkeep.status(())
+    gone = ("the network namespace 'dst' is gone",)
+    assert {DESTINATION: gone, GATEWAY: ()} == {site.site: site.drift for site in status.sites}
+
+
+def test_status_changes_nothing(kernel: RecordingKernel, natkeep: Lifecycle) -> None:
+    natkeep.prepare(make_move(), CONNECTIONS)
+    before, on_disk = copy.deepcopy(kernel.sites), files(natkeep.state)
+    kernel.done.clear()
+    natkeep.status(())
+    assert (before, on_disk, []) == (kernel.sites, files(natkeep.state), kernel.done)
+
+
+def test_connections_count_as_alive_only_where_the_gate_is_open(
+    kernel: RecordingKernel, natkeep: Lifecycle
+) -> None:
+    natkeep.prepare(make_move(), CONNECTIONS)
+    assert natkeep.count_alive("web") == 0
+    natkeep.open("web")
+    assert natkeep.count_alive("web") == 3
+    kernel.sites["dst"].entries.popitem()  # gone at one site is gone
+    assert natkeep.count_alive("web") == 2
+
+
+class EndingKernel(RecordingKernel):
+    """At each look one more kept connection has ended."""
+
+    def observe(self, site: Site, plan: Plan) -> Observation:
+        seen = super().observe(site, plan)
+        if self.sites[site.netns].entries:
+            self.sites[site.netns].entries.popitem()
+        return seen
+
+
+def test_drain_waits_until_no_connection_lives(
+    state: StateDirectory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lifecycle, "_DRAIN_INTERVAL", 0)
+    lines: list[str] = []
+    natkeep = Lifecycle(EndingKernel(), state, lines.append)
+    natkeep.prepare(make_move(), CONNECTIONS, Gate.OPEN)
+    lines.clear()
+
+    assert natkeep.drain("web", None) == 0
+    assert [f"natkeep: {left} connections of web live" for left in (3, 2, 1)] == lines
+
+
+def test_drain_gives_up_in_time_and_says_how_many_live(natkeep: Lifecycle) -> None:
+    natkeep.prepare(make_move(), CONNECTIONS, Gate.OPEN)
+    assert natkeep.drain("web", 0) == 3
+
+
+# ---- another natkeep -------------------------------------------------------------------------
+
+
+def test_a_journal_of_other_steps_is_not_torn_down_by_guesswork(
+    natkeep: Lifecycle, kernel: RecordingKernel, state: StateDirectory
+) -> None:
+    natkeep.prepare(make_move(), CONNECTIONS)
+    path = Path(state.path) / "web.journal"
+    header, rest = path.read_text().split("\n", 1)
+    changed = json.loads(header)
+    changed["steps"][0] = "InstallDoor"
+    path.write_text(json.dumps(changed) + "\n" + rest)
+    before = copy.deepcopy(kernel.sites)
+
+    for verb in (natkeep.open, natkeep.teardown):
+        with pytest.raises(JournalError, match="by a natkeep that does other steps") as caught:
+            verb("web")
+        assert caught.value.exit_code == 7
+    assert before == kernel.sites
+
+
+def test_whoever_changes_a_site_holds_the_lock(
+    kernel: RecordingKernel, natkeep: Lifecycle, state: StateDirectory
+) -> None:
+    """Asked in the middle of the work, the lock is not to be had."""
+    second = StateDirectory(state.path, create=False)
+    asked: list[str] = []
+
+    class Asking(RecordingKernel):
+        def apply(self, step: Step, remember: Remember) -> Prior:
+            self.ask("apply")
+            return super().apply(step, remember)
+
+        def revert(self, step: Step, prior: Prior) -> None:
+            self.ask("revert")
+            super().revert(step, prior)
+
+        def ask(self, verb: str) -> None:
+            with pytest.raises(JournalError, match="another natkeep holds"), second.locked(0):
+                pass
+            asked.append(verb)
+
+    natkeep = dataclasses.replace(natkeep, kernel=Asking(kernel.sites))
+    natkeep.prepare(make_move(), CONNECTIONS)
+    natkeep.open("web")
+    natkeep.teardown("web")
+    steps = len(PLANS["ipv4"].steps)
+    assert ["apply"] * steps + ["revert"] * steps == asked
+    with second.locked(0):  # and afterwards it is free
+        pass
+
+
+def test_nothing_is_kept_when_no_connection_has_an_old_address(
+    natkeep: Lifecycle, state: StateDirectory
+) -> None:
+    with pytest.raises(NatkeepError, match="has the local address"):
+        natkeep.prepare(make_move(), listed("10.9.9.9:1 10.1.0.2:2"))
+    assert files(state) == {}
