@@ -20,7 +20,7 @@ from natkeep.errors import DriftError, ImageError, NatkeepError, RefusedError, U
 if TYPE_CHECKING:
     from natkeep.checkpoint import Checkpoint
     from natkeep.lifecycle import Lifecycle
-    from natkeep.plan.move import Move
+    from natkeep.plan.move import Move, Site
 
 LAB = "practice networks: move a real server, see what its peer saw"
 
@@ -120,6 +120,10 @@ def make_parser(arguments: Sequence[str] = ("lab",)) -> argparse.ArgumentParser:
     status = add("status", "what is prepared, what it carries, what drifted", _status)
     status.add_argument("id", metavar="ID", nargs="?")
     status.add_argument("--strict", action="store_true", help="exit 6 when something drifted")
+    check = add("check", "can this machine do it? each finding has a code", _check)
+    check.add_argument("--site", metavar="ROLE[=NETNS]", action="append", default=[])
+    explain = add("explain", "what a finding means and what to do", _explain)
+    explain.add_argument("code", metavar="CODE")
     _add_teardown(add("teardown", "undo a move; a second time is fine", _teardown))
     inspect = add("inspect", "the sockets in an image, kept or not and why", _inspect)
     inspect.add_argument("image", metavar="DIR")
@@ -290,6 +294,39 @@ def _ask_if_alive(move_id: str, lifecycle: Lifecycle) -> None:
         raise RefusedError("nothing was changed")
 
 
+def _check(args: argparse.Namespace) -> int:
+    from natkeep import report
+    from natkeep.journal import StateDirectory
+    from natkeep.kernel.linux import LinuxKernel
+    from natkeep.lifecycle import Lifecycle
+    from natkeep.plan.findings import Severity
+
+    lifecycle = Lifecycle(LinuxKernel(), StateDirectory(args.state_dir, create=False))
+    findings = lifecycle.examine(_parse_sites(args.site))
+    if args.json:
+        report.print_json(report.findings_to_json(findings))
+    else:
+        print(*report.finding_lines(findings), sep="\n")
+    stopping = [finding for finding in findings if finding.severity == Severity.STOP]
+    if stopping:
+        code = stopping[0].code
+        raise DriftError(f"{code} stops a move", hint=f"natkeep explain {code}")
+    return 0
+
+
+def _explain(args: argparse.Namespace) -> int:
+    from natkeep import report
+    from natkeep.plan.findings import CATALOGUE
+
+    if args.code not in CATALOGUE:
+        raise UsageError(f"no finding has the code {args.code!r}", hint=", ".join(CATALOGUE))
+    if args.json:
+        report.print_json(report.explanation_to_json(args.code))
+    else:
+        print(*report.explanation_lines(args.code), sep="\n")
+    return 0
+
+
 def _inspect(args: argparse.Namespace) -> int:
     from natkeep import report
     from natkeep.checkpoint.images import read_checkpoint
@@ -318,7 +355,8 @@ def _talk(args: argparse.Namespace, line: str) -> None:
 
 def _make_lifecycle(args: argparse.Namespace, *, create: bool) -> Lifecycle:
     from natkeep.journal import StateDirectory
-    from natkeep.kernel.linux import LinuxKernel, demand_privileges
+    from natkeep.kernel.linux import LinuxKernel
+    from natkeep.kernel.survey import demand_privileges
     from natkeep.lifecycle import Lifecycle
 
     demand_privileges()
@@ -329,11 +367,17 @@ def _make_lifecycle(args: argparse.Namespace, *, create: bool) -> Lifecycle:
     )
 
 
+def _parse_sites(texts: Sequence[str]) -> tuple[Site, ...]:
+    from natkeep.plan.move import Role, Site
+
+    return tuple(Site.parse(text) for text in texts) or (Site(Role.DESTINATION),)
+
+
 def _make_move(args: argparse.Namespace) -> Move:
-    from natkeep.plan.move import Map, Mode, Move, Role, Site, parse_id, parse_map
+    from natkeep.plan.move import Map, Mode, Move, parse_id, parse_map
 
     parse_id(args.id)
-    sites = tuple(Site.parse(text) for text in args.site) or (Site(Role.DESTINATION),)
+    sites = _parse_sites(args.site)
     maps = []
     for text in args.map:
         old, new = parse_map(text)

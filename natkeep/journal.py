@@ -29,6 +29,7 @@ import json
 import os
 import stat
 import time
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -118,6 +119,7 @@ class StateDirectory:
             raise JournalError(
                 f"cannot open the state directory {self.path}: {error.strerror}"
             ) from error
+        weakref.finalize(self, os.close, self._fd)
         _refuse_foreign_directory(self.path, os.fstat(self._fd))
 
     @contextmanager

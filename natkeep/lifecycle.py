@@ -24,7 +24,8 @@ from natkeep.journal import Journal, Record, StateDirectory, read_boot_id
 from natkeep.kernel import Kernel
 from natkeep.kernel.netns import NamespaceGoneError
 from natkeep.plan import ruleset
-from natkeep.plan.drift import Gate, Observation, find_drift
+from natkeep.plan.drift import Gate, MoveStatus, SiteStatus, find_drift
+from natkeep.plan.findings import Finding, find
 from natkeep.plan.move import Move, Role, Site, Translation
 from natkeep.plan.steps import (
     AddAddress,
@@ -42,24 +43,6 @@ Talk = Callable[[str], None]
 """Where progress goes; one line without its newline."""
 
 _DRAIN_INTERVAL = 0.2
-
-
-@dataclass(frozen=True, slots=True)
-class SiteStatus:
-    """A site of a move; seen is None when its namespace is gone."""
-
-    site: Site
-    seen: Observation | None
-    drift: tuple[str, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class MoveStatus:
-    """A move as it stands in the journal and as its sites show it."""
-
-    plan: Plan
-    gate: Gate
-    sites: tuple[SiteStatus, ...]
 
 
 @dataclass
@@ -139,6 +122,11 @@ class Lifecycle:
         for step in plan.steps:
             self.kernel.check(step)
         return plan
+
+    def examine(self, sites: tuple[Site, ...]) -> tuple[Finding, ...]:
+        """What about the machine stops or endangers a move with these sites."""
+        self.kernel.open_sites(sites)
+        return tuple(finding for site in sites for finding in find(site, self.kernel.survey(site)))
 
     def require_devices(self, move: Move, devices: frozenset[str]) -> None:
         """RefusedError when the destination lacks a device that a socket is bound to."""

@@ -11,8 +11,8 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from natkeep.checkpoint import Checkpoint, Socket
-from natkeep.lifecycle import MoveStatus
-from natkeep.plan.drift import SeenEntry
+from natkeep.plan.drift import MoveStatus, SeenEntry
+from natkeep.plan.findings import CATALOGUE, Finding
 from natkeep.plan.move import Move, Role
 from natkeep.plan.steps import Plan, render_nft
 from natkeep.plan.tuples import Address, FourTuple
@@ -210,8 +210,52 @@ def unkept_lines(checkpoint: Checkpoint, plan: Plan) -> Iterator[str]:
     for socket in checkpoint.sockets:
         verdict = _judge(socket, olds)
         if verdict is not None and not socket.is_listener():
-            yield f"{socket.protocol} {socket.local or '*'} {socket.peer or ''}: {verdict}"
+            yield f"{socket.protocol} {socket.local or '*'} {socket.peer or '*'}: {verdict}"
     if not checkpoint.sockets:
         others = sum(tuple_.destination.address not in olds for tuple_ in checkpoint.connections)
         if others:
             yield f"{others} connections whose local address is not an OLD of --map"
+
+
+def findings_to_json(findings: Sequence[Finding]) -> dict[str, Any]:
+    """The document of `check --json`."""
+    return {
+        "schema": 1,
+        "findings": [
+            {
+                "code": finding.code,
+                "severity": str(finding.severity),
+                "site": {"role": str(finding.site.role), "netns": finding.site.netns},
+                "detail": finding.detail,
+            }
+            for finding in findings
+        ],
+    }
+
+
+def finding_lines(findings: Sequence[Finding]) -> Iterator[str]:
+    """The same for a person."""
+    if not findings:
+        yield "nothing found: this machine can do it"
+    for finding in findings:
+        yield f"{finding.severity:4}  {finding.site}  {finding.code}: {finding.detail}"
+
+
+def explanation_to_json(code: str) -> dict[str, Any]:
+    """The document of `explain --json`."""
+    explanation = CATALOGUE[code]
+    return {
+        "schema": 1,
+        "code": code,
+        "severity": str(explanation.severity),
+        "meaning": explanation.meaning,
+        "remedy": explanation.remedy,
+    }
+
+
+def explanation_lines(code: str) -> Iterator[str]:
+    """The same for a person."""
+    explanation = CATALOGUE[code]
+    yield f"{code} ({explanation.severity})"
+    yield f"  {explanation.meaning}"
+    yield f"  {explanation.remedy}"

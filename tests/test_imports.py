@@ -17,7 +17,7 @@ import pytest
 PACKAGE = Path(__file__).resolve().parent.parent / "natkeep"
 FLOORS = {
     **dict.fromkeys(("cli", "criu", "__main__"), 5),
-    "lifecycle": 4,
+    **dict.fromkeys(("lifecycle", "report"), 4),
     **dict.fromkeys(("kernel", "checkpoint", "journal", "policy"), 3),
     "plan": 2,
     **dict.fromkeys(("errors", "__init__"), 1),

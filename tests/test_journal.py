@@ -1,4 +1,4 @@
-"""tests of the journal: the format line by line, what is refused, the lock, and what a crash leaves."""
+"""tests of the journal: its format line by line, what is refused, the lock, what a crash leaves."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ import pytest
 from natkeep import __version__, journal
 from natkeep.errors import JournalError, RefusedError, UsageError
 from natkeep.journal import Journal, StateDirectory, read_boot_id
-from natkeep.plan.move import Map, Mode, Move, Role, Site
+from natkeep.plan.move import Map, Mode, Move, Role, Site, Surroundings
 from natkeep.plan.steps import Prior
 from natkeep.plan.tuples import Connections, Endpoint, FourTuple, parse_address
 
@@ -39,10 +39,19 @@ CONNECTIONS = Connections.of(
 )
 NAMESPACES = ((4, 4026531840), (4, 4026532299))
 KINDS = ("InstallGate", "FillSet", "OpenGate")
-PACKED = (
-    bytes([0, 0, 0, 0, 0, 0, 0, 12])
-    + bytes([10, 2, 0, 10, 0x13, 0x88, 10, 1, 0, 2, 0xC5, 0xA2])
-    + bytes.fromhex("fd000002000000000000000000000010 1388 fd000001000000000000000000000002 c5a3")
+SURROUNDINGS = Surroundings(
+    local=frozenset({parse_address("fd00:1::2"), parse_address("10.1.0.2")}),
+    carried=Connections(v4=CONNECTIONS.v4),
+    carriers=Connections(v4=bytes([192, 0, 2, 1, 0x1F, 0x90, 10, 1, 0, 2, 0xC5, 0xA2])),
+)
+PACKED = bytes.fromhex(
+    "000000000000000c 0a02000a 1388 0a010002 c5a2"
+    "0000000000000024 fd000002000000000000000000000010 1388"
+    "                 fd000001000000000000000000000002 c5a3"
+    "000000000000000c 0a02000a 1388 0a010002 c5a2"
+    "0000000000000000"
+    "000000000000000c c0000201 1f90 0a010002 c5a2"
+    "0000000000000000"
 )
 
 
@@ -57,12 +66,12 @@ def state(place: Path) -> StateDirectory:
 
 
 def begin(state: StateDirectory, move: Move = MOVE) -> Journal:
-    return state.begin(move, CONNECTIONS, NAMESPACES, KINDS)
+    return state.begin(move, CONNECTIONS, SURROUNDINGS, NAMESPACES, KINDS)
 
 
 def plain(found: Journal) -> dict[str, Any]:
     """A journal's values, whoever read it."""
-    names = ("move", "connections", "namespaces", "kinds", "boot", "records")
+    names = ("move", "connections", "surroundings", "namespaces", "kinds", "boot", "records")
     return {name: getattr(found, name) for name in names}
 
 
@@ -105,7 +114,7 @@ def test_the_format_line_by_line(state: StateDirectory, place: Path) -> None:
         '"maps":[{"old":"10.2.0.10","new":"10.3.0.20"},{"old":"fd00:2::10","new":"fd00:3::20"}],'
         '"sites":[{"role":"destination","netns":"dst"},{"role":"gateway","netns":""}]},'
         '"namespaces":[[4,4026531840],[4,4026532299]],'
-        '"steps":["InstallGate","FillSet","OpenGate"],'
+        '"steps":["InstallGate","FillSet","OpenGate"],"local":["10.1.0.2","fd00:1::2"],'
         f'"connections":"{digest}"}}',
         '{"step":0,"state":"doing","prior":{"present":false}}',
         '{"step":0,"state":"done","prior":{"present":true,"acct":"0"}}',
@@ -123,7 +132,7 @@ def test_a_journal_that_version_0_1_0_wrote_is_read(state: StateDirectory, place
         '{"schema": 1, "natkeep": "0.1.0", "boot": "b", "move": {"id": "web", "mode": "stateful",'
         ' "maps": [{"old": "10.2.0.10", "new": "10.3.0.20"}],'
         ' "sites": [{"role": "destination", "netns": "dst"}]}, "namespaces": [[4, 9]],'
-        f' "steps": ["InstallGate"], "connections": "{digest}"}}\n'
+        f' "steps": ["InstallGate"], "local": [], "connections": "{digest}"}}\n'
         '{"step": 0, "state": "done", "prior": {"present": true, "addresses": 2}}\n'
     )
     found = state.load("web")
@@ -350,6 +359,10 @@ HEADERS: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
         put("namespaces", value=[[4, 1]]),
         "the journal of web is corrupt: it does not name a namespace for each site",
     ),
+    "local": (
+        put("local", value=["10.1.0"]),
+        "the journal of web is corrupt: '10.1.0' does not appear to be an IPv4 or IPv6 address",
+    ),
     "digest": (
         put("connections", value="0" * 64),
         "the journal of web is corrupt: its connections are not those that were written",
@@ -393,6 +406,18 @@ def test_connections_that_are_missing_or_others_are_noticed(
         (place / "web.connections").write_bytes(content)
     what = "not those that were written" if content is not None else "missing"
     assert f"the journal of web is corrupt: its connections are {what}" == refusal(state)
+
+
+@pytest.mark.parametrize("content", [PACKED[:-8], PACKED + bytes(8), PACKED[:-1], b"", bytes(47)])
+def test_connections_of_another_form_are_noticed_although_their_digest_is_right(
+    content: bytes, state: StateDirectory, place: Path
+) -> None:
+    begin(state)
+    header = json.loads((place / "web.journal").read_text())
+    header["connections"] = hashlib.sha256(content).hexdigest()
+    (place / "web.journal").write_text(json.dumps(header) + "\n")
+    (place / "web.connections").write_bytes(content)
+    assert refusal(state).startswith("the journal of web is corrupt: ")
 
 
 def test_a_corrupt_journal_tells_where_it_is(state: StateDirectory, place: Path) -> None:
@@ -574,6 +599,17 @@ def test_the_place_is_the_option_or_the_variable_or_the_default(
     assert StateDirectory(create=False).path == "/run/natkeep"
 
 
+def test_its_handle_goes_with_it(place: Path) -> None:
+    def opened() -> int:
+        fds = Path("/proc/self/fd").iterdir()
+        return sum(fd.is_symlink() and fd.resolve() == place for fd in fds)
+
+    state = StateDirectory(str(place), create=True)
+    assert opened() == 1
+    del state
+    assert opened() == 0
+
+
 # ---- the lock --------------------------------------------------------------------------------
 
 
@@ -623,7 +659,7 @@ def test_of_many_processes_that_begin_one_id_one_wins(state: StateDirectory, pla
                 own = StateDirectory(str(place), create=True)
                 with own.locked():
                     move = Move("web", (MOVE.maps[number % 2],), MOVE.sites)
-                    own.begin(move, CONNECTIONS, NAMESPACES, (f"by {number}",))
+                    own.begin(move, CONNECTIONS, SURROUNDINGS, NAMESPACES, (f"by {number}",))
                 code = 0
             except RefusedError as error:
                 code = 1 if str(error) == "the id web is in use" else 2
@@ -647,7 +683,7 @@ def test_an_id_in_use_is_refused_and_what_is_there_stays(
     begin(state)
     before = {path.name: path.read_bytes() for path in place.iterdir()}
     with pytest.raises(RefusedError, match="the id web is in use"):
-        state.begin(MOVE, Connections(), (), ())
+        state.begin(MOVE, Connections(), Surroundings(), (), ())
     assert before == {path.name: path.read_bytes() for path in place.iterdir()}
 
 

@@ -27,6 +27,7 @@ from collections.abc import Callable, Iterable
 from typing import Protocol
 
 from natkeep.plan.drift import Observation
+from natkeep.plan.findings import Facts
 from natkeep.plan.move import Move, Site, Surroundings
 from natkeep.plan.steps import Identity, Plan, Prior, Step
 from natkeep.plan.tuples import Address, Connections
@@ -45,6 +46,9 @@ class Kernel(Protocol):
 
     def addresses(self, site: Site, version: int) -> tuple[Address, ...]:
         """The addresses of IP *version* that others can reach an opened site at."""
+
+    def survey(self, site: Site) -> Facts:
+        """What findings are made of, at an opened site."""
 
     def devices(self, site: Site) -> frozenset[str]:
         """Names of the network devices at an opened site."""

@@ -10,7 +10,7 @@ Numbers are from linux/netfilter/nf_tables.h and nfnetlink.h.
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from natkeep.kernel.netlink import (
@@ -31,12 +31,28 @@ from natkeep.plan.tuples import RECORD_SIZE, Connections
 _SUBSYSTEM = 10 << 8
 _BATCH_BEGIN, _BATCH_END = 16, 17
 _GETTABLE, _GETCHAIN, _GETRULE, _GETSET = 1, 4, 7, 10
-_NEWSETELEM, _GETSETELEM = 12, 13
+_NEWSETELEM, _GETSETELEM, _GETFLOWTABLE = 12, 13, 23
 
 INET, ARP = 1, 3
 
 _ATTRIBUTE_MAX = 65_532
 """A netlink attribute's length is 16 bits: longer lists of elements are several messages."""
+
+
+_FAMILIES = {1: "inet", 2: "ip", 10: "ip6"}
+_HOOKS = ("prerouting", "input", "forward", "output", "postrouting", "ingress")
+
+
+@dataclass(frozen=True, slots=True)
+class BaseChain:
+    """A chain that the kernel calls: its family, table, name, type (`nat`, …), hook, priority."""
+
+    family: str
+    table: str
+    name: str
+    type: str
+    hook: str
+    priority: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,15 +69,19 @@ def fill_set(table: str, name: str, connections: Connections) -> None:
     elements, size = _pack_elements(connections)
     owner = attribute(1, _text(table)) + attribute(2, _text(name))
     per_message = _ATTRIBUTE_MAX // size * size
+    chunks = (elements[i : i + per_message] for i in range(0, len(elements), per_message))
+    send_batch(INET, [(_NEWSETELEM, owner + nested(3, bytes(chunk))) for chunk in chunks])
+
+
+def send_batch(family: int, bodies: Sequence[tuple[int, bytes]]) -> None:
+    """Send (message type, attributes) pairs as one nf_tables transaction; OSError if refused."""
     batch = [_batch_frame(_BATCH_BEGIN, 0)]
-    starts = range(0, len(elements), per_message)
-    for number, start in enumerate(starts, 1):
-        flags = NLM_F_CREATE | (NLM_F_ACK if number == len(starts) else 0)
-        body = _nfgenmsg(INET) + owner + nested(3, bytes(elements[start : start + per_message]))
-        batch.append(message(_SUBSYSTEM | _NEWSETELEM, flags, body, number))
-    batch.append(_batch_frame(_BATCH_END, len(starts) + 1))
+    for number, (type_, body) in enumerate(bodies, 1):
+        flags = NLM_F_CREATE | (NLM_F_ACK if number == len(bodies) else 0)
+        batch.append(message(_SUBSYSTEM | type_, flags, _nfgenmsg(family) + body, number))
+    batch.append(_batch_frame(_BATCH_END, len(bodies) + 1))
     with Netlink(NETLINK_NETFILTER) as netlink:
-        netlink.send_transaction(b"".join(batch), len(starts))
+        netlink.send_transaction(b"".join(batch), len(bodies))
 
 
 def _pack_elements(connections: Connections) -> tuple[bytearray, int]:
@@ -116,6 +136,44 @@ def has_table(family: int, table: str) -> bool:
 def chain_names(table: str) -> frozenset[str]:
     """The chains of the inet table; empty when it is not there."""
     return frozenset(name for owner, name in _names(_GETCHAIN, INET, b"", 3) if owner == table)
+
+
+def base_chains() -> tuple[BaseChain, ...]:
+    """Every base chain of every table, whoever's."""
+    found = []
+    for family, name in _FAMILIES.items():
+        for answer in _dump(_GETCHAIN, _nfgenmsg(family)):
+            chain = attributes(answer[4:])
+            if 4 not in chain:
+                continue
+            hook = attributes(chain[4])
+            number = int.from_bytes(hook[1], "big")
+            priority = int.from_bytes(hook[2], "big", signed=True)
+            found.append(
+                BaseChain(
+                    name,
+                    _string(chain[1]),
+                    _string(chain[3]),
+                    _string(chain.get(7, b"")),
+                    _HOOKS[number] if number < len(_HOOKS) else str(number),
+                    priority,
+                )
+            )
+    return tuple(found)
+
+
+def flowtable_names() -> tuple[str, ...]:
+    """`FAMILY TABLE NAME` of every flowtable; none where the kernel knows none."""
+    found = []
+    for family, name in _FAMILIES.items():
+        try:
+            answers = list(_dump(_GETFLOWTABLE, _nfgenmsg(family)))
+        except OSError:
+            continue
+        for answer in answers:
+            flowtable = attributes(answer[4:])
+            found.append(f"{name} {_string(flowtable[1])} {_string(flowtable[2])}")
+    return tuple(found)
 
 
 def set_names(table: str) -> frozenset[str]:

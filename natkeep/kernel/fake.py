@@ -15,6 +15,7 @@ from natkeep.kernel import Remember
 from natkeep.plan import ruleset
 from natkeep.plan.drift import Gate, Observation, SeenEntry
 from natkeep.plan.entries import entries, stale_tuples
+from natkeep.plan.findings import Facts
 from natkeep.plan.move import NOTHING_SPECIAL, Move, Site, Surroundings, Translation
 from natkeep.plan.steps import (
     AddAddress,
@@ -71,6 +72,10 @@ class FakeKernel:
         """What a test put there."""
         here = self.sites[site.netns].addresses
         return tuple(sorted(a for a in here if a.version == version))
+
+    def survey(self, site: Site) -> Facts:
+        """A machine about which there is nothing to say."""
+        return Facts(True, True, True, True, True, True, 0, 1000, 0, False, (), (), (), False)
 
     def devices(self, site: Site) -> frozenset[str]:
         """Always the same."""
@@ -160,12 +165,19 @@ def _find_prior(here: FakeSite, step: Step) -> Prior:
 
 
 def _change(here: FakeSite, step: Step) -> None:
+    if isinstance(step, InstallTranslation | OpenGate) and step.move_id not in here.gates:
+        raise KernelError(f"{step.site}: no gate of {step.move_id}")
     match step:
         case InstallGate():
             here.gates[step.move_id] = Gate.CLOSED
+            for translation in step.translations:
+                for name in ruleset.sets_of(step.move_id, translation):
+                    here.sets[name] = NO_CONNECTIONS
             for chain in _gate_chains(step):
                 here.rules.setdefault(chain, set()).add(step.move_id)
         case FillSet():
+            if step.name not in here.sets:
+                raise KernelError(f"{step.site}: no set {step.name}")
             here.sets[step.name] = step.connections
         case RaiseLoopback():
             here.loopback = True
@@ -180,8 +192,6 @@ def _change(here: FakeSite, step: Step) -> None:
         case InsertEntries():
             here.entries.update((e.original, e.reply) for e in entries(step.translation))
         case OpenGate():
-            if step.move_id not in here.gates:
-                raise KernelError(f"{step.site}: no gate of {step.move_id}")
             here.gates[step.move_id] = Gate.OPEN
 
 

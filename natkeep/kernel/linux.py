@@ -11,10 +11,11 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 from natkeep.errors import KernelError, RefusedError
-from natkeep.kernel import Remember, address, conntrack, elements, nft, sockets
+from natkeep.kernel import Remember, address, conntrack, elements, expressions, nft, sockets, survey
 from natkeep.kernel.netns import Namespace, find_namespace, inside, open_namespace
 from natkeep.plan import ruleset
 from natkeep.plan.drift import Gate, Observation
+from natkeep.plan.findings import FULL, Facts
 from natkeep.plan.move import Move, Role, Site, Surroundings, Translation
 from natkeep.plan.ruleset import TABLE
 from natkeep.plan.steps import (
@@ -30,21 +31,12 @@ from natkeep.plan.steps import (
     PurgeEntries,
     RaiseLoopback,
     Step,
+    TranslateErrors,
 )
 from natkeep.plan.tuples import Address, Connections, FourTuple
 
-_CAP_NET_ADMIN = 12
-
 _INSERT_ATTEMPTS = 5
 """A packet may make a stale entry between purge and insertion; five times in a row it does not."""
-
-
-def demand_privileges() -> None:
-    """KernelError when this process could not change a namespace anyway."""
-    with open("/proc/self/status", encoding="ascii") as file:
-        fields = dict(line.split(":", 1) for line in file if ":" in line)
-    if not int(fields["CapEff"], 16) >> _CAP_NET_ADMIN & 1:
-        raise KernelError("no privileges: natkeep needs CAP_NET_ADMIN", hint="run it as root")
 
 
 class LinuxKernel:
@@ -69,6 +61,11 @@ class LinuxKernel:
         """The addresses of IP *version* that others can reach an opened site at."""
         with self._at(site):
             return address.global_addresses(version)
+
+    def survey(self, site: Site) -> Facts:
+        """What findings are made of, at an opened site."""
+        with self._at(site):
+            return survey.gather_facts()
 
     def devices(self, site: Site) -> frozenset[str]:
         """Names of the network devices at an opened site."""
@@ -137,6 +134,9 @@ class LinuxKernel:
                 case InstallTranslation():
                     remember(Prior())
                     nft.run_transaction([*_missing_mode_lines(step), *step.lines()])
+                case TranslateErrors():
+                    remember(Prior())
+                    expressions.insert_rules(TABLE, step.rules())
                 case PurgeEntries():
                     remember(Prior())
                     conntrack.purge(step.translation)
@@ -162,6 +162,8 @@ class LinuxKernel:
                     address.remove_host_address(step.address)
                 case InstallTranslation():
                     _withdraw_translation(step)
+                case TranslateErrors():
+                    _withdraw_error_rules(step)
                 case InsertEntries():
                     _restore_accounting(prior)
                     conntrack.delete(step.translation)
@@ -190,16 +192,12 @@ def _check_room(step: InsertEntries) -> None:
     count = int(conntrack.read_setting("nf_conntrack_count") or 0)
     limit = int(conntrack.read_setting("nf_conntrack_max") or 0)
     wanted = count + len(step.translation.kept)
-    if limit and wanted > limit * _FULL // 100:
+    if limit and wanted > limit * FULL // 100:
         raise RefusedError(
             f"{step.site}: the conntrack table would hold {wanted} of {limit} entries, "
-            f"over {_FULL} %",
+            f"over {FULL} %",
             hint="raise net.netfilter.nf_conntrack_max",
         )
-
-
-_FULL = 90
-"""Per cent of nf_conntrack_max up to which entries are added."""
 
 
 def _check_destination(step: InstallTranslation) -> None:
@@ -279,6 +277,17 @@ def _withdraw_translation(step: InstallTranslation) -> None:
     _run_what_is_there([line for line in lines if line.rpartition(" ")[2] in present])
 
 
+def _withdraw_error_rules(step: TranslateErrors) -> None:
+    """Those in the chain that all moves share; in an address chain they go with its others."""
+    _run_what_is_there(
+        [
+            f"delete rule inet {TABLE} {ruleset.ERRORS} handle {rule.handle}"
+            for rule in elements.rules(TABLE, ruleset.ERRORS)
+            if rule.comment == step.move_id
+        ]
+    )
+
+
 def _withdraw(move_id: str, chains: Iterable[tuple[str, Address]]) -> None:
     lines: list[str] = []
     for dispatch, local in dict.fromkeys(chains):
@@ -337,11 +346,6 @@ def _insert_entries(step: InsertEntries, remember: Remember) -> Prior:
     counting = before == "0" and conntrack.write_setting("nf_conntrack_acct", "1")
     try:
         _insert_despite_races(step.translation)
-        wrong = sum(
-            1 for seen in conntrack.look_up(step.translation) if not (seen and seen.translated)
-        )
-        if wrong:
-            raise KernelError(f"conntrack: {wrong} entries do not translate as planned")
     except BaseException:
         conntrack.delete(step.translation)
         raise
@@ -358,9 +362,16 @@ def _insert_despite_races(translation: Translation) -> None:
         except FileExistsError:
             if attempt == _INSERT_ATTEMPTS:
                 raise
-            conntrack.purge(translation)
         else:
-            return
+            # A stale entry that has only our reply tuple is no error: the kernel then gives ours
+            # another port, so what it made is looked at.
+            seen = conntrack.look_up(translation)
+            wrong = sum(1 for entry in seen if not (entry and entry.translated))
+            if not wrong:
+                return
+            if attempt == _INSERT_ATTEMPTS:
+                raise KernelError(f"conntrack: {wrong} entries do not translate as planned")
+        conntrack.purge(translation)
 
 
 def _restore_accounting(prior: Prior) -> None:

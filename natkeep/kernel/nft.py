@@ -30,3 +30,14 @@ def run_transaction(lines: Iterable[str]) -> None:
         found = _MESSAGE.search(error)
         reason = found.group(1) if found else error.strip() or "no reason given"
         raise NftError(f"nft: {reason}")
+
+
+def is_available() -> bool:
+    """Whether libnftables and its binding can be loaded."""
+    try:
+        import nftables
+
+        nftables.Nftables()
+    except (ImportError, OSError):
+        return False
+    return True

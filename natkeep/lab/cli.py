@@ -1,7 +1,7 @@
-"""the lab's door: `natkeep lab list` and `natkeep lab run`.
+"""the lab's door: `natkeep lab list`, `natkeep lab run` and `natkeep lab matrix`.
 
-Rule: parse, call scenario.py, print, return the exit code; 0 only for a verdict of pass.
-natkeep's own cli imports this file only for `natkeep lab`, and turns errors and signals into
+Rule: parse, call scenario.py or matrix.py, print, return the exit code; 0 only for a verdict of
+pass. natkeep's own cli imports this file only for `natkeep lab`, and turns errors and signals into
 messages and exit codes for it.
 """
 
@@ -10,6 +10,8 @@ from __future__ import annotations
 import argparse
 import os
 import shutil
+import sys
+import time
 from collections.abc import Sequence
 from json import dumps
 from pathlib import Path
@@ -29,7 +31,7 @@ def add_parser(
     """Add `lab` to natkeep's verbs; *parents* hold the options that every verb has, as --json."""
     text = "practice networks: move a real server and see what its peer saw"
     lab: argparse.ArgumentParser = subparsers.add_parser("lab", help=text, description=text)
-    verbs = lab.add_subparsers(dest="lab_verb", required=True, metavar="list | run")
+    verbs = lab.add_subparsers(dest="lab_verb", required=True, metavar="list | run | matrix")
     verbs.add_parser("list", parents=list(parents), help="name the scenarios")
     running = verbs.add_parser("run", parents=list(parents), help="run one, and judge it")
     running.add_argument("scenario", metavar="SCENARIO")
@@ -49,12 +51,44 @@ def add_parser(
         "--without-translation", dest="translator", action="store_const", const="none",
         help="leave the translation out; the verdict must then be fail",
     )  # fmt: skip
+    _add_matrix(verbs.add_parser(
+        "matrix", parents=list(parents), help="every situation, with natkeep and the baselines"
+    ))  # fmt: skip
     return lab
+
+
+def _add_matrix(matrix: argparse.ArgumentParser) -> None:
+    matrix.add_argument("--reps", type=_count, default=1, metavar="N", help="runs of each cell")
+    matrix.add_argument(
+        "--only", action="append", default=[], metavar="NAME",
+        help="a situation's number, or words of its name; repeatable",
+    )  # fmt: skip
+    matrix.add_argument(
+        "--translator", action="append", default=[], choices=("natkeep", "naive", "naive+purge"),
+        help="repeatable; default: all",
+    )  # fmt: skip
+    matrix.add_argument("--mode", action="append", default=[], choices=("stateful", "stateless"))
+    matrix.add_argument("--family", action="append", default=[], type=int, choices=(4, 6))
+    matrix.add_argument(
+        "--jobs", type=_count, default=len(os.sched_getaffinity(0)), metavar="N",
+        help="labs at once; default: one a processor",
+    )  # fmt: skip
+    matrix.add_argument(
+        "--report", type=Path, metavar="DIR",
+        help="write matrix.json and matrix.txt into DIR, and captures of what failed",
+    )  # fmt: skip
+
+
+def _count(text: str) -> int:
+    if not text.isdigit() or not int(text):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 1 on")
+    return int(text)
 
 
 def run(args: argparse.Namespace) -> int:
     """Do what was parsed; the exit code."""
-    return _list(args) if args.lab_verb == "list" else _run(args)
+    verbs = {"list": _list, "run": _run, "matrix": _matrix}
+    return verbs[args.lab_verb](args)
 
 
 def _list(args: argparse.Namespace) -> int:
@@ -86,10 +120,41 @@ def _run(args: argparse.Namespace) -> int:
     return 0 if report.passed else 1
 
 
-def require_tools() -> None:
+def _matrix(args: argparse.Namespace) -> int:
+    from natkeep.lab import matrix, tally
+
+    selection = matrix.Selection(
+        tuple(args.only), tuple(args.translator), tuple(args.mode), tuple(args.family)
+    )
+    cells = selection.cells()
+    require_tools("conntrack")
+    runs = [cell for cell in cells if cell.applies] * args.reps
+    began, ended = time.monotonic(), 0
+
+    def tell(outcome: matrix.Outcome) -> None:
+        nonlocal ended
+        ended += 1
+        if not args.quiet:
+            print(f"{ended}/{len(runs)} {outcome.verdict:<7} {outcome.cell}", file=sys.stderr)
+
+    outcomes = matrix.run(runs, jobs=args.jobs, report=args.report, tell=tell)
+    counted = tally.count(
+        cells, outcomes, reps=args.reps, jobs=args.jobs, seconds=time.monotonic() - began
+    )
+    document, text = dumps(counted.as_json(), indent=2, ensure_ascii=False), counted.as_text()
+    if args.report:
+        args.report.mkdir(parents=True, exist_ok=True)
+        (args.report / "matrix.json").write_text(document + "\n", encoding="utf-8")
+        (args.report / "matrix.txt").write_text(text + "\n", encoding="utf-8")
+    print(document if args.json else text)
+    return 0 if counted.passed else 1
+
+
+def require_tools(*more: str) -> None:
     """The lab needs root and a few programs; NatkeepError when they are not there."""
     if os.geteuid() != 0:
         raise RefusedError("the lab makes network namespaces, which needs root", hint="use sudo")
-    missing = [f"{tool} (package {p})" for tool, p in _TOOLS.items() if not shutil.which(tool)]
+    tools = {**_TOOLS, **{tool: tool for tool in more}}
+    missing = [f"{tool} (package {p})" for tool, p in tools.items() if not shutil.which(tool)]
     if missing:
         raise LabError(f"the lab needs {', '.join(missing)}", hint="`make demo` installs them")

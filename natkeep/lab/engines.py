@@ -91,6 +91,7 @@ class Criu:
         return Frozen(into, ("--image", str(into)))
 
     def restore(self, host: Host, moving: Moving, frozen: Frozen, opening: Opening) -> None:
+        end_silence(host)
         script = ["--action-script", str(opening.hook)] if opening.hook else []
         environment = {**os.environ, **opening.environment}
         self._run(host, frozen.directory, "restore", "--restore-detached", *script, env=environment)
@@ -134,6 +135,7 @@ class Repair:
         return Frozen(into, ("--connections", str(listing)))
 
     def restore(self, host: Host, moving: Moving, frozen: Frozen, opening: Opening) -> None:
+        end_silence(host)
         application = moving.application
         line = application.resume_line(frozen.directory / "state.json", role=moving.role)
         program = host.start(f"{moving.role}-resumed", *line)
@@ -148,6 +150,17 @@ class Repair:
         opening.open()
         application.go(self.how)
         application.wait(lambda report: report["phase"] == "running", "running again")
+
+
+def end_silence(host: Host) -> None:
+    """Take away what keeps a host silent that was left once, before a process comes back there.
+
+    That is the operator's part with CRIU, which leaves its lock behind for ever.
+    """
+    listed = host.run("nft", "list", "tables").stdout.split()
+    for table in listed:
+        if table == "lab_silence" or table.startswith("CRIU-"):
+            host.run("nft", "delete", "table", "inet", table)
 
 
 def find_criu() -> Path | None:

@@ -12,7 +12,7 @@ sequence number is old, but it acknowledges and is stamped anew.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from natkeep.lab.topology import Address
 from natkeep.lab.verdict import Assertion
@@ -28,6 +28,8 @@ class Kept:
 
     frozen_ns, restored_ns: when the freeze began and when the restore was done; None: never.
     strangers: peers' endpoints whose traffic is none of the kept connections' business.
+    inside: the same tuples as the process sees them, where a gateway makes them differ.
+    clean_from_ns: since when OLD must not be seen, where a peer beyond the gateway said it before.
     """
 
     tuples: tuple[FourTuple, ...]
@@ -35,12 +37,14 @@ class Kept:
     frozen_ns: int
     restored_ns: int | None
     strangers: frozenset[Endpoint] = frozenset()
+    inside: tuple[FourTuple, ...] = ()
+    clean_from_ns: int = 0
 
     def on_far_side(self) -> set[FourTuple]:
         """The tuples that may be seen between gateway and destination."""
         return {
             FourTuple(each.source, Endpoint(new, each.destination.port))
-            for each in self.tuples
+            for each in self.inside or self.tuples
             for new in self.news.get(each.destination.address, ())
         }
 
@@ -50,7 +54,7 @@ Points = Mapping[str, Sequence[Frame]]
 
 def judge_wires(kept: Kept, peers: Points, near: Points, far: Points) -> list[Assertion]:
     """Everything that the wires say; *peers* are captures at the peers' own interfaces."""
-    at_peers = [frame for frames in peers.values() for frame in frames]
+    at_peers = sorted((f for frames in peers.values() for f in frames), key=lambda f: f.at_ns)
     return [
         no_old_address(far, kept),
         tuple_unchanged(at_peers, kept),
@@ -61,10 +65,26 @@ def judge_wires(kept: Kept, peers: Points, near: Points, far: Points) -> list[As
     ]
 
 
+def judge_strangers(
+    at_peers: Sequence[Frame], kept: Kept, strangers: Sequence[FourTuple]
+) -> list[Assertion]:
+    """What others have to do with the destination is as it was; *strangers* from their peers."""
+    others = Kept(tuple(strangers), {}, kept.frozen_ns, kept.restored_ns)
+    resets = count_resets(at_peers, others)
+    found = [
+        tuple_unchanged(at_peers, others),
+        Assertion("no reset", not resets, f"{resets} segments"),
+        *(steps(at_peers, others) for steps in (acks_advance, timestamps_advance, no_hole)),
+    ]
+    return [replace(each, name=f"others' connections: {each.name}") for each in found]
+
+
 def no_old_address(far: Points, kept: Kept) -> Assertion:
     """No frame between gateway and destination carries OLD, in any header."""
     olds = set(kept.news)
-    bad = [f"{at}: {f.summary}" for at, frames in far.items() for f in frames if f.addresses & olds]
+    since = kept.clean_from_ns
+    bad = [f"{at}: {f.summary}" for at, frames in far.items() for f in frames
+           if f.addresses & olds and f.at_ns >= since]  # fmt: skip
     seen = sum(1 for frames in far.values() for f in frames if f.segment)
     return _verdict(
         "no frame between gateway and destination carries OLD",
@@ -112,9 +132,13 @@ def no_new_path(at_peers: Sequence[Frame], kept: Kept) -> Assertion:
 def only_kept_ports(near: Points, far: Points, kept: Kept) -> Assertion:
     """After the freeze every segment belongs to a kept connection, ports unchanged."""
     bad, seen = [], 0
-    for points, wanted in ((near, set(kept.tuples)), (far, kept.on_far_side())):
+    clean_ns = max(kept.frozen_ns, kept.clean_from_ns)
+    for points, wanted, since in (
+        (near, set(kept.tuples), kept.frozen_ns),
+        (far, kept.on_far_side(), clean_ns),
+    ):
         for at, frame, segment in _segments(points, kept):
-            if frame.at_ns < kept.frozen_ns:
+            if frame.at_ns < since:
                 continue
             seen += 1
             if segment.tuple not in wanted and segment.tuple.reply() not in wanted:

@@ -541,19 +541,18 @@ def _fill(sock: socket.socket, state: SocketState) -> None:
 def _shut(sock: socket.socket, state: SocketState) -> None:
     """Walk from ESTABLISHED to the state's own, in the order in which the two FINs went."""
     target = state.tcp_state
-    ours_first = target is not TcpState.LAST_ACK
-    send_end = (state.send_seq + len(state.unacknowledged)) % 2**32
-    if ours_first:
+    if target is TcpState.LAST_ACK:
+        _forge_until(sock, TcpState.CLOSE_WAIT, state, flags=_FIN | _ACK, ack=state.send_seq)
         _shut_own_side(sock, state)
-    if target.fin_received:
-        _forge(state, flags=_FIN | _ACK, ack=state.send_seq)
+        return
+    _shut_own_side(sock, state)
     if target is TcpState.FIN_WAIT2:
-        _forge(state, flags=_ACK, ack=(send_end + 1) % 2**32)
-    if not ours_first:
-        _await_state(sock, TcpState.CLOSE_WAIT)
-        _shut_own_side(sock, state)
-    if not state.fin_unsent:
-        _await_state(sock, target)
+        ack = state.send_seq + len(state.unacknowledged) + 1
+        _forge_until(sock, target, state, flags=_ACK, ack=ack % 2**32)
+    elif target.fin_received:
+        # While our own FIN is unsent, CLOSING looks like CLOSE_WAIT, and comes to the same end.
+        reached = TcpState.CLOSE_WAIT if state.fin_unsent else target
+        _forge_until(sock, reached, state, flags=_FIN | _ACK, ack=state.send_seq)
 
 
 def _shut_own_side(sock: socket.socket, state: SocketState) -> None:
@@ -564,15 +563,26 @@ def _shut_own_side(sock: socket.socket, state: SocketState) -> None:
         _set(sock, _REPAIR_QUEUE, _NO_QUEUE)
 
 
-def _await_state(sock: socket.socket, state: TcpState) -> None:
+def _forge_until(
+    sock: socket.socket, target: TcpState, state: SocketState, *, flags: int, ack: int
+) -> None:
+    """Forge a segment, again where necessary, until it has brought the socket to *target*.
+
+    Once is not always enough: a new IPv6 address, `nodad` or not, gets its local route from a work
+    queue some time after the command has returned, and until then the segment leaves by the wire.
+    """
     deadline = time.monotonic() + 1
-    while (now := _STATE_NUMBER.get(_tcp_info(sock)[0])) is not state:
-        if time.monotonic() > deadline:
-            raise KernelError(
-                f"the socket is in {now} instead of {state}: a forged segment did not arrive",
-                hint="let packets with mark 0xC114 through on lo, untracked",
-            )
-        time.sleep(0.0005)
+    while time.monotonic() < deadline:
+        _forge(state, flags=flags, ack=ack)
+        again = time.monotonic() + 0.02
+        while time.monotonic() < again:
+            if _STATE_NUMBER.get(_tcp_info(sock)[0]) is target:
+                return
+            time.sleep(0.0005)
+    raise KernelError(
+        f"cannot re-create {state}: a forged segment does not arrive",
+        hint=f"let packets with mark {MARK:#x} through on lo, untracked",
+    )
 
 
 def _write_options(sock: socket.socket, state: SocketState) -> None:

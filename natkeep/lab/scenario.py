@@ -67,15 +67,25 @@ def run(scenario: Scenario, *, pcap: Path | None = None, **options: Any) -> Repo
     tell, setup = scenario.load()
     with Lab(scenario.name, **{**setup, **options}) as lab:
         lab.report.title = scenario.title
-        try:
-            tell(lab)
-        except StoryOver:
-            lab.conclude()
-        except (NatkeepError, TrafficError) as error:
-            lab.report.assertions.append(failure("the story is told to its end", error))
-            lab.conclude()
+        perform(lab, tell)
         if pcap is not None:
-            pcap.mkdir(parents=True, exist_ok=True)
-            for capture in lab.tap.captures.values():
-                (pcap / capture.path.name).write_bytes(capture.path.read_bytes())
+            keep_captures(lab, pcap)
     return lab.report
+
+
+def perform(lab: Lab, tell: Callable[[Lab], None]) -> None:
+    """Tell a story to its end, whatever goes wrong in it."""
+    try:
+        tell(lab)
+    except StoryOver:
+        lab.conclude()
+    except (NatkeepError, TrafficError) as error:
+        lab.report.assertions.append(failure("the story is told to its end", error))
+        lab.conclude()
+
+
+def keep_captures(lab: Lab, directory: Path) -> None:
+    """Copy what was captured into *directory*."""
+    directory.mkdir(parents=True, exist_ok=True)
+    for capture in lab.tap.captures.values():
+        (directory / capture.path.name).write_bytes(capture.path.read_bytes())

@@ -14,11 +14,11 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from typing import Any
 
-from natkeep.errors import NatkeepError
+from natkeep.errors import NatkeepError, RefusedError
 from natkeep.lab import evidence, wire
 from natkeep.lab.application import (
     Application,
@@ -31,9 +31,12 @@ from natkeep.lab.application import (
 from natkeep.lab.application import Report as Traffic
 from natkeep.lab.engines import Engine, Frozen, Moving, choose_engine
 from natkeep.lab.host import Host, LabError, Program, await_true
+from natkeep.lab.journey import Journey
+from natkeep.lab.speech import Speech
 from natkeep.lab.surfaces import difference, read_surfaces
-from natkeep.lab.topology import DESTINATION, SOURCE, USUAL, Seat, Topology
-from natkeep.lab.translators import TRANSLATORS, Order
+from natkeep.lab.terrain import Terrain
+from natkeep.lab.topology import DESTINATION, SOURCE, USUAL, Address, Seat, Topology
+from natkeep.lab.translators import TRANSLATORS, Order, TranslatorError
 from natkeep.lab.verdict import Assertion, Report
 from natkeep.plan.tuples import Endpoint, FourTuple
 
@@ -45,7 +48,7 @@ class StoryOver(Exception):
     """Something failed after which the story cannot go on."""
 
 
-class Lab:
+class Lab(Speech, Terrain, Journey):
     """A lab network with the words of a story; collects the report.
 
     family 4|6, mode stateful|stateless (handed to natkeep), probe: whether CRIU's window probe
@@ -62,22 +65,32 @@ class Lab:
         probe: bool = True,
         translator: str = "natkeep",
         seats: Iterable[Seat] = USUAL,
+        routed: Iterable[str] = (),
+        points: Mapping[str, tuple[str, str]] | None = None,
     ) -> None:
         self.engine: Engine = choose_engine(engine, probe=probe)
         self.family, self.mode, self.probe = family, mode, probe
-        self.topology = Topology(seats)
+        self.topology = Topology(seats, routed=routed)
         self.report = Report(scenario, engine=self.engine.name, translator=translator, mode=mode)
-        self.site = DESTINATION
+        self.name, self.home, self.site = "lab", SOURCE, DESTINATION
         self.kept: tuple[FourTuple, ...] = ()
-        self._concluded = False
-        self._restored_ns: int | None = None
+        self.refused, self.carried_on = "", False  # why natkeep refused; whether octets arrived
+        self.views: dict[FourTuple, FourTuple] = {}
+        self.strangers: list[FourTuple] = []
+        self.parties, self.orders, self.undone = [self], list[Order](), list[Order]()
+        self.peer_points = [seat.role for seat in self.topology.seats if seat.network == "near"]
+        self.clean_from_ns = 0
+        self._points, self.freezes, self._concluded = points or {}, 0, False
+        self._surfaces: dict[str, dict[str, str]] = {}
+        self.frozen_ns: int | None = None
+        self.restored_ns: int | None = None
 
     def __enter__(self) -> Lab:
         self.topology.__enter__()
         directory = self.directory = self.topology.directory
         try:
             self.translator = TRANSLATORS[self.report.translator](directory)
-            self.tap = wire.Wiretap(self.topology, directory)
+            self.tap = wire.Wiretap(self.topology, directory, self._points)
         except BaseException:
             self.topology.__exit__(None, None, None)
             raise
@@ -88,26 +101,42 @@ class Lab:
 
     # The words, in the order in which a usual story uses them.
 
-    def serve(self) -> None:
-        """A server at the source listens on OLD."""
-        self.old, self.new = SOURCE.address(self.family), self.site.address(self.family)
-        self.report.old, self.report.new = str(self.old), str(self.new)
-        application = Application(self.directory / "serve")
-        line = application.serve_line(str(Endpoint(self.old, PORT)))
-        program = self._start("source", "serve-0", line)
+    def settle(self) -> None:
+        """Say which address is OLD, and which NEW."""
+        self.old, self.new = self.home.address(self.family), self.site.address(self.family)
+        if self.parties[0] is self:
+            self.report.old, self.report.new = str(self.old), str(self.new)
+
+    def serve(self, *, listen: str | None = None) -> None:
+        """A server at the source listens on OLD, or as *listen* says."""
+        self.settle()
+        application = Application(self.directory / f"serve-{self.name}")
+        line = application.serve_line(listen or str(Endpoint(self.old, PORT)))
+        program = self._start(self.home.role, f"serve-{self.name}", line)
         application.wait(lambda report: report["listening"], "listening")
         self.server = Moving(application, "serve", program.pid)
-        self.at = self.topology["source"]
+        self.at = self.topology[self.home.role]
 
-    def dial(self, *, connections: int = 1) -> None:
+    def dial(
+        self, *, connections: int = 1, role: str = "client", source: str | None = None
+    ) -> None:
         """The client opens *connections* to OLD."""
-        self.client = Application(self.directory / "dial")
-        line = self.client.dial_line(str(Endpoint(self.old, PORT)), count=connections)
-        self._start("client", "dial", line)
-        report = self.client.wait(all_open(connections), "connected")
+        self.client = Application(self.directory / f"dial-{self.name}")
+        target = str(Endpoint(self.old, PORT))
+        line = self.client.dial_line(target, count=connections, source=source)
+        self._start(role, f"dial-{self.name}", line)
+        self.client.wait(all_open(connections), "connected")
+        self.keep()
+
+    def keep(self, inside: Iterable[FourTuple] = ()) -> None:
+        """The client's connections are what is to be kept; *inside*: as the process sees them."""
+        report = self.client.fresh()
         self.kept = tuple(_peer_to_process(each) for each in report["connections"])
-        self.report.before = [str(each) for each in self.kept]
-        self.server.connections = tuple(f"{each.destination} {each.source}" for each in self.kept)
+        self.views = dict(zip(self.kept, inside or self.kept, strict=True))
+        self.report.before += [str(each) for each in self.kept]
+        self.server.connections = tuple(
+            f"{each.destination} {each.source}" for each in self.views.values()
+        )
 
     def talk(self, *, exchanges: int = 10) -> None:
         """The client asks and is answered on every connection, without pause, from now on."""
@@ -128,22 +157,35 @@ class Lab:
 
     def freeze(self) -> None:
         """The engine freezes the server; the source is silent from here on."""
-        self._surfaces = {role: read_surfaces(self.topology[role]) for role in self.sites}
+        self.freezes += 1
         self.client.do("mark")
-        self._frozen_ns, self._frozen_at = time.time_ns(), time.monotonic()
+        self._frozen_at = time.monotonic()
+        if self.freezes == 1:
+            for role in self.sites:
+                self._surfaces.setdefault(role, read_surfaces(self.topology[role]))
+            self.frozen_ns = time.time_ns()
         with self.must("the engine freezes the server"):
-            frozen = self.engine.freeze(self.at, self.server, self.directory / "frozen")
-        self.frozen: Frozen = frozen
+            into = self.directory / f"frozen-{self.name}-{self.freezes}"
+            self.frozen: Frozen = self.engine.freeze(self.at, self.server, into)
 
-    def prepare(self) -> None:
-        """The translator prepares gateway and destination."""
-        self.order = Order(
-            "lab", self.old, self.new,
-            self.topology["gateway"], self.topology[self.site.role],
-            self.kept, self.frozen.options, self.mode,
-        )  # fmt: skip
+    def prepare(self, *, replaces: Order | None = None) -> None:
+        """The translator prepares gateway and destination, or moves on what *replaces* did."""
+        self.place_order(replaces)
         with self.must("the translator prepares gateway and destination"):
-            self.translator.prepare(self.order)
+            try:
+                self.translator.prepare(self.order)
+            except TranslatorError as error:
+                self.refused = str(error) if error.code == RefusedError.exit_code else ""
+                raise
+
+    def place_order(self, replaces: Order | None = None) -> None:
+        """Say what the translator is to do; it is undone in the end, done or not."""
+        self.order = Order(
+            self.name if self.freezes == 1 else f"{self.name}-{self.freezes}",
+            self.old, self.new, self.topology["gateway"], self.topology[self.site.role],
+            tuple(self.views.values()), self.frozen.options, self.mode, replaces,
+        )  # fmt: skip
+        self.orders.append(self.order)
 
     def restore(self) -> None:
         """The engine restores the server at the destination, opening on the way."""
@@ -153,7 +195,7 @@ class Lab:
             opening = self.translator.opening(self.order)
             self.at = self.topology[self.site.role]
             self.engine.restore(self.at, self.server, self.frozen, opening)
-        self._restored_ns = time.time_ns()
+        self.restored_ns = time.time_ns()
         self.report.blackout_ms = (time.monotonic() - self._frozen_at) * 1000
 
     def talk_on(self, *, exchanges: int = 10) -> None:
@@ -179,21 +221,26 @@ class Lab:
             self.report.assertions.append(Assertion(name, False, _counted(states)))
             return
         self.report.stall_ms = max(e["longest_silence_ms"] for e in report["connections"])
+        self.carried_on = True
         self.report.assertions.append(Assertion(name, True, f"{exchanges} more answers on each"))
 
     def finish(self) -> None:
         """Stop talking; check octets, tuples, wires, and that teardown leaves nothing."""
-        if self.report.stall_ms is None:
+        if not self.carried_on:
             raise StoryOver  # nothing arrives any more: what is left is to judge the wires
         with suppress(LabError):  # what did not arrive is told by octets_agree
             self.quiet()
+        self.check_ends()
+        self.conclude()
+
+    def check_ends(self) -> None:
+        """The octets at both ends, and their sockets' names."""
         client, server = self.client.fresh(), self.server.application.fresh()
         self.report.assertions += [
-            octets_agree(client, server),
+            octets_agree(client, server, self.views),
             self._sockets_agree(client, server),
         ]
         self.report.octets = (_sum(server, "rx"), _sum(client, "rx"))
-        self.conclude()
 
     def conclude(self) -> None:
         """Judge the wires and take the translation down; once."""
@@ -201,15 +248,15 @@ class Lab:
             return
         self._concluded = True
         self._judge_wires()
-        if hasattr(self, "order"):
-            self._teardown()
+        self._teardown()
 
     # What the words are made of.
 
     @property
-    def sites(self) -> tuple[str, str]:
+    def sites(self) -> tuple[str, ...]:
         """The roles at which the translator works."""
-        return ("gateway", self.site.role)
+        beyond = (seat.role for seat in self.topology.seats if seat.network not in ("near", "old"))
+        return ("gateway", *beyond)
 
     @contextmanager
     def should(self, name: str) -> Iterator[None]:
@@ -238,14 +285,15 @@ class Lab:
     def _settled(self) -> bool:
         """Nothing is under way any more: each end has what the other end sent."""
         client, server = self.client.fresh(), self.server.application.fresh()
-        return octets_agree(client, server).ok and handed_over(client) and handed_over(server)
+        agree = octets_agree(client, server, self.views).ok
+        return agree and handed_over(client) and handed_over(server)
 
     def _sockets_agree(self, client: Traffic, server: Traffic) -> Assertion:
         """getsockname and getpeername at both ends still tell the tuples of the beginning."""
         after = [_peer_to_process(each) for each in client["connections"]]
-        self.report.after = [str(each) for each in after]
+        self.report.after += [str(each) for each in after]
         theirs = {_peer_to_process(each).reply() for each in server["connections"]}
-        missing = [str(each) for each in self.kept if each not in theirs]
+        missing = [str(each) for each in self.views.values() if each not in theirs]
         ok = tuple(after) == self.kept and not missing
         detail = f"{len(after)} connections" if ok else f"peer {after}, process lacks {missing}"
         return Assertion("both ends' sockets tell the same four-tuples as before", ok, detail)
@@ -253,35 +301,58 @@ class Lab:
     def _judge_wires(self) -> None:
         frames = self.tap.stop()
         self.report.assertions.append(self.tap.captured_all())
-        if not hasattr(self, "_frozen_ns"):
-            return
-        kept = evidence.Kept(self.kept, {self.old: (self.new,)}, self._frozen_ns, self._restored_ns)
+        if not self._surfaces:
+            return  # nothing was frozen
+        kept = self._whats_kept()
         far = wire.beyond_gateway(self.topology)
-        peers = {s.role: frames[s.role] for s in self.topology.seats if s.network == "near"}
-        at_peers = [frame for each in peers.values() for frame in each]
+        peers = {at: frames[at] for at in self.peer_points}
+        at_peers = sorted((f for each in peers.values() for f in each), key=lambda f: f.at_ns)
         self.report.assertions += evidence.judge_wires(
             kept, peers, {"near": frames["near"]}, {at: frames[at] for at in far}
         )
+        if self.strangers:
+            self.report.assertions += evidence.judge_strangers(at_peers, kept, self.strangers)
         self.report.segments = evidence.count_segments(at_peers, kept)
         self.report.resets = evidence.count_resets(at_peers, kept)
         self.report.silence_ms = evidence.longest_silence_ms(at_peers, kept)
 
+    def _whats_kept(self) -> evidence.Kept:
+        """What all parties' connections, moves and strangers come to."""
+        views = {peers: own for party in self.parties for peers, own in party.views.items()}
+        news: dict[Address, tuple[Address, ...]] = {party.old: () for party in self.parties}
+        for order in self.orders:
+            news[order.old] = (*news[order.old], order.new)
+        return evidence.Kept(
+            tuple(views), news,
+            min(party.frozen_ns for party in self.parties if party.frozen_ns),
+            max(party.restored_ns or 0 for party in self.parties) or None,
+            frozenset(each.source for each in self.strangers),
+            tuple(views.values()), self.clean_from_ns,
+        )  # fmt: skip
+
     def _teardown(self) -> None:
+        if not self.orders:
+            return
         with self.should("teardown succeeds"):
-            self.translator.teardown(self.order)
-        for role in self.sites:
-            left = difference(self._surfaces[role], read_surfaces(self.topology[role]))
+            for order in [each for each in reversed(self.orders) if each not in self.undone]:
+                self.translator.teardown(order)
+        for role, before in self._surfaces.items():
+            left = difference(before, read_surfaces(self.topology[role]))
             self.report.assertions.append(
                 Assertion(f"teardown leaves the {role} byte-identical", not left, left)
             )
 
 
-def octets_agree(client: Traffic, server: Traffic) -> Assertion:
+def octets_agree(
+    client: Traffic, server: Traffic, views: Mapping[FourTuple, FourTuple]
+) -> Assertion:
     """Every octet arrived once, in order, in both directions, and no connection broke."""
-    bad = [*faults(client), *faults(server)]
     theirs = {_peer_to_process(each).reply(): each for each in server["connections"]}
+    server = {"connections": [theirs[each] for each in views.values() if each in theirs]}
+    bad = [*faults(client), *faults(server)]
     for each in client["connections"]:
-        other = theirs.get(_peer_to_process(each), {"rx": 0, "tx": 0})
+        name = _peer_to_process(each)
+        other = theirs.get(views.get(name, name), {"rx": 0, "tx": 0})
         if (each["rx"], each["tx"]) != (other["tx"], other["rx"]):
             bad.append(f"{each['local']} sent {each['tx']} and got {each['rx']}, "
                        f"the process got {other['rx']} and sent {other['tx']}")  # fmt: skip

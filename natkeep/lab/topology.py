@@ -9,6 +9,9 @@ switch, which also holds the anti-spoof filter:
                            10.x.0.1    └─ third ─ third      10.4.0.30
     (IPv6 likewise: fd00:1::2, fd00:2::10, fd00:3::20, fd00:4::30, gateway fd00:x::1)
 
+In front of a network that is `routed` stands one more router, NET-router, which is then its
+10.x.0.1; its other side, 10.10x.0.2, is linked to the gateway.
+
 Rule: what is made is registered for removal on the line where it is made, and removed in
 reverse order. A lab whose owner died is recognised by the lock that nobody holds any more.
 This file must never touch a namespace that does not bear the lab's own prefix.
@@ -65,11 +68,27 @@ def address(network: str, number: int, family: int) -> Address:
     return ipaddress.ip_address(f"10.{net}.0.{number}" if family == 4 else f"fd00:{net}::{number}")
 
 
+def prefix(network: str, family: int) -> str:
+    """The network itself: 10.3.0.0/24 or fd00:3::/64."""
+    return f"{address(network, 0, family)}/{24 if family == 4 else 64}"
+
+
+def transfer(network: str, number: int, family: int) -> Address:
+    """Between the gateway (1) and the router (2) of a routed *network*."""
+    net = 100 + NETWORKS[network]
+    return ipaddress.ip_address(f"10.{net}.0.{number}" if family == 4 else f"fd00:{net}::{number}")
+
+
+def router(network: str) -> str:
+    """The role of the router of a routed *network*."""
+    return f"{network}-router"
+
+
 class Topology:
     """All hosts of one lab; a context manager that leaves nothing behind."""
 
-    def __init__(self, seats: Iterable[Seat] = USUAL) -> None:
-        self.seats = tuple(seats)
+    def __init__(self, seats: Iterable[Seat] = USUAL, *, routed: Iterable[str] = ()) -> None:
+        self.seats, self.routed = tuple(seats), tuple(routed)
         self.hex = secrets.token_hex(4)
         self.hosts: dict[str, Host] = {}
         self._stack = contextlib.ExitStack()
@@ -109,11 +128,13 @@ class Topology:
         self.directory = _directory(self.hex)
         self.directory.mkdir(mode=0o700)
         self._stack.callback(shutil.rmtree, self.directory, True)
-        roles = ["switch", "gateway", *(seat.role for seat in self.seats)]
+        routers = [router(net) for net in self.routed]
+        roles = ["switch", "gateway", *routers, *(seat.role for seat in self.seats)]
         self._stack.callback(remove_names, [self.name(role) for role in roles])
         _ip([f"netns add {self.name(role)}" for role in roles] + self._links())
         scripts = {"switch": self._switch_script(), "gateway": self._gateway_script()}
         scripts |= {seat.role: _host_script(seat) for seat in self.seats}
+        scripts |= {router(net): _router_script(net) for net in self.routed}
         first_pids = {seat.role: seat.first_pid for seat in self.seats}
         for role in roles:
             host = Host(role, self.name(role), self.directory)
@@ -153,11 +174,20 @@ class Topology:
         """
         switch = self.name("switch")
         ends = [(self.name(seat.role), "eth0", seat.role) for seat in self.seats]
-        ends += [(self.name("gateway"), net, f"gw-{net}") for net in self._used()]
+        ends += [
+            (self.name(router(net)), "down", f"gw-{net}")
+            if net in self.routed
+            else (self.name("gateway"), net, f"gw-{net}")
+            for net in self._used()
+        ]
         return [
             f"link add {port} index {index} netns {switch} type veth"
             f" peer name {inside} netns {name}"
             for index, (name, inside, port) in enumerate(ends, 100)
+        ] + [
+            f"link add up index {index} netns {self.name(router(net))} type veth"
+            f" peer name {net} netns {self.name('gateway')}"
+            for index, net in enumerate(self.routed, 200)
         ]
 
     def _switch_script(self) -> str:
@@ -180,17 +210,21 @@ class Topology:
     def _gateway_script(self) -> str:
         lines = ["link set lo up"]
         for net in self._used():
+            at = transfer if net in self.routed else address
             lines += [
-                f"address add {address(net, 1, 4)}/24 dev {net}",
-                f"address add {address(net, 1, 6)}/64 dev {net} nodad",
+                f"address add {at(net, 1, 4)}/24 dev {net}",
+                f"address add {at(net, 1, 6)}/64 dev {net} nodad",
                 f"link set {net} up",
             ]
-        forward = (
-            "echo 1 >/proc/sys/net/ipv4/ip_forward\n"
-            "echo 1 >/proc/sys/net/ipv6/conf/all/forwarding\n"
-        )
-        return forward + _SETTLED + _batch(lines)
+        for net in self.routed:
+            lines += [f"route add {prefix(net, v)} via {transfer(net, 2, v)}" for v in (4, 6)]
+        return _FORWARD + _SETTLED + _batch(lines)
 
+
+_FORWARD = (
+    "echo 1 >/proc/sys/net/ipv4/ip_forward\n"
+    "echo 1 >/proc/sys/net/ipv6/conf/all/forwarding\n"
+)  # fmt: skip
 
 # Duplicate address detection would hold every address back for a second, and a machine's own
 # choice of rp_filter should not decide what a lab shows.
@@ -198,6 +232,20 @@ _SETTLED = (
     "for f in /proc/sys/net/ipv6/conf/*/accept_dad /proc/sys/net/ipv6/conf/*/accept_ra"
     " /proc/sys/net/ipv4/conf/*/rp_filter; do echo 0 >$f; done\n"
 )
+
+
+def _router_script(network: str) -> str:
+    return _FORWARD + _SETTLED + _batch([
+        "link set lo up",
+        f"address add {transfer(network, 2, 4)}/24 dev up",
+        f"address add {transfer(network, 2, 6)}/64 dev up nodad",
+        f"address add {address(network, 1, 4)}/24 dev down",
+        f"address add {address(network, 1, 6)}/64 dev down nodad",
+        "link set up up",
+        "link set down up",
+        f"route add default via {transfer(network, 1, 4)}",
+        f"route add default via {transfer(network, 1, 6)}",
+    ])  # fmt: skip
 
 
 def _host_script(seat: Seat) -> str:

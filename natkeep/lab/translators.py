@@ -38,6 +38,7 @@ class Order:
     """One move, as the lab orders it: OLD becomes NEW at these hosts for these connections.
 
     options: natkeep's way to learn of the connections, as the engine gave it.
+    replaces: the move of the same process that brought it where it leaves from now.
     """
 
     id: str
@@ -48,6 +49,7 @@ class Order:
     connections: tuple[FourTuple, ...]
     options: tuple[str, ...]
     mode: str = "stateful"
+    replaces: Order | None = None
 
 
 class Translator:
@@ -71,6 +73,14 @@ class Translator:
         """How the network is opened when they have."""
         return Opening(open=lambda: None)
 
+    def retire(self, order: Order) -> None:
+        """Undo what is left of *order*, now that another one has replaced it at the gateway."""
+        self.teardown(order)
+
+    def withdrawal(self, order: Order) -> Opening:
+        """How the network is opened for sockets that are back where they came from."""
+        return Opening(open=lambda: self.teardown(order))
+
     def teardown(self, order: Order) -> None:
         """Undo it all."""
         order.destination.run("ip", "address", "del", _host_prefix(order.old), "dev", "lo")
@@ -82,8 +92,9 @@ class Natkeep(Translator):
     name = "natkeep"
 
     def prepare(self, order: Order) -> None:
+        replace = ["--replace", order.replaces.id] if order.replaces else []
         self._call(
-            "prepare", order.id, "--map", f"{order.old}={order.new}",
+            "prepare", order.id, *replace, "--map", f"{order.old}={order.new}",
             "--site", f"gateway={order.gateway.name}",
             "--site", f"destination={order.destination.name}",
             "--mode", order.mode, *order.options,
@@ -92,6 +103,16 @@ class Natkeep(Translator):
     def opening(self, order: Order) -> Opening:
         environment = {**self._environment(), "NATKEEP_ID": order.id}
         return Opening(lambda: self._call("open", order.id), self._hook(), environment)
+
+    def withdrawal(self, order: Order) -> Opening:
+        script = self.directory / "withdraw"
+        command = shlex.join([*natkeep_command(), "teardown", order.id, "--yes"])
+        script.write_text(
+            '#!/bin/sh\n[ "$CRTOOLS_SCRIPT_ACTION" = post-restore ] || exit 0\n'
+            f"exec {command}\n"
+        )
+        script.chmod(0o755)
+        return Opening(lambda: self.teardown(order), script, self._environment())
 
     def teardown(self, order: Order) -> None:
         self._call("teardown", order.id, "--yes")
@@ -132,27 +153,36 @@ class Naive(Translator):
 
     def prepare(self, order: Order) -> None:
         super().prepare(order)
+        if order.replaces:
+            order.gateway.run("nft", "delete", "table", "inet", _table(order.replaces))
         order.destination.nft(self.rules(order, order.new, order.old))
         order.gateway.nft(self.rules(order, order.old, order.new))
 
     def rules(self, order: Order, before: Address, after: Address) -> str:
         """Packets to *before* go to *after*, and those from *after* say *before*."""
-        ip = "ip" if before.version == 4 else "ip6"
+        ip, table = "ip" if before.version == 4 else "ip6", f"inet {_table(order)}"
         lines = [
-            "add table inet naive",
-            "add chain inet naive pre { type nat hook prerouting priority dstnat; }",
-            "add chain inet naive post { type nat hook postrouting priority srcnat; }",
-            f"add rule inet naive pre {ip} daddr {before} dnat {ip} to {after}",
+            f"add table {table}",
+            f"add chain {table} pre {{ type nat hook prerouting priority dstnat; }}",
+            f"add chain {table} post {{ type nat hook postrouting priority srcnat; }}",
+            f"add rule {table} pre {ip} daddr {before} dnat {ip} to {after}",
         ]
-        return "\n".join([*lines, *self.source_rules(order, ip, before, after)]) + "\n"
+        sources = self.source_rules(order, ip, before, after)
+        return "\n".join([*lines, *(f"add rule {table} post {rule}" for rule in sources)]) + "\n"
 
     def source_rules(self, order: Order, ip: str, before: Address, after: Address) -> list[str]:
         """The SNAT half."""
-        return [f"add rule inet naive post {ip} saddr {after} snat {ip} to {before}"]
+        return [f"{ip} saddr {after} snat {ip} to {before}"]
+
+    def retire(self, order: Order) -> None:
+        self._forget(order, order.destination)
 
     def teardown(self, order: Order) -> None:
-        for host in (order.gateway, order.destination):
-            host.run("nft", "delete", "table", "inet", "naive")
+        self._forget(order, order.gateway, order.destination)
+
+    def _forget(self, order: Order, *hosts: Host) -> None:
+        for host in hosts:
+            host.run("nft", "delete", "table", "inet", _table(order))
         super().teardown(order)
 
 
@@ -176,10 +206,12 @@ class NaivePurge(Naive):
         ports = sorted({each.destination.port for each in order.connections})
         target = str(before) if before.version == 4 else f"[{before}]"
         return [
-            f"add rule inet naive post {ip} saddr {after} tcp sport {port} "
-            f"snat {ip} to {target}:{port}"
-            for port in ports
+            f"{ip} saddr {after} tcp sport {port} snat {ip} to {target}:{port}" for port in ports
         ]
+
+
+def _table(order: Order) -> str:
+    return f"naive-{order.id}"
 
 
 TRANSLATORS: dict[str, type[Translator]] = {

@@ -20,7 +20,7 @@ import ipaddress
 import re
 import signal
 import struct
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -126,11 +126,13 @@ class Capture:
 
 
 class Wiretap:
-    """All captures of a lab."""
+    """All captures of a lab; *more* points, name to role and interface, where a story asks."""
 
-    def __init__(self, lab: Topology, directory: Path) -> None:
+    def __init__(
+        self, lab: Topology, directory: Path, more: Mapping[str, tuple[str, str]] | None = None
+    ) -> None:
         self.captures: dict[str, Capture] = {}
-        for point, (role, interface) in points(lab).items():
+        for point, (role, interface) in {**points(lab), **(more or {})}.items():
             self.captures[point] = Capture(point, lab[role], interface, directory)
             lab.defer(self.captures[point].stop)
         for capture in self.captures.values():

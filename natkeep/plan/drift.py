@@ -57,6 +57,24 @@ class Observation:
     alive: int
 
 
+@dataclass(frozen=True, slots=True)
+class SiteStatus:
+    """A site of a move; seen is None when its namespace is gone."""
+
+    site: Site
+    seen: Observation | None
+    drift: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class MoveStatus:
+    """A move as it stands in the journal and as its sites show it."""
+
+    plan: Plan
+    gate: Gate
+    sites: tuple[SiteStatus, ...]
+
+
 def find_drift(plan: Plan, site: Site, seen: Observation) -> tuple[str, ...]:
     """What is not as the plan put it, each as one line that names the object.
 

@@ -267,6 +267,7 @@ def make_translations(
     kept = [_without(some, unkept) for some in found]
     if not any(len(some) for some in kept):
         raise RefusedError(f"{unkept[0].inbound}: {unkept[0].reason}", hint=f"{count} in all")
+    _refuse_one_tuple_for_two(move, kept)
     translations: list[Translation] = []
     for site in move.ordered_sites():
         here: list[Translation] = []
@@ -275,6 +276,23 @@ def make_translations(
         translations += here
     _refuse_what_the_mode_cannot(move, translations)
     return tuple(translations), unkept
+
+
+def _refuse_one_tuple_for_two(move: Move, kept: list[Connections]) -> None:
+    """Two OLD may become one NEW, but no peer may have used one port to one port of both."""
+    seen: dict[Address, set[FourTuple]] = {}
+    news = [map_.new for map_ in move.maps]
+    for new, some in zip(news, kept, strict=True):
+        if news.count(new) == 1:
+            continue
+        taken = seen.setdefault(new, set())
+        for tuple_ in some.toward(new):
+            if tuple_ in taken:
+                raise RefusedError(
+                    f"{tuple_} would stand for two connections",
+                    hint=f"these two OLD cannot both become {new}",
+                )
+            taken.add(tuple_)
 
 
 def _refuse_what_the_mode_cannot(move: Move, translations: list[Translation]) -> None:

@@ -38,9 +38,8 @@ Theory of operation. A site has one table `inet natkeep`, shared by all moves.
   choose another on a clash; the packet is dropped, which TCP repairs.
 - A bare SYN is never translated: a kept tuple does not open a new path.
 - What a peer on the destination itself sends goes through lo, and is not translated.
-- Stateless nft cannot translate the packet that an ICMP error quotes, so path MTU discovery
-  would fail: IPv4 packets lose their DF on the way out instead, and are fragmented where the
-  path narrows.
+- What an ICMP error quotes is translated by conntrack in stateful mode, and by the raw rules of
+  quoted.py in stateless mode: without, path MTU discovery would fail.
 """
 
 from __future__ import annotations
@@ -68,6 +67,9 @@ _BASE_CHAINS = {
     "set": ("arriving", "filter", "prerouting", "-300", "daddr"),
     "put": ("departing", "filter", "postrouting", "300", "saddr"),
 }
+
+ERRORS = "errors"
+"""Name of the chain for departing ICMP errors; the base chain sends nothing else there."""
 
 OPEN = "open"
 """Comment of the rule that opens a gate."""
@@ -152,6 +154,12 @@ def render_mode(mode: Mode) -> tuple[str, ...]:
         lines += _render_dispatch_maps(dispatch)
         lines.append(_base_chain(chain, type_, hook, priority))
         lines += _dispatches(chain, dispatch, field)
+    if mode == Mode.STATELESS:
+        chain, *_ = _BASE_CHAINS[DISPATCHES[mode][1]]
+        lines += [
+            f"add chain inet {TABLE} {ERRORS}",
+            f"insert rule inet {TABLE} {chain} meta l4proto {{ icmp, ipv6-icmp }} jump {ERRORS}",
+        ]
     return tuple(lines)
 
 
@@ -319,13 +327,9 @@ def _render_rewriting(move_id: str, translation: Translation) -> list[str]:
     kept = kept_set(move_id, translation.number)
     arriving = rewrite_chain(arrive, move_id, translation.number)
     departing = rewrite_chain(depart, move_id, translation.number)
-    # DF goes where packets leave for the path: from the process, and from the gateway inwards.
-    narrowed = departing if translation.site.role == Role.DESTINATION else arriving
-    lines = [f"add chain inet {TABLE} {arriving}", f"add chain inet {TABLE} {departing}"]
-    if before.version == 4:
-        lines.append(f"add rule inet {TABLE} {narrowed} ip frag-off 0x4000 ip frag-off set 0")
     return [
-        *lines,
+        f"add chain inet {TABLE} {arriving}",
+        f"add chain inet {TABLE} {departing}",
         f"add rule inet {TABLE} {arriving} {family} daddr set {after}",
         f"add rule inet {TABLE} {departing} {family} saddr set {before}",
         *_render_dispatch(arrive, before),

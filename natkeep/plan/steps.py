@@ -16,6 +16,7 @@ from natkeep.plan import ruleset
 from natkeep.plan.entries import describe_purge, entries, stale_tuples, stale_views
 from natkeep.plan.move import (
     NOTHING_SPECIAL,
+    Mode,
     Move,
     Role,
     Site,
@@ -24,6 +25,7 @@ from natkeep.plan.move import (
     Unkept,
     make_translations,
 )
+from natkeep.plan.quoted import RawRule, make_error_rules
 from natkeep.plan.tuples import Address, Connections
 
 Identity = tuple[int, int]
@@ -147,6 +149,31 @@ class InstallTranslation:
 
 
 @dataclass(frozen=True, slots=True)
+class TranslateErrors:
+    """The rules that translate what ICMP errors quote, in stateless mode."""
+
+    site: Site
+    move_id: str
+    translations: tuple[Translation, ...]
+
+    def describe(self) -> tuple[str, ...]:
+        """One comment a rule: nft has no text for them (see plan/quoted.py)."""
+        return tuple(
+            f"# {_prefix(self.site)}raw nf_tables rule in chain {rule.chain}: translate the TCP "
+            "segment that an ICMP error quotes"
+            for rule in self.rules()
+        )
+
+    def rules(self) -> tuple[RawRule, ...]:
+        """What is inserted."""
+        return tuple(
+            rule
+            for translation in self.translations
+            for rule in make_error_rules(self.move_id, translation)
+        )
+
+
+@dataclass(frozen=True, slots=True)
 class PurgeEntries:
     """Delete what conntrack believes of exactly the kept tuples."""
 
@@ -198,6 +225,7 @@ Step = (
     | RaiseLoopback
     | AddAddress
     | InstallTranslation
+    | TranslateErrors
     | PurgeEntries
     | InsertEntries
     | OpenGate
@@ -255,6 +283,8 @@ def _steps_at(
         steps += [AddAddress(site, translation.map.old) for translation in here]
     # The translation before the restore begins: CRIU sends unsent data before post-restore.
     steps.append(InstallTranslation(site, move.id, here))
+    if move.mode == Mode.STATELESS:
+        steps.append(TranslateErrors(site, move.id, here))
     # Purge after the rules (a nat expression starts tracking, so stale entries can appear up to
     # here) and before the insertion (an existing entry cannot be given a translation).
     for translation in here:

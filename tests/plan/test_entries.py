@@ -7,7 +7,7 @@ from ipaddress import ip_address
 import pytest
 
 from natkeep.plan.entries import Entry, describe_purge, entries, stale_tuples
-from natkeep.plan.move import Map, Move, Role, Site
+from natkeep.plan.move import Map, Mode, Move, Role, Site, Translation
 from natkeep.plan.steps import make_plan
 from natkeep.plan.tuples import Connections, Endpoint, FourTuple
 
@@ -43,15 +43,36 @@ def test_an_entry_says_how_packets_arrive_from_either_side(family: str, role: Ro
     ] == list(entries(translation))
 
 
-def test_a_connection_has_four_stale_tuples() -> None:
-    before, after = (
-        inbound("10.1.0.2:5000", f"{local}:80") for local in ("10.2.0.10", "10.3.0.20")
-    )
+def plan_at(role: Role, mode: Mode = Mode.STATEFUL) -> Translation:
+    map_ = Map(ip_address("10.2.0.10"), ip_address("10.3.0.20"))
+    kept = Connections.of([inbound("10.1.0.2:5000", "10.2.0.10:80")])
+    [translation] = make_plan(Move("web", (map_,), (Site(role),), mode), kept).translations
+    return translation
 
-    stale = stale_tuples(before, after)
 
-    assert {before, after, before.reply(), after.reply()} == set(stale)
+@pytest.mark.parametrize("mode", list(Mode))
+@pytest.mark.parametrize("role", [Role.GATEWAY, Role.DESTINATION])
+def test_a_connection_has_four_stale_tuples(role: Role, mode: Mode) -> None:
+    ends = [inbound("10.1.0.2:5000", f"{local}:80") for local in ("10.2.0.10", "10.3.0.20")]
+
+    stale = list(stale_tuples(plan_at(role, mode)))
+
+    assert {*ends, *(end.reply() for end in ends)} == set(stale)
     assert len(stale) == 4
+
+
+@pytest.mark.parametrize(
+    ("role", "seen"), [(Role.GATEWAY, "10.3.0.20"), (Role.DESTINATION, "10.2.0.10")]
+)
+def test_a_stateless_entry_is_plain_since_conntrack_sees_the_inner_tuple(
+    role: Role, seen: str
+) -> None:
+    tuple_ = inbound("10.1.0.2:5000", f"{seen}:80")
+
+    found = list(entries(plan_at(role, Mode.STATELESS)))
+
+    assert [Entry(tuple_, tuple_.reply())] == found
+    assert "nat" not in found[0].describe()
 
 
 def test_an_entry_describes_itself_as_a_command() -> None:
@@ -61,7 +82,7 @@ def test_an_entry_describes_itself_as_a_command() -> None:
 
     assert Entry(before, after.reply()).describe() == (
         "conntrack -I -p tcp -s 10.1.0.2 -d 10.2.0.10 --sport 5000 --dport 80 "
-        "--dst-nat 10.3.0.20 --state ESTABLISHED --status SEEN_REPLY,ASSURED --timeout 432000"
+        "--dst-nat 10.3.0.20:80 --state ESTABLISHED --status SEEN_REPLY,ASSURED --timeout 432000"
     )
 
 

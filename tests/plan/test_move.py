@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from ipaddress import IPv4Address, IPv6Address, ip_address
 
 import pytest
@@ -12,13 +13,15 @@ from natkeep.errors import NatkeepError, RefusedError, UsageError
 from natkeep.plan import move as move_module
 from natkeep.plan.move import (
     Map,
+    Mode,
     Move,
     Role,
     Site,
+    Surroundings,
     parse_id,
     parse_map,
 )
-from natkeep.plan.steps import make_plan
+from natkeep.plan.steps import InsertEntries, make_plan
 from natkeep.plan.tuples import Connections, Endpoint, FourTuple
 
 GATEWAY, DESTINATION = Site(Role.GATEWAY, "gw"), Site(Role.DESTINATION, "dst")
@@ -191,7 +194,8 @@ PORTS = st.integers(1, 65535)
 def moves(draw: st.DrawFn) -> tuple[Map, list[FourTuple]]:
     addresses = draw(st.sampled_from([ADDRESSES4, ADDRESSES6]))
     old, new = draw(st.lists(addresses, min_size=2, max_size=2, unique=True))
-    local, peer = st.builds(Endpoint, st.just(old), PORTS), st.builds(Endpoint, addresses, PORTS)
+    peers = addresses.filter(lambda address: address != old)  # that one is not on any wire
+    local, peer = st.builds(Endpoint, st.just(old), PORTS), st.builds(Endpoint, peers, PORTS)
     kept = draw(st.lists(st.builds(FourTuple, peer, local), min_size=1, max_size=4, unique=True))
     return Map(old, new), kept
 
@@ -240,6 +244,77 @@ def test_more_connections_than_the_limit_are_refused(monkeypatch: pytest.MonkeyP
 
     with pytest.raises(RefusedError, match="2 connections are more than 1"):
         make_plan(Move("web", (MAP4,), (DESTINATION,)), two)
+
+
+@pytest.mark.parametrize(
+    ("peer", "why"),
+    [
+        ("10.2.0.10", "on the source host too"),
+        ("127.0.0.1", "not on any wire"),
+        ("0.0.0.0", "not on any wire"),
+        ("239.1.2.3", "not on any wire"),
+        ("169.254.7.7", "link-local"),
+        ("fd00:2::10", "on the source host too"),
+        ("::1", "not on any wire"),
+        ("fe80::7", "link-local"),
+        ("ff02::7", "not on any wire"),
+    ],
+)
+def test_a_peer_that_no_wire_leads_to_is_not_kept_and_named(peer: str, why: str) -> None:
+    address = ip_address(peer)
+    local = (MAP4 if address.version == 4 else MAP6).old
+    lost = FourTuple(Endpoint(address, 5000), Endpoint(local, 80))
+    move = Move("web", (MAP4, MAP6), (GATEWAY, DESTINATION))
+
+    plan = make_plan(move, Connections.of([lost, KEPT4, KEPT6]))
+
+    assert [lost] == [unkept.inbound for unkept in plan.unkept]
+    assert why in plan.unkept[0].reason
+    assert [inbound for t in plan.translations for inbound in t.kept] == [KEPT4, KEPT6] * 2
+    with pytest.raises(RefusedError, match=why):
+        make_plan(move, Connections.of([lost]))
+
+
+@pytest.mark.parametrize("peer", ["169.253.0.1", "0.0.0.1", "fec0::1"])
+def test_a_peer_that_only_looks_special_is_kept(peer: str) -> None:
+    address = ip_address(peer)
+    local = (MAP4 if address.version == 4 else MAP6).old
+    kept = FourTuple(Endpoint(address, 5000), Endpoint(local, 80))
+
+    plan = make_plan(Move("web", (MAP4, MAP6), (DESTINATION,)), Connections.of([kept]))
+
+    assert ([kept], ()) == ([*plan.translations[0].kept], plan.unkept)
+
+
+def test_a_port_that_the_gateway_published_is_translated_from_there() -> None:
+    """The peer dialled 10.9.0.1:8080, and the gateway has led it to OLD:80 all the time."""
+    outside = inbound("10.1.0.2:5000", "10.9.0.1:8080")
+    plain = inbound("10.1.0.2:5001", "10.2.0.10:80")
+    found = Surroundings(carried=Connections.of([KEPT4]), carriers=Connections.of([outside]))
+    move = Move("web", (MAP4,), (GATEWAY, DESTINATION))
+
+    plan = make_plan(move, Connections.of([KEPT4, plain]), found)
+
+    at_new = [inbound("10.1.0.2:5000", "10.3.0.20:80"), inbound("10.1.0.2:5001", "10.3.0.20:80")]
+    assert [
+        (0, False, [(plain, at_new[1])]),
+        (1, True, [(outside, at_new[0])]),
+        (0, False, [(at_new[0], KEPT4), (at_new[1], plain)]),
+    ] == [(t.number, t.renames, [*t.tuples()]) for t in plan.translations]
+    with pytest.raises(RefusedError, match="conntrack's work"):
+        make_plan(replace(move, mode=Mode.STATELESS), Connections.of([KEPT4]), found)
+
+
+def test_a_peer_on_the_destination_gets_no_entries() -> None:
+    """Its packets go through lo and are not translated."""
+    near = Surroundings(local=frozenset([KEPT4.source.address]))
+    far = inbound("10.1.0.3:5000", "10.2.0.10:80")
+
+    plan = make_plan(Move("web", (MAP4,), (DESTINATION,)), Connections.of([KEPT4, far]), near)
+
+    [translation] = plan.translations
+    assert [KEPT4, far] == [*translation.kept]
+    assert [[far]] == [[*s.translation.kept] for s in plan.steps if isinstance(s, InsertEntries)]
 
 
 def test_two_olds_may_become_one_new() -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable
+from dataclasses import dataclass
 from ipaddress import IPv4Address, IPv6Address, ip_address
 from pathlib import Path
 
@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 
 from natkeep.errors import UsageError
 from natkeep.plan import ruleset
-from natkeep.plan.move import Map, Move, Role, Site
+from natkeep.plan.move import NOTHING_SPECIAL, Map, Mode, Move, Role, Site, Surroundings
 from natkeep.plan.steps import (
     FillSet,
     InstallGate,
@@ -43,13 +43,41 @@ KEPT = Connections.of(
         ("[fd00:1::2]:50594", "[fd00:2::10]:80"),
     )
 )
-CASES: dict[str, tuple[Role, tuple[Map, ...], bool]] = {
-    "destination-v4": (Role.DESTINATION, (MAP4,), False),
-    "destination-v4-open": (Role.DESTINATION, (MAP4,), True),
-    "destination-two-maps": (Role.DESTINATION, (MAP4, MAP6), False),
-    "gateway-v4": (Role.GATEWAY, (MAP4,), False),
-    "gateway-v4-open": (Role.GATEWAY, (MAP4,), True),
-    "gateway-two-maps": (Role.GATEWAY, (MAP4, MAP6), False),
+BOTH = (MAP4, MAP6)
+# What a gateway found that published 8080 for the process' port 80.
+PUBLISHED = Surroundings(
+    carried=Connections.of([*KEPT][:1]),
+    carriers=Connections.of(
+        [FourTuple(Endpoint.parse("10.1.0.2:50594"), Endpoint.parse("10.9.0.1:8080"))]
+    ),
+)
+
+
+@dataclass(frozen=True)
+class Case:
+    """What a golden file is rendered from."""
+
+    role: Role
+    maps: tuple[Map, ...] = (MAP4,)
+    opened: bool = False
+    mode: Mode = Mode.STATEFUL
+    surroundings: Surroundings = NOTHING_SPECIAL
+
+    def render(self) -> str:
+        move = Move("web", self.maps, (Site(self.role),), self.mode)
+        return render(make_plan(move, KEPT, self.surroundings), opened=self.opened)
+
+
+CASES = {
+    "destination-v4": Case(Role.DESTINATION),
+    "destination-v4-open": Case(Role.DESTINATION, opened=True),
+    "destination-two-maps": Case(Role.DESTINATION, BOTH),
+    "destination-stateless-two-maps": Case(Role.DESTINATION, BOTH, mode=Mode.STATELESS),
+    "gateway-v4": Case(Role.GATEWAY),
+    "gateway-v4-open": Case(Role.GATEWAY, opened=True),
+    "gateway-two-maps": Case(Role.GATEWAY, BOTH),
+    "gateway-stateless-two-maps": Case(Role.GATEWAY, BOTH, mode=Mode.STATELESS),
+    "gateway-publishes-a-port": Case(Role.GATEWAY, surroundings=PUBLISHED),
 }
 
 
@@ -62,8 +90,7 @@ def render(plan: Plan, *, opened: bool) -> str:
 
 @pytest.mark.parametrize("name", CASES)
 def test_the_ruleset_is_the_golden_one(name: str) -> None:
-    role, maps, opened = CASES[name]
-    rendered = render(make_plan(Move("web", maps, (Site(role),)), KEPT), opened=opened)
+    rendered = CASES[name].render()
     file = GOLDEN / f"{name}.nft"
 
     if os.environ.get("NATKEEP_GOLDEN") == "write":
@@ -76,10 +103,9 @@ def test_every_golden_file_belongs_to_a_case() -> None:
     assert {f"{name}.nft" for name in CASES} == {file.name for file in GOLDEN.iterdir()}
 
 
-@pytest.mark.parametrize("render_table", [ruleset.render_static, ruleset.render_arp_static])
-def test_a_table_that_is_there_already_is_an_error(render_table: object) -> None:
+@pytest.mark.parametrize("lines", [ruleset.render_static(), ruleset.render_arp_static()])
+def test_a_table_that_is_there_already_is_an_error(lines: tuple[str, ...]) -> None:
     """`create` once, at the top: two that start at the same time must not both succeed."""
-    lines = render_table()  # type: ignore[operator]  # a function without arguments
 
     assert lines[0].startswith("create table ")
     assert not any(line.startswith("create") for line in lines[1:])
@@ -106,22 +132,22 @@ def test_the_number_of_rules_does_not_depend_on_the_number_of_connections(role: 
     assert rules[0] == rules[1]
 
 
-def words_of(*, move_id: str, maps: Iterable[Map], kept: Connections) -> str:
+def words_of(move_id: str, map_: Map, kept: Connections, mode: Mode) -> str:
     """All that natkeep would ever hand to nft for such a move, less what is always the same."""
     lines: list[str] = []
     for role in (Role.GATEWAY, Role.DESTINATION):
-        plan = make_plan(Move(move_id, tuple(maps), (Site(role),)), kept)
+        plan = make_plan(Move(move_id, (map_,), (Site(role),), mode), kept)
         for step in plan.steps:
             if isinstance(step, InstallGate | InstallTranslation | OpenGate):
                 lines += step.lines()
             elif isinstance(step, FillSet):
                 lines += (step.name, *step.elements())
         for translation in plan.translations:
-            ends = (translation.before, translation.after, translation.before)
-            for dispatch, end in zip(ruleset.DISPATCHES, ends, strict=True):
+            for dispatch, end in ruleset.translating_chains(translation):
                 lines += ruleset.render_withdrawal(dispatch, end, (7,), last=True)
-            lines += ruleset.render_speech(translation.map.old)
-        lines += ruleset.render_gate_removal(move_id, (t.number for t in plan.translations))
+        lines += ruleset.render_speech(map_.old)
+        lines += ruleset.render_gate_removal(move_id, plan.translations)
+        lines += ruleset.render_rewriting_removal(move_id, plan.translations)
     return "\n".join(lines)
 
 
@@ -133,10 +159,11 @@ def kept_of(peer: Address, old: Address, peer_port: int, port: int) -> Connectio
 
 
 SKELETONS = {
-    map_.old.version: _WORD.sub(
-        "W", words_of(move_id="web", maps=[map_], kept=kept_of(peer, map_.old, 9, 80))
+    (map_.old.version, mode): _WORD.sub(
+        "W", words_of("web", map_, kept_of(peer, map_.old, 9, 80), mode)
     )
     for map_, peer in ((MAP4, IPv4Address("10.1.0.2")), (MAP6, IPv6Address("fd00:1::2")))
+    for mode in Mode
 }
 IDS = st.text(max_size=8) | st.text("abcz019-", min_size=1, max_size=34)
 _WISH = 52  # octets
@@ -174,7 +201,8 @@ def test_whatever_is_given_only_words_change_and_never_the_grammar(
         move_id = "x"  # it is refused, so nothing is ever rendered with it
     for start in range(0, len(words), _WISH):
         map_, kept = make_wish(words[start : start + _WISH])
+        mode = [*Mode][words[start] >> 1 & 1]
 
-        text = words_of(move_id=move_id, maps=[map_], kept=kept)
+        text = words_of(move_id, map_, kept, mode)
 
-        assert SKELETONS[map_.old.version] == _WORD.sub("W", text)
+        assert SKELETONS[map_.old.version, mode] == _WORD.sub("W", text)

@@ -134,6 +134,32 @@ def test_at_keeps_those_of_one_local_address_in_their_order(
     assert expected == list(Connections.of(tuples).at(local))
 
 
+@settings(max_examples=50)
+@given(st.lists(inbound_tuples(), max_size=8), LOCALS4 | LOCALS6)
+def test_toward_changes_the_local_address_and_nothing_else(
+    tuples: list[FourTuple], local: Address
+) -> None:
+    expected = [
+        FourTuple(tuple_.source, Endpoint(local, tuple_.destination.port))
+        for tuple_ in tuples
+        if tuple_.source.address.version == local.version
+    ]
+
+    assert expected == list(Connections.of(tuples).toward(local))
+
+
+@settings(max_examples=50)
+@given(st.lists(inbound_tuples(), min_size=1, max_size=8), st.data())
+def test_pick_takes_those_at_the_indexes(tuples: list[FourTuple], data: st.DataObject) -> None:
+    version = tuples[0].source.address.version
+    those = [tuple_ for tuple_ in tuples if tuple_.source.address.version == version]
+    indexes = data.draw(st.lists(st.integers(0, len(those) - 1), max_size=4))
+
+    picked = Connections.of(tuples).pick(indexes, version)
+
+    assert [those[index] for index in indexes] == list(picked)
+
+
 def test_at_compares_whole_addresses_and_not_their_octets() -> None:
     """Each octet of 10.2.0.10 occurs in its column, but never all of them in one record."""
     tuples = [

@@ -27,7 +27,7 @@ class Situation:
 
     engine: `criu` where only the real one shows it, else `repair`, which is quicker.
     families: 4, 6 or both. probes: whether CRIU's window probe arrives, is lost, or both.
-    setup: further arguments of Lab.
+    setup: further arguments of Lab. may_refuse: modes in which natkeep may refuse it beforehand.
     """
 
     number: int
@@ -37,6 +37,7 @@ class Situation:
     families: tuple[int, ...] = (4, 6)
     probes: tuple[bool, ...] = (True, False)
     setup: dict[str, Any] = field(default_factory=dict)
+    may_refuse: tuple[str, ...] = ()
 
 
 SITUATIONS: list[Situation] = []

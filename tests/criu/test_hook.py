@@ -1,0 +1,268 @@
+"""tests of what CRIU starts: the shell front that leaves at once, and the hook behind it."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+import natkeep.criu
+from natkeep.criu import hook
+from natkeep.journal import StateDirectory
+from natkeep.kernel import linux
+from natkeep.kernel.fake import FakeKernel
+from natkeep.lifecycle import Lifecycle
+from natkeep.plan.drift import Gate
+from natkeep.plan.move import Map, Move, Role, Site
+from natkeep.plan.tuples import Connections, Endpoint, FourTuple, parse_address
+
+FRONT = Path(natkeep.criu.__file__ or "").with_name("natkeep-hook")
+
+# Every point at which CRIU 4.2 starts an action script.
+ACTIONS = (
+    *("pre-dump", "post-dump", "pre-restore", "post-restore", "network-lock", "network-unlock"),
+    *("setup-namespaces", "post-setup-namespaces", "pre-resume", "post-resume"),
+    *("orphan-pts-master", "status-ready", "query-ext-files"),
+)
+OURS = {"pre-restore", "post-setup-namespaces", "post-restore"}
+
+
+# ---- the shell front -------------------------------------------------------------------------
+
+
+@pytest.fixture
+def front(tmp_path: Path) -> Callable[..., tuple[int, list[str]]]:
+    """Run a copy of the front beside a python3 that notes that it was run, and exits with 9."""
+    (tmp_path / "bin").mkdir()
+    shutil.copy(FRONT, tmp_path / "bin/natkeep-hook")
+    python = tmp_path / "bin/python3"
+    python.write_text(f'#!/bin/sh\necho "$0 $*" >> {tmp_path}/noted\nexit 9\n')
+    python.chmod(0o755)
+
+    def run(start: str = "bin/natkeep-hook", **environment: str) -> tuple[int, list[str]]:
+        done = subprocess.run(
+            [tmp_path / start],
+            # python3 of the path is the same: whichever would be started, it is noted
+            env={"PATH": f"{tmp_path}/bin:/usr/bin:/bin", **environment},
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+        )
+        assert (done.stdout, done.stderr) == (b"", b"")
+        noted = tmp_path / "noted"
+        lines = noted.read_text().splitlines() if noted.exists() else []
+        noted.unlink(missing_ok=True)
+        return done.returncode, lines
+
+    return run
+
+
+@pytest.fixture
+def no_configuration() -> None:
+    if Path("/etc/natkeep/natkeep.toml").exists():
+        pytest.skip("this machine has orders of its own")
+
+
+@pytest.mark.parametrize("action", sorted({*ACTIONS, "", "post-restore-not"} - OURS))
+def test_the_front_leaves_foreign_actions_at_once_and_starts_no_python(
+    action: str, front: Callable[..., tuple[int, list[str]]]
+) -> None:
+    assert front(CRTOOLS_SCRIPT_ACTION=action, NATKEEP_ID="web") == (0, [])
+
+
+def test_the_front_leaves_at_once_where_there_is_no_action(
+    front: Callable[..., tuple[int, list[str]]],
+) -> None:
+    assert front(NATKEEP_ID="web") == (0, [])
+
+
+@pytest.mark.usefixtures("no_configuration")
+@pytest.mark.parametrize("action", sorted(OURS))
+@pytest.mark.parametrize("orders", [{}, {"NATKEEP_ID": ""}, {"NATKEEP_ID": "", "NATKEEP_MAP": ""}])
+def test_the_front_leaves_at_once_without_orders(
+    action: str, orders: dict[str, str], front: Callable[..., tuple[int, list[str]]]
+) -> None:
+    assert front(CRTOOLS_SCRIPT_ACTION=action, **orders) == (0, [])
+
+
+@pytest.mark.parametrize("action", sorted(OURS))
+@pytest.mark.parametrize("orders", [{"NATKEEP_ID": "web"}, {"NATKEEP_MAP": "10.2.0.10=auto"}])
+def test_the_front_hands_what_is_ours_to_the_python_beside_it_and_its_exit_code_back(
+    action: str,
+    orders: dict[str, str],
+    front: Callable[..., tuple[int, list[str]]],
+    tmp_path: Path,
+) -> None:
+    code, noted = front(CRTOOLS_SCRIPT_ACTION=action, **orders)
+    assert (code, noted) == (9, [f"{tmp_path}/bin/python3 -I -m natkeep.criu.hook"])
+
+
+def test_the_front_finds_its_python_through_a_link(
+    front: Callable[..., tuple[int, list[str]]], tmp_path: Path
+) -> None:
+    """As where somebody links it into /usr/local/bin."""
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere/hook").symlink_to("../bin/natkeep-hook")
+    code, noted = front("elsewhere/hook", CRTOOLS_SCRIPT_ACTION="post-restore", NATKEEP_ID="web")
+    assert (code, noted) == (9, [f"{tmp_path}/bin/python3 -I -m natkeep.criu.hook"])
+
+
+def test_the_front_takes_the_python_of_the_path_where_none_is_beside_it(
+    front: Callable[..., tuple[int, list[str]]], tmp_path: Path
+) -> None:
+    (tmp_path / "alone").mkdir()
+    shutil.copy(FRONT, tmp_path / "alone/natkeep-hook")
+    code, noted = front(
+        "alone/natkeep-hook", CRTOOLS_SCRIPT_ACTION="post-restore", NATKEEP_ID="web"
+    )
+    assert (code, noted) == (9, [f"{tmp_path}/bin/python3 -I -m natkeep.criu.hook"])
+
+
+def test_the_front_is_executable() -> None:
+    assert os.access(FRONT, os.X_OK)
+
+
+# ---- the hook --------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def kernel(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[FakeKernel]:
+    """Two prepared sites, and the environment of CRIU's call at post-restore."""
+    fake = FakeKernel()
+    monkeypatch.setattr(linux, "LinuxKernel", lambda: fake)
+    monkeypatch.setenv("NATKEEP_STATE_DIR", str(tmp_path / "state"))
+    monkeypatch.setenv("CRTOOLS_SCRIPT_ACTION", "post-restore")
+    monkeypatch.setenv("NATKEEP_ID", "web")
+    move = Move(
+        "web",
+        (Map(parse_address("10.2.0.10"), parse_address("10.3.0.20")),),
+        (Site(Role.DESTINATION, "dst"), Site(Role.GATEWAY, "gw")),
+    )
+    peer, local = Endpoint.parse("10.1.0.2:50594"), Endpoint.parse("10.2.0.10:5000")
+    state = StateDirectory(create=True)
+    Lifecycle(fake, state).prepare(move, Connections.of([FourTuple(peer, local)]))
+    return fake
+
+
+def gates(kernel: FakeKernel) -> list[Gate]:
+    return [kernel.sites[name].gates["web"] for name in ("gw", "dst")]
+
+
+def test_at_post_restore_the_prepared_move_is_opened(
+    kernel: FakeKernel, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert gates(kernel) == [Gate.CLOSED, Gate.CLOSED]
+    assert hook.main() == 0
+    assert gates(kernel) == [Gate.OPEN, Gate.OPEN]
+    assert capsys.readouterr() == ("", "natkeep-hook: web: gate open\n")
+    assert hook.main() == 0  # a second restore of the same move finds it open
+
+
+@pytest.mark.parametrize("action", [*(a for a in ACTIONS if a != "post-restore"), "", None])
+def test_at_other_points_nothing_is_done(
+    action: str | None,
+    kernel: FakeKernel,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.delenv("CRTOOLS_SCRIPT_ACTION")
+    if action is not None:
+        monkeypatch.setenv("CRTOOLS_SCRIPT_ACTION", action)
+    assert hook.main() == 0
+    assert gates(kernel) == [Gate.CLOSED, Gate.CLOSED]
+    assert capsys.readouterr() == ("", "")
+
+
+def test_without_an_id_nothing_is_done(
+    kernel: FakeKernel, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("NATKEEP_ID", "")
+    assert hook.main() == 0
+    assert gates(kernel) == [Gate.CLOSED, Gate.CLOSED]
+    assert capsys.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize(
+    ("move_id", "code", "line"),
+    [
+        ("api", 7, "natkeep-hook: no move api in {state} (natkeep status lists them)"),
+        ("../web", 2, "natkeep-hook: '../web' is not an id (a lower-case letter or digit, "),
+    ],
+)
+def test_an_id_that_is_unknown_ends_the_restore_with_one_line(
+    move_id: str,
+    code: int,
+    line: str,
+    kernel: FakeKernel,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+) -> None:
+    monkeypatch.setenv("NATKEEP_ID", move_id)
+    assert hook.main() == code
+    out, err = capsys.readouterr()
+    assert (out, err.count("\n")) == ("", 1)
+    assert err.startswith(line.format(state=tmp_path / "state"))
+    assert gates(kernel) == [Gate.CLOSED, Gate.CLOSED]
+
+
+def test_a_gate_that_cannot_be_opened_ends_the_restore(
+    kernel: FakeKernel, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """So the connections live on at the source, where the image can be restored again."""
+    kernel.fail_at = kernel.applied + 1
+    assert hook.main() == 5
+    assert gates(kernel) == [Gate.CLOSED, Gate.CLOSED]
+    assert capsys.readouterr().err == "natkeep-hook: destination=dst: told to fail\n"
+
+
+def test_closed_standard_streams_are_no_obstacle(
+    kernel: FakeKernel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """CRIU closes stdin; python has None for a stream that is closed."""
+    for name in ("stdin", "stdout", "stderr"):
+        monkeypatch.setattr(sys, name, None)
+    assert hook.main() == 0
+    assert gates(kernel) == [Gate.OPEN, Gate.OPEN]
+    monkeypatch.setenv("NATKEEP_ID", "api")
+    assert hook.main() == 7
+
+
+@pytest.mark.parametrize("close", ["<&-", "<&- >&-", "<&- >&- 2>&-"])
+def test_the_program_with_closed_streams_exits_with_the_code_of_its_error(
+    close: str, tmp_path: Path
+) -> None:
+    done = subprocess.run(
+        ["sh", "-c", f'exec "$@" {close}', "sh", sys.executable, "-m", "natkeep.criu.hook"],
+        env={
+            **os.environ,
+            "NATKEEP_STATE_DIR": str(tmp_path / "state"),
+            "CRTOOLS_SCRIPT_ACTION": "post-restore",
+            "NATKEEP_ID": "web",
+        },
+        capture_output=True,
+        text=True,
+    )
+    said = f"natkeep-hook: no move web in {tmp_path}/state (natkeep status lists them)\n"
+    assert (done.returncode, done.stdout) == (7, "")
+    assert done.stderr == ("" if "2>" in close else said)
+
+
+def test_what_is_not_ours_imports_nothing_of_natkeep() -> None:
+    """Not even where no shell front was in between."""
+    script = (
+        "import sys; from natkeep.criu import hook; code = hook.main(); "
+        "print(code, *sorted(n for n in sys.modules if n.startswith('natkeep')))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        env={**os.environ, "CRTOOLS_SCRIPT_ACTION": "pre-dump", "NATKEEP_ID": "web"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout.split() == ["0", "natkeep", "natkeep.criu", "natkeep.criu.hook"]

@@ -1,0 +1,631 @@
+"""what a site does to packets: crafted mid-stream segments in, and what comes out, octet by octet.
+
+    gateway:      peer ── outside │ gateway │ inside ── far        (the gateway forwards)
+    destination:  peer ──────────── eth0 │ destination │ process   (raw sockets stand for it)
+
+`peer` and `far` are bare ends of a cable: they have no address, so their kernels say nothing of
+themselves and every frame that is seen was let through or made by the site. Nobody sleeps:
+behind each packet goes a marker that nothing translates and no gate stops, and what has not come
+when the marker comes does not come.
+"""
+
+from __future__ import annotations
+
+import os
+import select
+import socket
+import struct
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from ipaddress import ip_address
+from typing import Any, Protocol
+
+import pytest
+
+from natkeep.kernel.linux import LinuxKernel
+from natkeep.kernel.netns import inside, open_namespace
+from natkeep.plan.move import Map, Mode, Move, Role, Site
+from natkeep.plan.steps import Plan, Prior, Step, make_plan
+from natkeep.plan.tuples import Address, Connections, Endpoint, FourTuple
+
+pytestmark = [pytest.mark.root, pytest.mark.needs("scapy")]
+
+Run = Callable[..., str]
+DEADLINE = 5.0  # s; a packet takes some 50 µs
+
+PEER = {4: ip_address("10.1.0.2"), 6: ip_address("fd00:1::2")}
+OLD = {4: ip_address("10.2.0.10"), 6: ip_address("fd00:2::10")}
+NEW = {4: ip_address("10.3.0.20"), 6: ip_address("fd00:3::20")}
+KEPT_PORT, PORT, MARKER_PORT = 50594, 80, 9
+ETHERTYPE = {4: 0x0800, 6: 0x86DD}
+MAC = {"peer": "02:00:00:00:00:01", "site": "02:00:00:00:00:02", "far": "02:00:00:00:00:03"}
+CRIU_MARK = 0xC114
+
+EACH_VERSION = pytest.mark.parametrize("version", [4, 6])
+EACH_ROLE = pytest.mark.parametrize("role", [Role.GATEWAY, Role.DESTINATION])
+EACH_MODE = pytest.mark.parametrize("mode", list(Mode))
+
+
+class End(Protocol):
+    """Where packets are put in and taken out, as octets that begin with the IP header."""
+
+    def send(self, packet: bytes) -> None: ...
+    def receive(self, deadline: float) -> bytes: ...
+
+
+class CableEnd:
+    """The end of a veth cable."""
+
+    def __init__(self, device: str, own: str, next_: str) -> None:
+        self.socket = socket.socket(socket.AF_PACKET, socket.SOCK_RAW, socket.htons(3))
+        self.socket.bind((device, 3))
+        self._header = _mac(next_) + _mac(own)
+
+    def send(self, packet: bytes) -> None:
+        self.socket.send(self._header + struct.pack("!H", ETHERTYPE[packet[0] >> 4]) + packet)
+
+    def receive(self, deadline: float) -> bytes:
+        while True:
+            frame = self.receive_frame(deadline)
+            if frame[12:14] in (b"\x08\x00", b"\x86\xdd") and not _is_icmp6(frame[14:]):
+                return frame[14:]
+
+    def receive_frame(self, deadline: float) -> bytes:
+        """The next frame that came over the cable."""
+        while True:
+            _await(self.socket, deadline)
+            frame, (_, _, kind, *_) = self.socket.recvfrom(65536)
+            if kind != socket.PACKET_OUTGOING:
+                return frame
+
+
+class ProcessEnd:
+    """In place of the restored process: sees what its kernel would deliver to a TCP socket."""
+
+    def __init__(self) -> None:
+        self._in = {
+            (4, 6): socket.socket(socket.AF_INET, socket.SOCK_RAW, socket.IPPROTO_TCP),
+            (4, 17): socket.socket(socket.AF_INET, socket.SOCK_RAW, socket.IPPROTO_UDP),
+            (6, 6): socket.socket(socket.AF_INET6, socket.SOCK_RAW, socket.IPPROTO_TCP),
+            (6, 17): socket.socket(socket.AF_INET6, socket.SOCK_RAW, socket.IPPROTO_UDP),
+        }
+        for (version, _), made in self._in.items():
+            if version == 6:
+                made.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_RECVPKTINFO, 1)
+                made.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_RECVHOPLIMIT, 1)
+        self._out = {
+            4: socket.socket(socket.AF_INET, socket.SOCK_RAW, socket.IPPROTO_RAW),
+            6: socket.socket(socket.AF_INET6, socket.SOCK_RAW, socket.IPPROTO_RAW),
+        }
+
+    def send(self, packet: bytes, *, mark: int = 0) -> None:
+        version = packet[0] >> 4
+        to = ip_address(packet[16:20] if version == 4 else packet[24:40])
+        self._out[version].setsockopt(socket.SOL_SOCKET, socket.SO_MARK, mark)
+        self._out[version].sendto(packet, (str(to), 0))
+
+    def receive(self, deadline: float) -> bytes:
+        ready = _await(self._in.values(), deadline)
+        version, protocol = next(key for key, made in self._in.items() if made in ready)
+        made = self._in[version, protocol]
+        if version == 4:
+            return made.recv(65536)
+        payload, extra, _, source = made.recvmsg(65536, 1024)
+        told = {type_: data for _, type_, data in extra}
+        [hops] = struct.unpack("=i", told[socket.IPV6_HOPLIMIT])
+        header = struct.pack("!IHBB", 6 << 28, len(payload), protocol, hops)
+        ends = ip_address(source[0]).packed + told[socket.IPV6_PKTINFO][:16]
+        return header + ends + payload
+
+
+def _await(what: Any, deadline: float) -> list[socket.socket]:
+    sockets = list(what) if isinstance(what, Iterable) else [what]
+    ready, _, _ = select.select(sockets, [], [], max(0.0, deadline - time.monotonic()))
+    if not ready:
+        pytest.fail("the marker did not come: the test's own network does not work")
+    return ready
+
+
+def _mac(text: str) -> bytes:
+    return bytes.fromhex(text.replace(":", ""))
+
+
+def _is_icmp6(packet: bytes) -> bool:
+    """Neighbour and listener discovery, which a kernel with an address speaks by itself."""
+    return packet[0] >> 4 == 6 and packet[6] in (0, 58)
+
+
+@dataclass
+class Stage:
+    """A site between two ends, and natkeep's kernel there."""
+
+    role: Role
+    netns: str
+    peer: CableEnd
+    process: Any  # an End; at the destination a ProcessEnd
+    run: Run
+    kernel: LinuxKernel = field(default_factory=LinuxKernel)
+    done: list[tuple[Step, Prior]] = field(default_factory=list)
+    markers: int = 0
+
+    def prepare(self, *, opened: bool = True, mode: Mode = Mode.STATEFUL) -> Plan:
+        """All steps of a move that keeps one connection of either family."""
+        maps = tuple(Map(OLD[version], NEW[version]) for version in (4, 6))
+        kept = Connections.of(
+            FourTuple(Endpoint(PEER[version], KEPT_PORT), Endpoint(OLD[version], PORT))
+            for version in (4, 6)
+        )
+        plan = make_plan(Move("web", maps, (Site(self.role, self.netns),), mode), kept)
+        self.kernel.open_sites(plan.move.sites)
+        for step in plan.steps:
+            self.kernel.check(step)
+        self.apply(plan.steps if opened else plan.prepare)
+        return plan
+
+    def apply(self, steps: Iterable[Step]) -> None:
+        for step in steps:
+            self.done.append((step, self.kernel.apply(step, lambda prior: None)))
+
+    def teardown(self) -> None:
+        for step, prior in reversed(self.done):
+            self.kernel.revert(step, prior)
+
+    def outside(self, version: int) -> Address:
+        """The address that peers send to, as it arrives at the site."""
+        return (OLD if self.role == Role.GATEWAY else NEW)[version]
+
+    def inside(self, version: int) -> Address:
+        return (NEW if self.role == Role.GATEWAY else OLD)[version]
+
+    def inbound(self, packet: Any) -> list[bytes]:
+        """What comes to the process when a peer sends *packet*."""
+        return self._cross(self.peer, packet, self.process, self._marker(inward=True))
+
+    def outbound(self, packet: Any) -> list[bytes]:
+        """What comes to the peer when the process sends *packet*."""
+        return self._cross(self.process, packet, self.peer, self._marker(inward=False))
+
+    def _marker(self, *, inward: bool) -> Any:
+        self.markers += 1
+        peer, local = PEER[4], NEW[4]
+        source, destination = (peer, local) if inward else (local, peer)
+        return segment(source, MARKER_PORT, destination, MARKER_PORT, data=b"%d" % self.markers)
+
+    def _cross(self, sender: End, packet: Any, receiver: End, marker: Any) -> list[bytes]:
+        sender.send(bytes(packet))
+        sender.send(bytes(marker))
+        expected, found = bytes(marker)[20:], []  # behind the IP header: TTL changes there
+        deadline = time.monotonic() + DEADLINE
+        while (packet := receiver.receive(deadline))[20:] != expected:
+            found.append(packet)
+        return found
+
+    def expect(self, packet: Any, **changes: Any) -> bytes:
+        """*packet* on the other side of the site, with *changes* to its IP header."""
+        forwarded = packet.copy()
+        del forwarded.payload.chksum
+        for name, value in changes.items():
+            setattr(forwarded, name, str(value) if isinstance(value, Address) else value)
+        hops = "ttl" if packet.version == 4 else "hlim"
+        if self.role == Role.GATEWAY:
+            setattr(forwarded, hops, getattr(packet, hops) - 1)
+        if packet.version == 4:
+            del forwarded.chksum
+        return bytes(forwarded)
+
+
+def segment(
+    source: Address,
+    sport: int,
+    destination: Address,
+    dport: int,
+    *,
+    flags: str = "PA",
+    seq: int = 0x89ABCDEF,
+    data: bytes = b"0123456789",
+) -> Any:
+    """A segment from the midst of a stream, with as many odd values as TCP allows."""
+    from scapy.layers.inet import TCP
+
+    options = [("NOP", None), ("NOP", None), ("Timestamp", (0x11223344, 0x55667788))]
+    tcp = TCP(
+        sport=sport,
+        dport=dport,
+        flags=flags,
+        seq=seq,
+        ack=0xFEDCBA98,
+        window=0x1F3,
+        options=options,
+    )
+    return header(source, destination) / tcp / data
+
+
+def datagram(source: Address, sport: int, destination: Address, dport: int) -> Any:
+    from scapy.layers.inet import UDP
+
+    return header(source, destination) / UDP(sport=sport, dport=dport) / b"0123456789"
+
+
+def header(source: Address, destination: Address) -> Any:
+    from scapy.layers.inet import IP
+    from scapy.layers.inet6 import IPv6
+
+    ends = {"src": str(source), "dst": str(destination)}
+    if source.version == 6:
+        return IPv6(**ends, hlim=61)
+    return IP(**ends, id=0x4242, ttl=61, tos=0x10, flags="DF")
+
+
+@pytest.fixture
+def make_stage(make_netns: Callable[[], str], run: Run) -> Iterator[Callable[[Role], Stage]]:
+    """`make_stage(role)`: a site with its two ends; the test stays on one CPU, so that packets
+    that were sent one after the other arrive one after the other."""
+    with ExitStack() as stack:
+        cpus = os.sched_getaffinity(0)
+        os.sched_setaffinity(0, {min(cpus)})
+        stack.callback(os.sched_setaffinity, 0, cpus)
+
+        def make(role: Role) -> Stage:
+            site, peer = make_netns(), make_netns()
+            if role == Role.GATEWAY:
+                far = make_netns()
+                _connect(run, site, "outside", peer, "peer")
+                _connect(run, site, "inside", far, "far")
+                _address(run, site, "outside", "10.1.0.1/24", "fd00:1::1/64")
+                _address(run, site, "inside", "10.3.0.1/24", "fd00:3::1/64")
+                for version, network in ((4, "10.2.0.0/24"), (6, "fd00:2::/64")):
+                    run(site, "ip", "route", "add", network, "via", str(NEW[version]))
+                    _neighbour(run, site, PEER[version], "outside", MAC["peer"])
+                    _neighbour(run, site, NEW[version], "inside", MAC["far"])
+                run(site, "sysctl", "-qw", "net.ipv4.ip_forward=1")
+                run(site, "sysctl", "-qw", "net.ipv6.conf.all.forwarding=1")
+                process: End = _inside(
+                    stack, far, lambda: CableEnd("eth0", MAC["far"], MAC["site"])
+                )
+            else:
+                _connect(run, site, "eth0", peer, "peer")
+                _address(run, site, "eth0", "10.3.0.20/24", "fd00:3::20/64")
+                for via in ("10.3.0.1", "fd00:3::1"):
+                    run(site, "ip", "route", "add", "default", "via", via)
+                    _neighbour(run, site, ip_address(via), "eth0", MAC["peer"])
+                # There is no TCP socket, so the kernel would answer each segment with a reset.
+                mute = "add table inet mute; add chain inet mute out { type filter hook output "
+                mute += "priority 0; }; add rule inet mute out tcp flags & rst == rst drop; "
+                mute += "add rule inet mute out meta l4proto { icmp, icmpv6 } drop"
+                run(site, "nft", mute)
+                process = _inside(stack, site, ProcessEnd)
+            cable = _inside(stack, peer, lambda: CableEnd("eth0", MAC["peer"], MAC["site"]))
+            return Stage(role, site, cable, process, run)
+
+        yield make
+
+
+def _inside(stack: ExitStack, netns: str, make: Callable[[], Any]) -> Any:
+    namespace = open_namespace(netns)
+    stack.callback(os.close, namespace.fd)
+    with inside(namespace):
+        return make()
+
+
+def _connect(run: Run, site: str, device: str, other: str, end: str) -> None:
+    peer = ("peer", "name", "eth0", "netns", other, "address", MAC[end])
+    run(site, "ip", "link", "add", device, "address", MAC["site"], "type", "veth", *peer)
+    for netns, name in ((site, device), (other, "eth0")):
+        run(netns, "ip", "link", "set", name, "addrgenmode", "none", "up")
+
+
+def _address(run: Run, netns: str, device: str, *addresses: str) -> None:
+    for address in addresses:
+        nodad = ["nodad"] if ":" in address else []
+        run(netns, "ip", "address", "add", address, "dev", device, *nodad)
+
+
+def _neighbour(run: Run, netns: str, address: Address, device: str, mac: str) -> None:
+    to = ("lladdr", mac, "dev", device, "nud", "permanent")
+    run(netns, "ip", "neighbour", "replace", str(address), *to)
+
+
+def to_process(stage: Stage, version: int, **more: Any) -> Any:
+    """A segment of the kept connection, from the peer."""
+    return segment(PEER[version], KEPT_PORT, stage.outside(version), PORT, **more)
+
+
+def to_peer(stage: Stage, version: int, **more: Any) -> Any:
+    """A segment of the kept connection, from the process."""
+    return segment(stage.inside(version), PORT, PEER[version], KEPT_PORT, **more)
+
+
+def rewritten(stage: Stage, mode: Mode, *, inward: bool) -> dict[str, Any]:
+    """Stateless IPv4 packets lose DF on their way to the path between the sites."""
+    narrowed = inward == (stage.role == Role.GATEWAY)
+    return {"flags": 0} if mode == Mode.STATELESS and narrowed else {}
+
+
+@EACH_VERSION
+@EACH_ROLE
+def test_without_natkeep_segments_pass_as_they_are(
+    make_stage: Callable[[Role], Stage], role: Role, version: int
+) -> None:
+    """The control: what the other tests see changed is not changed by the test's own network."""
+    stage = make_stage(role)
+    packet = to_process(stage, version)
+
+    assert [stage.expect(packet)] == stage.inbound(packet)
+    answer = segment(NEW[version], PORT, PEER[version], KEPT_PORT)
+    assert [stage.expect(answer)] == stage.outbound(answer)
+
+
+@EACH_MODE
+@EACH_VERSION
+@EACH_ROLE
+def test_a_segment_of_a_kept_connection_has_its_address_changed_and_nothing_else(
+    make_stage: Callable[[Role], Stage], role: Role, version: int, mode: Mode
+) -> None:
+    """Compared whole: addresses, TTL, checksums, numbers, flags, options, window and data."""
+    stage = make_stage(role)
+    stage.prepare(mode=mode)
+    packet, answer = to_process(stage, version), to_peer(stage, version)
+    inward, outward = (
+        rewritten(stage, mode, inward=inward) if version == 4 else {} for inward in (True, False)
+    )
+
+    assert [stage.expect(packet, dst=stage.inside(version), **inward)] == stage.inbound(packet)
+    assert [stage.expect(answer, src=stage.outside(version), **outward)] == stage.outbound(answer)
+
+
+@EACH_MODE
+@EACH_ROLE
+def test_the_process_may_send_first(
+    make_stage: Callable[[Role], Stage], role: Role, mode: Mode
+) -> None:
+    stage = make_stage(role)
+    stage.prepare(mode=mode)
+    answer = to_peer(stage, 6)
+
+    assert [stage.expect(answer, src=stage.outside(6))] == stage.outbound(answer)
+
+
+@EACH_VERSION
+@EACH_ROLE
+def test_neighbours_are_not_translated(
+    make_stage: Callable[[Role], Stage], role: Role, version: int
+) -> None:
+    stage = make_stage(role)
+    stage.prepare()
+    peer, outside = PEER[version], stage.outside(version)
+
+    for packet in (
+        segment(peer, KEPT_PORT + 1, outside, PORT),
+        segment(peer, KEPT_PORT, outside, PORT + 1),
+        segment(ip_address(int(peer) + 1), KEPT_PORT, outside, PORT),
+        datagram(peer, KEPT_PORT, outside, PORT),
+    ):
+        assert [stage.expect(packet)] == stage.inbound(packet)
+
+
+@EACH_VERSION
+@EACH_ROLE
+def test_neighbours_from_the_process_do_not_leave_as_old(
+    make_stage: Callable[[Role], Stage], role: Role, version: int
+) -> None:
+    """The gateway passes them on as they are; the destination lets nothing out as OLD."""
+    stage = make_stage(role)
+    stage.prepare()
+    local, peer = stage.inside(version), PEER[version]
+
+    for packet in (
+        segment(local, PORT + 1, peer, KEPT_PORT),
+        segment(local, PORT, peer, KEPT_PORT + 1),
+        datagram(local, PORT, peer, KEPT_PORT),
+    ):
+        passed = [stage.expect(packet)] if role == Role.GATEWAY else []
+        assert passed == stage.outbound(packet)
+
+
+@EACH_MODE
+@EACH_VERSION
+@EACH_ROLE
+def test_a_bare_syn_on_a_kept_tuple_opens_no_path(
+    make_stage: Callable[[Role], Stage], role: Role, version: int, mode: Mode
+) -> None:
+    """Not translated at the gateway; at the destination, where a listener may be, not let in."""
+    stage = make_stage(role)
+    stage.prepare(mode=mode)
+    syn = to_process(stage, version, flags="S", data=b"")
+
+    passed = stage.inbound(syn)
+
+    assert not [packet for packet in passed if stage.inside(version).packed in packet[:40]]
+    if role == Role.DESTINATION:
+        assert passed == []
+
+
+@EACH_VERSION
+@EACH_ROLE
+def test_a_closed_gate_holds_the_kept_connection_back_and_nobody_else(
+    make_stage: Callable[[Role], Stage], role: Role, version: int
+) -> None:
+    stage = make_stage(role)
+    plan = stage.prepare(opened=False)
+    packet = to_process(stage, version)
+    neighbour = segment(PEER[version], KEPT_PORT + 1, stage.outside(version), PORT)
+
+    assert stage.inbound(packet) == []
+    assert [stage.expect(neighbour)] == stage.inbound(neighbour)
+
+    stage.apply(plan.open)
+    assert [stage.expect(packet, dst=stage.inside(version))] == stage.inbound(packet)
+
+
+@EACH_VERSION
+def test_criu_s_own_segments_pass_a_closed_gate(
+    make_stage: Callable[[Role], Stage], version: int
+) -> None:
+    """It restores half-closed sockets with segments through lo, which bear its mark."""
+    stage = make_stage(Role.DESTINATION)
+    stage.prepare(opened=False)
+    packet = segment(PEER[version], KEPT_PORT, OLD[version], PORT, flags="FA")
+    before = stage.run(stage.netns, "conntrack", "-L", "-f", f"ipv{version}", "-o", "id")
+
+    def arrived(mark: int) -> list[bytes]:
+        stage.process.send(bytes(packet), mark=mark)
+        marker = stage._marker(inward=True)
+        stage.peer.send(bytes(marker))
+        found, deadline = [], time.monotonic() + DEADLINE
+        while (seen := stage.process.receive(deadline))[20:] != bytes(marker)[20:]:
+            found.append(seen)
+        return found
+
+    assert arrived(0) == []
+    assert arrived(CRIU_MARK) == [bytes(packet)]
+    # conntrack has not seen it, or it would have gone on to another state.
+    after = stage.run(stage.netns, "conntrack", "-L", "-f", f"ipv{version}", "-o", "id")
+    assert "ESTABLISHED" in before
+    assert before.count("FIN_WAIT") == after.count("FIN_WAIT") == 0
+
+
+@pytest.mark.parametrize(("flags", "loose"), [("PA", 0), ("FA", 1), ("FA", 0), ("R", 0), ("RA", 1)])
+@EACH_ROLE
+def test_the_first_packet_may_be_one_that_conntrack_would_not_begin_with(
+    make_stage: Callable[[Role], Stage], role: Role, flags: str, loose: int
+) -> None:
+    """A FIN, a reset, or any at all where nf_conntrack_tcp_loose is 0: the entries are there."""
+    stage = make_stage(role)
+    stage.run(stage.netns, "sysctl", "-qw", f"net.netfilter.nf_conntrack_tcp_loose={loose}")
+    stage.prepare()
+
+    for version in (4, 6):
+        packet = to_process(stage, version, flags=flags, data=b"")
+        assert [stage.expect(packet, dst=stage.inside(version))] == stage.inbound(packet)
+
+
+@EACH_ROLE
+def test_what_the_entries_are_for(make_stage: Callable[[Role], Stage], role: Role) -> None:
+    """The control of the test above: without them the rules alone do not translate a FIN."""
+    stage = make_stage(role)
+    stage.run(stage.netns, "sysctl", "-qw", "net.netfilter.nf_conntrack_tcp_loose=0")
+    stage.prepare()
+    stage.run(stage.netns, "conntrack", "-F")
+    packet = to_process(stage, 4, flags="FA", data=b"")
+
+    assert [stage.expect(packet)] == stage.inbound(packet)
+
+
+@EACH_ROLE
+def test_no_segment_is_out_of_any_window(make_stage: Callable[[Role], Stage], role: Role) -> None:
+    """Nobody told conntrack the windows, so it must not judge by them."""
+    stage = make_stage(role)
+    stage.prepare()
+
+    for seq in (0, 1 << 30, 1 << 31, 3 << 30, 1):
+        packet, answer = to_process(stage, 4, seq=seq), to_peer(stage, 4, seq=seq ^ 0x55555555)
+        assert [stage.expect(packet, dst=stage.inside(4))] == stage.inbound(packet)
+        assert [stage.expect(answer, src=stage.outside(4))] == stage.outbound(answer)
+
+
+@EACH_MODE
+@EACH_VERSION
+@EACH_ROLE
+def test_a_stale_entry_does_not_keep_a_connection_from_being_translated(
+    make_stage: Callable[[Role], Stage], role: Role, version: int, mode: Mode
+) -> None:
+    """The site has seen the connection before, un-translated, in both directions (H1)."""
+    stage = make_stage(role)
+    theirs = "add table inet theirs; "
+    theirs += "add chain inet theirs seen { type nat hook prerouting priority -100; }"
+    stage.run(stage.netns, "nft", theirs)
+    stage.inbound(to_process(stage, version))
+    stage.outbound(segment(stage.outside(version), PORT, PEER[version], KEPT_PORT))
+    listed = stage.run(stage.netns, "conntrack", "-L", "-f", f"ipv{version}")
+    assert f"dport={KEPT_PORT}" in listed
+    stage.prepare(mode=mode)
+    packet = to_process(stage, version)
+    inward = rewritten(stage, mode, inward=True) if version == 4 else {}
+
+    assert [stage.expect(packet, dst=stage.inside(version), **inward)] == stage.inbound(packet)
+
+
+@EACH_MODE
+@EACH_ROLE
+def test_after_teardown_nothing_is_translated(
+    make_stage: Callable[[Role], Stage], role: Role, mode: Mode
+) -> None:
+    stage = make_stage(role)
+    stage.prepare(mode=mode)
+    packet = to_process(stage, 4)
+    assert stage.inbound(packet) != [stage.expect(packet)]
+
+    stage.teardown()
+
+    assert [stage.expect(packet)] == stage.inbound(packet)
+
+
+def test_packets_are_counted_by_the_entries(make_stage: Callable[[Role], Stage]) -> None:
+    stage = make_stage(Role.GATEWAY)
+    plan = stage.prepare()
+    for _ in range(3):
+        stage.inbound(to_process(stage, 4))
+    stage.outbound(to_peer(stage, 4))
+
+    [entry] = stage.kernel.observe(plan.move.sites[0], plan).entries[0]
+
+    assert entry is not None
+    assert (entry.packets_in, entry.packets_out) == (3, 1)
+
+
+def ask_arp(stage: Stage, address: Address) -> list[str]:
+    """Who answers when the peer asks for *address*, up to the answer for NEW."""
+    from scapy.layers.l2 import ARP, Ether
+
+    for wanted in (address, NEW[4]):
+        request = Ether(dst="ff:ff:ff:ff:ff:ff", src=MAC["peer"]) / ARP(
+            op="who-has", hwsrc=MAC["peer"], psrc="10.3.0.1", pdst=str(wanted)
+        )
+        stage.peer.socket.send(bytes(request))
+    answered, deadline = [], time.monotonic() + DEADLINE
+    while str(NEW[4]) not in answered:
+        frame = Ether(stage.peer.receive_frame(deadline))
+        if ARP in frame and frame[ARP].op == 2:
+            answered.append(frame[ARP].psrc)
+    return answered
+
+
+def test_arp_for_old_is_not_answered_at_the_destination(
+    make_stage: Callable[[Role], Stage],
+) -> None:
+    stage = make_stage(Role.DESTINATION)
+    stage.prepare()
+
+    assert ask_arp(stage, OLD[4]) == [str(NEW[4])]
+
+    # The control: it is natkeep's silence, an address on lo would be answered for.
+    stage.run(stage.netns, "nft", "delete", "table", "arp", "natkeep")
+    assert ask_arp(stage, OLD[4]) == [str(OLD[4]), str(NEW[4])]
+
+
+@EACH_MODE
+def test_arp_never_speaks_of_old_when_the_process_sends(
+    make_stage: Callable[[Role], Stage], mode: Mode
+) -> None:
+    """The kernel would ask for its next hop in the name of the packet's source."""
+    from scapy.layers.l2 import ARP, Ether
+
+    stage = make_stage(Role.DESTINATION)
+    stage.prepare(mode=mode)
+    stage.run(stage.netns, "ip", "neighbour", "del", "10.3.0.1", "dev", "eth0")
+
+    stage.process.send(bytes(to_peer(stage, 4)))
+
+    deadline = time.monotonic() + DEADLINE
+    frame = Ether(stage.peer.receive_frame(deadline))
+    while ARP not in frame:
+        frame = Ether(stage.peer.receive_frame(deadline))
+    assert (str(NEW[4]), "10.3.0.1") == (frame[ARP].psrc, frame[ARP].pdst)
+    reply = Ether(dst=MAC["site"], src=MAC["peer"]) / ARP(
+        op="is-at", hwsrc=MAC["peer"], psrc="10.3.0.1", hwdst=MAC["site"], pdst=str(NEW[4])
+    )
+    stage.peer.socket.send(bytes(reply))
+    changes = rewritten(stage, mode, inward=False)
+    assert stage.expect(to_peer(stage, 4), src=NEW[4], **changes) == stage.peer.receive(deadline)

@@ -1,0 +1,305 @@
+"""tests of what is shown: the JSON documents' keys and addresses, and the lines for a person."""
+
+from __future__ import annotations
+
+import ipaddress
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from natkeep import report
+from natkeep.checkpoint import Checkpoint, Socket, TcpState
+from natkeep.checkpoint.images import read_checkpoint
+from natkeep.plan.drift import Gate, MoveStatus, Observation, SeenEntry, SiteStatus
+from natkeep.plan.move import Map, Move, Role, Site
+from natkeep.plan.steps import Plan, make_plan
+from natkeep.plan.tuples import Connections, Endpoint, FourTuple, parse_address
+
+GATEWAY, DESTINATION = Site(Role.GATEWAY, "gw"), Site(Role.DESTINATION)
+MOVE = Move(
+    "web",
+    (
+        Map(parse_address("10.2.0.10"), parse_address("10.3.0.20")),
+        Map(parse_address("fd00:2:0:0::10"), parse_address("FD00:3::0020")),
+    ),
+    (DESTINATION, GATEWAY),
+)
+
+
+def listed(*rows: str) -> Connections:
+    ends = [map(Endpoint.parse, row.split()) for row in rows]
+    return Connections.of(FourTuple(source=peer, destination=local) for local, peer in ends)
+
+
+ROWS = (
+    "10.2.0.10:5000 10.1.0.2:50594",
+    "10.2.0.10:5000 10.1.0.2:50595",
+    "[fd00:2::10]:5000 [fd00:1::2]:50596",
+)
+PLAN = make_plan(MOVE, listed(*ROWS, "10.9.0.9:1 10.1.0.2:50594"))
+CONNECTIONS = [dict(zip(("local", "peer"), row.split(), strict=True)) for row in ROWS]
+MAPS = [
+    {"old": "10.2.0.10", "new": "10.3.0.20"},
+    {"old": "fd00:2::10", "new": "fd00:3::20"},
+]
+
+
+def observe(
+    plan: Plan, site: Site, start: int, *, gate: Gate = Gate.OPEN, counted: bool = True
+) -> Observation:
+    """A site where the packets of the connections are counted from *start* on."""
+    entries: dict[int, tuple[SeenEntry | None, ...]] = {}
+    for translation in plan.translations:
+        if translation.site == site:
+            counts = range(start, start + len(translation.kept))
+            entries[translation.number] = tuple(
+                SeenEntry(True, n if counted else None, 2 * n if counted else None, True)
+                for n in counts
+            )
+            start += len(translation.kept)
+    return Observation(gate, frozenset(), {}, frozenset(), entries, 3)
+
+
+def make_status(**changes: Any) -> MoveStatus:
+    sites = (
+        SiteStatus(DESTINATION, observe(PLAN, DESTINATION, 1), ()),
+        SiteStatus(GATEWAY, observe(PLAN, GATEWAY, 100), ("set kept-web-0: gone",)),
+    )
+    return replace(MoveStatus(PLAN, Gate.OPEN, sites), **changes)
+
+
+def through_json(value: dict[str, Any]) -> dict[str, Any]:
+    """What a script gets, which tells whether each value is one that JSON has."""
+    found: dict[str, Any] = json.loads(json.dumps(value))
+    assert json.dumps(found) == json.dumps(value)
+    return found
+
+
+# ---- status ----------------------------------------------------------------------------------
+
+
+def test_the_document_of_status_is_that_of_the_contract() -> None:
+    assert through_json(report.status_to_json([make_status()])) == {
+        "schema": 1,
+        "moves": [
+            {
+                "id": "web",
+                "mode": "stateful",
+                "gate": "open",
+                "maps": MAPS,
+                "sites": [
+                    {"role": "destination", "netns": "", "drift": []},
+                    {"role": "gateway", "netns": "gw", "drift": ["set kept-web-0: gone"]},
+                ],
+                "connections": [
+                    {**row, "packets": {"in": n, "out": 2 * n}}
+                    for n, row in enumerate(CONNECTIONS, 1)
+                ],
+            }
+        ],
+    }
+    assert report.status_to_json([]) == {"schema": 1, "moves": []}
+
+
+def test_the_gate_of_status_is_closed_or_open() -> None:
+    for gate in (Gate.CLOSED, Gate.OPEN):
+        (move,) = report.status_to_json([make_status(gate=gate)])["moves"]
+        assert move["gate"] == gate.value
+
+
+def packets(status: MoveStatus) -> list[tuple[int | None, int | None]]:
+    (move,) = through_json(report.status_to_json([status]))["moves"]
+    rows = move["connections"]
+    assert [{key: row[key] for key in ("local", "peer")} for row in rows] == CONNECTIONS
+    return [(row["packets"]["in"], row["packets"]["out"]) for row in rows]
+
+
+def test_packets_are_those_of_the_destination_or_else_of_the_gateway() -> None:
+    destination, gateway = make_status().sites
+    assert packets(make_status(sites=(gateway, destination))) == [(1, 2), (2, 4), (3, 6)]
+    gone = replace(destination, seen=None)
+    assert packets(make_status(sites=(gone, gateway))) == [(100, 200), (101, 202), (102, 204)]
+
+
+def test_packets_that_nobody_counts_are_null() -> None:
+    destination, gateway = make_status().sites
+    uncounted = replace(destination, seen=observe(PLAN, DESTINATION, 1, counted=False))
+    assert packets(make_status(sites=(uncounted, gateway))) == [(None, None)] * 3
+    both_gone = (replace(destination, seen=None), replace(gateway, seen=None))
+    assert packets(make_status(sites=both_gone)) == [(None, None)] * 3
+
+    assert destination.seen is not None
+    entries = {n: (None,) * len(some) for n, some in destination.seen.entries.items()}
+    no_entries = replace(destination, seen=replace(destination.seen, entries=entries))
+    assert packets(make_status(sites=(no_entries, gateway))) == [(None, None)] * 3
+
+
+def test_the_lines_of_status() -> None:
+    destination, gateway = make_status().sites
+    assert destination.seen is not None
+    entries = {**destination.seen.entries, 1: (None,)}
+    seen = replace(destination.seen, entries=entries)
+    status = make_status(sites=(replace(destination, seen=seen), gateway))
+    assert list(report.status_lines([status], verbose=False)) == [
+        "web: 10.2.0.10=10.3.0.20, fd00:2::10=fd00:3::20, 3 connections, at gateway=gw, "
+        "destination, gate open",
+        "  destination: as prepared",
+        "  gateway=gw: DRIFTED",
+        "    set kept-web-0: gone",
+        "  10.2.0.10:5000  10.1.0.2:50594  in 1 out 2",
+        "  10.2.0.10:5000  10.1.0.2:50595  in 2 out 4",
+        "  [fd00:2::10]:5000  [fd00:1::2]:50596  no entry",
+    ]
+    uncounted = replace(destination, seen=observe(PLAN, DESTINATION, 1, counted=False))
+    lines = report.status_lines([make_status(sites=(uncounted, gateway))], verbose=False)
+    assert list(lines)[-1] == "  [fd00:2::10]:5000  [fd00:1::2]:50596  not counted"
+    assert list(report.status_lines([], verbose=True)) == ["nothing is prepared"]
+
+
+@pytest.mark.parametrize(("count", "shown"), [(20, 20), (21, 20), (500, 20)])
+def test_of_many_connections_some_are_listed_and_with_v_all(count: int, shown: int) -> None:
+    plan = make_plan(MOVE, listed(*(f"10.2.0.10:80 10.1.0.2:{n + 1}" for n in range(count))))
+    sites = (SiteStatus(DESTINATION, observe(plan, DESTINATION, 0), ()),)
+    status = MoveStatus(plan, Gate.OPEN, sites)
+    lines = list(report.status_lines([status], verbose=False))
+    assert sum("10.1.0.2:" in line for line in lines) == shown
+    assert (lines[-1] == "  ... (all with -v)") == (count > shown)
+    verbose = list(report.status_lines([status], verbose=True))
+    assert sum("10.1.0.2:" in line for line in verbose) == count
+    assert len(report.status_to_json([status])["moves"][0]["connections"]) == count
+
+
+# ---- plan ------------------------------------------------------------------------------------
+
+
+def test_the_document_of_a_plan() -> None:
+    document = through_json(report.plan_to_json(PLAN))
+    keys = ("schema", "id", "mode", "maps", "sites", "connections", "steps")
+    assert tuple(document) == keys
+    assert [document[key] for key in keys[:4]] == [1, "web", "stateful", MAPS]
+    assert document["connections"] == CONNECTIONS  # once each, though two sites translate them
+    sites = [(site["role"], site["netns"], tuple(site)) for site in document["sites"]]
+    own = ("role", "netns", "nft")
+    assert sites == [("gateway", "gw", own), ("destination", "", own)]
+    assert document["sites"][0]["nft"][0] == "create table inet natkeep"
+    assert len(document["steps"]) == len(PLAN.steps)
+    assert document["steps"][0]["step"] == "InstallGate"
+    assert document["steps"][-1] == {
+        "step": "OpenGate",
+        "site": "destination",
+        "commands": list(PLAN.steps[-1].describe()),
+    }
+
+
+def test_every_address_is_written_as_ipaddress_prints_it() -> None:
+    """Whatever way it was written in."""
+
+    def addresses(value: Any) -> list[str]:
+        if isinstance(value, dict):
+            mine = [value[key] for key in ("old", "new") if key in value]
+            ends = [value[key] for key in ("local", "peer") if key in value]
+            mine += [end.rpartition(":")[0].strip("[]") for end in ends]
+            return mine + [found for each in value.values() for found in addresses(each)]
+        if isinstance(value, list):
+            return [found for each in value for found in addresses(each)]
+        return []
+
+    for document in (report.plan_to_json(PLAN), report.status_to_json([make_status()])):
+        found = addresses(document)
+        assert len(found) == 2 * len(MAPS) + 2 * len(CONNECTIONS)
+        assert [str(ipaddress.ip_address(text)) for text in found] == found
+
+
+def test_a_move_in_one_line_counts_in_english() -> None:
+    one = make_plan(replace(MOVE, maps=MOVE.maps[:1], sites=(DESTINATION,)), listed(ROWS[0]))
+    assert report.summary(one) == "web: 10.2.0.10=10.3.0.20, 1 connection, at destination"
+
+
+def test_a_document_is_printed_to_stdout_and_ends_its_line(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    report.print_json({"schema": 1, "ö": ["[::1]:80"]})
+    out, err = capsys.readouterr()
+    assert (json.loads(out), out[-2:], err) == ({"schema": 1, "ö": ["[::1]:80"]}, "}\n", "")
+    assert out.isascii()  # whatever the locale is
+
+
+# ---- checkpoint ------------------------------------------------------------------------------
+
+SOCKETS = (
+    Socket(
+        "tcp",
+        Endpoint.parse("10.2.0.10:5000"),
+        Endpoint.parse("10.1.0.2:50594"),
+        TcpState.ESTABLISHED,
+        bound_device="eth0",
+        unsent=7,
+    ),
+    Socket(
+        "tcp",
+        Endpoint.parse("[fd00:2::10]:5000"),
+        Endpoint.parse("[fd00:1::2]:9"),
+        TcpState.CLOSE_WAIT,
+    ),
+    Socket("tcp", Endpoint.parse("[::]:5000"), None, TcpState.LISTEN),
+    Socket("udp", None, None, unkept="udp: not a TCP connection"),
+)
+KEYS = ("protocol", "state", "local", "peer", "device", "unsent", "kept", "reason")
+LISTENER = "a listener: it has no peer yet"
+
+
+def test_the_document_of_inspect() -> None:
+    document = through_json(report.checkpoint_to_json(Checkpoint.of(SOCKETS), []))
+    assert tuple(document) == ("schema", "sockets")
+    assert [tuple(row) for row in document["sockets"]] == [KEYS] * 4
+    assert [tuple(row.values()) for row in document["sockets"]] == [
+        ("tcp", "ESTABLISHED", "10.2.0.10:5000", "10.1.0.2:50594", "eth0", 7, True, None),
+        ("tcp", "CLOSE-WAIT", "[fd00:2::10]:5000", "[fd00:1::2]:9", None, 0, True, None),
+        ("tcp", "LISTEN", "[::]:5000", None, None, 0, False, LISTENER),
+        ("udp", None, None, None, None, 0, False, "udp: not a TCP connection"),
+    ]
+
+
+def test_with_a_map_what_has_another_address_is_not_kept() -> None:
+    olds = [parse_address("fd00:2::10")]
+    rows = report.checkpoint_to_json(Checkpoint.of(SOCKETS), olds)["sockets"]
+    other = "its local address is not an OLD of --map"
+    assert [row["reason"] for row in rows] == [other, None, LISTENER, "udp: not a TCP connection"]
+
+
+def test_the_lines_of_inspect() -> None:
+    lines = report.checkpoint_lines(Checkpoint.of(SOCKETS), [])
+    assert [line.split(maxsplit=4) for line in lines] == [
+        ["tcp", "ESTABLISHED", "10.2.0.10:5000", "10.1.0.2:50594", "kept"],
+        ["tcp", "CLOSE-WAIT", "[fd00:2::10]:5000", "[fd00:1::2]:9", "kept"],
+        ["tcp", "LISTEN", "[::]:5000", "*", f"not kept: {LISTENER}"],
+        ["udp", "*", "*", "not", "kept: udp: not a TCP connection"],
+    ]
+    assert list(report.checkpoint_lines(Checkpoint(Connections()), [])) == ["no inet sockets"]
+
+
+def test_what_a_move_leaves_behind_is_told_without_the_listeners() -> None:
+    plan = make_plan(replace(MOVE, maps=MOVE.maps[:1]), listed(*ROWS))
+    assert list(report.unkept_lines(Checkpoint.of(SOCKETS), plan)) == [
+        "tcp [fd00:2::10]:5000 [fd00:1::2]:9: its local address is not an OLD of --map",
+        "udp * *: udp: not a TCP connection",
+    ]
+    listing = Checkpoint(listed(*ROWS, "10.9.0.9:1 10.1.0.2:2"))
+    assert list(report.unkept_lines(listing, plan)) == [
+        "2 connections whose local address is not an OLD of --map"
+    ]
+    assert list(report.unkept_lines(Checkpoint(listed(*ROWS[:2])), plan)) == []
+
+
+def test_a_real_image_is_told_whole() -> None:
+    """As many sockets as there are, each with an answer, and those that are kept are the plan's."""
+    checkpoint = read_checkpoint(Path(__file__).parent / "checkpoint/corpus/plain")
+    rows = report.checkpoint_to_json(checkpoint, [])["sockets"]
+    assert len(rows) == len(checkpoint.sockets) > 0
+    kept = {(row["local"], row["peer"]) for row in rows if row["kept"]}
+    expected = {(str(t.destination), str(t.source)) for t in checkpoint.connections}
+    assert kept == expected
+    assert all(row["kept"] == (row["reason"] is None) for row in rows)
