@@ -11,7 +11,6 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from typing import TYPE_CHECKING, NoReturn
 
 from natkeep import __version__
@@ -20,7 +19,8 @@ from natkeep.errors import DriftError, ImageError, NatkeepError, RefusedError, U
 if TYPE_CHECKING:
     from natkeep.checkpoint import Checkpoint
     from natkeep.lifecycle import Lifecycle
-    from natkeep.plan.move import Move, Site
+    from natkeep.plan.move import Map, Move, Site
+    from natkeep.plan.tuples import Endpoint
 
 LAB = "practice networks: move a real server, see what its peer saw"
 
@@ -38,12 +38,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run natkeep; the exit code of DESIGN's contract (see errors.py for each)."""
     arguments = sys.argv[1:] if arguments is None else arguments
     try:
-        args = make_parser(arguments).parse_args(arguments)
-        with _signals_as_exit():
-            code = int(args.run(args))
-        if sys.stdout:
-            sys.stdout.flush()  # here, where it can still fail in one line
-        return code
+        try:
+            args = make_parser(arguments).parse_args(arguments)
+            with _signals_as_exit():
+                return int(args.run(args))
+        finally:
+            if sys.stdout:
+                sys.stdout.flush()  # here, where it can still fail in one line
     except NatkeepError as error:
         return _complain(error)
     except KeyboardInterrupt:
@@ -52,9 +53,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except OSError as error:
         if not isinstance(error, BrokenPipeError):  # then our reader has seen enough
             print(f"natkeep: {error}", file=sys.stderr)
-        # What could not be written now must not fail again while Python flushes it.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        _silence(1)
         return 1
+
+
+def _silence(stream: int) -> None:
+    """What could not be written must not fail once more, when Python flushes it at the end."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
 
 
 def _complain(error: NatkeepError) -> int:
@@ -166,6 +171,9 @@ def _add_move_options(verb: argparse.ArgumentParser) -> None:
     source = verb.add_mutually_exclusive_group()
     source.add_argument("--image", metavar="DIR", help="connections from CRIU's images")
     source.add_argument("--connections", metavar="FILE", help="lines of LOCAL PEER; - is stdin")
+    verb.add_argument(
+        "--listeners", action="store_true", help="let new connections reach the image's listeners"
+    )
     verb.add_argument("--mode", choices=("stateful", "stateless"), default="stateful")
 
 
@@ -202,7 +210,8 @@ def _plan(args: argparse.Namespace) -> int:
     from natkeep import report
     from natkeep.plan.steps import describe_plan, make_plan, render_nft
 
-    plan = make_plan(_make_move(args), _read_connections(args).connections)
+    checkpoint = _read_connections(args)
+    plan = make_plan(_make_move(args, checkpoint), checkpoint.connections)
     form = "json" if args.json else args.format
     if form == "json":
         report.print_json(report.plan_to_json(plan))
@@ -220,7 +229,7 @@ def _prepare(args: argparse.Namespace) -> int:
     from natkeep.plan.steps import describe_plan
 
     checkpoint = _read_connections(args)
-    move = _make_move(args)
+    move = _make_move(args, checkpoint)
     lifecycle = _make_lifecycle(args, create=not args.dry_run)
     if args.dry_run:
         plan = lifecycle.check(move, checkpoint.connections, args.replace)
@@ -349,8 +358,10 @@ def _print_verb(move_id: str, **facts: object) -> None:
 
 def _talk(args: argparse.Namespace, line: str) -> None:
     if not args.quiet and sys.stderr:
-        with suppress(OSError):  # nobody listens (`2>&1 | head`); the work goes on
+        try:
             print(line, file=sys.stderr)
+        except OSError:  # nobody listens (`2>&1 | head`); the work goes on
+            _silence(2)
 
 
 def _make_lifecycle(args: argparse.Namespace, *, create: bool) -> Lifecycle:
@@ -373,7 +384,7 @@ def _parse_sites(texts: Sequence[str]) -> tuple[Site, ...]:
     return tuple(Site.parse(text) for text in texts) or (Site(Role.DESTINATION),)
 
 
-def _make_move(args: argparse.Namespace) -> Move:
+def _make_move(args: argparse.Namespace, checkpoint: Checkpoint) -> Move:
     from natkeep.plan.move import Map, Mode, Move, parse_id, parse_map
 
     parse_id(args.id)
@@ -384,7 +395,18 @@ def _make_move(args: argparse.Namespace) -> Move:
         if new is None:
             new = _make_lifecycle(args, create=False).find_new(old, sites)
         maps.append(Map(old, new))
-    return Move(args.id, tuple(maps), sites, Mode(args.mode))
+    listeners = _find_listeners(checkpoint, maps) if args.listeners else ()
+    return Move(args.id, tuple(maps), sites, Mode(args.mode), listeners)
+
+
+def _find_listeners(checkpoint: Checkpoint, maps: Sequence[Map]) -> tuple[Endpoint, ...]:
+    listeners = checkpoint.listeners_at([map_.old for map_ in maps])
+    if not listeners:
+        raise RefusedError(
+            "--listeners: the image has no listener at an OLD or at the wildcard address",
+            hint="natkeep inspect shows what there is; a list of connections names none",
+        )
+    return listeners
 
 
 def _read_connections(args: argparse.Namespace) -> Checkpoint:

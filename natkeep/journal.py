@@ -39,7 +39,7 @@ from natkeep import __version__
 from natkeep.errors import JournalError, NatkeepError, RefusedError, UsageError
 from natkeep.plan.move import Map, Mode, Move, Role, Site, Surroundings, parse_id
 from natkeep.plan.steps import Identity, Prior
-from natkeep.plan.tuples import Connections, parse_address
+from natkeep.plan.tuples import Connections, Endpoint, parse_address
 
 SCHEMA = 1
 DEFAULT_DIRECTORY = "/run/natkeep"
@@ -392,6 +392,7 @@ def _move_to_json(move: Move) -> dict[str, Any]:
     return {
         "id": move.id,
         "mode": move.mode,
+        "listeners": [str(end) for end in move.listeners],
         "maps": [{"old": str(map_.old), "new": str(map_.new)} for map_ in move.maps],
         "sites": [{"role": site.role, "netns": site.netns} for site in move.sites],
     }
@@ -405,4 +406,5 @@ def _move_from_json(value: dict[str, Any]) -> Move:
         ),
         sites=tuple(Site(Role(row["role"]), str(row["netns"])) for row in value["sites"]),
         mode=Mode(value["mode"]),
+        listeners=tuple(Endpoint.parse(text) for text in value["listeners"]),
     )

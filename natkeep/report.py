@@ -185,7 +185,7 @@ def _judge(socket: Socket, olds: Sequence[Address]) -> str | None:
     if socket.unkept is not None:
         return socket.unkept
     if socket.is_listener():
-        return "a listener: it has no peer yet"
+        return "a listener: new connections reach it with --listeners only"
     if olds and (socket.local is None or socket.local.address not in olds):
         return "its local address is not an OLD of --map"
     return None

@@ -52,6 +52,8 @@ def _place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each test has a working directory and a state directory of its own."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("NATKEEP_STATE_DIR", str(tmp_path / "state"))
+    # Output is held back until the end, as it is for everybody; then it is that a full disk shows.
+    monkeypatch.delenv("PYTHONUNBUFFERED", raising=False)
 
 
 @pytest.fixture
@@ -246,6 +248,7 @@ BAD = [
             ("symlink", "link", "link/files.img is a symbolic link, not a regular file"),
         )
     ),
+    Bad("unknown finding", "explain NO-SUCH", 2, "no finding has the code 'NO-SUCH'"),
     Bad("inspect: map", "inspect image --map 10.2.0.10", 2, "'10.2.0.10' is not of the form"),
     Bad("negative drain", "teardown web --drain=-1", 2, "argument --drain: '-1' is not a number"),
     Bad("drain of nan", "teardown web --drain=nan", 2, "argument --drain: 'nan' is not a number"),
@@ -1324,7 +1327,7 @@ def test_an_error_that_nobody_foresaw_is_one_line_and_exit_1(
         raise OSError(5, "Input/output error")
 
     monkeypatch.setattr(Lifecycle, "status", fail)
-    monkeypatch.setattr(os, "dup2", lambda *_: None)  # it would close pytest's stdout
+    monkeypatch.setattr(cli, "_silence", lambda stream: None)  # it would be pytest's
     code, out, err = natkeep_here("status")
     assert (code, out, err) == (1, "", ["natkeep: [Errno 5] Input/output error"])
 

@@ -248,7 +248,7 @@ SOCKETS = (
     Socket("udp", None, None, unkept="udp: not a TCP connection"),
 )
 KEYS = ("protocol", "state", "local", "peer", "device", "unsent", "kept", "reason")
-LISTENER = "a listener: it has no peer yet"
+LISTENER = "a listener: new connections reach it with --listeners only"
 
 
 def test_the_document_of_inspect() -> None:

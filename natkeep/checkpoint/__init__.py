@@ -7,10 +7,11 @@ the operator's word (`--map`), never the image's.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
-from natkeep.plan.tuples import Connections, Endpoint, FourTuple
+from natkeep.plan.tuples import Address, Connections, Endpoint, FourTuple
 
 
 class TcpState(StrEnum):
@@ -105,6 +106,22 @@ class Checkpoint:
     connections: Connections
     sockets: tuple[Socket, ...] = ()
     inventory: Inventory | None = None
+
+    def listeners_at(self, olds: Sequence[Address]) -> tuple[Endpoint, ...]:
+        """OLD and port of each listener that is bound to one of *olds*, or to all addresses.
+
+        A socket on [::] serves IPv4 as well, unless it was told otherwise (IPV6_V6ONLY), which a
+        caller then notices by a reset, as before the move.
+        """
+        found = {
+            Endpoint(old, socket.local.port)
+            for socket in self.sockets
+            if socket.is_listener() and socket.local is not None
+            for old in olds
+            if socket.local.address == old
+            or (socket.local.address.is_unspecified and socket.local.address.version >= old.version)
+        }
+        return tuple(sorted(found, key=lambda end: (end.address.version, end)))
 
     @classmethod
     def of(cls, sockets: tuple[Socket, ...]) -> Checkpoint:

@@ -1,6 +1,8 @@
 """the reader of CRIU's images: which sockets a dumped process had, and how CRIU locked them.
 
-    DIR/inventory.img      one entry: network lock, run id, the root task's namespaces
+    DIR/inventory.img      one entry: network lock, run id, the namespaces of CRIU itself
+    DIR/pstree.img         an entry for each process, the root task first
+    DIR/ids-PID.img        one entry: the namespaces of that process
     DIR/files.img          an entry for each open file; those of type INETSK are sockets
     DIR/fdinfo-N.img       an entry for each descriptor: which of the files it opens
     DIR/tcp-stream-X.img   the queues of the socket whose inode is X (hexadecimal): one entry,
@@ -38,7 +40,9 @@ from natkeep.checkpoint.imagefile import (
     COMMON,
     FDINFO,
     FILES,
+    IDS,
     INVENTORY,
+    PSTREE,
     TCP_STREAM,
     Directory,
     check_magic,
@@ -57,6 +61,8 @@ _INVENTORY_ENTRY = Message(
     optional="tcp_close network_lock_method root_ids dump_criu_run_id",
 )
 _ROOT_IDS = Message("root_ids", numbers={6: "net_ns_id"}, optional="net_ns_id")
+_TASK_IDS = Message("task_kobj_ids_entry", numbers={6: "net_ns_id"}, optional="net_ns_id")
+_PSTREE_ENTRY = Message("pstree_entry", numbers={1: "pid"})
 _FILE_ENTRY = Message("file_entry", numbers={1: "type", 2: "id"}, octets={4: "isk"}, optional="isk")
 _FDINFO_ENTRY = Message("fdinfo_entry", numbers={1: "id", 2: "flags", 3: "type", 4: "fd"})
 _SOCKET_ENTRY = Message(
@@ -168,7 +174,8 @@ def _read_sockets(images: Directory) -> tuple[Checkpoint, Sequence[int]]:
         data = images.read("files.img")
     except FileNotFoundError:
         raise _missing(images, "files.img") from None
-    inventory, root_netns = _read_inventory(images)
+    inventory, criu_netns = _read_inventory(images)
+    root_netns = _read_root_netns(images, criu_netns)
     sockets: list[Socket] = []
     records: list[bytes] = []
     inodes: list[int] = []
@@ -342,7 +349,7 @@ def _demand_name(device: bytes) -> str:
 
 
 def _read_inventory(images: Directory) -> tuple[Inventory, int | None]:
-    """What the dump says about itself, and the number of the root task's network namespace."""
+    """What the dump says about itself, and the number of CRIU's own network namespace."""
     image = "inventory.img"
     try:
         entries = list(read_entries(images, image, images.read(image), (INVENTORY,)))
@@ -368,6 +375,33 @@ def _read_inventory(images: Directory) -> tuple[Inventory, int | None]:
     tcp_close = bool(numbers.get(number(10), 0))
     inventory = Inventory(method, None if run_id is None else run_id.decode("ascii"), tcp_close)
     return inventory, root_ids.get(number(6))
+
+
+def _read_root_netns(images: Directory, criu_netns: int | None) -> int | None:
+    """The number of the root task's network namespace.
+
+    inventory.img's `root_ids` are the namespaces of CRIU itself, whatever the name says: with
+    runc it is in the machine's and the tree in the container's. They serve where the image of
+    the root task's is missing.
+    """
+    try:
+        root = _read_first(images, "pstree.img", PSTREE, _PSTREE_ENTRY)[number(1)]
+        ids = _read_first(images, f"ids-{root}.img", IDS, _TASK_IDS)
+        return ids.get(number(6), criu_netns)
+    except FileNotFoundError:
+        return criu_netns
+
+
+def _read_first(images: Directory, image: str, magic: int, message: Message) -> dict[int, int]:
+    """The numbers in the first entry of *image*."""
+    entries = read_entries(images, image, images.read(image), (COMMON, magic))
+    offset, body = next(entries, (8, None))
+    if body is None:
+        raise images.damaged(image, offset, "no entries")
+    try:
+        return decode(body, message)[0]
+    except Damage as damage:
+        raise images.damaged(image, offset, damage.what) from None
 
 
 def _missing(images: Directory, image: str) -> ImageError:

@@ -11,7 +11,7 @@ import ipaddress
 import socket
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 from natkeep.errors import KernelError
@@ -86,6 +86,7 @@ def add_host_address(address: Address) -> None:
         ipr.addr("add", **options)
         if address.version == 6:
             _await_local(ipr, address)
+            _forget_cached_routes(ipr, address)
 
 
 def _await_local(ipr: Any, address: Address) -> None:
@@ -106,6 +107,24 @@ def _await_local(ipr: Any, address: Address) -> None:
         if time.monotonic() > deadline:
             raise OSError(errno.EADDRNOTAVAIL, f"{address} does not become local")
         time.sleep(0.001)
+
+
+def _forget_cached_routes(ipr: Any, address: Address) -> None:
+    """Make IPv6 sockets of this host that talk to *address* look for it anew.
+
+    A new local address does not concern the routes that sockets have cached (as it does with
+    IPv4), since it goes into another table: a peer here would go on to send OLD out of the
+    host until its third retransmission. A route in their table does, however short it is there.
+    """
+    route = {"dst": f"{address}/128", "family": socket.AF_INET6}
+    route |= {"oif": _LOOPBACK, "priority": _LAST}
+    with suppress(Exception):  # without it they are only slower
+        ipr.route("add", **route)
+        ipr.route("del", **route)
+
+
+_LAST = 0xFFFFFFFE
+"""A metric that nobody else's route to one host has."""
 
 
 def remove_host_address(address: Address) -> None:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 from natkeep.errors import KernelError, RefusedError
 from natkeep.kernel import Remember
-from natkeep.plan import ruleset
+from natkeep.plan import reception, ruleset
 from natkeep.plan.drift import Gate, Observation, SeenEntry
 from natkeep.plan.entries import entries, stale_tuples
 from natkeep.plan.findings import Facts
@@ -23,6 +23,7 @@ from natkeep.plan.steps import (
     Identity,
     InsertEntries,
     InstallGate,
+    InstallReception,
     InstallTranslation,
     OpenGate,
     Plan,
@@ -123,6 +124,9 @@ class FakeKernel:
             case InsertEntries():
                 for entry in entries(step.translation):
                     here.entries.pop(entry.original, None)
+            case InstallReception():
+                comment = reception.comment(step.move_id)
+                _withdraw(here, comment, _receiving_chains(step))
             case OpenGate() if not prior.present and step.move_id in here.gates:
                 here.gates[step.move_id] = Gate.CLOSED
             case _:
@@ -186,6 +190,9 @@ def _change(here: FakeSite, step: Step) -> None:
         case InstallTranslation():
             for chain in _translating_chains(step):
                 here.rules.setdefault(chain, set()).add(step.move_id)
+        case InstallReception():
+            for chain in _receiving_chains(step):
+                here.rules.setdefault(chain, set()).add(reception.comment(step.move_id))
         case PurgeEntries():
             for stale in stale_tuples(step.translation):
                 here.entries.pop(stale, None)
@@ -209,6 +216,10 @@ def _translating_chains(step: InstallTranslation) -> list[str]:
         for t in step.translations
         for dispatch, local in ruleset.translating_chains(t)
     ]
+
+
+def _receiving_chains(step: InstallReception) -> list[str]:
+    return [ruleset.address_chain(*chain) for chain in reception.chains(step.receptions)]
 
 
 def _withdraw(here: FakeSite, move_id: str, chains: Iterable[str]) -> None:

@@ -13,10 +13,11 @@ from contextlib import contextmanager
 from natkeep.errors import KernelError, RefusedError
 from natkeep.kernel import Remember, address, conntrack, elements, expressions, nft, sockets, survey
 from natkeep.kernel.netns import Namespace, find_namespace, inside, open_namespace
-from natkeep.plan import ruleset
+from natkeep.plan import reception, ruleset
 from natkeep.plan.drift import Gate, Observation
 from natkeep.plan.findings import FULL, Facts
 from natkeep.plan.move import Move, Role, Site, Surroundings, Translation
+from natkeep.plan.reception import Reception
 from natkeep.plan.ruleset import TABLE
 from natkeep.plan.steps import (
     AddAddress,
@@ -24,6 +25,7 @@ from natkeep.plan.steps import (
     Identity,
     InsertEntries,
     InstallGate,
+    InstallReception,
     InstallTranslation,
     OpenGate,
     Plan,
@@ -115,6 +117,8 @@ class LinuxKernel:
                     _check_destination(step)
                 case InsertEntries():
                     _check_room(step)
+                case InstallReception() if step.site.role == Role.DESTINATION:
+                    _check_reception(step)
                 case _:
                     pass
 
@@ -133,7 +137,10 @@ class LinuxKernel:
                     return _add_address(step, remember)
                 case InstallTranslation():
                     remember(Prior())
-                    nft.run_transaction([*_missing_mode_lines(step), *step.lines()])
+                    nft.run_transaction([*_missing_mode_lines(step.translations), *step.lines()])
+                case InstallReception():
+                    remember(Prior())
+                    nft.run_transaction([*_missing_mode_lines(step.receptions), *step.lines()])
                 case TranslateErrors():
                     remember(Prior())
                     expressions.insert_rules(TABLE, step.rules())
@@ -162,13 +169,15 @@ class LinuxKernel:
                     address.remove_host_address(step.address)
                 case InstallTranslation():
                     _withdraw_translation(step)
+                case InstallReception():
+                    _withdraw_reception(step)
                 case TranslateErrors():
                     _withdraw_error_rules(step)
                 case InsertEntries():
                     _restore_accounting(prior)
                     conntrack.delete(step.translation)
                 case OpenGate() if not prior.present:
-                    _close_gate(step.move_id)
+                    _close_gate(step)
                 case _:  # a set goes with its gate; what was purged comes back by itself
                     pass
 
@@ -185,6 +194,17 @@ def _find_carried(connections: Connections) -> Iterator[tuple[FourTuple, FourTup
     for inner, outer in zip(connections, conntrack.find_carried(connections), strict=True):
         if outer is not None:
             yield inner, outer
+
+
+def _check_reception(step: InstallReception) -> None:
+    """NEW's port will mean the moved listener, so it must not be somebody else's already."""
+    for receiving in step.receptions:
+        taken = sockets.listening_ports(receiving.map.new) & set(receiving.ports)
+        if taken:
+            raise RefusedError(
+                f"{step.site}: somebody listens at {receiving.map.new} port {min(taken)} already",
+                hint="without --listeners their connections stay apart",
+            )
 
 
 def _check_room(step: InsertEntries) -> None:
@@ -233,7 +253,11 @@ def _install_gate(step: InstallGate, remember: Remember) -> Prior:
 
 def _remove_gate(step: InstallGate) -> None:
     own = {name for t in step.translations for name in ruleset.sets_of(step.move_id, t)}
-    kept = {name for name in elements.set_names(TABLE) if name.startswith(("kept-", "outer-"))}
+    kept = {
+        name
+        for name in elements.set_names(TABLE)
+        if name.startswith(("kept-", "outer-", "listen-"))
+    }
     if kept <= own:
         # The last move takes the tables with it; others may come only under the same lock.
         if elements.has_table(elements.INET, TABLE) or elements.has_table(elements.ARP, TABLE):
@@ -250,9 +274,9 @@ def _remove_gate(step: InstallGate) -> None:
     _run_what_is_there(lines)
 
 
-def _missing_mode_lines(step: InstallTranslation) -> list[str]:
+def _missing_mode_lines(some: Iterable[Translation | Reception]) -> list[str]:
     present = elements.chain_names(TABLE)
-    modes = dict.fromkeys(translation.mode for translation in step.translations)
+    modes = dict.fromkeys(one.mode for one in some)
     return [
         line
         for mode in modes
@@ -277,6 +301,12 @@ def _withdraw_translation(step: InstallTranslation) -> None:
     _run_what_is_there([line for line in lines if line.rpartition(" ")[2] in present])
 
 
+def _withdraw_reception(step: InstallReception) -> None:
+    _withdraw(reception.comment(step.move_id), reception.chains(step.receptions))
+    if reception.callers_chain(step.move_id) in elements.chain_names(TABLE):
+        _run_what_is_there(list(reception.render_removal(step.move_id, step.receptions)))
+
+
 def _withdraw_error_rules(step: TranslateErrors) -> None:
     """Those in the chain that all moves share; in an address chain they go with its others."""
     _run_what_is_there(
@@ -288,11 +318,12 @@ def _withdraw_error_rules(step: TranslateErrors) -> None:
     )
 
 
-def _withdraw(move_id: str, chains: Iterable[tuple[str, Address]]) -> None:
+def _withdraw(comment: str, chains: Iterable[tuple[str, Address]]) -> None:
+    """Take the rules with this comment out of address chains, and empty chains with them."""
     lines: list[str] = []
     for dispatch, local in dict.fromkeys(chains):
         rules = elements.rules(TABLE, ruleset.address_chain(dispatch, local))
-        ours = [rule.handle for rule in rules if rule.comment == move_id]
+        ours = [rule.handle for rule in rules if rule.comment == comment]
         if ours:
             last = len(ours) == len(rules)
             lines += ruleset.render_withdrawal(dispatch, local, ours, last=last)
@@ -386,11 +417,11 @@ def _gate(move_id: str) -> Gate:
     return Gate.OPEN if any(rule.comment == ruleset.OPEN for rule in rules) else Gate.CLOSED
 
 
-def _close_gate(move_id: str) -> None:
-    chain = ruleset.gate_chain(move_id)
+def _close_gate(step: OpenGate) -> None:
     _run_what_is_there(
         [
             f"delete rule inet {TABLE} {chain} handle {rule.handle}"
+            for chain in step.chains()
             for rule in elements.rules(TABLE, chain)
             if rule.comment == ruleset.OPEN
         ]

@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import socket
 import sys
+from collections.abc import Iterator
 
-from natkeep.plan.tuples import RECORD_SIZE, Connections
+from natkeep.plan.tuples import RECORD_SIZE, Address, Connections
 
+_LISTEN = b"0A"
 _ENDED = frozenset({b"06", b"07"})  # TIME-WAIT, CLOSED: no process owns it any more
 
 
@@ -26,20 +28,26 @@ def count_alive(connections: Connections) -> int:
 def _records(path: str, version: int) -> set[bytes]:
     """The sockets' records as plan.tuples packs them; an IPv4-mapped one as IPv4."""
     found: set[bytes] = set()
-    try:
-        with open(path, "rb") as file:
-            rows = file.read().splitlines()[1:]
-    except FileNotFoundError:  # a kernel without IPv6
-        return found
-    for row in rows:
-        fields = row.split(None, 4)
-        if fields[3] in _ENDED:
+    for local, peer, state in _rows(path):
+        if state in _ENDED:
             continue
-        record = _endpoint(fields[1]) + _endpoint(fields[2])
+        record = local + peer
         if version == 6 and record[:12] == bytes(10) + b"\xff\xff":
             record = record[12:18] + record[30:36]
         found.add(record)
     return found
+
+
+def _rows(path: str) -> Iterator[tuple[bytes, bytes, bytes]]:
+    """Local end, peer and state of each socket, the ends packed as address and port."""
+    try:
+        with open(path, "rb") as file:
+            rows = file.read().splitlines()[1:]
+    except FileNotFoundError:  # a kernel without IPv6
+        return
+    for row in rows:
+        fields = row.split(None, 4)
+        yield _endpoint(fields[1]), _endpoint(fields[2]), fields[3]
 
 
 def _endpoint(text: bytes) -> bytes:
@@ -49,3 +57,17 @@ def _endpoint(text: bytes) -> bytes:
     if sys.byteorder == "little":
         raw = b"".join(raw[i : i + 4][::-1] for i in range(0, len(raw), 4))
     return raw + socket.htons(int(port, 16)).to_bytes(2, sys.byteorder)
+
+
+def listening_ports(address: Address) -> frozenset[int]:
+    """TCP ports on which somebody listens at *address*, or at the wildcard address."""
+    ports = set()
+    for path, version in (("/proc/thread-self/net/tcp", 4), ("/proc/thread-self/net/tcp6", 6)):
+        for local, _, state in _rows(path):
+            if state != _LISTEN:
+                continue
+            host, port = local[:-2], int.from_bytes(local[-2:], "big")
+            wildcard = not any(host) and version >= address.version
+            if host == address.packed or wildcard:
+                ports.add(port)
+    return frozenset(ports)

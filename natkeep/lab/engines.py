@@ -1,7 +1,8 @@
 """the engines: what freezes the moving application at one host and restores it at another.
 
-`criu` is the real thing, run inside the hosts; `repair` moves nothing but the sockets, by
-TCP_REPAIR in traffic.py, and works where there is no CRIU. Both leave the host that was left
+`criu` is the real thing, run inside the hosts; `runc` (runc.py) moves a container with it;
+`repair` moves nothing but the sockets, by TCP_REPAIR in traffic.py, and works where there is no
+CRIU. Both leave the host that was left
 silent: a killing dump keeps CRIU's own network lock there, and for `repair` the lab drops the
 host's TCP, since a host with the address but without the socket answers with a reset.
 
@@ -14,7 +15,7 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
@@ -60,11 +61,17 @@ class Engine(Protocol):
 
     name: str
 
+    def start(self, host: Host, application: Application, line: Sequence[str]) -> int:
+        """Start at *host*, by *line*, the application that will move; its pid there."""
+
     def freeze(self, host: Host, moving: Moving, into: Path) -> Frozen:
         """Freeze *moving* at *host*; afterwards it is gone there and the host is silent."""
 
     def restore(self, host: Host, moving: Moving, frozen: Frozen, opening: Opening) -> None:
         """Bring *moving* back at *host*, opening the network when its sockets exist."""
+
+    def close(self) -> None:
+        """End what would outlive the hosts."""
 
 
 @dataclass(slots=True)
@@ -77,7 +84,17 @@ class Moving:
     connections: tuple[str, ...] = ()  # lines for natkeep's --connections
 
 
-class Criu:
+class InHost:
+    """What an engine has whose application is a program of the host, and ends with it."""
+
+    def start(self, host: Host, application: Application, line: Sequence[str]) -> int:
+        return host.start(application.directory.name, *line).pid
+
+    def close(self) -> None:
+        pass
+
+
+class Criu(InHost):
     """`criu dump` and `criu restore`, in the host's own namespaces."""
 
     name = "criu"
@@ -109,13 +126,11 @@ class Criu:
             check=False, env=dict(env) if env else None,
         )  # fmt: skip
         if done.returncode:
-            lines = log.read_text(errors="replace").splitlines() if log.exists() else []
-            errors = [line for line in lines if "Error" in line][-5:]
-            said = "; ".join(errors) or done.stderr.strip()
+            said = errors_in(log) or done.stderr.strip()
             raise EngineError(f"criu {verb} exited {done.returncode}: {said}")
 
 
-class Repair:
+class Repair(InHost):
     """TCP_REPAIR in the application itself: the network state only."""
 
     name = "repair"
@@ -150,6 +165,12 @@ class Repair:
         opening.open()
         application.go(self.how)
         application.wait(lambda report: report["phase"] == "running", "running again")
+
+
+def errors_in(log: Path) -> str:
+    """The last errors of a log of CRIU's, in one line."""
+    lines = log.read_text(errors="replace").splitlines() if log.exists() else []
+    return "; ".join([line for line in lines if "Error" in line][-5:])
 
 
 def end_silence(host: Host) -> None:
@@ -188,10 +209,18 @@ def choose_engine(name: str = "auto", *, probe: bool = True) -> Engine:
         return Repair(probe=probe)
     criu = find_criu()
     if criu is not None:
-        return Criu(criu)
+        return _runc(criu) if name == "runc" else Criu(criu)
     if name == "auto":
         return Repair(probe=probe)
     raise EngineError(
         "there is no CRIU that works on this kernel",
         hint="run `make demo` or scripts/get-criu once, or use --engine repair",
     )
+
+
+def _runc(criu: Path) -> Engine:
+    from natkeep.lab.runc import Runc  # imports this file
+
+    if not shutil.which("runc"):
+        raise EngineError("there is no runc", hint="scripts/setup installs Debian's")
+    return Runc(criu)

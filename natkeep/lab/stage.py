@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from typing import Any
 
@@ -25,16 +25,16 @@ from natkeep.lab.application import (
     TrafficError,
     all_open,
     answered,
-    faults,
     handed_over,
 )
 from natkeep.lab.application import Report as Traffic
-from natkeep.lab.engines import Engine, Frozen, Moving, choose_engine
-from natkeep.lab.host import Host, LabError, Program, await_true
+from natkeep.lab.ends import octets_agree, sockets_agree, sum_of, tuple_of
+from natkeep.lab.engines import Engine, Frozen, Moving, choose_engine, end_silence
+from natkeep.lab.host import LabError, Program, await_true
 from natkeep.lab.journey import Journey
 from natkeep.lab.speech import Speech
 from natkeep.lab.surfaces import difference, read_surfaces
-from natkeep.lab.terrain import Terrain
+from natkeep.lab.terrain import Terrain, lose_first_probe
 from natkeep.lab.topology import DESTINATION, SOURCE, USUAL, Address, Seat, Topology
 from natkeep.lab.translators import TRANSLATORS, Order, TranslatorError
 from natkeep.lab.verdict import Assertion, Report
@@ -77,17 +77,19 @@ class Lab(Speech, Terrain, Journey):
         self.refused, self.carried_on = "", False  # why natkeep refused; whether octets arrived
         self.views: dict[FourTuple, FourTuple] = {}
         self.strangers: list[FourTuple] = []
-        self.parties, self.orders, self.undone = [self], list[Order](), list[Order]()
+        self.parties, self.orders, self.undone = [self], [], list[Order]()
         self.peer_points = [seat.role for seat in self.topology.seats if seat.network == "near"]
         self.clean_from_ns = 0
+        self.sieve: Callable[[dict[str, list[wire.Frame]]], dict[str, list[wire.Frame]]] = dict
         self._points, self.freezes, self._concluded = points or {}, 0, False
         self._surfaces: dict[str, dict[str, str]] = {}
         self.frozen_ns: int | None = None
-        self.restored_ns: int | None = None
+        self.restored_ns = None
 
     def __enter__(self) -> Lab:
         self.topology.__enter__()
         directory = self.directory = self.topology.directory
+        self.topology.defer(self.engine.close)
         try:
             self.translator = TRANSLATORS[self.report.translator](directory)
             self.tap = wire.Wiretap(self.topology, directory, self._points)
@@ -112,10 +114,10 @@ class Lab(Speech, Terrain, Journey):
         self.settle()
         application = Application(self.directory / f"serve-{self.name}")
         line = application.serve_line(listen or str(Endpoint(self.old, PORT)))
-        program = self._start(self.home.role, f"serve-{self.name}", line)
-        application.wait(lambda report: report["listening"], "listening")
-        self.server = Moving(application, "serve", program.pid)
         self.at = self.topology[self.home.role]
+        pid = self.engine.start(self.at, application, line)
+        application.wait(lambda report: report["listening"], "listening")
+        self.server = Moving(application, "serve", pid)
 
     def dial(
         self, *, connections: int = 1, role: str = "client", source: str | None = None
@@ -131,7 +133,7 @@ class Lab(Speech, Terrain, Journey):
     def keep(self, inside: Iterable[FourTuple] = ()) -> None:
         """The client's connections are what is to be kept; *inside*: as the process sees them."""
         report = self.client.fresh()
-        self.kept = tuple(_peer_to_process(each) for each in report["connections"])
+        self.kept = tuple(tuple_of(each) for each in report["connections"])
         self.views = dict(zip(self.kept, inside or self.kept, strict=True))
         self.report.before += [str(each) for each in self.kept]
         self.server.connections = tuple(
@@ -238,9 +240,10 @@ class Lab(Speech, Terrain, Journey):
         client, server = self.client.fresh(), self.server.application.fresh()
         self.report.assertions += [
             octets_agree(client, server, self.views),
-            self._sockets_agree(client, server),
+            sockets_agree(client, server, self.views),
         ]
-        self.report.octets = (_sum(server, "rx"), _sum(client, "rx"))
+        self.report.after += [str(tuple_of(each)) for each in client["connections"]]
+        self.report.octets = (sum_of(server, "rx"), sum_of(client, "rx"))
 
     def conclude(self) -> None:
         """Judge the wires and take the translation down; once."""
@@ -288,21 +291,12 @@ class Lab(Speech, Terrain, Journey):
         agree = octets_agree(client, server, self.views).ok
         return agree and handed_over(client) and handed_over(server)
 
-    def _sockets_agree(self, client: Traffic, server: Traffic) -> Assertion:
-        """getsockname and getpeername at both ends still tell the tuples of the beginning."""
-        after = [_peer_to_process(each) for each in client["connections"]]
-        self.report.after += [str(each) for each in after]
-        theirs = {_peer_to_process(each).reply() for each in server["connections"]}
-        missing = [str(each) for each in self.views.values() if each not in theirs]
-        ok = tuple(after) == self.kept and not missing
-        detail = f"{len(after)} connections" if ok else f"peer {after}, process lacks {missing}"
-        return Assertion("both ends' sockets tell the same four-tuples as before", ok, detail)
-
     def _judge_wires(self) -> None:
         frames = self.tap.stop()
         self.report.assertions.append(self.tap.captured_all())
         if not self._surfaces:
             return  # nothing was frozen
+        frames = self.sieve(frames)
         kept = self._whats_kept()
         far = wire.beyond_gateway(self.topology)
         peers = {at: frames[at] for at in self.peer_points}
@@ -337,52 +331,11 @@ class Lab(Speech, Terrain, Journey):
             for order in [each for each in reversed(self.orders) if each not in self.undone]:
                 self.translator.teardown(order)
         for role, before in self._surfaces.items():
+            end_silence(self.topology[role])  # the engine's, where the process moved on
             left = difference(before, read_surfaces(self.topology[role]))
             self.report.assertions.append(
                 Assertion(f"teardown leaves the {role} byte-identical", not left, left)
             )
-
-
-def octets_agree(
-    client: Traffic, server: Traffic, views: Mapping[FourTuple, FourTuple]
-) -> Assertion:
-    """Every octet arrived once, in order, in both directions, and no connection broke."""
-    theirs = {_peer_to_process(each).reply(): each for each in server["connections"]}
-    server = {"connections": [theirs[each] for each in views.values() if each in theirs]}
-    bad = [*faults(client), *faults(server)]
-    for each in client["connections"]:
-        name = _peer_to_process(each)
-        other = theirs.get(views.get(name, name), {"rx": 0, "tx": 0})
-        if (each["rx"], each["tx"]) != (other["tx"], other["rx"]):
-            bad.append(f"{each['local']} sent {each['tx']} and got {each['rx']}, "
-                       f"the process got {other['rx']} and sent {other['tx']}")  # fmt: skip
-    total = _sum(client, "rx") + _sum(client, "tx")
-    ok = not bad and total > 0
-    detail = "; ".join(bad[:3]) if bad else f"{total} octets, each checked by its number"
-    return Assertion("every octet arrived once and in order", ok, detail)
-
-
-def lose_first_probe(switch: Host, port: str) -> None:
-    """The switch loses the first empty segment of each connection from *port*: CRIU's probe."""
-    lines = [
-        "add table netdev lossy",
-        "add set netdev lossy seen4 { type ipv4_addr . inet_service . inet_service;"
-        " flags dynamic; size 65535; }",
-        "add set netdev lossy seen6 { type ipv6_addr . inet_service . inet_service;"
-        " flags dynamic; size 65535; }",
-        f"add chain netdev lossy c {{ type filter hook ingress device {port} priority 10; }}",
-    ]
-    for ip, longest, seen in (("ip", 60, "seen4"), ("ip6", 40, "seen6")):
-        key = f"{ip} daddr . tcp sport . tcp dport"
-        empty = f"{ip} length <= {longest} tcp flags & (syn | fin | rst) == 0"
-        rule = "add rule netdev lossy c"
-        lines.append(f"{rule} {empty} {key} != @{seen} add @{seen} {{ {key} }} drop")
-    switch.nft("\n".join(lines) + "\n")
-
-
-def _peer_to_process(connection: dict[str, Any]) -> FourTuple:
-    """A connection of a report, from its own end to the other."""
-    return FourTuple(Endpoint.parse(connection["local"]), Endpoint.parse(connection["peer"]))
 
 
 def failure(name: str, error: Exception) -> Assertion:
@@ -393,7 +346,3 @@ def failure(name: str, error: Exception) -> Assertion:
 def _counted(texts: Iterable[str]) -> str:
     """`48 x open, 2 x reset`, the most frequent first."""
     return ", ".join(f"{count} x {text}" for text, count in Counter(texts).most_common(4))
-
-
-def _sum(report: Traffic, key: str) -> int:
-    return sum(each[key] for each in report["connections"])

@@ -12,7 +12,7 @@ only; the exit is 0 when every cell of natkeep's passed or was refused as it may
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,6 +20,7 @@ from natkeep.lab.matrix import Cell, Column, Outcome
 
 SCHEMA = 1
 _REASON = 160
+_GAP, _GAP_BETWEEN = "  ", "   "
 
 
 @dataclass(slots=True)
@@ -169,7 +170,7 @@ def _table(squares: Sequence[Square]) -> list[str]:
             square
         )
     label = max(len(name) for _, name, _ in rows) + 3
-    widths = [max(4, *(len(row[column]) for row in rows.values())) for column in columns]
+    widths = _widths(columns, list(rows.values()))
     lines = _headings(columns, widths, label)
     told = None
     for (number, name, family), row in rows.items():
@@ -180,34 +181,43 @@ def _table(squares: Sequence[Square]) -> list[str]:
     return lines
 
 
-def _headings(columns: Sequence[Column], widths: list[int], label: int) -> list[str]:
+def _headings(columns: Sequence[Column], widths: Sequence[int], label: int) -> list[str]:
     """The groups, each over its columns, and below them what became of the probe."""
-    probes = [
-        f"{'sent' if column.probe else 'lost':>{width}}"
-        for column, width in zip(columns, widths, strict=True)
-    ]
-    second = f"{'situation':<{label}} probe {_join(columns, probes)}"
-    groups = list(dict.fromkeys(column.group for column in columns))
-    room = {group: 0 for group in groups}
+    probes = ["sent" if column.probe else "lost" for column in columns]
+    padded = [f"{probe:>{width}}" for probe, width in zip(probes, widths, strict=True)]
+    room: dict[str, int] = {}
     for column, width in zip(columns, widths, strict=True):
-        room[column.group] += width + 2
-    for group in groups:  # a narrow group makes its last column wider
-        last = max(index for index, column in enumerate(columns) if column.group == group)
-        if len(group) + 2 > room[group]:
-            widths[last] += len(group) + 2 - room[group]
-            return _headings(columns, widths, label)
-    first = " " * (label + 7) + "".join(f"{group:<{room[group] + 1}}" for group in groups)
-    return [first.rstrip(), second.rstrip()]
+        room[column.group] = room.get(column.group, -len(_GAP)) + width + len(_GAP)
+    over = _GAP_BETWEEN.join(f"{group:>{width}}" for group, width in room.items())
+    return [
+        f"{'':<{label}}       {over}".rstrip(),
+        f"{'situation':<{label}} probe {_join(columns, padded)}",
+    ]
+
+
+def _widths(columns: Sequence[Column], rows: Iterable[Mapping[Column, str]]) -> list[int]:
+    """How wide each column must be for what is in it, and with the others for the group's name."""
+    groups = Counter(column.group for column in columns)
+    return [
+        max(
+            -(
+                -(len(column.group) - len(_GAP) * (groups[column.group] - 1))
+                // groups[column.group]
+            ),
+            *(len(row[column]) for row in rows),
+        )
+        for column in columns
+    ]
 
 
 def _join(columns: Sequence[Column], cells: Sequence[str]) -> str:
     """Cells side by side, groups a little further apart."""
-    text, before = "", None
+    parts: dict[str, list[str]] = {}
     for column, cell in zip(columns, cells, strict=True):
-        gap = "" if before is None else "  " if before == column.group else "   "
-        text, before = text + gap + cell, column.group
-    return text
+        parts.setdefault(column.group, []).append(cell)
+    return _GAP_BETWEEN.join(_GAP.join(part) for part in parts.values())
 
 
 def _short(reason: str) -> str:
+    reason = " ".join(reason.split())
     return reason if len(reason) <= _REASON else reason[: _REASON - 1] + "…"

@@ -175,7 +175,7 @@ class Topology:
         switch = self.name("switch")
         ends = [(self.name(seat.role), "eth0", seat.role) for seat in self.seats]
         ends += [
-            (self.name(router(net)), "down", f"gw-{net}")
+            (self.name(router(net)), "downlink", f"gw-{net}")
             if net in self.routed
             else (self.name("gateway"), net, f"gw-{net}")
             for net in self._used()
@@ -185,7 +185,7 @@ class Topology:
             f" peer name {inside} netns {name}"
             for index, (name, inside, port) in enumerate(ends, 100)
         ] + [
-            f"link add up index {index} netns {self.name(router(net))} type veth"
+            f"link add uplink index {index} netns {self.name(router(net))} type veth"
             f" peer name {net} netns {self.name('gateway')}"
             for index, net in enumerate(self.routed, 200)
         ]
@@ -237,12 +237,12 @@ _SETTLED = (
 def _router_script(network: str) -> str:
     return _FORWARD + _SETTLED + _batch([
         "link set lo up",
-        f"address add {transfer(network, 2, 4)}/24 dev up",
-        f"address add {transfer(network, 2, 6)}/64 dev up nodad",
-        f"address add {address(network, 1, 4)}/24 dev down",
-        f"address add {address(network, 1, 6)}/64 dev down nodad",
-        "link set up up",
-        "link set down up",
+        f"address add {transfer(network, 2, 4)}/24 dev uplink",
+        f"address add {transfer(network, 2, 6)}/64 dev uplink nodad",
+        f"address add {address(network, 1, 4)}/24 dev downlink",
+        f"address add {address(network, 1, 6)}/64 dev downlink nodad",
+        "link set uplink up",
+        "link set downlink up",
         f"route add default via {transfer(network, 1, 4)}",
         f"route add default via {transfer(network, 1, 6)}",
     ])  # fmt: skip

@@ -502,6 +502,8 @@ class Process:
         try:
             if self.source is not None:
                 host, port, *rest = parse_address(self.source)
+                # One port may serve for connections to several addresses, if all say so.
+                sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
                 sock.bind((host, port and port + len(self.connections), *rest))
             sock.connect(address)
         except BlockingIOError:

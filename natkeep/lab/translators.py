@@ -108,8 +108,7 @@ class Natkeep(Translator):
         script = self.directory / "withdraw"
         command = shlex.join([*natkeep_command(), "teardown", order.id, "--yes"])
         script.write_text(
-            '#!/bin/sh\n[ "$CRTOOLS_SCRIPT_ACTION" = post-restore ] || exit 0\n'
-            f"exec {command}\n"
+            f'#!/bin/sh\n[ "$CRTOOLS_SCRIPT_ACTION" = post-restore ] || exit 0\nexec {command}\n'
         )
         script.chmod(0o755)
         return Opening(lambda: self.teardown(order), script, self._environment())

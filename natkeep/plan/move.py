@@ -144,12 +144,16 @@ def _refuse_special(name: str, address: Address) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Move:
-    """What the user wants: OLD becomes NEW, at these sites."""
+    """What the user wants: OLD becomes NEW, at these sites.
+
+    listeners: OLD and port of each listener that new connections shall reach (`--listeners`).
+    """
 
     id: str
     maps: tuple[Map, ...]
     sites: tuple[Site, ...]
     mode: Mode = Mode.STATEFUL
+    listeners: tuple[Endpoint, ...] = ()
 
     def __post_init__(self) -> None:
         parse_id(self.id)
@@ -255,7 +259,7 @@ def make_translations(
     """
     found = [connections.at(map_.old) for map_ in move.maps]
     count = sum(len(some) for some in found)
-    if not count:
+    if not count and not move.listeners:
         olds = ", ".join(str(map_.old) for map_ in move.maps)
         raise RefusedError(
             f"none of the {len(connections)} connections has the local address {olds}",
@@ -265,7 +269,7 @@ def make_translations(
         raise RefusedError(f"{count} connections are more than {MAX_CONNECTIONS}")
     unkept = tuple(_find_unkept(move, found))
     kept = [_without(some, unkept) for some in found]
-    if not any(len(some) for some in kept):
+    if unkept and not any(len(some) for some in kept) and not move.listeners:
         raise RefusedError(f"{unkept[0].inbound}: {unkept[0].reason}", hint=f"{count} in all")
     _refuse_one_tuple_for_two(move, kept)
     translations: list[Translation] = []

@@ -197,14 +197,14 @@ def render_gate(move_id: str, translations: Iterable[Translation]) -> tuple[str,
         for name in sets_of(move_id, translation):
             lines.append(_render_set(name, translation))
         for local in gated_addresses(translation):
-            lines += _render_dispatch(GATE, local)
+            lines += render_dispatch(GATE, local)
             lines.append(
                 f"insert rule inet {TABLE} {address_chain(GATE, local)} "
                 f"{_inbound_key(local)} @{_outer_name(move_id, translation)} "
                 f'jump {gate_chain(move_id)} comment "{move_id}"'
             )
         if translation.site.role == Role.DESTINATION:
-            lines += _render_silence(translation.map.old)
+            lines += render_silence(translation.map.old)
     return tuple(lines)
 
 
@@ -241,7 +241,8 @@ def _render_set(name: str, translation: Translation) -> str:
     )
 
 
-def _render_dispatch(dispatch: str, address: Address) -> list[str]:
+def render_dispatch(dispatch: str, address: Address) -> list[str]:
+    """Send packets of *address* to its chain, which is made if there is none."""
     chain = address_chain(dispatch, address)
     name = dispatch_map(dispatch, address.version)
     return [
@@ -258,7 +259,7 @@ def _outbound_key(address: Address) -> str:
     return f"{_IP[address.version]} daddr . tcp dport . tcp sport"
 
 
-def _render_silence(old: Address) -> list[str]:
+def render_silence(old: Address) -> list[str]:
     """OLD neither leaves this host as a source nor is spoken of in ARP.
 
     A /32 on lo would still be answered for (arp_ignore 0) and announced (arp_announce 0 and
@@ -302,11 +303,11 @@ def _render_nat(move_id: str, translation: Translation) -> list[str]:
     if translation.renames:
         outer_port, inner_port = (str(port) for port in translation.ports())
     return [
-        *_render_dispatch(inbound, before),
+        *render_dispatch(inbound, before),
         f"insert rule inet {TABLE} {address_chain(inbound, before)} "
         f"{_inbound_key(before)} @{_outer_name(move_id, translation)} {_NOT_SYN} "
         f'{_from_wire(translation)}dnat {family} to {after} : {inner_port} comment "{move_id}"',
-        *_render_dispatch(outbound, after),
+        *render_dispatch(outbound, after),
         f"insert rule inet {TABLE} {address_chain(outbound, after)} "
         f"{_outbound_key(after)} @{kept_set(move_id, translation.number)} {_NOT_SYN} "
         f'{_to_wire(translation)}snat {family} to {before} : {outer_port} comment "{move_id}"',
@@ -332,11 +333,11 @@ def _render_rewriting(move_id: str, translation: Translation) -> list[str]:
         f"add chain inet {TABLE} {departing}",
         f"add rule inet {TABLE} {arriving} {family} daddr set {after}",
         f"add rule inet {TABLE} {departing} {family} saddr set {before}",
-        *_render_dispatch(arrive, before),
+        *render_dispatch(arrive, before),
         f"insert rule inet {TABLE} {address_chain(arrive, before)} {_inbound_key(before)} "
         f"@{kept} {_NOT_SYN} {_from_wire(translation)}"
         f'jump {arriving} comment "{move_id}"',
-        *_render_dispatch(depart, after),
+        *render_dispatch(depart, after),
         f"insert rule inet {TABLE} {address_chain(depart, after)} {_outbound_key(after)} "
         f"@{kept} {_NOT_SYN} {_to_wire(translation)}"
         f'jump {departing} comment "{move_id}"',
@@ -349,13 +350,13 @@ def translating_chains(translation: Translation) -> tuple[tuple[str, Address], .
     return (inbound, translation.before), (outbound, translation.after)
 
 
-def render_open(move_id: str, role: Role) -> tuple[str, ...]:
+def render_open(move_id: str, role: Role) -> str:
     """Let the kept connections through: one rule, whatever their number.
 
     At the destination a bare SYN stays refused: there it would reach a listener.
     """
     guard = f"{_NOT_SYN} " if role == Role.DESTINATION else ""
-    return (f'insert rule inet {TABLE} {gate_chain(move_id)} {guard}accept comment "{OPEN}"',)
+    return f'insert rule inet {TABLE} {gate_chain(move_id)} {guard}accept comment "{OPEN}"'
 
 
 def render_withdrawal(

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from itertools import islice
 from shlex import quote
 
-from natkeep.plan import ruleset
+from natkeep.plan import reception, ruleset
 from natkeep.plan.entries import describe_purge, entries, stale_tuples, stale_views
 from natkeep.plan.move import (
     NOTHING_SPECIAL,
@@ -26,6 +26,7 @@ from natkeep.plan.move import (
     make_translations,
 )
 from natkeep.plan.quoted import RawRule, make_error_rules
+from natkeep.plan.reception import Reception, make_receptions
 from natkeep.plan.tuples import Address, Connections
 
 Identity = tuple[int, int]
@@ -149,6 +150,23 @@ class InstallTranslation:
 
 
 @dataclass(frozen=True, slots=True)
+class InstallReception:
+    """The rules by which new connections reach the listeners, callers held back."""
+
+    site: Site
+    move_id: str
+    receptions: tuple[Reception, ...]
+
+    def describe(self) -> tuple[str, ...]:
+        """One command a line."""
+        return _nft(self.site, self.lines())
+
+    def lines(self) -> tuple[str, ...]:
+        """The nft text."""
+        return reception.render(self.move_id, self.receptions)
+
+
+@dataclass(frozen=True, slots=True)
 class TranslateErrors:
     """The rules that translate what ICMP errors quote, in stateless mode."""
 
@@ -205,10 +223,11 @@ class InsertEntries:
 
 @dataclass(frozen=True, slots=True)
 class OpenGate:
-    """Let the kept connections through."""
+    """Let the kept connections through, and callers to the listeners."""
 
     site: Site
     move_id: str
+    listening: tuple[Reception, ...] = ()
 
     def describe(self) -> tuple[str, ...]:
         """One command a line."""
@@ -216,7 +235,13 @@ class OpenGate:
 
     def lines(self) -> tuple[str, ...]:
         """The nft text."""
-        return ruleset.render_open(self.move_id, self.site.role)
+        kept = ruleset.render_open(self.move_id, self.site.role)
+        return (kept, reception.render_open(self.move_id)) if self.listening else (kept,)
+
+    def chains(self) -> tuple[str, ...]:
+        """Where the rules are put."""
+        callers = (reception.callers_chain(self.move_id),) if self.listening else ()
+        return (ruleset.gate_chain(self.move_id), *callers)
 
 
 Step = (
@@ -225,6 +250,7 @@ Step = (
     | RaiseLoopback
     | AddAddress
     | InstallTranslation
+    | InstallReception
     | TranslateErrors
     | PurgeEntries
     | InsertEntries
@@ -264,13 +290,16 @@ def make_plan(
         prepare += _steps_at(site, move, here, surroundings)
     for translation in translations:
         _assert_chain_ends_at_checkpoint(translation)
-    opens = tuple(OpenGate(site, move.id) for site in move.ordered_sites())
+    opens = tuple(
+        OpenGate(site, move.id, make_receptions(move, site)) for site in move.ordered_sites()
+    )
     return Plan(move, translations, unkept, surroundings, tuple(prepare), opens)
 
 
 def _steps_at(
     site: Site, move: Move, here: tuple[Translation, ...], surroundings: Surroundings
 ) -> list[Step]:
+    receptions = make_receptions(move, site)
     # The gate before the address: a host that has OLD but not the socket answers with RST.
     steps: list[Step] = [InstallGate(site, move.id, here)]
     steps += [
@@ -280,9 +309,12 @@ def _steps_at(
     ]
     if site.role == Role.DESTINATION:
         steps.append(RaiseLoopback(site))
-        steps += [AddAddress(site, translation.map.old) for translation in here]
+        olds = [t.map.old for t in here] + [r.map.old for r in receptions]
+        steps += [AddAddress(site, old) for old in dict.fromkeys(olds)]
     # The translation before the restore begins: CRIU sends unsent data before post-restore.
     steps.append(InstallTranslation(site, move.id, here))
+    if receptions:
+        steps.append(InstallReception(site, move.id, receptions))
     if move.mode == Mode.STATELESS:
         steps.append(TranslateErrors(site, move.id, here))
     # Purge after the rules (a nat expression starts tracking, so stale entries can appear up to
@@ -348,7 +380,7 @@ def render_nft(plan: Plan) -> Iterator[tuple[Site, tuple[str, ...]]]:
             if isinstance(step, FillSet):
                 elements = ", ".join(step.elements())
                 lines.append(f"add element inet {ruleset.TABLE} {step.name} {{ {elements} }}")
-            elif isinstance(step, InstallGate | InstallTranslation):
+            elif isinstance(step, InstallGate | InstallTranslation | InstallReception):
                 lines += step.lines()
         yield site, tuple(lines)
 

@@ -16,7 +16,15 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from natkeep.checkpoint import Checkpoint, NetworkLock, Socket, TcpState, imagefile
-from natkeep.checkpoint.imagefile import COMMON, FDINFO, FILES, INVENTORY, TCP_STREAM
+from natkeep.checkpoint.imagefile import (
+    COMMON,
+    FDINFO,
+    FILES,
+    IDS,
+    INVENTORY,
+    PSTREE,
+    TCP_STREAM,
+)
 from natkeep.checkpoint.images import read_checkpoint, read_checkpoint_with_queues
 from natkeep.checkpoint.protobuf import Damage, Message, decode, number, octets
 from natkeep.errors import ImageError
@@ -638,6 +646,40 @@ def test_more_unsent_than_there_is(tmp_path: Path) -> None:
 
 IN6 = bytes.fromhex("fd000002000000000000000000000010")
 MAPPED = bytes(10) + b"\xff\xff"
+
+
+def write_root_task(directory: Path, *, pid: int = 1, net_ns_id: int = 2) -> None:
+    """pstree.img with the root task *pid* and a child, and the namespaces of both."""
+    tree = [field(1, pid) + field(2, 0), field(1, pid + 1) + field(2, pid)]
+    (directory / "pstree.img").write_bytes(image(COMMON, PSTREE, entries=tree))
+    for each, netns in ((pid, net_ns_id), (pid + 1, 99)):
+        entry = field(1, 1) + field(6, netns)
+        (directory / f"ids-{each}.img").write_bytes(image(COMMON, IDS, entries=[entry]))
+
+
+def test_criu_in_another_namespace_than_the_root_task(tmp_path: Path) -> None:
+    """As runc has it: inventory.img tells CRIU's own namespace, which no socket has to be in."""
+    write_images(tmp_path, socket_entry(ns_id=10), socket_entry(ns_id=2, id=8, dst_port=39999))
+    write_root_task(tmp_path, net_ns_id=10)
+
+    sockets = read_checkpoint(tmp_path).sockets
+
+    assert [each.unkept for each in sockets] == [None, OTHER_NETNS]
+
+
+@pytest.mark.parametrize("name", ["pstree.img", "ids-1.img"])
+def test_damaged_root_task(name: str, tmp_path: Path) -> None:
+    write_images(tmp_path, socket_entry())
+    write_root_task(tmp_path)
+    path = tmp_path / name
+    path.write_bytes(path.read_bytes()[:8])
+
+    with pytest.raises(ImageError, match=f"{name}, octet 8: no entries"):
+        read_checkpoint(tmp_path)
+
+    path.write_bytes(path.read_bytes() + b"\x01\0\0\0\x08")
+    with pytest.raises(ImageError, match=f"{name}, octet 12: .* ends in the middle of a field"):
+        read_checkpoint(tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import re
 import subprocess
+import time
 from collections.abc import Callable
 
 import pytest
 
 Run = Callable[..., str]
-Picture = Callable[[str], dict[str, str]]
+Picture = Callable[[str], list[str]]
 
 
 def _run(netns: str, *command: str, stdin: str | None = None) -> str:
@@ -28,6 +28,13 @@ def _run(netns: str, *command: str, stdin: str | None = None) -> str:
 def run() -> Run:
     """`run(netns, "ip", "link", ...)`: its output; the test fails when the command does."""
     return _run
+
+
+def _await_carrier(netns: str, *devices: str) -> None:
+    """Until the kernel has noticed the cable, which it does a moment later: it is in pictures."""
+    deadline = time.monotonic() + 10
+    while any("state UP" not in _run(netns, "ip", "link", "show", name) for name in devices):
+        assert time.monotonic() < deadline, "a cable was plugged in and has no carrier"
 
 
 @pytest.fixture
@@ -49,36 +56,31 @@ def make_site(make_netns: Callable[[], str]) -> Callable[[], str]:
             "route add fd00:1::/64 via fd00:3::1",
         ):
             _run(netns, "ip", *command.split())
+        _await_carrier(netns, "eth0", "wire")
         return netns
 
     return make
 
 
-PICTURES = {
-    "ruleset": ("nft", "-j", "list", "ruleset"),
-    "addresses": ("ip", "-j", "addr"),
-    "routes": ("ip", "-j", "route", "show", "table", "all"),
-    "routes6": ("ip", "-6", "-j", "route", "show", "table", "all"),
-    "entries": ("conntrack", "-L", "-f", "ipv4", "-o", "id"),
-    "entries6": ("conntrack", "-L", "-f", "ipv6", "-o", "id"),
-}
+PICTURE = r"""
+nft -j list ruleset
+ip -j addr
+ip -j route show table all
+ip -6 -j route show table all
+for family in ipv4 ipv6; do
+    # An entry's time runs down by itself.
+    conntrack -L -f $family -o id 2>&1 | sed -E 's/^(tcp +6) [0-9]+/\1/' | sort
+done
+# Its exit code is not 0 when some of them are write-only.
+sysctl --all --pattern '^net[.]' 2>/dev/null || true
+"""
 
 
 @pytest.fixture
 def take_picture() -> Picture:
-    """All that natkeep could have changed in a namespace, as text, to be compared as it is."""
+    """All that natkeep could have changed in a namespace, line by line, to be compared as it is."""
 
-    def take(netns: str, *, sysctls: bool = True) -> dict[str, str]:
-        picture = {name: _run(netns, *command) for name, command in PICTURES.items()}
-        for name in ("entries", "entries6"):  # of which the time runs down by itself
-            picture[name] = re.sub(r"(?m)^(\w+ +\d+) \d+", r"\1", picture[name])
-        if sysctls:
-            done = subprocess.run(
-                ["nsenter", f"--net=/run/netns/{netns}", "sysctl", "--all", "--pattern", "^net[.]"],
-                capture_output=True,
-                text=True,
-            )  # its exit code is not 0 when some settings are write-only
-            picture["sysctls"] = done.stdout
-        return picture
+    def take(netns: str) -> list[str]:
+        return _run(netns, "sh", "-ec", PICTURE).splitlines()
 
     return take

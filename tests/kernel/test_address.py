@@ -107,7 +107,7 @@ def test_loopback_goes_down_and_up(site: str) -> None:
 
 
 def test_raising_lo_for_the_first_time_is_undone_without_a_trace(
-    site: str, run: Run, take_picture: Callable[[str], dict[str, str]]
+    site: str, run: Run, take_picture: Callable[[str], list[str]]
 ) -> None:
     run(site, "ip", "link", "set", "lo", "down")
     run(site, "ip", "address", "flush", "dev", "lo")

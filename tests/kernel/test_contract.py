@@ -21,7 +21,7 @@ from natkeep.kernel import Kernel
 from natkeep.kernel.fake import FakeKernel, FakeSite
 from natkeep.kernel.linux import LinuxKernel
 from natkeep.plan.drift import Gate, Observation, find_drift
-from natkeep.plan.move import Map, Move, Role, Site
+from natkeep.plan.move import Map, Mode, Move, Role, Site
 from natkeep.plan.steps import (
     AddAddress,
     FillSet,
@@ -62,6 +62,7 @@ EACH_STEP = pytest.mark.parametrize(
 )
 EACH_ROLE = pytest.mark.parametrize("role", list(PREPARE))
 EACH_VERSION = pytest.mark.parametrize("version", [4, 6])
+EACH_MODE = pytest.mark.parametrize("mode", list(Mode))
 
 
 class Scene(Protocol):
@@ -111,7 +112,7 @@ class LinuxScene:
     kernel: LinuxKernel
     netns: str
     run: Callable[..., str]
-    take_picture: Callable[[str], dict[str, str]]
+    take_picture: Callable[[str], list[str]]
 
     def picture(self) -> object:
         return self.take_picture(self.netns)
@@ -176,12 +177,17 @@ def some(version: int, count: int = 1, *, port: int = 5000) -> Connections:
 
 
 def make(
-    scene: Scene, role: Role, connections: Connections, *versions: int, move_id: str = "web"
+    scene: Scene,
+    role: Role,
+    connections: Connections,
+    *versions: int,
+    move_id: str = "web",
+    mode: Mode = Mode.STATEFUL,
 ) -> Plan:
     """A plan at the scene's site, which is opened."""
     site = Site(role, scene.netns)
     maps = tuple(MAPS[version] for version in versions)
-    plan = make_plan(Move(move_id, maps, (site,)), connections)
+    plan = make_plan(Move(move_id, maps, (site,), mode), connections)
     scene.kernel.open_sites([site])
     return plan
 
@@ -267,18 +273,20 @@ def test_raising_lo_and_purging_show_too(scene: Scene, role: Role) -> None:
     assert scene.loopback_is_up() == (role == Role.DESTINATION)
 
 
+@EACH_MODE
 @EACH_ROLE
-def test_a_prepared_and_opened_site_has_no_drift(scene: Scene, role: Role) -> None:
-    plan = make(scene, role, Connections.of([*some(4, 3), *some(6, 3)]), 4, 6)
+def test_a_prepared_and_opened_site_has_no_drift(scene: Scene, role: Role, mode: Mode) -> None:
+    plan = make(scene, role, Connections.of([*some(4, 3), *some(6, 3)]), 4, 6, mode=mode)
 
     for steps in (plan.prepare, plan.open):
         apply(scene, steps)
         assert find_drift(plan, plan.move.sites[0], observe(scene, plan)) == ()
 
 
+@EACH_MODE
 @EACH_ROLE
-def test_check_changes_nothing(scene: Scene, role: Role) -> None:
-    plan = make(scene, role, some(4, 3), 4)
+def test_check_changes_nothing(scene: Scene, role: Role, mode: Mode) -> None:
+    plan = make(scene, role, some(4, 3), 4, mode=mode)
 
     for step in plan.steps:
         before = scene.picture()
@@ -287,9 +295,12 @@ def test_check_changes_nothing(scene: Scene, role: Role) -> None:
         apply(scene, [step])
 
 
+@EACH_MODE
 @EACH_ROLE
-def test_remember_is_called_once_and_before_the_change(scene: Scene, role: Role) -> None:
-    plan = make(scene, role, some(4, 3), 4)
+def test_remember_is_called_once_and_before_the_change(
+    scene: Scene, role: Role, mode: Mode
+) -> None:
+    plan = make(scene, role, some(4, 3), 4, mode=mode)
 
     for step in plan.steps:
         before, told = scene.picture(), []
@@ -312,9 +323,10 @@ def test_reverting_up_to_any_step_leaves_the_site_as_it_was(
     assert seen == observe(scene, plan)
 
 
+@EACH_MODE
 @EACH_ROLE
-def test_ipv6_is_reverted_without_a_trace_as_well(scene: Scene, role: Role) -> None:
-    plan = make(scene, role, some(6, 3), 6)
+def test_ipv6_is_reverted_without_a_trace_as_well(scene: Scene, role: Role, mode: Mode) -> None:
+    plan = make(scene, role, some(6, 3), 6, mode=mode)
     picture = scene.picture()
     done = apply(scene, plan.steps)
     assert picture != scene.picture()
@@ -370,18 +382,17 @@ def test_a_step_that_never_came_to_its_change_is_reverted(
     assert picture == scene.picture()
 
 
+@EACH_MODE
 @EACH_ROLE
-def test_reverting_twice_is_reverting_once(scene: Scene, role: Role) -> None:
+def test_reverting_twice_is_reverting_once(scene: Scene, role: Role, mode: Mode) -> None:
     scene.lower_loopback(keep=False)
-    plan = make(scene, role, Connections.of([*some(4, 3), *some(6, 3)]), 4, 6)
+    plan = make(scene, role, Connections.of([*some(4, 3), *some(6, 3)]), 4, 6, mode=mode)
     picture = scene.picture()
     done = apply(scene, plan.steps)
 
     for undone in reversed(done):
         revert(scene, [undone])
-        once = scene.picture()
         revert(scene, [undone])
-        assert once == scene.picture()
 
     assert picture == scene.picture()
     revert(scene, done)
@@ -436,14 +447,17 @@ def test_an_id_that_is_there_already_is_refused(scene: Scene, role: Role) -> Non
     scene.kernel.check(plan.steps[0])
 
 
+@EACH_MODE
 @EACH_ROLE
 @pytest.mark.parametrize("order", ["first-in-first-out", "last-in-first-out"])
-def test_moves_share_a_site_and_leave_it_one_by_one(scene: Scene, role: Role, order: str) -> None:
+def test_moves_share_a_site_and_leave_it_one_by_one(
+    scene: Scene, role: Role, order: str, mode: Mode
+) -> None:
     """The shared table and chains go with the last of them, whichever it is."""
     scene.add_address(MAPS[4].old)
     bare = scene.picture()
     plans = [
-        make(scene, role, some(4, 3, port=port), 4, move_id=move_id)
+        make(scene, role, some(4, 3, port=port), 4, move_id=move_id, mode=mode)
         for move_id, port in (("web", 5000), ("web-0", 6000))
     ]
     done = [apply(scene, plan.steps) for plan in plans]
@@ -488,6 +502,30 @@ def test_moves_of_other_addresses_leave_each_other_alone(scene: Scene, role: Rol
 
     assert with_one == scene.picture()
     revert(scene, done_one)
+    assert bare == scene.picture()
+
+
+@EACH_ROLE
+@pytest.mark.parametrize("modes", [(*Mode,), (*reversed(Mode),)], ids=lambda modes: modes[0])
+def test_moves_of_both_modes_share_a_site(
+    scene: Scene, role: Role, modes: tuple[Mode, Mode]
+) -> None:
+    scene.add_address(MAPS[4].old)
+    bare = scene.picture()
+    plans = [
+        make(scene, role, some(4, 3, port=port), 4, move_id=mode.value, mode=mode)
+        for mode, port in zip(modes, (5000, 6000), strict=True)
+    ]
+    done = [apply(scene, plan.steps) for plan in plans]
+    seen = [observe(scene, plan) for plan in plans]
+    for plan, observation in zip(plans, seen, strict=True):
+        assert find_drift(plan, plan.move.sites[0], observation) == ()
+
+    revert(scene, done[0])
+
+    assert observe(scene, plans[0]).gate == Gate.ABSENT
+    assert seen[1] == observe(scene, plans[1])
+    revert(scene, done[1])
     assert bare == scene.picture()
 
 
@@ -548,10 +586,11 @@ def test_entries_that_are_in_the_way_are_replaced(scene: Scene, role: Role) -> N
     assert shows(plan, InsertEntries, observe(scene, plan))
 
 
+@EACH_MODE
 @EACH_ROLE
-def test_three_thousand_connections_of_either_family(scene: Scene, role: Role) -> None:
+def test_three_thousand_connections_of_either_family(scene: Scene, role: Role, mode: Mode) -> None:
     """More than fit one netlink message, and one chunk of messages."""
-    plan = make(scene, role, Connections.of([*some(4, 3000), *some(6, 3000)]), 4, 6)
+    plan = make(scene, role, Connections.of([*some(4, 3000), *some(6, 3000)]), 4, 6, mode=mode)
     picture = scene.picture()
 
     done = apply(scene, plan.steps)
@@ -584,6 +623,29 @@ def test_what_somebody_removed_is_drift_and_reverting_goes_on(scene: Scene, role
     seen = observe(scene, plan)
     assert (seen.gate, seen.addresses, set(seen.entries[0])) == (Gate.ABSENT, frozenset(), {None})
     assert scene.is_bare()
+
+
+@pytest.mark.root
+def test_the_picture_shows_what_it_is_compared_for(
+    make_site: Callable[[], str], run: Callable[..., str], take_picture: Callable[[str], list[str]]
+) -> None:
+    """The control of all comparisons above: every kind of change is one in the picture."""
+    scene = LinuxScene(LinuxKernel(), make_site(), run, take_picture)
+    changes: list[Callable[[], object]] = [
+        lambda: run(scene.netns, "nft", "add", "table", "inet", "x"),
+        lambda: scene.add_address(MAPS[4].old),
+        lambda: run(scene.netns, "ip", "route", "add", "10.8.0.0/16", "via", "10.3.0.1"),
+        lambda: run(scene.netns, "ip", "route", "add", "fd00:8::/64", "via", "fd00:3::1"),
+        lambda: scene.track(next(iter(some(4)))),
+        lambda: scene.track(next(iter(some(6)))),
+        lambda: run(scene.netns, "sysctl", "-qw", "net.netfilter.nf_conntrack_acct=1"),
+        lambda: scene.lower_loopback(keep=True),
+    ]
+
+    for change in changes:
+        before = scene.picture()
+        change()
+        assert before != scene.picture()
 
 
 @EACH_ROLE

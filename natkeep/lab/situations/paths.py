@@ -34,4 +34,5 @@ def _move_then_narrow(lab: Lab, network: str) -> None:
     lab.path_mtu(network)
     lab.server_sends(MUCH)
     lab.client_sends(MUCH)
+    lab.path_was_narrow(network)
     lab.finish()

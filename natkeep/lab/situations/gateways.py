@@ -1,0 +1,71 @@
+"""the situations of a gateway that translates already: a published port, a masqueraded client.
+
+Its own rules stay as they are; of the kept connections' entries natkeep changes nothing but OLD
+into NEW. The peer goes on to see what was published, the process what it saw of the peer.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+from natkeep.lab.application import Application, all_open
+from natkeep.lab.ends import tuple_of
+from natkeep.lab.situations import situation
+from natkeep.lab.stage import PORT, Lab
+from natkeep.lab.topology import address
+from natkeep.plan.tuples import Endpoint
+
+PUBLISHED, CONNECTIONS = 8080, 3
+translating = partial(situation, may_refuse=("stateless",))
+
+
+@translating(16, "a published port")
+def published(lab: Lab) -> None:
+    """The peer talks to VIP:8080, which the gateway turns into OLD:5000."""
+    vip = Endpoint(address("near", 100, lab.family), PUBLISHED)
+    lab.settle()
+    ip, length = ("ip", 24) if lab.family == 4 else ("ip6", 64)
+    nodad = ["nodad"] if lab.family == 6 else []
+    gateway = lab.topology["gateway"]
+    gateway.run("ip", "address", "add", f"{vip.address}/{length}", "dev", "near", *nodad)
+    gateway.nft(
+        "add table inet published\n"
+        "add chain inet published pre { type nat hook prerouting priority dstnat; }\n"
+        f"add rule inet published pre {ip} daddr {vip.address} tcp dport {vip.port}"
+        f" dnat {ip} to {Endpoint(lab.old, PORT)}\n"
+    )
+    _tell(lab, vip)
+
+
+@translating(17, "a masqueraded client")
+def masqueraded(lab: Lab) -> None:
+    """The process sees the gateway as its peer, and a port that the gateway chose."""
+    lab.settle()
+    lab.topology["gateway"].nft(
+        "add table inet masquerading\n"
+        "add chain inet masquerading post { type nat hook postrouting priority srcnat; }\n"
+        'add rule inet masquerading post iifname "near" meta l4proto tcp'
+        " masquerade to :20000-20999\n"
+    )
+    _tell(lab, Endpoint(lab.old, PORT))
+
+
+def _tell(lab: Lab, target: Endpoint) -> None:
+    lab.serve()
+    _dial_one_by_one(lab, target)
+    lab.talk()
+    lab.move()
+    lab.talk_on()
+    lab.finish()
+
+
+def _dial_one_by_one(lab: Lab, target: Endpoint) -> None:
+    """So that one knows which of the process's connections is which of the client's."""
+    lab.client, server = Application(lab.directory / "dial"), lab.server.application
+    lab.topology["client"].start("dial", *lab.client.dial_line(str(target)))
+    for count in range(1, CONNECTIONS + 1):
+        if count > 1:
+            lab.client.do({"open": None})
+        for each in (lab.client, server):
+            each.wait(all_open(count), f"connected, {count}")
+    lab.keep(tuple_of(each).reply() for each in server.fresh()["connections"])

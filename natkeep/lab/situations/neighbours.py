@@ -1,0 +1,149 @@
+"""the situations of neighbours: peers that are no gateway away, and others that NEW serves.
+
+A peer on the destination itself reaches OLD over lo from then on, without a translation; one
+that stays behind on the source host can be reached by no means, and is refused beforehand
+(hazards H26, H28 and H29, point T13).
+"""
+
+from __future__ import annotations
+
+import time
+from contextlib import suppress
+from functools import partial
+
+from natkeep.lab.application import Application, all_open, answered
+from natkeep.lab.ends import octets_agree, tuple_of
+from natkeep.lab.host import LabError, await_true
+from natkeep.lab.situations import situation
+from natkeep.lab.stage import PORT, Lab
+from natkeep.lab.topology import CLIENT, USUAL, Seat
+from natkeep.lab.verdict import Assertion
+from natkeep.plan.tuples import Endpoint, FourTuple
+
+SECOND_CLIENT = Seat("client2", "near", 3)
+LOOPBACK = {4: "127.0.0.1:0", 6: "[::1]:0"}
+OTHERS_PORT, KEPT_PORT = 42_000, 40_000
+REFUSED_IN_BOTH = ("stateful", "stateless")
+
+
+@situation(19, "the peer is on the destination", setup={"points": {"lo": ("destination", "lo")}})
+def peer_at_destination(lab: Lab) -> None:
+    """The peer's address is NEW; after the move both talk over lo."""
+    lab.peer_points = ["destination", "lo"]
+    lab.serve()
+    lab.dial(role="destination", connections=3)
+    lab.talk()
+    lab.freeze()
+    lab.prepare()
+    lab.clean_from_ns = time.time_ns()  # until then OLD was elsewhere, and addressed by its peer
+    lab.restore()
+    lab.talk_on()
+    lab.finish()
+
+
+@situation(20, "the peer is on the source", may_refuse=REFUSED_IN_BOTH)
+def peer_at_source(lab: Lab) -> None:
+    """Both ends have OLD; only one of them moves."""
+    lab.serve()
+    lab.dial(role="source")
+    _refuse(lab, "is on the source host too")
+
+
+@situation(20, "the peer is loopback", may_refuse=REFUSED_IN_BOTH)
+def peer_is_loopback(lab: Lab) -> None:
+    """An address that is never on a wire."""
+    lab.serve()
+    lab.dial(role="source", source=LOOPBACK[lab.family])
+    _refuse(lab, "is not on any wire")
+
+
+def _refuse(lab: Lab, reason: str) -> None:
+    lab.talk()
+    lab.freeze()
+    if not lab.must_refuse(reason):
+        lab.restore()
+        lab.talk_on()
+    lab.finish()
+
+
+@situation(20, "peers on source, loopback and a wire", engine="criu", probes=(True,))
+def mixed(lab: Lab) -> None:
+    """What can be kept is kept, although the image has connections that cannot."""
+    lab.serve()
+    neighbours = []
+    for name, source in (("old", None), ("loopback", LOOPBACK[lab.family])):
+        neighbours.append(Application(lab.directory / name))
+        line = neighbours[-1].dial_line(str(Endpoint(lab.old, PORT)), source=source)
+        lab.topology["source"].start(name, *line)
+        neighbours[-1].wait(all_open(1), "connected")
+    lab.dial(connections=3)
+    lab.talk()
+    lab.move()
+    lab.talk_on()
+    lab.finish()
+
+
+@situation(22, "NEW serves the same port to others", setup={"seats": (*USUAL, SECOND_CLIENT)})
+def others_at_new(lab: Lab) -> None:
+    """The same client host, with other ports, and another one; all the while they talk."""
+    lab.settle()
+    others = _Others(lab)
+    lab.serve()
+    lab.dial(connections=3, source=str(Endpoint(CLIENT.address(lab.family), KEPT_PORT)))
+    lab.talk()
+    others.talk_on("before")
+    lab.move()
+    lab.talk_on()
+    others.talk_on("after")
+    others.end()
+    lab.finish()
+
+
+class _Others:
+    """A server on NEW with clients on two hosts, none of which knows of the move."""
+
+    def __init__(self, lab: Lab) -> None:
+        self.lab = lab
+        target = str(Endpoint(lab.new, PORT))
+        self.server = Application(lab.directory / "others-serve")
+        lab.topology[lab.site.role].start("others-serve", *self.server.serve_line(target))
+        self.server.wait(lambda report: report["listening"], "listening")
+        self.clients = [self._dial(seat, target) for seat in (CLIENT, SECOND_CLIENT)]
+        lab.strangers += [each for client in self.clients for each in _tuples(client)]
+
+    def _dial(self, seat: Seat, target: str) -> Application:
+        client = Application(self.lab.directory / f"others-{seat.role}")
+        source = str(Endpoint(seat.address(self.lab.family), OTHERS_PORT))
+        line = client.dial_line(target, count=2, source=source)
+        self.lab.topology[seat.role].start(f"others-{seat.role}", *line)
+        client.wait(all_open(2), "connected")
+        client.do({"talk": {"interval_ms": 10, "size": 64}})
+        return client
+
+    def talk_on(self, when: str) -> None:
+        for client in self.clients:
+            more = 10 + max(each["answered"] for each in client.fresh()["connections"])
+            with self.lab.should(f"others at NEW are served {when} the move"):
+                client.wait(answered(more), "10 more answers each")
+
+    def end(self) -> None:
+        """Every octet of theirs has arrived, too."""
+        for client in self.clients:
+            client.do("quiet")
+            with suppress(LabError):
+                await_true(partial(self._agrees, client), "it all to arrive")
+            found = self._agree(client)
+            self.lab.report.assertions.append(
+                Assertion(f"others at NEW: {found.name}", found.ok, found.detail)
+            )
+
+    def _agrees(self, client: Application) -> bool:
+        return self._agree(client).ok
+
+    def _agree(self, client: Application) -> Assertion:
+        views = {each: each for each in _tuples(client)}
+        return octets_agree(client.fresh(), self.server.fresh(), views)
+
+
+def _tuples(client: Application) -> list[FourTuple]:
+    return [tuple_of(each) for each in client.fresh()["connections"]]

@@ -1,0 +1,121 @@
+"""the situations of full queues: what was under way, or waited, when the process was frozen.
+
+CRIU sends what was unsent while it restores the socket, some 25 ms before it calls its last
+script: the translation must be there by then, and the gate must not eat the answers for good
+(point T1).
+"""
+
+from __future__ import annotations
+
+import re
+from functools import partial
+
+from natkeep.lab.application import Application, Report
+from natkeep.lab.host import Host, await_true
+from natkeep.lab.situations import situation
+from natkeep.lab.stage import Lab
+
+MUCH = 3_000_000  # more than all buffers of a connection hold
+PATIENCE_S = 8.0
+
+queued = partial(situation, engine="criu", probes=(True,))
+
+
+@queued(13, "unsent data at the freeze")
+def unsent(lab: Lab) -> None:
+    """The congestion window was full, so there are octets that were never on a wire."""
+    _serve(lab)
+    switch = lab.topology["switch"]
+    switch.nft(
+        "add table netdev deaf\n"
+        "add chain netdev deaf c"
+        f" {{ type filter hook ingress device {lab.home.role} priority 20; }}\n"
+        "add rule netdev deaf c meta l4proto tcp drop\n"
+    )
+    goal = _read(lab.client) + MUCH
+    lab.server.application.do({"push": MUCH})
+    await_true(lambda: _unsent(lab.at) > 0, "data that cannot be sent")
+    lab.freeze()
+    switch.nft("delete table netdev deaf\n")
+    lab.prepare()
+    lab.restore()
+    _arrive(lab, lab.client, goal)
+    lab.finish()
+
+
+@queued(13, "full queues both ways")
+def full(lab: Lab) -> None:
+    """Nobody reads: both receive queues and both send queues are full, both windows closed."""
+    _serve(lab)
+    ends = (lab.client, lab.server.application)
+    goals = [_read(each) + MUCH for each in ends]
+    for order in ("pause_reading", {"push": MUCH}):
+        for each in ends:
+            each.do(order)
+    for host in (lab.topology["client"], lab.at):
+        await_true(partial(_is_full, host), "full queues")
+    lab.freeze()
+    lab.prepare()
+    lab.restore()
+    for each in ends:
+        each.do("resume_reading")
+    for each, goal in zip(ends, goals, strict=True):
+        _arrive(lab, each, goal)
+    lab.finish()
+
+
+@queued(13, "bulk both ways at the freeze")
+def bulk(lab: Lab) -> None:
+    """Both send as fast as they can, before and after."""
+    _serve(lab)
+    ends = (lab.client, lab.server.application)
+    for each in ends:
+        each.do({"bulk": None})
+    for each in ends:
+        _arrive(lab, each, _read(each) + MUCH)
+    lab.freeze()
+    lab.prepare()
+    lab.restore()
+    for each in ends:
+        _arrive(lab, each, _read(each) + MUCH)
+    for each in ends:
+        each.do("quiet")
+    lab.finish()
+
+
+def _serve(lab: Lab) -> None:
+    """A server that only swallows what it is sent, after a short conversation."""
+    lab.serve()
+    lab.dial()
+    lab.talk()
+    lab.quiet()
+    lab.server.application.do("swallow")
+
+
+def _read(hearer: Application) -> int:
+    octets: int = hearer.fresh()["connections"][0]["rx"]
+    return octets
+
+
+def _arrive(lab: Lab, hearer: Application, goal: int) -> None:
+    def arrived(report: Report) -> bool:
+        return bool(report["connections"][0]["rx"] >= goal)
+
+    with lab.must(f"{goal:,} octets arrive"):
+        hearer.wait(arrived, f"for {goal} octets", within=PATIENCE_S)
+    lab.carried_on = True
+
+
+def _unsent(host: Host) -> int:
+    """Octets in the host's send queue that were never on a wire."""
+    found = re.findall(r"notsent:(\d+)", _sockets(host))
+    return max((int(each) for each in found), default=0)
+
+
+def _is_full(host: Host) -> bool:
+    """Whether the host has more to send, and waits for its peer to read: it probes the window."""
+    return _unsent(host) > 0 and "timer:(persist" in _sockets(host)
+
+
+def _sockets(host: Host) -> str:
+    return host.run("ss", "-Htnio", "state", "connected").stdout

@@ -1,0 +1,180 @@
+"""the operator's word: /etc/natkeep/natkeep.toml, what may be moved, and the hook's standing orders.
+
+    allow_old = ["10.2.0.0/24", "fd00:2::/64"]   # OLD must be in one of these
+    allow_new = ["10.3.0.0/16"]                  # and NEW in one of these
+    max_connections = 10000                      # so many of them in one move at most
+
+    [hook]                                       # for natkeep-hook, without NATKEEP_ID or _MAP
+    map = ["10.2.0.10=auto"]                     # or: id = "web"
+    mode = "stateless"
+    state_dir = "/run/natkeep"
+
+Where there is no file, or a key is not in it, what the command line or the environment names is
+allowed. Rule: whoever may write the file is root, or it is refused; a key that is not known is a
+mistake, never ignored. The path is fixed: an environment that could name another file could
+allow itself everything, and the environment is just what this file is to set bounds to.
+This file must never change anything, and never read an image.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import os
+import stat
+from dataclasses import dataclass
+from typing import Any
+
+from natkeep.errors import RefusedError, UsageError
+from natkeep.plan.move import Mode, Move
+from natkeep.plan.tuples import Address
+
+PATH = "/etc/natkeep/natkeep.toml"
+_SIZE_LIMIT = 1 << 20
+
+Network = ipaddress.IPv4Network | ipaddress.IPv6Network
+
+
+@dataclass(frozen=True, slots=True)
+class Standing:
+    """The table [hook]: what the hook does where the environment does not say; "" is not set."""
+
+    id: str = ""
+    map: tuple[str, ...] = ()
+    mode: str = ""
+    state_dir: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Policy:
+    """What the operator allows; None is no bound."""
+
+    allow_old: tuple[Network, ...] | None = None
+    allow_new: tuple[Network, ...] | None = None
+    max_connections: int | None = None
+    hook: Standing = Standing()
+
+    def authorise(self, move: Move, count: int) -> None:
+        """RefusedError when *move*, of *count* connections, is more than is allowed."""
+        for map_ in move.maps:
+            _demand("OLD", map_.old, "allow_old", self.allow_old)
+            _demand("NEW", map_.new, "allow_new", self.allow_new)
+        if self.max_connections is not None and count > self.max_connections:
+            raise RefusedError(
+                f"{count} connections are more than this machine allows, {self.max_connections}",
+                hint=f"max_connections in {PATH}",
+            )
+
+
+def authorise(move: Move, count: int) -> None:
+    """RefusedError when the operator's file does not allow *move* with *count* connections."""
+    read_policy().authorise(move, count)
+
+
+def _demand(name: str, address: Address, key: str, networks: tuple[Network, ...] | None) -> None:
+    if networks is None or any(address in network for network in networks):
+        return
+    raise RefusedError(f"{name} {address} is not allowed on this machine", hint=f"{key} in {PATH}")
+
+
+def read_policy() -> Policy:
+    """What the file says; no bounds where there is none. UsageError for a file that is wrong."""
+    text = _read()
+    if text is None:
+        return Policy()
+    import tomllib  # only here: it takes as long to import as the interpreter to start
+
+    try:
+        document = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise UsageError(f"{PATH}: {error}") from None
+    return _make_policy(document)
+
+
+def _read() -> str | None:
+    try:
+        fd = os.open(PATH, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY)
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except OSError as error:
+        raise UsageError(f"cannot open {PATH}: {error.strerror}") from None
+    with os.fdopen(fd, "rb") as file:
+        status = os.fstat(fd)
+        if not stat.S_ISREG(status.st_mode):
+            raise UsageError(f"{PATH} is not a file")
+        if status.st_uid != 0 or status.st_mode & 0o022:
+            raise UsageError(
+                f"{PATH} can be written by others than root",
+                hint=f"chown root {PATH}; chmod go-w {PATH}",
+            )
+        if status.st_size > _SIZE_LIMIT:
+            raise UsageError(f"{PATH} is too large")
+        try:
+            return file.read(_SIZE_LIMIT).decode()
+        except UnicodeDecodeError:
+            raise UsageError(f"{PATH} is not UTF-8 text") from None
+
+
+def _make_policy(document: dict[str, Any]) -> Policy:
+    _refuse_unknown(document, ("allow_old", "allow_new", "max_connections", "hook"), "")
+    table = document.get("hook", {})
+    if not isinstance(table, dict):
+        raise UsageError(f"{PATH}: hook is not a table")
+    _refuse_unknown(table, ("id", "map", "mode", "state_dir"), "hook.")
+    hook = Standing(
+        _text(table, "id"),
+        tuple(_texts(table, "map", "hook.map") or ()),
+        _text(table, "mode"),
+        _text(table, "state_dir"),
+    )
+    if hook.mode and hook.mode not in tuple(Mode):
+        raise UsageError(f"{PATH}: hook.mode: {hook.mode!r} is none of {', '.join(Mode)}")
+    return Policy(
+        _networks(document, "allow_old"),
+        _networks(document, "allow_new"),
+        _number(document, "max_connections"),
+        hook,
+    )
+
+
+def _refuse_unknown(table: dict[str, Any], known: tuple[str, ...], prefix: str) -> None:
+    for key in table:
+        if key not in known:
+            raise UsageError(
+                f"{PATH}: unknown key {prefix}{key}",
+                hint="known are " + ", ".join(prefix + name for name in known),
+            )
+
+
+def _text(table: dict[str, Any], key: str) -> str:
+    value = table.get(key, "")
+    if not isinstance(value, str):
+        raise UsageError(f"{PATH}: hook.{key} is not a text")
+    return value
+
+
+def _texts(table: dict[str, Any], key: str, name: str) -> list[str] | None:
+    values = table.get(key)
+    if values is None:
+        return None
+    if not isinstance(values, list) or not all(isinstance(value, str) for value in values):
+        raise UsageError(f"{PATH}: {name} is not a list of texts")
+    return values
+
+
+def _networks(document: dict[str, Any], key: str) -> tuple[Network, ...] | None:
+    texts = _texts(document, key, key)
+    if texts is None:
+        return None
+    try:
+        return tuple(ipaddress.ip_network(text) for text in texts)
+    except ValueError as error:
+        raise UsageError(f"{PATH}: {key}: {error}") from None
+
+
+def _number(document: dict[str, Any], key: str) -> int | None:
+    value = document.get(key)
+    if value is None:
+        return None
+    if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+        raise UsageError(f"{PATH}: {key} is not a number from 0 on")
+    return value

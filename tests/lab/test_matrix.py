@@ -1,0 +1,275 @@
+"""the matrix: a representative part of it, what counts as passed, and that its cells can fail."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from natkeep.errors import UsageError
+from natkeep.lab import matrix, tally
+from natkeep.lab.matrix import Cell, Column, Outcome, Selection, find_situations, judge
+from natkeep.lab.situations import Situation
+from natkeep.lab.verdict import Assertion, Report
+
+ROOT = Path(__file__).resolve().parents[2]
+PROCESSORS = len(os.sched_getaffinity(0))
+STATEFUL = Column("natkeep", "stateful", True)
+STATELESS = Column("natkeep", "stateless", True)
+NAIVE = Column("naive", "stateful", True)
+NOTHING = Situation(1, "nothing", lambda lab: None)
+
+
+def run(selection: Selection, *, probes: tuple[bool, ...] = (True, False)) -> list[Outcome]:
+    cells = [cell for cell in selection.cells() if cell.applies and cell.column.probe in probes]
+    return matrix.run(cells, jobs=PROCESSORS)
+
+
+def failures(outcomes: list[Outcome]) -> list[str]:
+    assert outcomes
+    return [f"{each.cell}: {each.reason}" for each in outcomes if each.verdict != "pass"]
+
+
+# A part of the table. The probe is lost where that makes it harder.
+
+
+@pytest.mark.root
+@pytest.mark.lab
+@pytest.mark.parametrize(
+    ("number", "families"),
+    [("4", (4, 6)), ("6", (4, 6)), ("7", (6,)), ("9", (4, 6)), ("10", (4,)), ("11", (6,))],
+)
+def test_natkeep_keeps_the_connection_in_both_modes(number, families):
+    outcomes = run(Selection((number,), ("natkeep",), (), families), probes=(False,))
+
+    assert failures(outcomes) == []
+
+
+@pytest.mark.root
+@pytest.mark.lab
+@pytest.mark.parametrize("words", ["path MTU drops beyond", "path MTU drops before"])
+def test_the_path_may_become_narrow(words):
+    """The hardest is IPv6 without state: only routers' errors tell, and they quote NEW."""
+    outcomes = run(Selection((words,), ("natkeep",), ("stateless",), (6,)), probes=(True,))
+
+    assert failures(outcomes) == []
+
+
+@pytest.mark.root
+@pytest.mark.lab
+def test_what_was_never_kept_opens_nothing():
+    outcomes = run(Selection(("default deny",), ("natkeep",), (), (4,)), probes=(True,))
+
+    assert failures(outcomes) == []
+
+
+@pytest.mark.root
+@pytest.mark.lab
+@pytest.mark.parametrize(
+    ("number", "reason"),
+    [("3", "what the client says is answered"), ("6", "the server's FIN arrives")],
+)
+def test_rules_from_a_blog_lose_the_connection(number, reason):
+    """The cells can fail: the gateway tracks OLD, and a FIN is the very first packet."""
+    outcomes = run(Selection((number,), ("naive",), (), (4,)), probes=(False,))
+
+    assert [each.verdict for each in outcomes] == ["fail"]
+    assert reason in outcomes[0].reason
+
+
+@pytest.mark.root
+@pytest.mark.lab
+def test_rules_from_a_blog_let_strangers_in():
+    outcomes = run(Selection(("default deny",), ("naive",), (), (4,)), probes=(True,))
+
+    assert [each.verdict for each in outcomes] == ["fail"]
+    assert "another client port" in outcomes[0].reason
+
+
+@pytest.mark.root
+@pytest.mark.lab
+def test_command_line_prints_a_document_and_keeps_a_report(tmp_path):
+    program = "import sys; from natkeep.cli import main; sys.exit(main())"
+    done = subprocess.run(
+        [sys.executable, "-c", program, "lab", "matrix", "--only", "2", "--only", "5", "--json",
+         "--family", "4", "--mode", "stateful", "--translator", "natkeep",
+         "--translator", "naive", "--report", str(tmp_path)],
+        capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    document = json.loads(done.stdout)
+    shown = {(each["number"], each["translator"], each["probe"]): each["shown"]
+             for each in document["cells"]}  # fmt: skip
+
+    assert done.returncode == 0, done.stderr
+    assert (document["schema"], document["verdict"]) == (1, "pass")
+    assert shown[5, "natkeep", "lost"] == "1/1"
+    assert shown[5, "naive", "lost"] == "0/1"  # a baseline's failure is no failure of the run
+    assert json.loads((tmp_path / "matrix.json").read_text()) == document
+    assert "verdict: pass" in (tmp_path / "matrix.txt").read_text()
+    (kept,) = tmp_path.glob("5-*-naive")
+    assert {"client.pcap", "destination.pcap", "report.txt"} <= {p.name for p in kept.iterdir()}
+
+
+# The selection
+
+
+def test_every_number_of_the_issue_has_a_situation():
+    assert {each.number for each in find_situations()} >= {*range(1, 23)}
+
+
+def test_no_two_situations_share_a_name():
+    names = [each.name for each in find_situations()]
+
+    assert len(set(names)) == len(names)
+
+
+def test_everything_is_selected_by_default():
+    cells = Selection().cells()
+
+    assert len(cells) == len(find_situations()) * 2 * 8
+
+
+def test_a_situation_is_selected_by_number_or_by_words():
+    by_number, by_words = Selection(("8",)), Selection(("PATH MTU",))
+
+    assert by_number.cells() == by_words.cells()
+    assert len({each.situation.name for each in by_number.cells()}) == 2
+
+
+def test_an_unknown_situation_is_a_usage_error():
+    with pytest.raises(UsageError, match="'flood'") as raised:
+        Selection(("1", "flood")).cells()
+    assert "1 client speaks first" in (raised.value.hint or "")
+
+
+def test_baselines_know_no_modes():
+    columns = Selection((), ("natkeep", "naive"), ("stateless",)).columns()
+
+    assert [each.group for each in columns] == ["natkeep stateless"] * 2 + ["naive"] * 2
+
+
+# What a run comes to
+
+
+def report(*assertions: Assertion, mode: str = "stateless") -> Report:
+    return Report("name", mode=mode, assertions=list(assertions))
+
+
+REFUSED = Assertion("the translator prepares", False, "cannot be kept")
+CLEAN = Assertion("teardown leaves the gateway byte-identical", True)
+DIRTY = Assertion("teardown leaves the gateway byte-identical", False, "gone")
+
+
+@pytest.mark.parametrize(
+    ("told", "refused", "may_refuse", "verdict"),
+    [
+        (report(CLEAN), "", (), "pass"),
+        (report(), "", (), "fail"),
+        (report(REFUSED, CLEAN), "", ("stateless",), "fail"),
+        (report(REFUSED, CLEAN), "cannot", ("stateless",), "refused"),
+        (report(REFUSED, CLEAN), "cannot", (), "fail"),
+        (report(REFUSED, CLEAN, mode="stateful"), "cannot", ("stateless",), "fail"),
+        (report(REFUSED, DIRTY), "cannot", ("stateless",), "fail"),
+    ],
+    ids=["passed", "empty", "failed", "refused", "must not", "not in this mode", "not clean"],
+)
+def test_a_refusal_counts_only_where_it_may_be(told, refused, may_refuse, verdict):
+    assert judge(told, refused, may_refuse=may_refuse)[0] == verdict
+
+
+# Cells run in processes of their own; what they do is replaced here.
+
+
+def outcome_of(monkeypatch, play, *, deadline=5.0) -> Outcome:
+    monkeypatch.setattr(matrix, "play", play)
+    monkeypatch.setattr(matrix, "sweep", list)
+    (outcome,) = matrix.run([Cell(NOTHING, 4, STATEFUL)], jobs=2, deadline=deadline)
+    return outcome
+
+
+@pytest.mark.needs("scapy")
+def test_a_cell_tells_its_outcome(monkeypatch):
+    outcome = outcome_of(monkeypatch, lambda cell, report: Outcome(cell, "refused", "why", 1.5))
+
+    assert (outcome.verdict, outcome.reason, outcome.seconds) == ("refused", "why", 1.5)
+
+
+@pytest.mark.needs("scapy")
+def test_a_cell_that_crashes_has_failed(monkeypatch):
+    outcome = outcome_of(monkeypatch, lambda cell, report: {}["missing"])
+
+    assert (outcome.verdict, outcome.reason) == ("fail", "the lab: KeyError: 'missing'")
+
+
+@pytest.mark.needs("scapy")
+def test_a_cell_whose_process_dies_has_failed(monkeypatch):
+    outcome = outcome_of(monkeypatch, lambda cell, report: os._exit(3))
+
+    assert (outcome.verdict, outcome.reason) == ("fail", "the cell's process: it ended with 3")
+
+
+@pytest.mark.needs("scapy")
+def test_a_cell_that_hangs_has_failed_at_its_deadline(monkeypatch):
+    began = time.monotonic()
+    outcome = outcome_of(monkeypatch, lambda cell, report: time.sleep(60), deadline=0.2)
+
+    assert outcome.reason == "the cell's process: not over at its deadline"
+    assert time.monotonic() - began < 30
+
+
+# The table
+
+
+def tallied(*outcomes: Outcome) -> tally.Tally:
+    cells = [
+        Cell(situation, family, column)
+        for situation in (NOTHING, Situation(20, "one family", NOTHING.tell, families=(4,)))
+        for family in (4, 6)
+        for column in (STATEFUL, STATELESS, NAIVE)
+    ]
+    return tally.count(cells, outcomes, reps=2, jobs=2, seconds=90.0)
+
+
+def test_the_table_counts_and_names_what_failed():
+    cell = Cell(NOTHING, 4, STATEFUL)
+    told = tallied(
+        Outcome(cell, "pass"),
+        Outcome(cell, "fail", "the reason:\n  first"),
+        Outcome(Cell(NOTHING, 4, STATELESS), "refused", "cannot"),
+        Outcome(Cell(NOTHING, 4, NAIVE), "fail", "of course"),
+    )
+    lines = told.as_text().splitlines()
+
+    assert lines[:6] == [
+        "                    natkeep stateful   natkeep stateless   naive",
+        "situation     probe             sent                sent    sent",
+        " 1 nothing    IPv4               1/2             refused     0/1",
+        "              IPv6                 -                   -       -",
+        "20 one family IPv4                 -                   -       -",
+        "              IPv6                 -                   -       -",
+    ]
+    assert (
+        "natkeep stateful   1 of 2 runs passed; 0 of 1 cells never failed" in lines
+    )  # fmt: skip
+    assert "  1 nothing, IPv4, probe sent, natkeep stateful: the reason: first" in lines
+    assert not any("of course" in line for line in lines)
+    assert lines[-1] == "3 cells, 4 runs, 2 at once, in 1.5 min; verdict: fail"
+    assert not told.passed
+
+
+def test_a_baseline_may_fail():
+    assert tallied(Outcome(Cell(NOTHING, 4, NAIVE), "fail")).passed
+
+
+def test_the_document_has_every_cell():
+    document = tallied(Outcome(Cell(NOTHING, 4, STATELESS), "refused", "cannot")).as_json()
+    first = document["cells"][1]
+
+    assert (document["schema"], document["verdict"], len(document["cells"])) == (1, "pass", 12)
+    assert (first["shown"], first["refused"], first["mode"]) == ("refused", 1, "stateless")
+    assert document["totals"]["natkeep stateless"] == {"tried": 1, "passed": 0, "refused": 1}
