@@ -9,7 +9,7 @@ The state directory (0700, files 0600; nothing below it is ever opened through a
     ID.journal         JSON lines, appended and fsynced:
         {"schema": 1, "natkeep": VERSION, "boot": BOOT ID, "move": {...}, "mode": ...,
          "namespaces": [[DEVICE, INODE], ...], "steps": [KIND, ...], "local": [ADDRESS, ...],
-         "connections": SHA-256}
+         "connections": SHA-256, "image": RUN ID OF THE DUMP or null}
         {"step": 4, "state": "doing", "prior": {...}}      before the step acts
         {"step": 4, "state": "done", "prior": {...}}       after it acted
         {"step": 4, "state": "undone"}
@@ -38,7 +38,7 @@ from typing import Any
 from natkeep import __version__
 from natkeep.errors import JournalError, NatkeepError, RefusedError, UsageError
 from natkeep.plan.move import Map, Mode, Move, Role, Site, Surroundings, parse_id
-from natkeep.plan.steps import Identity, Prior
+from natkeep.plan.steps import Identity, OpenGate, Prior
 from natkeep.plan.tuples import Connections, Endpoint, parse_address
 
 SCHEMA = 1
@@ -75,6 +75,7 @@ class Journal:
     boot: str
     _directory: StateDirectory
     records: dict[int, Record] = field(default_factory=dict)
+    image: str | None = None
 
     def note(self, step: int, state: str, prior: Prior) -> None:
         """Append one record and have it on disk before returning."""
@@ -88,6 +89,16 @@ class Journal:
         """Whether the step acted and was not undone."""
         record = self.records.get(step)
         return record is not None and record.state == "done"
+
+    def is_prepared(self) -> bool:
+        """Whether every step of prepare acted."""
+        steps = (n for n, kind in enumerate(self.kinds) if kind != OpenGate.__name__)
+        return all(self.is_done(number) for number in steps)
+
+    def is_opened(self) -> bool:
+        """Whether a gate was opened anywhere, and not closed again."""
+        steps = (n for n, kind in enumerate(self.kinds) if kind == OpenGate.__name__)
+        return any(self.is_done(number) for number in steps)
 
     def identity(self, site: Site) -> Identity:
         """The namespace that *site* was when the move was prepared."""
@@ -150,6 +161,7 @@ class StateDirectory:
         surroundings: Surroundings,
         namespaces: tuple[Identity, ...],
         kinds: tuple[str, ...],
+        image: str | None = None,
     ) -> Journal:
         """Write the journal of a new move; RefusedError when its id is in use."""
         packed = _pack((connections, surroundings.carried, surroundings.carriers))
@@ -162,6 +174,7 @@ class StateDirectory:
             "steps": list(kinds),
             "local": sorted(str(address) for address in surroundings.local),
             "connections": hashlib.sha256(packed).hexdigest(),
+            "image": image,
         }
         if move.id in self.ids():
             raise RefusedError(
@@ -173,7 +186,8 @@ class StateDirectory:
         except BaseException:
             self.remove(move.id)  # nothing has been done yet
             raise
-        return Journal(move, connections, surroundings, namespaces, kinds, read_boot_id(), self)
+        boot = str(header["boot"])
+        return Journal(move, connections, surroundings, namespaces, kinds, boot, self, image=image)
 
     def read_move(self, move_id: str) -> tuple[Move, tuple[Identity, ...], str] | None:
         """The move of a journal, its namespaces and its boot, without its connections.
@@ -228,6 +242,7 @@ class StateDirectory:
             tuple(str(kind) for kind in header["steps"]),
             str(header["boot"]),
             self,
+            image=_read_image(header.get("image")),
         )
         if len(journal.namespaces) != len(move.sites):
             raise ValueError("it does not name a namespace for each site")
@@ -376,6 +391,12 @@ def _unpack(packed: bytes) -> tuple[Connections, ...]:
     if len(columns) != 6 or at != len(packed):
         raise ValueError("its connections are not of the form that this natkeep writes")
     return tuple(Connections(*columns[i : i + 2]) for i in (0, 2, 4))
+
+
+def _read_image(value: object) -> str | None:
+    if value is not None and not isinstance(value, str):
+        raise ValueError(f"{value!r} is not the run id of a dump")
+    return value
 
 
 def _read_record(journal: Journal, line: dict[str, Any], number: int) -> None:

@@ -26,7 +26,7 @@ from natkeep.kernel.netns import NamespaceGoneError
 from natkeep.plan import ruleset
 from natkeep.plan.drift import Gate, MoveStatus, SiteStatus, find_drift
 from natkeep.plan.findings import Finding, find
-from natkeep.plan.move import Move, Role, Site, Translation
+from natkeep.plan.move import Mode, Move, Role, Site, Translation
 from natkeep.plan.steps import (
     AddAddress,
     InsertEntries,
@@ -59,9 +59,11 @@ class Lifecycle:
         connections: Connections,
         gate: Gate = Gate.CLOSED,
         replaces: str | None = None,
+        image: str | None = None,
     ) -> Plan:
         """Make every site ready; with Gate.OPEN let the connections through as well.
 
+        image: the run id of the dump that the connections were read from, for `open`'s confirm.
         replaces: the id of an earlier move of the same process. At the sites that both have,
         this move's gate closes in front of it, and when all is ready the earlier one is taken
         out there: no packet meets both, and none meets neither.
@@ -72,34 +74,42 @@ class Lifecycle:
         with self.state.locked():
             plan = self.check(move, connections, replaces)
             if replaces is not None:
-                return self._replace(plan, connections, gate, replaces)
-            self._begin_and_apply(plan, connections, gate)
+                return self._replace(plan, connections, gate, replaces, image)
+            self._begin_and_apply(plan, connections, gate, image)
         return plan
 
-    def _begin_and_apply(self, plan: Plan, connections: Connections, gate: Gate) -> None:
+    def _begin_and_apply(
+        self, plan: Plan, connections: Connections, gate: Gate, image: str | None
+    ) -> None:
         move = plan.move
         steps = plan.steps if gate == Gate.OPEN else plan.prepare
         identities = tuple(self.kernel.identity(site) for site in move.sites)
-        journal = self.state.begin(move, connections, plan.surroundings, identities, _kinds(plan))
+        journal = self.state.begin(
+            move, connections, plan.surroundings, identities, _kinds(plan), image
+        )
         self._apply_or_undo(journal, plan, list(range(len(steps))))
 
-    def _replace(self, plan: Plan, connections: Connections, gate: Gate, replaces: str) -> Plan:
+    def _replace(
+        self, plan: Plan, connections: Connections, gate: Gate, replaces: str, image: str | None
+    ) -> Plan:
         earlier, old = self._load(replaces)
         self._refuse_earlier_boot(earlier)
         shared = self._shared_sites(earlier, plan.move)
         numbers = [n for n, step in enumerate(old.steps) if step.site in shared]
-        # From now on a teardown of the earlier move must not delete entries of the new one.
         entries = [n for n in numbers if isinstance(old.steps[n], InsertEntries | PurgeEntries)]
-        for number in entries:
+        # Stateful entries of both moves have the same tuples: from now on a teardown of the
+        # earlier move must not delete those of the new one. Stateless ones say NEW, so they differ.
+        same = {earlier.move.mode, plan.move.mode} == {Mode.STATEFUL}
+        for number in entries if same else ():
             earlier.note(number, "undone", Prior())
         self.kernel.open_sites(shared, {site: earlier.identity(site) for site in shared})
         try:
-            self._begin_and_apply(plan, connections, gate)
+            self._begin_and_apply(plan, connections, gate, image)
         except BaseException:
             for number in entries:
                 self._apply(earlier, old.steps[number], number)
             raise
-        left = self._undo(earlier, old, [n for n in reversed(numbers) if n not in entries])
+        left = self._undo(earlier, old, reversed(numbers))
         if left:
             raise _leftover(earlier, left)
         if all(record.state == "undone" for record in earlier.records.values()):
@@ -246,15 +256,18 @@ class Lifecycle:
                     return True
         return False
 
-    def open(self, move_id: str) -> None:
+    def open(self, move_id: str, confirm: Callable[[Journal], None] | None = None) -> None:
         """Let the kept connections through at every site, gateway first; again is fine.
 
+        confirm: asked, under the lock, before anything is opened; whatever it raises is the end.
         KernelError when a site no longer has the move's gate, JournalError when it was not
         prepared to the end: then nothing is opened.
         """
         with self.state.locked():
             journal, plan = self._load(move_id)
             self._refuse_earlier_boot(journal)
+            if confirm is not None:
+                confirm(journal)
             self._open_known(journal, plan)
             prepared = range(len(plan.prepare))
             if not all(journal.is_done(number) for number in prepared):

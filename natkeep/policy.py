@@ -1,4 +1,4 @@
-"""the operator's word: /etc/natkeep/natkeep.toml, what may be moved, and the hook's standing orders.
+"""the operator's word: /etc/natkeep/natkeep.toml, what may be moved, and standing orders.
 
     allow_old = ["10.2.0.0/24", "fd00:2::/64"]   # OLD must be in one of these
     allow_new = ["10.3.0.0/16"]                  # and NEW in one of these

@@ -168,6 +168,22 @@ def read_checkpoint_with_queues(directory: str | os.PathLike[str] | int) -> Chec
         return replace(checkpoint, sockets=sockets)
 
 
+def read_inventory(directory: str | os.PathLike[str] | int) -> Inventory:
+    """What CRIU noted about the dump in *directory* as a whole."""
+    with opened(directory) as images:
+        return _read_inventory(images)[0]
+
+
+def has_own_netns(directory: str | os.PathLike[str] | int) -> bool:
+    """Whether the tree had another network namespace than CRIU, dumped or external.
+
+    For each one of that kind there is an image (CRIU 4.2.1: netns-9.img, of an external one with
+    its key in it), and for CRIU's own there is none.
+    """
+    with opened(directory) as images:
+        return any(re.fullmatch(r"netns-[0-9]+\.img", name) for name in images.names())
+
+
 def _read_sockets(images: Directory) -> tuple[Checkpoint, Sequence[int]]:
     """The checkpoint, and the inode of each of its sockets."""
     try:

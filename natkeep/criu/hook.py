@@ -1,12 +1,19 @@
-"""the action script behind its shell front: opens the prepared move when the sockets are there.
+"""the action script behind its shell front: opens, or prepares and opens, while CRIU restores.
 
 CRIU starts `natkeep-hook` at each of its points without arguments, with stdin closed; what is
-printed goes to CRIU's log. At `post-restore` all sockets exist, still in repair, and no task
-runs: it is the last point at which a non-zero exit ends the restore without harm (the tasks are
-killed silently and the image can be restored again).
+printed goes to CRIU's log. Three of them are ours:
 
-Rule: orders come from the environment, never from the image; what is not ours is left with 0
-before anything else is imported.
+    pre-restore             no process, no socket yet; a tree without a network namespace of its
+                            own will be in CRIU's (or in that of `--join-ns`): prepare there
+    post-setup-namespaces   the tree's own namespace exists, no socket yet: prepare there
+    post-restore            all sockets exist, still in repair, and no task runs: open. It is the
+                            last point at which a non-zero exit ends the restore without harm
+                            (the tasks are killed silently, the image can be restored again)
+
+With NATKEEP_ID only the last: the move has been prepared. Rule: orders come from orders.py, never
+from the image; what is not ours is left with 0 before anything else is imported; each point may
+come twice and is served once. CRIU calls nobody when a restore fails, so what was prepared for
+one that did is cleared by the next (its gate was never opened: it harmed nobody).
 """
 
 from __future__ import annotations
@@ -14,30 +21,247 @@ from __future__ import annotations
 import os
 import sys
 
+TYPE_CHECKING = False  # typing.TYPE_CHECKING, without importing typing
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from natkeep.checkpoint import Checkpoint
+    from natkeep.criu.orders import Call, Orders
+    from natkeep.journal import Journal
+    from natkeep.lifecycle import Lifecycle
+    from natkeep.plan.move import Move, Site
+
+_ACTIONS = ("pre-restore", "post-setup-namespaces", "post-restore")
+
+DEADLINE = 15.0
+"""Seconds that a restore is held up at most; longer than the journal waits for its lock, whose
+error says more."""
+_GRACE = 5.0  # s more, to undo what was begun
+
 
 def main() -> int:
     """Exit code for CRIU: 0, or that of the error that is printed."""
-    move_id = os.environ.get("NATKEEP_ID")
-    if os.environ.get("CRTOOLS_SCRIPT_ACTION") != "post-restore" or not move_id:
+    environment = os.environ
+    action = environment.get("CRTOOLS_SCRIPT_ACTION")
+    only_id = environment.get("NATKEEP_ID") and not environment.get("NATKEEP_MAP")
+    if action not in _ACTIONS or (only_id and action != "post-restore"):
         return 0
     from natkeep.errors import NatkeepError
 
     try:
-        return _open(move_id)
+        _start_clock()
+        return _serve()
     except NatkeepError as error:
         hint = f" ({error.hint})" if error.hint else ""
-        print(f"natkeep-hook: {error}{hint}", file=sys.stderr)
-        return error.exit_code
+        return _fail(f"{error}{hint}", error.exit_code)
+    except Exception as error:  # a traceback in CRIU's log would be all that a person finds
+        return _fail(f"{type(error).__name__}: {error}", NatkeepError.exit_code)
+    finally:
+        _stop_clock()
 
 
-def _open(move_id: str) -> int:
+def _fail(text: str, code: int) -> int:
+    _say(text.replace("\n", " "))
+    return code
+
+
+def _say(line: str) -> None:
+    print(f"natkeep-hook: {line}", file=sys.stderr)
+
+
+def _start_clock() -> None:
+    """Nothing may hang a restore: the first alarm unwinds, the second one is the end."""
+    import signal
+
+    from natkeep.errors import LeftoverError, NatkeepError
+
+    def ring(*_: object) -> None:
+        signal.signal(signal.SIGALRM, end)
+        raise NatkeepError(f"took longer than {DEADLINE:g} s, and was undone")
+
+    def end(*_: object) -> None:
+        os.write(2, b"natkeep-hook: could not be undone in time (natkeep status)\n")
+        os._exit(LeftoverError.exit_code)
+
+    signal.signal(signal.SIGALRM, ring)
+    signal.setitimer(signal.ITIMER_REAL, DEADLINE, _GRACE)
+
+
+def _stop_clock() -> None:
+    import signal
+
+    signal.setitimer(signal.ITIMER_REAL, 0)
+
+
+def _serve() -> int:
+    from natkeep.criu.orders import read_call, read_orders
+
+    orders = read_orders(os.environ)
+    if orders is None:
+        return 0
+    call = read_call(os.environ)
+    if orders.maps:
+        _serve_maps(orders, call)
+    elif call.action == "post-restore":
+        lifecycle = _make_lifecycle(orders)
+        lifecycle.open(orders.id, lambda journal: _confirm(journal, lifecycle, orders, call))
+        _say(f"{orders.id}: gate open")
+    return 0
+
+
+def _make_lifecycle(orders: Orders) -> Lifecycle:
     from natkeep.journal import StateDirectory
     from natkeep.kernel.linux import LinuxKernel
     from natkeep.lifecycle import Lifecycle
 
-    Lifecycle(LinuxKernel(), StateDirectory(create=False)).open(move_id)
-    print(f"natkeep-hook: {move_id}: gate open", file=sys.stderr)
-    return 0
+    state = StateDirectory(orders.state_dir or None, create=bool(orders.maps))
+    return Lifecycle(LinuxKernel(), state)
+
+
+# ---- NATKEEP_ID --------------------------------------------------------------------------------
+
+
+def _confirm(journal: Journal, lifecycle: Lifecycle, orders: Orders, call: Call) -> None:
+    """RefusedError unless the move was prepared for this tree's namespace, and from this image."""
+    from natkeep.errors import RefusedError, UsageError
+
+    move = journal.move
+    if not _is_at(journal, lifecycle, _tree_site(call)):
+        raise RefusedError(
+            f"move {move.id} was prepared for another namespace than that of the restored tree",
+            hint=f"natkeep status {move.id}; --site destination=NETNS when preparing",
+        )
+    if orders.mode and orders.mode != move.mode:
+        raise UsageError(f"the mode is to be {orders.mode}, but {move.id} is {move.mode}")
+    if journal.image is None:
+        return
+    from natkeep.checkpoint.images import read_inventory
+
+    if read_inventory(call.demand_images()).run_id != journal.image:
+        raise RefusedError(
+            f"move {move.id} was prepared from the image of another dump",
+            hint=f"natkeep teardown {move.id}, and prepare it from this one",
+        )
+
+
+def _is_at(journal: Journal, lifecycle: Lifecycle, site: Site) -> bool:
+    """Whether *site* is a destination of the move."""
+    lifecycle.kernel.open_sites([site])
+    here = lifecycle.kernel.identity(site)
+    return any(
+        journal.identity(each) == here for each in journal.move.sites if each.role == site.role
+    )
+
+
+def _tree_site(call: Call) -> Site:
+    from natkeep.plan.move import Role, Site
+
+    return Site(Role.DESTINATION, "" if call.tree is None else f"pid:{call.tree}")
+
+
+# ---- NATKEEP_MAP -------------------------------------------------------------------------------
+
+
+def _serve_maps(orders: Orders, call: Call) -> None:
+    from natkeep.criu.orders import own_id
+
+    move_id = own_id(call.criu)
+    site = _early_site(call) if call.action == "pre-restore" else _tree_site(call)
+    if site is None:
+        return  # the namespace does not exist yet
+    lifecycle = _make_lifecycle(orders)
+    prepared = _ensure_prepared(move_id, orders, call, lifecycle, site)
+    if prepared and call.action == "post-restore":
+        lifecycle.open(move_id)
+        _say(f"{move_id}: gate open")
+
+
+def _early_site(call: Call) -> Site | None:
+    """Where a tree without a network namespace of its own will be; None where it has one."""
+    from natkeep.checkpoint.images import has_own_netns
+    from natkeep.criu.orders import joined_netns
+    from natkeep.plan.move import Role, Site
+
+    joined = joined_netns(call.criu)
+    if not joined and has_own_netns(call.demand_images()):
+        return None
+    return Site(Role.DESTINATION, joined)
+
+
+def _ensure_prepared(
+    move_id: str, orders: Orders, call: Call, lifecycle: Lifecycle, site: Site
+) -> bool:
+    """Prepare the move at *site* unless it is; False where there is nothing to keep."""
+    if move_id in lifecycle.state.ids():
+        journal = lifecycle.state.load(move_id)
+        if journal.is_prepared() and _is_at(journal, lifecycle, site):
+            return True
+        lifecycle.teardown(move_id)  # begun and killed, or for a namespace that the tree is not in
+    from natkeep import policy, report
+    from natkeep.checkpoint.images import read_checkpoint
+    from natkeep.plan.move import parse_map
+
+    checkpoint = read_checkpoint(call.demand_images())
+    olds = [parse_map(text)[0] for text in orders.maps]
+    count = sum(len(checkpoint.connections.at(old)) for old in olds)
+    if not count and orders.standing:
+        _say("no connection of this image is to be kept")
+        return False
+    move = _make_move(move_id, orders, lifecycle, site)
+    policy.authorise(move, count)
+    lifecycle.require_devices(move, report.bound_devices(checkpoint, move))
+    _prepare(move, checkpoint, lifecycle, site)
+    _say(f"{move_id}: {', '.join(str(map_) for map_ in move.maps)}, {count} prepared")
+    return True
+
+
+def _make_move(move_id: str, orders: Orders, lifecycle: Lifecycle, site: Site) -> Move:
+    from natkeep.plan.move import Map, Mode, Move, parse_map
+
+    maps = []
+    for text in orders.maps:
+        old, new = parse_map(text)
+        maps.append(Map(old, lifecycle.find_new(old, (site,)) if new is None else new))
+    return Move(move_id, tuple(maps), (site,), Mode(orders.mode or Mode.STATEFUL))
+
+
+def _prepare(move: Move, checkpoint: Checkpoint, lifecycle: Lifecycle, site: Site) -> None:
+    """Prepare *move*, in the place of those that were prepared for a CRIU that is no more.
+
+    One that is at the same site is replaced, so that its gate stays closed until ours is: in
+    between this host would answer a peer's segment with a reset.
+    """
+    from natkeep.journal import read_boot_id
+
+    earlier = None
+    for journal in _abandoned(lifecycle):
+        whole = journal.is_prepared() and journal.boot == read_boot_id()
+        if earlier is None and whole and _is_at(journal, lifecycle, site):
+            earlier = journal.move.id
+        else:
+            lifecycle.teardown(journal.move.id)
+    inventory = checkpoint.inventory
+    lifecycle.prepare(
+        move,
+        checkpoint.connections,
+        replaces=earlier,
+        image=None if inventory is None else inventory.run_id,
+    )
+
+
+def _abandoned(lifecycle: Lifecycle) -> Iterator[Journal]:
+    from natkeep.criu.orders import is_abandoned
+    from natkeep.errors import JournalError
+
+    for move_id in lifecycle.state.ids():
+        if not is_abandoned(move_id):
+            continue
+        try:
+            journal = lifecycle.state.load(move_id)
+        except JournalError:
+            continue  # torn down by another hook meanwhile, or `natkeep status` tells
+        if not journal.is_opened():
+            yield journal
 
 
 if __name__ == "__main__":

@@ -30,7 +30,7 @@ from natkeep.plan.drift import Observation
 from natkeep.plan.findings import Facts
 from natkeep.plan.move import Move, Site, Surroundings
 from natkeep.plan.steps import Identity, Plan, Prior, Step
-from natkeep.plan.tuples import Address, Connections
+from natkeep.plan.tuples import Address, Connections, Endpoint
 
 Remember = Callable[[Prior], None]
 
@@ -52,6 +52,12 @@ class Kernel(Protocol):
 
     def devices(self, site: Site) -> frozenset[str]:
         """Names of the network devices at an opened site."""
+
+    def find_listeners(self, site: Site, olds: frozenset[Address]) -> tuple[Endpoint, ...]:
+        """Where somebody listens at one of *olds*, or at a wildcard address, at an opened site."""
+
+    def count_waiting(self, site: Site, listeners: tuple[Endpoint, ...]) -> dict[Endpoint, int]:
+        """How many callers of each listener have not been accepted yet; none is left out."""
 
     def look_around(self, move: Move, connections: Connections) -> Surroundings:
         """What make_plan has to know of the opened sites of *move*."""

@@ -1,6 +1,9 @@
-"""the raw rules: rules that nft's text cannot say, packed expression by expression.
+"""the raw rules: what nft's text cannot say, or not fast enough, packed expression by expression.
 
-Rule: only values of plan/quoted.py come in here. Numbers are from linux/netfilter/nf_tables.h.
+Rule: only values of plan/quoted.py come in here, and the one rule that opens a gate: inside a
+blackout libnftables would take longer to load than all the rest of the hook takes
+(tests/kernel/test_expressions.py holds that rule against nft's own). Numbers are from
+linux/netfilter/nf_tables.h.
 """
 
 from __future__ import annotations
@@ -13,33 +16,63 @@ from natkeep.plan.quoted import Base, Compare, Expression, IsProtocol, LookUp, R
 
 _NEWRULE = 6
 _META_L4PROTO = 16
+_TCP, _TCP_FLAGS, _SYN, _SYN_ACK_RST_FIN = 6, 13, 0x02, 0x17
+_EQUAL, _UNEQUAL = 0, 1
+_NF_ACCEPT = 1
 _REGISTER = 8
 """NFT_REG32_00: registers of four octets, so that the parts of a key lie behind each other."""
 
 _CSUM_INET, _CSUM_PSEUDO = 1, 1
 
+_Packed = tuple[str, tuple[bytes, ...]]
+"""An expression's name and its attributes."""
+
 
 def insert_rules(table: str, rules: Iterable[RawRule]) -> None:
     """Insert *rules* in front of their chains of the inet table, all or none; or OSError."""
-    send_batch(INET, [(_NEWRULE, _pack_rule(table, rule)) for rule in rules])
-
-
-def _pack_rule(table: str, rule: RawRule) -> bytes:
-    expressions = [
-        nested(1, attribute(1, name.encode() + b"\0"), nested(2, *attributes))
-        for expression in rule.expressions
-        for name, attributes in _pack(expression)
+    packed = [
+        (rule, [each for expression in rule.expressions for each in _pack(expression)])
+        for rule in rules
     ]
-    comment = rule.comment.encode() + b"\0"
+    send_batch(
+        INET,
+        [
+            (_NEWRULE, _pack_rule(table, rule.chain, expressions, rule.comment))
+            for rule, expressions in packed
+        ],
+    )
+
+
+def insert_accepts(table: str, chains: Iterable[tuple[str, bool]], comment: str) -> None:
+    """Insert an accept in front of each of *chains*, all or none; or OSError.
+
+    chains: name, and whether a bare SYN stays refused there.
+    """
+    accept = ("immediate", (_number(1, 0), nested(2, nested(2, _number(1, _NF_ACCEPT)))))
+    send_batch(
+        INET,
+        [
+            (_NEWRULE, _pack_rule(table, chain, [*(_NOT_SYN if guarded else ()), accept], comment))
+            for chain, guarded in chains
+        ],
+    )
+
+
+def _pack_rule(table: str, chain: str, expressions: Iterable[_Packed], comment_: str) -> bytes:
+    elements = [
+        nested(1, attribute(1, name.encode() + b"\0"), nested(2, *attributes))
+        for name, attributes in expressions
+    ]
+    comment = comment_.encode() + b"\0"
     return (
         attribute(1, table.encode() + b"\0")
-        + attribute(2, rule.chain.encode() + b"\0")
-        + nested(4, *expressions)
+        + attribute(2, chain.encode() + b"\0")
+        + nested(4, *elements)
         + attribute(7, bytes((0, len(comment))) + comment)
     )
 
 
-def _pack(expression: Expression) -> Iterator[tuple[str, tuple[bytes, ...]]]:
+def _pack(expression: Expression) -> Iterator[_Packed]:
     match expression:
         case IsProtocol(number):
             yield "meta", (_number(1, _REGISTER), _number(2, _META_L4PROTO))
@@ -58,7 +91,7 @@ def _pack(expression: Expression) -> Iterator[tuple[str, tuple[bytes, ...]]]:
             yield _store(expression)
 
 
-def _load(base: Base, offset: int, octets: int, register: int) -> tuple[str, tuple[bytes, ...]]:
+def _load(base: Base, offset: int, octets: int, register: int) -> _Packed:
     return "payload", (
         _number(1, register),
         _number(2, base),
@@ -67,11 +100,21 @@ def _load(base: Base, offset: int, octets: int, register: int) -> tuple[str, tup
     )
 
 
-def _compare(value: bytes) -> tuple[str, tuple[bytes, ...]]:
-    return "cmp", (_number(1, _REGISTER), _number(2, 0), nested(3, attribute(1, value)))
+def _compare(value: bytes, how: int = _EQUAL) -> _Packed:
+    return "cmp", (_number(1, _REGISTER), _number(2, how), nested(3, attribute(1, value)))
 
 
-def _store(store: Store) -> tuple[str, tuple[bytes, ...]]:
+def _mask(mask: bytes) -> _Packed:
+    return "bitwise", (
+        _number(1, _REGISTER),
+        _number(2, _REGISTER),
+        _number(3, len(mask)),
+        nested(4, attribute(1, mask)),
+        nested(5, attribute(1, bytes(len(mask)))),
+    )
+
+
+def _store(store: Store) -> _Packed:
     attributes = [
         _number(5, _REGISTER),
         _number(2, store.base),
@@ -87,3 +130,11 @@ def _store(store: Store) -> tuple[str, tuple[bytes, ...]]:
 
 def _number(type_: int, value: int) -> bytes:
     return attribute(type_, value.to_bytes(4, "big"))
+
+
+_NOT_SYN = (
+    *_pack(IsProtocol(_TCP)),
+    _load(Base.TRANSPORT, _TCP_FLAGS, 1, _REGISTER),
+    _mask(bytes((_SYN_ACK_RST_FIN,))),
+    _compare(bytes((_SYN,)), _UNEQUAL),
+)

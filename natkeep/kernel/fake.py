@@ -12,14 +12,15 @@ from dataclasses import dataclass, field
 
 from natkeep.errors import KernelError, RefusedError
 from natkeep.kernel import Remember
-from natkeep.plan import reception, ruleset
+from natkeep.plan import quiet, reception, ruleset
 from natkeep.plan.drift import Gate, Observation, SeenEntry
 from natkeep.plan.entries import entries, stale_tuples
 from natkeep.plan.findings import Facts
-from natkeep.plan.move import NOTHING_SPECIAL, Move, Site, Surroundings, Translation
+from natkeep.plan.move import NOTHING_SPECIAL, Move, Role, Site, Surroundings, Translation
 from natkeep.plan.steps import (
     AddAddress,
     FillSet,
+    HoldListeners,
     Identity,
     InsertEntries,
     InstallGate,
@@ -31,13 +32,18 @@ from natkeep.plan.steps import (
     PurgeEntries,
     RaiseLoopback,
     Step,
+    TakeOverLock,
 )
-from natkeep.plan.tuples import NO_CONNECTIONS, Address, Connections, FourTuple
+from natkeep.plan.tuples import NO_CONNECTIONS, Address, Connections, Endpoint, FourTuple
 
 
 @dataclass
 class FakeSite:
-    """What one namespace holds; equal for equal content."""
+    """What one namespace holds; equal for equal content.
+
+    sockets: inbound tuples of living sockets; locks: CRIU's tables and what they lock; waiting:
+    the listeners there are, and who has not been accepted yet at each; holds: those of quiesces.
+    """
 
     gates: dict[str, Gate] = field(default_factory=dict)
     sets: dict[str, Connections] = field(default_factory=dict)
@@ -45,6 +51,10 @@ class FakeSite:
     addresses: set[Address] = field(default_factory=set)
     loopback: bool = False
     entries: dict[FourTuple, FourTuple] = field(default_factory=dict)
+    sockets: set[FourTuple] = field(default_factory=set)
+    locks: dict[str, set[FourTuple]] = field(default_factory=dict)
+    waiting: dict[Endpoint, int] = field(default_factory=dict)
+    holds: dict[str, tuple[Endpoint, ...]] = field(default_factory=dict)
 
 
 class FakeKernel:
@@ -81,6 +91,18 @@ class FakeKernel:
     def devices(self, site: Site) -> frozenset[str]:
         """Always the same."""
         return frozenset({"lo", "eth0"})
+
+    def find_listeners(self, site: Site, olds: frozenset[Address]) -> tuple[Endpoint, ...]:
+        """What a test put there."""
+        listeners = self.sites[site.netns].waiting
+        return tuple(e for e in listeners if e.address in olds or e.address.is_unspecified)
+
+    def count_waiting(self, site: Site, listeners: tuple[Endpoint, ...]) -> dict[Endpoint, int]:
+        """What a test put there; one is accepted at each look."""
+        here = self.sites[site.netns].waiting
+        found = {end: here[end] for end in listeners if here.get(end)}
+        here.update({end: number - 1 for end, number in found.items()})
+        return found
 
     def look_around(self, move: Move, connections: Connections) -> Surroundings:
         """What a test put there."""
@@ -124,6 +146,11 @@ class FakeKernel:
             case InsertEntries():
                 for entry in entries(step.translation):
                     here.entries.pop(entry.original, None)
+            case HoldListeners():
+                here.holds.pop(step.move_id, None)
+            case TakeOverLock() if prior.facts:
+                locked = here.locks.setdefault(step.lock.table, set())
+                locked.update(step.connections)
             case InstallReception():
                 comment = reception.comment(step.move_id)
                 _withdraw(here, comment, _receiving_chains(step))
@@ -148,8 +175,20 @@ class FakeKernel:
             },
             addresses=frozenset({t.map.old for t in translations} & here.addresses),
             entries=seen,
-            alive=sum(1 for of_one in seen.values() for entry in of_one if entry),
+            alive=_count_alive(here, site, translations, seen),
+            holds=move_id in here.holds,
         )
+
+
+def _count_alive(
+    here: FakeSite,
+    site: Site,
+    translations: Iterable[Translation],
+    seen: dict[int, tuple[SeenEntry | None, ...]],
+) -> int:
+    if site.role == Role.SOURCE:
+        return sum(1 for t in translations for inbound in t.kept if inbound in here.sockets)
+    return sum(1 for of_one in seen.values() for entry in of_one if entry)
 
 
 class KilledError(BaseException):
@@ -162,6 +201,9 @@ def _find_prior(here: FakeSite, step: Step) -> Prior:
             return Prior(present=here.loopback)
         case AddAddress():
             return Prior(present=step.address in here.addresses)
+        case TakeOverLock():
+            locked = here.locks.get(step.lock.table)
+            return Prior(facts={} if locked is None else {"table": "whole"})
         case OpenGate():
             return Prior(present=here.gates.get(step.move_id) == Gate.OPEN)
         case _:
@@ -190,6 +232,13 @@ def _change(here: FakeSite, step: Step) -> None:
         case InstallTranslation():
             for chain in _translating_chains(step):
                 here.rules.setdefault(chain, set()).add(step.move_id)
+        case HoldListeners():
+            here.holds[step.move_id] = step.listeners
+        case TakeOverLock():
+            locked = here.locks.get(step.lock.table, set())
+            locked -= set(step.connections)
+            if not locked:
+                here.locks.pop(step.lock.table, None)
         case InstallReception():
             for chain in _receiving_chains(step):
                 here.rules.setdefault(chain, set()).add(reception.comment(step.move_id))
@@ -204,9 +253,9 @@ def _change(here: FakeSite, step: Step) -> None:
 
 def _gate_chains(step: InstallGate) -> list[str]:
     return [
-        ruleset.address_chain(ruleset.GATE, local)
+        ruleset.address_chain(dispatch, local)
         for t in step.translations
-        for local in ruleset.gated_addresses(t)
+        for dispatch, local in quiet.gate_chains(t)
     ]
 
 

@@ -11,9 +11,20 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 from natkeep.errors import KernelError, RefusedError
-from natkeep.kernel import Remember, address, conntrack, elements, expressions, nft, sockets, survey
+from natkeep.kernel import (
+    Remember,
+    address,
+    conntrack,
+    criu_lock,
+    elements,
+    expressions,
+    nft,
+    sockets,
+    survey,
+)
+from natkeep.kernel import quiet as quietness
 from natkeep.kernel.netns import Namespace, find_namespace, inside, open_namespace
-from natkeep.plan import reception, ruleset
+from natkeep.plan import quiet, reception, ruleset
 from natkeep.plan.drift import Gate, Observation
 from natkeep.plan.findings import FULL, Facts
 from natkeep.plan.move import Move, Role, Site, Surroundings, Translation
@@ -22,6 +33,7 @@ from natkeep.plan.ruleset import TABLE
 from natkeep.plan.steps import (
     AddAddress,
     FillSet,
+    HoldListeners,
     Identity,
     InsertEntries,
     InstallGate,
@@ -33,9 +45,10 @@ from natkeep.plan.steps import (
     PurgeEntries,
     RaiseLoopback,
     Step,
+    TakeOverLock,
     TranslateErrors,
 )
-from natkeep.plan.tuples import Address, Connections, FourTuple
+from natkeep.plan.tuples import Address, Connections, Endpoint, FourTuple
 
 _INSERT_ATTEMPTS = 5
 """A packet may make a stale entry between purge and insertion; five times in a row it does not."""
@@ -73,6 +86,16 @@ class LinuxKernel:
         """Names of the network devices at an opened site."""
         with self._at(site):
             return frozenset(name for _, name in socket.if_nameindex())
+
+    def find_listeners(self, site: Site, olds: frozenset[Address]) -> tuple[Endpoint, ...]:
+        """Where somebody listens at one of *olds*, or at a wildcard address."""
+        with self._at(site):
+            return sockets.find_listeners(olds)
+
+    def count_waiting(self, site: Site, listeners: tuple[Endpoint, ...]) -> dict[Endpoint, int]:
+        """How many callers of each listener have not been accepted yet; none is left out."""
+        with self._at(site):
+            return sockets.count_waiting(listeners)
 
     def look_around(self, move: Move, connections: Connections) -> Surroundings:
         """What make_plan has to know of the opened sites of *move*."""
@@ -117,6 +140,8 @@ class LinuxKernel:
                     _check_destination(step)
                 case InsertEntries():
                     _check_room(step)
+                case TakeOverLock():
+                    criu_lock.find_lock(step.lock, step.connections)
                 case InstallReception() if step.site.role == Role.DESTINATION:
                     _check_reception(step)
                 case _:
@@ -141,6 +166,14 @@ class LinuxKernel:
                 case InstallReception():
                     remember(Prior())
                     nft.run_transaction([*_missing_mode_lines(step.receptions), *step.lines()])
+                case HoldListeners():
+                    remember(Prior())
+                    quietness.hold(step)
+                case TakeOverLock():
+                    prior = criu_lock.find_lock(step.lock, step.connections)
+                    remember(prior)
+                    criu_lock.take_lock(step.lock, step.connections)
+                    return prior
                 case TranslateErrors():
                     remember(Prior())
                     expressions.insert_rules(TABLE, step.rules())
@@ -153,7 +186,7 @@ class LinuxKernel:
                     prior = Prior(present=_gate(step.move_id) == Gate.OPEN)
                     remember(prior)
                     if not prior.present:
-                        nft.run_transaction(step.lines())
+                        expressions.insert_accepts(TABLE, step.accepts(), ruleset.OPEN)
                     return prior
         return Prior()
 
@@ -171,6 +204,10 @@ class LinuxKernel:
                     _withdraw_translation(step)
                 case InstallReception():
                     _withdraw_reception(step)
+                case HoldListeners():
+                    quietness.release(step)
+                case TakeOverLock():
+                    criu_lock.put_lock_back(step.lock, step.connections, prior)
                 case TranslateErrors():
                     _withdraw_error_rules(step)
                 case InsertEntries():
@@ -244,6 +281,8 @@ def _install_gate(step: InstallGate, remember: Remember) -> Prior:
     lines = list(step.lines())
     if step.site.role == Role.DESTINATION and not elements.has_table(elements.ARP, TABLE):
         lines = [*ruleset.render_arp_static(), *lines]
+    if step.site.role == Role.SOURCE:
+        lines = [*quietness.missing_static_lines(), *lines]
     if not elements.has_table(elements.INET, TABLE):
         lines = [*ruleset.render_static(), *lines]
     remember(Prior())
@@ -253,12 +292,7 @@ def _install_gate(step: InstallGate, remember: Remember) -> Prior:
 
 def _remove_gate(step: InstallGate) -> None:
     own = {name for t in step.translations for name in ruleset.sets_of(step.move_id, t)}
-    kept = {
-        name
-        for name in elements.set_names(TABLE)
-        if name.startswith(("kept-", "outer-", "listen-"))
-    }
-    if kept <= own:
+    if not quietness.is_shared(own):
         # The last move takes the tables with it; others may come only under the same lock.
         if elements.has_table(elements.INET, TABLE) or elements.has_table(elements.ARP, TABLE):
             nft.run_transaction(ruleset.render_removal())
@@ -286,11 +320,7 @@ def _missing_mode_lines(some: Iterable[Translation | Reception]) -> list[str]:
 
 
 def _gate_chains(step: InstallGate) -> list[tuple[str, Address]]:
-    return [
-        (ruleset.GATE, local)
-        for translation in step.translations
-        for local in ruleset.gated_addresses(translation)
-    ]
+    return [chain for t in step.translations for chain in quiet.gate_chains(t)]
 
 
 def _withdraw_translation(step: InstallTranslation) -> None:
@@ -433,7 +463,7 @@ def _observe(site: Site, plan: Plan) -> Observation:
     move_id = plan.move.id
     inserted = [s.translation for s in plan.prepare if isinstance(s, InsertEntries)]
     entries = {t.number: tuple(conntrack.look_up(t)) for t in inserted if t.site == site}
-    if site.role == Role.DESTINATION:
+    if site.role in (Role.DESTINATION, Role.SOURCE):
         alive = sum(sockets.count_alive(t.kept) for t in here)
     else:
         alive = sum(1 for seen in entries.values() for entry in seen if entry and entry.alive)
@@ -448,14 +478,15 @@ def _observe(site: Site, plan: Plan) -> Observation:
         addresses=frozenset(t.map.old for t in here if address.device_of(t.map.old)),
         entries=entries,
         alive=alive,
+        holds=quietness.is_held(move_id),
     )
 
 
 def _observe_rules(move_id: str, here: Iterable[Translation]) -> frozenset[str]:
     found = set()
     for translation in here:
-        gated = [(ruleset.GATE, local) for local in ruleset.gated_addresses(translation)]
-        for dispatch, local in (*gated, *ruleset.translating_chains(translation)):
+        chains = (*quiet.gate_chains(translation), *ruleset.translating_chains(translation))
+        for dispatch, local in chains:
             chain = ruleset.address_chain(dispatch, local)
             dispatched = ruleset.dispatch_map(dispatch, local.version)
             ours = any(rule.comment == move_id for rule in elements.rules(TABLE, chain))

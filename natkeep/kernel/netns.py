@@ -1,14 +1,17 @@
 """the namespaces: found once, held by a handle, entered and left again.
 
 Rule: this is the only file that calls setns(). A namespace is opened once; after that it is
-known by its handle and its identity (device and inode), never looked up by name again.
+known by its handle and its identity (device and inode), never looked up by name again. One that
+is named by a pid is opened while the process itself is held, so that no other process can have
+come by its number meanwhile.
 """
 
 from __future__ import annotations
 
-import ctypes
+import errno
 import fcntl
 import os
+import select
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -47,8 +50,9 @@ def open_namespace(spec: str) -> Namespace:
     label = spec or "this namespace"
     path = _path_of(spec)
     try:
-        # O_NONBLOCK, so that a FIFO in its place cannot hold us.
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        with _held(spec):
+            # O_NONBLOCK, so that a FIFO in its place cannot hold us.
+            fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
     except OSError as error:
         raise UsageError(
             f"no network namespace {label!r}: {error.strerror}",
@@ -63,6 +67,26 @@ def open_namespace(spec: str) -> Namespace:
         raise UsageError(f"{label!r} is not a network namespace")
     status = os.fstat(fd)
     return Namespace(fd, status.st_dev, status.st_ino, label)
+
+
+@contextmanager
+def _held(spec: str) -> Iterator[None]:
+    """The process that *spec* names, if it names one, is still the same when the block ends."""
+    if not spec.startswith("pid:"):
+        yield
+        return
+    try:
+        process = os.pidfd_open(int(spec[4:]))
+    except (OverflowError, ValueError):
+        raise ProcessLookupError(errno.ESRCH, os.strerror(errno.ESRCH)) from None
+    try:
+        yield
+        poll = select.poll()
+        poll.register(process, select.POLLIN)
+        if poll.poll(0):  # it has ended, and its number may be another's
+            raise ProcessLookupError(errno.ESRCH, os.strerror(errno.ESRCH))
+    finally:
+        os.close(process)
 
 
 def find_namespace(spec: str, identity: tuple[int, int]) -> Namespace:
@@ -138,10 +162,11 @@ def inside(namespace: Namespace) -> Iterator[None]:
 
 
 def _setns(fd: int, label: str) -> None:
+    import ctypes  # only who enters another namespace pays for it
+
     libc = ctypes.CDLL(None, use_errno=True)
     if libc.setns(fd, _CLONE_NEWNET):
-        errno = ctypes.get_errno()
         raise KernelError(
-            f"cannot enter {label}: {os.strerror(errno)}",
+            f"cannot enter {label}: {os.strerror(ctypes.get_errno())}",
             hint="natkeep needs CAP_SYS_ADMIN to enter another network namespace",
         )

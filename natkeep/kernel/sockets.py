@@ -9,9 +9,10 @@ import socket
 import sys
 from collections.abc import Iterator
 
-from natkeep.plan.tuples import RECORD_SIZE, Address, Connections
+from natkeep.plan.tuples import RECORD_SIZE, Address, Connections, Endpoint, parse_address
 
-_LISTEN = b"0A"
+_SYN_RECEIVED, _LISTEN = b"03", b"0A"
+_TABLES = (("/proc/thread-self/net/tcp", 4), ("/proc/thread-self/net/tcp6", 6))
 _ENDED = frozenset({b"06", b"07"})  # TIME-WAIT, CLOSED: no process owns it any more
 
 
@@ -28,7 +29,7 @@ def count_alive(connections: Connections) -> int:
 def _records(path: str, version: int) -> set[bytes]:
     """The sockets' records as plan.tuples packs them; an IPv4-mapped one as IPv4."""
     found: set[bytes] = set()
-    for local, peer, state in _rows(path):
+    for local, peer, state, _ in _rows(path):
         if state in _ENDED:
             continue
         record = local + peer
@@ -38,16 +39,20 @@ def _records(path: str, version: int) -> set[bytes]:
     return found
 
 
-def _rows(path: str) -> Iterator[tuple[bytes, bytes, bytes]]:
-    """Local end, peer and state of each socket, the ends packed as address and port."""
+def _rows(path: str) -> Iterator[tuple[bytes, bytes, bytes, int]]:
+    """Local end, peer, state and receive queue of each socket; ends are address and port, packed.
+
+    The queue of a listener counts the connections that wait to be accepted.
+    """
     try:
         with open(path, "rb") as file:
             rows = file.read().splitlines()[1:]
     except FileNotFoundError:  # a kernel without IPv6
         return
     for row in rows:
-        fields = row.split(None, 4)
-        yield _endpoint(fields[1]), _endpoint(fields[2]), fields[3]
+        fields = row.split(None, 5)
+        queued = int(fields[4].partition(b":")[2], 16)
+        yield _endpoint(fields[1]), _endpoint(fields[2]), fields[3], queued
 
 
 def _endpoint(text: bytes) -> bytes:
@@ -62,8 +67,8 @@ def _endpoint(text: bytes) -> bytes:
 def listening_ports(address: Address) -> frozenset[int]:
     """TCP ports on which somebody listens at *address*, or at the wildcard address."""
     ports = set()
-    for path, version in (("/proc/thread-self/net/tcp", 4), ("/proc/thread-self/net/tcp6", 6)):
-        for local, _, state in _rows(path):
+    for path, version in _TABLES:
+        for local, _, state, _ in _rows(path):
             if state != _LISTEN:
                 continue
             host, port = local[:-2], int.from_bytes(local[-2:], "big")
@@ -71,3 +76,40 @@ def listening_ports(address: Address) -> frozenset[int]:
             if host == address.packed or wildcard:
                 ports.add(port)
     return frozenset(ports)
+
+
+def find_listeners(olds: frozenset[Address]) -> tuple[Endpoint, ...]:
+    """Where somebody listens at one of *olds* or at a wildcard address, sorted."""
+    found = set()
+    for local, state, _ in _local_ends():
+        if state == _LISTEN and (local.address in olds or local.address.is_unspecified):
+            found.add(local)
+    return tuple(sorted(found, key=lambda end: (end.address.version, end)))
+
+
+def count_waiting(listeners: tuple[Endpoint, ...]) -> dict[Endpoint, int]:
+    """At each of *listeners*, who is in a handshake or waits to be accepted; none is left out."""
+    waiting: dict[Endpoint, int] = {}
+    for local, state, queued in _local_ends():
+        number = {_LISTEN: queued, _SYN_RECEIVED: 1}.get(state, 0)
+        for listener in listeners if number else ():
+            same = local.address == listener.address
+            if local.port == listener.port and (
+                same or (state == _SYN_RECEIVED and listener.address.is_unspecified)
+            ):
+                waiting[listener] = waiting.get(listener, 0) + number
+    return waiting
+
+
+def _local_ends() -> Iterator[tuple[Endpoint, bytes, int]]:
+    """Local end, state and receive queue of each socket that has a port."""
+    for path, _ in _TABLES:
+        for local, _, state, queued in _rows(path):
+            port = int.from_bytes(local[-2:], "big")
+            if port:
+                yield Endpoint(_address(local[:-2]), port), state, queued
+
+
+def _address(packed: bytes) -> Address:
+    family = socket.AF_INET if len(packed) == 4 else socket.AF_INET6
+    return parse_address(socket.inet_ntop(family, packed))

@@ -108,12 +108,12 @@ class Criu(InHost):
         return Frozen(into, ("--image", str(into)))
 
     def restore(self, host: Host, moving: Moving, frozen: Frozen, opening: Opening) -> None:
-        end_silence(host)
         script = ["--action-script", str(opening.hook)] if opening.hook else []
         environment = {**os.environ, **opening.environment}
         self._run(host, frozen.directory, "restore", "--restore-detached", *script, env=environment)
         if not opening.hook:
             opening.open()
+        end_silence(host)
 
     def _run(
         self, host: Host, images: Path, verb: str, *options: str,
@@ -150,7 +150,6 @@ class Repair(InHost):
         return Frozen(into, ("--connections", str(listing)))
 
     def restore(self, host: Host, moving: Moving, frozen: Frozen, opening: Opening) -> None:
-        end_silence(host)
         application = moving.application
         line = application.resume_line(frozen.directory / "state.json", role=moving.role)
         program = host.start(f"{moving.role}-resumed", *line)
@@ -163,6 +162,7 @@ class Repair(InHost):
             raise EngineError(f"repair: the application ended with: {said[-1]}")
         moving.pid = program.pid
         opening.open()
+        end_silence(host)
         application.go(self.how)
         application.wait(lambda report: report["phase"] == "running", "running again")
 
@@ -174,9 +174,10 @@ def errors_in(log: Path) -> str:
 
 
 def end_silence(host: Host) -> None:
-    """Take away what keeps a host silent that was left once, before a process comes back there.
+    """Take away what keeps a host silent that was left once, now that a process is back there.
 
-    That is the operator's part with CRIU, which leaves its lock behind for ever.
+    That is the operator's part with CRIU, which leaves its lock behind for ever. Not before the
+    network is open: a socket in repair sends, too, and the gateway still knows it elsewhere.
     """
     listed = host.run("nft", "list", "tables").stdout.split()
     for table in listed:

@@ -15,7 +15,6 @@ import multiprocessing
 import os
 import pkgutil
 import re
-import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -175,7 +174,9 @@ def run(
     deadline: float = CELL_S, tell: Callable[[Outcome], None] = lambda _: None,
 ) -> list[Outcome]:  # fmt: skip
     """Run all *cells*, *jobs* at once; *tell* hears of each as it ends."""
-    import scapy.utils  # noqa: F401  # once here, or each cell's process spends a second on it
+    # Once here, or each cell's process spends half a second on it.
+    import scapy.layers.inet6
+    import scapy.utils  # noqa: F401
 
     outcomes: list[Outcome] = []
     waiting = iter(list(cells))
@@ -255,8 +256,9 @@ def _live(pipe: connection.Connection, cell: Cell, slot: int, report: Path | Non
     try:
         outcome = play(cell, report)
         told = (outcome.verdict, outcome.reason, outcome.seconds)
+    except KeyboardInterrupt:
+        return  # nobody is left to be told
     except Exception as error:
         told = ("fail", f"the lab: {type(error).__name__}: {error}"[:600], 0.0)
     pipe.send(told)
     pipe.close()
-    sys.stdout.flush()

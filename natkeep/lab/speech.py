@@ -20,7 +20,7 @@ from natkeep.lab.application import Report as Traffic
 from natkeep.lab.engines import Moving
 from natkeep.lab.verdict import Report
 
-_HEARD_WITHIN_S = 4.0  # more than any retransmission that a short blackout causes
+_HEARD_WITHIN_S = 3.0
 _ALIVE = ("open", "eof", "shut")
 
 
@@ -35,6 +35,14 @@ class Speaking(Protocol):
     def must(self, name: str) -> AbstractContextManager[None]: ...
 
 
+def patience(report: Report) -> float:
+    """How long to wait for what is on its way, in seconds.
+
+    A peer that retransmits doubles its pauses: the next one may be as long as the blackout was.
+    """
+    return _HEARD_WITHIN_S + 2 * (report.blackout_ms or 0) / 1000
+
+
 class Speech:
     """The words; mixed into Lab."""
 
@@ -43,7 +51,7 @@ class Speech:
         goal = _more(self.client, octets)
         with self.must("what the client says is answered"):
             self.client.do({"push": octets})
-            _await_each(self.client, _have(goal))
+            _await_each(self.client, _have(goal), patience(self.report))
         _note_arrival(self)
 
     def server_says(self: Speaking, octets: int = 64) -> None:
@@ -51,7 +59,7 @@ class Speech:
         goal = _more(self.client, octets)
         with self.must("what the server says arrives"):
             self.server.application.do({"push": octets})
-            _await_each(self.client, _have(goal))
+            _await_each(self.client, _have(goal), patience(self.report))
         _note_arrival(self)
 
     def client_sends(self: Speaking, octets: int) -> None:
@@ -61,7 +69,7 @@ class Speech:
         with self.must(f"{octets:,} octets from the client arrive"):
             server.do("swallow")
             self.client.do({"push": octets})
-            _await_each(server, _have(goal))
+            _await_each(server, _have(goal), patience(self.report))
             server.do("answer")
         self.carried_on = True
 
@@ -70,26 +78,26 @@ class Speech:
         goal = _more(self.client, octets)
         with self.must(f"{octets:,} octets from the server arrive"):
             self.server.application.do({"push": octets})
-            _await_each(self.client, _have(goal))
+            _await_each(self.client, _have(goal), patience(self.report))
         _note_arrival(self)
 
     def client_closes(self: Speaking) -> None:
         """The client shuts its writing side of every connection; the server sees the end."""
         with self.must("the client's FIN arrives"):
-            _close(self.client, self.server.application)
+            _close(self.client, self.server.application, patience(self.report))
         self.carried_on = True
 
     def server_closes(self: Speaking) -> None:
         """The server shuts its writing side of every connection; the client sees the end."""
         with self.must("the server's FIN arrives"):
-            _close(self.server.application, self.client)
+            _close(self.server.application, self.client, patience(self.report))
         self.carried_on = True
 
 
-def _close(closer: Application, hearer: Application) -> None:
+def _close(closer: Application, hearer: Application, within: float) -> None:
     order: Item = "shutdown_write"
     closer.do(order)
-    _await_each(hearer, lambda each, _: each["state"] in ("eof", "done"))
+    _await_each(hearer, lambda each, _: each["state"] in ("eof", "done"), within)
 
 
 def _note_arrival(lab: Speaking) -> None:
@@ -107,7 +115,9 @@ def _have(goal: list[int]) -> Callable[[dict[str, Any], int], bool]:
     return lambda each, index: each["rx"] >= goal[index]
 
 
-def _await_each(hearer: Application, done: Callable[[dict[str, Any], int], bool]) -> None:
+def _await_each(
+    hearer: Application, done: Callable[[dict[str, Any], int], bool], within: float
+) -> None:
     """Until *done* is true of every connection; TrafficError when late, or when none lives."""
 
     def all_done(report: Traffic) -> bool:
@@ -119,7 +129,7 @@ def _await_each(hearer: Application, done: Callable[[dict[str, Any], int], bool]
 
     report = None
     try:
-        report = hearer.wait(decided, "for it", within=_HEARD_WITHIN_S)
+        report = hearer.wait(decided, "for it", within=within)
     except TrafficError:
         report = hearer.fresh()
     if not all_done(report):
@@ -127,4 +137,4 @@ def _await_each(hearer: Application, done: Callable[[dict[str, Any], int], bool]
             f"{each['state']} with {each['rx']} octets" for each in report["connections"]
         )
         told = ", ".join(f"{count} x {state}" for state, count in states.most_common(4))
-        raise TrafficError(f"{hearer.directory.name}: not within {_HEARD_WITHIN_S:g} s: {told}")
+        raise TrafficError(f"{hearer.directory.name}: not within {within:.1f} s: {told}")

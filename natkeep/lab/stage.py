@@ -32,7 +32,7 @@ from natkeep.lab.ends import octets_agree, sockets_agree, sum_of, tuple_of
 from natkeep.lab.engines import Engine, Frozen, Moving, choose_engine, end_silence
 from natkeep.lab.host import LabError, Program, await_true
 from natkeep.lab.journey import Journey
-from natkeep.lab.speech import Speech
+from natkeep.lab.speech import Speech, patience
 from natkeep.lab.surfaces import difference, read_surfaces
 from natkeep.lab.terrain import Terrain, lose_first_probe
 from natkeep.lab.topology import DESTINATION, SOURCE, USUAL, Address, Seat, Topology
@@ -41,7 +41,6 @@ from natkeep.lab.verdict import Assertion, Report
 from natkeep.plan.tuples import Endpoint, FourTuple
 
 PORT = 5000
-_PATIENCE_S = 3.0  # more than any retransmission that a short blackout causes
 
 
 class StoryOver(Exception):
@@ -149,7 +148,7 @@ class Lab(Speech, Terrain, Journey):
     def quiet(self) -> None:
         """The client asks nothing more; returns when nothing is under way."""
         self.client.do("quiet")
-        await_true(self._settled, "everything to arrive", seconds=_PATIENCE_S)
+        await_true(self._settled, "everything to arrive", seconds=patience(self.report))
 
     def move(self) -> None:
         """Freeze, prepare, restore: the usual order."""
@@ -215,7 +214,7 @@ class Lab(Speech, Terrain, Journey):
 
         name = "the connections carry on after the move"
         with suppress(TrafficError):
-            self.client.wait(decided, f"{exchanges} more answers", within=_PATIENCE_S)
+            self.client.wait(decided, f"{exchanges} more answers", within=patience(self.report))
         report = self.client.fresh()
         if not talked(report):
             states = [f"{each['state']} after {each['answered']} answers"

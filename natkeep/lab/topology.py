@@ -27,11 +27,12 @@ import secrets
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 
+from natkeep.lab.antispoof import anti_spoof
 from natkeep.lab.host import NAMES, Host, LabError
 
 PREFIX = "natkeep-lab-"
@@ -257,32 +258,6 @@ def _host_script(seat: Seat) -> str:
         f"route add default via {address(seat.network, 1, 4)}",
         f"route add default via {address(seat.network, 1, 6)}",
     ])  # fmt: skip
-
-
-def anti_spoof(guarded: Sequence[Seat], spoofs: Sequence[Seat]) -> str:
-    """The filter at the switch's ports of *guarded*: no frame may say that it comes from *spoofs*.
-
-    As clouds have it: IP, IPv6, ARP and neighbour discovery (whose target is at octet 8 of the
-    ICMPv6 message). The counter `spoofed` tells how many frames tried.
-    """
-    lines = ["add table netdev antispoof", "add counter netdev antispoof spoofed"]
-    for port in guarded:
-        chain = f"netdev antispoof {port.role}"
-        lines.append(
-            f"add chain {chain} {{ type filter hook ingress device {port.role} priority 0; }}"
-        )
-        for spoof in spoofs:
-            old4, old6 = spoof.address(4), spoof.address(6)
-            target = f"@th,64,128 {int(old6):#x}"
-            for match in (
-                f"ip saddr {old4}",
-                f"arp saddr ip {old4}",
-                f"ip6 saddr {old6}",
-                f"icmpv6 type nd-neighbor-advert {target}",
-                f"icmpv6 type nd-neighbor-solicit {target}",
-            ):
-                lines.append(f"add rule {chain} {match} counter name spoofed drop")
-    return "\n".join(lines) + "\n"
 
 
 def remove_names(names: Iterable[str]) -> None:

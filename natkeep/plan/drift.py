@@ -9,9 +9,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import StrEnum
 
-from natkeep.plan import ruleset
+from natkeep.plan import quiet, ruleset
 from natkeep.plan.move import Site
-from natkeep.plan.steps import AddAddress, FillSet, InsertEntries, Plan
+from natkeep.plan.steps import AddAddress, FillSet, HoldListeners, InsertEntries, Plan
 from natkeep.plan.tuples import Address
 
 
@@ -45,8 +45,9 @@ class Observation:
     addresses: those of the move's OLD addresses that are local here.
     entries: one for each kept connection of each translation, in order; None where the table
     has none.
-    alive: how many kept connections still have a socket here (destination) or an entry that
-    carries traffic (gateway).
+    alive: how many kept connections still have a socket here (destination, source) or an entry
+    that carries traffic (gateway).
+    holds: new connections to the listeners of a quiesce wait here.
     """
 
     gate: Gate
@@ -55,6 +56,7 @@ class Observation:
     addresses: frozenset[Address]
     entries: dict[int, tuple[SeenEntry | None, ...]]
     alive: int
+    holds: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +83,7 @@ def find_drift(plan: Plan, site: Site, seen: Observation) -> tuple[str, ...]:
     An entry that is missing is drift only while the connection lives: the kernel removes
     entries of connections that have ended.
     """
-    if seen.gate == Gate.ABSENT:
+    if seen.gate == Gate.ABSENT and not plan.move.quiesces:
         return (f"table inet {ruleset.TABLE}: nothing of move {plan.move.id} is there",)
     drift = [
         f"chain {chain}: no rule of this move"
@@ -100,6 +102,8 @@ def find_drift(plan: Plan, site: Site, seen: Observation) -> tuple[str, ...]:
             drift.append(f"address {step.address}: not on this host")
         elif isinstance(step, InsertEntries):
             drift += _untranslated(step, seen)
+        elif isinstance(step, HoldListeners) and not seen.holds:
+            drift.append("listeners: their new connections do not wait")
     return (*drift, *_lost_entries(seen))
 
 
@@ -108,10 +112,8 @@ def _expected_rules(plan: Plan, site: Site) -> list[str]:
     for translation in plan.translations:
         if translation.site != site:
             continue
-        for local in ruleset.gated_addresses(translation):
-            expected.append(ruleset.address_chain(ruleset.GATE, local))
-        for dispatch, local in ruleset.translating_chains(translation):
-            expected.append(ruleset.address_chain(dispatch, local))
+        chains = (*quiet.gate_chains(translation), *ruleset.translating_chains(translation))
+        expected += [ruleset.address_chain(dispatch, local) for dispatch, local in chains]
     return list(dict.fromkeys(expected))
 
 

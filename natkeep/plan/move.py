@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 from natkeep.errors import RefusedError, UsageError
+from natkeep.plan.lock import DumpLock
 from natkeep.plan.tuples import (
     NO_CONNECTIONS,
     Address,
@@ -54,9 +55,10 @@ class Mode(StrEnum):
     STATELESS = "stateless"
 
 
-SUPPORTED_ROLES = (Role.GATEWAY, Role.DESTINATION)
+SUPPORTED_ROLES = (Role.GATEWAY, Role.DESTINATION, Role.SOURCE)
 """In the order in which they are prepared and opened: gateway entries exist before the
-destination can emit a packet, since a half-translated connection is reset, not stalled."""
+destination can emit a packet, since a half-translated connection is reset, not stalled. The source
+last: until then CRIU's lock keeps it quiet, and it must not go before all else is there."""
 
 
 def parse_id(text: str) -> str:
@@ -147,6 +149,9 @@ class Move:
     """What the user wants: OLD becomes NEW, at these sites.
 
     listeners: OLD and port of each listener that new connections shall reach (`--listeners`).
+    lock: what CRIU left at the source when it dumped the process; None where nobody knows.
+    held: listeners at the source whose new connections wait (`quiesce`).
+    quiesces: nothing moves yet; the listeners are held, and that is all.
     """
 
     id: str
@@ -154,6 +159,9 @@ class Move:
     sites: tuple[Site, ...]
     mode: Mode = Mode.STATEFUL
     listeners: tuple[Endpoint, ...] = ()
+    lock: DumpLock | None = None
+    held: tuple[Endpoint, ...] = ()
+    quiesces: bool = False
 
     def __post_init__(self) -> None:
         parse_id(self.id)
@@ -169,8 +177,9 @@ class Move:
         if len({site.netns for site in self.sites}) != len(self.sites):
             raise UsageError("two sites are the same namespace")
         roles = [site.role for site in self.sites]
-        if roles.count(Role.DESTINATION) > 1:
-            raise UsageError("a move has one destination")
+        for role in (Role.DESTINATION, Role.SOURCE):
+            if roles.count(role) > 1:
+                raise UsageError(f"a move has one {role}")
 
     def ordered_sites(self) -> tuple[Site, ...]:
         """Sites in the order in which they are prepared and opened: gateways first."""
@@ -223,7 +232,7 @@ class Translation:
     @property
     def after(self) -> Address:
         """Where a peer's packet is addressed when it leaves the site."""
-        return self.map.old if self.site.role == Role.DESTINATION else self.map.new
+        return self.map.new if self.site.role == Role.GATEWAY else self.map.old
 
     @property
     def renames(self) -> bool:
@@ -259,7 +268,7 @@ def make_translations(
     """
     found = [connections.at(map_.old) for map_ in move.maps]
     count = sum(len(some) for some in found)
-    if not count and not move.listeners:
+    if not count and not (move.listeners or move.quiesces):
         olds = ", ".join(str(map_.old) for map_ in move.maps)
         raise RefusedError(
             f"none of the {len(connections)} connections has the local address {olds}",
@@ -346,6 +355,9 @@ def _translate_at(
 ) -> Iterator[Translation]:
     """The translations of one map at one site, numbered from *number*."""
     if not len(kept):
+        return
+    if site.role == Role.SOURCE:
+        yield Translation(site, number, map_, mode, kept, kept, kept)
         return
     if site.role == Role.DESTINATION:
         yield Translation(

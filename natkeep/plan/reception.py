@@ -7,8 +7,13 @@ This file must never touch the kernel.
     prerouting -350  gate      … SYN to a listed port ─► callers-ID: drop, until the move is opened
     then as the mode translates: inbound BEFORE becomes AFTER, outbound the reverse
 
-At the destination NEW:port then means the moved listener, so nobody else may listen there:
-kernel/linux.py looks before it is prepared.
+- A caller's SYN is dropped, never refused, so it comes again and is let in once the gate is open.
+- The gate's rule stands in front of those of the kept connections: a peer may call again from the
+  port of a connection that has ended, which is a SYN of a kept tuple.
+- A stateless rule asks for the address that it changes: what a kept connection's rule has turned
+  into another OLD already is not turned once more.
+- At the destination NEW:port then means the moved listener, so nobody else may listen there, and
+  no other move may have one there: kernel/linux.py and lifecycle.py look beforehand.
 """
 
 from __future__ import annotations
@@ -16,13 +21,16 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
+from natkeep.errors import RefusedError
 from natkeep.plan import ruleset
 from natkeep.plan.move import Map, Mode, Move, Role, Site
-from natkeep.plan.ruleset import TABLE
-from natkeep.plan.tuples import Address
+from natkeep.plan.ruleset import GATE, TABLE
+from natkeep.plan.tuples import Address, Endpoint
 
 _IP = {4: "ip", 6: "ip6"}
 _SYN = "tcp flags & (fin | syn | rst | ack) == syn"
+
+SET_PREFIX = "listen-"
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +56,15 @@ class Reception:
         """Where a caller's packet is addressed when it leaves the site."""
         return self.map.old if self.site.role == Role.DESTINATION else self.map.new
 
+    @property
+    def gated(self) -> tuple[Address, ...]:
+        """Where a caller's packet may be addressed when the gate must hold it back.
+
+        At the destination both: NEW from the wire, and OLD from a caller on the same host.
+        """
+        at_destination = self.site.role == Role.DESTINATION
+        return (self.before, self.after) if at_destination else (self.before,)
+
 
 def make_receptions(move: Move, site: Site) -> tuple[Reception, ...]:
     """The receptions of *move* at *site*: one for each map that has listeners."""
@@ -59,6 +76,24 @@ def make_receptions(move: Move, site: Site) -> tuple[Reception, ...]:
     return tuple(receptions)
 
 
+def refuse_one_end_for_two(move: Move, *others: Move) -> None:
+    """NEW and a port can stand for one listener only, of all the moves that share a site."""
+    taken = {end: other.id for other in others for end in _called_ends(other)}
+    for end in _called_ends(move):
+        if end in taken:
+            raise RefusedError(
+                f"{end} would stand for two listeners, of moves {move.id} and {taken[end]}",
+                hint="without --listeners new connections go on reaching the old host",
+            )
+        taken[end] = move.id
+
+
+def _called_ends(move: Move) -> list[Endpoint]:
+    """NEW and port of each listener."""
+    new_of = {map_.old: map_.new for map_ in move.maps}
+    return [Endpoint(new_of[e.address], e.port) for e in move.listeners if e.address in new_of]
+
+
 def comment(move_id: str) -> str:
     """Comment of the rules in shared chains; another than that of the kept connections' rules."""
     return f"{move_id}:listeners"
@@ -66,7 +101,7 @@ def comment(move_id: str) -> str:
 
 def listen_set(move_id: str, number: int) -> str:
     """Name of the set of ports that the moved process listens on."""
-    return f"listen-{move_id}-{number}"
+    return f"{SET_PREFIX}{move_id}-{number}"
 
 
 def callers_chain(move_id: str) -> str:
@@ -83,38 +118,41 @@ def render(move_id: str, receptions: Iterable[Reception]) -> tuple[str, ...]:
         ports = ", ".join(str(port) for port in reception.ports)
         lines.append(f"add set inet {TABLE} {name} {{ type inet_service; }}")
         lines.append(f"add element inet {TABLE} {name} {{ {ports} }}")
-        lines += _render_rules(move_id, reception)
+        lines += _render_gate(move_id, reception)
+        lines += _render_translation(move_id, reception)
         if reception.site.role == Role.DESTINATION:
             lines += ruleset.render_silence(reception.map.old)
     return tuple(lines)
 
 
-def _render_rules(move_id: str, reception: Reception) -> Iterator[str]:
+def _render_gate(move_id: str, reception: Reception) -> Iterator[str]:
+    ports, callers = listen_set(move_id, reception.number), callers_chain(move_id)
+    for address in reception.gated:
+        yield from _rule(GATE, address, f"{_SYN} tcp dport @{ports} jump {callers}", move_id)
+
+
+def _render_translation(move_id: str, reception: Reception) -> Iterator[str]:
     before, after = reception.before, reception.after
-    family = _IP[before.version]
-    ports = f"@{listen_set(move_id, reception.number)}"
+    ip, ports = _IP[before.version], f"@{listen_set(move_id, reception.number)}"
     inbound, outbound = ruleset.DISPATCHES[reception.mode]
     at_destination = reception.site.role == Role.DESTINATION
     from_wire = 'iifname != "lo" ' if at_destination else ""
     to_wire = 'oifname != "lo" ' if at_destination else ""
-    yield from _rule(
-        ruleset.GATE, before, f"{_SYN} tcp dport {ports} jump {callers_chain(move_id)}", move_id
-    )
     if reception.mode == Mode.STATEFUL:
-        arriving = f"{_SYN} tcp dport {ports} {from_wire}dnat {family} to {after} : tcp dport"
+        arriving = f"{_SYN} tcp dport {ports} {from_wire}dnat {ip} to {after} : tcp dport"
         yield from _rule(inbound, before, arriving, move_id)
         return
-    arriving = f"tcp dport {ports} {from_wire}{family} daddr set {after}"
+    arriving = f"{ip} daddr {before} tcp dport {ports} {from_wire}{ip} daddr set {after}"
     yield from _rule(inbound, before, arriving, move_id)
-    departing = f"tcp sport {ports} {to_wire}{family} saddr set {before}"
+    departing = f"{ip} saddr {after} tcp sport {ports} {to_wire}{ip} saddr set {before}"
     yield from _rule(outbound, after, departing, move_id)
 
 
 def _rule(dispatch: str, address: Address, text: str, move_id: str) -> Iterator[str]:
     yield from ruleset.render_dispatch(dispatch, address)
-    # Behind the kept connections' rules, which come first because they are inserted.
     chain = ruleset.address_chain(dispatch, address)
-    yield f'add rule inet {TABLE} {chain} {text} comment "{comment(move_id)}"'
+    # In front, so that the newest move has the word.
+    yield f'insert rule inet {TABLE} {chain} {text} comment "{comment(move_id)}"'
 
 
 def render_open(move_id: str) -> str:
@@ -123,14 +161,13 @@ def render_open(move_id: str) -> str:
     return f'insert rule inet {TABLE} {chain} accept comment "{ruleset.OPEN}"'
 
 
-def chains(receptions: Iterable[Reception]) -> Iterator[tuple[str, Address]]:
-    """Dispatch and address of every chain in which the receptions have a rule."""
-    for reception in receptions:
-        inbound, outbound = ruleset.DISPATCHES[reception.mode]
-        yield ruleset.GATE, reception.before
-        yield inbound, reception.before
-        if reception.mode == Mode.STATELESS:
-            yield outbound, reception.after
+def chains(reception: Reception) -> tuple[tuple[str, Address], ...]:
+    """Dispatch and address of every chain in which the reception has a rule."""
+    inbound, outbound = ruleset.DISPATCHES[reception.mode]
+    found = [*((GATE, local) for local in reception.gated), (inbound, reception.before)]
+    if reception.mode == Mode.STATELESS:
+        found.append((outbound, reception.after))
+    return tuple(found)
 
 
 def render_removal(move_id: str, receptions: Iterable[Reception]) -> tuple[str, ...]:
@@ -139,3 +176,12 @@ def render_removal(move_id: str, receptions: Iterable[Reception]) -> tuple[str, 
         f"delete chain inet {TABLE} {callers_chain(move_id)}",
         *(f"delete set inet {TABLE} {listen_set(move_id, r.number)}" for r in receptions),
     )
+
+
+def describe_forgetting(reception: Reception) -> Iterator[str]:
+    """The deletion of calls that nobody has answered, as conntrack(8) commands."""
+    for port in reception.ports:
+        yield (
+            f"conntrack -D -p tcp --orig-dst {reception.before} --orig-port-dst {port} "
+            "--status UNREPLIED"
+        )

@@ -36,7 +36,9 @@ Theory of operation. A site has one table `inet natkeep`, shared by all moves.
   so that it sees one and the same tuple in both directions.
 - Ports are explicit (`dnat to OLD : tcp dport`): with a range of one port the kernel does not
   choose another on a clash; the packet is dropped, which TCP repairs.
-- A bare SYN is never translated: a kept tuple does not open a new path.
+- A bare SYN is never translated by a rule, and dropped at the destination, open or not: a kept
+  tuple does not open a new path. (While the connection's entry lives, a stateful gateway does
+  translate one; the destination is where it ends.)
 - What a peer on the destination itself sends goes through lo, and is not translated.
 - What an ICMP error quotes is translated by conntrack in stateful mode, and by the raw rules of
   quoted.py in stateless mode: without, path MTU discovery would fail.
@@ -46,11 +48,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from natkeep.plan.lock import CRIU_MARK
 from natkeep.plan.move import Mode, Role, Translation
 from natkeep.plan.tuples import Address, Connections
 
 TABLE = "natkeep"
-CRIU_MARK = 0xC114
 FAMILIES = (4, 6)
 
 _IP = {4: "ip", 6: "ip6"}
@@ -122,7 +124,7 @@ def render_static() -> tuple[str, ...]:
             f"add set inet {TABLE} {held_set(version)} {{ type {_TYPE[version]}; }}"
             for version in FAMILIES
         ),
-        *_render_dispatch_maps(GATE),
+        *render_dispatch_maps(GATE),
         _base_chain("gate", "filter", "prerouting", "-350"),
         f"add rule inet {TABLE} gate {mark} notrack accept",
         *_dispatches("gate", GATE, "daddr"),
@@ -151,7 +153,7 @@ def render_mode(mode: Mode) -> tuple[str, ...]:
     lines: list[str] = []
     for dispatch in DISPATCHES[mode]:
         chain, type_, hook, priority, field = _BASE_CHAINS[dispatch]
-        lines += _render_dispatch_maps(dispatch)
+        lines += render_dispatch_maps(dispatch)
         lines.append(_base_chain(chain, type_, hook, priority))
         lines += _dispatches(chain, dispatch, field)
     if mode == Mode.STATELESS:
@@ -163,7 +165,8 @@ def render_mode(mode: Mode) -> tuple[str, ...]:
     return tuple(lines)
 
 
-def _render_dispatch_maps(dispatch: str) -> tuple[str, ...]:
+def render_dispatch_maps(dispatch: str) -> tuple[str, ...]:
+    """The verdict maps of a dispatch, one for each family."""
     return tuple(
         f"add map inet {TABLE} {dispatch_map(dispatch, version)} "
         f"{{ type {_TYPE[version]} : verdict; }}"
@@ -346,6 +349,8 @@ def _render_rewriting(move_id: str, translation: Translation) -> list[str]:
 
 def translating_chains(translation: Translation) -> tuple[tuple[str, Address], ...]:
     """Dispatch and address of the chains in which the translation has a rule."""
+    if translation.site.role == Role.SOURCE:
+        return ()  # it only keeps quiet
     inbound, outbound = DISPATCHES[translation.mode]
     return (inbound, translation.before), (outbound, translation.after)
 

@@ -12,8 +12,9 @@ from dataclasses import dataclass, field, replace
 from itertools import islice
 from shlex import quote
 
-from natkeep.plan import reception, ruleset
+from natkeep.plan import quiet, reception, ruleset
 from natkeep.plan.entries import describe_purge, entries, stale_tuples, stale_views
+from natkeep.plan.lock import DumpLock, describe_taking
 from natkeep.plan.move import (
     NOTHING_SPECIAL,
     Mode,
@@ -27,7 +28,7 @@ from natkeep.plan.move import (
 )
 from natkeep.plan.quoted import RawRule, make_error_rules
 from natkeep.plan.reception import Reception, make_receptions
-from natkeep.plan.tuples import Address, Connections
+from natkeep.plan.tuples import Address, Connections, Endpoint
 
 Identity = tuple[int, int]
 """Device and inode of a network namespace."""
@@ -60,6 +61,7 @@ class Prior:
 
 
 SHOWN = 3
+_LOCK_SHOWN = 8
 """How many of a step's connections `describe` spells out; `--format nft` and json show all."""
 
 
@@ -77,7 +79,10 @@ class InstallGate:
 
     def lines(self) -> tuple[str, ...]:
         """The nft text without the static part, which only the first move at a site adds."""
-        return ruleset.render_gate(self.move_id, self.translations)
+        gate = ruleset.render_gate(self.move_id, self.translations)
+        if self.site.role == Role.SOURCE:
+            return (*gate, *quiet.render_mute(self.move_id, self.translations))
+        return gate
 
 
 @dataclass(frozen=True, slots=True)
@@ -243,6 +248,45 @@ class OpenGate:
         callers = (reception.callers_chain(self.move_id),) if self.listening else ()
         return (ruleset.gate_chain(self.move_id), *callers)
 
+    def accepts(self) -> tuple[tuple[str, bool], ...]:
+        """The same as `lines`, as the chains and whether a bare SYN stays refused there."""
+        gate, *callers = self.chains()
+        return (gate, self.site.role == Role.DESTINATION), *((chain, False) for chain in callers)
+
+
+@dataclass(frozen=True, slots=True)
+class HoldListeners:
+    """New connections to these listeners wait: their SYNs are dropped, and peers retry."""
+
+    site: Site
+    move_id: str
+    listeners: tuple[Endpoint, ...]
+
+    def describe(self) -> tuple[str, ...]:
+        """One command a line."""
+        return _nft(self.site, self.lines())
+
+    def lines(self, *, linked: bool = False) -> tuple[str, ...]:
+        """The nft text; linked: the gate leads to it already."""
+        return quiet.render_hold(self.move_id, self.listeners, linked=linked)
+
+
+@dataclass(frozen=True, slots=True)
+class TakeOverLock:
+    """Remove the network lock that CRIU left for this dump, now that our gate stands.
+
+    Undone, it is put back: whoever takes our gate away after a failure leaves CRIU's lock.
+    """
+
+    site: Site
+    lock: DumpLock
+    connections: Connections
+
+    def describe(self) -> tuple[str, ...]:
+        """One command a line."""
+        commands = describe_taking(self.lock, self.connections)
+        return tuple(f"{_prefix(self.site)}{command}" for command in islice(commands, _LOCK_SHOWN))
+
 
 Step = (
     InstallGate
@@ -254,6 +298,8 @@ Step = (
     | TranslateErrors
     | PurgeEntries
     | InsertEntries
+    | HoldListeners
+    | TakeOverLock
     | OpenGate
 )
 
@@ -291,14 +337,43 @@ def make_plan(
     for translation in translations:
         _assert_chain_ends_at_checkpoint(translation)
     opens = tuple(
-        OpenGate(site, move.id, make_receptions(move, site)) for site in move.ordered_sites()
+        OpenGate(site, move.id, make_receptions(move, site)) for site in _sites_to_open(move)
     )
     return Plan(move, translations, unkept, surroundings, tuple(prepare), opens)
+
+
+def _sites_to_open(move: Move) -> tuple[Site, ...]:
+    """The source stays quiet while the process is elsewhere; alone, opening it is coming back."""
+    if move.quiesces:
+        return ()
+    elsewhere = tuple(site for site in move.ordered_sites() if site.role != Role.SOURCE)
+    return elsewhere or move.sites
+
+
+def _steps_at_source(site: Site, move: Move, here: tuple[Translation, ...]) -> list[Step]:
+    hold = [HoldListeners(site, move.id, move.held)] if move.held else []
+    if move.quiesces:
+        return [*hold]
+    steps: list[Step] = [InstallGate(site, move.id, here)]
+    steps += [
+        FillSet(site, name, connections)
+        for translation in here
+        for name, connections in ruleset.sets_of(move.id, translation).items()
+    ]
+    steps += hold
+    if move.lock is not None and move.lock.is_known():
+        # The very last step: whatever fails before it, CRIU's lock still keeps the source quiet.
+        kept = [translation.kept for translation in here]
+        v4, v6 = (b"".join(some.records(version) for some in kept) for version in (4, 6))
+        steps.append(TakeOverLock(site, move.lock, Connections(v4, v6)))
+    return steps
 
 
 def _steps_at(
     site: Site, move: Move, here: tuple[Translation, ...], surroundings: Surroundings
 ) -> list[Step]:
+    if site.role == Role.SOURCE:
+        return _steps_at_source(site, move, here)
     receptions = make_receptions(move, site)
     # The gate before the address: a host that has OLD but not the socket answers with RST.
     steps: list[Step] = [InstallGate(site, move.id, here)]
@@ -362,6 +437,12 @@ def _assert_chain_ends_at_checkpoint(translation: Translation) -> None:
 def describe_plan(plan: Plan) -> Iterator[str]:
     """The commands of the whole plan, for a person."""
     for step in plan.prepare:
+        if isinstance(step, InstallGate):
+            static = [*ruleset.render_static(), *ruleset.render_mode(plan.move.mode)]
+            if step.site.role == Role.DESTINATION:
+                static += ruleset.render_arp_static()
+            yield f"# {step.site}: the first move there makes the table too"
+            yield from _nft(step.site, static)
         yield from step.describe()
     yield "# when the sockets are there (natkeep open, or natkeep-hook at post-restore):"
     for step in plan.open:
@@ -371,16 +452,21 @@ def describe_plan(plan: Plan) -> Iterator[str]:
 def render_nft(plan: Plan) -> Iterator[tuple[Site, tuple[str, ...]]]:
     """For each site the complete nft script of prepare, static part included."""
     for site in plan.move.ordered_sites():
-        lines = [*ruleset.render_static(), *ruleset.render_mode(plan.move.mode)]
+        mode = () if site.role == Role.SOURCE else ruleset.render_mode(plan.move.mode)
+        lines = [*ruleset.render_static(), *mode]
         if site.role == Role.DESTINATION:
             lines += ruleset.render_arp_static()
+        elif site.role == Role.SOURCE:
+            lines += quiet.render_static()
         for step in plan.prepare:
             if step.site != site:
                 continue
             if isinstance(step, FillSet):
                 elements = ", ".join(step.elements())
                 lines.append(f"add element inet {ruleset.TABLE} {step.name} {{ {elements} }}")
-            elif isinstance(step, InstallGate | InstallTranslation | InstallReception):
+            elif isinstance(
+                step, InstallGate | InstallTranslation | InstallReception | HoldListeners
+            ):
                 lines += step.lines()
         yield site, tuple(lines)
 

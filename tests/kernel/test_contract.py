@@ -285,25 +285,14 @@ def test_a_prepared_and_opened_site_has_no_drift(scene: Scene, role: Role, mode:
 
 @EACH_MODE
 @EACH_ROLE
-def test_check_changes_nothing(scene: Scene, role: Role, mode: Mode) -> None:
-    plan = make(scene, role, some(4, 3), 4, mode=mode)
-
-    for step in plan.steps:
-        before = scene.picture()
-        scene.kernel.check(step)
-        assert before == scene.picture()
-        apply(scene, [step])
-
-
-@EACH_MODE
-@EACH_ROLE
-def test_remember_is_called_once_and_before_the_change(
+def test_check_changes_nothing_and_remember_is_called_once_before_the_change(
     scene: Scene, role: Role, mode: Mode
 ) -> None:
     plan = make(scene, role, some(4, 3), 4, mode=mode)
 
     for step in plan.steps:
         before, told = scene.picture(), []
+        scene.kernel.check(step)
         scene.kernel.apply(step, lambda prior, told=told: told.append(scene.picture()))
         assert [before] == told
 

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from natkeep.errors import NatkeepError, RefusedError, UsageError
 from natkeep.plan import move as move_module
 from natkeep.plan.move import (
+    SUPPORTED_ROLES,
     Map,
     Mode,
     Move,
@@ -70,8 +71,7 @@ def test_a_site_is_parsed(text: str, site: Site) -> None:
         ("", UsageError),
         ("=gw", UsageError),
         ("Gateway", UsageError),
-        ("peer", RefusedError),
-        ("source=src", RefusedError),
+        *((f"{role}=x", RefusedError) for role in Role if role not in SUPPORTED_ROLES),
     ],
 )
 def test_a_bad_site_is_an_error(text: str, error: type[NatkeepError]) -> None:

@@ -188,12 +188,12 @@ def test_only_characters_of_a_closed_alphabet_are_rendered() -> None:
         assert re.fullmatch(r'[W {}@"&|()!=;,\n-]+', skeleton)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=125, deadline=None)
 @given(IDS, st.binary(min_size=16 * _WISH, max_size=16 * _WISH))
 def test_whatever_is_given_only_words_change_and_never_the_grammar(
     move_id: str, words: bytes
 ) -> None:
-    """2,400 moves have the same punctuation as a harmless one: nothing can be smuggled in."""
+    """2,000 moves have the same punctuation as a harmless one: nothing can be smuggled in."""
     try:
         Move(move_id, (MAP4,), (Site(Role.GATEWAY),))
     except UsageError:

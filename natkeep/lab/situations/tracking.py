@@ -48,7 +48,9 @@ def masquerading(lab: Lab) -> None:
     lab.serve()
     lab.dial()
     lab.talk()
+    lab.quiet()
     lab.move()
+    lab.talk()
     lab.talk_on()
     lab.quiet()
     lab.server_says()
@@ -58,17 +60,23 @@ def masquerading(lab: Lab) -> None:
 
 @situation(11, "conntrack -F at gateway and destination")
 def forgotten(lab: Lab) -> None:
-    """Somebody flushes both tables in mid-flow, one after the other."""
+    """Somebody flushes both tables in mid-flow, then in a pause before either side speaks."""
     lab.serve()
     lab.dial()
     lab.talk()
+    lab.quiet()
     lab.move()
+    lab.talk()
     lab.talk_on()
     lab.flush_conntrack("gateway")
     lab.talk_on()
     lab.flush_conntrack("destination")
     lab.talk_on()
     lab.quiet()
+    for role in lab.sites:
+        lab.flush_conntrack(role)
     lab.server_says()
+    for role in lab.sites:
+        lab.flush_conntrack(role)
     lab.client_says()
     lab.finish()

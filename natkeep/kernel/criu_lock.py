@@ -1,0 +1,181 @@
+"""the taking of CRIU's network lock on the source: found, removed, and put back if need be.
+
+Rule: only what plan/lock.py says is this dump's; a table by its run id, rules by four-tuples.
+Where CRIU's table holds connections that are not asked for, those stay locked, in it.
+All functions act in the namespace that the calling thread is in.
+
+iptables has two kernels' worth of tables: those of nf_tables and the legacy ones. A table is
+looked for before its program is started, because the legacy program makes what it lists. The
+programs are those that CRIU used; a transaction of iptables-restore is all or nothing.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from collections.abc import Iterator
+
+from natkeep.errors import KernelError
+from natkeep.kernel import elements, nft
+from natkeep.plan.lock import (
+    DumpLock,
+    NetworkLock,
+    SavedRules,
+    find_rules,
+    pack_keys,
+    render_deletion,
+    render_elements,
+    render_namespace_restoration,
+    render_namespace_table,
+    render_restoration,
+    render_table,
+    set_name,
+)
+from natkeep.plan.steps import Prior
+from natkeep.plan.tuples import Connections
+
+_TOOLS = {4: "iptables", 6: "ip6tables"}
+_FAMILIES = {4: 2, 6: 10}  # NFPROTO_IPV4, NFPROTO_IPV6
+_LEGACY_NAMES = {4: "ip_tables_names", 6: "ip6_tables_names"}
+_BACKENDS = ("nft", "legacy")
+_PATH = os.pathsep.join((os.environ.get("PATH", os.defpath), "/usr/sbin", "/sbin"))
+
+Variant = tuple[str, int]
+"""Back end of iptables, and IP version."""
+
+
+def find_lock(lock: DumpLock, kept: Connections) -> Prior:
+    """What of the lock is here; present is false throughout: nobody else removed it for us."""
+    facts: dict[str, str | int | bool] = {}
+    if lock.method == NetworkLock.NFTABLES:
+        if elements.has_table(elements.INET, lock.table):
+            facts["table"] = "whole" if not _holds_others(lock, kept) else "shared"
+        return Prior(facts=facts)
+    for (backend, version), found in _find_rules(lock, kept):
+        if found.rules or found.chain:
+            facts[f"{backend}{version}"] = True
+    return Prior(facts=facts)
+
+
+def take_lock(lock: DumpLock, kept: Connections) -> None:
+    """Remove the lock; KernelError when the kernel says no, and then all of it is there."""
+    if lock.method == NetworkLock.NFTABLES:
+        _take_table(lock, kept)
+        return
+    taken: list[tuple[Variant, SavedRules]] = []
+    try:
+        for variant, found in _find_rules(lock, kept):
+            _restore(variant, render_deletion(found))
+            taken.append((variant, found))
+    except BaseException:
+        for variant, _ in taken:
+            _put_rules_back(variant, lock, kept)
+        raise
+
+
+def put_lock_back(lock: DumpLock, kept: Connections, prior: Prior) -> None:
+    """The reverse of `take_lock`, as far as something is missing of what *prior* names."""
+    if "table" in prior.facts:
+        _put_table_back(lock, kept)
+        return
+    for backend in _BACKENDS:
+        for version in _TOOLS:
+            if prior.facts.get(f"{backend}{version}"):
+                _put_rules_back((backend, version), lock, kept)
+
+
+# ---- nftables ----------------------------------------------------------------------------
+
+
+def _holds_others(lock: DumpLock, kept: Connections) -> bool:
+    return any(
+        set(elements.read_keys(lock.table, set_name(version))) - pack_keys(kept, version)
+        for version in _TOOLS
+    )
+
+
+def _take_table(lock: DumpLock, kept: Connections) -> None:
+    if not elements.has_table(elements.INET, lock.table):
+        return
+    if _holds_others(lock, kept):
+        nft.run_transaction(render_elements("delete", lock, _still_locked(lock, kept)))
+    else:
+        nft.run_transaction([f"delete table inet {lock.table}"])
+
+
+def _still_locked(lock: DumpLock, kept: Connections) -> Connections:
+    """Those of *kept* that are in CRIU's table: deleting another one would be refused."""
+    found = {v: set(elements.read_keys(lock.table, set_name(v))) for v in _TOOLS}
+    return Connections.of(
+        inbound
+        for inbound in kept
+        for version in (inbound.source.address.version,)
+        if pack_keys(Connections.of([inbound]), version) <= found[version]
+    )
+
+
+def _put_table_back(lock: DumpLock, kept: Connections) -> None:
+    if elements.has_table(elements.INET, lock.table):
+        if not lock.whole:
+            lines = render_elements("add", lock, kept)
+            nft.run_transaction(lines)
+    elif lock.whole:
+        nft.run_transaction(render_namespace_table(lock))
+    else:
+        nft.run_transaction(render_table(lock, kept))
+
+
+# ---- iptables ----------------------------------------------------------------------------
+
+
+def _find_rules(lock: DumpLock, kept: Connections) -> Iterator[tuple[Variant, SavedRules]]:
+    for backend in _BACKENDS:
+        for version in _TOOLS:
+            variant = (backend, version)
+            if _has_filter_table(variant):
+                saved = _run(variant, "save", ["-t", "filter"])
+                yield variant, find_rules(saved, lock, kept)
+
+
+def _has_filter_table(variant: Variant) -> bool:
+    backend, version = variant
+    if backend == "nft":
+        return elements.has_table(_FAMILIES[version], "filter")
+    try:
+        with open(f"/proc/thread-self/net/{_LEGACY_NAMES[version]}", encoding="ascii") as file:
+            return "filter" in file.read().split()
+    except OSError:
+        return False
+
+
+def _put_rules_back(variant: Variant, lock: DumpLock, kept: Connections) -> None:
+    _, version = variant
+    saved = _run(variant, "save", ["-t", "filter"]) if _has_filter_table(variant) else ""
+    present = find_rules(saved, lock, kept)
+    if lock.whole:
+        if not present.chain:
+            _restore(variant, render_namespace_restoration())
+        return
+    missing = [t for t in kept if t.source.address.version == version and t not in present.tuples]
+    _restore(variant, render_restoration(missing))
+
+
+def _restore(variant: Variant, lines: tuple[str, ...]) -> None:
+    if lines:
+        _run(variant, "restore", ["-w", "--noflush"], "\n".join(lines) + "\n")
+
+
+def _run(variant: Variant, verb: str, options: list[str], text: str = "") -> str:
+    backend, version = variant
+    name = f"{_TOOLS[version]}-{backend}-{verb}"
+    program = shutil.which(name, path=_PATH)
+    if program is None:
+        raise KernelError(
+            f"CRIU's lock is in a filter table, and there is no {name} to remove it with",
+            hint="install iptables, or dump with --network-lock nftables",
+        )
+    done = subprocess.run([program, *options], input=text, capture_output=True, text=True)
+    if done.returncode:
+        raise KernelError(f"{name}: {done.stderr.strip() or done.returncode}")
+    return done.stdout
