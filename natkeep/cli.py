@@ -7,6 +7,7 @@ Nothing is decided here, and what only one verb needs is imported when that verb
 from __future__ import annotations
 
 import argparse
+import functools
 import os
 import signal
 import sys
@@ -120,6 +121,17 @@ def make_parser(arguments: Sequence[str] = ("lab",)) -> argparse.ArgumentParser:
         "--replace", metavar="ID", help="the earlier move of the same process, moved on"
     )
     prepare.add_argument("--dry-run", action="store_true", help="check, and print the plan")
+    _add_quiesce(add("quiesce", "before a dump: have new connections wait", _quiesce))
+    running = add("run", "prepare, have CRIU restore, open; undo if it fails", _run)
+    _add_move_options(running)
+    running.add_argument(
+        "--keep-closed-on-failure",
+        action="store_true",
+        help="leave the move prepared, its gate closed, for another try",
+    )
+    running.add_argument(
+        "criu", metavar=("-- CRIU", "ARGUMENT"), nargs="+", help="criu restore ..., behind --"
+    )
     opening = add("open", "let the kept connections through", _open)
     opening.add_argument("id", metavar="ID")
     status = add("status", "what is prepared, what it carries, what drifted", _status)
@@ -177,6 +189,33 @@ def _add_move_options(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("--mode", choices=("stateful", "stateless"), default="stateful")
 
 
+def _add_quiesce(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument("id", metavar="ID")
+    verb.add_argument("--map", metavar="OLD=NEW", action="append", default=[])
+    verb.add_argument("--site", metavar="source[=NETNS]", action="append", default=[])
+    verb.add_argument(
+        "--port",
+        metavar="PORT",
+        type=_port,
+        action="append",
+        default=[],
+        help="hold listeners on this port only; repeatable; default: all at OLD or the wildcard",
+    )
+    verb.add_argument(
+        "--timeout",
+        metavar="SECONDS",
+        type=_seconds,
+        default=10.0,
+        help="wait so long for those that are not accepted yet (default: 10)",
+    )
+
+
+def _port(text: str) -> int:
+    if not (text.isascii() and text.isdigit() and 1 <= int(text) <= 65535):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a port (1 to 65535)")
+    return int(text)
+
+
 def _add_teardown(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("id", metavar="ID")
     verb.add_argument(
@@ -230,6 +269,7 @@ def _prepare(args: argparse.Namespace) -> int:
 
     checkpoint = _read_connections(args)
     move = _make_move(args, checkpoint)
+    _authorise(move, checkpoint)
     lifecycle = _make_lifecycle(args, create=not args.dry_run)
     if args.dry_run:
         plan = lifecycle.check(move, checkpoint.connections, args.replace)
@@ -239,14 +279,48 @@ def _prepare(args: argparse.Namespace) -> int:
             print(*describe_plan(plan), sep="\n")
         return 0
     lifecycle.require_devices(move, report.bound_devices(checkpoint, move))
-    plan = lifecycle.prepare(move, checkpoint.connections, Gate(args.gate), args.replace)
+    plan = lifecycle.prepare(
+        move, checkpoint.connections, Gate(args.gate), args.replace, checkpoint.run_id
+    )
     for line in report.unkept_lines(checkpoint, plan):
         _talk(args, f"natkeep: not kept: {line}")
+    for line in report.lock_lines(plan):
+        _talk(args, f"natkeep: {line}")
     if args.json:
         report.print_json({"schema": 1, **report.move_to_json(plan), "gate": args.gate})
     else:
         _talk(args, f"natkeep: {report.summary(plan)}, gate {args.gate}")
     return 0
+
+
+def _run(args: argparse.Namespace) -> int:
+    from natkeep.criu.run import Restore, demand_criu, find_slow_lock, read_command
+
+    command = read_command(args.criu, args.image)
+    demand_criu(command.words[0])
+    if args.connections is None:
+        args.image = command.images
+    checkpoint = _read_connections(args)
+    move = _make_move(args, checkpoint)
+    slow = find_slow_lock(checkpoint, _authorise(move, checkpoint))
+    if slow:
+        _talk(args, f"natkeep: {slow}")
+    lifecycle = _make_lifecycle(args, create=True)
+    talk = functools.partial(_talk, args)
+    keep = args.keep_closed_on_failure
+    code = Restore(lifecycle, move, checkpoint, command, talk, keep, own_stdout=args.json).run()
+    if args.json:
+        _print_verb(args.id, gate="open", criu=code)
+    return code
+
+
+def _authorise(move: Move, checkpoint: Checkpoint) -> int:
+    """How many connections *move* is about, if the operator's policy allows them."""
+    from natkeep import policy
+
+    count = sum(len(checkpoint.connections.at(map_.old)) for map_ in move.maps)
+    policy.authorise(move, count)
+    return count
 
 
 def _open(args: argparse.Namespace) -> int:
@@ -283,6 +357,7 @@ def _teardown(args: argparse.Namespace) -> int:
             lifecycle.drain(args.id, args.drain)
         if not args.yes:
             _ask_if_alive(args.id, lifecycle)
+            _refuse_exposure(args.id, lifecycle)
     found = lifecycle.teardown(args.id)
     if args.json:
         _print_verb(args.id, found=found)
@@ -301,6 +376,30 @@ def _ask_if_alive(move_id: str, lifecycle: Lifecycle) -> None:
     print(f"natkeep: {question}. Go on? [y/N] ", end="", file=sys.stderr, flush=True)
     if sys.stdin.readline().strip().lower() not in ("y", "yes"):
         raise RefusedError("nothing was changed")
+
+
+def _refuse_exposure(move_id: str, lifecycle: Lifecycle) -> None:
+    for line in lifecycle.find_exposed(move_id):
+        raise RefusedError(
+            line, hint="take OLD from that host, or restore the process there; or --yes"
+        )
+
+
+def _quiesce(args: argparse.Namespace) -> int:
+    from natkeep.plan.move import Move, Role
+
+    sites = _parse_sites(args.site or ["source"])
+    if [site.role for site in sites] != [Role.SOURCE]:
+        raise UsageError("quiesce is for the source", hint="--site source[=NETNS]")
+    move = Move(args.id, _parse_maps(args, sites), sites)
+    lifecycle = _make_lifecycle(args, create=True)
+    listeners = lifecycle.quiesce(move, frozenset(args.port), args.timeout)
+    if args.json:
+        _print_verb(args.id, listeners=[str(end) for end in listeners])
+    else:
+        told = ", ".join(str(end) for end in listeners)
+        _talk(args, f"natkeep: {args.id}: new connections to {told} wait; dump now")
+    return 0
 
 
 def _check(args: argparse.Namespace) -> int:
@@ -385,18 +484,27 @@ def _parse_sites(texts: Sequence[str]) -> tuple[Site, ...]:
 
 
 def _make_move(args: argparse.Namespace, checkpoint: Checkpoint) -> Move:
-    from natkeep.plan.move import Map, Mode, Move, parse_id, parse_map
+    from natkeep.plan.move import Mode, Move, Role, parse_id
 
     parse_id(args.id)
     sites = _parse_sites(args.site)
+    maps = _parse_maps(args, sites)
+    listeners = _find_listeners(checkpoint, maps) if args.listeners else ()
+    at_source = any(site.role == Role.SOURCE for site in sites)
+    lock = checkpoint.lock if at_source else None
+    return Move(args.id, maps, sites, Mode(args.mode), listeners, lock)
+
+
+def _parse_maps(args: argparse.Namespace, sites: tuple[Site, ...]) -> tuple[Map, ...]:
+    from natkeep.plan.move import Map, parse_map
+
     maps = []
     for text in args.map:
         old, new = parse_map(text)
         if new is None:
             new = _make_lifecycle(args, create=False).find_new(old, sites)
         maps.append(Map(old, new))
-    listeners = _find_listeners(checkpoint, maps) if args.listeners else ()
-    return Move(args.id, tuple(maps), sites, Mode(args.mode), listeners)
+    return tuple(maps)
 
 
 def _find_listeners(checkpoint: Checkpoint, maps: Sequence[Map]) -> tuple[Endpoint, ...]:

@@ -37,9 +37,10 @@ from typing import Any
 
 from natkeep import __version__
 from natkeep.errors import JournalError, NatkeepError, RefusedError, UsageError
+from natkeep.plan.lock import DumpLock, NetworkLock
 from natkeep.plan.move import Map, Mode, Move, Role, Site, Surroundings, parse_id
-from natkeep.plan.steps import Identity, OpenGate, Prior
-from natkeep.plan.tuples import Connections, Endpoint, parse_address
+from natkeep.plan.steps import HoldListeners, Identity, OpenGate, Prior
+from natkeep.plan.tuples import NO_CONNECTIONS, Connections, Endpoint, parse_address
 
 SCHEMA = 1
 DEFAULT_DIRECTORY = "/run/natkeep"
@@ -164,7 +165,9 @@ class StateDirectory:
         image: str | None = None,
     ) -> Journal:
         """Write the journal of a new move; RefusedError when its id is in use."""
-        packed = _pack((connections, surroundings.carried, surroundings.carriers))
+        packed = None
+        if not move.quiesces:
+            packed = _pack((connections, surroundings.carried, surroundings.carriers))
         header = {
             "schema": SCHEMA,
             "natkeep": __version__,
@@ -173,18 +176,26 @@ class StateDirectory:
             "namespaces": [list(identity) for identity in namespaces],
             "steps": list(kinds),
             "local": sorted(str(address) for address in surroundings.local),
-            "connections": hashlib.sha256(packed).hexdigest(),
+            "connections": packed and hashlib.sha256(packed).hexdigest(),
             "image": image,
         }
-        if move.id in self.ids():
+        earlier = self.read_move(move.id) if move.id in self.ids() else None
+        begun: list[dict[str, Any]] = []
+        if earlier is not None and earlier[0].quiesces and move.held and not move.quiesces:
+            # The hold passes into this journal in the moment that it takes the other one's place.
+            number = kinds.index(HoldListeners.__name__)
+            begun.append({"step": number, "state": "doing", "prior": Prior().to_json()})
+        elif move.id in self.ids():
             raise RefusedError(
                 f"the id {move.id} is in use", hint=f"natkeep teardown {move.id}, or another id"
             )
         try:
-            self._write_new(f"{move.id}.connections", packed)
-            self._write_new(f"{move.id}.journal", _line(header))
+            if packed is not None:
+                self._write_new(f"{move.id}.connections", packed)
+            self._write_new(f"{move.id}.journal", b"".join(map(_line, (header, *begun))))
         except BaseException:
-            self.remove(move.id)  # nothing has been done yet
+            if not begun:
+                self.remove(move.id)  # nothing has been done yet
             raise
         boot = str(header["boot"])
         return Journal(move, connections, surroundings, namespaces, kinds, boot, self, image=image)
@@ -232,7 +243,9 @@ class StateDirectory:
         move = _move_from_json(header["move"])
         if move.id != move_id:
             raise ValueError(f"it is of move {move.id}")
-        connections, carried, carriers = self._read_connections(move_id, header["connections"])
+        connections, carried, carriers = (NO_CONNECTIONS,) * 3
+        if not move.quiesces:
+            connections, carried, carriers = self._read_connections(move_id, header["connections"])
         local = frozenset(parse_address(text) for text in header["local"])
         journal = Journal(
             move,
@@ -414,6 +427,9 @@ def _move_to_json(move: Move) -> dict[str, Any]:
         "id": move.id,
         "mode": move.mode,
         "listeners": [str(end) for end in move.listeners],
+        "lock": move.lock and [move.lock.method, move.lock.run_id, move.lock.whole],
+        "held": [str(end) for end in move.held],
+        "quiesces": move.quiesces,
         "maps": [{"old": str(map_.old), "new": str(map_.new)} for map_ in move.maps],
         "sites": [{"role": site.role, "netns": site.netns} for site in move.sites],
     }
@@ -428,4 +444,14 @@ def _move_from_json(value: dict[str, Any]) -> Move:
         sites=tuple(Site(Role(row["role"]), str(row["netns"])) for row in value["sites"]),
         mode=Mode(value["mode"]),
         listeners=tuple(Endpoint.parse(text) for text in value["listeners"]),
+        lock=_lock_from_json(value["lock"]),
+        held=tuple(Endpoint.parse(text) for text in value["held"]),
+        quiesces=bool(value["quiesces"]),
     )
+
+
+def _lock_from_json(value: list[Any] | None) -> DumpLock | None:
+    if value is None:
+        return None
+    method, run_id, whole = value
+    return DumpLock(NetworkLock(method), None if run_id is None else str(run_id), bool(whole))

@@ -11,7 +11,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from natkeep.errors import (
     JournalError,
@@ -27,6 +27,7 @@ from natkeep.plan import ruleset
 from natkeep.plan.drift import Gate, MoveStatus, SiteStatus, find_drift
 from natkeep.plan.findings import Finding, find
 from natkeep.plan.move import Mode, Move, Role, Site, Translation
+from natkeep.plan.reception import refuse_one_end_for_two
 from natkeep.plan.steps import (
     AddAddress,
     InsertEntries,
@@ -35,14 +36,16 @@ from natkeep.plan.steps import (
     PurgeEntries,
     RaiseLoopback,
     Step,
+    TakeOverLock,
     make_plan,
 )
-from natkeep.plan.tuples import RECORD_SIZE, Address, Connections
+from natkeep.plan.tuples import NO_CONNECTIONS, RECORD_SIZE, Address, Connections, Endpoint
 
 Talk = Callable[[str], None]
 """Where progress goes; one line without its newline."""
 
 _DRAIN_INTERVAL = 0.2
+_QUEUE_INTERVAL = 0.02
 
 
 @dataclass
@@ -60,6 +63,8 @@ class Lifecycle:
         gate: Gate = Gate.CLOSED,
         replaces: str | None = None,
         image: str | None = None,
+        *,
+        frozen: bool = False,
     ) -> Plan:
         """Make every site ready; with Gate.OPEN let the connections through as well.
 
@@ -67,12 +72,13 @@ class Lifecycle:
         replaces: the id of an earlier move of the same process. At the sites that both have,
         this move's gate closes in front of it, and when all is ready the earlier one is taken
         out there: no packet meets both, and none meets neither.
+        frozen: CRIU holds the process at the source just now, so its sockets are to be there.
 
         Raises what was refused or failed; then everything has been undone, and if it could not
         be, LeftoverError says what is there.
         """
         with self.state.locked():
-            plan = self.check(move, connections, replaces)
+            plan = self.check(move, connections, replaces, frozen=frozen)
             if replaces is not None:
                 return self._replace(plan, connections, gate, replaces, image)
             self._begin_and_apply(plan, connections, gate, image)
@@ -84,10 +90,24 @@ class Lifecycle:
         move = plan.move
         steps = plan.steps if gate == Gate.OPEN else plan.prepare
         identities = tuple(self.kernel.identity(site) for site in move.sites)
+        quiesce = self.state.load(move.id) if _takes_over(move) else None
         journal = self.state.begin(
             move, connections, plan.surroundings, identities, _kinds(plan), image
         )
-        self._apply_or_undo(journal, plan, list(range(len(steps))))
+        try:
+            self._apply_or_undo(journal, plan, list(range(len(steps))))
+        except BaseException:
+            if quiesce is not None and move.id not in self.state.ids():
+                self._hold_again(quiesce)
+            raise
+
+    def _hold_again(self, quiesce: Journal) -> None:
+        """The move that took a quiesce over has failed and was undone: all is as before it."""
+        plan = _plan_of(quiesce)
+        journal = self.state.begin(
+            quiesce.move, NO_CONNECTIONS, plan.surroundings, quiesce.namespaces, quiesce.kinds
+        )
+        self._apply_or_undo(journal, plan, list(range(len(plan.steps))))
 
     def _replace(
         self, plan: Plan, connections: Connections, gate: Gate, replaces: str, image: str | None
@@ -97,11 +117,13 @@ class Lifecycle:
         shared = self._shared_sites(earlier, plan.move)
         numbers = [n for n, step in enumerate(old.steps) if step.site in shared]
         entries = [n for n in numbers if isinstance(old.steps[n], InsertEntries | PurgeEntries)]
-        # Stateful entries of both moves have the same tuples: from now on a teardown of the
-        # earlier move must not delete those of the new one. Stateless ones say NEW, so they differ.
+        # What was purged is the new move's to give back. Stateful entries of both moves have the
+        # same tuples: from now on a teardown of the earlier move must not delete those of the
+        # new one. Stateless ones say NEW, so they differ.
         same = {earlier.move.mode, plan.move.mode} == {Mode.STATEFUL}
-        for number in entries if same else ():
-            earlier.note(number, "undone", Prior())
+        for number in entries:
+            if same or isinstance(old.steps[number], PurgeEntries):
+                earlier.note(number, "undone", Prior())
         self.kernel.open_sites(shared, {site: earlier.identity(site) for site in shared})
         try:
             self._begin_and_apply(plan, connections, gate, image)
@@ -109,9 +131,12 @@ class Lifecycle:
             for number in entries:
                 self._apply(earlier, old.steps[number], number)
             raise
-        left = self._undo(earlier, old, reversed(numbers))
+        left = self._undo(earlier, old, _without_lock(old, reversed(numbers)))
         if left:
             raise _leftover(earlier, left)
+        for number in numbers:
+            if isinstance(old.steps[number], TakeOverLock):
+                earlier.note(number, "undone", Prior())
         if all(record.state == "undone" for record in earlier.records.values()):
             earlier.remove()
         return plan
@@ -123,12 +148,25 @@ class Lifecycle:
             raise RefusedError(f"{move.id} and {earlier.move.id} have no site in common")
         return shared
 
-    def check(self, move: Move, connections: Connections, replaces: str | None = None) -> Plan:
+    def check(
+        self,
+        move: Move,
+        connections: Connections,
+        replaces: str | None = None,
+        *,
+        frozen: bool = False,
+    ) -> Plan:
         """The plan, if it could be carried out as things stand; nothing is changed."""
         self._open_sites(move)
+        move = self._with_hold(move)
         surroundings = self.kernel.look_around(move, connections)
+        if replaces is not None:
+            earlier = self.state.load(replaces).surroundings
+            surroundings = surroundings.carry_on(earlier, connections)
         plan = make_plan(move, connections, surroundings)
         self._refuse_conflicts(plan, replaces)
+        if not frozen:
+            self._refuse_living(plan)
         for step in plan.steps:
             self.kernel.check(step)
         return plan
@@ -176,7 +214,7 @@ class Lifecycle:
 
     def _refuse_conflicts(self, plan: Plan, replaces: str | None) -> None:
         """Two moves may share an address, but no tuple on either side of a site."""
-        if plan.move.id in self.state.ids():
+        if plan.move.id in self.state.ids() and not _takes_over(plan.move):
             raise RefusedError(
                 f"the id {plan.move.id} is in use",
                 hint=f"natkeep teardown {plan.move.id}, or another id",
@@ -184,12 +222,13 @@ class Lifecycle:
         ours = {self.kernel.identity(site): site for site in plan.move.sites}
         for move_id in self.state.ids():
             found = self.state.read_move(move_id)
-            if found is None or move_id == replaces:
+            if found is None or move_id in (replaces, plan.move.id):
                 continue
             other, namespaces, boot = found
             if not set(namespaces) & set(ours) or boot != read_boot_id():
                 continue
             _refuse_remapped(plan.move, other)
+            refuse_one_end_for_two(plan.move, other)
             if _shares_address(plan.move, other):
                 journal = self.state.load(move_id)
                 _refuse_overlap(plan, _plan_of(journal))
@@ -309,7 +348,8 @@ class Lifecycle:
                 for site in plan.move.sites
                 if not _is_retired(journal, plan, site)
             )
-            gates = {status.seen.gate for status in sites if status.seen is not None}
+            opening = {step.site for step in plan.open}
+            gates = {s.seen.gate for s in sites if s.seen is not None and s.site in opening}
             found.append(
                 MoveStatus(plan, Gate.OPEN if gates == {Gate.OPEN} else Gate.CLOSED, sites)
             )
@@ -328,10 +368,13 @@ class Lifecycle:
     def count_alive(self, move_id: str) -> int:
         """How many connections a teardown would break; 0 while the gate is closed."""
         alive = [
-            site.seen.alive
+            site.seen.alive + site.seen.callers
             for status in self.status((move_id,))
             for site in status.sites
-            if site.seen is not None and site.seen.gate == Gate.OPEN
+            if site.seen is not None
+            and site.seen.gate == Gate.OPEN
+            # Opened at the source, the process is back where OLD is at home, and needs nothing.
+            and site.site.role != Role.SOURCE
         ]
         return min(alive, default=0)
 
@@ -365,11 +408,98 @@ class Lifecycle:
                 ]
                 # The gates close first, at every site: while the destination is taken apart
                 # the gateway must not hand it packets that it would answer with a reset.
-                left = self._undo(journal, plan, numbers)
+                left = self._undo(journal, plan, _without_lock(plan, numbers))
             if left:
                 raise _leftover(journal, left)
             journal.remove()
             return True
+
+    def find_exposed(self, move_id: str) -> tuple[str, ...]:
+        """Why a teardown would have the source answer peers with resets; nothing when it is safe.
+
+        It is where OLD has left the host, where the process is back, and where CRIU's own lock
+        was never taken over.
+        """
+        journal, plan = self._load(move_id)
+        taking = [n for n, step in enumerate(plan.steps) if isinstance(step, TakeOverLock)]
+        begun = [journal.records[n].state != "undone" for n in taking if n in journal.records]
+        if plan.move.quiesces or (taking and not any(begun)):
+            return ()
+        found = []
+        for site in plan.move.sites:
+            seen = self._look(journal, plan, site).seen if site.role == Role.SOURCE else None
+            if seen and seen.gate == Gate.CLOSED and seen.addresses and not seen.alive:
+                olds = ", ".join(str(old) for old in sorted(seen.addresses, key=str))
+                peers = {t.source for one in plan.translations for t in one.kept}
+                found.append(
+                    f"{site} still has OLD {olds}: it would answer {len(peers)} peers with a reset"
+                )
+        return tuple(found)
+
+    def quiesce(self, move: Move, ports: frozenset[int], seconds: float) -> tuple[Endpoint, ...]:
+        """Have new connections to the source's listeners wait, and return when nobody else does.
+
+        ports: those listeners only, or all where it is empty. When somebody still waits to be
+        accepted after *seconds*, the hold is released and NatkeepError says where.
+        """
+        [site] = move.sites
+        with self.state.locked():
+            self._open_sites(move)
+            found = self.kernel.find_listeners(site, frozenset(m.old for m in move.maps))
+            listeners = tuple(end for end in found if not ports or end.port in ports)
+            if not listeners:
+                olds = ", ".join(str(map_.old) for map_ in move.maps)
+                raise RefusedError(
+                    f"{site}: nobody listens at {olds} or at the wildcard address",
+                    hint="then there is nothing to wait for: dump",
+                )
+            move = replace(move, held=listeners, quiesces=True)
+            plan = self.check(move, NO_CONNECTIONS)
+            self._begin_and_apply(plan, NO_CONNECTIONS, Gate.CLOSED, None)
+        try:
+            self._await_accepted(site, listeners, time.monotonic() + seconds)
+        except BaseException:
+            self.teardown(move.id)
+            raise
+        return listeners
+
+    def _await_accepted(self, site: Site, listeners: tuple[Endpoint, ...], deadline: float) -> None:
+        # Twice in a row: a SYN that passed just before the hold was in may be on its way still.
+        clean = 0
+        while clean < 2:
+            waiting = self.kernel.count_waiting(site, listeners)
+            clean = 0 if waiting else clean + 1
+            if waiting and time.monotonic() >= deadline:
+                told = ", ".join(f"{number} at {end}" for end, number in waiting.items())
+                raise NatkeepError(
+                    f"{site}: connections are not accepted: {told}; new ones may come again",
+                    hint="--timeout SECONDS waits longer; criu dump --skip-in-flight loses them",
+                )
+            time.sleep(_QUEUE_INTERVAL)
+
+    def _refuse_living(self, plan: Plan) -> None:
+        """A process that still lives at the source would own its connections twice (T7)."""
+        for site in plan.move.sites:
+            if site.role != Role.SOURCE or plan.move.quiesces:
+                continue
+            alive = self.kernel.observe(site, plan).alive
+            if alive:
+                raise RefusedError(
+                    f"{site}: {alive} of the connections still have their sockets there",
+                    hint="was it dumped with --leave-running? End that process first",
+                )
+
+    def _with_hold(self, move: Move) -> Move:
+        """*move*, with the listeners that a quiesce of the same id holds at its source."""
+        if move.quiesces or move.id not in self.state.ids():
+            return move
+        found = self.state.read_move(move.id)
+        if found is None or not found[0].quiesces or found[2] != read_boot_id():
+            return move
+        sources = [site for site in move.sites if site.role == Role.SOURCE]
+        if [self.kernel.identity(site) for site in sources] != [*found[1]]:
+            return move
+        return replace(move, held=found[0].held)
 
     def _reach(self, journal: Journal, site: Site) -> bool:
         try:
@@ -378,6 +508,16 @@ class Lifecycle:
             self.talk(f"natkeep: {error}, and with it all that was in it")
             return False
         return True
+
+
+def _takes_over(move: Move) -> bool:
+    """Whether *move* goes on from a quiesce of the same id."""
+    return bool(move.held) and not move.quiesces
+
+
+def _without_lock(plan: Plan, numbers: Iterable[int]) -> list[int]:
+    """CRIU's lock is put back when prepare fails, and never by a teardown."""
+    return [number for number in numbers if not isinstance(plan.steps[number], TakeOverLock)]
 
 
 def _plan_of(journal: Journal) -> Plan:

@@ -13,6 +13,7 @@ from typing import Any
 from natkeep.checkpoint import Checkpoint, Socket
 from natkeep.plan.drift import MoveStatus, SeenEntry
 from natkeep.plan.findings import CATALOGUE, Finding
+from natkeep.plan.lock import NetworkLock
 from natkeep.plan.move import Move, Role
 from natkeep.plan.steps import Plan, render_nft
 from natkeep.plan.tuples import Address, FourTuple
@@ -60,7 +61,7 @@ def _tuple_to_json(inbound: FourTuple) -> dict[str, Any]:
 
 def _kept(plan: Plan) -> Iterator[FourTuple]:
     """Each kept connection once, though every site translates it."""
-    first = plan.translations[0].site
+    first = plan.translations[0].site if plan.translations else None
     for translation in plan.translations:
         if translation.site == first:
             yield from translation.kept
@@ -106,15 +107,20 @@ def status_to_json(moves: Sequence[MoveStatus]) -> dict[str, Any]:
     }
 
 
+_CLOSENESS = (Role.DESTINATION, Role.GATEWAY, Role.PEER, Role.SOURCE)
+"""Where one looks first to see what a connection carries."""
+
+
 def _connections(status: MoveStatus) -> Iterator[tuple[FourTuple, SeenEntry | None]]:
     """Each connection and what is seen of it, at the destination if there is one to look at."""
     looked = [site for site in status.sites if site.seen is not None]
-    looked.sort(key=lambda site: site.site.role != Role.DESTINATION)
+    looked.sort(key=lambda site: _CLOSENESS.index(site.site.role))
     for translation in status.plan.translations:
         if looked and translation.site == looked[0].site and looked[0].seen is not None:
-            yield from zip(
-                translation.kept, looked[0].seen.entries[translation.number], strict=True
-            )
+            # A source has no entries: it keeps quiet.
+            unseen = (None,) * len(translation.kept)
+            entries = looked[0].seen.entries.get(translation.number, unseen)
+            yield from zip(translation.kept, entries, strict=True)
     if not looked:
         yield from ((tuple_, None) for tuple_ in _kept(status.plan))
 
@@ -199,6 +205,19 @@ def bound_devices(checkpoint: Checkpoint, move: Move) -> frozenset[str]:
         for socket in checkpoint.sockets
         if socket.bound_device is not None and _judge(socket, olds) is None
     )
+
+
+def lock_lines(plan: Plan) -> Iterator[str]:
+    """What of CRIU's own lock is left at a source, and why."""
+    move = plan.move
+    if not any(site.role == Role.SOURCE for site in move.sites) or move.quiesces:
+        return
+    if move.lock is None:
+        yield "CRIU's lock is left: a list of connections does not say which dump's it is"
+    elif move.lock.method == NetworkLock.SKIP:
+        yield "the dump had no lock (--network-lock skip): until now nothing kept the source quiet"
+    elif not move.lock.is_known():
+        yield "CRIU's lock is left: an image from before CRIU 4.1 does not say what it is called"
 
 
 def unkept_lines(checkpoint: Checkpoint, plan: Plan) -> Iterator[str]:

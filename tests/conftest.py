@@ -59,6 +59,8 @@ PROBES: dict[str, tuple[Callable[[], bool], str]] = {
     "nftables": (lambda: _has_module("nftables"), "needs libnftables' binding: scripts/setup"),
     "ruff": (lambda: _has_tool("ruff"), "needs ruff: scripts/setup"),
     "mypy": (lambda: _has_tool("mypy"), "needs mypy: scripts/setup"),
+    "runc": (lambda: _has_tool("runc"), "needs Debian's runc: scripts/setup"),
+    "podman": (lambda: _has_tool("podman"), "needs Debian's podman: scripts/setup"),
     "shellcheck": (lambda: _has_tool("shellcheck"), "needs Debian's shellcheck"),
 }
 REQUIRED = frozenset(filter(None, os.environ.get("NATKEEP_REQUIRE", "").split(",")))

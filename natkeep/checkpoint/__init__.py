@@ -11,6 +11,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
+from natkeep.plan.lock import DumpLock
+from natkeep.plan.lock import NetworkLock as NetworkLock
 from natkeep.plan.tuples import Address, Connections, Endpoint, FourTuple
 
 
@@ -73,14 +75,6 @@ class Socket:
         return self.unkept is None and self.state == TcpState.LISTEN
 
 
-class NetworkLock(StrEnum):
-    """How CRIU locked the network of a dump; the value is what `criu --network-lock` takes."""
-
-    IPTABLES = "iptables"
-    NFTABLES = "nftables"
-    SKIP = "skip"
-
-
 @dataclass(frozen=True, slots=True)
 class Inventory:
     """What CRIU noted about a dump as a whole.
@@ -88,11 +82,13 @@ class Inventory:
     network_lock: how the source was locked; a restore uses the same method again.
     run_id: the dump's own id, after which CRIU calls its nftables table; None before CRIU 4.1.
     tcp_close: dumped with `--tcp-close`, so that all connections come back closed.
+    own_netns: dumped with its network namespace, which CRIU then locked as a whole.
     """
 
     network_lock: NetworkLock
     run_id: str | None = None
     tcp_close: bool = False
+    own_netns: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,6 +102,19 @@ class Checkpoint:
     connections: Connections
     sockets: tuple[Socket, ...] = ()
     inventory: Inventory | None = None
+
+    @property
+    def run_id(self) -> str | None:
+        """The dump's own id, where it is known."""
+        return None if self.inventory is None else self.inventory.run_id
+
+    @property
+    def lock(self) -> DumpLock | None:
+        """What CRIU left at the source; None where nothing tells."""
+        if self.inventory is None:
+            return None
+        dump = self.inventory
+        return DumpLock(dump.network_lock, dump.run_id, dump.own_netns)
 
     def listeners_at(self, olds: Sequence[Address]) -> tuple[Endpoint, ...]:
         """OLD and port of each listener that is bound to one of *olds*, or to all addresses.

@@ -181,7 +181,11 @@ def has_own_netns(directory: str | os.PathLike[str] | int) -> bool:
     its key in it), and for CRIU's own there is none.
     """
     with opened(directory) as images:
-        return any(re.fullmatch(r"netns-[0-9]+\.img", name) for name in images.names())
+        return _has_own_netns(images)
+
+
+def _has_own_netns(images: Directory) -> bool:
+    return any(re.fullmatch(r"netns-[0-9]+\.img", name) for name in images.names())
 
 
 def _read_sockets(images: Directory) -> tuple[Checkpoint, Sequence[int]]:
@@ -389,7 +393,8 @@ def _read_inventory(images: Directory) -> tuple[Inventory, int | None]:
     except Damage as damage:
         raise images.damaged(image, offset, damage.what) from None
     tcp_close = bool(numbers.get(number(10), 0))
-    inventory = Inventory(method, None if run_id is None else run_id.decode("ascii"), tcp_close)
+    name = None if run_id is None else run_id.decode("ascii")
+    inventory = Inventory(method, name, tcp_close, _has_own_netns(images))
     return inventory, root_ids.get(number(6))
 
 

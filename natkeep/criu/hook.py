@@ -240,13 +240,8 @@ def _prepare(move: Move, checkpoint: Checkpoint, lifecycle: Lifecycle, site: Sit
             earlier = journal.move.id
         else:
             lifecycle.teardown(journal.move.id)
-    inventory = checkpoint.inventory
-    lifecycle.prepare(
-        move,
-        checkpoint.connections,
-        replaces=earlier,
-        image=None if inventory is None else inventory.run_id,
-    )
+    connections = checkpoint.connections
+    lifecycle.prepare(move, connections, replaces=earlier, image=checkpoint.run_id)
 
 
 def _abandoned(lifecycle: Lifecycle) -> Iterator[Journal]:

@@ -57,6 +57,9 @@ _ALIVE = range(TCP_ESTABLISHED, 7)
 _IPS_OFFLOAD = 0xC000
 """IPS_OFFLOAD and IPS_HW_OFFLOAD."""
 
+_GIVEN_BACK_S = 300
+"""Seconds until the first packet, as for a connection that the kernel picks up by itself."""
+
 _SETTINGS = "/proc/sys/net/netfilter"
 
 
@@ -109,12 +112,25 @@ def _find_zones(netlink: Netlink) -> list[int]:
 def insert(translation: Translation) -> None:
     """Create the entry of each kept connection; FileExistsError when one is in the way."""
     outer, inner = _sides(translation)
-    timeout = established_timeout()
+    _raise_unless(_insert(outer, inner, established_timeout(), ports=translation.renames))
+
+
+def give_back(translation: Translation) -> None:
+    """Create the entries that a gateway had of its own, where there are none now.
+
+    They must not wait for a packet: if the process's is the first, it would leave untranslated,
+    or not at all. They last as long as the connection, or only briefly when it has ended.
+    """
     ports = translation.renames
+    refusals = _insert(translation.outer, translation.kept, _GIVEN_BACK_S, ports=ports)
+    _raise_unless(refusals, errno.EEXIST)
+
+
+def _insert(outer: Connections, inner: Connections, timeout: int, *, ports: bool) -> list[Refusal]:
     pack: _Pack = partial(_pack_entry, timeout=timeout, ports=ports)
     batch, size = _for_each(outer, inner, _NEW, NLM_F_CREATE | NLM_F_EXCL, pack)
     with Netlink(NETLINK_NETFILTER) as netlink:
-        _raise_unless(netlink.send_batch(batch, size))
+        return list(netlink.send_batch(batch, size))
 
 
 def _sides(translation: Translation) -> tuple[Connections, Connections]:

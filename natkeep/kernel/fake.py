@@ -167,17 +167,22 @@ class FakeKernel:
         seen = {t.number: tuple(_see(here, t)) for t in inserted if t.site == site}
         return Observation(
             gate=here.gates.get(move_id, Gate.ABSENT),
-            rules=frozenset(chain for chain, owners in here.rules.items() if move_id in owners),
+            rules=_chains_of(here, move_id),
             missing={
                 name: len(connections) - len(here.sets.get(name, NO_CONNECTIONS))
                 for t in translations
                 for name, connections in ruleset.sets_of(move_id, t).items()
             },
-            addresses=frozenset({t.map.old for t in translations} & here.addresses),
+            addresses=frozenset({map_.old for map_ in plan.move.maps} & here.addresses),
             entries=seen,
             alive=_count_alive(here, site, translations, seen),
             holds=move_id in here.holds,
+            receiving=_chains_of(here, reception.comment(move_id)),
         )
+
+
+def _chains_of(here: FakeSite, owner: str) -> frozenset[str]:
+    return frozenset(chain for chain, owners in here.rules.items() if owner in owners)
 
 
 def _count_alive(
@@ -268,7 +273,7 @@ def _translating_chains(step: InstallTranslation) -> list[str]:
 
 
 def _receiving_chains(step: InstallReception) -> list[str]:
-    return [ruleset.address_chain(*chain) for chain in reception.chains(step.receptions)]
+    return [name for r in step.receptions for name in reception.chain_names(r)]
 
 
 def _withdraw(here: FakeSite, move_id: str, chains: Iterable[str]) -> None:

@@ -14,6 +14,7 @@ from natkeep.errors import KernelError, RefusedError
 from natkeep.kernel import (
     Remember,
     address,
+    calls,
     conntrack,
     criu_lock,
     elements,
@@ -28,11 +29,12 @@ from natkeep.plan import quiet, reception, ruleset
 from natkeep.plan.drift import Gate, Observation
 from natkeep.plan.findings import FULL, Facts
 from natkeep.plan.move import Move, Role, Site, Surroundings, Translation
-from natkeep.plan.reception import Reception
+from natkeep.plan.reception import Reception, make_receptions
 from natkeep.plan.ruleset import TABLE
 from natkeep.plan.steps import (
     AddAddress,
     FillSet,
+    ForgetCalls,
     HoldListeners,
     Identity,
     InsertEntries,
@@ -166,6 +168,10 @@ class LinuxKernel:
                 case InstallReception():
                     remember(Prior())
                     nft.run_transaction([*_missing_mode_lines(step.receptions), *step.lines()])
+                case ForgetCalls():
+                    remember(Prior())
+                    for receiving in step.receptions:
+                        calls.forget_unanswered(receiving)
                 case HoldListeners():
                     remember(Prior())
                     quietness.hold(step)
@@ -179,7 +185,7 @@ class LinuxKernel:
                     expressions.insert_rules(TABLE, step.rules())
                 case PurgeEntries():
                     remember(Prior())
-                    conntrack.purge(step.translation)
+                    return Prior(facts={"purged": conntrack.purge(step.translation)})
                 case InsertEntries():
                     return _insert_entries(step, remember)
                 case OpenGate():
@@ -204,6 +210,9 @@ class LinuxKernel:
                     _withdraw_translation(step)
                 case InstallReception():
                     _withdraw_reception(step)
+                case ForgetCalls():
+                    for receiving in step.receptions:
+                        calls.hang_up(receiving)
                 case HoldListeners():
                     quietness.release(step)
                 case TakeOverLock():
@@ -215,7 +224,9 @@ class LinuxKernel:
                     conntrack.delete(step.translation)
                 case OpenGate() if not prior.present:
                     _close_gate(step)
-                case _:  # a set goes with its gate; what was purged comes back by itself
+                case PurgeEntries() if step.site.role == Role.GATEWAY and prior.facts.get("purged"):
+                    conntrack.give_back(step.translation)
+                case _:  # a set goes with its gate
                     pass
 
     def observe(self, site: Site, plan: Plan) -> Observation:
@@ -236,10 +247,12 @@ def _find_carried(connections: Connections) -> Iterator[tuple[FourTuple, FourTup
 def _check_reception(step: InstallReception) -> None:
     """NEW's port will mean the moved listener, so it must not be somebody else's already."""
     for receiving in step.receptions:
-        taken = sockets.listening_ports(receiving.map.new) & set(receiving.ports)
+        new = receiving.map.new
+        _demand_address(step.site, new)
+        taken = sockets.listening_ports(new) & set(receiving.ports)
         if taken:
             raise RefusedError(
-                f"{step.site}: somebody listens at {receiving.map.new} port {min(taken)} already",
+                f"{step.site}: somebody listens at {new} port {min(taken)} already",
                 hint="without --listeners their connections stay apart",
             )
 
@@ -259,11 +272,12 @@ def _check_room(step: InsertEntries) -> None:
 
 def _check_destination(step: InstallTranslation) -> None:
     for translation in step.translations:
-        new = translation.map.new
-        if address.device_of(new) is None:
+        _demand_address(step.site, translation.map.new)
+        # The gateway could not tell the two apart, and ours would take the other's packets.
+        if (theirs := sockets.find_alive(translation.outer)) is not None:
             raise RefusedError(
-                f"{step.site}: NEW {new} is not an address of this namespace",
-                hint="give the namespace that has it: --site destination=NETNS",
+                f"{step.site}: {theirs} is a connection of that host's own already",
+                hint="a kept connection would be the same tuple there: choose another NEW",
             )
         for peer in sorted({tuple_.source.address for tuple_ in translation.kept})[:_PEERS]:
             if not address.has_route_to(peer):
@@ -271,6 +285,14 @@ def _check_destination(step: InstallTranslation) -> None:
                     f"{step.site}: no route to the peer {peer}",
                     hint="a socket cannot be restored without one",
                 )
+
+
+def _demand_address(site: Site, new: Address) -> None:
+    if address.device_of(new) is None:
+        raise RefusedError(
+            f"{site}: NEW {new} is not an address of this namespace",
+            hint="give the namespace that has it: --site destination=NETNS",
+        )
 
 
 _PEERS = 64
@@ -298,14 +320,22 @@ def _remove_gate(step: InstallGate) -> None:
             nft.run_transaction(ruleset.render_removal())
         return
     _withdraw(step.move_id, _gate_chains(step))
-    lines: list[str] = []
-    for translation in step.translations:
-        old = translation.map.old
-        chain = ruleset.address_chain(ruleset.GATE, old)
-        if step.site.role == Role.DESTINATION and not elements.rules(TABLE, chain):
-            lines += ruleset.render_speech(old)
+    olds = [translation.map.old for translation in step.translations]
+    lines = _end_silence(step.site, olds)
     lines += ruleset.render_gate_removal(step.move_id, step.translations)
     _run_what_is_there(lines)
+
+
+def _end_silence(site: Site, olds: Iterable[Address]) -> list[str]:
+    """What lets each OLD be heard again that no move has a gate for any more."""
+    if site.role != Role.DESTINATION:
+        return []
+    return [
+        line
+        for old in olds
+        if not elements.rules(TABLE, ruleset.address_chain(ruleset.GATE, old))
+        for line in ruleset.render_speech(old)
+    ]
 
 
 def _missing_mode_lines(some: Iterable[Translation | Reception]) -> list[str]:
@@ -332,9 +362,12 @@ def _withdraw_translation(step: InstallTranslation) -> None:
 
 
 def _withdraw_reception(step: InstallReception) -> None:
-    _withdraw(reception.comment(step.move_id), reception.chains(step.receptions))
+    chains = [chain for receiving in step.receptions for chain in reception.chains(receiving)]
+    _withdraw(reception.comment(step.move_id), chains)
     if reception.callers_chain(step.move_id) in elements.chain_names(TABLE):
-        _run_what_is_there(list(reception.render_removal(step.move_id, step.receptions)))
+        lines = _end_silence(step.site, [receiving.map.old for receiving in step.receptions])
+        lines += reception.render_removal(step.move_id, step.receptions)
+        _run_what_is_there(lines)
 
 
 def _withdraw_error_rules(step: TranslateErrors) -> None:
@@ -343,7 +376,7 @@ def _withdraw_error_rules(step: TranslateErrors) -> None:
         [
             f"delete rule inet {TABLE} {ruleset.ERRORS} handle {rule.handle}"
             for rule in elements.rules(TABLE, ruleset.ERRORS)
-            if rule.comment == step.move_id
+            if rule.comment in (step.move_id, reception.comment(step.move_id))
         ]
     )
 
@@ -460,7 +493,7 @@ def _close_gate(step: OpenGate) -> None:
 
 def _observe(site: Site, plan: Plan) -> Observation:
     here = [t for t in plan.translations if t.site == site]
-    move_id = plan.move.id
+    move_id, receiving = plan.move.id, make_receptions(plan.move, site)
     inserted = [s.translation for s in plan.prepare if isinstance(s, InsertEntries)]
     entries = {t.number: tuple(conntrack.look_up(t)) for t in inserted if t.site == site}
     if site.role in (Role.DESTINATION, Role.SOURCE):
@@ -469,29 +502,48 @@ def _observe(site: Site, plan: Plan) -> Observation:
         alive = sum(1 for seen in entries.values() for entry in seen if entry and entry.alive)
     return Observation(
         gate=_gate(move_id),
-        rules=_observe_rules(move_id, here),
+        rules=_observe_rules(move_id, _chains_of(here)),
         missing={
             name: _count_missing(name, connections)
             for t in here
             for name, connections in ruleset.sets_of(move_id, t).items()
         },
-        addresses=frozenset(t.map.old for t in here if address.device_of(t.map.old)),
+        addresses=frozenset(m.old for m in plan.move.maps if address.device_of(m.old)),
         entries=entries,
         alive=alive,
         holds=quietness.is_held(move_id),
+        receiving=_observe_rules(
+            reception.comment(move_id), [chain for r in receiving for chain in reception.chains(r)]
+        ),
+        callers=sum(_count_callers(site, r, plan) for r in receiving),
     )
 
 
-def _observe_rules(move_id: str, here: Iterable[Translation]) -> frozenset[str]:
+def _chains_of(here: Iterable[Translation]) -> list[tuple[str, Address]]:
+    return [
+        chain
+        for translation in here
+        for chain in (*quiet.gate_chains(translation), *ruleset.translating_chains(translation))
+    ]
+
+
+def _count_callers(site: Site, receiving: Reception, plan: Plan) -> int:
+    if site.role != Role.DESTINATION:
+        return calls.count(receiving)
+    kept = [t.kept for t in plan.translations if t.site == site]
+    ends = frozenset(Endpoint(receiving.map.old, port) for port in receiving.ports)
+    return sockets.count_callers(ends, kept)
+
+
+def _observe_rules(comment: str, chains: Iterable[tuple[str, Address]]) -> frozenset[str]:
+    """Names of those of *chains* that are dispatched to and have a rule with this comment."""
     found = set()
-    for translation in here:
-        chains = (*quiet.gate_chains(translation), *ruleset.translating_chains(translation))
-        for dispatch, local in chains:
-            chain = ruleset.address_chain(dispatch, local)
-            dispatched = ruleset.dispatch_map(dispatch, local.version)
-            ours = any(rule.comment == move_id for rule in elements.rules(TABLE, chain))
-            if ours and local.packed in elements.read_keys(TABLE, dispatched):
-                found.add(chain)
+    for dispatch, local in chains:
+        chain = ruleset.address_chain(dispatch, local)
+        dispatched = ruleset.dispatch_map(dispatch, local.version)
+        ours = any(rule.comment == comment for rule in elements.rules(TABLE, chain))
+        if ours and local.packed in elements.read_keys(TABLE, dispatched):
+            found.add(chain)
     return frozenset(found)
 
 

@@ -7,9 +7,16 @@ from __future__ import annotations
 
 import socket
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
-from natkeep.plan.tuples import RECORD_SIZE, Address, Connections, Endpoint, parse_address
+from natkeep.plan.tuples import (
+    RECORD_SIZE,
+    Address,
+    Connections,
+    Endpoint,
+    FourTuple,
+    parse_address,
+)
 
 _SYN_RECEIVED, _LISTEN = b"03", b"0A"
 _TABLES = (("/proc/thread-self/net/tcp", 4), ("/proc/thread-self/net/tcp6", 6))
@@ -18,12 +25,22 @@ _ENDED = frozenset({b"06", b"07"})  # TIME-WAIT, CLOSED: no process owns it any 
 
 def count_alive(connections: Connections) -> int:
     """How many of *connections* have a socket in the namespace that the thread is in."""
-    alive = 0
+    return sum(len(some) for some in _find_alive(connections))
+
+
+def find_alive(connections: Connections) -> FourTuple | None:
+    """The first of *connections* that has a socket in the namespace that the thread is in."""
+    return next((inbound for some in _find_alive(connections) for inbound in some), None)
+
+
+def _find_alive(connections: Connections) -> Iterator[Connections]:
     live = _records("/proc/thread-self/net/tcp", 4) | _records("/proc/thread-self/net/tcp6", 6)
     for version in (4, 6):
         records, size = connections.records(version), RECORD_SIZE[version]
-        alive += sum(records[i : i + size] in live for i in range(0, len(records), size))
-    return alive
+        starts = range(0, len(records), size)
+        yield connections.pick(
+            (at // size for at in starts if records[at : at + size] in live), version
+        )
 
 
 def _records(path: str, version: int) -> set[bytes]:
@@ -64,6 +81,20 @@ def _endpoint(text: bytes) -> bytes:
     return raw + socket.htons(int(port, 16)).to_bytes(2, sys.byteorder)
 
 
+def count_callers(ends: frozenset[Endpoint], kept: Iterable[Connections]) -> int:
+    """How many sockets have one of *ends* and a peer, and are none of the *kept* ones."""
+    known = {some.records(v)[i : i + RECORD_SIZE[v]]
+             for some in kept for v in (4, 6)
+             for i in range(0, len(some.records(v)), RECORD_SIZE[v])}  # fmt: skip
+    called = {end.address.packed + end.port.to_bytes(2, "big") for end in ends}
+    return sum(
+        1
+        for path, version in _TABLES
+        for record in _records(path, version)
+        if record[: len(record) // 2] in called and any(record[-2:]) and record not in known
+    )
+
+
 def listening_ports(address: Address) -> frozenset[int]:
     """TCP ports on which somebody listens at *address*, or at the wildcard address."""
     ports = set()
@@ -73,7 +104,7 @@ def listening_ports(address: Address) -> frozenset[int]:
                 continue
             host, port = local[:-2], int.from_bytes(local[-2:], "big")
             wildcard = not any(host) and version >= address.version
-            if host == address.packed or wildcard:
+            if wildcard or _address(host) == address:
                 ports.add(port)
     return frozenset(ports)
 

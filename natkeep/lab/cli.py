@@ -36,7 +36,7 @@ def add_parser(
     running = verbs.add_parser("run", parents=list(parents), help="run one, and judge it")
     running.add_argument("scenario", metavar="SCENARIO")
     running.add_argument(
-        "--engine", choices=("auto", "criu", "repair", "runc"), default="auto",
+        "--engine", choices=("auto", "criu", "repair", "runc", "podman"), default="auto",
         help="what freezes and restores the server (auto: criu where it works)",
     )  # fmt: skip
     running.add_argument("--pcap", type=Path, metavar="DIR", help="keep the captures in DIR")

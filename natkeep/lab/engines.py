@@ -1,10 +1,10 @@
 """the engines: what freezes the moving application at one host and restores it at another.
 
-`criu` is the real thing, run inside the hosts; `runc` (runc.py) moves a container with it;
-`repair` moves nothing but the sockets, by TCP_REPAIR in traffic.py, and works where there is no
-CRIU. Both leave the host that was left
-silent: a killing dump keeps CRIU's own network lock there, and for `repair` the lab drops the
-host's TCP, since a host with the address but without the socket answers with a reset.
+`criu` is the real thing, run inside the hosts; `runc` and `podman` (runc.py, podman.py) move a
+container with it; `repair` moves nothing but the sockets, by TCP_REPAIR in traffic.py, and works
+where there is no CRIU. All leave the host that was left silent: a killing dump keeps CRIU's own
+network lock there, and for `repair` the lab drops the host's TCP, since a host with the address
+but without the socket answers with a reset.
 
 Rule: an engine knows nothing of natkeep. When its sockets exist, and before they may send, it
 opens the network by what it was given as an `Opening`.
@@ -210,7 +210,7 @@ def choose_engine(name: str = "auto", *, probe: bool = True) -> Engine:
         return Repair(probe=probe)
     criu = find_criu()
     if criu is not None:
-        return _runc(criu) if name == "runc" else Criu(criu)
+        return _choose_with(name, criu)
     if name == "auto":
         return Repair(probe=probe)
     raise EngineError(
@@ -219,9 +219,12 @@ def choose_engine(name: str = "auto", *, probe: bool = True) -> Engine:
     )
 
 
-def _runc(criu: Path) -> Engine:
-    from natkeep.lab.runc import Runc  # imports this file
+def _choose_with(name: str, criu: Path) -> Engine:
+    if name in ("auto", "criu"):
+        return Criu(criu)
+    for tool in dict.fromkeys((name, "runc")):
+        if not shutil.which(tool):
+            raise EngineError(f"there is no {tool}", hint=f"apt-get install {tool}")
+    from natkeep.lab import podman, runc  # which import this file
 
-    if not shutil.which("runc"):
-        raise EngineError("there is no runc", hint="scripts/setup installs Debian's")
-    return Runc(criu)
+    return runc.Runc(criu) if name == "runc" else podman.Podman(criu)

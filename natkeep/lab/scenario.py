@@ -1,7 +1,7 @@
 """the storyteller: scenarios are files, each of which tells a Lab what happens.
 
     \"\"\"A server moves to another address; its client notices nothing.   (then the network)\"\"\"
-    SETUP = {"family": 6}          # arguments of Lab, optional
+    SETUP = {"family": 6}          # arguments of Lab, optional; an engine: it is for this one only
     def tell(lab): lab.serve(); lab.dial(); lab.talk(); lab.move(); lab.talk_on(); lab.finish()
 
 Rule: a scenario always ends in a verdict, whatever goes wrong in it.
@@ -45,6 +45,13 @@ class Scenario:
         spec.loader.exec_module(module)
         return module.tell, getattr(module, "SETUP", {})
 
+    def choose_engine(self, asked: str) -> str:
+        """The engine to tell it with; UsageError if it is for another one than was *asked* for."""
+        own: str = self.load()[1].get("engine", "auto")
+        if own == "auto" or asked in ("auto", own):
+            return asked if own == "auto" else own
+        raise UsageError(f"{self.name} is for --engine {own} only, not {asked}")
+
 
 def scenarios() -> list[Scenario]:
     """All scenarios: the packaged ones, or those of the checkout."""
@@ -65,7 +72,8 @@ def find_scenario(name: str) -> Scenario:
 def run(scenario: Scenario, *, pcap: Path | None = None, **options: Any) -> Report:
     """Tell *scenario* in a fresh lab; options are Lab's. Captures are kept in *pcap*."""
     tell, setup = scenario.load()
-    with Lab(scenario.name, **{**setup, **options}) as lab:
+    engine = scenario.choose_engine(options.get("engine", "auto"))
+    with Lab(scenario.name, **{**setup, **options, "engine": engine}) as lab:
         lab.report.title = scenario.title
         perform(lab, tell)
         if pcap is not None:

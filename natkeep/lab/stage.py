@@ -28,6 +28,8 @@ from natkeep.lab.application import (
     handed_over,
 )
 from natkeep.lab.application import Report as Traffic
+from natkeep.lab.calls import PORT as PORT
+from natkeep.lab.calls import Caller, Calls, judge_calls
 from natkeep.lab.ends import octets_agree, sockets_agree, sum_of, tuple_of
 from natkeep.lab.engines import Engine, Frozen, Moving, choose_engine, end_silence
 from natkeep.lab.host import LabError, Program, await_true
@@ -40,14 +42,12 @@ from natkeep.lab.translators import TRANSLATORS, Order, TranslatorError
 from natkeep.lab.verdict import Assertion, Report
 from natkeep.plan.tuples import Endpoint, FourTuple
 
-PORT = 5000
-
 
 class StoryOver(Exception):
     """Something failed after which the story cannot go on."""
 
 
-class Lab(Speech, Terrain, Journey):
+class Lab(Speech, Terrain, Journey, Caller):
     """A lab network with the words of a story; collects the report.
 
     family 4|6, mode stateful|stateless (handed to natkeep), probe: whether CRIU's window probe
@@ -76,6 +76,7 @@ class Lab(Speech, Terrain, Journey):
         self.refused, self.carried_on = "", False  # why natkeep refused; whether octets arrived
         self.views: dict[FourTuple, FourTuple] = {}
         self.strangers: list[FourTuple] = []
+        self.listeners, self.calls = False, Calls()  # --listeners; new connections, as dialled
         self.parties, self.orders, self.undone = [self], [], list[Order]()
         self.peer_points = [seat.role for seat in self.topology.seats if seat.network == "near"]
         self.clean_from_ns = 0
@@ -185,17 +186,22 @@ class Lab(Speech, Terrain, Journey):
             self.name if self.freezes == 1 else f"{self.name}-{self.freezes}",
             self.old, self.new, self.topology["gateway"], self.topology[self.site.role],
             tuple(self.views.values()), self.frozen.options, self.mode, replaces,
+            self.listeners,
         )  # fmt: skip
         self.orders.append(self.order)
 
     def restore(self) -> None:
         """The engine restores the server at the destination, opening on the way."""
-        if not self.probe and self.engine.name == "criu":
+        if not self.probe and self.engine.name != "repair":
             lose_first_probe(self.topology["switch"], self.site.role)
         with self.must("the engine restores the server"):
             opening = self.translator.opening(self.order)
             self.at = self.topology[self.site.role]
             self.engine.restore(self.at, self.server, self.frozen, opening)
+        self.note_restored()
+
+    def note_restored(self) -> None:
+        """The server is back."""
         self.restored_ns = time.time_ns()
         self.report.blackout_ms = (time.monotonic() - self._frozen_at) * 1000
 
@@ -305,6 +311,9 @@ class Lab(Speech, Terrain, Journey):
         )
         if self.strangers:
             self.report.assertions += evidence.judge_strangers(at_peers, kept, self.strangers)
+        if self.calls.made:
+            beyond = {at: frames[at] for at in far}
+            self.report.assertions += judge_calls(self.calls.made, peers, beyond, kept.news)
         self.report.segments = evidence.count_segments(at_peers, kept)
         self.report.resets = evidence.count_resets(at_peers, kept)
         self.report.silence_ms = evidence.longest_silence_ms(at_peers, kept)
@@ -319,7 +328,7 @@ class Lab(Speech, Terrain, Journey):
             tuple(views), news,
             min(party.frozen_ns for party in self.parties if party.frozen_ns),
             max(party.restored_ns or 0 for party in self.parties) or None,
-            frozenset(each.source for each in self.strangers),
+            frozenset(each.source for each in self.strangers) | self.calls.callers,
             tuple(views.values()), self.clean_from_ns,
         )  # fmt: skip
 

@@ -166,6 +166,8 @@ def _table(squares: Sequence[Square]) -> list[str]:
     rows: dict[tuple[int, str, int], dict[Column, str]] = {}
     for square in squares:
         here = square.cell.situation
+        if square.cell.family not in here.families:
+            continue
         rows.setdefault((here.number, here.name, square.cell.family), {})[square.cell.column] = str(
             square
         )

@@ -44,6 +44,7 @@ ITEM         "OPERATION" or {"OPERATION": ARGUMENT, "only": [index, …]}   (els
                      more until `thaw` or SIGKILL (which then is silent: no FIN, no RST). Whoever
                      sends it has shut the network first: a socket in repair goes on to acknowledge.
     thaw             take a freeze back
+    accept_every MS  take at most one waiting connection in MS milliseconds; 0: all at once
     exit             close everything and end
 
 DIR/report.json   replaced atomically after each command, and on change about every 20 ms
@@ -389,6 +390,8 @@ class Process:
         self.selector = selectors.PollSelector()
         self.listeners: list[socket.socket] = []
         self.listening: list[str] = []
+        self.accept_every_s = 0.0
+        self.resting: list[socket.socket] = []  # listeners that accept nobody just now
         self.connections: list[Connection] = []
         self.frozen: list[tuple[Connection, Any]] = []  # with the state that repair.py read
         self.phase = "running"
@@ -397,6 +400,7 @@ class Process:
         self.changed = True
         self._command_seen: tuple[int, int] | None = None
         self._now = self._next_look = self._next_report = self._next_pass = 0.0
+        self._next_accept = 0.0
 
     # The loop
 
@@ -433,11 +437,18 @@ class Process:
             self.look()
         if now >= self._next_pass:
             self.ask_all(now)
+        if self.resting and now >= self._next_accept:
+            self.wake_listeners()
         if self.changed and now >= self._next_report:
             self.report()
 
+    def wake_listeners(self) -> None:
+        for listener in self.resting:
+            self.selector.register(listener, selectors.EVENT_READ)
+        self.resting.clear()
+
     def start_clocks(self, now: float) -> None:
-        self._next_look = self._next_report = self._next_pass = now
+        self._next_look = self._next_report = self._next_pass = self._next_accept = now
         for connection in self.connections:
             connection.silent_since, connection.last_rx = now, None
             if connection.talk is not None:
@@ -490,6 +501,11 @@ class Process:
                 sock.setblocking(False)
                 sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
                 self.add(Connection(sock, self.role, "open"))
+                if self.accept_every_s:
+                    self.selector.unregister(listener)
+                    self.resting.append(listener)
+                    self._next_accept = time.monotonic() + self.accept_every_s
+                    return
 
     def dial(self, text: str | None) -> None:
         if text is None:
@@ -585,6 +601,10 @@ class Process:
     def do_open(self, to: str | None) -> None:
         self.dial(to or self.to)
 
+    def do_accept_every(self, milliseconds: float) -> None:
+        self.accept_every_s = milliseconds / 1000
+        self.wake_listeners()
+
     def do_exit(self, _: None = None) -> None:
         for connection in self.connections:
             connection.learn_names()
@@ -596,6 +616,7 @@ class Process:
 
     def do_freeze(self, path: str) -> None:
         repair = load_repair()
+        self.do_accept_every(0)
         for listener in self.listeners:
             self.accept(listener)  # whoever waits to be accepted would be reset
         try:

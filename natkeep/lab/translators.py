@@ -39,6 +39,7 @@ class Order:
 
     options: natkeep's way to learn of the connections, as the engine gave it.
     replaces: the move of the same process that brought it where it leaves from now.
+    listeners: new connections shall reach the listeners that move along.
     """
 
     id: str
@@ -50,6 +51,7 @@ class Order:
     options: tuple[str, ...]
     mode: str = "stateful"
     replaces: Order | None = None
+    listeners: bool = False
 
 
 class Translator:
@@ -92,9 +94,10 @@ class Natkeep(Translator):
     name = "natkeep"
 
     def prepare(self, order: Order) -> None:
-        replace = ["--replace", order.replaces.id] if order.replaces else []
+        more = ["--replace", order.replaces.id] if order.replaces else []
+        more += ["--listeners"] if order.listeners else []
         self._call(
-            "prepare", order.id, *replace, "--map", f"{order.old}={order.new}",
+            "prepare", order.id, *more, "--map", f"{order.old}={order.new}",
             "--site", f"gateway={order.gateway.name}",
             "--site", f"destination={order.destination.name}",
             "--mode", order.mode, *order.options,

@@ -93,7 +93,7 @@ class Capture:
             return
         self._stopped = True
         with contextlib.suppress(LabError):  # an incomplete capture shows in `flaws`
-            await_true(self._caught_up, f"tcpdump at {self.point} to write", seconds=2)
+            await_true(self._caught_up, f"tcpdump at {self.point} to write", seconds=6)
         self._host.kill(self._tcpdump.pid, signal.SIGINT)
         self._tcpdump.process.wait(5)
         self._read_statistics()

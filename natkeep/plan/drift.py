@@ -9,8 +9,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import StrEnum
 
-from natkeep.plan import quiet, ruleset
+from natkeep.plan import quiet, reception, ruleset
 from natkeep.plan.move import Site
+from natkeep.plan.reception import make_receptions
 from natkeep.plan.steps import AddAddress, FillSet, HoldListeners, InsertEntries, Plan
 from natkeep.plan.tuples import Address
 
@@ -48,6 +49,8 @@ class Observation:
     alive: how many kept connections still have a socket here (destination, source) or an entry
     that carries traffic (gateway).
     holds: new connections to the listeners of a quiesce wait here.
+    receiving: for each address chain that has a rule for callers and is dispatched to, its name.
+    callers: how many connections of callers live here.
     """
 
     gate: Gate
@@ -57,6 +60,8 @@ class Observation:
     entries: dict[int, tuple[SeenEntry | None, ...]]
     alive: int
     holds: bool = False
+    receiving: frozenset[str] = frozenset()
+    callers: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,6 +94,12 @@ def find_drift(plan: Plan, site: Site, seen: Observation) -> tuple[str, ...]:
         f"chain {chain}: no rule of this move"
         for chain in _expected_rules(plan, site)
         if chain not in seen.rules
+    ]
+    drift += [
+        f"chain {chain}: no rule for callers"
+        for receiving in make_receptions(plan.move, site)
+        for chain in reception.chain_names(receiving)
+        if chain not in seen.receiving
     ]
     for step in plan.prepare:
         if step.site != site:

@@ -24,6 +24,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from enum import StrEnum
 from ipaddress import ip_interface
+from itertools import pairwise
 
 from natkeep.errors import ImageError
 from natkeep.plan.tuples import RECORD_SIZE, Connections, Endpoint, FourTuple
@@ -87,7 +88,7 @@ def pack_keys(connections: Connections, version: int) -> frozenset[bytes]:
     """The keys in CRIU's set, as the kernel has them: both directions of each connection."""
     records, size = connections.records(version), RECORD_SIZE[version]
     width = 4 if version == 4 else 16
-    found = set()
+    found: set[bytes] = set()
     for record in struct.iter_unpack(f"{size}s", records):
         local, peer = record[0][: width + 2], record[0][width + 2 :]
         # Each part of a key is padded to four octets, so a port is followed by two.
@@ -198,9 +199,9 @@ def _parse_rule(line: str) -> FourTuple | None:
     words = line.split()
     if words[:1] != ["-A"] or words[1:2] not in ([c] for c in CHAINS):
         return None
-    values = dict(zip(words[2:], words[3:], strict=False))
+    values = dict(pairwise(words))
     known = {"-s", "-d", "--sport", "--dport", "-j", "-p", "--mark"}
-    if not known <= values.keys() or len(words) != len(_EXAMPLE):
+    if not known <= values.keys() or len(words) != _WORDS:
         return None
     if (values["-j"], values["-p"]) != ("DROP", "tcp") or "! --mark" not in line:
         return None
@@ -217,10 +218,8 @@ def _parse_rule(line: str) -> FourTuple | None:
     return tuple_ if words[1] == "INPUT" else tuple_.reply()
 
 
-_EXAMPLE = (
-    "-A INPUT -s 10.1.0.2/32 -d 10.2.0.10/32 -p tcp -m mark ! --mark 0xc114 -m tcp "
-    "--sport 40212 --dport 5000 -j DROP"
-).split()
+_WORDS = 21
+"""How many words one of CRIU's rules has: with more, it is somebody else's."""
 
 
 def render_deletion(found: SavedRules) -> tuple[str, ...]:

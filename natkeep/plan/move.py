@@ -19,7 +19,7 @@ from __future__ import annotations
 import ipaddress
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 
 from natkeep.errors import RefusedError, UsageError
@@ -199,6 +199,17 @@ class Surroundings:
     local: frozenset[Address] = frozenset()
     carried: Connections = NO_CONNECTIONS
     carriers: Connections = NO_CONNECTIONS
+
+    def carry_on(self, earlier: Surroundings, connections: Connections) -> Surroundings:
+        """With those of *connections* that an *earlier* move, now replaced, took over itself.
+
+        Its own translation hides from a look at the gateway what the gateway did before.
+        """
+        wanted = set(connections) if len(earlier.carried) else set()
+        pairs = zip(earlier.carried, earlier.carriers, strict=True)
+        taken = {inner: outer for inner, outer in pairs if inner in wanted}
+        taken |= dict(zip(self.carried, self.carriers, strict=True))
+        return replace(self, carried=Connections.of(taken), carriers=Connections.of(taken.values()))
 
 
 NOTHING_SPECIAL = Surroundings()

@@ -1,7 +1,7 @@
 """the quiet: what keeps the source from saying anything about connections that it gave away.
 
     prerouting -350  gate    a peer's segment of a kept connection: drop (ruleset.py's gate)
-                             a bare SYN to a held listener ─► hold-ID: drop, so that the peer retries
+                             a bare SYN to a held listener ─► hold-ID: drop, and the peer retries
     output     -350  muted   OLD ─► mute-at-OLD ─► (kept?) ─► gate-ID: drop, so that neither a
                              retransmission nor a reset leaves
 

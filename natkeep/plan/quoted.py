@@ -12,9 +12,9 @@ what it saw, and sends it to whom it saw; nobody at the destination would know t
     a router inside tells the peer        departing: to the peer, quotes peer > AFTER
                                                      becomes quotes peer > BEFORE
 
-Only a quoted TCP segment of a kept connection matches, and of IPv4 only one without IP options,
-which is all that TCP sends. The quoted IPv4 header's own checksum is left as it is: receivers
-look at ICMP's, which covers it.
+Only a quoted TCP segment of a kept connection matches, or of a caller of a listener that moved,
+and of IPv4 only one without IP options, which is all that TCP sends. The quoted IPv4 header's
+own checksum is left as it is: receivers look at ICMP's, which covers it.
 """
 
 from __future__ import annotations
@@ -22,8 +22,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import IntEnum
 
-from natkeep.plan import ruleset
+from natkeep.plan import reception, ruleset
 from natkeep.plan.move import Mode, Translation
+from natkeep.plan.reception import Reception
 from natkeep.plan.tuples import Address
 
 _ICMP = {4: 1, 6: 58}
@@ -98,27 +99,53 @@ def make_error_rules(move_id: str, translation: Translation) -> tuple[RawRule, .
     if translation.mode != Mode.STATELESS:
         return ()
     version = translation.map.old.version
-    before, after = translation.before, translation.after
     kept = ruleset.kept_set(move_id, translation.number)
+    return _make_pair(
+        move_id,
+        translation.before,
+        translation.after,
+        LookUp(kept, _key(version, peer=_DESTINATION, peer_port=2, local_port=0)),
+        LookUp(kept, _key(version, peer=_SOURCE, peer_port=0, local_port=2)),
+    )
+
+
+def make_callers_error_rules(move_id: str, receiving: Reception) -> tuple[RawRule, ...]:
+    """The same for the connections of callers, which are known by the listener's port alone."""
+    ports = _QUOTE + _HEADER[receiving.before.version]
+    name = reception.listen_set(move_id, receiving.number)
+    return _make_pair(
+        reception.comment(move_id),
+        receiving.before,
+        receiving.after,
+        LookUp(name, ((ports, 2),)),
+        LookUp(name, ((ports + 2, 2),)),
+    )
+
+
+def _make_pair(
+    comment: str, before: Address, after: Address, from_local: LookUp, to_local: LookUp
+) -> tuple[RawRule, RawRule]:
+    """from_local, to_local: the set has the quoted segment, which went from, to the local end."""
+    version = before.version
     inbound, _ = ruleset.DISPATCHES[Mode.STATELESS]
     arriving = RawRule(
         ruleset.address_chain(inbound, before),
-        move_id,
+        comment,
         (
             *_quotes_tcp(version),
             Compare(Base.TRANSPORT, _QUOTE + _SOURCE[version], before.packed),
-            LookUp(kept, _key(version, peer=_DESTINATION, peer_port=2, local_port=0)),
+            from_local,
             _store_quoted(_SOURCE, after),
             _store_destination(after),
         ),
     )
     departing = RawRule(
         ruleset.ERRORS,
-        move_id,
+        comment,
         (
             *_quotes_tcp(version),
             Compare(Base.TRANSPORT, _QUOTE + _DESTINATION[version], after.packed),
-            LookUp(kept, _key(version, peer=_SOURCE, peer_port=0, local_port=2)),
+            to_local,
             _store_quoted(_DESTINATION, before),
         ),
     )

@@ -170,6 +170,11 @@ def chains(reception: Reception) -> tuple[tuple[str, Address], ...]:
     return tuple(found)
 
 
+def chain_names(reception: Reception) -> tuple[str, ...]:
+    """The names of these chains."""
+    return tuple(ruleset.address_chain(dispatch, local) for dispatch, local in chains(reception))
+
+
 def render_removal(move_id: str, receptions: Iterable[Reception]) -> tuple[str, ...]:
     """The reverse of `render`, once no rule of an address chain refers to it."""
     return (
@@ -183,5 +188,5 @@ def describe_forgetting(reception: Reception) -> Iterator[str]:
     for port in reception.ports:
         yield (
             f"conntrack -D -p tcp --orig-dst {reception.before} --orig-port-dst {port} "
-            "--status UNREPLIED"
+            "--state SYN_SENT"
         )

@@ -314,6 +314,23 @@ def _render_nat(move_id: str, translation: Translation) -> list[str]:
         f"insert rule inet {TABLE} {address_chain(outbound, after)} "
         f"{_outbound_key(after)} @{kept_set(move_id, translation.number)} {_NOT_SYN} "
         f'{_to_wire(translation)}snat {family} to {before} : {outer_port} comment "{move_id}"',
+        *_render_stray_drop(move_id, translation),
+    ]
+
+
+def _render_stray_drop(move_id: str, translation: Translation) -> list[str]:
+    """At a gateway: what the old host still sends for a kept connection goes no further.
+
+    It would be a new flow to conntrack, clash with our entry, and leave from another port, which
+    the peer answers with a reset. Only first packets of a flow come by here, so it costs nobody.
+    """
+    if translation.site.role != Role.GATEWAY:
+        return []
+    old, (_, outbound) = translation.map.old, DISPATCHES[Mode.STATEFUL]
+    return [
+        *render_dispatch(outbound, old),
+        f"insert rule inet {TABLE} {address_chain(outbound, old)} {_outbound_key(old)} "
+        f'@{kept_set(move_id, translation.number)} drop comment "{move_id}"',
     ]
 
 
@@ -352,7 +369,10 @@ def translating_chains(translation: Translation) -> tuple[tuple[str, Address], .
     if translation.site.role == Role.SOURCE:
         return ()  # it only keeps quiet
     inbound, outbound = DISPATCHES[translation.mode]
-    return (inbound, translation.before), (outbound, translation.after)
+    chains = ((inbound, translation.before), (outbound, translation.after))
+    if translation.mode == Mode.STATEFUL and translation.site.role == Role.GATEWAY:
+        return (*chains, (outbound, translation.map.old))
+    return chains
 
 
 def render_open(move_id: str, role: Role) -> str:

@@ -26,7 +26,7 @@ from natkeep.plan.move import (
     Unkept,
     make_translations,
 )
-from natkeep.plan.quoted import RawRule, make_error_rules
+from natkeep.plan.quoted import RawRule, make_callers_error_rules, make_error_rules
 from natkeep.plan.reception import Reception, make_receptions
 from natkeep.plan.tuples import Address, Connections, Endpoint
 
@@ -172,12 +172,33 @@ class InstallReception:
 
 
 @dataclass(frozen=True, slots=True)
+class ForgetCalls:
+    """Delete what conntrack believes of callers whom nobody has answered yet.
+
+    Their SYNs come again, and would go on to where the first one was sent. Undone, the entries
+    of those who were let in go: they would send them where nobody listens any more.
+    """
+
+    site: Site
+    receptions: tuple[Reception, ...]
+
+    def describe(self) -> tuple[str, ...]:
+        """One command a line."""
+        return tuple(
+            f"{_prefix(self.site)}{command}"
+            for receiving in self.receptions
+            for command in reception.describe_forgetting(receiving)
+        )
+
+
+@dataclass(frozen=True, slots=True)
 class TranslateErrors:
     """The rules that translate what ICMP errors quote, in stateless mode."""
 
     site: Site
     move_id: str
     translations: tuple[Translation, ...]
+    receptions: tuple[Reception, ...] = ()
 
     def describe(self) -> tuple[str, ...]:
         """One comment a rule: nft has no text for them (see plan/quoted.py)."""
@@ -188,12 +209,12 @@ class TranslateErrors:
         )
 
     def rules(self) -> tuple[RawRule, ...]:
-        """What is inserted."""
-        return tuple(
-            rule
-            for translation in self.translations
-            for rule in make_error_rules(self.move_id, translation)
+        """What is inserted, the kept connections' rules last: then they come first."""
+        callers = (
+            rule for r in self.receptions for rule in make_callers_error_rules(self.move_id, r)
         )
+        kept = (rule for t in self.translations for rule in make_error_rules(self.move_id, t))
+        return (*callers, *kept)
 
 
 @dataclass(frozen=True, slots=True)
@@ -295,6 +316,7 @@ Step = (
     | AddAddress
     | InstallTranslation
     | InstallReception
+    | ForgetCalls
     | TranslateErrors
     | PurgeEntries
     | InsertEntries
@@ -330,6 +352,7 @@ def make_plan(
     a packet, because a half-translated connection is not stalled, it is reset.
     """
     translations, unkept = make_translations(move, connections, surroundings)
+    reception.refuse_one_end_for_two(move)
     prepare: list[Step] = []
     for site in move.ordered_sites():
         here = tuple(t for t in translations if t.site == site)
@@ -391,7 +414,10 @@ def _steps_at(
     if receptions:
         steps.append(InstallReception(site, move.id, receptions))
     if move.mode == Mode.STATELESS:
-        steps.append(TranslateErrors(site, move.id, here))
+        steps.append(TranslateErrors(site, move.id, here, receptions))
+    elif receptions:
+        # After the gate holds callers back, so that no entry is made anew.
+        steps.append(ForgetCalls(site, receptions))
     # Purge after the rules (a nat expression starts tracking, so stale entries can appear up to
     # here) and before the insertion (an existing entry cannot be given a translation).
     for translation in here:

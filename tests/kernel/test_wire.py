@@ -427,6 +427,18 @@ def test_neighbours_from_the_process_do_not_leave_as_old(
         assert passed == stage.outbound(packet)
 
 
+@EACH_VERSION
+def test_what_the_old_host_still_sends_does_not_leave_from_another_port(
+    make_stage: Callable[[Role], Stage], version: int
+) -> None:
+    """It would clash with our entry, get another source port, and be answered with a reset."""
+    stage = make_stage(Role.GATEWAY)
+    stage.prepare()
+    stray = segment(OLD[version], PORT, PEER[version], KEPT_PORT)
+
+    assert stage.outbound(stray) == []
+
+
 @EACH_MODE
 @EACH_VERSION
 def test_a_bare_syn_on_a_kept_tuple_reaches_no_listener(

@@ -23,10 +23,21 @@ def named(names):
     return pytest.mark.parametrize("name", names)
 
 
+def is_for(each: Scenario, engine: str) -> bool:
+    """Whether a scenario is for all engines, or for this one (test_runc.py has containers')."""
+    return each.load()[1].get("engine", engine) == engine
+
+
 @pytest.mark.root
 @pytest.mark.lab
-@marked
-@named([each.name for each in scenarios()])
+@pytest.mark.parametrize(
+    ("name", "engine"),
+    [
+        *(pytest.param(each.name, "criu", marks=pytest.mark.criu)
+          for each in scenarios() if is_for(each, "criu")),
+        *((each.name, "repair") for each in scenarios() if is_for(each, "repair")),
+    ],
+)  # fmt: skip
 def test_scenario_passes(name, engine):
     report = scenario.run(find_scenario(name), engine=engine)
 
@@ -137,6 +148,13 @@ def test_an_unknown_scenario_is_a_usage_error():
     assert done.returncode == 2
     assert done.stdout == ""
     assert "no scenario 'nobody'" in done.stderr
+
+
+def test_a_scenario_for_one_engine_is_told_with_no_other():
+    done = natkeep("run", "runc_container_moves", "--engine", "repair")
+
+    assert done.returncode == 2
+    assert "runc_container_moves is for --engine runc only, not repair" in done.stderr
 
 
 @named([each.name for each in scenarios()])

@@ -53,7 +53,7 @@ def test_a_gateway_needs_neither_addresses_nor_a_gate_at_new() -> None:
         for dispatch, addresses in {
             "gate": ("10.2.0.10", "fd00_2__10"),
             "in": ("10.2.0.10", "fd00_2__10"),
-            "out": ("10.3.0.20", "fd00_3__20"),
+            "out": ("10.3.0.20", "fd00_3__20", "10.2.0.10", "fd00_2__10"),
         }.items()
         for address in addresses
     )

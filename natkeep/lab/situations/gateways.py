@@ -12,18 +12,61 @@ from natkeep.lab.application import Application, all_open
 from natkeep.lab.ends import tuple_of
 from natkeep.lab.situations import situation
 from natkeep.lab.stage import PORT, Lab
-from natkeep.lab.topology import address
+from natkeep.lab.topology import THIRD, USUAL, address
 from natkeep.plan.tuples import Endpoint
 
 PUBLISHED, CONNECTIONS = 8080, 3
+THREE_HOSTS = {"seats": (*USUAL, THIRD)}
 translating = partial(situation, may_refuse=("stateless",))
 
 
 @translating(16, "a published port")
 def published(lab: Lab) -> None:
     """The peer talks to VIP:8080, which the gateway turns into OLD:5000."""
-    vip = Endpoint(address("near", 100, lab.family), PUBLISHED)
+    _connect(lab, _publish(lab))
+    _move(lab)
+    lab.finish()
+
+
+@translating(16, "a published port, moved on", setup=THREE_HOSTS)
+def published_moved_on(lab: Lab) -> None:
+    """What the first move took over, the second takes over from it."""
+    _connect(lab, _publish(lab))
+    _move(lab)
+    lab.move_on(THIRD)
+    lab.talk_on()
+    lab.finish()
+
+
+@translating(16, "a published port, moved back")
+def published_moved_back(lab: Lab) -> None:
+    """The gateway's own translation is as it was."""
+    _connect(lab, _publish(lab))
+    _move(lab)
+    lab.move_back()
+    lab.talk_on()
+    lab.finish()
+
+
+@translating(17, "a masqueraded client")
+def masqueraded(lab: Lab) -> None:
+    """The process sees the gateway as its peer, and a port that the gateway chose."""
+    lab.topology["gateway"].nft(
+        "add table inet masquerading\n"
+        "add chain inet masquerading post { type nat hook postrouting priority srcnat; }\n"
+        'add rule inet masquerading post iifname "near" meta l4proto tcp'
+        " masquerade to :20000-20999\n"
+    )
     lab.settle()
+    _connect(lab, Endpoint(lab.old, PORT))
+    _move(lab)
+    lab.finish()
+
+
+def _publish(lab: Lab) -> Endpoint:
+    """A port of the gateway's, which its own rule turns into OLD's."""
+    lab.settle()
+    vip = Endpoint(address("near", 100, lab.family), PUBLISHED)
     ip, length = ("ip", 24) if lab.family == 4 else ("ip6", 64)
     nodad = ["nodad"] if lab.family == 6 else []
     gateway = lab.topology["gateway"]
@@ -34,29 +77,18 @@ def published(lab: Lab) -> None:
         f"add rule inet published pre {ip} daddr {vip.address} tcp dport {vip.port}"
         f" dnat {ip} to {Endpoint(lab.old, PORT)}\n"
     )
-    _tell(lab, vip)
+    return vip
 
 
-@translating(17, "a masqueraded client")
-def masqueraded(lab: Lab) -> None:
-    """The process sees the gateway as its peer, and a port that the gateway chose."""
-    lab.settle()
-    lab.topology["gateway"].nft(
-        "add table inet masquerading\n"
-        "add chain inet masquerading post { type nat hook postrouting priority srcnat; }\n"
-        'add rule inet masquerading post iifname "near" meta l4proto tcp'
-        " masquerade to :20000-20999\n"
-    )
-    _tell(lab, Endpoint(lab.old, PORT))
-
-
-def _tell(lab: Lab, target: Endpoint) -> None:
+def _connect(lab: Lab, target: Endpoint) -> None:
     lab.serve()
     _dial_one_by_one(lab, target)
     lab.talk()
+
+
+def _move(lab: Lab) -> None:
     lab.move()
     lab.talk_on()
-    lab.finish()
 
 
 def _dial_one_by_one(lab: Lab, target: Endpoint) -> None:

@@ -21,6 +21,7 @@ from natkeep.lab.verdict import Assertion
 from natkeep.plan.tuples import Endpoint, FourTuple
 
 SECOND_CLIENT = Seat("client2", "near", 3)
+TWO_CLIENTS = {"seats": (*USUAL, SECOND_CLIENT)}
 LOOPBACK = {4: "127.0.0.1:0", 6: "[::1]:0"}
 OTHERS_PORT, KEPT_PORT = 42_000, 40_000
 REFUSED_IN_BOTH = ("stateful", "stateless")
@@ -83,7 +84,7 @@ def mixed(lab: Lab) -> None:
     lab.finish()
 
 
-@situation(22, "NEW serves the same port to others", setup={"seats": (*USUAL, SECOND_CLIENT)})
+@situation(22, "NEW serves the same port to others", setup=TWO_CLIENTS)
 def others_at_new(lab: Lab) -> None:
     """The same client host, with other ports, and another one; all the while they talk."""
     lab.settle()
@@ -99,11 +100,28 @@ def others_at_new(lab: Lab) -> None:
     lab.finish()
 
 
+@situation(22, "NEW has the very same tuple", may_refuse=REFUSED_IN_BOTH, setup=TWO_CLIENTS)
+def same_tuple_at_new(lab: Lab) -> None:
+    """The same client host with the same port: of the two only one could be told from the other."""
+    lab.settle()
+    others = _Others(lab, KEPT_PORT)
+    lab.serve()
+    lab.dial(source=str(Endpoint(CLIENT.address(lab.family), KEPT_PORT)))
+    lab.talk()
+    lab.freeze()
+    (kept,) = lab.kept
+    if not lab.must_refuse(str(FourTuple(kept.source, Endpoint(lab.new, PORT)))):
+        lab.restore()
+        lab.talk_on()
+    others.talk_on("after")
+    lab.finish()
+
+
 class _Others:
     """A server on NEW with clients on two hosts, none of which knows of the move."""
 
-    def __init__(self, lab: Lab) -> None:
-        self.lab = lab
+    def __init__(self, lab: Lab, port: int = OTHERS_PORT) -> None:
+        self.lab, self.port = lab, port
         target = str(Endpoint(lab.new, PORT))
         self.server = Application(lab.directory / "others-serve")
         lab.topology[lab.site.role].start("others-serve", *self.server.serve_line(target))
@@ -113,7 +131,7 @@ class _Others:
 
     def _dial(self, seat: Seat, target: str) -> Application:
         client = Application(self.lab.directory / f"others-{seat.role}")
-        source = str(Endpoint(seat.address(self.lab.family), OTHERS_PORT))
+        source = str(Endpoint(seat.address(self.lab.family), self.port))
         line = client.dial_line(target, count=2, source=source)
         self.lab.topology[seat.role].start(f"others-{seat.role}", *line)
         client.wait(all_open(2), "connected")

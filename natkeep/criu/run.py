@@ -1,0 +1,306 @@
+"""what calls CRIU: `natkeep run ID OPTIONS -- criu restore …`, prepared before, undone if it fails.
+
+    read_command     the words after `--`, and at once what would go wrong, with the fix
+    demand_criu      is there a CRIU, and one that can do it?
+    Restore.run      prepare closed, run CRIU with natkeep-hook (it opens), undo unless it restored
+
+CRIU calls no hook when a restore fails, so whoever started it has to look after it. While a CRIU
+that was killed may have left half a tree behind, orphans come to us (PR_SET_CHILD_SUBREAPER) and
+are killed: their sockets are in repair still, and vanish without a word to the peer.
+
+Rule: nothing is prepared before everything that can be known has been looked at; once the tree
+runs, its move is not touched any more.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from natkeep.checkpoint import Checkpoint, NetworkLock
+from natkeep.errors import NatkeepError, UsageError
+from natkeep.journal import read_boot_id
+from natkeep.lifecycle import Lifecycle
+from natkeep.plan.move import Move
+
+EXAMPLE = "natkeep run ID OPTIONS -- criu restore --images-dir DIR --tcp-established"
+MANY = 50
+"""Connections from which on an iptables lock is worth a word: each takes CRIU some 55 ms."""
+
+_OLDEST = (3, 16)
+_NEWEST_KERNEL_OF_OLD = (6, 13)  # since then CRIU before 4.1 may stumble over the kernel's vvar
+_PR_SET_CHILD_SUBREAPER = 36
+_PATIENCE = 3.0  # s for a CRIU that was asked to end
+
+
+# ---- what is known beforehand ------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Command:
+    """A `criu restore` that natkeep can go along with; images is its directory."""
+
+    words: tuple[str, ...]
+    images: str
+
+    def with_hook(self, hook: Path) -> list[str]:
+        """The same with one more action script, which is the first given, so that it runs last.
+
+        What another script does not survive happens before the gate is opened.
+        """
+        return [*self.words[:2], "--action-script", str(hook), *self.words[2:]]
+
+
+def read_command(words: Sequence[str], image: str | None) -> Command:
+    """The command line of CRIU; UsageError with the fix where it could not keep a connection.
+
+    image: natkeep's own --image, which must be the same directory.
+    """
+    if len(words) < 2 or words[1] != "restore":
+        raise UsageError(
+            f"{' '.join(words[:2]) or 'nothing'!r} is not `criu restore`", hint=EXAMPLE
+        )
+    if _has(words, "tcp-close"):
+        raise UsageError("criu restore --tcp-close closes every connection", hint=EXAMPLE)
+    if not _has(words, "tcp-established"):
+        raise UsageError(
+            "criu restore without --tcp-established restores no connection",
+            hint=f"add it: {' '.join(words[:2])} --tcp-established …",
+        )
+    directories = list(_values(words, "images-dir", "D"))
+    if not directories:
+        wanted = f"--images-dir {image or 'DIR'}"
+        raise UsageError(f"criu restore without {wanted}", hint=f"add it: {EXAMPLE}")
+    if image is not None and not _is_same(image, directories[-1]):
+        raise UsageError(
+            f"--image is {image}, but criu restores {directories[-1]}",
+            hint="leave --image out: it is taken from criu's command line",
+        )
+    return Command(tuple(words), directories[-1])
+
+
+def _is_same(one: str, other: str) -> bool:
+    try:
+        return os.path.samefile(one, other)
+    except OSError:
+        return False  # what is wrong with it is said by whoever reads it
+
+
+def _options(words: Sequence[str]) -> Iterator[tuple[int, str, str | None]]:
+    """Where each long option stands, its name, and what follows its `=`."""
+    for at, word in enumerate(words):
+        if word == "--":
+            return
+        if word.startswith("--"):
+            name, equals, value = word[2:].partition("=")
+            yield at, name, value if equals else None
+
+
+def _has(words: Sequence[str], option: str) -> bool:
+    return any(_means(name, option) for _, name, _ in _options(words))
+
+
+def _means(name: str, option: str) -> bool:
+    """Whether *name* is *option*, or so much of it that getopt_long cannot take it for another."""
+    return name == option or (len(name) > len("tcp-") and option.startswith(name))
+
+
+def _values(words: Sequence[str], option: str, letter: str) -> Iterator[str]:
+    long = {at: value for at, name, value in _options(words) if _means(name, option)}
+    for at, word in enumerate(words):
+        if word == "--":
+            return
+        if at in long or word == f"-{letter}":
+            value = long.get(at)
+            yield from words[at + 1 : at + 2] if value is None else (value,)
+        elif word.startswith(f"-{letter}") and not word.startswith("--"):
+            yield word[2:]
+
+
+def demand_criu(program: str) -> None:
+    """UsageError unless *program* is a CRIU that can restore connections on this kernel."""
+    if shutil.which(program) is None:
+        raise UsageError(f"there is no program {program!r}", hint="CRIU is criu.org, or a package")
+    found = re.search(r"Version: (\d+)\.(\d+)(\S*)", _say(program, "--version").stdout)
+    if found is None:
+        raise UsageError(f"{program} --version does not say that it is CRIU")
+    version, name = (int(found[1]), int(found[2])), f"{found[1]}.{found[2]}{found[3]}"
+    if version < _OLDEST:
+        raise UsageError(f"CRIU {name} is too old", hint="3.16 is the first with an nftables lock")
+    if version < (4, 1) and _kernel() >= _NEWEST_KERNEL_OF_OLD:
+        checked = _say(program, "check")
+        if checked.returncode:
+            why = next((line for line in checked.stderr.splitlines() if "Error" in line), "")
+            raise UsageError(
+                f"CRIU {name} does not work on Linux {os.uname().release}: {why}",
+                hint="CRIU 4.1 or later does",
+            )
+
+
+def _say(*command: str) -> subprocess.CompletedProcess[str]:
+    try:
+        return subprocess.run(
+            command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=10
+        )
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise UsageError(f"{command[0]}: {error}") from None
+
+
+def _kernel() -> tuple[int, int]:
+    found = re.match(r"(\d+)\.(\d+)", os.uname().release)
+    return (int(found[1]), int(found[2])) if found else (0, 0)
+
+
+def find_slow_lock(checkpoint: Checkpoint, count: int) -> str | None:
+    """What to say of a dump whose lock will take CRIU long to take away."""
+    inventory = checkpoint.inventory
+    if inventory is None or inventory.network_lock != NetworkLock.IPTABLES or count <= MANY:
+        return None
+    return (
+        f"the dump was made with --network-lock iptables: {count} connections will take CRIU some "
+        f"{count * 0.055:.0f} s more; dump with --network-lock nftables"
+    )
+
+
+# ---- prepare, run, undo ------------------------------------------------------------------------
+
+
+@dataclass
+class Restore:
+    """One run of CRIU around which a move is prepared."""
+
+    lifecycle: Lifecycle
+    move: Move
+    checkpoint: Checkpoint
+    command: Command
+    talk: Callable[[str], None]
+    keep_closed: bool = False
+    own_stdout: bool = False  # then CRIU's goes to stderr
+
+    def run(self) -> int:
+        """CRIU's exit code, once the tree was restored; NatkeepError when it was not."""
+        hook = Path(sys.executable).with_name("natkeep-hook")
+        if not os.access(hook, os.X_OK):
+            raise UsageError(f"there is no {hook}", hint="install natkeep: pip, or `make setup`")
+        adopt_orphans()
+        with tempfile.TemporaryDirectory(prefix="natkeep-run-") as directory:
+            resumed = Path(directory, "resumed")
+            self._prepare()
+            try:
+                status = self._run_criu(hook, resumed)
+            except BaseException:  # Ctrl-C and SIGTERM: nothing stays but a tree that runs
+                self._undo_unless(resumed, keep=False)
+                raise
+            if status == 0:
+                self.lifecycle.open(self.move.id)  # the hook did; to make sure
+                return 0
+            how = _describe(status)
+            if not self._undo_unless(resumed, keep=self.keep_closed):
+                return status if status > 0 else 128 - status
+        if self.keep_closed:
+            raise NatkeepError(
+                f"{how}; move {self.move.id} stays prepared, its gate closed",
+                hint=f"try again, or natkeep teardown {self.move.id}",
+            )
+        raise NatkeepError(f"{how}; everything was undone", hint="CRIU's log says why")
+
+    def _prepare(self) -> None:
+        from natkeep import report
+
+        lifecycle, move, connections = self.lifecycle, self.move, self.checkpoint.connections
+        if move.id in lifecycle.state.ids():
+            journal = lifecycle.state.load(move.id)
+            same = (journal.move, journal.connections, journal.image, journal.boot)
+            wanted = (move, connections, self.checkpoint.run_id, read_boot_id())
+            if same == wanted and journal.is_prepared() and not journal.is_opened():
+                self.talk(f"natkeep: {move.id} is prepared already")
+                return
+        lifecycle.require_devices(move, report.bound_devices(self.checkpoint, move))
+        plan = lifecycle.prepare(move, connections, image=self.checkpoint.run_id)
+        for line in report.unkept_lines(self.checkpoint, plan):
+            self.talk(f"natkeep: not kept: {line}")
+        self.talk(f"natkeep: {report.summary(plan)}, gate closed")
+
+    def _run_criu(self, hook: Path, resumed: Path) -> int:
+        environment = {
+            **{name: value for name, value in os.environ.items() if name[:8] != "NATKEEP_"},
+            "NATKEEP_ID": self.move.id,
+            "NATKEEP_STATE_DIR": os.path.abspath(self.lifecycle.state.path),
+            "NATKEEP_RESUMED": str(resumed),
+        }
+        criu = subprocess.Popen(
+            self.command.with_hook(hook),
+            env=environment,
+            stdout=sys.stderr if self.own_stdout else None,
+        )
+        try:
+            return criu.wait()
+        except BaseException:
+            _end(criu)
+            raise
+
+    def _undo_unless(self, resumed: Path, *, keep: bool) -> bool:
+        """Undo what was prepared and end what is left of a tree; not so if the tree runs."""
+        if resumed.exists():
+            self.talk(f"natkeep: the tree runs; {self.move.id} stays, until natkeep teardown")
+            return False
+        kill_orphans()
+        if not keep:
+            self.lifecycle.teardown(self.move.id)
+        return True
+
+
+def _describe(status: int) -> str:
+    if status < 0:
+        return f"criu restore was killed by {signal.Signals(-status).name}"
+    return f"criu restore exited {status}"
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    process.terminate()
+    try:
+        process.wait(_PATIENCE)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+
+
+def adopt_orphans() -> None:
+    """From here on this process is the parent of whoever below it loses its own."""
+    import ctypes
+
+    ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+
+
+def kill_orphans() -> None:
+    """End every child of this process, and with each round those that come to us by that."""
+    while True:
+        children = list(_children())
+        if not children:
+            return
+        for pid in children:
+            os.kill(pid, signal.SIGKILL)
+        for pid in children:
+            os.waitpid(pid, 0)
+
+
+def _children() -> Iterator[int]:
+    own = str(os.getpid()).encode()
+    for name in os.listdir("/proc"):
+        if not name.isdigit():
+            continue
+        try:
+            with open(f"/proc/{name}/stat", "rb") as file:
+                fields = file.read().rpartition(b")")[2].split()
+        except OSError:
+            continue
+        if fields[1] == own:
+            yield int(name)

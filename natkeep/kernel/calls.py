@@ -1,0 +1,132 @@
+"""the calls: conntrack entries of new connections to listeners that moved, by raw ctnetlink.
+
+Rule: an entry is deleted only as itself: by its tuple, its zone and the kernel's number for it. A
+kept connection of another move may be to the same port; its entry is known by the flag that
+natkeep sets (and conntrack itself for connections whose SYN it has not seen).
+
+The kernel is asked for the entries of one destination only (CTA_FILTER, since Linux 5.8); an
+older one answers with the whole table, so everything is looked at here once more.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import struct
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from natkeep.kernel.conntrack import read_setting
+from natkeep.kernel.netlink import (
+    NETLINK_NETFILTER,
+    NLM_F_DUMP,
+    Netlink,
+    attribute,
+    attributes,
+    message,
+    nested,
+)
+from natkeep.plan.entries import TCP_ESTABLISHED, TCP_FLAGS
+from natkeep.plan.move import Mode
+from natkeep.plan.reception import Reception
+from natkeep.plan.tuples import Address
+
+_GET, _DELETE = (1 << 8) | 1, (1 << 8) | 2
+_TUPLE_ORIG, _TUPLE_REPLY, _PROTOINFO, _ID, _ZONE, _FILTER = 1, 2, 4, 12, 18, 25
+_FILTER_ORIG_FLAGS = 1
+_BY_DESTINATION = 1 << 1 | 1 << 3 | 1 << 5
+"""CTA_FILTER_FLAG of CTA_IP_DST, CTA_PROTO_NUM and CTA_PROTO_DST_PORT."""
+
+_AF = {4: 2, 6: 10}
+_TCP = b"\x06"
+_SYN_SENT = 1
+_ALIVE = range(TCP_ESTABLISHED - 1, 7)
+"""SYN_RECV to LAST_ACK."""
+
+_LIBERAL = 0x08 & TCP_FLAGS
+
+
+@dataclass(frozen=True, slots=True)
+class _Call:
+    """An entry: what names it, where its answers come from, and its TCP state."""
+
+    name: bytes
+    answered_by: bytes
+    state: int
+
+
+def forget_unanswered(reception: Reception) -> None:
+    """Delete the entries of callers whom nobody has answered."""
+    _delete(reception, [c for c in _read_calls(reception) if c.state == _SYN_SENT])
+
+
+def hang_up(reception: Reception) -> None:
+    """Delete the entries of callers who were let in by *reception*; none is fine."""
+    _delete(reception, list(_read_let_in(reception)))
+
+
+def count(reception: Reception) -> int:
+    """How many callers who were let in by *reception* are still there."""
+    return sum(1 for call in _read_let_in(reception) if call.state in _ALIVE)
+
+
+def _read_let_in(reception: Reception) -> Iterator[_Call]:
+    inside = reception.after.packed
+    return (call for call in _read_calls(reception) if call.answered_by == inside)
+
+
+def _read_calls(reception: Reception) -> Iterator[_Call]:
+    if read_setting("nf_conntrack_count") in ("0", None):
+        return
+    # Stateless, conntrack stands between the two rewritings, and sees the inner address only.
+    called = reception.before if reception.mode == Mode.STATEFUL else reception.after
+    with Netlink(NETLINK_NETFILTER) as netlink:
+        for port in reception.ports:
+            number = port.to_bytes(2, "big")
+            body = _body(called) + _pack_filter(called, number)
+            for answer in netlink.request(_GET, NLM_F_DUMP, body):
+                call = _parse(attributes(answer[4:]), called, number)
+                if call is not None:
+                    yield call
+
+
+def _body(address: Address) -> bytes:
+    return struct.pack("!BBH", _AF[address.version], 0, 0)
+
+
+def _pack_filter(called: Address, port: bytes) -> bytes:
+    destination = attribute(2 if called.version == 4 else 4, called.packed)
+    return nested(
+        _TUPLE_ORIG,
+        nested(1, destination),
+        nested(2, attribute(1, _TCP), attribute(3, port)),
+    ) + nested(_FILTER, attribute(_FILTER_ORIG_FLAGS, struct.pack("=I", _BY_DESTINATION)))
+
+
+def _parse(entry: dict[int, bytes], called: Address, port: bytes) -> _Call | None:
+    original, reply = attributes(entry[_TUPLE_ORIG]), attributes(entry[_TUPLE_REPLY])
+    ends, protocol = attributes(original[1]), attributes(original[2])
+    version = called.version
+    if (ends.get(2 if version == 4 else 4), protocol.get(1), protocol.get(3)) != (
+        called.packed,
+        _TCP,
+        port,
+    ):
+        return None
+    tcp = attributes(attributes(entry.get(_PROTOINFO, b"")).get(1, b""))
+    if tcp.get(4, b"\0")[0] & _LIBERAL:
+        return None
+    name = attribute(_TUPLE_ORIG | 1 << 15, entry[_TUPLE_ORIG]) + attribute(_ID, entry[_ID])
+    if _ZONE in entry:
+        name += attribute(_ZONE, entry[_ZONE])
+    answered_by = attributes(reply[1])[1 if version == 4 else 3]
+    return _Call(name, answered_by, tcp.get(1, b"\0")[0])
+
+
+def _delete(reception: Reception, calls: list[_Call]) -> None:
+    with Netlink(NETLINK_NETFILTER) as netlink:
+        for call in calls:
+            body = _body(reception.before) + call.name
+            for refusal in netlink.send_batch(message(_DELETE, 0, body, 0)):
+                if refusal.errno != errno.ENOENT:
+                    raise OSError(refusal.errno, os.strerror(refusal.errno))

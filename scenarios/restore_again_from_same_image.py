@@ -1,0 +1,37 @@
+"""Restores are aborted by natkeep-hook; then the same image is restored, and the client talks on.
+
+    client 10.1.0.2            gateway            source 10.2.0.10 (OLD), left silent
+    ┌──────┐  10.2.0.10:5000  ┌───────┐  10.3.0.20:5000  ┌───────┐  10.2.0.10:5000  ┌────────┐
+    │ peer │──────────────────│OLD⇄NEW│──────────────────│NEW⇄OLD│──────────────────│ server │
+    └──────┘                  └───────┘    anti-spoof    └───────┘                  └────────┘
+                              third 10.4.0.30: `elsewhere` was prepared for its namespace
+
+Each time CRIU's log tells in one line what was wrong, the exit ends the restore while all sockets
+are in repair, and not a segment leaves.
+"""
+
+from natkeep.lab.doors import Doors
+from natkeep.lab.topology import THIRD, USUAL
+
+SETUP = {"engine": "criu", "seats": (*USUAL, THIRD)}
+
+
+def tell(lab):
+    lab.serve()
+    lab.dial()
+    lab.talk()
+    lab.freeze()
+    doors = Doors(lab)
+    doors.prepare("lab", "gateway", "destination")
+    other = lab.topology["third"]
+    doors.natkeep("prepare", "elsewhere", f"--map={lab.old}={THIRD.address(4)}",
+                  f"--site=destination={other.name}", "--image", str(doors.images))  # fmt: skip
+    doors.must_abort("contradict each other",
+                     {"NATKEEP_ID": "lab", "NATKEEP_MAP": f"{lab.old}=auto"})  # fmt: skip
+    doors.must_abort("no move nobody in", {"NATKEEP_ID": "nobody"})
+    doors.must_abort("was prepared for another namespace", {"NATKEEP_ID": "elsewhere"})
+    doors.natkeep("teardown", "elsewhere", "--yes")
+    doors.restore({"NATKEEP_ID": "lab"})
+    lab.talk_on()
+    lab.finish()
+    doors.judge_silences()

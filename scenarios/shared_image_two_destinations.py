@@ -1,0 +1,44 @@
+"""One read-only image is restored at two destinations at once; one goes on, one is given up.
+
+    client 10.1.0.2            gateway            source 10.2.0.10 (OLD), left silent
+    ┌──────┐  10.2.0.10:5000  ┌───────┐  10.3.0.20:5000  ┌───────┐  10.2.0.10:5000  ┌────────┐
+    │ peer │──────────────────│OLD⇄NEW│───┬──────────────│NEW⇄OLD│──────────────────│ server │
+    └──────┘                  └───────┘   │              └───────┘ destination      └────────┘
+                                          │              ┌───────┐                  ┌────────┐
+                                          └──────────────│NEW⇄OLD│──────────────────│ (spare)│
+                                            10.4.0.30    └───────┘ third            └────────┘
+
+As a spare is raised beside the host that shall take over. A connection has one peer, so one of them
+may go on: the spare's restore is given up at post-restore, when its sockets exist, by a second
+script. The image is mounted read-only at both, and is the same to the octet and to the nanosecond
+of its files' times afterwards.
+"""
+
+from dataclasses import replace
+
+from natkeep.lab.doors import Doors
+from natkeep.lab.topology import THIRD, USUAL
+
+SETUP = {"engine": "criu", "seats": (*USUAL, THIRD)}
+VETO = '[ "$CRTOOLS_SCRIPT_ACTION" != post-restore ]'
+
+
+def tell(lab):
+    lab.serve()
+    lab.dial()
+    lab.talk()
+    lab.freeze()
+    doors = Doors(lab)
+    third = lab.topology["third"]
+    before = doors.fingerprint()
+    doors.mount_read_only(doors.host, third)
+    order = doors.order("lab")
+    spare = replace(order, id="spare", new=THIRD.address(lab.family))
+    goes_on = doors.start_run(order, sites=[f"gateway={order.gateway.name}", "destination"])
+    given_up = doors.start_run(spare, host=third, criu=doors.script("veto", VETO))
+    doors.must_fail(1, "everything was undone", given_up)
+    doors.must_succeed(goes_on)
+    doors.note_same("the image is what it was", before, doors.fingerprint())
+    lab.talk_on()
+    lab.finish()
+    doors.note_quiet("third")

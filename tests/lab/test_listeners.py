@@ -1,0 +1,100 @@
+"""`--listeners` on a wire: who reaches the process at its new place, and who does not."""
+
+from __future__ import annotations
+
+import pytest
+
+from natkeep.lab.scenario import find_scenario, perform
+from natkeep.lab.stage import PORT, Lab
+from natkeep.lab.topology import THIRD, USUAL
+
+pytestmark = [pytest.mark.root, pytest.mark.lab, pytest.mark.criu]
+WHERE = {
+    "OLD": (4, None),
+    "wildcard": (4, f"0.0.0.0:{PORT}"),
+    "dual stack": (4, f"[::]:{PORT}"),
+    "OLD, IPv6": (6, None),
+    "wildcard, IPv6": (6, f"[::]:{PORT}"),
+}
+
+
+def play(story, **options):
+    """The failed assertions of *story*, which is told to a lab of its own."""
+    with Lab("listeners", engine="criu", **options) as lab:
+        perform(lab, story)
+    assert lab.report.assertions
+    return [str(each) for each in lab.report.assertions if not each.ok]
+
+
+@pytest.mark.parametrize("mode", ["stateful", "stateless"])
+@pytest.mark.parametrize("where", WHERE)
+def test_new_connections_reach_a_listener_that_moved(where, mode):
+    family, listen = WHERE[where]
+    tell, _ = find_scenario("listener_follows").load()
+
+    assert play(lambda lab: tell(lab, listen), family=family, mode=mode) == []
+
+
+def move(lab, *, listen=None):
+    lab.serve(listen=listen)
+    lab.dial()
+    lab.talk()
+    lab.freeze()
+    lab.prepare()
+    lab.restore()
+    lab.talk_on()
+
+
+@pytest.mark.parametrize("mode", ["stateful", "stateless"])
+def test_without_listeners_new_connections_go_to_the_old_host(mode):
+    """It refuses them: nobody listens there any more. This is also the control of all others."""
+
+    def story(lab):
+        move(lab)
+        lab.turns_away(lab.call(), lab.call(to=lab.new))
+        lab.finish()
+
+    assert play(story, mode=mode) == []
+
+
+def test_a_caller_who_is_not_let_in_fails_the_story():
+    def story(lab):
+        move(lab)
+        lab.lets_in(lab.call())
+        lab.finish()
+
+    [failed, wire] = play(story)
+    assert "is let in and answered" in failed
+    assert "callers: no reset" in wire
+
+
+@pytest.mark.parametrize("family", [4, 6])
+@pytest.mark.parametrize("mode", ["stateful", "stateless"])
+def test_a_caller_learns_of_a_narrow_path(mode, family):
+    """The router's error quotes a packet that only the gateway and the destination can place."""
+
+    def story(lab):
+        lab.listeners = True
+        lab.path_mtu("near")
+        move(lab)
+        lab.lets_in(lab.call(), octets=60_000)
+        lab.path_was_narrow("near")
+        lab.finish()
+
+    assert play(story, mode=mode, family=family, routed=("near",)) == []
+
+
+@pytest.mark.parametrize("mode", ["stateful", "stateless"])
+def test_the_listener_moves_on(mode):
+    """From B to C: callers find it at both, and those of B are kept."""
+
+    def story(lab):
+        lab.listeners = True
+        move(lab)
+        lab.lets_in(lab.call())
+        lab.move_on(THIRD)
+        lab.talk_on()
+        lab.lets_in(lab.call())
+        lab.finish()
+
+    assert play(story, mode=mode, seats=(*USUAL, THIRD)) == []
