@@ -3,17 +3,19 @@
 SCENARIO    ?= server_moves_to_new_address
 ENGINE      ?= auto
 PYTEST_ARGS ?=
+REPS        ?= 1
+ONLY        ?=
 
 # Tests skip what this machine lacks, but not in CI nor as root, where the set-up can provide it:
 # there a missing tool is a failure. `make test NATKEEP_REQUIRE=` skips there too.
-ALL_REQUIRED := root,criu,pycriu,scapy,nftables,ruff,mypy
+ALL_REQUIRED := root,criu,pycriu,runc,scapy,nftables,ruff,mypy
 NATKEEP_REQUIRE ?= $(if $(CI)$(filter 0,$(shell id -u)),$(ALL_REQUIRED))
 export NATKEEP_REQUIRE
 
 # nft, criu and the like live in sbin, which not every shell has in its path.
 export PATH := $(PATH):/usr/local/sbin:/usr/sbin:/sbin
 
-.PHONY: help setup demo test check lab clean
+.PHONY: help setup demo test check lab matrix clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' Makefile
@@ -36,6 +38,9 @@ check: ## lint and types
 
 lab: root setup ## one practice network: SCENARIO=name ENGINE=auto|criu|repair (needs root)
 	@.venv/bin/natkeep lab run $(SCENARIO) --engine $(ENGINE)
+
+matrix: root setup ## the correctness matrix, beside rules written by hand: REPS=1 ONLY='name' (needs root)
+	@.venv/bin/natkeep lab matrix --reps $(REPS) $(if $(ONLY),--only '$(ONLY)')
 
 clean: ## remove .venv/, .lab/ and the caches; the system's packages stay
 	rm -rf .venv .lab .pytest_cache .mypy_cache .ruff_cache .hypothesis dist

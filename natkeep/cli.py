@@ -129,9 +129,7 @@ def make_parser(arguments: Sequence[str] = ("lab",)) -> argparse.ArgumentParser:
         action="store_true",
         help="leave the move prepared, its gate closed, for another try",
     )
-    running.add_argument(
-        "criu", metavar=("-- CRIU", "ARGUMENT"), nargs="+", help="criu restore ..., behind --"
-    )
+    running.add_argument("criu", metavar="CRIU", nargs="+", help="criu restore ..., behind --")
     opening = add("open", "let the kept connections through", _open)
     opening.add_argument("id", metavar="ID")
     status = add("status", "what is prepared, what it carries, what drifted", _status)

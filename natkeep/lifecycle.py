@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 from natkeep.errors import (
     JournalError,
@@ -25,7 +26,6 @@ from natkeep.kernel import Kernel
 from natkeep.kernel.netns import NamespaceGoneError
 from natkeep.plan import ruleset
 from natkeep.plan.drift import Gate, MoveStatus, SiteStatus, find_drift
-from natkeep.plan.findings import Finding, find
 from natkeep.plan.move import Mode, Move, Role, Site, Translation
 from natkeep.plan.reception import refuse_one_end_for_two
 from natkeep.plan.steps import (
@@ -40,6 +40,9 @@ from natkeep.plan.steps import (
     make_plan,
 )
 from natkeep.plan.tuples import NO_CONNECTIONS, RECORD_SIZE, Address, Connections, Endpoint
+
+if TYPE_CHECKING:
+    from natkeep.plan.findings import Finding
 
 Talk = Callable[[str], None]
 """Where progress goes; one line without its newline."""
@@ -173,6 +176,8 @@ class Lifecycle:
 
     def examine(self, sites: tuple[Site, ...]) -> tuple[Finding, ...]:
         """What about the machine stops or endangers a move with these sites."""
+        from natkeep.plan.findings import find
+
         self.kernel.open_sites(sites)
         return tuple(finding for site in sites for finding in find(site, self.kernel.survey(site)))
 

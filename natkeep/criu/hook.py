@@ -10,6 +10,10 @@ printed goes to CRIU's log. Three of them are ours:
                             last point at which a non-zero exit ends the restore without harm
                             (the tasks are killed silently, the image can be restored again)
 
+and one of a dump, where NATKEEP_SOURCE is set (source.py):
+
+    post-dump               the images are complete, the tasks frozen: keep this host quiet
+
 With NATKEEP_ID only the last: the move has been prepared. Rule: orders come from orders.py, never
 from the image; what is not ours is left with 0 before anything else is imported; each point may
 come twice and is served once. CRIU calls nobody when a restore fails, so what was prepared for
@@ -24,6 +28,7 @@ import sys
 TYPE_CHECKING = False  # typing.TYPE_CHECKING, without importing typing
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from typing import NoReturn
 
     from natkeep.checkpoint import Checkpoint
     from natkeep.criu.orders import Call, Orders
@@ -44,13 +49,14 @@ def main() -> int:
     environment = os.environ
     action = environment.get("CRTOOLS_SCRIPT_ACTION")
     only_id = environment.get("NATKEEP_ID") and not environment.get("NATKEEP_MAP")
-    if action not in _ACTIONS or (only_id and action != "post-restore"):
+    leaves = action == "post-dump" and environment.get("NATKEEP_SOURCE")
+    if not leaves and (action not in _ACTIONS or (only_id and action != "post-restore")):
         return 0
     from natkeep.errors import NatkeepError
 
     try:
         _start_clock()
-        return _serve()
+        return _serve_source() if leaves else _serve()
     except NatkeepError as error:
         hint = f" ({error.hint})" if error.hint else ""
         return _fail(f"{error}{hint}", error.exit_code)
@@ -66,7 +72,11 @@ def _fail(text: str, code: int) -> int:
 
 
 def _say(line: str) -> None:
-    print(f"natkeep-hook: {line}", file=sys.stderr)
+    if sys.stderr:
+        try:
+            print(f"natkeep-hook: {line}", file=sys.stderr, flush=True)
+        except OSError:  # nobody listens; that shall not end a restore
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
 
 
 def _start_clock() -> None:
@@ -109,6 +119,17 @@ def _serve() -> int:
     return 0
 
 
+def _serve_source() -> int:
+    from natkeep.criu.source import serve_post_dump
+    from natkeep.journal import StateDirectory
+    from natkeep.kernel.linux import LinuxKernel
+    from natkeep.lifecycle import Lifecycle
+
+    lifecycle = Lifecycle(LinuxKernel(), StateDirectory(create=True))
+    _say(serve_post_dump(os.environ, lifecycle))
+    return 0
+
+
 def _make_lifecycle(orders: Orders) -> Lifecycle:
     from natkeep.journal import StateDirectory
     from natkeep.kernel.linux import LinuxKernel
@@ -145,12 +166,19 @@ def _confirm(journal: Journal, lifecycle: Lifecycle, orders: Orders, call: Call)
 
 
 def _is_at(journal: Journal, lifecycle: Lifecycle, site: Site) -> bool:
-    """Whether *site* is a destination of the move."""
+    """Whether the process of the move may live at *site*: its destination, or its source again.
+
+    At the source only of a move that has no other site: opening gateway and destination for a
+    process that came home would have them answer its peers with resets.
+    """
+    from natkeep.plan.move import Role
+
     lifecycle.kernel.open_sites([site])
+    sites, homes = journal.move.sites, [Role.DESTINATION]
+    if {each.role for each in sites} == {Role.SOURCE} and not journal.move.quiesces:
+        homes = [Role.SOURCE]
     here = lifecycle.kernel.identity(site)
-    return any(
-        journal.identity(each) == here for each in journal.move.sites if each.role == site.role
-    )
+    return any(journal.identity(each) == here for each in sites if each.role in homes)
 
 
 def _tree_site(call: Call) -> Site:
@@ -247,6 +275,7 @@ def _prepare(move: Move, checkpoint: Checkpoint, lifecycle: Lifecycle, site: Sit
 def _abandoned(lifecycle: Lifecycle) -> Iterator[Journal]:
     from natkeep.criu.orders import is_abandoned
     from natkeep.errors import JournalError
+    from natkeep.plan.move import Role
 
     for move_id in lifecycle.state.ids():
         if not is_abandoned(move_id):
@@ -255,9 +284,18 @@ def _abandoned(lifecycle: Lifecycle) -> Iterator[Journal]:
             journal = lifecycle.state.load(move_id)
         except JournalError:
             continue  # torn down by another hook meanwhile, or `natkeep status` tells
-        if not journal.is_opened():
+        leaves = any(site.role == Role.SOURCE for site in journal.move.sites)
+        if not journal.is_opened() and not leaves:
             yield journal
 
 
+def _run() -> NoReturn:
+    """As the program: what an interpreter does for a long life is left out (10 ms of 50)."""
+    import gc
+
+    gc.disable()
+    os._exit(main())
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    _run()

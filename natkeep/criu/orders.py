@@ -13,7 +13,6 @@ import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
-from natkeep import policy
 from natkeep.errors import UsageError
 from natkeep.plan.move import Mode
 
@@ -46,6 +45,8 @@ def read_orders(environment: Mapping[str, str]) -> Orders | None:
         _refuse_both(move_id, text, "NATKEEP_ID", "NATKEEP_MAP")
         maps = tuple(text.split(",")) if text else ()
         return Orders(move_id, maps, mode, state_dir)
+    from natkeep import policy  # only here: a move that is prepared was authorised before
+
     hook = policy.read_policy().hook
     _refuse_both(hook.id, hook.map, f"{policy.PATH}: hook.id", "hook.map")
     if not (hook.id or hook.map):

@@ -24,13 +24,15 @@ Laws, the same for `LinuxKernel` and `FakeKernel` (tests/kernel/test_contract.py
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from natkeep.plan.drift import Observation
-from natkeep.plan.findings import Facts
 from natkeep.plan.move import Move, Site, Surroundings
 from natkeep.plan.steps import Identity, Plan, Prior, Step
 from natkeep.plan.tuples import Address, Connections, Endpoint
+
+if TYPE_CHECKING:
+    from natkeep.plan.findings import Facts
 
 Remember = Callable[[Prior], None]
 

@@ -12,8 +12,6 @@ programs are those that CRIU used; a transaction of iptables-restore is all or n
 from __future__ import annotations
 
 import os
-import shutil
-import subprocess
 from collections.abc import Iterator
 
 from natkeep.errors import KernelError
@@ -167,6 +165,9 @@ def _restore(variant: Variant, lines: tuple[str, ...]) -> None:
 
 
 def _run(variant: Variant, verb: str, options: list[str], text: str = "") -> str:
+    import shutil  # only here: both take longer to import than a hook's own part takes
+    import subprocess
+
     backend, version = variant
     name = f"{_TOOLS[version]}-{backend}-{verb}"
     program = shutil.which(name, path=_PATH)

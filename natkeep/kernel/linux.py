@@ -9,6 +9,7 @@ from __future__ import annotations
 import socket
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 from natkeep.errors import KernelError, RefusedError
 from natkeep.kernel import (
@@ -18,16 +19,14 @@ from natkeep.kernel import (
     conntrack,
     criu_lock,
     elements,
-    expressions,
     nft,
+    rawrule,
     sockets,
-    survey,
 )
 from natkeep.kernel import quiet as quietness
 from natkeep.kernel.netns import Namespace, find_namespace, inside, open_namespace
 from natkeep.plan import quiet, reception, ruleset
 from natkeep.plan.drift import Gate, Observation
-from natkeep.plan.findings import FULL, Facts
 from natkeep.plan.move import Move, Role, Site, Surroundings, Translation
 from natkeep.plan.reception import Reception, make_receptions
 from natkeep.plan.ruleset import TABLE
@@ -51,6 +50,9 @@ from natkeep.plan.steps import (
     TranslateErrors,
 )
 from natkeep.plan.tuples import Address, Connections, Endpoint, FourTuple
+
+if TYPE_CHECKING:
+    from natkeep.plan.findings import Facts
 
 _INSERT_ATTEMPTS = 5
 """A packet may make a stale entry between purge and insertion; five times in a row it does not."""
@@ -82,6 +84,8 @@ class LinuxKernel:
     def survey(self, site: Site) -> Facts:
         """What findings are made of, at an opened site."""
         with self._at(site):
+            from natkeep.kernel import survey  # for `check` alone
+
             return survey.gather_facts()
 
     def devices(self, site: Site) -> frozenset[str]:
@@ -182,7 +186,9 @@ class LinuxKernel:
                     return prior
                 case TranslateErrors():
                     remember(Prior())
-                    expressions.insert_rules(TABLE, step.rules())
+                    from natkeep.kernel.expressions import insert_rules  # for stateless moves
+
+                    insert_rules(TABLE, step.rules())
                 case PurgeEntries():
                     remember(Prior())
                     return Prior(facts={"purged": conntrack.purge(step.translation)})
@@ -192,7 +198,7 @@ class LinuxKernel:
                     prior = Prior(present=_gate(step.move_id) == Gate.OPEN)
                     remember(prior)
                     if not prior.present:
-                        expressions.insert_accepts(TABLE, step.accepts(), ruleset.OPEN)
+                        rawrule.insert_accepts(TABLE, step.accepts(), ruleset.OPEN)
                     return prior
         return Prior()
 
@@ -259,6 +265,8 @@ def _check_reception(step: InstallReception) -> None:
 
 def _check_room(step: InsertEntries) -> None:
     """A table that is nearly full would take neither our entries nor anybody else's."""
+    from natkeep.plan.findings import FULL
+
     count = int(conntrack.read_setting("nf_conntrack_count") or 0)
     limit = int(conntrack.read_setting("nf_conntrack_max") or 0)
     wanted = count + len(step.translation.kept)

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Protocol
 
 from natkeep.lab.application import Application, TrafficError, all_in, all_open, received
+from natkeep.lab.application import Report as Traffic
 from natkeep.lab.ends import octets_agree, sockets_agree, tuple_of
 from natkeep.lab.engines import Moving
 from natkeep.lab.evidence import Points
@@ -94,7 +95,8 @@ class Caller:
         for call in calls:
             call.answered = True
             with self.should(f"{call.tuple} is let in and answered"):
-                call.application.wait(all_open(1), "to be let in", within=_WITHIN_S)
+                call.application.wait(_is_decided, "to be let in", within=_WITHIN_S)
+                call.application.wait(all_open(1), "to be let in", within=0)
                 call.application.do({"push": octets})
                 call.application.wait(received(octets), "an answer in full", within=_WITHIN_S)
                 client, server = call.application.fresh(), self.server.application.fresh()
@@ -152,6 +154,10 @@ def judge_calls(
             not astray, f"{len(astray)} segments",
         ),
     ]  # fmt: skip
+
+
+def _is_decided(report: Traffic) -> bool:
+    return not all_in("connecting", 1)(report)
 
 
 def _segments(points: Points) -> list[Segment]:

@@ -18,6 +18,7 @@ from collections.abc import Callable
 from natkeep.errors import RefusedError
 from natkeep.lab import evidence
 from natkeep.lab.engines import EngineError, Opening
+from natkeep.lab.host import await_true
 from natkeep.lab.stage import Lab
 from natkeep.lab.translators import Natkeep, TranslatorError, natkeep_command
 from natkeep.lab.verdict import Assertion
@@ -128,6 +129,16 @@ def stays_quiet(lab: Lab, point: str, since_ns: int, until_ns: int) -> None:
     resets = sum(1 for f in answered if f.segment and f.segment.flags & RST)
     told = f"{len(asked)} segments from peers, {len(answered)} answered, {resets} with RST"
     expect(lab, "the source stays quiet", asked and not answered, told)
+
+
+def await_asking(lab: Lab, point: str, since_ns: int) -> None:
+    """Wait until every peer has said something again at *point*, as the capture tells."""
+
+    def asked() -> bool:
+        frames = lab.tap.captures[point].frames()
+        return {_tuple(f) for f in frames if f.at_ns >= since_ns} >= set(lab.kept)
+
+    await_true(asked, "each peer to ask again", seconds=10)
 
 
 def _tuple(frame: Frame) -> FourTuple | None:

@@ -92,6 +92,10 @@ class Journey(ABC):
     def move_back(self) -> None:
         """The process moves to where it came from; the translation ends when it exists there."""
         self.freeze()
+        self.come_home()
+
+    def come_home(self) -> None:
+        """The frozen process is restored where it came from, and the translation ends."""
         self.undone.append(self.order)
         self._restore_at_home(self.translator.withdrawal(self.order))
 

@@ -32,6 +32,7 @@ from natkeep.plan.tuples import Endpoint, FourTuple
 
 FIN, SYN, RST, PSH, ACK = 0x01, 0x02, 0x04, 0x08, 0x10
 _SNAPLEN = 160  # all headers, with options and with what an ICMP error quotes
+_EARLY_LOOKS = 3
 _STATISTICS = re.compile(
     r"(\d+) packets? captured.*?(\d+) packets? received.*?(\d+) packets? dropped by kernel", re.S
 )
@@ -65,7 +66,7 @@ class Capture:
     def __init__(self, point: str, host: Host, interface: str, directory: Path) -> None:
         self.point, self.path = point, directory / f"{point}.pcap"
         self.captured = self.received = self.dropped = 0
-        self._host, self._stopped = host, False
+        self._host, self._stopped, self._early = host, False, 0
         # The kernel counts what passes lo on its way out and in; libpcap keeps what comes in.
         self._counted = 2 if interface == "lo" else 1
         # In the host's pid namespace, so that it ends with the host whatever happens.
@@ -86,6 +87,9 @@ class Capture:
             return "listening on" in said
 
         await_true(listening, f"tcpdump at {self.point} to listen")
+        # What the kernel counted while libpcap was still setting its buffer up is in no buffer,
+        # and before the story: what is not written after some looks never will be.
+        self._early = min(self._look_at_missing() for _ in range(_EARLY_LOOKS))
 
     def stop(self) -> None:
         """End the capture once tcpdump has written all that the kernel gave it; once."""
@@ -113,15 +117,18 @@ class Capture:
     def _caught_up(self) -> bool:
         if self._tcpdump.process.poll() is not None:
             return True  # ended already, by an interrupt or with its host
+        return self._look_at_missing() <= 0
+
+    def _look_at_missing(self) -> int:
         # SIGUSR1 makes tcpdump print its statistics and go on.
         known = self._read_statistics()
         self._host.kill(self._tcpdump.pid, signal.SIGUSR1)
         await_true(lambda: self._read_statistics() > known, "tcpdump's statistics")
-        return self._missing() <= 0
+        return self._missing()
 
     def _missing(self) -> int:
         """How many packets the kernel had for us that are not in the file."""
-        return max(0, self.received // self._counted - self.captured)
+        return max(0, self.received // self._counted - self.captured - self._early)
 
     def _read_statistics(self) -> int:
         """Read the newest statistics; how many there are."""

@@ -26,7 +26,6 @@ from enum import StrEnum
 from ipaddress import ip_interface
 from itertools import pairwise
 
-from natkeep.errors import ImageError
 from natkeep.plan.tuples import RECORD_SIZE, Connections, Endpoint, FourTuple
 
 RUN_ID_SHOWN = 21
@@ -65,7 +64,7 @@ class DumpLock:
 
     def __post_init__(self) -> None:
         if self.run_id is not None and not _RUN_ID.fullmatch(self.run_id):
-            raise ImageError("the run id of the dump is not of letters, digits and hyphens")
+            raise ValueError(f"{self.run_id!r} is not the run id of a dump")
 
     @property
     def table(self) -> str:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from itertools import islice
-from shlex import quote
+from typing import TYPE_CHECKING
 
 from natkeep.plan import quiet, reception, ruleset
 from natkeep.plan.entries import describe_purge, entries, stale_tuples, stale_views
@@ -26,9 +26,11 @@ from natkeep.plan.move import (
     Unkept,
     make_translations,
 )
-from natkeep.plan.quoted import RawRule, make_callers_error_rules, make_error_rules
 from natkeep.plan.reception import Reception, make_receptions
 from natkeep.plan.tuples import Address, Connections, Endpoint
+
+if TYPE_CHECKING:
+    from natkeep.plan.quoted import RawRule
 
 Identity = tuple[int, int]
 """Device and inode of a network namespace."""
@@ -210,6 +212,8 @@ class TranslateErrors:
 
     def rules(self) -> tuple[RawRule, ...]:
         """What is inserted, the kept connections' rules last: then they come first."""
+        from natkeep.plan.quoted import make_callers_error_rules, make_error_rules
+
         callers = (
             rule for r in self.receptions for rule in make_callers_error_rules(self.move_id, r)
         )
@@ -510,6 +514,8 @@ def _nft(site: Site, lines: Iterable[str]) -> tuple[str, ...]:
 def _prefix(site: Site) -> str:
     if not site.netns:
         return ""
+    from shlex import quote  # whoever describes nothing, as a hook, need not wait for it
+
     # Quoted, since a path may hold anything and the command is there to be typed.
     if site.netns.startswith("pid:"):
         return f"nsenter --target {quote(site.netns[4:])} --net "

@@ -148,3 +148,13 @@ def test_a_peer_has_a_route_or_not(
         run(site, "ip", "route", "add", *route.split())
 
     assert there is address.has_route_to(ip_address(peer))
+
+
+def test_a_new_ipv6_address_leaves_no_route_but_its_own(site: str, run: Run) -> None:
+    """One in table main makes sockets look anew, for a moment."""
+    before = run(site, "ip", "-6", "route", "show", "table", "main")
+
+    address.add_host_address(OLD6)
+
+    assert before == run(site, "ip", "-6", "route", "show", "table", "main")
+    assert str(OLD6) in run(site, "ip", "-6", "route", "show", "table", "local")

@@ -346,3 +346,22 @@ def test_a_connection_that_is_translated_here_already_is_found_with_its_other_si
 
     outside = FourTuple(Endpoint.parse("10.1.0.2:5000"), Endpoint.parse("10.9.0.1:8080"))
     assert [outside, None, None] == found
+
+
+@EACH_CASE
+def test_what_a_gateway_knew_is_given_back_and_nothing_in_its_place_is_touched(
+    site: str, case: str
+) -> None:
+    translation = translation_of(case, Role.GATEWAY, site)
+    plain = {Entry(outer, kept.reply()) for outer, kept in zip(
+        translation.outer, translation.kept, strict=True)}  # fmt: skip
+
+    conntrack.give_back(translation)
+    conntrack.give_back(translation)
+
+    assert plain == read_entries().keys()
+    conntrack.purge(translation)
+    conntrack.insert(translation)
+    translated = read_entries().keys()
+    conntrack.give_back(translation)
+    assert translated == read_entries().keys()

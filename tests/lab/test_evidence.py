@@ -136,3 +136,34 @@ def test_silence_of_a_lost_connection_lasts_to_the_end():
     lost = [f for f in AT_PEER if f.at_ns < 200] + [frame(9000, IN, TOP + 10)]
 
     assert evidence.longest_silence_ms(lost, KEPT) == pytest.approx((9000 - 20) / 1e6)
+
+
+def test_a_gateway_of_its_own_may_show_other_tuples_inside():
+    """The peer dialled a published port, and the process sees a masqueraded peer."""
+    inside = FourTuple(Endpoint.parse("10.2.0.1:20000"), Endpoint(OLD, 80))
+    far_in = FourTuple(inside.source, Endpoint(NEW, 80))
+    far = tuple(
+        frame(f.at_ns, far_in if f.segment.tuple == FAR_IN else far_in.reply(), f.segment.seq)
+        for f in FAR
+        if f.segment
+    )
+
+    assert failing(far=far, kept=replace(KEPT, inside=(inside,))) == []
+    assert failing(far=far) == ["no port differs from the kept ones"]
+
+
+def test_a_peer_beyond_the_gateway_may_say_old_until_it_is_there():
+    early = (frame(120, IN, 9), *FAR)
+
+    assert failing(far=early, kept=replace(KEPT, clean_from_ns=130)) == []
+    assert len(failing(far=early)) == 2
+
+
+def test_connections_of_others_are_judged_by_themselves():
+    lost = (*AT_PEER[:5], frame(220, IN.reply(), 510, flags=RST))
+    others = [
+        [each.name for each in evidence.judge_strangers(seen, KEPT, [IN]) if not each.ok]
+        for seen in (AT_PEER, lost)
+    ]
+
+    assert others == [[], ["others' connections: no reset"]]

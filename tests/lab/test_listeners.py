@@ -7,6 +7,7 @@ import pytest
 from natkeep.lab.scenario import find_scenario, perform
 from natkeep.lab.stage import PORT, Lab
 from natkeep.lab.topology import THIRD, USUAL
+from natkeep.lab.translators import TranslatorError
 
 pytestmark = [pytest.mark.root, pytest.mark.lab, pytest.mark.criu]
 WHERE = {
@@ -63,9 +64,12 @@ def test_a_caller_who_is_not_let_in_fails_the_story():
         lab.lets_in(lab.call())
         lab.finish()
 
-    [failed, wire] = play(story)
+    failed, *wires = play(story)
     assert "is let in and answered" in failed
-    assert "callers: no reset" in wire
+    assert [each.split(":")[1] for each in wires] == [
+        " no reset",
+        " between gateway and destination they go to NEW, ports unchanged",
+    ]
 
 
 @pytest.mark.parametrize("family", [4, 6])
@@ -98,3 +102,21 @@ def test_the_listener_moves_on(mode):
         lab.finish()
 
     assert play(story, mode=mode, seats=(*USUAL, THIRD)) == []
+
+
+def test_callers_count_at_teardown_and_are_forgotten_with_it():
+    tables = []
+
+    def story(lab):
+        lab.listeners = True
+        move(lab)
+        lab.lets_in(lab.call())
+        with pytest.raises(TranslatorError, match="2 connections of lab live and will break"):
+            lab.translator._call("teardown", lab.order.id)
+        lab.finish()
+        for role in lab.sites:
+            tables.append(lab.topology[role].run("conntrack", "-L").stdout)
+
+    assert play(story) == []
+    assert len(tables) == 2
+    assert not [table for table in tables if f"dport={PORT}" in table]

@@ -252,9 +252,7 @@ def test_the_table_counts_and_names_what_failed():
         "              IPv6                 -                   -       -",
         "20 one family IPv4                 -                   -       -",
     ]
-    assert (
-        "natkeep stateful   1 of 2 runs passed; 0 of 1 cells never failed" in lines
-    )  # fmt: skip
+    assert "natkeep stateful   1 of 2 runs passed; 0 of 1 cells never failed" in lines
     assert "  1 nothing, IPv4, probe sent, natkeep stateful: the reason: first" in lines
     assert not any("of course" in line for line in lines)
     assert lines[-1] == "3 cells, 4 runs, 2 at once, in 1.5 min; verdict: fail"

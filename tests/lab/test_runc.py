@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
 from pathlib import Path
 
 import pytest
 
 from natkeep.lab import engines, runc, scenario, stage
 from natkeep.lab.application import Application
-from natkeep.lab.runc import Runc, find_cgroups
+from natkeep.lab.engines import Opening
+from natkeep.lab.runc import Runc, find_cgroups, inside
 from natkeep.lab.scenario import find_scenario
 from natkeep.lab.stage import Lab
 from natkeep.lab.topology import PREFIX
-from natkeep.lab.translators import Natkeep
+from natkeep.lab.translators import TRANSLATORS, Natkeep, natkeep_command
 from natkeep.lab.verdict import Report
 
 ETC = Path("/etc/criu")
@@ -106,6 +108,48 @@ def test_the_hook_runs_once_in_the_namespace_of_runc(kind, monkeypatch, tmp_path
     here, there, move = seen.read_text().splitlines()
     assert here == os.readlink("/proc/self/ns/net") != there
     assert move == "lab"
+
+
+class ByHook(Natkeep):
+    """The gateway by command; the destination by the hook, which finds NEW for itself."""
+
+    def prepare(self, order):
+        self._call(
+            "prepare", order.id, "--map", f"{order.old}={order.new}",
+            "--site", f"gateway={order.gateway.name}", *order.options,
+        )  # fmt: skip
+
+    def opening(self, order):
+        environment = {**self._environment(), "NATKEEP_MAP": f"{order.old}=auto"}
+        return Opening(lambda: None, self._hook(), environment)
+
+    def teardown(self, order):
+        """Where the hook ran: it names its site by a pid of that pid namespace."""
+        for journal in (self.directory / "natkeep-state").glob("*.journal"):
+            command = inside(order.destination, *natkeep_command())
+            environment = {**os.environ, **self._environment()}
+            subprocess.run([*command, "teardown", journal.stem, "--yes"], check=True,
+                           capture_output=True, env=environment)  # fmt: skip
+
+
+@pytest.mark.root
+@pytest.mark.criu
+@pytest.mark.lab
+@pytest.mark.needs("runc")
+def test_the_hook_prepares_for_a_container_whose_address_nobody_knew(monkeypatch):
+    """As in a pod: the address of the restored container's namespace is read when it exists."""
+    monkeypatch.setitem(TRANSLATORS, "natkeep", ByHook)
+
+    with Lab("container", engine="runc") as lab:
+        lab.serve()
+        lab.dial(connections=4)
+        lab.talk()
+        lab.move()
+        lab.translator._call("open", lab.order.id)
+        lab.talk_on()
+        lab.finish()
+
+    judge(lab.report, "runc")
 
 
 @pytest.mark.root

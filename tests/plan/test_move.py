@@ -36,6 +36,7 @@ def inbound(peer: str, local: str) -> FourTuple:
 
 KEPT4 = inbound("10.1.0.2:5000", "10.2.0.10:80")
 KEPT6 = inbound("[fd00:1::2]:5000", "[fd00:2::10]:80")
+PEER_GONE = Endpoint.parse("10.1.0.2:5001")
 
 
 @pytest.mark.parametrize("text", ["w", "0", "web", "web-1", "9-", "a" * 32])
@@ -333,3 +334,19 @@ def test_two_connections_that_would_be_one_tuple_at_new_are_refused() -> None:
 
     with pytest.raises(RefusedError, match=r"10\.1\.0\.2:5000 > 10\.3\.0\.20:80"):
         make_plan(Move("web", maps, (GATEWAY, DESTINATION)), connections)
+
+
+def test_a_move_carries_on_what_the_one_before_it_took_over():
+    """Its own translation hides the gateway's from a look; what has ended is left out."""
+    outside, ended = inbound("10.1.0.2:5000", "10.1.0.100:8080"), replace(KEPT4, source=PEER_GONE)
+    earlier = Surroundings(
+        carried=Connections.of([ended, KEPT4, KEPT6]),
+        carriers=Connections.of([ended, outside, KEPT6]),
+    )
+    found = Surroundings(local=frozenset((KEPT4.source.address,)))
+
+    both = found.carry_on(earlier, Connections.of([KEPT4]))
+
+    assert (tuple(both.carried), tuple(both.carriers)) == ((KEPT4,), (outside,))
+    assert both.local == found.local
+    assert found == found.carry_on(Surroundings(), Connections.of([KEPT4]))

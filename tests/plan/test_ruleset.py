@@ -44,6 +44,9 @@ KEPT = Connections.of(
     )
 )
 BOTH = (MAP4, MAP6)
+LISTENERS = tuple(
+    Endpoint.parse(text) for text in ("10.2.0.10:80", "10.2.0.10:443", "[fd00:2::10]:80")
+)
 # What a gateway found that published 8080 for the process' port 80.
 PUBLISHED = Surroundings(
     carried=Connections.of([*KEPT][:1]),
@@ -62,9 +65,10 @@ class Case:
     opened: bool = False
     mode: Mode = Mode.STATEFUL
     surroundings: Surroundings = NOTHING_SPECIAL
+    listeners: tuple[Endpoint, ...] = ()
 
     def render(self) -> str:
-        move = Move("web", self.maps, (Site(self.role),), self.mode)
+        move = Move("web", self.maps, (Site(self.role),), self.mode, self.listeners)
         return render(make_plan(move, KEPT, self.surroundings), opened=self.opened)
 
 
@@ -78,6 +82,12 @@ CASES = {
     "gateway-two-maps": Case(Role.GATEWAY, BOTH),
     "gateway-stateless-two-maps": Case(Role.GATEWAY, BOTH, mode=Mode.STATELESS),
     "gateway-publishes-a-port": Case(Role.GATEWAY, surroundings=PUBLISHED),
+    "destination-listeners-open": Case(Role.DESTINATION, opened=True, listeners=LISTENERS),
+    "destination-stateless-listeners": Case(
+        Role.DESTINATION, BOTH, mode=Mode.STATELESS, listeners=LISTENERS
+    ),
+    "gateway-listeners-two-maps": Case(Role.GATEWAY, BOTH, listeners=LISTENERS),
+    "gateway-stateless-listeners": Case(Role.GATEWAY, mode=Mode.STATELESS, listeners=LISTENERS),
 }
 
 

@@ -28,7 +28,7 @@ def published(lab: Lab) -> None:
     lab.finish()
 
 
-@translating(16, "a published port, moved on", setup=THREE_HOSTS)
+@translating(16, "a published port, moved on", probes=(True,), setup=THREE_HOSTS)
 def published_moved_on(lab: Lab) -> None:
     """What the first move took over, the second takes over from it."""
     _connect(lab, _publish(lab))
@@ -38,7 +38,7 @@ def published_moved_on(lab: Lab) -> None:
     lab.finish()
 
 
-@translating(16, "a published port, moved back")
+@translating(16, "a published port, moved back", probes=(True,))
 def published_moved_back(lab: Lab) -> None:
     """The gateway's own translation is as it was."""
     _connect(lab, _publish(lab))

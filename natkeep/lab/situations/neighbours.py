@@ -24,7 +24,8 @@ SECOND_CLIENT = Seat("client2", "near", 3)
 TWO_CLIENTS = {"seats": (*USUAL, SECOND_CLIENT)}
 LOOPBACK = {4: "127.0.0.1:0", 6: "[::1]:0"}
 OTHERS_PORT, KEPT_PORT = 42_000, 40_000
-REFUSED_IN_BOTH = ("stateful", "stateless")
+
+refused = partial(situation, probes=(True,), may_refuse=("stateful", "stateless"))
 
 
 @situation(19, "the peer is on the destination", setup={"points": {"lo": ("destination", "lo")}})
@@ -42,7 +43,7 @@ def peer_at_destination(lab: Lab) -> None:
     lab.finish()
 
 
-@situation(20, "the peer is on the source", may_refuse=REFUSED_IN_BOTH)
+@refused(20, "the peer is on the source")
 def peer_at_source(lab: Lab) -> None:
     """Both ends have OLD; only one of them moves."""
     lab.serve()
@@ -50,7 +51,7 @@ def peer_at_source(lab: Lab) -> None:
     _refuse(lab, "is on the source host too")
 
 
-@situation(20, "the peer is loopback", may_refuse=REFUSED_IN_BOTH)
+@refused(20, "the peer is loopback")
 def peer_is_loopback(lab: Lab) -> None:
     """An address that is never on a wire."""
     lab.serve()
@@ -100,7 +101,7 @@ def others_at_new(lab: Lab) -> None:
     lab.finish()
 
 
-@situation(22, "NEW has the very same tuple", may_refuse=REFUSED_IN_BOTH, setup=TWO_CLIENTS)
+@refused(22, "NEW has the very same tuple", setup=TWO_CLIENTS)
 def same_tuple_at_new(lab: Lab) -> None:
     """The same client host with the same port: of the two only one could be told from the other."""
     lab.settle()

@@ -11,12 +11,14 @@ import re
 from functools import partial
 
 from natkeep.lab.application import Application, Report
+from natkeep.lab.engines import end_silence
 from natkeep.lab.host import Host, await_true
 from natkeep.lab.situations import situation
+from natkeep.lab.speech import patience
 from natkeep.lab.stage import Lab
 
 MUCH = 3_000_000  # more than all buffers of a connection hold
-PATIENCE_S = 8.0
+PATIENCE_S = 5.0  # so long the octets themselves may take, at most
 
 queued = partial(situation, engine="criu", probes=(True,))
 
@@ -25,11 +27,33 @@ queued = partial(situation, engine="criu", probes=(True,))
 def unsent(lab: Lab) -> None:
     """The congestion window was full, so there are octets that were never on a wire."""
     _serve(lab)
+    goal = _freeze_unsent(lab)
+    lab.prepare()
+    lab.restore()
+    _arrive(lab, lab.client, goal)
+    lab.finish()
+
+
+@queued(13, "unsent data at the freeze, moved back")
+def unsent_moved_back(lab: Lab) -> None:
+    """They leave from A while the gateway still has them at B: it must not make them another's."""
+    _serve(lab)
+    lab.move()
+    lab.server_says()
+    goal = _freeze_unsent(lab)
+    end_silence(lab.topology[lab.home.role])  # nothing of the first dump is left there
+    lab.come_home()
+    _arrive(lab, lab.client, goal)
+    lab.finish()
+
+
+def _freeze_unsent(lab: Lab) -> int:
+    """Freeze the process with octets to be sent; how many the client will have with them."""
     switch = lab.topology["switch"]
     switch.nft(
         "add table netdev deaf\n"
         "add chain netdev deaf c"
-        f" {{ type filter hook ingress device {lab.home.role} priority 20; }}\n"
+        f" {{ type filter hook ingress device {lab.at.role} priority 20; }}\n"
         "add rule netdev deaf c meta l4proto tcp drop\n"
     )
     goal = _read(lab.client) + MUCH
@@ -37,10 +61,7 @@ def unsent(lab: Lab) -> None:
     await_true(lambda: _unsent(lab.at) > 0, "data that cannot be sent")
     lab.freeze()
     switch.nft("delete table netdev deaf\n")
-    lab.prepare()
-    lab.restore()
-    _arrive(lab, lab.client, goal)
-    lab.finish()
+    return goal
 
 
 @queued(13, "full queues both ways")
@@ -102,7 +123,7 @@ def _arrive(lab: Lab, hearer: Application, goal: int) -> None:
         return bool(report["connections"][0]["rx"] >= goal)
 
     with lab.must(f"{goal:,} octets arrive"):
-        hearer.wait(arrived, f"for {goal} octets", within=PATIENCE_S)
+        hearer.wait(arrived, f"for {goal} octets", within=PATIENCE_S + patience(lab.report))
     lab.carried_on = True
 
 

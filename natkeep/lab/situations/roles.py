@@ -63,7 +63,7 @@ def two_processes(lab: Lab) -> None:
     lab.finish()
 
 
-@situation(18, "two processes, one tuple at NEW", setup=TWO_SOURCES)
+@situation(18, "two processes, one tuple at NEW", probes=(True,), setup=TWO_SOURCES)
 def one_tuple(lab: Lab) -> None:
     """The peer's ports are equal too: only one of the two can move, and the other one stays."""
     other = _two(lab, FIRST_PORT)

@@ -17,6 +17,7 @@ from functools import partial
 from natkeep.lab.application import Report
 from natkeep.lab.host import Host, await_true
 from natkeep.lab.situations import situation
+from natkeep.lab.speech import patience
 from natkeep.lab.stage import Lab
 from natkeep.plan.tuples import FourTuple
 
@@ -136,7 +137,7 @@ def _end(lab: Lab) -> None:
         for each in (lab.client, server):
             each.do("shutdown_write")
         for each in (lab.client, server):
-            each.wait(_all_done, "for the end")
+            each.wait(_all_done, "for the end", within=patience(lab.report))
         (kept,) = lab.views.values()
         for host, own in ((lab.topology["client"], kept), (lab.at, kept.reply())):
             await_true(partial(_is_gone, host, own), f"the end of {own} in the kernel")

@@ -1,4 +1,4 @@
-"""kernel/expressions.py: the rule that opens a gate is the one that nft would have made."""
+"""kernel/rawrule.py: the rule that opens a gate is the one that nft would have made."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import subprocess
 
 import pytest
 
-from natkeep.kernel import expressions, nft
+from natkeep.kernel import nft, rawrule
 from natkeep.kernel.netns import inside, open_namespace
 from natkeep.plan.move import Role, Site
 from natkeep.plan.reception import callers_chain
@@ -34,7 +34,7 @@ def test_the_raw_rule_is_the_one_that_the_plan_describes(role: Role, netns: str)
         with inside(open_namespace(netns)):
             nft.run_transaction(chains)
             if raw:
-                expressions.insert_accepts(TABLE, step.accepts(), OPEN)
+                rawrule.insert_accepts(TABLE, step.accepts(), OPEN)
             else:
                 nft.run_transaction(step.lines())
         shown.append((listed(netns), listed(netns, "--json")))
@@ -48,5 +48,5 @@ def test_all_rules_are_inserted_or_none(netns: str) -> None:
     with inside(open_namespace(netns)):
         nft.run_transaction([f"add table inet {TABLE}", f"add chain inet {TABLE} here"])
         with pytest.raises(FileNotFoundError):
-            expressions.insert_accepts(TABLE, [("here", False), ("not-here", True)], OPEN)
+            rawrule.insert_accepts(TABLE, [("here", False), ("not-here", True)], OPEN)
     assert "accept" not in listed(netns)
