@@ -9,7 +9,8 @@ The state directory (0700, files 0600; nothing below it is ever opened through a
     ID.journal         JSON lines, appended and fsynced:
         {"schema": 1, "natkeep": VERSION, "boot": BOOT ID, "move": {...}, "mode": ...,
          "namespaces": [[DEVICE, INODE], ...], "steps": [KIND, ...], "local": [ADDRESS, ...],
-         "connections": SHA-256, "image": RUN ID OF THE DUMP or null}
+         "connections": SHA-256, or null of a quiesce, which has no file ID.connections,
+         "image": RUN ID OF THE DUMP or null}
         {"step": 4, "state": "doing", "prior": {...}}      before the step acts
         {"step": 4, "state": "done", "prior": {...}}       after it acted
         {"step": 4, "state": "undone"}
@@ -427,12 +428,21 @@ def _move_to_json(move: Move) -> dict[str, Any]:
         "id": move.id,
         "mode": move.mode,
         "listeners": [str(end) for end in move.listeners],
-        "lock": move.lock and [move.lock.method, move.lock.run_id, move.lock.whole],
-        "held": [str(end) for end in move.held],
-        "quiesces": move.quiesces,
         "maps": [{"old": str(map_.old), "new": str(map_.new)} for map_ in move.maps],
         "sites": [{"role": site.role, "netns": site.netns} for site in move.sites],
+        **_source_to_json(move),
     }
+
+
+def _source_to_json(move: Move) -> dict[str, Any]:
+    """What only moves with a source have."""
+    lock = move.lock
+    found = {
+        "lock": lock and [lock.method, lock.run_id, lock.whole, lock.connections],
+        "held": [str(end) for end in move.held],
+        "quiesces": move.quiesces,
+    }
+    return {name: value for name, value in found.items() if value}
 
 
 def _move_from_json(value: dict[str, Any]) -> Move:
@@ -443,15 +453,16 @@ def _move_from_json(value: dict[str, Any]) -> Move:
         ),
         sites=tuple(Site(Role(row["role"]), str(row["netns"])) for row in value["sites"]),
         mode=Mode(value["mode"]),
-        listeners=tuple(Endpoint.parse(text) for text in value["listeners"]),
-        lock=_lock_from_json(value["lock"]),
-        held=tuple(Endpoint.parse(text) for text in value["held"]),
-        quiesces=bool(value["quiesces"]),
+        listeners=tuple(Endpoint.parse(text) for text in value.get("listeners", ())),
+        lock=_lock_from_json(value.get("lock")),
+        held=tuple(Endpoint.parse(text) for text in value.get("held", ())),
+        quiesces=bool(value.get("quiesces")),
     )
 
 
 def _lock_from_json(value: list[Any] | None) -> DumpLock | None:
     if value is None:
         return None
-    method, run_id, whole = value
-    return DumpLock(NetworkLock(method), None if run_id is None else str(run_id), bool(whole))
+    method, run_id, whole, count = value
+    run_id = None if run_id is None else str(run_id)
+    return DumpLock(NetworkLock(method), run_id, bool(whole), None if count is None else int(count))

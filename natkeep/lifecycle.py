@@ -310,6 +310,11 @@ class Lifecycle:
         with self.state.locked():
             journal, plan = self._load(move_id)
             self._refuse_earlier_boot(journal)
+            if journal.move.quiesces:
+                raise RefusedError(
+                    f"{move_id} only holds listeners so far: there is no gate to open",
+                    hint=f"natkeep prepare {move_id} --site source=...; teardown lets callers in",
+                )
             if confirm is not None:
                 confirm(journal)
             self._open_known(journal, plan)

@@ -25,7 +25,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from natkeep.errors import RefusedError, UsageError
-from natkeep.plan.move import Mode, Move
+from natkeep.plan.move import Mode, Move, Role
 from natkeep.plan.tuples import Address
 
 PATH = "/etc/natkeep/natkeep.toml"
@@ -57,7 +57,8 @@ class Policy:
         """RefusedError when *move*, of *count* connections, is more than is allowed."""
         for map_ in move.maps:
             _demand("OLD", map_.old, "allow_old", self.allow_old)
-            _demand("NEW", map_.new, "allow_new", self.allow_new)
+            if any(site.role != Role.SOURCE for site in move.sites):  # which makes nothing NEW
+                _demand("NEW", map_.new, "allow_new", self.allow_new)
         if self.max_connections is not None and count > self.max_connections:
             raise RefusedError(
                 f"{count} connections are more than this machine allows, {self.max_connections}",
@@ -97,21 +98,27 @@ def _read() -> str | None:
         return None
     except OSError as error:
         raise UsageError(f"cannot open {PATH}: {error.strerror}") from None
-    with os.fdopen(fd, "rb") as file:
-        status = os.fstat(fd)
-        if not stat.S_ISREG(status.st_mode):
-            raise UsageError(f"{PATH} is not a file")
-        if status.st_uid != 0 or status.st_mode & 0o022:
-            raise UsageError(
-                f"{PATH} can be written by others than root",
-                hint=f"chown root {PATH}; chmod go-w {PATH}",
-            )
-        if status.st_size > _SIZE_LIMIT:
-            raise UsageError(f"{PATH} is too large")
-        try:
+    try:
+        _refuse_foreign(os.fstat(fd))
+        with os.fdopen(fd, "rb", closefd=False) as file:
             return file.read(_SIZE_LIMIT).decode()
-        except UnicodeDecodeError:
-            raise UsageError(f"{PATH} is not UTF-8 text") from None
+    except UnicodeDecodeError:
+        raise UsageError(f"{PATH} is not UTF-8 text") from None
+    finally:
+        os.close(fd)
+
+
+def _refuse_foreign(status: os.stat_result) -> None:
+    """Only what root alone can write is the operator's word."""
+    if not stat.S_ISREG(status.st_mode):
+        raise UsageError(f"{PATH} is not a file")
+    if status.st_uid != 0 or status.st_mode & 0o022:
+        raise UsageError(
+            f"{PATH} can be written by others than root",
+            hint=f"chown root {PATH}; chmod go-w {PATH}",
+        )
+    if status.st_size > _SIZE_LIMIT:
+        raise UsageError(f"{PATH} is too large")
 
 
 def _make_policy(document: dict[str, Any]) -> Policy:

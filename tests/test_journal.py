@@ -110,12 +110,12 @@ def test_the_format_line_by_line(state: StateDirectory, place: Path) -> None:
     digest = hashlib.sha256(PACKED).hexdigest()
     assert [
         f'{{"schema":1,"natkeep":"{__version__}","boot":"{read_boot_id()}",'
-        '"move":{"id":"web","mode":"stateful",'
+        '"move":{"id":"web","mode":"stateful","listeners":[],'
         '"maps":[{"old":"10.2.0.10","new":"10.3.0.20"},{"old":"fd00:2::10","new":"fd00:3::20"}],'
         '"sites":[{"role":"destination","netns":"dst"},{"role":"gateway","netns":""}]},'
         '"namespaces":[[4,4026531840],[4,4026532299]],'
         '"steps":["InstallGate","FillSet","OpenGate"],"local":["10.1.0.2","fd00:1::2"],'
-        f'"connections":"{digest}"}}',
+        f'"connections":"{digest}","image":null}}',
         '{"step":0,"state":"doing","prior":{"present":false}}',
         '{"step":0,"state":"done","prior":{"present":true,"acct":"0"}}',
         '{"step":0,"state":"undone"}',

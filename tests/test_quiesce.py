@@ -154,6 +154,8 @@ def test_a_quiesce_cannot_be_opened_into_a_move(lifecycle: Lifecycle, kernel: Fa
         lifecycle.prepare(move(GATEWAY, DESTINATION), CONNECTIONS)
     with pytest.raises(RefusedError, match="the id web is in use"):
         lifecycle.quiesce(move(SOURCE), ANY_PORT, 1)
+    with pytest.raises(RefusedError, match="only holds listeners"):
+        lifecycle.open("web")
     assert "web" in kernel.sites["src"].holds
 
 

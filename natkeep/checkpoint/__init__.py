@@ -114,7 +114,8 @@ class Checkpoint:
         if self.inventory is None:
             return None
         dump = self.inventory
-        return DumpLock(dump.network_lock, dump.run_id, dump.own_netns)
+        count = sum(1 for each in self.sockets if each.protocol == "tcp" and each.peer is not None)
+        return DumpLock(dump.network_lock, dump.run_id, dump.own_netns, count)
 
     def listeners_at(self, olds: Sequence[Address]) -> tuple[Endpoint, ...]:
         """OLD and port of each listener that is bound to one of *olds*, or to all addresses.

@@ -208,7 +208,7 @@ def _find_prior(here: FakeSite, step: Step) -> Prior:
             return Prior(present=step.address in here.addresses)
         case TakeOverLock():
             locked = here.locks.get(step.lock.table)
-            return Prior(facts={} if locked is None else {"table": "whole"})
+            return Prior(facts={} if locked is None else {"table": True})
         case OpenGate():
             return Prior(present=here.gates.get(step.move_id) == Gate.OPEN)
         case _:

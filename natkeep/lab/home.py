@@ -132,13 +132,14 @@ def stays_quiet(lab: Lab, point: str, since_ns: int, until_ns: int) -> None:
 
 
 def await_asking(lab: Lab, point: str, since_ns: int) -> None:
-    """Wait until every peer has said something again at *point*, as the capture tells."""
+    """Have every peer say something more, and wait until *point* has seen it of each."""
 
     def asked() -> bool:
         frames = lab.tap.captures[point].frames()
         return {_tuple(f) for f in frames if f.at_ns >= since_ns} >= set(lab.kept)
 
-    await_true(asked, "each peer to ask again", seconds=10)
+    lab.client.do({"push": 64})  # whose request was acknowledged would only wait
+    await_true(asked, "each peer to ask again", seconds=20)
 
 
 def _tuple(frame: Frame) -> FourTuple | None:

@@ -104,10 +104,13 @@ class Journey(ABC):
         self._restore_at_home(Opening(lambda: None))
 
     def _restore_at_home(self, opening: Opening) -> None:
+        # Unsent data may leave before the restore has ended, and be all there is to say: what
+        # the process sends from here on is after the move, since what is frozen sends nothing.
+        beginning = time.time_ns()
         with self.must("the engine restores the server where it came from"):
             self.at = self.topology[self.home.role]
             self.engine.restore(self.at, self.server, self.frozen, opening)
-        self.restored_ns = time.time_ns()
+        self.restored_ns = beginning
 
     def must_refuse(self, *reasons: str) -> bool:
         """Whether the translator refuses the move beforehand; each of *reasons* must be told.

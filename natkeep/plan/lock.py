@@ -56,11 +56,13 @@ class DumpLock:
 
     run_id: None before CRIU 4.1, whose table cannot be told from other dumps'.
     whole: the process was dumped with its network namespace, all of which is locked.
+    connections: how many the dump had, kept or not; None where nobody counted.
     """
 
     method: NetworkLock
     run_id: str | None = None
     whole: bool = False
+    connections: int | None = None
 
     def __post_init__(self) -> None:
         if self.run_id is not None and not _RUN_ID.fullmatch(self.run_id):

@@ -30,6 +30,9 @@ ACTIONS = (
     *("orphan-pts-master", "status-ready", "query-ext-files"),
 )
 OURS = {"pre-restore", "post-setup-namespaces", "post-restore"}
+CORPUS = Path(__file__).parents[1] / "checkpoint/corpus"
+TREE = os.getpid()
+TREE_SITE = f"pid:{TREE}"
 
 
 # ---- the shell front -------------------------------------------------------------------------
@@ -89,8 +92,15 @@ def test_the_front_leaves_at_once_without_orders(
     assert front(CRTOOLS_SCRIPT_ACTION=action, **orders) == (0, [])
 
 
-@pytest.mark.parametrize("action", sorted(OURS))
-@pytest.mark.parametrize("orders", [{"NATKEEP_ID": "web"}, {"NATKEEP_MAP": "10.2.0.10=auto"}])
+HANDED_ON = [
+    ({"NATKEEP_ID": "web"}, "post-restore"),
+    *(({"NATKEEP_MAP": "10.2.0.10=auto"}, action) for action in sorted(OURS)),
+    # a contradiction is told at the first opportunity
+    ({"NATKEEP_ID": "web", "NATKEEP_MAP": "10.2.0.10=auto"}, "pre-restore"),
+]
+
+
+@pytest.mark.parametrize(("orders", "action"), HANDED_ON)
 def test_the_front_hands_what_is_ours_to_the_python_beside_it_and_its_exit_code_back(
     action: str,
     orders: dict[str, str],
@@ -99,6 +109,51 @@ def test_the_front_hands_what_is_ours_to_the_python_beside_it_and_its_exit_code_
 ) -> None:
     code, noted = front(CRTOOLS_SCRIPT_ACTION=action, **orders)
     assert (code, noted) == (9, [f"{tmp_path}/bin/python3 -I -m natkeep.criu.hook"])
+
+
+@pytest.mark.parametrize("action", ["pre-restore", "post-setup-namespaces"])
+def test_the_front_leaves_at_once_where_a_prepared_move_is_not_opened_yet(
+    action: str, front: Callable[..., tuple[int, list[str]]]
+) -> None:
+    assert front(CRTOOLS_SCRIPT_ACTION=action, NATKEEP_ID="web") == (0, [])
+
+
+@pytest.mark.parametrize(
+    ("text", "starts"),
+    [
+        ('[hook]\nid = "web"\n', True),
+        ('max_connections = 9\nhook.map = ["10.2.0.10=auto"]', True),
+        ("max_connections = 9\n# [hook]\n", False),
+        ("", False),
+    ],
+)
+@pytest.mark.parametrize("action", sorted(OURS))
+def test_the_front_looks_for_standing_orders_without_a_process(
+    text: str,
+    starts: bool,
+    action: str,
+    front: Callable[..., tuple[int, list[str]]],
+    tmp_path: Path,
+) -> None:
+    copy = tmp_path / "bin/natkeep-hook"
+    copy.write_text(copy.read_text().replace("/etc/natkeep/natkeep.toml", f"{tmp_path}/toml"))
+    (tmp_path / "toml").write_text(text)
+    code, noted = front(CRTOOLS_SCRIPT_ACTION=action)
+    assert (code, len(noted)) == ((9, 1) if starts else (0, 0))
+
+
+def test_the_front_notes_for_natkeep_run_that_the_tree_runs(
+    front: Callable[..., tuple[int, list[str]]], tmp_path: Path
+) -> None:
+    marker, other = tmp_path / "resumed", tmp_path / "other"
+    other.write_text("somebody's")
+    for path in (marker, other):
+        front_of = {"CRTOOLS_SCRIPT_ACTION": "post-resume", "NATKEEP_RESUMED": str(path)}
+        done = subprocess.run([FRONT], env=front_of, capture_output=True)
+        assert done.returncode == 0
+    assert marker.read_text() == ""
+    assert other.read_text() == "somebody's"  # it is made, never overwritten
+    assert front(CRTOOLS_SCRIPT_ACTION="post-resume", NATKEEP_ID="web") == (0, [])
 
 
 def test_the_front_finds_its_python_through_a_link(
@@ -111,13 +166,17 @@ def test_the_front_finds_its_python_through_a_link(
     assert (code, noted) == (9, [f"{tmp_path}/bin/python3 -I -m natkeep.criu.hook"])
 
 
-def test_the_front_takes_the_python_of_the_path_where_none_is_beside_it(
+def test_the_front_takes_the_systems_python_and_never_the_paths_where_none_is_beside_it(
     front: Callable[..., tuple[int, list[str]]], tmp_path: Path
 ) -> None:
     (tmp_path / "alone").mkdir()
-    shutil.copy(FRONT, tmp_path / "alone/natkeep-hook")
+    text = FRONT.read_text()
+    assert "python=/usr/bin/python3\n" in text
+    text = text.replace("/usr/bin/python3", f"{tmp_path}/bin/python3")
+    (tmp_path / "alone/natkeep-hook").write_text(text)
+    (tmp_path / "alone/natkeep-hook").chmod(0o755)
     code, noted = front(
-        "alone/natkeep-hook", CRTOOLS_SCRIPT_ACTION="post-restore", NATKEEP_ID="web"
+        "alone/natkeep-hook", CRTOOLS_SCRIPT_ACTION="post-restore", NATKEEP_ID="web", PATH=""
     )
     assert (code, noted) == (9, [f"{tmp_path}/bin/python3 -I -m natkeep.criu.hook"])
 
@@ -137,10 +196,12 @@ def kernel(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[FakeKern
     monkeypatch.setenv("NATKEEP_STATE_DIR", str(tmp_path / "state"))
     monkeypatch.setenv("CRTOOLS_SCRIPT_ACTION", "post-restore")
     monkeypatch.setenv("NATKEEP_ID", "web")
+    monkeypatch.setenv("CRTOOLS_INIT_PID", str(TREE))
+    monkeypatch.setenv("CRTOOLS_IMAGE_DIR", str(CORPUS / "plain"))
     move = Move(
         "web",
         (Map(parse_address("10.2.0.10"), parse_address("10.3.0.20")),),
-        (Site(Role.DESTINATION, "dst"), Site(Role.GATEWAY, "gw")),
+        (Site(Role.DESTINATION, TREE_SITE), Site(Role.GATEWAY, "gw")),
     )
     peer, local = Endpoint.parse("10.1.0.2:50594"), Endpoint.parse("10.2.0.10:5000")
     state = StateDirectory(create=True)
@@ -149,7 +210,7 @@ def kernel(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[FakeKern
 
 
 def gates(kernel: FakeKernel) -> list[Gate]:
-    return [kernel.sites[name].gates["web"] for name in ("gw", "dst")]
+    return [kernel.sites[name].gates["web"] for name in ("gw", TREE_SITE)]
 
 
 def test_at_post_restore_the_prepared_move_is_opened(
@@ -217,7 +278,7 @@ def test_a_gate_that_cannot_be_opened_ends_the_restore(
     kernel.fail_at = kernel.applied + 1
     assert hook.main() == 5
     assert gates(kernel) == [Gate.CLOSED, Gate.CLOSED]
-    assert capsys.readouterr().err == "natkeep-hook: destination=dst: told to fail\n"
+    assert capsys.readouterr().err == f"natkeep-hook: destination={TREE_SITE}: told to fail\n"
 
 
 def test_closed_standard_streams_are_no_obstacle(

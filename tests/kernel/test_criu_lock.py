@@ -373,3 +373,15 @@ def run_beside(host: Host, command: list[str]) -> None:
     line = ["nsenter", "--target", str(host.init_pid), "--pid", "--mount", "--", *command]
     done = subprocess.run(line, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def test_a_table_that_can_hold_nobody_else_is_not_read(
+    netns: str, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All that the dump had is kept; the kernel would take seconds for many connections."""
+    lock_process(run, netns, TABLE, some(4, 6))
+    monkeypatch.setattr(criu_lock.elements, "read_keys", lambda *_: pytest.fail("it is read"))
+
+    take(netns, DumpLock(NetworkLock.NFTABLES, RUN, connections=4), some(4, 6))
+
+    assert shown(run, netns)["nft"] == ""

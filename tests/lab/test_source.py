@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -40,6 +41,7 @@ def drop_criu_lock(lab: Lab) -> None:
 
 def ends(lab: Lab) -> list[str]:
     """The states of the client's connections, once something has become of them or 3 s later."""
+    lab.client.do({"push": 64})  # whose request was acknowledged would only wait
     deadline = time.monotonic() + 3
     while time.monotonic() < deadline:
         states = [each["state"] for each in lab.client.fresh()["connections"]]
@@ -117,6 +119,29 @@ def test_the_hook_takes_the_lock_over_at_post_dump(lab: Lab, method: str) -> Non
     assert ends(lab) == ["open", "open"]
     assert count_resets(lab) == 0
     source.refuses("2 peers with a reset", "teardown", "web")
+
+
+def test_the_hook_finds_a_namespace_that_criu_is_not_in(lab: Lab) -> None:
+    """As under a container engine: CRIU and its hook run beside the tree's network namespace."""
+    source, images = Machine(lab, "source"), Path(lab.directory) / "images"
+    images.mkdir()
+    before = source.ruleset()
+    criu = f"{lab.engine.binary} dump --images-dir {images} --tree {lab.server.pid}"
+    options = f"--tcp-established --log-file dump.log --action-script {source.hook('web').hook}"
+    host = ["nsenter", "--target", str(source.host.init_pid), "--pid", "--mount", "--"]
+    environment = {**os.environ, **source.environment, "NATKEEP_SOURCE": str(lab.old)}
+    done = subprocess.run(
+        [*host, *criu.split(), *options.split(), "--network-lock", "nftables"],
+        env={**environment, "NATKEEP_ID": "web"}, capture_output=True, text=True,
+    )  # fmt: skip
+
+    assert done.returncode == 0, (images / "dump.log").read_text()[-2000:]
+    assert "gate-web" in source.ruleset()
+    assert "CRIU" not in source.ruleset()
+    assert ends(lab) == ["open", "open"]
+    assert count_resets(lab) == 0
+    source.natkeep("teardown", "web", "--yes")  # in another process: found by identity
+    assert source.ruleset() == before
 
 
 def test_without_an_id_the_hook_names_the_move_after_criu(lab: Lab) -> None:

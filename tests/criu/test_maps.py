@@ -1,0 +1,287 @@
+"""the hook with NATKEEP_MAP: it prepares by itself, as soon as the tree's namespace is there."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from natkeep import policy
+from natkeep.criu import hook, orders
+from natkeep.journal import StateDirectory
+from natkeep.kernel import linux
+from natkeep.kernel.fake import FakeKernel, FakeSite
+from natkeep.lifecycle import Lifecycle
+from natkeep.plan.drift import Gate
+from natkeep.plan.tuples import parse_address
+
+CORPUS = Path(__file__).parents[1] / "checkpoint/corpus"
+OLD, NEW = "10.2.0.10", "10.3.0.20"
+TREE, BEFORE = f"pid:{os.getpid()}", ""
+"""The tree's namespace by its root, and CRIU's own."""
+
+
+class Criu:
+    """CRIU as the hook sees it: this very process, which has opened an image directory."""
+
+    def __init__(self, kernel: FakeKernel, images: Path, patch: pytest.MonkeyPatch) -> None:
+        self.kernel, self.patch = kernel, patch
+        self.handle = os.open(images, os.O_RDONLY)
+        self.id = orders.own_id(os.getpid())
+        patch.setenv("CRTOOLS_IMAGE_DIR", f"/proc/{os.getpid()}/fd/{self.handle}")
+
+    def call(self, action: str, **environment: str) -> int:
+        """What the hook exits with at *action*."""
+        self.patch.setenv("CRTOOLS_SCRIPT_ACTION", action)
+        if action == "pre-restore":
+            self.patch.delenv("CRTOOLS_INIT_PID", raising=False)
+        else:
+            self.patch.setenv("CRTOOLS_INIT_PID", str(os.getpid()))
+        for name, value in environment.items():
+            self.patch.setenv(name, value)
+        return hook.main()
+
+    def gates(self) -> dict[str, dict[str, Gate]]:
+        """The gates of each namespace that has one."""
+        return {name: site.gates for name, site in self.kernel.sites.items() if site.gates}
+
+
+@pytest.fixture
+def images(tmp_path: Path) -> Path:
+    return Path(shutil.copytree(CORPUS / "plain", tmp_path / "images"))
+
+
+@pytest.fixture
+def criu(images: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Criu]:
+    kernel = FakeKernel()
+    monkeypatch.setattr(linux, "LinuxKernel", lambda: kernel)
+    monkeypatch.setattr(policy, "PATH", str(tmp_path / "natkeep.toml"))
+    monkeypatch.setenv("NATKEEP_STATE_DIR", str(tmp_path / "state"))
+    monkeypatch.setenv("NATKEEP_MAP", f"{OLD}={NEW}")
+    criu = Criu(kernel, images, monkeypatch)
+    yield criu
+    os.close(criu.handle)
+
+
+def own_netns(images: Path) -> None:
+    (images / "netns-9.img").write_bytes(b"")
+
+
+def test_a_tree_in_crius_namespace_is_prepared_at_pre_restore_and_opened_at_post_restore(
+    criu: Criu, capsys: pytest.CaptureFixture[str]
+) -> None:
+    criu.patch.setattr(FakeKernel, "identity", lambda *_: (0, 1))  # both names are of one
+    assert criu.call("pre-restore") == 0
+    assert criu.gates() == {BEFORE: {criu.id: Gate.CLOSED}}
+    assert criu.call("post-restore") == 0
+    assert criu.gates() == {BEFORE: {criu.id: Gate.OPEN}}
+    assert capsys.readouterr().err.splitlines() == [
+        f"natkeep-hook: {criu.id}: {OLD}={NEW}, 4 prepared",
+        f"natkeep-hook: {criu.id}: gate open",
+    ]
+
+
+def test_a_tree_with_a_namespace_of_its_own_is_prepared_when_that_is_there(
+    criu: Criu, images: Path
+) -> None:
+    own_netns(images)
+    assert criu.call("pre-restore") == 0
+    assert criu.gates() == {}
+    for _ in range(2):  # CRIU before 4.2 calls twice under RPC
+        assert criu.call("post-setup-namespaces") == 0
+        applied = criu.kernel.applied
+        assert criu.gates() == {TREE: {criu.id: Gate.CLOSED}}
+    assert applied == criu.kernel.applied
+    for _ in range(2):
+        assert criu.call("post-restore") == 0
+        assert criu.gates() == {TREE: {criu.id: Gate.OPEN}}
+
+
+def test_a_tree_that_turns_out_to_be_elsewhere_is_prepared_there_and_opened(criu: Criu) -> None:
+    assert criu.call("pre-restore") == 0
+    assert criu.gates() == {BEFORE: {criu.id: Gate.CLOSED}}
+    assert criu.call("post-restore") == 0
+    assert criu.gates() == {TREE: {criu.id: Gate.OPEN}}
+
+
+def test_new_auto_is_read_in_the_trees_namespace(criu: Criu, images: Path) -> None:
+    own_netns(images)
+    criu.kernel.sites[TREE] = FakeSite(addresses={parse_address("10.9.0.7")})
+    assert criu.call("post-setup-namespaces", NATKEEP_MAP=f"{OLD}=auto") == 0
+    journal = StateDirectory(create=False).load(criu.id)
+    assert [str(map_) for map_ in journal.move.maps] == [f"{OLD}=10.9.0.7"]
+    assert journal.image is not None
+
+
+def test_what_a_failed_restore_left_is_replaced_at_the_same_place_and_else_undone(
+    criu: Criu, images: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own_netns(images)
+    gone = "criu-4194304-1" + orders._suffix()
+    with monkeypatch.context() as earlier:
+        earlier.setattr(orders, "own_id", lambda _: gone)
+        assert criu.call("post-setup-namespaces") == 0
+    assert criu.gates() == {TREE: {gone: Gate.CLOSED}}
+    assert criu.call("post-setup-namespaces") == 0
+    assert criu.gates() == {TREE: {criu.id: Gate.CLOSED}}
+    assert StateDirectory(create=False).ids() == (criu.id,)
+
+
+def test_what_was_opened_is_nobodys_to_clear(
+    criu: Criu, images: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    own_netns(images)
+    gone = "criu-4194304-1" + orders._suffix()
+    with monkeypatch.context() as earlier:
+        earlier.setattr(orders, "own_id", lambda _: gone)
+        assert criu.call("post-restore") == 0
+    capsys.readouterr()
+    assert criu.call("post-setup-namespaces") == 4
+    assert f"(of move {gone})" in capsys.readouterr().err
+    assert criu.gates() == {TREE: {gone: Gate.OPEN}}
+
+
+@pytest.mark.parametrize(
+    ("environment", "code", "said"),
+    [
+        ({"NATKEEP_ID": "web"}, 2, "NATKEEP_ID and NATKEEP_MAP contradict each other"),
+        ({"NATKEEP_MAP": OLD}, 2, "'10.2.0.10' is not of the form OLD=NEW"),
+        ({"NATKEEP_MAP": f"{OLD}={NEW},"}, 2, "'' is not of the form OLD=NEW"),
+        ({"NATKEEP_MAP": f"{OLD}=auto"}, 4, "has not one IPv4 address but none"),
+        ({"NATKEEP_MAP": f"10.9.9.9={NEW}"}, 4, "has the local address 10.9.9.9"),
+        ({"NATKEEP_MODE": "magic"}, 2, "NATKEEP_MODE: 'magic' is none of"),
+        ({"CRTOOLS_IMAGE_DIR": "/nowhere"}, 2, "cannot open '/nowhere'"),
+        ({"CRTOOLS_IMAGE_DIR": "/"}, 2, "does not name the CRIU that calls"),
+    ],
+)
+def test_bad_orders_end_the_restore_with_one_line_and_leave_nothing(
+    environment: dict[str, str],
+    code: int,
+    said: str,
+    criu: Criu,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert criu.call("post-setup-namespaces", **environment) == code
+    out, err = capsys.readouterr()
+    assert (out, err.count("\n")) == ("", 1)
+    assert err.startswith("natkeep-hook: ")
+    assert said in err
+    assert criu.gates() == {}
+    assert StateDirectory(create=False).ids() == ()
+
+
+def test_a_damaged_image_ends_the_restore(
+    criu: Criu, images: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    whole = (images / "files.img").read_bytes()
+    (images / "files.img").write_bytes(whole[:-1])
+    assert criu.call("pre-restore") == 3
+    assert capsys.readouterr().err.count("\n") == 1
+    assert criu.gates() == {}
+
+
+@pytest.mark.root
+def test_the_operators_policy_binds_the_hook(
+    criu: Criu, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "natkeep.toml"
+    file.write_text("max_connections = 3\n")
+    assert criu.call("pre-restore") == 4
+    assert "4 connections are more than this machine allows, 3" in capsys.readouterr().err
+    file.write_text("max_connection = 3\n")
+    assert criu.call("pre-restore") == 2
+    assert "unknown key max_connection " in capsys.readouterr().err
+    assert criu.gates() == {}
+
+
+@pytest.mark.root
+def test_standing_orders_pass_by_whatever_has_nothing_to_keep(
+    criu: Criu, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("NATKEEP_MAP")
+    file = tmp_path / "natkeep.toml"
+    file.write_text('[hook]\nmap = ["10.9.9.9=auto"]\n')
+    assert criu.call("post-restore") == 0
+    assert criu.gates() == {}
+    file.write_text(f'[hook]\nmap = ["{OLD}={NEW}"]\n')
+    assert criu.call("post-restore") == 0
+    assert criu.gates() == {TREE: {criu.id: Gate.OPEN}}
+
+
+def test_a_hook_that_takes_too_long_is_undone_and_ends_the_restore(
+    criu: Criu, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(hook, "DEADLINE", 0.1)
+    real = FakeKernel.apply
+
+    def hang(self: FakeKernel, *arguments: object) -> object:
+        subprocess.run(["sleep", "5"], check=False)
+        return real(self, *arguments)  # type: ignore[arg-type]  # whatever it was given
+
+    monkeypatch.setattr(FakeKernel, "apply", hang)
+    assert criu.call("pre-restore") == 1
+    assert "took longer than 0.1 s, and was undone" in capsys.readouterr().err
+    assert criu.gates() == {}
+
+
+def test_an_unforeseen_error_is_one_line_too(
+    criu: Criu, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise ZeroDivisionError("by\nzero")
+
+    monkeypatch.setattr(Lifecycle, "prepare", fail)
+    assert criu.call("pre-restore") == 1
+    assert capsys.readouterr().err == "natkeep-hook: ZeroDivisionError: by zero\n"
+
+
+# ---- NATKEEP_ID: is it this tree, and this dump? -----------------------------------------------
+
+
+def prepare(criu: Criu, images: Path, where: str) -> None:
+    from natkeep.checkpoint.images import read_checkpoint
+    from natkeep.plan.move import Map, Move, Role, Site
+
+    maps = (Map(parse_address(OLD), parse_address(NEW)),)
+    checkpoint = read_checkpoint(images)
+    Lifecycle(criu.kernel, StateDirectory(create=True)).prepare(
+        Move("web", maps, (Site(Role.DESTINATION, where),)),
+        checkpoint.connections,
+        image=checkpoint.run_id,
+    )
+    criu.patch.delenv("NATKEEP_MAP")
+    criu.patch.setenv("NATKEEP_ID", "web")
+
+
+@pytest.mark.parametrize(
+    ("at_tree", "other_dump", "environment", "code", "said"),
+    [
+        (True, False, {}, 0, "web: gate open"),
+        (False, False, {}, 4, "web was prepared for another namespace than that of the"),
+        (True, True, {}, 4, "web was prepared from the image of another dump"),
+        (True, False, {"NATKEEP_MODE": "stateful"}, 0, "web: gate open"),
+        (True, False, {"NATKEEP_MODE": "stateless"}, 2, "to be stateless, but web is stateful"),
+        (True, False, {"CRTOOLS_IMAGE_DIR": ""}, 2, "CRTOOLS_IMAGE_DIR is not set"),
+    ],
+)
+def test_only_the_move_of_this_tree_and_this_dump_is_opened(
+    at_tree: bool,
+    other_dump: bool,
+    environment: dict[str, str],
+    code: int,
+    said: str,
+    criu: Criu,
+    images: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    where = TREE if at_tree else "elsewhere"
+    prepare(criu, images, where)
+    if other_dump:
+        shutil.copy(CORPUS / "half-closed/inventory.img", images)
+    assert criu.call("post-restore", **environment) == code
+    assert said in capsys.readouterr().err
+    assert criu.gates() == {where: {"web": Gate.CLOSED if code else Gate.OPEN}}

@@ -1,0 +1,152 @@
+"""natkeep-hook under a real CRIU, where the tree is in another namespace than CRIU.
+
+    CRIU's namespace ── the test's own pid and mount namespace, one network namespace each for
+    A (where the process is dumped; OLD and the peer's address are both local there) and
+    B (where it is restored; it has NEW, and a route to the peer)
+
+Wires are judged in the scenarios; here it is when and where the hook acts, as CRIU's log and
+natkeep's own status tell.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+CRIU = ROOT / ".lab/criu/criu"
+BIN = Path(sys.executable).parent
+OLD, NEW, PEER = "10.2.0.10", "10.3.0.20", "10.1.0.2"
+
+pytestmark = [pytest.mark.root, pytest.mark.criu, pytest.mark.needs("nftables")]
+
+SERVER = f"""
+import os, socket, time
+os.closerange(3, 1024)
+listener = socket.create_server(("{OLD}", 5000))
+child = os.fork()
+if child == 0:  # the peer is no part of the tree
+    listener.close()
+    os.setsid()
+    peer = socket.create_connection(("{OLD}", 5000), source_address=("{PEER}", 0))
+    time.sleep(60)
+accepted, _ = listener.accept()
+if os.fork():
+    os._exit(0)
+os.setsid()
+with open("pid", "w") as file:
+    file.write(str(os.getpid()))
+os.rename("pid", "ready")
+time.sleep(60)
+"""
+
+# Runs as pid 1 of a pid and mount namespace of its own: all ends with it.
+STORY = r"""
+set -eu
+ip link set lo up  # CRIU tries TCP_REPAIR there
+cd "$1"; shift
+a=$1 b=$2 how=$3
+enter() { ns=$1; shift; nsenter --net="/run/netns/$ns" "$@"; }
+enter "$a" setsid /usr/bin/python3 -I -S server.py </dev/null >server.log 2>&1
+for _ in $(seq 500); do [ ! -s ready ] || break; sleep 0.01; done
+pid=$(cat ready)
+key=
+[ "$how" != external ] || key="net[$(stat -Lc %i "/run/netns/$a")]:key"
+mkdir images
+if [ "$how" = external ]; then
+	"$CRIU" dump -t "$pid" -D images --tcp-established --network-lock nftables -o dump.log \
+		--external "$key"
+	exec 7<"/run/netns/$b"
+	set -- --inherit-fd 'fd[7]:key'
+else
+	enter "$a" "$CRIU" dump -t "$pid" -D images --tcp-established --network-lock nftables \
+		-o dump.log
+	set -- -J "net:/run/netns/$b"
+fi
+status=0
+"$CRIU" restore -D images --tcp-established -d -o restore.log -v4 --action-script "$HOOK" "$@" ||
+	status=$?
+"$NATKEEP" status --json >status.json
+[ $status != 0 ] || kill -9 "$pid"
+for id in $("$NATKEEP" status --json | sed -n 's/.*"id": "\(.*\)".*/\1/p'); do
+	"$NATKEEP" teardown "$id" --yes
+done
+exit $status
+"""
+
+
+@pytest.fixture
+def restored(
+    make_netns: Callable[[], str], tmp_path: Path
+) -> Callable[..., tuple[int, str, dict[str, object], str]]:
+    """Dump in A, restore in B; CRIU's exit code, its log, natkeep's status, and B's name."""
+    a, b = make_netns(), make_netns()
+    _ip(a, f"address add {OLD}/32 dev lo", f"address add {PEER}/32 dev lo")
+    _ip(b, "link add eth0 type veth peer name eth1", f"address add {NEW}/24 dev eth0",
+        "link set eth0 up", "link set eth1 up", "route add default via 10.3.0.1")  # fmt: skip
+    (tmp_path / "server.py").write_text(SERVER)
+    (tmp_path / "story").write_text(STORY)
+
+    def restore(how: str, **orders: str) -> tuple[int, str, dict[str, object], str]:
+        tools = {
+            "CRIU": str(CRIU),
+            "HOOK": str(BIN / "natkeep-hook"),
+            "NATKEEP": str(BIN / "natkeep"),
+        }
+        usual = {name: value for name, value in os.environ.items() if name[:8] != "NATKEEP_"}
+        done = subprocess.run(
+            ["unshare", "--net", "--pid", "--mount", "--fork", "--kill-child", "--mount-proc",
+             "sh", str(tmp_path / "story"), str(tmp_path), a, b, how],
+            env={**usual, **tools, "NATKEEP_STATE_DIR": str(tmp_path / "state"), **orders},
+            capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=60,
+        )  # fmt: skip
+        log = tmp_path / "images/restore.log"
+        assert log.exists(), done.stderr
+        status = json.loads((tmp_path / "status.json").read_text())
+        return done.returncode, log.read_text(errors="replace"), status, b
+
+    return restore
+
+
+def _ip(netns: str, *lines: str) -> None:
+    command = ["ip", "-n", netns, "-batch", "-"]
+    subprocess.run(command, input="\n".join(lines), text=True, check=True)
+
+
+def _ours(log: str) -> list[str]:
+    return [line for line in log.splitlines() if line.startswith("natkeep-hook: ")]
+
+
+@pytest.mark.parametrize("how", ["external", "joined"])
+def test_the_hook_prepares_in_the_trees_namespace_from_outside_of_it(
+    how: str, restored: Callable[..., tuple[int, str, dict[str, object], str]]
+) -> None:
+    code, log, status, _ = restored(how, NATKEEP_MAP=f"{OLD}=auto")
+    prepared, opened = _ours(log)
+    assert f"{OLD}={NEW}, 1 prepared" in prepared
+    assert opened.endswith("gate open")
+    lines = log.splitlines()
+    point = "post-setup-namespaces" if how == "external" else "pre-restore"
+    before = [line for line in lines[: lines.index(prepared)] if "Running" in line]
+    assert f"Running {point} scripts" in before[-1]
+    assert code == 0
+    (move,) = status["moves"]
+    assert (move["gate"], move["maps"]) == ("open", [{"old": OLD, "new": NEW}])
+    assert [site["drift"] for site in move["sites"]] == [[]]
+
+
+def test_a_hook_that_fails_before_the_sockets_exist_ends_the_restore_and_leaves_nothing(
+    restored: Callable[..., tuple[int, str, dict[str, object], str]],
+) -> None:
+    code, log, status, _ = restored("external", NATKEEP_MAP="10.9.9.9=auto")
+    assert code != 0
+    assert len(_ours(log)) == 1
+    assert "has the local address 10.9.9.9" in _ours(log)[0]
+    assert "Running post-restore scripts" not in log
+    assert status["moves"] == []

@@ -1,0 +1,146 @@
+"""policy.py: what the operator's file allows, and which files are none."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from natkeep import policy
+from natkeep.errors import NatkeepError, RefusedError, UsageError
+from natkeep.plan.move import Map, Move, Role, Site
+from natkeep.plan.tuples import parse_address
+
+
+@pytest.fixture
+def path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where the file is; there is none yet."""
+    path = tmp_path / "natkeep.toml"
+    monkeypatch.setattr(policy, "PATH", str(path))
+    return path
+
+
+def write(path: Path, text: str) -> None:
+    path.write_text(text)
+    if os.geteuid():
+        pytest.skip("needs root: the file has to belong to it")
+
+
+def move(*pairs: str) -> Move:
+    maps = tuple(Map(*map(parse_address, pair.split("="))) for pair in pairs)
+    return Move("web", maps, (Site(Role.DESTINATION),))
+
+
+V4, V6 = "10.2.0.10=10.3.0.20", "fd00:2::10=fd00:3::20"
+
+
+@pytest.mark.usefixtures("path")
+def test_without_a_file_what_was_named_is_allowed() -> None:
+    policy.authorise(move(V4, V6), 1_000_000)
+    assert policy.read_policy() == policy.Policy()
+
+
+def test_without_a_file_no_toml_is_imported() -> None:
+    code = "import sys; from natkeep import policy; policy.PATH = '/nowhere'; policy.read_policy()"
+    done = subprocess.run(
+        [sys.executable, "-c", f"{code}; print('tomllib' in sys.modules)"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout == "False\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "pairs", "count", "refusal"),
+    [
+        ("", (V4,), 9, None),
+        ('allow_old = ["10.2.0.0/24"]', (V4,), 1, None),
+        ('allow_old = ["10.2.0.10"]\nallow_new = ["10.3.0.0/16"]', (V4,), 1, None),
+        ('allow_old = ["10.9.0.0/16", "fd00:2::/64"]', (V6,), 1, None),
+        ('allow_old = ["10.2.1.0/24"]', (V4,), 1, "OLD 10.2.0.10 is not allowed"),
+        ("allow_old = []", (V4,), 1, "OLD 10.2.0.10 is not allowed"),
+        ('allow_old = ["10.2.0.0/24"]', (V4, V6), 1, "OLD fd00:2::10 is not allowed"),
+        ('allow_new = ["10.2.0.0/24"]', (V4,), 1, "NEW 10.3.0.20 is not allowed"),
+        ("max_connections = 10", (V4,), 10, None),
+        ("max_connections = 10", (V4,), 11, "11 connections are more than this machine allows"),
+        ("max_connections = 0", (V4,), 1, "1 connections are more"),
+    ],
+)
+def test_bounds_are_held(
+    text: str, pairs: tuple[str, ...], count: int, refusal: str | None, path: Path
+) -> None:
+    write(path, text)
+    if refusal is None:
+        policy.authorise(move(*pairs), count)
+        return
+    with pytest.raises(RefusedError, match=refusal) as caught:
+        policy.authorise(move(*pairs), count)
+    assert caught.value.exit_code == 4
+    assert str(path) in (caught.value.hint or "")
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("allow = []", "unknown key allow"),
+        ("[hooks]", "unknown key hooks"),
+        ('[hook]\nids = "web"', r"unknown key hook\.ids"),
+        ("hook = 3", "hook is not a table"),
+        ("allow_old = 3", "allow_old is not a list of texts"),
+        ("allow_old = [3]", "allow_old is not a list of texts"),
+        ('allow_old = ["10.2.0.10/24"]', "allow_old: 10.2.0.10/24 has host bits set"),
+        ('allow_new = ["here"]', "allow_new: 'here' does not appear to be"),
+        ("max_connections = -1", "max_connections is not a number from 0 on"),
+        ("max_connections = true", "max_connections is not a number"),
+        ('max_connections = "9"', "max_connections is not a number"),
+        ("[hook]\nid = 3", r"hook\.id is not a text"),
+        ('[hook]\nmap = "10.2.0.10=auto"', r"hook\.map is not a list of texts"),
+        ('[hook]\nmode = "magic"', "'magic' is none of stateful, stateless"),
+        ("allow_old = [", "Invalid"),
+        ("x = 1\nx = 2", "Cannot overwrite"),
+    ],
+)
+def test_a_file_that_is_wrong_is_told_in_one_line(text: str, said: str, path: Path) -> None:
+    write(path, text)
+    with pytest.raises(UsageError, match=said) as caught:
+        policy.read_policy()
+    assert str(caught.value).startswith(str(path))
+    assert "\n" not in str(caught.value)
+
+
+def test_standing_orders_are_read(path: Path) -> None:
+    write(path, '[hook]\nmap = ["10.2.0.10=auto"]\nmode = "stateless"\nstate_dir = "/x"\n')
+    expected = policy.Standing("", ("10.2.0.10=auto",), "stateless", "/x")
+    assert policy.read_policy().hook == expected
+
+
+@pytest.mark.root
+def test_a_file_that_others_can_write_is_no_word_of_the_operators(path: Path) -> None:
+    write(path, "")
+    for mode in (0o602, 0o620, 0o666):
+        path.chmod(mode)
+        with pytest.raises(UsageError, match="can be written by others"):
+            policy.read_policy()
+    path.chmod(0o644)
+    os.chown(path, 65534, 0)
+    with pytest.raises(UsageError, match="can be written by others"):
+        policy.read_policy()
+
+
+@pytest.mark.parametrize("kind", ["directory", "fifo", "large", "latin"])
+def test_what_is_no_such_file_is_refused_without_waiting(kind: str, path: Path) -> None:
+    if kind == "directory":
+        path.mkdir()
+    elif kind == "fifo":
+        os.mkfifo(path)
+    elif kind == "large":
+        write(path, "#" * (2 << 20))
+    else:
+        path.write_bytes(b"# caf\xe9")
+    with pytest.raises(NatkeepError) as caught:
+        policy.read_policy()
+    assert caught.value.exit_code == 2
