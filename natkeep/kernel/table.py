@@ -1,0 +1,168 @@
+"""the table at a site: its rules put in and taken out again, move by move.
+
+Rule: rules in shared chains are found by their comment, and nothing is deleted that does not
+bear the move's. The text comes from plan/; what stands there is read by elements.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+from natkeep.kernel import (
+    Remember,
+    elements,
+    nft,
+)
+from natkeep.kernel import quiet as quietness
+from natkeep.plan import quiet, reception, ruleset
+from natkeep.plan.drift import Gate
+from natkeep.plan.move import Role, Site, Translation
+from natkeep.plan.reception import Reception
+from natkeep.plan.ruleset import TABLE
+from natkeep.plan.steps import (
+    InstallGate,
+    InstallReception,
+    InstallTranslation,
+    OpenGate,
+    Prior,
+    TranslateErrors,
+)
+from natkeep.plan.tuples import Address
+
+if TYPE_CHECKING:
+    pass
+
+
+def install_gate(step: InstallGate, remember: Remember) -> Prior:
+    """The table where there is none, and the move's gate, closed."""
+    lines = list(step.lines())
+    if step.site.role == Role.DESTINATION and not elements.has_table(elements.ARP, TABLE):
+        lines = [*ruleset.render_arp_static(), *lines]
+    if step.site.role == Role.SOURCE:
+        lines = [*quietness.missing_static_lines(), *lines]
+    if not elements.has_table(elements.INET, TABLE):
+        lines = [*ruleset.render_static(), *lines]
+    remember(Prior())
+    nft.run_transaction(lines)
+    return Prior()
+
+
+def remove_gate(step: InstallGate) -> None:
+    """The move's gate and sets go; with the last move the tables go too."""
+    own = {name for t in step.translations for name in ruleset.sets_of(step.move_id, t)}
+    if not quietness.is_shared(own):
+        # The last move takes the tables with it; others may come only under the same lock.
+        if elements.has_table(elements.INET, TABLE) or elements.has_table(elements.ARP, TABLE):
+            nft.run_transaction(ruleset.render_removal())
+        return
+    _withdraw(step.move_id, _gate_chains(step))
+    olds = [translation.map.old for translation in step.translations]
+    lines = _end_silence(step.site, olds)
+    lines += ruleset.render_gate_removal(step.move_id, step.translations)
+    _run_what_is_there(lines)
+
+
+def _end_silence(site: Site, olds: Iterable[Address]) -> list[str]:
+    """What lets each OLD be heard again that no move has a gate for any more."""
+    if site.role != Role.DESTINATION:
+        return []
+    return [
+        line
+        for old in olds
+        if not elements.rules(TABLE, ruleset.address_chain(ruleset.GATE, old))
+        for line in ruleset.render_speech(old)
+    ]
+
+
+def missing_mode_lines(some: Iterable[Translation | Reception]) -> list[str]:
+    """The base chains of the modes of *some*, as far as they are not there yet."""
+    present = elements.chain_names(TABLE)
+    modes = dict.fromkeys(one.mode for one in some)
+    return [
+        line
+        for mode in modes
+        if ruleset.base_chain_of(mode) not in present
+        for line in ruleset.render_mode(mode)
+    ]
+
+
+def _gate_chains(step: InstallGate) -> list[tuple[str, Address]]:
+    return [chain for t in step.translations for chain in quiet.gate_chains(t)]
+
+
+def withdraw_translation(step: InstallTranslation) -> None:
+    """The rules that translate go."""
+    chains = [chain for t in step.translations for chain in ruleset.translating_chains(t)]
+    _withdraw(step.move_id, chains)
+    present = elements.chain_names(TABLE)
+    lines = ruleset.render_rewriting_removal(step.move_id, step.translations)
+    _run_what_is_there([line for line in lines if line.rpartition(" ")[2] in present])
+
+
+def withdraw_reception(step: InstallReception) -> None:
+    """The rules for callers go."""
+    chains = [chain for receiving in step.receptions for chain in reception.chains(receiving)]
+    _withdraw(reception.comment(step.move_id), chains)
+    if reception.callers_chain(step.move_id) in elements.chain_names(TABLE):
+        lines = _end_silence(step.site, [receiving.map.old for receiving in step.receptions])
+        lines += reception.render_removal(step.move_id, step.receptions)
+        _run_what_is_there(lines)
+
+
+def withdraw_error_rules(step: TranslateErrors) -> None:
+    """Those in the chain that all moves share; in an address chain they go with its others."""
+    _run_what_is_there(
+        [
+            f"delete rule inet {TABLE} {ruleset.ERRORS} handle {rule.handle}"
+            for rule in elements.rules(TABLE, ruleset.ERRORS)
+            if rule.comment in (step.move_id, reception.comment(step.move_id))
+        ]
+    )
+
+
+def _withdraw(comment: str, chains: Iterable[tuple[str, Address]]) -> None:
+    """Take the rules with this comment out of address chains, and empty chains with them."""
+    lines: list[str] = []
+    for dispatch, local in dict.fromkeys(chains):
+        rules = elements.rules(TABLE, ruleset.address_chain(dispatch, local))
+        ours = [rule.handle for rule in rules if rule.comment == comment]
+        if ours:
+            last = len(ours) == len(rules)
+            lines += ruleset.render_withdrawal(dispatch, local, ours, last=last)
+    _run_what_is_there(lines)
+
+
+def _run_what_is_there(lines: list[str]) -> None:
+    """Run deletions in one transaction, or, when something is gone already, one by one."""
+    if not lines:
+        return
+    try:
+        nft.run_transaction(lines)
+    except nft.NftError:
+        for line in lines:
+            try:
+                nft.run_transaction([line])
+            except nft.NftError as error:
+                if "No such file" not in str(error):
+                    raise
+
+
+def gate_state(move_id: str) -> Gate:
+    """Absent, closed or open, by the rules of the move's gate chain."""
+    rules = elements.rules(TABLE, ruleset.gate_chain(move_id))
+    if not rules:
+        return Gate.ABSENT
+    return Gate.OPEN if any(rule.comment == ruleset.OPEN for rule in rules) else Gate.CLOSED
+
+
+def close_gate(step: OpenGate) -> None:
+    """Take away what opened the gate."""
+    _run_what_is_there(
+        [
+            f"delete rule inet {TABLE} {chain} handle {rule.handle}"
+            for chain in step.chains()
+            for rule in elements.rules(TABLE, chain)
+            if rule.comment == ruleset.OPEN
+        ]
+    )
