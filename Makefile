@@ -15,10 +15,10 @@ export NATKEEP_REQUIRE
 # nft, criu and the like live in sbin, which not every shell has in its path.
 export PATH := $(PATH):/usr/local/sbin:/usr/sbin:/sbin
 
-.PHONY: help setup demo test check lab matrix clean
+.PHONY: help setup demo test check lab matrix bench-hook clean
 
 help: ## this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' Makefile
 
 setup: ## packages, .venv/ and a CRIU that works on this kernel (needs root when one is missing)
 	@scripts/setup
@@ -41,6 +41,9 @@ lab: root setup ## one practice network: SCENARIO=name ENGINE=auto|criu|repair (
 
 matrix: root setup ## the correctness matrix, beside rules written by hand: REPS=1 ONLY='name' (needs root)
 	@.venv/bin/natkeep lab matrix --reps $(REPS) $(if $(ONLY),--only '$(ONLY)')
+
+bench-hook: root setup ## what each call of natkeep-hook costs a restore (needs root)
+	@.venv/bin/python bench/hook.py
 
 clean: ## remove .venv/, .lab/ and the caches; the system's packages stay
 	rm -rf .venv .lab .pytest_cache .mypy_cache .ruff_cache .hypothesis dist
