@@ -245,7 +245,7 @@ def _add_lab(verbs: argparse._SubParsersAction[_Parser], common: _Parser) -> Non
 
 def _plan(args: argparse.Namespace) -> int:
     from natkeep import report
-    from natkeep.plan.steps import describe_plan, make_plan, render_nft
+    from natkeep.plan.order import describe_plan, make_plan, render_nft
 
     checkpoint = _read_connections(args)
     plan = make_plan(_make_move(args, checkpoint), checkpoint.connections)
@@ -263,7 +263,7 @@ def _plan(args: argparse.Namespace) -> int:
 def _prepare(args: argparse.Namespace) -> int:
     from natkeep import report
     from natkeep.plan.drift import Gate
-    from natkeep.plan.steps import describe_plan
+    from natkeep.plan.order import describe_plan
 
     checkpoint = _read_connections(args)
     move = _make_move(args, checkpoint)

@@ -27,6 +27,7 @@ from natkeep.kernel.netns import NamespaceGoneError
 from natkeep.plan import ruleset
 from natkeep.plan.drift import Gate, MoveStatus, SiteStatus, find_drift
 from natkeep.plan.move import Mode, Move, Role, Site, Translation
+from natkeep.plan.order import make_plan
 from natkeep.plan.reception import refuse_one_end_for_two
 from natkeep.plan.steps import (
     AddAddress,
@@ -37,7 +38,6 @@ from natkeep.plan.steps import (
     RaiseLoopback,
     Step,
     TakeOverLock,
-    make_plan,
 )
 from natkeep.plan.tuples import NO_CONNECTIONS, RECORD_SIZE, Address, Connections, Endpoint
 

@@ -15,7 +15,8 @@ from natkeep.plan.drift import MoveStatus, SeenEntry
 from natkeep.plan.findings import CATALOGUE, Finding
 from natkeep.plan.lock import NetworkLock
 from natkeep.plan.move import Move, Role
-from natkeep.plan.steps import Plan, render_nft
+from natkeep.plan.order import render_nft
+from natkeep.plan.steps import Plan
 from natkeep.plan.tuples import Address, FourTuple
 
 SHOWN = 20

@@ -33,6 +33,7 @@ from natkeep.kernel.netns import NamespaceGoneError
 from natkeep.lifecycle import Lifecycle
 from natkeep.plan.drift import Gate, Observation
 from natkeep.plan.move import Map, Move, Role, Site
+from natkeep.plan.order import make_plan
 from natkeep.plan.steps import (
     AddAddress,
     Identity,
@@ -43,7 +44,6 @@ from natkeep.plan.steps import (
     Prior,
     RaiseLoopback,
     Step,
-    make_plan,
 )
 from natkeep.plan.tuples import Connections, Endpoint, FourTuple, parse_address
 

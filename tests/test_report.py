@@ -15,7 +15,8 @@ from natkeep.checkpoint import Checkpoint, Socket, TcpState
 from natkeep.checkpoint.images import read_checkpoint
 from natkeep.plan.drift import Gate, MoveStatus, Observation, SeenEntry, SiteStatus
 from natkeep.plan.move import Map, Move, Role, Site
-from natkeep.plan.steps import Plan, make_plan
+from natkeep.plan.order import make_plan
+from natkeep.plan.steps import Plan
 from natkeep.plan.tuples import Connections, Endpoint, FourTuple, parse_address
 
 GATEWAY, DESTINATION = Site(Role.GATEWAY, "gw"), Site(Role.DESTINATION)

@@ -22,6 +22,7 @@ from natkeep.kernel.fake import FakeKernel, FakeSite
 from natkeep.kernel.linux import LinuxKernel
 from natkeep.plan.drift import Gate, Observation, find_drift
 from natkeep.plan.move import Map, Mode, Move, Role, Site
+from natkeep.plan.order import make_plan
 from natkeep.plan.steps import (
     AddAddress,
     FillSet,
@@ -34,7 +35,6 @@ from natkeep.plan.steps import (
     PurgeEntries,
     RaiseLoopback,
     Step,
-    make_plan,
 )
 from natkeep.plan.tuples import Address, Connections, Endpoint, FourTuple
 

@@ -22,6 +22,7 @@ from natkeep.kernel.linux import LinuxKernel
 from natkeep.plan.drift import Gate, Observation, find_drift
 from natkeep.plan.lock import DumpLock, NetworkLock
 from natkeep.plan.move import Map, Move, Role, Site
+from natkeep.plan.order import make_plan
 from natkeep.plan.steps import (
     FillSet,
     HoldListeners,
@@ -31,7 +32,6 @@ from natkeep.plan.steps import (
     Prior,
     Step,
     TakeOverLock,
-    make_plan,
 )
 from natkeep.plan.tuples import NO_CONNECTIONS, Connections, Endpoint, FourTuple
 

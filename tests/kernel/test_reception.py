@@ -26,7 +26,8 @@ from natkeep.kernel.netns import inside as inside_of
 from natkeep.kernel.netns import open_namespace
 from natkeep.plan.drift import Gate, Observation, find_drift
 from natkeep.plan.move import Map, Mode, Move, Role, Site
-from natkeep.plan.steps import ForgetCalls, InstallReception, Plan, Prior, Step, make_plan
+from natkeep.plan.order import make_plan
+from natkeep.plan.steps import ForgetCalls, InstallReception, Plan, Prior, Step
 from natkeep.plan.tuples import NO_CONNECTIONS, Address, Connections, Endpoint, FourTuple
 
 pytestmark = pytest.mark.root

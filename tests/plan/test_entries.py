@@ -8,7 +8,7 @@ import pytest
 
 from natkeep.plan.entries import Entry, describe_purge, entries, stale_tuples
 from natkeep.plan.move import Map, Mode, Move, Role, Site, Translation
-from natkeep.plan.steps import make_plan
+from natkeep.plan.order import make_plan
 from natkeep.plan.tuples import Connections, Endpoint, FourTuple
 
 

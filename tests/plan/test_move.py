@@ -22,7 +22,8 @@ from natkeep.plan.move import (
     parse_id,
     parse_map,
 )
-from natkeep.plan.steps import InsertEntries, make_plan
+from natkeep.plan.order import make_plan
+from natkeep.plan.steps import InsertEntries
 from natkeep.plan.tuples import Connections, Endpoint, FourTuple
 
 GATEWAY, DESTINATION = Site(Role.GATEWAY, "gw"), Site(Role.DESTINATION, "dst")

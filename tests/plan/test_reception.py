@@ -17,6 +17,7 @@ from natkeep.errors import RefusedError
 from natkeep.plan import reception, ruleset
 from natkeep.plan.drift import Gate, Observation, find_drift
 from natkeep.plan.move import Map, Mode, Move, Role, Site
+from natkeep.plan.order import make_plan, render_nft
 from natkeep.plan.quoted import LookUp
 from natkeep.plan.reception import Reception, make_receptions, refuse_one_end_for_two
 from natkeep.plan.steps import (
@@ -27,8 +28,6 @@ from natkeep.plan.steps import (
     InstallTranslation,
     Plan,
     TranslateErrors,
-    make_plan,
-    render_nft,
 )
 from natkeep.plan.tuples import NO_CONNECTIONS, Connections, Endpoint, FourTuple
 

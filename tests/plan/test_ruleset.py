@@ -21,15 +21,8 @@ from hypothesis import strategies as st
 from natkeep.errors import UsageError
 from natkeep.plan import ruleset
 from natkeep.plan.move import NOTHING_SPECIAL, Map, Mode, Move, Role, Site, Surroundings
-from natkeep.plan.steps import (
-    FillSet,
-    InstallGate,
-    InstallTranslation,
-    OpenGate,
-    Plan,
-    make_plan,
-    render_nft,
-)
+from natkeep.plan.order import make_plan, render_nft
+from natkeep.plan.steps import FillSet, InstallGate, InstallTranslation, OpenGate, Plan
 from natkeep.plan.tuples import Address, Connections, Endpoint, FourTuple
 
 GOLDEN = Path(__file__).parent / "golden"

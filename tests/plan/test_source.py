@@ -8,17 +8,9 @@ from natkeep.errors import UsageError
 from natkeep.plan import lock as locks
 from natkeep.plan.lock import DumpLock, NetworkLock, find_rules, render_deletion
 from natkeep.plan.move import Map, Mode, Move, Role, Site
+from natkeep.plan.order import make_plan, render_nft
 from natkeep.plan.quiet import render_hold
-from natkeep.plan.steps import (
-    FillSet,
-    HoldListeners,
-    InstallGate,
-    OpenGate,
-    Plan,
-    TakeOverLock,
-    make_plan,
-    render_nft,
-)
+from natkeep.plan.steps import FillSet, HoldListeners, InstallGate, OpenGate, Plan, TakeOverLock
 from natkeep.plan.tuples import NO_CONNECTIONS, Connections, Endpoint, FourTuple, parse_address
 
 RUN = "aaf6b8e3-c33b-47e9-baff-d0ec3de03291"

@@ -10,6 +10,7 @@ import pytest
 
 from natkeep.errors import RefusedError
 from natkeep.plan.move import Map, Move, Role, Site
+from natkeep.plan.order import describe_plan, make_plan, render_nft
 from natkeep.plan.steps import (
     AddAddress,
     FillSet,
@@ -21,9 +22,6 @@ from natkeep.plan.steps import (
     Prior,
     PurgeEntries,
     RaiseLoopback,
-    describe_plan,
-    make_plan,
-    render_nft,
 )
 from natkeep.plan.tuples import Connections, Endpoint, FourTuple
 
