@@ -435,10 +435,10 @@ def _explain(args: argparse.Namespace) -> int:
 
 def _inspect(args: argparse.Namespace) -> int:
     from natkeep import report
-    from natkeep.checkpoint.images import read_checkpoint
+    from natkeep.checkpoint.images import read_checkpoint_with_queues
     from natkeep.plan.move import parse_map
 
-    checkpoint = read_checkpoint(args.image)
+    checkpoint = read_checkpoint_with_queues(args.image)
     olds = [parse_map(text)[0] for text in args.map]
     if args.json:
         report.print_json(report.checkpoint_to_json(checkpoint, olds))

@@ -182,7 +182,8 @@ def checkpoint_lines(checkpoint: Checkpoint, olds: Sequence[Address]) -> Iterato
                 f"{socket.state or '':12}",
                 f"{socket.local or '*'!s:24}",
                 f"{socket.peer or '*'!s:24}",
-                "kept" if verdict is None else f"not kept: {verdict}",
+                ("kept" if verdict is None else f"not kept: {verdict}")
+                + (f" ({socket.unsent} octets unsent)" if socket.unsent else ""),
             ]
         )
 
