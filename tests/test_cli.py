@@ -1131,7 +1131,9 @@ STOPPED = """
 import os, signal, sys, time
 from natkeep import cli
 from natkeep.kernel.linux import LinuxKernel
-signal.signal(signal.SIGINT, signal.default_int_handler)  # whatever started us may ignore it
+# Whatever started us may ignore them, as nohup does.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 writer, verb, kind, again = sys.argv[1:5]
 real = getattr(LinuxKernel, verb)
 def stop():
