@@ -5,24 +5,11 @@ Rule: nothing is changed here; what would fail or break somebody is a RefusedErr
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from natkeep.errors import RefusedError
-from natkeep.kernel import (
-    address,
-    conntrack,
-    sockets,
-)
+from natkeep.kernel import address, conntrack, sockets
 from natkeep.plan.move import Site
-from natkeep.plan.steps import (
-    InsertEntries,
-    InstallReception,
-    InstallTranslation,
-)
+from natkeep.plan.steps import InsertEntries, InstallReception, InstallTranslation
 from natkeep.plan.tuples import Address
-
-if TYPE_CHECKING:
-    pass
 
 
 def check_reception(step: InstallReception) -> None:

@@ -7,13 +7,8 @@ bear the move's. The text comes from plan/; what stands there is read by element
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING
 
-from natkeep.kernel import (
-    Remember,
-    elements,
-    nft,
-)
+from natkeep.kernel import Remember, elements, nft
 from natkeep.kernel import quiet as quietness
 from natkeep.plan import quiet, reception, ruleset
 from natkeep.plan.drift import Gate
@@ -29,9 +24,6 @@ from natkeep.plan.steps import (
     TranslateErrors,
 )
 from natkeep.plan.tuples import Address
-
-if TYPE_CHECKING:
-    pass
 
 
 def install_gate(step: InstallGate, remember: Remember) -> Prior:

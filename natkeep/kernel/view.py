@@ -6,30 +6,16 @@ Rule: nothing is changed here, and nothing is judged.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING
 
-from natkeep.kernel import (
-    address,
-    calls,
-    conntrack,
-    elements,
-    sockets,
-    table,
-)
+from natkeep.kernel import address, calls, conntrack, elements, sockets, table
 from natkeep.kernel import quiet as quietness
 from natkeep.plan import quiet, reception, ruleset
 from natkeep.plan.drift import Observation
 from natkeep.plan.move import Role, Site, Translation
 from natkeep.plan.reception import Reception, make_receptions
 from natkeep.plan.ruleset import TABLE
-from natkeep.plan.steps import (
-    InsertEntries,
-    Plan,
-)
+from natkeep.plan.steps import InsertEntries, Plan
 from natkeep.plan.tuples import Address, Connections, Endpoint
-
-if TYPE_CHECKING:
-    pass
 
 
 def observe(site: Site, plan: Plan) -> Observation:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
 from natkeep.plan import quiet, reception, ruleset
 from natkeep.plan.move import (
@@ -22,11 +21,6 @@ from natkeep.plan.move import (
     make_translations,
 )
 from natkeep.plan.reception import make_receptions
-from natkeep.plan.tuples import Connections
-
-if TYPE_CHECKING:
-    pass
-
 from natkeep.plan.steps import (
     AddAddress,
     FillSet,
@@ -45,6 +39,7 @@ from natkeep.plan.steps import (
     TranslateErrors,
     as_commands,
 )
+from natkeep.plan.tuples import Connections
 
 
 def make_plan(
