@@ -36,7 +36,7 @@ import pytest
 from natkeep import cli
 from natkeep.journal import StateDirectory
 from natkeep.kernel.netns import inside, open_namespace
-from natkeep.lifecycle import Lifecycle
+from natkeep.lifecycle.verbs import Lifecycle
 from natkeep.plan import ruleset
 from natkeep.plan.move import Mode
 
@@ -1347,7 +1347,7 @@ def test_an_error_that_nobody_foresaw_is_one_line_and_exit_1(
         raise OSError(5, "Input/output error")
 
     monkeypatch.setattr(Lifecycle, "status", fail)
-    monkeypatch.setattr(cli, "_silence", lambda stream: None)  # it would be pytest's
+    monkeypatch.setattr(cli, "silence", lambda stream: None)  # it would be pytest's
     code, out, err = natkeep_here("status")
     assert (code, out, err) == (1, "", ["natkeep: [Errno 5] Input/output error"])
 

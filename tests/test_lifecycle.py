@@ -17,7 +17,6 @@ from typing import NoReturn
 
 import pytest
 
-from natkeep import lifecycle
 from natkeep.errors import (
     JournalError,
     KernelError,
@@ -30,7 +29,8 @@ from natkeep.journal import StateDirectory
 from natkeep.kernel import Remember
 from natkeep.kernel.fake import FakeKernel, FakeSite, KilledError
 from natkeep.kernel.netns import NamespaceGoneError
-from natkeep.lifecycle import Lifecycle
+from natkeep.lifecycle import looking
+from natkeep.lifecycle.verbs import Lifecycle
 from natkeep.plan.drift import Gate, Observation
 from natkeep.plan.move import Map, Move, Role, Site
 from natkeep.plan.order import make_plan
@@ -978,7 +978,7 @@ class EndingKernel(RecordingKernel):
 def test_drain_waits_until_no_connection_lives(
     state: StateDirectory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(lifecycle, "_DRAIN_INTERVAL", 0)
+    monkeypatch.setattr(looking, "_DRAIN_INTERVAL", 0)
     lines: list[str] = []
     natkeep = Lifecycle(EndingKernel(), state, lines.append)
     natkeep.prepare(make_move(), CONNECTIONS, Gate.OPEN)

@@ -21,7 +21,7 @@ from natkeep.errors import JournalError, KernelError, NatkeepError, RefusedError
 from natkeep.journal import StateDirectory
 from natkeep.kernel.fake import FakeKernel, FakeSite, KilledError
 from natkeep.kernel.netns import inside, open_namespace
-from natkeep.lifecycle import Lifecycle
+from natkeep.lifecycle.verbs import Lifecycle
 from natkeep.plan.drift import Gate
 from natkeep.plan.lock import DumpLock, NetworkLock
 from natkeep.plan.move import Map, Move, Role, Site

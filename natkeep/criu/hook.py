@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from natkeep.checkpoint import Checkpoint
     from natkeep.criu.orders import Call, Orders
     from natkeep.journal import Journal
-    from natkeep.lifecycle import Lifecycle
+    from natkeep.lifecycle.verbs import Lifecycle
     from natkeep.plan.move import Move, Site
 
 _ACTIONS = ("pre-restore", "post-setup-namespaces", "post-restore")
@@ -123,7 +123,7 @@ def _serve_source() -> int:
     from natkeep.criu.source import serve_post_dump
     from natkeep.journal import StateDirectory
     from natkeep.kernel.linux import LinuxKernel
-    from natkeep.lifecycle import Lifecycle
+    from natkeep.lifecycle.verbs import Lifecycle
 
     lifecycle = Lifecycle(LinuxKernel(), StateDirectory(create=True))
     _say(serve_post_dump(os.environ, lifecycle))
@@ -133,7 +133,7 @@ def _serve_source() -> int:
 def _make_lifecycle(orders: Orders) -> Lifecycle:
     from natkeep.journal import StateDirectory
     from natkeep.kernel.linux import LinuxKernel
-    from natkeep.lifecycle import Lifecycle
+    from natkeep.lifecycle.verbs import Lifecycle
 
     state = StateDirectory(orders.state_dir or None, create=bool(orders.maps))
     return Lifecycle(LinuxKernel(), state)

@@ -28,7 +28,7 @@ from pathlib import Path
 from natkeep.checkpoint import Checkpoint, NetworkLock
 from natkeep.errors import NatkeepError, UsageError
 from natkeep.journal import read_boot_id
-from natkeep.lifecycle import Lifecycle
+from natkeep.lifecycle.verbs import Lifecycle
 from natkeep.plan.move import Move
 
 EXAMPLE = "natkeep run ID OPTIONS -- criu restore --images-dir DIR --tcp-established"

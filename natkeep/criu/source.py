@@ -23,7 +23,7 @@ from natkeep.plan.move import Map, Move, Role, Site, parse_map
 
 if TYPE_CHECKING:
     from natkeep.kernel import Kernel
-    from natkeep.lifecycle import Lifecycle
+    from natkeep.lifecycle.verbs import Lifecycle
     from natkeep.plan.tuples import Address
 
 _UNKNOWN = {4: ip_network("192.0.2.0/24"), 6: ip_network("2001:db8::/32")}

@@ -13,7 +13,7 @@ This file must never touch the kernel.
 - A stateless rule asks for the address that it changes: what a kept connection's rule has turned
   into another OLD already is not turned once more.
 - At the destination NEW:port then means the moved listener, so nobody else may listen there, and
-  no other move may have one there: kernel/linux.py and lifecycle.py look beforehand.
+  no other move may have one there: kernel/linux.py and lifecycle/ look beforehand.
 """
 
 from __future__ import annotations

@@ -16,7 +16,7 @@ from natkeep.criu import hook
 from natkeep.journal import StateDirectory
 from natkeep.kernel import linux
 from natkeep.kernel.fake import FakeKernel
-from natkeep.lifecycle import Lifecycle
+from natkeep.lifecycle.verbs import Lifecycle
 from natkeep.plan.drift import Gate
 from natkeep.plan.move import Map, Move, Role, Site
 from natkeep.plan.tuples import Connections, Endpoint, FourTuple, parse_address

@@ -15,7 +15,7 @@ from natkeep.criu import hook, orders
 from natkeep.journal import StateDirectory
 from natkeep.kernel import linux
 from natkeep.kernel.fake import FakeKernel, FakeSite
-from natkeep.lifecycle import Lifecycle
+from natkeep.lifecycle.verbs import Lifecycle
 from natkeep.plan.drift import Gate
 from natkeep.plan.tuples import parse_address
 

@@ -18,7 +18,7 @@ from natkeep.criu.run import Command, Restore, demand_criu, find_slow_lock, read
 from natkeep.errors import NatkeepError, RefusedError, UsageError
 from natkeep.journal import StateDirectory
 from natkeep.kernel.fake import FakeKernel
-from natkeep.lifecycle import Lifecycle
+from natkeep.lifecycle.verbs import Lifecycle
 from natkeep.plan.drift import Gate
 from natkeep.plan.move import Map, Move, Role, Site
 from natkeep.plan.tuples import Connections, Endpoint, FourTuple, parse_address

@@ -1,0 +1,76 @@
+"""the command line: verbs; it parses, calls lifecycle, prints, and leaves with the exit code.
+
+    parser.py      options, and which function runs each verb
+    arguments.py   from parsed arguments to values
+    moving.py      the verbs that change sites; looking.py: those that only look
+    output.py      where words go
+
+Rule: data goes to stdout, talk to stderr; with --json stdout is one document with `schema` 1.
+Nothing is decided here, and what only one verb needs is imported when that verb runs.
+"""
+
+from __future__ import annotations
+
+import signal
+import sys
+from collections.abc import Sequence
+
+from natkeep.cli.output import silence
+from natkeep.cli.parser import make_parser
+from natkeep.errors import NatkeepError
+
+__all__ = ["main", "make_parser"]
+
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run natkeep; the exit code of DESIGN's contract (see errors.py for each)."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    try:
+        try:
+            args = make_parser(arguments).parse_args(arguments)
+            with _signals_as_exit():
+                return int(args.run(args))
+        finally:
+            if sys.stdout:
+                sys.stdout.flush()  # here, where it can still fail in one line
+    except NatkeepError as error:
+        return _complain(error)
+    except KeyboardInterrupt:
+        print("natkeep: interrupted", file=sys.stderr)
+        return 130
+    except OSError as error:
+        if not isinstance(error, BrokenPipeError):  # then our reader has seen enough
+            print(f"natkeep: {error}", file=sys.stderr)
+        silence(1)
+        return 1
+
+
+def _complain(error: NatkeepError) -> int:
+    print(f"natkeep: {error}", file=sys.stderr)
+    if error.hint:
+        print(f"  ({error.hint})", file=sys.stderr)
+    return error.exit_code
+
+
+class _signals_as_exit:
+    """A signal unwinds the stack, so that what was begun is undone; more do not interrupt that.
+
+    What the caller ignores (nohup) stays ignored.
+    """
+
+    def __enter__(self) -> None:
+        def leave(number: int, _: object) -> None:
+            for each in self._before:
+                signal.signal(each, signal.SIG_IGN)
+            raise KeyboardInterrupt if number == signal.SIGINT else SystemExit(128 + number)
+
+        handlers = {number: signal.getsignal(number) for number in _SIGNALS}
+        self._before = {n: each for n, each in handlers.items() if each != signal.SIG_IGN}
+        for number in self._before:
+            signal.signal(number, leave)
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)

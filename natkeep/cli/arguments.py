@@ -1,0 +1,102 @@
+"""from parsed arguments to values: a lifecycle, sites, maps, a move, the connections."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from natkeep.cli.output import talk
+from natkeep.errors import ImageError, RefusedError, UsageError
+
+if TYPE_CHECKING:
+    from natkeep.checkpoint import Checkpoint
+    from natkeep.lifecycle.verbs import Lifecycle
+    from natkeep.plan.move import Map, Move, Site
+    from natkeep.plan.tuples import Endpoint
+
+
+def make_lifecycle(args: argparse.Namespace, *, create: bool) -> Lifecycle:
+    from natkeep.journal import StateDirectory
+    from natkeep.kernel.linux import LinuxKernel
+    from natkeep.kernel.survey import demand_privileges
+    from natkeep.lifecycle.verbs import Lifecycle
+
+    demand_privileges()
+    return Lifecycle(
+        LinuxKernel(),
+        StateDirectory(args.state_dir, create=create),
+        talk=(lambda line: talk(args, line)) if args.verbose else (lambda line: None),
+    )
+
+
+def parse_sites(texts: Sequence[str]) -> tuple[Site, ...]:
+    from natkeep.plan.move import Role, Site
+
+    return tuple(Site.parse(text) for text in texts) or (Site(Role.DESTINATION),)
+
+
+def make_move(args: argparse.Namespace, checkpoint: Checkpoint) -> Move:
+    from natkeep.plan.move import Mode, Move, Role, parse_id
+
+    parse_id(args.id)
+    sites = parse_sites(args.site)
+    maps = parse_maps(args, sites)
+    listeners = _find_listeners(checkpoint, maps) if args.listeners else ()
+    at_source = any(site.role == Role.SOURCE for site in sites)
+    lock = checkpoint.lock if at_source else None
+    return Move(args.id, maps, sites, Mode(args.mode), listeners, lock)
+
+
+def parse_maps(args: argparse.Namespace, sites: tuple[Site, ...]) -> tuple[Map, ...]:
+    from natkeep.plan.move import Map, parse_map
+
+    maps = []
+    for text in args.map:
+        old, new = parse_map(text)
+        if new is None:
+            new = make_lifecycle(args, create=False).find_new(old, sites)
+        maps.append(Map(old, new))
+    return tuple(maps)
+
+
+def _find_listeners(checkpoint: Checkpoint, maps: Sequence[Map]) -> tuple[Endpoint, ...]:
+    listeners = checkpoint.listeners_at([map_.old for map_ in maps])
+    if not listeners:
+        raise RefusedError(
+            "--listeners: the image has no listener at an OLD or at the wildcard address",
+            hint="natkeep inspect shows what there is; a list of connections names none",
+        )
+    return listeners
+
+
+def read_connections(args: argparse.Namespace) -> Checkpoint:
+    if args.image is not None:
+        from natkeep.checkpoint.images import read_checkpoint
+
+        return read_checkpoint(args.image)
+    if args.connections is not None:
+        from natkeep.checkpoint.listing import parse_listing, read_listing
+
+        if args.connections == "-":
+            try:
+                text = sys.stdin.read() if sys.stdin else ""
+            except UnicodeDecodeError:
+                raise ImageError("stdin is not UTF-8 text") from None
+            return parse_listing(text, "stdin")
+        return read_listing(args.connections)
+    raise UsageError(
+        "which connections? --image DIR or --connections FILE",
+        hint=f"{os.path.basename(sys.argv[0])} inspect DIR shows those of an image",
+    )
+
+
+def authorise(move: Move, checkpoint: Checkpoint) -> int:
+    """How many connections *move* is about, if the operator's policy allows them."""
+    from natkeep import policy
+
+    count = sum(len(checkpoint.connections.at(map_.old)) for map_ in move.maps)
+    policy.authorise(move, count)
+    return count

@@ -1,0 +1,70 @@
+"""the verbs that only look."""
+
+from __future__ import annotations
+
+import argparse
+
+from natkeep.cli.arguments import make_lifecycle, parse_sites
+from natkeep.errors import DriftError, UsageError
+
+
+def status(args: argparse.Namespace) -> int:
+    from natkeep import report
+
+    lifecycle = make_lifecycle(args, create=False)
+    moves = lifecycle.status((args.id,) if args.id else ())
+    if args.json:
+        report.print_json(report.status_to_json(moves))
+    else:
+        print(*report.status_lines(moves, verbose=args.verbose), sep="\n")
+    drift = [line for move in moves for site in move.sites for line in site.drift]
+    if args.strict and drift:
+        raise DriftError(f"drift: {drift[0]}", hint=f"{len(drift)} in all" if drift[1:] else None)
+    return 0
+
+
+def check(args: argparse.Namespace) -> int:
+    from natkeep import report
+    from natkeep.journal import StateDirectory
+    from natkeep.kernel.linux import LinuxKernel
+    from natkeep.lifecycle.verbs import Lifecycle
+    from natkeep.plan.findings import Severity
+
+    lifecycle = Lifecycle(LinuxKernel(), StateDirectory(args.state_dir, create=False))
+    findings = lifecycle.examine(parse_sites(args.site))
+    if args.json:
+        report.print_json(report.findings_to_json(findings))
+    else:
+        print(*report.finding_lines(findings), sep="\n")
+    stopping = [finding for finding in findings if finding.severity == Severity.STOP]
+    if stopping:
+        code = stopping[0].code
+        raise DriftError(f"{code} stops a move", hint=f"natkeep explain {code}")
+    return 0
+
+
+def explain(args: argparse.Namespace) -> int:
+    from natkeep import report
+    from natkeep.plan.findings import CATALOGUE
+
+    if args.code not in CATALOGUE:
+        raise UsageError(f"no finding has the code {args.code!r}", hint=", ".join(CATALOGUE))
+    if args.json:
+        report.print_json(report.explanation_to_json(args.code))
+    else:
+        print(*report.explanation_lines(args.code), sep="\n")
+    return 0
+
+
+def inspect(args: argparse.Namespace) -> int:
+    from natkeep import report
+    from natkeep.checkpoint.images import read_checkpoint_with_queues
+    from natkeep.plan.move import parse_map
+
+    checkpoint = read_checkpoint_with_queues(args.image)
+    olds = [parse_map(text)[0] for text in args.map]
+    if args.json:
+        report.print_json(report.checkpoint_to_json(checkpoint, olds))
+    else:
+        print(*report.checkpoint_lines(checkpoint, olds), sep="\n")
+    return 0

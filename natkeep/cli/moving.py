@@ -1,0 +1,155 @@
+"""the verbs that change sites, or say what would be changed."""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import sys
+from typing import TYPE_CHECKING
+
+from natkeep.cli.arguments import (
+    authorise,
+    make_lifecycle,
+    make_move,
+    parse_maps,
+    parse_sites,
+    read_connections,
+)
+from natkeep.cli.output import print_verb, talk
+from natkeep.errors import RefusedError, UsageError
+
+if TYPE_CHECKING:
+    from natkeep.lifecycle.verbs import Lifecycle
+
+
+def plan(args: argparse.Namespace) -> int:
+    from natkeep import report
+    from natkeep.plan.order import describe_plan, make_plan, render_nft
+
+    checkpoint = read_connections(args)
+    plan = make_plan(make_move(args, checkpoint), checkpoint.connections)
+    form = "json" if args.json else args.format
+    if form == "json":
+        report.print_json(report.plan_to_json(plan))
+    elif form == "nft":
+        for site, lines in render_nft(plan):
+            print(f"# {site}", *lines, sep="\n")
+    else:
+        print(*describe_plan(plan), sep="\n")
+    return 0
+
+
+def prepare(args: argparse.Namespace) -> int:
+    from natkeep import report
+    from natkeep.plan.drift import Gate
+    from natkeep.plan.order import describe_plan
+
+    checkpoint = read_connections(args)
+    move = make_move(args, checkpoint)
+    authorise(move, checkpoint)
+    lifecycle = make_lifecycle(args, create=not args.dry_run)
+    if args.dry_run:
+        plan = lifecycle.check(move, checkpoint.connections, args.replace)
+        if args.json:
+            report.print_json(report.plan_to_json(plan))
+        else:
+            print(*describe_plan(plan), sep="\n")
+        return 0
+    lifecycle.require_devices(move, report.bound_devices(checkpoint, move))
+    plan = lifecycle.prepare(
+        move, checkpoint.connections, Gate(args.gate), args.replace, checkpoint.run_id
+    )
+    for line in report.unkept_lines(checkpoint, plan):
+        talk(args, f"natkeep: not kept: {line}")
+    for line in report.lock_lines(plan):
+        talk(args, f"natkeep: {line}")
+    if args.json:
+        report.print_json({"schema": 1, **report.move_to_json(plan), "gate": args.gate})
+    else:
+        talk(args, f"natkeep: {report.summary(plan)}, gate {args.gate}")
+    return 0
+
+
+def run(args: argparse.Namespace) -> int:
+    from natkeep.criu.run import Restore, demand_criu, find_slow_lock, read_command
+
+    command = read_command(args.criu, args.image)
+    demand_criu(command.words[0])
+    if args.connections is None:
+        args.image = command.images
+    checkpoint = read_connections(args)
+    move = make_move(args, checkpoint)
+    slow = find_slow_lock(checkpoint, authorise(move, checkpoint))
+    if slow:
+        talk(args, f"natkeep: {slow}")
+    lifecycle = make_lifecycle(args, create=True)
+    telling = functools.partial(talk, args)
+    keep = args.keep_closed_on_failure
+    code = Restore(lifecycle, move, checkpoint, command, telling, keep, own_stdout=args.json).run()
+    if args.json:
+        print_verb(args.id, gate="open", criu=code)
+    return code
+
+
+def open(args: argparse.Namespace) -> int:
+    make_lifecycle(args, create=False).open(args.id)
+    if args.json:
+        print_verb(args.id, gate="open")
+    else:
+        talk(args, f"natkeep: {args.id}: gate open")
+    return 0
+
+
+def teardown(args: argparse.Namespace) -> int:
+    from natkeep.plan.move import parse_id
+
+    lifecycle = make_lifecycle(args, create=False)
+    parse_id(args.id)
+    if args.id in lifecycle.state.ids():
+        if args.drain is not None:
+            lifecycle.drain(args.id, args.drain)
+        if not args.yes:
+            _ask_if_alive(args.id, lifecycle)
+            _refuse_exposure(args.id, lifecycle)
+    found = lifecycle.teardown(args.id)
+    if args.json:
+        print_verb(args.id, found=found)
+    else:
+        talk(args, f"natkeep: {args.id}: " + ("undone" if found else "nothing to undo"))
+    return 0
+
+
+def _ask_if_alive(move_id: str, lifecycle: Lifecycle) -> None:
+    alive = lifecycle.count_alive(move_id)
+    if not alive:
+        return
+    question = f"{alive} connections of {move_id} live and will break"
+    if not sys.stdin or not sys.stdin.isatty():
+        raise RefusedError(question, hint="--yes breaks them, --drain waits for their end")
+    print(f"natkeep: {question}. Go on? [y/N] ", end="", file=sys.stderr, flush=True)
+    if sys.stdin.readline().strip().lower() not in ("y", "yes"):
+        raise RefusedError("nothing was changed")
+
+
+def _refuse_exposure(move_id: str, lifecycle: Lifecycle) -> None:
+    for line in lifecycle.find_exposed(move_id):
+        raise RefusedError(
+            line, hint="take OLD from that host, or restore the process there; or --yes"
+        )
+
+
+def quiesce(args: argparse.Namespace) -> int:
+    from natkeep.plan.move import Move, Role
+
+    sites = parse_sites(args.site or ["source"])
+    if [site.role for site in sites] != [Role.SOURCE]:
+        raise UsageError("quiesce is for the source", hint="--site source[=NETNS]")
+    move = Move(args.id, parse_maps(args, sites), sites)
+    lifecycle = make_lifecycle(args, create=True)
+    listeners = lifecycle.quiesce(move, frozenset(args.port), args.timeout)
+    if args.json:
+        print_verb(args.id, listeners=[str(end) for end in listeners])
+    else:
+        told = ", ".join(str(end) for end in listeners)
+        talk(args, f"natkeep: {args.id}: new connections to {told} wait; dump now")
+    return 0

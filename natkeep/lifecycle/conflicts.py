@@ -1,0 +1,94 @@
+"""what two moves may not share: an id, an OLD that goes to two NEWs, a tuple at one address.
+
+Rule: whoever is refused is told the name of the move that was there first.
+"""
+
+from __future__ import annotations
+
+from natkeep.errors import RefusedError
+from natkeep.journal import read_boot_id
+from natkeep.lifecycle.ground import Ground, plan_of
+from natkeep.plan.move import Move, Translation
+from natkeep.plan.reception import refuse_one_end_for_two
+from natkeep.plan.steps import Plan
+from natkeep.plan.tuples import RECORD_SIZE, Connections
+
+
+def refuse_conflicts(ground: Ground, plan: Plan, replaces: str | None) -> None:
+    """Two moves may share an address, but no tuple on either side of a site."""
+    if plan.move.id in ground.state.ids() and not takes_over(plan.move):
+        raise RefusedError(
+            f"the id {plan.move.id} is in use",
+            hint=f"natkeep teardown {plan.move.id}, or another id",
+        )
+    ours = {ground.kernel.identity(site): site for site in plan.move.sites}
+    for move_id in ground.state.ids():
+        found = ground.state.read_move(move_id)
+        if found is None or move_id in (replaces, plan.move.id):
+            continue
+        other, namespaces, boot = found
+        if not set(namespaces) & set(ours) or boot != read_boot_id():
+            continue
+        _refuse_remapped(plan.move, other)
+        refuse_one_end_for_two(plan.move, other)
+        if _shares_address(plan.move, other):
+            journal = ground.state.load(move_id)
+            _refuse_overlap(plan, plan_of(journal))
+
+
+def takes_over(move: Move) -> bool:
+    """Whether *move* goes on from a quiesce of the same id."""
+    return bool(move.held) and not move.quiesces
+
+
+def _refuse_remapped(move: Move, other: Move) -> None:
+    new_of = {map_.old: map_.new for map_ in other.maps}
+    for map_ in move.maps:
+        if new_of.get(map_.old, map_.new) != map_.new:
+            raise RefusedError(
+                f"{map_.old} is moved to {new_of[map_.old]} by {other.id} already",
+                hint=f"natkeep teardown {other.id} first",
+            )
+
+
+def _shares_address(move: Move, other: Move) -> bool:
+    def addresses(of: Move) -> set[object]:
+        return {end for map_ in of.maps for end in (map_.old, map_.new)}
+
+    return bool(addresses(move) & addresses(other))
+
+
+def _refuse_overlap(plan: Plan, other: Plan) -> None:
+    """No two moves may have one tuple at one address, be it OLD or NEW."""
+    for ours in plan.translations:
+        for theirs in other.translations:
+            shared = {ours.map.old, ours.map.new} & {theirs.map.old, theirs.map.new}
+            if not shared:
+                continue
+            common = _keys(ours) & _keys(theirs)
+            if common:
+                raise RefusedError(_describe_overlap(ours, theirs, common, other.move.id))
+
+
+def _keys(translation: Translation) -> set[bytes]:
+    """Local port, peer and peer port of each kept connection, packed."""
+    version = translation.map.old.version
+    records, size = translation.kept.records(version), RECORD_SIZE[version]
+    width = 4 if version == 4 else 16
+    return {records[i + width : i + size] for i in range(0, len(records), size)}
+
+
+def _describe_overlap(
+    ours: Translation, theirs: Translation, common: set[bytes], other_id: str
+) -> str:
+    version = ours.map.old.version
+    key = min(common)
+    texts = []
+    for translation in (ours, theirs):
+        record = translation.map.old.packed + key
+        packed = Connections(v4=record) if version == 4 else Connections(v6=record)
+        texts.append(str(next(iter(packed))))
+    return (
+        f"{texts[0]} and {texts[1]} (of move {other_id}) would be one tuple at "
+        f"{'OLD' if ours.map.old == theirs.map.old else 'NEW'}; {len(common)} in all"
+    )

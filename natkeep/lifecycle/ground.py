@@ -1,0 +1,158 @@
+"""what every verb stands on: one kernel, one state directory; doing, undoing, and noting both.
+
+Rule: the journal is written before and after each step. An undo goes on after a failure, and
+what it could not undo it names (LeftoverError); it touches nothing that the journal does not say
+is ours.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from contextlib import suppress
+from dataclasses import dataclass
+
+from natkeep.errors import JournalError, LeftoverError, NatkeepError, RefusedError
+from natkeep.journal import Journal, Record, StateDirectory, read_boot_id
+from natkeep.kernel import Kernel
+from natkeep.kernel.netns import NamespaceGoneError
+from natkeep.plan import ruleset
+from natkeep.plan.move import Move, Site
+from natkeep.plan.order import make_plan
+from natkeep.plan.steps import AddAddress, Plan, Prior, RaiseLoopback, Step, TakeOverLock
+
+Talk = Callable[[str], None]
+"""Where progress goes; one line without its newline."""
+
+
+@dataclass
+class Ground:
+    """One kernel and one state directory."""
+
+    kernel: Kernel
+    state: StateDirectory
+    talk: Talk = lambda line: None
+
+    def _open_sites(self, move: Move) -> None:
+        self.kernel.open_sites(move.sites)
+        seen: dict[tuple[int, int], Site] = {}
+        for site in move.sites:
+            other = seen.setdefault(self.kernel.identity(site), site)
+            if other is not site:
+                raise RefusedError(f"{site} and {other} are the same network namespace")
+
+    def _open_known(self, journal: Journal, plan: Plan) -> None:
+        for site in plan.move.sites:
+            self.kernel.open_sites([site], {site: journal.identity(site)})
+
+    def _reach(self, journal: Journal, site: Site) -> bool:
+        try:
+            self.kernel.open_sites([site], {site: journal.identity(site)})
+        except NamespaceGoneError as error:
+            self.talk(f"natkeep: {error}, and with it all that was in it")
+            return False
+        return True
+
+    def _load(self, move_id: str) -> tuple[Journal, Plan]:
+        journal = self.state.load(move_id)
+        plan = plan_of(journal)
+        if kinds_of(plan) != journal.kinds:
+            raise JournalError(
+                f"move {move_id} was prepared by a natkeep that does other steps",
+                hint="use that version to tear it down",
+            )
+        return journal, plan
+
+    def _refuse_earlier_boot(self, journal: Journal) -> None:
+        if journal.boot != read_boot_id():
+            raise JournalError(
+                f"move {journal.move.id} was prepared before the last boot; nothing of it is there",
+                hint=f"natkeep teardown {journal.move.id}",
+            )
+
+    def _apply_or_undo(self, journal: Journal, plan: Plan, numbers: list[int]) -> None:
+        try:
+            for number in numbers:
+                self._apply(journal, plan.steps[number], number)
+        except BaseException as error:
+            # Ctrl-C and SIGTERM too: leaving half a translation is what gets connections reset.
+            self.talk(f"natkeep: {error or type(error).__name__}: undoing")
+            left = self._undo(journal, plan, reversed(numbers))
+            if left:
+                raise leftover(journal, left) from error
+            if not numbers[0]:
+                journal.remove()
+            raise
+
+    def _apply(self, journal: Journal, step: Step, number: int) -> None:
+        for line in step.describe():
+            self.talk(f"[+] {line}")
+        prior = self.kernel.apply(step, lambda found: journal.note(number, "doing", found))
+        journal.note(number, "done", prior)
+
+    def _undo(self, journal: Journal, plan: Plan, numbers: Iterable[int]) -> list[NatkeepError]:
+        """Undo those of the steps that were begun, going on after a failure."""
+        left: list[NatkeepError] = []
+        for number in numbers:
+            record = journal.records.get(number)
+            if record is None or record.state == "undone":
+                continue
+            step = plan.steps[number]
+            self.talk(f"[-] {type(step).__name__} at {step.site}")
+            try:
+                if not self._hand_over(journal, step, record):
+                    self.kernel.revert(step, record.prior)
+            except NatkeepError as error:
+                left.append(error)
+                continue
+            # A full disk must not stop this: what the journal still has is only undone again.
+            with suppress(JournalError):
+                journal.note(number, "undone", Prior())
+        return left
+
+    def _hand_over(self, journal: Journal, step: Step, record: Record) -> bool:
+        """Leave an address (or lo) that another move uses as well, and make that move its owner.
+
+        Only the move that added it knows that it was not there before.
+        """
+        if not isinstance(step, AddAddress | RaiseLoopback) or record.prior.present:
+            return False
+        identity = journal.identity(step.site)
+        for move_id in self.state.ids():
+            found = self.state.read_move(move_id)
+            if move_id == journal.move.id or found is None or identity not in found[1]:
+                continue
+            other = self.state.load(move_id)
+            if other.boot != journal.boot:
+                continue
+            for number, theirs in enumerate(plan_of(other).steps):
+                same = _is_same_thing(step, theirs) and other.identity(theirs.site) == identity
+                if same and other.is_done(number):
+                    other.note(number, "done", record.prior)
+                    return True
+        return False
+
+
+def plan_of(journal: Journal) -> Plan:
+    return make_plan(journal.move, journal.connections, journal.surroundings)
+
+
+def kinds_of(plan: Plan) -> tuple[str, ...]:
+    return tuple(type(step).__name__ for step in plan.steps)
+
+
+def without_lock(plan: Plan, numbers: Iterable[int]) -> list[int]:
+    """CRIU's lock is put back when prepare fails, and never by a teardown."""
+    return [number for number in numbers if not isinstance(plan.steps[number], TakeOverLock)]
+
+
+def _is_same_thing(ours: Step, theirs: Step) -> bool:
+    if isinstance(ours, AddAddress) and isinstance(theirs, AddAddress):
+        return ours.address == theirs.address
+    return isinstance(ours, RaiseLoopback) and isinstance(theirs, RaiseLoopback)
+
+
+def leftover(journal: Journal, left: list[NatkeepError]) -> LeftoverError:
+    return LeftoverError(
+        f"move {journal.move.id}: not undone: " + "; ".join(str(error) for error in left),
+        hint=f"natkeep teardown {journal.move.id} tries again; table {ruleset.TABLE} is ours alone",
+    )

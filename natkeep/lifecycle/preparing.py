@@ -1,0 +1,197 @@
+"""prepare: everything is checked before anything is changed, and undone if it fails."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from natkeep.errors import RefusedError, UsageError
+from natkeep.journal import Journal, read_boot_id
+from natkeep.lifecycle.conflicts import refuse_conflicts, takes_over
+from natkeep.lifecycle.ground import Ground, kinds_of, leftover, plan_of, without_lock
+from natkeep.plan.drift import Gate
+from natkeep.plan.move import Mode, Move, Role, Site
+from natkeep.plan.order import make_plan
+from natkeep.plan.steps import InsertEntries, Plan, Prior, PurgeEntries, TakeOverLock
+from natkeep.plan.tuples import NO_CONNECTIONS, Address, Connections
+
+if TYPE_CHECKING:
+    from natkeep.plan.findings import Finding
+
+
+class Preparing(Ground):
+    """The verb prepare, and what is asked before it."""
+
+    def prepare(
+        self,
+        move: Move,
+        connections: Connections,
+        gate: Gate = Gate.CLOSED,
+        replaces: str | None = None,
+        image: str | None = None,
+        *,
+        frozen: bool = False,
+    ) -> Plan:
+        """Make every site ready; with Gate.OPEN let the connections through as well.
+
+        image: the run id of the dump that the connections were read from, for `open`'s confirm.
+        replaces: the id of an earlier move of the same process. At the sites that both have,
+        this move's gate closes in front of it, and when all is ready the earlier one is taken
+        out there: no packet meets both, and none meets neither.
+        frozen: CRIU holds the process at the source just now, so its sockets are to be there.
+
+        Raises what was refused or failed; then everything has been undone, and if it could not
+        be, LeftoverError says what is there.
+        """
+        with self.state.locked():
+            plan = self.check(move, connections, replaces, frozen=frozen)
+            if replaces is not None:
+                return self._replace(plan, connections, gate, replaces, image)
+            self._begin_and_apply(plan, connections, gate, image)
+        return plan
+
+    def _begin_and_apply(
+        self, plan: Plan, connections: Connections, gate: Gate, image: str | None
+    ) -> None:
+        move = plan.move
+        steps = plan.steps if gate == Gate.OPEN else plan.prepare
+        identities = tuple(self.kernel.identity(site) for site in move.sites)
+        quiesce = self.state.load(move.id) if takes_over(move) else None
+        journal = self.state.begin(
+            move, connections, plan.surroundings, identities, kinds_of(plan), image
+        )
+        try:
+            self._apply_or_undo(journal, plan, list(range(len(steps))))
+        except BaseException:
+            if quiesce is not None and move.id not in self.state.ids():
+                self._hold_again(quiesce)
+            raise
+
+    def _hold_again(self, quiesce: Journal) -> None:
+        """The move that took a quiesce over has failed and was undone: all is as before it."""
+        plan = plan_of(quiesce)
+        journal = self.state.begin(
+            quiesce.move, NO_CONNECTIONS, plan.surroundings, quiesce.namespaces, quiesce.kinds
+        )
+        self._apply_or_undo(journal, plan, list(range(len(plan.steps))))
+
+    def _replace(
+        self, plan: Plan, connections: Connections, gate: Gate, replaces: str, image: str | None
+    ) -> Plan:
+        earlier, old = self._load(replaces)
+        self._refuse_earlier_boot(earlier)
+        shared = self._shared_sites(earlier, plan.move)
+        numbers = [n for n, step in enumerate(old.steps) if step.site in shared]
+        entries = [n for n in numbers if isinstance(old.steps[n], InsertEntries | PurgeEntries)]
+        # What was purged is the new move's to give back. Stateful entries of both moves have the
+        # same tuples: from now on a teardown of the earlier move must not delete those of the
+        # new one. Stateless ones say NEW, so they differ.
+        same = {earlier.move.mode, plan.move.mode} == {Mode.STATEFUL}
+        for number in entries:
+            if same or isinstance(old.steps[number], PurgeEntries):
+                earlier.note(number, "undone", Prior())
+        self.kernel.open_sites(shared, {site: earlier.identity(site) for site in shared})
+        try:
+            self._begin_and_apply(plan, connections, gate, image)
+        except BaseException:
+            for number in entries:
+                self._apply(earlier, old.steps[number], number)
+            raise
+        left = self._undo(earlier, old, without_lock(old, reversed(numbers)))
+        if left:
+            raise leftover(earlier, left)
+        for number in numbers:
+            if isinstance(old.steps[number], TakeOverLock):
+                earlier.note(number, "undone", Prior())
+        if all(record.state == "undone" for record in earlier.records.values()):
+            earlier.remove()
+        return plan
+
+    def _shared_sites(self, earlier: Journal, move: Move) -> list[Site]:
+        ours = {self.kernel.identity(site) for site in move.sites}
+        shared = [site for site in earlier.move.sites if earlier.identity(site) in ours]
+        if not shared:
+            raise RefusedError(f"{move.id} and {earlier.move.id} have no site in common")
+        return shared
+
+    def check(
+        self,
+        move: Move,
+        connections: Connections,
+        replaces: str | None = None,
+        *,
+        frozen: bool = False,
+    ) -> Plan:
+        """The plan, if it could be carried out as things stand; nothing is changed."""
+        self._open_sites(move)
+        move = self._with_hold(move)
+        surroundings = self.kernel.look_around(move, connections)
+        if replaces is not None:
+            earlier = self.state.load(replaces).surroundings
+            surroundings = surroundings.carry_on(earlier, connections)
+        plan = make_plan(move, connections, surroundings)
+        refuse_conflicts(self, plan, replaces)
+        if not frozen:
+            self._refuse_living(plan)
+        for step in plan.steps:
+            self.kernel.check(step)
+        return plan
+
+    def _with_hold(self, move: Move) -> Move:
+        """*move*, with the listeners that a quiesce of the same id holds at its source."""
+        if move.quiesces or move.id not in self.state.ids():
+            return move
+        found = self.state.read_move(move.id)
+        if found is None or not found[0].quiesces or found[2] != read_boot_id():
+            return move
+        sources = [site for site in move.sites if site.role == Role.SOURCE]
+        if [self.kernel.identity(site) for site in sources] != [*found[1]]:
+            return move
+        return replace(move, held=found[0].held)
+
+    def _refuse_living(self, plan: Plan) -> None:
+        """A process that still lives at the source would own its connections twice (T7)."""
+        for site in plan.move.sites:
+            if site.role != Role.SOURCE or plan.move.quiesces:
+                continue
+            alive = self.kernel.observe(site, plan).alive
+            if alive:
+                raise RefusedError(
+                    f"{site}: {alive} of the connections still have their sockets there",
+                    hint="was it dumped with --leave-running? End that process first",
+                )
+
+    def examine(self, sites: tuple[Site, ...]) -> tuple[Finding, ...]:
+        """What about the machine stops or endangers a move with these sites."""
+        from natkeep.plan.findings import find
+
+        self.kernel.open_sites(sites)
+        return tuple(finding for site in sites for finding in find(site, self.kernel.survey(site)))
+
+    def require_devices(self, move: Move, devices: frozenset[str]) -> None:
+        """RefusedError when the destination lacks a device that a socket is bound to."""
+        destinations = [site for site in move.sites if site.role == Role.DESTINATION]
+        self.kernel.open_sites(destinations)
+        for site in destinations:
+            missing = sorted(devices - self.kernel.devices(site)) if devices else []
+            if missing:
+                raise RefusedError(
+                    f"{site}: no device {', '.join(missing)}, which a socket is bound to",
+                    hint="CRIU could not restore the socket there",
+                )
+
+    def find_new(self, old: Address, sites: tuple[Site, ...]) -> Address:
+        """What NEW=auto means for *old*: the one address of its family at the destination."""
+        destinations = [site for site in sites if site.role == Role.DESTINATION]
+        if not destinations:
+            raise UsageError("NEW can be `auto` only where there is a site destination")
+        self.kernel.open_sites(destinations)
+        found = [a for a in self.kernel.addresses(destinations[0], old.version) if a != old]
+        if len(found) != 1:
+            listed = ", ".join(str(address) for address in found) or "none"
+            raise RefusedError(
+                f"NEW=auto for {old}: {destinations[0]} has not one IPv{old.version} address "
+                f"but {listed}",
+                hint="name it: --map OLD=NEW",
+            )
+        return found[0]
