@@ -232,6 +232,10 @@ _FORWARD = (
 _SETTLED = (
     "for f in /proc/sys/net/ipv6/conf/*/accept_dad /proc/sys/net/ipv6/conf/*/accept_ra"
     " /proc/sys/net/ipv4/conf/*/rp_filter; do echo 0 >$f; done\n"
+    # Nor should its congestion control: one that paces (BBR) stamps segments with the time at
+    # which they are to leave, up to some 40 ms ahead of its clock. CRIU saves the clock, so the
+    # restored process would seem to step back by just that, whatever the network does.
+    "echo reno >/proc/sys/net/ipv4/tcp_congestion_control\n"
 )
 
 
