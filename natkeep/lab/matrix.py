@@ -17,7 +17,7 @@ import pkgutil
 import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from multiprocessing import connection, get_context
 from pathlib import Path
 
@@ -28,12 +28,14 @@ from natkeep.lab.situations import SITUATIONS, Situation
 from natkeep.lab.stage import Lab
 from natkeep.lab.topology import sweep
 from natkeep.lab.verdict import Report, tell_story
+from natkeep.lab.wire import COMPLETE
 
 TRANSLATORS = ("natkeep", "naive", "naive+purge")
 MODES = ("stateful", "stateless")
 CELL_S = 90.0
 """A cell's deadline; the slowest take 15 s on a busy machine."""
 
+_RETAKES = 2
 _FAREWELL_S = 10.0  # for a cell that was told to end, to take its lab down
 
 
@@ -73,12 +75,16 @@ class Cell:
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What one run of a cell came to: `pass`, `fail` or `refused`, and why."""
+    """What one run of a cell came to: `pass`, `fail` or `refused`, and why.
+
+    retaken: how many runs before it were no evidence, and do not count.
+    """
 
     cell: Cell
     verdict: str
     reason: str = ""
     seconds: float = 0.0
+    retaken: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,6 +154,19 @@ def play(cell: Cell, report: Path | None = None) -> Outcome:
     return Outcome(cell, verdict, reason, time.monotonic() - began)
 
 
+def play_until_proved(cell: Cell, report: Path | None = None) -> Outcome:
+    """Run *cell*, again where a capture missed frames: that says nothing of the connection.
+
+    After some times it is a failure all the same.
+    """
+    outcome = play(cell, report)
+    for retaken in range(1, _RETAKES + 1):
+        if outcome.verdict != "fail" or not outcome.reason.startswith(f"{COMPLETE}:"):
+            break
+        outcome = replace(play(cell, report), retaken=retaken)
+    return outcome
+
+
 def judge(report: Report, refused: str, *, may_refuse: tuple[str, ...]) -> tuple[str, str]:
     """Verdict and reason: a refusal counts as one only where it may be, and changed nothing."""
     failed = [each for each in report.assertions if not each.ok]
@@ -156,6 +175,8 @@ def judge(report: Report, refused: str, *, may_refuse: tuple[str, ...]) -> tuple
         return ("fail", str(left[0])) if left else ("refused", refused)
     if report.passed:
         return "pass", ""
+    # An incomplete capture is the reason only where nothing else is.
+    failed.sort(key=lambda each: each.name == COMPLETE)
     reason = f"{failed[0].name}: {failed[0].detail}" if failed else "nothing was asserted"
     return "fail", reason
 
@@ -227,8 +248,8 @@ class _Run:
         told: Outcome | None = None
         if self.pipe.poll():
             try:
-                verdict, reason, seconds = self.pipe.recv()
-                told = Outcome(self.cell, verdict, reason, seconds)
+                verdict, reason, seconds, retaken = self.pipe.recv()
+                told = Outcome(self.cell, verdict, reason, seconds, retaken)
             except EOFError:
                 pass
         if told is not None:
@@ -254,11 +275,11 @@ def _live(pipe: connection.Connection, cell: Cell, slot: int, report: Path | Non
     usual = sorted(os.sched_getaffinity(0))
     os.sched_setaffinity(0, {usual[slot % len(usual)]})
     try:
-        outcome = play(cell, report)
-        told = (outcome.verdict, outcome.reason, outcome.seconds)
+        outcome = play_until_proved(cell, report)
+        told = (outcome.verdict, outcome.reason, outcome.seconds, outcome.retaken)
     except KeyboardInterrupt:
         return  # nobody is left to be told
     except Exception as error:
-        told = ("fail", f"the lab: {type(error).__name__}: {error}"[:600], 0.0)
+        told = ("fail", f"the lab: {type(error).__name__}: {error}"[:600], 0.0, 0)
     pipe.send(told)
     pipe.close()

@@ -68,6 +68,7 @@ class Square:
             "passed": self.count("pass"),
             "refused": self.count("refused"),
             "reasons": self.reasons,
+            "retaken": sum(each.retaken for each in self.outcomes),
             "seconds": round(sum(each.seconds for each in self.outcomes), 1),
         }
 
@@ -116,6 +117,9 @@ class Tally:
         if ours:
             lines += ["", "natkeep failed:"]
             lines += [f"  {each.cell}: {_short(each.reasons[0])}" for each in ours]
+        retaken = sum(each.retaken for square in self.squares for each in square.outcomes)
+        if retaken:
+            lines += ["", f"{retaken} more were no evidence (a capture missed frames): run again"]
         lines += [
             "",
             f"{played} cells, {runs} runs, {self.jobs} at once, in {self.seconds / 60:.1f} min; "

@@ -60,6 +60,10 @@ class Frame:
     segment: Segment | None = None
 
 
+COMPLETE = "the captures are complete"
+"""The assertion about the evidence itself."""
+
+
 class Capture:
     """tcpdump at one point; started by making it, ended by `stop`."""
 
@@ -161,7 +165,7 @@ class Wiretap:
         """Whether the captures are evidence at all."""
         flaws = [flaw for c in self.captures.values() if (flaw := c.flaws())]
         counts = ", ".join(f"{c.point} {c.captured}" for c in self.captures.values())
-        return Assertion("the captures are complete", not flaws, "; ".join(flaws) or counts)
+        return Assertion(COMPLETE, not flaws, "; ".join(flaws) or counts)
 
 
 def points(lab: Topology) -> dict[str, tuple[str, str]]:

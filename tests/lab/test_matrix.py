@@ -182,6 +182,44 @@ def test_a_refusal_counts_only_where_it_may_be(told, refused, may_refuse, verdic
     assert judge(told, refused, may_refuse=may_refuse)[0] == verdict
 
 
+INCOMPLETE = "the captures are complete: near: 3 packets never written"
+
+
+@pytest.mark.parametrize(
+    ("told", "verdict", "reason", "retaken"),
+    [
+        (["pass"], "pass", "", 0),
+        ([INCOMPLETE, "pass"], "pass", "", 1),
+        (["no reset on any wire: 1", "pass"], "fail", "no reset on any wire: 1", 0),
+        ([INCOMPLETE, "no reset: 1", "pass"], "fail", "no reset: 1", 1),
+        ([INCOMPLETE, INCOMPLETE, INCOMPLETE, "pass"], "fail", INCOMPLETE, 2),
+    ],
+    ids=["proved", "run again", "failed", "failed again", "never proved"],
+)
+def test_a_run_is_repeated_only_where_a_capture_missed_frames(
+    told, verdict, reason, retaken, monkeypatch
+):
+    runs = iter(told)
+
+    def play(cell, report):
+        word = next(runs)
+        return Outcome(cell, "pass") if word == "pass" else Outcome(cell, "fail", word)
+
+    monkeypatch.setattr(matrix, "play", play)
+    outcome = matrix.play_until_proved(Cell(NOTHING, 4, STATEFUL))
+
+    assert (outcome.verdict, outcome.reason, outcome.retaken) == (verdict, reason, retaken)
+
+
+def test_what_the_wires_show_goes_before_an_incomplete_capture():
+    lost = Assertion("the captures are complete", False, "near: 3 packets never written")
+    reset = Assertion("no reset on any wire", False, "1 in 9 segments")
+
+    assert (
+        judge(report(lost, reset), "", may_refuse=())[1] == "no reset on any wire: 1 in 9 segments"
+    )
+
+
 # Cells run in processes of their own; what they do is replaced here.
 
 
