@@ -3,22 +3,35 @@
 SCENARIO    ?= server_moves_to_new_address
 ENGINE      ?= auto
 PYTEST_ARGS ?=
+MANY        ?= 16x50
 REPS        ?= 1
 ONLY        ?=
+SECONDS     ?= 60
+FUZZ_ARGS   ?=
+MINUTES     ?= 2
+BENCH_ARGS  ?=
 
 # Tests skip what this machine lacks, but not in CI nor as root, where the set-up can provide it:
 # there a missing tool is a failure. `make test NATKEEP_REQUIRE=` skips there too.
-ALL_REQUIRED := root,criu,pycriu,runc,scapy,nftables,ruff,mypy
+ALL_REQUIRED := root,powers,criu,pycriu,runc,scapy,nftables,ruff,mypy
 NATKEEP_REQUIRE ?= $(if $(CI)$(filter 0,$(shell id -u)),$(ALL_REQUIRED))
 export NATKEEP_REQUIRE
+
+CAPABILITIES := -all,+net_admin,+sys_admin,+dac_read_search,+net_raw
+ACTING_TESTS := tests/kernel tests/criu tests/checkpoint tests/plan $(addprefix tests/test_,cli.py \
+	lifecycle.py journal.py policy.py children.py capabilities.py names_property.py)
 
 # nft, criu and the like live in sbin, which not every shell has in its path.
 export PATH := $(PATH):/usr/local/sbin:/usr/sbin:/sbin
 
-.PHONY: help setup demo test check lab matrix bench-hook clean
+# faults: how many kills at random, and what else bench/faults takes.
+KILLS       ?= 500
+FAULTS_ARGS ?=
+
+.PHONY: help setup demo test check lab matrix bench-hook bench-control bench-stall soak fuzz faults many test-caps clean
 
 help: ## this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-13s %s\n", $$1, $$2 }' Makefile
 
 setup: ## packages, .venv/ and a CRIU that works on this kernel (needs root when one is missing)
 	@scripts/setup
@@ -42,8 +55,31 @@ lab: root setup ## one practice network: SCENARIO=name ENGINE=auto|criu|repair (
 matrix: root setup ## the correctness matrix, beside rules written by hand: REPS=1 ONLY='name' (needs root)
 	@.venv/bin/natkeep lab matrix --reps $(REPS) $(if $(ONLY),--only '$(ONLY)')
 
+fuzz: ## mutants of real dumps, journals and lists: SECONDS=60; ends in 1 if one is a finding
+	@scripts/setup
+	@.venv/bin/python -m fuzz --seconds $(SECONDS) $(FUZZ_ARGS)
+
+many: root setup ## 16 processes of 50 moves each in the same namespaces: MANY=16x50 (needs root)
+	@NATKEEP_MANY=$(MANY) .venv/bin/pytest tests/test_many_at_once.py -q
+
+test-caps: root setup ## the tests of what acts, with natkeep's three capabilities (and scapy's) alone
+	@NATKEEP_REQUIRE=root,nftables,scapy setpriv --no-new-privs --bounding-set $(CAPABILITIES) --inh-caps -all \
+		.venv/bin/pytest $(ACTING_TESTS) $(PYTEST_ARGS)
+
 bench-hook: root setup ## what each call of natkeep-hook costs a restore (needs root)
 	@.venv/bin/python bench/hook.py
+
+bench-control: root setup ## prepare, open, teardown beside what is done by hand, 1 to 100,000 connections (needs root)
+	@.venv/bin/python bench/control.py $(BENCH_ARGS)
+
+bench-stall: root setup ## how long a peer waits, with and without hold: BENCH_ARGS='--reps 20' (needs root)
+	@.venv/bin/python bench/stall.py $(BENCH_ARGS)
+
+soak: root setup ## moves back and forth under load, and nothing grows: MINUTES=20 (needs root)
+	@.venv/bin/python -m natkeep.lab.soak --minutes $(MINUTES)
+
+faults: root setup ## natkeep struck at every point and killed KILLS=500 times: nothing is left (needs root)
+	@.venv/bin/python bench/faults --kills $(KILLS) $(FAULTS_ARGS)
 
 clean: ## remove .venv/, .lab/ and the caches; the system's packages stay
 	rm -rf .venv .lab .pytest_cache .mypy_cache .ruff_cache .hypothesis dist

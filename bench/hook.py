@@ -1,130 +1,307 @@
-"""the price of natkeep-hook: what each of its calls costs a restore.
+"""the price of natkeep-hook: what each of its calls costs, and what a whole restore costs with it.
 
-Usage, as root:  python bench/hook.py [ROUNDS] [--connections N]
+Usage, as root:  python bench/hook.py [ROUNDS] [--connections N] [--json FILE]
 
-Wall time of the program from start to end, as CRIU waits for it: minimum and median of interleaved
-rounds (the minimum is what it takes, the median what it took on a machine that does other things),
-and processor time. Everything happens in one network namespace that goes with the bench.
+Wall time of programs from start to end, as CRIU waits for them: minimum and median of interleaved
+rounds (the minimum is what it takes, the median what it took on a machine that does other things).
+What is asked for is a ratio of two medians of the same rounds. Exits with 1 where one is missed.
+
+The restores are a real CRIU's: a process with one connection is dumped once, and restored from the
+same image in a fresh network namespace each time. All namespaces go with the bench.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
+import shutil
+import signal
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 BIN = Path(sys.executable).parent
 HOOK, NATKEEP = BIN / "natkeep-hook", BIN / "natkeep"
-NETNS = f"natkeep-bench-{os.getpid()}"
-OLD, NEW, PEER = "10.2.0.10", "10.3.0.20", "10.1.0.2"
+CRIU = Path(__file__).resolve().parents[1] / ".lab/criu/criu"
+OLD, NEW, PEER, PORT = "10.2.0.10", "10.3.0.20", "10.1.0.2", 5000
 
-Timing = tuple[float, float]  # wall and processor time, ms
+SERVER = f"""
+import os, socket, time
+os.closerange(3, 1024)
+listener = socket.create_server(("{OLD}", {PORT}))
+child = os.fork()
+if child == 0:  # the peer is no part of the tree
+    listener.close()
+    os.setsid()
+    peer = socket.create_connection(("{OLD}", {PORT}), source_address=("{PEER}", 0))
+    time.sleep(3600)
+accepted, _ = listener.accept()
+if os.fork():
+    os._exit(0)
+os.setsid()
+with open("pid", "w") as file:
+    file.write(str(os.getpid()))
+os.rename("pid", "ready")
+time.sleep(3600)
+"""
 
 
-def measure(*argv: str | Path, **environment: str) -> Timing:
-    """Run the program in the namespace; it must succeed."""
+def run(*argv: str | Path, **environment: str) -> float:
+    """Run the program, which must succeed; how long it took, in ms."""
     began = time.perf_counter()
     process = subprocess.Popen(
-        ["nsenter", f"--net=/run/netns/{NETNS}", *argv],
-        env={"PATH": os.environ["PATH"], **environment},
-        stdin=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        argv, env={"PATH": os.environ["PATH"], **environment},
+        stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
     )  # fmt: skip
-    _, status, used = os.wait4(process.pid, 0)
-    wall = time.perf_counter() - began
-    process.returncode = os.waitstatus_to_exitcode(status)
-    if process.returncode:
-        raise SystemExit(f"{argv[0]} exited {process.returncode}")
-    return wall * 1000, (used.ru_utime + used.ru_stime) * 1000
+    code = process.wait()
+    took = time.perf_counter() - began
+    if code:
+        raise SystemExit(f"{' '.join(map(str, argv))} exited {code}")
+    return took * 1000
 
 
-class Bench:
-    """One state directory, and moves that are prepared anew for each round."""
+@contextmanager
+def destination() -> Iterator[str]:
+    """A namespace that has NEW, and a route to the peer; its name."""
+    name = f"natkeep-bench-{os.getpid()}-{time.monotonic_ns():x}"
+    subprocess.run(["ip", "netns", "add", name], check=True)
+    try:
+        lines = [
+            "link set lo up", "link add eth0 type veth peer name eth1",
+            f"address add {NEW}/24 dev eth0", "link set eth0 up", "link set eth1 up",
+            "route add default via 10.3.0.1",
+        ]  # fmt: skip
+        command = ["ip", "-n", name, "-batch", "-"]
+        subprocess.run(command, input="\n".join(lines), check=True, text=True)
+        yield name
+    finally:
+        subprocess.run(["ip", "netns", "delete", name], check=True)
 
-    def __init__(self, directory: Path, connections: int) -> None:
-        self.state, self.listing = directory / "state", directory / "listing"
-        lines = (f"{OLD}:5000 {PEER}:{1024 + n}\n" for n in range(connections))
-        self.listing.write_text("".join(lines))
 
-    def natkeep(self, *arguments: str) -> None:
-        """Run natkeep; what it did is not measured."""
-        environment = {**os.environ, "NATKEEP_STATE_DIR": str(self.state)}
-        subprocess.run([NATKEEP, "-q", *arguments], check=True, env=environment)
+class Calls:
+    """Single calls of the hook, beside the programs that they are compared with."""
 
-    def hook(self, action: str, **environment: str) -> Timing:
+    def __init__(self, directory: Path, netns: str, tree: int) -> None:
+        self.directory, self.netns, self.tree = directory, netns, tree
+        self.noop, self.nft = directory / "noop", directory / "nft"
+        self.noop.write_text("#!/bin/sh\nexit 0\n")
+        chain = "chain c {\n type filter hook input priority 0;\n}"
+        table = f"table inet natkeep-bench {{\n{chain}\n}}"
+        self.nft.write_text(f"#!/bin/sh\nnft -f - <<'E'\n{table}\nE\n")
+        for script in (self.noop, self.nft):
+            script.chmod(0o755)
+
+    def enter(self, *argv: str | Path, **environment: str) -> float:
+        """Run a program in the namespace."""
+        return run("nsenter", f"--net=/run/netns/{self.netns}", *argv, **environment)
+
+    def hook(self, action: str, **environment: str) -> float:
         """natkeep-hook at *action*."""
-        state = {"NATKEEP_STATE_DIR": str(self.state)}
-        return measure(HOOK, CRTOOLS_SCRIPT_ACTION=action, **state, **environment)
+        return self.enter(
+            HOOK, CRTOOLS_SCRIPT_ACTION=action, NATKEEP_STATE_DIR=str(self.directory),
+            CRTOOLS_INIT_PID=str(self.tree), **environment,
+        )  # fmt: skip
 
-    def open(self) -> Timing:
-        """Open a move that was prepared for it."""
-        self.natkeep(
-            "prepare", "bench", f"--map={OLD}={NEW}", f"--site=destination={NETNS}",
-            f"--connections={self.listing}",
+    def load(self) -> float:
+        """A shell script that runs one `nft -f`."""
+        try:
+            return self.enter(self.nft)
+        finally:
+            self.enter("nft", "delete", "table", "inet", "natkeep-bench")
+
+    def open(self, connections: int) -> float:
+        """natkeep-hook opens a move that was prepared for it."""
+        listing = self.directory / "listing"
+        lines = (f"{OLD}:{PORT} {PEER}:{1024 + n}\n" for n in range(connections))
+        listing.write_text("".join(lines))
+        state = {"NATKEEP_STATE_DIR": str(self.directory)}
+        self.enter(
+            NATKEEP, "-q", "prepare", "bench", f"--map={OLD}={NEW}", f"--connections={listing}",
+            **state,
         )  # fmt: skip
         try:
             return self.hook("post-restore", NATKEEP_ID="bench")
         finally:
-            self.natkeep("teardown", "bench", "--yes")
+            self.enter(NATKEEP, "-q", "teardown", "bench", "--yes", **state)
 
 
-def make_namespace() -> None:
-    """A destination: it has NEW, and a route to the peer."""
-    subprocess.run(["ip", "netns", "add", NETNS], check=True)
-    lines = [
-        "link set lo up", "link add eth0 type veth peer name eth1",
-        f"address add {NEW}/24 dev eth0", "link set eth0 up", "link set eth1 up",
-        "route add default via 10.3.0.1",
-    ]  # fmt: skip
+def measure_calls(directory: Path, rounds: int, connections: int) -> dict[str, list[float]]:
+    """Single calls, interleaved."""
+    with destination() as netns:
+        enter = ["nsenter", f"--net=/run/netns/{netns}"]
+        tree = subprocess.Popen([*enter, "sleep", "3600"])
+        try:
+            calls = Calls(directory, netns, tree.pid)
+            bare = [sys.executable, "-I", "-S", "-c", "pass"]
+            return interleave(rounds, {
+                "sh, does nothing": lambda: calls.enter(calls.noop),
+                "hook, not ours (pre-resume)":
+                    lambda: calls.hook("pre-resume", NATKEEP_ID="bench"),
+                "hook, NATKEEP_ID, pre-restore":
+                    lambda: calls.hook("pre-restore", NATKEEP_ID="bench"),
+                "hook, no orders, post-restore": lambda: calls.hook("post-restore"),
+                "python3 -I -S -c pass": lambda: calls.enter(*bare),
+                "sh, one nft -f": calls.load,
+                "hook opens 1 connection": lambda: calls.open(1),
+                f"hook opens {connections} connections": lambda: calls.open(connections),
+            })  # fmt: skip
+        finally:
+            tree.kill()
+            tree.wait()
+
+
+def await_true(ready: Callable[[], bool], what: str) -> None:
+    """Return as soon as ready() is true."""
+    deadline = time.monotonic() + 10
+    while not ready():
+        if time.monotonic() > deadline:
+            raise SystemExit(f"waited in vain for {what}")
+        time.sleep(0.01)
+
+
+def interleave(rounds: int, cases: dict[str, Callable[[], float]]) -> dict[str, list[float]]:
+    """So many rounds of all cases, after one that does not count."""
+    taken: dict[str, list[float]] = {name: [] for name in cases}
+    for number in range(rounds + 1):
+        for name, case in cases.items():
+            took = case()
+            if number:
+                taken[name].append(took)
+    return taken
+
+
+class Restores:
+    """A process that is dumped, and restored again and again; in a pid namespace of its own."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory, self.images = directory, directory / "images"
+        self.noop = directory / "noop"
+        self.noop.write_text("#!/bin/sh\nexit 0\n")
+        self.noop.chmod(0o755)
+        self.images.mkdir()
+        subprocess.run(["ip", "link", "set", "lo", "up"], check=True)
+        for address in (OLD, PEER):
+            subprocess.run(["ip", "address", "add", f"{address}/32", "dev", "lo"], check=True)
+        (directory / "server.py").write_text(SERVER)
+        program = ["setsid", "/usr/bin/python3", "-I", "-S", "server.py"]
+        subprocess.run(program, cwd=directory, check=True, stdin=subprocess.DEVNULL,
+                       stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)  # fmt: skip
+        await_true((directory / "ready").exists, "the server")
+        self.pid = int((directory / "ready").read_text())
+        run(CRIU, "dump", "-t", str(self.pid), "-D", self.images, "--tcp-established",
+            "--network-lock", "nftables", "-o", "dump.log")  # fmt: skip
+
+    def restore(self, script: Path | None, *, prepared: bool = False, **orders: str) -> float:
+        """Restore once in a fresh namespace, with an action script or without."""
+        state = {"NATKEEP_STATE_DIR": str(self.directory / "state")}
+        with destination() as netns:
+            enter = ["nsenter", f"--net=/run/netns/{netns}"]
+            # What the kernel needs to take TCP_REPAIR for granted; natkeep adds it by itself.
+            run(*enter, "ip", "address", "add", f"{OLD}/32", "dev", "lo")
+            if prepared:
+                run(*enter, NATKEEP, "-q", "prepare", "bench", f"--map={OLD}={NEW}",
+                    f"--image={self.images}", **state)  # fmt: skip
+            hook = ["--action-script", str(script)] if script else []
+            try:
+                return run(
+                    *enter, CRIU, "restore", "-D", self.images, "-d", "--tcp-established",
+                    "-o", "restore.log", *hook, **state, **orders,
+                )  # fmt: skip
+            finally:
+                os.kill(self.pid, signal.SIGKILL)
+                await_true(lambda: not os.path.exists(f"/proc/{self.pid}"), "its end")
+                self.tear_down(state)
+
+    def tear_down(self, state: dict[str, str]) -> None:
+        """Undo what was prepared, by the bench or by the hook."""
+        environment = {**os.environ, **state}
+        listed = subprocess.run([NATKEEP, "status", "--json"], env=environment, check=True,
+                                capture_output=True, text=True)  # fmt: skip
+        for move in json.loads(listed.stdout)["moves"]:
+            run(NATKEEP, "-q", "teardown", move["id"], "--yes", **state)
+
+
+def measure_restores(directory: Path, rounds: int) -> dict[str, list[float]]:
+    """Whole restores, interleaved; called inside the namespaces that `isolated` made."""
+    restores = Restores(directory)
+    return interleave(rounds, {
+        "restore, no action script": lambda: restores.restore(None),
+        "restore, sh that does nothing": lambda: restores.restore(restores.noop),
+        "restore, NATKEEP_ID, prepared before":
+            lambda: restores.restore(HOOK, prepared=True, NATKEEP_ID="bench"),
+        "restore, NATKEEP_MAP, prepares by itself":
+            lambda: restores.restore(HOOK, NATKEEP_MAP=f"{OLD}={NEW}"),
+    })  # fmt: skip
+
+
+def isolated(directory: Path, rounds: int) -> dict[str, list[float]]:
+    """measure_restores in network, pid and mount namespaces of its own, which end with it."""
+    result = directory / "restores.json"
     subprocess.run(
-        ["ip", "-n", NETNS, "-batch", "-"], input="\n".join(lines), check=True, text=True
-    )
+        ["unshare", "--net", "--pid", "--mount", "--fork", "--kill-child", "--mount-proc",
+         # A shell as init: it reaps what the restores leave, and so frees the pid.
+         "sh", "-c", '"$@"; exit $?', "sh",
+         sys.executable, __file__, str(rounds), "--restores-in", str(directory)],
+        check=True,
+    )  # fmt: skip
+    taken: dict[str, list[float]] = json.loads(result.read_text())
+    return taken
+
+
+ASKED = (
+    # measured, compared with, at most
+    ("hook, not ours (pre-resume)", "sh, does nothing", 1.5),
+    ("hook opens 1 connection", "sh, one nft -f", 3.0),
+    ("restore, NATKEEP_ID, prepared before", "restore, sh that does nothing", 1.25),
+)
+
+
+def report(taken: dict[str, list[float]]) -> bool:
+    """Print all medians and the ratios asked for; whether all hold."""
+    print(f"{'ms':44}     min  median")
+    for name, times in taken.items():
+        print(f"{name:44} {min(times):7.1f} {statistics.median(times):7.1f}")
+    print(f"\n{'ratio of medians':76}  asked  reached")
+    held = True
+    for name, base, most in ASKED:
+        ratio = statistics.median(taken[name]) / statistics.median(taken[base])
+        held &= ratio <= most
+        print(
+            f"{f'{name} / {base}':76} {most:6.2f} {ratio:8.2f}{'' if ratio <= most else '  MISSED'}"
+        )
+    return held
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("rounds", nargs="?", type=int, default=15)
     parser.add_argument("--connections", type=int, default=1000)
+    parser.add_argument("--json", type=Path, metavar="FILE")
+    parser.add_argument("--restores-in", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
-    make_namespace()
+    if args.restores_in:
+        taken = measure_restores(args.restores_in, args.rounds)
+        (args.restores_in / "restores.json").write_text(json.dumps(taken))
+        return
+    if not CRIU.exists():
+        raise SystemExit("no CRIU that works here: run `make setup` first")
+    directory = Path(tempfile.mkdtemp(prefix="natkeep-bench-"))
     try:
-        with tempfile.TemporaryDirectory() as directory:
-            run(Path(directory), args.rounds, args.connections)
+        (directory / "calls").mkdir()
+        taken = measure_calls(directory / "calls", args.rounds, args.connections)
+        taken |= isolated(directory, args.rounds)
     finally:
-        subprocess.run(["ip", "netns", "delete", NETNS], check=True)
-
-
-def run(directory: Path, rounds: int, connections: int) -> None:
-    """Measure and print."""
-    one, many = Bench(directory, 1), Bench(directory, connections)
-    (directory / "many").mkdir()
-    many = Bench(directory / "many", connections)
-    cases: dict[str, Callable[[], Timing]] = {
-        "/bin/true": lambda: measure("/bin/true"),
-        "python3 -I -S -c pass": lambda: measure(sys.executable, "-I", "-S", "-c", "pass"),
-        "python3 -I -c pass": lambda: measure(sys.executable, "-I", "-c", "pass"),
-        "hook, not ours (pre-resume)": lambda: one.hook("pre-resume", NATKEEP_ID="bench"),
-        "hook, NATKEEP_ID, pre-restore": lambda: one.hook("pre-restore", NATKEEP_ID="bench"),
-        "hook, no orders, post-restore": lambda: one.hook("post-restore"),
-        "hook opens 1 connection": one.open,
-        f"hook opens {connections} connections": many.open,
-    }
-    taken: dict[str, list[Timing]] = {name: [] for name in cases}
-    for _ in range(rounds):
-        for name, case in cases.items():
-            taken[name].append(case())
-    print(f"{'ms, nsenter included; ' + str(rounds) + ' rounds':36}     min  median  processor")
-    for name, timings in taken.items():
-        wall, used = zip(*timings, strict=True)
-        print(
-            f"{name:36} {min(wall):7.1f} {statistics.median(wall):7.1f} "
-            f"{statistics.median(used):10.1f}"
-        )
+        shutil.rmtree(directory)
+    if args.json:
+        args.json.write_text(json.dumps({"schema": 1, "bench": "hook", "ms": taken}))
+    if not report(taken):
+        raise SystemExit(1)
 
 
 if __name__ == "__main__":

@@ -14,8 +14,18 @@ class NatkeepError(Exception):
     exit_code = 1
 
     def __init__(self, message: str, *, hint: str | None = None) -> None:
-        super().__init__(message)
-        self.hint = hint
+        super().__init__(_in_one_line(message))
+        self.hint = hint and _in_one_line(hint)
+
+
+def _in_one_line(text: str) -> str:
+    """*text* with escapes for what would end the line, or steer the terminal.
+
+    Names out of images, lists and journals are told as they were found.
+    """
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 class UsageError(NatkeepError):

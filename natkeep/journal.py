@@ -6,6 +6,8 @@ The state directory (0700, files 0600; nothing below it is ever opened through a
     ID.connections     written before the journal: the kept connections, those that a gateway
                        carried already, and the carriers, each packed (plan/tuples.py) as IPv4
                        and IPv6, each of the six with its length (8 octets) in front
+    ID.seen            which entries a repair has seen alive at a gateway (plan/sighting.py)
+    ID.ready           what the hook needs to open the move (lifecycle/readying.py)
     ID.journal         JSON lines, appended and fsynced:
         {"schema": 1, "natkeep": VERSION, "boot": BOOT ID, "move": {...}, "mode": ...,
          "namespaces": [[DEVICE, INODE], ...], "steps": [KIND, ...], "local": [ADDRESS, ...],
@@ -28,27 +30,33 @@ import fcntl
 import hashlib
 import json
 import os
+import re
 import stat
-import time
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from natkeep import __version__
-from natkeep.errors import JournalError, NatkeepError, RefusedError, UsageError
+from natkeep import __version__, fault
+from natkeep.errors import JournalError, LeftoverError, NatkeepError, RefusedError, UsageError
 from natkeep.plan.lock import DumpLock, NetworkLock
-from natkeep.plan.move import Map, Mode, Move, Role, Site, Surroundings, parse_id
-from natkeep.plan.steps import HoldListeners, Identity, OpenGate, Prior
-from natkeep.plan.tuples import NO_CONNECTIONS, Connections, Endpoint, parse_address
+from natkeep.plan.move import Fate, Map, Mode, Move, Role, Site, Surroundings, is_id, parse_id
+from natkeep.plan.steps import HoldListeners, Identity, OpenGate, Prior, SendResets
+from natkeep.plan.tuples import NO_CONNECTIONS, Address, Connections, Endpoint, parse_address
+from natkeep.values import dataclass, field
+
+if TYPE_CHECKING:
+    from natkeep.plan.sighting import Sighting
 
 SCHEMA = 1
 DEFAULT_DIRECTORY = "/run/natkeep"
-LOCK_TIMEOUT = 10.0
-"""Seconds to wait for another natkeep to finish."""
+LOCK_TIMEOUT = 30.0
+"""Seconds to wait for other natkeeps to finish, where $NATKEEP_LOCK_TIMEOUT does not say."""
 
 _SIZE_LIMIT = 64 << 20
+
+_ID_PATTERN = r"(?P<id>[a-z0-9][a-z0-9-]{0,31})"
+_FILE = re.compile(rf"\.?{_ID_PATTERN}\.(connections|ready|seen|journal)(?P<new>\.new)?")
 
 
 def read_boot_id() -> str:
@@ -59,10 +67,14 @@ def read_boot_id() -> str:
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """How far a step got: `doing`, `done` or `undone`, and what was found before."""
+    """How far a step got: `doing`, `done` or `undone`, and what was found before.
+
+    again: of `doing`, it had been done before: a repair was at it.
+    """
 
     state: str
     prior: Prior
+    again: bool = False
 
 
 @dataclass
@@ -81,30 +93,45 @@ class Journal:
 
     def note(self, step: int, state: str, prior: Prior) -> None:
         """Append one record and have it on disk before returning."""
-        line: dict[str, Any] = {"step": step, "state": state}
-        if state != "undone":
-            line["prior"] = prior.to_json()
-        self._directory.append(f"{self.move.id}.journal", line)
-        self.records[step] = Record(state, prior)
+        self._directory.append(f"{self.move.id}.journal", _record(step, state, prior))
+        self._keep(step, state, prior)
+
+    def _keep(self, step: int, state: str, prior: Prior) -> None:
+        again = state == "doing" and self.has_been_done(step)
+        self.records[step] = Record(state, prior, again)
 
     def is_done(self, step: int) -> bool:
         """Whether the step acted and was not undone."""
         record = self.records.get(step)
         return record is not None and record.state == "done"
 
+    def has_been_done(self, step: int) -> bool:
+        """The same, also where a repair that did a part of it again was killed."""
+        record = self.records.get(step)
+        return record is not None and (record.state == "done" or record.again)
+
     def is_prepared(self) -> bool:
         """Whether every step of prepare acted."""
-        steps = (n for n, kind in enumerate(self.kinds) if kind != OpenGate.__name__)
+        later = (OpenGate.__name__, SendResets.__name__)
+        steps = (n for n, kind in enumerate(self.kinds) if kind not in later)
         return all(self.is_done(number) for number in steps)
 
     def is_opened(self) -> bool:
         """Whether a gate was opened anywhere, and not closed again."""
         steps = (n for n, kind in enumerate(self.kinds) if kind == OpenGate.__name__)
-        return any(self.is_done(number) for number in steps)
+        return any(self.has_been_done(number) for number in steps)
 
     def identity(self, site: Site) -> Identity:
         """The namespace that *site* was when the move was prepared."""
         return self.namespaces[self.move.sites.index(site)]
+
+    def size(self) -> int:
+        """Octets that the journal has on disk; any later verb adds to them."""
+        return self._directory.size(f"{self.move.id}.journal")
+
+    def write_ready(self, content: bytes) -> None:
+        """Leave what the hook needs to open the move (lifecycle/readying.py says what)."""
+        self._directory.write_ready(self.move.id, content)
 
     def remove(self) -> None:
         """The move is no more."""
@@ -114,7 +141,11 @@ class Journal:
 class StateDirectory:
     """The directory of journals, held by one handle."""
 
-    def __init__(self, path: str | None = None, *, create: bool) -> None:
+    def __init__(
+        self, path: str | None = None, *, create: bool, patience: float | None = None
+    ) -> None:
+        """patience: seconds to wait for the lock at most, whatever the environment says."""
+        self.patience = min(read_lock_timeout(), patience or float("inf"))
         self.path = path or os.environ.get("NATKEEP_STATE_DIR") or DEFAULT_DIRECTORY
         self._fd: int | None = None
         if create:
@@ -133,18 +164,21 @@ class StateDirectory:
                 f"cannot open the state directory {self.path}: {error.strerror}"
             ) from error
         weakref.finalize(self, os.close, self._fd)
-        _refuse_foreign_directory(self.path, os.fstat(self._fd))
+        _refuse_foreign(f"the state directory {self.path}", os.fstat(self._fd), "700 " + self.path)
 
     @contextmanager
-    def locked(self, timeout: float = LOCK_TIMEOUT) -> Iterator[None]:
-        """Hold the lock; JournalError when another natkeep keeps it for *timeout* seconds."""
+    def locked(self, timeout: float | None = None) -> Iterator[None]:
+        """Hold the lock; JournalError when others keep it for *timeout* seconds (or patience)."""
         if self._fd is None:
             yield
             return
         with self._errors_of("lock"):
             fd = self._open("lock", os.O_RDWR | os.O_CREAT)
         try:
-            _lock(fd, self.path, time.monotonic() + timeout)
+            if not stat.S_ISREG(os.fstat(fd).st_mode):
+                raise JournalError(f"{self.path}/lock is not a file")
+            _lock(fd, self.path, self.patience if timeout is None else timeout)
+            fault.reach("locked")
             yield
         finally:
             os.close(fd)
@@ -153,8 +187,8 @@ class StateDirectory:
         """The ids that have a journal, sorted."""
         if self._fd is None:
             return ()
-        names = os.listdir(self._fd)
-        return tuple(sorted(name[:-8] for name in names if name.endswith(".journal")))
+        names = [name[:-8] for name in os.listdir(self._fd) if name.endswith(".journal")]
+        return tuple(sorted(filter(is_id, names)))  # others are none that natkeep made
 
     def begin(
         self,
@@ -190,16 +224,66 @@ class StateDirectory:
             raise RefusedError(
                 f"the id {move.id} is in use", hint=f"natkeep teardown {move.id}, or another id"
             )
+        before = self._read(f"{move.id}.journal") if begun else None
+        fault.reach("journal-begin")
         try:
             if packed is not None:
                 self._write_new(f"{move.id}.connections", packed)
             self._write_new(f"{move.id}.journal", b"".join(map(_line, (header, *begun))))
-        except BaseException:
-            if not begun:
-                self.remove(move.id)  # nothing has been done yet
+            fault.reach("journal-begun")
+        except BaseException as error:
+            self._take_back(move.id, before, error)
             raise
         boot = str(header["boot"])
-        return Journal(move, connections, surroundings, namespaces, kinds, boot, self, image=image)
+        journal = Journal(
+            move, connections, surroundings, namespaces, kinds, boot, self, image=image
+        )
+        for line in begun:
+            journal.records[int(line["step"])] = Record(str(line["state"]), Prior())
+        return journal
+
+    def _take_back(self, move_id: str, before: bytes | None, reason: BaseException) -> None:
+        """Nothing has been done yet: the journal that there was is there again, or none."""
+        try:
+            if before is None:
+                self.remove(move_id)
+                return
+            if self._read(f"{move_id}.journal") != before:
+                self._write_new(f"{move_id}.journal", before)
+            self._remove_rest(move_id)
+        except Exception as error:
+            raise LeftoverError(
+                f"{reason}; its files in {self.path} are left: {error}",
+                hint=f"natkeep teardown {move_id} removes them",
+            ) from reason
+
+    def ids_naming(self, addresses: Iterable[Address]) -> tuple[str, ...]:
+        """The ids whose moves may have one of *addresses* as an OLD or NEW, sorted.
+
+        A gateway may have a thousand moves, so their headers are searched for the text only.
+        """
+        texts = [f'"{address}"'.encode("ascii") for address in addresses]
+        found = []
+        for move_id in self.ids():
+            try:
+                header = self._read_start(f"{move_id}.journal")
+            except OSError:  # as read_move: whoever asks looks for conflicts
+                continue
+            if any(text in header for text in texts):
+                found.append(move_id)
+        return tuple(found)
+
+    def _read_start(self, name: str) -> bytes:
+        """The first line, and what of the others is read with it."""
+        fd = self._open(name, os.O_RDONLY)
+        try:
+            start = part = os.read(fd, 4096)
+            while part and b"\n" not in part and len(start) < _SIZE_LIMIT:
+                part = os.read(fd, 1 << 16)
+                start += part
+            return start
+        finally:
+            os.close(fd)
 
     def read_move(self, move_id: str) -> tuple[Move, tuple[Identity, ...], str] | None:
         """The move of a journal, its namespaces and its boot, without its connections.
@@ -207,9 +291,9 @@ class StateDirectory:
         None when it cannot be read: whoever asks looks for conflicts, and `status` reports it.
         """
         try:
-            header = json.loads(self._read(f"{move_id}.journal").split(b"\n", 1)[0])
-            namespaces = tuple((int(d), int(i)) for d, i in header["namespaces"])
-            return _move_from_json(header["move"]), namespaces, str(header["boot"])
+            header = _read_line(self._read(f"{move_id}.journal").split(b"\n", 1)[0])
+            namespaces = _read_namespaces(header["namespaces"])
+            return _move_from_json(header["move"]), namespaces, _text(header["boot"])
         except (OSError, KeyError, TypeError, ValueError, NatkeepError):
             return None
 
@@ -225,8 +309,9 @@ class StateDirectory:
         try:
             return self._parse(move_id, text)
         except (KeyError, TypeError, ValueError, UsageError, RefusedError) as error:
+            reason = str(error) if len(str(error)) <= 160 else str(error)[:157] + "..."
             raise JournalError(
-                f"the journal of {move_id} is corrupt: {error}",
+                f"the journal of {move_id} is corrupt: {reason}",
                 hint=f"{self.path}/{move_id}.journal; the tables named natkeep are ours to remove",
             ) from error
 
@@ -234,34 +319,34 @@ class StateDirectory:
         lines = text.split(b"\n")[:-1]  # what follows the last newline was never finished
         if not lines:
             raise ValueError("it is empty")
-        header = json.loads(lines[0])
+        header = _read_line(lines[0])
+        if not 0 <= _whole(header["schema"]) < 1000:
+            raise ValueError("it has no schema")
         if header["schema"] != SCHEMA:
-            raise JournalError(
-                f"the journal of {move_id} has schema {header['schema']}, this natkeep knows "
-                f"{SCHEMA}",
-                hint=f"it was written by natkeep {header.get('natkeep')}",
-            )
+            raise _unknown_schema(move_id, header)
         move = _move_from_json(header["move"])
         if move.id != move_id:
             raise ValueError(f"it is of move {move.id}")
         connections, carried, carriers = (NO_CONNECTIONS,) * 3
         if not move.quiesces:
             connections, carried, carriers = self._read_connections(move_id, header["connections"])
-        local = frozenset(parse_address(text) for text in header["local"])
+        if len(carried) != len(carriers):
+            raise ValueError("it does not have a carrier for each carried connection")
+        local = frozenset(parse_address(_text(text)) for text in _list(header["local"]))
         journal = Journal(
             move,
             connections,
             Surroundings(local, carried, carriers),
-            tuple((int(device), int(inode)) for device, inode in header["namespaces"]),
-            tuple(str(kind) for kind in header["steps"]),
-            str(header["boot"]),
+            _read_namespaces(header["namespaces"]),
+            tuple(_text(kind) for kind in _list(header["steps"])),
+            _text(header["boot"]),
             self,
             image=_read_image(header.get("image")),
         )
         if len(journal.namespaces) != len(move.sites):
             raise ValueError("it does not name a namespace for each site")
         for number, line in enumerate(lines[1:], 2):
-            _read_record(journal, json.loads(line), number)
+            _read_record(journal, _read_line(line), number)
         return journal
 
     def _read_connections(self, move_id: str, digest: str) -> tuple[Connections, ...]:
@@ -279,7 +364,11 @@ class StateDirectory:
             fd = self._open(name, os.O_RDWR | os.O_APPEND)
             try:
                 _drop_unfinished_line(fd)
-                _write_all(fd, _line(line))
+                content = _line(line)
+                fault.reach("journal-append", line["state"])
+                fault.reach("journal-torn", line["state"], lambda: os.write(fd, content[:20]))
+                _write_all(fd, content)
+                fault.reach("journal-appended", line["state"])
                 os.fsync(fd)
             finally:
                 os.close(fd)
@@ -287,10 +376,23 @@ class StateDirectory:
     def remove(self, move_id: str) -> None:
         """Remove a move's files, the journal first; done as well when they are not there."""
         parse_id(move_id)
-        for suffix in ("journal", "connections"):
-            with self._errors_of(f"{move_id}.{suffix}"):
-                self._unlink(f"{move_id}.{suffix}")
-        self._sync()
+        with self._errors_of(f"{move_id}.journal"):
+            fault.reach("journal-remove")
+            self._unlink(f"{move_id}.journal")
+            fault.reach("journal-removed")
+            self._remove_rest(move_id)
+            fault.reach("journal-forgotten")
+            self._sync()
+
+    def _remove_rest(self, move_id: str) -> None:
+        """What was written before the journal, and what a killed writer had not renamed yet."""
+        for kind in ("ready", "seen", "connections", "hold"):  # whose holder ends with it
+            self._unlink(f"{move_id}.{kind}")
+        for kind in ("ready", "seen", "connections", "journal"):
+            self._unlink(f".{move_id}.{kind}.new")
+        for name in os.listdir(self._fd):
+            if name.startswith(f"{move_id}.guard-"):  # whose guardian ends with it
+                self._unlink(name)
 
     def _unlink(self, name: str) -> None:
         if self._fd is not None:  # without it the name would be one of the working directory
@@ -322,6 +424,7 @@ class StateDirectory:
             status = os.fstat(fd)
             if not stat.S_ISREG(status.st_mode):
                 raise JournalError(f"{self.path}/{name} is not a file")
+            _refuse_foreign(f"{self.path}/{name}", status)
             if status.st_size > _SIZE_LIMIT:
                 raise JournalError(f"{self.path}/{name} is too large")
             with os.fdopen(fd, "rb", closefd=False) as file:
@@ -329,20 +432,73 @@ class StateDirectory:
         finally:
             os.close(fd)
 
+    def size(self, name: str) -> int:
+        """Octets of a file that is there."""
+        with self._errors_of(name):
+            fd = self._open(name, os.O_RDONLY)
+            try:
+                return os.fstat(fd).st_size
+            finally:
+                os.close(fd)
+
+    def write_ready(self, move_id: str, content: bytes) -> None:
+        """Have ID.ready on disk, whole, in the place of an earlier one."""
+        self._write_new(f"{move_id}.ready", content)
+
+    def strays(self) -> tuple[str, ...]:
+        """Files of moves that have no journal, and what a killed writer had not renamed yet."""
+        if self._fd is None:
+            return ()
+        known = self.ids()
+        found = []
+        for name in sorted(os.listdir(self._fd)):
+            match = _FILE.fullmatch(name)
+            if match and (match["new"] or match["id"] not in known):
+                found.append(name)
+        return tuple(found)
+
+    def remove_stray(self, name: str) -> None:
+        """Remove one of `strays`."""
+        with self._errors_of(name):
+            self._unlink(name)
+            self._sync()
+
+    def write_sighting(self, move_id: str, boot: str, sighting: Sighting) -> None:
+        """Have ID.seen on disk, whole, in the place of an earlier one."""
+        self._write_new(f"{move_id}.seen", _line({"boot": boot, **sighting.to_json()}))
+
+    def read_sighting(self, move_id: str, boot: str) -> Sighting | None:
+        """What the last repair of this boot saw; None where there is none that can be read.
+
+        Without it less is known, and nothing is done that would not be done otherwise.
+        """
+        from natkeep.plan.sighting import Sighting  # for status and repair alone
+
+        try:
+            found = _read_line(self._read(f"{move_id}.seen").removesuffix(b"\n"))
+            return Sighting.from_json(found) if found["boot"] == boot else None
+        except (OSError, KeyError, TypeError, ValueError, JournalError):
+            return None
+
     def _write_new(self, name: str, content: bytes) -> None:
         temporary = f".{name}.new"
+        of = name.rpartition(".")[2]
         with self._errors_of(name):
             self._unlink(temporary)
+            fault.reach("journal-create", of)
             fd = self._open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL)
             try:
                 _write_all(fd, content)
+                fault.reach("journal-written", of)
                 os.fsync(fd)
+                fault.reach("journal-rename", of)
                 os.rename(temporary, name, src_dir_fd=self._fd, dst_dir_fd=self._fd)
             except BaseException:
                 self._unlink(temporary)
                 raise
             finally:
                 os.close(fd)
+            fault.reach("journal-renamed", of)
             self._sync()
 
     def _sync(self) -> None:
@@ -350,27 +506,56 @@ class StateDirectory:
             os.fsync(self._fd)
 
 
-def _refuse_foreign_directory(path: str, status: os.stat_result) -> None:
+def _refuse_foreign(name: str, status: os.stat_result, right: str = "") -> None:
     """Whoever can write there decides what natkeep undoes, as root."""
     if status.st_uid != os.geteuid() and os.geteuid() == 0:
-        raise JournalError(f"the state directory {path} belongs to uid {status.st_uid}")
+        raise JournalError(f"{name} belongs to uid {status.st_uid}")
     if status.st_mode & 0o022:
-        raise JournalError(
-            f"the state directory {path} can be written by others", hint=f"chmod 700 {path}"
-        )
+        hint = f"chmod {right}" if right else None
+        raise JournalError(f"{name} can be written by others", hint=hint)
 
 
-def _lock(fd: int, path: str, deadline: float) -> None:
-    while True:
+def read_lock_timeout() -> float:
+    """Seconds to wait for the lock: $NATKEEP_LOCK_TIMEOUT, or LOCK_TIMEOUT; UsageError if none."""
+    text = os.environ.get("NATKEEP_LOCK_TIMEOUT", "")
+    if not text:
+        return LOCK_TIMEOUT
+    if not (text.isascii() and text.isdigit() and len(text) < 6):
+        raise UsageError(f"NATKEEP_LOCK_TIMEOUT: {text!r} is not a number of seconds (0 to 99999)")
+    return float(text)
+
+
+def _lock(fd: int, path: str, seconds: float) -> None:
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        if not (seconds and _queue_up(fd, seconds)):
+            raise JournalError(
+                f"another natkeep holds {path}/lock",
+                hint=f"waited {seconds:g} s: end it, or NATKEEP_LOCK_TIMEOUT=SECONDS waits longer",
+            ) from None
+
+
+def _queue_up(fd: int, seconds: float) -> bool:
+    """Wait in the kernel's queue for the lock of *fd*; whether it came in time.
+
+    Who waits in flock() is served in order, and at once; who asks again and again is not, and of
+    16 processes one can be passed over for ever. flock() knows no time-out, so a thread waits.
+    What it gets too late goes back at once, with the last descriptor of this opening.
+    """
+    import threading  # only who has to wait pays for it
+
+    own, taken = os.dup(fd), threading.Event()
+
+    def wait() -> None:
         try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return
-        except BlockingIOError:
-            if time.monotonic() > deadline:
-                raise JournalError(
-                    f"another natkeep holds {path}/lock", hint="wait for it, or end it"
-                ) from None
-            time.sleep(0.01)
+            fcntl.flock(own, fcntl.LOCK_EX)
+        finally:
+            os.close(own)
+        taken.set()
+
+    threading.Thread(target=wait, daemon=True).start()
+    return taken.wait(seconds)
 
 
 def _drop_unfinished_line(fd: int) -> None:
@@ -379,6 +564,18 @@ def _drop_unfinished_line(fd: int) -> None:
     while size and os.pread(fd, 1, size - 1) != b"\n":
         size -= 1
     os.ftruncate(fd, size)
+
+
+def record_line(step: int, state: str, prior: Prior) -> bytes:
+    """What the journal notes of a step: one line."""
+    return _line(_record(step, state, prior))
+
+
+def _record(step: int, state: str, prior: Prior) -> dict[str, Any]:
+    record: dict[str, Any] = {"step": step, "state": state}
+    if state != "undone":
+        record["prior"] = prior.to_json()
+    return record
 
 
 def _line(value: dict[str, Any]) -> bytes:
@@ -407,6 +604,60 @@ def _unpack(packed: bytes) -> tuple[Connections, ...]:
     return tuple(Connections(*columns[i : i + 2]) for i in (0, 2, 4))
 
 
+def _read_line(line: bytes) -> dict[str, Any]:
+    """The object on one line; ValueError for all that `_line` does not write."""
+    try:
+        value = json.loads(line, parse_float=_refuse_number, parse_constant=_refuse_number)
+    except RecursionError:
+        raise ValueError("a line of it is nested too deeply") from None
+    if not isinstance(value, dict):
+        raise ValueError("a line of it is not a JSON object")
+    return value
+
+
+def _refuse_number(text: str) -> int:
+    raise ValueError(f"{text} is not a whole number")
+
+
+def _text(value: object) -> str:
+    if not isinstance(value, str):
+        raise ValueError(f"{value!r} is not text")
+    return value
+
+
+def _whole(value: object) -> int:
+    if type(value) is not int:  # True is an int to isinstance
+        raise ValueError(f"{value!r} is not a whole number")
+    return value
+
+
+def _flag(value: object) -> bool:
+    if not isinstance(value, bool):
+        raise ValueError(f"{value!r} is neither true nor false")
+    return value
+
+
+def _list(value: object) -> list[Any]:
+    if not isinstance(value, list):
+        raise ValueError(f"{value!r} is not a list")
+    return value
+
+
+def _read_namespaces(value: object) -> tuple[Identity, ...]:
+    pairs = (_list(pair) for pair in _list(value))
+    return tuple((_whole(device), _whole(inode)) for device, inode in pairs)
+
+
+def _unknown_schema(move_id: str, header: dict[str, Any]) -> JournalError:
+    """What the journal says of itself is shown as far as it looks like a version."""
+    version = str(header.get("natkeep"))
+    known = len(version) <= 32 and version.isprintable()
+    return JournalError(
+        f"the journal of {move_id} has schema {header['schema']}, this natkeep knows {SCHEMA}",
+        hint=f"it was written by natkeep {version}" if known else None,
+    )
+
+
 def _read_image(value: object) -> str | None:
     if value is not None and not isinstance(value, str):
         raise ValueError(f"{value!r} is not the run id of a dump")
@@ -415,12 +666,16 @@ def _read_image(value: object) -> str | None:
 
 def _read_record(journal: Journal, line: dict[str, Any], number: int) -> None:
     step, state = line["step"], line["state"]
-    if not (isinstance(step, int) and 0 <= step < len(journal.kinds)):
+    if not (type(step) is int and 0 <= step < len(journal.kinds)):  # True is an int, too
         raise ValueError(f"line {number}: no step {step!r}")
     if state not in ("doing", "done", "undone"):
         raise ValueError(f"line {number}: no state {state!r}")
-    prior = Prior() if state == "undone" else Prior.from_json(line["prior"])
-    journal.records[step] = Record(state, prior)
+    prior = Prior()
+    if state != "undone":
+        if not isinstance(line["prior"], dict):
+            raise ValueError(f"line {number}: no prior {line['prior']!r}")
+        prior = Prior.from_json(line["prior"])
+    journal._keep(step, state, prior)
 
 
 def _move_to_json(move: Move) -> dict[str, Any]:
@@ -430,17 +685,22 @@ def _move_to_json(move: Move) -> dict[str, Any]:
         "listeners": [str(end) for end in move.listeners],
         "maps": [{"old": str(map_.old), "new": str(map_.new)} for map_ in move.maps],
         "sites": [{"role": site.role, "netns": site.netns} for site in move.sites],
-        **_source_to_json(move),
+        **_rest_to_json(move),
     }
 
 
-def _source_to_json(move: Move) -> dict[str, Any]:
-    """What only moves with a source have."""
+def _rest_to_json(move: Move) -> dict[str, Any]:
+    """What only moves with a source have, those that reset what they cannot keep, and that hold."""
     lock = move.lock
+    resets = move.unkept == Fate.RESET
     found = {
+        "unkept": str(move.unkept) if resets else None,
+        "lost": [move.lost.v4.hex(), move.lost.v6.hex()] if resets else None,
         "lock": lock and [lock.method, lock.run_id, lock.whole, lock.connections],
         "held": [str(end) for end in move.held],
         "quiesces": move.quiesces,
+        "hold": move.hold,
+        "guard": move.guard,
     }
     return {name: value for name, value in found.items() if value}
 
@@ -449,20 +709,38 @@ def _move_from_json(value: dict[str, Any]) -> Move:
     return Move(
         id=value["id"],
         maps=tuple(
-            Map(parse_address(row["old"]), parse_address(row["new"])) for row in value["maps"]
+            Map(parse_address(_text(row["old"])), parse_address(_text(row["new"])))
+            for row in _list(value["maps"])
         ),
-        sites=tuple(Site(Role(row["role"]), str(row["netns"])) for row in value["sites"]),
+        sites=tuple(Site(Role(row["role"]), _text(row["netns"])) for row in _list(value["sites"])),
         mode=Mode(value["mode"]),
-        listeners=tuple(Endpoint.parse(text) for text in value.get("listeners", ())),
+        listeners=_read_endpoints(value.get("listeners", [])),
         lock=_lock_from_json(value.get("lock")),
-        held=tuple(Endpoint.parse(text) for text in value.get("held", ())),
-        quiesces=bool(value.get("quiesces")),
+        held=_read_endpoints(value.get("held", [])),
+        quiesces=_flag(value.get("quiesces", False)),
+        unkept=Fate(_text(value.get("unkept", Fate.REPORT))),
+        lost=_read_lost(value.get("lost", ["", ""])),
+        hold=_flag(value.get("hold", False)),
+        guard=_flag(value.get("guard", False)),
     )
 
 
-def _lock_from_json(value: list[Any] | None) -> DumpLock | None:
+def _read_lost(value: object) -> Connections:
+    v4, v6 = (bytes.fromhex(_text(text)) for text in _list(value))
+    return Connections(v4, v6)
+
+
+def _read_endpoints(value: object) -> tuple[Endpoint, ...]:
+    return tuple(Endpoint.parse(_text(text)) for text in _list(value))
+
+
+def _lock_from_json(value: object) -> DumpLock | None:
     if value is None:
         return None
-    method, run_id, whole, count = value
-    run_id = None if run_id is None else str(run_id)
-    return DumpLock(NetworkLock(method), run_id, bool(whole), None if count is None else int(count))
+    method, run_id, whole, count = _list(value)
+    return DumpLock(
+        NetworkLock(method),
+        None if run_id is None else _text(run_id),
+        _flag(whole),
+        None if count is None else _whole(count),
+    )

@@ -7,6 +7,7 @@
     [hook]                                       # for natkeep-hook, without NATKEEP_ID or _MAP
     map = ["10.2.0.10=auto"]                     # or: id = "web"
     mode = "stateless"
+    unkept = "reset"
     state_dir = "/run/natkeep"
 
 Where there is no file, or a key is not in it, what the command line or the environment names is
@@ -21,12 +22,12 @@ from __future__ import annotations
 import ipaddress
 import os
 import stat
-from dataclasses import dataclass
 from typing import Any
 
 from natkeep.errors import RefusedError, UsageError
-from natkeep.plan.move import Mode, Move, Role
+from natkeep.plan.move import Fate, Mode, Move, Role
 from natkeep.plan.tuples import Address
+from natkeep.values import dataclass
 
 PATH = "/etc/natkeep/natkeep.toml"
 _SIZE_LIMIT = 1 << 20
@@ -42,6 +43,7 @@ class Standing:
     map: tuple[str, ...] = ()
     mode: str = ""
     state_dir: str = ""
+    unkept: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,6 +90,8 @@ def read_policy() -> Policy:
         document = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
         raise UsageError(f"{PATH}: {error}") from None
+    except RecursionError:
+        raise UsageError(f"{PATH}: nested too deeply") from None
     return _make_policy(document)
 
 
@@ -126,15 +130,18 @@ def _make_policy(document: dict[str, Any]) -> Policy:
     table = document.get("hook", {})
     if not isinstance(table, dict):
         raise UsageError(f"{PATH}: hook is not a table")
-    _refuse_unknown(table, ("id", "map", "mode", "state_dir"), "hook.")
+    _refuse_unknown(table, ("id", "map", "mode", "state_dir", "unkept"), "hook.")
     hook = Standing(
         _text(table, "id"),
         tuple(_texts(table, "map", "hook.map") or ()),
         _text(table, "mode"),
         _text(table, "state_dir"),
+        _text(table, "unkept"),
     )
     if hook.mode and hook.mode not in tuple(Mode):
         raise UsageError(f"{PATH}: hook.mode: {hook.mode!r} is none of {', '.join(Mode)}")
+    if hook.unkept and hook.unkept not in tuple(Fate):
+        raise UsageError(f"{PATH}: hook.unkept: {hook.unkept!r} is none of {', '.join(Fate)}")
     return Policy(
         _networks(document, "allow_old"),
         _networks(document, "allow_new"),

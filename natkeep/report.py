@@ -14,10 +14,11 @@ from natkeep.checkpoint import Checkpoint, Socket
 from natkeep.plan.drift import MoveStatus, SeenEntry
 from natkeep.plan.findings import CATALOGUE, Finding
 from natkeep.plan.lock import NetworkLock
-from natkeep.plan.move import Move, Role
+from natkeep.plan.move import Fate, Move, Role
 from natkeep.plan.order import render_nft
+from natkeep.plan.resets import NOT_TOLD, describe_fates
 from natkeep.plan.steps import Plan
-from natkeep.plan.tuples import Address, FourTuple
+from natkeep.plan.tuples import Address, Connections, FourTuple
 
 SHOWN = 20
 """How many connections of a move are listed without -v."""
@@ -35,7 +36,16 @@ def move_to_json(plan: Plan) -> dict[str, Any]:
         "id": move.id,
         "mode": str(move.mode),
         "maps": [{"old": str(map_.old), "new": str(map_.new)} for map_ in move.maps],
+        **_unkept_to_json(plan),
     }
+
+
+def _unkept_to_json(plan: Plan) -> dict[str, Any]:
+    """What only moves with `--unkept reset` have: each such connection, and who is told."""
+    if plan.move.unkept != Fate.RESET:
+        return {}
+    fates = describe_fates(plan.resets).items()
+    return {"unkept": [{**_tuple_to_json(inbound), "fate": fate} for inbound, fate in fates]}
 
 
 def plan_to_json(plan: Plan) -> dict[str, Any]:
@@ -48,7 +58,7 @@ def plan_to_json(plan: Plan) -> dict[str, Any]:
             {"role": str(site.role), "netns": site.netns, "nft": nft[site]}
             for site in plan.move.ordered_sites()
         ],
-        "connections": [_tuple_to_json(tuple_) for tuple_ in _kept(plan)],
+        "connections": [_tuple_to_json(tuple_) for some in _kept(plan) for tuple_ in some],
         "steps": [
             {"step": type(step).__name__, "site": str(step.site), "commands": step.describe()}
             for step in plan.steps
@@ -60,18 +70,18 @@ def _tuple_to_json(inbound: FourTuple) -> dict[str, Any]:
     return {"local": str(inbound.destination), "peer": str(inbound.source)}
 
 
-def _kept(plan: Plan) -> Iterator[FourTuple]:
+def _kept(plan: Plan) -> Iterator[Connections]:
     """Each kept connection once, though every site translates it."""
     first = plan.translations[0].site if plan.translations else None
     for translation in plan.translations:
         if translation.site == first:
-            yield from translation.kept
+            yield translation.kept
 
 
 def summary(plan: Plan) -> str:
     """A move in one line."""
     maps = ", ".join(str(map_) for map_ in plan.move.maps)
-    count = sum(1 for _ in _kept(plan))
+    count = sum(map(len, _kept(plan)))
     sites = ", ".join(str(site) for site in plan.move.ordered_sites())
     return f"{plan.move.id}: {maps}, {count} connection{'s' * (count != 1)}, at {sites}"
 
@@ -123,7 +133,7 @@ def _connections(status: MoveStatus) -> Iterator[tuple[FourTuple, SeenEntry | No
             entries = looked[0].seen.entries.get(translation.number, unseen)
             yield from zip(translation.kept, entries, strict=True)
     if not looked:
-        yield from ((tuple_, None) for tuple_ in _kept(status.plan))
+        yield from ((tuple_, None) for some in _kept(status.plan) for tuple_ in some)
 
 
 def status_lines(moves: Sequence[MoveStatus], *, verbose: bool) -> Iterator[str]:
@@ -140,6 +150,11 @@ def status_lines(moves: Sequence[MoveStatus], *, verbose: bool) -> Iterator[str]
                 yield "  ... (all with -v)"
                 break
             yield f"  {tuple_.destination}  {tuple_.source}  {_packets(seen)}"
+        for number, (lost, fate) in enumerate(describe_fates(status.plan.resets).items()):
+            if number == SHOWN and not verbose:
+                yield "  ... (all with -v)"
+                break
+            yield f"  {lost.destination}  {lost.source}  not kept: {fate}"
 
 
 def _packets(seen: SeenEntry | None) -> str:
@@ -225,17 +240,33 @@ def lock_lines(plan: Plan) -> Iterator[str]:
 def unkept_lines(checkpoint: Checkpoint, plan: Plan) -> Iterator[str]:
     """What of the checkpoint the move leaves behind, without the listeners."""
     olds = [map_.old for map_ in plan.move.maps]
+    fates, resets = describe_fates(plan.resets), plan.move.unkept == Fate.RESET
     for unkept in plan.unkept:
         inbound = unkept.inbound
-        yield f"tcp {inbound.destination} {inbound.source}: {unkept.reason}"
+        fate = f"; {fates.get(inbound, NOT_TOLD)}" if resets else ""
+        yield f"tcp {inbound.destination} {inbound.source}: {unkept.reason}{fate}"
+    lost = frozenset(plan.move.lost) if resets else frozenset()
     for socket in checkpoint.sockets:
         verdict = _judge(socket, olds)
         if verdict is not None and not socket.is_listener():
-            yield f"{socket.protocol} {socket.local or '*'} {socket.peer or '*'}: {verdict}"
+            tuple_ = _find_tuple(socket, lost)
+            fate = f"; {fates.get(tuple_, NOT_TOLD)}" if tuple_ else ""
+            yield f"{socket.protocol} {socket.local or '*'} {socket.peer or '*'}: {verdict}{fate}"
     if not checkpoint.sockets:
-        others = sum(tuple_.destination.address not in olds for tuple_ in checkpoint.connections)
+        ours = sum(len(checkpoint.connections.at(old)) for old in olds)
+        others = len(checkpoint.connections) - ours
         if others:
             yield f"{others} connections whose local address is not an OLD of --map"
+
+
+def _find_tuple(socket: Socket, lost: frozenset[FourTuple]) -> FourTuple | None:
+    """The socket's tuple, if it is one of *lost*."""
+    if socket.local is None or socket.peer is None:
+        return None
+    if socket.local.address.version != socket.peer.address.version:
+        return None
+    tuple_ = FourTuple(socket.peer, socket.local)
+    return tuple_ if tuple_ in lost else None
 
 
 def findings_to_json(findings: Sequence[Finding]) -> dict[str, Any]:

@@ -37,6 +37,13 @@ def _is_root() -> bool:
     return os.geteuid() == 0 and _run("unshare", "--net", "true").returncode == 0
 
 
+def _has_powers() -> bool:
+    """CHOWN, SETUID, NET_BIND_SERVICE and MKNOD: for what tests arrange, not for natkeep."""
+    status = Path("/proc/self/status").read_text()
+    effective = int(status.partition("CapEff:")[2].split()[0], 16)
+    return all(effective >> number & 1 for number in (0, 7, 10, 27))
+
+
 def _has_module(name: str) -> bool:
     return importlib.util.find_spec(name) is not None
 
@@ -53,6 +60,7 @@ def _has_pycriu() -> bool:
 # What can be required: how it is found, and what to say where it is not.
 PROBES: dict[str, tuple[Callable[[], bool], str]] = {
     "root": (_is_root, "needs root that may make network namespaces"),
+    "powers": (_has_powers, "needs more than natkeep's capabilities, to arrange things"),
     "criu": (lambda: os.access(CRIU, os.X_OK), "needs a CRIU that works here: scripts/get-criu"),
     "pycriu": (_has_pycriu, "needs Debian's pycriu (packages criu, python3-protobuf)"),
     "scapy": (lambda: _has_module("scapy"), "needs scapy: scripts/setup"),
@@ -94,7 +102,7 @@ def pytest_configure(config: pytest.Config) -> None:
         )
 
 
-MARKS = {"root": ("root",), "criu": ("root", "criu"), "lab": ("root", "scapy")}
+MARKS = {"root": ("root",), "criu": ("root", "criu", "powers"), "lab": ("root", "scapy")}
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

@@ -509,6 +509,7 @@ NOBODY = ("setpriv", "--reuid", "65534", "--regid", "65534", "--clear-groups")
         "teardown web",
     ],
 )
+@pytest.mark.needs("powers")
 def test_without_privileges_it_is_the_kernel_that_says_no(
     arguments: str, natkeep: Run, tmp_path: Path
 ) -> None:
@@ -857,9 +858,8 @@ def test_options_for_all_verbs_stand_before_or_behind_the_verb(
 ) -> None:
     other = ["--state-dir", str(tmp_path / "other")]
     natkeep(*other, *prepare(sites), input=LIST)
-    assert {"other", "other/lock", "other/web.connections", "other/web.journal"} == set(
-        files(tmp_path)
-    )
+    kinds = ("connections", "hold", "journal", "ready")
+    assert {"other", "other/lock", *(f"other/web.{kind}" for kind in kinds)} == set(files(tmp_path))
     assert json.loads(natkeep("status", "--json").stdout)["moves"] == []
     for arguments in (
         [*other, "--json", "status"],
@@ -984,7 +984,7 @@ DRIFTS = {
     "a dispatch": (
         "destination",
         "nft delete element inet natkeep out4 { 10.2.0.10 }",
-        "chain out-at-10.2.0.10: no rule of this move",
+        "set out4: 10.2.0.10 : jump out-at-10.2.0.10 is missing",
     ),
 }
 
@@ -1014,7 +1014,7 @@ def test_what_another_program_removed_is_drift_and_teardown_clears_the_rest(
 def test_open_where_the_gate_is_gone_says_so_and_opens_no_site(
     sites: Network, natkeep: Run
 ) -> None:
-    natkeep(*prepare(sites), input=LIST)
+    natkeep(*prepare(sites, "--no-hold"), input=LIST)  # with it the gateway is open already
     sites.run(sites.destination, *["nft", "delete", "table", "inet", "natkeep"])
     done = natkeep("open", "web", expect=5)
     assert done.stderr.startswith(f"natkeep: destination={sites.destination}: ")
@@ -1150,7 +1150,11 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
 writer, verb, kind, again = sys.argv[1:5]
 real = getattr(LinuxKernel, verb)
+stopped = []
 def stop():
+    if stopped:  # what a signal interrupted is done again
+        return
+    stopped.append(True)
     os.write(int(writer), b"x")
     while True:  # not pause(): a signal that comes just before it would not end it
         time.sleep(0.02)
@@ -1237,6 +1241,20 @@ def test_more_signals_while_it_undoes_do_not_stop_that(
 
 
 @pytest.mark.root
+@pytest.mark.parametrize("number", list(ENDINGS))
+def test_a_signal_in_the_middle_of_teardown_is_heeded_when_it_is_through(
+    number: signal.Signals, sites: Network, natkeep: Run, tmp_path: Path
+) -> None:
+    """So there is nothing to say of what is left: nothing is."""
+    natkeep(*prepare(sites), input=LIST)
+    running = run_and_stop("revert", "AddAddress", "", "teardown", "web")
+    running.send_signal(number)
+    out, err = running.communicate(timeout=PATIENCE)
+    assert (*ENDINGS[number], "") == (running.returncode, err.splitlines(), out)
+    assert files(tmp_path) == {}
+
+
+@pytest.mark.root
 def test_a_teardown_that_is_killed_is_finished_by_the_next(
     sites: Network, natkeep: Run, tmp_path: Path
 ) -> None:
@@ -1244,7 +1262,8 @@ def test_a_teardown_that_is_killed_is_finished_by_the_next(
     running = run_and_stop("revert", "AddAddress", "", "teardown", "web")
     running.kill()
     running.communicate()
-    assert {"state/web.connections", "state/web.journal"} == set(files(tmp_path))
+    kinds = ("connections", "hold", "journal", "ready")
+    assert {f"state/web.{kind}" for kind in kinds} == set(files(tmp_path))
     assert natkeep("teardown", "web").stderr == "natkeep: web: undone\n"
     assert files(tmp_path) == {}
 

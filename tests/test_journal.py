@@ -9,6 +9,7 @@ import json
 import os
 import re
 import subprocess
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -173,7 +174,15 @@ def test_the_ids_are_sorted_and_other_files_are_none(state: StateDirectory, plac
     assert state.ids() == ()
     for name in ("web", "api", "a-1"):
         begin(state, Move(name, MOVE.maps, MOVE.sites))
-    for name in ("lock", ".web.journal.new", "journal", "readme.txt", "x.connections"):
+    for name in (
+        "lock",
+        ".web.journal.new",
+        "journal",
+        "readme.txt",
+        "x.connections",
+        "X.journal",
+        "a b.journal",
+    ):
         (place / name).touch()
     assert state.ids() == ("a-1", "api", "web")
 
@@ -291,7 +300,15 @@ RECORD = b'{"step":0,"state":"done","prior":{"present":false}}'
     [
         (b"not json", "Expecting value: line 1 column 1 (char 0)"),
         (b"", "Expecting value: line 1 column 1 (char 0)"),
-        (b"[]", "list indices must be integers or slices, not str"),
+        (b"[]", "a line of it is not a JSON object"),
+        (b"[" * 5000, "a line of it is nested too deeply"),
+        (RECORD.replace(b"0", b"0e9"), "0e9 is not a whole number"),
+        (RECORD.replace(b"0", b"Infinity"), "Infinity is not a whole number"),
+        (RECORD.replace(b"0", b"true"), "line 2: no step True"),
+        (
+            RECORD.replace(b'{"present":false}', b'[["present",false]]'),
+            "line 2: no prior [['present', False]]",
+        ),
         (b"\xff", "'utf-8' codec can't decode byte 0xff in position 0: invalid start byte"),
         (RECORD.replace(b"0", b"3"), "line 2: no step 3"),
         (RECORD.replace(b"0", b"-1"), "line 2: no step -1"),
@@ -552,6 +569,7 @@ def test_a_directory_that_others_can_write_to_is_refused(mode: int, place: Path)
 
 
 @pytest.mark.root
+@pytest.mark.needs("powers")
 def test_a_directory_of_somebody_else_is_refused(place: Path) -> None:
     place.mkdir(mode=0o700)
     os.chown(place, 65534, -1)
@@ -620,9 +638,62 @@ def test_a_lock_that_another_holds_is_waited_for_so_long_and_no_longer(
         with pytest.raises(JournalError) as caught, state.locked(timeout=0.05):
             pass
         assert f"another natkeep holds {place}/lock" == str(caught.value)
-        assert (caught.value.exit_code, caught.value.hint) == (7, "wait for it, or end it")
-    with state.locked(timeout=0):
+        said = "waited 0.05 s: end it, or NATKEEP_LOCK_TIMEOUT=SECONDS waits longer"
+        assert (caught.value.exit_code, caught.value.hint) == (7, said)
+    with state.locked(timeout=20):
         pass
+
+
+def count_waiting(lock: Path) -> int:
+    lines = Path("/proc/locks").read_text().splitlines()
+    return sum("->" in line and f":{lock.stat().st_ino} " in line for line in lines)
+
+
+def test_who_waits_for_the_lock_is_served_in_order(
+    state: StateDirectory, place: Path, tmp_path: Path
+) -> None:
+    """However many wait, none is passed over until its time-out has come."""
+    served, children = tmp_path / "served", []
+    with state.locked():
+        for number in range(6):
+            child = os.fork()
+            if not child:
+                code = 1
+                try:
+                    os.closerange(3, 4096)  # our own descriptor of the lock would keep it held
+                    with StateDirectory(str(place), create=False).locked(), served.open("a") as out:
+                        out.write(f"{number}\n")
+                    code = 0
+                finally:
+                    os._exit(code)
+            children.append(child)
+            deadline = time.monotonic() + 20
+            # who waits stands in the kernel's list of locks
+            while count_waiting(place / "lock") < number + 1:
+                assert time.monotonic() < deadline, "it does not wait"
+        assert not served.exists()
+    assert [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children] == [0] * 6
+    assert served.read_text().split() == [str(number) for number in range(6)]
+
+
+def test_a_lock_that_comes_too_late_is_given_back(state: StateDirectory, place: Path) -> None:
+    with StateDirectory(str(place), create=False).locked():  # noqa: SIM117  # one, then the other
+        with pytest.raises(JournalError), state.locked(timeout=0.05):
+            pass
+    with StateDirectory(str(place), create=False).locked(timeout=20):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("text", "patience", "expected"),
+    [("", None, 30), ("5", None, 5), ("0", None, 0), ("60", 10, 10), ("5", 10, 5), ("", 10, 10)],
+)
+def test_how_long_the_lock_is_waited_for(
+    text: str, patience: float | None, expected: float, place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("NATKEEP_LOCK_TIMEOUT", text)
+    state = StateDirectory(str(place), create=True, patience=patience)
+    assert state.patience == expected
 
 
 def test_a_lock_is_given_up_when_its_holder_fails(state: StateDirectory, place: Path) -> None:

@@ -14,6 +14,7 @@ SHELL = [
     ".ci/run",
     "natkeep/criu/natkeep-hook",
     *(f"scripts/{f.name}" for f in ROOT.glob("scripts/*")),
+    "systemd/natkeep-loop",
 ]
 
 

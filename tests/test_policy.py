@@ -119,6 +119,7 @@ def test_standing_orders_are_read(path: Path) -> None:
 
 
 @pytest.mark.root
+@pytest.mark.needs("powers")
 def test_a_file_that_others_can_write_is_no_word_of_the_operators(path: Path) -> None:
     write(path, "")
     for mode in (0o602, 0o620, 0o666):
@@ -144,3 +145,43 @@ def test_what_is_no_such_file_is_refused_without_waiting(kind: str, path: Path) 
     with pytest.raises(NatkeepError) as caught:
         policy.read_policy()
     assert caught.value.exit_code == 2
+
+
+@pytest.mark.root
+def test_the_file_is_the_one_in_etc_whatever_the_environment_says(tmp_path: Path) -> None:
+    """In a mount namespace of its own: what this machine has in /etc is not touched."""
+    (tmp_path / "list").write_text("10.2.0.10:5000 10.1.0.2:50594\n")
+    (tmp_path / "natkeep.toml").write_text("")
+    script = (
+        "mount -t tmpfs none /etc && mkdir /etc/natkeep && "
+        'echo \'allow_old = ["10.9.0.0/16"]\' >/etc/natkeep/natkeep.toml && exec "$@"'
+    )
+    words = [*("prepare", "web", "--map", V4, "--connections", "list", "--dry-run")]
+    done = subprocess.run(
+        [
+            "unshare",
+            "--mount",
+            "sh",
+            "-c",
+            script,
+            "sh",
+            sys.executable,
+            "-m",
+            "natkeep.cli",
+            *words,
+        ],
+        env={
+            "PATH": os.environ["PATH"],
+            "HOME": str(tmp_path),
+            "XDG_CONFIG_HOME": str(tmp_path),
+            "NATKEEP_CONFIG": str(tmp_path / "natkeep.toml"),
+        },
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
+    assert (done.returncode, done.stdout) == (4, "")
+    assert done.stderr == (
+        "natkeep: OLD 10.2.0.10 is not allowed on this machine\n"
+        "  (allow_old in /etc/natkeep/natkeep.toml)\n"
+    )

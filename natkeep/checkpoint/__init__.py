@@ -8,12 +8,12 @@ the operator's word (`--map`), never the image's.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from enum import StrEnum
 
 from natkeep.plan.lock import DumpLock
 from natkeep.plan.lock import NetworkLock as NetworkLock
 from natkeep.plan.tuples import Address, Connections, Endpoint, FourTuple
+from natkeep.values import dataclass
 
 
 class TcpState(StrEnum):
@@ -42,6 +42,12 @@ SYNCHRONIZED = frozenset(
         TcpState.CLOSING,
     }
 )
+
+
+_WAITED_FOR = SYNCHRONIZED | {TcpState.SYN_SENT, TcpState.SYN_RECEIVED}
+
+ELSEWHERE = "in another network namespace than the root task"
+"""`unkept` of a socket that the move has nothing to do with."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,6 +138,26 @@ class Checkpoint:
             or (socket.local.address.is_unspecified and socket.local.address.version >= old.version)
         }
         return tuple(sorted(found, key=lambda end: (end.address.version, end)))
+
+    def lost_at(self, olds: Sequence[Address]) -> Connections:
+        """What peers of *olds* would wait for in vain: sockets that cannot be kept, with a peer.
+
+        Not those of another network namespace than the root task's, where *olds* may be others'
+        addresses; nor those whose other end is in the image too, which lives on; nor what has
+        ended.
+        """
+        ends = {(each.local, each.peer) for each in self.sockets}
+        return Connections.of(
+            FourTuple(each.peer, each.local)
+            for each in self.sockets
+            if each.unkept not in (None, ELSEWHERE)
+            and (each.protocol == "mptcp" or each.state in _WAITED_FOR)
+            and each.local is not None
+            and each.peer is not None
+            and each.local.address in olds
+            and each.local.address.version == each.peer.address.version
+            and (each.peer, each.local) not in ends
+        )
 
     @classmethod
     def of(cls, sockets: tuple[Socket, ...]) -> Checkpoint:

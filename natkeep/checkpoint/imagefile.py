@@ -24,6 +24,7 @@ from natkeep.errors import ImageError
 # 560,000 sockets; a process may open 1,048,576 files unless fs.nr_open was raised.
 MAX_IMAGE = 64 << 20
 MAX_ENTRIES = 1 << 20
+MAX_ENTRY = 8 << 20  # it is copied twice; the largest known is an epoll of 300,000 files
 
 COMMON, INVENTORY, FILES = 0x54564319, 0x58313116, 0x56303138
 FDINFO, TCP_STREAM = 0x56213732, 0x51465506
@@ -113,9 +114,9 @@ def opened(directory: str | os.PathLike[str] | int) -> Iterator[Directory]:
     (/proc/PID/fd/N), so here links are followed.
     """
     if isinstance(directory, int):
-        yield Directory(directory, f"directory {directory}")
+        yield Directory(directory, os.readlink(f"/proc/self/fd/{directory}"))
         return
-    name = os.fsdecode(directory).rstrip("/") or "/"
+    name = os.fsdecode(directory).rstrip("/") or ("/" if directory else "''")
     try:
         handle = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     except (OSError, ValueError) as error:
@@ -148,12 +149,13 @@ def read_entries(
             raise images.damaged(image, at, f"more than {MAX_ENTRIES} entries")
         size = int.from_bytes(data[at : at + 4], "little")
         at += 4
-        body = data[at : at + size]
         if at > end:
             raise images.damaged(image, at - 4, "it ends in the middle of an entry's size")
-        if len(body) != size:
+        if size > end - at:
             raise images.damaged(image, at - 4, f"an entry of {size} octets, {end - at} are left")
-        yield at, body
+        if size > MAX_ENTRY:
+            raise images.damaged(image, at - 4, f"an entry of {size} octets: more than {MAX_ENTRY}")
+        yield at, data[at : at + size]
         at += size
 
 

@@ -25,10 +25,10 @@ import os
 import re
 import struct
 from collections.abc import Sequence
-from dataclasses import replace
 from functools import lru_cache
 
 from natkeep.checkpoint import (
+    ELSEWHERE,
     SYNCHRONIZED,
     Checkpoint,
     Inventory,
@@ -53,17 +53,29 @@ from natkeep.checkpoint.imagefile import (
 from natkeep.checkpoint.protobuf import Damage, Message, decode, number, octets
 from natkeep.errors import ImageError
 from natkeep.plan.tuples import RECORD_SIZE, Address, Connections, Endpoint
+from natkeep.values import replace
 
 _INVENTORY_ENTRY = Message(
     "inventory_entry",
     numbers={1: "img_version", 10: "tcp_close", 11: "network_lock_method"},
-    octets={3: "root_ids", 13: "dump_criu_run_id"},
-    optional="tcp_close network_lock_method root_ids dump_criu_run_id",
+    octets={3: "root_ids", 12: "plugins_entry", 13: "dump_criu_run_id"},
+    optional="tcp_close network_lock_method root_ids plugins_entry dump_criu_run_id",
 )
+# These two are looked into only since their lengths, when too long, take in what follows them.
+_PLUGINS = Message("plugins_entry", numbers={}, unknown_below=13)
+_IP_OPTIONS = Message("ip_opts_entry", numbers={}, unknown_below=16)
 _ROOT_IDS = Message("root_ids", numbers={6: "net_ns_id"}, optional="net_ns_id")
 _TASK_IDS = Message("task_kobj_ids_entry", numbers={6: "net_ns_id"}, optional="net_ns_id")
 _PSTREE_ENTRY = Message("pstree_entry", numbers={1: "pid"})
-_FILE_ENTRY = Message("file_entry", numbers={1: "type", 2: "id"}, octets={4: "isk"}, optional="isk")
+# One of the many is there, by the kind of the file: CRIU 4.2.1 has 3 to 21, of a message each.
+_FILE_KINDS = {field: "isk" if field == 4 else f"kind_{field}" for field in range(3, 64)}
+_FILE_ENTRY = Message(
+    "file_entry",
+    numbers={1: "type", 2: "id"},
+    octets=_FILE_KINDS,
+    optional=" ".join(_FILE_KINDS.values()),
+    unknown_below=0,
+)
 _FDINFO_ENTRY = Message("fdinfo_entry", numbers={1: "id", 2: "flags", 3: "type", 4: "fd"})
 _SOCKET_ENTRY = Message(
     "inet_sk_entry",
@@ -96,7 +108,7 @@ _STREAM_ENTRY = Message(
 )
 _ID, _INO, _FAMILY, _TYPE, _PROTO, _STATE, _SRC_PORT, _DST_PORT = (number(n) for n in range(1, 9))
 _NS_ID = number(18)
-_SRC_ADDR, _DST_ADDR, _OPTS, _IFNAME = (octets(n) for n in (11, 12, 14, 17))
+_SRC_ADDR, _DST_ADDR, _OPTS, _IP_OPTS, _IFNAME = (octets(n) for n in (11, 12, 14, 16, 17))
 _SO_BOUND_DEV = octets(15)
 _FILE_TYPE, _FILE_ISK = number(1), octets(4)
 _FD_ID, _FD_TYPE = number(1), number(3)
@@ -156,16 +168,21 @@ def read_checkpoint_with_queues(directory: str | os.PathLike[str] | int) -> Chec
     CRIU cannot restore a connection whose stream is missing, so that is an ImageError too.
     """
     with opened(directory) as images:
-        checkpoint, inodes = _read_sockets(images)
-        if checkpoint.inventory is not None and checkpoint.inventory.tcp_close:
-            return checkpoint  # such a dump has no streams
-        sockets = tuple(
-            replace(socket, unsent=_read_unsent(images, socket, inode))
-            if socket.state in SYNCHRONIZED
-            else socket
-            for socket, inode in zip(checkpoint.sockets, inodes, strict=True)
-        )
-        return replace(checkpoint, sockets=sockets)
+        return read_with_queues(images)
+
+
+def read_with_queues(images: Directory) -> Checkpoint:
+    """As `read_checkpoint_with_queues`, from a directory that is open already."""
+    checkpoint, inodes = _read_sockets(images)
+    if checkpoint.inventory is not None and checkpoint.inventory.tcp_close:
+        return checkpoint  # such a dump has no streams
+    sockets = tuple(
+        replace(socket, unsent=_read_unsent(images, socket, inode))
+        if socket.state in SYNCHRONIZED
+        else socket
+        for socket, inode in zip(checkpoint.sockets, inodes, strict=True)
+    )
+    return replace(checkpoint, sockets=sockets)
 
 
 def read_inventory(directory: str | os.PathLike[str] | int) -> Inventory:
@@ -229,6 +246,8 @@ def _find_socket(body: bytes) -> bytes | None:
     entry = strings.get(_FILE_ISK)
     if (numbers[_FILE_TYPE] == _INETSK) != (entry is not None):
         raise Damage(0, f"file_entry: type {numbers[_FILE_TYPE]} does not go with its contents")
+    if len(strings) > 1:
+        raise Damage(0, f"file_entry: {len(strings)} kinds of file in one")
     return entry
 
 
@@ -289,8 +308,10 @@ def _make_socket(
     local = Endpoint(local_address, local_port) if local_port else None
     peer = Endpoint(peer_address, peer_port) if peer_port else None
     device = _bound_device(strings[_OPTS])
-    if device is None and _IFNAME in strings:
-        device = _demand_name(strings[_IFNAME])
+    if _IFNAME in strings:
+        name = _demand_name(strings[_IFNAME])
+        device = device or name
+    _check_ip_options(strings.get(_IP_OPTS, b""))
     if protocol != "tcp":
         return Socket(protocol, local, peer, None, device, _why_not_tcp(protocol)), b""
     state = _STATES.get(numbers[_STATE])
@@ -310,7 +331,7 @@ def _make_socket(
         unkept = _UNKEPT_STATES[state]
     # A socket that was never bound has no ns_id, and nor have the images of old CRIUs.
     if unkept is None and root_netns is not None and numbers.get(_NS_ID, root_netns) != root_netns:
-        unkept = "in another network namespace than the root task"
+        unkept = ELSEWHERE
     return Socket(protocol, local, peer, state, device, unkept), b"" if unkept else record
 
 
@@ -354,6 +375,11 @@ def _bound_device(options: bytes) -> str | None:
     return None if device is None else _demand_name(device)
 
 
+@lru_cache(maxsize=256)
+def _check_ip_options(options: bytes) -> None:
+    decode(options, _IP_OPTIONS)
+
+
 def _demand_name(device: bytes) -> str:
     """An interface's name; it will be printed, so control characters are not taken."""
     try:
@@ -390,6 +416,7 @@ def _read_inventory(images: Directory) -> tuple[Inventory, int | None]:
         if run_id is not None and not re.fullmatch(rb"[0-9A-Za-z-]{1,64}", run_id):
             raise Damage(0, "the run id is not of letters, digits and hyphens")
         root_ids, _ = decode(strings.get(octets(3), b""), _ROOT_IDS)
+        decode(strings.get(octets(12), b""), _PLUGINS)
     except Damage as damage:
         raise images.damaged(image, offset, damage.what) from None
     tcp_close = bool(numbers.get(number(10), 0))
@@ -414,15 +441,17 @@ def _read_root_netns(images: Directory, criu_netns: int | None) -> int | None:
 
 
 def _read_first(images: Directory, image: str, magic: int, message: Message) -> dict[int, int]:
-    """The numbers in the first entry of *image*."""
-    entries = read_entries(images, image, images.read(image), (COMMON, magic))
-    offset, body = next(entries, (8, None))
-    if body is None:
-        raise images.damaged(image, offset, "no entries")
-    try:
-        return decode(body, message)[0]
-    except Damage as damage:
-        raise images.damaged(image, offset, damage.what) from None
+    """The numbers in the first entry of *image*; the others have to be right, too."""
+    first: dict[int, int] | None = None
+    for offset, body in read_entries(images, image, images.read(image), (COMMON, magic)):
+        try:
+            numbers, _ = decode(body, message)
+        except Damage as damage:
+            raise images.damaged(image, offset, damage.what) from None
+        first = numbers if first is None else first
+    if first is None:
+        raise images.damaged(image, 8, "no entries")
+    return first
 
 
 def _missing(images: Directory, image: str) -> ImageError:

@@ -25,6 +25,7 @@ from natkeep.errors import ImageError
 from natkeep.plan.tuples import RECORD_SIZE, Connections, Endpoint, FourTuple
 
 MAX_LISTING = 32 << 20  # 300,000 of the longest lines
+MAX_LINES = 1 << 20  # more than there may be connections in a move
 PATIENCE = 30.0  # seconds, for the whole of a list that comes through a pipe
 
 _SIZES = frozenset(RECORD_SIZE.values())
@@ -46,6 +47,11 @@ def read_listing(path: str | os.PathLike[str]) -> Checkpoint:
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else error
         raise ImageError(f"cannot read {name}: {reason}") from None
+    return parse_octets(data, name)
+
+
+def parse_octets(data: bytes, name: str) -> Checkpoint:
+    """The connections in *data*, which has to be UTF-8 text; as `parse_listing`."""
     try:
         text = data.decode()
     except UnicodeDecodeError as error:
@@ -56,6 +62,8 @@ def read_listing(path: str | os.PathLike[str]) -> Checkpoint:
 
 def parse_listing(text: str, name: str) -> Checkpoint:
     """The connections in *text*; *name* says in messages where it came from."""
+    if text.count("\n") > MAX_LINES:
+        raise ImageError(f"{name}: more than {MAX_LINES} lines")
     hosts, ports, ends = _Hosts(), _Ports(), _Ends()
     lines: dict[bytes, int] = {}  # which line said it first, by record
     for number, line in enumerate(text.split("\n"), 1):

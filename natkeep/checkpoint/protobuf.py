@@ -3,6 +3,8 @@
 Rule: decode() looks at each octet of a message exactly once and either understands it, or skips
 it by a known wire type, or raises Damage. Truncated messages, overlong numbers, a field of the
 wrong wire type, a field twice and a missing field are damage; only unknown fields are skipped.
+So are fields out of order: all that writes CRIU's images writes them by number, and behind a
+length that is too short its own contents go on as if they were fields of what is around them.
 This file must never guess: protobuf's own "last one wins" hides what a damaged image lost.
 
     message = fields        field = key, value        key = number << 3 | wire type, a varint
@@ -12,6 +14,7 @@ This file must never guess: protobuf's own "last one wins" hides what a damaged 
 from __future__ import annotations
 
 _UINT32 = 0xFFFFFFFF
+_MAX_WORDS = 16  # octets: an address has four words, and to join more would take their square
 
 # What a key stands for in a message; any other key is an unknown field, to be skipped.
 _NUMBER, _OCTETS, _WORD, _PACKED, _WRONG = range(5)
@@ -40,8 +43,9 @@ class Message:
     """What has to be known of a message: its fields by number.
 
     numbers: uint32, enum and bool fields. octets: strings and messages. words: repeated uint32,
-    packed or not, filed as octets (four a word, little-endian). optional: names that may be
-    missing; words always may.
+    packed or not, at most four, filed as octets (four a word, little-endian). optional: names
+    that may be missing; words always may. unknown_below: an unknown field of this number or a
+    higher one is damage; what follows a message whose length is too long would pass for that.
     """
 
     def __init__(
@@ -52,9 +56,11 @@ class Message:
         octets: dict[int, str] | None = None,
         words: dict[int, str] | None = None,
         optional: str = "",
+        unknown_below: int = 1 << 29,
     ) -> None:
         octets, words = octets or {}, words or {}
         self.name = name
+        self.unknown_below = unknown_below
         self.fields = {**numbers, **octets, **words}
         # A known field in another wire type must not pass for an unknown one; and there is no
         # field number 0.
@@ -76,7 +82,7 @@ def decode(data: bytes, message: Message) -> tuple[dict[int, int], dict[int, byt
     """
     numbers: dict[int, int] = {}
     strings: dict[int, bytes] = {}
-    at, end, roles = 0, len(data), message.roles
+    at, end, roles, last = 0, len(data), message.roles, 0
     try:
         while at < end:
             start = at
@@ -84,6 +90,9 @@ def decode(data: bytes, message: Message) -> tuple[dict[int, int], dict[int, byt
             at += 1
             if key > 127:
                 key, at = _varint(data, start)
+            if key < last:
+                raise _damage(message, start, key, "is out of order")
+            last = key
             role = roles.get(key)
             if role is None:
                 at = _skip(data, message, start, key, at)
@@ -106,7 +115,9 @@ def decode(data: bytes, message: Message) -> tuple[dict[int, int], dict[int, byt
                 numbers[key] = value
             elif role == _WORD:
                 key |= 2
-                strings[key] = strings.get(key, b"") + value.to_bytes(4, "little")
+                strings[key] = words = strings.get(key, b"") + value.to_bytes(4, "little")
+                if len(words) > _MAX_WORDS:
+                    raise _damage(message, start, key, "more than four words")
             else:
                 string = data[at : at + value]
                 if len(string) != value:
@@ -114,6 +125,8 @@ def decode(data: bytes, message: Message) -> tuple[dict[int, int], dict[int, byt
                 at += value
                 if role == _PACKED:
                     string = strings.pop(key, b"") + _unpack(message, start, key, string)
+                    if len(string) > _MAX_WORDS:
+                        raise _damage(message, start, key, "more than four words")
                 if key in strings:
                     raise _damage(message, start, key, "is there twice")
                 strings[key] = string
@@ -145,6 +158,8 @@ def _varint(data: bytes, start: int) -> tuple[int, int]:
 
 def _skip(data: bytes, message: Message, start: int, key: int, at: int) -> int:
     """Where the unknown field ends whose value begins at *at*."""
+    if key >> 3 >= message.unknown_below:
+        raise _damage(message, start, key, "is not known")
     kind = key & 7
     if kind == 0:
         return _varint(data, at)[1]
@@ -160,10 +175,10 @@ def _skip(data: bytes, message: Message, start: int, key: int, at: int) -> int:
 
 
 def _unpack(message: Message, start: int, key: int, data: bytes) -> bytes:
-    """The words of a packed field."""
+    """The words of a packed field, or one more than there may be."""
     words, at = b"", 0
     try:
-        while at < len(data):
+        while at < len(data) and len(words) <= _MAX_WORDS:
             value, at = _varint(data, at)
             words += value.to_bytes(4, "little")
     except IndexError:

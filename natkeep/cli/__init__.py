@@ -15,6 +15,7 @@ import signal
 import sys
 from collections.abc import Sequence
 
+from natkeep import fault
 from natkeep.cli.output import silence
 from natkeep.cli.parser import make_parser
 from natkeep.errors import NatkeepError
@@ -29,6 +30,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else arguments
     try:
         try:
+            fault.demand_known()
             args = make_parser(arguments).parse_args(arguments)
             with _signals_as_exit():
                 return int(args.run(args))

@@ -25,9 +25,10 @@ def make_lifecycle(args: argparse.Namespace, *, create: bool) -> Lifecycle:
     from natkeep.lifecycle.verbs import Lifecycle
 
     demand_privileges()
+    state = StateDirectory(args.state_dir, create=create)
     return Lifecycle(
-        LinuxKernel(),
-        StateDirectory(args.state_dir, create=create),
+        LinuxKernel(state.path),
+        state,
         talk=(lambda line: talk(args, line)) if args.verbose else (lambda line: None),
     )
 
@@ -39,7 +40,8 @@ def parse_sites(texts: Sequence[str]) -> tuple[Site, ...]:
 
 
 def make_move(args: argparse.Namespace, checkpoint: Checkpoint) -> Move:
-    from natkeep.plan.move import Mode, Move, Role, parse_id
+    from natkeep.plan.move import Fate, Mode, Move, Role, parse_id
+    from natkeep.plan.tuples import NO_CONNECTIONS
 
     parse_id(args.id)
     sites = parse_sites(args.site)
@@ -47,7 +49,15 @@ def make_move(args: argparse.Namespace, checkpoint: Checkpoint) -> Move:
     listeners = _find_listeners(checkpoint, maps) if args.listeners else ()
     at_source = any(site.role == Role.SOURCE for site in sites)
     lock = checkpoint.lock if at_source else None
-    return Move(args.id, maps, sites, Mode(args.mode), listeners, lock)
+    unkept, lost = Fate(args.unkept), NO_CONNECTIONS
+    if unkept == Fate.RESET:
+        lost = checkpoint.lost_at([map_.old for map_ in maps])
+    mode = Mode(args.mode)
+    hold = not args.no_hold and getattr(args, "gate", "closed") == "closed"
+    return Move(
+        args.id, maps, sites, mode, listeners, lock,
+        unkept=unkept, lost=lost, hold=hold, guard=args.guard,
+    )  # fmt: skip
 
 
 def parse_maps(args: argparse.Namespace, sites: tuple[Site, ...]) -> tuple[Map, ...]:
@@ -97,6 +107,6 @@ def authorise(move: Move, checkpoint: Checkpoint) -> int:
     """How many connections *move* is about, if the operator's policy allows them."""
     from natkeep import policy
 
-    count = sum(len(checkpoint.connections.at(map_.old)) for map_ in move.maps)
+    count = sum(len(checkpoint.connections.at(map_.old)) for map_ in move.maps) + len(move.lost)
     policy.authorise(move, count)
     return count

@@ -5,18 +5,24 @@ from __future__ import annotations
 import argparse
 
 from natkeep.cli.arguments import make_lifecycle, parse_sites
-from natkeep.errors import DriftError, UsageError
+from natkeep.cli.output import talk
+from natkeep.errors import DriftError, JournalError, UsageError
 
 
 def status(args: argparse.Namespace) -> int:
     from natkeep import report
 
     lifecycle = make_lifecycle(args, create=False)
-    moves = lifecycle.status((args.id,) if args.id else ())
+    unreadable: list[JournalError] = []
+    moves = lifecycle.status((args.id,)) if args.id else lifecycle.status((), unreadable)
     if args.json:
         report.print_json(report.status_to_json(moves))
-    else:
+    elif moves or not unreadable:
         print(*report.status_lines(moves, verbose=args.verbose), sep="\n")
+    for error in unreadable[1:]:
+        talk(args, f"natkeep: {error}")
+    if unreadable:
+        raise unreadable[0]
     drift = [line for move in moves for site in move.sites for line in site.drift]
     if args.strict and drift:
         raise DriftError(f"drift: {drift[0]}", hint=f"{len(drift)} in all" if drift[1:] else None)
@@ -59,10 +65,10 @@ def explain(args: argparse.Namespace) -> int:
 def inspect(args: argparse.Namespace) -> int:
     from natkeep import report
     from natkeep.checkpoint.images import read_checkpoint_with_queues
-    from natkeep.plan.move import parse_map
+    from natkeep.plan.move import parse_olds
 
     checkpoint = read_checkpoint_with_queues(args.image)
-    olds = [parse_map(text)[0] for text in args.map]
+    olds = parse_olds(args.map)
     if args.json:
         report.print_json(report.checkpoint_to_json(checkpoint, olds))
     else:

@@ -61,7 +61,7 @@ def prepare(args: argparse.Namespace) -> int:
     )
     for line in report.unkept_lines(checkpoint, plan):
         talk(args, f"natkeep: not kept: {line}")
-    for line in report.lock_lines(plan):
+    for line in (*report.lock_lines(plan), *lifecycle.find_unheld(move.id)):
         talk(args, f"natkeep: {line}")
     if args.json:
         report.print_json({"schema": 1, **report.move_to_json(plan), "gate": args.gate})
@@ -74,7 +74,7 @@ def run(args: argparse.Namespace) -> int:
     from natkeep.criu.run import Restore, demand_criu, find_slow_lock, read_command
 
     command = read_command(args.criu, args.image)
-    demand_criu(command.words[0])
+    command = command.at(demand_criu(command.words[0]))
     if args.connections is None:
         args.image = command.images
     checkpoint = read_connections(args)
@@ -119,6 +119,18 @@ def teardown(args: argparse.Namespace) -> int:
     return 0
 
 
+def repair(args: argparse.Namespace) -> int:
+    from natkeep.cli import mending  # no restore waits for these
+
+    return mending.repair(args)
+
+
+def gc(args: argparse.Namespace) -> int:
+    from natkeep.cli import mending
+
+    return mending.gc(args)
+
+
 def _ask_if_alive(move_id: str, lifecycle: Lifecycle) -> None:
     alive = lifecycle.count_alive(move_id)
     if not alive:
@@ -139,12 +151,14 @@ def _refuse_exposure(move_id: str, lifecycle: Lifecycle) -> None:
 
 
 def quiesce(args: argparse.Namespace) -> int:
+    from natkeep import policy
     from natkeep.plan.move import Move, Role
 
     sites = parse_sites(args.site or ["source"])
     if [site.role for site in sites] != [Role.SOURCE]:
         raise UsageError("quiesce is for the source", hint="--site source[=NETNS]")
     move = Move(args.id, parse_maps(args, sites), sites)
+    policy.authorise(move, 0)
     lifecycle = make_lifecycle(args, create=True)
     listeners = lifecycle.quiesce(move, frozenset(args.port), args.timeout)
     if args.json:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import os
 from collections.abc import Callable, Sequence
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from natkeep import __version__
 from natkeep.cli import looking, moving
@@ -13,8 +14,29 @@ from natkeep.errors import UsageError
 LAB = "practice networks: move a real server, see what its peer saw"
 
 
+class _Formatter(argparse.HelpFormatter):
+    """argparse's, which makes one for each option and imports shutil (3 ms) for the width alone."""
+
+    def __init__(self, prog: str) -> None:
+        super().__init__(prog, width=_read_width() - 2)
+
+
+def _read_width() -> int:
+    """Columns of the terminal, as shutil.get_terminal_size tells them."""
+    columns = os.environ.get("COLUMNS", "")
+    if columns.isdecimal() and int(columns):
+        return int(columns)
+    try:
+        return os.get_terminal_size(1).columns or 80
+    except OSError:
+        return 80
+
+
 class Parser(argparse.ArgumentParser):
     """argparse that says what is wrong in one line, as everything else here does."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(formatter_class=_Formatter, **options)
 
     def error(self, message: str) -> NoReturn:
         raise UsageError(message, hint=f"{self.prog} --help")
@@ -67,7 +89,11 @@ def make_parser(arguments: Sequence[str] = ("lab",)) -> argparse.ArgumentParser:
     check.add_argument("--site", metavar="ROLE[=NETNS]", action="append", default=[])
     explain = add("explain", "what a finding means and what to do", looking.explain)
     explain.add_argument("code", metavar="CODE")
+    _add_repair(add("repair", "put back what another program removed", moving.repair))
     _add_teardown(add("teardown", "undo a move; a second time is fine", moving.teardown))
+    clearing = add("gc", "clear what a crash or a reboot left", moving.gc)
+    clearing.add_argument("--site", metavar="ROLE[=NETNS]", action="append", default=[])
+    clearing.add_argument("--dry-run", action="store_true", help="say what would be cleared")
     inspect = add("inspect", "the sockets in an image, kept or not and why", looking.inspect)
     inspect.add_argument("image", metavar="DIR")
     inspect.add_argument("--map", metavar="OLD=NEW", action="append", default=[])
@@ -113,6 +139,22 @@ def _add_move_options(verb: argparse.ArgumentParser) -> None:
         "--listeners", action="store_true", help="let new connections reach the image's listeners"
     )
     verb.add_argument("--mode", choices=("stateful", "stateless"), default="stateful")
+    verb.add_argument(
+        "--no-hold",
+        action="store_true",
+        help="do not keep what peers say while the gate is closed: they say it again, later",
+    )
+    verb.add_argument(
+        "--guard",
+        action="store_true",
+        help="have the kept connections outlive a flush of the ruleset: a small process a site",
+    )
+    verb.add_argument(
+        "--unkept",
+        choices=("report", "reset"),
+        default="report",
+        help="tell both ends of connections that cannot be kept, once the move is open",
+    )
 
 
 def _add_quiesce(verb: argparse.ArgumentParser) -> None:
@@ -137,9 +179,14 @@ def _add_quiesce(verb: argparse.ArgumentParser) -> None:
 
 
 def _port(text: str) -> int:
-    if not (text.isascii() and text.isdigit() and 1 <= int(text) <= 65535):
+    if not (text.isascii() and text.isdigit() and len(text) < 6 and 1 <= int(text) <= 65535):
         raise argparse.ArgumentTypeError(f"{text!r} is not a port (1 to 65535)")
     return int(text)
+
+
+def _add_repair(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument("id", metavar="ID", nargs="?")
+    verb.add_argument("--all", action="store_true", help="every move there is, instead of one")
 
 
 def _add_teardown(verb: argparse.ArgumentParser) -> None:

@@ -35,18 +35,20 @@ if TYPE_CHECKING:
     from natkeep.journal import Journal
     from natkeep.lifecycle.verbs import Lifecycle
     from natkeep.plan.move import Move, Site
+    from natkeep.plan.tuples import Connections
 
 _ACTIONS = ("pre-restore", "post-setup-namespaces", "post-restore")
 
 DEADLINE = 15.0
-"""Seconds that a restore is held up at most; longer than the journal waits for its lock, whose
-error says more."""
+"""Seconds that a restore is held up at most."""
+_PATIENCE = 10.0  # s for the journal's lock; shorter, since its error says more
 _GRACE = 5.0  # s more, to undo what was begun
 
 
 def main() -> int:
     """Exit code for CRIU: 0, or that of the error that is printed."""
     environment = os.environ
+    environment.pop("NATKEEP_FAULT", None)  # for tests of the verbs: no restore is to fail by it
     action = environment.get("CRTOOLS_SCRIPT_ACTION")
     only_id = environment.get("NATKEEP_ID") and not environment.get("NATKEEP_MAP")
     leaves = action == "post-dump" and environment.get("NATKEEP_SOURCE")
@@ -125,7 +127,7 @@ def _serve_source() -> int:
     from natkeep.kernel.linux import LinuxKernel
     from natkeep.lifecycle.verbs import Lifecycle
 
-    lifecycle = Lifecycle(LinuxKernel(), StateDirectory(create=True))
+    lifecycle = Lifecycle(LinuxKernel(), StateDirectory(create=True, patience=_PATIENCE))
     _say(serve_post_dump(os.environ, lifecycle))
     return 0
 
@@ -135,8 +137,9 @@ def _make_lifecycle(orders: Orders) -> Lifecycle:
     from natkeep.kernel.linux import LinuxKernel
     from natkeep.lifecycle.verbs import Lifecycle
 
-    state = StateDirectory(orders.state_dir or None, create=bool(orders.maps))
-    return Lifecycle(LinuxKernel(), state)
+    create = bool(orders.maps)
+    state = StateDirectory(orders.state_dir or None, create=create, patience=_PATIENCE)
+    return Lifecycle(LinuxKernel(state.path), state)
 
 
 # ---- NATKEEP_ID --------------------------------------------------------------------------------
@@ -154,6 +157,9 @@ def _confirm(journal: Journal, lifecycle: Lifecycle, orders: Orders, call: Call)
         )
     if orders.mode and orders.mode != move.mode:
         raise UsageError(f"the mode is to be {orders.mode}, but {move.id} is {move.mode}")
+    if orders.unkept and orders.unkept != move.unkept:
+        told = f"what cannot be kept is to be {orders.unkept}"
+        raise UsageError(f"{told}, but {move.id} was prepared with --unkept {move.unkept}")
     if journal.image is None:
         return
     from natkeep.checkpoint.images import read_inventory
@@ -166,19 +172,10 @@ def _confirm(journal: Journal, lifecycle: Lifecycle, orders: Orders, call: Call)
 
 
 def _is_at(journal: Journal, lifecycle: Lifecycle, site: Site) -> bool:
-    """Whether the process of the move may live at *site*: its destination, or its source again.
-
-    At the source only of a move that has no other site: opening gateway and destination for a
-    process that came home would have them answer its peers with resets.
-    """
-    from natkeep.plan.move import Role
-
+    """Whether the process of the move may live at *site*."""
     lifecycle.kernel.open_sites([site])
-    sites, homes = journal.move.sites, [Role.DESTINATION]
-    if {each.role for each in sites} == {Role.SOURCE} and not journal.move.quiesces:
-        homes = [Role.SOURCE]
     here = lifecycle.kernel.identity(site)
-    return any(journal.identity(each) == here for each in sites if each.role in homes)
+    return any(journal.identity(home) == here for home in journal.move.homes())
 
 
 def _tree_site(call: Call) -> Site:
@@ -227,15 +224,17 @@ def _ensure_prepared(
         lifecycle.teardown(move_id)  # begun and killed, or for a namespace that the tree is not in
     from natkeep import policy, report
     from natkeep.checkpoint.images import read_checkpoint
-    from natkeep.plan.move import parse_map
+    from natkeep.plan.move import Fate, parse_map
+    from natkeep.plan.tuples import NO_CONNECTIONS
 
     checkpoint = read_checkpoint(call.demand_images())
     olds = [parse_map(text)[0] for text in orders.maps]
-    count = sum(len(checkpoint.connections.at(old)) for old in olds)
+    lost = checkpoint.lost_at(olds) if orders.unkept == Fate.RESET else NO_CONNECTIONS
+    count = sum(len(checkpoint.connections.at(old)) for old in olds) + len(lost)
     if not count and orders.standing:
         _say("no connection of this image is to be kept")
         return False
-    move = _make_move(move_id, orders, lifecycle, site)
+    move = _make_move(move_id, orders, lifecycle, site, lost)
     policy.authorise(move, count)
     lifecycle.require_devices(move, report.bound_devices(checkpoint, move))
     _prepare(move, checkpoint, lifecycle, site)
@@ -243,14 +242,17 @@ def _ensure_prepared(
     return True
 
 
-def _make_move(move_id: str, orders: Orders, lifecycle: Lifecycle, site: Site) -> Move:
-    from natkeep.plan.move import Map, Mode, Move, parse_map
+def _make_move(
+    move_id: str, orders: Orders, lifecycle: Lifecycle, site: Site, lost: Connections
+) -> Move:
+    from natkeep.plan.move import Fate, Map, Mode, Move, parse_map
 
     maps = []
     for text in orders.maps:
         old, new = parse_map(text)
         maps.append(Map(old, lifecycle.find_new(old, (site,)) if new is None else new))
-    return Move(move_id, tuple(maps), (site,), Mode(orders.mode or Mode.STATEFUL))
+    mode, unkept = Mode(orders.mode or Mode.STATEFUL), Fate(orders.unkept or Fate.REPORT)
+    return Move(move_id, tuple(maps), (site,), mode, unkept=unkept, lost=lost)
 
 
 def _prepare(move: Move, checkpoint: Checkpoint, lifecycle: Lifecycle, site: Site) -> None:

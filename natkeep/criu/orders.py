@@ -1,6 +1,7 @@
 """who gave which orders, and what CRIU says of where it is.
 
-Orders come from the environment (NATKEEP_ID, or NATKEEP_MAP with NATKEEP_MODE), else from the
+Orders come from the environment (NATKEEP_ID, or NATKEEP_MAP with NATKEEP_MODE and
+NATKEEP_UNKEPT), else from the
 table [hook] of the operator's file, and never from the image. CRIU's own words (CRTOOLS_*) only
 say which image and which tree: they are looked at before they are believed.
 
@@ -11,10 +12,10 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 
 from natkeep.errors import UsageError
-from natkeep.plan.move import Mode
+from natkeep.plan.move import Fate, Mode
+from natkeep.values import dataclass
 
 ACTIONS = ("pre-restore", "post-setup-namespaces", "post-restore")
 
@@ -33,6 +34,7 @@ class Orders:
     mode: str
     state_dir: str | None
     standing: bool = False
+    unkept: str = ""
 
 
 def read_orders(environment: Mapping[str, str]) -> Orders | None:
@@ -41,17 +43,23 @@ def read_orders(environment: Mapping[str, str]) -> Orders | None:
     mode, state_dir = environment.get("NATKEEP_MODE", ""), environment.get("NATKEEP_STATE_DIR")
     if mode and mode not in tuple(Mode):
         raise UsageError(f"NATKEEP_MODE: {mode!r} is none of {', '.join(Mode)}")
+    unkept = environment.get("NATKEEP_UNKEPT", "")
+    if unkept and unkept not in tuple(Fate):
+        raise UsageError(f"NATKEEP_UNKEPT: {unkept!r} is none of {', '.join(Fate)}")
     if move_id or text:
         _refuse_both(move_id, text, "NATKEEP_ID", "NATKEEP_MAP")
         maps = tuple(text.split(",")) if text else ()
-        return Orders(move_id, maps, mode, state_dir)
+        return Orders(move_id, maps, mode, state_dir, unkept=unkept)
     from natkeep import policy  # only here: a move that is prepared was authorised before
 
     hook = policy.read_policy().hook
     _refuse_both(hook.id, hook.map, f"{policy.PATH}: hook.id", "hook.map")
     if not (hook.id or hook.map):
         return None
-    return Orders(hook.id, hook.map, mode or hook.mode, state_dir or hook.state_dir, standing=True)
+    return Orders(
+        hook.id, hook.map, mode or hook.mode, state_dir or hook.state_dir,
+        standing=True, unkept=unkept or hook.unkept,
+    )  # fmt: skip
 
 
 def _refuse_both(move_id: object, maps: object, first: str, second: str) -> None:

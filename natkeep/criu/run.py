@@ -22,7 +22,6 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 from natkeep.checkpoint import Checkpoint, NetworkLock
@@ -30,6 +29,7 @@ from natkeep.errors import NatkeepError, UsageError
 from natkeep.journal import read_boot_id
 from natkeep.lifecycle.verbs import Lifecycle
 from natkeep.plan.move import Move
+from natkeep.values import dataclass
 
 EXAMPLE = "natkeep run ID OPTIONS -- criu restore --images-dir DIR --tcp-established"
 MANY = 50
@@ -38,6 +38,7 @@ MANY = 50
 _OLDEST = (3, 16)
 _NEWEST_KERNEL_OF_OLD = (6, 13)  # since then CRIU before 4.1 may stumble over the kernel's vvar
 _PR_SET_CHILD_SUBREAPER = 36
+_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 _PATIENCE = 3.0  # s for a CRIU that was asked to end
 
 
@@ -50,6 +51,10 @@ class Command:
 
     words: tuple[str, ...]
     images: str
+
+    def at(self, program: str) -> Command:
+        """The same with *program*, the path of CRIU: looked up once, and not by each process."""
+        return Command((program, *self.words[1:]), self.images)
 
     def with_hook(self, hook: Path) -> list[str]:
         """The same with one more action script, which is the first given, so that it runs last.
@@ -125,30 +130,38 @@ def _values(words: Sequence[str], option: str, letter: str) -> Iterator[str]:
             yield word[2:]
 
 
-def demand_criu(program: str) -> None:
-    """UsageError unless *program* is a CRIU that can restore connections on this kernel."""
-    if shutil.which(program) is None:
+def demand_criu(program: str) -> str:
+    """Absolute path of *program*; UsageError unless it is a CRIU that works on this kernel."""
+    path = shutil.which(program)
+    if path is None:
         raise UsageError(f"there is no program {program!r}", hint="CRIU is criu.org, or a package")
-    found = re.search(r"Version: (\d+)\.(\d+)(\S*)", _say(program, "--version").stdout)
+    path = os.path.abspath(path)
+    found = re.search(r"Version: (\d+)\.(\d+)(\S*)", _say(path, "--version").stdout)
     if found is None:
         raise UsageError(f"{program} --version does not say that it is CRIU")
     version, name = (int(found[1]), int(found[2])), f"{found[1]}.{found[2]}{found[3]}"
     if version < _OLDEST:
         raise UsageError(f"CRIU {name} is too old", hint="3.16 is the first with an nftables lock")
     if version < (4, 1) and _kernel() >= _NEWEST_KERNEL_OF_OLD:
-        checked = _say(program, "check")
+        checked = _say(path, "check")
         if checked.returncode:
             why = next((line for line in checked.stderr.splitlines() if "Error" in line), "")
             raise UsageError(
                 f"CRIU {name} does not work on Linux {os.uname().release}: {why}",
                 hint="CRIU 4.1 or later does",
             )
+    return path
 
 
 def _say(*command: str) -> subprocess.CompletedProcess[str]:
     try:
         return subprocess.run(
-            command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=10
+            command,
+            env={"PATH": _PATH, "LC_ALL": "C"},
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=10,
         )
     except (OSError, subprocess.TimeoutExpired) as error:
         raise UsageError(f"{command[0]}: {error}") from None
@@ -184,6 +197,7 @@ class Restore:
     talk: Callable[[str], None]
     keep_closed: bool = False
     own_stdout: bool = False  # then CRIU's goes to stderr
+    ours: frozenset[int] = frozenset()  # children that are no part of CRIU's tree
 
     def run(self) -> int:
         """CRIU's exit code, once the tree was restored; NatkeepError when it was not."""
@@ -227,6 +241,8 @@ class Restore:
         plan = lifecycle.prepare(move, connections, image=self.checkpoint.run_id)
         for line in report.unkept_lines(self.checkpoint, plan):
             self.talk(f"natkeep: not kept: {line}")
+        for line in lifecycle.find_unheld(move.id):
+            self.talk(f"natkeep: {line}")
         self.talk(f"natkeep: {report.summary(plan)}, gate closed")
 
     def _run_criu(self, hook: Path, resumed: Path) -> int:
@@ -236,6 +252,7 @@ class Restore:
             "NATKEEP_STATE_DIR": os.path.abspath(self.lifecycle.state.path),
             "NATKEEP_RESUMED": str(resumed),
         }
+        self.ours = frozenset(_children())  # the holder; what comes later is CRIU's
         criu = subprocess.Popen(
             self.command.with_hook(hook),
             env=environment,
@@ -252,7 +269,7 @@ class Restore:
         if resumed.exists():
             self.talk(f"natkeep: the tree runs; {self.move.id} stays, until natkeep teardown")
             return False
-        kill_orphans()
+        kill_orphans(self.ours)
         if not keep:
             self.lifecycle.teardown(self.move.id)
         return True
@@ -280,10 +297,10 @@ def adopt_orphans() -> None:
     ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
 
 
-def kill_orphans() -> None:
+def kill_orphans(spared: frozenset[int] = frozenset()) -> None:
     """End every child of this process, and with each round those that come to us by that."""
     while True:
-        children = list(_children())
+        children = [pid for pid in _children() if pid not in spared]
         if not children:
             return
         for pid in children:

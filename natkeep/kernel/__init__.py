@@ -28,13 +28,24 @@ from typing import TYPE_CHECKING, Protocol
 
 from natkeep.plan.drift import Observation
 from natkeep.plan.move import Move, Site, Surroundings
-from natkeep.plan.steps import Identity, Plan, Prior, Step
+from natkeep.plan.steps import Identity, OpenGate, Plan, Prior, Step
 from natkeep.plan.tuples import Address, Connections, Endpoint
+from natkeep.values import dataclass
 
 if TYPE_CHECKING:
     from natkeep.plan.findings import Facts
+    from natkeep.plan.mending import Patch
+    from natkeep.plan.strays import SeenTable
 
 Remember = Callable[[Prior], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Packed:
+    """A transaction for the netlink socket of nf_tables, and the number of its last message."""
+
+    messages: bytes
+    last: int
 
 
 class Kernel(Protocol):
@@ -69,6 +80,22 @@ class Kernel(Protocol):
 
     def apply(self, step: Step, remember: Remember) -> Prior:
         """Do *step*; KernelError when the kernel says no."""
+
+    def mend(self, patch: Patch, remember: Remember) -> None:
+        """Do what a repair found missing, `remember` as for `apply`; KernelError when refused."""
+
+    def find_lost_ways(self, site: Site, noted: str) -> tuple[str, ...]:
+        """Those of the ways that InstallTranslation *noted* (`ways`) which are there no more."""
+
+    def find_strays(self, site: Site) -> SeenTable:
+        """What stands in the tables natkeep of an opened site, whosever it is."""
+
+    def clear_strays(self, site: Site, known: frozenset[str], olds: frozenset[Address], *,
+                     sure: bool) -> None:  # fmt: skip
+        """Take away there what no *known* move owns (see plan/strays.py); or KernelError."""
+
+    def pack_open(self, step: OpenGate) -> Packed | None:
+        """What `apply` would send for *step*, ready to be sent; None where that is unknown."""
 
     def revert(self, step: Step, prior: Prior) -> None:
         """Undo *step*; KernelError when the kernel says no."""

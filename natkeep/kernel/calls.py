@@ -14,8 +14,8 @@ import errno
 import os
 import struct
 from collections.abc import Iterator
-from dataclasses import dataclass
 
+from natkeep import fault
 from natkeep.kernel.conntrack import read_setting
 from natkeep.kernel.netlink import (
     NETLINK_NETFILTER,
@@ -30,13 +30,14 @@ from natkeep.plan.entries import TCP_ESTABLISHED, TCP_FLAGS
 from natkeep.plan.move import Mode
 from natkeep.plan.reception import Reception
 from natkeep.plan.tuples import Address
+from natkeep.values import dataclass
 
 _GET, _DELETE = (1 << 8) | 1, (1 << 8) | 2
 _TUPLE_ORIG, _TUPLE_REPLY, _STATUS, _PROTOINFO, _ID, _ZONE = 1, 2, 3, 4, 12, 18
 _FILTER, _STATUS_MASK = 25, 26
 _FILTER_ORIG_FLAGS = 1
-_BY_DESTINATION = 1 << 1 | 1 << 3 | 1 << 5
-"""CTA_FILTER_FLAG of CTA_IP_DST, CTA_PROTO_NUM and CTA_PROTO_DST_PORT."""
+_BY_ADDRESS, _BY_PORT = 1 << 1, 1 << 3 | 1 << 5
+"""CTA_FILTER_FLAG of CTA_IP_DST; of CTA_PROTO_NUM and CTA_PROTO_DST_PORT."""
 
 _AF = {4: 2, 6: 10}
 _TCP = b"\x06"
@@ -103,12 +104,15 @@ def _body(address: Address) -> bytes:
 
 
 def _pack_filter(called: Address, port: bytes) -> bytes:
-    destination = attribute(2 if called.version == 4 else 4, called.packed)
+    # By an IPv6 address the kernel gives just the others (see ctnetlink.ask_for_status).
+    by_address = called.version == 4
+    destination = nested(1, attribute(2, called.packed)) if by_address else b""
+    flags = _BY_PORT | (_BY_ADDRESS if by_address else 0)
     return nested(
         _TUPLE_ORIG,
-        nested(1, destination),
+        destination,
         nested(2, attribute(1, _TCP), attribute(3, port)),
-    ) + nested(_FILTER, attribute(_FILTER_ORIG_FLAGS, struct.pack("=I", _BY_DESTINATION)))
+    ) + nested(_FILTER, attribute(_FILTER_ORIG_FLAGS, struct.pack("=I", flags)))
 
 
 def _parse(entry: dict[int, bytes], called: Address, port: bytes) -> _Call | None:
@@ -134,6 +138,7 @@ def _delete(reception: Reception, calls: list[_Call]) -> None:
     with Netlink(NETLINK_NETFILTER) as netlink:
         for call in calls:
             body = _body(reception.before) + call.name
+            fault.reach("half", "forget")
             for refusal in netlink.send_batch(message(_DELETE, 0, body, 0)):
                 if refusal.errno != errno.ENOENT:
                     raise OSError(refusal.errno, os.strerror(refusal.errno))

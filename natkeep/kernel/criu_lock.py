@@ -11,9 +11,9 @@ programs are those that CRIU used; a transaction of iptables-restore is all or n
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 
+from natkeep import fault
 from natkeep.errors import KernelError
 from natkeep.kernel import elements, nft
 from natkeep.plan.lock import (
@@ -37,7 +37,8 @@ _TOOLS = {4: "iptables", 6: "ip6tables"}
 _FAMILIES = {4: 2, 6: 10}  # NFPROTO_IPV4, NFPROTO_IPV6
 _LEGACY_NAMES = {4: "ip_tables_names", 6: "ip6_tables_names"}
 _BACKENDS = ("nft", "legacy")
-_PATH = os.pathsep.join((os.environ.get("PATH", os.defpath), "/usr/sbin", "/sbin"))
+_PATH = "/usr/sbin:/usr/bin:/sbin:/bin"
+"""Where the system's own tools are; whoever calls us has no say in it."""
 
 Variant = tuple[str, int]
 """Back end of iptables, and IP version."""
@@ -64,6 +65,8 @@ def take_lock(lock: DumpLock, kept: Connections) -> None:
     taken: list[tuple[Variant, SavedRules]] = []
     try:
         for variant, found in _find_rules(lock, kept):
+            if taken:
+                fault.reach("half", "lock")
             _restore(variant, render_deletion(found))
             taken.append((variant, found))
     except BaseException:
@@ -180,7 +183,10 @@ def _run(variant: Variant, verb: str, options: list[str], text: str = "") -> str
             f"CRIU's lock is in a filter table, and there is no {name} to remove it with",
             hint="install iptables, or dump with --network-lock nftables",
         )
-    done = subprocess.run([program, *options], input=text, capture_output=True, text=True)
+    clean = {"PATH": _PATH, "LC_ALL": "C"}
+    done = subprocess.run(
+        [program, *options], env=clean, input=text, capture_output=True, text=True
+    )
     if done.returncode:
         raise KernelError(f"{name}: {done.stderr.strip() or done.returncode}")
     return done.stdout

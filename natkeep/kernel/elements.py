@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 
 from natkeep.kernel.netlink import (
     NETLINK_NETFILTER,
@@ -27,6 +26,7 @@ from natkeep.kernel.netlink import (
     replicate,
 )
 from natkeep.plan.tuples import RECORD_SIZE, Connections
+from natkeep.values import dataclass
 
 _SUBSYSTEM = 10 << 8
 _BATCH_BEGIN, _BATCH_END = 16, 17
@@ -66,22 +66,32 @@ class Rule:
 
 def fill_set(table: str, name: str, connections: Connections) -> None:
     """Add all *connections* (of one IP version) to the set, in one transaction; or OSError."""
+    send_batch(INET, pack_fill(table, name, connections))
+
+
+def pack_fill(table: str, name: str, connections: Connections) -> list[tuple[int, bytes]]:
+    """What adds *connections* to the set, as send_batch takes it."""
     elements, size = _pack_elements(connections)
     owner = attribute(1, _text(table)) + attribute(2, _text(name))
     per_message = _ATTRIBUTE_MAX // size * size
     chunks = (elements[i : i + per_message] for i in range(0, len(elements), per_message))
-    send_batch(INET, [(_NEWSETELEM, owner + nested(3, bytes(chunk))) for chunk in chunks])
+    return [(_NEWSETELEM, owner + nested(3, bytes(chunk))) for chunk in chunks]
 
 
 def send_batch(family: int, bodies: Sequence[tuple[int, bytes]]) -> None:
     """Send (message type, attributes) pairs as one nf_tables transaction; OSError if refused."""
+    with Netlink(NETLINK_NETFILTER) as netlink:
+        netlink.send_transaction(pack_batch(family, bodies), len(bodies))
+
+
+def pack_batch(family: int, bodies: Sequence[tuple[int, bytes]]) -> bytes:
+    """(message type, attributes) pairs as one nf_tables transaction; the last is acknowledged."""
     batch = [_batch_frame(_BATCH_BEGIN, 0)]
     for number, (type_, body) in enumerate(bodies, 1):
         flags = NLM_F_CREATE | (NLM_F_ACK if number == len(bodies) else 0)
         batch.append(message(_SUBSYSTEM | type_, flags, _nfgenmsg(family) + body, number))
     batch.append(_batch_frame(_BATCH_END, len(bodies) + 1))
-    with Netlink(NETLINK_NETFILTER) as netlink:
-        netlink.send_transaction(b"".join(batch), len(bodies))
+    return b"".join(batch)
 
 
 def _pack_elements(connections: Connections) -> tuple[bytearray, int]:
@@ -112,6 +122,22 @@ def read_keys(table: str, name: str) -> Iterator[bytes]:
         return
 
 
+def has_key(table: str, name: str, key: bytes) -> bool:
+    """Whether the set or map has an element with *key*, without reading the others."""
+    owner = attribute(1, _text(table)) + attribute(2, _text(name))
+    try:
+        with Netlink(NETLINK_NETFILTER) as netlink:
+            body = _nfgenmsg(INET) + owner + pack_key(key)
+            return any(netlink.request(_SUBSYSTEM | _GETSETELEM, 0, body))
+    except FileNotFoundError:
+        return False
+
+
+def pack_key(key: bytes) -> bytes:
+    """A list of the one element that has *key*."""
+    return nested(3, nested(1, nested(1, attribute(1, key))))
+
+
 def _element_keys(elements: bytes) -> Iterator[bytes]:
     offset = 0
     while offset + 4 <= len(elements):
@@ -136,6 +162,16 @@ def has_table(family: int, table: str) -> bool:
 def chain_names(table: str) -> frozenset[str]:
     """The chains of the inet table; empty when it is not there."""
     return frozenset(name for owner, name in _names(_GETCHAIN, INET, b"", 3) if owner == table)
+
+
+def has_chain(table: str, chain: str) -> bool:
+    """Whether the inet table has the chain; as quick in a table of a thousand moves as of one."""
+    body = _nfgenmsg(INET) + attribute(1, _text(table)) + attribute(3, _text(chain))
+    try:
+        with Netlink(NETLINK_NETFILTER) as netlink:
+            return any(netlink.request(_SUBSYSTEM | _GETCHAIN, 0, body))
+    except FileNotFoundError:
+        return False
 
 
 def base_chains() -> tuple[BaseChain, ...]:
@@ -198,6 +234,36 @@ def rules(table: str, chain: str) -> tuple[Rule, ...]:
     except FileNotFoundError:
         return ()
     return tuple(found)
+
+
+def assigns_zones(*, besides: str) -> bool:
+    """Whether a rule could give packets a conntrack zone, in any table but our own.
+
+    Found are `ct zone` of nft, to set or to match, and the target CT of iptables, which may.
+    """
+    for family, owner in [*_tables()]:
+        if owner == besides:
+            continue
+        scope = _nfgenmsg(family) + attribute(1, _text(owner))
+        try:
+            for answer in _dump(_GETRULE, scope):
+                if _CT_ZONE in answer or _CT_TARGET in answer:
+                    return True
+        except FileNotFoundError:  # it has gone meanwhile
+            continue
+    return False
+
+
+_CT_ZONE = attribute(2, (17).to_bytes(4, "big"))
+"""NFTA_CT_KEY, NFT_CT_ZONE."""
+
+_CT_TARGET = attribute(1, b"CT\0")[:7]
+"""NFTA_TARGET_NAME: how iptables-nft stores `-j CT`, which `--zone` is an option of."""
+
+
+def _tables() -> Iterator[tuple[int, str]]:
+    for answer in _dump(_GETTABLE, _nfgenmsg(0)):
+        yield answer[0], _string(attributes(answer[4:])[1])
 
 
 def _comment(userdata: bytes) -> str:

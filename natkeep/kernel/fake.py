@@ -8,33 +8,48 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable
-from dataclasses import dataclass, field
 
 from natkeep.errors import KernelError, RefusedError
-from natkeep.kernel import Remember
-from natkeep.plan import quiet, reception, ruleset
+from natkeep.kernel import Packed, Remember
+from natkeep.plan import quiet, reception, resets, ruleset
 from natkeep.plan.drift import Gate, Observation, SeenEntry
 from natkeep.plan.entries import entries, stale_tuples
 from natkeep.plan.findings import Facts
+from natkeep.plan.mending import (
+    InsertRules,
+    LoadLines,
+    Patch,
+    PutWays,
+    StopCounting,
+    split_opening,
+    want_of,
+)
 from natkeep.plan.move import NOTHING_SPECIAL, Move, Role, Site, Surroundings, Translation
 from natkeep.plan.steps import (
     AddAddress,
     FillSet,
+    GuardSite,
     HoldListeners,
+    HoldSegments,
     Identity,
     InsertEntries,
     InstallGate,
     InstallReception,
+    InstallResets,
     InstallTranslation,
     OpenGate,
     Plan,
     Prior,
     PurgeEntries,
     RaiseLoopback,
+    SendResets,
     Step,
     TakeOverLock,
 )
+from natkeep.plan.strays import SeenTable
+from natkeep.plan.things import Thing, Wanted, parse_line, want_rule
 from natkeep.plan.tuples import NO_CONNECTIONS, Address, Connections, Endpoint, FourTuple
+from natkeep.values import dataclass, field
 
 
 @dataclass
@@ -42,7 +57,10 @@ class FakeSite:
     """What one namespace holds; equal for equal content.
 
     sockets: inbound tuples of living sockets; locks: CRIU's tables and what they lock; waiting:
-    the listeners there are, and who has not been accepted yet at each; holds: those of quiesces.
+    the listeners there are, and who has not been accepted yet at each; holds: those of quiesces;
+    resets: of each move that resets, whether it does so yet; loaded: the steps whose text is in the
+    tables, broken: those of its things that somebody else has removed; holders: of which moves;
+    lost: notes of ways that are gone.
     """
 
     gates: dict[str, Gate] = field(default_factory=dict)
@@ -55,6 +73,12 @@ class FakeSite:
     locks: dict[str, set[FourTuple]] = field(default_factory=dict)
     waiting: dict[Endpoint, int] = field(default_factory=dict)
     holds: dict[str, tuple[Endpoint, ...]] = field(default_factory=dict)
+    resets: dict[str, Gate] = field(default_factory=dict)
+    holders: set[str] = field(default_factory=set)
+    guards: set[str] = field(default_factory=set)
+    loaded: list[Step] = field(default_factory=list)
+    broken: set[Thing] = field(default_factory=set)
+    lost: list[str] = field(default_factory=list)
 
 
 class FakeKernel:
@@ -69,6 +93,7 @@ class FakeKernel:
         self.die_at: int | None = None
         self.applied = 0
         self.surroundings = NOTHING_SPECIAL
+        self.told: set[FourTuple] = set()
 
     def open_sites(self, sites: Iterable[Site], known: dict[Site, Identity] | None = None) -> None:
         """Every name is a namespace here."""
@@ -122,10 +147,61 @@ class FakeKernel:
         if number == self.fail_at:
             raise KernelError(f"{step.site}: told to fail")
         _change(changed, step)
+        if isinstance(step, HoldListeners):  # again, it holds these listeners and no others
+            changed.loaded = [s for s in changed.loaded if type(s) is not type(step)]
+        if step not in changed.loaded and any(want_of(step)):
+            changed.loaded.append(step)
+        changed.broken -= {wanted.thing for wanted in want_of(step)}
         self.sites[step.site.netns] = changed
+        if isinstance(step, SendResets) and not prior.present:
+            self.told.update(step.questions())  # which nothing undoes
         if number == self.die_at:
             raise KilledError
         return prior
+
+    def mend(self, patch: Patch, remember: Remember) -> None:
+        """What is missing of a step is there again, or the step is done again."""
+        if not isinstance(patch, LoadLines | InsertRules | PutWays | StopCounting):
+            self.apply(patch, remember)
+            return
+        number, self.applied = self.applied, self.applied + 1
+        remember(Prior())
+        if number == self.fail_at:
+            raise KernelError(f"{patch.site}: told to fail")
+        _load(self.sites[patch.site.netns], patch)
+        if number == self.die_at:
+            raise KilledError
+
+    def find_lost_ways(self, site: Site, noted: str) -> tuple[str, ...]:
+        """What a test put there."""
+        return tuple(self.sites[site.netns].lost)
+
+    def find_strays(self, site: Site) -> SeenTable:
+        """The gates and holds, as the chains that they would be."""
+        here = self.sites[site.netns]
+        names = {f"gate-{move_id}" for move_id in here.gates}
+        names |= {f"hold-{move_id}" for move_id in here.holds}
+        return SeenTable(tuple(sorted(names)), there=bool(names))
+
+    def clear_strays(
+        self, site: Site, known: frozenset[str], olds: frozenset[Address], *, sure: bool
+    ) -> None:
+        """What no *known* move owns goes."""
+        here = self.sites[site.netns]
+        for move_id in self.find_strays(site).ids() - known:
+            here.gates.pop(move_id, None)
+            here.holds.pop(move_id, None)
+            for name in [n for n in here.sets if n.rpartition("-")[0].endswith(f"-{move_id}")]:
+                del here.sets[name]
+            for owner in (move_id, reception.comment(move_id), resets.comment(move_id)):
+                _withdraw(here, owner, list(here.rules))
+            here.loaded = [s for s in here.loaded if getattr(s, "move_id", None) != move_id]
+        if not here.loaded:
+            here.broken.clear()
+
+    def pack_open(self, step: OpenGate) -> Packed | None:
+        """Nothing: there is no netlink here."""
+        return None
 
     def revert(self, step: Step, prior: Prior) -> None:
         """Undo *step*; already gone is fine."""
@@ -148,36 +224,66 @@ class FakeKernel:
                     here.entries.pop(entry.original, None)
             case HoldListeners():
                 here.holds.pop(step.move_id, None)
+            case HoldSegments():
+                here.holders.discard(step.move_id)
+            case GuardSite():
+                here.guards.discard(step.move_id)
             case TakeOverLock() if prior.facts:
                 locked = here.locks.setdefault(step.lock.table, set())
                 locked.update(step.connections)
             case InstallReception():
                 comment = reception.comment(step.move_id)
                 _withdraw(here, comment, _receiving_chains(step))
+            case InstallResets():
+                here.resets.pop(step.move_id, None)
+                for reset in step.resets:
+                    here.sets.pop(resets.reset_set(step.move_id, reset.number), None)
+                _withdraw(here, resets.comment(step.move_id), _resetting_chains(step))
+            case SendResets() if not prior.present and step.move_id in here.resets:
+                here.resets[step.move_id] = Gate.CLOSED
             case OpenGate() if not prior.present and step.move_id in here.gates:
                 here.gates[step.move_id] = Gate.CLOSED
             case _:
                 pass
+        here.loaded = [other for other in here.loaded if other != step]
+        if not here.loaded:
+            here.broken.clear()
 
     def observe(self, site: Site, plan: Plan) -> Observation:
         """What *site* shows of *plan* now."""
         here, move_id = self.sites[site.netns], plan.move.id
         translations = [t for t in plan.translations if t.site == site]
+        lost = [reset for reset in plan.resets if reset.site == site]
         inserted = [s.translation for s in plan.prepare if isinstance(s, InsertEntries)]
         seen = {t.number: tuple(_see(here, t)) for t in inserted if t.site == site}
+        prepared, opened = split_opening(plan, site)
+        there = {w.thing for step in here.loaded for w in want_of(step)} - here.broken
         return Observation(
+            gone=prepared - there,
+            shut=opened - there,
+            loopback=here.loopback,
+            guarded=not plan.move.guard or move_id in here.guards,
+            sockets=_find_sockets(here, site, plan),
+            lingers=10.0,
             gate=here.gates.get(move_id, Gate.ABSENT),
             rules=_chains_of(here, move_id),
             missing={
                 name: len(connections) - len(here.sets.get(name, NO_CONNECTIONS))
                 for t in translations
                 for name, connections in ruleset.sets_of(move_id, t).items()
+            }
+            | {
+                name: len(reset.connections) - len(here.sets.get(name, NO_CONNECTIONS))
+                for reset in lost
+                for name in (resets.reset_set(move_id, reset.number),)
             },
             addresses=frozenset({map_.old for map_ in plan.move.maps} & here.addresses),
             entries=seen,
             alive=_count_alive(here, site, translations, seen),
             holds=move_id in here.holds,
             receiving=_chains_of(here, reception.comment(move_id)),
+            resetting=_chains_of(here, resets.comment(move_id)) if lost else frozenset(),
+            resets=here.resets.get(move_id, Gate.ABSENT) if lost else Gate.ABSENT,
         )
 
 
@@ -196,6 +302,30 @@ def _count_alive(
     return sum(1 for of_one in seen.values() for entry in of_one if entry)
 
 
+def _load(here: FakeSite, patch: Patch) -> None:
+    made: list[Wanted] = []
+    if isinstance(patch, LoadLines):
+        made = [wanted for line in patch.lines for wanted in parse_line(line)]
+    elif isinstance(patch, PutWays):
+        here.lost = [note for note in here.lost if note not in patch.notes]
+    elif isinstance(patch, InsertRules):
+        made = [want_rule(rule) for rule in patch.rules]
+    here.broken -= {wanted.thing for wanted in made}
+    for move_id, gate in here.gates.items():
+        chain = ruleset.gate_chain(move_id)
+        if any(f"insert rule inet natkeep {chain}" in str(wanted.make) for wanted in made):
+            here.gates[move_id] = Gate.OPEN
+        elif gate == Gate.ABSENT:
+            here.gates[move_id] = Gate.CLOSED
+
+
+def _find_sockets(here: FakeSite, site: Site, plan: Plan) -> Connections | None:
+    if site.role not in (Role.DESTINATION, Role.SOURCE):
+        return None
+    kept = [inbound for t in plan.translations if t.site == site for inbound in t.kept]
+    return Connections.of(inbound for inbound in kept if inbound in here.sockets)
+
+
 class KilledError(BaseException):
     """As SIGKILL would: nothing that natkeep catches."""
 
@@ -209,6 +339,8 @@ def _find_prior(here: FakeSite, step: Step) -> Prior:
         case TakeOverLock():
             locked = here.locks.get(step.lock.table)
             return Prior(facts={} if locked is None else {"table": True})
+        case SendResets():
+            return Prior(present=here.resets.get(step.move_id) == Gate.OPEN)
         case OpenGate():
             return Prior(present=here.gates.get(step.move_id) == Gate.OPEN)
         case _:
@@ -239,6 +371,10 @@ def _change(here: FakeSite, step: Step) -> None:
                 here.rules.setdefault(chain, set()).add(step.move_id)
         case HoldListeners():
             here.holds[step.move_id] = step.listeners
+        case HoldSegments():
+            here.holders.add(step.move_id)
+        case GuardSite():
+            here.guards.add(step.move_id)
         case TakeOverLock():
             locked = here.locks.get(step.lock.table, set())
             locked -= set(step.connections)
@@ -252,8 +388,20 @@ def _change(here: FakeSite, step: Step) -> None:
                 here.entries.pop(stale, None)
         case InsertEntries():
             here.entries.update((e.original, e.reply) for e in entries(step.translation))
+        case InstallResets():
+            here.resets[step.move_id] = Gate.CLOSED
+            for reset in step.resets:
+                here.sets[resets.reset_set(step.move_id, reset.number)] = NO_CONNECTIONS
+            for chain in _resetting_chains(step):
+                here.rules.setdefault(chain, set()).add(resets.comment(step.move_id))
+        case SendResets():
+            if step.move_id not in here.resets:
+                raise KernelError(f"{step.site}: nothing that {step.move_id} could open")
+            here.resets[step.move_id] = Gate.OPEN
         case OpenGate():
             here.gates[step.move_id] = Gate.OPEN
+            if step.delivers:
+                here.holders.discard(step.move_id)
 
 
 def _gate_chains(step: InstallGate) -> list[str]:
@@ -270,6 +418,10 @@ def _translating_chains(step: InstallTranslation) -> list[str]:
         for t in step.translations
         for dispatch, local in ruleset.translating_chains(t)
     ]
+
+
+def _resetting_chains(step: InstallResets) -> list[str]:
+    return [ruleset.address_chain(*reset.chain) for reset in step.resets]
 
 
 def _receiving_chains(step: InstallReception) -> list[str]:

@@ -9,10 +9,13 @@ from __future__ import annotations
 import socket
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from ipaddress import ip_address
 from typing import TYPE_CHECKING
 
+from natkeep import fault
 from natkeep.errors import KernelError, RefusedError
 from natkeep.kernel import (
+    Packed,
     Remember,
     address,
     calls,
@@ -21,6 +24,7 @@ from natkeep.kernel import (
     criu_lock,
     elements,
     nft,
+    owned,
     rawrule,
     sockets,
     table,
@@ -28,7 +32,8 @@ from natkeep.kernel import (
 )
 from natkeep.kernel import quiet as quietness
 from natkeep.kernel.netns import Namespace, find_namespace, inside, open_namespace
-from natkeep.plan import ruleset
+from natkeep.kernel.purge import purge
+from natkeep.plan import resets, ruleset
 from natkeep.plan.drift import Gate, Observation
 from natkeep.plan.move import Move, Role, Site, Surroundings, Translation
 from natkeep.plan.ruleset import TABLE
@@ -36,35 +41,46 @@ from natkeep.plan.steps import (
     AddAddress,
     FillSet,
     ForgetCalls,
+    GuardSite,
     HoldListeners,
+    HoldSegments,
     Identity,
     InsertEntries,
     InstallGate,
     InstallReception,
+    InstallResets,
     InstallTranslation,
     OpenGate,
     Plan,
     Prior,
     PurgeEntries,
     RaiseLoopback,
+    SendResets,
     Step,
     TakeOverLock,
     TranslateErrors,
 )
 from natkeep.plan.tuples import Address, Connections, Endpoint, FourTuple
+from natkeep.values import replace
 
 if TYPE_CHECKING:
     from natkeep.plan.findings import Facts
+    from natkeep.plan.mending import Patch
+    from natkeep.plan.strays import SeenTable
 
 _INSERT_ATTEMPTS = 5
 """A packet may make a stale entry between purge and insertion; five times in a row it does not."""
 
 
 class LinuxKernel:
-    """See natkeep/kernel/__init__.py for the laws."""
+    """See natkeep/kernel/__init__.py for the laws.
 
-    def __init__(self) -> None:
+    directory: where a holder is found again, as a socket; without one nothing is held.
+    """
+
+    def __init__(self, directory: str = "") -> None:
         self._namespaces: dict[Site, Namespace] = {}
+        self._directory = directory
 
     def open_sites(self, sites: Iterable[Site], known: dict[Site, Identity] | None = None) -> None:
         """Find the namespaces of *sites*; those that *known* names by identity, and no others."""
@@ -113,8 +129,9 @@ class LinuxKernel:
             kept = [connections.at(map_.old) for map_ in move.maps]
             with self._at(site):
                 if site.role == Role.DESTINATION:
-                    peers = {inbound.source.address for some in kept for inbound in some}
-                    local |= peers & address.all_addresses()
+                    peers = {peer for some in (*kept, move.lost) for peer in some.peers()}
+                    here = peers & address.all_addresses()
+                    local |= frozenset(ip_address(packed) for packed in here)
                 elif site.role == Role.GATEWAY and not carried:
                     carried = [pair for some in kept for pair in _find_carried(some)]
         return Surroundings(
@@ -157,6 +174,10 @@ class LinuxKernel:
 
     def apply(self, step: Step, remember: Remember) -> Prior:
         """Do *step*; KernelError when the kernel says no."""
+        if isinstance(step, HoldSegments):
+            return self._hold(step, remember)
+        if isinstance(step, GuardSite):
+            return self._guard(step, remember)
         with self._at(step.site):
             match step:
                 case InstallGate():
@@ -169,10 +190,12 @@ class LinuxKernel:
                 case AddAddress():
                     return _add_address(step, remember)
                 case InstallTranslation():
-                    remember(Prior())
+                    prior = _note_ways(step)
+                    remember(prior)
                     nft.run_transaction(
                         [*table.missing_mode_lines(step.translations), *step.lines()]
                     )
+                    return prior
                 case InstallReception():
                     remember(Prior())
                     nft.run_transaction([*table.missing_mode_lines(step.receptions), *step.lines()])
@@ -194,17 +217,117 @@ class LinuxKernel:
 
                     insert_rules(TABLE, step.rules())
                 case PurgeEntries():
-                    remember(Prior())
-                    return Prior(facts={"purged": conntrack.purge(step.translation)})
+                    return _purge_entries(step, remember)
                 case InsertEntries():
                     return _insert_entries(step, remember)
+                case InstallResets():
+                    remember(Prior())
+                    table.install_resets(step)
+                case SendResets():
+                    return _send_resets(step, remember)
                 case OpenGate():
                     prior = Prior(present=table.gate_state(step.move_id) == Gate.OPEN)
                     remember(prior)
                     if not prior.present:
                         rawrule.insert_accepts(TABLE, step.accepts(), ruleset.OPEN)
-                    return prior
+                    return self._deliver(step, prior)
         return Prior()
+
+    def _hold(self, step: HoldSegments, remember: Remember) -> Prior:
+        """Start the holder. It saves time and nothing else, so what keeps it away is noted only."""
+        from natkeep.kernel import hold  # whoever does not hold need not wait for it
+
+        remember(Prior())
+        if not self._directory:
+            return Prior(facts={"refused": "there is no state directory"})
+        site = step.site
+        try:
+            hold.start(
+                self._directory, step.move_id, self._namespaces[site], site.netns, step.kept()
+            )
+        except (OSError, KernelError) as error:
+            return Prior(facts={"refused": str(getattr(error, "strerror", None) or error)})
+        return Prior()
+
+    def _guard(self, step: GuardSite, remember: Remember) -> Prior:
+        """Somebody asked for it, so without it there is no move."""
+        from natkeep.kernel import guard  # whoever guards nothing need not wait for it
+
+        remember(Prior())
+        site = step.site
+        if not self._directory:
+            raise KernelError(f"{site}: a guard needs a state directory")
+        try:
+            guard.start(
+                self._directory, step.move_id, self._namespaces[site], site.netns,
+                step.translations,
+            )  # fmt: skip
+        except OSError as error:
+            raise KernelError(
+                f"{site}: the kernel makes no guard: {error.strerror}",
+                hint="it takes Linux 5.12; a move without --guard is kept as well",
+            ) from error
+        return Prior()
+
+    def _deliver(self, step: OpenGate, prior: Prior) -> Prior:
+        if not (step.delivers and self._directory):
+            return prior
+        from natkeep.kernel import hold
+
+        held = hold.deliver(self._directory, step.move_id)
+        facts = {} if held is None else {"segments": held.segments, "refused": held.refused}
+        return Prior(prior.present, {**prior.facts, **facts})
+
+    def mend(self, patch: Patch, remember: Remember) -> None:
+        """Do what a repair found missing; KernelError when the kernel says no."""
+        from natkeep.plan.mending import InsertRules, LoadLines, PutWays, StopCounting
+
+        if not isinstance(patch, LoadLines | InsertRules | PutWays | StopCounting):
+            self.apply(patch, remember)
+            return
+        with self._at(patch.site):
+            remember(Prior())
+            match patch:
+                case LoadLines():
+                    nft.run_transaction(patch.lines)
+                case InsertRules():
+                    from natkeep.kernel.expressions import insert_rules  # for stateless moves
+
+                    insert_rules(TABLE, patch.rules)
+                case PutWays():
+                    from natkeep.kernel import ways
+
+                    ways.put_back(patch.notes)
+                case StopCounting():
+                    conntrack.write_setting("nf_conntrack_acct", "0")
+
+    def find_lost_ways(self, site: Site, noted: str) -> tuple[str, ...]:
+        """Those of the ways that InstallTranslation *noted* which are not there any more."""
+        from natkeep.kernel import ways  # for status and repair alone
+
+        with self._at(site):
+            return ways.find_lost(noted)
+
+    def find_strays(self, site: Site) -> SeenTable:
+        """What stands in the tables natkeep of an opened site, whosever it is."""
+        from natkeep.kernel import stray  # for gc alone
+
+        with self._at(site):
+            return stray.read_table()
+
+    def clear_strays(
+        self, site: Site, known: frozenset[str], olds: frozenset[Address], *, sure: bool
+    ) -> None:
+        """Take away there what no *known* move owns; KernelError when the kernel says no."""
+        from natkeep.kernel import stray  # for gc alone
+
+        with self._at(site):
+            stray.clear(stray.read_table(), known, olds, sure=sure)
+
+    def pack_open(self, step: OpenGate) -> Packed | None:
+        """What `apply` would send for *step*, ready to be sent."""
+        accepts = step.accepts()
+        return Packed(rawrule.pack_accepts(TABLE, accepts, ruleset.OPEN), len(accepts))
 
     def revert(self, step: Step, prior: Prior) -> None:
         """Undo *step*; KernelError when the kernel says no."""
@@ -225,6 +348,14 @@ class LinuxKernel:
                         calls.hang_up(receiving)
                 case HoldListeners():
                     quietness.release(step)
+                case HoldSegments() if self._directory:
+                    from natkeep.kernel import hold
+
+                    hold.end(self._directory, step.move_id)
+                case GuardSite() if self._directory:
+                    from natkeep.kernel import guard
+
+                    guard.end(self._directory, step.move_id, self._namespaces[step.site])
                 case TakeOverLock():
                     criu_lock.put_lock_back(step.lock, step.connections, prior)
                 case TranslateErrors():
@@ -232,17 +363,38 @@ class LinuxKernel:
                 case InsertEntries():
                     _restore_accounting(prior)
                     conntrack.delete(step.translation)
-                case OpenGate() if not prior.present:
+                case InstallResets():
+                    table.withdraw_resets(step)
+                case OpenGate() | SendResets() if not prior.present:
                     table.close_gate(step)
-                case PurgeEntries() if step.site.role == Role.GATEWAY and prior.facts.get("purged"):
-                    conntrack.give_back(step.translation)
+                case PurgeEntries():
+                    owned.give_back(step.translation, owned.ways_of(prior))
                 case _:  # a set goes with its gate
                     pass
 
     def observe(self, site: Site, plan: Plan) -> Observation:
         """What *site* shows of *plan* now."""
         with self._at(site):
-            return view.observe(site, plan)
+            seen = view.observe(site, plan)
+        if not any(isinstance(step, GuardSite) and step.site == site for step in plan.prepare):
+            return seen
+        from natkeep.kernel import guard
+
+        lives = guard.is_guarded(self._directory, plan.move.id, self._namespaces[site])
+        return replace(seen, guarded=lives)
+
+
+def _note_ways(step: InstallTranslation) -> Prior:
+    """The routes and the address that the translation stands on, for a repair."""
+    from natkeep.kernel import ways
+
+    news = [t.map.new for t in step.translations]
+    peers = sorted({peer for t in step.translations for peer in t.outer.peers()})
+    others = [ip_address(peer) for peer in peers]
+    at_destination = step.site.role == Role.DESTINATION
+    own, others = (news, others) if at_destination else ([], [*news, *others])
+    noted = ways.note(own, others)
+    return Prior(facts={"ways": noted} if noted else {})
 
 
 def _find_carried(connections: Connections) -> Iterator[tuple[FourTuple, FourTuple]]:
@@ -258,14 +410,15 @@ def _raise_loopback(remember: Remember) -> Prior:
     prior = Prior(present=address.loopback_is_up(), facts={"addresses": address.count_on_lo()})
     remember(prior)
     if not prior.present:
-        address.set_loopback("up")
+        address.raise_loopback()
     return prior
 
 
 def _lower_loopback(prior: Prior) -> None:
     if prior.present:
         return
-    address.set_loopback("down")
+    address.lower_loopback()
+    fault.reach("loopback-lowered")
     if not prior.facts.get("addresses"):
         address.forget_loopback_address()
 
@@ -278,6 +431,14 @@ def _add_address(step: AddAddress, remember: Remember) -> Prior:
     return prior
 
 
+def _purge_entries(step: PurgeEntries, remember: Remember) -> Prior:
+    at_gateway = step.site.role == Role.GATEWAY
+    prior = Prior(facts={"own": owned.read(step.translation)} if at_gateway else {})
+    remember(prior)
+    purge(step.translation)
+    return prior
+
+
 def _insert_entries(step: InsertEntries, remember: Remember) -> Prior:
     # Entries count their packets only if accounting was on when they were made; it is on for
     # just this long, so that other people's connections are none the wiser.
@@ -285,6 +446,7 @@ def _insert_entries(step: InsertEntries, remember: Remember) -> Prior:
     remember(Prior(facts={"acct": before}) if before == "0" else Prior())
     counting = before == "0" and conntrack.write_setting("nf_conntrack_acct", "1")
     try:
+        fault.reach("insert-counting")
         _insert_despite_races(step.translation)
     except BaseException:
         conntrack.delete(step.translation)
@@ -303,15 +465,25 @@ def _insert_despite_races(translation: Translation) -> None:
             if attempt == _INSERT_ATTEMPTS:
                 raise
         else:
-            # A stale entry that has only our reply tuple is no error: the kernel then gives ours
-            # another port, so what it made is looked at.
-            seen = conntrack.look_up(translation)
-            wrong = sum(1 for entry in seen if not (entry and entry.translated))
+            fault.reach("insert-whole")
+            wrong = conntrack.count_wrong(translation)
             if not wrong:
                 return
             if attempt == _INSERT_ATTEMPTS:
                 raise KernelError(f"conntrack: {wrong} entries do not translate as planned")
-        conntrack.purge(translation)
+        purge(translation)
+
+
+def _send_resets(step: SendResets, remember: Remember) -> Prior:
+    chain = resets.reset_chain(step.move_id)
+    prior = Prior(present=table.chain_state(chain) == Gate.OPEN)
+    remember(prior)
+    if prior.present:
+        return prior
+    rawrule.insert_reset(TABLE, chain, ruleset.OPEN)
+    from natkeep.kernel.probe import ask  # where there is anybody to ask
+
+    return Prior(facts={"asked": ask(step.questions())})
 
 
 def _restore_accounting(prior: Prior) -> None:

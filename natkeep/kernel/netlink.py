@@ -15,11 +15,14 @@ after a *deletion* in nf_tables waits for an RCU grace period (6 to 47 ms).
 
 from __future__ import annotations
 
+import errno
 import os
 import socket
 import struct
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+
+from natkeep import fault
+from natkeep.values import dataclass
 
 NETLINK_ROUTE = 0
 NETLINK_NETFILTER = 12
@@ -45,6 +48,9 @@ BUFFER = 1 << 22
 
 CHUNK = 1 << 17
 """Octets of independent messages that are sent before their answers are read."""
+
+_DATAGRAM = 1 << 18
+"""Octets of the longest datagram; a dump's are 32 KiB, and pages not written to cost nothing."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,6 +129,8 @@ class Netlink:
         )
         self._socket.bind((0, 0))
         self._socket.setsockopt(_SOL_NETLINK, _NETLINK_CAP_ACK, 1)
+        # Received into, since recv() takes and returns all this memory for each datagram anew.
+        self._buffer = memoryview(bytearray(_DATAGRAM))
         for option in (socket.SO_SNDBUF, socket.SO_RCVBUF):
             self._grow(option)
 
@@ -137,6 +145,10 @@ class Netlink:
     def __enter__(self) -> Netlink:
         return self
 
+    def fileno(self) -> int:
+        """The socket's descriptor: for who keeps what lives by it."""
+        return self._socket.fileno()
+
     def __exit__(self, *_: object) -> None:
         self._socket.close()
 
@@ -150,6 +162,8 @@ class Netlink:
         count = len(messages) // size
         refusals: list[Refusal] = []
         for first in range(0, count, per_chunk):
+            if first:
+                fault.reach("between-chunks")
             last = min(first + per_chunk, count) - 1
             chunk = bytearray(messages[first * size : (last + 1) * size])
             flags_at = (last - first) * size + 6
@@ -165,9 +179,9 @@ class Netlink:
             for type_, sequence, body in self._receive():
                 if type_ != _NLMSG_ERROR:
                     continue
-                errno = -struct.unpack_from("=i", body)[0]
-                if errno:
-                    refusals.append(Refusal(sequence, errno))
+                number = -struct.unpack_from("=i", body)[0]
+                if number:
+                    refusals.append(Refusal(sequence, number))
                 if sequence == last:
                     return refusals
 
@@ -182,9 +196,9 @@ class Netlink:
             for type_, sequence, body in self._receive():
                 if type_ != _NLMSG_ERROR:
                     continue
-                errno = -struct.unpack_from("=i", body)[0]
-                if errno:
-                    raise OSError(errno, os.strerror(errno))
+                number = -struct.unpack_from("=i", body)[0]
+                if number:
+                    raise OSError(number, os.strerror(number))
                 if sequence == last_sequence:
                     return
 
@@ -197,9 +211,9 @@ class Netlink:
                 if answer == _NLMSG_DONE:
                     return
                 if answer == _NLMSG_ERROR:
-                    errno = -struct.unpack_from("=i", payload)[0]
-                    if errno:
-                        raise OSError(errno, os.strerror(errno))
+                    number = -struct.unpack_from("=i", payload)[0]
+                    if number:
+                        raise OSError(number, os.strerror(number))
                     return
                 yield payload
 
@@ -220,16 +234,19 @@ class Netlink:
                     if type_ != _NLMSG_ERROR:
                         yield body
                         continue
-                    errno = -struct.unpack_from("=i", body)[0]
-                    if errno != 2:
-                        raise OSError(errno, os.strerror(errno))
+                    number = -struct.unpack_from("=i", body)[0]
+                    if number != errno.ENOENT:
+                        raise OSError(number, os.strerror(number))
                     yield None
 
     def _receive(self) -> Iterator[tuple[int, int, bytes]]:
         """Type, sequence number and body of each message of one datagram."""
-        data = self._socket.recv(1 << 20)
+        size = self._socket.recv_into(self._buffer, 0, socket.MSG_TRUNC)
+        if size > _DATAGRAM:
+            raise OSError(errno.EMSGSIZE, os.strerror(errno.EMSGSIZE))
+        data = bytes(self._buffer[:size])
         offset = 0
-        while offset + _HEADER.size <= len(data):
+        while offset + _HEADER.size <= size:
             length, type_, _, sequence, _ = _HEADER.unpack_from(data, offset)
             if length < _HEADER.size:
                 break

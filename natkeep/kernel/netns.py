@@ -14,16 +14,16 @@ import os
 import select
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 
-from natkeep.errors import KernelError, UsageError
+from natkeep.errors import JournalError, KernelError, UsageError
+from natkeep.values import dataclass
 
 _CLONE_NEWNET = 0x40000000
 _NS_GET_NSTYPE = 0xB703
 _NAMED = "/run/netns"
 
 
-class NamespaceGoneError(UsageError):
+class NamespaceGoneError(JournalError):
     """A namespace that a journal names does not exist any more, or is out of reach."""
 
 
@@ -48,7 +48,7 @@ def open_namespace(spec: str) -> Namespace:
     UsageError when there is none of that name, or what is there is no network namespace.
     """
     label = spec or "this namespace"
-    path = _path_of(spec)
+    path = path_of(spec)
     try:
         with _held(spec):
             # O_NONBLOCK, so that a FIFO in its place cannot hold us.
@@ -94,7 +94,7 @@ def find_namespace(spec: str, identity: tuple[int, int]) -> Namespace:
 
     A name may have been given to another namespace since, and a pid to another process, so the
     identity decides; it is then looked for in ours, the named ones, and those of all processes
-    that we see. UsageError when it is nowhere: then it no longer exists, or we cannot reach it.
+    that we see. NamespaceGoneError when it is nowhere: it no longer exists, or is out of reach.
     """
     for candidate in _candidates(spec):
         try:
@@ -106,12 +106,13 @@ def find_namespace(spec: str, identity: tuple[int, int]) -> Namespace:
             if found.identity == identity:
                 return found
             os.close(found.fd)
-    raise NamespaceGoneError(f"the network namespace {spec or 'of the move'!r} is gone")
+    name = repr(spec) if spec else "of the move"
+    raise NamespaceGoneError(f"the network namespace {name} is gone")
 
 
 def _candidates(spec: str) -> Iterator[str]:
     if spec:
-        yield _path_of(spec)
+        yield path_of(spec)
     yield "/proc/self/ns/net"
     for directory, suffix in ((_NAMED, ""), ("/proc", "/ns/net")):
         try:
@@ -123,7 +124,8 @@ def _candidates(spec: str) -> Iterator[str]:
                 yield f"{directory}/{name}{suffix}"
 
 
-def _path_of(spec: str) -> str:
+def path_of(spec: str) -> str:
+    """Where the namespace named *spec* is found; UsageError when it cannot be a name."""
     if not spec:
         return "/proc/self/ns/net"
     if "\0" in spec:
@@ -154,6 +156,10 @@ def inside(namespace: Namespace) -> Iterator[None]:
             return
         _setns(namespace.fd, namespace.label)
         try:
+            # Before anything is changed: a handle that was closed may be another's by now.
+            now = os.stat("/proc/thread-self/ns/net")
+            if (now.st_dev, now.st_ino) != namespace.identity:
+                raise KernelError(f"{namespace.label}: its handle leads to another namespace")
             yield
         finally:
             _setns(home, "the namespace we came from")

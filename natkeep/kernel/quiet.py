@@ -11,13 +11,13 @@ from natkeep.plan import quiet, ruleset
 from natkeep.plan.ruleset import TABLE
 from natkeep.plan.steps import HoldListeners
 
-_MOVES = ("kept-", "outer-", "listen-")
+_MOVES = ("kept-", "outer-", "listen-", "reset-")
 """How the names of a move's sets begin."""
 
 
 def missing_static_lines() -> list[str]:
     """What a source's table lacks, to be added behind the static part of every table."""
-    return [] if quiet.BASE_CHAIN in elements.chain_names(TABLE) else [*quiet.render_static()]
+    return [] if elements.has_chain(TABLE, quiet.BASE_CHAIN) else [*quiet.render_static()]
 
 
 def hold(step: HoldListeners) -> None:

@@ -7,9 +7,9 @@ takes longer to load than a netlink message takes to be made.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
-from natkeep.kernel.elements import INET, send_batch
+from natkeep.kernel.elements import INET, pack_batch, send_batch
 from natkeep.kernel.netlink import attribute, nested
 
 NEWRULE = 6
@@ -20,17 +20,29 @@ TRANSPORT = 2
 
 _EQUAL, _UNEQUAL = 0, 1
 _VERDICT_REGISTER, _NF_ACCEPT = 0, 1
+_TCP_RST = 1  # NFT_REJECT_TCP_RST
 _TCP, _FLAGS, _SYN, _FIN_SYN_RST_ACK = 6, 13, b"\x02", b"\x17"
 
 Packed = tuple[str, tuple[bytes, ...]]
 """An expression's name and its attributes."""
 
 
-def insert_accepts(table: str, chains: Iterable[tuple[str, bool]], comment: str) -> None:
+def insert_accepts(table: str, chains: Sequence[tuple[str, bool]], comment: str) -> None:
     """Insert an accept in front of each of *chains*, all or none; or OSError.
 
     chains: name, and whether a bare SYN stays refused there.
     """
+    send_batch(INET, _accepts(table, chains, comment))
+
+
+def pack_accepts(table: str, chains: Sequence[tuple[str, bool]], comment: str) -> bytes:
+    """The transaction of insert_accepts; the message numbered len(chains) is acknowledged."""
+    return pack_batch(INET, _accepts(table, chains, comment))
+
+
+def _accepts(
+    table: str, chains: Sequence[tuple[str, bool]], comment: str
+) -> list[tuple[int, bytes]]:
     verdict = nested(2, nested(2, integer(1, _NF_ACCEPT)))
     accept = ("immediate", (integer(1, _VERDICT_REGISTER), verdict))
     no_syn = (
@@ -39,13 +51,17 @@ def insert_accepts(table: str, chains: Iterable[tuple[str, bool]], comment: str)
         _mask(_FIN_SYN_RST_ACK),
         compare(_SYN, _UNEQUAL),
     )
-    send_batch(
-        INET,
-        [
-            (NEWRULE, pack_rule(table, chain, [*(no_syn if guarded else ()), accept], comment))
-            for chain, guarded in chains
-        ],
-    )
+    return [
+        (NEWRULE, pack_rule(table, chain, [*(no_syn if guarded else ()), accept], comment))
+        for chain, guarded in chains
+    ]
+
+
+def insert_reset(table: str, chain: str, comment: str) -> None:
+    """Insert in front of *chain* a rule that answers TCP with a reset; or OSError."""
+    reset = ("reject", (integer(1, _TCP_RST),))
+    rule = pack_rule(table, chain, [*load_protocol(_TCP), reset], comment)
+    send_batch(INET, [(NEWRULE, rule)])
 
 
 def pack_rule(table: str, chain: str, expressions: Iterable[Packed], comment: str) -> bytes:

@@ -28,14 +28,23 @@ def count_alive(connections: Connections) -> int:
     return sum(len(some) for some in _find_alive(connections))
 
 
+def find_kept(connections: Connections) -> Connections:
+    """Those of *connections* that have a socket in the namespace that the thread is in."""
+    found = [*_find_alive(connections)]
+    return Connections(*(b"".join(some.records(version) for some in found) for version in (4, 6)))
+
+
 def find_alive(connections: Connections) -> FourTuple | None:
     """The first of *connections* that has a socket in the namespace that the thread is in."""
     return next((inbound for some in _find_alive(connections) for inbound in some), None)
 
 
 def _find_alive(connections: Connections) -> Iterator[Connections]:
-    live = _records("/proc/thread-self/net/tcp", 4) | _records("/proc/thread-self/net/tcp6", 6)
-    for version in (4, 6):
+    live = {record for path, version in _TABLES for record in _records(path, version)}
+    # Whose local end is none of theirs cannot be one of them, and often that is everybody.
+    ends = connections.local_ends()
+    live = {record for record in live if record[: len(record) // 2] in ends}
+    for version in (4, 6) if live else ():
         records, size = connections.records(version), RECORD_SIZE[version]
         starts = range(0, len(records), size)
         yield connections.pick(

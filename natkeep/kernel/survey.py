@@ -50,6 +50,7 @@ def gather_facts() -> Facts:
             for chain in chains or ()
             if chain.type == "nat" and chain.table != TABLE
         ),
+        xdp=_find_xdp(),
         virtual_servers=len((_read("/proc/net/ip_vs") or "").splitlines()) > 3,
     )
 
@@ -59,6 +60,15 @@ def _read_chains() -> tuple[elements.BaseChain, ...] | None:
         return elements.base_chains()
     except OSError:
         return None
+
+
+def _find_xdp() -> tuple[str, ...]:
+    from natkeep.kernel import links
+
+    try:
+        return links.find_xdp()
+    except OSError:
+        return ()
 
 
 def _has_libnftables() -> bool:

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from natkeep import fault
 from natkeep.kernel import Remember, elements, nft
 from natkeep.kernel import quiet as quietness
-from natkeep.plan import quiet, reception, ruleset
+from natkeep.plan import quiet, reception, resets, ruleset
 from natkeep.plan.drift import Gate
 from natkeep.plan.move import Role, Site, Translation
 from natkeep.plan.reception import Reception
@@ -18,9 +19,11 @@ from natkeep.plan.ruleset import TABLE
 from natkeep.plan.steps import (
     InstallGate,
     InstallReception,
+    InstallResets,
     InstallTranslation,
     OpenGate,
     Prior,
+    SendResets,
     TranslateErrors,
 )
 from natkeep.plan.tuples import Address
@@ -49,6 +52,7 @@ def remove_gate(step: InstallGate) -> None:
             nft.run_transaction(ruleset.render_removal())
         return
     _withdraw(step.move_id, _gate_chains(step))
+    fault.reach("withdrawn", "gate")
     olds = [translation.map.old for translation in step.translations]
     lines = _end_silence(step.site, olds)
     lines += ruleset.render_gate_removal(step.move_id, step.translations)
@@ -69,12 +73,11 @@ def _end_silence(site: Site, olds: Iterable[Address]) -> list[str]:
 
 def missing_mode_lines(some: Iterable[Translation | Reception]) -> list[str]:
     """The base chains of the modes of *some*, as far as they are not there yet."""
-    present = elements.chain_names(TABLE)
     modes = dict.fromkeys(one.mode for one in some)
     return [
         line
         for mode in modes
-        if ruleset.base_chain_of(mode) not in present
+        if not elements.has_chain(TABLE, ruleset.base_chain_of(mode))
         for line in ruleset.render_mode(mode)
     ]
 
@@ -87,6 +90,7 @@ def withdraw_translation(step: InstallTranslation) -> None:
     """The rules that translate go."""
     chains = [chain for t in step.translations for chain in ruleset.translating_chains(t)]
     _withdraw(step.move_id, chains)
+    fault.reach("withdrawn", "translation")
     present = elements.chain_names(TABLE)
     lines = ruleset.render_rewriting_removal(step.move_id, step.translations)
     _run_what_is_there([line for line in lines if line.rpartition(" ")[2] in present])
@@ -96,9 +100,28 @@ def withdraw_reception(step: InstallReception) -> None:
     """The rules for callers go."""
     chains = [chain for receiving in step.receptions for chain in reception.chains(receiving)]
     _withdraw(reception.comment(step.move_id), chains)
-    if reception.callers_chain(step.move_id) in elements.chain_names(TABLE):
+    fault.reach("withdrawn", "reception")
+    if elements.has_chain(TABLE, reception.callers_chain(step.move_id)):
         lines = _end_silence(step.site, [receiving.map.old for receiving in step.receptions])
         lines += reception.render_removal(step.move_id, step.receptions)
+        _run_what_is_there(lines)
+
+
+def install_resets(step: InstallResets) -> None:
+    """What leads the connections that cannot be kept to a drop, until it is opened."""
+    lines = list(step.lines())
+    [dispatch] = {reset.dispatch for reset in step.resets}
+    if not elements.has_chain(TABLE, resets.base_chain_of(dispatch)):
+        lines = [*resets.render_static(dispatch), *lines]
+    nft.run_transaction(lines)
+
+
+def withdraw_resets(step: InstallResets) -> None:
+    """It goes, its sets too."""
+    _withdraw(resets.comment(step.move_id), [reset.chain for reset in step.resets])
+    if elements.has_chain(TABLE, resets.reset_chain(step.move_id)):
+        lines = _end_silence(step.site, [reset.old for reset in step.resets])
+        lines += resets.render_removal(step.move_id, step.resets)
         _run_what_is_there(lines)
 
 
@@ -142,14 +165,19 @@ def _run_what_is_there(lines: list[str]) -> None:
 
 def gate_state(move_id: str) -> Gate:
     """Absent, closed or open, by the rules of the move's gate chain."""
-    rules = elements.rules(TABLE, ruleset.gate_chain(move_id))
+    return chain_state(ruleset.gate_chain(move_id))
+
+
+def chain_state(chain: str) -> Gate:
+    """The same of any chain that is a gate."""
+    rules = elements.rules(TABLE, chain)
     if not rules:
         return Gate.ABSENT
     return Gate.OPEN if any(rule.comment == ruleset.OPEN for rule in rules) else Gate.CLOSED
 
 
-def close_gate(step: OpenGate) -> None:
-    """Take away what opened the gate."""
+def close_gate(step: OpenGate | SendResets) -> None:
+    """Take away what opened the gate, or what resets."""
     _run_what_is_there(
         [
             f"delete rule inet {TABLE} {chain} handle {rule.handle}"

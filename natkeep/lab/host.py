@@ -122,9 +122,13 @@ class Host:
         await_true(pidfile.exists, f"{self.role}: {argv[0]} to start")
         return Program(process, int(pidfile.read_text()), log)
 
+    def proc(self, pid: int) -> Path:
+        """/proc of *pid* of this host's own pid namespace, as it is seen outside."""
+        return Path(f"/proc/{self.init_pid}/root/proc/{pid}")
+
     def alive(self, pid: int) -> bool:
         """Whether *pid* of this host's own pid namespace exists."""
-        return Path(f"/proc/{self.init_pid}/root/proc/{pid}").exists()
+        return self.proc(pid).exists()
 
     def kill(self, pid: int, signal: int = 9) -> None:
         """Signal *pid* of this host's own pid namespace; gone already is fine."""

@@ -22,7 +22,8 @@ def refuse_conflicts(ground: Ground, plan: Plan, replaces: str | None) -> None:
             hint=f"natkeep teardown {plan.move.id}, or another id",
         )
     ours = {ground.kernel.identity(site): site for site in plan.move.sites}
-    for move_id in ground.state.ids():
+    ends = {end for map_ in plan.move.maps for end in (map_.old, map_.new)}
+    for move_id in ground.state.ids_naming(ends):
         found = ground.state.read_move(move_id)
         if found is None or move_id in (replaces, plan.move.id):
             continue
@@ -59,7 +60,15 @@ def _shares_address(move: Move, other: Move) -> bool:
 
 
 def _refuse_overlap(plan: Plan, other: Plan) -> None:
-    """No two moves may have one tuple at one address, be it OLD or NEW."""
+    """No two moves may have one tuple at one address, be it OLD or NEW; nor reset the other's."""
+    theirs_kept = {record for theirs in other.translations for record in theirs.kept.each()}
+    for reset in plan.resets:
+        for inbound in reset.connections:
+            if theirs_kept.intersection(Connections.of([inbound]).each()):
+                raise RefusedError(
+                    f"{inbound} cannot be kept by this move, but is by {other.move.id}",
+                    hint="--unkept report resets nothing",
+                )
     for ours in plan.translations:
         for theirs in other.translations:
             shared = {ours.map.old, ours.map.new} & {theirs.map.old, theirs.map.new}

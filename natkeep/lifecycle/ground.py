@@ -9,8 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from contextlib import suppress
-from dataclasses import dataclass
+from functools import partial
+from typing import TypeVar
 
+from natkeep import fault
 from natkeep.errors import JournalError, LeftoverError, NatkeepError, RefusedError
 from natkeep.journal import Journal, Record, StateDirectory, read_boot_id
 from natkeep.kernel import Kernel
@@ -18,8 +20,19 @@ from natkeep.kernel.netns import NamespaceGoneError
 from natkeep.plan import ruleset
 from natkeep.plan.move import Move, Site
 from natkeep.plan.order import make_plan
-from natkeep.plan.steps import AddAddress, Plan, Prior, RaiseLoopback, Step, TakeOverLock
+from natkeep.plan.steps import (
+    AddAddress,
+    InstallGate,
+    Plan,
+    Prior,
+    PurgeEntries,
+    RaiseLoopback,
+    Step,
+    TakeOverLock,
+)
+from natkeep.values import dataclass
 
+T = TypeVar("T")
 Talk = Callable[[str], None]
 """Where progress goes; one line without its newline."""
 
@@ -69,44 +82,81 @@ class Ground:
                 hint=f"natkeep teardown {journal.move.id}",
             )
 
-    def _apply_or_undo(self, journal: Journal, plan: Plan, numbers: list[int]) -> None:
+    def _apply_or_undo(
+        self,
+        journal: Journal,
+        plan: Plan,
+        numbers: list[int],
+        last: Callable[[], None] | None = None,
+    ) -> None:
         try:
             for number in numbers:
                 self._apply(journal, plan.steps[number], number)
+            if last is not None:
+                last()
         except BaseException as error:
             # Ctrl-C and SIGTERM too: leaving half a translation is what gets connections reset.
             self.talk(f"natkeep: {error or type(error).__name__}: undoing")
-            left = self._undo(journal, plan, reversed(numbers))
-            if left:
-                raise leftover(journal, left) from error
-            if not numbers[0]:
-                journal.remove()
+            finish(partial(self._undo_all, journal, plan, numbers, error))
             raise
+
+    def _undo_all(
+        self, journal: Journal, plan: Plan, numbers: list[int], reason: BaseException
+    ) -> None:
+        left = self._undo(journal, plan, reversed(numbers))
+        if left:
+            raise leftover(journal, left) from reason
+        if not numbers[0]:
+            forget(journal)
 
     def _apply(self, journal: Journal, step: Step, number: int) -> None:
         for line in step.describe():
             self.talk(f"[+] {line}")
-        prior = self.kernel.apply(step, lambda found: journal.note(number, "doing", found))
-        journal.note(number, "done", prior)
+        kind = type(step).__name__
+        fault.reach("apply", kind)
+        earlier = journal.records.get(number)
+
+        def remember(found: Prior) -> None:
+            journal.note(number, "doing", _as_before_us(earlier, found))
+            fault.reach("begun", kind)
+
+        prior = self.kernel.apply(step, remember)
+        fault.reach("applied", kind)
+        journal.note(number, "done", _as_before_us(earlier, prior))
+        fault.reach("done", kind)
 
     def _undo(self, journal: Journal, plan: Plan, numbers: Iterable[int]) -> list[NatkeepError]:
         """Undo those of the steps that were begun, going on after a failure."""
         left: list[NatkeepError] = []
+        incomplete: set[Site] = set()
         for number in numbers:
             record = journal.records.get(number)
             if record is None or record.state == "undone":
                 continue
             step = plan.steps[number]
             self.talk(f"[-] {type(step).__name__} at {step.site}")
+            kind = type(step).__name__
             try:
+                fault.reach("revert", kind)
                 if not self._hand_over(journal, step, record):
                     self.kernel.revert(step, record.prior)
+                fault.reach("reverted", kind)
             except NatkeepError as error:
                 left.append(error)
+                incomplete.add(step.site)
+                continue
+            except Exception as error:  # a bug in one step must not keep the others in place
+                left.append(NatkeepError(f"{kind} at {step.site}: {error or type(error).__name__}"))
+                incomplete.add(step.site)
+                continue
+            if isinstance(step, InstallGate | PurgeEntries) and step.site in incomplete:
+                # Undone once more when the rest is: the table goes with the last gate, and what
+                # is given back could be taken for entries of ours that were left.
                 continue
             # A full disk must not stop this: what the journal still has is only undone again.
-            with suppress(JournalError):
+            with suppress(Exception):
                 journal.note(number, "undone", Prior())
+                fault.reach("undone", kind)
         return left
 
     def _hand_over(self, journal: Journal, step: Step, record: Record) -> bool:
@@ -128,12 +178,56 @@ class Ground:
                 same = _is_same_thing(step, theirs) and other.identity(theirs.site) == identity
                 if same and other.is_done(number):
                     other.note(number, "done", record.prior)
+                    fault.reach("handed-over")
                     return True
         return False
 
 
+def _as_before_us(earlier: Record | None, found: Prior) -> Prior:
+    """What a step that was begun before, and killed perhaps, found then: that counts."""
+    if earlier is None or earlier.state == "undone":
+        return found
+    return Prior(earlier.prior.present, {**found.facts, **earlier.prior.facts})
+
+
+def finish(undo: Callable[[], T]) -> T:
+    """What *undo* returns; a signal that comes meanwhile is heeded when it is through.
+
+    So it must be one that can be done again, as everything is that goes by the journal.
+    """
+    try:
+        return undo()
+    except Exception:
+        raise
+    except BaseException:
+        undo()
+        raise
+
+
+def forget(journal: Journal) -> None:
+    """Remove the journal of a move of which nothing is left at any site."""
+    try:
+        journal.remove()
+    except Exception as error:
+        raise LeftoverError(
+            f"move {journal.move.id}: all is undone, but its journal is left: {error}",
+            hint=f"natkeep teardown {journal.move.id} tries again",
+        ) from error
+
+
 def plan_of(journal: Journal) -> Plan:
     return make_plan(journal.move, journal.connections, journal.surroundings)
+
+
+def is_whole(journal: Journal, plan: Plan) -> bool:
+    """Whether prepare came to its end: every step was done once, also where it is undone since.
+
+    One that was killed has failed, as others do.
+    """
+    records = [journal.records.get(number) for number in range(len(plan.prepare))]
+    return all(
+        record is not None and (record.state != "doing" or record.again) for record in records
+    )
 
 
 def kinds_of(plan: Plan) -> tuple[str, ...]:

@@ -3,59 +3,180 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
+from natkeep.errors import JournalError
 from natkeep.journal import Journal, read_boot_id
 from natkeep.kernel.netns import NamespaceGoneError
 from natkeep.lifecycle.ground import Ground
-from natkeep.plan.drift import Gate, MoveStatus, SiteStatus, find_drift
+from natkeep.plan.drift import Gate, MoveStatus, Observation, SiteStatus, find_drift
 from natkeep.plan.move import Role, Site
-from natkeep.plan.steps import Plan, TakeOverLock
+from natkeep.plan.steps import HoldSegments, InstallTranslation, OpenGate, Plan, TakeOverLock
+from natkeep.plan.tuples import NO_CONNECTIONS
+from natkeep.values import dataclass
+
+if TYPE_CHECKING:
+    from natkeep.plan.mending import Life, Patch
+    from natkeep.plan.sighting import Sighting
 
 _DRAIN_INTERVAL = 0.2
+
+
+@dataclass(frozen=True, slots=True)
+class Sight:
+    """What all sites of a move showed at one time, and what follows from that.
+
+    earlier: what the last repair saw of entries at a gateway.
+    ways: routes and addresses of others that are gone, with the numbers of their steps.
+    begun: when the looking began, in milliseconds of the monotonic clock.
+    """
+
+    plan: Plan
+    begun: int
+    looks: dict[Site, Observation]
+    lives: dict[Site, Life]
+    opened: dict[Site, bool]
+    earlier: Sighting | None
+    ways: dict[Site, tuple[tuple[int, tuple[str, ...]], ...]]
+
+    def drift(self, site: Site) -> tuple[str, ...]:
+        """What is not there as it was put there, in words."""
+        seen, life = self.looks[site], self.lives[site]
+        from natkeep.plan.mending import describe_ways
+
+        lost = [line for _, notes in self.ways[site] for line in describe_ways(notes)]
+        return (*find_drift(self.plan, site, seen, life, opened=self.opened[site]), *lost)
+
+    def patches(self, site: Site) -> list[tuple[int, Patch]]:
+        """What puts it back, each with the number of its step."""
+        from natkeep.plan.mending import PutWays, find_patches
+
+        seen, life = self.looks[site], self.lives[site]
+        found = [*find_patches(self.plan, site, seen, life, opened=self.opened[site])]
+        return [*found, *((number, PutWays(site, notes)) for number, notes in self.ways[site])]
 
 
 class Looking(Ground):
     """The verb status, and the questions before a teardown."""
 
-    def status(self, move_ids: tuple[str, ...]) -> tuple[MoveStatus, ...]:
-        """How the moves stand; all of them when none is named."""
+    def status(
+        self, move_ids: tuple[str, ...], unreadable: list[JournalError] | None = None
+    ) -> tuple[MoveStatus, ...]:
+        """How the moves stand; all of them when none is named.
+
+        unreadable: takes what is wrong with a journal, so that the other moves are shown.
+        """
         found = []
         for move_id in move_ids or self.state.ids():
-            journal, plan = self._load(move_id)
-            sites = tuple(
-                self._look(journal, plan, site)
-                for site in plan.move.sites
-                if not is_retired(journal, plan, site)
-            )
-            opening = {step.site for step in plan.open}
+            try:
+                journal, plan = self._load(move_id)
+            except JournalError as error:
+                if unreadable is None:
+                    raise
+                if move_id in self.state.ids():  # else it has been torn down meanwhile
+                    unreadable.append(error)
+                continue
+            sites = self._look_at_sites(journal, plan)
+            opening = {step.site for step in plan.open if isinstance(step, OpenGate)}
             gates = {s.seen.gate for s in sites if s.seen is not None and s.site in opening}
             found.append(
                 MoveStatus(plan, Gate.OPEN if gates == {Gate.OPEN} else Gate.CLOSED, sites)
             )
         return tuple(found)
 
-    def _look(self, journal: Journal, plan: Plan, site: Site) -> SiteStatus:
+    def _look_at_sites(self, journal: Journal, plan: Plan) -> tuple[SiteStatus, ...]:
+        """Each site that no other move has taken over; what lives is asked at all of them."""
+        sites = [site for site in plan.move.sites if not is_retired(journal, plan, site)]
         if journal.boot != read_boot_id():
-            return SiteStatus(site, None, ("prepared before the last boot: nothing is there",))
-        try:
-            self.kernel.open_sites([site], {site: journal.identity(site)})
-        except NamespaceGoneError as error:
-            return SiteStatus(site, None, (str(error),))
-        seen = self.kernel.observe(site, plan)
-        return SiteStatus(site, seen, find_drift(plan, site, seen))
+            why = "prepared before the last boot: nothing is there"
+            return tuple(SiteStatus(site, None, (why,)) for site in sites)
+        gone: dict[Site, str] = {}
+        for site in sites:
+            try:
+                self.kernel.open_sites([site], {site: journal.identity(site)})
+            except NamespaceGoneError as error:
+                gone[site] = str(error)
+        sight = self._look_around(journal, plan, [site for site in sites if site not in gone])
+        return tuple(
+            SiteStatus(site, None, (gone[site],))
+            if site in gone
+            else SiteStatus(site, sight.looks[site], sight.drift(site))
+            for site in sites
+        )
+
+    def _look_around(self, journal: Journal, plan: Plan, sites: Iterable[Site]) -> Sight:
+        """What these opened sites show, and which connections live as far as that tells."""
+        begun = time.monotonic_ns() // 1_000_000
+        looks = {site: self.kernel.observe(site, plan) for site in sites}
+        earlier = self.state.read_sighting(journal.move.id, journal.boot)
+        age = time.monotonic() - earlier.at / 1000 if earlier is not None else 0.0
+        frozen = not any(has_been_opened(journal, plan, site) for site in _ends(plan))
+        from natkeep.plan.mending import find_life  # a prepare need not wait for it
+
+        lives = {}
+        for site, seen in looks.items():
+            recent = earlier.alive_at(plan, site) if earlier and age < seen.lingers else None
+            lives[site] = find_life(
+                plan, site, looks, frozen=frozen, recent=recent or NO_CONNECTIONS
+            )
+        opened = {site: has_been_opened(journal, plan, site) for site in looks}
+        ways = {site: self._find_lost_ways(journal, plan, site) for site in looks}
+        return Sight(plan, begun, looks, lives, opened, earlier, ways)
+
+    def _find_lost_ways(
+        self, journal: Journal, plan: Plan, site: Site
+    ) -> tuple[tuple[int, tuple[str, ...]], ...]:
+        """Routes and addresses that were there at prepare, each with the step that noted them."""
+        found = []
+        for number, step in enumerate(plan.prepare):
+            record = journal.records.get(number)
+            if step.site == site and isinstance(step, InstallTranslation) and record is not None:
+                lost = self.kernel.find_lost_ways(site, str(record.prior.facts.get("ways", "")))
+                if lost:
+                    found.append((number, lost))
+        return tuple(found)
+
+    def _note_sighting(self, journal: Journal, sight: Sight) -> None:
+        """What a gateway alone will know of its connections only if it is remembered."""
+        if {site.role for site in sight.looks} == {Role.GATEWAY}:
+            from natkeep.plan.sighting import make_sighting
+
+            sighting = make_sighting(
+                sight.plan, sight.begun, sight.looks, sight.lives, sight.earlier
+            )
+            self.state.write_sighting(journal.move.id, journal.boot, sighting)
 
     def count_alive(self, move_id: str) -> int:
-        """How many connections a teardown would break; 0 while the gate is closed."""
-        alive = [
-            site.seen.alive + site.seen.callers
-            for status in self.status((move_id,))
-            for site in status.sites
-            if site.seen is not None
-            and site.seen.gate == Gate.OPEN
-            # Opened at the source, the process is back where OLD is at home, and needs nothing.
-            and site.site.role != Role.SOURCE
-        ]
-        return min(alive, default=0)
+        """How many connections a teardown would break; 0 while the move has not been opened.
+
+        The destination's sockets tell, and elsewhere conntrack: where somebody has flushed it,
+        nothing of it lives to be seen, though the connections may.
+        """
+        journal, plan = self._load(move_id)
+        alive: dict[Role, list[int]] = {}
+        opened = any(has_been_opened(journal, plan, site) for site in _ends(plan))
+        for status in self._look_at_sites(journal, plan):
+            site, seen = status.site, status.seen
+            if seen is None:
+                continue
+            if site.role == Role.GATEWAY and plan.move.holds and not opened:
+                continue  # its gate is open so that the holder hears the peers
+            # A gate that was being opened when natkeep was killed is open, though nobody noted it.
+            if seen.gate == Gate.OPEN or has_been_opened(journal, plan, site):
+                alive.setdefault(site.role, []).append(seen.alive + seen.callers)
+        # Opened at the source, the process is back where OLD is at home, and needs nothing.
+        return min(alive.get(Role.DESTINATION) or alive.get(Role.GATEWAY) or [0])
+
+    def find_unheld(self, move_id: str) -> tuple[str, ...]:
+        """Why what peers say meanwhile is not held, where it should be; else nothing."""
+        journal, plan = self._load(move_id)
+        records = {n: record.prior.facts for n, record in journal.records.items()}
+        return tuple(
+            f"{step.site}: what peers say meanwhile is not held: {records[number]['refused']}"
+            for number, step in enumerate(plan.prepare)
+            if isinstance(step, HoldSegments) and "refused" in records.get(number, {})
+        )
 
     def drain(self, move_id: str, seconds: float | None) -> int:
         """Wait until no kept connection lives, *seconds* at most; how many still do."""
@@ -81,9 +202,11 @@ class Looking(Ground):
         begun = [journal.records[n].state != "undone" for n in taking if n in journal.records]
         if plan.move.quiesces or (taking and not any(begun)):
             return ()
+        looked = self._look_at_sites(journal, plan)
+        looks = {one.site: one.seen for one in looked if one.site.role == Role.SOURCE}
         found = []
         for site in plan.move.sites:
-            seen = self._look(journal, plan, site).seen if site.role == Role.SOURCE else None
+            seen = looks.get(site)
             if seen and seen.gate == Gate.CLOSED and seen.addresses and not seen.alive:
                 olds = ", ".join(str(old) for old in sorted(seen.addresses, key=str))
                 peers = {t.source for one in plan.translations for t in one.kept}
@@ -91,6 +214,18 @@ class Looking(Ground):
                     f"{site} still has OLD {olds}: it would answer {len(peers)} peers with a reset"
                 )
         return tuple(found)
+
+
+def has_been_opened(journal: Journal, plan: Plan, site: Site) -> bool:
+    """Whether the connections were let through at *site*, and are to be."""
+    opening = range(len(plan.prepare), len(plan.steps))
+    return any(plan.steps[n].site == site and journal.has_been_done(n) for n in opening)
+
+
+def _ends(plan: Plan) -> list[Site]:
+    """Where opening means that the process runs: at the destination, if that is a site."""
+    sites = [site for site in plan.move.sites if site.role == Role.DESTINATION]
+    return sites or list(plan.move.sites)
 
 
 def is_retired(journal: Journal, plan: Plan, site: Site) -> bool:

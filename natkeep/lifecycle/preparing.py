@@ -2,18 +2,38 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING
 
-from natkeep.errors import RefusedError, UsageError
+from natkeep import fault
+from natkeep.errors import JournalError, LeftoverError, RefusedError, UsageError
 from natkeep.journal import Journal, read_boot_id
+from natkeep.kernel.owned import NOT_TRACKED, ways_of
 from natkeep.lifecycle.conflicts import refuse_conflicts, takes_over
-from natkeep.lifecycle.ground import Ground, kinds_of, leftover, plan_of, without_lock
+from natkeep.lifecycle.ground import (
+    Ground,
+    finish,
+    forget,
+    kinds_of,
+    leftover,
+    plan_of,
+    without_lock,
+)
+from natkeep.lifecycle.readying import write_ready
 from natkeep.plan.drift import Gate
 from natkeep.plan.move import Mode, Move, Role, Site
 from natkeep.plan.order import make_plan
-from natkeep.plan.steps import InsertEntries, Plan, Prior, PurgeEntries, TakeOverLock
-from natkeep.plan.tuples import NO_CONNECTIONS, Address, Connections
+from natkeep.plan.steps import (
+    Identity,
+    InsertEntries,
+    Plan,
+    Prior,
+    PurgeEntries,
+    TakeOverLock,
+)
+from natkeep.plan.tuples import NO_CONNECTIONS, Address, Connections, FourTuple
+from natkeep.values import replace
 
 if TYPE_CHECKING:
     from natkeep.plan.findings import Finding
@@ -51,7 +71,12 @@ class Preparing(Ground):
         return plan
 
     def _begin_and_apply(
-        self, plan: Plan, connections: Connections, gate: Gate, image: str | None
+        self,
+        plan: Plan,
+        connections: Connections,
+        gate: Gate,
+        image: str | None,
+        first: Callable[[Journal], None] = lambda journal: None,
     ) -> None:
         move = plan.move
         steps = plan.steps if gate == Gate.OPEN else plan.prepare
@@ -60,20 +85,35 @@ class Preparing(Ground):
         journal = self.state.begin(
             move, connections, plan.surroundings, identities, kinds_of(plan), image
         )
+        ready = partial(write_ready, self.kernel, journal, plan) if gate == Gate.CLOSED else None
         try:
-            self._apply_or_undo(journal, plan, list(range(len(steps))))
+            first(journal)
+        except BaseException as error:
+            finish(partial(self._undo_all, journal, plan, list(range(len(steps))), error))
+            raise
+        try:
+            self._apply_or_undo(journal, plan, list(range(len(steps))), ready)
         except BaseException:
             if quiesce is not None and move.id not in self.state.ids():
-                self._hold_again(quiesce)
+                finish(partial(self._hold_again, quiesce))
             raise
 
     def _hold_again(self, quiesce: Journal) -> None:
         """The move that took a quiesce over has failed and was undone: all is as before it."""
+        if quiesce.move.id in self.state.ids():
+            return
         plan = plan_of(quiesce)
-        journal = self.state.begin(
-            quiesce.move, NO_CONNECTIONS, plan.surroundings, quiesce.namespaces, quiesce.kinds
-        )
-        self._apply_or_undo(journal, plan, list(range(len(plan.steps))))
+        try:
+            fault.reach("hold-again")
+            journal = self.state.begin(
+                quiesce.move, NO_CONNECTIONS, plan.surroundings, quiesce.namespaces, quiesce.kinds
+            )
+            self._apply_or_undo(journal, plan, list(range(len(plan.steps))))
+        except Exception as error:
+            raise LeftoverError(
+                f"move {quiesce.move.id}: its listeners are left open to callers: {error}",
+                hint=f"natkeep quiesce {quiesce.move.id} holds them again",
+            ) from error
 
     def _replace(
         self, plan: Plan, connections: Connections, gate: Gate, replaces: str, image: str | None
@@ -83,29 +123,88 @@ class Preparing(Ground):
         shared = self._shared_sites(earlier, plan.move)
         numbers = [n for n, step in enumerate(old.steps) if step.site in shared]
         entries = [n for n in numbers if isinstance(old.steps[n], InsertEntries | PurgeEntries)]
-        # What was purged is the new move's to give back. Stateful entries of both moves have the
-        # same tuples: from now on a teardown of the earlier move must not delete those of the
-        # new one. Stateless ones say NEW, so they differ.
-        same = {earlier.move.mode, plan.move.mode} == {Mode.STATEFUL}
-        for number in entries:
-            if same or isinstance(old.steps[number], PurgeEntries):
-                earlier.note(number, "undone", Prior())
         self.kernel.open_sites(shared, {site: earlier.identity(site) for site in shared})
+        fault.reach("replace-begin")
         try:
-            self._begin_and_apply(plan, connections, gate, image)
-        except BaseException:
-            for number in entries:
-                self._apply(earlier, old.steps[number], number)
+            inherit = partial(self._inherit_purged, earlier, old, plan)
+            self._begin_and_apply(plan, connections, gate, image, inherit)
+            fault.reach("replace-prepared")
+            self._pass_entries_on(earlier, old, plan, entries)
+            fault.reach("replace-noted")
+        except BaseException as error:
+            finish(partial(self._go_back, plan, earlier, old, entries, error))
             raise
         left = self._undo(earlier, old, without_lock(old, reversed(numbers)))
         if left:
             raise leftover(earlier, left)
-        for number in numbers:
-            if isinstance(old.steps[number], TakeOverLock):
-                earlier.note(number, "undone", Prior())
-        if all(record.state == "undone" for record in earlier.records.values()):
-            earlier.remove()
+        self._retire(earlier, old, numbers)
         return plan
+
+    def _go_back(
+        self,
+        plan: Plan,
+        earlier: Journal,
+        old: Plan,
+        entries: list[int],
+        reason: BaseException,
+    ) -> None:
+        """The new move is undone, if it is not yet, and has taken the earlier one's entries along.
+
+        What it could not undo it has named, and does not try again here.
+        """
+        if plan.move.id in self.state.ids() and not isinstance(reason, LeftoverError):
+            journal = self.state.load(plan.move.id)
+            self._undo_all(journal, plan, list(range(len(plan.steps))), reason)
+        missing = []
+        for number in entries:
+            try:
+                self._apply(earlier, old.steps[number], number)
+            except Exception as error:
+                missing.append(f"{type(old.steps[number]).__name__}: {error}")
+        if missing:
+            raise LeftoverError(
+                f"move {earlier.move.id} is left without entries: {'; '.join(missing)}",
+                hint=f"natkeep repair {earlier.move.id}",
+            ) from reason
+
+    def _retire(self, earlier: Journal, old: Plan, numbers: list[int]) -> None:
+        """All that *numbers* did is undone; with that the earlier move may be at its end."""
+        try:
+            for number in numbers:
+                if isinstance(old.steps[number], TakeOverLock):
+                    earlier.note(number, "undone", Prior())
+        except JournalError as error:
+            raise leftover(earlier, [error]) from error
+        if all(record.state == "undone" for record in earlier.records.values()):
+            forget(earlier)
+
+    def _pass_entries_on(self, earlier: Journal, old: Plan, plan: Plan, entries: list[int]) -> None:
+        """From now on the entries are the new move's, which both had until here.
+
+        So that each could be torn down after a crash. Stateful entries of both have the same
+        tuples: a teardown of the earlier move must not delete those of the new one. Stateless
+        ones say NEW, so they differ.
+        """
+        same = {earlier.move.mode, plan.move.mode} == {Mode.STATEFUL}
+        for number in entries:
+            if same or isinstance(old.steps[number], PurgeEntries):
+                earlier.note(number, "undone", Prior())
+
+    def _inherit_purged(self, earlier: Journal, old: Plan, plan: Plan, journal: Journal) -> None:
+        """What the earlier move purged is the new one's to give back, whatever comes between."""
+        purged: dict[tuple[Identity, FourTuple], str] = {}
+        for number, step in enumerate(old.steps):
+            record = earlier.records.get(number)
+            if isinstance(step, PurgeEntries) and record is not None and record.state != "undone":
+                here, ways = earlier.identity(step.site), ways_of(record.prior)
+                purged |= {
+                    (here, t): way for t, way in zip(step.translation.kept, ways, strict=False)
+                }
+        for number, step in enumerate(plan.steps):
+            if isinstance(step, PurgeEntries) and purged:
+                here = journal.identity(step.site)
+                known = (purged.get((here, t), NOT_TRACKED) for t in step.translation.kept)
+                journal.note(number, "doing", Prior(facts={"inherited": "".join(known)}))
 
     def _shared_sites(self, earlier: Journal, move: Move) -> list[Site]:
         ours = {self.kernel.identity(site) for site in move.sites}

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import time
-from dataclasses import replace
 
+from natkeep import fault
 from natkeep.errors import NatkeepError, RefusedError
 from natkeep.lifecycle.ending import Ending
 from natkeep.lifecycle.preparing import Preparing
 from natkeep.plan.drift import Gate
 from natkeep.plan.move import Move, Site
 from natkeep.plan.tuples import NO_CONNECTIONS, Endpoint
+from natkeep.values import replace
 
 _QUEUE_INTERVAL = 0.02
 
@@ -39,6 +40,7 @@ class Quiescing(Preparing, Ending):
             plan = self.check(move, NO_CONNECTIONS)
             self._begin_and_apply(plan, NO_CONNECTIONS, Gate.CLOSED, None)
         try:
+            fault.reach("quiesce-held")
             self._await_accepted(site, listeners, time.monotonic() + seconds)
         except BaseException:
             self.teardown(move.id)

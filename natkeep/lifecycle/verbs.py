@@ -1,4 +1,4 @@
-"""all verbs on one kernel and one state directory, each from its own file here."""
+"""the verbs of a move on one kernel and one state directory, each from its own file here."""
 
 from __future__ import annotations
 
@@ -8,4 +8,7 @@ from natkeep.lifecycle.quiescing import Quiescing
 
 
 class Lifecycle(Quiescing, Opening, Looking):
-    """The verbs; see the files of this folder."""
+    """The verbs that a move may need while a process is frozen, and status.
+
+    repair and gc are Repairing and Collecting: a restore need not wait for their import.
+    """

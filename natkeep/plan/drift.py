@@ -6,14 +6,29 @@ This file must never look at a machine.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator
 from enum import StrEnum
+from typing import TYPE_CHECKING
 
-from natkeep.plan import quiet, reception, ruleset
+from natkeep.plan import quiet, reception, resets, ruleset
 from natkeep.plan.move import Site
 from natkeep.plan.reception import make_receptions
-from natkeep.plan.steps import AddAddress, FillSet, HoldListeners, InsertEntries, Plan
-from natkeep.plan.tuples import Address
+from natkeep.plan.steps import (
+    AddAddress,
+    FillSet,
+    GuardSite,
+    HoldListeners,
+    InsertEntries,
+    Plan,
+    RaiseLoopback,
+    SendResets,
+)
+from natkeep.plan.tuples import Address, Connections
+
+if TYPE_CHECKING:
+    from natkeep.plan.mending import Life
+    from natkeep.plan.things import Thing, Wanted
+from natkeep.values import dataclass
 
 
 class Gate(StrEnum):
@@ -51,6 +66,15 @@ class Observation:
     holds: new connections to the listeners of a quiesce wait here.
     receiving: for each address chain that has a rule for callers and is dispatched to, its name.
     callers: how many connections of callers live here.
+    resetting: for each address chain that has a rule for connections that are reset and is
+    dispatched to, its name; resets: CLOSED while nobody is told, OPEN from then on.
+    gone: what prepare put into the tables and is not there; shut: the same of open.
+    loopback: lo is up.
+    sockets: at a destination or source, the kept connections that have one, as the process sees
+    them; None elsewhere.
+    lingers: for how long at least, in seconds, the kernel keeps the entry of a connection that
+    has ended.
+    guarded: the guard's process lives, if the move has one here.
     """
 
     gate: Gate
@@ -62,6 +86,14 @@ class Observation:
     holds: bool = False
     receiving: frozenset[str] = frozenset()
     callers: int = 0
+    resetting: frozenset[str] = frozenset()
+    resets: Gate = Gate.ABSENT
+    gone: frozenset[Thing] = frozenset()
+    shut: frozenset[Thing] = frozenset()
+    loopback: bool = True
+    sockets: Connections | None = None
+    lingers: float = 0.0
+    guarded: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,40 +114,135 @@ class MoveStatus:
     sites: tuple[SiteStatus, ...]
 
 
-def find_drift(plan: Plan, site: Site, seen: Observation) -> tuple[str, ...]:
+def find_drift(
+    plan: Plan,
+    site: Site,
+    seen: Observation,
+    life: Life | None = None,
+    *,
+    opened: bool | None = None,
+) -> tuple[str, ...]:
     """What is not as the plan put it, each as one line that names the object.
 
+    opened: whether the gate is to be open; None where that is not to be judged.
     An entry that is missing is drift only while the connection lives: the kernel removes
-    entries of connections that have ended.
+    entries of connections that have ended. Without *life*, how many do is all that is known.
     """
-    if seen.gate == Gate.ABSENT and not plan.move.quiesces:
-        return (f"table inet {ruleset.TABLE}: nothing of move {plan.move.id} is there",)
-    drift = [
-        f"chain {chain}: no rule of this move"
-        for chain in _expected_rules(plan, site)
-        if chain not in seen.rules
-    ]
-    drift += [
-        f"chain {chain}: no rule for callers"
-        for receiving in make_receptions(plan.move, site)
-        for chain in reception.chain_names(receiving)
-        if chain not in seen.receiving
-    ]
+    drift = list(_find_table_drift(plan, site, seen))
+    if opened and seen.shut and not _nothing_is_there(plan, site, seen):
+        for chain in sorted({thing.name for thing in seen.shut}):
+            drift.append(f"chain {chain}: the rule that opens it is missing")
+    drift += _unreset(plan, site, seen)
     for step in plan.prepare:
         if step.site != site:
             continue
         if isinstance(step, FillSet) and seen.missing.get(step.name):
-            drift.append(
-                f"set {step.name}: {seen.missing[step.name]} of "
-                f"{len(step.connections)} connections are missing"
-            )
+            if not _nothing_is_there(plan, site, seen):
+                drift.append(
+                    f"set {step.name}: {seen.missing[step.name]} of "
+                    f"{len(step.connections)} connections are missing"
+                )
+        elif isinstance(step, RaiseLoopback) and not seen.loopback:
+            drift.append("device lo: it is down")
         elif isinstance(step, AddAddress) and step.address not in seen.addresses:
             drift.append(f"address {step.address}: not on this host")
         elif isinstance(step, InsertEntries):
-            drift += _untranslated(step, seen)
+            drift += _find_entry_drift(step, seen, life)
         elif isinstance(step, HoldListeners) and not seen.holds:
             drift.append("listeners: their new connections do not wait")
-    return (*drift, *_lost_entries(seen))
+        elif isinstance(step, GuardSite) and not seen.guarded:
+            drift.append("guard: its process is gone")
+    return (*drift, *(_lost_entries(seen) if life is None else ()))
+
+
+def _want(plan: Plan, site: Site) -> list[Wanted]:
+    from natkeep.plan.mending import want_things  # a prepare need not wait for it
+
+    return [wanted for _, wanted in want_things(plan, site)]
+
+
+def _nothing_is_there(plan: Plan, site: Site, seen: Observation) -> bool:
+    """One line then stands for the whole table."""
+    if seen.gate != Gate.ABSENT or plan.move.quiesces:
+        return False
+    own = {wanted.thing for wanted in _want(plan, site) if _is_of_move(wanted, plan)}
+    return not seen.gone or own <= seen.gone | seen.shut
+
+
+def _is_of_move(wanted: Wanted, plan: Plan) -> bool:
+    thing = wanted.thing
+    own = (ruleset.gate_chain(plan.move.id), reception.callers_chain(plan.move.id))
+    return thing.kind in ("chain", "rule") and thing.name in own
+
+
+def _find_table_drift(plan: Plan, site: Site, seen: Observation) -> Iterator[str]:
+    if _nothing_is_there(plan, site, seen):
+        yield f"table inet {ruleset.TABLE}: nothing of move {plan.move.id} is there"
+        return
+    wanted = _want(plan, site)
+    gone = [one for one in wanted if one.thing in seen.gone]
+    if not seen.holds:  # which is said of the step
+        hold = quiet.hold_chain(plan.move.id)
+        gone = [one for one in gone if one.thing.name != hold and f">{hold}" not in one.thing.what]
+    named = dict(_name_chains(plan, site, seen))
+    yield from named.values()
+    yield from _name_things(gone, wanted, set(named))
+
+
+def _name_things(gone: list[Wanted], wanted: list[Wanted], named: set[str]) -> Iterator[str]:
+    """What is gone, each once: not what was in something that is gone itself, or is *named*."""
+    lost = {(one.thing.family, one.thing.kind, one.thing.name) for one in gone}
+    missing: dict[str, int] = {}
+    for one in gone:
+        thing, made = one.thing, f"{one.make} "
+        within = {"rule": "chain", "element": "set"}.get(thing.kind, "")
+        if thing.kind == "table":
+            yield f"table {thing.family} {ruleset.TABLE}: gone"
+            continue
+        inside = {(thing.family, "table", ""), (thing.family, within, thing.name)} & lost
+        said = thing.name in named or any(f": jump {chain} " in made for chain in named)
+        if inside or said:
+            continue
+        if thing.kind == "rule":
+            missing[thing.name] = missing.get(thing.name, 0) + 1
+        elif thing.kind == "element":
+            yield f"set {thing.name}: {made.partition('{')[2].strip(' }')} is missing"
+        else:
+            yield f"{thing.kind} {thing.name}: gone"
+    for chain, number in missing.items():
+        total = sum(1 for one in wanted if one.thing.kind == "rule" and one.thing.name == chain)
+        yield f"chain {chain}: {number} of {total} rules are missing"
+
+
+def _name_chains(plan: Plan, site: Site, seen: Observation) -> Iterator[tuple[str, str]]:
+    """The address chains that have no rule of this move, each with what is said of it."""
+    there = {one.thing for one in _want(plan, site) if one.thing not in seen.gone}
+    ours = {(thing.name, thing.what.partition(":")[0]) for thing in there if thing.kind == "rule"}
+    for chain in _expected_rules(plan, site):
+        if chain not in seen.rules and not (seen.gone and (chain, plan.move.id) in ours):
+            yield chain, f"chain {chain}: no rule of this move"
+    callers = reception.comment(plan.move.id)
+    called = {(thing.name, thing.what) for thing in there if thing.what.startswith(callers)}
+    for receiving in make_receptions(plan.move, site):
+        for chain in reception.chain_names(receiving):
+            rule_is_there = seen.gone and any(name == chain for name, _ in called)
+            if chain not in seen.receiving and not rule_is_there:
+                yield chain, f"chain {chain}: no rule for callers"
+
+
+def _unreset(plan: Plan, site: Site, seen: Observation) -> list[str]:
+    lost = [reset for reset in plan.resets if reset.site == site]
+    if not lost or seen.gone or seen.shut:  # then each thing is named
+        return []
+    chains = dict.fromkeys(ruleset.address_chain(*reset.chain) for reset in lost)
+    drift = [f"chain {chain}: no rule for what is reset" for chain in chains
+             if chain not in seen.resetting]  # fmt: skip
+    told = seen.gate == Gate.OPEN or any(
+        isinstance(step, SendResets) for step in plan.prepare if step.site == site
+    )
+    if seen.resets == Gate.ABSENT or (told and seen.resets == Gate.CLOSED):
+        drift.append(f"chain {resets.reset_chain(plan.move.id)}: it resets nothing")
+    return drift
 
 
 def _expected_rules(plan: Plan, site: Site) -> list[str]:
@@ -128,10 +255,18 @@ def _expected_rules(plan: Plan, site: Site) -> list[str]:
     return list(dict.fromkeys(expected))
 
 
-def _untranslated(step: InsertEntries, seen: Observation) -> list[str]:
-    entries = seen.entries.get(step.translation.number, ())
-    wrong = sum(1 for entry in entries if entry is not None and not entry.translated)
-    return [f"conntrack: {wrong} entries for {step.translation.map} do not translate"] * bool(wrong)
+def _find_entry_drift(step: InsertEntries, seen: Observation, life: Life | None) -> Iterator[str]:
+    entries, map_ = seen.entries.get(step.translation.number, ()), step.translation.map
+    if life is None:
+        wrong, lost = sum(1 for one in entries if one is not None and not one.translated), 0
+    else:
+        picked = list(life.picks(step.translation, entries))
+        lost = sum(1 for index in picked if entries[index] is None)
+        wrong = len(picked) - lost
+    if wrong:
+        yield f"conntrack: {wrong} entries for {map_} do not translate"
+    if lost:
+        yield f"conntrack: {lost} live connections of {map_} have no entry"
 
 
 def _lost_entries(seen: Observation) -> list[str]:

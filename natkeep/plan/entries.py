@@ -16,10 +16,10 @@ reply tuple that is translated already the entry looks perfect and translates no
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 from natkeep.plan.move import Mode, Translation
 from natkeep.plan.tuples import Connections, FourTuple
+from natkeep.values import dataclass
 
 ESTABLISHED_TIMEOUT = 432_000
 """Seconds; the kernel's default, for where its own setting cannot be read."""
@@ -34,7 +34,7 @@ TCP_FLAGS = 0x0A
 connection it has not seen, so it must not judge by them; it does the same itself for picked-up
 connections."""
 
-IPS_DST_NAT = 0x20
+IPS_SRC_NAT, IPS_DST_NAT = 0x10, 0x20
 
 
 @dataclass(frozen=True, slots=True)

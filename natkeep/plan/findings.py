@@ -7,10 +7,10 @@ here. The catalogue is what `natkeep explain` prints. This file must never look 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from enum import StrEnum
 
 from natkeep.plan.move import Role, Site
+from natkeep.values import dataclass
 
 FULL = 90
 """Per cent of nf_conntrack_max up to which natkeep adds entries."""
@@ -52,7 +52,7 @@ class Facts:
     """What survey.py saw in a namespace; None where it could not be read.
 
     rp_filter: the highest of `all` and each device. nat_chains: base chains of type nat that are
-    not ours, as `FAMILY TABLE CHAIN HOOK PRIORITY`.
+    not ours, as `FAMILY TABLE CHAIN HOOK PRIORITY`. xdp: devices that have a program attached.
     """
 
     privileged: bool
@@ -69,6 +69,7 @@ class Facts:
     flowtables: tuple[str, ...]
     nat_chains: tuple[str, ...]
     virtual_servers: bool
+    xdp: tuple[str, ...] = ()
 
 
 CATALOGUE = {
@@ -125,6 +126,12 @@ CATALOGUE = {
         "dropped without a word.",
         "Set rp_filter to 2 (loose) where routes are asymmetric.",
     ),
+    "xdp": Explanation(
+        Severity.WARN,
+        "An XDP program is attached to a device here. It sees packets before any rule, and may "
+        "answer or redirect them untranslated, as some load balancers and firewalls do.",
+        "See that it passes the kept connections on: `ip link show` names it, `bpftool net` too.",
+    ),
     "virtual-servers": Explanation(
         Severity.WARN,
         "IPVS has virtual servers here; it keeps its own table of connections and may take "
@@ -172,6 +179,8 @@ def _judge(site: Site, facts: Facts) -> Iterator[tuple[str, str]]:
         yield "bridge-netfilter", "net.bridge.bridge-nf-call-iptables is 1"
     if facts.rp_filter == 1:
         yield "reverse-path-filter", "net.ipv4.conf.*.rp_filter is 1"
+    if facts.xdp:
+        yield "xdp", "attached to " + ", ".join(facts.xdp)
     if facts.virtual_servers:
         yield "virtual-servers", "/proc/net/ip_vs lists them"
     if facts.nat_chains:

@@ -21,12 +21,12 @@ from __future__ import annotations
 import re
 import struct
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 from enum import StrEnum
 from ipaddress import ip_interface
 from itertools import pairwise
 
 from natkeep.plan.tuples import RECORD_SIZE, Connections, Endpoint, FourTuple
+from natkeep.values import dataclass
 
 RUN_ID_SHOWN = 21
 """CRIU prints `inet CRIU-RUN` into 32 octets (netfilter.c, net.c); measured with 4.2.1."""

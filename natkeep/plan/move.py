@@ -18,8 +18,7 @@ from __future__ import annotations
 
 import ipaddress
 import re
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Iterator
 from enum import StrEnum
 
 from natkeep.errors import RefusedError, UsageError
@@ -31,7 +30,9 @@ from natkeep.plan.tuples import (
     Endpoint,
     FourTuple,
     parse_address,
+    refuse_zone,
 )
+from natkeep.values import dataclass, replace
 
 _ID = re.compile(r"[a-z0-9][a-z0-9-]{0,31}")
 
@@ -55,15 +56,27 @@ class Mode(StrEnum):
     STATELESS = "stateless"
 
 
+class Fate(StrEnum):
+    """What becomes of connections that cannot be kept; the value is what `--unkept` takes."""
+
+    REPORT = "report"
+    RESET = "reset"
+
+
 SUPPORTED_ROLES = (Role.GATEWAY, Role.DESTINATION, Role.SOURCE)
 """In the order in which they are prepared and opened: gateway entries exist before the
 destination can emit a packet, since a half-translated connection is reset, not stalled. The source
 last: until then CRIU's lock keeps it quiet, and it must not go before all else is there."""
 
 
+def is_id(text: str) -> bool:
+    """Whether *text* may be the id of a move."""
+    return _ID.fullmatch(text) is not None
+
+
 def parse_id(text: str) -> str:
     """The id of a move: a letter or digit, then up to 31 of `a-z 0-9 -`."""
-    if not _ID.fullmatch(text):
+    if not is_id(text):
         raise UsageError(
             f"{text!r} is not an id",
             hint="a lower-case letter or digit, then up to 31 of a-z, 0-9 and -",
@@ -113,6 +126,7 @@ class Map:
         if self.old == self.new:
             raise UsageError(f"OLD and NEW are both {self.old}: there is nothing to translate")
         for name, address in (("OLD", self.old), ("NEW", self.new)):
+            refuse_zone(address)
             _refuse_special(name, address)
 
     def __str__(self) -> str:
@@ -128,6 +142,20 @@ def parse_map(text: str) -> tuple[Address, Address | None]:
         return parse_address(old), None if new == "auto" else parse_address(new)
     except ValueError as error:
         raise UsageError(f"--map {text}: {error}") from None
+
+
+def parse_olds(texts: Iterable[str]) -> tuple[Address, ...]:
+    """The OLD of each `OLD=NEW`, where a move could be made of them: refused as there."""
+    olds: list[Address] = []
+    for text in texts:
+        old, new = parse_map(text)
+        if new is not None:
+            Map(old, new)
+        _refuse_special("OLD", old)
+        if old in olds:
+            raise UsageError("one OLD is mapped twice")
+        olds.append(old)
+    return tuple(olds)
 
 
 def _refuse_special(name: str, address: Address) -> None:
@@ -152,6 +180,10 @@ class Move:
     lock: what CRIU left at the source when it dumped the process; None where nobody knows.
     held: listeners at the source whose new connections wait (`quiesce`).
     quiesces: nothing moves yet; the listeners are held, and that is all.
+    unkept: what becomes of connections at an OLD that cannot be kept; where they are reset, lost
+    is those of them that are not among the connections that a plan is made for.
+    hold: what peers say while the destination's gate is closed is kept, and delivered at open.
+    guard: a flush of the ruleset shall not end the kept connections (kernel/guard.py).
     """
 
     id: str
@@ -162,6 +194,10 @@ class Move:
     lock: DumpLock | None = None
     held: tuple[Endpoint, ...] = ()
     quiesces: bool = False
+    unkept: Fate = Fate.REPORT
+    lost: Connections = NO_CONNECTIONS
+    hold: bool = False
+    guard: bool = False
 
     def __post_init__(self) -> None:
         parse_id(self.id)
@@ -181,8 +217,25 @@ class Move:
             if roles.count(role) > 1:
                 raise UsageError(f"a move has one {role}")
 
+    def homes(self) -> tuple[Site, ...]:
+        """Where the process may live: at the destination, or back at the source.
+
+        At the source only of a move that has no other site: opening gateway and destination for a
+        process that came home would have them answer its peers with resets.
+        """
+        if self.quiesces:
+            return ()
+        alone = {site.role for site in self.sites} == {Role.SOURCE}
+        home = Role.SOURCE if alone else Role.DESTINATION
+        return tuple(site for site in self.sites if site.role == home)
+
+    @property
+    def holds(self) -> bool:
+        """Whether there is a destination that holds what peers say, and something to hold."""
+        return self.hold and any(site.role == Role.DESTINATION for site in self.sites)
+
     def ordered_sites(self) -> tuple[Site, ...]:
-        """Sites in the order in which they are prepared and opened: gateways first."""
+        """Sites in the order in which they are opened, and as a rule prepared: gateways first."""
         return tuple(sorted(self.sites, key=lambda site: SUPPORTED_ROLES.index(site.role)))
 
 
@@ -278,7 +331,7 @@ def make_translations(
     kept, or when there are too many.
     """
     found = [connections.at(map_.old) for map_ in move.maps]
-    count = sum(len(some) for some in found)
+    count = sum(len(some) for some in found) + len(move.lost)
     if not count and not (move.listeners or move.quiesces):
         olds = ", ".join(str(map_.old) for map_ in move.maps)
         raise RefusedError(
@@ -289,7 +342,8 @@ def make_translations(
         raise RefusedError(f"{count} connections are more than {MAX_CONNECTIONS}")
     unkept = tuple(_find_unkept(move, found))
     kept = [_without(some, unkept) for some in found]
-    if unkept and not any(len(some) for some in kept) and not move.listeners:
+    unwanted = move.unkept == Fate.REPORT and not move.listeners
+    if unkept and not any(len(some) for some in kept) and unwanted:
         raise RefusedError(f"{unkept[0].inbound}: {unkept[0].reason}", hint=f"{count} in all")
     _refuse_one_tuple_for_two(move, kept)
     translations: list[Translation] = []
@@ -332,12 +386,10 @@ def _refuse_what_the_mode_cannot(move: Move, translations: list[Translation]) ->
 
 def _find_unkept(move: Move, found: list[Connections]) -> Iterator[Unkept]:
     olds = {map_.old for map_ in move.maps}
-    suspects = [old.packed for old in olds]
+    suspects = {old.packed for old in olds}
     for some in found:
         # Only a peer that has an OLD address, or none that a wire carries, is looked at closer.
-        if not any(packed in some.v4 or packed in some.v6 for packed in suspects) and not (
-            some.has_special_peer()
-        ):
+        if not some.may_have_peer(suspects) and not some.has_special_peer():
             continue
         for inbound in some:
             peer = inbound.source.address

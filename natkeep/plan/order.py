@@ -7,9 +7,8 @@ This file must never do a step.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import replace
 
-from natkeep.plan import quiet, reception, ruleset
+from natkeep.plan import quiet, reception, resets, ruleset
 from natkeep.plan.move import (
     NOTHING_SPECIAL,
     Mode,
@@ -21,25 +20,32 @@ from natkeep.plan.move import (
     make_translations,
 )
 from natkeep.plan.reception import make_receptions
+from natkeep.plan.resets import Reset, make_resets
 from natkeep.plan.steps import (
     AddAddress,
     FillSet,
     ForgetCalls,
+    GuardSite,
     HoldListeners,
+    HoldSegments,
     InsertEntries,
     InstallGate,
     InstallReception,
+    InstallResets,
     InstallTranslation,
+    OpenEarly,
     OpenGate,
     Plan,
     PurgeEntries,
     RaiseLoopback,
+    SendResets,
     Step,
     TakeOverLock,
     TranslateErrors,
     as_commands,
 )
 from natkeep.plan.tuples import Connections
+from natkeep.values import replace
 
 
 def make_plan(
@@ -47,32 +53,73 @@ def make_plan(
 ) -> Plan:
     """The steps of *move* for *connections*; see make_translations for what is refused.
 
-    The gateway comes first, whole: its entries must be there before the destination may emit
-    a packet, because a half-translated connection is not stalled, it is reset.
+    The gateway's entries must be there before the destination may emit a packet, because a
+    half-translated connection is not stalled, it is reset. So it comes first, whole; unless the
+    destination holds what peers say. Then that closes first, which emits nothing before a
+    restore, and the gateway's gate is opened as soon as all is there.
     """
     translations, unkept = make_translations(move, connections, surroundings)
     reception.refuse_one_end_for_two(move)
+    told = make_resets(move, unkept, connections, surroundings)
     prepare: list[Step] = []
-    for site in move.ordered_sites():
+    for site in _sites_to_prepare(move):
         here = tuple(t for t in translations if t.site == site)
-        prepare += _steps_at(site, move, here, surroundings)
+        lost = tuple(reset for reset in told if reset.site == site)
+        prepare += _steps_at(site, move, here, lost, surroundings)
+        if site.role == Role.GATEWAY and move.holds:
+            prepare.append(OpenEarly(site, move.id, make_receptions(move, site)))
     for translation in translations:
         _assert_chain_ends_at_checkpoint(translation)
     opens = tuple(
-        OpenGate(site, move.id, make_receptions(move, site)) for site in _sites_to_open(move)
+        OpenGate(site, move.id, make_receptions(move, site), delivers=move.holds)
+        for site in _sites_to_open(move)
     )
-    return Plan(move, translations, unkept, surroundings, tuple(prepare), opens)
+    # Last, so that nobody who is kept waits for it.
+    sending: tuple[SendResets, ...] = () if _leaves_alone(move) else _send_resets(move, told)
+    opening: tuple[OpenGate | SendResets, ...] = (*opens, *sending)
+    return Plan(move, translations, unkept, surroundings, tuple(prepare), opening, told)
+
+
+def _leaves_alone(move: Move) -> bool:
+    """Whether the source is all there is: opening it is coming back, so nobody is told then."""
+    return all(site.role == Role.SOURCE for site in move.sites)
+
+
+def _send_resets(move: Move, told: tuple[Reset, ...]) -> tuple[SendResets, ...]:
+    """What tells them, where there is anybody to tell: gateways first."""
+    here = {site: tuple(r for r in told if r.site == site) for site in move.ordered_sites()}
+    return tuple(SendResets(site, move.id, lost) for site, lost in here.items() if lost)
+
+
+def _install_resets(site: Site, move: Move, lost: tuple[Reset, ...]) -> list[Step]:
+    if not lost:
+        return []
+    return [
+        InstallResets(site, move.id, lost),
+        *(FillSet(site, resets.reset_set(move.id, r.number), r.connections) for r in lost),
+    ]
+
+
+def _sites_to_prepare(move: Move) -> tuple[Site, ...]:
+    """In this order; the source is always the last."""
+    first = Role.DESTINATION if move.holds else Role.GATEWAY
+    last = {first: 0, Role.SOURCE: 2}
+    return tuple(sorted(move.ordered_sites(), key=lambda site: last.get(site.role, 1)))
 
 
 def _sites_to_open(move: Move) -> tuple[Site, ...]:
     """The source stays quiet while the process is elsewhere; alone, opening it is coming back."""
     if move.quiesces:
         return ()
+    if move.holds:  # its gateways are open already
+        return tuple(site for site in move.sites if site.role == Role.DESTINATION)
     elsewhere = tuple(site for site in move.ordered_sites() if site.role != Role.SOURCE)
     return elsewhere or move.sites
 
 
-def _steps_at_source(site: Site, move: Move, here: tuple[Translation, ...]) -> list[Step]:
+def _steps_at_source(
+    site: Site, move: Move, here: tuple[Translation, ...], lost: tuple[Reset, ...]
+) -> list[Step]:
     hold = [HoldListeners(site, move.id, move.held)] if move.held else []
     if move.quiesces:
         return [*hold]
@@ -82,31 +129,50 @@ def _steps_at_source(site: Site, move: Move, here: tuple[Translation, ...]) -> l
         for translation in here
         for name, connections in ruleset.sets_of(move.id, translation).items()
     ]
+    steps += _install_resets(site, move, lost)
     steps += hold
     if move.lock is not None and move.lock.is_known():
         # The very last step: whatever fails before it, CRIU's lock still keeps the source quiet.
-        kept = [translation.kept for translation in here]
-        v4, v6 = (b"".join(some.records(version) for some in kept) for version in (4, 6))
+        ours = [*(translation.kept for translation in here), *(reset.connections for reset in lost)]
+        v4, v6 = (b"".join(some.records(version) for some in ours) for version in (4, 6))
         steps.append(TakeOverLock(site, move.lock, Connections(v4, v6)))
+    if _leaves_alone(move):
+        # There is no later moment at this site; CRIU's lock would have dropped what is said.
+        steps += _send_resets(move, lost)
     return steps
 
 
 def _steps_at(
-    site: Site, move: Move, here: tuple[Translation, ...], surroundings: Surroundings
+    site: Site,
+    move: Move,
+    here: tuple[Translation, ...],
+    lost: tuple[Reset, ...],
+    surroundings: Surroundings,
 ) -> list[Step]:
     if site.role == Role.SOURCE:
-        return _steps_at_source(site, move, here)
+        return _steps_at_source(site, move, here, lost)
     receptions = make_receptions(move, site)
     # The gate before the address: a host that has OLD but not the socket answers with RST.
     steps: list[Step] = [InstallGate(site, move.id, here)]
-    steps += [
+    fills: list[Step] = [
         FillSet(site, name, connections)
         for translation in here
         for name, connections in ruleset.sets_of(move.id, translation).items()
     ]
+    # What a gateway whose gate is about to be opened drops meanwhile is not held: so as late as
+    # can be. Before it has its set, nothing translates either.
+    late = move.holds and site.role == Role.GATEWAY
+    steps += [] if late else fills
+    if move.guard and here:
+        steps.append(GuardSite(site, move.id, here))
+    # Before the address too: CRIU's restore may send for these, and must not be answered yet.
+    steps += _install_resets(site, move, lost)
     if site.role == Role.DESTINATION:
+        if move.holds and here:
+            steps.append(HoldSegments(site, move.id, here))
         steps.append(RaiseLoopback(site))
         olds = [t.map.old for t in here] + [r.map.old for r in receptions]
+        olds += [reset.old for reset in lost]
         steps += [AddAddress(site, old) for old in dict.fromkeys(olds)]
     # The translation before the restore begins: CRIU sends unsent data before post-restore.
     steps.append(InstallTranslation(site, move.id, here))
@@ -117,6 +183,7 @@ def _steps_at(
     elif receptions:
         # After the gate holds callers back, so that no entry is made anew.
         steps.append(ForgetCalls(site, receptions))
+    steps += fills if late else []
     # Purge after the rules (a nat expression starts tracking, so stale entries can appear up to
     # here) and before the insertion (an existing entry cannot be given a translation).
     for translation in here:
@@ -168,6 +235,10 @@ def describe_plan(plan: Plan) -> Iterator[str]:
                 static += ruleset.render_arp_static()
             yield f"# {step.site}: the first move there makes the table too"
             yield from as_commands(step.site, static)
+        elif isinstance(step, InstallResets):
+            static = [*resets.render_static(step.resets[0].dispatch)]
+            yield f"# {step.site}: the first move with --unkept reset there makes these too"
+            yield from as_commands(step.site, static)
         yield from step.describe()
     yield "# when the sockets are there (natkeep open, or natkeep-hook at post-restore):"
     for step in plan.open:
@@ -186,11 +257,14 @@ def render_nft(plan: Plan) -> Iterator[tuple[Site, tuple[str, ...]]]:
         for step in plan.prepare:
             if step.site != site:
                 continue
+            if isinstance(step, InstallResets):
+                lines += resets.render_static(step.resets[0].dispatch)
             if isinstance(step, FillSet):
                 elements = ", ".join(step.elements())
                 lines.append(f"add element inet {ruleset.TABLE} {step.name} {{ {elements} }}")
             elif isinstance(
-                step, InstallGate | InstallTranslation | InstallReception | HoldListeners
+                step,
+                InstallGate | InstallTranslation | InstallReception | HoldListeners | InstallResets,
             ):
                 lines += step.lines()
         yield site, tuple(lines)

@@ -19,13 +19,13 @@ own checksum is left as it is: receivers look at ICMP's, which covers it.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from enum import IntEnum
 
 from natkeep.plan import reception, ruleset
 from natkeep.plan.move import Mode, Translation
 from natkeep.plan.reception import Reception
 from natkeep.plan.tuples import Address
+from natkeep.values import dataclass
 
 _ICMP = {4: 1, 6: 58}
 _TCP = 6

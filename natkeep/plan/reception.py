@@ -19,13 +19,13 @@ This file must never touch the kernel.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 
 from natkeep.errors import RefusedError
 from natkeep.plan import ruleset
 from natkeep.plan.move import Map, Mode, Move, Role, Site
 from natkeep.plan.ruleset import GATE, TABLE
 from natkeep.plan.tuples import Address, Endpoint
+from natkeep.values import dataclass
 
 _IP = {4: "ip", 6: "ip6"}
 _SYN = "tcp flags & (fin | syn | rst | ack) == syn"

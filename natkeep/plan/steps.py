@@ -8,11 +8,10 @@ This file must never do a step.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
 from itertools import islice
 from typing import TYPE_CHECKING
 
-from natkeep.plan import quiet, reception, ruleset
+from natkeep.plan import quiet, reception, resets, ruleset
 from natkeep.plan.entries import describe_purge, entries, stale_tuples, stale_views
 from natkeep.plan.lock import DumpLock, describe_taking
 from natkeep.plan.move import (
@@ -24,7 +23,9 @@ from natkeep.plan.move import (
     Unkept,
 )
 from natkeep.plan.reception import Reception
-from natkeep.plan.tuples import Address, Connections, Endpoint
+from natkeep.plan.resets import Reset
+from natkeep.plan.tuples import Address, Connections, Endpoint, FourTuple
+from natkeep.values import dataclass, field
 
 if TYPE_CHECKING:
     from natkeep.plan.quoted import RawRule
@@ -254,12 +255,57 @@ class InsertEntries:
 
 
 @dataclass(frozen=True, slots=True)
+class HoldSegments:
+    """Keep what peers say while the gate is closed; where that may not be, go on without."""
+
+    site: Site
+    move_id: str
+    translations: tuple[Translation, ...]
+
+    def describe(self) -> tuple[str, ...]:
+        """One comment: it is a process of natkeep's own (kernel/holder.py), no command."""
+        count = sum(len(translation.kept) for translation in self.translations)
+        return (
+            f"# {_prefix(self.site)}natkeep's holder: keep what peers say on {count} connections, "
+            "deliver it when the gate opens",
+        )
+
+    def kept(self) -> list[tuple[bytes, bytes, bytes]]:
+        """Of each map OLD and NEW, packed, and the connections' records."""
+        return [
+            (t.map.old.packed, t.map.new.packed, t.kept.records(t.map.old.version))
+            for t in self.translations
+        ]
+
+
+@dataclass(frozen=True, slots=True)
+class GuardSite:
+    """Have what is un-translated dropped even where somebody flushes the ruleset."""
+
+    site: Site
+    move_id: str
+    translations: tuple[Translation, ...]
+
+    def describe(self) -> tuple[str, ...]:
+        """One comment: a table that lives by a process (kernel/guardian.py) is no command."""
+        count = sum(len(translation.kept) for translation in self.translations)
+        return (
+            f"# {_prefix(self.site)}natkeep's guard: {count} connections outlive a flush of the "
+            "ruleset",
+        )
+
+
+@dataclass(frozen=True, slots=True)
 class OpenGate(_Loaded):
-    """Let the kept connections through, and callers to the listeners."""
+    """Let the kept connections through, and callers to the listeners.
+
+    delivers: what has been held goes to the sockets that are back.
+    """
 
     site: Site
     move_id: str
     listening: tuple[Reception, ...] = ()
+    delivers: bool = False
 
     def lines(self) -> tuple[str, ...]:
         """The nft text."""
@@ -277,6 +323,12 @@ class OpenGate(_Loaded):
         return (gate, self.site.role == Role.DESTINATION), *((chain, False) for chain in callers)
 
 
+class OpenEarly(OpenGate):
+    """At a gateway, as the end of prepare: what peers say shall reach the holder."""
+
+    __slots__ = ()
+
+
 @dataclass(frozen=True, slots=True)
 class HoldListeners(_Loaded):
     """New connections to these listeners wait: their SYNs are dropped, and peers retry."""
@@ -288,6 +340,52 @@ class HoldListeners(_Loaded):
     def lines(self, *, linked: bool = False) -> tuple[str, ...]:
         """The nft text; linked: the gate leads to it already."""
         return quiet.render_hold(self.move_id, self.listeners, linked=linked)
+
+
+@dataclass(frozen=True, slots=True)
+class InstallResets(_Loaded):
+    """The rules by which connections that cannot be kept are reset, silent so far."""
+
+    site: Site
+    move_id: str
+    resets: tuple[Reset, ...]
+
+    def lines(self) -> tuple[str, ...]:
+        """The nft text, without the static part, which only the first such move adds."""
+        return resets.render(self.move_id, self.resets)
+
+
+@dataclass(frozen=True, slots=True)
+class SendResets:
+    """Answer the ends of these connections with a reset, and ask those that say nothing.
+
+    Undone, nobody is told any more; who has been told stays told.
+    """
+
+    site: Site
+    move_id: str
+    resets: tuple[Reset, ...]
+
+    def lines(self) -> tuple[str, ...]:
+        """The nft text."""
+        return (resets.render_open(self.move_id),)
+
+    def chains(self) -> tuple[str, ...]:
+        """Where the rule is put."""
+        return (resets.reset_chain(self.move_id),)
+
+    def questions(self) -> Iterator[FourTuple]:
+        """Along which tuples the ends are asked: to the process, or to its peers."""
+        for reset in self.resets:
+            for inbound in reset.connections:
+                yield inbound if reset.dispatch == "answer" else inbound.reply()
+
+    def describe(self) -> tuple[str, ...]:
+        """One command a line; no program says the question, so it is a comment."""
+        asks = f"# {_prefix(self.site)}ask by a bare acknowledgement"
+        questions = (f"{asks}: {tuple_}" for tuple_ in self.questions())
+        total = sum(len(reset.connections) for reset in self.resets)
+        return (*as_commands(self.site, self.lines()), *_first(questions, total))
 
 
 @dataclass(frozen=True, slots=True)
@@ -319,8 +417,13 @@ Step = (
     | PurgeEntries
     | InsertEntries
     | HoldListeners
+    | HoldSegments
+    | GuardSite
+    | InstallResets
     | TakeOverLock
+    | OpenEarly
     | OpenGate
+    | SendResets
 )
 
 
@@ -333,7 +436,8 @@ class Plan:
     unkept: tuple[Unkept, ...]
     surroundings: Surroundings
     prepare: tuple[Step, ...]
-    open: tuple[OpenGate, ...]
+    open: tuple[OpenGate | SendResets, ...]
+    resets: tuple[Reset, ...] = ()
 
     @property
     def steps(self) -> tuple[Step, ...]:

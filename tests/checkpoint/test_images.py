@@ -89,7 +89,7 @@ def socket_entry(
 ) -> bytes:
     """An inet_sk_entry, usual but for *changes*; None leaves a field out."""
     values = {**USUAL, **changes}
-    out = extra
+    out = b""
     for position, name in enumerate(USUAL, 1):
         if (value := values.pop(name)) is not None:
             out += field(position, value)
@@ -97,6 +97,7 @@ def socket_entry(
     out += field(13, b"") + field(14, opts)
     if "ns_id" in values:
         out += field(18, values.pop("ns_id"))
+    out += extra
     assert not values, values
     return out
 
@@ -383,6 +384,8 @@ HEAD = struct.pack("<II", COMMON, FILES)
         (image(COMMON, FDINFO, entries=[REGULAR]), "octet 0: begins with 19435654 32372156"),
         (image(COMMON, FILES, entries=[field(1, 4) + field(2, 1)]), "file_entry: type 4 does not"),
         (image(COMMON, FILES, entries=[file_entry(b"", kind=1)]), "file_entry: type 1 does not"),
+        (image(COMMON, FILES, entries=[REGULAR + field(5, b"")]), "file_entry: 2 kinds of file"),
+        (image(COMMON, FILES, entries=[REGULAR + field(64, b"")]), "file_entry: field 64: is not"),
     ],
 )
 def test_damaged_files_image(data: bytes, message: str, tmp_path: Path) -> None:
@@ -418,11 +421,19 @@ def test_damaged_files_image(data: bytes, message: str, tmp_path: Path) -> None:
         ),
         (socket_entry(type=2), "tcp in a socket of type 2"),
         (socket_entry(proto=6 + (1 << 32)), "proto (field 5): 4294967302 is more than 32 bits"),
-        (socket_entry(extra=field(1, 7)), "id (field 1): is there twice"),
-        (socket_entry(extra=field(13, b"")), "fown (field 13): is there twice"),
-        (socket_entry(extra=field(1, b"x")), "id (field 1): of wire type 2"),
+        (field(1, 7) + socket_entry(), "id (field 1): is there twice"),
+        (socket_entry(extra=field(13, b"")), "fown (field 13): is out of order"),
+        (field(1, b"x") + socket_entry(), "id (field 1): of wire type 2"),
         (socket_entry(extra=field(17, 3)), "ifname (field 17): of wire type 0"),
-        (socket_entry(extra=b"\x00\x00"), "field 0: of wire type 0"),
+        (b"\x00\x00" + socket_entry(), "field 0: of wire type 0"),
+        (socket_entry(extra=field(100, 1) + field(99, 1)), "field 99: is out of order"),
+        (socket_entry(LOCAL4 * 5), "src_addr (field 11): more than four words"),
+        (socket_entry(LOCAL4 * 5, packed=True), "src_addr (field 11): more than four words"),
+        (socket_entry(extra=field(16, field(7, 64) + field(18, 2))), "ip_opts_entry: field 18: is"),
+        (
+            socket_entry(opts=field(15, b"eth0"), extra=field(17, b"/")),
+            "the name of its device is not one",
+        ),
         (socket_entry(extra=b"\xa3\x06"), "field 100: of wire type 3"),
         (socket_entry() + b"\xa7\x06", "field 100: of wire type 7"),
         (socket_entry() + b"\xa5\x06\0\0\0", "field 100: 4 octets, 3 are left"),
@@ -503,6 +514,14 @@ def test_too_many_entries(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
         read_checkpoint(tmp_path)
 
 
+def test_too_large_an_entry(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_images(tmp_path, inventory=INVENTORY_ENTRY + field(200, bytes(60)))
+    monkeypatch.setattr(imagefile, "MAX_ENTRY", 50)
+
+    with pytest.raises(ImageError, match=r"octet 4: an entry of \d+ octets: more than 50"):
+        read_checkpoint(tmp_path)
+
+
 # ---- the directory ------------------------------------------------------------------------
 
 
@@ -532,6 +551,7 @@ def test_only_regular_files_are_opened(image_name: str, kind: str, tmp_path: Pat
 
 
 @pytest.mark.root
+@pytest.mark.needs("powers")
 def test_a_device_is_not_opened(tmp_path: Path) -> None:
     path = write_images(tmp_path, socket_entry()) / "files.img"
     path.unlink()
@@ -815,7 +835,7 @@ def test_any_octets_are_read_or_are_damage(data: bytes) -> None:
 
 @given(st.integers(0, 2**32 - 1), st.integers(0, 2**32 - 1), st.binary(max_size=300))
 def test_numbers_of_all_lengths(one: int, far: int, two: bytes) -> None:
-    numbers, strings = decode(field(2, two) + field(16, far) + field(1, one), SMALL)
+    numbers, strings = decode(field(1, one) + field(2, two) + field(16, far), SMALL)
 
     assert numbers == {number(1): one, number(16): far}
     assert strings == {octets(2): two}

@@ -93,6 +93,14 @@ def test_an_empty_list_is_refused(text: str) -> None:
         parse_listing(text, "f")
 
 
+def test_too_many_lines_are_not_looked_at() -> None:
+    """Each blank line takes a microsecond, and 32 MiB of them would take minutes."""
+    with pytest.raises(ImageError, match=r"^f: more than 1048576 lines$"):
+        parse_listing("\n" * (listing.MAX_LINES + 1), "f")
+
+    assert found_in("\n" * 1000 + GOOD) == [GOOD.strip()]
+
+
 ENDPOINTS4 = st.builds(Endpoint, st.ip_addresses(v=4), st.integers(1, 65535))
 ENDPOINTS6 = st.builds(
     Endpoint, st.ip_addresses(v=6).filter(lambda ip: not ip.ipv4_mapped), st.integers(1, 65535)

@@ -192,7 +192,7 @@ def test_the_front_is_executable() -> None:
 def kernel(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[FakeKernel]:
     """Two prepared sites, and the environment of CRIU's call at post-restore."""
     fake = FakeKernel()
-    monkeypatch.setattr(linux, "LinuxKernel", lambda: fake)
+    monkeypatch.setattr(linux, "LinuxKernel", lambda *_: fake)
     monkeypatch.setenv("NATKEEP_STATE_DIR", str(tmp_path / "state"))
     monkeypatch.setenv("CRTOOLS_SCRIPT_ACTION", "post-restore")
     monkeypatch.setenv("NATKEEP_ID", "web")

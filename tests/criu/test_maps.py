@@ -58,7 +58,7 @@ def images(tmp_path: Path) -> Path:
 @pytest.fixture
 def criu(images: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Criu]:
     kernel = FakeKernel()
-    monkeypatch.setattr(linux, "LinuxKernel", lambda: kernel)
+    monkeypatch.setattr(linux, "LinuxKernel", lambda *_: kernel)
     monkeypatch.setattr(policy, "PATH", str(tmp_path / "natkeep.toml"))
     monkeypatch.setenv("NATKEEP_STATE_DIR", str(tmp_path / "state"))
     monkeypatch.setenv("NATKEEP_MAP", f"{OLD}={NEW}")

@@ -181,7 +181,7 @@ def restore(make_criu: MakeCriu, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     hook.touch(mode=0o755)
     monkeypatch.setattr(sys, "executable", str(tmp_path / "bin/python3"))
     monkeypatch.setattr(run, "adopt_orphans", lambda: None)
-    monkeypatch.setattr(run, "kill_orphans", lambda: None)
+    monkeypatch.setattr(run, "kill_orphans", lambda *_: None)
     return Run(make_criu, tmp_path / "state")
 
 
@@ -307,3 +307,21 @@ def test_orphans_come_to_us_and_are_killed() -> None:
     for pid in pids:
         with pytest.raises(ProcessLookupError):
             os.kill(pid, 0)
+
+
+def test_a_child_that_was_there_before_criu_is_spared() -> None:
+    """The holder of what peers say: a move that is kept for another try goes on holding."""
+    script = (
+        "import subprocess; from natkeep.criu.run import *\n"
+        "from natkeep.criu.run import _children\n"
+        "holder = subprocess.Popen(['sleep', '60'])\n"
+        "ours = frozenset(_children())\n"
+        "orphan = subprocess.Popen(['sleep', '60'])\n"
+        "kill_orphans(ours)\n"
+        "print(holder.poll(), orphan.poll())\n"
+        "holder.kill()\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, timeout=30, check=True
+    )
+    assert done.stdout == "None 0\n"

@@ -99,10 +99,10 @@ def test_global_addresses_are_those_that_others_can_reach(site: str, run: Run) -
 def test_loopback_goes_down_and_up(site: str) -> None:
     assert address.loopback_is_up()
 
-    address.set_loopback("down")
+    address.lower_loopback()
     assert not address.loopback_is_up()
 
-    address.set_loopback("up")
+    address.raise_loopback()
     assert address.loopback_is_up()
 
 
@@ -114,9 +114,9 @@ def test_raising_lo_for_the_first_time_is_undone_without_a_trace(
     assert address.count_on_lo() == 0
     before = take_picture(site)
 
-    address.set_loopback("up")
+    address.raise_loopback()
     assert address.count_on_lo() == 2
-    address.set_loopback("down")
+    address.lower_loopback()
     address.forget_loopback_address()
 
     assert before == take_picture(site)

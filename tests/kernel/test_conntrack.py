@@ -16,6 +16,7 @@ import pytest
 from natkeep.kernel import conntrack, netlink
 from natkeep.kernel.linux import LinuxKernel
 from natkeep.kernel.netns import inside, open_namespace
+from natkeep.kernel.purge import purge
 from natkeep.plan.entries import Entry, entries
 from natkeep.plan.move import Map, Mode, Move, Role, Site, Translation
 from natkeep.plan.order import make_plan
@@ -184,10 +185,10 @@ def test_a_purge_removes_stale_entries_and_spares_their_neighbours(
     for tuple_ in (stale, *near):
         track(run, site, tuple_)
 
-    assert conntrack.purge(translation) == 1
+    assert purge(translation) == 1
 
     assert {Entry(tuple_, tuple_.reply()) for tuple_ in near} == set(read_entries())
-    assert conntrack.purge(translation) == 0
+    assert purge(translation) == 0
 
 
 def test_a_purge_spares_neighbours_in_every_field(site: str, run: Run) -> None:
@@ -197,7 +198,7 @@ def test_a_purge_spares_neighbours_in_every_field(site: str, run: Run) -> None:
     for tuple_ in near:
         track(run, site, tuple_)
 
-    assert conntrack.purge(translation) == 0
+    assert purge(translation) == 0
 
     assert near == {entry.original for entry in read_entries()}
 
@@ -209,7 +210,7 @@ def test_a_purge_of_many_finds_the_first_the_last_and_those_between(site: str, r
     for index in (0, 1, 1499, 2998, 2999):
         track(run, site, tuples[index][0])
 
-    assert conntrack.purge(translation) == 5
+    assert purge(translation) == 5
 
     assert read_entries() == {}
 
@@ -220,7 +221,7 @@ def test_our_own_entries_are_purged_too(site: str, case: str) -> None:
     translation = translation_of(case, Role.DESTINATION, site)
     conntrack.insert(translation)
 
-    conntrack.purge(translation)
+    purge(translation)
 
     assert read_entries() == {}
 
@@ -361,7 +362,7 @@ def test_what_a_gateway_knew_is_given_back_and_nothing_in_its_place_is_touched(
     conntrack.give_back(translation)
 
     assert plain == read_entries().keys()
-    conntrack.purge(translation)
+    purge(translation)
     conntrack.insert(translation)
     translated = read_entries().keys()
     conntrack.give_back(translation)

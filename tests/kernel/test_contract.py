@@ -459,6 +459,8 @@ def test_moves_share_a_site_and_leave_it_one_by_one(
             addresses=frozenset((MAPS[4].old,)),
             entries={0: whole[0].entries[0]},
             alive=whole[0].alive,
+            sockets=whole[0].sockets,
+            lingers=whole[0].lingers,
         )
         for plan in plans
     ]

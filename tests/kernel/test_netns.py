@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from natkeep.errors import UsageError
+from natkeep.errors import KernelError, UsageError
 from natkeep.kernel.netns import (
     Namespace,
     NamespaceGoneError,
@@ -227,3 +227,19 @@ def test_a_name_that_was_given_to_another_namespace_is_not_taken_for_it(
 
     with pytest.raises(NamespaceGoneError, match="is gone"):
         find_namespace(other, known)
+
+
+@pytest.mark.root
+def test_a_handle_that_leads_elsewhere_by_now_is_refused_before_anything_is_done(
+    make_netns: Callable[[], str],
+) -> None:
+    """As after a double close: the number is another file's, here another namespace's."""
+    with opened(make_netns()) as meant, opened(make_netns()) as other:
+        before = here()
+        os.dup2(other.fd, meant.fd)
+        with (
+            pytest.raises(KernelError, match="its handle leads to another namespace"),
+            inside(meant),
+        ):
+            pytest.fail("it went in")
+        assert here() == before

@@ -11,6 +11,7 @@ from natkeep.kernel import nft, rawrule
 from natkeep.kernel.netns import inside, open_namespace
 from natkeep.plan.move import Role, Site
 from natkeep.plan.reception import callers_chain
+from natkeep.plan.resets import render_open, reset_chain
 from natkeep.plan.ruleset import OPEN, TABLE, gate_chain
 from natkeep.plan.steps import OpenGate
 
@@ -42,6 +43,23 @@ def test_the_raw_rule_is_the_one_that_the_plan_describes(role: Role, netns: str)
             nft.run_transaction([f"delete table inet {TABLE}"])
     assert shown[0] == shown[1]
     assert 'accept comment "open"' in shown[0][0]
+
+
+def test_so_is_the_rule_that_resets(netns: str) -> None:
+    chain = reset_chain("web")
+    shown = []
+    for raw in (True, False):
+        with inside(open_namespace(netns)):
+            nft.run_transaction([f"add table inet {TABLE}", f"add chain inet {TABLE} {chain}"])
+            if raw:
+                rawrule.insert_reset(TABLE, chain, OPEN)
+            else:
+                nft.run_transaction([render_open("web")])
+        shown.append((listed(netns), listed(netns, "--json")))
+        with inside(open_namespace(netns)):
+            nft.run_transaction([f"delete table inet {TABLE}"])
+    assert shown[0] == shown[1]
+    assert 'reject with tcp reset comment "open"' in shown[0][0]
 
 
 def test_all_rules_are_inserted_or_none(netns: str) -> None:

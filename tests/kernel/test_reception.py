@@ -11,7 +11,7 @@ from ipaddress import ip_address
 import pytest
 
 from natkeep.errors import RefusedError
-from natkeep.kernel import sockets
+from natkeep.kernel import calls, sockets
 from natkeep.kernel.linux import LinuxKernel
 from natkeep.kernel.netlink import (
     NETLINK_NETFILTER,
@@ -27,6 +27,7 @@ from natkeep.kernel.netns import open_namespace
 from natkeep.plan.drift import Gate, Observation, find_drift
 from natkeep.plan.move import Map, Mode, Move, Role, Site
 from natkeep.plan.order import make_plan
+from natkeep.plan.reception import make_receptions
 from natkeep.plan.steps import ForgetCalls, InstallReception, Plan, Prior, Step
 from natkeep.plan.tuples import NO_CONNECTIONS, Address, Connections, Endpoint, FourTuple
 
@@ -240,6 +241,7 @@ def test_old_may_speak_again_when_its_last_listener_goes(here: Here) -> None:
         ("::1", 80, False),
     ],
 )
+@pytest.mark.needs("powers")
 def test_nobody_else_may_listen_where_callers_arrive(
     here: Here, bound: str, port: int, taken: bool
 ) -> None:
@@ -331,3 +333,30 @@ def test_callers_are_sockets_at_a_listeners_end_that_nobody_kept(netns: str) -> 
         kept = Connections.of([FourTuple(peer, end)])
         assert sockets.count_callers(frozenset({end}), [kept]) == 2
         assert sockets.count_callers(frozenset({Endpoint(end.address, 1)}), []) == 0
+
+
+@EACH_ROLE
+@pytest.mark.parametrize(
+    ("old", "peer"), [(OLD, "10.1.0.2"), (OLD6, "fd00:1::2")], ids=["v4", "v6"]
+)
+def test_a_caller_whom_nobody_has_answered_is_forgotten_in_either_family(
+    here: Here, role: Role, old: Address, peer: str
+) -> None:
+    """Linux 6.18 gives just the others when it is asked for an IPv6 address."""
+    plan = here.plan(role)
+    [receiving] = [
+        r for r in make_receptions(plan.move, plan.move.sites[0]) if r.map.old == old
+    ]  # fmt: skip
+    for port, local_port in ((50001, receiving.ports[0]), (50002, 9)):
+        here.run(
+            *("conntrack", "-I", "-p", "tcp", "-s", peer, "-d", str(receiving.before)),
+            *("--sport", str(port), "--dport", str(local_port), "--timeout", "999"),
+            *("--state", "SYN_SENT"),
+        )
+
+    with inside_of(open_namespace(here.netns)):
+        calls.forget_unanswered(receiving)
+
+    listed = here.run("conntrack", "-L", "-f", "ipv4" if old.version == 4 else "ipv6")
+    assert "sport=50001 " not in listed
+    assert "sport=50002 " in listed

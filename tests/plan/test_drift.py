@@ -63,7 +63,9 @@ def test_a_gateway_needs_neither_addresses_nor_a_gate_at_new() -> None:
 
 def test_where_nothing_is_there_one_line_says_so() -> None:
     """It stands for all the others, that would only say the same."""
-    nothing = Observation(Gate.ABSENT, frozenset(), {"kept-web-0": 3}, frozenset(), {}, 0)
+    nothing = Observation(
+        Gate.ABSENT, frozenset(), {"kept-web-0": 3}, frozenset((OLD4, OLD6)), {}, 0
+    )
 
     assert find_drift(PLAN, DESTINATION, nothing) == (
         "table inet natkeep: nothing of move web is there",

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from ipaddress import IPv4Address, IPv6Address, ip_address
 from pathlib import Path
 
@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 
 from natkeep.errors import UsageError
 from natkeep.plan import ruleset
-from natkeep.plan.move import NOTHING_SPECIAL, Map, Mode, Move, Role, Site, Surroundings
+from natkeep.plan.move import NOTHING_SPECIAL, Fate, Map, Mode, Move, Role, Site, Surroundings
 from natkeep.plan.order import make_plan, render_nft
 from natkeep.plan.steps import FillSet, InstallGate, InstallTranslation, OpenGate, Plan
 from natkeep.plan.tuples import Address, Connections, Endpoint, FourTuple
@@ -39,6 +39,14 @@ KEPT = Connections.of(
 BOTH = (MAP4, MAP6)
 LISTENERS = tuple(
     Endpoint.parse(text) for text in ("10.2.0.10:80", "10.2.0.10:443", "[fd00:2::10]:80")
+)
+LOST = Connections.of(
+    FourTuple(Endpoint.parse(peer), Endpoint.parse(local))
+    for peer, local in (
+        ("10.1.0.2:50596", "10.2.0.10:80"),
+        ("10.2.0.10:50597", "10.2.0.10:80"),
+        ("[fd00:1::2]:50598", "[fd00:2::10]:80"),
+    )
 )
 # What a gateway found that published 8080 for the process' port 80.
 PUBLISHED = Surroundings(
@@ -59,9 +67,12 @@ class Case:
     mode: Mode = Mode.STATEFUL
     surroundings: Surroundings = NOTHING_SPECIAL
     listeners: tuple[Endpoint, ...] = ()
+    lost: Connections | None = None
 
     def render(self) -> str:
         move = Move("web", self.maps, (Site(self.role),), self.mode, self.listeners)
+        if self.lost is not None:
+            move = replace(move, unkept=Fate.RESET, lost=self.lost)
         return render(make_plan(move, KEPT, self.surroundings), opened=self.opened)
 
 
@@ -80,6 +91,9 @@ CASES = {
         Role.DESTINATION, BOTH, mode=Mode.STATELESS, listeners=LISTENERS
     ),
     "gateway-listeners-two-maps": Case(Role.GATEWAY, BOTH, listeners=LISTENERS),
+    "destination-unkept-open": Case(Role.DESTINATION, BOTH, opened=True, lost=LOST),
+    "gateway-unkept-open": Case(Role.GATEWAY, BOTH, opened=True, lost=LOST),
+    "source-unkept": Case(Role.SOURCE, BOTH, lost=LOST),
     "gateway-stateless-listeners": Case(Role.GATEWAY, mode=Mode.STATELESS, listeners=LISTENERS),
 }
 

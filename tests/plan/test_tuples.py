@@ -184,3 +184,35 @@ def test_a_record_cut_short_is_refused(v4: int, v6: int) -> None:
 
 def test_no_connections_are_false_and_empty() -> None:
     assert (len(Connections()), list(Connections())) == (0, [])
+
+
+@settings(max_examples=50)
+@given(st.lists(inbound_tuples(), max_size=6))
+def test_peers_and_local_ends_are_those_of_the_four_tuples(inbound: list[FourTuple]) -> None:
+    connections = Connections.of(inbound)
+
+    def packed(end: Endpoint) -> bytes:
+        return end.address.packed + end.port.to_bytes(2, "big")
+
+    assert {t.source.address.packed for t in inbound} == connections.peers()
+    assert {packed(t.destination) for t in inbound} == connections.local_ends()
+    assert all(connections.may_have_peer([peer]) for peer in connections.peers())
+    assert [packed(t.destination) + packed(t.source) for t in connections] == [*connections.each()]
+
+
+def test_a_local_address_is_no_peer() -> None:
+    """It stands in every record, and must not make each of them be looked at."""
+    connections = Connections.of(
+        FourTuple(Endpoint.parse(f"10.1.0.2:{port}"), Endpoint.parse("10.2.0.10:80"))
+        for port in (5000, 5001)
+    )
+
+    assert connections.may_have_peer([ip_address("10.1.0.2").packed])
+    assert not connections.may_have_peer([ip_address("10.2.0.10").packed])
+    assert not connections.may_have_peer([ip_address("fd00::1").packed])
+
+
+def test_packed_records_are_the_connections_that_they_say() -> None:
+    kept = Connections.of([FourTuple(Endpoint.parse("[::1]:9"), Endpoint.parse("[::2]:80"))])
+
+    assert kept == Connections.packed(kept.v6, 6)

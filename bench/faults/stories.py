@@ -1,0 +1,180 @@
+"""the stories: what is done at a place before the verb that is struck, and that verb.
+
+A story is told whole, once, to learn which points its verb reaches; then again for each fault.
+Rule: between them the stories reach every point of natkeep.fault (tests/test_faults.py).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from place import CORPUS, NEW, OLD
+
+MAPS = tuple(f"--map={OLD[v]}={NEW[v]}" for v in (4, 6))
+MAP = MAPS[:1]
+PAIR = ("--site=gateway={gateway}", "--site=destination={destination}")
+SOURCE = ("--site=source={source}",)
+LIST = ("--connections={list}",)
+IMAGE = (f"--image={CORPUS}",)
+BESIDE = ("--connections={other}",)
+
+Words = tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Story:
+    """Verbs before, the verb that is struck, and what undoes it all.
+
+    Before may also be `fault=POINT:KIND` in front of a verb, and `at SITE COMMAND`, of another
+    program.
+
+    fault: one that strikes always, so that the points on the way back are reached.
+    ids: of the moves that are torn down at the end, in this order.
+    last: a verb that clears what no teardown can, at the very end.
+    lock: of CRIU, at the source: `nftables` or `iptables`.
+    """
+
+    name: str
+    before: tuple[Words, ...]
+    verb: Words
+    ids: tuple[str, ...] = ("web",)
+    sites: tuple[str, ...] = ("gateway", "destination")
+    count: int = 3
+    version: int = 4
+    fault: str = ""
+    last: Words = ()
+    lock: str = ""
+
+    @property
+    def undoes(self) -> bool:
+        """Whether the verb only takes away, so that it may succeed in spite of a fault."""
+        return self.verb[0] in ("teardown", "gc")
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether a verb that fails changes nothing; repair leaves what it has put back."""
+        return self.verb[0] != "repair"
+
+
+def _prepare(*options: str, move_id: str = "web") -> Words:
+    return ("prepare", move_id, *options)
+
+
+STATEFUL = _prepare(*MAP, *PAIR, *LIST)
+STATELESS = _prepare("--mode=stateless", *MAPS[1:], *PAIR, *LIST)
+RECEIVING = _prepare("--listeners", *MAPS, *PAIR, *IMAGE)
+RECEIVING_STATELESS = (*RECEIVING, "--mode=stateless")
+TEARDOWN = ("teardown", "web", "--yes")
+OTHER = _prepare(*MAP, *PAIR, *BESIDE, move_id="other")
+QUIESCE = ("quiesce", "web", *MAP, *SOURCE)
+LEAVE = _prepare(*MAPS, *SOURCE, "--image={image}")
+TELLING = _prepare("--unkept=reset", *MAP, *PAIR, f"--image={CORPUS.parent / 'tcp-close'}")
+REPAIR = ("repair", "web")
+GC = ("gc", *PAIR)
+CRASHED = (("fault=begun-FillSet:kill", *_prepare(*MAP, PAIR[0], *LIST)),)
+GUARDED = (*STATEFUL, "--guard")
+UNGUARDED = (
+    "at", "state",
+    "for each in web.guard-*; do kill -9 $(cat $each); flock $each true; done",
+)  # fmt: skip
+DELETED = tuple(
+    ("at", site, "nft delete table inet natkeep") for site in ("gateway", "destination")
+)
+WIPED = (
+    *DELETED,
+    ("at", "destination", "ip address delete 10.2.0.10/32 dev lo; ip link set lo down"),
+    ("at", "destination", "conntrack -D -p tcp -s 10.1.0.2 --dport 5000"),
+)
+NEXT = _prepare(*MAP, *PAIR, *LIST, "--replace=web", move_id="next")
+
+STORIES = (
+    Story("prepare stateful", (), STATEFUL),
+    Story("prepare stateless, IPv6", (), STATELESS, version=6),
+    Story("prepare 1,000", (), (*STATEFUL, "--gate=open"), count=1000),
+    Story("prepare with listeners", (), (*RECEIVING, "--gate=open")),
+    Story("prepare stateless with listeners", (), RECEIVING_STATELESS),
+    Story("prepare, undone", (), (*RECEIVING, "--gate=open"), fault="done-OpenGate:error"),
+    Story(
+        "prepare stateless, undone",
+        (),
+        (*STATELESS, "--gate=open"),
+        version=6,
+        fault="applied-OpenGate:errno",
+    ),
+    Story("open stateful", (STATEFUL,), ("open", "web")),
+    Story("open stateless", (STATELESS,), ("open", "web"), version=6),
+    Story("open with listeners", (RECEIVING,), ("open", "web")),
+    Story("teardown stateful", (STATEFUL, ("open", "web")), TEARDOWN),
+    Story("teardown stateless", (STATELESS, ("open", "web")), TEARDOWN, version=6),
+    Story("teardown with listeners", (RECEIVING, ("open", "web")), TEARDOWN),
+    Story("teardown 1,000", (STATEFUL,), TEARDOWN, count=1000),
+    Story("teardown beside another", (STATEFUL, OTHER), TEARDOWN, ids=("web", "other")),
+    Story("prepare beside another", (OTHER,), STATEFUL, ids=("other", "web")),
+    Story("quiesce", (), QUIESCE, sites=("source",)),
+    Story("teardown of a quiesce", (QUIESCE,), TEARDOWN, sites=("source",)),
+    Story("source", (), LEAVE, sites=("source",), lock="nftables"),
+    Story(
+        "source, undone",
+        (),
+        LEAVE,
+        sites=("source",),
+        lock="nftables",
+        fault="applied-TakeOverLock:error",
+    ),
+    Story("source, iptables", (), LEAVE, sites=("source",), lock="iptables"),
+    Story("prepare, telling", (), (*TELLING, "--gate=open")),
+    Story("open, telling", (TELLING,), ("open", "web")),
+    Story("teardown, telling", (TELLING, ("open", "web")), TEARDOWN),
+    Story("source after quiesce", (QUIESCE,), LEAVE, sites=("source",), lock="nftables"),
+    Story(
+        "source after quiesce, undone",
+        (QUIESCE,),
+        LEAVE,
+        sites=("source",),
+        lock="nftables",
+        fault="begun-TakeOverLock:errno",
+    ),
+    Story("prepare guarded", (), GUARDED),
+    Story("teardown guarded", (GUARDED,), TEARDOWN),
+    Story("repair", (STATEFUL, ("open", "web"), *WIPED), REPAIR),
+    Story("repair, closed", (STATEFUL, *WIPED), REPAIR),
+    Story("repair stateless", (STATELESS, ("open", "web"), *DELETED), REPAIR, version=6),
+    Story("repair with listeners", (RECEIVING, ("open", "web"), *WIPED), REPAIR),
+    Story("repair, telling", (TELLING, ("open", "web"), *DELETED), REPAIR),
+    Story("repair guarded", (GUARDED, ("open", "web"), UNGUARDED, *DELETED), REPAIR),
+    Story(
+        "repair of a quiesce",
+        (QUIESCE, ("at", "source", "nft delete table inet natkeep")),
+        REPAIR,
+        sites=("source",),
+    ),
+    Story("gc after a crash", (("fault=applied-PurgeEntries:kill", *STATEFUL),), GC),
+    Story("gc without a journal", (*CRASHED, ("at", "state", "rm web.*")), GC, last=GC),
+    Story("replace", (STATEFUL,), NEXT, ids=("next", "web")),
+    Story("replace, the earlier first", (STATEFUL,), NEXT, ids=("web", "next")),
+    Story(
+        "replace, undone", (STATEFUL,), NEXT, ids=("web", "next"), fault="done-InsertEntries:errno"
+    ),
+)
+
+
+# ---- what is killed at random --------------------------------------------------------------------
+
+
+def _kills() -> tuple[Story, ...]:
+    """prepare, open, teardown and repair, in both modes, of 1 and of 1,000 connections."""
+    found = []
+    for count in (1, 1000):
+        for mode, prepare, version in (("stateful", STATEFUL, 4), ("stateless", STATELESS, 6)):
+            for before, verb in (
+                ((), (*prepare, "--gate=open")),
+                ((prepare,), ("open", "web")),
+                ((prepare, ("open", "web")), TEARDOWN),
+                ((prepare, ("open", "web"), *DELETED), REPAIR),
+            ):
+                name = f"{verb[0]} {mode} {count}"
+                found.append(Story(name, before, verb, count=count, version=version))
+    return tuple(found)
+
+
+KILLS = _kills()

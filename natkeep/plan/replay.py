@@ -1,0 +1,426 @@
+"""the held segments: what is kept of what peers say while the gate is closed, and how it returns.
+
+Rule: only what a peer sent comes back, changed in nothing but its destination (NEW to OLD), both
+checksums, and where a segment had to be cut. Never a SYN, an RST or urgent data, never an
+octet twice. The process that holds (kernel/holder.py) loads this file and no other of natkeep's,
+so nothing but `struct` is imported.
+This file must never read a file, a clock, a socket or a namespace.
+
+Theory of operation. For each kept connection a `Stream` keeps data by its place in the sequence:
+
+    a retransmission replaces the octets of the earlier copy, if nothing has come since; else
+    those that are held already are cut off it
+    of acknowledgements without data only the newest is kept, and only until data follows it
+    what returns does so in the order in which it came (`Store.replay`)
+
+- In the order of arrival no timestamp is older than the one before, which PAWS would drop. So
+  the first copy of the first segment stays where others have followed it: the newest one, behind
+  them, would have each of them answered as out of order, the peer would send the first once more,
+  and with that newer timestamp accepted the rest of ours would be too old.
+- Where nothing has followed, the newest copy is the better one: the peer takes its round-trip
+  time, and from it its next time-outs, from the timestamp that is echoed.
+- A peer sends no more than the window and waits, and repeats the *first* octets. So what comes
+  when there is no room is refused at the right end: what is held stays one run without a hole,
+  and what lies behind it is sent again as soon as the run is acknowledged. Once something has
+  been refused, nothing to the right of it is taken (`Stream.ceiling`).
+- A segment costs its payload and SEGMENT_COST more, so one bound in octets bounds the number of
+  segments too. When all streams together have too much, the bound of each is halved, and those
+  that are above it lose their right ends: a few that talk much never starve the others.
+"""
+
+from __future__ import annotations
+
+from struct import pack, pack_into, unpack, unpack_from
+
+TYPE_CHECKING = False  # typing.TYPE_CHECKING, without importing typing
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+TOTAL = 64 << 20
+"""Octets that all streams of a move may cost together."""
+EACH = 4 << 20
+"""Octets that one stream may cost: a window of data."""
+LEAST = 4096
+"""Octets to which the bound of a stream never falls: a segment of the usual size and one more."""
+SEGMENT_COST = 512
+"""What a segment costs beside its payload: about what Python needs for it."""
+
+PACKET_SIZE = 31 * 1024
+"""Octets of an IP packet that returns, at most.
+
+With what the kernel adds it fits 32 KiB of memory, so that a full window fits the receive buffer.
+"""
+
+_TCP = 6
+_FIN, _SYN, _RST, _URG = 0x01, 0x02, 0x04, 0x20
+_SPAN = 1 << 32
+_RECORD = {4: (4, 12), 6: (16, 36)}
+"""Octets of an address, and of a record of plan/tuples.py."""
+
+
+class Segment:
+    """A TCP segment as it arrived: its headers apart, padding and offload taken off.
+
+    key: local address, peer address, peer port and local port, as they stand in the packet.
+    length: the octets that it takes in the sequence, FIN included.
+    """
+
+    __slots__ = ("acknowledges_only", "fin", "ip", "key", "length", "payload", "seq", "tcp")
+
+    def __init__(self, key: bytes, ip: bytes, tcp: bytes, payload: bytes) -> None:
+        self.key, self.ip, self.tcp, self.payload = key, ip, tcp, payload
+        self.fin = bool(tcp[13] & _FIN)
+        self.seq: int = unpack_from("!I", tcp, 4)[0]
+        self.length = len(payload) + self.fin
+        self.acknowledges_only = not self.length
+
+
+def parse(packet: bytes) -> Segment | None:
+    """The segment in *packet*, which begins with its IP header; None for what is not held."""
+    if len(packet) < 40:
+        return None
+    version = packet[0] >> 4
+    if version == 4:
+        start, total = (packet[0] & 15) * 4, unpack_from("!H", packet, 2)[0]
+        if start < 20 or packet[9] != _TCP or unpack_from("!H", packet, 6)[0] & 0x3FFF:
+            return None
+        ends = packet[16:20] + packet[12:16]
+    elif version == 6:
+        start, total = 40, unpack_from("!H", packet, 4)[0]
+        total += 40 if total else 0
+        if packet[6] != _TCP:
+            return None
+        ends = packet[24:40] + packet[8:24]
+    else:
+        return None
+    total = total or len(packet)  # a length of 0 is an offloaded packet's above 64 KiB
+    if len(packet) < total or total < start + 20:
+        return None
+    data = start + (packet[start + 12] >> 4) * 4
+    if data < start + 20 or data > total or packet[start + 13] & (_SYN | _RST | _URG):
+        return None
+    key = ends + packet[start : start + 4]
+    return Segment(key, packet[:start], packet[start:data], packet[data:total])
+
+
+class Piece:
+    """A part of a stream: octets *start* to *end* (FIN included) of one segment.
+
+    number: when it came, among all that came to the store.
+    """
+
+    __slots__ = ("end", "fin", "number", "payload", "segment", "start")
+
+    def __init__(
+        self, number: int, segment: Segment, start: int, payload: bytes, *, fin: bool
+    ) -> None:
+        self.number, self.segment, self.payload, self.fin = number, segment, payload, fin
+        self.start, self.end = start, start + len(payload) + fin
+
+    @property
+    def cost(self) -> int:
+        """Octets, in the terms of the bounds."""
+        return len(self.payload) + SEGMENT_COST
+
+    def without(self, start: int, end: int) -> Iterator[Piece]:
+        """What is left of it when octets *start* to *end* are taken away: none, one or two."""
+        if end <= self.start or self.end <= start:
+            yield self
+            return
+        if self.start < start:
+            left = self.payload[: start - self.start]
+            yield Piece(self.number, self.segment, self.start, left, fin=False)
+        if end < self.end:
+            right = self.payload[end - self.start :]
+            yield Piece(self.number, self.segment, end, right, fin=self.fin)
+
+
+class Stream:
+    """What is held of one connection, and to whom it returns (*old*, packed).
+
+    Places in the sequence are counted from the first segment that came.
+    """
+
+    __slots__ = ("acknowledgement", "base", "ceiling", "cost", "end", "old", "pieces", "refused")
+
+    def __init__(self, old: bytes, base: int) -> None:
+        self.old, self.base = old, base
+        self.pieces: list[Piece] = []
+        self.acknowledgement: Piece | None = None
+        self.cost = self.end = self.refused = 0
+        self.ceiling: int | None = None
+
+    def add(self, number: int, segment: Segment, limit: int) -> None:
+        """Keep *segment* as far as *limit* allows."""
+        start = (segment.seq - self.base + _SPAN // 2) % _SPAN - _SPAN // 2
+        piece = Piece(number, segment, start, segment.payload, fin=segment.fin)
+        if segment.acknowledges_only:
+            self.cost += SEGMENT_COST if self.acknowledgement is None else 0
+            self.acknowledgement = piece
+            return
+        if self.ceiling is not None:
+            if start > self.ceiling:
+                self.refused += 1
+                return
+            self.ceiling = max(self.ceiling, piece.end)
+        if self.acknowledgement is not None:
+            self.acknowledgement = None  # data says the same, and newer
+            self.cost -= SEGMENT_COST
+        if self.pieces and start < self.end:
+            self._merge(piece)
+        else:
+            self.pieces.append(piece)
+            self.cost += piece.cost
+        self.end = max(self.end, piece.end) if len(self.pieces) > 1 else piece.end
+        if self.cost > limit:
+            self.shrink(limit)
+
+    def _merge(self, piece: Piece) -> None:
+        """Add what of *piece* is not held; of the segment that came before it, it takes all."""
+        newest = self.pieces[-1].number
+        before = [held for held in self.pieces if held.number == newest]
+        older = self.pieces[: -len(before)]
+        parts = [piece]
+        for held in older:
+            if held.start < piece.end and piece.start < held.end:
+                parts = [left for part in parts for left in part.without(held.start, held.end)]
+        before = [left for held in before for left in held.without(piece.start, piece.end)]
+        self.pieces = [*older, *before, *parts]
+        self.cost = sum(held.cost for held in self.pieces)
+
+    def shrink(self, limit: int) -> None:
+        """Let go of what does not fit, from the right end."""
+        left = limit
+        if self.acknowledgement is not None:
+            left -= SEGMENT_COST
+            if left < 0:
+                self.acknowledgement = None
+                self.cost -= SEGMENT_COST
+        for piece in sorted(self.pieces, key=lambda piece: piece.start):
+            if piece.cost > left:
+                self._let_go(piece.start)
+                return
+            left -= piece.cost
+
+    def _let_go(self, ceiling: int) -> None:
+        before, self.ceiling = len(self.pieces), ceiling
+        self.pieces = [piece for piece in self.pieces if piece.start < ceiling]
+        self.refused += before - len(self.pieces)
+        self.end = max((piece.end for piece in self.pieces), default=ceiling)
+        self.cost = sum(piece.cost for piece in self.pieces)
+        self.cost += SEGMENT_COST if self.acknowledgement is not None else 0
+
+
+class Store:
+    """All streams of a move.
+
+    kept: for each key of a kept connection its OLD, packed.
+    """
+
+    def __init__(self, kept: dict[bytes, bytes], total: int = TOTAL, each: int = EACH) -> None:
+        self.kept, self.total, self.each = kept, total, each
+        self.streams: dict[bytes, Stream] = {}
+        self.cost = self.number = 0
+
+    def add(self, packet: bytes) -> None:
+        """Keep what is in *packet*, if it is a segment of a kept connection."""
+        segment = parse(packet)
+        if segment is None or segment.key not in self.kept:
+            return
+        stream = self.streams.get(segment.key)
+        if stream is None:
+            stream = Stream(self.kept[segment.key], segment.seq)
+            self.streams[segment.key] = stream
+        self.number += 1
+        before = stream.cost
+        stream.add(self.number, segment, self.each)
+        self.cost += stream.cost - before
+        if self.cost > self.total:
+            self._shrink(stream)
+
+    def _shrink(self, newcomer: Stream) -> None:
+        while self.cost > self.total and self.each > LEAST:
+            self.each = max(self.each // 2, LEAST)
+            for stream in self.streams.values():
+                stream.shrink(self.each)
+            self.cost = sum(stream.cost for stream in self.streams.values())
+        if self.cost > self.total:
+            before = newcomer.cost
+            newcomer.shrink(before - (self.cost - self.total))
+            self.cost += newcomer.cost - before
+
+    @property
+    def refused(self) -> int:
+        """Segments for which there was no room."""
+        return sum(stream.refused for stream in self.streams.values())
+
+    def replay(self) -> Iterator[tuple[Stream, Piece]]:
+        """All that is held, oldest first."""
+        held = [(piece, stream) for stream in self.streams.values() for piece in stream.pieces]
+        held += [(s.acknowledgement, s) for s in self.streams.values() if s.acknowledgement]
+        for piece, stream in sorted(held, key=lambda pair: pair[0].number):
+            yield stream, piece
+
+
+def make_packets(stream: Stream, piece: Piece, size: int = PACKET_SIZE) -> Iterator[bytes]:
+    """IP packets of at most *size* octets that bring *piece* back, addressed to OLD."""
+    ip, tcp, at = piece.segment.ip, piece.segment.tcp, 0
+    room = size - len(ip) - len(tcp)
+    while True:
+        payload = piece.payload[at : at + room]
+        seq = (stream.base + piece.start + at) % _SPAN
+        at += len(payload)
+        last = at == len(piece.payload)
+        yield _make_packet(ip, tcp, stream.old, seq, payload, fin=piece.fin and last)
+        if last:
+            return
+
+
+def _make_packet(
+    ip: bytes, tcp: bytes, old: bytes, seq: int, payload: bytes, *, fin: bool
+) -> bytes:
+    header, segment = bytearray(ip), bytearray(tcp)
+    length = len(segment) + len(payload)
+    pack_into("!I", segment, 4, seq)
+    segment[13] = segment[13] & ~_FIN | (_FIN if fin else 0)
+    segment[16:18] = b"\0\0"
+    if len(old) == 4:
+        pack_into("!H", header, 2, len(header) + length)
+        header[16:20], header[10:12] = old, b"\0\0"
+        pack_into("!H", header, 10, checksum(header))
+        pseudo = header[12:20] + pack("!HH", _TCP, length)
+    else:
+        pack_into("!H", header, 4, length)
+        header[24:40] = old
+        pseudo = header[8:40] + pack("!II", length, _TCP)
+    pack_into("!H", segment, 16, checksum(b"".join((pseudo, segment, payload))))
+    return b"".join((header, segment, payload))
+
+
+def checksum(octets: bytes | bytearray) -> int:
+    """The internet checksum (RFC 1071) of *octets*.
+
+    A sum in ones' complement is a remainder of 65535, and long integers divide faster than a loop.
+    """
+    if len(octets) % 2:
+        octets = bytes(octets) + b"\0"
+    return ~(int.from_bytes(octets, "big") % 0xFFFF) & 0xFFFF
+
+
+def holder_name(move_id: str) -> str:
+    """Of the socket in the state directory by which a move's holder is asked."""
+    return f"{move_id}.hold"
+
+
+# ---- what the holder is told -------------------------------------------------------------------
+
+
+def pack_kept(maps: list[tuple[bytes, bytes, bytes]]) -> bytes:
+    """For the holder: of each map OLD and NEW (packed), and its connections' records."""
+    return b"".join(
+        pack("!BI", 4 if len(old) == 4 else 6, len(records)) + old + new + records
+        for old, new, records in maps
+    )
+
+
+def unpack_kept(packed: bytes) -> dict[bytes, bytes]:
+    """What a Store is made of, from what `pack_kept` made."""
+    kept: dict[bytes, bytes] = {}
+    at = 0
+    while at < len(packed):
+        version, length = unpack_from("!BI", packed, at)
+        width, size = _RECORD[version]
+        at += 5
+        old, new = packed[at : at + width], packed[at + width : at + 2 * width]
+        at += 2 * width
+        for i in range(at, at + length, size):
+            local, peer = packed[i + width : i + width + 2], packed[i + width + 2 : i + size]
+            kept[new + peer + local] = old
+        at += length
+    return kept
+
+
+# ---- what the kernel shows the holder ----------------------------------------------------------
+
+_INTERVALS = 64
+"""Tests that the kernel makes of one field, at most; the holder looks at whole keys anyway."""
+_LOAD_WORD, _LOAD_HALF, _LOAD_OCTET = 0x20, 0x28, 0x30
+_LOAD_HALF_X, _LOAD_OCTET_X, _LOAD_X = 0x48, 0x50, 0xB1
+_JUMP, _EQUAL, _ABOVE, _AT_LEAST, _ANY_BIT, _RETURN = 0x05, 0x15, 0x25, 0x35, 0x45, 0x06
+_PACKET_TYPE = 0xFFFFF000 + 4
+_ALL = 0x40000
+
+Instruction = tuple[int, int, int, int]
+"""Code, jump if true, jump if false, operand: struct sock_filter."""
+
+
+def make_filter(version: int, maps: list[tuple[bytes, bytes, bytes]]) -> tuple[Instruction, ...]:
+    """The classic BPF program that shows the holder little more than the kept connections.
+
+    maps: as for pack_kept, of IP *version*. It sees a packet from its IP header on. Addresses of
+    IPv6 are told apart by their last four octets; sets of more than 64 values are covered by as
+    many intervals.
+    """
+    width, size = _RECORD[version]
+    news = {int.from_bytes(new[-4:], "big") for _, new, _ in maps}
+    peers, ports = set[int](), set[int]()
+    for _, _, records in maps:
+        ports |= _column(records, width, 2, size)
+        peers |= _column(records, size - 6, 4, size)
+    source, destination = (12, 16) if version == 4 else (20, 36)
+    program = [(_LOAD_OCTET, 0, 0, _PACKET_TYPE), *_require(_EQUAL, 0)]
+    program += [(_LOAD_OCTET, 0, 0, 9 if version == 4 else 6), *_require(_EQUAL, _TCP)]
+    if version == 4:
+        program += [(_LOAD_HALF, 0, 0, 6), *_refuse(_ANY_BIT, 0x3FFF)]
+    program += [(_LOAD_WORD, 0, 0, destination), *_require_one_of(news)]
+    program += [(_LOAD_WORD, 0, 0, source), *_require_one_of(peers)]
+    if version == 4:
+        program += [(_LOAD_X, 0, 0, 0), (_LOAD_OCTET_X, 0, 0, 13)]
+    else:
+        program += [(_LOAD_OCTET, 0, 0, 53)]
+    program += _refuse(_ANY_BIT, _SYN | _RST | _URG)
+    program += [(_LOAD_HALF_X, 0, 0, 2) if version == 4 else (_LOAD_HALF, 0, 0, 42)]
+    program += _require_one_of(ports)
+    return (*program, (_RETURN, 0, 0, _ALL))
+
+
+def _column(records: bytes, start: int, width: int, size: int) -> set[int]:
+    """The numbers that stand at *start* in records of *size*: by columns, as there are many."""
+    columns = [records[start + i :: size] for i in range(width)]
+    return {int.from_bytes(number, "big") for number in set(zip(*columns, strict=True))}
+
+
+def pack_filter(program: tuple[Instruction, ...]) -> bytes:
+    """As the kernel wants it."""
+    return b"".join(pack("=HBBI", *instruction) for instruction in program)
+
+
+def _require(test: int, operand: int) -> list[Instruction]:
+    return [(test, 1, 0, operand), (_RETURN, 0, 0, 0)]
+
+
+def _refuse(test: int, operand: int) -> list[Instruction]:
+    return [(test, 0, 1, operand), (_RETURN, 0, 0, 0)]
+
+
+def _require_one_of(values: set[int]) -> list[Instruction]:
+    intervals = cover(values, _INTERVALS)
+    found: list[Instruction] = []
+    for index, (first, last) in enumerate(intervals):
+        behind = 4 * (len(intervals) - index - 1) + 1
+        found += [*_require(_AT_LEAST, first), (_ABOVE, 1, 0, last), (_JUMP, 0, 0, behind)]
+    return [*found, (_RETURN, 0, 0, 0)]  # above the last one
+
+
+def cover(values: set[int], most: int) -> list[tuple[int, int]]:
+    """At most *most* intervals, first and last included, that cover *values*; the gaps smallest."""
+    ordered = sorted(values)
+    gaps = sorted(range(1, len(ordered)), key=lambda i: ordered[i - 1] - ordered[i])[: most - 1]
+    starts = [0, *sorted(i for i in gaps if ordered[i] - ordered[i - 1] > 1)]
+    ends = [*(i - 1 for i in starts[1:]), len(ordered) - 1]
+    return [(ordered[a], ordered[b]) for a, b in zip(starts, ends, strict=True)] if ordered else []
+
+
+def unpack_filter(packed: bytes) -> tuple[Instruction, ...]:
+    """The reverse of pack_filter."""
+    return tuple(unpack("=HBBI", packed[i : i + 8]) for i in range(0, len(packed), 8))

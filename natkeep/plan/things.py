@@ -1,0 +1,151 @@
+"""the things of a table: what nft's text would make there, one by one, so that each can be missed.
+
+    add chain inet natkeep gate-web           a chain
+    add element inet natkeep in4 { 10.3.0.20 : jump in-at-10.3.0.20 }    an element
+    insert rule inet natkeep gate-at-… @kept-web-0 jump gate-web …       a rule, known by its marks
+
+A rule is not read back as text: the kernel keeps expressions, and another version of nft makes
+others of the same words. So a rule is known by its *marks*, which every version must keep: the
+sets that it asks, where it jumps to, whether it translates, drops or accepts, the port and the
+address that it names, and its comment.
+
+Rule: only lines that ruleset.py, reception.py and quiet.py rendered come in here. This file must
+never look at a machine.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from ipaddress import ip_address
+
+from natkeep.plan.quoted import LookUp, RawRule, Store
+from natkeep.plan.ruleset import TABLE
+from natkeep.values import dataclass, replace
+
+_LINE = re.compile(
+    rf"(create|add|insert) (table|chain|set|map|element|rule) (inet|arp) {TABLE} ?(\S*) ?(.*)"
+)
+_COMMENT = re.compile(r' comment "([^"]*)"$')
+_ASKED = re.compile(r"@(\S+)")
+_JUMP = re.compile(r" jump (\S+)")
+_PORT = re.compile(r"tcp dport (\d+)")
+_TO = re.compile(r"\bip6? daddr (?!set\b|vmap\b|\.)(\S+)")
+_WRITES = re.compile(r"[ds]addr set ")
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class Thing:
+    """Something of a table natkeep, in a form that both the text and the kernel can be put in.
+
+    kind: table, chain, set, element or rule; name: the chain or set, that an element or a rule
+    is in. what: an element's key in hexadecimal, a rule's comment and marks; nth: which of
+    several that are alike.
+    """
+
+    family: str
+    kind: str
+    name: str = ""
+    what: str = ""
+    nth: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """A thing that is to be there, and what makes it: a line of nft text, or a raw rule."""
+
+    thing: Thing
+    make: str | RawRule
+
+
+def describe_rule(comment: str, marks: Iterable[str]) -> str:
+    """A rule as a Thing's `what`."""
+    return f"{comment}: {' '.join(sorted(set(marks)))}"
+
+
+def number_alike(things: Iterable[Thing]) -> Iterator[Thing]:
+    """The same things, rules that are alike numbered in their order."""
+    seen: Counter[Thing] = Counter()
+    for thing in things:
+        yield replace(thing, nth=seen[thing]) if thing.kind == "rule" else thing
+        seen[thing] += 1
+
+
+def parse_line(line: str) -> Iterator[Wanted]:
+    """What *line* makes; a deletion or a flush makes nothing."""
+    return (Wanted(thing, make) for thing, make in _parse_line(line))
+
+
+def _parse_line(line: str) -> Iterator[tuple[Thing, str]]:
+    match = _LINE.fullmatch(line)
+    if match is None:
+        return
+    _, kind, family, name, rest = match.groups()
+    if kind == "element":
+        for element in rest.removeprefix("{ ").removesuffix(" }").split(", "):
+            key = _pack_key(element.partition(" : ")[0])
+            one = f"add element {family} {TABLE} {name} {{ {element} }}"
+            yield Thing(family, "element", name, key.hex()), one
+    elif kind == "rule":
+        comment, marks = _read_rule(rest)
+        yield Thing(family, "rule", name, describe_rule(comment, marks)), line
+    else:
+        yield Thing(family, "set" if kind == "map" else kind, name), line
+
+
+def _pack_key(text: str) -> bytes:
+    return int(text).to_bytes(2, "big") if text.isdigit() else ip_address(text).packed
+
+
+def _read_rule(text: str) -> tuple[str, set[str]]:
+    found = _COMMENT.search(text)
+    body = text[: found.start()] if found else text
+    marks = {f"@{name}" for name in _ASKED.findall(body)}
+    marks |= {f">{chain}" for chain in _JUMP.findall(f" {body}")}
+    marks |= {f"port {port}" for port in _PORT.findall(body)}
+    marks |= {f"to {ip_address(address)}" for address in _TO.findall(body)}
+    words = body.split()
+    if {"dnat", "snat"} & set(words):
+        marks.add("nat")
+    marks |= {"notrack"} & set(words)
+    marks |= {words[-1]} & {"drop", "accept"}
+    marks |= {"reject"} & set(words)
+    if _WRITES.search(body):
+        marks.add("writes")
+    return (found.group(1) if found else ""), marks
+
+
+def want_rule(rule: RawRule) -> Wanted:
+    """The same for a rule that nft's text cannot say."""
+    return Wanted(Thing("inet", "rule", rule.chain, _describe_raw(rule)), rule)
+
+
+def _describe_raw(rule: RawRule) -> str:
+    marks = {f"@{one.name}" for one in rule.expressions if isinstance(one, LookUp)}
+    if any(isinstance(one, Store) for one in rule.expressions):
+        marks.add("writes")
+    return describe_rule(rule.comment, marks)
+
+
+def place(line: str, thing: Thing, order: Sequence[Thing], gone: frozenset[Thing]) -> str:
+    """*line*, such that its rule comes to stand where it belongs.
+
+    order: the rules of its chain as all lines together leave them. `add` puts a rule behind those
+    that are there and `insert` in front; alone it may have to go to the other end.
+    """
+    there = [place for place, other in enumerate(order) if other not in gone]
+    if not there:
+        return line
+    verb = "insert" if order.index(thing) < there[0] else "add"
+    return f"{verb} {line.partition(' ')[2]}"
+
+
+def order_rules(wanted: Iterable[Wanted], chain: str) -> list[Thing]:
+    """The rules of a chain as they stand when *wanted* have been made one after the other."""
+    order: list[Thing] = []
+    for one in wanted:
+        if one.thing.kind == "rule" and one.thing.name == chain:
+            front = isinstance(one.make, RawRule) or one.make.startswith("insert")
+            order.insert(0 if front else len(order), one.thing)
+    return order

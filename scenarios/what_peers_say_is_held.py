@@ -1,0 +1,74 @@
+"""What peers say while the process is frozen is held, and delivered when it is back.
+
+    client 10.1.0.2            gateway            source 10.2.0.10 (OLD), left silent
+    ┌──────┐  10.2.0.10:5000  ┌───────┐  10.3.0.20:5000  ┌───────┐  10.2.0.10:5000  ┌────────┐
+    │ peer │══════════════════│OLD⇄NEW│══════════════════│NEW⇄OLD│═══════╗══════════│ server │
+    └──────┘   4 connections  └───────┘    anti-spoof    └───────┘ holder╚═lo═══════└────────┘
+                                                         destination 10.3.0.20 (NEW)
+
+The gateway's gate stands open, the destination's is closed: there the segments are dropped, and the
+holder keeps a copy of each. When the gate opens it delivers them through lo, each octet once, and
+ends.
+"""
+
+from contextlib import suppress
+
+from natkeep.kernel import hold
+from natkeep.lab.application import all_open, received
+from natkeep.lab.host import LabError, await_true
+from natkeep.lab.verdict import Assertion
+from natkeep.plan.tuples import FourTuple
+
+SETUP = {"points": {"lo": ("destination", "lo")}}
+CONNECTIONS, OCTETS = 4, 3000
+
+
+def tell(lab):
+    state = str(lab.directory / "natkeep-state")
+
+    def note(name, ok, detail=""):
+        lab.report.assertions.append(Assertion(name, ok, detail))
+
+    lab.serve()
+    lab.dial(connections=CONNECTIONS)
+    lab.client.do({"push": 100})
+    lab.client.wait(received(100), "answers")
+    lab.freeze()
+    lab.prepare()
+    lab.client.do({"push": OCTETS})
+    held = None
+
+    def all_held():
+        nonlocal held
+        held = hold.look(state, lab.order.id)
+        return held is None or held.octets >= CONNECTIONS * OCTETS
+
+    with suppress(LabError):  # told by the assertion
+        await_true(all_held, "what the client says to be held")
+    octets = held.octets if held else 0
+    ok = octets == CONNECTIONS * OCTETS
+    note("what the client says meanwhile is held", ok, f"{octets} octets")
+    lab.restore()
+    left = hold.look(state, lab.order.id)
+    note("the holder has ended", left is None, str(left or ""))
+    goal = 100 + OCTETS
+    with lab.must("it is answered"):
+        lab.client.wait(received(goal), "answers", within=5)
+        lab.client.wait(all_open(CONNECTIONS), "the connections to be open")
+    lab.talk()
+    lab.talk_on()
+    lab.finish()
+    _judge_replay(lab, note)
+
+
+def _judge_replay(lab, note):
+    """What came through lo: of each connection the octets that were held, once."""
+    inbound = {each: set() for each in lab.kept}
+    for frame in lab.tap.captures["lo"].frames():
+        segment = frame.segment
+        if segment and FourTuple(segment.tuple.source, segment.tuple.destination) in inbound:
+            places = range(segment.seq, segment.seq + segment.length)
+            inbound[segment.tuple] |= {place % 2**32 for place in places}
+    counts = [len(places) for places in inbound.values()]
+    ok = counts == [OCTETS] * CONNECTIONS
+    note("what was held came to the process through lo", ok, f"{counts} octets")

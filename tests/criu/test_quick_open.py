@@ -1,0 +1,283 @@
+"""tests of the quick way to open a move, and that whatever does not fit goes the long way.
+
+The program is run as CRIU's call runs it; in its copy here the long way is `exit 9`, so that the
+two can be told apart.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+import natkeep.criu
+
+CORPUS = Path(__file__).parents[1] / "checkpoint/corpus"
+SOURCE = Path(natkeep.criu.__file__ or "").with_name("natkeep-hook-open")
+BIN = Path(sys.executable).parent
+OLD, NEW = "10.2.0.10", "10.3.0.20"
+LONG_WAY = 'SLOW = [sys.executable, "-I", "-m", "natkeep.criu.hook"]'
+TAKEN = 9
+
+pytestmark = [pytest.mark.root, pytest.mark.needs("nftables")]
+
+
+@dataclass
+class Site:
+    """A destination with a move that is prepared there, and what opens it."""
+
+    netns: str
+    state: Path
+    program: Path
+    tree: int
+
+    def natkeep(self, *arguments: str) -> str:
+        done = subprocess.run(
+            [BIN / "natkeep", *arguments],
+            env={**os.environ, "NATKEEP_STATE_DIR": str(self.state)},
+            capture_output=True, text=True, check=True,
+        )  # fmt: skip
+        return done.stdout
+
+    def prepare(self, *options: str) -> None:
+        self.natkeep("prepare", "web", f"--map={OLD}={NEW}", f"--image={CORPUS / 'plain'}",
+                     f"--site=destination={self.netns}", *options)  # fmt: skip
+
+    def call(self, program: Path | None = None, **environment: str) -> tuple[int, str]:
+        """Exit code and words of the program at post-restore."""
+        usual = {
+            "CRTOOLS_SCRIPT_ACTION": "post-restore",
+            "CRTOOLS_INIT_PID": str(self.tree),
+            "CRTOOLS_IMAGE_DIR": str(CORPUS / "plain"),
+            "NATKEEP_ID": "web",
+            "NATKEEP_STATE_DIR": str(self.state),
+            "PATH": os.environ["PATH"],
+        }
+        done = subprocess.run(
+            [sys.executable, "-I", "-S", program] if program else
+            [sys.executable, "-I", "-S", self.program],
+            env=usual | environment, stdin=subprocess.DEVNULL, capture_output=True, text=True,
+        )  # fmt: skip
+        assert done.stdout == ""
+        return done.returncode, done.stderr
+
+    def gate(self) -> str:
+        (move,) = json.loads(self.natkeep("status", "--json"))["moves"]
+        assert [site["drift"] for site in move["sites"]] == [[] for _ in move["sites"]]
+        return str(move["gate"])
+
+    @property
+    def journal(self) -> Path:
+        return self.state / "web.journal"
+
+    @property
+    def ready(self) -> Path:
+        return self.state / "web.ready"
+
+
+@pytest.fixture
+def site(make_netns: Callable[[], str], tmp_path: Path) -> Iterator[Site]:
+    netns = make_netns()
+    lines = ["link add eth0 type veth peer name eth1", f"address add {NEW}/24 dev eth0",
+             "link set eth0 up", "link set eth1 up", "route add default via 10.3.0.1"]  # fmt: skip
+    command = ["ip", "-n", netns, "-batch", "-"]
+    subprocess.run(command, input="\n".join(lines), text=True, check=True)
+    text = SOURCE.read_text()
+    assert text.count(LONG_WAY) == 1
+    program = tmp_path / "open"
+    program.write_text(text.replace(LONG_WAY, f'SLOW = ["/bin/sh", "-c", "exit {TAKEN}"]'))
+    tree = subprocess.Popen(["nsenter", f"--net=/run/netns/{netns}", "sleep", "600"])
+    try:
+        yield Site(netns, tmp_path / "state", program, tree.pid)
+    finally:
+        tree.kill()
+        tree.wait()
+
+
+def test_a_prepared_move_is_opened_and_noted(site: Site) -> None:
+    """From another namespace than the tree's, as where CRIU stands outside."""
+    site.prepare()
+    before = len(site.journal.read_bytes().splitlines())
+    assert site.gate() == "closed"
+    assert site.call() == (0, "natkeep-hook: web: gate open\n")
+    assert site.gate() == "open"
+    added = [json.loads(line) for line in site.journal.read_bytes().splitlines()[before:]]
+    assert [record["state"] for record in added] == ["doing", "done"]
+    site.natkeep("teardown", "web", "--yes")
+    assert list(site.state.iterdir()) == [site.state / "lock"]
+
+
+def test_it_is_opened_from_within_the_trees_namespace(site: Site) -> None:
+    site.prepare()
+    code = subprocess.run(
+        ["nsenter", f"--net=/run/netns/{site.netns}", sys.executable, "-I", "-S", site.program],
+        env={"CRTOOLS_INIT_PID": str(site.tree), "CRTOOLS_IMAGE_DIR": str(CORPUS / "plain"),
+             "NATKEEP_ID": "web", "NATKEEP_STATE_DIR": str(site.state)},
+    ).returncode  # fmt: skip
+    assert (code, site.gate()) == (0, "open")
+
+
+def test_every_site_is_opened_gateway_first(site: Site, make_netns: Callable[[], str]) -> None:
+    gateway = make_netns()
+    site.prepare(f"--site=gateway={gateway}", "--no-hold")  # else the gateway is open already
+    assert site.call() == (0, "natkeep-hook: web: gate open\n")
+    assert site.gate() == "open"
+    words = [line.split(" ", 2) for line in site.ready.read_text().splitlines()]
+    named = [os.stat(f"/run/netns/{name}") for name in (gateway, site.netns)]
+    sites = [word[1] for word in words if word[0] == "site"]
+    assert sites == [f"{status.st_dev}:{status.st_ino}" for status in named]
+
+
+def test_a_stateless_move_is_opened(site: Site) -> None:
+    site.prepare("--mode=stateless")
+    assert site.call()[0] == 0
+    assert site.gate() == "open"
+
+
+def _remove(site: Site) -> None:
+    site.ready.unlink()
+
+
+def _truncate(site: Site) -> None:
+    site.ready.write_bytes(site.ready.read_bytes()[:-4])
+
+
+def _be_of_another_form(site: Site) -> None:
+    site.ready.write_text(site.ready.read_text().replace("natkeep-ready 1", "natkeep-ready 2"))
+
+
+def _be_of_another_boot(site: Site) -> None:
+    lines = site.ready.read_text().splitlines()
+    lines[1] = "boot 00000000-0000-0000-0000-000000000000"
+    site.ready.write_text("\n".join([*lines, ""]))
+
+
+def _be_a_link(site: Site) -> None:
+    site.ready.rename(site.state / "elsewhere")
+    site.ready.symlink_to("elsewhere")
+
+
+def _be_a_fifo(site: Site) -> None:
+    site.ready.unlink()
+    os.mkfifo(site.ready)
+
+
+def _let_the_journal_grow(site: Site) -> None:
+    with site.journal.open("ab") as file:
+        file.write(b"{")  # as of a writer that was killed
+
+
+def _lose_the_namespace(site: Site) -> None:
+    text = site.ready.read_text()
+    site.ready.write_text(text.replace(f"/run/netns/{site.netns}", "/proc/self/ns/net"))
+
+
+def _let_others_write(site: Site) -> None:
+    site.state.chmod(0o777)
+
+
+DEVIATIONS = [_remove, _truncate, _be_of_another_form, _be_of_another_boot, _be_a_link, _be_a_fifo,
+              _let_the_journal_grow, _lose_the_namespace, _let_others_write]  # fmt: skip
+
+
+@pytest.mark.parametrize("deviate", DEVIATIONS, ids=lambda each: each.__name__.strip("_"))
+def test_what_is_not_as_prepare_left_it_goes_the_long_way_and_is_untouched(
+    deviate: Callable[[Site], None], site: Site
+) -> None:
+    site.prepare()
+    deviate(site)
+    journal = site.journal.read_bytes()
+    assert site.call() == (TAKEN, "")
+    assert site.journal.read_bytes() == journal
+    site.state.chmod(0o700)
+    assert site.gate() == "closed"
+
+
+@pytest.mark.parametrize(
+    "environment",
+    [
+        {"CRTOOLS_INIT_PID": str(os.getpid())},  # in another namespace than the destination
+        {"CRTOOLS_INIT_PID": "4194305"},  # beyond the largest pid
+        {"CRTOOLS_INIT_PID": "1x"},
+        {"CRTOOLS_INIT_PID": ""},
+        {"CRTOOLS_IMAGE_DIR": str(CORPUS / "half-closed")},  # of another dump
+        {"CRTOOLS_IMAGE_DIR": "/nonexistent"},
+        {"NATKEEP_ID": "web/../web"},
+        {"NATKEEP_ID": "w" * 33},
+        {"NATKEEP_ID": "api"},
+        {"NATKEEP_STATE_DIR": "/nonexistent"},
+    ],
+    ids=lambda environment: "{}={}".format(*next(iter(environment.items())))[-40:],
+)
+def test_a_call_that_does_not_fit_goes_the_long_way(
+    environment: dict[str, str], site: Site
+) -> None:
+    site.prepare()
+    assert site.call(**environment) == (TAKEN, "")
+    assert site.gate() == "closed"
+
+
+def test_where_another_natkeep_holds_the_lock_the_long_way_waits_for_it(site: Site) -> None:
+    site.prepare()
+    with (site.state / "lock").open() as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        assert site.call() == (TAKEN, "")
+    assert site.call()[0] == 0
+
+
+def test_a_second_call_finds_the_gate_open_the_long_way(site: Site) -> None:
+    """CRIU 4.1 and older call twice where two configuration files name the hook."""
+    site.prepare()
+    assert site.call()[0] == 0
+    assert site.call() == (TAKEN, "")
+    assert site.call(SOURCE) == (0, "natkeep-hook: web: gate open\n")
+    assert site.gate() == "open"
+
+
+def test_what_the_kernel_refuses_is_told_by_the_long_way_and_undone(
+    site: Site, make_netns: Callable[[], str]
+) -> None:
+    """The gateway's gate was open already when the destination refused."""
+    gateway = make_netns()
+    site.prepare(f"--site=gateway={gateway}", "--no-hold")
+    flush = ["nsenter", f"--net=/run/netns/{site.netns}", "nft", "flush", "ruleset"]
+    subprocess.run(flush, check=True)
+    code, said = site.call(SOURCE)
+    assert code == 5
+    assert said.startswith("natkeep-hook: destination=")
+    assert said.count("\n") == 1
+    (move,) = json.loads(site.natkeep("status", "--json"))["moves"]
+    assert move["gate"] == "closed"
+    rules = ["nsenter", f"--net=/run/netns/{gateway}", "nft", "list", "chain", "inet", "natkeep",
+             "gate-web"]  # fmt: skip
+    listed = subprocess.run(rules, capture_output=True, text=True, check=True).stdout
+    assert "accept" not in listed.replace("mark 0x0000c114 accept", "")
+    site.natkeep("teardown", "web", "--yes")
+    assert list(site.state.iterdir()) == [site.state / "lock"]
+
+
+def test_nothing_but_builtin_modules_is_imported(site: Site) -> None:
+    """Else the hook takes longer than what it saves."""
+    site.prepare()
+    watched = site.program.with_name("watched")
+    text = site.program.read_text().replace(
+        "\n    posix._exit(0)", "\n    print(*sys.modules, file=sys.stderr)\n    posix._exit(0)"
+    )
+    watched.write_text(text)
+    bare = subprocess.run([sys.executable, "-I", "-S", "-c", "import sys; print(*sys.modules)"],
+                          capture_output=True, text=True, check=True).stdout.split()  # fmt: skip
+    enter = ["nsenter", f"--net=/run/netns/{site.netns}", sys.executable, "-I", "-S", watched]
+    done = subprocess.run(
+        enter, capture_output=True, text=True, check=True,
+        env={"CRTOOLS_INIT_PID": str(site.tree), "CRTOOLS_IMAGE_DIR": str(CORPUS / "plain"),
+             "NATKEEP_ID": "web", "NATKEEP_STATE_DIR": str(site.state)},
+    )  # fmt: skip
+    imported = set(done.stderr.splitlines()[-1].split()) - set(bare)
+    assert imported <= {"_socket", "fcntl", "posix", "_signal"}

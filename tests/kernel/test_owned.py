@@ -1,0 +1,92 @@
+"""tests of the entries that a gateway had of its own: read, purged, and given back as they were."""
+
+from __future__ import annotations
+
+import subprocess
+from collections.abc import Iterator
+
+import pytest
+
+from natkeep.kernel import owned
+from natkeep.kernel.netns import inside, open_namespace
+from natkeep.kernel.purge import purge
+from natkeep.plan.move import Map, Move, Role, Site, Translation
+from natkeep.plan.order import make_plan
+from natkeep.plan.steps import Prior
+from natkeep.plan.tuples import Connections, Endpoint, FourTuple, parse_address
+
+pytestmark = pytest.mark.root
+
+OLD, NEW, PEER = "10.2.0.10", "10.3.0.20", "10.1.0.2"
+
+
+@pytest.fixture
+def site(netns: str) -> Iterator[str]:
+    """A namespace that this thread is in."""
+    with inside(open_namespace(netns)):
+        yield netns
+
+
+def translation_of(site: str, count: int) -> Translation:
+    kept = Connections.of(
+        FourTuple(Endpoint.parse(f"{PEER}:{2000 + n}"), Endpoint.parse(f"{OLD}:80"))
+        for n in range(count)
+    )
+    maps = (Map(parse_address(OLD), parse_address(NEW)),)
+    plan = make_plan(Move("web", maps, (Site(Role.GATEWAY, site),)), kept)
+    return plan.translations[0]
+
+
+def track(source: str, destination: str) -> None:
+    (saddr, _, sport), (daddr, _, dport) = (end.partition(":") for end in (source, destination))
+    subprocess.run(
+        ["conntrack", "-I", "-p", "tcp", "-s", saddr, "-d", daddr, "--sport", sport,
+         "--dport", dport, "--state", "ESTABLISHED", "--status", "SEEN_REPLY,ASSURED",
+         "--timeout", "999"],
+        check=True, capture_output=True,
+    )  # fmt: skip
+
+
+def list_entries() -> set[str]:
+    """Both tuples of each entry, and its flags; what runs down is left out."""
+    shown = subprocess.run(["conntrack", "-L"], check=True, capture_output=True, text=True).stdout
+    return {line[line.index("src=") :].rpartition(" mark=")[0] for line in shown.splitlines()}
+
+
+@pytest.mark.parametrize("count", [4, 1500])
+def test_each_entry_is_given_back_in_its_own_direction_and_no_other(site: str, count: int) -> None:
+    """Few connections are asked for one by one, many are found in one walk."""
+    translation = translation_of(site, count)
+    track(f"{PEER}:2000", f"{OLD}:80")
+    track(f"{OLD}:80", f"{PEER}:2002")
+    track(f"{PEER}:9", f"{OLD}:80")  # of nobody that is kept
+    before = list_entries()
+
+    ways = owned.read(translation)
+    assert purge(translation) == 2
+    owned.give_back(translation, ways)
+    owned.give_back(translation, ways)
+
+    assert ways == "<->" + "-" * (count - 3)
+    assert list_entries() == before
+
+
+def test_where_nothing_is_tracked_nothing_is_written_down(site: str) -> None:
+    assert owned.read(translation_of(site, 4)) == ""
+    track(f"{PEER}:9", f"{OLD}:80")
+    assert owned.read(translation_of(site, 4)) == ""
+
+
+@pytest.mark.parametrize(
+    ("facts", "ways"),
+    [
+        ({}, ""),
+        ({"own": "<-"}, "<-"),
+        ({"own": "", "inherited": ">-"}, ">-"),
+        ({"own": "-<-", "inherited": ">--"}, "><-"),
+    ],
+)
+def test_what_a_replaced_move_had_found_counts_where_nothing_was_found(
+    facts: dict[str, str | int | bool], ways: str
+) -> None:
+    assert owned.ways_of(Prior(facts=facts)) == ways

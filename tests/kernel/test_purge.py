@@ -1,0 +1,179 @@
+"""kernel/purge.py: both of its ways and all zones; and count_wrong, which sees what it missed."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from ipaddress import ip_address
+
+import pytest
+
+from natkeep.kernel import conntrack, elements
+from natkeep.kernel.netns import inside, open_namespace
+from natkeep.kernel.purge import purge
+from natkeep.plan.move import Map, Mode, Move, Role, Site, Translation, make_translations
+from natkeep.plan.tuples import Connections, Endpoint, FourTuple
+
+pytestmark = pytest.mark.root
+Run = Callable[..., str]
+
+MANY = 3000  # more than are looked up one by one, whatever else is in the table
+ENDS = {
+    "v4": ("10.1.0.2", "10.2.0.10", "10.3.0.20"),
+    "v6": ("fd00:1::2", "fd00:2::10", "fd00:3::20"),
+}
+EACH_FAMILY = pytest.mark.parametrize("family", ENDS)
+
+
+@pytest.fixture
+def site(netns: str) -> Iterator[str]:
+    """The test is inside; the namespace tracks nothing by itself."""
+    namespace = open_namespace(netns)
+    with inside(namespace):
+        yield netns
+    os.close(namespace.fd)
+
+
+def translation_of(
+    family: str, netns: str, count: int, mode: Mode = Mode.STATEFUL, role: Role = Role.GATEWAY
+) -> Translation:
+    peer, old, new = map(ip_address, ENDS[family])
+    kept = Connections.of(
+        FourTuple(Endpoint(peer, 2000 + n), Endpoint(old, 5000)) for n in range(count)
+    )
+    move = Move("web", (Map(old, new),), (Site(role, netns),), mode)
+    [translation] = make_translations(move, kept)[0]
+    return translation
+
+
+def track(run: Run, netns: str, tuple_: FourTuple, *, zone: int = 0, protocol: str = "tcp") -> None:
+    """An entry without NAT."""
+    source, destination = tuple_.source, tuple_.destination
+    state = ("--state", "ESTABLISHED") if protocol == "tcp" else ()
+    run(
+        netns,
+        *("conntrack", "-I", "-p", protocol, "-s", str(source.address), "--timeout", "999"),
+        *("-d", str(destination.address), "--sport", str(source.port), *state),
+        *("--dport", str(destination.port), *(("-w", str(zone)) if zone else ())),
+    )
+
+
+def count(run: Run, netns: str) -> int:
+    return int(run(netns, "conntrack", "-C"))
+
+
+@EACH_FAMILY
+@pytest.mark.parametrize("connections", [4, MANY], ids=["one by one", "by one walk"])
+@pytest.mark.parametrize("zone", [0, 7])
+@pytest.mark.parametrize("which", ["outer", "outer-reply", "inner", "inner-reply"])
+def test_a_stale_entry_goes_from_whatever_zone_it_is_in(
+    site: str, run: Run, family: str, connections: int, zone: int, which: str
+) -> None:
+    translation = translation_of(family, site, connections)
+    outer, inner = [*translation.tuples()][connections - 1]
+    stale = outer if which.startswith("outer") else inner
+    track(run, site, stale.reply() if which.endswith("reply") else stale, zone=zone)
+    near = FourTuple(Endpoint(stale.source.address, 1), stale.destination)
+    track(run, site, near, zone=zone)
+    track(run, site, stale, protocol="udp", zone=zone)
+
+    assert purge(translation) == 1
+
+    assert count(run, site) == 2
+    assert purge(translation) == 0
+
+
+def test_our_own_entries_go_by_the_walk_too(site: str, run: Run) -> None:
+    translation = translation_of("v4", site, MANY)
+    conntrack.insert(translation)
+
+    assert purge(translation) == MANY
+
+    assert count(run, site) == 0
+
+
+def test_in_a_large_table_the_rules_tell_whether_there_are_zones(
+    site: str, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An entry in a zone that nothing assigns is met by no packet."""
+    monkeypatch.setattr("natkeep.kernel.purge._SMALL", 0)
+    translation = translation_of("v4", site, 1)
+    [(stale, _)] = translation.tuples()
+    track(run, site, stale, zone=7)
+
+    assert purge(translation) == 0
+    run(site, "nft", "-f", "-", stdin="table ip other {\nchain c {\nct zone set 7\n}\n}\n")
+
+    assert purge(translation) == 1
+
+
+@pytest.mark.parametrize(
+    ("rule", "assigns"),
+    [
+        ("ct zone set 7", True),
+        ("ct zone 7 accept", True),
+        ("ct original zone 7 accept", True),
+        ("ct state established accept", False),
+        ("ct mark 17 accept", False),
+        ("ct bytes > 17 accept", False),
+    ],
+)
+def test_a_rule_that_has_to_do_with_zones_is_found(
+    site: str, run: Run, rule: str, assigns: bool
+) -> None:
+    run(site, "nft", "-f", "-", stdin=f"table inet other {{\nchain c {{\n{rule}\n}}\n}}\n")
+
+    assert assigns is elements.assigns_zones(besides="natkeep")
+    assert elements.assigns_zones(besides="other") is False
+
+
+def test_the_target_of_iptables_that_sets_zones_is_found(site: str, run: Run) -> None:
+    assert elements.assigns_zones(besides="natkeep") is False
+
+    run(site, "iptables-nft", "-t", "raw", "-A", "PREROUTING", "-j", "CT", "--zone", "7")
+
+    assert elements.assigns_zones(besides="natkeep") is True
+
+
+@EACH_FAMILY
+@pytest.mark.parametrize("mode", Mode)
+@pytest.mark.parametrize("role", [Role.GATEWAY, Role.DESTINATION])
+def test_of_many_entries_those_that_are_right_are_not_called_wrong(
+    site: str, family: str, mode: Mode, role: Role
+) -> None:
+    translation = translation_of(family, site, MANY, mode, role)
+    conntrack.insert(translation)
+
+    assert conntrack.count_wrong(translation) == 0
+
+
+@EACH_FAMILY
+@pytest.mark.parametrize("connections", [4, MANY], ids=["one by one", "by their status"])
+def test_an_entry_that_was_given_another_port_is_wrong(
+    site: str, run: Run, family: str, connections: int
+) -> None:
+    """The kernel does so when something has our reply tuple already, and says nothing (H2)."""
+    translation = translation_of(family, site, connections)
+    for index in (1, 2):
+        _, inner = [*translation.tuples()][index]
+        track(run, site, inner if index == 1 else inner.reply())
+    conntrack.insert(translation)
+
+    assert conntrack.count_wrong(translation) == 2
+
+
+def test_entries_that_translate_nothing_are_wrong(site: str, run: Run) -> None:
+    translation = translation_of("v4", site, MANY)
+    conntrack.give_back_plain(translation.outer)
+    neighbour = next(iter(translation.outer))
+    track(run, site, FourTuple(Endpoint(neighbour.source.address, 1), neighbour.destination))
+
+    assert conntrack.count_wrong(translation) == MANY
+
+
+def test_entries_that_somebody_has_flushed_are_wrong(site: str, run: Run) -> None:
+    translation = translation_of("v4", site, MANY)
+    conntrack.insert(translation)
+    run(site, "conntrack", "-F")
+
+    assert conntrack.count_wrong(translation) == MANY

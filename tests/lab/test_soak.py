@@ -1,0 +1,73 @@
+"""the tests of the soak: a short one, and that its gauges and its octets can fail."""
+
+from __future__ import annotations
+
+import pytest
+
+from natkeep.lab.gauges import SLACK_KIB, Book, judge
+from natkeep.lab.soak import PEERS, TALKS, soak
+
+
+@pytest.mark.root
+@pytest.mark.criu
+@pytest.mark.lab
+def test_server_moves_on_and_on_and_nothing_grows():
+    """Three rounds: by then CRIU has made each kind of move once."""
+    told: list[str] = []
+
+    found = soak(migrations=12, tell=told.append)
+
+    assert [str(each) for each in found if not each.ok] == []
+    assert len([each for each in found if "every octet arrived" in each.name]) == len(PEERS)
+    read = {each.name: each.detail for each in found}
+    assert read["gateway: nft objects"] == "0 in each of 3 readings"
+    assert read["server: descriptors"].startswith(str(len(PEERS) * len(TALKS) + 4))
+    assert "readings" in read["natkeep prepare: memory KiB"]
+    for share in ("4 by criu", "8 by repair", "1 run", "6 --replace", "3 home", "8 stateful"):
+        assert share in told[-1]
+
+
+@pytest.mark.root
+@pytest.mark.lab
+def test_soak_fails_with_the_first_move_that_does(monkeypatch):
+    monkeypatch.setenv("NATKEEP_BIN", "/bin/false")
+
+    found = soak(migrations=4)
+
+    failed = {each.name: each.detail for each in found if not each.ok}
+    assert "natkeep prepare exited 1" in failed["move 1 succeeds"]
+    assert "migrations" in failed
+    assert any("every octet arrived" in name for name in failed)
+
+
+@pytest.mark.parametrize(
+    ("name", "values", "ok"),
+    [
+        ("nft objects", [3, 3, 3], True),
+        ("nft objects", [3, 3, 4], False),
+        ("nft objects", [3, 4, 3], False),
+        ("nft objects", [3, 2, 2], False),  # it should not shrink either: what was it that went?
+        ("nft objects", [3], False),
+        ("gateway: conntrack rows", [12, 0, 12], True),
+        ("gateway: conntrack rows", [0, 12, 13], False),
+        ("memory KiB", [9000, 9000 + SLACK_KIB], True),
+        ("memory KiB", [9000, 9000 + SLACK_KIB + 1], False),
+        ("memory KiB", [9000, 15000, 9000, 9000, 15000, 9000], True),
+        ("memory KiB", [9000 + 100 * number for number in range(30)], False),
+        ("memory KiB", [9000], False),
+    ],
+)
+def test_gauge_tells_growth(name, values, ok):
+    book = Book()
+    for value in values:
+        book.note({name: value})
+
+    (found,) = book.assertions()
+
+    assert found == judge(name, values)
+    assert found.ok is ok
+
+
+def test_gauge_says_what_it_showed():
+    assert judge("nft objects", [3, 4, 3, 5]).detail == "3 at first, then 4, 5"
+    assert judge("memory KiB", [9000, 9100]).detail == "9,000 then 9,100, at most 9,100, 2 readings"

@@ -1,0 +1,279 @@
+"""what gets into nft's text: closed alphabets, whatever was asked for.
+
+Each example takes one word, often a piece of nft or shell grammar, to every place where natkeep
+takes a name, an address or a port from outside: an id, a namespace, a role, a mode, a map, an end
+of a connection, the run id of a dump. Most places have to refuse most words; from what they take,
+whole plans are rendered (nft text of every site, of opening, and of every removal), and a
+tokenizer that knows nothing of the renderer reads them.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import re
+from collections.abc import Callable, Iterator
+from typing import TypeVar
+
+import pytest
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import strategies as st
+
+from natkeep.errors import NatkeepError
+from natkeep.plan import lock, quiet, reception, ruleset
+from natkeep.plan.lock import DumpLock, NetworkLock
+from natkeep.plan.move import Map, Mode, Move, Role, Site, parse_id, parse_map
+from natkeep.plan.order import make_plan, render_nft
+from natkeep.plan.reception import make_receptions
+from natkeep.plan.tuples import Connections, Endpoint, FourTuple, parse_address
+
+EXAMPLES = 50_000
+
+# ---- the tokenizer -----------------------------------------------------------------------------
+
+NFT = """
+    create add insert delete flush table chain set map rule element inet arp natkeep type filter
+    nat hook prerouting postrouting input output priority size ip ip6 tcp icmp ipv6-icmp saddr daddr
+    sport dport flags fin syn rst ack meta mark l4proto notrack accept drop jump vmap dnat snat to
+    set comment iifname oifname lo ipv4_addr ipv6_addr inet_service verdict handle policy
+    dstnat srcnat gate injected leaving inbound outbound arriving departing muted errors silent
+    asked asking held4 held6 gate4 gate6 in4 in6 out4 out6 set4 set6 put4 put6 mute4 mute6
+    conns4 conns6 : . -"""
+KEYWORDS = frozenset(NFT.split())
+TOKEN = re.compile(r'"(?P<string>[^"]*)"|(?P<word>@?[0-9A-Za-z_:.-]+)|(?P<mark>[{};,&|()]|[=!]=)')
+OURS = re.compile(
+    r"@?(?:(?:kept|outer|set|put|listen)-(?P<a>[a-z0-9-]{1,32})-[0-9]{1,2}"
+    r"|(?:gate|callers|hold)-(?P<b>[a-z0-9-]{1,32}))"
+)
+AT = re.compile(r"(?:gate|in|out|set|put|mute)-at-(?P<address>[0-9a-f._]+)")
+
+
+def tokens(line: str) -> Iterator[tuple[str, str]]:
+    """Kind and text of each token; nothing but single spaces may lie between two."""
+    at = 0
+    while at < len(line):
+        found = TOKEN.match(line, at)
+        assert found is not None, f"no token at {line[at:]!r}"
+        assert found.lastgroup is not None
+        yield found.lastgroup, found[found.lastgroup]
+        at = found.end() + (line[found.end() : found.end() + 1] == " ")
+
+
+def is_address(text: str) -> bool:
+    try:
+        ipaddress.ip_address(text)
+    except ValueError:
+        return False
+    return "%" not in text
+
+
+def read_nft(line: str, move_id: str, table: str) -> None:
+    """Assert that *line* says nothing but what natkeep's grammar has room for."""
+    assert line.isascii()
+    assert line.isprintable()
+    verb, thing, family, named, *_ = [*line.split(" "), "", "", ""]
+    assert verb in ("create", "add", "insert", "delete", "flush"), line
+    assert thing in ("table", "chain", "rule", "set", "map", "element"), line
+    assert (family, named) in (("inet", "natkeep"), ("arp", "natkeep"), ("inet", table)), line
+    depth = 0  # one command a line: a semicolon only ends a property in braces
+    for kind, text in tokens(line):
+        depth += (kind == "mark") * ((text == "{") - (text == "}"))
+        assert depth in ((0, 1) if text != ";" else (1,)), line
+        if kind == "string":
+            assert text in (move_id, f"{move_id}:listeners", f"{move_id}:hold", "open", "lo"), line
+            continue
+        if kind == "mark" or text in KEYWORDS or text == table:
+            continue
+        if re.fullmatch(r"-?[0-9]+|0xc114", text) or is_address(text):
+            continue
+        if text[0] == "@" and text[1:] in KEYWORDS:
+            continue
+        found = OURS.fullmatch(text)
+        if found is not None:
+            assert move_id in (found["a"], found["b"]), line
+            continue
+        found = AT.fullmatch(text)
+        assert found is not None, f"{text!r} in {line!r}"
+        assert is_address(found["address"].replace("_", ":")), line
+
+
+def test_the_tokenizer_sees_what_is_smuggled_in() -> None:
+    """It has to be able to fail."""
+    for line in (
+        "add table inet natkeep; flush ruleset",
+        "add chain inet natkeep gate; delete table inet natkeep",
+        "add chain inet natkeep gate } delete table inet natkeep {",
+        'add rule inet natkeep gate-web drop comment "web" accept comment "x"',
+        "add chain inet natkeep gate-web2",
+        "add chain inet natkeep gate-Web",
+        "add rule inet natkeep gate accept\nflush ruleset",
+        "add rule inet natkeep gate ip daddr fe80::1%eth0 accept",
+        "add chain inet natkeep in-at-x",
+        "add chain inet filter gate-web",
+        "include /etc/passwd",
+        "add chain inet natkeep $name",
+        "add rule inet natkeep gate-web accept # drop",
+        'add rule inet natkeep gate-web drop comment "web\\"',
+    ):
+        with pytest.raises(AssertionError):
+            read_nft(line, "web", "CRIU-")
+
+
+# ---- the words ---------------------------------------------------------------------------------
+
+MARKS = ";{}\"'\\#$@%,:.-_/=*()|&><!~` \n\t\0\r\x7f\x85\u2028"
+DIGITS_AND_LETTERS_OF_OTHERS = "\u0661\uff11\u0430\u212a"
+PHRASES = """ flush ruleset|drop|accept|jump|include|}\nflush ruleset\n{|web|a|0|9|10.2.0.10|::1|
+fd00:2::10|fd00::1%x;|::ffff:10.2.0.10|%eth0|/32|:80|[fd00::9]:80|=auto|auto|gate|destination|
+stateful|pid:1|../|natkeep|inet|CRIU"""
+PIECES = st.sampled_from([*MARKS, *DIGITS_AND_LETTERS_OF_OTHERS, *PHRASES.split("|")])
+WORDS = st.one_of(
+    PIECES,
+    st.tuples(PIECES, PIECES).map("".join),
+    st.tuples(PIECES, PIECES, PIECES).map("".join),
+    st.text(max_size=8),
+    st.text("abz019-", min_size=1, max_size=33),
+)
+
+# ---- the places --------------------------------------------------------------------------------
+
+MAP4 = Map(parse_address("10.2.0.10"), parse_address("10.3.0.20"))
+MAP6 = Map(parse_address("fd00:2::10"), parse_address("fd00:3::20"))
+
+
+T = TypeVar("T")
+
+
+def attempt(make: Callable[[], T], otherwise: T) -> T:
+    """What *make* makes of the word, or *otherwise* where it refuses, as its callers expect it."""
+    try:
+        return make()
+    except (NatkeepError, ValueError):
+        return otherwise
+
+
+SHAPES = (
+    (Role.DESTINATION, Mode.STATEFUL),
+    (Role.GATEWAY, Mode.STATELESS),
+    (Role.SOURCE, Mode.STATEFUL),
+    (Role.DESTINATION, Mode.STATELESS),
+    (Role.GATEWAY, Mode.STATEFUL),
+)
+
+
+def make_move(word: str, role: Role, mode: Mode) -> Move | None:
+    """A move in which *word* stands wherever it is accepted; None where it is nowhere.
+
+    Each place but the namespace's, which takes any word, and of which nothing may be rendered.
+    """
+    zoned = ipaddress.IPv6Address  # straight from the library, past parse_address
+    move_id = attempt(lambda: parse_id(word), "")
+    old, new = attempt(lambda: parse_map(word), (MAP4.old, MAP4.new))
+    old = attempt(lambda: parse_address(word), old)
+    new = attempt(lambda: parse_map(f"10.2.0.10={word}")[1], new)
+    map_ = attempt(lambda: Map(old, new or MAP4.new), MAP4)
+    ends = [
+        attempt(lambda: Endpoint.parse(word), None),
+        attempt(lambda: Endpoint.parse(f"10.2.0.10:{word}"), None),
+        attempt(lambda: Endpoint.parse(f"[{word}]:80"), None),
+        attempt(lambda: Endpoint(zoned(f"fd00:2::10%{word}"), 81), None),
+    ]
+    six = attempt(lambda: Map(zoned(f"fd00:2::10%{word}"), MAP6.new), None)
+    dump = attempt(lambda: DumpLock(NetworkLock.NFTABLES, word), None)
+    role, mode = attempt(lambda: Role(word), role), attempt(lambda: Mode(word), mode)
+    found = tuple(end for end in ends if end is not None)
+    if not move_id and map_ == MAP4 and six is None and dump is None and not found:
+        return None
+    listeners = tuple(end for end in found if end.address == map_.old)
+    site = Site(role if role != Role.PEER else Role.SOURCE, f"./{word}")
+    maps = (map_,) if six is None else (map_, six)
+    return Move(move_id or "web", maps, (site,), mode, listeners, dump, held=found)
+
+
+def render_all(move: Move) -> Iterator[str]:
+    """Every line of nft text that the move's steps, or their undoing, hand to libnftables."""
+    peers = {4: "10.1.0.2:50594", 6: "[fd00:1::2]:50595"}
+    kept = Connections.of(
+        FourTuple(Endpoint.parse(peers[map_.old.version]), Endpoint(map_.old, 5000))
+        for map_ in move.maps
+    )
+    plan = make_plan(move, kept)
+    (site,), translations = move.sites, plan.translations
+    for _, lines in render_nft(plan):
+        yield from lines
+    yield ruleset.render_open(move.id, site.role)
+    yield reception.render_open(move.id)
+    yield from ruleset.render_gate_removal(move.id, translations)
+    yield from ruleset.render_rewriting_removal(move.id, translations)
+    yield from reception.render_removal(move.id, make_receptions(move, site))
+    for translation in translations:
+        yield from ruleset.render_speech(translation.map.old)
+        for dispatch, address in quiet.gate_chains(translation):
+            yield from ruleset.render_withdrawal(dispatch, address, (7, 8), last=True)
+    yield from quiet.render_release(move.id, (9,))
+    yield from ruleset.render_removal()
+    if move.lock is not None:
+        yield from lock.render_table(move.lock, kept)
+        yield from lock.render_namespace_table(move.lock)
+        yield from lock.render_elements("delete", move.lock, kept)
+
+
+def test_nothing_but_closed_alphabets_gets_into_nft_text() -> None:
+    run, rendered, read = 0, 0, set()
+
+    @settings(
+        max_examples=EXAMPLES,
+        deadline=None,
+        database=None,
+        phases=(Phase.generate, Phase.shrink),
+        report_multiple_bugs=False,
+        suppress_health_check=list(HealthCheck),
+    )
+    @given(WORDS)
+    def check(word: str) -> None:
+        nonlocal run, rendered
+        run += 1
+        move = make_move(word, *SHAPES[run % len(SHAPES)])
+        if move is None:
+            return
+        rendered += 1
+        table = move.lock.table if move.lock else "CRIU-"
+        assert re.fullmatch(r"CRIU-[0-9A-Za-z-]{0,21}", table)
+        for line in render_all(move):
+            if line not in read:  # the same for every move: read once
+                read_nft(line, move.id, table)
+                if not (move.id in line or table in line):
+                    read.add(line)
+
+    check()
+    assert run >= EXAMPLES
+    assert rendered > EXAMPLES / 20  # the others were refused by everyone
+
+
+IDS = st.from_regex(r"[a-z0-9][a-z0-9-]{0,5}", fullmatch=True)
+ADDRESSES = st.ip_addresses()
+
+
+@settings(max_examples=200, deadline=None)
+@given(IDS, IDS, st.integers(0, 9), st.integers(0, 9), ADDRESSES, ADDRESSES)
+def test_two_moves_never_share_a_name(
+    one: str, other: str, m: int, n: int, here: object, there: object
+) -> None:
+    """Also where an id looks like another's name with a number behind it."""
+
+    def names(move_id: str, number: int, address: object) -> list[str]:
+        return [
+            ruleset.gate_chain(move_id),
+            ruleset.kept_set(move_id, number),
+            ruleset.outer_set(move_id, number),
+            reception.listen_set(move_id, number),
+            reception.callers_chain(move_id),
+            quiet.hold_chain(move_id),
+            *(ruleset.rewrite_chain(d, move_id, number) for d in ("set", "put")),
+            *(ruleset.address_chain(d, address) for d in ("gate", "in", "out", "set", "put")),  # type: ignore[arg-type]
+        ]
+
+    ours, theirs = names(one, m, here), names(other, n, there)
+    assert len(set(ours)) == len(ours)
+    for at, name in enumerate(ours):
+        same = at == theirs.index(name) if name in theirs else None
+        assert same is None or (same and (one == other or here == there))
