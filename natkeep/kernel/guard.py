@@ -45,6 +45,7 @@ from natkeep.kernel.rawrule import (
     load_protocol,
     pack_rule,
 )
+from natkeep.kernel.resident import FIRST, spawn
 from natkeep.plan.move import Role, Translation
 from natkeep.plan.tuples import Connections
 
@@ -68,9 +69,6 @@ _CHAINS = {  # name: hook, priority
 
 _PATIENCE = 2.0
 """Seconds to wait for the guardian's first word, and for its end."""
-
-_FIRST, _ABOVE = 3, 64  # descriptors as the guardian knows them, and out of each other's way
-_USUAL = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGPIPE)
 
 
 def table_name(move_id: str) -> str:
@@ -201,7 +199,8 @@ def start(
             netlink.send_transaction(pack_batch(INET, batch), len(batch))
             device, inode = namespace.identity
             arguments = [name, netns and path_of(netns), f"{device}:{inode}"]
-            return _spawn(arguments, [netlink.fileno(), lock, home])
+            handed = (netlink.fileno(), lock, home)
+            return spawn("guardian.py", arguments, dict(enumerate(handed, FIRST)))
         except BaseException:
             os.unlink(name, dir_fd=home)
             raise
@@ -278,19 +277,3 @@ def _stop(lock: int, deadline: float) -> None:
         pass
     finally:
         os.close(process)
-
-
-def _spawn(arguments: list[str], descriptors: list[int]) -> int:
-    program = os.path.join(os.path.dirname(__file__), "guardian.py")
-    argv = [sys.executable, "-I", "-S", program, *arguments]
-    with ExitStack() as stack:
-        moved = []
-        for fd in descriptors:
-            moved.append(fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, _ABOVE))
-            stack.callback(os.close, moved[-1])
-        null = [(os.POSIX_SPAWN_OPEN, fd, os.devnull, os.O_RDWR, 0) for fd in range(_FIRST)]
-        handed = [(os.POSIX_SPAWN_DUP2, fd, number) for number, fd in enumerate(moved, _FIRST)]
-        return os.posix_spawn(
-            argv[0], argv, {}, file_actions=[*null, *handed],
-            setsid=True, setsigmask=(), setsigdef=_USUAL,
-        )  # fmt: skip

@@ -10,17 +10,15 @@ Its bounds: AGE here; octets, of one connection and of all, in plan/replay.py.
 
 from __future__ import annotations
 
-import fcntl
 import os
-import signal
 import socket
-import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 
 from natkeep.errors import KernelError
 from natkeep.kernel.holder import attach_filter
 from natkeep.kernel.netns import Namespace, inside, path_of
+from natkeep.kernel.resident import FIRST, spawn
 from natkeep.plan.lock import CRIU_MARK
 from natkeep.plan.replay import holder_name, make_filter, pack_filter, pack_kept
 from natkeep.values import dataclass
@@ -36,8 +34,6 @@ _PATIENCE = 2.0
 _SO_RCVBUFFORCE = 33
 _PROTOCOL = {4: 0x0800, 6: 0x86DD}
 _FAMILY = {4: socket.AF_INET, 6: socket.AF_INET6}
-_FIRST, _ABOVE = 3, 64  # descriptors as the holder knows them, and out of each other's way
-_USUAL = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGPIPE)
 
 Kept = list[tuple[bytes, bytes, bytes]]
 """Of each map OLD and NEW (packed), and its connections as records of plan/tuples.py."""
@@ -71,23 +67,23 @@ def start(
         stack.callback(os.close, table)
         with os.fdopen(os.dup(table), "wb") as file:
             file.write(pack_kept(kept))
-        descriptors = {_FIRST + 1: home, _FIRST + 2: table}
+        descriptors = {FIRST + 1: home, FIRST + 2: table}
         with inside(namespace):
             for version in present:
                 pair = (_open_packets(version, families[version]), _open_raw(version))
-                first = _FIRST + 3 if version == 4 else _FIRST + 5
+                first = FIRST + 3 if version == 4 else FIRST + 5
                 for number, sock in enumerate(pair, first):
                     stack.callback(sock.close)
                     descriptors[number] = sock.fileno()
         listening = stack.enter_context(_listen(home, name))
-        descriptors[_FIRST] = listening.fileno()
+        descriptors[FIRST] = listening.fileno()
         device, inode = namespace.identity
         arguments = [
             "".join(map(str, present)), name, str(age), netns and path_of(netns),
             f"{device}:{inode}",
         ]  # fmt: skip
         try:
-            return _spawn(arguments, descriptors)
+            return spawn("holder.py", arguments, descriptors)
         except BaseException:
             os.unlink(name, dir_fd=home)
             raise
@@ -132,22 +128,6 @@ def _listen(home: int, name: str) -> Iterator[socket.socket]:
 def _path(home: int, name: str) -> str:
     """Short enough for a socket's address, however long the directory's name is."""
     return f"/proc/self/fd/{home}/{name}"
-
-
-def _spawn(arguments: list[str], descriptors: dict[int, int]) -> int:
-    program = os.path.join(os.path.dirname(__file__), "holder.py")
-    argv = [sys.executable, "-I", "-S", program, *arguments]
-    with ExitStack() as stack:
-        moved = {}
-        for number, fd in descriptors.items():
-            moved[number] = fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, _ABOVE)
-            stack.callback(os.close, moved[number])
-        null = [(os.POSIX_SPAWN_OPEN, fd, os.devnull, os.O_RDWR, 0) for fd in range(_FIRST)]
-        handed = [(os.POSIX_SPAWN_DUP2, fd, number) for number, fd in moved.items()]
-        return os.posix_spawn(
-            argv[0], argv, {}, file_actions=[*null, *handed],
-            setsid=True, setsigmask=(), setsigdef=_USUAL,
-        )  # fmt: skip
 
 
 # ---- whoever asks it -----------------------------------------------------------------------------
