@@ -28,7 +28,7 @@ export PATH := $(PATH):/usr/local/sbin:/usr/sbin:/sbin
 KILLS       ?= 500
 FAULTS_ARGS ?=
 
-.PHONY: help setup demo test check lab matrix bench-hook bench-control bench-stall soak fuzz faults many test-caps clean
+.PHONY: help setup demo test check lab matrix bench bench-hook bench-control bench-stall bench-path soak fuzz faults many test-caps clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-13s %s\n", $$1, $$2 }' Makefile
@@ -66,8 +66,13 @@ test-caps: root setup ## the tests of what acts, with natkeep's three capabiliti
 	@NATKEEP_REQUIRE=root,nftables,scapy setpriv --no-new-privs --bounding-set $(CAPABILITIES) --inh-caps -all \
 		.venv/bin/pytest $(ACTING_TESTS) $(PYTEST_ARGS)
 
+bench: bench-control bench-hook bench-stall bench-path ## all four, each figure asked for beside the one reached
+
 bench-hook: root setup ## what each call of natkeep-hook costs a restore (needs root)
-	@.venv/bin/python bench/hook.py
+	@.venv/bin/python bench/hook.py $(BENCH_ARGS)
+
+bench-path: root setup ## what a packet costs, kept or somebody else's, beside plain routing (needs root)
+	@.venv/bin/python bench/path.py $(BENCH_ARGS)
 
 bench-control: root setup ## prepare, open, teardown beside what is done by hand, 1 to 100,000 connections (needs root)
 	@.venv/bin/python bench/control.py $(BENCH_ARGS)
