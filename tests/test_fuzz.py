@@ -264,7 +264,8 @@ def test_a_faulty_reader_is_found(
 ) -> None:
     """In a process of its own, which begins with what this one has in memory."""
     monkeypatch.setattr(trial, "LIMIT_SECONDS", 0.2)
-    monkeypatch.setattr(trial, "LIMIT_MIB", trial.peak_memory() + 64)
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    monkeypatch.setattr(trial, "LIMIT_MIB", pages * os.sysconf("SC_PAGE_SIZE") / (1 << 20) + 64)
 
     tally = own.fuzz(Faulty(fault), 1, seconds=60, mutants=1)
 

@@ -32,7 +32,7 @@ from natkeep.kernel import (
 )
 from natkeep.kernel import quiet as quietness
 from natkeep.kernel.netns import Namespace, find_namespace, inside, open_namespace
-from natkeep.kernel.purge import purge
+from natkeep.kernel.purge import forget_untracked, purge
 from natkeep.plan import resets, ruleset
 from natkeep.plan.drift import Gate, Observation
 from natkeep.plan.move import Mode, Move, Role, Site, Surroundings, Translation
@@ -335,6 +335,7 @@ class LinuxKernel:
             match step:
                 case InstallGate():
                     table.remove_gate(step)
+                    forget_untracked([t.map.old for t in step.translations])
                 case RaiseLoopback():
                     _lower_loopback(prior)
                 case AddAddress() if not prior.present:

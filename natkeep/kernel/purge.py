@@ -39,7 +39,7 @@ from natkeep.kernel.netlink import NETLINK_NETFILTER, NLM_F_DUMP, Netlink
 from natkeep.plan.entries import stale_views
 from natkeep.plan.move import Translation
 from natkeep.plan.ruleset import TABLE
-from natkeep.plan.tuples import Connections
+from natkeep.plan.tuples import Address, Connections
 
 _BUCKETS = 2000
 """To walk the table's buckets costs as much as to look up so many tuples."""
@@ -69,6 +69,43 @@ def purge(translation: Translation) -> int:
             zones = _find_zones(netlink, None if tracked is None else int(tracked))
             return sum(_purge_each(netlink, views, zone) for zone in zones)
         return _purge_found(netlink, views, translation.map.old.version)
+
+
+def forget_untracked(olds: Iterable[Address]) -> None:
+    """Delete the TCP entries that name one of *olds*, if nothing tracks connections here any more.
+
+    While our last rules go, our chains still have conntrack note who speaks, un-translated. Where
+    somebody else's chains do so too, such an entry is theirs and as it was before us.
+    """
+    if read_setting("nf_conntrack_count") in ("0", None):
+        return
+    if elements.base_chains() or any(map(_has_tables, _LEGACY_TABLES)):
+        return
+    for version in (4, 6):
+        named = {old.packed for old in olds if old.version == version}
+        if named:
+            with Netlink(NETLINK_NETFILTER) as netlink:
+                _forget_named(netlink, named, version)
+
+
+def _forget_named(netlink: Netlink, named: set[bytes], version: int) -> None:
+    width = 4 if version == 4 else 16
+    found: dict[int, list[bytes]] = {}
+    for original, reply, zone in read_tcp_tuples(
+        netlink.request(GET, NLM_F_DUMP, ask_for_tcp(version)), version
+    ):
+        if not named.isdisjoint(r[:width] for t in (original, reply) for r in (t, turn(t))):
+            found.setdefault(zone, []).append(original)
+    for zone, some in found.items():
+        _delete(netlink, Connections.packed(b"".join(some), version), zone, pack_outbound)
+
+
+def _has_tables(path: str) -> bool:
+    try:
+        with open(path, "rb") as file:
+            return bool(file.read())
+    except OSError:
+        return False
 
 
 def _purge_each(netlink: Netlink, views: Iterable[Connections], zone: int) -> int:

@@ -10,7 +10,7 @@ import pytest
 
 from natkeep.kernel import conntrack, elements
 from natkeep.kernel.netns import inside, open_namespace
-from natkeep.kernel.purge import purge
+from natkeep.kernel.purge import forget_untracked, purge
 from natkeep.plan.move import Map, Mode, Move, Role, Site, Translation, make_translations
 from natkeep.plan.tuples import Connections, Endpoint, FourTuple
 
@@ -177,3 +177,22 @@ def test_entries_that_somebody_has_flushed_are_wrong(site: str, run: Run) -> Non
     run(site, "conntrack", "-F")
 
     assert conntrack.count_wrong(translation) == MANY
+
+
+@EACH_FAMILY
+@pytest.mark.parametrize("others_track", [False, True])
+def test_what_nobody_tracks_any_more_is_forgotten_with_the_last_rules(
+    site: str, run: Run, family: str, others_track: bool
+) -> None:
+    peer, old, new = map(ip_address, ENDS[family])
+    who_called, who_answered = (Endpoint(peer, 2000), Endpoint(old, 5000))
+    track(run, site, FourTuple(who_called, who_answered))
+    track(run, site, FourTuple(who_answered, Endpoint(peer, 2001)))
+    track(run, site, FourTuple(who_called, Endpoint(new, 7)))
+    if others_track:
+        run(site, "nft", "add table inet other")
+        run(site, "nft", "add chain inet other in { type filter hook input priority 0; }")
+
+    forget_untracked([old])
+
+    assert count(run, site) == (3 if others_track else 1)
