@@ -119,17 +119,6 @@ def delete(translation: Translation) -> None:
     delete_inbound(outer)
 
 
-def delete_translated(translation: Translation) -> None:
-    """Delete those of the entries that translate: picked up since `delete`, by rules now gone."""
-    if read_setting("nf_conntrack_count") in ("0", None):
-        return
-    seen = list(look_up(translation))
-    picked = [index for index, entry in enumerate(seen) if entry is not None and entry.translated]
-    if picked:
-        outer, _ = _sides(translation)
-        delete_inbound(outer.pick(picked, translation.map.old.version))
-
-
 def delete_inbound(outer: Connections) -> None:
     """Delete the entries of these tuples, from the peers' side; none is fine."""
     batch, size = for_each(outer, outer, DELETE, 0, lambda o, _: pack_inbound(o))

@@ -35,7 +35,7 @@ from natkeep.kernel.netns import Namespace, find_namespace, inside, open_namespa
 from natkeep.kernel.purge import forget_untracked, purge
 from natkeep.plan import resets, ruleset
 from natkeep.plan.drift import Gate, Observation
-from natkeep.plan.move import Mode, Move, Role, Site, Surroundings, Translation
+from natkeep.plan.move import Move, Role, Site, Surroundings, Translation
 from natkeep.plan.ruleset import TABLE
 from natkeep.plan.steps import (
     AddAddress,
@@ -342,9 +342,6 @@ class LinuxKernel:
                     address.remove_host_address(step.address)
                 case InstallTranslation():
                     table.withdraw_translation(step)
-                    for translation in step.translations:
-                        if translation.mode == Mode.STATEFUL:
-                            conntrack.delete_translated(translation)
                 case InstallReception():
                     table.withdraw_reception(step)
                     for receiving in step.receptions:  # who came in while the rules went

@@ -367,25 +367,3 @@ def test_what_a_gateway_knew_is_given_back_and_nothing_in_its_place_is_touched(
     translated = read_entries().keys()
     conntrack.give_back(translation)
     assert translated == read_entries().keys()
-
-
-@EACH_CASE
-@EACH_ROLE
-def test_what_was_picked_up_while_the_rules_went_is_deleted_if_it_translates(
-    case: str, role: Role, site: str
-) -> None:
-    translation = translation_of(case, role, site)
-    version = translation.map.old.version
-    conntrack.insert(translation)
-    plain = translation.outer.pick([1], version)  # as somebody else's tracking would have it
-    conntrack.delete_inbound(plain)
-    conntrack.give_back_plain(plain)
-    assert len(read_entries()) == len(translation.kept)
-
-    conntrack.delete_translated(translation)
-
-    left = [entry for entry in conntrack.look_up(translation) if entry is not None]
-    assert [entry.translated for entry in left] == [False]
-    assert len(read_entries()) == 1
-    conntrack.delete_translated(translation)  # again is fine
-    assert len(read_entries()) == 1
