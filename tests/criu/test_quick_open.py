@@ -214,7 +214,18 @@ def test_what_is_not_as_prepare_left_it_goes_the_long_way_and_is_untouched(
         {"NATKEEP_ID": "api"},
         {"NATKEEP_STATE_DIR": "/nonexistent"},
     ],
-    ids=lambda environment: "{}={}".format(*next(iter(environment.items())))[-40:],
+    ids=[
+        "another namespace",
+        "no such pid",
+        "no pid",
+        "no tree",
+        "another dump",
+        "no images",
+        "a path for an id",
+        "a long id",
+        "an unknown id",
+        "no state directory",
+    ],
 )
 def test_a_call_that_does_not_fit_goes_the_long_way(
     environment: dict[str, str], site: Site

@@ -98,7 +98,7 @@ def every_thing() -> Iterator[tuple[Mode, Site, Thing]]:
 
 @pytest.mark.parametrize(
     ("mode", "site", "thing"),
-    every_thing(),
+    list(every_thing()),
     ids=lambda value: f"{value.kind}-{value.name}" if isinstance(value, Thing) else str(value),
 )
 def test_each_thing_that_is_missing_is_named_and_made_again_alone(
