@@ -48,8 +48,8 @@ MENDED = tuple(
     for step in STEPS
     if step not in ("ForgetCalls", "PurgeEntries", "HoldSegments", "TakeOverLock")
 )
-_FILES = ("connections", "journal", "ready")
-_STATES = ("doing", "done", "undone")
+_FILES = ("connections", "changed", "journal", "ready")
+_STATES = ("doing", "done", "undone", "changed")
 
 # Where a point is of several kinds of thing, those are its names' second halves.
 PLACES: dict[str, tuple[str, ...]] = {
@@ -96,6 +96,9 @@ PLACES: dict[str, tuple[str, ...]] = {
     "replace-begin": (),
     "replace-prepared": (),
     "replace-noted": (),
+    "change": (),
+    "changed": (),
+    "widened": (),
 }
 POINTS = tuple(
     f"{place}-{of}" if of else place for place, several in PLACES.items() for of in several or ("",)

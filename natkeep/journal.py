@@ -6,6 +6,8 @@ The state directory (0700, files 0600; nothing below it is ever opened through a
     ID.connections     written before the journal: the kept connections, those that a gateway
                        carried already, and the carriers, each packed (plan/tuples.py) as IPv4
                        and IPv6, each of the six with its length (8 octets) in front
+    ID.changed         before a line "changed": connections that came, that went, and that a gateway
+                       carried, with their carriers, packed in the same way
     ID.seen            which entries a repair has seen alive at a gateway (plan/sighting.py)
     ID.ready           what the hook needs to open the move (lifecycle/readying.py)
     ID.journal         JSON lines, appended and fsynced:
@@ -16,6 +18,11 @@ The state directory (0700, files 0600; nothing below it is ever opened through a
         {"step": 4, "state": "doing", "prior": {...}}      before the step acts
         {"step": 4, "state": "done", "prior": {...}}       after it acted
         {"step": 4, "state": "undone"}
+        {"changed": SHA-256, "image": RUN ID or null, "local": [ADDRESS, ...], "steps": [KIND, ...],
+         "from": [STEP or null, ...], "again": [STEP, ...]}
+                           the plan is another from here on (a live process has been frozen): which
+                           of the steps so far each of the new ones continues, and which of the
+                           new ones have to act again
 
 Rule: the line "doing" is on disk before the kernel is asked, so a step that was begun is known
 even when the process was killed in it; to undo one that did nothing is harmless. A last line
@@ -40,7 +47,18 @@ from typing import TYPE_CHECKING, Any
 from natkeep import __version__, fault
 from natkeep.errors import JournalError, LeftoverError, NatkeepError, RefusedError, UsageError
 from natkeep.plan.lock import DumpLock, NetworkLock
-from natkeep.plan.move import Fate, Map, Mode, Move, Role, Site, Surroundings, is_id, parse_id
+from natkeep.plan.move import (
+    Change,
+    Fate,
+    Map,
+    Mode,
+    Move,
+    Role,
+    Site,
+    Surroundings,
+    is_id,
+    parse_id,
+)
 from natkeep.plan.steps import HoldListeners, Identity, OpenGate, Prior, SendResets
 from natkeep.plan.tuples import NO_CONNECTIONS, Address, Connections, Endpoint, parse_address
 from natkeep.values import dataclass, field
@@ -56,7 +74,7 @@ LOCK_TIMEOUT = 30.0
 _SIZE_LIMIT = 64 << 20
 
 _ID_PATTERN = r"(?P<id>[a-z0-9][a-z0-9-]{0,31})"
-_FILE = re.compile(rf"\.?{_ID_PATTERN}\.(connections|ready|seen|journal)(?P<new>\.new)?")
+_FILE = re.compile(rf"\.?{_ID_PATTERN}\.(connections|changed|ready|seen|journal)(?P<new>\.new)?")
 
 
 def read_boot_id() -> str:
@@ -90,6 +108,7 @@ class Journal:
     _directory: StateDirectory
     records: dict[int, Record] = field(default_factory=dict)
     image: str | None = None
+    change: Change | None = None
 
     def note(self, step: int, state: str, prior: Prior) -> None:
         """Append one record and have it on disk before returning."""
@@ -99,6 +118,53 @@ class Journal:
     def _keep(self, step: int, state: str, prior: Prior) -> None:
         again = state == "doing" and self.has_been_done(step)
         self.records[step] = Record(state, prior, again)
+
+    def note_change(
+        self,
+        change: Change,
+        kinds: tuple[str, ...],
+        origins: tuple[int | None, ...],
+        again: tuple[int, ...],
+        image: str | None,
+    ) -> None:
+        """From here on the plan is that of *change*: one line, so it is there whole or not at all.
+
+        origins: for each new step the earlier one whose record it continues. again: those of the
+        new steps that were done and have more to do. image: the dump that was compared.
+        """
+        around = change.surroundings
+        packed = _pack((change.came, change.went, around.carried, around.carriers))
+        line = {
+            "changed": hashlib.sha256(packed).hexdigest(),
+            "image": image,
+            "local": sorted(str(address) for address in around.local),
+            "steps": list(kinds),
+            "from": list(origins),
+            "again": list(again),
+        }
+        self._directory.write_changed(self.move.id, packed)
+        self._directory.append(f"{self.move.id}.journal", line)
+        self._take_change(change, line)
+
+    def _take_change(self, change: Change, line: dict[str, Any]) -> None:
+        origins, again = _list(line["from"]), _list(line["again"])
+        kinds = tuple(_text(kind) for kind in _list(line["steps"]))
+        if self.change is not None or len(origins) != len(kinds):
+            raise ValueError("its plan has changed in a way that it cannot")
+        records: dict[int, Record] = {}
+        for number, origin in enumerate(origins):
+            if origin is None:
+                continue
+            if not 0 <= _whole(origin) < len(self.kinds) or self.kinds[origin] != kinds[number]:
+                raise ValueError(f"step {number} does not continue step {origin}")
+            if origin in self.records:
+                records[number] = self.records[origin]
+        for number in again:
+            if _whole(number) not in records:
+                raise ValueError(f"step {number} was never done, so not again")
+            records[number] = Record("doing", records[number].prior, True)
+        self.kinds, self.records, self.change = kinds, records, change
+        self.image = _read_image(line["image"])
 
     def is_done(self, step: int) -> bool:
         """Whether the step acted and was not undone."""
@@ -120,6 +186,10 @@ class Journal:
         """Whether a gate was opened anywhere, and not closed again."""
         steps = (n for n, kind in enumerate(self.kinds) if kind == OpenGate.__name__)
         return any(self.has_been_done(number) for number in steps)
+
+    def surroundings_there(self) -> Surroundings:
+        """The surroundings that the gateways' translations were made for."""
+        return self.surroundings if self.change is None else self.change.surroundings
 
     def identity(self, site: Site) -> Identity:
         """The namespace that *site* was when the move was prepared."""
@@ -345,18 +415,37 @@ class StateDirectory:
         )
         if len(journal.namespaces) != len(move.sites):
             raise ValueError("it does not name a namespace for each site")
-        for number, line in enumerate(lines[1:], 2):
-            _read_record(journal, _read_line(line), number)
+        for number, text_of_line in enumerate(lines[1:], 2):
+            line = _read_line(text_of_line)
+            if "changed" in line:
+                journal._take_change(self._read_change(move_id, line), line)
+            else:
+                _read_record(journal, line, number)
         return journal
 
     def _read_connections(self, move_id: str, digest: str) -> tuple[Connections, ...]:
+        return _unpack(self._read_packed(f"{move_id}.connections", digest), 3)
+
+    def _read_change(self, move_id: str, line: dict[str, Any]) -> Change:
+        packed = self._read_packed(f"{move_id}.changed", _text(line["changed"]))
+        came, went, carried, carriers = _unpack(packed, 4)
+        if len(carried) != len(carriers):
+            raise ValueError("it does not have a carrier for each carried connection")
+        local = frozenset(parse_address(_text(text)) for text in _list(line["local"]))
+        return Change(came, went, Surroundings(local, carried, carriers))
+
+    def _read_packed(self, name: str, digest: str) -> bytes:
         try:
-            packed = self._read(f"{move_id}.connections")
+            packed = self._read(name)
         except FileNotFoundError:
             raise ValueError("its connections are missing") from None
         if hashlib.sha256(packed).hexdigest() != digest:
             raise ValueError("its connections are not those that were written")
-        return _unpack(packed)
+        return packed
+
+    def write_changed(self, move_id: str, packed: bytes) -> None:
+        """Have ID.changed on disk, whole, before the line that names it."""
+        self._write_new(f"{move_id}.changed", packed)
 
     def append(self, name: str, line: dict[str, Any]) -> None:
         """Append one JSON line and have it on disk."""
@@ -365,10 +454,11 @@ class StateDirectory:
             try:
                 _drop_unfinished_line(fd)
                 content = _line(line)
-                fault.reach("journal-append", line["state"])
-                fault.reach("journal-torn", line["state"], lambda: os.write(fd, content[:20]))
+                state = line.get("state", "changed")
+                fault.reach("journal-append", state)
+                fault.reach("journal-torn", state, lambda: os.write(fd, content[:20]))
                 _write_all(fd, content)
-                fault.reach("journal-appended", line["state"])
+                fault.reach("journal-appended", state)
                 os.fsync(fd)
             finally:
                 os.close(fd)
@@ -386,9 +476,10 @@ class StateDirectory:
 
     def _remove_rest(self, move_id: str) -> None:
         """What was written before the journal, and what a killed writer had not renamed yet."""
-        for kind in ("ready", "seen", "connections", "hold"):  # whose holder ends with it
+        # With its socket the holder ends.
+        for kind in ("ready", "seen", "changed", "connections", "hold"):
             self._unlink(f"{move_id}.{kind}")
-        for kind in ("ready", "seen", "connections", "journal"):
+        for kind in ("ready", "seen", "changed", "connections", "journal"):
             self._unlink(f".{move_id}.{kind}.new")
         for name in os.listdir(self._fd):
             if name.startswith(f"{move_id}.guard-"):  # whose guardian ends with it
@@ -593,15 +684,15 @@ def _pack(some: tuple[Connections, ...]) -> bytes:
     return b"".join(len(column).to_bytes(8, "big") + column for column in columns)
 
 
-def _unpack(packed: bytes) -> tuple[Connections, ...]:
+def _unpack(packed: bytes, count: int) -> tuple[Connections, ...]:
     columns, at = [], 0
     while at < len(packed):
         length = int.from_bytes(packed[at : at + 8], "big")
         columns.append(packed[at + 8 : at + 8 + length])
         at += 8 + length
-    if len(columns) != 6 or at != len(packed):
+    if len(columns) != 2 * count or at != len(packed):
         raise ValueError("its connections are not of the form that this natkeep writes")
-    return tuple(Connections(*columns[i : i + 2]) for i in (0, 2, 4))
+    return tuple(Connections(*columns[i : i + 2]) for i in range(0, 2 * count, 2))
 
 
 def _read_line(line: bytes) -> dict[str, Any]:
@@ -701,6 +792,7 @@ def _rest_to_json(move: Move) -> dict[str, Any]:
         "quiesces": move.quiesces,
         "hold": move.hold,
         "guard": move.guard,
+        "live": move.live,
     }
     return {name: value for name, value in found.items() if value}
 
@@ -722,6 +814,7 @@ def _move_from_json(value: dict[str, Any]) -> Move:
         lost=_read_lost(value.get("lost", ["", ""])),
         hold=_flag(value.get("hold", False)),
         guard=_flag(value.get("guard", False)),
+        live=_flag(value.get("live", False)),
     )
 
 

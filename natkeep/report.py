@@ -11,10 +11,10 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from natkeep.checkpoint import Checkpoint, Socket
-from natkeep.plan.drift import MoveStatus, SeenEntry
+from natkeep.plan.drift import MoveStatus, SeenEntry, SiteStatus
 from natkeep.plan.findings import CATALOGUE, Finding
 from natkeep.plan.lock import NetworkLock
-from natkeep.plan.move import Fate, Move, Role
+from natkeep.plan.move import Compared, Fate, Move, Role
 from natkeep.plan.order import render_nft
 from natkeep.plan.resets import NOT_TOLD, describe_fates
 from natkeep.plan.steps import Plan
@@ -143,7 +143,7 @@ def status_lines(moves: Sequence[MoveStatus], *, verbose: bool) -> Iterator[str]
     for status in moves:
         yield f"{summary(status.plan)}, gate {status.gate}"
         for site in status.sites:
-            yield f"  {site.site}: " + ("as prepared" if not site.drift else "DRIFTED")
+            yield f"  {site.site}: {_stand(status.plan, site)}"
             yield from (f"    {line}" for line in site.drift)
         for number, (tuple_, seen) in enumerate(_connections(status)):
             if number == SHOWN and not verbose:
@@ -155,6 +155,13 @@ def status_lines(moves: Sequence[MoveStatus], *, verbose: bool) -> Iterator[str]
                 yield "  ... (all with -v)"
                 break
             yield f"  {lost.destination}  {lost.source}  not kept: {fate}"
+
+
+def _stand(plan: Plan, site: SiteStatus) -> str:
+    if site.drift:
+        return "DRIFTED"
+    waits = site.seen is None and plan.move.waits(site.site)
+    return "waits for open" if waits else "as prepared"
 
 
 def _packets(seen: SeenEntry | None) -> str:
@@ -169,6 +176,7 @@ def checkpoint_to_json(checkpoint: Checkpoint, olds: Sequence[Address]) -> dict[
     """The document of `inspect --json`."""
     return {
         "schema": 1,
+        **({"live": True} if checkpoint.live else {}),
         "sockets": [
             {
                 "protocol": socket.protocol,
@@ -222,6 +230,15 @@ def bound_devices(checkpoint: Checkpoint, move: Move) -> frozenset[str]:
         for socket in checkpoint.sockets
         if socket.bound_device is not None and _judge(socket, olds) is None
     )
+
+
+def compared_lines(compared: Compared) -> Iterator[str]:
+    """How an image differs from what was prepared."""
+    if compared.came:
+        yield f"{compared.came} connections came after prepare, and were added"
+    if compared.went:
+        yield f"{compared.went} connections went after prepare"
+    yield from (f"came after prepare, not kept: {line}" for line in compared.unkept)
 
 
 def lock_lines(plan: Plan) -> Iterator[str]:

@@ -24,6 +24,16 @@ class Result:
     half_way: bool = False
 
 
+def _living(rows: list[tuple[str, str]]) -> dict[str, object]:
+    """What `inspect --live --json` says of a process with these connections."""
+    rest = {"device": None, "unsent": 0, "kept": True, "reason": None}
+    sockets = [
+        {"protocol": "tcp", "state": "ESTABLISHED", "local": local, "peer": peer, **rest}
+        for local, peer in rows
+    ]
+    return {"schema": 1, "live": True, "sockets": sockets}
+
+
 class _Stage:
     """A story at its place, and the result so far."""
 
@@ -37,6 +47,7 @@ class _Stage:
         self._write("list", self.rows)
         # Another move's: the same ends, but for the ports.
         self._write("other", [(local, f"{peer[:-4]}9999") for local, peer in self.rows[:1]])
+        (self.place.directory / "live").write_text(json.dumps(_living(self.rows)))
         self.origin = self.place.look()
         return self
 
@@ -54,7 +65,7 @@ class _Stage:
         if words[0].startswith("fault="):
             words, how["strikes"] = words[1:], words[0].partition("=")[2]
         names = {site: self.place.name(site) for site in ("gateway", "destination", "source")}
-        files = {name: self.place.directory / name for name in ("list", "other", "image")}
+        files = {n: self.place.directory / n for n in ("list", "other", "image", "live")}
         return self.place.natkeep(*(word.format(**names, **files) for word in words), **how)
 
     def tell_well(self, words: tuple[str, ...]) -> None:

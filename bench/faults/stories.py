@@ -52,8 +52,11 @@ class Story:
 
     @property
     def is_whole(self) -> bool:
-        """Whether a verb that fails changes nothing; repair leaves what it has put back."""
-        return self.verb[0] != "repair"
+        """Whether a verb that fails changes nothing; repair leaves what it has put back.
+
+        So does open what it added, behind the closed gate, for connections that came.
+        """
+        return self.verb[0] != "repair" and self.verb != COMPARE
 
 
 def _prepare(*options: str, move_id: str = "web") -> Words:
@@ -69,6 +72,8 @@ OTHER = _prepare(*MAP, *PAIR, *BESIDE, move_id="other")
 QUIESCE = ("quiesce", "web", *MAP, *SOURCE)
 LEAVE = _prepare(*MAPS, *SOURCE, "--image={image}")
 TELLING = _prepare("--unkept=reset", *MAP, *PAIR, f"--image={CORPUS.parent / 'tcp-close'}")
+LIVING = _prepare(*MAPS, *PAIR, "--connections={live}")
+COMPARE = ("open", "web", f"--image={CORPUS}")
 REPAIR = ("repair", "web")
 GC = ("gc", *PAIR)
 CRASHED = (("fault=begun-FillSet:kill", *_prepare(*MAP, PAIR[0], *LIST)),)
@@ -125,6 +130,10 @@ STORIES = (
     Story("prepare, telling", (), (*TELLING, "--gate=open")),
     Story("open, telling", (TELLING,), ("open", "web")),
     Story("teardown, telling", (TELLING, ("open", "web")), TEARDOWN),
+    Story("prepare of a living process", (), LIVING),
+    Story("open, compared", (LIVING,), COMPARE),
+    Story("open, compared, stateless", ((*LIVING, "--mode=stateless"),), COMPARE),
+    Story("teardown, compared", (LIVING, COMPARE), TEARDOWN),
     Story("source after quiesce", (QUIESCE,), LEAVE, sites=("source",), lock="nftables"),
     Story(
         "source after quiesce, undone",

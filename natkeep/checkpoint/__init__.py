@@ -1,8 +1,8 @@
 """the values that say which sockets a checkpointed process has, wherever that was read.
 
-Rule: a `Checkpoint` comes from a directory of CRIU's images (images.py) or a text file
-(listing.py); what is found there is only ever *reported*. Which addresses natkeep may touch is
-the operator's word (`--map`), never the image's.
+Rule: a `Checkpoint` comes from a directory of CRIU's images (images.py), a text file (listing.py)
+or a living process (live.py); what is found there is only ever *reported*. Which addresses natkeep
+may touch is the operator's word (`--map`), never the image's.
 """
 
 from __future__ import annotations
@@ -102,12 +102,13 @@ class Checkpoint:
     """All connections and listeners found in one place.
 
     sockets is empty where the source tells connections only (a text file); inventory is None
-    where the source is not a directory of CRIU's images.
+    where the source is not a directory of CRIU's images. live: read while the process ran.
     """
 
     connections: Connections
     sockets: tuple[Socket, ...] = ()
     inventory: Inventory | None = None
+    live: bool = False
 
     @property
     def run_id(self) -> str | None:

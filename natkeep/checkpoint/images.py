@@ -20,7 +20,6 @@ hook may last. The tests hold this file against pycriu.
 
 from __future__ import annotations
 
-import ipaddress
 import os
 import re
 import struct
@@ -50,9 +49,16 @@ from natkeep.checkpoint.imagefile import (
     read_entries,
     read_up_to,
 )
+from natkeep.checkpoint.judging import (
+    PROTOCOLS,
+    STATES,
+    UNKEPT_STATES,
+    find_address,
+    why_not_tcp,
+)
 from natkeep.checkpoint.protobuf import Damage, Message, decode, number, octets
 from natkeep.errors import ImageError
-from natkeep.plan.tuples import RECORD_SIZE, Address, Connections, Endpoint
+from natkeep.plan.tuples import RECORD_SIZE, Connections, Endpoint
 from natkeep.values import replace
 
 _INVENTORY_ENTRY = Message(
@@ -117,38 +123,8 @@ _MAX_STREAM_ENTRY = 4096  # 17 numbers of at most 12 octets, and room for what n
 _INETSK = 4  # enum fd_types
 _STREAM, _RAW = 1, 3  # SOCK_STREAM, SOCK_RAW
 _ADDRESS_SIZES = {2: 4, 10: 16}  # AF_INET, AF_INET6
-_PROTOCOLS = {
-    1: "icmp",
-    6: "tcp",
-    17: "udp",
-    33: "dccp",
-    58: "icmpv6",
-    132: "sctp",
-    136: "udplite",
-    262: "mptcp",
-}
 _LOCKS = {0: NetworkLock.IPTABLES, 1: NetworkLock.NFTABLES, 2: NetworkLock.SKIP}
-_STATES = {  # the kernel's include/net/tcp_states.h
-    1: TcpState.ESTABLISHED,
-    2: TcpState.SYN_SENT,
-    3: TcpState.SYN_RECEIVED,
-    4: TcpState.FIN_WAIT_1,
-    5: TcpState.FIN_WAIT_2,
-    6: TcpState.TIME_WAIT,
-    7: TcpState.CLOSED,
-    8: TcpState.CLOSE_WAIT,
-    9: TcpState.LAST_ACK,
-    10: TcpState.LISTEN,
-    11: TcpState.CLOSING,
-    12: TcpState.SYN_RECEIVED,  # TCP_NEW_SYN_RECV
-}
 _TCP_CLOSE = "dumped with --tcp-close: CRIU restores it closed"
-_UNKEPT_STATES = {
-    TcpState.SYN_SENT: "not yet established: CRIU dials again on restore",
-    TcpState.SYN_RECEIVED: "not yet established: CRIU does not restore it",
-    TcpState.TIME_WAIT: "closed",
-    TcpState.CLOSED: "closed",
-}
 _PORT = struct.Struct("!H").pack
 
 
@@ -303,8 +279,8 @@ def _make_socket(
     local_port, peer_port = numbers[_SRC_PORT], numbers[_DST_PORT]
     if local_port > 65535 or peer_port > 65535:
         raise Damage(0, f"inet_sk_entry: {max(local_port, peer_port)} is not a port")
-    local_address, local_wire, local_reason = _find_address(local_octets)
-    peer_address, peer_wire, peer_reason = _find_address(peer_octets)
+    local_address, local_wire, local_reason = find_address(local_octets)
+    peer_address, peer_wire, peer_reason = find_address(peer_octets)
     local = Endpoint(local_address, local_port) if local_port else None
     peer = Endpoint(peer_address, peer_port) if peer_port else None
     device = _bound_device(strings[_OPTS])
@@ -313,8 +289,8 @@ def _make_socket(
         device = device or name
     _check_ip_options(strings.get(_IP_OPTS, b""))
     if protocol != "tcp":
-        return Socket(protocol, local, peer, None, device, _why_not_tcp(protocol)), b""
-    state = _STATES.get(numbers[_STATE])
+        return Socket(protocol, local, peer, None, device, why_not_tcp(protocol)), b""
+    state = STATES.get(numbers[_STATE])
     if state is None:
         raise Damage(0, f"inet_sk_entry: {numbers[_STATE]} is not a TCP state")
     record = b""
@@ -328,7 +304,7 @@ def _make_socket(
             raise Damage(0, f"inet_sk_entry: {state} from {local} to {peer}")
         unkept = local_reason
     else:
-        unkept = _UNKEPT_STATES[state]
+        unkept = UNKEPT_STATES[state]
     # A socket that was never bound has no ns_id, and nor have the images of old CRIUs.
     if unkept is None and root_netns is not None and numbers.get(_NS_ID, root_netns) != root_netns:
         unkept = ELSEWHERE
@@ -336,35 +312,12 @@ def _make_socket(
 
 
 def _find_protocol(protocol: int, kind: int) -> str:
-    name = _PROTOCOLS.get(protocol) or f"protocol {protocol}"
+    name = PROTOCOLS.get(protocol) or f"protocol {protocol}"
     if kind == _RAW:
         return "raw"
     if name in ("tcp", "mptcp") and kind != _STREAM:
         raise Damage(0, f"inet_sk_entry: {name} in a socket of type {kind}")
     return name
-
-
-def _why_not_tcp(protocol: str) -> str:
-    if protocol in ("mptcp", "sctp", "dccp"):
-        return f"{protocol.upper()}: CRIU cannot restore it"
-    return f"{protocol}: not a TCP connection"
-
-
-@lru_cache(maxsize=4096)
-def _find_address(packed: bytes) -> tuple[Address, bytes, str | None]:
-    """The address, its octets on the wire, and why a connection there cannot be kept, if so."""
-    address: Address
-    if len(packed) == 4:
-        address = ipaddress.IPv4Address(packed)
-    else:
-        full = ipaddress.IPv6Address(packed)
-        address = full.ipv4_mapped or full
-    reason = None
-    if address.is_loopback:
-        reason = "loopback: both ends must be moved"
-    elif address.version == 6 and address.is_link_local:
-        reason = "link-local address: CRIU drops its scope"
-    return address, address.packed, reason
 
 
 @lru_cache(maxsize=256)

@@ -4,6 +4,8 @@
     10.2.0.10:5000 10.1.0.2:50594
     [fd00:2::10]:5000 [fd00:1::2]:50594     # IPv6 in brackets
 
+Or one JSON document, as `natkeep inspect --live PID --json` prints it.
+
 Rule: each line is a connection, a comment or blank, or else an ImageError that names the line; a
 list that is empty, cut, or says the same thing twice is not what somebody meant.
 This file must never wait for ever: a list may come through a pipe, but not at its leisure.
@@ -62,6 +64,10 @@ def parse_octets(data: bytes, name: str) -> Checkpoint:
 
 def parse_listing(text: str, name: str) -> Checkpoint:
     """The connections in *text*; *name* says in messages where it came from."""
+    if text.lstrip(" \t\r\n").startswith("{"):  # with which no line begins
+        from natkeep.checkpoint.described import parse_described
+
+        return parse_described(text, name)
     if text.count("\n") > MAX_LINES:
         raise ImageError(f"{name}: more than {MAX_LINES} lines")
     hosts, ports, ends = _Hosts(), _Ports(), _Ends()

@@ -56,7 +56,7 @@ def make_move(args: argparse.Namespace, checkpoint: Checkpoint) -> Move:
     hold = not args.no_hold and getattr(args, "gate", "closed") == "closed"
     return Move(
         args.id, maps, sites, mode, listeners, lock,
-        unkept=unkept, lost=lost, hold=hold, guard=args.guard,
+        unkept=unkept, lost=lost, hold=hold, guard=args.guard, live=checkpoint.live,
     )  # fmt: skip
 
 
@@ -97,10 +97,21 @@ def read_connections(args: argparse.Namespace) -> Checkpoint:
                 raise ImageError("stdin is not UTF-8 text") from None
             return parse_listing(text, "stdin")
         return read_listing(args.connections)
+    if getattr(args, "live", None) is not None:
+        return read_process(args, parse_sites(args.site))
     raise UsageError(
         "which connections? --image DIR or --connections FILE",
         hint=f"{os.path.basename(sys.argv[0])} inspect DIR shows those of an image",
     )
+
+
+def read_process(args: argparse.Namespace, sites: tuple[Site, ...]) -> Checkpoint:
+    """The sockets of `--live PID`, which may live at none of *sites*."""
+    from natkeep.checkpoint.live import parse_pid
+    from natkeep.lifecycle.living import read_live
+
+    pid = parse_pid(args.live)
+    return read_live(make_lifecycle(args, create=False).kernel, pid, sites)
 
 
 def authorise(move: Move, checkpoint: Checkpoint) -> int:

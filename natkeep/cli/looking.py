@@ -64,10 +64,18 @@ def explain(args: argparse.Namespace) -> int:
 
 def inspect(args: argparse.Namespace) -> int:
     from natkeep import report
-    from natkeep.checkpoint.images import read_checkpoint_with_queues
     from natkeep.plan.move import parse_olds
 
-    checkpoint = read_checkpoint_with_queues(args.image)
+    if (args.image is None) == (args.live is None):
+        raise UsageError("which sockets? DIR or --live PID", hint="the one or the other")
+    if args.live is not None:
+        from natkeep.cli.arguments import read_process
+
+        checkpoint = read_process(args, ())
+    else:
+        from natkeep.checkpoint.images import read_checkpoint_with_queues
+
+        checkpoint = read_checkpoint_with_queues(args.image)
     olds = parse_olds(args.map)
     if args.json:
         report.print_json(report.checkpoint_to_json(checkpoint, olds))

@@ -19,7 +19,10 @@ from natkeep.cli.output import print_verb, talk
 from natkeep.errors import RefusedError, UsageError
 
 if TYPE_CHECKING:
+    from natkeep.checkpoint import Checkpoint
+    from natkeep.journal import Journal
     from natkeep.lifecycle.verbs import Lifecycle
+    from natkeep.plan.move import Move
 
 
 def plan(args: argparse.Namespace) -> int:
@@ -45,6 +48,9 @@ def prepare(args: argparse.Namespace) -> int:
     from natkeep.plan.order import describe_plan
 
     checkpoint = read_connections(args)
+    if checkpoint.live and (args.gate == "open" or args.replace):
+        option = "--replace" if args.replace else "--gate open"
+        raise UsageError(f"{option} is for a process that is frozen", hint="this one is alive")
     move = make_move(args, checkpoint)
     authorise(move, checkpoint)
     lifecycle = make_lifecycle(args, create=not args.dry_run)
@@ -61,7 +67,7 @@ def prepare(args: argparse.Namespace) -> int:
     )
     for line in report.unkept_lines(checkpoint, plan):
         talk(args, f"natkeep: not kept: {line}")
-    for line in (*report.lock_lines(plan), *lifecycle.find_unheld(move.id)):
+    for line in (*report.lock_lines(plan), *lifecycle.find_unheld(move.id), *_waiting(move)):
         talk(args, f"natkeep: {line}")
     if args.json:
         report.print_json({"schema": 1, **report.move_to_json(plan), "gate": args.gate})
@@ -92,12 +98,41 @@ def run(args: argparse.Namespace) -> int:
 
 
 def open(args: argparse.Namespace) -> int:
-    make_lifecycle(args, create=False).open(args.id)
+    lifecycle = make_lifecycle(args, create=False)
+    blind = False
+
+    def confirm(journal: Journal) -> Checkpoint | None:
+        nonlocal blind
+        if args.image is None:
+            blind = journal.move.live and journal.change is None
+            return None
+        from natkeep.checkpoint.images import read_checkpoint
+
+        return read_checkpoint(args.image)
+
+    compared = lifecycle.open(args.id, confirm)
+    if blind:
+        talk(args, f"natkeep: {args.id}: opened as prepared, with no image to compare (--image)")
+    if compared is not None:
+        from natkeep import report  # whoever compares nothing need not wait for it
+
+        for line in report.compared_lines(compared):
+            talk(args, f"natkeep: {args.id}: {line}")
     if args.json:
-        print_verb(args.id, gate="open")
+        more = {} if compared is None else {"came": compared.came, "went": compared.went}
+        print_verb(args.id, gate="open", **more)
     else:
         talk(args, f"natkeep: {args.id}: gate open")
     return 0
+
+
+def _waiting(move: Move) -> list[str]:
+    """Which sites are left alone until the process is frozen."""
+    return [
+        f"{site}: left alone until open, since the process still talks through it"
+        for site in move.ordered_sites()
+        if move.waits(site)
+    ]
 
 
 def teardown(args: argparse.Namespace) -> int:

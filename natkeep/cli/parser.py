@@ -65,7 +65,9 @@ def make_parser(arguments: Sequence[str] = ("lab",)) -> argparse.ArgumentParser:
     _add_move_options(plan)
     plan.add_argument("--format", choices=("text", "json", "nft"), default="text")
     prepare = add("prepare", "make every site ready, with the gate closed", moving.prepare)
-    _add_move_options(prepare)
+    _add_move_options(prepare).add_argument(
+        "--live", metavar="PID", help="connections of a process that still runs, and its children"
+    )
     prepare.add_argument("--gate", choices=("closed", "open"), default="closed")
     prepare.add_argument(
         "--replace", metavar="ID", help="the earlier move of the same process, moved on"
@@ -82,6 +84,9 @@ def make_parser(arguments: Sequence[str] = ("lab",)) -> argparse.ArgumentParser:
     running.add_argument("criu", metavar="CRIU", nargs="+", help="criu restore ..., behind --")
     opening = add("open", "let the kept connections through", moving.open)
     opening.add_argument("id", metavar="ID")
+    opening.add_argument(
+        "--image", metavar="DIR", help="the dump of a process that was prepared for by --live"
+    )
     status = add("status", "what is prepared, what it carries, what drifted", looking.status)
     status.add_argument("id", metavar="ID", nargs="?")
     status.add_argument("--strict", action="store_true", help="exit 6 when something drifted")
@@ -95,7 +100,10 @@ def make_parser(arguments: Sequence[str] = ("lab",)) -> argparse.ArgumentParser:
     clearing.add_argument("--site", metavar="ROLE[=NETNS]", action="append", default=[])
     clearing.add_argument("--dry-run", action="store_true", help="say what would be cleared")
     inspect = add("inspect", "the sockets in an image, kept or not and why", looking.inspect)
-    inspect.add_argument("image", metavar="DIR")
+    inspect.add_argument("image", metavar="DIR", nargs="?")
+    inspect.add_argument(
+        "--live", metavar="PID", help="of a process that still runs, and its children, instead"
+    )
     inspect.add_argument("--map", metavar="OLD=NEW", action="append", default=[])
     if "lab" in arguments:
         _add_lab(verbs, common)
@@ -128,7 +136,8 @@ def _make_common(unset: object) -> Parser:
     return common
 
 
-def _add_move_options(verb: argparse.ArgumentParser) -> None:
+def _add_move_options(verb: argparse.ArgumentParser) -> argparse._MutuallyExclusiveGroup:
+    """Add them; the ways to name the connections are returned, since one may have more."""
     verb.add_argument("id", metavar="ID")
     verb.add_argument("--map", metavar="OLD=NEW", action="append", default=[])
     verb.add_argument("--site", metavar="ROLE[=NETNS]", action="append", default=[])
@@ -155,6 +164,7 @@ def _add_move_options(verb: argparse.ArgumentParser) -> None:
         default="report",
         help="tell both ends of connections that cannot be kept, once the move is open",
     )
+    return source
 
 
 def _add_quiesce(verb: argparse.ArgumentParser) -> None:

@@ -116,7 +116,14 @@ def _serve() -> int:
         _serve_maps(orders, call)
     elif call.action == "post-restore":
         lifecycle = _make_lifecycle(orders)
-        lifecycle.open(orders.id, lambda journal: _confirm(journal, lifecycle, orders, call))
+        compared = lifecycle.open(
+            orders.id, lambda journal: _confirm(journal, lifecycle, orders, call)
+        )
+        if compared is not None:
+            from natkeep import report
+
+            for line in report.compared_lines(compared):
+                _say(f"{orders.id}: {line}")
         _say(f"{orders.id}: gate open")
     return 0
 
@@ -145,8 +152,13 @@ def _make_lifecycle(orders: Orders) -> Lifecycle:
 # ---- NATKEEP_ID --------------------------------------------------------------------------------
 
 
-def _confirm(journal: Journal, lifecycle: Lifecycle, orders: Orders, call: Call) -> None:
-    """RefusedError unless the move was prepared for this tree's namespace, and from this image."""
+def _confirm(
+    journal: Journal, lifecycle: Lifecycle, orders: Orders, call: Call
+) -> Checkpoint | None:
+    """RefusedError unless the move was prepared for this tree's namespace, and from this image.
+
+    Returned is the image, where it is to be compared with what a living process had.
+    """
     from natkeep.errors import RefusedError, UsageError
 
     move = journal.move
@@ -160,8 +172,12 @@ def _confirm(journal: Journal, lifecycle: Lifecycle, orders: Orders, call: Call)
     if orders.unkept and orders.unkept != move.unkept:
         told = f"what cannot be kept is to be {orders.unkept}"
         raise UsageError(f"{told}, but {move.id} was prepared with --unkept {move.unkept}")
+    if move.live:
+        from natkeep.checkpoint.images import read_checkpoint
+
+        return read_checkpoint(call.demand_images())
     if journal.image is None:
-        return
+        return None
     from natkeep.checkpoint.images import read_inventory
 
     if read_inventory(call.demand_images()).run_id != journal.image:
@@ -169,6 +185,7 @@ def _confirm(journal: Journal, lifecycle: Lifecycle, orders: Orders, call: Call)
             f"move {move.id} was prepared from the image of another dump",
             hint=f"natkeep teardown {move.id}, and prepare it from this one",
         )
+    return None
 
 
 def _is_at(journal: Journal, lifecycle: Lifecycle, site: Site) -> bool:

@@ -33,6 +33,7 @@ from natkeep.plan.tuples import Address, Connections, Endpoint
 from natkeep.values import dataclass
 
 if TYPE_CHECKING:
+    from natkeep.kernel.sockets import Shown
     from natkeep.plan.findings import Facts
     from natkeep.plan.mending import Patch
     from natkeep.plan.strays import SeenTable
@@ -68,6 +69,9 @@ class Kernel(Protocol):
 
     def find_listeners(self, site: Site, olds: frozenset[Address]) -> tuple[Endpoint, ...]:
         """Where somebody listens at one of *olds*, or at a wildcard address, at an opened site."""
+
+    def list_sockets(self, site: Site) -> list[Shown]:
+        """Every inet socket at an opened site that a descriptor can open."""
 
     def count_waiting(self, site: Site, listeners: tuple[Endpoint, ...]) -> dict[Endpoint, int]:
         """How many callers of each listener have not been accepted yet; none is left out."""

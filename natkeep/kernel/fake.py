@@ -11,6 +11,7 @@ from collections.abc import Iterable
 
 from natkeep.errors import KernelError, RefusedError
 from natkeep.kernel import Packed, Remember
+from natkeep.kernel.sockets import Shown
 from natkeep.plan import quiet, reception, resets, ruleset
 from natkeep.plan.drift import Gate, Observation, SeenEntry
 from natkeep.plan.entries import entries, stale_tuples
@@ -45,6 +46,7 @@ from natkeep.plan.steps import (
     SendResets,
     Step,
     TakeOverLock,
+    TranslateErrors,
 )
 from natkeep.plan.strays import SeenTable
 from natkeep.plan.things import Thing, Wanted, parse_line, want_rule
@@ -60,7 +62,7 @@ class FakeSite:
     the listeners there are, and who has not been accepted yet at each; holds: those of quiesces;
     resets: of each move that resets, whether it does so yet; loaded: the steps whose text is in the
     tables, broken: those of its things that somebody else has removed; holders: of which moves;
-    lost: notes of ways that are gone.
+    lost: notes of ways that are gone; made: things that were loaded without a step.
     """
 
     gates: dict[str, Gate] = field(default_factory=dict)
@@ -79,6 +81,7 @@ class FakeSite:
     loaded: list[Step] = field(default_factory=list)
     broken: set[Thing] = field(default_factory=set)
     lost: list[str] = field(default_factory=list)
+    made: set[Thing] = field(default_factory=set)
 
 
 class FakeKernel:
@@ -94,6 +97,7 @@ class FakeKernel:
         self.applied = 0
         self.surroundings = NOTHING_SPECIAL
         self.told: set[FourTuple] = set()
+        self.shown: list[Shown] = []
 
     def open_sites(self, sites: Iterable[Site], known: dict[Site, Identity] | None = None) -> None:
         """Every name is a namespace here."""
@@ -121,6 +125,10 @@ class FakeKernel:
         """What a test put there."""
         listeners = self.sites[site.netns].waiting
         return tuple(e for e in listeners if e.address in olds or e.address.is_unspecified)
+
+    def list_sockets(self, site: Site) -> list[Shown]:
+        """What a test put there."""
+        return list(self.shown)
 
     def count_waiting(self, site: Site, listeners: tuple[Endpoint, ...]) -> dict[Endpoint, int]:
         """What a test put there; one is accepted at each look."""
@@ -198,6 +206,7 @@ class FakeKernel:
             here.loaded = [s for s in here.loaded if getattr(s, "move_id", None) != move_id]
         if not here.loaded:
             here.broken.clear()
+            here.made.clear()
 
     def pack_open(self, step: OpenGate) -> Packed | None:
         """Nothing: there is no netlink here."""
@@ -245,9 +254,10 @@ class FakeKernel:
                 here.gates[step.move_id] = Gate.CLOSED
             case _:
                 pass
-        here.loaded = [other for other in here.loaded if other != step]
+        here.loaded = [other for other in here.loaded if not _is_undone_by(step, other)]
         if not here.loaded:
             here.broken.clear()
+            here.made.clear()
 
     def observe(self, site: Site, plan: Plan) -> Observation:
         """What *site* shows of *plan* now."""
@@ -257,7 +267,8 @@ class FakeKernel:
         inserted = [s.translation for s in plan.prepare if isinstance(s, InsertEntries)]
         seen = {t.number: tuple(_see(here, t)) for t in inserted if t.site == site}
         prepared, opened = split_opening(plan, site)
-        there = {w.thing for step in here.loaded for w in want_of(step)} - here.broken
+        there = {w.thing for step in here.loaded for w in want_of(step)} | here.made
+        there -= here.broken
         return Observation(
             gone=prepared - there,
             shut=opened - there,
@@ -287,6 +298,13 @@ class FakeKernel:
         )
 
 
+def _is_undone_by(step: Step, other: Step) -> bool:
+    """Whether *other* goes with *step*: it is the same, or was before more connections came."""
+    if isinstance(step, InstallGate | InstallTranslation | TranslateErrors):
+        return type(other) is type(step) and getattr(other, "move_id", "") == step.move_id
+    return other == step
+
+
 def _chains_of(here: FakeSite, owner: str) -> frozenset[str]:
     return frozenset(chain for chain, owners in here.rules.items() if owner in owners)
 
@@ -310,7 +328,15 @@ def _load(here: FakeSite, patch: Patch) -> None:
         here.lost = [note for note in here.lost if note not in patch.notes]
     elif isinstance(patch, InsertRules):
         made = [want_rule(rule) for rule in patch.rules]
-    here.broken -= {wanted.thing for wanted in made}
+    things = {wanted.thing for wanted in made}
+    here.broken -= things
+    known = {wanted.thing for step in here.loaded for wanted in want_of(step)}
+    here.made |= things - known
+    for thing in things:
+        if thing.kind == "set" and thing.name.startswith(("kept-", "outer-")):
+            here.sets.setdefault(thing.name, NO_CONNECTIONS)
+        elif thing.kind == "rule" and "-at-" in thing.name:
+            here.rules.setdefault(thing.name, set()).add(thing.what.partition(":")[0])
     for move_id, gate in here.gates.items():
         chain = ruleset.gate_chain(move_id)
         if any(f"insert rule inet natkeep {chain}" in str(wanted.make) for wanted in made):

@@ -116,6 +116,11 @@ class LinuxKernel:
         with self._at(site):
             return sockets.find_listeners(olds)
 
+    def list_sockets(self, site: Site) -> list[sockets.Shown]:
+        """Every inet socket at an opened site that a descriptor can open."""
+        with self._at(site):
+            return sockets.list_sockets()
+
     def count_waiting(self, site: Site, listeners: tuple[Endpoint, ...]) -> dict[Endpoint, int]:
         """How many callers of each listener have not been accepted yet; none is left out."""
         with self._at(site):

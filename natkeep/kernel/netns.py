@@ -50,7 +50,7 @@ def open_namespace(spec: str) -> Namespace:
     label = spec or "this namespace"
     path = path_of(spec)
     try:
-        with _held(spec):
+        with held(spec):
             # O_NONBLOCK, so that a FIFO in its place cannot hold us.
             fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
     except OSError as error:
@@ -70,8 +70,11 @@ def open_namespace(spec: str) -> Namespace:
 
 
 @contextmanager
-def _held(spec: str) -> Iterator[None]:
-    """The process that *spec* names, if it names one, is still the same when the block ends."""
+def held(spec: str) -> Iterator[None]:
+    """The process that *spec* names, if it names one, is still the same when the block ends.
+
+    ProcessLookupError where there is none, or not any more; OSError where it is a thread.
+    """
     if not spec.startswith("pid:"):
         yield
         return

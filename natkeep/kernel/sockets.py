@@ -1,4 +1,4 @@
-"""the sockets that live in a namespace: which of the kept connections still have one.
+"""the sockets that live in a namespace: which of the kept connections still have one, and all.
 
 Rule: read only, from the kernel's own table of the thread's namespace.
 """
@@ -6,9 +6,11 @@ Rule: read only, from the kernel's own table of the thread's namespace.
 from __future__ import annotations
 
 import socket
+import struct
 import sys
 from collections.abc import Iterable, Iterator
 
+from natkeep.kernel.netlink import NLM_F_DUMP, Netlink, attribute
 from natkeep.plan.tuples import (
     RECORD_SIZE,
     Address,
@@ -153,3 +155,68 @@ def _local_ends() -> Iterator[tuple[Endpoint, bytes, int]]:
 def _address(packed: bytes) -> Address:
     family = socket.AF_INET if len(packed) == 4 else socket.AF_INET6
     return parse_address(socket.inet_ntop(family, packed))
+
+
+# ---- every socket, as sock_diag shows it (linux/inet_diag.h) -------------------------------------
+
+_SOCK_DIAG_BY_FAMILY, _NETLINK_SOCK_DIAG = 20, 4
+_TCP, _UDP, _MPTCP = 6, 17, 262
+_REQUEST = struct.Struct("=BBBxI48x")  # inet_diag_req_v2: family, protocol, extensions, states
+_SHOWN = struct.Struct("=BBBB2s2s16s16sI8x16xI")  # inet_diag_msg, with the device and the inode
+_REQUEST_PROTOCOL = 3  # INET_DIAG_REQ_PROTOCOL: the protocol, where it does not fit into an octet
+_OTHERS = (("udp", _UDP), ("udplite", 136), ("raw", 255), ("icmp", 1))
+
+Shown = tuple[int, int, int, tuple[Address, int] | None, tuple[Address, int] | None, str | None]
+"""Inode, protocol, TCP state, local end, peer, device; an end is None where it has no port."""
+
+
+def list_sockets() -> list[Shown]:
+    """Every inet socket of the namespace that the thread is in, that a descriptor can open."""
+    found = {shown[0]: shown for shown in _dump_sockets(_TCP)}
+    # One of MPTCP has the inode of its subflows, which TCP shows as well.
+    found |= {shown[0]: shown for shown in _dump_sockets(_MPTCP)}
+    for name, protocol in _OTHERS:
+        # These tables are short, and sock_diag would have a module loaded for each.
+        for path in (f"/proc/thread-self/net/{name}", f"/proc/thread-self/net/{name}6"):
+            found |= {shown[0]: shown for shown in _read_table(path, protocol)}
+    return [*found.values()]
+
+
+def _dump_sockets(protocol: int) -> Iterator[Shown]:
+    names = dict(socket.if_nameindex())
+    number = protocol.to_bytes(4, sys.byteorder)
+    more = b"" if protocol < 256 else attribute(_REQUEST_PROTOCOL, number)
+    for family, width in ((socket.AF_INET, 4), (socket.AF_INET6, 16)):
+        request = _REQUEST.pack(family, min(protocol, 255), 0, 0xFFFFFFFF) + more
+        try:
+            with Netlink(_NETLINK_SOCK_DIAG) as netlink:
+                answers = [*netlink.request(_SOCK_DIAG_BY_FAMILY, NLM_F_DUMP, request)]
+        except OSError:
+            if protocol == _TCP:
+                raise
+            continue  # a kernel without this protocol
+        for answer in answers:
+            _, state, _, _, sport, dport, source, peer, device, inode = _SHOWN.unpack_from(answer)
+            if inode:
+                yield (
+                    inode, protocol, state, _end(source[:width], sport), _end(peer[:width], dport),
+                    names.get(device, str(device)) if device else None,
+                )  # fmt: skip
+
+
+def _read_table(path: str, protocol: int) -> Iterator[Shown]:
+    try:
+        with open(path, "rb") as file:
+            rows = file.read().splitlines()[1:]
+    except FileNotFoundError:
+        return
+    for row in rows:
+        fields = row.split()
+        local, peer = _endpoint(fields[1]), _endpoint(fields[2])
+        ends = [_end(end[:-2], end[-2:]) for end in (local, peer)]
+        yield int(fields[9]), protocol, 0, ends[0], ends[1], None
+
+
+def _end(host: bytes, port: bytes) -> tuple[Address, int] | None:
+    number = int.from_bytes(port, "big")
+    return (_address(host), number) if number else None

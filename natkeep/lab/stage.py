@@ -163,12 +163,17 @@ class Lab(Speech, Terrain, Journey, Caller):
         self.client.do("mark")
         self._frozen_at = time.monotonic()
         if self.freezes == 1:
-            for role in self.sites:
-                self._surfaces.setdefault(role, read_surfaces(self.topology[role]))
+            self.look_at_sites()
             self.frozen_ns = time.time_ns()
         with self.must("the engine freezes the server"):
             into = self.directory / f"frozen-{self.name}-{self.freezes}"
             self.frozen: Frozen = self.engine.freeze(self.at, self.server, into)
+
+    def look_at_sites(self) -> None:
+        """Remember how the sites are before anything is done there; the first look counts."""
+        for role in self.sites:
+            if role not in self._surfaces:
+                self._surfaces[role] = read_surfaces(self.topology[role])
 
     def prepare(self, *, replaces: Order | None = None) -> None:
         """The translator prepares gateway and destination, or moves on what *replaces* did."""

@@ -21,11 +21,16 @@ def refuse_conflicts(ground: Ground, plan: Plan, replaces: str | None) -> None:
             f"the id {plan.move.id} is in use",
             hint=f"natkeep teardown {plan.move.id}, or another id",
         )
+    refuse_overlaps(ground, plan, frozenset({replaces or "", plan.move.id}))
+
+
+def refuse_overlaps(ground: Ground, plan: Plan, besides: frozenset[str]) -> None:
+    """The same, whatever the id: what *plan* shares with other moves than *besides*."""
     ours = {ground.kernel.identity(site): site for site in plan.move.sites}
     ends = {end for map_ in plan.move.maps for end in (map_.old, map_.new)}
     for move_id in ground.state.ids_naming(ends):
         found = ground.state.read_move(move_id)
-        if found is None or move_id in (replaces, plan.move.id):
+        if found is None or move_id in besides:
             continue
         other, namespaces, boot = found
         if not set(namespaces) & set(ours) or boot != read_boot_id():

@@ -106,7 +106,7 @@ class Ground:
         left = self._undo(journal, plan, reversed(numbers))
         if left:
             raise leftover(journal, left) from reason
-        if not numbers[0]:
+        if set(journal.records) <= set(numbers):  # nothing was done besides
             forget(journal)
 
     def _apply(self, journal: Journal, step: Step, number: int) -> None:
@@ -216,7 +216,19 @@ def forget(journal: Journal) -> None:
 
 
 def plan_of(journal: Journal) -> Plan:
-    return make_plan(journal.move, journal.connections, journal.surroundings)
+    return make_plan(journal.move, journal.connections, journal.surroundings, journal.change)
+
+
+def numbers_before(plan: Plan) -> list[int]:
+    """The steps that prepare does: of a live process those that leave it and its peers alone."""
+    steps = enumerate(plan.prepare)
+    return [number for number, step in steps if not plan.move.waits(step.site)]
+
+
+def is_waiting(journal: Journal, plan: Plan, site: Site) -> bool:
+    """Whether *site* has nothing of the move yet, since it is made ready by open."""
+    begun = [n for n, record in journal.records.items() if record.state != "undone"]
+    return plan.move.waits(site) and site not in {plan.steps[n].site for n in begun}
 
 
 def is_whole(journal: Journal, plan: Plan) -> bool:
@@ -224,7 +236,9 @@ def is_whole(journal: Journal, plan: Plan) -> bool:
 
     One that was killed has failed, as others do.
     """
-    records = [journal.records.get(number) for number in range(len(plan.prepare))]
+    if journal.change is not None:
+        return True  # which is noted only then
+    records = [journal.records.get(number) for number in numbers_before(plan)]
     return all(
         record is not None and (record.state != "doing" or record.again) for record in records
     )

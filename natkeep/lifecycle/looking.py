@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from natkeep.errors import JournalError
 from natkeep.journal import Journal, read_boot_id
 from natkeep.kernel.netns import NamespaceGoneError
-from natkeep.lifecycle.ground import Ground
+from natkeep.lifecycle.ground import Ground, is_waiting
 from natkeep.plan.drift import Gate, MoveStatus, Observation, SiteStatus, find_drift
 from natkeep.plan.move import Role, Site
 from natkeep.plan.steps import HoldSegments, InstallTranslation, OpenGate, Plan, TakeOverLock
@@ -91,16 +91,20 @@ class Looking(Ground):
         if journal.boot != read_boot_id():
             why = "prepared before the last boot: nothing is there"
             return tuple(SiteStatus(site, None, (why,)) for site in sites)
+        waiting = {site for site in sites if is_waiting(journal, plan, site)}
         gone: dict[Site, str] = {}
         for site in sites:
             try:
                 self.kernel.open_sites([site], {site: journal.identity(site)})
             except NamespaceGoneError as error:
                 gone[site] = str(error)
-        sight = self._look_around(journal, plan, [site for site in sites if site not in gone])
+        there = [site for site in sites if site not in gone and site not in waiting]
+        sight = self._look_around(journal, plan, there)
         return tuple(
             SiteStatus(site, None, (gone[site],))
             if site in gone
+            else SiteStatus(site, None, ())
+            if site in waiting
             else SiteStatus(site, sight.looks[site], sight.drift(site))
             for site in sites
         )

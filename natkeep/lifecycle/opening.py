@@ -1,21 +1,35 @@
-"""open: the kept connections are let through, at every site, gateway first."""
+"""open: the kept connections are let through, at every site, gateway first.
+
+A move that was prepared from a live process is compared with the image before that, and the sites
+that waited for the freeze are made ready.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 from natkeep.errors import JournalError, RefusedError
 from natkeep.journal import Journal
-from natkeep.lifecycle.ground import Ground
+from natkeep.lifecycle.ground import Ground, numbers_before, plan_of
+from natkeep.plan.steps import Plan
+
+if TYPE_CHECKING:
+    from natkeep.checkpoint import Checkpoint
+    from natkeep.plan.move import Compared
 
 
 class Opening(Ground):
     """The verb open."""
 
-    def open(self, move_id: str, confirm: Callable[[Journal], None] | None = None) -> None:
+    def open(
+        self, move_id: str, confirm: Callable[[Journal], Checkpoint | None] | None = None
+    ) -> Compared | None:
         """Let the kept connections through at every site, gateway first; again is fine.
 
         confirm: asked, under the lock, before anything is opened; whatever it raises is the end.
+        The image that it returns is compared with what was prepared: what came is added. Returned
+        is how they differ, None where there was no image.
         KernelError when a site no longer has the move's gate, JournalError when it was not
         prepared to the end: then nothing is opened.
         """
@@ -27,14 +41,34 @@ class Opening(Ground):
                     f"{move_id} only holds listeners so far: there is no gate to open",
                     hint=f"natkeep prepare {move_id} --site source=...; teardown lets callers in",
                 )
-            if confirm is not None:
-                confirm(journal)
+            image = confirm(journal) if confirm is not None else None
             self._open_known(journal, plan)
-            prepared = range(len(plan.prepare))
-            if not all(journal.is_done(number) for number in prepared):
-                raise JournalError(
-                    f"move {move_id} was not prepared to the end",
-                    hint=f"natkeep teardown {move_id}, then prepare again",
-                )
-            numbers = range(len(plan.prepare), len(plan.steps))
-            self._apply_or_undo(journal, plan, [n for n in numbers if not journal.is_done(n)])
+            _refuse_unprepared(journal, plan)
+            compared = None
+            if image is not None or journal.change is not None:
+                from natkeep.lifecycle import comparing  # a move of a frozen process needs it not
+
+                if image is not None:
+                    compared = comparing.compare(self, journal, plan, image)
+                    plan = plan_of(journal)
+                comparing.widen(self, journal, plan)
+            numbers = [n for n in range(len(plan.steps)) if not journal.is_done(n)]
+            for number in numbers if journal.move.live else ():
+                if number not in journal.records:
+                    self.kernel.check(plan.steps[number])
+            self._apply_or_undo(journal, plan, numbers)
+            return compared
+
+
+def _refuse_unprepared(journal: Journal, plan: Plan) -> None:
+    needed, done = numbers_before(plan), journal.is_done
+    if journal.change is not None:
+        from natkeep.lifecycle.comparing import late_numbers
+
+        late, done = late_numbers(journal, plan), journal.has_been_done
+        needed = [number for number in needed if number not in late]
+    if not all(done(number) for number in needed):
+        raise JournalError(
+            f"move {journal.move.id} was not prepared to the end",
+            hint=f"natkeep teardown {journal.move.id}, then prepare again",
+        )

@@ -17,6 +17,7 @@ from natkeep.lifecycle.ground import (
     forget,
     kinds_of,
     leftover,
+    numbers_before,
     plan_of,
     without_lock,
 )
@@ -79,20 +80,21 @@ class Preparing(Ground):
         first: Callable[[Journal], None] = lambda journal: None,
     ) -> None:
         move = plan.move
-        steps = plan.steps if gate == Gate.OPEN else plan.prepare
+        steps = range(len(plan.steps)) if gate == Gate.OPEN else numbers_before(plan)
         identities = tuple(self.kernel.identity(site) for site in move.sites)
         quiesce = self.state.load(move.id) if takes_over(move) else None
         journal = self.state.begin(
             move, connections, plan.surroundings, identities, kinds_of(plan), image
         )
-        ready = partial(write_ready, self.kernel, journal, plan) if gate == Gate.CLOSED else None
+        ready = partial(write_ready, self.kernel, journal, plan)
+        quick = gate == Gate.CLOSED and not move.live  # else the image is to be compared
         try:
             first(journal)
         except BaseException as error:
-            finish(partial(self._undo_all, journal, plan, list(range(len(steps))), error))
+            finish(partial(self._undo_all, journal, plan, list(steps), error))
             raise
         try:
-            self._apply_or_undo(journal, plan, list(range(len(steps))), ready)
+            self._apply_or_undo(journal, plan, list(steps), ready if quick else None)
         except BaseException:
             if quiesce is not None and move.id not in self.state.ids():
                 finish(partial(self._hold_again, quiesce))
@@ -226,7 +228,7 @@ class Preparing(Ground):
         move = self._with_hold(move)
         surroundings = self.kernel.look_around(move, connections)
         if replaces is not None:
-            earlier = self.state.load(replaces).surroundings
+            earlier = self.state.load(replaces).surroundings_there()
             surroundings = surroundings.carry_on(earlier, connections)
         plan = make_plan(move, connections, surroundings)
         refuse_conflicts(self, plan, replaces)

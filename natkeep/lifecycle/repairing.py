@@ -11,6 +11,7 @@ from natkeep import fault
 from natkeep.errors import JournalError, RefusedError
 from natkeep.journal import Journal
 from natkeep.kernel.netns import NamespaceGoneError
+from natkeep.lifecycle.ground import is_waiting
 from natkeep.lifecycle.looking import Looking, is_retired
 from natkeep.plan.mending import Patch, StopCounting
 from natkeep.plan.move import Site
@@ -41,7 +42,11 @@ class Repairing(Looking):
             journal, plan = self._load(move_id)
             self._refuse_earlier_boot(journal)
             _refuse_unprepared(journal, plan)
-            sites = [site for site in plan.move.sites if not is_retired(journal, plan, site)]
+            sites = [
+                site
+                for site in plan.move.sites
+                if not (is_retired(journal, plan, site) or is_waiting(journal, plan, site))
+            ]
             try:
                 for site in sites:
                     self.kernel.open_sites([site], {site: journal.identity(site)})
@@ -88,7 +93,9 @@ class Repairing(Looking):
 
 def _refuse_unprepared(journal: Journal, plan: Plan) -> None:
     for number, step in enumerate(plan.prepare):
-        if not (journal.has_been_done(number) or is_retired(journal, plan, step.site)):
+        if journal.has_been_done(number) or is_waiting(journal, plan, step.site):
+            continue
+        if not is_retired(journal, plan, step.site):
             raise JournalError(
                 f"move {journal.move.id} was not prepared to the end",
                 hint=f"natkeep teardown {journal.move.id}, then prepare again",

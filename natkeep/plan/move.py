@@ -184,6 +184,8 @@ class Move:
     is those of them that are not among the connections that a plan is made for.
     hold: what peers say while the destination's gate is closed is kept, and delivered at open.
     guard: a flush of the ruleset shall not end the kept connections (kernel/guard.py).
+    live: the connections were read while the process ran. Until it is frozen nothing may come
+    between it and its peers, so all sites but the destination wait for `open`.
     """
 
     id: str
@@ -198,6 +200,7 @@ class Move:
     lost: Connections = NO_CONNECTIONS
     hold: bool = False
     guard: bool = False
+    live: bool = False
 
     def __post_init__(self) -> None:
         parse_id(self.id)
@@ -216,6 +219,11 @@ class Move:
         for role in (Role.DESTINATION, Role.SOURCE):
             if roles.count(role) > 1:
                 raise UsageError(f"a move has one {role}")
+        if self.live and Role.SOURCE in roles:
+            raise UsageError(
+                "the source of a live process cannot be kept quiet yet",
+                hint="after the dump: natkeep prepare ANOTHER-ID --site source --image DIR",
+            )
 
     def homes(self) -> tuple[Site, ...]:
         """Where the process may live: at the destination, or back at the source.
@@ -233,6 +241,10 @@ class Move:
     def holds(self) -> bool:
         """Whether there is a destination that holds what peers say, and something to hold."""
         return self.hold and any(site.role == Role.DESTINATION for site in self.sites)
+
+    def waits(self, site: Site) -> bool:
+        """Whether *site* is made ready by `open` only, since the process was not frozen before."""
+        return self.live and site.role != Role.DESTINATION
 
     def ordered_sites(self) -> tuple[Site, ...]:
         """Sites in the order in which they are opened, and as a rule prepared: gateways first."""
@@ -267,6 +279,31 @@ class Surroundings:
 
 NOTHING_SPECIAL = Surroundings()
 """No peer is at the destination, and no gateway translates yet."""
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """How the connections of an image differ from those that a live process had at prepare.
+
+    came: connections that the move was not prepared for; went: those that it was, and that the
+    image does not have. surroundings: as seen when they were compared.
+    """
+
+    came: Connections = NO_CONNECTIONS
+    went: Connections = NO_CONNECTIONS
+    surroundings: Surroundings = NOTHING_SPECIAL
+
+
+@dataclass(frozen=True, slots=True)
+class Compared:
+    """How many connections the image has that were not prepared, and the other way round.
+
+    unkept: in words, those that came and cannot be kept.
+    """
+
+    came: int
+    went: int
+    unkept: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -322,9 +359,15 @@ class Unkept:
 
 
 def make_translations(
-    move: Move, connections: Connections, surroundings: Surroundings = NOTHING_SPECIAL
+    move: Move,
+    connections: Connections,
+    surroundings: Surroundings = NOTHING_SPECIAL,
+    change: Change | None = None,
 ) -> tuple[tuple[Translation, ...], tuple[Unkept, ...]]:
     """Every translation that *move* needs for *connections*, gateways first; and what is lost.
+
+    With a *change*, the destination, which stands prepared, has translations of what came besides
+    the others; sites that waited translate just what the image has.
 
     RefusedError when no connection has one of the move's OLD addresses (the usual cause is a
     typing error, and an empty translation would look like success), when none of them can be
@@ -345,15 +388,33 @@ def make_translations(
     unwanted = move.unkept == Fate.REPORT and not move.listeners
     if unkept and not any(len(some) for some in kept) and unwanted:
         raise RefusedError(f"{unkept[0].inbound}: {unkept[0].reason}", hint=f"{count} in all")
-    _refuse_one_tuple_for_two(move, kept)
+    came: list[Connections] = []
+    if change is not None:
+        found = [change.came.at(map_.old) for map_ in move.maps]
+        if count + sum(len(some) for some in found) > MAX_CONNECTIONS:
+            raise RefusedError(f"with those that came they are more than {MAX_CONNECTIONS}")
+        late = tuple(_find_unkept(move, found))
+        unkept, came = (*unkept, *late), [_without(some, late) for some in found]
+    both = [_join(*pair) for pair in zip(kept, came, strict=True)] if came else kept
+    _refuse_one_tuple_for_two(move, both)
     translations: list[Translation] = []
     for site in move.ordered_sites():
         here: list[Translation] = []
-        for map_, some in zip(move.maps, kept, strict=True):
-            here += _translate_at(site, len(here), map_, move.mode, some, surroundings)
+        waited = change is not None and move.waits(site)
+        around = change.surroundings if change is not None and waited else surroundings
+        for map_, some in zip(move.maps, both if waited else kept, strict=True):
+            there = some.minus(change.went) if change is not None and waited else some
+            here += _translate_at(site, len(here), map_, move.mode, there, around)
+        if change is not None and not waited:
+            for map_, some in zip(move.maps, came, strict=True):
+                here += _translate_at(site, len(here), map_, move.mode, some, change.surroundings)
         translations += here
     _refuse_what_the_mode_cannot(move, translations)
     return tuple(translations), unkept
+
+
+def _join(one: Connections, other: Connections) -> Connections:
+    return Connections(one.v4 + other.v4, one.v6 + other.v6)
 
 
 def _refuse_one_tuple_for_two(move: Move, kept: list[Connections]) -> None:

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from natkeep.plan import quiet, reception, resets, ruleset
 from natkeep.plan.move import (
     NOTHING_SPECIAL,
+    Change,
     Mode,
     Move,
     Role,
@@ -49,7 +50,10 @@ from natkeep.values import replace
 
 
 def make_plan(
-    move: Move, connections: Connections, surroundings: Surroundings = NOTHING_SPECIAL
+    move: Move,
+    connections: Connections,
+    surroundings: Surroundings = NOTHING_SPECIAL,
+    change: Change | None = None,
 ) -> Plan:
     """The steps of *move* for *connections*; see make_translations for what is refused.
 
@@ -58,14 +62,16 @@ def make_plan(
     destination holds what peers say. Then that closes first, which emits nothing before a
     restore, and the gateway's gate is opened as soon as all is there.
     """
-    translations, unkept = make_translations(move, connections, surroundings)
+    translations, unkept = make_translations(move, connections, surroundings, change)
     reception.refuse_one_end_for_two(move)
-    told = make_resets(move, unkept, connections, surroundings)
+    # Whoever came since and cannot be kept is only reported: resets were prepared for the others.
+    lost = unkept if change is None else make_translations(move, connections, surroundings)[1]
+    told = make_resets(move, lost, connections, surroundings)
     prepare: list[Step] = []
     for site in _sites_to_prepare(move):
         here = tuple(t for t in translations if t.site == site)
-        lost = tuple(reset for reset in told if reset.site == site)
-        prepare += _steps_at(site, move, here, lost, surroundings)
+        resets_here = tuple(reset for reset in told if reset.site == site)
+        prepare += _steps_at(site, move, here, resets_here, surroundings, change)
         if site.role == Role.GATEWAY and move.holds:
             prepare.append(OpenEarly(site, move.id, make_receptions(move, site)))
     for translation in translations:
@@ -148,6 +154,7 @@ def _steps_at(
     here: tuple[Translation, ...],
     lost: tuple[Reset, ...],
     surroundings: Surroundings,
+    change: Change | None = None,
 ) -> list[Step]:
     if site.role == Role.SOURCE:
         return _steps_at_source(site, move, here, lost)
@@ -186,8 +193,12 @@ def _steps_at(
     steps += fills if late else []
     # Purge after the rules (a nat expression starts tracking, so stale entries can appear up to
     # here) and before the insertion (an existing entry cannot be given a translation).
+    came = frozenset() if change is None else frozenset(change.came.each())
     for translation in here:
-        crossing = _crossing(translation, surroundings)
+        around = surroundings
+        if change is not None and (move.waits(site) or next(translation.kept.each()) in came):
+            around = change.surroundings
+        crossing = _crossing(translation, around)
         if crossing is not None:
             steps += [PurgeEntries(site, crossing), InsertEntries(site, crossing)]
     return steps

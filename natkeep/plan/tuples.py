@@ -188,6 +188,17 @@ class Connections:
             values[i::width] = records[width + 2 + i :: size]
         return bytes(values)
 
+    def minus(self, others: Connections) -> Connections:
+        """Those that are none of *others*, in the same order."""
+        if not len(others):
+            return self
+        known = frozenset(others.each())
+        v4, v6 = (
+            b"".join(r for r in self.each() if r not in known and len(r) == RECORD_SIZE[version])
+            for version in (4, 6)
+        )
+        return Connections(v4, v6)
+
     def local_ends(self) -> frozenset[bytes]:
         """Local address and port of all connections, packed, each once."""
         return frozenset(

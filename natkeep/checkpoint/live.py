@@ -1,0 +1,146 @@
+"""the reader of a living process: which sockets its tree has, before it is frozen.
+
+    inodes = find_inodes(pid)          of all sockets that the tree's descriptors open
+    make_checkpoint(found, inodes)     with what the kernel says of the sockets of its namespace
+
+The tree is the process and all its descendants: what `criu dump --tree PID` would freeze. Until it
+is frozen connections come and go, so what is read here is compared with the image later.
+
+Rule: nothing is asked of the process itself, and nothing of it is held up. What another network
+namespace than that of the process has is not found, and so not listed.
+This file must never enter a namespace.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterable
+
+from natkeep.checkpoint import Checkpoint, Socket
+from natkeep.checkpoint.judging import PROTOCOLS, STATES, judge
+from natkeep.errors import ImageError, UsageError
+from natkeep.plan.tuples import Address, Connections, Endpoint, FourTuple
+from natkeep.values import dataclass, replace
+
+_SOCKET = re.compile(r"socket:\[([0-9]+)\]")
+_RAW = 255
+_KERNEL_THREAD = 0x00200000  # PF_KTHREAD
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """A socket as the kernel shows it: numbers of the protocol and of the TCP state, both ends.
+
+    An end is None where there is no port. device: what it is bound to.
+    """
+
+    inode: int
+    protocol: int
+    state: int
+    local: tuple[Address, int] | None
+    peer: tuple[Address, int] | None
+    device: str | None = None
+
+
+def parse_pid(text: str) -> int:
+    """The pid in *text*; UsageError where it is none."""
+    if not (text.isascii() and text.isdigit() and 0 < len(text) < 8 and int(text)):
+        shown = text if len(text) < 40 else f"{text[:37]}..."
+        raise UsageError(f"{shown!r} is not a pid", hint="a number, as pgrep prints it")
+    return int(text)
+
+
+def find_inodes(pid: int) -> frozenset[int]:
+    """The inodes of the sockets of the tree below *pid*; ImageError where it cannot be read."""
+    parents = _read_parents()
+    if pid not in parents:
+        raise ImageError(f"there is no process {pid}")
+    if _read_flags(pid) & _KERNEL_THREAD:
+        raise ImageError(
+            f"process {pid} is a thread of the kernel", hint="it has no descriptors to dump"
+        )
+    tree, more = {pid}, {pid}
+    while more:
+        more = {each for each, parent in parents.items() if parent in more} - tree
+        tree |= more
+    found: set[int] = set()
+    for each in tree:
+        try:
+            found |= _read_sockets(each)
+        except (FileNotFoundError, ProcessLookupError):
+            if each == pid:
+                raise ImageError(f"process {pid} has ended") from None
+        except OSError as error:
+            raise ImageError(f"cannot read /proc/{each}/fd: {error.strerror}") from None
+    return frozenset(found)
+
+
+def _read_sockets(pid: int) -> set[int]:
+    directory, found = f"/proc/{pid}/fd", set()
+    for name in os.listdir(directory):
+        try:
+            match = _SOCKET.fullmatch(os.readlink(f"{directory}/{name}"))
+        except FileNotFoundError:  # closed meanwhile
+            continue
+        if match:
+            found.add(int(match[1]))
+    return found
+
+
+def _read_parents() -> dict[int, int]:
+    """The parent of each process that we see."""
+    found = {}
+    for name in os.listdir("/proc"):
+        if name.isdigit():
+            fields = _read_stat(int(name))
+            if fields:
+                found[int(name)] = int(fields[1])
+    return found
+
+
+def _read_flags(pid: int) -> int:
+    fields = _read_stat(pid)
+    return int(fields[6]) if fields else 0
+
+
+def _read_stat(pid: int) -> list[bytes]:
+    """The fields of /proc/PID/stat from the state on; none where there is no such process."""
+    try:
+        with open(f"/proc/{pid}/stat", "rb") as file:
+            # The name, in parentheses, may hold anything: what follows the last one counts.
+            return file.read().rpartition(b")")[2].split()
+    except (FileNotFoundError, ProcessLookupError):
+        return []
+
+
+def make_checkpoint(found: Iterable[Found], inodes: frozenset[int], pid: int) -> Checkpoint:
+    """The sockets among *found* that have one of *inodes*; ImageError if none is a TCP socket."""
+    sockets = tuple(_make_socket(each) for each in found if each.inode in inodes)
+    if not any(socket.protocol == "tcp" for socket in sockets):
+        raise ImageError(
+            f"process {pid} has no TCP socket in its network namespace",
+            hint="the root of the tree that will be dumped is meant, as for criu dump --tree",
+        )
+    return checkpoint_of(sockets)
+
+
+def checkpoint_of(sockets: tuple[Socket, ...]) -> Checkpoint:
+    """A checkpoint of a living process's *sockets*."""
+    inbound = [
+        FourTuple(socket.peer, socket.local)
+        for socket in sockets
+        if socket.is_connection() and socket.peer is not None and socket.local is not None
+    ]
+    return replace(Checkpoint(Connections.of(inbound), sockets), live=True)
+
+
+def _make_socket(found: Found) -> Socket:
+    number = found.protocol
+    protocol = "raw" if number == _RAW else PROTOCOLS.get(number, f"protocol {number}")
+    local, peer = (end and Endpoint(*end) for end in (found.local, found.peer))
+    state = STATES.get(found.state) if protocol == "tcp" else None
+    try:
+        return judge(protocol, state, local, peer, found.device)
+    except ValueError as error:
+        raise ImageError(f"a socket that is not understood: {error}") from None

@@ -1,0 +1,129 @@
+"""tests of checkpoint/live.py and described.py: a living tree, and what was written of one."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from natkeep import report
+from natkeep.checkpoint import Checkpoint, TcpState
+from natkeep.checkpoint import live as living
+from natkeep.checkpoint.images import read_checkpoint
+from natkeep.checkpoint.listing import parse_listing
+from natkeep.checkpoint.live import Found, find_inodes, make_checkpoint, parse_pid
+from natkeep.errors import ImageError, UsageError
+from natkeep.plan.tuples import parse_address
+
+CORPUS = Path(__file__).parent / "corpus"
+
+CHILD = """
+import os, socket, sys
+mine, its = socket.socketpair()[0], socket.socket()
+if os.fork() == 0:
+    if os.fork() == 0:
+        late = socket.socket()
+    print(*(os.readlink(f"/proc/self/fd/{fd}") for fd in os.listdir("/proc/self/fd")
+            if os.path.islink(f"/proc/self/fd/{fd}")), flush=True)
+    sys.stdin.read()
+else:
+    sys.stdin.read()
+"""
+
+
+@pytest.fixture
+def tree() -> Iterator[subprocess.Popen[str]]:
+    """A process, its child and its grandchild, each with sockets."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", CHILD], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    yield process
+    assert process.stdin is not None
+    process.stdin.close()
+    process.wait()
+
+
+def test_the_sockets_of_all_descendants_are_found(tree: subprocess.Popen[str]) -> None:
+    assert tree.stdout is not None
+    said = " ".join(tree.stdout.readline() for _ in range(2))
+    wanted = {int(word[8:-1]) for word in said.split() if word.startswith("socket:[")}
+
+    assert len(wanted) == 3
+    assert find_inodes(tree.pid) == wanted
+    assert wanted <= find_inodes(os.getpid())
+
+
+def test_of_a_thread_of_the_kernel_nothing_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(living, "_read_flags", lambda pid: 0x00208040)
+
+    with pytest.raises(ImageError, match="is a thread of the kernel"):
+        find_inodes(os.getpid())
+
+
+@pytest.mark.parametrize(
+    "text", ["", "web", "0", "-1", "+1", "1 ", "\u0661", "12345678", "1" * 5000]
+)
+def test_a_pid_is_a_number(text: str) -> None:
+    with pytest.raises(UsageError, match="is not a pid"):
+        parse_pid(text)
+
+
+def found(inode: int, state: int = 1, peer: str = "10.1.0.2", protocol: int = 6) -> Found:
+    return Found(
+        inode, protocol, state, (parse_address("10.2.0.10"), 5000), (parse_address(peer), inode)
+    )
+
+
+def test_what_others_have_is_left_out_and_what_cannot_be_kept_says_why() -> None:
+    some = [found(1), found(2), found(3, state=2), found(4, protocol=262), found(5, protocol=255)]
+
+    checkpoint = make_checkpoint(some, frozenset({1, 3, 4, 5}), 7)
+
+    assert checkpoint.live
+    assert [str(each) for each in checkpoint.connections] == ["10.1.0.2:1 > 10.2.0.10:5000"]
+    assert [(s.protocol, s.state, s.unkept) for s in checkpoint.sockets] == [
+        ("tcp", TcpState.ESTABLISHED, None),
+        ("tcp", TcpState.SYN_SENT, "not yet established: CRIU dials again on restore"),
+        ("mptcp", None, "MPTCP: CRIU cannot restore it"),
+        ("raw", None, "raw: not a TCP connection"),
+    ]
+
+
+def test_a_process_without_tcp_is_refused() -> None:
+    with pytest.raises(ImageError, match="process 7 has no TCP socket"):
+        make_checkpoint([found(1, protocol=17), found(2)], frozenset({1}), 7)
+
+
+@pytest.mark.parametrize("maps", [(), ("10.9.9.9",)])
+def test_what_inspect_prints_is_read_back_whatever_its_map_was(maps: tuple[str, ...]) -> None:
+    """The sockets of a real server, as if they had been read while it lived."""
+    seen = read_checkpoint(str(CORPUS / "plain"))
+    sockets = tuple(each for each in seen.sockets if each.state != TcpState.CLOSED)
+    before = Checkpoint(seen.connections, sockets, live=True)
+
+    olds = [parse_address(text) for text in maps]
+    text = json.dumps(report.checkpoint_to_json(before, olds), indent=2)
+
+    assert parse_listing(text, "list") == before
+
+
+def test_an_image_is_not_taken_for_a_living_process() -> None:
+    text = json.dumps(report.checkpoint_to_json(read_checkpoint(str(CORPUS / "plain")), []))
+
+    with pytest.raises(ImageError, match="does not tell of a living process"):
+        parse_listing(text, "list")
+
+
+def test_what_is_local_is_not_kept_though_the_document_says_so() -> None:
+    socket_ = {
+        "protocol": "tcp", "state": "ESTABLISHED", "local": "127.0.0.1:1", "peer": "127.0.0.1:2",
+        "device": None, "unsent": 0, "kept": True, "reason": None,
+    }  # fmt: skip
+    text = json.dumps({"schema": 1, "live": True, "sockets": [socket_]})
+
+    assert len(parse_listing(text, "list").connections) == 0
