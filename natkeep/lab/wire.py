@@ -70,7 +70,7 @@ class Capture:
     def __init__(self, point: str, host: Host, interface: str, directory: Path) -> None:
         self.point, self.path = point, directory / f"{point}.pcap"
         self.captured = self.received = self.dropped = 0
-        self._host, self._stopped, self._early = host, False, 0
+        self._host, self._stopped, self._early, self._lost = host, False, 0, 0
         # The kernel counts what passes lo on its way out and in; libpcap keeps what comes in.
         self._counted = 2 if interface == "lo" else 1
         # In the host's pid namespace, so that it ends with the host whatever happens.
@@ -102,6 +102,8 @@ class Capture:
         self._stopped = True
         with contextlib.suppress(LabError):  # an incomplete capture shows in `flaws`
             await_true(self._caught_up, f"tcpdump at {self.point} to write", seconds=6)
+        # What comes between here and its end is counted and not written, and after the story.
+        self._lost = self._missing()
         self._host.kill(self._tcpdump.pid, signal.SIGINT)
         self._tcpdump.process.wait(5)
         self._read_statistics()
@@ -110,8 +112,8 @@ class Capture:
         """Why this capture proves nothing; empty when it is good evidence."""
         if self.dropped:
             return f"{self.point}: {self.dropped} packets dropped by the kernel"
-        if self._missing():
-            return f"{self.point}: {self._missing()} packets never written"
+        if self._lost:
+            return f"{self.point}: {self._lost} packets never written"
         return "" if self.captured else f"{self.point}: no packet at all"
 
     def frames(self) -> list[Frame]:
@@ -120,6 +122,7 @@ class Capture:
 
     def _caught_up(self) -> bool:
         if self._tcpdump.process.poll() is not None:
+            self._read_statistics()
             return True  # ended already, by an interrupt or with its host
         return self._look_at_missing() <= 0
 
