@@ -75,6 +75,7 @@ class Network:
     kernel: LinuxKernel = field(default_factory=LinuxKernel)
     done: list[tuple[Step, Prior]] = field(default_factory=list)
     kept: Connections = field(default_factory=Connections)
+    require: Callable[[str], None] = lambda name: None
 
     def prepare(self, *peers: Endpoint, mode: Mode = Mode.STATEFUL, hold: bool = False) -> None:
         """The gate closed, OLD there, everything translated: all but open."""
@@ -122,6 +123,7 @@ class Network:
 
     def restore(self, peer: Endpoint) -> RepairSocket:
         """The process's socket, at OLD, in repair: as it is when CRIU calls post-restore."""
+        self.require("powers")  # the socket is bound below 1024, by the test and not by natkeep
         local = Endpoint(OLD[peer.address.version], PORT)
         return self._make(self.site, make_state(local, peer, SEQ["process"], SEQ["peer"]))
 
@@ -148,7 +150,9 @@ def _reap(pid: int) -> None:
 
 
 @pytest.fixture
-def network(make_netns: Callable[[], str], run: Run, tmp_path: Path) -> Iterator[Network]:
+def network(
+    make_netns: Callable[[], str], run: Run, tmp_path: Path, require: Callable[[str], None]
+) -> Iterator[Network]:
     """Peer and destination on one cable."""
     peer, site = make_netns(), make_netns()
     run(site, "ip", "link", "add", "eth0", "type", "veth", "peer", "name", "eth0", "netns", peer)
@@ -162,7 +166,7 @@ def network(make_netns: Callable[[], str], run: Run, tmp_path: Path) -> Iterator
             namespace = open_namespace(netns)
             stack.callback(os.close, namespace.fd)
             found.append(namespace)
-        yield Network(found[0], found[1], (peer, site), str(tmp_path), run, stack)
+        yield Network(found[0], found[1], (peer, site), str(tmp_path), run, stack, require=require)
 
 
 def read_all(sock: socket.socket, octets: int) -> bytes:
@@ -546,6 +550,7 @@ def test_without_the_privilege_nobody_runs_and_nothing_is_left(
     assert hold.look(network.state, "web") is None
 
 
+@pytest.mark.needs("powers")  # locking memory
 def test_what_it_holds_is_never_written_to_a_disk(network: Network) -> None:
     network.prepare(Endpoint(PEER[4], 50594))
     pid = network.hold()
