@@ -19,6 +19,7 @@ import os
 import re
 import struct
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 
 from natkeep import fault
 from natkeep.kernel import elements
@@ -79,7 +80,7 @@ def forget_untracked(olds: Iterable[Address]) -> None:
     """
     if read_setting("nf_conntrack_count") in ("0", None):
         return
-    if elements.base_chains() or any(map(_has_tables, _LEGACY_TABLES)):
+    if elements.base_chains() or _read_legacy_tables():
         return
     for version in (4, 6):
         named = {old.packed for old in olds if old.version == version}
@@ -98,14 +99,6 @@ def _forget_named(netlink: Netlink, named: set[bytes], version: int) -> None:
             found.setdefault(zone, []).append(original)
     for zone, some in found.items():
         _delete(netlink, Connections.packed(b"".join(some), version), zone, pack_outbound)
-
-
-def _has_tables(path: str) -> bool:
-    try:
-        with open(path, "rb") as file:
-            return bool(file.read())
-    except OSError:
-        return False
 
 
 def _purge_each(netlink: Netlink, views: Iterable[Connections], zone: int) -> int:
@@ -170,7 +163,7 @@ def _read_zones(netlink: Netlink) -> list[int]:
 
 def _assigns_zones() -> bool:
     """Whether anything here could give packets a zone; yes where that cannot be told."""
-    if any(map(os.path.exists, _ASSIGNERS)) or any(map(_has_raw_table, _LEGACY_TABLES)):
+    if any(map(os.path.exists, _ASSIGNERS)) or "raw" in _read_legacy_tables():
         return True
     try:
         return elements.assigns_zones(besides=TABLE)
@@ -178,9 +171,10 @@ def _assigns_zones() -> bool:
         return True
 
 
-def _has_raw_table(path: str) -> bool:
-    try:
-        with open(path, encoding="ascii") as file:
-            return "raw" in file.read().split()
-    except OSError:
-        return False
+def _read_legacy_tables() -> set[str]:
+    """The tables of iptables' own kernel part, of both families."""
+    found: set[str] = set()
+    for path in _LEGACY_TABLES:
+        with suppress(OSError), open(path, encoding="ascii") as file:
+            found.update(file.read().split())
+    return found

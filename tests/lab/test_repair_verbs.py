@@ -115,8 +115,6 @@ def cells(table: dict[str, tuple[str, tuple[str, ...]]]) -> list[tuple[str, str]
         (name, role, family, mode)
         for number, (name, role) in enumerate(cells(WHILE_THEY_TALK))
         for family, mode in [(4, "stateful"), (6, "stateless" if number % 2 else "stateful")]
-        # With its link a gateway loses its own IPv6 addresses, which are nobody's but its owner's.
-        if not (name == "a link down and up" and role == "gateway" and family == 6)
         # With its link down a gateway loses its own IPv6 addresses, which no other can give back.
         if (name, role, family) != ("a link down and up", "gateway", 6)
         # Stateless, each segment is looked up: the next one without its rule is already refused.
