@@ -17,7 +17,8 @@ from __future__ import annotations
 import json
 import os
 import statistics
-from collections.abc import Iterable, Mapping
+import time
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -26,6 +27,10 @@ from natkeep.lab.verdict import Assertion
 
 SLACK_KIB = 1024
 WEIGHT = " KiB"
+
+_LOOKS = 20
+_PAUSE_S = 0.01
+"""What an application has open just for a moment (its report) is gone in one of these looks."""
 
 BOUNDS = {
     # conntrack picks kept connections up again in the moment in which their entries have been
@@ -96,6 +101,25 @@ class Book:
         """One more reading of each of *gauges*."""
         for name, value in gauges.items():
             self.readings.setdefault(name, []).append(value)
+
+    def note_settled(self, look: Callable[[], Mapping[str, int]]) -> None:
+        """One more reading of an application that goes on meanwhile: of counts what stays.
+
+        Its report is a file and a descriptor more while it is written. So what is counted is the
+        least of several looks, as many as it takes to be what it was at first; what has grown is
+        in each of them.
+        """
+        found = dict(look())
+        for _ in range(_LOOKS):
+            if all(self._is_as_at_first(name, value) for name, value in found.items()):
+                break
+            time.sleep(_PAUSE_S)
+            for name, value in look().items():
+                found[name] = value if name.endswith(WEIGHT) else min(value, found[name])
+        self.note(found)
+
+    def _is_as_at_first(self, name: str, value: int) -> bool:
+        return name.endswith(WEIGHT) or self.readings.get(name, [])[:1] == [value]
 
     def assertions(self) -> list[Assertion]:
         """One for each gauge; a gauge that was read only once proves nothing."""

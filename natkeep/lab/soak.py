@@ -31,6 +31,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
+from functools import partial
 from itertools import count
 from pathlib import Path
 
@@ -243,8 +244,8 @@ class Soak:
         processes = {role: (self.topology[role], pid) for role, (_, pid) in self.peers.items()}
         processes["server"] = self.at, self.server.pid
         for name, (host, pid) in processes.items():
-            self.book.note(gauges.read_process(name, host.proc(pid)))
-        self.book.note(gauges.read_files("lab's directory", self.directory))
+            self.book.note_settled(partial(gauges.read_process, name, host.proc(pid)))
+        self.book.note_settled(partial(gauges.read_files, "lab's directory", self.directory))
         self.book.note(gauges.read_names(self.topology.hex))
         self.book.note(gauges.read_self())
 

@@ -68,6 +68,39 @@ def test_gauge_tells_growth(name, values, ok):
     assert found.ok is ok
 
 
+def looks_at(*values: int):
+    """A look that shows one of *values* after the other, and then the last one for ever."""
+    left = list(values)
+    return lambda: {"files": left.pop(0) if left[1:] else left[0], "memory KiB": 9000}
+
+
+def test_what_an_application_has_open_for_a_moment_is_no_growth():
+    """Neither at first, when there is nothing to compare with, nor later."""
+    book = Book()
+    book.note_settled(looks_at(27, 26, 27, 26))
+    book.note_settled(looks_at(26))
+    book.note_settled(looks_at(27, 27, 26))
+
+    assert book.readings["files"] == [26, 26, 26]
+    assert book.readings["memory KiB"] == [9000, 9000, 9000]
+
+
+def test_what_stays_is_growth_however_often_one_looks():
+    book = Book()
+    book.note_settled(looks_at(26))
+    book.note_settled(looks_at(28, 27, 28, 27))
+
+    assert book.readings["files"] == [26, 27]
+
+
+def test_what_went_is_no_less_noticed():
+    book = Book()
+    book.note_settled(looks_at(26))
+    book.note_settled(looks_at(25))
+
+    assert book.readings["files"] == [26, 25]
+
+
 def test_gauge_says_what_it_showed():
     assert judge("nft objects", [3, 4, 3, 5]).detail == "3 at first, then 4, 5"
     assert judge("memory KiB", [9000, 9100]).detail == "9,000 then 9,100, at most 9,100, 2 readings"
