@@ -1,7 +1,7 @@
 """the file ID.ready: all that the hook needs to open a prepared move, in the form it needs it.
 
-natkeep/criu/natkeep-hook-open reads it, in a tenth of the time that reading the journal, making the
-plan and packing the messages again would take; all that is inside the blackout. ASCII lines:
+natkeep/criu/natkeep_hook_open.py reads it, in a tenth of the time that reading the journal, making
+the plan and packing the messages again would take; all that is inside the blackout. ASCII lines:
 
     natkeep-ready 1
     boot BOOT ID
