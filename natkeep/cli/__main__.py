@@ -1,8 +1,6 @@
 """`python -m natkeep.cli`: the same as the program natkeep."""
 
-import sys
-
-from natkeep.cli import main
+from natkeep.cli import program
 
 if __name__ == "__main__":
-    sys.exit(main())
+    program()

@@ -65,8 +65,9 @@ def pack_entry(outer: Ends, inner: Ends, *, timeout: int, ports: bool) -> bytes:
     )
     if outer.local != inner.local or ports:
         entry += _pack_nat(_NAT_DST, inner.local, inner.local_port if ports else None)
-    if ports:
-        # Also where the peer stays what it is: a source that is named is not chosen anew.
+        # Also where the peer stays what it is: a source that is named is not chosen anew. Where
+        # something has our reply tuple the kernel then refuses the entry (EEXIST), instead of
+        # giving it another port and saying nothing.
         entry += _pack_nat(_NAT_SRC, inner.peer, inner.peer_port)
     return entry
 

@@ -95,14 +95,16 @@ def replicate(template: bytes, columns: Iterable[tuple[int, bytes]], count: int)
 
     columns: pairs of an offset in the template and the values for all copies, one behind the
     other, each of the same width. Written a column of octets at a time, which is what makes
-    100,000 messages take 7 ms.
+    100,000 messages take 7 ms; not those that all say what the template says already.
     """
     filled = bytearray(template * count)
     stride = len(template)
     for offset, values in columns:
         width = len(values) // count if count else 0
         for i in range(width):
-            filled[offset + i :: stride] = values[i::width]
+            octets = values[i::width]
+            if octets.count(template[offset + i]) != count:
+                filled[offset + i :: stride] = octets
     return filled
 
 
@@ -160,12 +162,13 @@ class Netlink:
         size = size or len(messages)
         per_chunk = max(1, CHUNK // size)
         count = len(messages) // size
+        whole = memoryview(messages)
         refusals: list[Refusal] = []
         for first in range(0, count, per_chunk):
             if first:
                 fault.reach("between-chunks")
             last = min(first + per_chunk, count) - 1
-            chunk = bytearray(messages[first * size : (last + 1) * size])
+            chunk = bytearray(whole[first * size : (last + 1) * size])
             flags_at = (last - first) * size + 6
             flags = struct.unpack_from("=H", chunk, flags_at)[0] | NLM_F_ACK
             struct.pack_into("=H", chunk, flags_at, flags)

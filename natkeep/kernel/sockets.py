@@ -44,7 +44,7 @@ def find_alive(connections: Connections) -> FourTuple | None:
 def _find_alive(connections: Connections) -> Iterator[Connections]:
     live = {record for path, version in _TABLES for record in _records(path, version)}
     # Whose local end is none of theirs cannot be one of them, and often that is everybody.
-    ends = connections.local_ends()
+    ends = connections.local_ends() if live else frozenset()
     live = {record for record in live if record[: len(record) // 2] in ends}
     for version in (4, 6) if live else ():
         records, size = connections.records(version), RECORD_SIZE[version]

@@ -3,7 +3,7 @@
 Rule: only what a peer sent comes back, changed in nothing but its destination (NEW to OLD), both
 checksums, and where a segment had to be cut. Never a SYN, an RST or urgent data, never an
 octet twice. The process that holds (kernel/holder.py) loads this file and no other of natkeep's,
-so nothing but `struct` is imported.
+so nothing but `struct` and `sys` is imported.
 This file must never read a file, a clock, a socket or a namespace.
 
 Theory of operation. For each kept connection a `Stream` keeps data by its place in the sequence:
@@ -31,6 +31,7 @@ Theory of operation. For each kept connection a `Stream` keeps data by its place
 from __future__ import annotations
 
 from struct import pack, pack_into, unpack, unpack_from
+from sys import byteorder
 
 TYPE_CHECKING = False  # typing.TYPE_CHECKING, without importing typing
 if TYPE_CHECKING:
@@ -386,8 +387,11 @@ def make_filter(version: int, maps: list[tuple[bytes, bytes, bytes]]) -> tuple[I
 
 def _column(records: bytes, start: int, width: int, size: int) -> set[int]:
     """The numbers that stand at *start* in records of *size*: by columns, as there are many."""
-    columns = [records[start + i :: size] for i in range(width)]
-    return {int.from_bytes(number, "big") for number in set(zip(*columns, strict=True))}
+    column = bytearray(len(records) // size * width)
+    for i in range(width):
+        column[i::width] = records[start + i :: size]
+    numbers = set(memoryview(column).cast("H" if width == 2 else "I"))
+    return {int.from_bytes(number.to_bytes(width, byteorder), "big") for number in numbers}
 
 
 def pack_filter(program: tuple[Instruction, ...]) -> bytes:

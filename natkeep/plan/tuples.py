@@ -21,6 +21,7 @@ import ipaddress
 import struct
 import sys
 from collections.abc import Iterable, Iterator
+from functools import lru_cache
 
 from natkeep.values import dataclass
 
@@ -171,9 +172,8 @@ class Connections:
 
     def peers(self) -> frozenset[bytes]:
         """The addresses of all peers, packed, each once."""
-        words = set(memoryview(self._peer_column(4)).cast("I"))  # as numbers it takes half the time
         v6 = (peer for (peer,) in struct.iter_unpack("18x16s2x", self.v6))
-        return frozenset([*(word.to_bytes(4, sys.byteorder) for word in words), *v6])
+        return frozenset([*_distinct_words(self._peer_column(4)), *v6])
 
     def may_have_peer(self, addresses: Iterable[bytes]) -> bool:
         """Whether one of the packed *addresses* could be a peer's; a no is certain."""
@@ -235,6 +235,12 @@ class Connections:
 
 
 NO_CONNECTIONS = Connections()
+
+
+@lru_cache(maxsize=4)  # a move asks for the peers of its connections several times
+def _distinct_words(column: bytes) -> frozenset[bytes]:
+    """The groups of four octets in *column*, each once; as numbers it takes half the time."""
+    return frozenset(w.to_bytes(4, sys.byteorder) for w in set(memoryview(column).cast("I")))
 
 
 def _of_version(version: int, records: bytes) -> Connections:

@@ -148,18 +148,23 @@ def test_of_many_entries_those_that_are_right_are_not_called_wrong(
 
 
 @EACH_FAMILY
-@pytest.mark.parametrize("connections", [4, MANY], ids=["one by one", "by their status"])
-def test_an_entry_that_was_given_another_port_is_wrong(
-    site: str, run: Run, family: str, connections: int
+@pytest.mark.parametrize("reply", [False, True])
+def test_an_entry_whose_reply_tuple_something_has_is_refused(
+    site: str, run: Run, family: str, reply: bool
 ) -> None:
-    """The kernel does so when something has our reply tuple already, and says nothing (H2)."""
-    translation = translation_of(family, site, connections)
-    for index in (1, 2):
-        _, inner = [*translation.tuples()][index]
-        track(run, site, inner if index == 1 else inner.reply())
-    conntrack.insert(translation)
+    """Were its source not named, the kernel would give it another port and say nothing (H2)."""
+    translation = translation_of(family, site, 4)
+    outer, inner = [*translation.tuples()][1]
+    track(run, site, inner.reply() if reply else inner)
 
-    assert conntrack.count_wrong(translation) == 2
+    with pytest.raises(FileExistsError):
+        conntrack.insert(translation)
+
+    seen = [*conntrack.look_up(translation)]
+    assert [entry is not None and entry.translated for entry in seen] == [True, False, True, True]
+    listed = run(site, "conntrack", "-L", "-f", "ipv4" if family == "v4" else "ipv6")
+    assert listed.count(f"sport={outer.source.port} ") == 1
+    assert all(f"dport={each.source.port} " in listed for each, _ in translation.tuples())
 
 
 def test_entries_that_translate_nothing_are_wrong(site: str, run: Run) -> None:
