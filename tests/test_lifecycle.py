@@ -30,6 +30,8 @@ from natkeep.kernel import Remember
 from natkeep.kernel.fake import FakeKernel, FakeSite, KilledError
 from natkeep.kernel.netns import NamespaceGoneError
 from natkeep.lifecycle import looking
+from natkeep.lifecycle.collecting import Collecting
+from natkeep.lifecycle.repairing import Repairing
 from natkeep.lifecycle.verbs import Lifecycle
 from natkeep.plan.drift import Gate, Observation
 from natkeep.plan.move import Fate, Map, Move, Role, Site
@@ -1060,3 +1062,17 @@ def test_nothing_is_kept_when_no_connection_has_an_old_address(
     with pytest.raises(NatkeepError, match="has the local address"):
         natkeep.prepare(make_move(), listed("10.9.9.9:1 10.1.0.2:2"))
     assert files(state) == {}
+
+
+def test_whoever_looks_at_many_moves_lets_go_of_each(
+    natkeep: Lifecycle, kernel: RecordingKernel, state: StateDirectory
+) -> None:
+    natkeep.prepare(make_move(), CONNECTIONS)
+    for look in (
+        lambda: natkeep.status(()),
+        lambda: Collecting(kernel, state).gc(()),
+        lambda: Repairing(kernel, state).repair("web"),
+    ):
+        kernel.open_sites(SITES)
+        look()
+        assert kernel.opened == set()

@@ -55,6 +55,9 @@ class Kernel(Protocol):
     def open_sites(self, sites: Iterable[Site], known: dict[Site, Identity] | None = None) -> None:
         """Find the namespaces; with *known*, those very ones, or UsageError."""
 
+    def close_sites(self, sites: Iterable[Site]) -> None:
+        """Let go of the namespaces of *sites*; those that are not open are passed over."""
+
     def identity(self, site: Site) -> Identity:
         """Device and inode of an opened site's namespace."""
 

@@ -92,6 +92,7 @@ class FakeKernel:
 
     def __init__(self) -> None:
         self.sites: dict[str, FakeSite] = {}
+        self.opened: set[Site] = set()
         self.fail_at: int | None = None
         self.die_at: int | None = None
         self.applied = 0
@@ -103,9 +104,16 @@ class FakeKernel:
         """Every name is a namespace here."""
         for site in sites:
             self.sites.setdefault(site.netns, FakeSite())
+            self.opened.add(site)
+
+    def close_sites(self, sites: Iterable[Site]) -> None:
+        """Let go of the namespaces of *sites*; those that are not open are passed over."""
+        self.opened -= {*sites}
 
     def identity(self, site: Site) -> Identity:
         """A number for each name."""
+        if site not in self.opened:
+            raise KeyError(site)
         return (0, list(self.sites).index(site.netns))
 
     def addresses(self, site: Site, version: int) -> tuple[Address, ...]:

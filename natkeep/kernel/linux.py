@@ -6,6 +6,7 @@ it (nft.py, elements.py, conntrack.py, address.py) and turns refusals into Kerne
 
 from __future__ import annotations
 
+import os
 import socket
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -86,9 +87,18 @@ class LinuxKernel:
         """Find the namespaces of *sites*; those that *known* names by identity, and no others."""
         for site in sites:
             if known is None:
-                self._namespaces[site] = open_namespace(site.netns)
+                found = open_namespace(site.netns)
             else:
-                self._namespaces[site] = find_namespace(site.netns, known[site])
+                found = find_namespace(site.netns, known[site])
+            self.close_sites([site])  # it may have been opened before, and for another move
+            self._namespaces[site] = found
+
+    def close_sites(self, sites: Iterable[Site]) -> None:
+        """Let go of the namespaces of *sites*; those that are not open are passed over."""
+        for site in sites:
+            earlier = self._namespaces.pop(site, None)
+            if earlier is not None:
+                os.close(earlier.fd)
 
     def identity(self, site: Site) -> Identity:
         """Device and inode of an opened site's namespace."""

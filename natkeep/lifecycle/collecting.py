@@ -75,6 +75,9 @@ class Collecting(Ending, Looking):
                 except NatkeepError as error:
                     left.append(error)
                     continue
+                finally:
+                    # There may be more moves than descriptors.
+                    self.kernel.close_sites(found[0].sites if found is not None else ())
                 if reason:
                     cleared.append(Cleared("move", move_id, reason))
             gone = {one.name for one in cleared}
@@ -82,6 +85,7 @@ class Collecting(Ending, Looking):
             done: set[Identity] = set()
             for (_, known), site in places.items():
                 cleared += self._clear_site(site, known, gone, done, left, dry_run=dry_run)
+                self.kernel.close_sites([site])
             return Collected(tuple(cleared), tuple(left))
 
     def _find_reason(self, move_id: str, is_abandoned: Callable[[str], bool]) -> str:

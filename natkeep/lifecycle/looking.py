@@ -78,6 +78,7 @@ class Looking(Ground):
                     unreadable.append(error)
                 continue
             sites = self._look_at_sites(journal, plan)
+            self.kernel.close_sites(plan.move.sites)  # there may be more moves than descriptors
             opening = {step.site for step in plan.open if isinstance(step, OpenGate)}
             gates = {s.seen.gate for s in sites if s.seen is not None and s.site in opening}
             found.append(

@@ -42,34 +42,41 @@ class Repairing(Looking):
             journal, plan = self._load(move_id)
             self._refuse_earlier_boot(journal)
             _refuse_unprepared(journal, plan)
-            sites = [
-                site
-                for site in plan.move.sites
-                if not (is_retired(journal, plan, site) or is_waiting(journal, plan, site))
-            ]
             try:
-                for site in sites:
-                    self.kernel.open_sites([site], {site: journal.identity(site)})
-            except NamespaceGoneError as error:
-                raise RefusedError(
-                    f"move {move_id}: {error}", hint=f"natkeep teardown {move_id} clears the rest"
-                ) from error
-            sight = self._look_around(journal, plan, sites)
-            found, patches = [], []
+                return self._repair_sites(journal, plan)
+            finally:
+                self.kernel.close_sites(plan.move.sites)
+
+    def _repair_sites(self, journal: Journal, plan: Plan) -> tuple[Repaired, ...]:
+        sites = [
+            site
+            for site in plan.move.sites
+            if not (is_retired(journal, plan, site) or is_waiting(journal, plan, site))
+        ]
+        try:
             for site in sites:
-                here = [*_find_unfinished(journal, plan, site), *sight.patches(site)]
-                commands = tuple(line for _, patch in here for line in patch.describe())
-                if here:
-                    found.append(Repaired(site, sight.drift(site), commands))
-                patches += here
-            # In the plan's order, so that no gate opens before all that stands behind it is there.
-            for number, patch in sorted(patches, key=lambda each: each[0]):
-                self._mend(journal, plan, number, patch)
-            for number, record in journal.records.items():
-                if record.again:  # an earlier repair was killed before it could say so
-                    journal.note(number, "done", record.prior)
-            self._note_sighting(journal, sight)
-            return tuple(found)
+                self.kernel.open_sites([site], {site: journal.identity(site)})
+        except NamespaceGoneError as error:
+            raise RefusedError(
+                f"move {plan.move.id}: {error}",
+                hint=f"natkeep teardown {plan.move.id} clears the rest",
+            ) from error
+        sight = self._look_around(journal, plan, sites)
+        found, patches = [], []
+        for site in sites:
+            here = [*_find_unfinished(journal, plan, site), *sight.patches(site)]
+            commands = tuple(line for _, patch in here for line in patch.describe())
+            if here:
+                found.append(Repaired(site, sight.drift(site), commands))
+            patches += here
+        # In the plan's order, so that no gate opens before all that stands behind it is there.
+        for number, patch in sorted(patches, key=lambda each: each[0]):
+            self._mend(journal, plan, number, patch)
+        for number, record in journal.records.items():
+            if record.again:  # an earlier repair was killed before it could say so
+                journal.note(number, "done", record.prior)
+        self._note_sighting(journal, sight)
+        return tuple(found)
 
     def _mend(self, journal: Journal, plan: Plan, number: int, patch: Patch) -> None:
         for line in patch.describe():

@@ -8,6 +8,7 @@ as text; there are other people's rules and entries in it too, and they must sta
 from __future__ import annotations
 
 import copy
+import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from ipaddress import ip_address
@@ -647,4 +648,39 @@ def test_an_identity_is_that_of_the_namespace(scene: Scene, role: Role) -> None:
 
     scene.kernel.open_sites([site], {site: known})
 
+    assert known == scene.kernel.identity(site)
+
+
+def descriptors() -> int:
+    return len(os.listdir("/proc/self/fd"))
+
+
+@EACH_ROLE
+def test_a_site_that_is_opened_again_takes_no_other_descriptor(scene: Scene, role: Role) -> None:
+    site = Site(role, scene.netns)
+    scene.kernel.open_sites([site])
+    known, before = scene.kernel.identity(site), descriptors()
+
+    for _ in range(3):
+        scene.kernel.open_sites([site])
+        scene.kernel.open_sites([site], {site: known})
+
+    assert before == descriptors()
+
+
+@EACH_ROLE
+def test_a_site_that_is_closed_is_let_go_of_and_can_be_opened_again(
+    scene: Scene, role: Role
+) -> None:
+    site, before = Site(role, scene.netns), descriptors()
+    scene.kernel.open_sites([site])
+    known = scene.kernel.identity(site)
+
+    for _ in range(2):  # the second time there is nothing to close
+        scene.kernel.close_sites([site])
+
+    assert before == descriptors()
+    with pytest.raises(KeyError):
+        scene.kernel.identity(site)
+    scene.kernel.open_sites([site])
     assert known == scene.kernel.identity(site)
