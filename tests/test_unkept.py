@@ -242,7 +242,7 @@ def test_status_and_plan_show_who_is_told(natkeep: Lifecycle) -> None:
     expected = [{"local": "10.2.0.10:40000", "peer": "10.1.0.7:5432", "fate": "reset, both ends"}]
 
     assert report.plan_to_json(plan)["unkept"] == expected
-    assert report.status_to_json(moves)["moves"][0]["unkept"] == expected
+    assert json.loads("".join(report.status_as_json(moves)))["moves"][0]["unkept"] == expected
     assert [*report.status_lines(moves, verbose=False)][-1] == (
         "  10.2.0.10:40000  10.1.0.7:5432  not kept: reset, both ends"
     )

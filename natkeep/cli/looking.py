@@ -16,7 +16,7 @@ def status(args: argparse.Namespace) -> int:
     unreadable: list[JournalError] = []
     moves = lifecycle.status((args.id,)) if args.id else lifecycle.status((), unreadable)
     if args.json:
-        report.print_json(report.status_to_json(moves))
+        print(*report.status_as_json(moves), sep="")
     elif moves or not unreadable:
         print(*report.status_lines(moves, verbose=args.verbose), sep="\n")
     for error in unreadable[1:]:

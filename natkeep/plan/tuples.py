@@ -21,6 +21,7 @@ import ipaddress
 import struct
 import sys
 from collections.abc import Iterable, Iterator
+from functools import lru_cache
 
 from natkeep.values import dataclass
 
@@ -169,6 +170,13 @@ class Connections:
             for (record,) in struct.iter_unpack(f"{RECORD_SIZE[version]}s", self.records(version)):
                 yield record
 
+    def texts(self) -> Iterator[tuple[str, str]]:
+        """Local end and peer of each connection, as an Endpoint prints them."""
+        for local, port, peer, peer_port in struct.iter_unpack("!4sH4sH", self.v4):
+            yield f"{_write(local)}:{port}", f"{_write(peer)}:{peer_port}"
+        for local, port, peer, peer_port in struct.iter_unpack("!16sH16sH", self.v6):
+            yield f"[{_write(local)}]:{port}", f"[{_write(peer)}]:{peer_port}"
+
     def peers(self) -> frozenset[bytes]:
         """The addresses of all peers, packed, each once."""
         words = set(memoryview(self._peer_column(4)).cast("I"))  # as numbers it takes half the time
@@ -235,6 +243,11 @@ class Connections:
 
 
 NO_CONNECTIONS = Connections()
+
+
+@lru_cache(maxsize=1 << 16)
+def _write(packed: bytes) -> str:
+    return str(ipaddress.ip_address(packed))
 
 
 def _of_version(version: int, records: bytes) -> Connections:
