@@ -86,27 +86,30 @@ def summary(plan: Plan) -> str:
     return f"{plan.move.id}: {maps}, {count} connection{'s' * (count != 1)}, at {sites}"
 
 
-def status_as_json(moves: Sequence[MoveStatus]) -> Iterator[str]:
-    """The document of `status --json`, piece by piece: a line a connection.
+def status_as_json(moves: Sequence[str]) -> Iterator[str]:
+    """The document of `status --json`, piece by piece, of what move_as_json made of each move."""
+    yield '{"schema": 1, "moves": ['
+    for number, move in enumerate(moves):
+        yield ",\n" if number else "\n"
+        yield move
+    yield "]}"
+
+
+def move_as_json(status: MoveStatus) -> str:
+    """The object of a move in the document of `status --json`: a line a connection.
 
     There may be a hundred thousand, all of one form, which is written instead of encoded.
     """
-    yield '{"schema": 1, "moves": ['
-    for number, status in enumerate(moves):
-        sites = [
-            {"role": str(s.site.role), "netns": s.site.netns, "drift": [*s.drift]}
-            for s in status.sites
-        ]
-        move = {**move_to_json(status.plan), "gate": str(status.gate), "sites": sites}
-        yield ",\n" if number else "\n"
-        yield json.dumps({**move, "connections": []}).removesuffix("]}")
-        yield ",".join(
-            f'\n{{"local": "{local}", "peer": "{peer}", "packets": '
-            f'{{"in": {_count_in(seen)}, "out": {_count_out(seen)}}}}}'
-            for local, peer, seen in _connections(status)
-        )
-        yield "]}"
-    yield "]}"
+    sites = [
+        {"role": str(s.site.role), "netns": s.site.netns, "drift": [*s.drift]} for s in status.sites
+    ]
+    move = {**move_to_json(status.plan), "gate": str(status.gate), "sites": sites}
+    connections = ",".join(
+        f'\n{{"local": "{local}", "peer": "{peer}", "packets": '
+        f'{{"in": {_count_in(seen)}, "out": {_count_out(seen)}}}}}'
+        for local, peer, seen in _connections(status)
+    )
+    return json.dumps({**move, "connections": []}).removesuffix("]}") + connections + "]}"
 
 
 def _count_in(seen: SeenEntry | None) -> int | str:
@@ -136,25 +139,22 @@ def _connections(status: MoveStatus) -> Iterator[tuple[str, str, SeenEntry | Non
         yield from ((*ends, None) for some in _kept(status.plan) for ends in some.texts())
 
 
-def status_lines(moves: Sequence[MoveStatus], *, verbose: bool) -> Iterator[str]:
+def status_lines(status: MoveStatus, *, verbose: bool) -> Iterator[str]:
     """The same for a person."""
-    if not moves:
-        yield "nothing is prepared"
-    for status in moves:
-        yield f"{summary(status.plan)}, gate {status.gate}"
-        for site in status.sites:
-            yield f"  {site.site}: {_stand(status.plan, site)}"
-            yield from (f"    {line}" for line in site.drift)
-        for number, (local, peer, seen) in enumerate(_connections(status)):
-            if number == SHOWN and not verbose:
-                yield "  ... (all with -v)"
-                break
-            yield f"  {local}  {peer}  {_packets(seen)}"
-        for number, (lost, fate) in enumerate(describe_fates(status.plan.resets).items()):
-            if number == SHOWN and not verbose:
-                yield "  ... (all with -v)"
-                break
-            yield f"  {lost.destination}  {lost.source}  not kept: {fate}"
+    yield f"{summary(status.plan)}, gate {status.gate}"
+    for site in status.sites:
+        yield f"  {site.site}: {_stand(status.plan, site)}"
+        yield from (f"    {line}" for line in site.drift)
+    for number, (local, peer, seen) in enumerate(_connections(status)):
+        if number == SHOWN and not verbose:
+            yield "  ... (all with -v)"
+            break
+        yield f"  {local}  {peer}  {_packets(seen)}"
+    for number, (lost, fate) in enumerate(describe_fates(status.plan.resets).items()):
+        if number == SHOWN and not verbose:
+            yield "  ... (all with -v)"
+            break
+        yield f"  {lost.destination}  {lost.source}  not kept: {fate}"
 
 
 def _stand(plan: Plan, site: SiteStatus) -> str:
