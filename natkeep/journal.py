@@ -42,6 +42,7 @@ import stat
 import weakref
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from natkeep import __version__, fault
@@ -77,6 +78,7 @@ _ID_PATTERN = r"(?P<id>[a-z0-9][a-z0-9-]{0,31})"
 _FILE = re.compile(rf"\.?{_ID_PATTERN}\.(connections|changed|ready|seen|journal)(?P<new>\.new)?")
 
 
+@cache
 def read_boot_id() -> str:
     """The kernel's id of this boot; a journal of another boot describes nothing that exists."""
     with open("/proc/sys/kernel/random/boot_id", encoding="ascii") as file:
@@ -518,8 +520,7 @@ class StateDirectory:
             _refuse_foreign(f"{self.path}/{name}", status)
             if status.st_size > _SIZE_LIMIT:
                 raise JournalError(f"{self.path}/{name} is too large")
-            with os.fdopen(fd, "rb", closefd=False) as file:
-                return file.read()
+            return _read_all(fd, status.st_size)
         finally:
             os.close(fd)
 
@@ -595,6 +596,14 @@ class StateDirectory:
     def _sync(self) -> None:
         if self._fd is not None:
             os.fsync(self._fd)
+
+
+def _read_all(fd: int, size: int) -> bytes:
+    """To the end, which by now may be behind *size*."""
+    content = os.read(fd, size + 1)
+    while more := os.read(fd, 1 << 16):
+        content += more
+    return content
 
 
 def _refuse_foreign(name: str, status: os.stat_result, right: str = "") -> None:
@@ -698,7 +707,7 @@ def _unpack(packed: bytes, count: int) -> tuple[Connections, ...]:
 def _read_line(line: bytes) -> dict[str, Any]:
     """The object on one line; ValueError for all that `_line` does not write."""
     try:
-        value = json.loads(line, parse_float=_refuse_number, parse_constant=_refuse_number)
+        value = _DECODER.decode(line.decode("utf-8"))
     except RecursionError:
         raise ValueError("a line of it is nested too deeply") from None
     if not isinstance(value, dict):
@@ -708,6 +717,9 @@ def _read_line(line: bytes) -> dict[str, Any]:
 
 def _refuse_number(text: str) -> int:
     raise ValueError(f"{text} is not a whole number")
+
+
+_DECODER = json.JSONDecoder(parse_float=_refuse_number, parse_constant=_refuse_number)
 
 
 def _text(value: object) -> str:
@@ -761,11 +773,12 @@ def _read_record(journal: Journal, line: dict[str, Any], number: int) -> None:
         raise ValueError(f"line {number}: no step {step!r}")
     if state not in ("doing", "done", "undone"):
         raise ValueError(f"line {number}: no state {state!r}")
-    prior = Prior()
-    if state != "undone":
-        if not isinstance(line["prior"], dict):
-            raise ValueError(f"line {number}: no prior {line['prior']!r}")
+    if state == "undone":
+        prior = Prior()
+    elif isinstance(line["prior"], dict):
         prior = Prior.from_json(line["prior"])
+    else:
+        raise ValueError(f"line {number}: no prior {line['prior']!r}")
     journal._keep(step, state, prior)
 
 

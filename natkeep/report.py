@@ -86,44 +86,46 @@ def summary(plan: Plan) -> str:
     return f"{plan.move.id}: {maps}, {count} connection{'s' * (count != 1)}, at {sites}"
 
 
-def status_to_json(moves: Sequence[MoveStatus]) -> dict[str, Any]:
-    """The document of `status --json`."""
-    return {
-        "schema": 1,
-        "moves": [
-            {
-                **move_to_json(status.plan),
-                "gate": str(status.gate),
-                "sites": [
-                    {
-                        "role": str(site.site.role),
-                        "netns": site.site.netns,
-                        "drift": list(site.drift),
-                    }
-                    for site in status.sites
-                ],
-                "connections": [
-                    {
-                        **_tuple_to_json(tuple_),
-                        "packets": {
-                            "in": seen.packets_in if seen else None,
-                            "out": seen.packets_out if seen else None,
-                        },
-                    }
-                    for tuple_, seen in _connections(status)
-                ],
-            }
-            for status in moves
-        ],
-    }
+def status_as_json(moves: Sequence[str]) -> Iterator[str]:
+    """The document of `status --json`, piece by piece, of what move_as_json made of each move."""
+    yield '{"schema": 1, "moves": ['
+    for number, move in enumerate(moves):
+        yield ",\n" if number else "\n"
+        yield move
+    yield "]}"
+
+
+def move_as_json(status: MoveStatus) -> str:
+    """The object of a move in the document of `status --json`: a line a connection.
+
+    There may be a hundred thousand, all of one form, which is written instead of encoded.
+    """
+    sites = [
+        {"role": str(s.site.role), "netns": s.site.netns, "drift": [*s.drift]} for s in status.sites
+    ]
+    move = {**move_to_json(status.plan), "gate": str(status.gate), "sites": sites}
+    connections = ",".join(
+        f'\n{{"local": "{local}", "peer": "{peer}", "packets": '
+        f'{{"in": {_count_in(seen)}, "out": {_count_out(seen)}}}}}'
+        for local, peer, seen in _connections(status)
+    )
+    return json.dumps({**move, "connections": []}).removesuffix("]}") + connections + "]}"
+
+
+def _count_in(seen: SeenEntry | None) -> int | str:
+    return "null" if seen is None or seen.packets_in is None else seen.packets_in
+
+
+def _count_out(seen: SeenEntry | None) -> int | str:
+    return "null" if seen is None or seen.packets_out is None else seen.packets_out
 
 
 _CLOSENESS = (Role.DESTINATION, Role.GATEWAY, Role.PEER, Role.SOURCE)
 """Where one looks first to see what a connection carries."""
 
 
-def _connections(status: MoveStatus) -> Iterator[tuple[FourTuple, SeenEntry | None]]:
-    """Each connection and what is seen of it, at the destination if there is one to look at."""
+def _connections(status: MoveStatus) -> Iterator[tuple[str, str, SeenEntry | None]]:
+    """Both ends of each connection and what is seen of it, at the destination if that is a site."""
     looked = [site for site in status.sites if site.seen is not None]
     looked.sort(key=lambda site: _CLOSENESS.index(site.site.role))
     for translation in status.plan.translations:
@@ -131,30 +133,28 @@ def _connections(status: MoveStatus) -> Iterator[tuple[FourTuple, SeenEntry | No
             # A source has no entries: it keeps quiet.
             unseen = (None,) * len(translation.kept)
             entries = looked[0].seen.entries.get(translation.number, unseen)
-            yield from zip(translation.kept, entries, strict=True)
+            for (local, peer), entry in zip(translation.kept.texts(), entries, strict=True):
+                yield local, peer, entry
     if not looked:
-        yield from ((tuple_, None) for some in _kept(status.plan) for tuple_ in some)
+        yield from ((*ends, None) for some in _kept(status.plan) for ends in some.texts())
 
 
-def status_lines(moves: Sequence[MoveStatus], *, verbose: bool) -> Iterator[str]:
+def status_lines(status: MoveStatus, *, verbose: bool) -> Iterator[str]:
     """The same for a person."""
-    if not moves:
-        yield "nothing is prepared"
-    for status in moves:
-        yield f"{summary(status.plan)}, gate {status.gate}"
-        for site in status.sites:
-            yield f"  {site.site}: {_stand(status.plan, site)}"
-            yield from (f"    {line}" for line in site.drift)
-        for number, (tuple_, seen) in enumerate(_connections(status)):
-            if number == SHOWN and not verbose:
-                yield "  ... (all with -v)"
-                break
-            yield f"  {tuple_.destination}  {tuple_.source}  {_packets(seen)}"
-        for number, (lost, fate) in enumerate(describe_fates(status.plan.resets).items()):
-            if number == SHOWN and not verbose:
-                yield "  ... (all with -v)"
-                break
-            yield f"  {lost.destination}  {lost.source}  not kept: {fate}"
+    yield f"{summary(status.plan)}, gate {status.gate}"
+    for site in status.sites:
+        yield f"  {site.site}: {_stand(status.plan, site)}"
+        yield from (f"    {line}" for line in site.drift)
+    for number, (local, peer, seen) in enumerate(_connections(status)):
+        if number == SHOWN and not verbose:
+            yield "  ... (all with -v)"
+            break
+        yield f"  {local}  {peer}  {_packets(seen)}"
+    for number, (lost, fate) in enumerate(describe_fates(status.plan.resets).items()):
+        if number == SHOWN and not verbose:
+            yield "  ... (all with -v)"
+            break
+        yield f"  {lost.destination}  {lost.source}  not kept: {fate}"
 
 
 def _stand(plan: Plan, site: SiteStatus) -> str:

@@ -104,7 +104,7 @@ def _make_init(cls: type, names: tuple[str, ...], defaults: dict[str, Any]) -> C
     def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
         if kwargs or len(args) != count:
             args = _fill(type(self).__name__, names, defaults, args, kwargs)
-        for put, value in zip(setters, args, strict=True):
+        for put, value in zip(setters, args):  # noqa: B905 - they are as many; to say so costs half
             put(self, value)
         if finish is not None:
             finish(self)

@@ -27,13 +27,14 @@ from natkeep.errors import (
 )
 from natkeep.journal import StateDirectory
 from natkeep.kernel import Remember
-from natkeep.kernel.fake import FakeKernel, FakeSite, KilledError
+from natkeep.kernel.fake import FakeKernel, FakePanorama, FakeSite, KilledError
 from natkeep.kernel.netns import NamespaceGoneError
 from natkeep.lifecycle import looking
 from natkeep.lifecycle.collecting import Collecting
 from natkeep.lifecycle.repairing import Repairing
+from natkeep.lifecycle.sharing import do_at_once
 from natkeep.lifecycle.verbs import Lifecycle
-from natkeep.plan.drift import Gate, Observation
+from natkeep.plan.drift import Gate, MoveStatus, Observation
 from natkeep.plan.move import Fate, Map, Move, Role, Site
 from natkeep.plan.order import make_plan
 from natkeep.plan.steps import (
@@ -1076,3 +1077,131 @@ def test_whoever_looks_at_many_moves_lets_go_of_each(
         kernel.open_sites(SITES)
         look()
         assert kernel.opened == set()
+
+
+class HazyKernel(RecordingKernel):
+    """Its panoramas miss the gate of some moves, which are just being changed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.closely: list[str] = []
+        self.missed: set[str] = set()
+        self.taken = 0
+
+    def observe(self, site: Site, plan: Plan) -> Observation:
+        self.closely.append(plan.move.id)
+        return super().observe(site, plan)
+
+    def take_panorama(self, site: Site) -> FakePanorama:
+        self.taken += 1
+        return Hazy(self)
+
+
+class Hazy(FakePanorama):
+    def observe(self, site: Site, plan: Plan) -> Observation:
+        assert isinstance(self.kernel, HazyKernel)
+        seen = FakeKernel.observe(self.kernel, site, plan)
+        if plan.move.id in self.kernel.missed:
+            return dataclasses.replace(seen, gate=Gate.ABSENT)
+        return seen
+
+
+def prepare_many(natkeep: Lifecycle, count: int) -> list[str]:
+    kept = listed("10.2.0.10:5000 10.1.0.2:50001")
+    for number in range(count):
+        [old], [new] = ([parse_address(f"10.{net}.0.{number + 1}")] for net in (2, 3))
+        move = Move(f"m{number:02}", (Map(old, new),), (GATEWAY,))
+        natkeep.prepare(move, kept.toward(old))
+    return [f"m{number:02}" for number in range(count)]
+
+
+def test_many_moves_at_a_site_are_seen_in_one_panorama_and_drift_is_looked_at_closely(
+    state: StateDirectory,
+) -> None:
+    kernel = HazyKernel()
+    natkeep = Lifecycle(kernel, state)
+    ids = prepare_many(natkeep, 20)
+    assert natkeep.status(tuple(ids[:15])) == natkeep.status(())[:15]
+    assert kernel.taken == 1  # for all, not for fifteen
+    assert kernel.closely == ids[:15]
+
+    kernel.closely.clear()
+    kernel.missed = {"m03", "m04"}
+    del kernel.sites["gw"].gates["m04"]
+    found = natkeep.status(())
+
+    assert kernel.closely == ["m03", "m04"]
+    drifted = [s.plan.move.id for s in found if any(site.drift for site in s.sites)]
+    assert drifted == ["m04"]  # what the panorama alone did not show is no drift
+    assert kernel.opened == set()
+
+
+def test_a_move_that_is_torn_down_while_many_are_looked_at_is_left_out(
+    state: StateDirectory,
+) -> None:
+    kernel = HazyKernel()
+    natkeep = Lifecycle(kernel, state)
+    ids = prepare_many(natkeep, 20)
+
+    class TornDown(Hazy):
+        def observe(self, site: Site, plan: Plan) -> Observation:
+            if plan.move.id == "m07" and "m07" in state.ids():
+                natkeep.teardown("m07")
+            return super().observe(site, plan)
+
+    kernel.take_panorama = lambda site: TornDown(kernel)  # type: ignore[method-assign]
+    kernel.missed = {"m07"}
+
+    unreadable: list[JournalError] = []
+    assert [s.plan.move.id for s in natkeep.status((), unreadable)] == [
+        i for i in ids if i != "m07"
+    ]
+    assert unreadable == []
+
+
+def test_shares_of_many_moves_are_looked_at_by_children_and_told_in_order(
+    state: StateDirectory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kernel = HazyKernel()
+    natkeep = Lifecycle(kernel, state)
+    ids = prepare_many(natkeep, 20)
+    del kernel.sites["gw"].gates["m04"]
+    (Path(state.path) / "m11.journal").write_bytes(b"garbage\n")
+    monkeypatch.setattr(looking, "_SHARE", 5)
+
+    def digest(status: MoveStatus) -> tuple[str, int, list[str]]:
+        return status.plan.move.id, os.getpid(), [line for s in status.sites for line in s.drift]
+
+    unreadable: list[JournalError] = []
+    found = natkeep.digest_status(digest, unreadable, 3)
+
+    assert [move_id for move_id, *_ in found] == [i for i in ids if i != "m11"]
+    assert len({pid for _, pid, _ in found}) == 3
+    assert [move_id for move_id, _, drift in found if drift] == ["m04"]
+    assert ["m11" in str(error) for error in unreadable] == [True]
+    with pytest.raises(ChildProcessError):
+        os.waitpid(-1, os.WNOHANG)
+
+
+def test_what_a_child_does_not_come_to_the_end_of_is_done_by_its_parent(
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    own = os.getpid()
+
+    def fail_elsewhere() -> int:
+        if os.getpid() != own:
+            raise KernelError("told to fail")
+        return 2
+
+    assert do_at_once([lambda: 1, fail_elsewhere, lambda: 3], lambda: None) == [1, 2, 3]
+    with pytest.raises(KernelError, match="here too"):
+        do_at_once([lambda: 1, _fail], lambda: None)
+    with pytest.raises(KernelError, match="here too"):
+        do_at_once([_fail, lambda: 1], lambda: None)
+    assert capfd.readouterr() == ("", "")
+    with pytest.raises(ChildProcessError):
+        os.waitpid(-1, os.WNOHANG)
+
+
+def _fail() -> int:
+    raise KernelError("here too")

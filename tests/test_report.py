@@ -79,11 +79,19 @@ def through_json(value: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
+def status_to_json(moves: list[MoveStatus]) -> dict[str, Any]:
+    """What a script gets; the whole is one document."""
+    found: dict[str, Any] = json.loads(
+        "".join(report.status_as_json([*map(report.move_as_json, moves)]))
+    )
+    return found
+
+
 # ---- status ----------------------------------------------------------------------------------
 
 
 def test_the_document_of_status_is_that_of_the_contract() -> None:
-    assert through_json(report.status_to_json([make_status()])) == {
+    assert status_to_json([make_status()]) == {
         "schema": 1,
         "moves": [
             {
@@ -102,17 +110,17 @@ def test_the_document_of_status_is_that_of_the_contract() -> None:
             }
         ],
     }
-    assert report.status_to_json([]) == {"schema": 1, "moves": []}
+    assert status_to_json([]) == {"schema": 1, "moves": []}
 
 
 def test_the_gate_of_status_is_closed_or_open() -> None:
     for gate in (Gate.CLOSED, Gate.OPEN):
-        (move,) = report.status_to_json([make_status(gate=gate)])["moves"]
+        (move,) = status_to_json([make_status(gate=gate)])["moves"]
         assert move["gate"] == gate.value
 
 
 def packets(status: MoveStatus) -> list[tuple[int | None, int | None]]:
-    (move,) = through_json(report.status_to_json([status]))["moves"]
+    (move,) = status_to_json([status])["moves"]
     rows = move["connections"]
     assert [{key: row[key] for key in ("local", "peer")} for row in rows] == CONNECTIONS
     return [(row["packets"]["in"], row["packets"]["out"]) for row in rows]
@@ -144,7 +152,7 @@ def test_the_lines_of_status() -> None:
     entries = {**destination.seen.entries, 1: (None,)}
     seen = replace(destination.seen, entries=entries)
     status = make_status(sites=(replace(destination, seen=seen), gateway))
-    assert list(report.status_lines([status], verbose=False)) == [
+    assert list(report.status_lines(status, verbose=False)) == [
         "web: 10.2.0.10=10.3.0.20, fd00:2::10=fd00:3::20, 3 connections, at gateway=gw, "
         "destination, gate open",
         "  destination: as prepared",
@@ -155,9 +163,8 @@ def test_the_lines_of_status() -> None:
         "  [fd00:2::10]:5000  [fd00:1::2]:50596  no entry",
     ]
     uncounted = replace(destination, seen=observe(PLAN, DESTINATION, 1, counted=False))
-    lines = report.status_lines([make_status(sites=(uncounted, gateway))], verbose=False)
+    lines = report.status_lines(make_status(sites=(uncounted, gateway)), verbose=False)
     assert list(lines)[-1] == "  [fd00:2::10]:5000  [fd00:1::2]:50596  not counted"
-    assert list(report.status_lines([], verbose=True)) == ["nothing is prepared"]
 
 
 @pytest.mark.parametrize(("count", "shown"), [(20, 20), (21, 20), (500, 20)])
@@ -165,12 +172,12 @@ def test_of_many_connections_some_are_listed_and_with_v_all(count: int, shown: i
     plan = make_plan(MOVE, listed(*(f"10.2.0.10:80 10.1.0.2:{n + 1}" for n in range(count))))
     sites = (SiteStatus(DESTINATION, observe(plan, DESTINATION, 0), ()),)
     status = MoveStatus(plan, Gate.OPEN, sites)
-    lines = list(report.status_lines([status], verbose=False))
+    lines = list(report.status_lines(status, verbose=False))
     assert sum("10.1.0.2:" in line for line in lines) == shown
     assert (lines[-1] == "  ... (all with -v)") == (count > shown)
-    verbose = list(report.status_lines([status], verbose=True))
+    verbose = list(report.status_lines(status, verbose=True))
     assert sum("10.1.0.2:" in line for line in verbose) == count
-    assert len(report.status_to_json([status])["moves"][0]["connections"]) == count
+    assert len(status_to_json([status])["moves"][0]["connections"]) == count
 
 
 # ---- plan ------------------------------------------------------------------------------------
@@ -208,7 +215,7 @@ def test_every_address_is_written_as_ipaddress_prints_it() -> None:
             return [found for each in value for found in addresses(each)]
         return []
 
-    for document in (report.plan_to_json(PLAN), report.status_to_json([make_status()])):
+    for document in (report.plan_to_json(PLAN), status_to_json([make_status()])):
         found = addresses(document)
         assert len(found) == 2 * len(MAPS) + 2 * len(CONNECTIONS)
         assert [str(ipaddress.ip_address(text)) for text in found] == found

@@ -242,8 +242,8 @@ def test_status_and_plan_show_who_is_told(natkeep: Lifecycle) -> None:
     expected = [{"local": "10.2.0.10:40000", "peer": "10.1.0.7:5432", "fate": "reset, both ends"}]
 
     assert report.plan_to_json(plan)["unkept"] == expected
-    assert report.status_to_json(moves)["moves"][0]["unkept"] == expected
-    assert [*report.status_lines(moves, verbose=False)][-1] == (
+    assert json.loads(report.move_as_json(moves[0]))["unkept"] == expected
+    assert [*report.status_lines(moves[0], verbose=False)][-1] == (
         "  10.2.0.10:40000  10.1.0.7:5432  not kept: reset, both ends"
     )
     without = make_plan(Move("web", (MAP,), SITES), inbound("10.1.0.2:50001 10.2.0.10:80"))

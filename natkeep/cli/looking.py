@@ -3,27 +3,42 @@
 from __future__ import annotations
 
 import argparse
+import os
+from typing import TYPE_CHECKING
 
 from natkeep.cli.arguments import make_lifecycle, parse_sites
 from natkeep.cli.output import talk
 from natkeep.errors import DriftError, JournalError, UsageError
 
+if TYPE_CHECKING:
+    from natkeep.plan.drift import MoveStatus
+
 
 def status(args: argparse.Namespace) -> int:
     from natkeep import report
 
+    def digest(status: MoveStatus) -> tuple[str, list[str]]:
+        """What is printed of a move, and its drift."""
+        drift = [line for site in status.sites for line in site.drift]
+        if args.json:
+            return report.move_as_json(status), drift
+        return "\n".join(report.status_lines(status, verbose=args.verbose)), drift
+
     lifecycle = make_lifecycle(args, create=False)
     unreadable: list[JournalError] = []
-    moves = lifecycle.status((args.id,)) if args.id else lifecycle.status((), unreadable)
+    if args.id:
+        moves = [*map(digest, lifecycle.status((args.id,)))]
+    else:
+        moves = lifecycle.digest_status(digest, unreadable, len(os.sched_getaffinity(0)))
     if args.json:
-        report.print_json(report.status_to_json(moves))
+        print(*report.status_as_json([text for text, _ in moves]), sep="")
     elif moves or not unreadable:
-        print(*report.status_lines(moves, verbose=args.verbose), sep="\n")
+        print(*[text for text, _ in moves] or ["nothing is prepared"], sep="\n")
     for error in unreadable[1:]:
         talk(args, f"natkeep: {error}")
     if unreadable:
         raise unreadable[0]
-    drift = [line for move in moves for site in move.sites for line in site.drift]
+    drift = [line for _, lines in moves for line in lines]
     if args.strict and drift:
         raise DriftError(f"drift: {drift[0]}", hint=f"{len(drift)} in all" if drift[1:] else None)
     return 0

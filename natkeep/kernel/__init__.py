@@ -49,6 +49,33 @@ class Packed:
     last: int
 
 
+class Panorama(Protocol):
+    """One look at a namespace, at as much of it as there is, for many moves that have it as a site.
+
+    What it shows was there when it was looked at, which is while the panorama is in use. Something
+    that was just being changed may not show: what is missing is to be looked at by the kernel
+    itself before that is said.
+    """
+
+    def expect(self, version: int, connections: int) -> None:
+        """So many of IP *version* will be asked for in all; many are better read at once."""
+
+    def observe(self, site: Site, plan: Plan) -> Observation:
+        """As Kernel.observe, at a site that is the namespace."""
+
+    def find_lost_ways(self, site: Site, noted: str) -> tuple[str, ...]:
+        """As Kernel.find_lost_ways."""
+
+    def read_ahead(self) -> None:
+        """Have read what is read as a whole; no thread is at it then."""
+
+    def reconnect(self) -> None:
+        """In the child of a process that goes on using it: share no socket with it."""
+
+    def close(self) -> None:
+        """Let go of the namespace."""
+
+
 class Kernel(Protocol):
     """Everything natkeep may do to a machine; see the top of this file."""
 
@@ -109,3 +136,6 @@ class Kernel(Protocol):
 
     def observe(self, site: Site, plan: Plan) -> Observation:
         """What *site* shows of *plan* now."""
+
+    def take_panorama(self, site: Site) -> Panorama:
+        """An opened site's namespace, to be looked at for many moves; it outlives close_sites."""

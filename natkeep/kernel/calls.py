@@ -13,10 +13,11 @@ from __future__ import annotations
 import errno
 import os
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 
 from natkeep import fault
 from natkeep.kernel.conntrack import read_setting
+from natkeep.kernel.ctnetlink import Row, read_tuple
 from natkeep.kernel.netlink import (
     NETLINK_NETFILTER,
     NLM_F_DUMP,
@@ -77,6 +78,20 @@ def count(reception: Reception) -> int:
     return sum(1 for call in _read_let_in(reception) if call.state in _ALIVE)
 
 
+def count_in(reception: Reception, by_end: Mapping[bytes, Iterable[Row]]) -> int:
+    """The same, of entries that were read already, by the end that was called."""
+    called, inside = _called(reception).packed, reception.after.packed
+    ends = [called + port.to_bytes(2, "big") for port in reception.ports]
+    return sum(
+        1
+        for end in ends
+        for _, reply, _, state, flags, *_ in by_end.get(end, ())
+        if read_tuple(reply).startswith(inside)
+        and int.from_bytes(state, "big") in _ALIVE
+        and not int.from_bytes(flags[:1], "big") & _LIBERAL
+    )
+
+
 def _read_let_in(reception: Reception) -> Iterator[_Call]:
     inside = reception.after.packed
     found = _read_calls(reception)
@@ -87,8 +102,7 @@ def _read_calls(reception: Reception, which: bytes = b"") -> Iterator[_Call]:
     """Who calls a listener of *reception*; which: more attributes of the kernel's own filter."""
     if read_setting("nf_conntrack_count") in ("0", None):
         return
-    # Stateless, conntrack stands between the two rewritings, and sees the inner address only.
-    called = reception.before if reception.mode == Mode.STATEFUL else reception.after
+    called = _called(reception)
     with Netlink(NETLINK_NETFILTER) as netlink:
         for port in reception.ports:
             number = port.to_bytes(2, "big")
@@ -97,6 +111,11 @@ def _read_calls(reception: Reception, which: bytes = b"") -> Iterator[_Call]:
                 call = _parse(attributes(answer[4:]), called, number)
                 if call is not None:
                     yield call
+
+
+def _called(reception: Reception) -> Address:
+    """Whom callers call: stateless, conntrack stands between the two rewritings."""
+    return reception.before if reception.mode == Mode.STATEFUL else reception.after
 
 
 def _body(address: Address) -> bytes:

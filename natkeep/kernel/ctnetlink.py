@@ -204,10 +204,57 @@ def read_tuple(data: bytes) -> bytes:
     return source + proto.get(2, b"\0\0") + destination + proto.get(3, b"\0\0")
 
 
+def inbound_tuples(connections: Connections, version: int) -> list[bytes]:
+    """What the attribute of each tuple peer to local end holds, as the kernel writes it."""
+    width = _WIDTH[version]
+    return _write_tuples(connections.records(version), version, width + 2, 0)
+
+
+def outbound_tuples(connections: Connections, version: int) -> list[bytes]:
+    """The same of each tuple local end to peer."""
+    width = _WIDTH[version]
+    return _write_tuples(connections.records(version), version, 0, width + 2)
+
+
+def _write_tuples(records: bytes, version: int, source: int, destination: int) -> list[bytes]:
+    """source, destination: where in a record the two ends stand."""
+    width, size = _WIDTH[version], RECORD_SIZE[version]
+    template = _USUAL[version][4:]
+    to, ports = 12 + width, 28 + 2 * width
+    columns = (
+        (8, column(records, size, source, width)),
+        (to, column(records, size, destination, width)),
+        (ports, column(records, size, source + width, 2)),
+        (ports + 8, column(records, size, destination + width, 2)),
+    )
+    written = replicate(template, columns, len(records) // size)
+    return [tuple_ for (tuple_,) in struct.iter_unpack(f"{len(template)}s", written)]
+
+
 def turn(record: bytes) -> bytes:
     """The tuple of the other direction."""
     half = len(record) // 2
     return record[half:] + record[:half]
+
+
+Row = tuple[bytes, bytes, bytes, bytes, bytes, bytes, bytes]
+"""What is read of an entry: original and reply tuple, each what its attribute holds; status; TCP
+state and flags of the original direction; packets in original and reply direction, empty where they
+are not counted."""
+
+
+def read_row(entry: dict[int, bytes]) -> Row:
+    """What is read of an entry that has been taken apart."""
+    tcp = attributes(attributes(entry.get(PROTOINFO, b"")).get(1, b""))
+    packets = [
+        attributes(entry[type_]).get(1, b"") if type_ in entry else b""
+        for type_ in (COUNTERS_ORIG, COUNTERS_REPLY)
+    ]
+    state, flags = tcp.get(1, b""), tcp.get(4, b"")
+    return (
+        entry[TUPLE_ORIG], entry[TUPLE_REPLY], entry[STATUS_BITS], state, flags,
+        packets[0], packets[1],
+    )  # fmt: skip
 
 
 _NFGENMSG = 4

@@ -100,26 +100,29 @@ def _pack_elements(connections: Connections) -> tuple[bytearray, int]:
     The key is `peer . peer port . local port`, each part padded to four octets.
     """
     version = 4 if connections.v4 else 6
-    records, size = connections.records(version), RECORD_SIZE[version]
     width = 4 if version == 4 else 16
     template = nested(1, nested(1, attribute(1, bytes(width + 8))))
     key = len(template) - width - 8
-    columns = (
-        (key, column(records, size, width + 2, width)),
-        (key + width, column(records, size, 2 * width + 2, 2)),
-        (key + width + 4, column(records, size, width, 2)),
-    )
-    return replicate(template, columns, len(records) // size), len(template)
+    columns = [(key + at, values) for at, values in _key_columns(connections, version)]
+    return replicate(template, columns, len(connections)), len(template)
 
 
-def read_keys(table: str, name: str) -> Iterator[bytes]:
+def read_keys(table: str, name: str) -> list[bytes]:
     """The key of each element of the set or map, as the kernel has it; none when it is gone."""
-    body = _nfgenmsg(INET) + attribute(1, _text(table)) + attribute(2, _text(name))
+    with Netlink(NETLINK_NETFILTER) as netlink:
+        return dump_keys(netlink, INET, table, name)
+
+
+def dump_keys(netlink: Netlink, family: int, table: str, name: str) -> list[bytes]:
+    """The same by a socket that is there already, of a table of any family."""
+    body = _nfgenmsg(family) + attribute(1, _text(table)) + attribute(2, _text(name))
+    found: list[bytes] = []
     try:
-        for answer in _dump(_GETSETELEM, body):
-            yield from _element_keys(attributes(answer[4:]).get(3, b""))
-    except FileNotFoundError:
-        return
+        for answer in netlink.request(_SUBSYSTEM | _GETSETELEM, NLM_F_DUMP, body):
+            found += _element_keys(attributes(answer[4:]).get(3, b""))
+    except FileNotFoundError:  # it goes, or is gone
+        pass
+    return found
 
 
 def has_key(table: str, name: str, key: bytes) -> bool:
@@ -138,20 +141,48 @@ def pack_key(key: bytes) -> bytes:
     return nested(3, nested(1, nested(1, attribute(1, key))))
 
 
-def _element_keys(elements: bytes) -> Iterator[bytes]:
-    offset = 0
+def _element_keys(elements: bytes) -> list[bytes]:
+    width, found, offset = _plain_width(elements), [], 0
+    if width:
+        return [key for (key,) in struct.iter_unpack(f"12x{width}s", elements)]
     while offset + 4 <= len(elements):
         length = struct.unpack_from("=H", elements, offset)[0]
-        key = attributes(attributes(elements[offset + 4 : offset + length])[1])
-        yield key[1]
+        if length < 4:
+            break
+        found.append(attributes(attributes(elements[offset + 4 : offset + length])[1])[1])
         offset += (length + 3) & ~3
+    return found
+
+
+def _plain_width(elements: bytes) -> int:
+    """How long the keys are, if each element is a key and nothing else; 0 if not all are alike."""
+    if len(elements) < 16:
+        return 0
+    size, key = (struct.unpack_from("=H", elements, at)[0] for at in (0, 8))
+    if size != 8 + key or key <= 4 or key % 4 or len(elements) % size:
+        return 0
+    count = len(elements) // size
+    alike = all(elements[i::size] == elements[i : i + 1] * count for i in range(12))
+    return int(key) - 4 if alike else 0
 
 
 def pack_keys(connections: Connections) -> frozenset[bytes]:
     """The keys that a set of *connections* should have, to be compared with read_keys."""
-    elements, size = _pack_elements(connections)
-    width = 12 if connections.v4 else 24
-    return frozenset(bytes(elements[i - width : i]) for i in range(size, len(elements) + 1, size))
+    version = 4 if connections.v4 else 6
+    width, count = (4 if version == 4 else 16), len(connections)
+    packed = replicate(bytes(width + 8), _key_columns(connections, version), count)
+    return frozenset(key for (key,) in struct.iter_unpack(f"{width + 8}s", packed))
+
+
+def _key_columns(connections: Connections, version: int) -> list[tuple[int, bytes]]:
+    """Where in a key each of its parts stands, and that part of each connection."""
+    records, size = connections.records(version), RECORD_SIZE[version]
+    width = 4 if version == 4 else 16
+    return [
+        (0, column(records, size, width + 2, width)),
+        (width, column(records, size, 2 * width + 2, 2)),
+        (width + 4, column(records, size, width, 2)),
+    ]
 
 
 def has_table(family: int, table: str) -> bool:

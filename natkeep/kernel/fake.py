@@ -267,6 +267,10 @@ class FakeKernel:
             here.broken.clear()
             here.made.clear()
 
+    def take_panorama(self, site: Site) -> FakePanorama:
+        """As quick as looking closely."""
+        return FakePanorama(self)
+
     def observe(self, site: Site, plan: Plan) -> Observation:
         """What *site* shows of *plan* now."""
         here, move_id = self.sites[site.netns], plan.move.id
@@ -304,6 +308,33 @@ class FakeKernel:
             resetting=_chains_of(here, resets.comment(move_id)) if lost else frozenset(),
             resets=here.resets.get(move_id, Gate.ABSENT) if lost else Gate.ABSENT,
         )
+
+
+@dataclass
+class FakePanorama:
+    """What the kernel itself shows."""
+
+    kernel: FakeKernel
+
+    def expect(self, version: int, connections: int) -> None:
+        """Nothing is read beforehand."""
+
+    def observe(self, site: Site, plan: Plan) -> Observation:
+        """What *site* shows of *plan* now."""
+        return self.kernel.observe(site, plan)
+
+    def find_lost_ways(self, site: Site, noted: str) -> tuple[str, ...]:
+        """What a test put there."""
+        return self.kernel.find_lost_ways(site, noted)
+
+    def read_ahead(self) -> None:
+        """Nothing is read as a whole."""
+
+    def reconnect(self) -> None:
+        """There is no socket."""
+
+    def close(self) -> None:
+        """There is nothing to let go of."""
 
 
 def _is_undone_by(step: Step, other: Step) -> bool:

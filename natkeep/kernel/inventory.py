@@ -8,17 +8,19 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Iterable, Iterator
+from functools import lru_cache
 from ipaddress import ip_address
 
-from natkeep.kernel.elements import pack_key
+from natkeep.kernel.elements import dump_keys, pack_key
 from natkeep.kernel.netlink import NETLINK_NETFILTER, NLM_F_DUMP, Netlink, attribute, attributes
 from natkeep.plan.ruleset import TABLE
-from natkeep.plan.things import Thing, describe_rule, number_alike
+from natkeep.plan.things import Thing, describe_rule, known_thing, number_alike
 
 _SUBSYSTEM = 10 << 8
 _GETTABLE, _GETCHAIN, _GETRULE, _GETSET, _GETSETELEM = 1, 4, 7, 10, 13
 _FAMILIES = {"inet": 1, "arp": 3}
-_TABLE = attribute(1, TABLE.encode() + b"\0")
+_NAME = TABLE.encode() + b"\0"
+_TABLE = attribute(1, _NAME)
 
 _FEW = 16
 """Keys up to which each is asked for, instead of all being read."""
@@ -36,15 +38,34 @@ def find_things(wanted: Iterable[Thing]) -> frozenset[Thing]:
     found: set[Thing] = set()
     with Netlink(NETLINK_NETFILTER) as netlink:
         for family in sorted({thing.family for thing in things}):
-            if Thing(family, "table") in _read_tables(netlink, family):
+            if _has_table(netlink, family):
                 found.add(Thing(family, "table"))
                 found |= _read_inside(netlink, family, things)
     return things & found
 
 
-def _read_tables(netlink: Netlink, family: str) -> set[Thing]:
-    names = (_text(table.get(1, b"")) for table in _dump(netlink, _GETTABLE, family, b""))
-    return {Thing(family, "table") for name in names if name == TABLE}
+def find_standing(netlink: Netlink, family: str) -> tuple[set[Thing], dict[str, list[str]]]:
+    """All that is there but elements, whosever it is; and of each chain its rules' comments."""
+    comments: dict[str, list[str]] = {}
+    if not _has_table(netlink, family):
+        return set(), comments
+    found = {known_thing(family, "table", "", "", 0)}
+    for kind, type_, at in (("chain", _GETCHAIN, 3), ("set", _GETSET, 2)):
+        for answer in _dump(netlink, type_, family, _TABLE):
+            if answer[1] == _NAME:
+                found.add(known_thing(family, kind, _text(answer[at]), "", 0))
+    rules: dict[bytes, Thing] = {}  # by its handle: one may come twice when others are made
+    for handle, comment, thing in _read_rules(netlink, family, ""):
+        if handle not in rules:
+            rules[handle] = thing
+            comments.setdefault(thing.name, []).append(comment)
+    found.update(number_alike(rules.values()))
+    return found, comments
+
+
+def _has_table(netlink: Netlink, family: str) -> bool:
+    # To its end, since the socket is used again.
+    return _NAME in [table.get(1) for table in _dump(netlink, _GETTABLE, family, b"")]
 
 
 def _read_inside(netlink: Netlink, family: str, wanted: frozenset[Thing]) -> set[Thing]:
@@ -61,14 +82,15 @@ def _read_inside(netlink: Netlink, family: str, wanted: frozenset[Thing]) -> set
         there = _find_keys(netlink, family, name, [*map(bytes.fromhex, keys)])
         found |= {Thing(family, "element", name, key.hex()) for key in there}
     chains = {thing.name for thing in here if thing.kind == "rule"}
-    found |= set(number_alike(rule for c in chains for rule in _read_rules(netlink, family, c)))
+    rules = (thing for chain in chains for _, _, thing in _read_rules(netlink, family, chain))
+    found |= set(number_alike(rules))
     return found
 
 
 def _find_keys(netlink: Netlink, family: str, name: str, keys: list[bytes]) -> Iterable[bytes]:
     """Those of *keys* that the set has, or, where that is quicker, all that it has."""
     if len(keys) > _FEW:
-        return _keys(netlink, family, name)
+        return dump_keys(netlink, _FAMILIES[family], TABLE, name)
     owner = attribute(2, name.encode() + b"\0")
     return [key for key in keys if _ask(netlink, _GETSETELEM, family, owner + pack_key(key))]
 
@@ -82,35 +104,45 @@ def _ask(netlink: Netlink, type_: int, family: str, scope: bytes) -> bool:
         return False
 
 
-def _keys(netlink: Netlink, family: str, name: str) -> Iterator[bytes]:
-    for answer in _dump(netlink, _GETSETELEM, family, _TABLE + attribute(2, name.encode() + b"\0")):
-        for element in _each(answer.get(3, b"")):
-            yield attributes(attributes(element)[1])[1]
-
-
-def _read_rules(netlink: Netlink, family: str, chain: str) -> Iterator[Thing]:
-    for rule in _dump(netlink, _GETRULE, family, _TABLE + attribute(2, chain.encode() + b"\0")):
-        if _text(rule[1]) == TABLE and _text(rule[2]) == chain:
-            what = describe_rule(_comment(rule.get(7, b"")), _marks(rule.get(4, b"")))
-            yield Thing(family, "rule", _text(rule[2]), what)
+def _read_rules(netlink: Netlink, family: str, chain: str) -> Iterator[tuple[bytes, str, Thing]]:
+    """Handle and comment of each rule, of one chain or of all, and what it is."""
+    scope = _TABLE + (attribute(2, chain.encode() + b"\0") if chain else b"")
+    for rule in _dump(netlink, _GETRULE, family, scope):
+        if rule[1] == _NAME and chain in ("", _text(rule[2])):
+            comment = _comment(rule.get(7, b""))
+            what = describe_rule(comment, _marks(rule.get(4, b"")))
+            yield rule[3], comment, known_thing(family, "rule", _text(rule[2]), what, 0)
 
 
 def _marks(expressions: bytes) -> Iterator[str]:
     loaded: tuple[int, ...] = ()
     for each in _each(expressions):
-        outer = attributes(each)
-        name, body = _text(outer[1]), attributes(outer.get(2, b""))
-        if name in ("lookup", "dynset"):
-            yield from (f"@{asked}" for asked in [_text(body[1])] if not asked.startswith("__"))
-        elif name in ("nat", "notrack", "reject"):
-            yield name
-        elif name == "immediate":
-            yield from _verdict(attributes(body[2]).get(2))
-        elif name == "payload" and 5 in body:
-            yield "writes"
-        elif name == "cmp":
-            yield from _compared(loaded, body)
-        loaded = tuple(_number(body[i]) for i in (2, 3, 4)) if name == "payload" else ()
+        marks, loads, value = _read_expression(each)
+        yield from marks
+        if value is not None:
+            yield from _compared(loaded, value)
+        loaded = loads
+
+
+@lru_cache(maxsize=1 << 12)  # of a thousand moves' rules most are the same
+def _read_expression(
+    expression: bytes,
+) -> tuple[tuple[str, ...], tuple[int, ...], bytes | None]:
+    """Its marks, what of a packet it loads, and the value that it compares what is loaded with."""
+    outer = attributes(expression)
+    name, body = _text(outer[1]), attributes(outer.get(2, b""))
+    if name in ("lookup", "dynset"):
+        asked = _text(body[1])
+        return (() if asked.startswith("__") else (f"@{asked}",)), (), None
+    if name in ("nat", "notrack", "reject"):
+        return (name,), (), None
+    if name == "immediate":
+        return tuple(_verdict(attributes(body[2]).get(2))), (), None
+    if name == "cmp":
+        return (), (), attributes(body[3])[1]
+    if name == "payload":
+        return (("writes",) if 5 in body else ()), tuple(_number(body[i]) for i in (2, 3, 4)), None
+    return (), (), None
 
 
 def _verdict(data: bytes | None) -> Iterator[str]:
@@ -124,8 +156,7 @@ def _verdict(data: bytes | None) -> Iterator[str]:
         yield f">{_text(verdict[2])}"
 
 
-def _compared(loaded: tuple[int, ...], body: dict[int, bytes]) -> Iterator[str]:
-    value = attributes(body[3])[1]
+def _compared(loaded: tuple[int, ...], value: bytes) -> Iterator[str]:
     if loaded == _PORT:
         yield f"port {int.from_bytes(value, 'big')}"
     elif loaded in _TO and len(value) == loaded[2]:

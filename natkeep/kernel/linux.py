@@ -17,6 +17,7 @@ from natkeep import fault
 from natkeep.errors import KernelError, RefusedError
 from natkeep.kernel import (
     Packed,
+    Panorama,
     Remember,
     address,
     calls,
@@ -32,7 +33,14 @@ from natkeep.kernel import (
     view,
 )
 from natkeep.kernel import quiet as quietness
-from natkeep.kernel.netns import Namespace, find_namespace, inside, open_namespace
+from natkeep.kernel.closely import CloseEyes
+from natkeep.kernel.netns import (
+    Namespace,
+    errors_at,
+    find_namespace,
+    inside,
+    open_namespace,
+)
 from natkeep.kernel.purge import forget_untracked, purge
 from natkeep.plan import resets, ruleset
 from natkeep.plan.drift import Gate, Observation
@@ -62,7 +70,6 @@ from natkeep.plan.steps import (
     TranslateErrors,
 )
 from natkeep.plan.tuples import Address, Connections, Endpoint, FourTuple
-from natkeep.values import replace
 
 if TYPE_CHECKING:
     from natkeep.plan.findings import Facts
@@ -157,14 +164,8 @@ class LinuxKernel:
 
     @contextmanager
     def _at(self, site: Site) -> Iterator[None]:
-        try:
-            with inside(self._namespaces[site]):
-                yield
-        except KernelError as error:
-            raise KernelError(f"{site}: {error}", hint=error.hint) from error
-        except OSError as error:
-            hint = "natkeep needs CAP_NET_ADMIN there" if error.errno in (1, 13) else None
-            raise KernelError(f"{site}: {error.strerror or error}", hint=hint) from error
+        with errors_at(site), inside(self._namespaces[site]):
+            yield
 
     def check(self, step: Step) -> None:
         """NatkeepError when *step* could not work."""
@@ -393,13 +394,14 @@ class LinuxKernel:
     def observe(self, site: Site, plan: Plan) -> Observation:
         """What *site* shows of *plan* now."""
         with self._at(site):
-            seen = view.observe(site, plan)
-        if not any(isinstance(step, GuardSite) and step.site == site for step in plan.prepare):
-            return seen
-        from natkeep.kernel import guard
+            return view.observe(site, plan, CloseEyes(self._namespaces[site], self._directory))
 
-        lives = guard.is_guarded(self._directory, plan.move.id, self._namespaces[site])
-        return replace(seen, guarded=lives)
+    def take_panorama(self, site: Site) -> Panorama:
+        """An opened site's namespace, to be looked at for many moves."""
+        from natkeep.kernel.panorama import LinuxPanorama  # for status of many moves alone
+
+        with errors_at(site):
+            return LinuxPanorama(self._namespaces[site], self._directory)
 
 
 def _note_ways(step: InstallTranslation) -> Prior:

@@ -170,6 +170,18 @@ def inside(namespace: Namespace) -> Iterator[None]:
         os.close(home)
 
 
+@contextmanager
+def errors_at(place: object) -> Iterator[None]:
+    """What the kernel says no to in the block is said of *place*, as a KernelError."""
+    try:
+        yield
+    except KernelError as error:
+        raise KernelError(f"{place}: {error}", hint=error.hint) from error
+    except OSError as error:
+        hint = "natkeep needs CAP_NET_ADMIN there" if error.errno in (1, 13) else None
+        raise KernelError(f"{place}: {error.strerror or error}", hint=hint) from error
+
+
 def _setns(fd: int, label: str) -> None:
     import ctypes  # only who enters another namespace pays for it
 

@@ -40,11 +40,6 @@ def release(step: HoldListeners) -> None:
         nft.run_transaction(ruleset.render_removal())
 
 
-def is_held(move_id: str) -> bool:
-    """Whether the gate leads to the move's hold."""
-    return bool(_links(move_id))
-
-
 def is_shared(own: set[str]) -> bool:
     """Whether the table has something of another move than the one whose sets are *own*."""
     sets = {name for name in elements.set_names(TABLE) if name.startswith(_MOVES)}

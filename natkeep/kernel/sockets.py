@@ -25,33 +25,49 @@ _TABLES = (("/proc/thread-self/net/tcp", 4), ("/proc/thread-self/net/tcp6", 6))
 _ENDED = frozenset({b"06", b"07"})  # TIME-WAIT, CLOSED: no process owns it any more
 
 
+Living = dict[bytes, set[bytes]]
+"""The sockets' records as plan.tuples packs them, by their local end."""
+
+
 def count_alive(connections: Connections) -> int:
     """How many of *connections* have a socket in the namespace that the thread is in."""
-    return sum(len(some) for some in _find_alive(connections))
+    return len(find_kept(connections))
 
 
-def find_kept(connections: Connections) -> Connections:
-    """Those of *connections* that have a socket in the namespace that the thread is in."""
-    found = [*_find_alive(connections)]
+def find_kept(connections: Connections, living: Living | None = None) -> Connections:
+    """Those of *connections* that have a socket in the namespace that the thread is in.
+
+    living: what read_living returned there.
+    """
+    found = [*_find_alive(connections, read_living() if living is None else living)]
     return Connections(*(b"".join(some.records(version) for some in found) for version in (4, 6)))
 
 
 def find_alive(connections: Connections) -> FourTuple | None:
     """The first of *connections* that has a socket in the namespace that the thread is in."""
-    return next((inbound for some in _find_alive(connections) for inbound in some), None)
+    found = _find_alive(connections, read_living())
+    return next((inbound for some in found for inbound in some), None)
 
 
-def _find_alive(connections: Connections) -> Iterator[Connections]:
-    live = {record for path, version in _TABLES for record in _records(path, version)}
+def _find_alive(connections: Connections, living: Living) -> Iterator[Connections]:
     # Whose local end is none of theirs cannot be one of them, and often that is everybody.
-    ends = connections.local_ends() if live else frozenset()
-    live = {record for record in live if record[: len(record) // 2] in ends}
+    ends = connections.local_ends() if living else ()
+    live: set[bytes] = set().union(*(living.get(end, ()) for end in ends))
     for version in (4, 6) if live else ():
         records, size = connections.records(version), RECORD_SIZE[version]
         starts = range(0, len(records), size)
         yield connections.pick(
             (at // size for at in starts if records[at : at + size] in live), version
         )
+
+
+def read_living() -> Living:
+    """Every TCP socket of the namespace that the thread is in, which a process may own."""
+    living: Living = {}
+    for path, version in _TABLES:
+        for record in _records(path, version):
+            living.setdefault(record[: len(record) // 2], set()).add(record)
+    return living
 
 
 def _records(path: str, version: int) -> set[bytes]:
@@ -92,18 +108,15 @@ def _endpoint(text: bytes) -> bytes:
     return raw + socket.htons(int(port, 16)).to_bytes(2, sys.byteorder)
 
 
-def count_callers(ends: frozenset[Endpoint], kept: Iterable[Connections]) -> int:
+def count_callers(
+    ends: frozenset[Endpoint], kept: Iterable[Connections], living: Living | None = None
+) -> int:
     """How many sockets have one of *ends* and a peer, and are none of the *kept* ones."""
-    known = {some.records(v)[i : i + RECORD_SIZE[v]]
-             for some in kept for v in (4, 6)
-             for i in range(0, len(some.records(v)), RECORD_SIZE[v])}  # fmt: skip
-    called = {end.address.packed + end.port.to_bytes(2, "big") for end in ends}
-    return sum(
-        1
-        for path, version in _TABLES
-        for record in _records(path, version)
-        if record[: len(record) // 2] in called and any(record[-2:]) and record not in known
-    )
+    living = read_living() if living is None else living
+    known = {record for some in kept for record in some.each()}
+    called = (end.address.packed + end.port.to_bytes(2, "big") for end in ends)
+    here = (record for end in called for record in living.get(end, ()))
+    return sum(1 for record in here if any(record[-2:]) and record not in known)
 
 
 def listening_ports(address: Address) -> frozenset[int]:

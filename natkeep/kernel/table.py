@@ -6,7 +6,7 @@ bear the move's. The text comes from plan/; what stands there is read by element
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 
 from natkeep import fault
 from natkeep.kernel import Remember, elements, nft
@@ -170,10 +170,14 @@ def gate_state(move_id: str) -> Gate:
 
 def chain_state(chain: str) -> Gate:
     """The same of any chain that is a gate."""
-    rules = elements.rules(TABLE, chain)
-    if not rules:
+    return state_of([rule.comment for rule in elements.rules(TABLE, chain)])
+
+
+def state_of(comments: Collection[str]) -> Gate:
+    """The same, by the comments of its rules."""
+    if not comments:
         return Gate.ABSENT
-    return Gate.OPEN if any(rule.comment == ruleset.OPEN for rule in rules) else Gate.CLOSED
+    return Gate.OPEN if ruleset.OPEN in comments else Gate.CLOSED
 
 
 def close_gate(step: OpenGate | SendResets) -> None:

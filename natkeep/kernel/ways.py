@@ -75,18 +75,42 @@ def note(own: Iterable[Address], others: Iterable[Address]) -> str:
 
 def find_lost(notes: str) -> tuple[str, ...]:
     """Those of *notes* that do not hold any more, in their order."""
-    lost = []
-    parsed = [*_parse(notes)]
-    with Netlink(NETLINK_ROUTE) as netlink:
-        local: set[bytes] = set()
-        if any(kind == "address" for kind, *_ in parsed):
-            for _, found in _read_addresses(netlink):
-                local.add(found.get(_IFA_LOCAL) or found.get(_IFA_ADDRESS) or b"")
-        for kind, address, device, message in parsed:
-            there = address.packed in local if kind == "address" else _is_reached(netlink, address)
-            if not there:
-                lost.append(f"{kind},{address},{device},{message.hex()}")
-    return tuple(lost)
+    with Ways() as ways:
+        return ways.find_lost(notes)
+
+
+class Ways:
+    """The ways of the namespace in which this was made, each looked at once."""
+
+    def __init__(self) -> None:
+        self._netlink = Netlink(NETLINK_ROUTE)
+        self._local: set[bytes] | None = None
+        self._known: dict[str, bool] = {}
+
+    def __enter__(self) -> Ways:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Let go of the socket."""
+        self._netlink.close()
+
+    def find_lost(self, notes: str) -> tuple[str, ...]:
+        """Those of *notes* that do not hold any more, in their order."""
+        for text in notes.split():
+            for kind, address, *_ in () if text in self._known else _parse(text):
+                self._known[text] = self._holds(kind, address)
+        return tuple(text for text in notes.split() if not self._known.get(text, True))
+
+    def _holds(self, kind: str, address: Address) -> bool:
+        if kind != "address":
+            return _is_reached(self._netlink, address)
+        if self._local is None:
+            answers = (found for _, found in _read_addresses(self._netlink))
+            self._local = {f.get(_IFA_LOCAL) or f.get(_IFA_ADDRESS) or b"" for f in answers}
+        return address.packed in self._local
 
 
 def put_back(notes: Iterable[str]) -> None:

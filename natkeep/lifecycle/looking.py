@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import closing
+from functools import partial
+from types import MappingProxyType
+from typing import TYPE_CHECKING, TypeVar
 
 from natkeep.errors import JournalError
 from natkeep.journal import Journal, read_boot_id
+from natkeep.kernel import Kernel, Panorama
 from natkeep.kernel.netns import NamespaceGoneError
 from natkeep.lifecycle.ground import Ground, is_waiting
+from natkeep.lifecycle.overview import Overview
+from natkeep.lifecycle.sharing import do_at_once
 from natkeep.plan.drift import Gate, MoveStatus, Observation, SiteStatus, find_drift
 from natkeep.plan.move import Role, Site
 from natkeep.plan.steps import HoldSegments, InstallTranslation, OpenGate, Plan, TakeOverLock
@@ -20,7 +26,15 @@ if TYPE_CHECKING:
     from natkeep.plan.mending import Life, Patch
     from natkeep.plan.sighting import Sighting
 
+T = TypeVar("T")
+
 _DRAIN_INTERVAL = 0.2
+
+Said = tuple[str, "str | None"]
+"""An error's message and hint."""
+
+_SHARE = 200
+"""Moves for which another process is worth its start."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,8 +81,55 @@ class Looking(Ground):
 
         unreadable: takes what is wrong with a journal, so that the other moves are shown.
         """
-        found = []
-        for move_id in move_ids or self.state.ids():
+        move_ids = move_ids or self.state.ids()
+        with closing(Overview(self.kernel, len(move_ids))) as overview:
+            loaded = [*self._load_each(move_ids, unreadable, overview)]
+            return tuple(self._see_each(loaded, overview, unreadable))
+
+    def digest_status(
+        self, digest: Callable[[MoveStatus], T], unreadable: list[JournalError], processes: int
+    ) -> list[T]:
+        """What *digest*, whose values marshal must know, makes of how each of all moves stands.
+
+        processes: so many may be at it, where there are many moves.
+        """
+        move_ids = self.state.ids()
+        with closing(Overview(self.kernel, len(move_ids))) as overview:
+            loaded = [*self._load_each(move_ids, unreadable, overview)]
+
+            def see(
+                some: list[tuple[Journal, Plan]],
+            ) -> tuple[list[T], list[tuple[str, str | None]]]:
+                errors: list[JournalError] = []
+                found = [digest(status) for status in self._see_each(some, overview, errors)]
+                return found, [(str(error), error.hint) for error in errors]
+
+            count = max(1, min(processes, len(loaded) // _SHARE))
+            if count > 1:
+                overview.read_ahead()
+            size = len(loaded) // count + 1
+            parts = [partial(see, loaded[n * size : (n + 1) * size]) for n in range(count)]
+            shares = do_at_once(parts, overview.reconnect)
+        errors = [error for _, some in shares for error in some]
+        unreadable += [JournalError(message, hint=hint) for message, hint in errors]
+        return [one for found, _ in shares for one in found]
+
+    def _see_each(
+        self,
+        loaded: Iterable[tuple[Journal, Plan]],
+        overview: Overview,
+        unreadable: list[JournalError] | None,
+    ) -> Iterator[MoveStatus]:
+        for journal, plan in loaded:
+            yield from self._see(journal, plan, overview, unreadable)
+
+    def _load_each(
+        self,
+        move_ids: Iterable[str],
+        unreadable: list[JournalError] | None,
+        overview: Overview | None = None,
+    ) -> Iterator[tuple[Journal, Plan]]:
+        for move_id in move_ids:
             try:
                 journal, plan = self._load(move_id)
             except JournalError as error:
@@ -77,16 +138,30 @@ class Looking(Ground):
                 if move_id in self.state.ids():  # else it has been torn down meanwhile
                     unreadable.append(error)
                 continue
-            sites = self._look_at_sites(journal, plan)
-            self.kernel.close_sites(plan.move.sites)  # there may be more moves than descriptors
-            opening = {step.site for step in plan.open if isinstance(step, OpenGate)}
-            gates = {s.seen.gate for s in sites if s.seen is not None and s.site in opening}
-            found.append(
-                MoveStatus(plan, Gate.OPEN if gates == {Gate.OPEN} else Gate.CLOSED, sites)
-            )
-        return tuple(found)
+            if overview is not None:
+                overview.expect(journal, plan)
+            yield journal, plan
 
-    def _look_at_sites(self, journal: Journal, plan: Plan) -> tuple[SiteStatus, ...]:
+    def _see(
+        self,
+        journal: Journal,
+        plan: Plan,
+        overview: Overview,
+        unreadable: list[JournalError] | None,
+    ) -> Iterator[MoveStatus]:
+        """How the move stands; not at all if it has been torn down meanwhile."""
+        sites = self._look_at_sites(journal, plan, overview)
+        shown = any(overview.at(journal, site) for site in plan.move.sites)
+        if shown and any(status.drift for status in sites):
+            # Missing may be what was just being made or undone: so it is looked at for itself.
+            for again, now in self._load_each([plan.move.id], unreadable):
+                yield _sum_up(now, self._look_at_sites(again, now))
+        else:
+            yield _sum_up(plan, sites)
+
+    def _look_at_sites(
+        self, journal: Journal, plan: Plan, overview: Overview | None = None
+    ) -> tuple[SiteStatus, ...]:
         """Each site that no other move has taken over; what lives is asked at all of them."""
         sites = [site for site in plan.move.sites if not is_retired(journal, plan, site)]
         if journal.boot != read_boot_id():
@@ -94,13 +169,17 @@ class Looking(Ground):
             return tuple(SiteStatus(site, None, (why,)) for site in sites)
         waiting = {site for site in sites if is_waiting(journal, plan, site)}
         gone: dict[Site, str] = {}
+        eyes: dict[Site, Kernel | Panorama] = {}
         for site in sites:
+            eyes[site] = (overview and overview.at(journal, site)) or self.kernel
             try:
-                self.kernel.open_sites([site], {site: journal.identity(site)})
+                if eyes[site] is self.kernel:
+                    self.kernel.open_sites([site], {site: journal.identity(site)})
             except NamespaceGoneError as error:
                 gone[site] = str(error)
         there = [site for site in sites if site not in gone and site not in waiting]
-        sight = self._look_around(journal, plan, there)
+        sight = self._look_around(journal, plan, there, eyes)
+        self.kernel.close_sites(sites)  # there may be more moves than descriptors
         return tuple(
             SiteStatus(site, None, (gone[site],))
             if site in gone
@@ -110,10 +189,19 @@ class Looking(Ground):
             for site in sites
         )
 
-    def _look_around(self, journal: Journal, plan: Plan, sites: Iterable[Site]) -> Sight:
-        """What these opened sites show, and which connections live as far as that tells."""
+    def _look_around(
+        self,
+        journal: Journal,
+        plan: Plan,
+        sites: Iterable[Site],
+        eyes: Mapping[Site, Kernel | Panorama] = MappingProxyType({}),
+    ) -> Sight:
+        """What these opened sites show, and which connections live as far as that tells.
+
+        eyes: who looks at a site, if it is not the kernel.
+        """
         begun = time.monotonic_ns() // 1_000_000
-        looks = {site: self.kernel.observe(site, plan) for site in sites}
+        looks = {site: eyes.get(site, self.kernel).observe(site, plan) for site in sites}
         earlier = self.state.read_sighting(journal.move.id, journal.boot)
         age = time.monotonic() - earlier.at / 1000 if earlier is not None else 0.0
         frozen = not any(has_been_opened(journal, plan, site) for site in _ends(plan))
@@ -126,21 +214,11 @@ class Looking(Ground):
                 plan, site, looks, frozen=frozen, recent=recent or NO_CONNECTIONS
             )
         opened = {site: has_been_opened(journal, plan, site) for site in looks}
-        ways = {site: self._find_lost_ways(journal, plan, site) for site in looks}
+        ways = {
+            site: _find_lost_ways(journal, plan, site, eyes.get(site, self.kernel))
+            for site in looks
+        }
         return Sight(plan, begun, looks, lives, opened, earlier, ways)
-
-    def _find_lost_ways(
-        self, journal: Journal, plan: Plan, site: Site
-    ) -> tuple[tuple[int, tuple[str, ...]], ...]:
-        """Routes and addresses that were there at prepare, each with the step that noted them."""
-        found = []
-        for number, step in enumerate(plan.prepare):
-            record = journal.records.get(number)
-            if step.site == site and isinstance(step, InstallTranslation) and record is not None:
-                lost = self.kernel.find_lost_ways(site, str(record.prior.facts.get("ways", "")))
-                if lost:
-                    found.append((number, lost))
-        return tuple(found)
 
     def _note_sighting(self, journal: Journal, sight: Sight) -> None:
         """What a gateway alone will know of its connections only if it is remembered."""
@@ -219,6 +297,26 @@ class Looking(Ground):
                     f"{site} still has OLD {olds}: it would answer {len(peers)} peers with a reset"
                 )
         return tuple(found)
+
+
+def _sum_up(plan: Plan, sites: tuple[SiteStatus, ...]) -> MoveStatus:
+    opening = {step.site for step in plan.open if isinstance(step, OpenGate)}
+    gates = {s.seen.gate for s in sites if s.seen is not None and s.site in opening}
+    return MoveStatus(plan, Gate.OPEN if gates == {Gate.OPEN} else Gate.CLOSED, sites)
+
+
+def _find_lost_ways(
+    journal: Journal, plan: Plan, site: Site, eyes: Kernel | Panorama
+) -> tuple[tuple[int, tuple[str, ...]], ...]:
+    """Routes and addresses that were there at prepare, each with the step that noted them."""
+    found = []
+    for number, step in enumerate(plan.prepare):
+        record = journal.records.get(number)
+        if step.site == site and isinstance(step, InstallTranslation) and record is not None:
+            lost = eyes.find_lost_ways(site, str(record.prior.facts.get("ways", "")))
+            if lost:
+                found.append((number, lost))
+    return tuple(found)
 
 
 def has_been_opened(journal: Journal, plan: Plan, site: Site) -> bool:

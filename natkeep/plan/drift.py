@@ -179,12 +179,16 @@ def _find_table_drift(plan: Plan, site: Site, seen: Observation) -> Iterator[str
     if _nothing_is_there(plan, site, seen):
         yield f"table inet {ruleset.TABLE}: nothing of move {plan.move.id} is there"
         return
+    if not seen.gone:
+        for _, said in _name_chains(plan, site, seen, []):
+            yield said
+        return
     wanted = _want(plan, site)
     gone = [one for one in wanted if one.thing in seen.gone]
     if not seen.holds:  # which is said of the step
         hold = quiet.hold_chain(plan.move.id)
         gone = [one for one in gone if one.thing.name != hold and f">{hold}" not in one.thing.what]
-    named = dict(_name_chains(plan, site, seen))
+    named = dict(_name_chains(plan, site, seen, wanted))
     yield from named.values()
     yield from _name_things(gone, wanted, set(named))
 
@@ -214,9 +218,14 @@ def _name_things(gone: list[Wanted], wanted: list[Wanted], named: set[str]) -> I
         yield f"chain {chain}: {number} of {total} rules are missing"
 
 
-def _name_chains(plan: Plan, site: Site, seen: Observation) -> Iterator[tuple[str, str]]:
-    """The address chains that have no rule of this move, each with what is said of it."""
-    there = {one.thing for one in _want(plan, site) if one.thing not in seen.gone}
+def _name_chains(
+    plan: Plan, site: Site, seen: Observation, wanted: list[Wanted]
+) -> Iterator[tuple[str, str]]:
+    """The address chains that have no rule of this move, each with what is said of it.
+
+    wanted: where something is gone, all that there should be; else it does not matter.
+    """
+    there = {one.thing for one in wanted if one.thing not in seen.gone}
     ours = {(thing.name, thing.what.partition(":")[0]) for thing in there if thing.kind == "rule"}
     for chain in _expected_rules(plan, site):
         if chain not in seen.rules and not (seen.gone and (chain, plan.move.id) in ours):

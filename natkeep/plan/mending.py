@@ -16,7 +16,7 @@ This file must never look at a machine; the order of what it returns is that of 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from natkeep.plan import quiet, resets, ruleset
@@ -43,9 +43,10 @@ from natkeep.plan.steps import (
 from natkeep.plan.things import (
     Thing,
     Wanted,
-    number_alike,
+    next_alike,
     order_rules,
     parse_line,
+    parse_static,
     place,
     want_rule,
 )
@@ -137,33 +138,39 @@ class Life:
     known: bool
     living: Connections = NO_CONNECTIONS
 
-    def picks(self, translation: Translation, entries: Iterable[SeenEntry | None]) -> Iterator[int]:
+    def picks(self, translation: Translation, entries: Sequence[SeenEntry | None]) -> Iterator[int]:
         """Which of the *translation*'s connections live and have no entry that translates."""
+        some = [i for i, entry in enumerate(entries) if entry is None or not entry.translated]
+        if not some:
+            return
         living = frozenset(self.living.each())
-        both = zip(translation.kept.each(), entries, strict=False)
-        for index, (record, entry) in enumerate(both):
-            if entry is not None and entry.translated:
-                continue
-            lives = record in living
+        both = [*zip(translation.kept.each(), entries, strict=False)]
+        for index in some:
+            record, entry = both[index]
             carries = not self.known and entry is not None and entry.alive
-            if lives or carries:
+            if record in living or carries:
                 yield index
 
 
 def want_things(plan: Plan, site: Site) -> tuple[tuple[int, Wanted], ...]:
     """The things of *plan* in the tables of *site*, each with the number of its first step."""
+    return tuple(_want(plan, site).values())
+
+
+def _want(plan: Plan, site: Site) -> dict[Thing, tuple[int, Wanted]]:
     # A line that two steps have, as those of the static part, makes its thing once.
-    lines: dict[str | RawRule, tuple[int, Wanted]] = {}
+    made: set[str | RawRule] = set()
+    found: dict[Thing, tuple[int, Wanted]] = {}
     for number, step in enumerate(plan.steps):
-        if step.site == site:
-            for wanted in want_of(step):
-                lines.setdefault(wanted.make, (number, wanted))
-    found = [*lines.values()]
-    numbered = number_alike(wanted.thing for _, wanted in found)
-    unique: dict[Thing, tuple[int, Wanted]] = {}
-    for (number, wanted), thing in zip(found, numbered, strict=True):
-        unique.setdefault(thing, (number, Wanted(thing, wanted.make)))
-    return tuple(unique.values())
+        for wanted in want_of(step) if step.site == site else ():
+            if wanted.make in made:
+                continue
+            made.add(wanted.make)
+            one = (number, wanted)
+            if found.setdefault(wanted.thing, one) is not one and wanted.thing.kind == "rule":
+                other = next_alike(wanted.thing, found)
+                found[other] = (number, Wanted(other, wanted.make))
+    return found
 
 
 def want_of(step: Step) -> Iterator[Wanted]:
@@ -171,41 +178,49 @@ def want_of(step: Step) -> Iterator[Wanted]:
     if isinstance(step, TranslateErrors):
         yield from (want_rule(rule) for rule in step.rules())
         return
-    for line in _lines(step):
+    for lines in _static_lines(step):
+        yield from parse_static(lines)
+    for line in _own_lines(step):
         yield from parse_line(line)
 
 
-def _lines(step: Step) -> tuple[str, ...]:
-    """The text of *step*, with the part of the table that the first move makes for all."""
+def _static_lines(step: Step) -> Iterator[tuple[str, ...]]:
+    """The text of the part of the table that the first move makes for all."""
     match step:
         case InstallGate():
-            silent = ruleset.render_arp_static() if step.site.role == Role.DESTINATION else ()
-            muted = quiet.render_static() if step.site.role == Role.SOURCE else ()
-            return (*ruleset.render_static(), *silent, *muted, *step.lines())
+            yield ruleset.render_static()
+            if step.site.role == Role.DESTINATION:
+                yield ruleset.render_arp_static()
+            if step.site.role == Role.SOURCE:
+                yield quiet.render_static()
         case HoldListeners():
-            return (*ruleset.render_static(), *step.lines())
+            yield ruleset.render_static()
         case InstallTranslation():
-            modes = dict.fromkeys(translation.mode for translation in step.translations)
+            for mode in dict.fromkeys(translation.mode for translation in step.translations):
+                yield ruleset.render_mode(mode)
         case InstallReception():
-            modes = dict.fromkeys(receiving.mode for receiving in step.receptions)
+            for mode in dict.fromkeys(receiving.mode for receiving in step.receptions):
+                yield ruleset.render_mode(mode)
         case InstallResets():
-            dispatches = dict.fromkeys(reset.dispatch for reset in step.resets)
-            static = [line for each in dispatches for line in resets.render_static(each)]
-            return (*static, *step.lines())
-        case OpenGate() | SendResets():
+            for dispatch in dict.fromkeys(reset.dispatch for reset in step.resets):
+                yield resets.render_static(dispatch)
+
+
+def _own_lines(step: Step) -> tuple[str, ...]:
+    match step:
+        case InstallGate() | HoldListeners() | InstallTranslation() | InstallReception():
+            return step.lines()
+        case InstallResets() | OpenGate() | SendResets():
             return step.lines()
         case _:
             return ()
-    return (*(line for mode in modes for line in ruleset.render_mode(mode)), *step.lines())
 
 
 def split_opening(plan: Plan, site: Site) -> tuple[frozenset[Thing], frozenset[Thing]]:
     """What prepare puts into the tables of *site*, and what open does."""
-    prepared: set[Thing] = set()
-    opened: set[Thing] = set()
-    for number, wanted in want_things(plan, site):
-        (prepared if number < len(plan.prepare) else opened).add(wanted.thing)
-    return frozenset(prepared), frozenset(opened)
+    wanted, first = _want(plan, site), len(plan.prepare)
+    opened = frozenset([thing for thing, (number, _) in wanted.items() if number >= first])
+    return frozenset(wanted) - opened, opened
 
 
 def find_life(

@@ -20,6 +20,7 @@ import ipaddress
 import re
 from collections.abc import Iterable, Iterator
 from enum import StrEnum
+from functools import lru_cache
 
 from natkeep.errors import RefusedError, UsageError
 from natkeep.plan.lock import DumpLock
@@ -328,7 +329,11 @@ class Translation:
     @property
     def before(self) -> Address:
         """Where a peer's packet is addressed when it reaches the site."""
-        return next(iter(self.outer)).destination.address
+        packed = self.outer.v4[:4] or self.outer.v6[:16]
+        for known in (self.map.old, self.map.new):
+            if known.packed == packed:
+                return known
+        return ipaddress.ip_address(packed)  # a port that a gateway publishes
 
     @property
     def after(self) -> Address:
@@ -338,7 +343,7 @@ class Translation:
     @property
     def renames(self) -> bool:
         """Whether peers or ports change too, not the local address alone."""
-        return self.outer.toward(self.after) != self.inner
+        return _differ(self.outer, self.inner, self.after)
 
     def ports(self) -> tuple[int, int]:
         """The local port outside and inside, of a translation that renames."""
@@ -348,6 +353,11 @@ class Translation:
     def tuples(self) -> Iterator[tuple[FourTuple, FourTuple]]:
         """For each kept connection its tuple (peer to process) before and after the site."""
         return zip(self.outer, self.inner, strict=True)
+
+
+@lru_cache(maxsize=4)  # asked for each line that is rendered, of one translation after the other
+def _differ(outer: Connections, inner: Connections, after: Address) -> bool:
+    return outer.toward(after) != inner
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,6 +17,7 @@ Rule: as ruleset.py: rendered from typed values only; this file must never run a
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import cache
 
 from natkeep.plan import ruleset
 from natkeep.plan.move import Role, Translation
@@ -40,6 +41,7 @@ def gate_chains(translation: Translation) -> tuple[tuple[str, Address], ...]:
     return inbound
 
 
+@cache
 def render_static() -> tuple[str, ...]:
     """What only a source's table has besides."""
     return (

@@ -47,6 +47,7 @@ Theory of operation. A site has one table `inet natkeep`, shared by all moves.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import cache
 
 from natkeep.plan.lock import CRIU_MARK
 from natkeep.plan.move import Mode, Role, Translation
@@ -115,6 +116,7 @@ def rewrite_chain(dispatch: str, move_id: str, number: int) -> str:
     return f"{dispatch}-{move_id}-{number}"
 
 
+@cache
 def render_static() -> tuple[str, ...]:
     """The table as it is before any move; `create` fails when it is there already."""
     mark = f"meta mark {CRIU_MARK:#x}"
@@ -144,6 +146,7 @@ def base_chain_of(mode: Mode) -> str:
     return _BASE_CHAINS[DISPATCHES[mode][0]][0]
 
 
+@cache
 def render_mode(mode: Mode) -> tuple[str, ...]:
     """The base chains of a mode, added by the first move that uses it.
 
@@ -274,6 +277,7 @@ def render_silence(old: Address) -> list[str]:
     return lines
 
 
+@cache
 def render_arp_static() -> tuple[str, ...]:
     """The ARP half of a destination's table; `create` fails when it is there already."""
     return (

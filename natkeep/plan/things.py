@@ -16,9 +16,10 @@ never look at a machine.
 from __future__ import annotations
 
 import re
-from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Container, Iterable, Iterator, Sequence
+from functools import lru_cache
 from ipaddress import ip_address
+from itertools import count
 
 from natkeep.plan.quoted import LookUp, RawRule, Store
 from natkeep.plan.ruleset import TABLE
@@ -28,11 +29,12 @@ _LINE = re.compile(
     rf"(create|add|insert) (table|chain|set|map|element|rule) (inet|arp) {TABLE} ?(\S*) ?(.*)"
 )
 _COMMENT = re.compile(r' comment "([^"]*)"$')
-_ASKED = re.compile(r"@(\S+)")
-_JUMP = re.compile(r" jump (\S+)")
-_PORT = re.compile(r"tcp dport (\d+)")
-_TO = re.compile(r"\bip6? daddr (?!set\b|vmap\b|\.)(\S+)")
-_WRITES = re.compile(r"[ds]addr set ")
+_LAST = frozenset(("drop", "accept"))
+_PLAIN = {"dnat": "nat", "snat": "nat", "notrack": "notrack", "reject": "reject"}
+_FOLLOWED = frozenset(("jump", "dport", "daddr", "saddr"))
+
+_parse_address = lru_cache(maxsize=1 << 12)(ip_address)
+"""A few addresses stand in all the lines of a move."""
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -51,6 +53,13 @@ class Thing:
     nth: int = 0
 
 
+known_thing = lru_cache(maxsize=1 << 16)(Thing)
+"""A Thing, the same object as before for the same values.
+
+They are looked for among tens of thousands, where it counts that one object is equal to itself.
+"""
+
+
 @dataclass(frozen=True, slots=True)
 class Wanted:
     """A thing that is to be there, and what makes it: a line of nft text, or a raw rule."""
@@ -66,10 +75,23 @@ def describe_rule(comment: str, marks: Iterable[str]) -> str:
 
 def number_alike(things: Iterable[Thing]) -> Iterator[Thing]:
     """The same things, rules that are alike numbered in their order."""
-    seen: Counter[Thing] = Counter()
+    seen: set[Thing] = set()
     for thing in things:
-        yield replace(thing, nth=seen[thing]) if thing.kind == "rule" else thing
-        seen[thing] += 1
+        one = next_alike(thing, seen) if thing in seen and thing.kind == "rule" else thing
+        seen.add(one)
+        yield one
+
+
+def next_alike(thing: Thing, seen: Container[Thing]) -> Thing:
+    """The same with the first number that none of those *seen* has."""
+    numbers = (replace(thing, nth=number) for number in count(thing.nth + 1))
+    return next(other for other in numbers if other not in seen)
+
+
+@lru_cache(maxsize=1 << 8)
+def parse_static(lines: tuple[str, ...]) -> tuple[Wanted, ...]:
+    """What *lines* make, which are the same for all moves."""
+    return tuple(wanted for line in lines for wanted in parse_line(line))
 
 
 def parse_line(line: str) -> Iterator[Wanted]:
@@ -86,39 +108,46 @@ def _parse_line(line: str) -> Iterator[tuple[Thing, str]]:
         for element in rest.removeprefix("{ ").removesuffix(" }").split(", "):
             key = _pack_key(element.partition(" : ")[0])
             one = f"add element {family} {TABLE} {name} {{ {element} }}"
-            yield Thing(family, "element", name, key.hex()), one
+            yield known_thing(family, "element", name, key.hex(), 0), one
     elif kind == "rule":
         comment, marks = _read_rule(rest)
-        yield Thing(family, "rule", name, describe_rule(comment, marks)), line
+        yield known_thing(family, "rule", name, describe_rule(comment, marks), 0), line
     else:
-        yield Thing(family, "set" if kind == "map" else kind, name), line
+        yield known_thing(family, "set" if kind == "map" else kind, name, "", 0), line
 
 
 def _pack_key(text: str) -> bytes:
-    return int(text).to_bytes(2, "big") if text.isdigit() else ip_address(text).packed
+    return int(text).to_bytes(2, "big") if text.isdigit() else _parse_address(text).packed
 
 
 def _read_rule(text: str) -> tuple[str, set[str]]:
     found = _COMMENT.search(text)
-    body = text[: found.start()] if found else text
-    marks = {f"@{name}" for name in _ASKED.findall(body)}
-    marks |= {f">{chain}" for chain in _JUMP.findall(f" {body}")}
-    marks |= {f"port {port}" for port in _PORT.findall(body)}
-    marks |= {f"to {ip_address(address)}" for address in _TO.findall(body)}
-    words = body.split()
-    if {"dnat", "snat"} & set(words):
-        marks.add("nat")
-    marks |= {"notrack"} & set(words)
-    marks |= {words[-1]} & {"drop", "accept"}
-    marks |= {"reject"} & set(words)
-    if _WRITES.search(body):
-        marks.add("writes")
+    words = (text[: found.start()] if found else text).split()
+    marks = {*words[-1:]} & _LAST
+    for at, word in enumerate(words):
+        if word[0] == "@":
+            marks.add(word)
+        elif word in _PLAIN:
+            marks.add(_PLAIN[word])
+        elif word in _FOLLOWED and at + 1 < len(words):
+            marks |= _read_pair(words[at - 1] if at else "", word, words[at + 1])
     return (found.group(1) if found else ""), marks
+
+
+def _read_pair(before: str, word: str, after: str) -> set[str]:
+    """What a word tells by those that stand beside it."""
+    if word == "jump":
+        return {f">{after}"}
+    if word == "dport":
+        return {f"port {after}"} if before == "tcp" and after.isdigit() else set()
+    if word == "daddr" and before in ("ip", "ip6") and after not in ("set", "vmap", "."):
+        return {f"to {_parse_address(after)}"}
+    return {"writes"} if after == "set" else set()
 
 
 def want_rule(rule: RawRule) -> Wanted:
     """The same for a rule that nft's text cannot say."""
-    return Wanted(Thing("inet", "rule", rule.chain, _describe_raw(rule)), rule)
+    return Wanted(known_thing("inet", "rule", rule.chain, _describe_raw(rule), 0), rule)
 
 
 def _describe_raw(rule: RawRule) -> str:

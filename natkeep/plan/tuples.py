@@ -170,6 +170,13 @@ class Connections:
             for (record,) in struct.iter_unpack(f"{RECORD_SIZE[version]}s", self.records(version)):
                 yield record
 
+    def texts(self) -> Iterator[tuple[str, str]]:
+        """Local end and peer of each connection, as an Endpoint prints them."""
+        for local, port, peer, peer_port in struct.iter_unpack("!4sH4sH", self.v4):
+            yield f"{_write(local)}:{port}", f"{_write(peer)}:{peer_port}"
+        for local, port, peer, peer_port in struct.iter_unpack("!16sH16sH", self.v6):
+            yield f"[{_write(local)}]:{port}", f"[{_write(peer)}]:{peer_port}"
+
     def peers(self) -> frozenset[bytes]:
         """The addresses of all peers, packed, each once."""
         v6 = (peer for (peer,) in struct.iter_unpack("18x16s2x", self.v6))
@@ -241,6 +248,11 @@ NO_CONNECTIONS = Connections()
 def _distinct_words(column: bytes) -> frozenset[bytes]:
     """The groups of four octets in *column*, each once; as numbers it takes half the time."""
     return frozenset(w.to_bytes(4, sys.byteorder) for w in set(memoryview(column).cast("I")))
+
+
+@lru_cache(maxsize=1 << 16)
+def _write(packed: bytes) -> str:
+    return str(ipaddress.ip_address(packed))
 
 
 def _of_version(version: int, records: bytes) -> Connections:

@@ -1,4 +1,8 @@
-"""what the kernel tests share: running a command in a namespace, and a picture of all of it."""
+"""what the kernel tests share: running a command in a namespace, and a picture of all of it.
+
+Whatever a test observes is looked at in three ways, which must show the same: closely, by a
+panorama that asks for each entry, and by one that has walked through the connection table.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +11,11 @@ import time
 from collections.abc import Callable
 
 import pytest
+
+from natkeep.kernel.linux import LinuxKernel
+from natkeep.plan.drift import Observation
+from natkeep.plan.move import Site
+from natkeep.plan.steps import Plan
 
 Run = Callable[..., str]
 Picture = Callable[[str], list[str]]
@@ -70,6 +79,29 @@ def make_site(make_netns: Callable[[], str]) -> Callable[[], str]:
         return netns
 
     return make
+
+
+MANY = 1_000_000
+"""Connections for which a walk through the connection table is quicker than to ask for each."""
+
+
+@pytest.fixture(autouse=True)
+def _look_in_every_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    closely = LinuxKernel.observe
+
+    def observe(kernel: LinuxKernel, site: Site, plan: Plan) -> Observation:
+        seen = closely(kernel, site, plan)
+        for many in (0, MANY):
+            panorama = kernel.take_panorama(site)
+            try:
+                for version in {map_.old.version for map_ in plan.move.maps}:
+                    panorama.expect(version, many)
+                assert panorama.observe(site, plan) == seen
+            finally:
+                panorama.close()
+        return seen
+
+    monkeypatch.setattr(LinuxKernel, "observe", observe)
 
 
 PICTURE = r"""

@@ -1,0 +1,153 @@
+"""a panorama on the real kernel: it shows of each move what looking closely shows.
+
+That it does so of sites that others have broken is held by conftest.py, in all tests of the folder.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from ipaddress import ip_address
+
+import pytest
+
+from natkeep.errors import KernelError
+from natkeep.kernel import ctwalk
+from natkeep.kernel.ctnetlink import ask_for_tcp, inbound_tuples
+from natkeep.kernel.linux import LinuxKernel
+from natkeep.kernel.netns import inside, open_namespace
+from natkeep.plan.move import Map, Mode, Move, Role, Site
+from natkeep.plan.order import make_plan
+from natkeep.plan.steps import Plan
+from natkeep.plan.tuples import Connections, Endpoint, FourTuple
+
+pytestmark = pytest.mark.root
+Run = Callable[..., str]
+MANY = 1_000_000
+
+
+def make_plans(netns: str, role: Role, count: int = 5) -> Iterator[Plan]:
+    """Moves of three connections each, of both families and both modes, with listeners."""
+    for number in range(count):
+        maps = (
+            Map(ip_address("10.2.0.10") + number, ip_address("10.3.0.20") + number),
+            Map(ip_address("fd00:2::10") + number, ip_address("fd00:3::20") + number),
+        )
+        tuples = [
+            FourTuple(Endpoint(ip_address(peer), 5000 + i), Endpoint(map_.old, 80))
+            for map_, peer in zip(maps, ("10.1.0.2", "fd00:1::2"), strict=True)
+            for i in range(3)
+        ]
+        move = Move(
+            f"m{number}", maps, (Site(role, netns),), list(Mode)[number % 2],
+            (Endpoint(maps[0].old, 8080 + number),),
+        )  # fmt: skip
+        yield make_plan(move, Connections.of(tuples))
+
+
+@pytest.fixture
+def kernel() -> LinuxKernel:
+    return LinuxKernel()
+
+
+def prepare(kernel: LinuxKernel, plans: list[Plan]) -> Site:
+    [site] = plans[0].move.sites
+    kernel.open_sites([site])
+    for plan in plans:
+        for step in plan.steps:
+            kernel.apply(step, lambda prior: None)
+    return site
+
+
+@pytest.mark.parametrize("role", [Role.GATEWAY, Role.DESTINATION])
+def test_one_panorama_shows_every_move_as_it_is(
+    make_site: Callable[[], str], run: Run, kernel: LinuxKernel, role: Role
+) -> None:
+    plans = [*make_plans(make_site(), role)]
+    site = prepare(kernel, plans)
+    for number in range(20):  # other people's entries are among them, in other forms
+        run(
+            site.netns, "conntrack", "-I", "-p", "udp" if number % 2 else "tcp",
+            *("-s", "10.9.0.1", "-d", f"10.9.1.{number}", "--sport", "7", "--dport", "9"),
+            *("--timeout", "99"), *(() if number % 2 else ("--state", "ESTABLISHED")),
+        )  # fmt: skip
+    run(site.netns, "conntrack", "-D", "-p", "tcp", "--orig-port-src", "5001")
+
+    panorama = kernel.take_panorama(site)
+    for version in (4, 6):
+        panorama.expect(version, MANY)
+
+    for plan in plans:
+        seen = panorama.observe(site, plan)
+        assert seen == kernel.observe(site, plan)
+        assert None in seen.entries[0]
+    panorama.close()
+
+
+def test_what_is_made_behind_a_walk_is_still_found(
+    make_site: Callable[[], str], run: Run, kernel: LinuxKernel
+) -> None:
+    """A walk may miss an entry; that it is not there is said only when it was asked for."""
+    [plan] = make_plans(make_site(), Role.GATEWAY, 1)
+    site = prepare(kernel, [plan])
+    run(site.netns, "conntrack", "-F")
+    panorama = kernel.take_panorama(site)
+    for version in (4, 6):
+        panorama.expect(version, MANY)
+    assert [*panorama.observe(site, plan).entries[0]] == [None] * 3
+
+    for step in plan.prepare:
+        if type(step).__name__ == "InsertEntries":
+            kernel.apply(step, lambda prior: None)
+
+    assert None not in panorama.observe(site, plan).entries[0]
+    panorama.close()
+
+
+def test_entries_of_other_zones_are_not_ours(make_site: Callable[[], str], run: Run) -> None:
+    netns = make_site()
+    kept = Connections.of(
+        [FourTuple(Endpoint.parse("10.1.0.2:5000"), Endpoint.parse("10.2.0.10:80"))]
+    )
+    insert = "conntrack -I -p tcp -s 10.1.0.2 -d 10.2.0.10 --sport 5000 --dport 80 --timeout 99"
+    for zone, there in ((("--zone", "7"), False), ((), True)):
+        run(netns, *insert.split(), "--state", "ESTABLISHED", *zone)
+        with inside(open_namespace(netns)):
+            walk = ctwalk.Walk(4)
+        [tuple_] = inbound_tuples(kept, 4)
+        assert (walk.find_each([tuple_]) != [None]) == there
+        assert len([*walk.each()]) == 1 + there
+        walk.close()
+
+
+def test_a_panorama_holds_few_descriptors_and_leaves_none(
+    make_site: Callable[[], str], kernel: LinuxKernel
+) -> None:
+    [plan] = make_plans(make_site(), Role.DESTINATION, 1)
+    site = prepare(kernel, [plan])
+    before = len(os.listdir("/proc/self/fd"))
+
+    panorama = kernel.take_panorama(site)
+    for version in (4, 6):
+        panorama.expect(version, MANY)
+    panorama.observe(site, plan)
+    held = len(os.listdir("/proc/self/fd")) - before
+    panorama.close()
+
+    assert held <= 5
+    assert before == len(os.listdir("/proc/self/fd"))
+
+
+def test_a_walk_that_the_kernel_refuses_is_an_error(
+    make_site: Callable[[], str], kernel: LinuxKernel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    [plan] = make_plans(make_site(), Role.GATEWAY, 1)
+    site = prepare(kernel, [plan])
+    monkeypatch.setattr(ctwalk, "ask_for_tcp", lambda version: b"\0" + ask_for_tcp(version)[1:])
+    panorama = kernel.take_panorama(site)
+    for version in (4, 6):
+        panorama.expect(version, MANY)
+
+    with pytest.raises(KernelError, match=f"gateway={site.netns}: "):
+        panorama.observe(site, plan)
+    panorama.close()
