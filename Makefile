@@ -69,16 +69,16 @@ test-caps: root setup ## the tests of what acts, with natkeep's three capabiliti
 bench: bench-control bench-hook bench-stall bench-path ## all four, each figure asked for beside the one reached
 
 bench-hook: root setup ## what each call of natkeep-hook costs a restore (needs root)
-	@.venv/bin/python bench/hook.py $(BENCH_ARGS)
+	@.venv/bin/python -m bench.hook $(BENCH_ARGS)
 
 bench-path: root setup ## what a packet costs, kept or somebody else's, beside plain routing (needs root)
-	@.venv/bin/python bench/path.py $(BENCH_ARGS)
+	@.venv/bin/python -m bench.path $(BENCH_ARGS)
 
 bench-control: root setup ## prepare, open, teardown beside what is done by hand, 1 to 100,000 connections (needs root)
-	@.venv/bin/python bench/control.py $(BENCH_ARGS)
+	@.venv/bin/python -m bench.control $(BENCH_ARGS)
 
 bench-stall: root setup ## how long a peer waits, with and without hold: BENCH_ARGS='--reps 20' (needs root)
-	@.venv/bin/python bench/stall.py $(BENCH_ARGS)
+	@.venv/bin/python -m bench.stall $(BENCH_ARGS)
 
 soak: root setup ## moves back and forth under load, and nothing grows: MINUTES=20 (needs root)
 	@.venv/bin/python -m natkeep.lab.soak --minutes $(MINUTES)
