@@ -29,7 +29,7 @@ from pathlib import Path
 
 from bench.by_hand import FLOOR_TABLE, NEW, OLD, SENDER, make_connections, write_files
 from bench.figures import Figure, at_most, conclude
-from bench.namespaces import destination, end_on_sigterm, namespace
+from bench.namespaces import PREFIX, destination, end_on_sigterm, namespace
 from natkeep.journal import StateDirectory
 from natkeep.kernel.linux import LinuxKernel
 from natkeep.lifecycle.verbs import Lifecycle
@@ -37,8 +37,8 @@ from natkeep.plan.move import Map, Move, Role, Site
 from natkeep.plan.tuples import Connections
 
 NATKEEP = Path(sys.executable).parent / "natkeep"
-PREFIX = f"natkeep-bench-{os.getpid()}"
-SITE, GATEWAY = f"{PREFIX}-d", f"{PREFIX}-g"
+NAME = f"{PREFIX}{os.getpid()}"
+SITE, GATEWAY = f"{NAME}-d", f"{NAME}-g"
 SIZES = (1, 100, 1000, 10_000, 100_000)
 ROUNDS = {1: 15, 100: 9, 1000: 9, 10_000: 5, 100_000: 5}
 ONE_BY_ONE = 1000  # entries that `conntrack -I` is started for
@@ -100,6 +100,22 @@ def inside(*argv: str) -> tuple[str, ...]:
 def say(*argv: str) -> str:
     """What a program prints that is not measured."""
     return subprocess.run(inside(*argv), check=True, capture_output=True, text=True).stdout
+
+
+def write_apart(case: Case) -> None:
+    """Write what each way reads, in another process.
+
+    A program that is started has as its greatest memory at least what its starter has had.
+    """
+    pid = os.fork()
+    if not pid:
+        try:
+            write_files(make_connections(case.count), case.path)
+            os._exit(0)
+        finally:
+            os._exit(1)
+    if os.waitpid(pid, 0)[1]:
+        raise SystemExit("the files could not be written")
 
 
 def measure(case: Case, state: Path, number: int) -> None:
@@ -250,7 +266,7 @@ def main() -> int:
     end_on_sigterm()
     cases: dict[int, Case] = {}
     with (
-        tempfile.TemporaryDirectory(dir="/run", prefix=PREFIX) as name,
+        tempfile.TemporaryDirectory(dir="/run", prefix=NAME) as name,
         destination(SITE),
         namespace(GATEWAY),
     ):
@@ -259,7 +275,7 @@ def main() -> int:
         for count in (size for size in SIZES if size <= args.most):
             case = cases[count] = Case(count, directory)
             print(f"{count} connections", file=sys.stderr)
-            write_files(make_connections(count), case.path)
+            write_apart(case)
             for number in range(min(ROUNDS[count], args.rounds or ROUNDS[count])):
                 measure(case, state, number)
         objects = count_objects(cases[1], state), count_objects(cases[max(cases)], state)
