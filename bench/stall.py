@@ -130,8 +130,9 @@ def median(values: list[float]) -> float:
 
 
 def show(cases: list[Case], found: list[list[Result]]) -> None:
-    """A line a case: what the peer waited for beyond the blackout."""
-    print(f"{'':44}{'asked':>7}{'blackout':>10}{'stall':>9}{'beyond':>9}{'worst':>9}  runs")
+    """A line a case: what the peer waited for, by the blackout and beyond it."""
+    columns = f"{'asked':>7}{'blackout':>10}{'stall':>9}{'ratio':>8}{'beyond':>9}{'worst':>9}  runs"
+    print(f"{'':44}{columns}")
     for case, results in zip(cases, found, strict=True):
         how = "hold" if case.hold else "no hold" if case.engine != "in place" else "CRIU alone"
         good = [r for r in results if not r.fault] or results
@@ -139,6 +140,7 @@ def show(cases: list[Case], found: list[list[Result]]) -> None:
         print(
             f"{case.name + ', ' + how:44}{case.blackout * 1000:7.0f}"
             f"{median([r.blackout for r in good]):10.1f}{median([r.stall for r in good]):9.1f}"
+            f"{median([r.stall / r.blackout for r in good if r.blackout]):8.3f}"
             f"{median(beyond):9.1f}{max(beyond, default=float('nan')):9.1f}  {len(results)}"
         )
 
