@@ -10,6 +10,7 @@ SECONDS     ?= 60
 FUZZ_ARGS   ?=
 MINUTES     ?= 2
 BENCH_ARGS  ?=
+PLOTS_ARGS  ?=
 
 # Tests skip what this machine lacks, but not in CI nor as root, where the set-up can provide it:
 # there a missing tool is a failure. `make test NATKEEP_REQUIRE=` skips there too.
@@ -28,7 +29,7 @@ export PATH := $(PATH):/usr/local/sbin:/usr/sbin:/sbin
 KILLS       ?= 500
 FAULTS_ARGS ?=
 
-.PHONY: help setup demo test check lab matrix bench bench-hook bench-control bench-stall bench-path soak fuzz faults many test-caps clean
+.PHONY: help setup demo test check lab matrix bench bench-hook bench-control bench-stall bench-path bench-plots bench-million soak fuzz faults many test-caps clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-13s %s\n", $$1, $$2 }' Makefile
@@ -66,19 +67,28 @@ test-caps: root setup ## the tests of what acts, with natkeep's three capabiliti
 	@NATKEEP_REQUIRE=root,nftables,scapy setpriv --no-new-privs --bounding-set $(CAPABILITIES) --inh-caps -all \
 		.venv/bin/pytest $(ACTING_TESTS) $(PYTEST_ARGS)
 
-bench: bench-control bench-hook bench-stall bench-path ## all four, each figure asked for beside the one reached
+bench: root setup ## all four benches, each figure asked for beside the one reached; JSON in .lab/bench/ (needs root)
+	@.venv/bin/python -m bench $(BENCH_ARGS)
+
+bench-plots: setup ## docs/performance/*.png from what `make bench` wrote; installs matplotlib into .venv/
+	@.venv/bin/python -c 'import matplotlib' 2>/dev/null || .venv/bin/python -m pip install -q \
+		--disable-pip-version-check --no-input -e '.[plots]' </dev/null
+	@.venv/bin/python -m bench.plots $(PLOTS_ARGS)
+
+bench-million: root setup ## a million kept connections at one gateway: time and memory (needs root, 2 GiB)
+	@.venv/bin/python -m bench.million $(BENCH_ARGS)
 
 bench-hook: root setup ## what each call of natkeep-hook costs a restore (needs root)
-	@.venv/bin/python bench/hook.py $(BENCH_ARGS)
+	@.venv/bin/python -m bench.hook $(BENCH_ARGS)
 
 bench-path: root setup ## what a packet costs, kept or somebody else's, beside plain routing (needs root)
-	@.venv/bin/python bench/path.py $(BENCH_ARGS)
+	@.venv/bin/python -m bench.path $(BENCH_ARGS)
 
 bench-control: root setup ## prepare, open, teardown beside what is done by hand, 1 to 100,000 connections (needs root)
-	@.venv/bin/python bench/control.py $(BENCH_ARGS)
+	@.venv/bin/python -m bench.control $(BENCH_ARGS)
 
 bench-stall: root setup ## how long a peer waits, with and without hold: BENCH_ARGS='--reps 20' (needs root)
-	@.venv/bin/python bench/stall.py $(BENCH_ARGS)
+	@.venv/bin/python -m bench.stall $(BENCH_ARGS)
 
 soak: root setup ## moves back and forth under load, and nothing grows: MINUTES=20 (needs root)
 	@.venv/bin/python -m natkeep.lab.soak --minutes $(MINUTES)

@@ -1,6 +1,6 @@
 """the price of prepare, open and teardown, beside what a careful person would do by hand.
 
-Usage, as root:  python bench/control.py [--rounds N] [--most N] [--moves N] [--json FILE]
+Usage, as root:  python -m bench.control [--rounds N] [--most N] [--moves N] [--json FILE]
 
 Whole processes, from their start to their end, at one destination: natkeep; `nft -f` of maps of all
 connections and `conntrack -R` of a file, the best way by hand; `iptables-restore` of two rules a
@@ -17,55 +17,32 @@ directory that go with the bench.
 from __future__ import annotations
 
 import argparse
-import json
 import os
-import signal
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from ipaddress import IPv4Address
 from pathlib import Path
 
+from bench.by_hand import FLOOR_TABLE, NEW, OLD, SENDER, make_connections, write_files
+from bench.figures import Figure, at_most, conclude
+from bench.namespaces import PREFIX, destination, end_on_sigterm, namespace
 from natkeep.journal import StateDirectory
-from natkeep.kernel import elements
-from natkeep.kernel.ctnetlink import NEW as NEW_ENTRY
-from natkeep.kernel.ctnetlink import for_each, pack_entry
 from natkeep.kernel.linux import LinuxKernel
-from natkeep.kernel.netlink import NLM_F_CREATE, NLM_F_EXCL
 from natkeep.lifecycle.verbs import Lifecycle
 from natkeep.plan.move import Map, Move, Role, Site
 from natkeep.plan.tuples import Connections
 
 NATKEEP = Path(sys.executable).parent / "natkeep"
-PREFIX = f"natkeep-bench-{os.getpid()}"
-SITE, GATEWAY = f"{PREFIX}-d", f"{PREFIX}-g"
-OLD, NEW, PORT = IPv4Address("10.2.0.10"), IPv4Address("10.3.0.20"), 5000
+NAME = f"{PREFIX}{os.getpid()}"
+SITE, GATEWAY = f"{NAME}-d", f"{NAME}-g"
 SIZES = (1, 100, 1000, 10_000, 100_000)
 ROUNDS = {1: 15, 100: 9, 1000: 9, 10_000: 5, 100_000: 5}
 ONE_BY_ONE = 1000  # entries that `conntrack -I` is started for
 EACH = 100  # connections of each of a gateway's moves
-
-SENDER = """
-import socket, struct, sys
-for path in sys.argv[1:]:
-    with open(path, "rb") as file:
-        data = file.read()
-    s = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, 12)
-    s.bind((0, 0))
-    for option in (32, 33):
-        s.setsockopt(socket.SOL_SOCKET, option, 1 << 22)
-    chunk, at = struct.unpack_from("=I", data)[0], 4
-    while at < len(data):
-        s.send(data[at : at + chunk])
-        at += chunk
-        if struct.unpack_from("=i", s.recv(65536), 16)[0]:
-            sys.exit(path + ": refused")
-"""
 
 
 @dataclass
@@ -125,85 +102,20 @@ def say(*argv: str) -> str:
     return subprocess.run(inside(*argv), check=True, capture_output=True, text=True).stdout
 
 
-def make_connections(count: int) -> Connections:
-    """Peers from 10.1.0.1 on, 250 connections each; all to one port of OLD."""
-    local = OLD.packed + PORT.to_bytes(2, "big")
-    peers = (IPv4Address("10.1.0.1") + i // 250 for i in range(count))
-    ports = (1024 + i % 250 for i in range(count))
-    return Connections(
-        b"".join(local + peer.packed + port.to_bytes(2, "big")
-                 for peer, port in zip(peers, ports, strict=True))
-    )  # fmt: skip
+def write_apart(case: Case) -> None:
+    """Write what each way reads, in another process.
 
-
-def write_files(case: Case) -> None:
-    """What each way reads."""
-    connections = make_connections(case.count)
-    peers = [(str(c.source.address), c.source.port) for c in connections]
-    write = {
-        "list": (f"{c.destination} {c.source}\n" for c in connections),
-        "nft": maps_text(peers),
-        "entries": (
-            f"-I -p tcp -s {a} --sport {p} -d {NEW} --dport {PORT} --dst-nat {OLD} "
-            "--state ESTABLISHED --status SEEN_REPLY,ASSURED --timeout 432000 --mark 7\n"
-            for a, p in peers
-        ),
-        "iptables": rules_text(peers),
-    }
-    for name, lines in write.items():
-        Path(case.path(name)).write_text("".join(lines))
-    write_floor(case, connections)
-
-
-def maps_text(peers: list[tuple[str, int]]) -> Iterator[str]:
-    """Two maps, as one would write them by hand."""
-    key = "type ipv4_addr . inet_service . inet_service : ipv4_addr . inet_service; "
-    for name, chain in (
-        ("d", "prerouting priority -120; dnat to ip saddr . tcp sport . tcp dport map @d"),
-        ("s", "postrouting priority 80; snat to ip daddr . tcp dport . tcp sport map @s"),
-    ):
-        address = OLD if name == "d" else NEW
-        yield f"table ip hand {{\nmap {name} {{ {key}}}\n"
-        yield f"chain {name}_chain {{ type nat hook {chain}\n}}\n}}\n"
-        values = ", ".join(f"{a} . {p} . {PORT} : {address} . {PORT}" for a, p in peers)
-        yield f"add element ip hand {name} {{ {values} }}\n"
-
-
-def rules_text(peers: list[tuple[str, int]]) -> Iterator[str]:
-    """Two rules a connection."""
-    yield "*nat\n"
-    for a, p in peers:
-        yield f"-A PREROUTING -p tcp -s {a} --sport {p} -d {NEW} --dport {PORT} "
-        yield f"-j DNAT --to-destination {OLD}:{PORT}\n"
-        yield f"-A POSTROUTING -p tcp -s {OLD} --sport {PORT} -d {a} --dport {p} "
-        yield f"-j SNAT --to-source {NEW}:{PORT}\n"
-    yield "COMMIT\n"
-
-
-def write_floor(case: Case, connections: Connections) -> None:
-    """The same set and the same entries as natkeep's, packed, in chunks of one size."""
-    fill = elements.pack_batch(elements.INET, elements.pack_fill("floor", "kept", connections))
-    Path(case.path("set")).write_bytes(len(fill).to_bytes(4, sys.byteorder) + fill)
-
-    def pack(outer: object, inner: object) -> bytes:
-        return pack_entry(outer, inner, timeout=432_000, ports=False)
-
-    flags = NLM_F_CREATE | NLM_F_EXCL
-    batch, size = for_each(connections.toward(NEW), connections, NEW_ENTRY, flags, pack)
-    chunk = (1 << 17) // size * size
-    for at in (*range(chunk, len(batch), chunk), len(batch)):
-        batch[at - size + 6] |= 4  # NLM_F_ACK for the last of each chunk
-    Path(case.path("ct")).write_bytes(chunk.to_bytes(4, sys.byteorder) + batch)
-
-
-FLOOR_TABLE = """table ip floor_nat {{
-chain c {{ type nat hook prerouting priority -120; meta mark 7 dnat to 10.2.0.10
-}}
-}}
-table inet floor {{
-set kept {{ type ipv4_addr . inet_service . inet_service; size {size}; }}
-}}
-"""
+    A program that is started has as its greatest memory at least what its starter has had.
+    """
+    pid = os.fork()
+    if not pid:
+        try:
+            write_files(make_connections(case.count), case.path)
+            os._exit(0)
+        finally:
+            os._exit(1)
+    if os.waitpid(pid, 0)[1]:
+        raise SystemExit("the files could not be written")
 
 
 def measure(case: Case, state: Path, number: int) -> None:
@@ -306,9 +218,6 @@ class Gateway:
         return taken
 
 
-Figure = tuple[str, float, float]  # what, reached, asked for at most
-
-
 def compare(cases: dict[int, Case], objects: tuple[int, int], gateway: Gateway) -> list[Figure]:
     """Each figure asked for, beside the one reached."""
     one, some, most = cases[1], cases[1000], cases[max(cases)]
@@ -317,19 +226,23 @@ def compare(cases: dict[int, Case], objects: tuple[int, int], gateway: Gateway) 
     hand = ("nft -f", "conntrack -R")
     undo = ("nft delete", "conntrack -D")
     return [
-        (f"{n}: prepare by the hand-made way", most.ratio(("natkeep prepare",), hand), 0.25),
-        (f"{n}: prepare by the floor", most.ratio(("natkeep prepare",), ("floor",)), 1.75),
-        (f"{n}: teardown by the hand-made way", most.ratio(("natkeep teardown",), undo), 0.5),
-        (f"{n}: peak memory, MiB", most.kib / 1024, 150),
-        (
+        at_most(f"{n}: prepare by the hand-made way", most.ratio(("natkeep prepare",), hand), 0.25),
+        at_most(f"{n}: prepare by the floor", most.ratio(("natkeep prepare",), ("floor",)), 1.75),
+        at_most(
+            f"{n}: teardown by the hand-made way", most.ratio(("natkeep teardown",), undo), 0.5
+        ),
+        at_most(f"{n}: peak memory, MiB", most.kib / 1024, 150),
+        at_most(
             f"prepare, growth from 1,000 to {most.count:,}",
             most.median("natkeep prepare") / some.median("natkeep prepare"), 110,
         ),
-        (f"{n}: sets, chains and rules by those of 1", objects[1] / objects[0], 1),
-        (f"open of {n} by open of 1", opened, 1.2),
-        ("1 connection: prepare by a bare start", one.ratio(("natkeep prepare",), ("start",)), 12),
-        (f"{m}: the last prepare by the first", gateway.last / gateway.first, 1.5),
-        (f"{m}: status of all, s", gateway.status / 1000, 1),
+        at_most(f"{n}: sets, chains and rules by those of 1", objects[1] / objects[0], 1),
+        at_most(f"open of {n} by open of 1", opened, 1.2),
+        at_most(
+            "1 connection: prepare by a bare start", one.ratio(("natkeep prepare",), ("start",)), 12
+        ),
+        at_most(f"{m}: the last prepare by the first", gateway.last / gateway.first, 1.5),
+        at_most(f"{m}: status of all, s", gateway.status / 1000, 1),
     ]  # fmt: skip
 
 
@@ -342,44 +255,27 @@ def print_times(cases: dict[int, Case]) -> None:
         print(f"{name:32}" + "".join(row))
 
 
-@contextmanager
-def namespaces() -> Iterator[None]:
-    """A destination that has NEW and a route to the peers, and a gateway."""
-    made: list[str] = []
-    try:
-        for name in (SITE, GATEWAY):
-            subprocess.run(["ip", "netns", "add", name], check=True)
-            made.append(name)
-        lines = [
-            "link set lo up", "link add eth0 type veth peer name eth1",
-            f"address add {NEW}/24 dev eth0", "link set eth0 up", "link set eth1 up",
-            "route add default via 10.3.0.1",
-        ]  # fmt: skip
-        text = "\n".join(lines)
-        subprocess.run(["ip", "-n", SITE, "-batch", "-"], input=text, check=True, text=True)
-        yield
-    finally:
-        for name in made:
-            subprocess.run(["ip", "netns", "delete", name], check=True)
-
-
 def main() -> int:
     """Measure, print, and say whether all holds."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, help="at most so many of each size")
     parser.add_argument("--most", type=int, default=max(SIZES), help="connections at most")
     parser.add_argument("--moves", type=int, default=1000, help="moves at one gateway")
-    parser.add_argument("--json", metavar="FILE", help="write the figures there too")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there too")
     args = parser.parse_args()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # what was made goes then, too
+    end_on_sigterm()
     cases: dict[int, Case] = {}
-    with namespaces(), tempfile.TemporaryDirectory(dir="/run", prefix=PREFIX) as name:
+    with (
+        tempfile.TemporaryDirectory(dir="/run", prefix=NAME) as name,
+        destination(SITE),
+        namespace(GATEWAY),
+    ):
         directory = Path(name)
         state = directory / "state"
         for count in (size for size in SIZES if size <= args.most):
             case = cases[count] = Case(count, directory)
             print(f"{count} connections", file=sys.stderr)
-            write_files(case)
+            write_apart(case)
             for number in range(min(ROUNDS[count], args.rounds or ROUNDS[count])):
                 measure(case, state, number)
         objects = count_objects(cases[1], state), count_objects(cases[max(cases)], state)
@@ -388,22 +284,19 @@ def main() -> int:
         gateway.measure(args.rounds or 7)
     print_times(cases)
     figures = compare(cases, objects, gateway)
-    print(f"\n{'':52}   reached     asked")
-    for what, reached, asked in figures:
-        print(f"{what:52} {reached:9.2f}  <= {asked:<6g} {'' if reached <= asked else 'NO'}")
-    if args.json:
-        write(args.json, to_json(cases, figures))
-    return 0 if all(reached <= asked for _, reached, asked in figures) else 1
+    return conclude("control", figures, to_raw(cases, gateway), args.json)
 
 
-def to_json(cases: dict[int, Case], figures: list[Figure]) -> str:
-    """The times of each round in ms by number of connections, and the figures."""
-    times = {str(count): case.ms for count, case in cases.items()}
-    rows = [
-        {"what": what, "reached": reached, "asked": asked, "ok": reached <= asked}
-        for what, reached, asked in figures
-    ]
-    return json.dumps({"schema": 1, "bench": "control", "ms": times, "figures": rows}, indent=1)
+def to_raw(cases: dict[int, Case], gateway: Gateway) -> dict[str, object]:
+    """By number of connections the times of each round and the memory; and the gateway's."""
+    return {
+        "ms": {str(count): case.ms for count, case in cases.items()},
+        "natkeep_kib": {str(count): case.kib for count, case in cases.items()},
+        "gateway": {
+            "moves": gateway.moves, "first_ms": gateway.first, "last_ms": gateway.last,
+            "status_ms": gateway.status,
+        },
+    }  # fmt: skip
 
 
 if __name__ == "__main__":

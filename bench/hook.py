@@ -1,6 +1,6 @@
 """the price of natkeep-hook: what each of its calls costs, and what a whole restore costs with it.
 
-Usage, as root:  python bench/hook.py [ROUNDS] [--connections N] [--json FILE]
+Usage, as root:  python -m bench.hook [--rounds N] [--connections N] [--json FILE]
 
 Wall time of programs from start to end, as CRIU waits for them: minimum and median of interleaved
 rounds (the minimum is what it takes, the median what it took on a machine that does other things).
@@ -22,14 +22,17 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
+
+from bench.figures import Figure, at_most, conclude
+from bench.namespaces import NEW, PREFIX, destination, end_on_sigterm
 
 BIN = Path(sys.executable).parent
 HOOK, NATKEEP = BIN / "natkeep-hook", BIN / "natkeep"
-CRIU = Path(__file__).resolve().parents[1] / ".lab/criu/criu"
-OLD, NEW, PEER, PORT = "10.2.0.10", "10.3.0.20", "10.1.0.2", 5000
+ROOT = Path(__file__).resolve().parents[1]
+CRIU = ROOT / ".lab/criu/criu"
+OLD, PEER, PORT = "10.2.0.10", "10.1.0.2", 5000
 
 SERVER = f"""
 import os, socket, time
@@ -66,22 +69,9 @@ def run(*argv: str | Path, **environment: str) -> float:
     return took * 1000
 
 
-@contextmanager
-def destination() -> Iterator[str]:
-    """A namespace that has NEW, and a route to the peer; its name."""
-    name = f"natkeep-bench-{os.getpid()}-{time.monotonic_ns():x}"
-    subprocess.run(["ip", "netns", "add", name], check=True)
-    try:
-        lines = [
-            "link set lo up", "link add eth0 type veth peer name eth1",
-            f"address add {NEW}/24 dev eth0", "link set eth0 up", "link set eth1 up",
-            "route add default via 10.3.0.1",
-        ]  # fmt: skip
-        command = ["ip", "-n", name, "-batch", "-"]
-        subprocess.run(command, input="\n".join(lines), check=True, text=True)
-        yield name
-    finally:
-        subprocess.run(["ip", "netns", "delete", name], check=True)
+def make_name() -> str:
+    """A name for a namespace that there was none of before."""
+    return f"{PREFIX}{os.getpid()}-{time.monotonic_ns():x}"
 
 
 class Calls:
@@ -133,7 +123,7 @@ class Calls:
 
 def measure_calls(directory: Path, rounds: int, connections: int) -> dict[str, list[float]]:
     """Single calls, interleaved."""
-    with destination() as netns:
+    with destination(make_name()) as netns:
         enter = ["nsenter", f"--net=/run/netns/{netns}"]
         tree = subprocess.Popen([*enter, "sleep", "3600"])
         try:
@@ -200,7 +190,7 @@ class Restores:
     def restore(self, script: Path | None, *, prepared: bool = False, **orders: str) -> float:
         """Restore once in a fresh namespace, with an action script or without."""
         state = {"NATKEEP_STATE_DIR": str(self.directory / "state")}
-        with destination() as netns:
+        with destination(make_name()) as netns:
             enter = ["nsenter", f"--net=/run/netns/{netns}"]
             # What the kernel needs to take TCP_REPAIR for granted; natkeep adds it by itself.
             run(*enter, "ip", "address", "add", f"{OLD}/32", "dev", "lo")
@@ -247,8 +237,9 @@ def isolated(directory: Path, rounds: int) -> dict[str, list[float]]:
         ["unshare", "--net", "--pid", "--mount", "--fork", "--kill-child", "--mount-proc",
          # A shell as init: it reaps what the restores leave, and so frees the pid.
          "sh", "-c", '"$@"; exit $?', "sh",
-         sys.executable, __file__, str(rounds), "--restores-in", str(directory)],
-        check=True,
+         sys.executable, "-m", "bench.hook", "--rounds", str(rounds), "--restores-in",
+         str(directory)],
+        check=True, cwd=ROOT,
     )  # fmt: skip
     taken: dict[str, list[float]] = json.loads(result.read_text())
     return taken
@@ -262,33 +253,36 @@ ASKED = (
 )
 
 
-def report(taken: dict[str, list[float]]) -> bool:
-    """Print all medians and the ratios asked for; whether all hold."""
+def print_times(taken: dict[str, list[float]]) -> None:
+    """A line a case."""
     print(f"{'ms':44}     min  median")
     for name, times in taken.items():
         print(f"{name:44} {min(times):7.1f} {statistics.median(times):7.1f}")
-    print(f"\n{'ratio of medians':76}  asked  reached")
-    held = True
-    for name, base, most in ASKED:
-        ratio = statistics.median(taken[name]) / statistics.median(taken[base])
-        held &= ratio <= most
-        print(
-            f"{f'{name} / {base}':76} {most:6.2f} {ratio:8.2f}{'' if ratio <= most else '  MISSED'}"
+
+
+def compare(taken: dict[str, list[float]]) -> list[Figure]:
+    """The ratios of medians that are asked for."""
+    return [
+        at_most(
+            f"{name} / {base}",
+            statistics.median(taken[name]) / statistics.median(taken[base]), most,
         )
-    return held
+        for name, base, most in ASKED
+    ]  # fmt: skip
 
 
-def main() -> None:
+def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("rounds", nargs="?", type=int, default=15)
+    parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--connections", type=int, default=1000)
     parser.add_argument("--json", type=Path, metavar="FILE")
     parser.add_argument("--restores-in", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
+    end_on_sigterm()
     if args.restores_in:
         taken = measure_restores(args.restores_in, args.rounds)
         (args.restores_in / "restores.json").write_text(json.dumps(taken))
-        return
+        return 0
     if not CRIU.exists():
         raise SystemExit("no CRIU that works here: run `make setup` first")
     directory = Path(tempfile.mkdtemp(prefix="natkeep-bench-"))
@@ -298,11 +292,9 @@ def main() -> None:
         taken |= isolated(directory, args.rounds)
     finally:
         shutil.rmtree(directory)
-    if args.json:
-        args.json.write_text(json.dumps({"schema": 1, "bench": "hook", "ms": taken}))
-    if not report(taken):
-        raise SystemExit(1)
+    print_times(taken)
+    return conclude("hook", compare(taken), {"ms": taken}, args.json)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
