@@ -35,7 +35,7 @@ NFT = """
     nat hook prerouting postrouting input output priority size ip ip6 tcp icmp ipv6-icmp saddr daddr
     sport dport flags fin syn rst ack meta mark l4proto notrack accept drop jump vmap dnat snat to
     set comment iifname oifname lo ipv4_addr ipv6_addr inet_service verdict handle policy
-    dstnat srcnat gate injected leaving inbound outbound arriving departing muted errors silent
+    dstnat srcnat oif gate injected leaving inbound outbound arriving departing muted errors silent
     asked asking held4 held6 gate4 gate6 in4 in6 out4 out6 set4 set6 put4 put6 mute4 mute6
     conns4 conns6 : . -"""
 KEYWORDS = frozenset(NFT.split())

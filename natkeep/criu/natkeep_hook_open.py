@@ -68,7 +68,7 @@ class Ready:
 
     def __init__(self, content: bytes) -> None:
         lines = content.decode("ascii").split("\n")
-        demand(lines[0] == "natkeep-ready 1" and lines[-2:] == ["end", ""])
+        demand(lines[0] == "natkeep-ready 2" and lines[-2:] == ["end", ""])
         self.values: dict[str, list[str]] = {}
         for line in lines[1:-2]:
             word, _, rest = line.partition(" ")
@@ -119,15 +119,15 @@ def append(name: str, directory: int, lines: list[str], size: int | None = None)
     posix.close(file)
 
 
-def find_sites(ready: Ready) -> list[tuple[int, bool, int, bytes]]:
-    """(namespace, whether it has to be entered, last sequence number, messages) of each site."""
+def find_sites(ready: Ready) -> list[tuple[int, bool, int, str, str]]:
+    """(namespace, whether it has to be entered, last sequence number, messages, with the pass)."""
     current = identity(open_namespace("/proc/self/ns/net"))
     sites = []
     for line in ready.all("site"):
-        known, last, batch, path = line.split(" ", 3)
+        known, last, batch, with_pass, path = line.split(" ", 4)
         namespace = open_namespace(path)
         demand(identity(namespace) == known)
-        sites.append((namespace, known != current, int(last), bytes.fromhex(batch)))
+        sites.append((namespace, known != current, int(last), batch, with_pass))
         current = known
     demand(sites)
     return sites
@@ -142,11 +142,14 @@ def enter(namespace: int) -> None:
     demand(ctypes.CDLL(None).setns(namespace, 0x40000000) == 0)
 
 
-def send(batch: bytes, last: int) -> None:
-    """One nf_tables transaction; the message numbered *last* asks for an acknowledgement."""
+def send(batch: str, last: int) -> bool:
+    """One nf_tables transaction, in hexadecimal; whether the kernel took it.
+
+    The message numbered *last* asks for an acknowledgement.
+    """
     netlink = _socket.socket(_socket.AF_NETLINK, _socket.SOCK_RAW | _socket.SOCK_CLOEXEC, 12)
     netlink.bind((0, 0))
-    netlink.send(batch)
+    netlink.send(bytes.fromhex(batch))
     while True:
         data = netlink.recv(1 << 16)
         while len(data) >= 20:
@@ -154,10 +157,8 @@ def send(batch: bytes, last: int) -> None:
                 int.from_bytes(data[at : at + width], sys.byteorder)
                 for at, width in ((0, 4), (4, 2), (8, 4), (16, 4))
             )
-            if type_ == 2:
-                demand(errno == 0)
-                if sequence == last:
-                    return
+            if type_ == 2 and (errno or sequence == last):
+                return not errno
             data = data[(length + 3) & ~3 or len(data) :]
 
 
@@ -189,10 +190,12 @@ def serve(move_id: str) -> None:
     sites = find_sites(ready)
     journal = f"{move_id}.journal"
     append(journal, directory, ready.all("doing"), int(ready.one("journal")))
-    for namespace, elsewhere, last, batch in sites:
+    for namespace, elsewhere, last, batch, with_pass in sites:
         if elsewhere:
             enter(namespace)
-        send(batch, last)
+        # Refused where the ruleset has changed since; not even there where a gate was closed.
+        if with_pass == "-" or not send(with_pass, last + 1):
+            demand(send(batch, last))
     for name in ready.all("hold"):
         deliver(directory, name)
     append(journal, directory, ready.all("done"))

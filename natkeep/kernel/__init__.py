@@ -43,10 +43,15 @@ Remember = Callable[[Prior], None]
 
 @dataclass(frozen=True, slots=True)
 class Packed:
-    """A transaction for the netlink socket of nf_tables, and the number of its last message."""
+    """A transaction for the netlink socket of nf_tables, and the number of its last message.
+
+    with_pass: another one, with one message more, that only works as long as nothing changes; it
+    is tried first, if there is one (kernel/passing.py).
+    """
 
     messages: bytes
     last: int
+    with_pass: bytes = b""
 
 
 class Panorama(Protocol):

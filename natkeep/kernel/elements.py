@@ -32,6 +32,7 @@ _SUBSYSTEM = 10 << 8
 _BATCH_BEGIN, _BATCH_END = 16, 17
 _GETTABLE, _GETCHAIN, _GETRULE, _GETSET = 1, 4, 7, 10
 _NEWSETELEM, _GETSETELEM, _GETFLOWTABLE = 12, 13, 23
+_GETGEN, _GENERATION, _BATCH_GENERATION = 16, 1, 1
 
 INET, ARP = 1, 3
 
@@ -78,15 +79,32 @@ def pack_fill(table: str, name: str, connections: Connections) -> list[tuple[int
     return [(_NEWSETELEM, owner + nested(3, bytes(chunk))) for chunk in chunks]
 
 
+def send_packed(batch: bytes, last: int) -> None:
+    """Send what pack_batch made, whose message *last* is acknowledged; OSError if refused."""
+    with Netlink(NETLINK_NETFILTER) as netlink:
+        netlink.send_transaction(batch, last)
+
+
+def read_generation() -> int:
+    """The number of the ruleset's state in this namespace; every transaction makes another."""
+    with Netlink(NETLINK_NETFILTER) as netlink:
+        [answer] = netlink.request(_SUBSYSTEM | _GETGEN, 0, _nfgenmsg(0))
+    return int.from_bytes(attributes(answer[4:])[_GENERATION], "big")
+
+
 def send_batch(family: int, bodies: Sequence[tuple[int, bytes]]) -> None:
     """Send (message type, attributes) pairs as one nf_tables transaction; OSError if refused."""
     with Netlink(NETLINK_NETFILTER) as netlink:
         netlink.send_transaction(pack_batch(family, bodies), len(bodies))
 
 
-def pack_batch(family: int, bodies: Sequence[tuple[int, bytes]]) -> bytes:
-    """(message type, attributes) pairs as one nf_tables transaction; the last is acknowledged."""
-    batch = [_batch_frame(_BATCH_BEGIN, 0)]
+def pack_batch(family: int, bodies: Sequence[tuple[int, bytes]], generation: int = 0) -> bytes:
+    """(message type, attributes) pairs as one nf_tables transaction; the last is acknowledged.
+
+    generation: the ruleset's state that it is for; in any other the kernel refuses it (ERESTART).
+    """
+    state = attribute(_BATCH_GENERATION, generation.to_bytes(4, "big")) if generation else b""
+    batch = [_batch_frame(_BATCH_BEGIN, 0, state)]
     for number, (type_, body) in enumerate(bodies, 1):
         flags = NLM_F_CREATE | (NLM_F_ACK if number == len(bodies) else 0)
         batch.append(message(_SUBSYSTEM | type_, flags, _nfgenmsg(family) + body, number))
@@ -254,17 +272,23 @@ def set_names(table: str) -> frozenset[str]:
 
 def rules(table: str, chain: str) -> tuple[Rule, ...]:
     """The rules of one chain, in order; empty when the chain is not there."""
-    body = _nfgenmsg(INET) + attribute(1, _text(table)) + attribute(2, _text(chain))
-    found = []
+    scope = attribute(1, _text(table)) + attribute(2, _text(chain))
+    return tuple(rule for rule in _rules(scope) if rule.chain == chain)
+
+
+def all_rules(table: str) -> Iterator[Rule]:
+    """The rules of the inet table, chain by chain and in order; none when it is not there."""
+    return _rules(attribute(1, _text(table)))
+
+
+def _rules(scope: bytes) -> Iterator[Rule]:
     try:
-        for answer in _dump(_GETRULE, body):
+        for answer in _dump(_GETRULE, _nfgenmsg(INET) + scope):
             rule = attributes(answer[4:])
-            if _string(rule[2]) == chain:
-                handle = int.from_bytes(rule[3], "big")
-                found.append(Rule(chain, handle, _comment(rule.get(7, b""))))
+            handle = int.from_bytes(rule[3], "big")
+            yield Rule(_string(rule[2]), handle, _comment(rule.get(7, b"")))
     except FileNotFoundError:
-        return ()
-    return tuple(found)
+        return
 
 
 def assigns_zones(*, besides: str) -> bool:
@@ -315,8 +339,8 @@ def _dump(type_: int, body: bytes) -> Iterator[bytes]:
         yield from netlink.request(_SUBSYSTEM | type_, NLM_F_DUMP, body)
 
 
-def _batch_frame(type_: int, sequence: int) -> bytes:
-    return message(type_, 0, struct.pack("!BBH", 0, 0, _SUBSYSTEM >> 8), sequence)
+def _batch_frame(type_: int, sequence: int, more: bytes = b"") -> bytes:
+    return message(type_, 0, struct.pack("!BBH", 0, 0, _SUBSYSTEM >> 8) + more, sequence)
 
 
 def _nfgenmsg(family: int) -> bytes:

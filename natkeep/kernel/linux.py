@@ -27,6 +27,7 @@ from natkeep.kernel import (
     elements,
     nft,
     owned,
+    passing,
     rawrule,
     sockets,
     table,
@@ -245,7 +246,7 @@ class LinuxKernel:
                     prior = Prior(present=table.gate_state(step.move_id) == Gate.OPEN)
                     remember(prior)
                     if not prior.present:
-                        rawrule.insert_accepts(TABLE, step.accepts(), ruleset.OPEN)
+                        passing.open_gates(step.accepts())
                     return self._deliver(step, prior)
         return Prior()
 
@@ -305,7 +306,10 @@ class LinuxKernel:
             remember(Prior())
             match patch:
                 case LoadLines():
-                    nft.run_transaction(patch.lines)
+                    anew = any(map(ruleset.precedes_pass, patch.lines))
+                    before = passing.removal_lines() if anew else []
+                    nft.run_transaction([*before, *patch.lines])
+                    passing.let_pass()
                 case InsertRules():
                     from natkeep.kernel.expressions import insert_rules  # for stateless moves
 
@@ -342,8 +346,9 @@ class LinuxKernel:
 
     def pack_open(self, step: OpenGate) -> Packed | None:
         """What `apply` would send for *step*, ready to be sent."""
-        accepts = step.accepts()
-        return Packed(rawrule.pack_accepts(TABLE, accepts, ruleset.OPEN), len(accepts))
+        with self._at(step.site):
+            plain, with_pass = passing.pack_open(step.accepts())
+        return Packed(plain, len(step.accepts()), with_pass)
 
     def revert(self, step: Step, prior: Prior) -> None:
         """Undo *step*; KernelError when the kernel says no."""

@@ -1,4 +1,4 @@
-"""the packing of rules, expression by expression, and the one rule that opens a gate.
+"""the packing of rules, expression by expression, and those that open a gate.
 
 Rule: numbers are from linux/netfilter/nf_tables.h. nft's text says the opening rule as well
 (tests/kernel/test_rawrule.py holds the two against each other), but inside a blackout libnftables
@@ -7,13 +7,16 @@ takes longer to load than a netlink message takes to be made.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable, Sequence
 
 from natkeep.kernel.elements import INET, pack_batch, send_batch
 from natkeep.kernel.netlink import attribute, nested
+from natkeep.plan.lock import CRIU_MARK
+from natkeep.plan.ruleset import GATE
 
 NEWRULE = 6
-META_L4PROTO = 16
+META_MARK, META_L4PROTO = 3, 16
 REGISTER = 8
 """NFT_REG32_00: registers of four octets, so that the parts of a key lie behind each other."""
 TRANSPORT = 2
@@ -40,21 +43,40 @@ def pack_accepts(table: str, chains: Sequence[tuple[str, bool]], comment: str) -
     return pack_batch(INET, _accepts(table, chains, comment))
 
 
+def pack_pass(
+    table: str, chains: Sequence[tuple[str, bool]], comment: str, passing: str, generation: int
+) -> bytes:
+    """The same with the pass (plan.ruleset.render_pass) as one message more.
+
+    passing: its comment; generation: the state of the ruleset that it is for, see pack_batch.
+    """
+    mark = ("meta", (integer(1, REGISTER), integer(2, META_MARK)))
+    not_criu = compare(CRIU_MARK.to_bytes(4, sys.byteorder), _UNEQUAL)
+    rule = pack_rule(table, GATE, [mark, not_criu, *_no_syn(), _accept()], passing)
+    return pack_batch(INET, [*_accepts(table, chains, comment), (NEWRULE, rule)], generation)
+
+
 def _accepts(
     table: str, chains: Sequence[tuple[str, bool]], comment: str
 ) -> list[tuple[int, bytes]]:
+    return [
+        (NEWRULE, pack_rule(table, chain, [*(_no_syn() if guarded else ()), _accept()], comment))
+        for chain, guarded in chains
+    ]
+
+
+def _accept() -> Packed:
     verdict = nested(2, nested(2, integer(1, _NF_ACCEPT)))
-    accept = ("immediate", (integer(1, _VERDICT_REGISTER), verdict))
-    no_syn = (
+    return "immediate", (integer(1, _VERDICT_REGISTER), verdict)
+
+
+def _no_syn() -> tuple[Packed, ...]:
+    return (
         *load_protocol(_TCP),
         load(TRANSPORT, _FLAGS, 1, REGISTER),
         _mask(_FIN_SYN_RST_ACK),
         compare(_SYN, _UNEQUAL),
     )
-    return [
-        (NEWRULE, pack_rule(table, chain, [*(no_syn if guarded else ()), accept], comment))
-        for chain, guarded in chains
-    ]
 
 
 def insert_reset(table: str, chain: str, comment: str) -> None:

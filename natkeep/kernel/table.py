@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable
 
 from natkeep import fault
-from natkeep.kernel import Remember, elements, nft
+from natkeep.kernel import Remember, elements, nft, passing
 from natkeep.kernel import quiet as quietness
 from natkeep.plan import quiet, reception, resets, ruleset
 from natkeep.plan.drift import Gate
@@ -31,9 +31,12 @@ from natkeep.plan.tuples import Address
 
 def install_gate(step: InstallGate, remember: Remember) -> Prior:
     """The table where there is none, and the move's gate, closed."""
-    lines = list(step.lines())
-    if step.site.role == Role.DESTINATION and not elements.has_table(elements.ARP, TABLE):
-        lines = [*ruleset.render_arp_static(), *lines]
+    lines = [*passing.removal_lines(), *step.lines()]
+    if step.site.role == Role.DESTINATION:
+        if not elements.has_table(elements.ARP, TABLE):
+            lines = [*ruleset.render_arp_static(), *lines]
+        if not elements.has_chain(TABLE, ruleset.LEAVING):
+            lines = [*ruleset.render_leaving(), *lines]
     if step.site.role == Role.SOURCE:
         lines = [*quietness.missing_static_lines(), *lines]
     if not elements.has_table(elements.INET, TABLE):
@@ -57,6 +60,7 @@ def remove_gate(step: InstallGate) -> None:
     lines = _end_silence(step.site, olds)
     lines += ruleset.render_gate_removal(step.move_id, step.translations)
     _run_what_is_there(lines)
+    passing.let_pass()
 
 
 def _end_silence(site: Site, olds: Iterable[Address]) -> list[str]:
@@ -184,9 +188,12 @@ def close_gate(step: OpenGate | SendResets) -> None:
     """Take away what opened the gate, or what resets."""
     _run_what_is_there(
         [
-            f"delete rule inet {TABLE} {chain} handle {rule.handle}"
-            for chain in step.chains()
-            for rule in elements.rules(TABLE, chain)
-            if rule.comment == ruleset.OPEN
+            *(passing.removal_lines() if isinstance(step, OpenGate) else ()),
+            *(
+                f"delete rule inet {TABLE} {chain} handle {rule.handle}"
+                for chain in step.chains()
+                for rule in elements.rules(TABLE, chain)
+                if rule.comment == ruleset.OPEN
+            ),
         ]
     )

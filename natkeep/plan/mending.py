@@ -190,6 +190,7 @@ def _static_lines(step: Step) -> Iterator[tuple[str, ...]]:
         case InstallGate():
             yield ruleset.render_static()
             if step.site.role == Role.DESTINATION:
+                yield ruleset.render_leaving()
                 yield ruleset.render_arp_static()
             if step.site.role == Role.SOURCE:
                 yield quiet.render_static()

@@ -243,7 +243,7 @@ def describe_plan(plan: Plan) -> Iterator[str]:
         if isinstance(step, InstallGate):
             static = [*ruleset.render_static(), *ruleset.render_mode(plan.move.mode)]
             if step.site.role == Role.DESTINATION:
-                static += ruleset.render_arp_static()
+                static += [*ruleset.render_leaving(), *ruleset.render_arp_static()]
             yield f"# {step.site}: the first move there makes the table too"
             yield from as_commands(step.site, static)
         elif isinstance(step, InstallResets):
@@ -262,7 +262,7 @@ def render_nft(plan: Plan) -> Iterator[tuple[Site, tuple[str, ...]]]:
         mode = () if site.role == Role.SOURCE else ruleset.render_mode(plan.move.mode)
         lines = [*ruleset.render_static(), *mode]
         if site.role == Role.DESTINATION:
-            lines += ruleset.render_arp_static()
+            lines += [*ruleset.render_leaving(), *ruleset.render_arp_static()]
         elif site.role == Role.SOURCE:
             lines += quiet.render_static()
         for step in plan.prepare:

@@ -25,6 +25,9 @@ Theory of operation. A site has one table `inet natkeep`, shared by all moves.
   do packets look different outside: then `outer-ID-N` is that side's set.
 - `gate-ID` holds a drop. Opening inserts an accept in front of it: one rule, add-only
   (a deletion would make the closing of the netlink socket wait for an RCU grace period).
+- Where no gate is closed any more, opening also inserts the *pass* in front of the base chain
+  `gate`, so that nobody has to ask for marks, addresses and sets. What closes a gate takes it out
+  first. Only bare SYNs go on asking: a kept tuple never opens a new path.
 - Rules in the shared `…-at-ADDRESS` chains carry the id as comment; that is how they are found
   again without a journal. They are inserted in front: the newest move of a tuple has the word,
   so a translation is replaced without a moment in which there is none.
@@ -61,6 +64,7 @@ _TYPE = {4: "ipv4_addr", 6: "ipv6_addr"}
 _NOT_SYN = "tcp flags & (fin | syn | rst | ack) != syn"
 
 GATE = "gate"
+LEAVING = "leaving"
 DISPATCHES = {Mode.STATEFUL: ("in", "out"), Mode.STATELESS: ("set", "put")}
 """Inbound and outbound dispatch of each mode; GATE is every mode's."""
 
@@ -76,6 +80,12 @@ ERRORS = "errors"
 
 OPEN = "open"
 """Comment of the rule that opens a gate."""
+
+_DROPPING = ("gate-", "callers-")
+"""How the names of chains begin that drop until they are opened."""
+
+PASS = "gate:pass"
+"""Comment of the rule that lets packets go by the gates; no move's id has a colon."""
 
 
 def kept_set(move_id: str, number: int) -> str:
@@ -132,9 +142,18 @@ def render_static() -> tuple[str, ...]:
         *_dispatches("gate", GATE, "daddr"),
         _base_chain("injected", "filter", "output", "-350"),
         f"add rule inet {TABLE} injected {mark} notrack",
-        _base_chain("leaving", "filter", "postrouting", "350"),
+    )
+
+
+def render_leaving() -> tuple[str, ...]:
+    """What only a destination's table has besides: what still has OLD as its source stays here.
+
+    A gateway has no OLD to leak, and each packet would pay for it.
+    """
+    return (
+        _base_chain(LEAVING, "filter", "postrouting", "350"),
         *(
-            f'add rule inet {TABLE} leaving oifname != "lo" '
+            f'add rule inet {TABLE} {LEAVING} oif != "lo" '
             f"{_IP[version]} saddr @{held_set(version)} drop"
             for version in FAMILIES
         ),
@@ -311,12 +330,12 @@ def _render_nat(move_id: str, translation: Translation) -> list[str]:
         outer_port, inner_port = (str(port) for port in translation.ports())
     return [
         *render_dispatch(inbound, before),
-        f"insert rule inet {TABLE} {address_chain(inbound, before)} "
-        f"{_inbound_key(before)} @{_outer_name(move_id, translation)} {_NOT_SYN} "
+        f"insert rule inet {TABLE} {address_chain(inbound, before)} {_NOT_SYN} "
+        f"{_inbound_key(before)} @{_outer_name(move_id, translation)} "
         f'{_from_wire(translation)}dnat {family} to {after} : {inner_port} comment "{move_id}"',
         *render_dispatch(outbound, after),
-        f"insert rule inet {TABLE} {address_chain(outbound, after)} "
-        f"{_outbound_key(after)} @{kept_set(move_id, translation.number)} {_NOT_SYN} "
+        f"insert rule inet {TABLE} {address_chain(outbound, after)} {_NOT_SYN} "
+        f"{_outbound_key(after)} @{kept_set(move_id, translation.number)} "
         f'{_to_wire(translation)}snat {family} to {before} : {outer_port} comment "{move_id}"',
         *_render_stray_drop(move_id, translation),
     ]
@@ -386,6 +405,23 @@ def render_open(move_id: str, role: Role) -> str:
     """
     guard = f"{_NOT_SYN} " if role == Role.DESTINATION else ""
     return f'insert rule inet {TABLE} {gate_chain(move_id)} {guard}accept comment "{OPEN}"'
+
+
+def precedes_pass(line: str) -> bool:
+    """Whether the pass has to be out while this line is loaded.
+
+    It closes a gate, or it has its place behind the pass, in the base chain.
+    """
+    words = line.split()
+    if words[1] != "rule":
+        return False
+    return words[4] == GATE or (words[-1] == "drop" and words[4].startswith(_DROPPING))
+
+
+def render_pass() -> str:
+    """What lets all but bare SYNs go by the gates of a site, where none of them is closed."""
+    mark = f"meta mark != {CRIU_MARK:#x}"
+    return f'insert rule inet {TABLE} {GATE} {mark} {_NOT_SYN} accept comment "{PASS}"'
 
 
 def render_withdrawal(

@@ -317,6 +317,11 @@ class OpenGate(_Loaded):
         callers = (reception.callers_chain(self.move_id),) if self.listening else ()
         return (ruleset.gate_chain(self.move_id), *callers)
 
+    def describe(self) -> tuple[str, ...]:
+        """One command a line; whether the last one is done depends on other moves."""
+        *opening, passing = as_commands(self.site, (*self.lines(), ruleset.render_pass()))
+        return (*opening, f"{passing}  # unless another gate is closed there")
+
     def accepts(self) -> tuple[tuple[str, bool], ...]:
         """The same as `lines`, as the chains and whether a bare SYN stays refused there."""
         gate, *callers = self.chains()

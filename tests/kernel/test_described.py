@@ -61,7 +61,7 @@ def test_the_described_commands_do_what_natkeep_does(
     # The parts that all moves share are not any step's own.
     shared = [*ruleset.render_static(), *ruleset.render_mode(plan.move.mode)]
     if role == Role.DESTINATION:
-        shared += ruleset.render_arp_static()
+        shared += [*ruleset.render_leaving(), *ruleset.render_arp_static()]
     run(typed, "nft", "-f", "-", stdin="\n".join(shared))
     for step in plan_at(role, typed).steps:
         for line in step.describe():

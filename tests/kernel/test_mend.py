@@ -119,13 +119,13 @@ BREAKAGES = {
         "nft delete rule inet natkeep gate handle $(nft -a list chain inet natkeep gate | "
         "sed -n 's/.*notrack accept # handle //p')"
     ),
-    "who may not leave forgotten": "nft flush chain inet natkeep leaving",
     "one entry deleted": "conntrack -D -p tcp --orig-port-src 5004",
     "rules at the local address flushed": (
         "nft flush chain inet natkeep gate-at-$(echo BEFORE | tr : _)"
     ),
 }
 AT_DESTINATION = {
+    "who may not leave forgotten": "nft flush chain inet natkeep leaving",
     "OLD removed from lo": "ip address del OLD dev lo",
     "lo down": "ip link set lo down",
     "ARP no longer silent": "nft delete table arp natkeep",

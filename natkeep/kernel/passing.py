@@ -1,0 +1,95 @@
+"""the pass: where no gate is closed, all but bare SYNs go by the gates at once.
+
+A packet asks for its mark, its address, the set of kept connections and the move's own gate before
+it goes on: a sixth of what its whole way costs. While a gate is closed, it must. Where all are
+open, one rule in front of the base chain `gate` (ruleset.render_pass) lets it by; a bare SYN still
+goes the long way, since a kept tuple never opens a new path.
+
+Rule: the pass stands only where no gate is closed. It goes in the transaction that adds a closed
+gate, or closes one again; it comes in one that the kernel refuses (ERESTART) when anything, whoever
+did it, has changed since the gates were looked at. So it is only ever added when a move is opened,
+and what opens in any case does so without it.
+"""
+
+from __future__ import annotations
+
+import errno
+import re
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
+
+from natkeep.kernel import elements, rawrule
+from natkeep.plan import ruleset
+from natkeep.plan.ruleset import TABLE
+
+Gate = tuple[str, bool]
+"""Name of a gate's chain, and whether a bare SYN stays refused there once it is open."""
+
+_GATES = re.compile(r"(?:gate|callers)-[a-z0-9][a-z0-9-]*")
+"""Chains that drop until they are opened; an address chain's name has a dot or an underscore."""
+
+_ATTEMPTS = 3
+
+
+def open_gates(gates: Sequence[Gate]) -> None:
+    """Let the connections of these gates through, all or none; or OSError.
+
+    With the pass, when no other gate is closed; it is not worth more than a few attempts.
+    """
+    for _ in range(_ATTEMPTS):
+        packed = _pack_with_pass(gates)
+        if packed is None:
+            break
+        try:
+            elements.send_packed(packed, len(gates) + 1)
+        except OSError as error:
+            if error.errno != errno.ERESTART:
+                raise
+        else:
+            return
+    rawrule.insert_accepts(TABLE, gates, ruleset.OPEN)
+
+
+def pack_open(gates: Sequence[Gate]) -> tuple[bytes, bytes]:
+    """The transaction that opens these gates, and one more that only works as things stand now.
+
+    The second has the pass as its last message, or is empty where some other gate is closed.
+    """
+    plain = rawrule.pack_accepts(TABLE, gates, ruleset.OPEN)
+    return plain, _pack_with_pass(gates) or b""
+
+
+def _pack_with_pass(gates: Sequence[Gate]) -> bytes | None:
+    generation = elements.read_generation()
+    if not _may_pass(name for name, _ in gates):
+        return None
+    return rawrule.pack_pass(TABLE, gates, ruleset.OPEN, ruleset.PASS, generation)
+
+
+def _may_pass(besides: Iterable[str]) -> bool:
+    """Whether no gate is closed but *besides*, and there is no pass yet."""
+    seen = set(besides)
+    for rule in elements.all_rules(TABLE):
+        if rule.chain == ruleset.GATE and rule.comment == ruleset.PASS:
+            return False
+        if _GATES.fullmatch(rule.chain) and rule.chain not in seen:
+            seen.add(rule.chain)  # what opens a gate is its first rule
+            if rule.comment != ruleset.OPEN:
+                return False
+    return True
+
+
+def removal_lines() -> list[str]:
+    """What takes the pass out, to stand in front of what closes a gate; nothing without one."""
+    return [
+        f"delete rule inet {TABLE} {ruleset.GATE} handle {rule.handle}"
+        for rule in elements.rules(TABLE, ruleset.GATE)
+        if rule.comment == ruleset.PASS
+    ]
+
+
+def let_pass() -> None:
+    """Put the pass in, when a gate that was closed has gone and no other is closed."""
+    with suppress(OSError):  # it saves time and nothing else
+        if elements.has_chain(TABLE, ruleset.GATE) and (packed := _pack_with_pass(())):
+            elements.send_packed(packed, 1)

@@ -1,0 +1,191 @@
+"""kernel/passing.py: the pass stands where no gate is closed, and only there, whoever does what."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import pytest
+
+from natkeep.kernel import elements, passing
+from natkeep.kernel.linux import LinuxKernel
+from natkeep.kernel.netns import inside, open_namespace
+from natkeep.plan import ruleset
+from natkeep.plan.mending import LoadLines
+from natkeep.plan.move import Map, Move, Role, Site
+from natkeep.plan.order import make_plan
+from natkeep.plan.steps import InstallGate, OpenGate, Plan, Prior
+from natkeep.plan.tuples import Connections, Endpoint, FourTuple, parse_address
+
+Run = Callable[..., str]
+
+pytestmark = [pytest.mark.root, pytest.mark.needs("nftables")]
+
+OTHERS = "table inet others {\nchain c {\n}\n}\n"
+
+
+class Gates:
+    """Moves at one gateway, and what stands in the base chain `gate`."""
+
+    def __init__(self, netns: str, run: Run) -> None:
+        self.site, self.run, self.kernel = Site(Role.GATEWAY, netns), run, LinuxKernel()
+        self.kernel.open_sites([self.site])
+        self.plans: dict[str, Plan] = {}
+
+    def prepare(self, move_id: str) -> None:
+        number = len(self.plans) + 1
+        old, new = (parse_address(f"10.{net}.0.{number}") for net in (2, 3))
+        end = Endpoint(parse_address("10.1.0.2"), 5000)
+        kept = Connections.of([FourTuple(end, Endpoint(old, 80))])
+        self.plans[move_id] = make_plan(Move(move_id, (Map(old, new),), (self.site,)), kept)
+        for step in self.plans[move_id].prepare:
+            self.kernel.apply(step, lambda prior: None)
+
+    def opening(self, move_id: str) -> OpenGate:
+        [step] = self.plans[move_id].open
+        assert isinstance(step, OpenGate)
+        return step
+
+    def open(self, move_id: str) -> None:
+        self.kernel.apply(self.opening(move_id), lambda prior: None)
+
+    def close(self, move_id: str) -> None:
+        self.kernel.revert(self.opening(move_id), Prior())
+
+    def remove(self, move_id: str) -> None:
+        for step in reversed(self.plans[move_id].prepare):
+            self.kernel.revert(step, Prior())
+
+    @property
+    def comments(self) -> list[str]:
+        with inside(open_namespace(self.site.netns)):
+            return [rule.comment for rule in elements.rules("natkeep", "gate")]
+
+    @property
+    def have_pass(self) -> bool:
+        assert self.comments.count(ruleset.PASS) <= 1
+        return ruleset.PASS in self.comments
+
+    def others_do_something(self) -> None:
+        self.run(self.site.netns, "nft", "-f", "-", stdin=OTHERS)
+
+
+@pytest.fixture
+def gates(make_site: Callable[[], str], run: Run) -> Iterator[Gates]:
+    return Gates(make_site(), run)
+
+
+def test_the_pass_comes_with_the_last_gate_that_opens(gates: Gates) -> None:
+    gates.prepare("one")
+    gates.prepare("two")
+    assert not gates.have_pass
+
+    gates.open("one")
+    assert not gates.have_pass
+
+    gates.open("two")
+    assert gates.comments[0] == ruleset.PASS
+
+
+def test_the_pass_goes_with_a_gate_that_closes_and_comes_back_without_it(gates: Gates) -> None:
+    gates.prepare("one")
+    gates.open("one")
+
+    gates.prepare("two")
+    assert not gates.have_pass
+    gates.remove("two")
+    assert gates.have_pass
+
+    gates.close("one")
+    assert not gates.have_pass
+    gates.open("one")
+    assert gates.have_pass
+
+
+def test_a_bare_syn_never_takes_the_pass_and_nor_do_segments_of_criu(gates: Gates) -> None:
+    gates.prepare("one")
+    gates.open("one")
+
+    listed = gates.run(gates.site.netns, "nft", "list", "chain", "inet", "natkeep", "gate")
+
+    assert (
+        "meta mark != 0x0000c114 tcp flags != syn / fin,syn,rst,ack accept "
+        'comment "gate:pass"' in listed
+    )
+
+
+def test_it_is_what_its_text_says(gates: Gates, make_site: Callable[[], str]) -> None:
+    gates.prepare("one")
+    typed = make_site()
+    text = "\n".join([*ruleset.render_static(), ruleset.render_pass()])
+    gates.run(typed, "nft", "-f", "-", stdin=text)
+    gates.open("one")
+
+    shown = [
+        gates.run(netns, "nft", "list", "chain", "inet", "natkeep", "gate")
+        for netns in (typed, gates.site.netns)
+    ]
+
+    assert shown[0] == shown[1]
+
+
+def test_a_transaction_with_the_pass_is_refused_when_others_were_there_meanwhile(
+    gates: Gates,
+) -> None:
+    gates.prepare("one")
+    packed = gates.kernel.pack_open(gates.opening("one"))
+    assert packed is not None
+    gates.others_do_something()
+
+    with inside(open_namespace(gates.site.netns)):
+        with pytest.raises(OSError, match="restarted"):
+            elements.send_packed(packed.with_pass, packed.last + 1)
+        assert not gates.have_pass
+        elements.send_packed(packed.messages, packed.last)
+
+    assert not gates.have_pass
+    gates.close("one")
+    gates.open("one")  # which looks again
+    assert gates.have_pass
+
+
+def test_who_changes_things_all_the_time_has_gates_opened_without_it(
+    gates: Gates, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gates.prepare("one")
+    look = passing.elements.all_rules
+
+    def disturbed(table: str) -> Iterator[elements.Rule]:
+        gates.run(gates.site.netns, "nft", "add table ip others; delete table ip others")
+        return look(table)
+
+    monkeypatch.setattr(passing.elements, "all_rules", disturbed)
+    gates.open("one")
+
+    assert not gates.have_pass
+    with inside(open_namespace(gates.site.netns)):
+        assert elements.rules("natkeep", "gate-one")[0].comment == ruleset.OPEN
+
+
+def test_nothing_is_packed_with_it_while_another_gate_is_closed(gates: Gates) -> None:
+    gates.prepare("one")
+    gates.prepare("two")
+
+    packed = gates.kernel.pack_open(gates.opening("two"))
+
+    assert packed is not None
+    assert packed.with_pass == b""
+
+
+def test_a_closed_gate_that_is_mended_takes_the_pass_out(gates: Gates) -> None:
+    """Somebody deleted a closed gate, another one was opened, and the first is put back."""
+    gates.prepare("closed")
+    gates.prepare("open")
+    gates.run(gates.site.netns, "nft", "flush chain inet natkeep gate-closed")
+    gates.open("open")
+    assert gates.have_pass
+    [install] = [s for s in gates.plans["closed"].prepare if isinstance(s, InstallGate)]
+    lines = tuple(line for line in install.lines() if line.endswith(" drop"))
+
+    gates.kernel.mend(LoadLines(gates.site, lines), lambda prior: None)
+
+    assert not gates.have_pass
