@@ -2,8 +2,8 @@
 
 A packet asks for its mark, its address, the set of kept connections and the move's own gate before
 it goes on: a sixth of what its whole way costs. While a gate is closed, it must. Where all are
-open, one rule in front of the base chain `gate` (ruleset.render_pass) lets it by; a bare SYN still
-goes the long way, since a kept tuple never opens a new path.
+open, one rule in front of the base chain `gate` (ruleset.render_pass) lets it by; at a destination
+a bare SYN still goes the long way, since a kept tuple never opens a new path.
 
 Rule: the pass stands only where no gate is closed. It goes in the transaction that adds a closed
 gate, or closes one again; it comes in one that the kernel refuses (ERESTART) when anything, whoever
@@ -63,7 +63,9 @@ def _pack_with_pass(gates: Sequence[Gate]) -> bytes | None:
     generation = elements.read_generation()
     if not _may_pass(name for name, _ in gates):
         return None
-    return rawrule.pack_pass(TABLE, gates, ruleset.OPEN, ruleset.PASS, generation)
+    # A site that is, or has been, a destination has a chain that a gateway has not.
+    guarded = elements.has_chain(TABLE, ruleset.LEAVING)
+    return rawrule.pack_pass(TABLE, gates, ruleset.OPEN, generation, guarded=guarded)
 
 
 def _may_pass(besides: Iterable[str]) -> bool:

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Sequence
 from natkeep.kernel.elements import INET, pack_batch, send_batch
 from natkeep.kernel.netlink import attribute, nested
 from natkeep.plan.lock import CRIU_MARK
-from natkeep.plan.ruleset import GATE
+from natkeep.plan.ruleset import GATE, PASS
 
 NEWRULE = 6
 META_MARK, META_L4PROTO = 3, 16
@@ -44,15 +44,16 @@ def pack_accepts(table: str, chains: Sequence[tuple[str, bool]], comment: str) -
 
 
 def pack_pass(
-    table: str, chains: Sequence[tuple[str, bool]], comment: str, passing: str, generation: int
+    table: str, chains: Sequence[tuple[str, bool]], comment: str, generation: int, *, guarded: bool
 ) -> bytes:
     """The same with the pass (plan.ruleset.render_pass) as one message more.
 
-    passing: its comment; generation: the state of the ruleset that it is for, see pack_batch.
+    generation: the state of the ruleset that it is for, see pack_batch.
     """
     mark = ("meta", (integer(1, REGISTER), integer(2, META_MARK)))
     not_criu = compare(CRIU_MARK.to_bytes(4, sys.byteorder), _UNEQUAL)
-    rule = pack_rule(table, GATE, [mark, not_criu, *_no_syn(), _accept()], passing)
+    those = [mark, not_criu, *_no_syn()] if guarded else []
+    rule = pack_rule(table, GATE, [*those, _accept()], PASS)
     return pack_batch(INET, [*_accepts(table, chains, comment), (NEWRULE, rule)], generation)
 
 

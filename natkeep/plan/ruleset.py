@@ -27,7 +27,7 @@ Theory of operation. A site has one table `inet natkeep`, shared by all moves.
   (a deletion would make the closing of the netlink socket wait for an RCU grace period).
 - Where no gate is closed any more, opening also inserts the *pass* in front of the base chain
   `gate`, so that nobody has to ask for marks, addresses and sets. What closes a gate takes it out
-  first. Only bare SYNs go on asking: a kept tuple never opens a new path.
+  first. At a destination bare SYNs go on asking: a kept tuple never opens a new path.
 - Rules in the shared `…-at-ADDRESS` chains carry the id as comment; that is how they are found
   again without a journal. They are inserted in front: the newest move of a tuple has the word,
   so a translation is replaced without a moment in which there is none.
@@ -182,7 +182,7 @@ def render_mode(mode: Mode) -> tuple[str, ...]:
         chain, *_ = _BASE_CHAINS[DISPATCHES[mode][1]]
         lines += [
             f"add chain inet {TABLE} {ERRORS}",
-            f"insert rule inet {TABLE} {chain} meta l4proto {{ icmp, ipv6-icmp }} jump {ERRORS}",
+            f"add rule inet {TABLE} {chain} meta l4proto {{ icmp, ipv6-icmp }} jump {ERRORS}",
         ]
     return tuple(lines)
 
@@ -374,15 +374,16 @@ def _render_rewriting(move_id: str, translation: Translation) -> list[str]:
     return [
         f"add chain inet {TABLE} {arriving}",
         f"add chain inet {TABLE} {departing}",
-        f"add rule inet {TABLE} {arriving} {family} daddr set {after}",
-        f"add rule inet {TABLE} {departing} {family} saddr set {before}",
+        # The end of this base chain: no other move's rules are asked as well.
+        f"add rule inet {TABLE} {arriving} {family} daddr set {after} accept",
+        f"add rule inet {TABLE} {departing} {family} saddr set {before} accept",
         *render_dispatch(arrive, before),
-        f"insert rule inet {TABLE} {address_chain(arrive, before)} {_inbound_key(before)} "
-        f"@{kept} {_NOT_SYN} {_from_wire(translation)}"
+        f"insert rule inet {TABLE} {address_chain(arrive, before)} {_NOT_SYN} "
+        f"{_inbound_key(before)} @{kept} {_from_wire(translation)}"
         f'jump {arriving} comment "{move_id}"',
         *render_dispatch(depart, after),
-        f"insert rule inet {TABLE} {address_chain(depart, after)} {_outbound_key(after)} "
-        f"@{kept} {_NOT_SYN} {_to_wire(translation)}"
+        f"insert rule inet {TABLE} {address_chain(depart, after)} {_NOT_SYN} "
+        f"{_outbound_key(after)} @{kept} {_to_wire(translation)}"
         f'jump {departing} comment "{move_id}"',
     ]
 
@@ -418,10 +419,13 @@ def precedes_pass(line: str) -> bool:
     return words[4] == GATE or (words[-1] == "drop" and words[4].startswith(_DROPPING))
 
 
-def render_pass() -> str:
-    """What lets all but bare SYNs go by the gates of a site, where none of them is closed."""
-    mark = f"meta mark != {CRIU_MARK:#x}"
-    return f'insert rule inet {TABLE} {GATE} {mark} {_NOT_SYN} accept comment "{PASS}"'
+def render_pass(*, guarded: bool) -> str:
+    """What lets packets go by the gates of a site, where none of them is closed.
+
+    guarded: there is a destination's, so bare SYNs and CRIU's own segments still go to the gates.
+    """
+    those = f"meta mark != {CRIU_MARK:#x} {_NOT_SYN} " if guarded else ""
+    return f'insert rule inet {TABLE} {GATE} {those}accept comment "{PASS}"'
 
 
 def render_withdrawal(

@@ -319,7 +319,9 @@ class OpenGate(_Loaded):
 
     def describe(self) -> tuple[str, ...]:
         """One command a line; whether the last one is done depends on other moves."""
-        *opening, passing = as_commands(self.site, (*self.lines(), ruleset.render_pass()))
+        guarded = self.site.role == Role.DESTINATION
+        passing = ruleset.render_pass(guarded=guarded)
+        *opening, passing = as_commands(self.site, (*self.lines(), passing))
         return (*opening, f"{passing}  # unless another gate is closed there")
 
     def accepts(self) -> tuple[tuple[str, bool], ...]:
