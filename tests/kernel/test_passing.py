@@ -105,7 +105,7 @@ def test_the_pass_goes_with_a_gate_that_closes_and_comes_back_without_it(gates: 
 def test_it_is_what_its_text_says(
     gates: Gates, make_site: Callable[[], str], guarded: bool
 ) -> None:
-    """Where there has been a destination, a bare SYN and CRIU's own segments still ask the gates."""
+    """Where there has been a destination, bare SYNs and CRIU's own segments still ask the gates."""
     static = [*ruleset.render_static(), *(ruleset.render_leaving() if guarded else ())]
     typed = make_site()
     text = "\n".join([*static, ruleset.render_pass(guarded=guarded)])
