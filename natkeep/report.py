@@ -11,13 +11,13 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from natkeep.checkpoint import Checkpoint, Socket
-from natkeep.plan.drift import MoveStatus, SeenEntry, SiteStatus
+from natkeep.plan.drift import MoveStatus, Observation, SeenEntry, SiteStatus
 from natkeep.plan.findings import CATALOGUE, Finding
 from natkeep.plan.lock import NetworkLock
-from natkeep.plan.move import Compared, Fate, Move, Role
+from natkeep.plan.move import Compared, Fate, Move, Role, Translation
 from natkeep.plan.order import render_nft
 from natkeep.plan.resets import NOT_TOLD, describe_fates
-from natkeep.plan.steps import Plan
+from natkeep.plan.steps import InsertEntries, Plan
 from natkeep.plan.tuples import Address, Connections, FourTuple
 
 SHOWN = 20
@@ -104,20 +104,15 @@ def move_as_json(status: MoveStatus) -> str:
         {"role": str(s.site.role), "netns": s.site.netns, "drift": [*s.drift]} for s in status.sites
     ]
     move = {**move_to_json(status.plan), "gate": str(status.gate), "sites": sites}
-    connections = ",".join(
-        f'\n{{"local": "{local}", "peer": "{peer}", "packets": '
-        f'{{"in": {_count_in(seen)}, "out": {_count_out(seen)}}}}}'
-        for local, peer, seen in _connections(status)
-    )
-    return json.dumps({**move, "connections": []}).removesuffix("]}") + connections + "]}"
-
-
-def _count_in(seen: SeenEntry | None) -> int | str:
-    return "null" if seen is None or seen.packets_in is None else seen.packets_in
-
-
-def _count_out(seen: SeenEntry | None) -> int | str:
-    return "null" if seen is None or seen.packets_out is None else seen.packets_out
+    rows = []
+    for local, peer, seen in _connections(status):
+        inward, outward = (None, None) if seen is None else (seen.packets_in, seen.packets_out)
+        rows.append(
+            f'\n{{"local": "{local}", "peer": "{peer}", "packets": '
+            f'{{"in": {"null" if inward is None else inward}, '
+            f'"out": {"null" if outward is None else outward}}}}}'
+        )
+    return json.dumps({**move, "connections": []}).removesuffix("]}") + ",".join(rows) + "]}"
 
 
 _CLOSENESS = (Role.DESTINATION, Role.GATEWAY, Role.PEER, Role.SOURCE)
@@ -130,13 +125,30 @@ def _connections(status: MoveStatus) -> Iterator[tuple[str, str, SeenEntry | Non
     looked.sort(key=lambda site: _CLOSENESS.index(site.site.role))
     for translation in status.plan.translations:
         if looked and translation.site == looked[0].site and looked[0].seen is not None:
-            # A source has no entries: it keeps quiet.
-            unseen = (None,) * len(translation.kept)
-            entries = looked[0].seen.entries.get(translation.number, unseen)
+            entries = _entries_of(status.plan, translation, looked[0].seen)
             for (local, peer), entry in zip(translation.kept.texts(), entries, strict=True):
                 yield local, peer, entry
     if not looked:
         yield from ((*ends, None) for some in _kept(status.plan) for ends in some.texts())
+
+
+def _entries_of(
+    plan: Plan, translation: Translation, seen: Observation
+) -> Sequence[SeenEntry | None]:
+    """What is seen of each of the translation's connections, in their order."""
+    entries = seen.entries.get(translation.number, ())
+    if len(entries) == len(translation.kept):
+        return entries
+    # A source has none: it keeps quiet; and none have those whose peers are at the destination.
+    made = [
+        step.translation.kept
+        for step in plan.prepare
+        if isinstance(step, InsertEntries)
+        and (step.site, step.translation.number) == (translation.site, translation.number)
+    ]
+    records = (record for kept in made for record in kept.each())
+    known = dict(zip(records, entries, strict=False))
+    return [known.get(record) for record in translation.kept.each()]
 
 
 def status_lines(status: MoveStatus, *, verbose: bool) -> Iterator[str]:

@@ -437,6 +437,22 @@ def test_connections_of_another_form_are_noticed_although_their_digest_is_right(
     assert refusal(state).startswith("the journal of web is corrupt: ")
 
 
+def test_an_id_is_known_if_it_has_a_journal_and_named_if_that_has_the_address(
+    state: StateDirectory, place: Path
+) -> None:
+    begin(state)
+    (place / "Not-An-Id.journal").write_bytes((place / "web.journal").read_bytes())
+    (place / "hollow.journal").mkdir()
+    old = MOVE.maps[0].old
+
+    known = ["web", "hollow", "other", "Not-An-Id", "../state/web", ""]
+    assert [state.knows(move_id) for move_id in known] == [True, True] + [False] * 4
+    assert state.ids_naming([old]) == ("web",)
+    assert state.ids_naming([old + 77]) == ()
+    assert not StateDirectory(str(place / "none"), create=False).knows("web")
+    assert StateDirectory(str(place / "none"), create=False).ids_naming([old]) == ()
+
+
 def test_a_corrupt_journal_tells_where_it_is(state: StateDirectory, place: Path) -> None:
     (place / "web.journal").write_text("{}\n")
     with pytest.raises(JournalError) as caught:

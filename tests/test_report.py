@@ -14,7 +14,7 @@ from natkeep import report
 from natkeep.checkpoint import Checkpoint, Socket, TcpState
 from natkeep.checkpoint.images import read_checkpoint
 from natkeep.plan.drift import Gate, MoveStatus, Observation, SeenEntry, SiteStatus
-from natkeep.plan.move import Map, Move, Role, Site
+from natkeep.plan.move import Map, Move, Role, Site, Surroundings
 from natkeep.plan.order import make_plan
 from natkeep.plan.steps import Plan
 from natkeep.plan.tuples import Connections, Endpoint, FourTuple, parse_address
@@ -144,6 +144,21 @@ def test_packets_that_nobody_counts_are_null() -> None:
     entries = {n: (None,) * len(some) for n, some in destination.seen.entries.items()}
     no_entries = replace(destination, seen=replace(destination.seen, entries=entries))
     assert packets(make_status(sites=(no_entries, gateway))) == [(None, None)] * 3
+
+
+def test_a_connection_that_has_no_entry_by_plan_is_shown_without_one() -> None:
+    """Its peer is at the destination itself: it goes through lo, un-translated."""
+    local = Surroundings(local=frozenset([parse_address("10.1.0.2")]))
+    kept = listed("10.2.0.10:80 10.1.0.2:1", "10.2.0.10:80 10.1.0.3:2", "10.2.0.10:80 10.1.0.2:3")
+    plan = make_plan(MOVE, kept, local)
+    seen = Observation(
+        Gate.OPEN, frozenset(), {}, frozenset(), {0: (SeenEntry(True, 7, 8, True),)}, 1
+    )
+    status = MoveStatus(plan, Gate.OPEN, (SiteStatus(DESTINATION, seen, ()),))
+    (move,) = status_to_json([status])["moves"]
+    assert [(row["peer"], row["packets"]["in"]) for row in move["connections"]] == [
+        ("10.1.0.2:1", None), ("10.1.0.3:2", 7), ("10.1.0.2:3", None),
+    ]  # fmt: skip
 
 
 def test_the_lines_of_status() -> None:

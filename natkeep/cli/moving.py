@@ -140,7 +140,7 @@ def teardown(args: argparse.Namespace) -> int:
 
     lifecycle = make_lifecycle(args, create=False)
     parse_id(args.id)
-    if args.id in lifecycle.state.ids():
+    if lifecycle.state.knows(args.id):
         if args.drain is not None:
             lifecycle.drain(args.id, args.drain)
         if not args.yes:

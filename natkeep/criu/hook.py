@@ -234,7 +234,7 @@ def _ensure_prepared(
     move_id: str, orders: Orders, call: Call, lifecycle: Lifecycle, site: Site
 ) -> bool:
     """Prepare the move at *site* unless it is; False where there is nothing to keep."""
-    if move_id in lifecycle.state.ids():
+    if lifecycle.state.knows(move_id):
         journal = lifecycle.state.load(move_id)
         if journal.is_prepared() and _is_at(journal, lifecycle, site):
             return True

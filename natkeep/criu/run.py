@@ -230,7 +230,7 @@ class Restore:
         from natkeep import report
 
         lifecycle, move, connections = self.lifecycle, self.move, self.checkpoint.connections
-        if move.id in lifecycle.state.ids():
+        if lifecycle.state.knows(move.id):
             journal = lifecycle.state.load(move.id)
             same = (journal.move, journal.connections, journal.image, journal.boot)
             wanted = (move, connections, self.checkpoint.run_id, read_boot_id())

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import re
 import struct
+import sys
 import threading
 from collections.abc import Iterable, Iterator
 from operator import itemgetter
@@ -39,6 +40,10 @@ from natkeep.kernel.netlink import NETLINK_NETFILTER, Netlink, attributes, messa
 
 _HEADERS = 20
 """Octets of the netlink header and of nfgenmsg, in front of the attributes."""
+
+_PATIENCE = 2e-5
+"""Seconds for which the waiting thread is kept from an answer, of which there are a thousand; the
+interpreter's own 5 ms would make the walk last as long as all the rest."""
 
 _TYPE = 0x3FFF
 _ORIGINAL = itemgetter(0)
@@ -67,6 +72,8 @@ class Walk:
         self._rows: dict[bytes, Row] | None = None
         self._answered: dict[bytes, Row] | None = None
         self._elsewhere: list[Row] = []
+        self._patience = sys.getswitchinterval()
+        sys.setswitchinterval(_PATIENCE)
         self._thread = threading.Thread(target=self._read, args=(version,), daemon=True)
         self._thread.start()
 
@@ -80,6 +87,7 @@ class Walk:
     def close(self) -> None:
         """Come to the end of it."""
         self._thread.join()
+        sys.setswitchinterval(self._patience)
 
     def finish(self) -> None:
         """Have read all of it; OSError when the kernel gave none."""
@@ -102,7 +110,7 @@ class Walk:
 
     def _read_all(self) -> dict[bytes, Row]:
         if self._rows is None:
-            self._thread.join()
+            self.close()
             if self._error is not None:
                 raise self._error
             self._rows = {}

@@ -12,7 +12,14 @@ from functools import lru_cache
 from ipaddress import ip_address
 
 from natkeep.kernel.elements import dump_keys, pack_key
-from natkeep.kernel.netlink import NETLINK_NETFILTER, NLM_F_DUMP, Netlink, attribute, attributes
+from natkeep.kernel.netlink import (
+    NETLINK_NETFILTER,
+    NLM_F_DUMP,
+    Netlink,
+    attribute,
+    attributes,
+    find_attribute,
+)
 from natkeep.plan.ruleset import TABLE
 from natkeep.plan.things import Thing, describe_rule, known_thing, number_alike
 
@@ -28,6 +35,7 @@ _FEW = 16
 _NETWORK, _TRANSPORT = 1, 2
 _VERDICTS = {0: "drop", 1: "accept"}
 _JUMP = -3
+_LENGTH = struct.Struct("=H")
 _PORT = (_TRANSPORT, 2, 2)
 _TO = ((_NETWORK, 16, 4), (_NETWORK, 24, 16))
 
@@ -51,9 +59,10 @@ def find_standing(netlink: Netlink, family: str) -> tuple[set[Thing], dict[str, 
         return set(), comments
     found = {known_thing(family, "table", "", "", 0)}
     for kind, type_, at in (("chain", _GETCHAIN, 3), ("set", _GETSET, 2)):
-        for answer in _dump(netlink, type_, family, _TABLE):
-            if answer[1] == _NAME:
-                found.add(known_thing(family, kind, _text(answer[at]), "", 0))
+        for answer in _answers(netlink, type_, family, _TABLE):
+            if find_attribute(answer, 1) == _NAME:
+                name = _text(find_attribute(answer, at))
+                found.add(known_thing(family, kind, name, "", 0))
     rules: dict[bytes, Thing] = {}  # by its handle: one may come twice when others are made
     for handle, comment, thing in _read_rules(netlink, family, ""):
         if handle not in rules:
@@ -114,14 +123,16 @@ def _read_rules(netlink: Netlink, family: str, chain: str) -> Iterator[tuple[byt
             yield rule[3], comment, known_thing(family, "rule", _text(rule[2]), what, 0)
 
 
-def _marks(expressions: bytes) -> Iterator[str]:
+def _marks(expressions: bytes) -> list[str]:
+    found: list[str] = []
     loaded: tuple[int, ...] = ()
     for each in _each(expressions):
         marks, loads, value = _read_expression(each)
-        yield from marks
+        found += marks
         if value is not None:
-            yield from _compared(loaded, value)
+            found += _compared(loaded, value)
         loaded = loads
+    return found
 
 
 @lru_cache(maxsize=1 << 12)  # of a thousand moves' rules most are the same
@@ -171,23 +182,28 @@ def _comment(userdata: bytes) -> str:
 
 
 def _dump(netlink: Netlink, type_: int, family: str, scope: bytes) -> Iterator[dict[int, bytes]]:
+    return map(attributes, _answers(netlink, type_, family, scope))
+
+
+def _answers(netlink: Netlink, type_: int, family: str, scope: bytes) -> Iterator[bytes]:
     body = struct.pack("!BBH", _FAMILIES[family], 0, 0) + scope
     try:
         for answer in netlink.request(_SUBSYSTEM | type_, NLM_F_DUMP, body):
-            yield attributes(answer[4:])
+            yield answer[4:]
     except FileNotFoundError:  # gone between two looks
         return
 
 
-def _each(data: bytes) -> Iterator[bytes]:
+def _each(data: bytes) -> list[bytes]:
     """The value of each attribute of a list, whose types are all the same."""
-    offset = 0
+    found, offset = [], 0
     while offset + 4 <= len(data):
-        length = struct.unpack_from("=H", data, offset)[0]
+        length = _LENGTH.unpack_from(data, offset)[0]
         if length < 4:
-            return
-        yield data[offset + 4 : offset + length]
+            break
+        found.append(data[offset + 4 : offset + length])
         offset += (length + 3) & ~3
+    return found
 
 
 def _number(value: bytes) -> int:

@@ -90,6 +90,19 @@ def attributes(data: bytes) -> dict[int, bytes]:
     return found
 
 
+def find_attribute(data: bytes, type_: int) -> bytes:
+    """The first attribute of that type; empty where there is none."""
+    offset, end = 0, len(data) - 4
+    while offset <= end:
+        length, here = _ATTRIBUTE.unpack_from(data, offset)
+        if here & _NLA_TYPE == type_:
+            return data[offset + 4 : offset + length]
+        if length < 4:
+            break
+        offset += (length + 3) & ~3
+    return b""
+
+
 def replicate(template: bytes, columns: Iterable[tuple[int, bytes]], count: int) -> bytearray:
     """*template* *count* times, with columns written over it.
 

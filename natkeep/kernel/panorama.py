@@ -26,7 +26,7 @@ from natkeep.plan.drift import Observation, SeenEntry
 from natkeep.plan.mending import pick_from
 from natkeep.plan.move import Site, Translation
 from natkeep.plan.reception import Reception
-from natkeep.plan.ruleset import TABLE
+from natkeep.plan.ruleset import DISPATCHES, FAMILIES, GATE, TABLE, dispatch_map
 from natkeep.plan.steps import Plan
 from natkeep.plan.things import known_thing
 from natkeep.plan.tuples import Address, Connections, Endpoint
@@ -76,7 +76,11 @@ class LinuxPanorama(CloseEyes):
     def read_ahead(self) -> None:
         """Have read what is read as a whole; no thread is at it then."""
         with errors_at(self._namespace.label):
-            self._read_table("inet")
+            there, _ = self._read_table("inet")
+            for dispatch in (GATE, *(name for names in DISPATCHES.values() for name in names)):
+                for name in (dispatch_map(dispatch, version) for version in FAMILIES):
+                    if known_thing("inet", "set", name, "", 0) in there:
+                        self._read_keys("inet", name)
             for walk in self._walks.values():
                 walk.finish()
 

@@ -16,7 +16,7 @@ from natkeep.plan.tuples import RECORD_SIZE, Connections
 
 def refuse_conflicts(ground: Ground, plan: Plan, replaces: str | None) -> None:
     """Two moves may share an address, but no tuple on either side of a site."""
-    if plan.move.id in ground.state.ids() and not takes_over(plan.move):
+    if ground.state.knows(plan.move.id) and not takes_over(plan.move):
         raise RefusedError(
             f"the id {plan.move.id} is in use",
             hint=f"natkeep teardown {plan.move.id}, or another id",

@@ -13,12 +13,12 @@ class Ending(Ground):
     def teardown(self, move_id: str) -> bool:
         """Undo a move, best effort; whether there was one. A second time is fine."""
         with self.state.locked():
-            found = move_id in self.state.ids()
+            found = self.state.knows(move_id)
             finish(lambda: self._end(move_id))
             return found
 
     def _end(self, move_id: str) -> None:
-        if move_id not in self.state.ids():
+        if not self.state.knows(move_id):
             self.state.remove(move_id)
             return
         journal, plan = self._load(move_id)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import closing
+from contextlib import closing, contextmanager
 from functools import partial
 from types import MappingProxyType
 from typing import TYPE_CHECKING, TypeVar
@@ -14,17 +14,14 @@ from natkeep.journal import Journal, read_boot_id
 from natkeep.kernel import Kernel, Panorama
 from natkeep.kernel.netns import NamespaceGoneError
 from natkeep.lifecycle.ground import Ground, is_waiting
-from natkeep.lifecycle.overview import Overview
-from natkeep.lifecycle.sharing import do_at_once
-from natkeep.plan.drift import Gate, MoveStatus, Observation, SiteStatus, find_drift
+from natkeep.lifecycle.sight import Sight
+from natkeep.plan.drift import Gate, MoveStatus, SiteStatus
 from natkeep.plan.move import Role, Site
 from natkeep.plan.steps import HoldSegments, InstallTranslation, OpenGate, Plan, TakeOverLock
 from natkeep.plan.tuples import NO_CONNECTIONS
-from natkeep.values import dataclass
 
 if TYPE_CHECKING:
-    from natkeep.plan.mending import Life, Patch
-    from natkeep.plan.sighting import Sighting
+    from natkeep.lifecycle.overview import Overview
 
 T = TypeVar("T")
 
@@ -37,40 +34,6 @@ _SHARE = 200
 """Moves for which another process is worth its start."""
 
 
-@dataclass(frozen=True, slots=True)
-class Sight:
-    """What all sites of a move showed at one time, and what follows from that.
-
-    earlier: what the last repair saw of entries at a gateway.
-    ways: routes and addresses of others that are gone, with the numbers of their steps.
-    begun: when the looking began, in milliseconds of the monotonic clock.
-    """
-
-    plan: Plan
-    begun: int
-    looks: dict[Site, Observation]
-    lives: dict[Site, Life]
-    opened: dict[Site, bool]
-    earlier: Sighting | None
-    ways: dict[Site, tuple[tuple[int, tuple[str, ...]], ...]]
-
-    def drift(self, site: Site) -> tuple[str, ...]:
-        """What is not there as it was put there, in words."""
-        seen, life = self.looks[site], self.lives[site]
-        from natkeep.plan.mending import describe_ways
-
-        lost = [line for _, notes in self.ways[site] for line in describe_ways(notes)]
-        return (*find_drift(self.plan, site, seen, life, opened=self.opened[site]), *lost)
-
-    def patches(self, site: Site) -> list[tuple[int, Patch]]:
-        """What puts it back, each with the number of its step."""
-        from natkeep.plan.mending import PutWays, find_patches
-
-        seen, life = self.looks[site], self.lives[site]
-        found = [*find_patches(self.plan, site, seen, life, opened=self.opened[site])]
-        return [*found, *((number, PutWays(site, notes)) for number, notes in self.ways[site])]
-
-
 class Looking(Ground):
     """The verb status, and the questions before a teardown."""
 
@@ -81,10 +44,13 @@ class Looking(Ground):
 
         unreadable: takes what is wrong with a journal, so that the other moves are shown.
         """
+        if len(move_ids) == 1:  # who asks for one waits for nothing that is for many
+            loaded = self._load_each(move_ids, unreadable)
+            return tuple(_sum_up(plan, self._look_at_sites(of, plan)) for of, plan in loaded)
         move_ids = move_ids or self.state.ids()
-        with closing(Overview(self.kernel, len(move_ids))) as overview:
-            loaded = [*self._load_each(move_ids, unreadable, overview)]
-            return tuple(self._see_each(loaded, overview, unreadable))
+        with _overview(self.kernel, len(move_ids)) as overview:
+            many = [*self._load_each(move_ids, unreadable, overview)]
+            return tuple(self._see_each(many, overview, unreadable))
 
     def digest_status(
         self, digest: Callable[[MoveStatus], T], unreadable: list[JournalError], processes: int
@@ -93,8 +59,10 @@ class Looking(Ground):
 
         processes: so many may be at it, where there are many moves.
         """
+        from natkeep.lifecycle.sharing import do_at_once
+
         move_ids = self.state.ids()
-        with closing(Overview(self.kernel, len(move_ids))) as overview:
+        with _overview(self.kernel, len(move_ids)) as overview:
             loaded = [*self._load_each(move_ids, unreadable, overview)]
 
             def see(
@@ -135,7 +103,7 @@ class Looking(Ground):
             except JournalError as error:
                 if unreadable is None:
                     raise
-                if move_id in self.state.ids():  # else it has been torn down meanwhile
+                if self.state.knows(move_id):  # else it has been torn down meanwhile
                     unreadable.append(error)
                 continue
             if overview is not None:
@@ -297,6 +265,14 @@ class Looking(Ground):
                     f"{site} still has OLD {olds}: it would answer {len(peers)} peers with a reset"
                 )
         return tuple(found)
+
+
+@contextmanager
+def _overview(kernel: Kernel, total: int) -> Iterator[Overview]:
+    from natkeep.lifecycle.overview import Overview  # for status of many moves alone
+
+    with closing(Overview(kernel, total)) as overview:
+        yield overview
 
 
 def _sum_up(plan: Plan, sites: tuple[SiteStatus, ...]) -> MoveStatus:

@@ -96,13 +96,13 @@ class Preparing(Ground):
         try:
             self._apply_or_undo(journal, plan, list(steps), ready if quick else None)
         except BaseException:
-            if quiesce is not None and move.id not in self.state.ids():
+            if quiesce is not None and not self.state.knows(move.id):
                 finish(partial(self._hold_again, quiesce))
             raise
 
     def _hold_again(self, quiesce: Journal) -> None:
         """The move that took a quiesce over has failed and was undone: all is as before it."""
-        if quiesce.move.id in self.state.ids():
+        if self.state.knows(quiesce.move.id):
             return
         plan = plan_of(quiesce)
         try:
@@ -154,7 +154,7 @@ class Preparing(Ground):
 
         What it could not undo it has named, and does not try again here.
         """
-        if plan.move.id in self.state.ids() and not isinstance(reason, LeftoverError):
+        if self.state.knows(plan.move.id) and not isinstance(reason, LeftoverError):
             journal = self.state.load(plan.move.id)
             self._undo_all(journal, plan, list(range(len(plan.steps))), reason)
         missing = []
@@ -240,7 +240,7 @@ class Preparing(Ground):
 
     def _with_hold(self, move: Move) -> Move:
         """*move*, with the listeners that a quiesce of the same id holds at its source."""
-        if move.quiesces or move.id not in self.state.ids():
+        if move.quiesces or not self.state.knows(move.id):
             return move
         found = self.state.read_move(move.id)
         if found is None or not found[0].quiesces or found[2] != read_boot_id():
