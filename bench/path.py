@@ -78,18 +78,21 @@ def many_iptables_rules(wire: Wire) -> Iterator[None]:
 
 
 def natkeep(mode: Mode, connections: int, moves: int) -> Callable[[Wire], Iterator[None]]:
-    """natkeep at gateway and server: the live connection is the first of so many kept ones."""
+    """natkeep at gateway and server: the live connection is the first of so many kept ones.
+
+    The gateway has so many moves, each of an OLD and a NEW of its own; the server is one of them.
+    """
 
     def configure(wire: Wire) -> Iterator[None]:
         # In memory, as /run usually is: journals are fsynced, and a thousand moves have many.
         with tempfile.TemporaryDirectory(prefix=PREFIX, dir="/dev/shm") as directory:
             lifecycle = Lifecycle(LinuxKernel(), StateDirectory(directory, create=True))
-            sites = (Site(Role.GATEWAY, wire.g), Site(Role.DESTINATION, wire.s))
-            for number in reversed(range(moves)):  # the newest move's rules stand in front
-                old = IPv4Address(OLD) + number * 256
-                move = Move(f"m{number}", (Map(old, IPv4Address(NEW)),), sites, mode)
-                kept = _kept(wire, old, connections, number)
-                lifecycle.prepare(move, kept, Gate.OPEN)
+            gateway, server = Site(Role.GATEWAY, wire.g), Site(Role.DESTINATION, wire.s)
+            for number in range(moves):
+                old, new = (IPv4Address(first) + number * 256 for first in (OLD, NEW))
+                sites = (gateway,) if number else (gateway, server)
+                move = Move(f"m{number}", (Map(old, new),), sites, mode)
+                lifecycle.prepare(move, _kept(wire, old, connections, number), Gate.OPEN)
             wire.hide_old()
             yield  # what is left goes with the namespaces
 
