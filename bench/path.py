@@ -226,7 +226,7 @@ def print_ratios(taken: dict[str, dict[str, list[float]]]) -> None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument(
         "--only", default="", metavar="WORD,…", help="with one of these in their name"
     )

@@ -35,7 +35,6 @@ from __future__ import annotations
 import errno
 import fcntl
 import hashlib
-import json
 import os
 import re
 import stat
@@ -47,27 +46,37 @@ from typing import TYPE_CHECKING, Any
 
 from natkeep import __version__, fault
 from natkeep.errors import JournalError, LeftoverError, NatkeepError, RefusedError, UsageError
-from natkeep.plan.lock import DumpLock, NetworkLock
+from natkeep.journal_form import (
+    SCHEMA,
+    as_list,
+    as_text,
+    as_whole,
+    make_record,
+    move_from_json,
+    move_to_json,
+    pack_columns,
+    pack_line,
+    read_image,
+    read_line,
+    read_namespaces,
+    unknown_schema,
+    unpack_columns,
+)
 from natkeep.plan.move import (
     Change,
-    Fate,
-    Map,
-    Mode,
     Move,
-    Role,
     Site,
     Surroundings,
     is_id,
     parse_id,
 )
 from natkeep.plan.steps import HoldListeners, Identity, OpenGate, Prior, SendResets
-from natkeep.plan.tuples import NO_CONNECTIONS, Address, Connections, Endpoint, parse_address
+from natkeep.plan.tuples import NO_CONNECTIONS, Address, Connections, parse_address
 from natkeep.values import dataclass, field
 
 if TYPE_CHECKING:
     from natkeep.plan.sighting import Sighting
 
-SCHEMA = 1
 DEFAULT_DIRECTORY = "/run/natkeep"
 LOCK_TIMEOUT = 30.0
 """Seconds to wait for other natkeeps to finish, where $NATKEEP_LOCK_TIMEOUT does not say."""
@@ -114,7 +123,7 @@ class Journal:
 
     def note(self, step: int, state: str, prior: Prior) -> None:
         """Append one record and have it on disk before returning."""
-        self._directory.append(f"{self.move.id}.journal", _record(step, state, prior))
+        self._directory.append(f"{self.move.id}.journal", make_record(step, state, prior))
         self._keep(step, state, prior)
 
     def _keep(self, step: int, state: str, prior: Prior) -> None:
@@ -135,7 +144,7 @@ class Journal:
         new steps that were done and have more to do. image: the dump that was compared.
         """
         around = change.surroundings
-        packed = _pack((change.came, change.went, around.carried, around.carriers))
+        packed = pack_columns((change.came, change.went, around.carried, around.carriers))
         line = {
             "changed": hashlib.sha256(packed).hexdigest(),
             "image": image,
@@ -149,24 +158,24 @@ class Journal:
         self._take_change(change, line)
 
     def _take_change(self, change: Change, line: dict[str, Any]) -> None:
-        origins, again = _list(line["from"]), _list(line["again"])
-        kinds = tuple(_text(kind) for kind in _list(line["steps"]))
+        origins, again = as_list(line["from"]), as_list(line["again"])
+        kinds = tuple(as_text(kind) for kind in as_list(line["steps"]))
         if self.change is not None or len(origins) != len(kinds):
             raise ValueError("its plan has changed in a way that it cannot")
         records: dict[int, Record] = {}
         for number, origin in enumerate(origins):
             if origin is None:
                 continue
-            if not 0 <= _whole(origin) < len(self.kinds) or self.kinds[origin] != kinds[number]:
+            if not 0 <= as_whole(origin) < len(self.kinds) or self.kinds[origin] != kinds[number]:
                 raise ValueError(f"step {number} does not continue step {origin}")
             if origin in self.records:
                 records[number] = self.records[origin]
         for number in again:
-            if _whole(number) not in records:
+            if as_whole(number) not in records:
                 raise ValueError(f"step {number} was never done, so not again")
             records[number] = Record("doing", records[number].prior, True)
         self.kinds, self.records, self.change = kinds, records, change
-        self.image = _read_image(line["image"])
+        self.image = read_image(line["image"])
 
     def is_done(self, step: int) -> bool:
         """Whether the step acted and was not undone."""
@@ -283,12 +292,12 @@ class StateDirectory:
         """Write the journal of a new move; RefusedError when its id is in use."""
         packed = None
         if not move.quiesces:
-            packed = _pack((connections, surroundings.carried, surroundings.carriers))
+            packed = pack_columns((connections, surroundings.carried, surroundings.carriers))
         header = {
             "schema": SCHEMA,
             "natkeep": __version__,
             "boot": read_boot_id(),
-            "move": _move_to_json(move),
+            "move": move_to_json(move),
             "namespaces": [list(identity) for identity in namespaces],
             "steps": list(kinds),
             "local": sorted(str(address) for address in surroundings.local),
@@ -310,7 +319,7 @@ class StateDirectory:
         try:
             if packed is not None:
                 self._write_new(f"{move.id}.connections", packed)
-            self._write_new(f"{move.id}.journal", b"".join(map(_line, (header, *begun))))
+            self._write_new(f"{move.id}.journal", b"".join(map(pack_line, (header, *begun))))
             fault.reach("journal-begun")
         except BaseException as error:
             self._take_back(move.id, before, error)
@@ -374,9 +383,9 @@ class StateDirectory:
         None when it cannot be read: whoever asks looks for conflicts, and `status` reports it.
         """
         try:
-            header = _read_line(self._read(f"{move_id}.journal").split(b"\n", 1)[0])
-            namespaces = _read_namespaces(header["namespaces"])
-            return _move_from_json(header["move"]), namespaces, _text(header["boot"])
+            header = read_line(self._read(f"{move_id}.journal").split(b"\n", 1)[0])
+            namespaces = read_namespaces(header["namespaces"])
+            return move_from_json(header["move"]), namespaces, as_text(header["boot"])
         except (OSError, KeyError, TypeError, ValueError, NatkeepError):
             return None
 
@@ -402,12 +411,12 @@ class StateDirectory:
         lines = text.split(b"\n")[:-1]  # what follows the last newline was never finished
         if not lines:
             raise ValueError("it is empty")
-        header = _read_line(lines[0])
-        if not 0 <= _whole(header["schema"]) < 1000:
+        header = read_line(lines[0])
+        if not 0 <= as_whole(header["schema"]) < 1000:
             raise ValueError("it has no schema")
         if header["schema"] != SCHEMA:
-            raise _unknown_schema(move_id, header)
-        move = _move_from_json(header["move"])
+            raise unknown_schema(move_id, header)
+        move = move_from_json(header["move"])
         if move.id != move_id:
             raise ValueError(f"it is of move {move.id}")
         connections, carried, carriers = (NO_CONNECTIONS,) * 3
@@ -415,21 +424,21 @@ class StateDirectory:
             connections, carried, carriers = self._read_connections(move_id, header["connections"])
         if len(carried) != len(carriers):
             raise ValueError("it does not have a carrier for each carried connection")
-        local = frozenset(parse_address(_text(text)) for text in _list(header["local"]))
+        local = frozenset(parse_address(as_text(text)) for text in as_list(header["local"]))
         journal = Journal(
             move,
             connections,
             Surroundings(local, carried, carriers),
-            _read_namespaces(header["namespaces"]),
-            tuple(_text(kind) for kind in _list(header["steps"])),
-            _text(header["boot"]),
+            read_namespaces(header["namespaces"]),
+            tuple(as_text(kind) for kind in as_list(header["steps"])),
+            as_text(header["boot"]),
             self,
-            image=_read_image(header.get("image")),
+            image=read_image(header.get("image")),
         )
         if len(journal.namespaces) != len(move.sites):
             raise ValueError("it does not name a namespace for each site")
         for number, text_of_line in enumerate(lines[1:], 2):
-            line = _read_line(text_of_line)
+            line = read_line(text_of_line)
             if "changed" in line:
                 journal._take_change(self._read_change(move_id, line), line)
             else:
@@ -437,14 +446,14 @@ class StateDirectory:
         return journal
 
     def _read_connections(self, move_id: str, digest: str) -> tuple[Connections, ...]:
-        return _unpack(self._read_packed(f"{move_id}.connections", digest), 3)
+        return unpack_columns(self._read_packed(f"{move_id}.connections", digest), 3)
 
     def _read_change(self, move_id: str, line: dict[str, Any]) -> Change:
-        packed = self._read_packed(f"{move_id}.changed", _text(line["changed"]))
-        came, went, carried, carriers = _unpack(packed, 4)
+        packed = self._read_packed(f"{move_id}.changed", as_text(line["changed"]))
+        came, went, carried, carriers = unpack_columns(packed, 4)
         if len(carried) != len(carriers):
             raise ValueError("it does not have a carrier for each carried connection")
-        local = frozenset(parse_address(_text(text)) for text in _list(line["local"]))
+        local = frozenset(parse_address(as_text(text)) for text in as_list(line["local"]))
         return Change(came, went, Surroundings(local, carried, carriers))
 
     def _read_packed(self, name: str, digest: str) -> bytes:
@@ -466,7 +475,7 @@ class StateDirectory:
             fd = self._open(name, os.O_RDWR | os.O_APPEND)
             try:
                 _drop_unfinished_line(fd)
-                content = _line(line)
+                content = pack_line(line)
                 state = line.get("state", "changed")
                 fault.reach("journal-append", state)
                 fault.reach("journal-torn", state, lambda: os.write(fd, content[:20]))
@@ -568,7 +577,7 @@ class StateDirectory:
 
     def write_sighting(self, move_id: str, boot: str, sighting: Sighting) -> None:
         """Have ID.seen on disk, whole, in the place of an earlier one."""
-        self._write_new(f"{move_id}.seen", _line({"boot": boot, **sighting.to_json()}))
+        self._write_new(f"{move_id}.seen", pack_line({"boot": boot, **sighting.to_json()}))
 
     def read_sighting(self, move_id: str, boot: str) -> Sighting | None:
         """What the last repair of this boot saw; None where there is none that can be read.
@@ -578,7 +587,7 @@ class StateDirectory:
         from natkeep.plan.sighting import Sighting  # for status and repair alone
 
         try:
-            found = _read_line(self._read(f"{move_id}.seen").removesuffix(b"\n"))
+            found = read_line(self._read(f"{move_id}.seen").removesuffix(b"\n"))
             return Sighting.from_json(found) if found["boot"] == boot else None
         except (OSError, KeyError, TypeError, ValueError, JournalError):
             return None
@@ -677,105 +686,10 @@ def _drop_unfinished_line(fd: int) -> None:
     os.ftruncate(fd, size)
 
 
-def record_line(step: int, state: str, prior: Prior) -> bytes:
-    """What the journal notes of a step: one line."""
-    return _line(_record(step, state, prior))
-
-
-def _record(step: int, state: str, prior: Prior) -> dict[str, Any]:
-    record: dict[str, Any] = {"step": step, "state": state}
-    if state != "undone":
-        record["prior"] = prior.to_json()
-    return record
-
-
-def _line(value: dict[str, Any]) -> bytes:
-    return json.dumps(value, separators=(",", ":")).encode("ascii") + b"\n"
-
-
 def _write_all(fd: int, content: bytes) -> None:
     view = memoryview(content)
     while view:
         view = view[os.write(fd, view) :]
-
-
-def _pack(some: tuple[Connections, ...]) -> bytes:
-    columns = [column for connections in some for column in (connections.v4, connections.v6)]
-    return b"".join(len(column).to_bytes(8, "big") + column for column in columns)
-
-
-def _unpack(packed: bytes, count: int) -> tuple[Connections, ...]:
-    columns, at = [], 0
-    while at < len(packed):
-        length = int.from_bytes(packed[at : at + 8], "big")
-        columns.append(packed[at + 8 : at + 8 + length])
-        at += 8 + length
-    if len(columns) != 2 * count or at != len(packed):
-        raise ValueError("its connections are not of the form that this natkeep writes")
-    return tuple(Connections(*columns[i : i + 2]) for i in range(0, 2 * count, 2))
-
-
-def _read_line(line: bytes) -> dict[str, Any]:
-    """The object on one line; ValueError for all that `_line` does not write."""
-    try:
-        value = _DECODER.decode(line.decode("utf-8"))
-    except RecursionError:
-        raise ValueError("a line of it is nested too deeply") from None
-    if not isinstance(value, dict):
-        raise ValueError("a line of it is not a JSON object")
-    return value
-
-
-def _refuse_number(text: str) -> int:
-    raise ValueError(f"{text} is not a whole number")
-
-
-_DECODER = json.JSONDecoder(parse_float=_refuse_number, parse_constant=_refuse_number)
-
-
-def _text(value: object) -> str:
-    if not isinstance(value, str):
-        raise ValueError(f"{value!r} is not text")
-    return value
-
-
-def _whole(value: object) -> int:
-    if type(value) is not int:  # True is an int to isinstance
-        raise ValueError(f"{value!r} is not a whole number")
-    return value
-
-
-def _flag(value: object) -> bool:
-    if not isinstance(value, bool):
-        raise ValueError(f"{value!r} is neither true nor false")
-    return value
-
-
-def _list(value: object) -> list[Any]:
-    if not isinstance(value, list):
-        raise ValueError(f"{value!r} is not a list")
-    return value
-
-
-def _read_namespaces(value: object) -> tuple[Identity, ...]:
-    pairs = (_list(pair) for pair in _list(value))
-    return tuple((_whole(device), _whole(inode)) for device, inode in pairs)
-
-
-def _unknown_schema(move_id: str, header: dict[str, Any]) -> JournalError:
-    """What the journal says of itself is shown as far as it looks like a version."""
-    version = str(header.get("natkeep"))
-    known = len(version) <= 32 and version.isprintable()
-    return JournalError(
-        f"the journal of {move_id} has schema {header['schema']}, this natkeep knows {SCHEMA}",
-        hint=f"it was written by natkeep {version}" if known else None,
-    )
-
-
-def _read_image(value: object) -> str | None:
-    if value is not None and not isinstance(value, str):
-        raise ValueError(f"{value!r} is not the run id of a dump")
-    return value
 
 
 def _read_record(journal: Journal, line: dict[str, Any], number: int) -> None:
@@ -791,73 +705,3 @@ def _read_record(journal: Journal, line: dict[str, Any], number: int) -> None:
     else:
         raise ValueError(f"line {number}: no prior {line['prior']!r}")
     journal._keep(step, state, prior)
-
-
-def _move_to_json(move: Move) -> dict[str, Any]:
-    return {
-        "id": move.id,
-        "mode": move.mode,
-        "listeners": [str(end) for end in move.listeners],
-        "maps": [{"old": str(map_.old), "new": str(map_.new)} for map_ in move.maps],
-        "sites": [{"role": site.role, "netns": site.netns} for site in move.sites],
-        **_rest_to_json(move),
-    }
-
-
-def _rest_to_json(move: Move) -> dict[str, Any]:
-    """What only moves with a source have, those that reset what they cannot keep, and that hold."""
-    lock = move.lock
-    resets = move.unkept == Fate.RESET
-    found = {
-        "unkept": str(move.unkept) if resets else None,
-        "lost": [move.lost.v4.hex(), move.lost.v6.hex()] if resets else None,
-        "lock": lock and [lock.method, lock.run_id, lock.whole, lock.connections],
-        "held": [str(end) for end in move.held],
-        "quiesces": move.quiesces,
-        "hold": move.hold,
-        "guard": move.guard,
-        "live": move.live,
-    }
-    return {name: value for name, value in found.items() if value}
-
-
-def _move_from_json(value: dict[str, Any]) -> Move:
-    return Move(
-        id=value["id"],
-        maps=tuple(
-            Map(parse_address(_text(row["old"])), parse_address(_text(row["new"])))
-            for row in _list(value["maps"])
-        ),
-        sites=tuple(Site(Role(row["role"]), _text(row["netns"])) for row in _list(value["sites"])),
-        mode=Mode(value["mode"]),
-        listeners=_read_endpoints(value.get("listeners", [])),
-        lock=_lock_from_json(value.get("lock")),
-        held=_read_endpoints(value.get("held", [])),
-        quiesces=_flag(value.get("quiesces", False)),
-        unkept=Fate(_text(value.get("unkept", Fate.REPORT))),
-        lost=_read_lost(value.get("lost", ["", ""])),
-        hold=_flag(value.get("hold", False)),
-        guard=_flag(value.get("guard", False)),
-        live=_flag(value.get("live", False)),
-    )
-
-
-def _read_lost(value: object) -> Connections:
-    v4, v6 = (bytes.fromhex(_text(text)) for text in _list(value))
-    return Connections(v4, v6)
-
-
-def _read_endpoints(value: object) -> tuple[Endpoint, ...]:
-    return tuple(Endpoint.parse(_text(text)) for text in _list(value))
-
-
-def _lock_from_json(value: object) -> DumpLock | None:
-    if value is None:
-        return None
-    method, run_id, whole, count = _list(value)
-    return DumpLock(
-        NetworkLock(method),
-        None if run_id is None else _text(run_id),
-        _flag(whole),
-        None if count is None else _whole(count),
-    )

@@ -27,7 +27,8 @@ from __future__ import annotations
 from contextlib import suppress
 
 from natkeep.errors import JournalError
-from natkeep.journal import Journal, record_line
+from natkeep.journal import Journal
+from natkeep.journal_form import record_line
 from natkeep.kernel import Kernel
 from natkeep.kernel.netns import path_of
 from natkeep.plan.replay import holder_name
