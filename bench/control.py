@@ -79,6 +79,7 @@ class Case:
 def run(*argv: str, state: Path | None = None) -> tuple[float, int]:
     """Milliseconds and KiB that the program took."""
     environment = {**os.environ, **({"NATKEEP_STATE_DIR": str(state)} if state else {})}
+    environment.pop("PYTHONDONTWRITEBYTECODE", None)  # or what was edited is compiled each time
     began = time.perf_counter()
     process = subprocess.Popen(
         argv, env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
@@ -198,7 +199,7 @@ class Gateway:
             move, connections = self._move(number)
             lifecycle.prepare(move, connections)
         self.last = statistics.median(self._prepare(0, state) for _ in range(rounds))
-        taken = [run(str(NATKEEP), "status", "--json", state=state)[0] for _ in range(3)]
+        taken = [run(str(NATKEEP), "status", "--json", state=state)[0] for _ in range(rounds)]
         self.status = statistics.median(taken)
 
     def _move(self, number: int) -> tuple[Move, Connections]:

@@ -104,15 +104,21 @@ def move_as_json(status: MoveStatus) -> str:
         {"role": str(s.site.role), "netns": s.site.netns, "drift": [*s.drift]} for s in status.sites
     ]
     move = {**move_to_json(status.plan), "gate": str(status.gate), "sites": sites}
-    rows = []
-    for local, peer, seen in _connections(status):
-        inward, outward = (None, None) if seen is None else (seen.packets_in, seen.packets_out)
-        rows.append(
-            f'\n{{"local": "{local}", "peer": "{peer}", "packets": '
-            f'{{"in": {"null" if inward is None else inward}, '
-            f'"out": {"null" if outward is None else outward}}}}}'
-        )
+    rows = map(_ROW.__mod__, _counted(status))
     return json.dumps({**move, "connections": []}).removesuffix("]}") + ",".join(rows) + "]}"
+
+
+_ROW = '\n{"local": "%s", "peer": "%s", "packets": {"in": %s, "out": %s}}'
+
+
+def _counted(status: MoveStatus) -> Iterator[tuple[str, str, int | str, int | str]]:
+    """What _ROW says of each connection."""
+    for local, peer, seen in _connections(status):
+        _, inward, outward, _ = seen or (None, None, None, None)
+        yield (
+            local, peer,
+            "null" if inward is None else inward, "null" if outward is None else outward,
+        )  # fmt: skip
 
 
 _CLOSENESS = (Role.DESTINATION, Role.GATEWAY, Role.PEER, Role.SOURCE)

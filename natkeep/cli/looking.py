@@ -29,6 +29,9 @@ def status(args: argparse.Namespace) -> int:
     if args.id:
         moves = [*map(digest, lifecycle.status((args.id,)))]
     else:
+        import gc
+
+        gc.disable()  # of what there may be much, all lives to the end: nothing is there to find
         moves = lifecycle.digest_status(digest, unreadable, len(os.sched_getaffinity(0)))
     if args.json:
         print(*report.status_as_json([text for text, _ in moves]), sep="")

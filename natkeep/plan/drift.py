@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from enum import StrEnum
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from natkeep.plan import quiet, reception, resets, ruleset
 from natkeep.plan.move import Site
@@ -39,11 +39,11 @@ class Gate(StrEnum):
     OPEN = "open"
 
 
-@dataclass(frozen=True, slots=True)
-class SeenEntry:
+class SeenEntry(NamedTuple):
     """A kept connection in the conntrack table; packets are None without accounting.
 
     alive: its TCP state is not one of those in which a connection has ended.
+    A tuple, since there may be 100,000, and it is made in a quarter of the time.
     """
 
     translated: bool

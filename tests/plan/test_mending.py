@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import replace
 from ipaddress import ip_address
 
 import pytest
@@ -25,6 +24,7 @@ from natkeep.plan.steps import AddAddress, FillSet, InsertEntries, Plan, RaiseLo
 from natkeep.plan.strays import SeenRule, SeenTable, render_clearing
 from natkeep.plan.things import Thing
 from natkeep.plan.tuples import NO_CONNECTIONS, Connections, Endpoint, FourTuple
+from natkeep.values import replace
 
 GATEWAY, DESTINATION = Site(Role.GATEWAY, "gw"), Site(Role.DESTINATION, "dst")
 OLD4, OLD6 = ip_address("10.2.0.10"), ip_address("fd00:2::10")
