@@ -19,7 +19,7 @@ from collections.abc import Iterable, Sequence
 from contextlib import suppress
 
 from natkeep.kernel import elements, rawrule
-from natkeep.plan import ruleset
+from natkeep.plan import quiet, ruleset
 from natkeep.plan.ruleset import TABLE
 
 Gate = tuple[str, bool]
@@ -61,17 +61,20 @@ def pack_open(gates: Sequence[Gate]) -> tuple[bytes, bytes]:
 
 def _pack_with_pass(gates: Sequence[Gate]) -> bytes | None:
     generation = elements.read_generation()
-    if not _may_pass(name for name, _ in gates):
+    rules = [*elements.all_rules(TABLE)]
+    if not _may_pass(rules, (name for name, _ in gates)):
         return None
-    # A site that is, or has been, a destination has a chain that a gateway has not.
+    # A site that is, or has been, a destination has a chain that a gateway has not; and where
+    # listeners are held (quiesce), that is done in the base chain.
     guarded = elements.has_chain(TABLE, ruleset.LEAVING)
+    guarded |= any(rule.chain == ruleset.GATE and quiet.is_hold(rule.comment) for rule in rules)
     return rawrule.pack_pass(TABLE, gates, ruleset.OPEN, generation, guarded=guarded)
 
 
-def _may_pass(besides: Iterable[str]) -> bool:
+def _may_pass(rules: Iterable[elements.Rule], besides: Iterable[str]) -> bool:
     """Whether no gate is closed but *besides*, and there is no pass yet."""
     seen = set(besides)
-    for rule in elements.all_rules(TABLE):
+    for rule in rules:
         if rule.chain == ruleset.GATE and rule.comment == ruleset.PASS:
             return False
         if _GATES.fullmatch(rule.chain) and rule.chain not in seen:

@@ -6,7 +6,7 @@ All functions act in the namespace that the calling thread is in.
 
 from __future__ import annotations
 
-from natkeep.kernel import elements, nft
+from natkeep.kernel import elements, nft, passing
 from natkeep.plan import quiet, ruleset
 from natkeep.plan.ruleset import TABLE
 from natkeep.plan.steps import HoldListeners
@@ -25,7 +25,8 @@ def hold(step: HoldListeners) -> None:
     lines = list(step.lines(linked=bool(_links(step.move_id))))
     if not elements.has_table(elements.INET, TABLE):
         lines = [*ruleset.render_static(), *lines]
-    nft.run_transaction(lines)
+    nft.run_transaction([*passing.removal_lines(), *lines])
+    passing.let_pass()  # but not bare SYNs
 
 
 def release(step: HoldListeners) -> None:

@@ -31,6 +31,7 @@ _IP = {4: "ip", 6: "ip6"}
 _SYN = "tcp flags & (fin | syn | rst | ack) == syn"
 BASE_CHAIN = "muted"
 HOLD_PREFIX = "hold-"
+_HOLD = ":hold"
 
 
 def gate_chains(translation: Translation) -> tuple[tuple[str, Address], ...]:
@@ -77,7 +78,12 @@ def hold_chain(move_id: str) -> str:
 
 def hold_comment(move_id: str) -> str:
     """Comment of the rule that jumps there; no move's kept connections have it."""
-    return f"{move_id}:hold"
+    return f"{move_id}{_HOLD}"
+
+
+def is_hold(comment: str) -> bool:
+    """Whether a rule with this comment jumps to some move's hold."""
+    return comment.endswith(_HOLD)
 
 
 def render_hold(move_id: str, listeners: Iterable[Endpoint], *, linked: bool) -> tuple[str, ...]:

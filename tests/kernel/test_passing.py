@@ -13,7 +13,7 @@ from natkeep.plan import ruleset
 from natkeep.plan.mending import LoadLines
 from natkeep.plan.move import Map, Move, Role, Site
 from natkeep.plan.order import make_plan
-from natkeep.plan.steps import InstallGate, OpenGate, Plan, Prior
+from natkeep.plan.steps import HoldListeners, InstallGate, OpenGate, Plan, Prior
 from natkeep.plan.tuples import Connections, Endpoint, FourTuple, parse_address
 
 Run = Callable[..., str]
@@ -121,6 +121,21 @@ def test_it_is_what_its_text_says(
 
     assert ("tcp flags != syn" in shown[0]) is guarded
     assert shown[0] == shown[1]
+
+
+def test_where_listeners_are_held_bare_syns_do_not_pass(gates: Gates) -> None:
+    """A quiesce at a host that is some other move's gateway."""
+    gates.prepare("one")
+    gates.open("one")
+    source = Site(Role.SOURCE, gates.site.netns)
+    gates.kernel.open_sites([source])
+    listener = Endpoint(parse_address("10.2.0.9"), 80)
+
+    gates.kernel.apply(HoldListeners(source, "two", (listener,)), lambda prior: None)
+
+    assert gates.have_pass
+    listed = gates.run(gates.site.netns, "nft", "list", "chain", "inet", "natkeep", "gate")
+    assert 'fin,syn,rst,ack accept comment "gate:pass"' in listed
 
 
 def test_a_transaction_with_the_pass_is_refused_when_others_were_there_meanwhile(
