@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import socket
+import weakref
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from ipaddress import ip_address
@@ -89,6 +90,7 @@ class LinuxKernel:
 
     def __init__(self, directory: str = "") -> None:
         self._namespaces: dict[Site, Namespace] = {}
+        weakref.finalize(self, _close_all, self._namespaces)
         self._directory = directory
 
     def open_sites(self, sites: Iterable[Site], known: dict[Site, Identity] | None = None) -> None:
@@ -407,6 +409,11 @@ class LinuxKernel:
 
         with errors_at(site):
             return LinuxPanorama(self._namespaces[site], self._directory)
+
+
+def _close_all(namespaces: dict[Site, Namespace]) -> None:
+    while namespaces:
+        os.close(namespaces.popitem()[1].fd)
 
 
 def _note_ways(step: InstallTranslation) -> Prior:

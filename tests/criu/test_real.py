@@ -74,7 +74,7 @@ status=0
 	status=$?
 "$NATKEEP" status --json >status.json
 [ $status != 0 ] || kill -9 "$pid"
-for id in $("$NATKEEP" status --json | sed -n 's/.*"id": "\(.*\)".*/\1/p'); do
+for id in $("$NATKEEP" status --json | sed -n 's/.*"id": "\([^"]*\)".*/\1/p'); do
 	"$NATKEEP" teardown "$id" --yes
 done
 exit $status
