@@ -10,7 +10,6 @@ import json
 import os
 import threading
 from collections.abc import Callable, Iterable
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -29,6 +28,7 @@ from natkeep.plan.move import Map, Move, Role, Site
 from natkeep.plan.order import make_plan
 from natkeep.plan.steps import Identity, InsertEntries, OpenGate, Plan, Prior
 from natkeep.plan.tuples import Connections, Endpoint, FourTuple, parse_address
+from natkeep.values import replace
 
 GATEWAY, DESTINATION = Site(Role.GATEWAY, "gw"), Site(Role.DESTINATION, "dst")
 SOURCE = Site(Role.SOURCE, "src")
