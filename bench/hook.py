@@ -169,8 +169,8 @@ def interleave(rounds: int, cases: dict[str, Callable[[], float]]) -> dict[str, 
 class Restores:
     """A process that is dumped, and restored again and again; in a pid namespace of its own."""
 
-    def __init__(self, directory: Path) -> None:
-        self.directory, self.images = directory, directory / "images"
+    def __init__(self, directory: Path, state: Path) -> None:
+        self.directory, self.images, self.state = directory, directory / "images", state
         self.noop = directory / "noop"
         self.noop.write_text("#!/bin/sh\nexit 0\n")
         self.noop.chmod(0o755)
@@ -189,7 +189,7 @@ class Restores:
 
     def restore(self, script: Path | None, *, prepared: bool = False, **orders: str) -> float:
         """Restore once in a fresh namespace, with an action script or without."""
-        state = {"NATKEEP_STATE_DIR": str(self.directory / "state")}
+        state = {"NATKEEP_STATE_DIR": str(self.state)}
         with destination(make_name()) as netns:
             enter = ["nsenter", f"--net=/run/netns/{netns}"]
             # What the kernel needs to take TCP_REPAIR for granted; natkeep adds it by itself.
@@ -219,15 +219,17 @@ class Restores:
 
 def measure_restores(directory: Path, rounds: int) -> dict[str, list[float]]:
     """Whole restores, interleaved; called inside the namespaces that `isolated` made."""
-    restores = Restores(directory)
-    return interleave(rounds, {
-        "restore, no action script": lambda: restores.restore(None),
-        "restore, sh that does nothing": lambda: restores.restore(restores.noop),
-        "restore, NATKEEP_ID, prepared before":
-            lambda: restores.restore(HOOK, prepared=True, NATKEEP_ID="bench"),
-        "restore, NATKEEP_MAP, prepares by itself":
-            lambda: restores.restore(HOOK, NATKEEP_MAP=f"{OLD}={NEW}"),
-    })  # fmt: skip
+    # In memory, as /run usually is: the journal is fsynced, beside the log that CRIU writes.
+    with tempfile.TemporaryDirectory(prefix=PREFIX, dir="/dev/shm") as state:
+        restores = Restores(directory, Path(state))
+        return interleave(rounds, {
+            "restore, no action script": lambda: restores.restore(None),
+            "restore, sh that does nothing": lambda: restores.restore(restores.noop),
+            "restore, NATKEEP_ID, prepared before":
+                lambda: restores.restore(HOOK, prepared=True, NATKEEP_ID="bench"),
+            "restore, NATKEEP_MAP, prepares by itself":
+                lambda: restores.restore(HOOK, NATKEEP_MAP=f"{OLD}={NEW}"),
+        })  # fmt: skip
 
 
 def isolated(directory: Path, rounds: int) -> dict[str, list[float]]:

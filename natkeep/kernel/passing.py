@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import errno
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 
 from natkeep.kernel import elements, rawrule
@@ -60,28 +60,20 @@ def pack_open(gates: Sequence[Gate]) -> tuple[bytes, bytes]:
 
 
 def _pack_with_pass(gates: Sequence[Gate]) -> bytes | None:
+    """None where another gate is closed, or there is a pass already."""
     generation = elements.read_generation()
-    rules = [*elements.all_rules(TABLE)]
-    if not _may_pass(rules, (name for name, _ in gates)):
-        return None
-    # A site that is, or has been, a destination has a chain that a gateway has not; and where
-    # listeners are held (quiesce), that is done in the base chain.
-    guarded = elements.has_chain(TABLE, ruleset.LEAVING)
-    guarded |= any(rule.chain == ruleset.GATE and quiet.is_hold(rule.comment) for rule in rules)
-    return rawrule.pack_pass(TABLE, gates, ruleset.OPEN, generation, guarded=guarded)
-
-
-def _may_pass(rules: Iterable[elements.Rule], besides: Iterable[str]) -> bool:
-    """Whether no gate is closed but *besides*, and there is no pass yet."""
-    seen = set(besides)
-    for rule in rules:
-        if rule.chain == ruleset.GATE and rule.comment == ruleset.PASS:
-            return False
-        if _GATES.fullmatch(rule.chain) and rule.chain not in seen:
+    # A site that is, or has been, a destination has a chain that a gateway has not.
+    guarded, seen = elements.has_chain(TABLE, ruleset.LEAVING), {name for name, _ in gates}
+    for rule in elements.rules_of_chains(TABLE, ruleset.GATE, "callers-"):
+        if rule.chain == ruleset.GATE:
+            if rule.comment == ruleset.PASS:
+                return None
+            guarded |= quiet.is_hold(rule.comment)  # listeners are held in the base chain
+        elif rule.chain not in seen and _GATES.fullmatch(rule.chain):
             seen.add(rule.chain)  # what opens a gate is its first rule
             if rule.comment != ruleset.OPEN:
-                return False
-    return True
+                return None
+    return rawrule.pack_pass(TABLE, gates, ruleset.OPEN, generation, guarded=guarded)
 
 
 def removal_lines() -> list[str]:
