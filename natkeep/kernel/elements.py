@@ -94,8 +94,7 @@ def read_generation() -> int:
 
 def send_batch(family: int, bodies: Sequence[tuple[int, bytes]]) -> None:
     """Send (message type, attributes) pairs as one nf_tables transaction; OSError if refused."""
-    with Netlink(NETLINK_NETFILTER) as netlink:
-        netlink.send_transaction(pack_batch(family, bodies), len(bodies))
+    send_packed(pack_batch(family, bodies), len(bodies))
 
 
 def pack_batch(family: int, bodies: Sequence[tuple[int, bytes]], generation: int = 0) -> bytes:

@@ -64,8 +64,10 @@ def _pack_with_pass(gates: Sequence[Gate]) -> bytes | None:
     generation = elements.read_generation()
     # A site that is, or has been, a destination has a chain that a gateway has not.
     guarded, seen = elements.has_chain(TABLE, ruleset.LEAVING), {name for name, _ in gates}
+    based = False
     for rule in elements.rules_of_chains(TABLE, ruleset.GATE, "callers-"):
         if rule.chain == ruleset.GATE:
+            based = True
             if rule.comment == ruleset.PASS:
                 return None
             guarded |= quiet.is_hold(rule.comment)  # listeners are held in the base chain
@@ -73,6 +75,8 @@ def _pack_with_pass(gates: Sequence[Gate]) -> bytes | None:
             seen.add(rule.chain)  # what opens a gate is its first rule
             if rule.comment != ruleset.OPEN:
                 return None
+    if not based:  # its own rules were not seen, so a closed gate may not have been either
+        return None
     return rawrule.pack_pass(TABLE, gates, ruleset.OPEN, generation, guarded=guarded)
 
 
@@ -88,5 +92,5 @@ def removal_lines() -> list[str]:
 def let_pass() -> None:
     """Put the pass in, when a gate that was closed has gone and no other is closed."""
     with suppress(OSError):  # it saves time and nothing else
-        if elements.has_chain(TABLE, ruleset.GATE) and (packed := _pack_with_pass(())):
+        if packed := _pack_with_pass(()):
             elements.send_packed(packed, 1)

@@ -176,6 +176,19 @@ def test_who_changes_things_all_the_time_has_gates_opened_without_it(
         assert elements.rules("natkeep", "gate-one")[0].comment == ruleset.OPEN
 
 
+def test_where_the_base_chain_was_not_seen_nothing_is_taken_for_open(
+    gates: Gates, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As if a kernel wrote its rules in another form than the one that is looked for."""
+    gates.prepare("closed")
+    gates.prepare("open")
+    monkeypatch.setattr(passing.elements, "rules_of_chains", lambda *_: iter(()))
+
+    gates.open("open")
+
+    assert not gates.have_pass
+
+
 def test_nothing_is_packed_with_it_while_another_gate_is_closed(gates: Gates) -> None:
     gates.prepare("one")
     gates.prepare("two")
