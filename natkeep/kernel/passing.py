@@ -60,7 +60,14 @@ def pack_open(gates: Sequence[Gate]) -> tuple[bytes, bytes]:
 
 
 def _pack_with_pass(gates: Sequence[Gate]) -> bytes | None:
-    """None where another gate is closed, or there is a pass already."""
+    """None where another gate is closed, there is a pass already, or neither can be seen."""
+    try:
+        return _look_and_pack(gates)
+    except OSError:  # nothing that is opened or prepared shall fail by it
+        return None
+
+
+def _look_and_pack(gates: Sequence[Gate]) -> bytes | None:
     generation = elements.read_generation()
     # A site that is, or has been, a destination has a chain that a gateway has not.
     guarded, seen = elements.has_chain(TABLE, ruleset.LEAVING), {name for name, _ in gates}

@@ -189,6 +189,25 @@ def test_where_the_base_chain_was_not_seen_nothing_is_taken_for_open(
     assert not gates.have_pass
 
 
+def test_a_look_that_fails_keeps_no_gate_closed(
+    gates: Gates, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail() -> int:
+        raise OSError(105, "No buffer space available")
+
+    gates.prepare("one")
+    monkeypatch.setattr(passing.elements, "read_generation", fail)
+
+    packed = gates.kernel.pack_open(gates.opening("one"))
+    gates.open("one")
+
+    assert packed is not None
+    assert packed.with_pass == b""
+    assert not gates.have_pass
+    with inside(open_namespace(gates.site.netns)):
+        assert elements.rules("natkeep", "gate-one")[0].comment == ruleset.OPEN
+
+
 def test_nothing_is_packed_with_it_while_another_gate_is_closed(gates: Gates) -> None:
     gates.prepare("one")
     gates.prepare("two")
