@@ -35,13 +35,14 @@ NFT = """
     nat hook prerouting postrouting input output priority size ip ip6 tcp icmp ipv6-icmp saddr daddr
     sport dport flags fin syn rst ack meta mark l4proto notrack accept drop jump vmap dnat snat to
     set comment iifname oifname lo ipv4_addr ipv6_addr inet_service verdict handle policy
-    dstnat srcnat oif gate injected leaving inbound outbound arriving departing muted errors silent
+    dstnat srcnat iif oif gate injected leaving half-open inbound outbound arriving departing muted
+    errors silent
     asked asking held4 held6 gate4 gate6 in4 in6 out4 out6 set4 set6 put4 put6 mute4 mute6
     conns4 conns6 : . -"""
 KEYWORDS = frozenset(NFT.split())
 TOKEN = re.compile(r'"(?P<string>[^"]*)"|(?P<word>@?[0-9A-Za-z_:.-]+)|(?P<mark>[{};,&|()]|[=!]=)')
 OURS = re.compile(
-    r"@?(?:(?:kept|outer|set|put|listen)-(?P<a>[a-z0-9-]{1,32})-[0-9]{1,2}"
+    r"@?(?:(?:kept|outer|listen)-(?P<a>[a-z0-9-]{1,32})-[0-9]{1,2}"
     r"|(?:gate|callers|hold)-(?P<b>[a-z0-9-]{1,32}))"
 )
 AT = re.compile(r"(?:gate|in|out|set|put|mute)-at-(?P<address>[0-9a-f._]+)")
@@ -203,7 +204,6 @@ def render_all(move: Move) -> Iterator[str]:
     yield ruleset.render_open(move.id, site.role)
     yield reception.render_open(move.id)
     yield from ruleset.render_gate_removal(move.id, translations)
-    yield from ruleset.render_rewriting_removal(move.id, translations)
     yield from reception.render_removal(move.id, make_receptions(move, site))
     for translation in translations:
         yield from ruleset.render_speech(translation.map.old)
@@ -268,7 +268,6 @@ def test_two_moves_never_share_a_name(
             reception.listen_set(move_id, number),
             reception.callers_chain(move_id),
             quiet.hold_chain(move_id),
-            *(ruleset.rewrite_chain(d, move_id, number) for d in ("set", "put")),
             *(ruleset.address_chain(d, address) for d in ("gate", "in", "out", "set", "put")),  # type: ignore[arg-type]
         ]
 

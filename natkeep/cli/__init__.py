@@ -17,7 +17,7 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
-from natkeep import fault
+from natkeep import afterwards, fault
 from natkeep.cli.output import silence
 from natkeep.cli.parser import make_parser
 from natkeep.errors import NatkeepError
@@ -38,6 +38,7 @@ def program() -> NoReturn:
         sys.exit(code)
     if sys.stderr:
         sys.stderr.flush()
+    afterwards.begin()
     os._exit(code)
 
 

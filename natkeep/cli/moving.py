@@ -7,6 +7,7 @@ import functools
 import sys
 from typing import TYPE_CHECKING
 
+from natkeep.afterwards import do_afterwards
 from natkeep.cli.arguments import (
     authorise,
     make_lifecycle,
@@ -111,6 +112,7 @@ def open(args: argparse.Namespace) -> int:
         return read_checkpoint(args.image)
 
     compared = lifecycle.open(args.id, confirm)
+    do_afterwards(lifecycle.kernel.unhook_gates)
     if blind:
         talk(args, f"natkeep: {args.id}: opened as prepared, with no image to compare (--image)")
     if compared is not None:

@@ -115,10 +115,13 @@ def _serve() -> int:
     if orders.maps:
         _serve_maps(orders, call)
     elif call.action == "post-restore":
+        from natkeep.afterwards import do_afterwards
+
         lifecycle = _make_lifecycle(orders)
         compared = lifecycle.open(
             orders.id, lambda journal: _confirm(journal, lifecycle, orders, call)
         )
+        do_afterwards(lifecycle.kernel.unhook_gates)
         if compared is not None:
             from natkeep import report
 
@@ -211,10 +214,13 @@ def _serve_maps(orders: Orders, call: Call) -> None:
     site = _early_site(call) if call.action == "pre-restore" else _tree_site(call)
     if site is None:
         return  # the namespace does not exist yet
+    from natkeep.afterwards import do_afterwards
+
     lifecycle = _make_lifecycle(orders)
     prepared = _ensure_prepared(move_id, orders, call, lifecycle, site)
     if prepared and call.action == "post-restore":
         lifecycle.open(move_id)
+        do_afterwards(lifecycle.kernel.unhook_gates)
         _say(f"{move_id}: gate open")
 
 
@@ -312,8 +318,12 @@ def _run() -> NoReturn:
     """As the program: what an interpreter does for a long life is left out (10 ms of 50)."""
     import gc
 
+    from natkeep import afterwards
+
     gc.disable()
-    os._exit(main())
+    code = main()
+    afterwards.begin()
+    os._exit(code)
 
 
 if __name__ == "__main__":

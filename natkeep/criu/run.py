@@ -215,6 +215,7 @@ class Restore:
                 raise
             if status == 0:
                 self.lifecycle.open(self.move.id)  # the hook did; to make sure
+                self.lifecycle.kernel.unhook_gates()
                 return 0
             how = _describe(status)
             if not self._undo_unless(resumed, keep=self.keep_closed):

@@ -136,6 +136,9 @@ class Kernel(Protocol):
     def pack_open(self, step: OpenGate) -> Packed | None:
         """What `apply` would send for *step*, ready to be sent; None where that is unknown."""
 
+    def unhook_gates(self) -> None:
+        """At each opened site where no gate is closed take them out of all packets' way."""
+
     def revert(self, step: Step, prior: Prior) -> None:
         """Undo *step*; KernelError when the kernel says no."""
 

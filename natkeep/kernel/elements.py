@@ -31,6 +31,7 @@ from natkeep.values import dataclass
 _SUBSYSTEM = 10 << 8
 _BATCH_BEGIN, _BATCH_END = 16, 17
 _GETTABLE, _GETCHAIN, _GETRULE, _GETSET = 1, 4, 7, 10
+_DELCHAIN, _DELRULE = 5, 8
 _NEWSETELEM, _GETSETELEM, _GETFLOWTABLE = 12, 13, 23
 _GETGEN, _GENERATION, _BATCH_GENERATION = 16, 1, 1
 
@@ -77,6 +78,12 @@ def pack_fill(table: str, name: str, connections: Connections) -> list[tuple[int
     per_message = _ATTRIBUTE_MAX // size * size
     chunks = (elements[i : i + per_message] for i in range(0, len(elements), per_message))
     return [(_NEWSETELEM, owner + nested(3, bytes(chunk))) for chunk in chunks]
+
+
+def pack_chain_removal(table: str, chain: str) -> list[tuple[int, bytes]]:
+    """What deletes all rules of the chain and then the chain, as send_batch takes it."""
+    owner, name = attribute(1, _text(table)), _text(chain)
+    return [(_DELRULE, owner + attribute(2, name)), (_DELCHAIN, owner + attribute(3, name))]
 
 
 def send_packed(batch: bytes, last: int) -> None:

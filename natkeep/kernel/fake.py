@@ -220,6 +220,9 @@ class FakeKernel:
         """Nothing: there is no netlink here."""
         return None
 
+    def unhook_gates(self) -> None:
+        """Nothing: no packet comes by here."""
+
     def revert(self, step: Step, prior: Prior) -> None:
         """Undo *step*; already gone is fine."""
         here = self.sites[step.site.netns]

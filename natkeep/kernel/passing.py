@@ -1,14 +1,18 @@
-"""the pass: where no gate is closed, all but bare SYNs go by the gates at once.
+"""the pass: where no gate is closed, packets do not come by the gates.
 
 A packet asks for its mark, its address, the set of kept connections and the move's own gate before
 it goes on: a sixth of what its whole way costs. While a gate is closed, it must. Where all are
-open, one rule in front of the base chain `gate` (ruleset.render_pass) lets it by; at a destination
-a bare SYN still goes the long way, since a kept tuple never opens a new path.
+open, one rule in front of the base chain `gate` (ruleset.render_pass) lets it by at once; at a
+destination a bare SYN still goes the long way. Even that costs a thirtieth at each site, for as
+long as the connections live. So once nobody waits any more the base chain is *unhooked*: it goes,
+and what is left of the gates is called by nobody. A SYN of a kept tuple that conntrack then still
+translates reaches a listener, whose answer goes nowhere (chain `half-open`).
 
-Rule: the pass stands only where no gate is closed. It goes in the transaction that adds a closed
-gate, or closes one again; it comes in one that the kernel refuses (ERESTART) when anything, whoever
-did it, has changed since the gates were looked at. So it is only ever added when a move is opened,
-and what opens in any case does so without it.
+Rule: the pass stands only where no gate is closed. It goes, and the base chain comes back, in the
+transaction that adds a closed gate, or closes one again; it comes in one that the kernel refuses
+(ERESTART) when anything, whoever did it, has changed since the gates were looked at, and so is the
+unhooking. The pass is only ever added when a move is opened, and what opens in any case does so
+without it. Unhooking deletes, for which the kernel lets one wait: it is never part of a blackout.
 """
 
 from __future__ import annotations
@@ -87,11 +91,14 @@ def _look_and_pack(gates: Sequence[Gate]) -> bytes | None:
     return rawrule.pack_pass(TABLE, gates, ruleset.OPEN, generation, guarded=guarded)
 
 
-def removal_lines() -> list[str]:
-    """What takes the pass out, to stand in front of what closes a gate; nothing without one."""
+def closing_lines() -> list[str]:
+    """What has to stand in front of what closes a gate: the pass goes, the base chain is back."""
+    rules = elements.rules(TABLE, ruleset.GATE)
+    if not rules and elements.has_table(elements.INET, TABLE):
+        return [] if elements.has_chain(TABLE, ruleset.GATE) else [*ruleset.render_hook()]
     return [
         f"delete rule inet {TABLE} {ruleset.GATE} handle {rule.handle}"
-        for rule in elements.rules(TABLE, ruleset.GATE)
+        for rule in rules
         if rule.comment == ruleset.PASS
     ]
 
@@ -101,3 +108,23 @@ def let_pass() -> None:
     with suppress(OSError):  # it saves time and nothing else
         if packed := _pack_with_pass(()):
             elements.send_packed(packed, 1)
+
+
+def unhook() -> None:
+    """Take the base chain of the gates away where the pass stands; refused if anything changes.
+
+    It deletes, so closing the socket waits for what still looks at the chain (an RCU grace period):
+    nothing for a blackout.
+    """
+    with suppress(OSError):  # it saves time and nothing else
+        generation = elements.read_generation()
+        comments = [rule.comment for rule in elements.rules(TABLE, ruleset.GATE)]
+        if ruleset.PASS in comments and not any(map(quiet.is_hold, comments)):
+            elements.send_packed(pack_unhooking(generation), 2)
+
+
+def pack_unhooking(generation: int) -> bytes:
+    """The transaction of unhook, for this state of the ruleset; its second message is answered."""
+    return elements.pack_batch(
+        elements.INET, elements.pack_chain_removal(TABLE, ruleset.GATE), generation
+    )

@@ -25,7 +25,7 @@ def hold(step: HoldListeners) -> None:
     lines = list(step.lines(linked=bool(_links(step.move_id))))
     if not elements.has_table(elements.INET, TABLE):
         lines = [*ruleset.render_static(), *lines]
-    nft.run_transaction([*passing.removal_lines(), *lines])
+    nft.run_transaction([*passing.closing_lines(), *lines])
     passing.let_pass()  # but not bare SYNs
 
 

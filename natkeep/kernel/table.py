@@ -31,7 +31,7 @@ from natkeep.plan.tuples import Address
 
 def install_gate(step: InstallGate, remember: Remember) -> Prior:
     """The table where there is none, and the move's gate, closed."""
-    lines = [*passing.removal_lines(), *step.lines()]
+    lines = [*passing.closing_lines(), *step.lines()]
     if step.site.role == Role.DESTINATION:
         if not elements.has_table(elements.ARP, TABLE):
             lines = [*ruleset.render_arp_static(), *lines]
@@ -55,12 +55,14 @@ def remove_gate(step: InstallGate) -> None:
             nft.run_transaction(ruleset.render_removal())
         return
     _withdraw(step.move_id, _gate_chains(step))
+    _withdraw_from(ruleset.HALF_OPEN, step.move_id)
     fault.reach("withdrawn", "gate")
     olds = [translation.map.old for translation in step.translations]
     lines = _end_silence(step.site, olds)
     lines += ruleset.render_gate_removal(step.move_id, step.translations)
     _run_what_is_there(lines)
     passing.let_pass()
+    passing.unhook()
 
 
 def _end_silence(site: Site, olds: Iterable[Address]) -> list[str]:
@@ -95,15 +97,13 @@ def withdraw_translation(step: InstallTranslation) -> None:
     chains = [chain for t in step.translations for chain in ruleset.translating_chains(t)]
     _withdraw(step.move_id, chains)
     fault.reach("withdrawn", "translation")
-    present = elements.chain_names(TABLE)
-    lines = ruleset.render_rewriting_removal(step.move_id, step.translations)
-    _run_what_is_there([line for line in lines if line.rpartition(" ")[2] in present])
 
 
 def withdraw_reception(step: InstallReception) -> None:
     """The rules for callers go."""
     chains = [chain for receiving in step.receptions for chain in reception.chains(receiving)]
     _withdraw(reception.comment(step.move_id), chains)
+    _withdraw_from(ruleset.HALF_OPEN, reception.comment(step.move_id))
     fault.reach("withdrawn", "reception")
     if elements.has_chain(TABLE, reception.callers_chain(step.move_id)):
         lines = _end_silence(step.site, [receiving.map.old for receiving in step.receptions])
@@ -131,11 +131,16 @@ def withdraw_resets(step: InstallResets) -> None:
 
 def withdraw_error_rules(step: TranslateErrors) -> None:
     """Those in the chain that all moves share; in an address chain they go with its others."""
+    _withdraw_from(ruleset.ERRORS, step.move_id, reception.comment(step.move_id))
+
+
+def _withdraw_from(chain: str, *comments: str) -> None:
+    """Take the rules with these comments out of a chain that all moves share, and that stays."""
     _run_what_is_there(
         [
-            f"delete rule inet {TABLE} {ruleset.ERRORS} handle {rule.handle}"
-            for rule in elements.rules(TABLE, ruleset.ERRORS)
-            if rule.comment in (step.move_id, reception.comment(step.move_id))
+            f"delete rule inet {TABLE} {chain} handle {rule.handle}"
+            for rule in elements.rules(TABLE, chain)
+            if rule.comment in comments
         ]
     )
 
@@ -188,7 +193,7 @@ def close_gate(step: OpenGate | SendResets) -> None:
     """Take away what opened the gate, or what resets."""
     _run_what_is_there(
         [
-            *(passing.removal_lines() if isinstance(step, OpenGate) else ()),
+            *(passing.closing_lines() if isinstance(step, OpenGate) else ()),
             *(
                 f"delete rule inet {TABLE} {chain} handle {rule.handle}"
                 for chain in step.chains()

@@ -8,6 +8,7 @@ from one look at all that there is (panorama.py).
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable
+from functools import cache
 from typing import TYPE_CHECKING, Protocol
 
 from natkeep.kernel import elements, table
@@ -85,8 +86,9 @@ def observe(site: Site, plan: Plan, eyes: Eyes) -> Observation:
     sets |= {resets.reset_set(move_id, reset.number): reset.connections for reset in lost}
     called = [chain for r in receiving for chain in reception.chains(r)]
     reset_chain = resets.reset_chain(move_id)
+    gate = table.state_of(eyes.comments(ruleset.gate_chain(move_id)))
     return Observation(
-        gate=table.state_of(eyes.comments(ruleset.gate_chain(move_id))),
+        gate=gate,
         rules=_observe_rules(eyes, move_id, _chains_of(here)),
         missing={n: eyes.count_missing(n, elements.pack_keys(some)) for n, some in sets.items()},
         addresses=frozenset(m.old for m in plan.move.maps if eyes.is_local(m.old)),
@@ -97,13 +99,26 @@ def observe(site: Site, plan: Plan, eyes: Eyes) -> Observation:
         resetting=_observe_rules(eyes, resets.comment(move_id), [reset.chain for reset in lost]),
         resets=table.state_of(eyes.comments(reset_chain)) if lost else Gate.ABSENT,
         callers=sum(_count_callers(eyes, site, r, plan) for r in receiving),
-        gone=prepared - there,
+        gone=_without_hook(prepared - there, gate),
         shut=opened - there,
         loopback=eyes.loopback_is_up(),
         sockets=kept,
         lingers=eyes.shortest_end(),
         guarded=not _has_guard(site, plan) or eyes.is_guarded(move_id),
     )
+
+
+def _without_hook(gone: frozenset[Thing], gate: Gate) -> frozenset[Thing]:
+    """The base chain of the gates is not missed by a move that is open (kernel/passing.py)."""
+    chain, *rules = _hook_things()
+    return gone - {chain, *rules} if gate == Gate.OPEN and chain in gone else gone
+
+
+@cache
+def _hook_things() -> tuple[Thing, ...]:
+    from natkeep.plan.things import parse_static
+
+    return tuple(wanted.thing for wanted in parse_static(ruleset.render_hook()))
 
 
 def _has_guard(site: Site, plan: Plan) -> bool:

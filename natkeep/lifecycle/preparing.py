@@ -67,8 +67,11 @@ class Preparing(Ground):
         with self.state.locked():
             plan = self.check(move, connections, replaces, frozen=frozen)
             if replaces is not None:
-                return self._replace(plan, connections, gate, replaces, image)
-            self._begin_and_apply(plan, connections, gate, image)
+                plan = self._replace(plan, connections, gate, replaces, image)
+            else:
+                self._begin_and_apply(plan, connections, gate, image)
+        if gate == Gate.OPEN:
+            self.kernel.unhook_gates()
         return plan
 
     def _begin_and_apply(

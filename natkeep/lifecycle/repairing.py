@@ -76,6 +76,7 @@ class Repairing(Looking):
             if record.again:  # an earlier repair was killed before it could say so
                 journal.note(number, "done", record.prior)
         self._note_sighting(journal, sight)
+        self.kernel.unhook_gates()
         return tuple(found)
 
     def _mend(self, journal: Journal, plan: Plan, number: int, patch: Patch) -> None:

@@ -121,6 +121,7 @@ def render(move_id: str, receptions: Iterable[Reception]) -> tuple[str, ...]:
         lines += _render_gate(move_id, reception)
         lines += _render_translation(move_id, reception)
         if reception.site.role == Role.DESTINATION:
+            lines.append(_render_answers(move_id, reception))
             lines += ruleset.render_silence(reception.map.old)
     return tuple(lines)
 
@@ -136,8 +137,8 @@ def _render_translation(move_id: str, reception: Reception) -> Iterator[str]:
     ip, ports = _IP[before.version], f"@{listen_set(move_id, reception.number)}"
     inbound, outbound = ruleset.DISPATCHES[reception.mode]
     at_destination = reception.site.role == Role.DESTINATION
-    from_wire = 'iifname != "lo" ' if at_destination else ""
-    to_wire = 'oifname != "lo" ' if at_destination else ""
+    from_wire = 'iif != "lo" ' if at_destination else ""
+    to_wire = 'oif != "lo" ' if at_destination else ""
     if reception.mode == Mode.STATEFUL:
         arriving = f"{_SYN} tcp dport {ports} {from_wire}dnat {ip} to {after} : tcp dport"
         yield from _rule(inbound, before, arriving, move_id)
@@ -146,6 +147,15 @@ def _render_translation(move_id: str, reception: Reception) -> Iterator[str]:
     yield from _rule(inbound, before, arriving, move_id)
     departing = f"{ip} saddr {after} tcp sport {ports} {to_wire}{ip} saddr set {before}"
     yield from _rule(outbound, after, departing, move_id)
+
+
+def _render_answers(move_id: str, reception: Reception) -> str:
+    """What listeners answer is let out, also to a caller from the port of a kept connection."""
+    old, ports = reception.map.old, listen_set(move_id, reception.number)
+    return (
+        f"insert rule inet {TABLE} {ruleset.HALF_OPEN} {_IP[old.version]} saddr {old} "
+        f'tcp sport @{ports} accept comment "{comment(move_id)}"'
+    )
 
 
 def _rule(dispatch: str, address: Address, text: str, move_id: str) -> Iterator[str]:

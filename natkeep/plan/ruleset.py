@@ -16,6 +16,7 @@ Theory of operation. A site has one table `inet natkeep`, shared by all moves.
     postrouting   300  departing local address ─► put-at-ADDRESS  ─► (kept?) ─► set saddr
     either:
     postrouting   350  leaving   a source that is still OLD is dropped, not leaked
+    output       -350  injected  CRIU's own segments are not tracked; SYN-ACK ─► half-open
 
 - Base chains hold verdict maps on the local address only, so other people's packets leave
   after one lookup, and a packet costs the same with 1 move or 1,000.
@@ -27,7 +28,8 @@ Theory of operation. A site has one table `inet natkeep`, shared by all moves.
   (a deletion would make the closing of the netlink socket wait for an RCU grace period).
 - Where no gate is closed any more, opening also inserts the *pass* in front of the base chain
   `gate`, so that nobody has to ask for marks, addresses and sets. What closes a gate takes it out
-  first. At a destination bare SYNs go on asking: a kept tuple never opens a new path.
+  first. Once the blackout is over the base chain goes altogether, since even one with a single
+  rule costs every packet a fiftieth of its way; what closes a gate makes it anew.
 - Rules in the shared `…-at-ADDRESS` chains carry the id as comment; that is how they are found
   again without a journal. They are inserted in front: the newest move of a tuple has the word,
   so a translation is replaced without a moment in which there is none.
@@ -40,8 +42,9 @@ Theory of operation. A site has one table `inet natkeep`, shared by all moves.
 - Ports are explicit (`dnat to OLD : tcp dport`): with a range of one port the kernel does not
   choose another on a clash; the packet is dropped, which TCP repairs.
 - A bare SYN is never translated by a rule, and dropped at the destination, open or not: a kept
-  tuple does not open a new path. (While the connection's entry lives, a stateful gateway does
-  translate one; the destination is where it ends.)
+  tuple does not open a new path. While the connection's entry lives, conntrack does translate one;
+  then what a listener at OLD answers is where it ends: a SYN-ACK of a kept tuple goes nowhere
+  (chain `half-open`; only SYN-ACKs are sent there).
 - What a peer on the destination itself sends goes through lo, and is not translated.
 - What an ICMP error quotes is translated by conntrack in stateful mode, and by the raw rules of
   quoted.py in stateless mode: without, path MTU discovery would fail.
@@ -62,9 +65,15 @@ FAMILIES = (4, 6)
 _IP = {4: "ip", 6: "ip6"}
 _TYPE = {4: "ipv4_addr", 6: "ipv6_addr"}
 _NOT_SYN = "tcp flags & (fin | syn | rst | ack) != syn"
+_SYN = "tcp flags & (fin | syn | rst | ack) == syn"
+_CRIUS_OWN = f"meta mark {CRIU_MARK:#x}"
+_SYN_ACK = "tcp flags & (syn | ack) == syn | ack"
 
 GATE = "gate"
+INJECTED = "injected"
 LEAVING = "leaving"
+HALF_OPEN = "half-open"
+"""Name of the chain that SYN-ACKs are sent to, at a destination."""
 DISPATCHES = {Mode.STATEFUL: ("in", "out"), Mode.STATELESS: ("set", "put")}
 """Inbound and outbound dispatch of each mode; GATE is every mode's."""
 
@@ -121,15 +130,9 @@ def outer_set(move_id: str, number: int) -> str:
     return f"outer-{move_id}-{number}"
 
 
-def rewrite_chain(dispatch: str, move_id: str, number: int) -> str:
-    """Name of the chain that rewrites one translation's packets, in stateless mode."""
-    return f"{dispatch}-{move_id}-{number}"
-
-
 @cache
 def render_static() -> tuple[str, ...]:
     """The table as it is before any move; `create` fails when it is there already."""
-    mark = f"meta mark {CRIU_MARK:#x}"
     return (
         f"create table inet {TABLE}",
         *(
@@ -137,18 +140,26 @@ def render_static() -> tuple[str, ...]:
             for version in FAMILIES
         ),
         *render_dispatch_maps(GATE),
-        _base_chain("gate", "filter", "prerouting", "-350"),
-        f"add rule inet {TABLE} gate {mark} notrack accept",
-        *_dispatches("gate", GATE, "daddr"),
-        _base_chain("injected", "filter", "output", "-350"),
-        f"add rule inet {TABLE} injected {mark} notrack",
+        *render_hook(),
+        _base_chain(INJECTED, "filter", "output", "-350"),
+        f"add rule inet {TABLE} {INJECTED} {_CRIUS_OWN} notrack",
+    )
+
+
+@cache
+def render_hook() -> tuple[str, ...]:
+    """The base chain `gate`, by which packets get to the gates; it is there while one is closed."""
+    return (
+        _base_chain(GATE, "filter", "prerouting", "-350"),
+        f"add rule inet {TABLE} {GATE} {_CRIUS_OWN} notrack accept",
+        *_dispatches(GATE, GATE, "daddr"),
     )
 
 
 def render_leaving() -> tuple[str, ...]:
-    """What only a destination's table has besides: what still has OLD as its source stays here.
+    """What only a destination's table has besides: what must not leave it.
 
-    A gateway has no OLD to leak, and each packet would pay for it.
+    A gateway has no OLD to leak, and no listener there; each packet would pay for it.
     """
     return (
         _base_chain(LEAVING, "filter", "postrouting", "350"),
@@ -157,6 +168,8 @@ def render_leaving() -> tuple[str, ...]:
             f"{_IP[version]} saddr @{held_set(version)} drop"
             for version in FAMILIES
         ),
+        f"add chain inet {TABLE} {HALF_OPEN}",
+        f"add rule inet {TABLE} {INJECTED} {_SYN_ACK} jump {HALF_OPEN}",
     )
 
 
@@ -229,7 +242,12 @@ def render_gate(move_id: str, translations: Iterable[Translation]) -> tuple[str,
                 f'jump {gate_chain(move_id)} comment "{move_id}"'
             )
         if translation.site.role == Role.DESTINATION:
-            lines += render_silence(translation.map.old)
+            old, kept = translation.map.old, kept_set(move_id, translation.number)
+            lines.append(
+                f"add rule inet {TABLE} {HALF_OPEN} {_IP[old.version]} saddr {old} "
+                f'{_outbound_key(old)} @{kept} drop comment "{move_id}"'
+            )
+            lines += render_silence(old)
     return tuple(lines)
 
 
@@ -330,6 +348,7 @@ def _render_nat(move_id: str, translation: Translation) -> list[str]:
         outer_port, inner_port = (str(port) for port in translation.ports())
     return [
         *render_dispatch(inbound, before),
+        *_render_syn_drop(move_id, translation, inbound),
         f"insert rule inet {TABLE} {address_chain(inbound, before)} {_NOT_SYN} "
         f"{_inbound_key(before)} @{_outer_name(move_id, translation)} "
         f'{_from_wire(translation)}dnat {family} to {after} : {inner_port} comment "{move_id}"',
@@ -357,34 +376,40 @@ def _render_stray_drop(move_id: str, translation: Translation) -> list[str]:
     ]
 
 
+def _render_syn_drop(move_id: str, translation: Translation, dispatch: str) -> list[str]:
+    """At the destination: a bare SYN of a kept tuple that no entry translates ends here."""
+    if translation.site.role != Role.DESTINATION:
+        return []
+    local, kept = translation.before, kept_set(move_id, translation.number)
+    return [
+        f"insert rule inet {TABLE} {address_chain(dispatch, local)} {_SYN} "
+        f'{_inbound_key(local)} @{kept} drop comment "{move_id}"'
+    ]
+
+
 def _from_wire(translation: Translation) -> str:
-    return 'iifname != "lo" ' if translation.site.role == Role.DESTINATION else ""
+    return 'iif != "lo" ' if translation.site.role == Role.DESTINATION else ""
 
 
 def _to_wire(translation: Translation) -> str:
-    return 'oifname != "lo" ' if translation.site.role == Role.DESTINATION else ""
+    return 'oif != "lo" ' if translation.site.role == Role.DESTINATION else ""
 
 
 def _render_rewriting(move_id: str, translation: Translation) -> list[str]:
     before, after = translation.before, translation.after
     family, (arrive, depart) = _IP[before.version], DISPATCHES[Mode.STATELESS]
-    kept = kept_set(move_id, translation.number)
-    arriving = rewrite_chain(arrive, move_id, translation.number)
-    departing = rewrite_chain(depart, move_id, translation.number)
+    kept, mine = kept_set(move_id, translation.number), f'comment "{move_id}"'
+    # An accept ends the base chain: no other move's rules are asked as well.
     return [
-        f"add chain inet {TABLE} {arriving}",
-        f"add chain inet {TABLE} {departing}",
-        # The end of this base chain: no other move's rules are asked as well.
-        f"add rule inet {TABLE} {arriving} {family} daddr set {after} accept",
-        f"add rule inet {TABLE} {departing} {family} saddr set {before} accept",
         *render_dispatch(arrive, before),
+        *_render_syn_drop(move_id, translation, arrive),
         f"insert rule inet {TABLE} {address_chain(arrive, before)} {_NOT_SYN} "
         f"{_inbound_key(before)} @{kept} {_from_wire(translation)}"
-        f'jump {arriving} comment "{move_id}"',
+        f"{family} daddr set {after} accept {mine}",
         *render_dispatch(depart, after),
         f"insert rule inet {TABLE} {address_chain(depart, after)} {_NOT_SYN} "
         f"{_outbound_key(after)} @{kept} {_to_wire(translation)}"
-        f'jump {departing} comment "{move_id}"',
+        f"{family} saddr set {before} accept {mine}",
     ]
 
 
@@ -408,10 +433,10 @@ def render_open(move_id: str, role: Role) -> str:
     return f'insert rule inet {TABLE} {gate_chain(move_id)} {guard}accept comment "{OPEN}"'
 
 
-def precedes_pass(line: str) -> bool:
-    """Whether the pass has to be out while this line is loaded.
+def closes_gate(line: str) -> bool:
+    """Whether packets have to get to the gates once this line is loaded.
 
-    It closes a gate, or it has its place behind the pass, in the base chain.
+    It closes one, or it has its place in the base chain.
     """
     words = line.split()
     if words[1] != "rule":
@@ -450,16 +475,6 @@ def render_gate_removal(move_id: str, translations: Iterable[Translation]) -> tu
     for translation in translations:
         lines += [f"delete set inet {TABLE} {name}" for name in sets_of(move_id, translation)]
     return tuple(lines)
-
-
-def render_rewriting_removal(move_id: str, translations: Iterable[Translation]) -> tuple[str, ...]:
-    """Remove the chains of the stateless ones of *translations*, once nothing jumps there."""
-    return tuple(
-        f"delete chain inet {TABLE} {rewrite_chain(dispatch, move_id, translation.number)}"
-        for translation in translations
-        if translation.mode == Mode.STATELESS
-        for dispatch in DISPATCHES[Mode.STATELESS]
-    )
 
 
 def render_speech(old: Address) -> tuple[str, ...]:

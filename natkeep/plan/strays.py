@@ -18,7 +18,7 @@ from natkeep.plan.tuples import Address
 from natkeep.values import dataclass
 
 _ID = r"([a-z0-9][a-z0-9-]{0,31})"
-_CHAINS = (re.compile(rf"(?:gate|callers|hold|reset)-{_ID}"), re.compile(rf"(?:set|put)-{_ID}-\d+"))
+_CHAINS = (re.compile(rf"(?:gate|callers|hold|reset)-{_ID}"),)
 _SETS = (re.compile(rf"(?:kept|outer|listen|reset|again)-{_ID}-\d+"),)
 _COMMENT = re.compile(rf"{_ID}(?::(?:listeners|hold|unkept))?")
 _AT = re.compile(r"([a-z]+)-at-([0-9a-f._]+)")

@@ -485,6 +485,7 @@ def test_moves_of_other_addresses_leave_each_other_alone(scene: Scene, role: Rol
     one = make(scene, role, some(4, 3), 4, move_id="four")
     bare = scene.picture()
     done_one = apply(scene, one.steps)
+    scene.kernel.unhook_gates()
     with_one, seen = scene.picture(), observe(scene, one)
     other = make(scene, role, some(6, 3), 6, move_id="six")
 

@@ -1,4 +1,4 @@
-"""kernel/passing.py: the pass stands where no gate is closed, and only there, whoever does what."""
+"""kernel/passing.py: where no gate is closed packets pass them by, and only there."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from natkeep.kernel import elements, passing
 from natkeep.kernel.linux import LinuxKernel
 from natkeep.kernel.netns import inside, open_namespace
 from natkeep.plan import ruleset
+from natkeep.plan.drift import find_drift
 from natkeep.plan.mending import LoadLines
 from natkeep.plan.move import Map, Move, Role, Site
 from natkeep.plan.order import make_plan
@@ -65,6 +66,14 @@ class Gates:
         assert self.comments.count(ruleset.PASS) <= 1
         return ruleset.PASS in self.comments
 
+    @property
+    def hooked(self) -> bool:
+        with inside(open_namespace(self.site.netns)):
+            return elements.has_chain("natkeep", "gate")
+
+    def listed(self, chain: str) -> str:
+        return self.run(self.site.netns, "nft", "list", "chain", "inet", "natkeep", chain)
+
     def others_do_something(self) -> None:
         self.run(self.site.netns, "nft", "-f", "-", stdin=OTHERS)
 
@@ -92,13 +101,115 @@ def test_the_pass_goes_with_a_gate_that_closes_and_comes_back_without_it(gates: 
 
     gates.prepare("two")
     assert not gates.have_pass
-    gates.remove("two")
+    gates.open("two")
     assert gates.have_pass
 
     gates.close("one")
     assert not gates.have_pass
     gates.open("one")
     assert gates.have_pass
+
+
+def test_once_all_are_open_the_base_chain_goes(gates: Gates) -> None:
+    gates.prepare("one")
+    gates.prepare("two")
+    gates.open("one")
+    gates.kernel.unhook_gates()
+    assert gates.hooked
+
+    gates.open("two")
+    gates.kernel.unhook_gates()
+    assert not gates.hooked
+    gates.kernel.unhook_gates()  # again is fine
+
+
+def test_the_base_chain_comes_back_as_it_was_with_a_gate_that_closes(gates: Gates) -> None:
+    gates.prepare("one")
+    before = gates.listed("gate")
+    gates.open("one")
+
+    for close, reopen in (
+        (lambda: gates.close("one"), lambda: gates.open("one")),
+        (lambda: gates.prepare("two"), lambda: gates.open("two")),
+    ):
+        gates.kernel.unhook_gates()
+        assert not gates.hooked
+        close()
+        assert before == gates.listed("gate")
+        reopen()
+        assert gates.have_pass
+
+
+def test_without_the_base_chain_an_open_move_misses_nothing_and_a_closed_one_does(
+    gates: Gates,
+) -> None:
+    gates.prepare("one")
+    gates.open("one")
+    gates.kernel.unhook_gates()
+    plan = gates.plans["one"]
+    seen = gates.kernel.observe(gates.site, plan)
+    assert find_drift(plan, gates.site, seen, opened=True) == ()
+
+    gates.run(gates.site.netns, "nft", "flush chain inet natkeep gate-one")
+    gates.run(gates.site.netns, "nft", "add rule inet natkeep gate-one drop")
+
+    drift = find_drift(plan, gates.site, gates.kernel.observe(gates.site, plan), opened=True)
+    assert "chain gate: gone" in drift
+
+
+def test_a_move_that_goes_leaves_no_base_chain_for_those_that_are_open(gates: Gates) -> None:
+    gates.prepare("one")
+    gates.open("one")
+    gates.prepare("two")
+
+    gates.remove("two")
+
+    assert not gates.hooked
+
+
+def test_where_listeners_are_held_the_base_chain_stays(gates: Gates) -> None:
+    gates.prepare("one")
+    gates.open("one")
+    source = Site(Role.SOURCE, gates.site.netns)
+    gates.kernel.open_sites([source])
+    listener = Endpoint(parse_address("10.2.0.9"), 80)
+    gates.kernel.apply(HoldListeners(source, "two", (listener,)), lambda prior: None)
+    assert gates.have_pass
+
+    gates.kernel.unhook_gates()
+
+    assert gates.hooked
+
+
+def test_the_base_chain_comes_back_for_listeners_that_are_to_wait(gates: Gates) -> None:
+    gates.prepare("one")
+    gates.open("one")
+    gates.kernel.unhook_gates()
+    source = Site(Role.SOURCE, gates.site.netns)
+    gates.kernel.open_sites([source])
+    listener = Endpoint(parse_address("10.2.0.9"), 80)
+
+    gates.kernel.apply(HoldListeners(source, "two", (listener,)), lambda prior: None)
+
+    assert "jump hold-two" in gates.listed("gate")
+
+
+def test_the_base_chain_stays_when_others_changed_something_meanwhile(
+    gates: Gates, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One of them could have closed a gate."""
+    gates.prepare("one")
+    gates.open("one")
+    look = passing.elements.rules
+
+    def disturbed(table: str, chain: str) -> list[elements.Rule]:
+        gates.run(gates.site.netns, "nft", "add table ip others; delete table ip others")
+        return look(table, chain)
+
+    monkeypatch.setattr(passing.elements, "rules", disturbed)
+    gates.kernel.unhook_gates()
+
+    assert gates.hooked
 
 
 @pytest.mark.parametrize("guarded", [False, True])

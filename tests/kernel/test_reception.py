@@ -24,6 +24,7 @@ from natkeep.kernel.netlink import (
 )
 from natkeep.kernel.netns import inside as inside_of
 from natkeep.kernel.netns import open_namespace
+from natkeep.lab.host import await_true
 from natkeep.plan.drift import Gate, Observation, find_drift
 from natkeep.plan.move import Map, Mode, Move, Role, Site
 from natkeep.plan.order import make_plan
@@ -187,6 +188,11 @@ def test_two_moves_of_one_address_leave_each_other_alone(
 ) -> None:
     here.run("ip", "address", "add", f"{OLD}/32", "dev", "lo")  # the journal hands it over
     here.run("ip", "address", "add", f"{OLD6}/128", "dev", "lo", "nodad")
+    # Its route may come after the answer.
+    await_true(
+        lambda: f"local {OLD6} " in here.run("ip", "-6", "route", "show", "table", "local"),
+        "the kernel's route to OLD",
+    )
     bare = take_picture(here.netns)
     others = Connections.of(
         FourTuple(Endpoint(each.source.address, 6000), each.destination) for each in KEPT
@@ -219,6 +225,7 @@ def test_old_may_speak_again_when_its_last_listener_goes(here: Here) -> None:
         Role.DESTINATION, move_id="six", kept=KEPT.at(OLD6), listeners=(LISTENERS[2],)
     )
     here.apply(others.steps)
+    here.kernel.unhook_gates()
     held = here.run("nft", "list", "table", "inet", "natkeep")
     alone = here.plan(Role.DESTINATION, kept=NO_CONNECTIONS, listeners=LISTENERS[:1])
 

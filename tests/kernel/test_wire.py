@@ -186,6 +186,11 @@ class Stage:
         for step, prior in reversed(self.done):
             self.kernel.revert(step, prior)
 
+    def unhook(self) -> None:
+        """As it is once the blackout is over: packets do not come by the gates any more."""
+        self.kernel.unhook_gates()
+        assert "chain gate {" not in self.run(self.netns, "nft", "list", "table", "inet", "natkeep")
+
     def outside(self, version: int) -> Address:
         """The address that peers send to, as it arrives at the site."""
         return (OLD if self.role == Role.GATEWAY else NEW)[version]
@@ -453,6 +458,51 @@ def test_a_bare_syn_on_a_kept_tuple_reaches_no_listener(
     assert stage.inbound(syn) == []
     stage.run(stage.netns, "conntrack", "-F")
     assert stage.inbound(syn) == []
+
+
+@EACH_MODE
+@EACH_VERSION
+@EACH_ROLE
+def test_a_kept_connection_needs_no_gate_once_it_is_open(
+    make_stage: Callable[[Role], Stage], role: Role, version: int, mode: Mode
+) -> None:
+    stage = make_stage(role)
+    stage.prepare(mode=mode)
+    stage.unhook()
+    packet, answer = to_process(stage, version), to_peer(stage, version)
+
+    assert [stage.expect(packet, dst=stage.inside(version))] == stage.inbound(packet)
+    assert [stage.expect(answer, src=stage.outside(version))] == stage.outbound(answer)
+
+
+@EACH_MODE
+@EACH_VERSION
+def test_without_the_gates_a_bare_syn_that_no_entry_translates_reaches_no_listener(
+    make_stage: Callable[[Role], Stage], version: int, mode: Mode
+) -> None:
+    stage = make_stage(Role.DESTINATION)
+    stage.prepare(mode=mode)
+    stage.unhook()
+    stage.run(stage.netns, "conntrack", "-F")
+
+    assert stage.inbound(to_process(stage, version, flags="S", data=b"")) == []
+
+
+@EACH_MODE
+@EACH_VERSION
+def test_no_listener_s_answer_to_a_syn_on_a_kept_tuple_leaves(
+    make_stage: Callable[[Role], Stage], version: int, mode: Mode
+) -> None:
+    """Without the gates, and while the entry lives, the SYN itself may get to one."""
+    stage = make_stage(Role.DESTINATION)
+    stage.prepare(mode=mode)
+    stage.unhook()
+    stage.inbound(to_process(stage, version, flags="S", data=b""))
+    answer = to_peer(stage, version, flags="SA", data=b"")
+    other = segment(NEW[version], PORT, PEER[version], KEPT_PORT, flags="SA", data=b"")
+
+    assert stage.outbound(answer) == []
+    assert [stage.expect(other)] == stage.outbound(other)  # NEW is somebody else
 
 
 @EACH_MODE

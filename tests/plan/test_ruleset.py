@@ -164,7 +164,6 @@ def words_of(move_id: str, map_: Map, kept: Connections, mode: Mode) -> str:
                 lines += ruleset.render_withdrawal(dispatch, end, (7,), last=True)
         lines += ruleset.render_speech(map_.old)
         lines += ruleset.render_gate_removal(move_id, plan.translations)
-        lines += ruleset.render_rewriting_removal(move_id, plan.translations)
     return "\n".join(lines)
 
 
