@@ -50,7 +50,7 @@ BENCHES = (
     Bench("hook", _module("hook"), ("--rounds=25",), ("--rounds=2",)),
     # Side by side, since nearly all of a run is waiting; the more, the less quiet for each.
     Bench("stall", _module("stall"), ("--reps=20", "--lanes=10"), ("--reps=2", "--blackouts=0.5")),
-    Bench("path", _module("path"), ("--rounds=15",), ("--rounds=1", "--only=only,1 connection")),
+    Bench("path", _module("path"), ("--rounds=30",), ("--rounds=1", "--only=only,1 connection")),
 )
 
 

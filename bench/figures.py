@@ -13,6 +13,7 @@ import json
 import math
 import os
 import platform
+import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
@@ -64,6 +65,14 @@ def at_least(
 ) -> Figure:
     """A figure that is the better the larger it is."""
     return Figure(what=what, reached=reached, asked=asked, sense=Sense.AT_LEAST, noise=noise)
+
+
+def middle_half(some: list[float]) -> tuple[float, float]:
+    """The quartiles around the median."""
+    if len(some) < 2:
+        return some[0], some[0]
+    low, _, high = statistics.quantiles(some, n=4)
+    return low, high
 
 
 def print_figures(figures: Sequence[Figure]) -> None:

@@ -2,39 +2,43 @@
 
 Usage, as root:  python -m bench.path [--rounds N] [--only WORD,…] [--json FILE]
 
-    client ── gateway ── server        two such wires: one is always plain, the other has the
-                                       configuration, and both are measured in turn
+    client ── gateway ── server        one such wire for each configuration of a group, all beside
+                                       one another; some are plain routing
 
 In a plain one the gateway routes OLD to the server; in a configured one it does not: what arrives
 was translated. What is measured, bench/wire.py says.
 
-Each figure is the median of the rounds' ratios, configured to plain of the same round; the first
-configuration is plain as well, so what it shows is the noise. Each figure asked for is printed
-beside the one reached, and the exit code is 0 only if all hold. All namespaces go with the bench.
+A round is one short turn of each wire, in an order of its own, so that what else the machine does
+meets all alike. Each figure is the median of the rounds' ratios, configured to plain (or to
+conntrack only) of the same round. A second plain wire shows the noise: the middle half of its
+ratios.
+
+Each figure asked for is printed beside the one reached, and the exit code is 0 only if all hold.
+All namespaces go with the bench.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
+import random
 import shutil
 import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from ipaddress import IPv4Address
 from pathlib import Path
 
-from bench.figures import Figure, at_least, conclude
+from bench.figures import Figure, at_least, conclude, middle_half
 from bench.namespaces import PREFIX, end_on_sigterm
 from bench.wire import CLIENT, METRICS, MTU_OCTETS, NEW, OLD, PORT, Wire, measure, measure_bulk
 from natkeep.journal import StateDirectory
 from natkeep.kernel.linux import LinuxKernel
 from natkeep.lifecycle.verbs import Lifecycle
-from natkeep.plan.drift import Gate
 from natkeep.plan.move import Map, Mode, Move, Role, Site
 from natkeep.plan.tuples import Connections
 
@@ -92,8 +96,11 @@ def natkeep(mode: Mode, connections: int, moves: int) -> Callable[[Wire], Iterat
             for number in range(moves):
                 old, new = (IPv4Address(first) + number * 256 for first in (OLD, NEW))
                 sites = (gateway,) if number else (gateway, server)
-                move = Move(f"m{number}", (Map(old, new),), sites, mode)
-                lifecycle.prepare(move, _kept(wire, old, connections, number), Gate.OPEN)
+                move = Move(f"m{number}", (Map(old, new),), sites, mode, hold=False)
+                lifecycle.prepare(move, _kept(wire, old, connections, number))
+            for number in range(moves):
+                lifecycle.open(f"m{number}")
+            lifecycle.kernel.unhook_gates()  # as the program does after open
             wire.hide_old()
             yield  # what is left goes with the namespaces
 
@@ -119,39 +126,90 @@ class Configuration:
     configure: Callable[[Wire], Iterator[None]]
 
 
-def configurations() -> list[Configuration]:
-    ours = [
-        Configuration(f"natkeep {mode}, {count:,} connection{'s' * (count > 1)}",
-                      natkeep(mode, count, 1))
-        for mode in (Mode.STATEFUL, Mode.STATELESS) for count in (1, 10_000, 100_000)
-    ]  # fmt: skip
-    ours += [Configuration(f"natkeep {mode}, 1,000 moves", natkeep(mode, 1, 1000))
-             for mode in (Mode.STATEFUL, Mode.STATELESS)]  # fmt: skip
-    return [
-        Configuration("plain (the noise)", plain),
-        Configuration("conntrack only", conntrack_only),
+PLAIN, NOISE, TRACKED = (
+    Configuration("plain", plain),
+    Configuration("plain (the noise)", plain),
+    Configuration("conntrack only", conntrack_only),
+)
+"""In every group, so that no ratio is between measurements of different minutes."""
+
+
+def groups() -> list[list[Configuration]]:
+    """What is measured beside one another: few at a time, for all tables are in one hash."""
+    by_hand = [
         Configuration("one prefix rule", one_prefix_rule),
         Configuration("10,000 iptables rules", many_iptables_rules),
-        *ours,
     ]
+    ours = [
+        [
+            *(Configuration(f"natkeep {mode}, {count:,} connection{'s' * (count > 1)}",
+                            natkeep(mode, count, 1)) for count in (1, 10_000, 100_000)),
+            Configuration(f"natkeep {mode}, 1,000 moves", natkeep(mode, 1, 1000)),
+        ]
+        for mode in (Mode.STATEFUL, Mode.STATELESS)
+    ]  # fmt: skip
+    return [[PLAIN, NOISE, TRACKED, *some] for some in (by_hand, *ours)]
 
 
 # ---- the run -----------------------------------------------------------------------------------
 
+Values = dict[str, dict[str, list[float]]]
+"""Of each configuration of a group each metric, a round each."""
 
-def compare(configuration: Configuration, rounds: int) -> dict[str, list[float]]:
-    """Ratios of the configured path to the plain one, a round each."""
-    ratios: dict[str, list[float]] = {metric: [] for metric in METRICS}
+_TURNS = {"bulk": 1, "bulk, MTU packets": 4, "exchange": 2, "newcomer": 2}
+"""How many turns a round has: the shorter what is measured is, the more."""
+
+
+def compare(configurations: Sequence[Configuration], rounds: int) -> Values:
+    """All metrics of these configurations, measured beside one another."""
+    values: Values = {one.name: {} for one in configurations}
     with ExitStack() as stack:
-        bare, other = Wire("a", stack), Wire("b", stack)
-        with contextmanager(configuration.configure)(other):
-            for number in range(rounds + 1):
-                pair = [measure(wire) for wire in ((bare, other), (other, bare))[number % 2]]
-                base, ours = pair if number % 2 == 0 else reversed(pair)
-                if number:  # the first round warms up
-                    for metric in METRICS:
-                        ratios[metric].append(ours[metric] / base[metric])
-    return ratios
+        wires = {}
+        for number, one in enumerate(configurations):
+            wires[one.name] = Wire(str(number), stack)
+            stack.enter_context(contextmanager(one.configure)(wires[one.name]))
+        with in_front() as processors:
+            for metric in METRICS:
+                for name, taken in take_turns(wires, metric, rounds, processors).items():
+                    values[name][metric] = taken
+    return values
+
+
+def take_turns(
+    wires: dict[str, Wire], metric: str, rounds: int, processors: Sequence[int]
+) -> dict[str, list[float]]:
+    """The metric of each wire, some turns a round, each time in another order."""
+    taken: dict[str, list[float]] = {name: [] for name in wires}
+    with ExitStack() as stack:
+        if metric == "bulk, MTU packets":
+            for wire in wires.values():
+                stack.enter_context(wire.whole_packets())
+        for turn in range(rounds * _TURNS[metric] + 1):
+            for name in random.sample(list(wires), len(wires)):
+                value = measure(wires[name], metric, processors)
+                if turn:  # the first warms up
+                    taken[name].append(value)
+    return taken
+
+
+@contextmanager
+def in_front() -> Iterator[list[int]]:
+    """In front of whatever else the machine does, which is half the noise; the processors."""
+    before = os.sched_getaffinity(0)
+    with suppress(OSError):
+        os.sched_setscheduler(0, os.SCHED_FIFO, os.sched_param(30))
+    try:
+        yield sorted(before, reverse=True)
+    finally:
+        with suppress(OSError):
+            os.sched_setscheduler(0, os.SCHED_OTHER, os.sched_param(0))
+        os.sched_setaffinity(0, before)
+
+
+def ratios(values: Values, name: str, base: str, metric: str) -> list[float]:
+    """A ratio a turn."""
+    pairs = zip(values[name][metric], values[base][metric], strict=True)
+    return [ours / others for ours, others in pairs]
 
 
 def count_instructions(configuration: Configuration) -> float | None:
@@ -161,7 +219,7 @@ def count_instructions(configuration: Configuration) -> float | None:
     with ExitStack() as stack:
         wire = Wire("i", stack)
         with contextmanager(configuration.configure)(wire), wire.whole_packets():
-            counted = _count(lambda: measure_bulk(wire, MTU_OCTETS))
+            counted = _count(lambda: measure_bulk(wire, MTU_OCTETS, 0))
     return counted / (MTU_OCTETS / 1448)
 
 
@@ -185,71 +243,87 @@ class Asked:
 
 
 def asked() -> list[Asked]:
-    """The figures to reach; plain is what every ratio is relative to already."""
+    """The figures to reach."""
     found = []
     for mode, least in ((Mode.STATEFUL, 0.93), (Mode.STATELESS, 0.97)):
         one, many = f"natkeep {mode}, 1 connection", f"natkeep {mode}, 100,000 connections"
-        found.append(Asked(one, "bulk, MTU packets", "conntrack only", least))
+        found.append(Asked(one, "bulk, MTU packets", TRACKED.name, least))
         found.append(Asked(many, "bulk, MTU packets", one, 0.95))
         for name in (one, many, f"natkeep {mode}, 1,000 moves"):
-            found.append(Asked(name, "exchange", "", 1 / 1.10))
-            found.append(Asked(name, "newcomer", "", 1 / 1.15))
+            found.append(Asked(name, "exchange", PLAIN.name, 1 / 1.10))
+            found.append(Asked(name, "newcomer", PLAIN.name, 1 / 1.15))
     return found
 
 
-def compare_with_asked(taken: dict[str, dict[str, list[float]]]) -> list[Figure]:
-    """The figures of the configurations that were measured."""
-    medians = {name: {metric: statistics.median(values) for metric, values in ratios.items()}
-               for name, ratios in taken.items()}  # fmt: skip
-    noise = taken["plain (the noise)"]
+def compare_with_asked(values: Values) -> list[Figure]:
+    """The figures of those configurations of a group that were measured."""
     found = []
     for each in asked():
-        if each.name not in medians or (each.base and each.base not in medians):
+        if each.name not in values or each.base not in values:
             continue
-        base = medians[each.base][each.metric] if each.base else 1.0
-        what = f"{each.name}: {each.metric} / {each.base or 'plain'}"
-        band = min(noise[each.metric]), max(noise[each.metric])
-        found.append(at_least(what, medians[each.name][each.metric] / base, each.least, band))
+        what = f"{each.name}: {each.metric} / {each.base}"
+        reached = statistics.median(ratios(values, each.name, each.base, each.metric))
+        noise = middle_half(ratios(values, NOISE.name, PLAIN.name, each.metric))
+        found.append(at_least(what, reached, each.least, noise))
     return found
 
 
-def print_ratios(taken: dict[str, dict[str, list[float]]]) -> None:
+def collect(measured: Sequence[Values]) -> Values:
+    """All ratios to plain; of what is in several groups, those of all."""
+    found: Values = {}
+    for values in measured:
+        for name in values:
+            for metric in METRICS if name != PLAIN.name else ():
+                taken = ratios(values, name, PLAIN.name, metric)
+                found.setdefault(name, {}).setdefault(metric, []).extend(taken)
+    return found
+
+
+def print_ratios(values: Values) -> None:
     """A line a configuration."""
-    title = "ratios to plain, median [least-most]"
-    print(f"{title:40} {'  '.join(f'{metric:>17}' for metric in METRICS)}")
-    for name, ratios in taken.items():
-        told = (
-            f"{statistics.median(values):.2f} [{min(values):.2f}-{max(values):.2f}]"
-            for values in (ratios[metric] for metric in METRICS)
-        )
-        print(f"{name:40} {'  '.join(f'{each:>17}' for each in told)}")
+    title = "ratios to plain, median [the middle half]"
+    print(f"{title:42} {'  '.join(f'{metric:>17}' for metric in METRICS)}")
+    for name in values:
+        told = []
+        for metric in METRICS if name != PLAIN.name else ():
+            taken = ratios(values, name, PLAIN.name, metric)
+            low, high = middle_half(taken)
+            told.append(f"{statistics.median(taken):.2f} [{low:.2f}-{high:.2f}]")
+        if told:
+            print(f"{name:42} {'  '.join(f'{each:>17}' for each in told)}", flush=True)
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--rounds", type=int, default=30)
     parser.add_argument(
         "--only", default="", metavar="WORD,…", help="with one of these in their name"
     )
     parser.add_argument("--json", type=Path, metavar="FILE")
     args = parser.parse_args()
     end_on_sigterm()
-    with suppress(OSError):  # in front of whatever else the machine does, which is half the noise
-        os.sched_setscheduler(0, os.SCHED_FIFO, os.sched_param(30))
-    taken, instructions = {}, {}
-    for configuration in configurations():
-        wanted = any(word in configuration.name for word in args.only.split(","))
-        if not wanted and configuration.configure is not plain:
+    figures: list[Figure] = []
+    measured: list[Values] = []
+    instructions = {}
+    for group in groups():
+        some = [one for one in group if is_wanted(one, args.only)]
+        if {one.name for one in some} <= {PLAIN.name, NOISE.name, TRACKED.name} and measured:
             continue
-        print(configuration.name, file=sys.stderr)
-        taken[configuration.name] = compare(configuration, args.rounds)
-        instructions[configuration.name] = count_instructions(configuration)
-    print_ratios(taken)
+        print(", ".join(one.name for one in some), file=sys.stderr)
+        measured.append(compare(some, args.rounds))
+        print_ratios(measured[-1])
+        figures += compare_with_asked(measured[-1])
+        instructions.update({one.name: count_instructions(one) for one in some})
     for name, counted in instructions.items():
         if counted is not None:
             print(f"{name:40} {counted:9,.0f} kernel instructions a packet, both ends included")
-    raw = {"ratios": taken, "instructions": instructions}
-    return conclude("path", compare_with_asked(taken), raw, args.json)
+    raw = {"ratios": collect(measured), "instructions": instructions}
+    return conclude("path", figures, raw, args.json)
+
+
+def is_wanted(one: Configuration, only: str) -> bool:
+    """Plain always; without it nothing is a ratio."""
+    return one.configure is plain or any(word in one.name for word in only.split(","))
 
 
 if __name__ == "__main__":

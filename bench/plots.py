@@ -18,6 +18,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from bench.figures import middle_half
+
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS, PLOTS = ROOT / ".lab/bench", ROOT / "docs/performance"
 
@@ -101,20 +103,22 @@ def draw_path(document: Document, axes: Any) -> None:
     for number, (metric, colour) in enumerate(zip(metrics, colours, strict=False)):
         places = [at + number * height for at in range(len(ratios))]
         medians = [statistics.median(taken[metric]) for taken in ratios.values()]
-        low = [m - min(taken[metric]) for m, taken in zip(medians, ratios.values(), strict=True)]
-        high = [max(taken[metric]) - m for m, taken in zip(medians, ratios.values(), strict=True)]
+        halves = [middle_half(taken[metric]) for taken in ratios.values()]
+        low = [m - least for m, (least, _) in zip(medians, halves, strict=True)]
+        high = [most - m for m, (_, most) in zip(medians, halves, strict=True)]
         axes.barh(
             places, medians, height, color=colour, label=metric, edgecolor="white",
             hatch=("", "//", "..", "xx")[number], xerr=(low, high),
             error_kw={"elinewidth": 0.8, "ecolor": BLACK},
         )  # fmt: skip
-    everything = [value for taken in noise.values() for value in taken]
-    axes.axvspan(min(everything), max(everything), color="#DDDDDD", zorder=0, label="the noise")
+    halves = [middle_half(taken) for taken in noise.values()]
+    least, most = min(low for low, _ in halves), max(high for _, high in halves)
+    axes.axvspan(least, most, color="#DDDDDD", zorder=0, label="the noise")
     axes.axvline(1, color=BLACK, lw=0.8, zorder=0)
     axes.set_yticks([at + 0.4 - height / 2 for at in range(len(ratios))], list(ratios), fontsize=8)
     axes.invert_yaxis()
     axes.set_xlim(0, 1.6)
-    axes.set_xlabel("ratio to plain routing (median, least, most); 1 is as quick")
+    axes.set_xlabel("ratio to plain routing (median, middle half); 1 is as quick")
     axes.set_title("What a packet's way costs")
     axes.figure.legend(fontsize=8, loc="outside lower center", ncols=5)
 
