@@ -101,7 +101,8 @@ def write_floor(connections: Connections, path: Callable[[str], str]) -> None:
         return pack_entry(outer, inner, timeout=432_000, ports=False)
 
     flags = NLM_F_CREATE | NLM_F_EXCL
-    batch, size = for_each(connections.toward(NEW), connections, NEW_ENTRY, flags, pack)
+    entries = for_each(connections.toward(NEW), connections, NEW_ENTRY, flags, pack)
+    batch, size = entries.pack(0, entries.count), len(entries.template)
     chunk = (1 << 17) // size * size
     for at in (*range(chunk, len(batch), chunk), len(batch)):
         batch[at - size + 6] |= 4  # NLM_F_ACK for the last of each chunk

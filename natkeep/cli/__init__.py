@@ -11,6 +11,7 @@ Nothing is decided here, and what only one verb needs is imported when that verb
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import sys
@@ -26,13 +27,18 @@ __all__ = ["main", "make_parser", "program"]
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
+_CONTAINERS = 50_000
+"""New objects until the garbage collector looks at them, instead of 700: 5 MiB at most."""
+
 
 def program() -> NoReturn:
     """natkeep as a process: `main`, and the end.
 
     What an interpreter does at its end, freeing one by one what the kernel takes back at once, is
     left out (6 ms of 70). A lab has threads and files to end in the usual way.
+    And what refers to itself, which is little here, is looked for less often (3 ms).
     """
+    gc.set_threshold(_CONTAINERS)
     code = main()
     if "natkeep.lab" in sys.modules:
         sys.exit(code)

@@ -21,6 +21,7 @@ from natkeep.kernel.ctnetlink import Row, read_tuple
 from natkeep.kernel.netlink import (
     NETLINK_NETFILTER,
     NLM_F_DUMP,
+    Batch,
     Netlink,
     attribute,
     attributes,
@@ -158,6 +159,6 @@ def _delete(reception: Reception, calls: list[_Call]) -> None:
         for call in calls:
             body = _body(reception.before) + call.name
             fault.reach("half", "forget")
-            for refusal in netlink.send_batch(message(_DELETE, 0, body, 0)):
+            for refusal in netlink.send_batch(Batch(message(_DELETE, 0, body), (), 1)):
                 if refusal.errno != errno.ENOENT:
                     raise OSError(refusal.errno, os.strerror(refusal.errno))

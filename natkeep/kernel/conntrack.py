@@ -106,11 +106,10 @@ def _insert(
     outer: Connections, inner: Connections, timeout: int, what: str, *, ports: bool
 ) -> list[Refusal]:
     pack: Pack = partial(pack_entry, timeout=timeout, ports=ports)
-    batch, size = for_each(outer, inner, NEW, NLM_F_CREATE | NLM_F_EXCL, pack)
-    half = len(batch) // size // 2 * size
+    batch = for_each(outer, inner, NEW, NLM_F_CREATE | NLM_F_EXCL, pack)
     with Netlink(NETLINK_NETFILTER) as netlink:
-        fault.reach("half", what, lambda: netlink.send_batch(batch[:half], size))
-        return list(netlink.send_batch(batch, size))
+        fault.reach("half", what, lambda: netlink.send_batch(batch.head(batch.count // 2)))
+        return netlink.send_batch(batch)
 
 
 def _sides(translation: Translation) -> tuple[Connections, Connections]:
@@ -128,20 +127,19 @@ def delete(translation: Translation) -> None:
 
 def delete_inbound(outer: Connections) -> None:
     """Delete the entries of these tuples, from the peers' side; none is fine."""
-    batch, size = for_each(outer, outer, DELETE, 0, lambda o, _: pack_inbound(o))
-    half = len(batch) // size // 2 * size
+    batch = for_each(outer, outer, DELETE, 0, lambda o, _: pack_inbound(o))
     with Netlink(NETLINK_NETFILTER) as netlink:
-        fault.reach("half", "delete", lambda: netlink.send_batch(batch[:half], size))
-        raise_unless(netlink.send_batch(batch, size), errno.ENOENT)
+        fault.reach("half", "delete", lambda: netlink.send_batch(batch.head(batch.count // 2)))
+        raise_unless(netlink.send_batch(batch), errno.ENOENT)
 
 
 def look_up(translation: Translation) -> Iterator[SeenEntry | None]:
     """For each kept connection what the table shows, or None when it has no such entry."""
     outer, inner = _sides(translation)
-    batch, size = for_each(outer, outer, GET, 0, lambda o, _: pack_inbound(o))
+    queries = for_each(outer, outer, GET, 0, lambda o, _: pack_inbound(o))
     translated, wanted = _wanted(translation, inner)
     with Netlink(NETLINK_NETFILTER) as netlink:
-        for index, answer in enumerate(netlink.send_queries(batch, size)):
+        for index, answer in enumerate(netlink.send_queries(queries)):
             if answer is None:
                 yield None
             else:
@@ -211,11 +209,11 @@ def find_carried(connections: Connections) -> Iterator[FourTuple | None]:
     They differ where this namespace translates already: then the entry that the process' own
     packets belong to has another tuple on its other side.
     """
-    batch, size = for_each(connections, connections, GET, 0, lambda o, _: pack_outbound(o))
+    queries = for_each(connections, connections, GET, 0, lambda o, _: pack_outbound(o))
     version = 4 if connections.v4 else 6
     records, width = connections.records(version), RECORD_SIZE[version]
     with Netlink(NETLINK_NETFILTER) as netlink:
-        for index, answer in enumerate(netlink.send_queries(batch, size)):
+        for index, answer in enumerate(netlink.send_queries(queries)):
             record = records[index * width : (index + 1) * width]
             yield None if answer is None else _find_carrier(attributes(answer[4:]), record)
 

@@ -14,7 +14,15 @@ from __future__ import annotations
 import struct
 from collections.abc import Callable, Iterable, Iterator
 
-from natkeep.kernel.netlink import attribute, attributes, column, message, nested, replicate
+from natkeep.kernel.netlink import (
+    Batch,
+    attribute,
+    attributes,
+    column,
+    message,
+    nested,
+    replicate,
+)
 from natkeep.kernel.netlink import sequences as sequences_of
 from natkeep.plan.entries import STATUS, TCP_ESTABLISHED, TCP_FLAGS
 from natkeep.plan.tuples import RECORD_SIZE, Connections
@@ -130,10 +138,8 @@ def ask_for_status(destination: bytes, status: int, mask: int) -> bytes:
     )
 
 
-def for_each(
-    outer: Connections, inner: Connections, type_: int, flags: int, pack: Pack
-) -> tuple[bytearray, int]:
-    """One message for each connection, its sequence number its index; and their size."""
+def for_each(outer: Connections, inner: Connections, type_: int, flags: int, pack: Pack) -> Batch:
+    """One message for each connection, its sequence number its index."""
     version = 4 if outer.v4 else 6
     size, width = RECORD_SIZE[version], _WIDTH[version]
     count = len(outer)
@@ -162,7 +168,7 @@ def for_each(
             if inner is outer:
                 ends[1] = ends[0]
             columns += [(at, values) for at in _differences(template, make(ends), octets)]
-    return replicate(template, columns, count), len(template)
+    return Batch(template, tuple(columns), count)
 
 
 def _first_ends(records: bytes, width: int) -> Ends:

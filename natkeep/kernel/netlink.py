@@ -121,6 +121,39 @@ def replicate(template: bytes, columns: Iterable[tuple[int, bytes]], count: int)
     return filled
 
 
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """Independent messages of equal size, each a template with its own values written over it.
+
+    They are packed when they are sent, a chunk at a time: that stays in the processor's cache,
+    where all of 100,000 messages at once take six times as long, and 23 MB.
+    columns: as of `replicate`. Each message's sequence number must be its index in the batch.
+    """
+
+    template: bytes
+    columns: tuple[tuple[int, bytes], ...]
+    count: int
+
+    def pack(self, first: int, end: int) -> bytearray:
+        """The messages from number *first* to before *end*."""
+        return replicate(self.template, self._columns(first, end), end - first)
+
+    def chunks(self, octets: int) -> Iterator[tuple[int, int]]:
+        """Where each chunk of at most so many *octets* begins and ends."""
+        step = max(1, octets // len(self.template))
+        for first in range(0, self.count, step):
+            yield first, min(first + step, self.count)
+
+    def head(self, count: int) -> Batch:
+        """The first *count* of them."""
+        return Batch(self.template, tuple(self._columns(0, count)), count)
+
+    def _columns(self, first: int, end: int) -> Iterator[tuple[int, bytes]]:
+        for offset, values in self.columns:
+            width = len(values) // self.count
+            yield offset, values[first * width : end * width]
+
+
 def column(records: bytes, size: int, start: int, width: int) -> bytes:
     """The fields at *start*, *width* octets wide, of all fixed-*size* records."""
     count = len(records) // size
@@ -171,26 +204,18 @@ class Netlink:
         """Let go of the socket."""
         self._socket.close()
 
-    def send_batch(self, messages: bytes | bytearray, size: int = 0) -> list[Refusal]:
-        """Send independent messages of equal *size* (0: it is one message) and read the noes.
-
-        Each message's sequence number must be its index in the batch.
-        """
-        size = size or len(messages)
-        per_chunk = max(1, CHUNK // size)
-        count = len(messages) // size
-        whole = memoryview(messages)
+    def send_batch(self, batch: Batch) -> list[Refusal]:
+        """Send all messages and read the noes."""
         refusals: list[Refusal] = []
-        for first in range(0, count, per_chunk):
+        for first, end in batch.chunks(CHUNK):
             if first:
                 fault.reach("between-chunks")
-            last = min(first + per_chunk, count) - 1
-            chunk = bytearray(whole[first * size : (last + 1) * size])
-            flags_at = (last - first) * size + 6
+            chunk = batch.pack(first, end)
+            flags_at = len(chunk) - len(batch.template) + 6
             flags = struct.unpack_from("=H", chunk, flags_at)[0] | NLM_F_ACK
             struct.pack_into("=H", chunk, flags_at, flags)
             self._socket.send(chunk)
-            refusals += self._read_refusals(last)
+            refusals += self._read_refusals(end - 1)
         return refusals
 
     def _read_refusals(self, last: int) -> list[Refusal]:
@@ -254,18 +279,14 @@ class Netlink:
             if end:
                 yield data[:end]
 
-    def send_queries(self, messages: bytes | bytearray, size: int) -> Iterator[bytes | None]:
-        """For each of the equal-sized queries its one answer's body, or None for ENOENT.
+    def send_queries(self, queries: Batch) -> Iterator[bytes | None]:
+        """For each query its one answer's body, or None for ENOENT.
 
         Queries are chunked so that the answers of a chunk fit the receive buffer.
         """
-        per_chunk = max(1, CHUNK // 8 // size)
-        count = len(messages) // size
-        for first in range(0, count, per_chunk):
-            last = min(first + per_chunk, count) - 1
-            self._socket.send(messages[first * size : (last + 1) * size])
-            answered = first
-            while answered <= last:
+        for answered, end in queries.chunks(CHUNK // 8):
+            self._socket.send(queries.pack(answered, end))
+            while answered < end:
                 for type_, _, body in self._receive():
                     answered += 1
                     if type_ != _NLMSG_ERROR:

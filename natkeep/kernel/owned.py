@@ -48,9 +48,9 @@ def read(translation: Translation) -> str:
 
 def _ask(translation: Translation) -> Iterable[str]:
     kept = translation.kept
-    batch, size = for_each(kept, kept, GET, 0, lambda end, _: pack_outbound(end))
+    queries = for_each(kept, kept, GET, 0, lambda end, _: pack_outbound(end))
     with Netlink(NETLINK_NETFILTER) as netlink:
-        answers = netlink.send_queries(batch, size)
+        answers = netlink.send_queries(queries)
         for record, answer in zip(kept.each(), answers, strict=True):
             if answer is None:
                 yield NOT_TRACKED

@@ -114,10 +114,9 @@ def _delete(
 ) -> int:
     """Delete the entries that have the packed tuples; how many there were."""
     suffix = pack_zone(zone)
-    batch, size = for_each(connections, connections, DELETE, 0, lambda end, _: pack(end) + suffix)
-    half = len(batch) // size // 2 * size
-    fault.reach("half", "purge", lambda: netlink.send_batch(batch[:half], size))
-    refusals = netlink.send_batch(batch, size)
+    batch = for_each(connections, connections, DELETE, 0, lambda end, _: pack(end) + suffix)
+    fault.reach("half", "purge", lambda: netlink.send_batch(batch.head(batch.count // 2)))
+    refusals = netlink.send_batch(batch)
     raise_unless(refusals, errno.ENOENT)
     return len(connections) - len(refusals)
 

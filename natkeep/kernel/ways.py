@@ -67,8 +67,9 @@ def note(own: Iterable[Address], others: Iterable[Address]) -> str:
             if address is not None:
                 message = _pack_address(header, found)
                 notes[message.hex()] = f"address,{address},{_name(header[4])}"
+        hops: set[Address] = set()
         for address in [*dict.fromkeys(others)][:_LIMIT]:
-            for towards, device, message in _find_way(netlink, address):
+            for towards, device, message in _find_way(netlink, address, hops):
                 notes.setdefault(message.hex(), f"route,{towards},{device}")
     return " ".join(f"{said},{message}" for message, said in notes.items())
 
@@ -158,8 +159,13 @@ def _pack_address(header: tuple[int, ...], found: dict[int, bytes]) -> bytes:
     return body + attribute(_IFA_FLAGS, struct.pack("=I", flags))
 
 
-def _find_way(netlink: Netlink, address: Address) -> Iterator[tuple[Address, str, bytes]]:
-    """The route to *address*, behind the one to its next hop; none where it is not a plain one."""
+def _find_way(
+    netlink: Netlink, address: Address, hops: set[Address]
+) -> Iterator[tuple[Address, str, bytes]]:
+    """The route to *address*, behind the one to its next hop; none where it is not a plain one.
+
+    hops: next hops that have been asked about already, which mostly is one for all.
+    """
     answer = _look_up(netlink, address, _FIB_MATCH)
     if answer is None:
         return
@@ -172,8 +178,9 @@ def _find_way(netlink: Netlink, address: Address) -> Iterator[tuple[Address, str
         hop = ip_address(found[_GATEWAY])
         if hop.is_link_local or hop == address:
             pass  # by the device alone
-        else:
-            yield from _find_way(netlink, hop)
+        elif hop not in hops:
+            hops.add(hop)
+            yield from _find_way(netlink, hop, hops)
     body = _ROUTE.pack(*header[:8], header[8] & _ONLINK)
     body += b"".join(attribute(type_, found[type_]) for type_ in _KEPT if type_ in found)
     yield address, _name(struct.unpack("=I", found[_OIF])[0]), body

@@ -389,9 +389,9 @@ def _column(records: bytes, start: int, width: int, size: int) -> set[int]:
     """The numbers that stand at *start* in records of *size*: by columns, as there are many."""
     column = bytearray(len(records) // size * width)
     for i in range(width):
-        column[i::width] = records[start + i :: size]
-    numbers = set(memoryview(column).cast("H" if width == 2 else "I"))
-    return {int.from_bytes(number.to_bytes(width, byteorder), "big") for number in numbers}
+        place = width - 1 - i if byteorder == "little" else i
+        column[place::width] = records[start + i :: size]
+    return set(memoryview(column).cast("H" if width == 2 else "I").tolist())
 
 
 def pack_filter(program: tuple[Instruction, ...]) -> bytes:

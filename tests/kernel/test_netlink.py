@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from natkeep.kernel.netlink import (
+    Batch,
     attribute,
     attributes,
     column,
@@ -69,6 +70,26 @@ def test_a_template_is_replicated_with_its_columns() -> None:
 
 def test_nothing_is_replicated_into_nothing() -> None:
     assert replicate(b"<..>", [(1, b"")], 0) == b""
+
+
+BATCH = Batch(b"\0.-.", ((0, b"\0\1\2\3"), (1, b"abcd"), (3, b"ABCD")), 4)
+
+
+@pytest.mark.parametrize(
+    ("octets", "ends"), [(1, [1, 2, 3, 4]), (8, [2, 4]), (13, [3, 4]), (99, [4])]
+)
+def test_a_batch_is_packed_by_the_chunk(octets: int, ends: list[int]) -> None:
+    chunks = [*BATCH.chunks(octets)]
+
+    assert ends == [end for _, end in chunks]
+    whole = b"".join(BATCH.pack(first, end) for first, end in chunks)
+    assert whole == replicate(BATCH.template, BATCH.columns, 4) == b"\0a-A\1b-B\2c-C\3d-D"
+
+
+def test_the_head_of_a_batch_is_a_batch() -> None:
+    assert BATCH.head(2).pack(0, 2) == BATCH.pack(0, 2)
+    assert [*BATCH.head(2).chunks(99)] == [(0, 2)]
+    assert [*BATCH.head(0).chunks(99)] == []
 
 
 def test_a_column_is_one_field_of_all_records() -> None:

@@ -17,6 +17,7 @@ from natkeep.kernel.netlink import (
     NETLINK_NETFILTER,
     NLM_F_CREATE,
     NLM_F_EXCL,
+    Batch,
     Netlink,
     attribute,
     message,
@@ -125,7 +126,7 @@ class Here:
         )
         with inside_of(open_namespace(self.netns)), Netlink(NETLINK_NETFILTER) as netlink:
             flags = NLM_F_CREATE | NLM_F_EXCL
-            assert netlink.send_batch(message(1 << 8, flags, body)) == []
+            assert netlink.send_batch(Batch(message(1 << 8, flags, body), (), 1)) == []
 
     def tracked(self) -> set[int]:
         """The callers' ports of all entries."""
