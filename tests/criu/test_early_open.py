@@ -282,8 +282,8 @@ def test_none_is_started_in_a_young_pid_namespace(restore: Restore) -> None:
     assert (done.returncode, restore.started(), restore.channel()) == (0, [], [])
 
 
-@pytest.mark.parametrize("mode", [0o755, 0o1777])
-def test_none_is_started_where_others_may_enter_the_state_directory(
+@pytest.mark.parametrize("mode", [0o720, 0o1777])
+def test_none_is_started_where_others_may_write_to_the_state_directory(
     mode: int, restore: Restore
 ) -> None:
     restore.state.chmod(mode)
