@@ -10,6 +10,7 @@ The state directory (0700, files 0600; nothing below it is ever opened through a
                        carried, with their carriers, packed in the same way
     ID.seen            which entries a repair has seen alive at a gateway (plan/sighting.py)
     ID.ready           what the hook needs to open the move (lifecycle/readying.py)
+    ID.asked, ID.told  FIFOs between calls of the hook, while CRIU restores (criu/natkeep-hook)
     ID.journal         JSON lines, appended and fsynced:
         {"schema": 1, "natkeep": VERSION, "boot": BOOT ID, "move": {...}, "mode": ...,
          "namespaces": [[DEVICE, INODE], ...], "steps": [KIND, ...], "local": [ADDRESS, ...],
@@ -84,7 +85,9 @@ LOCK_TIMEOUT = 30.0
 _SIZE_LIMIT = 64 << 20
 
 _ID_PATTERN = r"(?P<id>[a-z0-9][a-z0-9-]{0,31})"
-_FILE = re.compile(rf"\.?{_ID_PATTERN}\.(connections|changed|ready|seen|journal)(?P<new>\.new)?")
+_FILE = re.compile(
+    rf"\.?{_ID_PATTERN}\.(connections|changed|ready|seen|asked|told|journal)(?P<new>\.new)?"
+)
 
 
 @cache
@@ -499,7 +502,7 @@ class StateDirectory:
     def _remove_rest(self, move_id: str) -> None:
         """What was written before the journal, and what a killed writer had not renamed yet."""
         # With its socket the holder ends.
-        for kind in ("ready", "seen", "changed", "connections", "hold"):
+        for kind in ("ready", "seen", "changed", "connections", "hold", "asked", "told"):
             self._unlink(f"{move_id}.{kind}")
         for kind in ("ready", "seen", "changed", "connections", "journal"):
             self._unlink(f".{move_id}.{kind}.new")

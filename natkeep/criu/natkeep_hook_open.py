@@ -9,8 +9,12 @@ another millisecond), for `python3 -I -S`, and knows nothing of what is in the m
 is not exactly as prepare left it is left to the long way, which says what is wrong; so is a
 refusal of the kernel's: the journal says then what was begun, and the long way goes on from there.
 
-It is installed beside natkeep-hook and imported from there (`natkeep_hook_open.main()`), since what
-is imported is compiled once and not at each start: 1.3 ms of 9.
+Even so most of the time is the interpreter's start. So natkeep-hook starts it at pre-restore
+already (open_when_asked), where CRIU does not wait for it, and only asks at post-restore. Where
+that one is not there any more, or cannot, it starts another (main), which does the same.
+
+It is installed beside natkeep-hook and imported from there, since what is imported is compiled once
+and not at each start: 1.3 ms of 9.
 """
 
 import _signal  # type: ignore[import-not-found]  # built in, unknown to mypy
@@ -23,6 +27,8 @@ SLOW = [sys.executable, "-I", "-m", "natkeep.criu.hook"]
 DEFAULT_DIRECTORY = "/run/natkeep"
 ID_ALPHABET = frozenset("abcdefghijklmnopqrstuvwxyz0123456789-")
 SECONDS = 5  # then the long way, which has its own clock, says what it waits for
+LONGEST = 600  # seconds from pre-restore to post-restore, after which we are not waited for
+ASKED, TOLD = 3, 4  # FIFOs that natkeep-hook has opened: ID.asked and ID.told
 LIMIT = 1 << 20
 SAFE = posix.O_CLOEXEC | posix.O_NOFOLLOW | posix.O_NONBLOCK
 
@@ -204,17 +210,69 @@ def serve(move_id: str) -> None:
 def main() -> None:
     """Open the move that the environment names, and leave; the long way otherwise."""
     try:
-        _signal.signal(_signal.SIGALRM, late)
-        _signal.setitimer(_signal.ITIMER_REAL, SECONDS)
-        move_id = variable("NATKEEP_ID")
-        demand(move_id and len(move_id) <= 32 and ID_ALPHABET.issuperset(move_id))
-        serve(move_id)
-        _signal.setitimer(_signal.ITIMER_REAL, 0)
+        move_id = serve_in_time()
     except Exception:
-        _signal.setitimer(_signal.ITIMER_REAL, 0)
         posix.execv(SLOW[0], SLOW)
     try:
         posix.write(2, f"natkeep-hook: {move_id}: gate open\n".encode())
     except OSError:  # nobody listens; that shall not end a restore
         posix._exit(0)
     posix._exit(0)
+
+
+def serve_in_time() -> str:
+    """Open the move that the environment names, or say in time that it cannot be; its id."""
+    try:
+        _signal.signal(_signal.SIGALRM, late)
+        _signal.setitimer(_signal.ITIMER_REAL, SECONDS)
+        move_id = variable("NATKEEP_ID")
+        demand(move_id and len(move_id) <= 32 and ID_ALPHABET.issuperset(move_id))
+        serve(move_id)
+        return move_id
+    finally:
+        _signal.setitimer(_signal.ITIMER_REAL, 0)
+
+
+def open_when_asked() -> None:
+    """As started at pre-restore: open the move when post-restore's call asks for it, and say so.
+
+    Until then nothing is touched. Where it cannot be done the answer ends without a word, and
+    post-restore's call does what there is to do, as if we had never been.
+    """
+    try:
+        tree, images = await_question(sys.argv[2])
+        posix.environ[b"CRTOOLS_INIT_PID"], posix.environ[b"CRTOOLS_IMAGE_DIR"] = tree, images
+        serve_in_time()
+        posix.write(TOLD, b"open\n")
+    except Exception:
+        posix._exit(1)
+    posix._exit(0)
+
+
+def await_question(criu: str) -> list[bytes]:
+    """The tree's number and the images, as the *criu* that we were started for gives them.
+
+    NotAsPreparedError when that has ended, or has not asked for a long time.
+    """
+    import select
+
+    try:
+        alive = posix.pidfd_open(int(criu))
+        poll = select.poll()
+        for fd in (ASKED, alive):
+            poll.register(fd, select.POLLIN)
+        demand([fd for fd, _ in poll.poll(LONGEST * 1000)] == [ASKED])
+        asker, *question = posix.read(ASKED, 4096).rstrip(b"\n").split(b" ", 2)
+        demand(asker == criu.encode())
+        return question
+    finally:  # before anything is opened: another call is not to wait for us
+        stem = f"{variable('NATKEEP_STATE_DIR') or DEFAULT_DIRECTORY}/{variable('NATKEEP_ID')}"
+        for name in (f"{stem}.asked", f"{stem}.told"):
+            remove(name)
+
+
+def remove(name: str) -> None:
+    try:
+        posix.unlink(name)
+    except FileNotFoundError:  # with the move
+        return
