@@ -42,7 +42,7 @@ import stat
 import weakref
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
-from functools import cache
+from functools import cache, lru_cache
 from typing import TYPE_CHECKING, Any
 
 from natkeep import __version__, fault
@@ -441,11 +441,10 @@ class StateDirectory:
         if len(journal.namespaces) != len(move.sites):
             raise ValueError("it does not name a namespace for each site")
         for number, text_of_line in enumerate(lines[1:], 2):
-            line = read_line(text_of_line)
-            if "changed" in line:
+            if b'"changed"' in text_of_line and "changed" in (line := read_line(text_of_line)):
                 journal._take_change(self._read_change(move_id, line), line)
             else:
-                _read_record(journal, line, number)
+                _read_record(journal, text_of_line, number)
         return journal
 
     def _read_connections(self, move_id: str, digest: str) -> tuple[Connections, ...]:
@@ -623,8 +622,9 @@ class StateDirectory:
 
 def _read_all(fd: int, size: int) -> bytes:
     """To the end, which by now may be behind *size*."""
-    content = os.read(fd, size + 1)
-    while more := os.read(fd, 1 << 16):
+    content = more = os.read(fd, size + 1)
+    while more and len(content) > size:  # of a file less is read only where it ends
+        more = os.read(fd, 1 << 16)
         content += more
     return content
 
@@ -695,9 +695,17 @@ def _write_all(fd: int, content: bytes) -> None:
         view = view[os.write(fd, view) :]
 
 
-def _read_record(journal: Journal, line: dict[str, Any], number: int) -> None:
+def _read_record(journal: Journal, text: bytes, number: int) -> None:
+    step, state, prior = _parse_record(text, len(journal.kinds), number)
+    journal._keep(step, state, prior)
+
+
+@lru_cache(maxsize=1 << 10)  # of a thousand moves most lines are the same
+def _parse_record(text: bytes, steps: int, number: int) -> tuple[int, str, Prior]:
+    """Step, state and prior of a journal's line *number*, where there are so many *steps*."""
+    line = read_line(text)
     step, state = line["step"], line["state"]
-    if not (type(step) is int and 0 <= step < len(journal.kinds)):  # True is an int, too
+    if not (type(step) is int and 0 <= step < steps):  # True is an int, too
         raise ValueError(f"line {number}: no step {step!r}")
     if state not in ("doing", "done", "undone"):
         raise ValueError(f"line {number}: no state {state!r}")
@@ -707,4 +715,4 @@ def _read_record(journal: Journal, line: dict[str, Any], number: int) -> None:
         prior = Prior.from_json(line["prior"])
     else:
         raise ValueError(f"line {number}: no prior {line['prior']!r}")
-    journal._keep(step, state, prior)
+    return step, state, prior

@@ -104,38 +104,38 @@ def move_as_json(status: MoveStatus) -> str:
         {"role": str(s.site.role), "netns": s.site.netns, "drift": [*s.drift]} for s in status.sites
     ]
     move = {**move_to_json(status.plan), "gate": str(status.gate), "sites": sites}
-    rows = map(_ROW.__mod__, _counted(status))
-    return json.dumps({**move, "connections": []}).removesuffix("]}") + ",".join(rows) + "]}"
+    rows = ",".join(_rows(status))
+    return json.dumps({**move, "connections": []}).removesuffix("]}") + rows + "]}"
 
 
-_ROW = '\n{"local": "%s", "peer": "%s", "packets": {"in": %s, "out": %s}}'
-
-
-def _counted(status: MoveStatus) -> Iterator[tuple[str, str, int | str, int | str]]:
-    """What _ROW says of each connection."""
-    for local, peer, seen in _connections(status):
-        _, inward, outward, _ = seen or (None, None, None, None)
+def _rows(status: MoveStatus) -> Iterator[str]:
+    """A line for each connection."""
+    for (local, peer), seen in _connections(status):
+        _, inward, outward, _ = seen or _UNSEEN
         yield (
-            local, peer,
-            "null" if inward is None else inward, "null" if outward is None else outward,
-        )  # fmt: skip
+            f'\n{{"local": "{local}", "peer": "{peer}", "packets": '
+            f'{{"in": {_NULL.get(inward, inward)}, "out": {_NULL.get(outward, outward)}}}}}'
+        )
+
+
+_UNSEEN = (None, None, None, None)
+_NULL: dict[int | None, str] = {None: "null"}
 
 
 _CLOSENESS = (Role.DESTINATION, Role.GATEWAY, Role.PEER, Role.SOURCE)
 """Where one looks first to see what a connection carries."""
 
 
-def _connections(status: MoveStatus) -> Iterator[tuple[str, str, SeenEntry | None]]:
+def _connections(status: MoveStatus) -> Iterator[tuple[tuple[str, str], SeenEntry | None]]:
     """Both ends of each connection and what is seen of it, at the destination if that is a site."""
     looked = [site for site in status.sites if site.seen is not None]
     looked.sort(key=lambda site: _CLOSENESS.index(site.site.role))
     for translation in status.plan.translations:
         if looked and translation.site == looked[0].site and looked[0].seen is not None:
             entries = _entries_of(status.plan, translation, looked[0].seen)
-            for (local, peer), entry in zip(translation.kept.texts(), entries, strict=True):
-                yield local, peer, entry
+            yield from zip(translation.kept.texts(), entries, strict=True)
     if not looked:
-        yield from ((*ends, None) for some in _kept(status.plan) for ends in some.texts())
+        yield from ((ends, None) for some in _kept(status.plan) for ends in some.texts())
 
 
 def _entries_of(
@@ -163,7 +163,7 @@ def status_lines(status: MoveStatus, *, verbose: bool) -> Iterator[str]:
     for site in status.sites:
         yield f"  {site.site}: {_stand(status.plan, site)}"
         yield from (f"    {line}" for line in site.drift)
-    for number, (local, peer, seen) in enumerate(_connections(status)):
+    for number, ((local, peer), seen) in enumerate(_connections(status)):
         if number == SHOWN and not verbose:
             yield "  ... (all with -v)"
             break

@@ -776,3 +776,13 @@ def test_an_id_in_use_is_refused_and_what_is_there_stays(
 
 def test_the_boot_id_is_the_kernels() -> None:
     assert re.fullmatch(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}", read_boot_id())
+
+
+@pytest.mark.parametrize("size", [0, 10, 299_999, 300_000, 400_000])
+def test_a_file_is_read_to_its_end_whatever_its_size_was(tmp_path: Path, size: int) -> None:
+    content = os.urandom(300_000)
+    (tmp_path / "file").write_bytes(content)
+    fd = os.open(tmp_path / "file", os.O_RDONLY)
+
+    assert journal._read_all(fd, size) == content
+    os.close(fd)

@@ -72,7 +72,7 @@ class Panorama(Protocol):
         """As Kernel.find_lost_ways."""
 
     def read_ahead(self) -> None:
-        """Have read what is read as a whole; no thread is at it then."""
+        """Have read what is read as a whole; no other process is at it then."""
 
     def reconnect(self) -> None:
         """In the child of a process that goes on using it: share no socket with it."""

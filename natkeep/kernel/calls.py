@@ -13,11 +13,11 @@ from __future__ import annotations
 import errno
 import os
 import struct
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 from natkeep import fault
 from natkeep.kernel.conntrack import read_setting
-from natkeep.kernel.ctnetlink import Row, read_tuple
 from natkeep.kernel.netlink import (
     NETLINK_NETFILTER,
     NLM_F_DUMP,
@@ -33,6 +33,9 @@ from natkeep.plan.move import Mode
 from natkeep.plan.reception import Reception
 from natkeep.plan.tuples import Address
 from natkeep.values import dataclass
+
+if TYPE_CHECKING:
+    from natkeep.kernel.ctwalk import Walk
 
 _GET, _DELETE = (1 << 8) | 1, (1 << 8) | 2
 _TUPLE_ORIG, _TUPLE_REPLY, _STATUS, _PROTOINFO, _ID, _ZONE = 1, 2, 3, 4, 12, 18
@@ -79,17 +82,14 @@ def count(reception: Reception) -> int:
     return sum(1 for call in _read_let_in(reception) if call.state in _ALIVE)
 
 
-def count_in(reception: Reception, by_end: Mapping[bytes, Iterable[Row]]) -> int:
-    """The same, of entries that were read already, by the end that was called."""
+def count_in(reception: Reception, walk: Walk) -> int:
+    """The same, as a walk through the connection table shows it."""
     called, inside = _called(reception).packed, reception.after.packed
-    ends = [called + port.to_bytes(2, "big") for port in reception.ports]
     return sum(
         1
-        for end in ends
-        for _, reply, _, state, flags, *_ in by_end.get(end, ())
-        if read_tuple(reply).startswith(inside)
-        and int.from_bytes(state, "big") in _ALIVE
-        and not int.from_bytes(flags[:1], "big") & _LIBERAL
+        for port in reception.ports
+        for reply, state, flags in walk.find_calls(called + port.to_bytes(2, "big"))
+        if reply.startswith(inside) and state in _ALIVE and not flags & _LIBERAL
     )
 
 

@@ -21,7 +21,6 @@ from natkeep.kernel.netlink import (
     column,
     message,
     nested,
-    replicate,
 )
 from natkeep.kernel.netlink import sequences as sequences_of
 from natkeep.plan.entries import STATUS, TCP_ESTABLISHED, TCP_FLAGS
@@ -210,31 +209,53 @@ def read_tuple(data: bytes) -> bytes:
     return source + proto.get(2, b"\0\0") + destination + proto.get(3, b"\0\0")
 
 
-def inbound_tuples(connections: Connections, version: int) -> list[bytes]:
-    """What the attribute of each tuple peer to local end holds, as the kernel writes it."""
+def make_keys(outer: Connections, inner: Connections, version: int) -> list[bytes]:
+    """What the kernel writes as both tuples of each connection's entry.
+
+    outer, inner: the connections as the original tuple and as the reply tuple shows them.
+    """
     width = _WIDTH[version]
-    return _write_tuples(connections.records(version), version, width + 2, 0)
-
-
-def outbound_tuples(connections: Connections, version: int) -> list[bytes]:
-    """The same of each tuple local end to peer."""
-    width = _WIDTH[version]
-    return _write_tuples(connections.records(version), version, 0, width + 2)
-
-
-def _write_tuples(records: bytes, version: int, source: int, destination: int) -> list[bytes]:
-    """source, destination: where in a record the two ends stand."""
-    width, size = _WIDTH[version], RECORD_SIZE[version]
-    template = _USUAL[version][4:]
-    to, ports = 12 + width, 28 + 2 * width
-    columns = (
-        (8, column(records, size, source, width)),
-        (to, column(records, size, destination, width)),
-        (ports, column(records, size, source + width, 2)),
-        (ports + 8, column(records, size, destination + width, 2)),
+    local, peer = 0, width + 2
+    return _write_tuples(
+        ((outer.records(version), peer, local), (inner.records(version), local, peer)), version
     )
-    written = replicate(template, columns, len(records) // size)
-    return [tuple_ for (tuple_,) in struct.iter_unpack(f"{len(template)}s", written)]
+
+
+def make_turned_keys(outer: Connections, inner: Connections, version: int) -> list[bytes]:
+    """The same of entries that a packet from the process has begun."""
+    width = _WIDTH[version]
+    local, peer = 0, width + 2
+    return _write_tuples(
+        ((inner.records(version), local, peer), (outer.records(version), peer, local)), version
+    )
+
+
+def _write_tuples(directions: Iterable[tuple[bytes, int, int]], version: int) -> list[bytes]:
+    """For each direction the records, and where in one its source and destination stand."""
+    width, size, key = _WIDTH[version], RECORD_SIZE[version], KEY_SIZE[version]
+    written, begin = bytearray(), 0
+    for records, source, destination in directions:
+        written = written or bytearray(_BOTH[version] * (len(records) // size))
+        for at, start, octets in (
+            (12, source, width), (16 + width, destination, width),
+            (32 + 2 * width, source + width, 2), (40 + 2 * width, destination + width, 2),
+        ):  # fmt: skip
+            for i in range(octets):
+                written[begin + at + i :: key] = records[start + i :: size]
+        begin += key // 2
+    return [one for (one,) in struct.iter_unpack(f"{key}s", written)]
+
+
+def read_end(key: bytes) -> bytes:
+    """Where the original tuple of a key leads to: address and port."""
+    width = _WIDTH[4] if len(key) == KEY_SIZE[4] else _WIDTH[6]
+    port = 40 + 2 * width
+    return key[16 + width : 16 + 2 * width] + key[port : port + 2]
+
+
+def read_reply(key: bytes) -> bytes:
+    """The reply tuple of a key, packed as a record."""
+    return read_tuple(key[len(key) // 2 + 4 :])
 
 
 def turn(record: bytes) -> bytes:
@@ -243,24 +264,25 @@ def turn(record: bytes) -> bytes:
     return record[half:] + record[:half]
 
 
-Row = tuple[bytes, bytes, bytes, bytes, bytes, bytes, bytes]
-"""What is read of an entry: original and reply tuple, each what its attribute holds; status; TCP
-state and flags of the original direction; packets in original and reply direction, empty where they
-are not counted."""
+Said = tuple[int, int, int, "int | None", "int | None"]
+"""What an entry says: status bits; TCP state, and the first octet of the flags of the original
+direction; packets in original and in reply direction, None where they are not counted."""
 
 
-def read_row(entry: dict[int, bytes]) -> Row:
-    """What is read of an entry that has been taken apart."""
+def read_said(entry: dict[int, bytes]) -> Said:
+    """What an entry says that has been taken apart."""
     tcp = attributes(attributes(entry.get(PROTOINFO, b"")).get(1, b""))
-    packets = [
+    inward, outward = (
         attributes(entry[type_]).get(1, b"") if type_ in entry else b""
         for type_ in (COUNTERS_ORIG, COUNTERS_REPLY)
-    ]
-    state, flags = tcp.get(1, b""), tcp.get(4, b"")
+    )
     return (
-        entry[TUPLE_ORIG], entry[TUPLE_REPLY], entry[STATUS_BITS], state, flags,
-        packets[0], packets[1],
-    )  # fmt: skip
+        int.from_bytes(entry[STATUS_BITS], "big"),
+        int.from_bytes(tcp.get(1, b""), "big"),
+        int.from_bytes(tcp.get(4, b"")[:1], "big"),
+        int.from_bytes(inward, "big") if inward else None,
+        int.from_bytes(outward, "big") if outward else None,
+    )
 
 
 _NFGENMSG = 4
@@ -271,6 +293,16 @@ _USUAL = {
 }
 _PLAIN = {(len(usual) - 4, usual[4:12]): _WIDTH[version] for version, usual in _USUAL.items()}
 _NUMBER_HEADER = _USUAL[4][28:32]
+_BOTH = {
+    version: usual + struct.pack("=HH", len(usual), TUPLE_REPLY | 1 << 15) + usual[4:]
+    for version, usual in _USUAL.items()
+}
+KEY_SIZE = {version: len(both) for version, both in _BOTH.items()}
+"""Octets of both tuples of a TCP entry, in the form in which the kernel writes them."""
+
+STATUS_HEAD = struct.pack("=HH", 8, STATUS_BITS)
+"""What follows them, if the entry is of zone 0."""
+
 _ZONE_HEADER = pack_zone(1)[:4]
 
 

@@ -195,7 +195,7 @@ def pack_keys(connections: Connections) -> frozenset[bytes]:
     version = 4 if connections.v4 else 6
     width, count = (4 if version == 4 else 16), len(connections)
     packed = replicate(bytes(width + 8), _key_columns(connections, version), count)
-    return frozenset(key for (key,) in struct.iter_unpack(f"{width + 8}s", packed))
+    return frozenset([key for (key,) in struct.iter_unpack(f"{width + 8}s", packed)])
 
 
 def _key_columns(connections: Connections, version: int) -> list[tuple[int, bytes]]:

@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING
 
 from natkeep.kernel import address, calls, conntrack, elements, inventory, sockets, view
 from natkeep.kernel.closely import CloseEyes
-from natkeep.kernel.ctnetlink import Row, read_tuple
 from natkeep.kernel.ctwalk import Walk
 from natkeep.kernel.netlink import NETLINK_NETFILTER, Netlink
 from natkeep.kernel.netns import Namespace, errors_at, inside
@@ -48,7 +47,6 @@ class LinuxPanorama(CloseEyes):
         self._keys: dict[tuple[str, str], frozenset[bytes]] = {}
         self._walks: dict[int, Walk] = {}
         self._living: sockets.Living | None = None
-        self._called: dict[int, dict[bytes, list[Row]]] = {}
         with inside(namespace):
             self._netlink, self._ways = Netlink(NETLINK_NETFILTER), Ways()
             self._tracked = int(conntrack.read_setting("nf_conntrack_count") or 0)
@@ -74,7 +72,7 @@ class LinuxPanorama(CloseEyes):
             return self._ways.find_lost(noted)
 
     def read_ahead(self) -> None:
-        """Have read what is read as a whole; no thread is at it then."""
+        """Have read what is read as a whole; no other process is at it then."""
         with errors_at(self._namespace.label):
             there, _ = self._read_table("inet")
             for dispatch in (GATE, *(name for names in DISPATCHES.values() for name in names)):
@@ -164,13 +162,7 @@ class LinuxPanorama(CloseEyes):
         if version not in self._walks:
             with inside(self._namespace):
                 return super().count_calls(receiving)
-        if version not in self._called:
-            by_end: dict[bytes, list[Row]] = {}
-            for row in self._walks[version].each():
-                tuple_ = read_tuple(row[0])
-                by_end.setdefault(tuple_[len(tuple_) // 2 :], []).append(row)
-            self._called[version] = by_end
-        return calls.count_in(receiving, self._called[version])
+        return calls.count_in(receiving, self._walks[version])
 
     def _read_living(self) -> sockets.Living:
         if self._living is None:

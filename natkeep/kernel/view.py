@@ -81,7 +81,7 @@ def observe(site: Site, plan: Plan, eyes: Eyes) -> Observation:
         kept = Connections(*(b"".join(one.records(v) for one in some) for v in (4, 6)))
         alive = len(kept)
     else:
-        alive = sum(1 for seen in entries.values() for entry in seen if entry and entry.alive)
+        alive = sum([1 for seen in entries.values() for one in seen if one and one.alive])
     sets = {name: kept for t in here for name, kept in ruleset.sets_of(move_id, t).items()}
     sets |= {resets.reset_set(move_id, reset.number): reset.connections for reset in lost}
     called = [chain for r in receiving for chain in reception.chains(r)]

@@ -43,6 +43,8 @@ from natkeep.plan.steps import (
 from natkeep.plan.things import (
     Thing,
     Wanted,
+    find_made,
+    find_static,
     next_alike,
     order_rules,
     parse_line,
@@ -219,9 +221,35 @@ def _own_lines(step: Step) -> tuple[str, ...]:
 
 def split_opening(plan: Plan, site: Site) -> tuple[frozenset[Thing], frozenset[Thing]]:
     """What prepare puts into the tables of *site*, and what open does."""
+    found = _split_quickly(plan, site)
+    if found is not None:
+        return found
     wanted, first = _want(plan, site), len(plan.prepare)
     opened = frozenset([thing for thing, (number, _) in wanted.items() if number >= first])
     return frozenset(wanted) - opened, opened
+
+
+def _split_quickly(plan: Plan, site: Site) -> tuple[frozenset[Thing], frozenset[Thing]] | None:
+    """The same without the texts, where no two of them make one thing; else None.
+
+    The static part, more than half of all, is known already if there was a move before.
+    """
+    static: dict[tuple[str, ...], None] = {}
+    lines: tuple[dict[str, None], dict[str, None]] = ({}, {})
+    for own, steps in zip(lines, (plan.prepare, plan.open), strict=True):
+        for step in steps:
+            if step.site != site:
+                continue
+            if isinstance(step, TranslateErrors):  # its rules are no text
+                return None
+            static.update(dict.fromkeys(_static_lines(step)))
+            own.update(dict.fromkeys(_own_lines(step)))
+    known = [find_static(some) for some in static]
+    prepared, opened = ([thing for line in own for thing in find_made(line)] for own in lines)
+    first = frozenset().union(prepared, *known)
+    later = frozenset(opened)
+    count = len(prepared) + len(opened) + sum(len(parse_static(some)) for some in static)
+    return (first, later) if len(first | later) == count else None
 
 
 def find_life(

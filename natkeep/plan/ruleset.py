@@ -53,7 +53,7 @@ Theory of operation. A site has one table `inet natkeep`, shared by all moves.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from functools import cache
+from functools import cache, lru_cache
 
 from natkeep.plan.lock import CRIU_MARK
 from natkeep.plan.move import Mode, Role, Translation
@@ -107,6 +107,7 @@ def gate_chain(move_id: str) -> str:
     return f"gate-{move_id}"
 
 
+@lru_cache(maxsize=1 << 12)  # a move asks for each of its few a dozen times
 def address_chain(dispatch: str, address: Address) -> str:
     """Name of the chain that packets of one local address are sent to.
 

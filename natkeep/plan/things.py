@@ -20,6 +20,7 @@ from collections.abc import Container, Iterable, Iterator, Sequence
 from functools import lru_cache
 from ipaddress import ip_address
 from itertools import count
+from typing import NamedTuple
 
 from natkeep.plan.quoted import LookUp, RawRule, Store
 from natkeep.plan.ruleset import TABLE
@@ -37,13 +38,13 @@ _parse_address = lru_cache(maxsize=1 << 12)(ip_address)
 """A few addresses stand in all the lines of a move."""
 
 
-@dataclass(frozen=True, slots=True, order=True)
-class Thing:
+class Thing(NamedTuple):
     """Something of a table natkeep, in a form that both the text and the kernel can be put in.
 
     kind: table, chain, set, element or rule; name: the chain or set, that an element or a rule
     is in. what: an element's key in hexadecimal, a rule's comment and marks; nth: which of
     several that are alike.
+    A tuple, since there are tens of thousands, each looked for by its hash.
     """
 
     family: str
@@ -86,6 +87,17 @@ def next_alike(thing: Thing, seen: Container[Thing]) -> Thing:
     """The same with the first number that none of those *seen* has."""
     numbers = (replace(thing, nth=number) for number in count(thing.nth + 1))
     return next(other for other in numbers if other not in seen)
+
+
+@lru_cache(maxsize=1 << 8)
+def find_static(lines: tuple[str, ...]) -> frozenset[Thing]:
+    """The things of `parse_static`."""
+    return frozenset([wanted.thing for wanted in parse_static(lines)])
+
+
+def find_made(line: str) -> list[Thing]:
+    """The things of `parse_line`."""
+    return [thing for thing, _ in _parse_line(line)]
 
 
 @lru_cache(maxsize=1 << 8)

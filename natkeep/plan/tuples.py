@@ -259,7 +259,7 @@ def _write(packed: bytes) -> str:
 
 
 def _of_version(version: int, records: bytes) -> Connections:
-    return Connections(v4=records) if version == 4 else Connections(v6=records)
+    return Connections(records, b"") if version == 4 else Connections(b"", records)
 
 
 def _inbound(peer: bytes, peer_port: int, local: bytes, local_port: int) -> FourTuple:

@@ -6,14 +6,16 @@ That it does so of sites that others have broken is held by conftest.py, in all 
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Callable, Iterator
 from ipaddress import ip_address
+from pathlib import Path
 
 import pytest
 
 from natkeep.errors import KernelError
-from natkeep.kernel import ctwalk
-from natkeep.kernel.ctnetlink import ask_for_tcp, inbound_tuples
+from natkeep.kernel import ctdump, ctwalk
+from natkeep.kernel.ctnetlink import ask_for_tcp, make_keys
 from natkeep.kernel.linux import LinuxKernel
 from natkeep.kernel.netns import inside, open_namespace
 from natkeep.plan.move import Map, Mode, Move, Role, Site
@@ -114,9 +116,10 @@ def test_entries_of_other_zones_are_not_ours(make_site: Callable[[], str], run: 
         run(netns, *insert.split(), "--state", "ESTABLISHED", *zone)
         with inside(open_namespace(netns)):
             walk = ctwalk.Walk(4)
-        [tuple_] = inbound_tuples(kept, 4)
-        assert (walk.find_each([tuple_]) != [None]) == there
-        assert len([*walk.each()]) == 1 + there
+        assert (walk.find_each(make_keys(kept, kept, 4)) != [None]) == there
+        called = Endpoint.parse("10.2.0.10:80")
+        end = called.address.packed + called.port.to_bytes(2, "big")
+        assert len(walk.find_calls(end)) == 1 + there
         walk.close()
 
 
@@ -143,11 +146,68 @@ def test_a_walk_that_the_kernel_refuses_is_an_error(
 ) -> None:
     [plan] = make_plans(make_site(), Role.GATEWAY, 1)
     site = prepare(kernel, [plan])
-    monkeypatch.setattr(ctwalk, "ask_for_tcp", lambda version: b"\0" + ask_for_tcp(version)[1:])
+    monkeypatch.setattr(ctdump, "ask_for_tcp", lambda version: b"\0" + ask_for_tcp(version)[1:])
     panorama = kernel.take_panorama(site)
     for version in (4, 6):
         panorama.expect(version, MANY)
 
     with pytest.raises(KernelError, match=f"gateway={site.netns}: "):
         panorama.observe(site, plan)
+    panorama.close()
+
+
+def test_a_walk_whose_reader_is_killed_is_an_error_and_leaves_no_child(
+    make_site: Callable[[], str], kernel: LinuxKernel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    [plan] = make_plans(make_site(), Role.GATEWAY, 1)
+    site = prepare(kernel, [plan])
+    before = children()
+    monkeypatch.setattr(ctdump, "ask_for_tcp", lambda version: os.kill(os.getpid(), signal.SIGKILL))
+    panorama = kernel.take_panorama(site)
+    panorama.expect(4, MANY)
+
+    with pytest.raises(KernelError, match="who read the connection table was ended"):
+        panorama.observe(site, plan)
+    panorama.close()
+    assert children() == before
+
+
+def test_a_walk_that_nobody_reads_ends_with_its_panorama(
+    make_site: Callable[[], str], kernel: LinuxKernel
+) -> None:
+    [plan] = make_plans(make_site(), Role.GATEWAY, 1)
+    site = prepare(kernel, [plan])
+    before = children(), len(os.listdir("/proc/self/fd"))
+    panorama = kernel.take_panorama(site)
+    for version in (4, 6):
+        panorama.expect(version, MANY)
+
+    panorama.close()
+    assert (children(), len(os.listdir("/proc/self/fd"))) == before
+
+
+def children() -> str:
+    """Of this process; some may be those of tests before."""
+    return Path(f"/proc/self/task/{os.getpid()}/children").read_text()
+
+
+def test_what_the_process_began_is_seen_the_other_way_round_with_its_packets(
+    make_site: Callable[[], str], run: Run, kernel: LinuxKernel
+) -> None:
+    """As conntrack has it after a flush, where the process spoke first."""
+    [plan] = make_plans(make_site(), Role.GATEWAY, 1)
+    site = prepare(kernel, [plan])
+    run(site.netns, "conntrack", "-D", "-p", "tcp", "--orig-port-src", "5001")
+    run(
+        site.netns, "conntrack", "-I", "-p", "tcp", "--state", "ESTABLISHED", "--timeout", "99",
+        *("-s", "10.3.0.20", "-d", "10.1.0.2", "--sport", "80", "--dport", "5001"),
+        *("--src-nat", "10.2.0.10"),
+    )  # fmt: skip
+    panorama = kernel.take_panorama(site)
+    panorama.expect(4, MANY)
+
+    seen = panorama.observe(site, plan)
+
+    assert seen == kernel.observe(site, plan)
+    assert [entry and entry.translated for entry in seen.entries[0]] == [True] * 3
     panorama.close()

@@ -17,7 +17,7 @@ from natkeep.plan.mending import (
     split_opening,
     want_things,
 )
-from natkeep.plan.move import Map, Mode, Move, Role, Site
+from natkeep.plan.move import Fate, Map, Mode, Move, Role, Site
 from natkeep.plan.order import make_plan
 from natkeep.plan.sighting import Sighting, make_sighting
 from natkeep.plan.steps import AddAddress, FillSet, InsertEntries, Plan, RaiseLoopback, Step
@@ -86,6 +86,28 @@ def test_nothing_is_done_where_nothing_is_missing(site: Site, mode: Mode, opened
     plan = make(mode, LISTENERS)
 
     assert patches(plan, site, show(plan, site), opened=opened) == []
+
+
+@pytest.mark.parametrize("role", [Role.GATEWAY, Role.DESTINATION, Role.SOURCE])
+@pytest.mark.parametrize("listeners", [(), LISTENERS])
+@pytest.mark.parametrize("fate", [*Fate])
+@EACH_MODE
+def test_what_is_found_quickly_is_what_the_texts_say(
+    role: Role, listeners: tuple[Endpoint, ...], fate: Fate, mode: Mode
+) -> None:
+    site = Site(role, "here")
+    lost = KEPT if fate == Fate.RESET else NO_CONNECTIONS
+    kept = Connections.of(
+        FourTuple(replace(one.source, port=one.source.port + 9), one.destination) for one in KEPT
+    )
+    plan = make_plan(Move("web", MAPS, (site,), mode, listeners, unkept=fate, lost=lost), kept)
+    first = len(plan.prepare)
+    wanted = want_things(plan, site)
+
+    prepared, opened = split_opening(plan, site)
+
+    assert prepared == {one.thing for number, one in wanted if number < first}
+    assert opened == {one.thing for number, one in wanted if number >= first}
 
 
 def every_thing() -> Iterator[tuple[Mode, Site, Thing]]:
