@@ -930,6 +930,20 @@ def test_ids_in_use_and_unknown_ids(sites: Network, natkeep: Run, tmp_path: Path
 
 
 @pytest.mark.root
+def test_after_open_packets_do_not_come_by_the_gates(sites: Network, natkeep: Run) -> None:
+    """Done by a process that holds no pipe of ours, and that open does not wait for."""
+    natkeep(*prepare(sites), input=LIST)
+
+    natkeep("open", "web", program=True)
+
+    deadline = time.monotonic() + 10
+    while any('"name": "gate", "handle"' in text for text in sites.observe().values()):
+        assert time.monotonic() < deadline
+    status = json.loads(natkeep("status", "web", "--strict", "--json").stdout)
+    assert status["moves"][0]["gate"] == "open"
+
+
+@pytest.mark.root
 def test_two_moves_share_an_address_and_the_last_removes_it(sites: Network, natkeep: Run) -> None:
     natkeep(*prepare(sites), input=LIST)
     alone = sites.observe()

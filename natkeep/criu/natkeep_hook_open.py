@@ -24,6 +24,7 @@ import posix
 import sys
 
 SLOW = [sys.executable, "-I", "-m", "natkeep.criu.hook"]
+AFTERWARDS = [sys.executable, "-I", "-m", "natkeep.criu.unhook"]
 DEFAULT_DIRECTORY = "/run/natkeep"
 ID_ALPHABET = frozenset("abcdefghijklmnopqrstuvwxyz0123456789-")
 SECONDS = 5  # then the long way, which has its own clock, says what it waits for
@@ -193,7 +194,7 @@ def serve(move_id: str) -> None:
         demand(file.read().decode().strip() == ready.one("boot"))
     demand_tree(ready.all("home"))
     demand_image(ready.one("image"))
-    sites = find_sites(ready)
+    own, sites = open_namespace("/proc/self/ns/net"), find_sites(ready)
     journal = f"{move_id}.journal"
     append(journal, directory, ready.all("doing"), int(ready.one("journal")))
     for namespace, elsewhere, last, batch, with_pass in sites:
@@ -205,6 +206,8 @@ def serve(move_id: str) -> None:
     for name in ready.all("hold"):
         deliver(directory, name)
     append(journal, directory, ready.all("done"))
+    if any(elsewhere for _, elsewhere, *_ in sites):
+        enter(own)  # what is done afterwards finds the sites from here
 
 
 def main() -> None:
@@ -215,9 +218,22 @@ def main() -> None:
         posix.execv(SLOW[0], SLOW)
     try:
         posix.write(2, f"natkeep-hook: {move_id}: gate open\n".encode())
-    except OSError:  # nobody listens; that shall not end a restore
+    finally:  # where nobody listens, too: that shall not end a restore
+        if not posix.fork():
+            go_on_alone()
         posix._exit(0)
-    posix._exit(0)
+
+
+def go_on_alone() -> None:
+    """Become what nobody waits for, nor for a pipe that it holds."""
+    try:
+        posix.setsid()
+        nowhere = posix.open("/dev/null", posix.O_RDWR)
+        for standard in (0, 1, 2):
+            posix.dup2(nowhere, standard)
+        posix.execv(AFTERWARDS[0], AFTERWARDS)
+    finally:
+        posix._exit(1)
 
 
 def serve_in_time() -> str:
@@ -244,9 +260,11 @@ def open_when_asked() -> None:
         posix.environ[b"CRTOOLS_INIT_PID"], posix.environ[b"CRTOOLS_IMAGE_DIR"] = tree, images
         serve_in_time()
         posix.write(TOLD, b"open\n")
+        posix.set_inheritable(ASKED, False)  # opened by the shell, for us
+        posix.set_inheritable(TOLD, False)
     except Exception:
         posix._exit(1)
-    posix._exit(0)
+    go_on_alone()
 
 
 def await_question(criu: str) -> list[bytes]:
@@ -262,6 +280,7 @@ def await_question(criu: str) -> list[bytes]:
         for fd in (ASKED, alive):
             poll.register(fd, select.POLLIN)
         demand([fd for fd, _ in poll.poll(LONGEST * 1000)] == [ASKED])
+        posix.set_blocking(ASKED, False)  # where two were started, the other may have taken it
         asker, *question = posix.read(ASKED, 4096).rstrip(b"\n").split(b" ", 2)
         demand(asker == criu.encode())
         return question

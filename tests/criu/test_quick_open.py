@@ -283,7 +283,8 @@ def test_nothing_but_builtin_modules_is_imported(site: Site) -> None:
     """Else the hook takes longer than what it saves."""
     site.prepare()
     text = site.program.read_text().replace(
-        "\n    posix._exit(0)", "\n    print(*sys.modules, file=sys.stderr)\n    posix._exit(0)"
+        "\n        posix._exit(0)",
+        "\n        print(*sys.modules, file=sys.stderr)\n        posix._exit(0)",
     )
     site.program.write_text(text)
     bare = subprocess.run([sys.executable, "-I", "-S", "-c", "import sys; print(*sys.modules)"],
