@@ -941,6 +941,7 @@ def test_after_open_packets_do_not_come_by_the_gates(sites: Network, natkeep: Ru
         assert time.monotonic() < deadline
     status = json.loads(natkeep("status", "web", "--strict", "--json").stdout)
     assert status["moves"][0]["gate"] == "open"
+    natkeep("teardown", "web")
 
 
 @pytest.mark.root

@@ -22,7 +22,7 @@ FLOORS = {
     **dict.fromkeys(("kernel", "checkpoint", "journal", "policy"), 3),
     "journal_form": 2.5,  # what the journal is written in: it touches nothing
     **dict.fromkeys(("plan", "fault"), 2),
-    **dict.fromkeys(("errors", "values", "__init__"), 1),
+    **dict.fromkeys(("errors", "values", "afterwards", "__init__"), 1),
 }
 BETWEEN_DOORS = [("cli/moving.py", ["criu", "run"]), ("cli/mending.py", ["criu", "orders"])]
 LIBRARIES = {"pyroute2", "nftables"}  # and scapy, in the lab
