@@ -322,7 +322,7 @@ class OpenGate(_Loaded):
         guarded = self.site.role == Role.DESTINATION
         passing = ruleset.render_pass(guarded=guarded)
         *opening, passing = as_commands(self.site, (*self.lines(), passing))
-        return (*opening, f"{passing}  # unless another gate is closed there")
+        return (*opening, f"{passing}  # unless another gate is closed; later the chain goes")
 
     def accepts(self) -> tuple[tuple[str, bool], ...]:
         """The same as `lines`, as the chains and whether a bare SYN stays refused there."""

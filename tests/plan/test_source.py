@@ -66,7 +66,7 @@ def test_a_move_of_a_source_alone_is_opened_there() -> None:
     assert opening.describe() == (
         "ip netns exec src nft 'insert rule inet natkeep gate-web accept comment \"open\"'",
         "ip netns exec src nft 'insert rule inet natkeep gate accept comment \"gate:pass\"'"
-        "  # unless another gate is closed there",
+        "  # unless another gate is closed; later the chain goes",
     )
 
 
