@@ -47,6 +47,7 @@ def prepare(args: argparse.Namespace) -> int:
     from natkeep import report
     from natkeep.plan.drift import Gate
     from natkeep.plan.order import describe_plan
+    from natkeep.plan.steps import OpenEarly
 
     checkpoint = read_connections(args)
     if checkpoint.live and (args.gate == "open" or args.replace):
@@ -66,6 +67,8 @@ def prepare(args: argparse.Namespace) -> int:
     plan = lifecycle.prepare(
         move, checkpoint.connections, Gate(args.gate), args.replace, checkpoint.run_id
     )
+    if any(isinstance(step, OpenEarly) for step in plan.prepare):
+        do_afterwards(lifecycle.kernel.unhook_gates)
     for line in report.unkept_lines(checkpoint, plan):
         talk(args, f"natkeep: not kept: {line}")
     for line in (*report.lock_lines(plan), *lifecycle.find_unheld(move.id), *_waiting(move)):

@@ -24,7 +24,6 @@ import posix
 import sys
 
 SLOW = [sys.executable, "-I", "-m", "natkeep.criu.hook"]
-AFTERWARDS = [sys.executable, "-I", "-m", "natkeep.criu.unhook"]
 DEFAULT_DIRECTORY = "/run/natkeep"
 ID_ALPHABET = frozenset("abcdefghijklmnopqrstuvwxyz0123456789-")
 SECONDS = 5  # then the long way, which has its own clock, says what it waits for
@@ -75,7 +74,7 @@ class Ready:
 
     def __init__(self, content: bytes) -> None:
         lines = content.decode("ascii").split("\n")
-        demand(lines[0] == "natkeep-ready 2" and lines[-2:] == ["end", ""])
+        demand(lines[0] == "natkeep-ready 3" and lines[-2:] == ["end", ""])
         self.values: dict[str, list[str]] = {}
         for line in lines[1:-2]:
             word, _, rest = line.partition(" ")
@@ -126,16 +125,39 @@ def append(name: str, directory: int, lines: list[str], size: int | None = None)
     posix.close(file)
 
 
-def find_sites(ready: Ready) -> list[tuple[int, bool, int, str, str]]:
-    """(namespace, whether it has to be entered, last sequence number, messages, with the pass)."""
+class Site:
+    """A line of Ready: a site's namespace, and what is sent there."""
+
+    def __init__(self, line: str, current: str) -> None:
+        self.known, last, self.batch, self.with_pass, self.unhooking, path = line.split(" ", 5)
+        self.last, self.passes = int(last), False
+        self.namespace = open_namespace(path)
+        demand(identity(self.namespace) == self.known)
+        self.elsewhere = self.known != current  # it has to be entered
+
+    def open(self) -> None:
+        """Let the connections through."""
+        if self.elsewhere:
+            enter(self.namespace)
+        # Refused where the ruleset has changed since; not even there where a gate was closed.
+        self.passes = self.with_pass != "-" and send(self.with_pass, self.last + 1)
+        if not self.passes:
+            demand(send(self.batch, self.last))
+
+    def unhook(self) -> None:
+        """Take the gates out of all packets' way; refused where the ruleset has changed since."""
+        if self.passes and self.unhooking != "-":
+            enter(self.namespace)
+            send(self.unhooking, 2)
+
+
+def find_sites(ready: Ready) -> list[Site]:
+    """In the order of opening."""
     current = identity(open_namespace("/proc/self/ns/net"))
     sites = []
     for line in ready.all("site"):
-        known, last, batch, with_pass, path = line.split(" ", 4)
-        namespace = open_namespace(path)
-        demand(identity(namespace) == known)
-        sites.append((namespace, known != current, int(last), batch, with_pass))
-        current = known
+        sites.append(Site(line, current))
+        current = sites[-1].known
     demand(sites)
     return sites
 
@@ -187,64 +209,63 @@ def late(*_: object) -> None:
     raise NotAsPreparedError
 
 
-def serve(move_id: str) -> None:
+def serve(move_id: str) -> list[Site]:
     directory = open_state()
     ready = Ready(read(f"{move_id}.ready", directory))
     with open("/proc/sys/kernel/random/boot_id", "rb") as file:
         demand(file.read().decode().strip() == ready.one("boot"))
     demand_tree(ready.all("home"))
     demand_image(ready.one("image"))
-    own, sites = open_namespace("/proc/self/ns/net"), find_sites(ready)
+    sites = find_sites(ready)
     journal = f"{move_id}.journal"
     append(journal, directory, ready.all("doing"), int(ready.one("journal")))
-    for namespace, elsewhere, last, batch, with_pass in sites:
-        if elsewhere:
-            enter(namespace)
-        # Refused where the ruleset has changed since; not even there where a gate was closed.
-        if with_pass == "-" or not send(with_pass, last + 1):
-            demand(send(batch, last))
+    for site in sites:
+        site.open()
     for name in ready.all("hold"):
         deliver(directory, name)
     append(journal, directory, ready.all("done"))
-    if any(elsewhere for _, elsewhere, *_ in sites):
-        enter(own)  # what is done afterwards finds the sites from here
+    return sites
 
 
 def main() -> None:
     """Open the move that the environment names, and leave; the long way otherwise."""
     try:
-        move_id = serve_in_time()
+        sites = serve_in_time()
     except Exception:
         posix.execv(SLOW[0], SLOW)
     try:
-        posix.write(2, f"natkeep-hook: {move_id}: gate open\n".encode())
+        posix.write(2, f"natkeep-hook: {variable('NATKEEP_ID')}: gate open\n".encode())
     finally:  # where nobody listens, too: that shall not end a restore
         if not posix.fork():
-            go_on_alone()
+            unhook(sites)
         posix._exit(0)
 
 
-def go_on_alone() -> None:
-    """Become what nobody waits for, nor for a pipe that it holds."""
+def unhook(sites: list[Site]) -> None:
+    """What waits for the kernel, by a process that nobody waits for, nor for a pipe of its; exit.
+
+    It is over in some milliseconds: it may stand in the control group of a container.
+    """
     try:
+        _signal.setitimer(_signal.ITIMER_REAL, SECONDS)
         posix.setsid()
         nowhere = posix.open("/dev/null", posix.O_RDWR)
         for standard in (0, 1, 2):
             posix.dup2(nowhere, standard)
-        posix.execv(AFTERWARDS[0], AFTERWARDS)
+        for site in sites:
+            site.unhook()
     finally:
-        posix._exit(1)
+        posix._exit(0)
 
 
-def serve_in_time() -> str:
-    """Open the move that the environment names, or say in time that it cannot be; its id."""
+def serve_in_time() -> list[Site]:
+    """Open the move that the environment names, or say in time that it cannot be; its sites."""
     try:
         _signal.signal(_signal.SIGALRM, late)
         _signal.setitimer(_signal.ITIMER_REAL, SECONDS)
         move_id = variable("NATKEEP_ID")
         demand(move_id and len(move_id) <= 32 and ID_ALPHABET.issuperset(move_id))
-        serve(move_id)
-        return move_id
+        return serve(move_id)
     finally:
         _signal.setitimer(_signal.ITIMER_REAL, 0)
 
@@ -258,13 +279,13 @@ def open_when_asked() -> None:
     try:
         tree, images = await_question(sys.argv[2])
         posix.environ[b"CRTOOLS_INIT_PID"], posix.environ[b"CRTOOLS_IMAGE_DIR"] = tree, images
-        serve_in_time()
+        sites = serve_in_time()
         posix.write(TOLD, b"open\n")
-        posix.set_inheritable(ASKED, False)  # opened by the shell, for us
-        posix.set_inheritable(TOLD, False)
+        for fifo in (ASKED, TOLD):  # the answer's end
+            posix.close(fifo)
     except Exception:
         posix._exit(1)
-    go_on_alone()
+    unhook(sites)
 
 
 def await_question(criu: str) -> list[bytes]:

@@ -46,12 +46,14 @@ class Packed:
     """A transaction for the netlink socket of nf_tables, and the number of its last message.
 
     with_pass: another one, with one message more, that only works as long as nothing changes; it
-    is tried first, if there is one (kernel/passing.py).
+    is tried first, if there is one. unhooking: what may follow that one once nobody waits, if
+    nothing else was in between, of two messages (kernel/passing.py).
     """
 
     messages: bytes
     last: int
     with_pass: bytes = b""
+    unhooking: bytes = b""
 
 
 class Panorama(Protocol):

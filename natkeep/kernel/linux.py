@@ -347,8 +347,7 @@ class LinuxKernel:
     def pack_open(self, step: OpenGate) -> Packed | None:
         """What `apply` would send for *step*, ready to be sent."""
         with self._at(step.site):
-            plain, with_pass = passing.pack_open(step.accepts())
-        return Packed(plain, len(step.accepts()), with_pass)
+            return passing.pack_open(step.accepts())
 
     def unhook_gates(self) -> None:
         """At each opened site where no gate is closed take them out of all packets' way.

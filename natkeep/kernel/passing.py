@@ -22,9 +22,10 @@ import re
 from collections.abc import Sequence
 from contextlib import suppress
 
-from natkeep.kernel import elements, rawrule
+from natkeep.kernel import Packed, elements, rawrule
 from natkeep.plan import quiet, ruleset
 from natkeep.plan.ruleset import TABLE
+from natkeep.values import dataclass
 
 Gate = tuple[str, bool]
 """Name of a gate's chain, and whether a bare SYN stays refused there once it is open."""
@@ -35,17 +36,29 @@ _GATES = re.compile(r"(?:gate|callers)-[a-z0-9][a-z0-9-]*")
 _ATTEMPTS = 3
 
 
+@dataclass(frozen=True, slots=True)
+class Look:
+    """What was seen where no gate is closed: the ruleset's state, and who may not pass.
+
+    guarded: bare SYNs still ask the gates; holding: some of them have to, to wait for a listener.
+    """
+
+    generation: int
+    guarded: bool
+    holding: bool
+
+
 def open_gates(gates: Sequence[Gate]) -> None:
     """Let the connections of these gates through, all or none; or OSError.
 
     With the pass, when no other gate is closed; it is not worth more than a few attempts.
     """
     for _ in range(_ATTEMPTS):
-        packed = _pack_with_pass(gates)
-        if packed is None:
+        look = _look(gates)
+        if look is None:
             break
         try:
-            elements.send_packed(packed, len(gates) + 1)
+            elements.send_packed(_pack_with_pass(gates, look), len(gates) + 1)
         except OSError as error:
             if error.errno != errno.ERESTART:
                 raise
@@ -54,41 +67,45 @@ def open_gates(gates: Sequence[Gate]) -> None:
     rawrule.insert_accepts(TABLE, gates, ruleset.OPEN)
 
 
-def pack_open(gates: Sequence[Gate]) -> tuple[bytes, bytes]:
-    """The transaction that opens these gates, and one more that only works as things stand now.
+def pack_open(gates: Sequence[Gate]) -> Packed:
+    """The transactions that open these gates, as things stand now and otherwise."""
+    plain, look = rawrule.pack_accepts(TABLE, gates, ruleset.OPEN), _look(gates)
+    if look is None:
+        return Packed(plain, len(gates))
+    # Each transaction makes the next state.
+    unhooking = b"" if look.holding else pack_unhooking(look.generation + 1)
+    return Packed(plain, len(gates), _pack_with_pass(gates, look), unhooking)
 
-    The second has the pass as its last message, or is empty where some other gate is closed.
-    """
-    plain = rawrule.pack_accepts(TABLE, gates, ruleset.OPEN)
-    return plain, _pack_with_pass(gates) or b""
+
+def _pack_with_pass(gates: Sequence[Gate], look: Look) -> bytes:
+    return rawrule.pack_pass(TABLE, gates, ruleset.OPEN, look.generation, guarded=look.guarded)
 
 
-def _pack_with_pass(gates: Sequence[Gate]) -> bytes | None:
+def _look(gates: Sequence[Gate]) -> Look | None:
     """None where another gate is closed, there is a pass already, or neither can be seen."""
     try:
-        return _look_and_pack(gates)
+        return _look_closely(gates)
     except OSError:  # nothing that is opened or prepared shall fail by it
         return None
 
 
-def _look_and_pack(gates: Sequence[Gate]) -> bytes | None:
+def _look_closely(gates: Sequence[Gate]) -> Look | None:
     generation = elements.read_generation()
     # A site that is, or has been, a destination has a chain that a gateway has not.
     guarded, seen = elements.has_chain(TABLE, ruleset.LEAVING), {name for name, _ in gates}
-    based = False
+    based = holding = False
     for rule in elements.rules_of_chains(TABLE, ruleset.GATE, "callers-"):
         if rule.chain == ruleset.GATE:
             based = True
             if rule.comment == ruleset.PASS:
                 return None
-            guarded |= quiet.is_hold(rule.comment)  # listeners are held in the base chain
+            holding |= quiet.is_hold(rule.comment)  # listeners are held in the base chain
         elif rule.chain not in seen and _GATES.fullmatch(rule.chain):
             seen.add(rule.chain)  # what opens a gate is its first rule
             if rule.comment != ruleset.OPEN:
                 return None
-    if not based:  # its own rules were not seen, so a closed gate may not have been either
-        return None
-    return rawrule.pack_pass(TABLE, gates, ruleset.OPEN, generation, guarded=guarded)
+    # Where its own rules were not seen, a closed gate may not have been either.
+    return Look(generation, guarded or holding, holding) if based else None
 
 
 def closing_lines() -> list[str]:
@@ -106,8 +123,8 @@ def closing_lines() -> list[str]:
 def let_pass() -> None:
     """Put the pass in, when a gate that was closed has gone and no other is closed."""
     with suppress(OSError):  # it saves time and nothing else
-        if packed := _pack_with_pass(()):
-            elements.send_packed(packed, 1)
+        if look := _look(()):
+            elements.send_packed(_pack_with_pass((), look), 1)
 
 
 def unhook() -> None:

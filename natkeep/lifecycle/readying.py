@@ -3,17 +3,17 @@
 natkeep/criu/natkeep_hook_open.py reads it, in a tenth of the time that reading the journal, making
 the plan and packing the messages again would take; all that is inside the blackout. ASCII lines:
 
-    natkeep-ready 2
+    natkeep-ready 3
     boot BOOT ID
     journal SIZE                    of ID.journal, in octets, when prepare had ended: any verb
                                     that came later has written to it, and this file holds no more
     image RUN ID                    of the dump; - where none is known
     home DEVICE:INODE               a namespace that the restored tree may be in; one or more
-    site DEVICE:INODE LAST HEX PASS PATH
+    site DEVICE:INODE LAST HEX PASS UNHOOKING PATH
                                     a site's namespace, in order of opening: what is sent there and
                                     the sequence number of its last message; what is tried before
-                                    that, with one message more, or - (kernel/passing.py); where
-                                    the namespace is found
+                                    that, with one message more, or -; what follows that once nobody
+                                    waits, or - (kernel/passing.py); where the namespace is found
     hold NAME                       the holder's socket in the state directory, if there is one
     doing RECORD, done RECORD       what the journal notes before and after, a line a step
     end
@@ -38,7 +38,7 @@ from natkeep.plan.steps import Identity, OpenGate, Plan, Prior
 def write_ready(kernel: Kernel, journal: Journal, plan: Plan) -> None:
     """Leave ID.ready beside the journal of a move that has just been prepared, closed."""
     lines = [
-        "natkeep-ready 2",
+        "natkeep-ready 3",
         f"boot {journal.boot}",
         f"journal {journal.size()}",
         f"image {journal.image or '-'}",
@@ -50,7 +50,8 @@ def write_ready(kernel: Kernel, journal: Journal, plan: Plan) -> None:
         if packed is None or not (path.isascii() and path.isprintable()):
             return
         name = _name(journal.identity(step.site))
-        sent = f"{packed.messages.hex()} {packed.with_pass.hex() or '-'}"
+        batches = (packed.messages, packed.with_pass, packed.unhooking)
+        sent = " ".join(batch.hex() or "-" for batch in batches)
         lines.append(f"site {name} {packed.last} {sent} {path}")
     if any(isinstance(step, OpenGate) and step.delivers for step in plan.open):
         lines.append(f"hold {holder_name(plan.move.id)}")

@@ -155,7 +155,7 @@ def _truncate(site: Site) -> None:
 
 
 def _be_of_another_form(site: Site) -> None:
-    site.ready.write_text(site.ready.read_text().replace("natkeep-ready 2", "natkeep-ready 1"))
+    site.ready.write_text(site.ready.read_text().replace("natkeep-ready 3", "natkeep-ready 2"))
 
 
 def _be_of_another_boot(site: Site) -> None:
