@@ -9,9 +9,15 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 from collections.abc import Callable
 
-_SECONDS = 10
+_REST = 1.0
+"""Seconds after which the blackout is over, if it is not known.
+
+Not earlier: the kernel's grace periods are one queue, and whoever ends a restore waits in it, too.
+"""
+_LIMIT = 10  # seconds
 _works: list[Callable[[], object]] = []
 
 
@@ -20,13 +26,18 @@ def do_afterwards(work: Callable[[], object]) -> None:
     _works.append(work)
 
 
-def begin() -> None:
-    """Start it, if there is any, in a process of its own; the program ends at once after this."""
+def begin(beside: int = 0) -> None:
+    """Start it, if there is any, in a process of its own; the program ends at once after this.
+
+    beside: the number of the process that restores; with its end, at the latest after _REST
+    seconds, the blackout is over.
+    """
     if not _works or os.fork():
         return
     try:
-        signal.alarm(_SECONDS)  # whatever the kernel does, nothing stays
+        signal.alarm(_LIMIT)  # whatever the kernel does, nothing stays
         _detach()
+        _rest(beside)
         for work in _works:
             work()
     finally:
@@ -34,8 +45,20 @@ def begin() -> None:
 
 
 def _detach() -> None:
-    """Hold no pipe that somebody reads to its end, and get no terminal's signals."""
+    """Hold nothing of our parent's that somebody waits for, and get no terminal's signals."""
     os.setsid()
     nowhere = os.open(os.devnull, os.O_RDWR)
     for standard in (0, 1, 2):
         os.dup2(nowhere, standard)
+    os.closerange(3, os.sysconf("SC_OPEN_MAX"))
+
+
+def _rest(beside: int) -> None:
+    if not beside:
+        time.sleep(_REST)
+        return
+    import select
+
+    poll = select.poll()
+    poll.register(os.pidfd_open(beside), select.POLLIN)
+    poll.poll(_REST * 1000)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import argparse
-import functools
 import sys
+from functools import partial
 from typing import TYPE_CHECKING
 
 from natkeep.afterwards import do_afterwards
@@ -68,7 +68,7 @@ def prepare(args: argparse.Namespace) -> int:
         move, checkpoint.connections, Gate(args.gate), args.replace, checkpoint.run_id
     )
     if any(isinstance(step, OpenEarly) for step in plan.prepare):
-        do_afterwards(lifecycle.kernel.unhook_gates)
+        do_afterwards(partial(unhook, args))
     for line in report.unkept_lines(checkpoint, plan):
         talk(args, f"natkeep: not kept: {line}")
     for line in (*report.lock_lines(plan), *lifecycle.find_unheld(move.id), *_waiting(move)):
@@ -93,7 +93,7 @@ def run(args: argparse.Namespace) -> int:
     if slow:
         talk(args, f"natkeep: {slow}")
     lifecycle = make_lifecycle(args, create=True)
-    telling = functools.partial(talk, args)
+    telling = partial(talk, args)
     keep = args.keep_closed_on_failure
     code = Restore(lifecycle, move, checkpoint, command, telling, keep, own_stdout=args.json).run()
     if args.json:
@@ -115,7 +115,7 @@ def open(args: argparse.Namespace) -> int:
         return read_checkpoint(args.image)
 
     compared = lifecycle.open(args.id, confirm)
-    do_afterwards(lifecycle.kernel.unhook_gates)
+    do_afterwards(partial(unhook, args))
     if blind:
         talk(args, f"natkeep: {args.id}: opened as prepared, with no image to compare (--image)")
     if compared is not None:
@@ -129,6 +129,11 @@ def open(args: argparse.Namespace) -> int:
     else:
         talk(args, f"natkeep: {args.id}: gate open")
     return 0
+
+
+def unhook(args: argparse.Namespace) -> None:
+    """What a verb that opens leaves to be done; by a kernel of its own, whose handles are open."""
+    make_lifecycle(args, create=False).unhook(args.id)
 
 
 def _waiting(move: Move) -> list[str]:

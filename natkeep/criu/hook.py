@@ -121,7 +121,7 @@ def _serve() -> int:
         compared = lifecycle.open(
             orders.id, lambda journal: _confirm(journal, lifecycle, orders, call)
         )
-        do_afterwards(lifecycle.kernel.unhook_gates)
+        do_afterwards(lambda: _make_lifecycle(orders).unhook(orders.id))
         if compared is not None:
             from natkeep import report
 
@@ -220,7 +220,7 @@ def _serve_maps(orders: Orders, call: Call) -> None:
     prepared = _ensure_prepared(move_id, orders, call, lifecycle, site)
     if prepared and call.action == "post-restore":
         lifecycle.open(move_id)
-        do_afterwards(lifecycle.kernel.unhook_gates)
+        do_afterwards(lambda: _make_lifecycle(orders).unhook(move_id))
         _say(f"{move_id}: gate open")
 
 
@@ -322,7 +322,7 @@ def _run() -> NoReturn:
 
     gc.disable()
     code = main()
-    afterwards.begin()
+    afterwards.begin(beside=os.getppid())
     os._exit(code)
 
 

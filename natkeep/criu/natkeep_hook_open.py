@@ -28,6 +28,7 @@ DEFAULT_DIRECTORY = "/run/natkeep"
 ID_ALPHABET = frozenset("abcdefghijklmnopqrstuvwxyz0123456789-")
 SECONDS = 5  # then the long way, which has its own clock, says what it waits for
 LONGEST = 600  # seconds from pre-restore to post-restore, after which we are not waited for
+REST = 1000  # ms after which the blackout is over, if CRIU goes on
 ASKED, TOLD = 3, 4  # FIFOs that natkeep-hook has opened: ID.asked and ID.told
 LIMIT = 1 << 20
 SAFE = posix.O_CLOEXEC | posix.O_NOFOLLOW | posix.O_NONBLOCK
@@ -236,22 +237,29 @@ def main() -> None:
     try:
         posix.write(2, f"natkeep-hook: {variable('NATKEEP_ID')}: gate open\n".encode())
     finally:  # where nobody listens, too: that shall not end a restore
+        criu = posix.getppid()
         if not posix.fork():
-            unhook(sites)
+            unhook(sites, criu)
         posix._exit(0)
 
 
-def unhook(sites: list[Site]) -> None:
+def unhook(sites: list[Site], criu: int) -> None:
     """What waits for the kernel, by a process that nobody waits for, nor for a pipe of its; exit.
 
-    It is over in some milliseconds: it may stand in the control group of a container.
+    CRIU's own end waits for the kernel in the same queue, so that comes first, if it comes soon.
+    Then it is over in some milliseconds: it may stand in the control group of a container.
     """
+    import select
+
     try:
         _signal.setitimer(_signal.ITIMER_REAL, SECONDS)
         posix.setsid()
         nowhere = posix.open("/dev/null", posix.O_RDWR)
         for standard in (0, 1, 2):
             posix.dup2(nowhere, standard)
+        poll = select.poll()
+        poll.register(posix.pidfd_open(criu), select.POLLIN)
+        poll.poll(REST)
         for site in sites:
             site.unhook()
     finally:
@@ -285,7 +293,7 @@ def open_when_asked() -> None:
             posix.close(fifo)
     except Exception:
         posix._exit(1)
-    unhook(sites)
+    unhook(sites, int(sys.argv[2]))
 
 
 def await_question(criu: str) -> list[bytes]:

@@ -59,6 +59,15 @@ class Opening(Ground):
             self._apply_or_undo(journal, plan, numbers)
             return compared
 
+    def unhook(self, move_id: str) -> None:
+        """At the sites of an open move take the gates out of all packets' way, if none is closed.
+
+        It waits for the kernel, so it is for afterwards, when nobody waits for the connections.
+        """
+        journal, plan = self._load(move_id)
+        self._open_known(journal, plan)
+        self.kernel.unhook_gates()
+
 
 def _refuse_unprepared(journal: Journal, plan: Plan) -> None:
     needed, done = numbers_before(plan), journal.is_done
