@@ -363,7 +363,7 @@ class LinuxKernel:
         with self._at(step.site):
             match step:
                 case InstallGate():
-                    table.remove_gate(step)
+                    table.remove_gate(step, prior)
                     forget_untracked([t.map.old for t in step.translations])
                 case RaiseLoopback():
                     _lower_loopback(prior)

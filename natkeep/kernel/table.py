@@ -31,7 +31,9 @@ from natkeep.plan.tuples import Address
 
 def install_gate(step: InstallGate, remember: Remember) -> Prior:
     """The table where there is none, and the move's gate, closed."""
-    lines = [*passing.closing_lines(), *step.lines()]
+    closing = passing.closing_lines()
+    prior = Prior(facts={"unhooked": True}) if ruleset.render_hook()[0] in closing else Prior()
+    lines = [*closing, *step.lines()]
     if step.site.role == Role.DESTINATION:
         if not elements.has_table(elements.ARP, TABLE):
             lines = [*ruleset.render_arp_static(), *lines]
@@ -41,12 +43,12 @@ def install_gate(step: InstallGate, remember: Remember) -> Prior:
         lines = [*quietness.missing_static_lines(), *lines]
     if not elements.has_table(elements.INET, TABLE):
         lines = [*ruleset.render_static(), *lines]
-    remember(Prior())
+    remember(prior)
     nft.run_transaction(lines)
-    return Prior()
+    return prior
 
 
-def remove_gate(step: InstallGate) -> None:
+def remove_gate(step: InstallGate, prior: Prior) -> None:
     """The move's gate and sets go; with the last move the tables go too."""
     own = {name for t in step.translations for name in ruleset.sets_of(step.move_id, t)}
     if not quietness.is_shared(own):
@@ -62,7 +64,8 @@ def remove_gate(step: InstallGate) -> None:
     lines += ruleset.render_gate_removal(step.move_id, step.translations)
     _run_what_is_there(lines)
     passing.let_pass()
-    passing.unhook()
+    if prior.facts.get("unhooked"):
+        passing.unhook()
 
 
 def _end_silence(site: Site, olds: Iterable[Address]) -> list[str]:

@@ -31,6 +31,7 @@ class Gates:
         self.site, self.run, self.kernel = Site(Role.GATEWAY, netns), run, LinuxKernel()
         self.kernel.open_sites([self.site])
         self.plans: dict[str, Plan] = {}
+        self.priors: dict[tuple[str, object], Prior] = {}
 
     def prepare(self, move_id: str) -> None:
         number = len(self.plans) + 1
@@ -39,7 +40,7 @@ class Gates:
         kept = Connections.of([FourTuple(end, Endpoint(old, 80))])
         self.plans[move_id] = make_plan(Move(move_id, (Map(old, new),), (self.site,)), kept)
         for step in self.plans[move_id].prepare:
-            self.kernel.apply(step, lambda prior: None)
+            self.priors[move_id, step] = self.kernel.apply(step, lambda prior: None)
 
     def opening(self, move_id: str) -> OpenGate:
         [step] = self.plans[move_id].open
@@ -54,7 +55,7 @@ class Gates:
 
     def remove(self, move_id: str) -> None:
         for step in reversed(self.plans[move_id].prepare):
-            self.kernel.revert(step, Prior())
+            self.kernel.revert(step, self.priors.get((move_id, step), Prior()))
 
     @property
     def comments(self) -> list[str]:
@@ -160,6 +161,7 @@ def test_without_the_base_chain_an_open_move_misses_nothing_and_a_closed_one_doe
 def test_a_move_that_goes_leaves_no_base_chain_for_those_that_are_open(gates: Gates) -> None:
     gates.prepare("one")
     gates.open("one")
+    gates.kernel.unhook_gates()
     gates.prepare("two")
 
     gates.remove("two")
