@@ -11,6 +11,7 @@ import os
 import signal
 import time
 from collections.abc import Callable
+from contextlib import suppress
 
 _REST = 1.0
 """Seconds after which the blackout is over, if it is not known.
@@ -32,7 +33,10 @@ def begin(beside: int = 0) -> None:
     beside: the number of the process that restores; with its end, at the latest after _REST
     seconds, the blackout is over.
     """
-    if not _works or os.fork():
+    try:
+        if not _works or os.fork():
+            return
+    except OSError:  # no room for another process; what was asked for is done
         return
     try:
         signal.alarm(_LIMIT)  # whatever the kernel does, nothing stays
@@ -59,6 +63,7 @@ def _rest(beside: int) -> None:
         return
     import select
 
-    poll = select.poll()
-    poll.register(os.pidfd_open(beside), select.POLLIN)
-    poll.poll(_REST * 1000)
+    with suppress(ProcessLookupError):  # it has ended already
+        poll = select.poll()
+        poll.register(os.pidfd_open(beside), select.POLLIN)
+        poll.poll(_REST * 1000)

@@ -115,13 +115,11 @@ def _serve() -> int:
     if orders.maps:
         _serve_maps(orders, call)
     elif call.action == "post-restore":
-        from natkeep.afterwards import do_afterwards
-
         lifecycle = _make_lifecycle(orders)
         compared = lifecycle.open(
             orders.id, lambda journal: _confirm(journal, lifecycle, orders, call)
         )
-        do_afterwards(lambda: _make_lifecycle(orders).unhook(orders.id))
+        _unhook_afterwards(orders, orders.id)
         if compared is not None:
             from natkeep import report
 
@@ -150,6 +148,13 @@ def _make_lifecycle(orders: Orders) -> Lifecycle:
     create = bool(orders.maps)
     state = StateDirectory(orders.state_dir or None, create=create, patience=_PATIENCE)
     return Lifecycle(LinuxKernel(state.path), state)
+
+
+def _unhook_afterwards(orders: Orders, move_id: str) -> None:
+    """By a lifecycle of its own, whose handles are open then."""
+    from natkeep.afterwards import do_afterwards
+
+    do_afterwards(lambda: _make_lifecycle(orders).unhook(move_id))
 
 
 # ---- NATKEEP_ID --------------------------------------------------------------------------------
@@ -214,13 +219,11 @@ def _serve_maps(orders: Orders, call: Call) -> None:
     site = _early_site(call) if call.action == "pre-restore" else _tree_site(call)
     if site is None:
         return  # the namespace does not exist yet
-    from natkeep.afterwards import do_afterwards
-
     lifecycle = _make_lifecycle(orders)
     prepared = _ensure_prepared(move_id, orders, call, lifecycle, site)
     if prepared and call.action == "post-restore":
         lifecycle.open(move_id)
-        do_afterwards(lambda: _make_lifecycle(orders).unhook(move_id))
+        _unhook_afterwards(orders, move_id)
         _say(f"{move_id}: gate open")
 
 
@@ -318,11 +321,12 @@ def _run() -> NoReturn:
     """As the program: what an interpreter does for a long life is left out (10 ms of 50)."""
     import gc
 
-    from natkeep import afterwards
-
     gc.disable()
     code = main()
-    afterwards.begin(beside=os.getppid())
+    if "natkeep.afterwards" in sys.modules:  # there is something to do
+        from natkeep import afterwards
+
+        afterwards.begin(beside=os.getppid())
     os._exit(code)
 
 

@@ -236,10 +236,10 @@ def main() -> None:
         posix.execv(SLOW[0], SLOW)
     try:
         posix.write(2, f"natkeep-hook: {variable('NATKEEP_ID')}: gate open\n".encode())
-    finally:  # where nobody listens, too: that shall not end a restore
-        criu = posix.getppid()
+        criu = posix.pidfd_open(posix.getppid())
         if not posix.fork():
             unhook(sites, criu)
+    finally:  # also where nobody listens, or nothing can be left to be done: the move is open
         posix._exit(0)
 
 
@@ -258,7 +258,7 @@ def unhook(sites: list[Site], criu: int) -> None:
         for standard in (0, 1, 2):
             posix.dup2(nowhere, standard)
         poll = select.poll()
-        poll.register(posix.pidfd_open(criu), select.POLLIN)
+        poll.register(criu, select.POLLIN)
         poll.poll(REST)
         for site in sites:
             site.unhook()
@@ -285,7 +285,7 @@ def open_when_asked() -> None:
     post-restore's call does what there is to do, as if we had never been.
     """
     try:
-        tree, images = await_question(sys.argv[2])
+        criu, (tree, images) = await_question(sys.argv[2])
         posix.environ[b"CRTOOLS_INIT_PID"], posix.environ[b"CRTOOLS_IMAGE_DIR"] = tree, images
         sites = serve_in_time()
         posix.write(TOLD, b"open\n")
@@ -293,11 +293,11 @@ def open_when_asked() -> None:
             posix.close(fifo)
     except Exception:
         posix._exit(1)
-    unhook(sites, int(sys.argv[2]))
+    unhook(sites, criu)
 
 
-def await_question(criu: str) -> list[bytes]:
-    """The tree's number and the images, as the *criu* that we were started for gives them.
+def await_question(criu: str) -> tuple[int, list[bytes]]:
+    """A handle of *criu*, that we were started for; the tree's number and the images, as it says.
 
     NotAsPreparedError when that has ended, or has not asked for a long time.
     """
@@ -312,7 +312,7 @@ def await_question(criu: str) -> list[bytes]:
         posix.set_blocking(ASKED, False)  # where two were started, the other may have taken it
         asker, *question = posix.read(ASKED, 4096).rstrip(b"\n").split(b" ", 2)
         demand(asker == criu.encode())
-        return question
+        return alive, question
     finally:  # before anything is opened: another call is not to wait for us
         stem = f"{variable('NATKEEP_STATE_DIR') or DEFAULT_DIRECTORY}/{variable('NATKEEP_ID')}"
         for name in (f"{stem}.asked", f"{stem}.told"):

@@ -21,14 +21,13 @@ from functools import cache
 
 from natkeep.plan import ruleset
 from natkeep.plan.move import Role, Translation
-from natkeep.plan.ruleset import FAMILIES, GATE, TABLE
+from natkeep.plan.ruleset import FAMILIES, GATE, SYN, TABLE
 from natkeep.plan.tuples import Address, Endpoint
 
 MUTE = "mute"
 """Outbound dispatch of a source's gate."""
 
 _IP = {4: "ip", 6: "ip6"}
-_SYN = "tcp flags & (fin | syn | rst | ack) == syn"
 BASE_CHAIN = "muted"
 HOLD_PREFIX = "hold-"
 _HOLD = ":hold"
@@ -92,7 +91,7 @@ def render_hold(move_id: str, listeners: Iterable[Endpoint], *, linked: bool) ->
     lines = [f"add chain inet {TABLE} {chain}", f"flush chain inet {TABLE} {chain}"]
     for listener in listeners:
         at = "" if listener.address.is_unspecified else f"{_at(listener.address)} "
-        lines.append(f"add rule inet {TABLE} {chain} {at}tcp dport {listener.port} {_SYN} drop")
+        lines.append(f"add rule inet {TABLE} {chain} {at}tcp dport {listener.port} {SYN} drop")
     if not linked:
         lines.append(f'add rule inet {TABLE} gate jump {chain} comment "{hold_comment(move_id)}"')
     return tuple(lines)

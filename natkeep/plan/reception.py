@@ -23,12 +23,11 @@ from collections.abc import Iterable, Iterator
 from natkeep.errors import RefusedError
 from natkeep.plan import ruleset
 from natkeep.plan.move import Map, Mode, Move, Role, Site
-from natkeep.plan.ruleset import GATE, TABLE
+from natkeep.plan.ruleset import GATE, SYN, TABLE
 from natkeep.plan.tuples import Address, Endpoint
 from natkeep.values import dataclass
 
 _IP = {4: "ip", 6: "ip6"}
-_SYN = "tcp flags & (fin | syn | rst | ack) == syn"
 
 SET_PREFIX = "listen-"
 
@@ -129,7 +128,7 @@ def render(move_id: str, receptions: Iterable[Reception]) -> tuple[str, ...]:
 def _render_gate(move_id: str, reception: Reception) -> Iterator[str]:
     ports, callers = listen_set(move_id, reception.number), callers_chain(move_id)
     for address in reception.gated:
-        yield from _rule(GATE, address, f"{_SYN} tcp dport @{ports} jump {callers}", move_id)
+        yield from _rule(GATE, address, f"{SYN} tcp dport @{ports} jump {callers}", move_id)
 
 
 def _render_translation(move_id: str, reception: Reception) -> Iterator[str]:
@@ -140,7 +139,7 @@ def _render_translation(move_id: str, reception: Reception) -> Iterator[str]:
     from_wire = 'iif != "lo" ' if at_destination else ""
     to_wire = 'oif != "lo" ' if at_destination else ""
     if reception.mode == Mode.STATEFUL:
-        arriving = f"{_SYN} tcp dport {ports} {from_wire}dnat {ip} to {after} : tcp dport"
+        arriving = f"{SYN} tcp dport {ports} {from_wire}dnat {ip} to {after} : tcp dport"
         yield from _rule(inbound, before, arriving, move_id)
         return
     arriving = f"{ip} daddr {before} tcp dport {ports} {from_wire}{ip} daddr set {after}"

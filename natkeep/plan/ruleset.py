@@ -65,7 +65,9 @@ FAMILIES = (4, 6)
 _IP = {4: "ip", 6: "ip6"}
 _TYPE = {4: "ipv4_addr", 6: "ipv6_addr"}
 _NOT_SYN = "tcp flags & (fin | syn | rst | ack) != syn"
-_SYN = "tcp flags & (fin | syn | rst | ack) == syn"
+SYN = "tcp flags & (fin | syn | rst | ack) == syn"
+"""A bare SYN: who begins a connection."""
+
 _CRIUS_OWN = f"meta mark {CRIU_MARK:#x}"
 _SYN_ACK = "tcp flags & (syn | ack) == syn | ack"
 
@@ -383,7 +385,7 @@ def _render_syn_drop(move_id: str, translation: Translation, dispatch: str) -> l
         return []
     local, kept = translation.before, kept_set(move_id, translation.number)
     return [
-        f"insert rule inet {TABLE} {address_chain(dispatch, local)} {_SYN} "
+        f"insert rule inet {TABLE} {address_chain(dispatch, local)} {SYN} "
         f'{_inbound_key(local)} @{kept} drop comment "{move_id}"'
     ]
 

@@ -57,6 +57,13 @@ class Gates:
         for step in reversed(self.plans[move_id].prepare):
             self.kernel.revert(step, self.priors.get((move_id, step), Prior()))
 
+    def hold_listeners(self) -> None:
+        """A quiesce at the same host, of the move `two`."""
+        source = Site(Role.SOURCE, self.site.netns)
+        self.kernel.open_sites([source])
+        listener = Endpoint(parse_address("10.2.0.9"), 80)
+        self.kernel.apply(HoldListeners(source, "two", (listener,)), lambda prior: None)
+
     @property
     def comments(self) -> list[str]:
         with inside(open_namespace(self.site.netns)):
@@ -172,10 +179,7 @@ def test_a_move_that_goes_leaves_no_base_chain_for_those_that_are_open(gates: Ga
 def test_where_listeners_are_held_the_base_chain_stays(gates: Gates) -> None:
     gates.prepare("one")
     gates.open("one")
-    source = Site(Role.SOURCE, gates.site.netns)
-    gates.kernel.open_sites([source])
-    listener = Endpoint(parse_address("10.2.0.9"), 80)
-    gates.kernel.apply(HoldListeners(source, "two", (listener,)), lambda prior: None)
+    gates.hold_listeners()
     assert gates.have_pass
 
     gates.kernel.unhook_gates()
@@ -187,11 +191,8 @@ def test_the_base_chain_comes_back_for_listeners_that_are_to_wait(gates: Gates) 
     gates.prepare("one")
     gates.open("one")
     gates.kernel.unhook_gates()
-    source = Site(Role.SOURCE, gates.site.netns)
-    gates.kernel.open_sites([source])
-    listener = Endpoint(parse_address("10.2.0.9"), 80)
 
-    gates.kernel.apply(HoldListeners(source, "two", (listener,)), lambda prior: None)
+    gates.hold_listeners()
 
     assert "jump hold-two" in gates.listed("gate")
 
@@ -240,11 +241,8 @@ def test_where_listeners_are_held_bare_syns_do_not_pass(gates: Gates) -> None:
     """A quiesce at a host that is some other move's gateway."""
     gates.prepare("one")
     gates.open("one")
-    source = Site(Role.SOURCE, gates.site.netns)
-    gates.kernel.open_sites([source])
-    listener = Endpoint(parse_address("10.2.0.9"), 80)
 
-    gates.kernel.apply(HoldListeners(source, "two", (listener,)), lambda prior: None)
+    gates.hold_listeners()
 
     assert gates.have_pass
     listed = gates.run(gates.site.netns, "nft", "list", "chain", "inet", "natkeep", "gate")

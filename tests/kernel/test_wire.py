@@ -370,15 +370,21 @@ def test_without_natkeep_segments_pass_as_they_are(
     assert [stage.expect(answer)] == stage.outbound(answer)
 
 
+@pytest.mark.parametrize("hooked", [True, False])
 @EACH_MODE
 @EACH_VERSION
 @EACH_ROLE
 def test_a_segment_of_a_kept_connection_has_its_address_changed_and_nothing_else(
-    make_stage: Callable[[Role], Stage], role: Role, version: int, mode: Mode
+    make_stage: Callable[[Role], Stage], role: Role, version: int, mode: Mode, hooked: bool
 ) -> None:
-    """Compared whole: addresses, TTL, checksums, numbers, flags, options, window and data."""
+    """Compared whole: addresses, TTL, checksums, numbers, flags, options, window and data.
+
+    Both just after open, and when packets do not come by the gates any more.
+    """
     stage = make_stage(role)
     stage.prepare(mode=mode)
+    if not hooked:
+        stage.unhook()
     packet, answer = to_process(stage, version), to_peer(stage, version)
     assert [stage.expect(packet, dst=stage.inside(version))] == stage.inbound(packet)
     assert [stage.expect(answer, src=stage.outside(version))] == stage.outbound(answer)
@@ -458,21 +464,6 @@ def test_a_bare_syn_on_a_kept_tuple_reaches_no_listener(
     assert stage.inbound(syn) == []
     stage.run(stage.netns, "conntrack", "-F")
     assert stage.inbound(syn) == []
-
-
-@EACH_MODE
-@EACH_VERSION
-@EACH_ROLE
-def test_a_kept_connection_needs_no_gate_once_it_is_open(
-    make_stage: Callable[[Role], Stage], role: Role, version: int, mode: Mode
-) -> None:
-    stage = make_stage(role)
-    stage.prepare(mode=mode)
-    stage.unhook()
-    packet, answer = to_process(stage, version), to_peer(stage, version)
-
-    assert [stage.expect(packet, dst=stage.inside(version))] == stage.inbound(packet)
-    assert [stage.expect(answer, src=stage.outside(version))] == stage.outbound(answer)
 
 
 @EACH_MODE
