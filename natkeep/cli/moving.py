@@ -47,7 +47,6 @@ def prepare(args: argparse.Namespace) -> int:
     from natkeep import report
     from natkeep.plan.drift import Gate
     from natkeep.plan.order import describe_plan
-    from natkeep.plan.steps import OpenEarly
 
     checkpoint = read_connections(args)
     if checkpoint.live and (args.gate == "open" or args.replace):
@@ -67,8 +66,6 @@ def prepare(args: argparse.Namespace) -> int:
     plan = lifecycle.prepare(
         move, checkpoint.connections, Gate(args.gate), args.replace, checkpoint.run_id
     )
-    if any(isinstance(step, OpenEarly) for step in plan.prepare):
-        do_afterwards(partial(unhook, args))
     for line in report.unkept_lines(checkpoint, plan):
         talk(args, f"natkeep: not kept: {line}")
     for line in (*report.lock_lines(plan), *lifecycle.find_unheld(move.id), *_waiting(move)):

@@ -138,6 +138,12 @@ class Kernel(Protocol):
     def pack_open(self, step: OpenGate) -> Packed | None:
         """What `apply` would send for *step*, ready to be sent; None where that is unknown."""
 
+    def pack_unhooking(self, site: Site) -> bytes:
+        """What takes the gates of an opened site out of all packets' way, as things stand now.
+
+        Of two messages, and refused once anything has changed; empty where a gate is closed.
+        """
+
     def unhook_gates(self) -> None:
         """At each opened site where no gate is closed take them out of all packets' way."""
 

@@ -220,6 +220,10 @@ class FakeKernel:
         """Nothing: there is no netlink here."""
         return None
 
+    def pack_unhooking(self, site: Site) -> bytes:
+        """Nothing: there is no netlink here."""
+        return b""
+
     def unhook_gates(self) -> None:
         """Nothing: no packet comes by here."""
 

@@ -349,6 +349,11 @@ class LinuxKernel:
         with self._at(step.site):
             return passing.pack_open(step.accepts())
 
+    def pack_unhooking(self, site: Site) -> bytes:
+        """What takes the gates of an opened site out of all packets' way, as things stand now."""
+        with self._at(site):
+            return passing.pack_unhooking()
+
     def unhook_gates(self) -> None:
         """At each opened site where no gate is closed take them out of all packets' way.
 

@@ -73,7 +73,7 @@ def pack_open(gates: Sequence[Gate]) -> Packed:
     if look is None:
         return Packed(plain, len(gates))
     # Each transaction makes the next state.
-    unhooking = b"" if look.holding else pack_unhooking(look.generation + 1)
+    unhooking = b"" if look.holding else _pack_unhooking(look.generation + 1)
     return Packed(plain, len(gates), _pack_with_pass(gates, look), unhooking)
 
 
@@ -133,15 +133,25 @@ def unhook() -> None:
     It deletes, so closing the socket waits for what still looks at the chain (an RCU grace period):
     nothing for a blackout.
     """
-    with suppress(OSError):  # it saves time and nothing else
+    if packed := pack_unhooking():
+        with suppress(OSError):  # it saves time and nothing else
+            elements.send_packed(packed, 2)
+
+
+def pack_unhooking() -> bytes:
+    """The transaction of unhook, as things stand now; empty where the base chain has to stay."""
+    try:
         generation = elements.read_generation()
         comments = [rule.comment for rule in elements.rules(TABLE, ruleset.GATE)]
-        if ruleset.PASS in comments and not any(map(quiet.is_hold, comments)):
-            elements.send_packed(pack_unhooking(generation), 2)
+    except OSError:  # nothing that is opened or prepared shall fail by it
+        return b""
+    if ruleset.PASS not in comments or any(map(quiet.is_hold, comments)):
+        return b""
+    return _pack_unhooking(generation)
 
 
-def pack_unhooking(generation: int) -> bytes:
-    """The transaction of unhook, for this state of the ruleset; its second message is answered."""
+def _pack_unhooking(generation: int) -> bytes:
+    """For this state of the ruleset; its second message is answered."""
     return elements.pack_batch(
         elements.INET, elements.pack_chain_removal(TABLE, ruleset.GATE), generation
     )

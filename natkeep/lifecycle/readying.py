@@ -14,6 +14,8 @@ the plan and packing the messages again would take; all that is inside the black
                                     the sequence number of its last message; what is tried before
                                     that, with one message more, or -; what follows that once nobody
                                     waits, or - (kernel/passing.py); where the namespace is found
+                                    a gateway that prepare has opened is behind the others, and
+                                    nothing but the last is sent there
     hold NAME                       the holder's socket in the state directory, if there is one
     doing RECORD, done RECORD       what the journal notes before and after, a line a step
     end
@@ -29,10 +31,11 @@ from contextlib import suppress
 from natkeep.errors import JournalError
 from natkeep.journal import Journal
 from natkeep.journal_form import record_line
-from natkeep.kernel import Kernel
+from natkeep.kernel import Kernel, Packed
 from natkeep.kernel.netns import path_of
+from natkeep.plan.move import Site
 from natkeep.plan.replay import holder_name
-from natkeep.plan.steps import Identity, OpenGate, Plan, Prior
+from natkeep.plan.steps import Identity, OpenEarly, OpenGate, Plan, Prior
 
 
 def write_ready(kernel: Kernel, journal: Journal, plan: Plan) -> None:
@@ -49,10 +52,12 @@ def write_ready(kernel: Kernel, journal: Journal, plan: Plan) -> None:
         path = path_of(step.site.netns)
         if packed is None or not (path.isascii() and path.isprintable()):
             return
-        name = _name(journal.identity(step.site))
-        batches = (packed.messages, packed.with_pass, packed.unhooking)
-        sent = " ".join(batch.hex() or "-" for batch in batches)
-        lines.append(f"site {name} {packed.last} {sent} {path}")
+        lines.append(_site_line(journal, step.site, packed, path))
+    for site in [step.site for step in plan.prepare if isinstance(step, OpenEarly)]:
+        path = path_of(site.netns)
+        if path.isascii() and path.isprintable():
+            packed = Packed(b"", 0, unhooking=kernel.pack_unhooking(site))
+            lines.append(_site_line(journal, site, packed, path))
     if any(isinstance(step, OpenGate) and step.delivers for step in plan.open):
         lines.append(f"hold {holder_name(plan.move.id)}")
     for state in ("doing", "done"):
@@ -60,6 +65,12 @@ def write_ready(kernel: Kernel, journal: Journal, plan: Plan) -> None:
             lines.append(f"{state} {record_line(number, state, Prior()).decode().rstrip()}")
     with suppress(JournalError):  # a full disk: the move is prepared, and opens the long way
         journal.write_ready("\n".join([*lines, "end", ""]).encode("ascii"))
+
+
+def _site_line(journal: Journal, site: Site, packed: Packed, path: str) -> str:
+    batches = (packed.messages, packed.with_pass, packed.unhooking)
+    sent = " ".join(batch.hex() or "-" for batch in batches)
+    return f"site {_name(journal.identity(site))} {packed.last} {sent} {path}"
 
 
 def _name(identity: Identity) -> str:

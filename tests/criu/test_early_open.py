@@ -47,7 +47,7 @@ class Restore:
 
     bin: Path
     state: Path
-    netns: str
+    sites: tuple[str, str]
     tree: int
 
     @property
@@ -88,12 +88,15 @@ class Restore:
         (move,) = json.loads(done.stdout)["moves"]
         return str(move["gate"])
 
-    def is_hooked(self) -> bool:
-        listed = subprocess.run(
-            ["ip", "netns", "exec", self.netns, "nft", "list", "table", "inet", "natkeep"],
-            check=True, capture_output=True, text=True,
-        ).stdout  # fmt: skip
-        return "chain gate {" in listed
+    def hooked(self) -> list[str]:
+        """The sites at which packets come by the gates."""
+        enter = ["ip", "netns", "exec"]
+        listing = ["nft", "list", "table", "inet", "natkeep"]
+        return [
+            site
+            for site in self.sites
+            if b"chain gate {" in subprocess.check_output([*enter, site, *listing])
+        ]
 
     def channel(self) -> list[str]:
         return [path.name for path in self.state.iterdir() if path.is_fifo()]
@@ -108,12 +111,15 @@ class Restore:
 
 @pytest.fixture
 def restore(make_netns: Callable[[], str], tmp_path: Path) -> Iterator[Restore]:
-    netns, bin_, state = make_netns(), tmp_path / "bin", tmp_path / "state"
-    lines = ["link add eth0 type veth peer name eth1", f"address add {NEW}/24 dev eth0",
-             "link set eth0 up", "link set eth1 up", "route add default via 10.3.0.1"]  # fmt: skip
-    subprocess.run(
-        ["ip", "-n", netns, "-batch", "-"], input="\n".join(lines), text=True, check=True
-    )
+    netns, gateway = make_netns(), make_netns()
+    bin_, state = tmp_path / "bin", tmp_path / "state"
+    for name, address in ((netns, NEW), (gateway, "10.3.0.1")):
+        lines = ["link add eth0 type veth peer name eth1", f"address add {address}/24 dev eth0",
+                 "link set eth0 up", "link set eth1 up",
+                 "route add default via 10.3.0.254"]  # fmt: skip
+        subprocess.run(
+            ["ip", "-n", name, "-batch", "-"], input="\n".join(lines), text=True, check=True
+        )
     bin_.mkdir()
     for name in ("natkeep-hook", "natkeep_hook_open.py"):
         shutil.copy(SOURCES / name, bin_)
@@ -124,12 +130,12 @@ def restore(make_netns: Callable[[], str], tmp_path: Path) -> Iterator[Restore]:
     (bin_ / "python3").chmod(0o755)
     subprocess.run(
         [BIN / "natkeep", "prepare", "web", f"--map={OLD}={NEW}", f"--image={CORPUS / 'plain'}",
-         f"--site=destination={netns}"],
+         f"--site=destination={netns}", f"--site=gateway={gateway}"],
         env={**os.environ, "NATKEEP_STATE_DIR": str(state)}, check=True, capture_output=True,
     )  # fmt: skip
     tree = subprocess.Popen(["nsenter", f"--net=/run/netns/{netns}", "sleep", "600"])
     try:
-        yield Restore(bin_, state, netns, tree.pid)
+        yield Restore(bin_, state, (netns, gateway), tree.pid)
     finally:
         tree.kill()
         tree.wait()
@@ -238,8 +244,9 @@ def test_once_the_restore_is_over_packets_do_not_come_by_the_gates(
     if early:
         restore.call("pre-restore")
         await_true(lambda: len(restore.channel()) == 2)
+    assert sorted(restore.hooked()) == sorted(restore.sites)
     assert restore.call("post-restore") == OPENED
-    await_true(lambda: not restore.is_hooked())
+    await_true(lambda: not restore.hooked())
     assert restore.gate() == "open"
 
 
