@@ -29,7 +29,7 @@ Theory of operation. A site has one table `inet natkeep`, shared by all moves.
 - Where no gate is closed any more, opening also inserts the *pass* in front of the base chain
   `gate`, so that nobody has to ask for marks, addresses and sets. What closes a gate takes it out
   first. Once the blackout is over the base chain goes altogether, since even one with a single
-  rule costs every packet a fiftieth of its way; what closes a gate makes it anew.
+  rule costs every packet a thirtieth of its way; what closes a gate makes it anew.
 - Rules in the shared `…-at-ADDRESS` chains carry the id as comment; that is how they are found
   again without a journal. They are inserted in front: the newest move of a tuple has the word,
   so a translation is replaced without a moment in which there is none.
