@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
 
 from natkeep.kernel.netlink import (
     NETLINK_NETFILTER,
@@ -109,12 +110,32 @@ def pack_batch(family: int, bodies: Sequence[tuple[int, bytes]], generation: int
 
     generation: the ruleset's state that it is for; in any other the kernel refuses it (ERESTART).
     """
+    return _pack_messages([Message(type_, body, family) for type_, body in bodies], generation)
+
+
+class Message(NamedTuple):
+    """One message of a transaction: its type, its attributes, of a table of which family."""
+
+    type: int
+    body: bytes
+    family: int = INET
+    flags: int = NLM_F_CREATE
+
+
+def send_messages(messages: Sequence[Message]) -> None:
+    """Send them as one nf_tables transaction; OSError if refused."""
+    if not messages:
+        return  # the kernel would have nothing to acknowledge
+    send_packed(_pack_messages(messages), len(messages))
+
+
+def _pack_messages(messages: Sequence[Message], generation: int = 0) -> bytes:
     state = attribute(_BATCH_GENERATION, generation.to_bytes(4, "big")) if generation else b""
     batch = [_batch_frame(_BATCH_BEGIN, 0, state)]
-    for number, (type_, body) in enumerate(bodies, 1):
-        flags = NLM_F_CREATE | (NLM_F_ACK if number == len(bodies) else 0)
+    for number, (type_, body, family, flags) in enumerate(messages, 1):
+        flags |= NLM_F_ACK if number == len(messages) else 0
         batch.append(message(_SUBSYSTEM | type_, flags, _nfgenmsg(family) + body, number))
-    batch.append(_batch_frame(_BATCH_END, len(bodies) + 1))
+    batch.append(_batch_frame(_BATCH_END, len(messages) + 1))
     return b"".join(batch)
 
 

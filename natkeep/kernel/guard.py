@@ -51,7 +51,7 @@ from natkeep.plan.tuples import Connections
 
 _NEWTABLE, _NEWCHAIN, _NEWSET = 0, 3, 9
 _OWNER = 0x2
-_NETWORK, _EQUAL, _UNEQUAL = 1, 0, 1
+_NETWORK = 1
 _META_OIF, _META_NFPROTO = 5, 15
 _DROP, _VERDICT_REGISTER = 0, 0
 _TCP, _LOOPBACK = 6, 1
@@ -164,7 +164,7 @@ def _looked_up(name: str, version: int, *, outbound: bool) -> Iterator[Packed]:
 
 
 def _not_loopback() -> Packed:
-    return compare(_LOOPBACK.to_bytes(4, sys.byteorder), _UNEQUAL)
+    return compare(_LOOPBACK.to_bytes(4, sys.byteorder), equal=False)
 
 
 def _text(name: str) -> bytes:

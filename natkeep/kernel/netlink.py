@@ -2,7 +2,6 @@
 
 Rule: this file knows netlink's framing (netlink(7)) and nothing of what is in a message; what
 conntrack, nf_tables and rtnetlink put there is in conntrack.py, elements.py and address.py.
-It must never be used for what libnftables' text says as well.
 
 Why own code: 100,000 set elements or conntrack entries take 77 and 245 ms when packed like
 this, and 1.4 s and more through anything that builds an object a message; importing pyroute2

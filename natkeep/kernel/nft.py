@@ -1,16 +1,19 @@
-"""the nft text's way into the kernel: libnftables, one transaction a call.
+"""the nft text's way into the kernel, one transaction a call: assembled here, or by libnftables.
 
-Rule: only rendered lines from plan/ruleset.py come in here, and nothing is listed through
-libnftables: its cache reads every element of every set (1.3 s beside a set of 100,000). What
-stands in the kernel is read by elements.py. The `nftables` binding is imported only here.
+Rule: only rendered lines from plan/ come in here, and nothing is listed through libnftables: its
+cache reads every element of every set (1.3 s beside a set of 100,000). What stands in the kernel is
+read by elements.py. What assembler.py does not know, and what the kernel refuses, libnftables is
+given; the `nftables` binding is imported only here.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterable
+from contextlib import suppress
 
 from natkeep.errors import KernelError
+from natkeep.kernel import elements
 
 _MESSAGE = re.compile(r"(?:Error|Warning): (.*)")
 
@@ -21,6 +24,18 @@ class NftError(KernelError):
 
 def run_transaction(lines: Iterable[str]) -> None:
     """Load *lines* in the namespace we are in, all or nothing; NftError otherwise."""
+    from natkeep.kernel.assembler import NotUnderstood, assemble  # what only opens needs no text
+
+    lines = tuple(lines)
+    # What the kernel refuses libnftables tries once more: it says which part of the text it was.
+    with suppress(NotUnderstood, OSError):
+        elements.send_messages(assemble(lines))
+        return
+    run_by_libnftables(lines)
+
+
+def run_by_libnftables(lines: Iterable[str]) -> None:
+    """The same, whatever the text."""
     # Imported here, since a hook that has nothing to do must not pay for it; and a context
     # for each call, because it holds a netlink socket of the namespace that it was made in.
     import nftables

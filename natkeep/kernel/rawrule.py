@@ -50,10 +50,9 @@ def pack_pass(
 
     generation: the state of the ruleset that it is for, see pack_batch.
     """
-    mark = ("meta", (integer(1, REGISTER), integer(2, META_MARK)))
-    not_criu = compare(CRIU_MARK.to_bytes(4, sys.byteorder), _UNEQUAL)
-    those = [mark, not_criu, *_no_syn()] if guarded else []
-    rule = pack_rule(table, GATE, [*those, _accept()], PASS)
+    not_criu = compare(CRIU_MARK.to_bytes(4, sys.byteorder), equal=False)
+    those = [load_meta(META_MARK), not_criu, *_no_syn()] if guarded else []
+    rule = pack_rule(table, GATE, [*those, accept()], PASS)
     return pack_batch(INET, [*_accepts(table, chains, comment), (NEWRULE, rule)], generation)
 
 
@@ -61,22 +60,28 @@ def _accepts(
     table: str, chains: Sequence[tuple[str, bool]], comment: str
 ) -> list[tuple[int, bytes]]:
     return [
-        (NEWRULE, pack_rule(table, chain, [*(_no_syn() if guarded else ()), _accept()], comment))
+        (NEWRULE, pack_rule(table, chain, [*(_no_syn() if guarded else ()), accept()], comment))
         for chain, guarded in chains
     ]
 
 
-def _accept() -> Packed:
-    verdict = nested(2, nested(2, integer(1, _NF_ACCEPT)))
-    return "immediate", (integer(1, _VERDICT_REGISTER), verdict)
+def accept() -> Packed:
+    """The packet goes on to the next base chain."""
+    return "immediate", (integer(1, _VERDICT_REGISTER), nested(2, verdict(_NF_ACCEPT)))
+
+
+def verdict(code: int, chain: str = "") -> bytes:
+    """The attribute that is a verdict, as one of data: NF_…, or NFT_JUMP to a chain."""
+    to = attribute(2, chain.encode() + b"\0") if chain else b""
+    return nested(2, integer(1, code), to)
 
 
 def _no_syn() -> tuple[Packed, ...]:
     return (
         *load_protocol(_TCP),
         load(TRANSPORT, _FLAGS, 1, REGISTER),
-        _mask(_FIN_SYN_RST_ACK),
-        compare(_SYN, _UNEQUAL),
+        mask(_FIN_SYN_RST_ACK),
+        compare(_SYN, equal=False),
     )
 
 
@@ -98,14 +103,18 @@ def pack_rule(table: str, chain: str, expressions: Iterable[Packed], comment: st
         attribute(1, table.encode() + b"\0")
         + attribute(2, chain.encode() + b"\0")
         + nested(4, *elements)
-        + attribute(7, bytes((0, len(text))) + text)
+        + (attribute(7, bytes((0, len(text))) + text) if comment else b"")
     )
 
 
 def load_protocol(protocol: int) -> tuple[Packed, Packed]:
     """The packet's transport protocol is *protocol*."""
-    load_it = ("meta", (integer(1, REGISTER), integer(2, META_L4PROTO)))
-    return load_it, compare(bytes((protocol,)))
+    return load_meta(META_L4PROTO), compare(bytes((protocol,)))
+
+
+def load_meta(key: int) -> Packed:
+    """What is known of a packet besides its octets: NFT_META_…"""
+    return "meta", (integer(1, REGISTER), integer(2, key))
 
 
 def load(base: int, offset: int, octets: int, register: int) -> Packed:
@@ -118,18 +127,20 @@ def load(base: int, offset: int, octets: int, register: int) -> Packed:
     )
 
 
-def compare(value: bytes, how: int = _EQUAL) -> Packed:
+def compare(value: bytes, *, equal: bool = True) -> Packed:
     """The register is *value*, or is not."""
+    how = _EQUAL if equal else _UNEQUAL
     return "cmp", (integer(1, REGISTER), integer(2, how), nested(3, attribute(1, value)))
 
 
-def _mask(mask: bytes) -> Packed:
+def mask(bits: bytes) -> Packed:
+    """Of the register these bits and no others."""
     return "bitwise", (
         integer(1, REGISTER),
         integer(2, REGISTER),
-        integer(3, len(mask)),
-        nested(4, attribute(1, mask)),
-        nested(5, attribute(1, bytes(len(mask)))),
+        integer(3, len(bits)),
+        nested(4, attribute(1, bits)),
+        nested(5, attribute(1, bytes(len(bits)))),
     )
 
 
