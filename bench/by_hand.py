@@ -94,7 +94,7 @@ def rules_text(peers: list[tuple[str, int]]) -> Iterator[str]:
 
 def write_floor(connections: Connections, path: Callable[[str], str]) -> None:
     """The same set and the same entries as natkeep's, packed, in chunks of one size."""
-    fill = elements.pack_batch(elements.INET, elements.pack_fill("floor", "kept", connections))
+    fill = elements.pack_batch(elements.pack_fill("floor", "kept", connections))
     Path(path("set")).write_bytes(len(fill).to_bytes(4, sys.byteorder) + fill)
 
     def pack(outer: object, inner: object) -> bytes:

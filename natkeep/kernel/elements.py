@@ -2,7 +2,7 @@
 
 Rule: sets are filled here because a hundred thousand elements as text take eight times as
 long; reading is here because libnftables reads every element of every set before it answers
-anything. All else goes through nft.py as text.
+anything. All else is text, which goes by nft.py.
 
 Numbers are from linux/netfilter/nf_tables.h and nfnetlink.h.
 """
@@ -32,7 +32,6 @@ from natkeep.values import dataclass
 _SUBSYSTEM = 10 << 8
 _BATCH_BEGIN, _BATCH_END = 16, 17
 _GETTABLE, _GETCHAIN, _GETRULE, _GETSET = 1, 4, 7, 10
-_DELCHAIN, _DELRULE = 5, 8
 _NEWSETELEM, _GETSETELEM, _GETFLOWTABLE = 12, 13, 23
 _GETGEN, _GENERATION, _BATCH_GENERATION = 16, 1, 1
 
@@ -67,24 +66,27 @@ class Rule:
     comment: str
 
 
+class Message(NamedTuple):
+    """One message of a transaction: its type, its attributes, of a table of which family."""
+
+    type: int
+    body: bytes
+    family: int = INET
+    flags: int = NLM_F_CREATE
+
+
 def fill_set(table: str, name: str, connections: Connections) -> None:
     """Add all *connections* (of one IP version) to the set, in one transaction; or OSError."""
-    send_batch(INET, pack_fill(table, name, connections))
+    send_batch(pack_fill(table, name, connections))
 
 
-def pack_fill(table: str, name: str, connections: Connections) -> list[tuple[int, bytes]]:
-    """What adds *connections* to the set, as send_batch takes it."""
+def pack_fill(table: str, name: str, connections: Connections) -> list[Message]:
+    """What adds *connections* to the set."""
     elements, size = _pack_elements(connections)
     owner = attribute(1, _text(table)) + attribute(2, _text(name))
     per_message = _ATTRIBUTE_MAX // size * size
     chunks = (elements[i : i + per_message] for i in range(0, len(elements), per_message))
-    return [(_NEWSETELEM, owner + nested(3, bytes(chunk))) for chunk in chunks]
-
-
-def pack_chain_removal(table: str, chain: str) -> list[tuple[int, bytes]]:
-    """What deletes all rules of the chain and then the chain, as send_batch takes it."""
-    owner, name = attribute(1, _text(table)), _text(chain)
-    return [(_DELRULE, owner + attribute(2, name)), (_DELCHAIN, owner + attribute(3, name))]
+    return [Message(_NEWSETELEM, owner + nested(3, bytes(chunk))) for chunk in chunks]
 
 
 def send_packed(batch: bytes, last: int) -> None:
@@ -100,36 +102,18 @@ def read_generation() -> int:
     return int.from_bytes(attributes(answer[4:])[_GENERATION], "big")
 
 
-def send_batch(family: int, bodies: Sequence[tuple[int, bytes]]) -> None:
-    """Send (message type, attributes) pairs as one nf_tables transaction; OSError if refused."""
-    send_packed(pack_batch(family, bodies), len(bodies))
-
-
-def pack_batch(family: int, bodies: Sequence[tuple[int, bytes]], generation: int = 0) -> bytes:
-    """(message type, attributes) pairs as one nf_tables transaction; the last is acknowledged.
-
-    generation: the ruleset's state that it is for; in any other the kernel refuses it (ERESTART).
-    """
-    return _pack_messages([Message(type_, body, family) for type_, body in bodies], generation)
-
-
-class Message(NamedTuple):
-    """One message of a transaction: its type, its attributes, of a table of which family."""
-
-    type: int
-    body: bytes
-    family: int = INET
-    flags: int = NLM_F_CREATE
-
-
-def send_messages(messages: Sequence[Message]) -> None:
+def send_batch(messages: Sequence[Message]) -> None:
     """Send them as one nf_tables transaction; OSError if refused."""
     if not messages:
         return  # the kernel would have nothing to acknowledge
-    send_packed(_pack_messages(messages), len(messages))
+    send_packed(pack_batch(messages), len(messages))
 
 
-def _pack_messages(messages: Sequence[Message], generation: int = 0) -> bytes:
+def pack_batch(messages: Sequence[Message], generation: int = 0) -> bytes:
+    """One nf_tables transaction; its last message, whose number is how many, is acknowledged.
+
+    generation: the ruleset's state that it is for; in any other the kernel refuses it (ERESTART).
+    """
     state = attribute(_BATCH_GENERATION, generation.to_bytes(4, "big")) if generation else b""
     batch = [_batch_frame(_BATCH_BEGIN, 0, state)]
     for number, (type_, body, family, flags) in enumerate(messages, 1):

@@ -29,7 +29,6 @@ from natkeep.kernel import (
     nft,
     owned,
     passing,
-    rawrule,
     sockets,
     table,
     view,
@@ -248,7 +247,7 @@ class LinuxKernel:
                     prior = Prior(present=table.gate_state(step.move_id) == Gate.OPEN)
                     remember(prior)
                     if not prior.present:
-                        passing.open_gates(step.accepts())
+                        passing.open_gates(step)
                     return self._deliver(step, prior)
         return Prior()
 
@@ -347,7 +346,7 @@ class LinuxKernel:
     def pack_open(self, step: OpenGate) -> Packed | None:
         """What `apply` would send for *step*, ready to be sent."""
         with self._at(step.site):
-            return passing.pack_open(step.accepts())
+            return passing.pack_open(step)
 
     def pack_unhooking(self, site: Site) -> bytes:
         """What takes the gates of an opened site out of all packets' way, as things stand now."""
@@ -530,7 +529,7 @@ def _send_resets(step: SendResets, remember: Remember) -> Prior:
     remember(prior)
     if prior.present:
         return prior
-    rawrule.insert_reset(TABLE, chain, ruleset.OPEN)
+    nft.run_transaction(step.lines())
     from natkeep.kernel.probe import ask  # where there is anybody to ask
 
     return Prior(facts={"asked": ask(step.questions())})

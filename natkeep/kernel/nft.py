@@ -14,6 +14,8 @@ from contextlib import suppress
 
 from natkeep.errors import KernelError
 from natkeep.kernel import elements
+from natkeep.kernel.assembler import assemble
+from natkeep.kernel.statements import NotUnderstood
 
 _MESSAGE = re.compile(r"(?:Error|Warning): (.*)")
 
@@ -24,12 +26,10 @@ class NftError(KernelError):
 
 def run_transaction(lines: Iterable[str]) -> None:
     """Load *lines* in the namespace we are in, all or nothing; NftError otherwise."""
-    from natkeep.kernel.assembler import NotUnderstood, assemble  # what only opens needs no text
-
     lines = tuple(lines)
     # What the kernel refuses libnftables tries once more: it says which part of the text it was.
     with suppress(NotUnderstood, OSError):
-        elements.send_messages(assemble(lines))
+        elements.send_batch(assemble(lines))
         return
     run_by_libnftables(lines)
 

@@ -22,13 +22,12 @@ import re
 from collections.abc import Sequence
 from contextlib import suppress
 
-from natkeep.kernel import Packed, elements, rawrule
+from natkeep.kernel import Packed, elements
+from natkeep.kernel.assembler import assemble
 from natkeep.plan import quiet, ruleset
 from natkeep.plan.ruleset import TABLE
+from natkeep.plan.steps import OpenGate
 from natkeep.values import dataclass
-
-Gate = tuple[str, bool]
-"""Name of a gate's chain, and whether a bare SYN stays refused there once it is open."""
 
 _GATES = re.compile(r"(?:gate|callers)-[a-z0-9][a-z0-9-]*")
 """Chains that drop until they are opened; an address chain's name has a dot or an underscore."""
@@ -48,51 +47,61 @@ class Look:
     holding: bool
 
 
-def open_gates(gates: Sequence[Gate]) -> None:
+def open_gates(step: OpenGate) -> None:
     """Let the connections of these gates through, all or none; or OSError.
 
     With the pass, when no other gate is closed; it is not worth more than a few attempts.
     """
     for _ in range(_ATTEMPTS):
-        look = _look(gates)
+        look = _look(step.chains())
         if look is None:
             break
         try:
-            elements.send_packed(_pack_with_pass(gates, look), len(gates) + 1)
+            _send(*_with_pass(step.lines(), look))
         except OSError as error:
             if error.errno != errno.ERESTART:
                 raise
         else:
             return
-    rawrule.insert_accepts(TABLE, gates, ruleset.OPEN)
+    _send(step.lines())
 
 
-def pack_open(gates: Sequence[Gate]) -> Packed:
+def pack_open(step: OpenGate) -> Packed:
     """The transactions that open these gates, as things stand now and otherwise."""
-    plain, look = rawrule.pack_accepts(TABLE, gates, ruleset.OPEN), _look(gates)
+    plain, look = elements.pack_batch(assemble(step.lines())), _look(step.chains())
     if look is None:
-        return Packed(plain, len(gates))
+        return Packed(plain, len(step.lines()))
     # Each transaction makes the next state.
     unhooking = b"" if look.holding else _pack_unhooking(look.generation + 1)
-    return Packed(plain, len(gates), _pack_with_pass(gates, look), unhooking)
+    lines, generation = _with_pass(step.lines(), look)
+    with_pass = elements.pack_batch(assemble(lines), generation)
+    return Packed(plain, len(step.lines()), with_pass, unhooking)
 
 
-def _pack_with_pass(gates: Sequence[Gate], look: Look) -> bytes:
-    return rawrule.pack_pass(TABLE, gates, ruleset.OPEN, look.generation, guarded=look.guarded)
+def _with_pass(lines: Sequence[str], look: Look) -> tuple[tuple[str, ...], int]:
+    """The same with the pass, and for which state of the ruleset."""
+    return (*lines, ruleset.render_pass(guarded=look.guarded)), look.generation
 
 
-def _look(gates: Sequence[Gate]) -> Look | None:
-    """None where another gate is closed, there is a pass already, or neither can be seen."""
+def _send(lines: Sequence[str], generation: int = 0) -> None:
+    elements.send_packed(elements.pack_batch(assemble(lines), generation), len(lines))
+
+
+def _look(opening: Sequence[str]) -> Look | None:
+    """None where another gate is closed, there is a pass already, or neither can be seen.
+
+    opening: names of the chains that are being opened.
+    """
     try:
-        return _look_closely(gates)
+        return _look_closely(opening)
     except OSError:  # nothing that is opened or prepared shall fail by it
         return None
 
 
-def _look_closely(gates: Sequence[Gate]) -> Look | None:
+def _look_closely(opening: Sequence[str]) -> Look | None:
     generation = elements.read_generation()
     # A site that is, or has been, a destination has a chain that a gateway has not.
-    guarded, seen = elements.has_chain(TABLE, ruleset.LEAVING), {name for name, _ in gates}
+    guarded, seen = elements.has_chain(TABLE, ruleset.LEAVING), set(opening)
     based = holding = False
     for rule in elements.rules_of_chains(TABLE, ruleset.GATE, "callers-"):
         if rule.chain == ruleset.GATE:
@@ -124,7 +133,7 @@ def let_pass() -> None:
     """Put the pass in, when a gate that was closed has gone and no other is closed."""
     with suppress(OSError):  # it saves time and nothing else
         if look := _look(()):
-            elements.send_packed(_pack_with_pass((), look), 1)
+            _send(*_with_pass((), look))
 
 
 def unhook() -> None:
@@ -152,6 +161,4 @@ def pack_unhooking() -> bytes:
 
 def _pack_unhooking(generation: int) -> bytes:
     """For this state of the ruleset; its second message is answered."""
-    return elements.pack_batch(
-        elements.INET, elements.pack_chain_removal(TABLE, ruleset.GATE), generation
-    )
+    return elements.pack_batch(assemble(ruleset.render_unhooking()), generation)

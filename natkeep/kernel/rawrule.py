@@ -1,107 +1,36 @@
-"""the packing of rules, expression by expression, and those that open a gate.
+"""the packing of rules, expression by expression, for assembler.py and expressions.py.
 
-Rule: numbers are from linux/netfilter/nf_tables.h. nft's text says the opening rule as well
-(tests/kernel/test_rawrule.py holds the two against each other), but inside a blackout libnftables
-takes longer to load than a netlink message takes to be made.
+Numbers are from linux/netfilter/nf_tables.h.
 """
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 
-from natkeep.kernel.elements import INET, pack_batch, send_batch
 from natkeep.kernel.netlink import attribute, nested
-from natkeep.plan.lock import CRIU_MARK
-from natkeep.plan.ruleset import GATE, PASS
 
 NEWRULE = 6
-META_MARK, META_L4PROTO = 3, 16
 REGISTER = 8
 """NFT_REG32_00: registers of four octets, so that the parts of a key lie behind each other."""
-TRANSPORT = 2
 
+_META_L4PROTO = 16
 _EQUAL, _UNEQUAL = 0, 1
-_VERDICT_REGISTER, _NF_ACCEPT = 0, 1
-_TCP_RST = 1  # NFT_REJECT_TCP_RST
-_TCP, _FLAGS, _SYN, _FIN_SYN_RST_ACK = 6, 13, b"\x02", b"\x17"
+_VERDICT_REGISTER = 0
+_CSUM_INET, _CSUM_PSEUDO = 1, 1
 
 Packed = tuple[str, tuple[bytes, ...]]
 """An expression's name and its attributes."""
 
 
-def insert_accepts(table: str, chains: Sequence[tuple[str, bool]], comment: str) -> None:
-    """Insert an accept in front of each of *chains*, all or none; or OSError.
-
-    chains: name, and whether a bare SYN stays refused there.
-    """
-    send_batch(INET, _accepts(table, chains, comment))
-
-
-def pack_accepts(table: str, chains: Sequence[tuple[str, bool]], comment: str) -> bytes:
-    """The transaction of insert_accepts; the message numbered len(chains) is acknowledged."""
-    return pack_batch(INET, _accepts(table, chains, comment))
-
-
-def pack_pass(
-    table: str, chains: Sequence[tuple[str, bool]], comment: str, generation: int, *, guarded: bool
-) -> bytes:
-    """The same with the pass (plan.ruleset.render_pass) as one message more.
-
-    generation: the state of the ruleset that it is for, see pack_batch.
-    """
-    not_criu = compare(CRIU_MARK.to_bytes(4, sys.byteorder), equal=False)
-    those = [load_meta(META_MARK), not_criu, *_no_syn()] if guarded else []
-    rule = pack_rule(table, GATE, [*those, accept()], PASS)
-    return pack_batch(INET, [*_accepts(table, chains, comment), (NEWRULE, rule)], generation)
-
-
-def _accepts(
-    table: str, chains: Sequence[tuple[str, bool]], comment: str
-) -> list[tuple[int, bytes]]:
-    return [
-        (NEWRULE, pack_rule(table, chain, [*(_no_syn() if guarded else ()), accept()], comment))
-        for chain, guarded in chains
-    ]
-
-
-def accept() -> Packed:
-    """The packet goes on to the next base chain."""
-    return "immediate", (integer(1, _VERDICT_REGISTER), nested(2, verdict(_NF_ACCEPT)))
-
-
-def verdict(code: int, chain: str = "") -> bytes:
-    """The attribute that is a verdict, as one of data: NF_…, or NFT_JUMP to a chain."""
-    to = attribute(2, chain.encode() + b"\0") if chain else b""
-    return nested(2, integer(1, code), to)
-
-
-def _no_syn() -> tuple[Packed, ...]:
-    return (
-        *load_protocol(_TCP),
-        load(TRANSPORT, _FLAGS, 1, REGISTER),
-        mask(_FIN_SYN_RST_ACK),
-        compare(_SYN, equal=False),
-    )
-
-
-def insert_reset(table: str, chain: str, comment: str) -> None:
-    """Insert in front of *chain* a rule that answers TCP with a reset; or OSError."""
-    reset = ("reject", (integer(1, _TCP_RST),))
-    rule = pack_rule(table, chain, [*load_protocol(_TCP), reset], comment)
-    send_batch(INET, [(NEWRULE, rule)])
-
-
-def pack_rule(table: str, chain: str, expressions: Iterable[Packed], comment: str) -> bytes:
-    """The body of NEWRULE, without its nfgenmsg."""
+def pack_rule(chain: str, expressions: Iterable[Packed], comment: str) -> bytes:
+    """The body of NEWRULE behind the table's name."""
     elements = [
         nested(1, attribute(1, name.encode() + b"\0"), nested(2, *attributes))
         for name, attributes in expressions
     ]
     text = comment.encode() + b"\0"
     return (
-        attribute(1, table.encode() + b"\0")
-        + attribute(2, chain.encode() + b"\0")
+        attribute(2, chain.encode() + b"\0")
         + nested(4, *elements)
         + (attribute(7, bytes((0, len(text))) + text) if comment else b"")
     )
@@ -109,7 +38,7 @@ def pack_rule(table: str, chain: str, expressions: Iterable[Packed], comment: st
 
 def load_protocol(protocol: int) -> tuple[Packed, Packed]:
     """The packet's transport protocol is *protocol*."""
-    return load_meta(META_L4PROTO), compare(bytes((protocol,)))
+    return load_meta(_META_L4PROTO), compare(bytes((protocol,)))
 
 
 def load_meta(key: int) -> Packed:
@@ -147,3 +76,38 @@ def mask(bits: bytes) -> Packed:
 def integer(type_: int, value: int) -> bytes:
     """An attribute that is a number of 32 bits."""
     return attribute(type_, value.to_bytes(4, "big"))
+
+
+def look_up(name: str, *, is_map: bool = False) -> Packed:
+    """The register is in the set; of a map the element's verdict is the rule's."""
+    where = (attribute(1, name.encode() + b"\0"), integer(2, REGISTER))
+    return "lookup", (*where, integer(3, _VERDICT_REGISTER)) if is_map else where
+
+
+def put(value: bytes, register: int = REGISTER) -> Packed:
+    """A value into the register."""
+    return "immediate", (integer(1, register), nested(2, attribute(1, value)))
+
+
+def store(base: int, offset: int, octets: int, *, checksum: int | None, pseudo: bool) -> Packed:
+    """The register into the packet, and its checksums with it.
+
+    checksum: where the header that it is in has one; pseudo: TCP's is about it, too.
+    """
+    numbers = {5: REGISTER, 2: base, 3: offset, 4: octets}
+    if checksum is not None:
+        numbers |= {6: _CSUM_INET, 7: checksum}
+    if pseudo:
+        numbers[8] = _CSUM_PSEUDO
+    return "payload", tuple(integer(type_, value) for type_, value in numbers.items())
+
+
+def decide(code: int, chain: str = "") -> Packed:
+    """The rule's verdict: NF_…, or NFT_JUMP to a chain."""
+    return "immediate", (integer(1, _VERDICT_REGISTER), nested(2, verdict(code, chain)))
+
+
+def verdict(code: int, chain: str = "") -> bytes:
+    """The same as what a map has it as."""
+    to = attribute(2, chain.encode() + b"\0") if chain else b""
+    return nested(2, integer(1, code), to)

@@ -27,7 +27,6 @@ from natkeep.plan.tuples import Address, Endpoint
 MUTE = "mute"
 """Outbound dispatch of a source's gate."""
 
-_IP = {4: "ip", 6: "ip6"}
 BASE_CHAIN = "muted"
 HOLD_PREFIX = "hold-"
 _HOLD = ":hold"
@@ -49,7 +48,7 @@ def render_static() -> tuple[str, ...]:
         f"add chain inet {TABLE} {BASE_CHAIN} {{ type filter hook output priority -350; }}",
         *(
             f"add rule inet {TABLE} {BASE_CHAIN} "
-            f"{_IP[version]} saddr vmap @{ruleset.dispatch_map(MUTE, version)}"
+            f"{ruleset.IP[version]} saddr vmap @{ruleset.dispatch_map(MUTE, version)}"
             for version in FAMILIES
         ),
     )
@@ -60,7 +59,7 @@ def render_mute(move_id: str, translations: Iterable[Translation]) -> tuple[str,
     lines: list[str] = []
     for translation in translations:
         old = translation.map.old
-        family, kept = _IP[old.version], ruleset.kept_set(move_id, translation.number)
+        family, kept = ruleset.IP[old.version], ruleset.kept_set(move_id, translation.number)
         lines += ruleset.render_dispatch(MUTE, old)
         lines.append(
             f"insert rule inet {TABLE} {ruleset.address_chain(MUTE, old)} "
@@ -98,7 +97,7 @@ def render_hold(move_id: str, listeners: Iterable[Endpoint], *, linked: bool) ->
 
 
 def _at(address: Address) -> str:
-    return f"{_IP[address.version]} daddr {address}"
+    return f"{ruleset.IP[address.version]} daddr {address}"
 
 
 def render_release(move_id: str, handles: Iterable[int]) -> tuple[str, ...]:

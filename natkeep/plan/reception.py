@@ -27,8 +27,6 @@ from natkeep.plan.ruleset import GATE, SYN, TABLE
 from natkeep.plan.tuples import Address, Endpoint
 from natkeep.values import dataclass
 
-_IP = {4: "ip", 6: "ip6"}
-
 SET_PREFIX = "listen-"
 
 
@@ -133,7 +131,7 @@ def _render_gate(move_id: str, reception: Reception) -> Iterator[str]:
 
 def _render_translation(move_id: str, reception: Reception) -> Iterator[str]:
     before, after = reception.before, reception.after
-    ip, ports = _IP[before.version], f"@{listen_set(move_id, reception.number)}"
+    ip, ports = ruleset.IP[before.version], f"@{listen_set(move_id, reception.number)}"
     inbound, outbound = ruleset.DISPATCHES[reception.mode]
     at_destination = reception.site.role == Role.DESTINATION
     from_wire = 'iif != "lo" ' if at_destination else ""
@@ -152,7 +150,7 @@ def _render_answers(move_id: str, reception: Reception) -> str:
     """What listeners answer is let out, also to a caller from the port of a kept connection."""
     old, ports = reception.map.old, listen_set(move_id, reception.number)
     return (
-        f"insert rule inet {TABLE} {ruleset.HALF_OPEN} {_IP[old.version]} saddr {old} "
+        f"insert rule inet {TABLE} {ruleset.HALF_OPEN} {ruleset.IP[old.version]} saddr {old} "
         f'tcp sport @{ports} accept comment "{comment(move_id)}"'
     )
 

@@ -35,7 +35,6 @@ from natkeep.plan.tuples import Address, Connections, FourTuple
 from natkeep.values import dataclass
 
 SET_PREFIX = "reset-"
-_IP = {4: "ip", 6: "ip6"}
 _TYPE = {4: "ipv4_addr", 6: "ipv6_addr"}
 _FLAGS = "tcp flags & (fin | syn | rst | ack)"
 _BASE_CHAINS = {
@@ -179,7 +178,7 @@ def render_static(dispatch: str) -> tuple[str, ...]:
         f"add chain inet {TABLE} {chain} {{ type filter hook {hook} priority -360; }}",
         *(
             f"add rule inet {TABLE} {chain} "
-            f"{_IP[version]} {field} vmap @{ruleset.dispatch_map(dispatch, version)}"
+            f"{ruleset.IP[version]} {field} vmap @{ruleset.dispatch_map(dispatch, version)}"
             for version in FAMILIES
         ),
     )
@@ -197,7 +196,7 @@ def render(move_id: str, resets: Iterable[Reset]) -> tuple[str, ...]:
 
 
 def _render_one(move_id: str, reset: Reset) -> Iterator[str]:
-    family, outbound = _IP[reset.old.version], reset.dispatch == "answer"
+    family, outbound = ruleset.IP[reset.old.version], reset.dispatch == "answer"
     key = f"{family} saddr . tcp sport . tcp dport"
     begins = f"{_FLAGS} == syn"
     if outbound:

@@ -62,7 +62,8 @@ from natkeep.plan.tuples import Address, Connections
 TABLE = "natkeep"
 FAMILIES = (4, 6)
 
-_IP = {4: "ip", 6: "ip6"}
+IP = {4: "ip", 6: "ip6"}
+"""How nft calls an IP version."""
 _TYPE = {4: "ipv4_addr", 6: "ipv6_addr"}
 _NOT_SYN = "tcp flags & (fin | syn | rst | ack) != syn"
 SYN = "tcp flags & (fin | syn | rst | ack) == syn"
@@ -168,7 +169,7 @@ def render_leaving() -> tuple[str, ...]:
         _base_chain(LEAVING, "filter", "postrouting", "350"),
         *(
             f'add rule inet {TABLE} {LEAVING} oif != "lo" '
-            f"{_IP[version]} saddr @{held_set(version)} drop"
+            f"{IP[version]} saddr @{held_set(version)} drop"
             for version in FAMILIES
         ),
         f"add chain inet {TABLE} {HALF_OPEN}",
@@ -219,7 +220,7 @@ def _base_chain(name: str, type_: str, hook: str, priority: str) -> str:
 def _dispatches(chain: str, dispatch: str, field: str) -> tuple[str, ...]:
     return tuple(
         f"add rule inet {TABLE} {chain} "
-        f"{_IP[version]} {field} vmap @{dispatch_map(dispatch, version)}"
+        f"{IP[version]} {field} vmap @{dispatch_map(dispatch, version)}"
         for version in FAMILIES
     )
 
@@ -236,19 +237,19 @@ def render_gate(move_id: str, translations: Iterable[Translation]) -> tuple[str,
     ]
     for translation in translations:
         for name in sets_of(move_id, translation):
-            lines.append(_render_set(name, translation))
+            lines.append(render_set(name, translation))
         for local in gated_addresses(translation):
             lines += render_dispatch(GATE, local)
             lines.append(
                 f"insert rule inet {TABLE} {address_chain(GATE, local)} "
-                f"{_inbound_key(local)} @{_outer_name(move_id, translation)} "
+                f"{inbound_key(local)} @{_outer_name(move_id, translation)} "
                 f'jump {gate_chain(move_id)} comment "{move_id}"'
             )
         if translation.site.role == Role.DESTINATION:
             old, kept = translation.map.old, kept_set(move_id, translation.number)
             lines.append(
-                f"add rule inet {TABLE} {HALF_OPEN} {_IP[old.version]} saddr {old} "
-                f'{_outbound_key(old)} @{kept} drop comment "{move_id}"'
+                f"add rule inet {TABLE} {HALF_OPEN} {IP[old.version]} saddr {old} "
+                f'{outbound_key(old)} @{kept} drop comment "{move_id}"'
             )
             lines += render_silence(old)
     return tuple(lines)
@@ -277,11 +278,12 @@ def _outer_name(move_id: str, translation: Translation) -> str:
     return name(move_id, translation.number)
 
 
-def _render_set(name: str, translation: Translation) -> str:
+def render_set(name: str, translation: Translation, table: str = TABLE) -> str:
+    """An empty set for the translation's connections."""
     # A set with a size is a hash of that size from the start; without, it grows while it is
     # filled, at three times the cost.
     return (
-        f"add set inet {TABLE} {name} "
+        f"add set inet {table} {name} "
         f"{{ type {_TYPE[translation.map.old.version]} . inet_service . inet_service; "
         f"size {len(translation.kept)}; }}"
     )
@@ -297,12 +299,14 @@ def render_dispatch(dispatch: str, address: Address) -> list[str]:
     ]
 
 
-def _inbound_key(address: Address) -> str:
-    return f"{_IP[address.version]} saddr . tcp sport . tcp dport"
+def inbound_key(address: Address) -> str:
+    """What a set is asked for of a packet to *address*: peer, its port, the local one."""
+    return f"{IP[address.version]} saddr . tcp sport . tcp dport"
 
 
-def _outbound_key(address: Address) -> str:
-    return f"{_IP[address.version]} daddr . tcp dport . tcp sport"
+def outbound_key(address: Address) -> str:
+    """The same of a packet from *address*."""
+    return f"{IP[address.version]} daddr . tcp dport . tcp sport"
 
 
 def render_silence(old: Address) -> list[str]:
@@ -345,7 +349,7 @@ def render_translation(move_id: str, translations: Iterable[Translation]) -> tup
 
 def _render_nat(move_id: str, translation: Translation) -> list[str]:
     before, after = translation.before, translation.after
-    family, inbound, outbound = _IP[before.version], *DISPATCHES[Mode.STATEFUL]
+    family, inbound, outbound = IP[before.version], *DISPATCHES[Mode.STATEFUL]
     outer_port, inner_port = "tcp sport", "tcp dport"
     if translation.renames:
         outer_port, inner_port = (str(port) for port in translation.ports())
@@ -353,11 +357,11 @@ def _render_nat(move_id: str, translation: Translation) -> list[str]:
         *render_dispatch(inbound, before),
         *_render_syn_drop(move_id, translation, inbound),
         f"insert rule inet {TABLE} {address_chain(inbound, before)} {_NOT_SYN} "
-        f"{_inbound_key(before)} @{_outer_name(move_id, translation)} "
+        f"{inbound_key(before)} @{_outer_name(move_id, translation)} "
         f'{_from_wire(translation)}dnat {family} to {after} : {inner_port} comment "{move_id}"',
         *render_dispatch(outbound, after),
         f"insert rule inet {TABLE} {address_chain(outbound, after)} {_NOT_SYN} "
-        f"{_outbound_key(after)} @{kept_set(move_id, translation.number)} "
+        f"{outbound_key(after)} @{kept_set(move_id, translation.number)} "
         f'{_to_wire(translation)}snat {family} to {before} : {outer_port} comment "{move_id}"',
         *_render_stray_drop(move_id, translation),
     ]
@@ -374,7 +378,7 @@ def _render_stray_drop(move_id: str, translation: Translation) -> list[str]:
     old, (_, outbound) = translation.map.old, DISPATCHES[Mode.STATEFUL]
     return [
         *render_dispatch(outbound, old),
-        f"insert rule inet {TABLE} {address_chain(outbound, old)} {_outbound_key(old)} "
+        f"insert rule inet {TABLE} {address_chain(outbound, old)} {outbound_key(old)} "
         f'@{kept_set(move_id, translation.number)} drop comment "{move_id}"',
     ]
 
@@ -386,7 +390,7 @@ def _render_syn_drop(move_id: str, translation: Translation, dispatch: str) -> l
     local, kept = translation.before, kept_set(move_id, translation.number)
     return [
         f"insert rule inet {TABLE} {address_chain(dispatch, local)} {SYN} "
-        f'{_inbound_key(local)} @{kept} drop comment "{move_id}"'
+        f'{inbound_key(local)} @{kept} drop comment "{move_id}"'
     ]
 
 
@@ -400,18 +404,18 @@ def _to_wire(translation: Translation) -> str:
 
 def _render_rewriting(move_id: str, translation: Translation) -> list[str]:
     before, after = translation.before, translation.after
-    family, (arrive, depart) = _IP[before.version], DISPATCHES[Mode.STATELESS]
+    family, (arrive, depart) = IP[before.version], DISPATCHES[Mode.STATELESS]
     kept, mine = kept_set(move_id, translation.number), f'comment "{move_id}"'
     # An accept ends the base chain: no other move's rules are asked as well.
     return [
         *render_dispatch(arrive, before),
         *_render_syn_drop(move_id, translation, arrive),
         f"insert rule inet {TABLE} {address_chain(arrive, before)} {_NOT_SYN} "
-        f"{_inbound_key(before)} @{kept} {_from_wire(translation)}"
+        f"{inbound_key(before)} @{kept} {_from_wire(translation)}"
         f"{family} daddr set {after} accept {mine}",
         *render_dispatch(depart, after),
         f"insert rule inet {TABLE} {address_chain(depart, after)} {_NOT_SYN} "
-        f"{_outbound_key(after)} @{kept} {_to_wire(translation)}"
+        f"{outbound_key(after)} @{kept} {_to_wire(translation)}"
         f"{family} saddr set {before} accept {mine}",
     ]
 
@@ -454,6 +458,11 @@ def render_pass(*, guarded: bool) -> str:
     """
     those = f"meta mark != {CRIU_MARK:#x} {_NOT_SYN} " if guarded else ""
     return f'insert rule inet {TABLE} {GATE} {those}accept comment "{PASS}"'
+
+
+def render_unhooking() -> tuple[str, ...]:
+    """The reverse of render_hook: no packet is sent to the gates any more."""
+    return (f"flush chain inet {TABLE} {GATE}", f"delete chain inet {TABLE} {GATE}")
 
 
 def render_withdrawal(

@@ -324,11 +324,6 @@ class OpenGate(_Loaded):
         *opening, passing = as_commands(self.site, (*self.lines(), passing))
         return (*opening, f"{passing}  # unless another gate is closed; later the chain goes")
 
-    def accepts(self) -> tuple[tuple[str, bool], ...]:
-        """The same as `lines`, as the chains and whether a bare SYN stays refused there."""
-        gate, *callers = self.chains()
-        return (gate, self.site.role == Role.DESTINATION), *((chain, False) for chain in callers)
-
 
 class OpenEarly(OpenGate):
     """At a gateway, as the end of prepare: what peers say shall reach the holder."""

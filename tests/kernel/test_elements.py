@@ -33,9 +33,7 @@ def test_a_set_that_no_usual_socket_buffer_holds_is_filled(
     kind = "ipv4_addr" if four else "ipv6_addr"
     text = f"set kept {{ type {kind} . inet_service . inet_service; size {count}; }}"
     run(netns, "nft", f"table inet natkeep-test {{ {text}; }}")
-    batch = elements.pack_batch(
-        elements.INET, elements.pack_fill("natkeep-test", "kept", connections)
-    )
+    batch = elements.pack_batch(elements.pack_fill("natkeep-test", "kept", connections))
     assert len(batch) > 2 * BUFFER, "the kernel doubles what is asked for"
 
     with inside(open_namespace(netns)):

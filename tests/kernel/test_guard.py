@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from natkeep.errors import KernelError
-from natkeep.kernel import guard
+from natkeep.kernel import assembler, guard
 from natkeep.kernel.netns import Namespace, open_namespace
 from natkeep.plan.move import Map, Mode, Role, Site, Translation
 from natkeep.plan.tuples import Connections, Endpoint, FourTuple
@@ -221,7 +221,8 @@ def test_it_follows_no_link(site, netns, tmp_path):
 
 
 def test_what_the_kernel_refuses_leaves_nothing(site, netns, tmp_path, monkeypatch):
-    monkeypatch.setattr(guard, "_OWNER", 0x8000)  # as an older kernel knows no such flag
+    # An older kernel knows no such flag.
+    monkeypatch.setattr(assembler, "_OWNER", 0x8000)
 
     with pytest.raises(OSError, match=r"supported|Invalid"):
         guard.start(str(tmp_path), "web", site, netns, [translation(Role.DESTINATION)])
