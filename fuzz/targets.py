@@ -17,6 +17,7 @@ from natkeep.checkpoint.images import read_checkpoint_with_queues, read_with_que
 from natkeep.checkpoint.listing import parse_octets, read_listing
 from natkeep.errors import ImageError, JournalError, NatkeepError
 from natkeep.journal import Journal, StateDirectory
+from natkeep.statefiles import StateFiles
 
 
 class Target(ABC):
@@ -136,11 +137,15 @@ class _MemoryState(StateDirectory):
     """A state directory whose files are octets."""
 
     def __init__(self, files: Case) -> None:
-        self.path = "memory"
-        self._fd = None
+        self._files, self.path = _MemoryFiles(files), "memory"
+
+
+class _MemoryFiles(StateFiles):
+    def __init__(self, files: Case) -> None:
+        self.path, self._fd = "memory", None
         self.files = files
 
-    def _read(self, name: str) -> bytes:
+    def read(self, name: str) -> bytes:
         try:
             return self.files[name]
         except KeyError:

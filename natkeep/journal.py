@@ -33,15 +33,10 @@ else that is not exactly of this form is refused, not guessed at.
 
 from __future__ import annotations
 
-import errno
-import fcntl
 import hashlib
-import os
 import re
-import stat
-import weakref
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Iterable
+from contextlib import AbstractContextManager
 from functools import cache, lru_cache
 from typing import TYPE_CHECKING, Any
 
@@ -73,16 +68,11 @@ from natkeep.plan.move import (
 )
 from natkeep.plan.steps import HoldListeners, Identity, OpenGate, Prior, SendResets
 from natkeep.plan.tuples import NO_CONNECTIONS, Address, Connections, parse_address
+from natkeep.statefiles import StateFiles, read_lock_timeout
 from natkeep.values import dataclass, field
 
 if TYPE_CHECKING:
     from natkeep.plan.sighting import Sighting
-
-DEFAULT_DIRECTORY = "/run/natkeep"
-LOCK_TIMEOUT = 30.0
-"""Seconds to wait for other natkeeps to finish, where $NATKEEP_LOCK_TIMEOUT does not say."""
-
-_SIZE_LIMIT = 64 << 20
 
 _ID_PATTERN = r"(?P<id>[a-z0-9][a-z0-9-]{0,31})"
 _FILE = re.compile(
@@ -230,58 +220,21 @@ class StateDirectory:
     ) -> None:
         """patience: seconds to wait for the lock at most, whatever the environment says."""
         self.patience = min(read_lock_timeout(), patience or float("inf"))
-        self.path = path or os.environ.get("NATKEEP_STATE_DIR") or DEFAULT_DIRECTORY
-        self._fd: int | None = None
-        if create:
-            try:
-                os.makedirs(self.path, mode=0o700, exist_ok=True)
-            except OSError as error:
-                raise JournalError(
-                    f"cannot make the state directory {self.path}: {error.strerror}"
-                ) from error
-        try:
-            self._fd = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        except FileNotFoundError:
-            return
-        except OSError as error:
-            raise JournalError(
-                f"cannot open the state directory {self.path}: {error.strerror}"
-            ) from error
-        weakref.finalize(self, os.close, self._fd)
-        _refuse_foreign(f"the state directory {self.path}", os.fstat(self._fd), "700 " + self.path)
+        self._files = StateFiles(path, create=create)
+        self.path = self._files.path
 
-    @contextmanager
-    def locked(self, timeout: float | None = None) -> Iterator[None]:
+    def locked(self, timeout: float | None = None) -> AbstractContextManager[None]:
         """Hold the lock; JournalError when others keep it for *timeout* seconds (or patience)."""
-        if self._fd is None:
-            yield
-            return
-        with self._errors_of("lock"):
-            fd = self._open("lock", os.O_RDWR | os.O_CREAT)
-        try:
-            if not stat.S_ISREG(os.fstat(fd).st_mode):
-                raise JournalError(f"{self.path}/lock is not a file")
-            _lock(fd, self.path, self.patience if timeout is None else timeout)
-            fault.reach("locked")
-            yield
-        finally:
-            os.close(fd)
+        return self._files.locked(self.patience if timeout is None else timeout)
 
     def ids(self) -> tuple[str, ...]:
         """The ids that have a journal, sorted."""
-        if self._fd is None:
-            return ()
-        names = [name[:-8] for name in os.listdir(self._fd) if name.endswith(".journal")]
+        names = [name[:-8] for name in self._files.names() if name.endswith(".journal")]
         return tuple(sorted(filter(is_id, names)))  # others are none that natkeep made
 
     def knows(self, move_id: str) -> bool:
-        """Whether there is a journal of that id; as quick beside a thousand as beside none."""
-        if self._fd is None or not is_id(move_id):
-            return False
-        with suppress(FileNotFoundError):
-            os.stat(f"{move_id}.journal", dir_fd=self._fd, follow_symlinks=False)
-            return True
-        return False
+        """Whether there is a journal of that id."""
+        return is_id(move_id) and self._files.has(f"{move_id}.journal")
 
     def begin(
         self,
@@ -317,12 +270,12 @@ class StateDirectory:
             raise RefusedError(
                 f"the id {move.id} is in use", hint=f"natkeep teardown {move.id}, or another id"
             )
-        before = self._read(f"{move.id}.journal") if begun else None
+        before = self._files.read(f"{move.id}.journal") if begun else None
         fault.reach("journal-begin")
         try:
             if packed is not None:
-                self._write_new(f"{move.id}.connections", packed)
-            self._write_new(f"{move.id}.journal", b"".join(map(pack_line, (header, *begun))))
+                self._files.write_new(f"{move.id}.connections", packed)
+            self._files.write_new(f"{move.id}.journal", b"".join(map(pack_line, (header, *begun))))
             fault.reach("journal-begun")
         except BaseException as error:
             self._take_back(move.id, before, error)
@@ -341,8 +294,8 @@ class StateDirectory:
             if before is None:
                 self.remove(move_id)
                 return
-            if self._read(f"{move_id}.journal") != before:
-                self._write_new(f"{move_id}.journal", before)
+            if self._files.read(f"{move_id}.journal") != before:
+                self._files.write_new(f"{move_id}.journal", before)
             self._remove_rest(move_id)
         except Exception as error:
             raise LeftoverError(
@@ -357,28 +310,16 @@ class StateDirectory:
         """
         texts = [f'"{address}"'.encode("ascii") for address in addresses]
         found = []
-        for name in os.listdir(self._fd) if self._fd is not None else ():
+        for name in self._files.names():
             if not name.endswith(".journal"):
                 continue
             try:
-                header = self._read_start(name)
+                header = self._files.read_start(name)
             except OSError:  # as read_move: whoever asks looks for conflicts
                 continue
             if any(text in header for text in texts):
                 found.append(name[:-8])
         return tuple(sorted(filter(is_id, found)))
-
-    def _read_start(self, name: str) -> bytes:
-        """The first line, and what of the others is read with it."""
-        fd = self._open(name, os.O_RDONLY)
-        try:
-            start = part = os.read(fd, 4096)
-            while part and b"\n" not in part and len(start) < _SIZE_LIMIT:
-                part = os.read(fd, 1 << 16)
-                start += part
-            return start
-        finally:
-            os.close(fd)
 
     def read_move(self, move_id: str) -> tuple[Move, tuple[Identity, ...], str] | None:
         """The move of a journal, its namespaces and its boot, without its connections.
@@ -386,7 +327,7 @@ class StateDirectory:
         None when it cannot be read: whoever asks looks for conflicts, and `status` reports it.
         """
         try:
-            header = read_line(self._read(f"{move_id}.journal").split(b"\n", 1)[0])
+            header = read_line(self._files.read(f"{move_id}.journal").split(b"\n", 1)[0])
             namespaces = read_namespaces(header["namespaces"])
             return move_from_json(header["move"]), namespaces, as_text(header["boot"])
         except (OSError, KeyError, TypeError, ValueError, NatkeepError):
@@ -396,7 +337,7 @@ class StateDirectory:
         """Read a journal; JournalError when it is unknown, corrupt or of a newer version."""
         parse_id(move_id)
         try:
-            text = self._read(f"{move_id}.journal")
+            text = self._files.read(f"{move_id}.journal")
         except FileNotFoundError:
             raise JournalError(
                 f"no move {move_id} in {self.path}", hint="natkeep status lists them"
@@ -460,7 +401,7 @@ class StateDirectory:
 
     def _read_packed(self, name: str, digest: str) -> bytes:
         try:
-            packed = self._read(name)
+            packed = self._files.read(name)
         except FileNotFoundError:
             raise ValueError("its connections are missing") from None
         if hashlib.sha256(packed).hexdigest() != digest:
@@ -469,103 +410,47 @@ class StateDirectory:
 
     def write_changed(self, move_id: str, packed: bytes) -> None:
         """Have ID.changed on disk, whole, before the line that names it."""
-        self._write_new(f"{move_id}.changed", packed)
+        self._files.write_new(f"{move_id}.changed", packed)
 
     def append(self, name: str, line: dict[str, Any]) -> None:
         """Append one JSON line and have it on disk."""
-        with self._errors_of(name):
-            fd = self._open(name, os.O_RDWR | os.O_APPEND)
-            try:
-                _drop_unfinished_line(fd)
-                content = pack_line(line)
-                state = line.get("state", "changed")
-                fault.reach("journal-append", state)
-                fault.reach("journal-torn", state, lambda: os.write(fd, content[:20]))
-                _write_all(fd, content)
-                fault.reach("journal-appended", state)
-                os.fsync(fd)
-            finally:
-                os.close(fd)
+        self._files.append(name, pack_line(line), line.get("state", "changed"))
+
+    def size(self, name: str) -> int:
+        """Octets of a file that is there."""
+        return self._files.size(name)
 
     def remove(self, move_id: str) -> None:
         """Remove a move's files, the journal first; done as well when they are not there."""
         parse_id(move_id)
-        with self._errors_of(f"{move_id}.journal"):
+        with self._files.errors_of(f"{move_id}.journal"):
             fault.reach("journal-remove")
-            self._unlink(f"{move_id}.journal")
+            self._files.unlink(f"{move_id}.journal")
             fault.reach("journal-removed")
             self._remove_rest(move_id)
             fault.reach("journal-forgotten")
-            self._sync()
+            self._files.sync()
 
     def _remove_rest(self, move_id: str) -> None:
         """What was written before the journal, and what a killed writer had not renamed yet."""
         # With its socket the holder ends.
         for kind in ("ready", "seen", "changed", "connections", "hold", "asked", "told"):
-            self._unlink(f"{move_id}.{kind}")
+            self._files.unlink(f"{move_id}.{kind}")
         for kind in ("ready", "seen", "changed", "connections", "journal"):
-            self._unlink(f".{move_id}.{kind}.new")
-        for name in os.listdir(self._fd):
+            self._files.unlink(f".{move_id}.{kind}.new")
+        for name in self._files.names():
             if name.startswith(f"{move_id}.guard-"):  # whose guardian ends with it
-                self._unlink(name)
-
-    def _unlink(self, name: str) -> None:
-        if self._fd is not None:  # without it the name would be one of the working directory
-            with suppress(FileNotFoundError):
-                os.unlink(name, dir_fd=self._fd)
-
-    def _open(self, name: str, flags: int) -> int:
-        if self._fd is None:
-            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), name)
-        return os.open(
-            name, flags | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK, 0o600, dir_fd=self._fd
-        )
-
-    @contextmanager
-    def _errors_of(self, name: str) -> Iterator[None]:
-        try:
-            yield
-        except OSError as error:
-            raise JournalError(f"{self.path}/{name}: {error.strerror}") from error
-
-    def _read(self, name: str) -> bytes:
-        try:
-            fd = self._open(name, os.O_RDONLY)
-        except FileNotFoundError:
-            raise
-        except OSError as error:
-            raise JournalError(f"cannot open {self.path}/{name}: {error.strerror}") from error
-        try:
-            status = os.fstat(fd)
-            if not stat.S_ISREG(status.st_mode):
-                raise JournalError(f"{self.path}/{name} is not a file")
-            _refuse_foreign(f"{self.path}/{name}", status)
-            if status.st_size > _SIZE_LIMIT:
-                raise JournalError(f"{self.path}/{name} is too large")
-            return _read_all(fd, status.st_size)
-        finally:
-            os.close(fd)
-
-    def size(self, name: str) -> int:
-        """Octets of a file that is there."""
-        with self._errors_of(name):
-            fd = self._open(name, os.O_RDONLY)
-            try:
-                return os.fstat(fd).st_size
-            finally:
-                os.close(fd)
+                self._files.unlink(name)
 
     def write_ready(self, move_id: str, content: bytes) -> None:
         """Have ID.ready on disk, whole, in the place of an earlier one."""
-        self._write_new(f"{move_id}.ready", content)
+        self._files.write_new(f"{move_id}.ready", content)
 
     def strays(self) -> tuple[str, ...]:
         """Files of moves that have no journal, and what a killed writer had not renamed yet."""
-        if self._fd is None:
-            return ()
         known = self.ids()
         found = []
-        for name in sorted(os.listdir(self._fd)):
+        for name in sorted(self._files.names()):
             match = _FILE.fullmatch(name)
             if match and (match["new"] or match["id"] not in known):
                 found.append(name)
@@ -573,13 +458,13 @@ class StateDirectory:
 
     def remove_stray(self, name: str) -> None:
         """Remove one of `strays`."""
-        with self._errors_of(name):
-            self._unlink(name)
-            self._sync()
+        with self._files.errors_of(name):
+            self._files.unlink(name)
+            self._files.sync()
 
     def write_sighting(self, move_id: str, boot: str, sighting: Sighting) -> None:
         """Have ID.seen on disk, whole, in the place of an earlier one."""
-        self._write_new(f"{move_id}.seen", pack_line({"boot": boot, **sighting.to_json()}))
+        self._files.write_new(f"{move_id}.seen", pack_line({"boot": boot, **sighting.to_json()}))
 
     def read_sighting(self, move_id: str, boot: str) -> Sighting | None:
         """What the last repair of this boot saw; None where there is none that can be read.
@@ -589,110 +474,10 @@ class StateDirectory:
         from natkeep.plan.sighting import Sighting  # for status and repair alone
 
         try:
-            found = read_line(self._read(f"{move_id}.seen").removesuffix(b"\n"))
+            found = read_line(self._files.read(f"{move_id}.seen").removesuffix(b"\n"))
             return Sighting.from_json(found) if found["boot"] == boot else None
         except (OSError, KeyError, TypeError, ValueError, JournalError):
             return None
-
-    def _write_new(self, name: str, content: bytes) -> None:
-        temporary = f".{name}.new"
-        of = name.rpartition(".")[2]
-        with self._errors_of(name):
-            self._unlink(temporary)
-            fault.reach("journal-create", of)
-            fd = self._open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL)
-            try:
-                _write_all(fd, content)
-                fault.reach("journal-written", of)
-                os.fsync(fd)
-                fault.reach("journal-rename", of)
-                os.rename(temporary, name, src_dir_fd=self._fd, dst_dir_fd=self._fd)
-            except BaseException:
-                self._unlink(temporary)
-                raise
-            finally:
-                os.close(fd)
-            fault.reach("journal-renamed", of)
-            self._sync()
-
-    def _sync(self) -> None:
-        if self._fd is not None:
-            os.fsync(self._fd)
-
-
-def _read_all(fd: int, size: int) -> bytes:
-    """To the end, which by now may be behind *size*."""
-    content = more = os.read(fd, size + 1)
-    while more and len(content) > size:  # of a file less is read only where it ends
-        more = os.read(fd, 1 << 16)
-        content += more
-    return content
-
-
-def _refuse_foreign(name: str, status: os.stat_result, right: str = "") -> None:
-    """Whoever can write there decides what natkeep undoes, as root."""
-    if status.st_uid != os.geteuid() and os.geteuid() == 0:
-        raise JournalError(f"{name} belongs to uid {status.st_uid}")
-    if status.st_mode & 0o022:
-        hint = f"chmod {right}" if right else None
-        raise JournalError(f"{name} can be written by others", hint=hint)
-
-
-def read_lock_timeout() -> float:
-    """Seconds to wait for the lock: $NATKEEP_LOCK_TIMEOUT, or LOCK_TIMEOUT; UsageError if none."""
-    text = os.environ.get("NATKEEP_LOCK_TIMEOUT", "")
-    if not text:
-        return LOCK_TIMEOUT
-    if not (text.isascii() and text.isdigit() and len(text) < 6):
-        raise UsageError(f"NATKEEP_LOCK_TIMEOUT: {text!r} is not a number of seconds (0 to 99999)")
-    return float(text)
-
-
-def _lock(fd: int, path: str, seconds: float) -> None:
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        if not (seconds and _queue_up(fd, seconds)):
-            raise JournalError(
-                f"another natkeep holds {path}/lock",
-                hint=f"waited {seconds:g} s: end it, or NATKEEP_LOCK_TIMEOUT=SECONDS waits longer",
-            ) from None
-
-
-def _queue_up(fd: int, seconds: float) -> bool:
-    """Wait in the kernel's queue for the lock of *fd*; whether it came in time.
-
-    Who waits in flock() is served in order, and at once; who asks again and again is not, and of
-    16 processes one can be passed over for ever. flock() knows no time-out, so a thread waits.
-    What it gets too late goes back at once, with the last descriptor of this opening.
-    """
-    import threading  # only who has to wait pays for it
-
-    own, taken = os.dup(fd), threading.Event()
-
-    def wait() -> None:
-        try:
-            fcntl.flock(own, fcntl.LOCK_EX)
-        finally:
-            os.close(own)
-        taken.set()
-
-    threading.Thread(target=wait, daemon=True).start()
-    return taken.wait(seconds)
-
-
-def _drop_unfinished_line(fd: int) -> None:
-    """Cut off what a killed writer left without its newline, or the next line would join it."""
-    size = os.fstat(fd).st_size
-    while size and os.pread(fd, 1, size - 1) != b"\n":
-        size -= 1
-    os.ftruncate(fd, size)
-
-
-def _write_all(fd: int, content: bytes) -> None:
-    view = memoryview(content)
-    while view:
-        view = view[os.write(fd, view) :]
 
 
 def _read_record(journal: Journal, text: bytes, number: int) -> None:

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from natkeep import __version__, journal
+from natkeep import __version__, statefiles
 from natkeep.errors import JournalError, RefusedError, UsageError
 from natkeep.journal import Journal, StateDirectory, read_boot_id
 from natkeep.plan.move import Map, Mode, Move, Role, Site, Surroundings
@@ -552,7 +552,7 @@ def test_a_journal_too_large_to_be_one_is_not_read(
     state: StateDirectory, place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     begin(state)
-    monkeypatch.setattr(journal, "_SIZE_LIMIT", 100)
+    monkeypatch.setattr(statefiles, "_SIZE_LIMIT", 100)
     assert f"{place}/web.journal is too large" == refusal(state)
 
 
@@ -784,5 +784,5 @@ def test_a_file_is_read_to_its_end_whatever_its_size_was(tmp_path: Path, size: i
     (tmp_path / "file").write_bytes(content)
     fd = os.open(tmp_path / "file", os.O_RDONLY)
 
-    assert journal._read_all(fd, size) == content
+    assert statefiles._read_all(fd, size) == content
     os.close(fd)
