@@ -314,7 +314,7 @@ class Translation:
     Three views of the same connections, in the same order: *kept* as the process sees them,
     *outer* as packets from the peer arrive at the site, *inner* as they leave it. All have one
     local address each; ports differ only where a gateway published another one, and peers only
-    where it masquerades them.
+    where it masquerades them. Where they do not, one of *outer* and *inner* is *kept* itself.
     number: part of the names of the sets; unique at a site.
     """
 
@@ -343,6 +343,8 @@ class Translation:
     @property
     def renames(self) -> bool:
         """Whether peers or ports change too, not the local address alone."""
+        if self.outer is self.kept or self.inner is self.kept:  # the usual case, without a look
+            return False
         return _differ(self.outer, self.inner, self.after)
 
     def ports(self) -> tuple[int, int]:
@@ -487,24 +489,20 @@ def _translate_at(
     kept: Connections,
     surroundings: Surroundings,
 ) -> Iterator[Translation]:
-    """The translations of one map at one site, numbered from *number*."""
+    """The translations of one map at one site, numbered from *number*; *kept* are at its OLD."""
     if not len(kept):
         return
     if site.role == Role.SOURCE:
         yield Translation(site, number, map_, mode, kept, kept, kept)
         return
     if site.role == Role.DESTINATION:
-        yield Translation(
-            site, number, map_, mode, kept, kept.toward(map_.new), kept.toward(map_.old)
-        )
+        yield Translation(site, number, map_, mode, kept, kept.toward(map_.new), kept)
         return
     groups = _group_carried(map_, surroundings)
     carried = {inbound for pairs in groups for inbound, _ in pairs}
     plain = Connections.of(i for i in kept if i not in carried) if carried else kept
     if len(plain):
-        yield Translation(
-            site, number, map_, mode, plain, plain.toward(map_.old), plain.toward(map_.new)
-        )
+        yield Translation(site, number, map_, mode, plain, plain, plain.toward(map_.new))
         number += 1
     for pairs in groups:
         own = Connections.of(inbound for inbound, _ in pairs)
