@@ -20,7 +20,8 @@ FLOORS = {
     **dict.fromkeys(("cli", "criu", "__main__"), 5),
     **dict.fromkeys(("lifecycle", "report"), 4),
     **dict.fromkeys(("kernel", "checkpoint", "journal", "policy"), 3),
-    "journal_form": 2.5,  # what the journal is written in: it touches nothing
+    # What the journal is written in, and by: they know of no move, nor of a kernel.
+    **dict.fromkeys(("journal_form", "statefiles"), 2.5),
     **dict.fromkeys(("plan", "fault"), 2),
     **dict.fromkeys(("errors", "values", "afterwards", "__init__"), 1),
 }

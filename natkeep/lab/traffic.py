@@ -579,7 +579,7 @@ class Process:
             self.failed = f"{item}: {type(error).__name__}: {error}"
 
     def report(self, *, names_too: bool = False) -> None:
-        started = time.monotonic()
+        started, busy = time.monotonic(), time.process_time()
         if names_too:
             for connection in self.connections:
                 connection.learn_names()
@@ -595,8 +595,10 @@ class Process:
         }
         replace(self.directory / "report.json", json.dumps(value))
         self.changed = False
-        took = time.monotonic() - started
-        self._next_report = started + max(REPORT_EVERY_S, REPORT_SHARE * took)
+        # Of the processor, or one that is frozen here would next report ten blackouts later; where
+        # it is restored it is another process, whose time may be less.
+        took = time.process_time() - busy
+        self._next_report = time.monotonic() + max(REPORT_EVERY_S, REPORT_SHARE * took)
 
     def do_open(self, to: str | None) -> None:
         self.dial(to or self.to)

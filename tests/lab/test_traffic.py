@@ -5,12 +5,14 @@ from __future__ import annotations
 import contextlib
 import socket
 import subprocess
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from natkeep.kernel.netns import inside, open_namespace
+from natkeep.lab import traffic
 from natkeep.lab.application import (
     Application,
     Report,
@@ -448,3 +450,19 @@ def test_half_closed_and_full_connections_are_resumed(stage: Stage) -> None:
     stage.serve.wait(lambda r: r["connections"][second]["rx"] == 1000, "data after its FIN")
     stage.dial.wait(lambda r: r["connections"][2]["rx"] == 20_000_000, "20 MB", within=10)
     stage.assert_sound()
+
+
+def test_who_is_frozen_while_it_reports_does_not_report_the_later(tmp_path, monkeypatch):
+    """Its next report would come ten blackouts later, and nobody would know what has become."""
+    process = traffic.Process("serve", tmp_path)
+    write = traffic.replace
+
+    def freeze(path, text):
+        time.sleep(0.3)
+        write(path, text)
+
+    monkeypatch.setattr(traffic, "replace", freeze)
+    process.report()
+
+    assert process._next_report < time.monotonic() + 0.3
+    assert (tmp_path / "report.json").exists()
