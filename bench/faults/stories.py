@@ -80,7 +80,9 @@ CRASHED = (("fault=begun-FillSet:kill", *_prepare(*MAP, PAIR[0], *LIST)),)
 GUARDED = (*STATEFUL, "--guard")
 UNGUARDED = (
     "at", "state",
-    "for each in web.guard-*; do kill -9 $(cat $each); flock $each true; done",
+    # Its first word, its pid, is not out yet when prepare ends.
+    "for each in web.guard-*; do until test -s $each; do sleep 0.01; done; "
+    "kill -9 $(cat $each); flock $each true; done",
 )  # fmt: skip
 DELETED = tuple(
     ("at", site, "nft delete table inet natkeep") for site in ("gateway", "destination")
