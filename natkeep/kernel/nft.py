@@ -8,14 +8,17 @@ given; the `nftables` binding is imported only here.
 
 from __future__ import annotations
 
+import errno
 import re
 from collections.abc import Iterable
-from contextlib import suppress
 
 from natkeep.errors import KernelError
 from natkeep.kernel import elements
 from natkeep.kernel.assembler import assemble
 from natkeep.kernel.statements import NotUnderstood
+
+_UNANSWERED = (errno.ENOBUFS, errno.EMSGSIZE)
+"""What receiving an answer fails with; a refusal is an answer."""
 
 _MESSAGE = re.compile(r"(?:Error|Warning): (.*)")
 
@@ -27,11 +30,18 @@ class NftError(KernelError):
 def run_transaction(lines: Iterable[str]) -> None:
     """Load *lines* in the namespace we are in, all or nothing; NftError otherwise."""
     lines = tuple(lines)
-    # What the kernel refuses libnftables tries once more: it says which part of the text it was.
-    with suppress(NotUnderstood, OSError):
-        elements.send_batch(assemble(lines))
+    try:
+        messages = assemble(lines)
+    except NotUnderstood:
+        run_by_libnftables(lines)
         return
-    run_by_libnftables(lines)
+    try:
+        elements.send_batch(messages)
+    except OSError as error:
+        if error.errno in _UNANSWERED:  # it may be done, and must not be done twice
+            raise NftError(f"nft: {error.strerror}") from error
+        # Refused as a whole: libnftables tries once more, and says which part of the text it was.
+        run_by_libnftables(lines)
 
 
 def run_by_libnftables(lines: Iterable[str]) -> None:

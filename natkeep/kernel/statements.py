@@ -29,7 +29,7 @@ _LOOPBACK = (1).to_bytes(4, sys.byteorder)
 """lo's index, which is the same in every namespace (LOOPBACK_IFINDEX)."""
 _META = {"mark": 3, "iif": 4, "oif": 5}
 _NFPROTO = 15
-_VERSIONS, _OCTETS = {"ip": 2, "ip6": 10}, {"ip": 4, "ip6": 16}
+_VERSIONS = {"ip": 2, "ip6": 10}
 _TCP, _FLAGS_AT = 6, 13
 _FLAGS = {"fin": 1, "syn": 2, "rst": 4, "ack": 16}
 _NETWORK, _TRANSPORT = 1, 2
@@ -153,7 +153,8 @@ def _pack_nat(
     kind: str, family: str, to: str, words: list[str], known: set[str]
 ) -> Iterator[Packed]:
     """To an address and a port: the packet's own one, or a number."""
-    yield put(_pack_value(to, _OCTETS[family]), _ADDRESS_REGISTER)
+    *_, octets = _PLACES[family, "daddr"]
+    yield put(_pack_value(to, octets), _ADDRESS_REGISTER)
     port = words.pop(0)
     if port == "tcp":
         yield from _depend("tcp", known)

@@ -323,3 +323,25 @@ def test_what_the_kernel_refuses_libnftables_explains(netns: str) -> None:
             nft.run_transaction(lines)
 
         assert not ruleset()[TABLES]
+
+
+@pytest.mark.root
+@pytest.mark.needs("nftables")
+def test_what_may_be_there_already_is_not_loaded_again(
+    netns: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The kernel took it, and its answer was lost."""
+    send_packed = elements.send_packed
+
+    def lose_answer(batch: bytes, last: int) -> None:
+        send_packed(batch, last)
+        raise OSError(105, "No buffer space available")
+
+    monkeypatch.setattr(elements, "send_packed", lose_answer)
+    lines = ["add table inet natkeep", "add chain inet natkeep one",
+             "add rule inet natkeep one drop"]  # fmt: skip
+    with inside(open_namespace(netns)):
+        with pytest.raises(nft.NftError, match="No buffer space"):
+            nft.run_transaction(lines)
+
+        assert len(ruleset()[RULES]) == 1
