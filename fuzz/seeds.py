@@ -21,8 +21,9 @@ from natkeep.checkpoint.imagefile import COMMON, IDS, PSTREE
 from natkeep.checkpoint.images import read_checkpoint
 from natkeep.checkpoint.listing import write_listing
 from natkeep.journal import StateDirectory, read_boot_id
-from natkeep.plan.move import Map, Mode, Move, Role, Site, Surroundings
+from natkeep.plan.move import Map, Mode, Move, Role, Site
 from natkeep.plan.steps import Prior
+from natkeep.plan.translations import Surroundings
 from natkeep.plan.tuples import Connections, parse_address
 
 Case = dict[str, bytes]

@@ -58,15 +58,9 @@ from natkeep.journal_form import (
     unknown_schema,
     unpack_columns,
 )
-from natkeep.plan.move import (
-    Change,
-    Move,
-    Site,
-    Surroundings,
-    is_id,
-    parse_id,
-)
+from natkeep.plan.move import Move, Site, is_id, parse_id
 from natkeep.plan.steps import HoldListeners, Identity, OpenGate, Prior, SendResets
+from natkeep.plan.translations import Change, Surroundings
 from natkeep.plan.tuples import NO_CONNECTIONS, Address, Connections, parse_address
 from natkeep.statefiles import StateFiles, read_lock_timeout
 from natkeep.values import dataclass, field

@@ -14,10 +14,11 @@ from natkeep.checkpoint import Checkpoint, Socket
 from natkeep.plan.drift import MoveStatus, Observation, SeenEntry, SiteStatus
 from natkeep.plan.findings import CATALOGUE, Finding
 from natkeep.plan.lock import NetworkLock
-from natkeep.plan.move import Compared, Fate, Move, Role, Translation
+from natkeep.plan.move import Fate, Move, Role
 from natkeep.plan.order import render_nft
 from natkeep.plan.resets import NOT_TOLD, describe_fates
 from natkeep.plan.steps import InsertEntries, Plan
+from natkeep.plan.translations import Compared, Translation
 from natkeep.plan.tuples import Address, Connections, FourTuple
 
 SHOWN = 20

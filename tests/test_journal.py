@@ -19,8 +19,9 @@ import pytest
 from natkeep import __version__, statefiles
 from natkeep.errors import JournalError, RefusedError, UsageError
 from natkeep.journal import Journal, StateDirectory, read_boot_id
-from natkeep.plan.move import Map, Mode, Move, Role, Site, Surroundings
+from natkeep.plan.move import Map, Mode, Move, Role, Site
 from natkeep.plan.steps import Prior
+from natkeep.plan.translations import Surroundings
 from natkeep.plan.tuples import Connections, Endpoint, FourTuple, parse_address
 
 MOVE = Move(

@@ -22,7 +22,8 @@ from natkeep.lifecycle.ground import plan_of
 from natkeep.lifecycle.repairing import Repairing
 from natkeep.lifecycle.verbs import Lifecycle
 from natkeep.plan.drift import Gate
-from natkeep.plan.move import Compared, Map, Mode, Move, Role, Site
+from natkeep.plan.move import Map, Mode, Move, Role, Site
+from natkeep.plan.translations import Compared
 from natkeep.plan.tuples import Connections, Endpoint, FourTuple, parse_address
 from natkeep.values import replace
 

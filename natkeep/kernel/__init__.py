@@ -27,8 +27,9 @@ from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Protocol
 
 from natkeep.plan.drift import Observation
-from natkeep.plan.move import Move, Site, Surroundings
+from natkeep.plan.move import Move, Site
 from natkeep.plan.steps import Identity, OpenGate, Plan, Prior, Step
+from natkeep.plan.translations import Surroundings
 from natkeep.plan.tuples import Address, Connections, Endpoint
 from natkeep.values import dataclass
 

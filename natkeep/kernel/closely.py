@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING
 from natkeep.kernel import address, calls, conntrack, elements, sockets
 from natkeep.kernel.netns import Namespace
 from natkeep.plan.drift import SeenEntry
-from natkeep.plan.move import Translation
 from natkeep.plan.reception import Reception
 from natkeep.plan.ruleset import TABLE
+from natkeep.plan.translations import Translation
 from natkeep.plan.tuples import Address, Connections, Endpoint
 
 if TYPE_CHECKING:

@@ -53,7 +53,8 @@ from natkeep.plan.entries import (
     IPS_SRC_NAT,
     TCP_ESTABLISHED,
 )
-from natkeep.plan.move import Mode, Translation
+from natkeep.plan.move import Mode
+from natkeep.plan.translations import Translation
 from natkeep.plan.tuples import RECORD_SIZE, Connections, FourTuple
 
 if TYPE_CHECKING:

@@ -25,7 +25,7 @@ from natkeep.plan.mending import (
     split_opening,
     want_of,
 )
-from natkeep.plan.move import NOTHING_SPECIAL, Move, Role, Site, Surroundings, Translation
+from natkeep.plan.move import Move, Role, Site
 from natkeep.plan.steps import (
     AddAddress,
     FillSet,
@@ -50,6 +50,7 @@ from natkeep.plan.steps import (
 )
 from natkeep.plan.strays import SeenTable
 from natkeep.plan.things import Thing, Wanted, parse_line, want_rule
+from natkeep.plan.translations import NOTHING_SPECIAL, Surroundings, Translation
 from natkeep.plan.tuples import NO_CONNECTIONS, Address, Connections, Endpoint, FourTuple
 from natkeep.values import dataclass, field
 

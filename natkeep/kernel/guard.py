@@ -30,7 +30,7 @@ from natkeep.kernel.netlink import NETLINK_NETFILTER, Netlink
 from natkeep.kernel.netns import Namespace, inside, path_of
 from natkeep.kernel.resident import FIRST, spawn
 from natkeep.plan.guard import render, sets_of, table_name
-from natkeep.plan.move import Translation
+from natkeep.plan.translations import Translation
 
 _PATIENCE = 2.0
 """Seconds to wait for the guardian's first word, and for its end."""

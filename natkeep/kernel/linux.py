@@ -45,7 +45,7 @@ from natkeep.kernel.netns import (
 from natkeep.kernel.purge import forget_untracked, purge
 from natkeep.plan import resets, ruleset
 from natkeep.plan.drift import Gate, Observation
-from natkeep.plan.move import Move, Role, Site, Surroundings, Translation
+from natkeep.plan.move import Move, Role, Site
 from natkeep.plan.ruleset import TABLE
 from natkeep.plan.steps import (
     AddAddress,
@@ -70,6 +70,7 @@ from natkeep.plan.steps import (
     TakeOverLock,
     TranslateErrors,
 )
+from natkeep.plan.translations import Surroundings, Translation
 from natkeep.plan.tuples import Address, Connections, Endpoint, FourTuple
 
 if TYPE_CHECKING:

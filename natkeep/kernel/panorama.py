@@ -23,11 +23,12 @@ from natkeep.kernel.netns import Namespace, errors_at, inside
 from natkeep.kernel.ways import Ways
 from natkeep.plan.drift import Observation, SeenEntry
 from natkeep.plan.mending import pick_from
-from natkeep.plan.move import Site, Translation
+from natkeep.plan.move import Site
 from natkeep.plan.reception import Reception
 from natkeep.plan.ruleset import DISPATCHES, FAMILIES, GATE, TABLE, dispatch_map
 from natkeep.plan.steps import Plan
 from natkeep.plan.things import known_thing
+from natkeep.plan.translations import Translation
 from natkeep.plan.tuples import Address, Connections, Endpoint
 from natkeep.values import replace
 

@@ -38,8 +38,8 @@ from natkeep.kernel.ctnetlink import (
 )
 from natkeep.kernel.netlink import NETLINK_NETFILTER, NLM_F_DUMP, Netlink
 from natkeep.plan.entries import stale_views
-from natkeep.plan.move import Translation
 from natkeep.plan.ruleset import TABLE
+from natkeep.plan.translations import Translation
 from natkeep.plan.tuples import Address, Connections
 
 _BUCKETS = 2000

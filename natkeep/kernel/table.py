@@ -13,7 +13,7 @@ from natkeep.kernel import Remember, elements, nft, passing
 from natkeep.kernel import quiet as quietness
 from natkeep.plan import quiet, reception, resets, ruleset
 from natkeep.plan.drift import Gate
-from natkeep.plan.move import Role, Site, Translation
+from natkeep.plan.move import Role, Site
 from natkeep.plan.reception import Reception
 from natkeep.plan.ruleset import TABLE
 from natkeep.plan.steps import (
@@ -26,6 +26,7 @@ from natkeep.plan.steps import (
     SendResets,
     TranslateErrors,
 )
+from natkeep.plan.translations import Translation
 from natkeep.plan.tuples import Address
 
 

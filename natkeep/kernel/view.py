@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING, Protocol
 from natkeep.kernel import elements, table
 from natkeep.plan import quiet, reception, resets, ruleset
 from natkeep.plan.drift import Gate, Observation, SeenEntry
-from natkeep.plan.move import Role, Site, Translation
+from natkeep.plan.move import Role, Site
 from natkeep.plan.reception import Reception, make_receptions
 from natkeep.plan.steps import GuardSite, InsertEntries, Plan
+from natkeep.plan.translations import Translation
 from natkeep.plan.tuples import Address, Connections, Endpoint
 
 if TYPE_CHECKING:

@@ -17,7 +17,7 @@ from natkeep.journal import Journal
 from natkeep.lifecycle.conflicts import refuse_overlaps
 from natkeep.lifecycle.ground import Ground, kinds_of
 from natkeep.plan.mending import InsertRules, LoadLines, Patch
-from natkeep.plan.move import Change, Compared, Role
+from natkeep.plan.move import Role
 from natkeep.plan.order import make_plan
 from natkeep.plan.steps import (
     AddAddress,
@@ -31,6 +31,7 @@ from natkeep.plan.steps import (
     Step,
     TranslateErrors,
 )
+from natkeep.plan.translations import Change, Compared
 from natkeep.plan.tuples import Connections
 
 

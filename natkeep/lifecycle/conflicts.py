@@ -8,9 +8,10 @@ from __future__ import annotations
 from natkeep.errors import RefusedError
 from natkeep.journal import read_boot_id
 from natkeep.lifecycle.ground import Ground, plan_of
-from natkeep.plan.move import Move, Translation
+from natkeep.plan.move import Move
 from natkeep.plan.reception import refuse_one_end_for_two
 from natkeep.plan.steps import Plan
+from natkeep.plan.translations import Translation
 from natkeep.plan.tuples import RECORD_SIZE, Connections
 
 

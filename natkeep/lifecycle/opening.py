@@ -16,7 +16,7 @@ from natkeep.plan.steps import Plan
 
 if TYPE_CHECKING:
     from natkeep.checkpoint import Checkpoint
-    from natkeep.plan.move import Compared
+    from natkeep.plan.translations import Compared
 
 
 class Opening(Ground):

@@ -17,7 +17,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from natkeep.plan.move import Mode, Translation
+from natkeep.plan.move import Mode
+from natkeep.plan.translations import Translation
 from natkeep.plan.tuples import Connections, FourTuple
 from natkeep.values import dataclass
 

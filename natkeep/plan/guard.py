@@ -11,7 +11,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 
 from natkeep.plan import ruleset
-from natkeep.plan.move import Role, Translation
+from natkeep.plan.move import Role
+from natkeep.plan.translations import Translation
 from natkeep.plan.tuples import Connections
 
 _CHAINS = {

@@ -20,7 +20,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from natkeep.plan import quiet, resets, ruleset
-from natkeep.plan.move import Role, Site, Translation
+from natkeep.plan.move import Role, Site
 from natkeep.plan.quoted import RawRule
 from natkeep.plan.steps import (
     AddAddress,
@@ -52,6 +52,7 @@ from natkeep.plan.things import (
     place,
     want_rule,
 )
+from natkeep.plan.translations import Translation
 from natkeep.plan.tuples import NO_CONNECTIONS, Connections
 from natkeep.values import dataclass, replace
 

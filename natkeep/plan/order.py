@@ -9,17 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from natkeep.plan import quiet, reception, resets, ruleset
-from natkeep.plan.move import (
-    NOTHING_SPECIAL,
-    Change,
-    Mode,
-    Move,
-    Role,
-    Site,
-    Surroundings,
-    Translation,
-    make_translations,
-)
+from natkeep.plan.move import Mode, Move, Role, Site
 from natkeep.plan.reception import make_receptions
 from natkeep.plan.resets import Reset, make_resets
 from natkeep.plan.steps import (
@@ -44,6 +34,13 @@ from natkeep.plan.steps import (
     TakeOverLock,
     TranslateErrors,
     as_commands,
+)
+from natkeep.plan.translations import (
+    NOTHING_SPECIAL,
+    Change,
+    Surroundings,
+    Translation,
+    make_translations,
 )
 from natkeep.plan.tuples import Connections
 from natkeep.values import replace

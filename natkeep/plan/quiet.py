@@ -20,8 +20,9 @@ from collections.abc import Iterable
 from functools import cache
 
 from natkeep.plan import ruleset
-from natkeep.plan.move import Role, Translation
+from natkeep.plan.move import Role
 from natkeep.plan.ruleset import FAMILIES, GATE, SYN, TABLE
+from natkeep.plan.translations import Translation
 from natkeep.plan.tuples import Address, Endpoint
 
 MUTE = "mute"

@@ -22,8 +22,9 @@ from __future__ import annotations
 from enum import IntEnum
 
 from natkeep.plan import reception, ruleset
-from natkeep.plan.move import Mode, Translation
+from natkeep.plan.move import Mode
 from natkeep.plan.reception import Reception
+from natkeep.plan.translations import Translation
 from natkeep.plan.tuples import Address
 from natkeep.values import dataclass
 

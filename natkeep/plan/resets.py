@@ -29,8 +29,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 
 from natkeep.plan import ruleset
-from natkeep.plan.move import Fate, Move, Role, Site, Surroundings, Unkept
+from natkeep.plan.move import Fate, Move, Role, Site
 from natkeep.plan.ruleset import FAMILIES, TABLE
+from natkeep.plan.translations import Surroundings, Unkept
 from natkeep.plan.tuples import Address, Connections, FourTuple
 from natkeep.values import dataclass
 

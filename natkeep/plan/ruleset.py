@@ -56,7 +56,8 @@ from collections.abc import Iterable
 from functools import cache, lru_cache
 
 from natkeep.plan.lock import CRIU_MARK
-from natkeep.plan.move import Mode, Role, Translation
+from natkeep.plan.move import Mode, Role
+from natkeep.plan.translations import Translation
 from natkeep.plan.tuples import Address, Connections
 
 TABLE = "natkeep"

@@ -14,16 +14,10 @@ from typing import TYPE_CHECKING
 from natkeep.plan import quiet, reception, resets, ruleset
 from natkeep.plan.entries import describe_purge, entries, stale_tuples, stale_views
 from natkeep.plan.lock import DumpLock, describe_taking
-from natkeep.plan.move import (
-    Move,
-    Role,
-    Site,
-    Surroundings,
-    Translation,
-    Unkept,
-)
+from natkeep.plan.move import Move, Role, Site
 from natkeep.plan.reception import Reception
 from natkeep.plan.resets import Reset
+from natkeep.plan.translations import Surroundings, Translation, Unkept
 from natkeep.plan.tuples import Address, Connections, Endpoint, FourTuple
 from natkeep.values import dataclass, field
 

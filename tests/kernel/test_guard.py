@@ -16,7 +16,8 @@ import pytest
 from natkeep.errors import KernelError
 from natkeep.kernel import assembler, guard
 from natkeep.kernel.netns import Namespace, open_namespace
-from natkeep.plan.move import Map, Mode, Role, Site, Translation
+from natkeep.plan.move import Map, Mode, Role, Site
+from natkeep.plan.translations import Translation
 from natkeep.plan.tuples import Connections, Endpoint, FourTuple
 
 pytestmark = pytest.mark.root

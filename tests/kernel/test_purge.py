@@ -11,7 +11,8 @@ import pytest
 from natkeep.kernel import conntrack, elements
 from natkeep.kernel.netns import inside, open_namespace
 from natkeep.kernel.purge import forget_untracked, purge
-from natkeep.plan.move import Map, Mode, Move, Role, Site, Translation, make_translations
+from natkeep.plan.move import Map, Mode, Move, Role, Site
+from natkeep.plan.translations import Translation, make_translations
 from natkeep.plan.tuples import Connections, Endpoint, FourTuple
 
 pytestmark = pytest.mark.root

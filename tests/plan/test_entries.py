@@ -7,8 +7,9 @@ from ipaddress import ip_address
 import pytest
 
 from natkeep.plan.entries import Entry, describe_purge, entries, stale_tuples
-from natkeep.plan.move import Map, Mode, Move, Role, Site, Translation
+from natkeep.plan.move import Map, Mode, Move, Role, Site
 from natkeep.plan.order import make_plan
+from natkeep.plan.translations import Translation
 from natkeep.plan.tuples import Connections, Endpoint, FourTuple
 
 
