@@ -163,43 +163,46 @@ def make_translations(
     kept, or when there are too many.
     """
     found = [connections.at(map_.old) for map_ in move.maps]
-    count = sum(len(some) for some in found) + len(move.lost)
-    if not count and not (move.listeners or move.quiesces):
-        olds = ", ".join(str(map_.old) for map_ in move.maps)
-        raise RefusedError(
-            f"none of the {len(connections)} connections has the local address {olds}",
-            hint="natkeep inspect shows what there is",
-        )
-    if count > MAX_CONNECTIONS:
-        raise RefusedError(f"{count} connections are more than {MAX_CONNECTIONS}")
-    unkept = tuple(_find_unkept(move, found))
+    late = [change.came.at(map_.old) for map_ in move.maps] if change is not None else []
+    _refuse_none_or_too_many(move, len(connections), found, late)
+    unkept, unkept_late = tuple(_find_unkept(move, found)), tuple(_find_unkept(move, late))
     kept = [_without(some, unkept) for some in found]
+    came = [_without(some, unkept_late) for some in late]
     unwanted = move.unkept == Fate.REPORT and not move.listeners
     if unkept and not any(len(some) for some in kept) and unwanted:
+        count = sum(map(len, found)) + len(move.lost)
         raise RefusedError(f"{unkept[0].inbound}: {unkept[0].reason}", hint=f"{count} in all")
-    came: list[Connections] = []
-    if change is not None:
-        found = [change.came.at(map_.old) for map_ in move.maps]
-        if count + sum(len(some) for some in found) > MAX_CONNECTIONS:
-            raise RefusedError(f"with those that came they are more than {MAX_CONNECTIONS}")
-        late = tuple(_find_unkept(move, found))
-        unkept, came = (*unkept, *late), [_without(some, late) for some in found]
     both = [_join(*pair) for pair in zip(kept, came, strict=True)] if came else kept
     _refuse_one_tuple_for_two(move, both)
     translations: list[Translation] = []
     for site in move.ordered_sites():
-        here: list[Translation] = []
-        waited = change is not None and move.waits(site)
-        around = change.surroundings if change is not None and waited else surroundings
-        for map_, some in zip(move.maps, both if waited else kept, strict=True):
-            there = some.minus(change.went) if change is not None and waited else some
-            here += _translate_at(site, len(here), map_, move.mode, there, around)
-        if change is not None and not waited:
-            for map_, some in zip(move.maps, came, strict=True):
-                here += _translate_at(site, len(here), map_, move.mode, some, change.surroundings)
-        translations += here
+        if change is not None and move.waits(site):
+            there = [some.minus(change.went) for some in both]
+            translations += _translate_at(move, site, there, change.surroundings)
+            continue
+        prepared = _translate_at(move, site, kept, surroundings)
+        translations += prepared
+        if change is not None:
+            translations += _translate_at(move, site, came, change.surroundings, len(prepared))
     _refuse_what_the_mode_cannot(move, translations)
-    return tuple(translations), unkept
+    return tuple(translations), (*unkept, *unkept_late)
+
+
+def _refuse_none_or_too_many(
+    move: Move, in_all: int, found: list[Connections], late: list[Connections]
+) -> None:
+    """Of *in_all* connections those *found* have an OLD of the move; *late* ones came since."""
+    count = sum(map(len, found)) + len(move.lost)
+    if not count and not (move.listeners or move.quiesces):
+        olds = ", ".join(str(map_.old) for map_ in move.maps)
+        raise RefusedError(
+            f"none of the {in_all} connections has the local address {olds}",
+            hint="natkeep inspect shows what there is",
+        )
+    if count > MAX_CONNECTIONS:
+        raise RefusedError(f"{count} connections are more than {MAX_CONNECTIONS}")
+    if count + sum(map(len, late)) > MAX_CONNECTIONS:
+        raise RefusedError(f"with those that came they are more than {MAX_CONNECTIONS}")
 
 
 def _join(one: Connections, other: Connections) -> Connections:
@@ -259,6 +262,16 @@ def _without(some: Connections, unkept: tuple[Unkept, ...]) -> Connections:
 
 
 def _translate_at(
+    move: Move, site: Site, kept: list[Connections], around: Surroundings, number: int = 0
+) -> list[Translation]:
+    """The translations of each map's connections at *site*, numbered from *number*."""
+    here: list[Translation] = []
+    for map_, some in zip(move.maps, kept, strict=True):
+        here += _translate_map(site, number + len(here), map_, move.mode, some, around)
+    return here
+
+
+def _translate_map(
     site: Site,
     number: int,
     map_: Map,
