@@ -11,6 +11,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -185,22 +186,20 @@ def test_an_image_that_only_its_owner_may_read_is_read(site: Site, tmp_path: Pat
 
 
 @pytest.fixture
-def readable(tmp_path: Path) -> Iterator[Path]:
-    """A directory with natkeep's code and an image, which somebody without any powers can read."""
+def readable() -> Iterator[Path]:
+    """A directory with natkeep's code and an image, which somebody without any powers can read.
+
+    pytest's own directories are for root alone.
+    """
     package = Path(__file__).parent.parent / "natkeep"
-    shutil.copytree(package, tmp_path / "code/natkeep", ignore=shutil.ignore_patterns("*.pyc"))
-    shutil.copytree(CORPUS, tmp_path / "image")
-    (tmp_path / "list").write_text(f"{OLD}:5000 10.1.0.2:50594\n")
-    for path in (tmp_path, *tmp_path.rglob("*")):
-        path.chmod(0o755 if path.is_dir() else 0o644)
-    # pytest's own directories above are for root alone; those below are opened for this test.
-    above = [path for path in tmp_path.parents if path.stat().st_mode & 0o005 != 0o005]
-    modes = {path: path.stat().st_mode & 0o7777 for path in above}
-    for path in above:
-        path.chmod(0o755)
-    yield tmp_path
-    for path, mode in modes.items():
-        path.chmod(mode)
+    with tempfile.TemporaryDirectory(prefix="natkeep-test-") as name:
+        directory = Path(name)
+        shutil.copytree(package, directory / "code/natkeep", ignore=shutil.ignore_patterns("*.pyc"))
+        shutil.copytree(CORPUS, directory / "image")
+        (directory / "list").write_text(f"{OLD}:5000 10.1.0.2:50594\n")
+        for path in (directory, *directory.rglob("*")):
+            path.chmod(0o755 if path.is_dir() else 0o644)
+        yield directory
 
 
 @pytest.mark.parametrize(

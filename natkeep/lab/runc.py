@@ -211,12 +211,19 @@ def find_cgroups(prefix: str) -> Iterable[Path]:
     return [path for depth in ("", "*/") for path in CGROUPS.glob(f"{depth}{prefix}*")]
 
 
+def find_left_cgroups() -> list[Path]:
+    """Those of labs that are over; a lab has its lock's file as long as it lives."""
+
+    def lab(path: Path) -> str:
+        return path.name.removeprefix(PREFIX).partition("-")[0]
+
+    return [path for path in find_cgroups(PREFIX) if not (LOCKS / lab(path)).exists()]
+
+
 def remove_cgroups() -> None:
-    """Remove what labs that are over left; a lab has its lock's file as long as it lives."""
-    for path in find_cgroups(PREFIX):
-        lab = path.name.removeprefix(PREFIX).partition("-")[0]
-        if not (LOCKS / lab).exists():
-            remove_cgroup(path)
+    """Remove what labs that are over left."""
+    for path in find_left_cgroups():
+        remove_cgroup(path)
 
 
 def remove_cgroup(path: Path) -> bool:

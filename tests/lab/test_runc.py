@@ -12,10 +12,9 @@ import pytest
 from natkeep.lab import engines, runc, scenario, stage
 from natkeep.lab.application import Application
 from natkeep.lab.engines import Opening
-from natkeep.lab.runc import Runc, find_cgroups, inside
+from natkeep.lab.runc import Runc, find_left_cgroups, inside
 from natkeep.lab.scenario import find_scenario
 from natkeep.lab.stage import Lab
-from natkeep.lab.topology import PREFIX
 from natkeep.lab.translators import TRANSLATORS, Natkeep, natkeep_command
 from natkeep.lab.verdict import Report
 
@@ -31,12 +30,12 @@ def observe_etc() -> list[tuple[str, int, bytes]]:
 @pytest.fixture(autouse=True)
 def _nothing_is_left():
     """A container leaves no cgroup, and nothing in /etc/criu."""
-    etc, cgroups = observe_etc(), set(find_cgroups(PREFIX))
+    etc, cgroups = observe_etc(), set(find_left_cgroups())
 
     yield
 
     assert observe_etc() == etc
-    assert set(find_cgroups(PREFIX)) <= cgroups
+    assert set(find_left_cgroups()) <= cgroups  # other runs have their own, while they live
 
 
 @pytest.mark.root
