@@ -156,7 +156,7 @@ def groups() -> list[list[Configuration]]:
 Values = dict[str, dict[str, list[float]]]
 """Of each configuration of a group each metric, a round each."""
 
-_TURNS = {"bulk": 1, "bulk, MTU packets": 4, "exchange": 2, "newcomer": 2}
+_TURNS = {"bulk": 1, "bulk, MTU packets": 4, "exchange": 5, "newcomer": 2}
 """How many turns a round has: the shorter what is measured is, the more."""
 
 
