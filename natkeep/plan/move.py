@@ -1,8 +1,8 @@
 """the wish: what the operator wants moved, from which address to which, and at which sites.
 
 Rule: a value from this file has been validated; what is built on it does not check again.
-Nothing here knows of connections (translations.py says what a move needs for them), and nothing
-here may read a file, a clock, a socket or a namespace.
+Nothing here knows what follows from a move (that is translations.py), and nothing here may read
+a file, a clock, a socket or a namespace.
 """
 
 from __future__ import annotations
