@@ -157,7 +157,7 @@ Values = dict[str, dict[str, list[float]]]
 """Of each configuration of a group each metric, a round each."""
 
 _TURNS = {"bulk": 1, "bulk, MTU packets": 4, "exchange": 5, "newcomer": 2}
-"""How many turns a round has: the shorter what is measured is, the more."""
+"""How many turns a round has: the more, the nearer its figures are to what is asked."""
 
 
 def compare(configurations: Sequence[Configuration], rounds: int) -> Values:

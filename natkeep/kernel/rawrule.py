@@ -36,9 +36,9 @@ def pack_rule(chain: str, expressions: Iterable[Packed], comment: str) -> bytes:
     )
 
 
-def load_protocol(protocol: int, *, equal: bool = True) -> tuple[Packed, Packed]:
-    """The packet's transport protocol is *protocol*, or is not."""
-    return load_meta(_META_L4PROTO), compare(bytes((protocol,)), equal=equal)
+def load_protocol(protocol: int) -> tuple[Packed, Packed]:
+    """The packet's transport protocol is *protocol*."""
+    return load_meta(_META_L4PROTO), compare(bytes((protocol,)))
 
 
 def load_meta(key: int) -> Packed:

@@ -76,8 +76,6 @@ def pack_statements(words: list[str]) -> Iterator[Packed]:
                 yield from _pack_mark(mark, equal=True)
             case ["meta", "l4proto", "tcp", *words]:
                 yield from _depend("tcp", known)
-            case ["meta", "l4proto", "!=", "tcp", *words]:
-                yield from load_protocol(_TCP, equal=False)
             case ["dnat" | "snat" as kind, "ip" | "ip6" as family, "to", to, ":", *words]:
                 yield from _pack_nat(kind, family, to, words, known)
             case _:

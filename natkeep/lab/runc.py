@@ -30,7 +30,7 @@ from typing import Any
 from natkeep.lab.application import SCRIPT, Application
 from natkeep.lab.engines import EngineError, Frozen, Moving, Opening, end_silence, errors_in
 from natkeep.lab.host import NAMES, Host
-from natkeep.lab.topology import LOCKS, PREFIX
+from natkeep.lab.topology import LOCKS, PREFIX, hex_of
 
 CGROUPS = Path("/sys/fs/cgroup")
 CONFIGURATION = "org.criu.config"  # the annotation
@@ -213,11 +213,7 @@ def find_cgroups(prefix: str) -> Iterable[Path]:
 
 def find_left_cgroups() -> list[Path]:
     """Those of labs that are over; a lab has its lock's file as long as it lives."""
-
-    def lab(path: Path) -> str:
-        return path.name.removeprefix(PREFIX).partition("-")[0]
-
-    return [path for path in find_cgroups(PREFIX) if not (LOCKS / lab(path)).exists()]
+    return [path for path in find_cgroups(PREFIX) if not (LOCKS / hex_of(path.name)).exists()]
 
 
 def remove_cgroups() -> None:

@@ -271,6 +271,11 @@ def remove_names(names: Iterable[str]) -> None:
         _ip([f"netns delete {name}" for name in doomed], force=True)
 
 
+def hex_of(name: str) -> str:
+    """Which lab a name with its PREFIX is of: a namespace's, a directory's, a cgroup's."""
+    return name[len(PREFIX) :].partition("-")[0]
+
+
 def sweep() -> list[str]:
     """Remove the names and files of labs whose owner is dead; returns the names removed.
 
@@ -281,7 +286,7 @@ def sweep() -> list[str]:
     with _registry():
         names = [p.name for p in NAMES.glob(f"{PREFIX}*")] if NAMES.is_dir() else []
         locks = [p.name for p in LOCKS.iterdir()]
-        for hex_ in {name[len(PREFIX) :].partition("-")[0] for name in names} | set(locks):
+        for hex_ in {hex_of(name) for name in names} | set(locks):
             if _owned(LOCKS / hex_):
                 continue
             own = [name for name in names if name.startswith(f"{PREFIX}{hex_}-")]

@@ -89,7 +89,7 @@ _BASE_CHAINS = {
 }
 
 ERRORS = "errors"
-"""Name of the chain for departing ICMP errors; the base chain sends there what is not TCP."""
+"""Name of the chain for departing ICMP errors; the base chain sends nothing else there."""
 
 OPEN = "open"
 """Comment of the rule that opens a gate."""
@@ -200,9 +200,8 @@ def render_mode(mode: Mode) -> tuple[str, ...]:
         chain, *_ = _BASE_CHAINS[DISPATCHES[mode][1]]
         lines += [
             f"add chain inet {TABLE} {ERRORS}",
-            # The rules there ask for ICMP themselves. This one every packet pays for that is not
-            # translated: a comparison is cheaper than to look among the numbers of both ICMPs.
-            f"add rule inet {TABLE} {chain} meta l4proto != tcp jump {ERRORS}",
+            # Nothing else may get there: it would ask a rule for each move.
+            f"add rule inet {TABLE} {chain} meta l4proto {{ icmp, ipv6-icmp }} jump {ERRORS}",
         ]
     return tuple(lines)
 

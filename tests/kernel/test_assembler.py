@@ -30,6 +30,7 @@ GOLDEN = sorted(Path(__file__).parent.parent.glob("plan/golden/*.nft"))
 LEFT_TO_LIBNFTABLES = (
     r"add element inet natkeep \S+ \{ \S+ \. .*",  # natkeep fills these in bulk, never as text
     r"add set .* flags dynamic; \}",
+    r"add rule \S+ \S+ \S+ meta l4proto \{ icmp, ipv6-icmp \} jump errors",
     r".* return comment \S+",
 )
 """All that has a form of its own."""

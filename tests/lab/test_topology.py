@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
+import statistics
 import subprocess
 import sys
 import time
@@ -41,11 +43,18 @@ def test_client_reaches_every_host_through_the_gateway_in_both_families():
                 lab["client"].run(sys.executable, "-c", DIAL, str(seat.address(family)))
 
 
-def test_a_lab_is_there_at_once_and_no_port_of_its_switch_waits_for_a_carrier():
-    """A veth whose peer has its own index is brought up as much as a second late, each time.
+def test_no_port_of_the_switch_waits_for_its_carrier():
+    """A veth whose peer has its own index is brought up as much as a second late, now and then."""
+    with Topology() as lab:
+        links = lab["switch"].run("ip", "-json", "link", "show", "type", "veth").stdout
+        indexes = [(each["ifindex"], each["link_index"]) for each in json.loads(links)]
 
-    One lab may have to wait for what else the machine does: five do not.
-    """
+    assert len(indexes) == 6
+    assert all(mine != peers for mine, peers in indexes)
+
+
+def test_a_lab_is_made_and_forwards_in_half_a_second():
+    """One may have to wait for what else the machine does, three of five do not."""
     made, forwarded = [], []
     for _ in range(5):
         began = time.monotonic()
@@ -59,8 +68,8 @@ def test_a_lab_is_there_at_once_and_no_port_of_its_switch_waits_for_a_carrier():
             await_true(forwarding, "all ports to forward")
             forwarded.append(time.monotonic() - began - made[-1])
 
-    assert min(made) < 0.5
-    assert min(forwarded) < 0.5
+    assert statistics.median(made) < 0.5
+    assert statistics.median(forwarded) < 0.5
 
 
 def test_nothing_is_left_after_an_exception():

@@ -129,6 +129,14 @@ def test_a_table_that_is_there_already_is_an_error(lines: tuple[str, ...]) -> No
     assert not any(line.startswith("create") for line in lines[1:])
 
 
+def test_only_icmp_is_sent_to_the_rules_of_errors() -> None:
+    """There is a pair of them for each move: other people's datagrams would ask them all."""
+    lines = ruleset.render_mode(Mode.STATELESS)
+    (sent,) = [line for line in lines if line.endswith(f"jump {ruleset.ERRORS}")]
+
+    assert "meta l4proto { icmp, ipv6-icmp } jump" in sent
+
+
 def test_a_set_is_given_its_size() -> None:
     plan = make_plan(Move("web", (MAP4, MAP6), (Site(Role.GATEWAY),)), KEPT)
 
