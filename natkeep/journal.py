@@ -10,7 +10,6 @@ The state directory (0700, files 0600; nothing below it is ever opened through a
                        carried, with their carriers, packed in the same way
     ID.seen            which entries a repair has seen alive at a gateway (plan/sighting.py)
     ID.ready           what the hook needs to open the move (lifecycle/readying.py)
-    ID.asked, ID.told  FIFOs between calls of the hook, while CRIU restores (criu/natkeep-hook)
     ID.journal         JSON lines, appended and fsynced:
         {"schema": 1, "natkeep": VERSION, "boot": BOOT ID, "move": {...}, "mode": ...,
          "namespaces": [[DEVICE, INODE], ...], "steps": [KIND, ...], "local": [ADDRESS, ...],

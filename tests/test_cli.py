@@ -1394,7 +1394,7 @@ def test_an_error_that_nobody_foresaw_is_one_line_and_exit_1(
     def fail(*_: object) -> None:
         raise OSError(5, "Input/output error")
 
-    monkeypatch.setattr(Lifecycle, "digest_status", fail)
+    monkeypatch.setattr(Lifecycle, "status", fail)
     monkeypatch.setattr(cli, "silence", lambda stream: None)  # it would be pytest's
     code, out, err = natkeep_here("status")
     assert (code, out, err) == (1, "", ["natkeep: [Errno 5] Input/output error"])

@@ -32,9 +32,8 @@ from natkeep.kernel.netns import NamespaceGoneError
 from natkeep.lifecycle import looking
 from natkeep.lifecycle.collecting import Collecting
 from natkeep.lifecycle.repairing import Repairing
-from natkeep.lifecycle.sharing import do_at_once
 from natkeep.lifecycle.verbs import Lifecycle
-from natkeep.plan.drift import Gate, MoveStatus, Observation
+from natkeep.plan.drift import Gate, Observation
 from natkeep.plan.move import Fate, Map, Move, Role, Site
 from natkeep.plan.order import make_plan
 from natkeep.plan.steps import (
@@ -1157,56 +1156,3 @@ def test_a_move_that_is_torn_down_while_many_are_looked_at_is_left_out(
         i for i in ids if i != "m07"
     ]
     assert unreadable == []
-
-
-def children() -> str:
-    """Of this process; some may be those of tests before."""
-    return Path(f"/proc/self/task/{os.getpid()}/children").read_text()
-
-
-def test_shares_of_many_moves_are_looked_at_by_children_and_told_in_order(
-    state: StateDirectory, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    kernel = HazyKernel()
-    natkeep = Lifecycle(kernel, state)
-    ids = prepare_many(natkeep, 20)
-    del kernel.sites["gw"].gates["m04"]
-    (Path(state.path) / "m11.journal").write_bytes(b"garbage\n")
-    monkeypatch.setattr(looking, "_SHARE", 5)
-
-    def digest(status: MoveStatus) -> tuple[str, int, list[str]]:
-        return status.plan.move.id, os.getpid(), [line for s in status.sites for line in s.drift]
-
-    before = children()
-    unreadable: list[JournalError] = []
-    found = natkeep.digest_status(digest, unreadable, 3)
-
-    assert [move_id for move_id, *_ in found] == [i for i in ids if i != "m11"]
-    assert len({pid for _, pid, _ in found}) == 3
-    assert [move_id for move_id, _, drift in found if drift] == ["m04"]
-    assert ["m11" in str(error) for error in unreadable] == [True]
-    assert before == children()
-
-
-def test_what_a_child_does_not_come_to_the_end_of_is_done_by_its_parent(
-    capfd: pytest.CaptureFixture[str],
-) -> None:
-    before = children()
-    own = os.getpid()
-
-    def fail_elsewhere() -> int:
-        if os.getpid() != own:
-            raise KernelError("told to fail")
-        return 2
-
-    assert do_at_once([lambda: 1, fail_elsewhere, lambda: 3], lambda: None) == [1, 2, 3]
-    with pytest.raises(KernelError, match="here too"):
-        do_at_once([lambda: 1, _fail], lambda: None)
-    with pytest.raises(KernelError, match="here too"):
-        do_at_once([_fail, lambda: 1], lambda: None)
-    assert capfd.readouterr() == ("", "")
-    assert before == children()
-
-
-def _fail() -> int:
-    raise KernelError("here too")

@@ -3,45 +3,34 @@
 from __future__ import annotations
 
 import argparse
-import os
-from typing import TYPE_CHECKING
 
 from natkeep.cli.arguments import make_lifecycle, parse_sites
 from natkeep.cli.output import talk
 from natkeep.errors import DriftError, JournalError, UsageError
 
-if TYPE_CHECKING:
-    from natkeep.plan.drift import MoveStatus
-
 
 def status(args: argparse.Namespace) -> int:
     from natkeep import report
 
-    def digest(status: MoveStatus) -> tuple[str, list[str]]:
-        """What is printed of a move, and its drift."""
-        drift = [line for site in status.sites for line in site.drift]
-        if args.json:
-            return report.move_as_json(status), drift
-        return "\n".join(report.status_lines(status, verbose=args.verbose)), drift
-
     lifecycle = make_lifecycle(args, create=False)
     unreadable: list[JournalError] = []
     if args.id:
-        moves = [*map(digest, lifecycle.status((args.id,)))]
+        moves = lifecycle.status((args.id,))
     else:
         import gc
 
-        gc.disable()  # of what there may be much, all lives to the end: nothing is there to find
-        moves = lifecycle.digest_status(digest, unreadable, len(os.sched_getaffinity(0)))
+        gc.disable()  # of what there may be much, all lives to the end: there is nothing to find
+        moves = lifecycle.status((), unreadable)
     if args.json:
-        print(*report.status_as_json([text for text, _ in moves]), sep="")
+        print(*report.status_as_json([report.move_as_json(move) for move in moves]), sep="")
     elif moves or not unreadable:
-        print(*[text for text, _ in moves] or ["nothing is prepared"], sep="\n")
+        lines = (line for m in moves for line in report.status_lines(m, verbose=args.verbose))
+        print(*[*lines] or ["nothing is prepared"], sep="\n")
     for error in unreadable[1:]:
         talk(args, f"natkeep: {error}")
     if unreadable:
         raise unreadable[0]
-    drift = [line for _, lines in moves for line in lines]
+    drift = [line for move in moves for site in move.sites for line in site.drift]
     if args.strict and drift:
         raise DriftError(f"drift: {drift[0]}", hint=f"{len(drift)} in all" if drift[1:] else None)
     return 0

@@ -17,8 +17,6 @@ from natkeep.errors import UsageError
 from natkeep.plan.move import Fate, Mode
 from natkeep.values import dataclass
 
-ACTIONS = ("pre-restore", "post-setup-namespaces", "post-restore")
-
 _INITIAL_PID_NAMESPACE = 0xEFFFFFFC  # the kernel's PROC_PID_INIT_INO, the same on each machine
 
 

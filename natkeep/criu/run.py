@@ -215,7 +215,7 @@ class Restore:
                 raise
             if status == 0:
                 self.lifecycle.open(self.move.id)  # the hook did; to make sure
-                self.lifecycle.kernel.unhook_gates()
+                self.lifecycle.unhook(self.move.id)
                 return 0
             how = _describe(status)
             if not self._undo_unless(resumed, keep=self.keep_closed):

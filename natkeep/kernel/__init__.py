@@ -74,12 +74,6 @@ class Panorama(Protocol):
     def find_lost_ways(self, site: Site, noted: str) -> tuple[str, ...]:
         """As Kernel.find_lost_ways."""
 
-    def read_ahead(self) -> None:
-        """Have read what is read as a whole; no other process is at it then."""
-
-    def reconnect(self) -> None:
-        """In the child of a process that goes on using it: share no socket with it."""
-
     def close(self) -> None:
         """Let go of the namespace."""
 

@@ -54,10 +54,6 @@ class Walk:
         """Come to the end of it."""
         self._dump.close()
 
-    def finish(self) -> None:
-        """Have read all of it; OSError when the kernel gave none."""
-        self._read_all()
-
     def find_each(self, keys: Iterable[bytes]) -> list[bytes | None]:
         """For each (see ctnetlink.make_keys) the rest of the entry of zone 0, if there is one."""
         return [*map(self._read_all().get, keys)]

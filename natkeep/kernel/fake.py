@@ -335,12 +335,6 @@ class FakePanorama:
         """What a test put there."""
         return self.kernel.find_lost_ways(site, noted)
 
-    def read_ahead(self) -> None:
-        """Nothing is read as a whole."""
-
-    def reconnect(self) -> None:
-        """There is no socket."""
-
     def close(self) -> None:
         """There is nothing to let go of."""
 

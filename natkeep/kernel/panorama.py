@@ -25,7 +25,7 @@ from natkeep.plan.drift import Observation, SeenEntry
 from natkeep.plan.mending import pick_from
 from natkeep.plan.move import Site
 from natkeep.plan.reception import Reception
-from natkeep.plan.ruleset import DISPATCHES, FAMILIES, GATE, TABLE, dispatch_map
+from natkeep.plan.ruleset import TABLE
 from natkeep.plan.steps import Plan
 from natkeep.plan.things import known_thing
 from natkeep.plan.translations import Translation
@@ -71,24 +71,6 @@ class LinuxPanorama(CloseEyes):
         """As Kernel.find_lost_ways."""
         with errors_at(site):
             return self._ways.find_lost(noted)
-
-    def read_ahead(self) -> None:
-        """Have read what is read as a whole; no other process is at it then."""
-        with errors_at(self._namespace.label):
-            there, _ = self._read_table("inet")
-            for dispatch in (GATE, *(name for names in DISPATCHES.values() for name in names)):
-                for name in (dispatch_map(dispatch, version) for version in FAMILIES):
-                    if known_thing("inet", "set", name, "", 0) in there:
-                        self._read_keys("inet", name)
-            for walk in self._walks.values():
-                walk.finish()
-
-    def reconnect(self) -> None:
-        """In the child of a process that goes on using it: share no socket with it."""
-        self._netlink.close()
-        self._ways.close()
-        with inside(self._namespace):
-            self._netlink, self._ways = Netlink(NETLINK_NETFILTER), Ways()
 
     def close(self) -> None:
         """Let go of the namespace."""

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import closing, contextmanager
-from functools import partial
 from types import MappingProxyType
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING
 
 from natkeep.errors import JournalError
 from natkeep.journal import Journal, read_boot_id
@@ -23,15 +22,7 @@ from natkeep.plan.tuples import NO_CONNECTIONS
 if TYPE_CHECKING:
     from natkeep.lifecycle.overview import Overview
 
-T = TypeVar("T")
-
 _DRAIN_INTERVAL = 0.2
-
-Said = tuple[str, "str | None"]
-"""An error's message and hint."""
-
-_SHARE = 200
-"""Moves for which another process is worth its start."""
 
 
 class Looking(Ground):
@@ -51,36 +42,6 @@ class Looking(Ground):
         with _overview(self.kernel, len(move_ids)) as overview:
             many = [*self._load_each(move_ids, unreadable, overview)]
             return tuple(self._see_each(many, overview, unreadable))
-
-    def digest_status(
-        self, digest: Callable[[MoveStatus], T], unreadable: list[JournalError], processes: int
-    ) -> list[T]:
-        """What *digest*, whose values marshal must know, makes of how each of all moves stands.
-
-        processes: so many may be at it, where there are many moves.
-        """
-        from natkeep.lifecycle.sharing import do_at_once
-
-        move_ids = self.state.ids()
-        with _overview(self.kernel, len(move_ids)) as overview:
-            loaded = [*self._load_each(move_ids, unreadable, overview)]
-
-            def see(
-                some: list[tuple[Journal, Plan]],
-            ) -> tuple[list[T], list[tuple[str, str | None]]]:
-                errors: list[JournalError] = []
-                found = [digest(status) for status in self._see_each(some, overview, errors)]
-                return found, [(str(error), error.hint) for error in errors]
-
-            count = max(1, min(processes, len(loaded) // _SHARE))
-            if count > 1:
-                overview.read_ahead()
-            size = len(loaded) // count + 1
-            parts = [partial(see, loaded[n * size : (n + 1) * size]) for n in range(count)]
-            shares = do_at_once(parts, overview.reconnect)
-        errors = [error for _, some in shares for error in some]
-        unreadable += [JournalError(message, hint=hint) for message, hint in errors]
-        return [one for found, _ in shares for one in found]
 
     def _see_each(
         self,

@@ -62,11 +62,13 @@ class Opening(Ground):
     def unhook(self, move_id: str) -> None:
         """At the sites of an open move take the gates out of all packets' way, if none is closed.
 
-        It waits for the kernel, so it is for afterwards, when nobody waits for the connections.
+        It waits for the kernel, so it is for afterwards, when no restore waits any more. Under the
+        lock: a prepare that has just seen the base chain refers to it in its next transaction.
         """
-        journal, plan = self._load(move_id)
-        self._open_known(journal, plan)
-        self.kernel.unhook_gates()
+        with self.state.locked():
+            journal, plan = self._load(move_id)
+            self._open_known(journal, plan)
+            self.kernel.unhook_gates()
 
 
 def _refuse_unprepared(journal: Journal, plan: Plan) -> None:

@@ -63,16 +63,6 @@ class Overview:
         """The panorama that shows *site*, if there is one."""
         return self._taken.get(journal.identity(site))
 
-    def read_ahead(self) -> None:
-        """All that is common to many moves is there, so that it is read once."""
-        for panorama in self._taken.values():
-            panorama.read_ahead()
-
-    def reconnect(self) -> None:
-        """In a child: ask by sockets of its own, or two would get one another's answers."""
-        for panorama in self._taken.values():
-            panorama.reconnect()
-
     def close(self) -> None:
         """Let go of all of them."""
         while self._taken:

@@ -70,8 +70,8 @@ class Preparing(Ground):
                 plan = self._replace(plan, connections, gate, replaces, image)
             else:
                 self._begin_and_apply(plan, connections, gate, image)
-        if gate == Gate.OPEN:
-            self.kernel.unhook_gates()
+            if gate == Gate.OPEN:
+                self.kernel.unhook_gates()
         return plan
 
     def _begin_and_apply(

@@ -30,7 +30,7 @@ Theory of operation. For each kept connection a `Stream` keeps data by its place
 
 from __future__ import annotations
 
-from struct import pack, pack_into, unpack, unpack_from
+from struct import pack, pack_into, unpack_from
 from sys import byteorder
 
 TYPE_CHECKING = False  # typing.TYPE_CHECKING, without importing typing
@@ -423,8 +423,3 @@ def cover(values: set[int], most: int) -> list[tuple[int, int]]:
     starts = [0, *sorted(i for i in gaps if ordered[i] - ordered[i - 1] > 1)]
     ends = [*(i - 1 for i in starts[1:]), len(ordered) - 1]
     return [(ordered[a], ordered[b]) for a, b in zip(starts, ends, strict=True)] if ordered else []
-
-
-def unpack_filter(packed: bytes) -> tuple[Instruction, ...]:
-    """The reverse of pack_filter."""
-    return tuple(unpack("=HBBI", packed[i : i + 8]) for i in range(0, len(packed), 8))

@@ -476,12 +476,6 @@ def test_intervals_cover_the_values_and_leave_the_widest_gaps_out(
     assert sorted(left_out) == sorted(gaps)[max(len(gaps) - most + 1, 0) :]
 
 
-def test_the_filter_packs_and_unpacks() -> None:
-    program = replay.make_filter(6, maps(6, count=3))
-
-    assert replay.unpack_filter(replay.pack_filter(program)) == program
-
-
 def test_the_table_of_kept_connections_has_each_under_its_key_at_new() -> None:
     kept = replay.unpack_kept(replay.pack_kept(maps(count=2)))
 
