@@ -34,11 +34,11 @@ from typing import Any, NamedTuple
 import pytest
 
 from natkeep import cli
-from natkeep.journal import StateDirectory
 from natkeep.kernel.netns import inside, open_namespace
 from natkeep.lifecycle.verbs import Lifecycle
 from natkeep.plan import ruleset
 from natkeep.plan.move import Mode
+from natkeep.state.journal import StateDirectory
 
 CORPUS = Path(__file__).parent / "checkpoint/corpus/plain"
 LIST = "10.2.0.10:5000 10.1.0.2:50594\n10.2.0.10:5000 10.1.0.2:50595\n"

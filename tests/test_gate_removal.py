@@ -14,14 +14,14 @@ from pathlib import Path
 
 import pytest
 
-from natkeep.journal import StateDirectory
-from natkeep.kernel import elements, passing, table
+from natkeep.kernel import nftables, passing, table
 from natkeep.kernel.linux import LinuxKernel
 from natkeep.kernel.netns import inside, open_namespace
 from natkeep.lifecycle.verbs import Lifecycle
 from natkeep.plan.move import Map, Move, Role, Site
 from natkeep.plan.ruleset import GATE, TABLE
 from natkeep.plan.tuples import Connections, Endpoint, FourTuple, parse_address
+from natkeep.state.journal import StateDirectory
 
 pytestmark = [pytest.mark.root, pytest.mark.needs("nftables")]
 
@@ -45,7 +45,7 @@ class Gateway:
 
     def has_gate_hook(self) -> bool:
         with inside(open_namespace(self.netns)):
-            return elements.has_chain(TABLE, GATE)
+            return nftables.has_chain(TABLE, GATE)
 
 
 @pytest.fixture

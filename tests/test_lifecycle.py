@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import NoReturn
 
 import pytest
+from fake_kernel import FakeKernel, FakePanorama, FakeSite, KilledError
 
 from natkeep.errors import (
     JournalError,
@@ -25,17 +26,15 @@ from natkeep.errors import (
     RefusedError,
     UsageError,
 )
-from natkeep.journal import StateDirectory
-from natkeep.kernel import Remember
-from natkeep.kernel.fake import FakeKernel, FakePanorama, FakeSite, KilledError
+from natkeep.kernel.interface import Remember
 from natkeep.kernel.netns import NamespaceGoneError
-from natkeep.lifecycle import looking
-from natkeep.lifecycle.collecting import Collecting
-from natkeep.lifecycle.repairing import Repairing
+from natkeep.lifecycle import status
+from natkeep.lifecycle.gc import Collecting
+from natkeep.lifecycle.repair import Repairing
 from natkeep.lifecycle.verbs import Lifecycle
 from natkeep.plan.drift import Gate, Observation
 from natkeep.plan.move import Fate, Map, Move, Role, Site
-from natkeep.plan.order import make_plan
+from natkeep.plan.plan import make_plan
 from natkeep.plan.steps import (
     AddAddress,
     Identity,
@@ -49,6 +48,7 @@ from natkeep.plan.steps import (
     Step,
 )
 from natkeep.plan.tuples import Connections, Endpoint, FourTuple, parse_address
+from natkeep.state.journal import StateDirectory
 
 GATEWAY, DESTINATION = Site(Role.GATEWAY, "gw"), Site(Role.DESTINATION, "dst")
 SITES = (DESTINATION, GATEWAY)
@@ -989,7 +989,7 @@ class EndingKernel(RecordingKernel):
 def test_drain_waits_until_no_connection_lives(
     state: StateDirectory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(looking, "_DRAIN_INTERVAL", 0)
+    monkeypatch.setattr(status, "_DRAIN_INTERVAL", 0)
     lines: list[str] = []
     natkeep = Lifecycle(EndingKernel(), state, lines.append)
     natkeep.prepare(make_move(), CONNECTIONS, Gate.OPEN)

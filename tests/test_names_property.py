@@ -19,10 +19,10 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 from natkeep.errors import NatkeepError
-from natkeep.plan import lock, quiet, reception, ruleset
-from natkeep.plan.lock import DumpLock, NetworkLock
+from natkeep.plan import criu_lock, quiet, reception, ruleset
+from natkeep.plan.criu_lock import DumpLock, NetworkLock
 from natkeep.plan.move import Map, Mode, Move, Role, Site, parse_id, parse_map
-from natkeep.plan.order import make_plan, render_nft
+from natkeep.plan.plan import make_plan, render_nft
 from natkeep.plan.reception import make_receptions
 from natkeep.plan.tuples import Connections, Endpoint, FourTuple, parse_address
 
@@ -212,9 +212,9 @@ def render_all(move: Move) -> Iterator[str]:
     yield from quiet.render_release(move.id, (9,))
     yield from ruleset.render_removal()
     if move.lock is not None:
-        yield from lock.render_table(move.lock, kept)
-        yield from lock.render_namespace_table(move.lock)
-        yield from lock.render_elements("delete", move.lock, kept)
+        yield from criu_lock.render_table(move.lock, kept)
+        yield from criu_lock.render_namespace_table(move.lock)
+        yield from criu_lock.render_elements("delete", move.lock, kept)
 
 
 def test_nothing_but_closed_alphabets_gets_into_nft_text() -> None:

@@ -1,7 +1,7 @@
 """the quick way to open a move: what natkeep-hook starts at post-restore, where NATKEEP_ID is set.
 
 Of the time that the long way takes (natkeep.criu.hook), nine tenths are imports. So prepare leaves
-a file ID.ready beside the journal (natkeep/lifecycle/readying.py writes it and says its form):
+a file ID.ready beside the journal (natkeep/lifecycle/ready.py writes it and says its form):
 which namespaces, what is sent to the kernel in each, what the journal notes before and after.
 
 Rule: this file imports nothing but what is built into the interpreter (posix: even os would cost

@@ -18,7 +18,6 @@ import sys
 from collections.abc import Iterable, Iterator
 from itertools import count
 
-from natkeep.kernel.elements import ARP, INET, Message
 from natkeep.kernel.netlink import (
     NLM_F_APPEND,
     NLM_F_CREATE,
@@ -26,6 +25,7 @@ from natkeep.kernel.netlink import (
     attribute,
     nested,
 )
+from natkeep.kernel.nftables import ARP, INET, Message
 from natkeep.kernel.rawrule import NEWRULE, integer, pack_rule, verdict
 from natkeep.kernel.statements import (
     JUMP,

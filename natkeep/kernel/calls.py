@@ -16,7 +16,7 @@ import struct
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from natkeep import fault
+from natkeep import faultpoints
 from natkeep.kernel.conntrack import read_setting
 from natkeep.kernel.netlink import (
     NETLINK_NETFILTER,
@@ -28,7 +28,7 @@ from natkeep.kernel.netlink import (
     message,
     nested,
 )
-from natkeep.plan.entries import TCP_ESTABLISHED, TCP_FLAGS
+from natkeep.plan.conntrack import TCP_ESTABLISHED, TCP_FLAGS
 from natkeep.plan.move import Mode
 from natkeep.plan.reception import Reception
 from natkeep.plan.tuples import Address
@@ -158,7 +158,7 @@ def _delete(reception: Reception, calls: list[_Call]) -> None:
     with Netlink(NETLINK_NETFILTER) as netlink:
         for call in calls:
             body = _body(reception.before) + call.name
-            fault.reach("half", "forget")
+            faultpoints.reach("half", "forget")
             for refusal in netlink.send_batch(Batch(message(_DELETE, 0, body), (), 1)):
                 if refusal.errno != errno.ENOENT:
                     raise OSError(refusal.errno, os.strerror(refusal.errno))

@@ -8,7 +8,7 @@ from __future__ import annotations
 from ipaddress import ip_address
 
 from natkeep.errors import RefusedError
-from natkeep.kernel import address, conntrack, sockets
+from natkeep.kernel import conntrack, rtnetlink, sock_diag
 from natkeep.plan.move import Site
 from natkeep.plan.steps import InsertEntries, InstallReception, InstallTranslation
 from natkeep.plan.tuples import Address
@@ -19,7 +19,7 @@ def check_reception(step: InstallReception) -> None:
     for receiving in step.receptions:
         new = receiving.map.new
         _demand_address(step.site, new)
-        taken = sockets.listening_ports(new) & set(receiving.ports)
+        taken = sock_diag.listening_ports(new) & set(receiving.ports)
         if taken:
             raise RefusedError(
                 f"{step.site}: somebody listens at {new} port {min(taken)} already",
@@ -29,7 +29,7 @@ def check_reception(step: InstallReception) -> None:
 
 def check_room(step: InsertEntries) -> None:
     """A table that is nearly full would take neither our entries nor anybody else's."""
-    from natkeep.plan.findings import FULL
+    from natkeep.plan.diagnostics import FULL
 
     count = int(conntrack.read_setting("nf_conntrack_count") or 0)
     limit = int(conntrack.read_setting("nf_conntrack_max") or 0)
@@ -47,14 +47,14 @@ def check_destination(step: InstallTranslation) -> None:
     for translation in step.translations:
         _demand_address(step.site, translation.map.new)
         # The gateway could not tell the two apart, and ours would take the other's packets.
-        if (theirs := sockets.find_alive(translation.outer)) is not None:
+        if (theirs := sock_diag.find_alive(translation.outer)) is not None:
             raise RefusedError(
                 f"{step.site}: {theirs} is a connection of that host's own already",
                 hint="a kept connection would be the same tuple there: choose another NEW",
             )
         for packed in sorted(translation.kept.peers())[:_PEERS]:
             peer = ip_address(packed)
-            if not address.has_route_to(peer):
+            if not rtnetlink.has_route_to(peer):
                 raise RefusedError(
                     f"{step.site}: no route to the peer {peer}",
                     hint="a socket cannot be restored without one",
@@ -62,7 +62,7 @@ def check_destination(step: InstallTranslation) -> None:
 
 
 def _demand_address(site: Site, new: Address) -> None:
-    if address.device_of(new) is None:
+    if rtnetlink.device_of(new) is None:
         raise RefusedError(
             f"{site}: NEW {new} is not an address of this namespace",
             hint="give the namespace that has it: --site destination=NETNS",

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from natkeep.kernel import address, calls, conntrack, elements, sockets
+from natkeep.kernel import calls, conntrack, nftables, rtnetlink, sock_diag
 from natkeep.kernel.netns import Namespace
 from natkeep.plan.drift import SeenEntry
 from natkeep.plan.reception import Reception
 from natkeep.plan.ruleset import TABLE
-from natkeep.plan.translations import Translation
+from natkeep.plan.translation import Translation
 from natkeep.plan.tuples import Address, Connections, Endpoint
 
 if TYPE_CHECKING:
@@ -33,29 +33,29 @@ class CloseEyes:
 
     def find_things(self, wanted: frozenset[Thing]) -> frozenset[Thing]:
         """Those of *wanted* that are there."""
-        from natkeep.kernel import inventory  # whoever only prepares must not wait for it
+        from natkeep.kernel import nftables_dump  # whoever only prepares must not wait for it
 
-        return inventory.find_things(wanted)
+        return nftables_dump.find_things(wanted)
 
     def comments(self, chain: str) -> tuple[str, ...]:
         """Of the rules of a chain of the inet table, in order; none when it is not there."""
-        return tuple(rule.comment for rule in elements.rules(TABLE, chain))
+        return tuple(rule.comment for rule in nftables.rules(TABLE, chain))
 
     def has_key(self, name: str, key: bytes) -> bool:
         """Whether the set or map of the inet table has the key."""
-        return elements.has_key(TABLE, name, key)
+        return nftables.has_key(TABLE, name, key)
 
     def count_missing(self, name: str, keys: frozenset[bytes]) -> int:
         """How many of *keys* the set of the inet table does not have."""
-        return len(keys.difference(elements.read_keys(TABLE, name)))
+        return len(keys.difference(nftables.read_keys(TABLE, name)))
 
     def is_local(self, address_: Address) -> bool:
         """Whether a device has it."""
-        return address.device_of(address_) is not None
+        return rtnetlink.device_of(address_) is not None
 
     def loopback_is_up(self) -> bool:
         """Whether lo is."""
-        return address.loopback_is_up()
+        return rtnetlink.loopback_is_up()
 
     def shortest_end(self) -> float:
         """Seconds for which the entry of a connection that has ended is kept, at least."""
@@ -63,11 +63,11 @@ class CloseEyes:
 
     def find_kept(self, connections: Connections) -> Connections:
         """Those that have a socket."""
-        return sockets.find_kept(connections)
+        return sock_diag.find_kept(connections)
 
     def count_callers(self, ends: frozenset[Endpoint], kept: list[Connections]) -> int:
         """How many sockets have one of *ends* and a peer, and are none of the *kept* ones."""
-        return sockets.count_callers(ends, kept)
+        return sock_diag.count_callers(ends, kept)
 
     def count_calls(self, receiving: Reception) -> int:
         """How many callers who were let in live, as the connection table shows them."""
@@ -75,6 +75,6 @@ class CloseEyes:
 
     def is_guarded(self, move_id: str) -> bool:
         """Whether the guard's process lives."""
-        from natkeep.kernel import guard  # whoever guards nothing need not wait for it
+        from natkeep.kernel import owned_table  # whoever guards nothing need not wait for it
 
-        return guard.is_guarded(self._directory, move_id, self._namespace)
+        return owned_table.is_guarded(self._directory, move_id, self._namespace)

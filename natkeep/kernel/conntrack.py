@@ -1,7 +1,7 @@
 """the connection table: the entries of exactly the kept tuples made, deleted and looked at.
 
 Rule: nothing here ever flushes, and no entry is touched but by its full tuple. What an entry
-must say is in plan/entries.py; how it is packed in ctnetlink.py; what is in its way in purge.py.
+must say is in plan/conntrack.py; how it is packed in ctnetlink.py; what is in its way in purge.py.
 
 ctnetlink is not atomic: of a batch some may be refused, so every refusal is looked at. It
 cannot change an entry's NAT (EOPNOTSUPP): an entry is deleted and made anew, behind the gate.
@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from typing import TYPE_CHECKING
 
-from natkeep import fault
+from natkeep import faultpoints
 from natkeep.errors import RefusedError
 from natkeep.kernel.ctnetlink import (
     DELETE,
@@ -46,15 +46,15 @@ from natkeep.kernel.netlink import (
     Refusal,
     attributes,
 )
-from natkeep.plan.drift import SeenEntry
-from natkeep.plan.entries import (
+from natkeep.plan.conntrack import (
     ESTABLISHED_TIMEOUT,
     IPS_DST_NAT,
     IPS_SRC_NAT,
     TCP_ESTABLISHED,
 )
+from natkeep.plan.drift import SeenEntry
 from natkeep.plan.move import Mode
-from natkeep.plan.translations import Translation
+from natkeep.plan.translation import Translation
 from natkeep.plan.tuples import RECORD_SIZE, Connections, FourTuple
 
 if TYPE_CHECKING:
@@ -106,7 +106,7 @@ def _insert(
     pack: Pack = partial(pack_entry, timeout=timeout, ports=ports)
     batch = for_each(outer, inner, NEW, NLM_F_CREATE | NLM_F_EXCL, pack)
     with Netlink(NETLINK_NETFILTER) as netlink:
-        fault.reach("half", what, lambda: netlink.send_batch(batch.head(batch.count // 2)))
+        faultpoints.reach("half", what, lambda: netlink.send_batch(batch.head(batch.count // 2)))
         return netlink.send_batch(batch)
 
 
@@ -127,7 +127,9 @@ def delete_inbound(outer: Connections) -> None:
     """Delete the entries of these tuples, from the peers' side; none is fine."""
     batch = for_each(outer, outer, DELETE, 0, lambda o, _: pack_inbound(o))
     with Netlink(NETLINK_NETFILTER) as netlink:
-        fault.reach("half", "delete", lambda: netlink.send_batch(batch.head(batch.count // 2)))
+        faultpoints.reach(
+            "half", "delete", lambda: netlink.send_batch(batch.head(batch.count // 2))
+        )
         raise_unless(netlink.send_batch(batch), errno.ENOENT)
 
 

@@ -1,6 +1,6 @@
 """the taking of CRIU's network lock on the source: found, removed, and put back if need be.
 
-Rule: only what plan/lock.py says is this dump's; a table by its run id, rules by four-tuples.
+Rule: only what plan/criu_lock.py says is this dump's; a table by its run id, rules by four-tuples.
 Where CRIU's table holds connections that are not asked for, those stay locked, in it.
 All functions act in the namespace that the calling thread is in.
 
@@ -13,10 +13,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from natkeep import fault
+from natkeep import faultpoints
 from natkeep.errors import KernelError
-from natkeep.kernel import elements, nft
-from natkeep.plan.lock import (
+from natkeep.kernel import nft, nftables
+from natkeep.plan.criu_lock import (
     DumpLock,
     NetworkLock,
     SavedRules,
@@ -48,7 +48,7 @@ def find_lock(lock: DumpLock, kept: Connections) -> Prior:
     """What of the lock is here; present is false throughout: nobody else removed it for us."""
     facts: dict[str, str | int | bool] = {}
     if lock.method == NetworkLock.NFTABLES:
-        if elements.has_table(elements.INET, lock.table):
+        if nftables.has_table(nftables.INET, lock.table):
             facts["table"] = True
         return Prior(facts=facts)
     for (backend, version), found in _find_rules(lock, kept):
@@ -66,7 +66,7 @@ def take_lock(lock: DumpLock, kept: Connections) -> None:
     try:
         for variant, found in _find_rules(lock, kept):
             if taken:
-                fault.reach("half", "lock")
+                faultpoints.reach("half", "lock")
             _restore(variant, render_deletion(found))
             taken.append((variant, found))
     except BaseException:
@@ -95,13 +95,13 @@ def _holds_others(lock: DumpLock, kept: Connections) -> bool:
     if lock.whole or lock.connections == len(kept):
         return False
     return any(
-        set(elements.read_keys(lock.table, set_name(version))) - pack_keys(kept, version)
+        set(nftables.read_keys(lock.table, set_name(version))) - pack_keys(kept, version)
         for version in _TOOLS
     )
 
 
 def _take_table(lock: DumpLock, kept: Connections) -> None:
-    if not elements.has_table(elements.INET, lock.table):
+    if not nftables.has_table(nftables.INET, lock.table):
         return
     if _holds_others(lock, kept):
         nft.run_transaction(render_elements("delete", lock, _still_locked(lock, kept)))
@@ -111,7 +111,7 @@ def _take_table(lock: DumpLock, kept: Connections) -> None:
 
 def _still_locked(lock: DumpLock, kept: Connections) -> Connections:
     """Those of *kept* that are in CRIU's table: deleting another one would be refused."""
-    found = {v: set(elements.read_keys(lock.table, set_name(v))) for v in _TOOLS}
+    found = {v: set(nftables.read_keys(lock.table, set_name(v))) for v in _TOOLS}
     return Connections.of(
         inbound
         for inbound in kept
@@ -121,7 +121,7 @@ def _still_locked(lock: DumpLock, kept: Connections) -> Connections:
 
 
 def _put_table_back(lock: DumpLock, kept: Connections) -> None:
-    if elements.has_table(elements.INET, lock.table):
+    if nftables.has_table(nftables.INET, lock.table):
         if not lock.whole:
             lines = render_elements("add", lock, kept)
             nft.run_transaction(lines)
@@ -146,7 +146,7 @@ def _find_rules(lock: DumpLock, kept: Connections) -> Iterator[tuple[Variant, Sa
 def _has_filter_table(variant: Variant) -> bool:
     backend, version = variant
     if backend == "nft":
-        return elements.has_table(_FAMILIES[version], "filter")
+        return nftables.has_table(_FAMILIES[version], "filter")
     try:
         with open(f"/proc/thread-self/net/{_LEGACY_NAMES[version]}", encoding="ascii") as file:
             return "filter" in file.read().split()

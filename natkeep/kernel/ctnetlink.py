@@ -2,7 +2,7 @@
 
 Rule: this file knows what stands where in a message (linux/netfilter/nfnetlink_conntrack.h) and
 sends nothing; which entries there shall be is conntrack.py's and purge.py's. What an entry must
-say is in plan/entries.py.
+say is in plan/conntrack.py.
 
 Theory of operation. A message is packed twice: once for a template, and once more for each field,
 to learn where in it the field stands. What the connections have in common is in the template, what
@@ -23,7 +23,7 @@ from natkeep.kernel.netlink import (
     nested,
 )
 from natkeep.kernel.netlink import sequences as sequences_of
-from natkeep.plan.entries import STATUS, TCP_ESTABLISHED, TCP_FLAGS
+from natkeep.plan.conntrack import STATUS, TCP_ESTABLISHED, TCP_FLAGS
 from natkeep.plan.tuples import RECORD_SIZE, Connections
 from natkeep.values import dataclass, replace
 

@@ -1,14 +1,14 @@
 """the raw rules: rules that nft's text cannot say, packed expression by expression.
 
-Rule: only values of plan/quoted.py come in here. Numbers are from linux/netfilter/nf_tables.h.
+Rule: only values of plan/icmp_errors.py come in here. Numbers are from linux/netfilter/nf_tables.h.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 
-from natkeep.kernel.elements import Message, send_batch
 from natkeep.kernel.netlink import attribute
+from natkeep.kernel.nftables import Message, send_batch
 from natkeep.kernel.rawrule import (
     NEWRULE,
     REGISTER,
@@ -21,7 +21,7 @@ from natkeep.kernel.rawrule import (
     put,
     store,
 )
-from natkeep.plan.quoted import Base, Compare, Expression, IsProtocol, LookUp, RawRule, Store
+from natkeep.plan.icmp_errors import Base, Compare, Expression, IsProtocol, LookUp, RawRule, Store
 
 
 def insert_rules(table: str, rules: Iterable[RawRule]) -> None:

@@ -14,27 +14,25 @@ from contextlib import contextmanager, suppress
 from ipaddress import ip_address
 from typing import TYPE_CHECKING
 
-from natkeep import fault
+from natkeep import faultpoints
 from natkeep.errors import KernelError, RefusedError
 from natkeep.kernel import (
-    Packed,
-    Panorama,
-    Remember,
-    address,
     calls,
     checks,
     conntrack,
     criu_lock,
-    elements,
     nft,
+    nftables,
     owned,
     passing,
-    sockets,
+    rtnetlink,
+    snapshot,
+    sock_diag,
     table,
-    view,
 )
 from natkeep.kernel import quiet as quietness
 from natkeep.kernel.closely import CloseEyes
+from natkeep.kernel.interface import Packed, Panorama, Remember
 from natkeep.kernel.netns import (
     Namespace,
     errors_at,
@@ -70,11 +68,11 @@ from natkeep.plan.steps import (
     TakeOverLock,
     TranslateErrors,
 )
-from natkeep.plan.translations import Surroundings, Translation
+from natkeep.plan.translation import Surroundings, Translation
 from natkeep.plan.tuples import Address, Connections, Endpoint, FourTuple
 
 if TYPE_CHECKING:
-    from natkeep.plan.findings import Facts
+    from natkeep.plan.diagnostics import Facts
     from natkeep.plan.mending import Patch
     from natkeep.plan.strays import SeenTable
 
@@ -117,7 +115,7 @@ class LinuxKernel:
     def addresses(self, site: Site, version: int) -> tuple[Address, ...]:
         """The addresses of IP *version* that others can reach an opened site at."""
         with self._at(site):
-            return address.global_addresses(version)
+            return rtnetlink.global_addresses(version)
 
     def survey(self, site: Site) -> Facts:
         """What findings are made of, at an opened site."""
@@ -134,17 +132,17 @@ class LinuxKernel:
     def find_listeners(self, site: Site, olds: frozenset[Address]) -> tuple[Endpoint, ...]:
         """Where somebody listens at one of *olds*, or at a wildcard address."""
         with self._at(site):
-            return sockets.find_listeners(olds)
+            return sock_diag.find_listeners(olds)
 
-    def list_sockets(self, site: Site) -> list[sockets.Shown]:
+    def list_sockets(self, site: Site) -> list[sock_diag.Shown]:
         """Every inet socket at an opened site that a descriptor can open."""
         with self._at(site):
-            return sockets.list_sockets()
+            return sock_diag.list_sockets()
 
     def count_waiting(self, site: Site, listeners: tuple[Endpoint, ...]) -> dict[Endpoint, int]:
         """How many callers of each listener have not been accepted yet; none is left out."""
         with self._at(site):
-            return sockets.count_waiting(listeners)
+            return sock_diag.count_waiting(listeners)
 
     def look_around(self, move: Move, connections: Connections) -> Surroundings:
         """What make_plan has to know of the opened sites of *move*."""
@@ -155,7 +153,7 @@ class LinuxKernel:
             with self._at(site):
                 if site.role == Role.DESTINATION:
                     peers = {peer for some in (*kept, move.lost) for peer in some.peers()}
-                    here = peers & address.all_addresses()
+                    here = peers & rtnetlink.all_addresses()
                     local |= frozenset(ip_address(packed) for packed in here)
                 elif site.role == Role.GATEWAY and not carried:
                     carried = [pair for some in kept for pair in _find_carried(some)]
@@ -175,7 +173,7 @@ class LinuxKernel:
         with self._at(step.site):
             match step:
                 case InstallGate():
-                    if elements.rules(TABLE, ruleset.gate_chain(step.move_id)):
+                    if nftables.rules(TABLE, ruleset.gate_chain(step.move_id)):
                         raise RefusedError(
                             f"{step.site}: move {step.move_id} is prepared there already",
                             hint=f"natkeep teardown {step.move_id}, or another id",
@@ -203,7 +201,7 @@ class LinuxKernel:
                     return table.install_gate(step, remember)
                 case FillSet():
                     remember(Prior())
-                    elements.fill_set(TABLE, step.name, step.connections)
+                    nftables.fill_set(TABLE, step.name, step.connections)
                 case RaiseLoopback():
                     return _raise_loopback(remember)
                 case AddAddress():
@@ -254,14 +252,14 @@ class LinuxKernel:
 
     def _hold(self, step: HoldSegments, remember: Remember) -> Prior:
         """Start the holder. It saves time and nothing else, so what keeps it away is noted only."""
-        from natkeep.kernel import hold  # whoever does not hold need not wait for it
+        from natkeep.kernel import segment_holder  # whoever does not hold need not wait for it
 
         remember(Prior())
         if not self._directory:
             return Prior(facts={"refused": "there is no state directory"})
         site = step.site
         try:
-            hold.start(
+            segment_holder.start(
                 self._directory, step.move_id, self._namespaces[site], site.netns, step.kept()
             )
         except (OSError, KernelError) as error:
@@ -270,14 +268,14 @@ class LinuxKernel:
 
     def _guard(self, step: GuardSite, remember: Remember) -> Prior:
         """Somebody asked for it, so without it there is no move."""
-        from natkeep.kernel import guard  # whoever guards nothing need not wait for it
+        from natkeep.kernel import owned_table  # whoever guards nothing need not wait for it
 
         remember(Prior())
         site = step.site
         if not self._directory:
             raise KernelError(f"{site}: a guard needs a state directory")
         try:
-            guard.start(
+            owned_table.start(
                 self._directory, step.move_id, self._namespaces[site], site.netns,
                 step.translations,
             )  # fmt: skip
@@ -291,9 +289,9 @@ class LinuxKernel:
     def _deliver(self, step: OpenGate, prior: Prior) -> Prior:
         if not (step.delivers and self._directory):
             return prior
-        from natkeep.kernel import hold
+        from natkeep.kernel import segment_holder
 
-        held = hold.deliver(self._directory, step.move_id)
+        held = segment_holder.deliver(self._directory, step.move_id)
         facts = {} if held is None else {"segments": held.segments, "refused": held.refused}
         return Prior(prior.present, {**prior.facts, **facts})
 
@@ -315,18 +313,18 @@ class LinuxKernel:
 
                     insert_rules(TABLE, patch.rules)
                 case PutWays():
-                    from natkeep.kernel import ways
+                    from natkeep.kernel import routes
 
-                    ways.put_back(patch.notes)
+                    routes.put_back(patch.notes)
                 case StopCounting():
                     conntrack.write_setting("nf_conntrack_acct", "0")
 
     def find_lost_ways(self, site: Site, noted: str) -> tuple[str, ...]:
         """Those of the ways that InstallTranslation *noted* which are not there any more."""
-        from natkeep.kernel import ways  # for status and repair alone
+        from natkeep.kernel import routes  # for status and repair alone
 
         with self._at(site):
-            return ways.find_lost(noted)
+            return routes.find_lost(noted)
 
     def find_strays(self, site: Site) -> SeenTable:
         """What stands in the tables natkeep of an opened site, whosever it is."""
@@ -373,7 +371,7 @@ class LinuxKernel:
                 case RaiseLoopback():
                     _lower_loopback(prior)
                 case AddAddress() if not prior.present:
-                    address.remove_host_address(step.address)
+                    rtnetlink.remove_host_address(step.address)
                 case InstallTranslation():
                     table.withdraw_translation(step)
                 case InstallReception():
@@ -386,13 +384,13 @@ class LinuxKernel:
                 case HoldListeners():
                     quietness.release(step)
                 case HoldSegments() if self._directory:
-                    from natkeep.kernel import hold
+                    from natkeep.kernel import segment_holder
 
-                    hold.end(self._directory, step.move_id)
+                    segment_holder.end(self._directory, step.move_id)
                 case GuardSite() if self._directory:
-                    from natkeep.kernel import guard
+                    from natkeep.kernel import owned_table
 
-                    guard.end(self._directory, step.move_id, self._namespaces[step.site])
+                    owned_table.end(self._directory, step.move_id, self._namespaces[step.site])
                 case TakeOverLock():
                     criu_lock.put_lock_back(step.lock, step.connections, prior)
                 case TranslateErrors():
@@ -412,7 +410,7 @@ class LinuxKernel:
     def observe(self, site: Site, plan: Plan) -> Observation:
         """What *site* shows of *plan* now."""
         with self._at(site):
-            return view.observe(site, plan, CloseEyes(self._namespaces[site], self._directory))
+            return snapshot.observe(site, plan, CloseEyes(self._namespaces[site], self._directory))
 
     def take_panorama(self, site: Site) -> Panorama:
         """An opened site's namespace, to be looked at for many moves."""
@@ -436,14 +434,14 @@ def _close_all(namespaces: dict[Site, Namespace]) -> None:
 
 def _note_ways(step: InstallTranslation) -> Prior:
     """The routes and the address that the translation stands on, for a repair."""
-    from natkeep.kernel import ways
+    from natkeep.kernel import routes
 
     news = [t.map.new for t in step.translations]
     peers = sorted({peer for t in step.translations for peer in t.outer.peers()})
     others = [ip_address(peer) for peer in peers]
     at_destination = step.site.role == Role.DESTINATION
     own, others = (news, others) if at_destination else ([], [*news, *others])
-    noted = ways.note(own, others)
+    noted = routes.note(own, others)
     return Prior(facts={"ways": noted} if noted else {})
 
 
@@ -457,27 +455,27 @@ def _find_carried(connections: Connections) -> Iterator[tuple[FourTuple, FourTup
 
 
 def _raise_loopback(remember: Remember) -> Prior:
-    prior = Prior(present=address.loopback_is_up(), facts={"addresses": address.count_on_lo()})
+    prior = Prior(present=rtnetlink.loopback_is_up(), facts={"addresses": rtnetlink.count_on_lo()})
     remember(prior)
     if not prior.present:
-        address.raise_loopback()
+        rtnetlink.raise_loopback()
     return prior
 
 
 def _lower_loopback(prior: Prior) -> None:
     if prior.present:
         return
-    address.lower_loopback()
-    fault.reach("loopback-lowered")
+    rtnetlink.lower_loopback()
+    faultpoints.reach("loopback-lowered")
     if not prior.facts.get("addresses"):
-        address.forget_loopback_address()
+        rtnetlink.forget_loopback_address()
 
 
 def _add_address(step: AddAddress, remember: Remember) -> Prior:
-    prior = Prior(present=address.device_of(step.address) is not None)
+    prior = Prior(present=rtnetlink.device_of(step.address) is not None)
     remember(prior)
     if not prior.present:
-        address.add_host_address(step.address)
+        rtnetlink.add_host_address(step.address)
     return prior
 
 
@@ -496,7 +494,7 @@ def _insert_entries(step: InsertEntries, remember: Remember) -> Prior:
     remember(Prior(facts={"acct": before}) if before == "0" else Prior())
     counting = before == "0" and conntrack.write_setting("nf_conntrack_acct", "1")
     try:
-        fault.reach("insert-counting")
+        faultpoints.reach("insert-counting")
         _insert_despite_races(step.translation)
     except BaseException:
         conntrack.delete(step.translation)
@@ -515,7 +513,7 @@ def _insert_despite_races(translation: Translation) -> None:
             if attempt == _INSERT_ATTEMPTS:
                 raise
         else:
-            fault.reach("insert-whole")
+            faultpoints.reach("insert-whole")
             wrong = conntrack.count_wrong(translation)
             if not wrong:
                 return
@@ -531,7 +529,7 @@ def _send_resets(step: SendResets, remember: Remember) -> Prior:
     if prior.present:
         return prior
     nft.run_transaction(step.lines())
-    from natkeep.kernel.probe import ask  # where there is anybody to ask
+    from natkeep.kernel.tcp_probe import ask  # where there is anybody to ask
 
     return Prior(facts={"asked": ask(step.questions())})
 

@@ -20,7 +20,7 @@ import socket
 import struct
 from collections.abc import Iterable, Iterator
 
-from natkeep import fault
+from natkeep import faultpoints
 from natkeep.values import dataclass
 
 NETLINK_ROUTE = 0
@@ -208,7 +208,7 @@ class Netlink:
         refusals: list[Refusal] = []
         for first, end in batch.chunks(CHUNK):
             if first:
-                fault.reach("between-chunks")
+                faultpoints.reach("between-chunks")
             chunk = batch.pack(first, end)
             flags_at = len(chunk) - len(batch.template) + 6
             flags = struct.unpack_from("=H", chunk, flags_at)[0] | NLM_F_ACK

@@ -13,7 +13,7 @@ import re
 from collections.abc import Iterable
 
 from natkeep.errors import KernelError
-from natkeep.kernel import elements
+from natkeep.kernel import nftables
 from natkeep.kernel.assembler import assemble
 from natkeep.kernel.statements import NotUnderstood
 
@@ -36,7 +36,7 @@ def run_transaction(lines: Iterable[str]) -> None:
         run_by_libnftables(lines)
         return
     try:
-        elements.send_batch(messages)
+        nftables.send_batch(messages)
     except OSError as error:
         if error.errno in _UNANSWERED:  # it may be done, and must not be done twice
             raise NftError(f"nft: {error.strerror}") from error

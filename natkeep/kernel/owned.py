@@ -24,7 +24,7 @@ from natkeep.kernel.ctnetlink import (
 )
 from natkeep.kernel.netlink import NETLINK_NETFILTER, NLM_F_DUMP, Netlink, attributes
 from natkeep.plan.steps import Prior
-from natkeep.plan.translations import Translation
+from natkeep.plan.translation import Translation
 from natkeep.values import replace
 
 NOT_TRACKED, PEER_DIALLED, PROCESS_DIALLED = "-", "<", ">"

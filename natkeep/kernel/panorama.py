@@ -15,12 +15,12 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING
 
-from natkeep.kernel import address, calls, conntrack, elements, inventory, sockets, view
+from natkeep.kernel import calls, conntrack, nftables, nftables_dump, rtnetlink, snapshot, sock_diag
 from natkeep.kernel.closely import CloseEyes
 from natkeep.kernel.ctwalk import Walk
 from natkeep.kernel.netlink import NETLINK_NETFILTER, Netlink
 from natkeep.kernel.netns import Namespace, errors_at, inside
-from natkeep.kernel.ways import Ways
+from natkeep.kernel.routes import Ways
 from natkeep.plan.drift import Observation, SeenEntry
 from natkeep.plan.mending import pick_from
 from natkeep.plan.move import Site
@@ -28,7 +28,7 @@ from natkeep.plan.reception import Reception
 from natkeep.plan.ruleset import TABLE
 from natkeep.plan.steps import Plan
 from natkeep.plan.things import known_thing
-from natkeep.plan.translations import Translation
+from natkeep.plan.translation import Translation
 from natkeep.plan.tuples import Address, Connections, Endpoint
 from natkeep.values import replace
 
@@ -47,12 +47,12 @@ class LinuxPanorama(CloseEyes):
         self._tables: dict[str, tuple[set[Thing], dict[str, list[str]]]] = {}
         self._keys: dict[tuple[str, str], frozenset[bytes]] = {}
         self._walks: dict[int, Walk] = {}
-        self._living: sockets.Living | None = None
+        self._living: sock_diag.Living | None = None
         with inside(namespace):
             self._netlink, self._ways = Netlink(NETLINK_NETFILTER), Ways()
             self._tracked = int(conntrack.read_setting("nf_conntrack_count") or 0)
-            self._local = address.all_addresses()
-            self._loopback = address.loopback_is_up()
+            self._local = rtnetlink.all_addresses()
+            self._loopback = rtnetlink.loopback_is_up()
             self._lingers = conntrack.shortest_end()
 
     def expect(self, version: int, connections: int) -> None:
@@ -65,7 +65,7 @@ class LinuxPanorama(CloseEyes):
     def observe(self, site: Site, plan: Plan) -> Observation:
         """As Kernel.observe, at a site that is the namespace."""
         with errors_at(site):
-            return view.observe(site, plan, self)
+            return snapshot.observe(site, plan, self)
 
     def find_lost_ways(self, site: Site, noted: str) -> tuple[str, ...]:
         """As Kernel.find_lost_ways."""
@@ -117,7 +117,7 @@ class LinuxPanorama(CloseEyes):
 
     def count_missing(self, name: str, keys: frozenset[bytes]) -> int:
         """How many of *keys* the set of the inet table does not have."""
-        return len(keys.difference(elements.dump_keys(self._netlink, elements.INET, TABLE, name)))
+        return len(keys.difference(nftables.dump_keys(self._netlink, nftables.INET, TABLE, name)))
 
     def is_local(self, address_: Address) -> bool:
         """Whether a device has it."""
@@ -133,11 +133,11 @@ class LinuxPanorama(CloseEyes):
 
     def find_kept(self, connections: Connections) -> Connections:
         """Those that have a socket."""
-        return sockets.find_kept(connections, self._read_living())
+        return sock_diag.find_kept(connections, self._read_living())
 
     def count_callers(self, ends: frozenset[Endpoint], kept: list[Connections]) -> int:
         """How many sockets have one of *ends* and a peer, and are none of the *kept* ones."""
-        return sockets.count_callers(ends, kept, self._read_living())
+        return sock_diag.count_callers(ends, kept, self._read_living())
 
     def count_calls(self, receiving: Reception) -> int:
         """How many callers who were let in live, as the connection table shows them."""
@@ -147,22 +147,22 @@ class LinuxPanorama(CloseEyes):
                 return super().count_calls(receiving)
         return calls.count_in(receiving, self._walks[version])
 
-    def _read_living(self) -> sockets.Living:
+    def _read_living(self) -> sock_diag.Living:
         if self._living is None:
             with inside(self._namespace):
-                self._living = sockets.read_living()
+                self._living = sock_diag.read_living()
         return self._living
 
     def _read_table(self, family: str) -> tuple[set[Thing], dict[str, list[str]]]:
         """What stands there, elements only as far as their sets were read; and rules' comments."""
         if family not in self._tables:
-            self._tables[family] = inventory.find_standing(self._netlink, family)
+            self._tables[family] = nftables_dump.find_standing(self._netlink, family)
         return self._tables[family]
 
     def _read_keys(self, family: str, name: str) -> frozenset[bytes]:
         if (family, name) not in self._keys:
-            number = {"inet": elements.INET, "arp": elements.ARP}[family]
-            keys = frozenset(elements.dump_keys(self._netlink, number, TABLE, name))
+            number = {"inet": nftables.INET, "arp": nftables.ARP}[family]
+            keys = frozenset(nftables.dump_keys(self._netlink, number, TABLE, name))
             self._keys[family, name] = keys
             found = (known_thing(family, "element", name, key.hex(), 0) for key in keys)
             self._read_table(family)[0].update(found)

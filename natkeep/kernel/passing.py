@@ -22,8 +22,9 @@ import re
 from collections.abc import Sequence
 from contextlib import suppress
 
-from natkeep.kernel import Packed, elements
+from natkeep.kernel import nftables
 from natkeep.kernel.assembler import assemble
+from natkeep.kernel.interface import Packed
 from natkeep.plan import quiet, ruleset
 from natkeep.plan.ruleset import TABLE
 from natkeep.plan.steps import OpenGate
@@ -68,13 +69,13 @@ def open_gates(step: OpenGate) -> None:
 
 def pack_open(step: OpenGate) -> Packed:
     """The transactions that open these gates, as things stand now and otherwise."""
-    plain, look = elements.pack_batch(assemble(step.lines())), _look(step.chains())
+    plain, look = nftables.pack_batch(assemble(step.lines())), _look(step.chains())
     if look is None:
         return Packed(plain, len(step.lines()))
     # Each transaction makes the next state.
     unhooking = b"" if look.holding else _pack_unhooking(look.generation + 1)
     lines, generation = _with_pass(step.lines(), look)
-    with_pass = elements.pack_batch(assemble(lines), generation)
+    with_pass = nftables.pack_batch(assemble(lines), generation)
     return Packed(plain, len(step.lines()), with_pass, unhooking)
 
 
@@ -84,7 +85,7 @@ def _with_pass(lines: Sequence[str], look: Look) -> tuple[tuple[str, ...], int]:
 
 
 def _send(lines: Sequence[str], generation: int = 0) -> None:
-    elements.send_packed(elements.pack_batch(assemble(lines), generation), len(lines))
+    nftables.send_packed(nftables.pack_batch(assemble(lines), generation), len(lines))
 
 
 def _look(opening: Sequence[str]) -> Look | None:
@@ -99,11 +100,11 @@ def _look(opening: Sequence[str]) -> Look | None:
 
 
 def _look_closely(opening: Sequence[str]) -> Look | None:
-    generation = elements.read_generation()
+    generation = nftables.read_generation()
     # A site that is, or has been, a destination has a chain that a gateway has not.
-    guarded, seen = elements.has_chain(TABLE, ruleset.LEAVING), set(opening)
+    guarded, seen = nftables.has_chain(TABLE, ruleset.LEAVING), set(opening)
     based = holding = False
-    for rule in elements.rules_of_chains(TABLE, ruleset.GATE, "callers-"):
+    for rule in nftables.rules_of_chains(TABLE, ruleset.GATE, "callers-"):
         if rule.chain == ruleset.GATE:
             based = True
             if rule.comment == ruleset.PASS:
@@ -119,9 +120,9 @@ def _look_closely(opening: Sequence[str]) -> Look | None:
 
 def closing_lines() -> list[str]:
     """What has to stand in front of what closes a gate: the pass goes, the base chain is back."""
-    rules = elements.rules(TABLE, ruleset.GATE)
-    if not rules and elements.has_table(elements.INET, TABLE):
-        return [] if elements.has_chain(TABLE, ruleset.GATE) else [*ruleset.render_hook()]
+    rules = nftables.rules(TABLE, ruleset.GATE)
+    if not rules and nftables.has_table(nftables.INET, TABLE):
+        return [] if nftables.has_chain(TABLE, ruleset.GATE) else [*ruleset.render_hook()]
     return [
         f"delete rule inet {TABLE} {ruleset.GATE} handle {rule.handle}"
         for rule in rules
@@ -144,14 +145,14 @@ def unhook() -> None:
     """
     if packed := pack_unhooking():
         with suppress(OSError):  # it saves time and nothing else
-            elements.send_packed(packed, 2)
+            nftables.send_packed(packed, 2)
 
 
 def pack_unhooking() -> bytes:
     """The transaction of unhook, as things stand now; empty where the base chain has to stay."""
     try:
-        generation = elements.read_generation()
-        comments = [rule.comment for rule in elements.rules(TABLE, ruleset.GATE)]
+        generation = nftables.read_generation()
+        comments = [rule.comment for rule in nftables.rules(TABLE, ruleset.GATE)]
     except OSError:  # nothing that is opened or prepared shall fail by it
         return b""
     if ruleset.PASS not in comments or any(map(quiet.is_hold, comments)):
@@ -161,4 +162,4 @@ def pack_unhooking() -> bytes:
 
 def _pack_unhooking(generation: int) -> bytes:
     """For this state of the ruleset; its second message is answered."""
-    return elements.pack_batch(assemble(ruleset.render_unhooking()), generation)
+    return nftables.pack_batch(assemble(ruleset.render_unhooking()), generation)

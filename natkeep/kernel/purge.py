@@ -1,7 +1,7 @@
 """the purge: entries that already have a kept tuple, found in every zone and deleted.
 
 Rule: an entry is deleted only by its full tuple, and nothing is ever flushed. An established entry
-that knows no translation is never asked about rules, so none may be left (plan/entries.py).
+that knows no translation is never asked about rules, so none may be left (plan/conntrack.py).
 
 Two ways, whichever has less to ask. Few connections: each of their tuples is deleted, whether it
 is there or not; the kernel answers in 2 us. Many: the table is read once and what is found is
@@ -21,8 +21,8 @@ import struct
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 
-from natkeep import fault
-from natkeep.kernel import elements
+from natkeep import faultpoints
+from natkeep.kernel import nftables
 from natkeep.kernel.conntrack import raise_unless, read_setting
 from natkeep.kernel.ctnetlink import (
     DELETE,
@@ -37,9 +37,9 @@ from natkeep.kernel.ctnetlink import (
     turn,
 )
 from natkeep.kernel.netlink import NETLINK_NETFILTER, NLM_F_DUMP, Netlink
-from natkeep.plan.entries import stale_views
+from natkeep.plan.conntrack import stale_views
 from natkeep.plan.ruleset import TABLE
-from natkeep.plan.translations import Translation
+from natkeep.plan.translation import Translation
 from natkeep.plan.tuples import Address, Connections
 
 _BUCKETS = 2000
@@ -80,7 +80,7 @@ def forget_untracked(olds: Iterable[Address]) -> None:
     """
     if read_setting("nf_conntrack_count") in ("0", None):
         return
-    if elements.base_chains() or _read_legacy_tables():
+    if nftables.base_chains() or _read_legacy_tables():
         return
     for version in (4, 6):
         named = {old.packed for old in olds if old.version == version}
@@ -115,7 +115,7 @@ def _delete(
     """Delete the entries that have the packed tuples; how many there were."""
     suffix = pack_zone(zone)
     batch = for_each(connections, connections, DELETE, 0, lambda end, _: pack(end) + suffix)
-    fault.reach("half", "purge", lambda: netlink.send_batch(batch.head(batch.count // 2)))
+    faultpoints.reach("half", "purge", lambda: netlink.send_batch(batch.head(batch.count // 2)))
     refusals = netlink.send_batch(batch)
     raise_unless(refusals, errno.ENOENT)
     return len(connections) - len(refusals)
@@ -165,7 +165,7 @@ def _assigns_zones() -> bool:
     if any(map(os.path.exists, _ASSIGNERS)) or "raw" in _read_legacy_tables():
         return True
     try:
-        return elements.assigns_zones(besides=TABLE)
+        return nftables.assigns_zones(besides=TABLE)
     except OSError:
         return True
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from ipaddress import ip_address
 
-from natkeep.kernel import conntrack, elements, nft
+from natkeep.kernel import conntrack, nft, nftables
 from natkeep.plan.ruleset import FAMILIES, TABLE, held_set
 from natkeep.plan.strays import SeenRule, SeenTable, find_translated, render_clearing
 from natkeep.plan.tuples import Address, Connections
@@ -16,18 +16,18 @@ from natkeep.plan.tuples import Address, Connections
 
 def read_table() -> SeenTable:
     """What stands in our tables; empty where there are none."""
-    silent = elements.has_table(elements.ARP, TABLE)
-    if not elements.has_table(elements.INET, TABLE):
+    silent = nftables.has_table(nftables.ARP, TABLE)
+    if not nftables.has_table(nftables.INET, TABLE):
         return SeenTable(silent=silent)
-    chains = sorted(elements.chain_names(TABLE))
-    held = [key for v in FAMILIES for key in elements.read_keys(TABLE, held_set(v))]
+    chains = sorted(nftables.chain_names(TABLE))
+    held = [key for v in FAMILIES for key in nftables.read_keys(TABLE, held_set(v))]
     return SeenTable(
         tuple(chains),
-        tuple(sorted(elements.set_names(TABLE))),
+        tuple(sorted(nftables.set_names(TABLE))),
         tuple(
             SeenRule(chain, rule.handle, rule.comment)
             for chain in chains
-            for rule in elements.rules(TABLE, chain)
+            for rule in nftables.rules(TABLE, chain)
         ),
         tuple(ip_address(key) for key in held),
         there=True,
@@ -53,7 +53,7 @@ def _read_set(name: str, local: Address) -> Connections:
     width = len(local.packed)
     records = b"".join(
         local.packed + key[width + 4 : width + 6] + key[:width] + key[width : width + 2]
-        for key in elements.read_keys(TABLE, name)
+        for key in nftables.read_keys(TABLE, name)
         if len(key) == width + 8
     )
     return Connections.packed(records, local.version)

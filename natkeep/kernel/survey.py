@@ -1,4 +1,4 @@
-"""the look at a machine before a move: facts for plan/findings.py.
+"""the look at a machine before a move: facts for plan/diagnostics.py.
 
 Rule: read only, in the namespace that the calling thread is in; nothing is judged here.
 """
@@ -8,8 +8,8 @@ from __future__ import annotations
 import os
 
 from natkeep.errors import KernelError
-from natkeep.kernel import conntrack, elements
-from natkeep.plan.findings import Facts
+from natkeep.kernel import conntrack, nftables
+from natkeep.plan.diagnostics import Facts
 from natkeep.plan.ruleset import TABLE
 
 _CAP_NET_ADMIN = 12
@@ -44,7 +44,7 @@ def gather_facts() -> Facts:
         rp_filter=_rp_filter(),
         bridge_netfilter=bool(_flag(f"{_SYS}/bridge/bridge-nf-call-iptables")),
         legacy_tables=tuple(sorted(set(_legacy_tables()))),
-        flowtables=elements.flowtable_names() if chains is not None else (),
+        flowtables=nftables.flowtable_names() if chains is not None else (),
         nat_chains=tuple(
             f"{chain.family} {chain.table} {chain.name} {chain.hook} {chain.priority}"
             for chain in chains or ()
@@ -55,9 +55,9 @@ def gather_facts() -> Facts:
     )
 
 
-def _read_chains() -> tuple[elements.BaseChain, ...] | None:
+def _read_chains() -> tuple[nftables.BaseChain, ...] | None:
     try:
-        return elements.base_chains()
+        return nftables.base_chains()
     except OSError:
         return None
 

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable
 
-from natkeep import fault
-from natkeep.kernel import Remember, elements, nft, passing
+from natkeep import faultpoints
+from natkeep.kernel import nft, nftables, passing
 from natkeep.kernel import quiet as quietness
+from natkeep.kernel.interface import Remember
 from natkeep.plan import quiet, reception, resets, ruleset
 from natkeep.plan.drift import Gate
 from natkeep.plan.move import Role, Site
@@ -26,7 +27,7 @@ from natkeep.plan.steps import (
     SendResets,
     TranslateErrors,
 )
-from natkeep.plan.translations import Translation
+from natkeep.plan.translation import Translation
 from natkeep.plan.tuples import Address
 
 
@@ -36,13 +37,13 @@ def install_gate(step: InstallGate, remember: Remember) -> Prior:
     prior = Prior(facts={"unhooked": True}) if ruleset.render_hook()[0] in closing else Prior()
     lines = [*closing, *step.lines()]
     if step.site.role == Role.DESTINATION:
-        if not elements.has_table(elements.ARP, TABLE):
+        if not nftables.has_table(nftables.ARP, TABLE):
             lines = [*ruleset.render_arp_static(), *lines]
-        if not elements.has_chain(TABLE, ruleset.LEAVING):
+        if not nftables.has_chain(TABLE, ruleset.LEAVING):
             lines = [*ruleset.render_leaving(), *lines]
     if step.site.role == Role.SOURCE:
         lines = [*quietness.missing_static_lines(), *lines]
-    if not elements.has_table(elements.INET, TABLE):
+    if not nftables.has_table(nftables.INET, TABLE):
         lines = [*ruleset.render_static(), *lines]
     remember(prior)
     nft.run_transaction(lines)
@@ -54,12 +55,12 @@ def remove_gate(step: InstallGate, prior: Prior) -> None:
     own = {name for t in step.translations for name in ruleset.sets_of(step.move_id, t)}
     if not quietness.is_shared(own):
         # The last move takes the tables with it; others may come only under the same lock.
-        if elements.has_table(elements.INET, TABLE) or elements.has_table(elements.ARP, TABLE):
+        if nftables.has_table(nftables.INET, TABLE) or nftables.has_table(nftables.ARP, TABLE):
             nft.run_transaction(ruleset.render_removal())
         return
     _withdraw(step.move_id, _gate_chains(step))
     _withdraw_from(ruleset.HALF_OPEN, step.move_id)
-    fault.reach("withdrawn", "gate")
+    faultpoints.reach("withdrawn", "gate")
     olds = [translation.map.old for translation in step.translations]
     lines = _end_silence(step.site, olds)
     lines += ruleset.render_gate_removal(step.move_id, step.translations)
@@ -76,7 +77,7 @@ def _end_silence(site: Site, olds: Iterable[Address]) -> list[str]:
     return [
         line
         for old in olds
-        if not elements.rules(TABLE, ruleset.address_chain(ruleset.GATE, old))
+        if not nftables.rules(TABLE, ruleset.address_chain(ruleset.GATE, old))
         for line in ruleset.render_speech(old)
     ]
 
@@ -87,7 +88,7 @@ def missing_mode_lines(some: Iterable[Translation | Reception]) -> list[str]:
     return [
         line
         for mode in modes
-        if not elements.has_chain(TABLE, ruleset.base_chain_of(mode))
+        if not nftables.has_chain(TABLE, ruleset.base_chain_of(mode))
         for line in ruleset.render_mode(mode)
     ]
 
@@ -100,7 +101,7 @@ def withdraw_translation(step: InstallTranslation) -> None:
     """The rules that translate go."""
     chains = [chain for t in step.translations for chain in ruleset.translating_chains(t)]
     _withdraw(step.move_id, chains)
-    fault.reach("withdrawn", "translation")
+    faultpoints.reach("withdrawn", "translation")
 
 
 def withdraw_reception(step: InstallReception) -> None:
@@ -108,8 +109,8 @@ def withdraw_reception(step: InstallReception) -> None:
     chains = [chain for receiving in step.receptions for chain in reception.chains(receiving)]
     _withdraw(reception.comment(step.move_id), chains)
     _withdraw_from(ruleset.HALF_OPEN, reception.comment(step.move_id))
-    fault.reach("withdrawn", "reception")
-    if elements.has_chain(TABLE, reception.callers_chain(step.move_id)):
+    faultpoints.reach("withdrawn", "reception")
+    if nftables.has_chain(TABLE, reception.callers_chain(step.move_id)):
         lines = _end_silence(step.site, [receiving.map.old for receiving in step.receptions])
         lines += reception.render_removal(step.move_id, step.receptions)
         _run_what_is_there(lines)
@@ -119,7 +120,7 @@ def install_resets(step: InstallResets) -> None:
     """What leads the connections that cannot be kept to a drop, until it is opened."""
     lines = list(step.lines())
     [dispatch] = {reset.dispatch for reset in step.resets}
-    if not elements.has_chain(TABLE, resets.base_chain_of(dispatch)):
+    if not nftables.has_chain(TABLE, resets.base_chain_of(dispatch)):
         lines = [*resets.render_static(dispatch), *lines]
     nft.run_transaction(lines)
 
@@ -127,7 +128,7 @@ def install_resets(step: InstallResets) -> None:
 def withdraw_resets(step: InstallResets) -> None:
     """It goes, its sets too."""
     _withdraw(resets.comment(step.move_id), [reset.chain for reset in step.resets])
-    if elements.has_chain(TABLE, resets.reset_chain(step.move_id)):
+    if nftables.has_chain(TABLE, resets.reset_chain(step.move_id)):
         lines = _end_silence(step.site, [reset.old for reset in step.resets])
         lines += resets.render_removal(step.move_id, step.resets)
         _run_what_is_there(lines)
@@ -143,7 +144,7 @@ def _withdraw_from(chain: str, *comments: str) -> None:
     _run_what_is_there(
         [
             f"delete rule inet {TABLE} {chain} handle {rule.handle}"
-            for rule in elements.rules(TABLE, chain)
+            for rule in nftables.rules(TABLE, chain)
             if rule.comment in comments
         ]
     )
@@ -153,7 +154,7 @@ def _withdraw(comment: str, chains: Iterable[tuple[str, Address]]) -> None:
     """Take the rules with this comment out of address chains, and empty chains with them."""
     lines: list[str] = []
     for dispatch, local in dict.fromkeys(chains):
-        rules = elements.rules(TABLE, ruleset.address_chain(dispatch, local))
+        rules = nftables.rules(TABLE, ruleset.address_chain(dispatch, local))
         ours = [rule.handle for rule in rules if rule.comment == comment]
         if ours:
             last = len(ours) == len(rules)
@@ -183,7 +184,7 @@ def gate_state(move_id: str) -> Gate:
 
 def chain_state(chain: str) -> Gate:
     """The same of any chain that is a gate."""
-    return state_of([rule.comment for rule in elements.rules(TABLE, chain)])
+    return state_of([rule.comment for rule in nftables.rules(TABLE, chain)])
 
 
 def state_of(comments: Collection[str]) -> Gate:
@@ -201,7 +202,7 @@ def close_gate(step: OpenGate | SendResets) -> None:
             *(
                 f"delete rule inet {TABLE} {chain} handle {rule.handle}"
                 for chain in step.chains()
-                for rule in elements.rules(TABLE, chain)
+                for rule in nftables.rules(TABLE, chain)
                 if rule.comment == ruleset.OPEN
             ),
         ]

@@ -8,11 +8,11 @@ from __future__ import annotations
 from collections import Counter
 from contextlib import suppress
 
-from natkeep.journal import Journal, read_boot_id
-from natkeep.kernel import Kernel, Panorama
+from natkeep.kernel.interface import Kernel, Panorama
 from natkeep.kernel.netns import NamespaceGoneError
 from natkeep.plan.move import Site
 from natkeep.plan.steps import Identity, Plan
+from natkeep.state.journal import Journal, read_boot_id
 
 _MANY = 16
 """So many moves, looked at one by one, take longer than one look at all that there is."""

@@ -10,8 +10,8 @@ from natkeep.plan.steps import Plan
 from natkeep.values import dataclass
 
 if TYPE_CHECKING:
+    from natkeep.plan.liveness import Sighting
     from natkeep.plan.mending import Life, Patch
-    from natkeep.plan.sighting import Sighting
 
 
 @dataclass(frozen=True, slots=True)

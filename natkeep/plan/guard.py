@@ -1,4 +1,4 @@
-"""the guard's text: a table of a move's own, that drops what is un-translated (kernel/guard.py).
+"""the owned table: it drops what is un-translated, also after a flush (kernel/owned_table.py).
 
     input, forward    -350   to the outer address still, behind the translation: dropped
     postrouting        350   from the inner address still, behind the translation: dropped
@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator
 
 from natkeep.plan import ruleset
 from natkeep.plan.move import Role
-from natkeep.plan.translations import Translation
+from natkeep.plan.translation import Translation
 from natkeep.plan.tuples import Connections
 
 _CHAINS = {

@@ -20,8 +20,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from natkeep.plan import quiet, resets, ruleset
+from natkeep.plan.icmp_errors import RawRule
 from natkeep.plan.move import Role, Site
-from natkeep.plan.quoted import RawRule
 from natkeep.plan.steps import (
     AddAddress,
     FillSet,
@@ -52,7 +52,7 @@ from natkeep.plan.things import (
     place,
     want_rule,
 )
-from natkeep.plan.translations import Translation
+from natkeep.plan.translation import Translation
 from natkeep.plan.tuples import NO_CONNECTIONS, Connections
 from natkeep.values import dataclass, replace
 
@@ -86,7 +86,7 @@ class InsertRules:
 
 @dataclass(frozen=True, slots=True)
 class PutWays:
-    """Routes and addresses of others that the move stands on, as kernel/ways.py noted them."""
+    """Routes and addresses of others that the move stands on, as kernel/routes.py noted them."""
 
     site: Site
     notes: tuple[str, ...]

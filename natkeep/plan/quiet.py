@@ -22,7 +22,7 @@ from functools import cache
 from natkeep.plan import ruleset
 from natkeep.plan.move import Role
 from natkeep.plan.ruleset import FAMILIES, GATE, SYN, TABLE
-from natkeep.plan.translations import Translation
+from natkeep.plan.translation import Translation
 from natkeep.plan.tuples import Address, Endpoint
 
 MUTE = "mute"

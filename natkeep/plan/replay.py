@@ -2,8 +2,8 @@
 
 Rule: only what a peer sent comes back, changed in nothing but its destination (NEW to OLD), both
 checksums, and where a segment had to be cut. Never a SYN, an RST or urgent data, never an
-octet twice. The process that holds (kernel/holder.py) loads this file and no other of natkeep's,
-so nothing but `struct` and `sys` is imported.
+octet twice. kernel/segment_holderd.py loads this file and no other of natkeep's, so nothing but
+`struct` and `sys` is imported.
 This file must never read a file, a clock, a socket or a namespace.
 
 Theory of operation. For each kept connection a `Stream` keeps data by its place in the sequence:

@@ -12,8 +12,8 @@ This file must never touch the kernel.
   end says is answered by a reset that is in sequence, because it is made from that very segment
   (RFC 9293, 3.5.2: its sequence number is the segment's acknowledgement number).
 - Who says nothing is asked: a bare acknowledgement that fits no window makes an end state what it
-  expects (RFC 9293, 3.10.7.4), which is again a segment to answer. kernel/probe.py sends it, with
-  CRIU's mark, so that it is neither held back nor tracked.
+  expects (RFC 9293, 3.10.7.4), which is again a segment to answer. kernel/tcp_probe.py sends it,
+  with CRIU's mark, so that it is neither held back nor tracked.
 - A tuple may live again: a peer dials anew from the same port. Its SYN (at the destination the
   listener's SYN-ACK) puts the tuple into `again-ID-N`, and it is left alone from then on.
 - The chains are in front of the gate and of listeners' rules, which could let such a SYN pass
@@ -31,7 +31,7 @@ from collections.abc import Iterable, Iterator
 from natkeep.plan import ruleset
 from natkeep.plan.move import Fate, Move, Role, Site
 from natkeep.plan.ruleset import FAMILIES, TABLE
-from natkeep.plan.translations import Surroundings, Unkept
+from natkeep.plan.translation import Surroundings, Unkept
 from natkeep.plan.tuples import Address, Connections, FourTuple
 from natkeep.values import dataclass
 

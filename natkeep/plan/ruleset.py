@@ -55,9 +55,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 from functools import cache, lru_cache
 
-from natkeep.plan.lock import CRIU_MARK
+from natkeep.plan.criu_lock import CRIU_MARK
 from natkeep.plan.move import Mode, Role
-from natkeep.plan.translations import Translation
+from natkeep.plan.translation import Translation
 from natkeep.plan.tuples import Address, Connections
 
 TABLE = "natkeep"

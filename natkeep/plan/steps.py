@@ -12,17 +12,17 @@ from itertools import islice
 from typing import TYPE_CHECKING
 
 from natkeep.plan import quiet, reception, resets, ruleset
-from natkeep.plan.entries import describe_purge, entries, stale_tuples, stale_views
-from natkeep.plan.lock import DumpLock, describe_taking
+from natkeep.plan.conntrack import describe_purge, entries, stale_tuples, stale_views
+from natkeep.plan.criu_lock import DumpLock, describe_taking
 from natkeep.plan.move import Move, Role, Site
 from natkeep.plan.reception import Reception
 from natkeep.plan.resets import Reset
-from natkeep.plan.translations import Surroundings, Translation, Unkept
+from natkeep.plan.translation import Surroundings, Translation, Unkept
 from natkeep.plan.tuples import Address, Connections, Endpoint, FourTuple
 from natkeep.values import dataclass, field
 
 if TYPE_CHECKING:
-    from natkeep.plan.quoted import RawRule
+    from natkeep.plan.icmp_errors import RawRule
 
 Identity = tuple[int, int]
 """Device and inode of a network namespace."""
@@ -200,7 +200,7 @@ class TranslateErrors:
     receptions: tuple[Reception, ...] = ()
 
     def describe(self) -> tuple[str, ...]:
-        """One comment a rule: nft has no text for them (see plan/quoted.py)."""
+        """One comment a rule: nft has no text for them (see plan/icmp_errors.py)."""
         return tuple(
             f"# {_prefix(self.site)}raw nf_tables rule in chain {rule.chain}: translate the TCP "
             "segment that an ICMP error quotes"
@@ -209,7 +209,7 @@ class TranslateErrors:
 
     def rules(self) -> tuple[RawRule, ...]:
         """What is inserted, the kept connections' rules last: then they come first."""
-        from natkeep.plan.quoted import make_callers_error_rules, make_error_rules
+        from natkeep.plan.icmp_errors import make_callers_error_rules, make_error_rules
 
         callers = (
             rule for r in self.receptions for rule in make_callers_error_rules(self.move_id, r)
@@ -257,7 +257,7 @@ class HoldSegments:
     translations: tuple[Translation, ...]
 
     def describe(self) -> tuple[str, ...]:
-        """One comment: it is a process of natkeep's own (kernel/holder.py), no command."""
+        """One comment: it is a process of natkeep's own (kernel/segment_holderd.py), no command."""
         count = sum(len(translation.kept) for translation in self.translations)
         return (
             f"# {_prefix(self.site)}natkeep's holder: keep what peers say on {count} connections, "
@@ -281,7 +281,7 @@ class GuardSite:
     translations: tuple[Translation, ...]
 
     def describe(self) -> tuple[str, ...]:
-        """One comment: a table that lives by a process (kernel/guardian.py) is no command."""
+        """One comment: a table that lives by a process (kernel/owned_tabled.py) is no command."""
         count = sum(len(translation.kept) for translation in self.translations)
         return (
             f"# {_prefix(self.site)}natkeep's guard: {count} connections outlive a flush of the "

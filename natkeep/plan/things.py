@@ -22,7 +22,7 @@ from ipaddress import ip_address
 from itertools import count
 from typing import NamedTuple
 
-from natkeep.plan.quoted import LookUp, RawRule, Store
+from natkeep.plan.icmp_errors import LookUp, RawRule, Store
 from natkeep.plan.ruleset import TABLE
 from natkeep.values import dataclass, replace
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from natkeep.errors import KernelError
-from natkeep.kernel import elements, nft
+from natkeep.kernel import nft, nftables
 from natkeep.kernel.assembler import assemble
 from natkeep.kernel.linux import LinuxKernel
 from natkeep.kernel.netlink import NETLINK_NETFILTER, NLM_F_DUMP, Netlink, attribute, attributes
@@ -21,7 +21,7 @@ from natkeep.kernel.netns import inside, open_namespace
 from natkeep.kernel.statements import NotUnderstood
 from natkeep.plan import guard
 from natkeep.plan.move import Map, Mode, Move, Role, Site
-from natkeep.plan.order import make_plan
+from natkeep.plan.plan import make_plan
 from natkeep.plan.ruleset import TABLE
 from natkeep.plan.tuples import Connections, Endpoint, FourTuple
 
@@ -111,7 +111,7 @@ def load(netns: str, lines: Iterable[str], way: Callable[[list[str]], None]) -> 
 
 
 def send(lines: list[str]) -> None:
-    elements.send_batch(assemble(lines))
+    nftables.send_batch(assemble(lines))
 
 
 @pytest.mark.root
@@ -331,13 +331,13 @@ def test_what_may_be_there_already_is_not_loaded_again(
     netns: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The kernel took it, and its answer was lost."""
-    send_packed = elements.send_packed
+    send_packed = nftables.send_packed
 
     def lose_answer(batch: bytes, last: int) -> None:
         send_packed(batch, last)
         raise OSError(105, "No buffer space available")
 
-    monkeypatch.setattr(elements, "send_packed", lose_answer)
+    monkeypatch.setattr(nftables, "send_packed", lose_answer)
     lines = ["add table inet natkeep", "add chain inet natkeep one",
              "add rule inet natkeep one drop"]  # fmt: skip
     with inside(open_namespace(netns)):

@@ -17,11 +17,11 @@ from natkeep.kernel import conntrack, netlink
 from natkeep.kernel.linux import LinuxKernel
 from natkeep.kernel.netns import inside, open_namespace
 from natkeep.kernel.purge import purge
-from natkeep.plan.entries import Entry, entries
+from natkeep.plan.conntrack import Entry, entries
 from natkeep.plan.move import Map, Mode, Move, Role, Site
-from natkeep.plan.order import make_plan
+from natkeep.plan.plan import make_plan
 from natkeep.plan.steps import InsertEntries, Plan
-from natkeep.plan.translations import Translation
+from natkeep.plan.translation import Translation
 from natkeep.plan.tuples import Address, Connections, Endpoint, FourTuple
 
 pytestmark = pytest.mark.root

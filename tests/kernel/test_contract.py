@@ -16,14 +16,14 @@ from itertools import islice
 from typing import Protocol
 
 import pytest
+from fake_kernel import FakeKernel, FakeSite
 
 from natkeep.errors import KernelError, RefusedError
-from natkeep.kernel import Kernel
-from natkeep.kernel.fake import FakeKernel, FakeSite
+from natkeep.kernel.interface import Kernel
 from natkeep.kernel.linux import LinuxKernel
 from natkeep.plan.drift import Gate, Observation, find_drift
 from natkeep.plan.move import Map, Mode, Move, Role, Site
-from natkeep.plan.order import make_plan
+from natkeep.plan.plan import make_plan
 from natkeep.plan.steps import (
     AddAddress,
     FillSet,

@@ -8,14 +8,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
+from fake_kernel import FakeKernel, FakeSite
 
 from natkeep.errors import KernelError
-from natkeep.kernel.fake import FakeKernel, FakeSite
 from natkeep.kernel.linux import LinuxKernel
 from natkeep.plan import resets
 from natkeep.plan.drift import Gate, find_drift
 from natkeep.plan.move import Fate, Map, Mode, Move, Role, Site
-from natkeep.plan.order import make_plan
+from natkeep.plan.plan import make_plan
 from natkeep.plan.steps import FillSet, InstallResets, Plan, Prior, SendResets, Step
 from natkeep.plan.tuples import Connections, Endpoint, FourTuple, parse_address
 

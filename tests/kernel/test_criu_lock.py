@@ -19,7 +19,7 @@ from natkeep.kernel.linux import LinuxKernel
 from natkeep.kernel.netns import inside, open_namespace
 from natkeep.lab.host import Host
 from natkeep.lab.stage import Lab
-from natkeep.plan.lock import DumpLock, NetworkLock
+from natkeep.plan.criu_lock import DumpLock, NetworkLock
 from natkeep.plan.move import Role, Site
 from natkeep.plan.steps import Prior, TakeOverLock
 from natkeep.plan.tuples import Connections, Endpoint, FourTuple

@@ -11,7 +11,7 @@ import pytest
 from natkeep.kernel.linux import LinuxKernel
 from natkeep.plan import ruleset
 from natkeep.plan.move import Map, Mode, Move, Role, Site
-from natkeep.plan.order import make_plan
+from natkeep.plan.plan import make_plan
 from natkeep.plan.steps import Plan, PurgeEntries
 from natkeep.plan.tuples import Connections, Endpoint, FourTuple
 

@@ -11,9 +11,9 @@ from natkeep.kernel import owned
 from natkeep.kernel.netns import inside, open_namespace
 from natkeep.kernel.purge import purge
 from natkeep.plan.move import Map, Move, Role, Site
-from natkeep.plan.order import make_plan
+from natkeep.plan.plan import make_plan
 from natkeep.plan.steps import Prior
-from natkeep.plan.translations import Translation
+from natkeep.plan.translation import Translation
 from natkeep.plan.tuples import Connections, Endpoint, FourTuple, parse_address
 
 pytestmark = pytest.mark.root

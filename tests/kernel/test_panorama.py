@@ -19,7 +19,7 @@ from natkeep.kernel.ctnetlink import ask_for_tcp, make_keys
 from natkeep.kernel.linux import LinuxKernel
 from natkeep.kernel.netns import inside, open_namespace
 from natkeep.plan.move import Map, Mode, Move, Role, Site
-from natkeep.plan.order import make_plan
+from natkeep.plan.plan import make_plan
 from natkeep.plan.steps import Plan
 from natkeep.plan.tuples import Connections, Endpoint, FourTuple
 

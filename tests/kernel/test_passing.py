@@ -6,14 +6,14 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from natkeep.kernel import elements, passing
+from natkeep.kernel import nftables, passing
 from natkeep.kernel.linux import LinuxKernel
 from natkeep.kernel.netns import inside, open_namespace
 from natkeep.plan import ruleset
 from natkeep.plan.drift import find_drift
 from natkeep.plan.mending import LoadLines
 from natkeep.plan.move import Map, Move, Role, Site
-from natkeep.plan.order import make_plan
+from natkeep.plan.plan import make_plan
 from natkeep.plan.steps import HoldListeners, InstallGate, OpenGate, Plan, Prior
 from natkeep.plan.tuples import Connections, Endpoint, FourTuple, parse_address
 
@@ -67,7 +67,7 @@ class Gates:
     @property
     def comments(self) -> list[str]:
         with inside(open_namespace(self.site.netns)):
-            return [rule.comment for rule in elements.rules("natkeep", "gate")]
+            return [rule.comment for rule in nftables.rules("natkeep", "gate")]
 
     @property
     def have_pass(self) -> bool:
@@ -77,7 +77,7 @@ class Gates:
     @property
     def hooked(self) -> bool:
         with inside(open_namespace(self.site.netns)):
-            return elements.has_chain("natkeep", "gate")
+            return nftables.has_chain("natkeep", "gate")
 
     def listed(self, chain: str) -> str:
         return self.run(self.site.netns, "nft", "list", "chain", "inet", "natkeep", chain)
@@ -205,7 +205,7 @@ def test_the_base_chain_stays_when_others_changed_something_meanwhile(
     gates.open("one")
     look = passing.elements.rules
 
-    def disturbed(table: str, chain: str) -> list[elements.Rule]:
+    def disturbed(table: str, chain: str) -> list[nftables.Rule]:
         gates.run(gates.site.netns, "nft", "add table ip others; delete table ip others")
         return look(table, chain)
 
@@ -259,9 +259,9 @@ def test_a_transaction_with_the_pass_is_refused_when_others_were_there_meanwhile
 
     with inside(open_namespace(gates.site.netns)):
         with pytest.raises(OSError, match="restarted"):
-            elements.send_packed(packed.with_pass, packed.last + 1)
+            nftables.send_packed(packed.with_pass, packed.last + 1)
         assert not gates.have_pass
-        elements.send_packed(packed.messages, packed.last)
+        nftables.send_packed(packed.messages, packed.last)
 
     assert not gates.have_pass
     gates.close("one")
@@ -275,7 +275,7 @@ def test_who_changes_things_all_the_time_has_gates_opened_without_it(
     gates.prepare("one")
     look = passing.elements.rules_of_chains
 
-    def disturbed(table: str, *names: str) -> Iterator[elements.Rule]:
+    def disturbed(table: str, *names: str) -> Iterator[nftables.Rule]:
         gates.run(gates.site.netns, "nft", "add table ip others; delete table ip others")
         return look(table, *names)
 
@@ -284,7 +284,7 @@ def test_who_changes_things_all_the_time_has_gates_opened_without_it(
 
     assert not gates.have_pass
     with inside(open_namespace(gates.site.netns)):
-        assert elements.rules("natkeep", "gate-one")[0].comment == ruleset.OPEN
+        assert nftables.rules("natkeep", "gate-one")[0].comment == ruleset.OPEN
 
 
 def test_where_the_base_chain_was_not_seen_nothing_is_taken_for_open(
@@ -316,7 +316,7 @@ def test_a_look_that_fails_keeps_no_gate_closed(
     assert packed.with_pass == b""
     assert not gates.have_pass
     with inside(open_namespace(gates.site.netns)):
-        assert elements.rules("natkeep", "gate-one")[0].comment == ruleset.OPEN
+        assert nftables.rules("natkeep", "gate-one")[0].comment == ruleset.OPEN
 
 
 def test_nothing_is_packed_with_it_while_another_gate_is_closed(gates: Gates) -> None:

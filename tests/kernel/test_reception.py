@@ -11,7 +11,7 @@ from ipaddress import ip_address
 import pytest
 
 from natkeep.errors import RefusedError
-from natkeep.kernel import calls, sockets
+from natkeep.kernel import calls, sock_diag
 from natkeep.kernel.linux import LinuxKernel
 from natkeep.kernel.netlink import (
     NETLINK_NETFILTER,
@@ -28,7 +28,7 @@ from natkeep.kernel.netns import open_namespace
 from natkeep.lab.host import await_true
 from natkeep.plan.drift import Gate, Observation, find_drift
 from natkeep.plan.move import Map, Mode, Move, Role, Site
-from natkeep.plan.order import make_plan
+from natkeep.plan.plan import make_plan
 from natkeep.plan.reception import make_receptions
 from natkeep.plan.steps import ForgetCalls, InstallReception, Plan, Prior, Step
 from natkeep.plan.tuples import NO_CONNECTIONS, Address, Connections, Endpoint, FourTuple
@@ -329,7 +329,7 @@ def test_callers_are_sockets_at_a_listeners_end_that_nobody_kept(netns: str) -> 
     with ExitStack() as stack, inside_of(open_namespace(netns)):
         listener = stack.enter_context(socket.create_server(("127.0.0.1", 0)))
         end = Endpoint(ip_address("127.0.0.1"), listener.getsockname()[1])
-        assert sockets.count_callers(frozenset({end}), []) == 0
+        assert sock_diag.count_callers(frozenset({end}), []) == 0
         clients = [
             stack.enter_context(socket.create_connection(listener.getsockname())) for _ in range(3)
         ]
@@ -337,10 +337,10 @@ def test_callers_are_sockets_at_a_listeners_end_that_nobody_kept(netns: str) -> 
             stack.enter_context(listener.accept()[0])
         peer = Endpoint(end.address, clients[0].getsockname()[1])
 
-        assert sockets.count_callers(frozenset({end}), []) == 3
+        assert sock_diag.count_callers(frozenset({end}), []) == 3
         kept = Connections.of([FourTuple(peer, end)])
-        assert sockets.count_callers(frozenset({end}), [kept]) == 2
-        assert sockets.count_callers(frozenset({Endpoint(end.address, 1)}), []) == 0
+        assert sock_diag.count_callers(frozenset({end}), [kept]) == 2
+        assert sock_diag.count_callers(frozenset({Endpoint(end.address, 1)}), []) == 0
 
 
 @EACH_ROLE

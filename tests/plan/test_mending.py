@@ -8,6 +8,7 @@ from ipaddress import ip_address
 import pytest
 
 from natkeep.plan.drift import Gate, Observation, SeenEntry, find_drift
+from natkeep.plan.liveness import Sighting, make_sighting
 from natkeep.plan.mending import (
     InsertRules,
     Life,
@@ -18,8 +19,7 @@ from natkeep.plan.mending import (
     want_things,
 )
 from natkeep.plan.move import Fate, Map, Mode, Move, Role, Site
-from natkeep.plan.order import make_plan
-from natkeep.plan.sighting import Sighting, make_sighting
+from natkeep.plan.plan import make_plan
 from natkeep.plan.steps import AddAddress, FillSet, InsertEntries, Plan, RaiseLoopback, Step
 from natkeep.plan.strays import SeenRule, SeenTable, render_clearing
 from natkeep.plan.things import Thing

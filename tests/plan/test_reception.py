@@ -17,9 +17,9 @@ from hypothesis import strategies as st
 from natkeep.errors import RefusedError
 from natkeep.plan import reception, ruleset
 from natkeep.plan.drift import Gate, Observation, find_drift
+from natkeep.plan.icmp_errors import LookUp
 from natkeep.plan.move import Map, Mode, Move, Role, Site
-from natkeep.plan.order import make_plan, render_nft
-from natkeep.plan.quoted import LookUp
+from natkeep.plan.plan import make_plan, render_nft
 from natkeep.plan.reception import Reception, make_receptions, refuse_one_end_for_two
 from natkeep.plan.steps import (
     AddAddress,

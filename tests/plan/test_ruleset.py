@@ -21,9 +21,9 @@ from hypothesis import strategies as st
 from natkeep.errors import UsageError
 from natkeep.plan import ruleset
 from natkeep.plan.move import Fate, Map, Mode, Move, Role, Site
-from natkeep.plan.order import make_plan, render_nft
+from natkeep.plan.plan import make_plan, render_nft
 from natkeep.plan.steps import FillSet, InstallGate, InstallTranslation, OpenGate, Plan
-from natkeep.plan.translations import NOTHING_SPECIAL, Surroundings
+from natkeep.plan.translation import NOTHING_SPECIAL, Surroundings
 from natkeep.plan.tuples import Address, Connections, Endpoint, FourTuple
 
 GOLDEN = Path(__file__).parent / "golden"

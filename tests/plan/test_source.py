@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 
 from natkeep.errors import UsageError
-from natkeep.plan import lock as locks
-from natkeep.plan.lock import DumpLock, NetworkLock, find_rules, render_deletion
+from natkeep.plan import criu_lock as locks
+from natkeep.plan.criu_lock import DumpLock, NetworkLock, find_rules, render_deletion
 from natkeep.plan.move import Map, Mode, Move, Role, Site
-from natkeep.plan.order import make_plan, render_nft
+from natkeep.plan.plan import make_plan, render_nft
 from natkeep.plan.quiet import render_hold
 from natkeep.plan.steps import FillSet, HoldListeners, InstallGate, OpenGate, Plan, TakeOverLock
 from natkeep.plan.tuples import NO_CONNECTIONS, Connections, Endpoint, FourTuple, parse_address

@@ -10,7 +10,7 @@ import pytest
 
 from natkeep.errors import RefusedError
 from natkeep.plan.move import Map, Move, Role, Site
-from natkeep.plan.order import describe_plan, make_plan, render_nft
+from natkeep.plan.plan import describe_plan, make_plan, render_nft
 from natkeep.plan.steps import (
     AddAddress,
     FillSet,
