@@ -24,7 +24,7 @@ Laws, the same for `LinuxKernel` and `FakeKernel` (tests/kernel/test_contract.py
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, TypeVar
 
 from natkeep.plan.drift import Observation
 from natkeep.plan.move import Move, Site
@@ -34,12 +34,42 @@ from natkeep.plan.tuples import Address, Connections, Endpoint
 from natkeep.values import dataclass
 
 if TYPE_CHECKING:
+    from natkeep.kernel.netns import Namespace
     from natkeep.kernel.sock_diag import Shown
     from natkeep.plan.diagnostics import Facts
     from natkeep.plan.mending import Patch
     from natkeep.plan.strays import SeenTable
 
 Remember = Callable[[Prior], None]
+S_contra = TypeVar("S_contra", contravariant=True)
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where a step acts: a site, its open namespace, and the state directory ("": there is none)."""
+
+    site: Site
+    namespace: Namespace
+    directory: str
+
+
+class Driver(Protocol[S_contra]):
+    """What one kind of step is to the kernel: check, apply and revert, side by side in one file.
+
+    It is called in the step's namespace, unless *enters* is false: a process that is started must
+    not keep a namespace alive by being in it.
+    """
+
+    enters: bool
+
+    def check(self, at: Place, step: S_contra) -> None:
+        """NatkeepError when *step* could not work."""
+
+    def apply(self, at: Place, step: S_contra, remember: Remember) -> Prior:
+        """Do *step*; OSError or KernelError when the kernel says no."""
+
+    def revert(self, at: Place, step: S_contra, prior: Prior) -> None:
+        """Undo *step*; done as well where it was never applied."""
 
 
 @dataclass(frozen=True, slots=True)

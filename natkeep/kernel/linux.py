@@ -10,9 +10,9 @@ import os
 import socket
 import weakref
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from ipaddress import ip_address
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from natkeep import faultpoints
 from natkeep.errors import KernelError, RefusedError
@@ -32,7 +32,7 @@ from natkeep.kernel import (
 )
 from natkeep.kernel import quiet as quietness
 from natkeep.kernel.closely import CloseEyes
-from natkeep.kernel.interface import Packed, Panorama, Remember
+from natkeep.kernel.interface import Driver, Packed, Panorama, Place, Remember
 from natkeep.kernel.netns import (
     Namespace,
     errors_at,
@@ -78,6 +78,10 @@ if TYPE_CHECKING:
 
 _INSERT_ATTEMPTS = 5
 """A packet may make a stale entry between purge and insertion; five times in a row it does not."""
+
+
+DRIVERS: dict[type, Driver[Any]] = {}
+"""By the kind of step."""
 
 
 class LinuxKernel:
@@ -168,8 +172,21 @@ class LinuxKernel:
         with errors_at(site), inside(self._namespaces[site]):
             yield
 
+    def _place(self, site: Site) -> Place:
+        return Place(site, self._namespaces[site], self._directory)
+
+    @contextmanager
+    def _entering(self, driver: Driver[Any], site: Site) -> Iterator[None]:
+        with errors_at(site), inside(self._namespaces[site]) if driver.enters else nullcontext():
+            yield
+
     def check(self, step: Step) -> None:
         """NatkeepError when *step* could not work."""
+        driver = DRIVERS.get(type(step))
+        if driver is not None:
+            with self._entering(driver, step.site):
+                driver.check(self._place(step.site), step)
+            return
         with self._at(step.site):
             match step:
                 case InstallGate():
@@ -191,6 +208,10 @@ class LinuxKernel:
 
     def apply(self, step: Step, remember: Remember) -> Prior:
         """Do *step*; KernelError when the kernel says no."""
+        driver = DRIVERS.get(type(step))
+        if driver is not None:
+            with self._entering(driver, step.site):
+                return driver.apply(self._place(step.site), step, remember)
         if isinstance(step, HoldSegments):
             return self._hold(step, remember)
         if isinstance(step, GuardSite):
@@ -363,6 +384,11 @@ class LinuxKernel:
 
     def revert(self, step: Step, prior: Prior) -> None:
         """Undo *step*; KernelError when the kernel says no."""
+        driver = DRIVERS.get(type(step))
+        if driver is not None:
+            with self._entering(driver, step.site):
+                driver.revert(self._place(step.site), step, prior)
+            return
         with self._at(step.site):
             match step:
                 case InstallGate():
