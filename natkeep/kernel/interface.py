@@ -46,7 +46,7 @@ S_contra = TypeVar("S_contra", contravariant=True)
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Where a step acts: a site, its open namespace, and the state directory ("": there is none)."""
+    """Where a step acts: a site, its open namespace, the state directory (empty: none)."""
 
     site: Site
     namespace: Namespace
