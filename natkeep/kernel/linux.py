@@ -25,6 +25,7 @@ from natkeep.kernel import (
     nftables,
     owned,
     passing,
+    routes,
     rtnetlink,
     snapshot,
     sock_diag,
@@ -80,7 +81,10 @@ _INSERT_ATTEMPTS = 5
 """A packet may make a stale entry between purge and insertion; five times in a row it does not."""
 
 
-DRIVERS: dict[type, Driver[Any]] = {}
+DRIVERS: dict[type, Driver[Any]] = {
+    AddAddress: rtnetlink.AddressDriver(),
+    RaiseLoopback: rtnetlink.LoopbackDriver(),
+}
 """By the kind of step."""
 
 
@@ -196,13 +200,13 @@ class LinuxKernel:
                             hint=f"natkeep teardown {step.move_id}, or another id",
                         )
                 case InstallTranslation() if step.site.role == Role.DESTINATION:
-                    checks.check_destination(step)
+                    routes.check_destination(step)
                 case InsertEntries():
                     checks.check_room(step)
                 case TakeOverLock():
                     criu_lock.find_lock(step.lock, step.connections)
                 case InstallReception() if step.site.role == Role.DESTINATION:
-                    checks.check_reception(step)
+                    routes.check_reception(step)
                 case _:
                     pass
 
@@ -223,10 +227,6 @@ class LinuxKernel:
                 case FillSet():
                     remember(Prior())
                     nftables.fill_set(TABLE, step.name, step.connections)
-                case RaiseLoopback():
-                    return _raise_loopback(remember)
-                case AddAddress():
-                    return _add_address(step, remember)
                 case InstallTranslation():
                     prior = _note_ways(step)
                     remember(prior)
@@ -334,16 +334,12 @@ class LinuxKernel:
 
                     insert_rules(TABLE, patch.rules)
                 case PutWays():
-                    from natkeep.kernel import routes
-
                     routes.put_back(patch.notes)
                 case StopCounting():
                     conntrack.write_setting("nf_conntrack_acct", "0")
 
     def find_lost_ways(self, site: Site, noted: str) -> tuple[str, ...]:
         """Those of the ways that InstallTranslation *noted* which are not there any more."""
-        from natkeep.kernel import routes  # for status and repair alone
-
         with self._at(site):
             return routes.find_lost(noted)
 
@@ -394,10 +390,6 @@ class LinuxKernel:
                 case InstallGate():
                     table.remove_gate(step, prior)
                     forget_untracked([t.map.old for t in step.translations])
-                case RaiseLoopback():
-                    _lower_loopback(prior)
-                case AddAddress() if not prior.present:
-                    rtnetlink.remove_host_address(step.address)
                 case InstallTranslation():
                     table.withdraw_translation(step)
                 case InstallReception():
@@ -460,8 +452,6 @@ def _close_all(namespaces: dict[Site, Namespace]) -> None:
 
 def _note_ways(step: InstallTranslation) -> Prior:
     """The routes and the address that the translation stands on, for a repair."""
-    from natkeep.kernel import routes
-
     news = [t.map.new for t in step.translations]
     peers = sorted({peer for t in step.translations for peer in t.outer.peers()})
     others = [ip_address(peer) for peer in peers]
@@ -478,31 +468,6 @@ def _find_carried(connections: Connections) -> Iterator[tuple[FourTuple, FourTup
     for inner, outer in zip(connections, conntrack.find_carried(connections), strict=True):
         if outer is not None:
             yield inner, outer
-
-
-def _raise_loopback(remember: Remember) -> Prior:
-    prior = Prior(present=rtnetlink.loopback_is_up(), facts={"addresses": rtnetlink.count_on_lo()})
-    remember(prior)
-    if not prior.present:
-        rtnetlink.raise_loopback()
-    return prior
-
-
-def _lower_loopback(prior: Prior) -> None:
-    if prior.present:
-        return
-    rtnetlink.lower_loopback()
-    faultpoints.reach("loopback-lowered")
-    if not prior.facts.get("addresses"):
-        rtnetlink.forget_loopback_address()
-
-
-def _add_address(step: AddAddress, remember: Remember) -> Prior:
-    prior = Prior(present=rtnetlink.device_of(step.address) is not None)
-    remember(prior)
-    if not prior.present:
-        rtnetlink.add_host_address(step.address)
-    return prior
 
 
 def _purge_entries(step: PurgeEntries, remember: Remember) -> Prior:

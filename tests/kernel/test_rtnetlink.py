@@ -10,6 +10,7 @@ from ipaddress import ip_address
 import pytest
 
 from natkeep.kernel import rtnetlink
+from natkeep.kernel.netlink import NETLINK_ROUTE, Netlink
 from natkeep.kernel.netns import inside, open_namespace
 
 pytestmark = pytest.mark.root
@@ -99,7 +100,7 @@ def test_global_addresses_are_those_that_others_can_reach(site: str, run: Run) -
 def test_loopback_goes_down_and_up(site: str) -> None:
     assert rtnetlink.loopback_is_up()
 
-    rtnetlink.lower_loopback()
+    rtnetlink.lower_loopback(had_addresses=True)
     assert not rtnetlink.loopback_is_up()
 
     rtnetlink.raise_loopback()
@@ -116,10 +117,14 @@ def test_raising_lo_for_the_first_time_is_undone_without_a_trace(
 
     rtnetlink.raise_loopback()
     assert rtnetlink.count_on_lo() == 2
-    rtnetlink.lower_loopback()
-    rtnetlink.forget_loopback_address()
+    rtnetlink.lower_loopback(had_addresses=False)
 
     assert before == take_picture(site)
+
+
+def is_reached(peer: str) -> bool:
+    with Netlink(NETLINK_ROUTE) as netlink:
+        return rtnetlink.is_reached(netlink, ip_address(peer))
 
 
 @pytest.mark.parametrize(
@@ -147,7 +152,7 @@ def test_a_peer_has_a_route_or_not(
     if route is not None:
         run(site, "ip", "route", "add", *route.split())
 
-    assert there is rtnetlink.has_route_to(ip_address(peer))
+    assert there is is_reached(peer)
 
 
 def test_a_new_ipv6_address_leaves_no_route_but_its_own(site: str, run: Run) -> None:
