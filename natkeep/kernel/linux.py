@@ -24,9 +24,11 @@ from natkeep.kernel import (
     nft,
     nftables,
     owned,
+    owned_table,
     passing,
     routes,
     rtnetlink,
+    segment_holder,
     snapshot,
     sock_diag,
     table,
@@ -83,6 +85,8 @@ _INSERT_ATTEMPTS = 5
 
 DRIVERS: dict[type, Driver[Any]] = {
     AddAddress: rtnetlink.AddressDriver(),
+    GuardSite: owned_table.OwnedTableDriver(),
+    HoldSegments: segment_holder.HoldSegmentsDriver(),
     RaiseLoopback: rtnetlink.LoopbackDriver(),
 }
 """By the kind of step."""
@@ -216,10 +220,6 @@ class LinuxKernel:
         if driver is not None:
             with self._entering(driver, step.site):
                 return driver.apply(self._place(step.site), step, remember)
-        if isinstance(step, HoldSegments):
-            return self._hold(step, remember)
-        if isinstance(step, GuardSite):
-            return self._guard(step, remember)
         with self._at(step.site):
             match step:
                 case InstallGate():
@@ -271,47 +271,9 @@ class LinuxKernel:
                     return self._deliver(step, prior)
         return Prior()
 
-    def _hold(self, step: HoldSegments, remember: Remember) -> Prior:
-        """Start the holder. It saves time and nothing else, so what keeps it away is noted only."""
-        from natkeep.kernel import segment_holder  # whoever does not hold need not wait for it
-
-        remember(Prior())
-        if not self._directory:
-            return Prior(facts={"refused": "there is no state directory"})
-        site = step.site
-        try:
-            segment_holder.start(
-                self._directory, step.move_id, self._namespaces[site], site.netns, step.kept()
-            )
-        except (OSError, KernelError) as error:
-            return Prior(facts={"refused": str(getattr(error, "strerror", None) or error)})
-        return Prior()
-
-    def _guard(self, step: GuardSite, remember: Remember) -> Prior:
-        """Somebody asked for it, so without it there is no move."""
-        from natkeep.kernel import owned_table  # whoever guards nothing need not wait for it
-
-        remember(Prior())
-        site = step.site
-        if not self._directory:
-            raise KernelError(f"{site}: a guard needs a state directory")
-        try:
-            owned_table.start(
-                self._directory, step.move_id, self._namespaces[site], site.netns,
-                step.translations,
-            )  # fmt: skip
-        except OSError as error:
-            raise KernelError(
-                f"{site}: the kernel makes no guard: {error.strerror}",
-                hint="it takes Linux 5.12; a move without --guard is kept as well",
-            ) from error
-        return Prior()
-
     def _deliver(self, step: OpenGate, prior: Prior) -> Prior:
         if not (step.delivers and self._directory):
             return prior
-        from natkeep.kernel import segment_holder
-
         held = segment_holder.deliver(self._directory, step.move_id)
         facts = {} if held is None else {"segments": held.segments, "refused": held.refused}
         return Prior(prior.present, {**prior.facts, **facts})
@@ -401,14 +363,6 @@ class LinuxKernel:
                         calls.hang_up(receiving)
                 case HoldListeners():
                     quietness.release(step)
-                case HoldSegments() if self._directory:
-                    from natkeep.kernel import segment_holder
-
-                    segment_holder.end(self._directory, step.move_id)
-                case GuardSite() if self._directory:
-                    from natkeep.kernel import owned_table
-
-                    owned_table.end(self._directory, step.move_id, self._namespaces[step.site])
                 case TakeOverLock():
                     criu_lock.put_lock_back(step.lock, step.connections, prior)
                 case TranslateErrors():
