@@ -25,6 +25,7 @@ from natkeep.plan.move import Map, Mode, Move, Role, Site, parse_id, parse_map
 from natkeep.plan.plan import make_plan, render_nft
 from natkeep.plan.reception import make_receptions
 from natkeep.plan.tuples import Connections, Endpoint, FourTuple, parse_address
+from natkeep.values import replace
 
 EXAMPLES = 50_000
 
@@ -213,7 +214,7 @@ def render_all(move: Move) -> Iterator[str]:
     yield from ruleset.render_removal()
     if move.lock is not None:
         yield from criu_lock.render_table(move.lock, kept)
-        yield from criu_lock.render_namespace_table(move.lock)
+        yield from criu_lock.render_table(replace(move.lock, whole=True), kept)
         yield from criu_lock.render_elements("delete", move.lock, kept)
 
 

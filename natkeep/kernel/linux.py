@@ -88,6 +88,7 @@ DRIVERS: dict[type, Driver[Any]] = {
     GuardSite: owned_table.OwnedTableDriver(),
     HoldSegments: segment_holder.HoldSegmentsDriver(),
     RaiseLoopback: rtnetlink.LoopbackDriver(),
+    TakeOverLock: criu_lock.LockDriver(),
 }
 """By the kind of step."""
 
@@ -207,8 +208,6 @@ class LinuxKernel:
                     routes.check_destination(step)
                 case InsertEntries():
                     checks.check_room(step)
-                case TakeOverLock():
-                    criu_lock.find_lock(step.lock, step.connections)
                 case InstallReception() if step.site.role == Role.DESTINATION:
                     routes.check_reception(step)
                 case _:
@@ -244,11 +243,6 @@ class LinuxKernel:
                 case HoldListeners():
                     remember(Prior())
                     quietness.hold(step)
-                case TakeOverLock():
-                    prior = criu_lock.find_lock(step.lock, step.connections)
-                    remember(prior)
-                    criu_lock.take_lock(step.lock, step.connections)
-                    return prior
                 case TranslateErrors():
                     remember(Prior())
                     from natkeep.kernel.expressions import insert_rules  # for stateless moves
@@ -363,8 +357,6 @@ class LinuxKernel:
                         calls.hang_up(receiving)
                 case HoldListeners():
                     quietness.release(step)
-                case TakeOverLock():
-                    criu_lock.put_lock_back(step.lock, step.connections, prior)
                 case TranslateErrors():
                     table.withdraw_error_rules(step)
                 case InsertEntries():
