@@ -11,7 +11,7 @@ from natkeep.plan.steps import InsertEntries
 
 
 def check_room(step: InsertEntries) -> None:
-    """A table that is nearly full would take neither our entries nor anybody else's."""
+    """A table that is nearly full would take neither these entries nor those of others."""
     from natkeep.plan.diagnostics import FULL
 
     count = int(conntrack.read_setting("nf_conntrack_count") or 0)

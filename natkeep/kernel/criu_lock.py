@@ -1,7 +1,7 @@
 """Finds CRIU's network lock on the source, removes it, and puts it back when that is undone.
 
 Rule: only what plan/criu_lock.py says is this dump's; a table by its run id, rules by four-tuples.
-Where CRIU's table holds connections that are not asked for, those stay locked, in it.
+Where CRIU's table holds connections that are not kept, those stay locked, in it.
 All functions act in the namespace that the calling thread is in.
 
 iptables has two kernels' worth of tables: those of nf_tables and the legacy ones. A table is
@@ -44,7 +44,7 @@ Variant = tuple[str, int]
 
 
 class LockDriver:
-    """The lock is removed where it is; undone, what was found comes back."""
+    """The lock is removed where it is; revert puts back what was found."""
 
     enters = True
 
@@ -110,8 +110,8 @@ def put_lock_back(lock: DumpLock, kept: Connections, prior: Prior) -> None:
 
 
 def _holds_others(lock: DumpLock, kept: Connections) -> bool:
-    # The kernel takes 3 s to tell what is in a table of 100,000 connections, all of them in the
-    # blackout; it need not be asked where all that the dump had is kept.
+    # Reading a table of 100,000 connections takes the kernel 3 s, in the blackout; it is not read
+    # where all that the dump had is kept.
     if lock.whole or lock.connections == len(kept):
         return False
     return any(

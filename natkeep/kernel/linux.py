@@ -466,9 +466,9 @@ def _send_resets(step: SendResets, remember: Remember) -> Prior:
     if prior.present:
         return prior
     nft.run_transaction(step.lines())
-    from natkeep.kernel.tcp_probe import ask  # where there is anybody to ask
+    from natkeep.kernel.tcp_probe import probe  # of a move with --unkept reset alone
 
-    return Prior(facts={"asked": ask(step.questions())})
+    return Prior(facts={"asked": probe(step.questions())})
 
 
 def _restore_accounting(prior: Prior) -> None:

@@ -39,12 +39,12 @@ _PATIENCE = 2.0
 
 
 class OwnedTableDriver:
-    """The owned table was asked for, so a move fails without it."""
+    """The owned table; a move with --guard fails without it."""
 
     enters = False
 
     def check(self, at: Place, step: GuardSite) -> None:
-        """Whether the kernel makes such a table only making one shows."""
+        """Only making such a table shows whether the kernel has them."""
 
     def apply(self, at: Place, step: GuardSite, remember: Remember) -> Prior:
         """Make it; KernelError also where there is no state directory."""

@@ -21,7 +21,8 @@ from natkeep.kernel.interface import Place, Remember
 from natkeep.kernel.netns import inside
 from natkeep.kernel.segment_holderd import attach_filter
 from natkeep.plan.criu_lock import CRIU_MARK
-from natkeep.plan.replay import holder_name, make_filter, pack_filter, pack_kept
+from natkeep.plan.replay import holder_name, pack_kept
+from natkeep.plan.socket_filter import make_filter, pack_filter
 from natkeep.plan.steps import HoldSegments, Prior
 from natkeep.values import dataclass
 
@@ -110,7 +111,8 @@ def start(place: Place, move_id: str, kept: Kept, age: int = AGE) -> int:
 
 def _open_packets(version: int, kept: Kept) -> socket.socket:
     """Sees little more of what arrives at this host than *kept*; the holder looks closer."""
-    # Of one protocol: so it is asked once, behind bridges and bonds, and not about what leaves.
+    # Of one protocol (ETH_P_IP, not ETH_P_ALL): so it sees a packet once, behind bridges and bonds,
+    # and none that leaves.
     protocol = socket.htons(_PROTOCOL[version])
     sock = socket.socket(socket.AF_PACKET, socket.SOCK_DGRAM, protocol)
     try:
@@ -187,7 +189,7 @@ def end(directory: str, move_id: str) -> None:
 def _request(
     directory: str, move_id: str, verb: str
 ) -> Iterator[tuple[Held | None, socket.socket | None]]:
-    """The holder's answer and the connection that it came by; None where there is no holder."""
+    """The holder's answer and the connection it is on; None where there is no holder."""
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as sock:
         sock.settimeout(_PATIENCE)
         try:

@@ -125,7 +125,7 @@ class Holder:
     def deliver(self) -> tuple[int, int, int]:
         """Send all that is held to the sockets that are back; the same numbers.
 
-        The gate is open: what comes from now on goes its own way, and is not taken any more.
+        The gate is open: what arrives from now on is not taken any more.
         """
         for packets, _ in self.pairs.values():
             _close_filter(packets)

@@ -150,7 +150,7 @@ def render_rules(inbound: FourTuple) -> tuple[str, ...]:
 class SavedRules:
     """The part of a filter table, as iptables-save prints it, that is this dump's.
 
-    rules: CRIU's rules of the asked connections (or, of a namespace, those that jump to its
+    rules: CRIU's rules of the given connections (or, of a namespace, those that jump to its
     chain), without the leading `-A `, in order.
     tuples: the inbound tuples of which a rule is there.
     chain: there is a chain CRIU.
