@@ -6,9 +6,10 @@ conntrack, nf_tables, rtnetlink and sock_diag put there is in the files of these
 Why own code: what builds an object for each message takes five to twenty times as long for
 100,000 set elements or conntrack entries, inside the blackout (docs/performance.md).
 
-Two traps (seen on Linux 6.18). Errors are answered without NLM_F_ACK too, so only the last message of a
-batch has the flag: when its acknowledgement has arrived, all errors before it have. And close() of
-an nfnetlink socket after a *deletion* in nf_tables waits for an RCU grace period (6 to 47 ms).
+Two traps (seen on Linux 6.18). Errors are answered without NLM_F_ACK too, so only the last message
+of a batch has the flag: when its acknowledgement has arrived, all errors before it have, too. And
+close() of an nfnetlink socket after a *deletion* in nf_tables waits for an RCU grace period (6 to
+47 ms).
 """
 
 from __future__ import annotations

@@ -225,22 +225,8 @@ def loopback_is_up() -> bool:
     return bool(flags & _IFF_UP)
 
 
-def raise_loopback() -> None:
-    """Bring lo up; the kernel gives it 127.0.0.1 and ::1 when it has no address."""
-    _request(_NEWLINK, _LINK.pack(0, 0, LOOPBACK, _IFF_UP, _IFF_UP))
-
-
-def lower_loopback(*, had_addresses: bool) -> None:
-    """Bring lo down, and take the 127.0.0.1 from it that it got unless it *had_addresses*."""
-    _request(_NEWLINK, _LINK.pack(0, 0, LOOPBACK, 0, _IFF_UP))
-    faultpoints.reach("loopback-lowered")
-    if not had_addresses:  # ::1 went with the link, 127.0.0.1 stays
-        _remove_from_lo(ipaddress.IPv4Address("127.0.0.1"), 8)
-
-
-def count_on_lo() -> int:
-    """How many addresses lo has."""
-    return sum(index == LOOPBACK for _, index in _list_addresses())
+def _set_loopback(flags: int) -> None:
+    _request(_NEWLINK, _LINK.pack(0, 0, LOOPBACK, flags, _IFF_UP))
 
 
 def _request(type_: int, body: bytes, flags: int = 0) -> list[bytes]:
@@ -283,13 +269,20 @@ class LoopbackDriver:
 
     def apply(self, at: Place, step: RaiseLoopback, remember: Remember) -> Prior:
         """Raise it, unless it is up; prior.facts["addresses"] is how many it had."""
-        prior = Prior(present=loopback_is_up(), facts={"addresses": count_on_lo()})
+        addresses = sum(index == LOOPBACK for _, index in _list_addresses())
+        prior = Prior(present=loopback_is_up(), facts={"addresses": addresses})
         remember(prior)
         if not prior.present:
-            raise_loopback()
+            _set_loopback(_IFF_UP)
         return prior
 
     def revert(self, at: Place, step: RaiseLoopback, prior: Prior) -> None:
         """Lower it, unless it was up before."""
-        if not prior.present:
-            lower_loopback(had_addresses=bool(prior.facts.get("addresses")))
+        if prior.present:
+            return
+        _set_loopback(0)
+        faultpoints.reach("loopback-lowered")
+        # The kernel gives lo 127.0.0.1 and ::1 when it is raised without an address; ::1 went with
+        # the link, and 127.0.0.1 stays.
+        if not prior.facts.get("addresses"):
+            _remove_from_lo(ipaddress.IPv4Address("127.0.0.1"), 8)

@@ -131,13 +131,10 @@ class Holder:
             _close_filter(packets)
             while self.take(packets, _AT_A_TIME):
                 pass
-        segments = octets = 0
         for stream, piece in self.store.replay():
-            version = 4 if len(stream.old) == 4 else 6
-            self.send(self.pairs[version][1], stream, piece)
-            segments += 1
-            octets += len(piece.payload)
-        return segments, octets, self.store.refused
+            _, raw = self.pairs[4 if len(stream.old) == 4 else 6]
+            self.send(raw, stream, piece)
+        return self.count()
 
     def send(self, raw: socket, stream: Stream, piece: Piece) -> None:
         """Send one piece through lo; what the kernel does not take, the peer sends again."""

@@ -29,9 +29,9 @@ Instruction = tuple[int, int, int, int]
 def make_filter(version: int, maps: list[tuple[bytes, bytes, bytes]]) -> tuple[Instruction, ...]:
     """The classic BPF program that shows the holder little more than the kept connections.
 
-    maps: as for replay.pack_kept, of IP *version*. It sees a packet from its IP header on. Addresses of
-    IPv6 are compared by their last four octets; sets of more than 64 values are covered by as
-    many intervals.
+    maps: as for replay.pack_kept, of IP *version*. The program sees a packet from its IP header on.
+    Addresses of IPv6 are compared by their last four octets; sets of more than 64 values are
+    covered by as many intervals.
     """
     width, size = 4 if version == 4 else 16, RECORD_SIZE[version]
     news = {int.from_bytes(new[-4:], "big") for _, new, _ in maps}

@@ -134,19 +134,6 @@ def test_it_survives_whoever_flushes_the_ruleset(begin, netns):
     assert "not permitted" in nft(netns, "delete", "table", "inet", TABLE, check=False)
 
 
-def test_end_leaves_neither_table_nor_process_nor_file(begin, netns, site, tmp_path):
-    pid = begin()
-    assert owned_table.is_guarded(str(tmp_path), "web", site)
-
-    owned_table.end(str(tmp_path), "web", site)
-
-    assert has_ended(pid)
-    assert tables(netns) == []
-    assert list(tmp_path.iterdir()) == []
-    assert not owned_table.is_guarded(str(tmp_path), "web", site)
-    owned_table.end(str(tmp_path), "web", site)  # a second time is fine
-
-
 def test_end_right_after_start_finds_it_as_well(begin, netns, site, tmp_path):
     for _ in range(5):
         begin()

@@ -365,20 +365,6 @@ def test_a_move_that_holds_delivers_when_its_gate_opens(network: Network) -> Non
         assert time.monotonic() < deadline, "the holder has left its socket"
 
 
-def test_a_move_that_is_undone_ends_its_holder(network: Network) -> None:
-    network.kernel = LinuxKernel(network.state)
-    network.prepare(Endpoint(PEER[4], 50594), hold=True)
-    network.stack.callback(_reap_all)
-    held = segment_holder.look(network.state, "web")
-
-    for step, prior in reversed(network.done):
-        network.kernel.revert(step, prior)
-        network.kernel.revert(step, prior)
-
-    assert held == segment_holder.Held(0, 0, 0)
-    assert not os.listdir(network.state)
-
-
 def test_a_move_whose_holder_may_not_start_is_prepared_without_it(
     network: Network, monkeypatch: pytest.MonkeyPatch
 ) -> None:
