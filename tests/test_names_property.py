@@ -27,6 +27,7 @@ from natkeep.plan.nft import Rule
 from natkeep.plan.plan import make_plan, render_nft
 from natkeep.plan.tuples import Connections, Endpoint, FourTuple, parse_address
 from natkeep.plan.wanted import objects_of
+from natkeep.values import replace
 
 EXAMPLES = 50_000
 
@@ -217,7 +218,7 @@ def render_all(move: Move) -> Iterator[str]:
     yield from tables.removal()
     if move.lock is not None:
         yield from criu_lock.render_table(move.lock, kept)
-        yield from criu_lock.render_namespace_table(move.lock)
+        yield from criu_lock.render_table(replace(move.lock, whole=True), kept)
         yield from criu_lock.render_elements("delete", move.lock, kept)
 
 

@@ -125,7 +125,7 @@ class Place:
         elif self._lock == "iptables":
             for tool, version in (("iptables", 4), ("ip6tables", 6)):
                 here = [t for t in checkpoint.connections if t.source.address.version == version]
-                text = "\n".join((*render_restoration(here), ""))
+                text = "\n".join((*render_restoration(checkpoint.lock, here), ""))
                 self._enter("source", f"{tool}-nft-restore", "--noflush", text=text)
         shutil.copytree(CORPUS, self.directory / "image")
         inventory = self.directory / "image/inventory.img"

@@ -23,7 +23,10 @@ from natkeep.kernel import (
     criu_lock,
     nftables,
     owned,
+    owned_table,
+    routes,
     rtnetlink,
+    segment_holder,
     snapshot,
     sock_diag,
 )
@@ -67,7 +70,14 @@ _INSERT_ATTEMPTS = 5
 """A packet may make a stale entry between purge and insertion; five times in a row it does not."""
 
 
-DRIVERS: dict[type, Driver[Any]] = {**NFT_DRIVERS}
+DRIVERS: dict[type, Driver[Any]] = {
+    **NFT_DRIVERS,
+    AddAddress: rtnetlink.AddressDriver(),
+    GuardSite: owned_table.OwnedTableDriver(),
+    HoldSegments: segment_holder.HoldSegmentsDriver(),
+    RaiseLoopback: rtnetlink.LoopbackDriver(),
+    TakeOverLock: criu_lock.LockDriver(),
+}
 """By the kind of step."""
 
 
@@ -182,8 +192,6 @@ class LinuxKernel:
             match step:
                 case InsertEntries():
                     checks.check_room(step)
-                case TakeOverLock():
-                    criu_lock.find_lock(step.lock, step.connections)
                 case _:
                     pass
 
@@ -193,65 +201,16 @@ class LinuxKernel:
         if driver is not None:
             with self._entering(driver, step.site):
                 return driver.apply(self._place(step.site), step, remember)
-        if isinstance(step, HoldSegments):
-            return self._hold(step, remember)
-        if isinstance(step, GuardSite):
-            return self._guard(step, remember)
         with self._at(step.site):
             match step:
-                case RaiseLoopback():
-                    return _raise_loopback(remember)
-                case AddAddress():
-                    return _add_address(step, remember)
                 case ForgetCalls():
                     remember(Prior())
                     for receiving in step.receptions:
                         calls.forget_unanswered(receiving)
-                case TakeOverLock():
-                    prior = criu_lock.find_lock(step.lock, step.connections)
-                    remember(prior)
-                    criu_lock.take_lock(step.lock, step.connections)
-                    return prior
                 case PurgeEntries():
                     return _purge_entries(step, remember)
                 case InsertEntries():
                     return _insert_entries(step, remember)
-        return Prior()
-
-    def _hold(self, step: HoldSegments, remember: Remember) -> Prior:
-        """Start the holder. It saves time and nothing else, so what keeps it away is noted only."""
-        from natkeep.kernel import segment_holder  # whoever does not hold need not wait for it
-
-        remember(Prior())
-        if not self._directory:
-            return Prior(facts={"refused": "there is no state directory"})
-        site = step.site
-        try:
-            segment_holder.start(
-                self._directory, step.move_id, self._namespaces[site], site.netns, step.kept()
-            )
-        except (OSError, KernelError) as error:
-            return Prior(facts={"refused": str(getattr(error, "strerror", None) or error)})
-        return Prior()
-
-    def _guard(self, step: GuardSite, remember: Remember) -> Prior:
-        """Somebody asked for it, so without it there is no move."""
-        from natkeep.kernel import owned_table  # whoever guards nothing need not wait for it
-
-        remember(Prior())
-        site = step.site
-        if not self._directory:
-            raise KernelError(f"{site}: a guard needs a state directory")
-        try:
-            owned_table.start(
-                self._directory, step.move_id, self._namespaces[site], site.netns,
-                step.translations,
-            )  # fmt: skip
-        except OSError as error:
-            raise KernelError(
-                f"{site}: the kernel makes no guard: {error.strerror}",
-                hint="it takes Linux 5.12; a move without --guard is kept as well",
-            ) from error
         return Prior()
 
     def mend(self, patch: Patch, remember: Remember) -> None:
@@ -267,16 +226,12 @@ class LinuxKernel:
                 case LoadObjects():
                     nftables.load(patch.objects)
                 case PutWays():
-                    from natkeep.kernel import routes
-
                     routes.put_back(patch.notes)
                 case StopCounting():
                     conntrack.write_setting("nf_conntrack_acct", "0")
 
     def find_lost_ways(self, site: Site, noted: str) -> tuple[str, ...]:
         """Those of the ways that InstallTranslation *noted* which are not there any more."""
-        from natkeep.kernel import routes  # for status and repair alone
-
         with self._at(site):
             return routes.find_lost(noted)
 
@@ -324,23 +279,9 @@ class LinuxKernel:
             return
         with self._at(step.site):
             match step:
-                case RaiseLoopback():
-                    _lower_loopback(prior)
-                case AddAddress() if not prior.present:
-                    rtnetlink.remove_host_address(step.address)
                 case ForgetCalls():
                     for receiving in step.receptions:
                         calls.hang_up(receiving)
-                case HoldSegments() if self._directory:
-                    from natkeep.kernel import segment_holder
-
-                    segment_holder.end(self._directory, step.move_id)
-                case GuardSite() if self._directory:
-                    from natkeep.kernel import owned_table
-
-                    owned_table.end(self._directory, step.move_id, self._namespaces[step.site])
-                case TakeOverLock():
-                    criu_lock.put_lock_back(step.lock, step.connections, prior)
                 case InsertEntries():
                     _restore_accounting(prior)
                     conntrack.delete(step.translation)
@@ -374,31 +315,6 @@ def _find_carried(connections: Connections) -> Iterator[tuple[FourTuple, FourTup
     for inner, outer in zip(connections, conntrack.find_carried(connections), strict=True):
         if outer is not None:
             yield inner, outer
-
-
-def _raise_loopback(remember: Remember) -> Prior:
-    prior = Prior(present=rtnetlink.loopback_is_up(), facts={"addresses": rtnetlink.count_on_lo()})
-    remember(prior)
-    if not prior.present:
-        rtnetlink.raise_loopback()
-    return prior
-
-
-def _lower_loopback(prior: Prior) -> None:
-    if prior.present:
-        return
-    rtnetlink.lower_loopback()
-    faultpoints.reach("loopback-lowered")
-    if not prior.facts.get("addresses"):
-        rtnetlink.forget_loopback_address()
-
-
-def _add_address(step: AddAddress, remember: Remember) -> Prior:
-    prior = Prior(present=rtnetlink.device_of(step.address) is not None)
-    remember(prior)
-    if not prior.present:
-        rtnetlink.add_host_address(step.address)
-    return prior
 
 
 def _purge_entries(step: PurgeEntries, remember: Remember) -> Prior:

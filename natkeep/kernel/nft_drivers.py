@@ -11,7 +11,7 @@ from typing import Any, Generic, TypeVar
 
 from natkeep import faultpoints
 from natkeep.errors import RefusedError
-from natkeep.kernel import calls, checks, nftables
+from natkeep.kernel import calls, nftables, routes, segment_holder
 from natkeep.kernel.interface import Driver, Place, Remember
 from natkeep.kernel.purge import forget_untracked
 from natkeep.plan.drift import Gate
@@ -105,7 +105,7 @@ class TranslationDriver(LoadDriver[InstallTranslation]):
     def check(self, at: Place, step: InstallTranslation) -> None:
         """At the destination NEW must be there, and no socket may have a kept tuple at NEW."""
         if step.site.role == Role.DESTINATION:
-            checks.check_destination(step)
+            routes.check_destination(step)
 
     def apply(self, at: Place, step: InstallTranslation, remember: Remember) -> Prior:
         """The routes and the address that the translation stands on are noted, for a repair."""
@@ -121,8 +121,6 @@ class TranslationDriver(LoadDriver[InstallTranslation]):
 
 
 def _note_routes(step: InstallTranslation) -> Prior:
-    from natkeep.kernel import routes
-
     news = [t.map.new for t in step.translations]
     peers = sorted({peer for t in step.translations for peer in t.outer.peers()})
     others = [ip_address(peer) for peer in peers]
@@ -138,7 +136,7 @@ class ListenersDriver(LoadDriver[InstallReception]):
     def check(self, at: Place, step: InstallReception) -> None:
         """At the destination no other socket may listen at NEW's port."""
         if step.site.role == Role.DESTINATION:
-            checks.check_reception(step)
+            routes.check_reception(step)
 
     def revert(self, at: Place, step: InstallReception, prior: Prior) -> None:
         """The rules go, and behind them the entries of those that came in meanwhile."""
@@ -194,8 +192,6 @@ class OpenDriver:
             nftables.open_gates(step.objects())
         if not (step.delivers and at.directory):
             return prior
-        from natkeep.kernel import segment_holder
-
         held = segment_holder.deliver(at.directory, step.move_id)
         facts = {} if held is None else {"segments": held.segments, "refused": held.refused}
         return Prior(prior.present, {**prior.facts, **facts})
@@ -221,9 +217,9 @@ class SendResetsDriver:
         if prior.present:
             return prior
         nftables.open_gates(step.objects())
-        from natkeep.kernel.tcp_probe import ask
+        from natkeep.kernel.tcp_probe import probe
 
-        return Prior(facts={"asked": ask(step.questions())})
+        return Prior(facts={"asked": probe(step.questions())})
 
     def revert(self, at: Place, step: SendResets, prior: Prior) -> None:
         """Nothing is answered any more; what was reset stays reset."""

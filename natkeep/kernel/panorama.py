@@ -19,7 +19,7 @@ from natkeep.kernel.closely import CloseEyes
 from natkeep.kernel.ctwalk import Walk
 from natkeep.kernel.netlink import NETLINK_NETFILTER, Netlink
 from natkeep.kernel.netns import Namespace, errors_at, inside
-from natkeep.kernel.routes import Ways
+from natkeep.kernel.routes import Routes
 from natkeep.plan.drift import Observation, SeenEntry
 from natkeep.plan.listeners import Reception
 from natkeep.plan.move import Site
@@ -44,7 +44,7 @@ class LinuxPanorama(CloseEyes):
         self._walks: dict[int, Walk] = {}
         self._living: sock_diag.Living | None = None
         with inside(namespace):
-            self._netlink, self._ways = Netlink(NETLINK_NETFILTER), Ways()
+            self._netlink, self._routes = Netlink(NETLINK_NETFILTER), Routes()
             self._tracked = int(conntrack.read_setting("nf_conntrack_count") or 0)
             self._local = rtnetlink.all_addresses()
             self._loopback = rtnetlink.loopback_is_up()
@@ -65,14 +65,14 @@ class LinuxPanorama(CloseEyes):
     def find_lost_ways(self, site: Site, noted: str) -> tuple[str, ...]:
         """As Kernel.find_lost_ways."""
         with errors_at(site):
-            return self._ways.find_lost(noted)
+            return self._routes.find_lost(noted)
 
     def close(self) -> None:
         """Let go of the namespace."""
         for walk in self._walks.values():
             walk.close()
         self._netlink.close()
-        self._ways.close()
+        self._routes.close()
         os.close(self._namespace.fd)
 
     def look_up(self, translation: Translation) -> tuple[SeenEntry | None, ...]:

@@ -1,6 +1,8 @@
-"""the look at a machine before a move: facts for plan/diagnostics.py.
+"""Reads what `natkeep check` has to know of a machine: the facts for plan/diagnostics.py.
 
-Rule: read only, in the namespace that the calling thread is in; nothing is judged here.
+Rule: read only, in the namespace that the calling thread is in; nothing is judged here. This is
+the only file that imports pyroute2, and only when facts are gathered: its import takes 176 ms
+(docs/performance.md), so what a restore waits for reads rtnetlink by rtnetlink.py.
 """
 
 from __future__ import annotations
@@ -50,7 +52,7 @@ def gather_facts() -> Facts:
             for chain in chains or ()
             if chain.type == "nat" and chain.table != TABLE
         ),
-        xdp=_find_xdp(),
+        xdp=find_xdp(),
         virtual_servers=len((_read("/proc/net/ip_vs") or "").splitlines()) > 3,
     )
 
@@ -62,12 +64,19 @@ def _read_chains() -> tuple[nftables_dump.BaseChain, ...] | None:
         return None
 
 
-def _find_xdp() -> tuple[str, ...]:
-    from natkeep.kernel import links
+def find_xdp() -> tuple[str, ...]:
+    """Names of the devices that have an XDP program attached, in order; none where refused."""
+    from pyroute2 import IPRoute
+    from pyroute2.netlink.exceptions import NetlinkError
 
     try:
-        return links.find_xdp()
-    except OSError:
+        with IPRoute() as route:
+            return tuple(
+                link.get_attr("IFLA_IFNAME")
+                for link in route.get_links()
+                if link.get_nested("IFLA_XDP", "IFLA_XDP_ATTACHED")
+            )
+    except (NetlinkError, OSError):
         return ()
 
 
