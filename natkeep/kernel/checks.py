@@ -8,9 +8,9 @@ from __future__ import annotations
 from ipaddress import ip_address
 
 from natkeep.errors import RefusedError
-from natkeep.kernel import conntrack, rtnetlink, sock_diag
+from natkeep.kernel import rtnetlink, sock_diag
 from natkeep.plan.move import Site
-from natkeep.plan.steps import InsertEntries, InstallReception, InstallTranslation
+from natkeep.plan.steps import InstallReception, InstallTranslation
 from natkeep.plan.tuples import Address
 
 
@@ -25,21 +25,6 @@ def check_reception(step: InstallReception) -> None:
                 f"{step.site}: somebody listens at {new} port {min(taken)} already",
                 hint="without --listeners their connections stay apart",
             )
-
-
-def check_room(step: InsertEntries) -> None:
-    """A table that is nearly full would take neither our entries nor anybody else's."""
-    from natkeep.plan.diagnostics import FULL
-
-    count = int(conntrack.read_setting("nf_conntrack_count") or 0)
-    limit = int(conntrack.read_setting("nf_conntrack_max") or 0)
-    wanted = count + len(step.translation.kept)
-    if limit and wanted > limit * FULL // 100:
-        raise RefusedError(
-            f"{step.site}: the conntrack table would hold {wanted} of {limit} entries, "
-            f"over {FULL} %",
-            hint="raise net.netfilter.nf_conntrack_max",
-        )
 
 
 def check_destination(step: InstallTranslation) -> None:

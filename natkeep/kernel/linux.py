@@ -10,29 +10,27 @@ import os
 import socket
 import weakref
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import closing, contextmanager, nullcontext, suppress
 from ipaddress import ip_address
 from typing import TYPE_CHECKING, Any
 
 from natkeep import faultpoints
 from natkeep.errors import KernelError, RefusedError
 from natkeep.kernel import (
-    calls,
     checks,
     conntrack,
+    conntrack_listeners,
     criu_lock,
     nft,
     nftables,
-    owned,
     passing,
     rtnetlink,
-    snapshot,
     sock_diag,
     table,
 )
 from natkeep.kernel import quiet as quietness
-from natkeep.kernel.closely import CloseEyes
-from natkeep.kernel.interface import Driver, Packed, Panorama, Place, Remember
+from natkeep.kernel.conntrack_purge import delete_untracked
+from natkeep.kernel.interface import Driver, Packed, Place, Remember, Snapshot
 from natkeep.kernel.netns import (
     Namespace,
     errors_at,
@@ -40,7 +38,6 @@ from natkeep.kernel.netns import (
     inside,
     open_namespace,
 )
-from natkeep.kernel.purge import forget_untracked, purge
 from natkeep.plan import resets, ruleset
 from natkeep.plan.drift import Gate, Observation
 from natkeep.plan.move import Move, Role, Site
@@ -68,7 +65,7 @@ from natkeep.plan.steps import (
     TakeOverLock,
     TranslateErrors,
 )
-from natkeep.plan.translation import Surroundings, Translation
+from natkeep.plan.translation import Surroundings
 from natkeep.plan.tuples import Address, Connections, Endpoint, FourTuple
 
 if TYPE_CHECKING:
@@ -76,11 +73,12 @@ if TYPE_CHECKING:
     from natkeep.plan.mending import Patch
     from natkeep.plan.strays import SeenTable
 
-_INSERT_ATTEMPTS = 5
-"""A packet may make a stale entry between purge and insertion; five times in a row it does not."""
 
-
-DRIVERS: dict[type, Driver[Any]] = {}
+DRIVERS: dict[type, Driver[Any]] = {
+    PurgeEntries: conntrack.PurgeDriver(),
+    InsertEntries: conntrack.InsertDriver(),
+    ForgetCalls: conntrack_listeners.ForgetDriver(),
+}
 """By the kind of step."""
 
 
@@ -160,7 +158,7 @@ class LinuxKernel:
                     here = peers & rtnetlink.all_addresses()
                     local |= frozenset(ip_address(packed) for packed in here)
                 elif site.role == Role.GATEWAY and not carried:
-                    carried = [pair for some in kept for pair in _find_carried(some)]
+                    carried = [pair for some in kept for pair in conntrack.find_carried(some)]
         return Surroundings(
             local,
             Connections.of(inner for inner, _ in carried),
@@ -197,8 +195,6 @@ class LinuxKernel:
                         )
                 case InstallTranslation() if step.site.role == Role.DESTINATION:
                     checks.check_destination(step)
-                case InsertEntries():
-                    checks.check_room(step)
                 case TakeOverLock():
                     criu_lock.find_lock(step.lock, step.connections)
                 case InstallReception() if step.site.role == Role.DESTINATION:
@@ -237,10 +233,6 @@ class LinuxKernel:
                 case InstallReception():
                     remember(Prior())
                     nft.run_transaction([*table.missing_mode_lines(step.receptions), *step.lines()])
-                case ForgetCalls():
-                    remember(Prior())
-                    for receiving in step.receptions:
-                        calls.forget_unanswered(receiving)
                 case HoldListeners():
                     remember(Prior())
                     quietness.hold(step)
@@ -254,10 +246,6 @@ class LinuxKernel:
                     from natkeep.kernel.expressions import insert_rules  # for stateless moves
 
                     insert_rules(TABLE, step.rules())
-                case PurgeEntries():
-                    return _purge_entries(step, remember)
-                case InsertEntries():
-                    return _insert_entries(step, remember)
                 case InstallResets():
                     remember(Prior())
                     table.install_resets(step)
@@ -338,14 +326,12 @@ class LinuxKernel:
 
                     routes.put_back(patch.notes)
                 case StopCounting():
-                    conntrack.write_setting("nf_conntrack_acct", "0")
+                    conntrack.stop_counting()
 
-    def find_lost_ways(self, site: Site, noted: str) -> tuple[str, ...]:
-        """Those of the ways that InstallTranslation *noted* which are not there any more."""
-        from natkeep.kernel import routes  # for status and repair alone
-
-        with self._at(site):
-            return routes.find_lost(noted)
+    def find_lost_routes(self, site: Site, noted: str) -> tuple[str, ...]:
+        """Those of the routes and addresses that InstallTranslation *noted* which are gone."""
+        with closing(self.snapshot(site)) as snapshot:
+            return snapshot.find_lost_routes(site, noted)
 
     def find_strays(self, site: Site) -> SeenTable:
         """What stands in the tables natkeep of an opened site, whosever it is."""
@@ -393,7 +379,7 @@ class LinuxKernel:
             match step:
                 case InstallGate():
                     table.remove_gate(step, prior)
-                    forget_untracked([t.map.old for t in step.translations])
+                    delete_untracked([t.map.old for t in step.translations])
                 case RaiseLoopback():
                     _lower_loopback(prior)
                 case AddAddress() if not prior.present:
@@ -403,10 +389,7 @@ class LinuxKernel:
                 case InstallReception():
                     table.withdraw_reception(step)
                     for receiving in step.receptions:  # who came in while the rules went
-                        calls.hang_up(receiving)
-                case ForgetCalls():
-                    for receiving in step.receptions:
-                        calls.hang_up(receiving)
+                        conntrack_listeners.delete_translated(receiving)
                 case HoldListeners():
                     quietness.release(step)
                 case HoldSegments() if self._directory:
@@ -421,29 +404,24 @@ class LinuxKernel:
                     criu_lock.put_lock_back(step.lock, step.connections, prior)
                 case TranslateErrors():
                     table.withdraw_error_rules(step)
-                case InsertEntries():
-                    _restore_accounting(prior)
-                    conntrack.delete(step.translation)
                 case InstallResets():
                     table.withdraw_resets(step)
                 case OpenGate() | SendResets() if not prior.present:
                     table.close_gate(step)
-                case PurgeEntries():
-                    owned.give_back(step.translation, owned.ways_of(prior))
                 case _:  # a set goes with its gate
                     pass
 
     def observe(self, site: Site, plan: Plan) -> Observation:
         """What *site* shows of *plan* now."""
-        with self._at(site):
-            return snapshot.observe(site, plan, CloseEyes(self._namespaces[site], self._directory))
+        with closing(self.snapshot(site)) as snapshot:
+            return snapshot.observe(site, plan)
 
-    def take_panorama(self, site: Site) -> Panorama:
-        """An opened site's namespace, to be looked at for many moves."""
-        from natkeep.kernel.panorama import LinuxPanorama  # for status of many moves alone
+    def snapshot(self, site: Site) -> Snapshot:
+        """What an opened site's namespace shows, for one move or for many."""
+        from natkeep.kernel import snapshot  # a prepare need not wait for it
 
         with errors_at(site):
-            return LinuxPanorama(self._namespaces[site], self._directory)
+            return snapshot.Snapshot(self._namespaces[site], self._directory)
 
 
 def _lines_before(lines: tuple[str, ...]) -> list[str]:
@@ -471,15 +449,6 @@ def _note_ways(step: InstallTranslation) -> Prior:
     return Prior(facts={"ways": noted} if noted else {})
 
 
-def _find_carried(connections: Connections) -> Iterator[tuple[FourTuple, FourTuple]]:
-    """Connections that this namespace translates already: inside and outside."""
-    if not len(connections) or conntrack.read_setting("nf_conntrack_count") in ("0", None):
-        return
-    for inner, outer in zip(connections, conntrack.find_carried(connections), strict=True):
-        if outer is not None:
-            yield inner, outer
-
-
 def _raise_loopback(remember: Remember) -> Prior:
     prior = Prior(present=rtnetlink.loopback_is_up(), facts={"addresses": rtnetlink.count_on_lo()})
     remember(prior)
@@ -505,49 +474,6 @@ def _add_address(step: AddAddress, remember: Remember) -> Prior:
     return prior
 
 
-def _purge_entries(step: PurgeEntries, remember: Remember) -> Prior:
-    at_gateway = step.site.role == Role.GATEWAY
-    prior = Prior(facts={"own": owned.read(step.translation)} if at_gateway else {})
-    remember(prior)
-    purge(step.translation)
-    return prior
-
-
-def _insert_entries(step: InsertEntries, remember: Remember) -> Prior:
-    # Entries count their packets only if accounting was on when they were made; it is on for
-    # just this long, so that other people's connections are none the wiser.
-    before = conntrack.read_setting("nf_conntrack_acct")
-    remember(Prior(facts={"acct": before}) if before == "0" else Prior())
-    counting = before == "0" and conntrack.write_setting("nf_conntrack_acct", "1")
-    try:
-        faultpoints.reach("insert-counting")
-        _insert_despite_races(step.translation)
-    except BaseException:
-        conntrack.delete(step.translation)
-        raise
-    finally:
-        if counting:
-            conntrack.write_setting("nf_conntrack_acct", "0")
-    return Prior()
-
-
-def _insert_despite_races(translation: Translation) -> None:
-    for attempt in range(1, _INSERT_ATTEMPTS + 1):
-        try:
-            conntrack.insert(translation)
-        except FileExistsError:
-            if attempt == _INSERT_ATTEMPTS:
-                raise
-        else:
-            faultpoints.reach("insert-whole")
-            wrong = conntrack.count_wrong(translation)
-            if not wrong:
-                return
-            if attempt == _INSERT_ATTEMPTS:
-                raise KernelError(f"conntrack: {wrong} entries do not translate as planned")
-        purge(translation)
-
-
 def _send_resets(step: SendResets, remember: Remember) -> Prior:
     chain = resets.reset_chain(step.move_id)
     prior = Prior(present=table.chain_state(chain) == Gate.OPEN)
@@ -558,8 +484,3 @@ def _send_resets(step: SendResets, remember: Remember) -> Prior:
     from natkeep.kernel.tcp_probe import ask  # where there is anybody to ask
 
     return Prior(facts={"asked": ask(step.questions())})
-
-
-def _restore_accounting(prior: Prior) -> None:
-    if "acct" in prior.facts:
-        conntrack.write_setting("nf_conntrack_acct", str(prior.facts["acct"]))

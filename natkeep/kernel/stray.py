@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from ipaddress import ip_address
 
-from natkeep.kernel import conntrack, nft, nftables
+from natkeep.kernel import nft, nftables
+from natkeep.kernel.conntrack_purge import delete_inbound
 from natkeep.plan.ruleset import FAMILIES, TABLE, held_set
 from natkeep.plan.strays import SeenRule, SeenTable, find_translated, render_clearing
 from natkeep.plan.tuples import Address, Connections
@@ -45,7 +46,7 @@ def clear(table: SeenTable, known: frozenset[str], olds: frozenset[Address], *, 
     # Behind the rules, which would make them anew.
     for some in entries:
         if len(some):
-            conntrack.delete_inbound(some)
+            delete_inbound(some)
 
 
 def _read_set(name: str, local: Address) -> Connections:
