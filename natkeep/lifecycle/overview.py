@@ -1,6 +1,6 @@
 """the overview: which namespaces are looked at once for many moves, and which for each.
 
-Rule: nothing is said to be missing because a panorama does not show it; see kernel/__init__.py.
+Rule: nothing is said to be missing because a snapshot does not show it; see kernel/interface.py.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections import Counter
 from contextlib import suppress
 
-from natkeep.kernel.interface import Kernel, Panorama
+from natkeep.kernel.interface import Kernel, Snapshot
 from natkeep.kernel.netns import NamespaceGoneError
 from natkeep.plan.move import Site
 from natkeep.plan.steps import Identity, Plan
@@ -18,11 +18,11 @@ _MANY = 16
 """So many moves, looked at one by one, take longer than one look at all that there is."""
 
 _MOST = 100
-"""Panoramas at a time; each has some descriptors open."""
+"""Snapshots at a time; each has some descriptors open."""
 
 
 class Overview:
-    """A panorama of each namespace that is a site of many moves.
+    """A snapshot of each namespace that is a site of many moves.
 
     total: how many moves there are, of which each is told by `expect`.
     """
@@ -32,7 +32,7 @@ class Overview:
         self._total = total
         self._told = 0
         self._boot = read_boot_id()
-        self._taken: dict[Identity, Panorama] = {}
+        self._taken: dict[Identity, Snapshot] = {}
         self._moves: Counter[Identity] = Counter()
         self._kept: Counter[tuple[Identity, int]] = Counter()
 
@@ -56,11 +56,11 @@ class Overview:
     def _take(self, site: Site, identity: Identity) -> None:
         with suppress(NamespaceGoneError):
             self._kernel.open_sites([site], {site: identity})
-            self._taken[identity] = self._kernel.take_panorama(site)
+            self._taken[identity] = self._kernel.snapshot(site)
             self._kernel.close_sites([site])
 
-    def at(self, journal: Journal, site: Site) -> Panorama | None:
-        """The panorama that shows *site*, if there is one."""
+    def at(self, journal: Journal, site: Site) -> Snapshot | None:
+        """The snapshot that shows *site*, if there is one."""
         return self._taken.get(journal.identity(site))
 
     def close(self) -> None:

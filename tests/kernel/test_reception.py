@@ -11,7 +11,7 @@ from ipaddress import ip_address
 import pytest
 
 from natkeep.errors import RefusedError
-from natkeep.kernel import calls, sock_diag
+from natkeep.kernel import conntrack_listeners, sock_diag
 from natkeep.kernel.linux import LinuxKernel
 from natkeep.kernel.netlink import (
     NETLINK_NETFILTER,
@@ -363,7 +363,7 @@ def test_a_caller_whom_nobody_has_answered_is_forgotten_in_either_family(
         )
 
     with inside_of(open_namespace(here.netns)):
-        calls.forget_unanswered(receiving)
+        conntrack_listeners.delete_unreplied(receiving)
 
     listed = here.run("conntrack", "-L", "-f", "ipv4" if old.version == 4 else "ipv6")
     assert "sport=50001 " not in listed

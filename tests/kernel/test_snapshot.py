@@ -1,4 +1,4 @@
-"""a panorama on the real kernel: it shows of each move what looking closely shows.
+"""kernel/snapshot.py: one for many moves shows of each what one of its own shows.
 
 That it does so of sites that others have broken is held by conftest.py, in all tests of the folder.
 """
@@ -6,16 +6,16 @@ That it does so of sites that others have broken is held by conftest.py, in all 
 from __future__ import annotations
 
 import os
-import signal
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from ipaddress import ip_address
-from pathlib import Path
 
 import pytest
 
 from natkeep.errors import KernelError
-from natkeep.kernel import ctdump, ctwalk
-from natkeep.kernel.ctnetlink import ask_for_tcp, make_keys
+from natkeep.kernel.conntrack_dump import Dump
+from natkeep.kernel.ctnetlink import ask_for_tcp, turn
+from natkeep.kernel.interface import Snapshot
 from natkeep.kernel.linux import LinuxKernel
 from natkeep.kernel.netns import inside, open_namespace
 from natkeep.plan.move import Map, Mode, Move, Role, Site
@@ -61,8 +61,16 @@ def prepare(kernel: LinuxKernel, plans: list[Plan]) -> Site:
     return site
 
 
+def take_dump(kernel: LinuxKernel, site: Site) -> Snapshot:
+    """A snapshot that reads the connection table in one dump."""
+    snapshot = kernel.snapshot(site)
+    for version in (4, 6):
+        snapshot.expect(version, MANY)
+    return snapshot
+
+
 @pytest.mark.parametrize("role", [Role.GATEWAY, Role.DESTINATION])
-def test_one_panorama_shows_every_move_as_it_is(
+def test_one_snapshot_shows_every_move_as_it_is(
     make_site: Callable[[], str], run: Run, kernel: LinuxKernel, role: Role
 ) -> None:
     plans = [*make_plans(make_site(), role)]
@@ -75,120 +83,76 @@ def test_one_panorama_shows_every_move_as_it_is(
         )  # fmt: skip
     run(site.netns, "conntrack", "-D", "-p", "tcp", "--orig-port-src", "5001")
 
-    panorama = kernel.take_panorama(site)
-    for version in (4, 6):
-        panorama.expect(version, MANY)
+    snapshot = take_dump(kernel, site)
 
     for plan in plans:
-        seen = panorama.observe(site, plan)
+        seen = snapshot.observe(site, plan)
         assert seen == kernel.observe(site, plan)
         assert None in seen.entries[0]
-    panorama.close()
+    snapshot.close()
 
 
-def test_what_is_made_behind_a_walk_is_still_found(
+def test_what_is_made_behind_a_dump_is_still_found(
     make_site: Callable[[], str], run: Run, kernel: LinuxKernel
 ) -> None:
-    """A walk may miss an entry; that it is not there is said only when it was asked for."""
+    """A dump may miss an entry; that it is not there is said only when it was asked for."""
     [plan] = make_plans(make_site(), Role.GATEWAY, 1)
     site = prepare(kernel, [plan])
     run(site.netns, "conntrack", "-F")
-    panorama = kernel.take_panorama(site)
-    for version in (4, 6):
-        panorama.expect(version, MANY)
-    assert [*panorama.observe(site, plan).entries[0]] == [None] * 3
+    snapshot = take_dump(kernel, site)
+    assert [*snapshot.observe(site, plan).entries[0]] == [None] * 3
 
     for step in plan.prepare:
         if type(step).__name__ == "InsertEntries":
             kernel.apply(step, lambda prior: None)
 
-    assert None not in panorama.observe(site, plan).entries[0]
-    panorama.close()
+    assert None not in snapshot.observe(site, plan).entries[0]
+    snapshot.close()
 
 
 def test_entries_of_other_zones_are_not_ours(make_site: Callable[[], str], run: Run) -> None:
     netns = make_site()
-    kept = Connections.of(
-        [FourTuple(Endpoint.parse("10.1.0.2:5000"), Endpoint.parse("10.2.0.10:80"))]
-    )
+    called = Endpoint.parse("10.2.0.10:80")
+    end = called.address.packed + called.port.to_bytes(2, "big")
+    tuple_ = ip_address("10.1.0.2").packed + (5000).to_bytes(2, "big") + end
     insert = "conntrack -I -p tcp -s 10.1.0.2 -d 10.2.0.10 --sport 5000 --dport 80 --timeout 99"
     for zone, there in ((("--zone", "7"), False), ((), True)):
         run(netns, *insert.split(), "--state", "ESTABLISHED", *zone)
         with inside(open_namespace(netns)):
-            walk = ctwalk.Walk(4)
-        assert (walk.find_each(make_keys(kept, kept, 4)) != [None]) == there
-        called = Endpoint.parse("10.2.0.10:80")
-        end = called.address.packed + called.port.to_bytes(2, "big")
-        assert len(walk.find_calls(end)) == 1 + there
-        walk.close()
+            dump = Dump(4)
+        assert (dump.find(tuple_) is not None) == (dump.find(turn(tuple_)) is not None) == there
+        assert len(dump.find_to(end)) == 1 + there
 
 
-def test_a_panorama_holds_few_descriptors_and_leaves_none(
+def test_a_snapshot_holds_few_descriptors_and_leaves_none(
     make_site: Callable[[], str], kernel: LinuxKernel
 ) -> None:
     [plan] = make_plans(make_site(), Role.DESTINATION, 1)
     site = prepare(kernel, [plan])
     before = len(os.listdir("/proc/self/fd"))
 
-    panorama = kernel.take_panorama(site)
-    for version in (4, 6):
-        panorama.expect(version, MANY)
-    panorama.observe(site, plan)
+    snapshot = take_dump(kernel, site)
+    snapshot.observe(site, plan)
     held = len(os.listdir("/proc/self/fd")) - before
-    panorama.close()
+    snapshot.close()
 
     assert held <= 5
     assert before == len(os.listdir("/proc/self/fd"))
 
 
-def test_a_walk_that_the_kernel_refuses_is_an_error(
+def test_a_dump_that_the_kernel_refuses_is_an_error(
     make_site: Callable[[], str], kernel: LinuxKernel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     [plan] = make_plans(make_site(), Role.GATEWAY, 1)
     site = prepare(kernel, [plan])
-    monkeypatch.setattr(ctdump, "ask_for_tcp", lambda version: b"\0" + ask_for_tcp(version)[1:])
-    panorama = kernel.take_panorama(site)
-    for version in (4, 6):
-        panorama.expect(version, MANY)
+    of_no_family = "natkeep.kernel.conntrack_dump.ask_for_tcp"
+    monkeypatch.setattr(of_no_family, lambda version: b"\xff" + ask_for_tcp(version)[1:])
 
-    with pytest.raises(KernelError, match=f"gateway={site.netns}: "):
-        panorama.observe(site, plan)
-    panorama.close()
-
-
-def test_a_walk_whose_reader_is_killed_is_an_error_and_leaves_no_child(
-    make_site: Callable[[], str], kernel: LinuxKernel, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    [plan] = make_plans(make_site(), Role.GATEWAY, 1)
-    site = prepare(kernel, [plan])
-    before = children()
-    monkeypatch.setattr(ctdump, "ask_for_tcp", lambda version: os.kill(os.getpid(), signal.SIGKILL))
-    panorama = kernel.take_panorama(site)
-    panorama.expect(4, MANY)
-
-    with pytest.raises(KernelError, match="who read the connection table was ended"):
-        panorama.observe(site, plan)
-    panorama.close()
-    assert children() == before
-
-
-def test_a_walk_that_nobody_reads_ends_with_its_panorama(
-    make_site: Callable[[], str], kernel: LinuxKernel
-) -> None:
-    [plan] = make_plans(make_site(), Role.GATEWAY, 1)
-    site = prepare(kernel, [plan])
-    before = children(), len(os.listdir("/proc/self/fd"))
-    panorama = kernel.take_panorama(site)
-    for version in (4, 6):
-        panorama.expect(version, MANY)
-
-    panorama.close()
-    assert (children(), len(os.listdir("/proc/self/fd"))) == before
-
-
-def children() -> str:
-    """Of this process; some may be those of tests before."""
-    return Path(f"/proc/self/task/{os.getpid()}/children").read_text()
+    with (
+        closing(take_dump(kernel, site)) as snapshot,
+        pytest.raises(KernelError, match=f"gateway={site.netns}: "),
+    ):
+        snapshot.observe(site, plan)
 
 
 def test_what_the_process_began_is_seen_the_other_way_round_with_its_packets(
@@ -203,11 +167,10 @@ def test_what_the_process_began_is_seen_the_other_way_round_with_its_packets(
         *("-s", "10.3.0.20", "-d", "10.1.0.2", "--sport", "80", "--dport", "5001"),
         *("--src-nat", "10.2.0.10"),
     )  # fmt: skip
-    panorama = kernel.take_panorama(site)
-    panorama.expect(4, MANY)
+    snapshot = take_dump(kernel, site)
 
-    seen = panorama.observe(site, plan)
+    seen = snapshot.observe(site, plan)
 
     assert seen == kernel.observe(site, plan)
     assert [entry and entry.translated for entry in seen.entries[0]] == [True] * 3
-    panorama.close()
+    snapshot.close()
