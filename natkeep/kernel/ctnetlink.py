@@ -202,13 +202,12 @@ def _differences(blank: bytes, marked: bytes, octets: int) -> Iterator[int]:
 class Said(NamedTuple):
     """What an entry says.
 
-    status: its bits; state: of TCP; flags: the first octet of the original direction's; packets in
-    the original and in the reply direction, None where they are not counted.
+    status: its bits; state: TCP's; packets in the original and in the reply direction, None where
+    they are not counted.
     """
 
     status: int
     state: int
-    flags: int
     original: int | None
     reply: int | None
 
@@ -216,18 +215,22 @@ class Said(NamedTuple):
 def read_said(answer: bytes) -> Said:
     """What an entry says, of an answer's nfgenmsg and attributes."""
     entry = attributes(answer[_NFGENMSG:])
-    tcp = attributes(attributes(entry.get(_PROTOINFO, b"")).get(1, b""))
-    original, reply = (
-        attributes(entry[type_]).get(1) if type_ in entry else None
-        for type_ in (_COUNTERS_ORIG, _COUNTERS_REPLY)
-    )
+    # What is looked for is the first in each, which is found without taking all of it apart.
+    state = find_attribute(find_attribute(entry.get(_PROTOINFO, b""), 1), 1)
+    original = find_attribute(entry.get(_COUNTERS_ORIG, b""), 1)
+    reply = find_attribute(entry.get(_COUNTERS_REPLY, b""), 1)
     return Said(
         int.from_bytes(entry[STATUS_BITS], "big"),
-        int.from_bytes(tcp.get(1, b""), "big"),
-        int.from_bytes(tcp.get(4, b"")[:1], "big"),
-        None if original is None else int.from_bytes(original, "big"),
-        None if reply is None else int.from_bytes(reply, "big"),
+        int.from_bytes(state, "big"),
+        int.from_bytes(original, "big") if original else None,
+        int.from_bytes(reply, "big") if reply else None,
     )
+
+
+def read_flags(answer: bytes) -> int:
+    """The flags of the original direction; 0 where TCP has none."""
+    tcp = find_attribute(find_attribute(answer[_NFGENMSG:], _PROTOINFO), 1)
+    return int.from_bytes(find_attribute(tcp, 4)[:1], "big")
 
 
 def read_status(answer: bytes) -> int:
