@@ -318,9 +318,6 @@ class FakeSnapshot:
 
     kernel: FakeKernel
 
-    def expect(self, version: int, connections: int) -> None:
-        """Nothing is read beforehand."""
-
     def observe(self, site: Site, plan: Plan) -> Observation:
         """What *site* shows of *plan* now."""
         return self.kernel.observe(site, plan)

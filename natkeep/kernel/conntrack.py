@@ -18,7 +18,6 @@ from natkeep.errors import KernelError, RefusedError
 from natkeep.kernel import sysctl
 from natkeep.kernel.conntrack_dump import (
     LOOK_UP,
-    Dump,
     ask_each,
     count_tracked,
     dump,
@@ -169,12 +168,13 @@ def read_directions(translation: Translation) -> str:
     tracked, kept = count_tracked(), translation.kept
     if tracked == 0:
         return ""
-    found: Iterator[bytes | None]
     if tracked is not None and is_dump_cheaper(LOOK_UP * len(kept), tracked):
-        found = map(Dump(translation.map.old.version).find, kept.each())
+        found = _dump_directions(translation.map.old.version)
+        directions = "".join([found.get(record, NOT_TRACKED) for record in kept.each()])
     else:
-        found = ask_each(kept, pack_outbound)
-    directions = "".join(map(_read_direction, kept.each(), found))
+        with Netlink(NETLINK_NETFILTER) as netlink:
+            answers = ask_each(netlink, kept, pack_outbound)
+            directions = "".join(map(_read_direction, kept.each(), answers))
     return directions if directions.strip(NOT_TRACKED) else ""
 
 
@@ -182,6 +182,16 @@ def _read_direction(record: bytes, answer: bytes | None) -> str:
     if answer is None:
         return NOT_TRACKED
     return PROCESS_DIALLED if read_tuples(answer)[0] == record else PEER_DIALLED
+
+
+def _dump_directions(version: int) -> dict[bytes, str]:
+    """By the tuple as the process sees it, local end first; of zone 0, as when asked for."""
+    found: dict[bytes, str] = {}
+    for answer in dump(ask_for_tcp(version)):
+        original, reply, zone = read_tuples(answer)
+        if not zone:
+            found[original], found[reply] = PROCESS_DIALLED, PEER_DIALLED
+    return found
 
 
 def restore(translation: Translation, directions: str) -> None:
@@ -244,30 +254,17 @@ def _sides(translation: Translation) -> tuple[Connections, Connections]:
     return translation.outer, translation.inner
 
 
-def look_up(translation: Translation, dump: Dump | None = None) -> Iterator[SeenEntry | None]:
-    """For each kept connection what the table shows, or None when it has no such entry.
-
-    dump: where they are looked for first. What it does not have is asked for, since a dump may
-    miss one and, as a rule, a connection has ended whose entry is not there.
-    """
+def look_up(netlink: Netlink, translation: Translation) -> Iterator[SeenEntry | None]:
+    """For each kept connection what the table shows, or None when it has no such entry."""
     outer, inner = _sides(translation)
-    answers = ask_each(outer, pack_inbound) if dump is None else iter(_find_each(outer, dump))
+    answers = ask_each(netlink, outer, pack_inbound)
     translated = IPS_DST_NAT if translation.mode == Mode.STATEFUL else 0
     for answer, wanted in zip(answers, inner.each(), strict=True):
         yield None if answer is None else _see(answer, wanted, translated)
 
 
-def _find_each(outer: Connections, dump: Dump) -> list[bytes | None]:
-    found = [dump.find(turn(record)) for record in outer.each()]
-    missing = [index for index, answer in enumerate(found) if answer is None]
-    again = ask_each(outer.pick(missing, 4 if outer.v4 else 6), pack_inbound) if missing else ()
-    for index, answer in zip(missing, again, strict=True):
-        found[index] = answer
-    return found
-
-
 def _see(answer: bytes, wanted: bytes, translated: int) -> SeenEntry:
-    status, state, _, inward, outward = read_said(answer)
+    status, state, inward, outward = read_said(answer)
     original, reply, _ = read_tuples(answer)
     same = reply == wanted
     if not same and original == wanted:
@@ -285,7 +282,9 @@ def count_wrong(translation: Translation) -> int:
     many entries only those are dumped, since to look up each costs a third of filling the table.
     """
     if translation.renames or not is_dump_cheaper(LOOK_UP * len(translation.kept), 0):
-        return sum(1 for entry in look_up(translation) if not (entry and entry.translated))
+        with Netlink(NETLINK_NETFILTER) as netlink:
+            seen = look_up(netlink, translation)
+            return sum(1 for entry in seen if not (entry and entry.translated))
     outer, _ = _sides(translation)
     wrong = 0 if translation.mode == Mode.STATEFUL else IPS_DST_NAT
     tracked = count_tracked()
@@ -309,11 +308,12 @@ def find_carried(connections: Connections) -> Iterator[tuple[FourTuple, FourTupl
     """
     if not len(connections) or not count_tracked():
         return
-    answers = ask_each(connections, pack_outbound)
-    for record, answer in zip(connections.each(), answers, strict=True):
-        carrier = record if answer is None else _read_carrier(answer, record)
-        if carrier != record:
-            yield _unpack(record), _unpack(carrier)
+    with Netlink(NETLINK_NETFILTER) as netlink:
+        answers = ask_each(netlink, connections, pack_outbound)
+        for record, answer in zip(connections.each(), answers, strict=True):
+            carrier = record if answer is None else _read_carrier(answer, record)
+            if carrier != record:
+                yield _unpack(record), _unpack(carrier)
 
 
 def _read_carrier(answer: bytes, record: bytes) -> bytes:

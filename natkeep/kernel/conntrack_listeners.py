@@ -11,13 +11,14 @@ import errno
 from collections.abc import Iterable, Iterator
 
 from natkeep import faultpoints
-from natkeep.kernel.conntrack_dump import Dump, count_tracked, dump
+from natkeep.kernel.conntrack_dump import count_tracked, dump
 from natkeep.kernel.conntrack_purge import raise_unless
 from natkeep.kernel.ctnetlink import (
     DELETE,
     Said,
     ask_for_tcp,
     pack_itself,
+    read_flags,
     read_said,
     read_tuples,
 )
@@ -68,20 +69,33 @@ def delete_translated(reception: Reception) -> None:
     _delete(answer for answer, _ in _find_let_in(reception))
 
 
-def count(reception: Reception, table: Dump | None = None) -> int:
+Table = dict[bytes, list[bytes]]
+"""Entries by where their original tuple leads to: address and port."""
+
+
+def read_table(version: int) -> Table:
+    """All TCP entries of IP *version*, of whatever zone."""
+    table: Table = {}
+    for answer in dump(ask_for_tcp(version)):
+        original, _, _ = read_tuples(answer)
+        table.setdefault(original[len(original) // 2 :], []).append(answer)
+    return table
+
+
+def count(reception: Reception, table: Table | None = None) -> int:
     """How many connections that *reception* has let in live, in *table* or as the kernel says."""
     return sum(1 for _, said in _find_let_in(reception, table) if said.state in _ALIVE)
 
 
-def _find_let_in(reception: Reception, table: Dump | None = None) -> Iterator[tuple[bytes, Said]]:
+def _find_let_in(reception: Reception, table: Table | None = None) -> Iterator[tuple[bytes, Said]]:
     for answer, said in _find(reception, table):
         is_inside = read_tuples(answer)[1].startswith(reception.after.packed)
-        if is_inside and not said.flags & _LIBERAL:
+        if is_inside and not read_flags(answer) & _LIBERAL:
             yield answer, said
 
 
 def _find(
-    reception: Reception, table: Dump | None = None, mask: int = 0
+    reception: Reception, table: Table | None = None, mask: int = 0
 ) -> Iterator[tuple[bytes, Said]]:
     """The entries whose original tuple leads to a listener, with none of the status bits *mask*."""
     if not count_tracked():
@@ -92,7 +106,7 @@ def _find(
         port = number.to_bytes(2, "big")
         end = called.packed + port
         request = ask_for_tcp(called.version, destination=called.packed, port=port, mask=mask)
-        for answer in dump(request) if table is None else table.find_to(end):
+        for answer in dump(request) if table is None else table.get(end, ()):
             said = read_said(answer)
             if read_tuples(answer)[0].endswith(end) and not said.status & mask:
                 yield answer, said

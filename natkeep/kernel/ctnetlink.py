@@ -202,13 +202,12 @@ def _differences(blank: bytes, marked: bytes, octets: int) -> Iterator[int]:
 class Said(NamedTuple):
     """What an entry says.
 
-    status: its bits; state: of TCP; flags: the first octet of the original direction's; packets in
-    the original and in the reply direction, None where they are not counted.
+    status: its bits; state: TCP's; packets in the original and in the reply direction, None where
+    they are not counted.
     """
 
     status: int
     state: int
-    flags: int
     original: int | None
     reply: int | None
 
@@ -216,18 +215,22 @@ class Said(NamedTuple):
 def read_said(answer: bytes) -> Said:
     """What an entry says, of an answer's nfgenmsg and attributes."""
     entry = attributes(answer[_NFGENMSG:])
-    tcp = attributes(attributes(entry.get(_PROTOINFO, b"")).get(1, b""))
-    original, reply = (
-        attributes(entry[type_]).get(1) if type_ in entry else None
-        for type_ in (_COUNTERS_ORIG, _COUNTERS_REPLY)
-    )
+    # What is looked for is the first in each, which is found without taking all of it apart.
+    state = find_attribute(find_attribute(entry.get(_PROTOINFO, b""), 1), 1)
+    original = find_attribute(entry.get(_COUNTERS_ORIG, b""), 1)
+    reply = find_attribute(entry.get(_COUNTERS_REPLY, b""), 1)
     return Said(
         int.from_bytes(entry[STATUS_BITS], "big"),
-        int.from_bytes(tcp.get(1, b""), "big"),
-        int.from_bytes(tcp.get(4, b"")[:1], "big"),
-        None if original is None else int.from_bytes(original, "big"),
-        None if reply is None else int.from_bytes(reply, "big"),
+        int.from_bytes(state, "big"),
+        int.from_bytes(original, "big") if original else None,
+        int.from_bytes(reply, "big") if reply else None,
     )
+
+
+def read_flags(answer: bytes) -> int:
+    """The flags of the original direction; 0 where TCP has none."""
+    tcp = find_attribute(find_attribute(answer[_NFGENMSG:], _PROTOINFO), 1)
+    return int.from_bytes(find_attribute(tcp, 4)[:1], "big")
 
 
 def read_status(answer: bytes) -> int:
@@ -256,15 +259,19 @@ def read_tuples(answer: bytes) -> tuple[bytes, bytes, int]:
     first attributes, and those of TCP are all of one form, so each is read by where things stand;
     what looks different is taken apart.
     """
-    form = _FORMS.get(answer[0])
-    if form is not None and len(answer) >= _NFGENMSG + 2 * form.size:
-        original = form.read(answer, _NFGENMSG, TUPLE_ORIG)
-        reply = form.read(answer, _NFGENMSG + form.size, TUPLE_REPLY)
-        if original and reply:
-            end, zone = _NFGENMSG + 2 * form.size, 0
-            if answer[end : end + 4] == _ZONE_HEADER:
-                zone = int.from_bytes(answer[end + 4 : end + 6], "big")
-            return original, reply, zone
+    form, headers = _FORMS[answer[0]]
+    if len(answer) >= form.size:
+        fields = form.unpack_from(answer)
+        if fields[::2] == headers:
+            source, to, sport, dport, reply_source, reply_to, reply_sport, reply_dport = fields[
+                1::2
+            ]
+            zone, number = answer[form.size : form.size + 4], answer[form.size + 4 : form.size + 6]
+            return (
+                source + sport + to + dport,
+                reply_source + reply_sport + reply_to + reply_dport,
+                int.from_bytes(number, "big") if zone == _ZONE_HEADER else 0,
+            )
     entry = attributes(answer[_NFGENMSG:])
     tuples = [_take_apart(entry[type_]) for type_ in (TUPLE_ORIG, TUPLE_REPLY)]
     if not all(tuples):
@@ -282,32 +289,18 @@ def _take_apart(value: bytes) -> bytes:
     return (ip.get(1) or ip[3]) + proto[2] + (ip.get(2) or ip[4]) + proto[3]
 
 
-class _Form(NamedTuple):
-    """How a TCP tuple of one family is written: its octets, its fields and what is between them."""
+def _make_form(version: int) -> tuple[struct.Struct, tuple[bytes, ...]]:
+    """How the two tuples are written: attributes' headers and values by turns; and the headers.
 
-    size: int
-    fields: struct.Struct
-    between: dict[int, tuple[bytes, ...]]
-
-    def read(self, data: bytes, at: int, type_: int) -> bytes:
-        """The tuple as a record; empty if it is written otherwise."""
-        fields = self.fields.unpack_from(data, at)
-        head, source, to, destination, middle, sport, gap, dport = fields
-        if (head, to, middle, gap) != self.between[type_]:
-            return b""
-        return bytes(source + sport + destination + dport)
-
-
-def _make_form(width: int) -> _Form:
-    """As this file packs one itself, which is as the kernel does."""
-    fields = struct.Struct(f"12s{width}s4s{width}s16s2s6s2s2x")
-    between = {}
-    for type_ in (TUPLE_ORIG, TUPLE_REPLY):
-        usual = _pack_tuple(type_, bytes(width), bytes(width), b"\0\0", b"\0\0")
-        between[type_] = fields.unpack(usual)[::2]
-    return _Form(fields.size, fields, between)
+    As this file packs them itself, which is as the kernel does.
+    """
+    width = _WIDTH[version]
+    form = struct.Struct("4x" + 2 * f"12s{width}s4s{width}s16s2s6s2s2x")
+    end = Ends(bytes(width), b"\0\0", bytes(width), b"\0\0")
+    both = pack_inbound(end, TUPLE_ORIG) + pack_outbound(end, TUPLE_REPLY)
+    return form, form.unpack(family(version) + both)[::2]
 
 
 _NFGENMSG = 4
-_FORMS = {_AF[version]: _make_form(width) for version, width in _WIDTH.items()}
+_FORMS = {number: _make_form(version) for version, number in _AF.items()}
 _ZONE_HEADER = pack_zone(1)[:4]

@@ -95,9 +95,6 @@ class Snapshot(Protocol):
     by one of its own before that is said.
     """
 
-    def expect(self, version: int, connections: int) -> None:
-        """So many of IP *version* will be looked up in all; many are read in one dump."""
-
     def observe(self, site: Site, plan: Plan) -> Observation:
         """As Kernel.observe, at a site that is the namespace."""
 

@@ -5,7 +5,8 @@ A dump can miss what others are just making or undoing, so what a shared snapsho
 is looked at again, by one of its own, before that is said.
 
 Each part is read when it is first asked for: a table whole, a set by its name, addresses, routes,
-sockets, and of the connection table each connection's entry, or where many are expected all of it.
+sockets. Only the entries of kept connections are asked for one by one, each time: in a dump they
+would cost as much, and an entry that is asked for is not missed.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from natkeep.kernel import (
     rtnetlink,
     sock_diag,
 )
-from natkeep.kernel.conntrack_dump import LOOK_UP, Dump, count_tracked, is_dump_cheaper
+from natkeep.kernel.conntrack_dump import WALK, count_tracked, is_dump_cheaper
 from natkeep.kernel.netlink import NETLINK_NETFILTER, Netlink
 from natkeep.kernel.netns import Namespace, errors_at, inside
 from natkeep.kernel.nft_messages import pack_keys
@@ -52,8 +53,8 @@ class Snapshot:
         self._directory = directory
         self._tables: dict[str, tuple[set[Key], dict[str, list[str]]]] = {}
         self._sets: dict[tuple[str, str], frozenset[bytes]] = {}
-        self._expected: dict[int, int] = {}
-        self._dumps: dict[int, Dump] = {}
+        self._walks = {4: 0, 6: 0}
+        self._callers: dict[int, conntrack_listeners.Table] = {}
         with inside(namespace):
             self._netlink, self._routes = Netlink(NETLINK_NETFILTER), Routes()
 
@@ -62,10 +63,6 @@ class Snapshot:
         self._netlink.close()
         self._routes.close()
         os.close(self._namespace.fd)
-
-    def expect(self, version: int, connections: int) -> None:
-        """So many of IP *version* will be looked up in all; many are read in one dump."""
-        self._expected[version] = connections
 
     def find_lost_routes(self, site: Site, noted: str) -> tuple[str, ...]:
         """Those of the routes and addresses that InstallTranslation *noted* which are gone."""
@@ -163,26 +160,21 @@ class Snapshot:
 
     # ---- the connection table ----------------------------------------------------------------
 
-    def _read_dump(self, version: int) -> Dump | None:
-        """All entries of IP *version*; None where it is quicker to ask for those expected."""
-        if version not in self._dumps:
-            expected = LOOK_UP * self._expected.get(version, 0)
-            if not expected or not is_dump_cheaper(expected, self._tracked):
-                return None
-            self._dumps[version] = Dump(version)
-        return self._dumps[version]
-
     def _look_up(self, translation: Translation) -> tuple[SeenEntry | None, ...]:
-        dump = self._read_dump(translation.map.old.version)
-        return tuple(conntrack.look_up(translation, dump))
+        return tuple(conntrack.look_up(self._netlink, translation))
 
     def _count_callers(self, receiving: Reception, here: list[Translation]) -> int:
         """How many new connections to a listener live: sockets tell, or conntrack entries."""
-        if receiving.site.role != Role.DESTINATION:
-            dump = self._read_dump(receiving.map.old.version)
-            return conntrack_listeners.count(receiving, dump)
-        ends = frozenset(Endpoint(receiving.map.old, port) for port in receiving.ports)
-        return sock_diag.count_callers(ends, [t.kept for t in here], self._living)
+        if receiving.site.role == Role.DESTINATION:
+            ends = frozenset(Endpoint(receiving.map.old, port) for port in receiving.ports)
+            return sock_diag.count_callers(ends, [t.kept for t in here], self._living)
+        # Each port is a walk of the table, and after some of them one that reads all is cheaper.
+        version = receiving.map.old.version
+        self._walks[version] += len(receiving.ports)
+        many = is_dump_cheaper(WALK * self._walks[version], self._tracked)
+        if many and version not in self._callers:
+            self._callers[version] = conntrack_listeners.read_table(version)
+        return conntrack_listeners.count(receiving, self._callers.get(version))
 
     # ---- the rest ----------------------------------------------------------------------------
 

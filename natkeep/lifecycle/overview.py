@@ -22,36 +22,21 @@ _MOST = 100
 
 
 class Overview:
-    """A snapshot of each namespace that is a site of many moves.
+    """A snapshot of each namespace that is a site of many moves; `expect` is told of each move."""
 
-    total: how many moves there are, of which each is told by `expect`.
-    """
-
-    def __init__(self, kernel: Kernel, total: int) -> None:
+    def __init__(self, kernel: Kernel) -> None:
         self._kernel = kernel
-        self._total = total
-        self._told = 0
         self._boot = read_boot_id()
         self._taken: dict[Identity, Snapshot] = {}
         self._moves: Counter[Identity] = Counter()
-        self._kept: Counter[tuple[Identity, int]] = Counter()
 
     def expect(self, journal: Journal, plan: Plan) -> None:
         """This move is going to be looked at."""
-        self._told += 1
         for site in plan.move.sites if journal.boot == self._boot else ():
             identity = journal.identity(site)
             self._moves[identity] += 1
-            for translation in plan.translations:
-                if translation.site == site:
-                    self._kept[identity, translation.map.old.version] += len(translation.kept)
             if self._moves[identity] == _MANY and len(self._taken) < _MOST:
                 self._take(site, identity)
-            if identity in self._taken:
-                # Early, since it takes its time: as if the moves to come were like those so far.
-                for version in (4, 6):
-                    kept = self._kept[identity, version] * self._total // self._told
-                    self._taken[identity].expect(version, kept)
 
     def _take(self, site: Site, identity: Identity) -> None:
         with suppress(NamespaceGoneError):

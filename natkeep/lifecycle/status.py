@@ -39,7 +39,7 @@ class Looking(Ground):
             loaded = self._load_each(move_ids, unreadable)
             return tuple(_sum_up(plan, self._look_at_sites(of, plan)) for of, plan in loaded)
         move_ids = move_ids or self.state.ids()
-        with _overview(self.kernel, len(move_ids)) as overview:
+        with _overview(self.kernel) as overview:
             many = [*self._load_each(move_ids, unreadable, overview)]
             return tuple(self._see_each(many, overview, unreadable))
 
@@ -229,10 +229,10 @@ class Looking(Ground):
 
 
 @contextmanager
-def _overview(kernel: Kernel, total: int) -> Iterator[Overview]:
+def _overview(kernel: Kernel) -> Iterator[Overview]:
     from natkeep.lifecycle.overview import Overview  # for status of many moves alone
 
-    with closing(Overview(kernel, total)) as overview:
+    with closing(Overview(kernel)) as overview:
         yield overview
 
 

@@ -18,6 +18,7 @@ from natkeep.kernel.conntrack_purge import purge
 from natkeep.kernel.linux import LinuxKernel
 from natkeep.kernel.netns import inside, open_namespace
 from natkeep.plan.conntrack import PEER_DIALLED, Entry, entries
+from natkeep.plan.drift import SeenEntry
 from natkeep.plan.move import Map, Mode, Move, Role, Site
 from natkeep.plan.plan import make_plan
 from natkeep.plan.steps import InsertEntries, Plan
@@ -115,6 +116,11 @@ def track(run: Run, netns: str, tuple_: FourTuple, *, state: str = "ESTABLISHED"
     )
 
 
+def look_up(translation: Translation) -> list[SeenEntry | None]:
+    with netlink.Netlink(netlink.NETLINK_NETFILTER) as socket_:
+        return [*conntrack.look_up(socket_, translation)]
+
+
 @EACH_CASE
 @EACH_ROLE
 def test_the_kernel_has_the_entries_that_the_plan_says(site: str, case: str, role: Role) -> None:
@@ -148,7 +154,7 @@ def test_stateless_entries_translate_nothing(site: str, run: Run) -> None:
 
     assert set(entries(translation)) == set(read_entries())
     assert run(site, "conntrack", "-L", "--dst-nat") == ""
-    assert all(seen is not None and seen.translated for seen in conntrack.look_up(translation))
+    assert all(seen is not None and seen.translated for seen in look_up(translation))
 
 
 def test_the_timeout_is_the_one_of_the_namespace(site: str) -> None:
@@ -264,7 +270,7 @@ def test_whatever_is_in_the_way_the_step_puts_its_entries_there(
     kernel.apply(step, lambda prior: None)
 
     assert set(entries(step.translation)) <= set(read_entries())
-    assert all(seen is not None and seen.translated for seen in conntrack.look_up(step.translation))
+    assert all(seen is not None and seen.translated for seen in look_up(step.translation))
 
 
 def test_what_is_looked_up_comes_in_the_order_of_the_connections(site: str, run: Run) -> None:
@@ -280,7 +286,7 @@ def test_what_is_looked_up_comes_in_the_order_of_the_connections(site: str, run:
         )
     track(run, site, tuples[2])
 
-    seen = [*conntrack.look_up(translation)]
+    seen = look_up(translation)
 
     assert [entry and entry.translated for entry in seen] == [True, None, False, True]
 
@@ -302,7 +308,7 @@ def test_an_entry_lives_until_its_connection_has_ended(
     translation = translation_of("v4", Role.GATEWAY, site, count=1)
     track(run, site, next(translation.tuples())[0], state=state)
 
-    [seen] = conntrack.look_up(translation)
+    [seen] = look_up(translation)
 
     assert seen is not None
     assert alive == seen.alive
@@ -319,7 +325,7 @@ def test_entries_count_packets_and_the_accounting_setting_stays(site: str, setti
     kernel.apply(step, lambda prior: None)
 
     assert setting == sysctl.read("netfilter/nf_conntrack_acct")
-    counts = [(s.packets_in, s.packets_out) for s in conntrack.look_up(step.translation) if s]
+    counts = [(s.packets_in, s.packets_out) for s in look_up(step.translation) if s]
     assert counts == [(0, 0)] * 4
 
 

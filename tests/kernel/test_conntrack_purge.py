@@ -10,6 +10,7 @@ import pytest
 
 from natkeep.kernel import conntrack, nftables_dump
 from natkeep.kernel.conntrack_purge import delete_untracked, purge
+from natkeep.kernel.netlink import NETLINK_NETFILTER, Netlink
 from natkeep.kernel.netns import inside, open_namespace
 from natkeep.plan.conntrack import PEER_DIALLED
 from natkeep.plan.move import Map, Mode, Move, Role, Site
@@ -163,7 +164,8 @@ def test_an_entry_whose_reply_tuple_something_has_is_refused(
     with pytest.raises(FileExistsError):
         conntrack.insert(translation)
 
-    seen = [*conntrack.look_up(translation)]
+    with Netlink(NETLINK_NETFILTER) as netlink:
+        seen = [*conntrack.look_up(netlink, translation)]
     assert [entry is not None and entry.translated for entry in seen] == [True, False, True, True]
     listed = run(site, "conntrack", "-L", "-f", "ipv4" if family == "v4" else "ipv6")
     assert listed.count(f"sport={outer.source.port} ") == 1

@@ -37,12 +37,12 @@ def translation_of(site: str, count: int) -> Translation:
     return plan.translations[0]
 
 
-def track(source: str, destination: str) -> None:
+def track(source: str, destination: str, *more: str) -> None:
     (saddr, _, sport), (daddr, _, dport) = (end.partition(":") for end in (source, destination))
     subprocess.run(
         ["conntrack", "-I", "-p", "tcp", "-s", saddr, "-d", daddr, "--sport", sport,
          "--dport", dport, "--state", "ESTABLISHED", "--status", "SEEN_REPLY,ASSURED",
-         "--timeout", "999"],
+         "--timeout", "999", *more],
         check=True, capture_output=True,
     )  # fmt: skip
 
@@ -53,7 +53,7 @@ def list_entries() -> set[str]:
     return {line[line.index("src=") :].rpartition(" mark=")[0] for line in shown.splitlines()}
 
 
-@pytest.mark.parametrize("count", [4, 1500])
+@pytest.mark.parametrize("count", [4, 3000])
 def test_each_entry_is_restored_in_its_own_direction_and_no_other(site: str, count: int) -> None:
     """Few connections are asked for one by one, many are found in one dump."""
     translation = translation_of(site, count)
@@ -69,6 +69,13 @@ def test_each_entry_is_restored_in_its_own_direction_and_no_other(site: str, cou
 
     assert directions == "<->" + "-" * (count - 3)
     assert list_entries() == before
+
+
+@pytest.mark.parametrize("count", [4, 3000])
+def test_an_entry_of_another_zone_is_not_the_gateways_own(site: str, count: int) -> None:
+    track(f"{PEER}:2000", f"{OLD}:80", "--zone", "7")
+
+    assert conntrack.read_directions(translation_of(site, count)) == ""
 
 
 def test_where_nothing_is_tracked_nothing_is_written_down(site: str) -> None:

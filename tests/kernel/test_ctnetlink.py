@@ -18,6 +18,7 @@ from natkeep.kernel.ctnetlink import (
     pack_itself,
     pack_outbound,
     pack_zone,
+    read_flags,
     read_said,
     read_status,
     read_tuples,
@@ -110,11 +111,13 @@ def pack_said(counted: bool) -> bytes:
 
 
 def test_what_an_entry_says_is_read() -> None:
-    assert read_said(pack_said(counted=True)) == Said(0x20, 3, 8, ORIGINAL, REPLY)
-    assert read_said(pack_said(counted=False)) == Said(0x20, 3, 8, None, None)
+    assert read_said(pack_said(counted=True)) == Said(0x20, 3, ORIGINAL, REPLY)
+    assert read_said(pack_said(counted=False)) == Said(0x20, 3, None, None)
     assert read_status(pack_said(counted=True)) == 0x20
+    assert read_flags(pack_said(counted=True)) == 8
     plain = tuples_of(ends_of("10.1.0.2", "10.2.0.10")) + attribute(STATUS_BITS, bytes(4))
-    assert read_said(plain) == Said(0, 0, 0, None, None)
+    assert read_said(plain) == Said(0, 0, None, None)
+    assert read_flags(plain) == 0
 
 
 def test_an_entry_is_named_by_its_tuple_its_zone_and_its_number() -> None:

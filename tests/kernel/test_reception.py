@@ -318,6 +318,10 @@ def test_callers_are_counted_and_their_entries_go_with_the_move(
     here.let_in(40005, before, 443, after, state=TIME_WAIT)
     if role == Role.GATEWAY:
         assert here.observe(plan).callers == 1
+    [receiving] = [r for r in make_receptions(plan.move, plan.move.sites[0]) if r.map.old == OLD]
+    with inside_of(open_namespace(here.netns)):
+        assert conntrack_listeners.count(receiving) == 1
+        assert conntrack_listeners.count(receiving, conntrack_listeners.read_table(4)) == 1
 
     here.revert(done)
 
