@@ -25,11 +25,6 @@ SHOWN = 20
 """How many connections of a move are listed without -v."""
 
 
-def print_json(value: dict[str, Any]) -> None:
-    """One document on stdout."""
-    print(json.dumps(value, indent=2))
-
-
 def move_to_json(plan: Plan) -> dict[str, Any]:
     """The part of a move that does not depend on its sites' state."""
     move = plan.move
