@@ -47,13 +47,13 @@ def _with_held(executor: Executor, move: Move) -> Move:
     """*move*, with the listeners that a quiesce of the same id blocks at its source."""
     if move.quiesces or not executor.state.knows(move.id):
         return move
-    found = executor.state.read_move(move.id)
-    if found is None or not found[0].quiesces or found[2] != read_boot_id():
+    earlier = executor.state.read_header(move.id)
+    if earlier is None or not earlier.move.quiesces or earlier.boot != read_boot_id():
         return move
     sources = [site for site in move.sites if site.role == Role.SOURCE]
-    if [executor.kernel.identity(site) for site in sources] != [*found[1]]:
+    if [executor.kernel.identity(site) for site in sources] != [*earlier.namespaces]:
         return move
-    return replace(move, held=found[0].held)
+    return replace(move, held=earlier.move.held)
 
 
 def _refuse_living(executor: Executor, plan: Plan) -> None:

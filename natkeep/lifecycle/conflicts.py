@@ -13,7 +13,6 @@ from natkeep.plan.reception import refuse_one_end_for_two
 from natkeep.plan.steps import Plan
 from natkeep.plan.translation import Translation
 from natkeep.plan.tuples import RECORD_SIZE, Connections
-from natkeep.state.journal import read_boot_id
 
 
 def refuse_conflicts(executor: Executor, plan: Plan, replaces: str | None) -> None:
@@ -28,18 +27,15 @@ def refuse_conflicts(executor: Executor, plan: Plan, replaces: str | None) -> No
 
 def refuse_overlaps(executor: Executor, plan: Plan, besides: frozenset[str]) -> None:
     """The same, whatever the id: what *plan* shares with other moves than *besides*."""
-    ours = {executor.kernel.identity(site): site for site in plan.move.sites}
+    ours = [executor.kernel.identity(site) for site in plan.move.sites]
     ends = {end for map_ in plan.move.maps for end in (map_.old, map_.new)}
     for move_id in executor.state.ids_naming(ends):
-        found = executor.state.read_move(move_id)
-        if found is None or move_id in besides:
+        other = executor.state.read_header(move_id)
+        if other is None or move_id in besides or not any(map(other.is_at, ours)):
             continue
-        other, namespaces, boot = found
-        if not set(namespaces) & set(ours) or boot != read_boot_id():
-            continue
-        _refuse_remapped(plan.move, other)
-        refuse_one_end_for_two(plan.move, other)
-        if _shares_address(plan.move, other):
+        _refuse_remapped(plan.move, other.move)
+        refuse_one_end_for_two(plan.move, other.move)
+        if _shares_address(plan.move, other.move):
             journal = executor.state.load(move_id)
             _refuse_overlap(plan, plan_of(journal))
 

@@ -183,13 +183,8 @@ class Executor:
         if not isinstance(step, AddAddress | RaiseLoopback) or record.prior.present:
             return False
         identity = journal.identity(step.site)
-        for move_id in self.state.ids():
-            found = self.state.read_move(move_id)
-            if move_id == journal.move.id or found is None or identity not in found[1]:
-                continue
-            other = self.state.load(move_id)
-            if other.boot != journal.boot:
-                continue
+        for header in self.state.others_at(identity, journal.move.id):
+            other = self.state.load(header.move.id)
             for number, theirs in enumerate(plan_of(other).steps):
                 same = _adds_same(step, theirs) and other.identity(theirs.site) == identity
                 if same and other.is_done(number):

@@ -5,13 +5,13 @@ gone, moves that were begun and never prepared to the end, moves whose undoing w
 ended, moves that the hook prepared for a CRIU that is no more, and moves whose connections have
 all ended. Then what bears our names and no journal knows, in the state directory and at the sites.
 
-Rule: everything is done under the lock, so whoever is still at work on a move is not disturbed. A
-journal that cannot be read is named and left alone, and so is what bears its id.
+Rule: everything is done under the lock, so a verb that is still at work on a move is not disturbed.
+A journal that cannot be read is named and left alone, and so is what bears its id.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection
 
 from natkeep import faultpoints
 from natkeep.errors import JournalError, LeftoverError, NatkeepError
@@ -24,7 +24,7 @@ from natkeep.plan.move import Role, Site
 from natkeep.plan.steps import Identity, Plan
 from natkeep.plan.tuples import Address
 from natkeep.state.journal import Journal, read_boot_id
-from natkeep.values import dataclass
+from natkeep.values import dataclass, field
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,46 +51,123 @@ def gc(
     *,
     dry_run: bool = False,
 ) -> Collected:
-    """Clear what nobody needs any more, at *sites* and where journals say that moves were.
+    """Clear what is not needed any more, at *sites* and where journals say that moves were.
 
     is_abandoned: whether a move was made for a CRIU that is no more. dry_run: only say what.
     """
     with executor.state.locked():
-        cleared: list[Cleared] = []
-        left: list[NatkeepError] = []
+        collection = _Collection(executor, dry_run)
         places: dict[tuple[str, Identity | None], Site] = {
             (site.netns, None): site for site in sites
         }
         for move_id in executor.state.ids():
-            found = executor.state.read_move(move_id)
-            if found is not None and found[2] == read_boot_id():
-                for site, identity in zip(found[0].sites, found[1], strict=True):
+            header = executor.state.read_header(move_id)
+            if header is not None and header.boot == read_boot_id():
+                for site, identity in zip(header.move.sites, header.namespaces, strict=True):
                     places.setdefault((site.netns, identity), site)
-            try:
-                reason = _find_reason(executor, move_id, is_abandoned)
-                if reason and not dry_run:
-                    _clear_move(executor, move_id)
-            except NatkeepError as error:
-                left.append(error)
-                continue
-            finally:
-                # There may be more moves than descriptors.
-                executor.kernel.close_sites(found[0].sites if found is not None else ())
-            if reason:
-                cleared.append(Cleared("move", move_id, reason))
-        gone = {one.name for one in cleared}
-        cleared += _clear_files(executor, dry_run=dry_run)
-        done: set[Identity] = set()
+            collection.clear_move(move_id, is_abandoned)
+            # There may be more moves than descriptors.
+            executor.kernel.close_sites(header.move.sites if header is not None else ())
+        collection.clear_files()
         for (_, known), site in places.items():
-            cleared += _clear_site(executor, site, known, gone, done, left, dry_run=dry_run)
+            collection.clear_site(site, known)
             executor.kernel.close_sites([site])
-        return Collected(tuple(cleared), tuple(left))
+        return Collected(tuple(collection.cleared), tuple(collection.left))
+
+
+@dataclass
+class _Collection:
+    """What has been cleared, or would be, and what could not; gone: the moves among it."""
+
+    executor: Executor
+    dry_run: bool
+    cleared: list[Cleared] = field(default_factory=list)
+    left: list[NatkeepError] = field(default_factory=list)
+    gone: set[str] = field(default_factory=set)
+    seen: set[Identity] = field(default_factory=set)
+
+    def clear_move(self, move_id: str, is_abandoned: Callable[[str], bool]) -> None:
+        executor = self.executor
+        try:
+            reason = _find_reason(executor, move_id, is_abandoned)
+            if not reason:
+                return
+            if not self.dry_run:
+                journal = executor.state.load(move_id)
+                if journal.boot != read_boot_id():
+                    forget(journal)  # whatever its steps were: nothing of them is there
+                else:
+                    end(executor, move_id)
+                faultpoints.reach("collected", "move")
+        except NatkeepError as error:
+            self.left.append(error)
+            return
+        self.gone.add(move_id)
+        self.cleared.append(Cleared("move", move_id, reason))
+
+    def clear_files(self) -> None:
+        for name in self.executor.state.strays():
+            if not self.dry_run:
+                self.executor.state.remove_stray(name)
+            self.cleared.append(Cleared("file", name, "no journal knows it"))
+
+    def clear_site(self, site: Site, identity: Identity | None) -> None:
+        kernel = self.executor.kernel
+        try:
+            kernel.open_sites([site], None if identity is None else {site: identity})
+        except NamespaceGoneError:
+            return
+        here = kernel.identity(site)
+        if here in self.seen:
+            return
+        self.seen.add(here)
+        known, olds, sure = _find_known(self.executor, here, self.gone if self.dry_run else ())
+        try:
+            table = kernel.find_strays(site)
+            strays = table.ids() - known - (self.gone if self.dry_run else set())
+            whole = not known and sure and (table.there or table.silent)
+            if not strays and (not whole or (self.dry_run and self.gone)):
+                return
+            if not self.dry_run:
+                kernel.clear_strays(site, known, olds, sure=sure)
+                faultpoints.reach("collected", "table")
+        except NatkeepError as error:
+            self.left.append(error)
+            return
+        for old in [old for old in table.held if old not in olds] if sure else []:
+            # Whether it was there before us only the journal knew: it is named, not taken.
+            prefix = f"{old}/{old.max_prefixlen}"
+            hint = f"ip address del {prefix} dev lo, unless it is at home there"
+            self.left.append(LeftoverError(f"{site}: OLD {old} may still be on lo", hint=hint))
+        names = ", ".join(sorted(strays)) or "nothing of any move"
+        self.cleared.append(Cleared("table", str(site), f"no journal knows {names}"))
+
+
+def _find_known(
+    executor: Executor, here: Identity, gone: Collection[str]
+) -> tuple[frozenset[str], frozenset[Address], bool]:
+    """Ids and OLDs of the moves at a namespace, and whether every journal could be read."""
+    known: set[str] = set()
+    olds: set[Address] = set()
+    sure = True
+    for move_id in executor.state.ids():
+        header = executor.state.read_header(move_id)
+        if header is None:
+            known.add(move_id)
+            sure = False
+        elif header.is_at(here) and move_id not in gone:
+            known.add(move_id)
+            olds |= header.olds()
+    return frozenset(known), frozenset(olds), sure
+
+
+# ---- is a move needed? -------------------------------------------------------------------------
 
 
 def _find_reason(executor: Executor, move_id: str, is_abandoned: Callable[[str], bool]) -> str:
-    """Why nobody needs the move any more; empty when somebody may."""
-    found = executor.state.read_move(move_id)
-    if found is not None and found[2] != read_boot_id():
+    """Why the move is not needed any more; empty when it may be."""
+    header = executor.state.read_header(move_id)
+    if header is not None and header.boot != read_boot_id():
         return "of an earlier boot"
     journal, plan = executor.load(move_id)
     here = [site for site in plan.move.sites if executor.reach(journal, site)]
@@ -109,15 +186,6 @@ def _find_reason(executor: Executor, move_id: str, is_abandoned: Callable[[str],
     return ""
 
 
-def _clear_move(executor: Executor, move_id: str) -> None:
-    journal = executor.state.load(move_id)
-    if journal.boot != read_boot_id():
-        forget(journal)  # whatever its steps were: nothing of them is there
-    else:
-        end(executor, move_id)
-    faultpoints.reach("collected", "move")
-
-
 def _is_half_undone(executor: Executor, journal: Journal, plan: Plan) -> bool:
     """Whether a teardown was killed; one whose site is being taken over is another's."""
     if {record.state for record in journal.records.values()} == {"undone"}:
@@ -131,18 +199,13 @@ def _is_half_undone(executor: Executor, journal: Journal, plan: Plan) -> bool:
 
 
 def _is_replaced(executor: Executor, journal: Journal, site: Site) -> bool:
-    olds = {map_.old for map_ in journal.move.maps}
-    for move_id in executor.state.ids():
-        found = executor.state.read_move(move_id)
-        if move_id == journal.move.id or found is None or found[2] != journal.boot:
-            continue
-        if journal.identity(site) in found[1] and olds & {m.old for m in found[0].maps}:
-            return True
-    return False
+    here, olds = journal.identity(site), {map_.old for map_ in journal.move.maps}
+    others = executor.state.others_at(here, journal.move.id)
+    return any(olds & header.olds() for header in others)
 
 
 def _has_ended(executor: Executor, journal: Journal, plan: Plan, here: list[Site]) -> bool:
-    """Whether every kept connection lived and has ended, and nobody can call any more."""
+    """Whether every kept connection lived and has ended, and no new one can come."""
     sites = [site for site in here if not is_retired(journal, plan, site)]
     if not sites or {site.role for site in plan.move.sites} == {Role.SOURCE}:
         return False  # where the process is at home, it needs nothing: that is teardown's
@@ -163,87 +226,9 @@ def _has_ended(executor: Executor, journal: Journal, plan: Plan, here: list[Site
         if seen.callers or executor.kernel.find_listeners(destination, olds):
             return False
     entries = [entry for some in seen.entries.values() for entry in some]
-    # No socket may also mean that it is not restored yet, or dumped to move on: then nobody
-    # has said goodbye, and conntrack believes in the connection still.
+    # No socket may also mean that it is not restored yet, or dumped to move on: then
+    # neither end has closed, and conntrack believes in the connection still.
     return not seen.sockets and not any(entry and entry.alive for entry in entries)
-
-
-def _clear_files(executor: Executor, *, dry_run: bool) -> list[Cleared]:
-    found = []
-    for name in executor.state.strays():
-        if not dry_run:
-            executor.state.remove_stray(name)
-        found.append(Cleared("file", name, "no journal knows it"))
-    return found
-
-
-def _clear_site(
-    executor: Executor,
-    site: Site,
-    identity: Identity | None,
-    gone: set[str],
-    done: set[Identity],
-    left: list[NatkeepError],
-    *,
-    dry_run: bool,
-) -> list[Cleared]:
-    try:
-        known_as = None if identity is None else {site: identity}
-        executor.kernel.open_sites([site], known_as)
-    except NamespaceGoneError:
-        return []
-    here = executor.kernel.identity(site)
-    if here in done:
-        return []
-    done.add(here)
-    known, olds, sure = _find_known(executor, here, gone if dry_run else ())
-    try:
-        table = executor.kernel.find_strays(site)
-        strays = table.ids() - known
-        if dry_run:
-            strays -= gone
-        whole = not known and sure and (table.there or table.silent)
-        if not strays and (not whole or (dry_run and gone)):
-            return []
-        if not dry_run:
-            executor.kernel.clear_strays(site, known, olds, sure=sure)
-            faultpoints.reach("collected", "table")
-    except NatkeepError as error:
-        left.append(error)
-        return []
-    kept = [old for old in table.held if old not in olds] if sure else []
-    left += _name_addresses(site, kept)
-    names = ", ".join(sorted(strays)) or "nothing of any move"
-    return [Cleared("table", str(site), f"no journal knows {names}")]
-
-
-def _name_addresses(site: Site, olds: Iterable[Address]) -> list[NatkeepError]:
-    # Whether such an address was there before us only the journal knew: it is named, not taken.
-    return [
-        LeftoverError(
-            f"{site}: OLD {old} may still be on lo",
-            hint=f"ip address del {old}/{old.max_prefixlen} dev lo, unless it is at home there",
-        )
-        for old in olds
-    ]
-
-
-def _find_known(
-    executor: Executor, here: Identity, gone: Iterable[str]
-) -> tuple[frozenset[str], frozenset[Address], bool]:
-    """Ids and OLDs of the moves at a namespace, and whether every journal could be read."""
-    known: set[str] = set()
-    olds: set[Address] = set()
-    sure = True
-    for move_id in executor.state.ids():
-        found = executor.state.read_move(move_id)
-        if found is None:
-            known.add(move_id)
-            sure = False
-        elif here in found[1] and found[2] == read_boot_id() and move_id not in gone:
-            known.add(move_id)
-            olds |= {map_.old for map_ in found[0].maps}
-    return frozenset(known), frozenset(olds), sure
 
 
 def demand_nothing_left(collected: Collected) -> None:
