@@ -69,7 +69,7 @@ def prepare(args: argparse.Namespace) -> int:
     if args.dry_run:
         _print_plan(check(executor, move, checkpoint.connections, args.replace), as_json=args.json)
         return 0
-    require_devices(executor, move, report.bound_devices(checkpoint, move))
+    require_devices(executor, move, checkpoint)
     work = partial(prepare, executor)
     if args.replace is not None:
         work = partial(replace_move, executor, args.replace)

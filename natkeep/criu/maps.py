@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
-from natkeep import policy, report
+from natkeep import policy
 from natkeep.checkpoint import Checkpoint
 from natkeep.checkpoint.images import has_own_netns, read_checkpoint
 from natkeep.criu.environment import Call, Orders, is_abandoned, joined_netns
@@ -56,7 +56,7 @@ def ensure_prepared(
         return False
     move = _make_move(move_id, orders, executor, site, lost)
     policy.authorise(move, count)
-    require_devices(executor, move, report.bound_devices(checkpoint, move))
+    require_devices(executor, move, checkpoint)
     _prepare(move, checkpoint, executor, site)
     say(f"{move_id}: {', '.join(str(map_) for map_ in move.maps)}, {count} prepared")
     return True

@@ -242,7 +242,7 @@ class Restore:
             if same == wanted and journal.is_prepared() and not journal.is_opened():
                 self.talk(f"natkeep: {move.id} is prepared already")
                 return
-        require_devices(executor, move, report.bound_devices(self.checkpoint, move))
+        require_devices(executor, move, self.checkpoint)
         plan = prepare(executor, move, connections, image=self.checkpoint.run_id)
         for line in report.unkept_lines(self.checkpoint, plan):
             self.talk(f"natkeep: not kept: {line}")

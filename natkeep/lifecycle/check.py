@@ -5,6 +5,7 @@ Rule: nothing is changed here, at any site or on disk.
 
 from __future__ import annotations
 
+from natkeep.checkpoint import Checkpoint
 from natkeep.errors import RefusedError, UsageError
 from natkeep.lifecycle.conflicts import refuse_conflicts
 from natkeep.lifecycle.executor import Executor
@@ -69,8 +70,9 @@ def _refuse_living(executor: Executor, plan: Plan) -> None:
             )
 
 
-def require_devices(executor: Executor, move: Move, devices: frozenset[str]) -> None:
-    """RefusedError when the destination lacks a device that a socket is bound to."""
+def require_devices(executor: Executor, move: Move, checkpoint: Checkpoint) -> None:
+    """RefusedError when the destination lacks a device that a kept socket is bound to."""
+    devices = checkpoint.devices([map_.old for map_ in move.maps])
     destinations = [site for site in move.sites if site.role == Role.DESTINATION]
     executor.kernel.open_sites(destinations)
     for site in destinations:
