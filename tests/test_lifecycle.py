@@ -36,6 +36,7 @@ from natkeep.lifecycle.gc import gc
 from natkeep.lifecycle.open import open_move
 from natkeep.lifecycle.prepare import prepare
 from natkeep.lifecycle.repair import repair
+from natkeep.lifecycle.replace import replace_move
 from natkeep.lifecycle.status import read_status
 from natkeep.lifecycle.teardown import teardown
 from natkeep.plan.drift import Gate, Observation
@@ -640,6 +641,49 @@ def test_rollback_runs_in_reverse(kernel: RecordingKernel, executor: Executor) -
     steps = [step for verb, step, _ in kernel.done if verb == "apply"]
     undone = [step for verb, step, _ in kernel.done if verb == "revert"]
     assert [OpenGate, *reversed(steps)] == undone  # the one that failed was begun, too
+
+
+def test_a_gate_and_a_purge_are_undone_again_where_anything_of_their_site_was_left(
+    kernel: RecordingKernel, executor: Executor, state: StateDirectory
+) -> None:
+    """The tables go with the last gate, and a gateway's own entries come back behind ours."""
+    prepare(executor, make_move(), CONNECTIONS, Gate.OPEN)
+    kernel.stuck = (AddAddress, InsertEntries)
+    with pytest.raises(LeftoverError):
+        teardown(executor, "web")
+    kept, again = (InstallGate, PurgeEntries), []
+    journal = state.load("web")
+    for step, record in zip(PLANS["ipv4"].steps, journal.records.values(), strict=True):
+        again += [type(step)] if isinstance(step, kept) else []
+        assert (record.state == "undone") == (not isinstance(step, (*kept, *kernel.stuck)))
+    kernel.stuck = ()
+    kernel.done.clear()
+    teardown(executor, "web")
+
+    assert [step for _, step, _ in kernel.done if step in kept] == [*reversed(again)]
+    assert kernel.sites == {"gw": FakeSite(), "dst": FakeSite()}
+
+
+def test_open_adds_and_takes_nothing_away(kernel: RecordingKernel, executor: Executor) -> None:
+    """After a deletion close() of any socket waits for the kernel: not inside the blackout."""
+    prepare(executor, make_move(), CONNECTIONS)
+    kernel.done.clear()
+    open_move(executor, "web")
+
+    assert {(verb, step) for verb, step, _ in kernel.done} == {("apply", OpenGate)}
+
+
+def test_a_replaced_move_goes_when_the_new_gate_is_closed_and_all_is_ready(
+    kernel: RecordingKernel, executor: Executor
+) -> None:
+    prepare(executor, make_move(), CONNECTIONS, Gate.OPEN)
+    kernel.done.clear()
+    replace_move(executor, "web", make_move(move_id="next"), CONNECTIONS)
+
+    verbs = [verb for verb, _, _ in kernel.done]
+    first = verbs.index("revert")
+    assert set(verbs[first:]) == {"revert"}
+    assert [step for _, step, _ in kernel.done[:first]] == [*map(type, PLANS["ipv4"].prepare)]
 
 
 def test_everything_is_checked_before_anything_is_changed(
