@@ -17,8 +17,8 @@ from natkeep.errors import JournalError, LeftoverError, NatkeepError, RefusedErr
 from natkeep.kernel.interface import Kernel
 from natkeep.kernel.netns import NamespaceGoneError
 from natkeep.lifecycle.progress import kinds_of, plan_of
-from natkeep.plan import ruleset
 from natkeep.plan.move import Move, Site
+from natkeep.plan.nft import TABLE
 from natkeep.plan.steps import (
     AddAddress,
     InstallGate,
@@ -236,5 +236,5 @@ def leftover(journal: Journal, left: list[NatkeepError]) -> LeftoverError:
     """What to say of a move that could not be undone to the end."""
     return LeftoverError(
         f"move {journal.move.id}: not undone: " + "; ".join(str(error) for error in left),
-        hint=f"natkeep teardown {journal.move.id} tries again; table {ruleset.TABLE} is ours alone",
+        hint=f"natkeep teardown {journal.move.id} tries again; table {TABLE} is ours alone",
     )

@@ -13,8 +13,8 @@ from natkeep.kernel.netns import NamespaceGoneError
 from natkeep.lifecycle.executor import Executor
 from natkeep.lifecycle.progress import is_retired, is_waiting, refuse_earlier_boot, unprepared
 from natkeep.lifecycle.status import look_around, note_sighting
-from natkeep.plan.mending import Patch, StopCounting
 from natkeep.plan.move import Site
+from natkeep.plan.repair import Patch, StopCounting
 from natkeep.plan.steps import Plan, Prior
 from natkeep.state.journal import Journal
 from natkeep.values import dataclass

@@ -21,9 +21,9 @@ from natkeep.kernel.netns import NamespaceGoneError
 from natkeep.lifecycle.executor import Executor
 from natkeep.lifecycle.progress import has_been_opened, is_retired, is_waiting, restored_at
 from natkeep.plan.drift import Gate, MoveStatus, Observation, SiteStatus, find_drift
-from natkeep.plan.liveness import Sighting, make_sighting
-from natkeep.plan.mending import Life, Patch, PutWays, describe_ways, find_life, find_patches
+from natkeep.plan.liveness import Life, Sighting, find_life, make_sighting
 from natkeep.plan.move import Role, Site
+from natkeep.plan.repair import Patch, PutWays, describe_ways, find_patches
 from natkeep.plan.steps import Identity, InstallTranslation, OpenGate, Plan
 from natkeep.plan.tuples import NO_CONNECTIONS
 from natkeep.state.journal import Journal, read_boot_id
