@@ -23,7 +23,7 @@ FLOORS = {
     **dict.fromkeys(("plan", "faultpoints"), 2),
     **dict.fromkeys(("errors", "values", "afterwards", "__init__"), 1),
 }
-BETWEEN_DOORS = [("cli/change.py", ["criu", "run"]), ("cli/restore.py", ["criu", "environment"])]
+BETWEEN_DOORS = [("cli/change.py", ["criu", "run"]), ("cli/change.py", ["criu", "environment"])]
 LIBRARIES = {"pyroute2", "nftables"}  # and scapy, in the lab
 
 

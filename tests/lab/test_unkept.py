@@ -12,7 +12,8 @@ from natkeep.lab.stage import PORT, Lab
 from natkeep.lab.topology import CLIENT
 from natkeep.lab.translators import Natkeep
 from natkeep.lab.wire import RST
-from natkeep.lifecycle.verbs import Lifecycle
+from natkeep.lifecycle.executor import Executor
+from natkeep.lifecycle.prepare import prepare
 from natkeep.plan.move import Fate, Map, Mode, Move, Role, Site
 from natkeep.plan.tuples import Connections, Endpoint, FourTuple
 from natkeep.state.journal import StateDirectory
@@ -67,7 +68,7 @@ class Losing(Natkeep):
             unkept=Fate.RESET, lost=Connections.of(self.lost),
         )  # fmt: skip
         state = StateDirectory(self._environment()["NATKEEP_STATE_DIR"], create=True)
-        Lifecycle(LinuxKernel(), state).prepare(move, Connections.of(order.connections))
+        prepare(Executor(LinuxKernel(), state), move, Connections.of(order.connections))
 
 
 @pytest.mark.parametrize("mode", ["stateful", "stateless"])
