@@ -4,6 +4,8 @@ Rule: what a test needs and does not find is a skip, unless NATKEEP_REQUIRE name
 failure (`make test` as root and `.ci/run` name all). A test says what it needs by a marker
 (`root`, `criu`, `lab`, or `needs("pycriu", "scapy")`) or calls the fixture `require`.
 Every namespace of a test comes from the fixture `netns` or `make_netns`, and goes by its name.
+With several workers (pytest-xdist, `make test`) each has a processor of its own, and its labs
+with it. What needs no kernel is marked `quick` here, by what it asks for (`make test-quick`).
 At the end the run fails if it left a namespace or an nft table in the host behind.
 """
 
@@ -95,11 +97,31 @@ def require() -> Callable[[str], None]:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    _take_one_processor()
     config.addinivalue_line("markers", "needs(*names): what NATKEEP_REQUIRE knows by these names")
     if unknown := REQUIRED - PROBES.keys():
         raise pytest.UsageError(
             f"NATKEEP_REQUIRE: unknown {', '.join(sorted(unknown))} (known: {', '.join(PROBES)})"
         )
+
+
+def _take_one_processor() -> None:
+    """Each worker and all it starts on one processor: a lab is not disturbed by the other's."""
+    if worker := os.environ.get("PYTEST_XDIST_WORKER"):
+        usual = sorted(os.sched_getaffinity(0))
+        os.sched_setaffinity(0, {usual[int(worker.removeprefix("gw")) % len(usual)]})
+
+
+KERNEL_MARKS = ("root", "criu", "lab")
+
+
+@pytest.hookimpl(tryfirst=True)  # before -m chooses
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark as quick what asks for no kernel."""
+    for item in items:
+        fixtures = getattr(item, "fixturenames", ())
+        if "make_netns" not in fixtures and not any(map(item.get_closest_marker, KERNEL_MARKS)):
+            item.add_marker("quick")
 
 
 MARKS = {"root": ("root",), "criu": ("root", "criu", "powers"), "lab": ("root", "scapy")}

@@ -10,6 +10,7 @@ tokenizer that knows nothing of the renderer reads them.
 from __future__ import annotations
 
 import ipaddress
+import os
 import re
 from collections.abc import Callable, Iterator
 from typing import TypeVar
@@ -26,7 +27,7 @@ from natkeep.plan.order import make_plan, render_nft
 from natkeep.plan.reception import make_receptions
 from natkeep.plan.tuples import Connections, Endpoint, FourTuple, parse_address
 
-EXAMPLES = 50_000
+EXAMPLES = int(os.environ.get("NATKEEP_EXAMPLES", "5000"))  # `make test-long`: 50,000
 
 # ---- the tokenizer -----------------------------------------------------------------------------
 
