@@ -27,8 +27,12 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 CRIU = ROOT / ".lab/criu/criu"
-OURS = ("natkeep-test-", "natkeep-lab-")
-PATIENCE = 30.0  # s; somebody else's lab at the same time is over by then, a leftover is not
+# In the name of each namespace of this run, whichever worker makes it: they inherit it.
+RUN = os.environ.setdefault("NATKEEP_RUN", secrets.token_hex(3))
+OURS = (f"natkeep-test-{RUN}", "natkeep-lab-")
+PATIENCE = 120.0  # s; another run's lab is over by then, a leftover is not
+# What is said to tests and lab. All else of natkeep's, in the shell that starts us, is not heard.
+HEARD = {f"NATKEEP_{it}" for it in ("RUN", "REQUIRE", "MANY", "EXAMPLES", "GOLDEN", "CRIU", "BIN")}
 
 
 def _run(*command: str) -> subprocess.CompletedProcess[str]:
@@ -98,6 +102,9 @@ def require() -> Callable[[str], None]:
 
 def pytest_configure(config: pytest.Config) -> None:
     _take_one_processor()
+    for name in [each for each in os.environ if each.startswith("NATKEEP_")]:
+        if name not in HEARD:
+            del os.environ[name]
     config.addinivalue_line("markers", "needs(*names): what NATKEEP_REQUIRE knows by these names")
     if unknown := REQUIRED - PROBES.keys():
         raise pytest.UsageError(
@@ -140,7 +147,7 @@ def make_netns() -> Iterator[Callable[[], str]]:
     made: list[str] = []
 
     def make() -> str:
-        name = f"natkeep-test-{secrets.token_hex(4)}"
+        name = f"natkeep-test-{RUN}{secrets.token_hex(3)}"
         subprocess.run(["ip", "netns", "add", name], check=True)
         made.append(name)
         subprocess.run(["ip", "-n", name, "link", "set", "lo", "up"], check=True)
