@@ -30,11 +30,11 @@ from pathlib import Path
 from bench.by_hand import FLOOR_TABLE, NEW, OLD, SENDER, make_connections, write_files
 from bench.figures import Figure, at_most, conclude
 from bench.namespaces import PREFIX, destination, end_on_sigterm, namespace
-from natkeep.journal import StateDirectory
 from natkeep.kernel.linux import LinuxKernel
 from natkeep.lifecycle.verbs import Lifecycle
 from natkeep.plan.move import Map, Move, Role, Site
 from natkeep.plan.tuples import Connections
+from natkeep.state.journal import StateDirectory
 
 NATKEEP = Path(sys.executable).parent / "natkeep"
 NAME = f"{PREFIX}{os.getpid()}"

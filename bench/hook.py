@@ -115,11 +115,8 @@ class Calls:
         finally:
             self.enter("nft", "delete", "table", "inet", "natkeep-bench")
 
-    def open(self, connections: int, *, early: bool = False) -> float:
-        """natkeep-hook opens a move that was prepared for it.
-
-        early: it has been called at pre-restore, and has got ready.
-        """
+    def open(self, connections: int) -> float:
+        """natkeep-hook opens a move that was prepared for it."""
         listing = self.directory / "listing"
         lines = (f"{OLD}:{PORT} {PEER}:{1024 + n}\n" for n in range(connections))
         listing.write_text("".join(lines))
@@ -129,9 +126,6 @@ class Calls:
             **state,
         )  # fmt: skip
         try:
-            if early:
-                self.hook("pre-restore", NATKEEP_ID="bench")
-                time.sleep(SETTLE)
             return self.hook("post-restore", NATKEEP_ID="bench")
         finally:
             self.enter(NATKEEP, "-q", "teardown", "bench", "--yes", **state)
@@ -156,7 +150,6 @@ def measure_calls(directory: Path, rounds: int, connections: int) -> dict[str, l
                 "sh, one nft -f": calls.load,
                 "hook opens 1 connection": lambda: calls.open(1),
                 f"hook opens {connections} connections": lambda: calls.open(connections),
-                "hook opens 1, called at pre-restore before": lambda: calls.open(1, early=True),
             })  # fmt: skip
         finally:
             tree.kill()
@@ -237,8 +230,6 @@ class Restores:
 
 def measure_restores(directory: Path, rounds: int) -> dict[str, list[float]]:
     """Whole restores, interleaved; called inside the namespaces that `isolated` made."""
-    # As on a host that has run for a while: in a young pid namespace nothing is started early.
-    Path("/proc/sys/kernel/ns_last_pid").write_text("1000")
     # In memory, as /run usually is: the journal is fsynced, beside the log that CRIU writes.
     with tempfile.TemporaryDirectory(prefix=PREFIX, dir="/dev/shm") as state:
         restores = Restores(directory, Path(state))

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 from bench.ends import EVERY, PATIENCE, WORD, Ends, Peer, Server
-from natkeep.journal import StateDirectory
 from natkeep.kernel.linux import LinuxKernel
 from natkeep.kernel.netns import Namespace, inside, open_namespace
 from natkeep.lab.application import Application
@@ -23,6 +22,7 @@ from natkeep.lab.topology import DESTINATION, SOURCE, Topology
 from natkeep.lifecycle.verbs import Lifecycle
 from natkeep.plan.move import Map, Move, Role, Site
 from natkeep.plan.tuples import Connections, Endpoint, FourTuple
+from natkeep.state.journal import StateDirectory
 
 HOOK = Path(sys.executable).with_name("natkeep-hook")
 PORT = 7000

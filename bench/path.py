@@ -36,11 +36,11 @@ from pathlib import Path
 from bench.figures import Figure, at_least, conclude, middle_half
 from bench.namespaces import PREFIX, end_on_sigterm
 from bench.wire import CLIENT, METRICS, MTU_OCTETS, NEW, OLD, PORT, Wire, measure, measure_bulk
-from natkeep.journal import StateDirectory
 from natkeep.kernel.linux import LinuxKernel
 from natkeep.lifecycle.verbs import Lifecycle
 from natkeep.plan.move import Map, Mode, Move, Role, Site
 from natkeep.plan.tuples import Connections
+from natkeep.state.journal import StateDirectory
 
 # ---- configurations ----------------------------------------------------------------------------
 

@@ -20,11 +20,11 @@ from natkeep.checkpoint import Checkpoint
 from natkeep.checkpoint.imagefile import COMMON, IDS, PSTREE
 from natkeep.checkpoint.images import read_checkpoint
 from natkeep.checkpoint.listing import write_listing
-from natkeep.journal import StateDirectory, read_boot_id
 from natkeep.plan.move import Map, Mode, Move, Role, Site
 from natkeep.plan.steps import Prior
-from natkeep.plan.translations import Surroundings
+from natkeep.plan.translation import Surroundings
 from natkeep.plan.tuples import Connections, parse_address
+from natkeep.state.journal import StateDirectory, read_boot_id
 
 Case = dict[str, bytes]
 

@@ -16,8 +16,8 @@ from natkeep.checkpoint.imagefile import Directory
 from natkeep.checkpoint.images import read_checkpoint_with_queues, read_with_queues
 from natkeep.checkpoint.listing import parse_octets, read_listing
 from natkeep.errors import ImageError, JournalError, NatkeepError
-from natkeep.journal import Journal, StateDirectory
-from natkeep.statefiles import StateFiles
+from natkeep.state.files import StateFiles
+from natkeep.state.journal import Journal, StateDirectory
 
 
 class Target(ABC):

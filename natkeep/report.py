@@ -11,14 +11,14 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from natkeep.checkpoint import Checkpoint, Socket
+from natkeep.plan.criu_lock import NetworkLock
+from natkeep.plan.diagnostics import CATALOGUE, Finding
 from natkeep.plan.drift import MoveStatus, Observation, SeenEntry, SiteStatus
-from natkeep.plan.findings import CATALOGUE, Finding
-from natkeep.plan.lock import NetworkLock
 from natkeep.plan.move import Fate, Move, Role
-from natkeep.plan.order import render_nft
+from natkeep.plan.plan import render_nft
 from natkeep.plan.resets import NOT_TOLD, describe_fates
 from natkeep.plan.steps import InsertEntries, Plan
-from natkeep.plan.translations import Compared, Translation
+from natkeep.plan.translation import Compared, Translation
 from natkeep.plan.tuples import Address, Connections, FourTuple
 
 SHOWN = 20

@@ -13,7 +13,7 @@ ends.
 
 from contextlib import suppress
 
-from natkeep.kernel import hold
+from natkeep.kernel import segment_holder
 from natkeep.lab.application import all_open, received
 from natkeep.lab.host import LabError, await_true
 from natkeep.lab.verdict import Assertion
@@ -40,7 +40,7 @@ def tell(lab):
 
     def all_held():
         nonlocal held
-        held = hold.look(state, lab.order.id)
+        held = segment_holder.look(state, lab.order.id)
         return held is None or held.octets >= CONNECTIONS * OCTETS
 
     with suppress(LabError):  # told by the assertion
@@ -49,7 +49,7 @@ def tell(lab):
     ok = octets == CONNECTIONS * OCTETS
     note("what the client says meanwhile is held", ok, f"{octets} octets")
     lab.restore()
-    left = hold.look(state, lab.order.id)
+    left = segment_holder.look(state, lab.order.id)
     note("the holder has ended", left is None, str(left or ""))
     goal = 100 + OCTETS
     with lab.must("it is answered"):

@@ -204,7 +204,7 @@ def arrange(place: Path, words: list[str], patch: pytest.MonkeyPatch) -> None:
         content = io.BytesIO(_text(tuple(rest)))
         patch.setattr(sys, "stdin", io.TextIOWrapper(content, encoding="utf-8"))
     elif verb == "boot":
-        patch.setattr("natkeep.lifecycle.ground.read_boot_id", lambda: "another boot")
+        patch.setattr("natkeep.lifecycle.executor.read_boot_id", lambda: "another boot")
     else:
         ARRANGEMENTS[verb](place / rest[0], *rest[1:])
 

@@ -35,11 +35,11 @@ from typing import Any, NamedTuple
 import pytest
 
 from natkeep import cli
-from natkeep.journal import StateDirectory
 from natkeep.kernel.netns import inside, open_namespace
 from natkeep.lifecycle.verbs import Lifecycle
-from natkeep.plan import ruleset
+from natkeep.plan import tables
 from natkeep.plan.move import Mode
+from natkeep.state.journal import StateDirectory
 
 CORPUS = Path(__file__).parent / "checkpoint/corpus/plain"
 LIST = "10.2.0.10:5000 10.1.0.2:50594\n10.2.0.10:5000 10.1.0.2:50595\n"
@@ -836,8 +836,8 @@ def test_the_json_of_each_verb_has_the_contracts_keys(sites: Network, natkeep: R
 
 def without_tables(planned: list[str]) -> list[str]:
     """The plan's lines without those that make the tables, which no step of a move says."""
-    static = [*ruleset.render_static(), *ruleset.render_mode(Mode.STATEFUL)]
-    more = [*ruleset.render_leaving(), *ruleset.render_arp_static()]
+    static = [*map(str, (*tables.base_table(), *tables.mode_table(Mode.STATEFUL)))]
+    more = [*map(str, (*tables.destination_table(), *tables.arp_table()))]
     sizes = {"gateway": len(static), "destination": len(static) + len(more)}
     left, at = [], 0
     while at < len(planned):
@@ -1412,7 +1412,7 @@ def test_an_error_that_nobody_foresaw_is_one_line_and_exit_1(
     def fail(*_: object) -> None:
         raise OSError(5, "Input/output error")
 
-    monkeypatch.setattr(Lifecycle, "digest_status", fail)
+    monkeypatch.setattr(Lifecycle, "status", fail)
     monkeypatch.setattr(cli, "silence", lambda stream: None)  # it would be pytest's
     code, out, err = natkeep_here("status")
     assert (code, out, err) == (1, "", ["natkeep: [Errno 5] Input/output error"])

@@ -11,17 +11,17 @@ import typing
 from pathlib import Path
 
 import pytest
+from fake_kernel import FakeKernel, FakeSite, KilledError
 
-from natkeep import fault
+from natkeep import faultpoints
 from natkeep.errors import JournalError, UsageError
-from natkeep.journal import Record, StateDirectory
-from natkeep.kernel.fake import FakeKernel, FakeSite, KilledError
-from natkeep.lifecycle.ground import plan_of
+from natkeep.lifecycle.executor import plan_of
 from natkeep.lifecycle.verbs import Lifecycle
 from natkeep.plan.drift import Gate
 from natkeep.plan.move import Map, Move, Role, Site
 from natkeep.plan.steps import AddAddress, InsertEntries, InstallGate, OpenGate, Prior, Step
 from natkeep.plan.tuples import Connections, Endpoint, FourTuple, parse_address
+from natkeep.state.journal import Record, StateDirectory
 
 ROOT = Path(__file__).resolve().parent.parent
 FIGURES = re.compile(
@@ -36,7 +36,7 @@ def find_calls() -> dict[str, set[int]]:
     found: dict[str, set[int]] = {}
     for path in (ROOT / "natkeep").rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, ast.Call) and ast.unparse(node.func) == "fault.reach":
+            if isinstance(node, ast.Call) and ast.unparse(node.func) == "faultpoints.reach":
                 place = node.args[0]
                 assert isinstance(place, ast.Constant), f"{path}: {ast.unparse(node)}"
                 found.setdefault(str(place.value), set()).add(min(len(node.args), 2))
@@ -46,15 +46,15 @@ def find_calls() -> dict[str, set[int]]:
 def test_the_code_has_the_listed_places_and_no_others() -> None:
     calls = find_calls()
 
-    assert calls.keys() == fault.PLACES.keys()
-    for place, several in fault.PLACES.items():
+    assert calls.keys() == faultpoints.PLACES.keys()
+    for place, several in faultpoints.PLACES.items():
         assert calls[place] == {2 if several else 1}, place
-    assert len(set(fault.POINTS)) == len(fault.POINTS) >= 30
+    assert len(set(faultpoints.POINTS)) == len(faultpoints.POINTS) >= 30
 
 
 def test_each_kind_of_step_has_its_points() -> None:
     """A new step lands with its faults."""
-    assert set(fault.STEPS) == {kind.__name__ for kind in typing.get_args(Step)}
+    assert set(faultpoints.STEPS) == {kind.__name__ for kind in typing.get_args(Step)}
 
 
 @pytest.mark.parametrize(
@@ -71,10 +71,10 @@ def test_each_kind_of_step_has_its_points() -> None:
 def test_an_unknown_fault_is_refused_at_once(
     text: str, message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(fault, "_ARMED", fault._parse(text))
+    monkeypatch.setattr(faultpoints, "_ARMED", faultpoints._parse(text))
 
     with pytest.raises(UsageError) as raised:
-        fault.demand_known()
+        faultpoints.demand_known()
 
     assert str(raised.value) == f"NATKEEP_FAULT: {message}"
 
@@ -97,7 +97,7 @@ def test_the_program_reads_the_variable() -> None:
     ("kind", "code", "last"),
     [
         ("kill", -9, "natkeep: fault locked:kill"),
-        ("error", 1, "natkeep.fault.FaultError: fault at locked"),
+        ("error", 1, "natkeep.faultpoints.FaultError: fault at locked"),
         ("errno", 1, "natkeep: [Errno 12] Cannot allocate memory"),
         ("errno=EPERM", 1, "natkeep: [Errno 1] Operation not permitted"),
     ],
@@ -136,7 +136,7 @@ def test_a_short_run_leaves_nothing() -> None:
     figures = FIGURES.search(done.stdout)
     assert figures
     said = {name: int(number) for name, number in figures.groupdict().items()}
-    assert said["reached"] == said["points"] == len(fault.POINTS)
+    assert said["reached"] == said["points"] == len(faultpoints.POINTS)
     assert (said["faults"], said["kills"], said["differences"]) == (12, 6, 0)
     # Twelve of one site at the least, and one directory, of each run.
     assert said["compared"] >= 12 * (said["faults"] + said["kills"])
@@ -207,7 +207,7 @@ def test_an_open_that_was_killed_is_ours_to_close_when_it_is_opened_again(
 def test_what_is_in_the_way_of_a_journal_that_cannot_be_renamed_is_removed(
     state: StateDirectory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(fault, "_ARMED", {"journal-rename-journal": "errno"})
+    monkeypatch.setattr(faultpoints, "_ARMED", {"journal-rename-journal": "errno"})
     lifecycle = Lifecycle(FakeKernel(), state)
 
     with pytest.raises(JournalError, match="No space left on device"):

@@ -1,6 +1,6 @@
 """hold and replay by natkeep's own verbs: what prepare leaves running, what open and teardown end.
 
-The holder itself: tests/kernel/test_hold.py; what it keeps: tests/plan/test_replay.py.
+The holder itself: tests/kernel/test_segment_holder.py; what it keeps: tests/plan/test_replay.py.
 """
 
 from __future__ import annotations
@@ -14,16 +14,17 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from fake_kernel import FakeKernel, FakeSite
 
-from natkeep.journal import StateDirectory
-from natkeep.kernel import Remember, hold
-from natkeep.kernel.fake import FakeKernel, FakeSite
+from natkeep.kernel import segment_holder
+from natkeep.kernel.interface import Remember
 from natkeep.lab.host import await_true
 from natkeep.lifecycle.verbs import Lifecycle
 from natkeep.plan.drift import Gate
 from natkeep.plan.move import Map, Move, Role, Site
 from natkeep.plan.steps import HoldSegments, Prior, Step
 from natkeep.plan.tuples import Connections, Endpoint, FourTuple, parse_address
+from natkeep.state.journal import StateDirectory
 
 OLD, NEW = parse_address("10.2.0.10"), parse_address("10.3.0.20")
 KEPT = Connections.of(
@@ -158,8 +159,8 @@ class Verbs:
         )  # fmt: skip
 
     @property
-    def held(self) -> hold.Held | None:
-        return hold.look(str(self.state), "web")
+    def held(self) -> segment_holder.Held | None:
+        return segment_holder.look(str(self.state), "web")
 
 
 @pytest.fixture
@@ -181,7 +182,7 @@ def test_prepare_starts_a_holder_that_outlives_it_and_teardown_ends_it(verbs: Ve
 
     verbs("teardown", "web")
 
-    assert running == hold.Held(0, 0, 0)
+    assert running == segment_holder.Held(0, 0, 0)
     assert verbs.held is None
     assert os.listdir(verbs.state) == ["lock"]
 
@@ -243,7 +244,7 @@ def test_the_quick_hook_has_it_deliver(verbs: Verbs) -> None:
 @pytest.mark.needs("nftables")
 def test_a_holder_that_is_gone_or_does_not_answer_keeps_no_gate_closed(verbs: Verbs) -> None:
     verbs.prepare()
-    hold.end(str(verbs.state), "web")
+    segment_holder.end(str(verbs.state), "web")
     with socket.socket(socket.AF_UNIX) as mute:  # accepts, and never says a word
         mute.bind(str(verbs.state / "web.hold"))
         mute.listen()

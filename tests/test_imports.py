@@ -3,7 +3,7 @@
 Rule: an import runs down, or stays in its own folder. Where it stands does not matter (at the top,
 in a function, under TYPE_CHECKING), with three exceptions, all from inside a function: the door
 `cli` may reach `lab.cli`, the practice networks' own verbs, so that no move ever loads the lab, and
-`criu.run`, which is the verb `run`, and `criu.orders`, which knows whose moves a hook made (`gc`).
+`criu.run`, which is the verb `run`, and `criu.environment`, which knows the hook's moves (`gc`).
 """
 
 from __future__ import annotations
@@ -19,13 +19,11 @@ PACKAGE = Path(__file__).resolve().parent.parent / "natkeep"
 FLOORS = {
     **dict.fromkeys(("cli", "criu", "__main__"), 5),
     **dict.fromkeys(("lifecycle", "report"), 4),
-    **dict.fromkeys(("kernel", "checkpoint", "journal", "policy"), 3),
-    # What the journal is written in, and by: they know of no move, nor of a kernel.
-    **dict.fromkeys(("journal_form", "statefiles"), 2.5),
-    **dict.fromkeys(("plan", "fault"), 2),
+    **dict.fromkeys(("kernel", "checkpoint", "state", "policy"), 3),
+    **dict.fromkeys(("plan", "faultpoints"), 2),
     **dict.fromkeys(("errors", "values", "afterwards", "__init__"), 1),
 }
-BETWEEN_DOORS = [("cli/moving.py", ["criu", "run"]), ("cli/mending.py", ["criu", "orders"])]
+BETWEEN_DOORS = [("cli/change.py", ["criu", "run"]), ("cli/restore.py", ["criu", "environment"])]
 LIBRARIES = {"pyroute2", "nftables"}  # and scapy, in the lab
 
 
@@ -98,11 +96,11 @@ def test_every_import_runs_down() -> None:
     ("name", "line", "fault"),
     [
         ("plan/move.py", "from natkeep.kernel import netns", "natkeep.kernel.netns: not downwards"),
-        ("plan/move.py", "import natkeep.journal", "natkeep.journal: not downwards"),
+        ("plan/move.py", "import natkeep.state.journal", "natkeep.state.journal: not downwards"),
         ("plan/move.py", "from natkeep import policy", "natkeep.policy: not downwards"),
         ("plan/move.py", "import pyroute2", "pyroute2: an outside library"),
         ("plan/move.py", "from ..kernel import nft", "..kernel.nft: relative"),
-        ("journal.py", "from natkeep import lifecycle", "natkeep.lifecycle: not downwards"),
+        ("state/journal.py", "from natkeep import lifecycle", "natkeep.lifecycle: not downwards"),
         ("checkpoint/live.py", "import natkeep.kernel.netns", "natkeep.kernel.netns: not down"),
         ("kernel/nft.py", "import requests", "requests: an outside library"),
         ("kernel/nft.py", "def f():\n    import natkeep.cli", "natkeep.cli: not downwards"),
@@ -113,7 +111,11 @@ def test_every_import_runs_down() -> None:
         ),
         ("lab/wire.py", "from natkeep.kernel import nft", "natkeep.kernel.nft: not for the lab"),
         ("lab/wire.py", "import natkeep.lifecycle", "natkeep.lifecycle: not for the lab"),
-        ("lifecycle/ground.py", "import natkeep.lab.wire", "natkeep.lab.wire: the lab is imported"),
+        (
+            "lifecycle/executor.py",
+            "import natkeep.lab.wire",
+            "natkeep.lab.wire: the lab is imported",
+        ),
         ("cli/parser.py", "from natkeep.lab import cli", "natkeep.lab.cli: the lab is imported"),
         (
             "cli/parser.py",
@@ -137,18 +139,18 @@ def test_an_import_that_does_not_run_down_is_found(
 
 def test_an_outside_library_in_two_files_is_found(tmp_path: Path) -> None:
     (tmp_path / "kernel").mkdir()
-    for name in ("address.py", "conntrack.py"):
+    for name in ("rtnetlink.py", "conntrack.py"):
         (tmp_path / "kernel" / name).write_text("from pyroute2 import IPRoute")
 
     faults = find_faults(tmp_path)
 
-    assert faults == ["pyroute2 is imported in 2 files: kernel/address.py, kernel/conntrack.py"]
+    assert faults == ["pyroute2 is imported in 2 files: kernel/conntrack.py, kernel/rtnetlink.py"]
 
 
 def test_imports_that_run_down_are_no_fault(tmp_path: Path) -> None:
     tree = {
         "cli/parser.py": "import natkeep.lifecycle\ndef f():\n    from natkeep.lab import cli",
-        "lifecycle/ground.py": "from natkeep import errors, journal, __version__",
+        "lifecycle/executor.py": "from natkeep import errors, journal, __version__",
         "kernel/linux.py": "import os\nimport pyroute2\nfrom natkeep.kernel import nft",
         "plan/move.py": "from natkeep.plan.tuples import FourTuple\nfrom natkeep.errors import E",
         "lab/wire.py": "import scapy.all\nfrom natkeep.kernel.netns import enter",

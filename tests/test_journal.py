@@ -16,13 +16,14 @@ from typing import Any
 
 import pytest
 
-from natkeep import __version__, statefiles
+from natkeep import __version__
 from natkeep.errors import JournalError, RefusedError, UsageError
-from natkeep.journal import Journal, StateDirectory, read_boot_id
 from natkeep.plan.move import Map, Mode, Move, Role, Site
 from natkeep.plan.steps import Prior
-from natkeep.plan.translations import Surroundings
+from natkeep.plan.translation import Surroundings
 from natkeep.plan.tuples import Connections, Endpoint, FourTuple, parse_address
+from natkeep.state import files
+from natkeep.state.journal import Journal, StateDirectory, read_boot_id
 
 MOVE = Move(
     "web",
@@ -553,7 +554,7 @@ def test_a_journal_too_large_to_be_one_is_not_read(
     state: StateDirectory, place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     begin(state)
-    monkeypatch.setattr(statefiles, "_SIZE_LIMIT", 100)
+    monkeypatch.setattr(files, "_SIZE_LIMIT", 100)
     assert f"{place}/web.journal is too large" == refusal(state)
 
 
@@ -785,5 +786,5 @@ def test_a_file_is_read_to_its_end_whatever_its_size_was(tmp_path: Path, size: i
     (tmp_path / "file").write_bytes(content)
     fd = os.open(tmp_path / "file", os.O_RDONLY)
 
-    assert statefiles._read_all(fd, size) == content
+    assert files._read_all(fd, size) == content
     os.close(fd)

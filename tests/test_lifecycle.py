@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import NoReturn
 
 import pytest
+from fake_kernel import FakeKernel, FakeSite, FakeSnapshot, KilledError
 
 from natkeep.errors import (
     JournalError,
@@ -25,18 +26,15 @@ from natkeep.errors import (
     RefusedError,
     UsageError,
 )
-from natkeep.journal import StateDirectory
-from natkeep.kernel import Remember
-from natkeep.kernel.fake import FakeKernel, FakePanorama, FakeSite, KilledError
+from natkeep.kernel.interface import Remember
 from natkeep.kernel.netns import NamespaceGoneError
-from natkeep.lifecycle import looking
-from natkeep.lifecycle.collecting import Collecting
-from natkeep.lifecycle.repairing import Repairing
-from natkeep.lifecycle.sharing import do_at_once
+from natkeep.lifecycle import status
+from natkeep.lifecycle.gc import Collecting
+from natkeep.lifecycle.repair import Repairing
 from natkeep.lifecycle.verbs import Lifecycle
-from natkeep.plan.drift import Gate, MoveStatus, Observation
+from natkeep.plan.drift import Gate, Observation
 from natkeep.plan.move import Fate, Map, Move, Role, Site
-from natkeep.plan.order import make_plan
+from natkeep.plan.plan import make_plan
 from natkeep.plan.steps import (
     AddAddress,
     Identity,
@@ -50,6 +48,7 @@ from natkeep.plan.steps import (
     Step,
 )
 from natkeep.plan.tuples import Connections, Endpoint, FourTuple, parse_address
+from natkeep.state.journal import StateDirectory
 
 GATEWAY, DESTINATION = Site(Role.GATEWAY, "gw"), Site(Role.DESTINATION, "dst")
 SITES = (DESTINATION, GATEWAY)
@@ -990,7 +989,7 @@ class EndingKernel(RecordingKernel):
 def test_drain_waits_until_no_connection_lives(
     state: StateDirectory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(looking, "_DRAIN_INTERVAL", 0)
+    monkeypatch.setattr(status, "_DRAIN_INTERVAL", 0)
     lines: list[str] = []
     natkeep = Lifecycle(EndingKernel(), state, lines.append)
     natkeep.prepare(make_move(), CONNECTIONS, Gate.OPEN)
@@ -1080,7 +1079,7 @@ def test_whoever_looks_at_many_moves_lets_go_of_each(
 
 
 class HazyKernel(RecordingKernel):
-    """Its panoramas miss the gate of some moves, which are just being changed."""
+    """Its snapshots miss the gate of some moves, which are just being changed."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -1092,12 +1091,12 @@ class HazyKernel(RecordingKernel):
         self.closely.append(plan.move.id)
         return super().observe(site, plan)
 
-    def take_panorama(self, site: Site) -> FakePanorama:
+    def snapshot(self, site: Site) -> FakeSnapshot:
         self.taken += 1
         return Hazy(self)
 
 
-class Hazy(FakePanorama):
+class Hazy(FakeSnapshot):
     def observe(self, site: Site, plan: Plan) -> Observation:
         assert isinstance(self.kernel, HazyKernel)
         seen = FakeKernel.observe(self.kernel, site, plan)
@@ -1115,7 +1114,7 @@ def prepare_many(natkeep: Lifecycle, count: int) -> list[str]:
     return [f"m{number:02}" for number in range(count)]
 
 
-def test_many_moves_at_a_site_are_seen_in_one_panorama_and_drift_is_looked_at_closely(
+def test_many_moves_at_a_site_are_seen_in_one_snapshot_and_drift_is_looked_at_closely(
     state: StateDirectory,
 ) -> None:
     kernel = HazyKernel()
@@ -1132,7 +1131,7 @@ def test_many_moves_at_a_site_are_seen_in_one_panorama_and_drift_is_looked_at_cl
 
     assert kernel.closely == ["m03", "m04"]
     drifted = [s.plan.move.id for s in found if any(site.drift for site in s.sites)]
-    assert drifted == ["m04"]  # what the panorama alone did not show is no drift
+    assert drifted == ["m04"]  # what the shared snapshot alone did not show is no drift
     assert kernel.opened == set()
 
 
@@ -1149,7 +1148,7 @@ def test_a_move_that_is_torn_down_while_many_are_looked_at_is_left_out(
                 natkeep.teardown("m07")
             return super().observe(site, plan)
 
-    kernel.take_panorama = lambda site: TornDown(kernel)  # type: ignore[method-assign]
+    kernel.snapshot = lambda site: TornDown(kernel)  # type: ignore[method-assign]
     kernel.missed = {"m07"}
 
     unreadable: list[JournalError] = []
@@ -1157,56 +1156,3 @@ def test_a_move_that_is_torn_down_while_many_are_looked_at_is_left_out(
         i for i in ids if i != "m07"
     ]
     assert unreadable == []
-
-
-def children() -> str:
-    """Of this process; some may be those of tests before."""
-    return Path(f"/proc/self/task/{os.getpid()}/children").read_text()
-
-
-def test_shares_of_many_moves_are_looked_at_by_children_and_told_in_order(
-    state: StateDirectory, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    kernel = HazyKernel()
-    natkeep = Lifecycle(kernel, state)
-    ids = prepare_many(natkeep, 20)
-    del kernel.sites["gw"].gates["m04"]
-    (Path(state.path) / "m11.journal").write_bytes(b"garbage\n")
-    monkeypatch.setattr(looking, "_SHARE", 5)
-
-    def digest(status: MoveStatus) -> tuple[str, int, list[str]]:
-        return status.plan.move.id, os.getpid(), [line for s in status.sites for line in s.drift]
-
-    before = children()
-    unreadable: list[JournalError] = []
-    found = natkeep.digest_status(digest, unreadable, 3)
-
-    assert [move_id for move_id, *_ in found] == [i for i in ids if i != "m11"]
-    assert len({pid for _, pid, _ in found}) == 3
-    assert [move_id for move_id, _, drift in found if drift] == ["m04"]
-    assert ["m11" in str(error) for error in unreadable] == [True]
-    assert before == children()
-
-
-def test_what_a_child_does_not_come_to_the_end_of_is_done_by_its_parent(
-    capfd: pytest.CaptureFixture[str],
-) -> None:
-    before = children()
-    own = os.getpid()
-
-    def fail_elsewhere() -> int:
-        if os.getpid() != own:
-            raise KernelError("told to fail")
-        return 2
-
-    assert do_at_once([lambda: 1, fail_elsewhere, lambda: 3], lambda: None) == [1, 2, 3]
-    with pytest.raises(KernelError, match="here too"):
-        do_at_once([lambda: 1, _fail], lambda: None)
-    with pytest.raises(KernelError, match="here too"):
-        do_at_once([_fail, lambda: 1], lambda: None)
-    assert capfd.readouterr() == ("", "")
-    assert before == children()
-
-
-def _fail() -> int:
-    raise KernelError("here too")

@@ -11,20 +11,20 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from fake_kernel import FakeKernel, FakeSite, KilledError
 
 from natkeep import policy
 from natkeep.checkpoint import Checkpoint, Inventory, NetworkLock
 from natkeep.errors import JournalError, KernelError, RefusedError, UsageError
-from natkeep.journal import StateDirectory
-from natkeep.kernel.fake import FakeKernel, FakeSite, KilledError
-from natkeep.lifecycle.collecting import Collecting
-from natkeep.lifecycle.ground import plan_of
-from natkeep.lifecycle.repairing import Repairing
+from natkeep.lifecycle.executor import plan_of
+from natkeep.lifecycle.gc import Collecting
+from natkeep.lifecycle.repair import Repairing
 from natkeep.lifecycle.verbs import Lifecycle
 from natkeep.plan.drift import Gate
 from natkeep.plan.move import Map, Mode, Move, Role, Site
-from natkeep.plan.translations import Compared
+from natkeep.plan.translation import Compared
 from natkeep.plan.tuples import Connections, Endpoint, FourTuple, parse_address
+from natkeep.state.journal import StateDirectory
 from natkeep.values import replace
 
 GATEWAY, DESTINATION = Site(Role.GATEWAY, "gw"), Site(Role.DESTINATION, "dst")

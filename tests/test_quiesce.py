@@ -15,18 +15,18 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from fake_kernel import FakeKernel, FakeSite, KilledError
 
 from natkeep import cli
 from natkeep.errors import JournalError, KernelError, NatkeepError, RefusedError
-from natkeep.journal import StateDirectory
-from natkeep.kernel.fake import FakeKernel, FakeSite, KilledError
 from natkeep.kernel.netns import inside, open_namespace
 from natkeep.lifecycle.verbs import Lifecycle
+from natkeep.plan.criu_lock import DumpLock, NetworkLock
 from natkeep.plan.drift import Gate
-from natkeep.plan.lock import DumpLock, NetworkLock
 from natkeep.plan.move import Map, Move, Role, Site
 from natkeep.plan.steps import HoldListeners, TakeOverLock
 from natkeep.plan.tuples import Connections, Endpoint, FourTuple, parse_address
+from natkeep.state.journal import StateDirectory
 
 OLD, NEW = parse_address("10.2.0.10"), parse_address("10.3.0.20")
 MAPS = (Map(OLD, NEW),)
@@ -505,5 +505,5 @@ def test_teardown_at_the_source_asks_for_leave(
 
 
 def test_the_hook_s_source_is_loaded_only_where_it_is_asked_for() -> None:
-    code = "import sys, natkeep.criu.hook; sys.exit('natkeep.criu.source' in sys.modules)"
+    code = "import sys, natkeep.criu.hook; sys.exit('natkeep.criu.dump' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0

@@ -13,21 +13,21 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import pytest
+from fake_kernel import FakeKernel, FakeSite, KilledError
 
 from natkeep.errors import JournalError, KernelError, LeftoverError, NatkeepError, RefusedError
-from natkeep.journal import StateDirectory
-from natkeep.kernel.fake import FakeKernel, FakeSite, KilledError
 from natkeep.kernel.netns import NamespaceGoneError
-from natkeep.lifecycle.collecting import Cleared, Collected, Collecting, demand_nothing_left
-from natkeep.lifecycle.repairing import Repairing
+from natkeep.lifecycle.gc import Cleared, Collected, Collecting, demand_nothing_left
+from natkeep.lifecycle.repair import Repairing
 from natkeep.lifecycle.verbs import Lifecycle
+from natkeep.plan.conntrack import entries
 from natkeep.plan.drift import Gate, MoveStatus, Observation
-from natkeep.plan.entries import entries
-from natkeep.plan.mending import split_opening
 from natkeep.plan.move import Map, Move, Role, Site
-from natkeep.plan.order import make_plan
+from natkeep.plan.plan import make_plan
 from natkeep.plan.steps import Identity, InsertEntries, OpenGate, Plan, Prior
 from natkeep.plan.tuples import Connections, Endpoint, FourTuple, parse_address
+from natkeep.plan.wanted import split_opening
+from natkeep.state.journal import StateDirectory
 from natkeep.values import replace
 
 GATEWAY, DESTINATION = Site(Role.GATEWAY, "gw"), Site(Role.DESTINATION, "dst")

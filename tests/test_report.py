@@ -15,9 +15,9 @@ from natkeep.checkpoint import Checkpoint, Socket, TcpState
 from natkeep.checkpoint.images import read_checkpoint
 from natkeep.plan.drift import Gate, MoveStatus, Observation, SeenEntry, SiteStatus
 from natkeep.plan.move import Map, Move, Role, Site
-from natkeep.plan.order import make_plan
+from natkeep.plan.plan import make_plan
 from natkeep.plan.steps import Plan
-from natkeep.plan.translations import Surroundings
+from natkeep.plan.translation import Surroundings
 from natkeep.plan.tuples import Connections, Endpoint, FourTuple, parse_address
 
 GATEWAY, DESTINATION = Site(Role.GATEWAY, "gw"), Site(Role.DESTINATION)

@@ -6,20 +6,20 @@ import json
 from pathlib import Path
 
 import pytest
+from fake_kernel import FakeKernel
 
 from natkeep import policy, report
 from natkeep.checkpoint import ELSEWHERE, Checkpoint, Socket, TcpState
 from natkeep.cli.arguments import authorise, make_move
 from natkeep.cli.parser import make_parser
-from natkeep.criu.orders import read_orders
+from natkeep.criu.environment import read_orders
 from natkeep.errors import RefusedError, UsageError
-from natkeep.journal import StateDirectory
-from natkeep.kernel.fake import FakeKernel
 from natkeep.lifecycle.verbs import Lifecycle
 from natkeep.plan.drift import Gate
 from natkeep.plan.move import Fate, Map, Move, Role, Site
-from natkeep.plan.order import make_plan
+from natkeep.plan.plan import make_plan
 from natkeep.plan.tuples import Connections, Endpoint, FourTuple, parse_address
+from natkeep.state.journal import StateDirectory
 
 MAP = Map(parse_address("10.2.0.10"), parse_address("10.3.0.20"))
 SITES = (Site(Role.GATEWAY, "gw"), Site(Role.DESTINATION, "dst"))

@@ -28,7 +28,7 @@ from place import import_everything
 from runs import Result, kill, strike, trace
 from stories import STORIES, Story
 
-from natkeep import fault
+from natkeep import faultpoints
 
 JOBS = 2
 """At most two places at once: the kernel's own work for one must not hold up another's."""
@@ -39,14 +39,14 @@ Task = tuple[object, ...]
 
 def trace_all(pool: Pool) -> tuple[dict[str, list[Story]], list[str]]:
     """Which stories reach each point; and what went wrong already without a fault."""
-    reached: dict[str, list[Story]] = {point: [] for point in fault.POINTS}
+    reached: dict[str, list[Story]] = {point: [] for point in faultpoints.POINTS}
     wrong = []
     for story, (points, said) in zip(STORIES, pool.imap(trace, STORIES), strict=True):
         if said:
             wrong.append(f"{story.name}: {said}")
         for point in points:
             reached.setdefault(point, []).append(story)
-    wrong += [f"{point} is not listed" for point in reached if point not in fault.POINTS]
+    wrong += [f"{point} is not listed" for point in reached if point not in faultpoints.POINTS]
     wrong += [f"no story reaches {point}" for point, stories in reached.items() if not stories]
     return reached, wrong
 
@@ -56,9 +56,9 @@ def choose(
 ) -> list[tuple[Story, str, str]]:
     """Each point by each kind of fault, in a story that reaches it, in another each time."""
     chosen = []
-    for point in fault.POINTS:
+    for point in faultpoints.POINTS:
         stories = dice.sample(reached[point], len(reached[point]))
-        for number, kind in enumerate(fault.KINDS):
+        for number, kind in enumerate(faultpoints.KINDS):
             if stories and word in point:
                 chosen.append((stories[number % len(stories)], point, kind))
     return chosen if sample is None else dice.sample(chosen, min(sample, len(chosen)))
@@ -113,7 +113,7 @@ def _run_all(pool: Pool, args: argparse.Namespace) -> int:
     results = [*struck, *killed]
     differences = len(wrong) + sum(len(result.wrong) for result in results)
     print(
-        f"{len(fault.POINTS)} points, {sum(map(bool, reached.values()))} of them reached; "
+        f"{len(faultpoints.POINTS)} points, {sum(map(bool, reached.values()))} of them reached; "
         f"{len(struck)} faults; {len(killed)} kills at random, "
         f"{sum(result.half_way for result in killed)} of them half-way; "
         f"{sum(result.compared for result in results)} surfaces compared; "

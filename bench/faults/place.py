@@ -30,12 +30,12 @@ from pathlib import Path
 from typing import NoReturn
 
 import natkeep
-from natkeep import cli, fault
+from natkeep import cli, faultpoints
 from natkeep.checkpoint.images import read_checkpoint
-from natkeep.kernel import nft
+from natkeep.kernel import nftables
 from natkeep.kernel.netns import inside, open_namespace
 from natkeep.lab.surfaces import read_all_surfaces, read_directory
-from natkeep.plan.lock import render_restoration, render_table
+from natkeep.plan.criu_lock import render_restoration, render_table
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 CORPUS = ROOT / "tests/checkpoint/corpus/plain"
@@ -125,7 +125,7 @@ class Place:
         elif self._lock == "iptables":
             for tool, version in (("iptables", 4), ("ip6tables", 6)):
                 here = [t for t in checkpoint.connections if t.source.address.version == version]
-                text = "\n".join((*render_restoration(here), ""))
+                text = "\n".join((*render_restoration(checkpoint.lock, here), ""))
                 self._enter("source", f"{tool}-nft-restore", "--noflush", text=text)
         shutil.copytree(CORPUS, self.directory / "image")
         inventory = self.directory / "image/inventory.img"
@@ -213,8 +213,8 @@ def _become(
             os.dup2(os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC), number)
         sys.stdout, sys.stderr = (os.fdopen(number, "w", closefd=False) for number in (1, 2))
         os.environ["NATKEEP_STATE_DIR"] = str(place.state)
-        os.environ.pop(fault.VARIABLE, None)
-        fault._ARMED = fault._parse(strikes) if strikes else None
+        os.environ.pop(faultpoints.VARIABLE, None)
+        faultpoints._ARMED = faultpoints._parse(strikes) if strikes else None
         if traced:
             _trace(os.open(traced, os.O_WRONLY | os.O_CREAT | os.O_APPEND))
         code = cli.main(arguments)
@@ -229,13 +229,13 @@ def _become(
 
 
 def _trace(seen: int) -> None:
-    strike = fault.reach
+    strike = faultpoints.reach
 
     def reach(place: str, of: str = "", last: Callable[[], object] | None = None) -> None:
         os.write(seen, f"{place}-{of} ".encode() if of else f"{place} ".encode())
         strike(place, of, last)
 
-    fault.reach = reach
+    faultpoints.reach = reach
 
 
 def import_everything() -> None:
@@ -243,7 +243,7 @@ def import_everything() -> None:
     for module in pkgutil.walk_packages(natkeep.__path__, "natkeep."):
         if not module.name.startswith("natkeep.lab") and not module.name.endswith("__main__"):
             importlib.import_module(module.name)
-    nft.is_available()
+    nftables.is_available()
 
 
 def _call(*command: str, text: str = "") -> None:

@@ -1,7 +1,7 @@
 """the stories: what is done at a place before the verb that is struck, and that verb.
 
 A story is told whole, once, to learn which points its verb reaches; then again for each fault.
-Rule: between them the stories reach every point of natkeep.fault (tests/test_faults.py).
+Rule: between them the stories reach every point of natkeep.faultpoints (tests/test_faults.py).
 """
 
 from __future__ import annotations

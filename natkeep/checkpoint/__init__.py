@@ -10,8 +10,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from enum import StrEnum
 
-from natkeep.plan.lock import DumpLock
-from natkeep.plan.lock import NetworkLock as NetworkLock
+from natkeep.plan.criu_lock import DumpLock
+from natkeep.plan.criu_lock import NetworkLock as NetworkLock
 from natkeep.plan.tuples import Address, Connections, Endpoint, FourTuple
 from natkeep.values import dataclass
 

@@ -18,7 +18,7 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
-from natkeep import afterwards, fault
+from natkeep import afterwards, faultpoints
 from natkeep.cli.output import silence
 from natkeep.cli.parser import make_parser
 from natkeep.errors import NatkeepError
@@ -53,7 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else arguments
     try:
         try:
-            fault.demand_known()
+            faultpoints.demand_known()
             args = make_parser(arguments).parse_args(arguments)
             with _signals_as_exit():
                 return int(args.run(args))

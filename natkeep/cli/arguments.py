@@ -19,10 +19,10 @@ if TYPE_CHECKING:
 
 
 def make_lifecycle(args: argparse.Namespace, *, create: bool) -> Lifecycle:
-    from natkeep.journal import StateDirectory
     from natkeep.kernel.linux import LinuxKernel
     from natkeep.kernel.survey import demand_privileges
     from natkeep.lifecycle.verbs import Lifecycle
+    from natkeep.state.journal import StateDirectory
 
     demand_privileges()
     state = StateDirectory(args.state_dir, create=create)
@@ -108,7 +108,7 @@ def read_connections(args: argparse.Namespace) -> Checkpoint:
 def read_process(args: argparse.Namespace, sites: tuple[Site, ...]) -> Checkpoint:
     """The sockets of `--live PID`, which may live at none of *sites*."""
     from natkeep.checkpoint.live import parse_pid
-    from natkeep.lifecycle.living import read_live
+    from natkeep.lifecycle.live import read_live
 
     pid = parse_pid(args.live)
     return read_live(make_lifecycle(args, create=False).kernel, pid, sites)

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 from natkeep import __version__
-from natkeep.cli import looking, moving
+from natkeep.cli import change, show
 from natkeep.errors import UsageError
 
 LAB = "practice networks: move a real server, see what its peer saw"
@@ -61,10 +61,10 @@ def make_parser(arguments: Sequence[str] = ("lab",)) -> argparse.ArgumentParser:
         verb.set_defaults(run=run)
         return verb
 
-    plan = add("plan", "print what prepare would do; touches nothing", moving.plan)
+    plan = add("plan", "print what prepare would do; touches nothing", change.plan)
     _add_move_options(plan)
     plan.add_argument("--format", choices=("text", "json", "nft"), default="text")
-    prepare = add("prepare", "make every site ready, with the gate closed", moving.prepare)
+    prepare = add("prepare", "make every site ready, with the gate closed", change.prepare)
     _add_move_options(prepare).add_argument(
         "--live", metavar="PID", help="connections of a process that still runs, and its children"
     )
@@ -73,8 +73,8 @@ def make_parser(arguments: Sequence[str] = ("lab",)) -> argparse.ArgumentParser:
         "--replace", metavar="ID", help="the earlier move of the same process, moved on"
     )
     prepare.add_argument("--dry-run", action="store_true", help="check, and print the plan")
-    _add_quiesce(add("quiesce", "before a dump: have new connections wait", moving.quiesce))
-    running = add("run", "prepare, have CRIU restore, open; undo if it fails", moving.run)
+    _add_quiesce(add("quiesce", "before a dump: have new connections wait", change.quiesce))
+    running = add("run", "prepare, have CRIU restore, open; undo if it fails", change.run)
     _add_move_options(running)
     running.add_argument(
         "--keep-closed-on-failure",
@@ -82,24 +82,24 @@ def make_parser(arguments: Sequence[str] = ("lab",)) -> argparse.ArgumentParser:
         help="leave the move prepared, its gate closed, for another try",
     )
     running.add_argument("criu", metavar="CRIU", nargs="+", help="criu restore ..., behind --")
-    opening = add("open", "let the kept connections through", moving.open)
+    opening = add("open", "let the kept connections through", change.open)
     opening.add_argument("id", metavar="ID")
     opening.add_argument(
         "--image", metavar="DIR", help="the dump of a process that was prepared for by --live"
     )
-    status = add("status", "what is prepared, what it carries, what drifted", looking.status)
+    status = add("status", "what is prepared, what it carries, what drifted", show.status)
     status.add_argument("id", metavar="ID", nargs="?")
     status.add_argument("--strict", action="store_true", help="exit 6 when something drifted")
-    check = add("check", "can this machine do it? each finding has a code", looking.check)
+    check = add("check", "can this machine do it? each finding has a code", show.check)
     check.add_argument("--site", metavar="ROLE[=NETNS]", action="append", default=[])
-    explain = add("explain", "what a finding means and what to do", looking.explain)
+    explain = add("explain", "what a finding means and what to do", show.explain)
     explain.add_argument("code", metavar="CODE")
-    _add_repair(add("repair", "put back what another program removed", moving.repair))
-    _add_teardown(add("teardown", "undo a move; a second time is fine", moving.teardown))
-    clearing = add("gc", "clear what a crash or a reboot left", moving.gc)
+    _add_repair(add("repair", "put back what another program removed", change.repair))
+    _add_teardown(add("teardown", "undo a move; a second time is fine", change.teardown))
+    clearing = add("gc", "clear what a crash or a reboot left", change.gc)
     clearing.add_argument("--site", metavar="ROLE[=NETNS]", action="append", default=[])
     clearing.add_argument("--dry-run", action="store_true", help="say what would be cleared")
-    inspect = add("inspect", "the sockets in an image, kept or not and why", looking.inspect)
+    inspect = add("inspect", "the sockets in an image, kept or not and why", show.inspect)
     inspect.add_argument("image", metavar="DIR", nargs="?")
     inspect.add_argument(
         "--live", metavar="PID", help="of a process that still runs, and its children, instead"

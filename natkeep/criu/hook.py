@@ -31,11 +31,11 @@ if TYPE_CHECKING:
     from typing import NoReturn
 
     from natkeep.checkpoint import Checkpoint
-    from natkeep.criu.orders import Call, Orders
-    from natkeep.journal import Journal
+    from natkeep.criu.environment import Call, Orders
     from natkeep.lifecycle.verbs import Lifecycle
     from natkeep.plan.move import Move, Site
     from natkeep.plan.tuples import Connections
+    from natkeep.state.journal import Journal
 
 _ACTIONS = ("pre-restore", "post-setup-namespaces", "post-restore")
 
@@ -106,7 +106,7 @@ def _stop_clock() -> None:
 
 
 def _serve() -> int:
-    from natkeep.criu.orders import read_call, read_orders
+    from natkeep.criu.environment import read_call, read_orders
 
     orders = read_orders(os.environ)
     if orders is None:
@@ -130,10 +130,10 @@ def _serve() -> int:
 
 
 def _serve_source() -> int:
-    from natkeep.criu.source import serve_post_dump
-    from natkeep.journal import StateDirectory
+    from natkeep.criu.dump import serve_post_dump
     from natkeep.kernel.linux import LinuxKernel
     from natkeep.lifecycle.verbs import Lifecycle
+    from natkeep.state.journal import StateDirectory
 
     lifecycle = Lifecycle(LinuxKernel(), StateDirectory(create=True, patience=_PATIENCE))
     _say(serve_post_dump(os.environ, lifecycle))
@@ -141,9 +141,9 @@ def _serve_source() -> int:
 
 
 def _make_lifecycle(orders: Orders) -> Lifecycle:
-    from natkeep.journal import StateDirectory
     from natkeep.kernel.linux import LinuxKernel
     from natkeep.lifecycle.verbs import Lifecycle
+    from natkeep.state.journal import StateDirectory
 
     create = bool(orders.maps)
     state = StateDirectory(orders.state_dir or None, create=create, patience=_PATIENCE)
@@ -213,7 +213,7 @@ def _tree_site(call: Call) -> Site:
 
 
 def _serve_maps(orders: Orders, call: Call) -> None:
-    from natkeep.criu.orders import own_id
+    from natkeep.criu.environment import own_id
 
     move_id = own_id(call.criu)
     site = _early_site(call) if call.action == "pre-restore" else _tree_site(call)
@@ -230,7 +230,7 @@ def _serve_maps(orders: Orders, call: Call) -> None:
 def _early_site(call: Call) -> Site | None:
     """Where a tree without a network namespace of its own will be; None where it has one."""
     from natkeep.checkpoint.images import has_own_netns
-    from natkeep.criu.orders import joined_netns
+    from natkeep.criu.environment import joined_netns
     from natkeep.plan.move import Role, Site
 
     joined = joined_netns(call.criu)
@@ -287,7 +287,7 @@ def _prepare(move: Move, checkpoint: Checkpoint, lifecycle: Lifecycle, site: Sit
     One that is at the same site is replaced, so that its gate stays closed until ours is: in
     between this host would answer a peer's segment with a reset.
     """
-    from natkeep.journal import read_boot_id
+    from natkeep.state.journal import read_boot_id
 
     earlier = None
     for journal in _abandoned(lifecycle):
@@ -301,7 +301,7 @@ def _prepare(move: Move, checkpoint: Checkpoint, lifecycle: Lifecycle, site: Sit
 
 
 def _abandoned(lifecycle: Lifecycle) -> Iterator[Journal]:
-    from natkeep.criu.orders import is_abandoned
+    from natkeep.criu.environment import is_abandoned
     from natkeep.errors import JournalError
     from natkeep.plan.move import Role
 

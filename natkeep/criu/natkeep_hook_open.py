@@ -1,17 +1,13 @@
 """the quick way to open a move: what natkeep-hook starts at post-restore, where NATKEEP_ID is set.
 
 Of the time that the long way takes (natkeep.criu.hook), nine tenths are imports. So prepare leaves
-a file ID.ready beside the journal (natkeep/lifecycle/readying.py writes it and says its form):
+a file ID.ready beside the journal (natkeep/lifecycle/ready.py writes it and says its form):
 which namespaces, what is sent to the kernel in each, what the journal notes before and after.
 
 Rule: this file imports nothing but what is built into the interpreter (posix: even os would cost
 another millisecond), for `python3 -I -S`, and knows nothing of what is in the messages. Whatever
 is not exactly as prepare left it is left to the long way, which says what is wrong; so is a
 refusal of the kernel's: the journal says then what was begun, and the long way goes on from there.
-
-Even so most of the time is the interpreter's start. So natkeep-hook starts it at pre-restore
-already (open_when_asked), where CRIU does not wait for it, and only asks at post-restore. Where
-that one is not there any more, or cannot, it starts another (main), which does the same.
 
 It is installed beside natkeep-hook and imported from there, since what is imported is compiled once
 and not at each start: 1.3 ms of 9.
@@ -27,9 +23,7 @@ SLOW = [sys.executable, "-I", "-m", "natkeep.criu.hook"]
 DEFAULT_DIRECTORY = "/run/natkeep"
 ID_ALPHABET = frozenset("abcdefghijklmnopqrstuvwxyz0123456789-")
 SECONDS = 5  # then the long way, which has its own clock, says what it waits for
-LONGEST = 600  # seconds from pre-restore to post-restore, after which we are not waited for
 REST = 1000  # ms after which the blackout is over, if CRIU goes on
-ASKED, TOLD = 3, 4  # FIFOs that natkeep-hook has opened: ID.asked and ID.told
 LIMIT = 1 << 20
 SAFE = posix.O_CLOEXEC | posix.O_NOFOLLOW | posix.O_NONBLOCK
 
@@ -60,14 +54,19 @@ def read(name: str, directory: int) -> bytes:
 
 
 def open_state() -> int:
-    """The state directory, ours alone, and its lock."""
+    """The state directory, ours alone."""
     path = variable("NATKEEP_STATE_DIR") or DEFAULT_DIRECTORY
     directory = posix.open(path, posix.O_RDONLY | posix.O_DIRECTORY | posix.O_CLOEXEC)
     status = posix.fstat(directory)
     demand(status.st_uid == posix.geteuid() and not status.st_mode & 0o022)
-    lock = posix.open("lock", posix.O_RDWR | SAFE, dir_fd=directory)
-    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     return directory
+
+
+def lock(directory: int, how: int) -> int:
+    """The directory's lock, held until the descriptor that is returned is closed."""
+    held = posix.open("lock", posix.O_RDWR | SAFE, dir_fd=directory)
+    fcntl.flock(held, how)
+    return held
 
 
 class Ready:
@@ -213,8 +212,7 @@ def late(*_: object) -> None:
     raise NotAsPreparedError
 
 
-def serve(move_id: str) -> list[Site]:
-    directory = open_state()
+def serve(move_id: str, directory: int) -> list[Site]:
     ready = Ready(read(f"{move_id}.ready", directory))
     with open("/proc/sys/kernel/random/boot_id", "rb") as file:
         demand(file.read().decode().strip() == ready.one("boot"))
@@ -234,23 +232,24 @@ def serve(move_id: str) -> list[Site]:
 def main() -> None:
     """Open the move that the environment names, and leave; the long way otherwise."""
     try:
-        sites = serve_in_time()
+        directory, sites = serve_in_time()
     except Exception:
         posix.execv(SLOW[0], SLOW)
     try:
         posix.write(2, f"natkeep-hook: {variable('NATKEEP_ID')}: gate open\n".encode())
         criu = posix.pidfd_open(posix.getppid())
         if not posix.fork():
-            unhook(sites, criu)
-    finally:  # also where nobody listens, or nothing can be left to be done: the move is open
+            unhook(sites, directory, criu)
+    finally:  # also where stderr is closed, or no process can be left behind: the move is open
         posix._exit(0)
 
 
-def unhook(sites: list[Site], criu: int) -> None:
-    """What waits for the kernel, by a process that nobody waits for, nor for a pipe of its; exit.
+def unhook(sites: list[Site], directory: int, criu: int) -> None:
+    """Take the gates out of all packets' way, by a process that no restore waits for; exit.
 
     CRIU's own end waits for the kernel in the same queue, so that comes first, if it comes soon.
-    Then it is over in some milliseconds: it may stand in the control group of a container.
+    Then it is over in some milliseconds: it may stand in the control group of a container. Under
+    the lock, since a prepare that has just seen the base chain refers to it.
     """
     import select
 
@@ -263,67 +262,24 @@ def unhook(sites: list[Site], criu: int) -> None:
         poll = select.poll()
         poll.register(criu, select.POLLIN)
         poll.poll(REST)
+        lock(directory, fcntl.LOCK_EX)
         for site in sites:
             site.unhook()
     finally:
         posix._exit(0)
 
 
-def serve_in_time() -> list[Site]:
-    """Open the move that the environment names, or say in time that it cannot be; its sites."""
+def serve_in_time() -> tuple[int, list[Site]]:
+    """Open the move that the environment names, or fail in time; the state directory, the sites."""
     try:
         _signal.signal(_signal.SIGALRM, late)
         _signal.setitimer(_signal.ITIMER_REAL, SECONDS)
         move_id = variable("NATKEEP_ID")
         demand(move_id and len(move_id) <= 32 and ID_ALPHABET.issuperset(move_id))
-        return serve(move_id)
+        directory = open_state()
+        held = lock(directory, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        sites = serve(move_id, directory)
+        posix.close(held)
+        return directory, sites
     finally:
         _signal.setitimer(_signal.ITIMER_REAL, 0)
-
-
-def open_when_asked() -> None:
-    """As started at pre-restore: open the move when post-restore's call asks for it, and say so.
-
-    Until then nothing is touched. Where it cannot be done the answer ends without a word, and
-    post-restore's call does what there is to do, as if we had never been.
-    """
-    try:
-        criu, (tree, images) = await_question(sys.argv[2])
-        posix.environ[b"CRTOOLS_INIT_PID"], posix.environ[b"CRTOOLS_IMAGE_DIR"] = tree, images
-        sites = serve_in_time()
-        posix.write(TOLD, b"open\n")
-        for fifo in (ASKED, TOLD):  # the answer's end
-            posix.close(fifo)
-    except Exception:
-        posix._exit(1)
-    unhook(sites, criu)
-
-
-def await_question(criu: str) -> tuple[int, list[bytes]]:
-    """A handle of *criu*, that we were started for; the tree's number and the images, as it says.
-
-    NotAsPreparedError when that has ended, or has not asked for a long time.
-    """
-    import select
-
-    try:
-        alive = posix.pidfd_open(int(criu))
-        poll = select.poll()
-        for fd in (ASKED, alive):
-            poll.register(fd, select.POLLIN)
-        demand([fd for fd, _ in poll.poll(LONGEST * 1000)] == [ASKED])
-        posix.set_blocking(ASKED, False)  # where two were started, the other may have taken it
-        asker, *question = posix.read(ASKED, 4096).rstrip(b"\n").split(b" ", 2)
-        demand(asker == criu.encode())
-        return alive, question
-    finally:  # before anything is opened: another call is not to wait for us
-        stem = f"{variable('NATKEEP_STATE_DIR') or DEFAULT_DIRECTORY}/{variable('NATKEEP_ID')}"
-        for name in (f"{stem}.asked", f"{stem}.told"):
-            remove(name)
-
-
-def remove(name: str) -> None:
-    try:
-        posix.unlink(name)
-    except FileNotFoundError:  # with the move
-        return

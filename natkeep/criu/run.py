@@ -26,9 +26,9 @@ from pathlib import Path
 
 from natkeep.checkpoint import Checkpoint, NetworkLock
 from natkeep.errors import NatkeepError, UsageError
-from natkeep.journal import read_boot_id
 from natkeep.lifecycle.verbs import Lifecycle
 from natkeep.plan.move import Move
+from natkeep.state.journal import read_boot_id
 from natkeep.values import dataclass
 
 EXAMPLE = "natkeep run ID OPTIONS -- criu restore --images-dir DIR --tcp-established"
@@ -215,7 +215,7 @@ class Restore:
                 raise
             if status == 0:
                 self.lifecycle.open(self.move.id)  # the hook did; to make sure
-                self.lifecycle.kernel.unhook_gates()
+                self.lifecycle.unhook(self.move.id)
                 return 0
             how = _describe(status)
             if not self._undo_unless(resumed, keep=self.keep_closed):

@@ -1,7 +1,7 @@
 """the real kernel: each step done, undone and looked at in the namespace of its site.
 
-Rule: this file decides nothing about translation; it hands each step to the file that can do
-it (nft.py, elements.py, conntrack.py, address.py) and turns refusals into KernelError.
+Rule: this file decides nothing about a step; it opens namespaces, hands each step to the driver of
+its kind, and turns refusals into KernelError.
 """
 
 from __future__ import annotations
@@ -10,80 +10,67 @@ import os
 import socket
 import weakref
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, nullcontext, suppress
 from ipaddress import ip_address
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from natkeep import fault
-from natkeep.errors import KernelError, RefusedError
+from natkeep.errors import KernelError
 from natkeep.kernel import (
-    Packed,
-    Panorama,
-    Remember,
-    address,
-    calls,
-    checks,
     conntrack,
+    conntrack_listeners,
     criu_lock,
-    elements,
-    nft,
-    owned,
-    passing,
-    sockets,
-    table,
-    view,
+    nftables,
+    owned_table,
+    routes,
+    rtnetlink,
+    segment_holder,
+    sock_diag,
 )
-from natkeep.kernel import quiet as quietness
-from natkeep.kernel.closely import CloseEyes
-from natkeep.kernel.netns import (
-    Namespace,
-    errors_at,
-    find_namespace,
-    inside,
-    open_namespace,
-)
-from natkeep.kernel.purge import forget_untracked, purge
-from natkeep.plan import resets, ruleset
-from natkeep.plan.drift import Gate, Observation
+from natkeep.kernel.interface import Driver, Packed, Place, Remember, Snapshot
+from natkeep.kernel.netns import Namespace, errors_at, find_namespace, inside, open_namespace
+from natkeep.kernel.nft_drivers import NFT_DRIVERS
+from natkeep.plan.drift import Observation
 from natkeep.plan.move import Move, Role, Site
-from natkeep.plan.ruleset import TABLE
 from natkeep.plan.steps import (
     AddAddress,
-    FillSet,
     ForgetCalls,
     GuardSite,
-    HoldListeners,
     HoldSegments,
     Identity,
     InsertEntries,
-    InstallGate,
-    InstallReception,
-    InstallResets,
-    InstallTranslation,
     OpenGate,
     Plan,
     Prior,
     PurgeEntries,
     RaiseLoopback,
-    SendResets,
     Step,
     TakeOverLock,
-    TranslateErrors,
 )
-from natkeep.plan.translations import Surroundings, Translation
+from natkeep.plan.translation import Surroundings
 from natkeep.plan.tuples import Address, Connections, Endpoint, FourTuple
 
 if TYPE_CHECKING:
-    from natkeep.plan.findings import Facts
-    from natkeep.plan.mending import Patch
+    from natkeep.plan.diagnostics import Facts
+    from natkeep.plan.repair import Patch
     from natkeep.plan.strays import SeenTable
 
-_INSERT_ATTEMPTS = 5
-"""A packet may make a stale entry between purge and insertion; five times in a row it does not."""
+
+DRIVERS: dict[type, Driver[Any]] = {
+    **NFT_DRIVERS,
+    AddAddress: rtnetlink.AddressDriver(),
+    ForgetCalls: conntrack_listeners.ForgetDriver(),
+    GuardSite: owned_table.OwnedTableDriver(),
+    HoldSegments: segment_holder.HoldSegmentsDriver(),
+    InsertEntries: conntrack.InsertDriver(),
+    PurgeEntries: conntrack.PurgeDriver(),
+    RaiseLoopback: rtnetlink.LoopbackDriver(),
+    TakeOverLock: criu_lock.LockDriver(),
+}
+"""By the kind of step; a kind that is derived from another has its driver."""
 
 
 class LinuxKernel:
-    """See natkeep/kernel/__init__.py for the laws.
+    """See interface.py for the laws.
 
     directory: where a holder is found again, as a socket; without one nothing is held.
     """
@@ -114,15 +101,17 @@ class LinuxKernel:
         """Device and inode of an opened site's namespace."""
         return self._namespaces[site].identity
 
+    # ---- what a site shows -------------------------------------------------------------------
+
     def addresses(self, site: Site, version: int) -> tuple[Address, ...]:
         """The addresses of IP *version* that others can reach an opened site at."""
         with self._at(site):
-            return address.global_addresses(version)
+            return rtnetlink.global_addresses(version)
 
     def survey(self, site: Site) -> Facts:
         """What findings are made of, at an opened site."""
         with self._at(site):
-            from natkeep.kernel import survey  # for `check` alone
+            from natkeep.kernel import survey  # for `check` alone: it imports pyroute2
 
             return survey.gather_facts()
 
@@ -132,19 +121,19 @@ class LinuxKernel:
             return frozenset(name for _, name in socket.if_nameindex())
 
     def find_listeners(self, site: Site, olds: frozenset[Address]) -> tuple[Endpoint, ...]:
-        """Where somebody listens at one of *olds*, or at a wildcard address."""
+        """The sockets that listen at one of *olds*, or at a wildcard address."""
         with self._at(site):
-            return sockets.find_listeners(olds)
+            return sock_diag.find_listeners(olds)
 
-    def list_sockets(self, site: Site) -> list[sockets.Shown]:
+    def list_sockets(self, site: Site) -> list[sock_diag.Shown]:
         """Every inet socket at an opened site that a descriptor can open."""
         with self._at(site):
-            return sockets.list_sockets()
+            return sock_diag.list_sockets()
 
     def count_waiting(self, site: Site, listeners: tuple[Endpoint, ...]) -> dict[Endpoint, int]:
-        """How many callers of each listener have not been accepted yet; none is left out."""
+        """How many connections of each listener are not accepted yet; none is left out."""
         with self._at(site):
-            return sockets.count_waiting(listeners)
+            return sock_diag.count_waiting(listeners)
 
     def look_around(self, move: Move, connections: Connections) -> Surroundings:
         """What make_plan has to know of the opened sites of *move*."""
@@ -155,204 +144,94 @@ class LinuxKernel:
             with self._at(site):
                 if site.role == Role.DESTINATION:
                     peers = {peer for some in (*kept, move.lost) for peer in some.peers()}
-                    here = peers & address.all_addresses()
+                    here = peers & rtnetlink.all_addresses()
                     local |= frozenset(ip_address(packed) for packed in here)
                 elif site.role == Role.GATEWAY and not carried:
-                    carried = [pair for some in kept for pair in _find_carried(some)]
+                    carried = [pair for some in kept for pair in conntrack.find_carried(some)]
         return Surroundings(
             local,
             Connections.of(inner for inner, _ in carried),
             Connections.of(outer for _, outer in carried),
         )
 
-    @contextmanager
-    def _at(self, site: Site) -> Iterator[None]:
-        with errors_at(site), inside(self._namespaces[site]):
-            yield
+    def observe(self, site: Site, plan: Plan) -> Observation:
+        """What *site* shows of *plan* now."""
+        with closing(self.snapshot(site)) as snapshot:
+            return snapshot.observe(site, plan)
+
+    def find_lost_routes(self, site: Site, noted: str) -> tuple[str, ...]:
+        """Those of the routes and addresses that InstallTranslation *noted* which are gone."""
+        with closing(self.snapshot(site)) as snapshot:
+            return snapshot.find_lost_routes(site, noted)
+
+    def snapshot(self, site: Site) -> Snapshot:
+        """What an opened site's namespace shows, for one move or for many."""
+        from natkeep.kernel import snapshot  # a prepare need not wait for it
+
+        with errors_at(site):
+            return snapshot.Snapshot(self._namespaces[site], self._directory)
+
+    def find_strays(self, site: Site) -> SeenTable:
+        """What stands in the tables natkeep of an opened site, of all moves."""
+        from natkeep.kernel import nft_strays  # for gc alone
+
+        with self._at(site):
+            return nft_strays.read_table()
+
+    # ---- steps -------------------------------------------------------------------------------
 
     def check(self, step: Step) -> None:
         """NatkeepError when *step* could not work."""
-        with self._at(step.site):
-            match step:
-                case InstallGate():
-                    if elements.rules(TABLE, ruleset.gate_chain(step.move_id)):
-                        raise RefusedError(
-                            f"{step.site}: move {step.move_id} is prepared there already",
-                            hint=f"natkeep teardown {step.move_id}, or another id",
-                        )
-                case InstallTranslation() if step.site.role == Role.DESTINATION:
-                    checks.check_destination(step)
-                case InsertEntries():
-                    checks.check_room(step)
-                case TakeOverLock():
-                    criu_lock.find_lock(step.lock, step.connections)
-                case InstallReception() if step.site.role == Role.DESTINATION:
-                    checks.check_reception(step)
-                case _:
-                    pass
+        with self._driving(step) as (driver, place):
+            driver.check(place, step)
 
     def apply(self, step: Step, remember: Remember) -> Prior:
         """Do *step*; KernelError when the kernel says no."""
-        if isinstance(step, HoldSegments):
-            return self._hold(step, remember)
-        if isinstance(step, GuardSite):
-            return self._guard(step, remember)
-        with self._at(step.site):
-            match step:
-                case InstallGate():
-                    return table.install_gate(step, remember)
-                case FillSet():
-                    remember(Prior())
-                    elements.fill_set(TABLE, step.name, step.connections)
-                case RaiseLoopback():
-                    return _raise_loopback(remember)
-                case AddAddress():
-                    return _add_address(step, remember)
-                case InstallTranslation():
-                    prior = _note_ways(step)
-                    remember(prior)
-                    nft.run_transaction(
-                        [*table.missing_mode_lines(step.translations), *step.lines()]
-                    )
-                    return prior
-                case InstallReception():
-                    remember(Prior())
-                    nft.run_transaction([*table.missing_mode_lines(step.receptions), *step.lines()])
-                case ForgetCalls():
-                    remember(Prior())
-                    for receiving in step.receptions:
-                        calls.forget_unanswered(receiving)
-                case HoldListeners():
-                    remember(Prior())
-                    quietness.hold(step)
-                case TakeOverLock():
-                    prior = criu_lock.find_lock(step.lock, step.connections)
-                    remember(prior)
-                    criu_lock.take_lock(step.lock, step.connections)
-                    return prior
-                case TranslateErrors():
-                    remember(Prior())
-                    from natkeep.kernel.expressions import insert_rules  # for stateless moves
+        with self._driving(step) as (driver, place):
+            return driver.apply(place, step, remember)
 
-                    insert_rules(TABLE, step.rules())
-                case PurgeEntries():
-                    return _purge_entries(step, remember)
-                case InsertEntries():
-                    return _insert_entries(step, remember)
-                case InstallResets():
-                    remember(Prior())
-                    table.install_resets(step)
-                case SendResets():
-                    return _send_resets(step, remember)
-                case OpenGate():
-                    prior = Prior(present=table.gate_state(step.move_id) == Gate.OPEN)
-                    remember(prior)
-                    if not prior.present:
-                        passing.open_gates(step)
-                    return self._deliver(step, prior)
-        return Prior()
-
-    def _hold(self, step: HoldSegments, remember: Remember) -> Prior:
-        """Start the holder. It saves time and nothing else, so what keeps it away is noted only."""
-        from natkeep.kernel import hold  # whoever does not hold need not wait for it
-
-        remember(Prior())
-        if not self._directory:
-            return Prior(facts={"refused": "there is no state directory"})
-        site = step.site
-        try:
-            hold.start(
-                self._directory, step.move_id, self._namespaces[site], site.netns, step.kept()
-            )
-        except (OSError, KernelError) as error:
-            return Prior(facts={"refused": str(getattr(error, "strerror", None) or error)})
-        return Prior()
-
-    def _guard(self, step: GuardSite, remember: Remember) -> Prior:
-        """Somebody asked for it, so without it there is no move."""
-        from natkeep.kernel import guard  # whoever guards nothing need not wait for it
-
-        remember(Prior())
-        site = step.site
-        if not self._directory:
-            raise KernelError(f"{site}: a guard needs a state directory")
-        try:
-            guard.start(
-                self._directory, step.move_id, self._namespaces[site], site.netns,
-                step.translations,
-            )  # fmt: skip
-        except OSError as error:
-            raise KernelError(
-                f"{site}: the kernel makes no guard: {error.strerror}",
-                hint="it takes Linux 5.12; a move without --guard is kept as well",
-            ) from error
-        return Prior()
-
-    def _deliver(self, step: OpenGate, prior: Prior) -> Prior:
-        if not (step.delivers and self._directory):
-            return prior
-        from natkeep.kernel import hold
-
-        held = hold.deliver(self._directory, step.move_id)
-        facts = {} if held is None else {"segments": held.segments, "refused": held.refused}
-        return Prior(prior.present, {**prior.facts, **facts})
+    def revert(self, step: Step, prior: Prior) -> None:
+        """Undo *step*; KernelError when the kernel says no."""
+        with self._driving(step) as (driver, place):
+            driver.revert(place, step, prior)
 
     def mend(self, patch: Patch, remember: Remember) -> None:
         """Do what a repair found missing; KernelError when the kernel says no."""
-        from natkeep.plan.mending import InsertRules, LoadLines, PutWays, StopCounting
+        from natkeep.plan.repair import LoadObjects, PutWays, StopCounting
 
-        if not isinstance(patch, LoadLines | InsertRules | PutWays | StopCounting):
+        if not isinstance(patch, LoadObjects | PutWays | StopCounting):
             self.apply(patch, remember)
             return
         with self._at(patch.site):
             remember(Prior())
             match patch:
-                case LoadLines():
-                    nft.run_transaction([*_lines_before(patch.lines), *patch.lines])
-                    passing.let_pass()
-                case InsertRules():
-                    from natkeep.kernel.expressions import insert_rules  # for stateless moves
-
-                    insert_rules(TABLE, patch.rules)
+                case LoadObjects():
+                    nftables.load(patch.objects)
                 case PutWays():
-                    from natkeep.kernel import ways
-
-                    ways.put_back(patch.notes)
+                    routes.put_back(patch.notes)
                 case StopCounting():
-                    conntrack.write_setting("nf_conntrack_acct", "0")
-
-    def find_lost_ways(self, site: Site, noted: str) -> tuple[str, ...]:
-        """Those of the ways that InstallTranslation *noted* which are not there any more."""
-        from natkeep.kernel import ways  # for status and repair alone
-
-        with self._at(site):
-            return ways.find_lost(noted)
-
-    def find_strays(self, site: Site) -> SeenTable:
-        """What stands in the tables natkeep of an opened site, whosever it is."""
-        from natkeep.kernel import stray  # for gc alone
-
-        with self._at(site):
-            return stray.read_table()
+                    conntrack.stop_counting()
 
     def clear_strays(
         self, site: Site, known: frozenset[str], olds: frozenset[Address], *, sure: bool
     ) -> None:
         """Take away there what no *known* move owns; KernelError when the kernel says no."""
-        from natkeep.kernel import stray  # for gc alone
+        from natkeep.kernel import nft_strays  # for gc alone
 
         with self._at(site):
-            stray.clear(stray.read_table(), known, olds, sure=sure)
+            nft_strays.clear(nft_strays.read_table(), known, olds, sure=sure)
+
+    # ---- the gates' base chain ---------------------------------------------------------------
 
     def pack_open(self, step: OpenGate) -> Packed | None:
         """What `apply` would send for *step*, ready to be sent."""
         with self._at(step.site):
-            return passing.pack_open(step)
+            return nftables.pack_open(step)
 
     def pack_unhooking(self, site: Site) -> bytes:
         """What takes the gates of an opened site out of all packets' way, as things stand now."""
         with self._at(site):
-            return passing.pack_unhooking()
+            return nftables.pack_gate_hook_removal()
 
     def unhook_gates(self) -> None:
         """At each opened site where no gate is closed take them out of all packets' way.
@@ -361,181 +240,24 @@ class LinuxKernel:
         """
         for site in self._namespaces:
             with suppress(KernelError), self._at(site):
-                passing.unhook()
+                nftables.remove_gate_hook()
 
-    def revert(self, step: Step, prior: Prior) -> None:
-        """Undo *step*; KernelError when the kernel says no."""
-        with self._at(step.site):
-            match step:
-                case InstallGate():
-                    table.remove_gate(step, prior)
-                    forget_untracked([t.map.old for t in step.translations])
-                case RaiseLoopback():
-                    _lower_loopback(prior)
-                case AddAddress() if not prior.present:
-                    address.remove_host_address(step.address)
-                case InstallTranslation():
-                    table.withdraw_translation(step)
-                case InstallReception():
-                    table.withdraw_reception(step)
-                    for receiving in step.receptions:  # who came in while the rules went
-                        calls.hang_up(receiving)
-                case ForgetCalls():
-                    for receiving in step.receptions:
-                        calls.hang_up(receiving)
-                case HoldListeners():
-                    quietness.release(step)
-                case HoldSegments() if self._directory:
-                    from natkeep.kernel import hold
+    # ---- where -------------------------------------------------------------------------------
 
-                    hold.end(self._directory, step.move_id)
-                case GuardSite() if self._directory:
-                    from natkeep.kernel import guard
+    @contextmanager
+    def _at(self, site: Site) -> Iterator[None]:
+        with errors_at(site), inside(self._namespaces[site]):
+            yield
 
-                    guard.end(self._directory, step.move_id, self._namespaces[step.site])
-                case TakeOverLock():
-                    criu_lock.put_lock_back(step.lock, step.connections, prior)
-                case TranslateErrors():
-                    table.withdraw_error_rules(step)
-                case InsertEntries():
-                    _restore_accounting(prior)
-                    conntrack.delete(step.translation)
-                case InstallResets():
-                    table.withdraw_resets(step)
-                case OpenGate() | SendResets() if not prior.present:
-                    table.close_gate(step)
-                case PurgeEntries():
-                    owned.give_back(step.translation, owned.ways_of(prior))
-                case _:  # a set goes with its gate
-                    pass
-
-    def observe(self, site: Site, plan: Plan) -> Observation:
-        """What *site* shows of *plan* now."""
-        with self._at(site):
-            return view.observe(site, plan, CloseEyes(self._namespaces[site], self._directory))
-
-    def take_panorama(self, site: Site) -> Panorama:
-        """An opened site's namespace, to be looked at for many moves."""
-        from natkeep.kernel.panorama import LinuxPanorama  # for status of many moves alone
-
-        with errors_at(site):
-            return LinuxPanorama(self._namespaces[site], self._directory)
-
-
-def _lines_before(lines: tuple[str, ...]) -> list[str]:
-    """What has to stand in front of what a repair loads."""
-    if ruleset.render_hook()[0] in lines or not any(map(ruleset.closes_gate, lines)):
-        return []
-    return passing.closing_lines()
+    @contextmanager
+    def _driving(self, step: Step) -> Iterator[tuple[Driver[Any], Place]]:
+        """The step's driver and where it acts; in the namespace, if the driver wants that."""
+        driver = next(DRIVERS[kind] for kind in type(step).__mro__ if kind in DRIVERS)
+        namespace = self._namespaces[step.site]
+        with errors_at(step.site), inside(namespace) if driver.enters else nullcontext():
+            yield driver, Place(step.site, namespace, self._directory)
 
 
 def _close_all(namespaces: dict[Site, Namespace]) -> None:
     while namespaces:
         os.close(namespaces.popitem()[1].fd)
-
-
-def _note_ways(step: InstallTranslation) -> Prior:
-    """The routes and the address that the translation stands on, for a repair."""
-    from natkeep.kernel import ways
-
-    news = [t.map.new for t in step.translations]
-    peers = sorted({peer for t in step.translations for peer in t.outer.peers()})
-    others = [ip_address(peer) for peer in peers]
-    at_destination = step.site.role == Role.DESTINATION
-    own, others = (news, others) if at_destination else ([], [*news, *others])
-    noted = ways.note(own, others)
-    return Prior(facts={"ways": noted} if noted else {})
-
-
-def _find_carried(connections: Connections) -> Iterator[tuple[FourTuple, FourTuple]]:
-    """Connections that this namespace translates already: inside and outside."""
-    if not len(connections) or conntrack.read_setting("nf_conntrack_count") in ("0", None):
-        return
-    for inner, outer in zip(connections, conntrack.find_carried(connections), strict=True):
-        if outer is not None:
-            yield inner, outer
-
-
-def _raise_loopback(remember: Remember) -> Prior:
-    prior = Prior(present=address.loopback_is_up(), facts={"addresses": address.count_on_lo()})
-    remember(prior)
-    if not prior.present:
-        address.raise_loopback()
-    return prior
-
-
-def _lower_loopback(prior: Prior) -> None:
-    if prior.present:
-        return
-    address.lower_loopback()
-    fault.reach("loopback-lowered")
-    if not prior.facts.get("addresses"):
-        address.forget_loopback_address()
-
-
-def _add_address(step: AddAddress, remember: Remember) -> Prior:
-    prior = Prior(present=address.device_of(step.address) is not None)
-    remember(prior)
-    if not prior.present:
-        address.add_host_address(step.address)
-    return prior
-
-
-def _purge_entries(step: PurgeEntries, remember: Remember) -> Prior:
-    at_gateway = step.site.role == Role.GATEWAY
-    prior = Prior(facts={"own": owned.read(step.translation)} if at_gateway else {})
-    remember(prior)
-    purge(step.translation)
-    return prior
-
-
-def _insert_entries(step: InsertEntries, remember: Remember) -> Prior:
-    # Entries count their packets only if accounting was on when they were made; it is on for
-    # just this long, so that other people's connections are none the wiser.
-    before = conntrack.read_setting("nf_conntrack_acct")
-    remember(Prior(facts={"acct": before}) if before == "0" else Prior())
-    counting = before == "0" and conntrack.write_setting("nf_conntrack_acct", "1")
-    try:
-        fault.reach("insert-counting")
-        _insert_despite_races(step.translation)
-    except BaseException:
-        conntrack.delete(step.translation)
-        raise
-    finally:
-        if counting:
-            conntrack.write_setting("nf_conntrack_acct", "0")
-    return Prior()
-
-
-def _insert_despite_races(translation: Translation) -> None:
-    for attempt in range(1, _INSERT_ATTEMPTS + 1):
-        try:
-            conntrack.insert(translation)
-        except FileExistsError:
-            if attempt == _INSERT_ATTEMPTS:
-                raise
-        else:
-            fault.reach("insert-whole")
-            wrong = conntrack.count_wrong(translation)
-            if not wrong:
-                return
-            if attempt == _INSERT_ATTEMPTS:
-                raise KernelError(f"conntrack: {wrong} entries do not translate as planned")
-        purge(translation)
-
-
-def _send_resets(step: SendResets, remember: Remember) -> Prior:
-    chain = resets.reset_chain(step.move_id)
-    prior = Prior(present=table.chain_state(chain) == Gate.OPEN)
-    remember(prior)
-    if prior.present:
-        return prior
-    nft.run_transaction(step.lines())
-    from natkeep.kernel.probe import ask  # where there is anybody to ask
-
-    return Prior(facts={"asked": ask(step.questions())})
-
-
-def _restore_accounting(prior: Prior) -> None:
-    if "acct" in prior.facts:
-        conntrack.write_setting("nf_conntrack_acct", str(prior.facts["acct"]))

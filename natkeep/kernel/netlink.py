@@ -1,15 +1,15 @@
-"""the netlink wire: messages and attributes packed by the thousand, dumps read as bytes.
+"""Packs and reads netlink messages and attributes: by the thousand, and dumps as bytes.
 
 Rule: this file knows netlink's framing (netlink(7)) and nothing of what is in a message; what
-conntrack, nf_tables and rtnetlink put there is in conntrack.py, elements.py and address.py.
+conntrack, nf_tables, rtnetlink and sock_diag put there is in the files of these names.
 
-Why own code: 100,000 set elements or conntrack entries take 77 and 245 ms when packed like
-this, and 1.4 s and more through anything that builds an object a message; importing pyroute2
-alone takes 150 ms, sixteen times an interpreter's start, inside the blackout.
+Why own code: what builds an object for each message takes five to twenty times as long for
+100,000 set elements or conntrack entries, inside the blackout (docs/performance.md).
 
-Two traps. Errors are answered without NLM_F_ACK too, so only the last message of a batch asks
-for one: when that has come, all errors before it have come. And close() of a nfnetlink socket
-after a *deletion* in nf_tables waits for an RCU grace period (6 to 47 ms).
+Two traps (seen on Linux 6.18). Errors are answered without NLM_F_ACK too, so only the last message
+of a batch has the flag: when its acknowledgement has arrived, all errors before it have, too. And
+close() of an nfnetlink socket after a *deletion* in nf_tables waits for an RCU grace period (6 to
+47 ms).
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import socket
 import struct
 from collections.abc import Iterable, Iterator
 
-from natkeep import fault
+from natkeep import faultpoints
 from natkeep.values import dataclass
 
 NETLINK_ROUTE = 0
@@ -54,7 +54,7 @@ _DATAGRAM = 1 << 18
 
 @dataclass(frozen=True, slots=True)
 class Refusal:
-    """The kernel's no to message number *index* of a batch; errno is positive."""
+    """The kernel's refusal of message number *index* of a batch; errno is positive."""
 
     index: int
     errno: int
@@ -193,22 +193,22 @@ class Netlink:
         return self
 
     def fileno(self) -> int:
-        """The socket's descriptor: for who keeps what lives by it."""
+        """The socket's descriptor: what it owns in the kernel lives as long as this is open."""
         return self._socket.fileno()
 
     def __exit__(self, *_: object) -> None:
         self.close()
 
     def close(self) -> None:
-        """Let go of the socket."""
+        """Close the socket."""
         self._socket.close()
 
     def send_batch(self, batch: Batch) -> list[Refusal]:
-        """Send all messages and read the noes."""
+        """Send all messages and read the refusals."""
         refusals: list[Refusal] = []
         for first, end in batch.chunks(CHUNK):
             if first:
-                fault.reach("between-chunks")
+                faultpoints.reach("between-chunks")
             chunk = batch.pack(first, end)
             flags_at = len(chunk) - len(batch.template) + 6
             flags = struct.unpack_from("=H", chunk, flags_at)[0] | NLM_F_ACK
@@ -265,19 +265,6 @@ class Netlink:
                     return
                 yield payload
 
-    def datagrams(self, type_: int, body: bytes) -> Iterator[bytes]:
-        """Ask for a dump and yield its datagrams, each a run of whole messages.
-
-        That is for a hundred thousand answers, of which each would cost more than what it says.
-        """
-        self._socket.send(message(type_, NLM_F_DUMP, body, 1))
-        over = False
-        while not over:
-            data = self._receive_datagram()
-            end, over = _find_end(data)
-            if end:
-                yield data[:end]
-
     def send_queries(self, queries: Batch) -> Iterator[bytes | None]:
         """For each query its one answer's body, or None for ENOENT.
 
@@ -309,12 +296,6 @@ class Netlink:
         return bytes(self._buffer[:size])
 
 
-def messages(data: bytes) -> Iterator[tuple[int, int]]:
-    """Where each message of a datagram begins and ends, padding included."""
-    for offset, length, _, _ in _headers(data):
-        yield offset, offset + ((length + 3) & ~3)
-
-
 def _headers(data: bytes) -> Iterator[tuple[int, int, int, int]]:
     """Offset, length, type and sequence number of each message of a datagram."""
     offset, size = 0, len(data)
@@ -324,25 +305,3 @@ def _headers(data: bytes) -> Iterator[tuple[int, int, int, int]]:
             return
         yield offset, length, type_, sequence
         offset += (length + 3) & ~3
-
-
-def _find_end(data: bytes) -> tuple[int, bool]:
-    """Where the answers of a dump's datagram end, and whether they are the last; or OSError."""
-    if _is_uniform(data):
-        return len(data), False
-    for offset, _, type_, _ in _headers(data):
-        if type_ == _NLMSG_DONE:
-            return offset, True
-        if type_ == _NLMSG_ERROR:
-            number = -struct.unpack_from("=i", data, offset + _HEADER.size)[0]
-            raise OSError(number, os.strerror(number))
-    return len(data), False
-
-
-def _is_uniform(data: bytes) -> bool:
-    """Whether all messages are of one length and one type, which is that of an answer."""
-    length, type_, *_ = _HEADER.unpack_from(data)
-    if type_ in (_NLMSG_DONE, _NLMSG_ERROR) or length % 4 or len(data) % length:
-        return False
-    count = len(data) // length
-    return all(data[i::length] == data[i : i + 1] * count for i in range(6))

@@ -6,13 +6,13 @@ Rule: whoever is refused is told the name of the move that was there first.
 from __future__ import annotations
 
 from natkeep.errors import RefusedError
-from natkeep.journal import read_boot_id
-from natkeep.lifecycle.ground import Ground, plan_of
+from natkeep.lifecycle.executor import Ground, plan_of
+from natkeep.plan.listeners import refuse_one_end_for_two
 from natkeep.plan.move import Move
-from natkeep.plan.reception import refuse_one_end_for_two
 from natkeep.plan.steps import Plan
-from natkeep.plan.translations import Translation
+from natkeep.plan.translation import Translation
 from natkeep.plan.tuples import RECORD_SIZE, Connections
+from natkeep.state.journal import read_boot_id
 
 
 def refuse_conflicts(ground: Ground, plan: Plan, replaces: str | None) -> None:

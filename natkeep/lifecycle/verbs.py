@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from natkeep.lifecycle.looking import Looking
-from natkeep.lifecycle.opening import Opening
-from natkeep.lifecycle.quiescing import Quiescing
+from natkeep.lifecycle.open import Opening
+from natkeep.lifecycle.quiesce import Quiescing
+from natkeep.lifecycle.status import Looking
 
 
 class Lifecycle(Quiescing, Opening, Looking):

@@ -13,7 +13,7 @@ from collections.abc import Iterable
 from enum import StrEnum
 
 from natkeep.errors import RefusedError, UsageError
-from natkeep.plan.lock import DumpLock
+from natkeep.plan.criu_lock import DumpLock
 from natkeep.plan.tuples import (
     NO_CONNECTIONS,
     Address,
@@ -170,7 +170,7 @@ class Move:
     unkept: what becomes of connections at an OLD that cannot be kept; where they are reset, lost
     is those of them that are not among the connections that a plan is made for.
     hold: what peers say while the destination's gate is closed is kept, and delivered at open.
-    guard: a flush of the ruleset shall not end the kept connections (kernel/guard.py).
+    guard: a flush of the ruleset shall not end the kept connections (kernel/owned_table.py).
     live: the connections were read while the process ran. Until it is frozen nothing may come
     between it and its peers, so all sites but the destination wait for `open`.
     """

@@ -10,16 +10,16 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from fake_kernel import FakeKernel
 
 import natkeep.criu
 from natkeep.criu import hook
-from natkeep.journal import StateDirectory
 from natkeep.kernel import linux
-from natkeep.kernel.fake import FakeKernel
 from natkeep.lifecycle.verbs import Lifecycle
 from natkeep.plan.drift import Gate
 from natkeep.plan.move import Map, Move, Role, Site
 from natkeep.plan.tuples import Connections, Endpoint, FourTuple, parse_address
+from natkeep.state.journal import StateDirectory
 
 FRONT = Path(natkeep.criu.__file__ or "").with_name("natkeep-hook")
 

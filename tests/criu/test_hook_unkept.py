@@ -7,16 +7,16 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from fake_kernel import FakeKernel
 
 from natkeep import policy
-from natkeep.criu import hook, orders
-from natkeep.journal import StateDirectory
+from natkeep.criu import environment, hook
 from natkeep.kernel import linux
-from natkeep.kernel.fake import FakeKernel
 from natkeep.lifecycle.verbs import Lifecycle
 from natkeep.plan.drift import Gate
 from natkeep.plan.move import Fate, Map, Move, Role, Site
 from natkeep.plan.tuples import Connections, Endpoint, FourTuple, parse_address
+from natkeep.state.journal import StateDirectory
 
 IMAGES = Path(__file__).parents[1] / "checkpoint/corpus/unkeepable"
 MAP = Map(parse_address("10.2.0.10"), parse_address("10.3.0.20"))
@@ -64,7 +64,7 @@ def test_the_process_is_told_at_post_restore_and_not_before(kernel: FakeKernel, 
     assert told(kernel) == []
     assert call("post-restore", **asked) == 0
     assert told(kernel) == [DIALS]
-    assert kernel.sites[TREE].resets == {orders.own_id(os.getpid()): Gate.OPEN}
+    assert kernel.sites[TREE].resets == {environment.own_id(os.getpid()): Gate.OPEN}
 
 
 def test_standing_orders_may_say_it(kernel: FakeKernel, call: Call) -> None:

@@ -9,15 +9,15 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from fake_kernel import FakeKernel, FakeSite
 
 from natkeep import policy
-from natkeep.criu import hook, orders
-from natkeep.journal import StateDirectory
+from natkeep.criu import environment, hook
 from natkeep.kernel import linux
-from natkeep.kernel.fake import FakeKernel, FakeSite
 from natkeep.lifecycle.verbs import Lifecycle
 from natkeep.plan.drift import Gate
 from natkeep.plan.tuples import parse_address
+from natkeep.state.journal import StateDirectory
 
 CORPUS = Path(__file__).parents[1] / "checkpoint/corpus"
 OLD, NEW = "10.2.0.10", "10.3.0.20"
@@ -31,7 +31,7 @@ class Criu:
     def __init__(self, kernel: FakeKernel, images: Path, patch: pytest.MonkeyPatch) -> None:
         self.kernel, self.patch = kernel, patch
         self.handle = os.open(images, os.O_RDONLY)
-        self.id = orders.own_id(os.getpid())
+        self.id = environment.own_id(os.getpid())
         patch.setenv("CRTOOLS_IMAGE_DIR", f"/proc/{os.getpid()}/fd/{self.handle}")
 
     def call(self, action: str, **environment: str) -> int:
@@ -121,9 +121,9 @@ def test_what_a_failed_restore_left_is_replaced_at_the_same_place_and_else_undon
     criu: Criu, images: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     own_netns(images)
-    gone = "criu-4194304-1" + orders._suffix()
+    gone = "criu-4194304-1" + environment._suffix()
     with monkeypatch.context() as earlier:
-        earlier.setattr(orders, "own_id", lambda _: gone)
+        earlier.setattr(environment, "own_id", lambda _: gone)
         assert criu.call("post-setup-namespaces") == 0
     assert criu.gates() == {TREE: {gone: Gate.CLOSED}}
     assert criu.call("post-setup-namespaces") == 0
@@ -135,9 +135,9 @@ def test_what_was_opened_is_nobodys_to_clear(
     criu: Criu, images: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     own_netns(images)
-    gone = "criu-4194304-1" + orders._suffix()
+    gone = "criu-4194304-1" + environment._suffix()
     with monkeypatch.context() as earlier:
-        earlier.setattr(orders, "own_id", lambda _: gone)
+        earlier.setattr(environment, "own_id", lambda _: gone)
         assert criu.call("post-restore") == 0
     capsys.readouterr()
     assert criu.call("post-setup-namespaces") == 4

@@ -72,19 +72,11 @@ else
 fi
 if [ -n "${NATKEEP_ID-}" ]; then
 	"$NATKEEP" prepare "$NATKEEP_ID" --map "$MAP" --image images --site "destination=$b"
-	echo "$LAST_PID" >/proc/sys/kernel/ns_last_pid
-fi
-if [ -n "${OCCUPY-}" ]; then  # the number of the task that is to be restored
-	echo $((pid - 1)) >/proc/sys/kernel/ns_last_pid
-	sleep 60 &
-	[ $! = "$pid" ]
-	echo "$LAST_PID" >/proc/sys/kernel/ns_last_pid
 fi
 status=0
 "$CRIU" restore -D images --tcp-established -d -o restore.log -v4 --action-script "$HOOK" "$@" ||
 	status=$?
 "$NATKEEP" status --json >status.json
-for _ in $(seq 500); do [ -e "$NATKEEP_STATE_DIR/web.asked" ] || break; sleep 0.01; done
 ls "$NATKEEP_STATE_DIR" >left
 [ $status != 0 ] || kill -9 "$pid"
 for id in $("$NATKEEP" status --json | sed -n 's/.*"id": "\([^"]*\)".*/\1/p'); do
@@ -179,42 +171,15 @@ def noting_hook(tmp_path: Path) -> Path:
     return tmp_path / "natkeep-hook"
 
 
-@pytest.mark.parametrize(
-    ("last_pid", "started"), [(1000, ["open_when_asked()"]), (200, ["main()"])]
-)
 @pytest.mark.parametrize("how", ["external", "joined"])
-def test_a_prepared_move_is_opened_by_what_was_started_before_criu_forked(
+def test_a_prepared_move_is_opened_by_the_quick_file(
     how: str,
-    last_pid: int,
-    started: list[str],
     noting_hook: Path,
     restored: Callable[..., tuple[int, str, dict[str, object], str]],
 ) -> None:
-    """Not in a young pid namespace, where it could have the number of a task."""
-    code, log, status, _ = restored(
-        how, NATKEEP_ID="web", HOOK=str(noting_hook), LAST_PID=str(last_pid)
-    )
+    code, log, status, _ = restored(how, NATKEEP_ID="web", HOOK=str(noting_hook))
     assert code == 0
     assert _ours(log) == ["natkeep-hook: web: gate open"]
     (move,) = status["moves"]
     assert (move["gate"], [site["drift"] for site in move["sites"]]) == ("open", [[]])
-    assert (noting_hook.parent / "noted").read_text().split() == started
-
-
-def test_a_restore_that_fails_ends_what_was_started_early(
-    noting_hook: Path,
-    restored: Callable[..., tuple[int, str, dict[str, object], str]],
-    tmp_path: Path,
-) -> None:
-    """B's other tasks keep CRIU from the tree's number, which is what it meets first."""
-    code, log, status, _ = restored(
-        "joined", NATKEEP_ID="web", HOOK=str(noting_hook), LAST_PID="1000", OCCUPY="1"
-    )
-    assert code != 0
-    assert "Running post-restore scripts" not in log
-    (move,) = status["moves"]
-    assert move["gate"] == "closed"
-    assert (noting_hook.parent / "noted").read_text().split() == ["open_when_asked()"]
-    left = (tmp_path / "left").read_text().split()
-    assert [name for name in left if name.endswith((".asked", ".told"))] == []
-    assert [path.name for path in (tmp_path / "state").iterdir()] == ["lock"]
+    assert (noting_hook.parent / "noted").read_text().split() == ["main()"]

@@ -11,17 +11,17 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from fake_kernel import FakeKernel
 
 from natkeep.checkpoint import Checkpoint, Inventory, NetworkLock
 from natkeep.criu import run
 from natkeep.criu.run import Command, Restore, demand_criu, find_slow_lock, read_command
 from natkeep.errors import NatkeepError, RefusedError, UsageError
-from natkeep.journal import StateDirectory
-from natkeep.kernel.fake import FakeKernel
 from natkeep.lifecycle.verbs import Lifecycle
 from natkeep.plan.drift import Gate
 from natkeep.plan.move import Map, Move, Role, Site
 from natkeep.plan.tuples import Connections, Endpoint, FourTuple, parse_address
+from natkeep.state.journal import StateDirectory
 
 GOOD = ["criu", "restore", "-D", "/images", "--tcp-established"]
 

@@ -14,15 +14,15 @@ from ipaddress import ip_address
 from typing import Protocol
 
 import pytest
+from fake_kernel import FakeKernel, FakeSite
 
 from natkeep.errors import KernelError
-from natkeep.kernel import Kernel
-from natkeep.kernel.fake import FakeKernel, FakeSite
+from natkeep.kernel.interface import Kernel
 from natkeep.kernel.linux import LinuxKernel
+from natkeep.plan.criu_lock import DumpLock, NetworkLock
 from natkeep.plan.drift import Gate, Observation, find_drift
-from natkeep.plan.lock import DumpLock, NetworkLock
 from natkeep.plan.move import Map, Move, Role, Site
-from natkeep.plan.order import make_plan
+from natkeep.plan.plan import make_plan
 from natkeep.plan.steps import (
     FillSet,
     HoldListeners,

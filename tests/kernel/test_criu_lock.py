@@ -19,7 +19,7 @@ from natkeep.kernel.linux import LinuxKernel
 from natkeep.kernel.netns import inside, open_namespace
 from natkeep.lab.host import Host
 from natkeep.lab.stage import Lab
-from natkeep.plan.lock import DumpLock, NetworkLock
+from natkeep.plan.criu_lock import DumpLock, NetworkLock
 from natkeep.plan.move import Role, Site
 from natkeep.plan.steps import Prior, TakeOverLock
 from natkeep.plan.tuples import Connections, Endpoint, FourTuple
@@ -380,7 +380,7 @@ def test_a_table_that_can_hold_nobody_else_is_not_read(
 ) -> None:
     """All that the dump had is kept; the kernel would take seconds for many connections."""
     lock_process(run, netns, TABLE, some(4, 6))
-    monkeypatch.setattr(criu_lock.elements, "read_keys", lambda *_: pytest.fail("it is read"))
+    monkeypatch.setattr(criu_lock.nftables, "read_keys", lambda *_: pytest.fail("it is read"))
 
     take(netns, DumpLock(NetworkLock.NFTABLES, RUN, connections=4), some(4, 6))
 

@@ -11,7 +11,7 @@ from ipaddress import ip_address
 import pytest
 
 from natkeep.errors import RefusedError
-from natkeep.kernel import calls, sockets
+from natkeep.kernel import conntrack_listeners, sock_diag
 from natkeep.kernel.linux import LinuxKernel
 from natkeep.kernel.netlink import (
     NETLINK_NETFILTER,
@@ -27,9 +27,9 @@ from natkeep.kernel.netns import inside as inside_of
 from natkeep.kernel.netns import open_namespace
 from natkeep.lab.host import await_true
 from natkeep.plan.drift import Gate, Observation, find_drift
+from natkeep.plan.listeners import make_receptions
 from natkeep.plan.move import Map, Mode, Move, Role, Site
-from natkeep.plan.order import make_plan
-from natkeep.plan.reception import make_receptions
+from natkeep.plan.plan import make_plan
 from natkeep.plan.steps import ForgetCalls, InstallReception, Plan, Prior, Step
 from natkeep.plan.tuples import NO_CONNECTIONS, Address, Connections, Endpoint, FourTuple
 
@@ -318,6 +318,10 @@ def test_callers_are_counted_and_their_entries_go_with_the_move(
     here.let_in(40005, before, 443, after, state=TIME_WAIT)
     if role == Role.GATEWAY:
         assert here.observe(plan).callers == 1
+    [receiving] = [r for r in make_receptions(plan.move, plan.move.sites[0]) if r.map.old == OLD]
+    with inside_of(open_namespace(here.netns)):
+        assert conntrack_listeners.count(receiving) == 1
+        assert conntrack_listeners.count(receiving, conntrack_listeners.read_table(4)) == 1
 
     here.revert(done)
 
@@ -329,7 +333,7 @@ def test_callers_are_sockets_at_a_listeners_end_that_nobody_kept(netns: str) -> 
     with ExitStack() as stack, inside_of(open_namespace(netns)):
         listener = stack.enter_context(socket.create_server(("127.0.0.1", 0)))
         end = Endpoint(ip_address("127.0.0.1"), listener.getsockname()[1])
-        assert sockets.count_callers(frozenset({end}), []) == 0
+        assert sock_diag.count_callers(frozenset({end}), []) == 0
         clients = [
             stack.enter_context(socket.create_connection(listener.getsockname())) for _ in range(3)
         ]
@@ -337,10 +341,10 @@ def test_callers_are_sockets_at_a_listeners_end_that_nobody_kept(netns: str) -> 
             stack.enter_context(listener.accept()[0])
         peer = Endpoint(end.address, clients[0].getsockname()[1])
 
-        assert sockets.count_callers(frozenset({end}), []) == 3
+        assert sock_diag.count_callers(frozenset({end}), []) == 3
         kept = Connections.of([FourTuple(peer, end)])
-        assert sockets.count_callers(frozenset({end}), [kept]) == 2
-        assert sockets.count_callers(frozenset({Endpoint(end.address, 1)}), []) == 0
+        assert sock_diag.count_callers(frozenset({end}), [kept]) == 2
+        assert sock_diag.count_callers(frozenset({Endpoint(end.address, 1)}), []) == 0
 
 
 @EACH_ROLE
@@ -363,7 +367,7 @@ def test_a_caller_whom_nobody_has_answered_is_forgotten_in_either_family(
         )
 
     with inside_of(open_namespace(here.netns)):
-        calls.forget_unanswered(receiving)
+        conntrack_listeners.delete_unreplied(receiving)
 
     listed = here.run("conntrack", "-L", "-f", "ipv4" if old.version == 4 else "ipv6")
     assert "sport=50001 " not in listed

@@ -10,12 +10,12 @@ from pathlib import Path
 
 import pytest
 
-from natkeep.journal import StateDirectory
 from natkeep.lab.engines import EngineError
 from natkeep.lab.home import Machine, come_home
 from natkeep.lab.scenario import find_scenario, run
 from natkeep.lab.stage import Lab
 from natkeep.lab.wire import RST
+from natkeep.state.journal import StateDirectory
 
 pytestmark = [pytest.mark.root, pytest.mark.criu, pytest.mark.lab]
 

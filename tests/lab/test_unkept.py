@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 
-from natkeep.journal import StateDirectory
 from natkeep.kernel.linux import LinuxKernel
 from natkeep.lab.application import Application, all_in, all_open, faults, received
 from natkeep.lab.ends import tuple_of
@@ -16,6 +15,7 @@ from natkeep.lab.wire import RST
 from natkeep.lifecycle.verbs import Lifecycle
 from natkeep.plan.move import Fate, Map, Mode, Move, Role, Site
 from natkeep.plan.tuples import Connections, Endpoint, FourTuple
+from natkeep.state.journal import StateDirectory
 
 pytestmark = [pytest.mark.root, pytest.mark.lab]
 

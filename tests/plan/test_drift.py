@@ -9,7 +9,7 @@ import pytest
 
 from natkeep.plan.drift import Gate, Observation, SeenEntry, find_drift
 from natkeep.plan.move import Map, Move, Role, Site
-from natkeep.plan.order import make_plan
+from natkeep.plan.plan import make_plan
 from natkeep.plan.tuples import Connections, Endpoint, FourTuple
 
 GATEWAY, DESTINATION = Site(Role.GATEWAY, "gw"), Site(Role.DESTINATION, "dst")

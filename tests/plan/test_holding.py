@@ -6,9 +6,9 @@ from ipaddress import ip_address
 
 import pytest
 
-from natkeep.plan.lock import DumpLock, NetworkLock
+from natkeep.plan.criu_lock import DumpLock, NetworkLock
 from natkeep.plan.move import Map, Mode, Move, Role, Site
-from natkeep.plan.order import describe_plan, make_plan
+from natkeep.plan.plan import describe_plan, make_plan
 from natkeep.plan.steps import (
     AddAddress,
     FillSet,

@@ -8,9 +8,9 @@ import pytest
 
 from natkeep.errors import RefusedError
 from natkeep.plan import resets
-from natkeep.plan.lock import DumpLock, NetworkLock
+from natkeep.plan.criu_lock import DumpLock, NetworkLock
 from natkeep.plan.move import Fate, Map, Move, Role, Site
-from natkeep.plan.order import describe_plan, make_plan, render_nft
+from natkeep.plan.plan import describe_plan, make_plan, render_nft
 from natkeep.plan.steps import (
     AddAddress,
     FillSet,
@@ -20,7 +20,7 @@ from natkeep.plan.steps import (
     SendResets,
     TakeOverLock,
 )
-from natkeep.plan.translations import NOTHING_SPECIAL, Surroundings
+from natkeep.plan.translation import NOTHING_SPECIAL, Surroundings
 from natkeep.plan.tuples import Connections, Endpoint, FourTuple, parse_address
 
 MAP = Map(parse_address("10.2.0.10"), parse_address("10.3.0.20"))

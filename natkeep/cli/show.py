@@ -1,0 +1,91 @@
+"""the verbs that only look."""
+
+from __future__ import annotations
+
+import argparse
+
+from natkeep.cli.arguments import make_lifecycle, parse_sites
+from natkeep.cli.output import talk
+from natkeep.errors import DriftError, JournalError, UsageError
+
+
+def status(args: argparse.Namespace) -> int:
+    from natkeep import report
+
+    lifecycle = make_lifecycle(args, create=False)
+    unreadable: list[JournalError] = []
+    if args.id:
+        moves = lifecycle.status((args.id,))
+    else:
+        import gc
+
+        gc.disable()  # of what there may be much, all lives to the end: there is nothing to find
+        moves = lifecycle.status((), unreadable)
+    if args.json:
+        print(*report.status_as_json([report.move_as_json(move) for move in moves]), sep="")
+    elif moves or not unreadable:
+        lines = (line for m in moves for line in report.status_lines(m, verbose=args.verbose))
+        print(*[*lines] or ["nothing is prepared"], sep="\n")
+    for error in unreadable[1:]:
+        talk(args, f"natkeep: {error}")
+    if unreadable:
+        raise unreadable[0]
+    drift = [line for move in moves for site in move.sites for line in site.drift]
+    if args.strict and drift:
+        raise DriftError(f"drift: {drift[0]}", hint=f"{len(drift)} in all" if drift[1:] else None)
+    return 0
+
+
+def check(args: argparse.Namespace) -> int:
+    from natkeep import report
+    from natkeep.kernel.linux import LinuxKernel
+    from natkeep.lifecycle.verbs import Lifecycle
+    from natkeep.plan.diagnostics import Severity
+    from natkeep.state.journal import StateDirectory
+
+    lifecycle = Lifecycle(LinuxKernel(), StateDirectory(args.state_dir, create=False))
+    findings = lifecycle.examine(parse_sites(args.site))
+    if args.json:
+        report.print_json(report.findings_to_json(findings))
+    else:
+        print(*report.finding_lines(findings), sep="\n")
+    stopping = [finding for finding in findings if finding.severity == Severity.STOP]
+    if stopping:
+        code = stopping[0].code
+        raise DriftError(f"{code} stops a move", hint=f"natkeep explain {code}")
+    return 0
+
+
+def explain(args: argparse.Namespace) -> int:
+    from natkeep import report
+    from natkeep.plan.diagnostics import CATALOGUE
+
+    if args.code not in CATALOGUE:
+        raise UsageError(f"no finding has the code {args.code!r}", hint=", ".join(CATALOGUE))
+    if args.json:
+        report.print_json(report.explanation_to_json(args.code))
+    else:
+        print(*report.explanation_lines(args.code), sep="\n")
+    return 0
+
+
+def inspect(args: argparse.Namespace) -> int:
+    from natkeep import report
+    from natkeep.plan.move import parse_olds
+
+    if (args.image is None) == (args.live is None):
+        raise UsageError("which sockets? DIR or --live PID", hint="the one or the other")
+    if args.live is not None:
+        from natkeep.cli.arguments import read_process
+
+        checkpoint = read_process(args, ())
+    else:
+        from natkeep.checkpoint.images import read_checkpoint_with_queues
+
+        checkpoint = read_checkpoint_with_queues(args.image)
+    olds = parse_olds(args.map)
+    if args.json:
+        report.print_json(report.checkpoint_to_json(checkpoint, olds))
+    else:
+        print(*report.checkpoint_lines(checkpoint, olds), sep="\n")
+    return 0

@@ -1,0 +1,91 @@
+"""the source's part at `post-dump`: our gate instead of CRIU's lock, before the tasks are killed.
+
+    NATKEEP_SOURCE=OLD[=NEW][,…]     which addresses leave; NEW where it is known already
+    NATKEEP_ID=ID                    the move's id here, that of a quiesce too; else criu-PID-START
+
+At `post-dump` the images are complete and the tasks are frozen, with all their sockets. A failure
+here makes CRIU count the dump as failed and let the tasks go on: nothing is left of ours then.
+When another script fails after this one, the tasks go on behind a closed gate, so natkeep-hook is
+the first `--action-script` of the command line: CRIU runs the last one first.
+
+Rule: which connections there are is the image's word, which of them leave is the operator's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from ipaddress import ip_network
+from typing import TYPE_CHECKING
+
+from natkeep.criu.environment import Call, own_id, read_call
+from natkeep.errors import RefusedError, UsageError
+from natkeep.plan.move import Map, Move, Role, Site, parse_map
+
+if TYPE_CHECKING:
+    from natkeep.kernel.interface import Kernel
+    from natkeep.lifecycle.verbs import Lifecycle
+    from natkeep.plan.tuples import Address
+
+_UNKNOWN = {4: ip_network("192.0.2.0/24"), 6: ip_network("2001:db8::/32")}
+"""Documentation's own addresses stand for a NEW that nobody knows yet: none is translated here."""
+
+
+def serve_post_dump(environment: Mapping[str, str], lifecycle: Lifecycle) -> str:
+    """Keep the source quiet about the dumped connections; a line that says so."""
+    from natkeep import policy, report
+    from natkeep.checkpoint.images import read_checkpoint
+
+    call = read_call(environment)
+    _refuse_leave_running(call)
+    checkpoint = read_checkpoint(call.demand_images())
+    move = Move(
+        environment.get("NATKEEP_ID") or own_id(call.criu),
+        read_maps(environment["NATKEEP_SOURCE"]),
+        (_source_site(call, lifecycle.kernel),),
+        lock=checkpoint.lock,
+    )
+    count = sum(len(checkpoint.connections.at(map_.old)) for map_ in move.maps)
+    if not count:
+        return "no connection of this dump leaves"
+    policy.authorise(move, count)
+    plan = lifecycle.prepare(move, checkpoint.connections, frozen=True)
+    left = "; ".join(report.lock_lines(plan))
+    return f"{move.id}: {count} connections kept quiet here{left and f'; {left}'}"
+
+
+def read_maps(text: str) -> tuple[Map, ...]:
+    """The maps of NATKEEP_SOURCE; UsageError for what is none."""
+    maps = []
+    for number, part in enumerate(text.split(",")):
+        old, new = parse_map(part if "=" in part else f"{part}=auto")
+        if new is None and part.endswith("=auto"):
+            raise UsageError(f"NATKEEP_SOURCE: {part}: the source cannot look NEW up")
+        maps.append(Map(old, _stand_in(old, number) if new is None else new))
+    return tuple(maps)
+
+
+def _stand_in(old: Address, number: int) -> Address:
+    return _UNKNOWN[old.version][number + 1]
+
+
+def _source_site(call: Call, kernel: Kernel) -> Site:
+    """Where the dumped tree is; ours if it is the same, since the tree's pids are about to end."""
+    here, there = Site(Role.SOURCE), Site(Role.SOURCE, f"pid:{call.tree}")
+    if call.tree is None:
+        return here
+    kernel.open_sites((here, there))
+    return here if kernel.identity(here) == kernel.identity(there) else there
+
+
+def _refuse_leave_running(call: Call) -> None:
+    """Two processes would own the connections (T7)."""
+    try:
+        with open(f"/proc/{call.criu}/cmdline", "rb") as file:
+            words = file.read().split(b"\0")
+    except OSError:
+        return
+    if b"-R" in words or b"--leave-running" in words:
+        raise RefusedError(
+            "the dump is with --leave-running: the process would own its connections twice",
+            hint="NATKEEP_SOURCE is for a process that leaves",
+        )

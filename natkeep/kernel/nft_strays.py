@@ -1,0 +1,62 @@
+"""the strays of a site: what bears natkeep's names there read, and taken away.
+
+Rule: what is taken away is decided in plan/strays.py; an entry goes only by the full tuple that a
+set of ours names. All functions act in the namespace that the calling thread is in.
+"""
+
+from __future__ import annotations
+
+from ipaddress import ip_address
+
+from natkeep.kernel import nftables
+from natkeep.kernel import nftables_dump as dump
+from natkeep.kernel.conntrack_purge import delete_inbound
+from natkeep.plan.nft import FAMILIES, TABLE
+from natkeep.plan.strays import SeenRule, SeenTable, find_translated, render_clearing
+from natkeep.plan.tables import held_set
+from natkeep.plan.tuples import Address, Connections
+
+
+def read_table() -> SeenTable:
+    """What stands in our tables; empty where there are none."""
+    silent = dump.has_table(dump.ARP, TABLE)
+    if not dump.has_table(dump.INET, TABLE):
+        return SeenTable(silent=silent)
+    chains = sorted(dump.chain_names(TABLE))
+    held = [key for v in FAMILIES for key in dump.read_keys(TABLE, held_set(v))]
+    return SeenTable(
+        tuple(chains),
+        tuple(sorted(dump.set_names(TABLE))),
+        tuple(
+            SeenRule(chain, rule.handle, rule.comment)
+            for chain in chains
+            for rule in dump.rules(TABLE, chain)
+        ),
+        tuple(ip_address(key) for key in held),
+        there=True,
+        silent=silent,
+    )
+
+
+def clear(table: SeenTable, known: frozenset[str], olds: frozenset[Address], *, sure: bool) -> None:
+    """Take away what no *known* move owns, its conntrack entries too (see plan/strays.py)."""
+    lines = render_clearing(table, known, olds, sure=sure)
+    if not lines:
+        return
+    entries = [_read_set(*each) for each in find_translated(table, table.ids() - known)]
+    nftables.run_transaction(lines)
+    # Behind the rules, which would make them anew.
+    for some in entries:
+        if len(some):
+            delete_inbound(some)
+
+
+def _read_set(name: str, local: Address) -> Connections:
+    """The connections of a set, as they arrive at *local*; none if it is of the other family."""
+    width = len(local.packed)
+    records = b"".join(
+        local.packed + key[width + 4 : width + 6] + key[:width] + key[width : width + 2]
+        for key in dump.read_keys(TABLE, name)
+        if len(key) == width + 8
+    )
+    return Connections.packed(records, local.version)

@@ -1,0 +1,275 @@
+"""the tables at a site: objects of plan/nft.py loaded, sets filled, objects taken out again.
+
+Rule: text goes by libnftables, one transaction a call; what is packed in nft_messages.py goes by
+itself. Nothing is listed through libnftables (nftables_dump.py reads). A rule in a chain that moves
+share is found by its comment, and what moves share goes only when no move needs it any more.
+The `nftables` binding is imported only here.
+
+Two traps. close() of a netlink socket after any nf_tables *deletion* waits for an RCU grace period
+(6 to 47 ms): nothing is deleted inside a blackout. And where the base chain `gate` is not there no
+gate closes anything: what closes one makes it anew, in the same transaction.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Iterable, Sequence
+from contextlib import suppress
+
+from natkeep.errors import KernelError
+from natkeep.kernel import nftables_dump as dump
+from natkeep.kernel.interface import Packed
+from natkeep.kernel.netlink import NETLINK_NETFILTER, Netlink
+from natkeep.kernel.nft_messages import (
+    Message,
+    pack_batch,
+    pack_chain_removal,
+    pack_fill,
+    pack_objects,
+)
+from natkeep.plan import filters
+from natkeep.plan.drift import Gate
+from natkeep.plan.nft import DROP, TABLE, Chain, Object, Rule, Table, Undo
+from natkeep.plan.steps import HoldListeners, Loads, OpenGate
+from natkeep.plan.tables import GATE, OPEN, gate_hook, removal
+from natkeep.plan.tuples import Connections
+
+_MESSAGE = re.compile(r"(?:Error|Warning): (.*)")
+_GATES = re.compile(r"(?:gate|callers)-[a-z0-9][a-z0-9-]*")
+"""Chains that drop until they are opened; an address chain's name has a dot or an underscore."""
+_OF_MOVES = re.compile(r"(?:gate|callers|hold|reset|kept|outer|listen|again)-[a-z0-9][a-z0-9-]*")
+"""Chains and sets that belong to one move; while there is one of another, the tables stay."""
+
+
+class NftError(KernelError):
+    """libnftables refused a transaction; nothing of it was done."""
+
+
+def run_transaction(lines: Iterable[str]) -> None:
+    """Load text in the namespace we are in, all or nothing; NftError otherwise."""
+    # Imported here, since a hook that has nothing to do must not pay for it; and a context for
+    # each call, because it holds a netlink socket of the namespace that it was made in.
+    import nftables
+
+    code, _, error = nftables.Nftables().cmd("\n".join(lines))
+    if code:
+        found = _MESSAGE.search(error)
+        reason = found.group(1) if found else error.strip() or "no reason given"
+        raise NftError(f"nft: {reason}")
+
+
+def is_available() -> bool:
+    """Whether libnftables and its binding can be loaded."""
+    try:
+        import nftables
+
+        nftables.Nftables()
+    except (ImportError, OSError):
+        return False
+    return True
+
+
+def send_batch(messages: Sequence[Message], generation: int = 0) -> None:
+    """Send them as one nf_tables transaction; OSError if refused. generation: as of pack_batch."""
+    if messages:  # the kernel would have nothing to acknowledge
+        with Netlink(NETLINK_NETFILTER) as netlink:
+            netlink.send_transaction(pack_batch(messages, generation), len(messages))
+
+
+def fill_set(name: str, connections: Connections) -> None:
+    """Add all *connections* (of one IP version) to the set, in one transaction; or OSError."""
+    send_batch(pack_fill(TABLE, name, connections))
+
+
+# ---- in ------------------------------------------------------------------------------------------
+
+
+def load(objects: Iterable[Object], first: Iterable[str] = ()) -> None:
+    """Add *objects*, all or nothing but for raw rules, which come last; NftError or OSError.
+
+    first: text that goes in front of them, in the same transaction.
+    """
+    objects = tuple(objects)
+    raw = [one for one in objects if isinstance(one, Rule) and one.is_raw()]
+    text = [*first, *(str(one) for one in objects if one not in raw)]
+    if any(_closes_gate(one) for one in objects) and gate_hook()[0] not in objects:
+        text = [*map(str, missing_gate_hook()), *text]
+    if text:
+        run_transaction(text)
+    send_batch(pack_objects(raw))
+
+
+def load_step(step: Loads, objects: Iterable[Object], first: Iterable[str] = ()) -> None:
+    """Add *objects* of a step, behind what all moves share, as far as that is missing."""
+    shared = [one for part in step.static() if not _stands(part) for one in part]
+    load([*shared, *objects], first)
+
+
+def load_block(step: HoldListeners) -> None:
+    """Block these listeners and no others, whatever the move has blocked before."""
+    links = (rule.comment for rule in dump.rules(TABLE, GATE))
+    linked = filters.block_comment(step.move_id) in links
+    chain = filters.block_chain(step.move_id)
+    flush = [f"flush chain inet {TABLE} {chain}"] if dump.has_chain(TABLE, chain) else []
+    load_step(step, step.objects(linked=linked), flush)
+
+
+def _stands(part: tuple[Object, ...]) -> bool:
+    """Whether a part that all moves share is there: by its table, or its first base chain."""
+    first = next(one for one in part if isinstance(one, Table | Chain))
+    if isinstance(first, Table):
+        return dump.has_table({"inet": dump.INET, "arp": dump.ARP}[first.family], TABLE)
+    return dump.has_chain(TABLE, first.name)
+
+
+def _closes_gate(one: Object) -> bool:
+    """Whether packets have to get to the gates once this is loaded."""
+    if not isinstance(one, Rule):
+        return False
+    drops = one.statements == (DROP,) and _GATES.fullmatch(one.chain) is not None
+    return one.chain == GATE or drops
+
+
+# ---- out -----------------------------------------------------------------------------------------
+
+
+def unload(undos: Iterable[Undo]) -> None:
+    """Take objects away; what is gone already is fine. With the last move the tables go.
+
+    Rules first, and what they refer to behind them, in one transaction.
+    """
+    undos = tuple(dict.fromkeys(undos))
+    names = {undo.name for undo in undos if undo.kind in ("chain", "set")}
+    if names and not _has_others(names):
+        # The last move takes the tables with it; others may come only under the same lock.
+        if dump.has_table(dump.INET, TABLE) or dump.has_table(dump.ARP, TABLE):
+            run_transaction(removal())
+        return
+    seen = {
+        name: dump.rules(TABLE, name)
+        for name in dict.fromkeys(u.unused or u.name for u in undos if u.kind in ("rule", "chain"))
+    }
+    seen |= {u.unused: dump.rules(TABLE, u.unused) for u in undos if u.unused not in (*seen, "")}
+    _run_what_is_there(_removal_lines(undos, seen))
+
+
+def _has_others(own: set[str]) -> bool:
+    """Whether the table has a chain or a set of another move than the one that has *own*."""
+    standing = dump.chain_names(TABLE) | dump.set_names(TABLE)
+    return any(_OF_MOVES.fullmatch(name) for name in standing - own)
+
+
+def _removal_lines(undos: Sequence[Undo], seen: dict[str, tuple[dump.SeenRule, ...]]) -> list[str]:
+    comments: dict[str, set[str]] = {}
+    for undo in undos:
+        if undo.kind == "rule":
+            comments.setdefault(undo.name, set()).add(undo.what)
+    left, lines = {name: len(rules) for name, rules in seen.items()}, []
+    for chain, wanted in comments.items():
+        for rule in seen.get(chain, ()):
+            if rule.comment in wanted:
+                lines.append(Undo("inet", "rule", chain).command(rule.handle))
+                left[chain] -= 1
+    going = [u for u in undos if u.kind != "rule" and not (u.unused and left.get(u.unused, 0))]
+    order = {"element": 0, "chain": 1, "set": 2}
+    for undo in sorted(going, key=lambda undo: order[undo.kind]):
+        if undo.kind == "chain" and not undo.unused and left.get(undo.name, 0):
+            lines.append(f"flush chain {undo.family} {TABLE} {undo.name}")
+        lines.append(undo.command())
+    return lines
+
+
+def _run_what_is_there(lines: list[str]) -> None:
+    """Run deletions in one transaction, or, when something is gone already, one by one."""
+    if not lines:
+        return
+    try:
+        run_transaction(lines)
+    except NftError:
+        for line in lines:
+            try:
+                run_transaction([line])
+            except NftError as error:
+                if "No such file" not in str(error):
+                    raise
+
+
+# ---- the gates -----------------------------------------------------------------------------------
+
+
+def chain_state(chain: str) -> Gate:
+    """Absent, closed or open, by the rules of a chain that drops until it is opened."""
+    return state_of([rule.comment for rule in dump.rules(TABLE, chain)])
+
+
+def state_of(comments: Collection[str]) -> Gate:
+    """The same, by the comments of its rules."""
+    if not comments:
+        return Gate.ABSENT
+    return Gate.OPEN if OPEN in comments else Gate.CLOSED
+
+
+def open_gates(opening: Sequence[Rule]) -> None:
+    """Let the connections of these gates through, all or none; or OSError."""
+    send_batch(pack_objects(opening))
+
+
+def close_gates(opening: Sequence[Rule]) -> None:
+    """Take away what opened them, the gate hook back in the same transaction."""
+    lines = [*map(str, missing_gate_hook())]
+    for chain in dict.fromkeys(rule.chain for rule in opening):
+        rules = (rule for rule in dump.rules(TABLE, chain) if rule.comment == OPEN)
+        lines += [Undo("inet", "rule", chain).command(rule.handle) for rule in rules]
+    _run_what_is_there(lines)
+
+
+def missing_gate_hook() -> tuple[Object, ...]:
+    """The base chain `gate` and its rules, where the table is there and this chain is not."""
+    if dump.has_chain(TABLE, GATE) or not dump.has_table(dump.INET, TABLE):
+        return ()
+    return gate_hook()
+
+
+def remove_gate_hook() -> None:
+    """Take the gates out of all packets' way, where none is closed; refused if anything changes.
+
+    Under the state directory's lock: what prepares refers to the chain that it has seen.
+    """
+    if packed := pack_gate_hook_removal():
+        with Netlink(NETLINK_NETFILTER) as netlink, suppress(OSError):  # it only saves time
+            netlink.send_transaction(packed, 2)
+
+
+def pack_gate_hook_removal(opening: Sequence[Rule] = ()) -> bytes:
+    """The transaction of remove_gate_hook, of two messages; empty where the chain has to stay.
+
+    opening: what will be opened before, in a transaction of its own, so one state later.
+    """
+    try:
+        generation = dump.read_generation()
+        if not _may_remove({rule.chain for rule in opening}):
+            return b""
+    except OSError:  # what is opened or prepared shall not fail by it
+        return b""
+    return pack_batch(pack_chain_removal(GATE), generation + (1 if opening else 0))
+
+
+def _may_remove(opened: set[str]) -> bool:
+    seen, hooked = set(opened), False
+    for rule in dump.rules_of_chains(TABLE, GATE, "callers-"):
+        if rule.chain == GATE:
+            hooked = True
+            if filters.is_block(rule.comment):  # listeners are blocked in the base chain
+                return False
+        elif rule.chain not in seen and _GATES.fullmatch(rule.chain):
+            seen.add(rule.chain)  # what opens a gate is its first rule
+            if rule.comment != OPEN:
+                return False
+    return hooked
+
+
+def pack_open(step: OpenGate) -> Packed:
+    """The transaction that opens these gates, and what may follow it once no restore waits."""
+    opening = step.objects()
+    batch = pack_batch(pack_objects(opening))
+    return Packed(batch, len(opening), unhooking=pack_gate_hook_removal(opening))

@@ -1,0 +1,362 @@
+"""the nf_tables objects read by raw netlink: what stands in our tables, and in those of others.
+
+Rule: read only. Own code, because libnftables reads every element of every set before it answers
+anything (1.3 s beside a set of 100,000). Objects are found by the keys of plan/nft.py; what others
+have in their tables is looked at only as far as it is asked for.
+Numbers are from linux/netfilter/nf_tables.h.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Callable, Iterator
+from functools import lru_cache
+from ipaddress import ip_address
+
+from natkeep.kernel.netlink import (
+    NETLINK_NETFILTER,
+    NLM_F_DUMP,
+    Netlink,
+    attribute,
+    attributes,
+    find_attribute,
+)
+from natkeep.kernel.nft_messages import SUBSYSTEM, nfgenmsg, string
+from natkeep.plan.nft import TABLE, Key, describe_rule, number_alike
+from natkeep.values import dataclass
+
+_GETTABLE, _GETCHAIN, _GETRULE, _GETSET, _GETSETELEM = 1, 4, 7, 10, 13
+_GETGEN, _GETFLOWTABLE, _GENERATION = 16, 23, 1
+INET, ARP = 1, 3  # NFPROTO_…
+_FAMILY = {"inet": INET, "arp": ARP}
+_FAMILIES = {1: "inet", 2: "ip", 10: "ip6"}
+_HOOKS = ("prerouting", "input", "forward", "output", "postrouting", "ingress")
+
+_NETWORK, _TRANSPORT = 1, 2
+_VERDICTS = {0: "drop", 1: "accept"}
+_JUMP = -3
+_LENGTH = struct.Struct("=H")
+_PORT = (_TRANSPORT, 2, 2)
+_TO = ((_NETWORK, 16, 4), (_NETWORK, 24, 16))
+
+
+@dataclass(frozen=True, slots=True)
+class BaseChain:
+    """A chain that the kernel calls: its family, table, name, type (`nat`, …), hook, priority."""
+
+    family: str
+    table: str
+    name: str
+    type: str
+    hook: str
+    priority: int
+
+
+@dataclass(frozen=True, slots=True)
+class SeenRule:
+    """A rule as far as natkeep needs it: its chain, the kernel's number for it, its comment."""
+
+    chain: str
+    handle: int
+    comment: str
+
+
+def read_generation() -> int:
+    """The number of the ruleset's state in this namespace; every transaction makes another."""
+    with Netlink(NETLINK_NETFILTER) as netlink:
+        [answer] = netlink.request(SUBSYSTEM | _GETGEN, 0, nfgenmsg(0))
+    return int.from_bytes(attributes(answer[4:])[_GENERATION], "big")
+
+
+# ---- by name -------------------------------------------------------------------------------------
+
+
+def has_table(family: int, table: str) -> bool:
+    """Whether the table is there."""
+    return table in {name for _, name in _names(_GETTABLE, family, b"", 1)}
+
+
+def has_chain(table: str, chain: str) -> bool:
+    """Whether the inet table has the chain; as quick in a table of a thousand moves as of one."""
+    return _has(_GETCHAIN, attribute(1, string(table)) + attribute(3, string(chain)))
+
+
+def chain_names(table: str) -> frozenset[str]:
+    """The chains of the inet table; empty when it is not there."""
+    return frozenset(name for owner, name in _names(_GETCHAIN, INET, b"", 3) if owner == table)
+
+
+def set_names(table: str) -> frozenset[str]:
+    """The sets and maps of the inet table, without reading an element."""
+    scope = attribute(1, string(table))
+    try:
+        return frozenset(name for _, name in _names(_GETSET, INET, scope, 2))
+    except FileNotFoundError:
+        return frozenset()
+
+
+def has_key(table: str, name: str, key: bytes) -> bool:
+    """Whether the set or map has an element with *key*, without reading the others."""
+    owner = attribute(1, string(table)) + attribute(2, string(name))
+    element = attribute(
+        3 | 1 << 15, attribute(1 | 1 << 15, attribute(1 | 1 << 15, attribute(1, key)))
+    )
+    return _has(_GETSETELEM, owner + element)
+
+
+def rules(table: str, chain: str) -> tuple[SeenRule, ...]:
+    """The rules of one chain, in order; empty when the chain is not there."""
+    scope = attribute(1, string(table)) + attribute(2, string(chain))
+    return tuple(rule for rule in _rules(scope) if rule.chain == chain)
+
+
+def rules_of_chains(table: str, *beginnings: str) -> Iterator[SeenRule]:
+    """The rules of all chains of the inet table whose names begin so, chain by chain, in order.
+
+    None when the table is not there. A thousand moves have ten thousand rules, of which a few are
+    asked for: the kernel puts the chain's name behind the table's, so most are seen by that.
+    """
+    scope = attribute(1, string(table))
+    head, names = nfgenmsg(INET) + scope, tuple(name.encode("ascii") for name in beginnings)
+    return _rules(scope, lambda rule: rule.startswith(names, len(head) + 4))
+
+
+def _rules(scope: bytes, wanted: Callable[[bytes], bool] = lambda rule: True) -> Iterator[SeenRule]:
+    try:
+        for answer in filter(wanted, _dump(_GETRULE, nfgenmsg(INET) + scope)):
+            rule = attributes(answer[4:])
+            handle = int.from_bytes(rule[3], "big")
+            yield SeenRule(_text(rule[2]), handle, _comment(rule.get(7, b"")))
+    except FileNotFoundError:
+        return
+
+
+def _names(type_: int, family: int, scope: bytes, attribute_type: int) -> Iterator[tuple[str, str]]:
+    for answer in _dump(type_, nfgenmsg(family) + scope):
+        found = attributes(answer[4:])
+        yield _text(found[1]), _text(found[attribute_type])
+
+
+def _has(type_: int, scope: bytes) -> bool:
+    try:
+        with Netlink(NETLINK_NETFILTER) as netlink:
+            return any(netlink.request(SUBSYSTEM | type_, 0, nfgenmsg(INET) + scope))
+    except FileNotFoundError:
+        return False
+
+
+def _dump(type_: int, body: bytes) -> Iterator[bytes]:
+    with Netlink(NETLINK_NETFILTER) as netlink:
+        yield from netlink.request(SUBSYSTEM | type_, NLM_F_DUMP, body)
+
+
+# ---- the elements of a set -----------------------------------------------------------------------
+
+
+def read_keys(table: str, name: str) -> list[bytes]:
+    """The key of each element of the set or map, as the kernel has it; none when it is gone."""
+    with Netlink(NETLINK_NETFILTER) as netlink:
+        return dump_keys(netlink, INET, table, name)
+
+
+def dump_keys(netlink: Netlink, family: int, table: str, name: str) -> list[bytes]:
+    """The same by a socket that is there already, of a table of any family."""
+    body = nfgenmsg(family) + attribute(1, string(table)) + attribute(2, string(name))
+    found: list[bytes] = []
+    try:
+        for answer in netlink.request(SUBSYSTEM | _GETSETELEM, NLM_F_DUMP, body):
+            found += _element_keys(attributes(answer[4:]).get(3, b""))
+    except FileNotFoundError:  # it goes, or is gone
+        pass
+    return found
+
+
+def _element_keys(elements: bytes) -> list[bytes]:
+    width = _plain_width(elements)
+    if width:
+        return [key for (key,) in struct.iter_unpack(f"12x{width}s", elements)]
+    return [attributes(attributes(each)[1])[1] for each in _each(elements)]
+
+
+def _plain_width(elements: bytes) -> int:
+    """How long the keys are, if each element is a key and nothing else; 0 if not all are alike."""
+    if len(elements) < 16:
+        return 0
+    size, key = (_LENGTH.unpack_from(elements, at)[0] for at in (0, 8))
+    if size != 8 + key or key <= 4 or key % 4 or len(elements) % size:
+        return 0
+    count = len(elements) // size
+    alike = all(elements[i::size] == elements[i : i + 1] * count for i in range(12))
+    return int(key) - 4 if alike else 0
+
+
+# ---- everything in our tables --------------------------------------------------------------------
+
+
+def find_standing(netlink: Netlink, family: str) -> tuple[set[Key], dict[str, list[str]]]:
+    """All that is in the table natkeep but elements, of all moves; of each chain its comments."""
+    comments: dict[str, list[str]] = {}
+    name, scope = string(TABLE), attribute(1, string(TABLE))
+    # To its end, since the socket is used again.
+    if name not in [attributes(table).get(1) for table in _answers(netlink, _GETTABLE, family)]:
+        return set(), comments
+    found = {Key(family, "table")}
+    for kind, type_, at in (("chain", _GETCHAIN, 3), ("set", _GETSET, 2)):
+        for answer in _answers(netlink, type_, family, scope):
+            if find_attribute(answer, 1) == name:
+                found.add(Key(family, kind, _text(find_attribute(answer, at))))
+    rules: dict[bytes, Key] = {}  # by its handle: one may come twice when others are made
+    for rule in map(attributes, _answers(netlink, _GETRULE, family, scope)):
+        if rule[1] == name and rule[3] not in rules:
+            chain, comment = _text(rule[2]), _comment(rule.get(7, b""))
+            rules[rule[3]] = Key(family, "rule", chain, describe_rule(comment, _marks(rule[4])))
+            comments.setdefault(chain, []).append(comment)
+    found.update(number_alike(rules.values()))
+    return found, comments
+
+
+def _answers(netlink: Netlink, type_: int, family: str, scope: bytes = b"") -> Iterator[bytes]:
+    body = nfgenmsg(_FAMILY[family]) + scope
+    try:
+        for answer in netlink.request(SUBSYSTEM | type_, NLM_F_DUMP, body):
+            yield answer[4:]
+    except FileNotFoundError:  # gone between two looks
+        return
+
+
+def _marks(expressions: bytes) -> list[str]:
+    """What plan/nft.py knows a rule by, from the kernel's expressions."""
+    found: list[str] = []
+    loaded: tuple[int, ...] = ()
+    for each in _each(expressions):
+        marks, loads, value = _read_expression(each)
+        found += marks
+        if value is not None:
+            found += _compared(loaded, value)
+        loaded = loads
+    return found
+
+
+@lru_cache(maxsize=1 << 12)  # of a thousand moves' rules most are the same
+def _read_expression(
+    expression: bytes,
+) -> tuple[tuple[str, ...], tuple[int, ...], bytes | None]:
+    """Its marks, what of a packet it loads, and the value that it compares what is loaded with."""
+    outer = attributes(expression)
+    name, body = _text(outer[1]), attributes(outer.get(2, b""))
+    if name in ("lookup", "dynset"):
+        asked = _text(body[1])
+        return (() if asked.startswith("__") else (f"@{asked}",)), (), None
+    if name in ("nat", "notrack", "reject"):
+        return (name,), (), None
+    if name == "immediate":
+        return tuple(_verdict(attributes(body[2]).get(2))), (), None
+    if name == "cmp":
+        return (), (), attributes(body[3])[1]
+    if name == "payload":
+        return (("writes",) if 5 in body else ()), tuple(_number(body[i]) for i in (2, 3, 4)), None
+    return (), (), None
+
+
+def _verdict(data: bytes | None) -> Iterator[str]:
+    if data is None:
+        return
+    verdict = attributes(data)
+    code = int.from_bytes(verdict[1], "big", signed=True)
+    if code in _VERDICTS:
+        yield _VERDICTS[code]
+    elif code == _JUMP:
+        yield f">{_text(verdict[2])}"
+
+
+def _compared(loaded: tuple[int, ...], value: bytes) -> Iterator[str]:
+    if loaded == _PORT:
+        yield f"port {int.from_bytes(value, 'big')}"
+    elif loaded in _TO and len(value) == loaded[2]:
+        yield f"to {ip_address(value)}"
+
+
+# ---- other tables --------------------------------------------------------------------------------
+
+
+def base_chains() -> tuple[BaseChain, ...]:
+    """Every base chain of every table, also those of others."""
+    found = []
+    for family, name in _FAMILIES.items():
+        for answer in _dump(_GETCHAIN, nfgenmsg(family)):
+            chain = attributes(answer[4:])
+            if 4 not in chain:
+                continue
+            hook = attributes(chain[4])
+            number = int.from_bytes(hook[1], "big")
+            priority = int.from_bytes(hook[2], "big", signed=True)
+            where = _HOOKS[number] if number < len(_HOOKS) else str(number)
+            type_ = _text(chain.get(7, b""))
+            found.append(BaseChain(name, _text(chain[1]), _text(chain[3]), type_, where, priority))
+    return tuple(found)
+
+
+def flowtable_names() -> tuple[str, ...]:
+    """`FAMILY TABLE NAME` of every flowtable; none where the kernel knows none."""
+    found = []
+    for family, name in _FAMILIES.items():
+        try:
+            answers = list(_dump(_GETFLOWTABLE, nfgenmsg(family)))
+        except OSError:
+            continue
+        for answer in answers:
+            flowtable = attributes(answer[4:])
+            found.append(f"{name} {_text(flowtable[1])} {_text(flowtable[2])}")
+    return tuple(found)
+
+
+def assigns_zones(*, besides: str) -> bool:
+    """Whether a rule could give packets a conntrack zone, in any table but *besides*.
+
+    Found are `ct zone` of nft, to set or to match, and the target CT of iptables, which may.
+    """
+    tables = [(a[0], _text(attributes(a[4:])[1])) for a in _dump(_GETTABLE, nfgenmsg(0))]
+    for family, owner in tables:
+        if owner == besides:
+            continue
+        try:
+            for answer in _dump(_GETRULE, nfgenmsg(family) + attribute(1, string(owner))):
+                if _CT_ZONE in answer or _CT_TARGET in answer:
+                    return True
+        except FileNotFoundError:  # it has gone meanwhile
+            continue
+    return False
+
+
+_CT_ZONE = attribute(2, (17).to_bytes(4, "big"))
+"""NFTA_CT_KEY, NFT_CT_ZONE."""
+
+_CT_TARGET = attribute(1, b"CT\0")[:7]
+"""NFTA_TARGET_NAME: how iptables-nft stores `-j CT`, which `--zone` is an option of."""
+
+
+def _comment(userdata: bytes) -> str:
+    # libnftnl's user data: type, length, value; type 0 is the comment, with its final NUL.
+    if len(userdata) > 2 and userdata[0] == 0:
+        return _text(userdata[2 : 2 + userdata[1]])
+    return ""
+
+
+def _each(data: bytes) -> list[bytes]:
+    """The value of each attribute of a list, whose types are all the same."""
+    found, offset = [], 0
+    while offset + 4 <= len(data):
+        length = _LENGTH.unpack_from(data, offset)[0]
+        if length < 4:
+            break
+        found.append(data[offset + 4 : offset + length])
+        offset += (length + 3) & ~3
+    return found
+
+
+def _number(value: bytes) -> int:
+    return int.from_bytes(value, "big")
+
+
+def _text(value: bytes) -> str:
+    return value.rstrip(b"\0").decode("ascii", "replace")

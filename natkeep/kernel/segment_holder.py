@@ -1,0 +1,220 @@
+"""Starts the segment holder, has it deliver what it holds, and ends it.
+
+Rule: everything that may be refused is opened here, before the holder is started: what arrives
+from then on waits in the kernel, so a prepare does not wait for the holder. It is found by a
+socket in the state directory, which only its owner can enter; where that has no answer there is no
+holder, and the move does without. This file decides nothing about segments (plan/replay.py does).
+
+Its bounds: AGE here; octets, of one connection and of all, in plan/replay.py.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
+
+from natkeep.errors import KernelError
+from natkeep.kernel.daemon import spawn
+from natkeep.kernel.interface import Place, Remember
+from natkeep.kernel.netns import inside
+from natkeep.kernel.segment_holderd import attach_filter
+from natkeep.plan.criu_lock import CRIU_MARK
+from natkeep.plan.replay import holder_name, pack_kept
+from natkeep.plan.socket_filter import make_filter, pack_filter
+from natkeep.plan.steps import HoldSegments, Prior
+from natkeep.values import dataclass
+
+AGE = 900
+"""Seconds that a holder lives at most; a Linux peer has given up by then (tcp_retries2)."""
+
+_QUEUE = 16 << 20
+"""Octets that the kernel keeps for a holder that has not been given the processor yet."""
+_PATIENCE = 2.0
+"""Seconds to wait for the holder's answer, and for its end."""
+
+_SO_RCVBUFFORCE = 33
+_PROTOCOL = {4: 0x0800, 6: 0x86DD}
+_FAMILY = {4: socket.AF_INET, 6: socket.AF_INET6}
+
+Kept = list[tuple[bytes, bytes, bytes]]
+"""Of each map OLD and NEW (packed), and its connections as records of plan/tuples.py."""
+
+
+@dataclass(frozen=True, slots=True)
+class Held:
+    """What a holder has, or has delivered: segments and their octets; and what found no room."""
+
+    segments: int
+    octets: int
+    refused: int
+
+
+class HoldSegmentsDriver:
+    """The holder saves time and nothing else, so what keeps it away is noted and no failure."""
+
+    enters = False
+
+    def check(self, at: Place, step: HoldSegments) -> None:
+        """A move goes on without a holder."""
+
+    def apply(self, at: Place, step: HoldSegments, remember: Remember) -> Prior:
+        """Start it; prior.facts["refused"] says why there is none."""
+        remember(Prior())
+        if not at.directory:
+            return Prior(facts={"refused": "there is no state directory"})
+        try:
+            start(at, step.move_id, step.kept())
+        except (OSError, KernelError) as error:
+            return Prior(facts={"refused": str(getattr(error, "strerror", None) or error)})
+        return Prior()
+
+    def revert(self, at: Place, step: HoldSegments, prior: Prior) -> None:
+        """End it, undelivered."""
+        if at.directory:
+            end(at.directory, step.move_id)
+
+
+def start(place: Place, move_id: str, kept: Kept, age: int = AGE) -> int:
+    """Hold from now on what arrives at *place* for *kept*, for *age* seconds; the holder's pid.
+
+    One of the same move is ended first. OSError where a privilege is missing, or KernelError;
+    then none runs.
+    """
+    end(place.directory, move_id)
+    families = {4: [m for m in kept if len(m[0]) == 4], 6: [m for m in kept if len(m[0]) == 16]}
+    present = [version for version, maps in families.items() if maps]
+    name = holder_name(move_id)
+    with ExitStack() as stack:
+        home = os.open(place.directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        stack.callback(os.close, home)
+        table = os.memfd_create("natkeep-kept")
+        stack.callback(os.close, table)
+        with os.fdopen(os.dup(table), "wb") as file:
+            file.write(pack_kept(kept))
+        pairs: list[int] = []
+        with inside(place.namespace):
+            for version in present:
+                packets = stack.enter_context(_open_packets(version, families[version]))
+                raw = stack.enter_context(_open_raw(version))
+                pairs += [packets.fileno(), raw.fileno()]
+        listening = stack.enter_context(_listen(home, name))
+        handed = [home, listening.fileno(), table, *pairs]
+        versions = "".join(map(str, present))
+        try:
+            return spawn("segment_holderd.py", name, place, handed, versions, str(age))
+        except BaseException:
+            os.unlink(name, dir_fd=home)
+            raise
+
+
+def _open_packets(version: int, kept: Kept) -> socket.socket:
+    """Sees little more of what arrives at this host than *kept*; the holder looks closer."""
+    # Of one protocol (ETH_P_IP, not ETH_P_ALL): so it sees a packet once, behind bridges and bonds,
+    # and none that leaves.
+    protocol = socket.htons(_PROTOCOL[version])
+    sock = socket.socket(socket.AF_PACKET, socket.SOCK_DGRAM, protocol)
+    try:
+        attach_filter(sock, pack_filter(make_filter(version, kept)))
+        sock.setsockopt(socket.SOL_SOCKET, _SO_RCVBUFFORCE, _QUEUE)
+    except BaseException:
+        sock.close()
+        raise
+    return sock
+
+
+def _open_raw(version: int) -> socket.socket:
+    """Sends packets with their headers; the mark lets them pass the gate, untracked."""
+    sock = socket.socket(_FAMILY[version], socket.SOCK_RAW, socket.IPPROTO_RAW)
+    try:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_MARK, CRIU_MARK)
+    except BaseException:
+        sock.close()
+        raise
+    return sock
+
+
+@contextmanager
+def _listen(home: int, name: str) -> Iterator[socket.socket]:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as sock:
+        with suppress(FileNotFoundError):
+            os.unlink(name, dir_fd=home)
+        sock.bind(_path(home, name))
+        os.chmod(name, 0o600, dir_fd=home)
+        sock.listen(8)
+        yield sock
+
+
+def _path(home: int, name: str) -> str:
+    """Short enough for a socket's address, however long the directory's name is."""
+    return f"/proc/self/fd/{home}/{name}"
+
+
+# ---- a holder that runs --------------------------------------------------------------------------
+
+
+def look(directory: str, move_id: str) -> Held | None:
+    """What the move's holder has by now; None where there is none."""
+    with _request(directory, move_id, "look") as (held, _):
+        return held
+
+
+def deliver(directory: str, move_id: str) -> Held | None:
+    """Have all that is held sent to the sockets that are back; the holder ends with that.
+
+    None where there is none (any more), or where it does not answer in time.
+    """
+    with _request(directory, move_id, "deliver") as (held, _):
+        return held
+
+
+def end(directory: str, move_id: str) -> None:
+    """End the move's holder, if there is one, and forget what it has.
+
+    KernelError when it is there and does not end.
+    """
+    with _request(directory, move_id, "end") as (_, connection):
+        # It keeps the connection until its process is no more, and its sockets with it.
+        if connection is not None and not _has_ended(connection):
+            raise KernelError(
+                f"the holder of {move_id} does not end",
+                hint=f"its command line has segment_holderd.py and {holder_name(move_id)}: kill it",
+            )
+    with suppress(FileNotFoundError):
+        os.unlink(os.path.join(directory, holder_name(move_id)))
+
+
+@contextmanager
+def _request(
+    directory: str, move_id: str, verb: str
+) -> Iterator[tuple[Held | None, socket.socket | None]]:
+    """The holder's answer and the connection it is on; None where there is no holder."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as sock:
+        sock.settimeout(_PATIENCE)
+        try:
+            home = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+            try:
+                sock.connect(_path(home, holder_name(move_id)))
+            finally:
+                os.close(home)
+        except OSError:
+            yield None, None
+            return
+        try:
+            sock.sendall(f"{verb}\n".encode())
+            answer = sock.recv(128).split()
+        except OSError:
+            answer = []
+        yield Held(*map(int, answer[1:])) if len(answer) == 4 else None, sock
+
+
+def _has_ended(connection: socket.socket) -> bool:
+    try:
+        while connection.recv(128):
+            pass
+    except TimeoutError:
+        return False
+    except OSError:
+        pass  # reset: it ended without having read the request
+    return True

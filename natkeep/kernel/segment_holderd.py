@@ -1,0 +1,211 @@
+"""The holder: the process that keeps the segments of a move while its gate is closed.
+
+    python3 -I -S segment_holderd.py SOCKET NETNS DEVICE:INODE FAMILIES SECONDS
+
+Started by segment_holder.py, which has opened everything beforehand, so that the kernel keeps what
+arrives while this interpreter starts; the first arguments, and when it ends by itself, are in
+daemon.py. It ends after SECONDS, too.
+
+    3         the state directory
+    4         a listening socket, SOCKET by name in it. A request is one line, and so its answer:
+                  look       held SEGMENTS OCTETS REFUSED
+                  deliver    delivered SEGMENTS OCTETS REFUSED, and it ends
+                  end        no answer; the connection ends with the process
+    5         a file with the connections (plan/replay.py: pack_kept)
+    6 7 ...   a packet socket and a raw socket for each of FAMILIES, which is 4, 6 or 46
+
+Rule: it loads replay.py, daemon.py and a few modules of the interpreter's own, and imports nothing
+else. What it holds is in its memory only: no core dump, and where the kernel lets it, no swap.
+"""
+
+from __future__ import annotations
+
+import os
+import select
+import sys
+import time
+from _socket import AF_INET, AF_INET6, SOL_SOCKET, inet_ntop, socket
+
+if __name__ == "__main__":  # isolated: behind the interpreter's own modules, ours
+    sys.path.append(os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__)))))
+from natkeep.kernel.daemon import DIRECTORY, Watch, keep_only
+from natkeep.plan.replay import PACKET_SIZE, Store, make_packets, unpack_kept
+
+TYPE_CHECKING = False  # typing.TYPE_CHECKING, without importing typing
+if TYPE_CHECKING:
+    from natkeep.plan.replay import Piece, Stream
+
+_LISTENING, _KEPT, _PAIRS = 4, 5, 6
+_LOOK_EVERY_S = 1.0
+_AT_A_TIME = 256  # packets, before anything else has its turn
+_ROOM = 1 << 18  # octets; more than any packet has
+_PIECE_FOR_A_NARROW_LO = 1280
+_EMSGSIZE = 90
+_SO_ATTACH_FILTER = 26
+_MCL_CURRENT, _MCL_FUTURE, _MCL_ONFAULT = 1, 2, 4
+_CAP_IPC_LOCK = 14
+
+
+class Holder:
+    """The sockets, what arrived at them, and the listening one for requests.
+
+    families: the IP versions for which there is a pair of sockets, in the order of the pairs.
+    """
+
+    def __init__(self, store: Store, families: list[int]) -> None:
+        self.store = store
+        self.listening = socket(fileno=_LISTENING)
+        self.listening.setblocking(False)
+        self.pairs: dict[int, tuple[socket, socket]] = {}
+        for first, version in enumerate(families):
+            packets, raw = (socket(fileno=_PAIRS + 2 * first + i) for i in range(2))
+            packets.setblocking(False)
+            self.pairs[version] = packets, raw
+        self.last_request: socket | None = None
+        self.buffer = bytearray(_ROOM)
+        self.poll = select.poll()
+        for sock in (self.listening, *(packets for packets, _ in self.pairs.values())):
+            self.poll.register(sock.fileno(), select.POLLIN)
+
+    def run(self, deadline: float, watch: Watch) -> None:
+        """Until a request ends it, or it is not needed any more."""
+        look = 0.0
+        while True:
+            now = time.monotonic()
+            if now >= look:
+                look = now + _LOOK_EVERY_S
+                if now >= deadline or not (watch.is_found() and watch.is_inhabited()):
+                    return
+            ready = {fd for fd, _ in self.poll.poll(max(look - now, 0) * 1000)}
+            for packets, _ in self.pairs.values():
+                if packets.fileno() in ready:
+                    self.take(packets, _AT_A_TIME)
+            if self.listening.fileno() in ready and self.serve():
+                return
+
+    def take(self, packets: socket, most: int) -> bool:
+        """Take packets from the kernel, *most* of them; whether there may be more."""
+        add, buffer = self.store.add, self.buffer
+        for _ in range(most):
+            try:
+                length = packets.recv_into(buffer)
+            except OSError:  # there is no more, or the device has gone down
+                return False
+            add(bytes(buffer[:length]))
+        return True
+
+    def serve(self) -> bool:
+        """Do what one request says; whether it was the last."""
+        try:
+            fd, _ = self.listening._accept()  # type: ignore[attr-defined]
+        except OSError:
+            return False
+        request = socket(fileno=fd)
+        verb = b""
+        try:
+            request.settimeout(1.0)
+            verb = request.recv(64).strip()
+            if verb == b"look":
+                request.sendall(b"held %d %d %d\n" % self.count())
+            elif verb == b"deliver":
+                request.sendall(b"delivered %d %d %d\n" % self.deliver())
+        except OSError:
+            pass  # the other end is closed; what was to be done is done
+        if verb in (b"deliver", b"end"):
+            self.last_request = request  # open until the process is no more: its end is awaited
+            return True
+        request.close()
+        return False
+
+    def count(self) -> tuple[int, int, int]:
+        """Segments and octets held, and segments refused."""
+        pieces = [piece for _, piece in self.store.replay()]
+        return len(pieces), sum(len(piece.payload) for piece in pieces), self.store.refused
+
+    def deliver(self) -> tuple[int, int, int]:
+        """Send all that is held to the sockets that are back; the same numbers.
+
+        The gate is open: what arrives from now on is not taken any more.
+        """
+        for packets, _ in self.pairs.values():
+            _close_filter(packets)
+            while self.take(packets, _AT_A_TIME):
+                pass
+        for stream, piece in self.store.replay():
+            _, raw = self.pairs[4 if len(stream.old) == 4 else 6]
+            self.send(raw, stream, piece)
+        return self.count()
+
+    def send(self, raw: socket, stream: Stream, piece: Piece) -> None:
+        """Send one piece through lo; what the kernel does not take, the peer sends again."""
+        end = (_print(stream.old), 0)
+        for size in (PACKET_SIZE, _PIECE_FOR_A_NARROW_LO):
+            try:
+                for packet in make_packets(stream, piece, size):
+                    raw.sendto(packet, end)
+            except OSError as error:
+                if error.errno == _EMSGSIZE:
+                    continue
+            return
+
+
+def _print(address: bytes) -> str:
+    return inet_ntop(AF_INET if len(address) == 4 else AF_INET6, address)
+
+
+def attach_filter(sock: socket, program: bytes) -> None:
+    """Have the kernel show *sock* only what the packed classic BPF *program* lets through."""
+    from array import array
+    from struct import pack
+
+    held = array("B", program)
+    address, length = held.buffer_info()
+    sock.setsockopt(SOL_SOCKET, _SO_ATTACH_FILTER, pack("HxxxxxxP", length // 8, address))
+
+
+def _close_filter(sock: socket) -> None:
+    attach_filter(sock, bytes((6, 0, 0, 0, 0, 0, 0, 0)))  # return 0: nothing
+
+
+def _keep_in_memory() -> None:
+    """Have neither a core dump nor swap write what peers have sent to a disk."""
+    import resource
+
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    if not _may_lock():
+        return  # then there is a limit, and memory that is locked would run out
+    import ctypes
+
+    ctypes.CDLL(None).mlockall(_MCL_CURRENT | _MCL_FUTURE | _MCL_ONFAULT)
+
+
+def _may_lock() -> bool:
+    """Whether CAP_IPC_LOCK is ours, and in the initial user namespace."""
+    with open("/proc/self/status", encoding="ascii") as file:
+        [capabilities] = [line.split()[1] for line in file if line.startswith("CapEff:")]
+    with open("/proc/self/uid_map", encoding="ascii") as file:
+        initial = file.read().split() == ["0", "0", "4294967295"]
+    return initial and bool(int(capabilities, 16) >> _CAP_IPC_LOCK & 1)
+
+
+def main(arguments: list[str]) -> None:
+    """Hold, until a request or the watch ends it."""
+    name, netns, identity, versions, seconds = arguments
+    families = [int(version) for version in versions]
+    keep_only(3 + 2 * len(families))
+    deadline = time.monotonic() + float(seconds)
+    watch = Watch(name, os.stat(name, dir_fd=DIRECTORY, follow_symlinks=False), netns, identity)
+    with open(_KEPT, "rb") as file:
+        file.seek(0)
+        kept = unpack_kept(file.read())
+    _keep_in_memory()
+    holder = Holder(Store(kept), families)
+    try:
+        holder.run(deadline, watch)
+    finally:
+        watch.remove_file()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
+    os._exit(0)  # the kernel closes in the order of the numbers, so `last_request` last

@@ -1,0 +1,227 @@
+"""Reads the sockets of a namespace: those of kept connections, of listeners, and all.
+
+Rule: read only, from the kernel's own tables of the thread's namespace: /proc/net/tcp and tcp6, and
+sock_diag (linux/inet_diag.h) for the list of all, since it shows MPTCP and devices too.
+"""
+
+from __future__ import annotations
+
+import socket
+import struct
+import sys
+from collections.abc import Iterable, Iterator
+
+from natkeep.kernel.netlink import NLM_F_DUMP, Netlink, attribute
+from natkeep.plan.tuples import (
+    RECORD_SIZE,
+    Address,
+    Connections,
+    Endpoint,
+    FourTuple,
+    parse_address,
+)
+
+_SYN_RECEIVED, _LISTEN = b"03", b"0A"
+_TABLES = (("/proc/thread-self/net/tcp", 4), ("/proc/thread-self/net/tcp6", 6))
+_ENDED = frozenset({b"06", b"07"})  # TIME-WAIT, CLOSED: no process owns it any more
+
+Living = dict[bytes, set[bytes]]
+"""The sockets' records as plan.tuples packs them, by their local end."""
+
+
+def find_kept(connections: Connections, living: Living | None = None) -> Connections:
+    """Those of *connections* that have a socket in the namespace that the thread is in.
+
+    living: what read_living returned there.
+    """
+    found = [*_find_alive(connections, read_living() if living is None else living)]
+    return Connections(*(b"".join(some.records(version) for some in found) for version in (4, 6)))
+
+
+def find_alive(connections: Connections) -> FourTuple | None:
+    """The first of *connections* that has a socket in the namespace that the thread is in."""
+    found = _find_alive(connections, read_living())
+    return next((inbound for some in found for inbound in some), None)
+
+
+def _find_alive(connections: Connections, living: Living) -> Iterator[Connections]:
+    # Connections whose local end no socket has are passed over, which often is all of them.
+    ends = connections.local_ends() if living else ()
+    live: set[bytes] = set().union(*(living.get(end, ()) for end in ends))
+    for version in (4, 6) if live else ():
+        records, size = connections.records(version), RECORD_SIZE[version]
+        starts = range(0, len(records), size)
+        yield connections.pick(
+            (at // size for at in starts if records[at : at + size] in live), version
+        )
+
+
+def read_living() -> Living:
+    """Every TCP socket of the namespace that the thread is in, which a process may own."""
+    living: Living = {}
+    for path, version in _TABLES:
+        for record in _records(path, version):
+            living.setdefault(record[: len(record) // 2], set()).add(record)
+    return living
+
+
+def _records(path: str, version: int) -> set[bytes]:
+    """The sockets' records as plan.tuples packs them; an IPv4-mapped one as IPv4."""
+    found: set[bytes] = set()
+    for local, peer, state, _ in _rows(path):
+        if state in _ENDED:
+            continue
+        record = local + peer
+        if version == 6 and record[:12] == bytes(10) + b"\xff\xff":
+            record = record[12:18] + record[30:36]
+        found.add(record)
+    return found
+
+
+def _read_rows(path: str, most: int = -1) -> Iterator[list[bytes]]:
+    """The fields (*most* and the rest) of each row of a table below /proc/net, if there is one."""
+    try:
+        with open(path, "rb") as file:
+            rows = file.read().splitlines()[1:]
+    except FileNotFoundError:  # a kernel without IPv6
+        return
+    for row in rows:
+        yield row.split(None, most)
+
+
+def _rows(path: str) -> Iterator[tuple[bytes, bytes, bytes, int]]:
+    """Local end, peer, state and receive queue of each socket; ends are address and port, packed.
+
+    The queue of a listener counts the connections that wait to be accepted.
+    """
+    for fields in _read_rows(path, 5):
+        queued = int(fields[4].partition(b":")[2], 16)
+        yield _endpoint(fields[1]), _endpoint(fields[2]), fields[3], queued
+
+
+def _endpoint(text: bytes) -> bytes:
+    # The address stands there as 32-bit words in the machine's order, the port as a number.
+    address, _, port = text.partition(b":")
+    raw = bytes.fromhex(address.decode("ascii"))
+    if sys.byteorder == "little":
+        raw = b"".join(raw[i : i + 4][::-1] for i in range(0, len(raw), 4))
+    return raw + socket.htons(int(port, 16)).to_bytes(2, sys.byteorder)
+
+
+def count_callers(
+    ends: frozenset[Endpoint], kept: Iterable[Connections], living: Living | None = None
+) -> int:
+    """How many sockets have one of *ends* and a peer, and are none of the *kept* ones."""
+    living = read_living() if living is None else living
+    known = {record for some in kept for record in some.each()}
+    called = (end.address.packed + end.port.to_bytes(2, "big") for end in ends)
+    here = (record for end in called for record in living.get(end, ()))
+    return sum(1 for record in here if any(record[-2:]) and record not in known)
+
+
+def listening_ports(address: Address) -> frozenset[int]:
+    """TCP ports of the listeners at *address* or at the wildcard address."""
+    ports = set()
+    for path, version in _TABLES:
+        for local, _, state, _ in _rows(path):
+            if state != _LISTEN:
+                continue
+            host, port = local[:-2], int.from_bytes(local[-2:], "big")
+            wildcard = not any(host) and version >= address.version
+            if wildcard or _address(host) == address:
+                ports.add(port)
+    return frozenset(ports)
+
+
+def find_listeners(olds: frozenset[Address]) -> tuple[Endpoint, ...]:
+    """The ends of the listeners at one of *olds* or at a wildcard address, sorted."""
+    found = set()
+    for local, state, _ in _local_ends():
+        if state == _LISTEN and (local.address in olds or local.address.is_unspecified):
+            found.add(local)
+    return tuple(sorted(found, key=lambda end: (end.address.version, end)))
+
+
+def count_waiting(listeners: tuple[Endpoint, ...]) -> dict[Endpoint, int]:
+    """Callers of each of *listeners* in a handshake or not accepted yet; none is left out."""
+    waiting: dict[Endpoint, int] = {}
+    for local, state, queued in _local_ends():
+        number = {_LISTEN: queued, _SYN_RECEIVED: 1}.get(state, 0)
+        for listener in listeners if number else ():
+            same = local.address == listener.address
+            if local.port == listener.port and (
+                same or (state == _SYN_RECEIVED and listener.address.is_unspecified)
+            ):
+                waiting[listener] = waiting.get(listener, 0) + number
+    return waiting
+
+
+def _local_ends() -> Iterator[tuple[Endpoint, bytes, int]]:
+    """Local end, state and receive queue of each socket that has a port."""
+    for path, _ in _TABLES:
+        for local, _, state, queued in _rows(path):
+            port = int.from_bytes(local[-2:], "big")
+            if port:
+                yield Endpoint(_address(local[:-2]), port), state, queued
+
+
+def _address(packed: bytes) -> Address:
+    family = socket.AF_INET if len(packed) == 4 else socket.AF_INET6
+    return parse_address(socket.inet_ntop(family, packed))
+
+
+# ---- every socket, as sock_diag shows it (linux/inet_diag.h) -------------------------------------
+
+_SOCK_DIAG_BY_FAMILY, _NETLINK_SOCK_DIAG = 20, 4
+_TCP, _UDP, _MPTCP = 6, 17, 262
+_REQUEST = struct.Struct("=BBBxI48x")  # inet_diag_req_v2: family, protocol, extensions, states
+_SHOWN = struct.Struct("=BBBB2s2s16s16sI8x16xI")  # inet_diag_msg, with the device and the inode
+_REQUEST_PROTOCOL = 3  # INET_DIAG_REQ_PROTOCOL: the protocol, where it does not fit into an octet
+_OTHERS = (("udp", _UDP), ("udplite", 136), ("raw", 255), ("icmp", 1))
+
+Shown = tuple[int, int, int, tuple[Address, int] | None, tuple[Address, int] | None, str | None]
+"""Inode, protocol, TCP state, local end, peer, device; an end is None where it has no port."""
+
+
+def list_sockets() -> list[Shown]:
+    """Every inet socket of the namespace that the thread is in, that a descriptor can open."""
+    found = {shown[0]: shown for shown in _dump_sockets(_TCP)}
+    # One of MPTCP has the inode of its subflows, which TCP shows as well.
+    found |= {shown[0]: shown for shown in _dump_sockets(_MPTCP)}
+    for name, protocol in _OTHERS:
+        # These tables are short, and sock_diag would have a module loaded for each.
+        for path in (f"/proc/thread-self/net/{name}", f"/proc/thread-self/net/{name}6"):
+            found |= {shown[0]: shown for shown in _read_table(path, protocol)}
+    return [*found.values()]
+
+
+def _dump_sockets(protocol: int) -> Iterator[Shown]:
+    names = dict(socket.if_nameindex())
+    number = protocol.to_bytes(4, sys.byteorder)
+    more = b"" if protocol < 256 else attribute(_REQUEST_PROTOCOL, number)
+    for family, width in ((socket.AF_INET, 4), (socket.AF_INET6, 16)):
+        request = _REQUEST.pack(family, min(protocol, 255), 0, 0xFFFFFFFF) + more
+        try:
+            with Netlink(_NETLINK_SOCK_DIAG) as netlink:
+                answers = [*netlink.request(_SOCK_DIAG_BY_FAMILY, NLM_F_DUMP, request)]
+        except OSError:
+            if protocol == _TCP:
+                raise
+            continue  # a kernel without this protocol
+        for answer in answers:
+            _, state, _, _, sport, dport, source, peer, device, inode = _SHOWN.unpack_from(answer)
+            if inode:
+                name = names.get(device, str(device)) if device else None
+                local, remote = _end(source[:width] + sport), _end(peer[:width] + dport)
+                yield inode, protocol, state, local, remote, name
+
+
+def _read_table(path: str, protocol: int) -> Iterator[Shown]:
+    for fields in _read_rows(path):
+        local, peer = (_end(_endpoint(field)) for field in fields[1:3])
+        yield int(fields[9]), protocol, 0, local, peer, None
+
+
+def _end(packed: bytes) -> tuple[Address, int] | None:
+    port = int.from_bytes(packed[-2:], "big")
+    return (_address(packed[:-2]), port) if port else None

@@ -1,0 +1,153 @@
+"""the comparison of a move that was prepared from a live process with the image of its dump.
+
+Connections come and go until the freeze. What came is added, at the destination beside what stands
+there; what went has no socket: sites that waited never hear of it, and what the destination has of
+it is taken away by teardown, since a deletion would hold up the restore.
+
+Rule: the journal has the new plan, in one line, before the kernel is asked for any of it. Killed
+from there on, the next open goes on, and a teardown undoes both plans as one.
+"""
+
+from __future__ import annotations
+
+from natkeep import faultpoints, policy
+from natkeep.checkpoint import Checkpoint
+from natkeep.errors import RefusedError
+from natkeep.lifecycle.conflicts import refuse_overlaps
+from natkeep.lifecycle.executor import Ground, kinds_of
+from natkeep.plan.move import Role
+from natkeep.plan.plan import make_plan
+from natkeep.plan.repair import LoadObjects, Patch
+from natkeep.plan.steps import (
+    AddAddress,
+    FillSet,
+    InsertEntries,
+    InstallGate,
+    InstallTranslation,
+    Plan,
+    Prior,
+    PurgeEntries,
+    Step,
+    TranslateErrors,
+)
+from natkeep.plan.translation import Change, Compared
+from natkeep.plan.tuples import Connections
+from natkeep.plan.wanted import objects_of
+from natkeep.state.journal import Journal
+
+
+def compare(ground: Ground, journal: Journal, plan: Plan, image: Checkpoint) -> Compared:
+    """Have the journal say what the image says; RefusedError where that is not allowed.
+
+    The sites are open. An image that has been compared before changes nothing.
+    """
+    move = journal.move
+    if journal.image is not None and journal.image != image.run_id:
+        raise RefusedError(
+            f"move {move.id} was prepared from the image of another dump",
+            hint=f"natkeep teardown {move.id}, and prepare it from this one",
+        )
+    if not move.live or journal.change is not None:
+        return _count(journal, plan)
+    prepared, found = (_at_olds(journal, some) for some in (journal.connections, image.connections))
+    came, went = found.minus(prepared), prepared.minus(found)
+    if len(came):
+        policy.authorise(move, len(prepared) + len(came) + len(move.lost))
+    begun = {plan.steps[n].site for n, r in journal.records.items() if r.state != "undone"}
+    if any(move.waits(site) for site in begun) or journal.is_opened():
+        if len(came):
+            raise RefusedError(
+                f"move {move.id} was opened before its image was known: {len(came)} "
+                "connections of it were not prepared",
+                hint=f"natkeep teardown {move.id}, and prepare it from the image",
+            )
+        return Compared(0, len(went))
+    change = Change(came, went, ground.kernel.look_around(move, found))
+    new = make_plan(move, journal.connections, journal.surroundings, change)
+    refuse_overlaps(ground, new, frozenset({move.id}))
+    again = tuple(
+        number
+        for number, origin in enumerate(_origins(plan, new))
+        if origin is not None
+        and origin in journal.records
+        and _more(plan.steps[origin], new.steps[number]) is not None
+    )
+    faultpoints.reach("change")
+    journal.note_change(change, kinds_of(new), _origins(plan, new), again, image.run_id)
+    faultpoints.reach("changed")
+    return _count(journal, new)
+
+
+def widen(ground: Ground, journal: Journal, plan: Plan) -> None:
+    """Have the steps that have more to do since the change do that."""
+    if journal.change is None:
+        return
+    base = make_plan(journal.move, journal.connections, journal.surroundings)
+    for number, origin in enumerate(_origins(base, plan)):
+        record = journal.records.get(number)
+        if origin is None or record is None or not record.again:
+            continue
+        patch = _more(base.steps[origin], plan.steps[number])
+        if patch is None:  # a repair was at it, and was killed
+            continue
+        for line in patch.describe():
+            ground.talk(f"[+] {line}")
+        before = record.prior
+
+        def remember(_: Prior, number: int = number, before: Prior = before) -> None:
+            journal.note(number, "doing", before)
+
+        ground.kernel.mend(patch, remember)
+        faultpoints.reach("widened")
+        journal.note(number, "done", before)
+
+
+def late_numbers(journal: Journal, plan: Plan) -> frozenset[int]:
+    """The destination's steps for what came, which prepare could not know of."""
+    if journal.change is None:
+        return frozenset()
+    known = make_plan(journal.move, journal.connections, journal.surroundings)
+    return frozenset(n for n, origin in enumerate(_origins(known, plan)) if origin is None)
+
+
+def _at_olds(journal: Journal, connections: Connections) -> Connections:
+    some = [connections.at(map_.old) for map_ in journal.move.maps]
+    return Connections(*(b"".join(one.records(v) for one in some) for v in (4, 6)))
+
+
+def _count(journal: Journal, plan: Plan) -> Compared:
+    change = journal.change
+    if change is None:
+        return Compared(0, 0)
+    came = frozenset(change.came)
+    lost = tuple(f"{u.inbound}: {u.reason}" for u in plan.unkept if u.inbound in came)
+    return Compared(len(change.came) - len(lost), len(change.went), lost)
+
+
+def _origins(old: Plan, new: Plan) -> tuple[int | None, ...]:
+    """For each step of *new* the one of *old* that did a part of it, or the whole."""
+    numbers = {_key(step): number for number, step in enumerate(old.steps)}
+    return tuple(numbers.get(_key(step)) for step in new.steps)
+
+
+def _key(step: Step) -> tuple[object, ...]:
+    match step:
+        case FillSet():
+            return (step.site, FillSet, step.name)
+        case AddAddress():
+            return (step.site, AddAddress, step.address)
+        case PurgeEntries() | InsertEntries():
+            return (step.site, type(step), step.translation.number)
+        case _:
+            return (step.site, type(step))
+
+
+def _more(old: Step, new: Step) -> Patch | None:
+    """What *new* has to do besides what *old* did, or None. Only the destination was prepared."""
+    if new.site.role != Role.DESTINATION:
+        return None
+    if not isinstance(new, InstallGate | InstallTranslation | TranslateErrors):
+        return None
+    done = frozenset(objects_of(old))
+    objects = tuple(one for one in objects_of(new) if one not in done)
+    return LoadObjects(new.site, objects) if objects else None

@@ -1,0 +1,37 @@
+"""the reading of a living process: its tree, and what the kernel says of the sockets there."""
+
+from __future__ import annotations
+
+from natkeep.checkpoint import Checkpoint
+from natkeep.checkpoint.live import Found, find_inodes, make_checkpoint
+from natkeep.errors import ImageError, RefusedError
+from natkeep.kernel.interface import Kernel
+from natkeep.kernel.netns import held
+from natkeep.plan.move import Role, Site
+
+
+def read_live(kernel: Kernel, pid: int, sites: tuple[Site, ...] = ()) -> Checkpoint:
+    """The sockets of *pid* and its descendants, in its own network namespace.
+
+    The process is held by a handle, so that it is the same from beginning to end; ImageError when
+    it is not there, or ends meanwhile. RefusedError when it lives at one of *sites*: what is
+    prepared there would cut it off.
+    """
+    home = Site(Role.SOURCE, f"pid:{pid}")
+    try:
+        with held(home.netns):
+            inodes = find_inodes(pid)
+            kernel.open_sites([home, *sites])
+            for site in sites:
+                if kernel.identity(site) == kernel.identity(home):
+                    raise RefusedError(
+                        f"{site}: process {pid} lives there, and would be cut off from its peers",
+                        hint="--site destination=NETNS names where it will be restored",
+                    )
+            # Once more, since a socket may have been made while these were looked at.
+            found = [Found(*shown) for shown in kernel.list_sockets(home)]
+            return make_checkpoint(found, inodes | find_inodes(pid), pid)
+    except ProcessLookupError:
+        raise ImageError(f"there is no process {pid}, or not any more") from None
+    except OSError as error:
+        raise ImageError(f"cannot look at process {pid}: {error.strerror}") from None

@@ -1,0 +1,122 @@
+"""repair: what another program took away is put back, and nothing else is touched.
+
+A site is looked at once; what is missing there (plan/mending.py) is done again in the order in
+which it was done first: a gate is closed before there is a translation, and its accept comes last,
+so that no segment passes what is only half there.
+"""
+
+from __future__ import annotations
+
+from natkeep import faultpoints
+from natkeep.errors import JournalError, RefusedError
+from natkeep.kernel.netns import NamespaceGoneError
+from natkeep.lifecycle.executor import is_waiting
+from natkeep.lifecycle.status import Looking, is_retired
+from natkeep.plan.move import Site
+from natkeep.plan.repair import Patch, StopCounting
+from natkeep.plan.steps import Plan, Prior
+from natkeep.state.journal import Journal
+from natkeep.values import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Repaired:
+    """What was missing at a site, in words, and the commands that put it back."""
+
+    site: Site
+    drift: tuple[str, ...]
+    commands: tuple[str, ...]
+
+
+class Repairing(Looking):
+    """The verb repair."""
+
+    def repair(self, move_id: str) -> tuple[Repaired, ...]:
+        """Put back what is missing of a move; a site at which nothing is missing is left out.
+
+        JournalError when the move is of an earlier boot or was never prepared to the end,
+        RefusedError when one of its namespaces is gone. An error of the kernel leaves what was
+        put back until then; the rest is put back by the next repair, or undone by teardown.
+        """
+        with self.state.locked():
+            journal, plan = self._load(move_id)
+            self._refuse_earlier_boot(journal)
+            _refuse_unprepared(journal, plan)
+            try:
+                return self._repair_sites(journal, plan)
+            finally:
+                self.kernel.close_sites(plan.move.sites)
+
+    def _repair_sites(self, journal: Journal, plan: Plan) -> tuple[Repaired, ...]:
+        sites = [
+            site
+            for site in plan.move.sites
+            if not (is_retired(journal, plan, site) or is_waiting(journal, plan, site))
+        ]
+        try:
+            for site in sites:
+                self.kernel.open_sites([site], {site: journal.identity(site)})
+        except NamespaceGoneError as error:
+            raise RefusedError(
+                f"move {plan.move.id}: {error}",
+                hint=f"natkeep teardown {plan.move.id} clears the rest",
+            ) from error
+        sight = self._look_around(journal, plan, sites)
+        found, patches = [], []
+        for site in sites:
+            here = [*_find_unfinished(journal, plan, site), *sight.patches(site)]
+            commands = tuple(line for _, patch in here for line in patch.describe())
+            if here:
+                found.append(Repaired(site, sight.drift(site), commands))
+            patches += here
+        # In the plan's order, so that no gate opens before all that stands behind it is there.
+        for number, patch in sorted(patches, key=lambda each: each[0]):
+            self._mend(journal, plan, number, patch)
+        for number, record in journal.records.items():
+            if record.again:  # an earlier repair was killed before it could say so
+                journal.note(number, "done", record.prior)
+        self._note_sighting(journal, sight)
+        self.kernel.unhook_gates()
+        return tuple(found)
+
+    def _mend(self, journal: Journal, plan: Plan, number: int, patch: Patch) -> None:
+        for line in patch.describe():
+            self.talk(f"[+] {line}")
+        kind, before = type(plan.steps[number]).__name__, journal.records[number].prior
+        if isinstance(patch, StopCounting):
+            before = Prior(before.present, {k: v for k, v in before.facts.items() if k != "acct"})
+        faultpoints.reach("repair", kind)
+
+        def remember(found: Prior) -> None:
+            # What was there before the move counts, not what there is now; but an accounting that
+            # is switched on for a moment must be known if we are killed in that moment.
+            now = {key: value for key, value in found.facts.items() if key == "acct"}
+            journal.note(number, "doing", Prior(before.present, {**before.facts, **now}))
+            faultpoints.reach("repair-begun", kind)
+
+        self.kernel.mend(patch, remember)
+        faultpoints.reach("repaired", kind)
+        journal.note(number, "done", before)
+
+
+def _refuse_unprepared(journal: Journal, plan: Plan) -> None:
+    for number, step in enumerate(plan.prepare):
+        if journal.has_been_done(number) or is_waiting(journal, plan, step.site):
+            continue
+        if not is_retired(journal, plan, step.site):
+            raise JournalError(
+                f"move {journal.move.id} was not prepared to the end",
+                hint=f"natkeep teardown {journal.move.id}, then prepare again",
+            )
+
+
+def _find_unfinished(journal: Journal, plan: Plan, site: Site) -> list[tuple[int, Patch]]:
+    """Accounting that an earlier repair switched on and, killed in that moment, left on."""
+    return [
+        (number, StopCounting(site))
+        for number, step in enumerate(plan.steps)
+        if step.site == site
+        and (record := journal.records.get(number)) is not None
+        and record.again
+        and "acct" in record.prior.facts
+    ]

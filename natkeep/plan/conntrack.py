@@ -1,0 +1,119 @@
+"""the conntrack entries: what a kept connection looks like in a site's connection table.
+
+Rule: what conntrack must know, and what it must not know any more, is said here and only here;
+kernel/conntrack.py packs it into netlink. This file must never touch the kernel.
+
+Why entries are pre-created, since the rules would translate a first packet as well: the kernel
+does not pick up a connection whose first packet is a FIN or RST, nor any with
+`nf_conntrack_tcp_loose=0`, and a firewall with `ct state invalid drop` would drop it. Why
+stale entries are purged first: an established entry without NAT is never asked about rules.
+
+The original direction is always peer to process. The *reply* tuple that is handed to the
+kernel is the plain inverse; the kernel derives the translated one and sets IPS_DST_NAT. With a
+reply tuple that is translated already the entry looks perfect and translates nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+from natkeep.plan.move import Mode
+from natkeep.plan.translation import Translation
+from natkeep.plan.tuples import Connections, FourTuple
+from natkeep.values import dataclass
+
+ESTABLISHED_TIMEOUT = 432_000
+"""Seconds; the kernel's default, for where its own setting cannot be read."""
+
+STATUS = 0x0E
+"""IPS_SEEN_REPLY, IPS_ASSURED (or early_drop may take it), IPS_CONFIRMED."""
+
+TCP_ESTABLISHED = 3
+
+TCP_FLAGS = 0x0A
+"""IP_CT_TCP_FLAG_SACK_PERM and _BE_LIBERAL: nobody can tell the kernel the windows of a
+connection it has not seen, so it must not judge by them; it does the same itself for picked-up
+connections."""
+
+IPS_SRC_NAT, IPS_DST_NAT = 0x10, 0x20
+
+NOT_TRACKED, PEER_DIALLED, PROCESS_DIALLED = "-", "<", ">"
+"""Of a gateway's own entry: there is none; its original direction is to, or from, the process."""
+
+
+def directions_of(facts: Mapping[str, str | int | bool]) -> str:
+    """One of these characters for each connection of a purge, as its prior's *facts* have them.
+
+    `own` was found by the purge itself; `inherited` by that of a move which was replaced, whose
+    translation hid it since. Empty where nothing was found.
+    """
+    own, inherited = (str(facts.get(name, "")) for name in ("own", "inherited"))
+    if not own or not inherited:
+        return own or inherited
+    pairs = zip(own, inherited, strict=True)
+    return "".join(now if now != NOT_TRACKED else earlier for now, earlier in pairs)
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """A conntrack entry: *original* as it arrives at the site, *reply* as answers arrive."""
+
+    original: FourTuple
+    reply: FourTuple
+
+    def describe(self) -> str:
+        """The entry as a conntrack(8) command."""
+        source, destination = self.original.source, self.original.destination
+        return (
+            f"conntrack -I -p tcp -s {source.address} -d {destination.address} "
+            f"--sport {source.port} --dport {destination.port} "
+            f"{self._describe_nat()}"
+            f"--state ESTABLISHED --status SEEN_REPLY,ASSURED --timeout {ESTABLISHED_TIMEOUT}"
+        )
+
+    def _describe_nat(self) -> str:
+        plain, text = self.original.reply(), ""
+        if self.reply.source != plain.source:
+            text += f"--dst-nat {self.reply.source} "
+        if self.reply.destination != plain.destination:
+            text += f"--src-nat {self.reply.destination} "
+        return text
+
+
+def entries(translation: Translation) -> Iterator[Entry]:
+    """The entry of each kept connection.
+
+    In stateless mode conntrack stands between the two rewritings and sees the inner tuple both
+    ways: what it needs then is a plain entry.
+    """
+    for outer, inner in translation.tuples():
+        if translation.mode == Mode.STATELESS:
+            yield Entry(inner, inner.reply())
+        else:
+            yield Entry(outer, inner.reply())
+
+
+def stale_views(translation: Translation) -> tuple[Connections, ...]:
+    """The views of the kept connections that no entry may have when ours is created.
+
+    Each can be an entry's original or its reply tuple: the connection un-translated in either
+    direction, and what the destination's first packets may have made of it.
+    """
+    views = (translation.outer, translation.inner, translation.kept)
+    return tuple(dict.fromkeys(views))
+
+
+def stale_tuples(translation: Translation) -> Iterator[FourTuple]:
+    """Each stale tuple, in both directions, connection by connection."""
+    for same in zip(*stale_views(translation), strict=True):
+        for tuple_ in same:
+            yield tuple_
+            yield tuple_.reply()
+
+
+def describe_purge(stale: FourTuple) -> str:
+    """The deletion of one stale tuple as a conntrack(8) command."""
+    return (
+        f"conntrack -D -p tcp -s {stale.source.address} -d {stale.destination.address} "
+        f"--sport {stale.source.port} --dport {stale.destination.port}"
+    )

@@ -1,0 +1,207 @@
+"""the receptions: how new connections to OLD reach the listeners that moved (`--listeners`).
+
+Rule: only a bare SYN to a listed port begins a new connection, and only those ports are let
+through; what belongs to it afterwards is conntrack's (stateful) or goes by port (stateless).
+This file must never touch the kernel.
+
+    prerouting -350  gate      … SYN to a listed port ─► callers-ID: drop, until the move is opened
+    then as the mode translates: inbound BEFORE becomes AFTER, outbound the reverse
+
+- A caller's SYN is dropped, never refused, so it comes again and is let in once the gate is open.
+- The gate's rule stands in front of those of the kept connections: a peer may call again from the
+  port of a connection that has ended, which is a SYN of a kept tuple.
+- A stateless rule asks for the address that it changes: what a kept connection's rule has turned
+  into another OLD already is not turned once more.
+- At the destination NEW:port then means the moved listener, so nobody else may listen there, and
+  no other move may have one there: kernel/linux.py and lifecycle/ look beforehand.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+from natkeep.errors import RefusedError
+from natkeep.plan.filters import silence
+from natkeep.plan.move import Map, Mode, Move, Role, Site
+from natkeep.plan.nft import (
+    ACCEPT,
+    DROP,
+    IP,
+    Chain,
+    Elements,
+    Match,
+    Nat,
+    Object,
+    Rule,
+    Set,
+    Write,
+    jump,
+)
+from natkeep.plan.tables import (
+    DIRECTIONS,
+    FROM_WIRE,
+    GATE,
+    HALF_OPEN,
+    OPEN,
+    SYN,
+    TO_WIRE,
+    address_chain,
+    rule_at,
+)
+from natkeep.plan.tuples import Address, Endpoint
+from natkeep.values import dataclass
+
+SET_PREFIX = "listen-"
+
+
+@dataclass(frozen=True, slots=True)
+class Reception:
+    """At *site*, new connections to *ports* of OLD are translated as the kept ones are.
+
+    number: part of the set's name; that of the map within the move.
+    """
+
+    site: Site
+    number: int
+    map: Map
+    mode: Mode
+    ports: tuple[int, ...]
+
+    @property
+    def before(self) -> Address:
+        """Where a caller's packet is addressed when it reaches the site."""
+        return self.map.new if self.site.role == Role.DESTINATION else self.map.old
+
+    @property
+    def after(self) -> Address:
+        """Where a caller's packet is addressed when it leaves the site."""
+        return self.map.old if self.site.role == Role.DESTINATION else self.map.new
+
+    @property
+    def gated(self) -> tuple[Address, ...]:
+        """Where a caller's packet may be addressed when the gate must hold it back.
+
+        At the destination both: NEW from the wire, and OLD from a caller on the same host.
+        """
+        at_destination = self.site.role == Role.DESTINATION
+        return (self.before, self.after) if at_destination else (self.before,)
+
+
+def make_receptions(move: Move, site: Site) -> tuple[Reception, ...]:
+    """The receptions of *move* at *site*: one for each map that has listeners."""
+    receptions = []
+    for number, map_ in enumerate(move.maps):
+        ports = sorted({end.port for end in move.listeners if end.address == map_.old})
+        if ports and site.role in (Role.DESTINATION, Role.GATEWAY):
+            receptions.append(Reception(site, number, map_, move.mode, tuple(ports)))
+    return tuple(receptions)
+
+
+def refuse_one_end_for_two(move: Move, *others: Move) -> None:
+    """NEW and a port can stand for one listener only, of all the moves that share a site."""
+    taken = {end: other.id for other in others for end in _called_ends(other)}
+    for end in _called_ends(move):
+        if end in taken:
+            raise RefusedError(
+                f"{end} would stand for two listeners, of moves {move.id} and {taken[end]}",
+                hint="without --listeners new connections go on reaching the old host",
+            )
+        taken[end] = move.id
+
+
+def _called_ends(move: Move) -> list[Endpoint]:
+    """NEW and port of each listener."""
+    new_of = {map_.old: map_.new for map_ in move.maps}
+    return [Endpoint(new_of[e.address], e.port) for e in move.listeners if e.address in new_of]
+
+
+def comment(move_id: str) -> str:
+    """Comment of the rules in shared chains; another than that of the kept connections' rules."""
+    return f"{move_id}:listeners"
+
+
+def listen_set(move_id: str, number: int) -> str:
+    """Name of the set of ports that the moved process listens on."""
+    return f"{SET_PREFIX}{move_id}-{number}"
+
+
+def callers_chain(move_id: str) -> str:
+    """Name of the chain that holds callers back until the listeners are there."""
+    return f"callers-{move_id}"
+
+
+def objects(move_id: str, receptions: Iterable[Reception]) -> tuple[Object, ...]:
+    """Everything of the receptions, callers held back."""
+    callers = callers_chain(move_id)
+    found: list[Object] = [Chain(callers), Rule(callers, (DROP,))]
+    for reception in receptions:
+        name = listen_set(move_id, reception.number)
+        found += [Set(name, ("inet_service",)), Elements(name, reception.ports)]
+        found += _gate(move_id, reception)
+        found += _translation(move_id, reception)
+        if reception.site.role == Role.DESTINATION:
+            found.append(_answers(move_id, reception))
+            found += silence(reception.map.old)
+    return tuple(found)
+
+
+def _gate(move_id: str, reception: Reception) -> Iterator[Object]:
+    to_port = Match(("tcp dport",), f"@{listen_set(move_id, reception.number)}")
+    statements = (SYN, to_port, jump(callers_chain(move_id)))
+    for address in reception.gated:
+        yield from rule_at(GATE, address, statements, comment(move_id))
+
+
+def _translation(move_id: str, reception: Reception) -> Iterator[Object]:
+    before, after = reception.before, reception.after
+    ip, ports = IP[before.version], f"@{listen_set(move_id, reception.number)}"
+    inbound, outbound = DIRECTIONS[reception.mode]
+    at_destination = reception.site.role == Role.DESTINATION
+    from_wire, to_wire = ((FROM_WIRE,), (TO_WIRE,)) if at_destination else ((), ())
+    to_port, from_port = Match(("tcp dport",), ports), Match(("tcp sport",), ports)
+    mine = comment(move_id)
+    if reception.mode == Mode.STATEFUL:
+        arriving = (SYN, to_port, *from_wire, Nat("dnat", after, "tcp dport"))
+        yield from rule_at(inbound, before, arriving, mine)
+        return
+    to_before, from_after = Match((f"{ip} daddr",), before), Match((f"{ip} saddr",), after)
+    inward = (to_before, to_port, *from_wire, Write(f"{ip} daddr", after))
+    yield from rule_at(inbound, before, inward, mine)
+    outward = (from_after, from_port, *to_wire, Write(f"{ip} saddr", before))
+    yield from rule_at(outbound, after, outward, mine)
+
+
+def _answers(move_id: str, reception: Reception) -> Rule:
+    """What listeners answer is let out, also to a caller from the port of a kept connection."""
+    old = reception.map.old
+    from_old = Match((f"{IP[old.version]} saddr",), old)
+    from_port = Match(("tcp sport",), f"@{listen_set(move_id, reception.number)}")
+    return Rule(HALF_OPEN, (from_old, from_port, ACCEPT), comment(move_id), insert=True)
+
+
+def opening(move_id: str) -> Rule:
+    """Let callers through."""
+    return Rule(callers_chain(move_id), (ACCEPT,), OPEN, insert=True)
+
+
+def chains(reception: Reception) -> tuple[tuple[str, Address], ...]:
+    """Dispatch and address of every chain in which the reception has a rule."""
+    inbound, outbound = DIRECTIONS[reception.mode]
+    found = [*((GATE, local) for local in reception.gated), (inbound, reception.before)]
+    if reception.mode == Mode.STATELESS:
+        found.append((outbound, reception.after))
+    return tuple(found)
+
+
+def chain_names(reception: Reception) -> tuple[str, ...]:
+    """The names of these chains."""
+    return tuple(address_chain(dispatch, local) for dispatch, local in chains(reception))
+
+
+def describe_forgetting(reception: Reception) -> Iterator[str]:
+    """The deletion of calls that nobody has answered, as conntrack(8) commands."""
+    for port in reception.ports:
+        yield (
+            f"conntrack -D -p tcp --orig-dst {reception.before} --orig-port-dst {port} "
+            "--state SYN_SENT"
+        )

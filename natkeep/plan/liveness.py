@@ -1,0 +1,144 @@
+"""which connections live: by their sockets, their entries, and what a repair saw before.
+
+A gateway alone cannot tell an entry that somebody deleted from one that the kernel removed because
+its connection has ended. But the kernel keeps the entry of an ended connection for a while (10 s
+after a reset, 120 s after both FINs), so that one which was alive less than that ago, and is gone,
+was deleted.
+
+Rule: values only; the clock is read and the file is written by others.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from natkeep.plan.move import Role, Site
+from natkeep.plan.steps import InsertEntries, Plan
+from natkeep.plan.translation import Translation
+from natkeep.plan.tuples import NO_CONNECTIONS, Connections
+from natkeep.values import dataclass
+
+if TYPE_CHECKING:
+    from natkeep.plan.drift import Observation, SeenEntry
+
+
+@dataclass(frozen=True, slots=True)
+class Life:
+    """Which connections live, as the process sees them.
+
+    known: *living* is all of them; otherwise whether one lives that is not in it is not known.
+    """
+
+    known: bool
+    living: Connections = NO_CONNECTIONS
+
+    def picks(self, translation: Translation, entries: Sequence[SeenEntry | None]) -> Iterator[int]:
+        """Which of the *translation*'s connections live and have no entry that translates."""
+        some = [i for i, entry in enumerate(entries) if entry is None or not entry.translated]
+        if not some:
+            return
+        living = frozenset(self.living.each())
+        both = [*zip(translation.kept.each(), entries, strict=False)]
+        for index in some:
+            record, entry = both[index]
+            carries = not self.known and entry is not None and entry.alive
+            if record in living or carries:
+                yield index
+
+
+def find_life(
+    plan: Plan, site: Site, looks: Mapping[Site, Observation], *, frozen: bool, recent: Connections
+) -> Life:
+    """Which connections live, as far as that is known at *site*.
+
+    looks: what each site that could be looked at shows. frozen: the move has not been opened.
+    recent: those whose entries were there so shortly ago that they cannot have ended since.
+    """
+    if frozen:
+        every = [t.kept for t in plan.translations if t.site == site]
+        return Life(True, Connections(*(b"".join(k.records(v) for k in every) for v in (4, 6))))
+    for other, seen in looks.items():
+        if other.role == Role.DESTINATION and seen.sockets is not None:
+            return Life(True, seen.sockets)
+    return Life(False, recent)
+
+
+@dataclass(frozen=True, slots=True)
+class Sighting:
+    """A bit for each entry of a step, and when the looking began.
+
+    at: milliseconds of the monotonic clock.
+    alive: for the number of each step that made entries, those that were alive, in hexadecimal,
+    the first entry's bit the lowest; ended: those that were seen in their end, now or earlier.
+    """
+
+    at: int
+    alive: tuple[tuple[int, str], ...]
+    ended: tuple[tuple[int, str], ...] = ()
+
+    def __post_init__(self) -> None:
+        for number, bits in (*self.alive, *self.ended):
+            if number < 0 or int(bits, 16) < 0:
+                raise ValueError(f"{bits} are not bits")
+
+    def alive_at(self, plan: Plan, site: Site) -> Connections:
+        """The connections whose entries were alive at *site*, as the process sees them."""
+        bits = dict(self.alive)
+        found = {4: b"", 6: b""}
+        for number, step in enumerate(plan.steps):
+            if isinstance(step, InsertEntries) and step.site == site:
+                seen = int(bits.get(number, "0"), 16)
+                records = step.translation.kept.each()
+                version = step.translation.map.old.version
+                found[version] += b"".join(r for i, r in enumerate(records) if seen >> i & 1)
+        return Connections(found[4], found[6])
+
+    def to_json(self) -> dict[str, Any]:
+        """As it stands in the file."""
+        alive, ended = ([list(each) for each in some] for some in (self.alive, self.ended))
+        return {"at": self.at, "alive": alive, "ended": ended}
+
+    @classmethod
+    def from_json(cls, value: dict[str, Any]) -> Sighting:
+        """From the file; KeyError, TypeError or ValueError for what to_json does not write."""
+        alive, ended = (
+            tuple((int(number), str(bits)) for number, bits in value[name])
+            for name in ("alive", "ended")
+        )
+        return cls(int(value["at"]), alive, ended)
+
+    def is_all_ended(self, plan: Plan) -> bool:
+        """Whether every connection that has an entry anywhere was seen in its end."""
+        seen = dict(self.ended)
+        made = {n: step for n, step in enumerate(plan.steps) if isinstance(step, InsertEntries)}
+        return bool(made) and all(
+            int(seen.get(number, "0"), 16) == (1 << len(step.translation.kept)) - 1
+            for number, step in made.items()
+        )
+
+
+def make_sighting(
+    plan: Plan,
+    at: int,
+    looks: Mapping[Site, Observation],
+    lives: Mapping[Site, Life],
+    earlier: Sighting | None,
+) -> Sighting:
+    """What was seen, what a repair made again because it lives, and what had ended *earlier*.
+
+    What has ended stays so: a kept tuple opens no new connection.
+    """
+    alive, ended = [], []
+    before = dict(earlier.ended) if earlier is not None else {}
+    for number, step in enumerate(plan.steps):
+        if not isinstance(step, InsertEntries) or step.site not in looks:
+            continue
+        entries = looks[step.site].entries.get(step.translation.number, ())
+        bits = sum(1 << i for i, entry in enumerate(entries) if entry and entry.alive)
+        over = sum(1 << i for i, entry in enumerate(entries) if entry and not entry.alive)
+        for index in lives[step.site].picks(step.translation, entries):
+            bits |= 1 << index
+        alive.append((number, f"{bits:x}"))
+        ended.append((number, f"{over | int(before.get(number, '0'), 16):x}"))
+    return Sighting(at, tuple(alive), tuple(ended))

@@ -1,0 +1,283 @@
+"""the order of work: which steps a move takes, in which order, and how the whole is shown.
+
+Rule: the order is written here and nowhere else, each constraint with its reason beside it.
+This file must never do a step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from natkeep.plan import filters
+from natkeep.plan.listeners import make_receptions, refuse_one_end_for_two
+from natkeep.plan.move import Mode, Move, Role, Site
+from natkeep.plan.nft import TABLE
+from natkeep.plan.resets import Reset, make_resets
+from natkeep.plan.steps import (
+    AddAddress,
+    FillSet,
+    ForgetCalls,
+    GuardSite,
+    HoldListeners,
+    HoldSegments,
+    InsertEntries,
+    InstallGate,
+    InstallReception,
+    InstallResets,
+    InstallTranslation,
+    OpenEarly,
+    OpenGate,
+    Plan,
+    PurgeEntries,
+    RaiseLoopback,
+    SendResets,
+    Step,
+    TakeOverLock,
+    TranslateErrors,
+    as_commands,
+)
+from natkeep.plan.tables import base_table, dispatch_table, mode_table
+from natkeep.plan.translation import (
+    NOTHING_SPECIAL,
+    Change,
+    Surroundings,
+    Translation,
+    make_translations,
+)
+from natkeep.plan.tuples import Connections
+from natkeep.values import replace
+
+
+def make_plan(
+    move: Move,
+    connections: Connections,
+    surroundings: Surroundings = NOTHING_SPECIAL,
+    change: Change | None = None,
+) -> Plan:
+    """The steps of *move* for *connections*; see make_translations for what is refused.
+
+    The gateway's entries must be there before the destination may emit a packet, because a
+    half-translated connection is not stalled, it is reset. So it comes first, whole; unless the
+    destination holds what peers say. Then that closes first, which emits nothing before a
+    restore, and the gateway's gate is opened as soon as all is there.
+    """
+    translations, unkept = make_translations(move, connections, surroundings, change)
+    refuse_one_end_for_two(move)
+    # Whoever came since and cannot be kept is only reported: resets were prepared for the others.
+    lost = unkept if change is None else make_translations(move, connections, surroundings)[1]
+    told = make_resets(move, lost, connections, surroundings)
+    prepare: list[Step] = []
+    for site in _sites_to_prepare(move):
+        here = tuple(t for t in translations if t.site == site)
+        resets_here = tuple(reset for reset in told if reset.site == site)
+        prepare += _steps_at(site, move, here, resets_here, surroundings, change)
+        if site.role == Role.GATEWAY and move.holds:
+            prepare.append(OpenEarly(site, move.id, make_receptions(move, site)))
+    for translation in translations:
+        _assert_chain_ends_at_checkpoint(translation)
+    opens = tuple(
+        OpenGate(site, move.id, make_receptions(move, site), delivers=move.holds)
+        for site in _sites_to_open(move)
+    )
+    # Last, so that nobody who is kept waits for it.
+    sending: tuple[SendResets, ...] = () if _leaves_alone(move) else _send_resets(move, told)
+    opening: tuple[OpenGate | SendResets, ...] = (*opens, *sending)
+    return Plan(move, translations, unkept, surroundings, tuple(prepare), opening, told)
+
+
+def _leaves_alone(move: Move) -> bool:
+    """Whether the source is all there is: opening it is coming back, so nobody is told then."""
+    return all(site.role == Role.SOURCE for site in move.sites)
+
+
+def _send_resets(move: Move, told: tuple[Reset, ...]) -> tuple[SendResets, ...]:
+    """What tells them, where there is anybody to tell: gateways first."""
+    here = {site: tuple(r for r in told if r.site == site) for site in move.ordered_sites()}
+    return tuple(SendResets(site, move.id, lost) for site, lost in here.items() if lost)
+
+
+def _install_resets(site: Site, move: Move, lost: tuple[Reset, ...]) -> list[Step]:
+    if not lost:
+        return []
+    return [
+        InstallResets(site, move.id, lost),
+        *(FillSet(site, filters.reset_set(move.id, r.number), r.connections) for r in lost),
+    ]
+
+
+def _sites_to_prepare(move: Move) -> tuple[Site, ...]:
+    """In this order; the source is always the last."""
+    first = Role.DESTINATION if move.holds else Role.GATEWAY
+    last = {first: 0, Role.SOURCE: 2}
+    return tuple(sorted(move.ordered_sites(), key=lambda site: last.get(site.role, 1)))
+
+
+def _sites_to_open(move: Move) -> tuple[Site, ...]:
+    """The source stays quiet while the process is elsewhere; alone, opening it is coming back."""
+    if move.quiesces:
+        return ()
+    if move.holds:  # its gateways are open already
+        return tuple(site for site in move.sites if site.role == Role.DESTINATION)
+    elsewhere = tuple(site for site in move.ordered_sites() if site.role != Role.SOURCE)
+    return elsewhere or move.sites
+
+
+def _steps_at_source(
+    site: Site, move: Move, here: tuple[Translation, ...], lost: tuple[Reset, ...]
+) -> list[Step]:
+    hold = [HoldListeners(site, move.id, move.held)] if move.held else []
+    if move.quiesces:
+        return [*hold]
+    steps: list[Step] = [InstallGate(site, move.id, here)]
+    steps += [
+        FillSet(site, name, connections)
+        for translation in here
+        for name, connections in filters.sets_of(move.id, translation).items()
+    ]
+    steps += _install_resets(site, move, lost)
+    steps += hold
+    if move.lock is not None and move.lock.is_known():
+        # The very last step: whatever fails before it, CRIU's lock still keeps the source quiet.
+        ours = [*(translation.kept for translation in here), *(reset.connections for reset in lost)]
+        v4, v6 = (b"".join(some.records(version) for some in ours) for version in (4, 6))
+        steps.append(TakeOverLock(site, move.lock, Connections(v4, v6)))
+    if _leaves_alone(move):
+        # There is no later moment at this site; CRIU's lock would have dropped what is said.
+        steps += _send_resets(move, lost)
+    return steps
+
+
+def _steps_at(
+    site: Site,
+    move: Move,
+    here: tuple[Translation, ...],
+    lost: tuple[Reset, ...],
+    surroundings: Surroundings,
+    change: Change | None = None,
+) -> list[Step]:
+    if site.role == Role.SOURCE:
+        return _steps_at_source(site, move, here, lost)
+    receptions = make_receptions(move, site)
+    # The gate before the address: a host that has OLD but not the socket answers with RST.
+    steps: list[Step] = [InstallGate(site, move.id, here)]
+    fills: list[Step] = [
+        FillSet(site, name, connections)
+        for translation in here
+        for name, connections in filters.sets_of(move.id, translation).items()
+    ]
+    # What a gateway whose gate is about to be opened drops meanwhile is not held: so as late as
+    # can be. Before it has its set, nothing translates either.
+    late = move.holds and site.role == Role.GATEWAY
+    steps += [] if late else fills
+    if move.guard and here:
+        steps.append(GuardSite(site, move.id, here))
+    # Before the address too: CRIU's restore may send for these, and must not be answered yet.
+    steps += _install_resets(site, move, lost)
+    if site.role == Role.DESTINATION:
+        if move.holds and here:
+            steps.append(HoldSegments(site, move.id, here))
+        steps.append(RaiseLoopback(site))
+        olds = [t.map.old for t in here] + [r.map.old for r in receptions]
+        olds += [reset.old for reset in lost]
+        steps += [AddAddress(site, old) for old in dict.fromkeys(olds)]
+    # The translation before the restore begins: CRIU sends unsent data before post-restore.
+    steps.append(InstallTranslation(site, move.id, here))
+    if receptions:
+        steps.append(InstallReception(site, move.id, receptions))
+    if move.mode == Mode.STATELESS:
+        steps.append(TranslateErrors(site, move.id, here, receptions))
+    elif receptions:
+        # After the gate holds callers back, so that no entry is made anew.
+        steps.append(ForgetCalls(site, receptions))
+    steps += fills if late else []
+    # Purge after the rules (a nat expression starts tracking, so stale entries can appear up to
+    # here) and before the insertion (an existing entry cannot be given a translation).
+    came = frozenset() if change is None else frozenset(change.came.each())
+    for translation in here:
+        around = surroundings
+        if change is not None and (move.waits(site) or next(translation.kept.each()) in came):
+            around = change.surroundings
+        crossing = _crossing(translation, around)
+        if crossing is not None:
+            steps += [PurgeEntries(site, crossing), InsertEntries(site, crossing)]
+    return steps
+
+
+def _crossing(translation: Translation, surroundings: Surroundings) -> Translation | None:
+    """The translation without the connections whose peer is on the destination itself.
+
+    These go through lo, un-translated; at the gateway they are not seen any more.
+    """
+    if not surroundings.local:
+        return translation
+    version = translation.map.old.version
+    crossing = [
+        index
+        for index, (_, inner) in enumerate(translation.tuples())
+        if inner.source.address not in surroundings.local
+    ]
+    if len(crossing) == len(translation.kept):
+        return translation
+    if not crossing:
+        return None
+    return replace(
+        translation,
+        kept=translation.kept.pick(crossing, version),
+        outer=translation.outer.pick(crossing, version),
+        inner=translation.inner.pick(crossing, version),
+    )
+
+
+def _assert_chain_ends_at_checkpoint(translation: Translation) -> None:
+    """What the process gets is what the checkpoint says, or the plan is wrong."""
+    at_destination = translation.site.role == Role.DESTINATION
+    ends = translation.inner if at_destination else translation.inner.toward(translation.map.old)
+    if ends != translation.kept:  # pragma: no cover - a bug, not an input
+        raise AssertionError(f"{translation.site}: the process would see other tuples")
+
+
+def describe_plan(plan: Plan) -> Iterator[str]:
+    """The commands of the whole plan, for a person."""
+    for step in plan.prepare:
+        if isinstance(step, InstallGate):
+            yield f"# {step.site}: the first move there makes the table too"
+            yield from as_commands(step.site, _static_lines(step, plan.move.mode))
+        elif isinstance(step, InstallResets):
+            yield f"# {step.site}: the first move with --unkept reset there makes these too"
+            yield from as_commands(step.site, _static_lines(step))
+        yield from step.describe()
+    yield "# when the sockets are there (natkeep open, or natkeep-hook at post-restore):"
+    for step in plan.open:
+        yield from step.describe()
+
+
+def _static_lines(step: InstallGate | InstallResets, mode: Mode | None = None) -> list[str]:
+    """The part that all moves share: the gate's, with that of the *mode*, or that of resets."""
+    base, *more = step.static()
+    if mode is not None and step.site.role != Role.SOURCE:
+        more = [mode_table(mode), *more]
+    return [str(one) for part in (base, *more) for one in part]
+
+
+def render_nft(plan: Plan) -> Iterator[tuple[Site, tuple[str, ...]]]:
+    """For each site the complete nft script of prepare, static part included."""
+    for site in plan.move.ordered_sites():
+        lines: list[str] = []
+        for step in plan.prepare:
+            if step.site != site:
+                continue
+            if isinstance(step, InstallGate):
+                lines += _static_lines(step, plan.move.mode)
+            elif isinstance(step, InstallResets):
+                lines += _static_lines(step)
+            elif isinstance(step, HoldListeners) and not lines:
+                lines += map(str, (*base_table(), *dispatch_table("mute")))
+            if isinstance(step, FillSet):
+                elements = ", ".join(step.elements())
+                lines.append(f"add element inet {TABLE} {step.name} {{ {elements} }}")
+            elif isinstance(
+                step,
+                InstallGate | InstallTranslation | InstallReception | HoldListeners | InstallResets,
+            ):
+                lines += step.lines()
+        yield site, tuple(lines)

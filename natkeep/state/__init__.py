@@ -1,0 +1,1 @@
+"""what was done, on disk: the journals of all moves, their form, and the files of the directory."""

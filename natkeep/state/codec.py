@@ -1,0 +1,186 @@
+"""the form of a journal: its lines and columns written, and read as strictly.
+
+Rule: bytes and JSON values in, values of plan/ out, or the other way round. What natkeep does not
+write is a ValueError, KeyError or TypeError, and never guessed at.
+This file must never open a file.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from natkeep.errors import JournalError
+from natkeep.plan.criu_lock import DumpLock, NetworkLock
+from natkeep.plan.move import Fate, Map, Mode, Move, Role, Site
+from natkeep.plan.steps import Identity, Prior
+from natkeep.plan.tuples import Connections, Endpoint, parse_address
+
+SCHEMA = 1
+
+
+def record_line(step: int, state: str, prior: Prior) -> bytes:
+    """What the journal notes of a step: one line."""
+    return pack_line(make_record(step, state, prior))
+
+
+def make_record(step: int, state: str, prior: Prior) -> dict[str, Any]:
+    record: dict[str, Any] = {"step": step, "state": state}
+    if state != "undone":
+        record["prior"] = prior.to_json()
+    return record
+
+
+def pack_line(value: dict[str, Any]) -> bytes:
+    return json.dumps(value, separators=(",", ":")).encode("ascii") + b"\n"
+
+
+def pack_columns(some: tuple[Connections, ...]) -> bytes:
+    columns = [column for connections in some for column in (connections.v4, connections.v6)]
+    return b"".join(len(column).to_bytes(8, "big") + column for column in columns)
+
+
+def unpack_columns(packed: bytes, count: int) -> tuple[Connections, ...]:
+    columns, at = [], 0
+    while at < len(packed):
+        length = int.from_bytes(packed[at : at + 8], "big")
+        columns.append(packed[at + 8 : at + 8 + length])
+        at += 8 + length
+    if len(columns) != 2 * count or at != len(packed):
+        raise ValueError("its connections are not of the form that this natkeep writes")
+    return tuple(Connections(*columns[i : i + 2]) for i in range(0, 2 * count, 2))
+
+
+def read_line(line: bytes) -> dict[str, Any]:
+    """The object on one line; ValueError for all that `pack_line` does not write."""
+    try:
+        value = _DECODER.decode(line.decode("utf-8"))
+    except RecursionError:
+        raise ValueError("a line of it is nested too deeply") from None
+    if not isinstance(value, dict):
+        raise ValueError("a line of it is not a JSON object")
+    return value
+
+
+def _refuse_number(text: str) -> int:
+    raise ValueError(f"{text} is not a whole number")
+
+
+_DECODER = json.JSONDecoder(parse_float=_refuse_number, parse_constant=_refuse_number)
+
+
+def as_text(value: object) -> str:
+    if not isinstance(value, str):
+        raise ValueError(f"{value!r} is not text")
+    return value
+
+
+def as_whole(value: object) -> int:
+    if type(value) is not int:  # True is an int to isinstance
+        raise ValueError(f"{value!r} is not a whole number")
+    return value
+
+
+def as_flag(value: object) -> bool:
+    if not isinstance(value, bool):
+        raise ValueError(f"{value!r} is neither true nor false")
+    return value
+
+
+def as_list(value: object) -> list[Any]:
+    if not isinstance(value, list):
+        raise ValueError(f"{value!r} is not a list")
+    return value
+
+
+def read_namespaces(value: object) -> tuple[Identity, ...]:
+    pairs = (as_list(pair) for pair in as_list(value))
+    return tuple((as_whole(device), as_whole(inode)) for device, inode in pairs)
+
+
+def unknown_schema(move_id: str, header: dict[str, Any]) -> JournalError:
+    """What the journal says of itself is shown as far as it looks like a version."""
+    version = str(header.get("natkeep"))
+    known = len(version) <= 32 and version.isprintable()
+    return JournalError(
+        f"the journal of {move_id} has schema {header['schema']}, this natkeep knows {SCHEMA}",
+        hint=f"it was written by natkeep {version}" if known else None,
+    )
+
+
+def read_image(value: object) -> str | None:
+    if value is not None and not isinstance(value, str):
+        raise ValueError(f"{value!r} is not the run id of a dump")
+    return value
+
+
+def move_to_json(move: Move) -> dict[str, Any]:
+    return {
+        "id": move.id,
+        "mode": move.mode,
+        "listeners": [str(end) for end in move.listeners],
+        "maps": [{"old": str(map_.old), "new": str(map_.new)} for map_ in move.maps],
+        "sites": [{"role": site.role, "netns": site.netns} for site in move.sites],
+        **_rest_to_json(move),
+    }
+
+
+def _rest_to_json(move: Move) -> dict[str, Any]:
+    """What only moves with a source have, those that reset what they cannot keep, and that hold."""
+    lock = move.lock
+    resets = move.unkept == Fate.RESET
+    found = {
+        "unkept": str(move.unkept) if resets else None,
+        "lost": [move.lost.v4.hex(), move.lost.v6.hex()] if resets else None,
+        "lock": lock and [lock.method, lock.run_id, lock.whole, lock.connections],
+        "held": [str(end) for end in move.held],
+        "quiesces": move.quiesces,
+        "hold": move.hold,
+        "guard": move.guard,
+        "live": move.live,
+    }
+    return {name: value for name, value in found.items() if value}
+
+
+def move_from_json(value: dict[str, Any]) -> Move:
+    return Move(
+        id=value["id"],
+        maps=tuple(
+            Map(parse_address(as_text(row["old"])), parse_address(as_text(row["new"])))
+            for row in as_list(value["maps"])
+        ),
+        sites=tuple(
+            Site(Role(row["role"]), as_text(row["netns"])) for row in as_list(value["sites"])
+        ),
+        mode=Mode(value["mode"]),
+        listeners=_read_endpoints(value.get("listeners", [])),
+        lock=_lock_from_json(value.get("lock")),
+        held=_read_endpoints(value.get("held", [])),
+        quiesces=as_flag(value.get("quiesces", False)),
+        unkept=Fate(as_text(value.get("unkept", Fate.REPORT))),
+        lost=_read_lost(value.get("lost", ["", ""])),
+        hold=as_flag(value.get("hold", False)),
+        guard=as_flag(value.get("guard", False)),
+        live=as_flag(value.get("live", False)),
+    )
+
+
+def _read_lost(value: object) -> Connections:
+    v4, v6 = (bytes.fromhex(as_text(text)) for text in as_list(value))
+    return Connections(v4, v6)
+
+
+def _read_endpoints(value: object) -> tuple[Endpoint, ...]:
+    return tuple(Endpoint.parse(as_text(text)) for text in as_list(value))
+
+
+def _lock_from_json(value: object) -> DumpLock | None:
+    if value is None:
+        return None
+    method, run_id, whole, count = as_list(value)
+    return DumpLock(
+        NetworkLock(method),
+        None if run_id is None else as_text(run_id),
+        as_flag(whole),
+        None if count is None else as_whole(count),
+    )

@@ -1,0 +1,257 @@
+"""the files of the state directory: opened by its handle, read and written whole, locked.
+
+Rule: nothing is opened through a link, and nothing read that others may write. A new file is on
+disk before it takes its name, an appended line before its writer goes on. What a file says is
+state/journal.py's; every error names the file.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import stat
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+
+from natkeep import faultpoints
+from natkeep.errors import JournalError, UsageError
+
+DEFAULT_DIRECTORY = "/run/natkeep"
+LOCK_TIMEOUT = 30.0
+"""Seconds to wait for other natkeeps to finish, where $NATKEEP_LOCK_TIMEOUT does not say."""
+
+_SIZE_LIMIT = 64 << 20
+
+
+class StateFiles:
+    """The directory, held by one handle; where there is none it has no files."""
+
+    def __init__(self, path: str | None, *, create: bool) -> None:
+        self.path = path or os.environ.get("NATKEEP_STATE_DIR") or DEFAULT_DIRECTORY
+        self._fd: int | None = None
+        if create:
+            try:
+                os.makedirs(self.path, mode=0o700, exist_ok=True)
+            except OSError as error:
+                raise JournalError(
+                    f"cannot make the state directory {self.path}: {error.strerror}"
+                ) from error
+        try:
+            self._fd = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        except FileNotFoundError:
+            return
+        except OSError as error:
+            raise JournalError(
+                f"cannot open the state directory {self.path}: {error.strerror}"
+            ) from error
+        weakref.finalize(self, os.close, self._fd)
+        _refuse_foreign(f"the state directory {self.path}", os.fstat(self._fd), "700 " + self.path)
+
+    @contextmanager
+    def locked(self, timeout: float) -> Iterator[None]:
+        """Hold the lock; JournalError when others keep it for *timeout* seconds."""
+        if self._fd is None:
+            yield
+            return
+        with self.errors_of("lock"):
+            fd = self._open("lock", os.O_RDWR | os.O_CREAT)
+        try:
+            if not stat.S_ISREG(os.fstat(fd).st_mode):
+                raise JournalError(f"{self.path}/lock is not a file")
+            _lock(fd, self.path, timeout)
+            faultpoints.reach("locked")
+            yield
+        finally:
+            os.close(fd)
+
+    def names(self) -> list[str]:
+        """What is in the directory."""
+        return [] if self._fd is None else os.listdir(self._fd)
+
+    def has(self, name: str) -> bool:
+        """Whether it is there, whatever it is; as quick beside a thousand as beside none."""
+        if self._fd is None:
+            return False
+        with suppress(FileNotFoundError):
+            os.stat(name, dir_fd=self._fd, follow_symlinks=False)
+            return True
+        return False
+
+    def unlink(self, name: str) -> None:
+        """Remove the file, if there is one."""
+        if self._fd is not None:  # without it the name would be one of the working directory
+            with suppress(FileNotFoundError):
+                os.unlink(name, dir_fd=self._fd)
+
+    def _open(self, name: str, flags: int) -> int:
+        if self._fd is None:
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), name)
+        return os.open(
+            name, flags | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK, 0o600, dir_fd=self._fd
+        )
+
+    @contextmanager
+    def errors_of(self, name: str) -> Iterator[None]:
+        """What fails is a JournalError that names the file."""
+        try:
+            yield
+        except OSError as error:
+            raise JournalError(f"{self.path}/{name}: {error.strerror}") from error
+
+    def read(self, name: str) -> bytes:
+        """All of a file; FileNotFoundError, or JournalError for anything else."""
+        try:
+            fd = self._open(name, os.O_RDONLY)
+        except FileNotFoundError:
+            raise
+        except OSError as error:
+            raise JournalError(f"cannot open {self.path}/{name}: {error.strerror}") from error
+        try:
+            status = os.fstat(fd)
+            if not stat.S_ISREG(status.st_mode):
+                raise JournalError(f"{self.path}/{name} is not a file")
+            _refuse_foreign(f"{self.path}/{name}", status)
+            if status.st_size > _SIZE_LIMIT:
+                raise JournalError(f"{self.path}/{name} is too large")
+            return _read_all(fd, status.st_size)
+        finally:
+            os.close(fd)
+
+    def size(self, name: str) -> int:
+        """Octets of a file that is there."""
+        with self.errors_of(name):
+            fd = self._open(name, os.O_RDONLY)
+            try:
+                return os.fstat(fd).st_size
+            finally:
+                os.close(fd)
+
+    def read_start(self, name: str) -> bytes:
+        """The first line, and what of the others is read with it."""
+        fd = self._open(name, os.O_RDONLY)
+        try:
+            start = part = os.read(fd, 4096)
+            while part and b"\n" not in part and len(start) < _SIZE_LIMIT:
+                part = os.read(fd, 1 << 16)
+                start += part
+            return start
+        finally:
+            os.close(fd)
+
+    def write_new(self, name: str, content: bytes) -> None:
+        """Have the file on disk, whole, in the place of an earlier one."""
+        temporary = f".{name}.new"
+        of = name.rpartition(".")[2]
+        with self.errors_of(name):
+            self.unlink(temporary)
+            faultpoints.reach("journal-create", of)
+            fd = self._open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL)
+            try:
+                _write_all(fd, content)
+                faultpoints.reach("journal-written", of)
+                os.fsync(fd)
+                faultpoints.reach("journal-rename", of)
+                os.rename(temporary, name, src_dir_fd=self._fd, dst_dir_fd=self._fd)
+            except BaseException:
+                self.unlink(temporary)
+                raise
+            finally:
+                os.close(fd)
+            faultpoints.reach("journal-renamed", of)
+            self.sync()
+
+    def sync(self) -> None:
+        """Have on disk what was removed and renamed."""
+        if self._fd is not None:
+            os.fsync(self._fd)
+
+    def append(self, name: str, line: bytes, state: str) -> None:
+        """Append a line and have it on disk; state: what it says, to the faults."""
+        with self.errors_of(name):
+            fd = self._open(name, os.O_RDWR | os.O_APPEND)
+            try:
+                _drop_unfinished_line(fd)
+                faultpoints.reach("journal-append", state)
+                faultpoints.reach("journal-torn", state, lambda: os.write(fd, line[:20]))
+                _write_all(fd, line)
+                faultpoints.reach("journal-appended", state)
+                os.fsync(fd)
+            finally:
+                os.close(fd)
+
+
+def _read_all(fd: int, size: int) -> bytes:
+    """To the end, which by now may be behind *size*."""
+    content = more = os.read(fd, size + 1)
+    while more and len(content) > size:  # of a file less is read only where it ends
+        more = os.read(fd, 1 << 16)
+        content += more
+    return content
+
+
+def _refuse_foreign(name: str, status: os.stat_result, right: str = "") -> None:
+    """Whoever can write there decides what natkeep undoes, as root."""
+    if status.st_uid != os.geteuid() and os.geteuid() == 0:
+        raise JournalError(f"{name} belongs to uid {status.st_uid}")
+    if status.st_mode & 0o022:
+        hint = f"chmod {right}" if right else None
+        raise JournalError(f"{name} can be written by others", hint=hint)
+
+
+def read_lock_timeout() -> float:
+    """Seconds to wait for the lock: $NATKEEP_LOCK_TIMEOUT, or LOCK_TIMEOUT; UsageError if none."""
+    text = os.environ.get("NATKEEP_LOCK_TIMEOUT", "")
+    if not text:
+        return LOCK_TIMEOUT
+    if not (text.isascii() and text.isdigit() and len(text) < 6):
+        raise UsageError(f"NATKEEP_LOCK_TIMEOUT: {text!r} is not a number of seconds (0 to 99999)")
+    return float(text)
+
+
+def _lock(fd: int, path: str, seconds: float) -> None:
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        if not (seconds and _queue_up(fd, seconds)):
+            raise JournalError(
+                f"another natkeep holds {path}/lock",
+                hint=f"waited {seconds:g} s: end it, or NATKEEP_LOCK_TIMEOUT=SECONDS waits longer",
+            ) from None
+
+
+def _queue_up(fd: int, seconds: float) -> bool:
+    """Wait in the kernel's queue for the lock of *fd*; whether it came in time.
+
+    Who waits in flock() is served in order, and at once; who asks again and again is not, and of
+    16 processes one can be passed over for ever. flock() knows no time-out, so a thread waits.
+    What it gets too late goes back at once, with the last descriptor of this opening.
+    """
+    import threading  # only who has to wait pays for it
+
+    own, taken = os.dup(fd), threading.Event()
+
+    def wait() -> None:
+        try:
+            fcntl.flock(own, fcntl.LOCK_EX)
+        finally:
+            os.close(own)
+        taken.set()
+
+    threading.Thread(target=wait, daemon=True).start()
+    return taken.wait(seconds)
+
+
+def _drop_unfinished_line(fd: int) -> None:
+    """Cut off what a killed writer left without its newline, or the next line would join it."""
+    size = os.fstat(fd).st_size
+    while size and os.pread(fd, 1, size - 1) != b"\n":
+        size -= 1
+    os.ftruncate(fd, size)
+
+
+def _write_all(fd: int, content: bytes) -> None:
+    view = memoryview(content)
+    while view:
+        view = view[os.write(fd, view) :]

@@ -1,0 +1,504 @@
+"""a kernel for tests that behaves: it copies, applies and swaps, and fails on demand.
+
+Rule: it obeys the same laws as the real one (natkeep/kernel/__init__.py), which the contract
+tests hold, so a test that passes on it says something about natkeep and not about the fake.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable
+
+from natkeep.errors import KernelError, RefusedError
+from natkeep.kernel.interface import Packed, Remember
+from natkeep.kernel.sock_diag import Shown
+from natkeep.plan import filters, listeners, ruleset, tables
+from natkeep.plan.conntrack import entries, stale_tuples
+from natkeep.plan.diagnostics import Facts
+from natkeep.plan.drift import Gate, Observation, SeenEntry
+from natkeep.plan.move import Move, Role, Site
+from natkeep.plan.nft import Key, Object, Rule, split
+from natkeep.plan.repair import LoadObjects, Patch, PutWays, StopCounting
+from natkeep.plan.steps import (
+    AddAddress,
+    FillSet,
+    GuardSite,
+    HoldListeners,
+    HoldSegments,
+    Identity,
+    InsertEntries,
+    InstallGate,
+    InstallReception,
+    InstallResets,
+    InstallTranslation,
+    Loads,
+    OpenGate,
+    Plan,
+    Prior,
+    PurgeEntries,
+    RaiseLoopback,
+    SendResets,
+    Step,
+    TakeOverLock,
+    TranslateErrors,
+)
+from natkeep.plan.strays import SeenTable
+from natkeep.plan.translation import NOTHING_SPECIAL, Surroundings, Translation
+from natkeep.plan.tuples import NO_CONNECTIONS, Address, Connections, Endpoint, FourTuple
+from natkeep.plan.wanted import objects_of, shared_keys, split_opening
+from natkeep.values import dataclass, field
+
+
+@dataclass
+class FakeSite:
+    """What one namespace holds; equal for equal content.
+
+    sockets: inbound tuples of living sockets; locks: CRIU's tables and what they lock; waiting:
+    the listeners there are, and who has not been accepted yet at each; holds: those of quiesces;
+    resets: of each move that resets, whether it does so yet; loaded: the steps whose text is in the
+    tables, broken: those of its things that somebody else has removed; holders: of which moves;
+    lost: notes of routes that are gone; made: things that were loaded without a step.
+    """
+
+    gates: dict[str, Gate] = field(default_factory=dict)
+    sets: dict[str, Connections] = field(default_factory=dict)
+    rules: dict[str, set[str]] = field(default_factory=dict)
+    addresses: set[Address] = field(default_factory=set)
+    loopback: bool = False
+    entries: dict[FourTuple, FourTuple] = field(default_factory=dict)
+    sockets: set[FourTuple] = field(default_factory=set)
+    locks: dict[str, set[FourTuple]] = field(default_factory=dict)
+    waiting: dict[Endpoint, int] = field(default_factory=dict)
+    holds: dict[str, tuple[Endpoint, ...]] = field(default_factory=dict)
+    resets: dict[str, Gate] = field(default_factory=dict)
+    holders: set[str] = field(default_factory=set)
+    guards: set[str] = field(default_factory=set)
+    loaded: list[Step] = field(default_factory=list)
+    broken: set[Key] = field(default_factory=set)
+    lost: list[str] = field(default_factory=list)
+    made: set[Key] = field(default_factory=set)
+
+
+class FakeKernel:
+    """Set `fail_at` to the number of the apply (counted from 0) that must fail.
+
+    die_at: likewise, but the process is "killed" after the change and before apply returns.
+    """
+
+    def __init__(self) -> None:
+        self.sites: dict[str, FakeSite] = {}
+        self.opened: set[Site] = set()
+        self.fail_at: int | None = None
+        self.die_at: int | None = None
+        self.applied = 0
+        self.surroundings = NOTHING_SPECIAL
+        self.told: set[FourTuple] = set()
+        self.shown: list[Shown] = []
+
+    def open_sites(self, sites: Iterable[Site], known: dict[Site, Identity] | None = None) -> None:
+        """Every name is a namespace here."""
+        for site in sites:
+            self.sites.setdefault(site.netns, FakeSite())
+            self.opened.add(site)
+
+    def close_sites(self, sites: Iterable[Site]) -> None:
+        """Let go of the namespaces of *sites*; those that are not open are passed over."""
+        self.opened -= {*sites}
+
+    def identity(self, site: Site) -> Identity:
+        """A number for each name."""
+        if site not in self.opened:
+            raise KeyError(site)
+        return (0, list(self.sites).index(site.netns))
+
+    def addresses(self, site: Site, version: int) -> tuple[Address, ...]:
+        """What a test put there."""
+        here = self.sites[site.netns].addresses
+        return tuple(sorted(a for a in here if a.version == version))
+
+    def survey(self, site: Site) -> Facts:
+        """A machine about which there is nothing to say."""
+        return Facts(True, True, True, True, True, True, 0, 1000, 0, False, (), (), (), False)
+
+    def devices(self, site: Site) -> frozenset[str]:
+        """Always the same."""
+        return frozenset({"lo", "eth0"})
+
+    def find_listeners(self, site: Site, olds: frozenset[Address]) -> tuple[Endpoint, ...]:
+        """What a test put there."""
+        listeners = self.sites[site.netns].waiting
+        return tuple(e for e in listeners if e.address in olds or e.address.is_unspecified)
+
+    def list_sockets(self, site: Site) -> list[Shown]:
+        """What a test put there."""
+        return list(self.shown)
+
+    def count_waiting(self, site: Site, listeners: tuple[Endpoint, ...]) -> dict[Endpoint, int]:
+        """What a test put there; one is accepted at each look."""
+        here = self.sites[site.netns].waiting
+        found = {end: here[end] for end in listeners if here.get(end)}
+        here.update({end: number - 1 for end, number in found.items()})
+        return found
+
+    def look_around(self, move: Move, connections: Connections) -> Surroundings:
+        """What a test put there."""
+        return self.surroundings
+
+    def check(self, step: Step) -> None:
+        """NatkeepError when *step* could not work."""
+        if isinstance(step, InstallGate) and step.move_id in self.sites[step.site.netns].gates:
+            raise RefusedError(f"{step.site}: move {step.move_id} is prepared there already")
+
+    def apply(self, step: Step, remember: Remember) -> Prior:
+        """Do *step* on a copy, then swap; KernelError at `fail_at`."""
+        number, self.applied = self.applied, self.applied + 1
+        changed = copy.deepcopy(self.sites[step.site.netns])
+        prior = _find_prior(changed, step)
+        remember(prior)
+        if number == self.fail_at:
+            raise KernelError(f"{step.site}: told to fail")
+        _change(changed, step)
+        if isinstance(step, HoldListeners):  # again, it holds these listeners and no others
+            changed.loaded = [s for s in changed.loaded if type(s) is not type(step)]
+        if step not in changed.loaded and any(_keys_of(step)):
+            changed.loaded.append(step)
+        changed.broken -= set(_keys_of(step))
+        self.sites[step.site.netns] = changed
+        if isinstance(step, SendResets) and not prior.present:
+            self.told.update(step.questions())  # which nothing undoes
+        if number == self.die_at:
+            raise KilledError
+        return prior
+
+    def mend(self, patch: Patch, remember: Remember) -> None:
+        """What is missing of a step is there again, or the step is done again."""
+        if not isinstance(patch, LoadObjects | PutWays | StopCounting):
+            self.apply(patch, remember)
+            return
+        number, self.applied = self.applied, self.applied + 1
+        remember(Prior())
+        if number == self.fail_at:
+            raise KernelError(f"{patch.site}: told to fail")
+        _load(self.sites[patch.site.netns], patch)
+        if number == self.die_at:
+            raise KilledError
+
+    def find_lost_routes(self, site: Site, noted: str) -> tuple[str, ...]:
+        """What a test put there."""
+        return tuple(self.sites[site.netns].lost)
+
+    def find_strays(self, site: Site) -> SeenTable:
+        """The gates and holds, as the chains that they would be."""
+        here = self.sites[site.netns]
+        names = {f"gate-{move_id}" for move_id in here.gates}
+        names |= {f"hold-{move_id}" for move_id in here.holds}
+        return SeenTable(tuple(sorted(names)), there=bool(names))
+
+    def clear_strays(
+        self, site: Site, known: frozenset[str], olds: frozenset[Address], *, sure: bool
+    ) -> None:
+        """What no *known* move owns goes."""
+        here = self.sites[site.netns]
+        for move_id in self.find_strays(site).ids() - known:
+            here.gates.pop(move_id, None)
+            here.holds.pop(move_id, None)
+            for name in [n for n in here.sets if n.rpartition("-")[0].endswith(f"-{move_id}")]:
+                del here.sets[name]
+            for owner in (move_id, listeners.comment(move_id), filters.reset_comment(move_id)):
+                _withdraw(here, owner, list(here.rules))
+            here.loaded = [s for s in here.loaded if getattr(s, "move_id", None) != move_id]
+        if not here.loaded:
+            here.broken.clear()
+            here.made.clear()
+
+    def pack_open(self, step: OpenGate) -> Packed | None:
+        """Nothing: there is no netlink here."""
+        return None
+
+    def pack_unhooking(self, site: Site) -> bytes:
+        """Nothing: there is no netlink here."""
+        return b""
+
+    def unhook_gates(self) -> None:
+        """Nothing: no packet comes by here."""
+
+    def revert(self, step: Step, prior: Prior) -> None:
+        """Undo *step*; already gone is fine."""
+        here = self.sites[step.site.netns]
+        match step:
+            case InstallGate():
+                here.gates.pop(step.move_id, None)
+                for translation in step.translations:
+                    for name in filters.sets_of(step.move_id, translation):
+                        here.sets.pop(name, None)
+                _withdraw(here, step.move_id, _gate_chains(step))
+            case RaiseLoopback() if not prior.present:
+                here.loopback = False
+            case AddAddress() if not prior.present:
+                here.addresses.discard(step.address)
+            case InstallTranslation():
+                _withdraw(here, step.move_id, _translating_chains(step))
+            case InsertEntries():
+                for entry in entries(step.translation):
+                    here.entries.pop(entry.original, None)
+            case HoldListeners():
+                here.holds.pop(step.move_id, None)
+            case HoldSegments():
+                here.holders.discard(step.move_id)
+            case GuardSite():
+                here.guards.discard(step.move_id)
+            case TakeOverLock() if prior.facts:
+                locked = here.locks.setdefault(step.lock.table, set())
+                locked.update(step.connections)
+            case InstallReception():
+                comment = listeners.comment(step.move_id)
+                _withdraw(here, comment, _receiving_chains(step))
+            case InstallResets():
+                here.resets.pop(step.move_id, None)
+                for reset in step.resets:
+                    here.sets.pop(filters.reset_set(step.move_id, reset.number), None)
+                _withdraw(here, filters.reset_comment(step.move_id), _resetting_chains(step))
+            case SendResets() if not prior.present and step.move_id in here.resets:
+                here.resets[step.move_id] = Gate.CLOSED
+            case OpenGate() if not prior.present and step.move_id in here.gates:
+                here.gates[step.move_id] = Gate.CLOSED
+            case _:
+                pass
+        here.loaded = [other for other in here.loaded if not _is_undone_by(step, other)]
+        if not here.loaded:
+            here.broken.clear()
+            here.made.clear()
+
+    def snapshot(self, site: Site) -> FakeSnapshot:
+        """As quick as looking closely."""
+        return FakeSnapshot(self)
+
+    def observe(self, site: Site, plan: Plan) -> Observation:
+        """What *site* shows of *plan* now."""
+        here, move_id = self.sites[site.netns], plan.move.id
+        translations = [t for t in plan.translations if t.site == site]
+        lost = [reset for reset in plan.resets if reset.site == site]
+        inserted = [s.translation for s in plan.prepare if isinstance(s, InsertEntries)]
+        seen = {t.number: tuple(_see(here, t)) for t in inserted if t.site == site}
+        prepared, opened = split_opening(plan, site)
+        there = {key for step in here.loaded for key in _keys_of(step)} | here.made
+        there -= here.broken
+        return Observation(
+            gone=prepared - there,
+            shut=opened - there,
+            loopback=here.loopback,
+            guarded=not plan.move.guard or move_id in here.guards,
+            sockets=_find_sockets(here, site, plan),
+            lingers=10.0,
+            gate=here.gates.get(move_id, Gate.ABSENT),
+            rules=_chains_of(here, move_id),
+            missing={
+                name: len(connections) - len(here.sets.get(name, NO_CONNECTIONS))
+                for t in translations
+                for name, connections in filters.sets_of(move_id, t).items()
+            }
+            | {
+                name: len(reset.connections) - len(here.sets.get(name, NO_CONNECTIONS))
+                for reset in lost
+                for name in (filters.reset_set(move_id, reset.number),)
+            },
+            addresses=frozenset({map_.old for map_ in plan.move.maps} & here.addresses),
+            entries=seen,
+            alive=_count_alive(here, site, translations, seen),
+            holds=move_id in here.holds,
+            receiving=_chains_of(here, listeners.comment(move_id)),
+            resetting=_chains_of(here, filters.reset_comment(move_id)) if lost else frozenset(),
+            resets=here.resets.get(move_id, Gate.ABSENT) if lost else Gate.ABSENT,
+        )
+
+
+@dataclass
+class FakeSnapshot:
+    """What the kernel itself shows."""
+
+    kernel: FakeKernel
+
+    def observe(self, site: Site, plan: Plan) -> Observation:
+        """What *site* shows of *plan* now."""
+        return self.kernel.observe(site, plan)
+
+    def find_lost_routes(self, site: Site, noted: str) -> tuple[str, ...]:
+        """What a test put there."""
+        return self.kernel.find_lost_routes(site, noted)
+
+    def close(self) -> None:
+        """There is nothing to let go of."""
+
+
+def _is_undone_by(step: Step, other: Step) -> bool:
+    """Whether *other* goes with *step*: it is the same, or was before more connections came."""
+    if isinstance(step, InstallGate | InstallTranslation | TranslateErrors):
+        return type(other) is type(step) and getattr(other, "move_id", "") == step.move_id
+    return other == step
+
+
+def _chains_of(here: FakeSite, owner: str) -> frozenset[str]:
+    return frozenset(chain for chain, owners in here.rules.items() if owner in owners)
+
+
+def _count_alive(
+    here: FakeSite,
+    site: Site,
+    translations: Iterable[Translation],
+    seen: dict[int, tuple[SeenEntry | None, ...]],
+) -> int:
+    if site.role == Role.SOURCE:
+        return sum(1 for t in translations for inbound in t.kept if inbound in here.sockets)
+    return sum(1 for of_one in seen.values() for entry in of_one if entry)
+
+
+def _keys_of(step: Step) -> Iterable[Key]:
+    """The objects that a step has in the tables; those that are alike are not told apart."""
+    for part in step.static() if isinstance(step, Loads) else ():
+        yield from (key for key, _ in shared_keys(part))
+    yield from (one.key() for one in split(objects_of(step)))
+
+
+def _load(here: FakeSite, patch: Patch) -> None:
+    made: list[Object] = []
+    if isinstance(patch, LoadObjects):
+        made = [*split(patch.objects)]
+    elif isinstance(patch, PutWays):
+        here.lost = [note for note in here.lost if note not in patch.notes]
+    keys = {one.key() for one in made}
+    here.broken -= keys
+    known = {key for step in here.loaded for key in _keys_of(step)}
+    here.made |= keys - known
+    for key in keys:
+        if key.kind == "set" and key.name.startswith(("kept-", "outer-")):
+            here.sets.setdefault(key.name, NO_CONNECTIONS)
+        elif key.kind == "rule" and "-at-" in key.name:
+            here.rules.setdefault(key.name, set()).add(key.what.partition(":")[0])
+    for move_id, gate in here.gates.items():
+        chain = tables.gate_chain(move_id)
+        if any(isinstance(one, Rule) and one.chain == chain and one.insert for one in made):
+            here.gates[move_id] = Gate.OPEN
+        elif gate == Gate.ABSENT:
+            here.gates[move_id] = Gate.CLOSED
+
+
+def _find_sockets(here: FakeSite, site: Site, plan: Plan) -> Connections | None:
+    if site.role not in (Role.DESTINATION, Role.SOURCE):
+        return None
+    kept = [inbound for t in plan.translations if t.site == site for inbound in t.kept]
+    return Connections.of(inbound for inbound in kept if inbound in here.sockets)
+
+
+class KilledError(BaseException):
+    """As SIGKILL would: nothing that natkeep catches."""
+
+
+def _find_prior(here: FakeSite, step: Step) -> Prior:
+    match step:
+        case RaiseLoopback():
+            return Prior(present=here.loopback)
+        case AddAddress():
+            return Prior(present=step.address in here.addresses)
+        case TakeOverLock():
+            locked = here.locks.get(step.lock.table)
+            return Prior(facts={} if locked is None else {"table": True})
+        case SendResets():
+            return Prior(present=here.resets.get(step.move_id) == Gate.OPEN)
+        case OpenGate():
+            return Prior(present=here.gates.get(step.move_id) == Gate.OPEN)
+        case _:
+            return Prior()
+
+
+def _change(here: FakeSite, step: Step) -> None:
+    if isinstance(step, InstallTranslation | OpenGate) and step.move_id not in here.gates:
+        raise KernelError(f"{step.site}: no gate of {step.move_id}")
+    match step:
+        case InstallGate():
+            here.gates[step.move_id] = Gate.CLOSED
+            for translation in step.translations:
+                for name in filters.sets_of(step.move_id, translation):
+                    here.sets[name] = NO_CONNECTIONS
+            for chain in _gate_chains(step):
+                here.rules.setdefault(chain, set()).add(step.move_id)
+        case FillSet():
+            if step.name not in here.sets:
+                raise KernelError(f"{step.site}: no set {step.name}")
+            here.sets[step.name] = step.connections
+        case RaiseLoopback():
+            here.loopback = True
+        case AddAddress():
+            here.addresses.add(step.address)
+        case InstallTranslation():
+            for chain in _translating_chains(step):
+                here.rules.setdefault(chain, set()).add(step.move_id)
+        case HoldListeners():
+            here.holds[step.move_id] = step.listeners
+        case HoldSegments():
+            here.holders.add(step.move_id)
+        case GuardSite():
+            here.guards.add(step.move_id)
+        case TakeOverLock():
+            locked = here.locks.get(step.lock.table, set())
+            locked -= set(step.connections)
+            if not locked:
+                here.locks.pop(step.lock.table, None)
+        case InstallReception():
+            for chain in _receiving_chains(step):
+                here.rules.setdefault(chain, set()).add(listeners.comment(step.move_id))
+        case PurgeEntries():
+            for stale in stale_tuples(step.translation):
+                here.entries.pop(stale, None)
+        case InsertEntries():
+            here.entries.update((e.original, e.reply) for e in entries(step.translation))
+        case InstallResets():
+            here.resets[step.move_id] = Gate.CLOSED
+            for reset in step.resets:
+                here.sets[filters.reset_set(step.move_id, reset.number)] = NO_CONNECTIONS
+            for chain in _resetting_chains(step):
+                here.rules.setdefault(chain, set()).add(filters.reset_comment(step.move_id))
+        case SendResets():
+            if step.move_id not in here.resets:
+                raise KernelError(f"{step.site}: nothing that {step.move_id} could open")
+            here.resets[step.move_id] = Gate.OPEN
+        case OpenGate():
+            here.gates[step.move_id] = Gate.OPEN
+            if step.delivers:
+                here.holders.discard(step.move_id)
+
+
+def _gate_chains(step: InstallGate) -> list[str]:
+    return [
+        tables.address_chain(dispatch, local)
+        for t in step.translations
+        for dispatch, local in filters.gate_chains(t)
+    ]
+
+
+def _translating_chains(step: InstallTranslation) -> list[str]:
+    return [
+        tables.address_chain(dispatch, local)
+        for t in step.translations
+        for dispatch, local in ruleset.translating_chains(t)
+    ]
+
+
+def _resetting_chains(step: InstallResets) -> list[str]:
+    return [tables.address_chain(*reset.chain) for reset in step.resets]
+
+
+def _receiving_chains(step: InstallReception) -> list[str]:
+    return [name for r in step.receptions for name in listeners.chain_names(r)]
+
+
+def _withdraw(here: FakeSite, move_id: str, chains: Iterable[str]) -> None:
+    for chain in chains:
+        here.rules.get(chain, set()).discard(move_id)
+        if not here.rules.get(chain):
+            here.rules.pop(chain, None)
+
+
+def _see(here: FakeSite, translation: Translation) -> Iterable[SeenEntry | None]:
+    for entry in entries(translation):
+        reply = here.entries.get(entry.original)
+        yield SeenEntry(reply == entry.reply, 0, 0, True) if reply is not None else None

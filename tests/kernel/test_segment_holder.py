@@ -1,0 +1,561 @@
+"""hold and replay between real sockets: what a peer says while the gate is closed arrives at open.
+
+    peer 10.1.0.2 ── veth ── destination 10.3.0.20 (NEW), which will have OLD 10.2.0.10
+
+The peer's socket is one that talks to NEW, as packets look behind the gateway; the process's
+socket at OLD is re-created by TCP_REPAIR when the gate is about to open. Where the cable is cut
+before that, nothing but the holder can have brought what the process reads.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import select
+import signal
+import socket
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from ipaddress import ip_address
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from natkeep.kernel import daemon, segment_holder
+from natkeep.kernel.interface import Place
+from natkeep.kernel.linux import LinuxKernel
+from natkeep.kernel.netns import Namespace, inside, open_namespace
+from natkeep.lab import repair
+from natkeep.lab.repair import RepairSocket, SocketState, TcpState
+from natkeep.plan.move import Map, Mode, Move, Role, Site
+from natkeep.plan.plan import make_plan
+from natkeep.plan.steps import HoldSegments, OpenGate, Prior, Step
+from natkeep.plan.tuples import Connections, Endpoint, FourTuple
+
+pytestmark = pytest.mark.root
+
+Run = Callable[..., str]
+
+PEER = {4: ip_address("10.1.0.2"), 6: ip_address("fd00:1::2")}
+OLD = {4: ip_address("10.2.0.10"), 6: ip_address("fd00:2::10")}
+NEW = {4: ip_address("10.3.0.20"), 6: ip_address("fd00:3::20")}
+PORT = 80
+DEADLINE = 10.0  # s, for what happens at once unless it is broken
+SEQ = {"peer": 2**32 - 700, "process": 5_000}
+
+EACH_VERSION = pytest.mark.parametrize("version", [4, 6])
+EACH_MODE = pytest.mark.parametrize("mode", list(Mode))
+
+
+def make_state(local: Endpoint, remote: Endpoint, send: int, receive: int) -> SocketState:
+    """A connection in which nothing is under way."""
+    return SocketState(
+        family=repair.Family.IPV4 if local.address.version == 4 else repair.Family.IPV6,
+        local=(local.address, local.port), peer=(remote.address, remote.port),
+        tcp_state=TcpState.ESTABLISHED, send_seq=send, unacknowledged=b"", unsent=b"",
+        fin_unsent=False, receive_seq=receive, unread=b"", mss=1400, window_scales=(7, 7),
+        sack=True, timestamps=True, timestamp=1000,
+        window=repair.Window(receive, 65_536, 65_536, 65_536, receive),
+        buffers=repair.Buffers(262_144, 262_144, 0), options=(("nodelay", 1),),
+    )  # fmt: skip
+
+
+@dataclass
+class Network:
+    """Both ends, a move that is prepared at the destination, and its holder."""
+
+    peer: Namespace
+    site: Namespace
+    names: tuple[str, str]
+    state: str
+    run: Run
+    stack: contextlib.ExitStack
+    kernel: LinuxKernel = field(default_factory=LinuxKernel)
+    done: list[tuple[Step, Prior]] = field(default_factory=list)
+    kept: Connections = field(default_factory=Connections)
+    require: Callable[[str], None] = lambda name: None
+
+    def prepare(self, *peers: Endpoint, mode: Mode = Mode.STATEFUL, hold: bool = False) -> None:
+        """The gate closed, OLD there, everything translated: all but open."""
+        self.kept = Connections.of(
+            FourTuple(peer, Endpoint(OLD[peer.address.version], PORT)) for peer in peers
+        )
+        versions = sorted({peer.address.version for peer in peers})
+        maps = tuple(Map(OLD[version], NEW[version]) for version in versions)
+        move = Move("web", maps, (Site(Role.DESTINATION, self.names[1]),), mode, hold=hold)
+        self.plan = make_plan(move, self.kept)
+        self.kernel.open_sites(move.sites)
+        self.apply(self.plan.prepare)
+
+    def apply(self, steps: Any) -> None:
+        for step in steps:
+            self.done.append((step, self.kernel.apply(step, lambda prior: None)))
+
+    def hold(self, *, age: int = segment_holder.AGE, move_id: str = "web") -> int:
+        """Start the holder; its pid."""
+        maps = [
+            (OLD[v].packed, NEW[v].packed, self.kept.records(v))
+            for v in (4, 6)
+            if self.kept.records(v)
+        ]
+        place = Place(Site(Role.DESTINATION, self.names[1]), self.site, self.state)
+        pid = segment_holder.start(place, move_id, maps, age)
+        self.stack.callback(_reap, pid)
+        self.stack.callback(segment_holder.end, self.state, move_id)
+        return pid
+
+    def await_held(self, segments: int) -> segment_holder.Held:
+        """Until the holder has as many."""
+        deadline = time.monotonic() + DEADLINE
+        while True:
+            held = segment_holder.look(self.state, "web")
+            assert held is not None, "there is no holder"
+            if held.segments >= segments:
+                return held
+            assert time.monotonic() < deadline, f"waited for {segments} segments, it has {held}"
+
+    def connect(self, peer: Endpoint) -> RepairSocket:
+        """The peer's socket, which talks to NEW."""
+        to = Endpoint(NEW[peer.address.version], PORT)
+        state = make_state(peer, to, SEQ["peer"], SEQ["process"])
+        return self._make(self.peer, state, live=True)
+
+    def restore(self, peer: Endpoint) -> RepairSocket:
+        """The process's socket, at OLD, in repair: as it is when CRIU calls post-restore."""
+        self.require("powers")  # the socket is bound below 1024, by the test and not by natkeep
+        local = Endpoint(OLD[peer.address.version], PORT)
+        return self._make(self.site, make_state(local, peer, SEQ["process"], SEQ["peer"]))
+
+    def _make(self, where: Namespace, state: SocketState, *, live: bool = False) -> RepairSocket:
+        with inside(where):
+            sock = self.stack.enter_context(repair.recreate(state))
+        if live:
+            repair.leave_repair_silently(sock)
+        return sock
+
+    def cut_cable(self) -> None:
+        self.run(self.names[0], "ip", "link", "set", "eth0", "down")
+
+    def open(self) -> segment_holder.Held | None:
+        """The gate opens, and what is held is delivered."""
+        self.apply(step for step in self.plan.open if isinstance(step, OpenGate))
+        return segment_holder.deliver(self.state, "web")
+
+
+def _reap(pid: int) -> None:
+    """The holder is a child of the test's own process; a move's has nobody to be missed by."""
+    with contextlib.suppress(ChildProcessError):
+        os.waitpid(pid, 0)
+
+
+@pytest.fixture
+def network(
+    make_netns: Callable[[], str], run: Run, tmp_path: Path, require: Callable[[str], None]
+) -> Iterator[Network]:
+    """Peer and destination on one cable."""
+    peer, site = make_netns(), make_netns()
+    run(site, "ip", "link", "add", "eth0", "type", "veth", "peer", "name", "eth0", "netns", peer)
+    for netns, address in ((peer, PEER), (site, NEW)):
+        run(netns, "ip", "link", "set", "eth0", "addrgenmode", "none", "up")
+        run(netns, "ip", "address", "add", f"{address[4]}/8", "dev", "eth0")
+        run(netns, "ip", "address", "add", f"{address[6]}/16", "dev", "eth0", "nodad")
+    with contextlib.ExitStack() as stack:
+        found = []
+        for netns in (peer, site):
+            namespace = open_namespace(netns)
+            stack.callback(os.close, namespace.fd)
+            found.append(namespace)
+        yield Network(found[0], found[1], (peer, site), str(tmp_path), run, stack, require=require)
+
+
+def read_all(sock: socket.socket, octets: int) -> bytes:
+    """What has arrived: *octets*, and whatever comes in excess at once."""
+    data, deadline = b"", time.monotonic() + DEADLINE
+    while len(data) < octets:
+        ready, _, _ = select.select([sock], [], [], max(deadline - time.monotonic(), 0))
+        assert ready, f"{len(data)} of {octets} octets arrived"
+        chunk = sock.recv(1 << 20)
+        assert chunk, f"the peer closed after {len(data)} octets"
+        data += chunk
+    with contextlib.suppress(BlockingIOError):
+        data += sock.recv(1 << 20, socket.MSG_DONTWAIT)
+    return data
+
+
+def is_running(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def await_end(pid: int) -> None:
+    deadline = time.monotonic() + DEADLINE
+    while is_running(pid):
+        assert time.monotonic() < deadline, "the holder lives on"
+        time.sleep(0.005)
+
+
+@EACH_MODE
+@EACH_VERSION
+def test_what_a_peer_said_at_a_closed_gate_reaches_the_restored_socket(
+    network: Network, version: int, mode: Mode
+) -> None:
+    end = Endpoint(PEER[version], 50594)
+    network.prepare(end, mode=mode)
+    network.hold()
+    peer = network.connect(end)
+
+    for word in (b"first,", b"second,", b"third"):
+        peer.send(word)
+    network.await_held(3)
+    network.cut_cable()
+    process = network.restore(end)
+    delivered = network.open()
+    repair.leave_repair_silently(process)
+
+    assert read_all(process, 18) == b"first,second,third"
+    assert delivered == segment_holder.Held(3, 18, 0)
+
+
+@EACH_VERSION
+def test_the_connection_goes_on_and_both_ends_agree(network: Network, version: int) -> None:
+    end = Endpoint(PEER[version], 50594)
+    network.prepare(end)
+    network.hold()
+    peer = network.connect(end)
+    peer.send(b"question")
+    network.await_held(1)
+
+    process = network.restore(end)
+    network.open()
+    repair.leave_repair(process)
+    asked = read_all(process, 8)
+    process.send(b"answer")
+    answered = read_all(peer, 6)
+    peer.send(b"another")
+
+    assert (asked, answered) == (b"question", b"answer")
+    assert read_all(process, 7) == b"another"
+
+
+def test_a_window_full_of_data_returns_whole_and_once(network: Network) -> None:
+    end = Endpoint(PEER[4], 50594)
+    network.prepare(end)
+    network.hold()
+    peer = network.connect(end)
+    data = bytes(range(256)) * 240
+    peer.setblocking(False)
+    sent = peer.send(data)
+    process = network.restore(end)
+    held = network.await_held(2)
+    network.open()
+    repair.leave_repair(process)
+
+    assert sent > held.octets > 10_000  # its congestion window, and what waits behind it
+    assert read_all(process, sent) == data[:sent]
+
+
+def test_a_peer_that_repeats_itself_is_heard_once(network: Network) -> None:
+    end = Endpoint(PEER[4], 50594)
+    network.prepare(end)
+    network.hold()
+    peer = network.connect(end)
+    peer.send(b"Is anybody there?")
+    network.await_held(1)
+    first = _newest_number(peer)
+    deadline = time.monotonic() + DEADLINE
+    while _newest_number(peer) < first + 2:
+        assert time.monotonic() < deadline, "the peer does not retransmit"
+        time.sleep(0.005)
+    held = segment_holder.look(network.state, "web")
+    network.cut_cable()
+
+    process = network.restore(end)
+    delivered = network.open()
+    repair.leave_repair_silently(process)
+
+    assert held == delivered == segment_holder.Held(1, 17, 0)
+    assert read_all(process, 17) == b"Is anybody there?"
+
+
+def _newest_number(sock: socket.socket) -> int:
+    """How often the kernel has sent something again (tcp_info.tcpi_total_retrans)."""
+    info = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 104)
+    return int.from_bytes(info[100:104], "little")
+
+
+def test_both_families_and_many_connections_each_get_their_own(network: Network) -> None:
+    ends = [Endpoint(PEER[4 if n % 2 else 6], 40_000 + n) for n in range(60)]
+    network.prepare(*ends)
+    network.hold()
+    peers = [network.connect(end) for end in ends]
+    for number, peer in enumerate(peers):
+        peer.send(b"I am %d." % number)
+    network.await_held(60)
+    network.cut_cable()
+    processes = [network.restore(end) for end in ends]
+    network.open()
+    for process in processes:
+        repair.leave_repair_silently(process)
+
+    for number, process in enumerate(processes):
+        expected = b"I am %d." % number
+        assert read_all(process, len(expected)) == expected
+
+
+def test_a_peer_that_closes_at_a_closed_gate_is_heard_to_close(network: Network) -> None:
+    end = Endpoint(PEER[4], 50594)
+    network.prepare(end)
+    network.hold()
+    peer = network.connect(end)
+    peer.send(b"good bye")
+    network.await_held(1)
+    peer.shutdown(socket.SHUT_WR)
+    network.await_held(2)
+    network.cut_cable()
+
+    process = network.restore(end)
+    network.open()
+    repair.leave_repair_silently(process)
+
+    assert read_all(process, 8) == b"good bye"
+    select.select([process], [], [], DEADLINE)
+    assert process.recv(1) == b""
+
+
+def test_others_at_new_are_not_held(network: Network) -> None:
+    end, other = Endpoint(PEER[4], 50594), Endpoint(PEER[4], 50595)
+    network.prepare(end)
+    network.hold()
+    stranger = network.connect(other)
+    stranger.send(b"of no concern")
+    peer = network.connect(end)
+    peer.send(b"mine")
+
+    held = network.await_held(1)
+
+    assert held == segment_holder.Held(1, 4, 0)
+
+
+# ---- as steps of a move --------------------------------------------------------------------------
+
+
+def test_a_move_that_holds_delivers_when_its_gate_opens(network: Network) -> None:
+    end = Endpoint(PEER[4], 50594)
+    network.kernel = LinuxKernel(network.state)
+    network.prepare(end, hold=True)
+    network.stack.callback(_reap_all)
+    peer = network.connect(end)
+    peer.send(b"Is anybody there?")
+    network.await_held(1)
+    network.cut_cable()
+    process = network.restore(end)
+
+    network.apply(network.plan.open)
+    repair.leave_repair_silently(process)
+
+    assert read_all(process, 17) == b"Is anybody there?"
+    assert network.done[-1][1] == Prior(facts={"segments": 1, "refused": 0})
+    deadline = time.monotonic() + DEADLINE  # it answers first, and ends then
+    while os.listdir(network.state):
+        assert time.monotonic() < deadline, "the holder has left its socket"
+
+
+def test_a_move_whose_holder_may_not_start_is_prepared_without_it(
+    network: Network, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> socket.socket:
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr(segment_holder, "_open_packets", refuse)
+    network.kernel = LinuxKernel(network.state)
+
+    network.prepare(Endpoint(PEER[4], 50594), hold=True)
+
+    [prior] = [prior for step, prior in network.done if isinstance(step, HoldSegments)]
+    assert prior == Prior(facts={"refused": "Operation not permitted"})
+    network.apply(network.plan.open)
+    assert network.done[-1][1] == Prior()
+
+
+def _reap_all() -> None:
+    with contextlib.suppress(ChildProcessError):
+        while os.waitpid(-1, os.WNOHANG)[0]:
+            pass
+
+
+# ---- how long it lives -------------------------------------------------------------------------
+
+
+def test_it_ends_when_it_has_delivered(network: Network) -> None:
+    network.prepare(Endpoint(PEER[4], 50594))
+    pid = network.hold()
+
+    network.open()
+
+    await_end(pid)
+    assert not os.listdir(network.state)
+    assert segment_holder.deliver(network.state, "web") is None
+
+
+def test_it_ends_when_it_is_told_and_a_second_time_is_fine(network: Network) -> None:
+    network.prepare(Endpoint(PEER[4], 50594))
+    pid = network.hold()
+
+    segment_holder.end(network.state, "web")
+    await_end(pid)
+    segment_holder.end(network.state, "web")
+
+    assert not os.listdir(network.state)
+
+
+def test_a_second_one_of_the_same_move_takes_its_place(network: Network) -> None:
+    network.prepare(Endpoint(PEER[4], 50594))
+    first = network.hold()
+
+    second = network.hold()
+
+    await_end(first)
+    assert is_running(second)
+
+
+def test_it_ends_when_it_is_old(network: Network) -> None:
+    network.prepare(Endpoint(PEER[4], 50594))
+
+    pid = network.hold(age=0)
+
+    await_end(pid)
+
+
+def test_it_ends_when_the_state_directory_knows_nothing_of_it_any_more(network: Network) -> None:
+    network.prepare(Endpoint(PEER[4], 50594))
+    pid = network.hold()
+    segment_holder.look(network.state, "web")
+
+    os.unlink(Path(network.state, "web.hold"))
+
+    await_end(pid)
+
+
+def test_it_ends_with_its_namespace(network: Network) -> None:
+    network.prepare(Endpoint(PEER[4], 50594))
+    pid = network.hold()
+    segment_holder.look(network.state, "web")
+
+    subprocess.run(["ip", "netns", "delete", network.names[1]], check=True)
+
+    await_end(pid)
+
+
+def test_a_namespace_that_has_lost_its_name_is_held_while_somebody_is_in_it(
+    network: Network,
+) -> None:
+    network.prepare(Endpoint(PEER[4], 50594))
+    inhabitant = subprocess.Popen(
+        ["nsenter", f"--net=/run/netns/{network.names[1]}", "cat"], stdin=subprocess.PIPE
+    )
+    network.stack.callback(inhabitant.wait)
+    assert inhabitant.stdin is not None
+    network.stack.callback(inhabitant.stdin.close)
+    where = f"/proc/{inhabitant.pid}/ns/net"
+    deadline = time.monotonic() + DEADLINE
+    while os.stat(where).st_ino != network.site.inode:
+        assert time.monotonic() < deadline
+    pid = network.hold()
+    subprocess.run(["ip", "netns", "delete", network.names[1]], check=True)
+
+    # It looks every second: two looks on, it is still there, and then it is not.
+    looked = time.monotonic() + 2.5
+    while time.monotonic() < looked:
+        assert is_running(pid)
+        time.sleep(0.05)
+    inhabitant.stdin.close()
+    inhabitant.wait()
+    await_end(pid)
+
+
+def test_in_a_namespace_without_a_name_whoever_may_not_be_looked_at_may_be(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def refuse(path: str) -> os.stat_result:
+        raise PermissionError(13, "Permission denied") if path.endswith("/ns/net") else OSError(2)
+
+    watches = [
+        daemon.Watch("web.hold", os.stat("/"), path, "1:2")
+        for path in ("", "/run/netns/natkeep-test-nowhere")
+    ]
+    with monkeypatch.context() as patched:
+        patched.setattr(daemon.os, "stat", refuse)
+        found = [watch.is_inhabited() for watch in watches]
+
+    assert found == [True, False]
+
+
+def test_where_its_process_was_killed_the_move_does_without(network: Network) -> None:
+    end = Endpoint(PEER[4], 50594)
+    network.prepare(end)
+    pid = network.hold()
+    segment_holder.look(network.state, "web")
+
+    os.kill(pid, signal.SIGKILL)
+    await_end(pid)
+
+    assert network.open() is None
+    segment_holder.end(network.state, "web")
+    assert not os.listdir(network.state)
+
+
+def test_nobody_waits_for_the_end_of_what_it_has_inherited(network: Network) -> None:
+    network.prepare(Endpoint(PEER[4], 50594))
+    reading, writing = os.pipe()
+    os.set_inheritable(writing, True)
+
+    pid = network.hold()
+    segment_holder.look(network.state, "web")
+    os.close(writing)
+
+    ready, _, _ = select.select([reading], [], [], DEADLINE)
+    assert ready
+    assert os.read(reading, 1) == b""
+    os.close(reading)
+    assert is_running(pid)
+
+
+def test_without_the_privilege_nobody_runs_and_nothing_is_left(
+    network: Network, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    network.prepare(Endpoint(PEER[4], 50594))
+
+    def refuse(version: int) -> socket.socket:
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr(segment_holder, "_open_raw", refuse)
+
+    with pytest.raises(PermissionError):
+        network.hold()
+    assert not os.listdir(network.state)
+    assert segment_holder.look(network.state, "web") is None
+
+
+@pytest.mark.needs("powers")  # locking memory
+def test_what_it_holds_is_never_written_to_a_disk(network: Network) -> None:
+    network.prepare(Endpoint(PEER[4], 50594))
+    pid = network.hold()
+    segment_holder.look(network.state, "web")
+
+    status = dict(
+        line.split(":", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines()
+    )
+    limits = Path(f"/proc/{pid}/limits").read_text().splitlines()
+    files = [os.readlink(f"/proc/{pid}/fd/{fd}") for fd in os.listdir(f"/proc/{pid}/fd")]
+
+    [core] = [line.split() for line in limits if line.startswith("Max core file size")]
+    assert core[4:6] == ["0", "0"]
+    assert int(status["VmLck"].split()[0]) > 0
+    assert [f for f in files if not f.startswith(("socket:", "/dev/null", "/memfd:"))] == [
+        network.state
+    ]

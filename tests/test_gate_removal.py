@@ -1,0 +1,110 @@
+"""what `open` leaves to be done later never meets a prepare in the middle of its work.
+
+A second after a move was opened a process takes the base chain of the gates away. A prepare at the
+site that has just looked at this chain refers to it in its next transaction, and would fail.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from natkeep.kernel import nftables, nftables_dump
+from natkeep.kernel.linux import LinuxKernel
+from natkeep.kernel.netns import inside, open_namespace
+from natkeep.lifecycle.verbs import Lifecycle
+from natkeep.plan.move import Map, Move, Role, Site
+from natkeep.plan.nft import TABLE, Object
+from natkeep.plan.tables import GATE
+from natkeep.plan.tuples import Connections, Endpoint, FourTuple, parse_address
+from natkeep.state.journal import StateDirectory
+
+pytestmark = [pytest.mark.root, pytest.mark.needs("nftables")]
+
+
+class Gateway:
+    """One gateway, and moves of one connection each."""
+
+    def __init__(self, netns: str, directory: str) -> None:
+        self.netns, self.directory = netns, directory
+
+    def lifecycle(self) -> Lifecycle:
+        state = StateDirectory(self.directory, create=True)
+        return Lifecycle(LinuxKernel(state.path), state)
+
+    def prepare(self, number: int) -> None:
+        old, new = (parse_address(f"10.{net}.0.{number}") for net in (2, 3))
+        peer = Endpoint(parse_address("10.1.0.2"), 2000)
+        kept = Connections.of([FourTuple(peer, Endpoint(old, 80))])
+        site = Site(Role.GATEWAY, self.netns)
+        self.lifecycle().prepare(Move(f"m{number}", (Map(old, new),), (site,)), kept)
+
+    def has_gate_hook(self) -> bool:
+        with inside(open_namespace(self.netns)):
+            return nftables_dump.has_chain(TABLE, GATE)
+
+
+@pytest.fixture
+def gateway(make_netns: Callable[[], str], tmp_path: Path) -> Iterator[Gateway]:
+    gateway = Gateway(make_netns(), str(tmp_path / "state"))
+    yield gateway
+    for move_id in gateway.lifecycle().state.ids():
+        gateway.lifecycle().teardown(move_id)
+
+
+def test_a_prepare_that_has_looked_at_the_gate_hook_finds_it_in_its_transaction(
+    gateway: Gateway, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gateway.prepare(1)
+    gateway.lifecycle().open("m1")
+    look, removing = nftables.missing_gate_hook, []
+
+    def look_and_be_overtaken() -> tuple[Object, ...]:
+        seen = look()
+        if not removing:  # in the moment between look and transaction
+            other = threading.Thread(target=lambda: gateway.lifecycle().unhook("m1"))
+            removing.append(other)
+            other.start()
+            other.join(0.5)
+        return seen
+
+    monkeypatch.setattr(nftables, "missing_gate_hook", look_and_be_overtaken)
+    gateway.prepare(2)
+    [other] = removing
+    other.join()
+
+    assert gateway.has_gate_hook()  # the second gate is closed
+    gateway.lifecycle().open("m2")
+    gateway.lifecycle().unhook("m2")
+    assert not gateway.has_gate_hook()
+
+
+def test_what_the_quick_file_leaves_waits_for_the_lock_too(
+    gateway: Gateway, tmp_path: Path
+) -> None:
+    """As the hook does it: beside CRIU's end, but not beside another natkeep."""
+    gateway.prepare(1)
+    program = (
+        "import sys, posix, fcntl; sys.path.append(sys.argv[1])\n"
+        "import natkeep_hook_open as quick\n"
+        "held = quick.lock(quick.open_state(), fcntl.LOCK_EX)\n"
+        "print('held', flush=True)\n"
+        "posix.close(held)\n"
+    )
+    quick = Path(sys.executable).parent
+    state = gateway.lifecycle().state
+    with state.locked():
+        child = subprocess.Popen(
+            [sys.executable, "-I", "-S", "-c", program, str(quick)],
+            env={"NATKEEP_STATE_DIR": gateway.directory},
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        with pytest.raises(subprocess.TimeoutExpired):
+            child.wait(0.5)
+    assert child.communicate(timeout=10)[0] == "held\n"
