@@ -23,6 +23,12 @@ def named(names):
     return pytest.mark.parametrize("name", names)
 
 
+def by_criu(name: str):
+    """The parameters of a scenario by CRIU; one of them is the move of `make test-quick`."""
+    quick = [pytest.mark.quick] if name == "server_moves_to_new_address" else []
+    return pytest.param(name, "criu", marks=[pytest.mark.criu, *quick])
+
+
 def is_for(each: Scenario, engine: str) -> bool:
     """Whether a scenario is for all engines, or for this one (test_runc.py has containers')."""
     return each.load()[1].get("engine", engine) == engine
@@ -33,8 +39,7 @@ def is_for(each: Scenario, engine: str) -> bool:
 @pytest.mark.parametrize(
     ("name", "engine"),
     [
-        *(pytest.param(each.name, "criu", marks=pytest.mark.criu)
-          for each in scenarios() if is_for(each, "criu")),
+        *(by_criu(each.name) for each in scenarios() if is_for(each, "criu")),
         *((each.name, "repair") for each in scenarios() if is_for(each, "repair")),
     ],
 )  # fmt: skip
