@@ -15,7 +15,7 @@ from collections.abc import Iterator
 
 from natkeep import faultpoints
 from natkeep.errors import KernelError
-from natkeep.kernel import nft, nftables
+from natkeep.kernel import nftables, nftables_dump
 from natkeep.kernel.interface import Place, Remember
 from natkeep.plan.criu_lock import (
     DumpLock,
@@ -68,7 +68,7 @@ def find_lock(lock: DumpLock, kept: Connections) -> Prior:
     """Which tables the lock is in; present is false throughout: only this step removes it."""
     facts: dict[str, str | int | bool] = {}
     if lock.method == NetworkLock.NFTABLES:
-        if nftables.has_table(nftables.INET, lock.table):
+        if nftables_dump.has_table(nftables_dump.INET, lock.table):
             facts["table"] = True
         return Prior(facts=facts)
     for (backend, version), found in _find_rules(lock, kept):
@@ -115,23 +115,23 @@ def _holds_others(lock: DumpLock, kept: Connections) -> bool:
     if lock.whole or lock.connections == len(kept):
         return False
     return any(
-        set(nftables.read_keys(lock.table, set_name(version))) - pack_keys(kept, version)
+        set(nftables_dump.read_keys(lock.table, set_name(version))) - pack_keys(kept, version)
         for version in _TOOLS
     )
 
 
 def _take_table(lock: DumpLock, kept: Connections) -> None:
-    if not nftables.has_table(nftables.INET, lock.table):
+    if not nftables_dump.has_table(nftables_dump.INET, lock.table):
         return
     if _holds_others(lock, kept):
-        nft.run_transaction(render_elements("delete", lock, _still_locked(lock, kept)))
+        nftables.run_transaction(render_elements("delete", lock, _still_locked(lock, kept)))
     else:
-        nft.run_transaction([f"delete table inet {lock.table}"])
+        nftables.run_transaction([f"delete table inet {lock.table}"])
 
 
 def _still_locked(lock: DumpLock, kept: Connections) -> Connections:
     """Those of *kept* that are in CRIU's table: deleting another one would be refused."""
-    found = {v: set(nftables.read_keys(lock.table, set_name(v))) for v in _TOOLS}
+    found = {v: set(nftables_dump.read_keys(lock.table, set_name(v))) for v in _TOOLS}
     return Connections.of(
         inbound
         for inbound in kept
@@ -141,10 +141,10 @@ def _still_locked(lock: DumpLock, kept: Connections) -> Connections:
 
 
 def _put_table_back(lock: DumpLock, kept: Connections) -> None:
-    if not nftables.has_table(nftables.INET, lock.table):
-        nft.run_transaction(render_table(lock, kept))
+    if not nftables_dump.has_table(nftables_dump.INET, lock.table):
+        nftables.run_transaction(render_table(lock, kept))
     elif not lock.whole:
-        nft.run_transaction(render_elements("add", lock, kept))
+        nftables.run_transaction(render_elements("add", lock, kept))
 
 
 # ---- iptables ----------------------------------------------------------------------------
@@ -162,7 +162,7 @@ def _find_rules(lock: DumpLock, kept: Connections) -> Iterator[tuple[Variant, Sa
 def _has_filter_table(variant: Variant) -> bool:
     backend, version = variant
     if backend == "nft":
-        return nftables.has_table(_FAMILIES[version], "filter")
+        return nftables_dump.has_table(_FAMILIES[version], "filter")
     try:
         with open(f"/proc/thread-self/net/{_LEGACY_NAMES[version]}", encoding="ascii") as file:
             return "filter" in file.read().split()

@@ -24,13 +24,12 @@ from contextlib import ExitStack, contextmanager, suppress
 from time import monotonic, sleep
 
 from natkeep.errors import KernelError
-from natkeep.kernel.assembler import assemble
 from natkeep.kernel.daemon import spawn
 from natkeep.kernel.interface import Place, Remember
 from natkeep.kernel.netlink import NETLINK_NETFILTER, Netlink
 from natkeep.kernel.netns import Namespace, inside
-from natkeep.kernel.nftables import Message, pack_batch, pack_fill
-from natkeep.plan.guard import render, sets_of, table_name
+from natkeep.kernel.nft_messages import Message, pack_batch, pack_fill, pack_objects
+from natkeep.plan.filters import owned_sets, owned_table, owned_table_name
 from natkeep.plan.steps import GuardSite, Prior
 from natkeep.plan.translation import Translation
 
@@ -94,14 +93,14 @@ def start(place: Place, move_id: str, translations: Iterable[Translation]) -> in
 
 def _pack_table(move_id: str, translations: Iterable[Translation]) -> list[Message]:
     """All of the guard's table, as one transaction."""
-    translations, table = tuple(translations), table_name(move_id)
+    translations, table = tuple(translations), owned_table_name(move_id)
     fills = (
         message
         for translation in translations
-        for name, connections in sets_of(translation).items()
+        for name, connections in owned_sets(translation).items()
         for message in pack_fill(table, name, connections)
     )
-    return [*assemble(render(move_id, translations), table), *fills]
+    return [*pack_objects(owned_table(move_id, translations)), *fills]
 
 
 def is_guarded(directory: str, move_id: str, namespace: Namespace) -> bool:

@@ -10,9 +10,9 @@ from __future__ import annotations
 import os
 
 from natkeep.errors import KernelError
-from natkeep.kernel import conntrack, nftables
+from natkeep.kernel import conntrack, nftables_dump
 from natkeep.plan.diagnostics import Facts
-from natkeep.plan.ruleset import TABLE
+from natkeep.plan.nft import TABLE
 
 _CAP_NET_ADMIN = 12
 _SYS = "/proc/sys/net"
@@ -46,7 +46,7 @@ def gather_facts() -> Facts:
         rp_filter=_rp_filter(),
         bridge_netfilter=bool(_flag(f"{_SYS}/bridge/bridge-nf-call-iptables")),
         legacy_tables=tuple(sorted(set(_legacy_tables()))),
-        flowtables=nftables.flowtable_names() if chains is not None else (),
+        flowtables=nftables_dump.flowtable_names() if chains is not None else (),
         nat_chains=tuple(
             f"{chain.family} {chain.table} {chain.name} {chain.hook} {chain.priority}"
             for chain in chains or ()
@@ -57,9 +57,9 @@ def gather_facts() -> Facts:
     )
 
 
-def _read_chains() -> tuple[nftables.BaseChain, ...] | None:
+def _read_chains() -> tuple[nftables_dump.BaseChain, ...] | None:
     try:
-        return nftables.base_chains()
+        return nftables_dump.base_chains()
     except OSError:
         return None
 
@@ -81,9 +81,9 @@ def find_xdp() -> tuple[str, ...]:
 
 
 def _has_libnftables() -> bool:
-    from natkeep.kernel import nft
+    from natkeep.kernel import nftables
 
-    return nft.is_available()
+    return nftables.is_available()
 
 
 def _legacy_tables() -> list[str]:

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from natkeep.errors import KernelError
-from natkeep.kernel import assembler, owned_table
+from natkeep.kernel import nft_messages, owned_table
 from natkeep.kernel.interface import Place
 from natkeep.kernel.netns import Namespace, open_namespace
 from natkeep.plan.move import Map, Mode, Role, Site
@@ -217,7 +217,7 @@ def test_it_follows_no_link(site, netns, tmp_path):
 
 def test_what_the_kernel_refuses_leaves_nothing(site, netns, tmp_path, monkeypatch):
     # An older kernel knows no such flag.
-    monkeypatch.setattr(assembler, "_OWNER", 0x8000)
+    monkeypatch.setattr(nft_messages, "_OWNER", 0x8000)
 
     with pytest.raises(OSError, match=r"supported|Invalid"):
         owned_table.start(place(site, netns, tmp_path), "web", [translation(Role.DESTINATION)])
