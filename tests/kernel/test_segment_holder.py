@@ -368,7 +368,7 @@ def test_a_move_that_holds_delivers_when_its_gate_opens(network: Network) -> Non
 def test_a_move_whose_holder_may_not_start_is_prepared_without_it(
     network: Network, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def refuse(*_: object) -> socket.socket:
+    def refuse(*_: object) -> int:
         raise PermissionError(1, "Operation not permitted")
 
     monkeypatch.setattr(segment_holder, "_open_packets", refuse)
@@ -530,7 +530,7 @@ def test_without_the_privilege_none_runs_and_nothing_is_left(
 ) -> None:
     network.prepare(Endpoint(PEER[4], 50594))
 
-    def refuse(version: int) -> socket.socket:
+    def refuse(*_: object) -> int:
         raise PermissionError(1, "Operation not permitted")
 
     monkeypatch.setattr(segment_holder, "_open_raw", refuse)
