@@ -11,9 +11,9 @@ from typing import Any, Generic, TypeVar
 
 from natkeep import faultpoints
 from natkeep.errors import RefusedError
-from natkeep.kernel import calls, nftables, routes, segment_holder
+from natkeep.kernel import conntrack_listeners, nftables, routes, segment_holder
+from natkeep.kernel.conntrack_purge import delete_untracked
 from natkeep.kernel.interface import Driver, Place, Remember
-from natkeep.kernel.purge import forget_untracked
 from natkeep.plan.drift import Gate
 from natkeep.plan.filters import reset_chain
 from natkeep.plan.move import Role
@@ -78,7 +78,7 @@ class GateDriver(LoadDriver[InstallGate]):
         faultpoints.reach("withdrawn", "gate")
         if prior.facts.get("unhooked"):
             nftables.remove_gate_hook()
-        forget_untracked([t.map.old for t in step.translations])
+        delete_untracked([t.map.old for t in step.translations])
 
 
 class FillDriver:
@@ -143,7 +143,7 @@ class ListenersDriver(LoadDriver[InstallReception]):
         super().revert(at, step, prior)
         faultpoints.reach("withdrawn", "reception")
         for receiving in step.receptions:
-            calls.hang_up(receiving)
+            conntrack_listeners.delete_translated(receiving)
 
 
 class ErrorsDriver:

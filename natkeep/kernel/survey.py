@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 
 from natkeep.errors import KernelError
-from natkeep.kernel import conntrack, nftables_dump
+from natkeep.kernel import nftables_dump, sysctl
 from natkeep.plan.diagnostics import Facts
 from natkeep.plan.nft import TABLE
 
@@ -41,8 +41,8 @@ def gather_facts() -> Facts:
         forwarding4=_flag(f"{_SYS}/ipv4/ip_forward"),
         forwarding6=_flag(f"{_SYS}/ipv6/conf/all/forwarding"),
         loose=_flag(f"{_SYS}/netfilter/nf_conntrack_tcp_loose"),
-        entries=_number(conntrack.read_setting("nf_conntrack_count")),
-        limit=_number(conntrack.read_setting("nf_conntrack_max")),
+        entries=_number(sysctl.read("netfilter/nf_conntrack_count")),
+        limit=_number(sysctl.read("netfilter/nf_conntrack_max")),
         rp_filter=_rp_filter(),
         bridge_netfilter=bool(_flag(f"{_SYS}/bridge/bridge-nf-call-iptables")),
         legacy_tables=tuple(sorted(set(_legacy_tables()))),

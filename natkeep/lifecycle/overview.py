@@ -1,6 +1,6 @@
 """the overview: which namespaces are looked at once for many moves, and which for each.
 
-Rule: nothing is said to be missing because a panorama does not show it; see kernel/__init__.py.
+Rule: nothing is said to be missing because a snapshot does not show it; see kernel/interface.py.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections import Counter
 from contextlib import suppress
 
-from natkeep.kernel.interface import Kernel, Panorama
+from natkeep.kernel.interface import Kernel, Snapshot
 from natkeep.kernel.netns import NamespaceGoneError
 from natkeep.plan.move import Site
 from natkeep.plan.steps import Identity, Plan
@@ -18,49 +18,34 @@ _MANY = 16
 """So many moves, looked at one by one, take longer than one look at all that there is."""
 
 _MOST = 100
-"""Panoramas at a time; each has some descriptors open."""
+"""Snapshots at a time; each has some descriptors open."""
 
 
 class Overview:
-    """A panorama of each namespace that is a site of many moves.
+    """A snapshot of each namespace that is a site of many moves; `expect` is told of each move."""
 
-    total: how many moves there are, of which each is told by `expect`.
-    """
-
-    def __init__(self, kernel: Kernel, total: int) -> None:
+    def __init__(self, kernel: Kernel) -> None:
         self._kernel = kernel
-        self._total = total
-        self._told = 0
         self._boot = read_boot_id()
-        self._taken: dict[Identity, Panorama] = {}
+        self._taken: dict[Identity, Snapshot] = {}
         self._moves: Counter[Identity] = Counter()
-        self._kept: Counter[tuple[Identity, int]] = Counter()
 
     def expect(self, journal: Journal, plan: Plan) -> None:
         """This move is going to be looked at."""
-        self._told += 1
         for site in plan.move.sites if journal.boot == self._boot else ():
             identity = journal.identity(site)
             self._moves[identity] += 1
-            for translation in plan.translations:
-                if translation.site == site:
-                    self._kept[identity, translation.map.old.version] += len(translation.kept)
             if self._moves[identity] == _MANY and len(self._taken) < _MOST:
                 self._take(site, identity)
-            if identity in self._taken:
-                # Early, since it takes its time: as if the moves to come were like those so far.
-                for version in (4, 6):
-                    kept = self._kept[identity, version] * self._total // self._told
-                    self._taken[identity].expect(version, kept)
 
     def _take(self, site: Site, identity: Identity) -> None:
         with suppress(NamespaceGoneError):
             self._kernel.open_sites([site], {site: identity})
-            self._taken[identity] = self._kernel.take_panorama(site)
+            self._taken[identity] = self._kernel.snapshot(site)
             self._kernel.close_sites([site])
 
-    def at(self, journal: Journal, site: Site) -> Panorama | None:
-        """The panorama that shows *site*, if there is one."""
+    def at(self, journal: Journal, site: Site) -> Snapshot | None:
+        """The snapshot that shows *site*, if there is one."""
         return self._taken.get(journal.identity(site))
 
     def close(self) -> None:

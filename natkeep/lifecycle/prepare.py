@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 
 from natkeep import faultpoints
 from natkeep.errors import JournalError, LeftoverError, RefusedError, UsageError
-from natkeep.kernel.owned import NOT_TRACKED, ways_of
 from natkeep.lifecycle.conflicts import refuse_conflicts, takes_over
 from natkeep.lifecycle.executor import (
     Ground,
@@ -21,6 +20,7 @@ from natkeep.lifecycle.executor import (
     without_lock,
 )
 from natkeep.lifecycle.ready import write_ready
+from natkeep.plan.conntrack import NOT_TRACKED, directions_of
 from natkeep.plan.drift import Gate
 from natkeep.plan.move import Mode, Move, Role, Site
 from natkeep.plan.plan import make_plan
@@ -201,7 +201,7 @@ class Preparing(Ground):
         for number, step in enumerate(old.steps):
             record = earlier.records.get(number)
             if isinstance(step, PurgeEntries) and record is not None and record.state != "undone":
-                here, ways = earlier.identity(step.site), ways_of(record.prior)
+                here, ways = earlier.identity(step.site), directions_of(record.prior.facts)
                 purged |= {
                     (here, t): way for t, way in zip(step.translation.kept, ways, strict=False)
                 }

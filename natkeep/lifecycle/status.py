@@ -9,7 +9,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 from natkeep.errors import JournalError
-from natkeep.kernel.interface import Kernel, Panorama
+from natkeep.kernel.interface import Kernel, Snapshot
 from natkeep.kernel.netns import NamespaceGoneError
 from natkeep.lifecycle.executor import Ground, is_waiting
 from natkeep.lifecycle.sight import Sight
@@ -39,7 +39,7 @@ class Looking(Ground):
             loaded = self._load_each(move_ids, unreadable)
             return tuple(_sum_up(plan, self._look_at_sites(of, plan)) for of, plan in loaded)
         move_ids = move_ids or self.state.ids()
-        with _overview(self.kernel, len(move_ids)) as overview:
+        with _overview(self.kernel) as overview:
             many = [*self._load_each(move_ids, unreadable, overview)]
             return tuple(self._see_each(many, overview, unreadable))
 
@@ -98,7 +98,7 @@ class Looking(Ground):
             return tuple(SiteStatus(site, None, (why,)) for site in sites)
         waiting = {site for site in sites if is_waiting(journal, plan, site)}
         gone: dict[Site, str] = {}
-        eyes: dict[Site, Kernel | Panorama] = {}
+        eyes: dict[Site, Kernel | Snapshot] = {}
         for site in sites:
             eyes[site] = (overview and overview.at(journal, site)) or self.kernel
             try:
@@ -123,7 +123,7 @@ class Looking(Ground):
         journal: Journal,
         plan: Plan,
         sites: Iterable[Site],
-        eyes: Mapping[Site, Kernel | Panorama] = MappingProxyType({}),
+        eyes: Mapping[Site, Kernel | Snapshot] = MappingProxyType({}),
     ) -> Sight:
         """What these opened sites show, and which connections live as far as that tells.
 
@@ -144,7 +144,7 @@ class Looking(Ground):
             )
         opened = {site: has_been_opened(journal, plan, site) for site in looks}
         ways = {
-            site: _find_lost_ways(journal, plan, site, eyes.get(site, self.kernel))
+            site: _find_lost_routes(journal, plan, site, eyes.get(site, self.kernel))
             for site in looks
         }
         return Sight(plan, begun, looks, lives, opened, earlier, ways)
@@ -229,10 +229,10 @@ class Looking(Ground):
 
 
 @contextmanager
-def _overview(kernel: Kernel, total: int) -> Iterator[Overview]:
+def _overview(kernel: Kernel) -> Iterator[Overview]:
     from natkeep.lifecycle.overview import Overview  # for status of many moves alone
 
-    with closing(Overview(kernel, total)) as overview:
+    with closing(Overview(kernel)) as overview:
         yield overview
 
 
@@ -242,15 +242,15 @@ def _sum_up(plan: Plan, sites: tuple[SiteStatus, ...]) -> MoveStatus:
     return MoveStatus(plan, Gate.OPEN if gates == {Gate.OPEN} else Gate.CLOSED, sites)
 
 
-def _find_lost_ways(
-    journal: Journal, plan: Plan, site: Site, eyes: Kernel | Panorama
+def _find_lost_routes(
+    journal: Journal, plan: Plan, site: Site, eyes: Kernel | Snapshot
 ) -> tuple[tuple[int, tuple[str, ...]], ...]:
     """Routes and addresses that were there at prepare, each with the step that noted them."""
     found = []
     for number, step in enumerate(plan.prepare):
         record = journal.records.get(number)
         if step.site == site and isinstance(step, InstallTranslation) and record is not None:
-            lost = eyes.find_lost_ways(site, str(record.prior.facts.get("ways", "")))
+            lost = eyes.find_lost_routes(site, str(record.prior.facts.get("ways", "")))
             if lost:
                 found.append((number, lost))
     return tuple(found)

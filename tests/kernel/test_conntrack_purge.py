@@ -1,4 +1,4 @@
-"""kernel/purge.py: both of its ways and all zones; and count_wrong, which sees what it missed."""
+"""kernel/conntrack_purge.py: one by one and by a dump, in all zones; and conntrack.count_wrong."""
 
 from __future__ import annotations
 
@@ -9,11 +9,14 @@ from ipaddress import ip_address
 import pytest
 
 from natkeep.kernel import conntrack, nftables_dump
+from natkeep.kernel.conntrack_purge import delete_untracked, purge
+from natkeep.kernel.netlink import NETLINK_NETFILTER, Netlink
 from natkeep.kernel.netns import inside, open_namespace
-from natkeep.kernel.purge import forget_untracked, purge
+from natkeep.plan.conntrack import PEER_DIALLED
 from natkeep.plan.move import Map, Mode, Move, Role, Site
 from natkeep.plan.translation import Translation, make_translations
 from natkeep.plan.tuples import Connections, Endpoint, FourTuple
+from natkeep.values import replace
 
 pytestmark = pytest.mark.root
 Run = Callable[..., str]
@@ -64,7 +67,7 @@ def count(run: Run, netns: str) -> int:
 
 
 @EACH_FAMILY
-@pytest.mark.parametrize("connections", [4, MANY], ids=["one by one", "by one walk"])
+@pytest.mark.parametrize("connections", [4, MANY], ids=["one by one", "by one dump"])
 @pytest.mark.parametrize("zone", [0, 7])
 @pytest.mark.parametrize("which", ["outer", "outer-reply", "inner", "inner-reply"])
 def test_a_stale_entry_goes_from_whatever_zone_it_is_in(
@@ -84,7 +87,7 @@ def test_a_stale_entry_goes_from_whatever_zone_it_is_in(
     assert purge(translation) == 0
 
 
-def test_our_own_entries_go_by_the_walk_too(site: str, run: Run) -> None:
+def test_our_own_entries_go_by_the_dump_too(site: str, run: Run) -> None:
     translation = translation_of("v4", site, MANY)
     conntrack.insert(translation)
 
@@ -97,7 +100,7 @@ def test_in_a_large_table_the_rules_tell_whether_there_are_zones(
     site: str, run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """An entry in a zone that nothing assigns is met by no packet."""
-    monkeypatch.setattr("natkeep.kernel.purge._SMALL", 0)
+    monkeypatch.setattr("natkeep.kernel.conntrack_purge._SMALL", 0)
     translation = translation_of("v4", site, 1)
     [(stale, _)] = translation.tuples()
     track(run, site, stale, zone=7)
@@ -161,7 +164,8 @@ def test_an_entry_whose_reply_tuple_something_has_is_refused(
     with pytest.raises(FileExistsError):
         conntrack.insert(translation)
 
-    seen = [*conntrack.look_up(translation)]
+    with Netlink(NETLINK_NETFILTER) as netlink:
+        seen = [*conntrack.look_up(netlink, translation)]
     assert [entry is not None and entry.translated for entry in seen] == [True, False, True, True]
     listed = run(site, "conntrack", "-L", "-f", "ipv4" if family == "v4" else "ipv6")
     assert listed.count(f"sport={outer.source.port} ") == 1
@@ -170,7 +174,7 @@ def test_an_entry_whose_reply_tuple_something_has_is_refused(
 
 def test_entries_that_translate_nothing_are_wrong(site: str, run: Run) -> None:
     translation = translation_of("v4", site, MANY)
-    conntrack.give_back_plain(translation.outer)
+    conntrack.restore(replace(translation, outer=translation.kept), PEER_DIALLED * MANY)
     neighbour = next(iter(translation.outer))
     track(run, site, FourTuple(Endpoint(neighbour.source.address, 1), neighbour.destination))
 
@@ -199,6 +203,6 @@ def test_what_nobody_tracks_any_more_is_forgotten_with_the_last_rules(
         run(site, "nft", "add table inet other")
         run(site, "nft", "add chain inet other in { type filter hook input priority 0; }")
 
-    forget_untracked([old])
+    delete_untracked([old])
 
     assert count(run, site) == (3 if others_track else 1)

@@ -1,11 +1,7 @@
-"""the purge: entries that already have a kept tuple, found in every zone and deleted.
+"""Deletes conntrack entries by their tuples, in every zone: stale ones before ours are inserted.
 
 Rule: an entry is deleted only by its full tuple, and nothing is ever flushed. An established entry
 that knows no translation is never asked about rules, so none may be left (plan/conntrack.py).
-
-Two ways, whichever has less to ask. Few connections: each of their tuples is deleted, whether it
-is there or not; the kernel answers in 2 us. Many: the table is read once and what is found is
-deleted; that costs 4 to 11 ms for its buckets and 2 us for each entry.
 
 The kernel finds a tuple only in the zone that is named. Which zones there are, a small table tells
 by itself. In a large one, whose reading would cost more than all the rest, the rules are asked
@@ -20,10 +16,11 @@ import re
 import struct
 from collections.abc import Callable, Iterable
 from contextlib import suppress
+from functools import partial
 
 from natkeep import faultpoints
 from natkeep.kernel import nftables_dump
-from natkeep.kernel.conntrack import raise_unless, read_setting
+from natkeep.kernel.conntrack_dump import DELETE_ONE, count_tracked, dump, is_dump_cheaper
 from natkeep.kernel.ctnetlink import (
     DELETE,
     GET,
@@ -33,17 +30,14 @@ from natkeep.kernel.ctnetlink import (
     pack_inbound,
     pack_outbound,
     pack_zone,
-    read_tcp_tuples,
+    read_tuples,
     turn,
 )
-from natkeep.kernel.netlink import NETLINK_NETFILTER, NLM_F_DUMP, Netlink
+from natkeep.kernel.netlink import NETLINK_NETFILTER, NLM_F_DUMP, Netlink, Refusal
 from natkeep.plan.conntrack import stale_views
 from natkeep.plan.nft import TABLE
 from natkeep.plan.translation import Translation
-from natkeep.plan.tuples import Address, Connections
-
-_BUCKETS = 2000
-"""To walk the table's buckets costs as much as to look up so many tuples."""
+from natkeep.plan.tuples import RECORD_SIZE, Address, Connections
 
 _SMALL = 2000
 """Entries up to which the table is read for its zones."""
@@ -58,82 +52,90 @@ _ASSIGNERS = ("/sys/module/openvswitch", "/sys/module/act_ct")
 def purge(translation: Translation) -> int:
     """Delete every entry that has one of the stale tuples; the number that there were.
 
-    A packet may make another one at any time: whoever inserts finds it in the way, and comes again.
+    A packet may make another one at any time: an insertion finds it in the way, and purges again.
     """
-    tracked = read_setting("nf_conntrack_count")
-    if tracked == "0":
+    tracked = count_tracked()
+    if tracked == 0:
         return 0
     views = stale_views(translation)
-    queries = 2 * len(views) * len(translation.kept)
+    number = 2 * len(views) * len(translation.kept)
+    if tracked is not None and is_dump_cheaper(DELETE_ONE * number, tracked):
+        return _purge_dumped(views, translation.map.old.version)
     with Netlink(NETLINK_NETFILTER) as netlink:
-        if tracked is None or queries < int(tracked) + _BUCKETS:
-            zones = _find_zones(netlink, None if tracked is None else int(tracked))
-            return sum(_purge_each(netlink, views, zone) for zone in zones)
-        return _purge_found(netlink, views, translation.map.old.version)
+        return sum(
+            _delete(netlink, view, zone, pack)
+            for zone in _find_zones(netlink, tracked)
+            for view in views
+            for pack in (pack_inbound, pack_outbound)
+        )
 
 
-def forget_untracked(olds: Iterable[Address]) -> None:
+def delete_inbound(outer: Connections) -> None:
+    """Delete the entries of these tuples, from the peers' side; none is fine."""
+    with Netlink(NETLINK_NETFILTER) as netlink:
+        _delete(netlink, outer, 0, pack_inbound, "delete")
+
+
+def delete_untracked(olds: Iterable[Address]) -> None:
     """Delete the TCP entries that name one of *olds*, if nothing tracks connections here any more.
 
-    While our last rules go, our chains still have conntrack note who speaks, un-translated. Where
-    somebody else's chains do so too, such an entry is theirs and as it was before us.
+    While our last rules go, our chains still have conntrack note packets un-translated. Where
+    the chains of others do so too, such an entry is theirs and as it was before us.
     """
-    if read_setting("nf_conntrack_count") in ("0", None):
+    if not count_tracked() or nftables_dump.base_chains() or _read_legacy_tables():
         return
-    if nftables_dump.base_chains() or _read_legacy_tables():
-        return
-    for version in (4, 6):
-        named = {old.packed for old in olds if old.version == version}
-        if named:
-            with Netlink(NETLINK_NETFILTER) as netlink:
-                _forget_named(netlink, named, version)
+    named = {old.packed for old in olds}
+    for version in {old.version for old in olds}:
+        width = RECORD_SIZE[version] // 2 - 2
+        _delete_dumped(version, partial(_starts_with, named, width))
 
 
-def _forget_named(netlink: Netlink, named: set[bytes], version: int) -> None:
-    width = 4 if version == 4 else 16
-    found: dict[int, list[bytes]] = {}
-    for original, reply, zone in read_tcp_tuples(
-        netlink.request(GET, NLM_F_DUMP, ask_for_tcp(version)), version
-    ):
-        if not named.isdisjoint(r[:width] for t in (original, reply) for r in (t, turn(t))):
-            found.setdefault(zone, []).append(original)
-    for zone, some in found.items():
-        _delete(netlink, Connections.packed(b"".join(some), version), zone, pack_outbound)
+def _starts_with(addresses: set[bytes], width: int, tuple_: bytes) -> bool:
+    return tuple_[:width] in addresses
 
 
-def _purge_each(netlink: Netlink, views: Iterable[Connections], zone: int) -> int:
-    return sum(
-        _delete(netlink, view, zone, pack)
-        for view in views
-        for pack in (pack_inbound, pack_outbound)
-    )
+def raise_unless(refusals: Iterable[Refusal], tolerated: int = 0) -> None:
+    """OSError for the first of *refusals* that is not *tolerated*."""
+    for refusal in refusals:
+        if refusal.errno != tolerated:
+            raise OSError(refusal.errno, os.strerror(refusal.errno))
 
 
 def _delete(
-    netlink: Netlink, connections: Connections, zone: int, pack: Callable[[Ends], bytes]
+    netlink: Netlink,
+    connections: Connections,
+    zone: int,
+    pack: Callable[[Ends], bytes],
+    fault: str = "purge",
 ) -> int:
     """Delete the entries that have the packed tuples; how many there were."""
     suffix = pack_zone(zone)
     batch = for_each(connections, connections, DELETE, 0, lambda end, _: pack(end) + suffix)
-    faultpoints.reach("half", "purge", lambda: netlink.send_batch(batch.head(batch.count // 2)))
+    faultpoints.reach("half", fault, lambda: netlink.send_batch(batch.head(batch.count // 2)))
     refusals = netlink.send_batch(batch)
     raise_unless(refusals, errno.ENOENT)
     return len(connections) - len(refusals)
 
 
-def _purge_found(netlink: Netlink, views: Iterable[Connections], version: int) -> int:
+def _purge_dumped(views: Iterable[Connections], version: int) -> int:
     """Read the table once, and delete what has a stale tuple in either direction."""
     stale = {record for view in views for record in view.each()}
+    return _delete_dumped(version, stale.__contains__)
+
+
+def _delete_dumped(version: int, is_meant: Callable[[bytes], bool]) -> int:
+    """Delete each TCP entry one of whose tuples, turned or not, is meant; how many there were."""
     found: dict[int, list[bytes]] = {}
-    answers = netlink.request(GET, NLM_F_DUMP, ask_for_tcp(version))
-    for original, reply, zone in read_tcp_tuples(answers, version):
-        if original in stale or reply in stale or turn(original) in stale or turn(reply) in stale:
+    for answer in dump(ask_for_tcp(version)):
+        original, reply, zone = read_tuples(answer)
+        if any(map(is_meant, (original, reply, turn(original), turn(reply)))):
             found.setdefault(zone, []).append(original)
-    return sum(
-        # A record's local end comes first, as the source does in a tuple that was read.
-        _delete(netlink, Connections.packed(b"".join(some), version), zone, pack_outbound)
-        for zone, some in found.items()
-    )
+    with Netlink(NETLINK_NETFILTER) as netlink:
+        return sum(
+            # A record's local end comes first, as the source does in a tuple that was read.
+            _delete(netlink, Connections.packed(b"".join(some), version), zone, pack_outbound)
+            for zone, some in found.items()
+        )
 
 
 def _find_zones(netlink: Netlink, tracked: int | None) -> list[int]:

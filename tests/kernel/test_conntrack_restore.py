@@ -1,4 +1,4 @@
-"""tests of the entries that a gateway had of its own: read, purged, and given back as they were."""
+"""entries that a gateway had of its own: read, purged, and restored as they were."""
 
 from __future__ import annotations
 
@@ -7,12 +7,11 @@ from collections.abc import Iterator
 
 import pytest
 
-from natkeep.kernel import owned
+from natkeep.kernel import conntrack
+from natkeep.kernel.conntrack_purge import purge
 from natkeep.kernel.netns import inside, open_namespace
-from natkeep.kernel.purge import purge
 from natkeep.plan.move import Map, Move, Role, Site
 from natkeep.plan.plan import make_plan
-from natkeep.plan.steps import Prior
 from natkeep.plan.translation import Translation
 from natkeep.plan.tuples import Connections, Endpoint, FourTuple, parse_address
 
@@ -38,12 +37,12 @@ def translation_of(site: str, count: int) -> Translation:
     return plan.translations[0]
 
 
-def track(source: str, destination: str) -> None:
+def track(source: str, destination: str, *more: str) -> None:
     (saddr, _, sport), (daddr, _, dport) = (end.partition(":") for end in (source, destination))
     subprocess.run(
         ["conntrack", "-I", "-p", "tcp", "-s", saddr, "-d", daddr, "--sport", sport,
          "--dport", dport, "--state", "ESTABLISHED", "--status", "SEEN_REPLY,ASSURED",
-         "--timeout", "999"],
+         "--timeout", "999", *more],
         check=True, capture_output=True,
     )  # fmt: skip
 
@@ -54,40 +53,32 @@ def list_entries() -> set[str]:
     return {line[line.index("src=") :].rpartition(" mark=")[0] for line in shown.splitlines()}
 
 
-@pytest.mark.parametrize("count", [4, 1500])
-def test_each_entry_is_given_back_in_its_own_direction_and_no_other(site: str, count: int) -> None:
-    """Few connections are asked for one by one, many are found in one walk."""
+@pytest.mark.parametrize("count", [4, 3000])
+def test_each_entry_is_restored_in_its_own_direction_and_no_other(site: str, count: int) -> None:
+    """Few connections are asked for one by one, many are found in one dump."""
     translation = translation_of(site, count)
     track(f"{PEER}:2000", f"{OLD}:80")
     track(f"{OLD}:80", f"{PEER}:2002")
     track(f"{PEER}:9", f"{OLD}:80")  # of nobody that is kept
     before = list_entries()
 
-    ways = owned.read(translation)
+    directions = conntrack.read_directions(translation)
     assert purge(translation) == 2
-    owned.give_back(translation, ways)
-    owned.give_back(translation, ways)
+    conntrack.restore(translation, directions)
+    conntrack.restore(translation, directions)
 
-    assert ways == "<->" + "-" * (count - 3)
+    assert directions == "<->" + "-" * (count - 3)
     assert list_entries() == before
 
 
+@pytest.mark.parametrize("count", [4, 3000])
+def test_an_entry_of_another_zone_is_not_the_gateways_own(site: str, count: int) -> None:
+    track(f"{PEER}:2000", f"{OLD}:80", "--zone", "7")
+
+    assert conntrack.read_directions(translation_of(site, count)) == ""
+
+
 def test_where_nothing_is_tracked_nothing_is_written_down(site: str) -> None:
-    assert owned.read(translation_of(site, 4)) == ""
+    assert conntrack.read_directions(translation_of(site, 4)) == ""
     track(f"{PEER}:9", f"{OLD}:80")
-    assert owned.read(translation_of(site, 4)) == ""
-
-
-@pytest.mark.parametrize(
-    ("facts", "ways"),
-    [
-        ({}, ""),
-        ({"own": "<-"}, "<-"),
-        ({"own": "", "inherited": ">-"}, ">-"),
-        ({"own": "-<-", "inherited": ">--"}, "><-"),
-    ],
-)
-def test_what_a_replaced_move_had_found_counts_where_nothing_was_found(
-    facts: dict[str, str | int | bool], ways: str
-) -> None:
-    assert owned.ways_of(Prior(facts=facts)) == ways
+    assert conntrack.read_directions(translation_of(site, 4)) == ""
