@@ -1,4 +1,4 @@
-"""CRIU's lock, in all its forms: exactly this dump's goes, nobody else's, and it can come back.
+"""CRIU's lock, in all its forms: exactly this dump's is removed, and it can be put back.
 
 The lock is made here as CRIU 4.2.1 makes it (the last tests let CRIU itself make it).
 """
@@ -122,11 +122,11 @@ def shown(run: Run, netns: str) -> dict[str, str]:
 def take(netns: str, lock: DumpLock, kept: Connections) -> Prior:
     kernel, site = LinuxKernel(), Site(Role.SOURCE, netns)
     kernel.open_sites([site])
-    told: list[Prior] = []
+    remembered: list[Prior] = []
     step = TakeOverLock(site, lock, kept)
     kernel.check(step)
-    prior = kernel.apply(step, told.append)
-    assert told == [prior]
+    prior = kernel.apply(step, remembered.append)
+    assert remembered == [prior]
     return prior
 
 
@@ -216,7 +216,7 @@ def test_rules_of_this_dump_go_and_those_of_another_and_of_others_stay(
     prior = take(netns, IPTABLES, some(version))
 
     assert shown(run, netns) == before
-    for _ in range(2):  # put back once, whoever asks twice
+    for _ in range(2):  # put back once, if asked twice
         put_back(netns, IPTABLES, some(version), prior)
         words = shown(run, netns)[tool].count("--mark 0xc114")
         assert words == 2 * 3
@@ -375,7 +375,7 @@ def run_beside(host: Host, command: list[str]) -> None:
     assert done.returncode == 0, done.stderr
 
 
-def test_a_table_that_can_hold_nobody_else_is_not_read(
+def test_a_table_that_can_hold_no_others_is_not_read(
     netns: str, run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """All that the dump had is kept; the kernel would take seconds for many connections."""

@@ -146,7 +146,7 @@ class Network:
 
 
 def _reap(pid: int) -> None:
-    """The holder is a child of the test's own process; a move's has nobody to be missed by."""
+    """The holder is a child of the test's own process; a move's is init's."""
     with contextlib.suppress(ChildProcessError):
         os.waitpid(pid, 0)
 
@@ -368,7 +368,7 @@ def test_a_move_that_holds_delivers_when_its_gate_opens(network: Network) -> Non
 def test_a_move_whose_holder_may_not_start_is_prepared_without_it(
     network: Network, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def refuse(*_: object) -> socket.socket:
+    def refuse(*_: object) -> int:
         raise PermissionError(1, "Operation not permitted")
 
     monkeypatch.setattr(segment_holder, "_open_packets", refuse)
@@ -402,7 +402,7 @@ def test_it_ends_when_it_has_delivered(network: Network) -> None:
     assert segment_holder.deliver(network.state, "web") is None
 
 
-def test_it_ends_when_it_is_told_and_a_second_time_is_fine(network: Network) -> None:
+def test_it_ends_on_request_and_a_second_time_is_fine(network: Network) -> None:
     network.prepare(Endpoint(PEER[4], 50594))
     pid = network.hold()
 
@@ -451,7 +451,7 @@ def test_it_ends_with_its_namespace(network: Network) -> None:
     await_end(pid)
 
 
-def test_a_namespace_that_has_lost_its_name_is_held_while_somebody_is_in_it(
+def test_a_namespace_that_has_lost_its_name_is_held_while_a_process_is_in_it(
     network: Network,
 ) -> None:
     network.prepare(Endpoint(PEER[4], 50594))
@@ -478,7 +478,7 @@ def test_a_namespace_that_has_lost_its_name_is_held_while_somebody_is_in_it(
     await_end(pid)
 
 
-def test_in_a_namespace_without_a_name_whoever_may_not_be_looked_at_may_be(
+def test_a_process_that_may_not_be_looked_at_may_be_in_a_namespace_without_a_name(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     def refuse(path: str) -> os.stat_result:
@@ -509,7 +509,7 @@ def test_where_its_process_was_killed_the_move_does_without(network: Network) ->
     assert not os.listdir(network.state)
 
 
-def test_nobody_waits_for_the_end_of_what_it_has_inherited(network: Network) -> None:
+def test_it_closes_what_it_has_inherited(network: Network) -> None:
     network.prepare(Endpoint(PEER[4], 50594))
     reading, writing = os.pipe()
     os.set_inheritable(writing, True)
@@ -525,12 +525,12 @@ def test_nobody_waits_for_the_end_of_what_it_has_inherited(network: Network) -> 
     assert is_running(pid)
 
 
-def test_without_the_privilege_nobody_runs_and_nothing_is_left(
+def test_without_the_privilege_none_runs_and_nothing_is_left(
     network: Network, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     network.prepare(Endpoint(PEER[4], 50594))
 
-    def refuse(version: int) -> socket.socket:
+    def refuse(*_: object) -> int:
         raise PermissionError(1, "Operation not permitted")
 
     monkeypatch.setattr(segment_holder, "_open_raw", refuse)
