@@ -10,7 +10,7 @@ As where a destination gets its address only when it is there. The gateway's gat
 the hook has opened that of the destination; two restores that fail before leave nothing behind.
 """
 
-from natkeep.lab.doors import Doors
+from natkeep.lab.criu_restore import Doors
 
 SETUP = {"engine": "criu"}
 

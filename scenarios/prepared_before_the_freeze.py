@@ -14,7 +14,7 @@ gateway never hears.
 
 from dataclasses import replace
 
-from natkeep.lab import evidence
+from natkeep.lab import wire_checks
 from natkeep.lab.application import all_in, all_open
 from natkeep.lab.ends import octets_agree
 from natkeep.lab.home import Machine, expect
@@ -82,15 +82,15 @@ def hang_up(lab, going):
 def judge_going(lab, going):
     """What the wires say of who went: nothing broke, nothing was missing, and nobody spoke late."""
     frames = {at: lab.tap.captures[at].frames() for at in ("client", "far", "destination")}
-    went = evidence.Kept((going.tuple,), {}, lab.frozen_ns, None)
+    went = wire_checks.Kept((going.tuple,), {}, lab.frozen_ns, None)
     at_peer = sorted(frames.pop("client"), key=lambda frame: frame.at_ns)
-    resets = evidence.count_resets(at_peer, went)
+    resets = wire_checks.count_resets(at_peer, went)
     segments = [frame.segment for some in frames.values() for frame in some if frame.segment]
     beyond = [s for s in segments if going.tuple.source in (s.tuple.source, s.tuple.destination)]
     expect(lab, "who went was not reset", not resets, f"{resets} segments")
     expect(lab, "who went is never seen beyond the gateway", not beyond, f"{len(beyond)} segments")
     lab.report.assertions += [
         replace(each, name=f"who went: {each.name}")
-        for steps in (evidence.acks_advance, evidence.timestamps_advance, evidence.no_hole)
+        for steps in (wire_checks.acks_advance, wire_checks.timestamps_advance, wire_checks.no_hole)
         for each in (steps(at_peer, went),)
     ]

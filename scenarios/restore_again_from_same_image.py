@@ -10,7 +10,7 @@ Each time CRIU's log tells in one line what was wrong, the exit ends the restore
 are in repair, and not a segment leaves.
 """
 
-from natkeep.lab.doors import Doors
+from natkeep.lab.criu_restore import Doors
 from natkeep.lab.topology import THIRD, USUAL
 
 SETUP = {"engine": "criu", "seats": (*USUAL, THIRD)}

@@ -13,7 +13,7 @@ then the gateway, so that peers reach the source again, whose gate is still clos
 it when the sockets are there. Then natkeep's gate may go, and with it the last of the move.
 """
 
-from natkeep.lab.engines import Opening
+from natkeep.lab.engine import Opening
 from natkeep.lab.home import Machine, come_home, conclude_at_home, expect, fails
 
 SETUP = {"engine": "criu"}

@@ -13,9 +13,9 @@ CRIU calls no hook when a restore fails. After 1 and 3 gateway and destination a
 before; after 3, where half a server was left behind in repair, it vanishes without a word.
 """
 
-from natkeep.lab.doors import Doors
-from natkeep.lab.surfaces import difference, read_surfaces
-from natkeep.lab.verdict import Assertion
+from natkeep.lab.criu_restore import Doors
+from natkeep.lab.host_state import difference, read_surfaces
+from natkeep.lab.report import Assertion
 
 SETUP = {"engine": "criu"}
 KILL = '[ "$CRTOOLS_SCRIPT_ACTION" != post-restore ] || kill -9 $PPID'

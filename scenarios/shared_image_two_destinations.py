@@ -16,7 +16,7 @@ of its files' times afterwards.
 
 from dataclasses import replace
 
-from natkeep.lab.doors import Doors
+from natkeep.lab.criu_restore import Doors
 from natkeep.lab.topology import THIRD, USUAL
 
 SETUP = {"engine": "criu", "seats": (*USUAL, THIRD)}

@@ -17,7 +17,7 @@ on at the source.
 """
 
 from natkeep.lab.home import Machine, expect
-from natkeep.lab.lost import LostEnds
+from natkeep.lab.unkept import LostEnds
 
 SETUP = {
     "engine": "criu",

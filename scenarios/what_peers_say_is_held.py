@@ -16,7 +16,7 @@ from contextlib import suppress
 from natkeep.kernel import segment_holder
 from natkeep.lab.application import all_open, received
 from natkeep.lab.host import LabError, await_true
-from natkeep.lab.verdict import Assertion
+from natkeep.lab.report import Assertion
 from natkeep.plan.tuples import FourTuple
 
 SETUP = {"points": {"lo": ("destination", "lo")}}

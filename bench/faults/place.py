@@ -34,7 +34,7 @@ from natkeep import cli, faultpoints
 from natkeep.checkpoint.images import read_checkpoint
 from natkeep.kernel import nft
 from natkeep.kernel.netns import inside, open_namespace
-from natkeep.lab.surfaces import read_all_surfaces, read_directory
+from natkeep.lab.host_state import read_all_surfaces, read_directory
 from natkeep.plan.criu_lock import render_restoration, render_table
 
 ROOT = Path(__file__).resolve().parent.parent.parent

@@ -105,19 +105,19 @@ def _list(args: argparse.Namespace) -> int:
 
 
 def _run(args: argparse.Namespace) -> int:
-    from natkeep.lab import scenario, verdict
+    from natkeep.lab import report, scenario
 
     found = scenario.find_scenario(args.scenario)
     require_tools()
-    report = scenario.run(found, pcap=args.pcap, engine=args.engine, translator=args.translator)
-    document = dumps(report.as_json(), indent=2, ensure_ascii=False)
-    story = verdict.tell_story(report)
+    told = scenario.run(found, pcap=args.pcap, engine=args.engine, translator=args.translator)
+    document = dumps(told.as_json(), indent=2, ensure_ascii=False)
+    story = report.tell_story(told)
     if args.report:
         args.report.mkdir(parents=True, exist_ok=True)
         (args.report / "report.json").write_text(document + "\n", encoding="utf-8")
         (args.report / "report.txt").write_text(story + "\n", encoding="utf-8")
     print(document if args.json else story)
-    return 0 if report.passed else 1
+    return 0 if told.passed else 1
 
 
 def _matrix(args: argparse.Namespace) -> int:

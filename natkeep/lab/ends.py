@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from natkeep.lab.application import Report, faults
-from natkeep.lab.verdict import Assertion
+from natkeep.lab.report import Assertion
 from natkeep.plan.tuples import Endpoint, FourTuple
 
 Views = Mapping[FourTuple, FourTuple]

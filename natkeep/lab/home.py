@@ -16,13 +16,13 @@ import subprocess
 from collections.abc import Callable
 
 from natkeep.errors import RefusedError
-from natkeep.lab import evidence
-from natkeep.lab.engines import EngineError, Opening
+from natkeep.lab import wire_checks
+from natkeep.lab.capture import RST, Frame
+from natkeep.lab.engine import EngineError, Opening
 from natkeep.lab.host import await_true
-from natkeep.lab.stage import Lab
+from natkeep.lab.lab import Lab
+from natkeep.lab.report import Assertion
 from natkeep.lab.translators import Natkeep, TranslatorError, natkeep_command
-from natkeep.lab.verdict import Assertion
-from natkeep.lab.wire import RST, Frame
 from natkeep.plan.tuples import FourTuple
 
 
@@ -105,16 +105,16 @@ def conclude_at_home(lab: Lab) -> None:
     peers = {at: frames[at] for at in lab.peer_points}
     at_peers = sorted((f for each in peers.values() for f in each), key=lambda f: f.at_ns)
     lab.report.assertions += [
-        evidence.tuple_unchanged(at_peers, kept),
-        evidence.no_reset({**peers, "near": frames["near"]}, kept),
-        evidence.no_new_path(at_peers, kept),
-        evidence.acks_advance(at_peers, kept),
-        evidence.timestamps_advance(at_peers, kept),
-        evidence.no_hole(at_peers, kept),
+        wire_checks.tuple_unchanged(at_peers, kept),
+        wire_checks.no_reset({**peers, "near": frames["near"]}, kept),
+        wire_checks.no_new_path(at_peers, kept),
+        wire_checks.acks_advance(at_peers, kept),
+        wire_checks.timestamps_advance(at_peers, kept),
+        wire_checks.no_hole(at_peers, kept),
     ]
-    lab.report.segments = evidence.count_segments(at_peers, kept)
-    lab.report.resets = evidence.count_resets(at_peers, kept)
-    lab.report.silence_ms = evidence.longest_silence_ms(at_peers, kept)
+    lab.report.segments = wire_checks.count_segments(at_peers, kept)
+    lab.report.resets = wire_checks.count_resets(at_peers, kept)
+    lab.report.silence_ms = wire_checks.longest_silence_ms(at_peers, kept)
 
 
 def stays_quiet(lab: Lab, point: str, since_ns: int, until_ns: int) -> None:

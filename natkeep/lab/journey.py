@@ -17,11 +17,11 @@ from contextlib import AbstractContextManager
 from typing import Any, Self
 
 from natkeep.errors import NatkeepError, RefusedError
-from natkeep.lab.engines import Engine, Frozen, Moving, Opening
+from natkeep.lab.engine import Engine, Frozen, Moving, Opening
 from natkeep.lab.host import Host
+from natkeep.lab.report import Assertion, Report
 from natkeep.lab.topology import Address, Seat, Topology
 from natkeep.lab.translators import Order, Translator
-from natkeep.lab.verdict import Assertion, Report
 from natkeep.plan.tuples import FourTuple
 
 

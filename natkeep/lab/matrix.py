@@ -23,12 +23,12 @@ from pathlib import Path
 
 from natkeep.errors import UsageError
 from natkeep.lab import situations
+from natkeep.lab.capture import COMPLETE
+from natkeep.lab.lab import Lab
+from natkeep.lab.report import Report, tell_story
 from natkeep.lab.scenario import keep_captures, perform
 from natkeep.lab.situations import SITUATIONS, Situation
-from natkeep.lab.stage import Lab
 from natkeep.lab.topology import sweep
-from natkeep.lab.verdict import Report, tell_story
-from natkeep.lab.wire import COMPLETE
 
 TRANSLATORS = ("natkeep", "naive", "naive+purge")
 MODES = ("stateful", "stateless")

@@ -19,8 +19,8 @@ from typing import Any
 import natkeep
 from natkeep.errors import NatkeepError, UsageError
 from natkeep.lab.application import TrafficError
-from natkeep.lab.stage import Lab, StoryOver, failure
-from natkeep.lab.verdict import Report
+from natkeep.lab.lab import Lab, StoryOver, failure
+from natkeep.lab.report import Report
 
 
 @dataclass(frozen=True, slots=True)

@@ -27,12 +27,11 @@ import secrets
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 
-from natkeep.lab.antispoof import anti_spoof
 from natkeep.lab.host import NAMES, Host, LabError
 
 PREFIX = "natkeep-lab-"
@@ -220,6 +219,32 @@ class Topology:
         for net in self.routed:
             lines += [f"route add {prefix(net, v)} via {transfer(net, 2, v)}" for v in (4, 6)]
         return _FORWARD + _SETTLED + _batch(lines)
+
+
+def anti_spoof(guarded: Iterable[Seat], spoofs: Sequence[Seat]) -> str:
+    """The nft script that drops, at the ports of *guarded*, each frame that claims *spoofs*.
+
+    Clouds have this filter in front of every host: IP, IPv6, ARP and neighbour discovery (whose
+    target is at octet 8 of the ICMPv6 message). Without it untranslated packets would get through
+    here, because the destination's own ARP teaches the gateway where OLD is now.
+    """
+    lines = ["add table netdev antispoof", "add counter netdev antispoof spoofed"]
+    for port in (seat.role for seat in guarded):
+        chain = f"netdev antispoof {port}"
+        lines.append(f"add chain {chain} {{ type filter hook ingress device {port} priority 0; }}")
+        for old4, old6 in ((spoof.address(4), spoof.address(6)) for spoof in spoofs):
+            target = f"@th,64,128 {int(old6):#x}"
+            lines += [
+                f"add rule {chain} {match} counter name spoofed drop"
+                for match in (
+                    f"ip saddr {old4}",
+                    f"arp saddr ip {old4}",
+                    f"ip6 saddr {old6}",
+                    f"icmpv6 type nd-neighbor-advert {target}",
+                    f"icmpv6 type nd-neighbor-solicit {target}",
+                )
+            ]
+    return "\n".join(lines) + "\n"
 
 
 _FORWARD = (

@@ -393,7 +393,7 @@ class Process:
         self.accept_every_s = 0.0
         self.resting: list[socket.socket] = []  # listeners that accept nobody just now
         self.connections: list[Connection] = []
-        self.frozen: list[tuple[Connection, Any]] = []  # with the state that repair.py read
+        self.frozen: list[tuple[Connection, Any]] = []  # with the state that tcp_repair.py read
         self.phase = "running"
         self.seq = 0
         self.failed: str | None = None
@@ -711,10 +711,12 @@ def has_state(sock: socket.socket) -> bool:
 
 
 def load_repair() -> Any:
-    """repair.py beside this file: late, since a process that CRIU moves never needs it."""
+    """tcp_repair.py beside this file: late, since a process that CRIU moves never needs it."""
     name = "natkeep_lab_repair"
     if name not in sys.modules:
-        spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name("repair.py"))
+        spec = importlib.util.spec_from_file_location(
+            name, Path(__file__).with_name("tcp_repair.py")
+        )
         assert spec is not None
         assert spec.loader is not None
         module = importlib.util.module_from_spec(spec)

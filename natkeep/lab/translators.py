@@ -19,7 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from natkeep.errors import NatkeepError
-from natkeep.lab.engines import CHECKOUT, Opening
+from natkeep.lab.engine import Opening
+from natkeep.lab.engines.criu import CHECKOUT
 from natkeep.lab.host import Host
 from natkeep.lab.topology import Address
 from natkeep.plan.tuples import FourTuple

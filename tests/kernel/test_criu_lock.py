@@ -18,7 +18,7 @@ from natkeep.kernel import criu_lock
 from natkeep.kernel.linux import LinuxKernel
 from natkeep.kernel.netns import inside, open_namespace
 from natkeep.lab.host import Host
-from natkeep.lab.stage import Lab
+from natkeep.lab.lab import Lab
 from natkeep.plan.criu_lock import DumpLock, NetworkLock
 from natkeep.plan.move import Role, Site
 from natkeep.plan.steps import Prior, TakeOverLock

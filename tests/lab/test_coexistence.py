@@ -20,10 +20,10 @@ import pytest
 from natkeep.lab.application import Application, all_in, all_open
 from natkeep.lab.ends import tuple_of
 from natkeep.lab.host import Host
+from natkeep.lab.lab import PORT, Lab
+from natkeep.lab.report import Assertion
 from natkeep.lab.scenario import perform
-from natkeep.lab.stage import PORT, Lab
 from natkeep.lab.topology import DESTINATION, address
-from natkeep.lab.verdict import Assertion
 from natkeep.plan.tuples import Endpoint
 
 pytestmark = [pytest.mark.root, pytest.mark.lab]

@@ -14,10 +14,10 @@ import pytest
 
 from natkeep.lab.application import faults
 from natkeep.lab.host import await_true
+from natkeep.lab.lab import Lab
+from natkeep.lab.report import Assertion
 from natkeep.lab.scenario import perform
-from natkeep.lab.stage import Lab
 from natkeep.lab.translators import TranslatorError
-from natkeep.lab.verdict import Assertion
 
 pytestmark = [pytest.mark.root, pytest.mark.lab]
 

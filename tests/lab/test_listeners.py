@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
+from natkeep.lab.lab import PORT, Lab
 from natkeep.lab.scenario import find_scenario, perform
-from natkeep.lab.stage import PORT, Lab
 from natkeep.lab.topology import THIRD, USUAL
 from natkeep.lab.translators import TranslatorError
 

@@ -14,8 +14,8 @@ import pytest
 from natkeep.errors import UsageError
 from natkeep.lab import matrix, tally
 from natkeep.lab.matrix import Cell, Column, Outcome, Selection, find_situations, judge
+from natkeep.lab.report import Assertion, Report
 from natkeep.lab.situations import Situation
-from natkeep.lab.verdict import Assertion, Report
 
 ROOT = Path(__file__).resolve().parents[2]
 PROCESSORS = len(os.sched_getaffinity(0))

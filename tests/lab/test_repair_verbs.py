@@ -18,7 +18,7 @@ import subprocess
 import pytest
 
 from natkeep.lab.host import await_true
-from natkeep.lab.stage import Lab
+from natkeep.lab.lab import Lab
 from natkeep.lab.translators import natkeep_command
 
 pytestmark = [pytest.mark.lab, pytest.mark.root]

@@ -9,14 +9,16 @@ from pathlib import Path
 
 import pytest
 
-from natkeep.lab import engines, runc, scenario, stage
+from natkeep.lab import engines, lab, scenario
 from natkeep.lab.application import Application
-from natkeep.lab.engines import Opening
-from natkeep.lab.runc import Runc, find_left_cgroups, inside
+from natkeep.lab.engine import EngineError, Opening
+from natkeep.lab.engines import runc
+from natkeep.lab.engines.criu import find_criu
+from natkeep.lab.engines.runc import Runc, find_left_cgroups, inside
+from natkeep.lab.lab import Lab
+from natkeep.lab.report import Report
 from natkeep.lab.scenario import find_scenario
-from natkeep.lab.stage import Lab
 from natkeep.lab.translators import TRANSLATORS, Natkeep, natkeep_command
-from natkeep.lab.verdict import Report
 
 ETC = Path("/etc/criu")
 
@@ -100,7 +102,7 @@ def spy_on_hook(monkeypatch, directory: Path) -> Path:
 def test_the_hook_runs_once_in_the_namespace_of_runc(kind, monkeypatch, tmp_path):
     """Found by the annotation and by runc's default file; NATKEEP_ID comes through runc."""
     seen = spy_on_hook(monkeypatch, tmp_path)
-    monkeypatch.setattr(stage, "choose_engine", lambda name, probe: kind(engines.find_criu()))
+    monkeypatch.setattr(lab, "choose_engine", lambda name, probe: kind(find_criu()))
 
     judge(scenario.run(find_scenario("runc_container_moves")), "runc")
 
@@ -162,7 +164,7 @@ def test_a_checkpoint_that_fails_says_why_in_the_words_of_criu():
         lab.dial()
         plain = runc._images
         patch.setattr(runc, "_images", lambda into: plain(into)[:-1])
-        with pytest.raises(engines.EngineError, match="consider using --tcp-established"):
+        with pytest.raises(EngineError, match="consider using --tcp-established"):
             lab.engine.freeze(lab.at, lab.server, lab.directory / "refused")
         lab.talk()
 
@@ -188,7 +190,7 @@ def test_without_runc_the_engine_says_what_to_install(monkeypatch):
     monkeypatch.setattr(engines, "find_criu", lambda: Path("/criu"))
     monkeypatch.setattr(engines.shutil, "which", lambda name: None)
 
-    with pytest.raises(engines.EngineError, match="there is no podman") as raised:
+    with pytest.raises(EngineError, match="there is no podman") as raised:
         engines.choose_engine("podman")
 
     assert raised.value.hint == "apt-get install podman"

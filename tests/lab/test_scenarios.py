@@ -11,8 +11,10 @@ from pathlib import Path
 import pytest
 
 from natkeep.lab import engines, scenario
+from natkeep.lab.engine import EngineError
+from natkeep.lab.engines.criu import find_criu
+from natkeep.lab.report import SCHEMA, Assertion, Report, tell_story
 from natkeep.lab.scenario import Scenario, find_scenario, scenarios
-from natkeep.lab.verdict import SCHEMA, Assertion, Report, tell_story
 
 ROOT = Path(__file__).resolve().parents[2]
 ENGINES = [pytest.param("criu", marks=pytest.mark.criu), "repair"]
@@ -214,8 +216,8 @@ def test_the_story_ends_with_the_tuple_and_the_verdict():
 def test_a_named_criu_that_does_not_work_is_not_used(monkeypatch):
     monkeypatch.setenv("NATKEEP_CRIU", "/bin/false")
 
-    assert engines.find_criu() is None
+    assert find_criu() is None
     assert engines.choose_engine("auto").name == "repair"
-    with pytest.raises(engines.EngineError) as raised:
+    with pytest.raises(EngineError) as raised:
         engines.choose_engine("criu")
     assert raised.value.hint

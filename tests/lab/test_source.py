@@ -10,11 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from natkeep.lab.engines import EngineError
+from natkeep.lab.capture import RST
+from natkeep.lab.engine import EngineError
 from natkeep.lab.home import Machine, come_home
+from natkeep.lab.lab import Lab
 from natkeep.lab.scenario import find_scenario, run
-from natkeep.lab.stage import Lab
-from natkeep.lab.wire import RST
 from natkeep.state.journal import StateDirectory
 
 pytestmark = [pytest.mark.root, pytest.mark.criu, pytest.mark.lab]
@@ -94,7 +94,7 @@ def dump_with_hook(lab: Lab, machine: Machine, *options: str, **environment: str
     images = Path(lab.directory) / "images"
     images.mkdir()
     hook = machine.hook("web").hook
-    lab.engine._run(
+    lab.engine.run(
         machine.host, images, "dump", "--tree", str(lab.server.pid), *options,
         "--action-script", str(hook),
         env={**os.environ, **machine.environment, **environment},
@@ -185,7 +185,7 @@ def test_an_id_that_is_prepared_by_command_is_refused_while_the_process_lives(la
     source = Machine(lab, "source")
     images = Path(lab.directory) / "images"
     images.mkdir()
-    lab.engine._run(source.host, images, "dump", "--tree", str(lab.server.pid), "--leave-running")
+    lab.engine.run(source.host, images, "dump", "--tree", str(lab.server.pid), "--leave-running")
 
     source.refuses("2 of the connections still have their sockets", *_prepare(source, images))
 

@@ -6,12 +6,12 @@ import pytest
 
 from natkeep.kernel.linux import LinuxKernel
 from natkeep.lab.application import Application, all_in, all_open, faults, received
+from natkeep.lab.capture import RST
 from natkeep.lab.ends import tuple_of
+from natkeep.lab.lab import PORT, Lab
 from natkeep.lab.scenario import find_scenario, perform
-from natkeep.lab.stage import PORT, Lab
 from natkeep.lab.topology import CLIENT
 from natkeep.lab.translators import Natkeep
-from natkeep.lab.wire import RST
 from natkeep.lifecycle.verbs import Lifecycle
 from natkeep.plan.move import Fate, Map, Mode, Move, Role, Site
 from natkeep.plan.tuples import Connections, Endpoint, FourTuple

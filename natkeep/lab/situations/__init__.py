@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from natkeep.lab.stage import Lab
+    from natkeep.lab.lab import Lab
 
 Tell = Callable[["Lab"], None]
 

@@ -11,11 +11,11 @@ import re
 from functools import partial
 
 from natkeep.lab.application import Application, Report
-from natkeep.lab.engines import end_silence
+from natkeep.lab.engine import end_silence
 from natkeep.lab.host import Host, await_true
+from natkeep.lab.lab import Lab
 from natkeep.lab.situations import situation
-from natkeep.lab.speech import patience
-from natkeep.lab.stage import Lab
+from natkeep.lab.traffic_words import patience
 
 MUCH = 3_000_000  # more than all buffers of a connection hold
 PATIENCE_S = 5.0  # so long the octets themselves may take, at most

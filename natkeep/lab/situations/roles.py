@@ -7,9 +7,9 @@ translation fits all of them.
 from __future__ import annotations
 
 from natkeep.lab.application import Application, all_open
-from natkeep.lab.engines import Moving
+from natkeep.lab.engine import Moving
+from natkeep.lab.lab import PORT, Lab
 from natkeep.lab.situations import situation
-from natkeep.lab.stage import PORT, Lab
 from natkeep.lab.topology import CLIENT, USUAL, Seat
 from natkeep.plan.tuples import Endpoint
 

@@ -7,9 +7,9 @@ from dataclasses import replace
 
 import pytest
 
-from natkeep.lab import evidence
-from natkeep.lab.evidence import Kept
-from natkeep.lab.wire import ACK, FIN, PSH, RST, SYN, Frame, Segment
+from natkeep.lab import wire_checks
+from natkeep.lab.capture import ACK, FIN, PSH, RST, SYN, Frame, Segment
+from natkeep.lab.wire_checks import Kept
 from natkeep.plan.tuples import Endpoint, FourTuple
 
 OLD, NEW = ipaddress.ip_address("10.2.0.10"), ipaddress.ip_address("10.3.0.20")
@@ -47,7 +47,7 @@ FAR = tuple(
 
 
 def failing(at_peer=AT_PEER, far=FAR, kept=KEPT) -> list[str]:
-    found = evidence.judge_wires(kept, {"client": at_peer}, {"near": at_peer}, {"far": far})
+    found = wire_checks.judge_wires(kept, {"client": at_peer}, {"near": at_peer}, {"far": far})
     return [each.name for each in found if not each.ok]
 
 
@@ -56,7 +56,7 @@ def test_a_good_move_passes_every_assertion():
 
 
 def test_without_traffic_nothing_is_proved():
-    found = evidence.judge_wires(KEPT, {"client": ()}, {"near": ()}, {"far": ()})
+    found = wire_checks.judge_wires(KEPT, {"client": ()}, {"near": ()}, {"far": ()})
 
     assert [each.name for each in found if each.ok] == []
 
@@ -124,18 +124,18 @@ def test_a_fin_takes_one_number():
 def test_numbers_count_kept_connections_only():
     other = frame(240, FourTuple(Endpoint.parse("10.1.0.2:9"), Endpoint(OLD, 5000)), 1, flags=RST)
 
-    assert evidence.count_segments((*AT_PEER, other), KEPT) == len(AT_PEER)
-    assert evidence.count_resets((*AT_PEER, other), KEPT) == 0
+    assert wire_checks.count_segments((*AT_PEER, other), KEPT) == len(AT_PEER)
+    assert wire_checks.count_resets((*AT_PEER, other), KEPT) == 0
 
 
 def test_silence_runs_from_the_last_answer_before_the_freeze():
-    assert evidence.longest_silence_ms(AT_PEER, KEPT) == pytest.approx((210 - 20) / 1e6)
+    assert wire_checks.longest_silence_ms(AT_PEER, KEPT) == pytest.approx((210 - 20) / 1e6)
 
 
 def test_silence_of_a_lost_connection_lasts_to_the_end():
     lost = [f for f in AT_PEER if f.at_ns < 200] + [frame(9000, IN, TOP + 10)]
 
-    assert evidence.longest_silence_ms(lost, KEPT) == pytest.approx((9000 - 20) / 1e6)
+    assert wire_checks.longest_silence_ms(lost, KEPT) == pytest.approx((9000 - 20) / 1e6)
 
 
 def test_a_gateway_of_its_own_may_show_other_tuples_inside():
@@ -162,7 +162,7 @@ def test_a_peer_beyond_the_gateway_may_say_old_until_it_is_there():
 def test_connections_of_others_are_judged_by_themselves():
     lost = (*AT_PEER[:5], frame(220, IN.reply(), 510, flags=RST))
     others = [
-        [each.name for each in evidence.judge_strangers(seen, KEPT, [IN]) if not each.ok]
+        [each.name for each in wire_checks.judge_strangers(seen, KEPT, [IN]) if not each.ok]
         for seen in (AT_PEER, lost)
     ]
 

@@ -16,9 +16,9 @@ from functools import partial
 
 from natkeep.lab.application import Report
 from natkeep.lab.host import Host, await_true
+from natkeep.lab.lab import Lab
 from natkeep.lab.situations import situation
-from natkeep.lab.speech import patience
-from natkeep.lab.stage import Lab
+from natkeep.lab.traffic_words import patience
 from natkeep.plan.tuples import FourTuple
 
 MUCH = 100_000

@@ -21,8 +21,8 @@ import pytest
 
 from natkeep.errors import ImageError, KernelError, RefusedError
 from natkeep.kernel.netns import Namespace, inside, open_namespace
-from natkeep.lab import repair
-from natkeep.lab.repair import RepairSocket, SocketState, TcpState
+from natkeep.lab import tcp_repair
+from natkeep.lab.tcp_repair import RepairSocket, SocketState, TcpState
 
 FAMILIES = ("IPv4", "IPv6", "IPv4-mapped")
 PORTS = range(5000, 5100)  # of the socket under test
@@ -124,7 +124,7 @@ class Network:
         return [self.connect(family) for family in FAMILIES]
 
     def move(self, pairs: list[Pair]) -> list[tuple[SocketState, Pair]]:
-        """Freeze the sockets under test, move the address, re-create them; still in repair."""
+        """Freeze the sockets under test, move the address, re-create them; still in tcp_repair."""
         states = [freeze_and_close(pair.server) for pair in pairs]
         # Or what the peer sends again in between meets the address without a socket: RST.
         with self.deaf(self.destination):
@@ -137,7 +137,7 @@ class Network:
 
     def recreate(self, state: SocketState) -> RepairSocket:
         with inside(self.destination.namespace):
-            sock = repair.recreate(state)
+            sock = tcp_repair.recreate(state)
         sock.settimeout(PATIENCE)
         return sock
 
@@ -203,7 +203,7 @@ def await_readable(sock: socket.socket, count: int) -> None:
 
 def freeze_and_close(sock: socket.socket) -> SocketState:
     """The state, after a journey as JSON; the socket is gone."""
-    state = repair.freeze(sock)
+    state = tcp_repair.freeze(sock)
     sock.close()
     again = SocketState.from_json(json.loads(json.dumps(state.to_json())))
     assert state == again
@@ -238,8 +238,8 @@ def test_connections_with_full_queues_go_on_elsewhere(network: Network) -> None:
             pair.server.sendall(SENT)
         moved = network.move(pairs)
     for (_, probed), (_, silent) in zip(moved[:3], moved[3:], strict=True):
-        repair.leave_repair(probed.server)
-        repair.leave_repair_silently(silent.server)
+        tcp_repair.leave_repair(probed.server)
+        tcp_repair.leave_repair_silently(silent.server)
 
     for state, pair in moved:
         assert state.family == pair.family
@@ -263,7 +263,7 @@ def test_acknowledgements_that_were_lost_are_no_loss(network: Network) -> None:
             assert read_exactly(pair.client, 12) == b"read already"
         moved = network.move(pairs)
     for _, pair in moved:
-        repair.leave_repair(pair.server)
+        tcp_repair.leave_repair(pair.server)
 
     for state, pair in moved:
         assert state.unacknowledged == b"read already"
@@ -276,7 +276,7 @@ def test_leaving_repair_sends_a_window_probe(network: Network, family: str) -> N
     ((state, pair),) = network.move([network.connect(family)])
     before = network.seen()
 
-    repair.leave_repair(pair.server)
+    tcp_repair.leave_repair(pair.server)
 
     probe = network.await_segment()
     assert probe[:4] == (True, ACK, state.send_seq - 1, 0)
@@ -291,7 +291,7 @@ def test_leaving_repair_silently_sends_nothing(network: Network) -> None:
     ((state, pair),) = network.move([network.connect()])
     network.seen()
 
-    repair.leave_repair_silently(pair.server)
+    tcp_repair.leave_repair_silently(pair.server)
     pair.client.sendall(b"question")
 
     assert not network.await_segment().ours
@@ -307,7 +307,7 @@ def test_the_timestamps_that_the_peer_sees_go_on(network: Network) -> None:
     last = [segment.tsval for segment in network.seen() if segment.ours][-1]
     ((state, after),) = network.move([before])
 
-    repair.leave_repair(after.server)
+    tcp_repair.leave_repair(after.server)
 
     first = network.await_segment().tsval
     assert state.timestamps
@@ -327,10 +327,10 @@ def test_what_both_sides_agreed_upon_stays(network: Network, family: str) -> Non
     await_readable(before.server, 12)
     segment_size = before.server.getsockopt(socket.IPPROTO_TCP, socket.TCP_MAXSEG)
     ((state, after),) = network.move([before])
-    repair.leave_repair_silently(after.server)
+    tcp_repair.leave_repair_silently(after.server)
     segment_size_after = after.server.getsockopt(socket.IPPROTO_TCP, socket.TCP_MAXSEG)
 
-    again = repair.freeze(after.server)
+    again = tcp_repair.freeze(after.server)
 
     assert dict(again.options)["keepidle"] == 77
     assert dict(again.options)["reuseaddr"] == 1
@@ -344,8 +344,8 @@ def test_thawed_sockets_go_on_as_if_nothing_had_been(network: Network) -> None:
     with network.deaf(network.peer):
         for pair in pairs:
             pair.server.sendall(SENT)
-            state = repair.freeze(pair.server)
-            repair.thaw(pair.server, state)
+            state = tcp_repair.freeze(pair.server)
+            tcp_repair.thaw(pair.server, state)
             assert state.unsent
 
     for pair in pairs:
@@ -366,7 +366,7 @@ def test_close_wait_goes_on_to_send(network: Network, unread: bytes) -> None:
     moved = network.move(pairs)
 
     for state, pair in moved:
-        repair.leave_repair(pair.server)
+        tcp_repair.leave_repair(pair.server)
         assert state.tcp_state is TcpState.CLOSE_WAIT
         assert read_exactly(pair.server, len(unread) + 1) == unread
         pair.server.sendall(b"still here")
@@ -387,7 +387,7 @@ def test_fin_wait2_goes_on_to_receive(network: Network) -> None:
     moved = network.move(pairs)
 
     for state, pair in moved:
-        repair.leave_repair(pair.server)
+        tcp_repair.leave_repair(pair.server)
         assert state.tcp_state is TcpState.FIN_WAIT2
         assert read_exactly(pair.client, 11) == b"last words"
         pair.client.sendall(b"still here")
@@ -408,7 +408,7 @@ def test_fin_wait1_sends_its_fin_again(network: Network) -> None:
             pair.server.shutdown(socket.SHUT_WR)
         moved = network.move(pairs)
     for _, pair in moved:
-        repair.leave_repair(pair.server)
+        tcp_repair.leave_repair(pair.server)
 
     for size, (state, pair) in zip(sizes, moved, strict=True):
         assert state.tcp_state is TcpState.FIN_WAIT1
@@ -437,9 +437,9 @@ def test_both_sides_closed_comes_to_its_end(network: Network) -> None:
         moved = network.move(last_ack + closing)
         expected = [TcpState.LAST_ACK] * 3 + [TcpState.CLOSING] * 3
         assert [state.tcp_state for state, _ in moved] == expected
-        assert [repair.freeze(pair.server).tcp_state for _, pair in moved] == expected
+        assert [tcp_repair.freeze(pair.server).tcp_state for _, pair in moved] == expected
     for _, pair in moved:
-        repair.leave_repair(pair.server)
+        tcp_repair.leave_repair(pair.server)
 
     for _, pair in moved:
         assert read_exactly(pair.client, 11) == b"last words"
@@ -472,14 +472,14 @@ def test_the_socket_of_a_live_process_outlives_it(netns: str) -> None:
         with inside(open_namespace(netns)):
             client = socket.create_connection(("127.0.0.1", 5000), timeout=PATIENCE)
             assert read_exactly(client, 5) == b"ready"
-            (fd,) = repair.sockets_of(holder.pid)
-            taken = repair.take_socket(holder.pid, fd)
-            state = repair.freeze(taken)
+            (fd,) = tcp_repair.sockets_of(holder.pid)
+            taken = tcp_repair.take_socket(holder.pid, fd)
+            state = tcp_repair.freeze(taken)
             holder.kill()
             holder.wait()
             taken.close()
-            moved = repair.recreate(state)
-        repair.leave_repair(moved)
+            moved = tcp_repair.recreate(state)
+        tcp_repair.leave_repair(moved)
         moved.settimeout(PATIENCE)
 
     assert_talks(moved, client)
@@ -513,13 +513,13 @@ def test_without_a_route_to_the_peer_the_error_says_so(network: Network) -> None
 @root
 def test_two_sockets_of_one_connection_are_refused(network: Network) -> None:
     pair = network.connect()
-    state = repair.freeze(pair.server)
+    state = tcp_repair.freeze(pair.server)
 
     with inside(network.source.namespace), pytest.raises(KernelError) as caught:
-        repair.recreate(state)
+        tcp_repair.recreate(state)
 
     assert "another socket" in str(caught.value.hint)
-    repair.thaw(pair.server, state)
+    tcp_repair.thaw(pair.server, state)
     assert_talks(pair.server, pair.client)
 
 
@@ -527,19 +527,19 @@ def test_two_sockets_of_one_connection_are_refused(network: Network) -> None:
 def test_a_socket_leaves_repair_once(network: Network) -> None:
     """Twice would send the unsent data twice."""
     ((_, pair),) = network.move([network.connect()])
-    repair.leave_repair(pair.server)
+    tcp_repair.leave_repair(pair.server)
 
     with pytest.raises(RefusedError, match="has left repair"):
-        repair.leave_repair_silently(pair.server)
+        tcp_repair.leave_repair_silently(pair.server)
 
 
 def test_what_is_no_connection_is_refused() -> None:
     listener = socket.create_server(("127.0.0.1", 0))
     with listener, pytest.raises(RefusedError, match="cannot be moved"):
-        repair.freeze(listener)
+        tcp_repair.freeze(listener)
     datagrams = socket.socket(type=socket.SOCK_DGRAM)
     with datagrams, pytest.raises(RefusedError, match="no TCP socket"):
-        repair.freeze(datagrams)
+        tcp_repair.freeze(datagrams)
 
 
 @pytest.mark.parametrize("damage", [{"version": 2}, {"window": {}}, {"unread": "%"}, {"mss": None}])
@@ -553,9 +553,9 @@ def test_a_state_goes_through_json() -> None:
 
 
 EXAMPLE = SocketState(
-    family=repair.Family.IPV4,
-    local=(repair.ipaddress.IPv4Address("10.2.0.10"), 5000),
-    peer=(repair.ipaddress.IPv4Address("10.1.0.2"), 50594),
+    family=tcp_repair.Family.IPV4,
+    local=(tcp_repair.ipaddress.IPv4Address("10.2.0.10"), 5000),
+    peer=(tcp_repair.ipaddress.IPv4Address("10.1.0.2"), 50594),
     tcp_state=TcpState.ESTABLISHED,
     send_seq=2**32 - 1,
     unacknowledged=b"\0\xff",
@@ -568,7 +568,7 @@ EXAMPLE = SocketState(
     sack=True,
     timestamps=False,
     timestamp=1,
-    window=repair.Window(1, 2, 3, 4, 5),
-    buffers=repair.Buffers(1, 2, 3),
+    window=tcp_repair.Window(1, 2, 3, 4, 5),
+    buffers=tcp_repair.Buffers(1, 2, 3),
     options=(("nodelay", 1),),
 )

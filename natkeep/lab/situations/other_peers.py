@@ -14,10 +14,10 @@ from functools import partial
 from natkeep.lab.application import Application, all_open, answered
 from natkeep.lab.ends import octets_agree, tuple_of
 from natkeep.lab.host import LabError, await_true
+from natkeep.lab.lab import PORT, Lab
+from natkeep.lab.report import Assertion
 from natkeep.lab.situations import situation
-from natkeep.lab.stage import PORT, Lab
 from natkeep.lab.topology import CLIENT, USUAL, Seat
-from natkeep.lab.verdict import Assertion
 from natkeep.plan.tuples import Endpoint, FourTuple
 
 SECOND_CLIENT = Seat("client2", "near", 3)

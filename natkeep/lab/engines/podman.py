@@ -29,9 +29,8 @@ from functools import partial
 from pathlib import Path
 
 from natkeep.lab.application import Application
-from natkeep.lab.engines import EngineError, Frozen, Moving, Opening, end_silence
-from natkeep.lab.host import NAMES, Host, LabError, await_true
-from natkeep.lab.runc import (
+from natkeep.lab.engine import EngineError, Frozen, Moving, Opening, end_silence
+from natkeep.lab.engines.runc import (
     CONFIGURATION,
     LOCK,
     container,
@@ -44,6 +43,7 @@ from natkeep.lab.runc import (
     remove_cgroups,
     shared,
 )
+from natkeep.lab.host import NAMES, Host, LabError, await_true
 
 _IMAGE = "localhost/bare"  # nothing but links into the machine's /usr
 _FURNISH = """\

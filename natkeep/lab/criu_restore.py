@@ -22,11 +22,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from natkeep.lab.engines import Criu, EngineError
+from natkeep.lab.engine import EngineError
+from natkeep.lab.engines.criu import Criu
 from natkeep.lab.host import Host
-from natkeep.lab.stage import Lab
+from natkeep.lab.lab import Lab
+from natkeep.lab.report import Assertion
 from natkeep.lab.translators import Order, natkeep_command
-from natkeep.lab.verdict import Assertion
 
 HOOK = Path(sys.executable).with_name("natkeep-hook")
 

@@ -16,8 +16,8 @@ from scapy.layers.l2 import ARP, Ether
 from scapy.packet import Packet
 from scapy.utils import wrpcap
 
+from natkeep.lab.capture import ACK, PSH, Frame, Wiretap, beyond_gateway, points, read_frames
 from natkeep.lab.topology import THIRD, USUAL, Topology
-from natkeep.lab.wire import ACK, PSH, Frame, Wiretap, beyond_gateway, points, read_frames
 from natkeep.plan.tuples import Endpoint, FourTuple
 
 

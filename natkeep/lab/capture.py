@@ -26,8 +26,8 @@ from functools import lru_cache
 from pathlib import Path
 
 from natkeep.lab.host import Host, LabError, await_true
+from natkeep.lab.report import Assertion
 from natkeep.lab.topology import Address, Topology
-from natkeep.lab.verdict import Assertion
 from natkeep.plan.tuples import Endpoint, FourTuple
 
 FIN, SYN, RST, PSH, ACK = 0x01, 0x02, 0x04, 0x08, 0x10

@@ -1,6 +1,6 @@
 """the soak: one server moves on and on, while several peers talk to it and everything is counted.
 
-    python -m natkeep.lab.soak --minutes 20          (or --migrations 12; --family 4|6)
+    python -m bench.soak --minutes 20          (or --migrations 12; --family 4|6)
 
 A round is A to B, on to C and back to B by `prepare --replace`, and home to A, where nothing may be
 left of it. Rounds are in turn stateful and stateless. Most moves are the engine `repair`'s; every
@@ -35,16 +35,17 @@ from functools import partial
 from itertools import count
 from pathlib import Path
 
+from bench import gauges
 from natkeep.errors import NatkeepError
-from natkeep.lab import gauges
 from natkeep.lab.application import Application, TrafficError, all_open, faults, handed_over
 from natkeep.lab.ends import Views, octets_agree, sum_of, tuple_of
-from natkeep.lab.engines import Criu, Engine, Frozen, Moving, end_silence, find_criu
-from natkeep.lab.engines import Repair as RepairEngine
+from natkeep.lab.engine import Engine, Frozen, Moving, end_silence
+from natkeep.lab.engines.criu import Criu, find_criu
+from natkeep.lab.engines.repair import Repair
 from natkeep.lab.host import Host, LabError, await_true
+from natkeep.lab.report import Assertion
 from natkeep.lab.topology import CLIENT, DESTINATION, SOURCE, THIRD, Seat, Topology
 from natkeep.lab.translators import Natkeep, Order, TranslatorError, natkeep_command
-from natkeep.lab.verdict import Assertion
 from natkeep.plan.tuples import Endpoint
 
 PORT = 5000
@@ -109,7 +110,7 @@ class Soak:
         self.directory = topology.directory
         self.book, self.calls = gauges.Book(), gauges.Book()
         self.natkeep = Metered(self.directory, self.calls.note)
-        self.repair: Engine = RepairEngine()
+        self.repair: Engine = Repair()
         binary = find_criu()
         self.criu = Criu(binary) if binary else None
         self.ways: Counter[str] = Counter()

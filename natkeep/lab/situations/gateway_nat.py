@@ -10,8 +10,8 @@ from functools import partial
 
 from natkeep.lab.application import Application, all_open
 from natkeep.lab.ends import tuple_of
+from natkeep.lab.lab import PORT, Lab
 from natkeep.lab.situations import situation
-from natkeep.lab.stage import PORT, Lab
 from natkeep.lab.topology import THIRD, USUAL, address
 from natkeep.plan.tuples import Endpoint
 

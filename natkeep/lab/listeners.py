@@ -19,12 +19,12 @@ from typing import Protocol
 
 from natkeep.lab.application import Application, TrafficError, all_in, all_open, received
 from natkeep.lab.application import Report as Traffic
+from natkeep.lab.capture import RST, Segment
 from natkeep.lab.ends import octets_agree, sockets_agree, tuple_of
-from natkeep.lab.engines import Moving
-from natkeep.lab.evidence import Points
+from natkeep.lab.engine import Moving
+from natkeep.lab.report import Assertion, Report
 from natkeep.lab.topology import Address, Topology
-from natkeep.lab.verdict import Assertion, Report
-from natkeep.lab.wire import RST, Segment
+from natkeep.lab.wire_checks import Points
 from natkeep.plan.tuples import Endpoint, FourTuple
 
 PORT = 5000

@@ -7,11 +7,11 @@ client talks all the while.
 
 from __future__ import annotations
 
+from natkeep.lab.host_state import difference, read_surfaces
+from natkeep.lab.lab import Lab
+from natkeep.lab.report import Assertion
 from natkeep.lab.situations import situation
-from natkeep.lab.stage import Lab
-from natkeep.lab.surfaces import difference, read_surfaces
 from natkeep.lab.topology import THIRD, USUAL, Address
-from natkeep.lab.verdict import Assertion
 
 THREE_HOSTS = {"seats": (*USUAL, THIRD)}
 

@@ -14,9 +14,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
+from natkeep.lab.capture import ACK, FIN, RST, SYN, Frame, Segment
+from natkeep.lab.report import Assertion
 from natkeep.lab.topology import Address
-from natkeep.lab.verdict import Assertion
-from natkeep.lab.wire import ACK, FIN, RST, SYN, Frame, Segment
 from natkeep.plan.tuples import Endpoint, FourTuple
 
 _SHOWN = 3  # examples in a detail

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from natkeep.lab.gauges import SLACK_KIB, Book, judge
-from natkeep.lab.soak import PEERS, TALKS, soak
+from bench.gauges import SLACK_KIB, Book, judge
+from bench.soak import PEERS, TALKS, soak
 
 
 @pytest.mark.root

@@ -19,7 +19,7 @@ from contextlib import contextmanager, suppress
 from typing import Any
 
 from natkeep.errors import NatkeepError, RefusedError
-from natkeep.lab import evidence, wire
+from natkeep.lab import capture, wire_checks
 from natkeep.lab.application import (
     Application,
     TrafficError,
@@ -28,18 +28,19 @@ from natkeep.lab.application import (
     handed_over,
 )
 from natkeep.lab.application import Report as Traffic
-from natkeep.lab.calls import PORT as PORT
-from natkeep.lab.calls import Caller, Calls, judge_calls
 from natkeep.lab.ends import octets_agree, sockets_agree, sum_of, tuple_of
-from natkeep.lab.engines import Engine, Frozen, Moving, choose_engine, end_silence
+from natkeep.lab.engine import Engine, Frozen, Moving, end_silence
+from natkeep.lab.engines import choose_engine
 from natkeep.lab.host import LabError, Program, await_true
+from natkeep.lab.host_state import difference, read_surfaces
 from natkeep.lab.journey import Journey
-from natkeep.lab.speech import Speech, patience
-from natkeep.lab.surfaces import difference, read_surfaces
-from natkeep.lab.terrain import Terrain, lose_first_probe
+from natkeep.lab.listeners import PORT as PORT
+from natkeep.lab.listeners import Caller, Calls, judge_calls
+from natkeep.lab.network_conditions import Terrain, lose_first_probe
+from natkeep.lab.report import Assertion, Report
 from natkeep.lab.topology import DESTINATION, SOURCE, USUAL, Address, Seat, Topology
+from natkeep.lab.traffic_words import Speech, patience
 from natkeep.lab.translators import TRANSLATORS, Order, TranslatorError
-from natkeep.lab.verdict import Assertion, Report
 from natkeep.plan.tuples import Endpoint, FourTuple
 
 
@@ -80,7 +81,9 @@ class Lab(Speech, Terrain, Journey, Caller):
         self.parties, self.orders, self.undone = [self], [], list[Order]()
         self.peer_points = [seat.role for seat in self.topology.seats if seat.network == "near"]
         self.clean_from_ns = 0
-        self.sieve: Callable[[dict[str, list[wire.Frame]]], dict[str, list[wire.Frame]]] = dict
+        self.sieve: Callable[[dict[str, list[capture.Frame]]], dict[str, list[capture.Frame]]] = (
+            dict
+        )
         self._points, self.freezes, self._concluded = points or {}, 0, False
         self._surfaces: dict[str, dict[str, str]] = {}
         self.frozen_ns: int | None = None
@@ -92,7 +95,7 @@ class Lab(Speech, Terrain, Journey, Caller):
         self.topology.defer(self.engine.close)
         try:
             self.translator = TRANSLATORS[self.report.translator](directory)
-            self.tap = wire.Wiretap(self.topology, directory, self._points)
+            self.tap = capture.Wiretap(self.topology, directory, self._points)
         except BaseException:
             self.topology.__exit__(None, None, None)
             raise
@@ -308,28 +311,28 @@ class Lab(Speech, Terrain, Journey, Caller):
             return  # nothing was frozen
         frames = self.sieve(frames)
         kept = self._whats_kept()
-        far = wire.beyond_gateway(self.topology)
+        far = capture.beyond_gateway(self.topology)
         peers = {at: frames[at] for at in self.peer_points}
         at_peers = sorted((f for each in peers.values() for f in each), key=lambda f: f.at_ns)
-        self.report.assertions += evidence.judge_wires(
+        self.report.assertions += wire_checks.judge_wires(
             kept, peers, {"near": frames["near"]}, {at: frames[at] for at in far}
         )
         if self.strangers:
-            self.report.assertions += evidence.judge_strangers(at_peers, kept, self.strangers)
+            self.report.assertions += wire_checks.judge_strangers(at_peers, kept, self.strangers)
         if self.calls.made:
             beyond = {at: frames[at] for at in far}
             self.report.assertions += judge_calls(self.calls.made, peers, beyond, kept.news)
-        self.report.segments = evidence.count_segments(at_peers, kept)
-        self.report.resets = evidence.count_resets(at_peers, kept)
-        self.report.silence_ms = evidence.longest_silence_ms(at_peers, kept)
+        self.report.segments = wire_checks.count_segments(at_peers, kept)
+        self.report.resets = wire_checks.count_resets(at_peers, kept)
+        self.report.silence_ms = wire_checks.longest_silence_ms(at_peers, kept)
 
-    def _whats_kept(self) -> evidence.Kept:
+    def _whats_kept(self) -> wire_checks.Kept:
         """What all parties' connections, moves and strangers come to."""
         views = {peers: own for party in self.parties for peers, own in party.views.items()}
         news: dict[Address, tuple[Address, ...]] = {party.old: () for party in self.parties}
         for order in self.orders:
             news[order.old] = (*news[order.old], order.new)
-        return evidence.Kept(
+        return wire_checks.Kept(
             tuple(views), news,
             min(party.frozen_ns for party in self.parties if party.frozen_ns),
             max(party.restored_ns or 0 for party in self.parties) or None,

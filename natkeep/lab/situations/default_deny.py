@@ -6,9 +6,9 @@ A translation is a door; this one has the width of one four-tuple, and only whil
 
 from __future__ import annotations
 
-from natkeep.lab.deny import NEIGHBOUR, Intruder
+from natkeep.lab.intruder import NEIGHBOUR, Intruder
+from natkeep.lab.lab import Lab
 from natkeep.lab.situations import situation
-from natkeep.lab.stage import Lab
 from natkeep.lab.topology import USUAL
 
 

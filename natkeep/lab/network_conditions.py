@@ -12,8 +12,8 @@ from __future__ import annotations
 from typing import Protocol
 
 from natkeep.lab.host import Host, LabError
+from natkeep.lab.report import Assertion, Report
 from natkeep.lab.topology import Topology, prefix, router
-from natkeep.lab.verdict import Assertion, Report
 from natkeep.plan.tuples import FourTuple
 
 NARROW = {4: 1000, 6: 1280}  # IPv6 knows nothing smaller

@@ -15,11 +15,11 @@ from collections.abc import Iterable
 
 from natkeep.lab.application import Application, TrafficError, all_open
 from natkeep.lab.application import Report as Traffic
+from natkeep.lab.capture import RST, Frame, Segment
 from natkeep.lab.ends import tuple_of
-from natkeep.lab.stage import PORT, Lab
+from natkeep.lab.lab import PORT, Lab
+from natkeep.lab.report import Assertion
 from natkeep.lab.topology import CLIENT
-from natkeep.lab.verdict import Assertion
-from natkeep.lab.wire import RST, Frame, Segment
 from natkeep.plan.tuples import Endpoint, FourTuple
 
 DEAF_PORT = 6000

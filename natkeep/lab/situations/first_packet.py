@@ -6,8 +6,8 @@ for the rest of the connection (hazards H1, H2 and H4, point T8).
 
 from __future__ import annotations
 
+from natkeep.lab.lab import Lab
 from natkeep.lab.situations import situation
-from natkeep.lab.stage import Lab
 
 
 @situation(1, "client speaks first")

@@ -20,11 +20,11 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from natkeep.lab.application import Application
-from natkeep.lab.engines import Moving
+from natkeep.lab.capture import ACK, SYN, Frame, beyond_gateway
+from natkeep.lab.engine import Moving
 from natkeep.lab.host import Host
+from natkeep.lab.report import Assertion, Report
 from natkeep.lab.topology import CLIENT, DESTINATION, Address, Seat, Topology
-from natkeep.lab.verdict import Assertion, Report
-from natkeep.lab.wire import ACK, SYN, Frame, beyond_gateway
 from natkeep.plan.tuples import Endpoint, FourTuple
 
 NEIGHBOUR = Seat("client2", "near", 3)

@@ -5,8 +5,8 @@ Hazards H4, H5, H11, H12, H13 and H17, points T8 and T11.
 
 from __future__ import annotations
 
+from natkeep.lab.lab import Lab
 from natkeep.lab.situations import situation
-from natkeep.lab.stage import Lab
 
 
 @situation(7, "tcp_loose=0 at every hop")

@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any
 
 from natkeep.lab.application import SCRIPT, Application
-from natkeep.lab.engines import EngineError, Frozen, Moving, Opening, end_silence, errors_in
+from natkeep.lab.engine import EngineError, Frozen, Moving, Opening, end_silence, errors_in
 from natkeep.lab.host import NAMES, Host
 from natkeep.lab.topology import LOCKS, PREFIX, hex_of
 

@@ -17,8 +17,8 @@ from typing import Any, Protocol
 
 from natkeep.lab.application import Application, Item, TrafficError
 from natkeep.lab.application import Report as Traffic
-from natkeep.lab.engines import Moving
-from natkeep.lab.verdict import Report
+from natkeep.lab.engine import Moving
+from natkeep.lab.report import Report
 
 _HEARD_WITHIN_S = 3.0
 _ALIVE = ("open", "eof", "shut")

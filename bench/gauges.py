@@ -23,7 +23,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from natkeep.lab.host import NAMES, Host
-from natkeep.lab.verdict import Assertion
+from natkeep.lab.report import Assertion
 
 SLACK_KIB = 1024
 WEIGHT = " KiB"

@@ -6,8 +6,8 @@ or it never learns (hazard H19, point T15). Once narrow, the path carries 300 kB
 
 from __future__ import annotations
 
+from natkeep.lab.lab import Lab
 from natkeep.lab.situations import situation
-from natkeep.lab.stage import Lab
 
 MUCH = 300_000
 
