@@ -1,13 +1,13 @@
-"""the witness: what passed on the wires, captured by tcpdump and read with scapy.
+"""Captures on the wires, by tcpdump, and their frames, read with scapy.
 
-A capture is started at a point (a host's interface), and is ready when `listen` returns. It is
-evidence only if the kernel dropped none of its packets and if it holds any: `captured_all`
-says so first, for every point. What the frames prove is in evidence.py.
+A capture is made at a point (a host's interface), and is ready when `Captures` returns. It is
+evidence only if the kernel dropped none of its packets and if it holds any: `are_complete` says so
+for every point. wire_checks.py says what the frames prove.
 
     client ── near ── gateway ── far ── switch ── destination
 
-are its points, one interface each; `destination` is the switch's port to that host, seen before
-the anti-spoof filter drops anything.
+are the points, one interface each; `destination` is the switch's port to that host, before the
+anti-spoof filter drops anything.
 
 Rule: a TCP segment is dissected here (captures may be long), everything else by scapy, so that
 ARP, neighbour discovery and the packet that an ICMP error quotes count as carriers of addresses.
@@ -145,29 +145,33 @@ class Capture:
         return len(found)
 
 
-class Wiretap:
-    """All captures of a lab; *more* points, name to role and interface, where a story asks."""
+class Captures:
+    """All captures of a lab, by point; *more* points: name to role and interface."""
 
-    def __init__(
-        self, lab: Topology, directory: Path, more: Mapping[str, tuple[str, str]] | None = None
-    ) -> None:
-        self.captures: dict[str, Capture] = {}
-        for point, (role, interface) in {**points(lab), **(more or {})}.items():
-            self.captures[point] = Capture(point, lab[role], interface, directory)
-            lab.defer(self.captures[point].stop)
-        for capture in self.captures.values():
+    def __init__(self, lab: Topology, more: Mapping[str, tuple[str, str]]) -> None:
+        self._captures: dict[str, Capture] = {}
+        for point, (role, interface) in {**points(lab), **more}.items():
+            self._captures[point] = Capture(point, lab[role], interface, lab.directory)
+            lab.defer(self._captures[point].stop)
+        for capture in self._captures.values():
             capture.await_ready()
+
+    def __getitem__(self, point: str) -> Capture:
+        return self._captures[point]
+
+    def __iter__(self) -> Iterator[Capture]:
+        return iter(self._captures.values())
 
     def stop(self) -> dict[str, list[Frame]]:
         """End all captures; the frames of each point."""
-        for capture in self.captures.values():
+        for capture in self:
             capture.stop()
-        return {point: capture.frames() for point, capture in self.captures.items()}
+        return {point: capture.frames() for point, capture in self._captures.items()}
 
-    def captured_all(self) -> Assertion:
+    def are_complete(self) -> Assertion:
         """Whether the captures are evidence at all."""
-        flaws = [flaw for c in self.captures.values() if (flaw := c.flaws())]
-        counts = ", ".join(f"{c.point} {c.captured}" for c in self.captures.values())
+        flaws = [flaw for capture in self if (flaw := capture.flaws())]
+        counts = ", ".join(f"{capture.point} {capture.captured}" for capture in self)
         return Assertion(COMPLETE, not flaws, "; ".join(flaws) or counts)
 
 
@@ -190,15 +194,14 @@ def points(lab: Topology) -> dict[str, tuple[str, str]]:
 
 def beyond_gateway(lab: Topology) -> list[str]:
     """The points between gateway and destinations, where no frame may carry OLD."""
-    beyond = [seat for seat in lab.seats if seat.network not in ("near", "old")]
-    wanted = {("switch", seat.role) for seat in beyond}
-    wanted |= {("gateway", seat.network) for seat in beyond}
-    return [point for point, where in points(lab).items() if where in wanted]
+    sides = {("switch", seat.role) for seat in lab.seats if seat.role in lab.sites}
+    sides |= {("gateway", seat.network) for seat in lab.seats if seat.role in lab.sites}
+    return [point for point, where in points(lab).items() if where in sides]
 
 
 def read_frames(path: Path) -> Iterator[Frame]:
     """The frames of a capture file."""
-    from scapy.utils import RawPcapReader  # slow to import, and needed by nobody else
+    from scapy.utils import RawPcapReader  # slow to import, and needed only here
 
     with RawPcapReader(str(path)) as reader:
         for raw, meta in reader:

@@ -111,7 +111,7 @@ def _run(args: argparse.Namespace) -> int:
     require_tools()
     told = scenario.run(found, pcap=args.pcap, engine=args.engine, translator=args.translator)
     document = dumps(told.as_json(), indent=2, ensure_ascii=False)
-    story = report.tell_story(told)
+    story = report.render_report(told)
     if args.report:
         args.report.mkdir(parents=True, exist_ok=True)
         (args.report / "report.json").write_text(document + "\n", encoding="utf-8")

@@ -39,7 +39,7 @@ class Frozen:
 class Opening:
     """How the network is opened when the sockets exist: CRIU calls a hook, others a function."""
 
-    open: Callable[[], None]
+    open: Callable[[], object]
     hook: Path | None = None
     environment: Mapping[str, str] = field(default_factory=dict)
 

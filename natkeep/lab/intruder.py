@@ -1,12 +1,12 @@
-"""the intruder: whoever tries what was never kept, and the proof that it opens nothing.
+"""An intruder: it tries what was never kept, and nothing of that may be opened.
 
     intruder = Intruder(lab)     listens at the destination, on NEW's port and on any address
     intruder.try_everything()    another port, source, destination, protocol; spoofed segments
     intruder.try_again()         after the connection's end: a SYN on its tuple
 
 Rule: an attempt is a frame put on a wire as it is, with a sequence number of its own by which it
-is known again wherever it appears. What may arrive, because it is addressed to NEW or
-was put on the destination's own wire, must still not be answered on a kept tuple nor from OLD.
+is known again wherever it appears. What may arrive, because it is addressed to NEW or was put on
+the destination's own wire, must still not be answered on a kept tuple nor from OLD.
 (A SYN to NEW from a kept peer's port is NEW's own business: conntrack gives it another port.)
 """
 
@@ -17,14 +17,13 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 from natkeep.lab.application import Application
 from natkeep.lab.capture import ACK, SYN, Frame, beyond_gateway
-from natkeep.lab.engine import Moving
 from natkeep.lab.host import Host
-from natkeep.lab.report import Assertion, Report
-from natkeep.lab.topology import CLIENT, DESTINATION, Address, Seat, Topology
+from natkeep.lab.lab import Lab
+from natkeep.lab.topology import CLIENT, DESTINATION, Address, Seat
 from natkeep.plan.tuples import Endpoint, FourTuple
 
 NEIGHBOUR = Seat("client2", "near", 3)
@@ -51,26 +50,12 @@ class Attempt:
     may_arrive: bool = False
 
 
-class Invaded(Protocol):
-    """What of a Lab the intruder needs."""
-
-    topology: Topology
-    report: Report
-    directory: Any
-    family: int
-    old: Address
-    new: Address
-    kept: tuple[FourTuple, ...]
-    server: Moving
-    sieve: Any
-
-
 class Intruder:
     """Tries everything at one lab; `sift` takes its frames out of what is judged otherwise."""
 
-    def __init__(self, lab: Invaded) -> None:
+    def __init__(self, lab: Lab) -> None:
         self.lab, self.attempts = lab, list[Attempt]()
-        self.kept = lab.kept[0]
+        self.kept = lab.traffic.kept[0]
         self.began_ns = time.time_ns()
         lab.sieve = self.sift
         port, anywhere = self.kept.destination.port, "0.0.0.0" if lab.family == 4 else "[::]"
@@ -133,24 +118,25 @@ class Intruder:
         """
         far = beyond_gateway(self.lab.topology)
         late = [f for at in far for f in frames[at] if f.at_ns >= self.began_ns]
-        assertions = [self._not_arrived(late), self._not_answered(late), self._not_accepted()]
-        self.lab.report.assertions += assertions
+        self._check_arrivals(late)
+        self._check_answers(late)
+        self._check_listeners()
         return {
             at: [frame for frame in each if frame.at_ns < self.began_ns]
             for at, each in frames.items()
         }
 
-    def _not_arrived(self, late: Sequence[Frame]) -> Assertion:
+    def _check_arrivals(self, late: Sequence[Frame]) -> None:
         seqs = {frame.segment.seq for frame in late if frame.segment}
         neighbour = NEIGHBOUR.address(self.lab.family)
         bad = [each.name for each in self.attempts if not each.may_arrive and each.seq in seqs]
         bad += [f.summary for f in late if neighbour in f.addresses and not f.segment]
         bad += [frame.summary for frame in late if "UDP" in frame.summary]
         detail = ", ".join(dict.fromkeys(bad)) or f"{len(self.attempts)} attempts"
-        return Assertion("what was never kept does not pass the gateway", not bad, detail)
+        self.lab.report.check("what was never kept does not pass the gateway", not bad, detail)
 
-    def _not_answered(self, late: Sequence[Frame]) -> Assertion:
-        """Whoever is answered has something to talk to; a reset would tell of it, too."""
+    def _check_answers(self, late: Sequence[Frame]) -> None:
+        """An answer means that there is something to talk to; a reset would tell of it, too."""
         numbers = {(each.seq + 1) % 2**32: each for each in self.attempts}
         on_wire = FourTuple(self.kept.source, Endpoint(self.lab.new, self.kept.destination.port))
         taken = {on_wire.reply()}
@@ -163,19 +149,20 @@ class Intruder:
             if attempt is None and not segment.flags & SYN:
                 continue
             if attempt is None or not attempt.may_arrive or segment.tuple in taken:
-                bad.append(f"{attempt.name if attempt else 'somebody'}: {frame.summary}")
+                bad.append(f"{attempt.name if attempt else 'unknown'}: {frame.summary}")
         detail = "; ".join(dict.fromkeys(bad)) or f"0 answers in {len(late)} frames"
-        return Assertion("no attempt is answered by the destination", not bad, detail)
+        self.lab.report.check("no attempt is answered by the destination", not bad, detail)
 
-    def _not_accepted(self) -> Assertion:
+    def _check_listeners(self) -> None:
         accepted = [
             f"{each['peer']} at {each['local']}"
             for each in self.listener.fresh()["connections"]
         ]  # fmt: skip
-        server = self.lab.server.application.fresh()["connections"]
-        accepted += [f"{each['peer']} at the process" for each in server[len(self.lab.kept) :]]
+        traffic = self.lab.traffic
+        more = traffic.process.fresh()["connections"][len(traffic.kept) :]
+        accepted += [f"{each['peer']} at the process" for each in more]
         detail = ", ".join(accepted) or "listeners on NEW's port, on any address, and the process"
-        return Assertion("no listener has accepted anybody", not accepted, detail)
+        self.lab.report.check("no listener has accepted anybody", not accepted, detail)
 
     # How the frames are made
 

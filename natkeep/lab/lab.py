@@ -1,101 +1,91 @@
-"""the stage: a lab network with the words in which stories are told.
+"""A lab network in which a server is moved while its client talks, and everything is judged.
 
     with Lab("name", engine="criu", family=6) as lab:
-        lab.serve(); lab.dial(); lab.talk()
-        lab.freeze(); lab.prepare(); lab.restore()
-        lab.talk_on(); lab.finish()
+        lab.begin()                  a server at the source, a client, requests and answers
+        lab.move()                   freeze, prepare, restore
+        lab.traffic.talk_on()
+        lab.finish()                 judges octets, sockets and captures, and tears down
     lab.report.passed
 
-Rule: whatever fails becomes an assertion of the report, never a traceback; what makes going on
-pointless raises StoryOver, after which `conclude` still judges the wires and undoes everything.
+    lab.topology     hosts and wires         lab.traffic            the kept connections
+    lab.captures     tcpdump at the wires    lab.new_connections    those that begin later
+    lab.translator   natkeep or a baseline   lab.conditions         what others install on the way
+
+Rule: what fails becomes an assertion of the report, never a traceback; what makes going on
+pointless raises ScenarioOver, after which `conclude` still judges the captures and undoes all.
 """
 
 from __future__ import annotations
 
+import copy
 import time
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, Self
 
 from natkeep.errors import NatkeepError, RefusedError
 from natkeep.lab import capture, wire_checks
-from natkeep.lab.application import (
-    Application,
-    TrafficError,
-    all_open,
-    answered,
-    handed_over,
-)
-from natkeep.lab.application import Report as Traffic
-from natkeep.lab.ends import octets_agree, sockets_agree, sum_of, tuple_of
-from natkeep.lab.engine import Engine, Frozen, Moving, end_silence
+from natkeep.lab.engine import Engine, Frozen, Opening, end_silence
 from natkeep.lab.engines import choose_engine
-from natkeep.lab.host import LabError, Program, await_true
 from natkeep.lab.host_state import difference, read_surfaces
-from natkeep.lab.journey import Journey
-from natkeep.lab.listeners import PORT as PORT
-from natkeep.lab.listeners import Caller, Calls, judge_calls
-from natkeep.lab.network_conditions import Terrain, lose_first_probe
-from natkeep.lab.report import Assertion, Report
+from natkeep.lab.listeners import NewConnections, judge_new
+from natkeep.lab.network_conditions import Conditions
+from natkeep.lab.report import Report
 from natkeep.lab.topology import DESTINATION, SOURCE, USUAL, Address, Seat, Topology
-from natkeep.lab.traffic_words import Speech, patience
-from natkeep.lab.translators import TRANSLATORS, Order, TranslatorError
+from natkeep.lab.traffic_words import PORT, Traffic
+from natkeep.lab.translators import TRANSLATORS, Order, Translator, TranslatorError
 from natkeep.plan.tuples import Endpoint, FourTuple
 
-
-class StoryOver(Exception):
-    """Something failed after which the story cannot go on."""
+Frames = dict[str, list[capture.Frame]]
 
 
-class Lab(Speech, Terrain, Journey, Caller):
-    """A lab network with the words of a story; collects the report.
+class Lab:
+    """One lab; collects the report of one scenario.
 
     family 4|6, mode stateful|stateless (handed to natkeep), probe: whether CRIU's window probe
-    arrives, translator: see translators.py. `topology` gives scenarios the hosts themselves.
+    arrives, translator: see translators.py, points: captures beside the usual ones.
     """
 
+    captures: capture.Captures
+    translator: Translator
+    new_connections: NewConnections
+    traffic: Traffic
+    frozen: Frozen
+    order: Order
+    old: Address
+    new: Address
+
     def __init__(
-        self,
-        scenario: str,
-        *,
-        engine: str = "auto",
-        family: int = 4,
-        mode: str = "stateful",
-        probe: bool = True,
-        translator: str = "natkeep",
-        seats: Iterable[Seat] = USUAL,
-        routed: Iterable[str] = (),
-        points: Mapping[str, tuple[str, str]] | None = None,
-    ) -> None:
+        self, scenario: str, *, engine: str = "auto", family: int = 4, mode: str = "stateful",
+        probe: bool = True, translator: str = "natkeep", seats: Iterable[Seat] = USUAL,
+        routed: Iterable[str] = (), points: Mapping[str, tuple[str, str]] | None = None,
+    ) -> None:  # fmt: skip
         self.engine: Engine = choose_engine(engine, probe=probe)
         self.family, self.mode, self.probe = family, mode, probe
         self.topology = Topology(seats, routed=routed)
         self.report = Report(scenario, engine=self.engine.name, translator=translator, mode=mode)
+        self.conditions = Conditions(self.topology, family, self.report)
         self.name, self.home, self.site = "lab", SOURCE, DESTINATION
-        self.kept: tuple[FourTuple, ...] = ()
-        self.refused, self.carried_on = "", False  # why natkeep refused; whether octets arrived
-        self.views: dict[FourTuple, FourTuple] = {}
-        self.strangers: list[FourTuple] = []
-        self.listeners, self.calls = False, Calls()  # --listeners; new connections, as dialled
-        self.parties, self.orders, self.undone = [self], [], list[Order]()
+        self.refused = ""  # why natkeep refused the move
+        self.strangers: list[FourTuple] = []  # connections of others with NEW
+        self.listeners = False  # whether natkeep is told --listeners
+        self.parties, self.orders, self.undone = [self], list[Order](), list[Order]()
         self.peer_points = [seat.role for seat in self.topology.seats if seat.network == "near"]
         self.clean_from_ns = 0
-        self.sieve: Callable[[dict[str, list[capture.Frame]]], dict[str, list[capture.Frame]]] = (
-            dict
-        )
-        self._points, self.freezes, self._concluded = points or {}, 0, False
-        self._surfaces: dict[str, dict[str, str]] = {}
+        self.sieve: Callable[[Frames], Frames] = dict  # what of the frames is judged
         self.frozen_ns: int | None = None
-        self.restored_ns = None
+        self.restored_ns: int | None = None
+        self._points, self._freezes, self._concluded = points or {}, 0, False
+        self._surfaces: dict[str, dict[str, str]] = {}
 
-    def __enter__(self) -> Lab:
+    def __enter__(self) -> Self:
         self.topology.__enter__()
-        directory = self.directory = self.topology.directory
+        self.directory = self.topology.directory
         self.topology.defer(self.engine.close)
+        self.traffic = Traffic(self.name, self.directory, self.report)
+        self.new_connections = NewConnections(self.topology, self.traffic, self.report)
         try:
-            self.translator = TRANSLATORS[self.report.translator](directory)
-            self.tap = capture.Wiretap(self.topology, directory, self._points)
+            self.translator = TRANSLATORS[self.report.translator](self.directory)
+            self.captures = capture.Captures(self.topology, self._points)
         except BaseException:
             self.topology.__exit__(None, None, None)
             raise
@@ -104,7 +94,18 @@ class Lab(Speech, Terrain, Journey, Caller):
     def __exit__(self, *exception: Any) -> None:
         self.topology.__exit__(None, None, None)
 
-    # The words, in the order in which a usual story uses them.
+    # Beginning
+
+    def begin(
+        self, *, connections: int = 1, listen: str | None = None, source: str | None = None,
+        pause: bool = False,
+    ) -> None:  # fmt: skip
+        """A server, connections to it, and requests and answers on them; then perhaps a pause."""
+        self.serve(listen=listen)
+        self.dial(connections=connections, source=source)
+        self.traffic.talk()
+        if pause:
+            self.traffic.quiet()
 
     def settle(self) -> None:
         """Say which address is OLD, and which NEW."""
@@ -115,44 +116,33 @@ class Lab(Speech, Terrain, Journey, Caller):
     def serve(self, *, listen: str | None = None) -> None:
         """A server at the source listens on OLD, or as *listen* says."""
         self.settle()
-        application = Application(self.directory / f"serve-{self.name}")
-        line = application.serve_line(listen or str(Endpoint(self.old, PORT)))
         self.at = self.topology[self.home.role]
-        pid = self.engine.start(self.at, application, line)
-        application.wait(lambda report: report["listening"], "listening")
-        self.server = Moving(application, "serve", pid)
+        self.traffic.serve(self.engine, self.at, listen or str(self.server_endpoint))
+
+    @property
+    def server_endpoint(self) -> Endpoint:
+        """OLD and the server's port."""
+        return Endpoint(self.old, PORT)
 
     def dial(
         self, *, connections: int = 1, role: str = "client", source: str | None = None
     ) -> None:
-        """The client opens *connections* to OLD."""
-        self.client = Application(self.directory / f"dial-{self.name}")
-        target = str(Endpoint(self.old, PORT))
-        line = self.client.dial_line(target, count=connections, source=source)
-        self._start(role, f"dial-{self.name}", line)
-        self.client.wait(all_open(connections), "connected")
-        self.keep()
+        """The client opens *connections* to OLD, from the address and port *source*."""
+        host = self.topology[role]
+        self.traffic.dial(host, self.server_endpoint, count=connections, source=source)
 
-    def keep(self, inside: Iterable[FourTuple] = ()) -> None:
-        """The client's connections are what is to be kept; *inside*: as the process sees them."""
-        report = self.client.fresh()
-        self.kept = tuple(tuple_of(each) for each in report["connections"])
-        self.views = dict(zip(self.kept, inside or self.kept, strict=True))
-        self.report.before += [str(each) for each in self.kept]
-        self.server.connections = tuple(
-            f"{each.destination} {each.source}" for each in self.views.values()
-        )
+    def beside(self, home: Seat, name: str) -> Self:
+        """A second process, at *home*; the report, the hosts and the end are shared.
 
-    def talk(self, *, exchanges: int = 10) -> None:
-        """The client asks and is answered on every connection, without pause, from now on."""
-        pause = max(10, 2 * len(self.kept))  # 50 connections shall not fill a processor
-        self.client.do({"talk": {"interval_ms": pause, "size": 64, "answer": 64}})
-        self.client.wait(answered(exchanges), f"{exchanges} answers on each connection")
+        `traffic.check_ends` checks its own connections, and `finish` of the first one judges both.
+        """
+        other = copy.copy(self)
+        other.name, other.home = name, home
+        other.traffic = Traffic(name, self.directory, self.report)
+        self.parties.append(other)
+        return other
 
-    def quiet(self) -> None:
-        """The client asks nothing more; returns when nothing is under way."""
-        self.client.do("quiet")
-        await_true(self._settled, "everything to arrive", seconds=patience(self.report))
+    # Moving
 
     def move(self) -> None:
         """Freeze, prepare, restore: the usual order."""
@@ -162,50 +152,71 @@ class Lab(Speech, Terrain, Journey, Caller):
 
     def freeze(self) -> None:
         """The engine freezes the server; the source is silent from here on."""
-        self.freezes += 1
-        self.client.do("mark")
+        self._freezes += 1
+        self.traffic.client.do("mark")
         self._frozen_at = time.monotonic()
-        if self.freezes == 1:
-            self.look_at_sites()
+        if self._freezes == 1:
+            self.read_sites()
             self.frozen_ns = time.time_ns()
-        with self.must("the engine freezes the server"):
-            into = self.directory / f"frozen-{self.name}-{self.freezes}"
-            self.frozen: Frozen = self.engine.freeze(self.at, self.server, into)
+        with self.report.must("the engine freezes the server"):
+            into = self.directory / f"frozen-{self.name}-{self._freezes}"
+            self.frozen = self.engine.freeze(self.at, self.traffic.server, into)
 
-    def look_at_sites(self) -> None:
-        """Remember how the sites are before anything is done there; the first look counts."""
-        for role in self.sites:
+    def read_sites(self) -> None:
+        """Remember how the sites are before anything is done there; the first time counts."""
+        for role in self.topology.sites:
             if role not in self._surfaces:
                 self._surfaces[role] = read_surfaces(self.topology[role])
 
+    def place_order(self, replaces: Order | None = None, *, move_id: str = "") -> Order:
+        """Say what the translator is to do; it is undone in the end, done or not."""
+        usual = self.name if self._freezes == 1 else f"{self.name}-{self._freezes}"
+        self.order = Order(
+            move_id or usual, self.old, self.new,
+            self.topology["gateway"], self.topology[self.site.role],
+            tuple(self.traffic.views.values()), self.frozen.options, self.mode, replaces,
+            self.listeners,
+        )  # fmt: skip
+        self.orders.append(self.order)
+        return self.order
+
     def prepare(self, *, replaces: Order | None = None) -> None:
-        """The translator prepares gateway and destination, or moves on what *replaces* did."""
-        self.place_order(replaces)
-        with self.must("the translator prepares gateway and destination"):
+        """The translator prepares gateway and destination, or replaces what it did for a move."""
+        order = self.place_order(replaces)
+        with self.report.must("the translator prepares gateway and destination"):
             try:
-                self.translator.prepare(self.order)
+                self.translator.prepare(order)
             except TranslatorError as error:
                 self.refused = str(error) if error.code == RefusedError.exit_code else ""
                 raise
 
-    def place_order(self, replaces: Order | None = None) -> None:
-        """Say what the translator is to do; it is undone in the end, done or not."""
-        self.order = Order(
-            self.name if self.freezes == 1 else f"{self.name}-{self.freezes}",
-            self.old, self.new, self.topology["gateway"], self.topology[self.site.role],
-            tuple(self.views.values()), self.frozen.options, self.mode, replaces,
-            self.listeners,
-        )  # fmt: skip
-        self.orders.append(self.order)
+    def must_refuse(self, *reasons: str) -> bool:
+        """Whether the translator refuses the move beforehand; it must, giving all *reasons*.
+
+        One that does not refuse has prepared, and the scenario may go on with what follows.
+        """
+        order = self.place_order()
+        name = f"the move is refused, since {' and '.join(reasons)}"
+        try:
+            self.translator.prepare(order)
+        except NatkeepError as error:
+            code = getattr(error, "code", error.exit_code)
+            ok = code == RefusedError.exit_code and all(reason in str(error) for reason in reasons)
+            self.report.check(name, ok, str(error))
+            self.orders.remove(order)
+            self.refused = str(error) if ok else self.refused
+            return True
+        self.report.check(name, False, "it is not refused")
+        return False
 
     def restore(self) -> None:
         """The engine restores the server at the destination, opening on the way."""
         if not self.probe and self.engine.name != "repair":
-            lose_first_probe(self.topology["switch"], self.site.role)
-        with self.must("the engine restores the server"):
+            self.conditions.lose_first_probe(self.site.role)
+        with self.report.must("the engine restores the server"):
             opening = self.translator.opening(self.order)
             self.at = self.topology[self.site.role]
-            self.engine.restore(self.at, self.server, self.frozen, opening)
+            self.engine.restore(self.at, self.traffic.server, self.frozen, opening)
         self.note_restored()
 
     def note_restored(self) -> None:
@@ -213,122 +224,82 @@ class Lab(Speech, Terrain, Journey, Caller):
         self.restored_ns = time.time_ns()
         self.report.blackout_ms = (time.monotonic() - self._frozen_at) * 1000
 
-    def talk_on(self, *, exchanges: int = 10) -> None:
-        """Every connection carries as many exchanges again."""
-        start = [each["answered"] for each in self.client.fresh()["connections"]]
-        goal = [before + exchanges for before in start]
+    def move_on(self, site: Seat) -> None:
+        """The process moves on to *site*, and the gateway's translation is replaced."""
+        earlier = self.order
+        self.site, self.new = site, site.address(self.family)
+        self.freeze()
+        self.prepare(replaces=earlier)
+        self.restore()
+        with self.report.should("what is left of the earlier move is undone"):
+            self.translator.retire(earlier)
+        self.undone.append(earlier)
 
-        def talked(report: Traffic) -> bool:
-            got = [each["answered"] for each in report["connections"]]
-            return all(have >= want for have, want in zip(got, goal, strict=True))
+    def move_back(self) -> None:
+        """The process moves to where it came from; the translation ends when it exists there."""
+        self.freeze()
+        self.withdraw()
 
-        def decided(report: Traffic) -> bool:
-            alive = any(each["state"] == "open" for each in report["connections"])
-            return talked(report) or not alive
+    def withdraw(self) -> None:
+        """The frozen process is restored where it came from, and the translation ends."""
+        self.undone.append(self.order)
+        self.restore_at_source(self.translator.withdrawal(self.order))
 
-        name = "the connections carry on after the move"
-        with suppress(TrafficError):
-            self.client.wait(decided, f"{exchanges} more answers", within=patience(self.report))
-        report = self.client.fresh()
-        if not talked(report):
-            states = [f"{each['state']} after {each['answered']} answers"
-                      for each in report["connections"]]  # fmt: skip
-            self.report.assertions.append(Assertion(name, False, _counted(states)))
-            return
-        self.report.stall_ms = max(e["longest_silence_ms"] for e in report["connections"])
-        self.carried_on = True
-        self.report.assertions.append(Assertion(name, True, f"{exchanges} more answers on each"))
+    def restore_at_source(self, opening: Opening | None = None) -> None:
+        """The frozen process is restored where it came from; without *opening*, untranslated."""
+        # Unsent data may leave before the restore has ended, and be all there is to say: what
+        # the process sends from here on is after the move, since what is frozen sends nothing.
+        beginning = time.time_ns()
+        with self.report.must("the engine restores the server where it came from"):
+            self.at = self.topology[self.home.role]
+            opening = opening or Opening(lambda: None)
+            self.engine.restore(self.at, self.traffic.server, self.frozen, opening)
+        self.note_restored()
+        self.restored_ns = beginning
 
-    def finish(self) -> None:
-        """Stop talking; check octets, tuples, wires, and that teardown leaves nothing."""
-        if not self.carried_on:
-            raise StoryOver  # nothing arrives any more: what is left is to judge the wires
-        with suppress(LabError):  # what did not arrive is told by octets_agree
-            self.quiet()
-        self.check_ends()
-        self.conclude()
+    # The end
 
-    def check_ends(self) -> None:
-        """The octets at both ends, and their sockets' names."""
-        client, server = self.client.fresh(), self.server.application.fresh()
-        self.report.assertions += [
-            octets_agree(client, server, self.views),
-            sockets_agree(client, server, self.views),
-        ]
-        self.report.after += [str(tuple_of(each)) for each in client["connections"]]
-        self.report.octets = (sum_of(server, "rx"), sum_of(client, "rx"))
+    def finish(self, *, moved: bool = True) -> None:
+        """Stop talking; check octets and four-tuples, then `conclude`."""
+        self.traffic.check_ends()
+        self.conclude(moved=moved)
 
-    def conclude(self) -> None:
-        """Judge the wires and take the translation down; once."""
+    def conclude(self, *, moved: bool = True) -> None:
+        """Judge the captures and take the translation down; once.
+
+        moved: False for a process that never was anywhere else, which leaves nothing to take down.
+        """
         if self._concluded:
             return
         self._concluded = True
-        self._judge_wires()
-        self._teardown()
+        frames = self.captures.stop()
+        if moved:
+            self.report.assertions.append(self.captures.are_complete())
+        if self._surfaces:  # otherwise nothing was frozen
+            self._judge(self.sieve(frames), moved)
+        if moved and self.orders:
+            self._teardown()
 
-    # What the words are made of.
-
-    @property
-    def sites(self) -> tuple[str, ...]:
-        """The roles at which the translator works."""
-        beyond = (seat.role for seat in self.topology.seats if seat.network not in ("near", "old"))
-        return ("gateway", *beyond)
-
-    @contextmanager
-    def should(self, name: str) -> Iterator[None]:
-        """Assert that what is done inside succeeds; the story goes on even if not."""
-        began = time.monotonic()
-        try:
-            yield
-        except (NatkeepError, TrafficError) as error:
-            self.report.assertions.append(failure(name, error))
+    def _judge(self, frames: Frames, moved: bool) -> None:
+        report, kept = self.report, self._describe_kept()
+        peers, near = {at: frames[at] for at in self.peer_points}, {"near": frames["near"]}
+        far = {at: frames[at] for at in capture.beyond_gateway(self.topology)}
+        if moved:
+            report.assertions += wire_checks.judge_move(kept, peers, near, far)
         else:
-            took = (time.monotonic() - began) * 1000
-            self.report.assertions.append(Assertion(name, True, f"{took:.0f} ms"))
-
-    @contextmanager
-    def must(self, name: str) -> Iterator[None]:
-        """Like `should`, but without it the story is over."""
-        count = len(self.report.assertions)
-        with self.should(name):
-            yield
-        if not self.report.assertions[count].ok:
-            raise StoryOver
-
-    def _start(self, role: str, name: str, line: list[str]) -> Program:
-        return self.topology[role].start(name, *line)
-
-    def _settled(self) -> bool:
-        """Nothing is under way any more: each end has what the other end sent."""
-        client, server = self.client.fresh(), self.server.application.fresh()
-        agree = octets_agree(client, server, self.views).ok
-        return agree and handed_over(client) and handed_over(server)
-
-    def _judge_wires(self) -> None:
-        frames = self.tap.stop()
-        self.report.assertions.append(self.tap.captured_all())
-        if not self._surfaces:
-            return  # nothing was frozen
-        frames = self.sieve(frames)
-        kept = self._whats_kept()
-        far = capture.beyond_gateway(self.topology)
-        peers = {at: frames[at] for at in self.peer_points}
-        at_peers = sorted((f for each in peers.values() for f in each), key=lambda f: f.at_ns)
-        self.report.assertions += wire_checks.judge_wires(
-            kept, peers, {"near": frames["near"]}, {at: frames[at] for at in far}
-        )
+            report.assertions += wire_checks.judge_peers(kept, peers, {**peers, **near})
         if self.strangers:
-            self.report.assertions += wire_checks.judge_strangers(at_peers, kept, self.strangers)
-        if self.calls.made:
-            beyond = {at: frames[at] for at in far}
-            self.report.assertions += judge_calls(self.calls.made, peers, beyond, kept.news)
-        self.report.segments = wire_checks.count_segments(at_peers, kept)
-        self.report.resets = wire_checks.count_resets(at_peers, kept)
-        self.report.silence_ms = wire_checks.longest_silence_ms(at_peers, kept)
+            report.assertions += wire_checks.judge_others(peers, kept, self.strangers)
+        if self.new_connections.made:
+            report.assertions += judge_new(self.new_connections.made, peers, far, kept.news)
+        at_peers = wire_checks.in_order(peers)
+        report.segments = wire_checks.count_segments(at_peers, kept)
+        report.resets = wire_checks.count_resets(at_peers, kept)
+        report.silence_ms = wire_checks.longest_silence_ms(at_peers, kept)
 
-    def _whats_kept(self) -> wire_checks.Kept:
-        """What all parties' connections, moves and strangers come to."""
-        views = {peers: own for party in self.parties for peers, own in party.views.items()}
+    def _describe_kept(self) -> wire_checks.Kept:
+        """The connections, moves and strangers of all parties."""
+        views = {peers: own for each in self.parties for peers, own in each.traffic.views.items()}
         news: dict[Address, tuple[Address, ...]] = {party.old: () for party in self.parties}
         for order in self.orders:
             news[order.old] = (*news[order.old], order.new)
@@ -336,29 +307,15 @@ class Lab(Speech, Terrain, Journey, Caller):
             tuple(views), news,
             min(party.frozen_ns for party in self.parties if party.frozen_ns),
             max(party.restored_ns or 0 for party in self.parties) or None,
-            frozenset(each.source for each in self.strangers) | self.calls.callers,
+            frozenset(each.source for each in self.strangers) | self.new_connections.clients,
             tuple(views.values()), self.clean_from_ns,
         )  # fmt: skip
 
     def _teardown(self) -> None:
-        if not self.orders:
-            return
-        with self.should("teardown succeeds"):
+        with self.report.should("teardown succeeds"):
             for order in [each for each in reversed(self.orders) if each not in self.undone]:
                 self.translator.teardown(order)
         for role, before in self._surfaces.items():
             end_silence(self.topology[role])  # the engine's, where the process moved on
             left = difference(before, read_surfaces(self.topology[role]))
-            self.report.assertions.append(
-                Assertion(f"teardown leaves the {role} byte-identical", not left, left)
-            )
-
-
-def failure(name: str, error: Exception) -> Assertion:
-    """*name* does not hold, for the reason that *error* says (traffic adds a whole report)."""
-    return Assertion(name, False, str(error).partition("; last report:")[0][:600])
-
-
-def _counted(texts: Iterable[str]) -> str:
-    """`48 x open, 2 x reset`, the most frequent first."""
-    return ", ".join(f"{count} x {text}" for text, count in Counter(texts).most_common(4))
+            self.report.check(f"teardown leaves the {role} byte-identical", not left, left)

@@ -25,7 +25,7 @@ from natkeep.errors import UsageError
 from natkeep.lab import situations
 from natkeep.lab.capture import COMPLETE
 from natkeep.lab.lab import Lab
-from natkeep.lab.report import Report, tell_story
+from natkeep.lab.report import Report, render_report
 from natkeep.lab.scenario import keep_captures, perform
 from natkeep.lab.situations import SITUATIONS, Situation
 from natkeep.lab.topology import sweep
@@ -183,7 +183,7 @@ def judge(report: Report, refused: str, *, may_refuse: tuple[str, ...]) -> tuple
 
 def _keep(lab: Lab, directory: Path) -> None:
     keep_captures(lab, directory)
-    (directory / "report.txt").write_text(tell_story(lab.report) + "\n", encoding="utf-8")
+    (directory / "report.txt").write_text(render_report(lab.report) + "\n", encoding="utf-8")
 
 
 def _file_name(cell: Cell) -> str:

@@ -1,43 +1,32 @@
-"""the terrain: what stands on the way beside natkeep; firewalls, other NAT, settings, narrow paths.
+"""What other programs and operators install on the way: firewalls, other NAT, narrow paths, loss.
 
-    lab.gateway_tracks(); lab.strict_firewall(); lab.masquerading_table()      before `serve`
-    lab.conntrack_loose(0); lab.path_mtu("near"); lab.flush_conntrack("gateway")
+    lab.conditions.gateway_tracks(); lab.conditions.strict_firewall()      before the server starts
+    lab.conditions.path_mtu("near"); lab.conditions.flush_conntrack("gateway")
 
-Rule: everything here is what other programs and operators install; it never names natkeep's
-table, and is there before the lab looks at its surfaces, or is gone by itself.
+Rule: nothing here names natkeep's table; it is there before the lab reads its hosts' state, or is
+gone by itself.
 """
 
 from __future__ import annotations
 
-from typing import Protocol
+from collections.abc import Iterator
+from contextlib import contextmanager
 
-from natkeep.lab.host import Host, LabError
-from natkeep.lab.report import Assertion, Report
+from natkeep.lab.report import Report
 from natkeep.lab.topology import Topology, prefix, router
-from natkeep.plan.tuples import FourTuple
 
 NARROW = {4: 1000, 6: 1280}  # IPv6 knows nothing smaller
 _LOOSE = "/proc/sys/net/netfilter/nf_conntrack_tcp_loose"
-_SNMP = {4: ["/proc/net/snmp"], 6: ["/proc/net/snmp6"]}
 _BARE_SYN = "tcp flags & (fin | syn | rst | ack) == syn"
 
 
-class Standing(Protocol):
-    """What of a Lab these words need."""
+class Conditions:
+    """The conditions of one lab's network."""
 
-    topology: Topology
-    family: int
-    kept: tuple[FourTuple, ...]
-    report: Report
+    def __init__(self, topology: Topology, family: int, report: Report) -> None:
+        self.topology, self.family, self.report = topology, family, report
 
-    @property
-    def sites(self) -> tuple[str, ...]: ...
-
-
-class Terrain:
-    """The words; mixed into Lab."""
-
-    def gateway_tracks(self: Standing) -> None:
+    def gateway_tracks(self) -> None:
         """Any rule that asks conntrack makes the gateway know the connection from its SYN on."""
         self.topology["gateway"].nft(
             "add table inet tracking\n"
@@ -45,17 +34,17 @@ class Terrain:
             "add rule inet tracking c ct state established accept\n"
         )
 
-    def conntrack_loose(self: Standing, value: int) -> None:
+    def conntrack_loose(self, value: int) -> None:
         """Whether conntrack picks up connections whose SYN it has not seen; at every hop."""
         for role, host in self.topology.hosts.items():
             if role != "switch":
                 host.run("sh", "-c", f"echo {value} >{_LOOSE}")
 
-    def strict_firewall(self: Standing) -> None:
+    def strict_firewall(self) -> None:
         """Gateway and destination pass nothing but what conntrack knows, in all three hooks.
 
         New connections are let out of the client's network, or none would ever begin; errors
-        and neighbours are, or there would be no network.
+        and neighbour discovery pass, or there would be no network.
         """
         lines = ["add table inet strict"]
         for hook in ("input", "forward", "output"):
@@ -67,10 +56,10 @@ class Terrain:
                 f"add rule {chain} meta l4proto {{ icmp, icmpv6 }} accept",
             ]
         lines.append(f'add rule inet strict forward iifname "near" ct state new {_BARE_SYN} accept')
-        for role in self.sites:
+        for role in self.topology.sites:
             self.topology[role].nft("\n".join(lines) + "\n")
 
-    def masquerading_table(self: Standing) -> None:
+    def masquerading_table(self) -> None:
         """Another NAT table at the gateway, at exactly -100 and 100, masquerading its uplinks."""
         self.topology["gateway"].nft(
             "add table inet engine\n"
@@ -80,50 +69,58 @@ class Terrain:
             'add rule inet engine post oifname { "near", "far" } masquerade\n'
         )
 
-    def path_mtu(self: Standing, network: str) -> None:
-        """The router in front of *network* finds the path narrow, and says so to who sends."""
+    def path_mtu(self, network: str) -> None:
+        """The router in front of *network* finds the path narrow, and tells the sender so."""
         host, mtu = self.topology[router(network)], NARROW[self.family]
         route = f"{prefix(network, self.family)} dev downlink proto kernel mtu {mtu}"
         route += " metric 256" if self.family == 6 else ""  # the kernel's own, or it stays
         host.run("ip", f"-{self.family}", "route", "replace", *route.split())
 
-    def path_was_narrow(self: Standing, network: str) -> None:
+    def path_was_narrow(self, network: str) -> None:
         """Assert that the router has met packets that were too big, or nothing was shown."""
-        shown = self.topology[router(network)].run("cat", *_SNMP[self.family]).stdout
-        met = _read_counter(shown, self.family)
-        self.report.assertions.append(
-            Assertion("the narrow path was too narrow for some packets", met > 0, f"{met} packets")
+        file = "/proc/net/snmp" if self.family == 4 else "/proc/net/snmp6"
+        met = _read_frag_fails(self.topology[router(network)].run("cat", file).stdout, self.family)
+        self.report.check(
+            "the narrow path was too narrow for some packets", met > 0, f"{met} packets"
         )
 
-    def flush_conntrack(self: Standing, role: str) -> None:
+    def flush_conntrack(self, role: str) -> None:
         """`conntrack -F`, as others run it."""
-        if not self.kept:
-            raise LabError("nothing to forget yet")
         self.topology[role].run("conntrack", "-F")
 
+    @contextmanager
+    def loses(self, port: str, match: str) -> Iterator[None]:
+        """Meanwhile the switch loses what matches, of the frames from *port*."""
+        switch = self.topology["switch"]
+        switch.nft(
+            "add table netdev losing\n"
+            "add chain netdev losing c"
+            f" {{ type filter hook ingress device {port} priority 20; }}\n"
+            f"add rule netdev losing c {match} drop\n"
+        )
+        yield
+        switch.nft("delete table netdev losing\n")
 
-def _read_counter(shown: str, family: int) -> int:
-    """FragFails: packets that were to be forwarded and could not be fragmented."""
+    def lose_first_probe(self, port: str) -> None:
+        """The switch loses the first empty segment of each connection from *port*: CRIU's probe."""
+        lines = ["add table netdev lossy"]
+        for name, kind in (("seen4", "ipv4_addr"), ("seen6", "ipv6_addr")):
+            key = f"type {kind} . inet_service . inet_service"
+            lines.append(f"add set netdev lossy {name} {{ {key}; flags dynamic; size 65535; }}")
+        chain = f"{{ type filter hook ingress device {port} priority 10; }}"
+        lines.append(f"add chain netdev lossy c {chain}")
+        for ip, longest, seen in (("ip", 60, "seen4"), ("ip6", 40, "seen6")):
+            key = f"{ip} daddr . tcp sport . tcp dport"
+            empty = f"{ip} length <= {longest} tcp flags & (syn | fin | rst) == 0"
+            rule = "add rule netdev lossy c"
+            lines.append(f"{rule} {empty} {key} != @{seen} add @{seen} {{ {key} }} drop")
+        self.topology["switch"].nft("\n".join(lines) + "\n")
+
+
+def _read_frag_fails(shown: str, family: int) -> int:
+    """Packets that were to be forwarded and could not be fragmented."""
     lines = [line.split() for line in shown.splitlines()]
     if family == 6:
         return next(int(words[1]) for words in lines if words[0] == "Ip6FragFails")
     names, values = [words for words in lines if words[0] == "Ip:"]
     return int(values[names.index("FragFails")])
-
-
-def lose_first_probe(switch: Host, port: str) -> None:
-    """The switch loses the first empty segment of each connection from *port*: CRIU's probe."""
-    lines = [
-        "add table netdev lossy",
-        "add set netdev lossy seen4 { type ipv4_addr . inet_service . inet_service;"
-        " flags dynamic; size 65535; }",
-        "add set netdev lossy seen6 { type ipv6_addr . inet_service . inet_service;"
-        " flags dynamic; size 65535; }",
-        f"add chain netdev lossy c {{ type filter hook ingress device {port} priority 10; }}",
-    ]
-    for ip, longest, seen in (("ip", 60, "seen4"), ("ip6", 40, "seen6")):
-        key = f"{ip} daddr . tcp sport . tcp dport"
-        empty = f"{ip} length <= {longest} tcp flags & (syn | fin | rst) == 0"
-        rule = "add rule netdev lossy c"
-        lines.append(f"{rule} {empty} {key} != @{seen} add @{seen} {{ {key} }} drop")
-    switch.nft("\n".join(lines) + "\n")

@@ -1,14 +1,27 @@
-"""the verdict: assertions, the report of a run, and the story that is printed from it.
+"""The report of one run: assertions, figures, and the document and the text that show them.
 
-Rule: values and text only. What is asserted is decided by evidence.py and scenario.py.
+    report.check("the peer is heard", heard, "12 octets")
+    with report.should("natkeep repairs it"): ...     a NatkeepError inside fails the assertion
+    with report.must("the server is restored"): ...   and ends the scenario, by ScenarioOver
+
+Rule: values and text only; wire_checks.py and the scenarios decide what is asserted.
 """
 
 from __future__ import annotations
 
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+from natkeep.errors import NatkeepError
+
 SCHEMA = 1
+
+
+class ScenarioOver(Exception):
+    """An assertion failed without which the scenario cannot go on."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +67,44 @@ class Report:
     after: list[str] = field(default_factory=list)
     octets: tuple[int, int] = (0, 0)
 
+    def check(self, name: str, ok: object, detail: str = "") -> None:
+        """Assert *ok*."""
+        self.assertions.append(Assertion(name, bool(ok), detail))
+
+    def fail(self, name: str, error: Exception) -> None:
+        """*name* does not hold, for the reason that *error* gives (traffic adds a whole report)."""
+        self.check(name, False, str(error).partition("; last report:")[0][:600])
+
+    @contextmanager
+    def should(self, name: str) -> Iterator[None]:
+        """Assert that the block succeeds; the scenario goes on even if not."""
+        began = time.monotonic()
+        try:
+            yield
+        except NatkeepError as error:
+            self.fail(name, error)
+        else:
+            self.check(name, True, f"{(time.monotonic() - began) * 1000:.0f} ms")
+
+    @contextmanager
+    def must(self, name: str) -> Iterator[None]:
+        """Like `should`, but without it the scenario is over."""
+        count = len(self.assertions)
+        with self.should(name):
+            yield
+        if not self.assertions[count].ok:
+            raise ScenarioOver
+
+    @contextmanager
+    def must_fail(self, name: str, reason: str) -> Iterator[None]:
+        """Assert that the block raises a NatkeepError which gives *reason*."""
+        try:
+            yield
+        except NatkeepError as error:
+            self.check(name, reason in str(error), str(error)[:300])
+        else:
+            self.check(name, False, "it succeeded")
+
     @property
     def passed(self) -> bool:
         """Every assertion held, and there were any."""
@@ -79,8 +130,8 @@ class Report:
         }
 
 
-def tell_story(report: Report) -> str:
-    """What the peer saw, what was asserted, and where the translation happened."""
+def render_report(report: Report) -> str:
+    """The report as text: what the peer saw, what was asserted, where it was translated."""
     lines = [f"{report.scenario}: {report.title}", "", "What the peer saw"]
     lines += [f"  {label:<19}{text}" for label, text in _facts(report)]
     lines += ["", "Asserted, on the wires and in the applications"]

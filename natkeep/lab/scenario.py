@@ -1,10 +1,11 @@
-"""the storyteller: scenarios are files, each of which tells a Lab what happens.
+"""Scenarios: files, each of which describes one move and the network that it is made in.
 
     \"\"\"A server moves to another address; its client notices nothing.   (then the network)\"\"\"
     SETUP = {"family": 6}          # arguments of Lab, optional; an engine: it is for this one only
-    def tell(lab): lab.serve(); lab.dial(); lab.talk(); lab.move(); lab.talk_on(); lab.finish()
+    CONNECTIONS = 50               # optional; where there is no `tell`: see move_once
+    def tell(lab): lab.begin(); lab.move(); lab.traffic.talk_on(); lab.finish()
 
-Rule: a scenario always ends in a verdict, whatever goes wrong in it.
+Rule: a scenario always ends in a verdict, whatever fails in it.
 """
 
 from __future__ import annotations
@@ -13,14 +14,14 @@ import ast
 import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import natkeep
 from natkeep.errors import NatkeepError, UsageError
-from natkeep.lab.application import TrafficError
-from natkeep.lab.lab import Lab, StoryOver, failure
-from natkeep.lab.report import Report
+from natkeep.lab.lab import Lab
+from natkeep.lab.report import Report, ScenarioOver
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,13 +38,14 @@ class Scenario:
         return doc.splitlines()[0]
 
     def load(self) -> tuple[Callable[[Lab], None], dict[str, Any]]:
-        """Its `tell`, and its SETUP."""
+        """Its `tell`, or `move_once`, and its SETUP."""
         spec = importlib.util.spec_from_file_location(f"natkeep_scenario_{self.name}", self.path)
         assert spec is not None
         assert spec.loader is not None
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
-        return module.tell, getattr(module, "SETUP", {})
+        usual = partial(move_once, connections=getattr(module, "CONNECTIONS", 1))
+        return getattr(module, "tell", usual), getattr(module, "SETUP", {})
 
     def choose_engine(self, asked: str) -> str:
         """The engine to tell it with; UsageError if it is for another one than was *asked* for."""
@@ -51,6 +53,14 @@ class Scenario:
         if own == "auto" or asked in ("auto", own):
             return asked if own == "auto" else own
         raise UsageError(f"{self.name} is for --engine {own} only, not {asked}")
+
+
+def move_once(lab: Lab, *, connections: int) -> None:
+    """The scenario of a file that has no `tell`."""
+    lab.begin(connections=connections)
+    lab.move()
+    lab.traffic.talk_on()
+    lab.finish()
 
 
 def scenarios() -> list[Scenario]:
@@ -85,15 +95,15 @@ def perform(lab: Lab, tell: Callable[[Lab], None]) -> None:
     """Tell a story to its end, whatever goes wrong in it."""
     try:
         tell(lab)
-    except StoryOver:
+    except ScenarioOver:
         lab.conclude()
-    except (NatkeepError, TrafficError) as error:
-        lab.report.assertions.append(failure("the story is told to its end", error))
+    except NatkeepError as error:
+        lab.report.fail("the story is told to its end", error)
         lab.conclude()
 
 
 def keep_captures(lab: Lab, directory: Path) -> None:
     """Copy what was captured into *directory*."""
     directory.mkdir(parents=True, exist_ok=True)
-    for capture in lab.tap.captures.values():
+    for capture in lab.captures:
         (directory / capture.path.name).write_bytes(capture.path.read_bytes())

@@ -114,6 +114,12 @@ class Topology:
     def __getitem__(self, role: str) -> Host:
         return self.hosts[role]
 
+    @property
+    def sites(self) -> tuple[str, ...]:
+        """The roles at which a translator works: the gateway and what is beyond it."""
+        beyond = (seat.role for seat in self.seats if seat.network not in ("near", "old"))
+        return ("gateway", *beyond)
+
     def defer(self, undo: Callable[..., object], *args: object) -> None:
         """Have *undo* called when the lab ends, before what was deferred earlier."""
         self._stack.callback(undo, *args)
@@ -203,7 +209,7 @@ class Topology:
             "for f in /proc/sys/net/bridge/bridge-nf-call-*; do"
             " if [ -e $f ]; then echo 0 >$f; fi; done\n"
         )
-        guarded = [s for s in self.seats if s.network not in ("near", "old")]
+        guarded = [s for s in self.seats if s.role in self.sites]
         spoofs = [s for s in self.seats if s.network == "old"]
         return quiet + _batch(links) + _heredoc("nft -f -", anti_spoof(guarded, spoofs))
 

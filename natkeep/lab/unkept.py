@@ -1,11 +1,11 @@
-"""the lost ends: connections of a server that no move can keep, and what becomes of their ends.
+"""Connections of a server that no move can keep, and what becomes of their ends.
 
-    lost = LostEnds(lab)          two peers on the source, and a server that dials somebody deaf
-    lost.speak(); lost.hang("…")  one of the peers speaks; for a while nothing happens to anybody
-    lost.are_told()               every end, also who was silent, has had its reset
-    lost.judge_resets()           the wires: each reset is for an end's very tuple, and in sequence
+    unkept = UnkeptEnds(lab)        two peers on the source, and a server that dials a deaf port
+    unkept.speak(); unkept.hang("…")  one of the peers sends; for a while no end hears anything
+    unkept.are_reset()              every end, also the silent one
+    unkept.check_resets()           each reset is for an end's very tuple, and in sequence
 
-Rule: as stage.py: what fails becomes an assertion, never a traceback.
+Rule: as lab.py: what fails becomes an assertion, never a traceback.
 """
 
 from __future__ import annotations
@@ -13,12 +13,10 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable
 
-from natkeep.lab.application import Application, TrafficError, all_open
+from natkeep.lab.application import Application, TrafficError, all_open, tuple_of
 from natkeep.lab.application import Report as Traffic
 from natkeep.lab.capture import RST, Frame, Segment
-from natkeep.lab.ends import tuple_of
-from natkeep.lab.lab import PORT, Lab
-from natkeep.lab.report import Assertion
+from natkeep.lab.lab import Lab
 from natkeep.lab.topology import CLIENT
 from natkeep.plan.tuples import Endpoint, FourTuple
 
@@ -34,7 +32,7 @@ add rule inet lab_deaf input tcp dport {port} drop
 """
 
 
-class LostEnds:
+class UnkeptEnds:
     """The peers on the source (one speaks, one is silent), and the server's own call."""
 
     def __init__(self, lab: Lab) -> None:
@@ -45,11 +43,11 @@ class LostEnds:
         ]
         lab.topology["client"].nft(_DEAF.format(port=DEAF_PORT))
         target = str(Endpoint(CLIENT.address(lab.family), DEAF_PORT))
-        lab.server.application.do({"open": target})
+        lab.traffic.process.do({"open": target})
         self.tuples = [tuple_of(peer.fresh()["connections"][0]) for peer in self.peers]
         [self.call] = [
             tuple_of(each)
-            for each in lab.server.application.fresh()["connections"]
+            for each in lab.traffic.process.fresh()["connections"]
             if each["peer"] == target
         ]
         # The usual judgement is about what is kept.
@@ -60,7 +58,7 @@ class LostEnds:
 
     def _dial(self, name: str, source: str | None) -> Application:
         peer = Application(self.lab.directory / name)
-        line = peer.dial_line(str(Endpoint(self.lab.old, PORT)), source=source)
+        line = peer.dial_line(str(self.lab.server_endpoint), source=source)
         self.lab.topology["source"].start(name, *line)
         peer.wait(all_open(1), "connected")
         peer.do({"push": 512})
@@ -76,27 +74,27 @@ class LostEnds:
         states = [""]
         while time.monotonic() < deadline:
             states = [
-                self._state(peer.fresh(), t)
+                str(_find(peer.fresh(), t)["state"])
                 for peer, t in zip(self.peers, self.tuples, strict=True)
             ]
             if self.lab.restored_ns is not None:
-                states.append(self._state(self.lab.server.application.fresh(), self.call))
+                states.append(str(_find(self.lab.traffic.process.fresh(), self.call)["state"]))
             if set(states) - {"open", "connecting"}:
                 break
             time.sleep(0.05)
         ok = not set(states) - {"open", "connecting"}
-        self.lab.report.assertions.append(Assertion(name, ok, ", ".join(states)))
+        self.lab.report.check(name, ok, ", ".join(states))
 
-    def are_told(self) -> None:
+    def are_reset(self) -> None:
         """Each end's application has its error: ECONNRESET, and the call ECONNREFUSED."""
-        process = self.lab.server.application
+        process = self.lab.traffic.process
         for peer, tuple_ in zip(self.peers, self.tuples, strict=True):
             for who, application, own in (
                 ("peer", peer, tuple_), ("process", process, tuple_.reply()),
             ):  # fmt: skip
-                with self.lab.should(f"{tuple_}: the {who} is told at once"):
+                with self.lab.report.should(f"{tuple_}: the {who} is told at once"):
                     self._await_error(application, own, "ECONNRESET", _TOLD_S)
-        with self.lab.should(f"{self.call}: the process, which dials, is told"):
+        with self.lab.report.should(f"{self.call}: the process, which dials, is told"):
             self._await_error(process, self.call, "ECONNREFUSED", _DIALS_AGAIN_S)
 
     def _await_error(
@@ -107,10 +105,7 @@ class LostEnds:
         if error != wanted:
             raise TrafficError(f"it ended with {error}")
 
-    def _state(self, report: Traffic, own: FourTuple) -> str:
-        return str(_find(report, own)["state"])
-
-    def judge_resets(self) -> None:
+    def check_resets(self) -> None:
         """What carries RST on both hosts' lo is for a lost end, and begins where that one waits.
 
         What the process says at the destination is answered before it comes to lo; where it waits
@@ -130,14 +125,13 @@ class LostEnds:
             judged = [s for s in resets if s.tuple in wanted]
             wrong = [f"{s.tuple} {s.seq}" for s in judged if s.seq != _awaited(s, said[point])]
             detail = f"{len(resets)} resets, for {len(told)} ends"
-            self.lab.report.assertions += [
-                Assertion(f"{point}: every lost end gets a reset", wanted <= told, detail),
-                Assertion(f"{point}: and nobody else does", not foreign, ", ".join(foreign)),
-                Assertion(f"{point}: each is in sequence", not wrong, ", ".join(wrong)),
-            ]
+            check = self.lab.report.check
+            check(f"{point}: every lost end gets a reset", wanted <= told, detail)
+            check(f"{point}: and nobody else does", not foreign, ", ".join(foreign))
+            check(f"{point}: each is in sequence", not wrong, ", ".join(wrong))
 
     def _segments(self, point: str, until_ns: float = float("inf")) -> list[Segment]:
-        frames = self.lab.tap.captures[point].frames()
+        frames = self.lab.captures[point].frames()
         return [frame.segment for frame in frames if frame.segment and frame.at_ns < until_ns]
 
     def _carries_old(self, segment: Segment) -> bool:

@@ -1,12 +1,12 @@
-"""the proof: what the captured frames say about the kept connections, as assertions.
+"""What the captured frames say about the kept connections, as assertions that can fail.
 
-Rule: pure; frames and four-tuples in, `Assertion`s out, and each of them can fail. Four-tuples
-run from the peer to the process, as the peer sees them.
+Rule: pure; frames and four-tuples in, assertions out. Four-tuples run from the peer to the
+process, as the peer sees them.
 
-What must never step back at the peer, exactly: in the order of capture, for each direction of
-each kept connection, the acknowledgement number and the timestamp value; and at the end the
-sequence numbers that were seen must have no hole. A retransmission is legitimate TCP: its
-sequence number is old, but it acknowledges and is stamped anew.
+What must never step back at the peer, in the order of capture, for each direction of each kept
+connection: the acknowledgement number and the timestamp value; and at the end the sequence
+numbers must have no hole. A retransmission is legitimate TCP: its sequence number is old, but it
+acknowledges and is stamped anew.
 """
 
 from __future__ import annotations
@@ -52,29 +52,47 @@ class Kept:
 Points = Mapping[str, Sequence[Frame]]
 
 
-def judge_wires(kept: Kept, peers: Points, near: Points, far: Points) -> list[Assertion]:
-    """Everything that the wires say; *peers* are captures at the peers' own interfaces."""
-    at_peers = sorted((f for frames in peers.values() for f in frames), key=lambda f: f.at_ns)
+def in_order(points: Points) -> list[Frame]:
+    """All frames of several captures by their time."""
+    return sorted((f for frames in points.values() for f in frames), key=lambda f: f.at_ns)
+
+
+def judge_move(kept: Kept, peers: Points, near: Points, far: Points) -> list[Assertion]:
+    """Everything about a process that moved; *peers* are captures at the peers' own interfaces."""
+    here = judge_peers(kept, peers, {**peers, **near, **far})
     return [
         no_old_address(far, kept),
-        tuple_unchanged(at_peers, kept),
-        no_reset({**peers, **near, **far}, kept),
-        no_new_path(at_peers, kept),
+        *here[:3],
         only_kept_ports({**peers, **near}, far, kept),
-        *(steps(at_peers, kept) for steps in (acks_advance, timestamps_advance, no_hole)),
+        *here[3:],
     ]
 
 
-def judge_strangers(
-    at_peers: Sequence[Frame], kept: Kept, strangers: Sequence[FourTuple]
-) -> list[Assertion]:
-    """What others have to do with the destination is as it was; *strangers* from their peers."""
+def judge_peers(kept: Kept, peers: Points, everywhere: Points) -> list[Assertion]:
+    """What has to be so whether the process moved or not."""
+    at_peers = in_order(peers)
+    return [
+        tuple_unchanged(at_peers, kept),
+        no_reset(everywhere, kept),
+        no_new_path(at_peers, kept),
+        *numbers_advance(at_peers, kept),
+    ]
+
+
+def numbers_advance(at_peers: Sequence[Frame], kept: Kept) -> list[Assertion]:
+    """Acknowledgements, timestamps and sequence numbers."""
+    return [check(at_peers, kept) for check in (acks_advance, timestamps_advance, no_hole)]
+
+
+def judge_others(peers: Points, kept: Kept, strangers: Sequence[FourTuple]) -> list[Assertion]:
+    """Others' connections to the destination go on as before; *strangers* from their peers."""
+    at_peers = in_order(peers)
     others = Kept(tuple(strangers), {}, kept.frozen_ns, kept.restored_ns)
     resets = count_resets(at_peers, others)
     found = [
         tuple_unchanged(at_peers, others),
         Assertion("no reset", not resets, f"{resets} segments"),
-        *(steps(at_peers, others) for steps in (acks_advance, timestamps_advance, no_hole)),
+        *numbers_advance(at_peers, others),
     ]
     return [replace(each, name=f"others' connections: {each.name}") for each in found]
 

@@ -16,7 +16,7 @@ from scapy.layers.l2 import ARP, Ether
 from scapy.packet import Packet
 from scapy.utils import wrpcap
 
-from natkeep.lab.capture import ACK, PSH, Frame, Wiretap, beyond_gateway, points, read_frames
+from natkeep.lab.capture import ACK, PSH, Captures, Frame, beyond_gateway, points, read_frames
 from natkeep.lab.topology import THIRD, USUAL, Topology
 from natkeep.plan.tuples import Endpoint, FourTuple
 
@@ -127,13 +127,13 @@ SEND = (
 @pytest.mark.lab
 def test_a_capture_has_every_packet_that_was_sent_before_it_ended():
     with Topology() as lab:
-        tap = Wiretap(lab, lab.directory)
+        tap = Captures(lab, {})
         lab["client"].run(sys.executable, "-c", SEND)
         frames = tap.stop()
         sent = [f for f in frames["destination"] if "UDP" in f.summary and "ICMP" not in f.summary]
 
         assert len(sent) == 500
-        assert tap.captured_all().ok
+        assert tap.are_complete().ok
 
 
 @pytest.mark.root
@@ -141,9 +141,9 @@ def test_a_capture_has_every_packet_that_was_sent_before_it_ended():
 def test_an_empty_capture_is_no_evidence():
     with Topology() as lab:
         # Hosts may speak of themselves at any time (ARP, MLD), but not to themselves.
-        tap = Wiretap(lab, lab.directory, {"idle": ("client", "lo")})
+        tap = Captures(lab, {"idle": ("client", "lo")})
         tap.stop()
-        flaws = tap.captured_all()
+        flaws = tap.are_complete()
 
         assert not flaws.ok
         assert "idle: no packet at all" in flaws.detail
@@ -153,10 +153,10 @@ def test_an_empty_capture_is_no_evidence():
 @pytest.mark.lab
 def test_a_capture_with_drops_is_no_evidence():
     with Topology() as lab:
-        tap = Wiretap(lab, lab.directory)
+        tap = Captures(lab, {})
         lab["client"].run(sys.executable, "-c", SEND)
         tap.stop()
-        tap.captures["client"].dropped = 1
+        tap["client"].dropped = 1
 
-        assert "1 packets dropped" in tap.captured_all().detail
-        assert not tap.captured_all().ok
+        assert "1 packets dropped" in tap.are_complete().detail
+        assert not tap.are_complete().ok

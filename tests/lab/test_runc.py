@@ -75,7 +75,7 @@ class ByDefaultFile(Runc):
 def spy_on_hook(monkeypatch, directory: Path) -> Path:
     """Have the hook note, at post-restore, in which network namespace and with what it runs."""
     seen = directory / "seen"
-    plain = Natkeep._hook
+    plain = Natkeep.hook
 
     def hook(translator):
         script = directory / "spy"
@@ -90,7 +90,7 @@ def spy_on_hook(monkeypatch, directory: Path) -> Path:
         script.chmod(0o755)
         return script
 
-    monkeypatch.setattr(Natkeep, "_hook", hook)
+    monkeypatch.setattr(Natkeep, "hook", hook)
     return seen
 
 
@@ -115,20 +115,20 @@ class ByHook(Natkeep):
     """The gateway by command; the destination by the hook, which finds NEW for itself."""
 
     def prepare(self, order):
-        self._call(
+        self.call(
             "prepare", order.id, "--map", f"{order.old}={order.new}",
             "--site", f"gateway={order.gateway.name}", *order.options,
         )  # fmt: skip
 
     def opening(self, order):
-        environment = {**self._environment(), "NATKEEP_MAP": f"{order.old}=auto"}
-        return Opening(lambda: None, self._hook(), environment)
+        environment = {**self.environment, "NATKEEP_MAP": f"{order.old}=auto"}
+        return Opening(lambda: None, self.hook(), environment)
 
     def teardown(self, order):
         """Where the hook ran: it names its site by a pid of that pid namespace."""
         for journal in (self.directory / "natkeep-state").glob("*.journal"):
             command = inside(order.destination, *natkeep_command())
-            environment = {**os.environ, **self._environment()}
+            environment = {**os.environ, **self.environment}
             subprocess.run([*command, "teardown", journal.stem, "--yes"], check=True,
                            capture_output=True, env=environment)  # fmt: skip
 
@@ -142,12 +142,10 @@ def test_the_hook_prepares_for_a_container_whose_address_nobody_knew(monkeypatch
     monkeypatch.setitem(TRANSLATORS, "natkeep", ByHook)
 
     with Lab("container", engine="runc") as lab:
-        lab.serve()
-        lab.dial(connections=4)
-        lab.talk()
+        lab.begin(connections=4)
         lab.move()
-        lab.translator._call("open", lab.order.id)
-        lab.talk_on()
+        lab.translator.call("open", lab.order.id)
+        lab.traffic.talk_on()
         lab.finish()
 
     judge(lab.report, "runc")
@@ -165,8 +163,8 @@ def test_a_checkpoint_that_fails_says_why_in_the_words_of_criu():
         plain = runc._images
         patch.setattr(runc, "_images", lambda into: plain(into)[:-1])
         with pytest.raises(EngineError, match="consider using --tcp-established"):
-            lab.engine.freeze(lab.at, lab.server, lab.directory / "refused")
-        lab.talk()
+            lab.engine.freeze(lab.at, lab.traffic.server, lab.directory / "refused")
+        lab.traffic.talk()
 
 
 def test_what_runc_runs(tmp_path):

@@ -13,7 +13,7 @@ import pytest
 from natkeep.lab import engines, scenario
 from natkeep.lab.engine import EngineError
 from natkeep.lab.engines.criu import find_criu
-from natkeep.lab.report import SCHEMA, Assertion, Report, tell_story
+from natkeep.lab.report import SCHEMA, Assertion, Report, render_report
 from natkeep.lab.scenario import Scenario, find_scenario, scenarios
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -207,7 +207,7 @@ def test_the_story_ends_with_the_tuple_and_the_verdict():
         "name", engine="criu", translator="natkeep", old="10.2.0.10", new="10.3.0.20",
         assertions=[Assertion("something", True)], before=["a > b"], after=["a > b"],
     )  # fmt: skip
-    lines = tell_story(report).splitlines()
+    lines = render_report(report).splitlines()
 
     assert lines[-1] == "engine criu: four-tuple a > b unchanged; verdict: pass"
     assert any("OLD⇄NEW" in line for line in lines[-7:])

@@ -5,12 +5,12 @@ from __future__ import annotations
 import pytest
 
 from natkeep.kernel.linux import LinuxKernel
-from natkeep.lab.application import Application, all_in, all_open, faults, received
+from natkeep.lab.application import Application, all_in, all_open, faults, received, tuple_of
 from natkeep.lab.capture import RST
-from natkeep.lab.ends import tuple_of
-from natkeep.lab.lab import PORT, Lab
+from natkeep.lab.lab import Lab
 from natkeep.lab.scenario import find_scenario, perform
 from natkeep.lab.topology import CLIENT
+from natkeep.lab.traffic_words import PORT
 from natkeep.lab.translators import Natkeep
 from natkeep.lifecycle.verbs import Lifecycle
 from natkeep.plan.move import Fate, Map, Mode, Move, Role, Site
@@ -66,7 +66,7 @@ class Losing(Natkeep):
             order.id, (Map(order.old, order.new),), sites, Mode(order.mode), self.listeners,
             unkept=Fate.RESET, lost=Connections.of(self.lost),
         )  # fmt: skip
-        state = StateDirectory(self._environment()["NATKEEP_STATE_DIR"], create=True)
+        state = StateDirectory(self.environment["NATKEEP_STATE_DIR"], create=True)
         Lifecycle(LinuxKernel(), state).prepare(move, Connections.of(order.connections))
 
 
@@ -82,7 +82,7 @@ def test_peers_on_a_wire_are_told_at_the_gateway_and_may_come_again(family, mode
         lab.serve()
         others = dial_two(lab, "others", origin)
         lab.dial()
-        lab.talk()
+        lab.traffic.talk()
         lost = tuple(tuple_of(each) for each in others.fresh()["connections"])
         lab.translator.lost = lost
         lab.translator.listeners = (Endpoint(lab.old, PORT),)
@@ -92,7 +92,7 @@ def test_peers_on_a_wire_are_told_at_the_gateway_and_may_come_again(family, mode
         assert all_open(2)(others.fresh())
         lab.restore()
         others.wait(all_in("reset", 2), "to be told", within=1.0)
-        process = [e for e in lab.server.application.fresh()["connections"] if is_one(e, lost)]
+        process = [e for e in lab.traffic.process.fresh()["connections"] if is_one(e, lost)]
         told.extend(each["error"] for each in (*others.fresh()["connections"], *process))
         beyond = Connections.of(lost).toward(lab.new)  # who comes again is translated
         lab.sieve = lambda frames: without(frames, (*lost, *beyond))
@@ -100,7 +100,7 @@ def test_peers_on_a_wire_are_told_at_the_gateway_and_may_come_again(family, mode
         again.do({"push": 4096})
         again.wait(received(4608), "an answer in full")
         assert faults(again.fresh()) == []
-        lab.talk_on()
+        lab.traffic.talk_on()
         lab.finish()
         judge(lab, lost)
 
@@ -134,7 +134,7 @@ def without(frames, tuples):
 
 def judge(lab, lost):
     """On the wire: a reset for each lost peer, exactly where it waits, and for nobody else."""
-    frames = {at: capture.frames() for at, capture in lab.tap.captures.items()}
+    frames = {capture.point: capture.frames() for capture in lab.captures}
     segments = [f.segment for f in frames["client"] if f.segment]
     # A second question finds nobody any more, and is answered by the peer's own kernel.
     own = set(lost)

@@ -47,7 +47,7 @@ FAR = tuple(
 
 
 def failing(at_peer=AT_PEER, far=FAR, kept=KEPT) -> list[str]:
-    found = wire_checks.judge_wires(kept, {"client": at_peer}, {"near": at_peer}, {"far": far})
+    found = wire_checks.judge_move(kept, {"client": at_peer}, {"near": at_peer}, {"far": far})
     return [each.name for each in found if not each.ok]
 
 
@@ -56,7 +56,7 @@ def test_a_good_move_passes_every_assertion():
 
 
 def test_without_traffic_nothing_is_proved():
-    found = wire_checks.judge_wires(KEPT, {"client": ()}, {"near": ()}, {"far": ()})
+    found = wire_checks.judge_move(KEPT, {"client": ()}, {"near": ()}, {"far": ()})
 
     assert [each.name for each in found if each.ok] == []
 
@@ -161,9 +161,7 @@ def test_a_peer_beyond_the_gateway_may_say_old_until_it_is_there():
 
 def test_connections_of_others_are_judged_by_themselves():
     lost = (*AT_PEER[:5], frame(220, IN.reply(), 510, flags=RST))
-    others = [
-        [each.name for each in wire_checks.judge_strangers(seen, KEPT, [IN]) if not each.ok]
-        for seen in (AT_PEER, lost)
-    ]
+    found = [wire_checks.judge_others({"client": seen}, KEPT, [IN]) for seen in (AT_PEER, lost)]
+    others = [[each.name for each in some if not each.ok] for some in found]
 
     assert others == [[], ["others' connections: no reset"]]

@@ -1,24 +1,27 @@
-"""the situations of the correctness matrix: what a move meets, each told once.
+"""The situations of the correctness matrix: what a move meets on its way.
 
     @situation(5, "client closes first")
     def client_closes_first(lab: Lab) -> None: ...
 
-Rule: a situation is told with the lab's words and knows neither the translator nor the mode; it
-is told alike to natkeep and to the baselines. One that a translator refuses beforehand ends with
-that refusal (`lab.refused`), which the matrix shows as "refused" and never as a failure.
-The numbers are the issue's; the registry is read by matrix.py.
+Rule: a situation knows neither the translator nor the mode; it is the same for natkeep and for
+the baselines. One that a translator refuses beforehand ends with that refusal (`lab.refused`),
+which the matrix shows as "refused" and never as a failure.
+matrix.py reads the registry. Numbers like H1 and T8 are those of the issue that asked for them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from natkeep.lab.lab import Lab
+from natkeep.lab.lab import Lab
+from natkeep.lab.topology import THIRD, USUAL, Seat
 
-Tell = Callable[["Lab"], None]
+Tell = Callable[[Lab], None]
+THREE_HOSTS = {"seats": (*USUAL, THIRD)}
+SECOND_CLIENT = Seat("client2", "near", 3)
+TWO_CLIENTS = {"seats": (*USUAL, SECOND_CLIENT)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,3 +54,10 @@ def situation(number: int, name: str, **options: Any) -> Callable[[Tell], Tell]:
         return tell
 
     return register
+
+
+def usual_end(lab: Lab) -> None:
+    """The server moves, the connections carry on, and all is judged."""
+    lab.move()
+    lab.traffic.talk_on()
+    lab.finish()

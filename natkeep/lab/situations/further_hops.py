@@ -1,4 +1,4 @@
-"""the situations of more than one hop: the process moves on, or back to where it came from.
+"""More than one hop: the process moves on, or back to where it came from.
 
 The gateway's translation is replaced, never stacked: afterwards its ruleset says nothing of the
 host that was left, and no packet in between met neither translation, nor both (point T26). The
@@ -9,23 +9,20 @@ from __future__ import annotations
 
 from natkeep.lab.host_state import difference, read_surfaces
 from natkeep.lab.lab import Lab
-from natkeep.lab.report import Assertion
-from natkeep.lab.situations import situation
-from natkeep.lab.topology import THIRD, USUAL, Address
-
-THREE_HOSTS = {"seats": (*USUAL, THIRD)}
+from natkeep.lab.situations import THREE_HOSTS, situation
+from natkeep.lab.topology import THIRD, Address
 
 
 @situation(21, "moved on", setup=THREE_HOSTS)
 def moved_on(lab: Lab) -> None:
     """From A to B, and from there to C."""
-    _talk(lab)
+    lab.begin(connections=3)
     lab.move()
-    lab.talk_on()
+    lab.traffic.talk_on()
     left = lab.new
     lab.move_on(THIRD)
-    lab.talk_on()
-    _forgotten(lab, left)
+    lab.traffic.talk_on()
+    _check_forgotten(lab, left)
     lab.finish()
 
 
@@ -38,19 +35,16 @@ def moved_on_by_criu(lab: Lab) -> None:
 @situation(21, "moved back")
 def moved_back(lab: Lab) -> None:
     """From A to B, and home again: nothing is translated any more, and the client talks on."""
-    _talk(lab)
+    lab.begin(connections=3)
     gateway = lab.topology["gateway"]
     before = read_surfaces(gateway)
     lab.move()
-    lab.talk_on()
+    lab.traffic.talk_on()
     lab.move_back()
-    lab.talk_on()
+    lab.traffic.talk_on()
     left = difference(before, read_surfaces(gateway))
-    lab.report.assertions.append(
-        Assertion(
-            "the gateway is as it was before the move, while the client talks", not left, left
-        )
-    )
+    name = "the gateway is as it was before the move, while the client talks"
+    lab.report.check(name, not left, left)
     lab.finish()
 
 
@@ -63,29 +57,22 @@ def moved_back_by_criu(lab: Lab) -> None:
 @situation(21, "moved on and back", setup=THREE_HOSTS)
 def moved_on_and_back(lab: Lab) -> None:
     """From A to B, to C, and home."""
-    _talk(lab)
+    lab.begin(connections=3)
     lab.move()
-    lab.talk_on()
+    lab.traffic.talk_on()
     lab.move_on(THIRD)
-    lab.talk_on()
+    lab.traffic.talk_on()
     lab.move_back()
-    lab.talk_on()
-    _forgotten(lab, lab.new)
+    lab.traffic.talk_on()
+    _check_forgotten(lab, lab.new)
     lab.finish()
 
 
-def _talk(lab: Lab) -> None:
-    lab.serve()
-    lab.dial(connections=3)
-    lab.talk()
-
-
-def _forgotten(lab: Lab, left: Address) -> None:
+def _check_forgotten(lab: Lab, left: Address) -> None:
     """The gateway's ruleset and its connection table say nothing of the host that was left."""
     gateway = lab.topology["gateway"]
-    family = f"ipv{lab.family}"
     said = gateway.run("nft", "list", "ruleset").stdout
-    known = gateway.run("conntrack", "-L", "-f", family, check=False).stdout
+    known = gateway.run("conntrack", "-L", "-f", f"ipv{lab.family}", check=False).stdout
     lines = [line.strip() for line in (said + known).splitlines() if str(left) in line]
     name = "the gateway has forgotten the host that was left"
-    lab.report.assertions.append(Assertion(name, not lines, "; ".join(lines[:3])))
+    lab.report.check(name, not lines, "; ".join(lines[:3]))

@@ -1,4 +1,4 @@
-"""the situations of a gateway that translates already: a published port, a masqueraded client.
+"""A gateway that translates already: a published port, a masqueraded client.
 
 Its own rules stay as they are; of the kept connections' entries natkeep changes nothing but OLD
 into NEW. The peer goes on to see what was published, the process what it saw of the peer.
@@ -8,15 +8,12 @@ from __future__ import annotations
 
 from functools import partial
 
-from natkeep.lab.application import Application, all_open
-from natkeep.lab.ends import tuple_of
-from natkeep.lab.lab import PORT, Lab
-from natkeep.lab.situations import situation
-from natkeep.lab.topology import THIRD, USUAL, address
+from natkeep.lab.lab import Lab
+from natkeep.lab.situations import THREE_HOSTS, situation, usual_end
+from natkeep.lab.topology import THIRD, address
 from natkeep.plan.tuples import Endpoint
 
 PUBLISHED, CONNECTIONS = 8080, 3
-THREE_HOSTS = {"seats": (*USUAL, THIRD)}
 translating = partial(situation, may_refuse=("stateless",))
 
 
@@ -24,17 +21,17 @@ translating = partial(situation, may_refuse=("stateless",))
 def published(lab: Lab) -> None:
     """The peer talks to VIP:8080, which the gateway turns into OLD:5000."""
     _connect(lab, _publish(lab))
-    _move(lab)
-    lab.finish()
+    usual_end(lab)
 
 
 @translating(16, "a published port, moved on", probes=(True,), setup=THREE_HOSTS)
 def published_moved_on(lab: Lab) -> None:
     """What the first move took over, the second takes over from it."""
     _connect(lab, _publish(lab))
-    _move(lab)
+    lab.move()
+    lab.traffic.talk_on()
     lab.move_on(THIRD)
-    lab.talk_on()
+    lab.traffic.talk_on()
     lab.finish()
 
 
@@ -42,9 +39,10 @@ def published_moved_on(lab: Lab) -> None:
 def published_moved_back(lab: Lab) -> None:
     """The gateway's own translation is as it was."""
     _connect(lab, _publish(lab))
-    _move(lab)
+    lab.move()
+    lab.traffic.talk_on()
     lab.move_back()
-    lab.talk_on()
+    lab.traffic.talk_on()
     lab.finish()
 
 
@@ -58,9 +56,8 @@ def masqueraded(lab: Lab) -> None:
         " masquerade to :20000-20999\n"
     )
     lab.settle()
-    _connect(lab, Endpoint(lab.old, PORT))
-    _move(lab)
-    lab.finish()
+    _connect(lab, lab.server_endpoint)
+    usual_end(lab)
 
 
 def _publish(lab: Lab) -> Endpoint:
@@ -75,29 +72,12 @@ def _publish(lab: Lab) -> Endpoint:
         "add table inet published\n"
         "add chain inet published pre { type nat hook prerouting priority dstnat; }\n"
         f"add rule inet published pre {ip} daddr {vip.address} tcp dport {vip.port}"
-        f" dnat {ip} to {Endpoint(lab.old, PORT)}\n"
+        f" dnat {ip} to {lab.server_endpoint}\n"
     )
     return vip
 
 
 def _connect(lab: Lab, target: Endpoint) -> None:
     lab.serve()
-    _dial_one_by_one(lab, target)
-    lab.talk()
-
-
-def _move(lab: Lab) -> None:
-    lab.move()
-    lab.talk_on()
-
-
-def _dial_one_by_one(lab: Lab, target: Endpoint) -> None:
-    """So that one knows which of the process's connections is which of the client's."""
-    lab.client, server = Application(lab.directory / "dial"), lab.server.application
-    lab.topology["client"].start("dial", *lab.client.dial_line(str(target)))
-    for count in range(1, CONNECTIONS + 1):
-        if count > 1:
-            lab.client.do({"open": None})
-        for each in (lab.client, server):
-            each.wait(all_open(count), f"connected, {count}")
-    lab.keep(tuple_of(each).reply() for each in server.fresh()["connections"])
+    lab.traffic.dial_one_by_one(lab.topology["client"], target, CONNECTIONS)
+    lab.traffic.talk()

@@ -1,4 +1,4 @@
-"""the situations of half-closed connections, frozen and restored by the real CRIU.
+"""Half-closed connections, frozen and restored by the real CRIU.
 
 CRIU walks a restored socket to its state with segments of its own, through lo, marked 0xC114:
 the gate must let them pass, conntrack must not learn the connection from them the wrong way
@@ -10,15 +10,13 @@ connection ends as connections do.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from functools import partial
 
 from natkeep.lab.application import Report
 from natkeep.lab.host import Host, await_true
 from natkeep.lab.lab import Lab
 from natkeep.lab.situations import situation
-from natkeep.lab.traffic_words import patience
 from natkeep.plan.tuples import FourTuple
 
 MUCH = 100_000
@@ -28,43 +26,47 @@ half_closed = partial(situation, engine="criu", probes=(True,))
 @half_closed(12, "CLOSE_WAIT")
 def close_wait(lab: Lab) -> None:
     """The client has closed its side; the process goes on sending."""
-    _talk_then_pause(lab)
-    lab.client_closes()
-    _move_in(lab, "CLOSE-WAIT")
-    lab.server_sends(MUCH)
+    lab.begin(pause=True)
+    lab.traffic.client_closes()
+    _freeze_in(lab, "CLOSE-WAIT")
+    lab.prepare()
+    lab.restore()
+    lab.traffic.server_sends(MUCH)
     _end(lab)
 
 
 @half_closed(12, "FIN_WAIT2")
 def fin_wait_2(lab: Lab) -> None:
     """The process has closed its side; the client goes on sending."""
-    _talk_then_pause(lab)
-    lab.server_closes()
-    _move_in(lab, "FIN-WAIT-2")
-    lab.client_sends(MUCH)
+    lab.begin(pause=True)
+    lab.traffic.server_closes()
+    _freeze_in(lab, "FIN-WAIT-2")
+    lab.prepare()
+    lab.restore()
+    lab.traffic.client_sends(MUCH)
     _end(lab)
 
 
 @half_closed(12, "FIN_WAIT1")
 def fin_wait_1(lab: Lab) -> None:
     """The process has closed its side, and its FIN has not arrived yet."""
-    _talk_then_pause(lab)
+    lab.begin(pause=True)
     with _fin_is_lost(lab):
-        lab.server.application.do("shutdown_write")
+        lab.traffic.process.do("shutdown_write")
         _freeze_in(lab, "FIN-WAIT-1")
     lab.prepare()
     lab.restore()
-    lab.client_sends(MUCH)
+    lab.traffic.client_sends(MUCH)
     _end(lab)
 
 
 @half_closed(12, "LAST_ACK")
 def last_ack(lab: Lab) -> None:
     """The client has closed its side, then the process; its FIN has not arrived yet."""
-    _talk_then_pause(lab)
-    lab.client_closes()
+    lab.begin(pause=True)
+    lab.traffic.client_closes()
     with _fin_is_lost(lab):
-        lab.server.application.do("shutdown_write")
+        lab.traffic.process.do("shutdown_write")
         _freeze_in(lab, "LAST-ACK")
     lab.prepare()
     lab.restore()
@@ -74,28 +76,15 @@ def last_ack(lab: Lab) -> None:
 @half_closed(12, "CLOSING")
 def closing(lab: Lab) -> None:
     """Both have closed their sides at the same time; the process's FIN has not arrived yet."""
-    _talk_then_pause(lab)
+    lab.begin(pause=True)
     with _fin_is_lost(lab):
-        lab.server.application.do("shutdown_write")
+        lab.traffic.process.do("shutdown_write")
         _await_state(lab, "FIN-WAIT-1")
-        lab.client.do("shutdown_write")
+        lab.traffic.client.do("shutdown_write")
         _freeze_in(lab, "CLOSING")
     lab.prepare()
     lab.restore()
     _end(lab)
-
-
-def _talk_then_pause(lab: Lab) -> None:
-    lab.serve()
-    lab.dial()
-    lab.talk()
-    lab.quiet()
-
-
-def _move_in(lab: Lab, state: str) -> None:
-    _freeze_in(lab, state)
-    lab.prepare()
-    lab.restore()
 
 
 def _freeze_in(lab: Lab, state: str) -> None:
@@ -104,8 +93,8 @@ def _freeze_in(lab: Lab, state: str) -> None:
 
 
 def _await_state(lab: Lab, state: str) -> None:
-    """The kernel's word for the process's socket; the application's own is not as fine."""
-    (kept,) = lab.views.values()
+    """By what the kernel says of the process's socket; the application's own is not as fine."""
+    (kept,) = lab.traffic.views.values()
     await_true(lambda: tcp_state(lab.at, kept.reply()) == state, f"the socket to be in {state}")
 
 
@@ -116,32 +105,23 @@ def tcp_state(host: Host, connection: FourTuple) -> str:
     return next((row[0] for row in rows if row[3:5] == wanted), "")
 
 
-@contextmanager
-def _fin_is_lost(lab: Lab) -> Iterator[None]:
+def _fin_is_lost(lab: Lab) -> AbstractContextManager[None]:
     """The switch loses what the source sends with FIN."""
-    switch = lab.topology["switch"]
-    switch.nft(
-        "add table netdev nofin\n"
-        "add chain netdev nofin c"
-        f" {{ type filter hook ingress device {lab.home.role} priority 20; }}\n"
-        "add rule netdev nofin c tcp flags & fin == fin drop\n"
-    )
-    yield
-    switch.nft("delete table netdev nofin\n")
+    return lab.conditions.loses(lab.home.role, "tcp flags & fin == fin")
 
 
 def _end(lab: Lab) -> None:
     """Both sides close what is open, both see it, and neither kernel has a connection left."""
-    server = lab.server.application
-    with lab.must("the connection ends properly at both ends"):
-        for each in (lab.client, server):
+    client, process = lab.traffic.client, lab.traffic.process
+    with lab.report.must("the connection ends properly at both ends"):
+        for each in (client, process):
             each.do("shutdown_write")
-        for each in (lab.client, server):
-            each.wait(_all_done, "for the end", within=patience(lab.report))
-        (kept,) = lab.views.values()
+        for each in (client, process):
+            each.wait(_all_done, "for the end", within=lab.traffic.patience_s)
+        (kept,) = lab.traffic.views.values()
         for host, own in ((lab.topology["client"], kept), (lab.at, kept.reply())):
             await_true(partial(_is_gone, host, own), f"the end of {own} in the kernel")
-    lab.carried_on = True
+    lab.traffic.carried_on = True
     lab.finish()
 
 

@@ -1,4 +1,4 @@
-"""the situations of neighbours: peers that are no gateway away, and others that NEW serves.
+"""Peers with no gateway on their way, and others that NEW serves.
 
 A peer on the destination itself reaches OLD over lo from then on, without a translation; one
 that stays behind on the source host can be reached by no means, and is refused beforehand
@@ -9,19 +9,18 @@ from __future__ import annotations
 
 import time
 from contextlib import suppress
+from dataclasses import replace
 from functools import partial
 
-from natkeep.lab.application import Application, all_open, answered
-from natkeep.lab.ends import octets_agree, tuple_of
+from natkeep.lab.application import Application, all_open, answered, octets_agree, tuple_of
 from natkeep.lab.host import LabError, await_true
-from natkeep.lab.lab import PORT, Lab
+from natkeep.lab.lab import Lab
 from natkeep.lab.report import Assertion
-from natkeep.lab.situations import situation
-from natkeep.lab.topology import CLIENT, USUAL, Seat
+from natkeep.lab.situations import SECOND_CLIENT, TWO_CLIENTS, situation, usual_end
+from natkeep.lab.topology import CLIENT, Seat
+from natkeep.lab.traffic_words import PORT
 from natkeep.plan.tuples import Endpoint, FourTuple
 
-SECOND_CLIENT = Seat("client2", "near", 3)
-TWO_CLIENTS = {"seats": (*USUAL, SECOND_CLIENT)}
 LOOPBACK = {4: "127.0.0.1:0", 6: "[::1]:0"}
 OTHERS_PORT, KEPT_PORT = 42_000, 40_000
 
@@ -34,12 +33,12 @@ def peer_at_destination(lab: Lab) -> None:
     lab.peer_points = ["destination", "lo"]
     lab.serve()
     lab.dial(role="destination", connections=3)
-    lab.talk()
+    lab.traffic.talk()
     lab.freeze()
     lab.prepare()
     lab.clean_from_ns = time.time_ns()  # until then OLD was elsewhere, and addressed by its peer
     lab.restore()
-    lab.talk_on()
+    lab.traffic.talk_on()
     lab.finish()
 
 
@@ -60,11 +59,11 @@ def peer_is_loopback(lab: Lab) -> None:
 
 
 def _refuse(lab: Lab, reason: str) -> None:
-    lab.talk()
+    lab.traffic.talk()
     lab.freeze()
     if not lab.must_refuse(reason):
         lab.restore()
-        lab.talk_on()
+        lab.traffic.talk_on()
     lab.finish()
 
 
@@ -72,17 +71,14 @@ def _refuse(lab: Lab, reason: str) -> None:
 def mixed(lab: Lab) -> None:
     """What can be kept is kept, although the image has connections that cannot."""
     lab.serve()
-    neighbours = []
     for name, source in (("old", None), ("loopback", LOOPBACK[lab.family])):
-        neighbours.append(Application(lab.directory / name))
-        line = neighbours[-1].dial_line(str(Endpoint(lab.old, PORT)), source=source)
+        neighbour = Application(lab.directory / name)
+        line = neighbour.dial_line(str(lab.server_endpoint), source=source)
         lab.topology["source"].start(name, *line)
-        neighbours[-1].wait(all_open(1), "connected")
+        neighbour.wait(all_open(1), "connected")
     lab.dial(connections=3)
-    lab.talk()
-    lab.move()
-    lab.talk_on()
-    lab.finish()
+    lab.traffic.talk()
+    usual_end(lab)
 
 
 @situation(22, "NEW serves the same port to others", setup=TWO_CLIENTS)
@@ -90,12 +86,10 @@ def others_at_new(lab: Lab) -> None:
     """The same client host, with other ports, and another one; all the while they talk."""
     lab.settle()
     others = _Others(lab)
-    lab.serve()
-    lab.dial(connections=3, source=str(Endpoint(CLIENT.address(lab.family), KEPT_PORT)))
-    lab.talk()
+    lab.begin(connections=3, source=str(Endpoint(CLIENT.address(lab.family), KEPT_PORT)))
     others.talk_on("before")
     lab.move()
-    lab.talk_on()
+    lab.traffic.talk_on()
     others.talk_on("after")
     others.end()
     lab.finish()
@@ -106,14 +100,12 @@ def same_tuple_at_new(lab: Lab) -> None:
     """The same client host with the same port: of the two only one could be told from the other."""
     lab.settle()
     others = _Others(lab, KEPT_PORT)
-    lab.serve()
-    lab.dial(source=str(Endpoint(CLIENT.address(lab.family), KEPT_PORT)))
-    lab.talk()
+    lab.begin(source=str(Endpoint(CLIENT.address(lab.family), KEPT_PORT)))
     lab.freeze()
-    (kept,) = lab.kept
+    (kept,) = lab.traffic.kept
     if not lab.must_refuse(str(FourTuple(kept.source, Endpoint(lab.new, PORT)))):
         lab.restore()
-        lab.talk_on()
+        lab.traffic.talk_on()
     others.talk_on("after")
     lab.finish()
 
@@ -142,7 +134,7 @@ class _Others:
     def talk_on(self, when: str) -> None:
         for client in self.clients:
             more = 10 + max(each["answered"] for each in client.fresh()["connections"])
-            with self.lab.should(f"others at NEW are served {when} the move"):
+            with self.lab.report.should(f"others at NEW are served {when} the move"):
                 client.wait(answered(more), "10 more answers each")
 
     def end(self) -> None:
@@ -152,9 +144,7 @@ class _Others:
             with suppress(LabError):
                 await_true(partial(self._agrees, client), "it all to arrive")
             found = self._agree(client)
-            self.lab.report.assertions.append(
-                Assertion(f"others at NEW: {found.name}", found.ok, found.detail)
-            )
+            self.lab.report.assertions.append(replace(found, name=f"others at NEW: {found.name}"))
 
     def _agrees(self, client: Application) -> bool:
         return self._agree(client).ok
