@@ -1,4 +1,4 @@
-"""the gauges: what could grow from move to move, read as numbers, and judged at the end.
+"""What could grow from move to move, read as numbers, and judged at the end.
 
     book = Book(); book.note({"gateway: nft objects": 0, …}); …; book.assertions()
 
@@ -36,7 +36,7 @@ BOUNDS = {
     # conntrack picks kept connections up again in the moment in which their entries have been
     # deleted and the rules have not; a row for each, once, which the next move purges.
     "conntrack rows": 12,
-    # init, the application, who looks, and programs that are just ending
+    # init, the application, the one that reads this, and programs that are just ending
     "processes": 8,
 }
 """By the last words of a gauge's name, what it may show at most."""

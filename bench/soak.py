@@ -1,4 +1,4 @@
-"""the soak: one server moves on and on, while several peers talk to it and everything is counted.
+"""The soak: one server moves on and on, while several peers talk to it and everything is counted.
 
     python -m bench.soak --minutes 20          (or --migrations 12; --family 4|6)
 
@@ -80,7 +80,7 @@ TALKS = (
 )
 """Of each peer's connections, in bytes: chats, and bulk whose queues are not empty at a freeze."""
 
-_HEARD_WITHIN_S = 20.0  # a peer's pauses double while nobody answers, and the machine may be busy
+_HEARD_WITHIN_S = 20.0  # a peer's pauses double, and the machine may be busy
 
 
 class Metered(Natkeep):
@@ -254,7 +254,7 @@ class Soak:
         self.book.note(gauges.read_self())
 
     def end(self, *, patience: float = _HEARD_WITHIN_S) -> list[Assertion]:
-        """Nobody asks any more; what arrived within so many seconds, and what grew."""
+        """The peers ask nothing more; what arrived within so many seconds, and what grew."""
         for peer, _ in self.peers.values():
             peer.do("quiet")
         # What did not arrive is told by octets_agree; a server that is frozen tells nothing new.

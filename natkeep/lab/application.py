@@ -1,4 +1,4 @@
-"""the lab's side of traffic.py: start lines, commands, reports and waiting with a deadline.
+"""The lab's side of traffic.py: start lines, commands, reports and waiting with a deadline.
 
     serve = Application(tmp / "serve")
     process = Popen(["ip", "netns", "exec", "web", *serve.serve_line("10.2.0.10:80")])
@@ -78,7 +78,7 @@ class Application:
     def command(self, *items: Item) -> int:
         """Replace the orders and return their number at once; see traffic.py for the items.
 
-        Orders that nobody has read yet are lost; `do` waits, and so never loses any.
+        Orders that were not read yet are lost; `do` waits, and so never loses any.
         """
         self._seq += 1
         self._replace("command", json.dumps({"seq": self._seq, "do": items}))

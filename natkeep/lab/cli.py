@@ -1,4 +1,4 @@
-"""the lab's door: `natkeep lab list`, `natkeep lab run` and `natkeep lab matrix`.
+"""The verbs `natkeep lab list`, `natkeep lab run` and `natkeep lab matrix`.
 
 Rule: parse, call scenario.py or matrix.py, print, return the exit code; 0 only for a verdict of
 pass. natkeep's own cli imports this file only for `natkeep lab`, and turns errors and signals into
@@ -121,7 +121,7 @@ def _run(args: argparse.Namespace) -> int:
 
 
 def _matrix(args: argparse.Namespace) -> int:
-    from natkeep.lab import matrix, tally
+    from natkeep.lab import matrix, matrix_table
 
     selection = matrix.Selection(
         tuple(args.only), tuple(args.translator), tuple(args.mode), tuple(args.family)
@@ -138,16 +138,16 @@ def _matrix(args: argparse.Namespace) -> int:
             print(f"{ended}/{len(runs)} {outcome.verdict:<7} {outcome.cell}", file=sys.stderr)
 
     outcomes = matrix.run(runs, jobs=args.jobs, report=args.report, tell=tell)
-    counted = tally.count(
+    table = matrix_table.make_table(
         cells, outcomes, reps=args.reps, jobs=args.jobs, seconds=time.monotonic() - began
     )
-    document, text = dumps(counted.as_json(), indent=2, ensure_ascii=False), counted.as_text()
+    document, text = dumps(table.as_json(), indent=2, ensure_ascii=False), table.as_text()
     if args.report:
         args.report.mkdir(parents=True, exist_ok=True)
         (args.report / "matrix.json").write_text(document + "\n", encoding="utf-8")
         (args.report / "matrix.txt").write_text(text + "\n", encoding="utf-8")
     print(document if args.json else text)
-    return 0 if counted.passed else 1
+    return 1 if table.failed else 0
 
 
 def require_tools(*more: str) -> None:

@@ -1,11 +1,11 @@
-"""the surfaces: everything that a translation could leave behind at a site, as text.
+"""The state of a host: everything that a translation could leave behind there, as text.
 
 Rule: what is compared is what a person would look at: nft's ruleset, addresses, routes, policy
 rules, and every readable sysctl of the network namespace. Only what changes by itself is left
 out: `-s` leaves out what counters count.
 
 Two looks: `read_surfaces` at a host of a lab, where a server and its peers live on; and
-`read_all_surfaces` at a namespace where nobody talks, with what these would change by themselves:
+`read_all_surfaces` at a namespace without traffic, with what traffic would change by itself:
 the connection table, processes, and who holds the namespace.
 """
 
@@ -44,7 +44,7 @@ _QUIET_LOOKS = {
 }
 _MARK = "=== "
 
-# What runs down, and how often somebody looks just now.
+# Time-outs that run down, and reference counts.
 _PASSING = re.compile(r"(?<=\d) +\d+(?= [A-Z]| src=)| use=\d+")
 
 

@@ -1,16 +1,16 @@
-"""the network state of a live TCP connection: frozen, as a value, and re-created elsewhere.
+"""The network state of a live TCP connection: frozen, as a value, and created again elsewhere.
 
-For whoever moves a connection without its process. It needs Linux, CAP_NET_ADMIN over the network
+It moves a connection without its process. It needs Linux, CAP_NET_ADMIN over the network
 namespace, and no more than Python's standard library: this file also works alone, copied away.
 
 At the source:                                      At the destination, in the right namespace:
 
     # nothing may reach the socket or leave it       # the local address is local here
-    sock = take_socket(pid, fd)   # or your own      state = SocketState.from_json(value)
-    state = freeze(sock)                             sock = recreate(state)
-    value = state.to_json()                          # open the network, then one of
-    sock.close()           # silent: no FIN, no RST  leave_repair(sock)          # as CRIU does
-    # or, to take it all back: thaw(sock, state)     leave_repair_silently(sock)
+    state = freeze(sock)                             state = SocketState.from_json(value)
+    value = state.to_json()                          sock = recreate(state)
+    sock.close()           # silent: no FIN, no RST  # open the network, then one of
+    # or, to take it all back: thaw(sock, state)     leave_repair(sock)          # as CRIU does
+                                                     leave_repair_silently(sock)
 
 Rule: a socket in repair is not mute. It acknowledges what arrives, and what it acknowledges after
 `freeze` is lost; and its timers run: unacknowledged data is sent again, at the destination one
@@ -25,21 +25,22 @@ again), ECN, urgent data. Refused: listening and half-made connections, TIME-WAI
 the kernel, link-local addresses.
 
 Unsent data (accepted by the kernel, not yet on the wire) is given to the socket after it has left
-repair, by the leave_ functions. CRIU leaves repair for a moment while it re-creates the socket, so
-these octets are on the wire some 25 ms before anybody has opened a gate for them, and a dropped
-first segment costs a retransmission time-out. Feeding them within repair would be no better: the
-kernel counts whatever is written there as sent, and would find out one time-out later.
+repair, by the leave_ functions. CRIU leaves repair for a moment while it creates the socket, so
+these octets are on the wire some 25 ms before a gate is opened for them, and a dropped first
+segment costs a retransmission time-out. Feeding them within repair would be no better: the
+kernel counts what is written there as sent, and would find out one time-out later.
 
 States other than ESTABLISHED are reached as CRIU reaches them: our own FIN by shutdown() within
 repair, which emits nothing; what the peer did by a forged segment from the peer through `lo`
 with mark 0xC114, which a gate lets pass. The kernel may answer that segment with an ACK.
+
+Size: over 400 lines, because one interpreter has to run it without a package beside it.
 """
 
 from __future__ import annotations
 
 import base64
 import contextlib
-import ctypes
 import errno
 import fcntl
 import ipaddress
@@ -87,7 +88,6 @@ _INFO_TIMESTAMPS, _INFO_SACK, _INFO_WINDOW_SCALE = 1, 2, 4
 
 _SNDBUFFORCE, _RCVBUFFORCE, _BUF_LOCK = 32, 33, 72
 _SIOCINQ, _SIOCOUTQ, _SIOCOUTQNSD = 0x541B, 0x5411, 0x894B
-_SYS_PIDFD_GETFD = 438
 _IPPROTO_MPTCP = 262
 _MAXSEG_MAX = 32767
 
@@ -251,43 +251,6 @@ class RepairSocket(socket.socket):
     in_repair: bool
 
 
-# Taking sockets ---------------------------------------------------------------------------
-
-
-def take_socket(pid: int, fd: int) -> socket.socket:
-    """A descriptor of our own for a socket of a live process (Linux 5.6, ptrace rights).
-
-    Both share one connection: stop the process first, and end it before the copy is closed.
-    """
-    pidfd = os.pidfd_open(pid)
-    try:
-        libc = ctypes.CDLL(None, use_errno=True)
-        taken = libc.syscall(_SYS_PIDFD_GETFD, pidfd, fd, 0)
-        if taken < 0:
-            code = ctypes.get_errno()
-            raise KernelError(f"descriptor {fd} of process {pid}: {os.strerror(code)}")
-    finally:
-        os.close(pidfd)
-    return socket.socket(fileno=taken)
-
-
-def sockets_of(pid: int) -> tuple[int, ...]:
-    """The descriptors of a process that are TCP connections; one for each, however often dup'ed."""
-    found, seen = [], set()
-    for fd in sorted(int(name) for name in os.listdir(f"/proc/{pid}/fd")):
-        try:
-            target = os.readlink(f"/proc/{pid}/fd/{fd}")
-        except FileNotFoundError:
-            continue  # closed in the meantime
-        if not target.startswith("socket:") or target in seen:
-            continue
-        seen.add(target)
-        with take_socket(pid, fd) as sock, contextlib.suppress(OSError):
-            if sock.proto == socket.IPPROTO_TCP and sock.getpeername():
-                found.append(fd)
-    return tuple(found)
-
-
 # Freezing ---------------------------------------------------------------------------------
 
 
@@ -426,7 +389,7 @@ def _peek(sock: socket.socket, queue: int, length: int) -> bytes:
 def _read_buffers(sock: socket.socket) -> Buffers:
     try:
         lock = sock.getsockopt(socket.SOL_SOCKET, _BUF_LOCK)
-    except OSError:  # before Linux 5.14: nobody can tell, so leave the kernel free to adapt
+    except OSError:  # before Linux 5.14 it is not told, so leave the kernel free to adapt
         lock = 0
     send = sock.getsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF)
     return Buffers(send, sock.getsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF), lock)

@@ -1,4 +1,4 @@
-"""the application that is migrated, and its peer: every octet numbered, steered through files.
+"""The application that is migrated, and its peer: every octet numbered, steered through files.
 
 Rule: one script of the standard library, started by path (`python3 -I -S …/traffic.py serve …`),
 so that CRIU has little to dump and a bare host little to provide. It must never hold a control
@@ -41,8 +41,8 @@ ITEM         "OPERATION" or {"OPERATION": ARGUMENT, "only": [index, …]}   (els
     open null        dial one more (--to), or {"open": "ADDR:PORT"} in either role
     mark             begin to measure silence anew
     freeze "PATH"    close the listeners, put every connection into repair, write PATH, do nothing
-                     more until `thaw` or SIGKILL (which then is silent: no FIN, no RST). Whoever
-                     sends it has shut the network first: a socket in repair goes on to acknowledge.
+                     more until `thaw` or SIGKILL (which then is silent: no FIN, no RST). The
+                     network must be shut before: a socket in repair goes on to acknowledge.
     thaw             take a freeze back
     accept_every MS  take at most one waiting connection in MS milliseconds; 0: all at once
     exit             close everything and end
@@ -313,7 +313,7 @@ class Connection:
 
     def fail(self, error: OSError) -> None:
         name = errno.errorcode.get(error.errno or 0, str(error.errno))
-        # EPIPE is what a write says after a reset that nobody has read yet.
+        # EPIPE is what a write says after a reset that was not read yet.
         states = {"ECONNRESET": "reset", "EPIPE": "reset", "ETIMEDOUT": "timeout"}
         self.end(states.get(name, "failed"))
         self.error = name
@@ -391,7 +391,7 @@ class Process:
         self.listeners: list[socket.socket] = []
         self.listening: list[str] = []
         self.accept_every_s = 0.0
-        self.resting: list[socket.socket] = []  # listeners that accept nobody just now
+        self.resting: list[socket.socket] = []  # listeners that do not accept just now
         self.connections: list[Connection] = []
         self.frozen: list[tuple[Connection, Any]] = []  # with the state that tcp_repair.py read
         self.phase = "running"
@@ -620,7 +620,7 @@ class Process:
         repair = load_repair()
         self.do_accept_every(0)
         for listener in self.listeners:
-            self.accept(listener)  # whoever waits to be accepted would be reset
+            self.accept(listener)  # what waits to be accepted would be reset
         try:
             for connection in self.connections:
                 if connection.sock is not None and has_state(connection.sock):

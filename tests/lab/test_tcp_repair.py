@@ -12,7 +12,6 @@ import json
 import socket
 import struct
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -448,43 +447,6 @@ def test_both_sides_closed_comes_to_its_end(network: Network) -> None:
 
 
 # A process that holds an accepted connection, and says when
-HOLDER = """
-import socket, sys
-listener = socket.create_server(("127.0.0.1", 5000))
-print("listening", flush=True)
-connection, _ = listener.accept()
-duplicate = connection.dup()
-connection.sendall(b"ready")
-sys.stdin.read()
-"""
-
-
-@root
-def test_the_socket_of_a_live_process_outlives_it(netns: str) -> None:
-    """Taken by pidfd, frozen, re-created here; the peer notices nothing of the kill."""
-    with subprocess.Popen(
-        ["ip", "netns", "exec", netns, sys.executable, "-I", "-c", HOLDER],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-    ) as holder:
-        assert holder.stdout is not None
-        holder.stdout.readline()
-        with inside(open_namespace(netns)):
-            client = socket.create_connection(("127.0.0.1", 5000), timeout=PATIENCE)
-            assert read_exactly(client, 5) == b"ready"
-            (fd,) = tcp_repair.sockets_of(holder.pid)
-            taken = tcp_repair.take_socket(holder.pid, fd)
-            state = tcp_repair.freeze(taken)
-            holder.kill()
-            holder.wait()
-            taken.close()
-            moved = tcp_repair.recreate(state)
-        tcp_repair.leave_repair(moved)
-        moved.settimeout(PATIENCE)
-
-    assert_talks(moved, client)
-
-
 @root
 def test_without_the_old_address_the_error_says_so(network: Network) -> None:
     for family, command in [("IPv4", "/32 dev lo"), ("IPv6", "/128 dev lo nodad")]:

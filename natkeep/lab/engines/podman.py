@@ -1,4 +1,4 @@
-"""the engine `podman`: a container of podman, checkpointed into an archive and restored from it.
+"""The engine `podman`: a container of podman, checkpointed into an archive and restored from it.
 
     host source                                               host destination
     podman run --network ns:PATH                              podman container restore --import

@@ -1,4 +1,4 @@
-"""the engine `runc`: the application is a container, checkpointed and restored by runc.
+"""The engine `runc`: the application is a container, checkpointed and restored by runc.
 
     host source                                           host destination
     bundle: config.json, rootfs   ── runc checkpoint ──►  bundle: the same, but for the paths of

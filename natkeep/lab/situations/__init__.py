@@ -42,6 +42,12 @@ class Situation:
     setup: dict[str, Any] = field(default_factory=dict)
     may_refuse: tuple[str, ...] = ()
 
+    def is_called(self, word: str) -> bool:
+        """Whether *word* is its number, or is in its name."""
+        if word.isdigit():
+            return self.number == int(word)
+        return word.lower() in self.name.lower()
+
 
 SITUATIONS: list[Situation] = []
 

@@ -1,4 +1,4 @@
-"""the tally: what the cells of the matrix came to, as a table, as a document, and as an exit code.
+"""The outcomes of the matrix, as a table, as a document, and as an exit code.
 
     situation                                   natkeep stateful …
                                                 sent  lost
@@ -35,15 +35,15 @@ class Square:
         return sum(1 for each in self.outcomes if each.verdict == verdict)
 
     @property
-    def good(self) -> bool:
-        """Nothing failed."""
-        return not self.count("fail")
-
-    @property
     def reasons(self) -> list[str]:
         """Why runs failed, the most frequent first."""
         found = Counter(each.reason for each in self.outcomes if each.verdict == "fail")
         return [reason for reason, _ in found.most_common()]
+
+    @property
+    def retaken(self) -> int:
+        """How many runs were no evidence."""
+        return sum(each.retaken for each in self.outcomes)
 
     def __str__(self) -> str:
         if not self.outcomes:
@@ -68,13 +68,13 @@ class Square:
             "passed": self.count("pass"),
             "refused": self.count("refused"),
             "reasons": self.reasons,
-            "retaken": sum(each.retaken for each in self.outcomes),
+            "retaken": self.retaken,
             "seconds": round(sum(each.seconds for each in self.outcomes), 1),
         }
 
 
 @dataclass(slots=True)
-class Tally:
+class Table:
     """All squares in the order of the table."""
 
     squares: list[Square]
@@ -83,10 +83,15 @@ class Tally:
     seconds: float
 
     @property
-    def passed(self) -> bool:
-        """Whether natkeep kept, or rightly refused, all that was tried."""
+    def failed(self) -> list[Square]:
+        """Those of natkeep's in which a run failed."""
         ours = [each for each in self.squares if each.cell.column.translator == "natkeep"]
-        return all(each.good for each in ours)
+        return [each for each in ours if each.count("fail")]
+
+    @property
+    def verdict(self) -> str:
+        """`pass` if natkeep kept, or rightly refused, all that was tried."""
+        return "fail" if self.failed else "pass"
 
     def groups(self) -> dict[str, list[Square]]:
         """The squares of each group of columns."""
@@ -99,7 +104,7 @@ class Tally:
         """The document."""
         return {
             "schema": SCHEMA,
-            "verdict": "pass" if self.passed else "fail",
+            "verdict": self.verdict,
             "reps": self.reps,
             "jobs": self.jobs,
             "seconds": round(self.seconds, 1),
@@ -111,36 +116,28 @@ class Tally:
         """The table, and what is to be said below it."""
         runs = sum(len(each.outcomes) for each in self.squares)
         played = sum(1 for each in self.squares if each.outcomes)
-        lines = [*_table(self.squares), "", *_totals(self.groups())]
-        failed = [each for each in self.squares if not each.good]
-        ours = [each for each in failed if each.cell.column.translator == "natkeep"]
-        if ours:
+        lines = [*_render_table(self.squares), "", *_render_totals(self.groups())]
+        if self.failed:
             lines += ["", "natkeep failed:"]
-            lines += [f"  {each.cell}: {_short(each.reasons[0])}" for each in ours]
-        retaken = sum(each.retaken for square in self.squares for each in square.outcomes)
-        if retaken:
+            lines += [f"  {each.cell}: {_short(each.reasons[0])}" for each in self.failed]
+        if retaken := sum(square.retaken for square in self.squares):
             lines += ["", f"{retaken} more were no evidence (a capture missed frames): run again"]
         lines += [
             "",
             f"{played} cells, {runs} runs, {self.jobs} at once, in {self.seconds / 60:.1f} min; "
-            f"verdict: {'pass' if self.passed else 'fail'}",
+            f"verdict: {self.verdict}",
         ]
         return "\n".join(lines)
 
 
-def count(
+def make_table(
     cells: Iterable[Cell], outcomes: Iterable[Outcome], *, reps: int, jobs: int, seconds: float
-) -> Tally:
+) -> Table:
     """Sort *outcomes* into their places."""
-    squares = [Square(cell) for cell in cells]
-    places = {_place(square.cell): square for square in squares}
+    squares = {str(cell): Square(cell) for cell in cells}
     for outcome in outcomes:
-        places[_place(outcome.cell)].outcomes.append(outcome)
-    return Tally(squares, reps, jobs, seconds)
-
-
-def _place(cell: Cell) -> tuple[int, str, int, Column]:
-    return (cell.situation.number, cell.situation.name, cell.family, cell.column)
+        squares[str(outcome.cell)].outcomes.append(outcome)
+    return Table(list(squares.values()), reps, jobs, seconds)
 
 
 def _total(squares: Sequence[Square]) -> dict[str, int]:
@@ -151,13 +148,13 @@ def _total(squares: Sequence[Square]) -> dict[str, int]:
     }
 
 
-def _totals(groups: dict[str, list[Square]]) -> list[str]:
+def _render_totals(groups: Mapping[str, Sequence[Square]]) -> list[str]:
     lines = []
     for group, squares in groups.items():
         total = _total(squares)
         refused = f", {total['refused']} refused" if total["refused"] else ""
-        full = [each for each in squares if each.outcomes and each.good]
         tried = [each for each in squares if each.outcomes]
+        full = [each for each in tried if not each.count("fail")]
         lines.append(
             f"{group:<18} {total['passed']} of {total['tried']} runs passed{refused}; "
             f"{len(full)} of {len(tried)} cells never failed"
@@ -165,62 +162,53 @@ def _totals(groups: dict[str, list[Square]]) -> list[str]:
     return lines
 
 
-def _table(squares: Sequence[Square]) -> list[str]:
+def _render_table(squares: Sequence[Square]) -> list[str]:
     columns = list(dict.fromkeys(each.cell.column for each in squares))
     rows: dict[tuple[int, str, int], dict[Column, str]] = {}
     for square in squares:
-        here = square.cell.situation
-        if square.cell.family not in here.families:
-            continue
-        rows.setdefault((here.number, here.name, square.cell.family), {})[square.cell.column] = str(
-            square
-        )
+        here, family = square.cell.situation, square.cell.family
+        if family in here.families:
+            row = rows.setdefault((here.number, here.name, family), {})
+            row[square.cell.column] = str(square)
     label = max(len(name) for _, name, _ in rows) + 3
-    widths = _widths(columns, list(rows.values()))
-    lines = _headings(columns, widths, label)
-    told = None
+    widths = _widths(columns, rows.values())
+    lines = _render_headings(widths, label)
+    shown = None
     for (number, name, family), row in rows.items():
-        title = f"{number:>2} {name}" if told != (number, name) else ""
-        told = (number, name)
-        cells = [f"{row[column]:>{width}}" for column, width in zip(columns, widths, strict=True)]
-        lines.append(f"{title:<{label}} IPv{family}  {_join(columns, cells)}".rstrip())
+        title = f"{number:>2} {name}" if shown != (number, name) else ""
+        shown = (number, name)
+        lines.append(f"{title:<{label}} IPv{family}  {_render_row(widths, row)}".rstrip())
     return lines
 
 
-def _headings(columns: Sequence[Column], widths: Sequence[int], label: int) -> list[str]:
-    """The groups, each over its columns, and below them what became of the probe."""
-    probes = ["sent" if column.probe else "lost" for column in columns]
-    padded = [f"{probe:>{width}}" for probe, width in zip(probes, widths, strict=True)]
+def _render_headings(widths: Mapping[Column, int], label: int) -> list[str]:
+    """The groups, each over its columns, and below them whether the probe is sent or lost."""
+    probes = {column: "sent" if column.probe else "lost" for column in widths}
     room: dict[str, int] = {}
-    for column, width in zip(columns, widths, strict=True):
+    for column, width in widths.items():
         room[column.group] = room.get(column.group, -len(_GAP)) + width + len(_GAP)
     over = _GAP_BETWEEN.join(f"{group:>{width}}" for group, width in room.items())
     return [
         f"{'':<{label}}       {over}".rstrip(),
-        f"{'situation':<{label}} probe {_join(columns, padded)}",
+        f"{'situation':<{label}} probe {_render_row(widths, probes)}",
     ]
 
 
-def _widths(columns: Sequence[Column], rows: Iterable[Mapping[Column, str]]) -> list[int]:
+def _widths(columns: Sequence[Column], rows: Iterable[Mapping[Column, str]]) -> dict[Column, int]:
     """How wide each column must be for what is in it, and with the others for the group's name."""
-    groups = Counter(column.group for column in columns)
-    return [
-        max(
-            -(
-                -(len(column.group) - len(_GAP) * (groups[column.group] - 1))
-                // groups[column.group]
-            ),
-            *(len(row[column]) for row in rows),
-        )
-        for column in columns
-    ]
+    groups, widths = Counter(column.group for column in columns), {}
+    for column in columns:
+        beside = groups[column.group]
+        name = len(column.group) - len(_GAP) * (beside - 1)
+        widths[column] = max(-(-name // beside), *(len(row[column]) for row in rows))
+    return widths
 
 
-def _join(columns: Sequence[Column], cells: Sequence[str]) -> str:
-    """Cells side by side, groups a little further apart."""
+def _render_row(widths: Mapping[Column, int], row: Mapping[Column, str]) -> str:
+    """A row's texts side by side, groups a little further apart."""
     parts: dict[str, list[str]] = {}
-    for column, cell in zip(columns, cells, strict=True):
-        parts.setdefault(column.group, []).append(cell)
+    for column, width in widths.items():
+        parts.setdefault(column.group, []).append(f"{row[column]:>{width}}")
     return _GAP_BETWEEN.join(_GAP.join(part) for part in parts.values())
 
 
