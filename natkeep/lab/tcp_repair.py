@@ -48,7 +48,7 @@ import os
 import socket
 import struct
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -207,13 +207,9 @@ class SocketState:
         """A value for json.dumps."""
         value: dict[str, Any] = {name: getattr(self, name) for name in self.__slots__}
         for name in ("local", "peer"):
-            address, port = value[name]
-            value[name] = [str(address), port]
-        for name in ("unacknowledged", "unsent", "unread"):
+            value[name] = [str(value[name][0]), value[name][1]]
+        for name in _QUEUES:
             value[name] = base64.b64encode(value[name]).decode()
-        value["window"] = self.window._asdict()
-        value["buffers"] = self.buffers._asdict()
-        value["options"] = dict(self.options)
         return {"version": VERSION, **value}
 
     @classmethod
@@ -227,21 +223,26 @@ class SocketState:
             for name in ("local", "peer"):
                 address, port = value[name]
                 value[name] = (ipaddress.ip_address(address), int(port))
-            for name in ("unacknowledged", "unsent", "unread"):
+            for name in _QUEUES:
                 value[name] = base64.b64decode(value[name], validate=True)
-            scales = value["window_scales"]
-            value["window_scales"] = None if scales is None else (int(scales[0]), int(scales[1]))
-            value["family"] = Family(value["family"])
-            value["tcp_state"] = TcpState(value["tcp_state"])
-            value["window"] = Window(**value["window"])
-            value["buffers"] = Buffers(**value["buffers"])
-            value["options"] = tuple(value["options"].items())
+            for name, kind in _KINDS.items():
+                value[name] = kind(value[name])
+            value["window"], value["buffers"] = Window(*value["window"]), Buffers(*value["buffers"])
             return cls(**value)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise ImageError(f"a socket's state that cannot be understood: {error!r}") from error
 
     def __str__(self) -> str:
         return f"{_print(self.local)} < {_print(self.peer)} {self.tcp_state}"
+
+
+_QUEUES = ("unacknowledged", "unsent", "unread")
+_KINDS: dict[str, Callable[[Any], Any]] = {
+    "family": Family,
+    "tcp_state": TcpState,
+    "window_scales": lambda scales: scales and (int(scales[0]), int(scales[1])),
+    "options": lambda options: tuple((str(name), int(value)) for name, value in options),
+}
 
 
 class RepairSocket(socket.socket):

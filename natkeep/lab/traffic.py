@@ -61,6 +61,8 @@ DIR/report.json   replaced atomically after each command, and on change about ev
        "longest_silence_ms",        longest gap between arrivals since mark, talk or opening
        "last_rx_monotonic"}]}       null before the first arrival
 Connections keep their index for good. Clocks are CLOCK_MONOTONIC of the host it runs on now.
+
+Size: over 400 lines, because one interpreter has to run it by its path alone.
 """
 
 from __future__ import annotations
@@ -69,7 +71,7 @@ import argparse
 import array
 import contextlib
 import errno
-import importlib.util
+import importlib
 import json
 import os
 import resource
@@ -119,31 +121,25 @@ def find_mismatch(direction: str, start: int, data: bytes) -> dict[str, Any] | N
 class Talk:
     """Requests at an interval, and what is still missing of the answer to the last one."""
 
-    def __init__(self, interval_ms: float, size: int, answer: int | None = None) -> None:
-        self.interval_s = interval_ms / 1000
-        self.size = size
+    SAVED = ("interval_ms", "size", "answer", "awaited", "over")
+
+    def __init__(
+        self, interval_ms: float, size: int, answer: int | None = None, awaited: int = 0,
+        over: bool = False,
+    ) -> None:  # fmt: skip
+        self.interval_ms, self.size = interval_ms, size
         self.answer = size if answer is None else answer
-        self.awaited = 0
-        self.over = False  # nothing more is asked, but the last answer still counts
+        self.awaited = awaited
+        self.over = over  # nothing more is asked, but the last answer still counts
         self.due = 0.0
-
-    def saved(self) -> dict[str, Any]:
-        return {
-            "interval_ms": self.interval_s * 1000,
-            "size": self.size,
-            "answer": self.answer,
-            "awaited": self.awaited,
-            "over": self.over,
-        }
-
-    @classmethod
-    def load(cls, saved: dict[str, Any]) -> Talk:
-        talk = cls(saved["interval_ms"], saved["size"], saved["answer"])
-        talk.awaited, talk.over = saved["awaited"], saved["over"]
-        return talk
 
     def is_due(self, now: float) -> bool:
         return self.awaited == 0 and not self.over and self.due <= now
+
+
+def save(each: Any) -> dict[str, Any]:
+    """What of *each* a resumed process has to know."""
+    return {name: getattr(each, name) for name in each.SAVED}
 
 
 class Connection:
@@ -175,28 +171,22 @@ class Connection:
         "answered", "error", "mismatch", "longest_silence", "names",
     )  # fmt: skip
 
+    REPORTED = ("state", "error", "rx", "tx", "asked", "answered", "mismatch")
+
     def saved(self) -> dict[str, Any]:
-        """What a resumed process has to know, the socket apart."""
-        saved = {name: getattr(self, name) for name in self.SAVED}
-        return {**saved, "talk": None if self.talk is None else self.talk.saved()}
+        """The socket apart."""
+        return {**save(self), "talk": self.talk and save(self.talk)}
 
     def load(self, saved: dict[str, Any]) -> None:
         for name in self.SAVED:
             setattr(self, name, saved[name])
-        if saved["talk"] is not None:
-            self.talk = Talk.load(saved["talk"])
+        self.talk = saved["talk"] and Talk(**saved["talk"])
 
     def report(self) -> dict[str, Any]:
         return {
             **self.names,
-            "state": self.state,
-            "error": self.error,
-            "rx": self.rx,
-            "tx": self.tx,
+            **{name: getattr(self, name) for name in self.REPORTED},
             "owed": None if self.bulk is None else self.owed + self.bulk,
-            "asked": self.asked,
-            "answered": self.answered,
-            "mismatch": self.mismatch,
             "longest_silence_ms": round(self.longest_silence * 1000, 3),
             "last_rx_monotonic": self.last_rx,
         }
@@ -259,7 +249,7 @@ class Connection:
         talk = self.talk
         if talk is None or self.state not in ("open", "eof") or not talk.is_due(now):
             return
-        talk.due = now + talk.interval_s
+        talk.due = now + talk.interval_ms / 1000
         talk.awaited = talk.answer
         self.asked += 1
         self.owed += talk.size
@@ -712,17 +702,10 @@ def has_state(sock: socket.socket) -> bool:
 
 def load_repair() -> Any:
     """tcp_repair.py beside this file: late, since a process that CRIU moves never needs it."""
-    name = "natkeep_lab_repair"
-    if name not in sys.modules:
-        spec = importlib.util.spec_from_file_location(
-            name, Path(__file__).with_name("tcp_repair.py")
-        )
-        assert spec is not None
-        assert spec.loader is not None
-        module = importlib.util.module_from_spec(spec)
-        sys.modules[name] = module  # dataclasses look their module up there
-        spec.loader.exec_module(module)
-    return sys.modules[name]
+    beside = str(Path(__file__).parent)
+    if beside not in sys.path:
+        sys.path.append(beside)
+    return importlib.import_module("tcp_repair")
 
 
 def replace(path: Path, text: str) -> None:
