@@ -8,9 +8,10 @@
                                   └──────────────────────│   ✗    │   destination 10.3.0.20 (NEW)
                                                          └────────┘
 
-Every machine is prepared by itself. The way back: the destination first (nothing lives there),
-then the gateway, so that peers reach the source again, whose gate is still closed; the hook opens
-it when the sockets are there. Then natkeep's gate may go, and with it the last of the move.
+Every machine is prepared by itself. The way back: the gateway first, so that peers reach the source
+again, whose gate is still closed; the hook opens it when the sockets are there. The destination's
+gate goes only then, since without it the destination would answer peers with resets. At last
+natkeep's gate at the source may go.
 """
 
 from natkeep.lab.criu_restore import Machine
@@ -28,6 +29,7 @@ def tell(lab):
     lab.freeze()
     for machine in machines:
         machine.prepare("web", *lab.frozen.options)
+    gateway.natkeep("open", "web")
     lab.report.check("CRIU's lock is gone from the source", "CRIU" not in source.ruleset())
 
     failing = '[ "$CRTOOLS_SCRIPT_ACTION" != post-restore ]'
@@ -38,10 +40,11 @@ def tell(lab):
             lab.engine.restore(destination.host, lab.traffic.server, lab.frozen, opening)
 
     source.refuses("it would answer 2 peers with a reset", "teardown", "web")
-    destination.natkeep("teardown", "web")
-    gateway.natkeep("teardown", "web")
+    gateway.refuses("2 connections of web live and will break", "teardown", "web")
+    gateway.natkeep("teardown", "web", "--yes")
     lab.restore_at_source(source.hook("web"))
     lab.traffic.talk_on()
+    destination.natkeep("teardown", "web")
     source.natkeep("teardown", "web")
     after = [machine.ruleset() for machine in machines]
     lab.report.check("every machine's tables are as before", before == after)

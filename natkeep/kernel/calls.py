@@ -29,8 +29,8 @@ from natkeep.kernel.netlink import (
     nested,
 )
 from natkeep.plan.conntrack import TCP_ESTABLISHED, TCP_FLAGS
+from natkeep.plan.listeners import Reception
 from natkeep.plan.move import Mode
-from natkeep.plan.reception import Reception
 from natkeep.plan.tuples import Address
 from natkeep.values import dataclass
 

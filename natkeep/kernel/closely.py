@@ -6,18 +6,14 @@ many moves there is panorama.py.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
-from natkeep.kernel import calls, conntrack, nftables, rtnetlink, sock_diag
+from natkeep.kernel import calls, conntrack, nftables_dump, rtnetlink, sock_diag
+from natkeep.kernel.netlink import NETLINK_NETFILTER, Netlink
 from natkeep.kernel.netns import Namespace
 from natkeep.plan.drift import SeenEntry
-from natkeep.plan.reception import Reception
-from natkeep.plan.ruleset import TABLE
+from natkeep.plan.listeners import Reception
+from natkeep.plan.nft import TABLE, Key
 from natkeep.plan.translation import Translation
 from natkeep.plan.tuples import Address, Connections, Endpoint
-
-if TYPE_CHECKING:
-    from natkeep.plan.things import Thing
 
 
 class CloseEyes:
@@ -31,23 +27,28 @@ class CloseEyes:
         """For each kept connection what the connection table shows, or None."""
         return tuple(conntrack.look_up(translation))
 
-    def find_things(self, wanted: frozenset[Thing]) -> frozenset[Thing]:
+    def find_things(self, wanted: frozenset[Key]) -> frozenset[Key]:
         """Those of *wanted* that are there."""
-        from natkeep.kernel import nftables_dump  # whoever only prepares must not wait for it
-
-        return nftables_dump.find_things(wanted)
+        found: set[Key] = set()
+        with Netlink(NETLINK_NETFILTER) as netlink:
+            for family, number in (("inet", nftables_dump.INET), ("arp", nftables_dump.ARP)):
+                found |= nftables_dump.find_standing(netlink, family)[0]
+                for name in {k.name for k in wanted if (k.kind, k.family) == ("element", family)}:
+                    keys = nftables_dump.dump_keys(netlink, number, TABLE, name)
+                    found |= {Key(family, "element", name, key.hex()) for key in keys}
+        return wanted & found
 
     def comments(self, chain: str) -> tuple[str, ...]:
         """Of the rules of a chain of the inet table, in order; none when it is not there."""
-        return tuple(rule.comment for rule in nftables.rules(TABLE, chain))
+        return tuple(rule.comment for rule in nftables_dump.rules(TABLE, chain))
 
     def has_key(self, name: str, key: bytes) -> bool:
         """Whether the set or map of the inet table has the key."""
-        return nftables.has_key(TABLE, name, key)
+        return nftables_dump.has_key(TABLE, name, key)
 
     def count_missing(self, name: str, keys: frozenset[bytes]) -> int:
         """How many of *keys* the set of the inet table does not have."""
-        return len(keys.difference(nftables.read_keys(TABLE, name)))
+        return len(keys.difference(nftables_dump.read_keys(TABLE, name)))
 
     def is_local(self, address_: Address) -> bool:
         """Whether a device has it."""

@@ -13,27 +13,22 @@ a gateway may track a million that are none of ours.
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING
 
-from natkeep.kernel import calls, conntrack, nftables, nftables_dump, rtnetlink, snapshot, sock_diag
+from natkeep.kernel import calls, conntrack, nftables_dump, rtnetlink, snapshot, sock_diag
 from natkeep.kernel.closely import CloseEyes
 from natkeep.kernel.ctwalk import Walk
 from natkeep.kernel.netlink import NETLINK_NETFILTER, Netlink
 from natkeep.kernel.netns import Namespace, errors_at, inside
-from natkeep.kernel.routes import Ways
+from natkeep.kernel.routes import Routes
 from natkeep.plan.drift import Observation, SeenEntry
-from natkeep.plan.mending import pick_from
+from natkeep.plan.listeners import Reception
 from natkeep.plan.move import Site
-from natkeep.plan.reception import Reception
-from natkeep.plan.ruleset import TABLE
+from natkeep.plan.nft import TABLE, Key
+from natkeep.plan.repair import pick_from
 from natkeep.plan.steps import Plan
-from natkeep.plan.things import known_thing
 from natkeep.plan.translation import Translation
 from natkeep.plan.tuples import Address, Connections, Endpoint
 from natkeep.values import replace
-
-if TYPE_CHECKING:
-    from natkeep.plan.things import Thing
 
 _ASKED, _WALKED, _WALK = 16, 4, 40_000
 """Microseconds: to ask for one entry, to walk past one, and the walk through an empty table."""
@@ -44,12 +39,12 @@ class LinuxPanorama(CloseEyes):
 
     def __init__(self, namespace: Namespace, directory: str) -> None:
         super().__init__(replace(namespace, fd=os.dup(namespace.fd)), directory)
-        self._tables: dict[str, tuple[set[Thing], dict[str, list[str]]]] = {}
+        self._tables: dict[str, tuple[set[Key], dict[str, list[str]]]] = {}
         self._keys: dict[tuple[str, str], frozenset[bytes]] = {}
         self._walks: dict[int, Walk] = {}
         self._living: sock_diag.Living | None = None
         with inside(namespace):
-            self._netlink, self._ways = Netlink(NETLINK_NETFILTER), Ways()
+            self._netlink, self._routes = Netlink(NETLINK_NETFILTER), Routes()
             self._tracked = int(conntrack.read_setting("nf_conntrack_count") or 0)
             self._local = rtnetlink.all_addresses()
             self._loopback = rtnetlink.loopback_is_up()
@@ -70,14 +65,14 @@ class LinuxPanorama(CloseEyes):
     def find_lost_ways(self, site: Site, noted: str) -> tuple[str, ...]:
         """As Kernel.find_lost_ways."""
         with errors_at(site):
-            return self._ways.find_lost(noted)
+            return self._routes.find_lost(noted)
 
     def close(self) -> None:
         """Let go of the namespace."""
         for walk in self._walks.values():
             walk.close()
         self._netlink.close()
-        self._ways.close()
+        self._routes.close()
         os.close(self._namespace.fd)
 
     def look_up(self, translation: Translation) -> tuple[SeenEntry | None, ...]:
@@ -96,7 +91,7 @@ class LinuxPanorama(CloseEyes):
         with inside(self._namespace):
             return super().look_up(translation)
 
-    def find_things(self, wanted: frozenset[Thing]) -> frozenset[Thing]:
+    def find_things(self, wanted: frozenset[Key]) -> frozenset[Key]:
         """Those of *wanted* that are there."""
         missing = wanted - self._read_table("inet")[0]
         if missing:  # of a family that is rare, or in a set that was not read yet
@@ -117,7 +112,9 @@ class LinuxPanorama(CloseEyes):
 
     def count_missing(self, name: str, keys: frozenset[bytes]) -> int:
         """How many of *keys* the set of the inet table does not have."""
-        return len(keys.difference(nftables.dump_keys(self._netlink, nftables.INET, TABLE, name)))
+        return len(
+            keys.difference(nftables_dump.dump_keys(self._netlink, nftables_dump.INET, TABLE, name))
+        )
 
     def is_local(self, address_: Address) -> bool:
         """Whether a device has it."""
@@ -153,7 +150,7 @@ class LinuxPanorama(CloseEyes):
                 self._living = sock_diag.read_living()
         return self._living
 
-    def _read_table(self, family: str) -> tuple[set[Thing], dict[str, list[str]]]:
+    def _read_table(self, family: str) -> tuple[set[Key], dict[str, list[str]]]:
         """What stands there, elements only as far as their sets were read; and rules' comments."""
         if family not in self._tables:
             self._tables[family] = nftables_dump.find_standing(self._netlink, family)
@@ -161,9 +158,9 @@ class LinuxPanorama(CloseEyes):
 
     def _read_keys(self, family: str, name: str) -> frozenset[bytes]:
         if (family, name) not in self._keys:
-            number = {"inet": nftables.INET, "arp": nftables.ARP}[family]
-            keys = frozenset(nftables.dump_keys(self._netlink, number, TABLE, name))
+            number = {"inet": nftables_dump.INET, "arp": nftables_dump.ARP}[family]
+            keys = frozenset(nftables_dump.dump_keys(self._netlink, number, TABLE, name))
             self._keys[family, name] = keys
-            found = (known_thing(family, "element", name, key.hex(), 0) for key in keys)
+            found = (Key(family, "element", name, key.hex(), 0) for key in keys)
             self._read_table(family)[0].update(found)
         return self._keys[family, name]

@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterable
 from contextlib import suppress
 
 from natkeep import faultpoints
-from natkeep.kernel import nftables
+from natkeep.kernel import nftables_dump
 from natkeep.kernel.conntrack import raise_unless, read_setting
 from natkeep.kernel.ctnetlink import (
     DELETE,
@@ -38,7 +38,7 @@ from natkeep.kernel.ctnetlink import (
 )
 from natkeep.kernel.netlink import NETLINK_NETFILTER, NLM_F_DUMP, Netlink
 from natkeep.plan.conntrack import stale_views
-from natkeep.plan.ruleset import TABLE
+from natkeep.plan.nft import TABLE
 from natkeep.plan.translation import Translation
 from natkeep.plan.tuples import Address, Connections
 
@@ -80,7 +80,7 @@ def forget_untracked(olds: Iterable[Address]) -> None:
     """
     if read_setting("nf_conntrack_count") in ("0", None):
         return
-    if nftables.base_chains() or _read_legacy_tables():
+    if nftables_dump.base_chains() or _read_legacy_tables():
         return
     for version in (4, 6):
         named = {old.packed for old in olds if old.version == version}
@@ -165,7 +165,7 @@ def _assigns_zones() -> bool:
     if any(map(os.path.exists, _ASSIGNERS)) or "raw" in _read_legacy_tables():
         return True
     try:
-        return nftables.assigns_zones(besides=TABLE)
+        return nftables_dump.assigns_zones(besides=TABLE)
     except OSError:
         return True
 

@@ -9,19 +9,18 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable
 from functools import cache
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
-from natkeep.kernel import nftables, table
-from natkeep.plan import quiet, reception, resets, ruleset
+from natkeep.kernel import nftables
+from natkeep.kernel.nft_messages import pack_keys
+from natkeep.plan import filters, listeners, ruleset, tables
 from natkeep.plan.drift import Gate, Observation, SeenEntry
+from natkeep.plan.listeners import Reception, make_receptions
 from natkeep.plan.move import Role, Site
-from natkeep.plan.reception import Reception, make_receptions
+from natkeep.plan.nft import Key
 from natkeep.plan.steps import GuardSite, InsertEntries, Plan
 from natkeep.plan.translation import Translation
 from natkeep.plan.tuples import Address, Connections, Endpoint
-
-if TYPE_CHECKING:
-    from natkeep.plan.things import Thing
 
 
 class Eyes(Protocol):
@@ -30,7 +29,7 @@ class Eyes(Protocol):
     def look_up(self, translation: Translation) -> tuple[SeenEntry | None, ...]:
         """For each kept connection what the connection table shows, or None."""
 
-    def find_things(self, wanted: frozenset[Thing]) -> frozenset[Thing]:
+    def find_things(self, wanted: frozenset[Key]) -> frozenset[Key]:
         """Those of *wanted* that are there."""
 
     def comments(self, chain: str) -> Collection[str]:
@@ -71,7 +70,7 @@ def observe(site: Site, plan: Plan, eyes: Eyes) -> Observation:
     lost = [reset for reset in plan.resets if reset.site == site]
     inserted = [s.translation for s in plan.prepare if isinstance(s, InsertEntries)]
     # Here, since whoever only prepares must not wait for it.
-    from natkeep.plan.mending import split_opening
+    from natkeep.plan.wanted import split_opening
 
     prepared, opened = split_opening(plan, site)
     there = eyes.find_things(prepared | opened)
@@ -83,22 +82,24 @@ def observe(site: Site, plan: Plan, eyes: Eyes) -> Observation:
         alive = len(kept)
     else:
         alive = sum([1 for seen in entries.values() for one in seen if one and one.alive])
-    sets = {name: kept for t in here for name, kept in ruleset.sets_of(move_id, t).items()}
-    sets |= {resets.reset_set(move_id, reset.number): reset.connections for reset in lost}
-    called = [chain for r in receiving for chain in reception.chains(r)]
-    reset_chain = resets.reset_chain(move_id)
-    gate = table.state_of(eyes.comments(ruleset.gate_chain(move_id)))
+    sets = {name: kept for t in here for name, kept in filters.sets_of(move_id, t).items()}
+    sets |= {filters.reset_set(move_id, reset.number): reset.connections for reset in lost}
+    called = [chain for r in receiving for chain in listeners.chains(r)]
+    reset_chain = filters.reset_chain(move_id)
+    gate = nftables.state_of(eyes.comments(tables.gate_chain(move_id)))
     return Observation(
         gate=gate,
         rules=_observe_rules(eyes, move_id, _chains_of(here)),
-        missing={n: eyes.count_missing(n, nftables.pack_keys(some)) for n, some in sets.items()},
+        missing={n: eyes.count_missing(n, pack_keys(some)) for n, some in sets.items()},
         addresses=frozenset(m.old for m in plan.move.maps if eyes.is_local(m.old)),
         entries=entries,
         alive=alive,
-        holds=quiet.hold_comment(move_id) in eyes.comments("gate"),
-        receiving=_observe_rules(eyes, reception.comment(move_id), called),
-        resetting=_observe_rules(eyes, resets.comment(move_id), [reset.chain for reset in lost]),
-        resets=table.state_of(eyes.comments(reset_chain)) if lost else Gate.ABSENT,
+        holds=filters.block_comment(move_id) in eyes.comments("gate"),
+        receiving=_observe_rules(eyes, listeners.comment(move_id), called),
+        resetting=_observe_rules(
+            eyes, filters.reset_comment(move_id), [reset.chain for reset in lost]
+        ),
+        resets=nftables.state_of(eyes.comments(reset_chain)) if lost else Gate.ABSENT,
         callers=sum(_count_callers(eyes, site, r, plan) for r in receiving),
         gone=_without_hook(prepared - there, gate),
         shut=opened - there,
@@ -109,17 +110,15 @@ def observe(site: Site, plan: Plan, eyes: Eyes) -> Observation:
     )
 
 
-def _without_hook(gone: frozenset[Thing], gate: Gate) -> frozenset[Thing]:
+def _without_hook(gone: frozenset[Key], gate: Gate) -> frozenset[Key]:
     """The base chain of the gates is not missed by a move that is open (kernel/passing.py)."""
     chain, *rules = _hook_things()
     return gone - {chain, *rules} if gate == Gate.OPEN and chain in gone else gone
 
 
 @cache
-def _hook_things() -> tuple[Thing, ...]:
-    from natkeep.plan.things import parse_static
-
-    return tuple(wanted.thing for wanted in parse_static(ruleset.render_hook()))
+def _hook_things() -> tuple[Key, ...]:
+    return tuple(one.key() for one in tables.gate_hook())
 
 
 def _has_guard(site: Site, plan: Plan) -> bool:
@@ -130,7 +129,7 @@ def _chains_of(here: list[Translation]) -> list[tuple[str, Address]]:
     return [
         chain
         for translation in here
-        for chain in (*quiet.gate_chains(translation), *ruleset.translating_chains(translation))
+        for chain in (*filters.gate_chains(translation), *ruleset.translating_chains(translation))
     ]
 
 
@@ -148,8 +147,8 @@ def _observe_rules(
     """Names of those of *chains* that are dispatched to and have a rule with this comment."""
     found = set()
     for dispatch, local in chains:
-        chain = ruleset.address_chain(dispatch, local)
-        dispatched = ruleset.dispatch_map(dispatch, local.version)
+        chain = tables.address_chain(dispatch, local)
+        dispatched = tables.dispatch_map(dispatch, local.version)
         if comment in eyes.comments(chain) and eyes.has_key(dispatched, local.packed):
             found.add(chain)
     return frozenset(found)
