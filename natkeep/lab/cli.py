@@ -110,14 +110,18 @@ def _run(args: argparse.Namespace) -> int:
     found = scenario.find_scenario(args.scenario)
     require_tools()
     told = scenario.run(found, pcap=args.pcap, engine=args.engine, translator=args.translator)
-    document = dumps(told.as_json(), indent=2, ensure_ascii=False)
-    story = report.render_report(told)
+    _show(args, "report", told.as_json(), report.render_report(told))
+    return 0 if told.passed else 1
+
+
+def _show(args: argparse.Namespace, name: str, value: dict[str, Any], text: str) -> None:
+    """Print the result as --json says, and write both forms of it into --report's directory."""
+    document = dumps(value, indent=2, ensure_ascii=False)
     if args.report:
         args.report.mkdir(parents=True, exist_ok=True)
-        (args.report / "report.json").write_text(document + "\n", encoding="utf-8")
-        (args.report / "report.txt").write_text(story + "\n", encoding="utf-8")
-    print(document if args.json else story)
-    return 0 if told.passed else 1
+        (args.report / f"{name}.json").write_text(document + "\n", encoding="utf-8")
+        (args.report / f"{name}.txt").write_text(text + "\n", encoding="utf-8")
+    print(document if args.json else text)
 
 
 def _matrix(args: argparse.Namespace) -> int:
@@ -141,12 +145,7 @@ def _matrix(args: argparse.Namespace) -> int:
     table = matrix_table.make_table(
         cells, outcomes, reps=args.reps, jobs=args.jobs, seconds=time.monotonic() - began
     )
-    document, text = dumps(table.as_json(), indent=2, ensure_ascii=False), table.as_text()
-    if args.report:
-        args.report.mkdir(parents=True, exist_ok=True)
-        (args.report / "matrix.json").write_text(document + "\n", encoding="utf-8")
-        (args.report / "matrix.txt").write_text(text + "\n", encoding="utf-8")
-    print(document if args.json else text)
+    _show(args, "matrix", table.as_json(), table.as_text())
     return 1 if table.failed else 0
 
 

@@ -6,8 +6,8 @@ namespace, and no more than Python's standard library: this file also works alon
 At the source:                                      At the destination, in the right namespace:
 
     # nothing may reach the socket or leave it       # the local address is local here
-    state = freeze(sock)                             state = SocketState.from_json(value)
-    value = state.to_json()                          sock = recreate(state)
+    state = freeze(sock)                             state = SocketState.from_text(text)
+    text = state.to_text()                           sock = recreate(state)
     sock.close()           # silent: no FIN, no RST  # open the network, then one of
     # or, to take it all back: thaw(sock, state)     leave_repair(sock)          # as CRIU does
                                                      leave_repair_silently(sock)
@@ -45,37 +45,27 @@ import errno
 import fcntl
 import ipaddress
 import os
+import pickle
 import socket
 import struct
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
-if TYPE_CHECKING or __package__:
-    from natkeep.errors import ImageError, KernelError, RefusedError
-else:  # started or copied as a file of its own: the same errors without the package
 
-    class _StandaloneError(Exception):
-        def __init__(self, message, *, hint=None):
-            super().__init__(message)
-            self.hint = hint
+class RepairError(Exception):
+    """A socket cannot be frozen or created again; *hint* says what may help."""
 
-    class ImageError(_StandaloneError):
-        exit_code = 3
-
-    class RefusedError(_StandaloneError):
-        exit_code = 4
-
-    class KernelError(_StandaloneError):
-        exit_code = 5
+    def __init__(self, message: str, *, hint: str | None = None) -> None:
+        super().__init__(message)
+        self.hint = hint
 
 
 Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 
 MARK = 0xC114  # CRIU's own mark for its forged segments, so that one gate rule fits both
-VERSION = 1
 
 # linux/tcp.h, where Python's socket module has no name for it
 _REPAIR, _REPAIR_QUEUE, _QUEUE_SEQ, _REPAIR_OPTIONS, _TIMESTAMP, _REPAIR_WINDOW, _ULP = (
@@ -195,54 +185,18 @@ class SocketState:
     buffers: Buffers
     options: tuple[tuple[str, int], ...]
 
-    def __post_init__(self) -> None:
-        if self.local[0].version != self.peer[0].version:
-            raise ValueError(f"{self.local[0]} and {self.peer[0]} are of different families")
-        if not 0 < self.mss <= 0xFFFF:
-            raise ValueError(f"{self.mss} is no MSS")
-        if self.fin_unsent and not self.tcp_state.fin_sent:
-            raise ValueError(f"no FIN to be sent in {self.tcp_state}")
-
-    def to_json(self) -> dict[str, Any]:
-        """A value for json.dumps."""
-        value: dict[str, Any] = {name: getattr(self, name) for name in self.__slots__}
-        for name in ("local", "peer"):
-            value[name] = [str(value[name][0]), value[name][1]]
-        for name in _QUEUES:
-            value[name] = base64.b64encode(value[name]).decode()
-        return {"version": VERSION, **value}
+    def to_text(self) -> str:
+        """The state as text; only for files of which this program is the only writer."""
+        return base64.b64encode(pickle.dumps(self)).decode()
 
     @classmethod
-    def from_json(cls, value: dict[str, Any]) -> SocketState:
-        """What to_json made; ImageError when it is of another version, or damaged."""
-        value = dict(value)
-        version = value.pop("version", None)
-        if version != VERSION:
-            raise ImageError(f"a socket's state of version {version}; this reads {VERSION}")
-        try:
-            for name in ("local", "peer"):
-                address, port = value[name]
-                value[name] = (ipaddress.ip_address(address), int(port))
-            for name in _QUEUES:
-                value[name] = base64.b64decode(value[name], validate=True)
-            for name, kind in _KINDS.items():
-                value[name] = kind(value[name])
-            value["window"], value["buffers"] = Window(*value["window"]), Buffers(*value["buffers"])
-            return cls(**value)
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise ImageError(f"a socket's state that cannot be understood: {error!r}") from error
+    def from_text(cls, text: str) -> SocketState:
+        """What to_text made."""
+        state: SocketState = pickle.loads(base64.b64decode(text))
+        return state
 
     def __str__(self) -> str:
         return f"{_print(self.local)} < {_print(self.peer)} {self.tcp_state}"
-
-
-_QUEUES = ("unacknowledged", "unsent", "unread")
-_KINDS: dict[str, Callable[[Any], Any]] = {
-    "family": Family,
-    "tcp_state": TcpState,
-    "window_scales": lambda scales: scales and (int(scales[0]), int(scales[1])),
-    "options": lambda options: tuple((str(name), int(value)) for name, value in options),
-}
 
 
 class RepairSocket(socket.socket):
@@ -259,7 +213,7 @@ def freeze(sock: socket.socket) -> SocketState:
     """Put *sock* into repair and read all of it; on an error it is back out of repair."""
     _check_kind(sock)
     late = {name: sock.getsockopt(*option) for name, option in _LATE_OPTIONS.items()}
-    with _as_kernel_error("cannot put the socket into repair"):
+    with _as_repair_error("cannot put the socket into repair"):
         sock.setsockopt(socket.IPPROTO_TCP, _REPAIR, _ON)
     try:
         with _plain(sock) as plain:
@@ -276,20 +230,20 @@ def thaw(sock: socket.socket, state: SocketState) -> None:
 
 def _check_kind(sock: socket.socket) -> None:
     if sock.type != socket.SOCK_STREAM or sock.family not in (socket.AF_INET, socket.AF_INET6):
-        raise RefusedError("this is no TCP socket")
+        raise RepairError("this is no TCP socket")
     if sock.getsockopt(socket.SOL_SOCKET, socket.SO_PROTOCOL) == _IPPROTO_MPTCP:
-        raise RefusedError("MPTCP cannot be repaired", hint="for Go: GODEBUG=multipathtcp=0")
+        raise RepairError("MPTCP cannot be repaired", hint="for Go: GODEBUG=multipathtcp=0")
     _name_state(_tcp_info(sock)[0])
     if sock.family == socket.AF_INET6 and sock.getsockname()[3]:
-        raise RefusedError("a link-local address means nothing on another host")
+        raise RepairError("a link-local address means nothing on another host")
     with contextlib.suppress(OSError):  # ENOPROTOOPT: a kernel without ULPs
         if sock.getsockopt(socket.IPPROTO_TCP, _ULP, 16).strip(b"\0"):
-            raise RefusedError("the kernel runs TLS on this socket, and does not tell its state")
+            raise RepairError("the kernel runs TLS on this socket, and does not tell its state")
 
 
 def _name_state(number: int) -> TcpState:
     if number not in _STATE_NUMBER:
-        raise RefusedError(f"a socket in TCP state number {number} cannot be moved")
+        raise RepairError(f"a socket in TCP state number {number} cannot be moved")
     return _STATE_NUMBER[number]
 
 
@@ -300,7 +254,7 @@ def _read_steadily(sock: socket.socket, late: dict[str, int]) -> SocketState:
         state = _read_state(sock, before, late)
         if _read_positions(sock) == before:
             return state
-    raise RefusedError(
+    raise RepairError(
         "segments arrive while the socket is frozen", hint="close the network in front of it first"
     )
 
@@ -383,7 +337,7 @@ def _peek(sock: socket.socket, queue: int, length: int) -> bytes:
     finally:
         sock.setsockopt(socket.IPPROTO_TCP, _REPAIR_QUEUE, _NO_QUEUE)
     if len(data) != length:
-        raise RefusedError(f"only {len(data)} of {length} queued octets can be read (urgent data?)")
+        raise RepairError(f"only {len(data)} of {length} queued octets can be read (urgent data?)")
     return data
 
 
@@ -421,9 +375,9 @@ def recreate(state: SocketState) -> RepairSocket:
     sock.state = state
     sock.in_repair = True
     try:
-        with _as_kernel_error("cannot put the socket into repair"):
+        with _as_repair_error("cannot put the socket into repair"):
             sock.setsockopt(socket.IPPROTO_TCP, _REPAIR, _ON)
-        with _as_kernel_error(f"cannot re-create {state}"):
+        with _as_repair_error(f"cannot re-create {state}"):
             _attach(sock, state)
             _agree(sock, state)
             _fill(sock, state)
@@ -543,7 +497,7 @@ def _forge_until(
             if _STATE_NUMBER.get(_tcp_info(sock)[0]) is target:
                 return
             time.sleep(0.0005)
-    raise KernelError(
+    raise RepairError(
         f"cannot re-create {state}: a forged segment does not arrive",
         hint=f"let packets with mark {MARK:#x} through on lo, untracked",
     )
@@ -561,10 +515,10 @@ def _write_options(sock: socket.socket, state: SocketState) -> None:
 def _live(sock: RepairSocket, how: int) -> None:
     state = sock.state
     if not sock.in_repair:
-        raise RefusedError(f"{state} has left repair already")
+        raise RepairError(f"{state} has left repair already")
     _leave(sock, how, {})
     sock.in_repair = False
-    with _plain(sock) as plain, _as_kernel_error(f"cannot send the unsent data of {state}"):
+    with _plain(sock) as plain, _as_repair_error(f"cannot send the unsent data of {state}"):
         _write(plain, state.unsent)
         if state.fin_unsent:
             plain.shutdown(socket.SHUT_WR)
@@ -575,7 +529,7 @@ def _live(sock: RepairSocket, how: int) -> None:
 
 
 def _leave(sock: socket.socket, how: int, options: dict[str, int]) -> None:
-    with _as_kernel_error("cannot leave repair"):
+    with _as_repair_error("cannot leave repair"):
         sock.setsockopt(socket.IPPROTO_TCP, _REPAIR, how)
     _write_late_options(sock, options)
 
@@ -658,30 +612,30 @@ def _print(endpoint: tuple[Address, int]) -> str:
     return f"{address}:{port}" if address.version == 4 else f"[{address}]:{port}"
 
 
-def _explain_bind(state: SocketState, error: OSError) -> KernelError:
+def _explain_bind(state: SocketState, error: OSError) -> RepairError:
     local = state.local[0]
     message = f"cannot bind to {_print(state.local)}: {error.strerror}"
     if error.errno != errno.EADDRNOTAVAIL:
-        return KernelError(message)
+        return RepairError(message)
     command = f"ip addr add {local}/32 dev lo" if local.version == 4 else (
         f"ip addr add {local}/128 dev lo nodad"
     )  # fmt: skip
-    return KernelError(message, hint=f"the old address has to be local here first: {command}")
+    return RepairError(message, hint=f"the old address has to be local here first: {command}")
 
 
-def _explain_connect(state: SocketState, error: OSError) -> KernelError:
+def _explain_connect(state: SocketState, error: OSError) -> RepairError:
     hint = None
     if error.errno in (errno.ENETUNREACH, errno.EHOSTUNREACH):
         hint = f"a route from {state.local[0]} to {state.peer[0]} has to exist here first"
     elif error.errno in (errno.EADDRNOTAVAIL, errno.EADDRINUSE):
         hint = "another socket in this network namespace has the same connection"
-    return KernelError(f"cannot attach to {_print(state.peer)}: {error.strerror}", hint=hint)
+    return RepairError(f"cannot attach to {_print(state.peer)}: {error.strerror}", hint=hint)
 
 
 @contextlib.contextmanager
-def _as_kernel_error(what: str) -> Iterator[None]:
+def _as_repair_error(what: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
         hint = "CAP_NET_ADMIN is needed" if error.errno == errno.EPERM else None
-        raise KernelError(f"{what}: {error.strerror}", hint=hint) from error
+        raise RepairError(f"{what}: {error.strerror}", hint=hint) from error

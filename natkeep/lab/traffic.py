@@ -93,7 +93,6 @@ CHUNK = 64 * 1024
 BLOCK = 8
 LETTER = {"dial": ord("D"), "serve": ord("S")}
 OTHER = {"dial": "serve", "serve": "dial"}
-STATE_VERSION = 1
 
 MAPPED = "::ffff:"
 
@@ -636,10 +635,8 @@ class Process:
         self.start()
 
     def save(self, path: Path) -> None:
-        sockets = {id(connection): state.to_json() for connection, state in self.frozen}
+        sockets = {id(connection): state.to_text() for connection, state in self.frozen}
         value = {
-            "version": STATE_VERSION,
-            "role": self.role,
             "seq": self.seq + 1,  # the freeze itself, which must not be carried out again
             "to": self.to,
             "source": self.source,
@@ -656,14 +653,12 @@ class Process:
         repair = load_repair()
         (self.directory / "go").unlink(missing_ok=True)  # of an earlier move
         value = json.loads(path.read_text())
-        if (value["version"], value["role"]) != (STATE_VERSION, self.role):
-            raise SystemExit(f"{path} is of version {value['version']}, by {value['role']}")
         self.seq, self.to, self.source = value["seq"], value["to"], value["source"]
         self.listening, self.phase = value["listening"], "recreated"
         for saved in value["connections"]:
             sock = None
             if saved["socket"] is not None:
-                sock = repair.recreate(repair.SocketState.from_json(saved["socket"]))
+                sock = repair.recreate(repair.SocketState.from_text(saved["socket"]))
                 sock.setblocking(False)
             connection = Connection(sock, self.role, saved["state"])
             connection.load(saved)

@@ -62,6 +62,25 @@ def situation(number: int, name: str, **options: Any) -> Callable[[Tell], Tell]:
     return register
 
 
+def after_pause(
+    number: int, name: str, *words: str, before: Tell = lambda lab: None, **options: Any
+) -> None:
+    """Register a move in a pause of the connection, after which *words* of Traffic follow.
+
+    before: what is done before the server starts.
+    """
+
+    def tell(lab: Lab) -> None:
+        before(lab)
+        lab.begin(pause=True)
+        lab.move()
+        for word in words:
+            getattr(lab.traffic, word)()
+        lab.finish()
+
+    situation(number, name, **options)(tell)
+
+
 def usual_end(lab: Lab) -> None:
     """The server moves, the connections carry on, and all is judged."""
     lab.move()

@@ -6,59 +6,28 @@ for the rest of the connection (hazards H1, H2 and H4, point T8).
 
 from __future__ import annotations
 
-from natkeep.lab.lab import Lab
-from natkeep.lab.situations import situation
+from natkeep.lab.situations import after_pause
 
+# The usual case: a request is the first packet after the move.
+after_pause(1, "client speaks first", "client_says", "server_says")
 
-@situation(1, "client speaks first")
-def client_first(lab: Lab) -> None:
-    """The usual case: a request is the first packet after the move."""
-    lab.begin(pause=True)
-    lab.move()
-    lab.traffic.client_says()
-    lab.traffic.server_says()
-    lab.finish()
+# A push, without a request before it.
+after_pause(2, "server speaks first", "server_says", "client_says")
 
+# The gateway's entry for the connection has no NAT, and rules are not asked again (H1).
+after_pause(
+    3, "gateway tracks OLD, client first", "client_says", "server_says",
+    before=lambda lab: lab.conditions.gateway_tracks(),
+)  # fmt: skip
 
-@situation(2, "server speaks first")
-def server_first(lab: Lab) -> None:
-    """A push, without a request before it."""
-    lab.begin(pause=True)
-    lab.move()
-    lab.traffic.server_says()
-    lab.traffic.client_says()
-    lab.finish()
+# NEW's packet clashes with that entry, and rules alone give it another port (H2).
+after_pause(
+    4, "gateway tracks OLD, server first", "server_says", "client_says",
+    before=lambda lab: lab.conditions.gateway_tracks(),
+)  # fmt: skip
 
+# A FIN is the client's first packet; conntrack picks up nothing by a FIN (H4).
+after_pause(5, "client closes first", "client_closes", "server_closes")
 
-@situation(3, "gateway tracks OLD, client first")
-def tracked_client_first(lab: Lab) -> None:
-    """The gateway's entry for the connection has no NAT, and rules are not asked again (H1)."""
-    lab.conditions.gateway_tracks()
-    client_first(lab)
-
-
-@situation(4, "gateway tracks OLD, server first")
-def tracked_server_first(lab: Lab) -> None:
-    """NEW's packet clashes with that entry, and rules alone give it another port (H2)."""
-    lab.conditions.gateway_tracks()
-    server_first(lab)
-
-
-@situation(5, "client closes first")
-def client_closes_first(lab: Lab) -> None:
-    """A FIN is the client's first packet; conntrack picks up nothing by a FIN (H4)."""
-    lab.begin(pause=True)
-    lab.move()
-    lab.traffic.client_closes()
-    lab.traffic.server_closes()
-    lab.finish()
-
-
-@situation(6, "server closes first")
-def server_closes_first(lab: Lab) -> None:
-    """A FIN is the server's first packet, and with the probe lost the first one at all (H4)."""
-    lab.begin(pause=True)
-    lab.move()
-    lab.traffic.server_closes()
-    lab.traffic.client_closes()
-    lab.finish()
+# A FIN is the server's first packet, and with the probe lost the first one at all (H4).
+after_pause(6, "server closes first", "server_closes", "client_closes")

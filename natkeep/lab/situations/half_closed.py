@@ -28,9 +28,7 @@ def close_wait(lab: Lab) -> None:
     """The client has closed its side; the process goes on sending."""
     lab.begin(pause=True)
     lab.traffic.client_closes()
-    _freeze_in(lab, "CLOSE-WAIT")
-    lab.prepare()
-    lab.restore()
+    _move_in(lab, "CLOSE-WAIT")
     lab.traffic.server_sends(MUCH)
     _end(lab)
 
@@ -40,9 +38,7 @@ def fin_wait_2(lab: Lab) -> None:
     """The process has closed its side; the client goes on sending."""
     lab.begin(pause=True)
     lab.traffic.server_closes()
-    _freeze_in(lab, "FIN-WAIT-2")
-    lab.prepare()
-    lab.restore()
+    _move_in(lab, "FIN-WAIT-2")
     lab.traffic.client_sends(MUCH)
     _end(lab)
 
@@ -53,9 +49,7 @@ def fin_wait_1(lab: Lab) -> None:
     lab.begin(pause=True)
     with _fin_is_lost(lab):
         lab.traffic.process.do("shutdown_write")
-        _freeze_in(lab, "FIN-WAIT-1")
-    lab.prepare()
-    lab.restore()
+        _move_in(lab, "FIN-WAIT-1")
     lab.traffic.client_sends(MUCH)
     _end(lab)
 
@@ -67,9 +61,7 @@ def last_ack(lab: Lab) -> None:
     lab.traffic.client_closes()
     with _fin_is_lost(lab):
         lab.traffic.process.do("shutdown_write")
-        _freeze_in(lab, "LAST-ACK")
-    lab.prepare()
-    lab.restore()
+        _move_in(lab, "LAST-ACK")
     _end(lab)
 
 
@@ -81,15 +73,13 @@ def closing(lab: Lab) -> None:
         lab.traffic.process.do("shutdown_write")
         _await_state(lab, "FIN-WAIT-1")
         lab.traffic.client.do("shutdown_write")
-        _freeze_in(lab, "CLOSING")
-    lab.prepare()
-    lab.restore()
+        _move_in(lab, "CLOSING")
     _end(lab)
 
 
-def _freeze_in(lab: Lab, state: str) -> None:
+def _move_in(lab: Lab, state: str) -> None:
     _await_state(lab, state)
-    lab.freeze()
+    lab.move()
 
 
 def _await_state(lab: Lab, state: str) -> None:
@@ -106,7 +96,7 @@ def tcp_state(host: Host, connection: FourTuple) -> str:
 
 
 def _fin_is_lost(lab: Lab) -> AbstractContextManager[None]:
-    """The switch loses what the source sends with FIN."""
+    """The switch loses what the source sends with FIN; from the freeze on it sends nothing."""
     return lab.conditions.loses(lab.home.role, "tcp flags & fin == fin")
 
 

@@ -8,22 +8,17 @@ Conntrack may pick up nothing, forget all, or be strict (H4, H5, H11 to H13 and 
 from __future__ import annotations
 
 from natkeep.lab.lab import Lab
-from natkeep.lab.situations import situation
+from natkeep.lab.situations import after_pause, situation
 
 MUCH = 300_000
 
 
-@situation(7, "tcp_loose=0 at every hop")
-def not_loose(lab: Lab) -> None:
-    """conntrack takes no connection up midway, so nothing is translated that has no entry."""
-    lab.conditions.conntrack_loose(0)
-    lab.begin(pause=True)
-    lab.move()
-    lab.traffic.client_says()
-    lab.traffic.server_says()
-    lab.traffic.client_closes()
-    lab.traffic.server_closes()
-    lab.finish()
+# conntrack takes no connection up midway, so nothing is translated that has no entry.
+after_pause(
+    7, "tcp_loose=0 at every hop",
+    "client_says", "server_says", "client_closes", "server_closes",
+    before=lambda lab: lab.conditions.conntrack_loose(0),
+)  # fmt: skip
 
 
 @situation(8, "path MTU drops beyond the gateway", setup={"routed": ("near",)})
@@ -63,18 +58,12 @@ def strict_firewalls(lab: Lab) -> None:
     lab.finish()
 
 
-@situation(10, "other NAT at -100/100 masquerades")
-def masquerading(lab: Lab) -> None:
-    """As container engines install it: at an equal priority the last one loaded wins."""
-    lab.conditions.masquerading_table()
-    lab.begin(pause=True)
-    lab.move()
-    lab.traffic.talk()
-    lab.traffic.talk_on()
-    lab.traffic.quiet()
-    lab.traffic.server_says()
-    lab.traffic.client_says()
-    lab.finish()
+# As container engines install it: at an equal priority the last one loaded wins.
+after_pause(
+    10, "other NAT at -100/100 masquerades",
+    "talk", "talk_on", "quiet", "server_says", "client_says",
+    before=lambda lab: lab.conditions.masquerading_table(),
+)  # fmt: skip
 
 
 @situation(11, "conntrack -F at gateway and destination")
