@@ -15,7 +15,7 @@ from natkeep.lab.criu_restore import CriuRestore
 SETUP = {"engine": "criu"}
 
 
-def tell(lab):
+def run(lab):
     lab.begin()
     lab.freeze()
     moved = CriuRestore(lab)

@@ -15,7 +15,7 @@ port of OLD does not belong to the move, and goes to the old host.
 SETUP = {"engine": "criu"}  # a list of connections, which is what `repair` has, names no listeners
 
 
-def tell(lab, listen=None):
+def run(lab, listen=None):
     """listen: where the server listens, if not at OLD."""
     lab.listeners = True
     lab.begin(listen=listen)

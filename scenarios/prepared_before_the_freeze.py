@@ -22,7 +22,7 @@ from natkeep.lab.translators import natkeep_command
 SETUP = {"engine": "criu"}
 
 
-def tell(lab):
+def run(lab):
     check = lab.report.check
     lab.serve()
     lab.dial(connections=2)

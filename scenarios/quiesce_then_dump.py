@@ -17,7 +17,7 @@ from natkeep.lab.criu_restore import Machine
 SETUP = {"engine": "criu"}
 
 
-def tell(lab):
+def run(lab):
     lab.serve()
     lab.traffic.process.do({"accept_every": 40})
     source = Machine(lab, "source", state="natkeep-state")

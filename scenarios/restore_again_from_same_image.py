@@ -16,7 +16,7 @@ from natkeep.lab.topology import THIRD, USUAL
 SETUP = {"engine": "criu", "seats": (*USUAL, THIRD)}
 
 
-def tell(lab):
+def run(lab):
     lab.begin()
     lab.freeze()
     moved = CriuRestore(lab)

@@ -21,7 +21,7 @@ from natkeep.lab.translators import write_script
 SETUP = {"engine": "criu"}
 
 
-def tell(lab):
+def run(lab):
     lab.begin(connections=2)
     machines = [Machine(lab, role) for role in ("gateway", "destination", "source")]
     gateway, destination, source = machines

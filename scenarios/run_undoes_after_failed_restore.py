@@ -20,7 +20,7 @@ SETUP = {"engine": "criu"}
 KILL = '[ "$CRTOOLS_SCRIPT_ACTION" != post-restore ] || kill -9 $PPID'
 
 
-def tell(lab):
+def run(lab):
     lab.begin()
     lab.freeze()
     moved = CriuRestore(lab)

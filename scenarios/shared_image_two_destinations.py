@@ -23,7 +23,7 @@ SETUP = {"engine": "criu", "seats": (*USUAL, THIRD)}
 VETO = '[ "$CRTOOLS_SCRIPT_ACTION" != post-restore ]'
 
 
-def tell(lab):
+def run(lab):
     lab.begin()
     lab.freeze()
     moved = CriuRestore(lab)

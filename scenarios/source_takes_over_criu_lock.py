@@ -33,7 +33,7 @@ table inet CRIU-0a0b0c0d-1871-423c-ab {
 """
 
 
-def tell(lab):
+def run(lab):
     check = lab.report.check
     lab.begin(connections=3)
     source = Machine(lab, "source")

@@ -25,7 +25,7 @@ SETUP = {
 }
 
 
-def tell(lab, unkept="reset"):
+def run(lab, unkept="reset"):
     """unkept: what natkeep is told to do; with `report` all of them have to hang."""
     lab.serve()
     lab.dial()

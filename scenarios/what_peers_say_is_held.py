@@ -21,7 +21,7 @@ SETUP = {"points": {"lo": ("destination", "lo")}}
 CONNECTIONS, OCTETS = 4, 3000
 
 
-def tell(lab):
+def run(lab):
     state, check = str(lab.directory / "natkeep-state"), lab.report.check
     lab.serve()
     lab.dial(connections=CONNECTIONS)

@@ -92,7 +92,7 @@ class Capture:
 
         await_true(listening, f"tcpdump at {self.point} to listen")
         # What the kernel counted while libpcap was still setting its buffer up is in no buffer,
-        # and before the story: what is not written after some looks never will be.
+        # and before the scenario: what is not written after some looks never will be.
         self._early = min(self._look_at_missing() for _ in range(_EARLY_LOOKS))
 
     def stop(self) -> None:
@@ -102,7 +102,7 @@ class Capture:
         self._stopped = True
         with contextlib.suppress(LabError):  # an incomplete capture shows in `flaws`
             await_true(self._caught_up, f"tcpdump at {self.point} to write", seconds=6)
-        # What comes between here and its end is counted and not written, and after the story.
+        # What comes between here and its end is counted and not written, and after the scenario.
         self._lost = self._missing()
         self._host.kill(self._tcpdump.pid, signal.SIGINT)
         self._tcpdump.process.wait(5)

@@ -109,9 +109,9 @@ def _run(args: argparse.Namespace) -> int:
 
     found = scenario.find_scenario(args.scenario)
     require_tools()
-    told = scenario.run(found, pcap=args.pcap, engine=args.engine, translator=args.translator)
-    _show(args, "report", told.as_json(), report.render_report(told))
-    return 0 if told.passed else 1
+    done = scenario.run(found, pcap=args.pcap, engine=args.engine, translator=args.translator)
+    _show(args, "report", done.as_json(), report.render_report(done))
+    return 0 if done.passed else 1
 
 
 def _show(args: argparse.Namespace, name: str, value: dict[str, Any], text: str) -> None:
@@ -135,13 +135,13 @@ def _matrix(args: argparse.Namespace) -> int:
     runs = [cell for cell in cells if cell.applies] * args.reps
     began, ended = time.monotonic(), 0
 
-    def tell(outcome: matrix.Outcome) -> None:
+    def show(outcome: matrix.Outcome) -> None:
         nonlocal ended
         ended += 1
         if not args.quiet:
             print(f"{ended}/{len(runs)} {outcome.verdict:<7} {outcome.cell}", file=sys.stderr)
 
-    outcomes = matrix.run(runs, jobs=args.jobs, report=args.report, tell=tell)
+    outcomes = matrix.run(runs, jobs=args.jobs, report=args.report, show=show)
     table = matrix_table.make_table(
         cells, outcomes, reps=args.reps, jobs=args.jobs, seconds=time.monotonic() - began
     )

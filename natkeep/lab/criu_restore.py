@@ -233,7 +233,7 @@ class CriuRestore:
 
 
 def _last(text: str) -> str:
-    """The last lines that tell anything."""
+    """The last lines that say anything."""
     lines = [line.strip() for line in text.splitlines() if line.strip()]
-    told = [line for line in lines if "natkeep" in line or "Error" in line]
-    return " / ".join((told or lines)[-4:])
+    ours = [line for line in lines if "natkeep" in line or "Error" in line]
+    return " / ".join((ours or lines)[-4:])

@@ -114,7 +114,7 @@ class Intruder:
     def sift(self, frames: Mapping[str, Sequence[Frame]]) -> dict[str, list[Frame]]:
         """Assert from all frames that nothing was opened; returns those from before the attempts.
 
-        Whether the kept connections live on afterwards is told by their octets.
+        Whether the kept connections live on afterwards is shown by their octets.
         """
         far = beyond_gateway(self.lab.topology)
         late = [f for at in far for f in frames[at] if f.at_ns >= self.began_ns]
@@ -136,7 +136,7 @@ class Intruder:
         self.lab.report.check("what was never kept does not pass the gateway", not bad, detail)
 
     def _check_answers(self, late: Sequence[Frame]) -> None:
-        """An answer means that there is something to talk to; a reset would tell of it, too."""
+        """An answer means that there is something to talk to; a reset would show it, too."""
         numbers = {(each.seq + 1) % 2**32: each for each in self.attempts}
         on_wire = FourTuple(self.kept.source, Endpoint(self.lab.new, self.kept.destination.port))
         taken = {on_wire.reply()}

@@ -36,7 +36,7 @@ CELL_S = 90.0
 """A cell's deadline; the slowest take 15 s on a busy machine."""
 
 _RETAKES = 2
-_END_S = 10.0  # for a cell that was told to end, to take its lab down
+_END_S = 10.0  # for a cell that is to end, to take its lab down
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,7 +141,7 @@ def play(cell: Cell, report: Path | None = None) -> Outcome:
         probe=column.probe, translator=column.translator, **situation.setup,
     ) as lab:  # fmt: skip
         lab.report.title = str(cell)
-        perform(lab, situation.tell)
+        perform(lab, situation.moves)
         verdict, reason = judge(lab.report, lab.refused, may_refuse=situation.may_refuse)
         if report is not None and verdict == "fail":
             directory = report / re.sub(r"[^a-z0-9+]+", "-", str(cell).lower())
@@ -180,9 +180,9 @@ def judge(report: Report, refused: str, *, may_refuse: tuple[str, ...]) -> tuple
 
 def run(
     cells: Iterable[Cell], *, jobs: int, report: Path | None = None,
-    deadline: float = CELL_S, tell: Callable[[Outcome], None] = lambda _: None,
+    deadline: float = CELL_S, show: Callable[[Outcome], None] = lambda _: None,
 ) -> list[Outcome]:  # fmt: skip
-    """Run all *cells*, *jobs* at once; *tell* is called with each outcome."""
+    """Run all *cells*, *jobs* at once; *show* is called with each outcome."""
     # Once here, or each cell's process spends half a second on it.
     import scapy.layers.inet6
     import scapy.utils  # noqa: F401
@@ -199,7 +199,7 @@ def run(
             connection.wait(ends, timeout=max(soonest, 0))
             for slot in [slot for slot, each in running.items() if each.is_over()]:
                 outcomes.append(running.pop(slot).outcome())
-                tell(outcomes[-1])
+                show(outcomes[-1])
         return outcomes
     finally:
         for each in running.values():

@@ -2,8 +2,8 @@
 
     \"\"\"A server moves to another address; its client notices nothing.   (then the network)\"\"\"
     SETUP = {"family": 6}          # arguments of Lab, optional; an engine: it is for this one only
-    CONNECTIONS = 50               # optional; where there is no `tell`: see move_once
-    def tell(lab): lab.begin(); lab.move(); lab.traffic.talk_on(); lab.finish()
+    CONNECTIONS = 50               # optional; where there is no `run`: see move_once
+    def run(lab): lab.begin(); lab.move(); lab.traffic.talk_on(); lab.finish()
 
 Rule: a scenario always ends in a verdict, whatever fails in it.
 """
@@ -26,7 +26,7 @@ from natkeep.lab.report import Report, ScenarioOver
 
 @dataclass(frozen=True, slots=True)
 class Scenario:
-    """A file of scenarios/, by name; loaded only when it is told."""
+    """A file of scenarios/, by name; loaded only when it is run."""
 
     name: str
     path: Path
@@ -38,17 +38,17 @@ class Scenario:
         return doc.splitlines()[0]
 
     def load(self) -> tuple[Callable[[Lab], None], dict[str, Any]]:
-        """Its `tell`, or `move_once`, and its SETUP."""
+        """Its `run`, or `move_once`, and its SETUP."""
         spec = importlib.util.spec_from_file_location(f"natkeep_scenario_{self.name}", self.path)
         assert spec is not None
         assert spec.loader is not None
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
         usual = partial(move_once, connections=getattr(module, "CONNECTIONS", 1))
-        return getattr(module, "tell", usual), getattr(module, "SETUP", {})
+        return getattr(module, "run", usual), getattr(module, "SETUP", {})
 
     def choose_engine(self, asked: str) -> str:
-        """The engine to tell it with; UsageError if it is for another one than was *asked* for."""
+        """The engine to run it with; UsageError if it is for another one than was *asked* for."""
         own: str = self.load()[1].get("engine", "auto")
         if own == "auto" or asked in ("auto", own):
             return asked if own == "auto" else own
@@ -56,7 +56,7 @@ class Scenario:
 
 
 def move_once(lab: Lab, *, connections: int) -> None:
-    """The scenario of a file that has no `tell`."""
+    """The scenario of a file that has no `run`."""
     lab.begin(connections=connections)
     lab.move()
     lab.traffic.talk_on()
@@ -81,24 +81,24 @@ def find_scenario(name: str) -> Scenario:
 
 def run(scenario: Scenario, *, pcap: Path | None = None, **options: Any) -> Report:
     """Tell *scenario* in a fresh lab; options are Lab's. Captures are kept in *pcap*."""
-    tell, setup = scenario.load()
+    moves, setup = scenario.load()
     engine = scenario.choose_engine(options.get("engine", "auto"))
     with Lab(scenario.name, **{**setup, **options, "engine": engine}) as lab:
         lab.report.title = scenario.title
-        perform(lab, tell)
+        perform(lab, moves)
         if pcap is not None:
             keep_captures(lab, pcap)
     return lab.report
 
 
-def perform(lab: Lab, tell: Callable[[Lab], None]) -> None:
-    """Tell a story to its end, whatever goes wrong in it."""
+def perform(lab: Lab, moves: Callable[[Lab], None]) -> None:
+    """Do what *moves* says to its end, whatever fails in it."""
     try:
-        tell(lab)
+        moves(lab)
     except ScenarioOver:
         lab.conclude()
     except NatkeepError as error:
-        lab.report.fail("the story is told to its end", error)
+        lab.report.fail("the scenario comes to its end", error)
         lab.conclude()
 
 

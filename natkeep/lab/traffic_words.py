@@ -186,8 +186,8 @@ class Traffic:
         within = self.patience_s
         report, all_done = _await_each(reader, done, within, alive=_ALIVE)
         if not all_done:
-            told = _counted(f"{each['state']} with {each['rx']} octets" for each in report)
-            raise TrafficError(f"{reader.directory.name}: not within {within:.1f} s: {told}")
+            said = _counted(f"{each['state']} with {each['rx']} octets" for each in report)
+            raise TrafficError(f"{reader.directory.name}: not within {within:.1f} s: {said}")
 
     def _note_arrival(self) -> None:
         silences = [each["longest_silence_ms"] for each in self.client.fresh()["connections"]]
@@ -200,7 +200,7 @@ class Traffic:
         """Stop talking; the octets at both ends, and their sockets' names."""
         if not self.carried_on:
             raise ScenarioOver  # nothing arrives any more: only the captures are left to judge
-        with suppress(LabError):  # what did not arrive is told by octets_agree
+        with suppress(LabError):  # what did not arrive is shown by octets_agree
             self.quiet()
         client, server = self.client.fresh(), self.process.fresh()
         self.report.assertions += [

@@ -80,8 +80,17 @@ def judge_peers(kept: Kept, peers: Points, everywhere: Points) -> list[Assertion
 
 
 def numbers_advance(at_peers: Sequence[Frame], kept: Kept) -> list[Assertion]:
-    """Acknowledgements, timestamps and sequence numbers."""
-    return [check(at_peers, kept) for check in (acks_advance, timestamps_advance, no_hole)]
+    """In each direction: acknowledgements, timestamps, and sequence numbers without a hole."""
+    return [
+        _monotonic(
+            "acknowledgements never step back", at_peers, kept,
+            lambda segment: segment.ack if segment.flags & ACK else None,
+        ),
+        _monotonic(
+            "TCP timestamps never step back", at_peers, kept, lambda segment: segment.timestamp
+        ),
+        no_hole(at_peers, kept),
+    ]  # fmt: skip
 
 
 def judge_others(peers: Points, kept: Kept, strangers: Sequence[FourTuple]) -> list[Assertion]:
@@ -141,9 +150,9 @@ def no_reset(everywhere: Points, kept: Kept) -> Assertion:
 def no_new_path(at_peers: Sequence[Frame], kept: Kept) -> Assertion:
     """No SYN on a kept connection after the freeze began."""
     both = _both_directions(kept)
-    late = [f for f in at_peers if f.segment and f.segment.tuple in both]
-    late = [frame for frame in late if frame.at_ns >= kept.frozen_ns]
-    bad = [frame.summary for frame in late if frame.segment and frame.segment.flags & SYN]
+    late = [f for f in at_peers if f.at_ns >= kept.frozen_ns and f.segment]
+    late = [f for f in late if f.segment and f.segment.tuple in both]
+    bad = [f.summary for f in late if f.segment and f.segment.flags & SYN]
     return _verdict("no SYN after the freeze", bad, len(late), f"0 in {len(late)} segments")
 
 
@@ -164,21 +173,6 @@ def only_kept_ports(near: Points, far: Points, kept: Kept) -> Assertion:
     return _verdict("no port differs from the kept ones", bad, seen, f"{seen} segments")
 
 
-def acks_advance(at_peers: Sequence[Frame], kept: Kept) -> Assertion:
-    """No direction ever acknowledges less than it did before."""
-    return _monotonic(
-        "acknowledgements never step back", at_peers, kept,
-        lambda segment: segment.ack if segment.flags & ACK else None,
-    )  # fmt: skip
-
-
-def timestamps_advance(at_peers: Sequence[Frame], kept: Kept) -> Assertion:
-    """No direction ever stamps a segment earlier than the one before."""
-    return _monotonic(
-        "TCP timestamps never step back", at_peers, kept, lambda segment: segment.timestamp
-    )
-
-
 def no_hole(at_peers: Sequence[Frame], kept: Kept) -> Assertion:
     """Each direction's sequence numbers are seen from the first to the last without a hole."""
     bad, seen = [], 0
@@ -190,16 +184,13 @@ def no_hole(at_peers: Sequence[Frame], kept: Kept) -> Assertion:
 
 def count_segments(at_peers: Iterable[Frame], kept: Kept) -> int:
     """Segments of kept connections at the peers' interfaces, both directions."""
-    both = _both_directions(kept)
-    return sum(1 for f in at_peers if f.segment and f.segment.tuple in both)
+    return sum(len(segments) for segments in _by_direction(at_peers, kept).values())
 
 
 def count_resets(at_peers: Iterable[Frame], kept: Kept) -> int:
     """Those of them with RST."""
-    both = _both_directions(kept)
-    return sum(
-        1 for f in at_peers if f.segment and f.segment.tuple in both and f.segment.flags & RST
-    )
+    found = _by_direction(at_peers, kept).values()
+    return sum(1 for segments in found for segment in segments if segment.flags & RST)
 
 
 def longest_silence_ms(at_peers: Sequence[Frame], kept: Kept) -> float:
@@ -241,9 +232,9 @@ def _segments(points: Points, kept: Kept) -> Iterable[tuple[str, Frame, Segment]
 
 def _by_direction(at_peers: Iterable[Frame], kept: Kept) -> dict[FourTuple, list[Segment]]:
     found: dict[FourTuple, list[Segment]] = {each: [] for each in _both_directions(kept)}
-    for frame in at_peers:
-        if frame.segment and frame.segment.tuple in found:
-            found[frame.segment.tuple].append(frame.segment)
+    for segment in (frame.segment for frame in at_peers):
+        if segment and segment.tuple in found:
+            found[segment.tuple].append(segment)
     return found
 
 

@@ -266,7 +266,7 @@ def test_a_cell_that_hangs_has_failed_at_its_deadline(monkeypatch):
 def tallied(*outcomes: Outcome) -> matrix_table.Table:
     cells = [
         Cell(situation, family, column)
-        for situation in (NOTHING, Situation(20, "one family", NOTHING.tell, families=(4,)))
+        for situation in (NOTHING, Situation(20, "one family", NOTHING.moves, families=(4,)))
         for family in (4, 6)
         for column in (STATEFUL, STATELESS, NAIVE)
     ]

@@ -167,7 +167,7 @@ def test_scenario_file_has_a_title_and_a_drawing(name):
     assert "┌" in text.split('"""')[1]
 
 
-def test_a_story_that_breaks_down_ends_in_a_verdict(tmp_path, monkeypatch):
+def test_a_scenario_that_breaks_down_ends_in_a_verdict(tmp_path, monkeypatch):
     """An unforeseen error of the lab is a failed assertion, not a traceback."""
 
     class Broken:
@@ -188,12 +188,12 @@ def test_a_story_that_breaks_down_ends_in_a_verdict(tmp_path, monkeypatch):
     story.write_text(
         '"""A story."""\n'
         "from natkeep.lab.host import LabError\n"
-        "def tell(lab):\n    raise LabError('no bridge')\n"
+        "def run(lab):\n    raise LabError('no bridge')\n"
     )
     report = scenario.run(Scenario("story", story))
 
     assert [str(each) for each in report.assertions] == [
-        "FAIL the story is told to its end: no bridge",
+        "FAIL the scenario comes to its end: no bridge",
         "ok   concluded",
     ]
 

@@ -18,7 +18,7 @@ from typing import Any
 from natkeep.lab.lab import Lab
 from natkeep.lab.topology import THIRD, USUAL, Seat
 
-Tell = Callable[[Lab], None]
+Moves = Callable[[Lab], None]
 THREE_HOSTS = {"seats": (*USUAL, THIRD)}
 SECOND_CLIENT = Seat("client2", "near", 3)
 TWO_CLIENTS = {"seats": (*USUAL, SECOND_CLIENT)}
@@ -35,7 +35,7 @@ class Situation:
 
     number: int
     name: str
-    tell: Tell
+    moves: Moves
     engine: str = "repair"
     families: tuple[int, ...] = (4, 6)
     probes: tuple[bool, ...] = (True, False)
@@ -52,25 +52,25 @@ class Situation:
 SITUATIONS: list[Situation] = []
 
 
-def situation(number: int, name: str, **options: Any) -> Callable[[Tell], Tell]:
+def situation(number: int, name: str, **options: Any) -> Callable[[Moves], Moves]:
     """Register the function as the situation of that number and name."""
 
-    def register(tell: Tell) -> Tell:
-        SITUATIONS.append(Situation(number, name, tell, **options))
-        return tell
+    def register(moves: Moves) -> Moves:
+        SITUATIONS.append(Situation(number, name, moves, **options))
+        return moves
 
     return register
 
 
 def after_pause(
-    number: int, name: str, *words: str, before: Tell = lambda lab: None, **options: Any
+    number: int, name: str, *words: str, before: Moves = lambda lab: None, **options: Any
 ) -> None:
     """Register a move in a pause of the connection, after which *words* of Traffic follow.
 
     before: what is done before the server starts.
     """
 
-    def tell(lab: Lab) -> None:
+    def moves(lab: Lab) -> None:
         before(lab)
         lab.begin(pause=True)
         lab.move()
@@ -78,7 +78,7 @@ def after_pause(
             getattr(lab.traffic, word)()
         lab.finish()
 
-    situation(number, name, **options)(tell)
+    situation(number, name, **options)(moves)
 
 
 def usual_end(lab: Lab) -> None:
