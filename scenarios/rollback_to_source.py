@@ -16,7 +16,7 @@ natkeep's gate at the source may go.
 
 from natkeep.lab.criu_restore import Machine
 from natkeep.lab.engine import Opening
-from natkeep.lab.translators import write_script
+from natkeep.lab.host import write_script
 
 SETUP = {"engine": "criu"}
 

@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from natkeep.errors import NatkeepError
+from natkeep.lab.host import Host
 from natkeep.lab.report import Assertion
 from natkeep.plan.tuples import Endpoint, FourTuple
 
@@ -35,6 +36,8 @@ Views = Mapping[FourTuple, FourTuple]
 """Each four-tuple as the peer sees it, from the peer to the process, and as the process sees it;
 they differ behind a gateway's own NAT."""
 Item = str | dict[str, Any]
+Source = Endpoint | str | None
+"""Where a client dials from, with port 0 for any; None: as the kernel chooses."""
 
 # How often a report is looked at while waiting; the script writes every 20 ms at most.
 _LOOK_EVERY_S = 0.002
@@ -128,6 +131,25 @@ class Application:
         temporary = self.directory / f".{name}.tmp"
         temporary.write_text(text)
         os.replace(temporary, self.directory / name)
+
+
+def start_server(host: Host, name: str, *listen: Endpoint | str) -> Application:
+    """A server at *host*, which listens."""
+    server = Application(host.directory / name)
+    host.start(name, *server.serve_line(*map(str, listen)))
+    server.wait(lambda report: len(report["listening"]) == len(listen), "listening")
+    return server
+
+
+def start_client(
+    host: Host, name: str, to: Endpoint, *, count: int = 1, source: Source = None
+) -> Application:
+    """A client at *host* with *count* open connections, which leave from *source*."""
+    client = Application(host.directory / name)
+    line = client.dial_line(str(to), count=count, source=None if source is None else str(source))
+    host.start(name, *line)
+    client.wait(all_open(count), "connected")
+    return client
 
 
 def all_open(count: int) -> Callable[[Report], bool]:

@@ -25,9 +25,9 @@ from pathlib import Path
 from natkeep.errors import RefusedError
 from natkeep.lab.engine import EngineError, Opening
 from natkeep.lab.engines.criu import Criu
-from natkeep.lab.host import Host
+from natkeep.lab.host import Host, write_script
 from natkeep.lab.lab import Lab
-from natkeep.lab.translators import Natkeep, Order, natkeep_command, write_script
+from natkeep.lab.translators import Natkeep, Order, natkeep_command
 
 
 class Machine:

@@ -146,3 +146,10 @@ def await_true(ready: Callable[[], object], what: str, *, seconds: float = 5) ->
         if time.monotonic() > deadline:
             raise LabError(f"waited {seconds:g} s in vain for {what}")
         time.sleep(0.002)  # a look every 2 ms, not a wait for luck: the deadline decides
+
+
+def write_script(path: Path, text: str) -> Path:
+    """A shell script that can be run."""
+    path.write_text(f"#!/bin/sh\n{text}\n")
+    path.chmod(0o755)
+    return path

@@ -19,7 +19,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from natkeep.lab.application import Application
+from natkeep.lab.application import start_server
 from natkeep.lab.capture import ACK, SYN, Frame, beyond_gateway
 from natkeep.lab.host import Host
 from natkeep.lab.lab import Lab
@@ -59,11 +59,10 @@ class Intruder:
         self.began_ns = time.time_ns()
         lab.sieve = self.sift
         port, anywhere = self.kept.destination.port, "0.0.0.0" if lab.family == 4 else "[::]"
-        new = str(lab.new) if lab.family == 4 else f"[{lab.new}]"
-        self.listener = Application(lab.directory / "listener")
-        line = self.listener.serve_line(f"{new}:{port}", f"{anywhere}:{OTHER_PORT}")
-        lab.topology[DESTINATION.role].start("listener", *line)
-        self.listener.wait(lambda report: len(report["listening"]) == 2, "listening")
+        self.listener = start_server(
+            lab.topology[DESTINATION.role], "listener",
+            Endpoint(lab.new, port), f"{anywhere}:{OTHER_PORT}",
+        )  # fmt: skip
 
     # What is tried
 

@@ -24,6 +24,7 @@ from typing import Any, Self
 
 from natkeep.errors import NatkeepError, RefusedError
 from natkeep.lab import capture, wire_checks
+from natkeep.lab.application import Source
 from natkeep.lab.engine import Engine, Frozen, Opening, end_silence
 from natkeep.lab.engines import choose_engine
 from natkeep.lab.host_state import difference, read_surfaces
@@ -97,7 +98,7 @@ class Lab:
     # Beginning
 
     def begin(
-        self, *, connections: int = 1, listen: str | None = None, source: str | None = None,
+        self, *, connections: int = 1, listen: str | None = None, source: Source = None,
         pause: bool = False,
     ) -> None:  # fmt: skip
         """A server, connections to it, and requests and answers on them; then perhaps a pause."""
@@ -124,9 +125,7 @@ class Lab:
         """OLD and the server's port."""
         return Endpoint(self.old, PORT)
 
-    def dial(
-        self, *, connections: int = 1, role: str = "client", source: str | None = None
-    ) -> None:
+    def dial(self, *, connections: int = 1, role: str = "client", source: Source = None) -> None:
         """The client opens *connections* to OLD, from the address and port *source*."""
         host = self.topology[role]
         self.traffic.dial(host, self.server_endpoint, count=connections, source=source)

@@ -18,12 +18,14 @@ from typing import Any
 
 from natkeep.lab.application import (
     Application,
+    Source,
     TrafficError,
     all_open,
     answered,
     handed_over,
     octets_agree,
     sockets_agree,
+    start_client,
     sum_of,
     tuple_of,
 )
@@ -76,12 +78,9 @@ class Traffic:
         application.wait(lambda report: report["listening"], "listening")
         self.server = Moving(application, "serve", pid)
 
-    def dial(self, host: Host, to: Endpoint, *, count: int, source: str | None) -> None:
+    def dial(self, host: Host, to: Endpoint, *, count: int, source: Source) -> None:
         """The client at *host* opens *count* connections, which are to be kept."""
-        self.client = Application(self.directory / f"dial-{self.name}")
-        line = self.client.dial_line(str(to), count=count, source=source)
-        host.start(f"dial-{self.name}", *line)
-        self.client.wait(all_open(count), "connected")
+        self.client = start_client(host, f"dial-{self.name}", to, count=count, source=source)
         self.keep()
 
     def dial_one_by_one(self, host: Host, to: Endpoint, count: int) -> None:
@@ -89,8 +88,7 @@ class Traffic:
 
         In order, so that each of the server's connections can be matched with the client's.
         """
-        self.client = Application(self.directory / "dial")
-        host.start("dial", *self.client.dial_line(str(to)))
+        self.client = start_client(host, "dial", to)
         for opened in range(1, count + 1):
             if opened > 1:
                 self.client.do({"open": None})

@@ -20,7 +20,7 @@ from pathlib import Path
 from natkeep.errors import NatkeepError
 from natkeep.lab.engine import Opening
 from natkeep.lab.engines.criu import CHECKOUT
-from natkeep.lab.host import Host
+from natkeep.lab.host import Host, write_script
 from natkeep.lab.topology import Address
 from natkeep.plan.tuples import FourTuple
 
@@ -228,13 +228,6 @@ TRANSLATORS: dict[str, type[Translator]] = {
 
 def _host_prefix(address: Address) -> str:
     return f"{address}/{address.max_prefixlen}"
-
-
-def write_script(path: Path, text: str) -> Path:
-    """A shell script that can be run."""
-    path.write_text(f"#!/bin/sh\n{text}\n")
-    path.chmod(0o755)
-    return path
 
 
 def natkeep_command() -> list[str]:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable
 
-from natkeep.lab.application import Application, TrafficError, all_open, tuple_of
+from natkeep.lab.application import Application, TrafficError, start_client, tuple_of
 from natkeep.lab.application import Report as Traffic
 from natkeep.lab.capture import RST, Frame, Segment
 from natkeep.lab.lab import Lab
@@ -21,7 +21,7 @@ from natkeep.lab.topology import CLIENT
 from natkeep.plan.tuples import Endpoint, FourTuple
 
 DEAF_PORT = 6000
-_LOOPBACK = {4: "127.0.0.1:0", 6: "[::1]:0"}
+LOOPBACK = {4: "127.0.0.1:0", 6: "[::1]:0"}
 _HANGS_S = 2.0  # a segment that is answered at all is answered within milliseconds
 _TOLD_S = 1.0  # a silent end and a speaking one alike
 _DIALS_AGAIN_S = 4.0  # a SYN that was dropped comes again after 1 s, or 2 s later
@@ -32,15 +32,23 @@ add rule inet lab_deaf input tcp dport {port} drop
 """
 
 
+def dial_locally(lab: Lab) -> list[Application]:
+    """Two peers of the server on the source itself: by OLD, and by loopback."""
+    source = lab.topology["source"]
+    return [
+        start_client(source, "old", lab.server_endpoint),
+        start_client(source, "loopback", lab.server_endpoint, source=LOOPBACK[lab.family]),
+    ]
+
+
 class UnkeptEnds:
     """The peers on the source (one speaks, one is silent), and the server's own call."""
 
     def __init__(self, lab: Lab) -> None:
         self.lab = lab
-        self.peers = [
-            self._dial("old", None),
-            self._dial("loopback", _LOOPBACK[lab.family]),
-        ]
+        self.peers = dial_locally(lab)
+        for peer in self.peers:
+            peer.do({"push": 512})
         lab.topology["client"].nft(_DEAF.format(port=DEAF_PORT))
         target = str(Endpoint(CLIENT.address(lab.family), DEAF_PORT))
         lab.traffic.process.do({"open": target})
@@ -55,14 +63,6 @@ class UnkeptEnds:
         lab.sieve = lambda frames: {
             at: [f for f in some if not _is_of(f, ours)] for at, some in frames.items()
         }
-
-    def _dial(self, name: str, source: str | None) -> Application:
-        peer = Application(self.lab.directory / name)
-        line = peer.dial_line(str(self.lab.server_endpoint), source=source)
-        self.lab.topology["source"].start(name, *line)
-        peer.wait(all_open(1), "connected")
-        peer.do({"push": 512})
-        return peer
 
     def speak(self) -> None:
         """The first peer says something; the other one is silent for good."""

@@ -122,12 +122,6 @@ def test_every_number_of_the_issue_has_a_situation():
     assert {each.number for each in find_situations()} >= {*range(1, 23)}
 
 
-def test_no_two_situations_share_a_name():
-    names = [each.name for each in find_situations()]
-
-    assert len(set(names)) == len(names)
-
-
 def test_everything_is_selected_by_default():
     cells = Selection().cells()
 

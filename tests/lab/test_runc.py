@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 from pathlib import Path
@@ -10,7 +9,6 @@ from pathlib import Path
 import pytest
 
 from natkeep.lab import engines, lab, scenario
-from natkeep.lab.application import Application
 from natkeep.lab.engine import EngineError, Opening
 from natkeep.lab.engines import runc
 from natkeep.lab.engines.criu import find_criu
@@ -165,23 +163,6 @@ def test_a_checkpoint_that_fails_says_why_in_the_words_of_criu():
         with pytest.raises(EngineError, match="consider using --tcp-established"):
             lab.engine.freeze(lab.at, lab.traffic.server, lab.directory / "refused")
         lab.traffic.talk()
-
-
-def test_what_runc_runs(tmp_path):
-    """The application's own files, and what it reads of the machine's."""
-    plain = {"process": {"terminal": True, "cwd": "/"}, "mounts": [{"destination": "/proc"}],
-             "linux": {"namespaces": []}}  # fmt: skip
-    application = Application(tmp_path / "serve-lab")
-    spec = runc.make_spec(plain, application, ["/usr/bin/python3", "x.py"], cgroup="natkeep-lab-1")
-
-    assert spec["process"]["terminal"] is False
-    assert spec["process"]["args"][-1] == "x.py"
-    assert spec["process"]["args"][-2] == str(Path("/usr/bin/python3").resolve())
-    assert spec["linux"]["cgroupsPath"] == "/natkeep-lab-1"
-    ways = {each["destination"]: each.get("options") for each in spec["mounts"]}
-    assert ways["/usr"] == ["rbind", "ro"]
-    assert ways[str(tmp_path / "serve-lab")] == ["rbind", "rw"]
-    assert json.dumps(spec)
 
 
 def test_without_runc_the_engine_says_what_to_install(monkeypatch):

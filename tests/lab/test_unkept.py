@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from natkeep.kernel.linux import LinuxKernel
-from natkeep.lab.application import Application, all_in, all_open, faults, received, tuple_of
+from natkeep.lab.application import all_in, all_open, faults, received, start_client, tuple_of
 from natkeep.lab.capture import RST
 from natkeep.lab.lab import Lab
 from natkeep.lab.scenario import find_scenario, perform
@@ -110,10 +110,7 @@ def test_peers_on_a_wire_are_told_at_the_gateway_and_may_come_again(family, mode
 
 def dial_two(lab, name, origin):
     """Two connections from *origin* and the port after it, which have had an answer."""
-    client = Application(lab.directory / name)
-    line = client.dial_line(str(Endpoint(lab.old, PORT)), count=2, source=origin)
-    lab.topology["client"].start(name, *line)
-    client.wait(all_open(2), "connected")
+    client = start_client(lab.topology["client"], name, lab.server_endpoint, count=2, source=origin)
     client.do({"push": 512})
     client.wait(received(512), "an answer")
     return client

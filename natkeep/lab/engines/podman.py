@@ -43,7 +43,7 @@ from natkeep.lab.engines.runc import (
     remove_cgroups,
     shared,
 )
-from natkeep.lab.host import NAMES, Host, LabError, await_true
+from natkeep.lab.host import NAMES, Host, LabError, await_true, write_script
 
 _IMAGE = "localhost/bare"  # nothing but links into the machine's /usr
 _FURNISH = """\
@@ -170,10 +170,7 @@ class Podman:
 def _wrap(opening: Opening, script: Path) -> Path:
     """*script*, which gives the hook the environment that podman does not pass on."""
     exports = [f"export {name}={shlex.quote(value)}" for name, value in opening.environment.items()]
-    lines = ["#!/bin/sh", *exports, f"exec {shlex.quote(str(opening.hook))}"]
-    script.write_text("".join(f"{line}\n" for line in lines))
-    script.chmod(0o755)
-    return script
+    return write_script(script, "\n".join([*exports, f"exec {shlex.quote(str(opening.hook))}"]))
 
 
 def _configuration(host: Host) -> Path:
@@ -187,12 +184,8 @@ def _own(host: Host) -> Path:
 
 def _runtime(host: Host) -> Path:
     """runc with its state in the lab: not every call of podman's passes --runtime-flag on."""
-    script = host.directory / "runc-of-podman"
-    if not script.exists():
-        root = shlex.quote(str(_own(host) / "runc"))
-        script.write_text(f'#!/bin/sh\nexec runc --root {root} "$@"\n')
-        script.chmod(0o755)
-    return script
+    root = shlex.quote(str(_own(host) / "runc"))
+    return write_script(host.directory / "runc-of-podman", f'exec runc --root {root} "$@"')
 
 
 def _cgroup(host: Host) -> str:

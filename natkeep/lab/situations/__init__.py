@@ -81,8 +81,14 @@ def after_pause(
     situation(number, name, **options)(moves)
 
 
+def carry_on_after(lab: Lab, *moves: Callable[[], None]) -> None:
+    """One move after the other; after each of them all connections carry on."""
+    for move in moves:
+        move()
+        lab.traffic.talk_on()
+
+
 def usual_end(lab: Lab) -> None:
     """The server moves, the connections carry on, and all is judged."""
-    lab.move()
-    lab.traffic.talk_on()
+    carry_on_after(lab, lab.move)
     lab.finish()

@@ -7,9 +7,11 @@ client talks all the while.
 
 from __future__ import annotations
 
+from functools import partial
+
 from natkeep.lab.host_state import difference, read_surfaces
 from natkeep.lab.lab import Lab
-from natkeep.lab.situations import THREE_HOSTS, situation
+from natkeep.lab.situations import THREE_HOSTS, carry_on_after, situation
 from natkeep.lab.topology import THIRD, Address
 
 
@@ -17,11 +19,8 @@ from natkeep.lab.topology import THIRD, Address
 def moved_on(lab: Lab) -> None:
     """From A to B, and from there to C."""
     lab.begin(connections=3)
-    lab.move()
-    lab.traffic.talk_on()
     left = lab.new
-    lab.move_on(THIRD)
-    lab.traffic.talk_on()
+    carry_on_after(lab, lab.move, partial(lab.move_on, THIRD))
     _check_forgotten(lab, left)
     lab.finish()
 
@@ -38,10 +37,7 @@ def moved_back(lab: Lab) -> None:
     lab.begin(connections=3)
     gateway = lab.topology["gateway"]
     before = read_surfaces(gateway)
-    lab.move()
-    lab.traffic.talk_on()
-    lab.move_back()
-    lab.traffic.talk_on()
+    carry_on_after(lab, lab.move, lab.move_back)
     left = difference(before, read_surfaces(gateway))
     name = "the gateway is as it was before the move, while the client talks"
     lab.report.check(name, not left, left)
@@ -58,12 +54,7 @@ def moved_back_by_criu(lab: Lab) -> None:
 def moved_on_and_back(lab: Lab) -> None:
     """From A to B, to C, and home."""
     lab.begin(connections=3)
-    lab.move()
-    lab.traffic.talk_on()
-    lab.move_on(THIRD)
-    lab.traffic.talk_on()
-    lab.move_back()
-    lab.traffic.talk_on()
+    carry_on_after(lab, lab.move, partial(lab.move_on, THIRD), lab.move_back)
     _check_forgotten(lab, lab.new)
     lab.finish()
 

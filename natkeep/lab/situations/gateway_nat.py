@@ -9,7 +9,7 @@ from __future__ import annotations
 from functools import partial
 
 from natkeep.lab.lab import Lab
-from natkeep.lab.situations import THREE_HOSTS, situation, usual_end
+from natkeep.lab.situations import THREE_HOSTS, carry_on_after, situation, usual_end
 from natkeep.lab.topology import THIRD, address
 from natkeep.plan.tuples import Endpoint
 
@@ -28,10 +28,7 @@ def published(lab: Lab) -> None:
 def published_moved_on(lab: Lab) -> None:
     """What the first move took over, the second takes over from it."""
     _connect(lab, _publish(lab))
-    lab.move()
-    lab.traffic.talk_on()
-    lab.move_on(THIRD)
-    lab.traffic.talk_on()
+    carry_on_after(lab, lab.move, partial(lab.move_on, THIRD))
     lab.finish()
 
 
@@ -39,10 +36,7 @@ def published_moved_on(lab: Lab) -> None:
 def published_moved_back(lab: Lab) -> None:
     """The gateway's own translation is as it was."""
     _connect(lab, _publish(lab))
-    lab.move()
-    lab.traffic.talk_on()
-    lab.move_back()
-    lab.traffic.talk_on()
+    carry_on_after(lab, lab.move, lab.move_back)
     lab.finish()
 
 

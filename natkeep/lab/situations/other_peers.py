@@ -12,16 +12,23 @@ from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 
-from natkeep.lab.application import Application, all_open, answered, octets_agree, tuple_of
+from natkeep.lab.application import (
+    Application,
+    answered,
+    octets_agree,
+    start_client,
+    start_server,
+    tuple_of,
+)
 from natkeep.lab.host import LabError, await_true
 from natkeep.lab.lab import Lab
 from natkeep.lab.report import Assertion
 from natkeep.lab.situations import SECOND_CLIENT, TWO_CLIENTS, situation, usual_end
 from natkeep.lab.topology import CLIENT, Seat
 from natkeep.lab.traffic_words import PORT
+from natkeep.lab.unkept import LOOPBACK, dial_locally
 from natkeep.plan.tuples import Endpoint, FourTuple
 
-LOOPBACK = {4: "127.0.0.1:0", 6: "[::1]:0"}
 OTHERS_PORT, KEPT_PORT = 42_000, 40_000
 
 refused = partial(situation, probes=(True,), may_refuse=("stateful", "stateless"))
@@ -71,11 +78,7 @@ def _refuse(lab: Lab, reason: str) -> None:
 def mixed(lab: Lab) -> None:
     """What can be kept is kept, although the image has connections that cannot."""
     lab.serve()
-    for name, source in (("old", None), ("loopback", LOOPBACK[lab.family])):
-        neighbour = Application(lab.directory / name)
-        line = neighbour.dial_line(str(lab.server_endpoint), source=source)
-        lab.topology["source"].start(name, *line)
-        neighbour.wait(all_open(1), "connected")
+    dial_locally(lab)
     lab.dial(connections=3)
     lab.traffic.talk()
     usual_end(lab)
@@ -86,7 +89,7 @@ def others_at_new(lab: Lab) -> None:
     """The same client host, with other ports, and another one; all the while they talk."""
     lab.settle()
     others = _Others(lab)
-    lab.begin(connections=3, source=str(Endpoint(CLIENT.address(lab.family), KEPT_PORT)))
+    lab.begin(connections=3, source=Endpoint(CLIENT.address(lab.family), KEPT_PORT))
     others.talk_on("before")
     lab.move()
     lab.traffic.talk_on()
@@ -100,7 +103,7 @@ def same_tuple_at_new(lab: Lab) -> None:
     """The same client host with the same port: of the two only one could be told from the other."""
     lab.settle()
     others = _Others(lab, KEPT_PORT)
-    lab.begin(source=str(Endpoint(CLIENT.address(lab.family), KEPT_PORT)))
+    lab.begin(source=Endpoint(CLIENT.address(lab.family), KEPT_PORT))
     lab.freeze()
     (kept,) = lab.traffic.kept
     if not lab.must_refuse(str(FourTuple(kept.source, Endpoint(lab.new, PORT)))):
@@ -115,19 +118,17 @@ class _Others:
 
     def __init__(self, lab: Lab, port: int = OTHERS_PORT) -> None:
         self.lab, self.port = lab, port
-        target = str(Endpoint(lab.new, PORT))
-        self.server = Application(lab.directory / "others-serve")
-        lab.topology[lab.site.role].start("others-serve", *self.server.serve_line(target))
-        self.server.wait(lambda report: report["listening"], "listening")
+        target = Endpoint(lab.new, PORT)
+        self.server = start_server(lab.topology[lab.site.role], "others-serve", target)
         self.clients = [self._dial(seat, target) for seat in (CLIENT, SECOND_CLIENT)]
         lab.strangers += [each for client in self.clients for each in _tuples(client)]
 
-    def _dial(self, seat: Seat, target: str) -> Application:
-        client = Application(self.lab.directory / f"others-{seat.role}")
-        source = str(Endpoint(seat.address(self.lab.family), self.port))
-        line = client.dial_line(target, count=2, source=source)
-        self.lab.topology[seat.role].start(f"others-{seat.role}", *line)
-        client.wait(all_open(2), "connected")
+    def _dial(self, seat: Seat, target: Endpoint) -> Application:
+        host, source = (
+            self.lab.topology[seat.role],
+            Endpoint(seat.address(self.lab.family), self.port),
+        )
+        client = start_client(host, f"others-{seat.role}", target, count=2, source=source)
         client.do({"talk": {"interval_ms": 10, "size": 64}})
         return client
 

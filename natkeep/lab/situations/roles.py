@@ -6,7 +6,7 @@ same translation fits all of them.
 
 from __future__ import annotations
 
-from natkeep.lab.application import Application, all_open
+from natkeep.lab.application import Application, all_open, start_server
 from natkeep.lab.engine import Moving
 from natkeep.lab.lab import Lab
 from natkeep.lab.situations import situation, usual_end
@@ -24,9 +24,7 @@ def process_dialled(lab: Lab) -> None:
     """The migrated process dialled, from OLD and a port that the kernel chose."""
     lab.settle()
     to = Endpoint(CLIENT.address(lab.family), PORT)
-    lab.traffic.client = Application(lab.directory / "peer")
-    lab.topology["client"].start("peer", *lab.traffic.client.serve_line(str(to)))
-    lab.traffic.client.wait(lambda report: report["listening"], "listening")
+    lab.traffic.client = start_server(lab.topology["client"], "peer", to)
     process = Application(lab.directory / "process")
     lab.at = lab.topology["source"]
     program = lab.at.start("process", *process.dial_line(str(to), count=3))
@@ -85,5 +83,5 @@ def _begin_two(lab: Lab, port: int) -> Lab:
     """Two servers on two hosts, with one client each; the second's connections come from *port*."""
     other = lab.beside(SECOND_SOURCE, "other")
     for each, first in ((lab, FIRST_PORT), (other, port)):
-        each.begin(source=str(Endpoint(CLIENT.address(lab.family), first)))
+        each.begin(source=Endpoint(CLIENT.address(lab.family), first))
     return other
