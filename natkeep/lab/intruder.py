@@ -51,13 +51,13 @@ class Attempt:
 
 
 class Intruder:
-    """Tries everything at one lab; `sift` takes its frames out of what is judged otherwise."""
+    """Tries everything at one lab; `select_frames` keeps its frames from the usual checks."""
 
     def __init__(self, lab: Lab) -> None:
         self.lab, self.attempts = lab, list[Attempt]()
         self.kept = lab.traffic.kept[0]
         self.began_ns = time.time_ns()
-        lab.sieve = self.sift
+        lab.select_frames = self.select_frames
         port, anywhere = self.kept.destination.port, "0.0.0.0" if lab.family == 4 else "[::]"
         self.listener = start_server(
             lab.topology[DESTINATION.role], "listener",
@@ -110,7 +110,7 @@ class Intruder:
 
     # What came of it
 
-    def sift(self, frames: Mapping[str, Sequence[Frame]]) -> dict[str, list[Frame]]:
+    def select_frames(self, frames: Mapping[str, Sequence[Frame]]) -> dict[str, list[Frame]]:
         """Assert from all frames that nothing was opened; returns those from before the attempts.
 
         Whether the kept connections live on afterwards is shown by their octets.

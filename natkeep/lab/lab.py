@@ -67,12 +67,12 @@ class Lab:
         self.conditions = Conditions(self.topology, family, self.report)
         self.name, self.home, self.site = "lab", SOURCE, DESTINATION
         self.refused = ""  # why natkeep refused the move
-        self.strangers: list[FourTuple] = []  # connections of others with NEW
+        self.others: list[FourTuple] = []  # connections of others with NEW
         self.listeners = False  # whether natkeep is told --listeners
         self.parties, self.orders, self.undone = [self], list[Order](), list[Order]()
         self.peer_points = [seat.role for seat in self.topology.seats if seat.network == "near"]
         self.clean_from_ns = 0
-        self.sieve: Callable[[Frames], Frames] = dict  # what of the frames is judged
+        self.select_frames: Callable[[Frames], Frames] = dict  # what of the frames is judged
         self.frozen_ns: int | None = None
         self.restored_ns: int | None = None
         self._points, self._freezes, self._concluded = points or {}, 0, False
@@ -275,7 +275,7 @@ class Lab:
         if moved:
             self.report.assertions.append(self.captures.are_complete())
         if self._surfaces:  # otherwise nothing was frozen
-            self._judge(self.sieve(frames), moved)
+            self._judge(self.select_frames(frames), moved)
         if moved and self.orders:
             self._teardown()
 
@@ -287,8 +287,8 @@ class Lab:
             report.assertions += wire_checks.judge_move(kept, peers, near, far)
         else:
             report.assertions += wire_checks.judge_peers(kept, peers, {**peers, **near})
-        if self.strangers:
-            report.assertions += wire_checks.judge_others(peers, kept, self.strangers)
+        if self.others:
+            report.assertions += wire_checks.judge_others(peers, kept, self.others)
         if self.new_connections.made:
             report.assertions += judge_new(self.new_connections.made, peers, far, kept.news)
         at_peers = wire_checks.in_order(peers)
@@ -297,7 +297,7 @@ class Lab:
         report.silence_ms = wire_checks.longest_silence_ms(at_peers, kept)
 
     def _describe_kept(self) -> wire_checks.Kept:
-        """The connections, moves and strangers of all parties."""
+        """The connections and moves of all parties, and the connections of others."""
         views = {peers: own for each in self.parties for peers, own in each.traffic.views.items()}
         news: dict[Address, tuple[Address, ...]] = {party.old: () for party in self.parties}
         for order in self.orders:
@@ -306,7 +306,7 @@ class Lab:
             tuple(views), news,
             min(party.frozen_ns for party in self.parties if party.frozen_ns),
             max(party.restored_ns or 0 for party in self.parties) or None,
-            frozenset(each.source for each in self.strangers) | self.new_connections.clients,
+            frozenset(each.source for each in self.others) | self.new_connections.clients,
             tuple(views.values()), self.clean_from_ns,
         )  # fmt: skip
 

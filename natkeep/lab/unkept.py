@@ -60,7 +60,7 @@ class UnkeptEnds:
         ]
         # The usual judgement is about what is kept.
         ours = {way for t in (*self.tuples, self.call) for way in (t, t.reply())}
-        lab.sieve = lambda frames: {
+        lab.select_frames = lambda frames: {
             at: [f for f in some if not _is_of(f, ours)] for at, some in frames.items()
         }
 

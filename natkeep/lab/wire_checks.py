@@ -27,7 +27,7 @@ class Kept:
     """What is judged: the kept connections, where OLD went, and when.
 
     frozen_ns, restored_ns: when the freeze began and when the restore was done; None: never.
-    strangers: peers' endpoints whose traffic is none of the kept connections' business.
+    ignored: peers' endpoints whose other connections are not judged here.
     inside: the same tuples as the process sees them, where a gateway makes them differ.
     clean_from_ns: since when OLD must not be seen, where a peer beyond the gateway said it before.
     """
@@ -36,7 +36,7 @@ class Kept:
     news: Mapping[Address, tuple[Address, ...]]
     frozen_ns: int
     restored_ns: int | None
-    strangers: frozenset[Endpoint] = frozenset()
+    ignored: frozenset[Endpoint] = frozenset()
     inside: tuple[FourTuple, ...] = ()
     clean_from_ns: int = 0
 
@@ -93,10 +93,10 @@ def numbers_advance(at_peers: Sequence[Frame], kept: Kept) -> list[Assertion]:
     ]  # fmt: skip
 
 
-def judge_others(peers: Points, kept: Kept, strangers: Sequence[FourTuple]) -> list[Assertion]:
-    """Others' connections to the destination go on as before; *strangers* from their peers."""
+def judge_others(peers: Points, kept: Kept, tuples: Sequence[FourTuple]) -> list[Assertion]:
+    """Others' connections to the destination go on as before; *tuples* from their peers."""
     at_peers = in_order(peers)
-    others = Kept(tuple(strangers), {}, kept.frozen_ns, kept.restored_ns)
+    others = Kept(tuple(tuples), {}, kept.frozen_ns, kept.restored_ns)
     resets = count_resets(at_peers, others)
     found = [
         tuple_unchanged(at_peers, others),
@@ -222,11 +222,11 @@ def _both_directions(kept: Kept) -> set[FourTuple]:
 
 
 def _segments(points: Points, kept: Kept) -> Iterable[tuple[str, Frame, Segment]]:
-    """All segments but those of strangers."""
+    """All segments but those of ignored endpoints."""
     for at, frames in points.items():
         for frame in frames:
             segment = frame.segment
-            if segment and not kept.strangers & {segment.tuple.source, segment.tuple.destination}:
+            if segment and not kept.ignored & {segment.tuple.source, segment.tuple.destination}:
                 yield at, frame, segment
 
 

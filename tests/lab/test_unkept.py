@@ -95,7 +95,7 @@ def test_peers_on_a_wire_are_told_at_the_gateway_and_may_come_again(family, mode
         process = [e for e in lab.traffic.process.fresh()["connections"] if is_one(e, lost)]
         told.extend(each["error"] for each in (*others.fresh()["connections"], *process))
         beyond = Connections.of(lost).toward(lab.new)  # who comes again is translated
-        lab.sieve = lambda frames: without(frames, (*lost, *beyond))
+        lab.select_frames = lambda frames: without(frames, (*lost, *beyond))
         again = dial_two(lab, "again", origin)
         again.do({"push": 4096})
         again.wait(received(4608), "an answer in full")

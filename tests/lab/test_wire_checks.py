@@ -106,12 +106,12 @@ def test_an_answer_from_another_address_is_not_the_same_connection():
     assert name in failing(moved)
 
 
-def test_traffic_of_strangers_is_not_judged():
-    stranger = Endpoint.parse("10.1.0.3:4000")
-    reset = frame(240, FourTuple(Endpoint(NEW, 81), stranger), 1, flags=RST)
+def test_traffic_of_ignored_endpoints_is_not_judged():
+    other = Endpoint.parse("10.1.0.3:4000")
+    reset = frame(240, FourTuple(Endpoint(NEW, 81), other), 1, flags=RST)
 
     assert failing(far=(*FAR, reset)) != []
-    assert failing(far=(*FAR, reset), kept=replace(KEPT, strangers=frozenset({stranger}))) == []
+    assert failing(far=(*FAR, reset), kept=replace(KEPT, ignored=frozenset({other}))) == []
 
 
 def test_a_fin_takes_one_number():

@@ -121,7 +121,7 @@ class _Others:
         target = Endpoint(lab.new, PORT)
         self.server = start_server(lab.topology[lab.site.role], "others-serve", target)
         self.clients = [self._dial(seat, target) for seat in (CLIENT, SECOND_CLIENT)]
-        lab.strangers += [each for client in self.clients for each in _tuples(client)]
+        lab.others += [each for client in self.clients for each in _tuples(client)]
 
     def _dial(self, seat: Seat, target: Endpoint) -> Application:
         host, source = (
