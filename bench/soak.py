@@ -41,10 +41,10 @@ from natkeep.lab.application import (
     Application,
     TrafficError,
     Views,
-    all_open,
     faults,
     handed_over,
     octets_agree,
+    start_client,
     sum_of,
     tuple_of,
 )
@@ -125,23 +125,21 @@ class Soak:
         self._begin()
 
     def _begin(self) -> None:
-        """Everybody is connected and talks."""
+        """All peers are connected and talk."""
         application = Application(self.directory / "serve")
         line = application.serve_line(str(Endpoint(self.old, PORT)))
         pid = self.repair.start(self.at, application, line)
         application.wait(lambda report: report["listening"], "listening")
-        self.peers: dict[str, tuple[Application, int]] = {}
-        for seat in PEERS:
-            peer = Application(self.directory / seat.role)
-            line = peer.dial_line(str(Endpoint(self.old, PORT)), count=len(TALKS))
-            host_pid = self.topology[seat.role].start(seat.role, *line).pid
-            peer.wait(all_open(len(TALKS)), "connected")
-            self.peers[seat.role] = peer, host_pid
-        kept = [tuple_of(each) for peer, _ in self.peers.values() for each in _connections(peer)]
+        to = Endpoint(self.old, PORT)
+        self.peers = {
+            seat.role: start_client(self.topology[seat.role], seat.role, to, count=len(TALKS))
+            for seat in PEERS
+        }
+        kept = [tuple_of(each) for peer in self.peers.values() for each in _connections(peer)]
         lines = tuple(f"{each.destination} {each.source}" for each in kept)
         self.server = Moving(application, "serve", pid, lines)
         self.kept: Views = {each: each for each in kept}
-        for peer, _ in self.peers.values():
+        for peer in self.peers.values():
             peer.do(*({"talk": talk, "only": [i]} for i, talk in enumerate(TALKS)))
         self._await_talk()
 
@@ -229,7 +227,7 @@ class Soak:
 
     def _await_talk(self) -> None:
         """Until every connection has had one more answer in full, and none has a fault."""
-        for peer, _ in self.peers.values():
+        for peer in self.peers.values():
             before = [each["answered"] for each in _connections(peer)]
 
             def decided(report: dict[str, object], before: list[int] = before) -> bool:
@@ -245,7 +243,8 @@ class Soak:
             end_silence(self.topology[role])  # the engine's; natkeep needs it no more
         for role in ("gateway", *(seat.role for seat in HOSTS)):
             self.book.note(gauges.read_host(self.topology[role]))
-        processes = {role: (self.topology[role], pid) for role, (_, pid) in self.peers.items()}
+        processes = {role: (self.topology[role], peer.fresh()["pid"])
+                     for role, peer in self.peers.items()}  # fmt: skip
         processes["server"] = self.at, self.server.pid
         for name, (host, pid) in processes.items():
             self.book.note_settled(partial(gauges.read_process, name, host.proc(pid)))
@@ -255,21 +254,21 @@ class Soak:
 
     def end(self, *, patience: float = _HEARD_WITHIN_S) -> list[Assertion]:
         """The peers ask nothing more; what arrived within so many seconds, and what grew."""
-        for peer, _ in self.peers.values():
+        for peer in self.peers.values():
             peer.do("quiet")
         # What did not arrive is told by octets_agree; a server that is frozen tells nothing new.
         with suppress(LabError, TrafficError):
             await_true(self._settled, "everything to arrive", seconds=patience)
         server = self.server.application.report() or {"connections": []}
         found = []
-        for role, (peer, _) in self.peers.items():
+        for role, peer in self.peers.items():
             told = octets_agree(peer.fresh(), server, self._views_of(peer))
             found.append(replace(told, name=f"{role}: {told.name}"))
         return [*found, *self.book.assertions(), *self.calls.assertions()]
 
     def _settled(self) -> bool:
         server = self.server.application.fresh()
-        reports = [(peer, peer.fresh()) for peer, _ in self.peers.values()]
+        reports = [(peer, peer.fresh()) for peer in self.peers.values()]
         agree = all(octets_agree(told, server, self._views_of(peer)).ok for peer, told in reports)
         return agree and all(handed_over(told) for _, told in reports)
 
@@ -280,7 +279,7 @@ class Soak:
     @property
     def octets(self) -> int:
         """All that was carried and checked, both ways."""
-        reports = [peer.fresh() for peer, _ in self.peers.values()]
+        reports = [peer.fresh() for peer in self.peers.values()]
         return sum(sum_of(report, way) for report in reports for way in ("rx", "tx"))
 
 
