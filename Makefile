@@ -101,7 +101,7 @@ bench-stall: root setup ## how long a peer waits, with and without hold: BENCH_A
 	@.venv/bin/python -m bench.stall $(BENCH_ARGS)
 
 soak: root setup ## moves back and forth under load, and nothing grows: MINUTES=20 (needs root)
-	@.venv/bin/python -m natkeep.lab.soak --minutes $(MINUTES)
+	@.venv/bin/python -m bench.soak --minutes $(MINUTES)
 
 faults: root setup ## natkeep struck at every point and killed KILLS=500 times: nothing is left (needs root)
 	@.venv/bin/python bench/faults --kills $(KILLS) $(FAULTS_ARGS)

@@ -18,7 +18,7 @@ from natkeep.kernel import criu_lock
 from natkeep.kernel.linux import LinuxKernel
 from natkeep.kernel.netns import inside, open_namespace
 from natkeep.lab.host import Host
-from natkeep.lab.stage import Lab
+from natkeep.lab.lab import Lab
 from natkeep.plan.criu_lock import DumpLock, NetworkLock
 from natkeep.plan.move import Role, Site
 from natkeep.plan.steps import Prior, TakeOverLock
@@ -315,12 +315,10 @@ def tables(host: Host) -> str:
 def test_what_criu_itself_left_is_found_whole(method: str, family: int, listen: str | None) -> None:
     """Also of an IPv4 connection that an IPv6 socket has."""
     with Lab("lock", engine="criu", family=family) as lab:
-        lab.serve(listen=listen)
-        lab.dial(connections=2)
-        lab.talk()
+        lab.begin(connections=2, listen=listen)
         source, images = lab.topology["source"], Path(lab.directory) / "images"
         images.mkdir()
-        dump = f"dump --images-dir {images} --tree {lab.server.pid} --tcp-established"
+        dump = f"dump --images-dir {images} --tree {lab.traffic.server.pid} --tcp-established"
         source.run(str(lab.engine.binary), *dump.split(), "--network-lock", method)
         checkpoint = read_checkpoint(images)
         assert checkpoint.lock is not None
@@ -347,12 +345,10 @@ def _sorted(text: str) -> list[str]:
 def test_what_criu_left_of_a_whole_namespace_is_found_whole(method: str) -> None:
     """CRIU runs in another network namespace than the process, as under a container engine."""
     with Lab("lock", engine="criu") as lab:
-        lab.serve()
-        lab.dial()
-        lab.talk()
+        lab.begin()
         source, images = lab.topology["source"], Path(lab.directory) / "images"
         images.mkdir()
-        dump = f"dump --images-dir {images} --tree {lab.server.pid} --tcp-established"
+        dump = f"dump --images-dir {images} --tree {lab.traffic.server.pid} --tcp-established"
         command = [str(lab.engine.binary), *dump.split(), "--network-lock", method]
         run_beside(source, command)
         checkpoint = read_checkpoint(images)
