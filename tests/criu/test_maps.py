@@ -16,7 +16,7 @@ from natkeep.criu import environment, hook
 from natkeep.kernel import linux
 from natkeep.lifecycle.executor import Executor
 from natkeep.lifecycle.prepare import prepare
-from natkeep.plan.drift import Gate
+from natkeep.plan.observation import Gate
 from natkeep.plan.tuples import parse_address
 from natkeep.state.journal import StateDirectory
 
