@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable
+from dataclasses import dataclass, field
 
 from natkeep.errors import KernelError, RefusedError
 from natkeep.kernel.interface import Packed, Remember
@@ -47,7 +48,6 @@ from natkeep.plan.strays import SeenTable
 from natkeep.plan.translation import NOTHING_SPECIAL, Surroundings, Translation
 from natkeep.plan.tuples import NO_CONNECTIONS, Address, Connections, Endpoint, FourTuple
 from natkeep.plan.wanted import objects_of, shared_keys, split_opening
-from natkeep.values import dataclass, field
 
 
 @dataclass
