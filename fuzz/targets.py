@@ -13,7 +13,7 @@ from pathlib import Path
 from fuzz import seeds
 from fuzz.seeds import Case
 from natkeep.checkpoint.imagefile import Directory
-from natkeep.checkpoint.images import read_checkpoint_with_queues, read_with_queues
+from natkeep.checkpoint.images import read_checkpoint_with_queues
 from natkeep.checkpoint.listing import parse_octets, read_listing
 from natkeep.errors import ImageError, JournalError, NatkeepError
 from natkeep.state.files import StateFiles
@@ -46,7 +46,7 @@ class Images(Target):
         self.seeds = seeds.read_dumps()
 
     def read(self, case: Case) -> object:
-        return read_with_queues(_Memory(case))
+        return read_checkpoint_with_queues(_Memory(case))
 
     def read_files(self, directory: Path) -> object:
         return read_checkpoint_with_queues(directory)
@@ -54,7 +54,7 @@ class Images(Target):
     def files_read(self, case: Case) -> frozenset[str]:
         """Those of the files that natkeep opens: not the stream of a socket in SYN-SENT."""
         memory = _Memory(case)
-        read_with_queues(memory)
+        read_checkpoint_with_queues(memory)
         return frozenset(memory.opened)
 
 
@@ -74,11 +74,11 @@ class Journals(Target):
         return self._read(StateDirectory(str(directory), create=False))
 
     def _read(self, state: StateDirectory) -> object:
-        glance = state.read_move(seeds.ID)  # never an error: whoever calls it looks for conflicts
+        glance = state.read_header(seeds.ID)  # never an error: its callers look for conflicts
         sighting = state.read_sighting(seeds.ID, seeds.BOOT)  # nor is this one
         journal = state.load(seeds.ID)
-        if glance != (journal.move, journal.namespaces, journal.boot):
-            raise AssertionError("read_move and load do not see the same move")
+        if glance != Header(journal.move, journal.namespaces, journal.boot):
+            raise AssertionError("read_header and load do not see the same move")
         return describe(journal), sighting
 
 
