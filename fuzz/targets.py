@@ -17,7 +17,7 @@ from natkeep.checkpoint.images import read_checkpoint_with_queues
 from natkeep.checkpoint.listing import parse_octets, read_listing
 from natkeep.errors import ImageError, JournalError, NatkeepError
 from natkeep.state.files import StateFiles
-from natkeep.state.journal import Journal, StateDirectory
+from natkeep.state.journal import Header, Journal, StateDirectory
 
 
 class Target(ABC):
