@@ -13,9 +13,8 @@ understood to the last octet is an ImageError. What is understood and cannot be 
 with a reason.
 This file must never read what is in a queue, nor write anything.
 
-Reader and field numbers are our own (CRIU's images/*.proto say them): the protobuf library, and
-CRIU's pycriu with it, tolerates what must not be tolerated, and takes longer to import than a
-hook may last. The tests hold this file against pycriu.
+The reader is our own: the protobuf library, and CRIU's pycriu with it, tolerates what must not be
+tolerated, and takes longer to import than a hook may last. The tests hold this file against pycriu.
 """
 
 from __future__ import annotations
@@ -34,6 +33,7 @@ from natkeep.checkpoint import (
     NetworkLock,
     Socket,
     join_records,
+    messages,
 )
 from natkeep.checkpoint.imagefile import (
     COMMON,
@@ -56,46 +56,6 @@ from natkeep.errors import ImageError
 from natkeep.plan.tuples import Endpoint
 from natkeep.values import replace
 
-_INVENTORY_ENTRY = Message(
-    "inventory_entry",
-    numbers={1: "img_version", 10: "tcp_close", 11: "network_lock_method"},
-    octets={3: "root_ids", 12: "plugins_entry", 13: "dump_criu_run_id"},
-    optional="tcp_close network_lock_method root_ids plugins_entry dump_criu_run_id",
-)
-# These two are looked into only since their lengths, when too long, take in what follows them.
-_PLUGINS = Message("plugins_entry", numbers={}, unknown_below=13)
-_IP_OPTIONS = Message("ip_opts_entry", numbers={}, unknown_below=16)
-_ROOT_IDS = Message("root_ids", numbers={6: "net_ns_id"}, optional="net_ns_id")
-_TASK_IDS = Message("task_kobj_ids_entry", numbers={6: "net_ns_id"}, optional="net_ns_id")
-_PSTREE_ENTRY = Message("pstree_entry", numbers={1: "pid"})
-# One of the many is there, by the kind of the file: CRIU 4.2.1 has 3 to 21, of a message each.
-_FILE_KINDS = {field: "isk" if field == 4 else f"kind_{field}" for field in range(3, 64)}
-_FILE_ENTRY = Message(
-    "file_entry",
-    numbers={1: "type", 2: "id"},
-    octets=_FILE_KINDS,
-    optional=" ".join(_FILE_KINDS.values()),
-    unknown_below=0,
-)
-_FDINFO_ENTRY = Message("fdinfo_entry", numbers={1: "id", 2: "flags", 3: "type", 4: "fd"})
-_SOCKET_ENTRY = Message(
-    "inet_sk_entry",
-    numbers={
-        **{1: "id", 2: "ino", 3: "family", 4: "type", 5: "proto", 6: "state", 7: "src_port"},
-        **{8: "dst_port", 9: "flags", 10: "backlog", 15: "v6only", 18: "ns_id", 19: "shutdown"},
-    },
-    octets={13: "fown", 14: "opts", 16: "ip_opts", 17: "ifname", 20: "tcp_opts"},
-    words={11: "src_addr", 12: "dst_addr"},
-    optional="v6only ip_opts ifname ns_id shutdown tcp_opts",
-)
-_SOCKET_OPTIONS = Message(
-    "sk_opts_entry", numbers={}, octets={15: "so_bound_dev"}, optional="so_bound_dev"
-)
-_STREAM_ENTRY = Message(
-    "tcp_stream_entry",
-    numbers={1: "inq_len", 3: "outq_len", 12: "unsq_len"},
-    optional="unsq_len",
-)
 _ID, _INO, _FAMILY, _TYPE, _PROTO, _STATE, _SRC_PORT, _DST_PORT = (number(n) for n in range(1, 9))
 _NS_ID = number(18)
 _SRC_ADDR, _DST_ADDR, _OPTS, _IP_OPTS, _IFNAME = (octets(n) for n in (11, 12, 14, 16, 17))
@@ -171,7 +131,7 @@ def _read_sockets(images: Directory) -> tuple[Checkpoint, Sequence[int]]:
             entry = _find_socket(body)
             if entry is None:
                 continue
-            numbers, strings = decode(entry, _SOCKET_ENTRY)
+            numbers, strings = decode(entry, messages.SOCKET_ENTRY)
             socket, record = _make_socket(numbers, strings, inventory, root_netns)
         except Damage as damage:
             raise images.damaged("files.img", offset, damage.what) from None
@@ -190,7 +150,7 @@ def _read_sockets(images: Directory) -> tuple[Checkpoint, Sequence[int]]:
 
 def _find_socket(body: bytes) -> bytes | None:
     """The inet_sk_entry in a file_entry, None in that of another kind of file."""
-    numbers, strings = decode(body, _FILE_ENTRY)
+    numbers, strings = decode(body, messages.FILE_ENTRY)
     entry = strings.get(_FILE_ISK)
     if (numbers[_FILE_TYPE] == _INETSK) != (entry is not None):
         raise Damage(0, f"file_entry: type {numbers[_FILE_TYPE]} does not go with its contents")
@@ -208,7 +168,7 @@ def _check_descriptors(images: Directory, ids: set[int]) -> None:
         if not re.fullmatch(r"fdinfo-[0-9]+\.img", image):
             continue
         data = _read_needed(images, image)
-        for numbers in _read_numbers(images, image, data, FDINFO, _FDINFO_ENTRY):
+        for numbers in _read_numbers(images, image, data, FDINFO, messages.FDINFO_ENTRY):
             if numbers[_FD_TYPE] == _INETSK and numbers[_FD_ID] not in ids:
                 raise ImageError(
                     f"{images.name}/{image} opens socket {numbers[_FD_ID]}, "
@@ -280,14 +240,14 @@ def _find_protocol(protocol: int, kind: int) -> str:
 @lru_cache(maxsize=256)
 def _bound_device(options: bytes) -> str | None:
     """The device in a sk_opts_entry; most sockets of a process have the same options."""
-    _, strings = decode(options, _SOCKET_OPTIONS)
+    _, strings = decode(options, messages.SOCKET_OPTIONS)
     device = strings.get(_SO_BOUND_DEV)
     return None if device is None else _demand_name(device)
 
 
 @lru_cache(maxsize=256)
 def _check_ip_options(options: bytes) -> None:
-    decode(options, _IP_OPTIONS)
+    decode(options, messages.IP_OPTIONS)
 
 
 def _demand_name(device: bytes) -> str:
@@ -312,7 +272,7 @@ def _read_inventory(images: Directory) -> tuple[Inventory, int | None]:
         raise images.damaged(image, 4, f"{len(entries)} entries where there is one")
     offset, body = entries[0]
     try:
-        numbers, strings = decode(body, _INVENTORY_ENTRY)
+        numbers, strings = decode(body, messages.INVENTORY_ENTRY)
         if numbers[number(1)] != 2:
             raise Damage(0, f"images of version {numbers[number(1)]}; only 2 is known")
         # Images older than CRIU 3.16 do not say it; CRIU then takes iptables, too.
@@ -322,8 +282,8 @@ def _read_inventory(images: Directory) -> tuple[Inventory, int | None]:
         run_id = strings.get(octets(13))
         if run_id is not None and not re.fullmatch(rb"[0-9A-Za-z-]{1,64}", run_id):
             raise Damage(0, "the run id is not of letters, digits and hyphens")
-        root_ids, _ = decode(strings.get(octets(3), b""), _ROOT_IDS)
-        decode(strings.get(octets(12), b""), _PLUGINS)
+        root_ids, _ = decode(strings.get(octets(3), b""), messages.ROOT_IDS)
+        decode(strings.get(octets(12), b""), messages.PLUGINS)
     except Damage as damage:
         raise images.damaged(image, offset, damage.what) from None
     tcp_close = bool(numbers.get(number(10), 0))
@@ -340,8 +300,8 @@ def _read_root_netns(images: Directory, criu_netns: int | None) -> int | None:
     the root task's is missing.
     """
     try:
-        root = _read_first(images, "pstree.img", PSTREE, _PSTREE_ENTRY)[number(1)]
-        ids = _read_first(images, f"ids-{root}.img", IDS, _TASK_IDS)
+        root = _read_first(images, "pstree.img", PSTREE, messages.PSTREE_ENTRY)[number(1)]
+        ids = _read_first(images, f"ids-{root}.img", IDS, messages.TASK_IDS)
         return ids.get(number(6), criu_netns)
     except FileNotFoundError:
         return criu_netns
@@ -405,7 +365,7 @@ def _read_unsent(images: Directory, socket: Socket, inode: int) -> int:
         length = int.from_bytes(head[8:12], "little")
         if len(head) < 12 or length > min(_MAX_STREAM_ENTRY, size - 12):
             raise images.damaged(image, 8, f"an entry of {length} octets, {size - 12} are left")
-        numbers, _ = decode(read_up_to(descriptor, length), _STREAM_ENTRY)
+        numbers, _ = decode(read_up_to(descriptor, length), messages.STREAM_ENTRY)
     except Damage as damage:
         raise images.damaged(image, 12 + damage.offset, damage.what) from None
     except OSError as error:
