@@ -12,10 +12,10 @@ from collections.abc import Callable, Iterator
 from ipaddress import IPv4Address
 from pathlib import Path
 
-from natkeep.kernel import nftables
 from natkeep.kernel.ctnetlink import NEW as NEW_ENTRY
 from natkeep.kernel.ctnetlink import for_each, pack_entry
 from natkeep.kernel.netlink import NLM_F_CREATE, NLM_F_EXCL
+from natkeep.kernel.nft_messages import pack_batch, pack_fill
 from natkeep.plan.tuples import Connections
 
 OLD, NEW, PORT = IPv4Address("10.2.0.10"), IPv4Address("10.3.0.20"), 5000
@@ -94,7 +94,7 @@ def rules_text(peers: list[tuple[str, int]]) -> Iterator[str]:
 
 def write_floor(connections: Connections, path: Callable[[str], str]) -> None:
     """The same set and the same entries as natkeep's, packed, in chunks of one size."""
-    fill = nftables.pack_batch(nftables.pack_fill("floor", "kept", connections))
+    fill = pack_batch(pack_fill("floor", "kept", connections))
     Path(path("set")).write_bytes(len(fill).to_bytes(4, sys.byteorder) + fill)
 
     def pack(outer: object, inner: object) -> bytes:

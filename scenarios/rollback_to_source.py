@@ -8,9 +8,10 @@
                                   └──────────────────────│   ✗    │   destination 10.3.0.20 (NEW)
                                                          └────────┘
 
-Every machine is prepared by itself. The way back: the destination first (nothing lives there),
-then the gateway, so that peers reach the source again, whose gate is still closed; the hook opens
-it when the sockets are there. Then natkeep's gate may go, and with it the last of the move.
+Every machine is prepared by itself. The way back: the gateway first, so that peers reach the source
+again, whose gate is still closed; the hook opens it when the sockets are there. The destination's
+gate goes only then, since without it the destination would answer peers with resets. At last
+natkeep's gate at the source may go.
 """
 
 from natkeep.lab.engines import Opening
@@ -29,6 +30,7 @@ def tell(lab):
     lab.freeze()
     for machine in machines:
         machine.prepare("web", *lab.frozen.options)
+    gateway.natkeep("open", "web")
     expect(lab, "CRIU's lock is gone from the source", "CRIU" not in source.ruleset())
 
     broken = lab.directory / "broken-hook"
@@ -45,10 +47,11 @@ def tell(lab):
         )
 
     source.refuses("it would answer 2 peers with a reset", "teardown", "web")
-    destination.natkeep("teardown", "web")
-    gateway.natkeep("teardown", "web")
+    gateway.refuses("2 connections of web live and will break", "teardown", "web")
+    gateway.natkeep("teardown", "web", "--yes")
     come_home(lab, source.hook("web"))
     lab.talk_on()
+    destination.natkeep("teardown", "web")
     source.natkeep("teardown", "web")
     after = [machine.ruleset() for machine in machines]
     expect(lab, "every machine's tables are as before", before == after)

@@ -12,20 +12,13 @@ from collections.abc import Iterable
 from natkeep.errors import KernelError, RefusedError
 from natkeep.kernel.interface import Packed, Remember
 from natkeep.kernel.sock_diag import Shown
-from natkeep.plan import quiet, reception, resets, ruleset
+from natkeep.plan import filters, listeners, ruleset, tables
 from natkeep.plan.conntrack import entries, stale_tuples
 from natkeep.plan.diagnostics import Facts
 from natkeep.plan.drift import Gate, Observation, SeenEntry
-from natkeep.plan.mending import (
-    InsertRules,
-    LoadLines,
-    Patch,
-    PutWays,
-    StopCounting,
-    split_opening,
-    want_of,
-)
 from natkeep.plan.move import Move, Role, Site
+from natkeep.plan.nft import Key, Object, Rule, split
+from natkeep.plan.repair import LoadObjects, Patch, PutWays, StopCounting
 from natkeep.plan.steps import (
     AddAddress,
     FillSet,
@@ -38,6 +31,7 @@ from natkeep.plan.steps import (
     InstallReception,
     InstallResets,
     InstallTranslation,
+    Loads,
     OpenGate,
     Plan,
     Prior,
@@ -49,9 +43,9 @@ from natkeep.plan.steps import (
     TranslateErrors,
 )
 from natkeep.plan.strays import SeenTable
-from natkeep.plan.things import Thing, Wanted, parse_line, want_rule
 from natkeep.plan.translation import NOTHING_SPECIAL, Surroundings, Translation
 from natkeep.plan.tuples import NO_CONNECTIONS, Address, Connections, Endpoint, FourTuple
+from natkeep.plan.wanted import objects_of, shared_keys, split_opening
 from natkeep.values import dataclass, field
 
 
@@ -80,9 +74,9 @@ class FakeSite:
     holders: set[str] = field(default_factory=set)
     guards: set[str] = field(default_factory=set)
     loaded: list[Step] = field(default_factory=list)
-    broken: set[Thing] = field(default_factory=set)
+    broken: set[Key] = field(default_factory=set)
     lost: list[str] = field(default_factory=list)
-    made: set[Thing] = field(default_factory=set)
+    made: set[Key] = field(default_factory=set)
 
 
 class FakeKernel:
@@ -166,9 +160,9 @@ class FakeKernel:
         _change(changed, step)
         if isinstance(step, HoldListeners):  # again, it holds these listeners and no others
             changed.loaded = [s for s in changed.loaded if type(s) is not type(step)]
-        if step not in changed.loaded and any(want_of(step)):
+        if step not in changed.loaded and any(_keys_of(step)):
             changed.loaded.append(step)
-        changed.broken -= {wanted.thing for wanted in want_of(step)}
+        changed.broken -= set(_keys_of(step))
         self.sites[step.site.netns] = changed
         if isinstance(step, SendResets) and not prior.present:
             self.told.update(step.questions())  # which nothing undoes
@@ -178,7 +172,7 @@ class FakeKernel:
 
     def mend(self, patch: Patch, remember: Remember) -> None:
         """What is missing of a step is there again, or the step is done again."""
-        if not isinstance(patch, LoadLines | InsertRules | PutWays | StopCounting):
+        if not isinstance(patch, LoadObjects | PutWays | StopCounting):
             self.apply(patch, remember)
             return
         number, self.applied = self.applied, self.applied + 1
@@ -210,7 +204,7 @@ class FakeKernel:
             here.holds.pop(move_id, None)
             for name in [n for n in here.sets if n.rpartition("-")[0].endswith(f"-{move_id}")]:
                 del here.sets[name]
-            for owner in (move_id, reception.comment(move_id), resets.comment(move_id)):
+            for owner in (move_id, listeners.comment(move_id), filters.reset_comment(move_id)):
                 _withdraw(here, owner, list(here.rules))
             here.loaded = [s for s in here.loaded if getattr(s, "move_id", None) != move_id]
         if not here.loaded:
@@ -235,7 +229,7 @@ class FakeKernel:
             case InstallGate():
                 here.gates.pop(step.move_id, None)
                 for translation in step.translations:
-                    for name in ruleset.sets_of(step.move_id, translation):
+                    for name in filters.sets_of(step.move_id, translation):
                         here.sets.pop(name, None)
                 _withdraw(here, step.move_id, _gate_chains(step))
             case RaiseLoopback() if not prior.present:
@@ -257,13 +251,13 @@ class FakeKernel:
                 locked = here.locks.setdefault(step.lock.table, set())
                 locked.update(step.connections)
             case InstallReception():
-                comment = reception.comment(step.move_id)
+                comment = listeners.comment(step.move_id)
                 _withdraw(here, comment, _receiving_chains(step))
             case InstallResets():
                 here.resets.pop(step.move_id, None)
                 for reset in step.resets:
-                    here.sets.pop(resets.reset_set(step.move_id, reset.number), None)
-                _withdraw(here, resets.comment(step.move_id), _resetting_chains(step))
+                    here.sets.pop(filters.reset_set(step.move_id, reset.number), None)
+                _withdraw(here, filters.reset_comment(step.move_id), _resetting_chains(step))
             case SendResets() if not prior.present and step.move_id in here.resets:
                 here.resets[step.move_id] = Gate.CLOSED
             case OpenGate() if not prior.present and step.move_id in here.gates:
@@ -287,7 +281,7 @@ class FakeKernel:
         inserted = [s.translation for s in plan.prepare if isinstance(s, InsertEntries)]
         seen = {t.number: tuple(_see(here, t)) for t in inserted if t.site == site}
         prepared, opened = split_opening(plan, site)
-        there = {w.thing for step in here.loaded for w in want_of(step)} | here.made
+        there = {key for step in here.loaded for key in _keys_of(step)} | here.made
         there -= here.broken
         return Observation(
             gone=prepared - there,
@@ -301,19 +295,19 @@ class FakeKernel:
             missing={
                 name: len(connections) - len(here.sets.get(name, NO_CONNECTIONS))
                 for t in translations
-                for name, connections in ruleset.sets_of(move_id, t).items()
+                for name, connections in filters.sets_of(move_id, t).items()
             }
             | {
                 name: len(reset.connections) - len(here.sets.get(name, NO_CONNECTIONS))
                 for reset in lost
-                for name in (resets.reset_set(move_id, reset.number),)
+                for name in (filters.reset_set(move_id, reset.number),)
             },
             addresses=frozenset({map_.old for map_ in plan.move.maps} & here.addresses),
             entries=seen,
             alive=_count_alive(here, site, translations, seen),
             holds=move_id in here.holds,
-            receiving=_chains_of(here, reception.comment(move_id)),
-            resetting=_chains_of(here, resets.comment(move_id)) if lost else frozenset(),
+            receiving=_chains_of(here, listeners.comment(move_id)),
+            resetting=_chains_of(here, filters.reset_comment(move_id)) if lost else frozenset(),
             resets=here.resets.get(move_id, Gate.ABSENT) if lost else Gate.ABSENT,
         )
 
@@ -358,26 +352,31 @@ def _count_alive(
     return sum(1 for of_one in seen.values() for entry in of_one if entry)
 
 
+def _keys_of(step: Step) -> Iterable[Key]:
+    """The objects that a step has in the tables; those that are alike are not told apart."""
+    for part in step.static() if isinstance(step, Loads) else ():
+        yield from (key for key, _ in shared_keys(part))
+    yield from (one.key() for one in split(objects_of(step)))
+
+
 def _load(here: FakeSite, patch: Patch) -> None:
-    made: list[Wanted] = []
-    if isinstance(patch, LoadLines):
-        made = [wanted for line in patch.lines for wanted in parse_line(line)]
+    made: list[Object] = []
+    if isinstance(patch, LoadObjects):
+        made = [*split(patch.objects)]
     elif isinstance(patch, PutWays):
         here.lost = [note for note in here.lost if note not in patch.notes]
-    elif isinstance(patch, InsertRules):
-        made = [want_rule(rule) for rule in patch.rules]
-    things = {wanted.thing for wanted in made}
-    here.broken -= things
-    known = {wanted.thing for step in here.loaded for wanted in want_of(step)}
-    here.made |= things - known
-    for thing in things:
-        if thing.kind == "set" and thing.name.startswith(("kept-", "outer-")):
-            here.sets.setdefault(thing.name, NO_CONNECTIONS)
-        elif thing.kind == "rule" and "-at-" in thing.name:
-            here.rules.setdefault(thing.name, set()).add(thing.what.partition(":")[0])
+    keys = {one.key() for one in made}
+    here.broken -= keys
+    known = {key for step in here.loaded for key in _keys_of(step)}
+    here.made |= keys - known
+    for key in keys:
+        if key.kind == "set" and key.name.startswith(("kept-", "outer-")):
+            here.sets.setdefault(key.name, NO_CONNECTIONS)
+        elif key.kind == "rule" and "-at-" in key.name:
+            here.rules.setdefault(key.name, set()).add(key.what.partition(":")[0])
     for move_id, gate in here.gates.items():
-        chain = ruleset.gate_chain(move_id)
-        if any(f"insert rule inet natkeep {chain}" in str(wanted.make) for wanted in made):
+        chain = tables.gate_chain(move_id)
+        if any(isinstance(one, Rule) and one.chain == chain and one.insert for one in made):
             here.gates[move_id] = Gate.OPEN
         elif gate == Gate.ABSENT:
             here.gates[move_id] = Gate.CLOSED
@@ -418,7 +417,7 @@ def _change(here: FakeSite, step: Step) -> None:
         case InstallGate():
             here.gates[step.move_id] = Gate.CLOSED
             for translation in step.translations:
-                for name in ruleset.sets_of(step.move_id, translation):
+                for name in filters.sets_of(step.move_id, translation):
                     here.sets[name] = NO_CONNECTIONS
             for chain in _gate_chains(step):
                 here.rules.setdefault(chain, set()).add(step.move_id)
@@ -446,7 +445,7 @@ def _change(here: FakeSite, step: Step) -> None:
                 here.locks.pop(step.lock.table, None)
         case InstallReception():
             for chain in _receiving_chains(step):
-                here.rules.setdefault(chain, set()).add(reception.comment(step.move_id))
+                here.rules.setdefault(chain, set()).add(listeners.comment(step.move_id))
         case PurgeEntries():
             for stale in stale_tuples(step.translation):
                 here.entries.pop(stale, None)
@@ -455,9 +454,9 @@ def _change(here: FakeSite, step: Step) -> None:
         case InstallResets():
             here.resets[step.move_id] = Gate.CLOSED
             for reset in step.resets:
-                here.sets[resets.reset_set(step.move_id, reset.number)] = NO_CONNECTIONS
+                here.sets[filters.reset_set(step.move_id, reset.number)] = NO_CONNECTIONS
             for chain in _resetting_chains(step):
-                here.rules.setdefault(chain, set()).add(resets.comment(step.move_id))
+                here.rules.setdefault(chain, set()).add(filters.reset_comment(step.move_id))
         case SendResets():
             if step.move_id not in here.resets:
                 raise KernelError(f"{step.site}: nothing that {step.move_id} could open")
@@ -470,26 +469,26 @@ def _change(here: FakeSite, step: Step) -> None:
 
 def _gate_chains(step: InstallGate) -> list[str]:
     return [
-        ruleset.address_chain(dispatch, local)
+        tables.address_chain(dispatch, local)
         for t in step.translations
-        for dispatch, local in quiet.gate_chains(t)
+        for dispatch, local in filters.gate_chains(t)
     ]
 
 
 def _translating_chains(step: InstallTranslation) -> list[str]:
     return [
-        ruleset.address_chain(dispatch, local)
+        tables.address_chain(dispatch, local)
         for t in step.translations
         for dispatch, local in ruleset.translating_chains(t)
     ]
 
 
 def _resetting_chains(step: InstallResets) -> list[str]:
-    return [ruleset.address_chain(*reset.chain) for reset in step.resets]
+    return [tables.address_chain(*reset.chain) for reset in step.resets]
 
 
 def _receiving_chains(step: InstallReception) -> list[str]:
-    return [name for r in step.receptions for name in reception.chain_names(r)]
+    return [name for r in step.receptions for name in listeners.chain_names(r)]
 
 
 def _withdraw(here: FakeSite, move_id: str, chains: Iterable[str]) -> None:

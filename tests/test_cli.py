@@ -36,7 +36,7 @@ import pytest
 from natkeep import cli
 from natkeep.kernel.netns import inside, open_namespace
 from natkeep.lifecycle.verbs import Lifecycle
-from natkeep.plan import ruleset
+from natkeep.plan import tables
 from natkeep.plan.move import Mode
 from natkeep.state.journal import StateDirectory
 
@@ -818,8 +818,8 @@ def test_the_json_of_each_verb_has_the_contracts_keys(sites: Network, natkeep: R
 
 def without_tables(planned: list[str]) -> list[str]:
     """The plan's lines without those that make the tables, which no step of a move says."""
-    static = [*ruleset.render_static(), *ruleset.render_mode(Mode.STATEFUL)]
-    more = [*ruleset.render_leaving(), *ruleset.render_arp_static()]
+    static = [*map(str, (*tables.base_table(), *tables.mode_table(Mode.STATEFUL)))]
+    more = [*map(str, (*tables.destination_table(), *tables.arp_table()))]
     sizes = {"gateway": len(static), "destination": len(static) + len(more)}
     left, at = [], 0
     while at < len(planned):

@@ -1,4 +1,7 @@
-"""README names every verb, option and exit code that there is, and none that there is not."""
+"""The pages name every verb, option and exit code that there is, and nothing that there is not.
+
+The pages are README.md, which stays a first page, and docs/*.md.
+"""
 
 import argparse
 import re
@@ -9,7 +12,12 @@ import pytest
 from natkeep import errors
 from natkeep.cli import make_parser
 
-README = (Path(__file__).parent.parent / "README.md").read_text()
+ROOT = Path(__file__).parent.parent
+README = ROOT / "README.md"
+PAGES = (README, *sorted((ROOT / "docs").glob("*.md")))
+ALL = (*PAGES, *(ROOT / f"{name}.md" for name in ("SECURITY", "CONTRIBUTING", "CHANGELOG")))
+TEXT = "\n".join(page.read_text() for page in PAGES)
+REFERENCE = (ROOT / "docs/reference.md").read_text()
 
 
 def verbs(parser: argparse.ArgumentParser, prefix: str = "natkeep"):
@@ -35,24 +43,38 @@ OPTIONS = sorted(
 
 
 @pytest.mark.parametrize("verb", [verb for verb in VERBS if verb != "natkeep lab"])
-def test_readme_names_each_verb(verb: str) -> None:
-    """A verb lands with its README line."""
-    assert f"`{verb}" in README
+def test_the_reference_names_each_verb(verb: str) -> None:
+    """A verb lands with its line in the reference."""
+    assert f"| `{verb}" in REFERENCE
 
 
 @pytest.mark.parametrize("option", OPTIONS)
-def test_readme_names_each_option(option: str) -> None:
-    """An option lands with its README line."""
-    assert re.search(rf"[`\[( ]{re.escape(option)}[`\] )]", README)
+def test_the_reference_names_each_option(option: str) -> None:
+    """An option lands with its line in the reference."""
+    assert re.search(rf"[`\[( ]{re.escape(option)}[`\] )]", REFERENCE)
 
 
-def test_readme_names_no_option_that_there_is_not() -> None:
+def test_no_table_names_an_option_that_there_is_not() -> None:
     """What the tables of commands and options promise exists."""
-    tables = [line for line in README.splitlines() if line.startswith("| `")]
+    tables = [line for line in TEXT.splitlines() if line.startswith("| `")]
     promised = set(re.findall(r"--[a-z][a-z-]+", "\n".join(tables)))
     foreign = {"--action-script"}
 
     assert promised - foreign <= set(OPTIONS)
+
+
+def test_no_recipe_names_a_verb_or_option_that_there_is_not() -> None:
+    """The commands of natkeep in code blocks, up to a `--` behind which CRIU's begin."""
+    pages = [page.read_text() for page in PAGES if page.name != "matrix.md"]  # its block is a table
+    fence = re.compile(r"^ *```\w*\n(.*?)^ *```", re.DOTALL | re.MULTILINE)
+    blocks = "\n".join(block for page in pages for block in fence.findall(page))
+    recipes = re.findall(r"^\W*natkeep ((?:lab )?[a-z]+)(.*)$", blocks, re.MULTILINE)
+
+    assert recipes
+    assert {f"natkeep {verb}" for verb, _ in recipes} <= set(VERBS)
+    for _, words in recipes:
+        own = words.partition(" -- ")[0].partition("#")[0]
+        assert set(re.findall(r"--[a-z][a-z-]+", own)) <= set(OPTIONS)
 
 
 @pytest.mark.parametrize("verb", list(VERBS))
@@ -65,9 +87,57 @@ def test_each_verb_has_help(verb: str) -> None:
     assert any(c.dest == verb.rsplit(" ", 1)[1] and c.help for c in action._choices_actions)
 
 
-def test_readme_lists_each_exit_code() -> None:
+def test_the_reference_lists_each_exit_code() -> None:
     """The table of exit codes is that of errors.py."""
-    listed = {int(code) for code in re.findall(r"^\| (\d) \|", README, re.MULTILINE)}
+    listed = {int(code) for code in re.findall(r"^\| (\d) \|", REFERENCE, re.MULTILINE)}
     classes = [c for c in vars(errors).values() if isinstance(c, type)]
 
     assert listed == {0} | {c.exit_code for c in classes if issubclass(c, errors.NatkeepError)}
+
+
+def test_readme_is_a_first_page() -> None:
+    """It can be read in five minutes, and names what is tried first and each other page."""
+    readme = README.read_text()
+
+    assert len(readme.splitlines()) <= 150
+    assert all(command in readme for command in ("make demo", "make test", ".ci/run"))
+    assert all(f"(docs/{page.name})" in readme for page in PAGES if page != README)
+
+
+def anchors(page: Path) -> set[str]:
+    """The headings of *page* as GitHub makes links of them."""
+    titles = re.findall(r"^#+ (.*)$", page.read_text(), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", title).lower().replace(" ", "-") for title in titles}
+
+
+@pytest.mark.parametrize("page", ALL, ids=lambda page: page.name)
+def test_each_link_has_a_target(page: Path) -> None:
+    """Files of the repository, and headings in them."""
+    for link in re.findall(r"\]\(([^)\s]+)\)", page.read_text()):
+        if link.startswith("https://"):
+            continue
+        name, _, anchor = link.partition("#")
+        target = page.parent / name if name else page
+        assert target.exists(), link
+        assert not anchor or anchor in anchors(target), link
+
+
+@pytest.mark.parametrize("page", ALL, ids=lambda page: page.name)
+def test_what_a_page_names_of_the_repository_exists(page: Path) -> None:
+    """Paths below natkeep/, tests/ and the like, and tests by their names."""
+    text = page.read_text()
+    tests = "\n".join(path.read_text() for path in (ROOT / "tests").rglob("test_*.py"))
+    for name in re.findall(
+        r"(?<![\w/])(?:natkeep|tests|bench|scenarios|systemd)/[\w/]+\.\w+", text
+    ):
+        assert (ROOT / name).exists(), name
+    for name in re.findall(r"`(test_\w+)`", text):
+        assert f"def {name}(" in tests, name
+
+
+@pytest.mark.parametrize("page", ALL, ids=lambda page: page.name)
+def test_a_page_is_plain(page: Path) -> None:
+    """Words that hide who does what."""
+    hidden = r"\b(whoever|nobody|somebody|whom|anybody)\b"
+
+    assert not re.findall(hidden, page.read_text(), re.IGNORECASE)

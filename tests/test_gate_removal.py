@@ -14,12 +14,13 @@ from pathlib import Path
 
 import pytest
 
-from natkeep.kernel import nftables, passing, table
+from natkeep.kernel import nftables, nftables_dump
 from natkeep.kernel.linux import LinuxKernel
 from natkeep.kernel.netns import inside, open_namespace
 from natkeep.lifecycle.verbs import Lifecycle
 from natkeep.plan.move import Map, Move, Role, Site
-from natkeep.plan.ruleset import GATE, TABLE
+from natkeep.plan.nft import TABLE, Object
+from natkeep.plan.tables import GATE
 from natkeep.plan.tuples import Connections, Endpoint, FourTuple, parse_address
 from natkeep.state.journal import StateDirectory
 
@@ -45,7 +46,7 @@ class Gateway:
 
     def has_gate_hook(self) -> bool:
         with inside(open_namespace(self.netns)):
-            return nftables.has_chain(TABLE, GATE)
+            return nftables_dump.has_chain(TABLE, GATE)
 
 
 @pytest.fixture
@@ -61,18 +62,18 @@ def test_a_prepare_that_has_looked_at_the_gate_hook_finds_it_in_its_transaction(
 ) -> None:
     gateway.prepare(1)
     gateway.lifecycle().open("m1")
-    look, removing = passing.closing_lines, []
+    look, removing = nftables.missing_gate_hook, []
 
-    def look_and_be_overtaken() -> list[str]:
-        lines = look()
+    def look_and_be_overtaken() -> tuple[Object, ...]:
+        seen = look()
         if not removing:  # in the moment between look and transaction
             other = threading.Thread(target=lambda: gateway.lifecycle().unhook("m1"))
             removing.append(other)
             other.start()
             other.join(0.5)
-        return lines
+        return seen
 
-    monkeypatch.setattr(table.passing, "closing_lines", look_and_be_overtaken)
+    monkeypatch.setattr(nftables, "missing_gate_hook", look_and_be_overtaken)
     gateway.prepare(2)
     [other] = removing
     other.join()

@@ -1,6 +1,6 @@
 """hold and replay by natkeep's own verbs: what prepare leaves running, what open and teardown end.
 
-The holder itself: tests/kernel/test_hold.py; what it keeps: tests/plan/test_replay.py.
+The holder itself: tests/kernel/test_segment_holder.py; what it keeps: tests/plan/test_replay.py.
 """
 
 from __future__ import annotations

@@ -19,12 +19,15 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 from natkeep.errors import NatkeepError
-from natkeep.plan import criu_lock, quiet, reception, ruleset
+from natkeep.plan import criu_lock, filters, listeners, tables
 from natkeep.plan.criu_lock import DumpLock, NetworkLock
+from natkeep.plan.listeners import make_receptions
 from natkeep.plan.move import Map, Mode, Move, Role, Site, parse_id, parse_map
+from natkeep.plan.nft import Rule
 from natkeep.plan.plan import make_plan, render_nft
-from natkeep.plan.reception import make_receptions
 from natkeep.plan.tuples import Connections, Endpoint, FourTuple, parse_address
+from natkeep.plan.wanted import objects_of
+from natkeep.values import replace
 
 EXAMPLES = 50_000
 
@@ -198,22 +201,24 @@ def render_all(move: Move) -> Iterator[str]:
         for map_ in move.maps
     )
     plan = make_plan(move, kept)
-    (site,), translations = move.sites, plan.translations
+    (site,) = move.sites
     for _, lines in render_nft(plan):
         yield from lines
-    yield ruleset.render_open(move.id, site.role)
-    yield reception.render_open(move.id)
-    yield from ruleset.render_gate_removal(move.id, translations)
-    yield from reception.render_removal(move.id, make_receptions(move, site))
-    for translation in translations:
-        yield from ruleset.render_speech(translation.map.old)
-        for dispatch, address in quiet.gate_chains(translation):
-            yield from ruleset.render_withdrawal(dispatch, address, (7, 8), last=True)
-    yield from quiet.render_release(move.id, (9,))
-    yield from ruleset.render_removal()
+    objects = [
+        *(one for step in plan.steps for one in objects_of(step)),
+        *filters.block(move.id, move.held, linked=False),
+        *listeners.objects(move.id, make_receptions(move, site)),
+        filters.opening(move.id, site.role),
+        listeners.opening(move.id),
+    ]
+    for one in objects:
+        if not (isinstance(one, Rule) and one.is_raw()):
+            yield str(one)
+        yield from (undo.command(7) for undo in one.undo())
+    yield from tables.removal()
     if move.lock is not None:
         yield from criu_lock.render_table(move.lock, kept)
-        yield from criu_lock.render_namespace_table(move.lock)
+        yield from criu_lock.render_table(replace(move.lock, whole=True), kept)
         yield from criu_lock.render_elements("delete", move.lock, kept)
 
 
@@ -262,13 +267,13 @@ def test_two_moves_never_share_a_name(
 
     def names(move_id: str, number: int, address: object) -> list[str]:
         return [
-            ruleset.gate_chain(move_id),
-            ruleset.kept_set(move_id, number),
-            ruleset.outer_set(move_id, number),
-            reception.listen_set(move_id, number),
-            reception.callers_chain(move_id),
-            quiet.hold_chain(move_id),
-            *(ruleset.address_chain(d, address) for d in ("gate", "in", "out", "set", "put")),  # type: ignore[arg-type]
+            tables.gate_chain(move_id),
+            tables.kept_set(move_id, number),
+            tables.outer_set(move_id, number),
+            listeners.listen_set(move_id, number),
+            listeners.callers_chain(move_id),
+            filters.block_chain(move_id),
+            *(tables.address_chain(d, address) for d in ("gate", "in", "out", "set", "put")),  # type: ignore[arg-type]
         ]
 
     ours, theirs = names(one, m, here), names(other, n, there)

@@ -22,11 +22,11 @@ from natkeep.lifecycle.repair import Repairing
 from natkeep.lifecycle.verbs import Lifecycle
 from natkeep.plan.conntrack import entries
 from natkeep.plan.drift import Gate, MoveStatus, Observation
-from natkeep.plan.mending import split_opening
 from natkeep.plan.move import Map, Move, Role, Site
 from natkeep.plan.plan import make_plan
 from natkeep.plan.steps import Identity, InsertEntries, OpenGate, Plan, Prior
 from natkeep.plan.tuples import Connections, Endpoint, FourTuple, parse_address
+from natkeep.plan.wanted import split_opening
 from natkeep.state.journal import StateDirectory
 from natkeep.values import replace
 

@@ -32,7 +32,7 @@ from typing import NoReturn
 import natkeep
 from natkeep import cli, faultpoints
 from natkeep.checkpoint.images import read_checkpoint
-from natkeep.kernel import nft
+from natkeep.kernel import nftables
 from natkeep.kernel.netns import inside, open_namespace
 from natkeep.lab.surfaces import read_all_surfaces, read_directory
 from natkeep.plan.criu_lock import render_restoration, render_table
@@ -125,7 +125,7 @@ class Place:
         elif self._lock == "iptables":
             for tool, version in (("iptables", 4), ("ip6tables", 6)):
                 here = [t for t in checkpoint.connections if t.source.address.version == version]
-                text = "\n".join((*render_restoration(here), ""))
+                text = "\n".join((*render_restoration(checkpoint.lock, here), ""))
                 self._enter("source", f"{tool}-nft-restore", "--noflush", text=text)
         shutil.copytree(CORPUS, self.directory / "image")
         inventory = self.directory / "image/inventory.img"
@@ -243,7 +243,7 @@ def import_everything() -> None:
     for module in pkgutil.walk_packages(natkeep.__path__, "natkeep."):
         if not module.name.startswith("natkeep.lab") and not module.name.endswith("__main__"):
             importlib.import_module(module.name)
-    nft.is_available()
+    nftables.is_available()
 
 
 def _call(*command: str, text: str = "") -> None:

@@ -25,8 +25,8 @@ from natkeep.kernel.ctnetlink import (
 from natkeep.kernel.interface import Place, Remember
 from natkeep.kernel.netlink import NETLINK_NETFILTER, Batch, Netlink, message
 from natkeep.plan.conntrack import TCP_ESTABLISHED, TCP_FLAGS
+from natkeep.plan.listeners import Reception
 from natkeep.plan.move import Mode
-from natkeep.plan.reception import Reception
 from natkeep.plan.steps import ForgetCalls, Prior
 
 _SEEN_REPLY = 0x02

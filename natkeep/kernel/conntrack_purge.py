@@ -19,7 +19,7 @@ from contextlib import suppress
 from functools import partial
 
 from natkeep import faultpoints
-from natkeep.kernel import nftables
+from natkeep.kernel import nftables_dump
 from natkeep.kernel.conntrack_dump import DELETE_ONE, count_tracked, dump, is_dump_cheaper
 from natkeep.kernel.ctnetlink import (
     DELETE,
@@ -35,7 +35,7 @@ from natkeep.kernel.ctnetlink import (
 )
 from natkeep.kernel.netlink import NETLINK_NETFILTER, NLM_F_DUMP, Netlink, Refusal
 from natkeep.plan.conntrack import stale_views
-from natkeep.plan.ruleset import TABLE
+from natkeep.plan.nft import TABLE
 from natkeep.plan.translation import Translation
 from natkeep.plan.tuples import RECORD_SIZE, Address, Connections
 
@@ -82,7 +82,7 @@ def delete_untracked(olds: Iterable[Address]) -> None:
     While our last rules go, our chains still have conntrack note packets un-translated. Where
     the chains of others do so too, such an entry is theirs and as it was before us.
     """
-    if not count_tracked() or nftables.base_chains() or _read_legacy_tables():
+    if not count_tracked() or nftables_dump.base_chains() or _read_legacy_tables():
         return
     named = {old.packed for old in olds}
     for version in {old.version for old in olds}:
@@ -167,7 +167,7 @@ def _assigns_zones() -> bool:
     if any(map(os.path.exists, _ASSIGNERS)) or "raw" in _read_legacy_tables():
         return True
     try:
-        return nftables.assigns_zones(besides=TABLE)
+        return nftables_dump.assigns_zones(besides=TABLE)
     except OSError:
         return True
 

@@ -1,7 +1,7 @@
-"""the taking of CRIU's network lock on the source: found, removed, and put back if need be.
+"""Finds CRIU's network lock on the source, removes it, and puts it back when that is undone.
 
 Rule: only what plan/criu_lock.py says is this dump's; a table by its run id, rules by four-tuples.
-Where CRIU's table holds connections that are not asked for, those stay locked, in it.
+Where CRIU's table holds connections that are not kept, those stay locked, in it.
 All functions act in the namespace that the calling thread is in.
 
 iptables has two kernels' worth of tables: those of nf_tables and the legacy ones. A table is
@@ -15,7 +15,8 @@ from collections.abc import Iterator
 
 from natkeep import faultpoints
 from natkeep.errors import KernelError
-from natkeep.kernel import nft, nftables
+from natkeep.kernel import nftables, nftables_dump
+from natkeep.kernel.interface import Place, Remember
 from natkeep.plan.criu_lock import (
     DumpLock,
     NetworkLock,
@@ -24,13 +25,11 @@ from natkeep.plan.criu_lock import (
     pack_keys,
     render_deletion,
     render_elements,
-    render_namespace_restoration,
-    render_namespace_table,
     render_restoration,
     render_table,
     set_name,
 )
-from natkeep.plan.steps import Prior
+from natkeep.plan.steps import Prior, TakeOverLock
 from natkeep.plan.tuples import Connections
 
 _TOOLS = {4: "iptables", 6: "ip6tables"}
@@ -38,17 +37,38 @@ _FAMILIES = {4: 2, 6: 10}  # NFPROTO_IPV4, NFPROTO_IPV6
 _LEGACY_NAMES = {4: "ip_tables_names", 6: "ip6_tables_names"}
 _BACKENDS = ("nft", "legacy")
 _PATH = "/usr/sbin:/usr/bin:/sbin:/bin"
-"""Where the system's own tools are; whoever calls us has no say in it."""
+"""Where the system's own tools are, whatever PATH says."""
 
 Variant = tuple[str, int]
 """Back end of iptables, and IP version."""
 
 
+class LockDriver:
+    """The lock is removed where it is; revert puts back what was found."""
+
+    enters = True
+
+    def check(self, at: Place, step: TakeOverLock) -> None:
+        """KernelError where the lock is in a filter table and its program is missing."""
+        find_lock(step.lock, step.connections)
+
+    def apply(self, at: Place, step: TakeOverLock, remember: Remember) -> Prior:
+        """Remove it; prior.facts names the tables that it is in."""
+        prior = find_lock(step.lock, step.connections)
+        remember(prior)
+        take_lock(step.lock, step.connections)
+        return prior
+
+    def revert(self, at: Place, step: TakeOverLock, prior: Prior) -> None:
+        """Put back what of it is missing."""
+        put_lock_back(step.lock, step.connections, prior)
+
+
 def find_lock(lock: DumpLock, kept: Connections) -> Prior:
-    """What of the lock is here; present is false throughout: nobody else removed it for us."""
+    """Which tables the lock is in; present is false throughout: only this step removes it."""
     facts: dict[str, str | int | bool] = {}
     if lock.method == NetworkLock.NFTABLES:
-        if nftables.has_table(nftables.INET, lock.table):
+        if nftables_dump.has_table(nftables_dump.INET, lock.table):
             facts["table"] = True
         return Prior(facts=facts)
     for (backend, version), found in _find_rules(lock, kept):
@@ -90,28 +110,28 @@ def put_lock_back(lock: DumpLock, kept: Connections, prior: Prior) -> None:
 
 
 def _holds_others(lock: DumpLock, kept: Connections) -> bool:
-    # The kernel takes 3 s to tell what is in a table of 100,000 connections, all of them in the
-    # blackout; it need not be asked where all that the dump had is kept.
+    # Reading a table of 100,000 connections takes the kernel 3 s, in the blackout; it is not read
+    # where all that the dump had is kept.
     if lock.whole or lock.connections == len(kept):
         return False
     return any(
-        set(nftables.read_keys(lock.table, set_name(version))) - pack_keys(kept, version)
+        set(nftables_dump.read_keys(lock.table, set_name(version))) - pack_keys(kept, version)
         for version in _TOOLS
     )
 
 
 def _take_table(lock: DumpLock, kept: Connections) -> None:
-    if not nftables.has_table(nftables.INET, lock.table):
+    if not nftables_dump.has_table(nftables_dump.INET, lock.table):
         return
     if _holds_others(lock, kept):
-        nft.run_transaction(render_elements("delete", lock, _still_locked(lock, kept)))
+        nftables.run_transaction(render_elements("delete", lock, _still_locked(lock, kept)))
     else:
-        nft.run_transaction([f"delete table inet {lock.table}"])
+        nftables.run_transaction([f"delete table inet {lock.table}"])
 
 
 def _still_locked(lock: DumpLock, kept: Connections) -> Connections:
     """Those of *kept* that are in CRIU's table: deleting another one would be refused."""
-    found = {v: set(nftables.read_keys(lock.table, set_name(v))) for v in _TOOLS}
+    found = {v: set(nftables_dump.read_keys(lock.table, set_name(v))) for v in _TOOLS}
     return Connections.of(
         inbound
         for inbound in kept
@@ -121,14 +141,10 @@ def _still_locked(lock: DumpLock, kept: Connections) -> Connections:
 
 
 def _put_table_back(lock: DumpLock, kept: Connections) -> None:
-    if nftables.has_table(nftables.INET, lock.table):
-        if not lock.whole:
-            lines = render_elements("add", lock, kept)
-            nft.run_transaction(lines)
-    elif lock.whole:
-        nft.run_transaction(render_namespace_table(lock))
-    else:
-        nft.run_transaction(render_table(lock, kept))
+    if not nftables_dump.has_table(nftables_dump.INET, lock.table):
+        nftables.run_transaction(render_table(lock, kept))
+    elif not lock.whole:
+        nftables.run_transaction(render_elements("add", lock, kept))
 
 
 # ---- iptables ----------------------------------------------------------------------------
@@ -146,7 +162,7 @@ def _find_rules(lock: DumpLock, kept: Connections) -> Iterator[tuple[Variant, Sa
 def _has_filter_table(variant: Variant) -> bool:
     backend, version = variant
     if backend == "nft":
-        return nftables.has_table(_FAMILIES[version], "filter")
+        return nftables_dump.has_table(_FAMILIES[version], "filter")
     try:
         with open(f"/proc/thread-self/net/{_LEGACY_NAMES[version]}", encoding="ascii") as file:
             return "filter" in file.read().split()
@@ -158,12 +174,10 @@ def _put_rules_back(variant: Variant, lock: DumpLock, kept: Connections) -> None
     _, version = variant
     saved = _run(variant, "save", ["-t", "filter"]) if _has_filter_table(variant) else ""
     present = find_rules(saved, lock, kept)
-    if lock.whole:
-        if not present.chain:
-            _restore(variant, render_namespace_restoration())
+    if present.chain:
         return
     missing = [t for t in kept if t.source.address.version == version and t not in present.tuples]
-    _restore(variant, render_restoration(missing))
+    _restore(variant, render_restoration(lock, missing))
 
 
 def _restore(variant: Variant, lines: tuple[str, ...]) -> None:

@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from natkeep.kernel.netns import Namespace
     from natkeep.kernel.sock_diag import Shown
     from natkeep.plan.diagnostics import Facts
-    from natkeep.plan.mending import Patch
+    from natkeep.plan.repair import Patch
     from natkeep.plan.strays import SeenTable
 
 Remember = Callable[[Prior], None]

@@ -1,15 +1,15 @@
-"""the netlink wire: messages and attributes packed by the thousand, dumps read as bytes.
+"""Packs and reads netlink messages and attributes: by the thousand, and dumps as bytes.
 
 Rule: this file knows netlink's framing (netlink(7)) and nothing of what is in a message; what
-conntrack, nf_tables and rtnetlink put there is in conntrack.py, elements.py and address.py.
+conntrack, nf_tables, rtnetlink and sock_diag put there is in the files of these names.
 
-Why own code: 100,000 set elements or conntrack entries take 77 and 245 ms when packed like
-this, and 1.4 s and more through anything that builds an object a message; importing pyroute2
-alone takes 150 ms, sixteen times an interpreter's start, inside the blackout.
+Why own code: what builds an object for each message takes five to twenty times as long for
+100,000 set elements or conntrack entries, inside the blackout (docs/performance.md).
 
-Two traps. Errors are answered without NLM_F_ACK too, so only the last message of a batch asks
-for one: when that has come, all errors before it have come. And close() of a nfnetlink socket
-after a *deletion* in nf_tables waits for an RCU grace period (6 to 47 ms).
+Two traps (seen on Linux 6.18). Errors are answered without NLM_F_ACK too, so only the last message
+of a batch has the flag: when its acknowledgement has arrived, all errors before it have, too. And
+close() of an nfnetlink socket after a *deletion* in nf_tables waits for an RCU grace period (6 to
+47 ms).
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ _DATAGRAM = 1 << 18
 
 @dataclass(frozen=True, slots=True)
 class Refusal:
-    """The kernel's no to message number *index* of a batch; errno is positive."""
+    """The kernel's refusal of message number *index* of a batch; errno is positive."""
 
     index: int
     errno: int
@@ -193,18 +193,18 @@ class Netlink:
         return self
 
     def fileno(self) -> int:
-        """The socket's descriptor: for who keeps what lives by it."""
+        """The socket's descriptor: what it owns in the kernel lives as long as this is open."""
         return self._socket.fileno()
 
     def __exit__(self, *_: object) -> None:
         self.close()
 
     def close(self) -> None:
-        """Let go of the socket."""
+        """Close the socket."""
         self._socket.close()
 
     def send_batch(self, batch: Batch) -> list[Refusal]:
-        """Send all messages and read the noes."""
+        """Send all messages and read the refusals."""
         refusals: list[Refusal] = []
         for first, end in batch.chunks(CHUNK):
             if first:

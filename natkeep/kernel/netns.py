@@ -1,9 +1,9 @@
-"""the namespaces: found once, held by a handle, entered and left again.
+"""Opens network namespaces, enters them and leaves them again.
 
 Rule: this is the only file that calls setns(). A namespace is opened once; after that it is
 known by its handle and its identity (device and inode), never looked up by name again. One that
-is named by a pid is opened while the process itself is held, so that no other process can have
-come by its number meanwhile.
+is named by a pid is opened while a pidfd holds the process, so that no other process can have got
+its number meanwhile.
 """
 
 from __future__ import annotations
@@ -172,7 +172,7 @@ def inside(namespace: Namespace) -> Iterator[None]:
 
 @contextmanager
 def errors_at(place: object) -> Iterator[None]:
-    """What the kernel says no to in the block is said of *place*, as a KernelError."""
+    """An OSError or KernelError in the block becomes a KernelError that names *place*."""
     try:
         yield
     except KernelError as error:
@@ -183,7 +183,7 @@ def errors_at(place: object) -> Iterator[None]:
 
 
 def _setns(fd: int, label: str) -> None:
-    import ctypes  # only who enters another namespace pays for it
+    import ctypes  # late: most processes never enter another namespace
 
     libc = ctypes.CDLL(None, use_errno=True)
     if libc.setns(fd, _CLONE_NEWNET):

@@ -1,372 +1,275 @@
-"""the nf_tables objects by raw netlink: filling a set in bulk, and reading what stands there.
+"""the tables at a site: objects of plan/nft.py loaded, sets filled, objects taken out again.
 
-Rule: sets are filled here because a hundred thousand elements as text take eight times as
-long; reading is here because libnftables reads every element of every set before it answers
-anything. All else is text, which goes by nft.py.
+Rule: text goes by libnftables, one transaction a call; what is packed in nft_messages.py goes by
+itself. Nothing is listed through libnftables (nftables_dump.py reads). A rule in a chain that moves
+share is found by its comment, and what moves share goes only when no move needs it any more.
+The `nftables` binding is imported only here.
 
-Numbers are from linux/netfilter/nf_tables.h and nfnetlink.h.
+Two traps. close() of a netlink socket after any nf_tables *deletion* waits for an RCU grace period
+(6 to 47 ms): nothing is deleted inside a blackout. And where the base chain `gate` is not there no
+gate closes anything: what closes one makes it anew, in the same transaction.
 """
 
 from __future__ import annotations
 
-import struct
-from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
+import re
+from collections.abc import Collection, Iterable, Sequence
+from contextlib import suppress
 
-from natkeep.kernel.netlink import (
-    NETLINK_NETFILTER,
-    NLM_F_ACK,
-    NLM_F_CREATE,
-    NLM_F_DUMP,
-    Netlink,
-    attribute,
-    attributes,
-    column,
-    message,
-    nested,
-    replicate,
+from natkeep.errors import KernelError
+from natkeep.kernel import nftables_dump as dump
+from natkeep.kernel.interface import Packed
+from natkeep.kernel.netlink import NETLINK_NETFILTER, Netlink
+from natkeep.kernel.nft_messages import (
+    Message,
+    pack_batch,
+    pack_chain_removal,
+    pack_fill,
+    pack_objects,
 )
-from natkeep.plan.tuples import RECORD_SIZE, Connections
-from natkeep.values import dataclass
+from natkeep.plan import filters
+from natkeep.plan.drift import Gate
+from natkeep.plan.nft import DROP, TABLE, Chain, Object, Rule, Table, Undo
+from natkeep.plan.steps import HoldListeners, Loads, OpenGate
+from natkeep.plan.tables import GATE, OPEN, gate_hook, removal
+from natkeep.plan.tuples import Connections
 
-_SUBSYSTEM = 10 << 8
-_BATCH_BEGIN, _BATCH_END = 16, 17
-_GETTABLE, _GETCHAIN, _GETRULE, _GETSET = 1, 4, 7, 10
-_NEWSETELEM, _GETSETELEM, _GETFLOWTABLE = 12, 13, 23
-_GETGEN, _GENERATION, _BATCH_GENERATION = 16, 1, 1
-
-INET, ARP = 1, 3
-
-_ATTRIBUTE_MAX = 65_532
-"""A netlink attribute's length is 16 bits: longer lists of elements are several messages."""
-
-
-_FAMILIES = {1: "inet", 2: "ip", 10: "ip6"}
-_HOOKS = ("prerouting", "input", "forward", "output", "postrouting", "ingress")
+_MESSAGE = re.compile(r"(?:Error|Warning): (.*)")
+_GATES = re.compile(r"(?:gate|callers)-[a-z0-9][a-z0-9-]*")
+"""Chains that drop until they are opened; an address chain's name has a dot or an underscore."""
+_OF_MOVES = re.compile(r"(?:gate|callers|hold|reset|kept|outer|listen|again)-[a-z0-9][a-z0-9-]*")
+"""Chains and sets that belong to one move; while there is one of another, the tables stay."""
 
 
-@dataclass(frozen=True, slots=True)
-class BaseChain:
-    """A chain that the kernel calls: its family, table, name, type (`nat`, …), hook, priority."""
-
-    family: str
-    table: str
-    name: str
-    type: str
-    hook: str
-    priority: int
+class NftError(KernelError):
+    """libnftables refused a transaction; nothing of it was done."""
 
 
-@dataclass(frozen=True, slots=True)
-class Rule:
-    """A rule as far as natkeep needs it: where it is and whose it is."""
+def run_transaction(lines: Iterable[str]) -> None:
+    """Load text in the namespace we are in, all or nothing; NftError otherwise."""
+    # Imported here, since a hook that has nothing to do must not pay for it; and a context for
+    # each call, because it holds a netlink socket of the namespace that it was made in.
+    import nftables
 
-    chain: str
-    handle: int
-    comment: str
-
-
-class Message(NamedTuple):
-    """One message of a transaction: its type, its attributes, of a table of which family."""
-
-    type: int
-    body: bytes
-    family: int = INET
-    flags: int = NLM_F_CREATE
+    code, _, error = nftables.Nftables().cmd("\n".join(lines))
+    if code:
+        found = _MESSAGE.search(error)
+        reason = found.group(1) if found else error.strip() or "no reason given"
+        raise NftError(f"nft: {reason}")
 
 
-def fill_set(table: str, name: str, connections: Connections) -> None:
+def is_available() -> bool:
+    """Whether libnftables and its binding can be loaded."""
+    try:
+        import nftables
+
+        nftables.Nftables()
+    except (ImportError, OSError):
+        return False
+    return True
+
+
+def send_batch(messages: Sequence[Message], generation: int = 0) -> None:
+    """Send them as one nf_tables transaction; OSError if refused. generation: as of pack_batch."""
+    if messages:  # the kernel would have nothing to acknowledge
+        with Netlink(NETLINK_NETFILTER) as netlink:
+            netlink.send_transaction(pack_batch(messages, generation), len(messages))
+
+
+def fill_set(name: str, connections: Connections) -> None:
     """Add all *connections* (of one IP version) to the set, in one transaction; or OSError."""
-    send_batch(pack_fill(table, name, connections))
+    send_batch(pack_fill(TABLE, name, connections))
 
 
-def pack_fill(table: str, name: str, connections: Connections) -> list[Message]:
-    """What adds *connections* to the set."""
-    elements, size = _pack_elements(connections)
-    owner = attribute(1, _text(table)) + attribute(2, _text(name))
-    per_message = _ATTRIBUTE_MAX // size * size
-    chunks = (elements[i : i + per_message] for i in range(0, len(elements), per_message))
-    return [Message(_NEWSETELEM, owner + nested(3, bytes(chunk))) for chunk in chunks]
+# ---- in ------------------------------------------------------------------------------------------
 
 
-def send_packed(batch: bytes, last: int) -> None:
-    """Send what pack_batch made, whose message *last* is acknowledged; OSError if refused."""
-    with Netlink(NETLINK_NETFILTER) as netlink:
-        netlink.send_transaction(batch, last)
+def load(objects: Iterable[Object], first: Iterable[str] = ()) -> None:
+    """Add *objects*, all or nothing but for raw rules, which come last; NftError or OSError.
 
-
-def read_generation() -> int:
-    """The number of the ruleset's state in this namespace; every transaction makes another."""
-    with Netlink(NETLINK_NETFILTER) as netlink:
-        [answer] = netlink.request(_SUBSYSTEM | _GETGEN, 0, _nfgenmsg(0))
-    return int.from_bytes(attributes(answer[4:])[_GENERATION], "big")
-
-
-def send_batch(messages: Sequence[Message]) -> None:
-    """Send them as one nf_tables transaction; OSError if refused."""
-    if not messages:
-        return  # the kernel would have nothing to acknowledge
-    send_packed(pack_batch(messages), len(messages))
-
-
-def pack_batch(messages: Sequence[Message], generation: int = 0) -> bytes:
-    """One nf_tables transaction; its last message, whose number is how many, is acknowledged.
-
-    generation: the ruleset's state that it is for; in any other the kernel refuses it (ERESTART).
+    first: text that goes in front of them, in the same transaction.
     """
-    state = attribute(_BATCH_GENERATION, generation.to_bytes(4, "big")) if generation else b""
-    batch = [_batch_frame(_BATCH_BEGIN, 0, state)]
-    for number, (type_, body, family, flags) in enumerate(messages, 1):
-        flags |= NLM_F_ACK if number == len(messages) else 0
-        batch.append(message(_SUBSYSTEM | type_, flags, _nfgenmsg(family) + body, number))
-    batch.append(_batch_frame(_BATCH_END, len(messages) + 1))
-    return b"".join(batch)
+    objects = tuple(objects)
+    raw = [one for one in objects if isinstance(one, Rule) and one.is_raw()]
+    text = [*first, *(str(one) for one in objects if one not in raw)]
+    if any(_closes_gate(one) for one in objects) and gate_hook()[0] not in objects:
+        text = [*map(str, missing_gate_hook()), *text]
+    if text:
+        run_transaction(text)
+    send_batch(pack_objects(raw))
 
 
-def _pack_elements(connections: Connections) -> tuple[bytearray, int]:
-    """All elements as attributes of equal size, and that size in octets.
-
-    The key is `peer . peer port . local port`, each part padded to four octets.
-    """
-    version = 4 if connections.v4 else 6
-    width = 4 if version == 4 else 16
-    template = nested(1, nested(1, attribute(1, bytes(width + 8))))
-    key = len(template) - width - 8
-    columns = [(key + at, values) for at, values in _key_columns(connections, version)]
-    return replicate(template, columns, len(connections)), len(template)
+def load_step(step: Loads, objects: Iterable[Object], first: Iterable[str] = ()) -> None:
+    """Add *objects* of a step, behind what all moves share, as far as that is missing."""
+    shared = [one for part in step.static() if not _stands(part) for one in part]
+    load([*shared, *objects], first)
 
 
-def read_keys(table: str, name: str) -> list[bytes]:
-    """The key of each element of the set or map, as the kernel has it; none when it is gone."""
-    with Netlink(NETLINK_NETFILTER) as netlink:
-        return dump_keys(netlink, INET, table, name)
+def load_block(step: HoldListeners) -> None:
+    """Block these listeners and no others, whatever the move has blocked before."""
+    links = (rule.comment for rule in dump.rules(TABLE, GATE))
+    linked = filters.block_comment(step.move_id) in links
+    chain = filters.block_chain(step.move_id)
+    flush = [f"flush chain inet {TABLE} {chain}"] if dump.has_chain(TABLE, chain) else []
+    load_step(step, step.objects(linked=linked), flush)
 
 
-def dump_keys(netlink: Netlink, family: int, table: str, name: str) -> list[bytes]:
-    """The same by a socket that is there already, of a table of any family."""
-    body = _nfgenmsg(family) + attribute(1, _text(table)) + attribute(2, _text(name))
-    found: list[bytes] = []
-    try:
-        for answer in netlink.request(_SUBSYSTEM | _GETSETELEM, NLM_F_DUMP, body):
-            found += _element_keys(attributes(answer[4:]).get(3, b""))
-    except FileNotFoundError:  # it goes, or is gone
-        pass
-    return found
+def _stands(part: tuple[Object, ...]) -> bool:
+    """Whether a part that all moves share is there: by its table, or its first base chain."""
+    first = next(one for one in part if isinstance(one, Table | Chain))
+    if isinstance(first, Table):
+        return dump.has_table({"inet": dump.INET, "arp": dump.ARP}[first.family], TABLE)
+    return dump.has_chain(TABLE, first.name)
 
 
-def has_key(table: str, name: str, key: bytes) -> bool:
-    """Whether the set or map has an element with *key*, without reading the others."""
-    owner = attribute(1, _text(table)) + attribute(2, _text(name))
-    try:
-        with Netlink(NETLINK_NETFILTER) as netlink:
-            body = _nfgenmsg(INET) + owner + pack_key(key)
-            return any(netlink.request(_SUBSYSTEM | _GETSETELEM, 0, body))
-    except FileNotFoundError:
+def _closes_gate(one: Object) -> bool:
+    """Whether packets have to get to the gates once this is loaded."""
+    if not isinstance(one, Rule):
         return False
+    drops = one.statements == (DROP,) and _GATES.fullmatch(one.chain) is not None
+    return one.chain == GATE or drops
 
 
-def pack_key(key: bytes) -> bytes:
-    """A list of the one element that has *key*."""
-    return nested(3, nested(1, nested(1, attribute(1, key))))
+# ---- out -----------------------------------------------------------------------------------------
 
 
-def _element_keys(elements: bytes) -> list[bytes]:
-    width, found, offset = _plain_width(elements), [], 0
-    if width:
-        return [key for (key,) in struct.iter_unpack(f"12x{width}s", elements)]
-    while offset + 4 <= len(elements):
-        length = struct.unpack_from("=H", elements, offset)[0]
-        if length < 4:
-            break
-        found.append(attributes(attributes(elements[offset + 4 : offset + length])[1])[1])
-        offset += (length + 3) & ~3
-    return found
+def unload(undos: Iterable[Undo]) -> None:
+    """Take objects away; what is gone already is fine. With the last move the tables go.
 
-
-def _plain_width(elements: bytes) -> int:
-    """How long the keys are, if each element is a key and nothing else; 0 if not all are alike."""
-    if len(elements) < 16:
-        return 0
-    size, key = (struct.unpack_from("=H", elements, at)[0] for at in (0, 8))
-    if size != 8 + key or key <= 4 or key % 4 or len(elements) % size:
-        return 0
-    count = len(elements) // size
-    alike = all(elements[i::size] == elements[i : i + 1] * count for i in range(12))
-    return int(key) - 4 if alike else 0
-
-
-def pack_keys(connections: Connections) -> frozenset[bytes]:
-    """The keys that a set of *connections* should have, to be compared with read_keys."""
-    version = 4 if connections.v4 else 6
-    width, count = (4 if version == 4 else 16), len(connections)
-    packed = replicate(bytes(width + 8), _key_columns(connections, version), count)
-    return frozenset([key for (key,) in struct.iter_unpack(f"{width + 8}s", packed)])
-
-
-def _key_columns(connections: Connections, version: int) -> list[tuple[int, bytes]]:
-    """Where in a key each of its parts stands, and that part of each connection."""
-    records, size = connections.records(version), RECORD_SIZE[version]
-    width = 4 if version == 4 else 16
-    return [
-        (0, column(records, size, width + 2, width)),
-        (width, column(records, size, 2 * width + 2, 2)),
-        (width + 4, column(records, size, width, 2)),
-    ]
-
-
-def has_table(family: int, table: str) -> bool:
-    """Whether the table is there."""
-    return table in {name for _, name in _names(_GETTABLE, family, b"", 1)}
-
-
-def chain_names(table: str) -> frozenset[str]:
-    """The chains of the inet table; empty when it is not there."""
-    return frozenset(name for owner, name in _names(_GETCHAIN, INET, b"", 3) if owner == table)
-
-
-def has_chain(table: str, chain: str) -> bool:
-    """Whether the inet table has the chain; as quick in a table of a thousand moves as of one."""
-    body = _nfgenmsg(INET) + attribute(1, _text(table)) + attribute(3, _text(chain))
-    try:
-        with Netlink(NETLINK_NETFILTER) as netlink:
-            return any(netlink.request(_SUBSYSTEM | _GETCHAIN, 0, body))
-    except FileNotFoundError:
-        return False
-
-
-def base_chains() -> tuple[BaseChain, ...]:
-    """Every base chain of every table, whoever's."""
-    found = []
-    for family, name in _FAMILIES.items():
-        for answer in _dump(_GETCHAIN, _nfgenmsg(family)):
-            chain = attributes(answer[4:])
-            if 4 not in chain:
-                continue
-            hook = attributes(chain[4])
-            number = int.from_bytes(hook[1], "big")
-            priority = int.from_bytes(hook[2], "big", signed=True)
-            found.append(
-                BaseChain(
-                    name,
-                    _string(chain[1]),
-                    _string(chain[3]),
-                    _string(chain.get(7, b"")),
-                    _HOOKS[number] if number < len(_HOOKS) else str(number),
-                    priority,
-                )
-            )
-    return tuple(found)
-
-
-def flowtable_names() -> tuple[str, ...]:
-    """`FAMILY TABLE NAME` of every flowtable; none where the kernel knows none."""
-    found = []
-    for family, name in _FAMILIES.items():
-        try:
-            answers = list(_dump(_GETFLOWTABLE, _nfgenmsg(family)))
-        except OSError:
-            continue
-        for answer in answers:
-            flowtable = attributes(answer[4:])
-            found.append(f"{name} {_string(flowtable[1])} {_string(flowtable[2])}")
-    return tuple(found)
-
-
-def set_names(table: str) -> frozenset[str]:
-    """The sets and maps of the inet table, without reading an element."""
-    scope = attribute(1, _text(table))
-    try:
-        return frozenset(name for _, name in _names(_GETSET, INET, scope, 2))
-    except FileNotFoundError:
-        return frozenset()
-
-
-def rules(table: str, chain: str) -> tuple[Rule, ...]:
-    """The rules of one chain, in order; empty when the chain is not there."""
-    scope = attribute(1, _text(table)) + attribute(2, _text(chain))
-    return tuple(rule for rule in _rules(scope) if rule.chain == chain)
-
-
-def rules_of_chains(table: str, *beginnings: str) -> Iterator[Rule]:
-    """The rules of all chains of the inet table whose names begin so, chain by chain, in order.
-
-    None when the table is not there. A thousand moves have ten thousand rules, of which a few are
-    asked for: the kernel puts the chain's name behind the table's, so most are seen by that.
+    Rules first, and what they refer to behind them, in one transaction.
     """
-    scope = attribute(1, _text(table))
-    head, names = _nfgenmsg(INET) + scope, tuple(name.encode("ascii") for name in beginnings)
-    return _rules(scope, lambda rule: rule.startswith(names, len(head) + 4))
-
-
-def _rules(scope: bytes, wanted: Callable[[bytes], bool] = lambda rule: True) -> Iterator[Rule]:
-    try:
-        for answer in filter(wanted, _dump(_GETRULE, _nfgenmsg(INET) + scope)):
-            rule = attributes(answer[4:])
-            handle = int.from_bytes(rule[3], "big")
-            yield Rule(_string(rule[2]), handle, _comment(rule.get(7, b"")))
-    except FileNotFoundError:
+    undos = tuple(dict.fromkeys(undos))
+    names = {undo.name for undo in undos if undo.kind in ("chain", "set")}
+    if names and not _has_others(names):
+        # The last move takes the tables with it; others may come only under the same lock.
+        if dump.has_table(dump.INET, TABLE) or dump.has_table(dump.ARP, TABLE):
+            run_transaction(removal())
         return
+    seen = {
+        name: dump.rules(TABLE, name)
+        for name in dict.fromkeys(u.unused or u.name for u in undos if u.kind in ("rule", "chain"))
+    }
+    seen |= {u.unused: dump.rules(TABLE, u.unused) for u in undos if u.unused not in (*seen, "")}
+    _run_what_is_there(_removal_lines(undos, seen))
 
 
-def assigns_zones(*, besides: str) -> bool:
-    """Whether a rule could give packets a conntrack zone, in any table but our own.
+def _has_others(own: set[str]) -> bool:
+    """Whether the table has a chain or a set of another move than the one that has *own*."""
+    standing = dump.chain_names(TABLE) | dump.set_names(TABLE)
+    return any(_OF_MOVES.fullmatch(name) for name in standing - own)
 
-    Found are `ct zone` of nft, to set or to match, and the target CT of iptables, which may.
+
+def _removal_lines(undos: Sequence[Undo], seen: dict[str, tuple[dump.SeenRule, ...]]) -> list[str]:
+    comments: dict[str, set[str]] = {}
+    for undo in undos:
+        if undo.kind == "rule":
+            comments.setdefault(undo.name, set()).add(undo.what)
+    left, lines = {name: len(rules) for name, rules in seen.items()}, []
+    for chain, wanted in comments.items():
+        for rule in seen.get(chain, ()):
+            if rule.comment in wanted:
+                lines.append(Undo("inet", "rule", chain).command(rule.handle))
+                left[chain] -= 1
+    going = [u for u in undos if u.kind != "rule" and not (u.unused and left.get(u.unused, 0))]
+    order = {"element": 0, "chain": 1, "set": 2}
+    for undo in sorted(going, key=lambda undo: order[undo.kind]):
+        if undo.kind == "chain" and not undo.unused and left.get(undo.name, 0):
+            lines.append(f"flush chain {undo.family} {TABLE} {undo.name}")
+        lines.append(undo.command())
+    return lines
+
+
+def _run_what_is_there(lines: list[str]) -> None:
+    """Run deletions in one transaction, or, when something is gone already, one by one."""
+    if not lines:
+        return
+    try:
+        run_transaction(lines)
+    except NftError:
+        for line in lines:
+            try:
+                run_transaction([line])
+            except NftError as error:
+                if "No such file" not in str(error):
+                    raise
+
+
+# ---- the gates -----------------------------------------------------------------------------------
+
+
+def chain_state(chain: str) -> Gate:
+    """Absent, closed or open, by the rules of a chain that drops until it is opened."""
+    return state_of([rule.comment for rule in dump.rules(TABLE, chain)])
+
+
+def state_of(comments: Collection[str]) -> Gate:
+    """The same, by the comments of its rules."""
+    if not comments:
+        return Gate.ABSENT
+    return Gate.OPEN if OPEN in comments else Gate.CLOSED
+
+
+def open_gates(opening: Sequence[Rule]) -> None:
+    """Let the connections of these gates through, all or none; or OSError."""
+    send_batch(pack_objects(opening))
+
+
+def close_gates(opening: Sequence[Rule]) -> None:
+    """Take away what opened them, the gate hook back in the same transaction."""
+    lines = [*map(str, missing_gate_hook())]
+    for chain in dict.fromkeys(rule.chain for rule in opening):
+        rules = (rule for rule in dump.rules(TABLE, chain) if rule.comment == OPEN)
+        lines += [Undo("inet", "rule", chain).command(rule.handle) for rule in rules]
+    _run_what_is_there(lines)
+
+
+def missing_gate_hook() -> tuple[Object, ...]:
+    """The base chain `gate` and its rules, where the table is there and this chain is not."""
+    if dump.has_chain(TABLE, GATE) or not dump.has_table(dump.INET, TABLE):
+        return ()
+    return gate_hook()
+
+
+def remove_gate_hook() -> None:
+    """Take the gates out of all packets' way, where none is closed; refused if anything changes.
+
+    Under the state directory's lock: what prepares refers to the chain that it has seen.
     """
-    for family, owner in [*_tables()]:
-        if owner == besides:
-            continue
-        scope = _nfgenmsg(family) + attribute(1, _text(owner))
-        try:
-            for answer in _dump(_GETRULE, scope):
-                if _CT_ZONE in answer or _CT_TARGET in answer:
-                    return True
-        except FileNotFoundError:  # it has gone meanwhile
-            continue
-    return False
+    if packed := pack_gate_hook_removal():
+        with Netlink(NETLINK_NETFILTER) as netlink, suppress(OSError):  # it only saves time
+            netlink.send_transaction(packed, 2)
 
 
-_CT_ZONE = attribute(2, (17).to_bytes(4, "big"))
-"""NFTA_CT_KEY, NFT_CT_ZONE."""
+def pack_gate_hook_removal(opening: Sequence[Rule] = ()) -> bytes:
+    """The transaction of remove_gate_hook, of two messages; empty where the chain has to stay.
 
-_CT_TARGET = attribute(1, b"CT\0")[:7]
-"""NFTA_TARGET_NAME: how iptables-nft stores `-j CT`, which `--zone` is an option of."""
-
-
-def _tables() -> Iterator[tuple[int, str]]:
-    for answer in _dump(_GETTABLE, _nfgenmsg(0)):
-        yield answer[0], _string(attributes(answer[4:])[1])
-
-
-def _comment(userdata: bytes) -> str:
-    # libnftnl's user data: type, length, value; type 0 is the comment, with its final NUL.
-    if len(userdata) > 2 and userdata[0] == 0:
-        return _string(userdata[2 : 2 + userdata[1]])
-    return ""
+    opening: what will be opened before, in a transaction of its own, so one state later.
+    """
+    try:
+        generation = dump.read_generation()
+        if not _may_remove({rule.chain for rule in opening}):
+            return b""
+    except OSError:  # what is opened or prepared shall not fail by it
+        return b""
+    return pack_batch(pack_chain_removal(GATE), generation + (1 if opening else 0))
 
 
-def _names(type_: int, family: int, scope: bytes, attribute_type: int) -> Iterator[tuple[str, str]]:
-    for answer in _dump(type_, _nfgenmsg(family) + scope):
-        found = attributes(answer[4:])
-        yield _string(found[1]), _string(found[attribute_type])
+def _may_remove(opened: set[str]) -> bool:
+    seen, hooked = set(opened), False
+    for rule in dump.rules_of_chains(TABLE, GATE, "callers-"):
+        if rule.chain == GATE:
+            hooked = True
+            if filters.is_block(rule.comment):  # listeners are blocked in the base chain
+                return False
+        elif rule.chain not in seen and _GATES.fullmatch(rule.chain):
+            seen.add(rule.chain)  # what opens a gate is its first rule
+            if rule.comment != OPEN:
+                return False
+    return hooked
 
 
-def _dump(type_: int, body: bytes) -> Iterator[bytes]:
-    with Netlink(NETLINK_NETFILTER) as netlink:
-        yield from netlink.request(_SUBSYSTEM | type_, NLM_F_DUMP, body)
-
-
-def _batch_frame(type_: int, sequence: int, more: bytes = b"") -> bytes:
-    return message(type_, 0, struct.pack("!BBH", 0, 0, _SUBSYSTEM >> 8) + more, sequence)
-
-
-def _nfgenmsg(family: int) -> bytes:
-    return struct.pack("!BBH", family, 0, 0)
-
-
-def _text(name: str) -> bytes:
-    return name.encode("ascii") + b"\0"
-
-
-def _string(value: bytes) -> str:
-    return value.rstrip(b"\0").decode("ascii", "replace")
+def pack_open(step: OpenGate) -> Packed:
+    """The transaction that opens these gates, and what may follow it once no restore waits."""
+    opening = step.objects()
+    batch = pack_batch(pack_objects(opening))
+    return Packed(batch, len(opening), unhooking=pack_gate_hook_removal(opening))

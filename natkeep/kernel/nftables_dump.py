@@ -1,13 +1,15 @@
-"""the inventory: which of the things that a move wants are in the tables of the thread's namespace.
+"""the nf_tables objects read by raw netlink: what stands in our tables, and in those of others.
 
-Rule: read only, and of the table only what the move wants, whatever others have there. Things are
-what plan/things.py says they are; numbers are from linux/netfilter/nf_tables.h.
+Rule: read only. Own code, because libnftables reads every element of every set before it answers
+anything (1.3 s beside a set of 100,000). Objects are found by the keys of plan/nft.py; what others
+have in their tables is looked at only as far as it is asked for.
+Numbers are from linux/netfilter/nf_tables.h.
 """
 
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterator
 from functools import lru_cache
 from ipaddress import ip_address
 
@@ -19,18 +21,16 @@ from natkeep.kernel.netlink import (
     attributes,
     find_attribute,
 )
-from natkeep.kernel.nftables import dump_keys, pack_key
-from natkeep.plan.ruleset import TABLE
-from natkeep.plan.things import Thing, describe_rule, known_thing, number_alike
+from natkeep.kernel.nft_messages import SUBSYSTEM, nfgenmsg, string
+from natkeep.plan.nft import TABLE, Key, describe_rule, number_alike
+from natkeep.values import dataclass
 
-_SUBSYSTEM = 10 << 8
 _GETTABLE, _GETCHAIN, _GETRULE, _GETSET, _GETSETELEM = 1, 4, 7, 10, 13
-_FAMILIES = {"inet": 1, "arp": 3}
-_NAME = TABLE.encode() + b"\0"
-_TABLE = attribute(1, _NAME)
-
-_FEW = 16
-"""Keys up to which each is asked for, instead of all being read."""
+_GETGEN, _GETFLOWTABLE, _GENERATION = 16, 23, 1
+INET, ARP = 1, 3  # NFPROTO_…
+_FAMILY = {"inet": INET, "arp": ARP}
+_FAMILIES = {1: "inet", 2: "ip", 10: "ip6"}
+_HOOKS = ("prerouting", "input", "forward", "output", "postrouting", "ingress")
 
 _NETWORK, _TRANSPORT = 1, 2
 _VERDICTS = {0: "drop", 1: "accept"}
@@ -40,90 +40,192 @@ _PORT = (_TRANSPORT, 2, 2)
 _TO = ((_NETWORK, 16, 4), (_NETWORK, 24, 16))
 
 
-def find_things(wanted: Iterable[Thing]) -> frozenset[Thing]:
-    """Those of *wanted* that are there."""
-    things = frozenset(wanted)
-    found: set[Thing] = set()
+@dataclass(frozen=True, slots=True)
+class BaseChain:
+    """A chain that the kernel calls: its family, table, name, type (`nat`, …), hook, priority."""
+
+    family: str
+    table: str
+    name: str
+    type: str
+    hook: str
+    priority: int
+
+
+@dataclass(frozen=True, slots=True)
+class SeenRule:
+    """A rule as far as natkeep needs it: its chain, the kernel's number for it, its comment."""
+
+    chain: str
+    handle: int
+    comment: str
+
+
+def read_generation() -> int:
+    """The number of the ruleset's state in this namespace; every transaction makes another."""
     with Netlink(NETLINK_NETFILTER) as netlink:
-        for family in sorted({thing.family for thing in things}):
-            if _has_table(netlink, family):
-                found.add(Thing(family, "table"))
-                found |= _read_inside(netlink, family, things)
-    return things & found
+        [answer] = netlink.request(SUBSYSTEM | _GETGEN, 0, nfgenmsg(0))
+    return int.from_bytes(attributes(answer[4:])[_GENERATION], "big")
 
 
-def find_standing(netlink: Netlink, family: str) -> tuple[set[Thing], dict[str, list[str]]]:
-    """All that is there but elements, whosever it is; and of each chain its rules' comments."""
-    comments: dict[str, list[str]] = {}
-    if not _has_table(netlink, family):
-        return set(), comments
-    found = {known_thing(family, "table", "", "", 0)}
-    for kind, type_, at in (("chain", _GETCHAIN, 3), ("set", _GETSET, 2)):
-        for answer in _answers(netlink, type_, family, _TABLE):
-            if find_attribute(answer, 1) == _NAME:
-                name = _text(find_attribute(answer, at))
-                found.add(known_thing(family, kind, name, "", 0))
-    rules: dict[bytes, Thing] = {}  # by its handle: one may come twice when others are made
-    for handle, comment, thing in _read_rules(netlink, family, ""):
-        if handle not in rules:
-            rules[handle] = thing
-            comments.setdefault(thing.name, []).append(comment)
-    found.update(number_alike(rules.values()))
-    return found, comments
+# ---- by name -------------------------------------------------------------------------------------
 
 
-def _has_table(netlink: Netlink, family: str) -> bool:
-    # To its end, since the socket is used again.
-    return _NAME in [table.get(1) for table in _dump(netlink, _GETTABLE, family, b"")]
+def has_table(family: int, table: str) -> bool:
+    """Whether the table is there."""
+    return table in {name for _, name in _names(_GETTABLE, family, b"", 1)}
 
 
-def _read_inside(netlink: Netlink, family: str, wanted: frozenset[Thing]) -> set[Thing]:
-    # Asked for by name, since the table may be shared by a thousand moves.
-    here = [thing for thing in wanted if thing.family == family]
-    found = {
-        Thing(family, kind, name)
-        for kind, type_, at in (("chain", _GETCHAIN, 3), ("set", _GETSET, 2))
-        for name in {thing.name for thing in here if thing.kind == kind}
-        if _ask(netlink, type_, family, attribute(at, name.encode() + b"\0"))
-    }
-    for name in {thing.name for thing in here if thing.kind == "element"}:
-        keys = {thing.what for thing in here if thing.kind == "element" and thing.name == name}
-        there = _find_keys(netlink, family, name, [*map(bytes.fromhex, keys)])
-        found |= {Thing(family, "element", name, key.hex()) for key in there}
-    chains = {thing.name for thing in here if thing.kind == "rule"}
-    rules = (thing for chain in chains for _, _, thing in _read_rules(netlink, family, chain))
-    found |= set(number_alike(rules))
-    return found
+def has_chain(table: str, chain: str) -> bool:
+    """Whether the inet table has the chain; as quick in a table of a thousand moves as of one."""
+    return _has(_GETCHAIN, attribute(1, string(table)) + attribute(3, string(chain)))
 
 
-def _find_keys(netlink: Netlink, family: str, name: str, keys: list[bytes]) -> Iterable[bytes]:
-    """Those of *keys* that the set has, or, where that is quicker, all that it has."""
-    if len(keys) > _FEW:
-        return dump_keys(netlink, _FAMILIES[family], TABLE, name)
-    owner = attribute(2, name.encode() + b"\0")
-    return [key for key in keys if _ask(netlink, _GETSETELEM, family, owner + pack_key(key))]
+def chain_names(table: str) -> frozenset[str]:
+    """The chains of the inet table; empty when it is not there."""
+    return frozenset(name for owner, name in _names(_GETCHAIN, INET, b"", 3) if owner == table)
 
 
-def _ask(netlink: Netlink, type_: int, family: str, scope: bytes) -> bool:
-    body = struct.pack("!BBH", _FAMILIES[family], 0, 0) + _TABLE + scope
+def set_names(table: str) -> frozenset[str]:
+    """The sets and maps of the inet table, without reading an element."""
+    scope = attribute(1, string(table))
     try:
-        # To its end: an acknowledgement follows, and the socket is used again.
-        return bool([*netlink.request(_SUBSYSTEM | type_, 0, body)])
+        return frozenset(name for _, name in _names(_GETSET, INET, scope, 2))
+    except FileNotFoundError:
+        return frozenset()
+
+
+def has_key(table: str, name: str, key: bytes) -> bool:
+    """Whether the set or map has an element with *key*, without reading the others."""
+    owner = attribute(1, string(table)) + attribute(2, string(name))
+    element = attribute(
+        3 | 1 << 15, attribute(1 | 1 << 15, attribute(1 | 1 << 15, attribute(1, key)))
+    )
+    return _has(_GETSETELEM, owner + element)
+
+
+def rules(table: str, chain: str) -> tuple[SeenRule, ...]:
+    """The rules of one chain, in order; empty when the chain is not there."""
+    scope = attribute(1, string(table)) + attribute(2, string(chain))
+    return tuple(rule for rule in _rules(scope) if rule.chain == chain)
+
+
+def rules_of_chains(table: str, *beginnings: str) -> Iterator[SeenRule]:
+    """The rules of all chains of the inet table whose names begin so, chain by chain, in order.
+
+    None when the table is not there. A thousand moves have ten thousand rules, of which a few are
+    asked for: the kernel puts the chain's name behind the table's, so most are seen by that.
+    """
+    scope = attribute(1, string(table))
+    head, names = nfgenmsg(INET) + scope, tuple(name.encode("ascii") for name in beginnings)
+    return _rules(scope, lambda rule: rule.startswith(names, len(head) + 4))
+
+
+def _rules(scope: bytes, wanted: Callable[[bytes], bool] = lambda rule: True) -> Iterator[SeenRule]:
+    try:
+        for answer in filter(wanted, _dump(_GETRULE, nfgenmsg(INET) + scope)):
+            rule = attributes(answer[4:])
+            handle = int.from_bytes(rule[3], "big")
+            yield SeenRule(_text(rule[2]), handle, _comment(rule.get(7, b"")))
+    except FileNotFoundError:
+        return
+
+
+def _names(type_: int, family: int, scope: bytes, attribute_type: int) -> Iterator[tuple[str, str]]:
+    for answer in _dump(type_, nfgenmsg(family) + scope):
+        found = attributes(answer[4:])
+        yield _text(found[1]), _text(found[attribute_type])
+
+
+def _has(type_: int, scope: bytes) -> bool:
+    try:
+        with Netlink(NETLINK_NETFILTER) as netlink:
+            return any(netlink.request(SUBSYSTEM | type_, 0, nfgenmsg(INET) + scope))
     except FileNotFoundError:
         return False
 
 
-def _read_rules(netlink: Netlink, family: str, chain: str) -> Iterator[tuple[bytes, str, Thing]]:
-    """Handle and comment of each rule, of one chain or of all, and what it is."""
-    scope = _TABLE + (attribute(2, chain.encode() + b"\0") if chain else b"")
-    for rule in _dump(netlink, _GETRULE, family, scope):
-        if rule[1] == _NAME and chain in ("", _text(rule[2])):
-            comment = _comment(rule.get(7, b""))
-            what = describe_rule(comment, _marks(rule.get(4, b"")))
-            yield rule[3], comment, known_thing(family, "rule", _text(rule[2]), what, 0)
+def _dump(type_: int, body: bytes) -> Iterator[bytes]:
+    with Netlink(NETLINK_NETFILTER) as netlink:
+        yield from netlink.request(SUBSYSTEM | type_, NLM_F_DUMP, body)
+
+
+# ---- the elements of a set -----------------------------------------------------------------------
+
+
+def read_keys(table: str, name: str) -> list[bytes]:
+    """The key of each element of the set or map, as the kernel has it; none when it is gone."""
+    with Netlink(NETLINK_NETFILTER) as netlink:
+        return dump_keys(netlink, INET, table, name)
+
+
+def dump_keys(netlink: Netlink, family: int, table: str, name: str) -> list[bytes]:
+    """The same by a socket that is there already, of a table of any family."""
+    body = nfgenmsg(family) + attribute(1, string(table)) + attribute(2, string(name))
+    found: list[bytes] = []
+    try:
+        for answer in netlink.request(SUBSYSTEM | _GETSETELEM, NLM_F_DUMP, body):
+            found += _element_keys(attributes(answer[4:]).get(3, b""))
+    except FileNotFoundError:  # it goes, or is gone
+        pass
+    return found
+
+
+def _element_keys(elements: bytes) -> list[bytes]:
+    width = _plain_width(elements)
+    if width:
+        return [key for (key,) in struct.iter_unpack(f"12x{width}s", elements)]
+    return [attributes(attributes(each)[1])[1] for each in _each(elements)]
+
+
+def _plain_width(elements: bytes) -> int:
+    """How long the keys are, if each element is a key and nothing else; 0 if not all are alike."""
+    if len(elements) < 16:
+        return 0
+    size, key = (_LENGTH.unpack_from(elements, at)[0] for at in (0, 8))
+    if size != 8 + key or key <= 4 or key % 4 or len(elements) % size:
+        return 0
+    count = len(elements) // size
+    alike = all(elements[i::size] == elements[i : i + 1] * count for i in range(12))
+    return int(key) - 4 if alike else 0
+
+
+# ---- everything in our tables --------------------------------------------------------------------
+
+
+def find_standing(netlink: Netlink, family: str) -> tuple[set[Key], dict[str, list[str]]]:
+    """All that is in the table natkeep but elements, of all moves; of each chain its comments."""
+    comments: dict[str, list[str]] = {}
+    name, scope = string(TABLE), attribute(1, string(TABLE))
+    # To its end, since the socket is used again.
+    if name not in [attributes(table).get(1) for table in _answers(netlink, _GETTABLE, family)]:
+        return set(), comments
+    found = {Key(family, "table")}
+    for kind, type_, at in (("chain", _GETCHAIN, 3), ("set", _GETSET, 2)):
+        for answer in _answers(netlink, type_, family, scope):
+            if find_attribute(answer, 1) == name:
+                found.add(Key(family, kind, _text(find_attribute(answer, at))))
+    rules: dict[bytes, Key] = {}  # by its handle: one may come twice when others are made
+    for rule in map(attributes, _answers(netlink, _GETRULE, family, scope)):
+        if rule[1] == name and rule[3] not in rules:
+            chain, comment = _text(rule[2]), _comment(rule.get(7, b""))
+            rules[rule[3]] = Key(family, "rule", chain, describe_rule(comment, _marks(rule[4])))
+            comments.setdefault(chain, []).append(comment)
+    found.update(number_alike(rules.values()))
+    return found, comments
+
+
+def _answers(netlink: Netlink, type_: int, family: str, scope: bytes = b"") -> Iterator[bytes]:
+    body = nfgenmsg(_FAMILY[family]) + scope
+    try:
+        for answer in netlink.request(SUBSYSTEM | type_, NLM_F_DUMP, body):
+            yield answer[4:]
+    except FileNotFoundError:  # gone between two looks
+        return
 
 
 def _marks(expressions: bytes) -> list[str]:
+    """What plan/nft.py knows a rule by, from the kernel's expressions."""
     found: list[str] = []
     loaded: tuple[int, ...] = ()
     for each in _each(expressions):
@@ -174,24 +276,70 @@ def _compared(loaded: tuple[int, ...], value: bytes) -> Iterator[str]:
         yield f"to {ip_address(value)}"
 
 
+# ---- other tables --------------------------------------------------------------------------------
+
+
+def base_chains() -> tuple[BaseChain, ...]:
+    """Every base chain of every table, also those of others."""
+    found = []
+    for family, name in _FAMILIES.items():
+        for answer in _dump(_GETCHAIN, nfgenmsg(family)):
+            chain = attributes(answer[4:])
+            if 4 not in chain:
+                continue
+            hook = attributes(chain[4])
+            number = int.from_bytes(hook[1], "big")
+            priority = int.from_bytes(hook[2], "big", signed=True)
+            where = _HOOKS[number] if number < len(_HOOKS) else str(number)
+            type_ = _text(chain.get(7, b""))
+            found.append(BaseChain(name, _text(chain[1]), _text(chain[3]), type_, where, priority))
+    return tuple(found)
+
+
+def flowtable_names() -> tuple[str, ...]:
+    """`FAMILY TABLE NAME` of every flowtable; none where the kernel knows none."""
+    found = []
+    for family, name in _FAMILIES.items():
+        try:
+            answers = list(_dump(_GETFLOWTABLE, nfgenmsg(family)))
+        except OSError:
+            continue
+        for answer in answers:
+            flowtable = attributes(answer[4:])
+            found.append(f"{name} {_text(flowtable[1])} {_text(flowtable[2])}")
+    return tuple(found)
+
+
+def assigns_zones(*, besides: str) -> bool:
+    """Whether a rule could give packets a conntrack zone, in any table but *besides*.
+
+    Found are `ct zone` of nft, to set or to match, and the target CT of iptables, which may.
+    """
+    tables = [(a[0], _text(attributes(a[4:])[1])) for a in _dump(_GETTABLE, nfgenmsg(0))]
+    for family, owner in tables:
+        if owner == besides:
+            continue
+        try:
+            for answer in _dump(_GETRULE, nfgenmsg(family) + attribute(1, string(owner))):
+                if _CT_ZONE in answer or _CT_TARGET in answer:
+                    return True
+        except FileNotFoundError:  # it has gone meanwhile
+            continue
+    return False
+
+
+_CT_ZONE = attribute(2, (17).to_bytes(4, "big"))
+"""NFTA_CT_KEY, NFT_CT_ZONE."""
+
+_CT_TARGET = attribute(1, b"CT\0")[:7]
+"""NFTA_TARGET_NAME: how iptables-nft stores `-j CT`, which `--zone` is an option of."""
+
+
 def _comment(userdata: bytes) -> str:
     # libnftnl's user data: type, length, value; type 0 is the comment, with its final NUL.
     if len(userdata) > 2 and userdata[0] == 0:
         return _text(userdata[2 : 2 + userdata[1]])
     return ""
-
-
-def _dump(netlink: Netlink, type_: int, family: str, scope: bytes) -> Iterator[dict[int, bytes]]:
-    return map(attributes, _answers(netlink, type_, family, scope))
-
-
-def _answers(netlink: Netlink, type_: int, family: str, scope: bytes) -> Iterator[bytes]:
-    body = struct.pack("!BBH", _FAMILIES[family], 0, 0) + scope
-    try:
-        for answer in netlink.request(_SUBSYSTEM | type_, NLM_F_DUMP, body):
-            yield answer[4:]
-    except FileNotFoundError:  # gone between two looks
-        return
 
 
 def _each(data: bytes) -> list[bytes]:

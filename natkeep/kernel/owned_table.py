@@ -1,11 +1,11 @@
-"""the guard: a table of its own that survives `nft flush ruleset`, and the process it lives by.
+"""Makes and removes the owned table, which survives `nft flush ruleset`, and the process it needs.
 
-Without it, whoever flushes the ruleset of a destination or a gateway ends every kept connection
-that carries anything, within one round trip and before anybody could repair: peers' segments reach
-NEW un-translated, where there is no socket, or the process's reach the peer so, and both are
-answered with a reset. The kernel spares a table that has an owner (`flags owner`, Linux 5.12), an
-open netlink socket; so this table (plan/guard.py) is made by a socket that a resident process then
-keeps, which libnftables' would not be: it keeps its own to itself.
+Without it, a flush of the ruleset at a destination or a gateway ends every kept connection that
+carries anything, within one round trip and before a repair can be done: peers' segments reach NEW
+un-translated, where there is no socket, or the process's reach the peer so, and both are answered
+with a reset. The kernel spares a table that has an owner (`flags owner`, Linux 5.12), an open
+netlink socket; so this table (plan/guard.py) is made by a socket that a daemon then keeps open.
+libnftables cannot do that: it does not hand out its socket.
 
 So after a flush the kept connections are silent until `natkeep repair`, at whatever point of the
 move, and TCP then sends again what was dropped.
@@ -24,45 +24,68 @@ from contextlib import ExitStack, contextmanager, suppress
 from time import monotonic, sleep
 
 from natkeep.errors import KernelError
-from natkeep.kernel.assembler import assemble
-from natkeep.kernel.daemon import FIRST, spawn
+from natkeep.kernel.daemon import spawn
+from natkeep.kernel.interface import Place, Remember
 from natkeep.kernel.netlink import NETLINK_NETFILTER, Netlink
-from natkeep.kernel.netns import Namespace, inside, path_of
-from natkeep.kernel.nftables import Message, pack_batch, pack_fill
-from natkeep.plan.guard import render, sets_of, table_name
+from natkeep.kernel.netns import Namespace, inside
+from natkeep.kernel.nft_messages import Message, pack_batch, pack_fill, pack_objects
+from natkeep.plan.filters import owned_sets, owned_table, owned_table_name
+from natkeep.plan.steps import GuardSite, Prior
 from natkeep.plan.translation import Translation
 
 _PATIENCE = 2.0
-"""Seconds to wait for the guardian's first word, and for its end."""
+"""Seconds to wait for the guardian to write its pid, and for its end."""
 
 
-def start(
-    directory: str, move_id: str, namespace: Namespace, netns: str,
-    translations: Iterable[Translation],
-) -> int:  # fmt: skip
-    """Guard *translations*, those of one site, in *namespace* (named *netns*); the guardian's pid.
+class OwnedTableDriver:
+    """The owned table; a move with --guard fails without it."""
+
+    enters = False
+
+    def check(self, at: Place, step: GuardSite) -> None:
+        """Only making such a table shows whether the kernel has them."""
+
+    def apply(self, at: Place, step: GuardSite, remember: Remember) -> Prior:
+        """Make it; KernelError also where there is no state directory."""
+        remember(Prior())
+        if not at.directory:
+            raise KernelError("a guard needs a state directory")
+        try:
+            start(at, step.move_id, step.translations)
+        except OSError as error:
+            raise KernelError(
+                f"the kernel makes no guard: {error.strerror}",
+                hint="it takes Linux 5.12; a move without --guard is kept as well",
+            ) from error
+        return Prior()
+
+    def revert(self, at: Place, step: GuardSite, prior: Prior) -> None:
+        """End its process, and with it the table."""
+        if at.directory:
+            end(at.directory, step.move_id, at.namespace)
+
+
+def start(place: Place, move_id: str, translations: Iterable[Translation]) -> int:
+    """Guard *translations*, those of one site, at *place*; the guardian's pid.
 
     One of the same move there is ended first. OSError where the kernel says no, or KernelError;
     then there is neither table nor process.
     """
-    end(directory, move_id, namespace)
-    name = _file_name(move_id, namespace)
+    end(place.directory, move_id, place.namespace)
+    name = _file_name(move_id, place.namespace)
     with ExitStack() as stack:
-        home = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        home = os.open(place.directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         stack.callback(os.close, home)
         flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
         lock = os.open(name, flags, 0o600, dir_fd=home)
         stack.callback(os.close, lock)
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            with inside(namespace):
+            with inside(place.namespace):
                 netlink = stack.enter_context(Netlink(NETLINK_NETFILTER))
             batch = _pack_table(move_id, translations)
             netlink.send_transaction(pack_batch(batch), len(batch))
-            device, inode = namespace.identity
-            arguments = [name, netns and path_of(netns), f"{device}:{inode}"]
-            handed = (netlink.fileno(), lock, home)
-            return spawn("owned_tabled.py", arguments, dict(enumerate(handed, FIRST)))
+            return spawn("owned_tabled.py", name, place, [home, lock, netlink.fileno()])
         except BaseException:
             os.unlink(name, dir_fd=home)
             raise
@@ -70,14 +93,14 @@ def start(
 
 def _pack_table(move_id: str, translations: Iterable[Translation]) -> list[Message]:
     """All of the guard's table, as one transaction."""
-    translations, table = tuple(translations), table_name(move_id)
+    translations, table = tuple(translations), owned_table_name(move_id)
     fills = (
         message
         for translation in translations
-        for name, connections in sets_of(translation).items()
+        for name, connections in owned_sets(translation).items()
         for message in pack_fill(table, name, connections)
     )
-    return [*assemble(render(move_id, translations), table), *fills]
+    return [*pack_objects(owned_table(move_id, translations)), *fills]
 
 
 def is_guarded(directory: str, move_id: str, namespace: Namespace) -> bool:
@@ -88,6 +111,7 @@ def is_guarded(directory: str, move_id: str, namespace: Namespace) -> bool:
 
 def end(directory: str, move_id: str, namespace: Namespace) -> None:
     """End the guard of the move at this site, if there is one; KernelError if it does not end."""
+    name = _file_name(move_id, namespace)
     with _opened(directory, move_id, namespace) as lock:
         if lock is None:
             return
@@ -96,12 +120,11 @@ def end(directory: str, move_id: str, namespace: Namespace) -> None:
             if monotonic() > deadline:
                 raise KernelError(
                     f"the guardian of {move_id} does not end",
-                    hint="its command line has owned_tabled.py and "
-                    f"{_file_name(move_id, namespace)}: kill it",
+                    hint=f"its command line has owned_tabled.py and {name}: kill it",
                 )
             _stop(lock, deadline)
     with suppress(FileNotFoundError):
-        os.unlink(os.path.join(directory, _file_name(move_id, namespace)))
+        os.unlink(os.path.join(directory, name))
 
 
 def _file_name(move_id: str, namespace: Namespace) -> str:
@@ -132,13 +155,13 @@ def _is_locked(lock: int) -> bool:
 
 
 def _stop(lock: int, deadline: float) -> None:
-    """Kill who has the lock, and wait for the end; none other, whose pid it may be since."""
-    said = os.pread(lock, 32, 0).strip()
-    if not said.isdigit():
-        sleep(0.005)  # it has the lock from its start, and its first word is not out yet
+    """Kill the process that has the lock and wait for its end; never one that has its pid since."""
+    pid = os.pread(lock, 32, 0).strip()
+    if not pid.isdigit():
+        sleep(0.005)  # it has the lock from its start, and has not written its pid yet
         return
     try:
-        process = os.pidfd_open(int(said))
+        process = os.pidfd_open(int(pid))
     except ProcessLookupError:
         return
     try:

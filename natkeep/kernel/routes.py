@@ -1,22 +1,21 @@
-"""the ways: the routes and the address of others that a move stands on, noted and put back.
+"""The routes and the address that a move stands on: checked for, noted, and put back.
 
-    way to PEER       the route that a packet to it takes, and that to its next hop
+    route to PEER     the route that a packet to it takes, and that to its next hop
     address NEW       at the destination, where the kept connections arrive
 
 Both are there before a move and are not natkeep's; but a link that goes down and up, or a network
 manager that wipes what it does not know, takes them away, and the transfer stops.
 
-Rule: only what was noted at prepare comes back, exactly as it was, and only where there is no way
-at all any more: whoever routes otherwise by now is right. Nothing here is undone by a teardown,
-since it was there before. All functions act in the namespace that the calling thread is in.
+Rule: only what was noted at prepare comes back, exactly as it was, and only where there is no
+route at all any more: another route by now is meant. A teardown undoes nothing of this, since it
+was there before. All functions act in the namespace that the calling thread is in.
 
 A note is `KIND,ADDRESS,DEVICE,MESSAGE`, the rtnetlink message in hexadecimal; notes are separated
-by blanks. Numbers are from linux/rtnetlink.h and linux/if_addr.h.
+by blanks.
 """
 
 from __future__ import annotations
 
-import errno
 import os
 import re
 import socket
@@ -24,78 +23,185 @@ import struct
 from collections.abc import Iterable, Iterator
 from ipaddress import ip_address
 
-from natkeep.errors import KernelError
+from natkeep.errors import KernelError, RefusedError
+from natkeep.kernel import rtnetlink, sock_diag
 from natkeep.kernel.netlink import (
     NETLINK_ROUTE,
     NLM_F_CREATE,
-    NLM_F_DUMP,
     NLM_F_EXCL,
     Netlink,
     attribute,
     attributes,
 )
+from natkeep.plan.move import Site
+from natkeep.plan.steps import InstallReception, InstallTranslation
 from natkeep.plan.tuples import Address
 
-_NEWADDR, _GETADDR, _NEWROUTE, _GETROUTE = 20, 22, 24, 26
-_ROUTE = struct.Struct("=BBBBBBBBI")  # family, lengths, tos, table, protocol, scope, type, flags
-_ADDRESS = struct.Struct("=BBBBI")  # family, prefix length, flags, scope, index
-_FAMILY = {4: socket.AF_INET, 6: socket.AF_INET6}
-
-_FIB_MATCH = 0x2000
-_ONLINK = 0x4
-_UNICAST, _FROM_RA = 1, 9
-_DST, _OIF, _GATEWAY, _TABLE = 1, 4, 5, 15
-_KEPT = (_DST, _OIF, _GATEWAY, 6, 7, 8, _TABLE, 20)  # and PRIORITY, PREFSRC, METRICS, PREF
-_OTHER_FORMS = (9, 18, 21, 22, 30)  # MULTIPATH, VIA, ENCAP_TYPE, ENCAP, NH_ID
-_IFA_ADDRESS, _IFA_LOCAL, _IFA_LABEL, _IFA_BROADCAST, _IFA_FLAGS = 1, 2, 3, 4, 8
-_NODAD = 0x02
-_SETTABLE = _NODAD | 0x100 | 0x200 | 0x400  # MANAGETEMPADDR, NOPREFIXROUTE, MCAUTOJOIN
+_RTM_F_FIB_MATCH = 0x2000
+_RTNH_F_ONLINK = 0x4
+_RTPROT_RA = 9
+_NOTED = (
+    rtnetlink.RTA_DST,
+    rtnetlink.RTA_OIF,
+    rtnetlink.RTA_GATEWAY,
+    rtnetlink.RTA_PRIORITY,
+    7,
+    8,
+    15,
+    20,
+)  # PREFSRC METRICS TABLE PREF
+_NOT_PLAIN = (9, 18, 21, 22, 30)  # MULTIPATH, VIA, ENCAP_TYPE, ENCAP, NH_ID
+_IFA_F_SETTABLE = (
+    rtnetlink.IFA_F_NODAD | rtnetlink.IFA_F_NOPREFIXROUTE | 0x100 | 0x400
+)  # MANAGETEMPADDR, MCAUTOJOIN
 
 _LIMIT = 64
-"""So many peers are looked up for a move; each costs some 20 us."""
+"""So many peers of a move are looked up; each costs some 20 us."""
 
 _NOTE = re.compile(r"(address|route),([0-9a-f.:]+),([^\s,/]{1,15}),((?:[0-9a-f]{2})+)")
 
 
+# ---- before a move -------------------------------------------------------------------------------
+
+
+def check_destination(step: InstallTranslation) -> None:
+    """RefusedError unless NEW is here, no socket of NEW's has a kept tuple, and peers have routes.
+
+    Of the peers of a translation the first 64 are looked up.
+    """
+    for translation in step.translations:
+        _demand_address(step.site, translation.map.new)
+        # The gateway could not tell the two apart, and ours would take the other's packets.
+        if (theirs := sock_diag.find_alive(translation.outer)) is not None:
+            raise RefusedError(
+                f"{step.site}: {theirs} is a connection of that host's own already",
+                hint="a kept connection would be the same tuple there: choose another NEW",
+            )
+        with Netlink(NETLINK_ROUTE) as netlink:
+            for packed in sorted(translation.kept.peers())[:_LIMIT]:
+                peer = ip_address(packed)
+                if not rtnetlink.is_reached(netlink, peer):
+                    raise RefusedError(
+                        f"{step.site}: no route to the peer {peer}",
+                        hint="a socket cannot be restored without one",
+                    )
+
+
+def check_reception(step: InstallReception) -> None:
+    """RefusedError unless NEW is here and its ports, which will be OLD's listeners, are free."""
+    for receiving in step.receptions:
+        new = receiving.map.new
+        _demand_address(step.site, new)
+        taken = sock_diag.listening_ports(new) & set(receiving.ports)
+        if taken:
+            raise RefusedError(
+                f"{step.site}: somebody listens at {new} port {min(taken)} already",
+                hint="without --listeners their connections stay apart",
+            )
+
+
+def _demand_address(site: Site, new: Address) -> None:
+    if rtnetlink.device_of(new) is None:
+        raise RefusedError(
+            f"{site}: NEW {new} is not an address of this namespace",
+            hint="give the namespace that has it: --site destination=NETNS",
+        )
+
+
+# ---- noted ---------------------------------------------------------------------------------------
+
+
 def note(own: Iterable[Address], others: Iterable[Address]) -> str:
-    """The addresses *own*, and the ways to *others*; what cannot be noted is left out."""
+    """The addresses *own*, and the routes to *others*; what cannot be noted is left out."""
     notes: dict[str, str] = {}
     with Netlink(NETLINK_ROUTE) as netlink:
         wanted = {address.packed: address for address in own}
-        for header, found in _read_addresses(netlink) if wanted else ():
-            address = wanted.get(found.get(_IFA_LOCAL) or found.get(_IFA_ADDRESS) or b"")
+        for header, found in rtnetlink.read_addresses(netlink) if wanted else ():
+            address = wanted.get(rtnetlink.local_address(found))
             if address is not None:
                 message = _pack_address(header, found)
-                notes[message.hex()] = f"address,{address},{_name(header[4])}"
+                notes[message.hex()] = f"address,{address},{rtnetlink.device_name(header[4])}"
         hops: set[Address] = set()
         for address in [*dict.fromkeys(others)][:_LIMIT]:
-            for towards, device, message in _find_way(netlink, address, hops):
+            for towards, device, message in _find_route(netlink, address, hops):
                 notes.setdefault(message.hex(), f"route,{towards},{device}")
-    return " ".join(f"{said},{message}" for message, said in notes.items())
+    return " ".join(f"{named},{message}" for message, named in notes.items())
+
+
+def _pack_address(header: tuple[int, ...], found: dict[int, bytes]) -> bytes:
+    family, length, _, scope, index = header
+    flags = struct.unpack("=I", found.get(rtnetlink.IFA_FLAGS, bytes(4)))[0] & _IFA_F_SETTABLE
+    if family == socket.AF_INET6:
+        flags |= (
+            rtnetlink.IFA_F_NODAD
+        )  # it was checked when it was given, and must be there at once
+    body = rtnetlink.ADDRESS.pack(family, length, 0, scope, index)
+    for type_ in (
+        rtnetlink.IFA_ADDRESS,
+        rtnetlink.IFA_LOCAL,
+        rtnetlink.IFA_LABEL,
+        rtnetlink.IFA_BROADCAST,
+    ):
+        if type_ in found:
+            body += attribute(type_, found[type_])
+    return body + attribute(rtnetlink.IFA_FLAGS, struct.pack("=I", flags))
+
+
+def _find_route(
+    netlink: Netlink, address: Address, hops: set[Address]
+) -> Iterator[tuple[Address, str, bytes]]:
+    """The route to *address*, behind the one to its next hop; none where it is not a plain one.
+
+    hops: next hops that have been looked up already, which mostly is one for all.
+    """
+    answer = rtnetlink.look_up_route(netlink, address, _RTM_F_FIB_MATCH)
+    if answer is None:
+        return
+    header, found = rtnetlink.ROUTE.unpack_from(answer), attributes(answer[rtnetlink.ROUTE.size :])
+    if (
+        header[7] != rtnetlink.RTN_UNICAST
+        or header[5] == _RTPROT_RA
+        or any(t in found for t in _NOT_PLAIN)
+    ):
+        return
+    if rtnetlink.RTA_OIF not in found:
+        return
+    if rtnetlink.RTA_GATEWAY in found and not header[8] & _RTNH_F_ONLINK:
+        hop = ip_address(found[rtnetlink.RTA_GATEWAY])
+        # A link-local next hop is reached by the device alone.
+        if hop not in hops and hop != address and not hop.is_link_local:
+            hops.add(hop)
+            yield from _find_route(netlink, hop, hops)
+    body = rtnetlink.ROUTE.pack(*header[:8], header[8] & _RTNH_F_ONLINK)
+    body += b"".join(attribute(type_, found[type_]) for type_ in _NOTED if type_ in found)
+    yield address, rtnetlink.device_name(struct.unpack("=I", found[rtnetlink.RTA_OIF])[0]), body
+
+
+# ---- lost, and put back --------------------------------------------------------------------------
 
 
 def find_lost(notes: str) -> tuple[str, ...]:
     """Those of *notes* that do not hold any more, in their order."""
-    with Ways() as ways:
-        return ways.find_lost(notes)
+    with Routes() as routes:
+        return routes.find_lost(notes)
 
 
-class Ways:
-    """The ways of the namespace in which this was made, each looked at once."""
+class Routes:
+    """Addresses and routes of the namespace in which this was made, each looked up once."""
 
     def __init__(self) -> None:
         self._netlink = Netlink(NETLINK_ROUTE)
-        self._local: set[bytes] | None = None
+        self._local: frozenset[bytes] | None = None
         self._known: dict[str, bool] = {}
 
-    def __enter__(self) -> Ways:
+    def __enter__(self) -> Routes:
         return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
 
     def close(self) -> None:
-        """Let go of the socket."""
+        """Close the socket."""
         self._netlink.close()
 
     def find_lost(self, notes: str) -> tuple[str, ...]:
@@ -107,10 +213,13 @@ class Ways:
 
     def _holds(self, kind: str, address: Address) -> bool:
         if kind != "address":
-            return _is_reached(self._netlink, address)
+            return rtnetlink.is_reached(self._netlink, address)
         if self._local is None:
-            answers = (found for _, found in _read_addresses(self._netlink))
-            self._local = {f.get(_IFA_LOCAL) or f.get(_IFA_ADDRESS) or b"" for f in answers}
+            found = (
+                rtnetlink.local_address(found)
+                for _, found in rtnetlink.read_addresses(self._netlink)
+            )
+            self._local = frozenset(found)
         return address.packed in self._local
 
 
@@ -120,7 +229,7 @@ def put_back(notes: Iterable[str]) -> None:
         for kind, address, device, message in _parse(" ".join(notes)):
             if _device_in(kind, message) != device:
                 raise KernelError(f"{kind} {address}: the device {device} is not what it was")
-            type_ = _NEWADDR if kind == "address" else _NEWROUTE
+            type_ = rtnetlink.NEWADDR if kind == "address" else rtnetlink.NEWROUTE
             try:
                 list(netlink.request(type_, NLM_F_CREATE | NLM_F_EXCL, message))
             except FileExistsError:  # with its address a device's own route comes back, too
@@ -140,77 +249,9 @@ def _parse(notes: str) -> Iterator[tuple[str, Address, str, bytes]]:
             yield kind, ip_address(address), device, bytes.fromhex(message)
 
 
-def _read_addresses(
-    netlink: Netlink,
-) -> Iterator[tuple[tuple[int, ...], dict[int, bytes]]]:
-    for answer in [*netlink.request(_GETADDR, NLM_F_DUMP, _ADDRESS.pack(0, 0, 0, 0, 0))]:
-        yield _ADDRESS.unpack_from(answer), attributes(answer[_ADDRESS.size :])
-
-
-def _pack_address(header: tuple[int, ...], found: dict[int, bytes]) -> bytes:
-    family, length, _, scope, index = header
-    flags = struct.unpack("=I", found.get(_IFA_FLAGS, bytes(4)))[0] & _SETTABLE
-    if family == socket.AF_INET6:
-        flags |= _NODAD  # it was checked when it was given, and must be there at once
-    body = _ADDRESS.pack(family, length, 0, scope, index)
-    for type_ in (_IFA_ADDRESS, _IFA_LOCAL, _IFA_LABEL, _IFA_BROADCAST):
-        if type_ in found:
-            body += attribute(type_, found[type_])
-    return body + attribute(_IFA_FLAGS, struct.pack("=I", flags))
-
-
-def _find_way(
-    netlink: Netlink, address: Address, hops: set[Address]
-) -> Iterator[tuple[Address, str, bytes]]:
-    """The route to *address*, behind the one to its next hop; none where it is not a plain one.
-
-    hops: next hops that have been asked about already, which mostly is one for all.
-    """
-    answer = _look_up(netlink, address, _FIB_MATCH)
-    if answer is None:
-        return
-    header, found = _ROUTE.unpack_from(answer), attributes(answer[_ROUTE.size :])
-    if header[7] != _UNICAST or header[5] == _FROM_RA or any(t in found for t in _OTHER_FORMS):
-        return
-    if _OIF not in found:
-        return
-    if _GATEWAY in found and not header[8] & _ONLINK:
-        hop = ip_address(found[_GATEWAY])
-        if hop.is_link_local or hop == address:
-            pass  # by the device alone
-        elif hop not in hops:
-            hops.add(hop)
-            yield from _find_way(netlink, hop, hops)
-    body = _ROUTE.pack(*header[:8], header[8] & _ONLINK)
-    body += b"".join(attribute(type_, found[type_]) for type_ in _KEPT if type_ in found)
-    yield address, _name(struct.unpack("=I", found[_OIF])[0]), body
-
-
-def _look_up(netlink: Netlink, address: Address, flags: int = 0) -> bytes | None:
-    family = _FAMILY[address.version]
-    body = _ROUTE.pack(family, address.max_prefixlen, 0, 0, 0, 0, 0, 0, flags)
-    try:
-        answers = list(netlink.request(_GETROUTE, 0, body + attribute(_DST, address.packed)))
-    except OSError as error:
-        if error.errno in (errno.ENETUNREACH, errno.EHOSTUNREACH, errno.EINVAL, errno.EACCES):
-            return None
-        raise
-    return answers[0] if answers else None
-
-
-def _is_reached(netlink: Netlink, address: Address) -> bool:
-    answer = _look_up(netlink, address)
-    return answer is not None and _ROUTE.unpack_from(answer)[7] in (_UNICAST, 2)
-
-
 def _device_in(kind: str, message: bytes) -> str:
     if kind == "address":
-        return _name(_ADDRESS.unpack_from(message)[4])
-    return _name(struct.unpack("=I", attributes(message[_ROUTE.size :])[_OIF])[0])
-
-
-def _name(index: int) -> str:
-    try:
-        return socket.if_indextoname(index)
-    except OSError:
-        return ""
+        return rtnetlink.device_name(rtnetlink.ADDRESS.unpack_from(message)[4])
+    return rtnetlink.device_name(
+        struct.unpack("=I", attributes(message[rtnetlink.ROUTE.size :])[rtnetlink.RTA_OIF])[0]
+    )

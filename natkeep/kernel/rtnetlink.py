@@ -1,10 +1,11 @@
-"""the addresses, links and routes of a namespace, by raw rtnetlink.
+"""Packs and reads rtnetlink messages: the addresses of a namespace, its lo, and one route look-up.
 
 Rule: nothing but lo is ever changed here, and of routes only the one that is there for a moment
-(see _forget_cached_routes). All functions act in the namespace that the calling thread is in.
+(see _refresh_cached_routes). All functions act in the namespace that the calling thread is in.
 
-Why not pyroute2: its import takes 125 to 150 ms, fifteen times an interpreter's start, and these
-few messages are asked for inside the blackout (linux/rtnetlink.h, linux/if_addr.h).
+Why not pyroute2: prepare and open ask for these few messages inside the blackout, and its import
+alone takes longer than both (docs/performance.md). Numbers are from linux/rtnetlink.h,
+linux/if_addr.h and linux/if_link.h.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from collections.abc import Iterator
 from contextlib import suppress
 
 from natkeep import faultpoints
-from natkeep.errors import KernelError
+from natkeep.kernel.interface import Place, Remember
 from natkeep.kernel.netlink import (
     NETLINK_ROUTE,
     NLM_F_CREATE,
@@ -28,77 +29,87 @@ from natkeep.kernel.netlink import (
     attribute,
     attributes,
 )
+from natkeep.plan.steps import AddAddress, Prior, RaiseLoopback
 from natkeep.plan.tuples import Address
 
 _NEWLINK, _GETLINK = 16, 18
-_NEWADDR, _DELADDR, _GETADDR = 20, 21, 22
-_NEWROUTE, _DELROUTE, _GETROUTE = 24, 25, 26
+NEWADDR, _DELADDR, _GETADDR = 20, 21, 22
+NEWROUTE, _DELROUTE, _GETROUTE = 24, 25, 26
 
-_LOOPBACK = 1
+_LINK = struct.Struct("=BxHiII")  # ifinfomsg: family, type, index, flags, change
+ADDRESS = struct.Struct("=BBBBI")  # ifaddrmsg: family, prefix length, flags, scope, index
+ROUTE = struct.Struct("=BBBBBBBBI")  # rtmsg: family, lengths of dst and src, tos, table, protocol,
+#                                      scope, type, flags
+
+LOOPBACK = 1
 """The index of lo, which is the first device of every network namespace."""
-
 _IFF_UP = 0x1
-_IFA_ADDRESS, _IFA_LOCAL, _IFA_CACHEINFO, _IFA_FLAGS = 1, 2, 6, 8
-_IFA_F_NODAD = 0x02
-_IFA_F_NOPREFIXROUTE = 0x200
+
+IFA_ADDRESS, IFA_LOCAL, IFA_LABEL, IFA_BROADCAST, _IFA_CACHEINFO, IFA_FLAGS = 1, 2, 3, 4, 6, 8
+IFA_F_NODAD, IFA_F_NOPREFIXROUTE = 0x02, 0x200
 _FOREVER = 0xFFFFFFFF
 _LOCAL_TIMEOUT = 2.0
 
-_RTA_DST, _RTA_OIF, _RTA_PRIORITY = 1, 4, 6
+RTA_DST, RTA_OIF, RTA_GATEWAY, RTA_PRIORITY = 1, 4, 5, 6
+RTN_UNICAST, RTN_LOCAL = 1, 2
 _TABLE_MAIN, _PROTOCOL_STATIC = 254, 4
-_RTN_UNICAST, _RTN_LOCAL = 1, 2
-_RTN_UNREACHABLE = frozenset({6, 7, 8})  # blackhole, unreachable, prohibit
+_LAST = 0xFFFFFFFE
+"""A metric that no other route to one host has."""
 
-_LINK = struct.Struct("=BxHiII")  # ifinfomsg: family, type, index, flags, change
-_ADDRESS = struct.Struct("=BBBBI")  # ifaddrmsg: family, prefix length, flags, scope, index
-_ROUTE = struct.Struct("=BBBBBBBBI")  # rtmsg: family, lengths of dst and src, tos, table, protocol,
-#                                       scope, type, flags
-
+_NO_ROUTE = frozenset({errno.ENETUNREACH, errno.EHOSTUNREACH, errno.EINVAL, errno.EACCES})
 _FAMILY = {4: socket.AF_INET, 6: socket.AF_INET6}
 
 
-def _ask(type_: int, body: bytes, flags: int = 0) -> list[bytes]:
-    with Netlink(NETLINK_ROUTE) as netlink:
-        return list(netlink.request(type_, flags, body))
+# ---- addresses -----------------------------------------------------------------------------------
 
 
-def _read_addresses() -> Iterator[tuple[bytes, int]]:
+def read_addresses(netlink: Netlink) -> Iterator[tuple[tuple[int, ...], dict[int, bytes]]]:
+    """The ifaddrmsg and the attributes of each address of the socket's namespace."""
+    for answer in [*netlink.request(_GETADDR, NLM_F_DUMP, ADDRESS.pack(0, 0, 0, 0, 0))]:
+        yield ADDRESS.unpack_from(answer), attributes(answer[ADDRESS.size :])
+
+
+def local_address(found: dict[int, bytes]) -> bytes:
+    """The packed local address among an address's attributes; of a tunnel that is not its peer."""
+    return found.get(IFA_LOCAL) or found.get(IFA_ADDRESS) or b""
+
+
+def _list_addresses() -> list[tuple[bytes, int]]:
     """Each local address, packed, and the index of the device that has it."""
-    for answer in _ask(_GETADDR, _ADDRESS.pack(0, 0, 0, 0, 0), NLM_F_DUMP):
-        found = attributes(answer[_ADDRESS.size :])
-        packed = found.get(_IFA_LOCAL) or found.get(_IFA_ADDRESS)
-        if packed is not None and len(packed) in (4, 16):
-            yield packed, _ADDRESS.unpack_from(answer)[4]
-
-
-def device_of(address: Address) -> str | None:
-    """Name of the device that has *address*, or None."""
-    indexes = [index for packed, index in _read_addresses() if packed == address.packed]
-    return _name(indexes[-1]) if indexes else None
-
-
-def _name(index: int) -> str:
-    try:
-        return socket.if_indextoname(index)
-    except OSError:  # it went in between
-        return str(index)
-
-
-def global_addresses(version: int) -> tuple[Address, ...]:
-    """The addresses of IP *version* that are neither loopback nor link-local, in order."""
-    found = {ipaddress.ip_address(packed): index for packed, index in _read_addresses()}
-    return tuple(
-        address
-        for address, index in found.items()
-        if address.version == version
-        and index != _LOOPBACK
-        and not (address.is_loopback or address.is_link_local)
-    )
+    with Netlink(NETLINK_ROUTE) as netlink:
+        found = [(local_address(found), header[4]) for header, found in read_addresses(netlink)]
+    return [(packed, index) for packed, index in found if len(packed) in (4, 16)]
 
 
 def all_addresses() -> frozenset[bytes]:
     """Every local address, packed."""
-    return frozenset(packed for packed, _ in _read_addresses())
+    return frozenset(packed for packed, _ in _list_addresses())
+
+
+def global_addresses(version: int) -> tuple[Address, ...]:
+    """The addresses of IP *version* that are neither loopback nor link-local, in order."""
+    found = {ipaddress.ip_address(packed): index for packed, index in _list_addresses()}
+    return tuple(
+        address
+        for address, index in found.items()
+        if address.version == version
+        and index != LOOPBACK
+        and not (address.is_loopback or address.is_link_local)
+    )
+
+
+def device_of(address: Address) -> str | None:
+    """Name of the device that has *address*, or None."""
+    indexes = [index for packed, index in _list_addresses() if packed == address.packed]
+    return device_name(indexes[-1]) or str(indexes[-1]) if indexes else None
+
+
+def device_name(index: int) -> str:
+    """Name of the device with that index; empty where there is none (any more)."""
+    try:
+        return socket.if_indextoname(index)
+    except OSError:
+        return ""
 
 
 def add_host_address(address: Address) -> None:
@@ -107,74 +118,24 @@ def add_host_address(address: Address) -> None:
     if address.version == 6:
         # Deprecated, so that it is never chosen as a source address; nodad, because a tentative
         # address cannot be bound.
-        flags = struct.pack("=I", _IFA_F_NODAD | _IFA_F_NOPREFIXROUTE)
+        flags = struct.pack("=I", IFA_F_NODAD | IFA_F_NOPREFIXROUTE)
         lifetimes = struct.pack("=IIII", 0, _FOREVER, 0, 0)
-        extra = attribute(_IFA_FLAGS, flags) + attribute(_IFA_CACHEINFO, lifetimes)
-    _ask(_NEWADDR, _on_lo(address, address.max_prefixlen) + extra, NLM_F_CREATE | NLM_F_EXCL)
+        extra = attribute(IFA_FLAGS, flags) + attribute(_IFA_CACHEINFO, lifetimes)
+    _request(
+        NEWADDR, _pack_on_lo(address, address.max_prefixlen) + extra, NLM_F_CREATE | NLM_F_EXCL
+    )
     faultpoints.reach("address-added")
     if address.version == 6:
         _await_local(address)
-        _forget_cached_routes(address)
-
-
-def _on_lo(address: Address, length: int) -> bytes:
-    header = _ADDRESS.pack(_FAMILY[address.version], length, 0, 0, _LOOPBACK)
-    return header + attribute(_IFA_LOCAL, address.packed) + attribute(_IFA_ADDRESS, address.packed)
-
-
-def _await_local(address: Address) -> None:
-    """Wait until the kernel's worker has made the address's local route.
-
-    In 65 of 200 tries under load (Linux 6.18) it was missing right after the answer, nodad or
-    not, and a socket could not be bound.
-    """
-    deadline = time.monotonic() + _LOCAL_TIMEOUT
-    while True:
-        try:
-            if _route_type(address) == _RTN_LOCAL:
-                return
-        except OSError as error:
-            if error.errno not in (errno.ENETUNREACH, errno.EHOSTUNREACH):
-                raise
-        if time.monotonic() > deadline:
-            raise OSError(errno.EADDRNOTAVAIL, f"{address} does not become local")
-        time.sleep(0.001)
-
-
-def _forget_cached_routes(address: Address) -> None:
-    """Make IPv6 sockets of this host that talk to *address* look for it anew.
-
-    A new local address does not concern the routes that sockets have cached (as it does with
-    IPv4), since it goes into another table: a peer here would go on to send OLD out of the
-    host until its third retransmission. A route in their table does, however short it is there.
-    """
-    with suppress(OSError):  # without it they are only slower
-        _ask(_NEWROUTE, _passing_route(address), NLM_F_CREATE | NLM_F_EXCL)
-        faultpoints.reach("route-added")
-        _ask(_DELROUTE, _passing_route(address))
-
-
-def _passing_route(address: Address) -> bytes:
-    header = _ROUTE.pack(
-        socket.AF_INET6, 128, 0, 0, _TABLE_MAIN, _PROTOCOL_STATIC, 0, _RTN_UNICAST, 0
-    )
-    return (
-        header
-        + attribute(_RTA_DST, address.packed)
-        + attribute(_RTA_OIF, struct.pack("=I", _LOOPBACK))
-        + attribute(_RTA_PRIORITY, struct.pack("=I", _LAST))
-    )
-
-
-_LAST = 0xFFFFFFFE
-"""A metric that nobody else's route to one host has."""
+        _refresh_cached_routes(address)
 
 
 def remove_host_address(address: Address) -> None:
     """Take *address* from lo; done as well when it is not there."""
     if address.version == 6:
         try:
-            _ask(_DELROUTE, _passing_route(address))  # of whoever was killed in the middle
+            # Of a process that was killed between its two requests in _refresh_cached_routes.
+            _request(_DELROUTE, _pack_route_through_lo(address))
         except OSError as error:
             if error.errno not in (errno.ESRCH, errno.ENOENT):
                 raise
@@ -183,52 +144,145 @@ def remove_host_address(address: Address) -> None:
 
 def _remove_from_lo(address: Address, length: int) -> None:
     try:
-        _ask(_DELADDR, _on_lo(address, length))
+        _request(_DELADDR, _pack_on_lo(address, length))
     except OSError as error:
         if error.errno != errno.EADDRNOTAVAIL:
             raise
 
 
+def _pack_on_lo(address: Address, length: int) -> bytes:
+    header = ADDRESS.pack(_FAMILY[address.version], length, 0, 0, LOOPBACK)
+    return header + attribute(IFA_LOCAL, address.packed) + attribute(IFA_ADDRESS, address.packed)
+
+
+def _await_local(address: Address) -> None:
+    """Wait until the kernel's worker has made the address's local route."""
+    # Linux 6.18: in 65 of 200 tries under load it was missing right after the answer, nodad or
+    # not, and a socket could not be bound.
+    deadline = time.monotonic() + _LOCAL_TIMEOUT
+    with Netlink(NETLINK_ROUTE) as netlink:
+        while _route_type(netlink, address) != RTN_LOCAL:
+            if time.monotonic() > deadline:
+                raise OSError(errno.EADDRNOTAVAIL, f"{address} does not become local")
+            time.sleep(0.001)
+
+
+def _refresh_cached_routes(address: Address) -> None:
+    """Make IPv6 sockets of this host that talk to *address* look its route up anew."""
+    # A new local address does not invalidate the routes that IPv6 sockets have cached (with IPv4
+    # it does), since it goes into another table: a peer on this host would go on sending OLD's
+    # packets out of the host until its third retransmission. A route in their own table does
+    # invalidate them, however short it is there.
+    with suppress(OSError):  # without it they are only slower
+        _request(NEWROUTE, _pack_route_through_lo(address), NLM_F_CREATE | NLM_F_EXCL)
+        faultpoints.reach("route-added")
+        _request(_DELROUTE, _pack_route_through_lo(address))
+
+
+# ---- routes --------------------------------------------------------------------------------------
+
+
+def look_up_route(netlink: Netlink, address: Address, flags: int = 0) -> bytes | None:
+    """The kernel's answer (rtmsg) to which route a packet to *address* takes; None: it has none."""
+    length = address.max_prefixlen
+    header = ROUTE.pack(_FAMILY[address.version], length, 0, 0, 0, 0, 0, 0, flags)
+    try:
+        [answer] = netlink.request(_GETROUTE, 0, header + attribute(RTA_DST, address.packed))
+    except OSError as error:
+        if error.errno in _NO_ROUTE:
+            return None
+        raise
+    return answer
+
+
+def _route_type(netlink: Netlink, address: Address) -> int | None:
+    answer = look_up_route(netlink, address)
+    return None if answer is None else ROUTE.unpack_from(answer)[7]
+
+
+def is_reached(netlink: Netlink, address: Address) -> bool:
+    """Whether a packet to *address* would leave or be delivered at all."""
+    return _route_type(netlink, address) in (RTN_UNICAST, RTN_LOCAL)
+
+
+def _pack_route_through_lo(address: Address) -> bytes:
+    main = (_TABLE_MAIN, _PROTOCOL_STATIC, 0, RTN_UNICAST, 0)
+    return (
+        ROUTE.pack(socket.AF_INET6, 128, 0, 0, *main)
+        + attribute(RTA_DST, address.packed)
+        + attribute(RTA_OIF, struct.pack("=I", LOOPBACK))
+        + attribute(RTA_PRIORITY, struct.pack("=I", _LAST))
+    )
+
+
+# ---- lo ------------------------------------------------------------------------------------------
+
+
 def loopback_is_up() -> bool:
     """Whether lo is up."""
-    [answer] = _ask(_GETLINK, _LINK.pack(0, 0, _LOOPBACK, 0, 0))
+    [answer] = _request(_GETLINK, _LINK.pack(0, 0, LOOPBACK, 0, 0))
     flags: int = _LINK.unpack_from(answer)[3]
     return bool(flags & _IFF_UP)
 
 
-def raise_loopback() -> None:
-    """Bring lo up."""
-    _ask(_NEWLINK, _LINK.pack(0, 0, _LOOPBACK, _IFF_UP, _IFF_UP))
+def _set_loopback(flags: int) -> None:
+    _request(_NEWLINK, _LINK.pack(0, 0, LOOPBACK, flags, _IFF_UP))
 
 
-def lower_loopback() -> None:
-    """Bring lo down."""
-    _ask(_NEWLINK, _LINK.pack(0, 0, _LOOPBACK, 0, _IFF_UP))
+def _request(type_: int, body: bytes, flags: int = 0) -> list[bytes]:
+    with Netlink(NETLINK_ROUTE) as netlink:
+        return list(netlink.request(type_, flags, body))
 
 
-def count_on_lo() -> int:
-    """How many addresses lo has; raising it gives it 127.0.0.1 and ::1 when it has none."""
-    return sum(index == _LOOPBACK for _, index in _read_addresses())
+# ---- the steps -----------------------------------------------------------------------------------
 
 
-def forget_loopback_address() -> None:
-    """Take from lo, when it is down, the 127.0.0.1 that the kernel gave it when it was raised."""
-    _remove_from_lo(ipaddress.IPv4Address("127.0.0.1"), 8)
+class AddressDriver:
+    """OLD on lo; undone only where it was nowhere before."""
+
+    enters = True
+
+    def check(self, at: Place, step: AddAddress) -> None:
+        """An address that is there already is no obstacle."""
+
+    def apply(self, at: Place, step: AddAddress, remember: Remember) -> Prior:
+        """Add it, unless a device has it; prior.present says so."""
+        prior = Prior(present=device_of(step.address) is not None)
+        remember(prior)
+        if not prior.present:
+            add_host_address(step.address)
+        return prior
+
+    def revert(self, at: Place, step: AddAddress, prior: Prior) -> None:
+        """Remove it, unless it was there before."""
+        if not prior.present:
+            remove_host_address(step.address)
 
 
-def has_route_to(peer: Address) -> bool:
-    """Whether a packet to *peer* would leave or be delivered at all."""
-    try:
-        return _route_type(peer) not in _RTN_UNREACHABLE
-    except OSError as error:
-        if error.errno in (errno.ENETUNREACH, errno.EHOSTUNREACH, errno.EINVAL, errno.EACCES):
-            return False
-        raise KernelError(f"cannot look up the route to {peer}: {error.strerror}") from error
+class LoopbackDriver:
+    """lo up; undone only where it was down before."""
 
+    enters = True
 
-def _route_type(address: Address) -> int:
-    """The type of the route that a packet to *address* would take; OSError where it has none."""
-    header = _ROUTE.pack(_FAMILY[address.version], address.max_prefixlen, 0, 0, 0, 0, 0, 0, 0)
-    [answer] = _ask(_GETROUTE, header + attribute(_RTA_DST, address.packed))
-    type_: int = _ROUTE.unpack_from(answer)[7]
-    return type_
+    def check(self, at: Place, step: RaiseLoopback) -> None:
+        """lo can always be raised."""
+
+    def apply(self, at: Place, step: RaiseLoopback, remember: Remember) -> Prior:
+        """Raise it, unless it is up; prior.facts["addresses"] is how many it had."""
+        addresses = sum(index == LOOPBACK for _, index in _list_addresses())
+        prior = Prior(present=loopback_is_up(), facts={"addresses": addresses})
+        remember(prior)
+        if not prior.present:
+            _set_loopback(_IFF_UP)
+        return prior
+
+    def revert(self, at: Place, step: RaiseLoopback, prior: Prior) -> None:
+        """Lower it, unless it was up before."""
+        if prior.present:
+            return
+        _set_loopback(0)
+        faultpoints.reach("loopback-lowered")
+        # The kernel gives lo 127.0.0.1 and ::1 when it is raised without an address; ::1 went with
+        # the link, and 127.0.0.1 stays.
+        if not prior.facts.get("addresses"):
+            _remove_from_lo(ipaddress.IPv4Address("127.0.0.1"), 8)

@@ -1,9 +1,9 @@
-"""hold and replay: starting the holder, asking it to deliver, and ending it.
+"""Starts the segment holder, has it deliver what it holds, and ends it.
 
 Rule: everything that may be refused is opened here, before the holder is started: what arrives
-from then on waits in the kernel, so nobody waits for the holder. Who asks it finds it by a socket
-in the state directory, which only its owner can enter; where nobody answers there is no holder,
-and the move does without. This file decides nothing about segments (that is plan/replay.py).
+from then on waits in the kernel, so a prepare does not wait for the holder. It is found by a
+socket in the state directory, which only its owner can enter; where that has no answer there is no
+holder, and the move does without. This file decides nothing about segments (plan/replay.py does).
 
 Its bounds: AGE here; octets, of one connection and of all, in plan/replay.py.
 """
@@ -16,11 +16,14 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 
 from natkeep.errors import KernelError
-from natkeep.kernel.daemon import FIRST, spawn
-from natkeep.kernel.netns import Namespace, inside, path_of
+from natkeep.kernel.daemon import spawn
+from natkeep.kernel.interface import Place, Remember
+from natkeep.kernel.netns import inside
 from natkeep.kernel.segment_holderd import attach_filter
 from natkeep.plan.criu_lock import CRIU_MARK
-from natkeep.plan.replay import holder_name, make_filter, pack_filter, pack_kept
+from natkeep.plan.replay import holder_name, pack_kept
+from natkeep.plan.socket_filter import make_filter, pack_filter
+from natkeep.plan.steps import HoldSegments, Prior
 from natkeep.values import dataclass
 
 AGE = 900
@@ -48,42 +51,59 @@ class Held:
     refused: int
 
 
-def start(
-    directory: str, move_id: str, namespace: Namespace, netns: str, kept: Kept, age: int = AGE
-) -> int:
-    """Hold from now on what arrives in *namespace* (named *netns*) for *kept*; the holder's pid.
+class HoldSegmentsDriver:
+    """The holder saves time and nothing else, so what keeps it away is noted and no failure."""
+
+    enters = False
+
+    def check(self, at: Place, step: HoldSegments) -> None:
+        """A move goes on without a holder."""
+
+    def apply(self, at: Place, step: HoldSegments, remember: Remember) -> Prior:
+        """Start it; prior.facts["refused"] says why there is none."""
+        remember(Prior())
+        if not at.directory:
+            return Prior(facts={"refused": "there is no state directory"})
+        try:
+            start(at, step.move_id, step.kept())
+        except (OSError, KernelError) as error:
+            return Prior(facts={"refused": str(getattr(error, "strerror", None) or error)})
+        return Prior()
+
+    def revert(self, at: Place, step: HoldSegments, prior: Prior) -> None:
+        """End it, undelivered."""
+        if at.directory:
+            end(at.directory, step.move_id)
+
+
+def start(place: Place, move_id: str, kept: Kept, age: int = AGE) -> int:
+    """Hold from now on what arrives at *place* for *kept*, for *age* seconds; the holder's pid.
 
     One of the same move is ended first. OSError where a privilege is missing, or KernelError;
-    then nobody runs.
+    then none runs.
     """
-    end(directory, move_id)
+    end(place.directory, move_id)
     families = {4: [m for m in kept if len(m[0]) == 4], 6: [m for m in kept if len(m[0]) == 16]}
     present = [version for version, maps in families.items() if maps]
     name = holder_name(move_id)
     with ExitStack() as stack:
-        home = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        home = os.open(place.directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         stack.callback(os.close, home)
         table = os.memfd_create("natkeep-kept")
         stack.callback(os.close, table)
         with os.fdopen(os.dup(table), "wb") as file:
             file.write(pack_kept(kept))
-        descriptors = {FIRST + 1: home, FIRST + 2: table}
-        with inside(namespace):
+        pairs: list[int] = []
+        with inside(place.namespace):
             for version in present:
-                pair = (_open_packets(version, families[version]), _open_raw(version))
-                first = FIRST + 3 if version == 4 else FIRST + 5
-                for number, sock in enumerate(pair, first):
-                    stack.callback(sock.close)
-                    descriptors[number] = sock.fileno()
+                packets = stack.enter_context(_open_packets(version, families[version]))
+                raw = stack.enter_context(_open_raw(version))
+                pairs += [packets.fileno(), raw.fileno()]
         listening = stack.enter_context(_listen(home, name))
-        descriptors[FIRST] = listening.fileno()
-        device, inode = namespace.identity
-        arguments = [
-            "".join(map(str, present)), name, str(age), netns and path_of(netns),
-            f"{device}:{inode}",
-        ]  # fmt: skip
+        handed = [home, listening.fileno(), table, *pairs]
+        versions = "".join(map(str, present))
         try:
-            return spawn("segment_holderd.py", arguments, descriptors)
+            return spawn("segment_holderd.py", name, place, handed, versions, str(age))
         except BaseException:
             os.unlink(name, dir_fd=home)
             raise
@@ -91,7 +111,8 @@ def start(
 
 def _open_packets(version: int, kept: Kept) -> socket.socket:
     """Sees little more of what arrives at this host than *kept*; the holder looks closer."""
-    # Of one protocol: so it is asked once, behind bridges and bonds, and not about what leaves.
+    # Of one protocol (ETH_P_IP, not ETH_P_ALL): so it sees a packet once, behind bridges and bonds,
+    # and none that leaves.
     protocol = socket.htons(_PROTOCOL[version])
     sock = socket.socket(socket.AF_PACKET, socket.SOCK_DGRAM, protocol)
     try:
@@ -130,12 +151,12 @@ def _path(home: int, name: str) -> str:
     return f"/proc/self/fd/{home}/{name}"
 
 
-# ---- whoever asks it -----------------------------------------------------------------------------
+# ---- a holder that runs --------------------------------------------------------------------------
 
 
 def look(directory: str, move_id: str) -> Held | None:
     """What the move's holder has by now; None where there is none."""
-    with _asked(directory, move_id, "look") as (held, _):
+    with _request(directory, move_id, "look") as (held, _):
         return held
 
 
@@ -144,7 +165,7 @@ def deliver(directory: str, move_id: str) -> Held | None:
 
     None where there is none (any more), or where it does not answer in time.
     """
-    with _asked(directory, move_id, "deliver") as (held, _):
+    with _request(directory, move_id, "deliver") as (held, _):
         return held
 
 
@@ -153,9 +174,9 @@ def end(directory: str, move_id: str) -> None:
 
     KernelError when it is there and does not end.
     """
-    with _asked(directory, move_id, "end") as (_, asking):
+    with _request(directory, move_id, "end") as (_, connection):
         # It keeps the connection until its process is no more, and its sockets with it.
-        if asking is not None and not _has_ended(asking):
+        if connection is not None and not _has_ended(connection):
             raise KernelError(
                 f"the holder of {move_id} does not end",
                 hint=f"its command line has segment_holderd.py and {holder_name(move_id)}: kill it",
@@ -165,10 +186,10 @@ def end(directory: str, move_id: str) -> None:
 
 
 @contextmanager
-def _asked(
-    directory: str, move_id: str, wanted: str
+def _request(
+    directory: str, move_id: str, verb: str
 ) -> Iterator[tuple[Held | None, socket.socket | None]]:
-    """The holder's answer, and the connection that it came by; None where there is no holder."""
+    """The holder's answer and the connection it is on; None where there is no holder."""
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as sock:
         sock.settimeout(_PATIENCE)
         try:
@@ -181,19 +202,19 @@ def _asked(
             yield None, None
             return
         try:
-            sock.sendall(f"{wanted}\n".encode())
+            sock.sendall(f"{verb}\n".encode())
             answer = sock.recv(128).split()
         except OSError:
             answer = []
         yield Held(*map(int, answer[1:])) if len(answer) == 4 else None, sock
 
 
-def _has_ended(asking: socket.socket) -> bool:
+def _has_ended(connection: socket.socket) -> bool:
     try:
-        while asking.recv(128):
+        while connection.recv(128):
             pass
     except TimeoutError:
         return False
     except OSError:
-        pass  # reset: it ended without having read what was asked
+        pass  # reset: it ended without having read the request
     return True

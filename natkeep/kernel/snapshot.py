@@ -14,7 +14,6 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable
 from functools import cache, cached_property
-from typing import TYPE_CHECKING
 
 from natkeep.kernel import (
     conntrack,
@@ -23,28 +22,24 @@ from natkeep.kernel import (
     nftables_dump,
     rtnetlink,
     sock_diag,
-    table,
 )
 from natkeep.kernel.conntrack_dump import WALK, count_tracked, is_dump_cheaper
 from natkeep.kernel.netlink import NETLINK_NETFILTER, Netlink
 from natkeep.kernel.netns import Namespace, errors_at, inside
-from natkeep.kernel.routes import Ways
-from natkeep.plan import quiet, reception, resets, ruleset
+from natkeep.kernel.nft_messages import pack_keys
+from natkeep.kernel.routes import Routes
+from natkeep.plan import filters, listeners, ruleset, tables
 from natkeep.plan.drift import Gate, Observation, SeenEntry
-from natkeep.plan.mending import split_opening
+from natkeep.plan.listeners import Reception, make_receptions
 from natkeep.plan.move import Role, Site
-from natkeep.plan.reception import Reception, make_receptions
-from natkeep.plan.ruleset import TABLE
+from natkeep.plan.nft import TABLE, Key
 from natkeep.plan.steps import GuardSite, InsertEntries, Plan
-from natkeep.plan.things import known_thing, parse_static
 from natkeep.plan.translation import Translation
 from natkeep.plan.tuples import Address, Connections, Endpoint
+from natkeep.plan.wanted import split_opening
 from natkeep.values import replace
 
-if TYPE_CHECKING:
-    from natkeep.plan.things import Thing
-
-_FAMILIES = {"inet": nftables.INET, "arp": nftables.ARP}
+_FAMILIES = {"inet": nftables_dump.INET, "arp": nftables_dump.ARP}
 
 
 class Snapshot:
@@ -56,12 +51,12 @@ class Snapshot:
     def __init__(self, namespace: Namespace, directory: str) -> None:
         self._namespace = replace(namespace, fd=os.dup(namespace.fd))
         self._directory = directory
-        self._tables: dict[str, tuple[set[Thing], dict[str, list[str]]]] = {}
+        self._tables: dict[str, tuple[set[Key], dict[str, list[str]]]] = {}
         self._sets: dict[tuple[str, str], frozenset[bytes]] = {}
         self._walks = {4: 0, 6: 0}
         self._callers: dict[int, conntrack_listeners.Table] = {}
         with inside(namespace):
-            self._netlink, self._routes = Netlink(NETLINK_NETFILTER), Ways()
+            self._netlink, self._routes = Netlink(NETLINK_NETFILTER), Routes()
 
     def close(self) -> None:
         """Let go of the namespace."""
@@ -85,13 +80,13 @@ class Snapshot:
         lost = [reset for reset in plan.resets if reset.site == site]
         inserted = [s.translation for s in plan.prepare if isinstance(s, InsertEntries)]
         prepared, opened = split_opening(plan, site)
-        there = self._find_things(prepared | opened)
+        there = self._find_objects(prepared | opened)
         entries = {t.number: self._look_up(t) for t in inserted if t.site == site}
         sockets = self._find_sockets(here) if site.role in _HAVE_SOCKETS else None
-        sets = {name: kept for t in here for name, kept in ruleset.sets_of(move_id, t).items()}
-        sets |= {resets.reset_set(move_id, reset.number): reset.connections for reset in lost}
-        called = [chain for one in receptions for chain in reception.chains(one)]
-        gate = self._read_gate(ruleset.gate_chain(move_id))
+        sets = {name: kept for t in here for name, kept in filters.sets_of(move_id, t).items()}
+        sets |= {filters.reset_set(move_id, reset.number): reset.connections for reset in lost}
+        called = [chain for one in receptions for chain in listeners.chains(one)]
+        gate = self._read_gate(tables.gate_chain(move_id))
         return Observation(
             gate=gate,
             rules=self._find_rules(move_id, _chains_of(here)),
@@ -99,10 +94,10 @@ class Snapshot:
             addresses=frozenset(m.old for m in plan.move.maps if m.old.packed in self._addresses),
             entries=entries,
             alive=_count_alive(entries) if sockets is None else len(sockets),
-            holds=quiet.hold_comment(move_id) in self._comments("gate"),
-            receiving=self._find_rules(reception.comment(move_id), called),
-            resetting=self._find_rules(resets.comment(move_id), [one.chain for one in lost]),
-            resets=self._read_gate(resets.reset_chain(move_id)) if lost else Gate.ABSENT,
+            holds=filters.block_comment(move_id) in self._comments("gate"),
+            receiving=self._find_rules(listeners.comment(move_id), called),
+            resetting=self._find_rules(filters.reset_comment(move_id), [one.chain for one in lost]),
+            resets=self._read_gate(filters.reset_chain(move_id)) if lost else Gate.ABSENT,
             callers=sum(self._count_callers(one, here) for one in receptions),
             gone=_without_hook(prepared - there, gate),
             shut=opened - there,
@@ -114,7 +109,7 @@ class Snapshot:
 
     # ---- the table ---------------------------------------------------------------------------
 
-    def _read_table(self, family: str) -> tuple[set[Thing], dict[str, list[str]]]:
+    def _read_table(self, family: str) -> tuple[set[Key], dict[str, list[str]]]:
         """What stands there, elements only as far as their sets were read; and rules' comments."""
         if family not in self._tables:
             self._tables[family] = nftables_dump.find_standing(self._netlink, family)
@@ -123,19 +118,19 @@ class Snapshot:
     def _read_set(self, family: str, name: str) -> frozenset[bytes]:
         """The keys of a set or map; its elements are then among what stands there."""
         if (family, name) not in self._sets:
-            keys = nftables.dump_keys(self._netlink, _FAMILIES[family], TABLE, name)
+            keys = nftables_dump.dump_keys(self._netlink, _FAMILIES[family], TABLE, name)
             self._sets[family, name] = frozenset(keys)
-            found = (known_thing(family, "element", name, key.hex(), 0) for key in keys)
+            found = (Key(family, "element", name, key.hex(), 0) for key in keys)
             self._read_table(family)[0].update(found)
         return self._sets[family, name]
 
-    def _find_things(self, wanted: frozenset[Thing]) -> frozenset[Thing]:
+    def _find_objects(self, wanted: frozenset[Key]) -> frozenset[Key]:
         """Those of *wanted* that are there."""
         missing = wanted - self._read_table("inet")[0]
-        for thing in missing:  # in a set that was not read yet, or of the family that is rare
-            if thing.kind == "element":
-                self._read_set(thing.family, thing.name)
-        for family in {thing.family for thing in missing}:
+        for key in missing:  # in a set that was not read yet, or of the family that is rare
+            if key.kind == "element":
+                self._read_set(key.family, key.name)
+        for family in {key.family for key in missing}:
             missing -= self._read_table(family)[0]
         return wanted - missing
 
@@ -144,14 +139,14 @@ class Snapshot:
         return self._read_table("inet")[1].get(chain, [])
 
     def _read_gate(self, chain: str) -> Gate:
-        return table.state_of(self._comments(chain))
+        return nftables.state_of(self._comments(chain))
 
     def _find_rules(self, comment: str, chains: Iterable[tuple[str, Address]]) -> frozenset[str]:
         """Names of those of *chains* that are dispatched to and have a rule with this comment."""
         found = set()
         for dispatch, local in chains:
-            chain = ruleset.address_chain(dispatch, local)
-            dispatched = ruleset.dispatch_map(dispatch, local.version)
+            chain = tables.address_chain(dispatch, local)
+            dispatched = tables.dispatch_map(dispatch, local.version)
             if comment in self._comments(chain) and local.packed in self._read_set(
                 "inet", dispatched
             ):
@@ -160,8 +155,8 @@ class Snapshot:
 
     def _count_missing(self, name: str, connections: Connections) -> int:
         # Not kept: one move alone asks for it, and there may be 100,000 in it.
-        there = nftables.dump_keys(self._netlink, nftables.INET, TABLE, name)
-        return len(nftables.pack_keys(connections).difference(there))
+        there = nftables_dump.dump_keys(self._netlink, nftables_dump.INET, TABLE, name)
+        return len(pack_keys(connections).difference(there))
 
     # ---- the connection table ----------------------------------------------------------------
 
@@ -224,20 +219,20 @@ def _count_alive(entries: dict[int, tuple[SeenEntry | None, ...]]) -> int:
     return sum(1 for seen in entries.values() for one in seen if one and one.alive)
 
 
-def _without_hook(gone: frozenset[Thing], gate: Gate) -> frozenset[Thing]:
-    """The base chain of the gates is not missed by a move that is open (kernel/passing.py)."""
-    chain, *rules = _hook_things()
+def _without_hook(gone: frozenset[Key], gate: Gate) -> frozenset[Key]:
+    """The base chain of the gates is not missed by a move that is open (see nftables.py)."""
+    chain, *rules = _hook_keys()
     return gone - {chain, *rules} if gate == Gate.OPEN and chain in gone else gone
 
 
 @cache
-def _hook_things() -> tuple[Thing, ...]:
-    return tuple(wanted.thing for wanted in parse_static(ruleset.render_hook()))
+def _hook_keys() -> tuple[Key, ...]:
+    return tuple(one.key() for one in tables.gate_hook())
 
 
 def _chains_of(here: list[Translation]) -> list[tuple[str, Address]]:
     return [
         chain
         for translation in here
-        for chain in (*quiet.gate_chains(translation), *ruleset.translating_chains(translation))
+        for chain in (*filters.gate_chains(translation), *ruleset.translating_chains(translation))
     ]

@@ -1,6 +1,7 @@
-"""the sockets that live in a namespace: which of the kept connections still have one, and all.
+"""Reads the sockets of a namespace: those of kept connections, of listeners, and all.
 
-Rule: read only, from the kernel's own table of the thread's namespace.
+Rule: read only, from the kernel's own tables of the thread's namespace: /proc/net/tcp and tcp6, and
+sock_diag (linux/inet_diag.h) for the list of all, since it shows MPTCP and devices too.
 """
 
 from __future__ import annotations
@@ -24,14 +25,8 @@ _SYN_RECEIVED, _LISTEN = b"03", b"0A"
 _TABLES = (("/proc/thread-self/net/tcp", 4), ("/proc/thread-self/net/tcp6", 6))
 _ENDED = frozenset({b"06", b"07"})  # TIME-WAIT, CLOSED: no process owns it any more
 
-
 Living = dict[bytes, set[bytes]]
 """The sockets' records as plan.tuples packs them, by their local end."""
-
-
-def count_alive(connections: Connections) -> int:
-    """How many of *connections* have a socket in the namespace that the thread is in."""
-    return len(find_kept(connections))
 
 
 def find_kept(connections: Connections, living: Living | None = None) -> Connections:
@@ -50,7 +45,7 @@ def find_alive(connections: Connections) -> FourTuple | None:
 
 
 def _find_alive(connections: Connections, living: Living) -> Iterator[Connections]:
-    # Whose local end is none of theirs cannot be one of them, and often that is everybody.
+    # Connections whose local end no socket has are passed over, which often is all of them.
     ends = connections.local_ends() if living else ()
     live: set[bytes] = set().union(*(living.get(end, ()) for end in ends))
     for version in (4, 6) if live else ():
@@ -83,18 +78,23 @@ def _records(path: str, version: int) -> set[bytes]:
     return found
 
 
-def _rows(path: str) -> Iterator[tuple[bytes, bytes, bytes, int]]:
-    """Local end, peer, state and receive queue of each socket; ends are address and port, packed.
-
-    The queue of a listener counts the connections that wait to be accepted.
-    """
+def _read_rows(path: str, most: int = -1) -> Iterator[list[bytes]]:
+    """The fields (*most* and the rest) of each row of a table below /proc/net, if there is one."""
     try:
         with open(path, "rb") as file:
             rows = file.read().splitlines()[1:]
     except FileNotFoundError:  # a kernel without IPv6
         return
     for row in rows:
-        fields = row.split(None, 5)
+        yield row.split(None, most)
+
+
+def _rows(path: str) -> Iterator[tuple[bytes, bytes, bytes, int]]:
+    """Local end, peer, state and receive queue of each socket; ends are address and port, packed.
+
+    The queue of a listener counts the connections that wait to be accepted.
+    """
+    for fields in _read_rows(path, 5):
         queued = int(fields[4].partition(b":")[2], 16)
         yield _endpoint(fields[1]), _endpoint(fields[2]), fields[3], queued
 
@@ -120,7 +120,7 @@ def count_callers(
 
 
 def listening_ports(address: Address) -> frozenset[int]:
-    """TCP ports on which somebody listens at *address*, or at the wildcard address."""
+    """TCP ports of the listeners at *address* or at the wildcard address."""
     ports = set()
     for path, version in _TABLES:
         for local, _, state, _ in _rows(path):
@@ -134,7 +134,7 @@ def listening_ports(address: Address) -> frozenset[int]:
 
 
 def find_listeners(olds: frozenset[Address]) -> tuple[Endpoint, ...]:
-    """Where somebody listens at one of *olds* or at a wildcard address, sorted."""
+    """The ends of the listeners at one of *olds* or at a wildcard address, sorted."""
     found = set()
     for local, state, _ in _local_ends():
         if state == _LISTEN and (local.address in olds or local.address.is_unspecified):
@@ -143,7 +143,7 @@ def find_listeners(olds: frozenset[Address]) -> tuple[Endpoint, ...]:
 
 
 def count_waiting(listeners: tuple[Endpoint, ...]) -> dict[Endpoint, int]:
-    """At each of *listeners*, who is in a handshake or waits to be accepted; none is left out."""
+    """Callers of each of *listeners* in a handshake or not accepted yet; none is left out."""
     waiting: dict[Endpoint, int] = {}
     for local, state, queued in _local_ends():
         number = {_LISTEN: queued, _SYN_RECEIVED: 1}.get(state, 0)
@@ -211,25 +211,17 @@ def _dump_sockets(protocol: int) -> Iterator[Shown]:
         for answer in answers:
             _, state, _, _, sport, dport, source, peer, device, inode = _SHOWN.unpack_from(answer)
             if inode:
-                yield (
-                    inode, protocol, state, _end(source[:width], sport), _end(peer[:width], dport),
-                    names.get(device, str(device)) if device else None,
-                )  # fmt: skip
+                name = names.get(device, str(device)) if device else None
+                local, remote = _end(source[:width] + sport), _end(peer[:width] + dport)
+                yield inode, protocol, state, local, remote, name
 
 
 def _read_table(path: str, protocol: int) -> Iterator[Shown]:
-    try:
-        with open(path, "rb") as file:
-            rows = file.read().splitlines()[1:]
-    except FileNotFoundError:
-        return
-    for row in rows:
-        fields = row.split()
-        local, peer = _endpoint(fields[1]), _endpoint(fields[2])
-        ends = [_end(end[:-2], end[-2:]) for end in (local, peer)]
-        yield int(fields[9]), protocol, 0, ends[0], ends[1], None
+    for fields in _read_rows(path):
+        local, peer = (_end(_endpoint(field)) for field in fields[1:3])
+        yield int(fields[9]), protocol, 0, local, peer, None
 
 
-def _end(host: bytes, port: bytes) -> tuple[Address, int] | None:
-    number = int.from_bytes(port, "big")
-    return (_address(host), number) if number else None
+def _end(packed: bytes) -> tuple[Address, int] | None:
+    port = int.from_bytes(packed[-2:], "big")
+    return (_address(packed[:-2]), port) if port else None

@@ -1,6 +1,8 @@
-"""the look at a machine before a move: facts for plan/diagnostics.py.
+"""Reads what `natkeep check` has to know of a machine: the facts for plan/diagnostics.py.
 
-Rule: read only, in the namespace that the calling thread is in; nothing is judged here.
+Rule: read only, in the namespace that the calling thread is in; nothing is judged here. This is
+the only file that imports pyroute2, and only when facts are gathered: its import takes 176 ms
+(docs/performance.md), so what a restore waits for reads rtnetlink by rtnetlink.py.
 """
 
 from __future__ import annotations
@@ -8,9 +10,9 @@ from __future__ import annotations
 import os
 
 from natkeep.errors import KernelError
-from natkeep.kernel import nftables, sysctl
+from natkeep.kernel import nftables_dump, sysctl
 from natkeep.plan.diagnostics import Facts
-from natkeep.plan.ruleset import TABLE
+from natkeep.plan.nft import TABLE
 
 _CAP_NET_ADMIN = 12
 _SYS = "/proc/sys/net"
@@ -44,37 +46,44 @@ def gather_facts() -> Facts:
         rp_filter=_rp_filter(),
         bridge_netfilter=bool(_flag(f"{_SYS}/bridge/bridge-nf-call-iptables")),
         legacy_tables=tuple(sorted(set(_legacy_tables()))),
-        flowtables=nftables.flowtable_names() if chains is not None else (),
+        flowtables=nftables_dump.flowtable_names() if chains is not None else (),
         nat_chains=tuple(
             f"{chain.family} {chain.table} {chain.name} {chain.hook} {chain.priority}"
             for chain in chains or ()
             if chain.type == "nat" and chain.table != TABLE
         ),
-        xdp=_find_xdp(),
+        xdp=find_xdp(),
         virtual_servers=len((_read("/proc/net/ip_vs") or "").splitlines()) > 3,
     )
 
 
-def _read_chains() -> tuple[nftables.BaseChain, ...] | None:
+def _read_chains() -> tuple[nftables_dump.BaseChain, ...] | None:
     try:
-        return nftables.base_chains()
+        return nftables_dump.base_chains()
     except OSError:
         return None
 
 
-def _find_xdp() -> tuple[str, ...]:
-    from natkeep.kernel import links
+def find_xdp() -> tuple[str, ...]:
+    """Names of the devices that have an XDP program attached, in order; none where refused."""
+    from pyroute2 import IPRoute
+    from pyroute2.netlink.exceptions import NetlinkError
 
     try:
-        return links.find_xdp()
-    except OSError:
+        with IPRoute() as route:
+            return tuple(
+                link.get_attr("IFLA_IFNAME")
+                for link in route.get_links()
+                if link.get_nested("IFLA_XDP", "IFLA_XDP_ATTACHED")
+            )
+    except (NetlinkError, OSError):
         return ()
 
 
 def _has_libnftables() -> bool:
-    from natkeep.kernel import nft
+    from natkeep.kernel import nftables
 
-    return nft.is_available()
+    return nftables.is_available()
 
 
 def _legacy_tables() -> list[str]:

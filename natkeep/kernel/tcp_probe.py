@@ -1,12 +1,12 @@
-"""the question to an end that says nothing: a bare acknowledgement that fits no window.
+"""Probes silent ends of connections: a bare acknowledgement that fits no window.
 
-Whoever owns the connection answers it by what it expects (RFC 9293, 3.10.7.4), and that answer is
-what natkeep's rules turn into a reset. So no sequence number has to be known: an image has them
-for some connections only, and where a peer stands it cannot say at all.
+The end of a connection answers it by what it expects (RFC 9293, 3.10.7.4), and that answer is what
+natkeep's rules turn into a reset. So no sequence number has to be known: an image has them for some
+connections only, and never those of a peer.
 
-Rule: nothing is sent but such acknowledgements, for exactly the tuples that were asked for, with
-CRIU's mark, so that neither conntrack nor a gate has anything to do with them. Nobody waits for an
-answer; a question that cannot be sent is no failure, since whoever speaks is told anyway.
+Rule: nothing is sent but such acknowledgements, for exactly the tuples that are given, with CRIU's
+mark, so that neither conntrack nor a gate has anything to do with them. No answer is awaited; a
+probe that cannot be sent is no failure, since an end that sends something is reset anyway.
 All functions act in the namespace that the calling thread is in.
 """
 
@@ -28,22 +28,22 @@ _FAMILY = {4: socket.AF_INET, 6: socket.AF_INET6}
 _TCP, _ACK, _HEADER_WORDS, _HOPS = 6, 0x10, 5, 64
 
 
-def ask(tuples: Iterable[FourTuple]) -> int:
-    """Send the question along each of *tuples*, source to destination; how many could be sent."""
+def probe(tuples: Iterable[FourTuple]) -> int:
+    """Send a probe along each of *tuples*, source to destination; how many could be sent."""
     sockets: dict[int, socket.socket] = {}
-    asked = 0
+    sent = 0
     try:
         for tuple_ in tuples:
             version = tuple_.source.address.version
             if version not in sockets:
                 sockets[version] = _open(version)
-            asked += _send(sockets[version], tuple_)
-    except OSError:  # no raw sockets for us here: only who speaks is told
-        return asked
+            sent += _send(sockets[version], tuple_)
+    except OSError:  # raw sockets are not permitted: only ends that send something are reset
+        return sent
     finally:
         for each in sockets.values():
             each.close()
-    return asked
+    return sent
 
 
 def _open(version: int) -> socket.socket:
@@ -58,13 +58,13 @@ def _send(raw: socket.socket, tuple_: FourTuple) -> bool:
     to = (str(tuple_.destination.address), 0)
     try:
         for sequence in SEQUENCES:
-            raw.sendto(pack_question(tuple_, sequence), to)
+            raw.sendto(pack_probe(tuple_, sequence), to)
     except OSError:  # no route; a queue that is full
         return False
     return True
 
 
-def pack_question(tuple_: FourTuple, sequence: int) -> bytes:
+def pack_probe(tuple_: FourTuple, sequence: int) -> bytes:
     """The packet, from its IP header on; the kernel fills in IPv4's checksum."""
     source, destination = tuple_.source, tuple_.destination
     ends = source.address.packed + destination.address.packed

@@ -15,9 +15,9 @@ from natkeep.checkpoint import Checkpoint
 from natkeep.errors import RefusedError
 from natkeep.lifecycle.conflicts import refuse_overlaps
 from natkeep.lifecycle.executor import Ground, kinds_of
-from natkeep.plan.mending import InsertRules, LoadLines, Patch
 from natkeep.plan.move import Role
 from natkeep.plan.plan import make_plan
+from natkeep.plan.repair import LoadObjects, Patch
 from natkeep.plan.steps import (
     AddAddress,
     FillSet,
@@ -32,6 +32,7 @@ from natkeep.plan.steps import (
 )
 from natkeep.plan.translation import Change, Compared
 from natkeep.plan.tuples import Connections
+from natkeep.plan.wanted import objects_of
 from natkeep.state.journal import Journal
 
 
@@ -145,13 +146,8 @@ def _more(old: Step, new: Step) -> Patch | None:
     """What *new* has to do besides what *old* did, or None. Only the destination was prepared."""
     if new.site.role != Role.DESTINATION:
         return None
-    if isinstance(old, InstallGate | InstallTranslation):
-        assert isinstance(new, InstallGate | InstallTranslation)
-        done = frozenset(old.lines())
-        lines = tuple(line for line in new.lines() if line not in done)
-        return LoadLines(new.site, lines) if lines else None
-    if isinstance(old, TranslateErrors) and isinstance(new, TranslateErrors):
-        known = old.rules()
-        rules = tuple(rule for rule in new.rules() if rule not in known)
-        return InsertRules(new.site, rules) if rules else None
-    return None
+    if not isinstance(new, InstallGate | InstallTranslation | TranslateErrors):
+        return None
+    done = frozenset(objects_of(old))
+    objects = tuple(one for one in objects_of(new) if one not in done)
+    return LoadObjects(new.site, objects) if objects else None

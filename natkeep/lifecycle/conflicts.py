@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from natkeep.errors import RefusedError
 from natkeep.lifecycle.executor import Ground, plan_of
+from natkeep.plan.listeners import refuse_one_end_for_two
 from natkeep.plan.move import Move
-from natkeep.plan.reception import refuse_one_end_for_two
 from natkeep.plan.steps import Plan
 from natkeep.plan.translation import Translation
 from natkeep.plan.tuples import RECORD_SIZE, Connections

@@ -16,8 +16,8 @@ from natkeep import faultpoints
 from natkeep.errors import JournalError, LeftoverError, NatkeepError, RefusedError
 from natkeep.kernel.interface import Kernel
 from natkeep.kernel.netns import NamespaceGoneError
-from natkeep.plan import ruleset
 from natkeep.plan.move import Move, Site
+from natkeep.plan.nft import TABLE
 from natkeep.plan.plan import make_plan
 from natkeep.plan.steps import (
     AddAddress,
@@ -262,5 +262,5 @@ def _is_same_thing(ours: Step, theirs: Step) -> bool:
 def leftover(journal: Journal, left: list[NatkeepError]) -> LeftoverError:
     return LeftoverError(
         f"move {journal.move.id}: not undone: " + "; ".join(str(error) for error in left),
-        hint=f"natkeep teardown {journal.move.id} tries again; table {ruleset.TABLE} is ours alone",
+        hint=f"natkeep teardown {journal.move.id} tries again; table {TABLE} is ours alone",
     )

@@ -12,8 +12,8 @@ from natkeep.errors import JournalError, RefusedError
 from natkeep.kernel.netns import NamespaceGoneError
 from natkeep.lifecycle.executor import is_waiting
 from natkeep.lifecycle.status import Looking, is_retired
-from natkeep.plan.mending import Patch, StopCounting
 from natkeep.plan.move import Site
+from natkeep.plan.repair import Patch, StopCounting
 from natkeep.plan.steps import Plan, Prior
 from natkeep.state.journal import Journal
 from natkeep.values import dataclass

@@ -10,8 +10,8 @@ from natkeep.plan.steps import Plan
 from natkeep.values import dataclass
 
 if TYPE_CHECKING:
-    from natkeep.plan.liveness import Sighting
-    from natkeep.plan.mending import Life, Patch
+    from natkeep.plan.liveness import Life, Sighting
+    from natkeep.plan.repair import Patch
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,14 +34,14 @@ class Sight:
     def drift(self, site: Site) -> tuple[str, ...]:
         """What is not there as it was put there, in words."""
         seen, life = self.looks[site], self.lives[site]
-        from natkeep.plan.mending import describe_ways
+        from natkeep.plan.repair import describe_ways
 
         lost = [line for _, notes in self.ways[site] for line in describe_ways(notes)]
         return (*find_drift(self.plan, site, seen, life, opened=self.opened[site]), *lost)
 
     def patches(self, site: Site) -> list[tuple[int, Patch]]:
         """What puts it back, each with the number of its step."""
-        from natkeep.plan.mending import PutWays, find_patches
+        from natkeep.plan.repair import PutWays, find_patches
 
         seen, life = self.looks[site], self.lives[site]
         found = [*find_patches(self.plan, site, seen, life, opened=self.opened[site])]

@@ -134,7 +134,7 @@ class Looking(Ground):
         earlier = self.state.read_sighting(journal.move.id, journal.boot)
         age = time.monotonic() - earlier.at / 1000 if earlier is not None else 0.0
         frozen = not any(has_been_opened(journal, plan, site) for site in _ends(plan))
-        from natkeep.plan.mending import find_life  # a prepare need not wait for it
+        from natkeep.plan.liveness import find_life  # a prepare need not wait for it
 
         lives = {}
         for site, seen in looks.items():

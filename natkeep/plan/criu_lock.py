@@ -1,4 +1,4 @@
-"""the lock: what CRIU leaves on the source, which of it is this dump's, and how it reads as text.
+"""CRIU's network lock: what of it is on the source, which is this dump's, and its text.
 
 After a dump that kills, CRIU leaves its network lock for ever. It takes four forms (CRIU 4.2.1):
 
@@ -56,7 +56,7 @@ class DumpLock:
 
     run_id: None before CRIU 4.1, whose table cannot be told from other dumps'.
     whole: the process was dumped with its network namespace, all of which is locked.
-    connections: how many the dump had, kept or not; None where nobody counted.
+    connections: how many the dump had, kept or not; None where that is unknown.
     """
 
     method: NetworkLock
@@ -87,66 +87,49 @@ def set_name(version: int) -> str:
 
 def pack_keys(connections: Connections, version: int) -> frozenset[bytes]:
     """The keys in CRIU's set, as the kernel has them: both directions of each connection."""
-    records, size = connections.records(version), RECORD_SIZE[version]
-    width = 4 if version == 4 else 16
+    width = RECORD_SIZE[version] // 2
     found: set[bytes] = set()
-    for record in struct.iter_unpack(f"{size}s", records):
-        local, peer = record[0][: width + 2], record[0][width + 2 :]
+    for (record,) in struct.iter_unpack(f"{2 * width}s", connections.records(version)):
         # Each part of a key is padded to four octets, so a port is followed by two.
-        local, peer = local + bytes(2), peer + bytes(2)
+        local, peer = record[:width] + bytes(2), record[width:] + bytes(2)
         found.update((local + peer, peer + local))
     return frozenset(found)
 
 
 def render_table(lock: DumpLock, connections: Connections) -> tuple[str, ...]:
-    """The table as CRIU makes it for a process, to put it back."""
-    table = f"inet {lock.table}"
+    """The table as CRIU makes it, for a process or a whole namespace, to put it back."""
+    table, versions = f"inet {lock.table}", () if lock.whole else (4, 6)
     lines = [f"create table {table}"]
     lines += [
         f"add set {table} {set_name(v)} {{ type {_TYPE[v]} . inet_service . {_TYPE[v]} . "
         "inet_service; }"
-        for v in (4, 6)
+        for v in versions
     ]
+    policy = " policy drop;" if lock.whole else ""
     for chain in ("output", "input"):
-        lines.append(f"add chain {table} {chain} {{ type filter hook {chain} priority 0; }}")
+        hook = f"type filter hook {chain} priority 0;{policy}"
+        lines.append(f"add chain {table} {chain} {{ {hook} }}")
         lines.append(f"add rule {table} {chain} meta mark {CRIU_MARK:#x} accept")
         lines += [
             f"add rule {table} {chain} {_IP[v]} saddr . tcp sport . {_IP[v]} daddr . tcp dport "
             f"@{set_name(v)} drop"
-            for v in (4, 6)
+            for v in versions
         ]
-    return (*lines, *render_elements("add", lock, connections))
-
-
-def render_namespace_table(lock: DumpLock) -> tuple[str, ...]:
-    """The table as CRIU makes it for a whole namespace."""
-    table = f"inet {lock.table}"
-    lines = [f"create table {table}"]
-    for chain in ("output", "input"):
-        lines.append(
-            f"add chain {table} {chain} {{ type filter hook {chain} priority 0; policy drop; }}"
-        )
-        lines.append(f"add rule {table} {chain} meta mark {CRIU_MARK:#x} accept")
-    return tuple(lines)
+    return (*lines, *(() if lock.whole else render_elements("add", lock, connections)))
 
 
 def render_elements(verb: str, lock: DumpLock, connections: Connections) -> tuple[str, ...]:
     """`add` or `delete` the elements of *connections*, both directions, one command a family."""
     lines = []
-    for version in (4, 6):
+    for version, some in ((4, Connections(connections.v4)), (6, Connections(v6=connections.v6))):
         elements = ", ".join(
             f"{t.source.address} . {t.source.port} . {t.destination.address} . {t.destination.port}"
-            for inbound in _of_version(connections, version)
+            for inbound in some
             for t in (inbound, inbound.reply())
         )
         if elements:
-            name = set_name(version)
-            lines.append(f"{verb} element inet {lock.table} {name} {{ {elements} }}")
+            lines.append(f"{verb} element inet {lock.table} {set_name(version)} {{ {elements} }}")
     return tuple(lines)
-
-
-def _of_version(connections: Connections, version: int) -> Connections:
-    return Connections(v4=connections.v4) if version == 4 else Connections(v6=connections.v6)
 
 
 def render_rules(inbound: FourTuple) -> tuple[str, ...]:
@@ -167,7 +150,7 @@ def render_rules(inbound: FourTuple) -> tuple[str, ...]:
 class SavedRules:
     """The part of a filter table, as iptables-save prints it, that is this dump's.
 
-    rules: CRIU's rules of the asked connections (or, of a namespace, those that jump to its
+    rules: CRIU's rules of the given connections (or, of a namespace, those that jump to its
     chain), without the leading `-A `, in order.
     tuples: the inbound tuples of which a rule is there.
     chain: there is a chain CRIU.
@@ -179,11 +162,10 @@ class SavedRules:
 
 
 def find_rules(saved: str, lock: DumpLock, connections: Connections) -> SavedRules:
-    """What of *saved* is this dump's lock; whoever else drops something is left alone."""
+    """What of *saved* is this dump's lock; rules of others that drop something are left alone."""
     rules, tuples, lines = [], set(), saved.splitlines()
     if lock.whole:
-        jumps = {f"-A {chain} -j {NAMESPACE_CHAIN}" for chain in CHAINS}
-        rules = [line.removeprefix("-A ") for line in lines if line in jumps]
+        rules = [line.removeprefix("-A ") for line in lines if line.removeprefix("-A ") in _JUMPS]
         chain = any(line.startswith(f":{NAMESPACE_CHAIN} ") for line in lines)
         return SavedRules(tuple(rules), frozenset(), chain)
     wanted = set(connections)
@@ -195,18 +177,20 @@ def find_rules(saved: str, lock: DumpLock, connections: Connections) -> SavedRul
     return SavedRules(tuple(rules), frozenset(tuples), chain=False)
 
 
+_JUMPS = tuple(f"{chain} -j {NAMESPACE_CHAIN}" for chain in CHAINS)
+_WORDS = 21
+"""How many words one of CRIU's rules has: one with more is not CRIU's."""
+
+
 def _parse_rule(line: str) -> FourTuple | None:
     """The inbound tuple that one of CRIU's rules drops; None for any other rule."""
     words = line.split()
-    if words[:1] != ["-A"] or words[1:2] not in ([c] for c in CHAINS):
-        return None
     values = dict(pairwise(words))
-    known = {"-s", "-d", "--sport", "--dport", "-j", "-p", "--mark"}
-    if not known <= values.keys() or len(words) != _WORDS:
+    if len(words) != _WORDS or words[0] != "-A" or words[1] not in CHAINS:
         return None
-    if (values["-j"], values["-p"]) != ("DROP", "tcp") or "! --mark" not in line:
+    if [values.get(option) for option in ("-j", "-p")] != ["DROP", "tcp"]:
         return None
-    if values["--mark"].lower() != f"{CRIU_MARK:#x}":
+    if "! --mark" not in line or values.get("--mark", "").lower() != f"{CRIU_MARK:#x}":
         return None
     try:
         source, destination = (
@@ -214,13 +198,9 @@ def _parse_rule(line: str) -> FourTuple | None:
             for a, p in (("-s", "--sport"), ("-d", "--dport"))
         )
         tuple_ = FourTuple(source, destination)
-    except ValueError:
+    except (KeyError, ValueError):
         return None
     return tuple_ if words[1] == "INPUT" else tuple_.reply()
-
-
-_WORDS = 21
-"""How many words one of CRIU's rules has: with more, it is somebody else's."""
 
 
 def render_deletion(found: SavedRules) -> tuple[str, ...]:
@@ -231,23 +211,17 @@ def render_deletion(found: SavedRules) -> tuple[str, ...]:
     return _transaction(lines)
 
 
-def render_restoration(missing: Iterable[FourTuple]) -> tuple[str, ...]:
-    """Input of iptables-restore --noflush that puts CRIU's rules of *missing* back."""
-    return _transaction([f"-I {rule}" for inbound in missing for rule in render_rules(inbound)])
-
-
-def render_namespace_restoration() -> tuple[str, ...]:
-    """Input of iptables-restore --noflush that puts the chain CRIU back."""
+def render_restoration(lock: DumpLock, missing: Iterable[FourTuple]) -> tuple[str, ...]:
+    """Input of iptables-restore --noflush that puts back the rules of *missing*, or chain CRIU."""
+    if not lock.whole:
+        return _transaction([f"-I {rule}" for inbound in missing for rule in render_rules(inbound)])
     mark = f"-A {NAMESPACE_CHAIN} -m mark --mark {CRIU_MARK:#x} -j ACCEPT"
     lines = [f":{NAMESPACE_CHAIN} - [0:0]", mark, f"-A {NAMESPACE_CHAIN} -j DROP"]
-    return _transaction([*lines, *(f"-I {chain} -j {NAMESPACE_CHAIN}" for chain in CHAINS)])
+    return _transaction([*lines, *(f"-I {jump}" for jump in _JUMPS)])
 
 
 def _transaction(lines: list[str]) -> tuple[str, ...]:
     return ("*filter", *lines, "COMMIT") if lines else ()
-
-
-_WHOLE = SavedRules(tuple(f"{c} -j {NAMESPACE_CHAIN}" for c in CHAINS), frozenset(), chain=True)
 
 
 def describe_taking(lock: DumpLock, connections: Connections) -> Iterator[str]:
@@ -256,11 +230,9 @@ def describe_taking(lock: DumpLock, connections: Connections) -> Iterator[str]:
         yield f"nft 'delete table inet {lock.table}'"
         return
     if lock.whole:
-        for line in render_deletion(_WHOLE):
-            if line.startswith("-"):
-                yield from (f"{tool} -w -t filter {line}" for tool in ("iptables", "ip6tables"))
+        for line in render_deletion(SavedRules(_JUMPS, frozenset(), chain=True))[1:-1]:
+            yield from (f"{tool} -w -t filter {line}" for tool in ("iptables", "ip6tables"))
         return
     for inbound in connections:
         tool = "iptables" if inbound.source.address.version == 4 else "ip6tables"
-        for rule in render_rules(inbound):
-            yield f"{tool} -w -t filter -D {rule}"
+        yield from (f"{tool} -w -t filter -D {rule}" for rule in render_rules(inbound))

@@ -10,9 +10,10 @@ from collections.abc import Iterator
 from enum import StrEnum
 from typing import TYPE_CHECKING, NamedTuple
 
-from natkeep.plan import quiet, reception, resets, ruleset
+from natkeep.plan import filters, listeners, ruleset
+from natkeep.plan.listeners import make_receptions
 from natkeep.plan.move import Site
-from natkeep.plan.reception import make_receptions
+from natkeep.plan.nft import TABLE, Elements, Key
 from natkeep.plan.steps import (
     AddAddress,
     FillSet,
@@ -23,11 +24,12 @@ from natkeep.plan.steps import (
     RaiseLoopback,
     SendResets,
 )
+from natkeep.plan.tables import address_chain, gate_chain
 from natkeep.plan.tuples import Address, Connections
+from natkeep.plan.wanted import Wanted, want
 
 if TYPE_CHECKING:
-    from natkeep.plan.mending import Life
-    from natkeep.plan.things import Thing, Wanted
+    from natkeep.plan.liveness import Life
 from natkeep.values import dataclass
 
 
@@ -88,8 +90,8 @@ class Observation:
     callers: int = 0
     resetting: frozenset[str] = frozenset()
     resets: Gate = Gate.ABSENT
-    gone: frozenset[Thing] = frozenset()
-    shut: frozenset[Thing] = frozenset()
+    gone: frozenset[Key] = frozenset()
+    shut: frozenset[Key] = frozenset()
     loopback: bool = True
     sockets: Connections | None = None
     lingers: float = 0.0
@@ -130,7 +132,7 @@ def find_drift(
     """
     drift = list(_find_table_drift(plan, site, seen))
     if opened and seen.shut and not _nothing_is_there(plan, site, seen):
-        for chain in sorted({thing.name for thing in seen.shut}):
+        for chain in sorted({key.name for key in seen.shut}):
             drift.append(f"chain {chain}: the rule that opens it is missing")
     drift += _unreset(plan, site, seen)
     for step in plan.prepare:
@@ -156,65 +158,63 @@ def find_drift(
 
 
 def _want(plan: Plan, site: Site) -> list[Wanted]:
-    from natkeep.plan.mending import want_things  # a prepare need not wait for it
-
-    return [wanted for _, wanted in want_things(plan, site)]
+    return [wanted for _, wanted in want(plan, site).values()]
 
 
 def _nothing_is_there(plan: Plan, site: Site, seen: Observation) -> bool:
     """One line then stands for the whole table."""
     if seen.gate != Gate.ABSENT or plan.move.quiesces:
         return False
-    own = {wanted.thing for wanted in _want(plan, site) if _is_of_move(wanted, plan)}
+    own = {wanted.key for wanted in _want(plan, site) if _is_of_move(wanted, plan)}
     return not seen.gone or own <= seen.gone | seen.shut
 
 
 def _is_of_move(wanted: Wanted, plan: Plan) -> bool:
-    thing = wanted.thing
-    own = (ruleset.gate_chain(plan.move.id), reception.callers_chain(plan.move.id))
-    return thing.kind in ("chain", "rule") and thing.name in own
+    key = wanted.key
+    own = (gate_chain(plan.move.id), listeners.callers_chain(plan.move.id))
+    return key.kind in ("chain", "rule") and key.name in own
 
 
 def _find_table_drift(plan: Plan, site: Site, seen: Observation) -> Iterator[str]:
     if _nothing_is_there(plan, site, seen):
-        yield f"table inet {ruleset.TABLE}: nothing of move {plan.move.id} is there"
+        yield f"table inet {TABLE}: nothing of move {plan.move.id} is there"
         return
     if not seen.gone:
         for _, said in _name_chains(plan, site, seen, []):
             yield said
         return
     wanted = _want(plan, site)
-    gone = [one for one in wanted if one.thing in seen.gone]
+    gone = [one for one in wanted if one.key in seen.gone]
     if not seen.holds:  # which is said of the step
-        hold = quiet.hold_chain(plan.move.id)
-        gone = [one for one in gone if one.thing.name != hold and f">{hold}" not in one.thing.what]
+        hold = filters.block_chain(plan.move.id)
+        gone = [one for one in gone if one.key.name != hold and f">{hold}" not in one.key.what]
     named = dict(_name_chains(plan, site, seen, wanted))
     yield from named.values()
-    yield from _name_things(gone, wanted, set(named))
+    yield from _name_objects(gone, wanted, set(named))
 
 
-def _name_things(gone: list[Wanted], wanted: list[Wanted], named: set[str]) -> Iterator[str]:
+def _name_objects(gone: list[Wanted], wanted: list[Wanted], named: set[str]) -> Iterator[str]:
     """What is gone, each once: not what was in something that is gone itself, or is *named*."""
-    lost = {(one.thing.family, one.thing.kind, one.thing.name) for one in gone}
+    lost = {(one.key.family, one.key.kind, one.key.name) for one in gone}
     missing: dict[str, int] = {}
     for one in gone:
-        thing, made = one.thing, f"{one.make} "
-        within = {"rule": "chain", "element": "set"}.get(thing.kind, "")
-        if thing.kind == "table":
-            yield f"table {thing.family} {ruleset.TABLE}: gone"
+        key = one.key
+        within = {"rule": "chain", "element": "set"}.get(key.kind, "")
+        if key.kind == "table":
+            yield f"table {key.family} {TABLE}: gone"
             continue
-        inside = {(thing.family, "table", ""), (thing.family, within, thing.name)} & lost
-        said = thing.name in named or any(f": jump {chain} " in made for chain in named)
-        if inside or said:
+        inside = {(key.family, "table", ""), (key.family, within, key.name)} & lost
+        element = one.object if isinstance(one.object, Elements) else None
+        if inside or key.name in named or (element is not None and element.chain in named):
             continue
-        if thing.kind == "rule":
-            missing[thing.name] = missing.get(thing.name, 0) + 1
-        elif thing.kind == "element":
-            yield f"set {thing.name}: {made.partition('{')[2].strip(' }')} is missing"
+        if key.kind == "rule":
+            missing[key.name] = missing.get(key.name, 0) + 1
+        elif element is not None:
+            yield f"set {key.name}: {element.said()} is missing"
         else:
-            yield f"{thing.kind} {thing.name}: gone"
+            yield f"{key.kind} {key.name}: gone"
     for chain, number in missing.items():
-        total = sum(1 for one in wanted if one.thing.kind == "rule" and one.thing.name == chain)
+        total = sum(1 for one in wanted if one.key.kind == "rule" and one.key.name == chain)
         yield f"chain {chain}: {number} of {total} rules are missing"
 
 
@@ -225,15 +225,15 @@ def _name_chains(
 
     wanted: where something is gone, all that there should be; else it does not matter.
     """
-    there = {one.thing for one in wanted if one.thing not in seen.gone}
-    ours = {(thing.name, thing.what.partition(":")[0]) for thing in there if thing.kind == "rule"}
+    there = {one.key for one in wanted if one.key not in seen.gone}
+    ours = {(key.name, key.what.partition(":")[0]) for key in there if key.kind == "rule"}
     for chain in _expected_rules(plan, site):
         if chain not in seen.rules and not (seen.gone and (chain, plan.move.id) in ours):
             yield chain, f"chain {chain}: no rule of this move"
-    callers = reception.comment(plan.move.id)
-    called = {(thing.name, thing.what) for thing in there if thing.what.startswith(callers)}
+    callers = listeners.comment(plan.move.id)
+    called = {(key.name, key.what) for key in there if key.what.startswith(callers)}
     for receiving in make_receptions(plan.move, site):
-        for chain in reception.chain_names(receiving):
+        for chain in listeners.chain_names(receiving):
             rule_is_there = seen.gone and any(name == chain for name, _ in called)
             if chain not in seen.receiving and not rule_is_there:
                 yield chain, f"chain {chain}: no rule for callers"
@@ -241,16 +241,16 @@ def _name_chains(
 
 def _unreset(plan: Plan, site: Site, seen: Observation) -> list[str]:
     lost = [reset for reset in plan.resets if reset.site == site]
-    if not lost or seen.gone or seen.shut:  # then each thing is named
+    if not lost or seen.gone or seen.shut:  # then each object is named
         return []
-    chains = dict.fromkeys(ruleset.address_chain(*reset.chain) for reset in lost)
+    chains = dict.fromkeys(address_chain(*reset.chain) for reset in lost)
     drift = [f"chain {chain}: no rule for what is reset" for chain in chains
              if chain not in seen.resetting]  # fmt: skip
     told = seen.gate == Gate.OPEN or any(
         isinstance(step, SendResets) for step in plan.prepare if step.site == site
     )
     if seen.resets == Gate.ABSENT or (told and seen.resets == Gate.CLOSED):
-        drift.append(f"chain {resets.reset_chain(plan.move.id)}: it resets nothing")
+        drift.append(f"chain {filters.reset_chain(plan.move.id)}: it resets nothing")
     return drift
 
 
@@ -259,8 +259,8 @@ def _expected_rules(plan: Plan, site: Site) -> list[str]:
     for translation in plan.translations:
         if translation.site != site:
             continue
-        chains = (*quiet.gate_chains(translation), *ruleset.translating_chains(translation))
-        expected += [ruleset.address_chain(dispatch, local) for dispatch, local in chains]
+        chains = (*filters.gate_chains(translation), *ruleset.translating_chains(translation))
+        expected += [address_chain(dispatch, local) for dispatch, local in chains]
     return list(dict.fromkeys(expected))
 
 

@@ -1,6 +1,6 @@
 """the quoted packets: rules that translate what an ICMP error quotes, for stateless mode.
 
-Rule: values only; kernel/expressions.py packs them. nft's text cannot say these rules: it writes
+Rule: values only; kernel/nft_messages.py packs them. nft's text cannot say these rules: it writes
 into the quoted header without mending ICMP's checksum, while the kernel's payload expression
 mends any 16-bit sum that it is told of (CSUM_TYPE, CSUM_OFFSET).
 
@@ -19,14 +19,13 @@ own checksum is left as it is: receivers look at ICMP's, which covers it.
 
 from __future__ import annotations
 
-from enum import IntEnum
-
-from natkeep.plan import reception, ruleset
+from natkeep.plan import listeners
+from natkeep.plan.listeners import Reception
 from natkeep.plan.move import Mode
-from natkeep.plan.reception import Reception
+from natkeep.plan.nft import Octets, OctetsIn, Protocol, Rule, Statement, WriteOctets
+from natkeep.plan.tables import DIRECTIONS, ERRORS, address_chain, kept_set
 from natkeep.plan.translation import Translation
 from natkeep.plan.tuples import Address
-from natkeep.values import dataclass
 
 _ICMP = {4: 1, 6: 58}
 _TCP = 6
@@ -37,128 +36,69 @@ _SOURCE, _DESTINATION, _NEXT = {4: 12, 6: 8}, {4: 16, 6: 24}, {4: 9, 6: 6}
 _IPV4_NO_OPTIONS = 0x45
 
 
-class Base(IntEnum):
-    """What an offset is counted from (enum nft_payload_bases)."""
-
-    NETWORK = 1
-    TRANSPORT = 2
+_NETWORK, _TRANSPORT = 1, 2
+"""What an offset is counted from (enum nft_payload_bases)."""
 
 
-@dataclass(frozen=True, slots=True)
-class IsProtocol:
-    """The packet's transport protocol is *number*."""
-
-    number: int
-
-
-@dataclass(frozen=True, slots=True)
-class Compare:
-    """The octets at *offset* are *value*."""
-
-    base: Base
-    offset: int
-    value: bytes
-
-
-@dataclass(frozen=True, slots=True)
-class LookUp:
-    """The concatenation of *fields*, (offset, octets) from the transport header, is in the set."""
-
-    name: str
-    fields: tuple[tuple[int, int], ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Store:
-    """Write *value* at *offset*, and mend the checksum.
-
-    checksum: offset, from the same base, of the 16-bit sum that covers what is written.
-    pseudo: the transport checksum covers it as part of its pseudo-header.
-    """
-
-    base: Base
-    offset: int
-    value: bytes
-    checksum: int | None
-    pseudo: bool = False
-
-
-Expression = IsProtocol | Compare | LookUp | Store
-
-
-@dataclass(frozen=True, slots=True)
-class RawRule:
-    """A rule of expressions, inserted in front of *chain*; *comment* is the move's id."""
-
-    chain: str
-    comment: str
-    expressions: tuple[Expression, ...]
-
-
-def make_error_rules(move_id: str, translation: Translation) -> tuple[RawRule, ...]:
+def make_error_rules(move_id: str, translation: Translation) -> tuple[Rule, ...]:
     """The two rules of a stateless translation; none for a stateful one, which needs none."""
     if translation.mode != Mode.STATELESS:
         return ()
     version = translation.map.old.version
-    kept = ruleset.kept_set(move_id, translation.number)
+    kept = kept_set(move_id, translation.number)
     return _make_pair(
         move_id,
         translation.before,
         translation.after,
-        LookUp(kept, _key(version, peer=_DESTINATION, peer_port=2, local_port=0)),
-        LookUp(kept, _key(version, peer=_SOURCE, peer_port=0, local_port=2)),
+        OctetsIn(kept, _key(version, peer=_DESTINATION, peer_port=2, local_port=0)),
+        OctetsIn(kept, _key(version, peer=_SOURCE, peer_port=0, local_port=2)),
     )
 
 
-def make_callers_error_rules(move_id: str, receiving: Reception) -> tuple[RawRule, ...]:
+def make_callers_error_rules(move_id: str, receiving: Reception) -> tuple[Rule, ...]:
     """The same for the connections of callers, which are known by the listener's port alone."""
     ports = _QUOTE + _HEADER[receiving.before.version]
-    name = reception.listen_set(move_id, receiving.number)
+    name = listeners.listen_set(move_id, receiving.number)
     return _make_pair(
-        reception.comment(move_id),
+        listeners.comment(move_id),
         receiving.before,
         receiving.after,
-        LookUp(name, ((ports, 2),)),
-        LookUp(name, ((ports + 2, 2),)),
+        OctetsIn(name, ((ports, 2),)),
+        OctetsIn(name, ((ports + 2, 2),)),
     )
 
 
 def _make_pair(
-    comment: str, before: Address, after: Address, from_local: LookUp, to_local: LookUp
-) -> tuple[RawRule, RawRule]:
+    comment: str, before: Address, after: Address, from_local: OctetsIn, to_local: OctetsIn
+) -> tuple[Rule, Rule]:
     """from_local, to_local: the set has the quoted segment, which went from, to the local end."""
     version = before.version
-    inbound, _ = ruleset.DISPATCHES[Mode.STATELESS]
-    arriving = RawRule(
-        ruleset.address_chain(inbound, before),
-        comment,
-        (
-            *_quotes_tcp(version),
-            Compare(Base.TRANSPORT, _QUOTE + _SOURCE[version], before.packed),
-            from_local,
-            _store_quoted(_SOURCE, after),
-            _store_destination(after),
-        ),
+    inbound, _ = DIRECTIONS[Mode.STATELESS]
+    arriving = (
+        *_quotes_tcp(version),
+        Octets(_TRANSPORT, _QUOTE + _SOURCE[version], before.packed),
+        from_local,
+        _store_quoted(_SOURCE, after),
+        _store_destination(after),
     )
-    departing = RawRule(
-        ruleset.ERRORS,
-        comment,
-        (
-            *_quotes_tcp(version),
-            Compare(Base.TRANSPORT, _QUOTE + _DESTINATION[version], after.packed),
-            to_local,
-            _store_quoted(_DESTINATION, before),
-        ),
+    departing = (
+        *_quotes_tcp(version),
+        Octets(_TRANSPORT, _QUOTE + _DESTINATION[version], after.packed),
+        to_local,
+        _store_quoted(_DESTINATION, before),
     )
-    return arriving, departing
+    return (
+        Rule(address_chain(inbound, before), arriving, comment, insert=True),
+        Rule(ERRORS, departing, comment, insert=True),
+    )
 
 
-def _quotes_tcp(version: int) -> tuple[Expression, ...]:
-    quoted = Compare(Base.TRANSPORT, _QUOTE + _NEXT[version], bytes((_TCP,)))
+def _quotes_tcp(version: int) -> tuple[Statement, ...]:
+    quoted = Octets(_TRANSPORT, _QUOTE + _NEXT[version], bytes((_TCP,)))
     if version == 6:
-        return (IsProtocol(_ICMP[6]), quoted)
-    plain = Compare(Base.TRANSPORT, _QUOTE, bytes((_IPV4_NO_OPTIONS,)))
-    return (IsProtocol(_ICMP[4]), plain, quoted)
+        return (Protocol(_ICMP[6]), quoted)
+    plain = Octets(_TRANSPORT, _QUOTE, bytes((_IPV4_NO_OPTIONS,)))
+    return (Protocol(_ICMP[4]), plain, quoted)
 
 
 def _key(
@@ -170,14 +110,14 @@ def _key(
     return (_QUOTE + peer[version], width), (ports + peer_port, 2), (ports + local_port, 2)
 
 
-def _store_quoted(field: dict[int, int], address: Address) -> Store:
+def _store_quoted(field: dict[int, int], address: Address) -> WriteOctets:
     offset = _QUOTE + field[address.version]
-    return Store(Base.TRANSPORT, offset, address.packed, checksum=_CHECKSUM)
+    return WriteOctets(_TRANSPORT, offset, address.packed, checksum=_CHECKSUM)
 
 
-def _store_destination(address: Address) -> Store:
+def _store_destination(address: Address) -> WriteOctets:
     """The error's own destination; IPv4 has a header checksum, IPv6 is in ICMP's."""
     offset = _DESTINATION[address.version]
     if address.version == 4:
-        return Store(Base.NETWORK, offset, address.packed, checksum=10)
-    return Store(Base.NETWORK, offset, address.packed, checksum=None, pseudo=True)
+        return WriteOctets(_NETWORK, offset, address.packed, checksum=10)
+    return WriteOctets(_NETWORK, offset, address.packed, checksum=None, pseudo=True)

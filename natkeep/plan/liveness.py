@@ -1,4 +1,4 @@
-"""the sighting: which connections' entries were alive at a gateway when a repair last looked.
+"""which connections live: by their sockets, their entries, and what a repair saw before.
 
 A gateway alone cannot tell an entry that somebody deleted from one that the kernel removed because
 its connection has ended. But the kernel keeps the entry of an ended connection for a while (10 s
@@ -10,17 +10,58 @@ Rule: values only; the clock is read and the file is written by others.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from natkeep.plan.move import Site
+from natkeep.plan.move import Role, Site
 from natkeep.plan.steps import InsertEntries, Plan
-from natkeep.plan.tuples import Connections
+from natkeep.plan.translation import Translation
+from natkeep.plan.tuples import NO_CONNECTIONS, Connections
 from natkeep.values import dataclass
 
 if TYPE_CHECKING:
-    from natkeep.plan.drift import Observation
-    from natkeep.plan.mending import Life
+    from natkeep.plan.drift import Observation, SeenEntry
+
+
+@dataclass(frozen=True, slots=True)
+class Life:
+    """Which connections live, as the process sees them.
+
+    known: *living* is all of them; otherwise whether one lives that is not in it is not known.
+    """
+
+    known: bool
+    living: Connections = NO_CONNECTIONS
+
+    def picks(self, translation: Translation, entries: Sequence[SeenEntry | None]) -> Iterator[int]:
+        """Which of the *translation*'s connections live and have no entry that translates."""
+        some = [i for i, entry in enumerate(entries) if entry is None or not entry.translated]
+        if not some:
+            return
+        living = frozenset(self.living.each())
+        both = [*zip(translation.kept.each(), entries, strict=False)]
+        for index in some:
+            record, entry = both[index]
+            carries = not self.known and entry is not None and entry.alive
+            if record in living or carries:
+                yield index
+
+
+def find_life(
+    plan: Plan, site: Site, looks: Mapping[Site, Observation], *, frozen: bool, recent: Connections
+) -> Life:
+    """Which connections live, as far as that is known at *site*.
+
+    looks: what each site that could be looked at shows. frozen: the move has not been opened.
+    recent: those whose entries were there so shortly ago that they cannot have ended since.
+    """
+    if frozen:
+        every = [t.kept for t in plan.translations if t.site == site]
+        return Life(True, Connections(*(b"".join(k.records(v) for k in every) for v in (4, 6))))
+    for other, seen in looks.items():
+        if other.role == Role.DESTINATION and seen.sockets is not None:
+            return Life(True, seen.sockets)
+    return Life(False, recent)
 
 
 @dataclass(frozen=True, slots=True)

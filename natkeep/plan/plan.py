@@ -8,9 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from natkeep.plan import quiet, reception, resets, ruleset
+from natkeep.plan import filters
+from natkeep.plan.listeners import make_receptions, refuse_one_end_for_two
 from natkeep.plan.move import Mode, Move, Role, Site
-from natkeep.plan.reception import make_receptions
+from natkeep.plan.nft import TABLE
 from natkeep.plan.resets import Reset, make_resets
 from natkeep.plan.steps import (
     AddAddress,
@@ -35,6 +36,7 @@ from natkeep.plan.steps import (
     TranslateErrors,
     as_commands,
 )
+from natkeep.plan.tables import base_table, dispatch_table, mode_table
 from natkeep.plan.translation import (
     NOTHING_SPECIAL,
     Change,
@@ -60,7 +62,7 @@ def make_plan(
     restore, and the gateway's gate is opened as soon as all is there.
     """
     translations, unkept = make_translations(move, connections, surroundings, change)
-    reception.refuse_one_end_for_two(move)
+    refuse_one_end_for_two(move)
     # Whoever came since and cannot be kept is only reported: resets were prepared for the others.
     lost = unkept if change is None else make_translations(move, connections, surroundings)[1]
     told = make_resets(move, lost, connections, surroundings)
@@ -99,7 +101,7 @@ def _install_resets(site: Site, move: Move, lost: tuple[Reset, ...]) -> list[Ste
         return []
     return [
         InstallResets(site, move.id, lost),
-        *(FillSet(site, resets.reset_set(move.id, r.number), r.connections) for r in lost),
+        *(FillSet(site, filters.reset_set(move.id, r.number), r.connections) for r in lost),
     ]
 
 
@@ -130,7 +132,7 @@ def _steps_at_source(
     steps += [
         FillSet(site, name, connections)
         for translation in here
-        for name, connections in ruleset.sets_of(move.id, translation).items()
+        for name, connections in filters.sets_of(move.id, translation).items()
     ]
     steps += _install_resets(site, move, lost)
     steps += hold
@@ -161,7 +163,7 @@ def _steps_at(
     fills: list[Step] = [
         FillSet(site, name, connections)
         for translation in here
-        for name, connections in ruleset.sets_of(move.id, translation).items()
+        for name, connections in filters.sets_of(move.id, translation).items()
     ]
     # What a gateway whose gate is about to be opened drops meanwhile is not held: so as late as
     # can be. Before it has its set, nothing translates either.
@@ -238,38 +240,41 @@ def describe_plan(plan: Plan) -> Iterator[str]:
     """The commands of the whole plan, for a person."""
     for step in plan.prepare:
         if isinstance(step, InstallGate):
-            static = [*ruleset.render_static(), *ruleset.render_mode(plan.move.mode)]
-            if step.site.role == Role.DESTINATION:
-                static += [*ruleset.render_leaving(), *ruleset.render_arp_static()]
             yield f"# {step.site}: the first move there makes the table too"
-            yield from as_commands(step.site, static)
+            yield from as_commands(step.site, _static_lines(step, plan.move.mode))
         elif isinstance(step, InstallResets):
-            static = [*resets.render_static(step.resets[0].dispatch)]
             yield f"# {step.site}: the first move with --unkept reset there makes these too"
-            yield from as_commands(step.site, static)
+            yield from as_commands(step.site, _static_lines(step))
         yield from step.describe()
     yield "# when the sockets are there (natkeep open, or natkeep-hook at post-restore):"
     for step in plan.open:
         yield from step.describe()
 
 
+def _static_lines(step: InstallGate | InstallResets, mode: Mode | None = None) -> list[str]:
+    """The part that all moves share: the gate's, with that of the *mode*, or that of resets."""
+    base, *more = step.static()
+    if mode is not None and step.site.role != Role.SOURCE:
+        more = [mode_table(mode), *more]
+    return [str(one) for part in (base, *more) for one in part]
+
+
 def render_nft(plan: Plan) -> Iterator[tuple[Site, tuple[str, ...]]]:
     """For each site the complete nft script of prepare, static part included."""
     for site in plan.move.ordered_sites():
-        mode = () if site.role == Role.SOURCE else ruleset.render_mode(plan.move.mode)
-        lines = [*ruleset.render_static(), *mode]
-        if site.role == Role.DESTINATION:
-            lines += [*ruleset.render_leaving(), *ruleset.render_arp_static()]
-        elif site.role == Role.SOURCE:
-            lines += quiet.render_static()
+        lines: list[str] = []
         for step in plan.prepare:
             if step.site != site:
                 continue
-            if isinstance(step, InstallResets):
-                lines += resets.render_static(step.resets[0].dispatch)
+            if isinstance(step, InstallGate):
+                lines += _static_lines(step, plan.move.mode)
+            elif isinstance(step, InstallResets):
+                lines += _static_lines(step)
+            elif isinstance(step, HoldListeners) and not lines:
+                lines += map(str, (*base_table(), *dispatch_table("mute")))
             if isinstance(step, FillSet):
                 elements = ", ".join(step.elements())
-                lines.append(f"add element inet {ruleset.TABLE} {step.name} {{ {elements} }}")
+                lines.append(f"add element inet {TABLE} {step.name} {{ {elements} }}")
             elif isinstance(
                 step,
                 InstallGate | InstallTranslation | InstallReception | HoldListeners | InstallResets,

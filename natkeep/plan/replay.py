@@ -1,17 +1,17 @@
-"""the held segments: what is kept of what peers say while the gate is closed, and how it returns.
+"""Keeps the segments that peers send while the gate is closed, and packs them to be replayed.
 
-Rule: only what a peer sent comes back, changed in nothing but its destination (NEW to OLD), both
+Rule: only what a peer sent is replayed, changed in nothing but its destination (NEW to OLD), both
 checksums, and where a segment had to be cut. Never a SYN, an RST or urgent data, never an
-octet twice. kernel/segment_holderd.py loads this file and no other of natkeep's, so nothing but
-`struct` and `sys` is imported.
+octet twice. The holder (kernel/segment_holderd.py) loads this file into a bare interpreter, so
+nothing but `struct` is imported.
 This file must never read a file, a clock, a socket or a namespace.
 
 Theory of operation. For each kept connection a `Stream` keeps data by its place in the sequence:
 
-    a retransmission replaces the octets of the earlier copy, if nothing has come since; else
+    a retransmission replaces the octets of the earlier copy, if nothing has arrived since; else
     those that are held already are cut off it
     of acknowledgements without data only the newest is kept, and only until data follows it
-    what returns does so in the order in which it came (`Store.replay`)
+    segments are replayed in the order of arrival (`Store.replay`)
 
 - In the order of arrival no timestamp is older than the one before, which PAWS would drop. So
   the first copy of the first segment stays where others have followed it: the newest one, behind
@@ -19,19 +19,18 @@ Theory of operation. For each kept connection a `Stream` keeps data by its place
   and with that newer timestamp accepted the rest of ours would be too old.
 - Where nothing has followed, the newest copy is the better one: the peer takes its round-trip
   time, and from it its next time-outs, from the timestamp that is echoed.
-- A peer sends no more than the window and waits, and repeats the *first* octets. So what comes
+- A peer sends no more than the window and waits, and repeats the *first* octets. So what arrives
   when there is no room is refused at the right end: what is held stays one run without a hole,
   and what lies behind it is sent again as soon as the run is acknowledged. Once something has
   been refused, nothing to the right of it is taken (`Stream.ceiling`).
 - A segment costs its payload and SEGMENT_COST more, so one bound in octets bounds the number of
   segments too. When all streams together have too much, the bound of each is halved, and those
-  that are above it lose their right ends: a few that talk much never starve the others.
+  that are above it lose their right ends: a few that send much never starve the others.
 """
 
 from __future__ import annotations
 
 from struct import pack, pack_into, unpack_from
-from sys import byteorder
 
 TYPE_CHECKING = False  # typing.TYPE_CHECKING, without importing typing
 if TYPE_CHECKING:
@@ -47,7 +46,7 @@ SEGMENT_COST = 512
 """What a segment costs beside its payload: about what Python needs for it."""
 
 PACKET_SIZE = 31 * 1024
-"""Octets of an IP packet that returns, at most.
+"""Octets of an IP packet that is replayed, at most.
 
 With what the kernel adds it fits 32 KiB of memory, so that a full window fits the receive buffer.
 """
@@ -107,7 +106,7 @@ def parse(packet: bytes) -> Segment | None:
 class Piece:
     """A part of a stream: octets *start* to *end* (FIN included) of one segment.
 
-    number: when it came, among all that came to the store.
+    number: its place in the order of arrival at the store.
     """
 
     __slots__ = ("end", "fin", "number", "payload", "segment", "start")
@@ -137,9 +136,9 @@ class Piece:
 
 
 class Stream:
-    """What is held of one connection, and to whom it returns (*old*, packed).
+    """What is held of one connection, and the address it is replayed to (*old*, packed).
 
-    Places in the sequence are counted from the first segment that came.
+    Places in the sequence are counted from the first segment that arrived.
     """
 
     __slots__ = ("acknowledgement", "base", "ceiling", "cost", "end", "old", "pieces", "refused")
@@ -177,7 +176,7 @@ class Stream:
             self.shrink(limit)
 
     def _merge(self, piece: Piece) -> None:
-        """Add what of *piece* is not held; of the segment that came before it, it takes all."""
+        """Add what of *piece* is not held; of the segment that arrived before it, it takes all."""
         newest = self.pieces[-1].number
         before = [held for held in self.pieces if held.number == newest]
         older = self.pieces[: -len(before)]
@@ -190,7 +189,7 @@ class Stream:
         self.cost = sum(held.cost for held in self.pieces)
 
     def shrink(self, limit: int) -> None:
-        """Let go of what does not fit, from the right end."""
+        """Drop what does not fit, from the right end."""
         left = limit
         if self.acknowledgement is not None:
             left -= SEGMENT_COST
@@ -199,11 +198,11 @@ class Stream:
                 self.cost -= SEGMENT_COST
         for piece in sorted(self.pieces, key=lambda piece: piece.start):
             if piece.cost > left:
-                self._let_go(piece.start)
+                self._drop_from(piece.start)
                 return
             left -= piece.cost
 
-    def _let_go(self, ceiling: int) -> None:
+    def _drop_from(self, ceiling: int) -> None:
         before, self.ceiling = len(self.pieces), ceiling
         self.pieces = [piece for piece in self.pieces if piece.start < ceiling]
         self.refused += before - len(self.pieces)
@@ -239,16 +238,16 @@ class Store:
         if self.cost > self.total:
             self._shrink(stream)
 
-    def _shrink(self, newcomer: Stream) -> None:
+    def _shrink(self, newest: Stream) -> None:
         while self.cost > self.total and self.each > LEAST:
             self.each = max(self.each // 2, LEAST)
             for stream in self.streams.values():
                 stream.shrink(self.each)
             self.cost = sum(stream.cost for stream in self.streams.values())
         if self.cost > self.total:
-            before = newcomer.cost
-            newcomer.shrink(before - (self.cost - self.total))
-            self.cost += newcomer.cost - before
+            before = newest.cost
+            newest.shrink(before - (self.cost - self.total))
+            self.cost += newest.cost - before
 
     @property
     def refused(self) -> int:
@@ -309,11 +308,11 @@ def checksum(octets: bytes | bytearray) -> int:
 
 
 def holder_name(move_id: str) -> str:
-    """Of the socket in the state directory by which a move's holder is asked."""
+    """Of the socket in the state directory by which a move's holder is found."""
     return f"{move_id}.hold"
 
 
-# ---- what the holder is told -------------------------------------------------------------------
+# ---- the holder's connections, as a file ---------------------------------------------------------
 
 
 def pack_kept(maps: list[tuple[bytes, bytes, bytes]]) -> bytes:
@@ -339,87 +338,3 @@ def unpack_kept(packed: bytes) -> dict[bytes, bytes]:
             kept[new + peer + local] = old
         at += length
     return kept
-
-
-# ---- what the kernel shows the holder ----------------------------------------------------------
-
-_INTERVALS = 64
-"""Tests that the kernel makes of one field, at most; the holder looks at whole keys anyway."""
-_LOAD_WORD, _LOAD_HALF, _LOAD_OCTET = 0x20, 0x28, 0x30
-_LOAD_HALF_X, _LOAD_OCTET_X, _LOAD_X = 0x48, 0x50, 0xB1
-_JUMP, _EQUAL, _ABOVE, _AT_LEAST, _ANY_BIT, _RETURN = 0x05, 0x15, 0x25, 0x35, 0x45, 0x06
-_PACKET_TYPE = 0xFFFFF000 + 4
-_ALL = 0x40000
-
-Instruction = tuple[int, int, int, int]
-"""Code, jump if true, jump if false, operand: struct sock_filter."""
-
-
-def make_filter(version: int, maps: list[tuple[bytes, bytes, bytes]]) -> tuple[Instruction, ...]:
-    """The classic BPF program that shows the holder little more than the kept connections.
-
-    maps: as for pack_kept, of IP *version*. It sees a packet from its IP header on. Addresses of
-    IPv6 are told apart by their last four octets; sets of more than 64 values are covered by as
-    many intervals.
-    """
-    width, size = _RECORD[version]
-    news = {int.from_bytes(new[-4:], "big") for _, new, _ in maps}
-    peers, ports = set[int](), set[int]()
-    for _, _, records in maps:
-        ports |= _column(records, width, 2, size)
-        peers |= _column(records, size - 6, 4, size)
-    source, destination = (12, 16) if version == 4 else (20, 36)
-    program = [(_LOAD_OCTET, 0, 0, _PACKET_TYPE), *_require(_EQUAL, 0)]
-    program += [(_LOAD_OCTET, 0, 0, 9 if version == 4 else 6), *_require(_EQUAL, _TCP)]
-    if version == 4:
-        program += [(_LOAD_HALF, 0, 0, 6), *_refuse(_ANY_BIT, 0x3FFF)]
-    program += [(_LOAD_WORD, 0, 0, destination), *_require_one_of(news)]
-    program += [(_LOAD_WORD, 0, 0, source), *_require_one_of(peers)]
-    if version == 4:
-        program += [(_LOAD_X, 0, 0, 0), (_LOAD_OCTET_X, 0, 0, 13)]
-    else:
-        program += [(_LOAD_OCTET, 0, 0, 53)]
-    program += _refuse(_ANY_BIT, _SYN | _RST | _URG)
-    program += [(_LOAD_HALF_X, 0, 0, 2) if version == 4 else (_LOAD_HALF, 0, 0, 42)]
-    program += _require_one_of(ports)
-    return (*program, (_RETURN, 0, 0, _ALL))
-
-
-def _column(records: bytes, start: int, width: int, size: int) -> set[int]:
-    """The numbers that stand at *start* in records of *size*: by columns, as there are many."""
-    column = bytearray(len(records) // size * width)
-    for i in range(width):
-        place = width - 1 - i if byteorder == "little" else i
-        column[place::width] = records[start + i :: size]
-    return set(memoryview(column).cast("H" if width == 2 else "I").tolist())
-
-
-def pack_filter(program: tuple[Instruction, ...]) -> bytes:
-    """As the kernel wants it."""
-    return b"".join(pack("=HBBI", *instruction) for instruction in program)
-
-
-def _require(test: int, operand: int) -> list[Instruction]:
-    return [(test, 1, 0, operand), (_RETURN, 0, 0, 0)]
-
-
-def _refuse(test: int, operand: int) -> list[Instruction]:
-    return [(test, 0, 1, operand), (_RETURN, 0, 0, 0)]
-
-
-def _require_one_of(values: set[int]) -> list[Instruction]:
-    intervals = cover(values, _INTERVALS)
-    found: list[Instruction] = []
-    for index, (first, last) in enumerate(intervals):
-        behind = 4 * (len(intervals) - index - 1) + 1
-        found += [*_require(_AT_LEAST, first), (_ABOVE, 1, 0, last), (_JUMP, 0, 0, behind)]
-    return [*found, (_RETURN, 0, 0, 0)]  # above the last one
-
-
-def cover(values: set[int], most: int) -> list[tuple[int, int]]:
-    """At most *most* intervals, first and last included, that cover *values*; the gaps smallest."""
-    ordered = sorted(values)
-    gaps = sorted(range(1, len(ordered)), key=lambda i: ordered[i - 1] - ordered[i])[: most - 1]
-    starts = [0, *sorted(i for i in gaps if ordered[i] - ordered[i - 1] > 1)]
-    ends = [*(i - 1 for i in starts[1:]), len(ordered) - 1]
-    return [(ordered[a], ordered[b]) for a, b in zip(starts, ends, strict=True)] if ordered else []

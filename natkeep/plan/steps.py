@@ -9,20 +9,17 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from itertools import islice
-from typing import TYPE_CHECKING
 
-from natkeep.plan import quiet, reception, resets, ruleset
+from natkeep.plan import filters, listeners, ruleset, tables
 from natkeep.plan.conntrack import describe_purge, entries, stale_tuples, stale_views
 from natkeep.plan.criu_lock import DumpLock, describe_taking
-from natkeep.plan.move import Move, Role, Site
-from natkeep.plan.reception import Reception
+from natkeep.plan.listeners import Reception
+from natkeep.plan.move import Mode, Move, Role, Site
+from natkeep.plan.nft import TABLE, Object, Rule
 from natkeep.plan.resets import Reset
 from natkeep.plan.translation import Surroundings, Translation, Unkept
 from natkeep.plan.tuples import Address, Connections, Endpoint, FourTuple
 from natkeep.values import dataclass, field
-
-if TYPE_CHECKING:
-    from natkeep.plan.icmp_errors import RawRule
 
 Identity = tuple[int, int]
 """Device and inode of a network namespace."""
@@ -59,15 +56,23 @@ _LOCK_SHOWN = 8
 """How many of a step's connections `describe` spells out; `--format nft` and json show all."""
 
 
-class _Loaded:
-    """A step that loads nft text, and describes itself by it."""
+class Loads:
+    """A step that loads nft objects, and describes itself by their text."""
 
     __slots__ = ()
     site: Site
 
-    def lines(self) -> tuple[str, ...]:
-        """The nft text."""
+    def objects(self) -> tuple[Object, ...]:
+        """What it adds to the tables, without the part that all moves share."""
         raise NotImplementedError
+
+    def static(self) -> tuple[tuple[Object, ...], ...]:
+        """The parts of the tables that all moves share and this step needs, in their order."""
+        return ()
+
+    def lines(self) -> tuple[str, ...]:
+        """The nft text of `objects`."""
+        return tuple(map(str, self.objects()))
 
     def describe(self) -> tuple[str, ...]:
         """One command a line."""
@@ -75,19 +80,28 @@ class _Loaded:
 
 
 @dataclass(frozen=True, slots=True)
-class InstallGate(_Loaded):
+class InstallGate(Loads):
     """The table if there is none, the move's (still empty) sets, its drop, and ARP silence."""
 
     site: Site
     move_id: str
     translations: tuple[Translation, ...]
 
-    def lines(self) -> tuple[str, ...]:
-        """The nft text without the static part, which only the first move at a site adds."""
-        gate = ruleset.render_gate(self.move_id, self.translations)
+    def objects(self) -> tuple[Object, ...]:
+        """The gate; at a source in both directions."""
+        gate = filters.gate(self.move_id, self.translations)
         if self.site.role == Role.SOURCE:
-            return (*gate, *quiet.render_mute(self.move_id, self.translations))
+            return (*gate, *filters.mute(self.move_id, self.translations))
         return gate
+
+    def static(self) -> tuple[tuple[Object, ...], ...]:
+        """The table, and what it has at a site of this role."""
+        match self.site.role:
+            case Role.DESTINATION:
+                return (tables.base_table(), tables.destination_table(), tables.arp_table())
+            case Role.SOURCE:
+                return (tables.base_table(), tables.dispatch_table("mute"))
+        return (tables.base_table(),)
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,9 +121,7 @@ class FillSet:
     def describe(self) -> tuple[str, ...]:
         """One command a line."""
         shown = ", ".join(_first(self.elements(), len(self.connections)))
-        return as_commands(
-            self.site, (f"add element inet {ruleset.TABLE} {self.name} {{ {shown} }}",)
-        )
+        return as_commands(self.site, (f"add element inet {TABLE} {self.name} {{ {shown} }}",))
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,29 +157,37 @@ class AddAddress:
 
 
 @dataclass(frozen=True, slots=True)
-class InstallTranslation(_Loaded):
+class InstallTranslation(Loads):
     """The rules that translate."""
 
     site: Site
     move_id: str
     translations: tuple[Translation, ...]
 
-    def lines(self) -> tuple[str, ...]:
-        """The nft text."""
-        return ruleset.render_translation(self.move_id, self.translations)
+    def objects(self) -> tuple[Object, ...]:
+        """The rules, and their chains."""
+        return ruleset.translate(self.move_id, self.translations)
+
+    def static(self) -> tuple[tuple[Object, ...], ...]:
+        """The base chains of its mode."""
+        return _mode_tables(translation.mode for translation in self.translations)
 
 
 @dataclass(frozen=True, slots=True)
-class InstallReception(_Loaded):
+class InstallReception(Loads):
     """The rules by which new connections reach the listeners, callers held back."""
 
     site: Site
     move_id: str
     receptions: tuple[Reception, ...]
 
-    def lines(self) -> tuple[str, ...]:
-        """The nft text."""
-        return reception.render(self.move_id, self.receptions)
+    def objects(self) -> tuple[Object, ...]:
+        """The rules, their chains and sets."""
+        return listeners.objects(self.move_id, self.receptions)
+
+    def static(self) -> tuple[tuple[Object, ...], ...]:
+        """The base chains of its mode."""
+        return _mode_tables(reception.mode for reception in self.receptions)
 
 
 @dataclass(frozen=True, slots=True)
@@ -186,7 +206,7 @@ class ForgetCalls:
         return tuple(
             f"{_prefix(self.site)}{command}"
             for receiving in self.receptions
-            for command in reception.describe_forgetting(receiving)
+            for command in listeners.describe_forgetting(receiving)
         )
 
 
@@ -207,7 +227,7 @@ class TranslateErrors:
             for rule in self.rules()
         )
 
-    def rules(self) -> tuple[RawRule, ...]:
+    def rules(self) -> tuple[Rule, ...]:
         """What is inserted, the kept connections' rules last: then they come first."""
         from natkeep.plan.icmp_errors import make_callers_error_rules, make_error_rules
 
@@ -290,7 +310,7 @@ class GuardSite:
 
 
 @dataclass(frozen=True, slots=True)
-class OpenGate(_Loaded):
+class OpenGate(Loads):
     """Let the kept connections through, and callers to the listeners.
 
     delivers: what has been held goes to the sockets that are back.
@@ -301,22 +321,15 @@ class OpenGate(_Loaded):
     listening: tuple[Reception, ...] = ()
     delivers: bool = False
 
-    def lines(self) -> tuple[str, ...]:
-        """The nft text."""
-        kept = ruleset.render_open(self.move_id, self.site.role)
-        return (kept, reception.render_open(self.move_id)) if self.listening else (kept,)
-
-    def chains(self) -> tuple[str, ...]:
-        """Where the rules are put."""
-        callers = (reception.callers_chain(self.move_id),) if self.listening else ()
-        return (ruleset.gate_chain(self.move_id), *callers)
+    def objects(self) -> tuple[Rule, ...]:
+        """One rule in front of each drop."""
+        kept = filters.opening(self.move_id, self.site.role)
+        return (kept, listeners.opening(self.move_id)) if self.listening else (kept,)
 
     def describe(self) -> tuple[str, ...]:
-        """One command a line; whether the last one is done depends on other moves."""
-        guarded = self.site.role == Role.DESTINATION
-        passing = ruleset.render_pass(guarded=guarded)
-        *opening, passing = as_commands(self.site, (*self.lines(), passing))
-        return (*opening, f"{passing}  # unless another gate is closed; later the chain goes")
+        """One command a line; what comes later depends on other moves."""
+        later = f"# {_prefix(self.site)}later, unless another gate is closed: delete chain gate"
+        return (*as_commands(self.site, self.lines()), later)
 
 
 class OpenEarly(OpenGate):
@@ -326,33 +339,43 @@ class OpenEarly(OpenGate):
 
 
 @dataclass(frozen=True, slots=True)
-class HoldListeners(_Loaded):
+class HoldListeners(Loads):
     """New connections to these listeners wait: their SYNs are dropped, and peers retry."""
 
     site: Site
     move_id: str
     listeners: tuple[Endpoint, ...]
 
-    def lines(self, *, linked: bool = False) -> tuple[str, ...]:
-        """The nft text; linked: the gate leads to it already."""
-        return quiet.render_hold(self.move_id, self.listeners, linked=linked)
+    def objects(self, *, linked: bool = False) -> tuple[Object, ...]:
+        """A chain that drops, and a rule that leads there; linked: that one is there already."""
+        return filters.block(self.move_id, self.listeners, linked=linked)
+
+    def static(self) -> tuple[tuple[Object, ...], ...]:
+        """The table."""
+        return (tables.base_table(),)
 
 
 @dataclass(frozen=True, slots=True)
-class InstallResets(_Loaded):
+class InstallResets(Loads):
     """The rules by which connections that cannot be kept are reset, silent so far."""
 
     site: Site
     move_id: str
     resets: tuple[Reset, ...]
 
-    def lines(self) -> tuple[str, ...]:
-        """The nft text, without the static part, which only the first such move adds."""
-        return resets.render(self.move_id, self.resets)
+    def objects(self) -> tuple[Object, ...]:
+        """A chain that drops, and the rules that lead there."""
+        return filters.reset(self.move_id, self.resets)
+
+    def static(self) -> tuple[tuple[Object, ...], ...]:
+        """The base chain in front of the gate."""
+        return tuple(
+            tables.dispatch_table(d) for d in dict.fromkeys(r.dispatch for r in self.resets)
+        )
 
 
 @dataclass(frozen=True, slots=True)
-class SendResets:
+class SendResets(Loads):
     """Answer the ends of these connections with a reset, and ask those that say nothing.
 
     Undone, nobody is told any more; who has been told stays told.
@@ -362,13 +385,9 @@ class SendResets:
     move_id: str
     resets: tuple[Reset, ...]
 
-    def lines(self) -> tuple[str, ...]:
-        """The nft text."""
-        return (resets.render_open(self.move_id),)
-
-    def chains(self) -> tuple[str, ...]:
-        """Where the rule is put."""
-        return (resets.reset_chain(self.move_id),)
+    def objects(self) -> tuple[Rule, ...]:
+        """One rule in front of the drop."""
+        return (filters.reset_opening(self.move_id),)
 
     def questions(self) -> Iterator[FourTuple]:
         """Along which tuples the ends are asked: to the process, or to its peers."""
@@ -439,6 +458,10 @@ class Plan:
     def steps(self) -> tuple[Step, ...]:
         """All steps, in order; a step's index here is its number in the journal."""
         return (*self.prepare, *self.open)
+
+
+def _mode_tables(modes: Iterable[Mode]) -> tuple[tuple[Object, ...], ...]:
+    return tuple(tables.mode_table(mode) for mode in dict.fromkeys(modes))
 
 
 def _first(lines: Iterable[str], total: int) -> Iterator[str]:

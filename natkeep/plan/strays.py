@@ -13,7 +13,8 @@ import re
 from collections.abc import Iterable, Iterator
 from ipaddress import ip_address
 
-from natkeep.plan.ruleset import GATE, TABLE, dispatch_map, render_removal
+from natkeep.plan.nft import TABLE
+from natkeep.plan.tables import GATE, dispatch_map, removal
 from natkeep.plan.tuples import Address
 from natkeep.values import dataclass
 
@@ -75,7 +76,7 @@ def render_clearing(
     what is unknown is nobody's.
     """
     if not known and sure:
-        return render_removal() if table.there or table.silent else ()
+        return removal() if table.there or table.silent else ()
     strays = table.ids() - known
     lines = [*_without_rules(table, strays)]
     own = [name for name in table.chains if _match(name, _CHAINS) in strays]

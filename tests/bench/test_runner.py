@@ -156,15 +156,15 @@ def is_running(pid: int) -> bool:
 
 
 @pytest.mark.parametrize("bench", BENCHES, ids=lambda bench: bench.name)
-def test_readme_and_makefile_name_each_bench(bench: Bench) -> None:
+def test_docs_and_makefile_name_each_bench(bench: Bench) -> None:
     """`make bench-NAME` runs it alone."""
     assert f"\nbench-{bench.name}: " in (ROOT / "Makefile").read_text()
-    assert f"`make bench-{bench.name}`" in (ROOT / "README.md").read_text()
+    assert f"`make bench-{bench.name}`" in (ROOT / "docs/performance.md").read_text()
     assert os.access(ROOT / "bench" / f"{bench.name}.py", os.R_OK)
 
 
-def test_readme_names_the_runs_of_all() -> None:
-    readme = (ROOT / "README.md").read_text()
+def test_docs_name_the_runs_of_all() -> None:
+    text = (ROOT / "docs/performance.md").read_text()
 
-    assert "`make bench`" in readme
-    assert "`make bench-plots`" in readme
+    assert "`make bench`" in text
+    assert "`make bench-plots`" in text

@@ -8,7 +8,7 @@ from ipaddress import ip_address
 
 import pytest
 
-from natkeep.kernel import conntrack, nftables
+from natkeep.kernel import conntrack, nftables_dump
 from natkeep.kernel.conntrack_purge import delete_untracked, purge
 from natkeep.kernel.netlink import NETLINK_NETFILTER, Netlink
 from natkeep.kernel.netns import inside, open_namespace
@@ -127,16 +127,16 @@ def test_a_rule_that_has_to_do_with_zones_is_found(
 ) -> None:
     run(site, "nft", "-f", "-", stdin=f"table inet other {{\nchain c {{\n{rule}\n}}\n}}\n")
 
-    assert assigns is nftables.assigns_zones(besides="natkeep")
-    assert nftables.assigns_zones(besides="other") is False
+    assert assigns is nftables_dump.assigns_zones(besides="natkeep")
+    assert nftables_dump.assigns_zones(besides="other") is False
 
 
 def test_the_target_of_iptables_that_sets_zones_is_found(site: str, run: Run) -> None:
-    assert nftables.assigns_zones(besides="natkeep") is False
+    assert nftables_dump.assigns_zones(besides="natkeep") is False
 
     run(site, "iptables-nft", "-t", "raw", "-A", "PREROUTING", "-j", "CT", "--zone", "7")
 
-    assert nftables.assigns_zones(besides="natkeep") is True
+    assert nftables_dump.assigns_zones(besides="natkeep") is True
 
 
 @EACH_FAMILY

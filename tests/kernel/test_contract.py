@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from ipaddress import ip_address
 from itertools import islice
+from pathlib import Path
 from typing import Protocol
 
 import pytest
@@ -27,6 +28,8 @@ from natkeep.plan.plan import make_plan
 from natkeep.plan.steps import (
     AddAddress,
     FillSet,
+    GuardSite,
+    HoldSegments,
     InsertEntries,
     InstallGate,
     InstallTranslation,
@@ -57,7 +60,12 @@ PREPARE = {
         InsertEntries,
     ),
 }
-STEPS = [(role, kind) for role, kinds in PREPARE.items() for kind in (*kinds, OpenGate)]
+DAEMONS = [
+    (Role.GATEWAY, GuardSite),
+    (Role.DESTINATION, GuardSite),
+    (Role.DESTINATION, HoldSegments),
+]
+STEPS = [(role, kind) for role, kinds in PREPARE.items() for kind in (*kinds, OpenGate)] + DAEMONS
 EACH_STEP = pytest.mark.parametrize(
     ("role", "kind"), STEPS, ids=[f"{role}-{kind.__name__}" for role, kind in STEPS]
 )
@@ -114,9 +122,10 @@ class LinuxScene:
     netns: str
     run: Callable[..., str]
     take_picture: Callable[[str], list[str]]
+    state: str
 
     def picture(self) -> object:
-        return self.take_picture(self.netns)
+        return self.take_picture(self.netns), sorted(os.listdir(self.state))
 
     def is_bare(self) -> bool:
         return "natkeep" not in self.run(self.netns, "nft", "list", "tables")
@@ -160,7 +169,9 @@ def scene(request: pytest.FixtureRequest) -> Scene:
         netns = request.getfixturevalue("make_site")()
         run = request.getfixturevalue("run")
         run(netns, "nft", "-f", "-", stdin=FOREIGN)
-        made = LinuxScene(LinuxKernel(), netns, run, request.getfixturevalue("take_picture"))
+        state = str(request.getfixturevalue("tmp_path"))
+        take_picture = request.getfixturevalue("take_picture")
+        made = LinuxScene(LinuxKernel(state), netns, run, take_picture, state)
     for version in (4, 6):
         made.track(next(iter(some(version, port=9000))))  # a neighbour, not kept by any test
     return made
@@ -184,11 +195,13 @@ def make(
     *versions: int,
     move_id: str = "web",
     mode: Mode = Mode.STATEFUL,
+    kind: type[Step] | None = None,
 ) -> Plan:
-    """A plan at the scene's site, which is opened."""
+    """A plan at the scene's site, which is opened; with a step of *kind* if it is optional."""
     site = Site(role, scene.netns)
     maps = tuple(MAPS[version] for version in versions)
-    plan = make_plan(Move(move_id, maps, (site,), mode), connections)
+    optional = {"hold": kind is HoldSegments, "guard": kind is GuardSite}
+    plan = make_plan(Move(move_id, maps, (site,), mode, **optional), connections)
     scene.kernel.open_sites([site])
     return plan
 
@@ -235,10 +248,12 @@ def shows(plan: Plan, kind: type[Step], seen: Observation) -> bool:
             return all(entry is not None and entry.translated for entry in entries)
         case "OpenGate":
             return seen.gate == Gate.OPEN
+        case "GuardSite":
+            return seen.guarded
     raise KeyError(kind)
 
 
-SHOWN = [(r, k) for r, k in STEPS if k not in (RaiseLoopback, PurgeEntries)]
+SHOWN = [(r, k) for r, k in STEPS if k not in (RaiseLoopback, PurgeEntries, HoldSegments)]
 
 
 @pytest.mark.parametrize(
@@ -248,7 +263,7 @@ SHOWN = [(r, k) for r, k in STEPS if k not in (RaiseLoopback, PurgeEntries)]
 def test_what_was_applied_is_observed(
     scene: Scene, role: Role, kind: type[Step], version: int
 ) -> None:
-    plan = make(scene, role, some(version, 3), version)
+    plan = make(scene, role, some(version, 3), version, kind=kind)
     before, step = up_to(plan, kind)
     apply(scene, before)
     assert not shows(plan, kind, observe(scene, plan))
@@ -302,7 +317,7 @@ def test_check_changes_nothing_and_remember_is_called_once_before_the_change(
 def test_reverting_up_to_any_step_leaves_the_site_as_it_was(
     scene: Scene, role: Role, kind: type[Step]
 ) -> None:
-    plan = make(scene, role, some(4, 3), 4)
+    plan = make(scene, role, some(4, 3), 4, kind=kind)
     picture, seen = scene.picture(), observe(scene, plan)
     before, step = up_to(plan, kind)
     done = apply(scene, (*before, step))
@@ -332,7 +347,7 @@ def test_a_step_that_was_interrupted_is_reverted_by_what_it_remembered(
 ) -> None:
     """The process was killed after the change; only what `remember` was told is in the journal."""
     scene.lower_loopback(keep=False)
-    plan = make(scene, role, some(4, 3), 4)
+    plan = make(scene, role, some(4, 3), 4, kind=kind)
     picture = scene.picture()
     before, step = up_to(plan, kind)
     done = apply(scene, before)
@@ -353,7 +368,7 @@ def test_a_step_that_never_came_to_its_change_is_reverted(
     scene: Scene, role: Role, kind: type[Step]
 ) -> None:
     scene.lower_loopback(keep=False)
-    plan = make(scene, role, some(4, 3), 4)
+    plan = make(scene, role, some(4, 3), 4, kind=kind)
     before, step = up_to(plan, kind)
     apply(scene, before)
     picture, told = scene.picture(), []
@@ -620,10 +635,13 @@ def test_what_somebody_removed_is_drift_and_reverting_goes_on(scene: Scene, role
 
 @pytest.mark.root
 def test_the_picture_shows_what_it_is_compared_for(
-    make_site: Callable[[], str], run: Callable[..., str], take_picture: Callable[[str], list[str]]
+    make_site: Callable[[], str],
+    run: Callable[..., str],
+    take_picture: Callable[[str], list[str]],
+    tmp_path: Path,
 ) -> None:
     """The control of all comparisons above: every kind of change is one in the picture."""
-    scene = LinuxScene(LinuxKernel(), make_site(), run, take_picture)
+    scene = LinuxScene(LinuxKernel(), make_site(), run, take_picture, str(tmp_path))
     changes: list[Callable[[], object]] = [
         lambda: run(scene.netns, "nft", "add", "table", "inet", "x"),
         lambda: scene.add_address(MAPS[4].old),
@@ -633,6 +651,7 @@ def test_the_picture_shows_what_it_is_compared_for(
         lambda: scene.track(next(iter(some(6)))),
         lambda: run(scene.netns, "sysctl", "-qw", "net.netfilter.nf_conntrack_acct=1"),
         lambda: scene.lower_loopback(keep=True),
+        lambda: (tmp_path / "web.hold").touch(),
     ]
 
     for change in changes:

@@ -12,7 +12,7 @@ from fake_kernel import FakeKernel, FakeSite
 
 from natkeep.errors import KernelError
 from natkeep.kernel.linux import LinuxKernel
-from natkeep.plan import resets
+from natkeep.plan import filters
 from natkeep.plan.drift import Gate, find_drift
 from natkeep.plan.move import Fate, Map, Mode, Move, Role, Site
 from natkeep.plan.plan import make_plan
@@ -88,7 +88,7 @@ def scene(request) -> Scene:
     run(netns, "nft", "add table ip theirs")
 
     def flush() -> None:
-        run(netns, "nft", f"flush chain inet natkeep {resets.reset_chain('web')}")
+        run(netns, "nft", f"flush chain inet natkeep {filters.reset_chain('web')}")
         for chain in ("refuse-at-10.2.0.10", "answer-at-10.2.0.10"):
             if chain in run(netns, "nft", "list chains"):
                 run(netns, "nft", f"flush chain inet natkeep {chain}")
@@ -105,7 +105,7 @@ def up_to(plan: Plan, kind: type[Step]) -> tuple[tuple[Step, ...], Step]:
 @EACH_ROLE
 def test_what_was_applied_is_observed(scene: Scene, role: Role) -> None:
     plan = scene.plan(role)
-    sets = {resets.reset_set("web", number) for number in (0, 1)}
+    sets = {filters.reset_set("web", number) for number in (0, 1)}
     seen = []
     for kind in (*KINDS, None):
         before = plan.steps if kind is None else up_to(plan, kind)[0]
@@ -234,7 +234,7 @@ def test_what_somebody_removed_is_drift(scene: Scene, role: Role) -> None:
     chain = "answer-at-10.2.0.10" if role == Role.DESTINATION else "refuse-at-10.2.0.10"
     assert picture != scene.picture()
     assert f"chain {chain}" in drift
-    assert f"chain {resets.reset_chain('web')}" in drift
+    assert f"chain {filters.reset_chain('web')}" in drift
     scene.revert(done)
 
 

@@ -9,7 +9,7 @@ from ipaddress import ip_address
 import pytest
 
 from natkeep.kernel.linux import LinuxKernel
-from natkeep.plan import ruleset
+from natkeep.plan import tables
 from natkeep.plan.move import Map, Mode, Move, Role, Site
 from natkeep.plan.plan import make_plan
 from natkeep.plan.steps import Plan, PurgeEntries
@@ -59,10 +59,10 @@ def test_the_described_commands_do_what_natkeep_does(
         kernel.apply(step, lambda prior: None)
 
     # The parts that all moves share are not any step's own.
-    shared = [*ruleset.render_static(), *ruleset.render_mode(plan.move.mode)]
+    shared = [*tables.base_table(), *tables.mode_table(plan.move.mode)]
     if role == Role.DESTINATION:
-        shared += [*ruleset.render_leaving(), *ruleset.render_arp_static()]
-    run(typed, "nft", "-f", "-", stdin="\n".join(shared))
+        shared += [*tables.destination_table(), *tables.arp_table()]
+    run(typed, "nft", "-f", "-", stdin="\n".join(map(str, shared)))
     for step in plan_at(role, typed).steps:
         for line in step.describe():
             if not isinstance(step, PurgeEntries):  # there is none: conntrack(8) would complain

@@ -7,9 +7,10 @@ from ipaddress import ip_address
 
 import pytest
 
-from natkeep.kernel import nftables
+from natkeep.kernel import nftables, nftables_dump
 from natkeep.kernel.netlink import BUFFER
 from natkeep.kernel.netns import inside, open_namespace
+from natkeep.kernel.nft_messages import pack_batch, pack_fill
 from natkeep.plan.tuples import Connections
 
 
@@ -32,12 +33,12 @@ def test_a_set_that_no_usual_socket_buffer_holds_is_filled(
     connections = Connections(v4=records) if four else Connections(v6=records)
     kind = "ipv4_addr" if four else "ipv6_addr"
     text = f"set kept {{ type {kind} . inet_service . inet_service; size {count}; }}"
-    run(netns, "nft", f"table inet natkeep-test {{ {text}; }}")
-    batch = nftables.pack_batch(nftables.pack_fill("natkeep-test", "kept", connections))
+    run(netns, "nft", f"table inet natkeep {{ {text}; }}")
+    batch = pack_batch(pack_fill("natkeep", "kept", connections))
     assert len(batch) > 2 * BUFFER, "the kernel doubles what is asked for"
 
     with inside(open_namespace(netns)):
-        nftables.fill_set("natkeep-test", "kept", connections)
+        nftables.fill_set("kept", connections)
 
-        keys = sum(1 for _ in nftables.read_keys("natkeep-test", "kept"))
+        keys = sum(1 for _ in nftables_dump.read_keys("natkeep", "kept"))
     assert keys == count

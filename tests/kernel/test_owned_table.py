@@ -14,7 +14,8 @@ from pathlib import Path
 import pytest
 
 from natkeep.errors import KernelError
-from natkeep.kernel import assembler, owned_table
+from natkeep.kernel import nft_messages, owned_table
+from natkeep.kernel.interface import Place
 from natkeep.kernel.netns import Namespace, open_namespace
 from natkeep.plan.move import Map, Mode, Role, Site
 from natkeep.plan.translation import Translation
@@ -62,6 +63,10 @@ def has_ended(pid: int) -> bool:
         return True
 
 
+def place(namespace: Namespace, netns: str, state: Path) -> Place:
+    return Place(Site(Role.DESTINATION, netns), namespace, str(state))
+
+
 @pytest.fixture
 def site(netns: str) -> Iterator[Namespace]:
     namespace = open_namespace(netns)
@@ -75,7 +80,7 @@ def begin(netns: str, site: Namespace, tmp_path: Path) -> Iterator[Callable[...,
 
     def start(*translations: Translation) -> int:
         some = translations or (translation(Role.DESTINATION),)
-        return owned_table.start(str(tmp_path), "web", site, netns, some)
+        return owned_table.start(place(site, netns, tmp_path), "web", some)
 
     yield start
 
@@ -129,19 +134,6 @@ def test_it_survives_whoever_flushes_the_ruleset(begin, netns):
     assert "not permitted" in nft(netns, "delete", "table", "inet", TABLE, check=False)
 
 
-def test_end_leaves_neither_table_nor_process_nor_file(begin, netns, site, tmp_path):
-    pid = begin()
-    assert owned_table.is_guarded(str(tmp_path), "web", site)
-
-    owned_table.end(str(tmp_path), "web", site)
-
-    assert has_ended(pid)
-    assert tables(netns) == []
-    assert list(tmp_path.iterdir()) == []
-    assert not owned_table.is_guarded(str(tmp_path), "web", site)
-    owned_table.end(str(tmp_path), "web", site)  # a second time is fine
-
-
 def test_end_right_after_start_finds_it_as_well(begin, netns, site, tmp_path):
     for _ in range(5):
         begin()
@@ -184,7 +176,9 @@ def test_it_ends_when_its_file_is_gone(begin, netns, tmp_path):
 def test_it_ends_with_the_namespace_and_clears_its_file(make_netns, tmp_path):
     netns = make_netns()
     namespace = open_namespace(netns)
-    pid = owned_table.start(str(tmp_path), "web", namespace, netns, [translation(Role.DESTINATION)])
+    pid = owned_table.start(
+        place(namespace, netns, tmp_path), "web", [translation(Role.DESTINATION)]
+    )
 
     subprocess.run(["ip", "netns", "delete", netns], check=True)
     os.close(namespace.fd)
@@ -215,7 +209,7 @@ def test_it_follows_no_link(site, netns, tmp_path):
     (tmp_path / f"web.guard-{site.inode}").symlink_to(victim)
 
     with pytest.raises(OSError, match="symbolic links"):
-        owned_table.start(str(tmp_path), "web", site, netns, [translation(Role.DESTINATION)])
+        owned_table.start(place(site, netns, tmp_path), "web", [translation(Role.DESTINATION)])
 
     assert victim.read_text() == "mine"
     assert tables(netns) == []
@@ -223,10 +217,10 @@ def test_it_follows_no_link(site, netns, tmp_path):
 
 def test_what_the_kernel_refuses_leaves_nothing(site, netns, tmp_path, monkeypatch):
     # An older kernel knows no such flag.
-    monkeypatch.setattr(assembler, "_OWNER", 0x8000)
+    monkeypatch.setattr(nft_messages, "_OWNER", 0x8000)
 
     with pytest.raises(OSError, match=r"supported|Invalid"):
-        owned_table.start(str(tmp_path), "web", site, netns, [translation(Role.DESTINATION)])
+        owned_table.start(place(site, netns, tmp_path), "web", [translation(Role.DESTINATION)])
 
     assert tables(netns) == []
     assert list(tmp_path.iterdir()) == []

@@ -10,6 +10,7 @@ from ipaddress import ip_address
 import pytest
 
 from natkeep.kernel import rtnetlink
+from natkeep.kernel.netlink import NETLINK_ROUTE, Netlink
 from natkeep.kernel.netns import inside, open_namespace
 
 pytestmark = pytest.mark.root
@@ -70,15 +71,6 @@ def test_adding_what_is_there_is_an_error_that_says_so(
         rtnetlink.add_host_address(old)
 
 
-@BOTH
-def test_removing_what_is_not_there_is_fine(site: str, run: Run, old: rtnetlink.Address) -> None:
-    before = shown(run, site, "lo")
-
-    rtnetlink.remove_host_address(old)
-
-    assert before == shown(run, site, "lo")
-
-
 def test_removing_touches_lo_only(site: str, run: Run) -> None:
     """OLD may be the address of a real device too; that one is not ours."""
     run(site, "ip", "address", "add", f"{OLD4}/32", "dev", "eth0")
@@ -96,30 +88,9 @@ def test_global_addresses_are_those_that_others_can_reach(site: str, run: Run) -
     assert rtnetlink.global_addresses(6) == (ip_address("fd00:3::20"),)
 
 
-def test_loopback_goes_down_and_up(site: str) -> None:
-    assert rtnetlink.loopback_is_up()
-
-    rtnetlink.lower_loopback()
-    assert not rtnetlink.loopback_is_up()
-
-    rtnetlink.raise_loopback()
-    assert rtnetlink.loopback_is_up()
-
-
-def test_raising_lo_for_the_first_time_is_undone_without_a_trace(
-    site: str, run: Run, take_picture: Callable[[str], list[str]]
-) -> None:
-    run(site, "ip", "link", "set", "lo", "down")
-    run(site, "ip", "address", "flush", "dev", "lo")
-    assert rtnetlink.count_on_lo() == 0
-    before = take_picture(site)
-
-    rtnetlink.raise_loopback()
-    assert rtnetlink.count_on_lo() == 2
-    rtnetlink.lower_loopback()
-    rtnetlink.forget_loopback_address()
-
-    assert before == take_picture(site)
+def is_reached(peer: str) -> bool:
+    with Netlink(NETLINK_ROUTE) as netlink:
+        return rtnetlink.is_reached(netlink, ip_address(peer))
 
 
 @pytest.mark.parametrize(
@@ -147,7 +118,7 @@ def test_a_peer_has_a_route_or_not(
     if route is not None:
         run(site, "ip", "route", "add", *route.split())
 
-    assert there is rtnetlink.has_route_to(ip_address(peer))
+    assert there is is_reached(peer)
 
 
 def test_a_new_ipv6_address_leaves_no_route_but_its_own(site: str, run: Run) -> None:

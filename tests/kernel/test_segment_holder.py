@@ -24,7 +24,8 @@ from typing import Any
 
 import pytest
 
-from natkeep.kernel import segment_holder, segment_holderd
+from natkeep.kernel import daemon, segment_holder
+from natkeep.kernel.interface import Place
 from natkeep.kernel.linux import LinuxKernel
 from natkeep.kernel.netns import Namespace, inside, open_namespace
 from natkeep.lab import repair
@@ -100,7 +101,8 @@ class Network:
             for v in (4, 6)
             if self.kept.records(v)
         ]
-        pid = segment_holder.start(self.state, move_id, self.site, self.names[1], maps, age)
+        place = Place(Site(Role.DESTINATION, self.names[1]), self.site, self.state)
+        pid = segment_holder.start(place, move_id, maps, age)
         self.stack.callback(_reap, pid)
         self.stack.callback(segment_holder.end, self.state, move_id)
         return pid
@@ -363,20 +365,6 @@ def test_a_move_that_holds_delivers_when_its_gate_opens(network: Network) -> Non
         assert time.monotonic() < deadline, "the holder has left its socket"
 
 
-def test_a_move_that_is_undone_ends_its_holder(network: Network) -> None:
-    network.kernel = LinuxKernel(network.state)
-    network.prepare(Endpoint(PEER[4], 50594), hold=True)
-    network.stack.callback(_reap_all)
-    held = segment_holder.look(network.state, "web")
-
-    for step, prior in reversed(network.done):
-        network.kernel.revert(step, prior)
-        network.kernel.revert(step, prior)
-
-    assert held == segment_holder.Held(0, 0, 0)
-    assert not os.listdir(network.state)
-
-
 def test_a_move_whose_holder_may_not_start_is_prepared_without_it(
     network: Network, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -497,11 +485,12 @@ def test_in_a_namespace_without_a_name_whoever_may_not_be_looked_at_may_be(
         raise PermissionError(13, "Permission denied") if path.endswith("/ns/net") else OSError(2)
 
     watches = [
-        segment_holderd.make_watch(path, (1, 2)) for path in ("", "/run/netns/natkeep-test-nowhere")
+        daemon.Watch("web.hold", os.stat("/"), path, "1:2")
+        for path in ("", "/run/netns/natkeep-test-nowhere")
     ]
     with monkeypatch.context() as patched:
-        patched.setattr(segment_holderd.os, "stat", refuse)
-        found = [watch() for watch in watches]
+        patched.setattr(daemon.os, "stat", refuse)
+        found = [watch.is_inhabited() for watch in watches]
 
     assert found == [True, False]
 

@@ -10,7 +10,7 @@ from contextlib import ExitStack
 import pytest
 
 from natkeep.kernel.netns import inside, open_namespace
-from natkeep.kernel.sock_diag import count_alive, find_alive
+from natkeep.kernel.sock_diag import find_alive, find_kept
 from natkeep.plan.tuples import Connections, Endpoint, FourTuple, parse_address
 
 pytestmark = pytest.mark.root
@@ -30,6 +30,10 @@ def site(netns: str) -> Iterator[None]:
     with inside(namespace):
         yield
     os.close(namespace.fd)
+
+
+def count_alive(connections: Connections) -> int:
+    return len(find_kept(connections))
 
 
 def connect(case: str, stack: ExitStack) -> tuple[socket.socket, socket.socket, FourTuple]:

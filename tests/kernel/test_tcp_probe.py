@@ -1,4 +1,4 @@
-"""kernel/tcp_probe.py: the question is a good packet, and has no data."""
+"""kernel/tcp_probe.py: a probe is a good packet, and has no data."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ TUPLES = {
 @pytest.mark.needs("scapy")
 @pytest.mark.parametrize("sequence", [*tcp_probe.SEQUENCES, 0xFFFFFFFF])
 @pytest.mark.parametrize("version", [4, 6])
-def test_a_question_is_a_bare_acknowledgement_with_a_good_checksum(
+def test_a_probe_is_a_bare_acknowledgement_with_a_good_checksum(
     version: int, sequence: int
 ) -> None:
     from scapy.layers.inet import IP, TCP
     from scapy.layers.inet6 import IPv6
 
     tuple_ = TUPLES[version]
-    packet = (IP if version == 4 else IPv6)(tcp_probe.pack_question(tuple_, sequence))
+    packet = (IP if version == 4 else IPv6)(tcp_probe.pack_probe(tuple_, sequence))
     segment = packet[TCP]
     again = type(packet)(bytes(packet))
     del again[TCP].chksum  # scapy then computes it
@@ -37,7 +37,7 @@ def test_a_question_is_a_bare_acknowledgement_with_a_good_checksum(
     assert segment.chksum == type(packet)(bytes(again))[TCP].chksum
 
 
-def test_of_two_questions_one_is_outside_of_any_window() -> None:
+def test_of_two_probes_one_is_outside_of_any_window() -> None:
     """A window is less than 2^30 (RFC 7323), and these are half of the circle apart."""
     first, second = tcp_probe.SEQUENCES
 
@@ -51,4 +51,4 @@ def test_what_cannot_be_sent_is_counted_and_no_failure(netns: str) -> None:
 
     here = FourTuple(Endpoint.parse("10.2.0.10:5000"), Endpoint.parse("127.0.0.1:9"))
     with inside(open_namespace(netns)):
-        assert tcp_probe.ask([*TUPLES.values(), here]) == 1
+        assert tcp_probe.probe([*TUPLES.values(), here]) == 1

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from natkeep.plan import replay
+from natkeep.plan import replay, socket_filter
 from natkeep.plan.replay import SEGMENT_COST, Store, Stream, make_packets
 from natkeep.plan.tuples import Address, Connections, Endpoint, FourTuple
 
@@ -390,7 +390,7 @@ def test_where_there_is_room_for_nothing_more_a_newcomer_waits() -> None:
 # ---- the kernel's filter -----------------------------------------------------------------------
 
 
-def passes(program: tuple[replay.Instruction, ...], packet: bytes, *, kind: int = 0) -> bool:
+def passes(program: tuple[socket_filter.Instruction, ...], packet: bytes, *, kind: int = 0) -> bool:
     """Classic BPF, as far as the programs need it."""
     accumulator = index = at = 0
     sizes = {0x20: 4, 0x28: 2, 0x30: 1, 0x48: 2, 0x50: 1}
@@ -424,7 +424,7 @@ def passes(program: tuple[replay.Instruction, ...], packet: bytes, *, kind: int 
 @EACH_VERSION
 @pytest.mark.parametrize("count", [1, 5, 400])
 def test_the_filter_shows_every_kept_connection(version: int, count: int) -> None:
-    program = replay.make_filter(version, maps(version, count=count, stride=7))
+    program = socket_filter.make_filter(version, maps(version, count=count, stride=7))
 
     shown = [
         passes(program, make_packet(version=version, ports=(PEER_PORT - 7 * n, PORT + 7 * n)))
@@ -437,7 +437,7 @@ def test_the_filter_shows_every_kept_connection(version: int, count: int) -> Non
 
 @EACH_VERSION
 def test_the_filter_hides_what_is_nobodys(version: int) -> None:
-    program = replay.make_filter(version, maps(version, count=5, stride=7))
+    program = socket_filter.make_filter(version, maps(version, count=5, stride=7))
     others = {
         "SYN": make_packet(version=version, flags=SYN),
         "RST": make_packet(version=version, flags=RST | ACK),
@@ -465,7 +465,7 @@ def test_the_filter_hides_what_is_nobodys(version: int) -> None:
 def test_intervals_cover_the_values_and_leave_the_widest_gaps_out(
     values: set[int], most: int
 ) -> None:
-    found = replay.cover(values, most)
+    found = socket_filter.cover(values, most)
 
     covered = {value for first, last in found for value in range(first, last + 1)}
     assert values <= covered

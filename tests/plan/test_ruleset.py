@@ -19,8 +19,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from natkeep.errors import UsageError
-from natkeep.plan import ruleset
+from natkeep.plan import tables
 from natkeep.plan.move import Fate, Map, Mode, Move, Role, Site
+from natkeep.plan.nft import Object
 from natkeep.plan.plan import make_plan, render_nft
 from natkeep.plan.steps import FillSet, InstallGate, InstallTranslation, OpenGate, Plan
 from natkeep.plan.translation import NOTHING_SPECIAL, Surroundings
@@ -121,9 +122,10 @@ def test_every_golden_file_belongs_to_a_case() -> None:
     assert {f"{name}.nft" for name in CASES} == {file.name for file in GOLDEN.iterdir()}
 
 
-@pytest.mark.parametrize("lines", [ruleset.render_static(), ruleset.render_arp_static()])
-def test_a_table_that_is_there_already_is_an_error(lines: tuple[str, ...]) -> None:
+@pytest.mark.parametrize("objects", [tables.base_table(), tables.arp_table()])
+def test_a_table_that_is_there_already_is_an_error(objects: tuple[Object, ...]) -> None:
     """`create` once, at the top: two that start at the same time must not both succeed."""
+    lines = [str(one) for one in objects]
 
     assert lines[0].startswith("create table ")
     assert not any(line.startswith("create") for line in lines[1:])
@@ -131,8 +133,8 @@ def test_a_table_that_is_there_already_is_an_error(lines: tuple[str, ...]) -> No
 
 def test_only_icmp_is_sent_to_the_rules_of_errors() -> None:
     """There is a pair of them for each move: other people's datagrams would ask them all."""
-    lines = ruleset.render_mode(Mode.STATELESS)
-    (sent,) = [line for line in lines if line.endswith(f"jump {ruleset.ERRORS}")]
+    lines = [str(one) for one in tables.mode_table(Mode.STATELESS)]
+    (sent,) = [line for line in lines if line.endswith(f"jump {tables.ERRORS}")]
 
     assert "meta l4proto { icmp, ipv6-icmp } jump" in sent
 
@@ -166,13 +168,9 @@ def words_of(move_id: str, map_: Map, kept: Connections, mode: Mode) -> str:
         for step in plan.steps:
             if isinstance(step, InstallGate | InstallTranslation | OpenGate):
                 lines += step.lines()
+                lines += [undo.command(7) for one in step.objects() for undo in one.undo()]
             elif isinstance(step, FillSet):
                 lines += (step.name, *step.elements())
-        for translation in plan.translations:
-            for dispatch, end in ruleset.translating_chains(translation):
-                lines += ruleset.render_withdrawal(dispatch, end, (7,), last=True)
-        lines += ruleset.render_speech(map_.old)
-        lines += ruleset.render_gate_removal(move_id, plan.translations)
     return "\n".join(lines)
 
 

@@ -160,7 +160,7 @@ def test_the_whole_plan_describes_itself() -> None:
     ]
     places = [lines.index(line) for line in tell_tale]
     assert sorted(places) == places
-    assert "gate:pass" in lines[-1]
+    assert lines[-1] == "# later, unless another gate is closed: delete chain gate"
     assert len(lines) - 2 == places[-1]
 
 

@@ -8,27 +8,29 @@ from __future__ import annotations
 
 from ipaddress import ip_address
 
-from natkeep.kernel import nft, nftables
+from natkeep.kernel import nftables
+from natkeep.kernel import nftables_dump as dump
 from natkeep.kernel.conntrack_purge import delete_inbound
-from natkeep.plan.ruleset import FAMILIES, TABLE, held_set
+from natkeep.plan.nft import FAMILIES, TABLE
 from natkeep.plan.strays import SeenRule, SeenTable, find_translated, render_clearing
+from natkeep.plan.tables import held_set
 from natkeep.plan.tuples import Address, Connections
 
 
 def read_table() -> SeenTable:
     """What stands in our tables; empty where there are none."""
-    silent = nftables.has_table(nftables.ARP, TABLE)
-    if not nftables.has_table(nftables.INET, TABLE):
+    silent = dump.has_table(dump.ARP, TABLE)
+    if not dump.has_table(dump.INET, TABLE):
         return SeenTable(silent=silent)
-    chains = sorted(nftables.chain_names(TABLE))
-    held = [key for v in FAMILIES for key in nftables.read_keys(TABLE, held_set(v))]
+    chains = sorted(dump.chain_names(TABLE))
+    held = [key for v in FAMILIES for key in dump.read_keys(TABLE, held_set(v))]
     return SeenTable(
         tuple(chains),
-        tuple(sorted(nftables.set_names(TABLE))),
+        tuple(sorted(dump.set_names(TABLE))),
         tuple(
             SeenRule(chain, rule.handle, rule.comment)
             for chain in chains
-            for rule in nftables.rules(TABLE, chain)
+            for rule in dump.rules(TABLE, chain)
         ),
         tuple(ip_address(key) for key in held),
         there=True,
@@ -42,7 +44,7 @@ def clear(table: SeenTable, known: frozenset[str], olds: frozenset[Address], *, 
     if not lines:
         return
     entries = [_read_set(*each) for each in find_translated(table, table.ids() - known)]
-    nft.run_transaction(lines)
+    nftables.run_transaction(lines)
     # Behind the rules, which would make them anew.
     for some in entries:
         if len(some):
@@ -54,7 +56,7 @@ def _read_set(name: str, local: Address) -> Connections:
     width = len(local.packed)
     records = b"".join(
         local.packed + key[width + 4 : width + 6] + key[:width] + key[width : width + 2]
-        for key in nftables.read_keys(TABLE, name)
+        for key in dump.read_keys(TABLE, name)
         if len(key) == width + 8
     )
     return Connections.packed(records, local.version)

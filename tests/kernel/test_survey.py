@@ -1,4 +1,4 @@
-"""kernel/links.py: which devices have an XDP program, as ip(8) has attached it."""
+"""kernel/survey.py: which devices have an XDP program, as ip(8) has attached it."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from natkeep.kernel import links
+from natkeep.kernel import survey
 from natkeep.kernel.netns import inside, open_namespace
 
 pytestmark = pytest.mark.root
@@ -47,10 +47,10 @@ def test_a_device_with_an_xdp_program_is_named_and_no_other(
     netns = make_site()
     namespace = open_namespace(netns)
     with inside(namespace):
-        assert links.find_xdp() == ()
+        assert survey.find_xdp() == ()
 
         program = write_program(tmp_path / "pass.o")
         run(netns, "ip", "link", "set", "wire", "xdpgeneric", "obj", str(program), "sec", "xdp")
 
-        assert links.find_xdp() == ("wire",)
+        assert survey.find_xdp() == ("wire",)
     os.close(namespace.fd)

@@ -1,4 +1,4 @@
-"""plan/mending.py and plan/things.py: what is missing is found, and only that is made again."""
+"""plan/repair.py and plan/wanted.py: what is missing is found, and only that is made again."""
 
 from __future__ import annotations
 
@@ -8,22 +8,15 @@ from ipaddress import ip_address
 import pytest
 
 from natkeep.plan.drift import Gate, Observation, SeenEntry, find_drift
-from natkeep.plan.liveness import Sighting, make_sighting
-from natkeep.plan.mending import (
-    InsertRules,
-    Life,
-    LoadLines,
-    find_life,
-    find_patches,
-    split_opening,
-    want_things,
-)
-from natkeep.plan.move import Fate, Map, Mode, Move, Role, Site
+from natkeep.plan.liveness import Life, Sighting, find_life, make_sighting
+from natkeep.plan.move import Map, Mode, Move, Role, Site
+from natkeep.plan.nft import Key
 from natkeep.plan.plan import make_plan
+from natkeep.plan.repair import LoadObjects, find_patches
 from natkeep.plan.steps import AddAddress, FillSet, InsertEntries, Plan, RaiseLoopback, Step
 from natkeep.plan.strays import SeenRule, SeenTable, render_clearing
-from natkeep.plan.things import Thing
 from natkeep.plan.tuples import NO_CONNECTIONS, Connections, Endpoint, FourTuple
+from natkeep.plan.wanted import split_opening, want
 from natkeep.values import replace
 
 GATEWAY, DESTINATION = Site(Role.GATEWAY, "gw"), Site(Role.DESTINATION, "dst")
@@ -72,7 +65,7 @@ def patches(
 
 
 def lines(found: list[Step]) -> list[str]:
-    return [line for patch in found if isinstance(patch, LoadLines) for line in patch.lines]
+    return [str(one) for p in found if isinstance(p, LoadObjects) for one in p.objects]
 
 
 EACH_SITE = pytest.mark.parametrize("site", [GATEWAY, DESTINATION])
@@ -88,57 +81,35 @@ def test_nothing_is_done_where_nothing_is_missing(site: Site, mode: Mode, opened
     assert patches(plan, site, show(plan, site), opened=opened) == []
 
 
-@pytest.mark.parametrize("role", [Role.GATEWAY, Role.DESTINATION, Role.SOURCE])
-@pytest.mark.parametrize("listeners", [(), LISTENERS])
-@pytest.mark.parametrize("fate", [*Fate])
-@EACH_MODE
-def test_what_is_found_quickly_is_what_the_texts_say(
-    role: Role, listeners: tuple[Endpoint, ...], fate: Fate, mode: Mode
-) -> None:
-    site = Site(role, "here")
-    lost = KEPT if fate == Fate.RESET else NO_CONNECTIONS
-    kept = Connections.of(
-        FourTuple(replace(one.source, port=one.source.port + 9), one.destination) for one in KEPT
-    )
-    plan = make_plan(Move("web", MAPS, (site,), mode, listeners, unkept=fate, lost=lost), kept)
-    first = len(plan.prepare)
-    wanted = want_things(plan, site)
-
-    prepared, opened = split_opening(plan, site)
-
-    assert prepared == {one.thing for number, one in wanted if number < first}
-    assert opened == {one.thing for number, one in wanted if number >= first}
-
-
-def every_thing() -> Iterator[tuple[Mode, Site, Thing]]:
+def every_object() -> Iterator[tuple[Mode, Site, Key]]:
     for mode in Mode:
         plan = make(mode, LISTENERS)
         for site in (GATEWAY, DESTINATION):
-            for _, wanted in want_things(plan, site):
-                yield mode, site, wanted.thing
+            for _, wanted in want(plan, site).values():
+                yield mode, site, wanted.key
 
 
 @pytest.mark.parametrize(
-    ("mode", "site", "thing"),
-    list(every_thing()),
-    ids=lambda value: f"{value.kind}-{value.name}" if isinstance(value, Thing) else str(value),
+    ("mode", "site", "key"),
+    list(every_object()),
+    ids=lambda value: f"{value.kind}-{value.name}" if isinstance(value, Key) else str(value),
 )
-def test_each_thing_that_is_missing_is_named_and_made_again_alone(
-    mode: Mode, site: Site, thing: Thing
+def test_each_object_that_is_missing_is_named_and_made_again_alone(
+    mode: Mode, site: Site, key: Key
 ) -> None:
-    """All that the nft text makes: 300 cases, each with one line or raw rule as its patch."""
+    """All that is loaded: 300 cases, each with one object as its patch."""
     plan = make(mode, LISTENERS)
     _, opening = split_opening(plan, site)
-    gone = frozenset((thing,))
-    seen = show(plan, site, **{"shut" if thing in opening else "gone": gone})
+    gone = frozenset((key,))
+    seen = show(plan, site, **{"shut" if key in opening else "gone": gone})
 
     found = patches(plan, site, seen)
     drift = find_drift(plan, site, seen, Life(True, KEPT), opened=True)
 
-    made = lines(found) + [r for p in found if isinstance(p, InsertRules) for r in p.rules]
+    made = lines(found)
     assert len(made) == 1
     assert drift
-    assert any(thing.name in line or thing.kind == "table" for line in drift)
+    assert any(key.name in line or key.kind == "table" for line in drift)
 
 
 @EACH_SITE

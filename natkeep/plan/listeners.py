@@ -21,9 +21,33 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 
 from natkeep.errors import RefusedError
-from natkeep.plan import ruleset
+from natkeep.plan.filters import silence
 from natkeep.plan.move import Map, Mode, Move, Role, Site
-from natkeep.plan.ruleset import GATE, SYN, TABLE
+from natkeep.plan.nft import (
+    ACCEPT,
+    DROP,
+    IP,
+    Chain,
+    Elements,
+    Match,
+    Nat,
+    Object,
+    Rule,
+    Set,
+    Write,
+    jump,
+)
+from natkeep.plan.tables import (
+    DIRECTIONS,
+    FROM_WIRE,
+    GATE,
+    HALF_OPEN,
+    OPEN,
+    SYN,
+    TO_WIRE,
+    address_chain,
+    rule_at,
+)
 from natkeep.plan.tuples import Address, Endpoint
 from natkeep.values import dataclass
 
@@ -106,71 +130,63 @@ def callers_chain(move_id: str) -> str:
     return f"callers-{move_id}"
 
 
-def render(move_id: str, receptions: Iterable[Reception]) -> tuple[str, ...]:
+def objects(move_id: str, receptions: Iterable[Reception]) -> tuple[Object, ...]:
     """Everything of the receptions, callers held back."""
     callers = callers_chain(move_id)
-    lines = [f"add chain inet {TABLE} {callers}", f"add rule inet {TABLE} {callers} drop"]
+    found: list[Object] = [Chain(callers), Rule(callers, (DROP,))]
     for reception in receptions:
         name = listen_set(move_id, reception.number)
-        ports = ", ".join(str(port) for port in reception.ports)
-        lines.append(f"add set inet {TABLE} {name} {{ type inet_service; }}")
-        lines.append(f"add element inet {TABLE} {name} {{ {ports} }}")
-        lines += _render_gate(move_id, reception)
-        lines += _render_translation(move_id, reception)
+        found += [Set(name, ("inet_service",)), Elements(name, reception.ports)]
+        found += _gate(move_id, reception)
+        found += _translation(move_id, reception)
         if reception.site.role == Role.DESTINATION:
-            lines.append(_render_answers(move_id, reception))
-            lines += ruleset.render_silence(reception.map.old)
-    return tuple(lines)
+            found.append(_answers(move_id, reception))
+            found += silence(reception.map.old)
+    return tuple(found)
 
 
-def _render_gate(move_id: str, reception: Reception) -> Iterator[str]:
-    ports, callers = listen_set(move_id, reception.number), callers_chain(move_id)
+def _gate(move_id: str, reception: Reception) -> Iterator[Object]:
+    to_port = Match(("tcp dport",), f"@{listen_set(move_id, reception.number)}")
+    statements = (SYN, to_port, jump(callers_chain(move_id)))
     for address in reception.gated:
-        yield from _rule(GATE, address, f"{SYN} tcp dport @{ports} jump {callers}", move_id)
+        yield from rule_at(GATE, address, statements, comment(move_id))
 
 
-def _render_translation(move_id: str, reception: Reception) -> Iterator[str]:
+def _translation(move_id: str, reception: Reception) -> Iterator[Object]:
     before, after = reception.before, reception.after
-    ip, ports = ruleset.IP[before.version], f"@{listen_set(move_id, reception.number)}"
-    inbound, outbound = ruleset.DISPATCHES[reception.mode]
+    ip, ports = IP[before.version], f"@{listen_set(move_id, reception.number)}"
+    inbound, outbound = DIRECTIONS[reception.mode]
     at_destination = reception.site.role == Role.DESTINATION
-    from_wire = 'iif != "lo" ' if at_destination else ""
-    to_wire = 'oif != "lo" ' if at_destination else ""
+    from_wire, to_wire = ((FROM_WIRE,), (TO_WIRE,)) if at_destination else ((), ())
+    to_port, from_port = Match(("tcp dport",), ports), Match(("tcp sport",), ports)
+    mine = comment(move_id)
     if reception.mode == Mode.STATEFUL:
-        arriving = f"{SYN} tcp dport {ports} {from_wire}dnat {ip} to {after} : tcp dport"
-        yield from _rule(inbound, before, arriving, move_id)
+        arriving = (SYN, to_port, *from_wire, Nat("dnat", after, "tcp dport"))
+        yield from rule_at(inbound, before, arriving, mine)
         return
-    arriving = f"{ip} daddr {before} tcp dport {ports} {from_wire}{ip} daddr set {after}"
-    yield from _rule(inbound, before, arriving, move_id)
-    departing = f"{ip} saddr {after} tcp sport {ports} {to_wire}{ip} saddr set {before}"
-    yield from _rule(outbound, after, departing, move_id)
+    to_before, from_after = Match((f"{ip} daddr",), before), Match((f"{ip} saddr",), after)
+    inward = (to_before, to_port, *from_wire, Write(f"{ip} daddr", after))
+    yield from rule_at(inbound, before, inward, mine)
+    outward = (from_after, from_port, *to_wire, Write(f"{ip} saddr", before))
+    yield from rule_at(outbound, after, outward, mine)
 
 
-def _render_answers(move_id: str, reception: Reception) -> str:
+def _answers(move_id: str, reception: Reception) -> Rule:
     """What listeners answer is let out, also to a caller from the port of a kept connection."""
-    old, ports = reception.map.old, listen_set(move_id, reception.number)
-    return (
-        f"insert rule inet {TABLE} {ruleset.HALF_OPEN} {ruleset.IP[old.version]} saddr {old} "
-        f'tcp sport @{ports} accept comment "{comment(move_id)}"'
-    )
+    old = reception.map.old
+    from_old = Match((f"{IP[old.version]} saddr",), old)
+    from_port = Match(("tcp sport",), f"@{listen_set(move_id, reception.number)}")
+    return Rule(HALF_OPEN, (from_old, from_port, ACCEPT), comment(move_id), insert=True)
 
 
-def _rule(dispatch: str, address: Address, text: str, move_id: str) -> Iterator[str]:
-    yield from ruleset.render_dispatch(dispatch, address)
-    chain = ruleset.address_chain(dispatch, address)
-    # In front, so that the newest move has the word.
-    yield f'insert rule inet {TABLE} {chain} {text} comment "{comment(move_id)}"'
-
-
-def render_open(move_id: str) -> str:
+def opening(move_id: str) -> Rule:
     """Let callers through."""
-    chain = callers_chain(move_id)
-    return f'insert rule inet {TABLE} {chain} accept comment "{ruleset.OPEN}"'
+    return Rule(callers_chain(move_id), (ACCEPT,), OPEN, insert=True)
 
 
 def chains(reception: Reception) -> tuple[tuple[str, Address], ...]:
     """Dispatch and address of every chain in which the reception has a rule."""
-    inbound, outbound = ruleset.DISPATCHES[reception.mode]
+    inbound, outbound = DIRECTIONS[reception.mode]
     found = [*((GATE, local) for local in reception.gated), (inbound, reception.before)]
     if reception.mode == Mode.STATELESS:
         found.append((outbound, reception.after))
@@ -179,15 +195,7 @@ def chains(reception: Reception) -> tuple[tuple[str, Address], ...]:
 
 def chain_names(reception: Reception) -> tuple[str, ...]:
     """The names of these chains."""
-    return tuple(ruleset.address_chain(dispatch, local) for dispatch, local in chains(reception))
-
-
-def render_removal(move_id: str, receptions: Iterable[Reception]) -> tuple[str, ...]:
-    """The reverse of `render`, once no rule of an address chain refers to it."""
-    return (
-        f"delete chain inet {TABLE} {callers_chain(move_id)}",
-        *(f"delete set inet {TABLE} {listen_set(move_id, r.number)}" for r in receptions),
-    )
+    return tuple(address_chain(dispatch, local) for dispatch, local in chains(reception))
 
 
 def describe_forgetting(reception: Reception) -> Iterator[str]:

@@ -1,4 +1,4 @@
-"""kernel/passing.py: where no gate is closed packets pass them by, and only there."""
+"""the base chain `gate`: it goes where no gate is closed, and comes back with one that closes."""
 
 from __future__ import annotations
 
@@ -6,22 +6,21 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from natkeep.kernel import nftables, passing
+from natkeep.kernel import nftables, nftables_dump
 from natkeep.kernel.linux import LinuxKernel
+from natkeep.kernel.netlink import NETLINK_NETFILTER, Netlink
 from natkeep.kernel.netns import inside, open_namespace
-from natkeep.plan import ruleset
-from natkeep.plan.drift import find_drift
-from natkeep.plan.mending import LoadLines
+from natkeep.plan.drift import Gate, find_drift
 from natkeep.plan.move import Map, Move, Role, Site
 from natkeep.plan.plan import make_plan
+from natkeep.plan.repair import LoadObjects
 from natkeep.plan.steps import HoldListeners, InstallGate, OpenGate, Plan, Prior
+from natkeep.plan.tables import gate_chain
 from natkeep.plan.tuples import Connections, Endpoint, FourTuple, parse_address
 
 Run = Callable[..., str]
 
 pytestmark = [pytest.mark.root, pytest.mark.needs("nftables")]
-
-OTHERS = "table inet others {\nchain c {\n}\n}\n"
 
 
 class Gates:
@@ -65,57 +64,17 @@ class Gates:
         self.kernel.apply(HoldListeners(source, "two", (listener,)), lambda prior: None)
 
     @property
-    def comments(self) -> list[str]:
-        with inside(open_namespace(self.site.netns)):
-            return [rule.comment for rule in nftables.rules("natkeep", "gate")]
-
-    @property
-    def have_pass(self) -> bool:
-        assert self.comments.count(ruleset.PASS) <= 1
-        return ruleset.PASS in self.comments
-
-    @property
     def hooked(self) -> bool:
         with inside(open_namespace(self.site.netns)):
-            return nftables.has_chain("natkeep", "gate")
+            return nftables_dump.has_chain("natkeep", "gate")
 
     def listed(self, chain: str) -> str:
         return self.run(self.site.netns, "nft", "list", "chain", "inet", "natkeep", chain)
-
-    def others_do_something(self) -> None:
-        self.run(self.site.netns, "nft", "-f", "-", stdin=OTHERS)
 
 
 @pytest.fixture
 def gates(make_site: Callable[[], str], run: Run) -> Iterator[Gates]:
     return Gates(make_site(), run)
-
-
-def test_the_pass_comes_with_the_last_gate_that_opens(gates: Gates) -> None:
-    gates.prepare("one")
-    gates.prepare("two")
-    assert not gates.have_pass
-
-    gates.open("one")
-    assert not gates.have_pass
-
-    gates.open("two")
-    assert gates.comments[0] == ruleset.PASS
-
-
-def test_the_pass_goes_with_a_gate_that_closes_and_comes_back_without_it(gates: Gates) -> None:
-    gates.prepare("one")
-    gates.open("one")
-
-    gates.prepare("two")
-    assert not gates.have_pass
-    gates.open("two")
-    assert gates.have_pass
-
-    gates.close("one")
-    assert not gates.have_pass
-    gates.open("one")
-    assert gates.have_pass
 
 
 def test_once_all_are_open_the_base_chain_goes(gates: Gates) -> None:
@@ -145,7 +104,6 @@ def test_the_base_chain_comes_back_as_it_was_with_a_gate_that_closes(gates: Gate
         close()
         assert before == gates.listed("gate")
         reopen()
-        assert gates.have_pass
 
 
 def test_without_the_base_chain_an_open_move_misses_nothing_and_a_closed_one_does(
@@ -180,7 +138,6 @@ def test_where_listeners_are_held_the_base_chain_stays(gates: Gates) -> None:
     gates.prepare("one")
     gates.open("one")
     gates.hold_listeners()
-    assert gates.have_pass
 
     gates.kernel.unhook_gates()
 
@@ -203,101 +160,66 @@ def test_the_base_chain_stays_when_others_changed_something_meanwhile(
     """One of them could have closed a gate."""
     gates.prepare("one")
     gates.open("one")
-    look = passing.elements.rules
+    look = nftables_dump.rules_of_chains
 
-    def disturbed(table: str, chain: str) -> list[nftables.Rule]:
+    def disturbed(table: str, *names: str) -> Iterator[nftables_dump.SeenRule]:
         gates.run(gates.site.netns, "nft", "add table ip others; delete table ip others")
-        return look(table, chain)
+        return look(table, *names)
 
-    monkeypatch.setattr(passing.elements, "rules", disturbed)
+    monkeypatch.setattr(nftables_dump, "rules_of_chains", disturbed)
     gates.kernel.unhook_gates()
 
     assert gates.hooked
 
 
-@pytest.mark.parametrize("guarded", [False, True])
-def test_it_is_what_its_text_says(
-    gates: Gates, make_site: Callable[[], str], guarded: bool
-) -> None:
-    """Where there has been a destination, bare SYNs and CRIU's own segments still ask the gates."""
-    static = [*ruleset.render_static(), *(ruleset.render_leaving() if guarded else ())]
-    typed = make_site()
-    text = "\n".join([*static, ruleset.render_pass(guarded=guarded)])
-    gates.run(typed, "nft", "-f", "-", stdin=text)
-    gates.run(gates.site.netns, "nft", "-f", "-", stdin="\n".join(static))
-    gates.prepare("one")
-    gates.open("one")
-
-    shown = [
-        gates.run(netns, "nft", "list", "chain", "inet", "natkeep", "gate")
-        for netns in (typed, gates.site.netns)
-    ]
-
-    assert ("tcp flags != syn" in shown[0]) is guarded
-    assert shown[0] == shown[1]
-
-
-def test_where_listeners_are_held_bare_syns_do_not_pass(gates: Gates) -> None:
-    """A quiesce at a host that is some other move's gateway."""
-    gates.prepare("one")
-    gates.open("one")
-
-    gates.hold_listeners()
-
-    assert gates.have_pass
-    listed = gates.run(gates.site.netns, "nft", "list", "chain", "inet", "natkeep", "gate")
-    assert 'fin,syn,rst,ack accept comment "gate:pass"' in listed
-
-
-def test_a_transaction_with_the_pass_is_refused_when_others_were_there_meanwhile(
+def test_what_was_packed_at_prepare_removes_it_after_the_opening_and_nothing_else(
     gates: Gates,
 ) -> None:
+    """As the hook's file sends it: refused where anything has changed since."""
+    for disturbed in (False, True):
+        name = "two" if disturbed else "one"
+        gates.prepare(name)
+        packed = gates.kernel.pack_open(gates.opening(name))
+        assert packed is not None
+        with inside(open_namespace(gates.site.netns)):
+            send(packed.messages, packed.last)
+            if disturbed:
+                gates.run(gates.site.netns, "nft", "add table ip others")
+                with pytest.raises(OSError, match="restarted"):
+                    send(packed.unhooking, 2)
+            else:
+                send(packed.unhooking, 2)
+            assert nftables.chain_state(gate_chain(name)) == Gate.OPEN
+        assert gates.hooked is disturbed
+
+
+def send(batch: bytes, last: int) -> None:
+    with Netlink(NETLINK_NETFILTER) as netlink:
+        netlink.send_transaction(batch, last)
+
+
+def test_nothing_is_packed_to_remove_it_while_another_gate_is_closed(gates: Gates) -> None:
     gates.prepare("one")
-    packed = gates.kernel.pack_open(gates.opening("one"))
+    gates.prepare("two")
+
+    packed = gates.kernel.pack_open(gates.opening("two"))
+
     assert packed is not None
-    gates.others_do_something()
-
-    with inside(open_namespace(gates.site.netns)):
-        with pytest.raises(OSError, match="restarted"):
-            nftables.send_packed(packed.with_pass, packed.last + 1)
-        assert not gates.have_pass
-        nftables.send_packed(packed.messages, packed.last)
-
-    assert not gates.have_pass
-    gates.close("one")
-    gates.open("one")  # which looks again
-    assert gates.have_pass
+    assert packed.unhooking == b""
 
 
-def test_who_changes_things_all_the_time_has_gates_opened_without_it(
-    gates: Gates, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    gates.prepare("one")
-    look = passing.elements.rules_of_chains
-
-    def disturbed(table: str, *names: str) -> Iterator[nftables.Rule]:
-        gates.run(gates.site.netns, "nft", "add table ip others; delete table ip others")
-        return look(table, *names)
-
-    monkeypatch.setattr(passing.elements, "rules_of_chains", disturbed)
-    gates.open("one")
-
-    assert not gates.have_pass
-    with inside(open_namespace(gates.site.netns)):
-        assert nftables.rules("natkeep", "gate-one")[0].comment == ruleset.OPEN
-
-
-def test_where_the_base_chain_was_not_seen_nothing_is_taken_for_open(
+def test_where_its_rules_were_not_seen_no_gate_is_taken_for_open(
     gates: Gates, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As if a kernel wrote its rules in another form than the one that is looked for."""
     gates.prepare("closed")
     gates.prepare("open")
-    monkeypatch.setattr(passing.elements, "rules_of_chains", lambda *_: iter(()))
-
     gates.open("open")
+    monkeypatch.setattr(nftables_dump, "rules_of_chains", lambda *_: iter(()))
 
-    assert not gates.have_pass
+    gates.kernel.unhook_gates()
+
+    assert gates.hooked
 
 
 def test_a_look_that_fails_keeps_no_gate_closed(
@@ -307,38 +229,28 @@ def test_a_look_that_fails_keeps_no_gate_closed(
         raise OSError(105, "No buffer space available")
 
     gates.prepare("one")
-    monkeypatch.setattr(passing.elements, "read_generation", fail)
+    monkeypatch.setattr(nftables_dump, "read_generation", fail)
 
     packed = gates.kernel.pack_open(gates.opening("one"))
     gates.open("one")
 
     assert packed is not None
-    assert packed.with_pass == b""
-    assert not gates.have_pass
+    assert packed.unhooking == b""
     with inside(open_namespace(gates.site.netns)):
-        assert nftables.rules("natkeep", "gate-one")[0].comment == ruleset.OPEN
+        assert nftables.chain_state(gate_chain("one")) == Gate.OPEN
 
 
-def test_nothing_is_packed_with_it_while_another_gate_is_closed(gates: Gates) -> None:
-    gates.prepare("one")
-    gates.prepare("two")
-
-    packed = gates.kernel.pack_open(gates.opening("two"))
-
-    assert packed is not None
-    assert packed.with_pass == b""
-
-
-def test_a_closed_gate_that_is_mended_takes_the_pass_out(gates: Gates) -> None:
-    """Somebody deleted a closed gate, another one was opened, and the first is put back."""
+def test_a_closed_gate_that_is_repaired_brings_it_back(gates: Gates) -> None:
+    """A closed gate was deleted, another one was opened, and the first is put back."""
     gates.prepare("closed")
     gates.prepare("open")
     gates.run(gates.site.netns, "nft", "flush chain inet natkeep gate-closed")
     gates.open("open")
-    assert gates.have_pass
+    gates.kernel.unhook_gates()
+    assert not gates.hooked
     [install] = [s for s in gates.plans["closed"].prepare if isinstance(s, InstallGate)]
-    lines = tuple(line for line in install.lines() if line.endswith(" drop"))
+    drop = tuple(one for one in install.objects() if str(one).endswith(" drop"))
 
-    gates.kernel.mend(LoadLines(gates.site, lines), lambda prior: None)
+    gates.kernel.mend(LoadObjects(gates.site, drop), lambda prior: None)
 
-    assert not gates.have_pass
+    assert gates.hooked

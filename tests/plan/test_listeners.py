@@ -1,4 +1,4 @@
-"""plan/reception.py: who is let in, when, and in front of what; and what is refused beforehand.
+"""plan/listeners.py: who is let in, when, and in front of what; and what is refused beforehand.
 
 The text as a whole is in tests/plan/golden (test_ruleset.py); here is what must hold of any.
 """
@@ -15,12 +15,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from natkeep.errors import RefusedError
-from natkeep.plan import reception, ruleset
+from natkeep.plan import listeners, tables
 from natkeep.plan.drift import Gate, Observation, find_drift
-from natkeep.plan.icmp_errors import LookUp
+from natkeep.plan.listeners import Reception, make_receptions, refuse_one_end_for_two
 from natkeep.plan.move import Map, Mode, Move, Role, Site
+from natkeep.plan.nft import OctetsIn
 from natkeep.plan.plan import make_plan, render_nft
-from natkeep.plan.reception import Reception, make_receptions, refuse_one_end_for_two
 from natkeep.plan.steps import (
     AddAddress,
     ForgetCalls,
@@ -63,7 +63,8 @@ def test_without_listeners_nothing_is_rendered_for_callers(site: Site, mode: Mod
 
     assert not [step for step in plan.steps if isinstance(step, InstallReception | ForgetCalls)]
     assert not re.search("listen|callers", "\n".join(lines_of(plan)))
-    assert plan.open[0].chains() == (ruleset.gate_chain("web"),)
+    [rule] = plan.open[0].objects()
+    assert rule.chain == tables.gate_chain("web")
 
 
 @ROLES
@@ -95,7 +96,7 @@ def test_only_gateway_and_destination_receive() -> None:
 
 def without_answers(rules: Iterable[str]) -> list[str]:
     """Less those by which what a listener answers leaves the destination."""
-    return [rule for rule in rules if ruleset.HALF_OPEN not in rule]
+    return [rule for rule in rules if tables.HALF_OPEN not in rule]
 
 
 def test_a_listener_answers_also_who_calls_from_the_port_of_a_kept_connection() -> None:
@@ -103,7 +104,7 @@ def test_a_listener_answers_also_who_calls_from_the_port_of_a_kept_connection() 
     lines = [line for _, some in render_nft(make_plan(move_of(WEB, site=DESTINATION), KEPT))
              for line in some]  # fmt: skip
 
-    dropped, answered = (line for line in lines if f"rule inet natkeep {ruleset.HALF_OPEN}" in line)
+    dropped, answered = (line for line in lines if f"rule inet natkeep {tables.HALF_OPEN}" in line)
 
     assert dropped.startswith("add ")
     assert "@kept-web-0 drop" in dropped
@@ -152,7 +153,7 @@ def test_opening_lets_callers_in_as_well(site: Site, mode: Mode) -> None:
 
     [opening] = plan.open
 
-    assert opening.chains() == ("gate-web", "callers-web")
+    assert tuple(rule.chain for rule in opening.objects()) == ("gate-web", "callers-web")
     assert opening.lines()[1:] == ('insert rule inet natkeep callers-web accept comment "open"',)
 
 
@@ -196,9 +197,9 @@ def test_what_errors_quote_is_translated_for_callers_after_the_kept_ones(site: S
 
     assert [rule.comment for rule in rules] == ["web:listeners"] * 2 + ["web"] * 2
     assert [rule.chain for rule in rules[:2]] == [rule.chain for rule in rules[2:]]
-    asked = [each for rule in rules[:2] for each in rule.expressions if isinstance(each, LookUp)]
+    asked = [each for rule in rules[:2] for each in rule.statements if isinstance(each, OctetsIn)]
     # ICMP's header and an IPv4 header of 20 octets stand before the quoted ports.
-    assert asked == [LookUp("listen-web-0", ((28, 2),)), LookUp("listen-web-0", ((30, 2),))]
+    assert asked == [OctetsIn("listen-web-0", ((28, 2),)), OctetsIn("listen-web-0", ((30, 2),))]
 
 
 def test_two_olds_with_one_new_cannot_both_have_a_listener_on_a_port() -> None:
@@ -225,7 +226,7 @@ def test_two_moves_cannot_both_have_a_listener_at_one_end() -> None:
 def test_a_rule_for_callers_that_is_gone_is_drift(site: Site, mode: Mode) -> None:
     plan = make_plan(move_of(WEB, site=site, mode=mode), NO_CONNECTIONS)
     [receiving] = make_receptions(plan.move, site)
-    names = reception.chain_names(receiving)
+    names = listeners.chain_names(receiving)
     whole = Observation(
         Gate.OPEN, frozenset(), {}, frozenset({MAP4.old}), {}, 0, receiving=frozenset(names)
     )
@@ -247,15 +248,17 @@ def test_whatever_is_given_what_is_added_is_removed(
     for mode in Mode:
         receiving = Reception(site, 0, MAP6, mode, tuple(ports))
 
-        lines = reception.render(move_id, [receiving])
-        removal = reception.render_removal(move_id, [receiving])
+        objects = listeners.objects(move_id, [receiving])
+        lines = [str(one) for one in objects]
+        undos = [undo for one in objects for undo in one.undo()]
+        removal = [undo.command(7) for undo in undos]
 
         assert all(re.fullmatch(r'[a-z0-9 .:@_"=&|!(){};,-]+', line) for line in (*lines, *removal))
         own = {f"callers-{move_id}", f"listen-{move_id}-0"}
-        assert {line.split()[-1] for line in removal} == own
+        assert {u.name for u in undos if u.kind in ("chain", "set") and not u.unused} == own
         added = {line.split()[4] for line in lines if re.match("add (chain|set) ", line)}
-        chains = {ruleset.address_chain(*chain) for chain in reception.chains(receiving)}
+        chains = {tables.address_chain(*chain) for chain in listeners.chains(receiving)}
         assert added == own | chains
-        shared = {ruleset.HALF_OPEN} if at_destination else set()
+        shared = {tables.HALF_OPEN} if at_destination else set()
         into = {line.split()[4] for line in lines if line.startswith("insert rule ")}
         assert into == chains | shared

@@ -1,0 +1,240 @@
+"""the drivers of the steps that load nft objects: check, apply and revert side by side.
+
+Rule: what a step adds is in plan/, how it gets into the kernel and out again in nftables.py; here
+is only what a kind of step needs beside that.
+"""
+
+from __future__ import annotations
+
+from ipaddress import ip_address
+from typing import Any, Generic, TypeVar
+
+from natkeep import faultpoints
+from natkeep.errors import RefusedError
+from natkeep.kernel import conntrack_listeners, nftables, routes, segment_holder
+from natkeep.kernel.conntrack_purge import delete_untracked
+from natkeep.kernel.interface import Driver, Place, Remember
+from natkeep.plan.drift import Gate
+from natkeep.plan.filters import reset_chain
+from natkeep.plan.move import Role
+from natkeep.plan.steps import (
+    FillSet,
+    HoldListeners,
+    InstallGate,
+    InstallReception,
+    InstallResets,
+    InstallTranslation,
+    Loads,
+    OpenGate,
+    Prior,
+    SendResets,
+    TranslateErrors,
+)
+from natkeep.plan.tables import ERRORS, gate_chain
+
+L = TypeVar("L", bound=Loads)
+
+
+class LoadDriver(Generic[L]):
+    """Objects are loaded, and unloaded; nothing else."""
+
+    enters = True
+
+    def check(self, at: Place, step: L) -> None:
+        """Nothing can be told beforehand."""
+
+    def apply(self, at: Place, step: L, remember: Remember) -> Prior:
+        """Load what the step adds, behind what all moves share."""
+        remember(Prior())
+        nftables.load_step(step, step.objects())
+        return Prior()
+
+    def revert(self, at: Place, step: L, prior: Prior) -> None:
+        """Unload it; what is gone already is fine."""
+        nftables.unload(undo for one in step.objects() for undo in one.undo())
+
+
+class GateDriver(LoadDriver[InstallGate]):
+    """The gate, closed."""
+
+    def check(self, at: Place, step: InstallGate) -> None:
+        """No other move of this id may be there."""
+        if nftables.chain_state(gate_chain(step.move_id)) != Gate.ABSENT:
+            raise RefusedError(
+                f"{step.site}: move {step.move_id} is prepared there already",
+                hint=f"natkeep teardown {step.move_id}, or another id",
+            )
+
+    def apply(self, at: Place, step: InstallGate, remember: Remember) -> Prior:
+        """With the gate hook, where it was taken away since all gates were open."""
+        prior = Prior(facts={"unhooked": True}) if nftables.missing_gate_hook() else Prior()
+        remember(prior)
+        nftables.load_step(step, step.objects())
+        return prior
+
+    def revert(self, at: Place, step: InstallGate, prior: Prior) -> None:
+        """The gate and its sets go; the gate hook too, if it was not there before."""
+        super().revert(at, step, prior)
+        faultpoints.reach("withdrawn", "gate")
+        if prior.facts.get("unhooked"):
+            nftables.remove_gate_hook()
+        delete_untracked([t.map.old for t in step.translations])
+
+
+class FillDriver:
+    """A set is filled; it goes with its gate."""
+
+    enters = True
+
+    def check(self, at: Place, step: FillSet) -> None:
+        """Nothing can be told beforehand."""
+
+    def apply(self, at: Place, step: FillSet, remember: Remember) -> Prior:
+        """All connections in one transaction."""
+        remember(Prior())
+        nftables.fill_set(step.name, step.connections)
+        return Prior()
+
+    def revert(self, at: Place, step: FillSet, prior: Prior) -> None:
+        """Nothing: the set goes with its gate."""
+
+
+class TranslationDriver(LoadDriver[InstallTranslation]):
+    """The rules that translate."""
+
+    def check(self, at: Place, step: InstallTranslation) -> None:
+        """At the destination NEW must be there, and no socket may have a kept tuple at NEW."""
+        if step.site.role == Role.DESTINATION:
+            routes.check_destination(step)
+
+    def apply(self, at: Place, step: InstallTranslation, remember: Remember) -> Prior:
+        """The routes and the address that the translation stands on are noted, for a repair."""
+        prior = _note_routes(step)
+        remember(prior)
+        nftables.load_step(step, step.objects())
+        return prior
+
+    def revert(self, at: Place, step: InstallTranslation, prior: Prior) -> None:
+        """The rules go."""
+        super().revert(at, step, prior)
+        faultpoints.reach("withdrawn", "translation")
+
+
+def _note_routes(step: InstallTranslation) -> Prior:
+    news = [t.map.new for t in step.translations]
+    peers = sorted({peer for t in step.translations for peer in t.outer.peers()})
+    others = [ip_address(peer) for peer in peers]
+    at_destination = step.site.role == Role.DESTINATION
+    own, others = (news, others) if at_destination else ([], [*news, *others])
+    noted = routes.note(own, others)
+    return Prior(facts={"ways": noted} if noted else {})
+
+
+class ListenersDriver(LoadDriver[InstallReception]):
+    """The rules by which new connections reach listeners that moved."""
+
+    def check(self, at: Place, step: InstallReception) -> None:
+        """At the destination no other socket may listen at NEW's port."""
+        if step.site.role == Role.DESTINATION:
+            routes.check_reception(step)
+
+    def revert(self, at: Place, step: InstallReception, prior: Prior) -> None:
+        """The rules go, and behind them the entries of those that came in meanwhile."""
+        super().revert(at, step, prior)
+        faultpoints.reach("withdrawn", "reception")
+        for receiving in step.receptions:
+            conntrack_listeners.delete_translated(receiving)
+
+
+class ErrorsDriver:
+    """The raw rules that translate what ICMP errors quote."""
+
+    enters = True
+
+    def check(self, at: Place, step: TranslateErrors) -> None:
+        """Nothing can be told beforehand."""
+
+    def apply(self, at: Place, step: TranslateErrors, remember: Remember) -> Prior:
+        """In front of their chains."""
+        remember(Prior())
+        nftables.load(step.rules())
+        return Prior()
+
+    def revert(self, at: Place, step: TranslateErrors, prior: Prior) -> None:
+        """Those in the chain that all moves share; in an address chain they go with its others."""
+        rules = (rule for rule in step.rules() if rule.chain == ERRORS)
+        nftables.unload(undo for rule in rules for undo in rule.undo())
+
+
+class BlockDriver(LoadDriver[HoldListeners]):
+    """Listeners of the source are blocked."""
+
+    def apply(self, at: Place, step: HoldListeners, remember: Remember) -> Prior:
+        """These listeners and no others; again is fine."""
+        remember(Prior())
+        nftables.load_block(step)
+        return Prior()
+
+
+class OpenDriver:
+    """The kept connections are let through, and callers to the listeners."""
+
+    enters = True
+
+    def check(self, at: Place, step: OpenGate) -> None:
+        """Nothing can be told beforehand."""
+
+    def apply(self, at: Place, step: OpenGate, remember: Remember) -> Prior:
+        """One rule in front of each drop; then what has been held is delivered."""
+        prior = Prior(present=nftables.chain_state(gate_chain(step.move_id)) == Gate.OPEN)
+        remember(prior)
+        if not prior.present:
+            nftables.open_gates(step.objects())
+        if not (step.delivers and at.directory):
+            return prior
+        held = segment_holder.deliver(at.directory, step.move_id)
+        facts = {} if held is None else {"segments": held.segments, "refused": held.refused}
+        return Prior(prior.present, {**prior.facts, **facts})
+
+    def revert(self, at: Place, step: OpenGate, prior: Prior) -> None:
+        """Closed again."""
+        if not prior.present:
+            nftables.close_gates(step.objects())
+
+
+class SendResetsDriver:
+    """Connections that cannot be kept are reset, at both ends."""
+
+    enters = True
+
+    def check(self, at: Place, step: SendResets) -> None:
+        """Nothing can be told beforehand."""
+
+    def apply(self, at: Place, step: SendResets, remember: Remember) -> Prior:
+        """From now on what an end says is answered, and an end that says nothing is asked."""
+        prior = Prior(present=nftables.chain_state(reset_chain(step.move_id)) == Gate.OPEN)
+        remember(prior)
+        if prior.present:
+            return prior
+        nftables.open_gates(step.objects())
+        from natkeep.kernel.tcp_probe import probe
+
+        return Prior(facts={"asked": probe(step.questions())})
+
+    def revert(self, at: Place, step: SendResets, prior: Prior) -> None:
+        """Nothing is answered any more; what was reset stays reset."""
+        if not prior.present:
+            nftables.close_gates(step.objects())
+
+
+NFT_DRIVERS: dict[type, Driver[Any]] = {
+    InstallGate: GateDriver(),
+    FillSet: FillDriver(),
+    InstallTranslation: TranslationDriver(),
+    InstallReception: ListenersDriver(),
+    TranslateErrors: ErrorsDriver(),
+    HoldListeners: BlockDriver(),
+    InstallResets: LoadDriver[InstallResets](),
+    OpenGate: OpenDriver(),
+    SendResets: SendResetsDriver(),
+}

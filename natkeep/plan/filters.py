@@ -1,0 +1,307 @@
+"""the filters: rules that drop packets of certain connections until they are opened.
+
+    filter    hook, priority           asks                       closed   opened by
+    gate      prerouting -350          kept set                   drop     accept
+    mute      output -350 (source)     the same set, reversed     drop     the same accept
+    callers   prerouting -350          bare SYN, ports            drop     accept   (listeners.py)
+    block     prerouting -350          bare SYN, listener         drop     its removal
+    reset     prerouting, output -360  unkept set                 drop     reject with tcp reset
+    owned     a table of its own       outer, inner set           drop     never
+
+- Gate and mute ask the same sets and jump to the same chain, so opening is one rule everywhere.
+- Opening inserts a rule in front of the drop: it only adds, since a deletion would make the
+  closing of the netlink socket wait for an RCU grace period.
+- A listener at the wildcard address is blocked at every local address: CRIU refuses to dump it
+  with a connection in its queue, whichever address was dialled.
+- The reset filter answers with a reset that is in sequence, since it is made from the segment that
+  it answers (RFC 9293, 3.5.2). A tuple may live again: its SYN (at the destination the listener's
+  SYN-ACK) puts it into `again-ID-N`, and it is left alone from then on. It stands in front of the
+  gate and of the listeners' rules; its sets hold no kept connection, so a kept one is never reset.
+- The owned table has the flag `owner`, so the kernel spares it when the ruleset is flushed.
+
+Rule: exact tuples of the move only. This file must never run anything.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+from natkeep.plan.move import Role
+from natkeep.plan.nft import (
+    ACCEPT,
+    DROP,
+    IP,
+    RESET,
+    RETURN,
+    Add,
+    Chain,
+    Elements,
+    Match,
+    Meta,
+    Object,
+    Rule,
+    Statement,
+    Table,
+    jump,
+)
+from natkeep.plan.resets import Reset
+from natkeep.plan.tables import (
+    GATE,
+    HALF_OPEN,
+    NOT_SYN,
+    OPEN,
+    SYN,
+    TO_WIRE,
+    address_chain,
+    connection_set,
+    dispatch_to,
+    gate_chain,
+    held_set,
+    inbound_key,
+    kept_set,
+    outbound_key,
+    outer_set,
+    rule_at,
+)
+from natkeep.plan.translation import Translation
+from natkeep.plan.tuples import Address, Connections, Endpoint
+
+BLOCK_PREFIX = "hold-"
+"""How the names of chains begin that block listeners; `hold` as in released versions."""
+_BLOCK = ":hold"
+RESET_PREFIX = "reset-"
+
+# ---- gate and mute: the kept connections ---------------------------------------------------------
+
+
+def gate(move_id: str, translations: Iterable[Translation]) -> tuple[Object, ...]:
+    """The sets of kept connections (empty), the closed gate, and what keeps OLD silent.
+
+    The gate is closed as soon as the sets have been filled, which happens before OLD is local
+    and before anything translates.
+    """
+    chain = gate_chain(move_id)
+    objects: list[Object] = [Chain(chain), Rule(chain, (DROP,))]
+    for translation in translations:
+        version = translation.map.old.version
+        for name in sets_of(move_id, translation):
+            objects.append(connection_set(name, version, len(translation.kept)))
+        asked = Match(inbound_key(version), f"@{outer_name(move_id, translation)}")
+        for local in gated_addresses(translation):
+            objects += rule_at(GATE, local, (asked, jump(chain)), move_id)
+        if translation.site.role == Role.DESTINATION:
+            old = translation.map.old
+            kept = Match(outbound_key(version), f"@{kept_set(move_id, translation.number)}")
+            from_old = Match((f"{IP[version]} saddr",), old)
+            objects.append(Rule(HALF_OPEN, (from_old, kept, DROP), move_id))
+            objects += silence(old)
+    return tuple(objects)
+
+
+def mute(move_id: str, translations: Iterable[Translation]) -> tuple[Object, ...]:
+    """The outbound half of a source's gate; the sets are those of the inbound half."""
+    objects: list[Object] = []
+    for translation in translations:
+        old = translation.map.old
+        kept = Match(outbound_key(old.version), f"@{kept_set(move_id, translation.number)}")
+        objects += rule_at("mute", old, (kept, jump(gate_chain(move_id))), move_id)
+    return tuple(objects)
+
+
+def gated_addresses(translation: Translation) -> tuple[Address, ...]:
+    """Where a peer's packet may be addressed when the gate must stop it.
+
+    At the destination both: NEW from the wire, and OLD from a peer on the same host.
+    """
+    if translation.site.role == Role.DESTINATION:
+        return (translation.before, translation.after)
+    return (translation.before,)
+
+
+def gate_chains(translation: Translation) -> tuple[tuple[str, Address], ...]:
+    """Dispatch and address of the chains in which the translation's gate has a rule."""
+    inbound = tuple((GATE, local) for local in gated_addresses(translation))
+    if translation.site.role == Role.SOURCE:
+        return (*inbound, ("mute", translation.map.old))
+    return inbound
+
+
+def sets_of(move_id: str, translation: Translation) -> dict[str, Connections]:
+    """The translation's sets by name, and what is in them."""
+    sets = {kept_set(move_id, translation.number): translation.inner}
+    if translation.renames:
+        sets[outer_set(move_id, translation.number)] = translation.outer
+    return sets
+
+
+def outer_name(move_id: str, translation: Translation) -> str:
+    name = outer_set if translation.renames else kept_set
+    return name(move_id, translation.number)
+
+
+def silence(old: Address) -> tuple[Object, ...]:
+    """OLD neither leaves this host as a source nor is spoken of in ARP, while a gate has it.
+
+    A /32 on lo would still be answered for (arp_ignore 0) and announced (arp_announce 0 and
+    1). IPv6 on lo is not answered for by neighbour discovery.
+    """
+    unused = address_chain(GATE, old)
+    held = Elements(held_set(old.version), (old,), unused=unused)
+    if old.version == 6:
+        return (held,)
+    return (held, Elements("silent", (old,), family="arp", unused=unused))
+
+
+def opening(move_id: str, role: Role) -> Rule:
+    """Let the kept connections through: one rule, whatever their number.
+
+    At the destination a bare SYN stays refused: there it would reach a listener.
+    """
+    guard = (NOT_SYN,) if role == Role.DESTINATION else ()
+    return Rule(gate_chain(move_id), (*guard, ACCEPT), OPEN, insert=True)
+
+
+# ---- block: new connections to listeners of the source -------------------------------------------
+
+
+def block_chain(move_id: str) -> str:
+    """Name of the chain that drops bare SYNs to the blocked listeners."""
+    return f"{BLOCK_PREFIX}{move_id}"
+
+
+def block_comment(move_id: str) -> str:
+    """Comment of the rule that jumps there; no move's kept connections have it."""
+    return f"{move_id}{_BLOCK}"
+
+
+def is_block(comment: str) -> bool:
+    """Whether a rule with this comment jumps to some move's blocked listeners."""
+    return comment.endswith(_BLOCK)
+
+
+def block(move_id: str, listeners: Iterable[Endpoint], *, linked: bool) -> tuple[Object, ...]:
+    """Block these listeners; linked: the gate jumps to the chain already."""
+    chain = block_chain(move_id)
+    objects: list[Object] = [Chain(chain)]
+    for listener in listeners:
+        address = listener.address
+        at = () if address.is_unspecified else (Match((f"{IP[address.version]} daddr",), address),)
+        port = Match(("tcp dport",), listener.port)
+        objects.append(Rule(chain, (*at, port, SYN, DROP)))
+    if not linked:
+        objects.append(Rule(GATE, (jump(chain),), block_comment(move_id)))
+    return tuple(objects)
+
+
+# ---- reset: connections that cannot be kept ------------------------------------------------------
+
+
+def reset_set(move_id: str, number: int) -> str:
+    """Name of the set of connections of the move's map *number* that cannot be kept."""
+    return f"{RESET_PREFIX}{move_id}-{number}"
+
+
+def again_set(move_id: str, number: int) -> str:
+    """Name of the set of those of them whose tuple lives again."""
+    return f"again-{move_id}-{number}"
+
+
+def again_of(name: str) -> str:
+    """The again_set that belongs to the reset_set *name*."""
+    return f"again-{name.removeprefix(RESET_PREFIX)}"
+
+
+def reset_chain(move_id: str) -> str:
+    """Name of the chain that drops, and resets once the move is open."""
+    return f"{RESET_PREFIX}{move_id}"
+
+
+def reset_comment(move_id: str) -> str:
+    """Comment of the rules in shared chains; another than that of the kept connections' rules."""
+    return f"{move_id}:unkept"
+
+
+def reset(move_id: str, resets: Iterable[Reset]) -> tuple[Object, ...]:
+    """The sets (empty), the chain that drops, and the rules that lead there."""
+    chain = reset_chain(move_id)
+    objects: list[Object] = [Chain(chain), Rule(chain, (DROP,))]
+    for one in resets:
+        objects += _reset_one(move_id, one)
+        if one.site.role == Role.DESTINATION:
+            objects += silence(one.old)
+    return tuple(objects)
+
+
+def _reset_one(move_id: str, one: Reset) -> Iterator[Object]:
+    version, size = one.old.version, len(one.connections)
+    key, begins = inbound_key(version), SYN
+    if one.dispatch == "answer":
+        key, begins = outbound_key(version), SYN._replace(value=("syn", "ack"))
+    lost, again = reset_set(move_id, one.number), again_set(move_id, one.number)
+    yield connection_set(lost, version, size)
+    yield connection_set(again, version, size, dynamic=True)
+    yield from dispatch_to(one.dispatch, one.old)
+    asked = Match(key, f"@{lost}")
+    rules: tuple[tuple[Statement, ...], ...] = (
+        # Each in front of the one before: what begins anew, what began anew, all others.
+        (asked, jump(reset_chain(move_id))),
+        (Match(key, f"@{again}"), RETURN),
+        (begins, asked, Add(key, again), RETURN),
+    )
+    for statements in rules:
+        yield Rule(address_chain(*one.chain), statements, reset_comment(move_id), insert=True)
+
+
+def reset_opening(move_id: str) -> Rule:
+    """Answer with resets from now on."""
+    tcp = Meta("meta l4proto", "tcp")
+    return Rule(reset_chain(move_id), (tcp, RESET), OPEN, insert=True)
+
+
+# ---- owned: a table that outlives a flush of the ruleset -----------------------------------------
+
+_OWNED_CHAINS = (
+    ("arriving", "input", "-350"),
+    ("passing", "forward", "-350"),
+    ("leaving", "postrouting", "350"),
+)
+
+
+def owned_table_name(move_id: str) -> str:
+    """Name of the move's owned inet table; natkeep's own table is another."""
+    return f"natkeep-guard-{move_id}"
+
+
+def owned_sets(translation: Translation) -> dict[str, Connections]:
+    """The translation's sets in the owned table by name, and what is in them."""
+    number = translation.number
+    return {f"outer-{number}": translation.outer, f"inner-{number}": translation.inner}
+
+
+def owned_table(move_id: str, translations: Iterable[Translation]) -> tuple[Object, ...]:
+    """The whole table, its sets empty; it lives as long as the socket that makes it."""
+    translations, table = tuple(translations), owned_table_name(move_id)
+    objects: list[Object] = [Table(name=table, owner=True)]
+    objects += [Chain(name, hook, prio, table=table) for name, hook, prio in _OWNED_CHAINS]
+    for one in translations:
+        version, size = one.map.old.version, len(one.kept)
+        objects += [connection_set(name, version, size, table=table) for name in owned_sets(one)]
+    for one in translations:
+        for chain, statements in _untranslated(one):
+            objects.append(Rule(chain, (*statements, DROP), move_id, table=table))
+    return tuple(objects)
+
+
+def _untranslated(translation: Translation) -> Iterator[tuple[str, tuple[Statement, ...]]]:
+    """What is still un-translated where everything should be translated."""
+    outer, inner = owned_sets(translation)
+    before, after = translation.before, translation.after
+    version = before.version
+    to_before = Match((f"{IP[version]} daddr",), before)
+    arrived = (to_before, Match(inbound_key(version), f"@{outer}"))
+    yield "arriving", arrived
+    yield "passing", arrived
+    # A peer on the destination itself is not translated.
+    to_wire = (TO_WIRE,) if translation.site.role == Role.DESTINATION else ()
+    from_after = Match((f"{IP[version]} saddr",), after)
+    yield "leaving", (*to_wire, from_after, Match(outbound_key(version), f"@{inner}"))

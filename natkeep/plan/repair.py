@@ -1,0 +1,178 @@
+"""the repair: what of a plan is to be done again where another program has undone a part.
+
+Rule: only what is missing is made; what stands there is never taken away to be made anew. Nothing
+is opened that was closed, and no connection that has ended comes back:
+
+- before a move is opened its process is frozen, and every connection of it lives;
+- afterwards one lives while it has a socket at the destination, if that is a site of the move;
+- a gateway alone cannot know. An entry that stands there and does not translate, but carries
+  traffic, is mended. One that is missing is made again only if it was seen alive so shortly
+  before that the kernel, which keeps the entry of a connection that has ended for a while, cannot
+  have removed it itself: then somebody else did.
+
+This file must never look at a machine; the order of what it returns is that of the plan.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING
+
+from natkeep.plan import filters
+from natkeep.plan.liveness import Life
+from natkeep.plan.move import Site
+from natkeep.plan.nft import Key, Object, Rule
+from natkeep.plan.steps import (
+    AddAddress,
+    FillSet,
+    GuardSite,
+    InsertEntries,
+    Plan,
+    RaiseLoopback,
+    Step,
+    as_commands,
+)
+from natkeep.plan.translation import Translation
+from natkeep.plan.wanted import Wanted, order_rules, place, want
+from natkeep.values import dataclass, replace
+
+if TYPE_CHECKING:
+    from natkeep.plan.drift import Observation
+
+
+@dataclass(frozen=True, slots=True)
+class LoadObjects:
+    """What is missing of a step that loads nft objects."""
+
+    site: Site
+    objects: tuple[Object, ...]
+
+    def describe(self) -> tuple[str, ...]:
+        """One command a line; one comment a rule that nft's text cannot say."""
+        raw = [one for one in self.objects if isinstance(one, Rule) and one.is_raw()]
+        texts = [str(one) for one in self.objects if one not in raw]
+        comments = (f"# {self.site}: raw nf_tables rule in chain {rule.chain}" for rule in raw)
+        return (*as_commands(self.site, texts), *comments)
+
+
+@dataclass(frozen=True, slots=True)
+class PutWays:
+    """Routes and addresses of others that the move stands on, as kernel/routes.py noted them."""
+
+    site: Site
+    notes: tuple[str, ...]
+
+    def describe(self) -> tuple[str, ...]:
+        """One comment a note."""
+        return tuple(f"# {self.site}: {line}" for line in describe_ways(self.notes))
+
+
+def describe_ways(notes: Iterable[str]) -> Iterator[str]:
+    """What the notes are about, in words."""
+    for note in notes:
+        kind, address, device, _ = note.split(",")
+        if kind == "address":
+            yield f"address {address}: not on {device} any more"
+        else:
+            yield f"route to {address}: gone from {device}"
+
+
+@dataclass(frozen=True, slots=True)
+class StopCounting:
+    """Switch off the accounting that a repair, killed while it made entries, left on."""
+
+    site: Site
+
+    def describe(self) -> tuple[str, ...]:
+        """One command a line."""
+        return (f"# {self.site}: net.netfilter.nf_conntrack_acct = 0 as before",)
+
+
+Patch = (
+    LoadObjects
+    | PutWays
+    | StopCounting
+    | FillSet
+    | GuardSite
+    | RaiseLoopback
+    | AddAddress
+    | InsertEntries
+)
+"""What a repair does: a step again, or the part of it that is missing."""
+
+
+def find_patches(
+    plan: Plan, site: Site, seen: Observation, life: Life, *, opened: bool
+) -> Iterator[tuple[int, Patch]]:
+    """What is to be done again at *site*, each with the number of the step that it is a part of.
+
+    opened: the connections have been let through there, and are to be.
+    """
+    missing = seen.gone | seen.shut
+    wanted: dict[int, list[Wanted]] = defaultdict(list)
+    everything = [one for _, one in want(plan, site).values()]
+    for number, one in want(plan, site).values():
+        if one.key in missing:
+            wanted[number].append(one)
+    for number, step in enumerate(plan.steps):
+        if step.site != site or (number >= len(plan.prepare) and not opened):
+            continue
+        objects = tuple(_place(wanted[number], everything, missing))
+        if objects:
+            yield number, LoadObjects(site, objects)
+        patch = _patch_of(step, seen, life)
+        if patch is not None:
+            yield number, patch
+        if opened and isinstance(step, FillSet) and _has_forgotten(step, missing):
+            yield number, replace(step, name=filters.again_of(step.name))
+
+
+def _has_forgotten(step: FillSet, missing: frozenset[Key]) -> bool:
+    """Whether nobody knows any more which tuples of a set of resets live again.
+
+    Everybody was told when the move was opened, so all are taken for those.
+    """
+    if not step.name.startswith(filters.RESET_PREFIX):
+        return False
+    return Key("inet", "set", filters.again_of(step.name)) in missing
+
+
+def _place(
+    some: Iterable[Wanted], everything: list[Wanted], missing: frozenset[Key]
+) -> Iterator[Object]:
+    for one in some:
+        if isinstance(one.object, Rule) and not one.object.is_raw():
+            yield place(one.object, one.key, order_rules(everything, one.key.name), missing)
+        else:
+            yield one.object
+
+
+def _patch_of(step: Step, seen: Observation, life: Life) -> Patch | None:
+    match step:
+        # All of them: to add one that is there changes nothing.
+        case FillSet() if seen.missing.get(step.name):
+            return step
+        case GuardSite() if not seen.guarded:
+            return step
+        case RaiseLoopback() if not seen.loopback:
+            return step
+        case AddAddress() if step.address not in seen.addresses:
+            return step
+        case InsertEntries():
+            translation = step.translation
+            picked = list(life.picks(translation, seen.entries.get(translation.number, ())))
+            if picked:
+                return InsertEntries(step.site, pick_from(translation, picked))
+    return None
+
+
+def pick_from(translation: Translation, indices: list[int]) -> Translation:
+    """The translation of these of its connections only."""
+    version = translation.map.old.version
+    return replace(
+        translation,
+        kept=translation.kept.pick(indices, version),
+        outer=translation.outer.pick(indices, version),
+        inner=translation.inner.pick(indices, version),
+    )

@@ -1,0 +1,96 @@
+"""The holder's socket filter: the classic BPF program of its packet sockets.
+
+Rule: it may let more through than the kept connections, since the holder compares whole keys, and
+never less. This file must never open a socket (kernel/segment_holder.py attaches the program).
+"""
+
+from __future__ import annotations
+
+from struct import pack
+from sys import byteorder
+
+from natkeep.plan.tuples import RECORD_SIZE
+
+_TCP = 6
+_SYN, _RST, _URG = 0x02, 0x04, 0x20
+
+_INTERVALS = 64
+"""Tests that the kernel makes of one field, at most; the holder looks at whole keys anyway."""
+_LOAD_WORD, _LOAD_HALF, _LOAD_OCTET = 0x20, 0x28, 0x30
+_LOAD_HALF_X, _LOAD_OCTET_X, _LOAD_X = 0x48, 0x50, 0xB1
+_JUMP, _EQUAL, _ABOVE, _AT_LEAST, _ANY_BIT, _RETURN = 0x05, 0x15, 0x25, 0x35, 0x45, 0x06
+_PACKET_TYPE = 0xFFFFF000 + 4
+_ALL = 0x40000
+
+Instruction = tuple[int, int, int, int]
+"""Code, jump if true, jump if false, operand: struct sock_filter."""
+
+
+def make_filter(version: int, maps: list[tuple[bytes, bytes, bytes]]) -> tuple[Instruction, ...]:
+    """The classic BPF program that shows the holder little more than the kept connections.
+
+    maps: as for replay.pack_kept, of IP *version*. The program sees a packet from its IP header on.
+    Addresses of IPv6 are compared by their last four octets; sets of more than 64 values are
+    covered by as many intervals.
+    """
+    width, size = 4 if version == 4 else 16, RECORD_SIZE[version]
+    news = {int.from_bytes(new[-4:], "big") for _, new, _ in maps}
+    peers, ports = set[int](), set[int]()
+    for _, _, records in maps:
+        ports |= _column(records, width, 2, size)
+        peers |= _column(records, size - 6, 4, size)
+    source, destination = (12, 16) if version == 4 else (20, 36)
+    program = [(_LOAD_OCTET, 0, 0, _PACKET_TYPE), *_require(_EQUAL, 0)]
+    program += [(_LOAD_OCTET, 0, 0, 9 if version == 4 else 6), *_require(_EQUAL, _TCP)]
+    if version == 4:
+        program += [(_LOAD_HALF, 0, 0, 6), *_refuse(_ANY_BIT, 0x3FFF)]
+    program += [(_LOAD_WORD, 0, 0, destination), *_require_one_of(news)]
+    program += [(_LOAD_WORD, 0, 0, source), *_require_one_of(peers)]
+    if version == 4:
+        program += [(_LOAD_X, 0, 0, 0), (_LOAD_OCTET_X, 0, 0, 13)]
+    else:
+        program += [(_LOAD_OCTET, 0, 0, 53)]
+    program += _refuse(_ANY_BIT, _SYN | _RST | _URG)
+    program += [(_LOAD_HALF_X, 0, 0, 2) if version == 4 else (_LOAD_HALF, 0, 0, 42)]
+    program += _require_one_of(ports)
+    return (*program, (_RETURN, 0, 0, _ALL))
+
+
+def _column(records: bytes, start: int, width: int, size: int) -> set[int]:
+    """The numbers that stand at *start* in records of *size*: by columns, as there are many."""
+    column = bytearray(len(records) // size * width)
+    for i in range(width):
+        place = width - 1 - i if byteorder == "little" else i
+        column[place::width] = records[start + i :: size]
+    return set(memoryview(column).cast("H" if width == 2 else "I").tolist())
+
+
+def pack_filter(program: tuple[Instruction, ...]) -> bytes:
+    """As the kernel wants it."""
+    return b"".join(pack("=HBBI", *instruction) for instruction in program)
+
+
+def _require(test: int, operand: int) -> list[Instruction]:
+    return [(test, 1, 0, operand), (_RETURN, 0, 0, 0)]
+
+
+def _refuse(test: int, operand: int) -> list[Instruction]:
+    return [(test, 0, 1, operand), (_RETURN, 0, 0, 0)]
+
+
+def _require_one_of(values: set[int]) -> list[Instruction]:
+    intervals = cover(values, _INTERVALS)
+    found: list[Instruction] = []
+    for index, (first, last) in enumerate(intervals):
+        behind = 4 * (len(intervals) - index - 1) + 1
+        found += [*_require(_AT_LEAST, first), (_ABOVE, 1, 0, last), (_JUMP, 0, 0, behind)]
+    return [*found, (_RETURN, 0, 0, 0)]  # above the last one
+
+
+def cover(values: set[int], most: int) -> list[tuple[int, int]]:
+    """At most *most* intervals, first and last included, that cover *values*; the gaps smallest."""
+    ordered = sorted(values)
+    gaps = sorted(range(1, len(ordered)), key=lambda i: ordered[i - 1] - ordered[i])[: most - 1]
+    starts = [0, *sorted(i for i in gaps if ordered[i] - ordered[i - 1] > 1)]
+    ends = [*(i - 1 for i in starts[1:]), len(ordered) - 1]
+    return [(ordered[a], ordered[b]) for a, b in zip(starts, ends, strict=True)] if ordered else []

@@ -1,0 +1,265 @@
+"""the tables `inet natkeep` and `arp natkeep`: what stands there for all moves, and all names.
+
+A site has one table `inet natkeep`, shared by all moves: base chains, and verdict maps from a local
+address to the chain in which moves have their rules (ruleset.py draws a packet's way). The part
+that all moves share is listed here and nowhere else.
+"""
+
+from __future__ import annotations
+
+from functools import cache, lru_cache
+from typing import NamedTuple
+
+from natkeep.plan.criu_lock import CRIU_MARK
+from natkeep.plan.move import Mode
+from natkeep.plan.nft import (
+    ACCEPT,
+    ADDRESS_TYPE,
+    DROP,
+    FAMILIES,
+    IP,
+    NOTRACK,
+    TABLE,
+    Chain,
+    Elements,
+    Match,
+    Meta,
+    Object,
+    Rule,
+    Set,
+    Statement,
+    Table,
+    TcpFlags,
+    VerdictMap,
+    jump,
+)
+from natkeep.plan.tuples import Address
+
+_OPENING_FLAGS = ("fin", "syn", "rst", "ack")
+SYN = TcpFlags(_OPENING_FLAGS, ("syn",))
+"""A bare SYN: it begins a connection."""
+NOT_SYN = TcpFlags(_OPENING_FLAGS, ("syn",), equal=False)
+_SYN_ACK = TcpFlags(("syn", "ack"), ("syn", "ack"))
+_CRIU_MARKED = Meta("meta mark", f"{CRIU_MARK:#x}")
+FROM_WIRE = Meta("iif", '"lo"', equal=False)
+TO_WIRE = Meta("oif", '"lo"', equal=False)
+
+GATE = "gate"
+INJECTED = "injected"
+LEAVING = "leaving"
+HALF_OPEN = "half-open"
+"""Name of the chain that SYN-ACKs are sent to, at a destination."""
+ERRORS = "errors"
+"""Name of the chain for departing ICMP errors; the base chain sends nothing else there."""
+OPEN = "open"
+"""Comment of the rule that opens a gate."""
+
+
+class Dispatch(NamedTuple):
+    """A base chain that sends packets, by the address in *field*, to the chain of that address."""
+
+    chain: str
+    type: str
+    hook: str
+    priority: str
+    field: str
+
+    def base(self) -> Chain:
+        """The base chain."""
+        return Chain(self.chain, self.hook, self.priority, self.type)
+
+
+DISPATCHES = {
+    # filters, in front of everything: gate and mute of the kept, reset of the unkept connections
+    GATE: Dispatch(GATE, "filter", "prerouting", "-350", "daddr"),
+    "mute": Dispatch("muted", "filter", "output", "-350", "saddr"),
+    "refuse": Dispatch("refusing", "filter", "prerouting", "-360", "daddr"),
+    "answer": Dispatch("answering", "filter", "output", "-360", "saddr"),
+    # translation, stateful
+    "in": Dispatch("inbound", "nat", "prerouting", "dstnat - 20", "daddr"),
+    "out": Dispatch("outbound", "nat", "postrouting", "srcnat - 20", "saddr"),
+    # translation, stateless
+    "set": Dispatch("arriving", "filter", "prerouting", "-300", "daddr"),
+    "put": Dispatch("departing", "filter", "postrouting", "300", "saddr"),
+}
+DIRECTIONS = {Mode.STATEFUL: ("in", "out"), Mode.STATELESS: ("set", "put")}
+"""Inbound and outbound dispatch of each mode; GATE is every mode's."""
+
+
+def kept_set(move_id: str, number: int) -> str:
+    """Name of the set of kept connections of the move's translation *number*."""
+    return f"kept-{move_id}-{number}"
+
+
+def outer_set(move_id: str, number: int) -> str:
+    """Name of the set of the same connections as they look outside, where that differs."""
+    return f"outer-{move_id}-{number}"
+
+
+def gate_chain(move_id: str) -> str:
+    """Name of the chain that holds the move's drop, and its accept once it is open."""
+    return f"gate-{move_id}"
+
+
+@lru_cache(maxsize=1 << 12)  # a move asks for each of its few a dozen times
+def address_chain(dispatch: str, address: Address) -> str:
+    """Name of the chain that packets of one local address are sent to.
+
+    An address has a dot or a colon and an id has neither, so this never equals a gate_chain.
+    """
+    return f"{dispatch}-at-{str(address).replace(':', '_')}"
+
+
+def dispatch_map(dispatch: str, version: int) -> str:
+    """Name of the verdict map from local address to address chain."""
+    return f"{dispatch}{version}"
+
+
+def held_set(version: int) -> str:
+    """Name of the set of OLD addresses that the destination holds and must not leak."""
+    return f"held{version}"
+
+
+# ---- the part that all moves share ---------------------------------------------------------------
+
+
+@cache
+def base_table() -> tuple[Object, ...]:
+    """The table as it is before any move; `create` fails when it is there already."""
+    return (
+        Table(),
+        *(Set(held_set(v), (ADDRESS_TYPE[v],), shared=True) for v in FAMILIES),
+        *_dispatch_maps(GATE),
+        *gate_hook(),
+        Chain(INJECTED, "output", "-350"),
+        Rule(INJECTED, (_CRIU_MARKED, NOTRACK)),
+    )
+
+
+@cache
+def gate_hook() -> tuple[Object, ...]:
+    """The base chain `gate`, by which packets get to the gates; it is there while one is closed."""
+    return (
+        DISPATCHES[GATE].base(),
+        Rule(GATE, (_CRIU_MARKED, NOTRACK, ACCEPT)),
+        *_dispatch_rules(GATE),
+    )
+
+
+@cache
+def destination_table() -> tuple[Object, ...]:
+    """What only a destination's table has besides: what must not leave it, and ARP's silence.
+
+    A gateway has no OLD to leak, and no listener there; each packet would pay for it.
+    """
+    leaving = (
+        Rule(LEAVING, (Match((f"{IP[v]} saddr",), f"@{held_set(v)}"), TO_WIRE, DROP))
+        for v in FAMILIES
+    )
+    return (
+        Chain(LEAVING, "postrouting", "350"),
+        *leaving,
+        Chain(HALF_OPEN, shared=True),
+        Rule(INJECTED, (_SYN_ACK, jump(HALF_OPEN))),
+    )
+
+
+@cache
+def arp_table() -> tuple[Object, ...]:
+    """The ARP half of a destination's table; `create` fails when it is there already."""
+    objects: list[Object] = [Table("arp"), Set("silent", ("ipv4_addr",), family="arp", shared=True)]
+    for name, hook, field in (("asked", "input", "daddr"), ("asking", "output", "saddr")):
+        objects.append(Chain(name, hook, "0", family="arp"))
+        match = Match((f"arp {field} ip",), "@silent")
+        objects.append(Rule(name, (match, DROP), family="arp"))
+    return tuple(objects)
+
+
+@cache
+def source_table() -> tuple[Object, ...]:
+    """What only a source's table has besides."""
+    return dispatch_table("mute")
+
+
+@cache
+def dispatch_table(dispatch: str) -> tuple[Object, ...]:
+    """The base chain of a dispatch, its maps and its rules; the first move that uses it adds it."""
+    return (*_dispatch_maps(dispatch), DISPATCHES[dispatch].base(), *_dispatch_rules(dispatch))
+
+
+@cache
+def mode_table(mode: Mode) -> tuple[Object, ...]:
+    """The base chains of a mode, added by the first move that uses it.
+
+    A gateway with stateless moves only has no nat chain: that would track all connections.
+    """
+    objects = [one for dispatch in DIRECTIONS[mode] for one in dispatch_table(dispatch)]
+    if mode == Mode.STATELESS:
+        departing = DISPATCHES[DIRECTIONS[mode][1]].chain
+        icmp = Meta("meta l4proto", "{ icmp, ipv6-icmp }")
+        # Nothing else may get there: it would ask a rule for each move.
+        objects += [Chain(ERRORS, shared=True), Rule(departing, (icmp, jump(ERRORS)))]
+    return tuple(objects)
+
+
+def base_chain_of(mode: Mode) -> str:
+    """The chain by whose presence one knows that mode_table has been loaded."""
+    return DISPATCHES[DIRECTIONS[mode][0]].chain
+
+
+def _dispatch_maps(dispatch: str) -> tuple[Object, ...]:
+    return tuple(
+        Set(dispatch_map(dispatch, v), (ADDRESS_TYPE[v],), verdicts=True, shared=True)
+        for v in FAMILIES
+    )
+
+
+def _dispatch_rules(dispatch: str) -> tuple[Object, ...]:
+    row = DISPATCHES[dispatch]
+    return tuple(
+        Rule(row.chain, (VerdictMap(f"{IP[v]} {row.field}", dispatch_map(dispatch, v)),))
+        for v in FAMILIES
+    )
+
+
+# ---- a move's way into it ------------------------------------------------------------------------
+
+
+def dispatch_to(dispatch: str, address: Address) -> tuple[Object, ...]:
+    """Send packets of *address* to its chain, which is made if there is none."""
+    chain = address_chain(dispatch, address)
+    name = dispatch_map(dispatch, address.version)
+    return (Chain(chain, shared=True), Elements(name, (address,), chain))
+
+
+def rule_at(
+    dispatch: str, address: Address, statements: tuple[Statement, ...], comment: str
+) -> tuple[Object, ...]:
+    """A rule in the chain of *address*, in front: the newest move of a tuple has the word."""
+    chain = address_chain(dispatch, address)
+    return (*dispatch_to(dispatch, address), Rule(chain, statements, comment, insert=True))
+
+
+def inbound_key(version: int) -> tuple[str, ...]:
+    """What a set is asked for of a packet from a peer: peer, its port, the local one."""
+    return (f"{IP[version]} saddr", "tcp sport", "tcp dport")
+
+
+def outbound_key(version: int) -> tuple[str, ...]:
+    """The same of a packet to a peer."""
+    return (f"{IP[version]} daddr", "tcp dport", "tcp sport")
+
+
+def connection_set(
+    name: str, version: int, size: int, *, dynamic: bool = False, table: str = TABLE
+) -> Set:
+    """An empty set for *size* connections: `peer . peer port . local port`."""
+    type_ = (ADDRESS_TYPE[version], "inet_service", "inet_service")
+    return Set(name, type_, size, dynamic=dynamic, table=table)
+
+
+def removal() -> tuple[str, ...]:
+    """Remove both tables, whether they are there or not (`destroy` needs a newer nft)."""
+    return tuple(
+        f"{verb} table {family} {TABLE}" for family in ("inet", "arp") for verb in ("add", "delete")
+    )
