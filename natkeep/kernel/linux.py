@@ -1,7 +1,7 @@
-"""Hands each step to its driver, in the namespace of its site, and each question to its reader.
+"""the real kernel: each step done, undone and looked at in the namespace of its site.
 
-Rule: this file decides nothing about translation, and sends nothing itself; what the kernel says no
-to becomes a KernelError that names the site.
+Rule: this file decides nothing about a step; it opens namespaces, hands each step to the driver of
+its kind, and turns refusals into KernelError.
 """
 
 from __future__ import annotations
@@ -27,13 +27,7 @@ from natkeep.kernel import (
     sock_diag,
 )
 from natkeep.kernel.interface import Driver, Packed, Place, Remember, Snapshot
-from natkeep.kernel.netns import (
-    Namespace,
-    errors_at,
-    find_namespace,
-    inside,
-    open_namespace,
-)
+from natkeep.kernel.netns import Namespace, errors_at, find_namespace, inside, open_namespace
 from natkeep.kernel.nft_drivers import NFT_DRIVERS
 from natkeep.plan.drift import Observation
 from natkeep.plan.move import Move, Role, Site
@@ -60,6 +54,7 @@ if TYPE_CHECKING:
     from natkeep.plan.repair import Patch
     from natkeep.plan.strays import SeenTable
 
+
 DRIVERS: dict[type, Driver[Any]] = {
     **NFT_DRIVERS,
     AddAddress: rtnetlink.AddressDriver(),
@@ -71,15 +66,11 @@ DRIVERS: dict[type, Driver[Any]] = {
     RaiseLoopback: rtnetlink.LoopbackDriver(),
     TakeOverLock: criu_lock.LockDriver(),
 }
-"""By the kind of step."""
-
-
-def _driver_of(step: Step) -> Driver[Any]:
-    return next(DRIVERS[kind] for kind in type(step).__mro__ if kind in DRIVERS)
+"""By the kind of step; a kind that is derived from another has its driver."""
 
 
 class LinuxKernel:
-    """See natkeep/kernel/interface.py for the laws.
+    """See interface.py for the laws.
 
     directory: where a holder is found again, as a socket; without one nothing is held.
     """
@@ -110,6 +101,8 @@ class LinuxKernel:
         """Device and inode of an opened site's namespace."""
         return self._namespaces[site].identity
 
+    # ---- what a site shows -------------------------------------------------------------------
+
     def addresses(self, site: Site, version: int) -> tuple[Address, ...]:
         """The addresses of IP *version* that others can reach an opened site at."""
         with self._at(site):
@@ -118,7 +111,7 @@ class LinuxKernel:
     def survey(self, site: Site) -> Facts:
         """What findings are made of, at an opened site."""
         with self._at(site):
-            from natkeep.kernel import survey  # for `check` alone
+            from natkeep.kernel import survey  # for `check` alone: it imports pyroute2
 
             return survey.gather_facts()
 
@@ -128,7 +121,7 @@ class LinuxKernel:
             return frozenset(name for _, name in socket.if_nameindex())
 
     def find_listeners(self, site: Site, olds: frozenset[Address]) -> tuple[Endpoint, ...]:
-        """Where somebody listens at one of *olds*, or at a wildcard address."""
+        """The sockets that listen at one of *olds*, or at a wildcard address."""
         with self._at(site):
             return sock_diag.find_listeners(olds)
 
@@ -138,7 +131,7 @@ class LinuxKernel:
             return sock_diag.list_sockets()
 
     def count_waiting(self, site: Site, listeners: tuple[Endpoint, ...]) -> dict[Endpoint, int]:
-        """How many callers of each listener have not been accepted yet; none is left out."""
+        """How many connections of each listener are not accepted yet; none is left out."""
         with self._at(site):
             return sock_diag.count_waiting(listeners)
 
@@ -161,36 +154,46 @@ class LinuxKernel:
             Connections.of(outer for _, outer in carried),
         )
 
-    @contextmanager
-    def _at(self, site: Site) -> Iterator[None]:
-        with errors_at(site), inside(self._namespaces[site]):
-            yield
+    def observe(self, site: Site, plan: Plan) -> Observation:
+        """What *site* shows of *plan* now."""
+        with closing(self.snapshot(site)) as snapshot:
+            return snapshot.observe(site, plan)
 
-    def _place(self, site: Site) -> Place:
-        return Place(site, self._namespaces[site], self._directory)
+    def find_lost_routes(self, site: Site, noted: str) -> tuple[str, ...]:
+        """Those of the routes and addresses that InstallTranslation *noted* which are gone."""
+        with closing(self.snapshot(site)) as snapshot:
+            return snapshot.find_lost_routes(site, noted)
 
-    @contextmanager
-    def _entering(self, driver: Driver[Any], site: Site) -> Iterator[None]:
-        with errors_at(site), inside(self._namespaces[site]) if driver.enters else nullcontext():
-            yield
+    def snapshot(self, site: Site) -> Snapshot:
+        """What an opened site's namespace shows, for one move or for many."""
+        from natkeep.kernel import snapshot  # a prepare need not wait for it
+
+        with errors_at(site):
+            return snapshot.Snapshot(self._namespaces[site], self._directory)
+
+    def find_strays(self, site: Site) -> SeenTable:
+        """What stands in the tables natkeep of an opened site, of all moves."""
+        from natkeep.kernel import nft_strays  # for gc alone
+
+        with self._at(site):
+            return nft_strays.read_table()
+
+    # ---- steps -------------------------------------------------------------------------------
 
     def check(self, step: Step) -> None:
         """NatkeepError when *step* could not work."""
-        driver = _driver_of(step)
-        with self._entering(driver, step.site):
-            driver.check(self._place(step.site), step)
+        with self._driving(step) as (driver, place):
+            driver.check(place, step)
 
     def apply(self, step: Step, remember: Remember) -> Prior:
         """Do *step*; KernelError when the kernel says no."""
-        driver = _driver_of(step)
-        with self._entering(driver, step.site):
-            return driver.apply(self._place(step.site), step, remember)
+        with self._driving(step) as (driver, place):
+            return driver.apply(place, step, remember)
 
     def revert(self, step: Step, prior: Prior) -> None:
         """Undo *step*; KernelError when the kernel says no."""
-        driver = _driver_of(step)
-        with self._entering(driver, step.site):
-            driver.revert(self._place(step.site), step, prior)
+        with self._driving(step) as (driver, place):
+            driver.revert(place, step, prior)
 
     def mend(self, patch: Patch, remember: Remember) -> None:
         """Do what a repair found missing; KernelError when the kernel says no."""
@@ -209,18 +212,6 @@ class LinuxKernel:
                 case StopCounting():
                     conntrack.stop_counting()
 
-    def find_lost_routes(self, site: Site, noted: str) -> tuple[str, ...]:
-        """Those of the routes and addresses that InstallTranslation *noted* which are gone."""
-        with self._at(site):
-            return routes.find_lost(noted)
-
-    def find_strays(self, site: Site) -> SeenTable:
-        """What stands in the tables natkeep of an opened site, whosever it is."""
-        from natkeep.kernel import nft_strays  # for gc alone
-
-        with self._at(site):
-            return nft_strays.read_table()
-
     def clear_strays(
         self, site: Site, known: frozenset[str], olds: frozenset[Address], *, sure: bool
     ) -> None:
@@ -229,6 +220,8 @@ class LinuxKernel:
 
         with self._at(site):
             nft_strays.clear(nft_strays.read_table(), known, olds, sure=sure)
+
+    # ---- the gates' base chain ---------------------------------------------------------------
 
     def pack_open(self, step: OpenGate) -> Packed | None:
         """What `apply` would send for *step*, ready to be sent."""
@@ -249,17 +242,20 @@ class LinuxKernel:
             with suppress(KernelError), self._at(site):
                 nftables.remove_gate_hook()
 
-    def observe(self, site: Site, plan: Plan) -> Observation:
-        """What *site* shows of *plan* now."""
-        with closing(self.snapshot(site)) as snapshot:
-            return snapshot.observe(site, plan)
+    # ---- where -------------------------------------------------------------------------------
 
-    def snapshot(self, site: Site) -> Snapshot:
-        """What an opened site's namespace shows, for one move or for many."""
-        from natkeep.kernel import snapshot  # a prepare need not wait for it
+    @contextmanager
+    def _at(self, site: Site) -> Iterator[None]:
+        with errors_at(site), inside(self._namespaces[site]):
+            yield
 
-        with errors_at(site):
-            return snapshot.Snapshot(self._namespaces[site], self._directory)
+    @contextmanager
+    def _driving(self, step: Step) -> Iterator[tuple[Driver[Any], Place]]:
+        """The step's driver and where it acts; in the namespace, if the driver wants that."""
+        driver = next(DRIVERS[kind] for kind in type(step).__mro__ if kind in DRIVERS)
+        namespace = self._namespaces[step.site]
+        with errors_at(step.site), inside(namespace) if driver.enters else nullcontext():
+            yield driver, Place(step.site, namespace, self._directory)
 
 
 def _close_all(namespaces: dict[Site, Namespace]) -> None:

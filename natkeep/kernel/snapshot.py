@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable
-from functools import cache, cached_property
+from functools import cached_property
 
 from natkeep.kernel import (
     conntrack,
@@ -120,7 +120,7 @@ class Snapshot:
         if (family, name) not in self._sets:
             keys = nftables_dump.dump_keys(self._netlink, _FAMILIES[family], TABLE, name)
             self._sets[family, name] = frozenset(keys)
-            found = (Key(family, "element", name, key.hex(), 0) for key in keys)
+            found = (Key(family, "element", name, key.hex()) for key in keys)
             self._read_table(family)[0].update(found)
         return self._sets[family, name]
 
@@ -220,14 +220,9 @@ def _count_alive(entries: dict[int, tuple[SeenEntry | None, ...]]) -> int:
 
 
 def _without_hook(gone: frozenset[Key], gate: Gate) -> frozenset[Key]:
-    """The base chain of the gates is not missed by a move that is open (see nftables.py)."""
-    chain, *rules = _hook_keys()
+    """The base chain of the gates is not missed by a move that is open (kernel/nftables.py)."""
+    chain, *rules = (one.key() for one in tables.gate_hook())
     return gone - {chain, *rules} if gate == Gate.OPEN and chain in gone else gone
-
-
-@cache
-def _hook_keys() -> tuple[Key, ...]:
-    return tuple(one.key() for one in tables.gate_hook())
 
 
 def _chains_of(here: list[Translation]) -> list[tuple[str, Address]]:

@@ -144,7 +144,7 @@ class Looking(Ground):
             )
         opened = {site: has_been_opened(journal, plan, site) for site in looks}
         ways = {
-            site: _find_lost_ways(journal, plan, site, eyes.get(site, self.kernel))
+            site: _find_lost_routes(journal, plan, site, eyes.get(site, self.kernel))
             for site in looks
         }
         return Sight(plan, begun, looks, lives, opened, earlier, ways)
@@ -242,7 +242,7 @@ def _sum_up(plan: Plan, sites: tuple[SiteStatus, ...]) -> MoveStatus:
     return MoveStatus(plan, Gate.OPEN if gates == {Gate.OPEN} else Gate.CLOSED, sites)
 
 
-def _find_lost_ways(
+def _find_lost_routes(
     journal: Journal, plan: Plan, site: Site, eyes: Kernel | Snapshot
 ) -> tuple[tuple[int, tuple[str, ...]], ...]:
     """Routes and addresses that were there at prepare, each with the step that noted them."""
