@@ -31,7 +31,8 @@ from bench.by_hand import FLOOR_TABLE, NEW, OLD, SENDER, make_connections, write
 from bench.figures import Figure, at_most, conclude
 from bench.namespaces import PREFIX, destination, end_on_sigterm, namespace
 from natkeep.kernel.linux import LinuxKernel
-from natkeep.lifecycle.verbs import Lifecycle
+from natkeep.lifecycle.executor import Executor
+from natkeep.lifecycle.prepare import prepare
 from natkeep.plan.move import Map, Move, Role, Site
 from natkeep.plan.tuples import Connections
 from natkeep.state.journal import StateDirectory
@@ -123,16 +124,16 @@ def measure(case: Case, state: Path, number: int) -> None:
     """One round: each way once, and its undoing."""
     move = ("bench", f"--map={OLD}={NEW}", f"--site=destination={SITE}")
     case.time("start", sys.executable, "-I", "-S", "-c", "pass")
-    natkeep = (str(NATKEEP), "-q")
+    executor = (str(NATKEEP), "-q")
     case.time(
-        "natkeep prepare", *natkeep, "prepare", *move, f"--connections={case.path('list')}",
+        "natkeep prepare", *executor, "prepare", *move, f"--connections={case.path('list')}",
         state=state,
     )  # fmt: skip
     before = ruleset() if not number else None
-    case.time("natkeep open", *natkeep, "open", "bench", state=state)
+    case.time("natkeep open", *executor, "open", "bench", state=state)
     if before is not None and not before < ruleset():
         raise SystemExit("open has deleted something")
-    case.time("natkeep teardown", *natkeep, "teardown", "bench", "--yes", state=state)
+    case.time("natkeep teardown", *executor, "teardown", "bench", "--yes", state=state)
     case.time("nft -f", *inside("nft", "-f", case.path("nft")))
     case.time("conntrack -R", *inside("conntrack", "-R", case.path("entries")))
     case.time("nft delete", *inside("nft", "delete", "table", "ip", "hand"))
@@ -194,10 +195,10 @@ class Gateway:
         """The first and the last prepare, and status of all; ms."""
         state, more = self.directory / "moves", 3 * rounds  # a minute lies between the two
         self.first = statistics.median(self._prepare(0, state) for _ in range(more))
-        lifecycle = Lifecycle(LinuxKernel(), StateDirectory(str(state), create=True))
+        executor = Executor(LinuxKernel(), StateDirectory(str(state), create=True))
         for number in range(1, self.moves):
             move, connections = self._move(number)
-            lifecycle.prepare(move, connections)
+            prepare(executor, move, connections)
         self.last = statistics.median(self._prepare(0, state) for _ in range(more))
         taken = [run(str(NATKEEP), "status", "--json", state=state)[0] for _ in range(rounds)]
         self.status = statistics.median(taken)

@@ -17,9 +17,13 @@ from bench.ends import EVERY, PATIENCE, WORD, Ends, Peer, Server
 from natkeep.kernel.linux import LinuxKernel
 from natkeep.kernel.netns import Namespace, inside, open_namespace
 from natkeep.lab.application import Application
-from natkeep.lab.engines import Criu, Moving, Opening, find_criu
+from natkeep.lab.engine import Moving, Opening
+from natkeep.lab.engines.criu import Criu, find_criu
 from natkeep.lab.topology import DESTINATION, SOURCE, Topology
-from natkeep.lifecycle.verbs import Lifecycle
+from natkeep.lifecycle.executor import Executor
+from natkeep.lifecycle.open import open_move
+from natkeep.lifecycle.prepare import prepare
+from natkeep.lifecycle.teardown import teardown
 from natkeep.plan.move import Map, Move, Role, Site
 from natkeep.plan.tuples import Connections, Endpoint, FourTuple
 from natkeep.state.journal import StateDirectory
@@ -106,7 +110,7 @@ class _Run:
         self.lane, self.case, self.map, self.at = lane, case, map_, at
         self.id = f"run-{lane.number}"
         state = StateDirectory(str(lane.state), create=True)
-        self.lifecycle = Lifecycle(LinuxKernel(state.path), state, self.hear)
+        self.executor = Executor(LinuxKernel(state.path), state, self.hear)
         self.began = self.usual = 0.0
         self.client = ip_address(str(lane.topology.seats[0].address(map_.old.version)))
 
@@ -123,7 +127,7 @@ class _Run:
         names = self.lane.topology.name
         sites = tuple(Site(role, names(role.value)) for role in (Role.GATEWAY, Role.DESTINATION))
         move = Move(self.id, (self.map,), sites, hold=self.case.hold)
-        self.lifecycle.prepare(move, self.kept(ports))
+        prepare(self.executor, move, self.kept(ports))
 
     @contextmanager
     def peer(self) -> Iterator[Peer]:
@@ -163,7 +167,7 @@ class _Run:
                 _sleep_until(self.began + case.blackout - 0.01 - case.connections / 5000)
                 server.recreate(lane.spaces["destination"])
                 _sleep_until(self.began + case.blackout - 0.002)
-                self.lifecycle.open(self.id)
+                open_move(self.executor, self.id)
                 server.live()
                 lives = time.monotonic()
                 result = self.conclude(peer, lives, server.ends)
@@ -171,7 +175,7 @@ class _Run:
                     result.fault = changed(counters, lane.topology.name("destination"))
                 server.close()
             finally:
-                self.lifecycle.teardown(self.id)
+                teardown(self.executor, self.id)
         return result
 
     def by_criu(self, *, in_place: bool) -> Result:
@@ -205,11 +209,11 @@ class _Run:
                 result = self.conclude(peer, lives, ends, serving)
             finally:
                 at.kill(moving.pid)
-                self.lifecycle.teardown(self.id)
+                teardown(self.executor, self.id)
         return result
 
     def opening(self) -> Opening:
-        state = {"NATKEEP_STATE_DIR": self.lifecycle.state.path, "NATKEEP_ID": self.id}
+        state = {"NATKEEP_STATE_DIR": self.executor.state.path, "NATKEEP_ID": self.id}
         return Opening(lambda: None, HOOK, state)
 
     def conclude(
@@ -256,9 +260,9 @@ class _Run:
 
     def count_held(self) -> int:
         """Segments that the holder has delivered, by the journal."""
-        if self.id not in self.lifecycle.state.ids():
+        if self.id not in self.executor.state.ids():
             return 0
-        records = self.lifecycle.state.load(self.id).records.values()
+        records = self.executor.state.load(self.id).records.values()
         return sum(int(record.prior.facts.get("segments", 0)) for record in records)
 
 

@@ -37,7 +37,9 @@ from bench.figures import Figure, at_least, conclude, middle_half
 from bench.namespaces import PREFIX, end_on_sigterm
 from bench.wire import CLIENT, METRICS, MTU_OCTETS, NEW, OLD, PORT, Wire, measure, measure_bulk
 from natkeep.kernel.linux import LinuxKernel
-from natkeep.lifecycle.verbs import Lifecycle
+from natkeep.lifecycle.executor import Executor
+from natkeep.lifecycle.open import open_move
+from natkeep.lifecycle.prepare import prepare
 from natkeep.plan.move import Map, Mode, Move, Role, Site
 from natkeep.plan.tuples import Connections
 from natkeep.state.journal import StateDirectory
@@ -82,7 +84,7 @@ def many_iptables_rules(wire: Wire) -> Iterator[None]:
     yield
 
 
-def natkeep(mode: Mode, connections: int, moves: int) -> Callable[[Wire], Iterator[None]]:
+def executor(mode: Mode, connections: int, moves: int) -> Callable[[Wire], Iterator[None]]:
     """natkeep at gateway and server: the live connection is the first of so many kept ones.
 
     The gateway has so many moves, each of an OLD and a NEW of its own; the server is one of them.
@@ -91,16 +93,16 @@ def natkeep(mode: Mode, connections: int, moves: int) -> Callable[[Wire], Iterat
     def configure(wire: Wire) -> Iterator[None]:
         # In memory, as /run usually is: journals are fsynced, and a thousand moves have many.
         with tempfile.TemporaryDirectory(prefix=PREFIX, dir="/dev/shm") as directory:
-            lifecycle = Lifecycle(LinuxKernel(), StateDirectory(directory, create=True))
+            executor = Executor(LinuxKernel(), StateDirectory(directory, create=True))
             gateway, server = Site(Role.GATEWAY, wire.g), Site(Role.DESTINATION, wire.s)
             for number in range(moves):
                 old, new = (IPv4Address(first) + number * 256 for first in (OLD, NEW))
                 sites = (gateway,) if number else (gateway, server)
                 move = Move(f"m{number}", (Map(old, new),), sites, mode, hold=False)
-                lifecycle.prepare(move, _kept(wire, old, connections, number))
+                prepare(executor, move, _kept(wire, old, connections, number))
             for number in range(moves):
-                lifecycle.open(f"m{number}")
-            lifecycle.kernel.unhook_gates()  # as the program does after open
+                open_move(executor, f"m{number}")
+            executor.kernel.unhook_gates()  # as the program does after open
             wire.hide_old()
             yield  # what is left goes with the namespaces
 
@@ -143,8 +145,8 @@ def groups() -> list[list[Configuration]]:
     ours = [
         [
             *(Configuration(f"natkeep {mode}, {count:,} connection{'s' * (count > 1)}",
-                            natkeep(mode, count, 1)) for count in (1, 10_000, 100_000)),
-            Configuration(f"natkeep {mode}, 1,000 moves", natkeep(mode, 1, 1000)),
+                            executor(mode, count, 1)) for count in (1, 10_000, 100_000)),
+            Configuration(f"natkeep {mode}, 1,000 moves", executor(mode, 1, 1000)),
         ]
         for mode in (Mode.STATEFUL, Mode.STATELESS)
     ]  # fmt: skip

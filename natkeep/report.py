@@ -1,4 +1,4 @@
-"""the words and the JSON: how plans, moves and checkpoints are shown to a person or a script.
+"""The words and the JSON: how plans, moves and checkpoints are shown to a person or a script.
 
 Rule: values in, text or JSON values out; the keys are DESIGN's contract. Addresses are written
 as `ipaddress` prints them.
@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
+from itertools import islice
 from typing import Any
 
-from natkeep.checkpoint import Checkpoint, Socket
+from natkeep.checkpoint import Checkpoint
 from natkeep.plan.criu_lock import NetworkLock
 from natkeep.plan.diagnostics import CATALOGUE, Finding
-from natkeep.plan.drift import MoveStatus, Observation, SeenEntry, SiteStatus
-from natkeep.plan.move import Fate, Move, Role
+from natkeep.plan.drift import MoveStatus, SiteStatus
+from natkeep.plan.move import Fate, Role
+from natkeep.plan.observation import Observation, SeenEntry
 from natkeep.plan.plan import render_nft
 from natkeep.plan.resets import NOT_TOLD, describe_fates
 from natkeep.plan.steps import InsertEntries, Plan
@@ -23,11 +25,6 @@ from natkeep.plan.tuples import Address, Connections, FourTuple
 
 SHOWN = 20
 """How many connections of a move are listed without -v."""
-
-
-def print_json(value: dict[str, Any]) -> None:
-    """One document on stdout."""
-    print(json.dumps(value, indent=2))
 
 
 def move_to_json(plan: Plan) -> dict[str, Any]:
@@ -164,16 +161,12 @@ def status_lines(status: MoveStatus, *, verbose: bool) -> Iterator[str]:
     for site in status.sites:
         yield f"  {site.site}: {_stand(status.plan, site)}"
         yield from (f"    {line}" for line in site.drift)
-    for number, ((local, peer), seen) in enumerate(_connections(status)):
-        if number == SHOWN and not verbose:
-            yield "  ... (all with -v)"
-            break
-        yield f"  {local}  {peer}  {_packets(seen)}"
-    for number, (lost, fate) in enumerate(describe_fates(status.plan.resets).items()):
-        if number == SHOWN and not verbose:
-            yield "  ... (all with -v)"
-            break
-        yield f"  {lost.destination}  {lost.source}  not kept: {fate}"
+    kept = (f"  {local}  {peer}  {_packets(seen)}" for (local, peer), seen in _connections(status))
+    fates = describe_fates(status.plan.resets).items()
+    lost = (f"  {each.destination}  {each.source}  not kept: {fate}" for each, fate in fates)
+    for lines in (kept, lost):
+        yield from lines if verbose else islice(lines, SHOWN)
+        yield from ("  ... (all with -v)" for _ in islice(lines, 1))
 
 
 def _stand(plan: Plan, site: SiteStatus) -> str:
@@ -204,7 +197,7 @@ def checkpoint_to_json(checkpoint: Checkpoint, olds: Sequence[Address]) -> dict[
                 "peer": str(socket.peer) if socket.peer else None,
                 "device": socket.bound_device,
                 "unsent": socket.unsent,
-                "kept": (verdict := _judge(socket, olds)) is None,
+                "kept": (verdict := socket.why_left(olds)) is None,
                 "reason": verdict,
             }
             for socket in checkpoint.sockets
@@ -217,7 +210,7 @@ def checkpoint_lines(checkpoint: Checkpoint, olds: Sequence[Address]) -> Iterato
     if not checkpoint.sockets:
         yield "no inet sockets"
     for socket in checkpoint.sockets:
-        verdict = _judge(socket, olds)
+        verdict = socket.why_left(olds)
         yield "  ".join(
             [
                 f"{socket.protocol:4}",
@@ -228,27 +221,6 @@ def checkpoint_lines(checkpoint: Checkpoint, olds: Sequence[Address]) -> Iterato
                 + (f" ({socket.unsent} octets unsent)" if socket.unsent else ""),
             ]
         )
-
-
-def _judge(socket: Socket, olds: Sequence[Address]) -> str | None:
-    """Why a socket would not be kept by a move of *olds* (of any, when empty), or None."""
-    if socket.unkept is not None:
-        return socket.unkept
-    if socket.is_listener():
-        return "a listener: new connections reach it with --listeners only"
-    if olds and (socket.local is None or socket.local.address not in olds):
-        return "its local address is not an OLD of --map"
-    return None
-
-
-def bound_devices(checkpoint: Checkpoint, move: Move) -> frozenset[str]:
-    """Devices that sockets of the move are bound to (SO_BINDTODEVICE)."""
-    olds = [map_.old for map_ in move.maps]
-    return frozenset(
-        socket.bound_device
-        for socket in checkpoint.sockets
-        if socket.bound_device is not None and _judge(socket, olds) is None
-    )
 
 
 def compared_lines(compared: Compared) -> Iterator[str]:
@@ -283,26 +255,16 @@ def unkept_lines(checkpoint: Checkpoint, plan: Plan) -> Iterator[str]:
         yield f"tcp {inbound.destination} {inbound.source}: {unkept.reason}{fate}"
     lost = frozenset(plan.move.lost) if resets else frozenset()
     for socket in checkpoint.sockets:
-        verdict = _judge(socket, olds)
+        verdict = socket.why_left(olds)
         if verdict is not None and not socket.is_listener():
-            tuple_ = _find_tuple(socket, lost)
-            fate = f"; {fates.get(tuple_, NOT_TOLD)}" if tuple_ else ""
+            inbound_ = socket.inbound()
+            fate = f"; {fates.get(inbound_, NOT_TOLD)}" if inbound_ in lost else ""
             yield f"{socket.protocol} {socket.local or '*'} {socket.peer or '*'}: {verdict}{fate}"
     if not checkpoint.sockets:
         ours = sum(len(checkpoint.connections.at(old)) for old in olds)
         others = len(checkpoint.connections) - ours
         if others:
             yield f"{others} connections whose local address is not an OLD of --map"
-
-
-def _find_tuple(socket: Socket, lost: frozenset[FourTuple]) -> FourTuple | None:
-    """The socket's tuple, if it is one of *lost*."""
-    if socket.local is None or socket.peer is None:
-        return None
-    if socket.local.address.version != socket.peer.address.version:
-        return None
-    tuple_ = FourTuple(socket.peer, socket.local)
-    return tuple_ if tuple_ in lost else None
 
 
 def findings_to_json(findings: Sequence[Finding]) -> dict[str, Any]:

@@ -8,6 +8,7 @@ The network of the moves is two namespaces; no packet runs, only what natkeep ch
 
 from __future__ import annotations
 
+import faulthandler
 import fcntl
 import functools
 import importlib
@@ -35,7 +36,6 @@ import pytest
 
 from natkeep import cli
 from natkeep.kernel.netns import inside, open_namespace
-from natkeep.lifecycle.verbs import Lifecycle
 from natkeep.plan import tables
 from natkeep.plan.move import Mode
 from natkeep.state.journal import StateDirectory
@@ -423,7 +423,11 @@ def run_program(
 
 
 def run_fork(arguments: Sequence[str], input: str = "") -> subprocess.CompletedProcess[str]:
-    """main() in a process of its own that needs not import everything again: 10 times faster."""
+    """main() in a process of its own that needs not import everything again: 10 times faster.
+
+    What it forks from may have another thread (pytest-xdist's), so a lock may be held for ever in
+    the child: one that does not end says where it is, and is ended.
+    """
     with ExitStack() as stack:
         streams = [stack.enter_context(tempfile.TemporaryFile("w+")) for _ in range(3)]
         streams[0].write(input)
@@ -436,6 +440,9 @@ def run_fork(arguments: Sequence[str], input: str = "") -> subprocess.CompletedP
                     os.dup2(stream.fileno(), number)
                     setattr(sys, ("stdin", "stdout", "stderr")[number], os.fdopen(number, mode))
                 os.closerange(3, 4096)  # not what pytest has open
+                signal.signal(signal.SIGALRM, signal.SIG_DFL)
+                faulthandler.register(signal.SIGALRM, file=2, chain=True)
+                signal.alarm(int(PATIENCE))
                 code = cli.main(arguments)
             except BaseException:
                 traceback.print_exc()
@@ -450,7 +457,7 @@ def run_fork(arguments: Sequence[str], input: str = "") -> subprocess.CompletedP
 
 
 @pytest.fixture
-def natkeep() -> Run:
+def executor() -> Run:
     """Run natkeep in a process of its own; it has to exit with `expect`, without a traceback.
 
     With options of subprocess.run, or program=True, it is the program that is started.
@@ -480,16 +487,16 @@ def test_a_reader_that_leaves_early_is_no_traceback(arguments: str, inputs: Path
     assert (1 if arguments != "--help" else done.returncode, "") == (done.returncode, done.stderr)
 
 
-def test_a_full_disk_behind_stdout_is_one_line(inputs: Path, natkeep: Run) -> None:
+def test_a_full_disk_behind_stdout_is_one_line(inputs: Path, executor: Run) -> None:
     with Path("/dev/full").open("w") as full:
-        done = natkeep(*PLAN.split(), expect=1, stdout=full)
+        done = executor(*PLAN.split(), expect=1, stdout=full)
     assert done.stderr == "natkeep: [Errno 28] No space left on device\n"
 
 
-def test_closed_standard_streams_are_no_traceback(inputs: Path, natkeep: Run) -> None:
+def test_closed_standard_streams_are_no_traceback(inputs: Path, executor: Run) -> None:
     for arguments in (PLAN, f"{PLAN} --json", "inspect image --json"):
         shell = 'exec "$@" <&- >&-'
-        done = natkeep(*arguments.split(), wrapper=("sh", "-c", shell, "sh"))
+        done = executor(*arguments.split(), wrapper=("sh", "-c", shell, "sh"))
         assert (done.stdout, done.stderr) == ("", "")
 
 
@@ -511,10 +518,10 @@ NOBODY = ("setpriv", "--reuid", "65534", "--regid", "65534", "--clear-groups")
 )
 @pytest.mark.needs("powers")
 def test_without_privileges_it_is_the_kernel_that_says_no(
-    arguments: str, natkeep: Run, tmp_path: Path
+    arguments: str, executor: Run, tmp_path: Path
 ) -> None:
     for wrapper in (UNPRIVILEGED, NOBODY) if arguments == "status" else (UNPRIVILEGED,):
-        done = natkeep(*arguments.split(), wrapper=wrapper, input=LIST, expect=5, cwd="/")
+        done = executor(*arguments.split(), wrapper=wrapper, input=LIST, expect=5, cwd="/")
         assert (done.stdout, done.stderr) == (
             "",
             "natkeep: no privileges: natkeep needs CAP_NET_ADMIN\n  (run it as root)\n",
@@ -524,8 +531,8 @@ def test_without_privileges_it_is_the_kernel_that_says_no(
 
 
 @pytest.mark.root
-def test_plan_needs_no_privileges(natkeep: Run) -> None:
-    done = natkeep(*PLAN.split()[:-1], "-", wrapper=UNPRIVILEGED, input=LIST)
+def test_plan_needs_no_privileges(executor: Run) -> None:
+    done = executor(*PLAN.split()[:-1], "-", wrapper=UNPRIVILEGED, input=LIST)
     assert "ip address add 10.2.0.10/32 dev lo" in done.stdout
 
 
@@ -564,6 +571,12 @@ class Network(NamedTuple):
         )
         return {namespace: self.run(namespace, "sh", "-c", script) for namespace in self}
 
+    def is_settled(self, namespace: str, device: str) -> bool:
+        """Whether the kernel has noticed the cable and made its own routes, which it does later."""
+        link = self.run(namespace, "ip", "link", "show", device)
+        routes = self.run(namespace, *["ip", "-6", "route", "show", "table", "all", "dev"], device)
+        return "state UP" in link and "local fd00:3::" in routes and "multicast ff00::" in routes
+
     def addresses_of_lo(self) -> set[str]:
         text = self.run(self.destination, *["ip", "-json", "address", "show", "dev", "lo"])
         return {info["local"] for info in json.loads(text)[0]["addr_info"]}
@@ -575,8 +588,10 @@ def network(make_netns: Callable[[], str], require: Callable[[str], None]) -> Ne
     for name in ("pyroute2", "nftables", "natkeep.kernel.linux", "natkeep.report"):
         importlib.import_module(name)  # once, here, and not in each fork
     found = Network(make_netns(), make_netns())
+    # An index of its own, or the carrier comes up to a second late (linkwatch.c).
     lines = [
-        f"link add gate0 netns {found.gateway} type veth peer name dest0 netns {found.destination}"
+        f"link add gate0 index 100 netns {found.gateway} type veth"
+        f" peer name dest0 netns {found.destination}"
     ]
     for namespace, device, host in (
         (found.gateway, "gate0", "1"),
@@ -594,6 +609,8 @@ def network(make_netns: Callable[[], str], require: Callable[[str], None]) -> Ne
     ]
     for line in lines:
         subprocess.run(["ip", *line.split()], check=True)
+    for namespace, device in ((found.gateway, "gate0"), (found.destination, "dest0")):
+        wait_until(functools.partial(found.is_settled, namespace, device))
     return found
 
 
@@ -697,14 +714,14 @@ def test_what_the_sites_do_not_allow_is_refused_before_anything_is_changed(
 
 
 @pytest.mark.root
-def test_new_auto_is_read_at_the_destination(sites: Network, natkeep: Run, inputs: Path) -> None:
+def test_new_auto_is_read_at_the_destination(sites: Network, executor: Run, inputs: Path) -> None:
     words = ["--map", "10.2.0.10=auto", "--map", "fd00:2::10=auto", *sites.options]
-    done = natkeep("plan", "web", *words, "--image", "image", "--json")
+    done = executor("plan", "web", *words, "--image", "image", "--json")
     maps = [{"old": old, "new": new} for old, new in (m.split("=") for m in (MAP, MAP6))]
     assert maps == json.loads(done.stdout)["maps"]
 
     sites.run(sites.destination, *["ip", "address", "add", "10.3.0.21/24", "dev", "dest0"])
-    done = natkeep("plan", "web", *words, "--image", "image", expect=4)
+    done = executor("plan", "web", *words, "--image", "image", expect=4)
     assert "has not one IPv4 address but 10.3.0.20, 10.3.0.21" in done.stderr
     sites.run(sites.destination, *["ip", "address", "delete", "10.3.0.21/24", "dev", "dest0"])
 
@@ -715,9 +732,9 @@ def test_new_auto_is_read_at_the_destination(sites: Network, natkeep: Run, input
 @pytest.mark.root
 @pytest.mark.parametrize("name", ["by name", "by path", "by pid"])
 def test_a_move_from_prepare_to_teardown_leaves_the_sites_as_they_were(
-    name: str, sites: Network, natkeep: Run, tmp_path: Path
+    name: str, sites: Network, executor: Run, tmp_path: Path
 ) -> None:
-    natkeep = functools.partial(natkeep, program=name == "by name")
+    executor = functools.partial(executor, program=name == "by name")
     with ExitStack() as stack:
         words = sites.options
         if name == "by path":
@@ -733,7 +750,7 @@ def test_a_move_from_prepare_to_teardown_leaves_the_sites_as_they_were(
                 words = [word.replace(f"={namespace}", f"=pid:{held.pid}") for word in words]
                 wait_for_namespace(held.pid, namespace)
         rows, options = LIST + LIST6, ["--map", MAP, "--map", MAP6, *words]
-        done = natkeep("prepare", "web", *options, "--connections", "-", input=rows)
+        done = executor("prepare", "web", *options, "--connections", "-", input=rows)
         assert done.stdout == ""
         netns = {word.partition("=")[0]: word.partition("=")[2] for word in words[1::2]}
         assert done.stderr == (
@@ -742,17 +759,17 @@ def test_a_move_from_prepare_to_teardown_leaves_the_sites_as_they_were(
         )
         assert sites.addresses_of_lo() == {"127.0.0.1", "10.2.0.10", "::1", "fd00:2::10"}
 
-        (move,) = json.loads(natkeep("status", "--json").stdout)["moves"]
+        (move,) = json.loads(executor("status", "--json").stdout)["moves"]
         assert (
             *(move["id"], move["gate"]),
             [site["drift"] for site in move["sites"]],
         ) == ("web", "closed", [[], []])
-        natkeep("open", "web")
-        (move,) = json.loads(natkeep("status", "web", "--json", "--strict").stdout)["moves"]
+        executor("open", "web")
+        (move,) = json.loads(executor("status", "web", "--json", "--strict").stdout)["moves"]
         assert move["gate"] == "open"
-        assert natkeep("teardown", "web").stderr == "natkeep: web: undone\n"
+        assert executor("teardown", "web").stderr == "natkeep: web: undone\n"
     assert files(tmp_path) == {}
-    assert natkeep("teardown", "web").stderr == "natkeep: web: nothing to undo\n"
+    assert executor("teardown", "web").stderr == "natkeep: web: nothing to undo\n"
     # and `sites` looks whether all is as before
 
 
@@ -773,9 +790,9 @@ MOVE_KEYS = {"id", "mode", "gate", "maps", "sites", "connections"}
 
 
 @pytest.mark.root
-def test_the_json_of_each_verb_has_the_contracts_keys(sites: Network, natkeep: Run) -> None:
+def test_the_json_of_each_verb_has_the_contracts_keys(sites: Network, executor: Run) -> None:
     def document(*arguments: str, **options: Any) -> dict[str, Any]:
-        done = natkeep(*arguments, "--json", **options)
+        done = executor(*arguments, "--json", **options)
         assert done.stderr == ""
         value: dict[str, Any] = json.loads(done.stdout)
         assert value.pop("schema") == 1
@@ -832,22 +849,22 @@ def without_tables(planned: list[str]) -> list[str]:
 
 
 @pytest.mark.root
-def test_quiet_prints_nothing_and_verbose_each_command(sites: Network, natkeep: Run) -> None:
-    planned = natkeep(*["plan", *prepare(sites)[1:]], input=LIST).stdout.splitlines()
+def test_quiet_prints_nothing_and_verbose_each_command(sites: Network, executor: Run) -> None:
+    planned = executor(*["plan", *prepare(sites)[1:]], input=LIST).stdout.splitlines()
     (cut,) = (n for n, line in enumerate(planned) if line.startswith("# when the sockets"))
     for before, after in ((["-q"], []), ([], ["-q"])):
         for verb in (prepare(sites), ["open", "web"], ["teardown", "web"]):
-            done = natkeep(*before, *verb, *after, input=LIST)
+            done = executor(*before, *verb, *after, input=LIST)
             assert (done.stdout, done.stderr) == ("", "")
     for before, after in ((["-v"], []), ([], ["-v"])):
-        done = natkeep(*before, *prepare(sites), *after, input=LIST)
+        done = executor(*before, *prepare(sites), *after, input=LIST)
         *lines, last = done.stderr.splitlines()
         assert [f"[+] {line}" for line in without_tables(planned[:cut])] == lines
         assert last.startswith("natkeep: web: 10.2.0.10=10.3.0.20, 2 connections, at gateway=")
-        done = natkeep(*before, "open", "web", *after)
+        done = executor(*before, "open", "web", *after)
         opened = [f"[+] {line}" for line in planned[cut + 1 :]]
         assert [*opened, "natkeep: web: gate open"] == done.stderr.splitlines()
-        done = natkeep(*before, "teardown", "web", *after)
+        done = executor(*before, "teardown", "web", *after)
         first, *_, last = done.stderr.splitlines()
         assert f"[-] OpenGate at destination={sites.destination}" == first
         assert last == "natkeep: web: undone"
@@ -855,38 +872,38 @@ def test_quiet_prints_nothing_and_verbose_each_command(sites: Network, natkeep: 
 
 @pytest.mark.root
 def test_options_for_all_verbs_stand_before_or_behind_the_verb(
-    sites: Network, natkeep: Run, tmp_path: Path
+    sites: Network, executor: Run, tmp_path: Path
 ) -> None:
     other = ["--state-dir", str(tmp_path / "other")]
-    natkeep(*other, *prepare(sites), input=LIST)
+    executor(*other, *prepare(sites), input=LIST)
     kinds = ("connections", "hold", "journal", "ready")
     assert {"other", "other/lock", *(f"other/web.{kind}" for kind in kinds)} == set(files(tmp_path))
-    assert json.loads(natkeep("status", "--json").stdout)["moves"] == []
+    assert json.loads(executor("status", "--json").stdout)["moves"] == []
     for arguments in (
         [*other, "--json", "status"],
         ["status", *other, "--json"],
         [*other, "status", "--json"],
         ["--json", "status", *other, "--no-color"],
     ):
-        assert len(json.loads(natkeep(*arguments).stdout)["moves"]) == 1
-    natkeep("teardown", "web", *other)
+        assert len(json.loads(executor(*arguments).stdout)["moves"]) == 1
+    executor("teardown", "web", *other)
 
 
 @pytest.mark.root
-def test_gate_open_prepares_and_opens(sites: Network, natkeep: Run) -> None:
-    done = natkeep(*prepare(sites, "--gate", "open"), input=LIST)
+def test_gate_open_prepares_and_opens(sites: Network, executor: Run) -> None:
+    done = executor(*prepare(sites, "--gate", "open"), input=LIST)
     assert done.stderr.endswith(", gate open\n")
-    assert json.loads(natkeep("status", "--json").stdout)["moves"][0]["gate"] == "open"
-    natkeep("teardown", "web")
+    assert json.loads(executor("status", "--json").stdout)["moves"][0]["gate"] == "open"
+    executor("teardown", "web")
 
 
 @pytest.mark.root
 def test_dry_run_checks_prints_the_plan_and_changes_nothing(
-    sites: Network, natkeep: Run, tmp_path: Path
+    sites: Network, executor: Run, tmp_path: Path
 ) -> None:
     before = sites.observe()
-    done = natkeep(*prepare(sites, "--dry-run"), input=LIST)
-    assert natkeep("plan", *prepare(sites)[1:], input=LIST).stdout == done.stdout
+    done = executor(*prepare(sites, "--dry-run"), input=LIST)
+    assert executor("plan", *prepare(sites)[1:], input=LIST).stdout == done.stdout
     assert done.stderr == ""
     assert before == sites.observe()
     assert not (tmp_path / "state").exists()
@@ -894,72 +911,72 @@ def test_dry_run_checks_prints_the_plan_and_changes_nothing(
 
 @pytest.mark.root
 def test_what_an_image_has_beyond_the_move_is_said(
-    sites: Network, natkeep: Run, inputs: Path
+    sites: Network, executor: Run, inputs: Path
 ) -> None:
     words = ["prepare", "web", "--map", MAP, *sites.options, "--image", "image"]
-    done = natkeep(*words)
+    done = executor(*words)
     unkept = [line for line in done.stderr.splitlines() if ": not kept: " in line]
     six = "natkeep: not kept: tcp [fd00:2::10]:5001 [fd00:1::2]:49861: its local address is not"
     assert [line for line in unkept if line.startswith(six)]
     assert not [line for line in unkept if "listener" in line]
-    natkeep("teardown", "web")
+    executor("teardown", "web")
 
 
 @pytest.mark.root
-def test_ids_in_use_and_unknown_ids(sites: Network, natkeep: Run, tmp_path: Path) -> None:
-    natkeep(*prepare(sites), input=LIST)
+def test_ids_in_use_and_unknown_ids(sites: Network, executor: Run, tmp_path: Path) -> None:
+    executor(*prepare(sites), input=LIST)
     before, on_disk = sites.observe(), files(tmp_path)
 
-    done = natkeep(*prepare(sites), input=LIST, expect=4)
+    done = executor(*prepare(sites), input=LIST, expect=4)
     assert done.stderr == "natkeep: the id web is in use\n  (natkeep teardown web, or another id)\n"
-    done = natkeep(*prepare(sites, move_id="api"), input=LIST, expect=4)
+    done = executor(*prepare(sites, move_id="api"), input=LIST, expect=4)
     assert done.stderr == (
         "natkeep: 10.1.0.2:50594 > 10.2.0.10:5000 and 10.1.0.2:50594 > 10.2.0.10:5000 "
         "(of move web) would be one tuple at OLD; 2 in all\n"
     )
     for verb in ("open", "status"):
-        done = natkeep(verb, "api", expect=7)
+        done = executor(verb, "api", expect=7)
         assert done.stderr.startswith(f"natkeep: no move api in {tmp_path}/state\n")
-        done = natkeep(verb, "Api", expect=2)
+        done = executor(verb, "Api", expect=2)
         assert done.stderr.startswith("natkeep: 'Api' is not an id\n")
-    assert natkeep("teardown", "api").stderr == "natkeep: api: nothing to undo\n"
-    natkeep("teardown", "Api", expect=2)
+    assert executor("teardown", "api").stderr == "natkeep: api: nothing to undo\n"
+    executor("teardown", "Api", expect=2)
 
     assert (before, on_disk) == (sites.observe(), files(tmp_path))
-    natkeep("teardown", "web")
+    executor("teardown", "web")
 
 
 @pytest.mark.root
-def test_after_open_packets_do_not_come_by_the_gates(sites: Network, natkeep: Run) -> None:
+def test_after_open_packets_do_not_come_by_the_gates(sites: Network, executor: Run) -> None:
     """Done by a process that holds no pipe of ours, and that open does not wait for."""
-    natkeep(*prepare(sites), input=LIST)
+    executor(*prepare(sites), input=LIST)
 
-    natkeep("open", "web", program=True)
+    executor("open", "web", program=True)
 
     deadline = time.monotonic() + 10
     while any('"name": "gate", "handle"' in text for text in sites.observe().values()):
         assert time.monotonic() < deadline
-    status = json.loads(natkeep("status", "web", "--strict", "--json").stdout)
+    status = json.loads(executor("status", "web", "--strict", "--json").stdout)
     assert status["moves"][0]["gate"] == "open"
-    natkeep("teardown", "web")
+    executor("teardown", "web")
 
 
 @pytest.mark.root
-def test_two_moves_share_an_address_and_the_last_removes_it(sites: Network, natkeep: Run) -> None:
-    natkeep(*prepare(sites), input=LIST)
+def test_two_moves_share_an_address_and_the_last_removes_it(sites: Network, executor: Run) -> None:
+    executor(*prepare(sites), input=LIST)
     alone = sites.observe()
     others = LIST.replace("5059", "6059")
-    natkeep(*prepare(sites, move_id="api"), input=others)
-    natkeep("teardown", "api")
+    executor(*prepare(sites, move_id="api"), input=others)
+    executor("teardown", "api")
     assert [nameless(text) for text in alone.values()] == [
         nameless(text) for text in sites.observe().values()
     ]
 
-    natkeep(*prepare(sites, move_id="api"), input=others)
-    natkeep("teardown", "web")
+    executor(*prepare(sites, move_id="api"), input=others)
+    executor("teardown", "web")
     assert "10.2.0.10" in sites.addresses_of_lo()
-    assert natkeep("status", "--strict", "-q").stderr == ""
-    natkeep("teardown", "api")
+    assert executor("status", "--strict", "-q").stderr == ""
+    executor("teardown", "api")
     assert "10.2.0.10" not in sites.addresses_of_lo()
 
 
@@ -1021,45 +1038,45 @@ DRIFTS = {
 @pytest.mark.root
 @pytest.mark.parametrize(("role", "damage", "message"), DRIFTS.values(), ids=DRIFTS)
 def test_what_another_program_removed_is_drift_and_teardown_clears_the_rest(
-    role: str, damage: str, message: str, sites: Network, natkeep: Run
+    role: str, damage: str, message: str, sites: Network, executor: Run
 ) -> None:
-    natkeep(*prepare(sites), input=LIST)
-    natkeep("status", "--strict")
+    executor(*prepare(sites), input=LIST)
+    executor("status", "--strict")
     sites.run(sites._asdict()[role], *damage.split())
 
-    done = natkeep("status", "--strict", "--json", expect=6)
+    done = executor("status", "--strict", "--json", expect=6)
     assert done.stderr.startswith(f"natkeep: drift: {message}")
     (move,) = json.loads(done.stdout)["moves"]
     drift = {site["role"]: site["drift"] for site in move["sites"]}
     assert drift[role][0].startswith(message)
     assert [found for other, found in drift.items() if other != role] == [[]]
 
-    text = natkeep("status", "web").stdout  # without --strict it is no failure
+    text = executor("status", "web").stdout  # without --strict it is no failure
     assert f"  {role}={sites._asdict()[role]}: DRIFTED\n    {message}" in text
-    natkeep("teardown", "web")
+    executor("teardown", "web")
 
 
 @pytest.mark.root
 def test_open_where_the_gate_is_gone_says_so_and_opens_no_site(
-    sites: Network, natkeep: Run
+    sites: Network, executor: Run
 ) -> None:
-    natkeep(*prepare(sites, "--no-hold"), input=LIST)  # with it the gateway is open already
+    executor(*prepare(sites, "--no-hold"), input=LIST)  # with it the gateway is open already
     sites.run(sites.destination, *["nft", "delete", "table", "inet", "natkeep"])
-    done = natkeep("open", "web", expect=5)
+    done = executor("open", "web", expect=5)
     assert done.stderr.startswith(f"natkeep: destination={sites.destination}: ")
-    assert json.loads(natkeep("status", "--json").stdout)["moves"][0]["gate"] == "closed"
+    assert json.loads(executor("status", "--json").stdout)["moves"][0]["gate"] == "closed"
     assert "open" not in sites.run(
         sites.gateway, *["nft", "list", "chain", "inet", "natkeep", "gate-web"]
     )
-    natkeep("teardown", "web")
+    executor("teardown", "web")
 
 
 @pytest.mark.root
-def test_status_as_text(sites: Network, natkeep: Run) -> None:
-    assert natkeep("status").stdout == "nothing is prepared\n"
+def test_status_as_text(sites: Network, executor: Run) -> None:
+    assert executor("status").stdout == "nothing is prepared\n"
     rows = "".join(f"10.2.0.10:5000 10.1.0.2:{port}\n" for port in range(1, 24))
-    natkeep(*prepare(sites), input=rows)
-    lines = natkeep("status").stdout.splitlines()
+    executor(*prepare(sites), input=rows)
+    lines = executor("status").stdout.splitlines()
     assert [
         f"web: 10.2.0.10=10.3.0.20, 23 connections, at gateway={sites.gateway}, "
         f"destination={sites.destination}, gate closed",
@@ -1068,15 +1085,15 @@ def test_status_as_text(sites: Network, natkeep: Run) -> None:
         "  10.2.0.10:5000  10.1.0.2:1  in 0 out 0",
     ] == lines[:4]
     assert (len(lines), lines[-1]) == (24, "  ... (all with -v)")
-    assert len(natkeep("status", "-v").stdout.splitlines()) == 26
-    natkeep("teardown", "web")
+    assert len(executor("status", "-v").stdout.splitlines()) == 26
+    executor("teardown", "web")
 
 
 # ---- live connections ------------------------------------------------------------------------
 
 
 @pytest.fixture
-def live(sites: Network, natkeep: Run) -> Iterator[tuple[Network, list[socket.socket]]]:
+def live(sites: Network, executor: Run) -> Iterator[tuple[Network, list[socket.socket]]]:
     """An open move with one of its two connections alive, both ends at the destination."""
     OLD, PEER = ("10.2.0.10", 5000), ("10.1.0.2", 50594)
     for address in (OLD[0], PEER[0]):
@@ -1093,7 +1110,7 @@ def live(sites: Network, natkeep: Run) -> Iterator[tuple[Network, list[socket.so
         sockets.append(end)
     options = ["--site", f"destination={sites.destination}"]
     words = ["prepare", "web", "--map", MAP, *options, "--connections", "-", "--gate", "open"]
-    natkeep(*words, input=LIST)
+    executor(*words, input=LIST)
 
     yield sites, sockets
 
@@ -1108,29 +1125,29 @@ LIVE = "natkeep: 1 connections of web live and will break"
 
 @pytest.mark.root
 def test_teardown_with_live_connections_is_refused_where_nobody_can_be_asked(
-    live: tuple[Network, list[socket.socket]], natkeep: Run, tmp_path: Path
+    live: tuple[Network, list[socket.socket]], executor: Run, tmp_path: Path
 ) -> None:
     network, _ = live
     before, on_disk = network.observe(), files(tmp_path)
     for more in ([], ["--drain=0"], ["--drain", "0.01"]):
-        done = natkeep("teardown", "web", *more, expect=4)
+        done = executor("teardown", "web", *more, expect=4)
         hint = "  (--yes breaks them, --drain waits for their end)"
         assert [LIVE, hint] == done.stderr.splitlines()
-        natkeep("teardown", "web", *more, expect=4, input="y\n")  # a pipe is nobody
+        executor("teardown", "web", *more, expect=4, input="y\n")  # a pipe is nobody
     assert (before, on_disk) == (network.observe(), files(tmp_path))
 
-    assert natkeep("teardown", "web", "--drain=0", "--yes").stderr == "natkeep: web: undone\n"
+    assert executor("teardown", "web", "--drain=0", "--yes").stderr == "natkeep: web: undone\n"
     assert files(tmp_path) == {}
 
 
 @pytest.mark.root
 def test_teardown_of_live_connections_asks_at_a_terminal(
-    live: tuple[Network, list[socket.socket]], natkeep: Run, tmp_path: Path
+    live: tuple[Network, list[socket.socket]], executor: Run, tmp_path: Path
 ) -> None:
     master, slave = pty.openpty()
     for answer, code, last in (("\n", 4, "natkeep: nothing was changed"), ("y\n", 0, "undone")):
         os.write(master, answer.encode())
-        done = natkeep("teardown", "web", stdin=slave, expect=code)
+        done = executor("teardown", "web", stdin=slave, expect=code)
         assert done.stderr.startswith(f"{LIVE}. Go on? [y/N] ")
         assert done.stderr.rstrip().endswith(last)
     os.close(master)
@@ -1160,10 +1177,10 @@ def test_drain_waits_for_the_end_of_the_connections(
 
 
 @pytest.mark.root
-def test_teardown_behind_a_closed_gate_does_not_ask(sites: Network, natkeep: Run) -> None:
+def test_teardown_behind_a_closed_gate_does_not_ask(sites: Network, executor: Run) -> None:
     """What cannot talk cannot break."""
-    natkeep(*prepare(sites), input=LIST)
-    assert natkeep("teardown", "web").stderr == "natkeep: web: undone\n"
+    executor(*prepare(sites), input=LIST)
+    assert executor("teardown", "web").stderr == "natkeep: web: undone\n"
 
 
 # ---- interruption ----------------------------------------------------------------------------
@@ -1272,10 +1289,10 @@ def test_more_signals_while_it_undoes_do_not_stop_that(
 @pytest.mark.root
 @pytest.mark.parametrize("number", list(ENDINGS))
 def test_a_signal_in_the_middle_of_teardown_is_heeded_when_it_is_through(
-    number: signal.Signals, sites: Network, natkeep: Run, tmp_path: Path
+    number: signal.Signals, sites: Network, executor: Run, tmp_path: Path
 ) -> None:
     """So there is nothing to say of what is left: nothing is."""
-    natkeep(*prepare(sites), input=LIST)
+    executor(*prepare(sites), input=LIST)
     running = run_and_stop("revert", "AddAddress", "", "teardown", "web")
     running.send_signal(number)
     out, err = running.communicate(timeout=PATIENCE)
@@ -1285,29 +1302,29 @@ def test_a_signal_in_the_middle_of_teardown_is_heeded_when_it_is_through(
 
 @pytest.mark.root
 def test_a_teardown_that_is_killed_is_finished_by_the_next(
-    sites: Network, natkeep: Run, tmp_path: Path
+    sites: Network, executor: Run, tmp_path: Path
 ) -> None:
-    natkeep(*prepare(sites), input=LIST)
+    executor(*prepare(sites), input=LIST)
     running = run_and_stop("revert", "AddAddress", "", "teardown", "web")
     running.kill()
     running.communicate()
     kinds = ("connections", "hold", "journal", "ready")
     assert {f"state/web.{kind}" for kind in kinds} == set(files(tmp_path))
-    assert natkeep("teardown", "web").stderr == "natkeep: web: undone\n"
+    assert executor("teardown", "web").stderr == "natkeep: web: undone\n"
     assert files(tmp_path) == {}
 
 
 @pytest.mark.root
 @pytest.mark.parametrize("kind", ["InstallGate", "FillSet", "AddAddress", "InsertEntries"])
 def test_a_prepare_that_is_killed_cannot_be_opened_and_is_cleaned_by_teardown(
-    kind: str, sites: Network, natkeep: Run, tmp_path: Path
+    kind: str, sites: Network, executor: Run, tmp_path: Path
 ) -> None:
     running = run_and_stop("apply", kind, "", *prepare(sites))
     running.kill()
     running.communicate()
-    done = natkeep("open", "web", expect=7)
+    done = executor("open", "web", expect=7)
     assert done.stderr.startswith("natkeep: move web was not prepared to the end\n")
-    natkeep("teardown", "web")
+    executor("teardown", "web")
     assert files(tmp_path) == {}
 
 
@@ -1348,13 +1365,13 @@ def open_files(pid: int) -> set[str]:
 
 
 @pytest.mark.root
-def test_talk_that_nobody_listens_to_does_not_stop_the_work(sites: Network, natkeep: Run) -> None:
+def test_talk_that_nobody_listens_to_does_not_stop_the_work(sites: Network, executor: Run) -> None:
     """As `natkeep -v prepare ... 2>&1 | true`: half a move would be worse than no talk."""
     reader, writer = os.pipe()
     os.close(reader)
-    natkeep("-v", *prepare(sites), input=LIST, stderr=writer)
-    natkeep("status", "web", "--strict")
-    natkeep("-v", "teardown", "web", stderr=writer)
+    executor("-v", *prepare(sites), input=LIST, stderr=writer)
+    executor("status", "web", "--strict")
+    executor("-v", "teardown", "web", stderr=writer)
     os.close(writer)
 
 
@@ -1394,7 +1411,7 @@ def test_an_error_that_nobody_foresaw_is_one_line_and_exit_1(
     def fail(*_: object) -> None:
         raise OSError(5, "Input/output error")
 
-    monkeypatch.setattr(Lifecycle, "status", fail)
+    monkeypatch.setattr("natkeep.lifecycle.status.read_status", fail)
     monkeypatch.setattr(cli, "silence", lambda stream: None)  # it would be pytest's
     code, out, err = natkeep_here("status")
     assert (code, out, err) == (1, "", ["natkeep: [Errno 5] Input/output error"])

@@ -15,10 +15,13 @@ from fake_kernel import FakeKernel, FakeSite, KilledError
 
 from natkeep import faultpoints
 from natkeep.errors import JournalError, UsageError
-from natkeep.lifecycle.executor import plan_of
-from natkeep.lifecycle.verbs import Lifecycle
-from natkeep.plan.drift import Gate
+from natkeep.lifecycle.executor import Executor
+from natkeep.lifecycle.open import open_move
+from natkeep.lifecycle.prepare import prepare
+from natkeep.lifecycle.progress import plan_of
+from natkeep.lifecycle.teardown import teardown
 from natkeep.plan.move import Map, Move, Role, Site
+from natkeep.plan.observation import Gate
 from natkeep.plan.steps import AddAddress, InsertEntries, InstallGate, OpenGate, Prior, Step
 from natkeep.plan.tuples import Connections, Endpoint, FourTuple, parse_address
 from natkeep.state.journal import Record, StateDirectory
@@ -175,12 +178,12 @@ def test_a_signal_during_teardown_is_heeded_when_nothing_is_left(
 ) -> None:
     kernel = InterruptedKernel()
     kernel.sites = {"gw": FakeSite(), "dst": FakeSite()}
-    lifecycle = Lifecycle(kernel, state)
-    lifecycle.prepare(MOVE, CONNECTIONS, Gate.OPEN)
+    executor = Executor(kernel, state)
+    prepare(executor, MOVE, CONNECTIONS, Gate.OPEN)
     kernel.kind = kind
 
     with pytest.raises(KeyboardInterrupt):
-        lifecycle.teardown("web")
+        teardown(executor, "web")
 
     assert kernel.sites == {"gw": FakeSite(), "dst": FakeSite()}
     assert [name for name in os.listdir(state.path) if name != "lock"] == []
@@ -190,8 +193,8 @@ def test_an_open_that_was_killed_is_ours_to_close_when_it_is_opened_again(
     state: StateDirectory,
 ) -> None:
     kernel = FakeKernel()
-    lifecycle = Lifecycle(kernel, state)
-    lifecycle.prepare(MOVE, CONNECTIONS)
+    executor = Executor(kernel, state)
+    prepare(executor, MOVE, CONNECTIONS)
     kernel.die_at = kernel.applied  # the gate is open, and nobody has written that down
     journal = state.load("web")
     number = journal.kinds.index("OpenGate")
@@ -199,7 +202,7 @@ def test_an_open_that_was_killed_is_ours_to_close_when_it_is_opened_again(
     with pytest.raises(KilledError):
         kernel.apply(step, lambda prior: journal.note(number, "doing", prior))
 
-    lifecycle.open("web")
+    open_move(executor, "web")
 
     assert state.load("web").records[number] == Record("done", Prior(present=False))
 
@@ -208,9 +211,9 @@ def test_what_is_in_the_way_of_a_journal_that_cannot_be_renamed_is_removed(
     state: StateDirectory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(faultpoints, "_ARMED", {"journal-rename-journal": "errno"})
-    lifecycle = Lifecycle(FakeKernel(), state)
+    executor = Executor(FakeKernel(), state)
 
     with pytest.raises(JournalError, match="No space left on device"):
-        lifecycle.prepare(MOVE, CONNECTIONS)
+        prepare(executor, MOVE, CONNECTIONS)
 
     assert [name for name in os.listdir(state.path) if name != "lock"] == []

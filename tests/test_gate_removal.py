@@ -17,7 +17,10 @@ import pytest
 from natkeep.kernel import nftables, nftables_dump
 from natkeep.kernel.linux import LinuxKernel
 from natkeep.kernel.netns import inside, open_namespace
-from natkeep.lifecycle.verbs import Lifecycle
+from natkeep.lifecycle.executor import Executor
+from natkeep.lifecycle.open import open_move, remove_gate_hooks
+from natkeep.lifecycle.prepare import prepare
+from natkeep.lifecycle.teardown import teardown
 from natkeep.plan.move import Map, Move, Role, Site
 from natkeep.plan.nft import TABLE, Object
 from natkeep.plan.tables import GATE
@@ -33,16 +36,16 @@ class Gateway:
     def __init__(self, netns: str, directory: str) -> None:
         self.netns, self.directory = netns, directory
 
-    def lifecycle(self) -> Lifecycle:
+    def executor(self) -> Executor:
         state = StateDirectory(self.directory, create=True)
-        return Lifecycle(LinuxKernel(state.path), state)
+        return Executor(LinuxKernel(state.path), state)
 
     def prepare(self, number: int) -> None:
         old, new = (parse_address(f"10.{net}.0.{number}") for net in (2, 3))
         peer = Endpoint(parse_address("10.1.0.2"), 2000)
         kept = Connections.of([FourTuple(peer, Endpoint(old, 80))])
         site = Site(Role.GATEWAY, self.netns)
-        self.lifecycle().prepare(Move(f"m{number}", (Map(old, new),), (site,)), kept)
+        prepare(self.executor(), Move(f"m{number}", (Map(old, new),), (site,)), kept)
 
     def has_gate_hook(self) -> bool:
         with inside(open_namespace(self.netns)):
@@ -53,21 +56,21 @@ class Gateway:
 def gateway(make_netns: Callable[[], str], tmp_path: Path) -> Iterator[Gateway]:
     gateway = Gateway(make_netns(), str(tmp_path / "state"))
     yield gateway
-    for move_id in gateway.lifecycle().state.ids():
-        gateway.lifecycle().teardown(move_id)
+    for move_id in gateway.executor().state.ids():
+        teardown(gateway.executor(), move_id)
 
 
 def test_a_prepare_that_has_looked_at_the_gate_hook_finds_it_in_its_transaction(
     gateway: Gateway, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     gateway.prepare(1)
-    gateway.lifecycle().open("m1")
+    open_move(gateway.executor(), "m1")
     look, removing = nftables.missing_gate_hook, []
 
     def look_and_be_overtaken() -> tuple[Object, ...]:
         seen = look()
         if not removing:  # in the moment between look and transaction
-            other = threading.Thread(target=lambda: gateway.lifecycle().unhook("m1"))
+            other = threading.Thread(target=lambda: remove_gate_hooks(gateway.executor(), "m1"))
             removing.append(other)
             other.start()
             other.join(0.5)
@@ -79,8 +82,8 @@ def test_a_prepare_that_has_looked_at_the_gate_hook_finds_it_in_its_transaction(
     other.join()
 
     assert gateway.has_gate_hook()  # the second gate is closed
-    gateway.lifecycle().open("m2")
-    gateway.lifecycle().unhook("m2")
+    open_move(gateway.executor(), "m2")
+    remove_gate_hooks(gateway.executor(), "m2")
     assert not gateway.has_gate_hook()
 
 
@@ -97,7 +100,7 @@ def test_what_the_quick_file_leaves_waits_for_the_lock_too(
         "posix.close(held)\n"
     )
     quick = Path(sys.executable).parent
-    state = gateway.lifecycle().state
+    state = gateway.executor().state
     with state.locked():
         child = subprocess.Popen(
             [sys.executable, "-I", "-S", "-c", program, str(quick)],

@@ -19,9 +19,14 @@ from fake_kernel import FakeKernel, FakeSite
 from natkeep.kernel import segment_holder
 from natkeep.kernel.interface import Remember
 from natkeep.lab.host import await_true
-from natkeep.lifecycle.verbs import Lifecycle
-from natkeep.plan.drift import Gate
+from natkeep.lifecycle.drain import count_alive
+from natkeep.lifecycle.executor import Executor
+from natkeep.lifecycle.open import open_move
+from natkeep.lifecycle.prepare import find_unheld, prepare
+from natkeep.lifecycle.status import read_status
+from natkeep.lifecycle.teardown import teardown
 from natkeep.plan.move import Map, Move, Role, Site
+from natkeep.plan.observation import Gate
 from natkeep.plan.steps import HoldSegments, Prior, Step
 from natkeep.plan.tuples import Connections, Endpoint, FourTuple, parse_address
 from natkeep.state.journal import StateDirectory
@@ -49,22 +54,22 @@ class WithoutPrivilege(FakeKernel):
         return Prior(facts={"refused": "Operation not permitted"}) if refused else Prior()
 
 
-def make_lifecycle(kernel: FakeKernel, directory: Path) -> Lifecycle:
+def make_executor(kernel: FakeKernel, directory: Path) -> Executor:
     kernel.sites = {"gw": FakeSite(), "dst": FakeSite()}
-    return Lifecycle(kernel, StateDirectory(str(directory), create=True))
+    return Executor(kernel, StateDirectory(str(directory), create=True))
 
 
-def prepared(lifecycle: Lifecycle, **options: bool) -> Lifecycle:
+def prepared(executor: Executor, **options: bool) -> Executor:
     move = Move("web", (Map(OLD, NEW),), SITES, **options)  # type: ignore[arg-type]
-    lifecycle.prepare(move, KEPT)
-    return lifecycle
+    prepare(executor, move, KEPT)
+    return executor
 
 
 def test_the_gateway_stands_open_and_the_move_is_closed(tmp_path: Path) -> None:
     kernel = FakeKernel()
-    lifecycle = prepared(make_lifecycle(kernel, tmp_path), hold=True)
+    executor = prepared(make_executor(kernel, tmp_path), hold=True)
 
-    [status] = lifecycle.status(())
+    [status] = read_status(executor, ())
     gates = {name: site.gates["web"] for name, site in kernel.sites.items()}
 
     assert gates == {"gw": Gate.OPEN, "dst": Gate.CLOSED}
@@ -75,29 +80,29 @@ def test_the_gateway_stands_open_and_the_move_is_closed(tmp_path: Path) -> None:
 
 def test_open_lets_through_and_ends_the_holder(tmp_path: Path) -> None:
     kernel = FakeKernel()
-    lifecycle = prepared(make_lifecycle(kernel, tmp_path), hold=True)
+    executor = prepared(make_executor(kernel, tmp_path), hold=True)
 
-    lifecycle.open("web")
+    open_move(executor, "web")
 
-    [status] = lifecycle.status(())
+    [status] = read_status(executor, ())
     assert status.gate == Gate.OPEN
     assert kernel.sites["dst"].holders == set()
 
 
 def test_while_it_is_not_open_nobody_lives_though_the_gateway_lets_through(tmp_path: Path) -> None:
-    lifecycle = prepared(make_lifecycle(FakeKernel(), tmp_path), hold=True)
+    executor = prepared(make_executor(FakeKernel(), tmp_path), hold=True)
 
-    closed = lifecycle.count_alive("web")
-    lifecycle.open("web")
+    closed = count_alive(executor, "web")
+    open_move(executor, "web")
 
     assert closed == 0
-    assert lifecycle.count_alive("web") == 2
+    assert count_alive(executor, "web") == 2
 
 
 def test_a_journal_says_that_the_move_holds(tmp_path: Path) -> None:
-    lifecycle = prepared(make_lifecycle(FakeKernel(), tmp_path), hold=True)
+    executor = prepared(make_executor(FakeKernel(), tmp_path), hold=True)
 
-    journal = lifecycle.state.load("web")
+    journal = executor.state.load("web")
 
     assert journal.move.hold
     assert journal.is_prepared()
@@ -106,9 +111,9 @@ def test_a_journal_says_that_the_move_holds(tmp_path: Path) -> None:
 
 def test_teardown_leaves_the_sites_as_they_were(tmp_path: Path) -> None:
     kernel = FakeKernel()
-    lifecycle = prepared(make_lifecycle(kernel, tmp_path), hold=True)
+    executor = prepared(make_executor(kernel, tmp_path), hold=True)
 
-    lifecycle.teardown("web")
+    teardown(executor, "web")
 
     assert kernel.sites == {"gw": FakeSite(), "dst": FakeSite()}
 
@@ -124,9 +129,9 @@ def test_teardown_leaves_the_sites_as_they_were(tmp_path: Path) -> None:
 def test_what_cannot_be_held_is_told_and_no_failure(
     kernel: FakeKernel, hold_: bool, told: tuple[str, ...], tmp_path: Path
 ) -> None:
-    lifecycle = prepared(make_lifecycle(kernel, tmp_path), hold=hold_)
+    executor = prepared(make_executor(kernel, tmp_path), hold=hold_)
 
-    lines = lifecycle.find_unheld("web")
+    lines = find_unheld(executor, "web")
 
     assert lines == tuple(
         f"destination=dst: what peers say meanwhile is not held: {reason}" for reason in told

@@ -23,7 +23,7 @@ from natkeep.plan.steps import Prior
 from natkeep.plan.translation import Surroundings
 from natkeep.plan.tuples import Connections, Endpoint, FourTuple, parse_address
 from natkeep.state import files
-from natkeep.state.journal import Journal, StateDirectory, read_boot_id
+from natkeep.state.journal import Header, Journal, StateDirectory, read_boot_id
 
 MOVE = Move(
     "web",
@@ -462,13 +462,13 @@ def test_a_corrupt_journal_tells_where_it_is(state: StateDirectory, place: Path)
     assert str(caught.value.hint).startswith(f"{place}/web.journal;")
 
 
-def test_read_move_gives_none_for_what_it_cannot_read(state: StateDirectory, place: Path) -> None:
+def test_read_header_gives_none_for_what_it_cannot_read(state: StateDirectory, place: Path) -> None:
     begin(state)
-    assert (MOVE, NAMESPACES, read_boot_id()) == state.read_move("web")
+    assert Header(MOVE, NAMESPACES, read_boot_id()) == state.read_header("web")
     for text in ("", "x\n", "[]\n", '{"namespaces": [], "boot": "b", "move": {}}\n'):
         (place / "bad.journal").write_text(text)
-        assert state.read_move("bad") is None
-    assert state.read_move("unknown") is None
+        assert state.read_header("bad") is None
+    assert state.read_header("unknown") is None
 
 
 # ---- nothing is opened through a link, nothing is waited for ---------------------------------
@@ -617,7 +617,7 @@ def test_a_directory_that_is_not_there_holds_nothing_and_is_not_made(
     state = StateDirectory(str(place), create=False)
 
     assert state.ids() == ()
-    assert state.read_move("web") is None
+    assert state.read_header("web") is None
     assert f"no move web in {place}" == refusal(state)
     state.remove("web")
     with state.locked():

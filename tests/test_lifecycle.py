@@ -28,12 +28,19 @@ from natkeep.errors import (
 )
 from natkeep.kernel.interface import Remember
 from natkeep.kernel.netns import NamespaceGoneError
-from natkeep.lifecycle import status
-from natkeep.lifecycle.gc import Collecting
-from natkeep.lifecycle.repair import Repairing
-from natkeep.lifecycle.verbs import Lifecycle
-from natkeep.plan.drift import Gate, Observation
+from natkeep.lifecycle import drain as draining
+from natkeep.lifecycle.check import check, find_new
+from natkeep.lifecycle.drain import count_alive, drain
+from natkeep.lifecycle.executor import Executor
+from natkeep.lifecycle.gc import gc
+from natkeep.lifecycle.open import open_move
+from natkeep.lifecycle.prepare import prepare
+from natkeep.lifecycle.repair import repair
+from natkeep.lifecycle.replace import replace_move
+from natkeep.lifecycle.status import read_status
+from natkeep.lifecycle.teardown import teardown
 from natkeep.plan.move import Fate, Map, Move, Role, Site
+from natkeep.plan.observation import Gate, Observation
 from natkeep.plan.plan import make_plan
 from natkeep.plan.steps import (
     AddAddress,
@@ -141,8 +148,8 @@ def state(tmp_path: Path) -> StateDirectory:
 
 
 @pytest.fixture
-def natkeep(kernel: RecordingKernel, state: StateDirectory) -> Lifecycle:
-    return Lifecycle(kernel, state)
+def executor(kernel: RecordingKernel, state: StateDirectory) -> Executor:
+    return Executor(kernel, state)
 
 
 def files(state: StateDirectory) -> dict[str, bytes]:
@@ -212,7 +219,7 @@ def test_prepare_that_fails_at_a_step_leaves_nothing(
     kernel.fail_at = number
 
     with pytest.raises(KernelError) as caught:
-        Lifecycle(kernel, state).prepare(make_move(family), CONNECTIONS, gate)
+        prepare(Executor(kernel, state), make_move(family), CONNECTIONS, gate)
 
     assert (
         f"{steps_of(family, gate)[number].site}: told to fail",
@@ -231,16 +238,16 @@ def test_teardown_restores_what_was_there_and_twice_is_once(
 ) -> None:
     kernel = RecordingKernel(start())
     before = observe(kernel, PLANS[family])
-    natkeep = Lifecycle(kernel, state)
-    natkeep.prepare(make_move(family), CONNECTIONS, gate)
+    executor = Executor(kernel, state)
+    prepare(executor, make_move(family), CONNECTIONS, gate)
     assert before != observe(kernel, PLANS[family])
 
-    assert natkeep.teardown("web") is True
+    assert teardown(executor, "web") is True
     assert before == observe(kernel, PLANS[family])
     assert files(state) == {}
 
     kernel.done.clear()
-    assert natkeep.teardown("web") is False
+    assert teardown(executor, "web") is False
     assert before == observe(kernel, PLANS[family])
     assert kernel.done == []
 
@@ -252,30 +259,30 @@ def test_teardown_of_an_unknown_id_is_fine_and_touches_no_file_outside_the_state
     monkeypatch.chdir(tmp_path)
     for name in ("web.connections", "web.journal"):
         Path(name).write_text("mine\n")
-    natkeep = Lifecycle(FakeKernel(), StateDirectory(str(tmp_path / "nowhere"), create=False))
+    executor = Executor(FakeKernel(), StateDirectory(str(tmp_path / "nowhere"), create=False))
 
-    assert natkeep.teardown("web") is False
+    assert teardown(executor, "web") is False
     assert {"web.connections", "web.journal"} == {path.name for path in tmp_path.iterdir()}
 
 
 def test_teardown_does_not_leave_the_state_directory_by_the_id(
-    tmp_path: Path, natkeep: Lifecycle
+    tmp_path: Path, executor: Executor
 ) -> None:
     (tmp_path / "web.connections").write_text("mine\n")
     with pytest.raises(UsageError):
-        natkeep.teardown("../web")
+        teardown(executor, "../web")
     assert (tmp_path / "web.connections").read_text() == "mine\n"
 
 
 def test_prepare_that_cannot_be_undone_says_what_is_left_and_teardown_finishes_it(
-    kernel: RecordingKernel, natkeep: Lifecycle, state: StateDirectory
+    kernel: RecordingKernel, executor: Executor, state: StateDirectory
 ) -> None:
     before = copy.deepcopy(kernel.sites)
     kernel.fail_at = len(PLANS["ipv4"].prepare) - 1
     kernel.stuck = (RaiseLoopback,)
 
     with pytest.raises(LeftoverError) as caught:
-        natkeep.prepare(make_move(), CONNECTIONS)
+        prepare(executor, make_move(), CONNECTIONS)
 
     assert caught.value.exit_code == 8
     expected = "move web: not undone: destination=dst: told not to undo RaiseLoopback"
@@ -287,21 +294,21 @@ def test_prepare_that_cannot_be_undone_says_what_is_left_and_teardown_finishes_i
     assert state.ids() == ("web",)
 
     kernel.stuck = ()
-    assert natkeep.teardown("web") is True
+    assert teardown(executor, "web") is True
     assert before == kernel.sites
     assert files(state) == {}
 
 
 @pytest.mark.parametrize("kind", [InstallGate, AddAddress, InsertEntries, RaiseLoopback])
 def test_teardown_that_fails_names_what_is_left_and_a_second_finishes(
-    kind: type, kernel: RecordingKernel, natkeep: Lifecycle, state: StateDirectory
+    kind: type, kernel: RecordingKernel, executor: Executor, state: StateDirectory
 ) -> None:
     before = copy.deepcopy(kernel.sites)
-    natkeep.prepare(make_move(), CONNECTIONS, Gate.OPEN)
+    prepare(executor, make_move(), CONNECTIONS, Gate.OPEN)
     kernel.stuck = (kind,)
 
     with pytest.raises(LeftoverError) as caught:
-        natkeep.teardown("web")
+        teardown(executor, "web")
 
     stuck = sum(isinstance(step, kind) for step in PLANS["ipv4"].steps)
     assert stuck == str(caught.value).count(f"told not to undo {kind.__name__}")
@@ -310,7 +317,7 @@ def test_teardown_that_fails_names_what_is_left_and_a_second_finishes(
 
     kernel.stuck = ()
     kernel.done.clear()
-    assert natkeep.teardown("web") is True
+    assert teardown(executor, "web") is True
     # Where anything was left, what comes after all else comes again: the table goes with the
     # gate, and what a gateway had of its own is given back.
     again = {kind, InstallGate, PurgeEntries}
@@ -340,7 +347,7 @@ def test_a_disk_that_fills_up_in_prepare_leaves_nothing_at_the_sites(
     state.room = room
 
     with pytest.raises(JournalError, match="No space left on device"):
-        Lifecycle(kernel, state).prepare(make_move(), CONNECTIONS, Gate.OPEN)
+        prepare(Executor(kernel, state), make_move(), CONNECTIONS, Gate.OPEN)
 
     assert before == kernel.sites
     assert files(state) == {}
@@ -349,11 +356,11 @@ def test_a_disk_that_fills_up_in_prepare_leaves_nothing_at_the_sites(
 def test_teardown_needs_no_room_on_the_disk(kernel: RecordingKernel, tmp_path: Path) -> None:
     before = copy.deepcopy(kernel.sites)
     state = FullState(str(tmp_path / "state"), create=True)
-    natkeep = Lifecycle(kernel, state)
-    natkeep.prepare(make_move(), CONNECTIONS, Gate.OPEN)
+    executor = Executor(kernel, state)
+    prepare(executor, make_move(), CONNECTIONS, Gate.OPEN)
     state.room = 0
 
-    assert natkeep.teardown("web") is True
+    assert teardown(executor, "web") is True
     assert before == kernel.sites
     assert files(state) == {}
 
@@ -418,10 +425,10 @@ class MortalKernel(FakeKernel):
             self.state.die()
 
 
-def next_process(kernel: FakeKernel, state: StateDirectory) -> tuple[RecordingKernel, Lifecycle]:
+def next_process(kernel: FakeKernel, state: StateDirectory) -> tuple[RecordingKernel, Executor]:
     """What starts after the death: it knows the sites and the state directory, nothing else."""
     revived = RecordingKernel(kernel.sites)
-    return revived, Lifecycle(revived, StateDirectory(state.path, create=False))
+    return revived, Executor(revived, StateDirectory(state.path, create=False))
 
 
 def prepare_and_die(
@@ -432,17 +439,17 @@ def prepare_and_die(
     family: str = "ipv4",
     gate: Gate = Gate.CLOSED,
     sites: dict[str, FakeSite] | None = None,
-) -> tuple[RecordingKernel, Lifecycle, StateDirectory]:
+) -> tuple[RecordingKernel, Executor, StateDirectory]:
     """Kill prepare at step *number*; the sites and the next process."""
     state = MortalState(str(tmp_path / "state"), create=True)
     kernel = MortalKernel(empty_sites() if sites is None else sites, state)
     kernel.at, kernel.moment = number, moment
     with pytest.raises(KilledError):
-        Lifecycle(kernel, state).prepare(make_move(family), CONNECTIONS, gate)
+        prepare(Executor(kernel, state), make_move(family), CONNECTIONS, gate)
     assert number + (moment != MOMENTS[0]) == kernel.applied
     assert kernel.reverted == 0  # a dead process cleans nothing up
-    revived, natkeep = next_process(kernel, state)
-    return revived, natkeep, natkeep.state
+    revived, executor = next_process(kernel, state)
+    return revived, executor, executor.state
 
 
 @pytest.mark.parametrize("moment", MOMENTS)
@@ -455,17 +462,17 @@ def test_what_a_kill_in_prepare_leaves_is_cleaned_by_teardown(
     start: Callable[[], dict[str, FakeSite]],
     tmp_path: Path,
 ) -> None:
-    kernel, natkeep, state = prepare_and_die(
+    kernel, executor, state = prepare_and_die(
         tmp_path, number, moment, family=family, gate=gate, sites=start()
     )
     assert state.ids() == ("web",)
     if moment == MOMENTS[2] and number == 0:
         assert start() != kernel.sites
 
-    assert natkeep.teardown("web") is True
+    assert teardown(executor, "web") is True
     assert start() == kernel.sites
     assert files(state) == {}
-    assert natkeep.teardown("web") is False
+    assert teardown(executor, "web") is False
 
 
 @pytest.mark.parametrize("moment", MOMENTS[1:])
@@ -475,16 +482,16 @@ def test_what_a_kill_in_teardown_leaves_is_cleaned_by_the_next(
 ) -> None:
     state = MortalState(str(tmp_path / "state"), create=True)
     kernel = MortalKernel(empty_sites(), state)
-    natkeep = Lifecycle(kernel, state)
-    natkeep.prepare(make_move("both"), CONNECTIONS, Gate.OPEN)
+    executor = Executor(kernel, state)
+    prepare(executor, make_move("both"), CONNECTIONS, Gate.OPEN)
     kernel.at, kernel.moment = number, moment
     with pytest.raises(KilledError):
-        natkeep.teardown("web")
+        teardown(executor, "web")
 
-    revived, natkeep = next_process(kernel, state)
-    assert natkeep.teardown("web") is True
+    revived, executor = next_process(kernel, state)
+    assert teardown(executor, "web") is True
     assert empty_sites() == revived.sites
-    assert files(natkeep.state) == {}
+    assert files(executor.state) == {}
 
 
 @pytest.mark.parametrize("moment", MOMENTS)
@@ -494,26 +501,26 @@ def test_what_a_kill_in_open_leaves_can_be_opened_or_torn_down(
 ) -> None:
     state = MortalState(str(tmp_path / "state"), create=True)
     kernel = MortalKernel(empty_sites(), state)
-    natkeep = Lifecycle(kernel, state)
-    natkeep.prepare(make_move(), CONNECTIONS)
+    executor = Executor(kernel, state)
+    prepare(executor, make_move(), CONNECTIONS)
     kernel.at, kernel.moment = len(PLANS["ipv4"].prepare) + which, moment
     with pytest.raises(KilledError):
-        natkeep.open("web")
+        open_move(executor, "web")
 
-    revived, natkeep = next_process(kernel, state)
-    natkeep.open("web")
+    revived, executor = next_process(kernel, state)
+    open_move(executor, "web")
     assert [revived.sites[s].gates["web"] for s in ("gw", "dst")] == [Gate.OPEN, Gate.OPEN]
-    natkeep.teardown("web")
+    teardown(executor, "web")
     assert empty_sites() == revived.sites
 
 
 @pytest.mark.parametrize("number", range(1, len(PLANS["ipv4"].prepare)))
 def test_open_refuses_a_move_that_was_prepared_in_part(number: int, tmp_path: Path) -> None:
-    kernel, natkeep, _ = prepare_and_die(tmp_path, number, MOMENTS[0])
+    kernel, executor, _ = prepare_and_die(tmp_path, number, MOMENTS[0])
     before = copy.deepcopy(kernel.sites)
 
     with pytest.raises(JournalError, match="move web was not prepared to the end") as caught:
-        natkeep.open("web")
+        open_move(executor, "web")
 
     assert caught.value.exit_code == 7
     assert "natkeep teardown web" in str(caught.value.hint)
@@ -522,76 +529,76 @@ def test_open_refuses_a_move_that_was_prepared_in_part(number: int, tmp_path: Pa
 
 
 def test_an_id_that_a_killed_prepare_used_is_in_use_until_it_is_torn_down(tmp_path: Path) -> None:
-    _, natkeep, _ = prepare_and_die(tmp_path, 3, MOMENTS[1])
+    _, executor, _ = prepare_and_die(tmp_path, 3, MOMENTS[1])
     with pytest.raises(RefusedError, match="the id web is in use"):
-        natkeep.prepare(make_move(), CONNECTIONS)
-    natkeep.teardown("web")
-    natkeep.prepare(make_move(), CONNECTIONS)
+        prepare(executor, make_move(), CONNECTIONS)
+    teardown(executor, "web")
+    prepare(executor, make_move(), CONNECTIONS)
 
 
 # ---- open ------------------------------------------------------------------------------------
 
 
 def test_open_lets_through_at_every_site_and_again_does_nothing(
-    kernel: RecordingKernel, natkeep: Lifecycle
+    kernel: RecordingKernel, executor: Executor
 ) -> None:
-    natkeep.prepare(make_move(), CONNECTIONS)
+    prepare(executor, make_move(), CONNECTIONS)
     gates = [kernel.sites[name].gates["web"] for name in ("gw", "dst")]
     assert gates == [Gate.CLOSED, Gate.CLOSED]
 
-    natkeep.open("web")
+    open_move(executor, "web")
     opened = copy.deepcopy(kernel.sites)
     assert [opened[name].gates["web"] for name in ("gw", "dst")] == [Gate.OPEN, Gate.OPEN]
 
     kernel.done.clear()
-    natkeep.open("web")
+    open_move(executor, "web")
     assert opened == kernel.sites
     assert kernel.done == []
 
 
 @pytest.mark.parametrize("which", [0, 1])
 def test_open_that_fails_at_a_site_closes_the_others_again_and_can_be_repeated(
-    which: int, kernel: RecordingKernel, natkeep: Lifecycle, state: StateDirectory
+    which: int, kernel: RecordingKernel, executor: Executor, state: StateDirectory
 ) -> None:
-    natkeep.prepare(make_move(), CONNECTIONS)
+    prepare(executor, make_move(), CONNECTIONS)
     prepared = copy.deepcopy(kernel.sites)
     kernel.fail_at = kernel.applied + which
 
     with pytest.raises(KernelError, match="told to fail"):
-        natkeep.open("web")
+        open_move(executor, "web")
     assert prepared == kernel.sites
     assert state.ids() == ("web",)  # still prepared, to be opened or torn down
 
-    natkeep.open("web")
+    open_move(executor, "web")
     assert [kernel.sites[name].gates["web"] for name in ("gw", "dst")] == [Gate.OPEN, Gate.OPEN]
-    natkeep.teardown("web")
+    teardown(executor, "web")
     assert empty_sites() == kernel.sites
 
 
 def test_open_that_cannot_close_again_says_so(
-    kernel: RecordingKernel, natkeep: Lifecycle, state: StateDirectory
+    kernel: RecordingKernel, executor: Executor, state: StateDirectory
 ) -> None:
-    natkeep.prepare(make_move(), CONNECTIONS)
+    prepare(executor, make_move(), CONNECTIONS)
     kernel.fail_at = kernel.applied + 1
     kernel.stuck = (OpenGate,)
     with pytest.raises(LeftoverError, match="gateway=gw: told not to undo OpenGate"):
-        natkeep.open("web")
+        open_move(executor, "web")
     assert state.ids() == ("web",)
 
 
 def test_open_where_the_gate_is_gone_fails_and_opens_no_site(
-    kernel: RecordingKernel, natkeep: Lifecycle
+    kernel: RecordingKernel, executor: Executor
 ) -> None:
-    natkeep.prepare(make_move(), CONNECTIONS)
+    prepare(executor, make_move(), CONNECTIONS)
     del kernel.sites["dst"].gates["web"]  # as `nft delete table` would
     with pytest.raises(KernelError, match="no gate of web"):
-        natkeep.open("web")
+        open_move(executor, "web")
     assert kernel.sites["gw"].gates["web"] == Gate.CLOSED
 
 
-def test_open_of_an_unknown_id_is_an_error_of_the_journal(natkeep: Lifecycle) -> None:
+def test_open_of_an_unknown_id_is_an_error_of_the_journal(executor: Executor) -> None:
     with pytest.raises(JournalError, match="no move web") as caught:
-        natkeep.open("web")
+        open_move(executor, "web")
     assert caught.value.exit_code == 7
 
 
@@ -600,26 +607,26 @@ def test_open_of_an_unknown_id_is_an_error_of_the_journal(natkeep: Lifecycle) ->
 
 @pytest.mark.parametrize("sites", [(GATEWAY, DESTINATION), (DESTINATION, GATEWAY)])
 def test_the_gateway_comes_first_however_the_sites_are_given(
-    sites: tuple[Site, ...], kernel: RecordingKernel, natkeep: Lifecycle
+    sites: tuple[Site, ...], kernel: RecordingKernel, executor: Executor
 ) -> None:
-    natkeep.prepare(make_move(sites=sites), CONNECTIONS)
+    prepare(executor, make_move(sites=sites), CONNECTIONS)
     roles = [role for _, _, role in kernel.done]
     assert roles == [Role.GATEWAY] * 8 + [Role.DESTINATION] * 11
 
     kernel.done.clear()
-    natkeep.open("web")
+    open_move(executor, "web")
     opened = [("apply", OpenGate, Role.GATEWAY), ("apply", OpenGate, Role.DESTINATION)]
     assert opened == kernel.done
 
 
 @pytest.mark.parametrize("sites", [(GATEWAY, DESTINATION), (DESTINATION, GATEWAY)])
 def test_teardown_closes_every_gate_before_it_removes_anything(
-    sites: tuple[Site, ...], kernel: RecordingKernel, natkeep: Lifecycle
+    sites: tuple[Site, ...], kernel: RecordingKernel, executor: Executor
 ) -> None:
-    natkeep.prepare(make_move(sites=sites), CONNECTIONS, Gate.OPEN)
+    prepare(executor, make_move(sites=sites), CONNECTIONS, Gate.OPEN)
     applied = list(kernel.done)
     kernel.done.clear()
-    natkeep.teardown("web")
+    teardown(executor, "web")
 
     assert {OpenGate} == {step for _, step, _ in kernel.done[:2]}
     assert {Role.GATEWAY, Role.DESTINATION} == {role for _, _, role in kernel.done[:2]}
@@ -627,45 +634,88 @@ def test_teardown_closes_every_gate_before_it_removes_anything(
     assert [("revert", step, role) for _, step, role in reversed(applied)] == kernel.done
 
 
-def test_rollback_runs_in_reverse(kernel: RecordingKernel, natkeep: Lifecycle) -> None:
+def test_rollback_runs_in_reverse(kernel: RecordingKernel, executor: Executor) -> None:
     kernel.fail_at = len(PLANS["ipv4"].steps) - 1
     with pytest.raises(KernelError):
-        natkeep.prepare(make_move(), CONNECTIONS, Gate.OPEN)
+        prepare(executor, make_move(), CONNECTIONS, Gate.OPEN)
     steps = [step for verb, step, _ in kernel.done if verb == "apply"]
     undone = [step for verb, step, _ in kernel.done if verb == "revert"]
     assert [OpenGate, *reversed(steps)] == undone  # the one that failed was begun, too
 
 
+def test_a_gate_and_a_purge_are_undone_again_where_anything_of_their_site_was_left(
+    kernel: RecordingKernel, executor: Executor, state: StateDirectory
+) -> None:
+    """The tables go with the last gate, and a gateway's own entries come back behind ours."""
+    prepare(executor, make_move(), CONNECTIONS, Gate.OPEN)
+    kernel.stuck = (AddAddress, InsertEntries)
+    with pytest.raises(LeftoverError):
+        teardown(executor, "web")
+    kept, again = (InstallGate, PurgeEntries), []
+    journal = state.load("web")
+    for step, record in zip(PLANS["ipv4"].steps, journal.records.values(), strict=True):
+        again += [type(step)] if isinstance(step, kept) else []
+        assert (record.state == "undone") == (not isinstance(step, (*kept, *kernel.stuck)))
+    kernel.stuck = ()
+    kernel.done.clear()
+    teardown(executor, "web")
+
+    assert [step for _, step, _ in kernel.done if step in kept] == [*reversed(again)]
+    assert kernel.sites == {"gw": FakeSite(), "dst": FakeSite()}
+
+
+def test_open_adds_and_takes_nothing_away(kernel: RecordingKernel, executor: Executor) -> None:
+    """After a deletion close() of any socket waits for the kernel: not inside the blackout."""
+    prepare(executor, make_move(), CONNECTIONS)
+    kernel.done.clear()
+    open_move(executor, "web")
+
+    assert {(verb, step) for verb, step, _ in kernel.done} == {("apply", OpenGate)}
+
+
+def test_a_replaced_move_goes_when_the_new_gate_is_closed_and_all_is_ready(
+    kernel: RecordingKernel, executor: Executor
+) -> None:
+    prepare(executor, make_move(), CONNECTIONS, Gate.OPEN)
+    kernel.done.clear()
+    replace_move(executor, "web", make_move(move_id="next"), CONNECTIONS)
+
+    verbs = [verb for verb, _, _ in kernel.done]
+    first = verbs.index("revert")
+    assert set(verbs[first:]) == {"revert"}
+    assert [step for _, step, _ in kernel.done[:first]] == [*map(type, PLANS["ipv4"].prepare)]
+
+
 def test_everything_is_checked_before_anything_is_changed(
-    kernel: RecordingKernel, natkeep: Lifecycle, state: StateDirectory
+    kernel: RecordingKernel, executor: Executor, state: StateDirectory
 ) -> None:
     """A refusal by the last site, when the first has not been touched yet."""
     kernel.sites["dst"].gates["web"] = Gate.CLOSED
     with pytest.raises(RefusedError, match="destination=dst: move web is prepared there already"):
-        natkeep.prepare(make_move(), CONNECTIONS)
+        prepare(executor, make_move(), CONNECTIONS)
     assert kernel.done == []
     assert files(state) == {}
 
 
-def test_check_changes_nothing(kernel: RecordingKernel, natkeep: Lifecycle) -> None:
+def test_check_changes_nothing(kernel: RecordingKernel, executor: Executor) -> None:
     before = copy.deepcopy(kernel.sites)
-    assert PLANS["ipv4"] == natkeep.check(make_move(), CONNECTIONS)
+    assert PLANS["ipv4"] == check(executor, make_move(), CONNECTIONS)
     assert before == kernel.sites
     assert kernel.done == []
-    assert files(natkeep.state) == {}
+    assert files(executor.state) == {}
 
 
 def test_each_command_is_talked_of_as_it_is_done_and_undone(
     kernel: RecordingKernel, state: StateDirectory
 ) -> None:
     lines: list[str] = []
-    natkeep = Lifecycle(kernel, state, lines.append)
-    plan = natkeep.prepare(make_move(), CONNECTIONS, Gate.OPEN)
+    executor = Executor(kernel, state, lines.append)
+    plan = prepare(executor, make_move(), CONNECTIONS, Gate.OPEN)
     expected = [f"[+] {line}" for step in plan.steps for line in step.describe()]
     assert expected == lines
 
     lines.clear()
-    natkeep.teardown("web")
+    teardown(executor, "web")
     undone = [f"[-] {type(step).__name__} at {step.site}" for step in reversed(plan.steps)]
     assert undone == lines
 
@@ -673,34 +723,34 @@ def test_each_command_is_talked_of_as_it_is_done_and_undone(
 # ---- several moves ---------------------------------------------------------------------------
 
 
-def test_an_id_in_use_is_refused(kernel: RecordingKernel, natkeep: Lifecycle) -> None:
-    natkeep.prepare(make_move(), CONNECTIONS)
+def test_an_id_in_use_is_refused(kernel: RecordingKernel, executor: Executor) -> None:
+    prepare(executor, make_move(), CONNECTIONS)
     before = copy.deepcopy(kernel.sites)
     with pytest.raises(RefusedError, match="the id web is in use") as caught:
-        natkeep.prepare(make_move("ipv6"), CONNECTIONS)
+        prepare(executor, make_move("ipv6"), CONNECTIONS)
     assert caught.value.exit_code == 4
     assert "natkeep teardown web" in str(caught.value.hint)
     assert before == kernel.sites
 
 
-def test_one_old_cannot_become_two_news(kernel: RecordingKernel, natkeep: Lifecycle) -> None:
-    natkeep.prepare(make_move(), CONNECTIONS)
+def test_one_old_cannot_become_two_news(kernel: RecordingKernel, executor: Executor) -> None:
+    prepare(executor, make_move(), CONNECTIONS)
     before = copy.deepcopy(kernel.sites)
     elsewhere = Move("api", maps("10.2.0.10=10.3.0.99"), SITES)
     with pytest.raises(RefusedError) as caught:
-        natkeep.prepare(elsewhere, listed("10.2.0.10:1 10.1.0.9:1"))
+        prepare(executor, elsewhere, listed("10.2.0.10:1 10.1.0.9:1"))
     assert str(caught.value) == "10.2.0.10 is moved to 10.3.0.20 by web already"
     assert caught.value.hint == "natkeep teardown web first"
     assert before == kernel.sites
 
 
 def test_one_old_may_become_two_news_at_different_sites(
-    kernel: RecordingKernel, natkeep: Lifecycle
+    kernel: RecordingKernel, executor: Executor
 ) -> None:
-    natkeep.prepare(make_move(), CONNECTIONS)
+    prepare(executor, make_move(), CONNECTIONS)
     sites = (Site(Role.DESTINATION, "dst2"), Site(Role.GATEWAY, "gw2"))
-    natkeep.prepare(Move("api", maps("10.2.0.10=10.3.0.99"), sites), CONNECTIONS)
-    assert natkeep.state.ids() == ("api", "web")
+    prepare(executor, Move("api", maps("10.2.0.10=10.3.0.99"), sites), CONNECTIONS)
+    assert executor.state.ids() == ("api", "web")
 
 
 @pytest.mark.parametrize(
@@ -727,12 +777,12 @@ def test_one_old_may_become_two_news_at_different_sites(
     ],
 )
 def test_tuples_of_two_moves_that_would_be_one_are_named(
-    map_: str, row: str, named: str, kernel: RecordingKernel, natkeep: Lifecycle
+    map_: str, row: str, named: str, kernel: RecordingKernel, executor: Executor
 ) -> None:
-    natkeep.prepare(make_move("both"), CONNECTIONS)
+    prepare(executor, make_move("both"), CONNECTIONS)
     before = copy.deepcopy(kernel.sites)
     with pytest.raises(RefusedError) as caught:
-        natkeep.prepare(Move("api", maps(map_), SITES), listed(row))
+        prepare(executor, Move("api", maps(map_), SITES), listed(row))
     assert named == str(caught.value)
     assert before == kernel.sites
 
@@ -741,58 +791,58 @@ def sites_after(move_id: str, connections: Connections, tmp_path: Path) -> dict[
     """As this move alone leaves them."""
     kernel = RecordingKernel()
     state = StateDirectory(str(tmp_path / f"only-{move_id}"), create=True)
-    Lifecycle(kernel, state).prepare(make_move("both", move_id), connections)
+    prepare(Executor(kernel, state), make_move("both", move_id), connections)
     return kernel.sites
 
 
 @pytest.mark.parametrize(("first", "last"), [("web", "api"), ("api", "web")])
 def test_of_two_moves_with_one_old_either_may_go_first_and_the_last_removes_the_address(
-    first: str, last: str, kernel: RecordingKernel, natkeep: Lifecycle, tmp_path: Path
+    first: str, last: str, kernel: RecordingKernel, executor: Executor, tmp_path: Path
 ) -> None:
     others = listed("10.2.0.10:5000 10.1.0.2:60001", "[fd00:2::11]:5000 [fd00:1::2]:60002")
     rows = {"web": CONNECTIONS, "api": others}
-    natkeep.prepare(make_move("both", "web"), rows["web"])
-    natkeep.prepare(make_move("both", "api"), rows["api"])
+    prepare(executor, make_move("both", "web"), rows["web"])
+    prepare(executor, make_move("both", "api"), rows["api"])
 
-    natkeep.teardown(first)
+    teardown(executor, first)
     assert sites_after(last, rows[last], tmp_path) == kernel.sites
-    assert [site.drift for site in natkeep.status((last,))[0].sites] == [()] * 2
+    assert [site.drift for site in read_status(executor, (last,))[0].sites] == [()] * 2
 
-    natkeep.open(last)  # what is left works as if it had been alone
-    natkeep.teardown(last)
+    open_move(executor, last)  # what is left works as if it had been alone
+    teardown(executor, last)
     assert empty_sites() == kernel.sites
-    assert files(natkeep.state) == {}
+    assert files(executor.state) == {}
 
 
 def test_an_address_that_was_there_before_both_moves_stays(
-    natkeep: Lifecycle, kernel: RecordingKernel
+    executor: Executor, kernel: RecordingKernel
 ) -> None:
     kernel.sites = sites_with_old_and_lo()
-    natkeep.prepare(make_move("both", "web"), CONNECTIONS)
-    natkeep.prepare(make_move("both", "api"), listed("10.2.0.10:5000 10.1.0.2:60001"))
-    natkeep.teardown("web")
-    natkeep.teardown("api")
+    prepare(executor, make_move("both", "web"), CONNECTIONS)
+    prepare(executor, make_move("both", "api"), listed("10.2.0.10:5000 10.1.0.2:60001"))
+    teardown(executor, "web")
+    teardown(executor, "api")
     assert sites_with_old_and_lo() == kernel.sites
 
 
 def test_prepare_that_fails_leaves_the_address_to_the_move_that_had_it(
-    natkeep: Lifecycle, kernel: RecordingKernel, state: StateDirectory
+    executor: Executor, kernel: RecordingKernel, state: StateDirectory
 ) -> None:
-    natkeep.prepare(make_move("both", "web"), CONNECTIONS)
+    prepare(executor, make_move("both", "web"), CONNECTIONS)
     before, on_disk = copy.deepcopy(kernel.sites), files(state)
     move, others = make_move("both", "api"), listed("10.2.0.10:5000 10.1.0.2:60001")
     kernel.fail_at = kernel.applied + len(make_plan(move, others).prepare) - 1
     with pytest.raises(KernelError):
-        natkeep.prepare(move, others)
+        prepare(executor, move, others)
     assert (before, on_disk) == (kernel.sites, files(state))
 
 
 def test_a_move_whose_journal_cannot_be_read_does_not_stop_another(
-    natkeep: Lifecycle, state: StateDirectory
+    executor: Executor, state: StateDirectory
 ) -> None:
     (Path(state.path) / "old.journal").write_text("not json\n")
-    natkeep.prepare(make_move(), CONNECTIONS)
-    natkeep.teardown("web")
+    prepare(executor, make_move(), CONNECTIONS)
+    teardown(executor, "web")
     assert state.ids() == ("old",)
 
 
@@ -805,14 +855,14 @@ def test_two_sites_that_turn_out_to_be_one_namespace_are_refused(state: StateDir
             return (0, 1)
 
     with pytest.raises(RefusedError, match="are the same network namespace") as caught:
-        Lifecycle(OneNamespace(), state).prepare(make_move(), CONNECTIONS)
+        prepare(Executor(OneNamespace(), state), make_move(), CONNECTIONS)
     assert "gateway=gw and destination=dst" in str(caught.value)
     assert files(state) == {}
 
 
 def auto(kernel: FakeKernel, state: StateDirectory, *addresses: str, old: str = "10.2.0.10") -> str:
     kernel.sites = {"dst": FakeSite(addresses={parse_address(text) for text in addresses})}
-    return str(Lifecycle(kernel, state).find_new(parse_address(old), SITES))
+    return str(find_new(Executor(kernel, state), parse_address(old), SITES))
 
 
 def test_new_auto_is_the_one_address_of_the_family_that_is_not_old(
@@ -844,10 +894,10 @@ def test_new_auto_with_none_or_several_addresses_is_refused(
 
 
 def test_new_auto_without_a_destination_is_a_mistake_in_the_command_line(
-    natkeep: Lifecycle,
+    executor: Executor,
 ) -> None:
     with pytest.raises(UsageError, match="only where there is a site destination"):
-        natkeep.find_new(parse_address("10.2.0.10"), (GATEWAY,))
+        find_new(executor, parse_address("10.2.0.10"), (GATEWAY,))
 
 
 @pytest.mark.parametrize("gone", ["gw", "dst"])
@@ -855,12 +905,12 @@ def test_teardown_goes_on_where_a_namespace_is_gone_with_all_that_was_in_it(
     gone: str, kernel: RecordingKernel, state: StateDirectory
 ) -> None:
     lines: list[str] = []
-    natkeep = Lifecycle(kernel, state, lines.append)
-    natkeep.prepare(make_move(), CONNECTIONS)
+    executor = Executor(kernel, state, lines.append)
+    prepare(executor, make_move(), CONNECTIONS)
     kernel.gone.add(gone)
     lines.clear()
 
-    assert natkeep.teardown("web") is True
+    assert teardown(executor, "web") is True
     there = {"gw", "dst"} - {gone}
     assert [FakeSite()] == [kernel.sites[name] for name in there]
     assert FakeSite() != kernel.sites[gone]  # it was not reached for
@@ -874,66 +924,66 @@ def test_teardown_goes_on_where_a_namespace_is_gone_with_all_that_was_in_it(
 
 
 @pytest.fixture
-def rebooted(natkeep: Lifecycle, kernel: RecordingKernel, state: StateDirectory) -> Lifecycle:
+def rebooted(executor: Executor, kernel: RecordingKernel, state: StateDirectory) -> Executor:
     """A move that was prepared before the last boot; whatever the sites hold is not its own."""
-    natkeep.prepare(make_move(), CONNECTIONS)
+    prepare(executor, make_move(), CONNECTIONS)
     path = Path(state.path) / "web.journal"
     header, rest = path.read_text().split("\n", 1)
     path.write_text(json.dumps({**json.loads(header), "boot": "earlier"}) + "\n" + rest)
     kernel.done.clear()
-    return natkeep
+    return executor
 
 
 def test_a_move_of_an_earlier_boot_cannot_be_opened(
-    rebooted: Lifecycle, kernel: RecordingKernel
+    rebooted: Executor, kernel: RecordingKernel
 ) -> None:
     with pytest.raises(JournalError, match="before the last boot") as caught:
-        rebooted.open("web")
+        open_move(rebooted, "web")
     assert caught.value.exit_code == 7
     assert kernel.done == []
 
 
-def test_a_move_of_an_earlier_boot_is_told_by_status(rebooted: Lifecycle) -> None:
-    (status,) = rebooted.status(())
+def test_a_move_of_an_earlier_boot_is_told_by_status(rebooted: Executor) -> None:
+    (status,) = read_status(rebooted, ())
     drift = ("prepared before the last boot: nothing is there",)
     assert [(None, drift)] * 2 == [(site.seen, site.drift) for site in status.sites]
 
 
 def test_teardown_of_a_move_of_an_earlier_boot_removes_the_journal_and_touches_no_site(
-    rebooted: Lifecycle, kernel: RecordingKernel, state: StateDirectory
+    rebooted: Executor, kernel: RecordingKernel, state: StateDirectory
 ) -> None:
     before = copy.deepcopy(kernel.sites)
-    assert rebooted.teardown("web") is True
+    assert teardown(rebooted, "web") is True
     assert before == kernel.sites
     assert kernel.done == []
     assert files(state) == {}
 
 
 def test_a_move_of_an_earlier_boot_is_in_nobodys_way(
-    rebooted: Lifecycle, kernel: RecordingKernel
+    rebooted: Executor, kernel: RecordingKernel
 ) -> None:
     kernel.sites = empty_sites()
-    rebooted.prepare(Move("api", maps("10.2.0.10=10.3.0.99"), SITES), CONNECTIONS)
+    prepare(rebooted, Move("api", maps("10.2.0.10=10.3.0.99"), SITES), CONNECTIONS)
 
 
 # ---- status and drain ------------------------------------------------------------------------
 
 
 def test_status_tells_gate_connections_and_drift(
-    kernel: RecordingKernel, natkeep: Lifecycle
+    kernel: RecordingKernel, executor: Executor
 ) -> None:
-    assert natkeep.status(()) == ()
-    natkeep.prepare(make_move("both"), CONNECTIONS)
-    (status,) = natkeep.status(())
+    assert read_status(executor, ()) == ()
+    prepare(executor, make_move("both"), CONNECTIONS)
+    (status,) = read_status(executor, ())
     assert (PLANS["both"], Gate.CLOSED) == (status.plan, status.gate)
     assert [(s.site, s.drift) for s in status.sites] == [(DESTINATION, ()), (GATEWAY, ())]
 
-    natkeep.open("web")
-    assert natkeep.status(("web",))[0].gate == Gate.OPEN
+    open_move(executor, "web")
+    assert read_status(executor, ("web",))[0].gate == Gate.OPEN
 
     kernel.sites["dst"].addresses.clear()
     kernel.sites["gw"].gates.clear()
-    (status,) = natkeep.status(("web",))
+    (status,) = read_status(executor, ("web",))
     assert {site.site: site.drift for site in status.sites} == {
         DESTINATION: (
             "address 10.2.0.10: not on this host",
@@ -944,36 +994,36 @@ def test_status_tells_gate_connections_and_drift(
     assert status.gate == Gate.CLOSED  # not every gate is open
 
 
-def test_status_of_an_unknown_id_is_an_error_of_the_journal(natkeep: Lifecycle) -> None:
+def test_status_of_an_unknown_id_is_an_error_of_the_journal(executor: Executor) -> None:
     with pytest.raises(JournalError, match="no move web"):
-        natkeep.status(("web",))
+        read_status(executor, ("web",))
 
 
-def test_status_tells_a_namespace_that_is_gone(kernel: RecordingKernel, natkeep: Lifecycle) -> None:
-    natkeep.prepare(make_move(), CONNECTIONS)
+def test_status_tells_a_namespace_that_is_gone(kernel: RecordingKernel, executor: Executor) -> None:
+    prepare(executor, make_move(), CONNECTIONS)
     kernel.gone.add("dst")
-    (status,) = natkeep.status(())
+    (status,) = read_status(executor, ())
     gone = ("the network namespace 'dst' is gone",)
     assert {DESTINATION: gone, GATEWAY: ()} == {site.site: site.drift for site in status.sites}
 
 
-def test_status_changes_nothing(kernel: RecordingKernel, natkeep: Lifecycle) -> None:
-    natkeep.prepare(make_move(), CONNECTIONS)
-    before, on_disk = copy.deepcopy(kernel.sites), files(natkeep.state)
+def test_status_changes_nothing(kernel: RecordingKernel, executor: Executor) -> None:
+    prepare(executor, make_move(), CONNECTIONS)
+    before, on_disk = copy.deepcopy(kernel.sites), files(executor.state)
     kernel.done.clear()
-    natkeep.status(())
-    assert (before, on_disk, []) == (kernel.sites, files(natkeep.state), kernel.done)
+    read_status(executor, ())
+    assert (before, on_disk, []) == (kernel.sites, files(executor.state), kernel.done)
 
 
 def test_connections_count_as_alive_only_where_the_gate_is_open(
-    kernel: RecordingKernel, natkeep: Lifecycle
+    kernel: RecordingKernel, executor: Executor
 ) -> None:
-    natkeep.prepare(make_move(), CONNECTIONS)
-    assert natkeep.count_alive("web") == 0
-    natkeep.open("web")
-    assert natkeep.count_alive("web") == 3
+    prepare(executor, make_move(), CONNECTIONS)
+    assert count_alive(executor, "web") == 0
+    open_move(executor, "web")
+    assert count_alive(executor, "web") == 3
     kernel.sites["dst"].entries.popitem()  # gone at one site is gone
-    assert natkeep.count_alive("web") == 2
+    assert count_alive(executor, "web") == 2
 
 
 class EndingKernel(RecordingKernel):
@@ -989,28 +1039,28 @@ class EndingKernel(RecordingKernel):
 def test_drain_waits_until_no_connection_lives(
     state: StateDirectory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(status, "_DRAIN_INTERVAL", 0)
+    monkeypatch.setattr(draining, "_DRAIN_INTERVAL", 0)
     lines: list[str] = []
-    natkeep = Lifecycle(EndingKernel(), state, lines.append)
-    natkeep.prepare(make_move(), CONNECTIONS, Gate.OPEN)
+    executor = Executor(EndingKernel(), state, lines.append)
+    prepare(executor, make_move(), CONNECTIONS, Gate.OPEN)
     lines.clear()
 
-    assert natkeep.drain("web", None) == 0
+    assert drain(executor, "web", None) == 0
     assert [f"natkeep: {left} connections of web live" for left in (3, 2, 1)] == lines
 
 
-def test_drain_gives_up_in_time_and_says_how_many_live(natkeep: Lifecycle) -> None:
-    natkeep.prepare(make_move(), CONNECTIONS, Gate.OPEN)
-    assert natkeep.drain("web", 0) == 3
+def test_drain_gives_up_in_time_and_says_how_many_live(executor: Executor) -> None:
+    prepare(executor, make_move(), CONNECTIONS, Gate.OPEN)
+    assert drain(executor, "web", 0) == 3
 
 
 # ---- another natkeep -------------------------------------------------------------------------
 
 
 def test_a_journal_of_other_steps_is_not_torn_down_by_guesswork(
-    natkeep: Lifecycle, kernel: RecordingKernel, state: StateDirectory
+    executor: Executor, kernel: RecordingKernel, state: StateDirectory
 ) -> None:
-    natkeep.prepare(make_move(), CONNECTIONS)
+    prepare(executor, make_move(), CONNECTIONS)
     path = Path(state.path) / "web.journal"
     header, rest = path.read_text().split("\n", 1)
     changed = json.loads(header)
@@ -1018,15 +1068,15 @@ def test_a_journal_of_other_steps_is_not_torn_down_by_guesswork(
     path.write_text(json.dumps(changed) + "\n" + rest)
     before = copy.deepcopy(kernel.sites)
 
-    for verb in (natkeep.open, natkeep.teardown):
+    for verb in (open_move, teardown):
         with pytest.raises(JournalError, match="by a natkeep that does other steps") as caught:
-            verb("web")
+            verb(executor, "web")
         assert caught.value.exit_code == 7
     assert before == kernel.sites
 
 
 def test_whoever_changes_a_site_holds_the_lock(
-    kernel: RecordingKernel, natkeep: Lifecycle, state: StateDirectory
+    kernel: RecordingKernel, executor: Executor, state: StateDirectory
 ) -> None:
     """Asked in the middle of the work, the lock is not to be had."""
     second = StateDirectory(state.path, create=False)
@@ -1046,10 +1096,10 @@ def test_whoever_changes_a_site_holds_the_lock(
                 pass
             asked.append(verb)
 
-    natkeep = dataclasses.replace(natkeep, kernel=Asking(kernel.sites))
-    natkeep.prepare(make_move(), CONNECTIONS)
-    natkeep.open("web")
-    natkeep.teardown("web")
+    executor = dataclasses.replace(executor, kernel=Asking(kernel.sites))
+    prepare(executor, make_move(), CONNECTIONS)
+    open_move(executor, "web")
+    teardown(executor, "web")
     steps = len(PLANS["ipv4"].steps)
     assert ["apply"] * steps + ["revert"] * steps == asked
     with second.locked(0):  # and afterwards it is free
@@ -1057,21 +1107,21 @@ def test_whoever_changes_a_site_holds_the_lock(
 
 
 def test_nothing_is_kept_when_no_connection_has_an_old_address(
-    natkeep: Lifecycle, state: StateDirectory
+    executor: Executor, state: StateDirectory
 ) -> None:
     with pytest.raises(NatkeepError, match="has the local address"):
-        natkeep.prepare(make_move(), listed("10.9.9.9:1 10.1.0.2:2"))
+        prepare(executor, make_move(), listed("10.9.9.9:1 10.1.0.2:2"))
     assert files(state) == {}
 
 
 def test_whoever_looks_at_many_moves_lets_go_of_each(
-    natkeep: Lifecycle, kernel: RecordingKernel, state: StateDirectory
+    executor: Executor, kernel: RecordingKernel, state: StateDirectory
 ) -> None:
-    natkeep.prepare(make_move(), CONNECTIONS)
+    prepare(executor, make_move(), CONNECTIONS)
     for look in (
-        lambda: natkeep.status(()),
-        lambda: Collecting(kernel, state).gc(()),
-        lambda: Repairing(kernel, state).repair("web"),
+        lambda: read_status(executor, ()),
+        lambda: gc(Executor(kernel, state), ()),
+        lambda: repair(Executor(kernel, state), "web"),
     ):
         kernel.open_sites(SITES)
         look()
@@ -1105,12 +1155,12 @@ class Hazy(FakeSnapshot):
         return seen
 
 
-def prepare_many(natkeep: Lifecycle, count: int) -> list[str]:
+def prepare_many(executor: Executor, count: int) -> list[str]:
     kept = listed("10.2.0.10:5000 10.1.0.2:50001")
     for number in range(count):
         [old], [new] = ([parse_address(f"10.{net}.0.{number + 1}")] for net in (2, 3))
         move = Move(f"m{number:02}", (Map(old, new),), (GATEWAY,))
-        natkeep.prepare(move, kept.toward(old))
+        prepare(executor, move, kept.toward(old))
     return [f"m{number:02}" for number in range(count)]
 
 
@@ -1118,16 +1168,16 @@ def test_many_moves_at_a_site_are_seen_in_one_snapshot_and_drift_is_looked_at_cl
     state: StateDirectory,
 ) -> None:
     kernel = HazyKernel()
-    natkeep = Lifecycle(kernel, state)
-    ids = prepare_many(natkeep, 20)
-    assert natkeep.status(tuple(ids[:15])) == natkeep.status(())[:15]
+    executor = Executor(kernel, state)
+    ids = prepare_many(executor, 20)
+    assert read_status(executor, tuple(ids[:15])) == read_status(executor, ())[:15]
     assert kernel.taken == 1  # for all, not for fifteen
     assert kernel.closely == ids[:15]
 
     kernel.closely.clear()
     kernel.missed = {"m03", "m04"}
     del kernel.sites["gw"].gates["m04"]
-    found = natkeep.status(())
+    found = read_status(executor, ())
 
     assert kernel.closely == ["m03", "m04"]
     drifted = [s.plan.move.id for s in found if any(site.drift for site in s.sites)]
@@ -1139,20 +1189,20 @@ def test_a_move_that_is_torn_down_while_many_are_looked_at_is_left_out(
     state: StateDirectory,
 ) -> None:
     kernel = HazyKernel()
-    natkeep = Lifecycle(kernel, state)
-    ids = prepare_many(natkeep, 20)
+    executor = Executor(kernel, state)
+    ids = prepare_many(executor, 20)
 
     class TornDown(Hazy):
         def observe(self, site: Site, plan: Plan) -> Observation:
             if plan.move.id == "m07" and "m07" in state.ids():
-                natkeep.teardown("m07")
+                teardown(executor, "m07")
             return super().observe(site, plan)
 
     kernel.snapshot = lambda site: TornDown(kernel)  # type: ignore[method-assign]
     kernel.missed = {"m07"}
 
     unreadable: list[JournalError] = []
-    assert [s.plan.move.id for s in natkeep.status((), unreadable)] == [
+    assert [s.plan.move.id for s in read_status(executor, (), unreadable)] == [
         i for i in ids if i != "m07"
     ]
     assert unreadable == []

@@ -16,12 +16,17 @@ from fake_kernel import FakeKernel, FakeSite, KilledError
 from natkeep import policy
 from natkeep.checkpoint import Checkpoint, Inventory, NetworkLock
 from natkeep.errors import JournalError, KernelError, RefusedError, UsageError
-from natkeep.lifecycle.executor import plan_of
-from natkeep.lifecycle.gc import Collecting
-from natkeep.lifecycle.repair import Repairing
-from natkeep.lifecycle.verbs import Lifecycle
-from natkeep.plan.drift import Gate
+from natkeep.lifecycle.executor import Executor
+from natkeep.lifecycle.gc import gc
+from natkeep.lifecycle.open import open_move
+from natkeep.lifecycle.prepare import prepare
+from natkeep.lifecycle.progress import plan_of
+from natkeep.lifecycle.repair import repair
+from natkeep.lifecycle.replace import replace_move
+from natkeep.lifecycle.status import read_status
+from natkeep.lifecycle.teardown import teardown
 from natkeep.plan.move import Map, Mode, Move, Role, Site
+from natkeep.plan.observation import Gate
 from natkeep.plan.translation import Compared
 from natkeep.plan.tuples import Connections, Endpoint, FourTuple, parse_address
 from natkeep.state.journal import StateDirectory
@@ -70,12 +75,12 @@ def kernel() -> FakeKernel:
 
 
 @pytest.fixture
-def natkeep(kernel: FakeKernel, tmp_path: Path) -> Lifecycle:
-    return Lifecycle(kernel, StateDirectory(str(tmp_path / "state"), create=True))
+def executor(kernel: FakeKernel, tmp_path: Path) -> Executor:
+    return Executor(kernel, StateDirectory(str(tmp_path / "state"), create=True))
 
 
-def files(natkeep: Lifecycle) -> set[str]:
-    return {path.name for path in Path(natkeep.state.path).iterdir()} - {"lock"}
+def files(executor: Executor) -> set[str]:
+    return {path.name for path in Path(executor.state.path).iterdir()} - {"lock"}
 
 
 def kept_at(kernel: FakeKernel, site: Site) -> set[FourTuple]:
@@ -89,39 +94,39 @@ def kept_at(kernel: FakeKernel, site: Site) -> set[FourTuple]:
     return found
 
 
-def drift(natkeep: Lifecycle) -> list[str]:
-    [status] = natkeep.status(("web",))
+def drift(executor: Executor) -> list[str]:
+    [status] = read_status(executor, ("web",))
     return [line for site in status.sites for line in site.drift]
 
 
 def test_prepare_leaves_all_but_the_destination_alone(
-    natkeep: Lifecycle, kernel: FakeKernel
+    executor: Executor, kernel: FakeKernel
 ) -> None:
-    natkeep.prepare(move_of(), PREPARED)
+    prepare(executor, move_of(), PREPARED)
 
     assert kernel.sites["gw"] == FakeSite()
     assert kernel.sites["dst"].gates == {"web": Gate.CLOSED}
     assert kept_at(kernel, DESTINATION) == set(PREPARED)
-    assert drift(natkeep) == []
-    assert "web.ready" not in files(natkeep)  # so the hook compares
+    assert drift(executor) == []
+    assert "web.ready" not in files(executor)  # so the hook compares
 
 
-def test_repair_and_gc_leave_what_waits_alone(natkeep: Lifecycle, kernel: FakeKernel) -> None:
-    natkeep.prepare(move_of(), PREPARED)
-    state = StateDirectory(natkeep.state.path, create=False)
+def test_repair_and_gc_leave_what_waits_alone(executor: Executor, kernel: FakeKernel) -> None:
+    prepare(executor, move_of(), PREPARED)
+    state = StateDirectory(executor.state.path, create=False)
 
-    assert Repairing(kernel, state).repair("web") == ()
-    assert Collecting(kernel, state).gc(()).cleared == ()
+    assert repair(Executor(kernel, state), "web") == ()
+    assert gc(Executor(kernel, state), ()).cleared == ()
     assert kernel.sites["gw"] == FakeSite()
 
 
 @pytest.mark.parametrize("mode", Mode)
 def test_open_adds_what_came_and_the_gateway_never_hears_of_what_went(
-    mode: Mode, natkeep: Lifecycle, kernel: FakeKernel
+    mode: Mode, executor: Executor, kernel: FakeKernel
 ) -> None:
-    natkeep.prepare(move_of(mode=mode), PREPARED)
+    prepare(executor, move_of(mode=mode), PREPARED)
 
-    assert natkeep.open("web", lambda journal: image()) == Compared(3, 1)
+    assert open_move(executor, "web", lambda journal: image()) == Compared(3, 1)
 
     assert kept_at(kernel, GATEWAY) == set(FOUND)
     assert kept_at(kernel, DESTINATION) == {*PREPARED, *FOUND}
@@ -131,23 +136,23 @@ def test_open_adds_what_came_and_the_gateway_never_hears_of_what_went(
     assert len(kernel.sites["gw"].entries) == len(FOUND)
     assert len(kernel.sites["dst"].entries) == len(PREPARED) + 3
     kernel.sites["dst"].sockets = set(FOUND)
-    assert drift(natkeep) == []
-    assert natkeep.state.load("web").image == "dump"
+    assert drift(executor) == []
+    assert executor.state.load("web").image == "dump"
 
-    assert natkeep.teardown("web")
+    assert teardown(executor, "web")
     kernel.sites["dst"].sockets = set()
     assert set(map(repr, kernel.sites.values())) == {repr(FakeSite())}
-    assert files(natkeep) == set()
+    assert files(executor) == set()
 
 
 @pytest.mark.parametrize("hold", [False, True])
 def test_an_image_with_the_same_connections_changes_nothing_at_the_destination(
-    hold: bool, natkeep: Lifecycle, kernel: FakeKernel
+    hold: bool, executor: Executor, kernel: FakeKernel
 ) -> None:
-    natkeep.prepare(move_of(hold=hold), PREPARED)
+    prepare(executor, move_of(hold=hold), PREPARED)
     before = copy.deepcopy(kernel.sites["dst"])
 
-    assert natkeep.open("web", lambda journal: image(PREPARED)) == Compared(0, 0)
+    assert open_move(executor, "web", lambda journal: image(PREPARED)) == Compared(0, 0)
 
     before.gates["web"] = Gate.OPEN
     after = kernel.sites["dst"]
@@ -155,37 +160,40 @@ def test_an_image_with_the_same_connections_changes_nothing_at_the_destination(
     assert kept_at(kernel, GATEWAY) == set(PREPARED)
 
 
-def test_without_an_image_it_is_opened_as_prepared(natkeep: Lifecycle, kernel: FakeKernel) -> None:
-    natkeep.prepare(move_of(), PREPARED)
+def test_without_an_image_it_is_opened_as_prepared(executor: Executor, kernel: FakeKernel) -> None:
+    prepare(executor, move_of(), PREPARED)
 
-    assert natkeep.open("web") is None
+    assert open_move(executor, "web") is None
 
     assert kept_at(kernel, GATEWAY) == kept_at(kernel, DESTINATION) == set(PREPARED)
     with pytest.raises(RefusedError, match="was opened before its image was known: 3 conn"):
-        natkeep.open("web", lambda journal: image())
-    assert natkeep.open("web", lambda journal: image(listed(1, 2))) == Compared(0, 1)
+        open_move(executor, "web", lambda journal: image())
+    assert open_move(executor, "web", lambda journal: image(listed(1, 2))) == Compared(0, 1)
 
 
 def test_opened_again_it_is_the_same_and_another_dump_is_refused(
-    natkeep: Lifecycle, kernel: FakeKernel
+    executor: Executor, kernel: FakeKernel
 ) -> None:
-    natkeep.prepare(move_of(), PREPARED)
-    natkeep.open("web", lambda journal: image())
-    before, lines = copy.deepcopy(kernel.sites), Path(natkeep.state.path, "web.journal").read_text()
+    prepare(executor, move_of(), PREPARED)
+    open_move(executor, "web", lambda journal: image())
+    before, lines = (
+        copy.deepcopy(kernel.sites),
+        Path(executor.state.path, "web.journal").read_text(),
+    )
 
-    assert natkeep.open("web", lambda journal: image()) == Compared(3, 1)
+    assert open_move(executor, "web", lambda journal: image()) == Compared(3, 1)
 
     assert kernel.sites == before
-    assert Path(natkeep.state.path, "web.journal").read_text() == lines
+    assert Path(executor.state.path, "web.journal").read_text() == lines
     with pytest.raises(RefusedError, match="prepared from the image of another dump"):
-        natkeep.open("web", lambda journal: image(run_id="another"))
+        open_move(executor, "web", lambda journal: image(run_id="another"))
 
 
-def test_what_came_and_cannot_be_kept_is_told(natkeep: Lifecycle) -> None:
+def test_what_came_and_cannot_be_kept_is_told(executor: Executor) -> None:
     own = listed(9, peer="10.2.0.10")
-    natkeep.prepare(move_of(), PREPARED)
+    prepare(executor, move_of(), PREPARED)
 
-    compared = natkeep.open("web", lambda journal: image(both(PREPARED, own)))
+    compared = open_move(executor, "web", lambda journal: image(both(PREPARED, own)))
 
     assert compared is not None
     assert (compared.came, compared.went) == (0, 0)
@@ -195,27 +203,27 @@ def test_what_came_and_cannot_be_kept_is_told(natkeep: Lifecycle) -> None:
 
 
 def test_the_policy_counts_what_came(
-    natkeep: Lifecycle, kernel: FakeKernel, monkeypatch: pytest.MonkeyPatch
+    executor: Executor, kernel: FakeKernel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    natkeep.prepare(move_of(), PREPARED)
+    prepare(executor, move_of(), PREPARED)
     before = copy.deepcopy(kernel.sites)
     monkeypatch.setattr(policy, "read_policy", lambda: policy.Policy(max_connections=5))
 
     with pytest.raises(RefusedError, match="6 connections are more than this machine allows, 5"):
-        natkeep.open("web", lambda journal: image())
+        open_move(executor, "web", lambda journal: image())
 
     assert kernel.sites == before
-    assert natkeep.open("web", lambda journal: image(listed(2, 3, 4, 5))) == Compared(2, 1)
+    assert open_move(executor, "web", lambda journal: image(listed(2, 3, 4, 5))) == Compared(2, 1)
 
 
-def test_what_came_and_is_another_moves_is_refused(natkeep: Lifecycle, kernel: FakeKernel) -> None:
+def test_what_came_and_is_another_moves_is_refused(executor: Executor, kernel: FakeKernel) -> None:
     other = replace(move_of(live=False), id="other")
-    natkeep.prepare(move_of(), PREPARED)
-    natkeep.prepare(other, listed(4))
+    prepare(executor, move_of(), PREPARED)
+    prepare(executor, other, listed(4))
     before = copy.deepcopy(kernel.sites)
 
     with pytest.raises(RefusedError, match="of move other"):
-        natkeep.open("web", lambda journal: image())
+        open_move(executor, "web", lambda journal: image())
 
     assert kernel.sites == before
 
@@ -275,21 +283,21 @@ def die_in_open(directory: Path, writes: int) -> tuple[FakeKernel, bool]:
     kernel = Dead()
     kernel.open_sites([GATEWAY, DESTINATION])
     kernel.state = Dying(str(directory), create=True)
-    natkeep = Lifecycle(kernel, kernel.state)
-    natkeep.prepare(move_of(), PREPARED)
+    executor = Executor(kernel, kernel.state)
+    prepare(executor, move_of(), PREPARED)
     kernel.state.left = writes
     try:
-        natkeep.open("web", lambda journal: image())
+        open_move(executor, "web", lambda journal: image())
     except KilledError:
         return kernel, True
     return kernel, False
 
 
-def revive(kernel: FakeKernel, directory: Path) -> Lifecycle:
+def revive(kernel: FakeKernel, directory: Path) -> Executor:
     """The next process: it knows the sites and the directory, nothing else."""
     after = FakeKernel()
     after.sites = kernel.sites
-    return Lifecycle(after, StateDirectory(str(directory), create=False))
+    return Executor(after, StateDirectory(str(directory), create=False))
 
 
 def test_open_that_was_killed_goes_on_and_is_undone(tmp_path: Path) -> None:
@@ -297,18 +305,18 @@ def test_open_that_was_killed_goes_on_and_is_undone(tmp_path: Path) -> None:
     for writes in itertools.count():
         goes_on, undone = tmp_path / f"on-{writes}", tmp_path / f"undone-{writes}"
         kernel, killed = die_in_open(goes_on, writes)
-        natkeep = revive(kernel, goes_on)
-        assert natkeep.open("web", lambda journal: image()) == Compared(3, 1)
+        executor = revive(kernel, goes_on)
+        assert open_move(executor, "web", lambda journal: image()) == Compared(3, 1)
         assert kept_at(kernel, GATEWAY) == set(FOUND)
         assert kept_at(kernel, DESTINATION) == {*PREPARED, *FOUND}
         kernel.sites["dst"].sockets = set(FOUND)
-        assert drift(natkeep) == []
+        assert drift(executor) == []
 
         kernel, _ = die_in_open(undone, writes)
-        natkeep = revive(kernel, undone)
-        assert natkeep.teardown("web")
+        executor = revive(kernel, undone)
+        assert teardown(executor, "web")
         assert list(map(repr, kernel.sites.values())) == [repr(FakeSite())] * 2
-        assert files(natkeep) == set()
+        assert files(executor) == set()
         if not killed:
             break
     assert writes > 30
@@ -318,18 +326,18 @@ def test_gc_lets_a_killed_open_be_repeated(tmp_path: Path) -> None:
     for writes in (1, 2, 3, 8):
         kernel, killed = die_in_open(tmp_path / str(writes), writes)
         assert killed
-        natkeep = revive(kernel, tmp_path / str(writes))
+        executor = revive(kernel, tmp_path / str(writes))
 
-        assert Collecting(natkeep.kernel, natkeep.state).gc(()).cleared == ()
-        natkeep.open("web", lambda journal: image())
+        assert gc(Executor(executor.kernel, executor.state), ()).cleared == ()
+        open_move(executor, "web", lambda journal: image())
 
 
-def test_open_that_fails_can_be_repeated(natkeep: Lifecycle, kernel: FakeKernel) -> None:
-    natkeep.prepare(move_of(), PREPARED)
+def test_open_that_fails_can_be_repeated(executor: Executor, kernel: FakeKernel) -> None:
+    prepare(executor, move_of(), PREPARED)
     for number in range(100):
         kernel.applied, kernel.fail_at = 0, number
         try:
-            natkeep.open("web", lambda journal: image())
+            open_move(executor, "web", lambda journal: image())
         except KernelError:
             assert kernel.sites["gw"] == FakeSite()
             assert kernel.sites["dst"].gates == {"web": Gate.CLOSED}
@@ -337,7 +345,7 @@ def test_open_that_fails_can_be_repeated(natkeep: Lifecycle, kernel: FakeKernel)
         break
     assert 10 < number < 99
     kernel.sites["dst"].sockets = set(FOUND)
-    assert drift(natkeep) == []
+    assert drift(executor) == []
     assert kept_at(kernel, GATEWAY) == set(FOUND)
 
 
@@ -352,23 +360,23 @@ def test_open_that_fails_can_be_repeated(natkeep: Lifecycle, kernel: FakeKernel)
         ('"image":"dump"', '"image":7'),
     ],
 )
-def test_a_change_that_is_not_as_written_is_refused(old: str, new: str, natkeep: Lifecycle) -> None:
-    natkeep.prepare(move_of(), PREPARED)
-    natkeep.open("web", lambda journal: image())
-    path = Path(natkeep.state.path, "web.journal")
+def test_a_change_that_is_not_as_written_is_refused(old: str, new: str, executor: Executor) -> None:
+    prepare(executor, move_of(), PREPARED)
+    open_move(executor, "web", lambda journal: image())
+    path = Path(executor.state.path, "web.journal")
     text = path.read_text()
     assert old in text
     at = text.index('{"changed"')
     path.write_text(text[:at] + text[at:].replace(old, new, 1))
 
     with pytest.raises(JournalError, match="the journal of web is corrupt"):
-        natkeep.state.load("web")
+        executor.state.load("web")
 
 
-def test_the_plan_read_back_is_the_plan_that_was_made(natkeep: Lifecycle) -> None:
-    natkeep.prepare(move_of(), PREPARED)
-    natkeep.open("web", lambda journal: image())
-    journal = natkeep.state.load("web")
+def test_the_plan_read_back_is_the_plan_that_was_made(executor: Executor) -> None:
+    prepare(executor, move_of(), PREPARED)
+    open_move(executor, "web", lambda journal: image())
+    journal = executor.state.load("web")
 
     assert journal.change is not None
     assert set(journal.change.came) == {*listed(4, 5), *SIX}
@@ -377,24 +385,24 @@ def test_the_plan_read_back_is_the_plan_that_was_made(natkeep: Lifecycle) -> Non
     assert all(journal.is_done(number) for number in range(len(journal.kinds)))
 
 
-def test_it_moves_on_with_what_came(natkeep: Lifecycle, kernel: FakeKernel) -> None:
+def test_it_moves_on_with_what_came(executor: Executor, kernel: FakeKernel) -> None:
     """The next move finds one plan, whoever came when."""
     third = Site(Role.DESTINATION, "third")
     kernel.open_sites([third])
     news = [parse_address("10.4.0.20"), parse_address("fd00:4::20")]
     maps = tuple(Map(map_.old, new) for map_, new in zip(MAPS, news, strict=True))
-    natkeep.prepare(move_of(), PREPARED)
-    natkeep.open("web", lambda journal: image())
+    prepare(executor, move_of(), PREPARED)
+    open_move(executor, "web", lambda journal: image())
 
-    natkeep.prepare(Move("next", maps, (GATEWAY, third)), FOUND, replaces="web")
-    natkeep.open("next")
-    assert natkeep.teardown("web")
+    replace_move(executor, "web", Move("next", maps, (GATEWAY, third)), FOUND)
+    open_move(executor, "next")
+    assert teardown(executor, "web")
     kernel.sites["third"].sockets = set(FOUND)
 
     assert kernel.sites["dst"] == FakeSite()
     assert kernel.sites["gw"].gates == {"next": Gate.OPEN}
-    [status] = natkeep.status(("next",))
+    [status] = read_status(executor, ("next",))
     assert [line for site in status.sites for line in site.drift] == []
-    assert natkeep.teardown("next")
+    assert teardown(executor, "next")
     kernel.sites["third"].sockets = set()
     assert set(map(repr, kernel.sites.values())) == {repr(FakeSite())}

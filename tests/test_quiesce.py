@@ -20,10 +20,18 @@ from fake_kernel import FakeKernel, FakeSite, KilledError
 from natkeep import cli
 from natkeep.errors import JournalError, KernelError, NatkeepError, RefusedError
 from natkeep.kernel.netns import inside, open_namespace
-from natkeep.lifecycle.verbs import Lifecycle
+from natkeep.lifecycle.check import check
+from natkeep.lifecycle.drain import count_alive, find_exposed
+from natkeep.lifecycle.executor import Executor
+from natkeep.lifecycle.open import open_move
+from natkeep.lifecycle.prepare import prepare
+from natkeep.lifecycle.quiesce import quiesce
+from natkeep.lifecycle.replace import replace_move
+from natkeep.lifecycle.status import read_status
+from natkeep.lifecycle.teardown import teardown
 from natkeep.plan.criu_lock import DumpLock, NetworkLock
-from natkeep.plan.drift import Gate
 from natkeep.plan.move import Map, Move, Role, Site
+from natkeep.plan.observation import Gate
 from natkeep.plan.steps import HoldListeners, TakeOverLock
 from natkeep.plan.tuples import Connections, Endpoint, FourTuple, parse_address
 from natkeep.state.journal import StateDirectory
@@ -56,8 +64,8 @@ def kernel() -> FakeKernel:
 
 
 @pytest.fixture
-def lifecycle(kernel: FakeKernel, tmp_path: Path) -> Lifecycle:
-    return Lifecycle(kernel, StateDirectory(str(tmp_path / "state"), create=True))
+def executor(kernel: FakeKernel, tmp_path: Path) -> Executor:
+    return Executor(kernel, StateDirectory(str(tmp_path / "state"), create=True))
 
 
 def move(*sites: Site, move_id: str = "web") -> Move:
@@ -73,89 +81,87 @@ def is_bare(kernel: FakeKernel, name: str = "src") -> bool:
 
 
 def test_quiesce_holds_what_listens_at_old_or_everywhere(
-    lifecycle: Lifecycle, kernel: FakeKernel
+    executor: Executor, kernel: FakeKernel
 ) -> None:
-    held = lifecycle.quiesce(move(SOURCE), ANY_PORT, 1)
+    held = quiesce(executor, move(SOURCE), ANY_PORT, 1)
 
     assert set(held) == {LISTENER, WILDCARD}
     assert kernel.sites["src"].holds == {"web": held}
-    [status] = lifecycle.status(("web",))
+    [status] = read_status(executor, ("web",))
     assert [site.drift for site in status.sites] == [()]
 
 
-def test_quiesce_of_ports_holds_no_others(lifecycle: Lifecycle, kernel: FakeKernel) -> None:
-    assert lifecycle.quiesce(move(SOURCE), frozenset({5000}), 1) == (LISTENER,)
+def test_quiesce_of_ports_holds_no_others(executor: Executor, kernel: FakeKernel) -> None:
+    assert quiesce(executor, move(SOURCE), frozenset({5000}), 1) == (LISTENER,)
     assert kernel.sites["src"].holds == {"web": (LISTENER,)}
 
 
-def test_quiesce_returns_when_everybody_is_accepted(
-    lifecycle: Lifecycle, kernel: FakeKernel
-) -> None:
+def test_quiesce_returns_when_everybody_is_accepted(executor: Executor, kernel: FakeKernel) -> None:
     kernel.sites["src"].waiting[LISTENER] = 3  # the fake accepts one at each look
 
-    lifecycle.quiesce(move(SOURCE), ANY_PORT, 5)
+    quiesce(executor, move(SOURCE), ANY_PORT, 5)
 
     assert kernel.sites["src"].waiting[LISTENER] == 0
 
 
 def test_quiesce_that_comes_to_no_end_says_where_and_leaves_nothing(
-    lifecycle: Lifecycle, kernel: FakeKernel
+    executor: Executor, kernel: FakeKernel
 ) -> None:
     kernel.sites["src"].waiting[LISTENER] = 1_000_000
 
     with pytest.raises(NatkeepError, match=r"not accepted: \d+ at 10.2.0.10:5000") as raised:
-        lifecycle.quiesce(move(SOURCE), ANY_PORT, 0.1)
+        quiesce(executor, move(SOURCE), ANY_PORT, 0.1)
 
     assert raised.value.exit_code == 1
     assert is_bare(kernel)
-    assert lifecycle.state.ids() == ()
+    assert executor.state.ids() == ()
 
 
-def test_quiesce_where_nobody_listens_is_refused(lifecycle: Lifecycle, kernel: FakeKernel) -> None:
+def test_quiesce_where_nobody_listens_is_refused(executor: Executor, kernel: FakeKernel) -> None:
     kernel.sites["src"].waiting.clear()
 
     with pytest.raises(RefusedError, match="nobody listens at"):
-        lifecycle.quiesce(move(SOURCE), ANY_PORT, 1)
+        quiesce(executor, move(SOURCE), ANY_PORT, 1)
 
-    assert lifecycle.state.ids() == ()
+    assert executor.state.ids() == ()
 
 
 def test_teardown_releases_a_quiesce_and_needs_no_leave(
-    lifecycle: Lifecycle, kernel: FakeKernel
+    executor: Executor, kernel: FakeKernel
 ) -> None:
-    lifecycle.quiesce(move(SOURCE), ANY_PORT, 1)
+    quiesce(executor, move(SOURCE), ANY_PORT, 1)
 
-    assert lifecycle.find_exposed("web") == ()
-    assert lifecycle.teardown("web")
+    assert find_exposed(executor, "web") == ()
+    assert teardown(executor, "web")
 
     assert is_bare(kernel)
-    assert not lifecycle.teardown("web")
+    assert not teardown(executor, "web")
 
 
 def test_a_quiesce_that_was_killed_is_released_by_teardown(
-    lifecycle: Lifecycle, kernel: FakeKernel, monkeypatch: pytest.MonkeyPatch
+    executor: Executor, kernel: FakeKernel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     kernel.die_at = 0
     with monkeypatch.context() as dead:  # after SIGKILL nothing is undone
-        dead.setattr(Lifecycle, "_undo", lambda *_: [])
+        dead.setattr(Executor, "undo", lambda *_: [])
         dead.setattr(StateDirectory, "remove", lambda *_: None)
         with pytest.raises(KilledError):
-            lifecycle.quiesce(move(SOURCE), ANY_PORT, 1)
+            quiesce(executor, move(SOURCE), ANY_PORT, 1)
     assert "web" in kernel.sites["src"].holds
 
-    assert lifecycle.teardown("web")
+    assert teardown(executor, "web")
 
     assert is_bare(kernel)
 
 
-def test_a_quiesce_cannot_be_opened_into_a_move(lifecycle: Lifecycle, kernel: FakeKernel) -> None:
-    lifecycle.quiesce(move(SOURCE), ANY_PORT, 1)
+def test_a_quiesce_cannot_be_opened_into_a_move(executor: Executor, kernel: FakeKernel) -> None:
+    quiesce(executor, move(SOURCE), ANY_PORT, 1)
     with pytest.raises(RefusedError, match="the id web is in use"):
-        lifecycle.prepare(move(GATEWAY, DESTINATION), CONNECTIONS)
+        prepare(executor, move(GATEWAY, DESTINATION), CONNECTIONS)
     with pytest.raises(RefusedError, match="the id web is in use"):
-        lifecycle.quiesce(move(SOURCE), ANY_PORT, 1)
+        quiesce(executor, move(SOURCE), ANY_PORT, 1)
     with pytest.raises(RefusedError, match="only holds listeners"):
-        lifecycle.open("web")
+        open_move(executor, "web")
     assert "web" in kernel.sites["src"].holds
 
 
@@ -163,54 +169,54 @@ def test_a_quiesce_cannot_be_opened_into_a_move(lifecycle: Lifecycle, kernel: Fa
 
 
 def test_the_move_of_the_same_id_takes_the_hold_over(
-    lifecycle: Lifecycle, kernel: FakeKernel
+    executor: Executor, kernel: FakeKernel
 ) -> None:
-    held = lifecycle.quiesce(move(SOURCE), ANY_PORT, 1)
+    held = quiesce(executor, move(SOURCE), ANY_PORT, 1)
 
-    plan = lifecycle.prepare(move(GATEWAY, DESTINATION, SOURCE), CONNECTIONS)
+    plan = prepare(executor, move(GATEWAY, DESTINATION, SOURCE), CONNECTIONS)
 
     assert plan.move.held == held
     assert kernel.sites["src"].holds == {"web": held}
     assert kernel.sites["src"].gates == {"web": Gate.CLOSED}
-    journal = lifecycle.state.load("web")
+    journal = executor.state.load("web")
     assert (journal.move.held, journal.move.quiesces, journal.move.lock) == (held, False, LOCK)
     assert journal.connections == CONNECTIONS
-    lifecycle.teardown("web")
+    teardown(executor, "web")
     assert all(is_bare(kernel, name) for name in kernel.sites)
 
 
-def test_a_move_that_fails_gives_the_hold_back(lifecycle: Lifecycle, kernel: FakeKernel) -> None:
-    held = lifecycle.quiesce(move(SOURCE), ANY_PORT, 1)
+def test_a_move_that_fails_gives_the_hold_back(executor: Executor, kernel: FakeKernel) -> None:
+    held = quiesce(executor, move(SOURCE), ANY_PORT, 1)
     before = kernel.applied
-    steps = len(lifecycle.check(move(SOURCE), CONNECTIONS).prepare)
+    steps = len(check(executor, move(SOURCE), CONNECTIONS).prepare)
 
     for number in range(steps):
         kernel.fail_at = kernel.applied + number
         with pytest.raises(KernelError, match="told to fail"):
-            lifecycle.prepare(move(SOURCE), CONNECTIONS)
+            prepare(executor, move(SOURCE), CONNECTIONS)
 
         assert kernel.sites["src"].holds == {"web": held}
         assert kernel.sites["src"].gates == {}
         assert kernel.sites["src"].locks[LOCK.table] == set(CONNECTIONS)
-        assert lifecycle.state.load("web").move.quiesces
+        assert executor.state.load("web").move.quiesces
     assert kernel.applied > before
 
 
 def test_the_hold_is_in_the_new_journal_from_its_first_moment(
-    lifecycle: Lifecycle, kernel: FakeKernel, tmp_path: Path
+    executor: Executor, kernel: FakeKernel, tmp_path: Path
 ) -> None:
     """Killed right after the journal has changed hands, a teardown still releases it."""
-    lifecycle.quiesce(move(SOURCE), ANY_PORT, 1)
-    plan = lifecycle.check(move(SOURCE), CONNECTIONS)
+    quiesce(executor, move(SOURCE), ANY_PORT, 1)
+    plan = check(executor, move(SOURCE), CONNECTIONS)
     kinds = tuple(type(step).__name__ for step in plan.steps)
     identities = (kernel.identity(SOURCE),)
-    lifecycle.state.begin(plan.move, CONNECTIONS, plan.surroundings, identities, kinds)
+    executor.state.begin(plan.move, CONNECTIONS, plan.surroundings, identities, kinds)
 
-    journal = lifecycle.state.load("web")
+    journal = executor.state.load("web")
     assert {n: record.state for n, record in journal.records.items()} == {
         kinds.index(HoldListeners.__name__): "doing"
     }
-    lifecycle.teardown("web")
+    teardown(executor, "web")
 
     assert is_bare(kernel)
     assert list((tmp_path / "state").glob("web.*")) == []
@@ -220,131 +226,127 @@ def test_the_hold_is_in_the_new_journal_from_its_first_moment(
 
 
 def test_whatever_step_fails_criu_s_lock_is_there_and_nothing_of_ours(
-    lifecycle: Lifecycle, kernel: FakeKernel
+    executor: Executor, kernel: FakeKernel
 ) -> None:
     ours = move(GATEWAY, DESTINATION, SOURCE)
-    steps = lifecycle.check(ours, CONNECTIONS).steps
+    steps = check(executor, ours, CONNECTIONS).steps
     assert any(isinstance(step, TakeOverLock) for step in steps)
     locks = {name: set(some) for name, some in kernel.sites["src"].locks.items()}
     for number in range(len(steps)):
         kernel.fail_at = kernel.applied + number
         with pytest.raises(KernelError, match="told to fail"):
-            lifecycle.prepare(ours, CONNECTIONS, Gate.OPEN)
+            prepare(executor, ours, CONNECTIONS, Gate.OPEN)
 
         assert kernel.sites["src"].locks == locks, f"step {number}"
         assert all(is_bare(kernel, name) for name in kernel.sites)
     kernel.fail_at = None
 
-    lifecycle.prepare(ours, CONNECTIONS, Gate.OPEN)
+    prepare(executor, ours, CONNECTIONS, Gate.OPEN)
 
     assert set(kernel.sites["src"].locks) == {"CRIU-other"}
     assert kernel.sites["src"].gates == {"web": Gate.CLOSED}
-    [status] = lifecycle.status(("web",))
+    [status] = read_status(executor, ("web",))
     assert status.gate == Gate.OPEN
 
 
-def test_a_teardown_never_puts_the_lock_back(lifecycle: Lifecycle, kernel: FakeKernel) -> None:
-    lifecycle.prepare(move(SOURCE), CONNECTIONS)
+def test_a_teardown_never_puts_the_lock_back(executor: Executor, kernel: FakeKernel) -> None:
+    prepare(executor, move(SOURCE), CONNECTIONS)
 
-    lifecycle.teardown("web")
+    teardown(executor, "web")
 
     assert set(kernel.sites["src"].locks) == {"CRIU-other"}
     assert is_bare(kernel)
 
 
 def test_a_process_that_lives_at_the_source_is_refused(
-    lifecycle: Lifecycle, kernel: FakeKernel
+    executor: Executor, kernel: FakeKernel
 ) -> None:
     kernel.sites["src"].sockets.update(CONNECTIONS)
 
     with pytest.raises(RefusedError, match="3 of the connections still have their sockets") as no:
-        lifecycle.prepare(move(GATEWAY, SOURCE), CONNECTIONS)
+        prepare(executor, move(GATEWAY, SOURCE), CONNECTIONS)
 
     assert "--leave-running" in str(no.value.hint)
-    assert lifecycle.state.ids() == ()
-    lifecycle.prepare(move(GATEWAY, SOURCE), CONNECTIONS, frozen=True)
+    assert executor.state.ids() == ()
+    prepare(executor, move(GATEWAY, SOURCE), CONNECTIONS, frozen=True)
 
 
 # ---- when the gate may go --------------------------------------------------------------------
 
 
-def test_the_gate_may_not_go_while_old_would_answer(
-    lifecycle: Lifecycle, kernel: FakeKernel
-) -> None:
-    lifecycle.prepare(move(GATEWAY, DESTINATION, SOURCE), CONNECTIONS)
-    lifecycle.open("web")
+def test_the_gate_may_not_go_while_old_would_answer(executor: Executor, kernel: FakeKernel) -> None:
+    prepare(executor, move(GATEWAY, DESTINATION, SOURCE), CONNECTIONS)
+    open_move(executor, "web")
 
-    [reason] = lifecycle.find_exposed("web")
+    [reason] = find_exposed(executor, "web")
 
     assert reason == ("source=src still has OLD 10.2.0.10: it would answer 3 peers with a reset")
     assert kernel.sites["src"].gates == {"web": Gate.CLOSED}
 
 
-def test_the_gate_may_go_when_old_has_left(lifecycle: Lifecycle, kernel: FakeKernel) -> None:
-    lifecycle.prepare(move(SOURCE), CONNECTIONS)
+def test_the_gate_may_go_when_old_has_left(executor: Executor, kernel: FakeKernel) -> None:
+    prepare(executor, move(SOURCE), CONNECTIONS)
     kernel.sites["src"].addresses.clear()
 
-    assert lifecycle.find_exposed("web") == ()
+    assert find_exposed(executor, "web") == ()
 
 
-def test_the_gate_may_go_when_the_process_is_back(lifecycle: Lifecycle, kernel: FakeKernel) -> None:
-    lifecycle.prepare(move(SOURCE), CONNECTIONS)
+def test_the_gate_may_go_when_the_process_is_back(executor: Executor, kernel: FakeKernel) -> None:
+    prepare(executor, move(SOURCE), CONNECTIONS)
     kernel.sites["src"].sockets.update(CONNECTIONS)
-    assert lifecycle.find_exposed("web") == ()
+    assert find_exposed(executor, "web") == ()
     kernel.sites["src"].sockets.clear()
-    assert len(lifecycle.find_exposed("web")) == 1
+    assert len(find_exposed(executor, "web")) == 1
 
-    lifecycle.open("web")
+    open_move(executor, "web")
 
     assert kernel.sites["src"].gates == {"web": Gate.OPEN}
-    assert lifecycle.find_exposed("web") == ()
-    assert lifecycle.count_alive("web") == 0  # at home nothing breaks when natkeep goes
+    assert find_exposed(executor, "web") == ()
+    assert count_alive(executor, "web") == 0  # at home nothing breaks when natkeep goes
 
 
 def test_the_gate_may_go_when_criu_s_lock_was_never_taken(
-    lifecycle: Lifecycle, kernel: FakeKernel, monkeypatch: pytest.MonkeyPatch
+    executor: Executor, kernel: FakeKernel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Killed before its last step; nothing was undone."""
     ours = move(SOURCE)
-    plan = lifecycle.check(ours, CONNECTIONS)
+    plan = check(executor, ours, CONNECTIONS)
     kernel.die_at = len(plan.prepare) - 2
-    monkeypatch.setattr(Lifecycle, "_undo", lambda *_: [])
+    monkeypatch.setattr(Executor, "undo", lambda *_: [])
     monkeypatch.setattr(StateDirectory, "remove", lambda *_: None)
     with pytest.raises(KilledError):
-        lifecycle.prepare(ours, CONNECTIONS)
+        prepare(executor, ours, CONNECTIONS)
 
     assert kernel.sites["src"].gates == {"web": Gate.CLOSED}
-    assert lifecycle.find_exposed("web") == ()
+    assert find_exposed(executor, "web") == ()
 
 
-def test_a_source_without_a_known_lock_is_exposed_all_the_same(lifecycle: Lifecycle) -> None:
+def test_a_source_without_a_known_lock_is_exposed_all_the_same(executor: Executor) -> None:
     """Nobody knows whether CRIU's lock is there: natkeep's gate may be all that is."""
-    lifecycle.prepare(Move("web", MAPS, (SOURCE,)), CONNECTIONS)
+    prepare(executor, Move("web", MAPS, (SOURCE,)), CONNECTIONS)
 
-    assert len(lifecycle.find_exposed("web")) == 1
+    assert len(find_exposed(executor, "web")) == 1
 
 
-def test_moving_on_takes_an_earlier_source_along(lifecycle: Lifecycle, kernel: FakeKernel) -> None:
+def test_moving_on_takes_an_earlier_source_along(executor: Executor, kernel: FakeKernel) -> None:
     """A to B to C: what natkeep did at A's host is undone there, and CRIU's lock stays gone."""
-    lifecycle.prepare(move(GATEWAY, SOURCE), CONNECTIONS)
+    prepare(executor, move(GATEWAY, SOURCE), CONNECTIONS)
     onward = Move("web2", MAPS, (GATEWAY, SOURCE))
 
-    lifecycle.prepare(onward, CONNECTIONS, replaces="web")
+    replace_move(executor, "web", onward, CONNECTIONS)
 
-    assert lifecycle.state.ids() == ("web2",)
+    assert executor.state.ids() == ("web2",)
     assert LOCK.table not in kernel.sites["src"].locks
     assert kernel.sites["src"].gates == {"web2": Gate.CLOSED}
 
 
-def test_a_journal_with_a_lock_that_is_none_is_corrupt(
-    lifecycle: Lifecycle, tmp_path: Path
-) -> None:
-    lifecycle.prepare(move(SOURCE), CONNECTIONS)
+def test_a_journal_with_a_lock_that_is_none_is_corrupt(executor: Executor, tmp_path: Path) -> None:
+    prepare(executor, move(SOURCE), CONNECTIONS)
     path = tmp_path / "state/web.journal"
     path.write_text(path.read_text().replace(str(LOCK.run_id), "x;flush ruleset"))
 
     with pytest.raises(JournalError, match="corrupt"):
-        lifecycle.state.load("web")
+        executor.state.load("web")
 
 
 # ---- the command line, in a real namespace ---------------------------------------------------

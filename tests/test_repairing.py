@@ -17,12 +17,18 @@ from fake_kernel import FakeKernel, FakeSite, KilledError
 
 from natkeep.errors import JournalError, KernelError, LeftoverError, NatkeepError, RefusedError
 from natkeep.kernel.netns import NamespaceGoneError
-from natkeep.lifecycle.gc import Cleared, Collected, Collecting, demand_nothing_left
-from natkeep.lifecycle.repair import Repairing
-from natkeep.lifecycle.verbs import Lifecycle
+from natkeep.lifecycle.drain import count_alive
+from natkeep.lifecycle.executor import Executor
+from natkeep.lifecycle.gc import Cleared, Collected, demand_nothing_left, gc
+from natkeep.lifecycle.open import open_move
+from natkeep.lifecycle.prepare import prepare
+from natkeep.lifecycle.repair import repair
+from natkeep.lifecycle.status import read_status
+from natkeep.lifecycle.teardown import teardown
 from natkeep.plan.conntrack import entries
-from natkeep.plan.drift import Gate, MoveStatus, Observation
+from natkeep.plan.drift import MoveStatus
 from natkeep.plan.move import Map, Move, Role, Site
+from natkeep.plan.observation import Gate, Observation
 from natkeep.plan.plan import make_plan
 from natkeep.plan.steps import Identity, InsertEntries, OpenGate, Plan, Prior
 from natkeep.plan.tuples import Connections, Endpoint, FourTuple, parse_address
@@ -92,7 +98,7 @@ class World:
         listeners: tuple[Endpoint, ...] = (),
     ) -> Plan:
         move = Move(move_id, (map_,), sites or (GATEWAY, DESTINATION), listeners=listeners)
-        plan = Lifecycle(self.kernel, self.state).prepare(move, KEPT, gate)
+        plan = prepare(Executor(self.kernel, self.state), move, KEPT, gate)
         self.live(plan)
         return plan
 
@@ -102,14 +108,14 @@ class World:
         self.sites["dst"].sockets = set(list(kept)[:how_many])
 
     def repair(self, move_id: str = "web") -> list[str]:
-        repairing = Repairing(self.kernel, self.state, self.said.append)
-        return [line for one in repairing.repair(move_id) for line in one.drift]
+        repairing = Executor(self.kernel, self.state, self.said.append)
+        return [line for one in repair(repairing, move_id) for line in one.drift]
 
     def gc(self, *sites: Site, hook: Callable[[str], bool] = lambda _: False) -> Collected:
-        return Collecting(self.kernel, self.state).gc(sites or (Site(Role.DESTINATION),), hook)
+        return gc(Executor(self.kernel, self.state), sites or (Site(Role.DESTINATION),), hook)
 
     def status(self, move_id: str = "web") -> MoveStatus:
-        [status] = Lifecycle(self.kernel, self.state).status((move_id,))
+        [status] = read_status(Executor(self.kernel, self.state), (move_id,))
         return status
 
     def drift(self) -> list[str]:
@@ -212,7 +218,7 @@ def test_what_is_done_again_is_noted_with_what_was_there_before_the_move(world: 
     assert (doing["state"], done["state"]) == ("doing", "done")
     assert doing["step"] == done["step"]
     assert doing["prior"] == done["prior"] == {"present": True}
-    Lifecycle(world.kernel, world.state).teardown("web")
+    teardown(Executor(world.kernel, world.state), "web")
     assert world.sites["dst"].addresses == {MAP.old}
 
 
@@ -251,7 +257,7 @@ def test_killed_or_refused_anywhere_in_it(tmp_path: Path, gate: Gate, after: str
             assert whole == world.status()
             assert world.repair() == []
             assert {record["state"] for record in world.records()[-1:]} == {"done"}
-        assert Lifecycle(world.kernel, world.state).teardown("web")
+        assert teardown(Executor(world.kernel, world.state), "web")
         assert world.is_bare()
         assert world.files() == set()
     assert total > 8
@@ -570,7 +576,7 @@ def test_what_has_no_journal_goes_and_what_has_one_stays(world: World) -> None:
     assert world.sites["dst"].gates == {"other": Gate.CLOSED}
     assert not [name for name in world.files() if name.startswith("web")]
     assert {"notes", "other.journal", "other.connections"} <= world.files()
-    [other] = Lifecycle(world.kernel, world.state).status(("other",))
+    [other] = read_status(Executor(world.kernel, world.state), ("other",))
     assert other.sites[0].drift == ()
     assert world.gc() == Collected((), ())
 
@@ -628,8 +634,8 @@ def test_a_dry_run_says_the_same_and_does_nothing(world: World) -> None:
     (world.directory / "lost.connections").write_text("")
     before, files = world.sites["dst"], world.files()
 
-    collecting = Collecting(world.kernel, world.state)
-    would = collecting.gc((DESTINATION,), dry_run=True)
+    collecting = Executor(world.kernel, world.state)
+    would = gc(collecting, (DESTINATION,), dry_run=True)
 
     assert before == world.sites["dst"]
     assert files == world.files()
@@ -644,7 +650,7 @@ def test_after_a_flush_the_connections_are_counted_where_they_live(world: World)
     world.prepare(gate=Gate.OPEN)
     world.sites["gw"].entries.clear()
 
-    assert Lifecycle(world.kernel, world.state).count_alive("web") == 3
+    assert count_alive(Executor(world.kernel, world.state), "web") == 3
 
 
 def test_a_move_whose_accept_somebody_removed_still_has_live_connections(world: World) -> None:
@@ -652,7 +658,7 @@ def test_a_move_whose_accept_somebody_removed_still_has_live_connections(world: 
     for name in ("gw", "dst"):
         world.sites[name].gates["web"] = Gate.CLOSED
 
-    assert Lifecycle(world.kernel, world.state).count_alive("web") == 3
+    assert count_alive(Executor(world.kernel, world.state), "web") == 3
 
 
 def test_opening_again_after_a_kill_leaves_nothing_behind_at_teardown(world: World) -> None:
@@ -665,6 +671,6 @@ def test_opening_again_after_a_kill_leaves_nothing_behind_at_teardown(world: Wor
     world.sites["gw"].gates["web"] = Gate.OPEN
     world.kernel.die_at = None
 
-    Lifecycle(world.kernel, world.state).open("web")
+    open_move(Executor(world.kernel, world.state), "web")
 
     assert world.state.load("web").records[opens[0]].prior.present is False

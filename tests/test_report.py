@@ -13,8 +13,10 @@ import pytest
 from natkeep import report
 from natkeep.checkpoint import Checkpoint, Socket, TcpState
 from natkeep.checkpoint.images import read_checkpoint
-from natkeep.plan.drift import Gate, MoveStatus, Observation, SeenEntry, SiteStatus
+from natkeep.cli.output import print_json
+from natkeep.plan.drift import MoveStatus, SiteStatus
 from natkeep.plan.move import Map, Move, Role, Site
+from natkeep.plan.observation import Gate, Observation, SeenEntry
 from natkeep.plan.plan import make_plan
 from natkeep.plan.steps import Plan
 from natkeep.plan.translation import Surroundings
@@ -245,7 +247,7 @@ def test_a_move_in_one_line_counts_in_english() -> None:
 def test_a_document_is_printed_to_stdout_and_ends_its_line(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    report.print_json({"schema": 1, "ö": ["[::1]:80"]})
+    print_json({"schema": 1, "ö": ["[::1]:80"]})
     out, err = capsys.readouterr()
     assert (json.loads(out), out[-2:], err) == ({"schema": 1, "ö": ["[::1]:80"]}, "}\n", "")
     assert out.isascii()  # whatever the locale is

@@ -14,9 +14,13 @@ from natkeep.cli.arguments import authorise, make_move
 from natkeep.cli.parser import make_parser
 from natkeep.criu.environment import read_orders
 from natkeep.errors import RefusedError, UsageError
-from natkeep.lifecycle.verbs import Lifecycle
-from natkeep.plan.drift import Gate
+from natkeep.lifecycle.executor import Executor
+from natkeep.lifecycle.open import open_move
+from natkeep.lifecycle.prepare import prepare
+from natkeep.lifecycle.status import read_status
+from natkeep.lifecycle.teardown import teardown
 from natkeep.plan.move import Fate, Map, Move, Role, Site
+from natkeep.plan.observation import Gate
 from natkeep.plan.plan import make_plan
 from natkeep.plan.tuples import Connections, Endpoint, FourTuple, parse_address
 from natkeep.state.journal import StateDirectory
@@ -140,17 +144,17 @@ def make(move_id: str = "web", lost: Connections = LOST, **options) -> Move:
 
 
 @pytest.fixture
-def natkeep(tmp_path: Path) -> Lifecycle:
-    return Lifecycle(FakeKernel(), StateDirectory(str(tmp_path / "state"), create=True))
+def executor(tmp_path: Path) -> Executor:
+    return Executor(FakeKernel(), StateDirectory(str(tmp_path / "state"), create=True))
 
 
-def test_the_journal_holds_what_is_reset(natkeep: Lifecycle) -> None:
+def test_the_journal_holds_what_is_reset(executor: Executor) -> None:
     six = Map(parse_address("fd00:2::10"), parse_address("fd00:3::20"))
     lost = inbound("10.1.0.7:5432 10.2.0.10:40000", "[fd00:1::7]:5432 [fd00:2::10]:40000")
     move = Move("web", (MAP, six), SITES, unkept=Fate.RESET, lost=lost)
-    plan = natkeep.prepare(move, Connections.of([*inbound("10.1.0.2:50001 10.2.0.10:80")]))
+    plan = prepare(executor, move, Connections.of([*inbound("10.1.0.2:50001 10.2.0.10:80")]))
 
-    journal = natkeep.state.load("web")
+    journal = executor.state.load("web")
 
     assert journal.move == move
     assert journal.kinds == tuple(type(step).__name__ for step in plan.steps)
@@ -159,54 +163,54 @@ def test_the_journal_holds_what_is_reset(natkeep: Lifecycle) -> None:
 
 
 @pytest.mark.parametrize("lost", [["0a", ""], ["xx", ""], [""], "0a", [1, 2]])
-def test_a_journal_with_something_else_there_is_corrupt(natkeep: Lifecycle, lost: object) -> None:
-    natkeep.prepare(make(), inbound("10.1.0.2:50001 10.2.0.10:80"))
-    path = Path(natkeep.state.path, "web.journal")
+def test_a_journal_with_something_else_there_is_corrupt(executor: Executor, lost: object) -> None:
+    prepare(executor, make(), inbound("10.1.0.2:50001 10.2.0.10:80"))
+    path = Path(executor.state.path, "web.journal")
     header, *rest = path.read_text().splitlines(keepends=True)
     document = json.loads(header)
     document["move"]["lost"] = lost
     path.write_text(json.dumps(document) + "\n" + "".join(rest))
 
     with pytest.raises(Exception, match="the journal of web is corrupt"):
-        natkeep.state.load("web")
+        executor.state.load("web")
 
 
-def test_nobody_is_told_before_open_and_everybody_by_it(natkeep: Lifecycle) -> None:
-    kernel = natkeep.kernel
+def test_nobody_is_told_before_open_and_everybody_by_it(executor: Executor) -> None:
+    kernel = executor.kernel
     assert isinstance(kernel, FakeKernel)
-    natkeep.prepare(make(), inbound("10.1.0.2:50001 10.2.0.10:80"))
+    prepare(executor, make(), inbound("10.1.0.2:50001 10.2.0.10:80"))
     assert kernel.told == set()
 
-    natkeep.open("web")
+    open_move(executor, "web")
 
     assert {str(each) for each in kernel.told} == {
         "10.2.0.10:40000 > 10.1.0.7:5432", "10.1.0.7:5432 > 10.2.0.10:40000",
     }  # fmt: skip
-    assert [site.seen.resets for site in natkeep.status(("web",))[0].sites if site.seen] == [
+    assert [site.seen.resets for site in read_status(executor, ("web",))[0].sites if site.seen] == [
         Gate.OPEN, Gate.OPEN,
     ]  # fmt: skip
-    assert natkeep.teardown("web") is True
+    assert teardown(executor, "web") is True
     assert all(not here.resets and not here.sets for here in kernel.sites.values())
 
 
-def test_a_source_in_the_move_does_not_keep_its_gate_from_being_open(natkeep: Lifecycle) -> None:
+def test_a_source_in_the_move_does_not_keep_its_gate_from_being_open(executor: Executor) -> None:
     """The source is told at open too, but its gate stays closed while the process is elsewhere."""
     sites = (*SITES, Site(Role.SOURCE, "src"))
     move = Move("web", (MAP,), sites, unkept=Fate.RESET, lost=LOST)
-    natkeep.prepare(move, inbound("10.1.0.2:50001 10.2.0.10:80"), Gate.OPEN)
+    prepare(executor, move, inbound("10.1.0.2:50001 10.2.0.10:80"), Gate.OPEN)
 
-    [status] = natkeep.status(("web",))
+    [status] = read_status(executor, ("web",))
 
     assert status.gate == Gate.OPEN
     assert [site.drift for site in status.sites] == [(), (), ()]
 
 
-def test_what_another_move_keeps_is_not_reset(natkeep: Lifecycle) -> None:
-    natkeep.prepare(Move("other", (MAP,), SITES), LOST)
+def test_what_another_move_keeps_is_not_reset(executor: Executor) -> None:
+    prepare(executor, Move("other", (MAP,), SITES), LOST)
 
     with pytest.raises(RefusedError, match=r"5432 > .*40000 cannot be kept by this .* by other"):
-        natkeep.prepare(make(), inbound("10.1.0.2:50001 10.2.0.10:80"))
-    assert natkeep.state.ids() == ("other",)
+        prepare(executor, make(), inbound("10.1.0.2:50001 10.2.0.10:80"))
+    assert executor.state.ids() == ("other",)
 
 
 # ---- what is told to a person and to a script --------------------------------------------------
@@ -236,9 +240,9 @@ def test_what_cannot_be_told_is_said_too() -> None:
     assert all("cannot be reset: " in line and "lives on" in line for line in lines)
 
 
-def test_status_and_plan_show_who_is_told(natkeep: Lifecycle) -> None:
-    plan = natkeep.prepare(make(), inbound("10.1.0.2:50001 10.2.0.10:80"), Gate.OPEN)
-    moves = natkeep.status(("web",))
+def test_status_and_plan_show_who_is_told(executor: Executor) -> None:
+    plan = prepare(executor, make(), inbound("10.1.0.2:50001 10.2.0.10:80"), Gate.OPEN)
+    moves = read_status(executor, ("web",))
     expected = [{"local": "10.2.0.10:40000", "peer": "10.1.0.7:5432", "fate": "reset, both ends"}]
 
     assert report.plan_to_json(plan)["unkept"] == expected

@@ -162,7 +162,7 @@ def test_a_match_takes_a_value_apart() -> None:
 
 def test_preparing_imports_no_dataclasses() -> None:
     """They are a third of its processor time (see the top of values.py)."""
-    modules = "natkeep.cli, natkeep.cli.change, natkeep.lifecycle.verbs, natkeep.kernel.linux"
+    modules = "natkeep.cli, natkeep.cli.change, natkeep.lifecycle.prepare, natkeep.kernel.linux"
     modules += ", natkeep.report, natkeep.checkpoint.listing, natkeep.policy"
     code = f"import sys, {modules}; print([m for m in ('dataclasses', 'inspect', 'pyroute2') "
     code += "if m in sys.modules])"

@@ -80,6 +80,24 @@ class Socket:
         """Whether this is a TCP socket that waits for connections."""
         return self.unkept is None and self.state == TcpState.LISTEN
 
+    def inbound(self) -> FourTuple | None:
+        """The four-tuple of what arrives; None where it has no two ends of one IP version."""
+        if self.local is None or self.peer is None:
+            return None
+        if self.local.address.version != self.peer.address.version:
+            return None
+        return FourTuple(self.peer, self.local)
+
+    def why_left(self, olds: Sequence[Address]) -> str | None:
+        """Why a move of *olds* (of any, when empty) does not keep it, as one clause, or None."""
+        if self.unkept is not None:
+            return self.unkept
+        if self.is_listener():
+            return "a listener: new connections reach it with --listeners only"
+        if olds and (self.local is None or self.local.address not in olds):
+            return "its local address is not an OLD of --map"
+        return None
+
 
 @dataclass(frozen=True, slots=True)
 class Inventory:
@@ -159,6 +177,11 @@ class Checkpoint:
             and each.local.address.version == each.peer.address.version
             and (each.peer, each.local) not in ends
         )
+
+    def devices(self, olds: Sequence[Address]) -> frozenset[str]:
+        """Devices that kept sockets at *olds* are bound to (SO_BINDTODEVICE)."""
+        bound = [each for each in self.sockets if each.why_left(olds) is None]
+        return frozenset(each.bound_device for each in bound if each.bound_device is not None)
 
     @classmethod
     def of(cls, sockets: tuple[Socket, ...]) -> Checkpoint:

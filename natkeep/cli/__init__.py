@@ -1,8 +1,8 @@
-"""the command line: verbs; it parses, calls lifecycle, prints, and leaves with the exit code.
+"""The command line: verbs; it parses, calls lifecycle, prints, and leaves with the exit code.
 
-    parser.py      options, and which function runs each verb
+    parser.py      options, and which module runs each verb
     arguments.py   from parsed arguments to values
-    moving.py      the verbs that change sites; looking.py: those that only look
+    change.py      the verbs that change sites; show.py: those that only look
     output.py      where words go
 
 Rule: data goes to stdout, talk to stderr; with --json stdout is one document with `schema` 1.

@@ -1,4 +1,4 @@
-"""from parsed arguments to values: a lifecycle, sites, maps, a move, the connections."""
+"""From parsed arguments to values: an executor, sites, maps, a move, the connections."""
 
 from __future__ import annotations
 
@@ -6,27 +6,24 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
+from natkeep import policy
+from natkeep.checkpoint import Checkpoint
 from natkeep.cli.output import talk
 from natkeep.errors import ImageError, RefusedError, UsageError
+from natkeep.kernel.linux import LinuxKernel
+from natkeep.kernel.survey import demand_privileges
+from natkeep.lifecycle.check import find_new
+from natkeep.lifecycle.executor import Executor
+from natkeep.plan.move import Fate, Map, Mode, Move, Role, Site, parse_id, parse_map
+from natkeep.plan.tuples import NO_CONNECTIONS, Endpoint
+from natkeep.state.journal import StateDirectory
 
-if TYPE_CHECKING:
-    from natkeep.checkpoint import Checkpoint
-    from natkeep.lifecycle.verbs import Lifecycle
-    from natkeep.plan.move import Map, Move, Site
-    from natkeep.plan.tuples import Endpoint
 
-
-def make_lifecycle(args: argparse.Namespace, *, create: bool) -> Lifecycle:
-    from natkeep.kernel.linux import LinuxKernel
-    from natkeep.kernel.survey import demand_privileges
-    from natkeep.lifecycle.verbs import Lifecycle
-    from natkeep.state.journal import StateDirectory
-
+def make_executor(args: argparse.Namespace, *, create: bool) -> Executor:
     demand_privileges()
     state = StateDirectory(args.state_dir, create=create)
-    return Lifecycle(
+    return Executor(
         LinuxKernel(state.path),
         state,
         talk=(lambda line: talk(args, line)) if args.verbose else (lambda line: None),
@@ -34,15 +31,10 @@ def make_lifecycle(args: argparse.Namespace, *, create: bool) -> Lifecycle:
 
 
 def parse_sites(texts: Sequence[str]) -> tuple[Site, ...]:
-    from natkeep.plan.move import Role, Site
-
     return tuple(Site.parse(text) for text in texts) or (Site(Role.DESTINATION),)
 
 
 def make_move(args: argparse.Namespace, checkpoint: Checkpoint) -> Move:
-    from natkeep.plan.move import Fate, Mode, Move, Role, parse_id
-    from natkeep.plan.tuples import NO_CONNECTIONS
-
     parse_id(args.id)
     sites = parse_sites(args.site)
     maps = parse_maps(args, sites)
@@ -61,13 +53,11 @@ def make_move(args: argparse.Namespace, checkpoint: Checkpoint) -> Move:
 
 
 def parse_maps(args: argparse.Namespace, sites: tuple[Site, ...]) -> tuple[Map, ...]:
-    from natkeep.plan.move import Map, parse_map
-
     maps = []
     for text in args.map:
         old, new = parse_map(text)
         if new is None:
-            new = make_lifecycle(args, create=False).find_new(old, sites)
+            new = find_new(make_executor(args, create=False), old, sites)
         maps.append(Map(old, new))
     return tuple(maps)
 
@@ -83,6 +73,7 @@ def _find_listeners(checkpoint: Checkpoint, maps: Sequence[Map]) -> tuple[Endpoi
 
 
 def read_connections(args: argparse.Namespace) -> Checkpoint:
+    # Of the three readers a command needs one.
     if args.image is not None:
         from natkeep.checkpoint.images import read_checkpoint
 
@@ -111,13 +102,11 @@ def read_process(args: argparse.Namespace, sites: tuple[Site, ...]) -> Checkpoin
     from natkeep.lifecycle.live import read_live
 
     pid = parse_pid(args.live)
-    return read_live(make_lifecycle(args, create=False).kernel, pid, sites)
+    return read_live(make_executor(args, create=False).kernel, pid, sites)
 
 
 def authorise(move: Move, checkpoint: Checkpoint) -> int:
     """How many connections *move* is about, if the operator's policy allows them."""
-    from natkeep import policy
-
     count = sum(len(checkpoint.connections.at(map_.old)) for map_ in move.maps) + len(move.lost)
     policy.authorise(move, count)
     return count

@@ -1,52 +1,63 @@
-"""the verbs that change sites, or say what would be changed."""
+"""The verbs that change sites, or say what would be changed.
+
+Rule: what all of them need is imported here, once a verb of this file runs; what one verb alone
+needs, and a restore would wait for, is imported where that verb begins.
+"""
 
 from __future__ import annotations
 
 import argparse
 import sys
 from functools import partial
-from typing import TYPE_CHECKING
 
+from natkeep import policy
 from natkeep.afterwards import do_afterwards
+from natkeep.checkpoint import Checkpoint
 from natkeep.cli.arguments import (
     authorise,
-    make_lifecycle,
+    make_executor,
     make_move,
     parse_maps,
     parse_sites,
     read_connections,
 )
-from natkeep.cli.output import print_verb, talk
-from natkeep.errors import RefusedError, UsageError
-
-if TYPE_CHECKING:
-    from natkeep.checkpoint import Checkpoint
-    from natkeep.lifecycle.verbs import Lifecycle
-    from natkeep.plan.move import Move
-    from natkeep.state.journal import Journal
+from natkeep.cli.output import print_json, print_verb, talk
+from natkeep.errors import NatkeepError, RefusedError, UsageError
+from natkeep.lifecycle.check import check, require_devices
+from natkeep.lifecycle.executor import Executor
+from natkeep.lifecycle.open import open_move, remove_gate_hooks
+from natkeep.plan.move import Move, Role, parse_id
+from natkeep.plan.observation import Gate
+from natkeep.plan.plan import describe_plan, make_plan, render_nft
+from natkeep.plan.steps import Plan
+from natkeep.state.journal import Journal
 
 
 def plan(args: argparse.Namespace) -> int:
-    from natkeep import report
-    from natkeep.plan.plan import describe_plan, make_plan, render_nft
-
     checkpoint = read_connections(args)
     plan = make_plan(make_move(args, checkpoint), checkpoint.connections)
     form = "json" if args.json else args.format
-    if form == "json":
-        report.print_json(report.plan_to_json(plan))
-    elif form == "nft":
+    if form == "nft":
         for site, lines in render_nft(plan):
             print(f"# {site}", *lines, sep="\n")
     else:
-        print(*describe_plan(plan), sep="\n")
+        _print_plan(plan, as_json=form == "json")
     return 0
+
+
+def _print_plan(plan: Plan, *, as_json: bool) -> None:
+    if as_json:
+        from natkeep import report
+
+        print_json(report.plan_to_json(plan))
+    else:
+        print(*describe_plan(plan), sep="\n")
 
 
 def prepare(args: argparse.Namespace) -> int:
     from natkeep import report
-    from natkeep.plan.drift import Gate
-    from natkeep.plan.plan import describe_plan
+    from natkeep.lifecycle.prepare import find_unheld, prepare
+    from natkeep.lifecycle.replace import replace_move
 
     checkpoint = read_connections(args)
     if checkpoint.live and (args.gate == "open" or args.replace):
@@ -54,27 +65,33 @@ def prepare(args: argparse.Namespace) -> int:
         raise UsageError(f"{option} is for a process that is frozen", hint="this one is alive")
     move = make_move(args, checkpoint)
     authorise(move, checkpoint)
-    lifecycle = make_lifecycle(args, create=not args.dry_run)
+    executor = make_executor(args, create=not args.dry_run)
     if args.dry_run:
-        plan = lifecycle.check(move, checkpoint.connections, args.replace)
-        if args.json:
-            report.print_json(report.plan_to_json(plan))
-        else:
-            print(*describe_plan(plan), sep="\n")
+        _print_plan(check(executor, move, checkpoint.connections, args.replace), as_json=args.json)
         return 0
-    lifecycle.require_devices(move, report.bound_devices(checkpoint, move))
-    plan = lifecycle.prepare(
-        move, checkpoint.connections, Gate(args.gate), args.replace, checkpoint.run_id
-    )
+    require_devices(executor, move, checkpoint)
+    work = partial(prepare, executor)
+    if args.replace is not None:
+        work = partial(replace_move, executor, args.replace)
+    plan = work(move, checkpoint.connections, Gate(args.gate), checkpoint.run_id)
     for line in report.unkept_lines(checkpoint, plan):
         talk(args, f"natkeep: not kept: {line}")
-    for line in (*report.lock_lines(plan), *lifecycle.find_unheld(move.id), *_waiting(move)):
+    for line in (*report.lock_lines(plan), *find_unheld(executor, move.id), *_waiting(move)):
         talk(args, f"natkeep: {line}")
     if args.json:
-        report.print_json({"schema": 1, **report.move_to_json(plan), "gate": args.gate})
+        print_json({"schema": 1, **report.move_to_json(plan), "gate": args.gate})
     else:
         talk(args, f"natkeep: {report.summary(plan)}, gate {args.gate}")
     return 0
+
+
+def _waiting(move: Move) -> list[str]:
+    """Which sites are left alone until the process is frozen."""
+    return [
+        f"{site}: left alone until open, since the process still talks through it"
+        for site in move.ordered_sites()
+        if move.waits(site)
+    ]
 
 
 def run(args: argparse.Namespace) -> int:
@@ -89,17 +106,17 @@ def run(args: argparse.Namespace) -> int:
     slow = find_slow_lock(checkpoint, authorise(move, checkpoint))
     if slow:
         talk(args, f"natkeep: {slow}")
-    lifecycle = make_lifecycle(args, create=True)
+    executor = make_executor(args, create=True)
     telling = partial(talk, args)
     keep = args.keep_closed_on_failure
-    code = Restore(lifecycle, move, checkpoint, command, telling, keep, own_stdout=args.json).run()
+    code = Restore(executor, move, checkpoint, command, telling, keep, own_stdout=args.json).run()
     if args.json:
         print_verb(args.id, gate="open", criu=code)
     return code
 
 
 def open(args: argparse.Namespace) -> int:
-    lifecycle = make_lifecycle(args, create=False)
+    executor = make_executor(args, create=False)
     blind = False
 
     def confirm(journal: Journal) -> Checkpoint | None:
@@ -111,12 +128,12 @@ def open(args: argparse.Namespace) -> int:
 
         return read_checkpoint(args.image)
 
-    compared = lifecycle.open(args.id, confirm)
-    do_afterwards(partial(unhook, args))
+    compared = open_move(executor, args.id, confirm)
+    do_afterwards(partial(remove_hooks, args))
     if blind:
         talk(args, f"natkeep: {args.id}: opened as prepared, with no image to compare (--image)")
     if compared is not None:
-        from natkeep import report  # whoever compares nothing need not wait for it
+        from natkeep import report
 
         for line in report.compared_lines(compared):
             talk(args, f"natkeep: {args.id}: {line}")
@@ -128,32 +145,27 @@ def open(args: argparse.Namespace) -> int:
     return 0
 
 
-def unhook(args: argparse.Namespace) -> None:
-    """What a verb that opens leaves to be done; by a kernel of its own, whose handles are open."""
-    make_lifecycle(args, create=False).unhook(args.id)
-
-
-def _waiting(move: Move) -> list[str]:
-    """Which sites are left alone until the process is frozen."""
-    return [
-        f"{site}: left alone until open, since the process still talks through it"
-        for site in move.ordered_sites()
-        if move.waits(site)
-    ]
+def remove_hooks(args: argparse.Namespace) -> None:
+    """What open leaves to be done; by a kernel of its own, whose handles are open."""
+    remove_gate_hooks(make_executor(args, create=False), args.id)
 
 
 def teardown(args: argparse.Namespace) -> int:
-    from natkeep.plan.move import parse_id
+    from natkeep.lifecycle import drain
+    from natkeep.lifecycle.teardown import teardown
 
-    lifecycle = make_lifecycle(args, create=False)
+    executor = make_executor(args, create=False)
     parse_id(args.id)
-    if lifecycle.state.knows(args.id):
+    if executor.state.knows(args.id):
         if args.drain is not None:
-            lifecycle.drain(args.id, args.drain)
+            drain.drain(executor, args.id, args.drain)
         if not args.yes:
-            _ask_if_alive(args.id, lifecycle)
-            _refuse_exposure(args.id, lifecycle)
-    found = lifecycle.teardown(args.id)
+            _ask_if_alive(args.id, drain.count_alive(executor, args.id))
+            for line in drain.find_exposed(executor, args.id):
+                raise RefusedError(
+                    line, hint="take OLD from that host, or restore the process there; or --yes"
+                )
+    found = teardown(executor, args.id)
     if args.json:
         print_verb(args.id, found=found)
     else:
@@ -161,20 +173,7 @@ def teardown(args: argparse.Namespace) -> int:
     return 0
 
 
-def repair(args: argparse.Namespace) -> int:
-    from natkeep.cli import restore  # no restore waits for these
-
-    return restore.repair(args)
-
-
-def gc(args: argparse.Namespace) -> int:
-    from natkeep.cli import restore
-
-    return restore.gc(args)
-
-
-def _ask_if_alive(move_id: str, lifecycle: Lifecycle) -> None:
-    alive = lifecycle.count_alive(move_id)
+def _ask_if_alive(move_id: str, alive: int) -> None:
     if not alive:
         return
     question = f"{alive} connections of {move_id} live and will break"
@@ -185,27 +184,82 @@ def _ask_if_alive(move_id: str, lifecycle: Lifecycle) -> None:
         raise RefusedError("nothing was changed")
 
 
-def _refuse_exposure(move_id: str, lifecycle: Lifecycle) -> None:
-    for line in lifecycle.find_exposed(move_id):
-        raise RefusedError(
-            line, hint="take OLD from that host, or restore the process there; or --yes"
-        )
-
-
 def quiesce(args: argparse.Namespace) -> int:
-    from natkeep import policy
-    from natkeep.plan.move import Move, Role
+    from natkeep.lifecycle.quiesce import quiesce
 
     sites = parse_sites(args.site or ["source"])
     if [site.role for site in sites] != [Role.SOURCE]:
         raise UsageError("quiesce is for the source", hint="--site source[=NETNS]")
     move = Move(args.id, parse_maps(args, sites), sites)
     policy.authorise(move, 0)
-    lifecycle = make_lifecycle(args, create=True)
-    listeners = lifecycle.quiesce(move, frozenset(args.port), args.timeout)
+    executor = make_executor(args, create=True)
+    listeners = quiesce(executor, move, frozenset(args.port), args.timeout)
     if args.json:
         print_verb(args.id, listeners=[str(end) for end in listeners])
     else:
         told = ", ".join(str(end) for end in listeners)
         talk(args, f"natkeep: {args.id}: new connections to {told} wait; dump now")
+    return 0
+
+
+def repair(args: argparse.Namespace) -> int:
+    if (args.id is None) != args.all:
+        raise UsageError("repair which move? ID, or --all", hint="natkeep status lists them")
+    executor = make_executor(args, create=False)
+    if not args.all:
+        repaired = _repair(args, executor, args.id)
+        if args.json:
+            print_verb(args.id, repaired=repaired)
+        return 0
+    moves, first = [], None
+    for move_id in executor.state.ids():
+        try:
+            moves.append({"id": move_id, "repaired": _repair(args, executor, move_id)})
+        except NatkeepError as error:
+            # One move that cannot be repaired must not keep the others as they are.
+            first = first or error
+            talk(args, f"natkeep: {move_id}: {error}")
+    if args.json:
+        print_json({"schema": 1, "moves": moves})
+    if first is not None:
+        raise first
+    return 0
+
+
+def _repair(args: argparse.Namespace, executor: Executor, move_id: str) -> list[dict[str, object]]:
+    """Repair one move and say so, unless it is to be said as JSON."""
+    from natkeep.lifecycle.repair import repair
+
+    repaired = repair(executor, move_id)
+    if not args.json:
+        if not repaired:
+            talk(args, f"natkeep: {move_id}: nothing to repair")
+        for one in repaired:
+            for line in one.drift:
+                talk(args, f"natkeep: {move_id}: {one.site}: put back: {line}")
+    return [
+        {"role": str(one.site.role), "netns": one.site.netns, "drift": [*one.drift]}
+        for one in repaired
+    ]
+
+
+def gc(args: argparse.Namespace) -> int:
+    from natkeep.criu.environment import is_abandoned
+    from natkeep.lifecycle.gc import demand_nothing_left, gc
+
+    executor = make_executor(args, create=False)
+    collected = gc(executor, parse_sites(args.site), is_abandoned, dry_run=args.dry_run)
+    if args.json:
+        rows = [{"kind": c.kind, "name": c.name, "reason": c.reason} for c in collected.cleared]
+        left = [str(error) for error in collected.left]
+        print_json({"schema": 1, "cleared": rows, "left": left})
+    else:
+        verb = "would clear" if args.dry_run else "cleared"
+        for one in collected.cleared:
+            talk(args, f"natkeep: {verb} {one.kind} {one.name}: {one.reason}")
+        if not collected.cleared:
+            talk(args, "natkeep: nothing to clear")
+    for error in collected.left[1:]:
+        talk(args, f"natkeep: {error}" + (f"\n  ({error.hint})" if error.hint else ""))
+    demand_nothing_left(collected)
     return 0

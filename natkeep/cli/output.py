@@ -1,10 +1,12 @@
-"""where the command line's words go: data to stdout, talk to stderr."""
+"""Where the command line's words go: data to stdout, talk to stderr."""
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import sys
+from typing import Any
 
 
 def silence(stream: int) -> None:
@@ -16,11 +18,14 @@ def talk(args: argparse.Namespace, line: str) -> None:
     if not args.quiet and sys.stderr:
         try:
             print(line, file=sys.stderr)
-        except OSError:  # nobody listens (`2>&1 | head`); the work goes on
+        except OSError:  # its reader has gone (`2>&1 | head`); the work goes on
             silence(2)
 
 
-def print_verb(move_id: str, **facts: object) -> None:
-    from natkeep import report
+def print_json(value: dict[str, Any]) -> None:
+    """One document on stdout."""
+    print(json.dumps(value, indent=2))
 
-    report.print_json({"schema": 1, "id": move_id, **facts})
+
+def print_verb(move_id: str, **facts: object) -> None:
+    print_json({"schema": 1, "id": move_id, **facts})

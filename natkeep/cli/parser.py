@@ -1,14 +1,14 @@
-"""the parser of all verbs, and which function runs each."""
+"""The parser of all verbs, and which module runs each."""
 
 from __future__ import annotations
 
 import argparse
 import os
 from collections.abc import Callable, Sequence
+from importlib import import_module
 from typing import Any, NoReturn
 
 from natkeep import __version__
-from natkeep.cli import change, show
 from natkeep.errors import UsageError
 
 LAB = "practice networks: move a real server, see what its peer saw"
@@ -56,15 +56,15 @@ def make_parser(arguments: Sequence[str] = ("lab",)) -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"natkeep {__version__}")
     verbs = parser.add_subparsers(metavar="VERB", required=True, parser_class=Parser)
 
-    def add(name: str, text: str, run: Callable[[argparse.Namespace], int]) -> Parser:
+    def add(name: str, text: str, module: str) -> Parser:
         verb: Parser = verbs.add_parser(name, help=text, description=text, parents=[common])
-        verb.set_defaults(run=run)
+        verb.set_defaults(run=_runs(module, name))
         return verb
 
-    plan = add("plan", "print what prepare would do; touches nothing", change.plan)
+    plan = add("plan", "print what prepare would do; touches nothing", "change")
     _add_move_options(plan)
     plan.add_argument("--format", choices=("text", "json", "nft"), default="text")
-    prepare = add("prepare", "make every site ready, with the gate closed", change.prepare)
+    prepare = add("prepare", "make every site ready, with the gate closed", "change")
     _add_move_options(prepare).add_argument(
         "--live", metavar="PID", help="connections of a process that still runs, and its children"
     )
@@ -73,8 +73,8 @@ def make_parser(arguments: Sequence[str] = ("lab",)) -> argparse.ArgumentParser:
         "--replace", metavar="ID", help="the earlier move of the same process, moved on"
     )
     prepare.add_argument("--dry-run", action="store_true", help="check, and print the plan")
-    _add_quiesce(add("quiesce", "before a dump: have new connections wait", change.quiesce))
-    running = add("run", "prepare, have CRIU restore, open; undo if it fails", change.run)
+    _add_quiesce(add("quiesce", "before a dump: have new connections wait", "change"))
+    running = add("run", "prepare, have CRIU restore, open; undo if it fails", "change")
     _add_move_options(running)
     running.add_argument(
         "--keep-closed-on-failure",
@@ -82,24 +82,24 @@ def make_parser(arguments: Sequence[str] = ("lab",)) -> argparse.ArgumentParser:
         help="leave the move prepared, its gate closed, for another try",
     )
     running.add_argument("criu", metavar="CRIU", nargs="+", help="criu restore ..., behind --")
-    opening = add("open", "let the kept connections through", change.open)
+    opening = add("open", "let the kept connections through", "change")
     opening.add_argument("id", metavar="ID")
     opening.add_argument(
         "--image", metavar="DIR", help="the dump of a process that was prepared for by --live"
     )
-    status = add("status", "what is prepared, what it carries, what drifted", show.status)
+    status = add("status", "what is prepared, what it carries, what drifted", "show")
     status.add_argument("id", metavar="ID", nargs="?")
     status.add_argument("--strict", action="store_true", help="exit 6 when something drifted")
-    check = add("check", "can this machine do it? each finding has a code", show.check)
+    check = add("check", "can this machine do it? each finding has a code", "show")
     check.add_argument("--site", metavar="ROLE[=NETNS]", action="append", default=[])
-    explain = add("explain", "what a finding means and what to do", show.explain)
+    explain = add("explain", "what a finding means and what to do", "show")
     explain.add_argument("code", metavar="CODE")
-    _add_repair(add("repair", "put back what another program removed", change.repair))
-    _add_teardown(add("teardown", "undo a move; a second time is fine", change.teardown))
-    clearing = add("gc", "clear what a crash or a reboot left", change.gc)
+    _add_repair(add("repair", "put back what another program removed", "change"))
+    _add_teardown(add("teardown", "undo a move; a second time is fine", "change"))
+    clearing = add("gc", "clear what a crash or a reboot left", "change")
     clearing.add_argument("--site", metavar="ROLE[=NETNS]", action="append", default=[])
     clearing.add_argument("--dry-run", action="store_true", help="say what would be cleared")
-    inspect = add("inspect", "the sockets in an image, kept or not and why", show.inspect)
+    inspect = add("inspect", "the sockets in an image, kept or not and why", "show")
     inspect.add_argument("image", metavar="DIR", nargs="?")
     inspect.add_argument(
         "--live", metavar="PID", help="of a process that still runs, and its children, instead"
@@ -110,6 +110,18 @@ def make_parser(arguments: Sequence[str] = ("lab",)) -> argparse.ArgumentParser:
     else:
         verbs.add_parser("lab", help=LAB)
     return parser
+
+
+def _runs(module: str, verb: str) -> Callable[[argparse.Namespace], int]:
+    """What runs *verb*: the function of its name, imported when it is called.
+
+    Imports take most of the time of a verb, and a restore may wait for it.
+    """
+
+    def run(args: argparse.Namespace) -> int:
+        return int(getattr(import_module(f"natkeep.cli.{module}"), verb)(args))
+
+    return run
 
 
 def _make_common(unset: object) -> Parser:

@@ -1,26 +1,31 @@
-"""the verbs that only look."""
+"""The verbs that only look."""
 
 from __future__ import annotations
 
 import argparse
 
-from natkeep.cli.arguments import make_lifecycle, parse_sites
-from natkeep.cli.output import talk
+from natkeep import report
+from natkeep.cli.arguments import make_executor, parse_sites, read_process
+from natkeep.cli.output import print_json, talk
 from natkeep.errors import DriftError, JournalError, UsageError
+from natkeep.kernel.linux import LinuxKernel
+from natkeep.plan.diagnostics import CATALOGUE, Severity
+from natkeep.plan.move import parse_olds
+from natkeep.state.journal import StateDirectory
 
 
 def status(args: argparse.Namespace) -> int:
-    from natkeep import report
+    from natkeep.lifecycle.status import read_status
 
-    lifecycle = make_lifecycle(args, create=False)
+    executor = make_executor(args, create=False)
     unreadable: list[JournalError] = []
     if args.id:
-        moves = lifecycle.status((args.id,))
+        moves = read_status(executor, (args.id,))
     else:
         import gc
 
         gc.disable()  # of what there may be much, all lives to the end: there is nothing to find
-        moves = lifecycle.status((), unreadable)
+        moves = read_status(executor, (), unreadable)
     if args.json:
         print(*report.status_as_json([report.move_as_json(move) for move in moves]), sep="")
     elif moves or not unreadable:
@@ -37,16 +42,12 @@ def status(args: argparse.Namespace) -> int:
 
 
 def check(args: argparse.Namespace) -> int:
-    from natkeep import report
-    from natkeep.kernel.linux import LinuxKernel
-    from natkeep.lifecycle.verbs import Lifecycle
-    from natkeep.plan.diagnostics import Severity
-    from natkeep.state.journal import StateDirectory
+    from natkeep.lifecycle.examine import examine
 
-    lifecycle = Lifecycle(LinuxKernel(), StateDirectory(args.state_dir, create=False))
-    findings = lifecycle.examine(parse_sites(args.site))
+    StateDirectory(args.state_dir, create=False)  # one that cannot be used is an error here too
+    findings = examine(LinuxKernel(), parse_sites(args.site))
     if args.json:
-        report.print_json(report.findings_to_json(findings))
+        print_json(report.findings_to_json(findings))
     else:
         print(*report.finding_lines(findings), sep="\n")
     stopping = [finding for finding in findings if finding.severity == Severity.STOP]
@@ -57,27 +58,19 @@ def check(args: argparse.Namespace) -> int:
 
 
 def explain(args: argparse.Namespace) -> int:
-    from natkeep import report
-    from natkeep.plan.diagnostics import CATALOGUE
-
     if args.code not in CATALOGUE:
         raise UsageError(f"no finding has the code {args.code!r}", hint=", ".join(CATALOGUE))
     if args.json:
-        report.print_json(report.explanation_to_json(args.code))
+        print_json(report.explanation_to_json(args.code))
     else:
         print(*report.explanation_lines(args.code), sep="\n")
     return 0
 
 
 def inspect(args: argparse.Namespace) -> int:
-    from natkeep import report
-    from natkeep.plan.move import parse_olds
-
     if (args.image is None) == (args.live is None):
         raise UsageError("which sockets? DIR or --live PID", hint="the one or the other")
     if args.live is not None:
-        from natkeep.cli.arguments import read_process
-
         checkpoint = read_process(args, ())
     else:
         from natkeep.checkpoint.images import read_checkpoint_with_queues
@@ -85,7 +78,7 @@ def inspect(args: argparse.Namespace) -> int:
         checkpoint = read_checkpoint_with_queues(args.image)
     olds = parse_olds(args.map)
     if args.json:
-        report.print_json(report.checkpoint_to_json(checkpoint, olds))
+        print_json(report.checkpoint_to_json(checkpoint, olds))
     else:
         print(*report.checkpoint_lines(checkpoint, olds), sep="\n")
     return 0

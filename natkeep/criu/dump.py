@@ -1,4 +1,4 @@
-"""the source's part at `post-dump`: our gate instead of CRIU's lock, before the tasks are killed.
+"""The source's part at `post-dump`: our gate instead of CRIU's lock, before the tasks are killed.
 
     NATKEEP_SOURCE=OLD[=NEW][,…]     which addresses leave; NEW where it is known already
     NATKEEP_ID=ID                    the move's id here, that of a quiesce too; else criu-PID-START
@@ -15,40 +15,37 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from ipaddress import ip_network
-from typing import TYPE_CHECKING
 
+from natkeep import policy, report
+from natkeep.checkpoint.images import read_checkpoint
 from natkeep.criu.environment import Call, own_id, read_call
 from natkeep.errors import RefusedError, UsageError
+from natkeep.kernel.interface import Kernel
+from natkeep.lifecycle.executor import Executor
+from natkeep.lifecycle.prepare import prepare
 from natkeep.plan.move import Map, Move, Role, Site, parse_map
-
-if TYPE_CHECKING:
-    from natkeep.kernel.interface import Kernel
-    from natkeep.lifecycle.verbs import Lifecycle
-    from natkeep.plan.tuples import Address
+from natkeep.plan.tuples import Address
 
 _UNKNOWN = {4: ip_network("192.0.2.0/24"), 6: ip_network("2001:db8::/32")}
-"""Documentation's own addresses stand for a NEW that nobody knows yet: none is translated here."""
+"""Documentation's own addresses stand for a NEW that is not known yet: none is translated here."""
 
 
-def serve_post_dump(environment: Mapping[str, str], lifecycle: Lifecycle) -> str:
+def serve_post_dump(environment: Mapping[str, str], executor: Executor) -> str:
     """Keep the source quiet about the dumped connections; a line that says so."""
-    from natkeep import policy, report
-    from natkeep.checkpoint.images import read_checkpoint
-
     call = read_call(environment)
     _refuse_leave_running(call)
     checkpoint = read_checkpoint(call.demand_images())
     move = Move(
         environment.get("NATKEEP_ID") or own_id(call.criu),
         read_maps(environment["NATKEEP_SOURCE"]),
-        (_source_site(call, lifecycle.kernel),),
+        (_source_site(call, executor.kernel),),
         lock=checkpoint.lock,
     )
     count = sum(len(checkpoint.connections.at(map_.old)) for map_ in move.maps)
     if not count:
         return "no connection of this dump leaves"
     policy.authorise(move, count)
-    plan = lifecycle.prepare(move, checkpoint.connections, frozen=True)
+    plan = prepare(executor, move, checkpoint.connections, frozen=True)
     left = "; ".join(report.lock_lines(plan))
     return f"{move.id}: {count} connections kept quiet here{left and f'; {left}'}"
 

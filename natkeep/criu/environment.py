@@ -1,9 +1,8 @@
-"""who gave which orders, and what CRIU says of where it is.
+"""Reads who gave which orders, and what CRIU says of where it is.
 
-Orders come from the environment (NATKEEP_ID, or NATKEEP_MAP with NATKEEP_MODE and
-NATKEEP_UNKEPT), else from the
-table [hook] of the operator's file, and never from the image. CRIU's own words (CRTOOLS_*) only
-say which image and which tree: they are looked at before they are believed.
+Orders come from the environment (NATKEEP_ID, or NATKEEP_MAP with NATKEEP_MODE and NATKEEP_UNKEPT),
+else from the table [hook] of the operator's file, and never from the image. CRIU's own words
+(CRTOOLS_*) only say which image and which tree: they are looked at before they are believed.
 
 Rule: nothing is done here. What is contradictory is an error (exit 2), never a guess.
 """
@@ -14,7 +13,7 @@ import os
 from collections.abc import Iterator, Mapping
 
 from natkeep.errors import UsageError
-from natkeep.plan.move import Fate, Mode
+from natkeep.plan.move import Fate, Mode, Role, Site
 from natkeep.values import dataclass
 
 _INITIAL_PID_NAMESPACE = 0xEFFFFFFC  # the kernel's PROC_PID_INIT_INO, the same on each machine
@@ -36,7 +35,7 @@ class Orders:
 
 
 def read_orders(environment: Mapping[str, str]) -> Orders | None:
-    """What is to be done, None where nobody said."""
+    """What is to be done, None where there are no orders."""
     move_id, text = environment.get("NATKEEP_ID", ""), environment.get("NATKEEP_MAP", "")
     mode, state_dir = environment.get("NATKEEP_MODE", ""), environment.get("NATKEEP_STATE_DIR")
     if mode and mode not in tuple(Mode):
@@ -79,6 +78,10 @@ class Call:
     tree: int | None
     images: int | None
     criu: int | None
+
+    def tree_site(self) -> Site:
+        """Where the restored tree is."""
+        return Site(Role.DESTINATION, "" if self.tree is None else f"pid:{self.tree}")
 
     def demand_images(self) -> int:
         """The open image directory; UsageError where CRIU did not name one."""
@@ -159,7 +162,7 @@ def _suffix() -> str:
 def joined_netns(criu: int | None) -> str:
     """The network namespace that CRIU was told to restore into: `criu restore --join-ns net:…`.
 
-    As a site's NETNS is written; empty where there is none. CRIU calls nobody between
+    As a site's NETNS is written; empty where there is none. CRIU calls no script between
     `pre-restore` and `post-restore` then, and its own words tell it nowhere else.
     """
     try:

@@ -1,10 +1,10 @@
-"""what calls CRIU: `natkeep run ID OPTIONS -- criu restore …`, prepared before, undone if it fails.
+"""What calls CRIU: `natkeep run ID OPTIONS -- criu restore …`, prepared before, undone if it fails.
 
     read_command     the words after `--`, and at once what would go wrong, with the fix
     demand_criu      is there a CRIU, and one that can do it?
     Restore.run      prepare closed, run CRIU with natkeep-hook (it opens), undo unless it restored
 
-CRIU calls no hook when a restore fails, so whoever started it has to look after it. While a CRIU
+CRIU calls no hook when a restore fails, so what started it has to look after it. While a CRIU
 that was killed may have left half a tree behind, orphans come to us (PR_SET_CHILD_SUBREAPER) and
 are killed: their sockets are in repair still, and vanish without a word to the peer.
 
@@ -14,6 +14,7 @@ runs, its move is not touched any more.
 
 from __future__ import annotations
 
+import ctypes
 import os
 import re
 import shutil
@@ -24,9 +25,14 @@ import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
+from natkeep import report
 from natkeep.checkpoint import Checkpoint, NetworkLock
 from natkeep.errors import NatkeepError, UsageError
-from natkeep.lifecycle.verbs import Lifecycle
+from natkeep.lifecycle.check import require_devices
+from natkeep.lifecycle.executor import Executor
+from natkeep.lifecycle.open import open_move, remove_gate_hooks
+from natkeep.lifecycle.prepare import find_unheld, prepare
+from natkeep.lifecycle.teardown import teardown
 from natkeep.plan.move import Move
 from natkeep.state.journal import read_boot_id
 from natkeep.values import dataclass
@@ -96,7 +102,7 @@ def _is_same(one: str, other: str) -> bool:
     try:
         return os.path.samefile(one, other)
     except OSError:
-        return False  # what is wrong with it is said by whoever reads it
+        return False  # what is wrong with it is said where it is read
 
 
 def _options(words: Sequence[str]) -> Iterator[tuple[int, str, str | None]]:
@@ -190,7 +196,7 @@ def find_slow_lock(checkpoint: Checkpoint, count: int) -> str | None:
 class Restore:
     """One run of CRIU around which a move is prepared."""
 
-    lifecycle: Lifecycle
+    executor: Executor
     move: Move
     checkpoint: Checkpoint
     command: Command
@@ -214,8 +220,8 @@ class Restore:
                 self._undo_unless(resumed, keep=False)
                 raise
             if status == 0:
-                self.lifecycle.open(self.move.id)  # the hook did; to make sure
-                self.lifecycle.unhook(self.move.id)
+                open_move(self.executor, self.move.id)  # the hook did; to make sure
+                remove_gate_hooks(self.executor, self.move.id)
                 return 0
             how = _describe(status)
             if not self._undo_unless(resumed, keep=self.keep_closed):
@@ -228,21 +234,19 @@ class Restore:
         raise NatkeepError(f"{how}; everything was undone", hint="CRIU's log says why")
 
     def _prepare(self) -> None:
-        from natkeep import report
-
-        lifecycle, move, connections = self.lifecycle, self.move, self.checkpoint.connections
-        if lifecycle.state.knows(move.id):
-            journal = lifecycle.state.load(move.id)
+        executor, move, connections = self.executor, self.move, self.checkpoint.connections
+        if executor.state.knows(move.id):
+            journal = executor.state.load(move.id)
             same = (journal.move, journal.connections, journal.image, journal.boot)
             wanted = (move, connections, self.checkpoint.run_id, read_boot_id())
             if same == wanted and journal.is_prepared() and not journal.is_opened():
                 self.talk(f"natkeep: {move.id} is prepared already")
                 return
-        lifecycle.require_devices(move, report.bound_devices(self.checkpoint, move))
-        plan = lifecycle.prepare(move, connections, image=self.checkpoint.run_id)
+        require_devices(executor, move, self.checkpoint)
+        plan = prepare(executor, move, connections, image=self.checkpoint.run_id)
         for line in report.unkept_lines(self.checkpoint, plan):
             self.talk(f"natkeep: not kept: {line}")
-        for line in lifecycle.find_unheld(move.id):
+        for line in find_unheld(executor, move.id):
             self.talk(f"natkeep: {line}")
         self.talk(f"natkeep: {report.summary(plan)}, gate closed")
 
@@ -250,7 +254,7 @@ class Restore:
         environment = {
             **{name: value for name, value in os.environ.items() if name[:8] != "NATKEEP_"},
             "NATKEEP_ID": self.move.id,
-            "NATKEEP_STATE_DIR": os.path.abspath(self.lifecycle.state.path),
+            "NATKEEP_STATE_DIR": os.path.abspath(self.executor.state.path),
             "NATKEEP_RESUMED": str(resumed),
         }
         self.ours = frozenset(_children())  # the holder; what comes later is CRIU's
@@ -272,7 +276,7 @@ class Restore:
             return False
         kill_orphans(self.ours)
         if not keep:
-            self.lifecycle.teardown(self.move.id)
+            teardown(self.executor, self.move.id)
         return True
 
 
@@ -292,9 +296,7 @@ def _end(process: subprocess.Popen[bytes]) -> None:
 
 
 def adopt_orphans() -> None:
-    """From here on this process is the parent of whoever below it loses its own."""
-    import ctypes
-
+    """From here on this process is the parent of any process below it that loses its own."""
     ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
 
 

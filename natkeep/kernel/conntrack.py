@@ -49,8 +49,8 @@ from natkeep.plan.conntrack import (
     TCP_ESTABLISHED,
     directions_of,
 )
-from natkeep.plan.drift import SeenEntry
 from natkeep.plan.move import Mode, Role
+from natkeep.plan.observation import SeenEntry
 from natkeep.plan.steps import InsertEntries, Prior, PurgeEntries
 from natkeep.plan.translation import Translation
 from natkeep.plan.tuples import Connections, FourTuple

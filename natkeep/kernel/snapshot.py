@@ -29,10 +29,10 @@ from natkeep.kernel.netns import Namespace, errors_at, inside
 from natkeep.kernel.nft_messages import pack_keys
 from natkeep.kernel.routes import Routes
 from natkeep.plan import filters, listeners, ruleset, tables
-from natkeep.plan.drift import Gate, Observation, SeenEntry
 from natkeep.plan.listeners import Reception, make_receptions
 from natkeep.plan.move import Role, Site
 from natkeep.plan.nft import TABLE, Key
+from natkeep.plan.observation import Gate, Observation, SeenEntry
 from natkeep.plan.steps import GuardSite, InsertEntries, Plan
 from natkeep.plan.translation import Translation
 from natkeep.plan.tuples import Address, Connections, Endpoint

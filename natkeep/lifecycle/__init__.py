@@ -1,12 +1,13 @@
-"""the conductor: prepare, open, status, teardown; order, rollback and locking.
+"""The verbs of a move, a file each: functions on an Executor; order, rollback and locking.
 
-    ground.py      what every verb stands on: doing, undoing, and noting both in the journal
-    preparing.py   prepare; what it refuses because of another move is in conflicts.py
-    opening.py     open
-    looking.py     status, and what lives
-    ending.py      teardown
-    quiescing.py   quiesce
-    verbs.py       all of them: Lifecycle
+    executor.py   one kernel and one state directory; steps done, undone and noted in the journal
+    progress.py   how far a move got, from its journal and its plan
+    check.py      what is asked before anything is changed; conflicts.py: because of another move
+    prepare.py    replace.py    quiesce.py
+    open.py       compare.py: with the image, for a move that was prepared from a living process
+    status.py     drain.py: what a teardown would break
+    repair.py     teardown.py   gc.py
+    examine.py    live.py: the sockets of a living process
 
 Rule: these files know when things happen and nothing of how. They check everything before they
 change anything, write the journal before and after each step, and undo in reverse; they never

@@ -1,4 +1,4 @@
-"""the comparison of a move that was prepared from a live process with the image of its dump.
+"""The comparison of a move that was prepared from a live process with the image of its dump.
 
 Connections come and go until the freeze. What came is added, at the destination beside what stands
 there; what went has no socket: sites that waited never hear of it, and what the destination has of
@@ -14,7 +14,8 @@ from natkeep import faultpoints, policy
 from natkeep.checkpoint import Checkpoint
 from natkeep.errors import RefusedError
 from natkeep.lifecycle.conflicts import refuse_overlaps
-from natkeep.lifecycle.executor import Ground, kinds_of
+from natkeep.lifecycle.executor import Executor
+from natkeep.lifecycle.progress import kinds_of, numbers_before, plan_of, unprepared
 from natkeep.plan.move import Role
 from natkeep.plan.plan import make_plan
 from natkeep.plan.repair import LoadObjects, Patch
@@ -36,7 +37,26 @@ from natkeep.plan.wanted import objects_of
 from natkeep.state.journal import Journal
 
 
-def compare(ground: Ground, journal: Journal, plan: Plan, image: Checkpoint) -> Compared:
+def bring_up_to_date(
+    executor: Executor, journal: Journal, plan: Plan, image: Checkpoint | None
+) -> Compared | None:
+    """Compare with *image*, if there is one, and do what a comparison has found to be done.
+
+    JournalError when the move was not prepared to the end; how the image differs is returned.
+    """
+    late = _late_numbers(journal, plan)
+    done = journal.is_done if journal.change is None else journal.has_been_done
+    if not all(done(number) for number in numbers_before(plan) if number not in late):
+        raise unprepared(journal)
+    compared = None
+    if image is not None:
+        compared = compare(executor, journal, plan, image)
+        plan = plan_of(journal)
+    widen(executor, journal, plan)
+    return compared
+
+
+def compare(executor: Executor, journal: Journal, plan: Plan, image: Checkpoint) -> Compared:
     """Have the journal say what the image says; RefusedError where that is not allowed.
 
     The sites are open. An image that has been compared before changes nothing.
@@ -62,9 +82,9 @@ def compare(ground: Ground, journal: Journal, plan: Plan, image: Checkpoint) -> 
                 hint=f"natkeep teardown {move.id}, and prepare it from the image",
             )
         return Compared(0, len(went))
-    change = Change(came, went, ground.kernel.look_around(move, found))
+    change = Change(came, went, executor.kernel.look_around(move, found))
     new = make_plan(move, journal.connections, journal.surroundings, change)
-    refuse_overlaps(ground, new, frozenset({move.id}))
+    refuse_overlaps(executor, new, frozenset({move.id}))
     again = tuple(
         number
         for number, origin in enumerate(_origins(plan, new))
@@ -78,7 +98,7 @@ def compare(ground: Ground, journal: Journal, plan: Plan, image: Checkpoint) -> 
     return _count(journal, new)
 
 
-def widen(ground: Ground, journal: Journal, plan: Plan) -> None:
+def widen(executor: Executor, journal: Journal, plan: Plan) -> None:
     """Have the steps that have more to do since the change do that."""
     if journal.change is None:
         return
@@ -91,18 +111,18 @@ def widen(ground: Ground, journal: Journal, plan: Plan) -> None:
         if patch is None:  # a repair was at it, and was killed
             continue
         for line in patch.describe():
-            ground.talk(f"[+] {line}")
+            executor.talk(f"[+] {line}")
         before = record.prior
 
         def remember(_: Prior, number: int = number, before: Prior = before) -> None:
             journal.note(number, "doing", before)
 
-        ground.kernel.mend(patch, remember)
+        executor.kernel.mend(patch, remember)
         faultpoints.reach("widened")
         journal.note(number, "done", before)
 
 
-def late_numbers(journal: Journal, plan: Plan) -> frozenset[int]:
+def _late_numbers(journal: Journal, plan: Plan) -> frozenset[int]:
     """The destination's steps for what came, which prepare could not know of."""
     if journal.change is None:
         return frozenset()

@@ -1,45 +1,42 @@
-"""what two moves may not share: an id, an OLD that goes to two NEWs, a tuple at one address.
+"""What two moves may not share: an id, an OLD that goes to two NEWs, a tuple at one address.
 
-Rule: whoever is refused is told the name of the move that was there first.
+Rule: a refusal names the move that was there first.
 """
 
 from __future__ import annotations
 
 from natkeep.errors import RefusedError
-from natkeep.lifecycle.executor import Ground, plan_of
+from natkeep.lifecycle.executor import Executor
+from natkeep.lifecycle.progress import plan_of
 from natkeep.plan.listeners import refuse_one_end_for_two
 from natkeep.plan.move import Move
 from natkeep.plan.steps import Plan
 from natkeep.plan.translation import Translation
 from natkeep.plan.tuples import RECORD_SIZE, Connections
-from natkeep.state.journal import read_boot_id
 
 
-def refuse_conflicts(ground: Ground, plan: Plan, replaces: str | None) -> None:
+def refuse_conflicts(executor: Executor, plan: Plan, replaces: str | None) -> None:
     """Two moves may share an address, but no tuple on either side of a site."""
-    if ground.state.knows(plan.move.id) and not takes_over(plan.move):
+    if executor.state.knows(plan.move.id) and not takes_over(plan.move):
         raise RefusedError(
             f"the id {plan.move.id} is in use",
             hint=f"natkeep teardown {plan.move.id}, or another id",
         )
-    refuse_overlaps(ground, plan, frozenset({replaces or "", plan.move.id}))
+    refuse_overlaps(executor, plan, frozenset({replaces or "", plan.move.id}))
 
 
-def refuse_overlaps(ground: Ground, plan: Plan, besides: frozenset[str]) -> None:
+def refuse_overlaps(executor: Executor, plan: Plan, besides: frozenset[str]) -> None:
     """The same, whatever the id: what *plan* shares with other moves than *besides*."""
-    ours = {ground.kernel.identity(site): site for site in plan.move.sites}
+    ours = [executor.kernel.identity(site) for site in plan.move.sites]
     ends = {end for map_ in plan.move.maps for end in (map_.old, map_.new)}
-    for move_id in ground.state.ids_naming(ends):
-        found = ground.state.read_move(move_id)
-        if found is None or move_id in besides:
+    for move_id in executor.state.ids_naming(ends):
+        other = executor.state.read_header(move_id)
+        if other is None or move_id in besides or not any(map(other.is_at, ours)):
             continue
-        other, namespaces, boot = found
-        if not set(namespaces) & set(ours) or boot != read_boot_id():
-            continue
-        _refuse_remapped(plan.move, other)
-        refuse_one_end_for_two(plan.move, other)
-        if _shares_address(plan.move, other):
-            journal = ground.state.load(move_id)
+        _refuse_remapped(plan.move, other.move)
+        refuse_one_end_for_two(plan.move, other.move)
+        if _shares_address(plan.move, other.move):
+            journal = executor.state.load(move_id)
             _refuse_overlap(plan, plan_of(journal))
 
 

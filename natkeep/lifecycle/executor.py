@@ -1,4 +1,4 @@
-"""what every verb stands on: one kernel, one state directory; doing, undoing, and noting both.
+"""The executor: does and undoes steps at one kernel, and notes both in the journal.
 
 Rule: the journal is written before and after each step. An undo goes on after a failure, and
 what it could not undo it names (LeftoverError); it touches nothing that the journal does not say
@@ -16,9 +16,9 @@ from natkeep import faultpoints
 from natkeep.errors import JournalError, LeftoverError, NatkeepError, RefusedError
 from natkeep.kernel.interface import Kernel
 from natkeep.kernel.netns import NamespaceGoneError
+from natkeep.lifecycle.progress import kinds_of, plan_of
 from natkeep.plan.move import Move, Site
 from natkeep.plan.nft import TABLE
-from natkeep.plan.plan import make_plan
 from natkeep.plan.steps import (
     AddAddress,
     InstallGate,
@@ -27,9 +27,8 @@ from natkeep.plan.steps import (
     PurgeEntries,
     RaiseLoopback,
     Step,
-    TakeOverLock,
 )
-from natkeep.state.journal import Journal, Record, StateDirectory, read_boot_id
+from natkeep.state.journal import Journal, Record, StateDirectory
 from natkeep.values import dataclass
 
 T = TypeVar("T")
@@ -38,14 +37,17 @@ Talk = Callable[[str], None]
 
 
 @dataclass
-class Ground:
-    """One kernel and one state directory."""
+class Executor:
+    """One kernel, one state directory."""
 
     kernel: Kernel
     state: StateDirectory
     talk: Talk = lambda line: None
 
-    def _open_sites(self, move: Move) -> None:
+    # ---- namespaces and journals ---------------------------------------------------------------
+
+    def open_sites(self, move: Move) -> None:
+        """Find the namespaces of a new move; RefusedError when two sites are the same one."""
         self.kernel.open_sites(move.sites)
         seen: dict[tuple[int, int], Site] = {}
         for site in move.sites:
@@ -53,19 +55,28 @@ class Ground:
             if other is not site:
                 raise RefusedError(f"{site} and {other} are the same network namespace")
 
-    def _open_known(self, journal: Journal, plan: Plan) -> None:
-        for site in plan.move.sites:
+    def open_known(self, journal: Journal, sites: Iterable[Site]) -> None:
+        """Open the very namespaces that *sites* were; NamespaceGoneError when one is gone."""
+        for site in sites:
             self.kernel.open_sites([site], {site: journal.identity(site)})
 
-    def _reach(self, journal: Journal, site: Site) -> bool:
+    def reach(self, journal: Journal, site: Site) -> bool:
+        """Open the namespace of *site*; False, and a word about it, when it is gone."""
         try:
-            self.kernel.open_sites([site], {site: journal.identity(site)})
+            self.open_known(journal, [site])
         except NamespaceGoneError as error:
             self.talk(f"natkeep: {error}, and with it all that was in it")
             return False
         return True
 
-    def _load(self, move_id: str) -> tuple[Journal, Plan]:
+    def is_home(self, journal: Journal, site: Site) -> bool:
+        """Whether the process of the move may live at *site*."""
+        self.kernel.open_sites([site])
+        here = self.kernel.identity(site)
+        return any(journal.identity(home) == here for home in journal.move.homes())
+
+    def load(self, move_id: str) -> tuple[Journal, Plan]:
+        """A journal and the plan that it was written for; JournalError when this is not ours."""
         journal = self.state.load(move_id)
         plan = plan_of(journal)
         if kinds_of(plan) != journal.kinds:
@@ -75,41 +86,29 @@ class Ground:
             )
         return journal, plan
 
-    def _refuse_earlier_boot(self, journal: Journal) -> None:
-        if journal.boot != read_boot_id():
-            raise JournalError(
-                f"move {journal.move.id} was prepared before the last boot; nothing of it is there",
-                hint=f"natkeep teardown {journal.move.id}",
-            )
+    # ---- do ------------------------------------------------------------------------------------
 
-    def _apply_or_undo(
+    def apply_or_undo(
         self,
         journal: Journal,
         plan: Plan,
         numbers: list[int],
         last: Callable[[], None] | None = None,
     ) -> None:
+        """Do these steps in order, and then *last*; if anything fails, undo all of them."""
         try:
             for number in numbers:
-                self._apply(journal, plan.steps[number], number)
+                self.apply(journal, plan.steps[number], number)
             if last is not None:
                 last()
         except BaseException as error:
             # Ctrl-C and SIGTERM too: leaving half a translation is what gets connections reset.
             self.talk(f"natkeep: {error or type(error).__name__}: undoing")
-            finish(partial(self._undo_all, journal, plan, numbers, error))
+            finish(partial(self.undo_all, journal, plan, numbers, error))
             raise
 
-    def _undo_all(
-        self, journal: Journal, plan: Plan, numbers: list[int], reason: BaseException
-    ) -> None:
-        left = self._undo(journal, plan, reversed(numbers))
-        if left:
-            raise leftover(journal, left) from reason
-        if set(journal.records) <= set(numbers):  # nothing was done besides
-            forget(journal)
-
-    def _apply(self, journal: Journal, step: Step, number: int) -> None:
+    def apply(self, journal: Journal, step: Step, number: int) -> None:
+        """Do one step, noted before and after."""
         for line in step.describe():
             self.talk(f"[+] {line}")
         kind = type(step).__name__
@@ -125,7 +124,19 @@ class Ground:
         journal.note(number, "done", _as_before_us(earlier, prior))
         faultpoints.reach("done", kind)
 
-    def _undo(self, journal: Journal, plan: Plan, numbers: Iterable[int]) -> list[NatkeepError]:
+    # ---- undo ----------------------------------------------------------------------------------
+
+    def undo_all(
+        self, journal: Journal, plan: Plan, numbers: list[int], reason: BaseException
+    ) -> None:
+        """Undo these steps, last first; the journal goes with them if nothing else was done."""
+        left = self.undo(journal, plan, reversed(numbers))
+        if left:
+            raise leftover(journal, left) from reason
+        if set(journal.records) <= set(numbers):  # nothing was done besides
+            forget(journal)
+
+    def undo(self, journal: Journal, plan: Plan, numbers: Iterable[int]) -> list[NatkeepError]:
         """Undo those of the steps that were begun, going on after a failure."""
         left: list[NatkeepError] = []
         incomplete: set[Site] = set()
@@ -134,19 +145,9 @@ class Ground:
             if record is None or record.state == "undone":
                 continue
             step = plan.steps[number]
-            self.talk(f"[-] {type(step).__name__} at {step.site}")
-            kind = type(step).__name__
-            try:
-                faultpoints.reach("revert", kind)
-                if not self._hand_over(journal, step, record):
-                    self.kernel.revert(step, record.prior)
-                faultpoints.reach("reverted", kind)
-            except NatkeepError as error:
+            error = self._revert(journal, step, record)
+            if error is not None:
                 left.append(error)
-                incomplete.add(step.site)
-                continue
-            except Exception as error:  # a bug in one step must not keep the others in place
-                left.append(NatkeepError(f"{kind} at {step.site}: {error or type(error).__name__}"))
                 incomplete.add(step.site)
                 continue
             if isinstance(step, InstallGate | PurgeEntries) and step.site in incomplete:
@@ -156,8 +157,23 @@ class Ground:
             # A full disk must not stop this: what the journal still has is only undone again.
             with suppress(Exception):
                 journal.note(number, "undone", Prior())
-                faultpoints.reach("undone", kind)
+                faultpoints.reach("undone", type(step).__name__)
         return left
+
+    def _revert(self, journal: Journal, step: Step, record: Record) -> NatkeepError | None:
+        """Undo one step; the error when that failed."""
+        kind = type(step).__name__
+        self.talk(f"[-] {kind} at {step.site}")
+        try:
+            faultpoints.reach("revert", kind)
+            if not self._hand_over(journal, step, record):
+                self.kernel.revert(step, record.prior)
+            faultpoints.reach("reverted", kind)
+        except NatkeepError as error:
+            return error
+        except Exception as error:  # a bug in one step must not keep the others in place
+            return NatkeepError(f"{kind} at {step.site}: {error or type(error).__name__}")
+        return None
 
     def _hand_over(self, journal: Journal, step: Step, record: Record) -> bool:
         """Leave an address (or lo) that another move uses as well, and make that move its owner.
@@ -167,15 +183,10 @@ class Ground:
         if not isinstance(step, AddAddress | RaiseLoopback) or record.prior.present:
             return False
         identity = journal.identity(step.site)
-        for move_id in self.state.ids():
-            found = self.state.read_move(move_id)
-            if move_id == journal.move.id or found is None or identity not in found[1]:
-                continue
-            other = self.state.load(move_id)
-            if other.boot != journal.boot:
-                continue
+        for header in self.state.others_at(identity, journal.move.id):
+            other = self.state.load(header.move.id)
             for number, theirs in enumerate(plan_of(other).steps):
-                same = _is_same_thing(step, theirs) and other.identity(theirs.site) == identity
+                same = _adds_same(step, theirs) and other.identity(theirs.site) == identity
                 if same and other.is_done(number):
                     other.note(number, "done", record.prior)
                     faultpoints.reach("handed-over")
@@ -188,6 +199,12 @@ def _as_before_us(earlier: Record | None, found: Prior) -> Prior:
     if earlier is None or earlier.state == "undone":
         return found
     return Prior(earlier.prior.present, {**found.facts, **earlier.prior.facts})
+
+
+def _adds_same(ours: Step, theirs: Step) -> bool:
+    if isinstance(ours, AddAddress) and isinstance(theirs, AddAddress):
+        return ours.address == theirs.address
+    return isinstance(ours, RaiseLoopback) and isinstance(theirs, RaiseLoopback)
 
 
 def finish(undo: Callable[[], T]) -> T:
@@ -215,51 +232,8 @@ def forget(journal: Journal) -> None:
         ) from error
 
 
-def plan_of(journal: Journal) -> Plan:
-    return make_plan(journal.move, journal.connections, journal.surroundings, journal.change)
-
-
-def numbers_before(plan: Plan) -> list[int]:
-    """The steps that prepare does: of a live process those that leave it and its peers alone."""
-    steps = enumerate(plan.prepare)
-    return [number for number, step in steps if not plan.move.waits(step.site)]
-
-
-def is_waiting(journal: Journal, plan: Plan, site: Site) -> bool:
-    """Whether *site* has nothing of the move yet, since it is made ready by open."""
-    begun = [n for n, record in journal.records.items() if record.state != "undone"]
-    return plan.move.waits(site) and site not in {plan.steps[n].site for n in begun}
-
-
-def is_whole(journal: Journal, plan: Plan) -> bool:
-    """Whether prepare came to its end: every step was done once, also where it is undone since.
-
-    One that was killed has failed, as others do.
-    """
-    if journal.change is not None:
-        return True  # which is noted only then
-    records = [journal.records.get(number) for number in numbers_before(plan)]
-    return all(
-        record is not None and (record.state != "doing" or record.again) for record in records
-    )
-
-
-def kinds_of(plan: Plan) -> tuple[str, ...]:
-    return tuple(type(step).__name__ for step in plan.steps)
-
-
-def without_lock(plan: Plan, numbers: Iterable[int]) -> list[int]:
-    """CRIU's lock is put back when prepare fails, and never by a teardown."""
-    return [number for number in numbers if not isinstance(plan.steps[number], TakeOverLock)]
-
-
-def _is_same_thing(ours: Step, theirs: Step) -> bool:
-    if isinstance(ours, AddAddress) and isinstance(theirs, AddAddress):
-        return ours.address == theirs.address
-    return isinstance(ours, RaiseLoopback) and isinstance(theirs, RaiseLoopback)
-
-
 def leftover(journal: Journal, left: list[NatkeepError]) -> LeftoverError:
+    """What to say of a move that could not be undone to the end."""
     return LeftoverError(
         f"move {journal.move.id}: not undone: " + "; ".join(str(error) for error in left),
         hint=f"natkeep teardown {journal.move.id} tries again; table {TABLE} is ours alone",

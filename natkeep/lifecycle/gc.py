@@ -5,25 +5,26 @@ gone, moves that were begun and never prepared to the end, moves whose undoing w
 ended, moves that the hook prepared for a CRIU that is no more, and moves whose connections have
 all ended. Then what bears our names and no journal knows, in the state directory and at the sites.
 
-Rule: everything is done under the lock, so whoever is still at work on a move is not disturbed. A
-journal that cannot be read is named and left alone, and so is what bears its id.
+Rule: everything is done under the lock, so a verb that is still at work on a move is not disturbed.
+A journal that cannot be read is named and left alone, and so is what bears its id.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection
 
 from natkeep import faultpoints
 from natkeep.errors import JournalError, LeftoverError, NatkeepError
 from natkeep.kernel.netns import NamespaceGoneError
-from natkeep.lifecycle.executor import forget, is_whole
-from natkeep.lifecycle.status import Looking, has_been_opened, is_retired
-from natkeep.lifecycle.teardown import Ending
+from natkeep.lifecycle.executor import Executor, forget
+from natkeep.lifecycle.progress import has_been_opened, is_retired, is_whole
+from natkeep.lifecycle.status import look_around, note_sighting
+from natkeep.lifecycle.teardown import end
 from natkeep.plan.move import Role, Site
 from natkeep.plan.steps import Identity, Plan
 from natkeep.plan.tuples import Address
 from natkeep.state.journal import Journal, read_boot_id
-from natkeep.values import dataclass
+from natkeep.values import dataclass, field
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,200 +44,191 @@ class Collected:
     left: tuple[NatkeepError, ...]
 
 
-class Collecting(Ending, Looking):
-    """The verb gc."""
+def gc(
+    executor: Executor,
+    sites: tuple[Site, ...],
+    is_abandoned: Callable[[str], bool] = lambda move_id: False,
+    *,
+    dry_run: bool = False,
+) -> Collected:
+    """Clear what is not needed any more, at *sites* and where journals say that moves were.
 
-    def gc(
-        self,
-        sites: tuple[Site, ...],
-        is_abandoned: Callable[[str], bool] = lambda move_id: False,
-        *,
-        dry_run: bool = False,
-    ) -> Collected:
-        """Clear what nobody needs any more, at *sites* and where journals say that moves were.
+    is_abandoned: whether a move was made for a CRIU that is no more. dry_run: only say what.
+    """
+    with executor.state.locked():
+        collection = _Collection(executor, dry_run)
+        places: dict[tuple[str, Identity | None], Site] = {
+            (site.netns, None): site for site in sites
+        }
+        for move_id in executor.state.ids():
+            header = executor.state.read_header(move_id)
+            if header is not None and header.boot == read_boot_id():
+                for site, identity in zip(header.move.sites, header.namespaces, strict=True):
+                    places.setdefault((site.netns, identity), site)
+            collection.clear_move(move_id, is_abandoned)
+            # There may be more moves than descriptors.
+            executor.kernel.close_sites(header.move.sites if header is not None else ())
+        collection.clear_files()
+        for (_, known), site in places.items():
+            collection.clear_site(site, known)
+            executor.kernel.close_sites([site])
+        return Collected(tuple(collection.cleared), tuple(collection.left))
 
-        is_abandoned: whether a move was made for a CRIU that is no more. dry_run: only say what.
-        """
-        with self.state.locked():
-            cleared: list[Cleared] = []
-            left: list[NatkeepError] = []
-            places: dict[tuple[str, Identity | None], Site] = {
-                (site.netns, None): site for site in sites
-            }
-            for move_id in self.state.ids():
-                found = self.state.read_move(move_id)
-                if found is not None and found[2] == read_boot_id():
-                    for site, identity in zip(found[0].sites, found[1], strict=True):
-                        places.setdefault((site.netns, identity), site)
-                try:
-                    reason = self._find_reason(move_id, is_abandoned)
-                    if reason and not dry_run:
-                        self._clear_move(move_id)
-                except NatkeepError as error:
-                    left.append(error)
-                    continue
-                finally:
-                    # There may be more moves than descriptors.
-                    self.kernel.close_sites(found[0].sites if found is not None else ())
-                if reason:
-                    cleared.append(Cleared("move", move_id, reason))
-            gone = {one.name for one in cleared}
-            cleared += self._clear_files(dry_run=dry_run)
-            done: set[Identity] = set()
-            for (_, known), site in places.items():
-                cleared += self._clear_site(site, known, gone, done, left, dry_run=dry_run)
-                self.kernel.close_sites([site])
-            return Collected(tuple(cleared), tuple(left))
 
-    def _find_reason(self, move_id: str, is_abandoned: Callable[[str], bool]) -> str:
-        """Why nobody needs the move any more; empty when somebody may."""
-        found = self.state.read_move(move_id)
-        if found is not None and found[2] != read_boot_id():
-            return "of an earlier boot"
-        journal, plan = self._load(move_id)
-        here = [site for site in plan.move.sites if self._reach(journal, site)]
-        if not here:
-            return "its namespaces are gone"
-        if not is_whole(journal, plan):
-            return "begun and never prepared to the end"
-        if self._is_half_undone(journal, plan):
-            return "its undoing was begun and never ended"
-        opened = [site for site in plan.move.sites if has_been_opened(journal, plan, site)]
-        leaves = any(site.role == Role.SOURCE for site in plan.move.sites)
-        if is_abandoned(move_id) and not opened and not leaves:
-            return "the CRIU that it was prepared for is no more"
-        if opened and not plan.move.quiesces and self._has_ended(journal, plan, here):
-            return "its connections have all ended"
-        return ""
+@dataclass
+class _Collection:
+    """What has been cleared, or would be, and what could not; gone: the moves among it."""
 
-    def _clear_move(self, move_id: str) -> None:
-        journal = self.state.load(move_id)
-        if journal.boot != read_boot_id():
-            forget(journal)  # whatever its steps were: nothing of them is there
-        else:
-            self._end(move_id)
-        faultpoints.reach("collected", "move")
+    executor: Executor
+    dry_run: bool
+    cleared: list[Cleared] = field(default_factory=list)
+    left: list[NatkeepError] = field(default_factory=list)
+    gone: set[str] = field(default_factory=set)
+    seen: set[Identity] = field(default_factory=set)
 
-    def _is_half_undone(self, journal: Journal, plan: Plan) -> bool:
-        """Whether a teardown was killed; one whose site is being taken over is another's."""
-        if {record.state for record in journal.records.values()} == {"undone"}:
-            return True
-        for site in plan.move.sites:
-            steps = (n for n, step in enumerate(plan.steps) if step.site == site)
-            states = {journal.records[n].state for n in steps if n in journal.records}
-            if "undone" in states and len(states) > 1:
-                return not self._is_replaced(journal, site)
-        return False
-
-    def _is_replaced(self, journal: Journal, site: Site) -> bool:
-        olds = {map_.old for map_ in journal.move.maps}
-        for move_id in self.state.ids():
-            found = self.state.read_move(move_id)
-            if move_id == journal.move.id or found is None or found[2] != journal.boot:
-                continue
-            if journal.identity(site) in found[1] and olds & {m.old for m in found[0].maps}:
-                return True
-        return False
-
-    def _has_ended(self, journal: Journal, plan: Plan, here: list[Site]) -> bool:
-        """Whether every kept connection lived and has ended, and nobody can call any more."""
-        sites = [site for site in here if not is_retired(journal, plan, site)]
-        if not sites or {site.role for site in plan.move.sites} == {Role.SOURCE}:
-            return False  # where the process is at home, it needs nothing: that is teardown's
-        sight = self._look_around(journal, plan, sites)
-        destinations = [site for site in plan.move.sites if site.role == Role.DESTINATION]
-        if not destinations:
-            self._note_sighting(journal, sight)
-            earlier = self.state.read_sighting(journal.move.id, journal.boot)
-            return not plan.move.listeners and earlier is not None and earlier.is_all_ended(plan)
-        [destination] = destinations
-        if destination not in sight.looks:
-            return destination not in here  # with its namespace went all that lived there
-        seen = sight.looks[destination]
-        if not sight.opened[destination]:
-            return False
-        if plan.move.listeners:
-            olds = frozenset(map_.old for map_ in plan.move.maps)
-            if seen.callers or self.kernel.find_listeners(destination, olds):
-                return False
-        entries = [entry for some in seen.entries.values() for entry in some]
-        # No socket may also mean that it is not restored yet, or dumped to move on: then nobody
-        # has said goodbye, and conntrack believes in the connection still.
-        return not seen.sockets and not any(entry and entry.alive for entry in entries)
-
-    def _clear_files(self, *, dry_run: bool) -> list[Cleared]:
-        found = []
-        for name in self.state.strays():
-            if not dry_run:
-                self.state.remove_stray(name)
-            found.append(Cleared("file", name, "no journal knows it"))
-        return found
-
-    def _clear_site(
-        self,
-        site: Site,
-        identity: Identity | None,
-        gone: set[str],
-        done: set[Identity],
-        left: list[NatkeepError],
-        *,
-        dry_run: bool,
-    ) -> list[Cleared]:
+    def clear_move(self, move_id: str, is_abandoned: Callable[[str], bool]) -> None:
+        executor = self.executor
         try:
-            known_as = None if identity is None else {site: identity}
-            self.kernel.open_sites([site], known_as)
+            reason = _find_reason(executor, move_id, is_abandoned)
+            if not reason:
+                return
+            if not self.dry_run:
+                journal = executor.state.load(move_id)
+                if journal.boot != read_boot_id():
+                    forget(journal)  # whatever its steps were: nothing of them is there
+                else:
+                    end(executor, move_id)
+                faultpoints.reach("collected", "move")
+        except NatkeepError as error:
+            self.left.append(error)
+            return
+        self.gone.add(move_id)
+        self.cleared.append(Cleared("move", move_id, reason))
+
+    def clear_files(self) -> None:
+        for name in self.executor.state.strays():
+            if not self.dry_run:
+                self.executor.state.remove_stray(name)
+            self.cleared.append(Cleared("file", name, "no journal knows it"))
+
+    def clear_site(self, site: Site, identity: Identity | None) -> None:
+        kernel = self.executor.kernel
+        try:
+            kernel.open_sites([site], None if identity is None else {site: identity})
         except NamespaceGoneError:
-            return []
-        here = self.kernel.identity(site)
-        if here in done:
-            return []
-        done.add(here)
-        known, olds, sure = self._find_known(here, gone if dry_run else ())
+            return
+        here = kernel.identity(site)
+        if here in self.seen:
+            return
+        self.seen.add(here)
+        known, olds, sure = _find_known(self.executor, here, self.gone if self.dry_run else ())
         try:
-            table = self.kernel.find_strays(site)
-            strays = table.ids() - known
-            if dry_run:
-                strays -= gone
+            table = kernel.find_strays(site)
+            strays = table.ids() - known - (self.gone if self.dry_run else set())
             whole = not known and sure and (table.there or table.silent)
-            if not strays and (not whole or (dry_run and gone)):
-                return []
-            if not dry_run:
-                self.kernel.clear_strays(site, known, olds, sure=sure)
+            if not strays and (not whole or (self.dry_run and self.gone)):
+                return
+            if not self.dry_run:
+                kernel.clear_strays(site, known, olds, sure=sure)
                 faultpoints.reach("collected", "table")
         except NatkeepError as error:
-            left.append(error)
-            return []
-        kept = [old for old in table.held if old not in olds] if sure else []
-        left += self._find_addresses(site, kept)
+            self.left.append(error)
+            return
+        for old in [old for old in table.held if old not in olds] if sure else []:
+            # Whether it was there before us only the journal knew: it is named, not taken.
+            prefix = f"{old}/{old.max_prefixlen}"
+            hint = f"ip address del {prefix} dev lo, unless it is at home there"
+            self.left.append(LeftoverError(f"{site}: OLD {old} may still be on lo", hint=hint))
         names = ", ".join(sorted(strays)) or "nothing of any move"
-        return [Cleared("table", str(site), f"no journal knows {names}")]
+        self.cleared.append(Cleared("table", str(site), f"no journal knows {names}"))
 
-    def _find_addresses(self, site: Site, olds: Iterable[Address]) -> list[NatkeepError]:
-        # Whether such an address was there before us only the journal knew: it is named, not taken.
-        return [
-            LeftoverError(
-                f"{site}: OLD {old} may still be on lo",
-                hint=f"ip address del {old}/{old.max_prefixlen} dev lo, unless it is at home there",
-            )
-            for old in olds
-        ]
 
-    def _find_known(
-        self, here: Identity, gone: Iterable[str]
-    ) -> tuple[frozenset[str], frozenset[Address], bool]:
-        """Ids and OLDs of the moves at a namespace, and whether every journal could be read."""
-        known: set[str] = set()
-        olds: set[Address] = set()
-        sure = True
-        for move_id in self.state.ids():
-            found = self.state.read_move(move_id)
-            if found is None:
-                known.add(move_id)
-                sure = False
-            elif here in found[1] and found[2] == read_boot_id() and move_id not in gone:
-                known.add(move_id)
-                olds |= {map_.old for map_ in found[0].maps}
-        return frozenset(known), frozenset(olds), sure
+def _find_known(
+    executor: Executor, here: Identity, gone: Collection[str]
+) -> tuple[frozenset[str], frozenset[Address], bool]:
+    """Ids and OLDs of the moves at a namespace, and whether every journal could be read."""
+    known: set[str] = set()
+    olds: set[Address] = set()
+    sure = True
+    for move_id in executor.state.ids():
+        header = executor.state.read_header(move_id)
+        if header is None:
+            known.add(move_id)
+            sure = False
+        elif header.is_at(here) and move_id not in gone:
+            known.add(move_id)
+            olds |= header.olds()
+    return frozenset(known), frozenset(olds), sure
+
+
+# ---- is a move needed? -------------------------------------------------------------------------
+
+
+def _find_reason(executor: Executor, move_id: str, is_abandoned: Callable[[str], bool]) -> str:
+    """Why the move is not needed any more; empty when it may be."""
+    header = executor.state.read_header(move_id)
+    if header is not None and header.boot != read_boot_id():
+        return "of an earlier boot"
+    journal, plan = executor.load(move_id)
+    here = [site for site in plan.move.sites if executor.reach(journal, site)]
+    if not here:
+        return "its namespaces are gone"
+    if not is_whole(journal, plan):
+        return "begun and never prepared to the end"
+    if _is_half_undone(executor, journal, plan):
+        return "its undoing was begun and never ended"
+    opened = [site for site in plan.move.sites if has_been_opened(journal, plan, site)]
+    leaves = any(site.role == Role.SOURCE for site in plan.move.sites)
+    if is_abandoned(move_id) and not opened and not leaves:
+        return "the CRIU that it was prepared for is no more"
+    if opened and not plan.move.quiesces and _has_ended(executor, journal, plan, here):
+        return "its connections have all ended"
+    return ""
+
+
+def _is_half_undone(executor: Executor, journal: Journal, plan: Plan) -> bool:
+    """Whether a teardown was killed; one whose site is being taken over is another's."""
+    if {record.state for record in journal.records.values()} == {"undone"}:
+        return True
+    for site in plan.move.sites:
+        steps = (n for n, step in enumerate(plan.steps) if step.site == site)
+        states = {journal.records[n].state for n in steps if n in journal.records}
+        if "undone" in states and len(states) > 1:
+            return not _is_replaced(executor, journal, site)
+    return False
+
+
+def _is_replaced(executor: Executor, journal: Journal, site: Site) -> bool:
+    here, olds = journal.identity(site), {map_.old for map_ in journal.move.maps}
+    others = executor.state.others_at(here, journal.move.id)
+    return any(olds & header.olds() for header in others)
+
+
+def _has_ended(executor: Executor, journal: Journal, plan: Plan, here: list[Site]) -> bool:
+    """Whether every kept connection lived and has ended, and no new one can come."""
+    sites = [site for site in here if not is_retired(journal, plan, site)]
+    if not sites or {site.role for site in plan.move.sites} == {Role.SOURCE}:
+        return False  # where the process is at home, it needs nothing: that is teardown's
+    sight = look_around(executor, journal, plan, sites)
+    destinations = [site for site in plan.move.sites if site.role == Role.DESTINATION]
+    if not destinations:
+        note_sighting(executor, journal, sight)
+        earlier = executor.state.read_sighting(journal.move.id, journal.boot)
+        return not plan.move.listeners and earlier is not None and earlier.is_all_ended(plan)
+    [destination] = destinations
+    if destination not in sight.looks:
+        return destination not in here  # with its namespace went all that lived there
+    seen = sight.looks[destination]
+    if not sight.opened[destination]:
+        return False
+    if plan.move.listeners:
+        olds = frozenset(map_.old for map_ in plan.move.maps)
+        if seen.callers or executor.kernel.find_listeners(destination, olds):
+            return False
+    entries = [entry for some in seen.entries.values() for entry in some]
+    # No socket may also mean that it is not restored yet, or dumped to move on: then
+    # neither end has closed, and conntrack believes in the connection still.
+    return not seen.sockets and not any(entry and entry.alive for entry in entries)
 
 
 def demand_nothing_left(collected: Collected) -> None:

@@ -1,85 +1,144 @@
 """open: the kept connections are let through, at every site, gateway first.
 
 A move that was prepared from a live process is compared with the image before that, and the sites
-that waited for the freeze are made ready.
+that waited for the freeze are made ready. What only makes packets quicker is removed afterwards.
+
+When prepare ends with the gates closed it leaves the file ID.ready: all that the hook needs to open
+the move, in the form it needs it. natkeep/criu/natkeep_hook_open.py reads it, in a tenth of the
+time that reading the journal, making the plan and packing the messages again would take; all that
+is inside the blackout (`make bench-hook`). ASCII lines:
+
+    natkeep-ready 3
+    boot BOOT ID
+    journal SIZE                    of ID.journal, in octets, when prepare had ended: any verb
+                                    that came later has written to it, and this file holds no more
+    image RUN ID                    of the dump; - where none is known
+    home DEVICE:INODE               a namespace that the restored tree may be in; one or more
+    site DEVICE:INODE LAST HEX PASS UNHOOKING PATH
+                                    a site's namespace, in order of opening: what is sent there and
+                                    the sequence number of its last message; what is tried before
+                                    that, with one message more, or -; what follows that once no
+                                    restore waits, or - (kernel/passing.py); where the namespace is
+                                    found. A gateway that prepare has opened is behind the others,
+                                    and nothing but the last is sent there
+    hold NAME                       the holder's socket in the state directory, if there is one
+    doing RECORD, done RECORD       what the journal notes before and after, a line a step
+    end
+
+Rule: ID.ready saves time and decides nothing. Without it, or where it does not fit, the move is
+opened as ever, by `open_move`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from contextlib import suppress
 
+from natkeep.checkpoint import Checkpoint
 from natkeep.errors import JournalError, RefusedError
-from natkeep.lifecycle.executor import Ground, numbers_before, plan_of
-from natkeep.plan.steps import Plan
+from natkeep.kernel.interface import Kernel, Packed
+from natkeep.kernel.netns import path_of
+from natkeep.lifecycle.executor import Executor
+from natkeep.lifecycle.progress import numbers_before, plan_of, refuse_earlier_boot, unprepared
+from natkeep.plan.move import Site
+from natkeep.plan.replay import holder_name
+from natkeep.plan.steps import Identity, OpenEarly, OpenGate, Plan, Prior
+from natkeep.plan.translation import Compared
+from natkeep.state.codec import record_line
 from natkeep.state.journal import Journal
 
-if TYPE_CHECKING:
-    from natkeep.checkpoint import Checkpoint
-    from natkeep.plan.translation import Compared
+
+def open_move(
+    executor: Executor,
+    move_id: str,
+    confirm: Callable[[Journal], Checkpoint | None] = lambda journal: None,
+) -> Compared | None:
+    """Let the kept connections through at every site, gateway first; again is fine.
+
+    confirm: asked, under the lock, before anything is opened; whatever it raises is the end.
+    The image that it returns is compared with what was prepared: what came is added. Returned
+    is how they differ, None where there was no image.
+    KernelError when a site no longer has the move's gate, JournalError when it was not
+    prepared to the end: then nothing is opened.
+    """
+    with executor.state.locked():
+        journal, plan = executor.load(move_id)
+        refuse_earlier_boot(journal)
+        if journal.move.quiesces:
+            raise RefusedError(
+                f"{move_id} only holds listeners so far: there is no gate to open",
+                hint=f"natkeep prepare {move_id} --site source=...; teardown lets callers in",
+            )
+        image = confirm(journal)
+        executor.open_known(journal, plan.move.sites)
+        compared = None
+        if image is None and journal.change is None:
+            if not all(journal.is_done(number) for number in numbers_before(plan)):
+                raise unprepared(journal)
+        else:
+            from natkeep.lifecycle import compare  # a move of a frozen process needs it not
+
+            compared = compare.bring_up_to_date(executor, journal, plan, image)
+            plan = plan_of(journal)
+        numbers = [n for n in range(len(plan.steps)) if not journal.is_done(n)]
+        for number in numbers if journal.move.live else ():
+            if number not in journal.records:
+                executor.kernel.check(plan.steps[number])
+        executor.apply_or_undo(journal, plan, numbers)
+        return compared
 
 
-class Opening(Ground):
-    """The verb open."""
+def remove_gate_hooks(executor: Executor, move_id: str) -> None:
+    """At the sites of an open move take the gates out of all packets' way, if none is closed.
 
-    def open(
-        self, move_id: str, confirm: Callable[[Journal], Checkpoint | None] | None = None
-    ) -> Compared | None:
-        """Let the kept connections through at every site, gateway first; again is fine.
-
-        confirm: asked, under the lock, before anything is opened; whatever it raises is the end.
-        The image that it returns is compared with what was prepared: what came is added. Returned
-        is how they differ, None where there was no image.
-        KernelError when a site no longer has the move's gate, JournalError when it was not
-        prepared to the end: then nothing is opened.
-        """
-        with self.state.locked():
-            journal, plan = self._load(move_id)
-            self._refuse_earlier_boot(journal)
-            if journal.move.quiesces:
-                raise RefusedError(
-                    f"{move_id} only holds listeners so far: there is no gate to open",
-                    hint=f"natkeep prepare {move_id} --site source=...; teardown lets callers in",
-                )
-            image = confirm(journal) if confirm is not None else None
-            self._open_known(journal, plan)
-            _refuse_unprepared(journal, plan)
-            compared = None
-            if image is not None or journal.change is not None:
-                from natkeep.lifecycle import compare  # a move of a frozen process needs it not
-
-                if image is not None:
-                    compared = compare.compare(self, journal, plan, image)
-                    plan = plan_of(journal)
-                compare.widen(self, journal, plan)
-            numbers = [n for n in range(len(plan.steps)) if not journal.is_done(n)]
-            for number in numbers if journal.move.live else ():
-                if number not in journal.records:
-                    self.kernel.check(plan.steps[number])
-            self._apply_or_undo(journal, plan, numbers)
-            return compared
-
-    def unhook(self, move_id: str) -> None:
-        """At the sites of an open move take the gates out of all packets' way, if none is closed.
-
-        It waits for the kernel, so it is for afterwards, when no restore waits any more. Under the
-        lock: a prepare that has just seen the base chain refers to it in its next transaction.
-        """
-        with self.state.locked():
-            journal, plan = self._load(move_id)
-            self._open_known(journal, plan)
-            self.kernel.unhook_gates()
+    It waits for the kernel, so it is for afterwards, when no restore waits any more. Under the
+    lock: a prepare that has just seen the base chain refers to it in its next transaction.
+    """
+    with executor.state.locked():
+        journal, plan = executor.load(move_id)
+        executor.open_known(journal, plan.move.sites)
+        executor.kernel.unhook_gates()
 
 
-def _refuse_unprepared(journal: Journal, plan: Plan) -> None:
-    needed, done = numbers_before(plan), journal.is_done
-    if journal.change is not None:
-        from natkeep.lifecycle.compare import late_numbers
+def write_ready(kernel: Kernel, journal: Journal, plan: Plan) -> None:
+    """Leave ID.ready beside the journal of a move that has just been prepared, closed."""
+    lines = [
+        "natkeep-ready 3",
+        f"boot {journal.boot}",
+        f"journal {journal.size()}",
+        f"image {journal.image or '-'}",
+    ]
+    lines += [f"home {_name(journal.identity(home))}" for home in plan.move.homes()]
+    for step in plan.open:
+        packed = kernel.pack_open(step) if isinstance(step, OpenGate) else None
+        if packed is None or not _is_plain(step.site):
+            return
+        lines.append(_site_line(journal, step.site, packed))
+    for site in [step.site for step in plan.prepare if isinstance(step, OpenEarly)]:
+        if _is_plain(site):
+            packed = Packed(b"", 0, unhooking=kernel.pack_unhooking(site))
+            lines.append(_site_line(journal, site, packed))
+    if any(isinstance(step, OpenGate) and step.delivers for step in plan.open):
+        lines.append(f"hold {holder_name(plan.move.id)}")
+    for state in ("doing", "done"):
+        for number in range(len(plan.prepare), len(plan.steps)):
+            lines.append(f"{state} {record_line(number, state, Prior()).decode().rstrip()}")
+    with suppress(JournalError):  # a full disk: the move is prepared, and opens the long way
+        journal.write_ready("\n".join([*lines, "end", ""]).encode("ascii"))
 
-        late, done = late_numbers(journal, plan), journal.has_been_done
-        needed = [number for number in needed if number not in late]
-    if not all(done(number) for number in needed):
-        raise JournalError(
-            f"move {journal.move.id} was not prepared to the end",
-            hint=f"natkeep teardown {journal.move.id}, then prepare again",
-        )
+
+def _is_plain(site: Site) -> bool:
+    path = path_of(site.netns)
+    return path.isascii() and path.isprintable()
+
+
+def _site_line(journal: Journal, site: Site, packed: Packed) -> str:
+    batches = (packed.messages, packed.with_pass, packed.unhooking)
+    sent = " ".join(batch.hex() or "-" for batch in batches)
+    path = path_of(site.netns)
+    return f"site {_name(journal.identity(site))} {packed.last} {sent} {path}"
+
+
+def _name(identity: Identity) -> str:
+    device, inode = identity
+    return f"{device}:{inode}"

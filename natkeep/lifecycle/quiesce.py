@@ -1,4 +1,7 @@
-"""quiesce: before a dump, new connections wait, and whoever waits to be accepted is."""
+"""quiesce: before a dump new connections wait, and those not accepted yet are waited for.
+
+Undone by teardown, or taken over by a prepare of the same id.
+"""
 
 from __future__ import annotations
 
@@ -6,57 +9,61 @@ import time
 
 from natkeep import faultpoints
 from natkeep.errors import NatkeepError, RefusedError
-from natkeep.lifecycle.prepare import Preparing
-from natkeep.lifecycle.teardown import Ending
-from natkeep.plan.drift import Gate
+from natkeep.lifecycle.check import check
+from natkeep.lifecycle.executor import Executor
+from natkeep.lifecycle.prepare import carry_out
+from natkeep.lifecycle.teardown import teardown
 from natkeep.plan.move import Move, Site
+from natkeep.plan.observation import Gate
 from natkeep.plan.tuples import NO_CONNECTIONS, Endpoint
 from natkeep.values import replace
 
 _QUEUE_INTERVAL = 0.02
 
 
-class Quiescing(Preparing, Ending):
-    """The verb quiesce, undone by teardown."""
+def quiesce(
+    executor: Executor, move: Move, ports: frozenset[int], seconds: float
+) -> tuple[Endpoint, ...]:
+    """Have new connections to the source's listeners wait, and return when all others are accepted.
 
-    def quiesce(self, move: Move, ports: frozenset[int], seconds: float) -> tuple[Endpoint, ...]:
-        """Have new connections to the source's listeners wait, and return when nobody else does.
+    ports: those listeners only, or all where it is empty. When a connection still waits to be
+    accepted after *seconds*, the listeners are released and NatkeepError says where.
+    """
+    [site] = move.sites
+    with executor.state.locked():
+        executor.open_sites(move)
+        found = executor.kernel.find_listeners(site, frozenset(m.old for m in move.maps))
+        listeners = tuple(end for end in found if not ports or end.port in ports)
+        if not listeners:
+            olds = ", ".join(str(map_.old) for map_ in move.maps)
+            raise RefusedError(
+                f"{site}: nobody listens at {olds} or at the wildcard address",
+                hint="then there is nothing to wait for: dump",
+            )
+        move = replace(move, held=listeners, quiesces=True)
+        plan = check(executor, move, NO_CONNECTIONS)
+        carry_out(executor, plan, NO_CONNECTIONS, Gate.CLOSED, None)
+    try:
+        faultpoints.reach("quiesce-held")
+        _await_accepted(executor, site, listeners, time.monotonic() + seconds)
+    except BaseException:
+        teardown(executor, move.id)
+        raise
+    return listeners
 
-        ports: those listeners only, or all where it is empty. When somebody still waits to be
-        accepted after *seconds*, the hold is released and NatkeepError says where.
-        """
-        [site] = move.sites
-        with self.state.locked():
-            self._open_sites(move)
-            found = self.kernel.find_listeners(site, frozenset(m.old for m in move.maps))
-            listeners = tuple(end for end in found if not ports or end.port in ports)
-            if not listeners:
-                olds = ", ".join(str(map_.old) for map_ in move.maps)
-                raise RefusedError(
-                    f"{site}: nobody listens at {olds} or at the wildcard address",
-                    hint="then there is nothing to wait for: dump",
-                )
-            move = replace(move, held=listeners, quiesces=True)
-            plan = self.check(move, NO_CONNECTIONS)
-            self._begin_and_apply(plan, NO_CONNECTIONS, Gate.CLOSED, None)
-        try:
-            faultpoints.reach("quiesce-held")
-            self._await_accepted(site, listeners, time.monotonic() + seconds)
-        except BaseException:
-            self.teardown(move.id)
-            raise
-        return listeners
 
-    def _await_accepted(self, site: Site, listeners: tuple[Endpoint, ...], deadline: float) -> None:
-        # Twice in a row: a SYN that passed just before the hold was in may be on its way still.
-        clean = 0
-        while clean < 2:
-            waiting = self.kernel.count_waiting(site, listeners)
-            clean = 0 if waiting else clean + 1
-            if waiting and time.monotonic() >= deadline:
-                told = ", ".join(f"{number} at {end}" for end, number in waiting.items())
-                raise NatkeepError(
-                    f"{site}: connections are not accepted: {told}; new ones may come again",
-                    hint="--timeout SECONDS waits longer; criu dump --skip-in-flight loses them",
-                )
-            time.sleep(_QUEUE_INTERVAL)
+def _await_accepted(
+    executor: Executor, site: Site, listeners: tuple[Endpoint, ...], deadline: float
+) -> None:
+    # Twice in a row: a SYN that passed just before the rules were in may be on its way still.
+    clean = 0
+    while clean < 2:
+        waiting = executor.kernel.count_waiting(site, listeners)
+        clean = 0 if waiting else clean + 1
+        if waiting and time.monotonic() >= deadline:
+            told = ", ".join(f"{number} at {end}" for end, number in waiting.items())
+            raise NatkeepError(
+                f"{site}: connections are not accepted: {told}; new ones may come again",
+                hint="--timeout SECONDS waits longer; criu dump --skip-in-flight loses them",
+            )
+        time.sleep(_QUEUE_INTERVAL)

@@ -8,10 +8,11 @@ so that no segment passes what is only half there.
 from __future__ import annotations
 
 from natkeep import faultpoints
-from natkeep.errors import JournalError, RefusedError
+from natkeep.errors import RefusedError
 from natkeep.kernel.netns import NamespaceGoneError
-from natkeep.lifecycle.executor import is_waiting
-from natkeep.lifecycle.status import Looking, is_retired
+from natkeep.lifecycle.executor import Executor
+from natkeep.lifecycle.progress import is_retired, is_waiting, refuse_earlier_boot, unprepared
+from natkeep.lifecycle.status import look_around, note_sighting
 from natkeep.plan.move import Site
 from natkeep.plan.repair import Patch, StopCounting
 from natkeep.plan.steps import Plan, Prior
@@ -28,75 +29,73 @@ class Repaired:
     commands: tuple[str, ...]
 
 
-class Repairing(Looking):
-    """The verb repair."""
+def repair(executor: Executor, move_id: str) -> tuple[Repaired, ...]:
+    """Put back what is missing of a move; a site at which nothing is missing is left out.
 
-    def repair(self, move_id: str) -> tuple[Repaired, ...]:
-        """Put back what is missing of a move; a site at which nothing is missing is left out.
-
-        JournalError when the move is of an earlier boot or was never prepared to the end,
-        RefusedError when one of its namespaces is gone. An error of the kernel leaves what was
-        put back until then; the rest is put back by the next repair, or undone by teardown.
-        """
-        with self.state.locked():
-            journal, plan = self._load(move_id)
-            self._refuse_earlier_boot(journal)
-            _refuse_unprepared(journal, plan)
-            try:
-                return self._repair_sites(journal, plan)
-            finally:
-                self.kernel.close_sites(plan.move.sites)
-
-    def _repair_sites(self, journal: Journal, plan: Plan) -> tuple[Repaired, ...]:
-        sites = [
-            site
-            for site in plan.move.sites
-            if not (is_retired(journal, plan, site) or is_waiting(journal, plan, site))
-        ]
+    JournalError when the move is of an earlier boot or was never prepared to the end,
+    RefusedError when one of its namespaces is gone. An error of the kernel leaves what was
+    put back until then; the rest is put back by the next repair, or undone by teardown.
+    """
+    with executor.state.locked():
+        journal, plan = executor.load(move_id)
+        refuse_earlier_boot(journal)
+        _refuse_unprepared(journal, plan)
         try:
-            for site in sites:
-                self.kernel.open_sites([site], {site: journal.identity(site)})
-        except NamespaceGoneError as error:
-            raise RefusedError(
-                f"move {plan.move.id}: {error}",
-                hint=f"natkeep teardown {plan.move.id} clears the rest",
-            ) from error
-        sight = self._look_around(journal, plan, sites)
-        found, patches = [], []
-        for site in sites:
-            here = [*_find_unfinished(journal, plan, site), *sight.patches(site)]
-            commands = tuple(line for _, patch in here for line in patch.describe())
-            if here:
-                found.append(Repaired(site, sight.drift(site), commands))
-            patches += here
-        # In the plan's order, so that no gate opens before all that stands behind it is there.
-        for number, patch in sorted(patches, key=lambda each: each[0]):
-            self._mend(journal, plan, number, patch)
-        for number, record in journal.records.items():
-            if record.again:  # an earlier repair was killed before it could say so
-                journal.note(number, "done", record.prior)
-        self._note_sighting(journal, sight)
-        self.kernel.unhook_gates()
-        return tuple(found)
+            return _repair_sites(executor, journal, plan)
+        finally:
+            executor.kernel.close_sites(plan.move.sites)
 
-    def _mend(self, journal: Journal, plan: Plan, number: int, patch: Patch) -> None:
-        for line in patch.describe():
-            self.talk(f"[+] {line}")
-        kind, before = type(plan.steps[number]).__name__, journal.records[number].prior
-        if isinstance(patch, StopCounting):
-            before = Prior(before.present, {k: v for k, v in before.facts.items() if k != "acct"})
-        faultpoints.reach("repair", kind)
 
-        def remember(found: Prior) -> None:
-            # What was there before the move counts, not what there is now; but an accounting that
-            # is switched on for a moment must be known if we are killed in that moment.
-            now = {key: value for key, value in found.facts.items() if key == "acct"}
-            journal.note(number, "doing", Prior(before.present, {**before.facts, **now}))
-            faultpoints.reach("repair-begun", kind)
+def _repair_sites(executor: Executor, journal: Journal, plan: Plan) -> tuple[Repaired, ...]:
+    sites = [
+        site
+        for site in plan.move.sites
+        if not (is_retired(journal, plan, site) or is_waiting(journal, plan, site))
+    ]
+    try:
+        executor.open_known(journal, sites)
+    except NamespaceGoneError as error:
+        raise RefusedError(
+            f"move {plan.move.id}: {error}",
+            hint=f"natkeep teardown {plan.move.id} clears the rest",
+        ) from error
+    sight = look_around(executor, journal, plan, sites)
+    found, patches = [], []
+    for site in sites:
+        here = [*_find_unfinished(journal, plan, site), *sight.patches(site)]
+        commands = tuple(line for _, patch in here for line in patch.describe())
+        if here:
+            found.append(Repaired(site, sight.drift(site), commands))
+        patches += here
+    # In the plan's order, so that no gate opens before all that stands behind it is there.
+    for number, patch in sorted(patches, key=lambda each: each[0]):
+        _mend(executor, journal, plan, number, patch)
+    for number, record in journal.records.items():
+        if record.again:  # an earlier repair was killed before it could say so
+            journal.note(number, "done", record.prior)
+    note_sighting(executor, journal, sight)
+    executor.kernel.unhook_gates()
+    return tuple(found)
 
-        self.kernel.mend(patch, remember)
-        faultpoints.reach("repaired", kind)
-        journal.note(number, "done", before)
+
+def _mend(executor: Executor, journal: Journal, plan: Plan, number: int, patch: Patch) -> None:
+    for line in patch.describe():
+        executor.talk(f"[+] {line}")
+    kind, before = type(plan.steps[number]).__name__, journal.records[number].prior
+    if isinstance(patch, StopCounting):
+        before = Prior(before.present, {k: v for k, v in before.facts.items() if k != "acct"})
+    faultpoints.reach("repair", kind)
+
+    def remember(found: Prior) -> None:
+        # What was there before the move counts, not what there is now; but an accounting that
+        # is switched on for a moment must be known if we are killed in that moment.
+        now = {key: value for key, value in found.facts.items() if key == "acct"}
+        journal.note(number, "doing", Prior(before.present, {**before.facts, **now}))
+        faultpoints.reach("repair-begun", kind)
+
+    executor.kernel.mend(patch, remember)
+    faultpoints.reach("repaired", kind)
+    journal.note(number, "done", before)
 
 
 def _refuse_unprepared(journal: Journal, plan: Plan) -> None:
@@ -104,10 +103,7 @@ def _refuse_unprepared(journal: Journal, plan: Plan) -> None:
         if journal.has_been_done(number) or is_waiting(journal, plan, step.site):
             continue
         if not is_retired(journal, plan, step.site):
-            raise JournalError(
-                f"move {journal.move.id} was not prepared to the end",
-                hint=f"natkeep teardown {journal.move.id}, then prepare again",
-            )
+            raise unprepared(journal)
 
 
 def _find_unfinished(journal: Journal, plan: Plan, site: Site) -> list[tuple[int, Patch]]:

@@ -34,13 +34,14 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager
 from functools import cache, lru_cache
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from natkeep import __version__, faultpoints
 from natkeep.errors import JournalError, LeftoverError, NatkeepError, RefusedError, UsageError
+from natkeep.plan.liveness import Sighting
 from natkeep.plan.move import Move, Site, is_id, parse_id
 from natkeep.plan.steps import HoldListeners, Identity, OpenGate, Prior, SendResets
 from natkeep.plan.translation import Change, Surroundings
@@ -63,9 +64,6 @@ from natkeep.state.codec import (
 )
 from natkeep.state.files import StateFiles, read_lock_timeout
 from natkeep.values import dataclass, field
-
-if TYPE_CHECKING:
-    from natkeep.plan.liveness import Sighting
 
 _ID_PATTERN = r"(?P<id>[a-z0-9][a-z0-9-]{0,31})"
 _FILE = re.compile(
@@ -90,6 +88,23 @@ class Record:
     state: str
     prior: Prior
     again: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Header:
+    """What a journal says of a move in its first line."""
+
+    move: Move
+    namespaces: tuple[Identity, ...]
+    boot: str
+
+    def is_at(self, here: Identity) -> bool:
+        """Whether a site of the move is the namespace *here*, in this boot."""
+        return self.boot == read_boot_id() and here in self.namespaces
+
+    def olds(self) -> frozenset[Address]:
+        """The OLD address of each map."""
+        return frozenset(map_.old for map_ in self.move.maps)
 
 
 @dataclass
@@ -253,9 +268,9 @@ class StateDirectory:
             "connections": packed and hashlib.sha256(packed).hexdigest(),
             "image": image,
         }
-        earlier = self.read_move(move.id) if self.knows(move.id) else None
+        earlier = self.read_header(move.id) if self.knows(move.id) else None
         begun: list[dict[str, Any]] = []
-        if earlier is not None and earlier[0].quiesces and move.held and not move.quiesces:
+        if earlier is not None and earlier.move.quiesces and move.held and not move.quiesces:
             # The hold passes into this journal in the moment that it takes the other one's place.
             number = kinds.index(HoldListeners.__name__)
             begun.append({"step": number, "state": "doing", "prior": Prior().to_json()})
@@ -308,21 +323,28 @@ class StateDirectory:
                 continue
             try:
                 header = self._files.read_start(name)
-            except OSError:  # as read_move: whoever asks looks for conflicts
+            except OSError:  # as read_header: the caller looks for conflicts
                 continue
             if any(text in header for text in texts):
                 found.append(name[:-8])
         return tuple(sorted(filter(is_id, found)))
 
-    def read_move(self, move_id: str) -> tuple[Move, tuple[Identity, ...], str] | None:
-        """The move of a journal, its namespaces and its boot, without its connections.
+    def others_at(self, here: Identity, move_id: str) -> Iterator[Header]:
+        """The moves of this boot with a site at a namespace, besides *move_id*, as can be read."""
+        for other_id in self.ids():
+            header = self.read_header(other_id) if other_id != move_id else None
+            if header is not None and header.is_at(here):
+                yield header
 
-        None when it cannot be read: whoever asks looks for conflicts, and `status` reports it.
+    def read_header(self, move_id: str) -> Header | None:
+        """A journal without its records and connections.
+
+        None when it cannot be read: the caller looks for conflicts, and `status` reports it.
         """
         try:
             header = read_line(self._files.read(f"{move_id}.journal").split(b"\n", 1)[0])
             namespaces = read_namespaces(header["namespaces"])
-            return move_from_json(header["move"]), namespaces, as_text(header["boot"])
+            return Header(move_from_json(header["move"]), namespaces, as_text(header["boot"]))
         except (OSError, KeyError, TypeError, ValueError, NatkeepError):
             return None
 
@@ -464,8 +486,6 @@ class StateDirectory:
 
         Without it less is known, and nothing is done that would not be done otherwise.
         """
-        from natkeep.plan.liveness import Sighting  # for status and repair alone
-
         try:
             found = read_line(self._files.read(f"{move_id}.seen").removesuffix(b"\n"))
             return Sighting.from_json(found) if found["boot"] == boot else None

@@ -15,9 +15,10 @@ from fake_kernel import FakeKernel
 import natkeep.criu
 from natkeep.criu import hook
 from natkeep.kernel import linux
-from natkeep.lifecycle.verbs import Lifecycle
-from natkeep.plan.drift import Gate
+from natkeep.lifecycle.executor import Executor
+from natkeep.lifecycle.prepare import prepare
 from natkeep.plan.move import Map, Move, Role, Site
+from natkeep.plan.observation import Gate
 from natkeep.plan.tuples import Connections, Endpoint, FourTuple, parse_address
 from natkeep.state.journal import StateDirectory
 
@@ -205,7 +206,7 @@ def kernel(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[FakeKern
     )
     peer, local = Endpoint.parse("10.1.0.2:50594"), Endpoint.parse("10.2.0.10:5000")
     state = StateDirectory(create=True)
-    Lifecycle(fake, state).prepare(move, Connections.of([FourTuple(peer, local)]))
+    prepare(Executor(fake, state), move, Connections.of([FourTuple(peer, local)]))
     return fake
 
 

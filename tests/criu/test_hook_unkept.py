@@ -12,9 +12,10 @@ from fake_kernel import FakeKernel
 from natkeep import policy
 from natkeep.criu import environment, hook
 from natkeep.kernel import linux
-from natkeep.lifecycle.verbs import Lifecycle
-from natkeep.plan.drift import Gate
+from natkeep.lifecycle.executor import Executor
+from natkeep.lifecycle.prepare import prepare
 from natkeep.plan.move import Fate, Map, Move, Role, Site
+from natkeep.plan.observation import Gate
 from natkeep.plan.tuples import Connections, Endpoint, FourTuple, parse_address
 from natkeep.state.journal import StateDirectory
 
@@ -108,7 +109,7 @@ def test_a_prepared_move_is_opened_as_it_was_prepared(
     )
     reset = {"unkept": Fate.RESET, "lost": lost} if prepared == Fate.RESET else {}
     move = Move("web", (MAP,), (Site(Role.DESTINATION, TREE),), **reset)
-    Lifecycle(kernel, StateDirectory(create=True)).prepare(move, kept)
+    prepare(Executor(kernel, StateDirectory(create=True)), move, kept)
 
     assert call("post-restore", NATKEEP_ID="web", NATKEEP_UNKEPT=asked) == code
 

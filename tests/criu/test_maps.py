@@ -14,8 +14,9 @@ from fake_kernel import FakeKernel, FakeSite
 from natkeep import policy
 from natkeep.criu import environment, hook
 from natkeep.kernel import linux
-from natkeep.lifecycle.verbs import Lifecycle
-from natkeep.plan.drift import Gate
+from natkeep.lifecycle.executor import Executor
+from natkeep.lifecycle.prepare import prepare
+from natkeep.plan.observation import Gate
 from natkeep.plan.tuples import parse_address
 from natkeep.state.journal import StateDirectory
 
@@ -234,7 +235,7 @@ def test_an_unforeseen_error_is_one_line_too(
     def fail(*_: object, **__: object) -> None:
         raise ZeroDivisionError("by\nzero")
 
-    monkeypatch.setattr(Lifecycle, "prepare", fail)
+    monkeypatch.setattr("natkeep.criu.maps.prepare", fail)
     assert criu.call("pre-restore") == 1
     assert capsys.readouterr().err == "natkeep-hook: ZeroDivisionError: by zero\n"
 
@@ -242,13 +243,14 @@ def test_an_unforeseen_error_is_one_line_too(
 # ---- NATKEEP_ID: is it this tree, and this dump? -----------------------------------------------
 
 
-def prepare(criu: Criu, images: Path, where: str) -> None:
+def prepare_at(criu: Criu, images: Path, where: str) -> None:
     from natkeep.checkpoint.images import read_checkpoint
     from natkeep.plan.move import Map, Move, Role, Site
 
     maps = (Map(parse_address(OLD), parse_address(NEW)),)
     checkpoint = read_checkpoint(images)
-    Lifecycle(criu.kernel, StateDirectory(create=True)).prepare(
+    prepare(
+        Executor(criu.kernel, StateDirectory(create=True)),
         Move("web", maps, (Site(Role.DESTINATION, where),)),
         checkpoint.connections,
         image=checkpoint.run_id,
@@ -279,7 +281,7 @@ def test_only_the_move_of_this_tree_and_this_dump_is_opened(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     where = TREE if at_tree else "elsewhere"
-    prepare(criu, images, where)
+    prepare_at(criu, images, where)
     if other_dump:
         shutil.copy(CORPUS / "half-closed/inventory.img", images)
     assert criu.call("post-restore", **environment) == code

@@ -17,9 +17,11 @@ from natkeep.checkpoint import Checkpoint, Inventory, NetworkLock
 from natkeep.criu import run
 from natkeep.criu.run import Command, Restore, demand_criu, find_slow_lock, read_command
 from natkeep.errors import NatkeepError, RefusedError, UsageError
-from natkeep.lifecycle.verbs import Lifecycle
-from natkeep.plan.drift import Gate
+from natkeep.lifecycle.executor import Executor
+from natkeep.lifecycle.open import open_move
+from natkeep.lifecycle.teardown import teardown
 from natkeep.plan.move import Map, Move, Role, Site
+from natkeep.plan.observation import Gate
 from natkeep.plan.tuples import Connections, Endpoint, FourTuple, parse_address
 from natkeep.state.journal import StateDirectory
 
@@ -160,7 +162,7 @@ class Run:
 
     def __init__(self, make_criu: MakeCriu, state: Path) -> None:
         self.make_criu, self.kernel = make_criu, FakeKernel()
-        self.lifecycle = Lifecycle(self.kernel, StateDirectory(str(state), create=True))
+        self.executor = Executor(self.kernel, StateDirectory(str(state), create=True))
         self.said: list[str] = []
 
     def __call__(
@@ -168,7 +170,7 @@ class Run:
     ) -> int:
         words = (self.make_criu(body), "restore", "-D", "/images", "--tcp-established")
         command, say = Command(words, "/images"), self.said.append
-        return Restore(self.lifecycle, MOVE, checkpoint, command, say, keep_closed=keep).run()
+        return Restore(self.executor, MOVE, checkpoint, command, say, keep_closed=keep).run()
 
     def gates(self) -> list[Gate]:
         return [gate for site in self.kernel.sites.values() for gate in site.gates.values()]
@@ -215,19 +217,21 @@ def test_a_criu_that_fails_leaves_nothing(body: str, how: str, restore: Run) -> 
         restore(body)
     assert caught.value.exit_code == 1
     assert restore.gates() == []
-    assert restore.lifecycle.state.ids() == ()
+    assert restore.executor.state.ids() == ()
 
 
-def test_a_gate_that_was_opened_for_a_tree_that_never_ran_is_undone_too(restore: Run) -> None:
+def test_a_gate_that_was_opened_for_a_tree_that_never_ran_is_undone_too(
+    restore: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
     restore.kernel.open_sites(MOVE.sites)
-    real = restore.lifecycle.prepare
+    real = run.prepare
 
     def prepare(*arguments: object, **more: object) -> object:
         plan = real(*arguments, **more)  # type: ignore[arg-type]  # whatever it was given
-        restore.lifecycle.open("web")  # as the hook does, before another script gives up
+        open_move(restore.executor, "web")  # as the hook does, before another script gives up
         return plan
 
-    restore.lifecycle.prepare = prepare  # type: ignore[method-assign,assignment]
+    monkeypatch.setattr(run, "prepare", prepare)
     with pytest.raises(NatkeepError, match="everything was undone"):
         restore("exit 1")
     assert restore.gates() == []
@@ -257,7 +261,7 @@ def test_a_tree_that_ran_keeps_its_move_whatever_becomes_of_criu(restore: Run) -
     assert restore(': >"$NATKEEP_RESUMED"; exit 7') == 7
     assert len(restore.gates()) == 2
     assert "stays, until natkeep teardown" in restore.said[-1]
-    restore.lifecycle.teardown("web")
+    teardown(restore.executor, "web")
     assert restore(': >"$NATKEEP_RESUMED"; kill -9 $$') == 137
 
 

@@ -20,8 +20,9 @@ from natkeep.errors import KernelError
 from natkeep.kernel.interface import Kernel
 from natkeep.kernel.linux import LinuxKernel
 from natkeep.plan.criu_lock import DumpLock, NetworkLock
-from natkeep.plan.drift import Gate, Observation, find_drift
+from natkeep.plan.drift import find_drift
 from natkeep.plan.move import Map, Move, Role, Site
+from natkeep.plan.observation import Gate, Observation
 from natkeep.plan.plan import make_plan
 from natkeep.plan.steps import (
     FillSet,
@@ -327,7 +328,7 @@ def test_a_lock_that_cannot_be_taken_leaves_everything(
         def refuse(lines: Iterable[str]) -> None:
             raise KernelError("told to fail")
 
-        monkeypatch.setattr(criu_lock.nft, "run_transaction", refuse)
+        monkeypatch.setattr(criu_lock.nftables, "run_transaction", refuse)
 
     with pytest.raises(KernelError, match="told to fail"):
         apply(scene, plan.prepare[-1:])

@@ -7,8 +7,9 @@ from ipaddress import ip_address
 
 import pytest
 
-from natkeep.plan.drift import Gate, Observation, SeenEntry, find_drift
+from natkeep.plan.drift import find_drift
 from natkeep.plan.move import Map, Move, Role, Site
+from natkeep.plan.observation import Gate, Observation, SeenEntry
 from natkeep.plan.plan import make_plan
 from natkeep.plan.tuples import Connections, Endpoint, FourTuple
 

@@ -1,0 +1,106 @@
+"""NATKEEP_MAP: a move that the hook prepares by itself, as soon as its namespace exists.
+
+CRIU calls no hook when a restore fails, so what was prepared for one that did is cleared by the
+next (its gate was never opened: it harmed no connection).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+from natkeep import policy
+from natkeep.checkpoint import Checkpoint
+from natkeep.checkpoint.images import has_own_netns, read_checkpoint
+from natkeep.criu.environment import Call, Orders, is_abandoned, joined_netns
+from natkeep.errors import JournalError
+from natkeep.lifecycle.check import find_new, require_devices
+from natkeep.lifecycle.executor import Executor
+from natkeep.lifecycle.prepare import prepare
+from natkeep.lifecycle.replace import replace_move
+from natkeep.lifecycle.teardown import teardown
+from natkeep.plan.move import Fate, Map, Mode, Move, Role, Site, parse_map
+from natkeep.plan.tuples import NO_CONNECTIONS, Connections
+from natkeep.state.journal import Journal, read_boot_id
+
+
+def find_site(call: Call) -> Site | None:
+    """Where the tree will be; None while its namespace does not exist."""
+    if call.action != "pre-restore":
+        return call.tree_site()
+    joined = joined_netns(call.criu)
+    if not joined and has_own_netns(call.demand_images()):
+        return None
+    return Site(Role.DESTINATION, joined)
+
+
+def ensure_prepared(
+    move_id: str,
+    orders: Orders,
+    call: Call,
+    executor: Executor,
+    site: Site,
+    say: Callable[[str], None],
+) -> bool:
+    """Prepare the move at *site* unless it is; False where there is nothing to keep."""
+    if executor.state.knows(move_id):
+        journal = executor.state.load(move_id)
+        if journal.is_prepared() and executor.is_home(journal, site):
+            return True
+        teardown(executor, move_id)  # begun and killed, or for a namespace without the tree
+    checkpoint = read_checkpoint(call.demand_images())
+    olds = [parse_map(text)[0] for text in orders.maps]
+    lost = checkpoint.lost_at(olds) if orders.unkept == Fate.RESET else NO_CONNECTIONS
+    count = sum(len(checkpoint.connections.at(old)) for old in olds) + len(lost)
+    if not count and orders.standing:
+        say("no connection of this image is to be kept")
+        return False
+    move = _make_move(move_id, orders, executor, site, lost)
+    policy.authorise(move, count)
+    require_devices(executor, move, checkpoint)
+    _prepare(move, checkpoint, executor, site)
+    say(f"{move_id}: {', '.join(str(map_) for map_ in move.maps)}, {count} prepared")
+    return True
+
+
+def _make_move(
+    move_id: str, orders: Orders, executor: Executor, site: Site, lost: Connections
+) -> Move:
+    maps = []
+    for text in orders.maps:
+        old, new = parse_map(text)
+        maps.append(Map(old, find_new(executor, old, (site,)) if new is None else new))
+    mode, unkept = Mode(orders.mode or Mode.STATEFUL), Fate(orders.unkept or Fate.REPORT)
+    return Move(move_id, tuple(maps), (site,), mode, unkept=unkept, lost=lost)
+
+
+def _prepare(move: Move, checkpoint: Checkpoint, executor: Executor, site: Site) -> None:
+    """Prepare *move*, in the place of those that were prepared for a CRIU that is no more.
+
+    One that is at the same site is replaced, so that its gate stays closed until ours is: in
+    between this host would answer a peer's segment with a reset.
+    """
+    earlier = None
+    for journal in _abandoned(executor):
+        whole = journal.is_prepared() and journal.boot == read_boot_id()
+        if earlier is None and whole and executor.is_home(journal, site):
+            earlier = journal.move.id
+        else:
+            teardown(executor, journal.move.id)
+    connections, image = checkpoint.connections, checkpoint.run_id
+    if earlier is None:
+        prepare(executor, move, connections, image=image)
+    else:
+        replace_move(executor, earlier, move, connections, image=image)
+
+
+def _abandoned(executor: Executor) -> Iterator[Journal]:
+    for move_id in executor.state.ids():
+        if not is_abandoned(move_id):
+            continue
+        try:
+            journal = executor.state.load(move_id)
+        except JournalError:
+            continue  # torn down by another hook meanwhile, or `natkeep status` tells
+        leaves = any(site.role == Role.SOURCE for site in journal.move.sites)
+        if not journal.is_opened() and not leaves:
+            yield journal

@@ -1,0 +1,101 @@
+"""What is asked before anything is changed: could this move be prepared as things stand?
+
+Rule: nothing is changed here, at any site or on disk.
+"""
+
+from __future__ import annotations
+
+from natkeep.checkpoint import Checkpoint
+from natkeep.errors import RefusedError, UsageError
+from natkeep.lifecycle.conflicts import refuse_conflicts
+from natkeep.lifecycle.executor import Executor
+from natkeep.plan.move import Move, Role, Site
+from natkeep.plan.plan import make_plan
+from natkeep.plan.steps import Plan
+from natkeep.plan.tuples import Address, Connections
+from natkeep.state.journal import read_boot_id
+from natkeep.values import replace
+
+
+def check(
+    executor: Executor,
+    move: Move,
+    connections: Connections,
+    replaces: str | None = None,
+    *,
+    frozen: bool = False,
+) -> Plan:
+    """The plan, if it could be carried out as things stand; nothing is changed.
+
+    replaces, frozen: as `prepare` and `replace_move` have them.
+    """
+    executor.open_sites(move)
+    move = _with_held(executor, move)
+    surroundings = executor.kernel.look_around(move, connections)
+    if replaces is not None:
+        earlier = executor.state.load(replaces).surroundings_there()
+        surroundings = surroundings.carry_on(earlier, connections)
+    plan = make_plan(move, connections, surroundings)
+    refuse_conflicts(executor, plan, replaces)
+    if not frozen:
+        _refuse_living(executor, plan)
+    for step in plan.steps:
+        executor.kernel.check(step)
+    return plan
+
+
+def _with_held(executor: Executor, move: Move) -> Move:
+    """*move*, with the listeners that a quiesce of the same id blocks at its source."""
+    if move.quiesces or not executor.state.knows(move.id):
+        return move
+    earlier = executor.state.read_header(move.id)
+    if earlier is None or not earlier.move.quiesces or earlier.boot != read_boot_id():
+        return move
+    sources = [site for site in move.sites if site.role == Role.SOURCE]
+    if [executor.kernel.identity(site) for site in sources] != [*earlier.namespaces]:
+        return move
+    return replace(move, held=earlier.move.held)
+
+
+def _refuse_living(executor: Executor, plan: Plan) -> None:
+    """A process that still lives at the source would own its connections twice (T7)."""
+    for site in plan.move.sites:
+        if site.role != Role.SOURCE or plan.move.quiesces:
+            continue
+        alive = executor.kernel.observe(site, plan).alive
+        if alive:
+            raise RefusedError(
+                f"{site}: {alive} of the connections still have their sockets there",
+                hint="was it dumped with --leave-running? End that process first",
+            )
+
+
+def require_devices(executor: Executor, move: Move, checkpoint: Checkpoint) -> None:
+    """RefusedError when the destination lacks a device that a kept socket is bound to."""
+    devices = checkpoint.devices([map_.old for map_ in move.maps])
+    destinations = [site for site in move.sites if site.role == Role.DESTINATION]
+    executor.kernel.open_sites(destinations)
+    for site in destinations:
+        missing = sorted(devices - executor.kernel.devices(site)) if devices else []
+        if missing:
+            raise RefusedError(
+                f"{site}: no device {', '.join(missing)}, which a socket is bound to",
+                hint="CRIU could not restore the socket there",
+            )
+
+
+def find_new(executor: Executor, old: Address, sites: tuple[Site, ...]) -> Address:
+    """What NEW=auto means for *old*: the one address of its family at the destination."""
+    destinations = [site for site in sites if site.role == Role.DESTINATION]
+    if not destinations:
+        raise UsageError("NEW can be `auto` only where there is a site destination")
+    executor.kernel.open_sites(destinations)
+    found = [a for a in executor.kernel.addresses(destinations[0], old.version) if a != old]
+    if len(found) != 1:
+        listed = ", ".join(str(address) for address in found) or "none"
+        raise RefusedError(
+            f"NEW=auto for {old}: {destinations[0]} has not one IPv{old.version} address "
+            f"but {listed}",
+            hint="name it: --map OLD=NEW",
+        )
+    return found[0]

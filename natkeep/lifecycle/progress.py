@@ -1,0 +1,90 @@
+"""How far a move got, from its journal and its plan: which steps, which sites.
+
+Rule: nothing is looked at here but the journal, and nothing is written.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from natkeep.errors import JournalError
+from natkeep.plan.move import Role, Site
+from natkeep.plan.plan import make_plan
+from natkeep.plan.steps import Plan, TakeOverLock
+from natkeep.state.journal import Journal, read_boot_id
+
+
+def plan_of(journal: Journal) -> Plan:
+    """The plan that the journal was written for."""
+    return make_plan(journal.move, journal.connections, journal.surroundings, journal.change)
+
+
+def kinds_of(plan: Plan) -> tuple[str, ...]:
+    """The kind of each step, as the journal has it."""
+    return tuple(type(step).__name__ for step in plan.steps)
+
+
+def numbers_before(plan: Plan) -> list[int]:
+    """The steps that prepare does: of a live process those that leave it and its peers alone."""
+    steps = enumerate(plan.prepare)
+    return [number for number, step in steps if not plan.move.waits(step.site)]
+
+
+def without_lock(plan: Plan, numbers: Iterable[int]) -> list[int]:
+    """CRIU's lock is put back when prepare fails, and never by a teardown."""
+    return [number for number in numbers if not isinstance(plan.steps[number], TakeOverLock)]
+
+
+def is_whole(journal: Journal, plan: Plan) -> bool:
+    """Whether prepare came to its end: every step was done once, also where it is undone since.
+
+    One that was killed has failed, as others do.
+    """
+    if journal.change is not None:
+        return True  # which is noted only then
+    records = [journal.records.get(number) for number in numbers_before(plan)]
+    return all(
+        record is not None and (record.state != "doing" or record.again) for record in records
+    )
+
+
+def is_waiting(journal: Journal, plan: Plan, site: Site) -> bool:
+    """Whether *site* has nothing of the move yet, since it is made ready by open."""
+    begun = [n for n, record in journal.records.items() if record.state != "undone"]
+    return plan.move.waits(site) and site not in {plan.steps[n].site for n in begun}
+
+
+def is_retired(journal: Journal, plan: Plan, site: Site) -> bool:
+    """Whether another move has replaced this one at *site*."""
+    numbers = [n for n, step in enumerate(plan.steps) if step.site == site]
+    records = [journal.records[n].state for n in numbers if n in journal.records]
+    return bool(records) and set(records) == {"undone"}
+
+
+def has_been_opened(journal: Journal, plan: Plan, site: Site) -> bool:
+    """Whether the connections were let through at *site*, and are to be."""
+    opening = range(len(plan.prepare), len(plan.steps))
+    return any(plan.steps[n].site == site and journal.has_been_done(n) for n in opening)
+
+
+def restored_at(plan: Plan) -> list[Site]:
+    """Where opening means that the process runs: at the destination, if that is a site."""
+    sites = [site for site in plan.move.sites if site.role == Role.DESTINATION]
+    return sites or list(plan.move.sites)
+
+
+def refuse_earlier_boot(journal: Journal) -> None:
+    """JournalError when the move was prepared before the last boot."""
+    if journal.boot != read_boot_id():
+        raise JournalError(
+            f"move {journal.move.id} was prepared before the last boot; nothing of it is there",
+            hint=f"natkeep teardown {journal.move.id}",
+        )
+
+
+def unprepared(journal: Journal) -> JournalError:
+    """What to say of a move whose prepare did not come to its end."""
+    return JournalError(
+        f"move {journal.move.id} was not prepared to the end",
+        hint=f"natkeep teardown {journal.move.id}, then prepare again",
+    )
