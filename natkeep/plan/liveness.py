@@ -13,8 +13,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from natkeep.plan.move import Role, Site
+from natkeep.plan.move import Site
 from natkeep.plan.observation import Observation, SeenEntry
+from natkeep.plan.roles import Role
 from natkeep.plan.steps import InsertEntries, Plan
 from natkeep.plan.translation import Translation
 from natkeep.plan.tuples import NO_CONNECTIONS, Connections

@@ -245,7 +245,8 @@ def test_an_unforeseen_error_is_one_line_too(
 
 def prepare_at(criu: Criu, images: Path, where: str) -> None:
     from natkeep.checkpoint.images import read_checkpoint
-    from natkeep.plan.move import Map, Move, Role, Site
+    from natkeep.plan.move import Map, Move, Site
+    from natkeep.plan.roles import Role
 
     maps = (Map(parse_address(OLD), parse_address(NEW)),)
     checkpoint = read_checkpoint(images)
