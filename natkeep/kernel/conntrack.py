@@ -82,14 +82,12 @@ def insert(translation: Translation) -> None:
     raise_unless(_insert(outer, inner, timeout, "insert", ports=translation.renames))
 
 
-def give_back(translation: Translation) -> None:
+def give_back(outer: Connections, kept: Connections, *, ports: bool) -> None:
     """Create the entries that a gateway had of its own, where there are none now.
 
     They must not wait for a packet: if the process's is the first, it would leave untranslated,
     or not at all. They last as long as the connection, or only briefly when it has ended.
     """
-    ports = translation.renames
-    outer, kept = translation.outer, translation.kept
     refusals = _insert(outer, kept, _GIVEN_BACK_S, "give-back", ports=ports)
     raise_unless(refusals, errno.EEXIST)
 

@@ -31,7 +31,7 @@ from natkeep.kernel import (
     sock_diag,
 )
 from natkeep.kernel.closely import CloseEyes
-from natkeep.kernel.interface import Driver, Packed, Panorama, Place, Remember
+from natkeep.kernel.interface import Driver, Inverse, Packed, Panorama, Place, Remember
 from natkeep.kernel.netns import (
     Namespace,
     errors_at,
@@ -39,7 +39,7 @@ from natkeep.kernel.netns import (
     inside,
     open_namespace,
 )
-from natkeep.kernel.nft_drivers import NFT_DRIVERS
+from natkeep.kernel.nft_drivers import NFT_DRIVERS, NFT_INVERSES
 from natkeep.kernel.purge import purge
 from natkeep.plan.drift import Observation
 from natkeep.plan.move import Move, Role, Site
@@ -60,6 +60,17 @@ from natkeep.plan.steps import (
 )
 from natkeep.plan.translation import Surroundings, Translation
 from natkeep.plan.tuples import Address, Connections, Endpoint, FourTuple
+from natkeep.plan.undo import (
+    DeleteEntries,
+    EndHolder,
+    ForgetListeners,
+    LowerLoopback,
+    PutLockBack,
+    RemoveAddress,
+    RemoveOwnedTable,
+    RestoreEntries,
+    Undo,
+)
 
 if TYPE_CHECKING:
     from natkeep.plan.diagnostics import Facts
@@ -70,7 +81,7 @@ _INSERT_ATTEMPTS = 5
 """A packet may make a stale entry between purge and insertion; five times in a row it does not."""
 
 
-DRIVERS: dict[type, Driver[Any]] = {
+DRIVERS: dict[type, Any] = {
     **NFT_DRIVERS,
     AddAddress: rtnetlink.AddressDriver(),
     GuardSite: owned_table.OwnedTableDriver(),
@@ -79,6 +90,16 @@ DRIVERS: dict[type, Driver[Any]] = {
     TakeOverLock: criu_lock.LockDriver(),
 }
 """By the kind of step."""
+
+INVERSES: dict[type, Inverse[Any]] = {
+    **NFT_INVERSES,
+    EndHolder: DRIVERS[HoldSegments],
+    LowerLoopback: DRIVERS[RaiseLoopback],
+    PutLockBack: DRIVERS[TakeOverLock],
+    RemoveAddress: DRIVERS[AddAddress],
+    RemoveOwnedTable: DRIVERS[GuardSite],
+}
+"""By the kind of undo."""
 
 
 def _driver_of(step: Step) -> Driver[Any] | None:
@@ -177,7 +198,7 @@ class LinuxKernel:
         return Place(site, self._namespaces[site], self._directory)
 
     @contextmanager
-    def _entering(self, driver: Driver[Any], site: Site) -> Iterator[None]:
+    def _entering(self, driver: Driver[Any] | Inverse[Any], site: Site) -> Iterator[None]:
         with errors_at(site), inside(self._namespaces[site]) if driver.enters else nullcontext():
             yield
 
@@ -270,23 +291,26 @@ class LinuxKernel:
             with suppress(KernelError), self._at(site):
                 nftables.remove_gate_hook()
 
-    def revert(self, step: Step, prior: Prior) -> None:
-        """Undo *step*; KernelError when the kernel says no."""
-        driver = _driver_of(step)
-        if driver is not None:
-            with self._entering(driver, step.site):
-                driver.revert(self._place(step.site), step, prior)
+    def revert(self, site: Site, undo: Undo, prior: Prior) -> None:
+        """Undo a step at an opened site, by its inverse; KernelError when the kernel says no."""
+        if prior.present:
             return
-        with self._at(step.site):
-            match step:
-                case ForgetCalls():
-                    for receiving in step.receptions:
-                        calls.hang_up(receiving)
-                case InsertEntries():
+        inverse = INVERSES.get(type(undo))
+        if inverse is not None:
+            with self._entering(inverse, site):
+                inverse.revert(self._place(site), undo, prior)
+            return
+        with self._at(site):
+            match undo:
+                case ForgetListeners():
+                    for reception in undo.listeners:
+                        calls.hang_up(reception)
+                case DeleteEntries():
                     _restore_accounting(prior)
-                    conntrack.delete(step.translation)
-                case PurgeEntries():
-                    owned.give_back(step.translation, owned.ways_of(prior))
+                    conntrack.delete_inbound(undo.outer)
+                case RestoreEntries():
+                    ways = owned.ways_of(prior)
+                    owned.give_back(undo.outer, undo.kept, ways, renames=undo.renames)
                 case _:
                     pass
 

@@ -25,7 +25,7 @@ from natkeep.kernel.ctnetlink import (
 from natkeep.kernel.netlink import NETLINK_NETFILTER, NLM_F_DUMP, Netlink, attributes
 from natkeep.plan.steps import Prior
 from natkeep.plan.translation import Translation
-from natkeep.values import replace
+from natkeep.plan.tuples import Connections
 
 NOT_TRACKED, PEER_DIALLED, PROCESS_DIALLED = "-", "<", ">"
 """Of a connection: there is no entry; its original direction is to, or from, the process."""
@@ -81,20 +81,20 @@ def ways_of(prior: Prior) -> str:
     return "".join(way if way != NOT_TRACKED else earlier for way, earlier in pairs)
 
 
-def give_back(translation: Translation, ways: str) -> None:
-    """Make again what `read` has found, where nothing is in its place."""
-    version = translation.map.old.version
+def give_back(outer: Connections, kept: Connections, ways: str, *, renames: bool) -> None:
+    """Make again what `read` has found, where nothing is in its place.
+
+    outer, kept: of the translation, whose entries are gone; renames: it changed peers or ports.
+    """
+    version = 4 if kept.v4 else 6
     dialled = [i for i, way in enumerate(ways) if way == PROCESS_DIALLED]
     called = [i for i, way in enumerate(ways) if way == PEER_DIALLED]
-    if translation.outer != translation.kept:
+    if outer != kept:
         # With a translation of the gateway's own; either direction translates both alike.
         called, dialled = sorted(called + dialled), []
     if called:
-        outer, inner, kept = (
-            some.pick(called, version)
-            for some in (translation.outer, translation.inner, translation.kept)
-        )
-        conntrack.give_back(replace(translation, outer=outer, inner=inner, kept=kept))
+        one, other = outer.pick(called, version), kept.pick(called, version)
+        conntrack.give_back(one, other, ports=renames)
     if dialled:
-        some = translation.kept.pick(dialled, version)
+        some = kept.pick(dialled, version)
         conntrack.give_back_plain(type(some).packed(b"".join(map(turn, some.each())), version))
