@@ -69,6 +69,7 @@ def state(place: Path) -> StateDirectory:
 
 
 STEP = AddAddress(MOVE.sites[0], parse_address("10.2.0.10"))
+UNDO = b'"site":0,"undo":{"kind":"address","address":"10.2.0.10"}'
 
 
 def begin(state: StateDirectory, move: Move = MOVE) -> Journal:
@@ -162,7 +163,7 @@ def test_what_is_on_disk_when_note_returns_was_synced(
 
     monkeypatch.setattr(os, "fsync", fsync)
     written.note(0, "doing", Prior(), STEP)
-    assert synced[-1].endswith(b'{"step":0,"state":"doing","prior":{"present":false}}\n')
+    assert synced[-1].endswith(b'{"step":0,"state":"doing","prior":{"present":false},%s}\n' % UNDO)
 
 
 def test_a_journal_that_is_removed_is_gone_and_so_are_its_connections(
@@ -210,7 +211,7 @@ def test_a_last_line_without_its_newline_is_ignored_and_cut_before_the_next(
     assert plain(written) == plain(found)
 
     found.note(1, "doing", Prior(), STEP)
-    added = b'{"step":1,"state":"doing","prior":{"present":false}}\n'
+    added = b'{"step":1,"state":"doing","prior":{"present":false},%s}\n' % UNDO
     assert whole + added == (place / "web.journal").read_bytes()
     assert plain(found) == plain(state.load("web"))
 
@@ -267,7 +268,7 @@ def test_a_write_that_the_kernel_takes_in_parts_is_finished(
     real = os.write
     monkeypatch.setattr(os, "write", lambda fd, content: real(fd, bytes(content)[:7]))
     written = begin(state)
-    written.note(0, "done", Prior())
+    written.note(0, "doing", Prior(), STEP)
     assert plain(written) == plain(state.load("web"))
 
 
@@ -351,8 +352,8 @@ def without(key: str) -> Callable[[dict[str, Any]], None]:
 
 
 HEADERS: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
-    "newer": (put("schema", value=2), "the journal of web has schema 2, this natkeep knows 1"),
-    "older": (put("schema", value=0), "the journal of web has schema 0, this natkeep knows 1"),
+    "newer": (put("schema", value=3), "the journal of web has schema 3, this natkeep knows 2"),
+    "older": (put("schema", value=0), "the journal of web has schema 0, this natkeep knows 2"),
     "no schema": (without("schema"), "the journal of web is corrupt: 'schema'"),
     "another move": (
         put("move", "id", value="api"),
