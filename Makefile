@@ -3,6 +3,10 @@
 SCENARIO    ?= server_moves_to_new_address
 ENGINE      ?= auto
 PYTEST_ARGS ?=
+EXAMPLES    ?= 50000
+# Tests at once, each with what it starts on a processor of its own; JOBS=0: one after the other.
+JOBS        ?= $(shell n=$$(nproc) && echo $$((n < 4 ? n : 4)))
+PYTEST       = .venv/bin/pytest -n $(JOBS) --dist worksteal
 MANY        ?= 16x50
 REPS        ?= 1
 ONLY        ?=
@@ -29,7 +33,7 @@ export PATH := $(PATH):/usr/local/sbin:/usr/sbin:/sbin
 KILLS       ?= 500
 FAULTS_ARGS ?=
 
-.PHONY: help setup demo test check lab matrix bench bench-hook bench-control bench-stall bench-path bench-plots bench-million soak fuzz faults many test-caps clean
+.PHONY: help setup demo test test-quick test-long check lab matrix bench bench-hook bench-control bench-stall bench-path bench-plots bench-million soak fuzz faults many test-caps clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-13s %s\n", $$1, $$2 }' Makefile
@@ -41,8 +45,14 @@ setup: ## packages, .venv/ and a CRIU that works on this kernel (needs root when
 demo: root setup ## move a real server to another address; shows what its peer saw (needs root)
 	@.venv/bin/natkeep lab run server_moves_to_new_address --engine auto
 
-test: setup ## the whole test suite; PYTEST_ARGS='-k word' for a part of it
-	@.venv/bin/pytest $(PYTEST_ARGS)
+test: setup ## the whole test suite; PYTEST_ARGS='-k word' for a part of it, JOBS=2 tests at once
+	@$(PYTEST) $(PYTEST_ARGS)
+
+test-quick: setup ## under a minute: what needs no kernel, and one move by CRIU in a practice network
+	@$(PYTEST) -m quick $(PYTEST_ARGS)
+
+test-long: setup ## the whole test suite, with EXAMPLES=50000 of what gets into nft's text (test: 5,000)
+	@NATKEEP_EXAMPLES=$(EXAMPLES) $(PYTEST) $(PYTEST_ARGS)
 
 check: ## lint and types
 	@scripts/setup
@@ -91,7 +101,7 @@ bench-stall: root setup ## how long a peer waits, with and without hold: BENCH_A
 	@.venv/bin/python -m bench.stall $(BENCH_ARGS)
 
 soak: root setup ## moves back and forth under load, and nothing grows: MINUTES=20 (needs root)
-	@.venv/bin/python -m natkeep.lab.soak --minutes $(MINUTES)
+	@.venv/bin/python -m bench.soak --minutes $(MINUTES)
 
 faults: root setup ## natkeep struck at every point and killed KILLS=500 times: nothing is left (needs root)
 	@.venv/bin/python bench/faults --kills $(KILLS) $(FAULTS_ARGS)

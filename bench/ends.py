@@ -18,7 +18,7 @@ from itertools import pairwise
 from typing import Any
 
 from natkeep.kernel.netns import Namespace, inside
-from natkeep.lab import repair
+from natkeep.lab import tcp_repair
 from natkeep.lab.traffic import find_mismatch, make_octets
 from natkeep.plan.tuples import Endpoint
 
@@ -281,19 +281,19 @@ class Server:
 
     def freeze(self) -> None:
         self.stop()
-        self.states = [repair.freeze(sock) for sock in self.ends.sockets]
+        self.states = [tcp_repair.freeze(sock) for sock in self.ends.sockets]
         for sock in self.ends.sockets:
             sock.close()
 
     def recreate(self, where: Namespace) -> None:
         with inside(where), low_numbers_kept_free():
-            self.ends.sockets = [repair.recreate(state) for state in self.states]
+            self.ends.sockets = [tcp_repair.recreate(state) for state in self.states]
         for sock in self.ends.sockets:
             sock.setblocking(False)
 
     def live(self) -> None:
         for sock in self.ends.sockets:
-            repair.leave_repair(sock)
+            tcp_repair.leave_repair(sock)
         self.start()
 
     def close(self) -> None:

@@ -17,7 +17,8 @@ from bench.ends import EVERY, PATIENCE, WORD, Ends, Peer, Server
 from natkeep.kernel.linux import LinuxKernel
 from natkeep.kernel.netns import Namespace, inside, open_namespace
 from natkeep.lab.application import Application
-from natkeep.lab.engines import Criu, Moving, Opening, find_criu
+from natkeep.lab.engine import Moving, Opening
+from natkeep.lab.engines.criu import Criu, find_criu
 from natkeep.lab.topology import DESTINATION, SOURCE, Topology
 from natkeep.lifecycle.executor import Executor
 from natkeep.lifecycle.open import open_move

@@ -38,7 +38,7 @@ from typing import Any
 from bench.figures import Figure, at_least, at_most, conclude
 from bench.lane import Case, Lane, Result
 from bench.namespaces import end_on_sigterm
-from natkeep.lab.engines import find_criu
+from natkeep.lab.engines.criu import find_criu
 from natkeep.lab.topology import Topology
 
 PREFIX = "natkeep-bench-stall-"

@@ -9,13 +9,4 @@
 Every connection has its own numbered octets, so a swap of two would be found.
 """
 
-
-def tell(lab):
-    lab.serve()
-    lab.dial(connections=50)
-    lab.talk()
-    lab.freeze()
-    lab.prepare()
-    lab.restore()
-    lab.talk_on()
-    lab.finish()
+CONNECTIONS = 50

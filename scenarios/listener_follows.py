@@ -7,26 +7,24 @@
     └──────┘                  └───────┘    anti-spoof    └───────┘                  └────────┘
                  :5001 ─▶ to the source, as before       destination 10.3.0.20 (NEW)
 
-The kept connection carries on. Who dials while the process is frozen is not refused: the SYN is
-dropped, comes again by itself, and is answered when the gate is open. Another port of OLD is
-none of the move's business, and goes to the old host.
+The kept connection carries on. A connection that begins while the process is frozen is not
+refused: the SYN is dropped, comes again by itself, and is answered when the gate is open. Another
+port of OLD does not belong to the move, and goes to the old host.
 """
 
 SETUP = {"engine": "criu"}  # a list of connections, which is what `repair` has, names no listeners
 
 
-def tell(lab, listen=None):
+def run(lab, listen=None):
     """listen: where the server listens, if not at OLD."""
     lab.listeners = True
-    lab.serve(listen=listen)
-    lab.dial()
-    lab.talk()
+    lab.begin(listen=listen)
     lab.freeze()
     lab.prepare()
-    early = lab.call()
-    lab.has_wait(early)
+    early = lab.new_connections.dial(lab.old)
+    lab.new_connections.wait(early)
     lab.restore()
-    lab.talk_on()
-    lab.lets_in(early, lab.call())
-    lab.turns_away(lab.call(port=5001))
+    lab.traffic.talk_on()
+    lab.new_connections.are_accepted(early, lab.new_connections.dial(lab.old))
+    lab.new_connections.are_refused(lab.new_connections.dial(lab.old, 5001))
     lab.finish()

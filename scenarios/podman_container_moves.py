@@ -12,14 +12,4 @@ archive; the action script sets NATKEEP_ID, since podman passes no environment o
 """
 
 SETUP = {"engine": "podman"}
-
-
-def tell(lab):
-    lab.serve()
-    lab.dial(connections=4)
-    lab.talk()
-    lab.freeze()
-    lab.prepare()
-    lab.restore()
-    lab.talk_on()
-    lab.finish()
+CONNECTIONS = 4

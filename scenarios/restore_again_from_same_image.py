@@ -10,28 +10,26 @@ Each time CRIU's log tells in one line what was wrong, the exit ends the restore
 are in repair, and not a segment leaves.
 """
 
-from natkeep.lab.doors import Doors
+from natkeep.lab.criu_restore import CriuRestore
 from natkeep.lab.topology import THIRD, USUAL
 
 SETUP = {"engine": "criu", "seats": (*USUAL, THIRD)}
 
 
-def tell(lab):
-    lab.serve()
-    lab.dial()
-    lab.talk()
+def run(lab):
+    lab.begin()
     lab.freeze()
-    doors = Doors(lab)
-    doors.prepare("lab", "gateway", "destination")
+    moved = CriuRestore(lab)
+    moved.prepare("lab", "gateway", "destination")
     other = lab.topology["third"]
-    doors.natkeep("prepare", "elsewhere", f"--map={lab.old}={THIRD.address(4)}",
-                  f"--site=destination={other.name}", "--image", str(doors.images))  # fmt: skip
-    doors.must_abort("contradict each other",
+    moved.cli.call("prepare", "elsewhere", f"--map={lab.old}={THIRD.address(4)}",
+                  f"--site=destination={other.name}", "--image", str(moved.images))  # fmt: skip
+    moved.must_abort("contradict each other",
                      {"NATKEEP_ID": "lab", "NATKEEP_MAP": f"{lab.old}=auto"})  # fmt: skip
-    doors.must_abort("no move nobody in", {"NATKEEP_ID": "nobody"})
-    doors.must_abort("was prepared for another namespace", {"NATKEEP_ID": "elsewhere"})
-    doors.natkeep("teardown", "elsewhere", "--yes")
-    doors.restore({"NATKEEP_ID": "lab"})
-    lab.talk_on()
+    moved.must_abort("no move nobody in", {"NATKEEP_ID": "nobody"})
+    moved.must_abort("was prepared for another namespace", {"NATKEEP_ID": "elsewhere"})
+    moved.cli.call("teardown", "elsewhere", "--yes")
+    moved.restore({"NATKEEP_ID": "lab"})
+    lab.traffic.talk_on()
     lab.finish()
-    doors.judge_silences()
+    moved.check_aborts_sent_nothing()

@@ -1,4 +1,4 @@
-"""The restore at the destination fails for good; the process goes on at home, and nobody noticed.
+"""The restore at the destination fails for good; the process goes on at the source, unnoticed.
 
     client 10.1.0.2            gateway            source 10.2.0.10 (OLD)
     ┌──────┐  10.2.0.10:5000  ┌───────┐  10.2.0.10:5000  ┌────────┐
@@ -14,47 +14,38 @@ gate goes only then, since without it the destination would answer peers with re
 natkeep's gate at the source may go.
 """
 
-from natkeep.lab.engines import Opening
-from natkeep.lab.home import Machine, come_home, conclude_at_home, expect, fails
+from natkeep.lab.criu_restore import Machine
+from natkeep.lab.engine import Opening
+from natkeep.lab.host import write_script
 
 SETUP = {"engine": "criu"}
 
 
-def tell(lab):
-    lab.serve()
-    lab.dial(connections=2)
-    lab.talk()
-    gateway, destination, source = (Machine(lab, r) for r in ("gateway", "destination", "source"))
-    machines = (gateway, destination, source)
+def run(lab):
+    lab.begin(connections=2)
+    machines = [Machine(lab, role) for role in ("gateway", "destination", "source")]
+    gateway, destination, source = machines
     before = [machine.ruleset() for machine in machines]
     lab.freeze()
     for machine in machines:
         machine.prepare("web", *lab.frozen.options)
     gateway.natkeep("open", "web")
-    expect(lab, "CRIU's lock is gone from the source", "CRIU" not in source.ruleset())
+    lab.report.check("CRIU's lock is gone from the source", "CRIU" not in source.ruleset())
 
-    broken = lab.directory / "broken-hook"
-    broken.write_text('#!/bin/sh\n[ "$CRTOOLS_SCRIPT_ACTION" != post-restore ]\n')
-    broken.chmod(0o755)
+    failing = '[ "$CRTOOLS_SCRIPT_ACTION" != post-restore ]'
+    opening = Opening(lambda: None, write_script(lab.directory / "failing-hook", failing))
     for attempt in ("first", "second"):
-        fails(
-            lab,
-            f"the {attempt} restore at the destination fails",
-            lambda: lab.engine.restore(
-                destination.host, lab.server, lab.frozen, Opening(lambda: None, broken)
-            ),
-            "post-restore",
-        )
+        name = f"the {attempt} restore at the destination fails"
+        with lab.report.must_fail(name, "post-restore"):
+            lab.engine.restore(destination.host, lab.traffic.server, lab.frozen, opening)
 
     source.refuses("it would answer 2 peers with a reset", "teardown", "web")
     gateway.refuses("2 connections of web live and will break", "teardown", "web")
     gateway.natkeep("teardown", "web", "--yes")
-    come_home(lab, source.hook("web"))
-    lab.talk_on()
+    lab.restore_at_source(source.hook("web"))
+    lab.traffic.talk_on()
     destination.natkeep("teardown", "web")
     source.natkeep("teardown", "web")
     after = [machine.ruleset() for machine in machines]
-    expect(lab, "every machine's tables are as before", before == after)
-    lab.quiet()
-    lab.check_ends()
-    conclude_at_home(lab)
+    lab.report.check("every machine's tables are as before", before == after)
+    lab.finish(moved=False)

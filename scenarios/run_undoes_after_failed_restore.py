@@ -10,24 +10,21 @@
                                                          4. restored
 
 CRIU calls no hook when a restore fails. After 1 and 3 gateway and destination are byte-identical to
-before; after 3, where half a server was left behind in repair, it vanishes without a word.
+before; after 3, where half a server was left behind in repair, it vanishes without a segment.
 """
 
-from natkeep.lab.doors import Doors
-from natkeep.lab.surfaces import difference, read_surfaces
-from natkeep.lab.verdict import Assertion
+from natkeep.lab.criu_restore import CriuRestore
+from natkeep.lab.host_state import difference, read_surfaces
 
 SETUP = {"engine": "criu"}
 KILL = '[ "$CRTOOLS_SCRIPT_ACTION" != post-restore ] || kill -9 $PPID'
 
 
-def tell(lab):
-    lab.serve()
-    lab.dial()
-    lab.talk()
+def run(lab):
+    lab.begin()
     lab.freeze()
-    doors = Doors(lab)
-    order = doors.order("lab")
+    moved = CriuRestore(lab)
+    order = lab.place_order(move_id="lab")
     sites = [f"gateway={order.gateway.name}", "destination"]
     hosts = (order.gateway, order.destination)
     before = [read_surfaces(host) for host in hosts]
@@ -36,19 +33,19 @@ def tell(lab):
         after = [read_surfaces(host) for host in hosts]
         left = "; ".join(filter(None, map(difference, before, after)))
         name = f"nothing is left {when}"
-        lab.report.assertions.append(Assertion(name, not left and not doors.moves(), left))
+        lab.report.check(name, not left and not moved.moves(), left)
 
-    doors.take_pid(lab.server.pid)
-    doors.must_fail(1, "everything was undone", doors.start_run(order, sites=sites))
+    moved.take_pid(lab.traffic.server.pid)
+    moved.must_fail(1, "everything was undone", moved.start_run(order, sites=sites))
     undone("when CRIU fails")
     keep = "--keep-closed-on-failure"
-    doors.must_fail(1, "stays prepared", doors.start_run(order, keep, sites=sites))
-    doors.host.kill(lab.server.pid)
-    killing = doors.script("kill", KILL)
-    doors.must_fail(1, "killed by SIGKILL", doors.start_run(order, sites=sites, criu=killing))
+    moved.must_fail(1, "stays prepared", moved.start_run(order, keep, sites=sites))
+    moved.host.kill(lab.traffic.server.pid)
+    killing = moved.script("kill", KILL)
+    moved.must_fail(1, "killed by SIGKILL", moved.start_run(order, sites=sites, criu=killing))
     undone("when CRIU is killed")
-    gone = not doors.host.alive(lab.server.pid)
-    lab.report.assertions.append(Assertion("no half of a server is left", gone))
-    doors.must_succeed(doors.start_run(order, sites=sites))
-    lab.talk_on()
+    left = moved.host.alive(lab.traffic.server.pid)
+    lab.report.check("no half of a server is left", not left)
+    moved.must_succeed(moved.start_run(order, sites=sites))
+    lab.traffic.talk_on()
     lab.finish()

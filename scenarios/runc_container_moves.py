@@ -11,14 +11,4 @@ where runc does: outside of the container's network namespace. (docs/containers.
 """
 
 SETUP = {"engine": "runc"}
-
-
-def tell(lab):
-    lab.serve()
-    lab.dial(connections=4)
-    lab.talk()
-    lab.freeze()
-    lab.prepare()
-    lab.restore()
-    lab.talk_on()
-    lab.finish()
+CONNECTIONS = 4

@@ -9,14 +9,3 @@
 The client asks and is answered all the while. The gateway and the destination translate; no
 frame between them may say OLD.
 """
-
-
-def tell(lab):
-    lab.serve()
-    lab.dial()
-    lab.talk()
-    lab.freeze()
-    lab.prepare()
-    lab.restore()
-    lab.talk_on()
-    lab.finish()

@@ -10,14 +10,3 @@ As server_moves_to_new_address; neighbour discovery must not say OLD either.
 """
 
 SETUP = {"family": 6}
-
-
-def tell(lab):
-    lab.serve()
-    lab.dial()
-    lab.talk()
-    lab.freeze()
-    lab.prepare()
-    lab.restore()
-    lab.talk_on()
-    lab.finish()

@@ -16,29 +16,27 @@ of its files' times afterwards.
 
 from dataclasses import replace
 
-from natkeep.lab.doors import Doors
+from natkeep.lab.criu_restore import CriuRestore
 from natkeep.lab.topology import THIRD, USUAL
 
 SETUP = {"engine": "criu", "seats": (*USUAL, THIRD)}
 VETO = '[ "$CRTOOLS_SCRIPT_ACTION" != post-restore ]'
 
 
-def tell(lab):
-    lab.serve()
-    lab.dial()
-    lab.talk()
+def run(lab):
+    lab.begin()
     lab.freeze()
-    doors = Doors(lab)
+    moved = CriuRestore(lab)
     third = lab.topology["third"]
-    before = doors.fingerprint()
-    doors.mount_read_only(doors.host, third)
-    order = doors.order("lab")
+    before = moved.fingerprint()
+    moved.mount_read_only(moved.host, third)
+    order = lab.place_order(move_id="lab")
     spare = replace(order, id="spare", new=THIRD.address(lab.family))
-    goes_on = doors.start_run(order, sites=[f"gateway={order.gateway.name}", "destination"])
-    given_up = doors.start_run(spare, host=third, criu=doors.script("veto", VETO))
-    doors.must_fail(1, "everything was undone", given_up)
-    doors.must_succeed(goes_on)
-    doors.note_same("the image is what it was", before, doors.fingerprint())
-    lab.talk_on()
+    goes_on = moved.start_run(order, sites=[f"gateway={order.gateway.name}", "destination"])
+    given_up = moved.start_run(spare, host=third, criu=moved.script("veto", VETO))
+    moved.must_fail(1, "everything was undone", given_up)
+    moved.must_succeed(goes_on)
+    lab.report.check("the image is what it was", before == moved.fingerprint())
+    lab.traffic.talk_on()
     lab.finish()
-    doors.note_quiet("third")
+    moved.check_no_segment("third")

@@ -1,4 +1,4 @@
-"""Connections that cannot be kept are told so at once, at both ends; the kept one goes on.
+"""Connections that cannot be kept are reset at once, at both ends; the kept one goes on.
 
     client 10.1.0.2           gateway             source 10.2.0.10 (OLD): two peers live here
     ┌──────┐  10.2.0.10:5000  ┌───────┐            ┌──────────┐ 127.0.0.1:P, 10.2.0.10:Q
@@ -10,14 +10,14 @@
                                                          destination 10.3.0.20 (NEW)
 
 Two peers of the server live on the host that it leaves: by their OLD address and by loopback, one
-speaks and one is silent. The server itself is dialling :6000, whose owner does not answer. None
+speaks and one is silent. The server itself is dialling :6000, which does not answer. None
 of the three can be kept: by default they are reported, and hang. With `--unkept reset` every end
 is reset when the move is opened, not earlier: until then the restore may fail, and all of it go
 on at the source.
 """
 
-from natkeep.lab.home import Machine, expect
-from natkeep.lab.lost import LostEnds
+from natkeep.lab.criu_restore import Machine
+from natkeep.lab.unkept import UnkeptEnds
 
 SETUP = {
     "engine": "criu",
@@ -25,32 +25,29 @@ SETUP = {
 }
 
 
-def tell(lab, unkept="reset"):
+def run(lab, unkept="reset"):
     """unkept: what natkeep is told to do; with `report` all of them have to hang."""
     lab.serve()
     lab.dial()
-    lost = LostEnds(lab)
-    lab.talk()
+    ends = UnkeptEnds(lab)
+    lab.traffic.talk()
     lab.freeze()
 
-    source = Machine(lab, "source")
-    source.environment = {"NATKEEP_STATE_DIR": str(lab.directory / "natkeep-state")}
+    source = Machine(lab, "source", state="natkeep-state")
     before = source.ruleset()
     lab.place_order()
-    hosts = {role: lab.topology[role].name for role in ("gateway", "destination", "source")}
-    sites = [word for role, name in hosts.items() for word in ("--site", f"{role}={name}")]
     options = ["--mode", lab.mode, *lab.frozen.options, "--unkept", unkept]
-    source.natkeep("prepare", "lab", *source.map(), *sites, *options)
-    lost.speak()
-    lost.hang("while the move is closed nobody is told")
+    source.prepare("lab", *options, sites=("gateway", "destination", "source"))
+    ends.speak()
+    ends.hang("while the move is closed nobody is told")
     lab.restore()
     if unkept == "reset":
-        lost.are_told()
+        ends.are_reset()
     else:
-        lost.hang("they are reported, and hang")
-    lab.talk_on()
+        ends.hang("they are reported, and hang")
+    lab.traffic.talk_on()
     lab.finish()
     if unkept == "reset":
-        lost.judge_resets()
-        expect(lab, "natkeep leaves no lock and no table at the source", not source.ruleset())
-    expect(lab, "the source had CRIU's lock", "CRIU-" in before)
+        ends.check_resets()
+        lab.report.check("natkeep leaves no lock and no table at the source", not source.ruleset())
+    lab.report.check("the source had CRIU's lock", "CRIU-" in before)

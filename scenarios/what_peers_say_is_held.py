@@ -16,26 +16,20 @@ from contextlib import suppress
 from natkeep.kernel import segment_holder
 from natkeep.lab.application import all_open, received
 from natkeep.lab.host import LabError, await_true
-from natkeep.lab.verdict import Assertion
-from natkeep.plan.tuples import FourTuple
 
 SETUP = {"points": {"lo": ("destination", "lo")}}
 CONNECTIONS, OCTETS = 4, 3000
 
 
-def tell(lab):
-    state = str(lab.directory / "natkeep-state")
-
-    def note(name, ok, detail=""):
-        lab.report.assertions.append(Assertion(name, ok, detail))
-
+def run(lab):
+    state, check = str(lab.directory / "natkeep-state"), lab.report.check
     lab.serve()
     lab.dial(connections=CONNECTIONS)
-    lab.client.do({"push": 100})
-    lab.client.wait(received(100), "answers")
+    lab.traffic.client.do({"push": 100})
+    lab.traffic.client.wait(received(100), "answers")
     lab.freeze()
     lab.prepare()
-    lab.client.do({"push": OCTETS})
+    lab.traffic.client.do({"push": OCTETS})
     held = None
 
     def all_held():
@@ -47,28 +41,28 @@ def tell(lab):
         await_true(all_held, "what the client says to be held")
     octets = held.octets if held else 0
     ok = octets == CONNECTIONS * OCTETS
-    note("what the client says meanwhile is held", ok, f"{octets} octets")
+    check("what the client says meanwhile is held", ok, f"{octets} octets")
     lab.restore()
     left = segment_holder.look(state, lab.order.id)
-    note("the holder has ended", left is None, str(left or ""))
+    check("the holder has ended", left is None, str(left or ""))
     goal = 100 + OCTETS
-    with lab.must("it is answered"):
-        lab.client.wait(received(goal), "answers", within=5)
-        lab.client.wait(all_open(CONNECTIONS), "the connections to be open")
-    lab.talk()
-    lab.talk_on()
+    with lab.report.must("it is answered"):
+        lab.traffic.client.wait(received(goal), "answers", within=5)
+        lab.traffic.client.wait(all_open(CONNECTIONS), "the connections to be open")
+    lab.traffic.talk()
+    lab.traffic.talk_on()
     lab.finish()
-    _judge_replay(lab, note)
+    check_replay(lab)
 
 
-def _judge_replay(lab, note):
+def check_replay(lab):
     """What came through lo: of each connection the octets that were held, once."""
-    inbound = {each: set() for each in lab.kept}
-    for frame in lab.tap.captures["lo"].frames():
+    inbound = {each: set() for each in lab.traffic.kept}
+    for frame in lab.captures["lo"].frames():
         segment = frame.segment
-        if segment and FourTuple(segment.tuple.source, segment.tuple.destination) in inbound:
+        if segment and segment.tuple in inbound:
             places = range(segment.seq, segment.seq + segment.length)
             inbound[segment.tuple] |= {place % 2**32 for place in places}
     counts = [len(places) for places in inbound.values()]
     ok = counts == [OCTETS] * CONNECTIONS
-    note("what was held came to the process through lo", ok, f"{counts} octets")
+    lab.report.check("what was held came to the process through lo", ok, f"{counts} octets")

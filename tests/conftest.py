@@ -4,6 +4,8 @@ Rule: what a test needs and does not find is a skip, unless NATKEEP_REQUIRE name
 failure (`make test` as root and `.ci/run` name all). A test says what it needs by a marker
 (`root`, `criu`, `lab`, or `needs("pycriu", "scapy")`) or calls the fixture `require`.
 Every namespace of a test comes from the fixture `netns` or `make_netns`, and goes by its name.
+With several workers (pytest-xdist, `make test`) each has a processor of its own, and its labs
+with it. What needs no kernel is marked `quick` here, by what it asks for (`make test-quick`).
 At the end the run fails if it left a namespace or an nft table in the host behind.
 """
 
@@ -25,8 +27,12 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 CRIU = ROOT / ".lab/criu/criu"
-OURS = ("natkeep-test-", "natkeep-lab-")
-PATIENCE = 30.0  # s; somebody else's lab at the same time is over by then, a leftover is not
+# In the name of each namespace of this run, whichever worker makes it: they inherit it.
+RUN = os.environ.setdefault("NATKEEP_RUN", secrets.token_hex(3))
+OURS = (f"natkeep-test-{RUN}", "natkeep-lab-")
+PATIENCE = 120.0  # s; another run's lab is over by then, a leftover is not
+# What is said to tests and lab. All else of natkeep's, in the shell that starts us, is not heard.
+HEARD = {f"NATKEEP_{it}" for it in ("RUN", "REQUIRE", "MANY", "EXAMPLES", "GOLDEN", "CRIU", "BIN")}
 
 
 def _run(*command: str) -> subprocess.CompletedProcess[str]:
@@ -95,11 +101,34 @@ def require() -> Callable[[str], None]:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    _take_one_processor()
+    for name in [each for each in os.environ if each.startswith("NATKEEP_")]:
+        if name not in HEARD:
+            del os.environ[name]
     config.addinivalue_line("markers", "needs(*names): what NATKEEP_REQUIRE knows by these names")
     if unknown := REQUIRED - PROBES.keys():
         raise pytest.UsageError(
             f"NATKEEP_REQUIRE: unknown {', '.join(sorted(unknown))} (known: {', '.join(PROBES)})"
         )
+
+
+def _take_one_processor() -> None:
+    """Each worker and all it starts on one processor: a lab is not disturbed by the other's."""
+    if worker := os.environ.get("PYTEST_XDIST_WORKER"):
+        usual = sorted(os.sched_getaffinity(0))
+        os.sched_setaffinity(0, {usual[int(worker.removeprefix("gw")) % len(usual)]})
+
+
+KERNEL_MARKS = ("root", "criu", "lab")
+
+
+@pytest.hookimpl(tryfirst=True)  # before -m chooses
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark as quick what asks for no kernel."""
+    for item in items:
+        fixtures = getattr(item, "fixturenames", ())
+        if "make_netns" not in fixtures and not any(map(item.get_closest_marker, KERNEL_MARKS)):
+            item.add_marker("quick")
 
 
 MARKS = {"root": ("root",), "criu": ("root", "criu", "powers"), "lab": ("root", "scapy")}
@@ -118,7 +147,7 @@ def make_netns() -> Iterator[Callable[[], str]]:
     made: list[str] = []
 
     def make() -> str:
-        name = f"natkeep-test-{secrets.token_hex(4)}"
+        name = f"natkeep-test-{RUN}{secrets.token_hex(3)}"
         subprocess.run(["ip", "netns", "add", name], check=True)
         made.append(name)
         subprocess.run(["ip", "-n", name, "link", "set", "lo", "up"], check=True)

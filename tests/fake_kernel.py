@@ -70,7 +70,7 @@ class FakeSite:
     the listeners there are, and who has not been accepted yet at each; holds: those of quiesces;
     resets: of each move that resets, whether it does so yet; loaded: the steps whose text is in the
     tables, broken: those of its things that somebody else has removed; holders: of which moves;
-    lost: notes of ways that are gone; made: things that were loaded without a step.
+    lost: notes of routes that are gone; made: things that were loaded without a step.
     """
 
     gates: dict[str, Gate] = field(default_factory=dict)
@@ -198,7 +198,7 @@ class FakeKernel:
         if number == self.die_at:
             raise KilledError
 
-    def find_lost_ways(self, site: Site, noted: str) -> tuple[str, ...]:
+    def find_lost_routes(self, site: Site, noted: str) -> tuple[str, ...]:
         """What a test put there."""
         return tuple(self.sites[site.netns].lost)
 
@@ -281,9 +281,9 @@ class FakeKernel:
             here.broken.clear()
             here.made.clear()
 
-    def take_panorama(self, site: Site) -> FakePanorama:
+    def snapshot(self, site: Site) -> FakeSnapshot:
         """As quick as looking closely."""
-        return FakePanorama(self)
+        return FakeSnapshot(self)
 
     def observe(self, site: Site, plan: Plan) -> Observation:
         """What *site* shows of *plan* now."""
@@ -325,21 +325,18 @@ class FakeKernel:
 
 
 @dataclass
-class FakePanorama:
+class FakeSnapshot:
     """What the kernel itself shows."""
 
     kernel: FakeKernel
-
-    def expect(self, version: int, connections: int) -> None:
-        """Nothing is read beforehand."""
 
     def observe(self, site: Site, plan: Plan) -> Observation:
         """What *site* shows of *plan* now."""
         return self.kernel.observe(site, plan)
 
-    def find_lost_ways(self, site: Site, noted: str) -> tuple[str, ...]:
+    def find_lost_routes(self, site: Site, noted: str) -> tuple[str, ...]:
         """What a test put there."""
-        return self.kernel.find_lost_ways(site, noted)
+        return self.kernel.find_lost_routes(site, noted)
 
     def close(self) -> None:
         """There is nothing to let go of."""

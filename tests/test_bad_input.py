@@ -223,7 +223,7 @@ def await_carrier(netns: str, device: str) -> None:
 @pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Namespace, Path]]:
     """The namespace, and the state directory of the move that is prepared in it."""
-    name = f"natkeep-test-{secrets.token_hex(4)}"
+    name = f"natkeep-test-{os.environ['NATKEEP_RUN']}{secrets.token_hex(3)}"
     subprocess.run(["ip", "netns", "add", name], check=True)
     namespace = open_namespace(name)
     try:

@@ -8,6 +8,7 @@ The network of the moves is two namespaces; no packet runs, only what natkeep ch
 
 from __future__ import annotations
 
+import faulthandler
 import fcntl
 import functools
 import importlib
@@ -422,7 +423,11 @@ def run_program(
 
 
 def run_fork(arguments: Sequence[str], input: str = "") -> subprocess.CompletedProcess[str]:
-    """main() in a process of its own that needs not import everything again: 10 times faster."""
+    """main() in a process of its own that needs not import everything again: 10 times faster.
+
+    What it forks from may have another thread (pytest-xdist's), so a lock may be held for ever in
+    the child: one that does not end says where it is, and is ended.
+    """
     with ExitStack() as stack:
         streams = [stack.enter_context(tempfile.TemporaryFile("w+")) for _ in range(3)]
         streams[0].write(input)
@@ -435,6 +440,9 @@ def run_fork(arguments: Sequence[str], input: str = "") -> subprocess.CompletedP
                     os.dup2(stream.fileno(), number)
                     setattr(sys, ("stdin", "stdout", "stderr")[number], os.fdopen(number, mode))
                 os.closerange(3, 4096)  # not what pytest has open
+                signal.signal(signal.SIGALRM, signal.SIG_DFL)
+                faulthandler.register(signal.SIGALRM, file=2, chain=True)
+                signal.alarm(int(PATIENCE))
                 code = cli.main(arguments)
             except BaseException:
                 traceback.print_exc()
@@ -563,6 +571,12 @@ class Network(NamedTuple):
         )
         return {namespace: self.run(namespace, "sh", "-c", script) for namespace in self}
 
+    def is_settled(self, namespace: str, device: str) -> bool:
+        """Whether the kernel has noticed the cable and made its own routes, which it does later."""
+        link = self.run(namespace, "ip", "link", "show", device)
+        routes = self.run(namespace, *["ip", "-6", "route", "show", "table", "all", "dev"], device)
+        return "state UP" in link and "local fd00:3::" in routes and "multicast ff00::" in routes
+
     def addresses_of_lo(self) -> set[str]:
         text = self.run(self.destination, *["ip", "-json", "address", "show", "dev", "lo"])
         return {info["local"] for info in json.loads(text)[0]["addr_info"]}
@@ -574,8 +588,10 @@ def network(make_netns: Callable[[], str], require: Callable[[str], None]) -> Ne
     for name in ("pyroute2", "nftables", "natkeep.kernel.linux", "natkeep.report"):
         importlib.import_module(name)  # once, here, and not in each fork
     found = Network(make_netns(), make_netns())
+    # An index of its own, or the carrier comes up to a second late (linkwatch.c).
     lines = [
-        f"link add gate0 netns {found.gateway} type veth peer name dest0 netns {found.destination}"
+        f"link add gate0 index 100 netns {found.gateway} type veth"
+        f" peer name dest0 netns {found.destination}"
     ]
     for namespace, device, host in (
         (found.gateway, "gate0", "1"),
@@ -593,6 +609,8 @@ def network(make_netns: Callable[[], str], require: Callable[[str], None]) -> Ne
     ]
     for line in lines:
         subprocess.run(["ip", *line.split()], check=True)
+    for namespace, device in ((found.gateway, "gate0"), (found.destination, "dest0")):
+        wait_until(functools.partial(found.is_settled, namespace, device))
     return found
 
 

@@ -113,14 +113,14 @@ def test_every_import_runs_down() -> None:
         ("lab/wire.py", "import natkeep.lifecycle", "natkeep.lifecycle: not for the lab"),
         (
             "lifecycle/executor.py",
-            "import natkeep.lab.wire",
-            "natkeep.lab.wire: the lab is imported",
+            "import natkeep.lab.capture",
+            "natkeep.lab.capture: the lab is imported",
         ),
         ("cli/parser.py", "from natkeep.lab import cli", "natkeep.lab.cli: the lab is imported"),
         (
             "cli/parser.py",
-            "def f():\n    import natkeep.lab.wire",
-            "natkeep.lab.wire: the lab is imported",
+            "def f():\n    import natkeep.lab.capture",
+            "natkeep.lab.capture: the lab is imported",
         ),
         ("helpers.py", "", "helpers.py stands on no floor"),
     ],

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import NoReturn
 
 import pytest
-from fake_kernel import FakeKernel, FakePanorama, FakeSite, KilledError
+from fake_kernel import FakeKernel, FakeSite, FakeSnapshot, KilledError
 
 from natkeep.errors import (
     JournalError,
@@ -1132,7 +1132,7 @@ def test_whoever_looks_at_many_moves_lets_go_of_each(
 
 
 class HazyKernel(RecordingKernel):
-    """Its panoramas miss the gate of some moves, which are just being changed."""
+    """Its snapshots miss the gate of some moves, which are just being changed."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -1144,12 +1144,12 @@ class HazyKernel(RecordingKernel):
         self.closely.append(plan.move.id)
         return super().observe(site, plan)
 
-    def take_panorama(self, site: Site) -> FakePanorama:
+    def snapshot(self, site: Site) -> FakeSnapshot:
         self.taken += 1
         return Hazy(self)
 
 
-class Hazy(FakePanorama):
+class Hazy(FakeSnapshot):
     def observe(self, site: Site, plan: Plan) -> Observation:
         assert isinstance(self.kernel, HazyKernel)
         seen = FakeKernel.observe(self.kernel, site, plan)
@@ -1167,7 +1167,7 @@ def prepare_many(executor: Executor, count: int) -> list[str]:
     return [f"m{number:02}" for number in range(count)]
 
 
-def test_many_moves_at_a_site_are_seen_in_one_panorama_and_drift_is_looked_at_closely(
+def test_many_moves_at_a_site_are_seen_in_one_snapshot_and_drift_is_looked_at_closely(
     state: StateDirectory,
 ) -> None:
     kernel = HazyKernel()
@@ -1184,7 +1184,7 @@ def test_many_moves_at_a_site_are_seen_in_one_panorama_and_drift_is_looked_at_cl
 
     assert kernel.closely == ["m03", "m04"]
     drifted = [s.plan.move.id for s in found if any(site.drift for site in s.sites)]
-    assert drifted == ["m04"]  # what the panorama alone did not show is no drift
+    assert drifted == ["m04"]  # what the shared snapshot alone did not show is no drift
     assert kernel.opened == set()
 
 
@@ -1201,7 +1201,7 @@ def test_a_move_that_is_torn_down_while_many_are_looked_at_is_left_out(
                 teardown(executor, "m07")
             return super().observe(site, plan)
 
-    kernel.take_panorama = lambda site: TornDown(kernel)  # type: ignore[method-assign]
+    kernel.snapshot = lambda site: TornDown(kernel)  # type: ignore[method-assign]
     kernel.missed = {"m07"}
 
     unreadable: list[JournalError] = []

@@ -64,7 +64,9 @@ def run_in(netns: str, *words: str) -> str:
 def sites(make_netns: Callable[[], str], tmp_path: Path) -> Sites:
     found = Sites(make_netns(), make_netns(), tmp_path / "state")
     for line in (
-        f"link add gate0 netns {found.gateway} type veth peer name dest0 netns {found.destination}",
+        # An index of its own, or the carrier comes up to a second late (linkwatch.c).
+        f"link add gate0 index 100 netns {found.gateway} type veth"
+        f" peer name dest0 netns {found.destination}",
         f"-n {found.gateway} link set gate0 addrgenmode none up",
         f"-n {found.gateway} address add 10.3.0.1/24 dev gate0",
         f"-n {found.destination} link set dest0 addrgenmode none up",
@@ -73,6 +75,10 @@ def sites(make_netns: Callable[[], str], tmp_path: Path) -> Sites:
         f"-n {found.destination} route add 10.1.0.0/16 via 10.3.0.1",
     ):
         subprocess.run(["ip", *line.split()], check=True)
+    deadline = time.monotonic() + 20
+    for netns, device in ((found.gateway, "gate0"), (found.destination, "dest0")):
+        while "state UP" not in run_in(netns, "ip", "link", "show", device):
+            assert time.monotonic() < deadline, "a cable was plugged in and has no carrier"
     return found
 
 

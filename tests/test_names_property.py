@@ -10,6 +10,7 @@ tokenizer that knows nothing of the renderer reads them.
 from __future__ import annotations
 
 import ipaddress
+import os
 import re
 from collections.abc import Callable, Iterator
 from typing import TypeVar
@@ -29,7 +30,7 @@ from natkeep.plan.tuples import Connections, Endpoint, FourTuple, parse_address
 from natkeep.plan.wanted import objects_of
 from natkeep.values import replace
 
-EXAMPLES = 50_000
+EXAMPLES = int(os.environ.get("NATKEEP_EXAMPLES", "5000"))  # `make test-long`: 50,000
 
 # ---- the tokenizer -----------------------------------------------------------------------------
 

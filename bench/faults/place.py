@@ -29,12 +29,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
 
+from surfaces import read_all_surfaces, read_directory
+
 import natkeep
 from natkeep import cli, faultpoints
 from natkeep.checkpoint.images import read_checkpoint
 from natkeep.kernel import nftables
 from natkeep.kernel.netns import inside, open_namespace
-from natkeep.lab.surfaces import read_all_surfaces, read_directory
 from natkeep.plan.criu_lock import render_restoration, render_table
 
 ROOT = Path(__file__).resolve().parent.parent.parent

@@ -11,7 +11,7 @@ from pathlib import Path
 from place import Place, Said, Surfaces, listing
 from stories import GC, KILLS, Story
 
-from natkeep.lab.surfaces import difference
+from natkeep.lab.host_state import difference
 
 
 @dataclass

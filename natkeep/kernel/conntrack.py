@@ -1,64 +1,60 @@
-"""the connection table: the entries of exactly the kept tuples made, deleted and looked at.
+"""Makes, deletes and looks up the conntrack entries of exactly the kept connections.
 
-Rule: nothing here ever flushes, and no entry is touched but by its full tuple. What an entry
-must say is in plan/conntrack.py; how it is packed in ctnetlink.py; what is in its way in purge.py.
+Rule: nothing here ever flushes, and no entry is touched but by its full tuple. What an entry must
+say is in plan/conntrack.py; how it is packed in ctnetlink.py; stale ones go in conntrack_purge.py.
 
-ctnetlink is not atomic: of a batch some may be refused, so every refusal is looked at. It
-cannot change an entry's NAT (EOPNOTSUPP): an entry is deleted and made anew, behind the gate.
+ctnetlink is not atomic: of a batch some may be refused, so every refusal is looked at. It cannot
+change an entry's NAT (EOPNOTSUPP): an entry is deleted and made anew, behind the gate.
 """
 
 from __future__ import annotations
 
 import errno
-import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterator
 from functools import partial
-from typing import TYPE_CHECKING
 
 from natkeep import faultpoints
-from natkeep.errors import RefusedError
+from natkeep.errors import KernelError, RefusedError
+from natkeep.kernel import sysctl
+from natkeep.kernel.conntrack_dump import (
+    LOOK_UP,
+    ask_each,
+    count_tracked,
+    dump,
+    is_dump_cheaper,
+)
+from natkeep.kernel.conntrack_purge import delete_inbound, purge, raise_unless
 from natkeep.kernel.ctnetlink import (
-    DELETE,
-    GET,
     NEW,
-    STATUS_BITS,
-    TUPLE_ORIG,
-    TUPLE_REPLY,
     Pack,
-    ask_for_status,
+    ask_for_tcp,
     for_each,
-    make_keys,
-    make_turned_keys,
     pack_entry,
     pack_inbound,
     pack_outbound,
     read_said,
-    read_tcp_tuples,
-    read_tuple,
+    read_status,
+    read_tuples,
     turn,
 )
-from natkeep.kernel.netlink import (
-    NETLINK_NETFILTER,
-    NLM_F_CREATE,
-    NLM_F_DUMP,
-    NLM_F_EXCL,
-    Netlink,
-    Refusal,
-    attributes,
-)
+from natkeep.kernel.interface import Place, Remember
+from natkeep.kernel.netlink import NETLINK_NETFILTER, NLM_F_CREATE, NLM_F_EXCL, Netlink, Refusal
 from natkeep.plan.conntrack import (
     ESTABLISHED_TIMEOUT,
     IPS_DST_NAT,
     IPS_SRC_NAT,
+    NOT_TRACKED,
+    PEER_DIALLED,
+    PROCESS_DIALLED,
     TCP_ESTABLISHED,
+    directions_of,
 )
 from natkeep.plan.drift import SeenEntry
-from natkeep.plan.move import Mode
+from natkeep.plan.move import Mode, Role
+from natkeep.plan.steps import InsertEntries, Prior, PurgeEntries
 from natkeep.plan.translation import Translation
-from natkeep.plan.tuples import RECORD_SIZE, Connections, FourTuple
-
-if TYPE_CHECKING:
-    from natkeep.kernel.ctwalk import Walk
+from natkeep.plan.tuples import Connections, FourTuple
+from natkeep.plan.undo import DeleteEntries, RestoreEntries
 
 _ALIVE = frozenset(range(TCP_ESTABLISHED, 7))
 """ESTABLISHED, FIN_WAIT, CLOSE_WAIT, LAST_ACK; TIME_WAIT and CLOSE have ended."""
@@ -66,36 +62,167 @@ _ALIVE = frozenset(range(TCP_ESTABLISHED, 7))
 _IPS_OFFLOAD = 0xC000
 """IPS_OFFLOAD and IPS_HW_OFFLOAD."""
 
-_GIVEN_BACK_S = 300
+_PICKED_UP_S = 300
 """Seconds until the first packet, as for a connection that the kernel picks up by itself."""
 
-_FEW = 1000
-"""Up to so many entries are looked up one by one (6 us each) rather than by a walk (4 to 11 ms)."""
+_INSERT_ATTEMPTS = 5
+"""A packet may make a stale entry between purge and insertion; five times in a row it does not."""
 
-_SETTINGS = "/proc/sys/net/netfilter"
+_ACCOUNTING = "netfilter/nf_conntrack_acct"
+
+
+class InsertDriver:
+    """InsertEntries: the entry of each kept connection, with NAT."""
+
+    enters = True
+
+    def check(self, at: Place, step: InsertEntries) -> None:
+        """A table that is nearly full would take neither our entries nor those of others."""
+        from natkeep.plan.diagnostics import FULL
+
+        limit = int(sysctl.read("netfilter/nf_conntrack_max") or 0)
+        wanted = (count_tracked() or 0) + len(step.translation.kept)
+        if limit and wanted > limit * FULL // 100:
+            raise RefusedError(
+                f"{step.site}: the conntrack table would hold {wanted} of {limit} entries, "
+                f"over {FULL} %",
+                hint="raise net.netfilter.nf_conntrack_max",
+            )
+
+    def apply(self, at: Place, step: InsertEntries, remember: Remember) -> Prior:
+        """All or none of them, whatever packets come meanwhile."""
+        # Entries count their packets only if accounting was on when they were made; it is on for
+        # just this long, so that connections of others are none the wiser.
+        before = sysctl.read(_ACCOUNTING)
+        remember(Prior(facts={"acct": before}) if before == "0" else Prior())
+        counting = before == "0" and sysctl.write(_ACCOUNTING, "1")
+        try:
+            faultpoints.reach("insert-counting")
+            _insert_despite_races(step.translation)
+        except BaseException:
+            delete(step.translation)
+            raise
+        finally:
+            if counting:
+                sysctl.write(_ACCOUNTING, "0")
+        return Prior()
+
+    def revert(self, at: Place, undo: DeleteEntries, prior: Prior) -> None:
+        """Delete them; and accounting goes off, if the process was killed in the middle."""
+        if "acct" in prior.facts:
+            sysctl.write(_ACCOUNTING, str(prior.facts["acct"]))
+        delete_inbound(undo.outer)
+
+
+def stop_counting() -> None:
+    """Accounting goes off, as a repair that was killed in the middle has left it on."""
+    sysctl.write(_ACCOUNTING, "0")
+
+
+def _insert_despite_races(translation: Translation) -> None:
+    for attempt in range(1, _INSERT_ATTEMPTS + 1):
+        try:
+            insert(translation)
+        except FileExistsError:
+            if attempt == _INSERT_ATTEMPTS:
+                raise
+        else:
+            faultpoints.reach("insert-whole")
+            wrong = count_wrong(translation)
+            if not wrong:
+                return
+            if attempt == _INSERT_ATTEMPTS:
+                raise KernelError(f"conntrack: {wrong} entries do not translate as planned")
+        purge(translation)
+
+
+class PurgeDriver:
+    """PurgeEntries: stale entries go; those that a gateway had of its own come back in the end.
+
+    Which there are is in the journal before the first is deleted, so a kill forgets nothing.
+    """
+
+    enters = True
+
+    def check(self, at: Place, step: PurgeEntries) -> None:
+        """It always works."""
+
+    def apply(self, at: Place, step: PurgeEntries, remember: Remember) -> Prior:
+        """Delete every entry that has one of the stale tuples."""
+        at_gateway = step.site.role == Role.GATEWAY
+        prior = Prior(facts={"own": read_directions(step.translation)} if at_gateway else {})
+        remember(prior)
+        purge(step.translation)
+        return prior
+
+    def revert(self, at: Place, undo: RestoreEntries, prior: Prior) -> None:
+        """Make those of the gateway again, where nothing is in their place."""
+        restore(undo, directions_of(prior.facts))
+
+
+def read_directions(translation: Translation) -> str:
+    """For each kept connection the direction of the entry that the gateway has of its own.
+
+    In the characters of plan/conntrack.py; empty where none has one. They are looked for as the
+    process sees them: what another move translates has no such tuple.
+    """
+    tracked, kept = count_tracked(), translation.kept
+    if tracked == 0:
+        return ""
+    if tracked is not None and is_dump_cheaper(LOOK_UP * len(kept), tracked):
+        found = _dump_directions(translation.map.old.version)
+        directions = "".join([found.get(record, NOT_TRACKED) for record in kept.each()])
+    else:
+        with Netlink(NETLINK_NETFILTER) as netlink:
+            answers = ask_each(netlink, kept, pack_outbound)
+            directions = "".join(map(_read_direction, kept.each(), answers))
+    return directions if directions.strip(NOT_TRACKED) else ""
+
+
+def _read_direction(record: bytes, answer: bytes | None) -> str:
+    if answer is None:
+        return NOT_TRACKED
+    return PROCESS_DIALLED if read_tuples(answer)[0] == record else PEER_DIALLED
+
+
+def _dump_directions(version: int) -> dict[bytes, str]:
+    """By the tuple as the process sees it, local end first; of zone 0, as when asked for."""
+    found: dict[bytes, str] = {}
+    for answer in dump(ask_for_tcp(version)):
+        original, reply, zone = read_tuples(answer)
+        if not zone:
+            found[original], found[reply] = PROCESS_DIALLED, PEER_DIALLED
+    return found
+
+
+def restore(undo: RestoreEntries, directions: str) -> None:
+    """Make again what `read_directions` has found, where nothing is in its place.
+
+    They must not wait for a packet: if the process's is the first, it would leave untranslated,
+    or not at all. They last as long as the connection, or only briefly when it has ended.
+    """
+    version, outer, kept = 4 if undo.kept.v4 else 6, undo.outer, undo.kept
+    dialled = [i for i, direction in enumerate(directions) if direction == PROCESS_DIALLED]
+    called = [i for i, direction in enumerate(directions) if direction == PEER_DIALLED]
+    if outer != kept:
+        # With a translation of the gateway's own; either direction translates both alike.
+        called, dialled = sorted(called + dialled), []
+    _restore(outer.pick(called, version), kept.pick(called, version), ports=undo.renames)
+    turned = b"".join(map(turn, kept.pick(dialled, version).each()))
+    plain = Connections.packed(turned, version)
+    _restore(plain, plain, ports=False)
+
+
+def _restore(outer: Connections, inner: Connections, *, ports: bool) -> None:
+    if len(outer):
+        refusals = _insert(outer, inner, _PICKED_UP_S, "give-back", ports=ports)
+        raise_unless(refusals, errno.EEXIST)
 
 
 def insert(translation: Translation) -> None:
     """Create the entry of each kept connection; FileExistsError when one is in the way."""
     outer, inner = _sides(translation)
-    timeout = established_timeout()
-    raise_unless(_insert(outer, inner, timeout, "insert", ports=translation.renames))
-
-
-def give_back(outer: Connections, kept: Connections, *, ports: bool) -> None:
-    """Create the entries that a gateway had of its own, where there are none now.
-
-    They must not wait for a packet: if the process's is the first, it would leave untranslated,
-    or not at all. They last as long as the connection, or only briefly when it has ended.
-    """
-    refusals = _insert(outer, kept, _GIVEN_BACK_S, "give-back", ports=ports)
-    raise_unless(refusals, errno.EEXIST)
-
-
-def give_back_plain(connections: Connections) -> None:
-    """Likewise, of *connections* that were dialled from their peers and not translated at all."""
-    refusals = _insert(connections, connections, _GIVEN_BACK_S, "give-back", ports=False)
-    raise_unless(refusals, errno.EEXIST)
+    raise_unless(_insert(outer, inner, _read_timeout(), "insert", ports=translation.renames))
 
 
 def _insert(
@@ -108,11 +235,10 @@ def _insert(
         return netlink.send_batch(batch)
 
 
-def _sides(translation: Translation) -> tuple[Connections, Connections]:
-    """What conntrack sees on the peer's and on the process' side (see plan.entries)."""
-    if translation.mode == Mode.STATELESS:
-        return translation.inner, translation.inner
-    return translation.outer, translation.inner
+def _read_timeout() -> int:
+    """Seconds that an established connection may be silent, as this namespace is set."""
+    value = sysctl.read("netfilter/nf_conntrack_tcp_timeout_established")
+    return int(value) if value is not None else ESTABLISHED_TIMEOUT
 
 
 def delete(translation: Translation) -> None:
@@ -121,67 +247,31 @@ def delete(translation: Translation) -> None:
     delete_inbound(outer)
 
 
-def delete_inbound(outer: Connections) -> None:
-    """Delete the entries of these tuples, from the peers' side; none is fine."""
-    batch = for_each(outer, outer, DELETE, 0, lambda o, _: pack_inbound(o))
-    with Netlink(NETLINK_NETFILTER) as netlink:
-        faultpoints.reach(
-            "half", "delete", lambda: netlink.send_batch(batch.head(batch.count // 2))
-        )
-        raise_unless(netlink.send_batch(batch), errno.ENOENT)
+def _sides(translation: Translation) -> tuple[Connections, Connections]:
+    """What conntrack sees on the peer's and on the process' side (see plan/conntrack.py)."""
+    if translation.mode == Mode.STATELESS:
+        return translation.inner, translation.inner
+    return translation.outer, translation.inner
 
 
-def look_up(translation: Translation) -> Iterator[SeenEntry | None]:
+def look_up(netlink: Netlink, translation: Translation) -> Iterator[SeenEntry | None]:
     """For each kept connection what the table shows, or None when it has no such entry."""
     outer, inner = _sides(translation)
-    queries = for_each(outer, outer, GET, 0, lambda o, _: pack_inbound(o))
+    answers = ask_each(netlink, outer, pack_inbound)
     translated = IPS_DST_NAT if translation.mode == Mode.STATEFUL else 0
-    with Netlink(NETLINK_NETFILTER) as netlink:
-        for answer, wanted in zip(netlink.send_queries(queries), inner.each(), strict=True):
-            if answer is None:
-                yield None
-            else:
-                yield _see(attributes(answer[4:]), wanted, translated)
+    for answer, wanted in zip(answers, inner.each(), strict=True):
+        yield None if answer is None else _see(answer, wanted, translated)
 
 
-def look_up_in(translation: Translation, walk: Walk) -> tuple[list[SeenEntry | None], list[int]]:
-    """The same, as a walk through the table shows it; and for which it showed nothing.
-
-    Nothing is shown of one that has not the tuples that it should have.
-    """
-    outer, inner = _sides(translation)
-    version = translation.map.old.version
-    stateful = translation.mode == Mode.STATEFUL
-    found = walk.find_each(make_keys(outer, inner, version))
-    seen = _see_all(found, walk, IPS_DST_NAT if stateful else 0)
-    if None in found:
+def _see(answer: bytes, wanted: bytes, translated: int) -> SeenEntry:
+    status, state, inward, outward = read_said(answer)
+    original, reply, _ = read_tuples(answer)
+    same = reply == wanted
+    if not same and original == wanted:
         # Picked up by the rules when the process spoke first: the same, the other way round.
-        turned = walk.find_each(make_turned_keys(outer, inner, version))
-        others = _see_all(turned, walk, IPS_SRC_NAT if stateful else 0)
-        for index, other in enumerate(others):
-            if other is not None and seen[index] is None:
-                translates, inward, outward, alive = other
-                seen[index] = SeenEntry(translates, outward, inward, alive)
-    return seen, [index for index, entry in enumerate(seen) if entry is None]
-
-
-def _see_all(found: list[bytes | None], walk: Walk, translated: int) -> list[SeenEntry | None]:
-    """What `_see` says of each that was found, by columns: it takes a fifth."""
-    rests = [rest for rest in found if rest is not None]
-    if not rests:
-        return [None] * len(found)
-    said = walk.read(rests)
-    translates = [each & translated == translated for each in said.bits]
-    alive = [state in _ALIVE for state in said.states]
-    columns = zip(translates, said.inward, said.outward, alive, strict=True)
-    entries = map(_make_entry, columns)
-    if len(rests) == len(found):
-        return [*entries]
-    return [None if rest is None else next(entries) for rest in found]
-
-
-_make_entry: Callable[[tuple[object, ...]], SeenEntry] = partial(tuple.__new__, SeenEntry)
-"""Of its fields; SeenEntry._make counts them, which costs as much again."""
+        same, inward, outward = True, outward, inward
+        translated = translated and IPS_SRC_NAT
+    return SeenEntry(same and status & translated == translated, inward, outward, state in _ALIVE)
 
 
 def count_wrong(translation: Translation) -> int:
@@ -189,112 +279,61 @@ def count_wrong(translation: Translation) -> int:
 
     It refuses those that clash with another's tuple, in either direction (ctnetlink.pack_entry
     names both). What translates nothing it does take, and says so in the status (no DST_NAT): of
-    many entries only those are asked for, since a walk of the table costs a fifth of filling it.
+    many entries only those are dumped, since to look up each costs a third of filling the table.
     """
-    if len(translation.kept) <= _FEW or translation.renames:
-        return sum(1 for entry in look_up(translation) if not (entry and entry.translated))
+    if translation.renames or not is_dump_cheaper(LOOK_UP * len(translation.kept), 0):
+        with Netlink(NETLINK_NETFILTER) as netlink:
+            seen = look_up(netlink, translation)
+            return sum(1 for entry in seen if not (entry and entry.translated))
     outer, _ = _sides(translation)
     wrong = 0 if translation.mode == Mode.STATEFUL else IPS_DST_NAT
-    with Netlink(NETLINK_NETFILTER) as netlink:
-        return _count_lost(outer) + _count_with_status(netlink, outer, wrong, IPS_DST_NAT)
+    tracked = count_tracked()
+    flushed = 0 if tracked is None else max(0, len(outer) - tracked)
+    return flushed + _count_with_status(outer, wrong, IPS_DST_NAT)
 
 
-def _count_lost(connections: Connections) -> int:
-    """How many entries the whole table has too few, if somebody has flushed it meanwhile."""
-    tracked = read_setting("nf_conntrack_count")
-    return 0 if tracked is None else max(0, len(connections) - int(tracked))
+def _count_with_status(outer: Connections, status: int, mask: int) -> int:
+    version, half = (4, 6) if outer.v4 else (6, 18)
+    local = next(outer.each())[: half - 2]
+    request = ask_for_tcp(version, destination=local, status=status, mask=mask)
+    asked_for = (answer for answer in dump(request) if read_status(answer) & mask == status)
+    found = {turn(read_tuples(answer)[0]) for answer in asked_for}
+    return len(found.intersection(outer.each())) if found else 0
 
 
-def _count_with_status(netlink: Netlink, outer: Connections, status: int, mask: int) -> int:
-    version = 4 if outer.v4 else 6
-    local = next(outer.each())[: 4 if version == 4 else 16]
-    answers = netlink.request(GET, NLM_F_DUMP, ask_for_status(local, status, mask))
-    asked_for = (a for a in answers if _read_status(a) & mask == status)
-    found = [turn(original) for original, _, _ in read_tcp_tuples(asked_for, version)]
-    return len(set(found).intersection(outer.each())) if found else 0
+def find_carried(connections: Connections) -> Iterator[tuple[FourTuple, FourTuple]]:
+    """Those that this namespace translates already: as the process sees them, and as their peers.
 
-
-def _read_status(answer: bytes) -> int:
-    return int.from_bytes(attributes(answer[4:])[STATUS_BITS], "big")
-
-
-def find_carried(connections: Connections) -> Iterator[FourTuple | None]:
-    """For each connection, as its process sees it, how its peer sees it; None when just so.
-
-    They differ where this namespace translates already: then the entry that the process' own
-    packets belong to has another tuple on its other side.
+    The entry that the process' own packets belong to has another tuple on its other side.
     """
-    queries = for_each(connections, connections, GET, 0, lambda o, _: pack_outbound(o))
-    version = 4 if connections.v4 else 6
-    records, width = connections.records(version), RECORD_SIZE[version]
+    if not len(connections) or not count_tracked():
+        return
     with Netlink(NETLINK_NETFILTER) as netlink:
-        for index, answer in enumerate(netlink.send_queries(queries)):
-            record = records[index * width : (index + 1) * width]
-            yield None if answer is None else _find_carrier(attributes(answer[4:]), record)
+        answers = ask_each(netlink, connections, pack_outbound)
+        for record, answer in zip(connections.each(), answers, strict=True):
+            carrier = record if answer is None else _read_carrier(answer, record)
+            if carrier != record:
+                yield _unpack(record), _unpack(carrier)
 
 
-def _find_carrier(entry: dict[int, bytes], record: bytes) -> FourTuple | None:
-    if int.from_bytes(entry[STATUS_BITS], "big") & _IPS_OFFLOAD:
+def _read_carrier(answer: bytes, record: bytes) -> bytes:
+    if read_status(answer) & _IPS_OFFLOAD:
         raise RefusedError(
             "a kept connection is offloaded to a flowtable, where no rule sees its packets",
             hint="take it out of the flowtable, and wait a second",
         )
-    original, reply = (read_tuple(entry[type_]) for type_ in (TUPLE_ORIG, TUPLE_REPLY))
-    if reply == record:  # the peer dialled: its tuple is the original one
-        carrier = original[len(original) // 2 :] + original[: len(original) // 2]
-    elif original == record:  # the process dialled: the peer answers with the reply tuple
-        carrier = reply[len(reply) // 2 :] + reply[: len(reply) // 2]
-    else:
-        return None
-    if carrier == record:
-        return None
-    packed = Connections(v4=carrier) if len(carrier) == 12 else Connections(v6=carrier)
-    return next(iter(packed))
+    original, reply, _ = read_tuples(answer)
+    # The peer dialled: its tuple is the original one. Or the process did, and the reply is.
+    return turn(original if reply == record else reply)
 
 
-def _see(entry: dict[int, bytes], wanted: bytes, translated: int) -> SeenEntry:
-    bits, state, _, inward, outward = read_said(entry)
-    same = read_tuple(entry[TUPLE_REPLY]) == wanted
-    if not same and read_tuple(entry[TUPLE_ORIG]) == wanted:
-        # Picked up by the rules when the process spoke first: the same, the other way round.
-        same, inward, outward = True, outward, inward
-        translated = translated and IPS_SRC_NAT
-    return SeenEntry(same and bits & translated == translated, inward, outward, state in _ALIVE)
+def _unpack(record: bytes) -> FourTuple:
+    [tuple_] = Connections.packed(record, 4 if len(record) == 12 else 6)
+    return tuple_
 
 
-def established_timeout() -> int:
-    """Seconds, as this namespace is set."""
-    value = read_setting("nf_conntrack_tcp_timeout_established")
-    return int(value) if value is not None else ESTABLISHED_TIMEOUT
-
-
-def shortest_end() -> float:
+def read_shortest_timeout() -> float:
     """Seconds for which the kernel keeps the entry of a connection that has ended, at least."""
     names = ("close", "time_wait", "last_ack")
-    values = [read_setting(f"nf_conntrack_tcp_timeout_{name}") for name in names]
+    values = [sysctl.read(f"netfilter/nf_conntrack_tcp_timeout_{name}") for name in names]
     return float(min((int(value) for value in values if value is not None), default=0))
-
-
-def read_setting(name: str) -> str | None:
-    """A conntrack sysctl of this thread's namespace, or None when it cannot be read."""
-    try:
-        with open(f"{_SETTINGS}/{name}", encoding="ascii") as file:
-            return file.read().strip()
-    except OSError:
-        return None
-
-
-def write_setting(name: str, value: str) -> bool:
-    """Set a conntrack sysctl of this thread's namespace; whether that could be done."""
-    try:
-        with open(f"{_SETTINGS}/{name}", "w", encoding="ascii") as file:
-            file.write(value)
-    except OSError:
-        return False
-    return True
-
-
-def raise_unless(refusals: Iterable[Refusal], tolerated: int = 0) -> None:
-    for refusal in refusals:
-        if refusal.errno != tolerated:
-            raise OSError(refusal.errno, os.strerror(refusal.errno))

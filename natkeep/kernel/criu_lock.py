@@ -110,34 +110,26 @@ def put_lock_back(lock: DumpLock, kept: Connections, prior: Prior) -> None:
 # ---- nftables ----------------------------------------------------------------------------
 
 
-def _holds_others(lock: DumpLock, kept: Connections) -> bool:
-    # Reading a table of 100,000 connections takes the kernel 3 s, in the blackout; it is not read
-    # where all that the dump had is kept.
-    if lock.whole or lock.connections == len(kept):
-        return False
-    return any(
-        set(nftables_dump.read_keys(lock.table, set_name(version))) - pack_keys(kept, version)
-        for version in _TOOLS
-    )
-
-
 def _take_table(lock: DumpLock, kept: Connections) -> None:
     if not nftables_dump.has_table(nftables_dump.INET, lock.table):
         return
-    if _holds_others(lock, kept):
-        nftables.run_transaction(render_elements("delete", lock, _still_locked(lock, kept)))
-    else:
-        nftables.run_transaction([f"delete table inet {lock.table}"])
+    lines: tuple[str, ...] = (f"delete table inet {lock.table}",)
+    # Reading a table of 100,000 connections takes the kernel 3 s, in the blackout; it is not read
+    # where all that the dump had is kept.
+    if not lock.whole and lock.connections != len(kept):
+        locked = {v: set(nftables_dump.read_keys(lock.table, set_name(v))) for v in _TOOLS}
+        if any(locked[version] - pack_keys(kept, version) for version in _TOOLS):
+            lines = render_elements("delete", lock, _pick_locked(kept, locked))
+    nftables.run_transaction(lines)
 
 
-def _still_locked(lock: DumpLock, kept: Connections) -> Connections:
+def _pick_locked(kept: Connections, locked: dict[int, set[bytes]]) -> Connections:
     """Those of *kept* that are in CRIU's table: deleting another one would be refused."""
-    found = {v: set(nftables_dump.read_keys(lock.table, set_name(v))) for v in _TOOLS}
     return Connections.of(
         inbound
         for inbound in kept
         for version in (inbound.source.address.version,)
-        if pack_keys(Connections.of([inbound]), version) <= found[version]
+        if pack_keys(Connections.of([inbound]), version) <= locked[version]
     )
 
 

@@ -97,22 +97,19 @@ class Packed:
     unhooking: bytes = b""
 
 
-class Panorama(Protocol):
-    """One look at a namespace, at as much of it as there is, for many moves that have it as a site.
+class Snapshot(Protocol):
+    """What a namespace shows, each part read once, for one move or for many that have it as a site.
 
-    What it shows was there when it was looked at, which is while the panorama is in use. Something
-    that was just being changed may not show: what is missing is to be looked at by the kernel
-    itself before that is said.
+    What it shows was there when it was read, which is while the snapshot is in use. Something that
+    was just being changed may not show: what a shared one shows as missing is to be looked at again
+    by one of its own before that is said.
     """
-
-    def expect(self, version: int, connections: int) -> None:
-        """So many of IP *version* will be asked for in all; many are better read at once."""
 
     def observe(self, site: Site, plan: Plan) -> Observation:
         """As Kernel.observe, at a site that is the namespace."""
 
-    def find_lost_ways(self, site: Site, noted: str) -> tuple[str, ...]:
-        """As Kernel.find_lost_ways."""
+    def find_lost_routes(self, site: Site, noted: str) -> tuple[str, ...]:
+        """As Kernel.find_lost_routes."""
 
     def close(self) -> None:
         """Let go of the namespace."""
@@ -160,8 +157,8 @@ class Kernel(Protocol):
     def mend(self, patch: Patch, remember: Remember) -> None:
         """Do what a repair found missing, `remember` as for `apply`; KernelError when refused."""
 
-    def find_lost_ways(self, site: Site, noted: str) -> tuple[str, ...]:
-        """Those of the ways that InstallTranslation *noted* (`ways`) which are there no more."""
+    def find_lost_routes(self, site: Site, noted: str) -> tuple[str, ...]:
+        """Those of the routes and addresses that InstallTranslation *noted* which are gone."""
 
     def find_strays(self, site: Site) -> SeenTable:
         """What stands in the tables natkeep of an opened site, whosever it is."""
@@ -186,7 +183,7 @@ class Kernel(Protocol):
         """Undo a step at an opened site, by its inverse; KernelError when the kernel says no."""
 
     def observe(self, site: Site, plan: Plan) -> Observation:
-        """What *site* shows of *plan* now."""
+        """What *site* shows of *plan* now: a snapshot that is used once."""
 
-    def take_panorama(self, site: Site) -> Panorama:
-        """An opened site's namespace, to be looked at for many moves; it outlives close_sites."""
+    def snapshot(self, site: Site) -> Snapshot:
+        """What an opened site's namespace shows, for one move or many; it outlives close_sites."""

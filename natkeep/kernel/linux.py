@@ -1,7 +1,7 @@
 """the real kernel: each step done, undone and looked at in the namespace of its site.
 
-Rule: this file decides nothing about translation; it hands each step to the file that can do
-it (nft.py, elements.py, conntrack.py, address.py) and turns refusals into KernelError.
+Rule: this file decides nothing about a step; it opens namespaces, hands each step to the driver of
+its kind, and turns refusals into KernelError.
 """
 
 from __future__ import annotations
@@ -10,37 +10,25 @@ import os
 import socket
 import weakref
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import closing, contextmanager, nullcontext, suppress
 from ipaddress import ip_address
 from typing import TYPE_CHECKING, Any
 
-from natkeep import faultpoints
 from natkeep.errors import KernelError
 from natkeep.kernel import (
-    calls,
-    checks,
     conntrack,
+    conntrack_listeners,
     criu_lock,
     nftables,
-    owned,
     owned_table,
     routes,
     rtnetlink,
     segment_holder,
-    snapshot,
     sock_diag,
 )
-from natkeep.kernel.closely import CloseEyes
-from natkeep.kernel.interface import Driver, Inverse, Packed, Panorama, Place, Remember
-from natkeep.kernel.netns import (
-    Namespace,
-    errors_at,
-    find_namespace,
-    inside,
-    open_namespace,
-)
+from natkeep.kernel.interface import Driver, Inverse, Packed, Place, Remember, Snapshot
+from natkeep.kernel.netns import Namespace, errors_at, find_namespace, inside, open_namespace
 from natkeep.kernel.nft_drivers import NFT_DRIVERS, NFT_INVERSES
-from natkeep.kernel.purge import purge
 from natkeep.plan.drift import Observation
 from natkeep.plan.move import Move, Role, Site
 from natkeep.plan.steps import (
@@ -58,13 +46,14 @@ from natkeep.plan.steps import (
     Step,
     TakeOverLock,
 )
-from natkeep.plan.translation import Surroundings, Translation
+from natkeep.plan.translation import Surroundings
 from natkeep.plan.tuples import Address, Connections, Endpoint, FourTuple
 from natkeep.plan.undo import (
     DeleteEntries,
     EndHolder,
     ForgetListeners,
     LowerLoopback,
+    Nothing,
     PutLockBack,
     RemoveAddress,
     RemoveOwnedTable,
@@ -77,37 +66,36 @@ if TYPE_CHECKING:
     from natkeep.plan.repair import Patch
     from natkeep.plan.strays import SeenTable
 
-_INSERT_ATTEMPTS = 5
-"""A packet may make a stale entry between purge and insertion; five times in a row it does not."""
-
 
 DRIVERS: dict[type, Any] = {
     **NFT_DRIVERS,
     AddAddress: rtnetlink.AddressDriver(),
+    ForgetCalls: conntrack_listeners.ForgetDriver(),
     GuardSite: owned_table.OwnedTableDriver(),
     HoldSegments: segment_holder.HoldSegmentsDriver(),
+    InsertEntries: conntrack.InsertDriver(),
+    PurgeEntries: conntrack.PurgeDriver(),
     RaiseLoopback: rtnetlink.LoopbackDriver(),
     TakeOverLock: criu_lock.LockDriver(),
 }
-"""By the kind of step."""
+"""By the kind of step; a kind that is derived from another has its driver."""
 
 INVERSES: dict[type, Inverse[Any]] = {
     **NFT_INVERSES,
+    DeleteEntries: DRIVERS[InsertEntries],
     EndHolder: DRIVERS[HoldSegments],
+    ForgetListeners: DRIVERS[ForgetCalls],
     LowerLoopback: DRIVERS[RaiseLoopback],
     PutLockBack: DRIVERS[TakeOverLock],
     RemoveAddress: DRIVERS[AddAddress],
     RemoveOwnedTable: DRIVERS[GuardSite],
+    RestoreEntries: DRIVERS[PurgeEntries],
 }
 """By the kind of undo."""
 
 
-def _driver_of(step: Step) -> Driver[Any] | None:
-    return next((DRIVERS[kind] for kind in type(step).__mro__ if kind in DRIVERS), None)
-
-
 class LinuxKernel:
-    """See natkeep/kernel/__init__.py for the laws.
+    """See interface.py for the laws.
 
     directory: where a holder is found again, as a socket; without one nothing is held.
     """
@@ -138,6 +126,8 @@ class LinuxKernel:
         """Device and inode of an opened site's namespace."""
         return self._namespaces[site].identity
 
+    # ---- what a site shows -------------------------------------------------------------------
+
     def addresses(self, site: Site, version: int) -> tuple[Address, ...]:
         """The addresses of IP *version* that others can reach an opened site at."""
         with self._at(site):
@@ -146,7 +136,7 @@ class LinuxKernel:
     def survey(self, site: Site) -> Facts:
         """What findings are made of, at an opened site."""
         with self._at(site):
-            from natkeep.kernel import survey  # for `check` alone
+            from natkeep.kernel import survey  # for `check` alone: it imports pyroute2
 
             return survey.gather_facts()
 
@@ -156,7 +146,7 @@ class LinuxKernel:
             return frozenset(name for _, name in socket.if_nameindex())
 
     def find_listeners(self, site: Site, olds: frozenset[Address]) -> tuple[Endpoint, ...]:
-        """Where somebody listens at one of *olds*, or at a wildcard address."""
+        """The sockets that listen at one of *olds*, or at a wildcard address."""
         with self._at(site):
             return sock_diag.find_listeners(olds)
 
@@ -166,7 +156,7 @@ class LinuxKernel:
             return sock_diag.list_sockets()
 
     def count_waiting(self, site: Site, listeners: tuple[Endpoint, ...]) -> dict[Endpoint, int]:
-        """How many callers of each listener have not been accepted yet; none is left out."""
+        """How many connections of each listener are not accepted yet; none is left out."""
         with self._at(site):
             return sock_diag.count_waiting(listeners)
 
@@ -182,57 +172,56 @@ class LinuxKernel:
                     here = peers & rtnetlink.all_addresses()
                     local |= frozenset(ip_address(packed) for packed in here)
                 elif site.role == Role.GATEWAY and not carried:
-                    carried = [pair for some in kept for pair in _find_carried(some)]
+                    carried = [pair for some in kept for pair in conntrack.find_carried(some)]
         return Surroundings(
             local,
             Connections.of(inner for inner, _ in carried),
             Connections.of(outer for _, outer in carried),
         )
 
-    @contextmanager
-    def _at(self, site: Site) -> Iterator[None]:
-        with errors_at(site), inside(self._namespaces[site]):
-            yield
+    def observe(self, site: Site, plan: Plan) -> Observation:
+        """What *site* shows of *plan* now."""
+        with closing(self.snapshot(site)) as snapshot:
+            return snapshot.observe(site, plan)
 
-    def _place(self, site: Site) -> Place:
-        return Place(site, self._namespaces[site], self._directory)
+    def find_lost_routes(self, site: Site, noted: str) -> tuple[str, ...]:
+        """Those of the routes and addresses that InstallTranslation *noted* which are gone."""
+        with closing(self.snapshot(site)) as snapshot:
+            return snapshot.find_lost_routes(site, noted)
 
-    @contextmanager
-    def _entering(self, driver: Driver[Any] | Inverse[Any], site: Site) -> Iterator[None]:
-        with errors_at(site), inside(self._namespaces[site]) if driver.enters else nullcontext():
-            yield
+    def snapshot(self, site: Site) -> Snapshot:
+        """What an opened site's namespace shows, for one move or for many."""
+        from natkeep.kernel import snapshot  # a prepare need not wait for it
+
+        with errors_at(site):
+            return snapshot.Snapshot(self._namespaces[site], self._directory)
+
+    def find_strays(self, site: Site) -> SeenTable:
+        """What stands in the tables natkeep of an opened site, of all moves."""
+        from natkeep.kernel import nft_strays  # for gc alone
+
+        with self._at(site):
+            return nft_strays.read_table()
+
+    # ---- steps -------------------------------------------------------------------------------
 
     def check(self, step: Step) -> None:
         """NatkeepError when *step* could not work."""
-        driver = _driver_of(step)
-        if driver is not None:
-            with self._entering(driver, step.site):
-                driver.check(self._place(step.site), step)
-            return
-        with self._at(step.site):
-            match step:
-                case InsertEntries():
-                    checks.check_room(step)
-                case _:
-                    pass
+        with self._driving(step) as (driver, place):
+            driver.check(place, step)
 
     def apply(self, step: Step, remember: Remember) -> Prior:
         """Do *step*; KernelError when the kernel says no."""
-        driver = _driver_of(step)
-        if driver is not None:
-            with self._entering(driver, step.site):
-                return driver.apply(self._place(step.site), step, remember)
-        with self._at(step.site):
-            match step:
-                case ForgetCalls():
-                    remember(Prior())
-                    for receiving in step.receptions:
-                        calls.forget_unanswered(receiving)
-                case PurgeEntries():
-                    return _purge_entries(step, remember)
-                case InsertEntries():
-                    return _insert_entries(step, remember)
-        return Prior()
+        with self._driving(step) as (driver, place):
+            return driver.apply(place, step, remember)
+
+    def revert(self, site: Site, undo: Undo, prior: Prior) -> None:
+        """Undo a step at an opened site, by its inverse; KernelError when the kernel says no."""
+        if prior.present or isinstance(undo, Nothing):
+            return
+        inverse = INVERSES[type(undo)]
+        with self._entering(site, enters=inverse.enters) as place:
+            inverse.revert(place, undo, prior)
 
     def mend(self, patch: Patch, remember: Remember) -> None:
         """Do what a repair found missing; KernelError when the kernel says no."""
@@ -249,19 +238,7 @@ class LinuxKernel:
                 case PutWays():
                     routes.put_back(patch.notes)
                 case StopCounting():
-                    conntrack.write_setting("nf_conntrack_acct", "0")
-
-    def find_lost_ways(self, site: Site, noted: str) -> tuple[str, ...]:
-        """Those of the ways that InstallTranslation *noted* which are not there any more."""
-        with self._at(site):
-            return routes.find_lost(noted)
-
-    def find_strays(self, site: Site) -> SeenTable:
-        """What stands in the tables natkeep of an opened site, whosever it is."""
-        from natkeep.kernel import nft_strays  # for gc alone
-
-        with self._at(site):
-            return nft_strays.read_table()
+                    conntrack.stop_counting()
 
     def clear_strays(
         self, site: Site, known: frozenset[str], olds: frozenset[Address], *, sure: bool
@@ -271,6 +248,8 @@ class LinuxKernel:
 
         with self._at(site):
             nft_strays.clear(nft_strays.read_table(), known, olds, sure=sure)
+
+    # ---- the gates' base chain ---------------------------------------------------------------
 
     def pack_open(self, step: OpenGate) -> Packed | None:
         """What `apply` would send for *step*, ready to be sent."""
@@ -291,99 +270,27 @@ class LinuxKernel:
             with suppress(KernelError), self._at(site):
                 nftables.remove_gate_hook()
 
-    def revert(self, site: Site, undo: Undo, prior: Prior) -> None:
-        """Undo a step at an opened site, by its inverse; KernelError when the kernel says no."""
-        if prior.present:
-            return
-        inverse = INVERSES.get(type(undo))
-        if inverse is not None:
-            with self._entering(inverse, site):
-                inverse.revert(self._place(site), undo, prior)
-            return
-        with self._at(site):
-            match undo:
-                case ForgetListeners():
-                    for reception in undo.listeners:
-                        calls.hang_up(reception)
-                case DeleteEntries():
-                    _restore_accounting(prior)
-                    conntrack.delete_inbound(undo.outer)
-                case RestoreEntries():
-                    ways = owned.ways_of(prior)
-                    owned.give_back(undo.outer, undo.kept, ways, renames=undo.renames)
-                case _:
-                    pass
+    # ---- where -------------------------------------------------------------------------------
 
-    def observe(self, site: Site, plan: Plan) -> Observation:
-        """What *site* shows of *plan* now."""
-        with self._at(site):
-            return snapshot.observe(site, plan, CloseEyes(self._namespaces[site], self._directory))
+    @contextmanager
+    def _at(self, site: Site) -> Iterator[None]:
+        with errors_at(site), inside(self._namespaces[site]):
+            yield
 
-    def take_panorama(self, site: Site) -> Panorama:
-        """An opened site's namespace, to be looked at for many moves."""
-        from natkeep.kernel.panorama import LinuxPanorama  # for status of many moves alone
+    @contextmanager
+    def _driving(self, step: Step) -> Iterator[tuple[Driver[Any], Place]]:
+        """The step's driver and where it acts; in the namespace, if the driver wants that."""
+        driver = next(DRIVERS[kind] for kind in type(step).__mro__ if kind in DRIVERS)
+        with self._entering(step.site, enters=driver.enters) as place:
+            yield driver, place
 
-        with errors_at(site):
-            return LinuxPanorama(self._namespaces[site], self._directory)
+    @contextmanager
+    def _entering(self, site: Site, *, enters: bool) -> Iterator[Place]:
+        namespace = self._namespaces[site]
+        with errors_at(site), inside(namespace) if enters else nullcontext():
+            yield Place(site, namespace, self._directory)
 
 
 def _close_all(namespaces: dict[Site, Namespace]) -> None:
     while namespaces:
         os.close(namespaces.popitem()[1].fd)
-
-
-def _find_carried(connections: Connections) -> Iterator[tuple[FourTuple, FourTuple]]:
-    """Connections that this namespace translates already: inside and outside."""
-    if not len(connections) or conntrack.read_setting("nf_conntrack_count") in ("0", None):
-        return
-    for inner, outer in zip(connections, conntrack.find_carried(connections), strict=True):
-        if outer is not None:
-            yield inner, outer
-
-
-def _purge_entries(step: PurgeEntries, remember: Remember) -> Prior:
-    at_gateway = step.site.role == Role.GATEWAY
-    prior = Prior(facts={"own": owned.read(step.translation)} if at_gateway else {})
-    remember(prior)
-    purge(step.translation)
-    return prior
-
-
-def _insert_entries(step: InsertEntries, remember: Remember) -> Prior:
-    # Entries count their packets only if accounting was on when they were made; it is on for
-    # just this long, so that other people's connections are none the wiser.
-    before = conntrack.read_setting("nf_conntrack_acct")
-    remember(Prior(facts={"acct": before}) if before == "0" else Prior())
-    counting = before == "0" and conntrack.write_setting("nf_conntrack_acct", "1")
-    try:
-        faultpoints.reach("insert-counting")
-        _insert_despite_races(step.translation)
-    except BaseException:
-        conntrack.delete(step.translation)
-        raise
-    finally:
-        if counting:
-            conntrack.write_setting("nf_conntrack_acct", "0")
-    return Prior()
-
-
-def _insert_despite_races(translation: Translation) -> None:
-    for attempt in range(1, _INSERT_ATTEMPTS + 1):
-        try:
-            conntrack.insert(translation)
-        except FileExistsError:
-            if attempt == _INSERT_ATTEMPTS:
-                raise
-        else:
-            faultpoints.reach("insert-whole")
-            wrong = conntrack.count_wrong(translation)
-            if not wrong:
-                return
-            if attempt == _INSERT_ATTEMPTS:
-                raise KernelError(f"conntrack: {wrong} entries do not translate as planned")
-        purge(translation)
-
-
-def _restore_accounting(prior: Prior) -> None:
-    if "acct" in prior.facts:
-        conntrack.write_setting("nf_conntrack_acct", str(prior.facts["acct"]))

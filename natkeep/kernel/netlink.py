@@ -265,19 +265,6 @@ class Netlink:
                     return
                 yield payload
 
-    def datagrams(self, type_: int, body: bytes) -> Iterator[bytes]:
-        """Request a dump and yield its datagrams, each a run of whole messages.
-
-        That is for a hundred thousand answers: to yield each would cost more than to read it.
-        """
-        self._socket.send(message(type_, NLM_F_DUMP, body, 1))
-        over = False
-        while not over:
-            data = self._receive_datagram()
-            end, over = _find_end(data)
-            if end:
-                yield data[:end]
-
     def send_queries(self, queries: Batch) -> Iterator[bytes | None]:
         """For each query its one answer's body, or None for ENOENT.
 
@@ -309,12 +296,6 @@ class Netlink:
         return bytes(self._buffer[:size])
 
 
-def messages(data: bytes) -> Iterator[tuple[int, int]]:
-    """Where each message of a datagram begins and ends, padding included."""
-    for offset, length, _, _ in _headers(data):
-        yield offset, offset + ((length + 3) & ~3)
-
-
 def _headers(data: bytes) -> Iterator[tuple[int, int, int, int]]:
     """Offset, length, type and sequence number of each message of a datagram."""
     offset, size = 0, len(data)
@@ -324,25 +305,3 @@ def _headers(data: bytes) -> Iterator[tuple[int, int, int, int]]:
             return
         yield offset, length, type_, sequence
         offset += (length + 3) & ~3
-
-
-def _find_end(data: bytes) -> tuple[int, bool]:
-    """Where the answers of a dump's datagram end, and whether they are the last; or OSError."""
-    if _is_uniform(data):
-        return len(data), False
-    for offset, _, type_, _ in _headers(data):
-        if type_ == _NLMSG_DONE:
-            return offset, True
-        if type_ == _NLMSG_ERROR:
-            number = -struct.unpack_from("=i", data, offset + _HEADER.size)[0]
-            raise OSError(number, os.strerror(number))
-    return len(data), False
-
-
-def _is_uniform(data: bytes) -> bool:
-    """Whether all messages are of one length and one type, which is that of an answer."""
-    length, type_, *_ = _HEADER.unpack_from(data)
-    if type_ in (_NLMSG_DONE, _NLMSG_ERROR) or length % 4 or len(data) % length:
-        return False
-    count = len(data) // length
-    return all(data[i::length] == data[i : i + 1] * count for i in range(6))

@@ -11,9 +11,9 @@ from typing import Any, Generic, TypeVar
 
 from natkeep import faultpoints
 from natkeep.errors import RefusedError
-from natkeep.kernel import calls, nftables, routes, segment_holder
+from natkeep.kernel import conntrack_listeners, nftables, routes, segment_holder
+from natkeep.kernel.conntrack_purge import delete_untracked
 from natkeep.kernel.interface import Inverse, Place, Remember
-from natkeep.kernel.purge import forget_untracked
 from natkeep.plan.drift import Gate
 from natkeep.plan.filters import reset_chain
 from natkeep.plan.move import Role
@@ -87,7 +87,7 @@ class GateDriver(LoadDriver[InstallGate]):
         faultpoints.reach("withdrawn", "gate")
         if prior.facts.get("unhooked"):
             nftables.remove_gate_hook()
-        forget_untracked(undo.olds)
+        delete_untracked(undo.olds)
 
 
 class FillDriver:
@@ -144,7 +144,7 @@ class ListenersDriver(LoadDriver[InstallReception]):
         nftables.unload(undo.objects)
         faultpoints.reach("withdrawn", "reception")
         for reception in undo.listeners:
-            calls.hang_up(reception)
+            conntrack_listeners.delete_translated(reception)
 
 
 class ErrorsDriver:

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 from ipaddress import ip_address
 
-from natkeep.kernel import conntrack, nftables
+from natkeep.kernel import nftables
 from natkeep.kernel import nftables_dump as dump
+from natkeep.kernel.conntrack_purge import delete_inbound
 from natkeep.plan.nft import FAMILIES, TABLE
 from natkeep.plan.strays import SeenRule, SeenTable, find_translated, render_clearing
 from natkeep.plan.tables import held_set
@@ -47,7 +48,7 @@ def clear(table: SeenTable, known: frozenset[str], olds: frozenset[Address], *, 
     # Behind the rules, which would make them anew.
     for some in entries:
         if len(some):
-            conntrack.delete_inbound(some)
+            delete_inbound(some)
 
 
 def _read_set(name: str, local: Address) -> Connections:

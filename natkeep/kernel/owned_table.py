@@ -4,7 +4,7 @@ Without it, a flush of the ruleset at a destination or a gateway ends every kept
 carries anything, within one round trip and before a repair can be done: peers' segments reach NEW
 un-translated, where there is no socket, or the process's reach the peer so, and both are answered
 with a reset. The kernel spares a table that has an owner (`flags owner`, Linux 5.12), an open
-netlink socket; so this table (plan/guard.py) is made by a socket that a daemon then keeps open.
+netlink socket; so this table (plan/filters.py) is made by a socket that a daemon then keeps open.
 libnftables cannot do that: it does not hand out its socket.
 
 So after a flush the kept connections are silent until `natkeep repair`, at whatever point of the

@@ -97,9 +97,8 @@ def start(place: Place, move_id: str, kept: Kept, age: int = AGE) -> int:
         pairs: list[int] = []
         with inside(place.namespace):
             for version in present:
-                packets = stack.enter_context(_open_packets(version, families[version]))
-                raw = stack.enter_context(_open_raw(version))
-                pairs += [packets.fileno(), raw.fileno()]
+                packets = _open_packets(stack, version, families[version])
+                pairs += [packets, _open_raw(stack, version)]
         listening = stack.enter_context(_listen(home, name))
         handed = [home, listening.fileno(), table, *pairs]
         versions = "".join(map(str, present))
@@ -110,30 +109,23 @@ def start(place: Place, move_id: str, kept: Kept, age: int = AGE) -> int:
             raise
 
 
-def _open_packets(version: int, kept: Kept) -> socket.socket:
-    """Sees little more of what arrives at this host than *kept*; the holder looks closer."""
+def _open_packets(stack: ExitStack, version: int, kept: Kept) -> int:
+    """A socket that sees little more of what arrives at this host than *kept*."""
     # Of one protocol (ETH_P_IP, not ETH_P_ALL): so it sees a packet once, behind bridges and bonds,
     # and none that leaves.
     protocol = socket.htons(_PROTOCOL[version])
-    sock = socket.socket(socket.AF_PACKET, socket.SOCK_DGRAM, protocol)
-    try:
-        attach_filter(sock, pack_filter(make_filter(version, kept)))
-        sock.setsockopt(socket.SOL_SOCKET, _SO_RCVBUFFORCE, _QUEUE)
-    except BaseException:
-        sock.close()
-        raise
-    return sock
+    sock = stack.enter_context(socket.socket(socket.AF_PACKET, socket.SOCK_DGRAM, protocol))
+    attach_filter(sock, pack_filter(make_filter(version, kept)))
+    sock.setsockopt(socket.SOL_SOCKET, _SO_RCVBUFFORCE, _QUEUE)
+    return sock.fileno()
 
 
-def _open_raw(version: int) -> socket.socket:
-    """Sends packets with their headers; the mark lets them pass the gate, untracked."""
-    sock = socket.socket(_FAMILY[version], socket.SOCK_RAW, socket.IPPROTO_RAW)
-    try:
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_MARK, CRIU_MARK)
-    except BaseException:
-        sock.close()
-        raise
-    return sock
+def _open_raw(stack: ExitStack, version: int) -> int:
+    """A socket that sends packets with their headers; the mark passes the gate, untracked."""
+    raw = socket.socket(_FAMILY[version], socket.SOCK_RAW, socket.IPPROTO_RAW)
+    sock = stack.enter_context(raw)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_MARK, CRIU_MARK)
+    return sock.fileno()
 
 
 @contextmanager

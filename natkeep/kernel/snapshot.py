@@ -1,128 +1,228 @@
-"""the view of a site: what it shows of a plan now, as plain values for plan/drift.py.
+"""Reads all that a namespace shows of moves, once: for one move, or for a thousand that share it.
 
-Rule: nothing is changed here, and nothing is judged. What an observation says is written here and
-nowhere else; the questions that it is made of are answered by Eyes: one by one (closely.py), or
-from one look at all that there is (panorama.py).
+Rule: nothing is changed here, and nothing judged: what is seen is plain values for plan/drift.py.
+A dump can miss what others are just making or undoing, so what a shared snapshot shows as missing
+is looked at again, by one of its own, before that is said.
+
+Each part is read when it is first asked for: a table whole, a set by its name, addresses, routes,
+sockets. Only the entries of kept connections are asked for one by one, each time: in a dump they
+would cost as much, and an entry that is asked for is not missed.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
-from functools import cache
-from typing import Protocol
+import os
+from collections.abc import Iterable
+from functools import cached_property
 
-from natkeep.kernel import nftables
+from natkeep.kernel import (
+    conntrack,
+    conntrack_listeners,
+    nftables,
+    nftables_dump,
+    rtnetlink,
+    sock_diag,
+)
+from natkeep.kernel.conntrack_dump import WALK, count_tracked, is_dump_cheaper
+from natkeep.kernel.netlink import NETLINK_NETFILTER, Netlink
+from natkeep.kernel.netns import Namespace, errors_at, inside
 from natkeep.kernel.nft_messages import pack_keys
+from natkeep.kernel.routes import Routes
 from natkeep.plan import filters, listeners, ruleset, tables
 from natkeep.plan.drift import Gate, Observation, SeenEntry
 from natkeep.plan.listeners import Reception, make_receptions
 from natkeep.plan.move import Role, Site
-from natkeep.plan.nft import Key
+from natkeep.plan.nft import TABLE, Key
 from natkeep.plan.steps import GuardSite, InsertEntries, Plan
 from natkeep.plan.translation import Translation
 from natkeep.plan.tuples import Address, Connections, Endpoint
+from natkeep.plan.wanted import split_opening
+from natkeep.values import replace
+
+_FAMILIES = {"inet": nftables_dump.INET, "arp": nftables_dump.ARP}
 
 
-class Eyes(Protocol):
-    """Who answers what is asked about one namespace."""
+class Snapshot:
+    """What a namespace shows; it keeps a handle of its own until it is closed.
 
-    def look_up(self, translation: Translation) -> tuple[SeenEntry | None, ...]:
-        """For each kept connection what the connection table shows, or None."""
+    directory: the kernel's, where guards are found.
+    """
 
-    def find_things(self, wanted: frozenset[Key]) -> frozenset[Key]:
+    def __init__(self, namespace: Namespace, directory: str) -> None:
+        self._namespace = replace(namespace, fd=os.dup(namespace.fd))
+        self._directory = directory
+        self._tables: dict[str, tuple[set[Key], dict[str, list[str]]]] = {}
+        self._sets: dict[tuple[str, str], frozenset[bytes]] = {}
+        self._walks = {4: 0, 6: 0}
+        self._callers: dict[int, conntrack_listeners.Table] = {}
+        with inside(namespace):
+            self._netlink, self._routes = Netlink(NETLINK_NETFILTER), Routes()
+
+    def close(self) -> None:
+        """Let go of the namespace."""
+        self._netlink.close()
+        self._routes.close()
+        os.close(self._namespace.fd)
+
+    def find_lost_routes(self, site: Site, noted: str) -> tuple[str, ...]:
+        """Those of the routes and addresses that InstallTranslation *noted* which are gone."""
+        with errors_at(site):
+            return self._routes.find_lost(noted)
+
+    def observe(self, site: Site, plan: Plan) -> Observation:
+        """What *site*, which is this namespace, shows of *plan*."""
+        with errors_at(site), inside(self._namespace):
+            return self._observe(site, plan)
+
+    def _observe(self, site: Site, plan: Plan) -> Observation:
+        here = [t for t in plan.translations if t.site == site]
+        move_id, receptions = plan.move.id, make_receptions(plan.move, site)
+        lost = [reset for reset in plan.resets if reset.site == site]
+        inserted = [s.translation for s in plan.prepare if isinstance(s, InsertEntries)]
+        prepared, opened = split_opening(plan, site)
+        there = self._find_objects(prepared | opened)
+        entries = {t.number: self._look_up(t) for t in inserted if t.site == site}
+        sockets = self._find_sockets(here) if site.role in _HAVE_SOCKETS else None
+        sets = {name: kept for t in here for name, kept in filters.sets_of(move_id, t).items()}
+        sets |= {filters.reset_set(move_id, reset.number): reset.connections for reset in lost}
+        called = [chain for one in receptions for chain in listeners.chains(one)]
+        gate = self._read_gate(tables.gate_chain(move_id))
+        return Observation(
+            gate=gate,
+            rules=self._find_rules(move_id, _chains_of(here)),
+            missing={name: self._count_missing(name, kept) for name, kept in sets.items()},
+            addresses=frozenset(m.old for m in plan.move.maps if m.old.packed in self._addresses),
+            entries=entries,
+            alive=_count_alive(entries) if sockets is None else len(sockets),
+            holds=filters.block_comment(move_id) in self._comments("gate"),
+            receiving=self._find_rules(listeners.comment(move_id), called),
+            resetting=self._find_rules(filters.reset_comment(move_id), [one.chain for one in lost]),
+            resets=self._read_gate(filters.reset_chain(move_id)) if lost else Gate.ABSENT,
+            callers=sum(self._count_callers(one, here) for one in receptions),
+            gone=_without_hook(prepared - there, gate),
+            shut=opened - there,
+            loopback=self._loopback,
+            sockets=sockets,
+            lingers=self._shortest_timeout,
+            guarded=self._is_guarded(site, plan),
+        )
+
+    # ---- the table ---------------------------------------------------------------------------
+
+    def _read_table(self, family: str) -> tuple[set[Key], dict[str, list[str]]]:
+        """What stands there, elements only as far as their sets were read; and rules' comments."""
+        if family not in self._tables:
+            self._tables[family] = nftables_dump.find_standing(self._netlink, family)
+        return self._tables[family]
+
+    def _read_set(self, family: str, name: str) -> frozenset[bytes]:
+        """The keys of a set or map; its elements are then among what stands there."""
+        if (family, name) not in self._sets:
+            keys = nftables_dump.dump_keys(self._netlink, _FAMILIES[family], TABLE, name)
+            self._sets[family, name] = frozenset(keys)
+            found = (Key(family, "element", name, key.hex()) for key in keys)
+            self._read_table(family)[0].update(found)
+        return self._sets[family, name]
+
+    def _find_objects(self, wanted: frozenset[Key]) -> frozenset[Key]:
         """Those of *wanted* that are there."""
+        missing = wanted - self._read_table("inet")[0]
+        for key in missing:  # in a set that was not read yet, or of the family that is rare
+            if key.kind == "element":
+                self._read_set(key.family, key.name)
+        for family in {key.family for key in missing}:
+            missing -= self._read_table(family)[0]
+        return wanted - missing
 
-    def comments(self, chain: str) -> Collection[str]:
+    def _comments(self, chain: str) -> list[str]:
         """Of the rules of a chain of the inet table, in order; none when it is not there."""
+        return self._read_table("inet")[1].get(chain, [])
 
-    def has_key(self, name: str, key: bytes) -> bool:
-        """Whether the set or map of the inet table has the key."""
+    def _read_gate(self, chain: str) -> Gate:
+        return nftables.state_of(self._comments(chain))
 
-    def count_missing(self, name: str, keys: frozenset[bytes]) -> int:
-        """How many of *keys* the set of the inet table does not have."""
+    def _find_rules(self, comment: str, chains: Iterable[tuple[str, Address]]) -> frozenset[str]:
+        """Names of those of *chains* that are dispatched to and have a rule with this comment."""
+        found = set()
+        for dispatch, local in chains:
+            chain = tables.address_chain(dispatch, local)
+            dispatched = tables.dispatch_map(dispatch, local.version)
+            if comment in self._comments(chain) and local.packed in self._read_set(
+                "inet", dispatched
+            ):
+                found.add(chain)
+        return frozenset(found)
 
-    def is_local(self, address: Address) -> bool:
-        """Whether a device has it."""
+    def _count_missing(self, name: str, connections: Connections) -> int:
+        # Not kept: one move alone asks for it, and there may be 100,000 in it.
+        there = nftables_dump.dump_keys(self._netlink, nftables_dump.INET, TABLE, name)
+        return len(pack_keys(connections).difference(there))
 
-    def loopback_is_up(self) -> bool:
-        """Whether lo is."""
+    # ---- the connection table ----------------------------------------------------------------
 
-    def shortest_end(self) -> float:
-        """Seconds for which the entry of a connection that has ended is kept, at least."""
+    def _look_up(self, translation: Translation) -> tuple[SeenEntry | None, ...]:
+        return tuple(conntrack.look_up(self._netlink, translation))
 
-    def find_kept(self, connections: Connections) -> Connections:
-        """Those that have a socket."""
+    def _count_callers(self, receiving: Reception, here: list[Translation]) -> int:
+        """How many new connections to a listener live: sockets tell, or conntrack entries."""
+        if receiving.site.role == Role.DESTINATION:
+            ends = frozenset(Endpoint(receiving.map.old, port) for port in receiving.ports)
+            return sock_diag.count_callers(ends, [t.kept for t in here], self._living)
+        # Each port is a walk of the table, and after some of them one that reads all is cheaper.
+        version = receiving.map.old.version
+        self._walks[version] += len(receiving.ports)
+        many = is_dump_cheaper(WALK * self._walks[version], self._tracked)
+        if many and version not in self._callers:
+            self._callers[version] = conntrack_listeners.read_table(version)
+        return conntrack_listeners.count(receiving, self._callers.get(version))
 
-    def count_callers(self, ends: frozenset[Endpoint], kept: list[Connections]) -> int:
-        """How many sockets have one of *ends* and a peer, and are none of the *kept* ones."""
+    # ---- the rest ----------------------------------------------------------------------------
 
-    def count_calls(self, receiving: Reception) -> int:
-        """How many callers who were let in live, as the connection table shows them."""
+    @cached_property
+    def _tracked(self) -> int:
+        return count_tracked() or 0
 
-    def is_guarded(self, move_id: str) -> bool:
-        """Whether the guard's process lives."""
+    @cached_property
+    def _shortest_timeout(self) -> float:
+        return conntrack.read_shortest_timeout()
+
+    @cached_property
+    def _addresses(self) -> frozenset[bytes]:
+        return rtnetlink.all_addresses()
+
+    @cached_property
+    def _loopback(self) -> bool:
+        return rtnetlink.loopback_is_up()
+
+    @cached_property
+    def _living(self) -> sock_diag.Living:
+        return sock_diag.read_living()
+
+    def _find_sockets(self, here: list[Translation]) -> Connections:
+        """The kept connections that have one."""
+        some = [sock_diag.find_kept(t.kept, self._living) for t in here]
+        return Connections(*(b"".join(one.records(v) for one in some) for v in (4, 6)))
+
+    def _is_guarded(self, site: Site, plan: Plan) -> bool:
+        """Whether the guard's process lives, if the move has one here."""
+        if not any(isinstance(step, GuardSite) and step.site == site for step in plan.prepare):
+            return True
+        from natkeep.kernel import owned_table  # only where there is a guard
+
+        return owned_table.is_guarded(self._directory, plan.move.id, self._namespace)
 
 
-def observe(site: Site, plan: Plan, eyes: Eyes) -> Observation:
-    """What *site* shows of *plan*, seen by *eyes*."""
-    here = [t for t in plan.translations if t.site == site]
-    move_id, receiving = plan.move.id, make_receptions(plan.move, site)
-    lost = [reset for reset in plan.resets if reset.site == site]
-    inserted = [s.translation for s in plan.prepare if isinstance(s, InsertEntries)]
-    # Here, since whoever only prepares must not wait for it.
-    from natkeep.plan.wanted import split_opening
+_HAVE_SOCKETS = (Role.DESTINATION, Role.SOURCE)
 
-    prepared, opened = split_opening(plan, site)
-    there = eyes.find_things(prepared | opened)
-    entries = {t.number: eyes.look_up(t) for t in inserted if t.site == site}
-    kept: Connections | None = None
-    if site.role in (Role.DESTINATION, Role.SOURCE):
-        some = [eyes.find_kept(t.kept) for t in here]
-        kept = Connections(*(b"".join(one.records(v) for one in some) for v in (4, 6)))
-        alive = len(kept)
-    else:
-        alive = sum([1 for seen in entries.values() for one in seen if one and one.alive])
-    sets = {name: kept for t in here for name, kept in filters.sets_of(move_id, t).items()}
-    sets |= {filters.reset_set(move_id, reset.number): reset.connections for reset in lost}
-    called = [chain for r in receiving for chain in listeners.chains(r)]
-    reset_chain = filters.reset_chain(move_id)
-    gate = nftables.state_of(eyes.comments(tables.gate_chain(move_id)))
-    return Observation(
-        gate=gate,
-        rules=_observe_rules(eyes, move_id, _chains_of(here)),
-        missing={n: eyes.count_missing(n, pack_keys(some)) for n, some in sets.items()},
-        addresses=frozenset(m.old for m in plan.move.maps if eyes.is_local(m.old)),
-        entries=entries,
-        alive=alive,
-        holds=filters.block_comment(move_id) in eyes.comments("gate"),
-        receiving=_observe_rules(eyes, listeners.comment(move_id), called),
-        resetting=_observe_rules(
-            eyes, filters.reset_comment(move_id), [reset.chain for reset in lost]
-        ),
-        resets=nftables.state_of(eyes.comments(reset_chain)) if lost else Gate.ABSENT,
-        callers=sum(_count_callers(eyes, site, r, plan) for r in receiving),
-        gone=_without_hook(prepared - there, gate),
-        shut=opened - there,
-        loopback=eyes.loopback_is_up(),
-        sockets=kept,
-        lingers=eyes.shortest_end(),
-        guarded=not _has_guard(site, plan) or eyes.is_guarded(move_id),
-    )
+
+def _count_alive(entries: dict[int, tuple[SeenEntry | None, ...]]) -> int:
+    return sum(1 for seen in entries.values() for one in seen if one and one.alive)
 
 
 def _without_hook(gone: frozenset[Key], gate: Gate) -> frozenset[Key]:
-    """The base chain of the gates is not missed by a move that is open (kernel/passing.py)."""
-    chain, *rules = _hook_things()
+    """The base chain of the gates is not missed by a move that is open (kernel/nftables.py)."""
+    chain, *rules = (one.key() for one in tables.gate_hook())
     return gone - {chain, *rules} if gate == Gate.OPEN and chain in gone else gone
-
-
-@cache
-def _hook_things() -> tuple[Key, ...]:
-    return tuple(one.key() for one in tables.gate_hook())
-
-
-def _has_guard(site: Site, plan: Plan) -> bool:
-    return any(isinstance(step, GuardSite) and step.site == site for step in plan.prepare)
 
 
 def _chains_of(here: list[Translation]) -> list[tuple[str, Address]]:
@@ -131,24 +231,3 @@ def _chains_of(here: list[Translation]) -> list[tuple[str, Address]]:
         for translation in here
         for chain in (*filters.gate_chains(translation), *ruleset.translating_chains(translation))
     ]
-
-
-def _count_callers(eyes: Eyes, site: Site, receiving: Reception, plan: Plan) -> int:
-    if site.role != Role.DESTINATION:
-        return eyes.count_calls(receiving)
-    kept = [t.kept for t in plan.translations if t.site == site]
-    ends = frozenset(Endpoint(receiving.map.old, port) for port in receiving.ports)
-    return eyes.count_callers(ends, kept)
-
-
-def _observe_rules(
-    eyes: Eyes, comment: str, chains: Iterable[tuple[str, Address]]
-) -> frozenset[str]:
-    """Names of those of *chains* that are dispatched to and have a rule with this comment."""
-    found = set()
-    for dispatch, local in chains:
-        chain = tables.address_chain(dispatch, local)
-        dispatched = tables.dispatch_map(dispatch, local.version)
-        if comment in eyes.comments(chain) and eyes.has_key(dispatched, local.packed):
-            found.add(chain)
-    return frozenset(found)

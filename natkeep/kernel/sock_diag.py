@@ -121,32 +121,26 @@ def count_callers(
 
 def listening_ports(address: Address) -> frozenset[int]:
     """TCP ports of the listeners at *address* or at the wildcard address."""
-    ports = set()
-    for path, version in _TABLES:
-        for local, _, state, _ in _rows(path):
-            if state != _LISTEN:
-                continue
-            host, port = local[:-2], int.from_bytes(local[-2:], "big")
-            wildcard = not any(host) and version >= address.version
-            if wildcard or _address(host) == address:
-                ports.add(port)
-    return frozenset(ports)
+    return frozenset(
+        end.port
+        for end, _, _ in _local_ends(_LISTEN)
+        if end.address == address
+        or (end.address.is_unspecified and end.address.version >= address.version)
+    )
 
 
 def find_listeners(olds: frozenset[Address]) -> tuple[Endpoint, ...]:
     """The ends of the listeners at one of *olds* or at a wildcard address, sorted."""
-    found = set()
-    for local, state, _ in _local_ends():
-        if state == _LISTEN and (local.address in olds or local.address.is_unspecified):
-            found.add(local)
+    ends = {end for end, _, _ in _local_ends(_LISTEN)}
+    found = (end for end in ends if end.address in olds or end.address.is_unspecified)
     return tuple(sorted(found, key=lambda end: (end.address.version, end)))
 
 
 def count_waiting(listeners: tuple[Endpoint, ...]) -> dict[Endpoint, int]:
     """Callers of each of *listeners* in a handshake or not accepted yet; none is left out."""
     waiting: dict[Endpoint, int] = {}
-    for local, state, queued in _local_ends():
-        number = {_LISTEN: queued, _SYN_RECEIVED: 1}.get(state, 0)
+    for local, state, queued in _local_ends(_LISTEN, _SYN_RECEIVED):
+        number = queued if state == _LISTEN else 1
         for listener in listeners if number else ():
             same = local.address == listener.address
             if local.port == listener.port and (
@@ -156,12 +150,12 @@ def count_waiting(listeners: tuple[Endpoint, ...]) -> dict[Endpoint, int]:
     return waiting
 
 
-def _local_ends() -> Iterator[tuple[Endpoint, bytes, int]]:
-    """Local end, state and receive queue of each socket that has a port."""
+def _local_ends(*states: bytes) -> Iterator[tuple[Endpoint, bytes, int]]:
+    """Local end, state and receive queue of each socket in one of *states*."""
     for path, _ in _TABLES:
         for local, _, state, queued in _rows(path):
-            port = int.from_bytes(local[-2:], "big")
-            if port:
+            if state in states:
+                port = int.from_bytes(local[-2:], "big")
                 yield Endpoint(_address(local[:-2]), port), state, queued
 
 

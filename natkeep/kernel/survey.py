@@ -10,12 +10,11 @@ from __future__ import annotations
 import os
 
 from natkeep.errors import KernelError
-from natkeep.kernel import conntrack, nftables_dump
+from natkeep.kernel import nftables, nftables_dump, sysctl
 from natkeep.plan.diagnostics import Facts
 from natkeep.plan.nft import TABLE
 
 _CAP_NET_ADMIN = 12
-_SYS = "/proc/sys/net"
 
 
 def is_privileged() -> bool:
@@ -36,15 +35,15 @@ def gather_facts() -> Facts:
     chains = _read_chains()
     return Facts(
         privileged=is_privileged(),
-        libnftables=_has_libnftables(),
+        libnftables=nftables.is_available(),
         tables_readable=chains is not None,
-        forwarding4=_flag(f"{_SYS}/ipv4/ip_forward"),
-        forwarding6=_flag(f"{_SYS}/ipv6/conf/all/forwarding"),
-        loose=_flag(f"{_SYS}/netfilter/nf_conntrack_tcp_loose"),
-        entries=_number(conntrack.read_setting("nf_conntrack_count")),
-        limit=_number(conntrack.read_setting("nf_conntrack_max")),
+        forwarding4=_flag("ipv4/ip_forward"),
+        forwarding6=_flag("ipv6/conf/all/forwarding"),
+        loose=_flag("netfilter/nf_conntrack_tcp_loose"),
+        entries=_number("netfilter/nf_conntrack_count"),
+        limit=_number("netfilter/nf_conntrack_max"),
         rp_filter=_rp_filter(),
-        bridge_netfilter=bool(_flag(f"{_SYS}/bridge/bridge-nf-call-iptables")),
+        bridge_netfilter=bool(_flag("bridge/bridge-nf-call-iptables")),
         legacy_tables=tuple(sorted(set(_legacy_tables()))),
         flowtables=nftables_dump.flowtable_names() if chains is not None else (),
         nat_chains=tuple(
@@ -80,34 +79,28 @@ def find_xdp() -> tuple[str, ...]:
         return ()
 
 
-def _has_libnftables() -> bool:
-    from natkeep.kernel import nftables
-
-    return nftables.is_available()
-
-
 def _legacy_tables() -> list[str]:
     names = ("/proc/net/ip_tables_names", "/proc/net/ip6_tables_names")
     return [name for path in names for name in (_read(path) or "").split()]
 
 
 def _rp_filter() -> int | None:
-    base = f"{_SYS}/ipv4/conf"
     try:
-        devices = os.listdir(base)
+        devices = os.listdir("/proc/sys/net/ipv4/conf")
     except OSError:
         return None
-    values = [_number(_read(f"{base}/{device}/rp_filter")) for device in devices]
+    values = [_number(f"ipv4/conf/{device}/rp_filter") for device in devices]
     return max((value for value in values if value is not None), default=None)
 
 
-def _flag(path: str) -> bool | None:
-    value = _number(_read(path))
+def _flag(setting: str) -> bool | None:
+    value = _number(setting)
     return None if value is None else value != 0
 
 
-def _number(text: str | None) -> int | None:
-    return int(text) if text is not None else None
+def _number(setting: str) -> int | None:
+    text = sysctl.read(setting)
+    return None if text is None else int(text)
 
 
 def _read(path: str) -> str | None:

@@ -1,12 +1,16 @@
-"""the lab: practice networks in which a move is made and judged by wires and applications.
+"""The lab: networks of namespaces in which a move is made and judged by captures and applications.
 
-host.py, topology.py     namespaces that are hosts, and the wires between them
-traffic.py, repair.py    the application that moves; application.py steers it
-engines.py               freeze and restore: CRIU, or TCP_REPAIR alone
-translators.py           natkeep by its command line, and the baselines
-wire.py, evidence.py     what was captured, and what it proves; surfaces.py: what is left at a site
-journey.py, ends.py      several moves and processes; both ends' reports, compared
-stage.py, scenario.py    the words of a story; the files that tell one; verdict.py: how it ended
+lab.py                        one lab; it is composed of the following
+topology.py, host.py          hosts that are namespaces, and the wires between them
+traffic_words.py              the kept connections; listeners.py: those that begin later
+traffic.py, tcp_repair.py     the application that moves, and its sockets; application.py steers it
+network_conditions.py         what other programs install on the way
+engine.py, engines/           freeze and restore: CRIU, runc, podman, or TCP_REPAIR alone
+translators.py                natkeep by its command line, and the baselines
+capture.py, wire_checks.py    tcpdump, and what its frames prove; host_state.py: what is left
+report.py                     assertions, and the report of one run
+scenario.py, situations/      the moves that are made: `lab run` and `lab matrix`
+criu_restore.py, unkept.py, intruder.py    what only some of them need
 
 Rule: nothing outside the lab imports it, and it drives natkeep as a user would.
 """

@@ -1,4 +1,4 @@
-"""the lab's side of traffic.py: start lines, commands, reports and waiting with a deadline.
+"""The lab's side of traffic.py: start lines, commands, reports and waiting with a deadline.
 
     serve = Application(tmp / "serve")
     process = Popen(["ip", "netns", "exec", "web", *serve.serve_line("10.2.0.10:80")])
@@ -20,20 +20,30 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from natkeep.errors import NatkeepError
+from natkeep.lab.host import Host
+from natkeep.lab.report import Assertion
+from natkeep.plan.tuples import Endpoint, FourTuple
 
 SCRIPT = Path(__file__).with_name("traffic.py")
 
 Report = dict[str, Any]
+Views = Mapping[FourTuple, FourTuple]
+"""Each four-tuple as the peer sees it, from the peer to the process, and as the process sees it;
+they differ behind a gateway's own NAT."""
 Item = str | dict[str, Any]
+Source = Endpoint | str | None
+"""Where a client dials from, with port 0 for any; None: as the kernel chooses."""
 
 # How often a report is looked at while waiting; the script writes every 20 ms at most.
 _LOOK_EVERY_S = 0.002
 
 
-class TrafficError(Exception):
+class TrafficError(NatkeepError):
     """The application refused a command, or did not come to a state before the deadline."""
 
 
@@ -71,7 +81,7 @@ class Application:
     def command(self, *items: Item) -> int:
         """Replace the orders and return their number at once; see traffic.py for the items.
 
-        Orders that nobody has read yet are lost; `do` waits, and so never loses any.
+        Orders that were not read yet are lost; `do` waits, and so never loses any.
         """
         self._seq += 1
         self._replace("command", json.dumps({"seq": self._seq, "do": items}))
@@ -123,6 +133,25 @@ class Application:
         os.replace(temporary, self.directory / name)
 
 
+def start_server(host: Host, name: str, *listen: Endpoint | str) -> Application:
+    """A server at *host*, which listens."""
+    server = Application(host.directory / name)
+    host.start(name, *server.serve_line(*map(str, listen)))
+    server.wait(lambda report: len(report["listening"]) == len(listen), "listening")
+    return server
+
+
+def start_client(
+    host: Host, name: str, to: Endpoint, *, count: int = 1, source: Source = None
+) -> Application:
+    """A client at *host* with *count* open connections, which leave from *source*."""
+    client = Application(host.directory / name)
+    line = client.dial_line(str(to), count=count, source=None if source is None else str(source))
+    host.start(name, *line)
+    client.wait(all_open(count), "connected")
+    return client
+
+
 def all_open(count: int) -> Callable[[Report], bool]:
     """*count* connections are there, and all of them open."""
     return all_in("open", count)
@@ -157,3 +186,40 @@ def faults(report: Report) -> Sequence[str]:
         if each["error"] is not None:
             found.append(f"connection {index}: {each['state']} ({each['error']})")
     return found
+
+
+def tuple_of(connection: dict[str, Any]) -> FourTuple:
+    """A connection of a report, from its own end to the other."""
+    return FourTuple(Endpoint.parse(connection["local"]), Endpoint.parse(connection["peer"]))
+
+
+def octets_agree(client: Report, server: Report, views: Views) -> Assertion:
+    """Every octet arrived once, in order, in both directions, and no connection broke."""
+    theirs = {tuple_of(each).reply(): each for each in server["connections"]}
+    kept = [theirs[each] for each in views.values() if each in theirs]
+    bad = [*faults(client), *faults({"connections": kept})]
+    for each in client["connections"]:
+        name = tuple_of(each)
+        other = theirs.get(views.get(name, name), {"rx": 0, "tx": 0})
+        if (each["rx"], each["tx"]) != (other["tx"], other["rx"]):
+            bad.append(f"{each['local']} sent {each['tx']} and got {each['rx']}, "
+                       f"the process got {other['rx']} and sent {other['tx']}")  # fmt: skip
+    total = sum_of(client, "rx") + sum_of(client, "tx")
+    ok = not bad and total > 0
+    detail = "; ".join(bad[:3]) if bad else f"{total} octets, each checked by its number"
+    return Assertion("every octet arrived once and in order", ok, detail)
+
+
+def sockets_agree(client: Report, server: Report, views: Views) -> Assertion:
+    """getsockname and getpeername at both ends still tell the tuples of the beginning."""
+    after = [tuple_of(each) for each in client["connections"]]
+    theirs = {tuple_of(each).reply() for each in server["connections"]}
+    missing = [str(each) for each in views.values() if each not in theirs]
+    ok = after == list(views) and not missing
+    detail = f"{len(after)} connections" if ok else f"peer {after}, process lacks {missing}"
+    return Assertion("both ends' sockets tell the same four-tuples as before", ok, detail)
+
+
+def sum_of(report: Report, key: str) -> int:
+    """The sum of *key* over all connections."""
+    return sum(each[key] for each in report["connections"])

@@ -1,4 +1,4 @@
-"""the lab's door: `natkeep lab list`, `natkeep lab run` and `natkeep lab matrix`.
+"""The verbs `natkeep lab list`, `natkeep lab run` and `natkeep lab matrix`.
 
 Rule: parse, call scenario.py or matrix.py, print, return the exit code; 0 only for a verdict of
 pass. natkeep's own cli imports this file only for `natkeep lab`, and turns errors and signals into
@@ -105,23 +105,27 @@ def _list(args: argparse.Namespace) -> int:
 
 
 def _run(args: argparse.Namespace) -> int:
-    from natkeep.lab import scenario, verdict
+    from natkeep.lab import report, scenario
 
     found = scenario.find_scenario(args.scenario)
     require_tools()
-    report = scenario.run(found, pcap=args.pcap, engine=args.engine, translator=args.translator)
-    document = dumps(report.as_json(), indent=2, ensure_ascii=False)
-    story = verdict.tell_story(report)
+    done = scenario.run(found, pcap=args.pcap, engine=args.engine, translator=args.translator)
+    _show(args, "report", done.as_json(), report.render_report(done))
+    return 0 if done.passed else 1
+
+
+def _show(args: argparse.Namespace, name: str, value: dict[str, Any], text: str) -> None:
+    """Print the result as --json says, and write both forms of it into --report's directory."""
+    document = dumps(value, indent=2, ensure_ascii=False)
     if args.report:
         args.report.mkdir(parents=True, exist_ok=True)
-        (args.report / "report.json").write_text(document + "\n", encoding="utf-8")
-        (args.report / "report.txt").write_text(story + "\n", encoding="utf-8")
-    print(document if args.json else story)
-    return 0 if report.passed else 1
+        (args.report / f"{name}.json").write_text(document + "\n", encoding="utf-8")
+        (args.report / f"{name}.txt").write_text(text + "\n", encoding="utf-8")
+    print(document if args.json else text)
 
 
 def _matrix(args: argparse.Namespace) -> int:
-    from natkeep.lab import matrix, tally
+    from natkeep.lab import matrix, matrix_table
 
     selection = matrix.Selection(
         tuple(args.only), tuple(args.translator), tuple(args.mode), tuple(args.family)
@@ -131,23 +135,18 @@ def _matrix(args: argparse.Namespace) -> int:
     runs = [cell for cell in cells if cell.applies] * args.reps
     began, ended = time.monotonic(), 0
 
-    def tell(outcome: matrix.Outcome) -> None:
+    def show(outcome: matrix.Outcome) -> None:
         nonlocal ended
         ended += 1
         if not args.quiet:
             print(f"{ended}/{len(runs)} {outcome.verdict:<7} {outcome.cell}", file=sys.stderr)
 
-    outcomes = matrix.run(runs, jobs=args.jobs, report=args.report, tell=tell)
-    counted = tally.count(
+    outcomes = matrix.run(runs, jobs=args.jobs, report=args.report, show=show)
+    table = matrix_table.make_table(
         cells, outcomes, reps=args.reps, jobs=args.jobs, seconds=time.monotonic() - began
     )
-    document, text = dumps(counted.as_json(), indent=2, ensure_ascii=False), counted.as_text()
-    if args.report:
-        args.report.mkdir(parents=True, exist_ok=True)
-        (args.report / "matrix.json").write_text(document + "\n", encoding="utf-8")
-        (args.report / "matrix.txt").write_text(text + "\n", encoding="utf-8")
-    print(document if args.json else text)
-    return 0 if counted.passed else 1
+    _show(args, "matrix", table.as_json(), table.as_text())
+    return 1 if table.failed else 0
 
 
 def require_tools(*more: str) -> None:

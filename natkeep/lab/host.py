@@ -1,4 +1,4 @@
-"""one lab host: a namespace triple with its own init, and the programs in it.
+"""One lab host: a namespace triple with its own init, and the programs in it.
 
 Init is `cat` reading a pipe from the lab: when the lab dies in any way, the pipe ends, init
 with it, and so every process of the host. It ignores SIGCHLD, which makes the kernel reap
@@ -110,7 +110,7 @@ class Host:
         """Start *argv* as a session of its own in the host and leave it running."""
         log, pidfile = self.directory / f"{name}.log", self.directory / f"{name}.pid"
         pidfile.unlink(missing_ok=True)
-        log.touch()  # there before the program, for whoever reads what it says
+        log.touch()  # there before the program, for those that read its output
         shell = (
             'echo $$ >"$1.new"; mv "$1.new" "$1"; log=$2; shift 2; '
             'exec "$@" </dev/null >"$log" 2>&1'
@@ -146,3 +146,10 @@ def await_true(ready: Callable[[], object], what: str, *, seconds: float = 5) ->
         if time.monotonic() > deadline:
             raise LabError(f"waited {seconds:g} s in vain for {what}")
         time.sleep(0.002)  # a look every 2 ms, not a wait for luck: the deadline decides
+
+
+def write_script(path: Path, text: str) -> Path:
+    """A shell script that can be run."""
+    path.write_text(f"#!/bin/sh\n{text}\n")
+    path.chmod(0o755)
+    return path

@@ -1,11 +1,11 @@
-"""the matrix: every situation in every cell, each in a fresh lab and a process of its own.
+"""The matrix: every situation in every cell, each in a fresh lab and a process of its own.
 
     situations x {IPv4, IPv6} x {window probe sent, lost} x {natkeep stateful, natkeep stateless,
     naive, naive+purge}
 
 Several labs run at once, one a processor, since a lab takes one for itself. A cell has a
-deadline, and one that hangs or crashes has failed. Rule: what a cell came to is decided in its
-own process (`play`) and told as an `Outcome`; tally.py counts and prints them.
+deadline, and one that hangs or crashes has failed. Rule: a cell's outcome is decided in its own
+process (`play`); matrix_table.py counts and prints the outcomes.
 """
 
 from __future__ import annotations
@@ -16,19 +16,19 @@ import os
 import pkgutil
 import re
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
-from multiprocessing import connection, get_context
+from multiprocessing import connection
 from pathlib import Path
 
 from natkeep.errors import UsageError
 from natkeep.lab import situations
+from natkeep.lab.capture import COMPLETE
+from natkeep.lab.lab import Lab
+from natkeep.lab.report import Report, render_report
 from natkeep.lab.scenario import keep_captures, perform
 from natkeep.lab.situations import SITUATIONS, Situation
-from natkeep.lab.stage import Lab
 from natkeep.lab.topology import sweep
-from natkeep.lab.verdict import Report, tell_story
-from natkeep.lab.wire import COMPLETE
 
 TRANSLATORS = ("natkeep", "naive", "naive+purge")
 MODES = ("stateful", "stateless")
@@ -36,7 +36,7 @@ CELL_S = 90.0
 """A cell's deadline; the slowest take 15 s on a busy machine."""
 
 _RETAKES = 2
-_FAREWELL_S = 10.0  # for a cell that was told to end, to take its lab down
+_END_S = 10.0  # for a cell that is to end, to take its lab down
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,7 +100,7 @@ class Selection:
         """The cells, in the order of the table; UsageError when `only` names nothing."""
         chosen = [each for each in find_situations() if self._wants(each)]
         for word in self.only:
-            if not any(_is_called(each, word) for each in chosen):
+            if not any(each.is_called(word) for each in chosen):
                 names = ", ".join(f"{each.number} {each.name}" for each in find_situations())
                 raise UsageError(f"there is no situation {word!r}", hint=f"there are: {names}")
         return [
@@ -122,7 +122,7 @@ class Selection:
         ]
 
     def _wants(self, situation: Situation) -> bool:
-        return not self.only or any(_is_called(situation, word) for word in self.only)
+        return not self.only or any(situation.is_called(word) for word in self.only)
 
 
 def find_situations() -> list[Situation]:
@@ -130,12 +130,6 @@ def find_situations() -> list[Situation]:
     for module in pkgutil.iter_modules(situations.__path__):
         importlib.import_module(f"{situations.__name__}.{module.name}")
     return sorted(SITUATIONS, key=lambda each: each.number)
-
-
-def _is_called(situation: Situation, word: str) -> bool:
-    if word.isdigit():
-        return situation.number == int(word)
-    return word.lower() in situation.name.lower()
 
 
 def play(cell: Cell, report: Path | None = None) -> Outcome:
@@ -147,10 +141,13 @@ def play(cell: Cell, report: Path | None = None) -> Outcome:
         probe=column.probe, translator=column.translator, **situation.setup,
     ) as lab:  # fmt: skip
         lab.report.title = str(cell)
-        perform(lab, situation.tell)
+        perform(lab, situation.moves)
         verdict, reason = judge(lab.report, lab.refused, may_refuse=situation.may_refuse)
         if report is not None and verdict == "fail":
-            _keep(lab, report / _file_name(cell))
+            directory = report / re.sub(r"[^a-z0-9+]+", "-", str(cell).lower())
+            keep_captures(lab, directory)
+            text = render_report(lab.report) + "\n"
+            (directory / "report.txt").write_text(text, encoding="utf-8")
     return Outcome(cell, verdict, reason, time.monotonic() - began)
 
 
@@ -181,53 +178,33 @@ def judge(report: Report, refused: str, *, may_refuse: tuple[str, ...]) -> tuple
     return "fail", reason
 
 
-def _keep(lab: Lab, directory: Path) -> None:
-    keep_captures(lab, directory)
-    (directory / "report.txt").write_text(tell_story(lab.report) + "\n", encoding="utf-8")
-
-
-def _file_name(cell: Cell) -> str:
-    return re.sub(r"[^a-z0-9+]+", "-", str(cell).lower())
-
-
 def run(
     cells: Iterable[Cell], *, jobs: int, report: Path | None = None,
-    deadline: float = CELL_S, tell: Callable[[Outcome], None] = lambda _: None,
+    deadline: float = CELL_S, show: Callable[[Outcome], None] = lambda _: None,
 ) -> list[Outcome]:  # fmt: skip
-    """Run all *cells*, *jobs* at once; *tell* hears of each as it ends."""
+    """Run all *cells*, *jobs* at once; *show* is called with each outcome."""
     # Once here, or each cell's process spends half a second on it.
     import scapy.layers.inet6
     import scapy.utils  # noqa: F401
 
     outcomes: list[Outcome] = []
-    waiting = iter(list(cells))
-    running: dict[int, _Run] = {}
+    waiting, running = list(cells)[::-1], dict[int, _Run]()
     try:
-        while True:
+        while waiting or running:
             for slot in set(range(jobs)) - running.keys():
-                cell = next(waiting, None)
-                if cell is not None:
-                    running[slot] = _Run(cell, slot, report, deadline)
-            if not running:
-                return outcomes
-            for slot in _ended(running):
+                if waiting:
+                    running[slot] = _Run(waiting.pop(), slot, report, deadline)
+            soonest = min(each.deadline for each in running.values()) - time.monotonic()
+            ends = [each.process.sentinel for each in running.values()]
+            connection.wait(ends, timeout=max(soonest, 0))
+            for slot in [slot for slot, each in running.items() if each.is_over()]:
                 outcomes.append(running.pop(slot).outcome())
-                tell(outcomes[-1])
+                show(outcomes[-1])
+        return outcomes
     finally:
         for each in running.values():
             each.end()
         sweep()
-
-
-def _ended(running: dict[int, _Run]) -> Iterator[int]:
-    """The slots whose cell has ended, or is to end now; waits for the first."""
-    soonest = min(each.deadline for each in running.values()) - time.monotonic()
-    ends = {each.process.sentinel: slot for slot, each in running.items()}
-    told = {each.pipe: slot for slot, each in running.items()}
-    ready: Sequence[object] = connection.wait([*ends, *told], timeout=max(soonest, 0))
-    found = {slot for end, slot in [*ends.items(), *told.items()] if end in ready}
-    now = time.monotonic()
-    yield from found | {slot for slot, each in running.items() if each.deadline <= now}
 
 
 class _Run:
@@ -237,27 +214,26 @@ class _Run:
         self.cell, self.began = cell, time.monotonic()
         self.deadline = self.began + seconds
         self.pipe, theirs = multiprocessing.Pipe(duplex=False)
-        context = get_context("fork")
-        self.process = context.Process(target=_live, args=(theirs, cell, slot, report))
+        self.process = multiprocessing.get_context("fork").Process(
+            target=_play_apart, args=(theirs, cell, slot, report)
+        )
         self.process.start()
         theirs.close()
 
+    def is_over(self) -> bool:
+        """Whether the process has ended, or should have."""
+        return not self.process.is_alive() or time.monotonic() >= self.deadline
+
     def outcome(self) -> Outcome:
-        """What the process told; a fail with its reason when it told nothing."""
-        seconds = time.monotonic() - self.began
-        told: Outcome | None = None
-        if self.pipe.poll():
-            try:
-                verdict, reason, seconds, retaken = self.pipe.recv()
-                told = Outcome(self.cell, verdict, reason, seconds, retaken)
-            except EOFError:
-                pass
-        if told is not None:
-            self.process.join(_FAREWELL_S)
-        late = told is None and time.monotonic() >= self.deadline
+        """What the process sent; a fail with its reason when it sent nothing."""
+        seconds, late = time.monotonic() - self.began, self.process.is_alive()
+        try:
+            sent = self.pipe.recv() if self.pipe.poll() else None
+        except EOFError:
+            sent = None
         self.end()
-        if told is not None:
-            return told
+        if sent is not None:
+            return Outcome(self.cell, *sent)
         why = "not over at its deadline" if late else f"it ended with {self.process.exitcode}"
         return Outcome(self.cell, "fail", f"the cell's process: {why}", seconds)
 
@@ -266,20 +242,20 @@ class _Run:
         for stop in (self.process.terminate, self.process.kill):
             if self.process.is_alive():
                 stop()
-                self.process.join(_FAREWELL_S)
+                self.process.join(_END_S)
         self.pipe.close()
 
 
-def _live(pipe: connection.Connection, cell: Cell, slot: int, report: Path | None) -> None:
-    """The life of a cell's process, on a processor of its slot's."""
+def _play_apart(pipe: connection.Connection, cell: Cell, slot: int, report: Path | None) -> None:
+    """A cell's process, on a processor of its slot's."""
     usual = sorted(os.sched_getaffinity(0))
     os.sched_setaffinity(0, {usual[slot % len(usual)]})
     try:
         outcome = play_until_proved(cell, report)
-        told = (outcome.verdict, outcome.reason, outcome.seconds, outcome.retaken)
     except KeyboardInterrupt:
-        return  # nobody is left to be told
+        return  # nothing waits for it any more
     except Exception as error:
-        told = ("fail", f"the lab: {type(error).__name__}: {error}"[:600], 0.0, 0)
-    pipe.send(told)
+        outcome = Outcome(cell, "fail", f"the lab: {type(error).__name__}: {error}"[:600])
+    # Not the cell itself: its situation is a function, and known at the other end.
+    pipe.send((outcome.verdict, outcome.reason, outcome.seconds, outcome.retaken))
     pipe.close()

@@ -1,10 +1,11 @@
-"""the storyteller: scenarios are files, each of which tells a Lab what happens.
+"""Scenarios: files, each of which describes one move and the network that it is made in.
 
     \"\"\"A server moves to another address; its client notices nothing.   (then the network)\"\"\"
     SETUP = {"family": 6}          # arguments of Lab, optional; an engine: it is for this one only
-    def tell(lab): lab.serve(); lab.dial(); lab.talk(); lab.move(); lab.talk_on(); lab.finish()
+    CONNECTIONS = 50               # optional; where there is no `run`: see move_once
+    def run(lab): lab.begin(); lab.move(); lab.traffic.talk_on(); lab.finish()
 
-Rule: a scenario always ends in a verdict, whatever goes wrong in it.
+Rule: a scenario always ends in a verdict, whatever fails in it.
 """
 
 from __future__ import annotations
@@ -13,19 +14,19 @@ import ast
 import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import natkeep
 from natkeep.errors import NatkeepError, UsageError
-from natkeep.lab.application import TrafficError
-from natkeep.lab.stage import Lab, StoryOver, failure
-from natkeep.lab.verdict import Report
+from natkeep.lab.lab import Lab
+from natkeep.lab.report import Report, ScenarioOver
 
 
 @dataclass(frozen=True, slots=True)
 class Scenario:
-    """A file of scenarios/, by name; loaded only when it is told."""
+    """A file of scenarios/, by name; loaded only when it is run."""
 
     name: str
     path: Path
@@ -37,20 +38,29 @@ class Scenario:
         return doc.splitlines()[0]
 
     def load(self) -> tuple[Callable[[Lab], None], dict[str, Any]]:
-        """Its `tell`, and its SETUP."""
+        """Its `run`, or `move_once`, and its SETUP."""
         spec = importlib.util.spec_from_file_location(f"natkeep_scenario_{self.name}", self.path)
         assert spec is not None
         assert spec.loader is not None
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
-        return module.tell, getattr(module, "SETUP", {})
+        usual = partial(move_once, connections=getattr(module, "CONNECTIONS", 1))
+        return getattr(module, "run", usual), getattr(module, "SETUP", {})
 
     def choose_engine(self, asked: str) -> str:
-        """The engine to tell it with; UsageError if it is for another one than was *asked* for."""
+        """The engine to run it with; UsageError if it is for another one than was *asked* for."""
         own: str = self.load()[1].get("engine", "auto")
         if own == "auto" or asked in ("auto", own):
             return asked if own == "auto" else own
         raise UsageError(f"{self.name} is for --engine {own} only, not {asked}")
+
+
+def move_once(lab: Lab, *, connections: int) -> None:
+    """The scenario of a file that has no `run`."""
+    lab.begin(connections=connections)
+    lab.move()
+    lab.traffic.talk_on()
+    lab.finish()
 
 
 def scenarios() -> list[Scenario]:
@@ -71,29 +81,29 @@ def find_scenario(name: str) -> Scenario:
 
 def run(scenario: Scenario, *, pcap: Path | None = None, **options: Any) -> Report:
     """Tell *scenario* in a fresh lab; options are Lab's. Captures are kept in *pcap*."""
-    tell, setup = scenario.load()
+    moves, setup = scenario.load()
     engine = scenario.choose_engine(options.get("engine", "auto"))
     with Lab(scenario.name, **{**setup, **options, "engine": engine}) as lab:
         lab.report.title = scenario.title
-        perform(lab, tell)
+        perform(lab, moves)
         if pcap is not None:
             keep_captures(lab, pcap)
     return lab.report
 
 
-def perform(lab: Lab, tell: Callable[[Lab], None]) -> None:
-    """Tell a story to its end, whatever goes wrong in it."""
+def perform(lab: Lab, moves: Callable[[Lab], None]) -> None:
+    """Do what *moves* says to its end, whatever fails in it."""
     try:
-        tell(lab)
-    except StoryOver:
+        moves(lab)
+    except ScenarioOver:
         lab.conclude()
-    except (NatkeepError, TrafficError) as error:
-        lab.report.assertions.append(failure("the story is told to its end", error))
+    except NatkeepError as error:
+        lab.report.fail("the scenario comes to its end", error)
         lab.conclude()
 
 
 def keep_captures(lab: Lab, directory: Path) -> None:
     """Copy what was captured into *directory*."""
     directory.mkdir(parents=True, exist_ok=True)
-    for capture in lab.tap.captures.values():
+    for capture in lab.captures:
         (directory / capture.path.name).write_bytes(capture.path.read_bytes())

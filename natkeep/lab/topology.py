@@ -1,4 +1,4 @@
-"""the practice network: hosts that are namespaces, and the wires between them.
+"""The lab network: hosts that are namespaces, and the wires between them.
 
 Each host's network namespace has a name under /run/netns, `natkeep-lab-HEX-ROLE`, so that
 `natkeep --site gateway=NAME` works. Every network is a bridge in one more namespace, the
@@ -13,7 +13,7 @@ In front of a network that is `routed` stands one more router, NET-router, which
 10.x.0.1; its other side, 10.10x.0.2, is linked to the gateway.
 
 Rule: what is made is registered for removal on the line where it is made, and removed in
-reverse order. A lab whose owner died is recognised by the lock that nobody holds any more.
+reverse order. A lab whose owner died is recognised by its lock, which is no longer held.
 This file must never touch a namespace that does not bear the lab's own prefix.
 """
 
@@ -27,12 +27,11 @@ import secrets
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from types import TracebackType
 
-from natkeep.lab.antispoof import anti_spoof
 from natkeep.lab.host import NAMES, Host, LabError
 
 PREFIX = "natkeep-lab-"
@@ -104,16 +103,17 @@ class Topology:
             raise
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        at: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *exception: object) -> None:
         self._stack.close()
 
     def __getitem__(self, role: str) -> Host:
         return self.hosts[role]
+
+    @property
+    def sites(self) -> tuple[str, ...]:
+        """The roles at which a translator works: the gateway and what is beyond it."""
+        beyond = (seat.role for seat in self.seats if seat.network not in ("near", "old"))
+        return ("gateway", *beyond)
 
     def defer(self, undo: Callable[..., object], *args: object) -> None:
         """Have *undo* called when the lab ends, before what was deferred earlier."""
@@ -204,7 +204,7 @@ class Topology:
             "for f in /proc/sys/net/bridge/bridge-nf-call-*; do"
             " if [ -e $f ]; then echo 0 >$f; fi; done\n"
         )
-        guarded = [s for s in self.seats if s.network not in ("near", "old")]
+        guarded = [s for s in self.seats if s.role in self.sites]
         spoofs = [s for s in self.seats if s.network == "old"]
         return quiet + _batch(links) + _heredoc("nft -f -", anti_spoof(guarded, spoofs))
 
@@ -212,14 +212,36 @@ class Topology:
         lines = ["link set lo up"]
         for net in self._used():
             at = transfer if net in self.routed else address
-            lines += [
-                f"address add {at(net, 1, 4)}/24 dev {net}",
-                f"address add {at(net, 1, 6)}/64 dev {net} nodad",
-                f"link set {net} up",
-            ]
+            lines += _addresses(net, partial(at, net, 1))
         for net in self.routed:
             lines += [f"route add {prefix(net, v)} via {transfer(net, 2, v)}" for v in (4, 6)]
         return _FORWARD + _SETTLED + _batch(lines)
+
+
+def anti_spoof(guarded: Iterable[Seat], spoofs: Sequence[Seat]) -> str:
+    """The nft script that drops, at the ports of *guarded*, each frame that claims *spoofs*.
+
+    Clouds have this filter in front of every host: IP, IPv6, ARP and neighbour discovery (whose
+    target is at octet 8 of the ICMPv6 message). Without it untranslated packets would get through
+    here, because the destination's own ARP teaches the gateway where OLD is now.
+    """
+    lines = ["add table netdev antispoof", "add counter netdev antispoof spoofed"]
+    for port in (seat.role for seat in guarded):
+        chain = f"netdev antispoof {port}"
+        lines.append(f"add chain {chain} {{ type filter hook ingress device {port} priority 0; }}")
+        for old4, old6 in ((spoof.address(4), spoof.address(6)) for spoof in spoofs):
+            target = f"@th,64,128 {int(old6):#x}"
+            lines += [
+                f"add rule {chain} {match} counter name spoofed drop"
+                for match in (
+                    f"ip saddr {old4}",
+                    f"arp saddr ip {old4}",
+                    f"ip6 saddr {old6}",
+                    f"icmpv6 type nd-neighbor-advert {target}",
+                    f"icmpv6 type nd-neighbor-solicit {target}",
+                )
+            ]
+    return "\n".join(lines) + "\n"
 
 
 _FORWARD = (
@@ -239,28 +261,28 @@ _SETTLED = (
 )
 
 
+def _addresses(device: str, at: Callable[[int], Address]) -> list[str]:
+    return [
+        f"address add {at(4)}/24 dev {device}",
+        f"address add {at(6)}/64 dev {device} nodad",
+        f"link set {device} up",
+    ]
+
+
 def _router_script(network: str) -> str:
     return _FORWARD + _SETTLED + _batch([
         "link set lo up",
-        f"address add {transfer(network, 2, 4)}/24 dev uplink",
-        f"address add {transfer(network, 2, 6)}/64 dev uplink nodad",
-        f"address add {address(network, 1, 4)}/24 dev downlink",
-        f"address add {address(network, 1, 6)}/64 dev downlink nodad",
-        "link set uplink up",
-        "link set downlink up",
-        f"route add default via {transfer(network, 1, 4)}",
-        f"route add default via {transfer(network, 1, 6)}",
+        *_addresses("uplink", partial(transfer, network, 2)),
+        *_addresses("downlink", partial(address, network, 1)),
+        *(f"route add default via {transfer(network, 1, v)}" for v in (4, 6)),
     ])  # fmt: skip
 
 
 def _host_script(seat: Seat) -> str:
     return _SETTLED + _batch([
         "link set lo up",
-        f"address add {seat.address(4)}/24 dev eth0",
-        f"address add {seat.address(6)}/64 dev eth0 nodad",
-        "link set eth0 up",
-        f"route add default via {address(seat.network, 1, 4)}",
-        f"route add default via {address(seat.network, 1, 6)}",
+        *_addresses("eth0", seat.address),
+        *(f"route add default via {address(seat.network, 1, v)}" for v in (4, 6)),
     ])  # fmt: skip
 
 
@@ -280,7 +302,7 @@ def sweep() -> list[str]:
     """Remove the names and files of labs whose owner is dead; returns the names removed.
 
     An owner holds the lock of its lab as long as it lives, so a lock that can be had, or is
-    missing, says that nobody owns the name.
+    missing, says that the name has no owner.
     """
     removed: list[str] = []
     with _registry():
@@ -303,7 +325,7 @@ def _directory(hex_: str) -> Path:
 
 @contextlib.contextmanager
 def _registry() -> Iterator[None]:
-    """Nobody else makes or sweeps labs meanwhile."""
+    """No other process makes or sweeps labs meanwhile."""
     LOCKS.mkdir(mode=0o700, exist_ok=True)
     registry = os.open(LOCKS, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:

@@ -1,4 +1,4 @@
-"""the application that is migrated, and its peer: every octet numbered, steered through files.
+"""The application that is migrated, and its peer: every octet numbered, steered through files.
 
 Rule: one script of the standard library, started by path (`python3 -I -S …/traffic.py serve …`),
 so that CRIU has little to dump and a bare host little to provide. It must never hold a control
@@ -41,8 +41,8 @@ ITEM         "OPERATION" or {"OPERATION": ARGUMENT, "only": [index, …]}   (els
     open null        dial one more (--to), or {"open": "ADDR:PORT"} in either role
     mark             begin to measure silence anew
     freeze "PATH"    close the listeners, put every connection into repair, write PATH, do nothing
-                     more until `thaw` or SIGKILL (which then is silent: no FIN, no RST). Whoever
-                     sends it has shut the network first: a socket in repair goes on to acknowledge.
+                     more until `thaw` or SIGKILL (which then is silent: no FIN, no RST). The
+                     network must be shut before: a socket in repair goes on to acknowledge.
     thaw             take a freeze back
     accept_every MS  take at most one waiting connection in MS milliseconds; 0: all at once
     exit             close everything and end
@@ -61,6 +61,8 @@ DIR/report.json   replaced atomically after each command, and on change about ev
        "longest_silence_ms",        longest gap between arrivals since mark, talk or opening
        "last_rx_monotonic"}]}       null before the first arrival
 Connections keep their index for good. Clocks are CLOCK_MONOTONIC of the host it runs on now.
+
+Size: over 400 lines, because one interpreter has to run it by its path alone.
 """
 
 from __future__ import annotations
@@ -69,7 +71,7 @@ import argparse
 import array
 import contextlib
 import errno
-import importlib.util
+import importlib
 import json
 import os
 import resource
@@ -91,7 +93,6 @@ CHUNK = 64 * 1024
 BLOCK = 8
 LETTER = {"dial": ord("D"), "serve": ord("S")}
 OTHER = {"dial": "serve", "serve": "dial"}
-STATE_VERSION = 1
 
 MAPPED = "::ffff:"
 
@@ -119,31 +120,25 @@ def find_mismatch(direction: str, start: int, data: bytes) -> dict[str, Any] | N
 class Talk:
     """Requests at an interval, and what is still missing of the answer to the last one."""
 
-    def __init__(self, interval_ms: float, size: int, answer: int | None = None) -> None:
-        self.interval_s = interval_ms / 1000
-        self.size = size
+    SAVED = ("interval_ms", "size", "answer", "awaited", "over")
+
+    def __init__(
+        self, interval_ms: float, size: int, answer: int | None = None, awaited: int = 0,
+        over: bool = False,
+    ) -> None:  # fmt: skip
+        self.interval_ms, self.size = interval_ms, size
         self.answer = size if answer is None else answer
-        self.awaited = 0
-        self.over = False  # nothing more is asked, but the last answer still counts
+        self.awaited = awaited
+        self.over = over  # nothing more is asked, but the last answer still counts
         self.due = 0.0
-
-    def saved(self) -> dict[str, Any]:
-        return {
-            "interval_ms": self.interval_s * 1000,
-            "size": self.size,
-            "answer": self.answer,
-            "awaited": self.awaited,
-            "over": self.over,
-        }
-
-    @classmethod
-    def load(cls, saved: dict[str, Any]) -> Talk:
-        talk = cls(saved["interval_ms"], saved["size"], saved["answer"])
-        talk.awaited, talk.over = saved["awaited"], saved["over"]
-        return talk
 
     def is_due(self, now: float) -> bool:
         return self.awaited == 0 and not self.over and self.due <= now
+
+
+def save(each: Any) -> dict[str, Any]:
+    """What of *each* a resumed process has to know."""
+    return {name: getattr(each, name) for name in each.SAVED}
 
 
 class Connection:
@@ -175,28 +170,22 @@ class Connection:
         "answered", "error", "mismatch", "longest_silence", "names",
     )  # fmt: skip
 
+    REPORTED = ("state", "error", "rx", "tx", "asked", "answered", "mismatch")
+
     def saved(self) -> dict[str, Any]:
-        """What a resumed process has to know, the socket apart."""
-        saved = {name: getattr(self, name) for name in self.SAVED}
-        return {**saved, "talk": None if self.talk is None else self.talk.saved()}
+        """The socket apart."""
+        return {**save(self), "talk": self.talk and save(self.talk)}
 
     def load(self, saved: dict[str, Any]) -> None:
         for name in self.SAVED:
             setattr(self, name, saved[name])
-        if saved["talk"] is not None:
-            self.talk = Talk.load(saved["talk"])
+        self.talk = saved["talk"] and Talk(**saved["talk"])
 
     def report(self) -> dict[str, Any]:
         return {
             **self.names,
-            "state": self.state,
-            "error": self.error,
-            "rx": self.rx,
-            "tx": self.tx,
+            **{name: getattr(self, name) for name in self.REPORTED},
             "owed": None if self.bulk is None else self.owed + self.bulk,
-            "asked": self.asked,
-            "answered": self.answered,
-            "mismatch": self.mismatch,
             "longest_silence_ms": round(self.longest_silence * 1000, 3),
             "last_rx_monotonic": self.last_rx,
         }
@@ -259,7 +248,7 @@ class Connection:
         talk = self.talk
         if talk is None or self.state not in ("open", "eof") or not talk.is_due(now):
             return
-        talk.due = now + talk.interval_s
+        talk.due = now + talk.interval_ms / 1000
         talk.awaited = talk.answer
         self.asked += 1
         self.owed += talk.size
@@ -313,7 +302,7 @@ class Connection:
 
     def fail(self, error: OSError) -> None:
         name = errno.errorcode.get(error.errno or 0, str(error.errno))
-        # EPIPE is what a write says after a reset that nobody has read yet.
+        # EPIPE is what a write says after a reset that was not read yet.
         states = {"ECONNRESET": "reset", "EPIPE": "reset", "ETIMEDOUT": "timeout"}
         self.end(states.get(name, "failed"))
         self.error = name
@@ -391,9 +380,9 @@ class Process:
         self.listeners: list[socket.socket] = []
         self.listening: list[str] = []
         self.accept_every_s = 0.0
-        self.resting: list[socket.socket] = []  # listeners that accept nobody just now
+        self.resting: list[socket.socket] = []  # listeners that do not accept just now
         self.connections: list[Connection] = []
-        self.frozen: list[tuple[Connection, Any]] = []  # with the state that repair.py read
+        self.frozen: list[tuple[Connection, Any]] = []  # with the state that tcp_repair.py read
         self.phase = "running"
         self.seq = 0
         self.failed: str | None = None
@@ -620,7 +609,7 @@ class Process:
         repair = load_repair()
         self.do_accept_every(0)
         for listener in self.listeners:
-            self.accept(listener)  # whoever waits to be accepted would be reset
+            self.accept(listener)  # what waits to be accepted would be reset
         try:
             for connection in self.connections:
                 if connection.sock is not None and has_state(connection.sock):
@@ -646,10 +635,8 @@ class Process:
         self.start()
 
     def save(self, path: Path) -> None:
-        sockets = {id(connection): state.to_json() for connection, state in self.frozen}
+        sockets = {id(connection): state.to_text() for connection, state in self.frozen}
         value = {
-            "version": STATE_VERSION,
-            "role": self.role,
             "seq": self.seq + 1,  # the freeze itself, which must not be carried out again
             "to": self.to,
             "source": self.source,
@@ -666,14 +653,12 @@ class Process:
         repair = load_repair()
         (self.directory / "go").unlink(missing_ok=True)  # of an earlier move
         value = json.loads(path.read_text())
-        if (value["version"], value["role"]) != (STATE_VERSION, self.role):
-            raise SystemExit(f"{path} is of version {value['version']}, by {value['role']}")
         self.seq, self.to, self.source = value["seq"], value["to"], value["source"]
         self.listening, self.phase = value["listening"], "recreated"
         for saved in value["connections"]:
             sock = None
             if saved["socket"] is not None:
-                sock = repair.recreate(repair.SocketState.from_json(saved["socket"]))
+                sock = repair.recreate(repair.SocketState.from_text(saved["socket"]))
                 sock.setblocking(False)
             connection = Connection(sock, self.role, saved["state"])
             connection.load(saved)
@@ -711,16 +696,11 @@ def has_state(sock: socket.socket) -> bool:
 
 
 def load_repair() -> Any:
-    """repair.py beside this file: late, since a process that CRIU moves never needs it."""
-    name = "natkeep_lab_repair"
-    if name not in sys.modules:
-        spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name("repair.py"))
-        assert spec is not None
-        assert spec.loader is not None
-        module = importlib.util.module_from_spec(spec)
-        sys.modules[name] = module  # dataclasses look their module up there
-        spec.loader.exec_module(module)
-    return sys.modules[name]
+    """tcp_repair.py beside this file: late, since a process that CRIU moves never needs it."""
+    beside = str(Path(__file__).parent)
+    if beside not in sys.path:
+        sys.path.append(beside)
+    return importlib.import_module("tcp_repair")
 
 
 def replace(path: Path, text: str) -> None:

@@ -1,4 +1,4 @@
-"""the translators: natkeep, driven by its command line, and the baselines it is measured by.
+"""The translators: natkeep, by its command line, and the baselines that it is compared with.
 
     natkeep       natkeep prepare, open (by natkeep-hook under CRIU), teardown
     naive         the DNAT and SNAT rules that a blog would give, written by hand
@@ -14,13 +14,13 @@ import os
 import shlex
 import subprocess
 import sys
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from natkeep.errors import NatkeepError
-from natkeep.lab.engines import CHECKOUT, Opening
-from natkeep.lab.host import Host
+from natkeep.lab.engine import Opening
+from natkeep.lab.engines.criu import CHECKOUT
+from natkeep.lab.host import Host, write_script
 from natkeep.lab.topology import Address
 from natkeep.plan.tuples import FourTuple
 
@@ -89,14 +89,18 @@ class Translator:
 
 
 class Natkeep(Translator):
-    """natkeep itself, as a user would call it."""
+    """natkeep itself, by its command line, with its state below the lab's directory."""
 
     name = "natkeep"
+
+    def __init__(self, directory: Path, state: str = "natkeep-state") -> None:
+        super().__init__(directory)
+        self.environment = {"NATKEEP_STATE_DIR": str(directory / state)}
 
     def prepare(self, order: Order) -> None:
         more = ["--replace", order.replaces.id] if order.replaces else []
         more += ["--listeners"] if order.listeners else []
-        self._call(
+        self.call(
             "prepare", order.id, *more, "--map", f"{order.old}={order.new}",
             "--site", f"gateway={order.gateway.name}",
             "--site", f"destination={order.destination.name}",
@@ -104,48 +108,49 @@ class Natkeep(Translator):
         )  # fmt: skip
 
     def opening(self, order: Order) -> Opening:
-        environment = {**self._environment(), "NATKEEP_ID": order.id}
-        return Opening(lambda: self._call("open", order.id), self._hook(), environment)
+        return self.open_move(order.id)
+
+    def open_move(self, move_id: str) -> Opening:
+        """What opens the move of that id when the sockets exist."""
+        environment = {**self.environment, "NATKEEP_ID": move_id}
+        return Opening(lambda: self.call("open", move_id), self.hook(), environment)
 
     def withdrawal(self, order: Order) -> Opening:
-        script = self.directory / "withdraw"
         command = shlex.join([*natkeep_command(), "teardown", order.id, "--yes"])
-        script.write_text(
-            f'#!/bin/sh\n[ "$CRTOOLS_SCRIPT_ACTION" = post-restore ] || exit 0\nexec {command}\n'
-        )
-        script.chmod(0o755)
-        return Opening(lambda: self.teardown(order), script, self._environment())
+        test = '[ "$CRTOOLS_SCRIPT_ACTION" = post-restore ] || exit 0'
+        script = write_script(self.directory / "withdraw", f"{test}\nexec {command}")
+        return Opening(lambda: self.teardown(order), script, self.environment)
 
     def teardown(self, order: Order) -> None:
-        self._call("teardown", order.id, "--yes")
+        self.call("teardown", order.id, "--yes")
 
-    def _environment(self) -> Mapping[str, str]:
-        return {"NATKEEP_STATE_DIR": str(self.directory / "natkeep-state")}
+    def run(self, verb: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+        """Run natkeep outside of the hosts, to its end."""
+        return subprocess.run(
+            [*natkeep_command(), verb, *arguments],
+            capture_output=True, text=True, timeout=60, env={**os.environ, **self.environment},
+        )  # fmt: skip
 
-    def _call(self, verb: str, *arguments: str) -> None:
-        argv = [*natkeep_command(), verb, *arguments]
-        environment = {**os.environ, **self._environment()}
-        done = subprocess.run(argv, capture_output=True, text=True, timeout=60, env=environment)
+    def call(self, verb: str, *arguments: str) -> str:
+        """The same, and what it printed; TranslatorError with its message when it fails."""
+        done = self.run(verb, *arguments)
         if done.returncode:
             lines = [line.strip() for line in done.stderr.splitlines() if line.strip()]
             said = " ".join(lines[-2:])  # message and hint, or the end of a traceback
             raise TranslatorError(
                 f"natkeep {verb} exited {done.returncode}: {said}", code=done.returncode
             )
+        return done.stdout
 
-    def _hook(self) -> Path:
+    def hook(self) -> Path:
         """natkeep-hook beside natkeep; in a bare checkout a script that runs its module."""
         natkeep = Path(natkeep_command()[0])
         beside = natkeep.with_name("natkeep-hook")
         if natkeep.name == "natkeep" and beside.exists():
             return beside
-        script = self.directory / "natkeep-hook"
         python, checkout = shlex.quote(sys.executable), shlex.quote(str(CHECKOUT))
-        script.write_text(
-            f'#!/bin/sh\nPYTHONPATH={checkout} exec {python} -m natkeep.criu.hook "$@"\n'
-        )
-        script.chmod(0o755)
-        return script
+        command = f'PYTHONPATH={checkout} exec {python} -m natkeep.criu.hook "$@"'
+        return write_script(self.directory / "natkeep-hook", command)
 
 
 class Naive(Translator):
@@ -177,12 +182,12 @@ class Naive(Translator):
         return [f"{ip} saddr {after} snat {ip} to {before}"]
 
     def retire(self, order: Order) -> None:
-        self._forget(order, order.destination)
+        self._delete_table(order, order.destination)
 
     def teardown(self, order: Order) -> None:
-        self._forget(order, order.gateway, order.destination)
+        self._delete_table(order, order.gateway, order.destination)
 
-    def _forget(self, order: Order, *hosts: Host) -> None:
+    def _delete_table(self, order: Order, *hosts: Host) -> None:
         for host in hosts:
             host.run("nft", "delete", "table", "inet", _table(order))
         super().teardown(order)

@@ -10,11 +10,11 @@ from functools import partial
 
 from natkeep import faultpoints
 from natkeep.errors import JournalError, LeftoverError, RefusedError
-from natkeep.kernel.owned import NOT_TRACKED, ways_of
 from natkeep.lifecycle.check import check
 from natkeep.lifecycle.executor import Executor, finish, forget, leftover
 from natkeep.lifecycle.prepare import carry_out
 from natkeep.lifecycle.progress import puts_lock_back, refuse_earlier_boot, without_lock
+from natkeep.plan.conntrack import NOT_TRACKED, directions_of
 from natkeep.plan.drift import Gate
 from natkeep.plan.move import Mode, Move, Site
 from natkeep.plan.steps import Identity, InsertEntries, Plan, Prior, PurgeEntries
@@ -77,10 +77,9 @@ class _Replacement:
         for number, step in enumerate(self.old.steps):
             record = self.earlier.records.get(number)
             if isinstance(step, PurgeEntries) and record is not None and record.state != "undone":
-                here, ways = self.earlier.identity(step.site), ways_of(record.prior)
-                purged |= {
-                    (here, t): way for t, way in zip(step.translation.kept, ways, strict=False)
-                }
+                here = self.earlier.identity(step.site)
+                found = zip(step.translation.kept, directions_of(record.prior.facts), strict=False)
+                purged |= {(here, tuple_): direction for tuple_, direction in found}
         for number, step in enumerate(self.plan.steps):
             if isinstance(step, PurgeEntries) and purged:
                 here = journal.identity(step.site)

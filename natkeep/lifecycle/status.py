@@ -16,7 +16,7 @@ from contextlib import closing, suppress
 from types import MappingProxyType
 
 from natkeep.errors import JournalError
-from natkeep.kernel.interface import Kernel, Panorama
+from natkeep.kernel.interface import Kernel, Snapshot
 from natkeep.kernel.netns import NamespaceGoneError
 from natkeep.lifecycle.executor import Executor
 from natkeep.lifecycle.progress import has_been_opened, is_retired, is_waiting, restored_at
@@ -29,7 +29,7 @@ from natkeep.plan.tuples import NO_CONNECTIONS
 from natkeep.state.journal import Journal, read_boot_id
 from natkeep.values import dataclass
 
-Reader = Kernel | Panorama
+Reader = Kernel | Snapshot
 """What shows a site: the kernel, or what was read of a namespace for many moves."""
 
 _MANY = 16
@@ -50,7 +50,7 @@ def read_status(
         loaded = _load_each(executor, move_ids, unreadable)
         return tuple(_sum_up(plan, look_at_sites(executor, of, plan)) for of, plan in loaded)
     move_ids = move_ids or executor.state.ids()
-    with closing(_Shared(executor.kernel, len(move_ids))) as shared:
+    with closing(_Shared(executor.kernel)) as shared:
         many = []
         for journal, plan in _load_each(executor, move_ids, unreadable):
             shared.expect(journal, plan)
@@ -182,11 +182,11 @@ def look_around(
         recent = earlier.alive_at(plan, site) if earlier and age < seen.lingers else None
         lives[site] = find_life(plan, site, looks, frozen=frozen, recent=recent or NO_CONNECTIONS)
     opened = {site: has_been_opened(journal, plan, site) for site in looks}
-    ways = {site: _find_lost_ways(journal, plan, site, reader) for site, reader in by.items()}
+    ways = {site: _find_lost_routes(journal, plan, site, reader) for site, reader in by.items()}
     return Sight(plan, begun, looks, lives, opened, earlier, ways)
 
 
-def _find_lost_ways(
+def _find_lost_routes(
     journal: Journal, plan: Plan, site: Site, reader: Reader
 ) -> tuple[tuple[int, tuple[str, ...]], ...]:
     """Routes and addresses that were there at prepare, each with the step that noted them."""
@@ -194,7 +194,7 @@ def _find_lost_ways(
     for number, step in enumerate(plan.prepare):
         record = journal.records.get(number)
         if step.site == site and isinstance(step, InstallTranslation) and record is not None:
-            lost = reader.find_lost_ways(site, str(record.prior.facts.get("ways", "")))
+            lost = reader.find_lost_routes(site, str(record.prior.facts.get("ways", "")))
             if lost:
                 found.append((number, lost))
     return tuple(found)
@@ -210,50 +210,30 @@ def note_sighting(executor: Executor, journal: Journal, sight: Sight) -> None:
 # ---- many moves --------------------------------------------------------------------------------
 
 
-def _take_snapshot(kernel: Kernel, site: Site) -> Panorama:
-    """An opened site's namespace, to be read for many moves; it outlives close_sites."""
-    return kernel.take_panorama(site)
-
-
 class _Shared:
-    """What was read of each namespace that is a site of many moves.
+    """A snapshot of each namespace that is a site of many moves; `expect` is told of each move."""
 
-    total: how many moves there are, each of which is told by `expect`.
-    """
-
-    def __init__(self, kernel: Kernel, total: int) -> None:
+    def __init__(self, kernel: Kernel) -> None:
         self._kernel = kernel
-        self._total = total
-        self._told = 0
         self._boot = read_boot_id()
-        self._taken: dict[Identity, Panorama] = {}
+        self._taken: dict[Identity, Snapshot] = {}
         self._moves: Counter[Identity] = Counter()
-        self._kept: Counter[tuple[Identity, int]] = Counter()
 
     def expect(self, journal: Journal, plan: Plan) -> None:
         """This move is going to be looked at."""
-        self._told += 1
         for site in plan.move.sites if journal.boot == self._boot else ():
             identity = journal.identity(site)
             self._moves[identity] += 1
-            for translation in plan.translations:
-                if translation.site == site:
-                    self._kept[identity, translation.map.old.version] += len(translation.kept)
             if self._moves[identity] == _MANY and len(self._taken) < _MOST:
                 self._take(site, identity)
-            if identity in self._taken:
-                # Early, since it takes its time: as if the moves to come were like those so far.
-                for version in (4, 6):
-                    kept = self._kept[identity, version] * self._total // self._told
-                    self._taken[identity].expect(version, kept)
 
     def _take(self, site: Site, identity: Identity) -> None:
         with suppress(NamespaceGoneError):
             self._kernel.open_sites([site], {site: identity})
-            self._taken[identity] = _take_snapshot(self._kernel, site)
+            self._taken[identity] = self._kernel.snapshot(site)
             self._kernel.close_sites([site])
 
-    def at(self, journal: Journal, site: Site) -> Panorama | None:
+    def at(self, journal: Journal, site: Site) -> Snapshot | None:
         """What was read of *site*, if it was."""
         return self._taken.get(journal.identity(site))
 

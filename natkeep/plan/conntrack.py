@@ -15,7 +15,7 @@ reply tuple that is translated already the entry looks perfect and translates no
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 from natkeep.plan.move import Mode
 from natkeep.plan.translation import Translation
@@ -36,6 +36,22 @@ connection it has not seen, so it must not judge by them; it does the same itsel
 connections."""
 
 IPS_SRC_NAT, IPS_DST_NAT = 0x10, 0x20
+
+NOT_TRACKED, PEER_DIALLED, PROCESS_DIALLED = "-", "<", ">"
+"""Of a gateway's own entry: there is none; its original direction is to, or from, the process."""
+
+
+def directions_of(facts: Mapping[str, str | int | bool]) -> str:
+    """One of these characters for each connection of a purge, as its prior's *facts* have them.
+
+    `own` was found by the purge itself; `inherited` by that of a move which was replaced, whose
+    translation hid it since. Empty where nothing was found.
+    """
+    own, inherited = (str(facts.get(name, "")) for name in ("own", "inherited"))
+    if not own or not inherited:
+        return own or inherited
+    pairs = zip(own, inherited, strict=True)
+    return "".join(now if now != NOT_TRACKED else earlier for now, earlier in pairs)
 
 
 @dataclass(frozen=True, slots=True)

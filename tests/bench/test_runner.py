@@ -124,7 +124,8 @@ finally:
     Path({str(tmp_path)!r}, "tidied").touch()
 """
     program = f"""
-import sys
+import signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
 from bench.__main__ import Bench, main
 one = Bench("one", (sys.executable, "-c", {bench!r}))
 two = Bench("two", ("touch", {str(tmp_path / "second")!r}))

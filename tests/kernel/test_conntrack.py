@@ -13,16 +13,18 @@ from typing import Any
 
 import pytest
 
-from natkeep.kernel import conntrack, netlink
+from natkeep.kernel import conntrack, netlink, sysctl
+from natkeep.kernel.conntrack_purge import purge
 from natkeep.kernel.linux import LinuxKernel
 from natkeep.kernel.netns import inside, open_namespace
-from natkeep.kernel.purge import purge
-from natkeep.plan.conntrack import Entry, entries
+from natkeep.plan.conntrack import PEER_DIALLED, Entry, entries
+from natkeep.plan.drift import SeenEntry
 from natkeep.plan.move import Map, Mode, Move, Role, Site
 from natkeep.plan.plan import make_plan
-from natkeep.plan.steps import InsertEntries, Plan
+from natkeep.plan.steps import InsertEntries, Plan, PurgeEntries
 from natkeep.plan.translation import Translation
 from natkeep.plan.tuples import Address, Connections, Endpoint, FourTuple
+from natkeep.plan.undo import undo_of
 
 pytestmark = pytest.mark.root
 Run = Callable[..., str]
@@ -115,6 +117,11 @@ def track(run: Run, netns: str, tuple_: FourTuple, *, state: str = "ESTABLISHED"
     )
 
 
+def look_up(translation: Translation) -> list[SeenEntry | None]:
+    with netlink.Netlink(netlink.NETLINK_NETFILTER) as socket_:
+        return [*conntrack.look_up(socket_, translation)]
+
+
 @EACH_CASE
 @EACH_ROLE
 def test_the_kernel_has_the_entries_that_the_plan_says(site: str, case: str, role: Role) -> None:
@@ -148,15 +155,14 @@ def test_stateless_entries_translate_nothing(site: str, run: Run) -> None:
 
     assert set(entries(translation)) == set(read_entries())
     assert run(site, "conntrack", "-L", "--dst-nat") == ""
-    assert all(seen is not None and seen.translated for seen in conntrack.look_up(translation))
+    assert all(seen is not None and seen.translated for seen in look_up(translation))
 
 
 def test_the_timeout_is_the_one_of_the_namespace(site: str) -> None:
-    assert conntrack.write_setting("nf_conntrack_tcp_timeout_established", "7777")
+    assert sysctl.write("netfilter/nf_conntrack_tcp_timeout_established", "7777")
 
     conntrack.insert(translation_of("v4", Role.GATEWAY, site))
 
-    assert conntrack.established_timeout() == 7777
     assert all(7770 <= entry["timeout"] <= 7777 for entry in read_entries().values())
 
 
@@ -265,7 +271,7 @@ def test_whatever_is_in_the_way_the_step_puts_its_entries_there(
     kernel.apply(step, lambda prior: None)
 
     assert set(entries(step.translation)) <= set(read_entries())
-    assert all(seen is not None and seen.translated for seen in conntrack.look_up(step.translation))
+    assert all(seen is not None and seen.translated for seen in look_up(step.translation))
 
 
 def test_what_is_looked_up_comes_in_the_order_of_the_connections(site: str, run: Run) -> None:
@@ -281,7 +287,7 @@ def test_what_is_looked_up_comes_in_the_order_of_the_connections(site: str, run:
         )
     track(run, site, tuples[2])
 
-    seen = [*conntrack.look_up(translation)]
+    seen = look_up(translation)
 
     assert [entry and entry.translated for entry in seen] == [True, None, False, True]
 
@@ -303,7 +309,7 @@ def test_an_entry_lives_until_its_connection_has_ended(
     translation = translation_of("v4", Role.GATEWAY, site, count=1)
     track(run, site, next(translation.tuples())[0], state=state)
 
-    [seen] = conntrack.look_up(translation)
+    [seen] = look_up(translation)
 
     assert seen is not None
     assert alive == seen.alive
@@ -311,7 +317,7 @@ def test_an_entry_lives_until_its_connection_has_ended(
 
 @pytest.mark.parametrize("setting", ["0", "1"])
 def test_entries_count_packets_and_the_accounting_setting_stays(site: str, setting: str) -> None:
-    conntrack.write_setting("nf_conntrack_acct", setting)
+    sysctl.write("netfilter/nf_conntrack_acct", setting)
     plan = plan_of("v4", Role.GATEWAY, site)
     [step] = [step for step in plan.steps if isinstance(step, InsertEntries)]
     kernel = LinuxKernel()
@@ -319,14 +325,14 @@ def test_entries_count_packets_and_the_accounting_setting_stays(site: str, setti
 
     kernel.apply(step, lambda prior: None)
 
-    assert setting == conntrack.read_setting("nf_conntrack_acct")
-    counts = [(s.packets_in, s.packets_out) for s in conntrack.look_up(step.translation) if s]
+    assert setting == sysctl.read("netfilter/nf_conntrack_acct")
+    counts = [(s.packets_in, s.packets_out) for s in look_up(step.translation) if s]
     assert counts == [(0, 0)] * 4
 
 
 def test_a_setting_that_is_not_there_is_none_and_cannot_be_written(site: str) -> None:
-    assert conntrack.read_setting("nf_conntrack_none") is None
-    assert conntrack.write_setting("nf_conntrack_none", "1") is False
+    assert sysctl.read("netfilter/nf_conntrack_none") is None
+    assert sysctl.write("netfilter/nf_conntrack_none", "1") is False
 
 
 def test_a_connection_that_is_translated_here_already_is_found_with_its_other_side(
@@ -348,23 +354,24 @@ def test_a_connection_that_is_translated_here_already_is_found_with_its_other_si
     found = [*conntrack.find_carried(Connections.of([kept, plain, unseen]))]
 
     outside = FourTuple(Endpoint.parse("10.1.0.2:5000"), Endpoint.parse("10.9.0.1:8080"))
-    assert [outside, None, None] == found
+    assert [(kept, outside)] == found
 
 
 @EACH_CASE
-def test_what_a_gateway_knew_is_given_back_and_nothing_in_its_place_is_touched(
+def test_what_a_gateway_knew_is_restored_and_nothing_in_its_place_is_touched(
     site: str, case: str
 ) -> None:
     translation = translation_of(case, Role.GATEWAY, site)
+    directions = PEER_DIALLED * len(translation.kept)
     plain = {Entry(outer, kept.reply()) for outer, kept in zip(
         translation.outer, translation.kept, strict=True)}  # fmt: skip
 
-    conntrack.give_back(translation)
-    conntrack.give_back(translation)
+    conntrack.restore(undo_of(PurgeEntries(translation.site, translation)), directions)
+    conntrack.restore(undo_of(PurgeEntries(translation.site, translation)), directions)
 
     assert plain == read_entries().keys()
     purge(translation)
     conntrack.insert(translation)
     translated = read_entries().keys()
-    conntrack.give_back(translation)
+    conntrack.restore(undo_of(PurgeEntries(translation.site, translation)), directions)
     assert translated == read_entries().keys()

@@ -86,6 +86,10 @@ def scene(request) -> Scene:
     netns = request.getfixturevalue("make_site")()
     run, take = (request.getfixturevalue(name) for name in ("run", "take_picture"))
     run(netns, "nft", "add table ip theirs")
+    # As at a living site, the next hop has an address: what cannot be sent fills the socket's
+    # buffer, and each question to a peer behind it then waits for 20 ms.
+    for hop in ("10.3.0.1", "fd00:3::1"):
+        run(netns, *f"ip neighbour add {hop} lladdr 02:00:00:00:00:01 dev eth0".split())
 
     def flush() -> None:
         run(netns, "nft", f"flush chain inet natkeep {filters.reset_chain('web')}")

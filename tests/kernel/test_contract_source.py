@@ -327,7 +327,7 @@ def test_a_lock_that_cannot_be_taken_leaves_everything(
         def refuse(lines: Iterable[str]) -> None:
             raise KernelError("told to fail")
 
-        monkeypatch.setattr(criu_lock.nft, "run_transaction", refuse)
+        monkeypatch.setattr(criu_lock.nftables, "run_transaction", refuse)
 
     with pytest.raises(KernelError, match="told to fail"):
         apply(scene, plan.prepare[-1:])

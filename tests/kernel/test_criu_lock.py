@@ -1,4 +1,4 @@
-"""CRIU's lock, in all its forms: exactly this dump's goes, nobody else's, and it can come back.
+"""CRIU's lock, in all its forms: exactly this dump's is removed, and it can be put back.
 
 The lock is made here as CRIU 4.2.1 makes it (the last tests let CRIU itself make it).
 """
@@ -19,7 +19,7 @@ from natkeep.kernel import criu_lock
 from natkeep.kernel.linux import LinuxKernel
 from natkeep.kernel.netns import inside, open_namespace
 from natkeep.lab.host import Host
-from natkeep.lab.stage import Lab
+from natkeep.lab.lab import Lab
 from natkeep.plan.criu_lock import DumpLock, NetworkLock
 from natkeep.plan.move import Role, Site
 from natkeep.plan.steps import Prior, TakeOverLock
@@ -123,11 +123,11 @@ def shown(run: Run, netns: str) -> dict[str, str]:
 def take(netns: str, lock: DumpLock, kept: Connections) -> Prior:
     kernel, site = LinuxKernel(), Site(Role.SOURCE, netns)
     kernel.open_sites([site])
-    told: list[Prior] = []
+    remembered: list[Prior] = []
     step = TakeOverLock(site, lock, kept)
     kernel.check(step)
-    prior = kernel.apply(step, told.append)
-    assert told == [prior]
+    prior = kernel.apply(step, remembered.append)
+    assert remembered == [prior]
     return prior
 
 
@@ -217,7 +217,7 @@ def test_rules_of_this_dump_go_and_those_of_another_and_of_others_stay(
     prior = take(netns, IPTABLES, some(version))
 
     assert shown(run, netns) == before
-    for _ in range(2):  # put back once, whoever asks twice
+    for _ in range(2):  # put back once, if asked twice
         put_back(netns, IPTABLES, some(version), prior)
         words = shown(run, netns)[tool].count("--mark 0xc114")
         assert words == 2 * 3
@@ -316,12 +316,10 @@ def tables(host: Host) -> str:
 def test_what_criu_itself_left_is_found_whole(method: str, family: int, listen: str | None) -> None:
     """Also of an IPv4 connection that an IPv6 socket has."""
     with Lab("lock", engine="criu", family=family) as lab:
-        lab.serve(listen=listen)
-        lab.dial(connections=2)
-        lab.talk()
+        lab.begin(connections=2, listen=listen)
         source, images = lab.topology["source"], Path(lab.directory) / "images"
         images.mkdir()
-        dump = f"dump --images-dir {images} --tree {lab.server.pid} --tcp-established"
+        dump = f"dump --images-dir {images} --tree {lab.traffic.server.pid} --tcp-established"
         source.run(str(lab.engine.binary), *dump.split(), "--network-lock", method)
         checkpoint = read_checkpoint(images)
         assert checkpoint.lock is not None
@@ -348,12 +346,10 @@ def _sorted(text: str) -> list[str]:
 def test_what_criu_left_of_a_whole_namespace_is_found_whole(method: str) -> None:
     """CRIU runs in another network namespace than the process, as under a container engine."""
     with Lab("lock", engine="criu") as lab:
-        lab.serve()
-        lab.dial()
-        lab.talk()
+        lab.begin()
         source, images = lab.topology["source"], Path(lab.directory) / "images"
         images.mkdir()
-        dump = f"dump --images-dir {images} --tree {lab.server.pid} --tcp-established"
+        dump = f"dump --images-dir {images} --tree {lab.traffic.server.pid} --tcp-established"
         command = [str(lab.engine.binary), *dump.split(), "--network-lock", method]
         run_beside(source, command)
         checkpoint = read_checkpoint(images)
@@ -376,12 +372,12 @@ def run_beside(host: Host, command: list[str]) -> None:
     assert done.returncode == 0, done.stderr
 
 
-def test_a_table_that_can_hold_nobody_else_is_not_read(
+def test_a_table_that_can_hold_no_others_is_not_read(
     netns: str, run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """All that the dump had is kept; the kernel would take seconds for many connections."""
     lock_process(run, netns, TABLE, some(4, 6))
-    monkeypatch.setattr(criu_lock.nftables, "read_keys", lambda *_: pytest.fail("it is read"))
+    monkeypatch.setattr(criu_lock.nftables_dump, "read_keys", lambda *_: pytest.fail("it is read"))
 
     take(netns, DumpLock(NetworkLock.NFTABLES, RUN, connections=4), some(4, 6))
 

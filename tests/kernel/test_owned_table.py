@@ -1,4 +1,4 @@
-"""the tests of the guard: what its table says, what it survives, and how it ends."""
+"""kernel/owned_table.py: what the table drops, what it survives, and how it ends."""
 
 from __future__ import annotations
 
@@ -121,7 +121,7 @@ def test_at_a_gateway_nothing_to_old_goes_on_and_nothing_from_new(begin, netns):
     assert "fd00::2 . 40000 . 5000" in nft(netns, "list", "set", "inet", TABLE, "inner-1")
 
 
-def test_it_survives_whoever_flushes_the_ruleset(begin, netns):
+def test_it_survives_a_flush_of_the_ruleset(begin, netns):
     begin()
     before = nft(netns, "list", "table", "inet", TABLE)
 
@@ -187,7 +187,7 @@ def test_it_ends_with_the_namespace_and_clears_its_file(make_netns, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_end_kills_nobody_else_whose_pid_is_in_the_file(site, tmp_path):
+def test_end_kills_no_other_process_whose_pid_is_in_the_file(site, tmp_path):
     """The file of one that was killed, and its number is another's by now."""
     innocent = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
     try:

@@ -12,7 +12,7 @@ import pytest
 from fake_kernel import revert_step
 
 from natkeep.errors import RefusedError
-from natkeep.kernel import calls, sock_diag
+from natkeep.kernel import conntrack_listeners, sock_diag
 from natkeep.kernel.linux import LinuxKernel
 from natkeep.kernel.netlink import (
     NETLINK_NETFILTER,
@@ -319,6 +319,10 @@ def test_callers_are_counted_and_their_entries_go_with_the_move(
     here.let_in(40005, before, 443, after, state=TIME_WAIT)
     if role == Role.GATEWAY:
         assert here.observe(plan).callers == 1
+    [receiving] = [r for r in make_receptions(plan.move, plan.move.sites[0]) if r.map.old == OLD]
+    with inside_of(open_namespace(here.netns)):
+        assert conntrack_listeners.count(receiving) == 1
+        assert conntrack_listeners.count(receiving, conntrack_listeners.read_table(4)) == 1
 
     here.revert(done)
 
@@ -364,7 +368,7 @@ def test_a_caller_whom_nobody_has_answered_is_forgotten_in_either_family(
         )
 
     with inside_of(open_namespace(here.netns)):
-        calls.forget_unanswered(receiving)
+        conntrack_listeners.delete_unreplied(receiving)
 
     listed = here.run("conntrack", "-L", "-f", "ipv4" if old.version == 4 else "ipv6")
     assert "sport=50001 " not in listed

@@ -28,8 +28,8 @@ from natkeep.kernel import daemon, segment_holder
 from natkeep.kernel.interface import Place
 from natkeep.kernel.linux import LinuxKernel
 from natkeep.kernel.netns import Namespace, inside, open_namespace
-from natkeep.lab import repair
-from natkeep.lab.repair import RepairSocket, SocketState, TcpState
+from natkeep.lab import tcp_repair
+from natkeep.lab.tcp_repair import RepairSocket, SocketState, TcpState
 from natkeep.plan.move import Map, Mode, Move, Role, Site
 from natkeep.plan.plan import make_plan
 from natkeep.plan.steps import HoldSegments, OpenGate, Prior, Step
@@ -53,13 +53,13 @@ EACH_MODE = pytest.mark.parametrize("mode", list(Mode))
 def make_state(local: Endpoint, remote: Endpoint, send: int, receive: int) -> SocketState:
     """A connection in which nothing is under way."""
     return SocketState(
-        family=repair.Family.IPV4 if local.address.version == 4 else repair.Family.IPV6,
+        family=tcp_repair.Family.IPV4 if local.address.version == 4 else tcp_repair.Family.IPV6,
         local=(local.address, local.port), peer=(remote.address, remote.port),
         tcp_state=TcpState.ESTABLISHED, send_seq=send, unacknowledged=b"", unsent=b"",
         fin_unsent=False, receive_seq=receive, unread=b"", mss=1400, window_scales=(7, 7),
         sack=True, timestamps=True, timestamp=1000,
-        window=repair.Window(receive, 65_536, 65_536, 65_536, receive),
-        buffers=repair.Buffers(262_144, 262_144, 0), options=(("nodelay", 1),),
+        window=tcp_repair.Window(receive, 65_536, 65_536, 65_536, receive),
+        buffers=tcp_repair.Buffers(262_144, 262_144, 0), options=(("nodelay", 1),),
     )  # fmt: skip
 
 
@@ -131,9 +131,9 @@ class Network:
 
     def _make(self, where: Namespace, state: SocketState, *, live: bool = False) -> RepairSocket:
         with inside(where):
-            sock = self.stack.enter_context(repair.recreate(state))
+            sock = self.stack.enter_context(tcp_repair.recreate(state))
         if live:
-            repair.leave_repair_silently(sock)
+            tcp_repair.leave_repair_silently(sock)
         return sock
 
     def cut_cable(self) -> None:
@@ -146,7 +146,7 @@ class Network:
 
 
 def _reap(pid: int) -> None:
-    """The holder is a child of the test's own process; a move's has nobody to be missed by."""
+    """The holder is a child of the test's own process; a move's is init's."""
     with contextlib.suppress(ChildProcessError):
         os.waitpid(pid, 0)
 
@@ -215,7 +215,7 @@ def test_what_a_peer_said_at_a_closed_gate_reaches_the_restored_socket(
     network.cut_cable()
     process = network.restore(end)
     delivered = network.open()
-    repair.leave_repair_silently(process)
+    tcp_repair.leave_repair_silently(process)
 
     assert read_all(process, 18) == b"first,second,third"
     assert delivered == segment_holder.Held(3, 18, 0)
@@ -232,7 +232,7 @@ def test_the_connection_goes_on_and_both_ends_agree(network: Network, version: i
 
     process = network.restore(end)
     network.open()
-    repair.leave_repair(process)
+    tcp_repair.leave_repair(process)
     asked = read_all(process, 8)
     process.send(b"answer")
     answered = read_all(peer, 6)
@@ -253,7 +253,7 @@ def test_a_window_full_of_data_returns_whole_and_once(network: Network) -> None:
     process = network.restore(end)
     held = network.await_held(2)
     network.open()
-    repair.leave_repair(process)
+    tcp_repair.leave_repair(process)
 
     assert sent > held.octets > 10_000  # its congestion window, and what waits behind it
     assert read_all(process, sent) == data[:sent]
@@ -276,7 +276,7 @@ def test_a_peer_that_repeats_itself_is_heard_once(network: Network) -> None:
 
     process = network.restore(end)
     delivered = network.open()
-    repair.leave_repair_silently(process)
+    tcp_repair.leave_repair_silently(process)
 
     assert held == delivered == segment_holder.Held(1, 17, 0)
     assert read_all(process, 17) == b"Is anybody there?"
@@ -300,7 +300,7 @@ def test_both_families_and_many_connections_each_get_their_own(network: Network)
     processes = [network.restore(end) for end in ends]
     network.open()
     for process in processes:
-        repair.leave_repair_silently(process)
+        tcp_repair.leave_repair_silently(process)
 
     for number, process in enumerate(processes):
         expected = b"I am %d." % number
@@ -320,7 +320,7 @@ def test_a_peer_that_closes_at_a_closed_gate_is_heard_to_close(network: Network)
 
     process = network.restore(end)
     network.open()
-    repair.leave_repair_silently(process)
+    tcp_repair.leave_repair_silently(process)
 
     assert read_all(process, 8) == b"good bye"
     select.select([process], [], [], DEADLINE)
@@ -356,7 +356,7 @@ def test_a_move_that_holds_delivers_when_its_gate_opens(network: Network) -> Non
     process = network.restore(end)
 
     network.apply(network.plan.open)
-    repair.leave_repair_silently(process)
+    tcp_repair.leave_repair_silently(process)
 
     assert read_all(process, 17) == b"Is anybody there?"
     assert network.done[-1][1] == Prior(facts={"segments": 1, "refused": 0})
@@ -368,7 +368,7 @@ def test_a_move_that_holds_delivers_when_its_gate_opens(network: Network) -> Non
 def test_a_move_whose_holder_may_not_start_is_prepared_without_it(
     network: Network, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def refuse(*_: object) -> socket.socket:
+    def refuse(*_: object) -> int:
         raise PermissionError(1, "Operation not permitted")
 
     monkeypatch.setattr(segment_holder, "_open_packets", refuse)
@@ -402,7 +402,7 @@ def test_it_ends_when_it_has_delivered(network: Network) -> None:
     assert segment_holder.deliver(network.state, "web") is None
 
 
-def test_it_ends_when_it_is_told_and_a_second_time_is_fine(network: Network) -> None:
+def test_it_ends_on_request_and_a_second_time_is_fine(network: Network) -> None:
     network.prepare(Endpoint(PEER[4], 50594))
     pid = network.hold()
 
@@ -451,7 +451,7 @@ def test_it_ends_with_its_namespace(network: Network) -> None:
     await_end(pid)
 
 
-def test_a_namespace_that_has_lost_its_name_is_held_while_somebody_is_in_it(
+def test_a_namespace_that_has_lost_its_name_is_held_while_a_process_is_in_it(
     network: Network,
 ) -> None:
     network.prepare(Endpoint(PEER[4], 50594))
@@ -478,7 +478,7 @@ def test_a_namespace_that_has_lost_its_name_is_held_while_somebody_is_in_it(
     await_end(pid)
 
 
-def test_in_a_namespace_without_a_name_whoever_may_not_be_looked_at_may_be(
+def test_a_process_that_may_not_be_looked_at_may_be_in_a_namespace_without_a_name(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     def refuse(path: str) -> os.stat_result:
@@ -509,7 +509,7 @@ def test_where_its_process_was_killed_the_move_does_without(network: Network) ->
     assert not os.listdir(network.state)
 
 
-def test_nobody_waits_for_the_end_of_what_it_has_inherited(network: Network) -> None:
+def test_it_closes_what_it_has_inherited(network: Network) -> None:
     network.prepare(Endpoint(PEER[4], 50594))
     reading, writing = os.pipe()
     os.set_inheritable(writing, True)
@@ -525,12 +525,12 @@ def test_nobody_waits_for_the_end_of_what_it_has_inherited(network: Network) -> 
     assert is_running(pid)
 
 
-def test_without_the_privilege_nobody_runs_and_nothing_is_left(
+def test_without_the_privilege_none_runs_and_nothing_is_left(
     network: Network, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     network.prepare(Endpoint(PEER[4], 50594))
 
-    def refuse(version: int) -> socket.socket:
+    def refuse(*_: object) -> int:
         raise PermissionError(1, "Operation not permitted")
 
     monkeypatch.setattr(segment_holder, "_open_raw", refuse)

@@ -17,13 +17,12 @@ from string import Template
 
 import pytest
 
-from natkeep.lab.application import Application, all_in, all_open
-from natkeep.lab.ends import tuple_of
+from natkeep.lab.application import all_in
 from natkeep.lab.host import Host
+from natkeep.lab.lab import Lab
 from natkeep.lab.scenario import perform
-from natkeep.lab.stage import PORT, Lab
 from natkeep.lab.topology import DESTINATION, address
-from natkeep.lab.verdict import Assertion
+from natkeep.lab.traffic_words import PORT
 from natkeep.plan.tuples import Endpoint
 
 pytestmark = [pytest.mark.root, pytest.mark.lab]
@@ -130,9 +129,7 @@ class Witness:
             old, new = self.before[role].splitlines(), text.splitlines()
             changed = f"gone {sorted(set(old) - set(new))}, new {sorted(set(new) - set(old))}"
             name = f"others' tables at the {role} are byte-identical after {when}"
-            self.lab.report.assertions.append(
-                Assertion(name, old == new, "" if old == new else changed)
-            )
+            self.lab.report.check(name, old == new, "" if old == new else changed)
 
 
 def move(lab: Lab, witness: Witness) -> None:
@@ -145,10 +142,10 @@ def move(lab: Lab, witness: Witness) -> None:
 
 
 def end(lab: Lab, witness: Witness) -> None:
-    lab.talk_on()
-    lab.quiet()
-    lab.server_says()
-    lab.client_says()
+    lab.traffic.talk_on()
+    lab.traffic.quiet()
+    lab.traffic.server_says()
+    lab.traffic.client_says()
     lab.finish()
     witness.compare("teardown")
 
@@ -171,9 +168,7 @@ def tell(
 
 def move_beside(neighbour: Neighbour, lab: Lab) -> None:
     settle_beside(lab, neighbour)
-    lab.serve()
-    lab.dial(connections=3)
-    lab.talk()
+    lab.begin(connections=3)
     witness = Witness(lab)
     move(lab, witness)
     end(lab, witness)
@@ -198,16 +193,14 @@ def test_rules_written_by_hand_lose_them_there(neighbour):
 
 def half_closed_beside(neighbour: Neighbour, lab: Lab) -> None:
     settle_beside(lab, neighbour)
-    lab.serve()
-    lab.dial(connections=3)
-    lab.talk()
-    lab.quiet()
-    lab.client_closes()
+    lab.begin(connections=3)
+    lab.traffic.quiet()
+    lab.traffic.client_closes()
     witness = Witness(lab)
     move(lab, witness)
-    lab.server_says()
-    lab.server_closes()
-    lab.client.wait(all_in("done", 3), "both ways closed")
+    lab.traffic.server_says()
+    lab.traffic.server_closes()
+    lab.traffic.client.wait(all_in("done", 3), "both ways closed")
     lab.finish()
     witness.compare("teardown")
 
@@ -230,24 +223,19 @@ def test_half_closed_sockets_come_back_beside_them(neighbour, family, mode):
 
 
 def dial_service(lab: Lab, connections: int) -> None:
-    """The client dials the service's own address; one by one, so that each finds its other end."""
-    lab.client, server = Application(lab.directory / "dial"), lab.server.application
-    service = str(Endpoint(ip_address(WORDS[lab.family]["SERVICE"]), 80))
-    lab.topology["client"].start("dial", *lab.client.dial_line(service))
-    for count in range(1, connections + 1):
-        if count > 1:
-            lab.client.do({"open": None})
-        for each in (lab.client, server):
-            each.wait(all_open(count), f"connected, {count}")
-    lab.keep(tuple_of(each).reply() for each in server.fresh()["connections"])
+    """The client dials the service's own address."""
+    service = Endpoint(ip_address(WORDS[lab.family]["SERVICE"]), 80)
+    lab.traffic.dial_one_by_one(lab.topology["client"], service, connections)
 
 
 def service_moves(neighbour: Neighbour, lab: Lab) -> None:
     settle_beside(lab, neighbour)
     lab.serve()
     dial_service(lab, 3)
-    lab.talk()
-    assert {each.source.address for each in lab.views.values()} == {address("old", 1, lab.family)}
+    lab.traffic.talk()
+    assert {each.source.address for each in lab.traffic.views.values()} == {
+        address("old", 1, lab.family)
+    }
     witness = Witness(lab)
     move(lab, witness)
     end(lab, witness)
@@ -283,9 +271,7 @@ def reload_firewalld(lab: Lab) -> None:
 
 def move_amid_reloads(lab: Lab) -> None:
     settle_beside(lab, FIREWALLD)
-    lab.serve()
-    lab.dial(connections=3)
-    lab.talk()
+    lab.begin(connections=3)
     witness = Witness(lab, handles=False)
     reload_firewalld(lab)
     lab.freeze()
@@ -296,7 +282,7 @@ def move_amid_reloads(lab: Lab) -> None:
     lab.restore()
     for _ in range(3):
         reload_firewalld(lab)
-        lab.talk_on()
+        lab.traffic.talk_on()
     witness.compare("open")
     end(lab, witness)
 

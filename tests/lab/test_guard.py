@@ -14,10 +14,9 @@ import pytest
 
 from natkeep.lab.application import faults
 from natkeep.lab.host import await_true
+from natkeep.lab.lab import Lab
 from natkeep.lab.scenario import perform
-from natkeep.lab.stage import Lab
 from natkeep.lab.translators import TranslatorError
-from natkeep.lab.verdict import Assertion
 
 pytestmark = [pytest.mark.root, pytest.mark.lab]
 
@@ -25,9 +24,7 @@ BOTH = ("gateway", "destination")
 
 
 def freeze_and_prepare(lab: Lab, *, guard: bool) -> None:
-    lab.serve()
-    lab.dial(connections=3)
-    lab.talk()
+    lab.begin(connections=3)
     lab.freeze()
     if guard:
         options = (*lab.frozen.options, "--guard")
@@ -39,25 +36,25 @@ def flush(lab: Lab, roles: Sequence[str]) -> None:
     """Whoever lives has sent something when this returns, and nothing of it was translated."""
     for role in roles:
         lab.topology[role].run("nft", "flush", "ruleset")
-    lab.client.do({"push": 64})
+    lab.traffic.client.do({"push": 64})
     if lab.restored_ns:
-        lab.server.application.do({"push": 64})
+        lab.traffic.process.do({"push": 64})
 
 
 def repair(lab: Lab) -> None:
-    with lab.must("natkeep repair"):
-        lab.translator._call("repair", lab.order.id)
+    with lab.report.must("natkeep repair"):
+        lab.translator.call("repair", lab.order.id)
 
 
 def flushed_while_open(roles: Sequence[str], lab: Lab, *, guard: bool = True) -> None:
     freeze_and_prepare(lab, guard=guard)
     lab.restore()
-    lab.talk_on()
+    lab.traffic.talk_on()
     flush(lab, roles)
-    bad = faults(lab.client.fresh())
-    lab.report.assertions.append(Assertion("nobody is reset by a flush", not bad, str(bad)))
+    bad = faults(lab.traffic.client.fresh())
+    lab.report.check("nobody is reset by a flush", not bad, str(bad))
     repair(lab)
-    lab.talk_on()
+    lab.traffic.talk_on()
     lab.finish()
 
 
@@ -66,7 +63,7 @@ def flushed_while_frozen(lab: Lab) -> None:
     flush(lab, BOTH)
     repair(lab)
     lab.restore()
-    lab.talk_on()
+    lab.traffic.talk_on()
     lab.finish()
 
 
@@ -77,11 +74,11 @@ def guardian_is_killed(lab: Lab) -> None:
         os.kill(int(file.read_text()), signal.SIGKILL)
         await_true(partial(is_unlocked, file), "the guardian to end")
     with pytest.raises(TranslatorError, match="exited 6"):
-        lab.translator._call("status", lab.order.id, "--strict")
+        lab.translator.call("status", lab.order.id, "--strict")
     repair(lab)
     flush(lab, BOTH)
     repair(lab)
-    lab.talk_on()
+    lab.traffic.talk_on()
     lab.finish()
 
 

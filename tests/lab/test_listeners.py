@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 
+from natkeep.lab.lab import Lab
 from natkeep.lab.scenario import find_scenario, perform
-from natkeep.lab.stage import PORT, Lab
 from natkeep.lab.topology import THIRD, USUAL
+from natkeep.lab.traffic_words import PORT
 from natkeep.lab.translators import TranslatorError
 
 pytestmark = [pytest.mark.root, pytest.mark.lab, pytest.mark.criu]
@@ -37,13 +38,9 @@ def test_new_connections_reach_a_listener_that_moved(where, mode):
 
 
 def move(lab, *, listen=None):
-    lab.serve(listen=listen)
-    lab.dial()
-    lab.talk()
-    lab.freeze()
-    lab.prepare()
-    lab.restore()
-    lab.talk_on()
+    lab.begin(listen=listen)
+    lab.move()
+    lab.traffic.talk_on()
 
 
 @pytest.mark.parametrize("mode", ["stateful", "stateless"])
@@ -52,7 +49,9 @@ def test_without_listeners_new_connections_go_to_the_old_host(mode):
 
     def story(lab):
         move(lab)
-        lab.turns_away(lab.call(), lab.call(to=lab.new))
+        lab.new_connections.are_refused(
+            lab.new_connections.dial(lab.old), lab.new_connections.dial(lab.new)
+        )
         lab.finish()
 
     assert play(story, mode=mode) == []
@@ -61,7 +60,7 @@ def test_without_listeners_new_connections_go_to_the_old_host(mode):
 def test_a_caller_who_is_not_let_in_fails_the_story():
     def story(lab):
         move(lab)
-        lab.lets_in(lab.call())
+        lab.new_connections.are_accepted(lab.new_connections.dial(lab.old))
         lab.finish()
 
     failed, *wires = play(story)
@@ -79,10 +78,10 @@ def test_a_caller_learns_of_a_narrow_path(mode, family):
 
     def story(lab):
         lab.listeners = True
-        lab.path_mtu("near")
+        lab.conditions.path_mtu("near")
         move(lab)
-        lab.lets_in(lab.call(), octets=60_000)
-        lab.path_was_narrow("near")
+        lab.new_connections.are_accepted(lab.new_connections.dial(lab.old), octets=60_000)
+        lab.conditions.path_was_narrow("near")
         lab.finish()
 
     assert play(story, mode=mode, family=family, routed=("near",)) == []
@@ -95,10 +94,10 @@ def test_the_listener_moves_on(mode):
     def story(lab):
         lab.listeners = True
         move(lab)
-        lab.lets_in(lab.call())
+        lab.new_connections.are_accepted(lab.new_connections.dial(lab.old))
         lab.move_on(THIRD)
-        lab.talk_on()
-        lab.lets_in(lab.call())
+        lab.traffic.talk_on()
+        lab.new_connections.are_accepted(lab.new_connections.dial(lab.old))
         lab.finish()
 
     assert play(story, mode=mode, seats=(*USUAL, THIRD)) == []
@@ -110,11 +109,11 @@ def test_callers_count_at_teardown_and_are_forgotten_with_it():
     def story(lab):
         lab.listeners = True
         move(lab)
-        lab.lets_in(lab.call())
+        lab.new_connections.are_accepted(lab.new_connections.dial(lab.old))
         with pytest.raises(TranslatorError, match="2 connections of lab live and will break"):
-            lab.translator._call("teardown", lab.order.id)
+            lab.translator.call("teardown", lab.order.id)
         lab.finish()
-        for role in lab.sites:
+        for role in lab.topology.sites:
             tables.append(lab.topology[role].run("conntrack", "-L").stdout)
 
     assert play(story) == []

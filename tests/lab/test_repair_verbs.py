@@ -18,7 +18,7 @@ import subprocess
 import pytest
 
 from natkeep.lab.host import await_true
-from natkeep.lab.stage import Lab
+from natkeep.lab.lab import Lab
 from natkeep.lab.translators import natkeep_command
 
 pytestmark = [pytest.mark.lab, pytest.mark.root]
@@ -126,11 +126,9 @@ def test_a_transfer_goes_on_through_the_damage_and_its_repair(
 ) -> None:
     script, _ = WHILE_THEY_TALK[name]
     with Lab("repair verbs", engine="repair", family=family, mode=mode) as lab:
-        lab.serve()
-        lab.dial(connections=3)
-        lab.talk()
+        lab.begin(connections=3)
         lab.move()
-        lab.talk_on()
+        lab.traffic.talk_on()
 
         break_it(lab, role, script)
         # The rules make entries anew by themselves, and lo's own addresses come by themselves.
@@ -139,7 +137,7 @@ def test_a_transfer_goes_on_through_the_damage_and_its_repair(
             by_itself += (name,)  # all its routes are its devices' own, which come back with them
         repair_it(lab, role, named=name not in by_itself)
 
-        lab.talk_on()
+        lab.traffic.talk_on()
         lab.finish()
     failed = [(each.name, each.detail) for each in lab.report.assertions if not each.ok]
     if name in NOT_OURS:
@@ -157,21 +155,19 @@ def test_a_connection_in_a_pause_survives_the_worst(name: str, role: str, first:
     script, _ = IN_A_PAUSE[name]
     family = 4 if first == "client" else 6
     with Lab("repair verbs", engine="repair", family=family) as lab:
-        lab.serve()
-        lab.dial(connections=3)
-        lab.talk()
+        lab.begin(connections=3)
         lab.move()
-        lab.talk_on()
-        lab.quiet()
+        lab.traffic.talk_on()
+        lab.traffic.quiet()
         await_silence(lab)
 
         break_it(lab, role, script)
         repair_it(lab, role, named=True)
 
-        (lab.client_says if first == "client" else lab.server_says)()
-        (lab.server_says if first == "client" else lab.client_says)()
-        lab.talk()
-        lab.talk_on()
+        (lab.traffic.client_says if first == "client" else lab.traffic.server_says)()
+        (lab.traffic.server_says if first == "client" else lab.traffic.client_says)()
+        lab.traffic.talk()
+        lab.traffic.talk_on()
         lab.finish()
     assert lab.report.passed, [(a.name, a.detail) for a in lab.report.assertions if not a.ok]
 
@@ -179,33 +175,29 @@ def test_a_connection_in_a_pause_survives_the_worst(name: str, role: str, first:
 def test_a_close_comes_through_after_the_entries_were_flushed_and_repaired() -> None:
     """With nothing but rules a FIN as the first segment would not (H4)."""
     with Lab("repair verbs", engine="repair") as lab:
-        lab.serve()
-        lab.dial()
-        lab.talk()
+        lab.begin()
         lab.move()
-        lab.talk_on()
-        lab.quiet()
+        lab.traffic.talk_on()
+        lab.traffic.quiet()
         await_silence(lab)
         for role in ("gateway", "destination"):
             break_it(lab, role, "conntrack -F")
         assert natkeep(lab, "repair", "lab").returncode == 0
 
-        lab.client_closes()
-        lab.server_closes()
+        lab.traffic.client_closes()
+        lab.traffic.server_closes()
         lab.finish()
     assert lab.report.passed, [(a.name, a.detail) for a in lab.report.assertions if not a.ok]
 
 
 def test_a_connection_that_has_ended_does_not_come_back_and_gc_clears_its_move() -> None:
     with Lab("repair verbs", engine="repair") as lab:
-        lab.serve()
-        lab.dial()
-        lab.talk()
+        lab.begin()
         lab.move()
-        lab.talk_on()
-        lab.quiet()
-        lab.client_closes()
-        lab.server_closes()
+        lab.traffic.talk_on()
+        lab.traffic.quiet()
+        lab.traffic.client_closes()
+        lab.traffic.server_closes()
         for role in ("gateway", "destination"):
             break_it(lab, role, "conntrack -F")
 

@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 from pathlib import Path
 
 import pytest
 
-from natkeep.lab import engines, runc, scenario, stage
-from natkeep.lab.application import Application
-from natkeep.lab.engines import Opening
-from natkeep.lab.runc import Runc, find_left_cgroups, inside
+from natkeep.lab import engines, lab, scenario
+from natkeep.lab.engine import EngineError, Opening
+from natkeep.lab.engines import runc
+from natkeep.lab.engines.criu import find_criu
+from natkeep.lab.engines.runc import Runc, find_left_cgroups, inside
+from natkeep.lab.lab import Lab
+from natkeep.lab.report import Report
 from natkeep.lab.scenario import find_scenario
-from natkeep.lab.stage import Lab
 from natkeep.lab.translators import TRANSLATORS, Natkeep, natkeep_command
-from natkeep.lab.verdict import Report
 
 ETC = Path("/etc/criu")
 
@@ -73,7 +73,7 @@ class ByDefaultFile(Runc):
 def spy_on_hook(monkeypatch, directory: Path) -> Path:
     """Have the hook note, at post-restore, in which network namespace and with what it runs."""
     seen = directory / "seen"
-    plain = Natkeep._hook
+    plain = Natkeep.hook
 
     def hook(translator):
         script = directory / "spy"
@@ -88,7 +88,7 @@ def spy_on_hook(monkeypatch, directory: Path) -> Path:
         script.chmod(0o755)
         return script
 
-    monkeypatch.setattr(Natkeep, "_hook", hook)
+    monkeypatch.setattr(Natkeep, "hook", hook)
     return seen
 
 
@@ -100,7 +100,7 @@ def spy_on_hook(monkeypatch, directory: Path) -> Path:
 def test_the_hook_runs_once_in_the_namespace_of_runc(kind, monkeypatch, tmp_path):
     """Found by the annotation and by runc's default file; NATKEEP_ID comes through runc."""
     seen = spy_on_hook(monkeypatch, tmp_path)
-    monkeypatch.setattr(stage, "choose_engine", lambda name, probe: kind(engines.find_criu()))
+    monkeypatch.setattr(lab, "choose_engine", lambda name, probe: kind(find_criu()))
 
     judge(scenario.run(find_scenario("runc_container_moves")), "runc")
 
@@ -113,20 +113,20 @@ class ByHook(Natkeep):
     """The gateway by command; the destination by the hook, which finds NEW for itself."""
 
     def prepare(self, order):
-        self._call(
+        self.call(
             "prepare", order.id, "--map", f"{order.old}={order.new}",
             "--site", f"gateway={order.gateway.name}", *order.options,
         )  # fmt: skip
 
     def opening(self, order):
-        environment = {**self._environment(), "NATKEEP_MAP": f"{order.old}=auto"}
-        return Opening(lambda: None, self._hook(), environment)
+        environment = {**self.environment, "NATKEEP_MAP": f"{order.old}=auto"}
+        return Opening(lambda: None, self.hook(), environment)
 
     def teardown(self, order):
         """Where the hook ran: it names its site by a pid of that pid namespace."""
         for journal in (self.directory / "natkeep-state").glob("*.journal"):
             command = inside(order.destination, *natkeep_command())
-            environment = {**os.environ, **self._environment()}
+            environment = {**os.environ, **self.environment}
             subprocess.run([*command, "teardown", journal.stem, "--yes"], check=True,
                            capture_output=True, env=environment)  # fmt: skip
 
@@ -140,12 +140,10 @@ def test_the_hook_prepares_for_a_container_whose_address_nobody_knew(monkeypatch
     monkeypatch.setitem(TRANSLATORS, "natkeep", ByHook)
 
     with Lab("container", engine="runc") as lab:
-        lab.serve()
-        lab.dial(connections=4)
-        lab.talk()
+        lab.begin(connections=4)
         lab.move()
-        lab.translator._call("open", lab.order.id)
-        lab.talk_on()
+        lab.translator.call("open", lab.order.id)
+        lab.traffic.talk_on()
         lab.finish()
 
     judge(lab.report, "runc")
@@ -162,33 +160,16 @@ def test_a_checkpoint_that_fails_says_why_in_the_words_of_criu():
         lab.dial()
         plain = runc._images
         patch.setattr(runc, "_images", lambda into: plain(into)[:-1])
-        with pytest.raises(engines.EngineError, match="consider using --tcp-established"):
-            lab.engine.freeze(lab.at, lab.server, lab.directory / "refused")
-        lab.talk()
-
-
-def test_what_runc_runs(tmp_path):
-    """The application's own files, and what it reads of the machine's."""
-    plain = {"process": {"terminal": True, "cwd": "/"}, "mounts": [{"destination": "/proc"}],
-             "linux": {"namespaces": []}}  # fmt: skip
-    application = Application(tmp_path / "serve-lab")
-    spec = runc.make_spec(plain, application, ["/usr/bin/python3", "x.py"], cgroup="natkeep-lab-1")
-
-    assert spec["process"]["terminal"] is False
-    assert spec["process"]["args"][-1] == "x.py"
-    assert spec["process"]["args"][-2] == str(Path("/usr/bin/python3").resolve())
-    assert spec["linux"]["cgroupsPath"] == "/natkeep-lab-1"
-    ways = {each["destination"]: each.get("options") for each in spec["mounts"]}
-    assert ways["/usr"] == ["rbind", "ro"]
-    assert ways[str(tmp_path / "serve-lab")] == ["rbind", "rw"]
-    assert json.dumps(spec)
+        with pytest.raises(EngineError, match="consider using --tcp-established"):
+            lab.engine.freeze(lab.at, lab.traffic.server, lab.directory / "refused")
+        lab.traffic.talk()
 
 
 def test_without_runc_the_engine_says_what_to_install(monkeypatch):
     monkeypatch.setattr(engines, "find_criu", lambda: Path("/criu"))
     monkeypatch.setattr(engines.shutil, "which", lambda name: None)
 
-    with pytest.raises(engines.EngineError, match="there is no podman") as raised:
+    with pytest.raises(EngineError, match="there is no podman") as raised:
         engines.choose_engine("podman")
 
     assert raised.value.hint == "apt-get install podman"

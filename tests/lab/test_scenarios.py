@@ -11,8 +11,10 @@ from pathlib import Path
 import pytest
 
 from natkeep.lab import engines, scenario
+from natkeep.lab.engine import EngineError
+from natkeep.lab.engines.criu import find_criu
+from natkeep.lab.report import SCHEMA, Assertion, Report, render_report
 from natkeep.lab.scenario import Scenario, find_scenario, scenarios
-from natkeep.lab.verdict import SCHEMA, Assertion, Report, tell_story
 
 ROOT = Path(__file__).resolve().parents[2]
 ENGINES = [pytest.param("criu", marks=pytest.mark.criu), "repair"]
@@ -21,6 +23,12 @@ marked = pytest.mark.parametrize("engine", ENGINES)
 
 def named(names):
     return pytest.mark.parametrize("name", names)
+
+
+def by_criu(name: str):
+    """The parameters of a scenario by CRIU; one of them is the move of `make test-quick`."""
+    quick = [pytest.mark.quick] if name == "server_moves_to_new_address" else []
+    return pytest.param(name, "criu", marks=[pytest.mark.criu, *quick])
 
 
 def is_for(each: Scenario, engine: str) -> bool:
@@ -33,8 +41,7 @@ def is_for(each: Scenario, engine: str) -> bool:
 @pytest.mark.parametrize(
     ("name", "engine"),
     [
-        *(pytest.param(each.name, "criu", marks=pytest.mark.criu)
-          for each in scenarios() if is_for(each, "criu")),
+        *(by_criu(each.name) for each in scenarios() if is_for(each, "criu")),
         *((each.name, "repair") for each in scenarios() if is_for(each, "repair")),
     ],
 )  # fmt: skip
@@ -165,7 +172,7 @@ def test_scenario_file_has_a_title_and_a_drawing(name):
     assert "┌" in text.split('"""')[1]
 
 
-def test_a_story_that_breaks_down_ends_in_a_verdict(tmp_path, monkeypatch):
+def test_a_scenario_that_breaks_down_ends_in_a_verdict(tmp_path, monkeypatch):
     """An unforeseen error of the lab is a failed assertion, not a traceback."""
 
     class Broken:
@@ -186,12 +193,12 @@ def test_a_story_that_breaks_down_ends_in_a_verdict(tmp_path, monkeypatch):
     story.write_text(
         '"""A story."""\n'
         "from natkeep.lab.host import LabError\n"
-        "def tell(lab):\n    raise LabError('no bridge')\n"
+        "def run(lab):\n    raise LabError('no bridge')\n"
     )
     report = scenario.run(Scenario("story", story))
 
     assert [str(each) for each in report.assertions] == [
-        "FAIL the story is told to its end: no bridge",
+        "FAIL the scenario comes to its end: no bridge",
         "ok   concluded",
     ]
 
@@ -205,7 +212,7 @@ def test_the_story_ends_with_the_tuple_and_the_verdict():
         "name", engine="criu", translator="natkeep", old="10.2.0.10", new="10.3.0.20",
         assertions=[Assertion("something", True)], before=["a > b"], after=["a > b"],
     )  # fmt: skip
-    lines = tell_story(report).splitlines()
+    lines = render_report(report).splitlines()
 
     assert lines[-1] == "engine criu: four-tuple a > b unchanged; verdict: pass"
     assert any("OLD⇄NEW" in line for line in lines[-7:])
@@ -214,8 +221,8 @@ def test_the_story_ends_with_the_tuple_and_the_verdict():
 def test_a_named_criu_that_does_not_work_is_not_used(monkeypatch):
     monkeypatch.setenv("NATKEEP_CRIU", "/bin/false")
 
-    assert engines.find_criu() is None
+    assert find_criu() is None
     assert engines.choose_engine("auto").name == "repair"
-    with pytest.raises(engines.EngineError) as raised:
+    with pytest.raises(EngineError) as raised:
         engines.choose_engine("criu")
     assert raised.value.hint

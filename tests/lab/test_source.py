@@ -10,11 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from natkeep.lab.engines import EngineError
-from natkeep.lab.home import Machine, come_home
+from natkeep.lab.capture import RST
+from natkeep.lab.criu_restore import Machine
+from natkeep.lab.engine import EngineError
+from natkeep.lab.lab import Lab
 from natkeep.lab.scenario import find_scenario, run
-from natkeep.lab.stage import Lab
-from natkeep.lab.wire import RST
 from natkeep.state.journal import StateDirectory
 
 pytestmark = [pytest.mark.root, pytest.mark.criu, pytest.mark.lab]
@@ -26,9 +26,7 @@ POINTS = {"source": ("source", "eth0")}
 def lab(request: pytest.FixtureRequest) -> Iterator[Lab]:
     """A client talks to a server on two connections; the source's own interface is watched."""
     with Lab("source", engine="criu", family=request.param, points=POINTS) as made:
-        made.serve()
-        made.dial(connections=2)
-        made.talk()
+        made.begin(connections=2)
         yield made
 
 
@@ -41,18 +39,18 @@ def drop_criu_lock(lab: Lab) -> None:
 
 def ends(lab: Lab) -> list[str]:
     """The states of the client's connections, once something has become of them or 3 s later."""
-    lab.client.do({"push": 64})  # whose request was acknowledged would only wait
+    lab.traffic.client.do({"push": 64})  # whose request was acknowledged would only wait
     deadline = time.monotonic() + 3
     while time.monotonic() < deadline:
-        states = [each["state"] for each in lab.client.fresh()["connections"]]
+        states = [each["state"] for each in lab.traffic.client.fresh()["connections"]]
         if states != ["open", "open"]:
             break
-    return [each["state"] for each in lab.client.fresh()["connections"]]
+    return [each["state"] for each in lab.traffic.client.fresh()["connections"]]
 
 
 def count_resets(lab: Lab) -> int:
-    lab.tap.stop()
-    frames = lab.tap.captures["source"].frames()
+    lab.captures.stop()
+    frames = lab.captures["source"].frames()
     return sum(1 for f in frames if f.segment is not None and f.segment.flags & RST)
 
 
@@ -69,7 +67,7 @@ def test_with_the_gate_first_it_does_not(lab: Lab) -> None:
     source = Machine(lab, "source")
     lab.freeze()
     listing = lab.directory / "list"
-    listing.write_text("".join(f"{line}\n" for line in lab.server.connections))
+    listing.write_text("".join(f"{line}\n" for line in lab.traffic.server.connections))
     source.prepare("web", "--connections", str(listing))
     drop_criu_lock(lab)  # natkeep cannot tell whose it is, from a list
 
@@ -94,10 +92,10 @@ def dump_with_hook(lab: Lab, machine: Machine, *options: str, **environment: str
     images = Path(lab.directory) / "images"
     images.mkdir()
     hook = machine.hook("web").hook
-    lab.engine._run(
-        machine.host, images, "dump", "--tree", str(lab.server.pid), *options,
+    lab.engine.run(
+        machine.host, images, "dump", "--tree", str(lab.traffic.server.pid), *options,
         "--action-script", str(hook),
-        env={**os.environ, **machine.environment, **environment},
+        env={**os.environ, **machine.cli.environment, **environment},
     )  # fmt: skip
     return images
 
@@ -109,7 +107,7 @@ def test_the_hook_takes_the_lock_over_at_post_dump(lab: Lab, method: str) -> Non
         lab, source, "--network-lock", method, NATKEEP_SOURCE=str(lab.old), NATKEEP_ID="web"
     )
 
-    state = StateDirectory(source.environment["NATKEEP_STATE_DIR"], create=False)
+    state = StateDirectory(source.cli.environment["NATKEEP_STATE_DIR"], create=False)
     assert state.ids() == ("web",)
     shown = source.ruleset()
     assert "gate-web" in shown
@@ -126,10 +124,10 @@ def test_the_hook_finds_a_namespace_that_criu_is_not_in(lab: Lab) -> None:
     source, images = Machine(lab, "source"), Path(lab.directory) / "images"
     images.mkdir()
     before = source.ruleset()
-    criu = f"{lab.engine.binary} dump --images-dir {images} --tree {lab.server.pid}"
+    criu = f"{lab.engine.binary} dump --images-dir {images} --tree {lab.traffic.server.pid}"
     options = f"--tcp-established --log-file dump.log --action-script {source.hook('web').hook}"
     host = ["nsenter", "--target", str(source.host.init_pid), "--pid", "--mount", "--"]
-    environment = {**os.environ, **source.environment, "NATKEEP_SOURCE": str(lab.old)}
+    environment = {**os.environ, **source.cli.environment, "NATKEEP_SOURCE": str(lab.old)}
     done = subprocess.run(
         [*host, *criu.split(), *options.split(), "--network-lock", "nftables"],
         env={**environment, "NATKEEP_ID": "web"}, capture_output=True, text=True,
@@ -148,7 +146,7 @@ def test_without_an_id_the_hook_names_the_move_after_criu(lab: Lab) -> None:
     source = Machine(lab, "source")
     dump_with_hook(lab, source, "--network-lock", "nftables", NATKEEP_SOURCE=f"{lab.old}={lab.new}")
 
-    [move_id] = StateDirectory(source.environment["NATKEEP_STATE_DIR"], create=False).ids()
+    [move_id] = StateDirectory(source.cli.environment["NATKEEP_STATE_DIR"], create=False).ids()
     assert move_id.startswith("criu-")
 
 
@@ -162,7 +160,7 @@ def test_wrong_orders_end_the_dump_and_the_process_goes_on(lab: Lab, orders: str
 
     assert "natkeep-hook: " in (Path(lab.directory) / "images/dump.log").read_text()
     assert source.ruleset() == before
-    lab.talk_on()
+    lab.traffic.talk_on()
     assert [str(each) for each in lab.report.assertions if not each.ok] == []
 
 
@@ -185,11 +183,13 @@ def test_an_id_that_is_prepared_by_command_is_refused_while_the_process_lives(la
     source = Machine(lab, "source")
     images = Path(lab.directory) / "images"
     images.mkdir()
-    lab.engine._run(source.host, images, "dump", "--tree", str(lab.server.pid), "--leave-running")
+    lab.engine.run(
+        source.host, images, "dump", "--tree", str(lab.traffic.server.pid), "--leave-running"
+    )
 
     source.refuses("2 of the connections still have their sockets", *_prepare(source, images))
 
-    lab.talk_on()
+    lab.traffic.talk_on()
     assert [str(each) for each in lab.report.assertions if not each.ok] == []
 
 
@@ -210,11 +210,11 @@ def test_a_whole_move_with_the_source_comes_home_at_post_restore(lab: Lab) -> No
     script.chmod(0o755)
 
     with pytest.raises(EngineError):  # it would open gateway and destination
-        lab.engine.restore(source.host, lab.server, lab.frozen, source.hook("web"))
+        lab.engine.restore(source.host, lab.traffic.server, lab.frozen, source.hook("web"))
     opening = source.hook("web")
-    come_home(lab, type(opening)(opening.open, script, opening.environment))
+    lab.restore_at_source(type(opening)(opening.open, script, opening.environment))
 
-    lab.talk_on()
+    lab.traffic.talk_on()
     assert "natkeep" not in source.ruleset()
     assert count_resets(lab) == 0
     assert [str(each) for each in lab.report.assertions if not each.ok] == []

@@ -5,13 +5,13 @@ from __future__ import annotations
 import pytest
 
 from natkeep.kernel.linux import LinuxKernel
-from natkeep.lab.application import Application, all_in, all_open, faults, received
-from natkeep.lab.ends import tuple_of
+from natkeep.lab.application import all_in, all_open, faults, received, start_client, tuple_of
+from natkeep.lab.capture import RST
+from natkeep.lab.lab import Lab
 from natkeep.lab.scenario import find_scenario, perform
-from natkeep.lab.stage import PORT, Lab
 from natkeep.lab.topology import CLIENT
+from natkeep.lab.traffic_words import PORT
 from natkeep.lab.translators import Natkeep
-from natkeep.lab.wire import RST
 from natkeep.lifecycle.executor import Executor
 from natkeep.lifecycle.prepare import prepare
 from natkeep.plan.move import Fate, Map, Mode, Move, Role, Site
@@ -67,7 +67,7 @@ class Losing(Natkeep):
             order.id, (Map(order.old, order.new),), sites, Mode(order.mode), self.listeners,
             unkept=Fate.RESET, lost=Connections.of(self.lost),
         )  # fmt: skip
-        state = StateDirectory(self._environment()["NATKEEP_STATE_DIR"], create=True)
+        state = StateDirectory(self.environment["NATKEEP_STATE_DIR"], create=True)
         prepare(Executor(LinuxKernel(), state), move, Connections.of(order.connections))
 
 
@@ -83,7 +83,7 @@ def test_peers_on_a_wire_are_told_at_the_gateway_and_may_come_again(family, mode
         lab.serve()
         others = dial_two(lab, "others", origin)
         lab.dial()
-        lab.talk()
+        lab.traffic.talk()
         lost = tuple(tuple_of(each) for each in others.fresh()["connections"])
         lab.translator.lost = lost
         lab.translator.listeners = (Endpoint(lab.old, PORT),)
@@ -93,15 +93,15 @@ def test_peers_on_a_wire_are_told_at_the_gateway_and_may_come_again(family, mode
         assert all_open(2)(others.fresh())
         lab.restore()
         others.wait(all_in("reset", 2), "to be told", within=1.0)
-        process = [e for e in lab.server.application.fresh()["connections"] if is_one(e, lost)]
+        process = [e for e in lab.traffic.process.fresh()["connections"] if is_one(e, lost)]
         told.extend(each["error"] for each in (*others.fresh()["connections"], *process))
         beyond = Connections.of(lost).toward(lab.new)  # who comes again is translated
-        lab.sieve = lambda frames: without(frames, (*lost, *beyond))
+        lab.select_frames = lambda frames: without(frames, (*lost, *beyond))
         again = dial_two(lab, "again", origin)
         again.do({"push": 4096})
         again.wait(received(4608), "an answer in full")
         assert faults(again.fresh()) == []
-        lab.talk_on()
+        lab.traffic.talk_on()
         lab.finish()
         judge(lab, lost)
 
@@ -111,10 +111,7 @@ def test_peers_on_a_wire_are_told_at_the_gateway_and_may_come_again(family, mode
 
 def dial_two(lab, name, origin):
     """Two connections from *origin* and the port after it, which have had an answer."""
-    client = Application(lab.directory / name)
-    line = client.dial_line(str(Endpoint(lab.old, PORT)), count=2, source=origin)
-    lab.topology["client"].start(name, *line)
-    client.wait(all_open(2), "connected")
+    client = start_client(lab.topology["client"], name, lab.server_endpoint, count=2, source=origin)
     client.do({"push": 512})
     client.wait(received(512), "an answer")
     return client
@@ -135,7 +132,7 @@ def without(frames, tuples):
 
 def judge(lab, lost):
     """On the wire: a reset for each lost peer, exactly where it waits, and for nobody else."""
-    frames = {at: capture.frames() for at, capture in lab.tap.captures.items()}
+    frames = {capture.point: capture.frames() for capture in lab.captures}
     segments = [f.segment for f in frames["client"] if f.segment]
     # A second question finds nobody any more, and is answered by the peer's own kernel.
     own = set(lost)

@@ -6,7 +6,7 @@ from ipaddress import ip_address
 
 import pytest
 
-from natkeep.plan.conntrack import Entry, describe_purge, entries, stale_tuples
+from natkeep.plan.conntrack import Entry, describe_purge, directions_of, entries, stale_tuples
 from natkeep.plan.move import Map, Mode, Move, Role, Site
 from natkeep.plan.plan import make_plan
 from natkeep.plan.translation import Translation
@@ -93,3 +93,18 @@ def test_a_purge_describes_itself_as_a_command() -> None:
     assert describe_purge(stale) == (
         "conntrack -D -p tcp -s fd00:1::2 -d fd00:2::10 --sport 5000 --dport 80"
     )
+
+
+@pytest.mark.parametrize(
+    ("facts", "directions"),
+    [
+        ({}, ""),
+        ({"own": "<-"}, "<-"),
+        ({"own": "", "inherited": ">-"}, ">-"),
+        ({"own": "-<-", "inherited": ">--"}, "><-"),
+    ],
+)
+def test_what_a_replaced_move_had_found_counts_where_nothing_was_found(
+    facts: dict[str, str | int | bool], directions: str
+) -> None:
+    assert directions_of(facts) == directions

@@ -190,7 +190,7 @@ def test_a_packet_too_long_for_its_length_field_is_taken_whole() -> None:
 # ---- which octets, and when --------------------------------------------------------------------
 
 
-def test_segments_return_in_the_order_in_which_they_came_whosever_they_are() -> None:
+def test_segments_of_all_connections_return_in_the_order_of_arrival() -> None:
     store = Store(keep())
 
     store.add(make_packet(b"aa", seq=10))
@@ -286,7 +286,7 @@ segments = st.lists(
 
 
 @given(segments, st.sampled_from([1, 2**31 - 1500, 2**32 - 1500]))
-def test_whatever_overlaps_each_octet_that_came_returns_once(
+def test_of_overlapping_segments_each_octet_that_arrived_returns_once(
     sent: list[tuple[int, int]], base: int
 ) -> None:
     store, talk = Store(keep()), Talk(base)
@@ -349,7 +349,7 @@ def test_the_left_end_has_room_at_the_cost_of_the_right() -> None:
     assert places(store) == [0, 1, 2, 3, 4]
 
 
-def test_one_who_talks_much_does_not_starve_another() -> None:
+def test_a_peer_that_sends_much_does_not_starve_another() -> None:
     store = Store(keep(), total=40 * COST, each=40 * COST)
     fill(store, range(40))
 
@@ -436,7 +436,7 @@ def test_the_filter_shows_every_kept_connection(version: int, count: int) -> Non
 
 
 @EACH_VERSION
-def test_the_filter_hides_what_is_nobodys(version: int) -> None:
+def test_the_filter_hides_what_is_of_no_kept_connection(version: int) -> None:
     program = socket_filter.make_filter(version, maps(version, count=5, stride=7))
     others = {
         "SYN": make_packet(version=version, flags=SYN),
@@ -458,7 +458,7 @@ def test_the_filter_hides_what_is_nobodys(version: int) -> None:
 
     assert shown == []
     assert passes(program, make_packet(version=version))
-    assert not passes(program, make_packet(version=version), kind=3)  # somebody else's, overheard
+    assert not passes(program, make_packet(version=version), kind=3)  # PACKET_OTHERHOST
 
 
 @given(st.sets(st.integers(0, 2000), min_size=1, max_size=80), st.integers(1, 10))

@@ -1,24 +1,27 @@
-"""the situations of the correctness matrix: what a move meets, each told once.
+"""The situations of the correctness matrix: what a move meets on its way.
 
     @situation(5, "client closes first")
     def client_closes_first(lab: Lab) -> None: ...
 
-Rule: a situation is told with the lab's words and knows neither the translator nor the mode; it
-is told alike to natkeep and to the baselines. One that a translator refuses beforehand ends with
-that refusal (`lab.refused`), which the matrix shows as "refused" and never as a failure.
-The numbers are the issue's; the registry is read by matrix.py.
+Rule: a situation knows neither the translator nor the mode; it is the same for natkeep and for
+the baselines. One that a translator refuses beforehand ends with that refusal (`lab.refused`),
+which the matrix shows as "refused" and never as a failure.
+matrix.py reads the registry. Numbers like H1 and T8 are those of the issue that asked for them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from natkeep.lab.stage import Lab
+from natkeep.lab.lab import Lab
+from natkeep.lab.topology import THIRD, USUAL, Seat
 
-Tell = Callable[["Lab"], None]
+Moves = Callable[[Lab], None]
+THREE_HOSTS = {"seats": (*USUAL, THIRD)}
+SECOND_CLIENT = Seat("client2", "near", 3)
+TWO_CLIENTS = {"seats": (*USUAL, SECOND_CLIENT)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,22 +35,60 @@ class Situation:
 
     number: int
     name: str
-    tell: Tell
+    moves: Moves
     engine: str = "repair"
     families: tuple[int, ...] = (4, 6)
     probes: tuple[bool, ...] = (True, False)
     setup: dict[str, Any] = field(default_factory=dict)
     may_refuse: tuple[str, ...] = ()
 
+    def is_called(self, word: str) -> bool:
+        """Whether *word* is its number, or is in its name."""
+        if word.isdigit():
+            return self.number == int(word)
+        return word.lower() in self.name.lower()
+
 
 SITUATIONS: list[Situation] = []
 
 
-def situation(number: int, name: str, **options: Any) -> Callable[[Tell], Tell]:
+def situation(number: int, name: str, **options: Any) -> Callable[[Moves], Moves]:
     """Register the function as the situation of that number and name."""
 
-    def register(tell: Tell) -> Tell:
-        SITUATIONS.append(Situation(number, name, tell, **options))
-        return tell
+    def register(moves: Moves) -> Moves:
+        SITUATIONS.append(Situation(number, name, moves, **options))
+        return moves
 
     return register
+
+
+def after_pause(
+    number: int, name: str, *words: str, before: Moves = lambda lab: None, **options: Any
+) -> None:
+    """Register a move in a pause of the connection, after which *words* of Traffic follow.
+
+    before: what is done before the server starts.
+    """
+
+    def moves(lab: Lab) -> None:
+        before(lab)
+        lab.begin(pause=True)
+        lab.move()
+        for word in words:
+            getattr(lab.traffic, word)()
+        lab.finish()
+
+    situation(number, name, **options)(moves)
+
+
+def carry_on_after(lab: Lab, *moves: Callable[[], None]) -> None:
+    """One move after the other; after each of them all connections carry on."""
+    for move in moves:
+        move()
+        lab.traffic.talk_on()
+
+
+def usual_end(lab: Lab) -> None:
+    """The server moves, the connections carry on, and all is judged."""
+    carry_on_after(lab, lab.move)
+    lab.finish()

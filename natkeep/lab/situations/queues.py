@@ -1,7 +1,7 @@
-"""the situations of full queues: what was under way, or waited, when the process was frozen.
+"""Full queues: what was under way, or waited, when the process was frozen.
 
 CRIU sends what was unsent while it restores the socket, some 25 ms before it calls its last
-script: the translation must be there by then, and the gate must not eat the answers for good
+script: the translation must be there by then, and the gate must not drop the answers for good
 (point T1).
 """
 
@@ -10,12 +10,11 @@ from __future__ import annotations
 import re
 from functools import partial
 
-from natkeep.lab.application import Application, Report
-from natkeep.lab.engines import end_silence
+from natkeep.lab.application import Application, received
+from natkeep.lab.engine import end_silence
 from natkeep.lab.host import Host, await_true
+from natkeep.lab.lab import Lab
 from natkeep.lab.situations import situation
-from natkeep.lab.speech import patience
-from natkeep.lab.stage import Lab
 
 MUCH = 3_000_000  # more than all buffers of a connection hold
 PATIENCE_S = 5.0  # so long the octets themselves may take, at most
@@ -26,58 +25,49 @@ queued = partial(situation, engine="criu", probes=(True,))
 @queued(13, "unsent data at the freeze")
 def unsent(lab: Lab) -> None:
     """The congestion window was full, so there are octets that were never on a wire."""
-    _serve(lab)
+    _begin(lab)
     goal = _freeze_unsent(lab)
     lab.prepare()
     lab.restore()
-    _arrive(lab, lab.client, goal)
+    _arrive(lab, lab.traffic.client, goal)
     lab.finish()
 
 
 @queued(13, "unsent data at the freeze, moved back")
 def unsent_moved_back(lab: Lab) -> None:
-    """They leave from A while the gateway still has them at B: it must not make them another's."""
-    _serve(lab)
+    """They leave from A while the gateway still has them at B: it must not translate them."""
+    _begin(lab)
     lab.move()
-    lab.server_says()
+    lab.traffic.server_says()
     goal = _freeze_unsent(lab)
     end_silence(lab.topology[lab.home.role])  # nothing of the first dump is left there
-    lab.come_home()
-    _arrive(lab, lab.client, goal)
+    lab.withdraw()
+    _arrive(lab, lab.traffic.client, goal)
     lab.finish()
 
 
 def _freeze_unsent(lab: Lab) -> int:
     """Freeze the process with octets to be sent; how many the client will have with them."""
-    switch = lab.topology["switch"]
-    switch.nft(
-        "add table netdev deaf\n"
-        "add chain netdev deaf c"
-        f" {{ type filter hook ingress device {lab.at.role} priority 20; }}\n"
-        "add rule netdev deaf c meta l4proto tcp drop\n"
-    )
-    goal = _read(lab.client) + MUCH
-    lab.server.application.do({"push": MUCH})
-    await_true(lambda: _unsent(lab.at) > 0, "data that cannot be sent")
-    lab.freeze()
-    switch.nft("delete table netdev deaf\n")
+    with lab.conditions.loses(lab.at.role, "meta l4proto tcp"):
+        goal = _read(lab.traffic.client) + MUCH
+        lab.traffic.process.do({"push": MUCH})
+        await_true(lambda: _unsent(lab.at) > 0, "data that cannot be sent")
+        lab.freeze()
     return goal
 
 
 @queued(13, "full queues both ways")
 def full(lab: Lab) -> None:
-    """Nobody reads: both receive queues and both send queues are full, both windows closed."""
-    _serve(lab)
-    ends = (lab.client, lab.server.application)
+    """Neither side reads: all receive and send queues are full, both windows closed."""
+    _begin(lab)
+    ends = (lab.traffic.client, lab.traffic.process)
     goals = [_read(each) + MUCH for each in ends]
     for order in ("pause_reading", {"push": MUCH}):
         for each in ends:
             each.do(order)
     for host in (lab.topology["client"], lab.at):
         await_true(partial(_is_full, host), "full queues")
-    lab.freeze()
-    lab.prepare()
-    lab.restore()
+    lab.move()
     for each in ends:
         each.do("resume_reading")
     for each, goal in zip(ends, goals, strict=True):
@@ -88,15 +78,13 @@ def full(lab: Lab) -> None:
 @queued(13, "bulk both ways at the freeze")
 def bulk(lab: Lab) -> None:
     """Both send as fast as they can, before and after."""
-    _serve(lab)
-    ends = (lab.client, lab.server.application)
+    _begin(lab)
+    ends = (lab.traffic.client, lab.traffic.process)
     for each in ends:
         each.do({"bulk": None})
     for each in ends:
         _arrive(lab, each, _read(each) + MUCH)
-    lab.freeze()
-    lab.prepare()
-    lab.restore()
+    lab.move()
     for each in ends:
         _arrive(lab, each, _read(each) + MUCH)
     for each in ends:
@@ -104,27 +92,22 @@ def bulk(lab: Lab) -> None:
     lab.finish()
 
 
-def _serve(lab: Lab) -> None:
-    """A server that only swallows what it is sent, after a short conversation."""
-    lab.serve()
-    lab.dial()
-    lab.talk()
-    lab.quiet()
-    lab.server.application.do("swallow")
+def _begin(lab: Lab) -> None:
+    """After some exchanges the server answers nothing any more."""
+    lab.begin(pause=True)
+    lab.traffic.process.do("swallow")
 
 
-def _read(hearer: Application) -> int:
-    octets: int = hearer.fresh()["connections"][0]["rx"]
+def _read(reader: Application) -> int:
+    octets: int = reader.fresh()["connections"][0]["rx"]
     return octets
 
 
-def _arrive(lab: Lab, hearer: Application, goal: int) -> None:
-    def arrived(report: Report) -> bool:
-        return bool(report["connections"][0]["rx"] >= goal)
-
-    with lab.must(f"{goal:,} octets arrive"):
-        hearer.wait(arrived, f"for {goal} octets", within=PATIENCE_S + patience(lab.report))
-    lab.carried_on = True
+def _arrive(lab: Lab, reader: Application, goal: int) -> None:
+    with lab.report.must(f"{goal:,} octets arrive"):
+        within = PATIENCE_S + lab.traffic.patience_s
+        reader.wait(received(goal), f"for {goal} octets", within=within)
+    lab.traffic.carried_on = True
 
 
 def _unsent(host: Host) -> int:

@@ -1,16 +1,17 @@
-"""the situations of other roles: who dialled, over which family's socket, and how many moved.
+"""Other roles: which side dialled, over which family's socket, and how many processes moved.
 
-The direction from peer to process is always the original one, whoever dialled: then the same
-translation fits all of them.
+The direction from peer to process is always the original one, whichever side dialled: then the
+same translation fits all of them.
 """
 
 from __future__ import annotations
 
-from natkeep.lab.application import Application, all_open
-from natkeep.lab.engines import Moving
-from natkeep.lab.situations import situation
-from natkeep.lab.stage import PORT, Lab
+from natkeep.lab.application import Application, all_open, start_server
+from natkeep.lab.engine import Moving
+from natkeep.lab.lab import Lab
+from natkeep.lab.situations import situation, usual_end
 from natkeep.lab.topology import CLIENT, USUAL, Seat
+from natkeep.lab.traffic_words import PORT
 from natkeep.plan.tuples import Endpoint
 
 SECOND_SOURCE = Seat("source2", "old", 11, first_pid=2000)
@@ -23,25 +24,23 @@ def process_dialled(lab: Lab) -> None:
     """The migrated process dialled, from OLD and a port that the kernel chose."""
     lab.settle()
     to = Endpoint(CLIENT.address(lab.family), PORT)
-    lab.client = Application(lab.directory / "peer")
-    lab.topology["client"].start("peer", *lab.client.serve_line(str(to)))
-    lab.client.wait(lambda report: report["listening"], "listening")
+    lab.traffic.client = start_server(lab.topology["client"], "peer", to)
     process = Application(lab.directory / "process")
     lab.at = lab.topology["source"]
     program = lab.at.start("process", *process.dial_line(str(to), count=3))
-    lab.server = Moving(process, "dial", program.pid)
-    lab.client.wait(all_open(3), "connected")
+    lab.traffic.server = Moving(process, "dial", program.pid)
+    lab.traffic.client.wait(all_open(3), "connected")
     process.do("answer")
-    lab.keep()
-    _usual_end(lab)
+    lab.traffic.keep()
+    lab.traffic.talk()
+    usual_end(lab)
 
 
 @situation(15, "IPv4-mapped sockets", engine="criu", families=(4,), probes=(True,))
 def mapped(lab: Lab) -> None:
     """The server listens on [::] for both families, and the peer speaks IPv4."""
-    lab.serve(listen=f"[::]:{PORT}")
-    lab.dial(connections=3)
-    _usual_end(lab)
+    lab.begin(connections=3, listen=f"[::]:{PORT}")
+    usual_end(lab)
 
 
 @situation(15, "IPv4-mapped sockets, without CRIU", families=(4,))
@@ -53,48 +52,36 @@ def mapped_by_repair(lab: Lab) -> None:
 @situation(18, "two processes, one NEW", setup=TWO_SOURCES)
 def two_processes(lab: Lab) -> None:
     """Two OLDs become one NEW, at the same port of it; what differs is the peer's port."""
-    other = _two(lab, OTHER_PORT)
+    other = _begin_two(lab, OTHER_PORT)
     lab.move()
     other.move()
-    lab.talk_on()
-    other.talk_on()
-    other.quiet()
-    other.check_ends()
+    lab.traffic.talk_on()
+    other.traffic.talk_on()
+    other.traffic.check_ends()
     lab.finish()
 
 
 @situation(18, "two processes, one tuple at NEW", probes=(True,), setup=TWO_SOURCES)
 def one_tuple(lab: Lab) -> None:
     """The peer's ports are equal too: only one of the two can move, and the other one stays."""
-    other = _two(lab, FIRST_PORT)
+    other = _begin_two(lab, FIRST_PORT)
     lab.move()
-    lab.talk_on()
+    lab.traffic.talk_on()
     other.freeze()
-    tuples = [str(each) for party in (lab, other) for each in party.kept]
+    tuples = [str(each) for party in (lab, other) for each in party.traffic.kept]
     if other.must_refuse(*tuples):
-        other.stay()
+        other.restore_at_source()
     else:
         other.restore()
-    lab.talk_on()
-    other.talk_on()
-    other.quiet()
-    other.check_ends()
+    lab.traffic.talk_on()
+    other.traffic.talk_on()
+    other.traffic.check_ends()
     lab.finish()
 
 
-def _two(lab: Lab, port: int) -> Lab:
+def _begin_two(lab: Lab, port: int) -> Lab:
     """Two servers on two hosts, with one client each; the second's connections come from *port*."""
     other = lab.beside(SECOND_SOURCE, "other")
-    client = CLIENT.address(lab.family)
     for each, first in ((lab, FIRST_PORT), (other, port)):
-        each.serve()
-        each.dial(source=str(Endpoint(client, first)))
-        each.talk()
+        each.begin(source=Endpoint(CLIENT.address(lab.family), first))
     return other
-
-
-def _usual_end(lab: Lab) -> None:
-    lab.talk()
-    lab.move()
-    lab.talk_on()
-    lab.finish()

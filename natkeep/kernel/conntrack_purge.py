@@ -1,0 +1,181 @@
+"""Deletes conntrack entries by their tuples, in every zone: stale ones before ours are inserted.
+
+Rule: an entry is deleted only by its full tuple, and nothing is ever flushed. An established entry
+that knows no translation is never asked about rules, so none may be left (plan/conntrack.py).
+
+The kernel finds a tuple only in the zone that is named. Which zones there are, a small table tells
+by itself. In a large one, whose reading would cost more than all the rest, the rules are asked
+instead: an entry in a zone to which nothing assigns packets is one that no packet ever meets.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+import struct
+from collections.abc import Callable, Iterable
+from contextlib import suppress
+from functools import partial
+
+from natkeep import faultpoints
+from natkeep.kernel import nftables_dump
+from natkeep.kernel.conntrack_dump import DELETE_ONE, count_tracked, dump, is_dump_cheaper
+from natkeep.kernel.ctnetlink import (
+    DELETE,
+    GET,
+    Ends,
+    ask_for_tcp,
+    for_each,
+    pack_inbound,
+    pack_outbound,
+    pack_zone,
+    read_tuples,
+    turn,
+)
+from natkeep.kernel.netlink import NETLINK_NETFILTER, NLM_F_DUMP, Netlink, Refusal
+from natkeep.plan.conntrack import stale_views
+from natkeep.plan.nft import TABLE
+from natkeep.plan.translation import Translation
+from natkeep.plan.tuples import RECORD_SIZE, Address, Connections
+
+_SMALL = 2000
+"""Entries up to which the table is read for its zones."""
+
+_LISTING = "/proc/thread-self/net/nf_conntrack"
+_LISTED_ZONE = re.compile(rb" zone(?:-orig|-reply)?=(\d+)")
+_LEGACY_TABLES = ("/proc/net/ip_tables_names", "/proc/net/ip6_tables_names")
+_ASSIGNERS = ("/sys/module/openvswitch", "/sys/module/act_ct")
+"""What gives packets a zone without a rule of netfilter."""
+
+
+def purge(translation: Translation) -> int:
+    """Delete every entry that has one of the stale tuples; the number that there were.
+
+    A packet may make another one at any time: an insertion finds it in the way, and purges again.
+    """
+    tracked = count_tracked()
+    if tracked == 0:
+        return 0
+    views = stale_views(translation)
+    number = 2 * len(views) * len(translation.kept)
+    if tracked is not None and is_dump_cheaper(DELETE_ONE * number, tracked):
+        return _purge_dumped(views, translation.map.old.version)
+    with Netlink(NETLINK_NETFILTER) as netlink:
+        return sum(
+            _delete(netlink, view, zone, pack)
+            for zone in _find_zones(netlink, tracked)
+            for view in views
+            for pack in (pack_inbound, pack_outbound)
+        )
+
+
+def delete_inbound(outer: Connections) -> None:
+    """Delete the entries of these tuples, from the peers' side; none is fine."""
+    with Netlink(NETLINK_NETFILTER) as netlink:
+        _delete(netlink, outer, 0, pack_inbound, "delete")
+
+
+def delete_untracked(olds: Iterable[Address]) -> None:
+    """Delete the TCP entries that name one of *olds*, if nothing tracks connections here any more.
+
+    While our last rules go, our chains still have conntrack note packets un-translated. Where
+    the chains of others do so too, such an entry is theirs and as it was before us.
+    """
+    if not count_tracked() or nftables_dump.base_chains() or _read_legacy_tables():
+        return
+    named = {old.packed for old in olds}
+    for version in {old.version for old in olds}:
+        width = RECORD_SIZE[version] // 2 - 2
+        _delete_dumped(version, partial(_starts_with, named, width))
+
+
+def _starts_with(addresses: set[bytes], width: int, tuple_: bytes) -> bool:
+    return tuple_[:width] in addresses
+
+
+def raise_unless(refusals: Iterable[Refusal], tolerated: int = 0) -> None:
+    """OSError for the first of *refusals* that is not *tolerated*."""
+    for refusal in refusals:
+        if refusal.errno != tolerated:
+            raise OSError(refusal.errno, os.strerror(refusal.errno))
+
+
+def _delete(
+    netlink: Netlink,
+    connections: Connections,
+    zone: int,
+    pack: Callable[[Ends], bytes],
+    fault: str = "purge",
+) -> int:
+    """Delete the entries that have the packed tuples; how many there were."""
+    suffix = pack_zone(zone)
+    batch = for_each(connections, connections, DELETE, 0, lambda end, _: pack(end) + suffix)
+    faultpoints.reach("half", fault, lambda: netlink.send_batch(batch.head(batch.count // 2)))
+    refusals = netlink.send_batch(batch)
+    raise_unless(refusals, errno.ENOENT)
+    return len(connections) - len(refusals)
+
+
+def _purge_dumped(views: Iterable[Connections], version: int) -> int:
+    """Read the table once, and delete what has a stale tuple in either direction."""
+    stale = {record for view in views for record in view.each()}
+    return _delete_dumped(version, stale.__contains__)
+
+
+def _delete_dumped(version: int, is_meant: Callable[[bytes], bool]) -> int:
+    """Delete each TCP entry one of whose tuples, turned or not, is meant; how many there were."""
+    found: dict[int, list[bytes]] = {}
+    for answer in dump(ask_for_tcp(version)):
+        original, reply, zone = read_tuples(answer)
+        if any(map(is_meant, (original, reply, turn(original), turn(reply)))):
+            found.setdefault(zone, []).append(original)
+    with Netlink(NETLINK_NETFILTER) as netlink:
+        return sum(
+            # A record's local end comes first, as the source does in a tuple that was read.
+            _delete(netlink, Connections.packed(b"".join(some), version), zone, pack_outbound)
+            for zone, some in found.items()
+        )
+
+
+def _find_zones(netlink: Netlink, tracked: int | None) -> list[int]:
+    """The zones in which a kept tuple may be, 0 among them; tracked: how many entries there are."""
+    if tracked is not None and tracked <= _SMALL:
+        try:
+            with open(_LISTING, "rb") as file:
+                return sorted({0, *map(int, _LISTED_ZONE.findall(file.read()))})
+        except OSError:  # a kernel without this file
+            pass
+    elif not _assigns_zones():
+        return [0]
+    return _read_zones(netlink)
+
+
+def _read_zones(netlink: Netlink) -> list[int]:
+    """From the table itself, each entry searched for the attribute instead of taken apart."""
+    mark = pack_zone(1)[:4]
+    zones = {0}
+    for entry in netlink.request(GET, NLM_F_DUMP, struct.pack("!BBH", 0, 0, 0)):
+        if mark in entry:
+            at = entry.index(mark) + len(mark)
+            zones.add(int.from_bytes(entry[at : at + 2], "big"))
+    return sorted(zones)
+
+
+def _assigns_zones() -> bool:
+    """Whether anything here could give packets a zone; yes where that cannot be told."""
+    if any(map(os.path.exists, _ASSIGNERS)) or "raw" in _read_legacy_tables():
+        return True
+    try:
+        return nftables_dump.assigns_zones(besides=TABLE)
+    except OSError:
+        return True
+
+
+def _read_legacy_tables() -> set[str]:
+    """The tables of iptables' own kernel part, of both families."""
+    found: set[str] = set()
+    for path in _LEGACY_TABLES:
+        with suppress(OSError), open(path, encoding="ascii") as file:
+            found.update(file.read().split())
+    return found

@@ -1,0 +1,126 @@
+"""What other programs and operators install on the way: firewalls, other NAT, narrow paths, loss.
+
+    lab.conditions.gateway_tracks(); lab.conditions.strict_firewall()      before the server starts
+    lab.conditions.path_mtu("near"); lab.conditions.flush_conntrack("gateway")
+
+Rule: nothing here names natkeep's table; it is there before the lab reads its hosts' state, or is
+gone by itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from natkeep.lab.report import Report
+from natkeep.lab.topology import Topology, prefix, router
+
+NARROW = {4: 1000, 6: 1280}  # IPv6 knows nothing smaller
+_LOOSE = "/proc/sys/net/netfilter/nf_conntrack_tcp_loose"
+_BARE_SYN = "tcp flags & (fin | syn | rst | ack) == syn"
+
+
+class Conditions:
+    """The conditions of one lab's network."""
+
+    def __init__(self, topology: Topology, family: int, report: Report) -> None:
+        self.topology, self.family, self.report = topology, family, report
+
+    def gateway_tracks(self) -> None:
+        """Any rule that asks conntrack makes the gateway know the connection from its SYN on."""
+        self.topology["gateway"].nft(
+            "add table inet tracking\n"
+            "add chain inet tracking c { type filter hook forward priority 0; }\n"
+            "add rule inet tracking c ct state established accept\n"
+        )
+
+    def conntrack_loose(self, value: int) -> None:
+        """Whether conntrack picks up connections whose SYN it has not seen; at every hop."""
+        for role, host in self.topology.hosts.items():
+            if role != "switch":
+                host.run("sh", "-c", f"echo {value} >{_LOOSE}")
+
+    def strict_firewall(self) -> None:
+        """Gateway and destination pass nothing but what conntrack knows, in all three hooks.
+
+        New connections are let out of the client's network, or none would ever begin; errors
+        and neighbour discovery pass, or there would be no network.
+        """
+        lines = ["add table inet strict"]
+        for hook in ("input", "forward", "output"):
+            chain = f"inet strict {hook}"
+            lines += [
+                f"add chain {chain} {{ type filter hook {hook} priority 0; policy drop; }}",
+                f"add rule {chain} ct state invalid drop",
+                f"add rule {chain} ct state established accept",
+                f"add rule {chain} meta l4proto {{ icmp, icmpv6 }} accept",
+            ]
+        lines.append(f'add rule inet strict forward iifname "near" ct state new {_BARE_SYN} accept')
+        for role in self.topology.sites:
+            self.topology[role].nft("\n".join(lines) + "\n")
+
+    def masquerading_table(self) -> None:
+        """Another NAT table at the gateway, at exactly -100 and 100, masquerading its uplinks."""
+        self.topology["gateway"].nft(
+            "add table inet engine\n"
+            "add chain inet engine pre { type nat hook prerouting priority -100; }\n"
+            "add rule inet engine pre fib daddr type local tcp dport 8080 redirect to :80\n"
+            "add chain inet engine post { type nat hook postrouting priority 100; }\n"
+            'add rule inet engine post oifname { "near", "far" } masquerade\n'
+        )
+
+    def path_mtu(self, network: str) -> None:
+        """The router in front of *network* finds the path narrow, and tells the sender so."""
+        host, mtu = self.topology[router(network)], NARROW[self.family]
+        route = f"{prefix(network, self.family)} dev downlink proto kernel mtu {mtu}"
+        route += " metric 256" if self.family == 6 else ""  # the kernel's own, or it stays
+        host.run("ip", f"-{self.family}", "route", "replace", *route.split())
+
+    def path_was_narrow(self, network: str) -> None:
+        """Assert that the router has met packets that were too big, or nothing was shown."""
+        file = "/proc/net/snmp" if self.family == 4 else "/proc/net/snmp6"
+        met = _read_frag_fails(self.topology[router(network)].run("cat", file).stdout, self.family)
+        self.report.check(
+            "the narrow path was too narrow for some packets", met > 0, f"{met} packets"
+        )
+
+    def flush_conntrack(self, role: str) -> None:
+        """`conntrack -F`, as others run it."""
+        self.topology[role].run("conntrack", "-F")
+
+    @contextmanager
+    def loses(self, port: str, match: str) -> Iterator[None]:
+        """Meanwhile the switch loses what matches, of the frames from *port*."""
+        switch = self.topology["switch"]
+        switch.nft(
+            "add table netdev losing\n"
+            "add chain netdev losing c"
+            f" {{ type filter hook ingress device {port} priority 20; }}\n"
+            f"add rule netdev losing c {match} drop\n"
+        )
+        yield
+        switch.nft("delete table netdev losing\n")
+
+    def lose_first_probe(self, port: str) -> None:
+        """The switch loses the first empty segment of each connection from *port*: CRIU's probe."""
+        lines = ["add table netdev lossy"]
+        for name, kind in (("seen4", "ipv4_addr"), ("seen6", "ipv6_addr")):
+            key = f"type {kind} . inet_service . inet_service"
+            lines.append(f"add set netdev lossy {name} {{ {key}; flags dynamic; size 65535; }}")
+        chain = f"{{ type filter hook ingress device {port} priority 10; }}"
+        lines.append(f"add chain netdev lossy c {chain}")
+        for ip, longest, seen in (("ip", 60, "seen4"), ("ip6", 40, "seen6")):
+            key = f"{ip} daddr . tcp sport . tcp dport"
+            empty = f"{ip} length <= {longest} tcp flags & (syn | fin | rst) == 0"
+            rule = "add rule netdev lossy c"
+            lines.append(f"{rule} {empty} {key} != @{seen} add @{seen} {{ {key} }} drop")
+        self.topology["switch"].nft("\n".join(lines) + "\n")
+
+
+def _read_frag_fails(shown: str, family: int) -> int:
+    """Packets that were to be forwarded and could not be fragmented."""
+    lines = [line.split() for line in shown.splitlines()]
+    if family == 6:
+        return next(int(words[1]) for words in lines if words[0] == "Ip6FragFails")
+    names, values = [words for words in lines if words[0] == "Ip:"]
+    return int(values[names.index("FragFails")])

@@ -1,0 +1,77 @@
+"""A gateway that translates already: a published port, a masqueraded client.
+
+Its own rules stay as they are; of the kept connections' entries natkeep changes nothing but OLD
+into NEW. The peer goes on to see what was published, the process what it saw of the peer.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+from natkeep.lab.lab import Lab
+from natkeep.lab.situations import THREE_HOSTS, carry_on_after, situation, usual_end
+from natkeep.lab.topology import THIRD, address
+from natkeep.plan.tuples import Endpoint
+
+PUBLISHED, CONNECTIONS = 8080, 3
+translating = partial(situation, may_refuse=("stateless",))
+
+
+@translating(16, "a published port")
+def published(lab: Lab) -> None:
+    """The peer talks to VIP:8080, which the gateway turns into OLD:5000."""
+    _connect(lab, _publish(lab))
+    usual_end(lab)
+
+
+@translating(16, "a published port, moved on", probes=(True,), setup=THREE_HOSTS)
+def published_moved_on(lab: Lab) -> None:
+    """What the first move took over, the second takes over from it."""
+    _connect(lab, _publish(lab))
+    carry_on_after(lab, lab.move, partial(lab.move_on, THIRD))
+    lab.finish()
+
+
+@translating(16, "a published port, moved back", probes=(True,))
+def published_moved_back(lab: Lab) -> None:
+    """The gateway's own translation is as it was."""
+    _connect(lab, _publish(lab))
+    carry_on_after(lab, lab.move, lab.move_back)
+    lab.finish()
+
+
+@translating(17, "a masqueraded client")
+def masqueraded(lab: Lab) -> None:
+    """The process sees the gateway as its peer, and a port that the gateway chose."""
+    lab.topology["gateway"].nft(
+        "add table inet masquerading\n"
+        "add chain inet masquerading post { type nat hook postrouting priority srcnat; }\n"
+        'add rule inet masquerading post iifname "near" meta l4proto tcp'
+        " masquerade to :20000-20999\n"
+    )
+    lab.settle()
+    _connect(lab, lab.server_endpoint)
+    usual_end(lab)
+
+
+def _publish(lab: Lab) -> Endpoint:
+    """A port of the gateway's, which its own rule turns into OLD's."""
+    lab.settle()
+    vip = Endpoint(address("near", 100, lab.family), PUBLISHED)
+    ip, length = ("ip", 24) if lab.family == 4 else ("ip6", 64)
+    nodad = ["nodad"] if lab.family == 6 else []
+    gateway = lab.topology["gateway"]
+    gateway.run("ip", "address", "add", f"{vip.address}/{length}", "dev", "near", *nodad)
+    gateway.nft(
+        "add table inet published\n"
+        "add chain inet published pre { type nat hook prerouting priority dstnat; }\n"
+        f"add rule inet published pre {ip} daddr {vip.address} tcp dport {vip.port}"
+        f" dnat {ip} to {lab.server_endpoint}\n"
+    )
+    return vip
+
+
+def _connect(lab: Lab, target: Endpoint) -> None:
+    lab.serve()
+    lab.traffic.dial_one_by_one(lab.topology["client"], target, CONNECTIONS)
+    lab.traffic.talk()
