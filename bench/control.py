@@ -33,7 +33,8 @@ from bench.namespaces import PREFIX, destination, end_on_sigterm, namespace
 from natkeep.kernel.linux import LinuxKernel
 from natkeep.lifecycle.executor import Executor
 from natkeep.lifecycle.prepare import prepare
-from natkeep.plan.move import Map, Move, Role, Site
+from natkeep.plan.move import Map, Move, Site
+from natkeep.plan.roles import Role
 from natkeep.plan.tuples import Connections
 from natkeep.state.journal import StateDirectory
 

@@ -40,7 +40,8 @@ from natkeep.kernel.linux import LinuxKernel
 from natkeep.lifecycle.executor import Executor
 from natkeep.lifecycle.open import open_move
 from natkeep.lifecycle.prepare import prepare
-from natkeep.plan.move import Map, Mode, Move, Role, Site
+from natkeep.plan.move import Map, Mode, Move, Site
+from natkeep.plan.roles import Role
 from natkeep.plan.tuples import Connections
 from natkeep.state.journal import StateDirectory
 

@@ -20,7 +20,8 @@ from natkeep.checkpoint import Checkpoint
 from natkeep.checkpoint.imagefile import COMMON, IDS, PSTREE
 from natkeep.checkpoint.images import read_checkpoint
 from natkeep.checkpoint.listing import write_listing
-from natkeep.plan.move import Map, Mode, Move, Role, Site
+from natkeep.plan.move import Map, Mode, Move, Site
+from natkeep.plan.roles import Role
 from natkeep.plan.steps import Prior
 from natkeep.plan.translation import Surroundings
 from natkeep.plan.tuples import Connections, parse_address

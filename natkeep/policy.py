@@ -25,7 +25,8 @@ import stat
 from typing import Any
 
 from natkeep.errors import RefusedError, UsageError
-from natkeep.plan.move import Fate, Mode, Move, Role
+from natkeep.plan.move import Fate, Mode, Move
+from natkeep.plan.roles import Role
 from natkeep.plan.tuples import Address
 from natkeep.values import dataclass
 

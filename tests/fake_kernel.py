@@ -15,10 +15,11 @@ from natkeep.kernel.sock_diag import Shown
 from natkeep.plan import filters, listeners, nft, ruleset, tables
 from natkeep.plan.conntrack import entries, stale_tuples
 from natkeep.plan.diagnostics import Facts
-from natkeep.plan.drift import Gate, Observation, SeenEntry
-from natkeep.plan.move import Move, Role, Site
+from natkeep.plan.move import Move, Site
 from natkeep.plan.nft import Key, Object, Rule, split
+from natkeep.plan.observation import Gate, Observation, SeenEntry
 from natkeep.plan.repair import LoadObjects, Patch, PutWays, StopCounting
+from natkeep.plan.roles import Role
 from natkeep.plan.steps import (
     AddAddress,
     FillSet,

@@ -19,16 +19,16 @@ from uuid import UUID
 import pytest
 from golden_journals.cases import CASES, Case
 
+from bench.faults.surfaces import read_all_surfaces
 from natkeep.kernel.linux import LinuxKernel
 from natkeep.kernel.netns import open_namespace
-from natkeep.lab.surfaces import read_all_surfaces
 from natkeep.lifecycle.executor import Executor
 from natkeep.lifecycle.open import open_move
 from natkeep.lifecycle.prepare import carry_out, prepare
 from natkeep.lifecycle.status import read_status
 from natkeep.lifecycle.teardown import teardown
-from natkeep.plan.drift import Gate
 from natkeep.plan.move import Site
+from natkeep.plan.observation import Gate
 from natkeep.plan.plan import make_plan
 from natkeep.state.codec import SCHEMA
 from natkeep.state.journal import StateDirectory, read_boot_id

@@ -25,8 +25,9 @@ from natkeep.lifecycle.open import open_move
 from natkeep.lifecycle.prepare import find_unheld, prepare
 from natkeep.lifecycle.status import read_status
 from natkeep.lifecycle.teardown import teardown
-from natkeep.plan.drift import Gate
-from natkeep.plan.move import Map, Move, Role, Site
+from natkeep.plan.move import Map, Move, Site
+from natkeep.plan.observation import Gate
+from natkeep.plan.roles import Role
 from natkeep.plan.steps import HoldSegments, Prior, Step
 from natkeep.plan.tuples import Connections, Endpoint, FourTuple, parse_address
 from natkeep.state.journal import StateDirectory

@@ -18,7 +18,8 @@ import pytest
 
 from natkeep import __version__
 from natkeep.errors import JournalError, RefusedError, UsageError
-from natkeep.plan.move import Map, Mode, Move, Role, Site
+from natkeep.plan.move import Map, Mode, Move, Site
+from natkeep.plan.roles import Role
 from natkeep.plan.steps import AddAddress, Prior
 from natkeep.plan.translation import Surroundings
 from natkeep.plan.tuples import Connections, Endpoint, FourTuple, parse_address

@@ -39,9 +39,10 @@ from natkeep.lifecycle.repair import repair
 from natkeep.lifecycle.replace import replace_move
 from natkeep.lifecycle.status import read_status
 from natkeep.lifecycle.teardown import teardown
-from natkeep.plan.drift import Gate, Observation
-from natkeep.plan.move import Fate, Map, Move, Role, Site
+from natkeep.plan.move import Fate, Map, Move, Site
+from natkeep.plan.observation import Gate, Observation
 from natkeep.plan.plan import make_plan
+from natkeep.plan.roles import Role
 from natkeep.plan.steps import (
     AddAddress,
     Identity,

@@ -25,8 +25,9 @@ from natkeep.lifecycle.repair import repair
 from natkeep.lifecycle.replace import replace_move
 from natkeep.lifecycle.status import read_status
 from natkeep.lifecycle.teardown import teardown
-from natkeep.plan.drift import Gate
-from natkeep.plan.move import Map, Mode, Move, Role, Site
+from natkeep.plan.move import Map, Mode, Move, Site
+from natkeep.plan.observation import Gate
+from natkeep.plan.roles import Role
 from natkeep.plan.translation import Compared
 from natkeep.plan.tuples import Connections, Endpoint, FourTuple, parse_address
 from natkeep.state.journal import StateDirectory

@@ -11,7 +11,8 @@ import pytest
 
 from natkeep import policy
 from natkeep.errors import NatkeepError, RefusedError, UsageError
-from natkeep.plan.move import Map, Move, Role, Site
+from natkeep.plan.move import Map, Move, Site
+from natkeep.plan.roles import Role
 from natkeep.plan.tuples import parse_address
 
 

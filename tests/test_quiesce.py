@@ -30,8 +30,9 @@ from natkeep.lifecycle.replace import replace_move
 from natkeep.lifecycle.status import read_status
 from natkeep.lifecycle.teardown import teardown
 from natkeep.plan.criu_lock import DumpLock, NetworkLock
-from natkeep.plan.drift import Gate
-from natkeep.plan.move import Map, Move, Role, Site
+from natkeep.plan.move import Map, Move, Site
+from natkeep.plan.observation import Gate
+from natkeep.plan.roles import Role
 from natkeep.plan.steps import HoldListeners, TakeOverLock
 from natkeep.plan.tuples import Connections, Endpoint, FourTuple, parse_address
 from natkeep.state.journal import StateDirectory

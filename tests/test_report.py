@@ -14,9 +14,11 @@ from natkeep import report
 from natkeep.checkpoint import Checkpoint, Socket, TcpState
 from natkeep.checkpoint.images import read_checkpoint
 from natkeep.cli.output import print_json
-from natkeep.plan.drift import Gate, MoveStatus, Observation, SeenEntry, SiteStatus
-from natkeep.plan.move import Map, Move, Role, Site
+from natkeep.plan.drift import MoveStatus, SiteStatus
+from natkeep.plan.move import Map, Move, Site
+from natkeep.plan.observation import Gate, Observation, SeenEntry
 from natkeep.plan.plan import make_plan
+from natkeep.plan.roles import Role
 from natkeep.plan.steps import Plan
 from natkeep.plan.translation import Surroundings
 from natkeep.plan.tuples import Connections, Endpoint, FourTuple, parse_address

@@ -19,9 +19,10 @@ from natkeep.lifecycle.open import open_move
 from natkeep.lifecycle.prepare import prepare
 from natkeep.lifecycle.status import read_status
 from natkeep.lifecycle.teardown import teardown
-from natkeep.plan.drift import Gate
-from natkeep.plan.move import Fate, Map, Move, Role, Site
+from natkeep.plan.move import Fate, Map, Move, Site
+from natkeep.plan.observation import Gate
 from natkeep.plan.plan import make_plan
+from natkeep.plan.roles import Role
 from natkeep.plan.tuples import Connections, Endpoint, FourTuple, parse_address
 from natkeep.state.journal import StateDirectory
 

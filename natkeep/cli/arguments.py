@@ -15,7 +15,8 @@ from natkeep.kernel.linux import LinuxKernel
 from natkeep.kernel.survey import demand_privileges
 from natkeep.lifecycle.check import find_new
 from natkeep.lifecycle.executor import Executor
-from natkeep.plan.move import Fate, Map, Mode, Move, Role, Site, parse_id, parse_map
+from natkeep.plan.move import Fate, Map, Mode, Move, Site, parse_id, parse_map
+from natkeep.plan.roles import Role
 from natkeep.plan.tuples import NO_CONNECTIONS, Endpoint
 from natkeep.state.journal import StateDirectory
 

@@ -26,9 +26,10 @@ from natkeep.errors import NatkeepError, RefusedError, UsageError
 from natkeep.lifecycle.check import check, require_devices
 from natkeep.lifecycle.executor import Executor
 from natkeep.lifecycle.open import open_move, remove_gate_hooks
-from natkeep.plan.drift import Gate
-from natkeep.plan.move import Move, Role, parse_id
+from natkeep.plan.move import Move, parse_id
+from natkeep.plan.observation import Gate
 from natkeep.plan.plan import describe_plan, make_plan, render_nft
+from natkeep.plan.roles import Role
 from natkeep.plan.steps import Plan
 from natkeep.state.journal import Journal
 

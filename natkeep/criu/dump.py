@@ -23,7 +23,8 @@ from natkeep.errors import RefusedError, UsageError
 from natkeep.kernel.interface import Kernel
 from natkeep.lifecycle.executor import Executor
 from natkeep.lifecycle.prepare import prepare
-from natkeep.plan.move import Map, Move, Role, Site, parse_map
+from natkeep.plan.move import Map, Move, Site, parse_map
+from natkeep.plan.roles import Role
 from natkeep.plan.tuples import Address
 
 _UNKNOWN = {4: ip_network("192.0.2.0/24"), 6: ip_network("2001:db8::/32")}

@@ -13,7 +13,8 @@ import os
 from collections.abc import Iterator, Mapping
 
 from natkeep.errors import UsageError
-from natkeep.plan.move import Fate, Mode, Role, Site
+from natkeep.plan.move import Fate, Mode, Site
+from natkeep.plan.roles import Role
 from natkeep.values import dataclass
 
 _INITIAL_PID_NAMESPACE = 0xEFFFFFFC  # the kernel's PROC_PID_INIT_INO, the same on each machine

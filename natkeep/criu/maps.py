@@ -18,7 +18,8 @@ from natkeep.lifecycle.executor import Executor
 from natkeep.lifecycle.prepare import prepare
 from natkeep.lifecycle.replace import replace_move
 from natkeep.lifecycle.teardown import teardown
-from natkeep.plan.move import Fate, Map, Mode, Move, Role, Site, parse_map
+from natkeep.plan.move import Fate, Map, Mode, Move, Site, parse_map
+from natkeep.plan.roles import Role
 from natkeep.plan.tuples import NO_CONNECTIONS, Connections
 from natkeep.state.journal import Journal, read_boot_id
 

@@ -40,24 +40,21 @@ from natkeep.kernel.ctnetlink import (
 from natkeep.kernel.interface import Place, Remember
 from natkeep.kernel.netlink import NETLINK_NETFILTER, NLM_F_CREATE, NLM_F_EXCL, Netlink, Refusal
 from natkeep.plan.conntrack import (
-    ESTABLISHED_TIMEOUT,
     IPS_DST_NAT,
     IPS_SRC_NAT,
     NOT_TRACKED,
     PEER_DIALLED,
     PROCESS_DIALLED,
-    TCP_ESTABLISHED,
     directions_of,
 )
-from natkeep.plan.drift import SeenEntry
-from natkeep.plan.move import Mode, Role
+from natkeep.plan.move import Mode
+from natkeep.plan.observation import SeenEntry
+from natkeep.plan.protocols import TCP
+from natkeep.plan.roles import Role
 from natkeep.plan.steps import InsertEntries, Prior, PurgeEntries
 from natkeep.plan.translation import Translation
 from natkeep.plan.tuples import Connections, FourTuple
 from natkeep.plan.undo import DeleteEntries, RestoreEntries
-
-_ALIVE = frozenset(range(TCP_ESTABLISHED, 7))
-"""ESTABLISHED, FIN_WAIT, CLOSE_WAIT, LAST_ACK; TIME_WAIT and CLOSE have ended."""
 
 _IPS_OFFLOAD = 0xC000
 """IPS_OFFLOAD and IPS_HW_OFFLOAD."""
@@ -237,8 +234,9 @@ def _insert(
 
 def _read_timeout() -> int:
     """Seconds that an established connection may be silent, as this namespace is set."""
-    value = sysctl.read("netfilter/nf_conntrack_tcp_timeout_established")
-    return int(value) if value is not None else ESTABLISHED_TIMEOUT
+    name, default = TCP.timeout
+    value = sysctl.read(f"netfilter/{name}")
+    return int(value) if value is not None else default
 
 
 def delete(translation: Translation) -> None:
@@ -271,7 +269,9 @@ def _see(answer: bytes, wanted: bytes, translated: int) -> SeenEntry:
         # Picked up by the rules when the process spoke first: the same, the other way round.
         same, inward, outward = True, outward, inward
         translated = translated and IPS_SRC_NAT
-    return SeenEntry(same and status & translated == translated, inward, outward, state in _ALIVE)
+    return SeenEntry(
+        same and status & translated == translated, inward, outward, state in TCP.alive
+    )
 
 
 def count_wrong(translation: Translation) -> int:
@@ -334,6 +334,5 @@ def _unpack(record: bytes) -> FourTuple:
 
 def read_shortest_timeout() -> float:
     """Seconds for which the kernel keeps the entry of a connection that has ended, at least."""
-    names = ("close", "time_wait", "last_ack")
-    values = [sysctl.read(f"netfilter/nf_conntrack_tcp_timeout_{name}") for name in names]
+    values = [sysctl.read(f"netfilter/{name}") for name in TCP.ends]
     return float(min((int(value) for value in values if value is not None), default=0))

@@ -24,18 +24,16 @@ from natkeep.kernel.ctnetlink import (
 )
 from natkeep.kernel.interface import Place, Remember
 from natkeep.kernel.netlink import NETLINK_NETFILTER, Batch, Netlink, message
-from natkeep.plan.conntrack import TCP_ESTABLISHED, TCP_FLAGS
 from natkeep.plan.listeners import Reception
 from natkeep.plan.move import Mode
+from natkeep.plan.protocols import TCP
 from natkeep.plan.steps import ForgetCalls, Prior
 from natkeep.plan.undo import ForgetListeners
 
 _SEEN_REPLY = 0x02
 _SYN_SENT = 1
-_ALIVE = range(TCP_ESTABLISHED - 1, 7)
+_ALIVE = (TCP.opening - {_SYN_SENT}) | TCP.alive
 """SYN_RECV to LAST_ACK."""
-
-_LIBERAL = 0x08 & TCP_FLAGS
 
 
 class ForgetDriver:
@@ -91,7 +89,7 @@ def count(reception: Reception, table: Table | None = None) -> int:
 def _find_let_in(reception: Reception, table: Table | None = None) -> Iterator[tuple[bytes, Said]]:
     for answer, said in _find(reception, table):
         is_inside = read_tuples(answer)[1].startswith(reception.after.packed)
-        if is_inside and not read_flags(answer) & _LIBERAL:
+        if is_inside and not read_flags(answer) & TCP.liberal:
             yield answer, said
 
 

@@ -25,7 +25,8 @@ from natkeep.kernel.netlink import (
     nested,
 )
 from natkeep.kernel.netlink import sequences as sequences_of
-from natkeep.plan.conntrack import STATUS, TCP_ESTABLISHED, TCP_FLAGS
+from natkeep.plan.conntrack import STATUS
+from natkeep.plan.protocols import TCP
 from natkeep.plan.tuples import RECORD_SIZE, Connections
 from natkeep.values import dataclass, replace
 
@@ -41,7 +42,7 @@ _NESTED = 1 << 15
 
 _AF = {4: 2, 6: 10}
 _WIDTH = {4: 4, 6: 16}
-_TCP = b"\x06"
+_TCP = bytes((TCP.number,))
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,8 +66,8 @@ def family(version: int) -> bytes:
 
 def pack_entry(outer: Ends, inner: Ends, *, timeout: int, ports: bool) -> bytes:
     """A whole entry; ports: peers or ports are translated too, not the local address alone."""
-    flags = bytes((TCP_FLAGS, TCP_FLAGS))
-    state = attribute(1, bytes((TCP_ESTABLISHED,)))
+    flags = bytes((TCP.flags, TCP.flags))
+    state = attribute(1, bytes((TCP.established,)))
     entry = (
         pack_inbound(outer)
         + pack_outbound(outer, TUPLE_REPLY)

@@ -26,8 +26,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Protocol, TypeVar
 
-from natkeep.plan.drift import Observation
 from natkeep.plan.move import Move, Site
+from natkeep.plan.observation import Observation
 from natkeep.plan.steps import Identity, OpenGate, Plan, Prior, Step
 from natkeep.plan.translation import Surroundings
 from natkeep.plan.tuples import Address, Connections, Endpoint

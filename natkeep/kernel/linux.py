@@ -29,8 +29,9 @@ from natkeep.kernel import (
 from natkeep.kernel.interface import Driver, Inverse, Packed, Place, Remember, Snapshot
 from natkeep.kernel.netns import Namespace, errors_at, find_namespace, inside, open_namespace
 from natkeep.kernel.nft_drivers import NFT_DRIVERS, NFT_INVERSES
-from natkeep.plan.drift import Observation
-from natkeep.plan.move import Move, Role, Site
+from natkeep.plan.move import Move, Site
+from natkeep.plan.observation import Observation
+from natkeep.plan.roles import Role
 from natkeep.plan.steps import (
     AddAddress,
     ForgetCalls,

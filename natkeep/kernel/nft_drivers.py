@@ -14,9 +14,9 @@ from natkeep.errors import RefusedError
 from natkeep.kernel import conntrack_listeners, nftables, routes, segment_holder
 from natkeep.kernel.conntrack_purge import delete_untracked
 from natkeep.kernel.interface import Inverse, Place, Remember
-from natkeep.plan.drift import Gate
 from natkeep.plan.filters import reset_chain
-from natkeep.plan.move import Role
+from natkeep.plan.observation import Gate
+from natkeep.plan.roles import Role
 from natkeep.plan.steps import (
     FillSet,
     HoldListeners,

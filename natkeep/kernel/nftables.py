@@ -28,8 +28,8 @@ from natkeep.kernel.nft_messages import (
     pack_objects,
 )
 from natkeep.plan import filters
-from natkeep.plan.drift import Gate
 from natkeep.plan.nft import DROP, TABLE, Chain, Object, Rule, Table, Undo
+from natkeep.plan.observation import Gate
 from natkeep.plan.steps import HoldListeners, Loads, OpenGate
 from natkeep.plan.tables import GATE, OPEN, gate_hook, removal
 from natkeep.plan.tuples import Connections

@@ -29,10 +29,11 @@ from natkeep.kernel.netns import Namespace, errors_at, inside
 from natkeep.kernel.nft_messages import pack_keys
 from natkeep.kernel.routes import Routes
 from natkeep.plan import filters, listeners, ruleset, tables
-from natkeep.plan.drift import Gate, Observation, SeenEntry
 from natkeep.plan.listeners import Reception, make_receptions
-from natkeep.plan.move import Role, Site
+from natkeep.plan.move import Site
 from natkeep.plan.nft import TABLE, Key
+from natkeep.plan.observation import Gate, Observation, SeenEntry
+from natkeep.plan.roles import Role
 from natkeep.plan.steps import GuardSite, InsertEntries, Plan
 from natkeep.plan.translation import Translation
 from natkeep.plan.tuples import Address, Connections, Endpoint
@@ -165,7 +166,7 @@ class Snapshot:
 
     def _count_callers(self, receiving: Reception, here: list[Translation]) -> int:
         """How many new connections to a listener live: sockets tell, or conntrack entries."""
-        if receiving.site.role == Role.DESTINATION:
+        if receiving.site.row.puts_old:
             ends = frozenset(Endpoint(receiving.map.old, port) for port in receiving.ports)
             return sock_diag.count_callers(ends, [t.kept for t in here], self._living)
         # Each port is a walk of the table, and after some of them one that reads all is cheaper.

@@ -9,8 +9,9 @@ from natkeep.checkpoint import Checkpoint
 from natkeep.errors import RefusedError, UsageError
 from natkeep.lifecycle.conflicts import refuse_conflicts
 from natkeep.lifecycle.executor import Executor
-from natkeep.plan.move import Move, Role, Site
+from natkeep.plan.move import Move, Site
 from natkeep.plan.plan import make_plan
+from natkeep.plan.roles import Role
 from natkeep.plan.steps import Plan
 from natkeep.plan.tuples import Address, Connections
 from natkeep.state.journal import read_boot_id

@@ -7,8 +7,8 @@ import time
 from natkeep.lifecycle.executor import Executor
 from natkeep.lifecycle.progress import has_been_opened, restored_at
 from natkeep.lifecycle.status import look_at_sites
-from natkeep.plan.drift import Gate
-from natkeep.plan.move import Role
+from natkeep.plan.observation import Gate
+from natkeep.plan.roles import Role
 from natkeep.plan.steps import TakeOverLock
 
 _DRAIN_INTERVAL = 0.2

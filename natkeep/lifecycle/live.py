@@ -7,7 +7,8 @@ from natkeep.checkpoint.live import Found, find_inodes, make_checkpoint
 from natkeep.errors import ImageError, RefusedError
 from natkeep.kernel.interface import Kernel
 from natkeep.kernel.netns import held
-from natkeep.plan.move import Role, Site
+from natkeep.plan.move import Site
+from natkeep.plan.roles import Role
 
 
 def read_live(kernel: Kernel, pid: int, sites: tuple[Site, ...] = ()) -> Checkpoint:

@@ -12,8 +12,8 @@ from natkeep.lifecycle.conflicts import takes_over
 from natkeep.lifecycle.executor import Executor, finish
 from natkeep.lifecycle.open import write_ready
 from natkeep.lifecycle.progress import kinds_of, numbers_before, plan_of
-from natkeep.plan.drift import Gate
 from natkeep.plan.move import Move
+from natkeep.plan.observation import Gate
 from natkeep.plan.steps import HoldListeners, HoldSegments, Plan, Step
 from natkeep.plan.tuples import NO_CONNECTIONS, Connections
 from natkeep.state.journal import Journal

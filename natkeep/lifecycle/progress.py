@@ -8,8 +8,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from natkeep.errors import JournalError
-from natkeep.plan.move import Role, Site
+from natkeep.plan.move import Site
 from natkeep.plan.plan import make_plan
+from natkeep.plan.roles import Role
 from natkeep.plan.steps import Plan
 from natkeep.plan.undo import PutLockBack
 from natkeep.state.journal import Journal, read_boot_id

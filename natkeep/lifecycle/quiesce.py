@@ -13,8 +13,8 @@ from natkeep.lifecycle.check import check
 from natkeep.lifecycle.executor import Executor
 from natkeep.lifecycle.prepare import carry_out
 from natkeep.lifecycle.teardown import teardown
-from natkeep.plan.drift import Gate
 from natkeep.plan.move import Move, Site
+from natkeep.plan.observation import Gate
 from natkeep.plan.tuples import NO_CONNECTIONS, Endpoint
 from natkeep.values import replace
 

@@ -20,10 +20,12 @@ from natkeep.kernel.interface import Kernel, Snapshot
 from natkeep.kernel.netns import NamespaceGoneError
 from natkeep.lifecycle.executor import Executor
 from natkeep.lifecycle.progress import has_been_opened, is_retired, is_waiting, restored_at
-from natkeep.plan.drift import Gate, MoveStatus, Observation, SiteStatus, find_drift
+from natkeep.plan.drift import MoveStatus, SiteStatus, find_drift
 from natkeep.plan.liveness import Life, Sighting, find_life, make_sighting
-from natkeep.plan.move import Role, Site
+from natkeep.plan.move import Site
+from natkeep.plan.observation import Gate, Observation
 from natkeep.plan.repair import Patch, PutWays, describe_ways, find_patches
+from natkeep.plan.roles import Role
 from natkeep.plan.steps import Identity, InstallTranslation, OpenGate, Plan
 from natkeep.plan.tuples import NO_CONNECTIONS
 from natkeep.state.journal import Journal, read_boot_id

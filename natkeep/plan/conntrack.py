@@ -18,22 +18,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 
 from natkeep.plan.move import Mode
+from natkeep.plan.protocols import TCP
 from natkeep.plan.translation import Translation
 from natkeep.plan.tuples import Connections, FourTuple
 from natkeep.values import dataclass
 
-ESTABLISHED_TIMEOUT = 432_000
-"""Seconds; the kernel's default, for where its own setting cannot be read."""
-
 STATUS = 0x0E
 """IPS_SEEN_REPLY, IPS_ASSURED (or early_drop may take it), IPS_CONFIRMED."""
-
-TCP_ESTABLISHED = 3
-
-TCP_FLAGS = 0x0A
-"""IP_CT_TCP_FLAG_SACK_PERM and _BE_LIBERAL: nobody can tell the kernel the windows of a
-connection it has not seen, so it must not judge by them; it does the same itself for picked-up
-connections."""
 
 IPS_SRC_NAT, IPS_DST_NAT = 0x10, 0x20
 
@@ -65,10 +56,10 @@ class Entry:
         """The entry as a conntrack(8) command."""
         source, destination = self.original.source, self.original.destination
         return (
-            f"conntrack -I -p tcp -s {source.address} -d {destination.address} "
+            f"conntrack -I -p {TCP.name} -s {source.address} -d {destination.address} "
             f"--sport {source.port} --dport {destination.port} "
             f"{self._describe_nat()}"
-            f"--state ESTABLISHED --status SEEN_REPLY,ASSURED --timeout {ESTABLISHED_TIMEOUT}"
+            f"--state ESTABLISHED --status SEEN_REPLY,ASSURED --timeout {TCP.timeout[1]}"
         )
 
     def _describe_nat(self) -> str:
@@ -114,6 +105,6 @@ def stale_tuples(translation: Translation) -> Iterator[FourTuple]:
 def describe_purge(stale: FourTuple) -> str:
     """The deletion of one stale tuple as a conntrack(8) command."""
     return (
-        f"conntrack -D -p tcp -s {stale.source.address} -d {stale.destination.address} "
+        f"conntrack -D -p {TCP.name} -s {stale.source.address} -d {stale.destination.address} "
         f"--sport {stale.source.port} --dport {stale.destination.port}"
     )

@@ -9,7 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from enum import StrEnum
 
-from natkeep.plan.move import Role, Site
+from natkeep.plan.move import Site
+from natkeep.plan.roles import Role
 from natkeep.values import dataclass
 
 FULL = 90

@@ -1,19 +1,19 @@
 """the comparison: what a site shows now against what the plan put there.
 
-Rule: an observation is plain values, gathered by kernel/; what it means is decided here.
+Rule: what an observation means is decided here.
 This file must never look at a machine.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from enum import StrEnum
-from typing import TYPE_CHECKING, NamedTuple
 
 from natkeep.plan import filters, listeners, ruleset
 from natkeep.plan.listeners import make_receptions
+from natkeep.plan.liveness import Life
 from natkeep.plan.move import Site
-from natkeep.plan.nft import TABLE, Elements, Key
+from natkeep.plan.nft import TABLE, Elements
+from natkeep.plan.observation import Gate, Observation
 from natkeep.plan.steps import (
     AddAddress,
     FillSet,
@@ -25,77 +25,8 @@ from natkeep.plan.steps import (
     SendResets,
 )
 from natkeep.plan.tables import address_chain, gate_chain
-from natkeep.plan.tuples import Address, Connections
 from natkeep.plan.wanted import Wanted, want
-
-if TYPE_CHECKING:
-    from natkeep.plan.liveness import Life
 from natkeep.values import dataclass
-
-
-class Gate(StrEnum):
-    """The state of a move's gate at a site."""
-
-    ABSENT = "absent"
-    CLOSED = "closed"
-    OPEN = "open"
-
-
-class SeenEntry(NamedTuple):
-    """A kept connection in the conntrack table; packets are None without accounting.
-
-    alive: its TCP state is not one of those in which a connection has ended.
-    A tuple, since there may be 100,000, and it is made in a quarter of the time.
-    """
-
-    translated: bool
-    packets_in: int | None
-    packets_out: int | None
-    alive: bool
-
-
-@dataclass(frozen=True, slots=True)
-class Observation:
-    """What a site shows of a move.
-
-    rules: for each address chain that has a rule of this move and is dispatched to, its name.
-    missing: for each set of kept connections, how many are not in it (all, when it is gone).
-    addresses: those of the move's OLD addresses that are local here.
-    entries: one for each kept connection of each translation, in order; None where the table
-    has none.
-    alive: how many kept connections still have a socket here (destination, source) or an entry
-    that carries traffic (gateway).
-    holds: new connections to the listeners of a quiesce wait here.
-    receiving: for each address chain that has a rule for callers and is dispatched to, its name.
-    callers: how many connections of callers live here.
-    resetting: for each address chain that has a rule for connections that are reset and is
-    dispatched to, its name; resets: CLOSED while nobody is told, OPEN from then on.
-    gone: what prepare put into the tables and is not there; shut: the same of open.
-    loopback: lo is up.
-    sockets: at a destination or source, the kept connections that have one, as the process sees
-    them; None elsewhere.
-    lingers: for how long at least, in seconds, the kernel keeps the entry of a connection that
-    has ended.
-    guarded: the guard's process lives, if the move has one here.
-    """
-
-    gate: Gate
-    rules: frozenset[str]
-    missing: dict[str, int]
-    addresses: frozenset[Address]
-    entries: dict[int, tuple[SeenEntry | None, ...]]
-    alive: int
-    holds: bool = False
-    receiving: frozenset[str] = frozenset()
-    callers: int = 0
-    resetting: frozenset[str] = frozenset()
-    resets: Gate = Gate.ABSENT
-    gone: frozenset[Key] = frozenset()
-    shut: frozenset[Key] = frozenset()
-    loopback: bool = True
-    sockets: Connections | None = None
-    lingers: float = 0.0
-    guarded: bool = True
 
 
 @dataclass(frozen=True, slots=True)

@@ -26,7 +26,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 
-from natkeep.plan.move import Role
 from natkeep.plan.nft import (
     ACCEPT,
     DROP,
@@ -44,7 +43,9 @@ from natkeep.plan.nft import (
     Table,
     jump,
 )
+from natkeep.plan.protocols import TCP
 from natkeep.plan.resets import Reset
+from natkeep.plan.roles import ROLES, Role
 from natkeep.plan.tables import (
     GATE,
     HALF_OPEN,
@@ -89,7 +90,7 @@ def gate(move_id: str, translations: Iterable[Translation]) -> tuple[Object, ...
         asked = Match(inbound_key(version), f"@{outer_name(move_id, translation)}")
         for local in gated_addresses(translation):
             objects += rule_at(GATE, local, (asked, jump(chain)), move_id)
-        if translation.site.role == Role.DESTINATION:
+        if translation.site.row.puts_old:
             old = translation.map.old
             kept = Match(outbound_key(version), f"@{kept_set(move_id, translation.number)}")
             from_old = Match((f"{IP[version]} saddr",), old)
@@ -113,7 +114,7 @@ def gated_addresses(translation: Translation) -> tuple[Address, ...]:
 
     At the destination both: NEW from the wire, and OLD from a peer on the same host.
     """
-    if translation.site.role == Role.DESTINATION:
+    if translation.site.row.puts_old:
         return (translation.before, translation.after)
     return (translation.before,)
 
@@ -121,7 +122,7 @@ def gated_addresses(translation: Translation) -> tuple[Address, ...]:
 def gate_chains(translation: Translation) -> tuple[tuple[str, Address], ...]:
     """Dispatch and address of the chains in which the translation's gate has a rule."""
     inbound = tuple((GATE, local) for local in gated_addresses(translation))
-    if translation.site.role == Role.SOURCE:
+    if translation.site.row.mutes:
         return (*inbound, ("mute", translation.map.old))
     return inbound
 
@@ -157,7 +158,7 @@ def opening(move_id: str, role: Role) -> Rule:
 
     At the destination a bare SYN stays refused: there it would reach a listener.
     """
-    guard = (NOT_SYN,) if role == Role.DESTINATION else ()
+    guard = (NOT_SYN,) if ROLES[role].puts_old else ()
     return Rule(gate_chain(move_id), (*guard, ACCEPT), OPEN, insert=True)
 
 
@@ -186,7 +187,7 @@ def block(move_id: str, listeners: Iterable[Endpoint], *, linked: bool) -> tuple
     for listener in listeners:
         address = listener.address
         at = () if address.is_unspecified else (Match((f"{IP[address.version]} daddr",), address),)
-        port = Match(("tcp dport",), listener.port)
+        port = Match((TCP.dport,), listener.port)
         objects.append(Rule(chain, (*at, port, SYN, DROP)))
     if not linked:
         objects.append(Rule(GATE, (jump(chain),), block_comment(move_id)))
@@ -227,7 +228,7 @@ def reset(move_id: str, resets: Iterable[Reset]) -> tuple[Object, ...]:
     objects: list[Object] = [Chain(chain), Rule(chain, (DROP,))]
     for one in resets:
         objects += _reset_one(move_id, one)
-        if one.site.role == Role.DESTINATION:
+        if one.site.row.puts_old:
             objects += silence(one.old)
     return tuple(objects)
 
@@ -254,7 +255,7 @@ def _reset_one(move_id: str, one: Reset) -> Iterator[Object]:
 
 def reset_opening(move_id: str) -> Rule:
     """Answer with resets from now on."""
-    tcp = Meta("meta l4proto", "tcp")
+    tcp = Meta("meta l4proto", TCP.name)
     return Rule(reset_chain(move_id), (tcp, RESET), OPEN, insert=True)
 
 
@@ -302,6 +303,6 @@ def _untranslated(translation: Translation) -> Iterator[tuple[str, tuple[Stateme
     yield "arriving", arrived
     yield "passing", arrived
     # A peer on the destination itself is not translated.
-    to_wire = (TO_WIRE,) if translation.site.role == Role.DESTINATION else ()
+    to_wire = (TO_WIRE,) if translation.site.row.puts_old else ()
     from_after = Match((f"{IP[version]} saddr",), after)
     yield "leaving", (*to_wire, from_after, Match(outbound_key(version), f"@{inner}"))

@@ -22,7 +22,7 @@ from collections.abc import Iterable, Iterator
 
 from natkeep.errors import RefusedError
 from natkeep.plan.filters import silence
-from natkeep.plan.move import Map, Mode, Move, Role, Site
+from natkeep.plan.move import Map, Mode, Move, Site
 from natkeep.plan.nft import (
     ACCEPT,
     DROP,
@@ -37,6 +37,7 @@ from natkeep.plan.nft import (
     Write,
     jump,
 )
+from natkeep.plan.protocols import TCP
 from natkeep.plan.tables import (
     DIRECTIONS,
     FROM_WIRE,
@@ -70,12 +71,12 @@ class Reception:
     @property
     def before(self) -> Address:
         """Where a caller's packet is addressed when it reaches the site."""
-        return self.map.new if self.site.role == Role.DESTINATION else self.map.old
+        return self.map.new if self.site.row.arrives == "new" else self.map.old
 
     @property
     def after(self) -> Address:
         """Where a caller's packet is addressed when it leaves the site."""
-        return self.map.old if self.site.role == Role.DESTINATION else self.map.new
+        return self.map.old if self.site.row.leaves == "old" else self.map.new
 
     @property
     def gated(self) -> tuple[Address, ...]:
@@ -83,8 +84,7 @@ class Reception:
 
         At the destination both: NEW from the wire, and OLD from a caller on the same host.
         """
-        at_destination = self.site.role == Role.DESTINATION
-        return (self.before, self.after) if at_destination else (self.before,)
+        return (self.before, self.after) if self.site.row.puts_old else (self.before,)
 
 
 def make_receptions(move: Move, site: Site) -> tuple[Reception, ...]:
@@ -92,7 +92,7 @@ def make_receptions(move: Move, site: Site) -> tuple[Reception, ...]:
     receptions = []
     for number, map_ in enumerate(move.maps):
         ports = sorted({end.port for end in move.listeners if end.address == map_.old})
-        if ports and site.role in (Role.DESTINATION, Role.GATEWAY):
+        if ports and site.row.leaves:
             receptions.append(Reception(site, number, map_, move.mode, tuple(ports)))
     return tuple(receptions)
 
@@ -139,14 +139,14 @@ def objects(move_id: str, receptions: Iterable[Reception]) -> tuple[Object, ...]
         found += [Set(name, ("inet_service",)), Elements(name, reception.ports)]
         found += _gate(move_id, reception)
         found += _translation(move_id, reception)
-        if reception.site.role == Role.DESTINATION:
+        if reception.site.row.puts_old:
             found.append(_answers(move_id, reception))
             found += silence(reception.map.old)
     return tuple(found)
 
 
 def _gate(move_id: str, reception: Reception) -> Iterator[Object]:
-    to_port = Match(("tcp dport",), f"@{listen_set(move_id, reception.number)}")
+    to_port = Match((TCP.dport,), f"@{listen_set(move_id, reception.number)}")
     statements = (SYN, to_port, jump(callers_chain(move_id)))
     for address in reception.gated:
         yield from rule_at(GATE, address, statements, comment(move_id))
@@ -156,12 +156,12 @@ def _translation(move_id: str, reception: Reception) -> Iterator[Object]:
     before, after = reception.before, reception.after
     ip, ports = IP[before.version], f"@{listen_set(move_id, reception.number)}"
     inbound, outbound = DIRECTIONS[reception.mode]
-    at_destination = reception.site.role == Role.DESTINATION
-    from_wire, to_wire = ((FROM_WIRE,), (TO_WIRE,)) if at_destination else ((), ())
-    to_port, from_port = Match(("tcp dport",), ports), Match(("tcp sport",), ports)
+    by_wire = reception.site.row.puts_old
+    from_wire, to_wire = ((FROM_WIRE,), (TO_WIRE,)) if by_wire else ((), ())
+    to_port, from_port = Match((TCP.dport,), ports), Match((TCP.sport,), ports)
     mine = comment(move_id)
     if reception.mode == Mode.STATEFUL:
-        arriving = (SYN, to_port, *from_wire, Nat("dnat", after, "tcp dport"))
+        arriving = (SYN, to_port, *from_wire, Nat("dnat", after, TCP.dport))
         yield from rule_at(inbound, before, arriving, mine)
         return
     to_before, from_after = Match((f"{ip} daddr",), before), Match((f"{ip} saddr",), after)
@@ -175,7 +175,7 @@ def _answers(move_id: str, reception: Reception) -> Rule:
     """What listeners answer is let out, also to a caller from the port of a kept connection."""
     old = reception.map.old
     from_old = Match((f"{IP[old.version]} saddr",), old)
-    from_port = Match(("tcp sport",), f"@{listen_set(move_id, reception.number)}")
+    from_port = Match((TCP.sport,), f"@{listen_set(move_id, reception.number)}")
     return Rule(HALF_OPEN, (from_old, from_port, ACCEPT), comment(move_id), insert=True)
 
 
@@ -202,6 +202,6 @@ def describe_forgetting(reception: Reception) -> Iterator[str]:
     """The deletion of calls that nobody has answered, as conntrack(8) commands."""
     for port in reception.ports:
         yield (
-            f"conntrack -D -p tcp --orig-dst {reception.before} --orig-port-dst {port} "
+            f"conntrack -D -p {TCP.name} --orig-dst {reception.before} --orig-port-dst {port} "
             "--state SYN_SENT"
         )

@@ -11,16 +11,15 @@ Rule: values only; the clock is read and the file is written by others.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from natkeep.plan.move import Role, Site
+from natkeep.plan.move import Site
+from natkeep.plan.observation import Observation, SeenEntry
+from natkeep.plan.roles import Role
 from natkeep.plan.steps import InsertEntries, Plan
 from natkeep.plan.translation import Translation
 from natkeep.plan.tuples import NO_CONNECTIONS, Connections
 from natkeep.values import dataclass
-
-if TYPE_CHECKING:
-    from natkeep.plan.drift import Observation, SeenEntry
 
 
 @dataclass(frozen=True, slots=True)

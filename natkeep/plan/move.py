@@ -14,6 +14,7 @@ from enum import StrEnum
 
 from natkeep.errors import RefusedError, UsageError
 from natkeep.plan.criu_lock import DumpLock
+from natkeep.plan.roles import ROLES, Role, RoleRow
 from natkeep.plan.tuples import (
     NO_CONNECTIONS,
     Address,
@@ -25,15 +26,6 @@ from natkeep.plan.tuples import (
 from natkeep.values import dataclass
 
 _ID = re.compile(r"[a-z0-9][a-z0-9-]{0,31}")
-
-
-class Role(StrEnum):
-    """What a site is to a move."""
-
-    DESTINATION = "destination"
-    GATEWAY = "gateway"
-    PEER = "peer"
-    SOURCE = "source"
 
 
 class Mode(StrEnum):
@@ -48,12 +40,6 @@ class Fate(StrEnum):
 
     REPORT = "report"
     RESET = "reset"
-
-
-SUPPORTED_ROLES = (Role.GATEWAY, Role.DESTINATION, Role.SOURCE)
-"""In the order in which they are prepared and opened: gateway entries exist before the
-destination can emit a packet, since a half-translated connection is reset, not stalled. The source
-last: until then CRIU's lock keeps it quiet, and it must not go before all else is there."""
 
 
 def is_id(text: str) -> bool:
@@ -84,6 +70,11 @@ class Site:
     def __str__(self) -> str:
         return f"{self.role}={self.netns}" if self.netns else str(self.role)
 
+    @property
+    def row(self) -> RoleRow:
+        """What follows from its role."""
+        return ROLES[self.role]
+
     @classmethod
     def parse(cls, text: str) -> Site:
         """`ROLE` or `ROLE=NETNS`."""
@@ -95,7 +86,7 @@ class Site:
                 f"{role!r} is not a role of a site",
                 hint="one of " + ", ".join(role.value for role in Role),
             ) from None
-        if site.role not in SUPPORTED_ROLES:
+        if site.row.order < 0:
             raise RefusedError(f"natkeep does not translate at a site of role {site.role} yet")
         return site
 
@@ -227,12 +218,12 @@ class Move:
     @property
     def holds(self) -> bool:
         """Whether there is a destination that holds what peers say, and something to hold."""
-        return self.hold and any(site.role == Role.DESTINATION for site in self.sites)
+        return self.hold and any(site.row.puts_old for site in self.sites)
 
     def waits(self, site: Site) -> bool:
         """Whether *site* is made ready by `open` only, since the process was not frozen before."""
-        return self.live and site.role != Role.DESTINATION
+        return self.live and not site.row.puts_old
 
     def ordered_sites(self) -> tuple[Site, ...]:
         """Sites in the order in which they are opened, and as a rule prepared: gateways first."""
-        return tuple(sorted(self.sites, key=lambda site: SUPPORTED_ROLES.index(site.role)))
+        return tuple(sorted(self.sites, key=lambda site: site.row.order))

@@ -10,9 +10,10 @@ from collections.abc import Iterator
 
 from natkeep.plan import filters
 from natkeep.plan.listeners import make_receptions, refuse_one_end_for_two
-from natkeep.plan.move import Mode, Move, Role, Site
+from natkeep.plan.move import Mode, Move, Site
 from natkeep.plan.nft import TABLE
 from natkeep.plan.resets import Reset, make_resets
+from natkeep.plan.roles import Role
 from natkeep.plan.steps import (
     AddAddress,
     FillSet,
@@ -71,7 +72,7 @@ def make_plan(
         here = tuple(t for t in translations if t.site == site)
         resets_here = tuple(reset for reset in told if reset.site == site)
         prepare += _steps_at(site, move, here, resets_here, surroundings, change)
-        if site.role == Role.GATEWAY and move.holds:
+        if site.row.passes_on and move.holds:
             prepare.append(OpenEarly(site, move.id, make_receptions(move, site)))
     for translation in translations:
         _assert_chain_ends_at_checkpoint(translation)
@@ -87,7 +88,7 @@ def make_plan(
 
 def _leaves_alone(move: Move) -> bool:
     """Whether the source is all there is: opening it is coming back, so nobody is told then."""
-    return all(site.role == Role.SOURCE for site in move.sites)
+    return all(site.row.mutes for site in move.sites)
 
 
 def _send_resets(move: Move, told: tuple[Reset, ...]) -> tuple[SendResets, ...]:
@@ -117,8 +118,8 @@ def _sites_to_open(move: Move) -> tuple[Site, ...]:
     if move.quiesces:
         return ()
     if move.holds:  # its gateways are open already
-        return tuple(site for site in move.sites if site.role == Role.DESTINATION)
-    elsewhere = tuple(site for site in move.ordered_sites() if site.role != Role.SOURCE)
+        return tuple(site for site in move.sites if site.row.puts_old)
+    elsewhere = tuple(site for site in move.ordered_sites() if not site.row.mutes)
     return elsewhere or move.sites
 
 
@@ -155,7 +156,7 @@ def _steps_at(
     surroundings: Surroundings,
     change: Change | None = None,
 ) -> list[Step]:
-    if site.role == Role.SOURCE:
+    if site.row.mutes:
         return _steps_at_source(site, move, here, lost)
     receptions = make_receptions(move, site)
     # The gate before the address: a host that has OLD but not the socket answers with RST.
@@ -167,13 +168,13 @@ def _steps_at(
     ]
     # What a gateway whose gate is about to be opened drops meanwhile is not held: so as late as
     # can be. Before it has its set, nothing translates either.
-    late = move.holds and site.role == Role.GATEWAY
+    late = move.holds and site.row.passes_on
     steps += [] if late else fills
     if move.guard and here:
         steps.append(GuardSite(site, move.id, here))
     # Before the address too: CRIU's restore may send for these, and must not be answered yet.
     steps += _install_resets(site, move, lost)
-    if site.role == Role.DESTINATION:
+    if site.row.puts_old:
         if move.holds and here:
             steps.append(HoldSegments(site, move.id, here))
         steps.append(RaiseLoopback(site))
@@ -230,7 +231,7 @@ def _crossing(translation: Translation, surroundings: Surroundings) -> Translati
 
 def _assert_chain_ends_at_checkpoint(translation: Translation) -> None:
     """What the process gets is what the checkpoint says, or the plan is wrong."""
-    at_destination = translation.site.role == Role.DESTINATION
+    at_destination = translation.site.row.puts_old
     ends = translation.inner if at_destination else translation.inner.toward(translation.map.old)
     if ends != translation.kept:  # pragma: no cover - a bug, not an input
         raise AssertionError(f"{translation.site}: the process would see other tuples")
@@ -254,7 +255,7 @@ def describe_plan(plan: Plan) -> Iterator[str]:
 def _static_lines(step: InstallGate | InstallResets, mode: Mode | None = None) -> list[str]:
     """The part that all moves share: the gate's, with that of the *mode*, or that of resets."""
     base, *more = step.static()
-    if mode is not None and step.site.role != Role.SOURCE:
+    if mode is not None and not step.site.row.mutes:
         more = [mode_table(mode), *more]
     return [str(one) for part in (base, *more) for one in part]
 

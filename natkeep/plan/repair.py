@@ -38,7 +38,7 @@ from natkeep.plan.wanted import Wanted, order_rules, place, want
 from natkeep.values import dataclass, replace
 
 if TYPE_CHECKING:
-    from natkeep.plan.drift import Observation
+    from natkeep.plan.observation import Observation
 
 
 @dataclass(frozen=True, slots=True)

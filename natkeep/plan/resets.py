@@ -21,7 +21,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from natkeep.plan.move import Fate, Move, Role, Site
+from natkeep.plan.move import Fate, Move, Site
 from natkeep.plan.translation import Surroundings, Unkept
 from natkeep.plan.tuples import Address, Connections, FourTuple
 from natkeep.values import dataclass
@@ -43,7 +43,7 @@ class Reset:
     @property
     def dispatch(self) -> str:
         """Which way the segments go that are answered."""
-        return "answer" if self.site.role == Role.DESTINATION else "refuse"
+        return self.site.row.resets
 
     @property
     def chain(self) -> tuple[str, Address]:
@@ -101,7 +101,7 @@ def _passes(site: Site, inbound: FourTuple, move: Move) -> bool:
     """Whether a segment of the connection is seen at *site*; at a gateway, if a wire has it."""
     peer = inbound.source.address
     on_source_host = peer.is_loopback or any(peer == map_.old for map_ in move.maps)
-    return site.role != Role.GATEWAY or not on_source_host
+    return not (site.row.passes_on and on_source_host)
 
 
 NOT_TOLD = "cannot be reset: no site of this move meets it, or its other end lives on"
@@ -112,7 +112,7 @@ def describe_fates(resets: Iterable[Reset]) -> dict[FourTuple, str]:
     told: dict[FourTuple, set[bool]] = {}
     for reset in resets:
         for inbound in reset.connections:
-            told.setdefault(inbound, set()).add(reset.site.role == Role.DESTINATION)
+            told.setdefault(inbound, set()).add(reset.dispatch == "answer")
     words = {
         frozenset({True, False}): "reset, both ends",
         frozenset({True}): "reset, the process; its peer is met at no site of this move",

@@ -50,8 +50,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from natkeep.plan.filters import outer_name
-from natkeep.plan.move import Mode, Role
+from natkeep.plan.move import Mode
 from natkeep.plan.nft import ACCEPT, DROP, IP, Match, Meta, Nat, Object, Rule, Statement, Write
+from natkeep.plan.protocols import TCP
 from natkeep.plan.tables import (
     DIRECTIONS,
     FROM_WIRE,
@@ -84,8 +85,8 @@ def translate(move_id: str, translations: Iterable[Translation]) -> tuple[Object
 def _nat(move_id: str, translation: Translation) -> list[Object]:
     before, after, version = translation.before, translation.after, translation.map.old.version
     inbound, outbound = DIRECTIONS[Mode.STATEFUL]
-    outer_port: str | int = "tcp sport"
-    inner_port: str | int = "tcp dport"
+    outer_port: str | int = TCP.sport
+    inner_port: str | int = TCP.dport
     if translation.renames:
         outer_port, inner_port = translation.ports()
     outer = Match(inbound_key(version), f"@{outer_name(move_id, translation)}")
@@ -99,7 +100,7 @@ def _nat(move_id: str, translation: Translation) -> list[Object]:
         Rule(address_chain(inbound, before), arriving, move_id, insert=True),
         *rule_at(outbound, after, departing, move_id),
     ]
-    if translation.site.role == Role.GATEWAY:
+    if translation.site.row.passes_on:
         # What the old host still sends for a kept connection goes no further. It would be a new
         # flow to conntrack, clash with our entry and leave from another port, which the peer
         # answers with a reset. Only first packets of a flow come by here, so it costs nothing.
@@ -109,7 +110,7 @@ def _nat(move_id: str, translation: Translation) -> list[Object]:
 
 def _syn_drop(move_id: str, translation: Translation, dispatch: str) -> list[Object]:
     """At the destination: a bare SYN of a kept tuple that no entry translates ends here."""
-    if translation.site.role != Role.DESTINATION:
+    if not translation.site.row.puts_old:
         return []
     local, name = translation.before, kept_set(move_id, translation.number)
     asked = Match(inbound_key(local.version), f"@{name}")
@@ -117,7 +118,7 @@ def _syn_drop(move_id: str, translation: Translation, dispatch: str) -> list[Obj
 
 
 def _wire(translation: Translation, meta: Meta) -> tuple[Meta, ...]:
-    return (meta,) if translation.site.role == Role.DESTINATION else ()
+    return (meta,) if translation.site.row.puts_old else ()
 
 
 def _rewriting(move_id: str, translation: Translation) -> list[Object]:
@@ -149,10 +150,10 @@ def _rewriting(move_id: str, translation: Translation) -> list[Object]:
 
 def translating_chains(translation: Translation) -> tuple[tuple[str, Address], ...]:
     """Dispatch and address of the chains in which the translation has a rule."""
-    if translation.site.role == Role.SOURCE:
+    if not translation.site.row.leaves:
         return ()  # it only keeps quiet
     inbound, outbound = DIRECTIONS[translation.mode]
     chains = ((inbound, translation.before), (outbound, translation.after))
-    if translation.mode == Mode.STATEFUL and translation.site.role == Role.GATEWAY:
+    if translation.mode == Mode.STATEFUL and translation.site.row.passes_on:
         return (*chains, (outbound, translation.map.old))
     return chains

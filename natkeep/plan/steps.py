@@ -14,7 +14,7 @@ from natkeep.plan import filters, listeners, ruleset, tables
 from natkeep.plan.conntrack import describe_purge, entries, stale_tuples, stale_views
 from natkeep.plan.criu_lock import DumpLock, describe_taking
 from natkeep.plan.listeners import Reception
-from natkeep.plan.move import Mode, Move, Role, Site
+from natkeep.plan.move import Mode, Move, Site
 from natkeep.plan.nft import TABLE, Object, Rule
 from natkeep.plan.resets import Reset
 from natkeep.plan.translation import Surroundings, Translation, Unkept
@@ -90,17 +90,16 @@ class InstallGate(Loads):
     def objects(self) -> tuple[Object, ...]:
         """The gate; at a source in both directions."""
         gate = filters.gate(self.move_id, self.translations)
-        if self.site.role == Role.SOURCE:
+        if self.site.row.mutes:
             return (*gate, *filters.mute(self.move_id, self.translations))
         return gate
 
     def static(self) -> tuple[tuple[Object, ...], ...]:
         """The table, and what it has at a site of this role."""
-        match self.site.role:
-            case Role.DESTINATION:
-                return (tables.base_table(), tables.destination_table(), tables.arp_table())
-            case Role.SOURCE:
-                return (tables.base_table(), tables.dispatch_table("mute"))
+        if self.site.row.puts_old:
+            return (tables.base_table(), tables.destination_table(), tables.arp_table())
+        if self.site.row.mutes:
+            return (tables.base_table(), tables.dispatch_table("mute"))
         return (tables.base_table(),)
 
 

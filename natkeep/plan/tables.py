@@ -33,6 +33,7 @@ from natkeep.plan.nft import (
     VerdictMap,
     jump,
 )
+from natkeep.plan.protocols import TCP
 from natkeep.plan.tuples import Address
 
 _OPENING_FLAGS = ("fin", "syn", "rst", "ack")
@@ -242,12 +243,12 @@ def rule_at(
 
 def inbound_key(version: int) -> tuple[str, ...]:
     """What a set is asked for of a packet from a peer: peer, its port, the local one."""
-    return (f"{IP[version]} saddr", "tcp sport", "tcp dport")
+    return (f"{IP[version]} saddr", TCP.sport, TCP.dport)
 
 
 def outbound_key(version: int) -> tuple[str, ...]:
     """The same of a packet to a peer."""
-    return (f"{IP[version]} daddr", "tcp dport", "tcp sport")
+    return (f"{IP[version]} daddr", TCP.dport, TCP.sport)
 
 
 def connection_set(

@@ -21,7 +21,7 @@ from collections.abc import Iterator
 from functools import lru_cache
 
 from natkeep.errors import RefusedError
-from natkeep.plan.move import Fate, Map, Mode, Move, Role, Site
+from natkeep.plan.move import Fate, Map, Mode, Move, Site
 from natkeep.plan.tuples import NO_CONNECTIONS, Address, Connections, Endpoint, FourTuple
 from natkeep.values import dataclass, replace
 
@@ -115,7 +115,7 @@ class Translation:
     @property
     def after(self) -> Address:
         """Where a peer's packet is addressed when it leaves the site."""
-        return self.map.new if self.site.role == Role.GATEWAY else self.map.old
+        return self.map.new if self.site.row.leaves == "new" else self.map.old
 
     @property
     def renames(self) -> bool:
@@ -282,10 +282,10 @@ def _translate_map(
     """The translations of one map at one site, numbered from *number*; *kept* are at its OLD."""
     if not len(kept):
         return
-    if site.role == Role.SOURCE:
+    if not site.row.leaves:
         yield Translation(site, number, map_, mode, kept, kept, kept)
         return
-    if site.role == Role.DESTINATION:
+    if site.row.arrives == "new":
         yield Translation(site, number, map_, mode, kept, kept.toward(map_.new), kept)
         return
     groups = _group_carried(map_, surroundings)

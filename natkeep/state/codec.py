@@ -12,7 +12,8 @@ from typing import Any
 
 from natkeep.errors import JournalError
 from natkeep.plan.criu_lock import DumpLock, NetworkLock
-from natkeep.plan.move import Fate, Map, Mode, Move, Role, Site
+from natkeep.plan.move import Fate, Map, Mode, Move, Site
+from natkeep.plan.roles import Role
 from natkeep.plan.steps import Identity, Prior
 from natkeep.plan.tuples import Connections, Endpoint, parse_address
 

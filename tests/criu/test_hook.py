@@ -17,8 +17,9 @@ from natkeep.criu import hook
 from natkeep.kernel import linux
 from natkeep.lifecycle.executor import Executor
 from natkeep.lifecycle.prepare import prepare
-from natkeep.plan.drift import Gate
-from natkeep.plan.move import Map, Move, Role, Site
+from natkeep.plan.move import Map, Move, Site
+from natkeep.plan.observation import Gate
+from natkeep.plan.roles import Role
 from natkeep.plan.tuples import Connections, Endpoint, FourTuple, parse_address
 from natkeep.state.journal import StateDirectory
 

@@ -16,7 +16,7 @@ from natkeep.criu import environment, hook
 from natkeep.kernel import linux
 from natkeep.lifecycle.executor import Executor
 from natkeep.lifecycle.prepare import prepare
-from natkeep.plan.drift import Gate
+from natkeep.plan.observation import Gate
 from natkeep.plan.tuples import parse_address
 from natkeep.state.journal import StateDirectory
 
@@ -245,7 +245,8 @@ def test_an_unforeseen_error_is_one_line_too(
 
 def prepare_at(criu: Criu, images: Path, where: str) -> None:
     from natkeep.checkpoint.images import read_checkpoint
-    from natkeep.plan.move import Map, Move, Role, Site
+    from natkeep.plan.move import Map, Move, Site
+    from natkeep.plan.roles import Role
 
     maps = (Map(parse_address(OLD), parse_address(NEW)),)
     checkpoint = read_checkpoint(images)

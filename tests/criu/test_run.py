@@ -20,8 +20,9 @@ from natkeep.errors import NatkeepError, RefusedError, UsageError
 from natkeep.lifecycle.executor import Executor
 from natkeep.lifecycle.open import open_move
 from natkeep.lifecycle.teardown import teardown
-from natkeep.plan.drift import Gate
-from natkeep.plan.move import Map, Move, Role, Site
+from natkeep.plan.move import Map, Move, Site
+from natkeep.plan.observation import Gate
+from natkeep.plan.roles import Role
 from natkeep.plan.tuples import Connections, Endpoint, FourTuple, parse_address
 from natkeep.state.journal import StateDirectory
 

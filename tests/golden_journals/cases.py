@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from natkeep.checkpoint import Checkpoint
-from natkeep.plan.move import Fate, Map, Mode, Move, Role, Site
+from natkeep.plan.move import Fate, Map, Mode, Move, Site
+from natkeep.plan.roles import Role
 from natkeep.plan.tuples import Connections, Endpoint, FourTuple, parse_address
 
 GATEWAY, DESTINATION = Site(Role.GATEWAY, "gateway"), Site(Role.DESTINATION, "destination")

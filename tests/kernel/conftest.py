@@ -14,8 +14,8 @@ from contextlib import closing
 import pytest
 
 from natkeep.kernel.linux import LinuxKernel
-from natkeep.plan.drift import Observation
 from natkeep.plan.move import Site
+from natkeep.plan.observation import Observation
 from natkeep.plan.steps import Plan
 
 Run = Callable[..., str]

@@ -18,9 +18,10 @@ from natkeep.kernel.conntrack_purge import purge
 from natkeep.kernel.linux import LinuxKernel
 from natkeep.kernel.netns import inside, open_namespace
 from natkeep.plan.conntrack import PEER_DIALLED, Entry, entries
-from natkeep.plan.drift import SeenEntry
-from natkeep.plan.move import Map, Mode, Move, Role, Site
+from natkeep.plan.move import Map, Mode, Move, Site
+from natkeep.plan.observation import SeenEntry
 from natkeep.plan.plan import make_plan
+from natkeep.plan.roles import Role
 from natkeep.plan.steps import InsertEntries, Plan, PurgeEntries
 from natkeep.plan.translation import Translation
 from natkeep.plan.tuples import Address, Connections, Endpoint, FourTuple

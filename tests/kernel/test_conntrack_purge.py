@@ -13,7 +13,8 @@ from natkeep.kernel.conntrack_purge import delete_untracked, purge
 from natkeep.kernel.netlink import NETLINK_NETFILTER, Netlink
 from natkeep.kernel.netns import inside, open_namespace
 from natkeep.plan.conntrack import PEER_DIALLED
-from natkeep.plan.move import Map, Mode, Move, Role, Site
+from natkeep.plan.move import Map, Mode, Move, Site
+from natkeep.plan.roles import Role
 from natkeep.plan.steps import PurgeEntries
 from natkeep.plan.translation import Translation, make_translations
 from natkeep.plan.tuples import Connections, Endpoint, FourTuple

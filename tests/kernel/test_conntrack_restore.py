@@ -10,8 +10,9 @@ import pytest
 from natkeep.kernel import conntrack
 from natkeep.kernel.conntrack_purge import purge
 from natkeep.kernel.netns import inside, open_namespace
-from natkeep.plan.move import Map, Move, Role, Site
+from natkeep.plan.move import Map, Move, Site
 from natkeep.plan.plan import make_plan
+from natkeep.plan.roles import Role
 from natkeep.plan.steps import PurgeEntries
 from natkeep.plan.translation import Translation
 from natkeep.plan.tuples import Connections, Endpoint, FourTuple, parse_address

@@ -22,9 +22,11 @@ from fake_kernel import FakeKernel, FakeSite, revert_step
 from natkeep.errors import KernelError, RefusedError
 from natkeep.kernel.interface import Kernel
 from natkeep.kernel.linux import LinuxKernel
-from natkeep.plan.drift import Gate, Observation, find_drift
-from natkeep.plan.move import Map, Mode, Move, Role, Site
+from natkeep.plan.drift import find_drift
+from natkeep.plan.move import Map, Mode, Move, Site
+from natkeep.plan.observation import Gate, Observation
 from natkeep.plan.plan import make_plan
+from natkeep.plan.roles import Role
 from natkeep.plan.steps import (
     AddAddress,
     FillSet,

@@ -13,9 +13,11 @@ from fake_kernel import FakeKernel, FakeSite, revert_step
 from natkeep.errors import KernelError
 from natkeep.kernel.linux import LinuxKernel
 from natkeep.plan import filters
-from natkeep.plan.drift import Gate, find_drift
-from natkeep.plan.move import Fate, Map, Mode, Move, Role, Site
+from natkeep.plan.drift import find_drift
+from natkeep.plan.move import Fate, Map, Mode, Move, Site
+from natkeep.plan.observation import Gate
 from natkeep.plan.plan import make_plan
+from natkeep.plan.roles import Role
 from natkeep.plan.steps import FillSet, InstallResets, Plan, Prior, SendResets, Step
 from natkeep.plan.tuples import Connections, Endpoint, FourTuple, parse_address
 

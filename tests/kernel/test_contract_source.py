@@ -20,9 +20,11 @@ from natkeep.errors import KernelError
 from natkeep.kernel.interface import Kernel
 from natkeep.kernel.linux import LinuxKernel
 from natkeep.plan.criu_lock import DumpLock, NetworkLock
-from natkeep.plan.drift import Gate, Observation, find_drift
-from natkeep.plan.move import Map, Move, Role, Site
+from natkeep.plan.drift import find_drift
+from natkeep.plan.move import Map, Move, Site
+from natkeep.plan.observation import Gate, Observation
 from natkeep.plan.plan import make_plan
+from natkeep.plan.roles import Role
 from natkeep.plan.steps import (
     FillSet,
     HoldListeners,

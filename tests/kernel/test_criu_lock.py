@@ -21,7 +21,8 @@ from natkeep.kernel.netns import inside, open_namespace
 from natkeep.lab.host import Host
 from natkeep.lab.lab import Lab
 from natkeep.plan.criu_lock import DumpLock, NetworkLock
-from natkeep.plan.move import Role, Site
+from natkeep.plan.move import Site
+from natkeep.plan.roles import Role
 from natkeep.plan.steps import Prior, TakeOverLock
 from natkeep.plan.tuples import Connections, Endpoint, FourTuple
 

@@ -10,8 +10,9 @@ import pytest
 
 from natkeep.kernel.linux import LinuxKernel
 from natkeep.plan import tables
-from natkeep.plan.move import Map, Mode, Move, Role, Site
+from natkeep.plan.move import Map, Mode, Move, Site
 from natkeep.plan.plan import make_plan
+from natkeep.plan.roles import Role
 from natkeep.plan.steps import Plan, PurgeEntries
 from natkeep.plan.tuples import Connections, Endpoint, FourTuple
 

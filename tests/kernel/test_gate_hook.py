@@ -11,10 +11,12 @@ from natkeep.kernel import nftables, nftables_dump
 from natkeep.kernel.linux import LinuxKernel
 from natkeep.kernel.netlink import NETLINK_NETFILTER, Netlink
 from natkeep.kernel.netns import inside, open_namespace
-from natkeep.plan.drift import Gate, find_drift
-from natkeep.plan.move import Map, Move, Role, Site
+from natkeep.plan.drift import find_drift
+from natkeep.plan.move import Map, Move, Site
+from natkeep.plan.observation import Gate
 from natkeep.plan.plan import make_plan
 from natkeep.plan.repair import LoadObjects
+from natkeep.plan.roles import Role
 from natkeep.plan.steps import HoldListeners, InstallGate, OpenGate, Plan, Prior
 from natkeep.plan.tables import gate_chain
 from natkeep.plan.tuples import Connections, Endpoint, FourTuple, parse_address

@@ -16,9 +16,10 @@ from natkeep.kernel.netns import inside, open_namespace
 from natkeep.kernel.nft_messages import pack_objects
 from natkeep.plan import filters, listeners, tables
 from natkeep.plan.filters import owned_table, owned_table_name
-from natkeep.plan.move import Map, Move, Role, Site
+from natkeep.plan.move import Map, Move, Site
 from natkeep.plan.nft import DROP, TABLE, Chain, Match, Nat, Object, Rule, Table, TcpFlags
 from natkeep.plan.plan import make_plan
+from natkeep.plan.roles import Role
 from natkeep.plan.tuples import Connections, Endpoint, FourTuple
 
 Shown = dict[int, object]

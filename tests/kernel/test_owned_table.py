@@ -17,7 +17,8 @@ from natkeep.errors import KernelError
 from natkeep.kernel import nft_messages, owned_table
 from natkeep.kernel.interface import Place
 from natkeep.kernel.netns import Namespace, open_namespace
-from natkeep.plan.move import Map, Mode, Role, Site
+from natkeep.plan.move import Map, Mode, Site
+from natkeep.plan.roles import Role
 from natkeep.plan.translation import Translation
 from natkeep.plan.tuples import Connections, Endpoint, FourTuple
 

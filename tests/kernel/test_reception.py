@@ -27,10 +27,12 @@ from natkeep.kernel.netlink import (
 from natkeep.kernel.netns import inside as inside_of
 from natkeep.kernel.netns import open_namespace
 from natkeep.lab.host import await_true
-from natkeep.plan.drift import Gate, Observation, find_drift
+from natkeep.plan.drift import find_drift
 from natkeep.plan.listeners import make_receptions
-from natkeep.plan.move import Map, Mode, Move, Role, Site
+from natkeep.plan.move import Map, Mode, Move, Site
+from natkeep.plan.observation import Gate, Observation
 from natkeep.plan.plan import make_plan
+from natkeep.plan.roles import Role
 from natkeep.plan.steps import ForgetCalls, InstallReception, Plan, Prior, Step
 from natkeep.plan.tuples import NO_CONNECTIONS, Address, Connections, Endpoint, FourTuple
 

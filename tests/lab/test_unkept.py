@@ -14,7 +14,8 @@ from natkeep.lab.traffic_words import PORT
 from natkeep.lab.translators import Natkeep
 from natkeep.lifecycle.executor import Executor
 from natkeep.lifecycle.prepare import prepare
-from natkeep.plan.move import Fate, Map, Mode, Move, Role, Site
+from natkeep.plan.move import Fate, Map, Mode, Move, Site
+from natkeep.plan.roles import Role
 from natkeep.plan.tuples import Connections, Endpoint, FourTuple
 from natkeep.state.journal import StateDirectory
 

@@ -7,9 +7,11 @@ from ipaddress import ip_address
 
 import pytest
 
-from natkeep.plan.drift import Gate, Observation, SeenEntry, find_drift
-from natkeep.plan.move import Map, Move, Role, Site
+from natkeep.plan.drift import find_drift
+from natkeep.plan.move import Map, Move, Site
+from natkeep.plan.observation import Gate, Observation, SeenEntry
 from natkeep.plan.plan import make_plan
+from natkeep.plan.roles import Role
 from natkeep.plan.tuples import Connections, Endpoint, FourTuple
 
 GATEWAY, DESTINATION = Site(Role.GATEWAY, "gw"), Site(Role.DESTINATION, "dst")

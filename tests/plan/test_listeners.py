@@ -16,11 +16,13 @@ from hypothesis import strategies as st
 
 from natkeep.errors import RefusedError
 from natkeep.plan import listeners, tables
-from natkeep.plan.drift import Gate, Observation, find_drift
+from natkeep.plan.drift import find_drift
 from natkeep.plan.listeners import Reception, make_receptions, refuse_one_end_for_two
-from natkeep.plan.move import Map, Mode, Move, Role, Site
+from natkeep.plan.move import Map, Mode, Move, Site
 from natkeep.plan.nft import OctetsIn
+from natkeep.plan.observation import Gate, Observation
 from natkeep.plan.plan import make_plan, render_nft
+from natkeep.plan.roles import Role
 from natkeep.plan.steps import (
     AddAddress,
     ForgetCalls,

@@ -7,7 +7,8 @@ from ipaddress import IPv4Address, ip_address
 import pytest
 
 from natkeep.errors import NatkeepError, RefusedError, UsageError
-from natkeep.plan.move import SUPPORTED_ROLES, Map, Move, Role, Site, parse_id, parse_map
+from natkeep.plan.move import Map, Move, Site, parse_id, parse_map
+from natkeep.plan.roles import ROLES, Role
 
 GATEWAY, DESTINATION = Site(Role.GATEWAY, "gw"), Site(Role.DESTINATION, "dst")
 MAP4 = Map(ip_address("10.2.0.10"), ip_address("10.3.0.20"))
@@ -46,7 +47,7 @@ def test_a_site_is_parsed(text: str, site: Site) -> None:
         ("", UsageError),
         ("=gw", UsageError),
         ("Gateway", UsageError),
-        *((f"{role}=x", RefusedError) for role in Role if role not in SUPPORTED_ROLES),
+        *((f"{role}=x", RefusedError) for role in Role if ROLES[role].order < 0),
     ],
 )
 def test_a_bad_site_is_an_error(text: str, error: type[NatkeepError]) -> None:

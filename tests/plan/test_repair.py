@@ -7,12 +7,14 @@ from ipaddress import ip_address
 
 import pytest
 
-from natkeep.plan.drift import Gate, Observation, SeenEntry, find_drift
+from natkeep.plan.drift import find_drift
 from natkeep.plan.liveness import Life, Sighting, find_life, make_sighting
-from natkeep.plan.move import Map, Mode, Move, Role, Site
+from natkeep.plan.move import Map, Mode, Move, Site
 from natkeep.plan.nft import Key
+from natkeep.plan.observation import Gate, Observation, SeenEntry
 from natkeep.plan.plan import make_plan
 from natkeep.plan.repair import LoadObjects, find_patches
+from natkeep.plan.roles import Role
 from natkeep.plan.steps import AddAddress, FillSet, InsertEntries, Plan, RaiseLoopback, Step
 from natkeep.plan.strays import SeenRule, SeenTable, render_clearing
 from natkeep.plan.tuples import NO_CONNECTIONS, Connections, Endpoint, FourTuple

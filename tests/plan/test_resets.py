@@ -9,8 +9,9 @@ import pytest
 from natkeep.errors import RefusedError
 from natkeep.plan import resets
 from natkeep.plan.criu_lock import DumpLock, NetworkLock
-from natkeep.plan.move import Fate, Map, Move, Role, Site
+from natkeep.plan.move import Fate, Map, Move, Site
 from natkeep.plan.plan import describe_plan, make_plan, render_nft
+from natkeep.plan.roles import Role
 from natkeep.plan.steps import (
     AddAddress,
     FillSet,

@@ -20,9 +20,10 @@ from hypothesis import strategies as st
 
 from natkeep.errors import UsageError
 from natkeep.plan import tables
-from natkeep.plan.move import Fate, Map, Mode, Move, Role, Site
+from natkeep.plan.move import Fate, Map, Mode, Move, Site
 from natkeep.plan.nft import Object
 from natkeep.plan.plan import make_plan, render_nft
+from natkeep.plan.roles import Role
 from natkeep.plan.steps import FillSet, InstallGate, InstallTranslation, OpenGate, Plan
 from natkeep.plan.translation import NOTHING_SPECIAL, Surroundings
 from natkeep.plan.tuples import Address, Connections, Endpoint, FourTuple

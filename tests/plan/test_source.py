@@ -8,8 +8,9 @@ from natkeep.errors import UsageError
 from natkeep.plan import criu_lock as locks
 from natkeep.plan.criu_lock import DumpLock, NetworkLock, find_rules, render_deletion
 from natkeep.plan.filters import block
-from natkeep.plan.move import Map, Mode, Move, Role, Site
+from natkeep.plan.move import Map, Mode, Move, Site
 from natkeep.plan.plan import make_plan, render_nft
+from natkeep.plan.roles import Role
 from natkeep.plan.steps import FillSet, HoldListeners, InstallGate, OpenGate, Plan, TakeOverLock
 from natkeep.plan.tuples import NO_CONNECTIONS, Connections, Endpoint, FourTuple, parse_address
 

@@ -9,8 +9,9 @@ from ipaddress import ip_address
 import pytest
 
 from natkeep.errors import RefusedError
-from natkeep.plan.move import Map, Move, Role, Site
+from natkeep.plan.move import Map, Move, Site
 from natkeep.plan.plan import describe_plan, make_plan, render_nft
+from natkeep.plan.roles import Role
 from natkeep.plan.steps import (
     AddAddress,
     FillSet,

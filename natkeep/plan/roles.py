@@ -1,0 +1,56 @@
+"""the roles: what a site is to a move, as one row each.
+
+                    a peer's packet             OLD     kept packets   reset    order
+                    arrives for   leaves for    there   pass on        filter   of opening
+    gateway         OLD           NEW           no      yes            refuse   0
+    destination     NEW           OLD           yes     no             answer   1
+    source          OLD           (no change)   yes     no             refuse   2
+    peer            not built yet
+
+Gateway entries exist before the destination can emit a packet, since a half-translated connection
+is reset, not stalled. The source comes last: until then CRIU's lock keeps it silent.
+"""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from typing import NamedTuple
+
+
+class Role(StrEnum):
+    """What a site is to a move."""
+
+    DESTINATION = "destination"
+    GATEWAY = "gateway"
+    PEER = "peer"
+    SOURCE = "source"
+
+
+class RoleRow(NamedTuple):
+    """What follows from a role.
+
+    arrives, leaves: whether a peer's packet is addressed to OLD or NEW when it reaches the site,
+    and when it leaves it; `leaves` is empty where the site translates nothing.
+    puts_old: OLD is put on lo here. So what goes through lo is not translated, a bare SYN of a
+    kept tuple is dropped, and OLD neither leaves as a source nor is spoken of in ARP.
+    passes_on: kept packets only pass here; no socket has them.
+    mutes: the gate is closed in the outbound direction as well.
+    resets: the dispatch of the reset filter: `answer` of the process, `refuse` of peers.
+    order: in which sites are opened, and as a rule prepared; negative where it is not built yet.
+    """
+
+    arrives: str
+    leaves: str
+    puts_old: bool
+    passes_on: bool
+    mutes: bool
+    resets: str
+    order: int
+
+
+ROLES = {
+    Role.GATEWAY: RoleRow("old", "new", False, True, False, "refuse", 0),
+    Role.DESTINATION: RoleRow("new", "old", True, False, False, "answer", 1),
+    Role.SOURCE: RoleRow("old", "", False, False, True, "refuse", 2),
+    Role.PEER: RoleRow("old", "", False, False, False, "refuse", -1),
+}
