@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable
+from dataclasses import dataclass, field
 
 from natkeep.errors import KernelError, RefusedError
 from natkeep.kernel.interface import Kernel, Packed, Remember
@@ -60,7 +61,6 @@ from natkeep.plan.undo import (
     undo_of,
 )
 from natkeep.plan.wanted import objects_of, shared_keys, split_opening
-from natkeep.values import dataclass, field
 
 
 @dataclass

@@ -29,7 +29,7 @@ Talk = Callable[[str], None]
 """Where progress goes; one line without its newline."""
 
 
-@dataclass
+@dataclass(slots=True)
 class Executor:
     """One kernel, one state directory."""
 

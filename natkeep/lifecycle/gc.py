@@ -76,7 +76,7 @@ def gc(
         return Collected(tuple(collection.cleared), tuple(collection.left))
 
 
-@dataclass
+@dataclass(slots=True)
 class _Collection:
     """What has been cleared, or would be, and what could not; gone: the moves among it."""
 

@@ -120,7 +120,7 @@ class Header:
         return frozenset(map_.old for map_ in self.move.maps)
 
 
-@dataclass
+@dataclass(slots=True)
 class Journal:
     """One move on disk."""
 
