@@ -77,6 +77,7 @@ class Journals(Target):
         glance = state.read_header(seeds.ID)  # never an error: its callers look for conflicts
         sighting = state.read_sighting(seeds.ID, seeds.BOOT)  # nor is this one
         journal = state.load(seeds.ID)
+        journal.resolve()
         if glance != Header(journal.move, journal.namespaces, journal.boot):
             raise AssertionError("read_header and load do not see the same move")
         return describe(journal), sighting

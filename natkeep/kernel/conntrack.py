@@ -54,6 +54,7 @@ from natkeep.plan.roles import Role
 from natkeep.plan.steps import InsertEntries, Prior, PurgeEntries
 from natkeep.plan.translation import Translation
 from natkeep.plan.tuples import Connections, FourTuple
+from natkeep.plan.undo import DeleteEntries, RestoreEntries
 
 _IPS_OFFLOAD = 0xC000
 """IPS_OFFLOAD and IPS_HW_OFFLOAD."""
@@ -103,11 +104,11 @@ class InsertDriver:
                 sysctl.write(_ACCOUNTING, "0")
         return Prior()
 
-    def revert(self, at: Place, step: InsertEntries, prior: Prior) -> None:
+    def revert(self, at: Place, undo: DeleteEntries, prior: Prior) -> None:
         """Delete them; and accounting goes off, if the process was killed in the middle."""
         if "acct" in prior.facts:
             sysctl.write(_ACCOUNTING, str(prior.facts["acct"]))
-        delete(step.translation)
+        delete_inbound(undo.outer)
 
 
 def stop_counting() -> None:
@@ -151,9 +152,9 @@ class PurgeDriver:
         purge(step.translation)
         return prior
 
-    def revert(self, at: Place, step: PurgeEntries, prior: Prior) -> None:
+    def revert(self, at: Place, undo: RestoreEntries, prior: Prior) -> None:
         """Make those of the gateway again, where nothing is in their place."""
-        restore(step.translation, directions_of(prior.facts))
+        restore(undo, directions_of(prior.facts))
 
 
 def read_directions(translation: Translation) -> str:
@@ -191,21 +192,20 @@ def _dump_directions(version: int) -> dict[bytes, str]:
     return found
 
 
-def restore(translation: Translation, directions: str) -> None:
+def restore(undo: RestoreEntries, directions: str) -> None:
     """Make again what `read_directions` has found, where nothing is in its place.
 
     They must not wait for a packet: if the process's is the first, it would leave untranslated,
     or not at all. They last as long as the connection, or only briefly when it has ended.
     """
-    version = translation.map.old.version
+    version, outer, kept = 4 if undo.kept.v4 else 6, undo.outer, undo.kept
     dialled = [i for i, direction in enumerate(directions) if direction == PROCESS_DIALLED]
     called = [i for i, direction in enumerate(directions) if direction == PEER_DIALLED]
-    if translation.outer != translation.kept:
+    if outer != kept:
         # With a translation of the gateway's own; either direction translates both alike.
         called, dialled = sorted(called + dialled), []
-    outer, kept = (some.pick(called, version) for some in (translation.outer, translation.kept))
-    _restore(outer, kept, ports=translation.renames)
-    turned = b"".join(map(turn, translation.kept.pick(dialled, version).each()))
+    _restore(outer.pick(called, version), kept.pick(called, version), ports=undo.renames)
+    turned = b"".join(map(turn, kept.pick(dialled, version).each()))
     plain = Connections.packed(turned, version)
     _restore(plain, plain, ports=False)
 

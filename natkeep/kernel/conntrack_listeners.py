@@ -28,6 +28,7 @@ from natkeep.plan.listeners import Reception
 from natkeep.plan.move import Mode
 from natkeep.plan.protocols import TCP
 from natkeep.plan.steps import ForgetCalls, Prior
+from natkeep.plan.undo import ForgetListeners
 
 _SEEN_REPLY = 0x02
 _SYN_SENT = 1
@@ -50,9 +51,9 @@ class ForgetDriver:
             delete_unreplied(reception)
         return Prior()
 
-    def revert(self, at: Place, step: ForgetCalls, prior: Prior) -> None:
+    def revert(self, at: Place, undo: ForgetListeners, prior: Prior) -> None:
         """Translated entries go: they lead to where nothing listens any more."""
-        for reception in step.receptions:
+        for reception in undo.listeners:
             delete_translated(reception)
 
 

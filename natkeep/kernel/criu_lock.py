@@ -31,6 +31,7 @@ from natkeep.plan.criu_lock import (
 )
 from natkeep.plan.steps import Prior, TakeOverLock
 from natkeep.plan.tuples import Connections
+from natkeep.plan.undo import PutLockBack
 
 _TOOLS = {4: "iptables", 6: "ip6tables"}
 _FAMILIES = {4: 2, 6: 10}  # NFPROTO_IPV4, NFPROTO_IPV6
@@ -59,9 +60,9 @@ class LockDriver:
         take_lock(step.lock, step.connections)
         return prior
 
-    def revert(self, at: Place, step: TakeOverLock, prior: Prior) -> None:
+    def revert(self, at: Place, undo: PutLockBack, prior: Prior) -> None:
         """Put back what of it is missing."""
-        put_lock_back(step.lock, step.connections, prior)
+        put_lock_back(undo.lock, undo.connections, prior)
 
 
 def find_lock(lock: DumpLock, kept: Connections) -> Prior:

@@ -7,7 +7,7 @@
         prior = kernel.apply(step, remember)
     ...
     for step in reversed(plan.steps):
-        kernel.revert(step, prior)
+        kernel.revert(site, undo, prior)    the step is not needed: its inverse is data
     kernel.observe(site, plan)          what the site shows of the plan now
 
 Laws, the same for `LinuxKernel` and `FakeKernel` (tests/kernel/test_contract.py holds them):
@@ -31,6 +31,7 @@ from natkeep.plan.observation import Observation
 from natkeep.plan.steps import Identity, OpenGate, Plan, Prior, Step
 from natkeep.plan.translation import Surroundings
 from natkeep.plan.tuples import Address, Connections, Endpoint
+from natkeep.plan.undo import Undo
 from natkeep.values import dataclass
 
 if TYPE_CHECKING:
@@ -54,7 +55,7 @@ class Place:
 
 
 class Driver(Protocol[S_contra]):
-    """What one kind of step is to the kernel: check, apply and revert, side by side in one file.
+    """What one kind of step is to the kernel: check and apply, and beside them its Inverse.
 
     It is called in the step's namespace, unless *enters* is false: a process that is started must
     not keep a namespace alive by being in it.
@@ -68,8 +69,17 @@ class Driver(Protocol[S_contra]):
     def apply(self, at: Place, step: S_contra, remember: Remember) -> Prior:
         """Do *step*; OSError or KernelError when the kernel says no."""
 
-    def revert(self, at: Place, step: S_contra, prior: Prior) -> None:
-        """Undo *step*; done as well where it was never applied."""
+
+U_contra = TypeVar("U_contra", bound=Undo, contravariant=True)
+
+
+class Inverse(Protocol[U_contra]):
+    """What one kind of undo is to the kernel; a driver that makes something is its inverse, too."""
+
+    enters: bool
+
+    def revert(self, at: Place, undo: U_contra, prior: Prior) -> None:
+        """Take back what was made; done as well where it never was. prior.present is false."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,8 +179,8 @@ class Kernel(Protocol):
     def unhook_gates(self) -> None:
         """At each opened site where no gate is closed take them out of all packets' way."""
 
-    def revert(self, step: Step, prior: Prior) -> None:
-        """Undo *step*; KernelError when the kernel says no."""
+    def revert(self, site: Site, undo: Undo, prior: Prior) -> None:
+        """Undo a step at an opened site, by its inverse; KernelError when the kernel says no."""
 
     def observe(self, site: Site, plan: Plan) -> Observation:
         """What *site* shows of *plan* now: a snapshot that is used once."""

@@ -27,6 +27,7 @@ from natkeep.values import dataclass
 
 _GETTABLE, _GETCHAIN, _GETRULE, _GETSET, _GETSETELEM = 1, 4, 7, 10, 13
 _GETGEN, _GETFLOWTABLE, _GENERATION = 16, 23, 1
+_ATTEMPTS = 50  # of a dump, while others change the ruleset; one of a thousand rules takes 1 ms
 INET, ARP = 1, 3  # NFPROTO_…
 _FAMILY = {"inet": INET, "arp": ARP}
 _FAMILIES = {1: "inet", 2: "ip", 10: "ip6"}
@@ -95,15 +96,6 @@ def set_names(table: str) -> frozenset[str]:
         return frozenset()
 
 
-def has_key(table: str, name: str, key: bytes) -> bool:
-    """Whether the set or map has an element with *key*, without reading the others."""
-    owner = attribute(1, string(table)) + attribute(2, string(name))
-    element = attribute(
-        3 | 1 << 15, attribute(1 | 1 << 15, attribute(1 | 1 << 15, attribute(1, key)))
-    )
-    return _has(_GETSETELEM, owner + element)
-
-
 def rules(table: str, chain: str) -> tuple[SeenRule, ...]:
     """The rules of one chain, in order; empty when the chain is not there."""
     scope = attribute(1, string(table)) + attribute(2, string(chain))
@@ -147,7 +139,23 @@ def _has(type_: int, scope: bytes) -> bool:
 
 def _dump(type_: int, body: bytes) -> Iterator[bytes]:
     with Netlink(NETLINK_NETFILTER) as netlink:
-        yield from netlink.request(SUBSYSTEM | type_, NLM_F_DUMP, body)
+        yield from _dump_whole(netlink, type_, body)
+
+
+def _dump_whole(netlink: Netlink, type_: int, body: bytes) -> list[bytes]:
+    """The answers of a dump during which nothing changed, as far as one can be had.
+
+    From one datagram to the next the kernel goes on by the number of objects that it has told, so
+    it leaves out one for each that another program removed before it: a rule of ours seems to be
+    missing. It says so by a flag, and where not (elements of sets) by the ruleset's generation,
+    which each answer bears (res_id).
+    """
+    answers: list[bytes] = []
+    for _ in range(_ATTEMPTS):
+        answers = [*netlink.request(SUBSYSTEM | type_, NLM_F_DUMP, body)]
+        if not netlink.interrupted and len({answer[2:4] for answer in answers}) < 2:
+            break
+    return answers
 
 
 # ---- the elements of a set -----------------------------------------------------------------------
@@ -164,7 +172,7 @@ def dump_keys(netlink: Netlink, family: int, table: str, name: str) -> list[byte
     body = nfgenmsg(family) + attribute(1, string(table)) + attribute(2, string(name))
     found: list[bytes] = []
     try:
-        for answer in netlink.request(SUBSYSTEM | _GETSETELEM, NLM_F_DUMP, body):
+        for answer in _dump_whole(netlink, _GETSETELEM, body):
             found += _element_keys(attributes(answer[4:]).get(3, b""))
     except FileNotFoundError:  # it goes, or is gone
         pass
@@ -218,7 +226,7 @@ def find_standing(netlink: Netlink, family: str) -> tuple[set[Key], dict[str, li
 def _answers(netlink: Netlink, type_: int, family: str, scope: bytes = b"") -> Iterator[bytes]:
     body = nfgenmsg(_FAMILY[family]) + scope
     try:
-        for answer in netlink.request(SUBSYSTEM | type_, NLM_F_DUMP, body):
+        for answer in _dump_whole(netlink, type_, body):
             yield answer[4:]
     except FileNotFoundError:  # gone between two looks
         return
