@@ -64,7 +64,6 @@ def inputs(tmp_path: Path) -> Path:
     texts = {
         "list": LIST,
         "list6": LIST6,
-        "others": "10.9.0.1:5000 10.1.0.2:50594\n",
         "empty": "",
         "comments": "# nothing\n\n",
         "broken": f"{LIST}10.2.0.10:5000 10.1.0.2\n",
@@ -136,33 +135,19 @@ BAD = [
     Bad("no verb", "", 2, "the following arguments are required: VERB"),
     Bad("unknown verb", "freeze web", 2, "argument VERB: invalid choice: 'freeze'"),
     Bad("unknown option", f"{PLAN} --fast", 2, "unrecognized arguments: --fast"),
-    Bad("no id", "open", 2, "the following arguments are required: ID"),
     Bad("format", f"{PLAN} --format yaml", 2, "argument --format: invalid choice: 'yaml'"),
     Bad("gate", f"prepare web --map {MAP} --gate ajar", 2, "argument --gate: invalid choice"),
     Bad("mode", f"{PLAN} --mode bpf", 2, "argument --mode: invalid choice: 'bpf'"),
     Bad("id", f"plan Web --map {MAP} --connections list", 2, "'Web' is not an id"),
     Bad("id as a path", f"plan ../x --map {MAP} --connections list", 2, "'../x' is not an id"),
     Bad("long id", f"plan {'a' * 33} --map {MAP} --connections list", 2, f"'{'a' * 33}' is not an"),
-    Bad("no map", "plan web --connections list", 2, "no --map OLD=NEW: which address becomes"),
-    Bad("half a map", "plan web --map 10.2.0.10 --connections list", 2, "'10.2.0.10' is not of"),
-    Bad(
-        "no address", "plan web --map web=10.3.0.20 --connections list", 2,
-        "--map web=10.3.0.20: 'web' does not appear to be an IPv4 or IPv6 address",
-    ),
     Bad(
         "zone", "plan web --map fe80::1%eth0=fd00::1 --connections list6", 2,
         "--map fe80::1%eth0=fd00::1: 'fe80::1%eth0' has a zone",
     ),
     Bad(
-        "families", "plan web --map 10.2.0.10=fd00:3::20 --connections list", 2,
-        "10.2.0.10 and fd00:3::20 are of different families",
-    ),
-    Bad(
         "OLD is NEW", "plan web --map 10.2.0.10=10.2.0.10 --connections list", 2,
         "OLD and NEW are both 10.2.0.10: there is nothing to translate",
-    ),
-    Bad(
-        "OLD twice", f"{PLAN} --map 10.2.0.10=10.3.0.21", 2, "one OLD is mapped twice",
     ),
     Bad(
         "a chain", f"{PLAN} --map 10.3.0.20=10.4.0.20", 4,
@@ -175,7 +160,6 @@ BAD = [
             f"{end} {old if end == 'OLD' else new} is {kind}",
         )
         for kind, old, new, end in (
-            ("loopback", "127.0.0.1", "10.3.0.20", "OLD"),
             ("loopback", "::1", "fd00:3::20", "OLD"),
             ("unspecified", "0.0.0.0", "10.3.0.20", "OLD"),
             ("unspecified", "::", "fd00:3::20", "OLD"),
@@ -188,15 +172,9 @@ BAD = [
             ("multicast", "fd00:2::10", "ff05::2", "NEW"),
         )
     ),
-    Bad("unknown role", f"{PLAN} --site king=x", 2, "'king' is not a role of a site"),
-    Bad("role peer", f"{PLAN} --site peer=x", 4, "natkeep does not translate at a site of"),
     Bad(
         "two destinations", f"{PLAN} --site destination=a --site destination=b", 2,
         "a move has one destination",
-    ),
-    Bad(
-        "one namespace twice", f"{PLAN} --site destination=a --site gateway=a", 2,
-        "two sites are the same namespace",
     ),
     Bad(
         "two sources", f"plan web --map {MAP} --connections list --image image", 2,
@@ -227,20 +205,14 @@ BAD = [
         "twice:3: the same connection as in line 1",
     ),
     Bad("not text", f"plan web --map {MAP} --connections latin", 3, "latin:1: this is not UTF-8"),
-    Bad(
-        "none of OLD", f"plan web --map {MAP} --connections others", 4,
-        "none of the 1 connections has the local address 10.2.0.10",
-    ),
     *(
         Bad(f"{verb}: {name}", arguments.format(folder), 3, message)
         for verb, arguments in (
             ("plan", f"plan web --map {MAP} --image {{}}"),
-            ("prepare", f"prepare web --map {MAP} --image {{}}"),
             ("inspect", "inspect {}"),
         )
         for name, folder, message in (
             ("no such directory", "gone", "cannot open gone: No such file or directory"),
-            ("a file", "list", "cannot open list: Not a directory"),
             ("no files.img", "none", "no files.img in none"),
             ("cut files.img", "cut", "cut/files.img, octet "),
             ("foreign files.img", "foreign", "foreign/files.img, octet 0: begins with 7f454c46"),
@@ -250,7 +222,6 @@ BAD = [
         )
     ),
     Bad("unknown finding", "explain NO-SUCH", 2, "no finding has the code 'NO-SUCH'"),
-    Bad("inspect: map", "inspect image --map 10.2.0.10", 2, "'10.2.0.10' is not of the form"),
     Bad("negative drain", "teardown web --drain=-1", 2, "argument --drain: '-1' is not a number"),
     Bad("drain of nan", "teardown web --drain=nan", 2, "argument --drain: 'nan' is not a number"),
     Bad("drain of words", "teardown --drain web", 2, "argument --drain: 'web' is not a number"),

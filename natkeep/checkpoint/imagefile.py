@@ -5,7 +5,7 @@
 All of it is little-endian. Only inventory.img, which says which images there are, goes without
 the common magic.
 
-Rule: whoever made the directory may be an enemy. The operator's path is resolved once; below it
+Rule: the directory may have been made by an enemy. The operator's path is resolved once; below it
 no link is followed, nothing but a regular file is opened, nothing is waited for, and nothing is
 read without a bound. Each length has to fit to the octet.
 This file must never write, and knows no image's meaning.

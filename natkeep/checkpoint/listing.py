@@ -7,7 +7,7 @@
 Or one JSON document, as `natkeep inspect --live PID --json` prints it.
 
 Rule: each line is a connection, a comment or blank, or else an ImageError that names the line; a
-list that is empty, cut, or says the same thing twice is not what somebody meant.
+list that is empty, cut, or says the same thing twice is a mistake.
 This file must never wait for ever: a list may come through a pipe, but not at its leisure.
 
 100,000 lines have to be read before a move can begin, so addresses and ports are understood once
@@ -49,7 +49,7 @@ def read_listing(path: str | os.PathLike[str]) -> Checkpoint:
     name = os.fsdecode(path)
     try:
         _demand_file(name, os.stat(path))  # to open a device could start something
-        # With O_NONBLOCK a FIFO opens at once, whether somebody writes to it or not.
+        # With O_NONBLOCK a FIFO opens at once, whether it has a writer or not.
         flags = os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
         descriptor = os.open(path, flags)
         try:
@@ -242,7 +242,7 @@ def _demand_file(name: str, status: os.stat_result) -> None:
 def _read(descriptor: int, name: str) -> bytes:
     """All of a file or a pipe.
 
-    A FIFO that nobody writes to shows nothing at all, one whose writer has left shows its end.
+    A FIFO without a writer shows nothing at all, one whose writer has left shows its end.
     """
     deadline = time.monotonic() + PATIENCE
     poller = select.poll()

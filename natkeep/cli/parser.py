@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import argparse
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from functools import partial
 from importlib import import_module
 from typing import Any, NoReturn
 
@@ -60,7 +61,7 @@ def make_parser(arguments: Sequence[str] = ("lab",)) -> argparse.ArgumentParser:
     verbs = parser.add_subparsers(metavar="VERB", required=True, parser_class=Parser)
     for name, (module, text, options) in _VERBS.items():
         verb: Parser = verbs.add_parser(name, help=text, description=text, parents=[common])
-        verb.set_defaults(run=_runs(module, name))
+        verb.set_defaults(run=partial(_run, module, name))
         _add_options(verb, options)
     if "lab" in arguments:
         from natkeep.lab.cli import add_parser, run
@@ -79,16 +80,12 @@ def _add_options(verb: Parser, options: Sequence[Option]) -> None:
         (source if name in ways else verb).add_argument(name, **details)
 
 
-def _runs(module: str, verb: str) -> Callable[[argparse.Namespace], int]:
-    """What runs *verb*: the function of its name, imported when it is called.
+def _run(module: str, verb: str, args: argparse.Namespace) -> int:
+    """Run *verb*: the function of its name, whose module is imported only now.
 
     Imports take most of the time of a verb, and a restore may wait for it.
     """
-
-    def run(args: argparse.Namespace) -> int:
-        return int(getattr(import_module(f"natkeep.cli.{module}"), verb)(args))
-
-    return run
+    return int(getattr(import_module(f"natkeep.cli.{module}"), verb)(args))
 
 
 def _make_common(unset: object) -> Parser:
