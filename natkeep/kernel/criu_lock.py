@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from natkeep import faultpoints
 from natkeep.errors import KernelError
 from natkeep.kernel import nftables, nftables_dump
-from natkeep.kernel.interface import Place, Remember
+from natkeep.kernel.interface import Driver, Place, Remember
 from natkeep.plan.criu_lock import (
     DumpLock,
     NetworkLock,
@@ -43,10 +43,8 @@ Variant = tuple[str, int]
 """Back end of iptables, and IP version."""
 
 
-class LockDriver:
+class LockDriver(Driver[TakeOverLock]):
     """The lock is removed where it is; revert puts back what was found."""
-
-    enters = True
 
     def check(self, at: Place, step: TakeOverLock) -> None:
         """KernelError where the lock is in a filter table and its program is missing."""

@@ -56,14 +56,15 @@ class Place:
 class Driver(Protocol[S_contra]):
     """What one kind of step is to the kernel: check, apply and revert, side by side in one file.
 
-    It is called in the step's namespace, unless *enters* is false: a process that is started must
-    not keep a namespace alive by being in it.
+    Drivers derive from this one. They are called in the step's namespace, unless *enters* is
+    false: a process that is started must not keep a namespace alive by being in it.
     """
 
-    enters: bool
+    enters: bool = True
 
     def check(self, at: Place, step: S_contra) -> None:
-        """NatkeepError when *step* could not work."""
+        """NatkeepError when *step* could not work; most steps have nothing to check."""
+        return
 
     def apply(self, at: Place, step: S_contra, remember: Remember) -> Prior:
         """Do *step*; OSError or KernelError when the kernel says no."""

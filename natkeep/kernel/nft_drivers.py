@@ -7,7 +7,7 @@ is only what a kind of step needs beside that.
 from __future__ import annotations
 
 from ipaddress import ip_address
-from typing import Any, Generic, TypeVar
+from typing import Any, TypeVar
 
 from natkeep import faultpoints
 from natkeep.errors import RefusedError
@@ -35,13 +35,8 @@ from natkeep.plan.tables import ERRORS, gate_chain
 L = TypeVar("L", bound=Loads)
 
 
-class LoadDriver(Generic[L]):
+class LoadDriver(Driver[L]):
     """Objects are loaded, and unloaded; nothing else."""
-
-    enters = True
-
-    def check(self, at: Place, step: L) -> None:
-        """Nothing can be told beforehand."""
 
     def apply(self, at: Place, step: L, remember: Remember) -> Prior:
         """Load what the step adds, behind what all moves share."""
@@ -81,13 +76,8 @@ class GateDriver(LoadDriver[InstallGate]):
         delete_untracked([t.map.old for t in step.translations])
 
 
-class FillDriver:
+class FillDriver(Driver[FillSet]):
     """A set is filled; it goes with its gate."""
-
-    enters = True
-
-    def check(self, at: Place, step: FillSet) -> None:
-        """Nothing can be told beforehand."""
 
     def apply(self, at: Place, step: FillSet, remember: Remember) -> Prior:
         """All connections in one transaction."""
@@ -146,13 +136,8 @@ class ListenersDriver(LoadDriver[InstallReception]):
             conntrack_listeners.delete_translated(receiving)
 
 
-class ErrorsDriver:
+class ErrorsDriver(Driver[TranslateErrors]):
     """The raw rules that translate what ICMP errors quote."""
-
-    enters = True
-
-    def check(self, at: Place, step: TranslateErrors) -> None:
-        """Nothing can be told beforehand."""
 
     def apply(self, at: Place, step: TranslateErrors, remember: Remember) -> Prior:
         """In front of their chains."""
@@ -176,13 +161,8 @@ class BlockDriver(LoadDriver[HoldListeners]):
         return Prior()
 
 
-class OpenDriver:
+class OpenDriver(Driver[OpenGate]):
     """The kept connections are let through, and callers to the listeners."""
-
-    enters = True
-
-    def check(self, at: Place, step: OpenGate) -> None:
-        """Nothing can be told beforehand."""
 
     def apply(self, at: Place, step: OpenGate, remember: Remember) -> Prior:
         """One rule in front of each drop; then what has been held is delivered."""
@@ -202,13 +182,8 @@ class OpenDriver:
             nftables.close_gates(step.objects())
 
 
-class SendResetsDriver:
+class SendResetsDriver(Driver[SendResets]):
     """Connections that cannot be kept are reset, at both ends."""
-
-    enters = True
-
-    def check(self, at: Place, step: SendResets) -> None:
-        """Nothing can be told beforehand."""
 
     def apply(self, at: Place, step: SendResets, remember: Remember) -> Prior:
         """From now on what an end says is answered, and an end that says nothing is asked."""

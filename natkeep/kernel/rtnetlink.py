@@ -19,7 +19,7 @@ from collections.abc import Iterator
 from contextlib import suppress
 
 from natkeep import faultpoints
-from natkeep.kernel.interface import Place, Remember
+from natkeep.kernel.interface import Driver, Place, Remember
 from natkeep.kernel.netlink import (
     NETLINK_ROUTE,
     NLM_F_CREATE,
@@ -237,13 +237,8 @@ def _request(type_: int, body: bytes, flags: int = 0) -> list[bytes]:
 # ---- the steps -----------------------------------------------------------------------------------
 
 
-class AddressDriver:
+class AddressDriver(Driver[AddAddress]):
     """OLD on lo; undone only where it was nowhere before."""
-
-    enters = True
-
-    def check(self, at: Place, step: AddAddress) -> None:
-        """An address that is there already is no obstacle."""
 
     def apply(self, at: Place, step: AddAddress, remember: Remember) -> Prior:
         """Add it, unless a device has it; prior.present says so."""
@@ -259,13 +254,8 @@ class AddressDriver:
             remove_host_address(step.address)
 
 
-class LoopbackDriver:
+class LoopbackDriver(Driver[RaiseLoopback]):
     """lo up; undone only where it was down before."""
-
-    enters = True
-
-    def check(self, at: Place, step: RaiseLoopback) -> None:
-        """lo can always be raised."""
 
     def apply(self, at: Place, step: RaiseLoopback, remember: Remember) -> Prior:
         """Raise it, unless it is up; prior.facts["addresses"] is how many it had."""
