@@ -95,15 +95,6 @@ def set_names(table: str) -> frozenset[str]:
         return frozenset()
 
 
-def has_key(table: str, name: str, key: bytes) -> bool:
-    """Whether the set or map has an element with *key*, without reading the others."""
-    owner = attribute(1, string(table)) + attribute(2, string(name))
-    element = attribute(
-        3 | 1 << 15, attribute(1 | 1 << 15, attribute(1 | 1 << 15, attribute(1, key)))
-    )
-    return _has(_GETSETELEM, owner + element)
-
-
 def rules(table: str, chain: str) -> tuple[SeenRule, ...]:
     """The rules of one chain, in order; empty when the chain is not there."""
     scope = attribute(1, string(table)) + attribute(2, string(chain))

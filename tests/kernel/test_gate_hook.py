@@ -256,3 +256,16 @@ def test_a_closed_gate_that_is_repaired_brings_it_back(gates: Gates) -> None:
     gates.kernel.mend(LoadObjects(gates.site, drop), lambda prior: None)
 
     assert gates.hooked
+
+
+def test_what_a_lost_journal_left_goes_and_other_moves_stay_as_they_were(gates: Gates) -> None:
+    gates.prepare("one")
+    before = gates.run(gates.site.netns, "nft", "list", "ruleset")
+    gates.prepare("two")
+    gates.open("two")
+
+    gates.kernel.clear_strays(gates.site, frozenset({"one"}), frozenset(), sure=True)
+    assert gates.run(gates.site.netns, "nft", "list", "ruleset") == before
+
+    gates.kernel.clear_strays(gates.site, frozenset(), frozenset(), sure=True)
+    assert gates.run(gates.site.netns, "nft", "list", "ruleset") == ""
