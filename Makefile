@@ -24,7 +24,7 @@ export NATKEEP_REQUIRE
 
 CAPABILITIES := -all,+net_admin,+sys_admin,+dac_read_search,+net_raw
 ACTING_TESTS := tests/kernel tests/criu tests/checkpoint tests/plan $(addprefix tests/test_,cli.py \
-	lifecycle.py state/journal.py policy.py children.py capabilities.py names_property.py)
+	lifecycle.py journal.py policy.py children.py capabilities.py names_property.py)
 
 # nft, criu and the like live in sbin, which not every shell has in its path.
 export PATH := $(PATH):/usr/local/sbin:/usr/sbin:/sbin

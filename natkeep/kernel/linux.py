@@ -162,8 +162,8 @@ class LinuxKernel:
 
     def find_lost_routes(self, site: Site, noted: str) -> tuple[str, ...]:
         """Those of the routes and addresses that InstallTranslation *noted* which are gone."""
-        with closing(self.snapshot(site)) as snapshot:
-            return snapshot.find_lost_routes(site, noted)
+        with self._at(site):
+            return routes.find_lost(noted)
 
     def snapshot(self, site: Site) -> Snapshot:
         """What an opened site's namespace shows, for one move or for many."""

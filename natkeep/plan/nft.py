@@ -78,15 +78,6 @@ class Match(NamedTuple):
     def __str__(self) -> str:
         return f"{' . '.join(self.fields)} {self.to}"
 
-    def marks(self) -> Iterator[str]:
-        """What every version of nft keeps of it."""
-        if isinstance(self.to, str):
-            yield self.to
-        elif self.fields == ("tcp dport",):
-            yield f"port {self.to}"
-        elif self.fields[0].endswith("daddr"):
-            yield f"to {self.to}"
-
 
 class VerdictMap(NamedTuple):
     """The field's value leads to a chain."""
@@ -96,10 +87,6 @@ class VerdictMap(NamedTuple):
 
     def __str__(self) -> str:
         return f"{self.field} vmap @{self.name}"
-
-    def marks(self) -> Iterator[str]:
-        """What every version of nft keeps of it."""
-        yield f"@{self.name}"
 
 
 class Meta(NamedTuple):
@@ -111,10 +98,6 @@ class Meta(NamedTuple):
 
     def __str__(self) -> str:
         return f"{self.name} {'' if self.equal else '!= '}{self.value}"
-
-    def marks(self) -> Iterator[str]:
-        """Nothing: versions of nft differ in it."""
-        yield from ()
 
 
 class TcpFlags(NamedTuple):
@@ -128,10 +111,6 @@ class TcpFlags(NamedTuple):
         how = "==" if self.equal else "!="
         return f"tcp flags & ({' | '.join(self.mask)}) {how} {' | '.join(self.value)}"
 
-    def marks(self) -> Iterator[str]:
-        """Nothing: versions of nft differ in it."""
-        yield from ()
-
 
 class Nat(NamedTuple):
     """`dnat` or `snat` to an address, and to a port that is a field of the packet or a number."""
@@ -143,10 +122,6 @@ class Nat(NamedTuple):
     def __str__(self) -> str:
         return f"{self.kind} {IP[self.address.version]} to {self.address} : {self.port}"
 
-    def marks(self) -> Iterator[str]:
-        """What every version of nft keeps of it."""
-        yield "nat"
-
 
 class Write(NamedTuple):
     """The field becomes the address, checksums are mended."""
@@ -156,10 +131,6 @@ class Write(NamedTuple):
 
     def __str__(self) -> str:
         return f"{self.field} set {self.address}"
-
-    def marks(self) -> Iterator[str]:
-        """What every version of nft keeps of it."""
-        yield "writes"
 
 
 class Add(NamedTuple):
@@ -171,10 +142,6 @@ class Add(NamedTuple):
     def __str__(self) -> str:
         return f"add @{self.name} {{ {' . '.join(self.fields)} }}"
 
-    def marks(self) -> Iterator[str]:
-        """What every version of nft keeps of it."""
-        yield f"@{self.name}"
-
 
 class Verdict(NamedTuple):
     """`drop`, `accept`, `return`, `notrack`, `jump CHAIN`, `reject with tcp reset`."""
@@ -184,13 +151,6 @@ class Verdict(NamedTuple):
 
     def __str__(self) -> str:
         return f"{self.name} {self.chain}".rstrip()
-
-    def marks(self) -> Iterator[str]:
-        """What every version of nft keeps of it."""
-        if self.name == "jump":
-            yield f">{self.chain}"
-        elif self.name != "return":
-            yield self.name.partition(" ")[0]
 
 
 DROP, ACCEPT, RETURN, NOTRACK = map(Verdict, ("drop", "accept", "return", "notrack"))
@@ -210,10 +170,6 @@ class Protocol(NamedTuple):
 
     number: int
 
-    def marks(self) -> Iterator[str]:
-        """Nothing: it is asked in several ways."""
-        yield from ()
-
 
 class Octets(NamedTuple):
     """The octets at *offset* are *value*; base: 1 from the IP header, 2 from the transport's."""
@@ -222,20 +178,12 @@ class Octets(NamedTuple):
     offset: int
     value: bytes
 
-    def marks(self) -> Iterator[str]:
-        """Nothing: the set that is asked tells."""
-        yield from ()
-
 
 class OctetsIn(NamedTuple):
     """The concatenation of *fields*, (offset, octets) from the transport header, is in the set."""
 
     name: str
     fields: tuple[tuple[int, int], ...]
-
-    def marks(self) -> Iterator[str]:
-        """What the kernel keeps of it."""
-        yield f"@{self.name}"
 
 
 class WriteOctets(NamedTuple):
@@ -251,13 +199,31 @@ class WriteOctets(NamedTuple):
     checksum: int | None
     pseudo: bool = False
 
-    def marks(self) -> Iterator[str]:
-        """What the kernel keeps of it."""
-        yield "writes"
-
 
 Raw = Protocol | Octets | OctetsIn | WriteOctets
 Statement = Match | VerdictMap | Meta | TcpFlags | Nat | Write | Add | Verdict | Raw
+
+
+def marks(statement: Statement) -> Iterator[str]:
+    """What every version of nft keeps of a statement."""
+    match statement:
+        case Match(fields, to):
+            if isinstance(to, str):
+                yield to
+            elif fields == ("tcp dport",):
+                yield f"port {to}"
+            elif fields[0].endswith("daddr"):
+                yield f"to {to}"
+        case VerdictMap(_, name) | Add(_, name) | OctetsIn(name, _):
+            yield f"@{name}"
+        case Nat():
+            yield "nat"
+        case Write() | WriteOctets():
+            yield "writes"
+        case Verdict("jump", chain):
+            yield f">{chain}"
+        case Verdict(name) if name != "return":
+            yield name.partition(" ")[0]
 
 
 # ---- objects -------------------------------------------------------------------------------------
@@ -402,8 +368,8 @@ class Rule(NamedTuple):
 
     def key(self) -> Key:
         """By which it is found again: its comment and marks."""
-        marks = [mark for statement in self.statements for mark in statement.marks()]
-        return Key(self.family, "rule", self.chain, describe_rule(self.comment, marks))
+        found = [mark for statement in self.statements for mark in marks(statement)]
+        return Key(self.family, "rule", self.chain, describe_rule(self.comment, found))
 
     def undo(self) -> Iterator[Undo]:
         """It goes by its comment; without one it stands in a chain that goes."""
