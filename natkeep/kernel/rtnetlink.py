@@ -104,6 +104,11 @@ def device_of(address: Address) -> str | None:
     return device_name(indexes[-1]) or str(indexes[-1]) if indexes else None
 
 
+def device_names() -> frozenset[str]:
+    """Names of all network devices."""
+    return frozenset(name for _, name in socket.if_nameindex())
+
+
 def device_name(index: int) -> str:
     """Name of the device with that index; empty where there is none (any more)."""
     try:
