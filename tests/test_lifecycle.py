@@ -1085,14 +1085,14 @@ def test_whoever_changes_a_site_holds_the_lock(
 
     class Asking(RecordingKernel):
         def apply(self, step: Step, remember: Remember) -> Prior:
-            self.ask("apply")
+            self.try_lock("apply")
             return super().apply(step, remember)
 
         def revert(self, step: Step, prior: Prior) -> None:
-            self.ask("revert")
+            self.try_lock("revert")
             super().revert(step, prior)
 
-        def ask(self, verb: str) -> None:
+        def try_lock(self, verb: str) -> None:
             with pytest.raises(JournalError, match="another natkeep holds"), second.locked(0):
                 pass
             asked.append(verb)

@@ -19,8 +19,8 @@ from natkeep.plan.tuples import Address, Connections
 
 def read_table() -> SeenTable:
     """What stands in our tables; empty where there are none."""
-    silent = dump.has_table(dump.ARP, TABLE)
-    if not dump.has_table(dump.INET, TABLE):
+    silent = dump.has_table("arp", TABLE)
+    if not dump.has_table("inet", TABLE):
         return SeenTable(silent=silent)
     held = [key for v in FAMILIES for key in dump.read_keys(TABLE, held_set(v))]
     return SeenTable(

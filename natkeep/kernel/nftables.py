@@ -118,7 +118,7 @@ def _stands(part: tuple[Object, ...]) -> bool:
     """Whether a part that all moves share is there: by its table, or its first base chain."""
     first = next(one for one in part if isinstance(one, Table | Chain))
     if isinstance(first, Table):
-        return dump.has_table({"inet": dump.INET, "arp": dump.ARP}[first.family], TABLE)
+        return dump.has_table(first.family, TABLE)
     return dump.has_chain(TABLE, first.name)
 
 
@@ -143,7 +143,7 @@ def unload(undos: Iterable[Undo]) -> None:
     if not names or _has_others(names):
         remove(undos)
     # The last move takes the tables with it; others may come only under the same lock.
-    elif dump.has_table(dump.INET, TABLE) or dump.has_table(dump.ARP, TABLE):
+    elif dump.has_table("inet", TABLE) or dump.has_table("arp", TABLE):
         run_transaction(removal())
 
 
@@ -227,7 +227,7 @@ def close_gates(opening: Sequence[Rule]) -> None:
 
 def missing_gate_hook() -> tuple[Object, ...]:
     """The base chain `gate` and its rules, where the table is there and this chain is not."""
-    if dump.has_chain(TABLE, GATE) or not dump.has_table(dump.INET, TABLE):
+    if dump.has_chain(TABLE, GATE) or not dump.has_table("inet", TABLE):
         return ()
     return gate_hook()
 

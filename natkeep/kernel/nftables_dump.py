@@ -28,9 +28,8 @@ from natkeep.values import dataclass
 
 _GETTABLE, _GETCHAIN, _GETRULE, _GETSET, _GETSETELEM = 1, 4, 7, 10, 13
 _GETGEN, _GETFLOWTABLE, _GENERATION = 16, 23, 1
-INET, ARP = 1, 3  # NFPROTO_…
-_FAMILY = {"inet": INET, "arp": ARP}
-_FAMILIES = {1: "inet", 2: "ip", 10: "ip6"}
+_FAMILY = {"inet": 1, "ip": 2, "arp": 3, "ip6": 10}  # NFPROTO_…
+_FILTERS = ("inet", "ip", "ip6")
 _HOOKS = ("prerouting", "input", "forward", "output", "postrouting", "ingress")
 
 _NETWORK, _TRANSPORT = 1, 2
@@ -72,7 +71,7 @@ def read_generation() -> int:
 # ---- by name -------------------------------------------------------------------------------------
 
 
-def has_table(family: int, table: str) -> bool:
+def has_table(family: str, table: str) -> bool:
     """Whether the table is there."""
     return string(table) in [find_attribute(each, 1) for each in _dump(_GETTABLE, family)]
 
@@ -81,25 +80,25 @@ def has_chain(table: str, chain: str) -> bool:
     """Whether the inet table has the chain; as quick in a table of a thousand moves as of one."""
     scope = attribute(1, string(table)) + attribute(3, string(chain))
     with Netlink(NETLINK_NETFILTER) as netlink:
-        return any(_request(netlink, _GETCHAIN, INET, scope, flags=0))
+        return any(_request(netlink, _GETCHAIN, _FAMILY["inet"], scope, flags=0))
 
 
 def chain_names(table: str) -> frozenset[str]:
     """The chains of the inet table; empty when it is not there."""
-    chains = map(attributes, _dump(_GETCHAIN, INET))
+    chains = map(attributes, _dump(_GETCHAIN, "inet"))
     return frozenset(_text(chain[3]) for chain in chains if _text(chain[1]) == table)
 
 
 def set_names(table: str) -> frozenset[str]:
     """The sets and maps of the inet table, without reading an element."""
-    found = _dump(_GETSET, INET, attribute(1, string(table)))
+    found = _dump(_GETSET, "inet", attribute(1, string(table)))
     return frozenset(_text(find_attribute(each, 2)) for each in found)
 
 
 def rules(table: str, chain: str) -> tuple[SeenRule, ...]:
     """The rules of one chain, in order; empty when the chain is not there."""
     scope = attribute(1, string(table)) + attribute(2, string(chain))
-    found = map(_read_rule, _dump(_GETRULE, INET, scope))
+    found = map(_read_rule, _dump(_GETRULE, "inet", scope))
     return tuple(rule for rule in found if rule.chain == chain)
 
 
@@ -110,7 +109,7 @@ def rules_of_chains(table: str, *beginnings: str) -> Iterator[SeenRule]:
     asked for: the kernel puts the chain's name behind the table's, so most are seen by that.
     """
     scope, names = attribute(1, string(table)), tuple(name.encode("ascii") for name in beginnings)
-    for rule in _dump(_GETRULE, INET, scope):
+    for rule in _dump(_GETRULE, "inet", scope):
         if rule.startswith(names, len(scope) + 4):
             yield _read_rule(rule)
 
@@ -120,9 +119,9 @@ def _read_rule(answer: bytes) -> SeenRule:
     return SeenRule(_text(rule[2]), _number(rule[3]), _comment(rule.get(7, b"")))
 
 
-def _dump(type_: int, family: int, scope: bytes = b"") -> Iterator[bytes]:
+def _dump(type_: int, family: str, scope: bytes = b"") -> Iterator[bytes]:
     with Netlink(NETLINK_NETFILTER) as netlink:
-        yield from _request(netlink, type_, family, scope)
+        yield from _request(netlink, type_, _FAMILY[family], scope)
 
 
 def _request(
@@ -142,13 +141,13 @@ def _request(
 def read_keys(table: str, name: str) -> list[bytes]:
     """The key of each element of the set or map, as the kernel has it; none when it is gone."""
     with Netlink(NETLINK_NETFILTER) as netlink:
-        return dump_keys(netlink, INET, table, name)
+        return dump_keys(netlink, "inet", table, name)
 
 
-def dump_keys(netlink: Netlink, family: int, table: str, name: str) -> list[bytes]:
+def dump_keys(netlink: Netlink, family: str, table: str, name: str) -> list[bytes]:
     """The same by a socket that is there already, of a table of any family."""
     scope = attribute(1, string(table)) + attribute(2, string(name))
-    answers = _request(netlink, _GETSETELEM, family, scope)
+    answers = _request(netlink, _GETSETELEM, _FAMILY[family], scope)
     return [key for each in answers for key in _element_keys(find_attribute(each, 3))]
 
 
@@ -255,7 +254,7 @@ def _compared(loaded: tuple[int, ...], value: bytes) -> Iterator[str]:
 def base_chains() -> tuple[BaseChain, ...]:
     """Every base chain of every table, also those of others."""
     found = []
-    for family, name in _FAMILIES.items():
+    for family in _FILTERS:
         for chain in map(attributes, _dump(_GETCHAIN, family)):
             if 4 not in chain:
                 continue
@@ -263,18 +262,18 @@ def base_chains() -> tuple[BaseChain, ...]:
             number = _number(hook[1])
             priority = int.from_bytes(hook[2], "big", signed=True)
             where = _HOOKS[number] if number < len(_HOOKS) else str(number)
-            type_ = _text(chain.get(7, b""))
-            found.append(BaseChain(name, _text(chain[1]), _text(chain[3]), type_, where, priority))
+            table, name, type_ = (_text(chain.get(at, b"")) for at in (1, 3, 7))
+            found.append(BaseChain(family, table, name, type_, where, priority))
     return tuple(found)
 
 
 def flowtable_names() -> tuple[str, ...]:
     """`FAMILY TABLE NAME` of every flowtable; none where the kernel knows none."""
     found = []
-    for family, name in _FAMILIES.items():
+    for family in _FILTERS:
         with suppress(OSError):
             for flowtable in map(attributes, _dump(_GETFLOWTABLE, family)):
-                found.append(f"{name} {_text(flowtable[1])} {_text(flowtable[2])}")
+                found.append(f"{family} {_text(flowtable[1])} {_text(flowtable[2])}")
     return tuple(found)
 
 
