@@ -53,7 +53,7 @@ from natkeep.lab.engines.criu import Criu, find_criu
 from natkeep.lab.engines.repair import Repair
 from natkeep.lab.host import Host, LabError, await_true
 from natkeep.lab.report import Assertion
-from natkeep.lab.topology import CLIENT, DESTINATION, SOURCE, THIRD, Seat, Topology
+from natkeep.lab.topology import CLIENT, DESTINATION, SECOND_CLIENT, SOURCE, THIRD, Seat, Topology
 from natkeep.lab.translators import Natkeep, Order, TranslatorError, natkeep_command
 from natkeep.plan.tuples import Endpoint
 
@@ -65,7 +65,7 @@ ROUND = ("destination", "third", "destination", "source")
 CRIU_EVERY = 3
 """Has nothing in common with the length of a round, so CRIU comes to make each of its moves."""
 
-PEERS = (CLIENT, Seat("client2", "near", 3), Seat("client3", "near", 4))
+PEERS = (CLIENT, SECOND_CLIENT, Seat("client3", "near", 4))
 # The pids of a process that CRIU moves must be free wherever it goes, for the whole of the soak.
 HOSTS = (
     replace(SOURCE, first_pid=1_000),

@@ -24,81 +24,41 @@ VARIABLE = "NATKEEP_FAULT"
 KINDS = ("kill", "error", "errno")
 
 STEPS = (
-    "InstallGate",
-    "FillSet",
-    "RaiseLoopback",
-    "AddAddress",
-    "InstallTranslation",
-    "InstallReception",
-    "ForgetCalls",
-    "TranslateErrors",
-    "PurgeEntries",
-    "InsertEntries",
-    "HoldListeners",
-    "HoldSegments",
-    "GuardSite",
-    "InstallResets",
-    "TakeOverLock",
-    "OpenEarly",
-    "OpenGate",
-    "SendResets",
+    *("InstallGate", "FillSet", "RaiseLoopback", "AddAddress", "InstallTranslation"),
+    *("InstallReception", "ForgetCalls", "TranslateErrors", "PurgeEntries", "InsertEntries"),
+    *("HoldListeners", "HoldSegments", "GuardSite", "InstallResets", "TakeOverLock"),
+    *("OpenEarly", "OpenGate", "SendResets"),
 )
-MENDED = tuple(
-    step
-    for step in STEPS
-    if step not in ("ForgetCalls", "PurgeEntries", "HoldSegments", "TakeOverLock")
-)
+_NEVER_REPAIRED = ("ForgetCalls", "PurgeEntries", "HoldSegments", "TakeOverLock")
 _FILES = ("connections", "changed", "journal", "ready")
-_STATES = ("doing", "done", "undone", "changed")
 
 # Where a point is of several kinds of thing, those are its names' second halves.
 PLACES: dict[str, tuple[str, ...]] = {
-    "locked": (),
     # The journal: each file is created, written, fsynced, renamed; a line is appended, or half.
-    "journal-begin": (),
-    "journal-create": _FILES,
-    "journal-written": _FILES,
-    "journal-rename": _FILES,
-    "journal-renamed": _FILES,
-    "journal-begun": (),
-    "journal-append": _STATES,
-    "journal-torn": _STATES,
-    "journal-appended": _STATES,
-    "journal-remove": (),
-    "journal-removed": (),
-    "journal-forgotten": (),
+    **dict.fromkeys(("locked", "journal-begin", "journal-begun"), ()),
+    **dict.fromkeys(("journal-create", "journal-written"), _FILES),
+    **dict.fromkeys(("journal-rename", "journal-renamed"), _FILES),
+    **dict.fromkeys(
+        ("journal-append", "journal-torn", "journal-appended"),
+        ("doing", "done", "undone", "changed"),
+    ),
+    **dict.fromkeys(("journal-remove", "journal-removed", "journal-forgotten"), ()),
     # A step: nothing is on disk, `doing` is, the kernel did it, `done` is on disk; and back.
-    "apply": STEPS,
-    "begun": STEPS,
-    "applied": STEPS,
-    "done": STEPS,
-    "revert": STEPS,
-    "reverted": STEPS,
-    "undone": STEPS,
+    **dict.fromkeys(("apply", "begun", "applied", "done", "revert", "reverted", "undone"), STEPS),
     # repair does a step again; gc has cleared something.
-    "repair": MENDED,
-    "repair-begun": MENDED,
-    "repaired": MENDED,
+    **dict.fromkeys(
+        ("repair", "repair-begun", "repaired"),
+        tuple(step for step in STEPS if step not in _NEVER_REPAIRED),
+    ),
     "collected": ("move", "table"),
     # In the middle of a step.
     "withdrawn": ("gate", "translation", "reception"),
     "half": ("purge", "insert", "delete", "give-back", "forget", "lock"),
-    "between-chunks": (),
-    "address-added": (),
-    "route-added": (),
-    "loopback-lowered": (),
-    "insert-counting": (),
-    "insert-whole": (),
+    **dict.fromkeys(("between-chunks", "address-added", "route-added", "loopback-lowered"), ()),
+    **dict.fromkeys(("insert-counting", "insert-whole"), ()),
     # In the middle of a verb.
-    "handed-over": (),
-    "quiesce-held": (),
-    "hold-again": (),
-    "replace-begin": (),
-    "replace-prepared": (),
-    "replace-noted": (),
-    "change": (),
-    "changed": (),
-    "widened": (),
+    **dict.fromkeys(("handed-over", "quiesce-held", "hold-again", "replace-begin"), ()),
+    **dict.fromkeys(("replace-prepared", "replace-noted", "change", "changed", "widened"), ()),
 }
 POINTS = tuple(
     f"{place}-{of}" if of else place for place, several in PLACES.items() for of in several or ("",)

@@ -38,7 +38,10 @@ Network = ipaddress.IPv4Network | ipaddress.IPv6Network
 
 @dataclass(frozen=True, slots=True)
 class Standing:
-    """The table [hook]: what the hook does where the environment does not say; "" is not set."""
+    """The table [hook]: what the hook does where the environment does not say; "" is not set.
+
+    The fields are the keys.
+    """
 
     id: str = ""
     map: tuple[str, ...] = ()
@@ -49,29 +52,26 @@ class Standing:
 
 @dataclass(frozen=True, slots=True)
 class Policy:
-    """What the operator allows; None is no bound."""
+    """What the operator allows; None is no bound. The fields are the file's keys."""
 
     allow_old: tuple[Network, ...] | None = None
     allow_new: tuple[Network, ...] | None = None
     max_connections: int | None = None
     hook: Standing = Standing()
 
-    def authorise(self, move: Move, count: int) -> None:
-        """RefusedError when *move*, of *count* connections, is more than is allowed."""
-        for map_ in move.maps:
-            _demand("OLD", map_.old, "allow_old", self.allow_old)
-            if any(site.role != Role.SOURCE for site in move.sites):  # which makes nothing NEW
-                _demand("NEW", map_.new, "allow_new", self.allow_new)
-        if self.max_connections is not None and count > self.max_connections:
-            raise RefusedError(
-                f"{count} connections are more than this machine allows, {self.max_connections}",
-                hint=f"max_connections in {PATH}",
-            )
-
 
 def authorise(move: Move, count: int) -> None:
     """RefusedError when the operator's file does not allow *move* with *count* connections."""
-    read_policy().authorise(move, count)
+    policy = read_policy()
+    for map_ in move.maps:
+        _demand("OLD", map_.old, "allow_old", policy.allow_old)
+        if any(site.role != Role.SOURCE for site in move.sites):  # which makes nothing NEW
+            _demand("NEW", map_.new, "allow_new", policy.allow_new)
+    if policy.max_connections is not None and count > policy.max_connections:
+        raise RefusedError(
+            f"{count} connections are more than this machine allows, {policy.max_connections}",
+            hint=f"max_connections in {PATH}",
+        )
 
 
 def _demand(name: str, address: Address, key: str, networks: tuple[Network, ...] | None) -> None:
@@ -127,22 +127,18 @@ def _refuse_foreign(status: os.stat_result) -> None:
 
 
 def _make_policy(document: dict[str, Any]) -> Policy:
-    _refuse_unknown(document, ("allow_old", "allow_new", "max_connections", "hook"), "")
+    _refuse_unknown(document, Policy, "")
     table = document.get("hook", {})
     if not isinstance(table, dict):
         raise UsageError(f"{PATH}: hook is not a table")
-    _refuse_unknown(table, ("id", "map", "mode", "state_dir", "unkept"), "hook.")
-    hook = Standing(
-        _text(table, "id"),
-        tuple(_texts(table, "map", "hook.map") or ()),
-        _text(table, "mode"),
-        _text(table, "state_dir"),
-        _text(table, "unkept"),
-    )
-    if hook.mode and hook.mode not in tuple(Mode):
-        raise UsageError(f"{PATH}: hook.mode: {hook.mode!r} is none of {', '.join(Mode)}")
-    if hook.unkept and hook.unkept not in tuple(Fate):
-        raise UsageError(f"{PATH}: hook.unkept: {hook.unkept!r} is none of {', '.join(Fate)}")
+    _refuse_unknown(table, Standing, "hook.")
+    for key, value in table.items():
+        if key != "map" and not isinstance(value, str):
+            raise UsageError(f"{PATH}: hook.{key} is not a text")
+    hook = Standing(**table | {"map": tuple(_texts(table, "map", "hook."))})
+    for key, value, known in (("mode", hook.mode, Mode), ("unkept", hook.unkept, Fate)):
+        if value and value not in tuple(known):
+            raise UsageError(f"{PATH}: hook.{key}: {value!r} is none of {', '.join(known)}")
     return Policy(
         _networks(document, "allow_old"),
         _networks(document, "allow_new"),
@@ -151,45 +147,32 @@ def _make_policy(document: dict[str, Any]) -> Policy:
     )
 
 
-def _refuse_unknown(table: dict[str, Any], known: tuple[str, ...], prefix: str) -> None:
+def _refuse_unknown(table: dict[str, Any], kind: type[Policy | Standing], prefix: str) -> None:
     for key in table:
-        if key not in known:
+        if key not in kind.__match_args__:
             raise UsageError(
                 f"{PATH}: unknown key {prefix}{key}",
-                hint="known are " + ", ".join(prefix + name for name in known),
+                hint="known are " + ", ".join(prefix + name for name in kind.__match_args__),
             )
 
 
-def _text(table: dict[str, Any], key: str) -> str:
-    value = table.get(key, "")
-    if not isinstance(value, str):
-        raise UsageError(f"{PATH}: hook.{key} is not a text")
-    return value
-
-
-def _texts(table: dict[str, Any], key: str, name: str) -> list[str] | None:
-    values = table.get(key)
-    if values is None:
-        return None
+def _texts(table: dict[str, Any], key: str, prefix: str = "") -> list[str]:
+    values = table.get(key, [])
     if not isinstance(values, list) or not all(isinstance(value, str) for value in values):
-        raise UsageError(f"{PATH}: {name} is not a list of texts")
+        raise UsageError(f"{PATH}: {prefix}{key} is not a list of texts")
     return values
 
 
 def _networks(document: dict[str, Any], key: str) -> tuple[Network, ...] | None:
-    texts = _texts(document, key, key)
-    if texts is None:
-        return None
     try:
-        return tuple(ipaddress.ip_network(text) for text in texts)
+        networks = tuple(ipaddress.ip_network(text) for text in _texts(document, key))
     except ValueError as error:
         raise UsageError(f"{PATH}: {key}: {error}") from None
+    return networks if key in document else None
 
 
 def _number(document: dict[str, Any], key: str) -> int | None:
-    value = document.get(key)
-    if value is None:
-        return None
+    value = document.get(key, 0)
     if not isinstance(value, int) or isinstance(value, bool) or value < 0:
         raise UsageError(f"{PATH}: {key} is not a number from 0 on")
-    return value
+    return value if key in document else None

@@ -10,8 +10,8 @@ the interpreter's own tools: 34 ms of processor time for the 64 classes of a `pr
 100, inside the blackout. Here the methods are closures over the names of the fields.
 
 Rule: what is here behaves as it does there (tests/test_values.py holds the two against each
-other), and what is not here is used by no value: no inherited or
-keyword-only fields, InitVar or ClassVar.
+other), and what is not here is used by no value: no inherited or keyword-only fields, InitVar or
+ClassVar, no value without slots.
 `dataclasses.replace` and `fields` work on these values too, and import that module when asked.
 """
 
@@ -19,11 +19,9 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable
-from typing import Any, TypeVar, dataclass_transform
+from typing import Any, Literal, TypeVar, dataclass_transform
 
 T = TypeVar("T")
-
-_MISSING: Any = object()
 
 
 class _Factory:
@@ -42,14 +40,10 @@ def field(*, default_factory: Callable[[], T]) -> T:
 
 @dataclass_transform(field_specifiers=(field,))
 def dataclass(
-    cls: type[T] | None = None, /, *, frozen: bool = False, slots: bool = False, order: bool = False
-) -> Any:
+    *, slots: Literal[True], frozen: bool = False, order: bool = False
+) -> Callable[[type[T]], type[T]]:
     """As `dataclasses.dataclass`; order compares the fields as tuples do."""
-
-    def make(cls: type[T]) -> type[T]:
-        return _make(cls, frozen=frozen, slots=slots, order=order)
-
-    return make if cls is None else make(cls)
+    return lambda cls: _make(cls, frozen=frozen, order=order)
 
 
 def replace(value: T, **changes: Any) -> T:
@@ -59,46 +53,27 @@ def replace(value: T, **changes: Any) -> T:
     return cls(**{name: getattr(value, name) for name in names} | changes)
 
 
-def _make(cls: type[T], *, frozen: bool, slots: bool, order: bool) -> type[T]:
-    if any(hasattr(base, "__dataclass_fields__") for base in cls.__bases__):
+def _make(cls: type[T], *, frozen: bool, order: bool) -> type[T]:
+    if any(hasattr(base, "__match_args__") for base in cls.__bases__):
         raise TypeError(f"{cls.__name__}: a value does not inherit fields")
+    own = {k: v for k, v in cls.__dict__.items() if k not in ("__dict__", "__weakref__")}
     # inspect.get_annotations() would import what this file is there to spare.
-    names: tuple[str, ...] = tuple(cls.__dict__.get("__annotations__", ()))  # noqa: RUF063
-    defaults = {name: cls.__dict__[name] for name in names if name in cls.__dict__}
-    if slots:
-        body = {name: value for name, value in cls.__dict__.items() if name not in defaults}
-        for made_anew in ("__dict__", "__weakref__"):
-            body.pop(made_anew, None)
-        body |= {"__slots__": names, "__qualname__": cls.__qualname__}
-        metaclass: Any = type(cls)
-        cls = metaclass(cls.__name__, cls.__bases__, body)
-    else:
-        for name, value in defaults.items():
-            if isinstance(value, _Factory):
-                delattr(cls, name)
-    methods: dict[str, Any] = {
-        "__match_args__": names,
-        "__dataclass_fields__": _Fields(names),
-        "__init__": _make_init(cls, names, defaults),
-        "__repr__": _make_repr(names),
-        **_make_comparisons(cls, names, order=order, frozen=frozen),
-    }
+    names: tuple[str, ...] = tuple(own.get("__annotations__", ()))
+    defaults = {name: own.pop(name) for name in names if name in own}
+    own |= {"__slots__": names, "__match_args__": names, "__qualname__": cls.__qualname__}
+    methods = {"__dataclass_fields__": _Fields(), "__repr__": _repr, "__hash__": None}
+    methods |= _make_comparisons(names, order=order, frozen=frozen)
     if frozen:
-        methods |= {"__setattr__": _refuse, "__delattr__": _refuse}
-        methods["__reduce__"] = _make_reduce(names)
-    own = cls.__dict__
-    for name, method in methods.items():
-        if name not in own or name in ("__match_args__", "__hash__"):
-            setattr(cls, name, method)
-    return cls
+        methods |= {"__setattr__": _refuse, "__delattr__": _refuse, "__reduce__": _reduce}
+    metaclass: Any = type(cls)
+    made: Any = metaclass(cls.__name__, cls.__bases__, methods | own)
+    made.__init__ = _make_init(made, names, defaults)
+    return made  # type: ignore[no-any-return]  # the same class, with slots
 
 
 def _make_init(cls: type, names: tuple[str, ...], defaults: dict[str, Any]) -> Callable[..., None]:
     # A slot's own descriptor sets it past the refusal of frozen values.
-    if "__slots__" in cls.__dict__:
-        setters = [getattr(cls, name).__set__ for name in names]
-    else:
-        setters = [_make_setter(name) for name in names]
+    setters = [getattr(cls, name).__set__ for name in names]
     count, finish = len(names), getattr(cls, "__post_init__", None)
 
     def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
@@ -112,11 +87,6 @@ def _make_init(cls: type, names: tuple[str, ...], defaults: dict[str, Any]) -> C
     return __init__
 
 
-def _make_setter(name: str) -> Callable[[Any, Any], None]:
-    put = object.__setattr__
-    return lambda self, value: put(self, name, value)
-
-
 def _fill(
     title: str,
     names: tuple[str, ...],
@@ -124,45 +94,21 @@ def _fill(
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
 ) -> tuple[Any, ...]:
-    if len(args) > len(names):
-        raise TypeError(f"{title}() takes {len(names)} values but {len(args)} were given")
+    """A value for each of *names*; TypeError where one is missing, not known, or there twice."""
     values = list(args)
-    for name in names[: len(args)]:
-        if name in kwargs:
-            raise TypeError(f"{title}() got multiple values for argument {name!r}")
     for name in names[len(args) :]:
-        value = kwargs.pop(name, _MISSING)
-        if value is _MISSING:
-            value = defaults.get(name, _MISSING)
-            if isinstance(value, _Factory):
-                value = value.make()
-            elif value is _MISSING:
-                raise TypeError(f"{title}() is missing the argument {name!r}")
-        values.append(value)
-    for name in kwargs:
-        if name not in names:
-            raise TypeError(f"{title}() got an unexpected argument {name!r}")
+        if name not in kwargs and name not in defaults:
+            raise TypeError(f"{title}() is missing the argument {name!r}")
+        value = kwargs.pop(name) if name in kwargs else defaults[name]
+        values.append(value.make() if type(value) is _Factory else value)
+    if kwargs or len(values) > len(names):
+        raise TypeError(f"{title}() takes {', '.join(names)}, each once")
     return tuple(values)
 
 
-def _make_repr(names: tuple[str, ...]) -> Callable[[Any], str]:
-    def __repr__(self: Any) -> str:
-        values = ", ".join(f"{name}={getattr(self, name)!r}" for name in names)
-        return f"{type(self).__qualname__}({values})"
-
-    return __repr__
-
-
-def _make_values(names: tuple[str, ...]) -> Callable[[Any], tuple[Any, ...]]:
-    if len(names) > 1:
-        return operator.attrgetter(*names)
-    return lambda self: tuple(getattr(self, name) for name in names)
-
-
-def _make_comparisons(
-    cls: type, names: tuple[str, ...], *, order: bool, frozen: bool
-) -> dict[str, Any]:
-    values = _make_values(names)
+def _make_comparisons(names: tuple[str, ...], *, order: bool, frozen: bool) -> dict[str, Any]:
+    # All values of no fields are alike, which their class says.
+    values = operator.attrgetter(*names or ["__class__"])
 
     def compare(how: Callable[[Any, Any], bool]) -> Callable[[Any, Any], Any]:
         def method(self: Any, other: Any) -> Any:
@@ -173,17 +119,20 @@ def _make_comparisons(
         return method
 
     methods: dict[str, Any] = {"__eq__": compare(operator.eq)}
-    if "__hash__" not in cls.__dict__ or cls.__dict__["__hash__"] is None:
-        methods["__hash__"] = (lambda self: hash(values(self))) if frozen else None
-    if order:
-        for how in (operator.lt, operator.le, operator.gt, operator.ge):
-            methods[f"__{how.__name__}__"] = compare(how)
+    if frozen:
+        methods["__hash__"] = lambda self: hash(values(self))
+    for how in (operator.lt, operator.le, operator.gt, operator.ge) if order else ():
+        methods[f"__{how.__name__}__"] = compare(how)
     return methods
 
 
-def _make_reduce(names: tuple[str, ...]) -> Callable[[Any], tuple[Any, ...]]:
-    values = _make_values(names)
-    return lambda self: (type(self), values(self))
+def _repr(self: Any) -> str:
+    values = ", ".join(f"{name}={getattr(self, name)!r}" for name in self.__match_args__)
+    return f"{type(self).__qualname__}({values})"
+
+
+def _reduce(self: Any) -> tuple[Any, ...]:
+    return type(self), tuple(getattr(self, name) for name in self.__match_args__)
 
 
 def _refuse(self: Any, name: str, *_: Any) -> None:
@@ -195,14 +144,8 @@ def _refuse(self: Any, name: str, *_: Any) -> None:
 class _Fields:
     """What `dataclasses` itself knows a class of its own by, made when it asks."""
 
-    __slots__ = ("_names",)
-
-    def __init__(self, names: tuple[str, ...]) -> None:
-        self._names = names
-
-    def __get__(self, instance: object, owner: type) -> dict[str, Any]:
+    def __get__(self, instance: object, owner: Any) -> Any:
         from dataclasses import make_dataclass
 
-        like: Any = make_dataclass(owner.__name__, self._names)
-        fields: dict[str, Any] = like.__dataclass_fields__
-        return fields
+        like: Any = make_dataclass(owner.__name__, owner.__match_args__)
+        return like.__dataclass_fields__

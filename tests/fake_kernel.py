@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
 
 from natkeep.errors import KernelError, RefusedError
-from natkeep.kernel.interface import P, Remember, T
+from natkeep.kernel.interface import Kernel, P, Remember, T
 from natkeep.kernel.sock_diag import Shown
-from natkeep.plan import filters, listeners, ruleset, tables
+from natkeep.plan import filters, listeners, nft, ruleset, tables
 from natkeep.plan.conntrack import entries, stale_tuples
 from natkeep.plan.diagnostics import Facts
 from natkeep.plan.move import Move, Site
@@ -41,13 +42,25 @@ from natkeep.plan.steps import (
     SendResets,
     Step,
     TakeOverLock,
-    TranslateErrors,
 )
 from natkeep.plan.strays import SeenTable
 from natkeep.plan.translation import NOTHING_SPECIAL, Surroundings, Translation
 from natkeep.plan.tuples import NO_CONNECTIONS, Address, Connections, Endpoint, FourTuple
+from natkeep.plan.undo import (
+    CloseGates,
+    DeleteEntries,
+    EndHolder,
+    LowerLoopback,
+    PutLockBack,
+    RemoveAddress,
+    RemoveGate,
+    RemoveListeners,
+    RemoveOwnedTable,
+    Undo,
+    Unload,
+    undo_of,
+)
 from natkeep.plan.wanted import objects_of, shared_keys, split_opening
-from natkeep.values import dataclass, field
 
 
 @dataclass
@@ -95,6 +108,7 @@ class FakeKernel:
         self.surroundings = NOTHING_SPECIAL
         self.told: set[FourTuple] = set()
         self.shown: list[Shown] = []
+        self.known: list[Step] = []
 
     def open_sites(self, sites: Iterable[Site], known: dict[Site, Identity] | None = None) -> None:
         """Every name is a namespace here."""
@@ -160,6 +174,7 @@ class FakeKernel:
         number, self.applied = self.applied, self.applied + 1
         changed = copy.deepcopy(self.sites[step.site.netns])
         prior = _find_prior(changed, step)
+        self.known = [*(known for known in self.known if known != step), step]
         remember(prior)
         if number == self.fail_at:
             raise KernelError(f"{step.site}: told to fail")
@@ -227,49 +242,46 @@ class FakeKernel:
     def unhook_gates(self) -> None:
         """Nothing: no packet comes by here."""
 
-    def revert(self, step: Step, prior: Prior) -> None:
-        """Undo *step*; already gone is fine."""
-        here = self.sites[step.site.netns]
-        match step:
-            case InstallGate():
-                here.gates.pop(step.move_id, None)
-                for translation in step.translations:
-                    for name in filters.sets_of(step.move_id, translation):
-                        here.sets.pop(name, None)
-                _withdraw(here, step.move_id, _gate_chains(step))
-            case RaiseLoopback() if not prior.present:
+    def revert(self, site: Site, undo: Undo, prior: Prior) -> None:
+        """Take back what a step made; already gone is fine."""
+        steps = [s for s in self.known if s.site == site and _is_undone_by(undo, s)]
+        if steps:
+            self.undo_step(steps[-1], prior, undo)
+        else:
+            self._take_back(site, undo, prior)
+
+    def undo_step(self, step: Step, prior: Prior, undo: Undo | None = None) -> None:
+        """The same of a step that this kernel has seen: for tests that ask for its kind."""
+        self._take_back(step.site, undo or undo_of(step), prior)
+
+    def _take_back(self, site: Site, undo: Undo, prior: Prior) -> None:
+        here = self.sites[site.netns]
+        if prior.present:
+            return
+        match undo:
+            case RemoveGate() | Unload() | RemoveListeners():
+                _unload(here, undo.objects)
+            case LowerLoopback():
                 here.loopback = False
-            case AddAddress() if not prior.present:
-                here.addresses.discard(step.address)
-            case InstallTranslation():
-                _withdraw(here, step.move_id, _translating_chains(step))
-            case InsertEntries():
-                for entry in entries(step.translation):
-                    here.entries.pop(entry.original, None)
-            case HoldListeners():
-                here.holds.pop(step.move_id, None)
-            case HoldSegments():
-                here.holders.discard(step.move_id)
-            case GuardSite():
-                here.guards.discard(step.move_id)
-            case TakeOverLock() if prior.facts:
-                locked = here.locks.setdefault(step.lock.table, set())
-                locked.update(step.connections)
-            case InstallReception():
-                comment = listeners.comment(step.move_id)
-                _withdraw(here, comment, _receiving_chains(step))
-            case InstallResets():
-                here.resets.pop(step.move_id, None)
-                for reset in step.resets:
-                    here.sets.pop(filters.reset_set(step.move_id, reset.number), None)
-                _withdraw(here, filters.reset_comment(step.move_id), _resetting_chains(step))
-            case SendResets() if not prior.present and step.move_id in here.resets:
-                here.resets[step.move_id] = Gate.CLOSED
-            case OpenGate() if not prior.present and step.move_id in here.gates:
-                here.gates[step.move_id] = Gate.CLOSED
+            case RemoveAddress():
+                here.addresses.discard(undo.address)
+            case DeleteEntries():
+                for original in undo.outer:
+                    here.entries.pop(original, None)
+            case EndHolder():
+                here.holders.discard(undo.move_id)
+            case RemoveOwnedTable():
+                here.guards.discard(undo.move_id)
+            case PutLockBack() if prior.facts:
+                here.locks.setdefault(undo.lock.table, set()).update(undo.connections)
+            case CloseGates():
+                for kind, _, move_id in (chain.partition("-") for chain in undo.chains):
+                    gates = here.resets if kind == "reset" else here.gates
+                    if kind in ("gate", "reset") and move_id in gates:
+                        gates[move_id] = Gate.CLOSED
             case _:
                 pass
-        here.loaded = [other for other in here.loaded if not _is_undone_by(step, other)]
+        here.loaded = [other for other in here.loaded if not _is_undone_by(undo, other)]
         if not here.loaded:
             here.broken.clear()
             here.made.clear()
@@ -335,11 +347,24 @@ class FakeSnapshot:
         """There is nothing to let go of."""
 
 
-def _is_undone_by(step: Step, other: Step) -> bool:
-    """Whether *other* goes with *step*: it is the same, or was before more connections came."""
-    if isinstance(step, InstallGate | InstallTranslation | TranslateErrors):
-        return type(other) is type(step) and getattr(other, "move_id", "") == step.move_id
-    return other == step
+def _is_undone_by(undo: Undo, other: Step) -> bool:
+    """Whether *other* goes with it: it is its step, or was before more connections came."""
+    theirs = undo_of(other)
+    if isinstance(undo, RemoveGate | Unload) and type(theirs) is type(undo) and undo.objects:
+        return set(theirs.objects) <= set(undo.objects) and bool(theirs.objects)
+    return theirs == undo
+
+
+def _unload(here: FakeSite, objects: Iterable[nft.Undo]) -> None:
+    for one in objects:
+        kind, _, move_id = one.name.partition("-")
+        if one.kind == "set":
+            here.sets.pop(one.name, None)
+        elif one.kind == "rule":
+            _withdraw(here, one.what, [one.name])
+        elif one.kind == "chain" and kind in ("gate", "reset", "hold"):
+            gates = {"gate": here.gates, "reset": here.resets, "hold": here.holds}[kind]
+            gates.pop(move_id, None)  # type: ignore[attr-defined]  # each is a dictionary by id
 
 
 def _chains_of(here: FakeSite, owner: str) -> frozenset[str]:
@@ -392,6 +417,11 @@ def _find_sockets(here: FakeSite, site: Site, plan: Plan) -> Connections | None:
         return None
     kept = [inbound for t in plan.translations if t.site == site for inbound in t.kept]
     return Connections.of(inbound for inbound in kept if inbound in here.sockets)
+
+
+def revert_step(kernel: Kernel, step: Step, prior: Prior) -> None:
+    """Undo *step* as a teardown does, by its inverse."""
+    kernel.revert(step.site, undo_of(step), prior)
 
 
 class KilledError(BaseException):

@@ -1204,17 +1204,17 @@ def stop():
     os.write(int(writer), b"x")
     while True:  # not pause(): a signal that comes just before it would not end it
         time.sleep(0.02)
-def step(self, step, more):
-    result = real(self, step, more)
-    if type(step).__name__ == kind:
+def step(self, *given):
+    result = real(self, *given)
+    if kind in [type(each).__name__ for each in given]:
         stop()
     return result
 setattr(LinuxKernel, verb, step)
 if again:
     undo = LinuxKernel.revert
-    def revert(self, step, prior):
+    def revert(self, *given):
         os.kill(os.getpid(), getattr(signal, again))  # the user is impatient
-        undo(self, step, prior)
+        undo(self, *given)
     LinuxKernel.revert = revert
 sys.exit(cli.main(sys.argv[5:]))
 """
@@ -1293,7 +1293,7 @@ def test_a_signal_in_the_middle_of_teardown_is_heeded_when_it_is_through(
 ) -> None:
     """So there is nothing to say of what is left: nothing is."""
     executor(*prepare(sites), input=LIST)
-    running = run_and_stop("revert", "AddAddress", "", "teardown", "web")
+    running = run_and_stop("revert", "RemoveAddress", "", "teardown", "web")
     running.send_signal(number)
     out, err = running.communicate(timeout=PATIENCE)
     assert (*ENDINGS[number], "") == (running.returncode, err.splitlines(), out)
@@ -1305,7 +1305,7 @@ def test_a_teardown_that_is_killed_is_finished_by_the_next(
     sites: Network, executor: Run, tmp_path: Path
 ) -> None:
     executor(*prepare(sites), input=LIST)
-    running = run_and_stop("revert", "AddAddress", "", "teardown", "web")
+    running = run_and_stop("revert", "RemoveAddress", "", "teardown", "web")
     running.kill()
     running.communicate()
     kinds = ("connections", "hold", "journal", "ready")

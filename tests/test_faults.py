@@ -25,7 +25,8 @@ from natkeep.plan.observation import Gate
 from natkeep.plan.roles import Role
 from natkeep.plan.steps import AddAddress, InsertEntries, InstallGate, OpenGate, Prior, Step
 from natkeep.plan.tuples import Connections, Endpoint, FourTuple, parse_address
-from natkeep.state.journal import Record, StateDirectory
+from natkeep.plan.undo import Undo
+from natkeep.state.journal import StateDirectory
 
 ROOT = Path(__file__).resolve().parent.parent
 FIGURES = re.compile(
@@ -161,11 +162,11 @@ class InterruptedKernel(FakeKernel):
 
     kind: type = type(None)
 
-    def revert(self, step: Step, prior: Prior) -> None:
+    def undo_step(self, step: Step, prior: Prior, undo: Undo | None = None) -> None:
         if isinstance(step, self.kind):
             self.kind = type(None)  # a second one does not come: the command line sees to that
             raise KeyboardInterrupt
-        super().revert(step, prior)
+        super().undo_step(step, prior, undo)
 
 
 @pytest.fixture
@@ -201,11 +202,12 @@ def test_an_open_that_was_killed_is_ours_to_close_when_it_is_opened_again(
     number = journal.kinds.index("OpenGate")
     step = plan_of(journal).steps[number]
     with pytest.raises(KilledError):
-        kernel.apply(step, lambda prior: journal.note(number, "doing", prior))
+        kernel.apply(step, lambda prior: journal.note(number, "doing", prior, step))
 
     open_move(executor, "web")
 
-    assert state.load("web").records[number] == Record("done", Prior(present=False))
+    record = state.load("web").records[number]
+    assert (record.state, record.prior) == ("done", Prior(present=False))
 
 
 def test_what_is_in_the_way_of_a_journal_that_cannot_be_renamed_is_removed(

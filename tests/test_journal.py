@@ -20,7 +20,7 @@ from natkeep import __version__
 from natkeep.errors import JournalError, RefusedError, UsageError
 from natkeep.plan.move import Map, Mode, Move, Site
 from natkeep.plan.roles import Role
-from natkeep.plan.steps import Prior
+from natkeep.plan.steps import AddAddress, Prior
 from natkeep.plan.translation import Surroundings
 from natkeep.plan.tuples import Connections, Endpoint, FourTuple, parse_address
 from natkeep.state import files
@@ -69,8 +69,12 @@ def state(place: Path) -> StateDirectory:
     return StateDirectory(str(place), create=True)
 
 
+STEP = AddAddress(MOVE.sites[0], parse_address("10.2.0.10"))
+UNDO = b'"site":0,"undo":{"kind":"address","address":"10.2.0.10"}'
+
+
 def begin(state: StateDirectory, move: Move = MOVE) -> Journal:
-    return state.begin(move, CONNECTIONS, SURROUNDINGS, NAMESPACES, KINDS)
+    return state.begin(move, CONNECTIONS, SURROUNDINGS, NAMESPACES, KINDS, before=(0, 1))
 
 
 def plain(found: Journal) -> dict[str, Any]:
@@ -86,9 +90,9 @@ def test_what_is_written_is_read_again(state: StateDirectory, place: Path) -> No
     written = begin(state)
     assert plain(written) == plain(state.load("web"))
 
-    written.note(0, "doing", Prior())
+    written.note(0, "doing", Prior(), STEP)
     written.note(0, "done", Prior(present=True, facts={"acct": "0", "addresses": 2, "up": True}))
-    written.note(1, "doing", Prior())
+    written.note(1, "doing", Prior(), STEP)
     written.note(1, "undone", Prior())
 
     found = StateDirectory(str(place), create=False).load("web")
@@ -106,21 +110,22 @@ def test_what_is_written_is_read_again(state: StateDirectory, place: Path) -> No
 def test_the_format_line_by_line(state: StateDirectory, place: Path) -> None:
     """Who changes this changes what other versions, and a teardown after an update, can read."""
     written = begin(state)
-    written.note(0, "doing", Prior())
+    written.note(0, "doing", Prior(), STEP)
     written.note(0, "done", Prior(present=True, facts={"acct": "0"}))
     written.note(0, "undone", Prior())
 
     assert (place / "web.connections").read_bytes() == PACKED
     digest = hashlib.sha256(PACKED).hexdigest()
     assert [
-        f'{{"schema":1,"natkeep":"{__version__}","boot":"{read_boot_id()}",'
+        f'{{"schema":2,"natkeep":"{__version__}","boot":"{read_boot_id()}",'
         '"move":{"id":"web","mode":"stateful","listeners":[],'
         '"maps":[{"old":"10.2.0.10","new":"10.3.0.20"},{"old":"fd00:2::10","new":"fd00:3::20"}],'
         '"sites":[{"role":"destination","netns":"dst"},{"role":"gateway","netns":""}]},'
         '"namespaces":[[4,4026531840],[4,4026532299]],'
-        '"steps":["InstallGate","FillSet","OpenGate"],"local":["10.1.0.2","fd00:1::2"],'
+        '"steps":["InstallGate","FillSet","OpenGate"],"prepare":[0,1],"local":["10.1.0.2","fd00:1::2"],'
         f'"connections":"{digest}","image":null}}',
-        '{"step":0,"state":"doing","prior":{"present":false}}',
+        '{"step":0,"state":"doing","prior":{"present":false},'
+        '"site":0,"undo":{"kind":"address","address":"10.2.0.10"}}',
         '{"step":0,"state":"done","prior":{"present":true,"acct":"0"}}',
         '{"step":0,"state":"undone"}',
         "",
@@ -158,8 +163,8 @@ def test_what_is_on_disk_when_note_returns_was_synced(
         synced.append(os.pread(fd, 1 << 20, 0))
 
     monkeypatch.setattr(os, "fsync", fsync)
-    written.note(0, "doing", Prior())
-    assert synced[-1].endswith(b'{"step":0,"state":"doing","prior":{"present":false}}\n')
+    written.note(0, "doing", Prior(), STEP)
+    assert synced[-1].endswith(b'{"step":0,"state":"doing","prior":{"present":false},%s}\n' % UNDO)
 
 
 def test_a_journal_that_is_removed_is_gone_and_so_are_its_connections(
@@ -198,7 +203,7 @@ def test_a_last_line_without_its_newline_is_ignored_and_cut_before_the_next(
     torn: bytes, state: StateDirectory, place: Path
 ) -> None:
     written = begin(state)
-    written.note(0, "doing", Prior())
+    written.note(0, "doing", Prior(), STEP)
     whole = (place / "web.journal").read_bytes()
     with (place / "web.journal").open("ab") as file:
         file.write(torn)
@@ -206,8 +211,8 @@ def test_a_last_line_without_its_newline_is_ignored_and_cut_before_the_next(
     found = state.load("web")
     assert plain(written) == plain(found)
 
-    found.note(1, "doing", Prior())
-    added = b'{"step":1,"state":"doing","prior":{"present":false}}\n'
+    found.note(1, "doing", Prior(), STEP)
+    added = b'{"step":1,"state":"doing","prior":{"present":false},%s}\n' % UNDO
     assert whole + added == (place / "web.journal").read_bytes()
     assert plain(found) == plain(state.load("web"))
 
@@ -252,7 +257,7 @@ def test_note_that_cannot_write_is_an_error_of_the_journal(
 
     monkeypatch.setattr(os, "write", write)
     with pytest.raises(JournalError) as caught:
-        written.note(0, "doing", Prior())
+        written.note(0, "doing", Prior(), STEP)
     assert f"{place}/web.journal: No space left on device" == str(caught.value)
     assert whole == (place / "web.journal").read_bytes()
     assert written.records == {}
@@ -264,7 +269,7 @@ def test_a_write_that_the_kernel_takes_in_parts_is_finished(
     real = os.write
     monkeypatch.setattr(os, "write", lambda fd, content: real(fd, bytes(content)[:7]))
     written = begin(state)
-    written.note(0, "done", Prior())
+    written.note(0, "doing", Prior(), STEP)
     assert plain(written) == plain(state.load("web"))
 
 
@@ -348,8 +353,8 @@ def without(key: str) -> Callable[[dict[str, Any]], None]:
 
 
 HEADERS: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
-    "newer": (put("schema", value=2), "the journal of web has schema 2, this natkeep knows 1"),
-    "older": (put("schema", value=0), "the journal of web has schema 0, this natkeep knows 1"),
+    "newer": (put("schema", value=3), "the journal of web has schema 3, this natkeep knows 2"),
+    "older": (put("schema", value=0), "the journal of web has schema 0, this natkeep knows 2"),
     "no schema": (without("schema"), "the journal of web is corrupt: 'schema'"),
     "another move": (
         put("move", "id", value="api"),
@@ -516,7 +521,7 @@ def test_a_link_in_place_of_the_journal_is_not_written_through(
     make_link(place / "web.journal")
     before = (place.parent / "victim").read_bytes()
     with pytest.raises(JournalError, match="Too many levels of symbolic links"):
-        written.note(0, "doing", Prior())
+        written.note(0, "doing", Prior(), STEP)
     written.remove()
     assert before == (place.parent / "victim").read_bytes()
 
@@ -546,7 +551,7 @@ def test_the_directory_stays_the_same_when_another_takes_its_name(
     written = begin(state)
     place.rename(tmp_path / "moved")
     place.mkdir()
-    written.note(0, "doing", Prior())
+    written.note(0, "doing", Prior(), STEP)
     assert list(place.iterdir()) == []
     assert plain(written) == plain(state.load("web"))
 
@@ -566,7 +571,7 @@ def test_modes_let_nobody_else_read_or_write(place: Path) -> None:
     old = os.umask(0)
     try:
         state = StateDirectory(str(place), create=True)
-        begin(state).note(0, "doing", Prior())
+        begin(state).note(0, "doing", Prior(), STEP)
         with state.locked():
             pass
     finally:

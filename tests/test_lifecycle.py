@@ -56,6 +56,7 @@ from natkeep.plan.steps import (
     Step,
 )
 from natkeep.plan.tuples import Connections, Endpoint, FourTuple, parse_address
+from natkeep.plan.undo import Undo
 from natkeep.state.journal import StateDirectory
 
 GATEWAY, DESTINATION = Site(Role.GATEWAY, "gw"), Site(Role.DESTINATION, "dst")
@@ -125,10 +126,10 @@ class RecordingKernel(FakeKernel):
         self.done.append(("apply", type(step), step.site.role))
         return prior
 
-    def revert(self, step: Step, prior: Prior) -> None:
+    def undo_step(self, step: Step, prior: Prior, undo: Undo | None = None) -> None:
         if isinstance(step, self.stuck):
             raise KernelError(f"{step.site}: told not to undo {type(step).__name__}")
-        super().revert(step, prior)
+        super().undo_step(step, prior, undo)
         self.done.append(("revert", type(step), step.site.role))
 
 
@@ -416,12 +417,12 @@ class MortalKernel(FakeKernel):
         super().apply(step, remember_and_die if self.moment == MOMENTS[1] else remember)
         self.state.die()
 
-    def revert(self, step: Step, prior: Prior) -> None:
+    def undo_step(self, step: Step, prior: Prior, undo: Undo | None = None) -> None:
         self.state.demand_life()
         number, self.reverted = self.reverted, self.reverted + 1
         if number == self.at and self.moment != MOMENTS[2]:
             self.state.die()
-        super().revert(step, prior)
+        super().undo_step(step, prior, undo)
         if number == self.at:
             self.state.die()
 
@@ -1058,9 +1059,10 @@ def test_drain_gives_up_in_time_and_says_how_many_live(executor: Executor) -> No
 # ---- another natkeep -------------------------------------------------------------------------
 
 
-def test_a_journal_of_other_steps_is_not_torn_down_by_guesswork(
+def test_a_journal_of_other_steps_is_opened_by_none_but_torn_down(
     executor: Executor, kernel: RecordingKernel, state: StateDirectory
 ) -> None:
+    """Of another natkeep: what its records have to be undone, and no plan, is all that it takes."""
     prepare(executor, make_move(), CONNECTIONS)
     path = Path(state.path) / "web.journal"
     header, rest = path.read_text().split("\n", 1)
@@ -1069,11 +1071,12 @@ def test_a_journal_of_other_steps_is_not_torn_down_by_guesswork(
     path.write_text(json.dumps(changed) + "\n" + rest)
     before = copy.deepcopy(kernel.sites)
 
-    for verb in (open_move, teardown):
-        with pytest.raises(JournalError, match="by a natkeep that does other steps") as caught:
-            verb(executor, "web")
-        assert caught.value.exit_code == 7
+    with pytest.raises(JournalError, match="by a natkeep that does other steps") as caught:
+        open_move(executor, "web")
+    assert caught.value.exit_code == 7
     assert before == kernel.sites
+    assert teardown(executor, "web")
+    assert kernel.sites == {"gw": FakeSite(), "dst": FakeSite()}
 
 
 def test_whoever_changes_a_site_holds_the_lock(
@@ -1088,9 +1091,9 @@ def test_whoever_changes_a_site_holds_the_lock(
             self.try_lock("apply")
             return super().apply(step, remember)
 
-        def revert(self, step: Step, prior: Prior) -> None:
+        def undo_step(self, step: Step, prior: Prior, undo: Undo | None = None) -> None:
             self.try_lock("revert")
-            super().revert(step, prior)
+            super().undo_step(step, prior, undo)
 
         def try_lock(self, verb: str) -> None:
             with pytest.raises(JournalError, match="another natkeep holds"), second.locked(0):

@@ -270,9 +270,9 @@ class Dead(FakeKernel):
         self._demand_life()
         super().mend(patch, remember)
 
-    def revert(self, step: Any, prior: Any) -> None:
+    def undo_step(self, step: Any, prior: Any, undo: Any = None) -> None:
         self._demand_life()
-        super().revert(step, prior)
+        super().undo_step(step, prior, undo)
 
     def _demand_life(self) -> None:
         if self.state.left < 0:

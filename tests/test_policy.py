@@ -160,12 +160,7 @@ def test_the_file_is_the_one_in_etc_whatever_the_environment_says(tmp_path: Path
     words = [*("prepare", "web", "--map", V4, "--connections", "list", "--dry-run")]
     done = subprocess.run(
         [
-            "unshare",
-            "--mount",
-            "sh",
-            "-c",
-            script,
-            "sh",
+            *("unshare", "--mount", "sh", "-c", script, "sh"),
             sys.executable,
             "-m",
             "natkeep.cli",

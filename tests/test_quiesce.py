@@ -211,12 +211,14 @@ def test_the_hold_is_in_the_new_journal_from_its_first_moment(
     plan = check(executor, move(SOURCE), CONNECTIONS)
     kinds = tuple(type(step).__name__ for step in plan.steps)
     identities = (kernel.identity(SOURCE),)
-    executor.state.begin(plan.move, CONNECTIONS, plan.surroundings, identities, kinds)
+    number = kinds.index(HoldListeners.__name__)
+    executor.state.begin(
+        plan.move, CONNECTIONS, plan.surroundings, identities, kinds,
+        before=tuple(range(len(kinds))), blocks=(number, plan.steps[number]),
+    )  # fmt: skip
 
     journal = executor.state.load("web")
-    assert {n: record.state for n, record in journal.records.items()} == {
-        kinds.index(HoldListeners.__name__): "doing"
-    }
+    assert {n: record.state for n, record in journal.records.items()} == {number: "doing"}
     teardown(executor, "web")
 
     assert is_bare(kernel)

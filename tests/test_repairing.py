@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import pytest
-from fake_kernel import FakeKernel, FakeSite, KilledError
+from fake_kernel import FakeKernel, FakeSite, KilledError, revert_step
 
 from natkeep.errors import JournalError, KernelError, LeftoverError, NatkeepError, RefusedError
 from natkeep.kernel.netns import NamespaceGoneError
@@ -338,7 +338,7 @@ def test_a_move_that_was_never_prepared_to_the_end_is_not_repaired_but_collected
     assert steps < len(plan.prepare)
     world.rewrite("web.journal", lambda text: "".join(text.splitlines(True)[: 2 + 2 * steps]))
     for step in plan.prepare[steps + 1 :]:
-        world.kernel.revert(step, Prior())
+        revert_step(world.kernel, step, Prior())
 
     with pytest.raises(JournalError, match="not prepared to the end"):
         world.repair()
@@ -491,7 +491,7 @@ def test_a_teardown_that_was_killed_is_ended(world: World) -> None:
     plan = world.prepare()
     numbers = (len(plan.prepare) - 1, len(plan.prepare) - 2)
     for number in numbers:
-        world.kernel.revert(plan.steps[number], Prior())
+        revert_step(world.kernel, plan.steps[number], Prior())
     rows = [{"step": number, "state": "undone"} for number in numbers]
     world.rewrite("web.journal", lambda text: text + "".join(json.dumps(r) + "\n" for r in rows))
 
@@ -599,7 +599,7 @@ def test_a_table_at_a_site_that_no_journal_names_goes_where_it_is_told_to(world:
 
 
 @pytest.mark.parametrize(
-    "damage", [lambda t: "x\n", lambda t: t.replace('"schema":1', '"schema":9')]
+    "damage", [lambda t: "x\n", lambda t: t.replace('"schema":2', '"schema":9')]
 )
 def test_a_journal_that_cannot_be_read_is_named_and_left_with_all_that_is_its(
     world: World, damage: Callable[[str], str]
@@ -667,8 +667,8 @@ def test_opening_again_after_a_kill_leaves_nothing_behind_at_teardown(world: Wor
     plan = world.prepare()
     opens = [n for n, step in enumerate(plan.steps) if isinstance(step, OpenGate)]
     world.kernel.die_at = world.kernel.applied
-    row = {"step": opens[0], "state": "doing", "prior": {"present": False}}
-    world.rewrite("web.journal", lambda text: text + json.dumps(row) + "\n")
+    journal = world.state.load("web")
+    journal.note(opens[0], "doing", Prior(), plan.steps[opens[0]])
     world.sites["gw"].gates["web"] = Gate.OPEN
     world.kernel.die_at = None
 

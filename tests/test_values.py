@@ -33,7 +33,7 @@ def make_pair(module: Any) -> type[Any]:
 
 
 def make_bag(module: Any) -> type[Any]:
-    @module.dataclass
+    @module.dataclass(slots=True)
     class Bag:
         name: str
         things: dict[str, int] = module.field(default_factory=dict)

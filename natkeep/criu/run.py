@@ -192,7 +192,7 @@ def find_slow_lock(checkpoint: Checkpoint, count: int) -> str | None:
 # ---- prepare, run, undo ------------------------------------------------------------------------
 
 
-@dataclass
+@dataclass(slots=True)
 class Restore:
     """One run of CRIU around which a move is prepared."""
 

@@ -37,7 +37,7 @@ from natkeep.kernel.ctnetlink import (
     read_tuples,
     turn,
 )
-from natkeep.kernel.interface import Place, Remember
+from natkeep.kernel.interface import Driver, Place, Remember
 from natkeep.kernel.netlink import NETLINK_NETFILTER, NLM_F_CREATE, NLM_F_EXCL, Netlink, Refusal
 from natkeep.plan.conntrack import (
     IPS_DST_NAT,
@@ -54,6 +54,7 @@ from natkeep.plan.roles import Role
 from natkeep.plan.steps import InsertEntries, Prior, PurgeEntries
 from natkeep.plan.translation import Translation
 from natkeep.plan.tuples import Connections, FourTuple
+from natkeep.plan.undo import DeleteEntries, RestoreEntries
 
 _IPS_OFFLOAD = 0xC000
 """IPS_OFFLOAD and IPS_HW_OFFLOAD."""
@@ -67,10 +68,8 @@ _INSERT_ATTEMPTS = 5
 _ACCOUNTING = "netfilter/nf_conntrack_acct"
 
 
-class InsertDriver:
+class InsertDriver(Driver[InsertEntries]):
     """InsertEntries: the entry of each kept connection, with NAT."""
-
-    enters = True
 
     def check(self, at: Place, step: InsertEntries) -> None:
         """A table that is nearly full would take neither our entries nor those of others."""
@@ -103,11 +102,11 @@ class InsertDriver:
                 sysctl.write(_ACCOUNTING, "0")
         return Prior()
 
-    def revert(self, at: Place, step: InsertEntries, prior: Prior) -> None:
+    def revert(self, at: Place, undo: DeleteEntries, prior: Prior) -> None:
         """Delete them; and accounting goes off, if the process was killed in the middle."""
         if "acct" in prior.facts:
             sysctl.write(_ACCOUNTING, str(prior.facts["acct"]))
-        delete(step.translation)
+        delete_inbound(undo.outer)
 
 
 def stop_counting() -> None:
@@ -132,16 +131,11 @@ def _insert_despite_races(translation: Translation) -> None:
         purge(translation)
 
 
-class PurgeDriver:
+class PurgeDriver(Driver[PurgeEntries]):
     """PurgeEntries: stale entries go; those that a gateway had of its own come back in the end.
 
     Which there are is in the journal before the first is deleted, so a kill forgets nothing.
     """
-
-    enters = True
-
-    def check(self, at: Place, step: PurgeEntries) -> None:
-        """It always works."""
 
     def apply(self, at: Place, step: PurgeEntries, remember: Remember) -> Prior:
         """Delete every entry that has one of the stale tuples."""
@@ -151,9 +145,9 @@ class PurgeDriver:
         purge(step.translation)
         return prior
 
-    def revert(self, at: Place, step: PurgeEntries, prior: Prior) -> None:
+    def revert(self, at: Place, undo: RestoreEntries, prior: Prior) -> None:
         """Make those of the gateway again, where nothing is in their place."""
-        restore(step.translation, directions_of(prior.facts))
+        restore(undo, directions_of(prior.facts))
 
 
 def read_directions(translation: Translation) -> str:
@@ -191,21 +185,20 @@ def _dump_directions(version: int) -> dict[bytes, str]:
     return found
 
 
-def restore(translation: Translation, directions: str) -> None:
+def restore(undo: RestoreEntries, directions: str) -> None:
     """Make again what `read_directions` has found, where nothing is in its place.
 
     They must not wait for a packet: if the process's is the first, it would leave untranslated,
     or not at all. They last as long as the connection, or only briefly when it has ended.
     """
-    version = translation.map.old.version
+    version, outer, kept = 4 if undo.kept.v4 else 6, undo.outer, undo.kept
     dialled = [i for i, direction in enumerate(directions) if direction == PROCESS_DIALLED]
     called = [i for i, direction in enumerate(directions) if direction == PEER_DIALLED]
-    if translation.outer != translation.kept:
+    if outer != kept:
         # With a translation of the gateway's own; either direction translates both alike.
         called, dialled = sorted(called + dialled), []
-    outer, kept = (some.pick(called, version) for some in (translation.outer, translation.kept))
-    _restore(outer, kept, ports=translation.renames)
-    turned = b"".join(map(turn, translation.kept.pick(dialled, version).each()))
+    _restore(outer.pick(called, version), kept.pick(called, version), ports=undo.renames)
+    turned = b"".join(map(turn, kept.pick(dialled, version).each()))
     plain = Connections.packed(turned, version)
     _restore(plain, plain, ports=False)
 

@@ -22,12 +22,13 @@ from natkeep.kernel.ctnetlink import (
     read_said,
     read_tuples,
 )
-from natkeep.kernel.interface import Place, Remember
+from natkeep.kernel.interface import Driver, Place, Remember
 from natkeep.kernel.netlink import NETLINK_NETFILTER, Batch, Netlink, message
 from natkeep.plan.listeners import Reception
 from natkeep.plan.move import Mode
 from natkeep.plan.protocols import TCP
 from natkeep.plan.steps import ForgetCalls, Prior
+from natkeep.plan.undo import ForgetListeners
 
 _SEEN_REPLY = 0x02
 _SYN_SENT = 1
@@ -35,13 +36,8 @@ _ALIVE = (TCP.opening - {_SYN_SENT}) | TCP.alive
 """SYN_RECV to LAST_ACK."""
 
 
-class ForgetDriver:
+class ForgetDriver(Driver[ForgetCalls]):
     """ForgetCalls: what conntrack believes of SYNs that came before the listeners moved."""
-
-    enters = True
-
-    def check(self, at: Place, step: ForgetCalls) -> None:
-        """It always works."""
 
     def apply(self, at: Place, step: ForgetCalls, remember: Remember) -> Prior:
         """Unreplied entries go: their SYNs come again, and take the new way."""
@@ -50,9 +46,9 @@ class ForgetDriver:
             delete_unreplied(reception)
         return Prior()
 
-    def revert(self, at: Place, step: ForgetCalls, prior: Prior) -> None:
+    def revert(self, at: Place, undo: ForgetListeners, prior: Prior) -> None:
         """Translated entries go: they lead to where nothing listens any more."""
-        for reception in step.receptions:
+        for reception in undo.listeners:
             delete_translated(reception)
 
 

@@ -32,6 +32,7 @@ from natkeep.plan.criu_lock import (
 from natkeep.plan.nft import IP
 from natkeep.plan.steps import Prior, TakeOverLock
 from natkeep.plan.tuples import Connections
+from natkeep.plan.undo import PutLockBack
 
 _TOOLS = {4: "iptables", 6: "ip6tables"}
 _LEGACY_NAMES = {4: "ip_tables_names", 6: "ip6_tables_names"}
@@ -57,9 +58,9 @@ class LockDriver(Driver[TakeOverLock]):
         take_lock(step.lock, step.connections)
         return prior
 
-    def revert(self, at: Place, step: TakeOverLock, prior: Prior) -> None:
+    def revert(self, at: Place, undo: PutLockBack, prior: Prior) -> None:
         """Put back what of it is missing."""
-        put_lock_back(step.lock, step.connections, prior)
+        put_lock_back(undo.lock, undo.connections, prior)
 
 
 def find_lock(lock: DumpLock, kept: Connections) -> Prior:

@@ -13,11 +13,13 @@
       |   kernel.mend(patch, remember)       what is missing of it is there again
       |   kernel.unhook_gates()              where no gate is closed, packets pass them by
       v
-    kernel.revert(step, prior)               in the reverse order; then nothing is left
+    kernel.revert(site, undo, prior)         in the reverse order; then nothing is left. The step
+      |                                      is not needed: its inverse is data
       v
     kernel.close_sites(sites)
 
-`clear_strays` is for what no journal knows. A step goes to the driver of its kind.
+`clear_strays` is for what no journal knows. A step goes to the driver of its kind, an
+undo to its inverse.
 
 What changes a site has the lock of the state directory: two processes that change one at the same
 time are not told apart here. `check` of a step may not count on the steps before it; `apply` may,
@@ -43,6 +45,7 @@ from natkeep.plan.observation import Observation
 from natkeep.plan.steps import Identity, Plan, Prior, Step
 from natkeep.plan.translation import Surroundings
 from natkeep.plan.tuples import Address, Connections
+from natkeep.plan.undo import Undo
 from natkeep.values import dataclass
 
 if TYPE_CHECKING:
@@ -65,7 +68,7 @@ class Place:
 
 
 class Driver(Protocol[S_contra]):
-    """What one kind of step is to the kernel: check, apply and revert, side by side in one file.
+    """What one kind of step is to the kernel: check and apply, and beside them its Inverse.
 
     Drivers derive from this one. They are called in the step's namespace, unless *enters* is
     false: a process that is started must not keep a namespace alive by being in it.
@@ -80,8 +83,17 @@ class Driver(Protocol[S_contra]):
     def apply(self, at: Place, step: S_contra, remember: Remember) -> Prior:
         """Do *step*; OSError or KernelError when the kernel says no."""
 
-    def revert(self, at: Place, step: S_contra, prior: Prior) -> None:
-        """Undo *step*; done as well where it was never applied."""
+
+U_contra = TypeVar("U_contra", bound=Undo, contravariant=True)
+
+
+class Inverse(Protocol[U_contra]):
+    """What one kind of undo is to the kernel; a driver that makes something is its inverse, too."""
+
+    enters: bool = True
+
+    def revert(self, at: Place, undo: U_contra, prior: Prior) -> None:
+        """Take back what was made; done as well where it never was. prior.present is false."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,8 +172,8 @@ class Kernel(Protocol):
     def unhook_gates(self) -> None:
         """At each opened site where no gate is closed take them out of all packets' way."""
 
-    def revert(self, step: Step, prior: Prior) -> None:
-        """Undo *step*; KernelError when the kernel says no."""
+    def revert(self, site: Site, undo: Undo, prior: Prior) -> None:
+        """Undo a step at an opened site, by its inverse; KernelError when the kernel says no."""
 
     def observe(self, site: Site, plan: Plan) -> Observation:
         """What *site* shows of *plan* now: a snapshot that is used once."""

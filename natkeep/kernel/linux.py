@@ -24,9 +24,9 @@ from natkeep.kernel import (
     rtnetlink,
     segment_holder,
 )
-from natkeep.kernel.interface import Driver, Place, Remember, Snapshot
+from natkeep.kernel.interface import Driver, Inverse, Place, Remember, Snapshot
 from natkeep.kernel.netns import Namespace, errors_at, find_namespace, inside, open_namespace
-from natkeep.kernel.nft_drivers import NFT_DRIVERS
+from natkeep.kernel.nft_drivers import NFT_DRIVERS, NFT_INVERSES
 from natkeep.plan.move import Move, Site
 from natkeep.plan.observation import Observation
 from natkeep.plan.roles import Role
@@ -46,6 +46,18 @@ from natkeep.plan.steps import (
 )
 from natkeep.plan.translation import Surroundings
 from natkeep.plan.tuples import Address, Connections, FourTuple
+from natkeep.plan.undo import (
+    DeleteEntries,
+    EndHolder,
+    ForgetListeners,
+    LowerLoopback,
+    Nothing,
+    PutLockBack,
+    RemoveAddress,
+    RemoveOwnedTable,
+    RestoreEntries,
+    Undo,
+)
 
 if TYPE_CHECKING:
     from natkeep.plan.repair import Patch
@@ -53,7 +65,7 @@ if TYPE_CHECKING:
 P = ParamSpec("P")
 T = TypeVar("T")
 
-DRIVERS: dict[type, Driver[Any]] = {
+DRIVERS: dict[type, Any] = {
     **NFT_DRIVERS,
     AddAddress: rtnetlink.AddressDriver(),
     ForgetCalls: conntrack_listeners.ForgetDriver(),
@@ -65,6 +77,19 @@ DRIVERS: dict[type, Driver[Any]] = {
     TakeOverLock: criu_lock.LockDriver(),
 }
 """By the kind of step; a kind that is derived from another has its driver."""
+
+INVERSES: dict[type, Inverse[Any]] = {
+    **NFT_INVERSES,
+    DeleteEntries: DRIVERS[InsertEntries],
+    EndHolder: DRIVERS[HoldSegments],
+    ForgetListeners: DRIVERS[ForgetCalls],
+    LowerLoopback: DRIVERS[RaiseLoopback],
+    PutLockBack: DRIVERS[TakeOverLock],
+    RemoveAddress: DRIVERS[AddAddress],
+    RemoveOwnedTable: DRIVERS[GuardSite],
+    RestoreEntries: DRIVERS[PurgeEntries],
+}
+"""By the kind of undo."""
 
 
 class LinuxKernel:
@@ -154,10 +179,13 @@ class LinuxKernel:
         with self._driving(step) as (driver, place):
             return driver.apply(place, step, remember)
 
-    def revert(self, step: Step, prior: Prior) -> None:
-        """Undo *step*; KernelError when the kernel says no."""
-        with self._driving(step) as (driver, place):
-            driver.revert(place, step, prior)
+    def revert(self, site: Site, undo: Undo, prior: Prior) -> None:
+        """Undo a step at an opened site, by its inverse; KernelError when the kernel says no."""
+        if prior.present or isinstance(undo, Nothing):
+            return
+        inverse = INVERSES[type(undo)]
+        with self._entering(site, enters=inverse.enters) as place:
+            inverse.revert(place, undo, prior)
 
     def mend(self, patch: Patch, remember: Remember) -> None:
         """Do what a repair found missing; KernelError when the kernel says no."""
@@ -207,9 +235,14 @@ class LinuxKernel:
     def _driving(self, step: Step) -> Iterator[tuple[Driver[Any], Place]]:
         """The step's driver and where it acts; in the namespace, if the driver wants that."""
         driver = next(DRIVERS[kind] for kind in type(step).__mro__ if kind in DRIVERS)
-        namespace = self._namespaces[step.site]
-        with errors_at(step.site), inside(namespace) if driver.enters else nullcontext():
-            yield driver, Place(step.site, namespace, self._directory)
+        with self._entering(step.site, enters=driver.enters) as place:
+            yield driver, place
+
+    @contextmanager
+    def _entering(self, site: Site, *, enters: bool) -> Iterator[Place]:
+        namespace = self._namespaces[site]
+        with errors_at(site), inside(namespace) if enters else nullcontext():
+            yield Place(site, namespace, self._directory)
 
 
 def _close_all(namespaces: dict[Site, Namespace]) -> None:

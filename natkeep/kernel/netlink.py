@@ -29,6 +29,7 @@ NETLINK_NETFILTER = 12
 NLM_F_REQUEST = 0x1
 NLM_F_ACK = 0x4
 NLM_F_DUMP = 0x300
+_NLM_F_DUMP_INTR = 0x10
 NLM_F_EXCL = 0x200
 NLM_F_CREATE = 0x400
 NLM_F_APPEND = 0x800
@@ -174,6 +175,7 @@ class Netlink:
         self._socket = socket.socket(
             socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, protocol
         )
+        self.interrupted = False  # whether what was dumped last changed meanwhile
         self._socket.bind((0, 0))
         self._socket.setsockopt(_SOL_NETLINK, _NETLINK_CAP_ACK, 1)
         # Received into, since recv() takes and returns all this memory for each datagram anew.
@@ -250,6 +252,7 @@ class Netlink:
     def request(self, type_: int, flags: int, body: bytes) -> Iterator[bytes]:
         """Send one request and yield the body of each answer; OSError when it is refused."""
         dump = flags & NLM_F_DUMP == NLM_F_DUMP
+        self.interrupted = False
         self._socket.send(message(type_, flags if dump else flags | NLM_F_ACK, body, 1))
         while True:
             for answer, _, payload in self._receive():
@@ -280,7 +283,8 @@ class Netlink:
     def _receive(self) -> Iterator[tuple[int, int, bytes]]:
         """Type, sequence number and body of each message of one datagram."""
         data = self._receive_datagram()
-        for offset, length, type_, sequence in _headers(data):
+        for offset, length, type_, flags, sequence in _headers(data):
+            self.interrupted |= flags & _NLM_F_DUMP_INTR != 0
             yield type_, sequence, data[offset + _HEADER.size : offset + length]
 
     def _receive_datagram(self) -> bytes:
@@ -301,12 +305,12 @@ def _raise_refused(body: bytes) -> None:
         raise OSError(number, os.strerror(number))
 
 
-def _headers(data: bytes) -> Iterator[tuple[int, int, int, int]]:
-    """Offset, length, type and sequence number of each message of a datagram."""
+def _headers(data: bytes) -> Iterator[tuple[int, int, int, int, int]]:
+    """Offset, length, type, flags and sequence number of each message of a datagram."""
     offset, size = 0, len(data)
     while offset + _HEADER.size <= size:
-        length, type_, _, sequence, _ = _HEADER.unpack_from(data, offset)
+        length, type_, flags, sequence, _ = _HEADER.unpack_from(data, offset)
         if length < _HEADER.size:
             return
-        yield offset, length, type_, sequence
+        yield offset, length, type_, flags, sequence
         offset += (length + 3) & ~3

@@ -13,7 +13,7 @@ from natkeep import faultpoints
 from natkeep.errors import RefusedError
 from natkeep.kernel import conntrack_listeners, nftables, routes, segment_holder
 from natkeep.kernel.conntrack_purge import delete_untracked
-from natkeep.kernel.interface import Driver, Place, Remember
+from natkeep.kernel.interface import Driver, Inverse, Place, Remember
 from natkeep.plan.filters import reset_chain
 from natkeep.plan.observation import Gate
 from natkeep.plan.roles import Role
@@ -30,13 +30,14 @@ from natkeep.plan.steps import (
     SendResets,
     TranslateErrors,
 )
-from natkeep.plan.tables import ERRORS, gate_chain
+from natkeep.plan.tables import gate_chain
+from natkeep.plan.undo import CloseGates, RemoveGate, RemoveListeners, Unload
 
 L = TypeVar("L", bound=Loads)
 
 
 class LoadDriver(Driver[L]):
-    """Objects are loaded, and unloaded; nothing else."""
+    """Objects are loaded; nothing else."""
 
     def apply(self, at: Place, step: L, remember: Remember) -> Prior:
         """Load what the step adds, behind what all moves share."""
@@ -44,9 +45,15 @@ class LoadDriver(Driver[L]):
         nftables.load_step(step, step.objects())
         return Prior()
 
-    def revert(self, at: Place, step: L, prior: Prior) -> None:
-        """Unload it; what is gone already is fine."""
-        nftables.unload(undo for one in step.objects() for undo in one.undo())
+
+class UnloadInverse(Inverse[Unload]):
+    """Objects are unloaded."""
+
+    def revert(self, at: Place, undo: Unload, prior: Prior) -> None:
+        """What is gone already is fine."""
+        nftables.unload(undo.objects)
+        if undo.part:
+            faultpoints.reach("withdrawn", undo.part)
 
 
 class GateDriver(LoadDriver[InstallGate]):
@@ -67,13 +74,13 @@ class GateDriver(LoadDriver[InstallGate]):
         nftables.load_step(step, step.objects())
         return prior
 
-    def revert(self, at: Place, step: InstallGate, prior: Prior) -> None:
+    def revert(self, at: Place, undo: RemoveGate, prior: Prior) -> None:
         """The gate and its sets go; the gate hook too, if it was not there before."""
-        super().revert(at, step, prior)
+        nftables.unload(undo.objects)
         faultpoints.reach("withdrawn", "gate")
         if prior.facts.get("unhooked"):
             nftables.remove_gate_hook()
-        delete_untracked([t.map.old for t in step.translations])
+        delete_untracked(undo.olds)
 
 
 class FillDriver(Driver[FillSet]):
@@ -84,9 +91,6 @@ class FillDriver(Driver[FillSet]):
         remember(Prior())
         nftables.fill_set(step.name, step.connections)
         return Prior()
-
-    def revert(self, at: Place, step: FillSet, prior: Prior) -> None:
-        """Nothing: the set goes with its gate."""
 
 
 class TranslationDriver(LoadDriver[InstallTranslation]):
@@ -103,11 +107,6 @@ class TranslationDriver(LoadDriver[InstallTranslation]):
         remember(prior)
         nftables.load_step(step, step.objects())
         return prior
-
-    def revert(self, at: Place, step: InstallTranslation, prior: Prior) -> None:
-        """The rules go."""
-        super().revert(at, step, prior)
-        faultpoints.reach("withdrawn", "translation")
 
 
 def _note_routes(step: InstallTranslation) -> Prior:
@@ -128,12 +127,12 @@ class ListenersDriver(LoadDriver[InstallReception]):
         if step.site.role == Role.DESTINATION:
             routes.check_reception(step)
 
-    def revert(self, at: Place, step: InstallReception, prior: Prior) -> None:
+    def revert(self, at: Place, undo: RemoveListeners, prior: Prior) -> None:
         """The rules go, and behind them the entries of those that came in meanwhile."""
-        super().revert(at, step, prior)
+        nftables.unload(undo.objects)
         faultpoints.reach("withdrawn", "reception")
-        for receiving in step.receptions:
-            conntrack_listeners.delete_translated(receiving)
+        for reception in undo.listeners:
+            conntrack_listeners.delete_translated(reception)
 
 
 class ErrorsDriver(Driver[TranslateErrors]):
@@ -144,11 +143,6 @@ class ErrorsDriver(Driver[TranslateErrors]):
         remember(Prior())
         nftables.load(step.rules())
         return Prior()
-
-    def revert(self, at: Place, step: TranslateErrors, prior: Prior) -> None:
-        """Those in the chain that all moves share; in an address chain they go with its others."""
-        rules = (rule for rule in step.rules() if rule.chain == ERRORS)
-        nftables.unload(undo for rule in rules for undo in rule.undo())
 
 
 class BlockDriver(LoadDriver[HoldListeners]):
@@ -176,10 +170,9 @@ class OpenDriver(Driver[OpenGate]):
         facts = {} if held is None else {"segments": held.segments, "refused": held.refused}
         return Prior(prior.present, {**prior.facts, **facts})
 
-    def revert(self, at: Place, step: OpenGate, prior: Prior) -> None:
-        """Closed again."""
-        if not prior.present:
-            nftables.close_gates(step.objects())
+    def revert(self, at: Place, undo: CloseGates, prior: Prior) -> None:
+        """Closed again; and of resets: nothing is answered any more, what was reset stays reset."""
+        nftables.close_gates(undo.chains)
 
 
 class SendResetsDriver(Driver[SendResets]):
@@ -196,13 +189,8 @@ class SendResetsDriver(Driver[SendResets]):
 
         return Prior(facts={"asked": probe(step.questions())})
 
-    def revert(self, at: Place, step: SendResets, prior: Prior) -> None:
-        """Nothing is answered any more; what was reset stays reset."""
-        if not prior.present:
-            nftables.close_gates(step.objects())
 
-
-NFT_DRIVERS: dict[type, Driver[Any]] = {
+NFT_DRIVERS: dict[type, Any] = {
     InstallGate: GateDriver(),
     FillSet: FillDriver(),
     InstallTranslation: TranslationDriver(),
@@ -212,4 +200,11 @@ NFT_DRIVERS: dict[type, Driver[Any]] = {
     InstallResets: LoadDriver[InstallResets](),
     OpenGate: OpenDriver(),
     SendResets: SendResetsDriver(),
+}
+
+NFT_INVERSES: dict[type, Inverse[Any]] = {
+    Unload: UnloadInverse(),
+    RemoveGate: NFT_DRIVERS[InstallGate],
+    RemoveListeners: NFT_DRIVERS[InstallReception],
+    CloseGates: NFT_DRIVERS[OpenGate],
 }

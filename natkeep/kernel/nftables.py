@@ -216,10 +216,10 @@ def open_gates(opening: Sequence[Rule]) -> None:
     send_batch(pack_objects(opening))
 
 
-def close_gates(opening: Sequence[Rule]) -> None:
-    """Take away what opened them, the gate hook back in the same transaction."""
+def close_gates(chains: Iterable[str]) -> None:
+    """Take away what opened the gates of these chains, the gate hook back with the first."""
     lines = [*map(str, missing_gate_hook())]
-    for chain in dict.fromkeys(rule.chain for rule in opening):
+    for chain in chains:
         rules = (rule for rule in dump.rules(TABLE, chain) if rule.comment == OPEN)
         lines += [Undo("inet", "rule", chain).command(rule.handle) for rule in rules]
     _run_what_is_there(lines)

@@ -30,6 +30,7 @@ _GETTABLE, _GETCHAIN, _GETRULE, _GETSET, _GETSETELEM = 1, 4, 7, 10, 13
 _GETGEN, _GETFLOWTABLE, _GENERATION = 16, 23, 1
 _FAMILY = {"inet": 1, "ip": 2, "arp": 3, "ip6": 10}  # NFPROTO_…
 _FILTERS = ("inet", "ip", "ip6")
+_ATTEMPTS = 50  # of a dump, while others change the ruleset; one of a thousand rules takes 1 ms
 _HOOKS = ("prerouting", "input", "forward", "output", "postrouting", "ingress")
 
 _NETWORK, _TRANSPORT = 1, 2
@@ -79,8 +80,12 @@ def has_table(family: str, table: str) -> bool:
 def has_chain(table: str, chain: str) -> bool:
     """Whether the inet table has the chain; as quick in a table of a thousand moves as of one."""
     scope = attribute(1, string(table)) + attribute(3, string(chain))
-    with Netlink(NETLINK_NETFILTER) as netlink:
-        return any(_request(netlink, _GETCHAIN, _FAMILY["inet"], scope, flags=0))
+    try:
+        with Netlink(NETLINK_NETFILTER) as netlink:
+            body = nfgenmsg(_FAMILY["inet"]) + scope
+            return any(netlink.request(SUBSYSTEM | _GETCHAIN, 0, body))
+    except FileNotFoundError:
+        return False
 
 
 def chain_names(table: str) -> frozenset[str]:
@@ -124,15 +129,29 @@ def _dump(type_: int, family: str, scope: bytes = b"") -> Iterator[bytes]:
         yield from _request(netlink, type_, _FAMILY[family], scope)
 
 
-def _request(
-    netlink: Netlink, type_: int, family: int, scope: bytes, flags: int = NLM_F_DUMP
-) -> Iterator[bytes]:
-    """The attributes of each answer; none where what is asked about goes, or is gone."""
+def _request(netlink: Netlink, type_: int, family: int, scope: bytes = b"") -> Iterator[bytes]:
+    """The attributes of each answer of a dump; none where what is asked about is gone."""
     try:
-        for answer in netlink.request(SUBSYSTEM | type_, flags, nfgenmsg(family) + scope):
+        for answer in _dump_whole(netlink, type_, nfgenmsg(family) + scope):
             yield answer[4:]
     except FileNotFoundError:
         return
+
+
+def _dump_whole(netlink: Netlink, type_: int, body: bytes) -> list[bytes]:
+    """The answers of a dump during which nothing changed, as far as one can be had.
+
+    From one datagram to the next the kernel goes on by the number of objects that it has told, so
+    it leaves out one for each that another program removed before it: a rule of ours seems to be
+    missing. It says so by a flag, and where not (elements of sets) by the ruleset's generation,
+    which each answer bears (res_id).
+    """
+    answers: list[bytes] = []
+    for _ in range(_ATTEMPTS):
+        answers = [*netlink.request(SUBSYSTEM | type_, NLM_F_DUMP, body)]
+        if not netlink.interrupted and len({answer[2:4] for answer in answers}) < 2:
+            break
+    return answers
 
 
 # ---- the elements of a set -----------------------------------------------------------------------
@@ -178,8 +197,7 @@ def find_standing(netlink: Netlink, family: str) -> tuple[set[Key], dict[str, li
     comments: dict[str, list[str]] = {}
     name, scope = string(TABLE), attribute(1, string(TABLE))
     number = _FAMILY[family]
-    # To its end, since the socket is used again.
-    if name not in [find_attribute(each, 1) for each in _request(netlink, _GETTABLE, number, b"")]:
+    if name not in [find_attribute(each, 1) for each in _request(netlink, _GETTABLE, number)]:
         return set(), comments
     found = {Key(family, "table")}
     for kind, type_, at in (("chain", _GETCHAIN, 3), ("set", _GETSET, 2)):
@@ -283,7 +301,7 @@ def assigns_zones(*, besides: str) -> bool:
     Found are `ct zone` of nft, to set or to match, and the target CT of iptables, which may.
     """
     with Netlink(NETLINK_NETFILTER) as netlink:
-        answers = [*netlink.request(SUBSYSTEM | _GETTABLE, NLM_F_DUMP, nfgenmsg(0))]
+        answers = _dump_whole(netlink, _GETTABLE, nfgenmsg(0))
         for family, table in [(each[0], find_attribute(each[4:], 1)) for each in answers]:
             if table == string(besides):
                 continue

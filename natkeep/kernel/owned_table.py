@@ -32,6 +32,7 @@ from natkeep.kernel.nft_messages import Message, pack_batch, pack_fill, pack_obj
 from natkeep.plan.filters import owned_sets, owned_table, owned_table_name
 from natkeep.plan.steps import GuardSite, Prior
 from natkeep.plan.translation import Translation
+from natkeep.plan.undo import RemoveOwnedTable
 
 _PATIENCE = 2.0
 """Seconds to wait for the guardian to write its pid, and for its end."""
@@ -59,10 +60,10 @@ class OwnedTableDriver(Driver[GuardSite]):
             ) from error
         return Prior()
 
-    def revert(self, at: Place, step: GuardSite, prior: Prior) -> None:
+    def revert(self, at: Place, undo: RemoveOwnedTable, prior: Prior) -> None:
         """End its process, and with it the table."""
         if at.directory:
-            end(at.directory, step.move_id, at.namespace)
+            end(at.directory, undo.move_id, at.namespace)
 
 
 def start(place: Place, move_id: str, translations: Iterable[Translation]) -> int:

@@ -31,6 +31,7 @@ from natkeep.kernel.netlink import (
 )
 from natkeep.plan.steps import AddAddress, Prior, RaiseLoopback
 from natkeep.plan.tuples import Address
+from natkeep.plan.undo import LowerLoopback, RemoveAddress
 
 _NEWLINK, _GETLINK = 16, 18
 NEWADDR, _DELADDR, _GETADDR = 20, 21, 22
@@ -253,10 +254,9 @@ class AddressDriver(Driver[AddAddress]):
             add_host_address(step.address)
         return prior
 
-    def revert(self, at: Place, step: AddAddress, prior: Prior) -> None:
-        """Remove it, unless it was there before."""
-        if not prior.present:
-            remove_host_address(step.address)
+    def revert(self, at: Place, undo: RemoveAddress, prior: Prior) -> None:
+        """Remove it."""
+        remove_host_address(undo.address)
 
 
 class LoopbackDriver(Driver[RaiseLoopback]):
@@ -271,10 +271,8 @@ class LoopbackDriver(Driver[RaiseLoopback]):
             _set_loopback(_IFF_UP)
         return prior
 
-    def revert(self, at: Place, step: RaiseLoopback, prior: Prior) -> None:
-        """Lower it, unless it was up before."""
-        if prior.present:
-            return
+    def revert(self, at: Place, undo: LowerLoopback, prior: Prior) -> None:
+        """Lower it."""
         _set_loopback(0)
         faultpoints.reach("loopback-lowered")
         # The kernel gives lo 127.0.0.1 and ::1 when it is raised without an address; ::1 went with

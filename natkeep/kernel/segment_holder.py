@@ -24,6 +24,7 @@ from natkeep.plan.criu_lock import CRIU_MARK
 from natkeep.plan.replay import holder_name, pack_kept
 from natkeep.plan.socket_filter import make_filter, pack_filter
 from natkeep.plan.steps import HoldSegments, Prior
+from natkeep.plan.undo import EndHolder
 from natkeep.values import dataclass
 
 AGE = 900
@@ -67,10 +68,10 @@ class HoldSegmentsDriver(Driver[HoldSegments]):
             return Prior(facts={"refused": str(getattr(error, "strerror", None) or error)})
         return Prior()
 
-    def revert(self, at: Place, step: HoldSegments, prior: Prior) -> None:
+    def revert(self, at: Place, undo: EndHolder, prior: Prior) -> None:
         """End it, undelivered."""
         if at.directory:
-            end(at.directory, step.move_id)
+            end(at.directory, undo.move_id)
 
 
 def start(place: Place, move_id: str, kept: Kept, age: int = AGE) -> int:

@@ -23,10 +23,9 @@ from natkeep.lab.application import start_server
 from natkeep.lab.capture import ACK, SYN, Frame, beyond_gateway
 from natkeep.lab.host import Host
 from natkeep.lab.lab import Lab
-from natkeep.lab.topology import CLIENT, DESTINATION, Address, Seat
+from natkeep.lab.topology import CLIENT, DESTINATION, SECOND_CLIENT, Address
 from natkeep.plan.tuples import Endpoint, FourTuple
 
-NEIGHBOUR = Seat("client2", "near", 3)
 OTHER_PORT = 5001
 _FIRST_SEQ = 0x51_00_00_00
 _NARROW = 1280
@@ -70,7 +69,7 @@ class Intruder:
         """All attempts on a connection that lives."""
         client, port = self.kept.source.address, self.kept.source.port
         to = self.kept.destination.port
-        neighbour, old, new = NEIGHBOUR.address(self.lab.family), self.lab.old, self.lab.new
+        neighbour, old, new = SECOND_CLIENT.address(self.lab.family), self.lab.old, self.lab.new
         at_client = [
             self._tcp("another client port", client, port + 1, old, to, "S"),
             self._tcp("another destination port", client, port, old, OTHER_PORT, "S"),
@@ -94,7 +93,7 @@ class Intruder:
         gateway = self.lab.topology["gateway"]
         near = _mac(gateway, "near")
         self._send(self.lab.topology[CLIENT.role], "eth0", near, at_client)
-        self._send(self.lab.topology[NEIGHBOUR.role], "eth0", near, at_neighbour)
+        self._send(self.lab.topology[SECOND_CLIENT.role], "eth0", near, at_neighbour)
         destination = _mac(self.lab.topology[DESTINATION.role], "eth0")
         self._send(gateway, "far", destination, at_far)
 
@@ -127,7 +126,7 @@ class Intruder:
 
     def _check_arrivals(self, late: Sequence[Frame]) -> None:
         seqs = {frame.segment.seq for frame in late if frame.segment}
-        neighbour = NEIGHBOUR.address(self.lab.family)
+        neighbour = SECOND_CLIENT.address(self.lab.family)
         bad = [each.name for each in self.attempts if not each.may_arrive and each.seq in seqs]
         bad += [f.summary for f in late if neighbour in f.addresses and not f.segment]
         bad += [frame.summary for frame in late if "UDP" in frame.summary]

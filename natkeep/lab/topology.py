@@ -56,6 +56,7 @@ class Seat:
 
 
 CLIENT = Seat("client", "near", 2)
+SECOND_CLIENT = Seat("client2", "near", 3)
 SOURCE = Seat("source", "old", 10, first_pid=1000)
 DESTINATION = Seat("destination", "far", 20)
 THIRD = Seat("third", "third", 30)

@@ -115,7 +115,7 @@ def widen(executor: Executor, journal: Journal, plan: Plan) -> None:
         before = record.prior
 
         def remember(_: Prior, number: int = number, before: Prior = before) -> None:
-            journal.note(number, "doing", before)
+            journal.note(number, "doing", before, plan.steps[number])
 
         executor.kernel.mend(patch, remember)
         faultpoints.reach("widened")

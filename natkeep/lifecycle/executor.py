@@ -16,18 +16,11 @@ from natkeep import faultpoints
 from natkeep.errors import JournalError, LeftoverError, NatkeepError, RefusedError
 from natkeep.kernel.interface import Kernel
 from natkeep.kernel.netns import NamespaceGoneError
-from natkeep.lifecycle.progress import kinds_of, plan_of
+from natkeep.lifecycle.progress import kinds_of, numbers_before, plan_of
 from natkeep.plan.move import Move, Site
 from natkeep.plan.nft import TABLE
-from natkeep.plan.steps import (
-    AddAddress,
-    InstallGate,
-    Plan,
-    Prior,
-    PurgeEntries,
-    RaiseLoopback,
-    Step,
-)
+from natkeep.plan.steps import Plan, Prior, Step
+from natkeep.plan.undo import UNDONE_AGAIN, LowerLoopback, RemoveAddress, Undo
 from natkeep.state.journal import Journal, Record, StateDirectory
 from natkeep.values import dataclass
 
@@ -36,7 +29,7 @@ Talk = Callable[[str], None]
 """Where progress goes; one line without its newline."""
 
 
-@dataclass
+@dataclass(slots=True)
 class Executor:
     """One kernel, one state directory."""
 
@@ -82,9 +75,16 @@ class Executor:
         if kinds_of(plan) != journal.kinds:
             raise JournalError(
                 f"move {move_id} was prepared by a natkeep that does other steps",
-                hint="use that version to tear it down",
+                hint="use that version for it, or natkeep teardown",
             )
+        if journal.schema == 1:
+            journal.adopt(plan.steps, tuple(numbers_before(plan)))
         return journal, plan
+
+    def load_undo(self, move_id: str) -> Journal:
+        """A journal alone, with all that undoes its move."""
+        journal = self.state.load(move_id)
+        return self.load(move_id)[0] if journal.schema == 1 else journal
 
     # ---- do ------------------------------------------------------------------------------------
 
@@ -104,7 +104,7 @@ class Executor:
         except BaseException as error:
             # Ctrl-C and SIGTERM too: leaving half a translation is what gets connections reset.
             self.talk(f"natkeep: {error or type(error).__name__}: undoing")
-            finish(partial(self.undo_all, journal, plan, numbers, error))
+            finish(partial(self.undo_all, journal, numbers, error))
             raise
 
     def apply(self, journal: Journal, step: Step, number: int) -> None:
@@ -116,7 +116,7 @@ class Executor:
         earlier = journal.records.get(number)
 
         def remember(found: Prior) -> None:
-            journal.note(number, "doing", _as_before_us(earlier, found))
+            journal.note(number, "doing", _as_before_us(earlier, found), step)
             faultpoints.reach("begun", kind)
 
         prior = self.kernel.apply(step, remember)
@@ -126,17 +126,15 @@ class Executor:
 
     # ---- undo ----------------------------------------------------------------------------------
 
-    def undo_all(
-        self, journal: Journal, plan: Plan, numbers: list[int], reason: BaseException
-    ) -> None:
+    def undo_all(self, journal: Journal, numbers: list[int], reason: BaseException) -> None:
         """Undo these steps, last first; the journal goes with them if nothing else was done."""
-        left = self.undo(journal, plan, reversed(numbers))
+        left = self.undo(journal, reversed(numbers))
         if left:
             raise leftover(journal, left) from reason
         if set(journal.records) <= set(numbers):  # nothing was done besides
             forget(journal)
 
-    def undo(self, journal: Journal, plan: Plan, numbers: Iterable[int]) -> list[NatkeepError]:
+    def undo(self, journal: Journal, numbers: Iterable[int]) -> list[NatkeepError]:
         """Undo those of the steps that were begun, going on after a failure."""
         left: list[NatkeepError] = []
         incomplete: set[Site] = set()
@@ -144,51 +142,53 @@ class Executor:
             record = journal.records.get(number)
             if record is None or record.state == "undone":
                 continue
-            step = plan.steps[number]
-            error = self._revert(journal, step, record)
+            assert record.site is not None  # as load_undo has it
+            assert record.undo is not None
+            kind = journal.kinds[number]
+            error = self._undo_step(journal, kind, record.site, record.undo, record.prior)
             if error is not None:
                 left.append(error)
-                incomplete.add(step.site)
+                incomplete.add(record.site)
                 continue
-            if isinstance(step, InstallGate | PurgeEntries) and step.site in incomplete:
-                # Undone once more when the rest is: the table goes with the last gate, and what
-                # is given back could be taken for entries of ours that were left.
+            if isinstance(record.undo, UNDONE_AGAIN) and record.site in incomplete:
                 continue
             # A full disk must not stop this: what the journal still has is only undone again.
             with suppress(Exception):
                 journal.note(number, "undone", Prior())
-                faultpoints.reach("undone", type(step).__name__)
+                faultpoints.reach("undone", kind)
         return left
 
-    def _revert(self, journal: Journal, step: Step, record: Record) -> NatkeepError | None:
-        """Undo one step; the error when that failed."""
-        kind = type(step).__name__
-        self.talk(f"[-] {kind} at {step.site}")
+    def _undo_step(
+        self, journal: Journal, kind: str, site: Site, undo: Undo, prior: Prior
+    ) -> NatkeepError | None:
+        """Undo one step; the error when that failed. kind: of the step, in words."""
+        self.talk(f"[-] {kind} at {site}")
         try:
             faultpoints.reach("revert", kind)
-            if not self._hand_over(journal, step, record):
-                self.kernel.revert(step, record.prior)
+            if not self._hand_over(journal, site, undo, prior):
+                self.kernel.revert(site, undo, prior)
             faultpoints.reach("reverted", kind)
         except NatkeepError as error:
             return error
         except Exception as error:  # a bug in one step must not keep the others in place
-            return NatkeepError(f"{kind} at {step.site}: {error or type(error).__name__}")
+            return NatkeepError(f"{kind} at {site}: {error or type(error).__name__}")
         return None
 
-    def _hand_over(self, journal: Journal, step: Step, record: Record) -> bool:
+    def _hand_over(self, journal: Journal, site: Site, undo: Undo, prior: Prior) -> bool:
         """Leave an address (or lo) that another move uses as well, and make that move its owner.
 
         Only the move that added it knows that it was not there before.
         """
-        if not isinstance(step, AddAddress | RaiseLoopback) or record.prior.present:
+        if not isinstance(undo, RemoveAddress | LowerLoopback) or prior.present:
             return False
-        identity = journal.identity(step.site)
+        identity = journal.identity(site)
         for header in self.state.others_at(identity, journal.move.id):
-            other = self.state.load(header.move.id)
-            for number, theirs in enumerate(plan_of(other).steps):
-                same = _adds_same(step, theirs) and other.identity(theirs.site) == identity
-                if same and other.is_done(number):
-                    other.note(number, "done", record.prior)
+            other = self.load_undo(header.move.id)
+            for number, theirs in other.records.items():
+                if theirs.undo != undo or theirs.site is None or not other.is_done(number):
+                    continue
+                if other.identity(theirs.site) == identity:
+                    other.note(number, "done", prior)
                     faultpoints.reach("handed-over")
                     return True
         return False
@@ -199,12 +199,6 @@ def _as_before_us(earlier: Record | None, found: Prior) -> Prior:
     if earlier is None or earlier.state == "undone":
         return found
     return Prior(earlier.prior.present, {**found.facts, **earlier.prior.facts})
-
-
-def _adds_same(ours: Step, theirs: Step) -> bool:
-    if isinstance(ours, AddAddress) and isinstance(theirs, AddAddress):
-        return ours.address == theirs.address
-    return isinstance(ours, RaiseLoopback) and isinstance(theirs, RaiseLoopback)
 
 
 def finish(undo: Callable[[], T]) -> T:

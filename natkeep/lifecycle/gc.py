@@ -18,7 +18,7 @@ from natkeep.errors import JournalError, LeftoverError, NatkeepError
 from natkeep.kernel import nft_strays, sock_diag
 from natkeep.kernel.netns import NamespaceGoneError
 from natkeep.lifecycle.executor import Executor, forget
-from natkeep.lifecycle.progress import has_been_opened, is_retired, is_whole
+from natkeep.lifecycle.progress import has_been_opened, is_retired
 from natkeep.lifecycle.status import look_around, note_sighting
 from natkeep.lifecycle.teardown import end
 from natkeep.plan.move import Site
@@ -77,7 +77,7 @@ def gc(
         return Collected(tuple(collection.cleared), tuple(collection.left))
 
 
-@dataclass
+@dataclass(slots=True)
 class _Collection:
     """What has been cleared, or would be, and what could not; gone: the moves among it."""
 
@@ -175,7 +175,7 @@ def _find_reason(executor: Executor, move_id: str, is_abandoned: Callable[[str],
     here = [site for site in plan.move.sites if executor.reach(journal, site)]
     if not here:
         return "its namespaces are gone"
-    if not is_whole(journal, plan):
+    if not journal.is_whole():
         return "begun and never prepared to the end"
     if _is_half_undone(executor, journal, plan):
         return "its undoing was begun and never ended"

@@ -43,9 +43,8 @@ from natkeep.lifecycle.executor import Executor
 from natkeep.lifecycle.progress import numbers_before, plan_of, refuse_earlier_boot, unprepared
 from natkeep.plan.move import Site
 from natkeep.plan.replay import holder_name
-from natkeep.plan.steps import Identity, OpenEarly, OpenGate, Plan, Prior
+from natkeep.plan.steps import Identity, OpenEarly, OpenGate, Plan
 from natkeep.plan.translation import Compared
-from natkeep.state.codec import record_line
 from natkeep.state.journal import Journal
 
 
@@ -123,9 +122,9 @@ def write_ready(kernel: Kernel, journal: Journal, plan: Plan) -> None:
             lines.append(_site_line(journal, site, Packed(b"", 0, unhooking=unhooking)))
     if any(isinstance(step, OpenGate) and step.delivers for step in plan.open):
         lines.append(f"hold {holder_name(plan.move.id)}")
+    opening = [*enumerate(plan.steps)][len(plan.prepare) :]
     for state in ("doing", "done"):
-        for number in range(len(plan.prepare), len(plan.steps)):
-            lines.append(f"{state} {record_line(number, state, Prior()).decode().rstrip()}")
+        lines += [f"{state} {line}" for line in journal.lines(opening, state)]
     with suppress(JournalError):  # a full disk: the move is prepared, and opens the long way
         journal.write_ready("\n".join([*lines, "end", ""]).encode("ascii"))
 

@@ -14,7 +14,7 @@ from natkeep.lifecycle.open import write_ready
 from natkeep.lifecycle.progress import kinds_of, numbers_before, plan_of
 from natkeep.plan.move import Move
 from natkeep.plan.observation import Gate
-from natkeep.plan.steps import HoldSegments, Plan
+from natkeep.plan.steps import HoldListeners, HoldSegments, Plan, Step
 from natkeep.plan.tuples import NO_CONNECTIONS, Connections
 from natkeep.state.journal import Journal
 
@@ -61,14 +61,15 @@ def carry_out(
     identities = tuple(executor.kernel.identity(site) for site in move.sites)
     quiesce = executor.state.load(move.id) if takes_over(move) else None
     journal = executor.state.begin(
-        move, connections, plan.surroundings, identities, kinds_of(plan), image
-    )
+        move, connections, plan.surroundings, identities, kinds_of(plan), image,
+        before=tuple(numbers_before(plan)), blocks=_blocking(plan) if takes_over(move) else None,
+    )  # fmt: skip
     ready = partial(write_ready, executor.kernel, journal, plan)
     quick = gate == Gate.CLOSED and not move.live  # else the image is to be compared
     try:
         first(journal)
     except BaseException as error:
-        finish(partial(executor.undo_all, journal, plan, numbers, error))
+        finish(partial(executor.undo_all, journal, numbers, error))
         raise
     try:
         executor.apply_or_undo(journal, plan, numbers, ready if quick else None)
@@ -76,6 +77,11 @@ def carry_out(
         if quiesce is not None and not executor.state.knows(move.id):
             finish(partial(_quiesce_again, executor, quiesce))
         raise
+
+
+def _blocking(plan: Plan) -> tuple[int, Step]:
+    """The step that blocks listeners, which a quiesce has done before."""
+    return next((n, step) for n, step in enumerate(plan.steps) if isinstance(step, HoldListeners))
 
 
 def _quiesce_again(executor: Executor, quiesce: Journal) -> None:
@@ -86,8 +92,9 @@ def _quiesce_again(executor: Executor, quiesce: Journal) -> None:
     try:
         faultpoints.reach("hold-again")
         journal = executor.state.begin(
-            quiesce.move, NO_CONNECTIONS, plan.surroundings, quiesce.namespaces, quiesce.kinds
-        )
+            quiesce.move, NO_CONNECTIONS, plan.surroundings, quiesce.namespaces, quiesce.kinds,
+            before=quiesce.before,
+        )  # fmt: skip
         executor.apply_or_undo(journal, plan, list(range(len(plan.steps))))
     except Exception as error:
         raise LeftoverError(

@@ -11,7 +11,8 @@ from natkeep.errors import JournalError
 from natkeep.plan.move import Site
 from natkeep.plan.plan import make_plan
 from natkeep.plan.roles import Role
-from natkeep.plan.steps import Plan, TakeOverLock
+from natkeep.plan.steps import Plan
+from natkeep.plan.undo import PutLockBack
 from natkeep.state.journal import Journal, read_boot_id
 
 
@@ -31,22 +32,15 @@ def numbers_before(plan: Plan) -> list[int]:
     return [number for number, step in steps if not plan.move.waits(step.site)]
 
 
-def without_lock(plan: Plan, numbers: Iterable[int]) -> list[int]:
+def without_lock(journal: Journal, numbers: Iterable[int]) -> list[int]:
     """CRIU's lock is put back when prepare fails, and never by a teardown."""
-    return [number for number in numbers if not isinstance(plan.steps[number], TakeOverLock)]
+    return [number for number in numbers if not puts_lock_back(journal, number)]
 
 
-def is_whole(journal: Journal, plan: Plan) -> bool:
-    """Whether prepare came to its end: every step was done once, also where it is undone since.
-
-    One that was killed has failed, as others do.
-    """
-    if journal.change is not None:
-        return True  # which is noted only then
-    records = [journal.records.get(number) for number in numbers_before(plan)]
-    return all(
-        record is not None and (record.state != "doing" or record.again) for record in records
-    )
+def puts_lock_back(journal: Journal, number: int) -> bool:
+    """Whether it is CRIU's lock that undoing this step puts back."""
+    record = journal.records.get(number)
+    return record is not None and isinstance(record.undo, PutLockBack)
 
 
 def is_waiting(journal: Journal, plan: Plan, site: Site) -> bool:

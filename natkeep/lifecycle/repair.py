@@ -90,7 +90,8 @@ def _mend(executor: Executor, journal: Journal, plan: Plan, number: int, patch: 
         # What was there before the move counts, not what there is now; but an accounting that
         # is switched on for a moment must be known if we are killed in that moment.
         now = {key: value for key, value in found.facts.items() if key == "acct"}
-        journal.note(number, "doing", Prior(before.present, {**before.facts, **now}))
+        prior = Prior(before.present, {**before.facts, **now})
+        journal.note(number, "doing", prior, plan.steps[number])
         faultpoints.reach("repair-begun", kind)
 
     executor.kernel.mend(patch, remember)

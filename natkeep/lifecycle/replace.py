@@ -13,11 +13,11 @@ from natkeep.errors import JournalError, LeftoverError, RefusedError
 from natkeep.lifecycle.check import check
 from natkeep.lifecycle.executor import Executor, finish, forget, leftover
 from natkeep.lifecycle.prepare import carry_out
-from natkeep.lifecycle.progress import refuse_earlier_boot, without_lock
+from natkeep.lifecycle.progress import puts_lock_back, refuse_earlier_boot, without_lock
 from natkeep.plan.conntrack import NOT_TRACKED, directions_of
 from natkeep.plan.move import Mode, Move, Site
 from natkeep.plan.observation import Gate
-from natkeep.plan.steps import Identity, InsertEntries, Plan, Prior, PurgeEntries, TakeOverLock
+from natkeep.plan.steps import Identity, InsertEntries, Plan, Prior, PurgeEntries
 from natkeep.plan.tuples import Connections, FourTuple
 from natkeep.state.journal import Journal
 
@@ -65,8 +65,8 @@ class _Replacement:
         except BaseException as error:
             finish(partial(self._go_back, error))
             raise
-        backwards = without_lock(self.old, reversed(self.numbers))
-        left = self.executor.undo(self.earlier, self.old, backwards)
+        backwards = without_lock(self.earlier, reversed(self.numbers))
+        left = self.executor.undo(self.earlier, backwards)
         if left:
             raise leftover(self.earlier, left)
         self._retire()
@@ -84,7 +84,8 @@ class _Replacement:
             if isinstance(step, PurgeEntries) and purged:
                 here = journal.identity(step.site)
                 known = (purged.get((here, t), NOT_TRACKED) for t in step.translation.kept)
-                journal.note(number, "doing", Prior(facts={"inherited": "".join(known)}))
+                prior = Prior(facts={"inherited": "".join(known)})
+                journal.note(number, "doing", prior, step)
 
     def _pass_entries_on(self) -> None:
         """From now on the entries are the new move's, which both had until here.
@@ -106,7 +107,7 @@ class _Replacement:
         executor, new = self.executor, self.plan
         if executor.state.knows(new.move.id) and not isinstance(reason, LeftoverError):
             journal = executor.state.load(new.move.id)
-            executor.undo_all(journal, new, list(range(len(new.steps))), reason)
+            executor.undo_all(journal, list(range(len(new.steps))), reason)
         missing = []
         for number in self.entries:
             try:
@@ -124,7 +125,7 @@ class _Replacement:
         """All that *numbers* did is undone; with that the earlier move may be at its end."""
         try:
             for number in self.numbers:
-                if isinstance(self.old.steps[number], TakeOverLock):
+                if puts_lock_back(self.earlier, number):
                     self.earlier.note(number, "undone", Prior())
         except JournalError as error:
             raise leftover(self.earlier, [error]) from error

@@ -1,10 +1,13 @@
-"""teardown: the journal in reverse, best effort; a second time is fine."""
+"""teardown: the journal in reverse, best effort; a second time is fine.
+
+The journal is all that it needs: each record holds its undo, so no plan is made.
+"""
 
 from __future__ import annotations
 
 from natkeep.errors import NatkeepError
 from natkeep.lifecycle.executor import Executor, finish, forget, leftover
-from natkeep.lifecycle.progress import is_whole, without_lock
+from natkeep.lifecycle.progress import without_lock
 from natkeep.state.journal import read_boot_id
 
 
@@ -21,17 +24,17 @@ def end(executor: Executor, move_id: str) -> None:
     if not executor.state.knows(move_id):
         executor.state.remove(move_id)
         return
-    journal, plan = executor.load(move_id)
+    journal = executor.load_undo(move_id)
     left: list[NatkeepError] = []
     if journal.boot == read_boot_id():
-        reachable = {site for site in plan.move.sites if executor.reach(journal, site)}
-        backwards = range(len(plan.steps) - 1, -1, -1)
-        numbers = [number for number in backwards if plan.steps[number].site in reachable]
-        if is_whole(journal, plan):
-            numbers = without_lock(plan, numbers)
+        reachable = {site for site in journal.move.sites if executor.reach(journal, site)}
+        backwards = sorted(journal.records, reverse=True)
+        numbers = [number for number in backwards if journal.records[number].site in reachable]
+        if journal.is_whole():
+            numbers = without_lock(journal, numbers)
         # The gates close first, at every site: while the destination is taken apart
         # the gateway must not hand it packets that it would answer with a reset.
-        left = executor.undo(journal, plan, numbers)
+        left = executor.undo(journal, numbers)
     if left:
         raise leftover(journal, left)
     forget(journal)

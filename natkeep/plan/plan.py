@@ -45,7 +45,7 @@ from natkeep.plan.translation import (
     Translation,
     make_translations,
 )
-from natkeep.plan.tuples import Connections
+from natkeep.plan.tuples import Address, Connections
 from natkeep.values import replace
 
 
@@ -129,12 +129,7 @@ def _steps_at_source(
     hold = [HoldListeners(site, move.id, move.held)] if move.held else []
     if move.quiesces:
         return [*hold]
-    steps: list[Step] = [InstallGate(site, move.id, here)]
-    steps += [
-        FillSet(site, name, connections)
-        for translation in here
-        for name, connections in filters.sets_of(move.id, translation).items()
-    ]
+    steps: list[Step] = [InstallGate(site, move.id, here), *_fill_sets(site, move, here)]
     steps += _install_resets(site, move, lost)
     steps += hold
     if move.lock is not None and move.lock.is_known():
@@ -161,11 +156,7 @@ def _steps_at(
     receptions = make_receptions(move, site)
     # The gate before the address: a host that has OLD but not the socket answers with RST.
     steps: list[Step] = [InstallGate(site, move.id, here)]
-    fills: list[Step] = [
-        FillSet(site, name, connections)
-        for translation in here
-        for name, connections in filters.sets_of(move.id, translation).items()
-    ]
+    fills = _fill_sets(site, move, here)
     # What a gateway whose gate is about to be opened drops meanwhile is not held: so as late as
     # can be. Before it has its set, nothing translates either.
     late = move.holds and site.row.passes_on
@@ -175,12 +166,9 @@ def _steps_at(
     # Before the address too: CRIU's restore may send for these, and must not be answered yet.
     steps += _install_resets(site, move, lost)
     if site.row.puts_old:
-        if move.holds and here:
-            steps.append(HoldSegments(site, move.id, here))
-        steps.append(RaiseLoopback(site))
-        olds = [t.map.old for t in here] + [r.map.old for r in receptions]
-        olds += [reset.old for reset in lost]
-        steps += [AddAddress(site, old) for old in dict.fromkeys(olds)]
+        steps += _put_old(
+            site, move, here, [*(r.map.old for r in receptions), *(r.old for r in lost)]
+        )
     # The translation before the restore begins: CRIU sends unsent data before post-restore.
     steps.append(InstallTranslation(site, move.id, here))
     if receptions:
@@ -191,8 +179,40 @@ def _steps_at(
         # After the gate holds callers back, so that no entry is made anew.
         steps.append(ForgetCalls(site, receptions))
     steps += fills if late else []
-    # Purge after the rules (a nat expression starts tracking, so stale entries can appear up to
-    # here) and before the insertion (an existing entry cannot be given a translation).
+    return steps + _replace_entries(site, move, here, surroundings, change)
+
+
+def _fill_sets(site: Site, move: Move, here: tuple[Translation, ...]) -> list[Step]:
+    return [
+        FillSet(site, name, connections)
+        for translation in here
+        for name, connections in filters.sets_of(move.id, translation).items()
+    ]
+
+
+def _put_old(
+    site: Site, move: Move, here: tuple[Translation, ...], others: list[Address]
+) -> list[Step]:
+    """What gives the namespace the addresses that its sockets will say."""
+    steps: list[Step] = [HoldSegments(site, move.id, here)] if move.holds and here else []
+    steps.append(RaiseLoopback(site))
+    olds = dict.fromkeys([*(t.map.old for t in here), *others])
+    return steps + [AddAddress(site, old) for old in olds]
+
+
+def _replace_entries(
+    site: Site,
+    move: Move,
+    here: tuple[Translation, ...],
+    surroundings: Surroundings,
+    change: Change | None,
+) -> list[Step]:
+    """Conntrack's entries of these connections go, and translated ones come.
+
+    Purge after the rules (a nat expression starts tracking, so stale entries can appear up to
+    there) and before the insertion (an existing entry cannot be given a translation).
+    """
+    steps: list[Step] = []
     came = frozenset() if change is None else frozenset(change.came.each())
     for translation in here:
         around = surroundings

@@ -1,4 +1,4 @@
-"""the form of a journal: its lines and columns written, and read as strictly.
+"""The form of a journal: its lines and columns written, and read as strictly.
 
 Rule: bytes and JSON values in, values of plan/ out, or the other way round. What natkeep does not
 write is a ValueError, KeyError or TypeError, and never guessed at.
@@ -17,15 +17,13 @@ from natkeep.plan.roles import Role
 from natkeep.plan.steps import Identity, Prior
 from natkeep.plan.tuples import Connections, Endpoint, parse_address
 
-SCHEMA = 1
-
-
-def record_line(step: int, state: str, prior: Prior) -> bytes:
-    """What the journal notes of a step: one line."""
-    return pack_line(make_record(step, state, prior))
+SCHEMA = 2
+SCHEMAS = (1, SCHEMA)
+"""Those that are read; in 1 a record does not hold its undo."""
 
 
 def make_record(step: int, state: str, prior: Prior) -> dict[str, Any]:
+    """What the journal notes of a step, but for its undo."""
     record: dict[str, Any] = {"step": step, "state": state}
     if state != "undone":
         record["prior"] = prior.to_json()
@@ -82,6 +80,13 @@ def as_whole(value: object) -> int:
     return value
 
 
+def as_index(value: object, count: int) -> int:
+    """A place in a list of *count*."""
+    if not 0 <= as_whole(value) < count:
+        raise ValueError(f"{value!r} is not a place in a list of {count}")
+    return as_whole(value)
+
+
 def as_flag(value: object) -> bool:
     if not isinstance(value, bool):
         raise ValueError(f"{value!r} is neither true nor false")
@@ -133,7 +138,7 @@ def _rest_to_json(move: Move) -> dict[str, Any]:
     found = {
         "unkept": str(move.unkept) if resets else None,
         "lost": [move.lost.v4.hex(), move.lost.v6.hex()] if resets else None,
-        "lock": lock and [lock.method, lock.run_id, lock.whole, lock.connections],
+        "lock": lock and lock_to_json(lock),
         "held": [str(end) for end in move.held],
         "quiesces": move.quiesces,
         "hold": move.hold,
@@ -155,7 +160,7 @@ def move_from_json(value: dict[str, Any]) -> Move:
         ),
         mode=Mode(value["mode"]),
         listeners=_read_endpoints(value.get("listeners", [])),
-        lock=_lock_from_json(value.get("lock")),
+        lock=None if value.get("lock") is None else lock_from_json(value["lock"]),
         held=_read_endpoints(value.get("held", [])),
         quiesces=as_flag(value.get("quiesces", False)),
         unkept=Fate(as_text(value.get("unkept", Fate.REPORT))),
@@ -175,9 +180,11 @@ def _read_endpoints(value: object) -> tuple[Endpoint, ...]:
     return tuple(Endpoint.parse(as_text(text)) for text in as_list(value))
 
 
-def _lock_from_json(value: object) -> DumpLock | None:
-    if value is None:
-        return None
+def lock_to_json(lock: DumpLock) -> list[Any]:
+    return [lock.method, lock.run_id, lock.whole, lock.connections]
+
+
+def lock_from_json(value: object) -> DumpLock:
     method, run_id, whole, count = as_list(value)
     return DumpLock(
         NetworkLock(method),

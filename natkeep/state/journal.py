@@ -9,13 +9,16 @@ The state directory (0700, files 0600; nothing below it is ever opened through a
     ID.changed         before a line "changed": connections that came, that went, and that a gateway
                        carried, with their carriers, packed in the same way
     ID.seen            which entries a repair has seen alive at a gateway (plan/liveness.py)
-    ID.ready           what the hook needs to open the move (lifecycle/ready.py)
+    ID.ready           what the hook needs to open the move (lifecycle/open.py)
     ID.journal         JSON lines, appended and fsynced:
-        {"schema": 1, "natkeep": VERSION, "boot": BOOT ID, "move": {...}, "mode": ...,
-         "namespaces": [[DEVICE, INODE], ...], "steps": [KIND, ...], "local": [ADDRESS, ...],
+        {"schema": 2, "natkeep": VERSION, "boot": BOOT ID, "move": {...}, "mode": ...,
+         "namespaces": [[DEVICE, INODE], ...], "steps": [KIND, ...], "prepare": [STEP, ...],
+         "local": [ADDRESS, ...],
          "connections": SHA-256, or null of a quiesce, which has no file ID.connections,
          "image": RUN ID OF THE DUMP or null}
-        {"step": 4, "state": "doing", "prior": {...}}      before the step acts
+        {"step": 4, "state": "doing", "prior": {...}, "site": 0, "undo": {"kind": ..., ...}}
+                           before the step acts; at which of the move's sites, and what undoes it
+                           (undo_codec.py), if that has not been said before
         {"step": 4, "state": "done", "prior": {...}}       after it acted
         {"step": 4, "state": "undone"}
         {"changed": SHA-256, "image": RUN ID or null, "local": [ADDRESS, ...], "steps": [KIND, ...],
@@ -23,6 +26,9 @@ The state directory (0700, files 0600; nothing below it is ever opened through a
                            the plan is another from here on (a live process has been frozen): which
                            of the steps so far each of the new ones continues, and which of the
                            new ones have to act again
+
+"steps" and "from" are for verbs that make the plan again; a teardown needs the records alone.
+Schema 1, of natkeep 0.1.0, has neither "prepare" nor "undo": both are taken from the plan (adopt).
 
 Rule: the line "doing" is on disk before the kernel is asked, so a step that was begun is known
 even when the process was killed in it; to undo one that did nothing is harmless. A last line
@@ -43,11 +49,14 @@ from natkeep import __version__, faultpoints
 from natkeep.errors import JournalError, LeftoverError, NatkeepError, RefusedError, UsageError
 from natkeep.plan.liveness import Sighting
 from natkeep.plan.move import Move, Site, is_id, parse_id
-from natkeep.plan.steps import HoldListeners, Identity, OpenGate, Prior, SendResets
+from natkeep.plan.steps import Identity, OpenGate, Prior, SendResets, Step
 from natkeep.plan.translation import Change, Surroundings
 from natkeep.plan.tuples import NO_CONNECTIONS, Address, Connections, parse_address
+from natkeep.plan.undo import Undo, undo_of
 from natkeep.state.codec import (
     SCHEMA,
+    SCHEMAS,
+    as_index,
     as_list,
     as_text,
     as_whole,
@@ -63,7 +72,8 @@ from natkeep.state.codec import (
     unpack_columns,
 )
 from natkeep.state.files import StateFiles, read_lock_timeout
-from natkeep.values import dataclass, field
+from natkeep.state.undo_codec import Files, undo_from_json, undo_to_json
+from natkeep.values import dataclass, field, replace
 
 _ID_PATTERN = r"(?P<id>[a-z0-9][a-z0-9-]{0,31})"
 _FILE = re.compile(
@@ -82,12 +92,15 @@ def read_boot_id() -> str:
 class Record:
     """How far a step got: `doing`, `done` or `undone`, and what was found before.
 
-    again: of `doing`, it had been done before: a repair was at it.
+    again: of `doing`, it had been done before: a repair was at it. site: which of the move's, and
+    undo: what takes it back; both None in schema 1, until the plan is there.
     """
 
     state: str
     prior: Prior
     again: bool = False
+    site: Site | None = None
+    undo: Undo | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,7 +120,7 @@ class Header:
         return frozenset(map_.old for map_ in self.move.maps)
 
 
-@dataclass
+@dataclass(slots=True)
 class Journal:
     """One move on disk."""
 
@@ -121,15 +134,60 @@ class Journal:
     records: dict[int, Record] = field(default_factory=dict)
     image: str | None = None
     change: Change | None = None
+    before: tuple[int, ...] = ()
+    schema: int = SCHEMA
 
-    def note(self, step: int, state: str, prior: Prior) -> None:
-        """Append one record and have it on disk before returning."""
-        self._directory.append(f"{self.move.id}.journal", make_record(step, state, prior))
-        self._keep(step, state, prior)
+    def note(self, number: int, state: str, prior: Prior, step: Step | None = None) -> None:
+        """Append one record and have it on disk before returning.
 
-    def _keep(self, step: int, state: str, prior: Prior) -> None:
-        again = state == "doing" and self.has_been_done(step)
-        self.records[step] = Record(state, prior, again)
+        step: what is begun; once it has been said, it need not be said again.
+        """
+        line, record = self._make_record(number, state, prior, step)
+        self._directory.append(f"{self.move.id}.journal", line)
+        self.records[number] = record
+
+    def lines(self, steps: Iterable[tuple[int, Step]], state: str) -> list[str]:
+        """What `note` would append of each of these steps."""
+        made = (self._make_record(number, state, Prior(), step)[0] for number, step in steps)
+        return [pack_line(line).decode("ascii").rstrip() for line in made]
+
+    def _make_record(
+        self, number: int, state: str, prior: Prior, step: Step | None
+    ) -> tuple[dict[str, Any], Record]:
+        line, earlier = make_record(number, state, prior), self.records.get(number)
+        site, undo = (earlier.site, earlier.undo) if earlier is not None else (None, None)
+        if step is not None and state == "doing" and self.schema > 1:
+            made = undo_of(step)
+            if (step.site, made) != (site, undo):
+                line["site"] = self.move.sites.index(step.site)
+                line["undo"] = undo_to_json(made, self._files())
+            site, undo = step.site, made
+        again = state == "doing" and self.has_been_done(number)
+        return line, Record(state, prior, again, site, undo)
+
+    def _files(self) -> Files:
+        came = NO_CONNECTIONS if self.change is None else self.change.came
+        olds = tuple(map_.old for map_ in self.move.maps)
+        return Files(olds, connections=self.connections, came=came)
+
+    def adopt(self, steps: tuple[Step, ...], before: tuple[int, ...]) -> None:
+        """Of schema 1: what undoes each record's step, and which steps prepare does."""
+        self.before = before
+        for number, record in self.records.items():
+            step = steps[number]
+            self.records[number] = replace(record, site=step.site, undo=undo_of(step))
+
+    def is_whole(self) -> bool:
+        """Whether prepare came to its end: every step was done once, also where it is undone since.
+
+        One that was killed has failed, as others do.
+        """
+        if self.change is not None:
+            return True  # which is noted only then
+        records = [self.records.get(number) for number in self.before]
+        return all(
+            record is not None and (record.state != "doing" or record.again) for record in records
+        )
 
     def note_change(
         self,
@@ -158,6 +216,19 @@ class Journal:
         self._directory.append(f"{self.move.id}.journal", line)
         self._take_change(change, line)
 
+    def _read_record(self, text: bytes, number: int) -> None:
+        """The record on line *number*."""
+        step, state, prior, line = _parse_record(text, len(self.kinds), number)
+        earlier = self.records.get(step)
+        site, undo = (earlier.site, earlier.undo) if earlier is not None else (None, None)
+        if "undo" in line:
+            site = self.move.sites[as_index(line["site"], len(self.move.sites))]
+            undo = undo_from_json(line["undo"], self._files())
+        elif self.schema > 1 and undo is None:
+            raise ValueError(f"line {number}: step {step} without its undo")
+        again = state == "doing" and self.has_been_done(step)
+        self.records[step] = Record(state, prior, again, site, undo)
+
     def _take_change(self, change: Change, line: dict[str, Any]) -> None:
         origins, again = as_list(line["from"]), as_list(line["again"])
         kinds = tuple(as_text(kind) for kind in as_list(line["steps"]))
@@ -174,7 +245,7 @@ class Journal:
         for number in again:
             if as_whole(number) not in records:
                 raise ValueError(f"step {number} was never done, so not again")
-            records[number] = Record("doing", records[number].prior, True)
+            records[number] = replace(records[number], state="doing", again=True)
         self.kinds, self.records, self.change = kinds, records, change
         self.image = read_image(line["image"])
 
@@ -252,8 +323,14 @@ class StateDirectory:
         namespaces: tuple[Identity, ...],
         kinds: tuple[str, ...],
         image: str | None = None,
+        *,
+        before: tuple[int, ...] = (),
+        blocks: tuple[int, Step] | None = None,
     ) -> Journal:
-        """Write the journal of a new move; RefusedError when its id is in use."""
+        """Write the journal of a new move; RefusedError when its id is in use.
+
+        before: the steps that prepare does. blocks: the one that takes a quiesce over, if one does.
+        """
         packed = None
         if not move.quiesces:
             packed = pack_columns((connections, surroundings.carried, surroundings.carriers))
@@ -264,21 +341,28 @@ class StateDirectory:
             "move": move_to_json(move),
             "namespaces": [list(identity) for identity in namespaces],
             "steps": list(kinds),
+            "prepare": list(before),
             "local": sorted(str(address) for address in surroundings.local),
             "connections": packed and hashlib.sha256(packed).hexdigest(),
             "image": image,
         }
         earlier = self.read_header(move.id) if self.knows(move.id) else None
+        boot = read_boot_id()
+        journal = Journal(
+            move, connections, surroundings, namespaces, kinds, boot, self, image=image,
+            before=before,
+        )  # fmt: skip
         begun: list[dict[str, Any]] = []
-        if earlier is not None and earlier.move.quiesces and move.held and not move.quiesces:
-            # The hold passes into this journal in the moment that it takes the other one's place.
-            number = kinds.index(HoldListeners.__name__)
-            begun.append({"step": number, "state": "doing", "prior": Prior().to_json()})
+        if earlier is not None and earlier.move.quiesces and blocks is not None:
+            # The block passes into this journal in the moment that it takes the other one's place.
+            number, step = blocks
+            line, journal.records[number] = journal._make_record(number, "doing", Prior(), step)
+            begun.append(line)
         elif self.knows(move.id):
             raise RefusedError(
                 f"the id {move.id} is in use", hint=f"natkeep teardown {move.id}, or another id"
             )
-        before = self._files.read(f"{move.id}.journal") if begun else None
+        replaced = self._files.read(f"{move.id}.journal") if begun else None
         faultpoints.reach("journal-begin")
         try:
             if packed is not None:
@@ -286,14 +370,8 @@ class StateDirectory:
             self._files.write_new(f"{move.id}.journal", b"".join(map(pack_line, (header, *begun))))
             faultpoints.reach("journal-begun")
         except BaseException as error:
-            self._take_back(move.id, before, error)
+            self._take_back(move.id, replaced, error)
             raise
-        boot = str(header["boot"])
-        journal = Journal(
-            move, connections, surroundings, namespaces, kinds, boot, self, image=image
-        )
-        for line in begun:
-            journal.records[int(line["step"])] = Record(str(line["state"]), Prior())
         return journal
 
     def _take_back(self, move_id: str, before: bytes | None, reason: BaseException) -> None:
@@ -373,7 +451,7 @@ class StateDirectory:
         header = read_line(lines[0])
         if not 0 <= as_whole(header["schema"]) < 1000:
             raise ValueError("it has no schema")
-        if header["schema"] != SCHEMA:
+        if header["schema"] not in SCHEMAS:
             raise unknown_schema(move_id, header)
         move = move_from_json(header["move"])
         if move.id != move_id:
@@ -393,14 +471,17 @@ class StateDirectory:
             as_text(header["boot"]),
             self,
             image=read_image(header.get("image")),
+            schema=header["schema"],
         )
+        if journal.schema > 1:
+            journal.before = tuple(map(as_whole, as_list(header["prepare"])))
         if len(journal.namespaces) != len(move.sites):
             raise ValueError("it does not name a namespace for each site")
         for number, text_of_line in enumerate(lines[1:], 2):
             if b'"changed"' in text_of_line and "changed" in (line := read_line(text_of_line)):
                 journal._take_change(self._read_change(move_id, line), line)
             else:
-                _read_record(journal, text_of_line, number)
+                journal._read_record(text_of_line, number)
         return journal
 
     def _read_connections(self, move_id: str, digest: str) -> tuple[Connections, ...]:
@@ -493,13 +574,8 @@ class StateDirectory:
             return None
 
 
-def _read_record(journal: Journal, text: bytes, number: int) -> None:
-    step, state, prior = _parse_record(text, len(journal.kinds), number)
-    journal._keep(step, state, prior)
-
-
 @lru_cache(maxsize=1 << 10)  # of a thousand moves most lines are the same
-def _parse_record(text: bytes, steps: int, number: int) -> tuple[int, str, Prior]:
+def _parse_record(text: bytes, steps: int, number: int) -> tuple[int, str, Prior, dict[str, Any]]:
     """Step, state and prior of a journal's line *number*, where there are so many *steps*."""
     line = read_line(text)
     step, state = line["step"], line["state"]
@@ -513,4 +589,4 @@ def _parse_record(text: bytes, steps: int, number: int) -> tuple[int, str, Prior
         prior = Prior.from_json(line["prior"])
     else:
         raise ValueError(f"line {number}: no prior {line['prior']!r}")
-    return step, state, prior
+    return step, state, prior, line

@@ -22,9 +22,10 @@ from natkeep.plan.move import Map, Mode, Move, Site
 from natkeep.plan.observation import SeenEntry
 from natkeep.plan.plan import make_plan
 from natkeep.plan.roles import Role
-from natkeep.plan.steps import InsertEntries, Plan
+from natkeep.plan.steps import InsertEntries, Plan, PurgeEntries
 from natkeep.plan.translation import Translation
 from natkeep.plan.tuples import Address, Connections, Endpoint, FourTuple
+from natkeep.plan.undo import undo_of
 
 pytestmark = pytest.mark.root
 Run = Callable[..., str]
@@ -366,12 +367,12 @@ def test_what_a_gateway_knew_is_restored_and_nothing_in_its_place_is_touched(
     plain = {Entry(outer, kept.reply()) for outer, kept in zip(
         translation.outer, translation.kept, strict=True)}  # fmt: skip
 
-    conntrack.restore(translation, directions)
-    conntrack.restore(translation, directions)
+    conntrack.restore(undo_of(PurgeEntries(translation.site, translation)), directions)
+    conntrack.restore(undo_of(PurgeEntries(translation.site, translation)), directions)
 
     assert plain == read_entries().keys()
     purge(translation)
     conntrack.insert(translation)
     translated = read_entries().keys()
-    conntrack.restore(translation, directions)
+    conntrack.restore(undo_of(PurgeEntries(translation.site, translation)), directions)
     assert translated == read_entries().keys()

@@ -15,8 +15,10 @@ from natkeep.kernel.netns import inside, open_namespace
 from natkeep.plan.conntrack import PEER_DIALLED
 from natkeep.plan.move import Map, Mode, Move, Site
 from natkeep.plan.roles import Role
+from natkeep.plan.steps import PurgeEntries
 from natkeep.plan.translation import Translation, make_translations
 from natkeep.plan.tuples import Connections, Endpoint, FourTuple
+from natkeep.plan.undo import undo_of
 from natkeep.values import replace
 
 pytestmark = pytest.mark.root
@@ -175,7 +177,9 @@ def test_an_entry_whose_reply_tuple_something_has_is_refused(
 
 def test_entries_that_translate_nothing_are_wrong(site: str, run: Run) -> None:
     translation = translation_of("v4", site, MANY)
-    conntrack.restore(replace(translation, outer=translation.kept), PEER_DIALLED * MANY)
+    plain = replace(translation, outer=translation.kept)
+    undo = undo_of(PurgeEntries(plain.site, plain))
+    conntrack.restore(undo, PEER_DIALLED * MANY)
     neighbour = next(iter(translation.outer))
     track(run, site, FourTuple(Endpoint(neighbour.source.address, 1), neighbour.destination))
 

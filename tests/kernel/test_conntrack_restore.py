@@ -13,8 +13,10 @@ from natkeep.kernel.netns import inside, open_namespace
 from natkeep.plan.move import Map, Move, Site
 from natkeep.plan.plan import make_plan
 from natkeep.plan.roles import Role
+from natkeep.plan.steps import PurgeEntries
 from natkeep.plan.translation import Translation
 from natkeep.plan.tuples import Connections, Endpoint, FourTuple, parse_address
+from natkeep.plan.undo import undo_of
 
 pytestmark = pytest.mark.root
 
@@ -65,8 +67,8 @@ def test_each_entry_is_restored_in_its_own_direction_and_no_other(site: str, cou
 
     directions = conntrack.read_directions(translation)
     assert purge(translation) == 2
-    conntrack.restore(translation, directions)
-    conntrack.restore(translation, directions)
+    conntrack.restore(undo_of(PurgeEntries(translation.site, translation)), directions)
+    conntrack.restore(undo_of(PurgeEntries(translation.site, translation)), directions)
 
     assert directions == "<->" + "-" * (count - 3)
     assert list_entries() == before

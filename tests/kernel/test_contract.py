@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Protocol
 
 import pytest
-from fake_kernel import FakeKernel, FakeSite
+from fake_kernel import FakeKernel, FakeSite, revert_step
 
 from natkeep.errors import KernelError, RefusedError
 from natkeep.kernel.interface import Kernel
@@ -220,7 +220,7 @@ def apply(scene: Scene, steps: Iterable[Step]) -> list[tuple[Step, Prior, Prior]
 
 def revert(scene: Scene, done: Iterable[tuple[Step, Prior, Prior]]) -> None:
     for step, _, prior in reversed([*done]):
-        scene.kernel.revert(step, prior)
+        revert_step(scene.kernel, step, prior)
 
 
 def observe(scene: Scene, plan: Plan) -> Observation:
@@ -355,7 +355,7 @@ def test_a_step_that_was_interrupted_is_reverted_by_what_it_remembered(
     done = apply(scene, before)
     [(_, told, _)] = apply(scene, [step])
 
-    scene.kernel.revert(step, told)
+    revert_step(scene.kernel, step, told)
     revert(scene, done)
 
     assert picture == scene.picture()
@@ -384,7 +384,7 @@ def test_a_step_that_never_came_to_its_change_is_reverted(
     assert picture == scene.picture()
     if kind is InstallGate:
         assert scene.is_bare()
-    scene.kernel.revert(step, told[0])
+    revert_step(scene.kernel, step, told[0])
 
     assert picture == scene.picture()
 

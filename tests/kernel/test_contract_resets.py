@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
-from fake_kernel import FakeKernel, FakeSite
+from fake_kernel import FakeKernel, FakeSite, revert_step
 
 from natkeep.errors import KernelError
 from natkeep.kernel.linux import LinuxKernel
@@ -63,7 +63,7 @@ class Scene:
 
     def revert(self, done) -> None:
         for step, _, prior in reversed(done):
-            self.kernel.revert(step, prior)
+            revert_step(self.kernel, step, prior)
 
     def observe(self, plan: Plan):
         return self.kernel.observe(plan.move.sites[0], plan)
@@ -184,12 +184,12 @@ def test_a_step_that_was_interrupted_or_never_began_is_reverted(
     with pytest.raises(KilledError):
         scene.kernel.apply(step, die)
     assert halfway == scene.picture()
-    scene.kernel.revert(step, told[0])
+    revert_step(scene.kernel, step, told[0])
     assert halfway == scene.picture()
 
     [(_, remembered, _)] = scene.apply([step])
-    scene.kernel.revert(step, remembered)
-    scene.kernel.revert(step, remembered)
+    revert_step(scene.kernel, step, remembered)
+    revert_step(scene.kernel, step, remembered)
     scene.revert(done)
 
     assert picture == scene.picture()

@@ -14,7 +14,7 @@ from ipaddress import ip_address
 from typing import Protocol
 
 import pytest
-from fake_kernel import FakeKernel, FakeSite
+from fake_kernel import FakeKernel, FakeSite, revert_step
 
 from natkeep.errors import KernelError
 from natkeep.kernel.interface import Kernel
@@ -157,7 +157,7 @@ def apply(scene: Scene, steps: Iterable[Step]) -> list[tuple[Step, Prior]]:
 
 def revert(scene: Scene, done: Iterable[tuple[Step, Prior]]) -> None:
     for step, prior in reversed([*done]):
-        scene.kernel.revert(step, prior)
+        revert_step(scene.kernel, step, prior)
 
 
 def observe(scene: Scene, plan: Plan) -> Observation:
@@ -277,7 +277,7 @@ def test_a_step_that_never_came_to_its_change_is_reverted(scene: Scene, kind: ty
     with pytest.raises(KilledError):
         scene.kernel.apply(step, die)
     assert picture == scene.picture()
-    scene.kernel.revert(step, told[0])
+    revert_step(scene.kernel, step, told[0])
 
     assert picture == scene.picture()
 

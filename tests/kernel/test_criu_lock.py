@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from fake_kernel import revert_step
 
 from natkeep.checkpoint.images import read_checkpoint
 from natkeep.errors import KernelError
@@ -134,7 +135,7 @@ def take(netns: str, lock: DumpLock, kept: Connections) -> Prior:
 def put_back(netns: str, lock: DumpLock, kept: Connections, prior: Prior) -> None:
     kernel, site = LinuxKernel(), Site(Role.SOURCE, netns)
     kernel.open_sites([site])
-    kernel.revert(TakeOverLock(site, lock, kept), prior)
+    revert_step(kernel, TakeOverLock(site, lock, kept), prior)
 
 
 NFT = DumpLock(NetworkLock.NFTABLES, RUN)

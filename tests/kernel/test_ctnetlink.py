@@ -120,6 +120,14 @@ def test_what_an_entry_says_is_read() -> None:
     assert read_flags(plain) == 0
 
 
+def test_entries_of_one_length_may_have_their_values_in_other_places() -> None:
+    mark, entry = attribute(8, bytes(4)), pack_said(counted=True)
+    at = entry.index(attribute(TIMEOUT, bytes(4)))
+
+    for moved in (entry[:at] + mark + entry[at:], entry + mark, entry[:at] + mark + entry[at:]):
+        assert read_said(moved) == read_said(entry) == Said(0x20, 3, ORIGINAL, REPLY)
+
+
 def test_an_entry_is_named_by_its_tuple_its_zone_and_its_number() -> None:
     ends = ends_of("10.1.0.2", "10.2.0.10")
     entry = pack_said(counted=True)

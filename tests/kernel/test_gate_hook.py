@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 
 import pytest
+from fake_kernel import revert_step
 
 from natkeep.kernel import nftables, nftables_dump
 from natkeep.kernel.interface import Packed
@@ -56,11 +57,11 @@ class Gates:
         return self.kernel.ask(self.site, nftables.pack_open, self.opening(move_id))
 
     def close(self, move_id: str) -> None:
-        self.kernel.revert(self.opening(move_id), Prior())
+        revert_step(self.kernel, self.opening(move_id), Prior())
 
     def remove(self, move_id: str) -> None:
         for step in reversed(self.plans[move_id].prepare):
-            self.kernel.revert(step, self.priors.get((move_id, step), Prior()))
+            revert_step(self.kernel, step, self.priors.get((move_id, step), Prior()))
 
     def hold_listeners(self) -> None:
         """A quiesce at the same host, of the move `two`."""

@@ -9,6 +9,7 @@ from contextlib import ExitStack
 from ipaddress import ip_address
 
 import pytest
+from fake_kernel import revert_step
 
 from natkeep.errors import RefusedError
 from natkeep.kernel import conntrack_listeners, sock_diag
@@ -85,7 +86,7 @@ class Here:
 
     def revert(self, done: list[tuple[Step, Prior]]) -> None:
         for step, prior in reversed(done):
-            self.kernel.revert(step, prior)
+            revert_step(self.kernel, step, prior)
 
     def observe(self, plan: Plan) -> Observation:
         return self.kernel.observe(plan.move.sites[0], plan)

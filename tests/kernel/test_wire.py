@@ -23,6 +23,7 @@ from ipaddress import ip_address
 from typing import Any, Protocol
 
 import pytest
+from fake_kernel import revert_step
 
 from natkeep.kernel.linux import LinuxKernel
 from natkeep.kernel.netns import inside, open_namespace
@@ -185,7 +186,7 @@ class Stage:
 
     def teardown(self) -> None:
         for step, prior in reversed(self.done):
-            self.kernel.revert(step, prior)
+            revert_step(self.kernel, step, prior)
 
     def unhook(self) -> None:
         """As it is once the blackout is over: packets do not come by the gates any more."""

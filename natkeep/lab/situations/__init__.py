@@ -16,11 +16,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from natkeep.lab.lab import Lab
-from natkeep.lab.topology import THIRD, USUAL, Seat
+from natkeep.lab.topology import SECOND_CLIENT, THIRD, USUAL
 
 Moves = Callable[[Lab], None]
 THREE_HOSTS = {"seats": (*USUAL, THIRD)}
-SECOND_CLIENT = Seat("client2", "near", 3)
 TWO_CLIENTS = {"seats": (*USUAL, SECOND_CLIENT)}
 
 

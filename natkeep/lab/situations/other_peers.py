@@ -23,8 +23,8 @@ from natkeep.lab.application import (
 from natkeep.lab.host import LabError, await_true
 from natkeep.lab.lab import Lab
 from natkeep.lab.report import Assertion
-from natkeep.lab.situations import SECOND_CLIENT, TWO_CLIENTS, situation, usual_end
-from natkeep.lab.topology import CLIENT, Seat
+from natkeep.lab.situations import TWO_CLIENTS, situation, usual_end
+from natkeep.lab.topology import CLIENT, SECOND_CLIENT, Seat
 from natkeep.lab.traffic_words import PORT
 from natkeep.lab.unkept import LOOPBACK, dial_locally
 from natkeep.plan.tuples import Endpoint, FourTuple

@@ -1,0 +1,136 @@
+"""The form of an undo in the journal: JSON values, connections by reference.
+
+    {"kind": "address", "address": "10.2.0.10"}
+    {"kind": "entries", "outer": {"of": "connections", "old": "10.2.0.10", "at": "10.3.0.20"}}
+
+A reference means the connections of a file beside the journal (`connections` or `came`) whose local
+address is `old`, with the local address `at`. What no reference gives is written out.
+
+Rule: as state/codec.py: what is not written here is an error and never guessed at.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from natkeep.plan import nft, undo
+from natkeep.plan.listeners import Reception
+from natkeep.plan.move import Map, Mode, Site
+from natkeep.plan.roles import Role
+from natkeep.plan.tuples import Address, Connections, parse_address
+from natkeep.state.codec import as_flag, as_list, as_text, as_whole, lock_from_json, lock_to_json
+
+KINDS: dict[str, type[undo.Undo]] = {
+    "nothing": undo.Nothing,
+    "objects": undo.Unload,
+    "gate": undo.RemoveGate,
+    "listeners": undo.RemoveListeners,
+    "opening": undo.CloseGates,
+    "loopback": undo.LowerLoopback,
+    "address": undo.RemoveAddress,
+    "purged": undo.RestoreEntries,
+    "entries": undo.DeleteEntries,
+    "let-in": undo.ForgetListeners,
+    "holder": undo.EndHolder,
+    "owned-table": undo.RemoveOwnedTable,
+    "lock": undo.PutLockBack,
+}
+_NAMES = {cls: name for name, cls in KINDS.items()}
+
+
+class Files:
+    """The connections in the files beside a journal, by the file's name; olds: the move's."""
+
+    def __init__(self, olds: tuple[Address, ...], **files: Connections) -> None:
+        self.olds, self.files = olds, files
+        self._at: dict[tuple[str, Address], Connections] = {}
+
+    def at(self, name: str, old: Address) -> Connections:
+        """Those of a file whose local address is *old*."""
+        if (name, old) not in self._at:
+            self._at[name, old] = self.files[name].at(old)
+        return self._at[name, old]
+
+    def refer(self, some: Connections) -> dict[str, str]:
+        """A reference to *some*, or all of them."""
+        if len(some):
+            at = next(iter(some)).destination.address
+            for name in self.files:
+                for old in self.olds:
+                    found = self.at(name, old)
+                    if len(found) == len(some) and (found is some or found.toward(at) == some):
+                        return {"of": name, "old": str(old), "at": str(at)}
+        return {"v4": some.v4.hex(), "v6": some.v6.hex()}
+
+    def resolve(self, value: Mapping[str, Any]) -> Connections:
+        """What a reference gives."""
+        if "of" not in value:
+            return Connections(*(bytes.fromhex(as_text(value[name])) for name in ("v4", "v6")))
+        old, at = (parse_address(as_text(value[name])) for name in ("old", "at"))
+        found = self.at(as_text(value["of"]), old)
+        return found if at == old else found.toward(at)
+
+
+def undo_to_json(one: undo.Undo, files: Files) -> dict[str, Any]:
+    """As it stands in the journal."""
+    names: tuple[str, ...] = type(one).__match_args__
+    fields = {name: _FIELDS[name][0](getattr(one, name), files) for name in names}
+    return {"kind": _NAMES[type(one)], **fields}
+
+
+def undo_from_json(value: dict[str, Any], files: Files) -> undo.Undo:
+    """From the journal; ValueError, KeyError or TypeError for what undo_to_json does not write."""
+    cls = KINDS[as_text(value["kind"])]
+    names: tuple[str, ...] = cls.__match_args__
+    if set(value) != {"kind", *names}:
+        raise ValueError(f"{sorted(value)} are not the fields of an undo {value['kind']}")
+    return cls(**{name: _FIELDS[name][1](value[name], files) for name in names})
+
+
+def _plain(value: object, _: Files) -> object:
+    return value
+
+
+def _write_objects(objects: tuple[nft.Undo, ...], _: Files) -> list[list[str]]:
+    return [list(one) for one in objects]
+
+
+def _read_objects(value: object, _: Files) -> tuple[nft.Undo, ...]:
+    return tuple(nft.Undo(*map(as_text, as_list(row))) for row in as_list(value))
+
+
+def _write_listeners(listeners: tuple[Reception, ...], _: Files) -> list[list[Any]]:
+    return [
+        [str(r.site.role), str(r.map.old), str(r.map.new), str(r.mode), list(r.ports)]
+        for r in listeners
+    ]
+
+
+def _read_listeners(value: object, _: Files) -> tuple[Reception, ...]:
+    found = []
+    for role, old, new, mode, ports in map(as_list, as_list(value)):
+        map_ = Map(parse_address(as_text(old)), parse_address(as_text(new)))
+        numbers = tuple(map(as_whole, as_list(ports)))
+        found.append(Reception(Site(Role(role)), 0, map_, Mode(mode), numbers))
+    return tuple(found)
+
+
+_CONNECTIONS = (lambda some, files: files.refer(some), lambda value, files: files.resolve(value))
+_FIELDS: dict[str, tuple[Callable[[Any, Files], Any], Callable[[Any, Files], Any]]] = {
+    "objects": (_write_objects, _read_objects),
+    "part": (_plain, lambda value, _: as_text(value)),
+    "chains": (lambda names, _: [*names], lambda value, _: tuple(map(as_text, as_list(value)))),
+    "move_id": (_plain, lambda value, _: as_text(value)),
+    "address": (lambda one, _: str(one), lambda value, _: parse_address(as_text(value))),
+    "olds": (
+        lambda some, _: [str(one) for one in some],
+        lambda value, _: tuple(parse_address(as_text(text)) for text in as_list(value)),
+    ),
+    "listeners": (_write_listeners, _read_listeners),
+    "outer": _CONNECTIONS,
+    "kept": _CONNECTIONS,
+    "connections": _CONNECTIONS,
+    "renames": (_plain, lambda value, _: as_flag(value)),
+    "lock": (lambda lock, _: lock_to_json(lock), lambda value, _: lock_from_json(value)),
+}
