@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import struct
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 from fuzz.structure import varint
@@ -20,11 +21,20 @@ from natkeep.checkpoint import Checkpoint
 from natkeep.checkpoint.imagefile import COMMON, IDS, PSTREE
 from natkeep.checkpoint.images import read_checkpoint
 from natkeep.checkpoint.listing import write_listing
+from natkeep.plan.listeners import make_receptions
 from natkeep.plan.move import Map, Mode, Move, Site
 from natkeep.plan.roles import Role
-from natkeep.plan.steps import Prior
-from natkeep.plan.translation import Surroundings
-from natkeep.plan.tuples import Connections, parse_address
+from natkeep.plan.steps import (
+    AddAddress,
+    ForgetCalls,
+    HoldListeners,
+    InsertEntries,
+    Prior,
+    Step,
+    TakeOverLock,
+)
+from natkeep.plan.translation import Surroundings, Translation
+from natkeep.plan.tuples import Connections, Endpoint, parse_address
 from natkeep.state.journal import StateDirectory, read_boot_id
 
 Case = dict[str, bytes]
@@ -80,6 +90,23 @@ def make_journals() -> tuple[Case, ...]:
     return (*found, _make_journal(read_checkpoint(_directories()[2]), quiesces=True, records=1))
 
 
+def _make_steps(
+    move: Move, connections: Connections, listeners: tuple[Endpoint, ...]
+) -> Iterator[Step]:
+    """A step of each form of undo: names, an address, connections, listeners, a lock."""
+    (destination, gateway, source), map_ = move.sites, move.maps[0]
+    kept = connections.at(map_.old)
+    outer = kept.toward(map_.new)
+    yield HoldListeners(source, move.id, listeners)
+    yield AddAddress(destination, map_.old)
+    yield InsertEntries(
+        destination, Translation(destination, 0, map_, move.mode, kept, outer, kept)
+    )
+    yield ForgetCalls(gateway, make_receptions(move, gateway))
+    if move.lock is not None:
+        yield TakeOverLock(source, move.lock, kept)
+
+
 def _make_journal(checkpoint: Checkpoint, *, quiesces: bool, records: int) -> Case:
     maps = [("10.2.0.10", "10.3.0.20"), ("fd00:2::10", "fd00:3::20")]
     pairs = tuple(Map(parse_address(old), parse_address(new)) for old, new in maps)
@@ -107,10 +134,13 @@ def _make_journal(checkpoint: Checkpoint, *, quiesces: bool, records: int) -> Ca
             ((4, 4026531840), (4, 4026532299), (4, 4026532300)),
             kinds,
             image=checkpoint.run_id,
+            before=(0, 1, 2, 3),
         )
+        steps = [*_make_steps(move, checkpoint.connections, listeners)]
         for number in range(records):
-            step, state = number // 3 % len(kinds), ("doing", "done", "undone")[number % 3]
-            written.note(step, state, Prior(number % 2 == 0, {"acct": "0", "addresses": number}))
+            which, state = number // 3 % len(kinds), ("doing", "done", "undone")[number % 3]
+            prior = Prior(number % 2 == 0, {"acct": "0", "addresses": number})
+            written.note(which, state, prior, steps[which % len(steps)])
         files = {path.name: path.read_bytes() for path in sorted(Path(place).iterdir())}
     boot = read_boot_id().encode()
     seen = {"boot": BOOT, "at": 81_234_567, "alive": [[3, "f"]], "ended": [[4, "10"]]}

@@ -17,7 +17,7 @@ from natkeep.checkpoint.images import read_checkpoint_with_queues, read_with_que
 from natkeep.checkpoint.listing import parse_octets, read_listing
 from natkeep.errors import ImageError, JournalError, NatkeepError
 from natkeep.state.files import StateFiles
-from natkeep.state.journal import Journal, StateDirectory
+from natkeep.state.journal import Header, Journal, StateDirectory
 
 
 class Target(ABC):
@@ -74,11 +74,12 @@ class Journals(Target):
         return self._read(StateDirectory(str(directory), create=False))
 
     def _read(self, state: StateDirectory) -> object:
-        glance = state.read_move(seeds.ID)  # never an error: whoever calls it looks for conflicts
+        glance = state.read_header(seeds.ID)  # never an error: its callers look for conflicts
         sighting = state.read_sighting(seeds.ID, seeds.BOOT)  # nor is this one
         journal = state.load(seeds.ID)
-        if glance != (journal.move, journal.namespaces, journal.boot):
-            raise AssertionError("read_move and load do not see the same move")
+        journal.resolve()
+        if glance != Header(journal.move, journal.namespaces, journal.boot):
+            raise AssertionError("read_header and load do not see the same move")
         return describe(journal), sighting
 
 

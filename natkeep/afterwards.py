@@ -1,7 +1,7 @@
-"""what a command leaves to be done once it has ended: whoever waits for it is in a blackout.
+"""What a command leaves to be done once it has ended, since a blackout lasts until it ends.
 
 A restore waits for its hook, and a script for `natkeep open`. What only makes packets quicker
-later on, and waits for the kernel meanwhile, is done by a process that nobody waits for. It is not
+later on, and waits for the kernel meanwhile, is done by a process of its own. It is not
 needed: without it everything works, and the next repair does it.
 """
 
@@ -16,7 +16,7 @@ from contextlib import suppress
 _REST = 1.0
 """Seconds after which the blackout is over, if it is not known.
 
-Not earlier: the kernel's grace periods are one queue, and whoever ends a restore waits in it, too.
+Not earlier: the kernel's grace periods are one queue, and the end of a restore waits in it, too.
 """
 _LIMIT = 10  # seconds
 _works: list[Callable[[], object]] = []
@@ -49,7 +49,7 @@ def begin(beside: int = 0) -> None:
 
 
 def _detach() -> None:
-    """Hold nothing of our parent's that somebody waits for, and get no terminal's signals."""
+    """Hold nothing of our parent's that others wait for, and get no terminal's signals."""
     os.setsid()
     nowhere = os.open(os.devnull, os.O_RDWR)
     for standard in (0, 1, 2):

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 
 class NatkeepError(Exception):
-    """Something went wrong that is nobody's in particular (exit 1)."""
+    """Something went wrong that has no class of its own (exit 1)."""
 
     exit_code = 1
 
@@ -47,7 +47,7 @@ class RefusedError(NatkeepError):
 
 
 class KernelError(NatkeepError):
-    """The kernel said no; whoever raises it has changed nothing at the site (exit 5)."""
+    """The kernel said no; nothing was changed at the site (exit 5)."""
 
     exit_code = 5
 

@@ -11,7 +11,7 @@
     state_dir = "/run/natkeep"
 
 Where there is no file, or a key is not in it, what the command line or the environment names is
-allowed. Rule: whoever may write the file is root, or it is refused; a key that is not known is a
+allowed. Rule: the file can be written by root only, or it is refused; a key that is not known is a
 mistake, never ignored. The path is fixed: an environment that could name another file could
 allow itself everything, and the environment is just what this file is to set bounds to.
 This file must never change anything, and never read an image.

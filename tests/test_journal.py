@@ -79,6 +79,7 @@ def begin(state: StateDirectory, move: Move = MOVE) -> Journal:
 
 def plain(found: Journal) -> dict[str, Any]:
     """A journal's values, whoever read it."""
+    found.resolve()
     names = ("move", "connections", "surroundings", "namespaces", "kinds", "boot", "records")
     return {name: getattr(found, name) for name in names}
 

@@ -1,7 +1,7 @@
-"""the quick way to open a move: what natkeep-hook starts at post-restore, where NATKEEP_ID is set.
+"""The quick way to open a move: what natkeep-hook starts at post-restore, where NATKEEP_ID is set.
 
 Of the time that the long way takes (natkeep.criu.hook), nine tenths are imports. So prepare leaves
-a file ID.ready beside the journal (natkeep/lifecycle/ready.py writes it and says its form):
+a file ID.ready beside the journal (natkeep/lifecycle/open.py writes it and says its form):
 which namespaces, what is sent to the kernel in each, what the journal notes before and after.
 
 Rule: this file imports nothing but what is built into the interpreter (posix: even os would cost
@@ -197,7 +197,7 @@ def send(batch: str, last: int) -> bool:
 def deliver(directory: int, name: str) -> None:
     """Have the holder deliver what peers said meanwhile; without it they say it again.
 
-    Nobody waits for it: it goes on beside CRIU, which has yet to take the sockets out of repair.
+    No answer is waited for: CRIU has yet to take the sockets out of repair.
     """
     asking = _socket.socket(_socket.AF_UNIX, _socket.SOCK_STREAM | _socket.SOCK_CLOEXEC)
     asking.settimeout(2)

@@ -22,6 +22,7 @@ from natkeep.plan.nft import TABLE
 from natkeep.plan.steps import Plan, Prior, Step
 from natkeep.plan.undo import UNDONE_AGAIN, LowerLoopback, RemoveAddress, Undo
 from natkeep.state.journal import Journal, Record, StateDirectory
+from natkeep.state.record import Unread
 from natkeep.values import dataclass
 
 T = TypeVar("T")
@@ -69,13 +70,16 @@ class Executor:
         return any(journal.identity(home) == here for home in journal.move.homes())
 
     def load(self, move_id: str) -> tuple[Journal, Plan]:
-        """A journal and the plan that it was written for; JournalError when this is not ours."""
+        """A journal and the plan that it was written for; JournalError when this is not ours.
+
+        Before anything of it is undone, its undo has to be read: `load_undo`, or `resolve`.
+        """
         journal = self.state.load(move_id)
         plan = plan_of(journal)
         if kinds_of(plan) != journal.kinds:
             raise JournalError(
                 f"move {move_id} was prepared by a natkeep that does other steps",
-                hint="use that version for it, or natkeep teardown",
+                hint=f"use that version for it; natkeep teardown {move_id} --yes undoes it",
             )
         if journal.schema == 1:
             journal.adopt(plan.steps, tuple(numbers_before(plan)))
@@ -84,7 +88,10 @@ class Executor:
     def load_undo(self, move_id: str) -> Journal:
         """A journal alone, with all that undoes its move."""
         journal = self.state.load(move_id)
-        return self.load(move_id)[0] if journal.schema == 1 else journal
+        if journal.schema == 1:
+            return self.load(move_id)[0]
+        journal.resolve()
+        return journal
 
     # ---- do ------------------------------------------------------------------------------------
 
@@ -138,12 +145,14 @@ class Executor:
         """Undo those of the steps that were begun, going on after a failure."""
         left: list[NatkeepError] = []
         incomplete: set[Site] = set()
+        journal.resolve()
         for number in numbers:
             record = journal.records.get(number)
             if record is None or record.state == "undone":
                 continue
-            assert record.site is not None  # as load_undo has it
+            assert record.site is not None  # of schema 1 too: see adopt
             assert record.undo is not None
+            assert not isinstance(record.undo, Unread)
             kind = journal.kinds[number]
             error = self._undo_step(journal, kind, record.site, record.undo, record.prior)
             if error is not None:

@@ -34,6 +34,7 @@ def replace_move(
     with executor.state.locked():
         plan = check(executor, move, connections, replaces)
         journal, old = executor.load(replaces)
+        journal.resolve()
         _Replacement(executor, journal, old, plan).carry_out(connections, gate, image)
         if gate == Gate.OPEN:
             executor.kernel.unhook_gates()

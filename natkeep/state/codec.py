@@ -22,7 +22,7 @@ SCHEMAS = (1, SCHEMA)
 """Those that are read; in 1 a record does not hold its undo."""
 
 
-def make_record(step: int, state: str, prior: Prior) -> dict[str, Any]:
+def record_to_json(step: int, state: str, prior: Prior) -> dict[str, Any]:
     """What the journal notes of a step, but for its undo."""
     record: dict[str, Any] = {"step": step, "state": state}
     if state != "undone":

@@ -1,4 +1,4 @@
-"""the files of the state directory: opened by its handle, read and written whole, locked.
+"""The files of the state directory: opened by its handle, read and written whole, locked.
 
 Rule: nothing is opened through a link, and nothing read that others may write. A new file is on
 disk before it takes its name, an appended line before its writer goes on. What a file says is
@@ -192,7 +192,7 @@ def _read_all(fd: int, size: int) -> bytes:
 
 
 def _refuse_foreign(name: str, status: os.stat_result, right: str = "") -> None:
-    """Whoever can write there decides what natkeep undoes, as root."""
+    """A program that can write there decides what natkeep undoes, as root."""
     if status.st_uid != os.geteuid() and os.geteuid() == 0:
         raise JournalError(f"{name} belongs to uid {status.st_uid}")
     if status.st_mode & 0o022:

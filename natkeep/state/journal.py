@@ -1,8 +1,8 @@
-"""what was done, on disk: the plan of each move, and how far it got.
+"""What was done, on disk: the plan of each move, how far it got, and what undoes it.
 
 The state directory (0700, files 0600; nothing below it is ever opened through a link):
 
-    lock               an exclusive flock is held by whoever changes a site
+    lock               an exclusive flock is held while a verb changes a site
     ID.connections     written before the journal: the kept connections, those that a gateway
                        carried already, and the carriers, each packed (plan/tuples.py) as IPv4
                        and IPv6, each of the six with its length (8 octets) in front
@@ -42,25 +42,22 @@ import hashlib
 import re
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager
-from functools import cache, lru_cache
+from functools import cache
 from typing import Any
 
 from natkeep import __version__, faultpoints
 from natkeep.errors import JournalError, LeftoverError, NatkeepError, RefusedError, UsageError
 from natkeep.plan.liveness import Sighting
-from natkeep.plan.move import Move, Site, is_id, parse_id
-from natkeep.plan.steps import Identity, OpenGate, Prior, SendResets, Step
+from natkeep.plan.move import Move, is_id, parse_id
+from natkeep.plan.steps import Identity, Prior, Step
 from natkeep.plan.translation import Change, Surroundings
 from natkeep.plan.tuples import NO_CONNECTIONS, Address, Connections, parse_address
-from natkeep.plan.undo import Undo, undo_of
 from natkeep.state.codec import (
     SCHEMA,
     SCHEMAS,
-    as_index,
     as_list,
     as_text,
     as_whole,
-    make_record,
     move_from_json,
     move_to_json,
     pack_columns,
@@ -72,8 +69,10 @@ from natkeep.state.codec import (
     unpack_columns,
 )
 from natkeep.state.files import StateFiles, read_lock_timeout
-from natkeep.state.undo_codec import Files, undo_from_json, undo_to_json
-from natkeep.values import dataclass, field, replace
+from natkeep.state.record import Journal as Journal
+from natkeep.state.record import Record as Record
+from natkeep.state.record import corrupt
+from natkeep.values import dataclass
 
 _ID_PATTERN = r"(?P<id>[a-z0-9][a-z0-9-]{0,31})"
 _FILE = re.compile(
@@ -86,21 +85,6 @@ def read_boot_id() -> str:
     """The kernel's id of this boot; a journal of another boot describes nothing that exists."""
     with open("/proc/sys/kernel/random/boot_id", encoding="ascii") as file:
         return file.read().strip()
-
-
-@dataclass(frozen=True, slots=True)
-class Record:
-    """How far a step got: `doing`, `done` or `undone`, and what was found before.
-
-    again: of `doing`, it had been done before: a repair was at it. site: which of the move's, and
-    undo: what takes it back; both None in schema 1, until the plan is there.
-    """
-
-    state: str
-    prior: Prior
-    again: bool = False
-    site: Site | None = None
-    undo: Undo | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,177 +102,6 @@ class Header:
     def olds(self) -> frozenset[Address]:
         """The OLD address of each map."""
         return frozenset(map_.old for map_ in self.move.maps)
-
-
-@dataclass(slots=True)
-class Journal:
-    """One move on disk."""
-
-    move: Move
-    connections: Connections
-    surroundings: Surroundings
-    namespaces: tuple[Identity, ...]
-    kinds: tuple[str, ...]
-    boot: str
-    _directory: StateDirectory
-    records: dict[int, Record] = field(default_factory=dict)
-    image: str | None = None
-    change: Change | None = None
-    before: tuple[int, ...] = ()
-    schema: int = SCHEMA
-
-    def note(self, number: int, state: str, prior: Prior, step: Step | None = None) -> None:
-        """Append one record and have it on disk before returning.
-
-        step: what is begun; once it has been said, it need not be said again.
-        """
-        line, record = self._make_record(number, state, prior, step)
-        self._directory.append(f"{self.move.id}.journal", line)
-        self.records[number] = record
-
-    def lines(self, steps: Iterable[tuple[int, Step]], state: str) -> list[str]:
-        """What `note` would append of each of these steps."""
-        made = (self._make_record(number, state, Prior(), step)[0] for number, step in steps)
-        return [pack_line(line).decode("ascii").rstrip() for line in made]
-
-    def _make_record(
-        self, number: int, state: str, prior: Prior, step: Step | None
-    ) -> tuple[dict[str, Any], Record]:
-        line, earlier = make_record(number, state, prior), self.records.get(number)
-        site, undo = (earlier.site, earlier.undo) if earlier is not None else (None, None)
-        if step is not None and state == "doing" and self.schema > 1:
-            made = undo_of(step)
-            if (step.site, made) != (site, undo):
-                line["site"] = self.move.sites.index(step.site)
-                line["undo"] = undo_to_json(made, self._files())
-            site, undo = step.site, made
-        again = state == "doing" and self.has_been_done(number)
-        return line, Record(state, prior, again, site, undo)
-
-    def _files(self) -> Files:
-        came = NO_CONNECTIONS if self.change is None else self.change.came
-        olds = tuple(map_.old for map_ in self.move.maps)
-        return Files(olds, connections=self.connections, came=came)
-
-    def adopt(self, steps: tuple[Step, ...], before: tuple[int, ...]) -> None:
-        """Of schema 1: what undoes each record's step, and which steps prepare does."""
-        self.before = before
-        for number, record in self.records.items():
-            step = steps[number]
-            self.records[number] = replace(record, site=step.site, undo=undo_of(step))
-
-    def is_whole(self) -> bool:
-        """Whether prepare came to its end: every step was done once, also where it is undone since.
-
-        One that was killed has failed, as others do.
-        """
-        if self.change is not None:
-            return True  # which is noted only then
-        records = [self.records.get(number) for number in self.before]
-        return all(
-            record is not None and (record.state != "doing" or record.again) for record in records
-        )
-
-    def note_change(
-        self,
-        change: Change,
-        kinds: tuple[str, ...],
-        origins: tuple[int | None, ...],
-        again: tuple[int, ...],
-        image: str | None,
-    ) -> None:
-        """From here on the plan is that of *change*: one line, so it is there whole or not at all.
-
-        origins: for each new step the earlier one whose record it continues. again: those of the
-        new steps that were done and have more to do. image: the dump that was compared.
-        """
-        around = change.surroundings
-        packed = pack_columns((change.came, change.went, around.carried, around.carriers))
-        line = {
-            "changed": hashlib.sha256(packed).hexdigest(),
-            "image": image,
-            "local": sorted(str(address) for address in around.local),
-            "steps": list(kinds),
-            "from": list(origins),
-            "again": list(again),
-        }
-        self._directory.write_changed(self.move.id, packed)
-        self._directory.append(f"{self.move.id}.journal", line)
-        self._take_change(change, line)
-
-    def _read_record(self, text: bytes, number: int) -> None:
-        """The record on line *number*."""
-        step, state, prior, line = _parse_record(text, len(self.kinds), number)
-        earlier = self.records.get(step)
-        site, undo = (earlier.site, earlier.undo) if earlier is not None else (None, None)
-        if "undo" in line:
-            site = self.move.sites[as_index(line["site"], len(self.move.sites))]
-            undo = undo_from_json(line["undo"], self._files())
-        elif self.schema > 1 and undo is None:
-            raise ValueError(f"line {number}: step {step} without its undo")
-        again = state == "doing" and self.has_been_done(step)
-        self.records[step] = Record(state, prior, again, site, undo)
-
-    def _take_change(self, change: Change, line: dict[str, Any]) -> None:
-        origins, again = as_list(line["from"]), as_list(line["again"])
-        kinds = tuple(as_text(kind) for kind in as_list(line["steps"]))
-        if self.change is not None or len(origins) != len(kinds):
-            raise ValueError("its plan has changed in a way that it cannot")
-        records: dict[int, Record] = {}
-        for number, origin in enumerate(origins):
-            if origin is None:
-                continue
-            if not 0 <= as_whole(origin) < len(self.kinds) or self.kinds[origin] != kinds[number]:
-                raise ValueError(f"step {number} does not continue step {origin}")
-            if origin in self.records:
-                records[number] = self.records[origin]
-        for number in again:
-            if as_whole(number) not in records:
-                raise ValueError(f"step {number} was never done, so not again")
-            records[number] = replace(records[number], state="doing", again=True)
-        self.kinds, self.records, self.change = kinds, records, change
-        self.image = read_image(line["image"])
-
-    def is_done(self, step: int) -> bool:
-        """Whether the step acted and was not undone."""
-        record = self.records.get(step)
-        return record is not None and record.state == "done"
-
-    def has_been_done(self, step: int) -> bool:
-        """The same, also where a repair that did a part of it again was killed."""
-        record = self.records.get(step)
-        return record is not None and (record.state == "done" or record.again)
-
-    def is_prepared(self) -> bool:
-        """Whether every step of prepare acted."""
-        later = (OpenGate.__name__, SendResets.__name__)
-        steps = (n for n, kind in enumerate(self.kinds) if kind not in later)
-        return all(self.is_done(number) for number in steps)
-
-    def is_opened(self) -> bool:
-        """Whether a gate was opened anywhere, and not closed again."""
-        steps = (n for n, kind in enumerate(self.kinds) if kind == OpenGate.__name__)
-        return any(self.has_been_done(number) for number in steps)
-
-    def surroundings_there(self) -> Surroundings:
-        """The surroundings that the gateways' translations were made for."""
-        return self.surroundings if self.change is None else self.change.surroundings
-
-    def identity(self, site: Site) -> Identity:
-        """The namespace that *site* was when the move was prepared."""
-        return self.namespaces[self.move.sites.index(site)]
-
-    def size(self) -> int:
-        """Octets that the journal has on disk; any later verb adds to them."""
-        return self._directory.size(f"{self.move.id}.journal")
-
-    def write_ready(self, content: bytes) -> None:
-        """Leave what the hook needs to open the move (lifecycle/ready.py says what)."""
-        self._directory.write_ready(self.move.id, content)
-
-    def remove(self) -> None:
-        """The move is no more."""
-        self._directory.remove(self.move.id)
 
 
 class StateDirectory:
@@ -331,32 +144,18 @@ class StateDirectory:
 
         before: the steps that prepare does. blocks: the one that takes a quiesce over, if one does.
         """
-        packed = None
-        if not move.quiesces:
-            packed = pack_columns((connections, surroundings.carried, surroundings.carriers))
-        header = {
-            "schema": SCHEMA,
-            "natkeep": __version__,
-            "boot": read_boot_id(),
-            "move": move_to_json(move),
-            "namespaces": [list(identity) for identity in namespaces],
-            "steps": list(kinds),
-            "prepare": list(before),
-            "local": sorted(str(address) for address in surroundings.local),
-            "connections": packed and hashlib.sha256(packed).hexdigest(),
-            "image": image,
-        }
         earlier = self.read_header(move.id) if self.knows(move.id) else None
         boot = read_boot_id()
         journal = Journal(
             move, connections, surroundings, namespaces, kinds, boot, self, image=image,
             before=before,
         )  # fmt: skip
+        packed, header = _pack_header(journal)
         begun: list[dict[str, Any]] = []
         if earlier is not None and earlier.move.quiesces and blocks is not None:
             # The block passes into this journal in the moment that it takes the other one's place.
             number, step = blocks
-            line, journal.records[number] = journal._make_record(number, "doing", Prior(), step)
+            line, journal.records[number] = journal.make_record(number, "doing", Prior(), step)
             begun.append(line)
         elif self.knows(move.id):
             raise RefusedError(
@@ -438,11 +237,7 @@ class StateDirectory:
         try:
             return self._parse(move_id, text)
         except (KeyError, TypeError, ValueError, UsageError, RefusedError) as error:
-            reason = str(error) if len(str(error)) <= 160 else str(error)[:157] + "..."
-            raise JournalError(
-                f"the journal of {move_id} is corrupt: {reason}",
-                hint=f"{self.path}/{move_id}.journal; the tables named natkeep are ours to remove",
-            ) from error
+            raise corrupt(move_id, self.path, error) from error
 
     def _parse(self, move_id: str, text: bytes) -> Journal:
         lines = text.split(b"\n")[:-1]  # what follows the last newline was never finished
@@ -479,9 +274,9 @@ class StateDirectory:
             raise ValueError("it does not name a namespace for each site")
         for number, text_of_line in enumerate(lines[1:], 2):
             if b'"changed"' in text_of_line and "changed" in (line := read_line(text_of_line)):
-                journal._take_change(self._read_change(move_id, line), line)
+                journal.take_change(self._read_change(move_id, line), line)
             else:
-                journal._read_record(text_of_line, number)
+                journal.read_record(text_of_line, number)
         return journal
 
     def _read_connections(self, move_id: str, digest: str) -> tuple[Connections, ...]:
@@ -574,19 +369,21 @@ class StateDirectory:
             return None
 
 
-@lru_cache(maxsize=1 << 10)  # of a thousand moves most lines are the same
-def _parse_record(text: bytes, steps: int, number: int) -> tuple[int, str, Prior, dict[str, Any]]:
-    """Step, state and prior of a journal's line *number*, where there are so many *steps*."""
-    line = read_line(text)
-    step, state = line["step"], line["state"]
-    if not (type(step) is int and 0 <= step < steps):  # True is an int, too
-        raise ValueError(f"line {number}: no step {step!r}")
-    if state not in ("doing", "done", "undone"):
-        raise ValueError(f"line {number}: no state {state!r}")
-    if state == "undone":
-        prior = Prior()
-    elif isinstance(line["prior"], dict):
-        prior = Prior.from_json(line["prior"])
-    else:
-        raise ValueError(f"line {number}: no prior {line['prior']!r}")
-    return step, state, prior, line
+def _pack_header(journal: Journal) -> tuple[bytes | None, dict[str, Any]]:
+    """The connections' file, which a quiesce has not, and the first line of a new journal."""
+    move, packed = journal.move, None
+    if not move.quiesces:
+        around = journal.surroundings
+        packed = pack_columns((journal.connections, around.carried, around.carriers))
+    return packed, {
+        "schema": SCHEMA,
+        "natkeep": __version__,
+        "boot": journal.boot,
+        "move": move_to_json(move),
+        "namespaces": [list(identity) for identity in journal.namespaces],
+        "steps": list(journal.kinds),
+        "prepare": list(journal.before),
+        "local": sorted(str(address) for address in journal.surroundings.local),
+        "connections": packed and hashlib.sha256(packed).hexdigest(),
+        "image": journal.image,
+    }
