@@ -16,8 +16,9 @@ from natkeep.checkpoint.imagefile import Directory
 from natkeep.checkpoint.images import read_checkpoint_with_queues
 from natkeep.checkpoint.listing import parse_octets, read_listing
 from natkeep.errors import ImageError, JournalError, NatkeepError
+from natkeep.state.directory import Header, StateDirectory
 from natkeep.state.files import StateFiles
-from natkeep.state.journal import Header, Journal, StateDirectory
+from natkeep.state.journal import Journal
 
 
 class Target(ABC):

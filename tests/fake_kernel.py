@@ -7,11 +7,11 @@ tests hold, so a test that passes on it says something about natkeep and not abo
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 from natkeep.errors import KernelError, RefusedError
-from natkeep.kernel.interface import Kernel, Packed, Remember
+from natkeep.kernel.interface import Kernel, P, Remember, T
 from natkeep.kernel.sock_diag import Shown
 from natkeep.plan import filters, listeners, nft, ruleset, tables
 from natkeep.plan.conntrack import entries, stale_tuples
@@ -126,16 +126,21 @@ class FakeKernel:
             raise KeyError(site)
         return (0, list(self.sites).index(site.netns))
 
-    def addresses(self, site: Site, version: int) -> tuple[Address, ...]:
+    def ask(self, site: Site, question: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """Each question has a method of its name here."""
+        answer: T = getattr(self, question.__name__)(site, *args, **kwargs)
+        return answer
+
+    def global_addresses(self, site: Site, version: int) -> tuple[Address, ...]:
         """What a test put there."""
         here = self.sites[site.netns].addresses
         return tuple(sorted(a for a in here if a.version == version))
 
-    def survey(self, site: Site) -> Facts:
+    def gather_facts(self, site: Site) -> Facts:
         """A machine about which there is nothing to say."""
         return Facts(True, True, True, True, True, True, 0, 1000, 0, False, (), (), (), False)
 
-    def devices(self, site: Site) -> frozenset[str]:
+    def device_names(self, site: Site) -> frozenset[str]:
         """Always the same."""
         return frozenset({"lo", "eth0"})
 
@@ -203,7 +208,7 @@ class FakeKernel:
         """What a test put there."""
         return tuple(self.sites[site.netns].lost)
 
-    def find_strays(self, site: Site) -> SeenTable:
+    def read_table(self, site: Site) -> SeenTable:
         """The gates and holds, as the chains that they would be."""
         here = self.sites[site.netns]
         names = {f"gate-{move_id}" for move_id in here.gates}
@@ -215,7 +220,7 @@ class FakeKernel:
     ) -> None:
         """What no *known* move owns goes."""
         here = self.sites[site.netns]
-        for move_id in self.find_strays(site).ids() - known:
+        for move_id in self.read_table(site).ids() - known:
             here.gates.pop(move_id, None)
             here.holds.pop(move_id, None)
             for name in [n for n in here.sets if n.rpartition("-")[0].endswith(f"-{move_id}")]:
@@ -227,11 +232,10 @@ class FakeKernel:
             here.broken.clear()
             here.made.clear()
 
-    def pack_open(self, step: OpenGate) -> Packed | None:
+    def pack_open(self, site: Site, step: OpenGate) -> None:
         """Nothing: there is no netlink here."""
-        return None
 
-    def pack_unhooking(self, site: Site) -> bytes:
+    def pack_gate_hook_removal(self, site: Site) -> bytes:
         """Nothing: there is no netlink here."""
         return b""
 

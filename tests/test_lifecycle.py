@@ -57,7 +57,7 @@ from natkeep.plan.steps import (
 )
 from natkeep.plan.tuples import Connections, Endpoint, FourTuple, parse_address
 from natkeep.plan.undo import Undo
-from natkeep.state.journal import StateDirectory
+from natkeep.state.directory import StateDirectory
 
 GATEWAY, DESTINATION = Site(Role.GATEWAY, "gw"), Site(Role.DESTINATION, "dst")
 SITES = (DESTINATION, GATEWAY)
@@ -1088,14 +1088,14 @@ def test_whoever_changes_a_site_holds_the_lock(
 
     class Asking(RecordingKernel):
         def apply(self, step: Step, remember: Remember) -> Prior:
-            self.ask("apply")
+            self.try_lock("apply")
             return super().apply(step, remember)
 
         def undo_step(self, step: Step, prior: Prior, undo: Undo | None = None) -> None:
-            self.ask("revert")
+            self.try_lock("revert")
             super().undo_step(step, prior, undo)
 
-        def ask(self, verb: str) -> None:
+        def try_lock(self, verb: str) -> None:
             with pytest.raises(JournalError, match="another natkeep holds"), second.locked(0):
                 pass
             asked.append(verb)

@@ -11,7 +11,7 @@ from natkeep.errors import DriftError, JournalError, UsageError
 from natkeep.kernel.linux import LinuxKernel
 from natkeep.plan.diagnostics import CATALOGUE, Severity
 from natkeep.plan.move import parse_olds
-from natkeep.state.journal import StateDirectory
+from natkeep.state.directory import StateDirectory
 
 
 def status(args: argparse.Namespace) -> int:

@@ -37,7 +37,7 @@ from natkeep.kernel.ctnetlink import (
     read_tuples,
     turn,
 )
-from natkeep.kernel.interface import Place, Remember
+from natkeep.kernel.interface import Driver, Place, Remember
 from natkeep.kernel.netlink import NETLINK_NETFILTER, NLM_F_CREATE, NLM_F_EXCL, Netlink, Refusal
 from natkeep.plan.conntrack import (
     IPS_DST_NAT,
@@ -68,10 +68,8 @@ _INSERT_ATTEMPTS = 5
 _ACCOUNTING = "netfilter/nf_conntrack_acct"
 
 
-class InsertDriver:
+class InsertDriver(Driver[InsertEntries]):
     """InsertEntries: the entry of each kept connection, with NAT."""
-
-    enters = True
 
     def check(self, at: Place, step: InsertEntries) -> None:
         """A table that is nearly full would take neither our entries nor those of others."""
@@ -133,16 +131,11 @@ def _insert_despite_races(translation: Translation) -> None:
         purge(translation)
 
 
-class PurgeDriver:
+class PurgeDriver(Driver[PurgeEntries]):
     """PurgeEntries: stale entries go; those that a gateway had of its own come back in the end.
 
     Which there are is in the journal before the first is deleted, so a kill forgets nothing.
     """
-
-    enters = True
-
-    def check(self, at: Place, step: PurgeEntries) -> None:
-        """It always works."""
 
     def apply(self, at: Place, step: PurgeEntries, remember: Remember) -> Prior:
         """Delete every entry that has one of the stale tuples."""

@@ -22,7 +22,7 @@ from natkeep.kernel.ctnetlink import (
     read_said,
     read_tuples,
 )
-from natkeep.kernel.interface import Place, Remember
+from natkeep.kernel.interface import Driver, Place, Remember
 from natkeep.kernel.netlink import NETLINK_NETFILTER, Batch, Netlink, message
 from natkeep.plan.listeners import Reception
 from natkeep.plan.move import Mode
@@ -36,13 +36,8 @@ _ALIVE = (TCP.opening - {_SYN_SENT}) | TCP.alive
 """SYN_RECV to LAST_ACK."""
 
 
-class ForgetDriver:
+class ForgetDriver(Driver[ForgetCalls]):
     """ForgetCalls: what conntrack believes of SYNs that came before the listeners moved."""
-
-    enters = True
-
-    def check(self, at: Place, step: ForgetCalls) -> None:
-        """It always works."""
 
     def apply(self, at: Place, step: ForgetCalls, remember: Remember) -> Prior:
         """Unreplied entries go: their SYNs come again, and take the new way."""

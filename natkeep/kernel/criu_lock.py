@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from natkeep import faultpoints
 from natkeep.errors import KernelError
 from natkeep.kernel import nftables, nftables_dump
-from natkeep.kernel.interface import Place, Remember
+from natkeep.kernel.interface import Driver, Place, Remember
 from natkeep.plan.criu_lock import (
     DumpLock,
     NetworkLock,
@@ -29,14 +29,14 @@ from natkeep.plan.criu_lock import (
     render_table,
     set_name,
 )
+from natkeep.plan.nft import IP
 from natkeep.plan.steps import Prior, TakeOverLock
 from natkeep.plan.tuples import Connections
 from natkeep.plan.undo import PutLockBack
 
 _TOOLS = {4: "iptables", 6: "ip6tables"}
-_FAMILIES = {4: 2, 6: 10}  # NFPROTO_IPV4, NFPROTO_IPV6
 _LEGACY_NAMES = {4: "ip_tables_names", 6: "ip6_tables_names"}
-_BACKENDS = ("nft", "legacy")
+_VARIANTS = [(backend, version) for backend in ("nft", "legacy") for version in _TOOLS]
 _PATH = "/usr/sbin:/usr/bin:/sbin:/bin"
 """Where the system's own tools are, whatever PATH says."""
 
@@ -44,10 +44,8 @@ Variant = tuple[str, int]
 """Back end of iptables, and IP version."""
 
 
-class LockDriver:
+class LockDriver(Driver[TakeOverLock]):
     """The lock is removed where it is; revert puts back what was found."""
-
-    enters = True
 
     def check(self, at: Place, step: TakeOverLock) -> None:
         """KernelError where the lock is in a filter table and its program is missing."""
@@ -69,7 +67,7 @@ def find_lock(lock: DumpLock, kept: Connections) -> Prior:
     """Which tables the lock is in; present is false throughout: only this step removes it."""
     facts: dict[str, str | int | bool] = {}
     if lock.method == NetworkLock.NFTABLES:
-        if nftables_dump.has_table(nftables_dump.INET, lock.table):
+        if nftables_dump.has_table("inet", lock.table):
             facts["table"] = True
         return Prior(facts=facts)
     for (backend, version), found in _find_rules(lock, kept):
@@ -83,15 +81,15 @@ def take_lock(lock: DumpLock, kept: Connections) -> None:
     if lock.method == NetworkLock.NFTABLES:
         _take_table(lock, kept)
         return
-    taken: list[tuple[Variant, SavedRules]] = []
+    taken: list[Variant] = []
     try:
         for variant, found in _find_rules(lock, kept):
             if taken:
                 faultpoints.reach("half", "lock")
             _restore(variant, render_deletion(found))
-            taken.append((variant, found))
+            taken.append(variant)
     except BaseException:
-        for variant, _ in taken:
+        for variant in taken:
             _put_rules_back(variant, lock, kept)
         raise
 
@@ -100,18 +98,16 @@ def put_lock_back(lock: DumpLock, kept: Connections, prior: Prior) -> None:
     """The reverse of `take_lock`, as far as something is missing of what *prior* names."""
     if "table" in prior.facts:
         _put_table_back(lock, kept)
-        return
-    for backend in _BACKENDS:
-        for version in _TOOLS:
-            if prior.facts.get(f"{backend}{version}"):
-                _put_rules_back((backend, version), lock, kept)
+    for backend, version in _VARIANTS:
+        if prior.facts.get(f"{backend}{version}"):
+            _put_rules_back((backend, version), lock, kept)
 
 
 # ---- nftables ----------------------------------------------------------------------------
 
 
 def _take_table(lock: DumpLock, kept: Connections) -> None:
-    if not nftables_dump.has_table(nftables_dump.INET, lock.table):
+    if not nftables_dump.has_table("inet", lock.table):
         return
     lines: tuple[str, ...] = (f"delete table inet {lock.table}",)
     # Reading a table of 100,000 connections takes the kernel 3 s, in the blackout; it is not read
@@ -134,7 +130,7 @@ def _pick_locked(kept: Connections, locked: dict[int, set[bytes]]) -> Connection
 
 
 def _put_table_back(lock: DumpLock, kept: Connections) -> None:
-    if not nftables_dump.has_table(nftables_dump.INET, lock.table):
+    if not nftables_dump.has_table("inet", lock.table):
         nftables.run_transaction(render_table(lock, kept))
     elif not lock.whole:
         nftables.run_transaction(render_elements("add", lock, kept))
@@ -144,18 +140,16 @@ def _put_table_back(lock: DumpLock, kept: Connections) -> None:
 
 
 def _find_rules(lock: DumpLock, kept: Connections) -> Iterator[tuple[Variant, SavedRules]]:
-    for backend in _BACKENDS:
-        for version in _TOOLS:
-            variant = (backend, version)
-            if _has_filter_table(variant):
-                saved = _run(variant, "save", ["-t", "filter"])
-                yield variant, find_rules(saved, lock, kept)
+    for variant in _VARIANTS:
+        if _has_filter_table(variant):
+            saved = _run(variant, "save", ["-t", "filter"])
+            yield variant, find_rules(saved, lock, kept)
 
 
 def _has_filter_table(variant: Variant) -> bool:
     backend, version = variant
     if backend == "nft":
-        return nftables_dump.has_table(_FAMILIES[version], "filter")
+        return nftables_dump.has_table(IP[version], "filter")
     try:
         with open(f"/proc/thread-self/net/{_LEGACY_NAMES[version]}", encoding="ascii") as file:
             return "filter" in file.read().split()

@@ -1,21 +1,35 @@
-"""the interface to a machine: everything natkeep may do to it, in four methods.
+"""The interface to a machine: everything natkeep may do to it.
 
-    kernel.open_sites(sites)            namespaces found once, held by handle
-    for step in plan.steps:
-        kernel.check(step)              could it work? nothing is changed
-    for step in plan.steps:
-        prior = kernel.apply(step, remember)
-    ...
-    for step in reversed(plan.steps):
-        kernel.revert(site, undo, prior)    the step is not needed: its inverse is data
-    kernel.observe(site, plan)          what the site shows of the plan now
+    kernel.open_sites(sites)                 each namespace is found once, and held by handle
+      |
+      |   kernel.ask(site, question, ...)    what stands there, at any time
+      |   kernel.look_around(move, ...)      what make_plan has to know
+      v
+    kernel.check(step)                       of every step, before the first is done
+      v
+    kernel.apply(step, remember)             in the plan's order
+      |
+      |   kernel.observe(site, plan)         what stands of it; snapshot(site) for many moves
+      |   kernel.mend(patch, remember)       what is missing of it is there again
+      |   kernel.unhook_gates()              where no gate is closed, packets pass them by
+      v
+    kernel.revert(site, undo, prior)         in the reverse order; then nothing is left. The step
+      |                                      is not needed: its inverse is data
+      v
+    kernel.close_sites(sites)
+
+`clear_strays` is for what no journal knows. A step goes to the driver of its kind, an
+undo to its inverse.
+
+What changes a site has the lock of the state directory: two processes that change one at the same
+time are not told apart here. `check` of a step may not count on the steps before it; `apply` may,
+and on `check` having let it pass.
 
 Laws, the same for `LinuxKernel` and `FakeKernel` (tests/kernel/test_contract.py holds them):
 
-- `check` changes nothing.
-- `apply` calls `remember(prior)` once, before it changes anything, so that whoever keeps a
-  journal can undo a step even if the process is killed in the middle of it. What it returns
-  replaces that prior.
+- `ask`, `observe` and `check` change nothing.
+- `apply` calls `remember(prior)` once, before it changes anything, so that a journal can undo a
+  step even if the process is killed in the middle of it. What it returns replaces that prior.
 - A step that failed in `apply` has changed nothing at its site.
 - `revert` of a step that is already gone, or that was never applied, succeeds. It removes only
   what the prior says was not there before.
@@ -24,25 +38,24 @@ Laws, the same for `LinuxKernel` and `FakeKernel` (tests/kernel/test_contract.py
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING, Protocol, TypeVar
+from typing import TYPE_CHECKING, ParamSpec, Protocol, TypeVar
 
 from natkeep.plan.move import Move, Site
 from natkeep.plan.observation import Observation
-from natkeep.plan.steps import Identity, OpenGate, Plan, Prior, Step
+from natkeep.plan.steps import Identity, Plan, Prior, Step
 from natkeep.plan.translation import Surroundings
-from natkeep.plan.tuples import Address, Connections, Endpoint
+from natkeep.plan.tuples import Address, Connections
 from natkeep.plan.undo import Undo
 from natkeep.values import dataclass
 
 if TYPE_CHECKING:
     from natkeep.kernel.netns import Namespace
-    from natkeep.kernel.sock_diag import Shown
-    from natkeep.plan.diagnostics import Facts
     from natkeep.plan.repair import Patch
-    from natkeep.plan.strays import SeenTable
 
 Remember = Callable[[Prior], None]
 S_contra = TypeVar("S_contra", contravariant=True)
+P = ParamSpec("P")
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,14 +70,15 @@ class Place:
 class Driver(Protocol[S_contra]):
     """What one kind of step is to the kernel: check and apply, and beside them its Inverse.
 
-    It is called in the step's namespace, unless *enters* is false: a process that is started must
-    not keep a namespace alive by being in it.
+    Drivers derive from this one. They are called in the step's namespace, unless *enters* is
+    false: a process that is started must not keep a namespace alive by being in it.
     """
 
-    enters: bool
+    enters: bool = True
 
     def check(self, at: Place, step: S_contra) -> None:
-        """NatkeepError when *step* could not work."""
+        """NatkeepError when *step* could not work; most steps have nothing to check."""
+        return
 
     def apply(self, at: Place, step: S_contra, remember: Remember) -> Prior:
         """Do *step*; OSError or KernelError when the kernel says no."""
@@ -76,7 +90,7 @@ U_contra = TypeVar("U_contra", bound=Undo, contravariant=True)
 class Inverse(Protocol[U_contra]):
     """What one kind of undo is to the kernel; a driver that makes something is its inverse, too."""
 
-    enters: bool
+    enters: bool = True
 
     def revert(self, at: Place, undo: U_contra, prior: Prior) -> None:
         """Take back what was made; done as well where it never was. prior.present is false."""
@@ -127,23 +141,14 @@ class Kernel(Protocol):
     def identity(self, site: Site) -> Identity:
         """Device and inode of an opened site's namespace."""
 
-    def addresses(self, site: Site, version: int) -> tuple[Address, ...]:
-        """The addresses of IP *version* that others can reach an opened site at."""
+    def ask(self, site: Site, question: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """What *question*, a function of kernel/ that only reads, answers about an opened site.
 
-    def survey(self, site: Site) -> Facts:
-        """What findings are made of, at an opened site."""
-
-    def devices(self, site: Site) -> frozenset[str]:
-        """Names of the network devices at an opened site."""
-
-    def find_listeners(self, site: Site, olds: frozenset[Address]) -> tuple[Endpoint, ...]:
-        """Where somebody listens at one of *olds*, or at a wildcard address, at an opened site."""
-
-    def list_sockets(self, site: Site) -> list[Shown]:
-        """Every inet socket at an opened site that a descriptor can open."""
-
-    def count_waiting(self, site: Site, listeners: tuple[Endpoint, ...]) -> dict[Endpoint, int]:
-        """How many callers of each listener have not been accepted yet; none is left out."""
+        So are asked rtnetlink.global_addresses and device_names, survey.gather_facts,
+        sock_diag.find_listeners, list_sockets and count_waiting, nft_strays.read_table, and what
+        nftables.pack_open and pack_gate_hook_removal make of what stands there.
+        """
+        ...
 
     def look_around(self, move: Move, connections: Connections) -> Surroundings:
         """What make_plan has to know of the opened sites of *move*."""
@@ -160,21 +165,9 @@ class Kernel(Protocol):
     def find_lost_routes(self, site: Site, noted: str) -> tuple[str, ...]:
         """Those of the routes and addresses that InstallTranslation *noted* which are gone."""
 
-    def find_strays(self, site: Site) -> SeenTable:
-        """What stands in the tables natkeep of an opened site, whosever it is."""
-
     def clear_strays(self, site: Site, known: frozenset[str], olds: frozenset[Address], *,
                      sure: bool) -> None:  # fmt: skip
         """Take away there what no *known* move owns (see plan/strays.py); or KernelError."""
-
-    def pack_open(self, step: OpenGate) -> Packed | None:
-        """What `apply` would send for *step*, ready to be sent; None where that is unknown."""
-
-    def pack_unhooking(self, site: Site) -> bytes:
-        """What takes the gates of an opened site out of all packets' way, as things stand now.
-
-        Of two messages, and refused once anything has changed; empty where a gate is closed.
-        """
 
     def unhook_gates(self) -> None:
         """At each opened site where no gate is closed take them out of all packets' way."""

@@ -7,12 +7,11 @@ its kind, and turns refusals into KernelError.
 from __future__ import annotations
 
 import os
-import socket
 import weakref
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing, contextmanager, nullcontext, suppress
 from ipaddress import ip_address
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 from natkeep.errors import KernelError
 from natkeep.kernel import (
@@ -24,9 +23,8 @@ from natkeep.kernel import (
     routes,
     rtnetlink,
     segment_holder,
-    sock_diag,
 )
-from natkeep.kernel.interface import Driver, Inverse, Packed, Place, Remember, Snapshot
+from natkeep.kernel.interface import Driver, Inverse, Place, Remember, Snapshot
 from natkeep.kernel.netns import Namespace, errors_at, find_namespace, inside, open_namespace
 from natkeep.kernel.nft_drivers import NFT_DRIVERS, NFT_INVERSES
 from natkeep.plan.move import Move, Site
@@ -39,7 +37,6 @@ from natkeep.plan.steps import (
     HoldSegments,
     Identity,
     InsertEntries,
-    OpenGate,
     Plan,
     Prior,
     PurgeEntries,
@@ -48,7 +45,7 @@ from natkeep.plan.steps import (
     TakeOverLock,
 )
 from natkeep.plan.translation import Surroundings
-from natkeep.plan.tuples import Address, Connections, Endpoint, FourTuple
+from natkeep.plan.tuples import Address, Connections, FourTuple
 from natkeep.plan.undo import (
     DeleteEntries,
     EndHolder,
@@ -63,10 +60,10 @@ from natkeep.plan.undo import (
 )
 
 if TYPE_CHECKING:
-    from natkeep.plan.diagnostics import Facts
     from natkeep.plan.repair import Patch
-    from natkeep.plan.strays import SeenTable
 
+P = ParamSpec("P")
+T = TypeVar("T")
 
 DRIVERS: dict[type, Any] = {
     **NFT_DRIVERS,
@@ -129,37 +126,10 @@ class LinuxKernel:
 
     # ---- what a site shows -------------------------------------------------------------------
 
-    def addresses(self, site: Site, version: int) -> tuple[Address, ...]:
-        """The addresses of IP *version* that others can reach an opened site at."""
+    def ask(self, site: Site, question: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """What *question*, a function of kernel/ that only reads, answers about an opened site."""
         with self._at(site):
-            return rtnetlink.global_addresses(version)
-
-    def survey(self, site: Site) -> Facts:
-        """What findings are made of, at an opened site."""
-        with self._at(site):
-            from natkeep.kernel import survey  # for `check` alone: it imports pyroute2
-
-            return survey.gather_facts()
-
-    def devices(self, site: Site) -> frozenset[str]:
-        """Names of the network devices at an opened site."""
-        with self._at(site):
-            return frozenset(name for _, name in socket.if_nameindex())
-
-    def find_listeners(self, site: Site, olds: frozenset[Address]) -> tuple[Endpoint, ...]:
-        """The sockets that listen at one of *olds*, or at a wildcard address."""
-        with self._at(site):
-            return sock_diag.find_listeners(olds)
-
-    def list_sockets(self, site: Site) -> list[sock_diag.Shown]:
-        """Every inet socket at an opened site that a descriptor can open."""
-        with self._at(site):
-            return sock_diag.list_sockets()
-
-    def count_waiting(self, site: Site, listeners: tuple[Endpoint, ...]) -> dict[Endpoint, int]:
-        """How many connections of each listener are not accepted yet; none is left out."""
-        with self._at(site):
-            return sock_diag.count_waiting(listeners)
+            return question(*args, **kwargs)
 
     def look_around(self, move: Move, connections: Connections) -> Surroundings:
         """What make_plan has to know of the opened sites of *move*."""
@@ -196,13 +166,6 @@ class LinuxKernel:
 
         with errors_at(site):
             return snapshot.Snapshot(self._namespaces[site], self._directory)
-
-    def find_strays(self, site: Site) -> SeenTable:
-        """What stands in the tables natkeep of an opened site, of all moves."""
-        from natkeep.kernel import nft_strays  # for gc alone
-
-        with self._at(site):
-            return nft_strays.read_table()
 
     # ---- steps -------------------------------------------------------------------------------
 
@@ -251,16 +214,6 @@ class LinuxKernel:
             nft_strays.clear(nft_strays.read_table(), known, olds, sure=sure)
 
     # ---- the gates' base chain ---------------------------------------------------------------
-
-    def pack_open(self, step: OpenGate) -> Packed | None:
-        """What `apply` would send for *step*, ready to be sent."""
-        with self._at(step.site):
-            return nftables.pack_open(step)
-
-    def pack_unhooking(self, site: Site) -> bytes:
-        """What takes the gates of an opened site out of all packets' way, as things stand now."""
-        with self._at(site):
-            return nftables.pack_gate_hook_removal()
 
     def unhook_gates(self) -> None:
         """At each opened site where no gate is closed take them out of all packets' way.

@@ -225,8 +225,7 @@ class Netlink:
             for type_, sequence, body in self._receive():
                 if type_ != _NLMSG_ERROR:
                     continue
-                number = -struct.unpack_from("=i", body)[0]
-                if number:
+                if number := _errno(body):
                     refusals.append(Refusal(sequence, number))
                 if sequence == last:
                     return refusals
@@ -246,9 +245,7 @@ class Netlink:
             for type_, sequence, body in self._receive():
                 if type_ != _NLMSG_ERROR:
                     continue
-                number = -struct.unpack_from("=i", body)[0]
-                if number:
-                    raise OSError(number, os.strerror(number))
+                _raise_refused(body)
                 if sequence == last_sequence:
                     return
 
@@ -262,9 +259,7 @@ class Netlink:
                 if answer == _NLMSG_DONE:
                     return
                 if answer == _NLMSG_ERROR:
-                    number = -struct.unpack_from("=i", payload)[0]
-                    if number:
-                        raise OSError(number, os.strerror(number))
+                    _raise_refused(payload)
                     return
                 yield payload
 
@@ -281,9 +276,8 @@ class Netlink:
                     if type_ != _NLMSG_ERROR:
                         yield body
                         continue
-                    number = -struct.unpack_from("=i", body)[0]
-                    if number != errno.ENOENT:
-                        raise OSError(number, os.strerror(number))
+                    if _errno(body) != errno.ENOENT:
+                        _raise_refused(body)
                     yield None
 
     def _receive(self) -> Iterator[tuple[int, int, bytes]]:
@@ -298,6 +292,17 @@ class Netlink:
         if size > _DATAGRAM:
             raise OSError(errno.EMSGSIZE, os.strerror(errno.EMSGSIZE))
         return bytes(self._buffer[:size])
+
+
+def _errno(body: bytes) -> int:
+    """What a message NLMSG_ERROR says; 0 is an acknowledgement."""
+    number: int = -struct.unpack_from("=i", body)[0]
+    return number
+
+
+def _raise_refused(body: bytes) -> None:
+    if number := _errno(body):
+        raise OSError(number, os.strerror(number))
 
 
 def _headers(data: bytes) -> Iterator[tuple[int, int, int, int, int]]:

@@ -7,13 +7,13 @@ is only what a kind of step needs beside that.
 from __future__ import annotations
 
 from ipaddress import ip_address
-from typing import Any, Generic, TypeVar
+from typing import Any, TypeVar
 
 from natkeep import faultpoints
 from natkeep.errors import RefusedError
 from natkeep.kernel import conntrack_listeners, nftables, routes, segment_holder
 from natkeep.kernel.conntrack_purge import delete_untracked
-from natkeep.kernel.interface import Inverse, Place, Remember
+from natkeep.kernel.interface import Driver, Inverse, Place, Remember
 from natkeep.plan.filters import reset_chain
 from natkeep.plan.observation import Gate
 from natkeep.plan.roles import Role
@@ -36,13 +36,8 @@ from natkeep.plan.undo import CloseGates, RemoveGate, RemoveListeners, Unload
 L = TypeVar("L", bound=Loads)
 
 
-class LoadDriver(Generic[L]):
+class LoadDriver(Driver[L]):
     """Objects are loaded; nothing else."""
-
-    enters = True
-
-    def check(self, at: Place, step: L) -> None:
-        """Nothing can be told beforehand."""
 
     def apply(self, at: Place, step: L, remember: Remember) -> Prior:
         """Load what the step adds, behind what all moves share."""
@@ -51,10 +46,8 @@ class LoadDriver(Generic[L]):
         return Prior()
 
 
-class UnloadInverse:
+class UnloadInverse(Inverse[Unload]):
     """Objects are unloaded."""
-
-    enters = True
 
     def revert(self, at: Place, undo: Unload, prior: Prior) -> None:
         """What is gone already is fine."""
@@ -90,13 +83,8 @@ class GateDriver(LoadDriver[InstallGate]):
         delete_untracked(undo.olds)
 
 
-class FillDriver:
+class FillDriver(Driver[FillSet]):
     """A set is filled; it goes with its gate."""
-
-    enters = True
-
-    def check(self, at: Place, step: FillSet) -> None:
-        """Nothing can be told beforehand."""
 
     def apply(self, at: Place, step: FillSet, remember: Remember) -> Prior:
         """All connections in one transaction."""
@@ -147,13 +135,8 @@ class ListenersDriver(LoadDriver[InstallReception]):
             conntrack_listeners.delete_translated(reception)
 
 
-class ErrorsDriver:
+class ErrorsDriver(Driver[TranslateErrors]):
     """The raw rules that translate what ICMP errors quote."""
-
-    enters = True
-
-    def check(self, at: Place, step: TranslateErrors) -> None:
-        """Nothing can be told beforehand."""
 
     def apply(self, at: Place, step: TranslateErrors, remember: Remember) -> Prior:
         """In front of their chains."""
@@ -172,13 +155,8 @@ class BlockDriver(LoadDriver[HoldListeners]):
         return Prior()
 
 
-class OpenDriver:
+class OpenDriver(Driver[OpenGate]):
     """The kept connections are let through, and callers to the listeners."""
-
-    enters = True
-
-    def check(self, at: Place, step: OpenGate) -> None:
-        """Nothing can be told beforehand."""
 
     def apply(self, at: Place, step: OpenGate, remember: Remember) -> Prior:
         """One rule in front of each drop; then what has been held is delivered."""
@@ -197,13 +175,8 @@ class OpenDriver:
         nftables.close_gates(undo.chains)
 
 
-class SendResetsDriver:
+class SendResetsDriver(Driver[SendResets]):
     """Connections that cannot be kept are reset, at both ends."""
-
-    enters = True
-
-    def check(self, at: Place, step: SendResets) -> None:
-        """Nothing can be told beforehand."""
 
     def apply(self, at: Place, step: SendResets, remember: Remember) -> Prior:
         """From now on what an end says is answered, and an end that says nothing is asked."""

@@ -77,7 +77,9 @@ _PLACES = {
 _META_OIF, _META_NFPROTO, _META_L4PROTO = 5, 15, 16
 _LOOPBACK = (1).to_bytes(4, sys.byteorder)
 """lo's index, which is the same in every namespace (LOOPBACK_IFINDEX)."""
-_TCP, _TCP_FLAGS_AT = 6, 13
+_PROTOCOLS = {"tcp": (_META_L4PROTO, 6), "ip": (_META_NFPROTO, 2), "ip6": (_META_NFPROTO, 10)}
+"""What of a packet tells that it is one, and its value."""
+_TCP_FLAGS_AT = 13
 _TCP_FLAGS = {"fin": 1, "syn": 2, "rst": 4, "ack": 16}
 _VERDICTS = {"drop": 0, "accept": 1}
 _CSUM_INET, _CSUM_PSEUDO = 1, 1
@@ -259,14 +261,10 @@ def _pack_statement(statement: Statement, known: set[str]) -> Iterator[Packed]:
 
 def _depend(protocol: str, known: set[str]) -> Iterator[Packed]:
     """A field is one of its IP version, or of TCP: that is asked for before, once a rule."""
-    if protocol in known:
-        return
-    known.add(protocol)
-    if protocol == "tcp":
-        yield from (_load_meta(_META_L4PROTO), _compare(bytes((_TCP,))))
-    else:
-        number = {"ip": 2, "ip6": 10}[protocol]
-        yield from (_load_meta(_META_NFPROTO), _compare(bytes((number,))))
+    if protocol not in known:
+        known.add(protocol)
+        meta, number = _PROTOCOLS[protocol]
+        yield from (_load_meta(meta), _compare(bytes((number,))))
 
 
 def _pack_match(match: Match, known: set[str]) -> Iterator[Packed]:
@@ -291,27 +289,18 @@ def _pack_flags(flags: TcpFlags, known: set[str]) -> Iterator[Packed]:
     )
     yield from _depend("tcp", known)
     yield _load(_TRANSPORT, _TCP_FLAGS_AT, 1)
-    yield (
-        "bitwise",
-        (
-            _integer(1, _REGISTER),
-            _integer(2, _REGISTER),
-            _integer(3, 1),
-            nested(4, attribute(1, asked)),
-            nested(5, attribute(1, b"\0")),
-        ),
-    )
+    numbers = _integers({1: _REGISTER, 2: _REGISTER, 3: 1})
+    yield "bitwise", (*numbers, nested(4, attribute(1, asked)), nested(5, attribute(1, b"\0")))
     yield _compare(wanted, equal=flags.equal)
 
 
 def _load_meta(key: int) -> Packed:
-    return "meta", (_integer(1, _REGISTER), _integer(2, key))
+    return "meta", _integers({1: _REGISTER, 2: key})
 
 
 def _load(base: int, offset: int, octets: int, register: int = _REGISTER) -> Packed:
     """So many octets of the packet into *register*."""
-    numbers = enumerate((register, base, offset, octets), 1)
-    return "payload", tuple(_integer(type_, value) for type_, value in numbers)
+    return "payload", _integers({1: register, 2: base, 3: offset, 4: octets})
 
 
 def _store(write: WriteOctets) -> Packed:
@@ -321,7 +310,7 @@ def _store(write: WriteOctets) -> Packed:
         numbers |= {6: _CSUM_INET, 7: write.checksum}
     if write.pseudo:
         numbers[8] = _CSUM_PSEUDO
-    return "payload", tuple(_integer(type_, value) for type_, value in numbers.items())
+    return "payload", _integers(numbers)
 
 
 def _compare(value: bytes, *, equal: bool = True) -> Packed:
@@ -331,6 +320,10 @@ def _compare(value: bytes, *, equal: bool = True) -> Packed:
 
 def _look_up(name: str) -> Packed:
     return "lookup", (attribute(1, string(name)), _integer(2, _REGISTER))
+
+
+def _integers(numbers: dict[int, int]) -> tuple[bytes, ...]:
+    return tuple(_integer(type_, value) for type_, value in numbers.items())
 
 
 def _integer(type_: int, value: int) -> bytes:

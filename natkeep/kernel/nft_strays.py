@@ -12,26 +12,21 @@ from natkeep.kernel import nftables
 from natkeep.kernel import nftables_dump as dump
 from natkeep.kernel.conntrack_purge import delete_inbound
 from natkeep.plan.nft import FAMILIES, TABLE
-from natkeep.plan.strays import SeenRule, SeenTable, find_translated, render_clearing
-from natkeep.plan.tables import held_set
+from natkeep.plan.strays import SeenTable, find_translated, find_undos
+from natkeep.plan.tables import held_set, removal
 from natkeep.plan.tuples import Address, Connections
 
 
 def read_table() -> SeenTable:
     """What stands in our tables; empty where there are none."""
-    silent = dump.has_table(dump.ARP, TABLE)
-    if not dump.has_table(dump.INET, TABLE):
+    silent = dump.has_table("arp", TABLE)
+    if not dump.has_table("inet", TABLE):
         return SeenTable(silent=silent)
-    chains = sorted(dump.chain_names(TABLE))
     held = [key for v in FAMILIES for key in dump.read_keys(TABLE, held_set(v))]
     return SeenTable(
-        tuple(chains),
+        tuple(sorted(dump.chain_names(TABLE))),
         tuple(sorted(dump.set_names(TABLE))),
-        tuple(
-            SeenRule(chain, rule.handle, rule.comment)
-            for chain in chains
-            for rule in dump.rules(TABLE, chain)
-        ),
+        tuple((rule.chain, rule.comment) for rule in dump.rules_of_chains(TABLE, "")),
         tuple(ip_address(key) for key in held),
         there=True,
         silent=silent,
@@ -40,11 +35,11 @@ def read_table() -> SeenTable:
 
 def clear(table: SeenTable, known: frozenset[str], olds: frozenset[Address], *, sure: bool) -> None:
     """Take away what no *known* move owns, its conntrack entries too (see plan/strays.py)."""
-    lines = render_clearing(table, known, olds, sure=sure)
-    if not lines:
-        return
     entries = [_read_set(*each) for each in find_translated(table, table.ids() - known)]
-    nftables.run_transaction(lines)
+    if known or not sure:
+        nftables.remove(find_undos(table, known, olds, sure=sure))
+    elif table.there or table.silent:
+        nftables.run_transaction(removal())
     # Behind the rules, which would make them anew.
     for some in entries:
         if len(some):

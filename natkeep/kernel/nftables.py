@@ -118,7 +118,7 @@ def _stands(part: tuple[Object, ...]) -> bool:
     """Whether a part that all moves share is there: by its table, or its first base chain."""
     first = next(one for one in part if isinstance(one, Table | Chain))
     if isinstance(first, Table):
-        return dump.has_table({"inet": dump.INET, "arp": dump.ARP}[first.family], TABLE)
+        return dump.has_table(first.family, TABLE)
     return dump.has_chain(TABLE, first.name)
 
 
@@ -140,23 +140,25 @@ def unload(undos: Iterable[Undo]) -> None:
     """
     undos = tuple(dict.fromkeys(undos))
     names = {undo.name for undo in undos if undo.kind in ("chain", "set")}
-    if names and not _has_others(names):
-        # The last move takes the tables with it; others may come only under the same lock.
-        if dump.has_table(dump.INET, TABLE) or dump.has_table(dump.ARP, TABLE):
-            run_transaction(removal())
-        return
-    seen = {
-        name: dump.rules(TABLE, name)
-        for name in dict.fromkeys(u.unused or u.name for u in undos if u.kind in ("rule", "chain"))
-    }
-    seen |= {u.unused: dump.rules(TABLE, u.unused) for u in undos if u.unused not in (*seen, "")}
-    _run_what_is_there(_removal_lines(undos, seen))
+    if not names or _has_others(names):
+        remove(undos)
+    # The last move takes the tables with it; others may come only under the same lock.
+    elif dump.has_table("inet", TABLE) or dump.has_table("arp", TABLE):
+        run_transaction(removal())
 
 
 def _has_others(own: set[str]) -> bool:
     """Whether the table has a chain or a set of another move than the one that has *own*."""
     standing = dump.chain_names(TABLE) | dump.set_names(TABLE)
     return any(_OF_MOVES.fullmatch(name) for name in standing - own)
+
+
+def remove(undos: Sequence[Undo]) -> None:
+    """Take these objects away, whatever else is there; what is gone already is fine."""
+    looked_at = [u.name for u in undos if u.kind in ("rule", "chain")]
+    looked_at += [undo.unused for undo in undos if undo.unused]
+    seen = {name: dump.rules(TABLE, name) for name in dict.fromkeys(looked_at)}
+    _run_what_is_there(_removal_lines(undos, seen))
 
 
 def _removal_lines(undos: Sequence[Undo], seen: dict[str, tuple[dump.SeenRule, ...]]) -> list[str]:
@@ -225,7 +227,7 @@ def close_gates(chains: Iterable[str]) -> None:
 
 def missing_gate_hook() -> tuple[Object, ...]:
     """The base chain `gate` and its rules, where the table is there and this chain is not."""
-    if dump.has_chain(TABLE, GATE) or not dump.has_table(dump.INET, TABLE):
+    if dump.has_chain(TABLE, GATE) or not dump.has_table("inet", TABLE):
         return ()
     return gate_hook()
 

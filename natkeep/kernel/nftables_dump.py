@@ -9,7 +9,8 @@ Numbers are from linux/netfilter/nf_tables.h.
 from __future__ import annotations
 
 import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from contextlib import suppress
 from functools import lru_cache
 from ipaddress import ip_address
 
@@ -27,10 +28,9 @@ from natkeep.values import dataclass
 
 _GETTABLE, _GETCHAIN, _GETRULE, _GETSET, _GETSETELEM = 1, 4, 7, 10, 13
 _GETGEN, _GETFLOWTABLE, _GENERATION = 16, 23, 1
+_FAMILY = {"inet": 1, "ip": 2, "arp": 3, "ip6": 10}  # NFPROTO_…
+_FILTERS = ("inet", "ip", "ip6")
 _ATTEMPTS = 50  # of a dump, while others change the ruleset; one of a thousand rules takes 1 ms
-INET, ARP = 1, 3  # NFPROTO_…
-_FAMILY = {"inet": INET, "arp": ARP}
-_FAMILIES = {1: "inet", 2: "ip", 10: "ip6"}
 _HOOKS = ("prerouting", "input", "forward", "output", "postrouting", "ingress")
 
 _NETWORK, _TRANSPORT = 1, 2
@@ -66,40 +66,45 @@ def read_generation() -> int:
     """The number of the ruleset's state in this namespace; every transaction makes another."""
     with Netlink(NETLINK_NETFILTER) as netlink:
         [answer] = netlink.request(SUBSYSTEM | _GETGEN, 0, nfgenmsg(0))
-    return int.from_bytes(attributes(answer[4:])[_GENERATION], "big")
+    return _number(find_attribute(answer[4:], _GENERATION))
 
 
 # ---- by name -------------------------------------------------------------------------------------
 
 
-def has_table(family: int, table: str) -> bool:
+def has_table(family: str, table: str) -> bool:
     """Whether the table is there."""
-    return table in {name for _, name in _names(_GETTABLE, family, b"", 1)}
+    return string(table) in [find_attribute(each, 1) for each in _dump(_GETTABLE, family)]
 
 
 def has_chain(table: str, chain: str) -> bool:
     """Whether the inet table has the chain; as quick in a table of a thousand moves as of one."""
-    return _has(_GETCHAIN, attribute(1, string(table)) + attribute(3, string(chain)))
+    scope = attribute(1, string(table)) + attribute(3, string(chain))
+    try:
+        with Netlink(NETLINK_NETFILTER) as netlink:
+            body = nfgenmsg(_FAMILY["inet"]) + scope
+            return any(netlink.request(SUBSYSTEM | _GETCHAIN, 0, body))
+    except FileNotFoundError:
+        return False
 
 
 def chain_names(table: str) -> frozenset[str]:
     """The chains of the inet table; empty when it is not there."""
-    return frozenset(name for owner, name in _names(_GETCHAIN, INET, b"", 3) if owner == table)
+    chains = map(attributes, _dump(_GETCHAIN, "inet"))
+    return frozenset(_text(chain[3]) for chain in chains if _text(chain[1]) == table)
 
 
 def set_names(table: str) -> frozenset[str]:
     """The sets and maps of the inet table, without reading an element."""
-    scope = attribute(1, string(table))
-    try:
-        return frozenset(name for _, name in _names(_GETSET, INET, scope, 2))
-    except FileNotFoundError:
-        return frozenset()
+    found = _dump(_GETSET, "inet", attribute(1, string(table)))
+    return frozenset(_text(find_attribute(each, 2)) for each in found)
 
 
 def rules(table: str, chain: str) -> tuple[SeenRule, ...]:
     """The rules of one chain, in order; empty when the chain is not there."""
     scope = attribute(1, string(table)) + attribute(2, string(chain))
-    return tuple(rule for rule in _rules(scope) if rule.chain == chain)
+    found = map(_read_rule, _dump(_GETRULE, "inet", scope))
+    return tuple(rule for rule in found if rule.chain == chain)
 
 
 def rules_of_chains(table: str, *beginnings: str) -> Iterator[SeenRule]:
@@ -108,38 +113,29 @@ def rules_of_chains(table: str, *beginnings: str) -> Iterator[SeenRule]:
     None when the table is not there. A thousand moves have ten thousand rules, of which a few are
     asked for: the kernel puts the chain's name behind the table's, so most are seen by that.
     """
-    scope = attribute(1, string(table))
-    head, names = nfgenmsg(INET) + scope, tuple(name.encode("ascii") for name in beginnings)
-    return _rules(scope, lambda rule: rule.startswith(names, len(head) + 4))
+    scope, names = attribute(1, string(table)), tuple(name.encode("ascii") for name in beginnings)
+    for rule in _dump(_GETRULE, "inet", scope):
+        if rule.startswith(names, len(scope) + 4):
+            yield _read_rule(rule)
 
 
-def _rules(scope: bytes, wanted: Callable[[bytes], bool] = lambda rule: True) -> Iterator[SeenRule]:
+def _read_rule(answer: bytes) -> SeenRule:
+    rule = attributes(answer)
+    return SeenRule(_text(rule[2]), _number(rule[3]), _comment(rule.get(7, b"")))
+
+
+def _dump(type_: int, family: str, scope: bytes = b"") -> Iterator[bytes]:
+    with Netlink(NETLINK_NETFILTER) as netlink:
+        yield from _request(netlink, type_, _FAMILY[family], scope)
+
+
+def _request(netlink: Netlink, type_: int, family: int, scope: bytes = b"") -> Iterator[bytes]:
+    """The attributes of each answer of a dump; none where what is asked about is gone."""
     try:
-        for answer in filter(wanted, _dump(_GETRULE, nfgenmsg(INET) + scope)):
-            rule = attributes(answer[4:])
-            handle = int.from_bytes(rule[3], "big")
-            yield SeenRule(_text(rule[2]), handle, _comment(rule.get(7, b"")))
+        for answer in _dump_whole(netlink, type_, nfgenmsg(family) + scope):
+            yield answer[4:]
     except FileNotFoundError:
         return
-
-
-def _names(type_: int, family: int, scope: bytes, attribute_type: int) -> Iterator[tuple[str, str]]:
-    for answer in _dump(type_, nfgenmsg(family) + scope):
-        found = attributes(answer[4:])
-        yield _text(found[1]), _text(found[attribute_type])
-
-
-def _has(type_: int, scope: bytes) -> bool:
-    try:
-        with Netlink(NETLINK_NETFILTER) as netlink:
-            return any(netlink.request(SUBSYSTEM | type_, 0, nfgenmsg(INET) + scope))
-    except FileNotFoundError:
-        return False
-
-
-def _dump(type_: int, body: bytes) -> Iterator[bytes]:
-    with Netlink(NETLINK_NETFILTER) as netlink:
-        yield from _dump_whole(netlink, type_, body)
 
 
 def _dump_whole(netlink: Netlink, type_: int, body: bytes) -> list[bytes]:
@@ -164,19 +160,14 @@ def _dump_whole(netlink: Netlink, type_: int, body: bytes) -> list[bytes]:
 def read_keys(table: str, name: str) -> list[bytes]:
     """The key of each element of the set or map, as the kernel has it; none when it is gone."""
     with Netlink(NETLINK_NETFILTER) as netlink:
-        return dump_keys(netlink, INET, table, name)
+        return dump_keys(netlink, "inet", table, name)
 
 
-def dump_keys(netlink: Netlink, family: int, table: str, name: str) -> list[bytes]:
+def dump_keys(netlink: Netlink, family: str, table: str, name: str) -> list[bytes]:
     """The same by a socket that is there already, of a table of any family."""
-    body = nfgenmsg(family) + attribute(1, string(table)) + attribute(2, string(name))
-    found: list[bytes] = []
-    try:
-        for answer in _dump_whole(netlink, _GETSETELEM, body):
-            found += _element_keys(attributes(answer[4:]).get(3, b""))
-    except FileNotFoundError:  # it goes, or is gone
-        pass
-    return found
+    scope = attribute(1, string(table)) + attribute(2, string(name))
+    answers = _request(netlink, _GETSETELEM, _FAMILY[family], scope)
+    return [key for each in answers for key in _element_keys(find_attribute(each, 3))]
 
 
 def _element_keys(elements: bytes) -> list[bytes]:
@@ -205,31 +196,22 @@ def find_standing(netlink: Netlink, family: str) -> tuple[set[Key], dict[str, li
     """All that is in the table natkeep but elements, of all moves; of each chain its comments."""
     comments: dict[str, list[str]] = {}
     name, scope = string(TABLE), attribute(1, string(TABLE))
-    # To its end, since the socket is used again.
-    if name not in [attributes(table).get(1) for table in _answers(netlink, _GETTABLE, family)]:
+    number = _FAMILY[family]
+    if name not in [find_attribute(each, 1) for each in _request(netlink, _GETTABLE, number)]:
         return set(), comments
     found = {Key(family, "table")}
     for kind, type_, at in (("chain", _GETCHAIN, 3), ("set", _GETSET, 2)):
-        for answer in _answers(netlink, type_, family, scope):
+        for answer in _request(netlink, type_, number, scope):
             if find_attribute(answer, 1) == name:
                 found.add(Key(family, kind, _text(find_attribute(answer, at))))
     rules: dict[bytes, Key] = {}  # by its handle: one may come twice when others are made
-    for rule in map(attributes, _answers(netlink, _GETRULE, family, scope)):
+    for rule in map(attributes, _request(netlink, _GETRULE, number, scope)):
         if rule[1] == name and rule[3] not in rules:
             chain, comment = _text(rule[2]), _comment(rule.get(7, b""))
             rules[rule[3]] = Key(family, "rule", chain, describe_rule(comment, _marks(rule[4])))
             comments.setdefault(chain, []).append(comment)
     found.update(number_alike(rules.values()))
     return found, comments
-
-
-def _answers(netlink: Netlink, type_: int, family: str, scope: bytes = b"") -> Iterator[bytes]:
-    body = nfgenmsg(_FAMILY[family]) + scope
-    try:
-        for answer in _dump_whole(netlink, type_, body):
-            yield answer[4:]
-    except FileNotFoundError:  # gone between two looks
-        return
 
 
 def _marks(expressions: bytes) -> list[str]:
@@ -290,31 +272,26 @@ def _compared(loaded: tuple[int, ...], value: bytes) -> Iterator[str]:
 def base_chains() -> tuple[BaseChain, ...]:
     """Every base chain of every table, also those of others."""
     found = []
-    for family, name in _FAMILIES.items():
-        for answer in _dump(_GETCHAIN, nfgenmsg(family)):
-            chain = attributes(answer[4:])
+    for family in _FILTERS:
+        for chain in map(attributes, _dump(_GETCHAIN, family)):
             if 4 not in chain:
                 continue
             hook = attributes(chain[4])
-            number = int.from_bytes(hook[1], "big")
+            number = _number(hook[1])
             priority = int.from_bytes(hook[2], "big", signed=True)
             where = _HOOKS[number] if number < len(_HOOKS) else str(number)
-            type_ = _text(chain.get(7, b""))
-            found.append(BaseChain(name, _text(chain[1]), _text(chain[3]), type_, where, priority))
+            table, name, type_ = (_text(chain.get(at, b"")) for at in (1, 3, 7))
+            found.append(BaseChain(family, table, name, type_, where, priority))
     return tuple(found)
 
 
 def flowtable_names() -> tuple[str, ...]:
     """`FAMILY TABLE NAME` of every flowtable; none where the kernel knows none."""
     found = []
-    for family, name in _FAMILIES.items():
-        try:
-            answers = list(_dump(_GETFLOWTABLE, nfgenmsg(family)))
-        except OSError:
-            continue
-        for answer in answers:
-            flowtable = attributes(answer[4:])
-            found.append(f"{name} {_text(flowtable[1])} {_text(flowtable[2])}")
+    for family in _FILTERS:
+        with suppress(OSError):
+            for flowtable in map(attributes, _dump(_GETFLOWTABLE, family)):
+                found.append(f"{family} {_text(flowtable[1])} {_text(flowtable[2])}")
     return tuple(found)
 
 
@@ -323,16 +300,14 @@ def assigns_zones(*, besides: str) -> bool:
 
     Found are `ct zone` of nft, to set or to match, and the target CT of iptables, which may.
     """
-    tables = [(a[0], _text(attributes(a[4:])[1])) for a in _dump(_GETTABLE, nfgenmsg(0))]
-    for family, owner in tables:
-        if owner == besides:
-            continue
-        try:
-            for answer in _dump(_GETRULE, nfgenmsg(family) + attribute(1, string(owner))):
-                if _CT_ZONE in answer or _CT_TARGET in answer:
+    with Netlink(NETLINK_NETFILTER) as netlink:
+        answers = _dump_whole(netlink, _GETTABLE, nfgenmsg(0))
+        for family, table in [(each[0], find_attribute(each[4:], 1)) for each in answers]:
+            if table == string(besides):
+                continue
+            for rule in _request(netlink, _GETRULE, family, attribute(1, table)):
+                if _CT_ZONE in rule or _CT_TARGET in rule:
                     return True
-        except FileNotFoundError:  # it has gone meanwhile
-            continue
     return False
 
 

@@ -25,7 +25,7 @@ from time import monotonic, sleep
 
 from natkeep.errors import KernelError
 from natkeep.kernel.daemon import spawn
-from natkeep.kernel.interface import Place, Remember
+from natkeep.kernel.interface import Driver, Place, Remember
 from natkeep.kernel.netlink import NETLINK_NETFILTER, Netlink
 from natkeep.kernel.netns import Namespace, inside
 from natkeep.kernel.nft_messages import Message, pack_batch, pack_fill, pack_objects
@@ -38,13 +38,13 @@ _PATIENCE = 2.0
 """Seconds to wait for the guardian to write its pid, and for its end."""
 
 
-class OwnedTableDriver:
-    """The owned table; a move with --guard fails without it."""
+class OwnedTableDriver(Driver[GuardSite]):
+    """The owned table; a move with --guard fails without it.
+
+    Only making one shows whether the kernel has such tables, so there is nothing to check.
+    """
 
     enters = False
-
-    def check(self, at: Place, step: GuardSite) -> None:
-        """Only making such a table shows whether the kernel has them."""
 
     def apply(self, at: Place, step: GuardSite, remember: Remember) -> Prior:
         """Make it; KernelError also where there is no state directory."""

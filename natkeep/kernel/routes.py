@@ -21,10 +21,12 @@ import re
 import socket
 import struct
 from collections.abc import Iterable, Iterator
+from contextlib import closing
 from ipaddress import ip_address
 
 from natkeep.errors import KernelError, RefusedError
-from natkeep.kernel import rtnetlink, sock_diag
+from natkeep.kernel import rtnetlink as rt
+from natkeep.kernel import sock_diag
 from natkeep.kernel.netlink import (
     NETLINK_ROUTE,
     NLM_F_CREATE,
@@ -40,20 +42,11 @@ from natkeep.plan.tuples import Address
 _RTM_F_FIB_MATCH = 0x2000
 _RTNH_F_ONLINK = 0x4
 _RTPROT_RA = 9
-_NOTED = (
-    rtnetlink.RTA_DST,
-    rtnetlink.RTA_OIF,
-    rtnetlink.RTA_GATEWAY,
-    rtnetlink.RTA_PRIORITY,
-    7,
-    8,
-    15,
-    20,
-)  # PREFSRC METRICS TABLE PREF
+# PREFSRC METRICS TABLE PREF
+_NOTED = (rt.RTA_DST, rt.RTA_OIF, rt.RTA_GATEWAY, rt.RTA_PRIORITY, 7, 8, 15, 20)
 _NOT_PLAIN = (9, 18, 21, 22, 30)  # MULTIPATH, VIA, ENCAP_TYPE, ENCAP, NH_ID
-_IFA_F_SETTABLE = (
-    rtnetlink.IFA_F_NODAD | rtnetlink.IFA_F_NOPREFIXROUTE | 0x100 | 0x400
-)  # MANAGETEMPADDR, MCAUTOJOIN
+# MANAGETEMPADDR, MCAUTOJOIN
+_IFA_F_SETTABLE = rt.IFA_F_NODAD | rt.IFA_F_NOPREFIXROUTE | 0x100 | 0x400
 
 _LIMIT = 64
 """So many peers of a move are looked up; each costs some 20 us."""
@@ -80,7 +73,7 @@ def check_destination(step: InstallTranslation) -> None:
         with Netlink(NETLINK_ROUTE) as netlink:
             for packed in sorted(translation.kept.peers())[:_LIMIT]:
                 peer = ip_address(packed)
-                if not rtnetlink.is_reached(netlink, peer):
+                if not rt.is_reached(netlink, peer):
                     raise RefusedError(
                         f"{step.site}: no route to the peer {peer}",
                         hint="a socket cannot be restored without one",
@@ -101,7 +94,7 @@ def check_reception(step: InstallReception) -> None:
 
 
 def _demand_address(site: Site, new: Address) -> None:
-    if rtnetlink.device_of(new) is None:
+    if rt.device_of(new) is None:
         raise RefusedError(
             f"{site}: NEW {new} is not an address of this namespace",
             hint="give the namespace that has it: --site destination=NETNS",
@@ -116,11 +109,11 @@ def note(own: Iterable[Address], others: Iterable[Address]) -> str:
     notes: dict[str, str] = {}
     with Netlink(NETLINK_ROUTE) as netlink:
         wanted = {address.packed: address for address in own}
-        for header, found in rtnetlink.read_addresses(netlink) if wanted else ():
-            address = wanted.get(rtnetlink.local_address(found))
+        for header, found in rt.read_addresses(netlink) if wanted else ():
+            address = wanted.get(rt.local_address(found))
             if address is not None:
                 message = _pack_address(header, found)
-                notes[message.hex()] = f"address,{address},{rtnetlink.device_name(header[4])}"
+                notes[message.hex()] = f"address,{address},{rt.device_name(header[4])}"
         hops: set[Address] = set()
         for address in [*dict.fromkeys(others)][:_LIMIT]:
             for towards, device, message in _find_route(netlink, address, hops):
@@ -130,21 +123,14 @@ def note(own: Iterable[Address], others: Iterable[Address]) -> str:
 
 def _pack_address(header: tuple[int, ...], found: dict[int, bytes]) -> bytes:
     family, length, _, scope, index = header
-    flags = struct.unpack("=I", found.get(rtnetlink.IFA_FLAGS, bytes(4)))[0] & _IFA_F_SETTABLE
+    flags = struct.unpack("=I", found.get(rt.IFA_FLAGS, bytes(4)))[0] & _IFA_F_SETTABLE
     if family == socket.AF_INET6:
-        flags |= (
-            rtnetlink.IFA_F_NODAD
-        )  # it was checked when it was given, and must be there at once
-    body = rtnetlink.ADDRESS.pack(family, length, 0, scope, index)
-    for type_ in (
-        rtnetlink.IFA_ADDRESS,
-        rtnetlink.IFA_LOCAL,
-        rtnetlink.IFA_LABEL,
-        rtnetlink.IFA_BROADCAST,
-    ):
+        flags |= rt.IFA_F_NODAD  # it was checked when it was given, and must be there at once
+    body = rt.ADDRESS.pack(family, length, 0, scope, index)
+    for type_ in (rt.IFA_ADDRESS, rt.IFA_LOCAL, rt.IFA_LABEL, rt.IFA_BROADCAST):
         if type_ in found:
             body += attribute(type_, found[type_])
-    return body + attribute(rtnetlink.IFA_FLAGS, struct.pack("=I", flags))
+    return body + attribute(rt.IFA_FLAGS, struct.pack("=I", flags))
 
 
 def _find_route(
@@ -154,27 +140,22 @@ def _find_route(
 
     hops: next hops that have been looked up already, which mostly is one for all.
     """
-    answer = rtnetlink.look_up_route(netlink, address, _RTM_F_FIB_MATCH)
+    answer = rt.look_up_route(netlink, address, _RTM_F_FIB_MATCH)
     if answer is None:
         return
-    header, found = rtnetlink.ROUTE.unpack_from(answer), attributes(answer[rtnetlink.ROUTE.size :])
-    if (
-        header[7] != rtnetlink.RTN_UNICAST
-        or header[5] == _RTPROT_RA
-        or any(t in found for t in _NOT_PLAIN)
-    ):
+    header, found = rt.ROUTE.unpack_from(answer), attributes(answer[rt.ROUTE.size :])
+    plain = header[7] == rt.RTN_UNICAST and header[5] != _RTPROT_RA and rt.RTA_OIF in found
+    if not plain or any(type_ in found for type_ in _NOT_PLAIN):
         return
-    if rtnetlink.RTA_OIF not in found:
-        return
-    if rtnetlink.RTA_GATEWAY in found and not header[8] & _RTNH_F_ONLINK:
-        hop = ip_address(found[rtnetlink.RTA_GATEWAY])
+    if rt.RTA_GATEWAY in found and not header[8] & _RTNH_F_ONLINK:
+        hop = ip_address(found[rt.RTA_GATEWAY])
         # A link-local next hop is reached by the device alone.
         if hop not in hops and hop != address and not hop.is_link_local:
             hops.add(hop)
             yield from _find_route(netlink, hop, hops)
-    body = rtnetlink.ROUTE.pack(*header[:8], header[8] & _RTNH_F_ONLINK)
+    body = rt.ROUTE.pack(*header[:8], header[8] & _RTNH_F_ONLINK)
     body += b"".join(attribute(type_, found[type_]) for type_ in _NOTED if type_ in found)
-    yield address, rtnetlink.device_name(struct.unpack("=I", found[rtnetlink.RTA_OIF])[0]), body
+    yield address, rt.device_name(struct.unpack("=I", found[rt.RTA_OIF])[0]), body
 
 
 # ---- lost, and put back --------------------------------------------------------------------------
@@ -182,7 +163,7 @@ def _find_route(
 
 def find_lost(notes: str) -> tuple[str, ...]:
     """Those of *notes* that do not hold any more, in their order."""
-    with Routes() as routes:
+    with closing(Routes()) as routes:
         return routes.find_lost(notes)
 
 
@@ -193,12 +174,6 @@ class Routes:
         self._netlink = Netlink(NETLINK_ROUTE)
         self._local: frozenset[bytes] | None = None
         self._known: dict[str, bool] = {}
-
-    def __enter__(self) -> Routes:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
     def close(self) -> None:
         """Close the socket."""
@@ -213,13 +188,10 @@ class Routes:
 
     def _holds(self, kind: str, address: Address) -> bool:
         if kind != "address":
-            return rtnetlink.is_reached(self._netlink, address)
+            return rt.is_reached(self._netlink, address)
         if self._local is None:
-            found = (
-                rtnetlink.local_address(found)
-                for _, found in rtnetlink.read_addresses(self._netlink)
-            )
-            self._local = frozenset(found)
+            found = rt.read_addresses(self._netlink)
+            self._local = frozenset(rt.local_address(one) for _, one in found)
         return address.packed in self._local
 
 
@@ -229,7 +201,7 @@ def put_back(notes: Iterable[str]) -> None:
         for kind, address, device, message in _parse(" ".join(notes)):
             if _device_in(kind, message) != device:
                 raise KernelError(f"{kind} {address}: the device {device} is not what it was")
-            type_ = rtnetlink.NEWADDR if kind == "address" else rtnetlink.NEWROUTE
+            type_ = rt.NEWADDR if kind == "address" else rt.NEWROUTE
             try:
                 list(netlink.request(type_, NLM_F_CREATE | NLM_F_EXCL, message))
             except FileExistsError:  # with its address a device's own route comes back, too
@@ -251,7 +223,6 @@ def _parse(notes: str) -> Iterator[tuple[str, Address, str, bytes]]:
 
 def _device_in(kind: str, message: bytes) -> str:
     if kind == "address":
-        return rtnetlink.device_name(rtnetlink.ADDRESS.unpack_from(message)[4])
-    return rtnetlink.device_name(
-        struct.unpack("=I", attributes(message[rtnetlink.ROUTE.size :])[rtnetlink.RTA_OIF])[0]
-    )
+        return rt.device_name(rt.ADDRESS.unpack_from(message)[4])
+    index = attributes(message[rt.ROUTE.size :])[rt.RTA_OIF]
+    return rt.device_name(struct.unpack("=I", index)[0])

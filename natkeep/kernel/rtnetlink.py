@@ -19,7 +19,7 @@ from collections.abc import Iterator
 from contextlib import suppress
 
 from natkeep import faultpoints
-from natkeep.kernel.interface import Place, Remember
+from natkeep.kernel.interface import Driver, Place, Remember
 from natkeep.kernel.netlink import (
     NETLINK_ROUTE,
     NLM_F_CREATE,
@@ -103,6 +103,11 @@ def device_of(address: Address) -> str | None:
     """Name of the device that has *address*, or None."""
     indexes = [index for packed, index in _list_addresses() if packed == address.packed]
     return device_name(indexes[-1]) or str(indexes[-1]) if indexes else None
+
+
+def device_names() -> frozenset[str]:
+    """Names of all network devices."""
+    return frozenset(name for _, name in socket.if_nameindex())
 
 
 def device_name(index: int) -> str:
@@ -238,13 +243,8 @@ def _request(type_: int, body: bytes, flags: int = 0) -> list[bytes]:
 # ---- the steps -----------------------------------------------------------------------------------
 
 
-class AddressDriver:
+class AddressDriver(Driver[AddAddress]):
     """OLD on lo; undone only where it was nowhere before."""
-
-    enters = True
-
-    def check(self, at: Place, step: AddAddress) -> None:
-        """An address that is there already is no obstacle."""
 
     def apply(self, at: Place, step: AddAddress, remember: Remember) -> Prior:
         """Add it, unless a device has it; prior.present says so."""
@@ -259,13 +259,8 @@ class AddressDriver:
         remove_host_address(undo.address)
 
 
-class LoopbackDriver:
+class LoopbackDriver(Driver[RaiseLoopback]):
     """lo up; undone only where it was down before."""
-
-    enters = True
-
-    def check(self, at: Place, step: RaiseLoopback) -> None:
-        """lo can always be raised."""
 
     def apply(self, at: Place, step: RaiseLoopback, remember: Remember) -> Prior:
         """Raise it, unless it is up; prior.facts["addresses"] is how many it had."""

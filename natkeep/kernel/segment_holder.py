@@ -17,7 +17,7 @@ from contextlib import ExitStack, contextmanager, suppress
 
 from natkeep.errors import KernelError
 from natkeep.kernel.daemon import spawn
-from natkeep.kernel.interface import Place, Remember
+from natkeep.kernel.interface import Driver, Place, Remember
 from natkeep.kernel.netns import inside
 from natkeep.kernel.segment_holderd import attach_filter
 from natkeep.plan.criu_lock import CRIU_MARK
@@ -52,13 +52,10 @@ class Held:
     refused: int
 
 
-class HoldSegmentsDriver:
+class HoldSegmentsDriver(Driver[HoldSegments]):
     """The holder saves time and nothing else, so what keeps it away is noted and no failure."""
 
     enters = False
-
-    def check(self, at: Place, step: HoldSegments) -> None:
-        """A move goes on without a holder."""
 
     def apply(self, at: Place, step: HoldSegments, remember: Remember) -> Prior:
         """Start it; prior.facts["refused"] says why there is none."""

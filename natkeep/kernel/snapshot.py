@@ -40,8 +40,6 @@ from natkeep.plan.tuples import Address, Connections, Endpoint
 from natkeep.plan.wanted import split_opening
 from natkeep.values import replace
 
-_FAMILIES = {"inet": nftables_dump.INET, "arp": nftables_dump.ARP}
-
 
 class Snapshot:
     """What a namespace shows; it keeps a handle of its own until it is closed.
@@ -119,7 +117,7 @@ class Snapshot:
     def _read_set(self, family: str, name: str) -> frozenset[bytes]:
         """The keys of a set or map; its elements are then among what stands there."""
         if (family, name) not in self._sets:
-            keys = nftables_dump.dump_keys(self._netlink, _FAMILIES[family], TABLE, name)
+            keys = nftables_dump.dump_keys(self._netlink, family, TABLE, name)
             self._sets[family, name] = frozenset(keys)
             found = (Key(family, "element", name, key.hex()) for key in keys)
             self._read_table(family)[0].update(found)
@@ -156,7 +154,7 @@ class Snapshot:
 
     def _count_missing(self, name: str, connections: Connections) -> int:
         # Not kept: one move alone asks for it, and there may be 100,000 in it.
-        there = nftables_dump.dump_keys(self._netlink, nftables_dump.INET, TABLE, name)
+        there = nftables_dump.dump_keys(self._netlink, "inet", TABLE, name)
         return len(pack_keys(connections).difference(there))
 
     # ---- the connection table ----------------------------------------------------------------

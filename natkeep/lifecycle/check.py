@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from natkeep.checkpoint import Checkpoint
 from natkeep.errors import RefusedError, UsageError
+from natkeep.kernel import rtnetlink
 from natkeep.lifecycle.conflicts import refuse_conflicts
 from natkeep.lifecycle.executor import Executor
 from natkeep.plan.move import Move, Site
@@ -14,7 +15,7 @@ from natkeep.plan.plan import make_plan
 from natkeep.plan.roles import Role
 from natkeep.plan.steps import Plan
 from natkeep.plan.tuples import Address, Connections
-from natkeep.state.journal import read_boot_id
+from natkeep.state.directory import read_boot_id
 from natkeep.values import replace
 
 
@@ -77,7 +78,8 @@ def require_devices(executor: Executor, move: Move, checkpoint: Checkpoint) -> N
     destinations = [site for site in move.sites if site.role == Role.DESTINATION]
     executor.kernel.open_sites(destinations)
     for site in destinations:
-        missing = sorted(devices - executor.kernel.devices(site)) if devices else []
+        here = executor.kernel.ask(site, rtnetlink.device_names) if devices else frozenset()
+        missing = sorted(devices - here)
         if missing:
             raise RefusedError(
                 f"{site}: no device {', '.join(missing)}, which a socket is bound to",
@@ -91,7 +93,8 @@ def find_new(executor: Executor, old: Address, sites: tuple[Site, ...]) -> Addre
     if not destinations:
         raise UsageError("NEW can be `auto` only where there is a site destination")
     executor.kernel.open_sites(destinations)
-    found = [a for a in executor.kernel.addresses(destinations[0], old.version) if a != old]
+    here = executor.kernel.ask(destinations[0], rtnetlink.global_addresses, old.version)
+    found = [address for address in here if address != old]
     if len(found) != 1:
         listed = ", ".join(str(address) for address in found) or "none"
         raise RefusedError(

@@ -15,6 +15,7 @@ from collections.abc import Callable, Collection
 
 from natkeep import faultpoints
 from natkeep.errors import JournalError, LeftoverError, NatkeepError
+from natkeep.kernel import nft_strays, sock_diag
 from natkeep.kernel.netns import NamespaceGoneError
 from natkeep.lifecycle.executor import Executor, forget
 from natkeep.lifecycle.progress import has_been_opened, is_retired
@@ -24,7 +25,8 @@ from natkeep.plan.move import Site
 from natkeep.plan.roles import Role
 from natkeep.plan.steps import Identity, Plan
 from natkeep.plan.tuples import Address
-from natkeep.state.journal import Journal, read_boot_id
+from natkeep.state.directory import read_boot_id
+from natkeep.state.journal import Journal
 from natkeep.values import dataclass, field
 
 
@@ -124,7 +126,7 @@ class _Collection:
         self.seen.add(here)
         known, olds, sure = _find_known(self.executor, here, self.gone if self.dry_run else ())
         try:
-            table = kernel.find_strays(site)
+            table = kernel.ask(site, nft_strays.read_table)
             strays = table.ids() - known - (self.gone if self.dry_run else set())
             whole = not known and sure and (table.there or table.silent)
             if not strays and (not whole or (self.dry_run and self.gone)):
@@ -224,7 +226,7 @@ def _has_ended(executor: Executor, journal: Journal, plan: Plan, here: list[Site
         return False
     if plan.move.listeners:
         olds = frozenset(map_.old for map_ in plan.move.maps)
-        if seen.callers or executor.kernel.find_listeners(destination, olds):
+        if seen.callers or executor.kernel.ask(destination, sock_diag.find_listeners, olds):
             return False
     entries = [entry for some in seen.entries.values() for entry in some]
     # No socket may also mean that it is not restored yet, or dumped to move on: then

@@ -5,6 +5,7 @@ from __future__ import annotations
 from natkeep.checkpoint import Checkpoint
 from natkeep.checkpoint.live import Found, find_inodes, make_checkpoint
 from natkeep.errors import ImageError, RefusedError
+from natkeep.kernel import sock_diag
 from natkeep.kernel.interface import Kernel
 from natkeep.kernel.netns import held
 from natkeep.plan.move import Site
@@ -30,7 +31,7 @@ def read_live(kernel: Kernel, pid: int, sites: tuple[Site, ...] = ()) -> Checkpo
                         hint="--site destination=NETNS names where it will be restored",
                     )
             # Once more, since a socket may have been made while these were looked at.
-            found = [Found(*shown) for shown in kernel.list_sockets(home)]
+            found = [Found(*shown) for shown in kernel.ask(home, sock_diag.list_sockets)]
             return make_checkpoint(found, inodes | find_inodes(pid), pid)
     except ProcessLookupError:
         raise ImageError(f"there is no process {pid}, or not any more") from None

@@ -36,6 +36,7 @@ from contextlib import suppress
 
 from natkeep.checkpoint import Checkpoint
 from natkeep.errors import JournalError, RefusedError
+from natkeep.kernel import nftables
 from natkeep.kernel.interface import Kernel, Packed
 from natkeep.kernel.netns import path_of
 from natkeep.lifecycle.executor import Executor
@@ -109,14 +110,16 @@ def write_ready(kernel: Kernel, journal: Journal, plan: Plan) -> None:
     ]
     lines += [f"home {_name(journal.identity(home))}" for home in plan.move.homes()]
     for step in plan.open:
-        packed = kernel.pack_open(step) if isinstance(step, OpenGate) else None
+        packed: Packed | None = None
+        if isinstance(step, OpenGate):
+            packed = kernel.ask(step.site, nftables.pack_open, step)
         if packed is None or not _is_plain(step.site):
             return
         lines.append(_site_line(journal, step.site, packed))
     for site in [step.site for step in plan.prepare if isinstance(step, OpenEarly)]:
         if _is_plain(site):
-            packed = Packed(b"", 0, unhooking=kernel.pack_unhooking(site))
-            lines.append(_site_line(journal, site, packed))
+            unhooking = kernel.ask(site, nftables.pack_gate_hook_removal)
+            lines.append(_site_line(journal, site, Packed(b"", 0, unhooking=unhooking)))
     if any(isinstance(step, OpenGate) and step.delivers for step in plan.open):
         lines.append(f"hold {holder_name(plan.move.id)}")
     opening = [*enumerate(plan.steps)][len(plan.prepare) :]

@@ -9,6 +9,7 @@ import time
 
 from natkeep import faultpoints
 from natkeep.errors import NatkeepError, RefusedError
+from natkeep.kernel import sock_diag
 from natkeep.lifecycle.check import check
 from natkeep.lifecycle.executor import Executor
 from natkeep.lifecycle.prepare import carry_out
@@ -32,12 +33,13 @@ def quiesce(
     [site] = move.sites
     with executor.state.locked():
         executor.open_sites(move)
-        found = executor.kernel.find_listeners(site, frozenset(m.old for m in move.maps))
+        olds = frozenset(map_.old for map_ in move.maps)
+        found = executor.kernel.ask(site, sock_diag.find_listeners, olds)
         listeners = tuple(end for end in found if not ports or end.port in ports)
         if not listeners:
-            olds = ", ".join(str(map_.old) for map_ in move.maps)
+            named = ", ".join(str(map_.old) for map_ in move.maps)
             raise RefusedError(
-                f"{site}: nobody listens at {olds} or at the wildcard address",
+                f"{site}: nobody listens at {named} or at the wildcard address",
                 hint="then there is nothing to wait for: dump",
             )
         move = replace(move, held=listeners, quiesces=True)
@@ -58,7 +60,7 @@ def _await_accepted(
     # Twice in a row: a SYN that passed just before the rules were in may be on its way still.
     clean = 0
     while clean < 2:
-        waiting = executor.kernel.count_waiting(site, listeners)
+        waiting = executor.kernel.ask(site, sock_diag.count_waiting, listeners)
         clean = 0 if waiting else clean + 1
         if waiting and time.monotonic() >= deadline:
             told = ", ".join(f"{number} at {end}" for end, number in waiting.items())

@@ -13,8 +13,8 @@ import re
 from collections.abc import Iterable, Iterator
 from ipaddress import ip_address
 
-from natkeep.plan.nft import TABLE
-from natkeep.plan.tables import GATE, dispatch_map, removal
+from natkeep.plan.nft import Undo
+from natkeep.plan.tables import GATE, dispatch_map, held_set
 from natkeep.plan.tuples import Address
 from natkeep.values import dataclass
 
@@ -28,24 +28,16 @@ _NO_IDS = frozenset({"open"})
 
 
 @dataclass(frozen=True, slots=True)
-class SeenRule:
-    """A rule: its chain, the kernel's number for it, and its comment."""
-
-    chain: str
-    handle: int
-    comment: str
-
-
-@dataclass(frozen=True, slots=True)
 class SeenTable:
     """The table inet natkeep of a site; silent: there is one of ARP besides.
 
-    held: the OLD addresses that it keeps from leaving as a source.
+    rules: of each its chain and comment; held: the OLD addresses that it keeps from leaving as a
+    source.
     """
 
     chains: tuple[str, ...] = ()
     sets: tuple[str, ...] = ()
-    rules: tuple[SeenRule, ...] = ()
+    rules: tuple[tuple[str, str], ...] = ()
     held: tuple[Address, ...] = ()
     there: bool = False
     silent: bool = False
@@ -62,59 +54,52 @@ def _match(name: str, patterns: Iterable[re.Pattern[str]]) -> str:
     return next((match.group(1) for match in matches if match), "")
 
 
-def _owner(rule: SeenRule) -> str:
-    match = _COMMENT.fullmatch(rule.comment)
-    return match.group(1) if match and rule.comment not in _NO_IDS else ""
+def _owner(comment: str) -> str:
+    match = _COMMENT.fullmatch(comment)
+    return match.group(1) if match and comment not in _NO_IDS else ""
 
 
-def render_clearing(
+def find_undos(
     table: SeenTable, known: frozenset[str], olds: frozenset[Address], *, sure: bool
-) -> tuple[str, ...]:
-    """The text that takes away what no *known* move owns; nothing when there is nothing.
+) -> tuple[Undo, ...]:
+    """What takes away all that no *known* move owns; nothing when there is nothing.
 
     olds: the OLD addresses of the known moves here. sure: every journal could be read, so that
-    what is unknown is nobody's.
+    an OLD that is unknown is nobody's.
     """
-    if not known and sure:
-        return removal() if table.there or table.silent else ()
     strays = table.ids() - known
-    lines = [*_without_rules(table, strays)]
     own = [name for name in table.chains if _match(name, _CHAINS) in strays]
-    lines += [f"flush chain inet {TABLE} {name}" for name in own]
-    lines += [f"delete chain inet {TABLE} {name}" for name in own]
-    lines += [f"delete set inet {TABLE} {n}" for n in table.sets if _match(n, _SETS) in strays]
-    if strays and sure:
-        for old in (old for old in table.held if old not in olds):
-            lines.append(f"delete element inet {TABLE} held{old.version} {{ {old} }}")
-            if old.version == 4 and table.silent:
-                lines.append(f"delete element arp {TABLE} silent {{ {old} }}")
-    return tuple(lines)
-
-
-def _without_rules(table: SeenTable, strays: frozenset[str]) -> Iterator[str]:
-    """Their rules out of the chains that moves share, and address chains that are empty then."""
-    own = {name for name in table.chains if _match(name, _CHAINS) in strays}
-    for chain in table.chains:
-        if chain in own:
+    undos = [Undo("inet", "chain", name) for name in own]
+    undos += [Undo("inet", "set", name) for name in table.sets if _match(name, _SETS) in strays]
+    for chain, comment in table.rules:
+        if chain in own or _owner(comment) not in strays:
             continue
-        here = [rule for rule in table.rules if rule.chain == chain]
-        ours = [rule for rule in here if _owner(rule) in strays]
-        yield from (f"delete rule inet {TABLE} {chain} handle {rule.handle}" for rule in ours)
-        at = _AT.fullmatch(chain)
-        if at and ours and len(ours) == len(here):
-            address = ip_address(at.group(2).replace("_", ":"))
-            name = dispatch_map(at.group(1), address.version)
-            yield f"delete element inet {TABLE} {name} {{ {address} }}"
-            yield f"delete chain inet {TABLE} {chain}"
+        undos.append(Undo("inet", "rule", chain, comment))
+        if at := _read_chain(chain):
+            dispatch, address = at
+            name = dispatch_map(dispatch, address.version)
+            undos.append(Undo("inet", "element", name, str(address), chain))
+            undos.append(Undo("inet", "chain", chain, "", chain))
+    for old in table.held if strays and sure else ():
+        if old not in olds:
+            undos.append(Undo("inet", "element", held_set(old.version), str(old)))
+            if old.version == 4 and table.silent:
+                undos.append(Undo("arp", "element", "silent", str(old)))
+    return tuple(dict.fromkeys(undos))
+
+
+def _read_chain(chain: str) -> tuple[str, Address] | None:
+    """Dispatch and address of an address chain; None if it is another."""
+    at = _AT.fullmatch(chain)
+    return (at.group(1), ip_address(at.group(2).replace("_", ":"))) if at else None
 
 
 def find_translated(table: SeenTable, strays: frozenset[str]) -> Iterator[tuple[str, Address]]:
     """Each stray set of kept connections, and the address that its peers send to."""
-    for rule in table.rules:
-        at = _AT.fullmatch(rule.chain)
-        owner = _owner(rule)
-        if at is None or at.group(1) != GATE or owner not in strays:
+    for chain, comment in table.rules:
+        at, owner = _read_chain(chain), _owner(comment)
+        if at is None or at[0] != GATE or owner not in strays:
             continue
         for name in table.sets:
             if name.startswith(("kept-", "outer-")) and _match(name, _SETS) == owner:
-                yield name, ip_address(at.group(2).replace("_", ":"))
+                yield name, at[1]

@@ -8,6 +8,7 @@ import pytest
 from fake_kernel import revert_step
 
 from natkeep.kernel import nftables, nftables_dump
+from natkeep.kernel.interface import Packed
 from natkeep.kernel.linux import LinuxKernel
 from natkeep.kernel.netlink import NETLINK_NETFILTER, Netlink
 from natkeep.kernel.netns import inside, open_namespace
@@ -51,6 +52,9 @@ class Gates:
 
     def open(self, move_id: str) -> None:
         self.kernel.apply(self.opening(move_id), lambda prior: None)
+
+    def packed(self, move_id: str) -> Packed:
+        return self.kernel.ask(self.site, nftables.pack_open, self.opening(move_id))
 
     def close(self, move_id: str) -> None:
         revert_step(self.kernel, self.opening(move_id), Prior())
@@ -182,8 +186,7 @@ def test_what_was_packed_at_prepare_removes_it_after_the_opening_and_nothing_els
     for disturbed in (False, True):
         name = "two" if disturbed else "one"
         gates.prepare(name)
-        packed = gates.kernel.pack_open(gates.opening(name))
-        assert packed is not None
+        packed = gates.packed(name)
         with inside(open_namespace(gates.site.netns)):
             send(packed.messages, packed.last)
             if disturbed:
@@ -205,9 +208,8 @@ def test_nothing_is_packed_to_remove_it_while_another_gate_is_closed(gates: Gate
     gates.prepare("one")
     gates.prepare("two")
 
-    packed = gates.kernel.pack_open(gates.opening("two"))
+    packed = gates.packed("two")
 
-    assert packed is not None
     assert packed.unhooking == b""
 
 
@@ -234,10 +236,9 @@ def test_a_look_that_fails_keeps_no_gate_closed(
     gates.prepare("one")
     monkeypatch.setattr(nftables_dump, "read_generation", fail)
 
-    packed = gates.kernel.pack_open(gates.opening("one"))
+    packed = gates.packed("one")
     gates.open("one")
 
-    assert packed is not None
     assert packed.unhooking == b""
     with inside(open_namespace(gates.site.netns)):
         assert nftables.chain_state(gate_chain("one")) == Gate.OPEN
@@ -257,3 +258,16 @@ def test_a_closed_gate_that_is_repaired_brings_it_back(gates: Gates) -> None:
     gates.kernel.mend(LoadObjects(gates.site, drop), lambda prior: None)
 
     assert gates.hooked
+
+
+def test_what_a_lost_journal_left_goes_and_other_moves_stay_as_they_were(gates: Gates) -> None:
+    gates.prepare("one")
+    before = gates.run(gates.site.netns, "nft", "list", "ruleset")
+    gates.prepare("two")
+    gates.open("two")
+
+    gates.kernel.clear_strays(gates.site, frozenset({"one"}), frozenset(), sure=True)
+    assert gates.run(gates.site.netns, "nft", "list", "ruleset") == before
+
+    gates.kernel.clear_strays(gates.site, frozenset(), frozenset(), sure=True)
+    assert gates.run(gates.site.netns, "nft", "list", "ruleset") == ""

@@ -10,13 +10,13 @@ import pytest
 from natkeep.plan.drift import find_drift
 from natkeep.plan.liveness import Life, Sighting, find_life, make_sighting
 from natkeep.plan.move import Map, Mode, Move, Site
-from natkeep.plan.nft import Key
+from natkeep.plan.nft import Key, Undo
 from natkeep.plan.observation import Gate, Observation, SeenEntry
 from natkeep.plan.plan import make_plan
 from natkeep.plan.repair import LoadObjects, find_patches
 from natkeep.plan.roles import Role
 from natkeep.plan.steps import AddAddress, FillSet, InsertEntries, Plan, RaiseLoopback, Step
-from natkeep.plan.strays import SeenRule, SeenTable, render_clearing
+from natkeep.plan.strays import SeenTable, find_undos
 from natkeep.plan.tuples import NO_CONNECTIONS, Connections, Endpoint, FourTuple
 from natkeep.plan.wanted import split_opening, want
 from natkeep.values import replace
@@ -300,11 +300,11 @@ TABLE = SeenTable(
     chains=("gate", "gate-a", "gate-b", "gate-at-10.2.0.10", "in-at-fd00_3__20", "mine"),
     sets=("kept-a-0", "kept-b-0", "listen-a-1", "held4", "others"),
     rules=(
-        SeenRule("gate-at-10.2.0.10", 5, "a"),
-        SeenRule("gate-at-10.2.0.10", 6, "b"),
-        SeenRule("gate-a", 7, "open"),
-        SeenRule("in-at-fd00_3__20", 8, "a:listeners"),
-        SeenRule("mine", 9, "somebody: else"),
+        ("gate-at-10.2.0.10", "a"),
+        ("gate-at-10.2.0.10", "b"),
+        ("gate-a", "open"),
+        ("in-at-fd00_3__20", "a:listeners"),
+        ("mine", "somebody: else"),
     ),
     held=(OLD4,),
     there=True,
@@ -314,30 +314,30 @@ TABLE = SeenTable(
 
 def test_a_stray_is_cleared_beside_a_move_that_is_known() -> None:
     """Chains and sets of other names, and the other move's rules, are not touched."""
-    assert render_clearing(TABLE, frozenset("b"), frozenset((OLD4,)), sure=True) == (
-        "delete rule inet natkeep gate-at-10.2.0.10 handle 5",
-        "delete rule inet natkeep in-at-fd00_3__20 handle 8",
-        "delete element inet natkeep in6 { fd00:3::20 }",
-        "delete chain inet natkeep in-at-fd00_3__20",
-        "flush chain inet natkeep gate-a",
-        "delete chain inet natkeep gate-a",
-        "delete set inet natkeep kept-a-0",
-        "delete set inet natkeep listen-a-1",
+    gate, listeners = "gate-at-10.2.0.10", "in-at-fd00_3__20"
+    assert find_undos(TABLE, frozenset("b"), frozenset((OLD4,)), sure=True) == (
+        Undo("inet", "chain", "gate-a"),
+        Undo("inet", "set", "kept-a-0"),
+        Undo("inet", "set", "listen-a-1"),
+        Undo("inet", "rule", gate, "a"),
+        Undo("inet", "element", "gate4", "10.2.0.10", unused=gate),
+        Undo("inet", "chain", gate, unused=gate),
+        Undo("inet", "rule", listeners, "a:listeners"),
+        Undo("inet", "element", "in6", "fd00:3::20", unused=listeners),
+        Undo("inet", "chain", listeners, unused=listeners),
     )
 
 
-def test_where_nobody_is_known_the_tables_go_and_where_all_are_known_nothing_does() -> None:
-    whole = render_clearing(TABLE, frozenset(), frozenset(), sure=True)
-
-    assert "delete table inet natkeep" in whole
-    assert "delete table arp natkeep" in whole
-    assert render_clearing(TABLE, frozenset("ab"), frozenset((OLD4,)), sure=True) == ()
-    assert render_clearing(SeenTable(), frozenset(), frozenset(), sure=True) == ()
+def test_where_all_are_known_nothing_goes() -> None:
+    assert find_undos(TABLE, frozenset("ab"), frozenset((OLD4,)), sure=True) == ()
+    assert find_undos(SeenTable(), frozenset(), frozenset(), sure=True) == ()
 
 
-def test_while_a_journal_cannot_be_read_the_table_stays() -> None:
+def test_what_is_held_goes_unless_a_journal_cannot_be_read() -> None:
     """Its move is known by name only; whose OLD is held is not known then."""
-    found = render_clearing(TABLE, frozenset("b"), frozenset(), sure=False)
+    held = Undo("inet", "element", "held4", str(OLD4)), Undo("arp", "element", "silent", str(OLD4))
 
-    assert not any("table" in line.split()[1] or "held4" in line for line in found)
-    assert "delete set inet natkeep kept-a-0" in found
+    sure, unsure = (find_undos(TABLE, frozenset("b"), frozenset(), sure=s) for s in (True, False))
+
+    assert [undo for undo in sure if undo not in unsure] == [*held]
+    assert Undo("inet", "set", "kept-a-0") in unsure
