@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from natkeep.errors import KernelError, RefusedError
 from natkeep.kernel.interface import Kernel, P, Remember, T
 from natkeep.kernel.sock_diag import Shown
-from natkeep.plan import filters, listeners, nft, ruleset, tables
+from natkeep.plan import filters, nft, tables
 from natkeep.plan.conntrack import entries, stale_tuples
 from natkeep.plan.diagnostics import Facts
 from natkeep.plan.move import Move, Site
@@ -30,7 +30,6 @@ from natkeep.plan.steps import (
     Identity,
     InsertEntries,
     InstallGate,
-    InstallReception,
     InstallResets,
     InstallTranslation,
     Loads,
@@ -44,6 +43,7 @@ from natkeep.plan.steps import (
     TakeOverLock,
 )
 from natkeep.plan.strays import SeenTable
+from natkeep.plan.tables import is_address_chain
 from natkeep.plan.translation import NOTHING_SPECIAL, Surroundings, Translation
 from natkeep.plan.tuples import NO_CONNECTIONS, Address, Connections, Endpoint, FourTuple
 from natkeep.plan.undo import (
@@ -60,7 +60,7 @@ from natkeep.plan.undo import (
     Unload,
     undo_of,
 )
-from natkeep.plan.wanted import objects_of, shared_keys, split_opening
+from natkeep.plan.wanted import objects_of, shared_keys, split_opening, want
 
 
 @dataclass
@@ -76,7 +76,6 @@ class FakeSite:
 
     gates: dict[str, Gate] = field(default_factory=dict)
     sets: dict[str, Connections] = field(default_factory=dict)
-    rules: dict[str, set[str]] = field(default_factory=dict)
     addresses: set[Address] = field(default_factory=set)
     loopback: bool = False
     entries: dict[FourTuple, FourTuple] = field(default_factory=dict)
@@ -225,8 +224,6 @@ class FakeKernel:
             here.holds.pop(move_id, None)
             for name in [n for n in here.sets if n.rpartition("-")[0].endswith(f"-{move_id}")]:
                 del here.sets[name]
-            for owner in (move_id, listeners.comment(move_id), filters.reset_comment(move_id)):
-                _withdraw(here, owner, list(here.rules))
             here.loaded = [s for s in here.loaded if getattr(s, "move_id", None) != move_id]
         if not here.loaded:
             here.broken.clear()
@@ -308,7 +305,6 @@ class FakeKernel:
             sockets=_find_sockets(here, site, plan),
             lingers=10.0,
             gate=here.gates.get(move_id, Gate.ABSENT),
-            rules=_chains_of(here, move_id),
             missing={
                 name: len(connections) - len(here.sets.get(name, NO_CONNECTIONS))
                 for t in translations
@@ -323,9 +319,6 @@ class FakeKernel:
             entries=seen,
             alive=_count_alive(here, site, translations, seen),
             holds=move_id in here.holds,
-            receiving=_chains_of(here, listeners.comment(move_id)),
-            resetting=_chains_of(here, filters.reset_comment(move_id)) if lost else frozenset(),
-            resets=here.resets.get(move_id, Gate.ABSENT) if lost else Gate.ABSENT,
         )
 
 
@@ -360,15 +353,9 @@ def _unload(here: FakeSite, objects: Iterable[nft.Undo]) -> None:
         kind, _, move_id = one.name.partition("-")
         if one.kind == "set":
             here.sets.pop(one.name, None)
-        elif one.kind == "rule":
-            _withdraw(here, one.what, [one.name])
         elif one.kind == "chain" and kind in ("gate", "reset", "hold"):
             gates = {"gate": here.gates, "reset": here.resets, "hold": here.holds}[kind]
             gates.pop(move_id, None)  # type: ignore[attr-defined]  # each is a dictionary by id
-
-
-def _chains_of(here: FakeSite, owner: str) -> frozenset[str]:
-    return frozenset(chain for chain, owners in here.rules.items() if owner in owners)
 
 
 def _count_alive(
@@ -402,8 +389,6 @@ def _load(here: FakeSite, patch: Patch) -> None:
     for key in keys:
         if key.kind == "set" and key.name.startswith(("kept-", "outer-")):
             here.sets.setdefault(key.name, NO_CONNECTIONS)
-        elif key.kind == "rule" and "-at-" in key.name:
-            here.rules.setdefault(key.name, set()).add(key.what.partition(":")[0])
     for move_id, gate in here.gates.items():
         chain = tables.gate_chain(move_id)
         if any(isinstance(one, Rule) and one.chain == chain and one.insert for one in made):
@@ -454,8 +439,6 @@ def _change(here: FakeSite, step: Step) -> None:
             for translation in step.translations:
                 for name in filters.sets_of(step.move_id, translation):
                     here.sets[name] = NO_CONNECTIONS
-            for chain in _gate_chains(step):
-                here.rules.setdefault(chain, set()).add(step.move_id)
         case FillSet():
             if step.name not in here.sets:
                 raise KernelError(f"{step.site}: no set {step.name}")
@@ -464,9 +447,6 @@ def _change(here: FakeSite, step: Step) -> None:
             here.loopback = True
         case AddAddress():
             here.addresses.add(step.address)
-        case InstallTranslation():
-            for chain in _translating_chains(step):
-                here.rules.setdefault(chain, set()).add(step.move_id)
         case HoldListeners():
             here.holds[step.move_id] = step.listeners
         case HoldSegments():
@@ -478,9 +458,6 @@ def _change(here: FakeSite, step: Step) -> None:
             locked -= set(step.connections)
             if not locked:
                 here.locks.pop(step.lock.table, None)
-        case InstallReception():
-            for chain in _receiving_chains(step):
-                here.rules.setdefault(chain, set()).add(listeners.comment(step.move_id))
         case PurgeEntries():
             for stale in stale_tuples(step.translation):
                 here.entries.pop(stale, None)
@@ -490,8 +467,6 @@ def _change(here: FakeSite, step: Step) -> None:
             here.resets[step.move_id] = Gate.CLOSED
             for reset in step.resets:
                 here.sets[filters.reset_set(step.move_id, reset.number)] = NO_CONNECTIONS
-            for chain in _resetting_chains(step):
-                here.rules.setdefault(chain, set()).add(filters.reset_comment(step.move_id))
         case SendResets():
             if step.move_id not in here.resets:
                 raise KernelError(f"{step.site}: nothing that {step.move_id} could open")
@@ -502,38 +477,13 @@ def _change(here: FakeSite, step: Step) -> None:
                 here.holders.discard(step.move_id)
 
 
-def _gate_chains(step: InstallGate) -> list[str]:
-    return [
-        tables.address_chain(dispatch, local)
-        for t in step.translations
-        for dispatch, local in filters.gate_chains(t)
-    ]
-
-
-def _translating_chains(step: InstallTranslation) -> list[str]:
-    return [
-        tables.address_chain(dispatch, local)
-        for t in step.translations
-        for dispatch, local in ruleset.translating_chains(t)
-    ]
-
-
-def _resetting_chains(step: InstallResets) -> list[str]:
-    return [tables.address_chain(*reset.chain) for reset in step.resets]
-
-
-def _receiving_chains(step: InstallReception) -> list[str]:
-    return [name for r in step.receptions for name in listeners.chain_names(r)]
-
-
-def _withdraw(here: FakeSite, move_id: str, chains: Iterable[str]) -> None:
-    for chain in chains:
-        here.rules.get(chain, set()).discard(move_id)
-        if not here.rules.get(chain):
-            here.rules.pop(chain, None)
-
-
 def _see(here: FakeSite, translation: Translation) -> Iterable[SeenEntry | None]:
     for entry in entries(translation):
         reply = here.entries.get(entry.original)
         yield SeenEntry(reply == entry.reply, 0, 0, True) if reply is not None else None
+
+
+def chains_left(plan: Plan, seen: Observation) -> frozenset[str]:
+    """The address chains in which a rule of *plan* at its first site is still there."""
+    there = set(want(plan, plan.move.sites[0])) - seen.gone
+    return frozenset(k.name for k in there if k.kind == "rule" and is_address_chain(k.name))

@@ -57,6 +57,7 @@ from natkeep.plan.steps import (
 )
 from natkeep.plan.tuples import Connections, Endpoint, FourTuple, parse_address
 from natkeep.plan.undo import Undo
+from natkeep.plan.wanted import want
 from natkeep.state.directory import StateDirectory
 
 GATEWAY, DESTINATION = Site(Role.GATEWAY, "gw"), Site(Role.DESTINATION, "dst")
@@ -985,6 +986,7 @@ def test_status_tells_gate_connections_and_drift(
 
     kernel.sites["dst"].addresses.clear()
     kernel.sites["gw"].gates.clear()
+    kernel.sites["gw"].loaded.clear()
     (status,) = read_status(executor, ("web",))
     assert {site.site: site.drift for site in status.sites} == {
         DESTINATION: (
@@ -1155,7 +1157,7 @@ class Hazy(FakeSnapshot):
         assert isinstance(self.kernel, HazyKernel)
         seen = FakeKernel.observe(self.kernel, site, plan)
         if plan.move.id in self.kernel.missed:
-            return dataclasses.replace(seen, gate=Gate.ABSENT)
+            return dataclasses.replace(seen, gone=frozenset(want(plan, site)), gate=Gate.ABSENT)
         return seen
 
 
@@ -1180,7 +1182,9 @@ def test_many_moves_at_a_site_are_seen_in_one_snapshot_and_drift_is_looked_at_cl
 
     kernel.closely.clear()
     kernel.missed = {"m03", "m04"}
-    del kernel.sites["gw"].gates["m04"]
+    here = kernel.sites["gw"]
+    del here.gates["m04"]
+    here.loaded = [step for step in here.loaded if step.move_id != "m04"]
     found = read_status(executor, ())
 
     assert kernel.closely == ["m03", "m04"]

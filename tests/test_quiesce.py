@@ -75,7 +75,7 @@ def move(*sites: Site, move_id: str = "web") -> Move:
 
 def is_bare(kernel: FakeKernel, name: str = "src") -> bool:
     here = kernel.sites[name]
-    return not (here.gates or here.sets or here.rules or here.holds)
+    return not (here.gates or here.sets or here.loaded or here.holds)
 
 
 # ---- quiesce ---------------------------------------------------------------------------------

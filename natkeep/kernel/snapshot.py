@@ -12,7 +12,6 @@ would cost as much, and an entry that is asked for is not missed.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
 from functools import cached_property
 
 from natkeep.kernel import (
@@ -28,7 +27,7 @@ from natkeep.kernel.netlink import NETLINK_NETFILTER, Netlink
 from natkeep.kernel.netns import Namespace, errors_at, inside
 from natkeep.kernel.nft_messages import pack_keys
 from natkeep.kernel.routes import Routes
-from natkeep.plan import filters, listeners, ruleset, tables
+from natkeep.plan import filters, tables
 from natkeep.plan.listeners import Reception, make_receptions
 from natkeep.plan.move import Site
 from natkeep.plan.nft import TABLE, Key
@@ -36,7 +35,7 @@ from natkeep.plan.observation import Gate, Observation, SeenEntry
 from natkeep.plan.roles import Role
 from natkeep.plan.steps import GuardSite, InsertEntries, Plan
 from natkeep.plan.translation import Translation
-from natkeep.plan.tuples import Address, Connections, Endpoint
+from natkeep.plan.tuples import Connections, Endpoint
 from natkeep.plan.wanted import split_opening
 from natkeep.values import replace
 
@@ -84,19 +83,14 @@ class Snapshot:
         sockets = self._find_sockets(here) if site.role in _HAVE_SOCKETS else None
         sets = {name: kept for t in here for name, kept in filters.sets_of(move_id, t).items()}
         sets |= {filters.reset_set(move_id, reset.number): reset.connections for reset in lost}
-        called = [chain for one in receptions for chain in listeners.chains(one)]
         gate = self._read_gate(tables.gate_chain(move_id))
         return Observation(
             gate=gate,
-            rules=self._find_rules(move_id, _chains_of(here)),
             missing={name: self._count_missing(name, kept) for name, kept in sets.items()},
             addresses=frozenset(m.old for m in plan.move.maps if m.old.packed in self._addresses),
             entries=entries,
             alive=_count_alive(entries) if sockets is None else len(sockets),
             holds=filters.block_comment(move_id) in self._comments("gate"),
-            receiving=self._find_rules(listeners.comment(move_id), called),
-            resetting=self._find_rules(filters.reset_comment(move_id), [one.chain for one in lost]),
-            resets=self._read_gate(filters.reset_chain(move_id)) if lost else Gate.ABSENT,
             callers=sum(self._count_callers(one, here) for one in receptions),
             gone=_without_hook(prepared - there, gate),
             shut=opened - there,
@@ -139,18 +133,6 @@ class Snapshot:
 
     def _read_gate(self, chain: str) -> Gate:
         return nftables.state_of(self._comments(chain))
-
-    def _find_rules(self, comment: str, chains: Iterable[tuple[str, Address]]) -> frozenset[str]:
-        """Names of those of *chains* that are dispatched to and have a rule with this comment."""
-        found = set()
-        for dispatch, local in chains:
-            chain = tables.address_chain(dispatch, local)
-            dispatched = tables.dispatch_map(dispatch, local.version)
-            if comment in self._comments(chain) and local.packed in self._read_set(
-                "inet", dispatched
-            ):
-                found.add(chain)
-        return frozenset(found)
 
     def _count_missing(self, name: str, connections: Connections) -> int:
         # Not kept: one move alone asks for it, and there may be 100,000 in it.
@@ -222,11 +204,3 @@ def _without_hook(gone: frozenset[Key], gate: Gate) -> frozenset[Key]:
     """The base chain of the gates is not missed by a move that is open (kernel/nftables.py)."""
     chain, *rules = (one.key() for one in tables.gate_hook())
     return gone - {chain, *rules} if gate == Gate.OPEN and chain in gone else gone
-
-
-def _chains_of(here: list[Translation]) -> list[tuple[str, Address]]:
-    return [
-        chain
-        for translation in here
-        for chain in (*filters.gate_chains(translation), *ruleset.translating_chains(translation))
-    ]

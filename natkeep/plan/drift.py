@@ -8,8 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from natkeep.plan import filters, listeners, ruleset
-from natkeep.plan.listeners import make_receptions
+from natkeep.plan import filters, listeners
 from natkeep.plan.liveness import Life
 from natkeep.plan.move import Site
 from natkeep.plan.nft import TABLE, Elements
@@ -22,9 +21,8 @@ from natkeep.plan.steps import (
     InsertEntries,
     Plan,
     RaiseLoopback,
-    SendResets,
 )
-from natkeep.plan.tables import address_chain, gate_chain
+from natkeep.plan.tables import gate_chain, is_address_chain
 from natkeep.plan.wanted import Wanted, want
 from natkeep.values import dataclass
 
@@ -65,7 +63,6 @@ def find_drift(
     if opened and seen.shut and not _nothing_is_there(plan, site, seen):
         for chain in sorted({key.name for key in seen.shut}):
             drift.append(f"chain {chain}: the rule that opens it is missing")
-    drift += _unreset(plan, site, seen)
     for step in plan.prepare:
         if step.site != site:
             continue
@@ -97,7 +94,7 @@ def _nothing_is_there(plan: Plan, site: Site, seen: Observation) -> bool:
     if seen.gate != Gate.ABSENT or plan.move.quiesces:
         return False
     own = {wanted.key for wanted in _want(plan, site) if _is_of_move(wanted, plan)}
-    return not seen.gone or own <= seen.gone | seen.shut
+    return own <= seen.gone | seen.shut
 
 
 def _is_of_move(wanted: Wanted, plan: Plan) -> bool:
@@ -111,15 +108,13 @@ def _find_table_drift(plan: Plan, site: Site, seen: Observation) -> Iterator[str
         yield f"table inet {TABLE}: nothing of move {plan.move.id} is there"
         return
     if not seen.gone:
-        for _, said in _name_chains(plan, site, seen, []):
-            yield said
         return
     wanted = _want(plan, site)
     gone = [one for one in wanted if one.key in seen.gone]
     if not seen.holds:  # which is said of the step
         hold = filters.block_chain(plan.move.id)
         gone = [one for one in gone if one.key.name != hold and f">{hold}" not in one.key.what]
-    named = dict(_name_chains(plan, site, seen, wanted))
+    named = dict(_name_chains(plan, seen, wanted))
     yield from named.values()
     yield from _name_objects(gone, wanted, set(named))
 
@@ -149,50 +144,16 @@ def _name_objects(gone: list[Wanted], wanted: list[Wanted], named: set[str]) -> 
         yield f"chain {chain}: {number} of {total} rules are missing"
 
 
-def _name_chains(
-    plan: Plan, site: Site, seen: Observation, wanted: list[Wanted]
-) -> Iterator[tuple[str, str]]:
-    """The address chains that have no rule of this move, each with what is said of it.
-
-    wanted: where something is gone, all that there should be; else it does not matter.
-    """
-    there = {one.key for one in wanted if one.key not in seen.gone}
-    ours = {(key.name, key.what.partition(":")[0]) for key in there if key.kind == "rule"}
-    for chain in _expected_rules(plan, site):
-        if chain not in seen.rules and not (seen.gone and (chain, plan.move.id) in ours):
-            yield chain, f"chain {chain}: no rule of this move"
-    callers = listeners.comment(plan.move.id)
-    called = {(key.name, key.what) for key in there if key.what.startswith(callers)}
-    for receiving in make_receptions(plan.move, site):
-        for chain in listeners.chain_names(receiving):
-            rule_is_there = seen.gone and any(name == chain for name, _ in called)
-            if chain not in seen.receiving and not rule_is_there:
-                yield chain, f"chain {chain}: no rule for callers"
-
-
-def _unreset(plan: Plan, site: Site, seen: Observation) -> list[str]:
-    lost = [reset for reset in plan.resets if reset.site == site]
-    if not lost or seen.gone or seen.shut:  # then each object is named
-        return []
-    chains = dict.fromkeys(address_chain(*reset.chain) for reset in lost)
-    drift = [f"chain {chain}: no rule for what is reset" for chain in chains
-             if chain not in seen.resetting]  # fmt: skip
-    told = seen.gate == Gate.OPEN or any(
-        isinstance(step, SendResets) for step in plan.prepare if step.site == site
-    )
-    if seen.resets == Gate.ABSENT or (told and seen.resets == Gate.CLOSED):
-        drift.append(f"chain {filters.reset_chain(plan.move.id)}: it resets nothing")
-    return drift
-
-
-def _expected_rules(plan: Plan, site: Site) -> list[str]:
-    expected = []
-    for translation in plan.translations:
-        if translation.site != site:
-            continue
-        chains = (*filters.gate_chains(translation), *ruleset.translating_chains(translation))
-        expected += [address_chain(dispatch, local) for dispatch, local in chains]
-    return list(dict.fromkeys(expected))
+def _name_chains(plan: Plan, seen: Observation, wanted: list[Wanted]) -> Iterator[tuple[str, str]]:
+    """The address chains that have no rule of this move, each with what is said of it."""
+    rules = [one.key for one in wanted if one.key.kind == "rule" and is_address_chain(one.key.name)]
+    kinds = {plan.move.id: "of this move", listeners.comment(plan.move.id): "for callers"}
+    for comment, what in kinds.items():
+        ours = [key for key in rules if key.what.startswith(f"{comment}: ")]
+        there = {key.name for key in ours if key not in seen.gone}
+        for chain in dict.fromkeys(key.name for key in ours):
+            if chain not in there:
+                yield chain, f"chain {chain}: no rule {what}"
 
 
 def _find_entry_drift(step: InsertEntries, seen: Observation, life: Life | None) -> Iterator[str]:

@@ -119,14 +119,6 @@ def gated_addresses(translation: Translation) -> tuple[Address, ...]:
     return (translation.before,)
 
 
-def gate_chains(translation: Translation) -> tuple[tuple[str, Address], ...]:
-    """Dispatch and address of the chains in which the translation's gate has a rule."""
-    inbound = tuple((GATE, local) for local in gated_addresses(translation))
-    if translation.site.row.mutes:
-        return (*inbound, ("mute", translation.map.old))
-    return inbound
-
-
 def sets_of(move_id: str, translation: Translation) -> dict[str, Connections]:
     """The translation's sets by name, and what is in them."""
     sets = {kept_set(move_id, translation.number): translation.inner}

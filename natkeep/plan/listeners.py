@@ -46,7 +46,6 @@ from natkeep.plan.tables import (
     OPEN,
     SYN,
     TO_WIRE,
-    address_chain,
     rule_at,
 )
 from natkeep.plan.tuples import Address, Endpoint
@@ -182,20 +181,6 @@ def _answers(move_id: str, reception: Reception) -> Rule:
 def opening(move_id: str) -> Rule:
     """Let callers through."""
     return Rule(callers_chain(move_id), (ACCEPT,), OPEN, insert=True)
-
-
-def chains(reception: Reception) -> tuple[tuple[str, Address], ...]:
-    """Dispatch and address of every chain in which the reception has a rule."""
-    inbound, outbound = DIRECTIONS[reception.mode]
-    found = [*((GATE, local) for local in reception.gated), (inbound, reception.before)]
-    if reception.mode == Mode.STATELESS:
-        found.append((outbound, reception.after))
-    return tuple(found)
-
-
-def chain_names(reception: Reception) -> tuple[str, ...]:
-    """The names of these chains."""
-    return tuple(address_chain(dispatch, local) for dispatch, local in chains(reception))
 
 
 def describe_forgetting(reception: Reception) -> Iterator[str]:

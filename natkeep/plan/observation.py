@@ -38,7 +38,6 @@ class SeenEntry(NamedTuple):
 class Observation:
     """What a site shows of a move.
 
-    rules: for each address chain that has a rule of this move and is dispatched to, its name.
     missing: for each set of kept connections, how many are not in it (all, when it is gone).
     addresses: those of the move's OLD addresses that are local here.
     entries: one for each kept connection of each translation, in order; None where the table
@@ -46,10 +45,7 @@ class Observation:
     alive: how many kept connections still have a socket here (destination, source) or an entry
     that carries traffic (gateway).
     holds: new connections to the listeners of a quiesce wait here.
-    receiving: for each address chain that has a rule for callers and is dispatched to, its name.
     callers: how many connections of callers live here.
-    resetting: for each address chain that has a rule for connections that are reset and is
-    dispatched to, its name; resets: CLOSED while nobody is told, OPEN from then on.
     gone: what prepare put into the tables and is not there; shut: the same of open.
     loopback: lo is up.
     sockets: at a destination or source, the kept connections that have one, as the process sees
@@ -60,16 +56,12 @@ class Observation:
     """
 
     gate: Gate
-    rules: frozenset[str]
     missing: dict[str, int]
     addresses: frozenset[Address]
     entries: dict[int, tuple[SeenEntry | None, ...]]
     alive: int
     holds: bool = False
-    receiving: frozenset[str] = frozenset()
     callers: int = 0
-    resetting: frozenset[str] = frozenset()
-    resets: Gate = Gate.ABSENT
     gone: frozenset[Key] = frozenset()
     shut: frozenset[Key] = frozenset()
     loopback: bool = True

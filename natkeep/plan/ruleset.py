@@ -67,7 +67,6 @@ from natkeep.plan.tables import (
     rule_at,
 )
 from natkeep.plan.translation import Translation
-from natkeep.plan.tuples import Address
 
 
 def translate(move_id: str, translations: Iterable[Translation]) -> tuple[Object, ...]:
@@ -146,14 +145,3 @@ def _rewriting(move_id: str, translation: Translation) -> list[Object]:
         Rule(address_chain(arrive, before), arriving, move_id, insert=True),
         *rule_at(depart, after, departing, move_id),
     ]
-
-
-def translating_chains(translation: Translation) -> tuple[tuple[str, Address], ...]:
-    """Dispatch and address of the chains in which the translation has a rule."""
-    if not translation.site.row.leaves:
-        return ()  # it only keeps quiet
-    inbound, outbound = DIRECTIONS[translation.mode]
-    chains = ((inbound, translation.before), (outbound, translation.after))
-    if translation.mode == Mode.STATEFUL and translation.site.row.passes_on:
-        return (*chains, (outbound, translation.map.old))
-    return chains

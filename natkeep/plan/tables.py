@@ -111,6 +111,11 @@ def address_chain(dispatch: str, address: Address) -> str:
     return f"{dispatch}-at-{str(address).replace(':', '_')}"
 
 
+def is_address_chain(name: str) -> bool:
+    """Whether it is the name of an address_chain."""
+    return "-at-" in name and not {".", "_"}.isdisjoint(name)
+
+
 def dispatch_map(dispatch: str, version: int) -> str:
     """Name of the verdict map from local address to address chain."""
     return f"{dispatch}{version}"

@@ -8,18 +8,20 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
-from fake_kernel import FakeKernel, FakeSite, revert_step
+from fake_kernel import FakeKernel, FakeSite, chains_left, revert_step
 
 from natkeep.errors import KernelError
 from natkeep.kernel.linux import LinuxKernel
 from natkeep.plan import filters
 from natkeep.plan.drift import find_drift
 from natkeep.plan.move import Fate, Map, Mode, Move, Site
-from natkeep.plan.observation import Gate
+from natkeep.plan.nft import Rule
 from natkeep.plan.plan import make_plan
 from natkeep.plan.roles import Role
 from natkeep.plan.steps import FillSet, InstallResets, Plan, Prior, SendResets, Step
+from natkeep.plan.tables import is_address_chain
 from natkeep.plan.tuples import Connections, Endpoint, FourTuple, parse_address
+from natkeep.plan.wanted import objects_of, split_opening, want
 
 OLD = {4: parse_address("10.2.0.10"), 6: parse_address("fd00:2::10")}
 NEW = {4: parse_address("10.3.0.20"), 6: parse_address("fd00:3::20")}
@@ -80,9 +82,12 @@ def scene(request) -> Scene:
         here = kernel.sites
 
         def forget() -> None:
-            for held in (here["site"].rules, here["site"].resets):
-                for name in [n for n in held if n == "web" or "refuse" in n or "answer" in n]:
-                    del held[name]
+            here["site"].resets.pop("web", None)
+            here["site"].broken |= {
+                one.key() for step in here["site"].loaded for one in objects_of(step)
+                if isinstance(one, Rule)
+                and one.chain.startswith(("reset-", "refuse-at-10.", "answer-at-10."))
+            }  # fmt: skip
 
         return Scene(kernel, "site", lambda: repr(here["site"]), forget)
     netns = request.getfixturevalue("make_site")()
@@ -118,11 +123,15 @@ def test_what_was_applied_is_observed(scene: Scene, role: Role) -> None:
         done = scene.apply(before)
         now = scene.observe(plan)
         missing = [now.missing[name] for name in sorted(sets)]
-        seen.append((now.resets, len(now.resetting), missing))
+        told = not now.shut & split_opening(plan, plan.move.sites[0])[1]
+        comment = f"{filters.reset_comment('web')}: "
+        rules = [key for key in want(plan, plan.move.sites[0]) if key.what.startswith(comment)]
+        chains = {k.name for k in rules if k not in now.gone and is_address_chain(k.name)}
+        seen.append((told, len(chains), missing))
         scene.revert(done)
 
     assert [each[:2] for each in seen] == [
-        (Gate.ABSENT, 0), (Gate.CLOSED, 2), (Gate.CLOSED, 2), (Gate.OPEN, 2),
+        (False, 0), (False, 2), (False, 2), (True, 2),
     ]  # fmt: skip
     assert [each[2] for each in seen] == [[2, 2], [0, 2], [0, 0], [0, 0]]
 
@@ -207,7 +216,7 @@ def test_resetting_again_changes_nothing_and_is_not_undone(scene: Scene, role: R
     assert opened == scene.picture()
     assert [prior.present for _, _, prior in again] == [True]
     scene.revert(again)
-    assert scene.observe(plan).resets == Gate.OPEN
+    assert not scene.observe(plan).shut
 
 
 @pytest.mark.parametrize("order", ["first-in-first-out", "last-in-first-out"])
@@ -221,7 +230,7 @@ def test_moves_share_a_site_and_leave_it_one_by_one(scene: Scene, role: Role, or
 
     scene.revert(done[first])
 
-    assert scene.observe(plans[first]).resets == Gate.ABSENT
+    assert not chains_left(plans[first], scene.observe(plans[first]))
     # An address that two moves use changes hands in lifecycle/, not here.
     assert [d for d in scene.drift(plans[second]) if not d.startswith("address ")] == []
     scene.revert(done[second])

@@ -12,7 +12,9 @@ from natkeep.plan.move import Map, Move, Site
 from natkeep.plan.observation import Gate, Observation, SeenEntry
 from natkeep.plan.plan import make_plan
 from natkeep.plan.roles import Role
+from natkeep.plan.tables import is_address_chain
 from natkeep.plan.tuples import Connections, Endpoint, FourTuple
+from natkeep.plan.wanted import want
 
 GATEWAY, DESTINATION = Site(Role.GATEWAY, "gw"), Site(Role.DESTINATION, "dst")
 OLD4, OLD6 = ip_address("10.2.0.10"), ip_address("fd00:2::10")
@@ -36,7 +38,6 @@ DESTINATION_RULES = {
 }
 AS_PLANNED = Observation(
     gate=Gate.CLOSED,
-    rules=frozenset(DESTINATION_RULES),
     missing={"kept-web-0": 0, "kept-web-1": 0},
     addresses=frozenset((OLD4, OLD6)),
     entries={0: (LIVE,) * 3, 1: (LIVE,) * 3},
@@ -50,24 +51,20 @@ def test_a_site_that_shows_what_the_plan_put_there_has_no_drift(gate: Gate) -> N
 
 
 def test_a_gateway_needs_neither_addresses_nor_a_gate_at_new() -> None:
-    rules = frozenset(
-        f"{dispatch}-at-{address}"
-        for dispatch, addresses in {
-            "gate": ("10.2.0.10", "fd00_2__10"),
-            "in": ("10.2.0.10", "fd00_2__10"),
-            "out": ("10.3.0.20", "fd00_3__20", "10.2.0.10", "fd00_2__10"),
-        }.items()
-        for address in addresses
-    )
-
-    assert find_drift(PLAN, GATEWAY, replace(AS_PLANNED, rules=rules, addresses=frozenset())) == ()
+    assert find_drift(PLAN, GATEWAY, replace(AS_PLANNED, addresses=frozenset())) == ()
+    chains = {f"{dispatch}-at-{address}" for dispatch, address in (
+        ("gate", "10.2.0.10"), ("gate", "fd00_2__10"), ("in", "10.2.0.10"), ("in", "fd00_2__10"),
+        *(("out", each) for each in ("10.3.0.20", "fd00_3__20", "10.2.0.10", "fd00_2__10")),
+    )}  # fmt: skip
+    assert chains == {key.name for key in want(PLAN, GATEWAY) if is_address_chain(key.name)}
 
 
 def test_where_nothing_is_there_one_line_says_so() -> None:
     """It stands for all the others, that would only say the same."""
     nothing = Observation(
-        Gate.ABSENT, frozenset(), {"kept-web-0": 3}, frozenset((OLD4, OLD6)), {}, 0
-    )
+        Gate.ABSENT, {"kept-web-0": 3}, frozenset((OLD4, OLD6)), {}, 0,
+        gone=frozenset(want(PLAN, DESTINATION)),
+    )  # fmt: skip
 
     assert find_drift(PLAN, DESTINATION, nothing) == (
         "table inet natkeep: nothing of move web is there",
@@ -76,7 +73,8 @@ def test_where_nothing_is_there_one_line_says_so() -> None:
 
 @pytest.mark.parametrize("chain", sorted(DESTINATION_RULES))
 def test_a_rule_that_is_gone_is_drift(chain: str) -> None:
-    seen = replace(AS_PLANNED, rules=AS_PLANNED.rules - {chain})
+    ours = {key for key in want(PLAN, DESTINATION) if (key.kind, key.name) == ("rule", chain)}
+    seen = replace(AS_PLANNED, gone=frozenset(ours))
 
     assert find_drift(PLAN, DESTINATION, seen) == (f"chain {chain}: no rule of this move",)
 

@@ -32,7 +32,9 @@ from natkeep.plan.steps import (
     Plan,
     TranslateErrors,
 )
+from natkeep.plan.tables import is_address_chain
 from natkeep.plan.tuples import NO_CONNECTIONS, Connections, Endpoint, FourTuple
+from natkeep.plan.wanted import want
 
 GATEWAY, DESTINATION = Site(Role.GATEWAY, "gw"), Site(Role.DESTINATION, "dst")
 MAP4 = Map(ip_address("10.2.0.10"), ip_address("10.3.0.20"))
@@ -227,15 +229,18 @@ def test_two_moves_cannot_both_have_a_listener_at_one_end() -> None:
 @MODES
 def test_a_rule_for_callers_that_is_gone_is_drift(site: Site, mode: Mode) -> None:
     plan = make_plan(move_of(WEB, site=site, mode=mode), NO_CONNECTIONS)
-    [receiving] = make_receptions(plan.move, site)
-    names = listeners.chain_names(receiving)
-    whole = Observation(
-        Gate.OPEN, frozenset(), {}, frozenset({MAP4.old}), {}, 0, receiving=frozenset(names)
-    )
+    whole = Observation(Gate.OPEN, {}, frozenset({MAP4.old}), {}, 0)
+    rules = [
+        key for key in want(plan, site) if key.what.startswith(listeners.comment(plan.move.id))
+    ]
+    names = {key.name for key in rules if is_address_chain(key.name)}
+    assert {
+        tables.address_chain("gate", local) for local in make_receptions(plan.move, site)[0].gated
+    } < names
 
     assert find_drift(plan, site, whole) == ()
     for name in names:
-        without = replace(whole, receiving=whole.receiving - {name})
+        without = replace(whole, gone=frozenset(key for key in rules if key.name == name))
         assert find_drift(plan, site, without) == (f"chain {name}: no rule for callers",)
 
 
@@ -259,8 +264,11 @@ def test_whatever_is_given_what_is_added_is_removed(
         own = {f"callers-{move_id}", f"listen-{move_id}-0"}
         assert {u.name for u in undos if u.kind in ("chain", "set") and not u.unused} == own
         added = {line.split()[4] for line in lines if re.match("add (chain|set) ", line)}
-        chains = {tables.address_chain(*chain) for chain in listeners.chains(receiving)}
-        assert added == own | chains
+        assert own <= added
+        chains = added - own
+        assert all(map(is_address_chain, chains))
+        gated = {tables.address_chain("gate", local) for local in receiving.gated}
+        assert gated < chains
         shared = {tables.HALF_OPEN} if at_destination else set()
         into = {line.split()[4] for line in lines if line.startswith("insert rule ")}
         assert into == chains | shared

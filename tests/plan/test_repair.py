@@ -49,7 +49,6 @@ def show(plan: Plan, site: Site, **different: object) -> Observation:
     at_destination = site.role == Role.DESTINATION
     seen = Observation(
         gate=Gate.OPEN,
-        rules=frozenset(),
         missing={},
         addresses=frozenset(step.address for step in steps if isinstance(step, AddAddress)),
         entries=entries,
