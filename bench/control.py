@@ -36,7 +36,7 @@ from natkeep.lifecycle.prepare import prepare
 from natkeep.plan.move import Map, Move, Site
 from natkeep.plan.roles import Role
 from natkeep.plan.tuples import Connections
-from natkeep.state.journal import StateDirectory
+from natkeep.state.directory import StateDirectory
 
 NATKEEP = Path(sys.executable).parent / "natkeep"
 NAME = f"{PREFIX}{os.getpid()}"

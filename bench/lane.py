@@ -27,7 +27,7 @@ from natkeep.lifecycle.teardown import teardown
 from natkeep.plan.move import Map, Move, Site
 from natkeep.plan.roles import Role
 from natkeep.plan.tuples import Connections, Endpoint, FourTuple
-from natkeep.state.journal import StateDirectory
+from natkeep.state.directory import StateDirectory
 
 HOOK = Path(sys.executable).with_name("natkeep-hook")
 PORT = 7000

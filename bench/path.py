@@ -43,7 +43,7 @@ from natkeep.lifecycle.prepare import prepare
 from natkeep.plan.move import Map, Mode, Move, Site
 from natkeep.plan.roles import Role
 from natkeep.plan.tuples import Connections
-from natkeep.state.journal import StateDirectory
+from natkeep.state.directory import StateDirectory
 
 # ---- configurations ----------------------------------------------------------------------------
 

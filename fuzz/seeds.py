@@ -35,7 +35,7 @@ from natkeep.plan.steps import (
 )
 from natkeep.plan.translation import Surroundings, Translation
 from natkeep.plan.tuples import Connections, Endpoint, parse_address
-from natkeep.state.journal import StateDirectory, read_boot_id
+from natkeep.state.directory import StateDirectory, read_boot_id
 
 Case = dict[str, bytes]
 

@@ -13,11 +13,12 @@ from pathlib import Path
 from fuzz import seeds
 from fuzz.seeds import Case
 from natkeep.checkpoint.imagefile import Directory
-from natkeep.checkpoint.images import read_checkpoint_with_queues, read_with_queues
+from natkeep.checkpoint.images import read_checkpoint_with_queues
 from natkeep.checkpoint.listing import parse_octets, read_listing
 from natkeep.errors import ImageError, JournalError, NatkeepError
+from natkeep.state.directory import Header, StateDirectory
 from natkeep.state.files import StateFiles
-from natkeep.state.journal import Header, Journal, StateDirectory
+from natkeep.state.journal import Journal
 
 
 class Target(ABC):
@@ -46,7 +47,7 @@ class Images(Target):
         self.seeds = seeds.read_dumps()
 
     def read(self, case: Case) -> object:
-        return read_with_queues(_Memory(case))
+        return read_checkpoint_with_queues(_Memory(case))
 
     def read_files(self, directory: Path) -> object:
         return read_checkpoint_with_queues(directory)
@@ -54,7 +55,7 @@ class Images(Target):
     def files_read(self, case: Case) -> frozenset[str]:
         """Those of the files that natkeep opens: not the stream of a socket in SYN-SENT."""
         memory = _Memory(case)
-        read_with_queues(memory)
+        read_checkpoint_with_queues(memory)
         return frozenset(memory.opened)
 
 

@@ -15,7 +15,7 @@ from natkeep.checkpoint import Checkpoint
 from natkeep.plan.criu_lock import NetworkLock
 from natkeep.plan.diagnostics import CATALOGUE, Finding
 from natkeep.plan.drift import MoveStatus, SiteStatus
-from natkeep.plan.move import Fate
+from natkeep.plan.move import Fate, Site
 from natkeep.plan.observation import Observation, SeenEntry
 from natkeep.plan.plan import render_nft
 from natkeep.plan.resets import NOT_TOLD, describe_fates
@@ -31,20 +31,15 @@ SHOWN = 20
 def move_to_json(plan: Plan) -> dict[str, Any]:
     """The part of a move that does not depend on its sites' state."""
     move = plan.move
-    return {
+    document: dict[str, Any] = {
         "id": move.id,
         "mode": str(move.mode),
         "maps": [{"old": str(map_.old), "new": str(map_.new)} for map_ in move.maps],
-        **_unkept_to_json(plan),
     }
-
-
-def _unkept_to_json(plan: Plan) -> dict[str, Any]:
-    """What only moves with `--unkept reset` have: each such connection, and who is told."""
-    if plan.move.unkept != Fate.RESET:
-        return {}
-    fates = describe_fates(plan.resets).items()
-    return {"unkept": [{**_tuple_to_json(inbound), "fate": fate} for inbound, fate in fates]}
+    if move.unkept == Fate.RESET:
+        fates = describe_fates(plan.resets).items()
+        document["unkept"] = [{**_tuple_to_json(end), "fate": fate} for end, fate in fates]
+    return document
 
 
 def plan_to_json(plan: Plan) -> dict[str, Any]:
@@ -53,16 +48,18 @@ def plan_to_json(plan: Plan) -> dict[str, Any]:
     return {
         "schema": 1,
         **move_to_json(plan),
-        "sites": [
-            {"role": str(site.role), "netns": site.netns, "nft": nft[site]}
-            for site in plan.move.ordered_sites()
-        ],
+        "sites": [site_to_json(site, nft=nft[site]) for site in plan.move.ordered_sites()],
         "connections": [_tuple_to_json(tuple_) for some in _kept(plan) for tuple_ in some],
         "steps": [
             {"step": type(step).__name__, "site": str(step.site), "commands": step.describe()}
             for step in plan.steps
         ],
     }
+
+
+def site_to_json(site: Site, **more: object) -> dict[str, object]:
+    """A site, and what more is said of it."""
+    return {"role": str(site.role), "netns": site.netns, **more}
 
 
 def _tuple_to_json(inbound: FourTuple) -> dict[str, Any]:
@@ -99,9 +96,7 @@ def move_as_json(status: MoveStatus) -> str:
 
     There may be a hundred thousand, all of one form, which is written instead of encoded.
     """
-    sites = [
-        {"role": str(s.site.role), "netns": s.site.netns, "drift": [*s.drift]} for s in status.sites
-    ]
+    sites = [site_to_json(each.site, drift=[*each.drift]) for each in status.sites]
     move = {**move_to_json(status.plan), "gate": str(status.gate), "sites": sites}
     rows = ",".join(_rows(status))
     return json.dumps({**move, "connections": []}).removesuffix("]}") + rows + "]}"
@@ -276,7 +271,7 @@ def findings_to_json(findings: Sequence[Finding]) -> dict[str, Any]:
             {
                 "code": finding.code,
                 "severity": str(finding.severity),
-                "site": {"role": str(finding.site.role), "netns": finding.site.netns},
+                "site": site_to_json(finding.site),
                 "detail": finding.detail,
             }
             for finding in findings

@@ -38,7 +38,7 @@ from natkeep import cli
 from natkeep.kernel.netns import inside, open_namespace
 from natkeep.plan import tables
 from natkeep.plan.move import Mode
-from natkeep.state.journal import StateDirectory
+from natkeep.state.directory import StateDirectory
 
 CORPUS = Path(__file__).parent / "checkpoint/corpus/plain"
 LIST = "10.2.0.10:5000 10.1.0.2:50594\n10.2.0.10:5000 10.1.0.2:50595\n"

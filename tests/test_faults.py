@@ -26,7 +26,7 @@ from natkeep.plan.roles import Role
 from natkeep.plan.steps import AddAddress, InsertEntries, InstallGate, OpenGate, Prior, Step
 from natkeep.plan.tuples import Connections, Endpoint, FourTuple, parse_address
 from natkeep.plan.undo import Undo
-from natkeep.state.journal import StateDirectory
+from natkeep.state.directory import StateDirectory
 
 ROOT = Path(__file__).resolve().parent.parent
 FIGURES = re.compile(

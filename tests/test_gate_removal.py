@@ -26,7 +26,7 @@ from natkeep.plan.nft import TABLE, Object
 from natkeep.plan.roles import Role
 from natkeep.plan.tables import GATE
 from natkeep.plan.tuples import Connections, Endpoint, FourTuple, parse_address
-from natkeep.state.journal import StateDirectory
+from natkeep.state.directory import StateDirectory
 
 pytestmark = [pytest.mark.root, pytest.mark.needs("nftables")]
 

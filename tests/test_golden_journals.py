@@ -31,7 +31,7 @@ from natkeep.plan.move import Site
 from natkeep.plan.observation import Gate
 from natkeep.plan.plan import make_plan
 from natkeep.state.codec import SCHEMA
-from natkeep.state.journal import StateDirectory, read_boot_id
+from natkeep.state.directory import StateDirectory, read_boot_id
 from natkeep.values import replace
 
 pytestmark = [pytest.mark.root, pytest.mark.needs("nftables")]

@@ -30,7 +30,7 @@ from natkeep.plan.observation import Gate
 from natkeep.plan.roles import Role
 from natkeep.plan.steps import HoldSegments, Prior, Step
 from natkeep.plan.tuples import Connections, Endpoint, FourTuple, parse_address
-from natkeep.state.journal import StateDirectory
+from natkeep.state.directory import StateDirectory
 
 OLD, NEW = parse_address("10.2.0.10"), parse_address("10.3.0.20")
 KEPT = Connections.of(

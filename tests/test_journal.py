@@ -24,7 +24,8 @@ from natkeep.plan.steps import AddAddress, Prior
 from natkeep.plan.translation import Surroundings
 from natkeep.plan.tuples import Connections, Endpoint, FourTuple, parse_address
 from natkeep.state import files
-from natkeep.state.journal import Header, Journal, StateDirectory, read_boot_id
+from natkeep.state.directory import Header, StateDirectory, read_boot_id
+from natkeep.state.journal import Journal
 
 MOVE = Move(
     "web",

@@ -57,7 +57,7 @@ from natkeep.plan.steps import (
 )
 from natkeep.plan.tuples import Connections, Endpoint, FourTuple, parse_address
 from natkeep.plan.undo import Undo
-from natkeep.state.journal import StateDirectory
+from natkeep.state.directory import StateDirectory
 
 GATEWAY, DESTINATION = Site(Role.GATEWAY, "gw"), Site(Role.DESTINATION, "dst")
 SITES = (DESTINATION, GATEWAY)

@@ -30,7 +30,7 @@ from natkeep.plan.observation import Gate
 from natkeep.plan.roles import Role
 from natkeep.plan.translation import Compared
 from natkeep.plan.tuples import Connections, Endpoint, FourTuple, parse_address
-from natkeep.state.journal import StateDirectory
+from natkeep.state.directory import StateDirectory
 from natkeep.values import replace
 
 GATEWAY, DESTINATION = Site(Role.GATEWAY, "gw"), Site(Role.DESTINATION, "dst")

@@ -35,7 +35,7 @@ from natkeep.plan.observation import Gate
 from natkeep.plan.roles import Role
 from natkeep.plan.steps import HoldListeners, TakeOverLock
 from natkeep.plan.tuples import Connections, Endpoint, FourTuple, parse_address
-from natkeep.state.journal import StateDirectory
+from natkeep.state.directory import StateDirectory
 
 OLD, NEW = parse_address("10.2.0.10"), parse_address("10.3.0.20")
 MAPS = (Map(OLD, NEW),)

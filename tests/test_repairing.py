@@ -34,7 +34,7 @@ from natkeep.plan.roles import Role
 from natkeep.plan.steps import Identity, InsertEntries, OpenGate, Plan, Prior
 from natkeep.plan.tuples import Connections, Endpoint, FourTuple, parse_address
 from natkeep.plan.wanted import split_opening
-from natkeep.state.journal import StateDirectory
+from natkeep.state.directory import StateDirectory
 from natkeep.values import replace
 
 GATEWAY, DESTINATION = Site(Role.GATEWAY, "gw"), Site(Role.DESTINATION, "dst")

@@ -17,7 +17,8 @@ from natkeep.plan.steps import AddAddress, InsertEntries, Prior, Step
 from natkeep.plan.translation import NOTHING_SPECIAL, Surroundings
 from natkeep.plan.tuples import NO_CONNECTIONS, parse_address
 from natkeep.plan.undo import undo_of
-from natkeep.state.journal import Journal, StateDirectory
+from natkeep.state.directory import StateDirectory
+from natkeep.state.journal import Journal
 from natkeep.state.undo_codec import KINDS, Files, undo_from_json, undo_to_json
 
 LOCK = DumpLock(NetworkLock.NFTABLES, "0b7b3bd1-6c2a-4b66-a8cb-6f1e28a1f4a0", False, 3)

@@ -24,7 +24,7 @@ from natkeep.plan.observation import Gate
 from natkeep.plan.plan import make_plan
 from natkeep.plan.roles import Role
 from natkeep.plan.tuples import Connections, Endpoint, FourTuple, parse_address
-from natkeep.state.journal import StateDirectory
+from natkeep.state.directory import StateDirectory
 
 MAP = Map(parse_address("10.2.0.10"), parse_address("10.3.0.20"))
 SITES = (Site(Role.GATEWAY, "gw"), Site(Role.DESTINATION, "dst"))

@@ -7,17 +7,17 @@ may touch is the operator's word (`--map`), never the image's.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from enum import StrEnum
 
 from natkeep.plan.criu_lock import DumpLock
 from natkeep.plan.criu_lock import NetworkLock as NetworkLock
-from natkeep.plan.tuples import Address, Connections, Endpoint, FourTuple
+from natkeep.plan.tuples import RECORD_SIZE, Address, Connections, Endpoint, FourTuple
 from natkeep.values import dataclass
 
 
 class TcpState(StrEnum):
-    """RFC 9293's names; the value is what `inspect` prints."""
+    """RFC 9293's names, in the kernel's order of them; the value is what `inspect` prints."""
 
     ESTABLISHED = "ESTABLISHED"
     SYN_SENT = "SYN-SENT"
@@ -33,17 +33,9 @@ class TcpState(StrEnum):
 
 
 SYNCHRONIZED = frozenset(
-    {
-        TcpState.ESTABLISHED,
-        TcpState.FIN_WAIT_1,
-        TcpState.FIN_WAIT_2,
-        TcpState.CLOSE_WAIT,
-        TcpState.LAST_ACK,
-        TcpState.CLOSING,
-    }
+    {TcpState.ESTABLISHED, TcpState.FIN_WAIT_1, TcpState.FIN_WAIT_2}
+    | {TcpState.CLOSE_WAIT, TcpState.LAST_ACK, TcpState.CLOSING}
 )
-
-
 _WAITED_FOR = SYNCHRONIZED | {TcpState.SYN_SENT, TcpState.SYN_RECEIVED}
 
 ELSEWHERE = "in another network namespace than the root task"
@@ -167,15 +159,13 @@ class Checkpoint:
         """
         ends = {(each.local, each.peer) for each in self.sockets}
         return Connections.of(
-            FourTuple(each.peer, each.local)
+            inbound
             for each in self.sockets
             if each.unkept not in (None, ELSEWHERE)
             and (each.protocol == "mptcp" or each.state in _WAITED_FOR)
-            and each.local is not None
-            and each.peer is not None
-            and each.local.address in olds
-            and each.local.address.version == each.peer.address.version
-            and (each.peer, each.local) not in ends
+            and (inbound := each.inbound()) is not None
+            and inbound.destination.address in olds
+            and (inbound.source, inbound.destination) not in ends
         )
 
     def devices(self, olds: Sequence[Address]) -> frozenset[str]:
@@ -184,11 +174,19 @@ class Checkpoint:
         return frozenset(each.bound_device for each in bound if each.bound_device is not None)
 
     @classmethod
-    def of(cls, sockets: tuple[Socket, ...]) -> Checkpoint:
+    def of(cls, sockets: tuple[Socket, ...], *, live: bool = False) -> Checkpoint:
         """A checkpoint of *sockets*; its connections are those that can be kept."""
-        inbound = [
-            FourTuple(socket.peer, socket.local)
-            for socket in sockets
-            if socket.is_connection() and socket.peer is not None and socket.local is not None
-        ]
-        return cls(Connections.of(inbound), sockets)
+        inbound = (socket.inbound() for socket in sockets if socket.is_connection())
+        return cls(Connections.of(filter(None, inbound)), sockets, None, live)
+
+
+def join_records(records: Collection[bytes]) -> Connections:
+    """The connections of *records*, as `Checkpoint.of` makes them of sockets, with less ado."""
+    v4, v6 = (b"".join(r for r in records if len(r) == RECORD_SIZE[ip]) for ip in (4, 6))
+    return Connections(v4, v6)
+
+
+def shorten(error: Exception) -> str:
+    """What *error* says, of 160 characters at most: it may quote a long line."""
+    text = str(error)
+    return text if len(text) <= 160 else text[:157] + "..."

@@ -10,9 +10,8 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from natkeep.checkpoint import Checkpoint, Socket, TcpState
-from natkeep.checkpoint.judging import PROTOCOLS, judge
-from natkeep.checkpoint.live import checkpoint_of
+from natkeep.checkpoint import Checkpoint, Socket, TcpState, shorten
+from natkeep.checkpoint.judging import PROTOCOLS, find_reason, judge
 from natkeep.errors import ImageError
 from natkeep.plan.tuples import Endpoint
 from natkeep.values import replace
@@ -29,7 +28,7 @@ def parse_described(text: str, name: str) -> Checkpoint:
     except RecursionError:
         raise ImageError(f"{name}: nested too deeply", hint=_HINT) from None
     except ValueError as error:
-        raise ImageError(f"{name} is not JSON: {_short(error)}", hint=_HINT) from None
+        raise ImageError(f"{name} is not JSON: {shorten(error)}", hint=_HINT) from None
     if type(document.get("schema")) is not int or document["schema"] != SCHEMA:
         raise ImageError(f"{name}: no document of schema {SCHEMA}", hint=_HINT)
     if set(document) != {"schema", "live", "sockets"} or document["live"] is not True:
@@ -46,11 +45,11 @@ def parse_described(text: str, name: str) -> Checkpoint:
                     raise ValueError("the same connection as before")
                 seen.add((socket.local, socket.peer))
         except ValueError as error:
-            raise ImageError(f"{name}: socket {number}: {_short(error)}", hint=_HINT) from None
+            raise ImageError(f"{name}: socket {number}: {shorten(error)}", hint=_HINT) from None
         sockets.append(socket)
     if not any(socket.protocol == "tcp" for socket in sockets):
         raise ImageError(f"{name} tells of no TCP socket", hint=_HINT)
-    return checkpoint_of(tuple(sockets))
+    return Checkpoint.of(tuple(sockets), live=True)
 
 
 def _refuse_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -75,7 +74,8 @@ def _read_socket(value: object) -> Socket:
     if type(value["kept"]) is not bool or not isinstance(value["reason"], str | None):
         raise ValueError("kept is true or false, and reason a text or null")
     local, peer = (_read_end(value[end]) for end in ("local", "peer"))
-    return replace(judge(protocol, state, local, peer, device), unsent=unsent)
+    socket = judge(protocol, state, local, peer, device, find_reason(local, peer))
+    return replace(socket, unsent=unsent)
 
 
 def _read_end(value: object) -> Endpoint | None:
@@ -90,8 +90,3 @@ def _text(value: object) -> str:
     if not isinstance(value, str):
         raise ValueError(f"{value!r} is not a text")
     return value
-
-
-def _short(error: Exception) -> str:
-    text = str(error)
-    return text if len(text) <= 160 else text[:157] + "..."

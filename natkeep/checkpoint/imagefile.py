@@ -106,13 +106,19 @@ class Directory:
         )
 
 
+Place = str | os.PathLike[str] | int | Directory
+
+
 @contextmanager
-def opened(directory: str | os.PathLike[str] | int) -> Iterator[Directory]:
-    """The open directory; one that was given as a descriptor stays open afterwards.
+def opened(directory: Place) -> Iterator[Directory]:
+    """The open directory; one that was given open, as a descriptor too, stays so afterwards.
 
     The directory's own path is the operator's, and CRIU's CRTOOLS_IMAGE_DIR is a magic link
     (/proc/PID/fd/N), so here links are followed.
     """
+    if isinstance(directory, Directory):
+        yield directory
+        return
     if isinstance(directory, int):
         yield Directory(directory, os.readlink(f"/proc/self/fd/{directory}"))
         return

@@ -13,9 +13,8 @@ understood to the last octet is an ImageError. What is understood and cannot be 
 with a reason.
 This file must never read what is in a queue, nor write anything.
 
-Reader and field numbers are our own (CRIU's images/*.proto say them): the protobuf library, and
-CRIU's pycriu with it, tolerates what must not be tolerated, and takes longer to import than a
-hook may last. The tests hold this file against pycriu.
+The reader is our own: the protobuf library, and CRIU's pycriu with it, tolerates what must not be
+tolerated, and takes longer to import than a hook may last. The tests hold this file against pycriu.
 """
 
 from __future__ import annotations
@@ -33,7 +32,8 @@ from natkeep.checkpoint import (
     Inventory,
     NetworkLock,
     Socket,
-    TcpState,
+    join_records,
+    messages,
 )
 from natkeep.checkpoint.imagefile import (
     COMMON,
@@ -44,74 +44,18 @@ from natkeep.checkpoint.imagefile import (
     PSTREE,
     TCP_STREAM,
     Directory,
+    Place,
     check_magic,
     opened,
     read_entries,
     read_up_to,
 )
-from natkeep.checkpoint.judging import (
-    PROTOCOLS,
-    STATES,
-    UNKEPT_STATES,
-    find_address,
-    why_not_tcp,
-)
+from natkeep.checkpoint.judging import PROTOCOLS, STATES, find_address, judge
 from natkeep.checkpoint.protobuf import Damage, Message, decode, number, octets
 from natkeep.errors import ImageError
-from natkeep.plan.tuples import RECORD_SIZE, Connections, Endpoint
+from natkeep.plan.tuples import Endpoint
 from natkeep.values import replace
 
-_INVENTORY_ENTRY = Message(
-    "inventory_entry",
-    numbers={1: "img_version", 10: "tcp_close", 11: "network_lock_method"},
-    octets={3: "root_ids", 12: "plugins_entry", 13: "dump_criu_run_id"},
-    optional="tcp_close network_lock_method root_ids plugins_entry dump_criu_run_id",
-)
-# These two are looked into only since their lengths, when too long, take in what follows them.
-_PLUGINS = Message("plugins_entry", numbers={}, unknown_below=13)
-_IP_OPTIONS = Message("ip_opts_entry", numbers={}, unknown_below=16)
-_ROOT_IDS = Message("root_ids", numbers={6: "net_ns_id"}, optional="net_ns_id")
-_TASK_IDS = Message("task_kobj_ids_entry", numbers={6: "net_ns_id"}, optional="net_ns_id")
-_PSTREE_ENTRY = Message("pstree_entry", numbers={1: "pid"})
-# One of the many is there, by the kind of the file: CRIU 4.2.1 has 3 to 21, of a message each.
-_FILE_KINDS = {field: "isk" if field == 4 else f"kind_{field}" for field in range(3, 64)}
-_FILE_ENTRY = Message(
-    "file_entry",
-    numbers={1: "type", 2: "id"},
-    octets=_FILE_KINDS,
-    optional=" ".join(_FILE_KINDS.values()),
-    unknown_below=0,
-)
-_FDINFO_ENTRY = Message("fdinfo_entry", numbers={1: "id", 2: "flags", 3: "type", 4: "fd"})
-_SOCKET_ENTRY = Message(
-    "inet_sk_entry",
-    numbers={
-        1: "id",
-        2: "ino",
-        3: "family",
-        4: "type",
-        5: "proto",
-        6: "state",
-        7: "src_port",
-        8: "dst_port",
-        9: "flags",
-        10: "backlog",
-        15: "v6only",
-        18: "ns_id",
-        19: "shutdown",
-    },
-    octets={13: "fown", 14: "opts", 16: "ip_opts", 17: "ifname", 20: "tcp_opts"},
-    words={11: "src_addr", 12: "dst_addr"},
-    optional="v6only ip_opts ifname ns_id shutdown tcp_opts",
-)
-_SOCKET_OPTIONS = Message(
-    "sk_opts_entry", numbers={}, octets={15: "so_bound_dev"}, optional="so_bound_dev"
-)
-_STREAM_ENTRY = Message(
-    "tcp_stream_entry",
-    numbers={1: "inq_len", 3: "outq_len", 12: "unsq_len"},
-    optional="unsq_len",
-)
 _ID, _INO, _FAMILY, _TYPE, _PROTO, _STATE, _SRC_PORT, _DST_PORT = (number(n) for n in range(1, 9))
 _NS_ID = number(18)
 _SRC_ADDR, _DST_ADDR, _OPTS, _IP_OPTS, _IFNAME = (octets(n) for n in (11, 12, 14, 16, 17))
@@ -128,8 +72,8 @@ _TCP_CLOSE = "dumped with --tcp-close: CRIU restores it closed"
 _PORT = struct.Struct("!H").pack
 
 
-def read_checkpoint(directory: str | os.PathLike[str] | int) -> Checkpoint:
-    """The sockets of the images in *directory*: a path, or a descriptor of the open directory.
+def read_checkpoint(directory: Place) -> Checkpoint:
+    """The sockets of the images in *directory*: a path, or the open directory.
 
     The queues are not looked at (`unsent` is 0 throughout): that would open a file for each
     connection. ImageError for whatever is not as it should be.
@@ -138,55 +82,43 @@ def read_checkpoint(directory: str | os.PathLike[str] | int) -> Checkpoint:
         return _read_sockets(images)[0]
 
 
-def read_checkpoint_with_queues(directory: str | os.PathLike[str] | int) -> Checkpoint:
+def read_checkpoint_with_queues(directory: Place) -> Checkpoint:
     """As `read_checkpoint`, with `unsent` of each connection from its tcp-stream image.
 
     CRIU cannot restore a connection whose stream is missing, so that is an ImageError too.
     """
     with opened(directory) as images:
-        return read_with_queues(images)
-
-
-def read_with_queues(images: Directory) -> Checkpoint:
-    """As `read_checkpoint_with_queues`, from a directory that is open already."""
-    checkpoint, inodes = _read_sockets(images)
-    if checkpoint.inventory is not None and checkpoint.inventory.tcp_close:
-        return checkpoint  # such a dump has no streams
-    sockets = tuple(
-        replace(socket, unsent=_read_unsent(images, socket, inode))
-        if socket.state in SYNCHRONIZED
-        else socket
-        for socket, inode in zip(checkpoint.sockets, inodes, strict=True)
-    )
+        checkpoint, inodes = _read_sockets(images)
+        if checkpoint.inventory is not None and checkpoint.inventory.tcp_close:
+            return checkpoint  # such a dump has no streams
+        sockets = tuple(
+            replace(socket, unsent=_read_unsent(images, socket, inode))
+            if socket.state in SYNCHRONIZED
+            else socket
+            for socket, inode in zip(checkpoint.sockets, inodes, strict=True)
+        )
     return replace(checkpoint, sockets=sockets)
 
 
-def read_inventory(directory: str | os.PathLike[str] | int) -> Inventory:
+def read_inventory(directory: Place) -> Inventory:
     """What CRIU noted about the dump in *directory* as a whole."""
     with opened(directory) as images:
         return _read_inventory(images)[0]
 
 
-def has_own_netns(directory: str | os.PathLike[str] | int) -> bool:
+def has_own_netns(directory: Place) -> bool:
     """Whether the tree had another network namespace than CRIU, dumped or external.
 
     For each one of that kind there is an image (CRIU 4.2.1: netns-9.img, of an external one with
     its key in it), and for CRIU's own there is none.
     """
     with opened(directory) as images:
-        return _has_own_netns(images)
-
-
-def _has_own_netns(images: Directory) -> bool:
-    return any(re.fullmatch(r"netns-[0-9]+\.img", name) for name in images.names())
+        return any(re.fullmatch(r"netns-[0-9]+\.img", name) for name in images.names())
 
 
 def _read_sockets(images: Directory) -> tuple[Checkpoint, Sequence[int]]:
     """The checkpoint, and the inode of each of its sockets."""
-    try:
-        data = images.read("files.img")
-    except FileNotFoundError:
-        raise _missing(images, "files.img") from None
+    data = _read_needed(images, "files.img")
     inventory, criu_netns = _read_inventory(images)
     root_netns = _read_root_netns(images, criu_netns)
     sockets: list[Socket] = []
@@ -199,12 +131,12 @@ def _read_sockets(images: Directory) -> tuple[Checkpoint, Sequence[int]]:
             entry = _find_socket(body)
             if entry is None:
                 continue
-            numbers, strings = decode(entry, _SOCKET_ENTRY)
+            numbers, strings = decode(entry, messages.SOCKET_ENTRY)
             socket, record = _make_socket(numbers, strings, inventory, root_netns)
         except Damage as damage:
             raise images.damaged("files.img", offset, damage.what) from None
         sockets.append(socket)
-        if record:
+        if socket.is_connection():
             records.append(record)
         ids.add(numbers[_ID])
         inodes.append(numbers[_INO])
@@ -213,26 +145,18 @@ def _read_sockets(images: Directory) -> tuple[Checkpoint, Sequence[int]]:
     if len(set(records)) != len(records):
         raise images.damaged("files.img", 0, "two sockets have the same connection")
     _check_descriptors(images, ids)
-    return Checkpoint(_pack(records), tuple(sockets), inventory), inodes
+    return Checkpoint(join_records(records), tuple(sockets), inventory), inodes
 
 
 def _find_socket(body: bytes) -> bytes | None:
     """The inet_sk_entry in a file_entry, None in that of another kind of file."""
-    numbers, strings = decode(body, _FILE_ENTRY)
+    numbers, strings = decode(body, messages.FILE_ENTRY)
     entry = strings.get(_FILE_ISK)
     if (numbers[_FILE_TYPE] == _INETSK) != (entry is not None):
         raise Damage(0, f"file_entry: type {numbers[_FILE_TYPE]} does not go with its contents")
     if len(strings) > 1:
         raise Damage(0, f"file_entry: {len(strings)} kinds of file in one")
     return entry
-
-
-def _pack(records: Sequence[bytes]) -> Connections:
-    """What `Checkpoint.of` does, without an object in between for each connection."""
-    return Connections(
-        v4=b"".join(record for record in records if len(record) == RECORD_SIZE[4]),
-        v6=b"".join(record for record in records if len(record) == RECORD_SIZE[6]),
-    )
 
 
 def _check_descriptors(images: Directory, ids: set[int]) -> None:
@@ -243,15 +167,8 @@ def _check_descriptors(images: Directory, ids: set[int]) -> None:
     for image in images.names():
         if not re.fullmatch(r"fdinfo-[0-9]+\.img", image):
             continue
-        try:
-            data = images.read(image)
-        except FileNotFoundError:
-            raise _missing(images, image) from None
-        for offset, body in read_entries(images, image, data, (COMMON, FDINFO)):
-            try:
-                numbers, _ = decode(body, _FDINFO_ENTRY)
-            except Damage as damage:
-                raise images.damaged(image, offset, damage.what) from None
+        data = _read_needed(images, image)
+        for numbers in _read_numbers(images, image, data, FDINFO, messages.FDINFO_ENTRY):
             if numbers[_FD_TYPE] == _INETSK and numbers[_FD_ID] not in ids:
                 raise ImageError(
                     f"{images.name}/{image} opens socket {numbers[_FD_ID]}, "
@@ -269,46 +186,46 @@ def _make_socket(
     inventory: Inventory,
     root_netns: int | None,
 ) -> tuple[Socket, bytes]:
-    """The socket that an inet_sk_entry tells of, and its record if it is a connection to keep."""
+    """The socket that an inet_sk_entry tells of, and its record, should it be a connection."""
     protocol = _find_protocol(numbers[_PROTO], numbers[_TYPE])
-    local_octets, peer_octets = strings.get(_SRC_ADDR, b""), strings.get(_DST_ADDR, b"")
-    size = _ADDRESS_SIZES.get(numbers[_FAMILY])
-    if len(local_octets) != size or len(peer_octets) != size:
-        sizes = f"{len(local_octets)} and {len(peer_octets)} octets"
-        raise Damage(0, f"inet_sk_entry: addresses of {sizes} in family {numbers[_FAMILY]}")
-    local_port, peer_port = numbers[_SRC_PORT], numbers[_DST_PORT]
-    if local_port > 65535 or peer_port > 65535:
-        raise Damage(0, f"inet_sk_entry: {max(local_port, peer_port)} is not a port")
-    local_address, local_wire, local_reason = find_address(local_octets)
-    peer_address, peer_wire, peer_reason = find_address(peer_octets)
-    local = Endpoint(local_address, local_port) if local_port else None
-    peer = Endpoint(peer_address, peer_port) if peer_port else None
+    local, peer, record, reason = _read_ends(numbers, strings)
     device = _bound_device(strings[_OPTS])
     if _IFNAME in strings:
         name = _demand_name(strings[_IFNAME])
         device = device or name
     _check_ip_options(strings.get(_IP_OPTS, b""))
-    if protocol != "tcp":
-        return Socket(protocol, local, peer, None, device, why_not_tcp(protocol)), b""
-    state = STATES.get(numbers[_STATE])
-    if state is None:
+    state = STATES.get(numbers[_STATE]) if protocol == "tcp" else None
+    if protocol == "tcp" and state is None:
         raise Damage(0, f"inet_sk_entry: {numbers[_STATE]} is not a TCP state")
-    record = b""
-    if state in SYNCHRONIZED:
-        if local is None or peer is None or len(local_wire) != len(peer_wire):
-            raise Damage(0, f"inet_sk_entry: {state} from {local} to {peer}")
-        unkept = _TCP_CLOSE if inventory.tcp_close else local_reason or peer_reason
-        record = local_wire + _PORT(local_port) + peer_wire + _PORT(peer_port)
-    elif state is TcpState.LISTEN:
-        if local is None or peer is not None:
-            raise Damage(0, f"inet_sk_entry: {state} from {local} to {peer}")
-        unkept = local_reason
-    else:
-        unkept = UNKEPT_STATES[state]
+    if inventory.tcp_close and state in SYNCHRONIZED:
+        reason = _TCP_CLOSE
     # A socket that was never bound has no ns_id, and nor have the images of old CRIUs.
-    if unkept is None and root_netns is not None and numbers.get(_NS_ID, root_netns) != root_netns:
-        unkept = ELSEWHERE
-    return Socket(protocol, local, peer, state, device, unkept), b"" if unkept else record
+    elif not reason and root_netns is not None and numbers.get(_NS_ID, root_netns) != root_netns:
+        reason = ELSEWHERE
+    try:
+        return judge(protocol, state, local, peer, device, reason), record
+    except ValueError:
+        raise Damage(0, f"inet_sk_entry: {state} from {local} to {peer}") from None
+
+
+def _read_ends(
+    numbers: dict[int, int], strings: dict[int, bytes]
+) -> tuple[Endpoint | None, Endpoint | None, bytes, str | None]:
+    """Both ends, packed as a record too, and why no connection there can be kept, if so."""
+    ours, theirs = strings.get(_SRC_ADDR, b""), strings.get(_DST_ADDR, b"")
+    size = _ADDRESS_SIZES.get(numbers[_FAMILY])
+    if len(ours) != size or len(theirs) != size:
+        sizes = f"{len(ours)} and {len(theirs)} octets"
+        raise Damage(0, f"inet_sk_entry: addresses of {sizes} in family {numbers[_FAMILY]}")
+    port, peer_port = numbers[_SRC_PORT], numbers[_DST_PORT]
+    if port > 65535 or peer_port > 65535:
+        raise Damage(0, f"inet_sk_entry: {max(port, peer_port)} is not a port")
+    address, wire, reason = find_address(ours)
+    peer_address, peer_wire, peer_reason = find_address(theirs)
+    local = Endpoint(address, port) if port else None
+    peer = Endpoint(peer_address, peer_port) if peer_port else None
+    record = wire + _PORT(port) + peer_wire + _PORT(peer_port)
+    return local, peer, record, reason or (peer_reason if peer else None)
 
 
 def _find_protocol(protocol: int, kind: int) -> str:
@@ -323,14 +240,14 @@ def _find_protocol(protocol: int, kind: int) -> str:
 @lru_cache(maxsize=256)
 def _bound_device(options: bytes) -> str | None:
     """The device in a sk_opts_entry; most sockets of a process have the same options."""
-    _, strings = decode(options, _SOCKET_OPTIONS)
+    _, strings = decode(options, messages.SOCKET_OPTIONS)
     device = strings.get(_SO_BOUND_DEV)
     return None if device is None else _demand_name(device)
 
 
 @lru_cache(maxsize=256)
 def _check_ip_options(options: bytes) -> None:
-    decode(options, _IP_OPTIONS)
+    decode(options, messages.IP_OPTIONS)
 
 
 def _demand_name(device: bytes) -> str:
@@ -350,15 +267,12 @@ def _demand_name(device: bytes) -> str:
 def _read_inventory(images: Directory) -> tuple[Inventory, int | None]:
     """What the dump says about itself, and the number of CRIU's own network namespace."""
     image = "inventory.img"
-    try:
-        entries = list(read_entries(images, image, images.read(image), (INVENTORY,)))
-    except FileNotFoundError:
-        raise _missing(images, image) from None
+    entries = list(read_entries(images, image, _read_needed(images, image), (INVENTORY,)))
     if len(entries) != 1:
         raise images.damaged(image, 4, f"{len(entries)} entries where there is one")
     offset, body = entries[0]
     try:
-        numbers, strings = decode(body, _INVENTORY_ENTRY)
+        numbers, strings = decode(body, messages.INVENTORY_ENTRY)
         if numbers[number(1)] != 2:
             raise Damage(0, f"images of version {numbers[number(1)]}; only 2 is known")
         # Images older than CRIU 3.16 do not say it; CRIU then takes iptables, too.
@@ -368,13 +282,13 @@ def _read_inventory(images: Directory) -> tuple[Inventory, int | None]:
         run_id = strings.get(octets(13))
         if run_id is not None and not re.fullmatch(rb"[0-9A-Za-z-]{1,64}", run_id):
             raise Damage(0, "the run id is not of letters, digits and hyphens")
-        root_ids, _ = decode(strings.get(octets(3), b""), _ROOT_IDS)
-        decode(strings.get(octets(12), b""), _PLUGINS)
+        root_ids, _ = decode(strings.get(octets(3), b""), messages.ROOT_IDS)
+        decode(strings.get(octets(12), b""), messages.PLUGINS)
     except Damage as damage:
         raise images.damaged(image, offset, damage.what) from None
     tcp_close = bool(numbers.get(number(10), 0))
     name = None if run_id is None else run_id.decode("ascii")
-    inventory = Inventory(method, name, tcp_close, _has_own_netns(images))
+    inventory = Inventory(method, name, tcp_close, has_own_netns(images))
     return inventory, root_ids.get(number(6))
 
 
@@ -386,8 +300,8 @@ def _read_root_netns(images: Directory, criu_netns: int | None) -> int | None:
     the root task's is missing.
     """
     try:
-        root = _read_first(images, "pstree.img", PSTREE, _PSTREE_ENTRY)[number(1)]
-        ids = _read_first(images, f"ids-{root}.img", IDS, _TASK_IDS)
+        root = _read_first(images, "pstree.img", PSTREE, messages.PSTREE_ENTRY)[number(1)]
+        ids = _read_first(images, f"ids-{root}.img", IDS, messages.TASK_IDS)
         return ids.get(number(6), criu_netns)
     except FileNotFoundError:
         return criu_netns
@@ -395,16 +309,31 @@ def _read_root_netns(images: Directory, criu_netns: int | None) -> int | None:
 
 def _read_first(images: Directory, image: str, magic: int, message: Message) -> dict[int, int]:
     """The numbers in the first entry of *image*; the others have to be right, too."""
-    first: dict[int, int] | None = None
-    for offset, body in read_entries(images, image, images.read(image), (COMMON, magic)):
+    found = _read_numbers(images, image, images.read(image), magic, message)
+    if not found:
+        raise images.damaged(image, 8, "no entries")
+    return found[0]
+
+
+def _read_numbers(
+    images: Directory, image: str, data: bytes, magic: int, message: Message
+) -> list[dict[int, int]]:
+    """The numbers in each entry of *image*, which holds *data*."""
+    found = []
+    for offset, body in read_entries(images, image, data, (COMMON, magic)):
         try:
-            numbers, _ = decode(body, message)
+            found.append(decode(body, message)[0])
         except Damage as damage:
             raise images.damaged(image, offset, damage.what) from None
-        first = numbers if first is None else first
-    if first is None:
-        raise images.damaged(image, 8, "no entries")
-    return first
+    return found
+
+
+def _read_needed(images: Directory, image: str) -> bytes:
+    """The octets of *image*, without which there is no dump."""
+    try:
+        return images.read(image)
+    except FileNotFoundError:
+        raise _missing(images, image) from None
 
 
 def _missing(images: Directory, image: str) -> ImageError:
@@ -436,7 +365,7 @@ def _read_unsent(images: Directory, socket: Socket, inode: int) -> int:
         length = int.from_bytes(head[8:12], "little")
         if len(head) < 12 or length > min(_MAX_STREAM_ENTRY, size - 12):
             raise images.damaged(image, 8, f"an entry of {length} octets, {size - 12} are left")
-        numbers, _ = decode(read_up_to(descriptor, length), _STREAM_ENTRY)
+        numbers, _ = decode(read_up_to(descriptor, length), messages.STREAM_ENTRY)
     except Damage as damage:
         raise images.damaged(image, 12 + damage.offset, damage.what) from None
     except OSError as error:

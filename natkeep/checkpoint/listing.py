@@ -25,8 +25,9 @@ import struct
 import sys
 import time
 from collections.abc import Iterator
+from functools import lru_cache
 
-from natkeep.checkpoint import Checkpoint
+from natkeep.checkpoint import Checkpoint, join_records, shorten
 from natkeep.errors import ImageError
 from natkeep.plan.tuples import RECORD_SIZE, Connections, Endpoint, FourTuple
 
@@ -156,13 +157,12 @@ def _drop_local(block: bytes, local: bytes, count: int) -> tuple[bytes, bool]:
 
 
 def _read_lines(text: str, name: str) -> Checkpoint:
-    hosts, ports, ends = _Hosts(), _Ports(), _Ends()
     lines: dict[bytes, int] = {}  # which line said it first, by record
     for number, line in enumerate(text.split("\n"), 1):
         try:
             local, peer = line.split()
             host, _, port = peer.rpartition(":")
-            record = ends[local] + hosts[host] + ports[port]
+            record = _pack_end(local) + _pack_host(host) + _pack_port(port)
             usual = len(record) in _SIZES
         except ValueError:
             usual = False
@@ -175,9 +175,7 @@ def _read_lines(text: str, name: str) -> Checkpoint:
             raise ImageError(f"{name}:{number}: the same connection as in line {lines[record]}")
     if not lines:
         raise ImageError(f"{name} lists no connections", hint="a line is `LOCAL PEER`")
-    v4 = b"".join(record for record in lines if len(record) == RECORD_SIZE[4])
-    v6 = b"".join(record for record in lines if len(record) == RECORD_SIZE[6])
-    return Checkpoint(Connections(v4, v6))
+    return Checkpoint(join_records(lines))
 
 
 def write_listing(connections: Connections) -> str:
@@ -195,40 +193,29 @@ class _Words(dict[bytes, bytes]):
         return packed
 
 
-class _Hosts(dict[str, bytes]):
+@lru_cache(MAX_LINES)
+def _pack_host(host: str) -> bytes:
     """Octets of an address by the text before the port's colon; ValueError if it is none."""
-
-    def __missing__(self, host: str) -> bytes:
-        try:
-            packed = socket.inet_pton(socket.AF_INET, host)  # each client may have its own
-        except (OSError, ValueError):
-            packed = Endpoint.parse(f"{host}:1").address.packed
-        self[host] = packed
-        return packed
+    try:
+        return socket.inet_pton(socket.AF_INET, host)  # each client may have its own
+    except (OSError, ValueError):
+        return Endpoint.parse(f"{host}:1").address.packed
 
 
-class _Ports(dict[str, bytes]):
-    """Octets of a port by its text; ValueError if it is none."""
-
-    def __missing__(self, port: str) -> bytes:
-        self[port] = packed = _pack_port(port)
-        return packed
-
-
+@lru_cache(MAX_LINES)
 def _pack_port(port: str) -> bytes:
+    """Octets of a port by its text; ValueError if it is none."""
     value = int(port) if port.isascii() and port.isdigit() and len(port) < 6 else 0
     if not 1 <= value <= 65535:
         raise ValueError(port)
     return value.to_bytes(2, "big")
 
 
-class _Ends(dict[str, bytes]):
+@lru_cache(MAX_LINES)
+def _pack_end(text: str) -> bytes:
     """Octets of an endpoint by its text; ValueError if it is none."""
-
-    def __missing__(self, text: str) -> bytes:
-        end = Endpoint.parse(text)
-        self[text] = packed = end.address.packed + end.port.to_bytes(2, "big")
-        return packed
+    end = Endpoint.parse(text)
+    return end.address.packed + _pack_port(str(end.port))
 
 
 def _read_line(line: str, where: str) -> bytes | None:
@@ -242,9 +229,8 @@ def _read_line(line: str, where: str) -> bytes | None:
         local, peer = map(Endpoint.parse, parts)
         inbound = Connections.of([FourTuple(source=peer, destination=local)])
     except ValueError as error:
-        reason = str(error)
-        reason = reason if len(reason) <= 160 else reason[:157] + "..."
-        raise ImageError(f"{where}: {reason}", hint="as in 10.2.0.10:5000 10.1.0.2:50594") from None
+        hint = "as in 10.2.0.10:5000 10.1.0.2:50594"
+        raise ImageError(f"{where}: {shorten(error)}", hint=hint) from None
     return inbound.v4 or inbound.v6
 
 

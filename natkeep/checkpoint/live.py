@@ -16,12 +16,13 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterable
+from contextlib import suppress
 
 from natkeep.checkpoint import Checkpoint, Socket
-from natkeep.checkpoint.judging import PROTOCOLS, STATES, judge
+from natkeep.checkpoint.judging import PROTOCOLS, STATES, find_reason, judge
 from natkeep.errors import ImageError, UsageError
-from natkeep.plan.tuples import Address, Connections, Endpoint, FourTuple
-from natkeep.values import dataclass, replace
+from natkeep.plan.tuples import Address, Endpoint
+from natkeep.values import dataclass
 
 _SOCKET = re.compile(r"socket:\[([0-9]+)\]")
 _RAW = 255
@@ -53,16 +54,16 @@ def parse_pid(text: str) -> int:
 
 def find_inodes(pid: int) -> frozenset[int]:
     """The inodes of the sockets of the tree below *pid*; ImageError where it cannot be read."""
-    parents = _read_parents()
-    if pid not in parents:
+    stats = _read_stats()
+    if pid not in stats:
         raise ImageError(f"there is no process {pid}")
-    if _read_flags(pid) & _KERNEL_THREAD:
+    if int(stats[pid][6]) & _KERNEL_THREAD:
         raise ImageError(
             f"process {pid} is a thread of the kernel", hint="it has no descriptors to dump"
         )
     tree, more = {pid}, {pid}
     while more:
-        more = {each for each, parent in parents.items() if parent in more} - tree
+        more = {each for each, stat in stats.items() if int(stat[1]) in more} - tree
         tree |= more
     found: set[int] = set()
     for each in tree:
@@ -88,30 +89,14 @@ def _read_sockets(pid: int) -> set[int]:
     return found
 
 
-def _read_parents() -> dict[int, int]:
-    """The parent of each process that we see."""
+def _read_stats() -> dict[int, list[bytes]]:
+    """The fields of /proc/PID/stat from the state on, of each process that we see."""
     found = {}
-    for name in os.listdir("/proc"):
-        if name.isdigit():
-            fields = _read_stat(int(name))
-            if fields:
-                found[int(name)] = int(fields[1])
-    return found
-
-
-def _read_flags(pid: int) -> int:
-    fields = _read_stat(pid)
-    return int(fields[6]) if fields else 0
-
-
-def _read_stat(pid: int) -> list[bytes]:
-    """The fields of /proc/PID/stat from the state on; none where there is no such process."""
-    try:
-        with open(f"/proc/{pid}/stat", "rb") as file:
+    for name in filter(str.isdigit, os.listdir("/proc")):
+        with suppress(FileNotFoundError, ProcessLookupError), open(f"/proc/{name}/stat", "rb") as f:
             # The name, in parentheses, may hold anything: what follows the last one counts.
-            return file.read().rpartition(b")")[2].split()
-    except (FileNotFoundError, ProcessLookupError):
-        return []
+            found[int(name)] = f.read().rpartition(b")")[2].split()
+    return found
 
 
 def make_checkpoint(found: Iterable[Found], inodes: frozenset[int], pid: int) -> Checkpoint:
@@ -122,17 +107,7 @@ def make_checkpoint(found: Iterable[Found], inodes: frozenset[int], pid: int) ->
             f"process {pid} has no TCP socket in its network namespace",
             hint="the root of the tree that will be dumped is meant, as for criu dump --tree",
         )
-    return checkpoint_of(sockets)
-
-
-def checkpoint_of(sockets: tuple[Socket, ...]) -> Checkpoint:
-    """A checkpoint of a living process's *sockets*."""
-    inbound = [
-        FourTuple(socket.peer, socket.local)
-        for socket in sockets
-        if socket.is_connection() and socket.peer is not None and socket.local is not None
-    ]
-    return replace(Checkpoint(Connections.of(inbound), sockets), live=True)
+    return Checkpoint.of(sockets, live=True)
 
 
 def _make_socket(found: Found) -> Socket:
@@ -141,6 +116,6 @@ def _make_socket(found: Found) -> Socket:
     local, peer = (end and Endpoint(*end) for end in (found.local, found.peer))
     state = STATES.get(found.state) if protocol == "tcp" else None
     try:
-        return judge(protocol, state, local, peer, found.device)
+        return judge(protocol, state, local, peer, found.device, find_reason(local, peer))
     except ValueError as error:
         raise ImageError(f"a socket that is not understood: {error}") from None

@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from natkeep import afterwards, faultpoints
-from natkeep.cli.output import silence
+from natkeep.cli.output import describe_error, silence
 from natkeep.cli.parser import make_parser
 from natkeep.errors import NatkeepError
 
@@ -61,7 +61,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             if sys.stdout:
                 sys.stdout.flush()  # here, where it can still fail in one line
     except NatkeepError as error:
-        return _complain(error)
+        print(describe_error(error), file=sys.stderr)
+        return error.exit_code
     except KeyboardInterrupt:
         print("natkeep: interrupted", file=sys.stderr)
         return 130
@@ -70,13 +71,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(f"natkeep: {error}", file=sys.stderr)
         silence(1)
         return 1
-
-
-def _complain(error: NatkeepError) -> int:
-    print(f"natkeep: {error}", file=sys.stderr)
-    if error.hint:
-        print(f"  ({error.hint})", file=sys.stderr)
-    return error.exit_code
 
 
 class _signals_as_exit:

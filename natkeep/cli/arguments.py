@@ -18,7 +18,7 @@ from natkeep.lifecycle.executor import Executor
 from natkeep.plan.move import Fate, Map, Mode, Move, Site, parse_id, parse_map
 from natkeep.plan.roles import Role
 from natkeep.plan.tuples import NO_CONNECTIONS, Endpoint
-from natkeep.state.journal import StateDirectory
+from natkeep.state.directory import StateDirectory
 
 
 def make_executor(args: argparse.Namespace, *, create: bool) -> Executor:

@@ -21,7 +21,7 @@ from natkeep.cli.arguments import (
     parse_sites,
     read_connections,
 )
-from natkeep.cli.output import print_json, print_verb, talk
+from natkeep.cli.output import describe_error, print_json, print_verb, talk
 from natkeep.errors import NatkeepError, RefusedError, UsageError
 from natkeep.lifecycle.check import check, require_devices
 from natkeep.lifecycle.executor import Executor
@@ -79,10 +79,8 @@ def prepare(args: argparse.Namespace) -> int:
         talk(args, f"natkeep: not kept: {line}")
     for line in (*report.lock_lines(plan), *find_unheld(executor, move.id), *_waiting(move)):
         talk(args, f"natkeep: {line}")
-    if args.json:
-        print_json({"schema": 1, **report.move_to_json(plan), "gate": args.gate})
-    else:
-        talk(args, f"natkeep: {report.summary(plan)}, gate {args.gate}")
+    done = {**report.move_to_json(plan), "gate": args.gate}
+    print_verb(args, f"{report.summary(plan)}, gate {args.gate}", **done)
     return 0
 
 
@@ -111,8 +109,7 @@ def run(args: argparse.Namespace) -> int:
     telling = partial(talk, args)
     keep = args.keep_closed_on_failure
     code = Restore(executor, move, checkpoint, command, telling, keep, own_stdout=args.json).run()
-    if args.json:
-        print_verb(args.id, gate="open", criu=code)
+    print_verb(args, "", gate="open", criu=code)
     return code
 
 
@@ -138,11 +135,8 @@ def open(args: argparse.Namespace) -> int:
 
         for line in report.compared_lines(compared):
             talk(args, f"natkeep: {args.id}: {line}")
-    if args.json:
-        more = {} if compared is None else {"came": compared.came, "went": compared.went}
-        print_verb(args.id, gate="open", **more)
-    else:
-        talk(args, f"natkeep: {args.id}: gate open")
+    more = {} if compared is None else {"came": compared.came, "went": compared.went}
+    print_verb(args, f"{args.id}: gate open", gate="open", **more)
     return 0
 
 
@@ -167,10 +161,7 @@ def teardown(args: argparse.Namespace) -> int:
                     line, hint="take OLD from that host, or restore the process there; or --yes"
                 )
     found = teardown(executor, args.id)
-    if args.json:
-        print_verb(args.id, found=found)
-    else:
-        talk(args, f"natkeep: {args.id}: " + ("undone" if found else "nothing to undo"))
+    print_verb(args, f"{args.id}: {'undone' if found else 'nothing to undo'}", found=found)
     return 0
 
 
@@ -195,11 +186,9 @@ def quiesce(args: argparse.Namespace) -> int:
     policy.authorise(move, 0)
     executor = make_executor(args, create=True)
     listeners = quiesce(executor, move, frozenset(args.port), args.timeout)
-    if args.json:
-        print_verb(args.id, listeners=[str(end) for end in listeners])
-    else:
-        told = ", ".join(str(end) for end in listeners)
-        talk(args, f"natkeep: {args.id}: new connections to {told} wait; dump now")
+    told = [str(end) for end in listeners]
+    line = f"{args.id}: new connections to {', '.join(told)} wait; dump now"
+    print_verb(args, line, listeners=told)
     return 0
 
 
@@ -208,9 +197,7 @@ def repair(args: argparse.Namespace) -> int:
         raise UsageError("repair which move? ID, or --all", hint="natkeep status lists them")
     executor = make_executor(args, create=False)
     if not args.all:
-        repaired = _repair(args, executor, args.id)
-        if args.json:
-            print_verb(args.id, repaired=repaired)
+        print_verb(args, "", repaired=_repair(args, executor, args.id))
         return 0
     moves, first = [], None
     for move_id in executor.state.ids():
@@ -230,18 +217,14 @@ def repair(args: argparse.Namespace) -> int:
 def _repair(args: argparse.Namespace, executor: Executor, move_id: str) -> list[dict[str, object]]:
     """Repair one move and say so, unless it is to be said as JSON."""
     from natkeep.lifecycle.repair import repair
+    from natkeep.report import site_to_json
 
     repaired = repair(executor, move_id)
-    if not args.json:
-        if not repaired:
-            talk(args, f"natkeep: {move_id}: nothing to repair")
-        for one in repaired:
-            for line in one.drift:
-                talk(args, f"natkeep: {move_id}: {one.site}: put back: {line}")
-    return [
-        {"role": str(one.site.role), "netns": one.site.netns, "drift": [*one.drift]}
-        for one in repaired
-    ]
+    lines = [f"{one.site}: put back: {line}" for one in repaired for line in one.drift]
+    lines = lines if repaired else ["nothing to repair"]
+    for line in [] if args.json else lines:
+        talk(args, f"natkeep: {move_id}: {line}")
+    return [site_to_json(one.site, drift=[*one.drift]) for one in repaired]
 
 
 def gc(args: argparse.Namespace) -> int:
@@ -261,6 +244,6 @@ def gc(args: argparse.Namespace) -> int:
         if not collected.cleared:
             talk(args, "natkeep: nothing to clear")
     for error in collected.left[1:]:
-        talk(args, f"natkeep: {error}" + (f"\n  ({error.hint})" if error.hint else ""))
+        talk(args, describe_error(error))
     demand_nothing_left(collected)
     return 0

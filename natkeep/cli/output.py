@@ -6,7 +6,10 @@ import argparse
 import json
 import os
 import sys
+from collections.abc import Callable, Iterable
 from typing import Any
+
+from natkeep.errors import NatkeepError
 
 
 def silence(stream: int) -> None:
@@ -22,10 +25,32 @@ def talk(args: argparse.Namespace, line: str) -> None:
             silence(2)
 
 
+def describe_error(error: NatkeepError) -> str:
+    """Its message and, where there is one, its hint."""
+    return f"natkeep: {error}" + (f"\n  ({error.hint})" if error.hint else "")
+
+
 def print_json(value: dict[str, Any]) -> None:
     """One document on stdout."""
     print(json.dumps(value, indent=2))
 
 
-def print_verb(move_id: str, **facts: object) -> None:
-    print_json({"schema": 1, "id": move_id, **facts})
+def print_verb(args: argparse.Namespace, line: str, **facts: object) -> None:
+    """What has been done to the move: a document with --json, or else *line*, as talk."""
+    if args.json:
+        print_json({"schema": 1, "id": args.id, **facts})
+    elif line:
+        talk(args, f"natkeep: {line}")
+
+
+def print_as(
+    args: argparse.Namespace,
+    to_json: Callable[..., dict[str, Any]],
+    to_lines: Callable[..., Iterable[str]],
+    *values: object,
+) -> None:
+    """*values* on stdout: as a document with --json, or else as lines for a person."""
+    if args.json:
+        print_json(to_json(*values))
+    else:
+        print(*to_lines(*values), sep="\n")

@@ -11,6 +11,9 @@ from typing import Any, NoReturn
 from natkeep import __version__
 from natkeep.errors import UsageError
 
+Option = tuple[str, dict[str, Any]]
+"""The name of an option or an argument, and what argparse is told of it."""
+
 LAB = "practice networks: move a real server, see what its peer saw"
 
 
@@ -55,61 +58,25 @@ def make_parser(arguments: Sequence[str] = ("lab",)) -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"natkeep {__version__}")
     verbs = parser.add_subparsers(metavar="VERB", required=True, parser_class=Parser)
-
-    def add(name: str, text: str, module: str) -> Parser:
+    for name, (module, text, options) in _VERBS.items():
         verb: Parser = verbs.add_parser(name, help=text, description=text, parents=[common])
         verb.set_defaults(run=_runs(module, name))
-        return verb
-
-    plan = add("plan", "print what prepare would do; touches nothing", "change")
-    _add_move_options(plan)
-    plan.add_argument("--format", choices=("text", "json", "nft"), default="text")
-    prepare = add("prepare", "make every site ready, with the gate closed", "change")
-    _add_move_options(prepare).add_argument(
-        "--live", metavar="PID", help="connections of a process that still runs, and its children"
-    )
-    prepare.add_argument("--gate", choices=("closed", "open"), default="closed")
-    prepare.add_argument(
-        "--replace", metavar="ID", help="the earlier move of the same process, moved on"
-    )
-    prepare.add_argument("--dry-run", action="store_true", help="check, and print the plan")
-    _add_quiesce(add("quiesce", "before a dump: have new connections wait", "change"))
-    running = add("run", "prepare, have CRIU restore, open; undo if it fails", "change")
-    _add_move_options(running)
-    running.add_argument(
-        "--keep-closed-on-failure",
-        action="store_true",
-        help="leave the move prepared, its gate closed, for another try",
-    )
-    running.add_argument("criu", metavar="CRIU", nargs="+", help="criu restore ..., behind --")
-    opening = add("open", "let the kept connections through", "change")
-    opening.add_argument("id", metavar="ID")
-    opening.add_argument(
-        "--image", metavar="DIR", help="the dump of a process that was prepared for by --live"
-    )
-    status = add("status", "what is prepared, what it carries, what drifted", "show")
-    status.add_argument("id", metavar="ID", nargs="?")
-    status.add_argument("--strict", action="store_true", help="exit 6 when something drifted")
-    check = add("check", "can this machine do it? each finding has a code", "show")
-    check.add_argument("--site", metavar="ROLE[=NETNS]", action="append", default=[])
-    explain = add("explain", "what a finding means and what to do", "show")
-    explain.add_argument("code", metavar="CODE")
-    _add_repair(add("repair", "put back what another program removed", "change"))
-    _add_teardown(add("teardown", "undo a move; a second time is fine", "change"))
-    clearing = add("gc", "clear what a crash or a reboot left", "change")
-    clearing.add_argument("--site", metavar="ROLE[=NETNS]", action="append", default=[])
-    clearing.add_argument("--dry-run", action="store_true", help="say what would be cleared")
-    inspect = add("inspect", "the sockets in an image, kept or not and why", "show")
-    inspect.add_argument("image", metavar="DIR", nargs="?")
-    inspect.add_argument(
-        "--live", metavar="PID", help="of a process that still runs, and its children, instead"
-    )
-    inspect.add_argument("--map", metavar="OLD=NEW", action="append", default=[])
+        _add_options(verb, options)
     if "lab" in arguments:
-        _add_lab(verbs, common)
+        from natkeep.lab.cli import add_parser, run
+
+        add_parser(verbs, parents=[common]).set_defaults(run=run)
     else:
         verbs.add_parser("lab", help=LAB)
     return parser
+
+
+def _add_options(verb: Parser, options: Sequence[Option]) -> None:
+    """Add them; the ways to name a move's connections exclude each other."""
+    source = verb.add_mutually_exclusive_group() if _CONNECTIONS in options else verb
+    for name, details in options:
+        ways = ("--image", "--connections", "--live")
+        (source if name in ways else verb).add_argument(name, **details)
 
 
 def _runs(module: str, verb: str) -> Callable[[argparse.Namespace], int]:
@@ -131,13 +98,10 @@ def _make_common(unset: object) -> Parser:
     they would overwrite what was given before it.
     """
     common = Parser(add_help=False)
-    directory = None if unset is False else unset
     common.add_argument(
-        "--state-dir",
-        metavar="DIR",
-        default=directory,
+        "--state-dir", metavar="DIR", default=unset or None,
         help="default: $NATKEEP_STATE_DIR, or /run/natkeep",
-    )
+    )  # fmt: skip
     for flags, text in (
         (("--json",), "one JSON document on stdout"),
         (("-v", "--verbose"), "print each command as it is done"),
@@ -148,80 +112,27 @@ def _make_common(unset: object) -> Parser:
     return common
 
 
-def _add_move_options(verb: argparse.ArgumentParser) -> argparse._MutuallyExclusiveGroup:
-    """Add them; the ways to name the connections are returned, since one may have more."""
-    verb.add_argument("id", metavar="ID")
-    verb.add_argument("--map", metavar="OLD=NEW", action="append", default=[])
-    verb.add_argument("--site", metavar="ROLE[=NETNS]", action="append", default=[])
-    source = verb.add_mutually_exclusive_group()
-    source.add_argument("--image", metavar="DIR", help="connections from CRIU's images")
-    source.add_argument("--connections", metavar="FILE", help="lines of LOCAL PEER; - is stdin")
-    verb.add_argument(
-        "--listeners", action="store_true", help="let new connections reach the image's listeners"
-    )
-    verb.add_argument("--mode", choices=("stateful", "stateless"), default="stateful")
-    verb.add_argument(
-        "--no-hold",
-        action="store_true",
-        help="do not keep what peers say while the gate is closed: they say it again, later",
-    )
-    verb.add_argument(
-        "--guard",
-        action="store_true",
-        help="have the kept connections outlive a flush of the ruleset: a small process a site",
-    )
-    verb.add_argument(
-        "--unkept",
-        choices=("report", "reset"),
-        default="report",
-        help="tell both ends of connections that cannot be kept, once the move is open",
-    )
-    return source
+def _option(name: str, metavar: str | None = None, **details: Any) -> Option:
+    return name, details if metavar is None else {"metavar": metavar, **details}
 
 
-def _add_quiesce(verb: argparse.ArgumentParser) -> None:
-    verb.add_argument("id", metavar="ID")
-    verb.add_argument("--map", metavar="OLD=NEW", action="append", default=[])
-    verb.add_argument("--site", metavar="source[=NETNS]", action="append", default=[])
-    verb.add_argument(
-        "--port",
-        metavar="PORT",
-        type=_port,
-        action="append",
-        default=[],
-        help="hold listeners on this port only; repeatable; default: all at OLD or the wildcard",
-    )
-    verb.add_argument(
-        "--timeout",
-        metavar="SECONDS",
-        type=_seconds,
-        default=10.0,
-        help="wait so long for those that are not accepted yet (default: 10)",
-    )
+def _flag(name: str, text: str) -> Option:
+    return name, {"action": "store_true", "help": text}
+
+
+def _choice(name: str, first: str, *others: str, **details: Any) -> Option:
+    """One of several words, of which the first is the default."""
+    return name, {"choices": (first, *others), "default": first, **details}
+
+
+def _several(name: str, metavar: str, **details: Any) -> Option:
+    return name, {"metavar": metavar, "action": "append", "default": [], **details}
 
 
 def _port(text: str) -> int:
     if not (text.isascii() and text.isdigit() and len(text) < 6 and 1 <= int(text) <= 65535):
         raise argparse.ArgumentTypeError(f"{text!r} is not a port (1 to 65535)")
     return int(text)
-
-
-def _add_repair(verb: argparse.ArgumentParser) -> None:
-    verb.add_argument("id", metavar="ID", nargs="?")
-    verb.add_argument("--all", action="store_true", help="every move there is, instead of one")
-
-
-def _add_teardown(verb: argparse.ArgumentParser) -> None:
-    verb.add_argument("id", metavar="ID")
-    verb.add_argument(
-        "--drain",
-        metavar="SECONDS",
-        nargs="?",
-        type=_seconds,
-        const=float("inf"),
-        help="wait until the kept connections have ended, so long at most",
-    )
-    verb.add_argument("--yes", action="store_true", help="even if connections live")
 
 
 def _seconds(text: str) -> float:
@@ -234,7 +145,84 @@ def _seconds(text: str) -> float:
     return value
 
 
-def _add_lab(verbs: argparse._SubParsersAction[Parser], common: Parser) -> None:
-    from natkeep.lab.cli import add_parser, run
+_ID, _ANY_ID = _option("id", "ID"), _option("id", "ID", nargs="?")
+_MAP, _SITE = _several("--map", "OLD=NEW"), _several("--site", "ROLE[=NETNS]")
+_CONNECTIONS = _option("--connections", "FILE", help="lines of LOCAL PEER; - is stdin")
+_MOVE = (
+    _ID, _MAP, _SITE,
+    _option("--image", "DIR", help="connections from CRIU's images"),
+    _CONNECTIONS,
+    _flag("--listeners", "let new connections reach the image's listeners"),
+    _choice("--mode", "stateful", "stateless"),
+    _flag(
+        "--no-hold", "do not keep what peers say while the gate is closed: they say it again, later"
+    ),
+    _flag(
+        "--guard",
+        "have the kept connections outlive a flush of the ruleset: a small process a site",
+    ),
+    _choice(
+        "--unkept", "report", "reset",
+        help="tell both ends of connections that cannot be kept, once the move is open",
+    ),
+)  # fmt: skip
+_PLAN = (*_MOVE, _choice("--format", "text", "json", "nft"))
+_PREPARE = (
+    *_MOVE,
+    _option("--live", "PID", help="connections of a process that still runs, and its children"),
+    _choice("--gate", "closed", "open"),
+    _option("--replace", "ID", help="the earlier move of the same process, moved on"),
+    _flag("--dry-run", "check, and print the plan"),
+)
+_QUIESCE = (
+    _ID, _MAP, _several("--site", "source[=NETNS]"),
+    _several(
+        "--port", "PORT", type=_port,
+        help="hold listeners on this port only; repeatable; default: all at OLD or the wildcard",
+    ),
+    _option(
+        "--timeout", "SECONDS", type=_seconds, default=10.0,
+        help="wait so long for those that are not accepted yet (default: 10)",
+    ),
+)  # fmt: skip
+_RUN = (
+    *_MOVE,
+    _flag("--keep-closed-on-failure", "leave the move prepared, its gate closed, for another try"),
+    _option("criu", "CRIU", nargs="+", help="criu restore ..., behind --"),
+)
+_OPEN = (
+    _ID,
+    _option("--image", "DIR", help="the dump of a process that was prepared for by --live"),
+)
+_TEARDOWN = (
+    _ID,
+    _option(
+        "--drain", "SECONDS", nargs="?", type=_seconds, const=float("inf"),
+        help="wait until the kept connections have ended, so long at most",
+    ),
+    _flag("--yes", "even if connections live"),
+)  # fmt: skip
+_INSPECT = (
+    _option("image", "DIR", nargs="?"),
+    _option("--live", "PID", help="of a process that still runs, and its children, instead"),
+    _MAP,
+)
+_STATUS = (_ANY_ID, _flag("--strict", "exit 6 when something drifted"))
+_REPAIR = (_ANY_ID, _flag("--all", "every move there is, instead of one"))
+_GC = (_SITE, _flag("--dry-run", "say what would be cleared"))
 
-    add_parser(verbs, parents=[common]).set_defaults(run=run)
+_VERBS: dict[str, tuple[str, str, tuple[Option, ...]]] = {
+    "plan": ("change", "print what prepare would do; touches nothing", _PLAN),
+    "prepare": ("change", "make every site ready, with the gate closed", _PREPARE),
+    "quiesce": ("change", "before a dump: have new connections wait", _QUIESCE),
+    "run": ("change", "prepare, have CRIU restore, open; undo if it fails", _RUN),
+    "open": ("change", "let the kept connections through", _OPEN),
+    "status": ("show", "what is prepared, what it carries, what drifted", _STATUS),
+    "check": ("show", "can this machine do it? each finding has a code", (_SITE,)),
+    "explain": ("show", "what a finding means and what to do", (_option("code", "CODE"),)),
+    "repair": ("change", "put back what another program removed", _REPAIR),
+    "teardown": ("change", "undo a move; a second time is fine", _TEARDOWN),
+    "gc": ("change", "clear what a crash or a reboot left", _GC),
+    "inspect": ("show", "the sockets in an image, kept or not and why", _INSPECT),
+}
+"""Each verb: the module of natkeep.cli that runs it, what it does, what it takes."""

@@ -6,12 +6,12 @@ import argparse
 
 from natkeep import report
 from natkeep.cli.arguments import make_executor, parse_sites, read_process
-from natkeep.cli.output import print_json, talk
+from natkeep.cli.output import print_as, talk
 from natkeep.errors import DriftError, JournalError, UsageError
 from natkeep.kernel.linux import LinuxKernel
 from natkeep.plan.diagnostics import CATALOGUE, Severity
 from natkeep.plan.move import parse_olds
-from natkeep.state.journal import StateDirectory
+from natkeep.state.directory import StateDirectory
 
 
 def status(args: argparse.Namespace) -> int:
@@ -46,10 +46,7 @@ def check(args: argparse.Namespace) -> int:
 
     StateDirectory(args.state_dir, create=False)  # one that cannot be used is an error here too
     findings = examine(LinuxKernel(), parse_sites(args.site))
-    if args.json:
-        print_json(report.findings_to_json(findings))
-    else:
-        print(*report.finding_lines(findings), sep="\n")
+    print_as(args, report.findings_to_json, report.finding_lines, findings)
     stopping = [finding for finding in findings if finding.severity == Severity.STOP]
     if stopping:
         code = stopping[0].code
@@ -60,10 +57,7 @@ def check(args: argparse.Namespace) -> int:
 def explain(args: argparse.Namespace) -> int:
     if args.code not in CATALOGUE:
         raise UsageError(f"no finding has the code {args.code!r}", hint=", ".join(CATALOGUE))
-    if args.json:
-        print_json(report.explanation_to_json(args.code))
-    else:
-        print(*report.explanation_lines(args.code), sep="\n")
+    print_as(args, report.explanation_to_json, report.explanation_lines, args.code)
     return 0
 
 
@@ -77,8 +71,5 @@ def inspect(args: argparse.Namespace) -> int:
 
         checkpoint = read_checkpoint_with_queues(args.image)
     olds = parse_olds(args.map)
-    if args.json:
-        print_json(report.checkpoint_to_json(checkpoint, olds))
-    else:
-        print(*report.checkpoint_lines(checkpoint, olds), sep="\n")
+    print_as(args, report.checkpoint_to_json, report.checkpoint_lines, checkpoint, olds)
     return 0

@@ -105,7 +105,7 @@ def _stop_clock() -> None:
 def _make_executor(state_dir: str | None, *, create: bool) -> Executor:
     from natkeep.kernel.linux import LinuxKernel
     from natkeep.lifecycle.executor import Executor
-    from natkeep.state.journal import StateDirectory
+    from natkeep.state.directory import StateDirectory
 
     state = StateDirectory(state_dir or None, create=create, patience=_PATIENCE)
     return Executor(LinuxKernel(state.path), state)

@@ -21,7 +21,8 @@ from natkeep.lifecycle.teardown import teardown
 from natkeep.plan.move import Fate, Map, Mode, Move, Site, parse_map
 from natkeep.plan.roles import Role
 from natkeep.plan.tuples import NO_CONNECTIONS, Connections
-from natkeep.state.journal import Journal, read_boot_id
+from natkeep.state.directory import read_boot_id
+from natkeep.state.journal import Journal
 
 
 def find_site(call: Call) -> Site | None:

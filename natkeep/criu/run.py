@@ -34,7 +34,7 @@ from natkeep.lifecycle.open import open_move, remove_gate_hooks
 from natkeep.lifecycle.prepare import find_unheld, prepare
 from natkeep.lifecycle.teardown import teardown
 from natkeep.plan.move import Move
-from natkeep.state.journal import read_boot_id
+from natkeep.state.directory import read_boot_id
 from natkeep.values import dataclass
 
 EXAMPLE = "natkeep run ID OPTIONS -- criu restore --images-dir DIR --tcp-established"

@@ -15,7 +15,7 @@ from natkeep.plan.plan import make_plan
 from natkeep.plan.roles import Role
 from natkeep.plan.steps import Plan
 from natkeep.plan.tuples import Address, Connections
-from natkeep.state.journal import read_boot_id
+from natkeep.state.directory import read_boot_id
 from natkeep.values import replace
 
 

@@ -21,8 +21,8 @@ from natkeep.plan.move import Move, Site
 from natkeep.plan.nft import TABLE
 from natkeep.plan.steps import Plan, Prior, Step
 from natkeep.plan.undo import UNDONE_AGAIN, LowerLoopback, RemoveAddress, Undo
-from natkeep.state.journal import Journal, Record, StateDirectory
-from natkeep.state.record import Unread
+from natkeep.state.directory import StateDirectory
+from natkeep.state.journal import Journal, Record, Unread
 from natkeep.values import dataclass
 
 T = TypeVar("T")

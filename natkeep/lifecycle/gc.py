@@ -25,7 +25,8 @@ from natkeep.plan.move import Site
 from natkeep.plan.roles import Role
 from natkeep.plan.steps import Identity, Plan
 from natkeep.plan.tuples import Address
-from natkeep.state.journal import Journal, read_boot_id
+from natkeep.state.directory import read_boot_id
+from natkeep.state.journal import Journal
 from natkeep.values import dataclass, field
 
 

@@ -13,7 +13,8 @@ from natkeep.plan.plan import make_plan
 from natkeep.plan.roles import Role
 from natkeep.plan.steps import Plan
 from natkeep.plan.undo import PutLockBack
-from natkeep.state.journal import Journal, read_boot_id
+from natkeep.state.directory import read_boot_id
+from natkeep.state.journal import Journal
 
 
 def plan_of(journal: Journal) -> Plan:

@@ -28,7 +28,8 @@ from natkeep.plan.repair import Patch, PutWays, describe_ways, find_patches
 from natkeep.plan.roles import Role
 from natkeep.plan.steps import Identity, InstallTranslation, OpenGate, Plan
 from natkeep.plan.tuples import NO_CONNECTIONS
-from natkeep.state.journal import Journal, read_boot_id
+from natkeep.state.directory import read_boot_id
+from natkeep.state.journal import Journal
 from natkeep.values import dataclass
 
 Reader = Kernel | Snapshot

@@ -8,7 +8,7 @@ from __future__ import annotations
 from natkeep.errors import NatkeepError
 from natkeep.lifecycle.executor import Executor, finish, forget, leftover
 from natkeep.lifecycle.progress import without_lock
-from natkeep.state.journal import read_boot_id
+from natkeep.state.directory import read_boot_id
 
 
 def teardown(executor: Executor, move_id: str) -> bool:

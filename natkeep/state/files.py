@@ -2,7 +2,7 @@
 
 Rule: nothing is opened through a link, and nothing read that others may write. A new file is on
 disk before it takes its name, an appended line before its writer goes on. What a file says is
-state/journal.py's; every error names the file.
+state/directory.py's; every error names the file.
 """
 
 from __future__ import annotations

@@ -60,7 +60,8 @@ def test_the_sockets_of_all_descendants_are_found(tree: subprocess.Popen[str]) -
 
 
 def test_of_a_thread_of_the_kernel_nothing_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(living, "_read_flags", lambda pid: 0x00208040)
+    stat = b"S 2 0 0 0 -1 2129984".split()  # flags 0x00208040
+    monkeypatch.setattr(living, "_read_stats", lambda: {os.getpid(): stat})
 
     with pytest.raises(ImageError, match="is a thread of the kernel"):
         find_inodes(os.getpid())

@@ -18,7 +18,7 @@ from natkeep.plan.move import Fate, Map, Move, Site
 from natkeep.plan.observation import Gate
 from natkeep.plan.roles import Role
 from natkeep.plan.tuples import Connections, Endpoint, FourTuple, parse_address
-from natkeep.state.journal import StateDirectory
+from natkeep.state.directory import StateDirectory
 
 IMAGES = Path(__file__).parents[1] / "checkpoint/corpus/unkeepable"
 MAP = Map(parse_address("10.2.0.10"), parse_address("10.3.0.20"))

@@ -18,7 +18,7 @@ from natkeep.lifecycle.executor import Executor
 from natkeep.lifecycle.prepare import prepare
 from natkeep.plan.observation import Gate
 from natkeep.plan.tuples import parse_address
-from natkeep.state.journal import StateDirectory
+from natkeep.state.directory import StateDirectory
 
 CORPUS = Path(__file__).parents[1] / "checkpoint/corpus"
 OLD, NEW = "10.2.0.10", "10.3.0.20"

@@ -24,7 +24,7 @@ from natkeep.plan.move import Map, Move, Site
 from natkeep.plan.observation import Gate
 from natkeep.plan.roles import Role
 from natkeep.plan.tuples import Connections, Endpoint, FourTuple, parse_address
-from natkeep.state.journal import StateDirectory
+from natkeep.state.directory import StateDirectory
 
 GOOD = ["criu", "restore", "-D", "/images", "--tcp-established"]
 

@@ -15,7 +15,7 @@ from natkeep.lab.criu_restore import Machine
 from natkeep.lab.engine import EngineError
 from natkeep.lab.lab import Lab
 from natkeep.lab.scenario import find_scenario, run
-from natkeep.state.journal import StateDirectory
+from natkeep.state.directory import StateDirectory
 
 pytestmark = [pytest.mark.root, pytest.mark.criu, pytest.mark.lab]
 

@@ -17,7 +17,7 @@ from natkeep.lifecycle.prepare import prepare
 from natkeep.plan.move import Fate, Map, Mode, Move, Site
 from natkeep.plan.roles import Role
 from natkeep.plan.tuples import Connections, Endpoint, FourTuple
-from natkeep.state.journal import StateDirectory
+from natkeep.state.directory import StateDirectory
 
 pytestmark = [pytest.mark.root, pytest.mark.lab]
 

@@ -7,7 +7,7 @@ from natkeep.plan.plan import make_plan
 from natkeep.plan.roles import Role
 from natkeep.plan.steps import AddAddress, FillSet, GuardSite, InstallTranslation
 from natkeep.plan.tuples import Address, Connections, Endpoint, FourTuple, parse_address
-from natkeep.state.journal import StateDirectory
+from natkeep.state.directory import StateDirectory
 
 OLD, NEW, PEER = (parse_address(text) for text in ("10.2.0.10", "10.3.0.20", "10.1.0.2"))
 SITES = tuple(Site(role, str(role)) for role in (Role.GATEWAY, Role.DESTINATION, Role.SOURCE))

@@ -1,0 +1,49 @@
+"""the messages of CRIU's images that natkeep reads: fields by number, as CRIU's *.proto say.
+
+Rule: only what is looked at is named; any other field is skipped, or damage (see protobuf.py).
+"""
+
+from __future__ import annotations
+
+from natkeep.checkpoint.protobuf import Message
+
+INVENTORY_ENTRY = Message(
+    "inventory_entry",
+    numbers={1: "img_version", 10: "tcp_close", 11: "network_lock_method"},
+    octets={3: "root_ids", 12: "plugins_entry", 13: "dump_criu_run_id"},
+    optional="tcp_close network_lock_method root_ids plugins_entry dump_criu_run_id",
+)
+# These two are looked into only since their lengths, when too long, take in what follows them.
+PLUGINS = Message("plugins_entry", numbers={}, unknown_below=13)
+IP_OPTIONS = Message("ip_opts_entry", numbers={}, unknown_below=16)
+ROOT_IDS = Message("root_ids", numbers={6: "net_ns_id"}, optional="net_ns_id")
+TASK_IDS = Message("task_kobj_ids_entry", numbers={6: "net_ns_id"}, optional="net_ns_id")
+PSTREE_ENTRY = Message("pstree_entry", numbers={1: "pid"})
+# One of the many is there, by the kind of the file: CRIU 4.2.1 has 3 to 21, of a message each.
+_FILE_KINDS = {field: "isk" if field == 4 else f"kind_{field}" for field in range(3, 64)}
+FILE_ENTRY = Message(
+    "file_entry",
+    numbers={1: "type", 2: "id"},
+    octets=_FILE_KINDS,
+    optional=" ".join(_FILE_KINDS.values()),
+    unknown_below=0,
+)
+FDINFO_ENTRY = Message("fdinfo_entry", numbers={1: "id", 2: "flags", 3: "type", 4: "fd"})
+SOCKET_ENTRY = Message(
+    "inet_sk_entry",
+    numbers={
+        **{1: "id", 2: "ino", 3: "family", 4: "type", 5: "proto", 6: "state", 7: "src_port"},
+        **{8: "dst_port", 9: "flags", 10: "backlog", 15: "v6only", 18: "ns_id", 19: "shutdown"},
+    },
+    octets={13: "fown", 14: "opts", 16: "ip_opts", 17: "ifname", 20: "tcp_opts"},
+    words={11: "src_addr", 12: "dst_addr"},
+    optional="v6only ip_opts ifname ns_id shutdown tcp_opts",
+)
+SOCKET_OPTIONS = Message(
+    "sk_opts_entry", numbers={}, octets={15: "so_bound_dev"}, optional="so_bound_dev"
+)
+STREAM_ENTRY = Message(
+    "tcp_stream_entry",
+    numbers={1: "inq_len", 3: "outq_len", 12: "unsq_len"},
+    optional="unsq_len",
+)

@@ -1,0 +1,387 @@
+"""The state directory: a journal a move, with its files beside it.
+
+The state directory (0700, files 0600; nothing below it is ever opened through a link):
+
+    lock               an exclusive flock is held while a verb changes a site
+    ID.connections     written before the journal: the kept connections, those that a gateway
+                       carried already, and the carriers, each packed (plan/tuples.py) as IPv4
+                       and IPv6, each of the six with its length (8 octets) in front
+    ID.changed         before a line "changed": connections that came, that went, and that a gateway
+                       carried, with their carriers, packed in the same way
+    ID.seen            which entries a repair has seen alive at a gateway (plan/liveness.py)
+    ID.ready           what the hook needs to open the move (lifecycle/open.py)
+    ID.journal         JSON lines, appended and fsynced:
+        {"schema": 2, "natkeep": VERSION, "boot": BOOT ID, "move": {...}, "mode": ...,
+         "namespaces": [[DEVICE, INODE], ...], "steps": [KIND, ...], "prepare": [STEP, ...],
+         "local": [ADDRESS, ...],
+         "connections": SHA-256, or null of a quiesce, which has no file ID.connections,
+         "image": RUN ID OF THE DUMP or null}
+        {"step": 4, "state": "doing", "prior": {...}, "site": 0, "undo": {"kind": ..., ...}}
+                           before the step acts; at which of the move's sites, and what undoes it
+                           (undo_codec.py), if that has not been said before
+        {"step": 4, "state": "done", "prior": {...}}       after it acted
+        {"step": 4, "state": "undone"}
+        {"changed": SHA-256, "image": RUN ID or null, "local": [ADDRESS, ...], "steps": [KIND, ...],
+         "from": [STEP or null, ...], "again": [STEP, ...]}
+                           the plan is another from here on (a live process has been frozen): which
+                           of the steps so far each of the new ones continues, and which of the
+                           new ones have to act again
+
+"steps" and "from" are for verbs that make the plan again; a teardown needs the records alone.
+Schema 1, of natkeep 0.1.0, has neither "prepare" nor "undo": both are taken from the plan (adopt).
+
+Rule: the line "doing" is on disk before the kernel is asked, so a step that was begun is known
+even when the process was killed in it; to undo one that did nothing is harmless. A last line
+without its newline was never finished being written, and is as if it were not there. Anything
+else that is not exactly of this form is refused, not guessed at.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager
+from functools import cache
+from typing import Any
+
+from natkeep import __version__, faultpoints
+from natkeep.errors import JournalError, LeftoverError, NatkeepError, RefusedError, UsageError
+from natkeep.plan.liveness import Sighting
+from natkeep.plan.move import Move, is_id, parse_id
+from natkeep.plan.steps import Identity, Prior, Step
+from natkeep.plan.translation import Change, Surroundings
+from natkeep.plan.tuples import NO_CONNECTIONS, Address, Connections, parse_address
+from natkeep.state.codec import (
+    SCHEMA,
+    SCHEMAS,
+    as_list,
+    as_text,
+    as_whole,
+    move_from_json,
+    move_to_json,
+    pack_columns,
+    pack_line,
+    read_image,
+    read_line,
+    read_namespaces,
+    unknown_schema,
+    unpack_columns,
+)
+from natkeep.state.files import StateFiles, read_lock_timeout
+from natkeep.state.journal import Journal, corrupt
+from natkeep.values import dataclass
+
+_ID_PATTERN = r"(?P<id>[a-z0-9][a-z0-9-]{0,31})"
+_FILE = re.compile(
+    rf"\.?{_ID_PATTERN}\.(connections|changed|ready|seen|asked|told|journal)(?P<new>\.new)?"
+)
+
+
+@cache
+def read_boot_id() -> str:
+    """The kernel's id of this boot; a journal of another boot describes nothing that exists."""
+    with open("/proc/sys/kernel/random/boot_id", encoding="ascii") as file:
+        return file.read().strip()
+
+
+@dataclass(frozen=True, slots=True)
+class Header:
+    """What a journal says of a move in its first line."""
+
+    move: Move
+    namespaces: tuple[Identity, ...]
+    boot: str
+
+    def is_at(self, here: Identity) -> bool:
+        """Whether a site of the move is the namespace *here*, in this boot."""
+        return self.boot == read_boot_id() and here in self.namespaces
+
+    def olds(self) -> frozenset[Address]:
+        """The OLD address of each map."""
+        return frozenset(map_.old for map_ in self.move.maps)
+
+
+class StateDirectory:
+    """The directory of journals, held by one handle."""
+
+    def __init__(
+        self, path: str | None = None, *, create: bool, patience: float | None = None
+    ) -> None:
+        """patience: seconds to wait for the lock at most, whatever the environment says."""
+        self.patience = min(read_lock_timeout(), patience or float("inf"))
+        self._files = StateFiles(path, create=create)
+        self.path = self._files.path
+
+    def locked(self, timeout: float | None = None) -> AbstractContextManager[None]:
+        """Hold the lock; JournalError when others keep it for *timeout* seconds (or patience)."""
+        return self._files.locked(self.patience if timeout is None else timeout)
+
+    def ids(self) -> tuple[str, ...]:
+        """The ids that have a journal, sorted."""
+        names = [name[:-8] for name in self._files.names() if name.endswith(".journal")]
+        return tuple(sorted(filter(is_id, names)))  # others are none that natkeep made
+
+    def knows(self, move_id: str) -> bool:
+        """Whether there is a journal of that id."""
+        return is_id(move_id) and self._files.has(f"{move_id}.journal")
+
+    def begin(
+        self,
+        move: Move,
+        connections: Connections,
+        surroundings: Surroundings,
+        namespaces: tuple[Identity, ...],
+        kinds: tuple[str, ...],
+        image: str | None = None,
+        *,
+        before: tuple[int, ...] = (),
+        blocks: tuple[int, Step] | None = None,
+    ) -> Journal:
+        """Write the journal of a new move; RefusedError when its id is in use.
+
+        before: the steps that prepare does. blocks: the one that takes a quiesce over, if one does.
+        """
+        earlier = self.read_header(move.id) if self.knows(move.id) else None
+        boot = read_boot_id()
+        journal = Journal(
+            move, connections, surroundings, namespaces, kinds, boot, self, image=image,
+            before=before,
+        )  # fmt: skip
+        packed, header = _pack_header(journal)
+        begun: list[dict[str, Any]] = []
+        if earlier is not None and earlier.move.quiesces and blocks is not None:
+            # The block passes into this journal in the moment that it takes the other one's place.
+            number, step = blocks
+            line, journal.records[number] = journal.make_record(number, "doing", Prior(), step)
+            begun.append(line)
+        elif self.knows(move.id):
+            raise RefusedError(
+                f"the id {move.id} is in use", hint=f"natkeep teardown {move.id}, or another id"
+            )
+        replaced = self._files.read(f"{move.id}.journal") if begun else None
+        faultpoints.reach("journal-begin")
+        try:
+            if packed is not None:
+                self._files.write_new(f"{move.id}.connections", packed)
+            self._files.write_new(f"{move.id}.journal", b"".join(map(pack_line, (header, *begun))))
+            faultpoints.reach("journal-begun")
+        except BaseException as error:
+            self._take_back(move.id, replaced, error)
+            raise
+        return journal
+
+    def _take_back(self, move_id: str, before: bytes | None, reason: BaseException) -> None:
+        """Nothing has been done yet: the journal that there was is there again, or none."""
+        try:
+            if before is None:
+                self.remove(move_id)
+                return
+            if self._files.read(f"{move_id}.journal") != before:
+                self._files.write_new(f"{move_id}.journal", before)
+            self._remove_rest(move_id)
+        except Exception as error:
+            raise LeftoverError(
+                f"{reason}; its files in {self.path} are left: {error}",
+                hint=f"natkeep teardown {move_id} removes them",
+            ) from reason
+
+    def ids_naming(self, addresses: Iterable[Address]) -> tuple[str, ...]:
+        """The ids whose moves may have one of *addresses* as an OLD or NEW, sorted.
+
+        A gateway may have a thousand moves, so their headers are searched for the text only.
+        """
+        texts = [f'"{address}"'.encode("ascii") for address in addresses]
+        found = []
+        for name in self._files.names():
+            if not name.endswith(".journal"):
+                continue
+            try:
+                header = self._files.read_start(name)
+            except OSError:  # as read_header: the caller looks for conflicts
+                continue
+            if any(text in header for text in texts):
+                found.append(name[:-8])
+        return tuple(sorted(filter(is_id, found)))
+
+    def others_at(self, here: Identity, move_id: str) -> Iterator[Header]:
+        """The moves of this boot with a site at a namespace, besides *move_id*, as can be read."""
+        for other_id in self.ids():
+            header = self.read_header(other_id) if other_id != move_id else None
+            if header is not None and header.is_at(here):
+                yield header
+
+    def read_header(self, move_id: str) -> Header | None:
+        """A journal without its records and connections.
+
+        None when it cannot be read: the caller looks for conflicts, and `status` reports it.
+        """
+        try:
+            header = read_line(self._files.read(f"{move_id}.journal").split(b"\n", 1)[0])
+            namespaces = read_namespaces(header["namespaces"])
+            return Header(move_from_json(header["move"]), namespaces, as_text(header["boot"]))
+        except (OSError, KeyError, TypeError, ValueError, NatkeepError):
+            return None
+
+    def load(self, move_id: str) -> Journal:
+        """Read a journal; JournalError when it is unknown, corrupt or of a newer version."""
+        parse_id(move_id)
+        try:
+            text = self._files.read(f"{move_id}.journal")
+        except FileNotFoundError:
+            raise JournalError(
+                f"no move {move_id} in {self.path}", hint="natkeep status lists them"
+            ) from None
+        try:
+            return self._parse(move_id, text)
+        except (KeyError, TypeError, ValueError, UsageError, RefusedError) as error:
+            raise corrupt(move_id, self.path, error) from error
+
+    def _parse(self, move_id: str, text: bytes) -> Journal:
+        lines = text.split(b"\n")[:-1]  # what follows the last newline was never finished
+        if not lines:
+            raise ValueError("it is empty")
+        header = read_line(lines[0])
+        if not 0 <= as_whole(header["schema"]) < 1000:
+            raise ValueError("it has no schema")
+        if header["schema"] not in SCHEMAS:
+            raise unknown_schema(move_id, header)
+        move = move_from_json(header["move"])
+        if move.id != move_id:
+            raise ValueError(f"it is of move {move.id}")
+        connections, carried, carriers = (NO_CONNECTIONS,) * 3
+        if not move.quiesces:
+            connections, carried, carriers = self._read_connections(move_id, header["connections"])
+        if len(carried) != len(carriers):
+            raise ValueError("it does not have a carrier for each carried connection")
+        local = frozenset(parse_address(as_text(text)) for text in as_list(header["local"]))
+        journal = Journal(
+            move,
+            connections,
+            Surroundings(local, carried, carriers),
+            read_namespaces(header["namespaces"]),
+            tuple(as_text(kind) for kind in as_list(header["steps"])),
+            as_text(header["boot"]),
+            self,
+            image=read_image(header.get("image")),
+            schema=header["schema"],
+        )
+        if journal.schema > 1:
+            journal.before = tuple(map(as_whole, as_list(header["prepare"])))
+        if len(journal.namespaces) != len(move.sites):
+            raise ValueError("it does not name a namespace for each site")
+        for number, text_of_line in enumerate(lines[1:], 2):
+            if b'"changed"' in text_of_line and "changed" in (line := read_line(text_of_line)):
+                journal.take_change(self._read_change(move_id, line), line)
+            else:
+                journal.read_record(text_of_line, number)
+        return journal
+
+    def _read_connections(self, move_id: str, digest: str) -> tuple[Connections, ...]:
+        return unpack_columns(self._read_packed(f"{move_id}.connections", digest), 3)
+
+    def _read_change(self, move_id: str, line: dict[str, Any]) -> Change:
+        packed = self._read_packed(f"{move_id}.changed", as_text(line["changed"]))
+        came, went, carried, carriers = unpack_columns(packed, 4)
+        if len(carried) != len(carriers):
+            raise ValueError("it does not have a carrier for each carried connection")
+        local = frozenset(parse_address(as_text(text)) for text in as_list(line["local"]))
+        return Change(came, went, Surroundings(local, carried, carriers))
+
+    def _read_packed(self, name: str, digest: str) -> bytes:
+        try:
+            packed = self._files.read(name)
+        except FileNotFoundError:
+            raise ValueError("its connections are missing") from None
+        if hashlib.sha256(packed).hexdigest() != digest:
+            raise ValueError("its connections are not those that were written")
+        return packed
+
+    def write_changed(self, move_id: str, packed: bytes) -> None:
+        """Have ID.changed on disk, whole, before the line that names it."""
+        self._files.write_new(f"{move_id}.changed", packed)
+
+    def append(self, name: str, line: dict[str, Any]) -> None:
+        """Append one JSON line and have it on disk."""
+        self._files.append(name, pack_line(line), line.get("state", "changed"))
+
+    def size(self, name: str) -> int:
+        """Octets of a file that is there."""
+        return self._files.size(name)
+
+    def remove(self, move_id: str) -> None:
+        """Remove a move's files, the journal first; done as well when they are not there."""
+        parse_id(move_id)
+        with self._files.errors_of(f"{move_id}.journal"):
+            faultpoints.reach("journal-remove")
+            self._files.unlink(f"{move_id}.journal")
+            faultpoints.reach("journal-removed")
+            self._remove_rest(move_id)
+            faultpoints.reach("journal-forgotten")
+            self._files.sync()
+
+    def _remove_rest(self, move_id: str) -> None:
+        """What was written before the journal, and what a killed writer had not renamed yet."""
+        # With its socket the holder ends.
+        for kind in ("ready", "seen", "changed", "connections", "hold", "asked", "told"):
+            self._files.unlink(f"{move_id}.{kind}")
+        for kind in ("ready", "seen", "changed", "connections", "journal"):
+            self._files.unlink(f".{move_id}.{kind}.new")
+        for name in self._files.names():
+            if name.startswith(f"{move_id}.guard-"):  # whose guardian ends with it
+                self._files.unlink(name)
+
+    def write_ready(self, move_id: str, content: bytes) -> None:
+        """Have ID.ready on disk, whole, in the place of an earlier one."""
+        self._files.write_new(f"{move_id}.ready", content)
+
+    def strays(self) -> tuple[str, ...]:
+        """Files of moves that have no journal, and what a killed writer had not renamed yet."""
+        known = self.ids()
+        found = []
+        for name in sorted(self._files.names()):
+            match = _FILE.fullmatch(name)
+            if match and (match["new"] or match["id"] not in known):
+                found.append(name)
+        return tuple(found)
+
+    def remove_stray(self, name: str) -> None:
+        """Remove one of `strays`."""
+        with self._files.errors_of(name):
+            self._files.unlink(name)
+            self._files.sync()
+
+    def write_sighting(self, move_id: str, boot: str, sighting: Sighting) -> None:
+        """Have ID.seen on disk, whole, in the place of an earlier one."""
+        self._files.write_new(f"{move_id}.seen", pack_line({"boot": boot, **sighting.to_json()}))
+
+    def read_sighting(self, move_id: str, boot: str) -> Sighting | None:
+        """What the last repair of this boot saw; None where there is none that can be read.
+
+        Without it less is known, and nothing is done that would not be done otherwise.
+        """
+        try:
+            found = read_line(self._files.read(f"{move_id}.seen").removesuffix(b"\n"))
+            return Sighting.from_json(found) if found["boot"] == boot else None
+        except (OSError, KeyError, TypeError, ValueError, JournalError):
+            return None
+
+
+def _pack_header(journal: Journal) -> tuple[bytes | None, dict[str, Any]]:
+    """The connections' file, which a quiesce has not, and the first line of a new journal."""
+    move, packed = journal.move, None
+    if not move.quiesces:
+        around = journal.surroundings
+        packed = pack_columns((journal.connections, around.carried, around.carriers))
+    return packed, {
+        "schema": SCHEMA,
+        "natkeep": __version__,
+        "boot": journal.boot,
+        "move": move_to_json(move),
+        "namespaces": [list(identity) for identity in journal.namespaces],
+        "steps": list(journal.kinds),
+        "prepare": list(journal.before),
+        "local": sorted(str(address) for address in journal.surroundings.local),
+        "connections": packed and hashlib.sha256(packed).hexdigest(),
+        "image": journal.image,
+    }
