@@ -41,8 +41,13 @@ class LoadDriver(Driver[L]):
 
     def apply(self, at: Place, step: L, remember: Remember) -> Prior:
         """Load what the step adds, behind what all moves share."""
-        remember(Prior())
+        prior = self.find_prior(step)
+        remember(prior)
         nftables.load_step(step, step.objects())
+        return prior
+
+    def find_prior(self, step: L) -> Prior:
+        """What is to be remembered of the site as it is before."""
         return Prior()
 
 
@@ -67,12 +72,9 @@ class GateDriver(LoadDriver[InstallGate]):
                 hint=f"natkeep teardown {step.move_id}, or another id",
             )
 
-    def apply(self, at: Place, step: InstallGate, remember: Remember) -> Prior:
-        """With the gate hook, where it was taken away since all gates were open."""
-        prior = Prior(facts={"unhooked": True}) if nftables.missing_gate_hook() else Prior()
-        remember(prior)
-        nftables.load_step(step, step.objects())
-        return prior
+    def find_prior(self, step: InstallGate) -> Prior:
+        """Whether the gate hook, which comes with it, was taken away since all gates were open."""
+        return Prior(facts={"unhooked": True}) if nftables.missing_gate_hook() else Prior()
 
     def revert(self, at: Place, undo: RemoveGate, prior: Prior) -> None:
         """The gate and its sets go; the gate hook too, if it was not there before."""
@@ -101,22 +103,15 @@ class TranslationDriver(LoadDriver[InstallTranslation]):
         if step.site.role == Role.DESTINATION:
             routes.check_destination(step)
 
-    def apply(self, at: Place, step: InstallTranslation, remember: Remember) -> Prior:
-        """The routes and the address that the translation stands on are noted, for a repair."""
-        prior = _note_routes(step)
-        remember(prior)
-        nftables.load_step(step, step.objects())
-        return prior
-
-
-def _note_routes(step: InstallTranslation) -> Prior:
-    news = [t.map.new for t in step.translations]
-    peers = sorted({peer for t in step.translations for peer in t.outer.peers()})
-    others = [ip_address(peer) for peer in peers]
-    at_destination = step.site.role == Role.DESTINATION
-    own, others = (news, others) if at_destination else ([], [*news, *others])
-    noted = routes.note(own, others)
-    return Prior(facts={"ways": noted} if noted else {})
+    def find_prior(self, step: InstallTranslation) -> Prior:
+        """The routes and the address that the translation stands on, for a repair."""
+        news = [t.map.new for t in step.translations]
+        peers = sorted({peer for t in step.translations for peer in t.outer.peers()})
+        others = [ip_address(peer) for peer in peers]
+        at_destination = step.site.role == Role.DESTINATION
+        own, others = (news, others) if at_destination else ([], [*news, *others])
+        noted = routes.note(own, others)
+        return Prior(facts={"ways": noted} if noted else {})
 
 
 class ListenersDriver(LoadDriver[InstallReception]):
