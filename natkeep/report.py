@@ -17,9 +17,9 @@ from natkeep.plan.diagnostics import CATALOGUE, Finding
 from natkeep.plan.drift import MoveStatus, SiteStatus
 from natkeep.plan.move import Fate, Site
 from natkeep.plan.observation import Observation, SeenEntry
-from natkeep.plan.plan import render_nft
 from natkeep.plan.resets import NOT_TOLD, describe_fates
 from natkeep.plan.roles import Role
+from natkeep.plan.step_order import render_nft
 from natkeep.plan.steps import InsertEntries, Plan
 from natkeep.plan.translation import Compared, Translation
 from natkeep.plan.tuples import Address, Connections, FourTuple

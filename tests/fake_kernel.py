@@ -13,7 +13,8 @@ from dataclasses import dataclass, field
 from natkeep.errors import KernelError, RefusedError
 from natkeep.kernel.interface import Kernel, P, Remember, T
 from natkeep.kernel.sock_diag import Shown
-from natkeep.plan import filters, nft, tables
+from natkeep.plan import base_chains, filters, nft
+from natkeep.plan.base_chains import is_address_chain
 from natkeep.plan.conntrack import entries, stale_tuples
 from natkeep.plan.diagnostics import Facts
 from natkeep.plan.move import Move, Site
@@ -21,6 +22,20 @@ from natkeep.plan.nft import Key, Object, Rule, split
 from natkeep.plan.observation import Gate, Observation, SeenEntry
 from natkeep.plan.repair import LoadObjects, Patch, PutWays, StopCounting
 from natkeep.plan.roles import Role
+from natkeep.plan.step_undo import (
+    CloseGates,
+    DeleteEntries,
+    EndHolder,
+    LowerLoopback,
+    PutLockBack,
+    RemoveAddress,
+    RemoveGate,
+    RemoveListeners,
+    RemoveOwnedTable,
+    Undo,
+    Unload,
+    undo_of,
+)
 from natkeep.plan.steps import (
     AddAddress,
     FillSet,
@@ -43,23 +58,8 @@ from natkeep.plan.steps import (
     TakeOverLock,
 )
 from natkeep.plan.strays import SeenTable
-from natkeep.plan.tables import is_address_chain
 from natkeep.plan.translation import NOTHING_SPECIAL, Surroundings, Translation
 from natkeep.plan.tuples import NO_CONNECTIONS, Address, Connections, Endpoint, FourTuple
-from natkeep.plan.undo import (
-    CloseGates,
-    DeleteEntries,
-    EndHolder,
-    LowerLoopback,
-    PutLockBack,
-    RemoveAddress,
-    RemoveGate,
-    RemoveListeners,
-    RemoveOwnedTable,
-    Undo,
-    Unload,
-    undo_of,
-)
 from natkeep.plan.wanted import objects_of, shared_keys, split_opening, want
 
 
@@ -390,7 +390,7 @@ def _load(here: FakeSite, patch: Patch) -> None:
         if key.kind == "set" and key.name.startswith(("kept-", "outer-")):
             here.sets.setdefault(key.name, NO_CONNECTIONS)
     for move_id, gate in here.gates.items():
-        chain = tables.gate_chain(move_id)
+        chain = base_chains.gate_chain(move_id)
         if any(isinstance(one, Rule) and one.chain == chain and one.insert for one in made):
             here.gates[move_id] = Gate.OPEN
         elif gate == Gate.ABSENT:

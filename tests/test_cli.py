@@ -36,7 +36,7 @@ import pytest
 
 from natkeep import cli
 from natkeep.kernel.netns import inside, open_namespace
-from natkeep.plan import tables
+from natkeep.plan import arp, base_chains
 from natkeep.plan.move import Mode
 from natkeep.state.directory import StateDirectory
 
@@ -806,8 +806,8 @@ def test_the_json_of_each_verb_has_the_contracts_keys(sites: Network, executor: 
 
 def without_tables(planned: list[str]) -> list[str]:
     """The plan's lines without those that make the tables, which no step of a move says."""
-    static = [*map(str, (*tables.base_table(), *tables.mode_table(Mode.STATEFUL)))]
-    more = [*map(str, (*tables.destination_table(), *tables.arp_table()))]
+    static = [*map(str, (*base_chains.base_table(), *base_chains.mode_table(Mode.STATEFUL)))]
+    more = [*map(str, (*base_chains.destination_table(), *arp.arp_table()))]
     sizes = {"gateway": len(static), "destination": len(static) + len(more)}
     left, at = [], 0
     while at < len(planned):

@@ -23,9 +23,9 @@ from natkeep.lifecycle.teardown import teardown
 from natkeep.plan.move import Map, Move, Site
 from natkeep.plan.observation import Gate
 from natkeep.plan.roles import Role
+from natkeep.plan.step_undo import Undo
 from natkeep.plan.steps import AddAddress, InsertEntries, InstallGate, OpenGate, Prior, Step
 from natkeep.plan.tuples import Connections, Endpoint, FourTuple, parse_address
-from natkeep.plan.undo import Undo
 from natkeep.state.directory import StateDirectory
 
 ROOT = Path(__file__).resolve().parent.parent

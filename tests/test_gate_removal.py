@@ -21,10 +21,10 @@ from natkeep.lifecycle.executor import Executor
 from natkeep.lifecycle.open import open_move, remove_gate_hooks
 from natkeep.lifecycle.prepare import prepare
 from natkeep.lifecycle.teardown import teardown
+from natkeep.plan.base_chains import GATE
 from natkeep.plan.move import Map, Move, Site
 from natkeep.plan.nft import TABLE, Object
 from natkeep.plan.roles import Role
-from natkeep.plan.tables import GATE
 from natkeep.plan.tuples import Connections, Endpoint, FourTuple, parse_address
 from natkeep.state.directory import StateDirectory
 

@@ -29,7 +29,7 @@ from natkeep.lifecycle.status import read_status
 from natkeep.lifecycle.teardown import teardown
 from natkeep.plan.move import Site
 from natkeep.plan.observation import Gate
-from natkeep.plan.plan import make_plan
+from natkeep.plan.step_order import make_plan
 from natkeep.state.codec import SCHEMA
 from natkeep.state.directory import StateDirectory, read_boot_id
 from natkeep.values import replace

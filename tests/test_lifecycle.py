@@ -41,8 +41,9 @@ from natkeep.lifecycle.status import read_status
 from natkeep.lifecycle.teardown import teardown
 from natkeep.plan.move import Fate, Map, Move, Site
 from natkeep.plan.observation import Gate, Observation
-from natkeep.plan.plan import make_plan
 from natkeep.plan.roles import Role
+from natkeep.plan.step_order import make_plan
+from natkeep.plan.step_undo import Undo
 from natkeep.plan.steps import (
     AddAddress,
     Identity,
@@ -56,7 +57,6 @@ from natkeep.plan.steps import (
     Step,
 )
 from natkeep.plan.tuples import Connections, Endpoint, FourTuple, parse_address
-from natkeep.plan.undo import Undo
 from natkeep.plan.wanted import want
 from natkeep.state.directory import StateDirectory
 

@@ -20,13 +20,13 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 from natkeep.errors import NatkeepError
-from natkeep.plan import criu_lock, filters, listeners, tables
+from natkeep.plan import base_chains, criu_lock, filters, listeners, syn_block
 from natkeep.plan.criu_lock import DumpLock, NetworkLock
 from natkeep.plan.listeners import make_receptions
 from natkeep.plan.move import Map, Mode, Move, Site, parse_id, parse_map
 from natkeep.plan.nft import Rule
-from natkeep.plan.plan import make_plan, render_nft
 from natkeep.plan.roles import Role
+from natkeep.plan.step_order import make_plan, render_nft
 from natkeep.plan.tuples import Connections, Endpoint, FourTuple, parse_address
 from natkeep.plan.wanted import objects_of
 from natkeep.values import replace
@@ -208,7 +208,7 @@ def render_all(move: Move) -> Iterator[str]:
         yield from lines
     objects = [
         *(one for step in plan.steps for one in objects_of(step)),
-        *filters.block(move.id, move.held, linked=False),
+        *syn_block.block(move.id, move.held, linked=False),
         *listeners.objects(move.id, make_receptions(move, site)),
         filters.opening(move.id, site.role),
         listeners.opening(move.id),
@@ -217,7 +217,7 @@ def render_all(move: Move) -> Iterator[str]:
         if not (isinstance(one, Rule) and one.is_raw()):
             yield str(one)
         yield from (undo.command(7) for undo in one.undo())
-    yield from tables.removal()
+    yield from base_chains.removal()
     if move.lock is not None:
         yield from criu_lock.render_table(move.lock, kept)
         yield from criu_lock.render_table(replace(move.lock, whole=True), kept)
@@ -269,13 +269,13 @@ def test_two_moves_never_share_a_name(
 
     def names(move_id: str, number: int, address: object) -> list[str]:
         return [
-            tables.gate_chain(move_id),
-            tables.kept_set(move_id, number),
-            tables.outer_set(move_id, number),
+            base_chains.gate_chain(move_id),
+            base_chains.kept_set(move_id, number),
+            base_chains.outer_set(move_id, number),
             listeners.listen_set(move_id, number),
             listeners.callers_chain(move_id),
-            filters.block_chain(move_id),
-            *(tables.address_chain(d, address) for d in ("gate", "in", "out", "set", "put")),  # type: ignore[arg-type]
+            syn_block.chain_name(move_id),
+            *(base_chains.address_chain(d, address) for d in ("gate", "in", "out", "set", "put")),  # type: ignore[arg-type]
         ]
 
     ours, theirs = names(one, m, here), names(other, n, there)

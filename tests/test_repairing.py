@@ -29,8 +29,8 @@ from natkeep.plan.conntrack import entries
 from natkeep.plan.drift import MoveStatus
 from natkeep.plan.move import Map, Move, Site
 from natkeep.plan.observation import Gate, Observation
-from natkeep.plan.plan import make_plan
 from natkeep.plan.roles import Role
+from natkeep.plan.step_order import make_plan
 from natkeep.plan.steps import Identity, InsertEntries, OpenGate, Plan, Prior
 from natkeep.plan.tuples import Connections, Endpoint, FourTuple, parse_address
 from natkeep.plan.wanted import split_opening

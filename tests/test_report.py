@@ -17,8 +17,8 @@ from natkeep.cli.output import print_json
 from natkeep.plan.drift import MoveStatus, SiteStatus
 from natkeep.plan.move import Map, Move, Site
 from natkeep.plan.observation import Gate, Observation, SeenEntry
-from natkeep.plan.plan import make_plan
 from natkeep.plan.roles import Role
+from natkeep.plan.step_order import make_plan
 from natkeep.plan.steps import Plan
 from natkeep.plan.translation import Surroundings
 from natkeep.plan.tuples import Connections, Endpoint, FourTuple, parse_address

@@ -21,8 +21,8 @@ from natkeep.lifecycle.status import read_status
 from natkeep.lifecycle.teardown import teardown
 from natkeep.plan.move import Fate, Map, Move, Site
 from natkeep.plan.observation import Gate
-from natkeep.plan.plan import make_plan
 from natkeep.plan.roles import Role
+from natkeep.plan.step_order import make_plan
 from natkeep.plan.tuples import Connections, Endpoint, FourTuple, parse_address
 from natkeep.state.directory import StateDirectory
 

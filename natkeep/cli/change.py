@@ -28,8 +28,8 @@ from natkeep.lifecycle.executor import Executor
 from natkeep.lifecycle.open import open_move, remove_gate_hooks
 from natkeep.plan.move import Move, parse_id
 from natkeep.plan.observation import Gate
-from natkeep.plan.plan import describe_plan, make_plan, render_nft
 from natkeep.plan.roles import Role
+from natkeep.plan.step_order import describe_plan, make_plan, render_nft
 from natkeep.plan.steps import Plan
 from natkeep.state.journal import Journal
 

@@ -178,6 +178,18 @@ def joined_netns(criu: int | None) -> str:
     return ""
 
 
+def find_site(call: Call) -> Site | None:
+    """Where the tree will be; None while its namespace does not exist."""
+    if call.action != "pre-restore":
+        return call.tree_site()
+    from natkeep.checkpoint.images import has_own_netns  # the other actions need no image
+
+    joined = joined_netns(call.criu)
+    if not joined and has_own_netns(call.demand_images()):
+        return None
+    return Site(Role.DESTINATION, joined)
+
+
 def _values(words: list[str], short: str, long: str) -> Iterator[str]:
     for at, word in enumerate(words):
         if word in (short, long):

@@ -14,7 +14,7 @@ and one of a dump, where NATKEEP_SOURCE is set (dump.py):
 
     post-dump               the images are complete, the tasks frozen: keep this host quiet
 
-With NATKEEP_ID only `post-restore`: the move has been prepared. With NATKEEP_MAP see maps.py.
+With NATKEEP_ID only `post-restore`: the move has been prepared. NATKEEP_MAP: prepare_in_hook.py.
 
 Rule: orders come from environment.py, never from the image; what is not ours is left with 0 before
 anything else is imported; each point may come twice and is served once.
@@ -119,7 +119,7 @@ def _serve_dump() -> int:
 
 
 def _serve_restore() -> int:
-    from natkeep.criu.environment import own_id, read_call, read_orders
+    from natkeep.criu.environment import find_site, own_id, read_call, read_orders
 
     orders = read_orders(os.environ)
     if orders is None:
@@ -130,13 +130,13 @@ def _serve_restore() -> int:
     if not orders.maps:
         _open(orders.id, orders, call, _make_executor(orders.state_dir, create=False))
         return 0
-    from natkeep.criu import maps
+    from natkeep.criu import prepare_in_hook
 
-    move_id, site = own_id(call.criu), maps.find_site(call)
+    move_id, site = own_id(call.criu), find_site(call)
     if site is None:
         return 0  # the namespace does not exist yet
     executor = _make_executor(orders.state_dir, create=True)
-    prepared = maps.ensure_prepared(move_id, orders, call, executor, site, _say)
+    prepared = prepare_in_hook.ensure_prepared(move_id, orders, call, executor, site, _say)
     if prepared and call.action == "post-restore":
         _open(move_id, orders, call, executor)
     return 0

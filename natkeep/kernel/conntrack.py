@@ -51,10 +51,10 @@ from natkeep.plan.move import Mode
 from natkeep.plan.observation import SeenEntry
 from natkeep.plan.protocols import TCP
 from natkeep.plan.roles import Role
+from natkeep.plan.step_undo import DeleteEntries, RestoreEntries
 from natkeep.plan.steps import InsertEntries, Prior, PurgeEntries
 from natkeep.plan.translation import Translation
 from natkeep.plan.tuples import Connections, FourTuple
-from natkeep.plan.undo import DeleteEntries, RestoreEntries
 
 _IPS_OFFLOAD = 0xC000
 """IPS_OFFLOAD and IPS_HW_OFFLOAD."""

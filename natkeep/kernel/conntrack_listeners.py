@@ -27,8 +27,8 @@ from natkeep.kernel.netlink import NETLINK_NETFILTER, Batch, Netlink, message
 from natkeep.plan.listeners import Reception
 from natkeep.plan.move import Mode
 from natkeep.plan.protocols import TCP
+from natkeep.plan.step_undo import ForgetListeners
 from natkeep.plan.steps import ForgetCalls, Prior
-from natkeep.plan.undo import ForgetListeners
 
 _SEEN_REPLY = 0x02
 _SYN_SENT = 1

@@ -30,9 +30,9 @@ from natkeep.plan.criu_lock import (
     set_name,
 )
 from natkeep.plan.nft import IP
+from natkeep.plan.step_undo import PutLockBack
 from natkeep.plan.steps import Prior, TakeOverLock
 from natkeep.plan.tuples import Connections
-from natkeep.plan.undo import PutLockBack
 
 _TOOLS = {4: "iptables", 6: "ip6tables"}
 _LEGACY_NAMES = {4: "ip_tables_names", 6: "ip6_tables_names"}

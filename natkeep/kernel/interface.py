@@ -42,10 +42,10 @@ from typing import TYPE_CHECKING, ParamSpec, Protocol, TypeVar
 
 from natkeep.plan.move import Move, Site
 from natkeep.plan.observation import Observation
+from natkeep.plan.step_undo import Undo
 from natkeep.plan.steps import Identity, Plan, Prior, Step
 from natkeep.plan.translation import Surroundings
 from natkeep.plan.tuples import Address, Connections
-from natkeep.plan.undo import Undo
 from natkeep.values import dataclass
 
 if TYPE_CHECKING:

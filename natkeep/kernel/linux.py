@@ -18,9 +18,9 @@ from natkeep.kernel import (
     conntrack,
     conntrack_listeners,
     criu_lock,
+    lost_routes,
     nftables,
     owned_table,
-    routes,
     rtnetlink,
     segment_holder,
 )
@@ -30,6 +30,18 @@ from natkeep.kernel.nft_drivers import NFT_DRIVERS, NFT_INVERSES
 from natkeep.plan.move import Move, Site
 from natkeep.plan.observation import Observation
 from natkeep.plan.roles import Role
+from natkeep.plan.step_undo import (
+    DeleteEntries,
+    EndHolder,
+    ForgetListeners,
+    LowerLoopback,
+    Nothing,
+    PutLockBack,
+    RemoveAddress,
+    RemoveOwnedTable,
+    RestoreEntries,
+    Undo,
+)
 from natkeep.plan.steps import (
     AddAddress,
     ForgetCalls,
@@ -46,18 +58,6 @@ from natkeep.plan.steps import (
 )
 from natkeep.plan.translation import Surroundings
 from natkeep.plan.tuples import Address, Connections, FourTuple
-from natkeep.plan.undo import (
-    DeleteEntries,
-    EndHolder,
-    ForgetListeners,
-    LowerLoopback,
-    Nothing,
-    PutLockBack,
-    RemoveAddress,
-    RemoveOwnedTable,
-    RestoreEntries,
-    Undo,
-)
 
 if TYPE_CHECKING:
     from natkeep.plan.repair import Patch
@@ -158,7 +158,7 @@ class LinuxKernel:
     def find_lost_routes(self, site: Site, noted: str) -> tuple[str, ...]:
         """Those of the routes and addresses that InstallTranslation *noted* which are gone."""
         with self._at(site):
-            return routes.find_lost(noted)
+            return lost_routes.find_lost(noted)
 
     def snapshot(self, site: Site) -> Snapshot:
         """What an opened site's namespace shows, for one move or for many."""
@@ -200,7 +200,7 @@ class LinuxKernel:
                 case LoadObjects():
                     nftables.load(patch.objects)
                 case PutWays():
-                    routes.put_back(patch.notes)
+                    lost_routes.put_back(patch.notes)
                 case StopCounting():
                     conntrack.stop_counting()
 

@@ -11,12 +11,14 @@ from typing import Any, TypeVar
 
 from natkeep import faultpoints
 from natkeep.errors import RefusedError
-from natkeep.kernel import conntrack_listeners, nftables, routes, segment_holder
+from natkeep.kernel import conntrack_listeners, lost_routes, nftables, segment_holder
 from natkeep.kernel.conntrack_purge import delete_untracked
 from natkeep.kernel.interface import Driver, Inverse, Place, Remember
+from natkeep.plan.base_chains import gate_chain
 from natkeep.plan.filters import reset_chain
 from natkeep.plan.observation import Gate
 from natkeep.plan.roles import Role
+from natkeep.plan.step_undo import CloseGates, RemoveGate, RemoveListeners, Unload
 from natkeep.plan.steps import (
     FillSet,
     HoldListeners,
@@ -30,8 +32,6 @@ from natkeep.plan.steps import (
     SendResets,
     TranslateErrors,
 )
-from natkeep.plan.tables import gate_chain
-from natkeep.plan.undo import CloseGates, RemoveGate, RemoveListeners, Unload
 
 L = TypeVar("L", bound=Loads)
 
@@ -101,7 +101,7 @@ class TranslationDriver(LoadDriver[InstallTranslation]):
     def check(self, at: Place, step: InstallTranslation) -> None:
         """At the destination NEW must be there, and no socket may have a kept tuple at NEW."""
         if step.site.role == Role.DESTINATION:
-            routes.check_destination(step)
+            lost_routes.check_destination(step)
 
     def find_prior(self, step: InstallTranslation) -> Prior:
         """The routes and the address that the translation stands on, for a repair."""
@@ -110,7 +110,7 @@ class TranslationDriver(LoadDriver[InstallTranslation]):
         others = [ip_address(peer) for peer in peers]
         at_destination = step.site.role == Role.DESTINATION
         own, others = (news, others) if at_destination else ([], [*news, *others])
-        noted = routes.note(own, others)
+        noted = lost_routes.note(own, others)
         return Prior(facts={"ways": noted} if noted else {})
 
 
@@ -120,7 +120,7 @@ class ListenersDriver(LoadDriver[InstallReception]):
     def check(self, at: Place, step: InstallReception) -> None:
         """At the destination no other socket may listen at NEW's port."""
         if step.site.role == Role.DESTINATION:
-            routes.check_reception(step)
+            lost_routes.check_reception(step)
 
     def revert(self, at: Place, undo: RemoveListeners, prior: Prior) -> None:
         """The rules go, and behind them the entries of those that came in meanwhile."""

@@ -11,9 +11,9 @@ from ipaddress import ip_address
 from natkeep.kernel import nftables
 from natkeep.kernel import nftables_dump as dump
 from natkeep.kernel.conntrack_purge import delete_inbound
+from natkeep.plan.base_chains import held_set, removal
 from natkeep.plan.nft import FAMILIES, TABLE
 from natkeep.plan.strays import SeenTable, find_translated, find_undos
-from natkeep.plan.tables import held_set, removal
 from natkeep.plan.tuples import Address, Connections
 
 

@@ -27,11 +27,11 @@ from natkeep.kernel.nft_messages import (
     pack_fill,
     pack_objects,
 )
-from natkeep.plan import filters
+from natkeep.plan import syn_block
+from natkeep.plan.base_chains import GATE, OPEN, gate_hook, removal
 from natkeep.plan.nft import DROP, TABLE, Chain, Object, Rule, Table, Undo
 from natkeep.plan.observation import Gate
 from natkeep.plan.steps import HoldListeners, Loads, OpenGate
-from natkeep.plan.tables import GATE, OPEN, gate_hook, removal
 from natkeep.plan.tuples import Connections
 
 _MESSAGE = re.compile(r"(?:Error|Warning): (.*)")
@@ -108,8 +108,8 @@ def load_step(step: Loads, objects: Iterable[Object], first: Iterable[str] = ())
 def load_block(step: HoldListeners) -> None:
     """Block these listeners and no others, whatever the move has blocked before."""
     links = (rule.comment for rule in dump.rules(TABLE, GATE))
-    linked = filters.block_comment(step.move_id) in links
-    chain = filters.block_chain(step.move_id)
+    linked = syn_block.comment(step.move_id) in links
+    chain = syn_block.chain_name(step.move_id)
     flush = [f"flush chain inet {TABLE} {chain}"] if dump.has_chain(TABLE, chain) else []
     load_step(step, step.objects(linked=linked), flush)
 
@@ -261,7 +261,7 @@ def _may_remove(opened: set[str]) -> bool:
     for rule in dump.rules_of_chains(TABLE, GATE, "callers-"):
         if rule.chain == GATE:
             hooked = True
-            if filters.is_block(rule.comment):  # listeners are blocked in the base chain
+            if syn_block.is_comment(rule.comment):  # listeners are blocked in the base chain
                 return False
         elif rule.chain not in seen and _GATES.fullmatch(rule.chain):
             seen.add(rule.chain)  # what opens a gate is its first rule

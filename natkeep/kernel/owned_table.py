@@ -30,9 +30,9 @@ from natkeep.kernel.netlink import NETLINK_NETFILTER, Netlink
 from natkeep.kernel.netns import Namespace, inside
 from natkeep.kernel.nft_messages import Message, pack_batch, pack_fill, pack_objects
 from natkeep.plan.filters import owned_sets, owned_table, owned_table_name
+from natkeep.plan.step_undo import RemoveOwnedTable
 from natkeep.plan.steps import GuardSite, Prior
 from natkeep.plan.translation import Translation
-from natkeep.plan.undo import RemoveOwnedTable
 
 _PATIENCE = 2.0
 """Seconds to wait for the guardian to write its pid, and for its end."""

@@ -29,9 +29,9 @@ from natkeep.kernel.netlink import (
     attribute,
     attributes,
 )
+from natkeep.plan.step_undo import LowerLoopback, RemoveAddress
 from natkeep.plan.steps import AddAddress, Prior, RaiseLoopback
 from natkeep.plan.tuples import Address
-from natkeep.plan.undo import LowerLoopback, RemoveAddress
 
 _NEWLINK, _GETLINK = 16, 18
 NEWADDR, _DELADDR, _GETADDR = 20, 21, 22

@@ -23,8 +23,8 @@ from natkeep.kernel.segment_holderd import attach_filter
 from natkeep.plan.criu_lock import CRIU_MARK
 from natkeep.plan.replay import holder_name, pack_kept
 from natkeep.plan.socket_filter import make_filter, pack_filter
+from natkeep.plan.step_undo import EndHolder
 from natkeep.plan.steps import HoldSegments, Prior
-from natkeep.plan.undo import EndHolder
 from natkeep.values import dataclass
 
 AGE = 900

@@ -23,11 +23,11 @@ from natkeep.kernel import (
     sock_diag,
 )
 from natkeep.kernel.conntrack_dump import WALK, count_tracked, is_dump_cheaper
+from natkeep.kernel.lost_routes import Routes
 from natkeep.kernel.netlink import NETLINK_NETFILTER, Netlink
 from natkeep.kernel.netns import Namespace, errors_at, inside
 from natkeep.kernel.nft_messages import pack_keys
-from natkeep.kernel.routes import Routes
-from natkeep.plan import filters, tables
+from natkeep.plan import base_chains, filters, syn_block
 from natkeep.plan.listeners import Reception, make_receptions
 from natkeep.plan.move import Site
 from natkeep.plan.nft import TABLE, Key
@@ -83,14 +83,14 @@ class Snapshot:
         sockets = self._find_sockets(here) if site.role in _HAVE_SOCKETS else None
         sets = {name: kept for t in here for name, kept in filters.sets_of(move_id, t).items()}
         sets |= {filters.reset_set(move_id, reset.number): reset.connections for reset in lost}
-        gate = self._read_gate(tables.gate_chain(move_id))
+        gate = self._read_gate(base_chains.gate_chain(move_id))
         return Observation(
             gate=gate,
             missing={name: self._count_missing(name, kept) for name, kept in sets.items()},
             addresses=frozenset(m.old for m in plan.move.maps if m.old.packed in self._addresses),
             entries=entries,
             alive=_count_alive(entries) if sockets is None else len(sockets),
-            holds=filters.block_comment(move_id) in self._comments("gate"),
+            holds=syn_block.comment(move_id) in self._comments("gate"),
             callers=sum(self._count_callers(one, here) for one in receptions),
             gone=_without_hook(prepared - there, gate),
             shut=opened - there,
@@ -202,5 +202,5 @@ def _count_alive(entries: dict[int, tuple[SeenEntry | None, ...]]) -> int:
 
 def _without_hook(gone: frozenset[Key], gate: Gate) -> frozenset[Key]:
     """The base chain of the gates is not missed by a move that is open (kernel/nftables.py)."""
-    chain, *rules = (one.key() for one in tables.gate_hook())
+    chain, *rules = (one.key() for one in base_chains.gate_hook())
     return gone - {chain, *rules} if gate == Gate.OPEN and chain in gone else gone

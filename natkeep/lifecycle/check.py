@@ -11,8 +11,8 @@ from natkeep.kernel import rtnetlink
 from natkeep.lifecycle.conflicts import refuse_conflicts
 from natkeep.lifecycle.executor import Executor
 from natkeep.plan.move import Move, Site
-from natkeep.plan.plan import make_plan
 from natkeep.plan.roles import Role
+from natkeep.plan.step_order import make_plan
 from natkeep.plan.steps import Plan
 from natkeep.plan.tuples import Address, Connections
 from natkeep.state.directory import read_boot_id

@@ -16,9 +16,9 @@ from natkeep.errors import RefusedError
 from natkeep.lifecycle.conflicts import refuse_overlaps
 from natkeep.lifecycle.executor import Executor
 from natkeep.lifecycle.progress import kinds_of, numbers_before, plan_of, unprepared
-from natkeep.plan.plan import make_plan
 from natkeep.plan.repair import LoadObjects, Patch
 from natkeep.plan.roles import Role
+from natkeep.plan.step_order import make_plan
 from natkeep.plan.steps import (
     AddAddress,
     FillSet,

@@ -19,8 +19,8 @@ from natkeep.kernel.netns import NamespaceGoneError
 from natkeep.lifecycle.progress import kinds_of, numbers_before, plan_of
 from natkeep.plan.move import Move, Site
 from natkeep.plan.nft import TABLE
+from natkeep.plan.step_undo import UNDONE_AGAIN, LowerLoopback, RemoveAddress, Undo
 from natkeep.plan.steps import Plan, Prior, Step
-from natkeep.plan.undo import UNDONE_AGAIN, LowerLoopback, RemoveAddress, Undo
 from natkeep.state.directory import StateDirectory
 from natkeep.state.journal import Journal, Record, Unread
 from natkeep.values import dataclass

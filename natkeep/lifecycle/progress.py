@@ -9,10 +9,10 @@ from collections.abc import Iterable
 
 from natkeep.errors import JournalError
 from natkeep.plan.move import Site
-from natkeep.plan.plan import make_plan
 from natkeep.plan.roles import Role
+from natkeep.plan.step_order import make_plan
+from natkeep.plan.step_undo import PutLockBack
 from natkeep.plan.steps import Plan
-from natkeep.plan.undo import PutLockBack
 from natkeep.state.directory import read_boot_id
 from natkeep.state.journal import Journal
 

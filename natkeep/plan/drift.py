@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from natkeep.plan import filters, listeners
+from natkeep.plan import listeners, syn_block
+from natkeep.plan.base_chains import gate_chain, is_address_chain
 from natkeep.plan.liveness import Life
 from natkeep.plan.move import Site
 from natkeep.plan.nft import TABLE, Elements
@@ -22,7 +23,6 @@ from natkeep.plan.steps import (
     Plan,
     RaiseLoopback,
 )
-from natkeep.plan.tables import gate_chain, is_address_chain
 from natkeep.plan.wanted import Wanted, want
 from natkeep.values import dataclass
 
@@ -112,7 +112,7 @@ def _find_table_drift(plan: Plan, site: Site, seen: Observation) -> Iterator[str
     wanted = _want(plan, site)
     gone = [one for one in wanted if one.key in seen.gone]
     if not seen.holds:  # which is said of the step
-        hold = filters.block_chain(plan.move.id)
+        hold = syn_block.chain_name(plan.move.id)
         gone = [one for one in gone if one.key.name != hold and f">{hold}" not in one.key.what]
     named = dict(_name_chains(plan, seen, wanted))
     yield from named.values()

@@ -26,6 +26,24 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 
+from natkeep.plan.arp import silence
+from natkeep.plan.base_chains import (
+    GATE,
+    HALF_OPEN,
+    NOT_SYN,
+    OPEN,
+    SYN,
+    TO_WIRE,
+    address_chain,
+    connection_set,
+    dispatch_to,
+    gate_chain,
+    inbound_key,
+    kept_set,
+    outbound_key,
+    outer_set,
+    rule_at,
+)
 from natkeep.plan.nft import (
     ACCEPT,
     DROP,
@@ -34,7 +52,6 @@ from natkeep.plan.nft import (
     RETURN,
     Add,
     Chain,
-    Elements,
     Match,
     Meta,
     Object,
@@ -46,30 +63,9 @@ from natkeep.plan.nft import (
 from natkeep.plan.protocols import TCP
 from natkeep.plan.resets import Reset
 from natkeep.plan.roles import ROLES, Role
-from natkeep.plan.tables import (
-    GATE,
-    HALF_OPEN,
-    NOT_SYN,
-    OPEN,
-    SYN,
-    TO_WIRE,
-    address_chain,
-    connection_set,
-    dispatch_to,
-    gate_chain,
-    held_set,
-    inbound_key,
-    kept_set,
-    outbound_key,
-    outer_set,
-    rule_at,
-)
 from natkeep.plan.translation import Translation
-from natkeep.plan.tuples import Address, Connections, Endpoint
+from natkeep.plan.tuples import Address, Connections
 
-BLOCK_PREFIX = "hold-"
-"""How the names of chains begin that block listeners; `hold` as in released versions."""
-_BLOCK = ":hold"
 RESET_PREFIX = "reset-"
 
 # ---- gate and mute: the kept connections ---------------------------------------------------------
@@ -132,19 +128,6 @@ def outer_name(move_id: str, translation: Translation) -> str:
     return name(move_id, translation.number)
 
 
-def silence(old: Address) -> tuple[Object, ...]:
-    """OLD neither leaves this host as a source nor is spoken of in ARP, while a gate has it.
-
-    A /32 on lo would still be answered for (arp_ignore 0) and announced (arp_announce 0 and
-    1). IPv6 on lo is not answered for by neighbour discovery.
-    """
-    unused = address_chain(GATE, old)
-    held = Elements(held_set(old.version), (old,), unused=unused)
-    if old.version == 6:
-        return (held,)
-    return (held, Elements("silent", (old,), family="arp", unused=unused))
-
-
 def opening(move_id: str, role: Role) -> Rule:
     """Let the kept connections through: one rule, whatever their number.
 
@@ -152,38 +135,6 @@ def opening(move_id: str, role: Role) -> Rule:
     """
     guard = (NOT_SYN,) if ROLES[role].puts_old else ()
     return Rule(gate_chain(move_id), (*guard, ACCEPT), OPEN, insert=True)
-
-
-# ---- block: new connections to listeners of the source -------------------------------------------
-
-
-def block_chain(move_id: str) -> str:
-    """Name of the chain that drops bare SYNs to the blocked listeners."""
-    return f"{BLOCK_PREFIX}{move_id}"
-
-
-def block_comment(move_id: str) -> str:
-    """Comment of the rule that jumps there; no move's kept connections have it."""
-    return f"{move_id}{_BLOCK}"
-
-
-def is_block(comment: str) -> bool:
-    """Whether a rule with this comment jumps to some move's blocked listeners."""
-    return comment.endswith(_BLOCK)
-
-
-def block(move_id: str, listeners: Iterable[Endpoint], *, linked: bool) -> tuple[Object, ...]:
-    """Block these listeners; linked: the gate jumps to the chain already."""
-    chain = block_chain(move_id)
-    objects: list[Object] = [Chain(chain)]
-    for listener in listeners:
-        address = listener.address
-        at = () if address.is_unspecified else (Match((f"{IP[address.version]} daddr",), address),)
-        port = Match((TCP.dport,), listener.port)
-        objects.append(Rule(chain, (*at, port, SYN, DROP)))
-    if not linked:
-        objects.append(Rule(GATE, (jump(chain),), block_comment(move_id)))
-    return tuple(objects)
 
 
 # ---- reset: connections that cannot be kept ------------------------------------------------------

@@ -20,10 +20,10 @@ own checksum is left as it is: receivers look at ICMP's, which covers it.
 from __future__ import annotations
 
 from natkeep.plan import listeners
+from natkeep.plan.base_chains import DIRECTIONS, ERRORS, address_chain, kept_set
 from natkeep.plan.listeners import Reception
 from natkeep.plan.move import Mode
 from natkeep.plan.nft import Octets, OctetsIn, Protocol, Rule, Statement, WriteOctets
-from natkeep.plan.tables import DIRECTIONS, ERRORS, address_chain, kept_set
 from natkeep.plan.translation import Translation
 from natkeep.plan.tuples import Address
 

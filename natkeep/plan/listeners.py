@@ -21,7 +21,17 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 
 from natkeep.errors import RefusedError
-from natkeep.plan.filters import silence
+from natkeep.plan.arp import silence
+from natkeep.plan.base_chains import (
+    DIRECTIONS,
+    FROM_WIRE,
+    GATE,
+    HALF_OPEN,
+    OPEN,
+    SYN,
+    TO_WIRE,
+    rule_at,
+)
 from natkeep.plan.move import Map, Mode, Move, Site
 from natkeep.plan.nft import (
     ACCEPT,
@@ -38,16 +48,6 @@ from natkeep.plan.nft import (
     jump,
 )
 from natkeep.plan.protocols import TCP
-from natkeep.plan.tables import (
-    DIRECTIONS,
-    FROM_WIRE,
-    GATE,
-    HALF_OPEN,
-    OPEN,
-    SYN,
-    TO_WIRE,
-    rule_at,
-)
 from natkeep.plan.tuples import Address, Endpoint
 from natkeep.values import dataclass
 

@@ -58,7 +58,7 @@ class LoadObjects:
 
 @dataclass(frozen=True, slots=True)
 class PutWays:
-    """Routes and addresses of others that the move stands on, as kernel/routes.py noted them."""
+    """Routes and addresses that the move stands on, as kernel/lost_routes.py notes them."""
 
     site: Site
     notes: tuple[str, ...]

@@ -49,11 +49,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from natkeep.plan.filters import outer_name
-from natkeep.plan.move import Mode
-from natkeep.plan.nft import ACCEPT, DROP, IP, Match, Meta, Nat, Object, Rule, Statement, Write
-from natkeep.plan.protocols import TCP
-from natkeep.plan.tables import (
+from natkeep.plan.base_chains import (
     DIRECTIONS,
     FROM_WIRE,
     NOT_SYN,
@@ -66,6 +62,10 @@ from natkeep.plan.tables import (
     outbound_key,
     rule_at,
 )
+from natkeep.plan.filters import outer_name
+from natkeep.plan.move import Mode
+from natkeep.plan.nft import ACCEPT, DROP, IP, Match, Meta, Nat, Object, Rule, Statement, Write
+from natkeep.plan.protocols import TCP
 from natkeep.plan.translation import Translation
 
 

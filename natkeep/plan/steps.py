@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from itertools import islice
 
-from natkeep.plan import filters, listeners, ruleset, tables
+from natkeep.plan import arp, base_chains, filters, listeners, ruleset, syn_block
 from natkeep.plan.conntrack import describe_purge, entries, stale_tuples, stale_views
 from natkeep.plan.criu_lock import DumpLock, describe_taking
 from natkeep.plan.listeners import Reception
@@ -97,10 +97,10 @@ class InstallGate(Loads):
     def static(self) -> tuple[tuple[Object, ...], ...]:
         """The table, and what it has at a site of this role."""
         if self.site.row.puts_old:
-            return (tables.base_table(), tables.destination_table(), tables.arp_table())
+            return (base_chains.base_table(), base_chains.destination_table(), arp.arp_table())
         if self.site.row.mutes:
-            return (tables.base_table(), tables.dispatch_table("mute"))
-        return (tables.base_table(),)
+            return (base_chains.base_table(), base_chains.dispatch_table("mute"))
+        return (base_chains.base_table(),)
 
 
 @dataclass(frozen=True, slots=True)
@@ -347,11 +347,11 @@ class HoldListeners(Loads):
 
     def objects(self, *, linked: bool = False) -> tuple[Object, ...]:
         """A chain that drops, and a rule that leads there; linked: that one is there already."""
-        return filters.block(self.move_id, self.listeners, linked=linked)
+        return syn_block.block(self.move_id, self.listeners, linked=linked)
 
     def static(self) -> tuple[tuple[Object, ...], ...]:
         """The table."""
-        return (tables.base_table(),)
+        return (base_chains.base_table(),)
 
 
 @dataclass(frozen=True, slots=True)
@@ -369,7 +369,7 @@ class InstallResets(Loads):
     def static(self) -> tuple[tuple[Object, ...], ...]:
         """The base chain in front of the gate."""
         return tuple(
-            tables.dispatch_table(d) for d in dict.fromkeys(r.dispatch for r in self.resets)
+            base_chains.dispatch_table(d) for d in dict.fromkeys(r.dispatch for r in self.resets)
         )
 
 
@@ -460,7 +460,7 @@ class Plan:
 
 
 def _mode_tables(modes: Iterable[Mode]) -> tuple[tuple[Object, ...], ...]:
-    return tuple(tables.mode_table(mode) for mode in dict.fromkeys(modes))
+    return tuple(base_chains.mode_table(mode) for mode in dict.fromkeys(modes))
 
 
 def _first(lines: Iterable[str], total: int) -> Iterator[str]:

@@ -13,8 +13,8 @@ import re
 from collections.abc import Iterable, Iterator
 from ipaddress import ip_address
 
+from natkeep.plan.base_chains import GATE, dispatch_map, held_set
 from natkeep.plan.nft import Undo
-from natkeep.plan.tables import GATE, dispatch_map, held_set
 from natkeep.plan.tuples import Address
 from natkeep.values import dataclass
 

@@ -13,10 +13,10 @@ from typing import Any, Protocol
 
 from natkeep.errors import JournalError, RefusedError, UsageError
 from natkeep.plan.move import Move, Site
+from natkeep.plan.step_undo import Undo, undo_of
 from natkeep.plan.steps import Identity, OpenGate, Prior, SendResets, Step
 from natkeep.plan.translation import Change, Surroundings
 from natkeep.plan.tuples import NO_CONNECTIONS, Connections
-from natkeep.plan.undo import Undo, undo_of
 from natkeep.state.codec import (
     SCHEMA,
     as_index,

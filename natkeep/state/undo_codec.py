@@ -14,27 +14,27 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from natkeep.plan import nft, undo
+from natkeep.plan import nft, step_undo
 from natkeep.plan.listeners import Reception
 from natkeep.plan.move import Map, Mode, Site
 from natkeep.plan.roles import Role
 from natkeep.plan.tuples import Address, Connections, parse_address
 from natkeep.state.codec import as_flag, as_list, as_text, as_whole, lock_from_json, lock_to_json
 
-KINDS: dict[str, type[undo.Undo]] = {
-    "nothing": undo.Nothing,
-    "objects": undo.Unload,
-    "gate": undo.RemoveGate,
-    "listeners": undo.RemoveListeners,
-    "opening": undo.CloseGates,
-    "loopback": undo.LowerLoopback,
-    "address": undo.RemoveAddress,
-    "purged": undo.RestoreEntries,
-    "entries": undo.DeleteEntries,
-    "let-in": undo.ForgetListeners,
-    "holder": undo.EndHolder,
-    "owned-table": undo.RemoveOwnedTable,
-    "lock": undo.PutLockBack,
+KINDS: dict[str, type[step_undo.Undo]] = {
+    "nothing": step_undo.Nothing,
+    "objects": step_undo.Unload,
+    "gate": step_undo.RemoveGate,
+    "listeners": step_undo.RemoveListeners,
+    "opening": step_undo.CloseGates,
+    "loopback": step_undo.LowerLoopback,
+    "address": step_undo.RemoveAddress,
+    "purged": step_undo.RestoreEntries,
+    "entries": step_undo.DeleteEntries,
+    "let-in": step_undo.ForgetListeners,
+    "holder": step_undo.EndHolder,
+    "owned-table": step_undo.RemoveOwnedTable,
+    "lock": step_undo.PutLockBack,
 }
 _NAMES = {cls: name for name, cls in KINDS.items()}
 
@@ -72,14 +72,14 @@ class Files:
         return found if at == old else found.toward(at)
 
 
-def undo_to_json(one: undo.Undo, files: Files) -> dict[str, Any]:
+def undo_to_json(one: step_undo.Undo, files: Files) -> dict[str, Any]:
     """As it stands in the journal."""
     names: tuple[str, ...] = type(one).__match_args__
     fields = {name: _FIELDS[name][0](getattr(one, name), files) for name in names}
     return {"kind": _NAMES[type(one)], **fields}
 
 
-def undo_from_json(value: dict[str, Any], files: Files) -> undo.Undo:
+def undo_from_json(value: dict[str, Any], files: Files) -> step_undo.Undo:
     """From the journal; ValueError, KeyError or TypeError for what undo_to_json does not write."""
     cls = KINDS[as_text(value["kind"])]
     names: tuple[str, ...] = cls.__match_args__

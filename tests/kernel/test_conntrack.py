@@ -20,12 +20,12 @@ from natkeep.kernel.netns import inside, open_namespace
 from natkeep.plan.conntrack import PEER_DIALLED, Entry, entries
 from natkeep.plan.move import Map, Mode, Move, Site
 from natkeep.plan.observation import SeenEntry
-from natkeep.plan.plan import make_plan
 from natkeep.plan.roles import Role
+from natkeep.plan.step_order import make_plan
+from natkeep.plan.step_undo import undo_of
 from natkeep.plan.steps import InsertEntries, Plan, PurgeEntries
 from natkeep.plan.translation import Translation
 from natkeep.plan.tuples import Address, Connections, Endpoint, FourTuple
-from natkeep.plan.undo import undo_of
 
 pytestmark = pytest.mark.root
 Run = Callable[..., str]

@@ -15,10 +15,10 @@ from natkeep.kernel.netns import inside, open_namespace
 from natkeep.plan.conntrack import PEER_DIALLED
 from natkeep.plan.move import Map, Mode, Move, Site
 from natkeep.plan.roles import Role
+from natkeep.plan.step_undo import undo_of
 from natkeep.plan.steps import PurgeEntries
 from natkeep.plan.translation import Translation, make_translations
 from natkeep.plan.tuples import Connections, Endpoint, FourTuple
-from natkeep.plan.undo import undo_of
 from natkeep.values import replace
 
 pytestmark = pytest.mark.root

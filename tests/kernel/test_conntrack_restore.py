@@ -11,12 +11,12 @@ from natkeep.kernel import conntrack
 from natkeep.kernel.conntrack_purge import purge
 from natkeep.kernel.netns import inside, open_namespace
 from natkeep.plan.move import Map, Move, Site
-from natkeep.plan.plan import make_plan
 from natkeep.plan.roles import Role
+from natkeep.plan.step_order import make_plan
+from natkeep.plan.step_undo import undo_of
 from natkeep.plan.steps import PurgeEntries
 from natkeep.plan.translation import Translation
 from natkeep.plan.tuples import Connections, Endpoint, FourTuple, parse_address
-from natkeep.plan.undo import undo_of
 
 pytestmark = pytest.mark.root
 

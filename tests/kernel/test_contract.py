@@ -25,8 +25,8 @@ from natkeep.kernel.linux import LinuxKernel
 from natkeep.plan.drift import find_drift
 from natkeep.plan.move import Map, Mode, Move, Site
 from natkeep.plan.observation import Gate, Observation
-from natkeep.plan.plan import make_plan
 from natkeep.plan.roles import Role
+from natkeep.plan.step_order import make_plan
 from natkeep.plan.steps import (
     AddAddress,
     FillSet,

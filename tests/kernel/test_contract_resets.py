@@ -13,13 +13,13 @@ from fake_kernel import FakeKernel, FakeSite, chains_left, revert_step
 from natkeep.errors import KernelError
 from natkeep.kernel.linux import LinuxKernel
 from natkeep.plan import filters
+from natkeep.plan.base_chains import is_address_chain
 from natkeep.plan.drift import find_drift
 from natkeep.plan.move import Fate, Map, Mode, Move, Site
 from natkeep.plan.nft import Rule
-from natkeep.plan.plan import make_plan
 from natkeep.plan.roles import Role
+from natkeep.plan.step_order import make_plan
 from natkeep.plan.steps import FillSet, InstallResets, Plan, Prior, SendResets, Step
-from natkeep.plan.tables import is_address_chain
 from natkeep.plan.tuples import Connections, Endpoint, FourTuple, parse_address
 from natkeep.plan.wanted import objects_of, split_opening, want
 

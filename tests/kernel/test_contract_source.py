@@ -23,8 +23,8 @@ from natkeep.plan.criu_lock import DumpLock, NetworkLock
 from natkeep.plan.drift import find_drift
 from natkeep.plan.move import Map, Move, Site
 from natkeep.plan.observation import Gate, Observation
-from natkeep.plan.plan import make_plan
 from natkeep.plan.roles import Role
+from natkeep.plan.step_order import make_plan
 from natkeep.plan.steps import (
     FillSet,
     HoldListeners,

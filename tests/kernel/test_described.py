@@ -9,10 +9,10 @@ from ipaddress import ip_address
 import pytest
 
 from natkeep.kernel.linux import LinuxKernel
-from natkeep.plan import tables
+from natkeep.plan import arp, base_chains
 from natkeep.plan.move import Map, Mode, Move, Site
-from natkeep.plan.plan import make_plan
 from natkeep.plan.roles import Role
+from natkeep.plan.step_order import make_plan
 from natkeep.plan.steps import Plan, PurgeEntries
 from natkeep.plan.tuples import Connections, Endpoint, FourTuple
 
@@ -60,9 +60,9 @@ def test_the_described_commands_do_what_natkeep_does(
         kernel.apply(step, lambda prior: None)
 
     # The parts that all moves share are not any step's own.
-    shared = [*tables.base_table(), *tables.mode_table(plan.move.mode)]
+    shared = [*base_chains.base_table(), *base_chains.mode_table(plan.move.mode)]
     if role == Role.DESTINATION:
-        shared += [*tables.destination_table(), *tables.arp_table()]
+        shared += [*base_chains.destination_table(), *arp.arp_table()]
     run(typed, "nft", "-f", "-", stdin="\n".join(map(str, shared)))
     for step in plan_at(role, typed).steps:
         for line in step.describe():

@@ -12,14 +12,14 @@ from natkeep.kernel.interface import Packed
 from natkeep.kernel.linux import LinuxKernel
 from natkeep.kernel.netlink import NETLINK_NETFILTER, Netlink
 from natkeep.kernel.netns import inside, open_namespace
+from natkeep.plan.base_chains import gate_chain
 from natkeep.plan.drift import find_drift
 from natkeep.plan.move import Map, Move, Site
 from natkeep.plan.observation import Gate
-from natkeep.plan.plan import make_plan
 from natkeep.plan.repair import LoadObjects
 from natkeep.plan.roles import Role
+from natkeep.plan.step_order import make_plan
 from natkeep.plan.steps import HoldListeners, InstallGate, OpenGate, Plan, Prior
-from natkeep.plan.tables import gate_chain
 from natkeep.plan.tuples import Connections, Endpoint, FourTuple, parse_address
 
 Run = Callable[..., str]

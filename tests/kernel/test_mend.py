@@ -17,9 +17,9 @@ from natkeep.kernel.linux import LinuxKernel
 from natkeep.plan.drift import find_drift
 from natkeep.plan.liveness import Life
 from natkeep.plan.move import Map, Mode, Move, Site
-from natkeep.plan.plan import make_plan
 from natkeep.plan.repair import find_patches
 from natkeep.plan.roles import Role
+from natkeep.plan.step_order import make_plan
 from natkeep.plan.steps import OpenGate, Plan
 from natkeep.plan.tuples import Connections, Endpoint, FourTuple
 

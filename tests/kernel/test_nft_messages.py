@@ -14,12 +14,12 @@ from natkeep.kernel import nftables
 from natkeep.kernel.netlink import NETLINK_NETFILTER, NLM_F_DUMP, Netlink, attribute, attributes
 from natkeep.kernel.netns import inside, open_namespace
 from natkeep.kernel.nft_messages import pack_objects
-from natkeep.plan import filters, listeners, tables
+from natkeep.plan import base_chains, filters, listeners
 from natkeep.plan.filters import owned_table, owned_table_name
 from natkeep.plan.move import Map, Move, Site
 from natkeep.plan.nft import DROP, TABLE, Chain, Match, Nat, Object, Rule, Table, TcpFlags
-from natkeep.plan.plan import make_plan
 from natkeep.plan.roles import Role
+from natkeep.plan.step_order import make_plan
 from natkeep.plan.tuples import Connections, Endpoint, FourTuple
 
 Shown = dict[int, object]
@@ -135,7 +135,7 @@ def test_the_kernel_has_the_same_of_an_owned_table(
 @pytest.mark.needs("nftables")
 @pytest.mark.parametrize("role", [Role.GATEWAY, Role.DESTINATION])
 def test_the_kernel_has_the_same_of_what_opens(role: Role, netns: str) -> None:
-    chains = [tables.gate_chain("web"), "callers-web", filters.reset_chain("web")]
+    chains = [base_chains.gate_chain("web"), "callers-web", filters.reset_chain("web")]
     opening = [
         filters.opening("web", role),
         listeners.opening("web"),
@@ -163,7 +163,7 @@ def test_a_difference_would_show(netns: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "statement", [Nat("dnat", ip_address("10.3.0.20"), 80), tables.FROM_WIRE, filters.RETURN]
+    "statement", [Nat("dnat", ip_address("10.3.0.20"), 80), base_chains.FROM_WIRE, filters.RETURN]
 )
 def test_what_goes_by_its_text_is_not_packed(statement: object) -> None:
     with pytest.raises(TypeError, match="goes by its text"):

@@ -31,8 +31,8 @@ from natkeep.plan.drift import find_drift
 from natkeep.plan.listeners import make_receptions
 from natkeep.plan.move import Map, Mode, Move, Site
 from natkeep.plan.observation import Gate, Observation
-from natkeep.plan.plan import make_plan
 from natkeep.plan.roles import Role
+from natkeep.plan.step_order import make_plan
 from natkeep.plan.steps import ForgetCalls, InstallReception, Plan, Prior, Step
 from natkeep.plan.tuples import NO_CONNECTIONS, Address, Connections, Endpoint, FourTuple
 

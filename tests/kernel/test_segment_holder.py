@@ -31,8 +31,8 @@ from natkeep.kernel.netns import Namespace, inside, open_namespace
 from natkeep.lab import tcp_repair
 from natkeep.lab.tcp_repair import RepairSocket, SocketState, TcpState
 from natkeep.plan.move import Map, Mode, Move, Site
-from natkeep.plan.plan import make_plan
 from natkeep.plan.roles import Role
+from natkeep.plan.step_order import make_plan
 from natkeep.plan.steps import HoldSegments, OpenGate, Prior, Step
 from natkeep.plan.tuples import Connections, Endpoint, FourTuple
 

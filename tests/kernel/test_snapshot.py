@@ -16,8 +16,8 @@ from natkeep.errors import KernelError
 from natkeep.kernel.ctnetlink import ask_for_tcp
 from natkeep.kernel.linux import LinuxKernel
 from natkeep.plan.move import Map, Mode, Move, Site
-from natkeep.plan.plan import make_plan
 from natkeep.plan.roles import Role
+from natkeep.plan.step_order import make_plan
 from natkeep.plan.steps import Plan
 from natkeep.plan.tuples import Connections, Endpoint, FourTuple
 

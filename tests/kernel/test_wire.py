@@ -28,8 +28,8 @@ from fake_kernel import revert_step
 from natkeep.kernel.linux import LinuxKernel
 from natkeep.kernel.netns import inside, open_namespace
 from natkeep.plan.move import Map, Mode, Move, Site
-from natkeep.plan.plan import make_plan
 from natkeep.plan.roles import Role
+from natkeep.plan.step_order import make_plan
 from natkeep.plan.steps import Plan, Prior, Step
 from natkeep.plan.tuples import Address, Connections, Endpoint, FourTuple
 

@@ -8,8 +8,8 @@ import pytest
 
 from natkeep.plan.conntrack import Entry, describe_purge, directions_of, entries, stale_tuples
 from natkeep.plan.move import Map, Mode, Move, Site
-from natkeep.plan.plan import make_plan
 from natkeep.plan.roles import Role
+from natkeep.plan.step_order import make_plan
 from natkeep.plan.translation import Translation
 from natkeep.plan.tuples import Connections, Endpoint, FourTuple
 

@@ -7,12 +7,12 @@ from ipaddress import ip_address
 
 import pytest
 
+from natkeep.plan.base_chains import is_address_chain
 from natkeep.plan.drift import find_drift
 from natkeep.plan.move import Map, Move, Site
 from natkeep.plan.observation import Gate, Observation, SeenEntry
-from natkeep.plan.plan import make_plan
 from natkeep.plan.roles import Role
-from natkeep.plan.tables import is_address_chain
+from natkeep.plan.step_order import make_plan
 from natkeep.plan.tuples import Connections, Endpoint, FourTuple
 from natkeep.plan.wanted import want
 

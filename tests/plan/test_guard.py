@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from natkeep.plan.move import Map, Move, Site
-from natkeep.plan.plan import make_plan
 from natkeep.plan.roles import Role
+from natkeep.plan.step_order import make_plan
 from natkeep.plan.steps import AddAddress, FillSet, GuardSite, InstallTranslation
 from natkeep.plan.tuples import Address, Connections, Endpoint, FourTuple, parse_address
 from natkeep.state.directory import StateDirectory

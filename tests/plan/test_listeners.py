@@ -15,14 +15,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from natkeep.errors import RefusedError
-from natkeep.plan import listeners, tables
+from natkeep.plan import base_chains, listeners
+from natkeep.plan.base_chains import is_address_chain
 from natkeep.plan.drift import find_drift
 from natkeep.plan.listeners import Reception, make_receptions, refuse_one_end_for_two
 from natkeep.plan.move import Map, Mode, Move, Site
 from natkeep.plan.nft import OctetsIn
 from natkeep.plan.observation import Gate, Observation
-from natkeep.plan.plan import make_plan, render_nft
 from natkeep.plan.roles import Role
+from natkeep.plan.step_order import make_plan, render_nft
 from natkeep.plan.steps import (
     AddAddress,
     ForgetCalls,
@@ -32,7 +33,6 @@ from natkeep.plan.steps import (
     Plan,
     TranslateErrors,
 )
-from natkeep.plan.tables import is_address_chain
 from natkeep.plan.tuples import NO_CONNECTIONS, Connections, Endpoint, FourTuple
 from natkeep.plan.wanted import want
 
@@ -68,7 +68,7 @@ def test_without_listeners_nothing_is_rendered_for_callers(site: Site, mode: Mod
     assert not [step for step in plan.steps if isinstance(step, InstallReception | ForgetCalls)]
     assert not re.search("listen|callers", "\n".join(lines_of(plan)))
     [rule] = plan.open[0].objects()
-    assert rule.chain == tables.gate_chain("web")
+    assert rule.chain == base_chains.gate_chain("web")
 
 
 @ROLES
@@ -100,7 +100,7 @@ def test_only_gateway_and_destination_receive() -> None:
 
 def without_answers(rules: Iterable[str]) -> list[str]:
     """Less those by which what a listener answers leaves the destination."""
-    return [rule for rule in rules if tables.HALF_OPEN not in rule]
+    return [rule for rule in rules if base_chains.HALF_OPEN not in rule]
 
 
 def test_a_listener_answers_also_who_calls_from_the_port_of_a_kept_connection() -> None:
@@ -108,7 +108,9 @@ def test_a_listener_answers_also_who_calls_from_the_port_of_a_kept_connection() 
     lines = [line for _, some in render_nft(make_plan(move_of(WEB, site=DESTINATION), KEPT))
              for line in some]  # fmt: skip
 
-    dropped, answered = (line for line in lines if f"rule inet natkeep {tables.HALF_OPEN}" in line)
+    dropped, answered = (
+        line for line in lines if f"rule inet natkeep {base_chains.HALF_OPEN}" in line
+    )
 
     assert dropped.startswith("add ")
     assert "@kept-web-0 drop" in dropped
@@ -235,7 +237,8 @@ def test_a_rule_for_callers_that_is_gone_is_drift(site: Site, mode: Mode) -> Non
     ]
     names = {key.name for key in rules if is_address_chain(key.name)}
     assert {
-        tables.address_chain("gate", local) for local in make_receptions(plan.move, site)[0].gated
+        base_chains.address_chain("gate", local)
+        for local in make_receptions(plan.move, site)[0].gated
     } < names
 
     assert find_drift(plan, site, whole) == ()
@@ -267,8 +270,8 @@ def test_whatever_is_given_what_is_added_is_removed(
         assert own <= added
         chains = added - own
         assert all(map(is_address_chain, chains))
-        gated = {tables.address_chain("gate", local) for local in receiving.gated}
+        gated = {base_chains.address_chain("gate", local) for local in receiving.gated}
         assert gated < chains
-        shared = {tables.HALF_OPEN} if at_destination else set()
+        shared = {base_chains.HALF_OPEN} if at_destination else set()
         into = {line.split()[4] for line in lines if line.startswith("insert rule ")}
         assert into == chains | shared

@@ -12,9 +12,9 @@ from natkeep.plan.liveness import Life, Sighting, find_life, make_sighting
 from natkeep.plan.move import Map, Mode, Move, Site
 from natkeep.plan.nft import Key, Undo
 from natkeep.plan.observation import Gate, Observation, SeenEntry
-from natkeep.plan.plan import make_plan
 from natkeep.plan.repair import LoadObjects, find_patches
 from natkeep.plan.roles import Role
+from natkeep.plan.step_order import make_plan
 from natkeep.plan.steps import AddAddress, FillSet, InsertEntries, Plan, RaiseLoopback, Step
 from natkeep.plan.strays import SeenTable, find_undos
 from natkeep.plan.tuples import NO_CONNECTIONS, Connections, Endpoint, FourTuple

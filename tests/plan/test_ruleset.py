@@ -19,11 +19,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from natkeep.errors import UsageError
-from natkeep.plan import tables
+from natkeep.plan import arp, base_chains
 from natkeep.plan.move import Fate, Map, Mode, Move, Site
 from natkeep.plan.nft import Object
-from natkeep.plan.plan import make_plan, render_nft
 from natkeep.plan.roles import Role
+from natkeep.plan.step_order import make_plan, render_nft
 from natkeep.plan.steps import FillSet, InstallGate, InstallTranslation, OpenGate, Plan
 from natkeep.plan.translation import NOTHING_SPECIAL, Surroundings
 from natkeep.plan.tuples import Address, Connections, Endpoint, FourTuple
@@ -123,7 +123,7 @@ def test_every_golden_file_belongs_to_a_case() -> None:
     assert {f"{name}.nft" for name in CASES} == {file.name for file in GOLDEN.iterdir()}
 
 
-@pytest.mark.parametrize("objects", [tables.base_table(), tables.arp_table()])
+@pytest.mark.parametrize("objects", [base_chains.base_table(), arp.arp_table()])
 def test_a_table_that_is_there_already_is_an_error(objects: tuple[Object, ...]) -> None:
     """`create` once, at the top: two that start at the same time must not both succeed."""
     lines = [str(one) for one in objects]
@@ -134,8 +134,8 @@ def test_a_table_that_is_there_already_is_an_error(objects: tuple[Object, ...]) 
 
 def test_only_icmp_is_sent_to_the_rules_of_errors() -> None:
     """There is a pair of them for each move: other people's datagrams would ask them all."""
-    lines = [str(one) for one in tables.mode_table(Mode.STATELESS)]
-    (sent,) = [line for line in lines if line.endswith(f"jump {tables.ERRORS}")]
+    lines = [str(one) for one in base_chains.mode_table(Mode.STATELESS)]
+    (sent,) = [line for line in lines if line.endswith(f"jump {base_chains.ERRORS}")]
 
     assert "meta l4proto { icmp, ipv6-icmp } jump" in sent
 

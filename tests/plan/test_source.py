@@ -7,11 +7,11 @@ import pytest
 from natkeep.errors import UsageError
 from natkeep.plan import criu_lock as locks
 from natkeep.plan.criu_lock import DumpLock, NetworkLock, find_rules, render_deletion
-from natkeep.plan.filters import block
 from natkeep.plan.move import Map, Mode, Move, Site
-from natkeep.plan.plan import make_plan, render_nft
 from natkeep.plan.roles import Role
+from natkeep.plan.step_order import make_plan, render_nft
 from natkeep.plan.steps import FillSet, HoldListeners, InstallGate, OpenGate, Plan, TakeOverLock
+from natkeep.plan.syn_block import block
 from natkeep.plan.tuples import NO_CONNECTIONS, Connections, Endpoint, FourTuple, parse_address
 
 RUN = "aaf6b8e3-c33b-47e9-baff-d0ec3de03291"

@@ -10,8 +10,8 @@ import pytest
 
 from natkeep.errors import RefusedError
 from natkeep.plan.move import Map, Move, Site
-from natkeep.plan.plan import describe_plan, make_plan, render_nft
 from natkeep.plan.roles import Role
+from natkeep.plan.step_order import describe_plan, make_plan, render_nft
 from natkeep.plan.steps import (
     AddAddress,
     FillSet,

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from natkeep.errors import RefusedError
 from natkeep.plan import translation
 from natkeep.plan.move import Map, Mode, Move, Site
-from natkeep.plan.plan import make_plan
 from natkeep.plan.roles import Role
+from natkeep.plan.step_order import make_plan
 from natkeep.plan.steps import InsertEntries
 from natkeep.plan.translation import Surroundings
 from natkeep.plan.tuples import Connections, Endpoint, FourTuple

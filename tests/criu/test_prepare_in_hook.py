@@ -235,7 +235,7 @@ def test_an_unforeseen_error_is_one_line_too(
     def fail(*_: object, **__: object) -> None:
         raise ZeroDivisionError("by\nzero")
 
-    monkeypatch.setattr("natkeep.criu.maps.prepare", fail)
+    monkeypatch.setattr("natkeep.criu.prepare_in_hook.prepare", fail)
     assert criu.call("pre-restore") == 1
     assert capsys.readouterr().err == "natkeep-hook: ZeroDivisionError: by zero\n"
 

@@ -10,8 +10,8 @@ from collections.abc import Callable, Iterator
 
 from natkeep import policy
 from natkeep.checkpoint import Checkpoint
-from natkeep.checkpoint.images import has_own_netns, read_checkpoint
-from natkeep.criu.environment import Call, Orders, is_abandoned, joined_netns
+from natkeep.checkpoint.images import read_checkpoint
+from natkeep.criu.environment import Call, Orders, is_abandoned
 from natkeep.errors import JournalError
 from natkeep.lifecycle.check import find_new, require_devices
 from natkeep.lifecycle.executor import Executor
@@ -23,16 +23,6 @@ from natkeep.plan.roles import Role
 from natkeep.plan.tuples import NO_CONNECTIONS, Connections
 from natkeep.state.directory import read_boot_id
 from natkeep.state.journal import Journal
-
-
-def find_site(call: Call) -> Site | None:
-    """Where the tree will be; None while its namespace does not exist."""
-    if call.action != "pre-restore":
-        return call.tree_site()
-    joined = joined_netns(call.criu)
-    if not joined and has_own_netns(call.demand_images()):
-        return None
-    return Site(Role.DESTINATION, joined)
 
 
 def ensure_prepared(

@@ -10,13 +10,13 @@ import pytest
 from golden_journals.cases import BOTH, CASES, KEPT, SOURCE, V4, Case, listed, move
 
 from natkeep.errors import JournalError
-from natkeep.plan import undo as undos
+from natkeep.plan import step_undo as undos
 from natkeep.plan.criu_lock import DumpLock, NetworkLock
-from natkeep.plan.plan import make_plan
+from natkeep.plan.step_order import make_plan
+from natkeep.plan.step_undo import undo_of
 from natkeep.plan.steps import AddAddress, InsertEntries, Prior, Step
 from natkeep.plan.translation import NOTHING_SPECIAL, Surroundings
 from natkeep.plan.tuples import NO_CONNECTIONS, parse_address
-from natkeep.plan.undo import undo_of
 from natkeep.state.directory import StateDirectory
 from natkeep.state.journal import Journal
 from natkeep.state.undo_codec import KINDS, Files, undo_from_json, undo_to_json

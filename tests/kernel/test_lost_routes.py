@@ -1,4 +1,4 @@
-"""kernel/routes.py in a real namespace: routes and NEW noted, missed, and put back exactly."""
+"""kernel/lost_routes.py in a real namespace: routes and NEW noted, missed, and put back exactly."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from ipaddress import ip_address
 import pytest
 
 from natkeep.errors import KernelError
-from natkeep.kernel import routes
+from natkeep.kernel import lost_routes
 from natkeep.kernel.netns import inside, open_namespace
 
 pytestmark = pytest.mark.root
@@ -39,8 +39,8 @@ def test_what_was_wiped_comes_back_as_it_was(
     """The device's own route first, or the next hop would be unreachable."""
     netns = make_site()
     with at(netns):
-        noted = routes.note([NEW[version]], [PEER[version]])
-        assert routes.find_lost(noted) == ()
+        noted = lost_routes.note([NEW[version]], [PEER[version]])
+        assert lost_routes.find_lost(noted) == ()
     before = list_routes(run, netns, version)
     script = "; ".join(FLUSH)
     if damage == "down and up":
@@ -49,9 +49,9 @@ def test_what_was_wiped_comes_back_as_it_was(
     assert before != list_routes(run, netns, version)
 
     with at(netns):
-        lost = routes.find_lost(noted)
-        routes.put_back(lost)
-        left = routes.find_lost(noted)
+        lost = lost_routes.find_lost(noted)
+        lost_routes.put_back(lost)
+        left = lost_routes.find_lost(noted)
 
     assert f"route,{PEER[version]},eth0" in {note.rpartition(",")[0] for note in lost}
     assert left == ()
@@ -64,11 +64,11 @@ def test_another_route_by_now_is_right(
 ) -> None:
     netns = make_site()
     with at(netns):
-        noted = routes.note([], [PEER[4]])
+        noted = lost_routes.note([], [PEER[4]])
     run(netns, "ip", "route", "replace", "10.1.0.0/16", "via", "10.3.0.99")
 
     with at(netns):
-        assert routes.find_lost(noted) == ()
+        assert lost_routes.find_lost(noted) == ()
 
 
 def test_a_device_that_is_down_or_another_one_is_said_and_nothing_done(
@@ -76,21 +76,21 @@ def test_a_device_that_is_down_or_another_one_is_said_and_nothing_done(
 ) -> None:
     netns = make_site()
     with at(netns):
-        noted = routes.note([], [PEER[4]])
+        noted = lost_routes.note([], [PEER[4]])
     run(netns, "ip", "link", "set", "eth0", "down")
     with at(netns), pytest.raises(KernelError, match="on eth0: "):
-        routes.put_back(routes.find_lost(noted))
+        lost_routes.put_back(lost_routes.find_lost(noted))
 
     run(netns, "ip", "link", "set", "eth0", "name", "eth9")
     with at(netns), pytest.raises(KernelError, match="the device eth0 is not what it was"):
-        routes.put_back(routes.find_lost(noted))
+        lost_routes.put_back(lost_routes.find_lost(noted))
 
 
 @pytest.mark.parametrize("text", ["", "x", "route,10.1.0.2,eth0,zz", "route,10.1.0.2,a/b,00"])
 def test_what_is_no_note_is_nothing(netns: str, text: str) -> None:
     with at(netns):
-        assert routes.find_lost(text) == ()
-        routes.put_back([text])
+        assert lost_routes.find_lost(text) == ()
+        lost_routes.put_back([text])
 
 
 def test_what_takes_no_plain_route_is_not_noted(
@@ -103,4 +103,4 @@ def test_what_takes_no_plain_route_is_not_noted(
 
     with at(netns):
         for text in ("10.9.0.1", "10.8.0.1", "10.7.0.1", "127.0.0.1"):
-            assert routes.note([], [ip_address(text)]) == ""
+            assert lost_routes.note([], [ip_address(text)]) == ""

@@ -171,17 +171,6 @@ def destination_table() -> tuple[Object, ...]:
 
 
 @cache
-def arp_table() -> tuple[Object, ...]:
-    """The ARP half of a destination's table; `create` fails when it is there already."""
-    objects: list[Object] = [Table("arp"), Set("silent", ("ipv4_addr",), family="arp", shared=True)]
-    for name, hook, field in (("asked", "input", "daddr"), ("asking", "output", "saddr")):
-        objects.append(Chain(name, hook, "0", family="arp"))
-        match = Match((f"arp {field} ip",), "@silent")
-        objects.append(Rule(name, (match, DROP), family="arp"))
-    return tuple(objects)
-
-
-@cache
 def source_table() -> tuple[Object, ...]:
     """What only a source's table has besides."""
     return dispatch_table("mute")

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from natkeep.plan import filters
+from natkeep.plan.base_chains import base_table, dispatch_table, mode_table
 from natkeep.plan.listeners import make_receptions, refuse_one_end_for_two
 from natkeep.plan.move import Mode, Move, Site
 from natkeep.plan.nft import TABLE
@@ -37,7 +38,6 @@ from natkeep.plan.steps import (
     TranslateErrors,
     as_commands,
 )
-from natkeep.plan.tables import base_table, dispatch_table, mode_table
 from natkeep.plan.translation import (
     NOTHING_SPECIAL,
     Change,

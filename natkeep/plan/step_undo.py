@@ -11,6 +11,7 @@ undo anything.
 from __future__ import annotations
 
 from natkeep.plan import nft
+from natkeep.plan.base_chains import ERRORS
 from natkeep.plan.criu_lock import DumpLock
 from natkeep.plan.listeners import Reception
 from natkeep.plan.move import Mode, Site
@@ -32,7 +33,6 @@ from natkeep.plan.steps import (
     TakeOverLock,
     TranslateErrors,
 )
-from natkeep.plan.tables import ERRORS
 from natkeep.plan.tuples import Address, Connections
 from natkeep.values import dataclass, replace
 
