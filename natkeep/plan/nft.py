@@ -12,6 +12,8 @@ A rule is not found again by its text: the kernel keeps expressions, and another
 makes others of the same words. So its key has *marks* that every version must keep: the sets that
 it asks, where it jumps to, whether it translates, drops or accepts, the port and the address that
 it names, and its comment.
+
+Size: over 400 lines, because text, key and inverse of a kind of object belong side by side.
 """
 
 from __future__ import annotations
