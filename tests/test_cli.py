@@ -954,7 +954,7 @@ def test_two_moves_share_an_address_and_the_last_removes_it(sites: Network, exec
 def nameless(text: str) -> str:
     """An observation without the handles, which nft counts upwards.
 
-    Nor the base chain that is there while a gate is closed (kernel/passing.py): where all are open,
+    Nor the base chain that is there while a gate is closed (kernel/nftables.py): with all open,
     as at a gateway after prepare, it goes with whatever may wait for that.
     """
     lines = text.splitlines()

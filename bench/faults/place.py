@@ -156,12 +156,9 @@ class Place:
         for site in self.sites:  # who calls a listener just now is forgotten on purpose
             rows = found[f"{site}: conntrack"].splitlines()
             found[f"{site}: conntrack"] = "\n".join(r for r in rows if "SYN_SENT" not in r)
-            ruleset = found[f"{site}: ruleset"]
-            # The pass comes and goes (kernel/passing.py), and has another number each time.
-            ruleset = re.sub('"handle": [0-9]+, ("comment": "gate:pass")', r"\1", ruleset)
-            if self._lock:  # put back, CRIU's lock has other numbers, which nobody sees
-                ruleset = re.sub(',? "handle": [0-9]+', "", ruleset)
-            found[f"{site}: ruleset"] = ruleset
+            if self._lock:  # put back, CRIU's lock has other handles
+                ruleset = found[f"{site}: ruleset"]
+                found[f"{site}: ruleset"] = re.sub(',? "handle": [0-9]+', "", ruleset)
         found["state directory"] = read_directory(self.state)
         found["started processes"] = "\n".join(self._find_children())
         return found

@@ -74,7 +74,7 @@ class Ready:
 
     def __init__(self, content: bytes) -> None:
         lines = content.decode("ascii").split("\n")
-        demand(lines[0] == "natkeep-ready 3" and lines[-2:] == ["end", ""])
+        demand(lines[0] == "natkeep-ready 4" and lines[-2:] == ["end", ""])
         self.values: dict[str, list[str]] = {}
         for line in lines[1:-2]:
             word, _, rest = line.partition(" ")
@@ -129,8 +129,8 @@ class Site:
     """A line of Ready: a site's namespace, and what is sent there."""
 
     def __init__(self, line: str, current: str) -> None:
-        self.known, last, self.batch, self.with_pass, self.unhooking, path = line.split(" ", 5)
-        self.last, self.passes = int(last), False
+        self.known, last, self.batch, self.unhooking, path = line.split(" ", 4)
+        self.last = int(last)
         self.namespace = open_namespace(path)
         demand(identity(self.namespace) == self.known)
         self.elsewhere = self.known != current  # it has to be entered
@@ -138,18 +138,14 @@ class Site:
     def open(self) -> None:
         """Let the connections through, unless prepare has."""
         if self.batch == "-":
-            self.passes = True
             return
         if self.elsewhere:
             enter(self.namespace)
-        # Refused where the ruleset has changed since; not even there where a gate was closed.
-        self.passes = self.with_pass != "-" and send(self.with_pass, self.last + 1)
-        if not self.passes:
-            demand(send(self.batch, self.last))
+        demand(send(self.batch, self.last))
 
     def unhook(self) -> None:
         """Take the gates out of all packets' way; refused where the ruleset has changed since."""
-        if self.passes and self.unhooking != "-":
+        if self.unhooking != "-":
             enter(self.namespace)
             send(self.unhooking, 2)
 

@@ -100,14 +100,12 @@ class Inverse(Protocol[U_contra]):
 class Packed:
     """A transaction for the netlink socket of nf_tables, and the number of its last message.
 
-    with_pass: another one, with one message more, that only works as long as nothing changes; it
-    is tried first, if there is one. unhooking: what may follow that one once nobody waits, if
-    nothing else was in between, of two messages (kernel/passing.py).
+    unhooking: another, of two messages, that takes the base chain of the gates away if nothing was
+    changed in between (kernel/nftables.py); empty where a gate stays closed.
     """
 
     messages: bytes
     last: int
-    with_pass: bytes = b""
     unhooking: bytes = b""
 
 

@@ -8,19 +8,19 @@ the move, in the form it needs it. natkeep/criu/natkeep_hook_open.py reads it, i
 time that reading the journal, making the plan and packing the messages again would take; all that
 is inside the blackout (`make bench-hook`). ASCII lines:
 
-    natkeep-ready 3
+    natkeep-ready 4
     boot BOOT ID
     journal SIZE                    of ID.journal, in octets, when prepare had ended: any verb
                                     that came later has written to it, and this file holds no more
     image RUN ID                    of the dump; - where none is known
     home DEVICE:INODE               a namespace that the restored tree may be in; one or more
-    site DEVICE:INODE LAST HEX PASS UNHOOKING PATH
-                                    a site's namespace, in order of opening: what is sent there and
-                                    the sequence number of its last message; what is tried before
-                                    that, with one message more, or -; what follows that once no
-                                    restore waits, or - (kernel/passing.py); where the namespace is
-                                    found. A gateway that prepare has opened is behind the others,
-                                    and nothing but the last is sent there
+    site DEVICE:INODE LAST HEX UNHOOKING PATH
+                                    a site's namespace, in order of opening: the sequence number of
+                                    the last message that opens it, and these messages; those that
+                                    take the base chain of the gates away once no restore waits, or
+                                    - (kernel/nftables.py); where the namespace is found. A gateway
+                                    that prepare has opened is behind the others, and nothing but
+                                    UNHOOKING is sent there
     hold NAME                       the holder's socket in the state directory, if there is one
     doing RECORD, done RECORD       what the journal notes before and after, a line a step
     end
@@ -103,7 +103,7 @@ def remove_gate_hooks(executor: Executor, move_id: str) -> None:
 def write_ready(kernel: Kernel, journal: Journal, plan: Plan) -> None:
     """Leave ID.ready beside the journal of a move that has just been prepared, closed."""
     lines = [
-        "natkeep-ready 3",
+        "natkeep-ready 4",
         f"boot {journal.boot}",
         f"journal {journal.size()}",
         f"image {journal.image or '-'}",
@@ -135,8 +135,7 @@ def _is_plain(site: Site) -> bool:
 
 
 def _site_line(journal: Journal, site: Site, packed: Packed) -> str:
-    batches = (packed.messages, packed.with_pass, packed.unhooking)
-    sent = " ".join(batch.hex() or "-" for batch in batches)
+    sent = " ".join(batch.hex() or "-" for batch in (packed.messages, packed.unhooking))
     path = path_of(site.netns)
     return f"site {_name(journal.identity(site))} {packed.last} {sent} {path}"
 

@@ -1,7 +1,7 @@
 """the wish: what the operator wants moved, from which address to which, and at which sites.
 
 Rule: a value from this file has been validated; what is built on it does not check again.
-Nothing here knows what follows from a move (that is translations.py), and nothing here may read
+Nothing here knows what follows from a move (that is translation.py), and nothing here may read
 a file, a clock, a socket or a namespace.
 """
 

@@ -11,6 +11,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -78,6 +79,11 @@ class Site:
         assert [site["drift"] for site in move["sites"]] == [[] for _ in move["sites"]]
         return str(move["gate"])
 
+    def has_gate_hook(self) -> bool:
+        """Whether packets still go by the gates: the base chain is there."""
+        listing = ["ip", "netns", "exec", self.netns, "nft", "list", "chain", "inet", "natkeep"]
+        return subprocess.run([*listing, "gate"], capture_output=True).returncode == 0
+
     @property
     def journal(self) -> Path:
         return self.state / "web.journal"
@@ -119,6 +125,17 @@ def test_a_prepared_move_is_opened_and_noted(site: Site) -> None:
     assert list(site.state.iterdir()) == [site.state / "lock"]
 
 
+def test_the_base_chain_of_the_gates_goes_once_no_restore_waits(site: Site) -> None:
+    site.prepare()
+    assert site.has_gate_hook()
+    assert site.call()[0] == 0
+    deadline = time.monotonic() + 20  # it waits a second for CRIU to end
+    while site.has_gate_hook():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    assert site.gate() == "open"
+
+
 def test_it_is_opened_from_within_the_trees_namespace(site: Site) -> None:
     site.prepare()
     code = subprocess.run(
@@ -155,7 +172,7 @@ def _truncate(site: Site) -> None:
 
 
 def _be_of_another_form(site: Site) -> None:
-    site.ready.write_text(site.ready.read_text().replace("natkeep-ready 3", "natkeep-ready 2"))
+    site.ready.write_text(site.ready.read_text().replace("natkeep-ready 4", "natkeep-ready 3"))
 
 
 def _be_of_another_boot(site: Site) -> None:
