@@ -5,7 +5,7 @@ into the quoted header without mending ICMP's checksum, while the kernel's paylo
 mends any 16-bit sum that it is told of (CSUM_TYPE, CSUM_OFFSET).
 
 Why they are needed: path MTU discovery lives on these errors. A router on the peer's side quotes
-what it saw, and sends it to whom it saw; nobody at the destination would know that packet.
+what it saw, and sends it to the address it saw; no socket at the destination knows that packet.
 
     a router tells the process            arriving:  to BEFORE, quotes BEFORE > peer
                                                      becomes to AFTER, quotes AFTER > peer

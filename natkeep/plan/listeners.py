@@ -12,8 +12,8 @@ This file must never touch the kernel.
   port of a connection that has ended, which is a SYN of a kept tuple.
 - A stateless rule asks for the address that it changes: what a kept connection's rule has turned
   into another OLD already is not turned once more.
-- At the destination NEW:port then means the moved listener, so nobody else may listen there, and
-  no other move may have one there: kernel/linux.py and lifecycle/ look beforehand.
+- At the destination NEW:port then means the moved listener, so no other socket may listen there,
+  and no other move may have one there: kernel/linux.py and lifecycle/ look beforehand.
 """
 
 from __future__ import annotations

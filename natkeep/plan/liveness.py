@@ -1,8 +1,8 @@
 """which connections live: by their sockets, their entries, and what a repair saw before.
 
-A gateway alone cannot tell an entry that somebody deleted from one that the kernel removed because
-its connection has ended. But the kernel keeps the entry of an ended connection for a while (10 s
-after a reset, 120 s after both FINs), so that one which was alive less than that ago, and is gone,
+A gateway alone cannot tell an entry that another program deleted from one that the kernel removed
+because its connection has ended. But the kernel keeps the entry of an ended connection for a while
+(10 s after a reset, 120 s after both FINs), so one that was alive less than that ago, and is gone,
 was deleted.
 
 Rule: values only; the clock is read and the file is written by others.

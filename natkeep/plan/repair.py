@@ -8,7 +8,7 @@ is opened that was closed, and no connection that has ended comes back:
 - a gateway alone cannot know. An entry that stands there and does not translate, but carries
   traffic, is mended. One that is missing is made again only if it was seen alive so shortly
   before that the kernel, which keeps the entry of a connection that has ended for a while, cannot
-  have removed it itself: then somebody else did.
+  have removed it itself: then another program did.
 
 This file must never look at a machine; the order of what it returns is that of the plan.
 """
@@ -129,9 +129,9 @@ def find_patches(
 
 
 def _has_forgotten(step: FillSet, missing: frozenset[Key]) -> bool:
-    """Whether nobody knows any more which tuples of a set of resets live again.
+    """Whether the set is lost that says which tuples of a set of resets live again.
 
-    Everybody was told when the move was opened, so all are taken for those.
+    All ends were reset when the move was opened, so every tuple is taken for a new connection.
     """
     if not step.name.startswith(filters.RESET_PREFIX):
         return False

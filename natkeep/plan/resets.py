@@ -1,7 +1,7 @@
 """the resets: how both ends of a connection that cannot be kept are told so (`--unkept reset`).
 
 Rule: exact tuples of the image only, whose local address is an OLD; never NEW, where another
-process may have the very same tuple. Nobody is told before the move is opened: until then the
+process may have the very same tuple. No reset is sent before the move is opened: until then the
 process can be restored where it was, and its connections with it.
 This file must never touch the kernel.
 
@@ -12,9 +12,9 @@ An end that says nothing is asked: a bare acknowledgement that fits no window ma
 expects (RFC 9293, 3.10.7.4), which is again a segment to answer. kernel/tcp_probe.py sends it, with
 CRIU's mark, so that it is neither held back nor tracked. The rules are filters.py's.
 
-Who is told depends on where a segment passes: peers on a wire at the gateway, all at the source,
-the process at the destination. Not told is who lives on: a connection whose other end moves along
-(both are in the image), or is at the destination already.
+Which ends are reset depends on where a segment passes: peers on a wire at the gateway, all at the
+source, the process at the destination. Not reset is a connection whose other end moves along (both
+are in the image), or is at the destination already: it lives on.
 """
 
 from __future__ import annotations

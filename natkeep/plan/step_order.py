@@ -64,7 +64,7 @@ def make_plan(
     """
     translations, unkept = make_translations(move, connections, surroundings, change)
     refuse_one_end_for_two(move)
-    # Whoever came since and cannot be kept is only reported: resets were prepared for the others.
+    # A connection that came since and cannot be kept is only reported: its reset is not prepared.
     lost = unkept if change is None else make_translations(move, connections, surroundings)[1]
     told = make_resets(move, lost, connections, surroundings)
     prepare: list[Step] = []
@@ -80,19 +80,19 @@ def make_plan(
         OpenGate(site, move.id, make_receptions(move, site), delivers=move.holds)
         for site in _sites_to_open(move)
     )
-    # Last, so that nobody who is kept waits for it.
+    # Last, so that no kept connection waits for it.
     sending: tuple[SendResets, ...] = () if _leaves_alone(move) else _send_resets(move, told)
     opening: tuple[OpenGate | SendResets, ...] = (*opens, *sending)
     return Plan(move, translations, unkept, surroundings, tuple(prepare), opening, told)
 
 
 def _leaves_alone(move: Move) -> bool:
-    """Whether the source is all there is: opening it is coming back, so nobody is told then."""
+    """Whether the source is all there is: opening it is coming back, so no reset is sent then."""
     return all(site.row.mutes for site in move.sites)
 
 
 def _send_resets(move: Move, told: tuple[Reset, ...]) -> tuple[SendResets, ...]:
-    """What tells them, where there is anybody to tell: gateways first."""
+    """The steps that send the resets, where there are any: gateways first."""
     here = {site: tuple(r for r in told if r.site == site) for site in move.ordered_sites()}
     return tuple(SendResets(site, move.id, lost) for site, lost in here.items() if lost)
 

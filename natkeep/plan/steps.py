@@ -193,10 +193,10 @@ class InstallReception(Loads):
 
 @dataclass(frozen=True, slots=True)
 class ForgetCalls:
-    """Delete what conntrack believes of callers whom nobody has answered yet.
+    """Delete the entries in SYN_SENT of new connections to the listeners.
 
-    Their SYNs come again, and would go on to where the first one was sent. Undone, the entries
-    of those who were let in go: they would send them where nobody listens any more.
+    Their SYNs are retransmitted, and the entries would send them where the first SYN went. Undone,
+    the entries of connections that were let in are deleted: there is no listener behind them.
     """
 
     site: Site
@@ -295,7 +295,7 @@ class HoldSegments:
 
 @dataclass(frozen=True, slots=True)
 class GuardSite:
-    """Have what is un-translated dropped even where somebody flushes the ruleset."""
+    """Drop un-translated segments even after another program has flushed the ruleset."""
 
     site: Site
     move_id: str
@@ -377,9 +377,9 @@ class InstallResets(Loads):
 
 @dataclass(frozen=True, slots=True)
 class SendResets(Loads):
-    """Answer the ends of these connections with a reset, and ask those that say nothing.
+    """Answer the ends of these connections with a reset, and probe those that send nothing.
 
-    Undone, nobody is told any more; who has been told stays told.
+    Undone, no more resets are sent; an end that has been reset stays so.
     """
 
     site: Site
@@ -408,7 +408,7 @@ class SendResets(Loads):
 class TakeOverLock:
     """Remove the network lock that CRIU left for this dump, now that our gate stands.
 
-    Undone, it is put back: whoever takes our gate away after a failure leaves CRIU's lock.
+    Undone, it is put back: where our gate goes after a failure, CRIU's lock stands again.
     """
 
     site: Site

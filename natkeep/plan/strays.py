@@ -1,6 +1,6 @@
 """the strays: what bears natkeep's names at a site and belongs to no move that a journal knows.
 
-The tables natkeep are ours, whoever finds them; in them chains, sets and comments bear the id of
+The tables natkeep are ours; in them chains, sets and comments bear the id of
 their move. So what a lost journal left can be found, and taken away, without it.
 
 Rule: names come from the kernel and may be anything: what is no name of ours is not touched. This
@@ -65,7 +65,7 @@ def find_undos(
     """What takes away all that no *known* move owns; nothing when there is nothing.
 
     olds: the OLD addresses of the known moves here. sure: every journal could be read, so that
-    an OLD that is unknown is nobody's.
+    an OLD that is unknown belongs to none.
     """
     strays = table.ids() - known
     own = [name for name in table.chains if _match(name, _CHAINS) in strays]

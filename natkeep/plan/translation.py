@@ -11,7 +11,7 @@ gateway and the destination the wire shows NEW instead of OLD:
 
 So the gateway turns OLD into NEW and the destination NEW into OLD, each for packets that come
 from a peer, and each the reverse for packets that go to one. The direction *peer to process*
-is always the original one, whoever dialled: then it is always DNAT at prerouting.
+is always the original one, whichever end dialled: so it is always DNAT at prerouting.
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@ This file must never read a file, a clock, a socket or a namespace.
 
 Theory of operation. A person works with `FourTuple`; the kernel is given 100,000 connections
 at once, where an object each would cost seconds. So `Connections` holds fixed-size records
-in two byte strings, and makes objects only while somebody iterates over it:
+in two byte strings, and makes objects only while it is iterated over:
 
     IPv4: local address (4) local port (2) peer address (4)  peer port (2)   = 12 octets
     IPv6: local address (16) local port (2) peer address (16) peer port (2)  = 36 octets
