@@ -52,3 +52,32 @@ def test_what_cannot_be_sent_is_counted_and_no_failure(netns: str) -> None:
     here = FourTuple(Endpoint.parse("10.2.0.10:5000"), Endpoint.parse("127.0.0.1:9"))
     with inside(open_namespace(netns)):
         assert tcp_probe.probe([*TUPLES.values(), here]) == 1
+
+
+@pytest.mark.root
+def test_a_next_hop_that_does_not_answer_does_not_stop_the_others(
+    netns: str, run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its packets fill the send buffer; who is behind another hop is probed all the same."""
+    from natkeep.kernel.netns import inside, open_namespace
+
+    for line in (
+        "link add eth0 type veth peer name eth1", "link set eth0 up", "link set eth1 up",
+        "link set lo up", "address add 10.3.0.20/24 dev eth0",
+        "route add 10.1.0.0/24 via 10.3.0.1", "route add 10.4.0.0/24 via 10.3.0.2",
+        "neighbour add 10.3.0.2 lladdr 02:00:00:00:00:02 dev eth0",
+    ):  # fmt: skip
+        run(netns, "ip", *line.split())
+    old = Endpoint.parse("10.2.0.10:5000")
+    silent = [FourTuple(old, Endpoint.parse(f"10.1.0.2:{port}")) for port in range(1, 2001)]
+    known = [FourTuple(old, Endpoint.parse(f"10.4.0.2:{port}")) for port in range(1, 11)]
+
+    monkeypatch.setattr(tcp_probe, "PATIENCE", 0.1)
+    with inside(open_namespace(netns)):
+        assert tcp_probe.probe(known) == len(known)
+        assert tcp_probe.probe(silent) < len(silent)
+        run(netns, "nft", "add table ip seen; add chain ip seen out "
+            "{ type filter hook postrouting priority 0; }; "
+            "add rule ip seen out ip daddr 10.4.0.2 counter")  # fmt: skip
+        tcp_probe.probe([*silent, *known])
+    assert f"packets {2 * len(known)} " in run(netns, "nft", "list", "chain", "ip", "seen", "out")
