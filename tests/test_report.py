@@ -65,7 +65,7 @@ def observe(
                 for n in counts
             )
             start += len(translation.kept)
-    return Observation(gate, frozenset(), {}, frozenset(), entries, 3)
+    return Observation(gate, {}, frozenset(), entries, 3)
 
 
 def make_status(**changes: Any) -> MoveStatus:
@@ -155,9 +155,7 @@ def test_a_connection_that_has_no_entry_by_plan_is_shown_without_one() -> None:
     local = Surroundings(local=frozenset([parse_address("10.1.0.2")]))
     kept = listed("10.2.0.10:80 10.1.0.2:1", "10.2.0.10:80 10.1.0.3:2", "10.2.0.10:80 10.1.0.2:3")
     plan = make_plan(MOVE, kept, local)
-    seen = Observation(
-        Gate.OPEN, frozenset(), {}, frozenset(), {0: (SeenEntry(True, 7, 8, True),)}, 1
-    )
+    seen = Observation(Gate.OPEN, {}, frozenset(), {0: (SeenEntry(True, 7, 8, True),)}, 1)
     status = MoveStatus(plan, Gate.OPEN, (SiteStatus(DESTINATION, seen, ()),))
     (move,) = status_to_json([status])["moves"]
     assert [(row["peer"], row["packets"]["in"]) for row in move["connections"]] == [
