@@ -171,12 +171,6 @@ def destination_table() -> tuple[Object, ...]:
 
 
 @cache
-def source_table() -> tuple[Object, ...]:
-    """What only a source's table has besides."""
-    return dispatch_table("mute")
-
-
-@cache
 def dispatch_table(dispatch: str) -> tuple[Object, ...]:
     """The base chain of a dispatch, its maps and its rules; the first move that uses it adds it."""
     return (*_dispatch_maps(dispatch), DISPATCHES[dispatch].base(), *_dispatch_rules(dispatch))
@@ -195,11 +189,6 @@ def mode_table(mode: Mode) -> tuple[Object, ...]:
         # Nothing else may get there: it would ask a rule for each move.
         objects += [Chain(ERRORS, shared=True), Rule(departing, (icmp, jump(ERRORS)))]
     return tuple(objects)
-
-
-def base_chain_of(mode: Mode) -> str:
-    """The chain by whose presence one knows that mode_table has been loaded."""
-    return DISPATCHES[DIRECTIONS[mode][0]].chain
 
 
 def _dispatch_maps(dispatch: str) -> tuple[Object, ...]:
