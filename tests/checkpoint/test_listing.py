@@ -130,6 +130,52 @@ def test_quick_and_exact_reading_agree(line: str) -> None:
     assert Connections.of(exact) == checkpoint.connections
 
 
+USUAL = st.builds(
+    "{}:{} {}:{}\n".format,
+    st.sampled_from(["10.2.0.10", "110.2.0.10", "0.2.0.10"]),
+    st.sampled_from(["80", "080", "5000"]),
+    st.sampled_from(["10.1.0.2", "10.1.0.3", "1.1.0.2"]),
+    st.integers(1, 4),
+)
+CHANGES = st.tuples(st.integers(0), st.integers(0, 2), st.sampled_from("0.: \n[]#x\t\rü"))
+
+
+def changed(text: str, changes: list[tuple[int, int, str]]) -> str:
+    for at, cut, put in changes:
+        at %= len(text) + 1
+        text = text[:at] + put + text[at + cut :]
+    return text
+
+
+def read(text: str) -> Checkpoint | str:
+    try:
+        return parse_listing(text, "f")
+    except ImageError as error:
+        return str(error)
+
+
+@pytest.mark.parametrize("block", [1, 40, listing._BLOCK])
+@given(st.lists(USUAL, min_size=1, max_size=8), st.lists(CHANGES, max_size=3))
+def test_what_is_read_by_the_block_is_what_its_lines_say(
+    block: int, lines: list[str], changes: list[tuple[int, int, str]]
+) -> None:
+    text = changed("".join(lines), changes)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(listing, "_BLOCK", block)
+        by_block = read(text)
+        patch.setattr(listing, "_read_usual", lambda data: None)
+        assert by_block == read(text)
+
+
+@pytest.mark.parametrize("local", ["10.2.0.10:{}", "10.2.0.10:5000"])
+def test_a_usual_list_is_read_by_the_block(local: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = "".join(f"{local.format(n)} 10.1.{n % 9}.2:{n}\n" for n in range(1, 5000))
+    by_line = listing._read_lines(text, "f")
+    monkeypatch.delattr(listing, "_read_lines")
+
+    assert by_line == parse_listing(text, "f") == parse_listing(text[:-1], "f")
+
+
 # ---- files and pipes ----------------------------------------------------------------------
 
 
