@@ -78,8 +78,8 @@ class TimedCriu(Criu):
 
     returned = 0.0
 
-    def _run(self, *arguments: Any, **options: Any) -> None:
-        super()._run(*arguments, **options)
+    def run(self, *arguments: Any, **options: Any) -> None:
+        super().run(*arguments, **options)
         self.returned = time.monotonic()
 
 
@@ -222,6 +222,7 @@ class _Run:
     ) -> Result:
         """What the peer saw, when both ends have all octets."""
         blackout = lives - self.began
+        assert blackout > 0  # or the moment was never noted
         # No silence that ends earlier is the move's: a process heard then was not frozen yet, and
         # a peer that could still send (bulk) was filling its own buffers.
         middle = self.began + blackout / 2
