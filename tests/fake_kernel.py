@@ -20,7 +20,7 @@ from natkeep.plan.diagnostics import Facts
 from natkeep.plan.move import Move, Site
 from natkeep.plan.nft import Key, Object, Rule, split
 from natkeep.plan.observation import Gate, Observation, SeenEntry
-from natkeep.plan.repair import LoadObjects, Patch, PutWays, StopCounting
+from natkeep.plan.repair import LoadObjects, Patch, RestoreRoutes, StopCounting
 from natkeep.plan.roles import Role
 from natkeep.plan.step_undo import (
     CloseGates,
@@ -192,7 +192,7 @@ class FakeKernel:
 
     def mend(self, patch: Patch, remember: Remember) -> None:
         """What is missing of a step is there again, or the step is done again."""
-        if not isinstance(patch, LoadObjects | PutWays | StopCounting):
+        if not isinstance(patch, LoadObjects | RestoreRoutes | StopCounting):
             self.apply(patch, remember)
             return
         number, self.applied = self.applied, self.applied + 1
@@ -380,7 +380,7 @@ def _load(here: FakeSite, patch: Patch) -> None:
     made: list[Object] = []
     if isinstance(patch, LoadObjects):
         made = [*split(patch.objects)]
-    elif isinstance(patch, PutWays):
+    elif isinstance(patch, RestoreRoutes):
         here.lost = [note for note in here.lost if note not in patch.notes]
     keys = {one.key() for one in made}
     here.broken -= keys

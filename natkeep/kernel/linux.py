@@ -189,9 +189,9 @@ class LinuxKernel:
 
     def mend(self, patch: Patch, remember: Remember) -> None:
         """Do what a repair found missing; KernelError when the kernel says no."""
-        from natkeep.plan.repair import LoadObjects, PutWays, StopCounting
+        from natkeep.plan.repair import LoadObjects, RestoreRoutes, StopCounting
 
-        if not isinstance(patch, LoadObjects | PutWays | StopCounting):
+        if not isinstance(patch, LoadObjects | RestoreRoutes | StopCounting):
             self.apply(patch, remember)
             return
         with self._at(patch.site):
@@ -199,7 +199,7 @@ class LinuxKernel:
             match patch:
                 case LoadObjects():
                     nftables.load(patch.objects)
-                case PutWays():
+                case RestoreRoutes():
                     lost_routes.put_back(patch.notes)
                 case StopCounting():
                     conntrack.stop_counting()

@@ -24,7 +24,7 @@ from natkeep.plan.drift import MoveStatus, SiteStatus, find_drift
 from natkeep.plan.liveness import Life, Sighting, find_life, make_sighting
 from natkeep.plan.move import Site
 from natkeep.plan.observation import Gate, Observation
-from natkeep.plan.repair import Patch, PutWays, describe_ways, find_patches
+from natkeep.plan.repair import Patch, RestoreRoutes, describe_lost_routes, find_patches
 from natkeep.plan.roles import Role
 from natkeep.plan.steps import Identity, InstallTranslation, OpenGate, Plan
 from natkeep.plan.tuples import NO_CONNECTIONS
@@ -138,7 +138,7 @@ class Sight:
     """What all sites of a move showed at one time, and what follows from that.
 
     earlier: what the last repair saw of entries at a gateway.
-    ways: routes and addresses of others that are gone, with the numbers of their steps.
+    lost_routes: routes and addresses of others that are gone, with the numbers of their steps.
     begun: when the looking began, in milliseconds of the monotonic clock.
     """
 
@@ -148,19 +148,22 @@ class Sight:
     lives: dict[Site, Life]
     opened: dict[Site, bool]
     earlier: Sighting | None
-    ways: dict[Site, tuple[tuple[int, tuple[str, ...]], ...]]
+    lost_routes: dict[Site, tuple[tuple[int, tuple[str, ...]], ...]]
 
     def drift(self, site: Site) -> tuple[str, ...]:
         """What is not there as it was put there, in words."""
         seen, life = self.looks[site], self.lives[site]
-        lost = [line for _, notes in self.ways[site] for line in describe_ways(notes)]
+        lost = [line for _, notes in self.lost_routes[site] for line in describe_lost_routes(notes)]
         return (*find_drift(self.plan, site, seen, life, opened=self.opened[site]), *lost)
 
     def patches(self, site: Site) -> list[tuple[int, Patch]]:
         """What puts it back, each with the number of its step."""
         seen, life = self.looks[site], self.lives[site]
         found = [*find_patches(self.plan, site, seen, life, opened=self.opened[site])]
-        return [*found, *((number, PutWays(site, notes)) for number, notes in self.ways[site])]
+        return [
+            *found,
+            *((number, RestoreRoutes(site, notes)) for number, notes in self.lost_routes[site]),
+        ]
 
 
 def look_around(
@@ -185,8 +188,10 @@ def look_around(
         recent = earlier.alive_at(plan, site) if earlier and age < seen.lingers else None
         lives[site] = find_life(plan, site, looks, frozen=frozen, recent=recent or NO_CONNECTIONS)
     opened = {site: has_been_opened(journal, plan, site) for site in looks}
-    ways = {site: _find_lost_routes(journal, plan, site, reader) for site, reader in by.items()}
-    return Sight(plan, begun, looks, lives, opened, earlier, ways)
+    lost_routes = {
+        site: _find_lost_routes(journal, plan, site, reader) for site, reader in by.items()
+    }
+    return Sight(plan, begun, looks, lives, opened, earlier, lost_routes)
 
 
 def _find_lost_routes(

@@ -59,15 +59,18 @@ def find_drift(
     An entry that is missing is drift only while the connection lives: the kernel removes
     entries of connections that have ended. Without *life*, how many do is all that is known.
     """
-    drift = list(_find_table_drift(plan, site, seen))
-    if opened and seen.shut and not _nothing_is_there(plan, site, seen):
+    if nothing := _nothing_is_there(plan, site, seen):
+        drift = [f"table inet {TABLE}: nothing of move {plan.move.id} is there"]
+    else:
+        drift = list(_find_table_drift(plan, site, seen))
+    if opened and not nothing:
         for chain in sorted({key.name for key in seen.shut}):
             drift.append(f"chain {chain}: the rule that opens it is missing")
     for step in plan.prepare:
         if step.site != site:
             continue
         if isinstance(step, FillSet) and seen.missing.get(step.name):
-            if not _nothing_is_there(plan, site, seen):
+            if not nothing:
                 drift.append(
                     f"set {step.name}: {seen.missing[step.name]} of "
                     f"{len(step.connections)} connections are missing"
@@ -104,9 +107,6 @@ def _is_of_move(wanted: Wanted, plan: Plan) -> bool:
 
 
 def _find_table_drift(plan: Plan, site: Site, seen: Observation) -> Iterator[str]:
-    if _nothing_is_there(plan, site, seen):
-        yield f"table inet {TABLE}: nothing of move {plan.move.id} is there"
-        return
     if not seen.gone:
         return
     wanted = _want(plan, site)

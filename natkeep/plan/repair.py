@@ -57,7 +57,7 @@ class LoadObjects:
 
 
 @dataclass(frozen=True, slots=True)
-class PutWays:
+class RestoreRoutes:
     """Routes and addresses that the move stands on, as kernel/lost_routes.py notes them."""
 
     site: Site
@@ -65,10 +65,10 @@ class PutWays:
 
     def describe(self) -> tuple[str, ...]:
         """One comment a note."""
-        return tuple(f"# {self.site}: {line}" for line in describe_ways(self.notes))
+        return tuple(f"# {self.site}: {line}" for line in describe_lost_routes(self.notes))
 
 
-def describe_ways(notes: Iterable[str]) -> Iterator[str]:
+def describe_lost_routes(notes: Iterable[str]) -> Iterator[str]:
     """What the notes are about, in words."""
     for note in notes:
         kind, address, device, _ = note.split(",")
@@ -91,7 +91,7 @@ class StopCounting:
 
 Patch = (
     LoadObjects
-    | PutWays
+    | RestoreRoutes
     | StopCounting
     | FillSet
     | GuardSite
