@@ -2,7 +2,8 @@
 
     read_command     the words after `--`, and at once what would go wrong, with the fix
     demand_criu      is there a CRIU, and one that can do it?
-    Restore.run      prepare closed, run CRIU with natkeep-hook (it opens), undo unless it restored
+    Restore.run      prepare closed, run CRIU with natkeep-hook (it opens), undo unless it restored;
+                     nothing but the move that was prepared here is opened or undone
 
 CRIU calls no hook when a restore fails, so what started it has to look after it. While a CRIU
 that was killed may have left half a tree behind, orphans come to us (PR_SET_CHILD_SUBREAPER) and
@@ -23,6 +24,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from natkeep import report
@@ -46,6 +48,7 @@ _NEWEST_KERNEL_OF_OLD = (6, 13)  # since then CRIU before 4.1 may stumble over t
 _PR_SET_CHILD_SUBREAPER = 36
 _PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 _PATIENCE = 3.0  # s for a CRIU that was asked to end
+_LOOK_EVERY = 0.2  # s, whether the tree runs
 
 
 # ---- what is known beforehand ------------------------------------------------------------------
@@ -204,6 +207,8 @@ class Restore:
     keep_closed: bool = False
     own_stdout: bool = False  # then CRIU's goes to stderr
     ours: frozenset[int] = frozenset()  # children that are no part of CRIU's tree
+    is_own: Callable[[], bool] = lambda: False  # whether the journal is the one of this run
+    resumed: bool = False  # whether the tree runs, as the hook has noted
 
     def run(self) -> int:
         """CRIU's exit code, once the tree was restored; NatkeepError when it was not."""
@@ -214,17 +219,17 @@ class Restore:
         with tempfile.TemporaryDirectory(prefix="natkeep-run-") as directory:
             resumed = Path(directory, "resumed")
             self._prepare()
+            self.is_own = self.executor.state.follow(self.move.id)
             try:
                 status = self._run_criu(hook, resumed)
             except BaseException:  # Ctrl-C and SIGTERM: nothing stays but a tree that runs
-                self._undo_unless(resumed, keep=False)
+                self._undo_unless_resumed(keep=False)
                 raise
             if status == 0:
-                open_move(self.executor, self.move.id)  # the hook did; to make sure
-                remove_gate_hooks(self.executor, self.move.id)
+                self._make_sure()
                 return 0
             how = _describe(status)
-            if not self._undo_unless(resumed, keep=self.keep_closed):
+            if not self._undo_unless_resumed(keep=self.keep_closed):
                 return status if status > 0 else 128 - status
         if self.keep_closed:
             raise NatkeepError(
@@ -264,18 +269,37 @@ class Restore:
             stdout=sys.stderr if self.own_stdout else None,
         )
         try:
+            # CRIU may stay for as long as the tree lives; by then the file may have been removed,
+            # as files in /tmp are after some days.
+            while not resumed.exists():
+                with suppress(subprocess.TimeoutExpired):
+                    return criu.wait(_LOOK_EVERY)
+            self.resumed = True
             return criu.wait()
         except BaseException:
             _end(criu)
             raise
+        finally:
+            self.resumed = self.resumed or resumed.exists()
 
-    def _undo_unless(self, resumed: Path, *, keep: bool) -> bool:
+    def _make_sure(self) -> None:
+        """Open the move if CRIU ended with 0 and has called no hook.
+
+        Where the hook was called the move is open, or was until its teardown: CRIU stays until the
+        tree ends, and by then the id may be another move's.
+        """
+        if not self.resumed and self.is_own():
+            open_move(self.executor, self.move.id)
+            remove_gate_hooks(self.executor, self.move.id)
+
+    def _undo_unless_resumed(self, *, keep: bool) -> bool:
         """Undo what was prepared and end what is left of a tree; not so if the tree runs."""
-        if resumed.exists():
-            self.talk(f"natkeep: the tree runs; {self.move.id} stays, until natkeep teardown")
+        if self.resumed:
+            if self.is_own():
+                self.talk(f"natkeep: the tree runs; {self.move.id} stays, until natkeep teardown")
             return False
         kill_orphans(self.ours)
-        if not keep:
+        if not keep and self.is_own():
             teardown(self.executor, self.move.id)
         return True
 

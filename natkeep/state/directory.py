@@ -40,7 +40,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
 from functools import cache
 from typing import Any
@@ -125,6 +125,10 @@ class StateDirectory:
     def knows(self, move_id: str) -> bool:
         """Whether there is a journal of that id."""
         return is_id(move_id) and self._files.has(f"{move_id}.journal")
+
+    def follow(self, move_id: str) -> Callable[[], bool]:
+        """Answers, at any later time, whether the journal of that id is still the one of now."""
+        return self._files.follow(f"{move_id}.journal")
 
     def begin(
         self,

@@ -12,7 +12,7 @@ import fcntl
 import os
 import stat
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 
 from natkeep import faultpoints
@@ -118,6 +118,17 @@ class StateFiles:
             return _read_all(fd, status.st_size)
         finally:
             os.close(fd)
+
+    def follow(self, name: str) -> Callable[[], bool]:
+        """Answers whether a file that is there now has been neither removed nor replaced since."""
+        with self.errors_of(name):
+            fd = self._open(name, os.O_RDONLY)  # held, or its inode's number may be given again
+
+        def is_there() -> bool:
+            return os.fstat(fd).st_nlink > 0
+
+        weakref.finalize(is_there, os.close, fd)
+        return is_there
 
     def size(self, name: str) -> int:
         """Octets of a file that is there."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -19,6 +20,7 @@ from natkeep.criu.run import Command, Restore, demand_criu, find_slow_lock, read
 from natkeep.errors import NatkeepError, RefusedError, UsageError
 from natkeep.lifecycle.executor import Executor
 from natkeep.lifecycle.open import open_move
+from natkeep.lifecycle.prepare import prepare
 from natkeep.lifecycle.teardown import teardown
 from natkeep.plan.move import Map, Move, Site
 from natkeep.plan.observation import Gate
@@ -266,16 +268,72 @@ def test_a_tree_that_ran_keeps_its_move_whatever_becomes_of_criu(restore: Run) -
     assert restore(': >"$NATKEEP_RESUMED"; kill -9 $$') == 137
 
 
-def test_an_interrupt_ends_criu_and_leaves_nothing(
-    restore: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+UNTIL = 'while [ ! -e "$ENDED" ]; do sleep 0.02; done; '
+RESUMED = ': >"$NATKEEP_RESUMED"; '
+
+
+@pytest.mark.parametrize("code", [0, 7])
+@pytest.mark.parametrize("next_one", [False, True])
+def test_a_tree_that_ends_after_its_move_leaves_the_next_move_of_that_id_alone(
+    code: int, next_one: bool, restore: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = subprocess.Popen.wait
+    """Not detached, CRIU ends days later, and its exit code is that of run."""
+    ended = tmp_path / "ended"
+    monkeypatch.setenv("ENDED", str(ended))
+    executor = Executor(restore.kernel, StateDirectory(str(tmp_path / "state"), create=False))
+    real, known = subprocess.Popen.wait, threading.Event()
 
     def wait(self: subprocess.Popen[bytes], timeout: float | None = None) -> int:
         if timeout is None:
+            known.set()
+        return real(self, timeout)
+
+    def meanwhile() -> None:
+        known.wait(10)
+        open_move(executor, "web")  # the hook
+        teardown(executor, "web")
+        if next_one:
+            prepare(executor, MOVE, CHECKPOINT.connections)
+        ended.touch()
+
+    monkeypatch.setattr(subprocess.Popen, "wait", wait)
+    other = threading.Thread(target=meanwhile)
+    other.start()
+    assert restore(f"{RESUMED}{UNTIL}rm $NATKEEP_RESUMED; exit {code}") == code
+    other.join()
+    assert restore.gates() == ([Gate.CLOSED, Gate.CLOSED] if next_one else [])
+    assert not any("stays, until" in line for line in restore.said)
+
+
+def test_a_restore_that_fails_undoes_no_other_move_that_has_the_id_by_now(
+    restore: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    executor = Executor(restore.kernel, StateDirectory(str(tmp_path / "state"), create=False))
+    real = Restore._run_criu
+
+    def run_criu(self: Restore, *arguments: Path) -> int:
+        status = real(self, *arguments)
+        teardown(executor, "web")
+        prepare(executor, MOVE, CHECKPOINT.connections)
+        return status
+
+    monkeypatch.setattr(Restore, "_run_criu", run_criu)
+    with pytest.raises(NatkeepError, match="criu restore exited 3"):
+        restore("exit 3")
+    assert restore.gates() == [Gate.CLOSED, Gate.CLOSED]
+
+
+def test_an_interrupt_ends_criu_and_leaves_nothing(
+    restore: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    real, interrupted = subprocess.Popen.wait, []
+
+    def wait(self: subprocess.Popen[bytes], timeout: float | None = None) -> int:
+        if not interrupted:
             deadline = time.monotonic() + 10
             while not (tmp_path / "began").exists() and time.monotonic() < deadline:
                 time.sleep(0.01)
+            interrupted.append(True)
             raise KeyboardInterrupt
         return real(self, timeout)
 
