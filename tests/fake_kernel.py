@@ -135,6 +135,11 @@ class FakeKernel:
         here = self.sites[site.netns].addresses
         return tuple(sorted(a for a in here if a.version == version))
 
+    def find_at_home(self, site: Site, olds: frozenset[Address]) -> frozenset[Address]:
+        """Those that a test put there, and no step."""
+        put = {step.address for step in self.known if isinstance(step, AddAddress)}
+        return olds & (self.sites[site.netns].addresses - put)
+
     def gather_facts(self, site: Site) -> Facts:
         """A machine about which there is nothing to say."""
         return Facts(True, True, True, True, True, True, 0, 1000, 0, False, (), (), (), False)

@@ -15,6 +15,7 @@ and one of a dump, where NATKEEP_SOURCE is set (dump.py):
     post-dump               the images are complete, the tasks frozen: keep this host quiet
 
 With NATKEEP_ID only `post-restore`: the move has been prepared. NATKEEP_MAP: prepare_in_hook.py.
+Orders in natkeep.toml are asked at every restore; standing_order.py says which they are about.
 
 Rule: orders come from environment.py, never from the image; what is not ours is left with 0 before
 anything else is imported; each point may come twice and is served once.
@@ -128,7 +129,14 @@ def _serve_restore() -> int:
     if not orders.maps and call.action != "post-restore":
         return 0
     if not orders.maps:
-        _open(orders.id, orders, call, _make_executor(orders.state_dir, create=False))
+        executor = _make_executor(orders.state_dir, create=False)
+        if orders.standing:
+            from natkeep.criu.standing_order import why_not_about
+
+            if reason := why_not_about(orders.id, call, executor):
+                _say(f"the standing order is not about this restore: {reason}")
+                return 0
+        _open(orders.id, orders, call, executor)
         return 0
     from natkeep.criu import prepare_in_hook
 

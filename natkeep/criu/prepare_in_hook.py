@@ -12,6 +12,7 @@ from natkeep import policy
 from natkeep.checkpoint import Checkpoint
 from natkeep.checkpoint.images import read_checkpoint
 from natkeep.criu.environment import Call, Orders, is_abandoned
+from natkeep.criu.standing_order import maps_about
 from natkeep.errors import JournalError
 from natkeep.lifecycle.check import find_new, require_devices
 from natkeep.lifecycle.executor import Executor
@@ -23,6 +24,7 @@ from natkeep.plan.roles import Role
 from natkeep.plan.tuples import NO_CONNECTIONS, Connections
 from natkeep.state.directory import read_boot_id
 from natkeep.state.journal import Journal
+from natkeep.values import replace
 
 
 def ensure_prepared(
@@ -40,12 +42,16 @@ def ensure_prepared(
             return True
         teardown(executor, move_id)  # begun and killed, or for a namespace without the tree
     checkpoint = read_checkpoint(call.demand_images())
+    if orders.standing:
+        resets = orders.unkept == Fate.RESET
+        maps = maps_about(orders.maps, checkpoint, executor.kernel, site, resets=resets)
+        orders = replace(orders, maps=maps)
+        if not orders.maps:
+            say("no connection of this image is to be kept here")
+            return False
     olds = [parse_map(text)[0] for text in orders.maps]
     lost = checkpoint.lost_at(olds) if orders.unkept == Fate.RESET else NO_CONNECTIONS
     count = sum(len(checkpoint.connections.at(old)) for old in olds) + len(lost)
-    if not count and orders.standing:
-        say("no connection of this image is to be kept")
-        return False
     move = _make_move(move_id, orders, executor, site, lost)
     policy.authorise(move, count)
     require_devices(executor, move, checkpoint)

@@ -213,6 +213,41 @@ def test_standing_orders_pass_by_whatever_has_nothing_to_keep(
     assert criu.gates() == {TREE: {criu.id: Gate.OPEN}}
 
 
+@pytest.mark.root
+@pytest.mark.parametrize("new", ["auto", NEW])
+def test_a_standing_map_leaves_a_restore_at_home_alone(
+    new: str,
+    criu: Criu,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """OLD is an address of that host: there is nothing to translate, and NEW may be elsewhere."""
+    monkeypatch.delenv("NATKEEP_MAP")
+    (tmp_path / "natkeep.toml").write_text(f'[hook]\nmap = ["{OLD}={new}"]\n')
+    for name in (BEFORE, TREE):
+        criu.kernel.sites[name] = FakeSite(addresses={parse_address(OLD)})
+    for action in ("pre-restore", "post-restore"):
+        assert criu.call(action) == 0
+        assert capsys.readouterr().err == (
+            "natkeep-hook: no connection of this image is to be kept here\n"
+        )
+    assert criu.gates() == {}
+
+
+@pytest.mark.root
+def test_of_standing_maps_only_those_of_the_image_are_looked_at_closely(
+    criu: Criu, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of another OLD, NEW=auto need not be one address here."""
+    monkeypatch.delenv("NATKEEP_MAP")
+    maps = f'["2001:db8::1=auto", "{OLD}={NEW}", "10.9.9.9=auto"]'
+    (tmp_path / "natkeep.toml").write_text(f"[hook]\nmap = {maps}\n")
+    assert criu.call("post-restore") == 0
+    journal = StateDirectory(create=False).load(criu.id)
+    assert [str(map_) for map_ in journal.move.maps] == [f"{OLD}={NEW}"]
+
+
 def test_a_hook_that_takes_too_long_is_undone_and_ends_the_restore(
     criu: Criu, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -288,3 +323,69 @@ def test_only_the_move_of_this_tree_and_this_dump_is_opened(
     assert criu.call("post-restore", **environment) == code
     assert said in capsys.readouterr().err
     assert criu.gates() == {where: {"web": Gate.CLOSED if code else Gate.OPEN}}
+
+
+def prepare_for(criu: Criu, where: str, old: str) -> None:
+    """A move of others: it says neither from which dump, nor has it connections of the image."""
+    from natkeep.plan.move import Map, Move, Site
+    from natkeep.plan.roles import Role
+    from natkeep.plan.tuples import Connections, Endpoint, FourTuple
+
+    move = Move(
+        "web", (Map(parse_address(old), parse_address(NEW)),), (Site(Role.DESTINATION, where),)
+    )
+    peer = Endpoint.parse("10.1.0.2:7")
+    kept = Connections.of([FourTuple(peer, Endpoint(parse_address(old), 5000))])
+    prepare(Executor(criu.kernel, StateDirectory(create=True)), move, kept)
+
+
+@pytest.mark.root
+@pytest.mark.parametrize(
+    ("where", "old", "boot", "said"),
+    [
+        ("elsewhere", OLD, "", "move web is for another namespace"),
+        (TREE, OLD, "an earlier one", "move web is of an earlier boot"),
+        (None, OLD, "", "there is no move web"),
+        (TREE, "10.9.9.9", "", "no connection of this image is at an OLD of web"),
+    ],
+)
+def test_a_standing_id_leaves_the_restores_of_others_alone(
+    where: str | None,
+    old: str,
+    boot: str,
+    said: str,
+    criu: Criu,
+    images: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with monkeypatch.context() as earlier:
+        if boot:
+            earlier.setattr("natkeep.state.directory.read_boot_id", lambda: boot)
+        if where is not None:
+            prepare_for(criu, where, old)
+    monkeypatch.delenv("NATKEEP_MAP")
+    (tmp_path / "natkeep.toml").write_text('[hook]\nid = "web"\n')
+    before = criu.gates()
+    assert criu.call("post-restore") == 0
+    assert criu.gates() == before
+    assert capsys.readouterr().err == (
+        f"natkeep-hook: the standing order is not about this restore: {said}\n"
+    )
+
+
+@pytest.mark.root
+def test_a_standing_id_that_is_about_this_restore_is_an_order_as_any(
+    criu: Criu, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prepare_at(criu, images, TREE)
+    monkeypatch.delenv("NATKEEP_ID")
+    (tmp_path / "natkeep.toml").write_text('[hook]\nid = "web"\n')
+    inventory = images / "inventory.img"
+    own = inventory.read_bytes()
+    shutil.copy(CORPUS / "half-closed/inventory.img", images)
+    assert criu.call("post-restore") == 4  # another dump, with connections at OLD
+    inventory.write_bytes(own)
+    assert criu.call("post-restore") == 0
+    assert criu.gates() == {TREE: {"web": Gate.OPEN}}

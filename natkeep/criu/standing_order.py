@@ -1,0 +1,63 @@
+"""Whether a standing order ([hook] of natkeep.toml) is about the restore that CRIU is at.
+
+Such an order is asked at every restore on this host, most of which are others'. It is not about one
+
+- whose image has no connection at the OLD of the order,
+- at a host where OLD is at home (the process comes back, or never left),
+- and with `id`, where no such move is there, or it is of an earlier boot or for another namespace.
+
+Then the hook leaves with 0 and nothing is done. What is about this restore and cannot be done ends
+it, as an order in CRIU's environment does.
+
+Rule: nothing is changed here, and no lock is taken.
+"""
+
+from __future__ import annotations
+
+from natkeep.checkpoint import Checkpoint
+from natkeep.checkpoint.images import read_checkpoint, read_inventory
+from natkeep.criu.environment import Call
+from natkeep.kernel.interface import Kernel
+from natkeep.kernel.old_address import find_at_home
+from natkeep.lifecycle.executor import Executor
+from natkeep.plan.move import Site, parse_map
+from natkeep.state.directory import read_boot_id
+
+
+def why_not_about(move_id: str, call: Call, executor: Executor) -> str:
+    """Why the order to open *move_id* is not about this restore; empty where it is."""
+    if not executor.state.knows(move_id):
+        return f"there is no move {move_id}"
+    journal = executor.state.load(move_id)
+    if journal.boot != read_boot_id():
+        return f"move {move_id} is of an earlier boot"
+    if not executor.is_home(journal, call.tree_site()):
+        return f"move {move_id} is for another namespace"
+    if call.images is None:
+        return ""
+    if journal.image and read_inventory(call.images).run_id == journal.image:
+        return ""
+    image, olds = read_checkpoint(call.images), [map_.old for map_ in journal.move.maps]
+    if image.lost_at(olds) or any(image.connections.at(old) for old in olds):
+        return ""
+    return f"no connection of this image is at an OLD of {move_id}"
+
+
+def maps_about(
+    maps: tuple[str, ...], checkpoint: Checkpoint, kernel: Kernel, site: Site, *, resets: bool
+) -> tuple[str, ...]:
+    """Those of *maps* that are about a restore of *checkpoint* at *site*.
+
+    resets: connections that cannot be kept count too, since they are to be reset.
+    """
+    olds = {parse_map(text)[0] for text in maps}
+    counted = frozenset(
+        old
+        for old in olds
+        if checkpoint.connections.at(old) or (resets and checkpoint.lost_at([old]))
+    )
+    if not counted:
+        return ()
+    kernel.open_sites([site])
+    about = counted - kernel.ask(site, find_at_home, counted)
+    return tuple(text for text in maps if parse_map(text)[0] in about)
