@@ -196,7 +196,7 @@ def deliver(directory: int, name: str) -> None:
     No answer is waited for: CRIU has yet to take the sockets out of repair.
     """
     asking = _socket.socket(_socket.AF_UNIX, _socket.SOCK_STREAM | _socket.SOCK_CLOEXEC)
-    asking.settimeout(2)
+    asking.settimeout(0.05)  # as long as an opening waits, kernel/segment_holder.py
     try:
         asking.connect(f"/proc/self/fd/{directory}/{name}")
         asking.sendall(b"deliver\n")

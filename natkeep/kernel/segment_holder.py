@@ -32,10 +32,13 @@ AGE = 900
 
 _QUEUE = 16 << 20
 """Octets that the kernel keeps for a holder that has not been given the processor yet."""
-_PATIENCE = 2.0
-"""Seconds to wait for the holder's answer, and for its end."""
+PATIENCE = 0.05
+"""Seconds that an opening waits for the holder: it is inside the blackout."""
+_LOOK_PATIENCE, _END_PATIENCE = 1.0, 2.0  # seconds
 
 _SO_RCVBUFFORCE = 33
+_SOL_PACKET, _PACKET_AUXDATA = 263, 8
+_NETLINK_SOCK_DIAG = 4
 _PROTOCOL = {4: 0x0800, 6: 0x86DD}
 _FAMILY = {4: socket.AF_INET, 6: socket.AF_INET6}
 
@@ -93,11 +96,13 @@ def start(place: Place, move_id: str, kept: Kept, age: int = AGE) -> int:
             file.write(pack_kept(kept))
         pairs: list[int] = []
         with inside(place.namespace):
+            diag = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, _NETLINK_SOCK_DIAG)
+            stack.enter_context(diag)
             for version in present:
                 packets = _open_packets(stack, version, families[version])
                 pairs += [packets, _open_raw(stack, version)]
         listening = stack.enter_context(_listen(home, name))
-        handed = [home, listening.fileno(), table, *pairs]
+        handed = [home, listening.fileno(), table, diag.fileno(), *pairs]
         versions = "".join(map(str, present))
         try:
             return spawn("segment_holderd.py", name, place, handed, versions, str(age))
@@ -114,14 +119,19 @@ def _open_packets(stack: ExitStack, version: int, kept: Kept) -> int:
     sock = stack.enter_context(socket.socket(socket.AF_PACKET, socket.SOCK_DGRAM, protocol))
     attach_filter(sock, pack_filter(make_filter(version, kept)))
     sock.setsockopt(socket.SOL_SOCKET, _SO_RCVBUFFORCE, _QUEUE)
+    sock.setsockopt(_SOL_PACKET, _PACKET_AUXDATA, 1)  # whether the checksum is right
     return sock.fileno()
 
 
 def _open_raw(stack: ExitStack, version: int) -> int:
-    """A socket that sends packets with their headers; the mark passes the gate, untracked."""
+    """A socket that sends packets with their headers; the mark passes the gate, untracked.
+
+    By lo alone: where OLD is not local (any more), what it sends is discarded there.
+    """
     raw = socket.socket(_FAMILY[version], socket.SOCK_RAW, socket.IPPROTO_RAW)
     sock = stack.enter_context(raw)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_MARK, CRIU_MARK)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_BINDTODEVICE, b"lo\0")
     return sock.fileno()
 
 
@@ -146,16 +156,17 @@ def _path(home: int, name: str) -> str:
 
 def look(directory: str, move_id: str) -> Held | None:
     """What the move's holder has by now; None where there is none."""
-    with _request(directory, move_id, "look") as (held, _):
+    with _request(directory, move_id, "look", _LOOK_PATIENCE) as (held, _):
         return held
 
 
 def deliver(directory: str, move_id: str) -> Held | None:
     """Have all that is held sent to the sockets that are back; the holder ends with that.
 
-    None where there is none (any more), or where it does not answer in time.
+    None where there is none (any more), or where it has not done so in PATIENCE seconds; then it
+    goes on by itself.
     """
-    with _request(directory, move_id, "deliver") as (held, _):
+    with _request(directory, move_id, "deliver", PATIENCE) as (held, _):
         return held
 
 
@@ -164,7 +175,7 @@ def end(directory: str, move_id: str) -> None:
 
     KernelError when it is there and does not end.
     """
-    with _request(directory, move_id, "end") as (_, connection):
+    with _request(directory, move_id, "end", _END_PATIENCE) as (_, connection):
         # It keeps the connection until its process is no more, and its sockets with it.
         if connection is not None and not _has_ended(connection):
             raise KernelError(
@@ -177,11 +188,11 @@ def end(directory: str, move_id: str) -> None:
 
 @contextmanager
 def _request(
-    directory: str, move_id: str, verb: str
+    directory: str, move_id: str, verb: str, patience: float
 ) -> Iterator[tuple[Held | None, socket.socket | None]]:
     """The holder's answer and the connection it is on; None where there is no holder."""
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as sock:
-        sock.settimeout(_PATIENCE)
+        sock.settimeout(patience)
         try:
             home = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
             try:

@@ -12,7 +12,12 @@ daemon.py. It ends after SECONDS, too.
                   deliver    delivered SEGMENTS OCTETS REFUSED, and it ends
                   end        no answer; the connection ends with the process
     5         a file with the connections (plan/replay.py: pack_kept)
-    6 7 ...   a packet socket and a raw socket for each of FAMILIES, which is 4, 6 or 46
+    6         a socket of sock_diag
+    7 8 ...   a packet socket and a raw socket for each of FAMILIES, which is 4, 6 or 46
+
+What it delivers goes through lo or nowhere: the raw sockets are bound to lo, where a packet for an
+address that is not local is discarded. A stream whose socket is not there (any more) is not
+delivered at all, since the kernel would answer with a reset.
 
 Rule: it loads replay.py, daemon.py and a few modules of the interpreter's own, and imports nothing
 else. What it holds is in its memory only: no core dump, and where the kernel lets it, no swap.
@@ -24,7 +29,8 @@ import os
 import select
 import sys
 import time
-from _socket import AF_INET, AF_INET6, SOL_SOCKET, inet_ntop, socket
+from _socket import AF_INET, AF_INET6, MSG_TRUNC, SOL_SOCKET, inet_ntop, socket
+from struct import pack, unpack_from
 
 if __name__ == "__main__":  # isolated: behind the interpreter's own modules, ours
     sys.path.append(os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__)))))
@@ -35,10 +41,15 @@ TYPE_CHECKING = False  # typing.TYPE_CHECKING, without importing typing
 if TYPE_CHECKING:
     from natkeep.plan.replay import Piece, Stream
 
-_LISTENING, _KEPT, _PAIRS = 4, 5, 6
+_LISTENING, _KEPT, _DIAG, _PAIRS = 4, 5, 6, 7
 _LOOK_EVERY_S = 1.0
 _AT_A_TIME = 256  # packets, before anything else has its turn
-_ROOM = 1 << 18  # octets; more than any packet has
+_ROOM = 1 << 19  # octets; more than any packet has (GSO_MAX_SIZE, Linux 6.18)
+_ANCILLARY = 64  # octets; struct tpacket_auxdata has 20, its header 16
+_CHECKSUM_KNOWN = 0x08 | 0x80  # TP_STATUS_CSUMNOTREADY: still to be computed; TP_STATUS_CSUM_VALID
+_SOCK_DIAG_BY_FAMILY = 20
+_PROTOCOL_TCP = 6
+_OWNED = frozenset({1, 4, 5, 8, 9, 11})  # TCP states in which a restored socket can be
 _PIECE_FOR_A_NARROW_LO = 1280
 _EMSGSIZE = 90
 _SO_ATTACH_FILTER = 26
@@ -50,10 +61,12 @@ class Holder:
     """The sockets, what arrived at them, and the listening one for requests.
 
     families: the IP versions for which there is a pair of sockets, in the order of the pairs.
+    deadline: of the monotonic clock; behind it nothing is delivered.
     """
 
-    def __init__(self, store: Store, families: list[int]) -> None:
-        self.store = store
+    def __init__(self, store: Store, families: list[int], deadline: float, watch: Watch) -> None:
+        self.store, self.deadline, self.watch = store, deadline, watch
+        self.diag = socket(fileno=_DIAG)
         self.listening = socket(fileno=_LISTENING)
         self.listening.setblocking(False)
         self.pairs: dict[int, tuple[socket, socket]] = {}
@@ -67,14 +80,14 @@ class Holder:
         for sock in (self.listening, *(packets for packets, _ in self.pairs.values())):
             self.poll.register(sock.fileno(), select.POLLIN)
 
-    def run(self, deadline: float, watch: Watch) -> None:
+    def run(self) -> None:
         """Until a request ends it, or it is not needed any more."""
         look = 0.0
         while True:
             now = time.monotonic()
             if now >= look:
                 look = now + _LOOK_EVERY_S
-                if now >= deadline or not (watch.is_found() and watch.is_inhabited()):
+                if not (self.is_wanted() and self.watch.is_inhabited()):
                     return
             ready = {fd for fd, _ in self.poll.poll(max(look - now, 0) * 1000)}
             for packets, _ in self.pairs.values():
@@ -83,15 +96,23 @@ class Holder:
             if self.listening.fileno() in ready and self.serve():
                 return
 
+    def is_wanted(self) -> bool:
+        """Whether its time is not over and its move not undone."""
+        return time.monotonic() < self.deadline and self.watch.is_found()
+
     def take(self, packets: socket, most: int) -> bool:
         """Take packets from the kernel, *most* of them; whether there may be more."""
-        add, buffer = self.store.add, self.buffer
+        store, buffers, view = self.store, [self.buffer], memoryview(self.buffer)
         for _ in range(most):
             try:
-                length = packets.recv_into(buffer)
+                length, ancillary, flags, _ = packets.recvmsg_into(buffers, _ANCILLARY)
             except OSError:  # there is no more, or the device has gone down
                 return False
-            add(bytes(buffer[:length]))
+            if flags & MSG_TRUNC:  # the peer sends again what is not whole
+                store.cut += 1
+                continue
+            status = unpack_from("=I", ancillary[0][2])[0] if ancillary else 0
+            store.add(bytes(view[:length]), verify=not status & _CHECKSUM_KNOWN)
         return True
 
     def serve(self) -> bool:
@@ -123,7 +144,7 @@ class Holder:
         return len(pieces), sum(len(piece.payload) for piece in pieces), self.store.refused
 
     def deliver(self) -> tuple[int, int, int]:
-        """Send all that is held to the sockets that are back; the same numbers.
+        """Send all that is held to the sockets that are back; the same numbers of what was sent.
 
         The gate is open: what arrives from now on is not taken any more.
         """
@@ -131,10 +152,32 @@ class Holder:
             _close_filter(packets)
             while self.take(packets, _AT_A_TIME):
                 pass
+        if not self.is_wanted():
+            self.store.streams.clear()
+        for key, stream in [*self.store.streams.items()]:
+            if not self.has_socket(key, stream.old):
+                del self.store.streams[key]
         for stream, piece in self.store.replay():
             _, raw = self.pairs[4 if len(stream.old) == 4 else 6]
             self.send(raw, stream, piece)
         return self.count()
+
+    def has_socket(self, key: bytes, old: bytes) -> bool:
+        """Whether a socket has the connection of *key* (plan/replay.py), at *old*."""
+        width = len(old)
+        peer, ports = key[width : 2 * width], key[-2:] + key[-4:-2]
+        family = AF_INET if width == 4 else AF_INET6
+        request = pack(
+            "=IHHIIBBBxI4s16s16sIII", 72, _SOCK_DIAG_BY_FAMILY, 1, 0, 0,
+            family, _PROTOCOL_TCP, 0, 0xFFFFFFFF, ports, old, peer, 0, 0xFFFFFFFF, 0xFFFFFFFF,
+        )  # fmt: skip
+        try:
+            self.diag.send(request)
+            answer = self.diag.recv(4096)
+        except OSError:
+            return False
+        type_, state = unpack_from("=4xH11xB", answer)
+        return bool(type_ == _SOCK_DIAG_BY_FAMILY and state in _OWNED)
 
     def send(self, raw: socket, stream: Stream, piece: Piece) -> None:
         """Send one piece through lo; what the kernel does not take, the peer sends again."""
@@ -156,7 +199,6 @@ def _print(address: bytes) -> str:
 def attach_filter(sock: socket, program: bytes) -> None:
     """Have the kernel show *sock* only what the packed classic BPF *program* lets through."""
     from array import array
-    from struct import pack
 
     held = array("B", program)
     address, length = held.buffer_info()
@@ -192,16 +234,17 @@ def main(arguments: list[str]) -> None:
     """Hold, until a request or the watch ends it."""
     name, netns, identity, versions, seconds = arguments
     families = [int(version) for version in versions]
-    keep_only(3 + 2 * len(families))
+    keep_only(4 + 2 * len(families))
     deadline = time.monotonic() + float(seconds)
     watch = Watch(name, os.stat(name, dir_fd=DIRECTORY, follow_symlinks=False), netns, identity)
     with open(_KEPT, "rb") as file:
         file.seek(0)
         kept = unpack_kept(file.read())
     _keep_in_memory()
-    holder = Holder(Store(kept), families)
+    holder = Holder(Store(kept), families, deadline, watch)
+    holder.has_socket(bytes(12), bytes(4))  # the kernel loads what it needs for that, beforehand
     try:
-        holder.run(deadline, watch)
+        holder.run()
     finally:
         watch.remove_file()
 

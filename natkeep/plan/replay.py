@@ -2,14 +2,16 @@
 
 Rule: only what a peer sent is replayed, changed in nothing but its destination (NEW to OLD), both
 checksums, and where a segment had to be cut. Never a SYN, an RST or urgent data, never an
-octet twice. The holder (kernel/segment_holderd.py) loads this file into a bare interpreter, so
-nothing but `struct` is imported.
+octet twice, nothing whose length or checksum is not that of the whole packet. Work and memory are
+bounded whatever a peer sends: a packet costs a look at RUNS runs and one place in a sorted list.
+The holder (kernel/segment_holderd.py) loads this file into a bare interpreter, so nothing but
+`struct` and `bisect` is imported.
 This file must never read a file, a clock, a socket or a namespace.
 
 Theory of operation. For each kept connection a `Stream` keeps data by its place in the sequence:
 
-    a retransmission replaces the octets of the earlier copy, if nothing has arrived since; else
-    those that are held already are cut off it
+    of a segment that overlaps what is held, only the octets that are not held are kept
+    a whole retransmission of the newest segment gives it its own headers and place in the order
     of acknowledgements without data only the newest is kept, and only until data follows it
     segments are replayed in the order of arrival (`Store.replay`)
 
@@ -26,10 +28,13 @@ Theory of operation. For each kept connection a `Stream` keeps data by its place
 - A segment costs its payload and SEGMENT_COST more, so one bound in octets bounds the number of
   segments too. When all streams together have too much, the bound of each is halved, and those
   that are above it lose their right ends: a few that send much never starve the others.
+- What is held of a stream is RUNS runs at most, with holes between them: a peer that leaves more
+  holes sends what is refused again.
 """
 
 from __future__ import annotations
 
+from bisect import insort
 from struct import pack, pack_into, unpack_from
 
 TYPE_CHECKING = False  # typing.TYPE_CHECKING, without importing typing
@@ -44,6 +49,8 @@ LEAST = 4096
 """Octets to which the bound of a stream never falls: a segment of the usual size and one more."""
 SEGMENT_COST = 512
 """What a segment costs beside its payload: about what Python needs for it."""
+RUNS = 64
+"""Runs of octets, with holes between them, that are held of one stream at most."""
 
 PACKET_SIZE = 31 * 1024
 """Octets of an IP packet that is replayed, at most.
@@ -74,6 +81,12 @@ class Segment:
         self.length = len(payload) + self.fin
         self.acknowledges_only = not self.length
 
+    def is_intact(self) -> bool:
+        """Whether its checksum is right; one that the kernel computes later is not in it yet."""
+        length = len(self.tcp) + len(self.payload)
+        pseudo = _pseudo_header(self.ip, length)
+        return checksum(b"".join((pseudo, self.tcp, self.payload))) == 0xFFFF
+
 
 def parse(packet: bytes) -> Segment | None:
     """The segment in *packet*, which begins with its IP header; None for what is not held."""
@@ -93,7 +106,8 @@ def parse(packet: bytes) -> Segment | None:
         ends = packet[24:40] + packet[8:24]
     else:
         return None
-    total = total or len(packet)  # a length of 0 is an offloaded packet's above 64 KiB
+    if not total and len(packet) > 0xFFFF:
+        total = len(packet)  # BIG TCP: the length does not fit its field
     if len(packet) < total or total < start + 20:
         return None
     data = start + (packet[start + 12] >> 4) * 4
@@ -104,17 +118,19 @@ def parse(packet: bytes) -> Segment | None:
 
 
 class Piece:
-    """A part of a stream: octets *start* to *end* (FIN included) of one segment.
+    """Octets *start* to *end* (FIN included) of a stream, with the headers that brought them.
 
     number: its place in the order of arrival at the store.
     """
 
-    __slots__ = ("end", "fin", "number", "payload", "segment", "start")
+    __slots__ = ("end", "fin", "ip", "number", "payload", "start", "tcp")
 
     def __init__(
         self, number: int, segment: Segment, start: int, payload: bytes, *, fin: bool
     ) -> None:
-        self.number, self.segment, self.payload, self.fin = number, segment, payload, fin
+        # Not the segment: that has all of its payload, of which this may be an octet.
+        self.number, self.ip, self.tcp = number, segment.ip, segment.tcp
+        self.payload, self.fin = payload, fin
         self.start, self.end = start, start + len(payload) + fin
 
     @property
@@ -122,93 +138,94 @@ class Piece:
         """Octets, in the terms of the bounds."""
         return len(self.payload) + SEGMENT_COST
 
-    def without(self, start: int, end: int) -> Iterator[Piece]:
-        """What is left of it when octets *start* to *end* are taken away: none, one or two."""
-        if end <= self.start or self.end <= start:
-            yield self
-            return
-        if self.start < start:
-            left = self.payload[: start - self.start]
-            yield Piece(self.number, self.segment, self.start, left, fin=False)
-        if end < self.end:
-            right = self.payload[end - self.start :]
-            yield Piece(self.number, self.segment, end, right, fin=self.fin)
-
 
 class Stream:
     """What is held of one connection, and the address it is replayed to (*old*, packed).
 
-    Places in the sequence are counted from the first segment that arrived.
+    Places in the sequence are counted from the first segment that arrived. pieces: in the order of
+    the sequence; runs: what they cover, start and end; newest: those that arrived last.
     """
 
-    __slots__ = ("acknowledgement", "base", "ceiling", "cost", "end", "old", "pieces", "refused")
+    __slots__ = (
+        "acknowledgement", "base", "ceiling", "cost", "newest", "old", "pieces", "refused", "runs",
+    )  # fmt: skip
 
     def __init__(self, old: bytes, base: int) -> None:
         self.old, self.base = old, base
         self.pieces: list[Piece] = []
+        self.newest: list[Piece] = []
+        self.runs: list[tuple[int, int]] = []
         self.acknowledgement: Piece | None = None
-        self.cost = self.end = self.refused = 0
+        self.cost = self.refused = 0
         self.ceiling: int | None = None
 
     def add(self, number: int, segment: Segment, limit: int) -> None:
         """Keep *segment* as far as *limit* allows."""
         start = (segment.seq - self.base + _SPAN // 2) % _SPAN - _SPAN // 2
-        piece = Piece(number, segment, start, segment.payload, fin=segment.fin)
         if segment.acknowledges_only:
             self.cost += SEGMENT_COST if self.acknowledgement is None else 0
-            self.acknowledgement = piece
+            self.acknowledgement = Piece(number, segment, start, b"", fin=False)
+            return
+        end = start + segment.length
+        if self.ceiling is not None and start > self.ceiling:
+            self.refused += 1
+            return
+        gaps = self._cover(start, end)
+        if gaps is None:
+            self.refused += 1
             return
         if self.ceiling is not None:
-            if start > self.ceiling:
-                self.refused += 1
-                return
-            self.ceiling = max(self.ceiling, piece.end)
+            self.ceiling = max(self.ceiling, end)
         if self.acknowledgement is not None:
             self.acknowledgement = None  # data says the same, and newer
             self.cost -= SEGMENT_COST
-        if self.pieces and start < self.end:
-            self._merge(piece)
-        else:
-            self.pieces.append(piece)
-            self.cost += piece.cost
-        self.end = max(self.end, piece.end) if len(self.pieces) > 1 else piece.end
+        for held in self.newest:
+            if start <= held.start and held.end <= end:
+                held.number, held.ip, held.tcp = number, segment.ip, segment.tcp
+        if gaps:
+            self.newest = [self._keep(number, segment, start, gap) for gap in gaps]
         if self.cost > limit:
             self.shrink(limit)
 
-    def _merge(self, piece: Piece) -> None:
-        """Add what of *piece* is not held; of the segment that arrived before it, it takes all."""
-        newest = self.pieces[-1].number
-        before = [held for held in self.pieces if held.number == newest]
-        older = self.pieces[: -len(before)]
-        parts = [piece]
-        for held in older:
-            if held.start < piece.end and piece.start < held.end:
-                parts = [left for part in parts for left in part.without(held.start, held.end)]
-        before = [left for held in before for left in held.without(piece.start, piece.end)]
-        self.pieces = [*older, *before, *parts]
-        self.cost = sum(held.cost for held in self.pieces)
+    def _cover(self, start: int, end: int) -> list[tuple[int, int]] | None:
+        """What of *start* to *end* is not held, and now will be; None if that is a run too many."""
+        gaps, apart, at, run = [], [], start, (start, end)
+        for held in self.runs:
+            if held[1] < start or end < held[0]:
+                apart.append(held)
+                continue
+            if at < held[0]:
+                gaps.append((at, held[0]))
+            at = max(at, held[1])
+            run = min(run[0], held[0]), max(run[1], held[1])
+        if at < end:
+            gaps.append((at, end))
+        if len(apart) >= RUNS:
+            return None
+        self.runs = sorted([*apart, run])
+        return gaps
+
+    def _keep(self, number: int, segment: Segment, start: int, gap: tuple[int, int]) -> Piece:
+        payload, fin = segment.payload, segment.fin and gap[1] == start + segment.length
+        payload = payload[gap[0] - start : gap[1] - start]
+        piece = Piece(number, segment, gap[0], payload, fin=fin)
+        insort(self.pieces, piece, key=lambda held: held.start)
+        self.cost += piece.cost
+        return piece
 
     def shrink(self, limit: int) -> None:
         """Drop what does not fit, from the right end."""
-        left = limit
-        if self.acknowledgement is not None:
-            left -= SEGMENT_COST
-            if left < 0:
-                self.acknowledgement = None
-                self.cost -= SEGMENT_COST
-        for piece in sorted(self.pieces, key=lambda piece: piece.start):
-            if piece.cost > left:
-                self._drop_from(piece.start)
-                return
-            left -= piece.cost
-
-    def _drop_from(self, ceiling: int) -> None:
-        before, self.ceiling = len(self.pieces), ceiling
-        self.pieces = [piece for piece in self.pieces if piece.start < ceiling]
-        self.refused += before - len(self.pieces)
-        self.end = max((piece.end for piece in self.pieces), default=ceiling)
-        self.cost = sum(piece.cost for piece in self.pieces)
-        self.cost += SEGMENT_COST if self.acknowledgement is not None else 0
+        while self.pieces and self.cost > limit:
+            piece = self.pieces.pop()
+            self.cost -= piece.cost
+            self.refused += 1
+            self.ceiling = piece.start
+            first, _ = self.runs.pop()
+            if first < piece.start:
+                self.runs.append((first, piece.start))
+        if self.acknowledgement is not None and self.cost > limit:
+            self.acknowledgement = None
+            self.cost -= SEGMENT_COST
 
 
 class Store:
@@ -220,12 +237,17 @@ class Store:
     def __init__(self, kept: dict[bytes, bytes], total: int = TOTAL, each: int = EACH) -> None:
         self.kept, self.total, self.each = kept, total, each
         self.streams: dict[bytes, Stream] = {}
-        self.cost = self.number = 0
+        self.cost = self.number = self.cut = 0
 
-    def add(self, packet: bytes) -> None:
-        """Keep what is in *packet*, if it is a segment of a kept connection."""
+    def add(self, packet: bytes, *, verify: bool = False) -> None:
+        """Keep what is in *packet*, if it is a segment of a kept connection.
+
+        verify: its checksum has to be right.
+        """
         segment = parse(packet)
         if segment is None or segment.key not in self.kept:
+            return
+        if verify and not segment.is_intact():
             return
         stream = self.streams.get(segment.key)
         if stream is None:
@@ -251,8 +273,8 @@ class Store:
 
     @property
     def refused(self) -> int:
-        """Segments for which there was no room."""
-        return sum(stream.refused for stream in self.streams.values())
+        """Segments for which there was no room; cut: those that did not fit the buffer."""
+        return self.cut + sum(stream.refused for stream in self.streams.values())
 
     def replay(self) -> Iterator[tuple[Stream, Piece]]:
         """All that is held, oldest first."""
@@ -264,7 +286,7 @@ class Store:
 
 def make_packets(stream: Stream, piece: Piece, size: int = PACKET_SIZE) -> Iterator[bytes]:
     """IP packets of at most *size* octets that bring *piece* back, addressed to OLD."""
-    ip, tcp, at = piece.segment.ip, piece.segment.tcp, 0
+    ip, tcp, at = piece.ip, piece.tcp, 0
     room = size - len(ip) - len(tcp)
     while True:
         payload = piece.payload[at : at + room]
@@ -288,13 +310,18 @@ def _make_packet(
         pack_into("!H", header, 2, len(header) + length)
         header[16:20], header[10:12] = old, b"\0\0"
         pack_into("!H", header, 10, checksum(header))
-        pseudo = header[12:20] + pack("!HH", _TCP, length)
     else:
         pack_into("!H", header, 4, length)
         header[24:40] = old
-        pseudo = header[8:40] + pack("!II", length, _TCP)
+    pseudo = _pseudo_header(header, length)
     pack_into("!H", segment, 16, checksum(b"".join((pseudo, segment, payload))))
     return b"".join((header, segment, payload))
+
+
+def _pseudo_header(header: bytes | bytearray, length: int) -> bytes:
+    """What TCP's checksum covers of the IP *header*; length: of the segment."""
+    ends = header[12:20] if header[0] >> 4 == 4 else header[8:40]
+    return b"".join((ends, pack("!II", length, _TCP)))
 
 
 def checksum(octets: bytes | bytearray) -> int:

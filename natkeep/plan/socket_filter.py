@@ -20,7 +20,7 @@ _LOAD_WORD, _LOAD_HALF, _LOAD_OCTET = 0x20, 0x28, 0x30
 _LOAD_HALF_X, _LOAD_OCTET_X, _LOAD_X = 0x48, 0x50, 0xB1
 _JUMP, _EQUAL, _ABOVE, _AT_LEAST, _ANY_BIT, _RETURN = 0x05, 0x15, 0x25, 0x35, 0x45, 0x06
 _PACKET_TYPE = 0xFFFFF000 + 4
-_ALL = 0x40000
+_ALL = 0xFFFFFFFF  # octets: what is shown is not cut
 
 Instruction = tuple[int, int, int, int]
 """Code, jump if true, jump if false, operand: struct sock_filter."""

@@ -24,12 +24,13 @@ from typing import Any
 
 import pytest
 
-from natkeep.kernel import daemon, segment_holder
+from natkeep.kernel import daemon, segment_holder, segment_holderd
 from natkeep.kernel.interface import Place
 from natkeep.kernel.linux import LinuxKernel
 from natkeep.kernel.netns import Namespace, inside, open_namespace
 from natkeep.lab import tcp_repair
 from natkeep.lab.tcp_repair import RepairSocket, SocketState, TcpState
+from natkeep.plan import replay
 from natkeep.plan.move import Map, Mode, Move, Site
 from natkeep.plan.roles import Role
 from natkeep.plan.step_order import make_plan
@@ -154,9 +155,14 @@ def _reap(pid: int) -> None:
 
 @pytest.fixture
 def network(
-    make_netns: Callable[[], str], run: Run, tmp_path: Path, require: Callable[[str], None]
+    make_netns: Callable[[], str],
+    run: Run,
+    tmp_path: Path,
+    require: Callable[[str], None],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> Iterator[Network]:
-    """Peer and destination on one cable."""
+    """Peer and destination on one cable; a busy machine's holder has time to answer."""
+    monkeypatch.setattr(segment_holder, "PATIENCE", DEADLINE)
     peer, site = make_netns(), make_netns()
     run(site, "ip", "link", "add", "eth0", "type", "veth", "peer", "name", "eth0", "netns", peer)
     for netns, address in ((peer, PEER), (site, NEW)):
@@ -387,6 +393,166 @@ def _reap_all() -> None:
     with contextlib.suppress(ChildProcessError):
         while os.waitpid(-1, os.WNOHANG)[0]:
             pass
+
+
+# ---- what it never does ------------------------------------------------------------------------
+
+
+class Wire:
+    """What arrives at the peer's end of the cable from now on: destination and TCP flags."""
+
+    def __init__(self, network: Network) -> None:
+        with inside(network.peer):
+            self.socket = socket.socket(socket.AF_PACKET, socket.SOCK_DGRAM, socket.htons(3))
+        network.stack.callback(self.socket.close)
+        self.socket.settimeout(DEADLINE)
+        with inside(network.site):
+            self.marker = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+        network.stack.callback(self.marker.close)
+
+    def read(self) -> list[tuple[bytes, int]]:
+        """All that was sent before the datagram that is sent last; TCP only."""
+        self.marker.sendto(b"", (str(PEER[4]), 9))
+        found = []
+        while True:
+            packet, about = self.socket.recvfrom(1 << 16)
+            if about[1] == 0x0800 and packet[9] == 17:
+                return found
+            end, tcp = ((16, 20), 20) if about[1] == 0x0800 else ((24, 40), 40)
+            if about[1] in (0x0800, 0x86DD) and packet[9 if tcp == 20 else 6] == 6:
+                found.append((packet[slice(*end)], packet[tcp + 13]))
+
+
+@EACH_VERSION
+def test_what_has_no_socket_is_not_delivered_and_not_reset(network: Network, version: int) -> None:
+    end = Endpoint(PEER[version], 50594)
+    network.prepare(end)
+    network.hold()
+    network.connect(end).send(b"Is anybody there?")
+    network.await_held(1)
+    wire = Wire(network)
+
+    with inside(network.site):
+        family = socket.AF_INET if version == 4 else socket.AF_INET6
+        # It has the port, and no such connection.
+        listener = socket.create_server((str(OLD[version]), PORT), family=family)
+    network.stack.callback(listener.close)
+    delivered = segment_holder.deliver(network.state, "web")
+
+    assert delivered == segment_holder.Held(0, 0, 0)
+    assert [flags for _, flags in wire.read() if flags & 0x04] == []
+
+
+@EACH_VERSION
+def test_where_old_is_not_local_any_more_nothing_goes_onto_a_wire(
+    network: Network, version: int
+) -> None:
+    end = Endpoint(PEER[version], 50594)
+    network.prepare(end)
+    network.hold()
+    network.connect(end).send(b"Is anybody there?")
+    network.await_held(1)
+    network.restore(end)  # has OLD, whether it is an address or not
+    key = f"net.ipv{version}.conf.all.forwarding"
+    network.run(network.names[1], "sysctl", "-qw", f"{key}=1")
+    network.run(network.names[1], "nft", "flush", "ruleset")
+    neighbour = (str(OLD[version]), "lladdr", "02:00:00:00:00:01", "dev", "eth0")
+    network.run(network.names[1], "ip", "neighbour", "add", *neighbour)
+    network.run(network.names[0], "ip", "link", "set", "eth0", "promisc", "on")
+    wire = Wire(network)
+
+    network.run(network.names[1], "ip", "address", "del", str(OLD[version]), "dev", "lo")
+    segment_holder.deliver(network.state, "web")
+
+    assert [to for to, _ in wire.read() if to == OLD[version].packed] == []
+
+
+def test_a_segment_with_a_wrong_checksum_is_not_given_a_right_one(network: Network) -> None:
+    scapy = pytest.importorskip("scapy.all")
+    end = Endpoint(PEER[4], 50594)
+    network.prepare(end)
+    network.hold()
+    with inside(network.peer):
+        raw = socket.socket(socket.AF_INET, socket.SOCK_RAW, socket.IPPROTO_RAW)
+    network.stack.callback(raw.close)
+    head = scapy.IP(src=str(PEER[4]), dst=str(NEW[4]))
+    tcp = scapy.TCP(sport=50594, dport=PORT, flags="PA", seq=SEQ["peer"], ack=SEQ["process"])
+    tcp.options = [("NOP", None), ("NOP", None), ("Timestamp", (1, 1))]
+
+    for payload, checksum in ((b"damaged", 0x1234), (b"whole", None)):
+        tcp.chksum = checksum
+        raw.sendto(bytes(head / tcp / payload), (str(NEW[4]), 0))
+        tcp.seq += len(payload)
+
+    assert network.await_held(1) == segment_holder.Held(1, 5, 0)
+
+
+def test_a_packet_that_was_cut_is_not_held() -> None:
+    sending, receiving = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
+    receiving.setblocking(False)
+    holder = object.__new__(segment_holderd.Holder)
+    holder.store, holder.buffer = replay.Store({}), bytearray(100)
+    seen: list[bytes] = []
+    holder.store.add = lambda packet, verify: seen.append(packet)  # type: ignore[method-assign]
+
+    with sending, receiving:
+        for size in (99, 100, 101, 200):
+            sending.send(bytes(size))
+        more = holder.take(receiving, 10)
+
+    assert [len(packet) for packet in seen] == [99, 100]
+    assert holder.store.refused == 2
+    assert not more
+
+
+def test_an_opening_does_not_wait_for_a_holder_that_does_not_answer(
+    network: Network, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(segment_holder, "PATIENCE", 0.05)
+    end = Endpoint(PEER[4], 50594)
+    network.prepare(end)
+    pid = network.hold()
+    peer = network.connect(end)
+    peer.send(b"Is anybody there?")
+    network.await_held(1)
+    process = network.restore(end)
+    network.cut_cable()
+
+    os.kill(pid, signal.SIGSTOP)
+    began = time.monotonic()
+    delivered = network.open()
+    waited = time.monotonic() - began
+    tcp_repair.leave_repair_silently(process)
+    os.kill(pid, signal.SIGCONT)
+
+    assert delivered is None
+    assert waited < 1  # of 50 ms, on a busy machine
+    assert read_all(process, 17) == b"Is anybody there?"
+
+
+def test_one_that_is_too_late_delivers_nothing(network: Network) -> None:
+    end = Endpoint(PEER[4], 50594)
+    network.prepare(end)
+    pid = network.hold(age=2)
+    peer = network.connect(end)
+    peer.send(b"Is anybody there?")
+    network.await_held(1)
+    process = network.restore(end)
+    tcp_repair.leave_repair_silently(process)
+    network.cut_cable()
+    os.kill(pid, signal.SIGSTOP)
+    expired = time.monotonic() + 2
+    asking = socket.socket(socket.AF_UNIX)
+    network.stack.callback(asking.close)
+    asking.connect(os.path.join(network.state, "web.hold"))
+    asking.sendall(b"deliver\n")
+    while time.monotonic() < expired:
+        time.sleep(0.05)
+
+    os.kill(pid, signal.SIGCONT)
+    await_end(pid)
+
+    assert select.select([process], [], [], 0) == ([], [], [])
 
 
 # ---- how long it lives -------------------------------------------------------------------------

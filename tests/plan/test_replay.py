@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import struct
+import tracemalloc
 from ipaddress import ip_address
 from itertools import pairwise
 
@@ -229,18 +230,28 @@ def test_octets_that_come_again_in_other_segments_return_once() -> None:
     store.add(make_packet(b"cd", seq=12))
     store.add(make_packet(b"xyefgh", seq=12))
 
-    # Of the last two the newer one has taken the place; of the first one what had been cut stays.
-    assert octets(store) == [(10, b"ab"), (14, b"ef"), (12, b"xy"), (16, b"gh")]
+    assert octets(store) == [(10, b"abcdef"), (16, b"gh")]
 
 
-def test_a_fin_that_is_cut_off_returns_with_what_is_behind() -> None:
+def test_a_fin_stays_behind_the_data_that_it_came_with() -> None:
     store = Store(keep())
 
-    store.add(make_packet(b"abcd", seq=10, flags=FIN | ACK))
     store.add(make_packet(b"ab", seq=10))
+    store.add(make_packet(b"abcd", seq=10, flags=FIN | ACK))
 
-    assert [seq for seq, _ in octets(store)] == [12, 10]
-    assert [flags_of(packet) & FIN for packet in made(store)] == [FIN, 0]
+    assert octets(store) == [(10, b"ab"), (12, b"cd")]
+    assert [flags_of(packet) & FIN for packet in made(store)] == [0, FIN]
+
+
+def test_of_a_segment_between_two_that_are_held_only_the_gap_is_kept() -> None:
+    store = Store(keep())
+
+    store.add(make_packet(b"ab", seq=10))
+    store.add(make_packet(b"ef", seq=14))
+    store.add(make_packet(b"xxcdxxgh", seq=10))
+
+    # "ef", the newest one, came again with it.
+    assert octets(store) == [(10, b"ab"), (12, b"cd"), (14, b"ef"), (16, b"gh")]
 
 
 def test_a_fin_alone_is_an_octet_of_the_sequence() -> None:
@@ -377,6 +388,88 @@ def test_no_bound_is_ever_exceeded_and_the_run_has_no_hole(
     assert not held or held[0][0] == 1
 
 
+def test_the_holes_of_a_stream_are_bounded() -> None:
+    store = Store(keep())
+    count = 2 * replay.RUNS
+
+    fill(store, range(0, 2 * count, 2))  # every second segment is lost
+    before = places(store)
+    fill(store, range(1, 2, 2))
+    fill(store, range(2 * replay.RUNS, 2 * replay.RUNS + 1))
+
+    assert before == list(range(0, 2 * replay.RUNS, 2))
+    assert store.refused == count - replay.RUNS
+    assert places(store) == sorted([*before, 1, 2 * replay.RUNS])  # a hole filled makes room
+
+
+def test_a_piece_does_not_keep_the_rest_of_its_segment_in_memory() -> None:
+    store = Store(keep())
+
+    tracemalloc.start()
+    for end in range(1, 200):
+        store.add(make_packet(bytes(60_000 + end), seq=10, flags=PSH | ACK))
+    _, most = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+
+    assert store.cost == 60_199 + 199 * SEGMENT_COST
+    assert most < 4 * store.cost
+
+
+@pytest.mark.parametrize("kind", ["tiny", "holes", "overlapping", "backwards", "repeated"])
+def test_a_packet_costs_as_much_with_thousands_of_segments_as_with_a_few(kind: str) -> None:
+    count = 8000
+    data = {
+        "tiny": [(n, n + 1) for n in range(count)],
+        "holes": [(2 * n, 2 * n + 1) for n in range(count)],
+        "overlapping": [(n, n + 900) for n in range(0, 3 * count, 3)],
+        "backwards": [(n, n + 1) for n in range(count, 0, -1)],
+        "repeated": [(0, n % 64 + 1) for n in range(count)],
+    }[kind]
+    stream = Stream(OLD[4].packed, 0)
+    steps = []
+
+    for number, (start, end) in enumerate(data):
+        segment = replay.parse(make_packet(bytes(end - start), seq=start))
+        assert segment is not None
+        before = len(stream.runs) + len(stream.newest)
+        stream.add(number, segment, replay.EACH)
+        steps.append(before)
+
+    assert max(steps) <= 2 * (replay.RUNS + 1)
+    assert stream.cost == sum(piece.cost for piece in stream.pieces) <= replay.EACH
+    assert [piece.start for piece in stream.pieces] == sorted(p.start for p in stream.pieces)
+
+
+# ---- lengths and checksums -----------------------------------------------------------------------
+
+
+@EACH_VERSION
+@pytest.mark.parametrize("octets_", [30, 60_000])
+def test_a_length_of_zero_is_believed_above_64_kib_only(version: int, octets_: int) -> None:
+    packet = bytearray(make_packet(bytes(octets_), version=version, flags=FIN | ACK))
+    packet[slice(2, 4) if version == 4 else slice(4, 6)] = b"\0\0"
+
+    assert replay.parse(bytes(packet)) is None
+    assert replay.parse(bytes(packet) + bytes(70_000)) is not None
+
+
+@EACH_VERSION
+@pytest.mark.parametrize("flipped", [None, 40, -1])
+def test_a_segment_whose_checksum_is_wrong_is_not_held(version: int, flipped: int | None) -> None:
+    scapy = pytest.importorskip("scapy.all")
+    kind = scapy.IP if version == 4 else scapy.IPv6
+    whole = kind(make_packet(b"data", version=version))
+    del whole[scapy.TCP].chksum
+    packet = bytearray(bytes(whole))
+    if flipped is not None:
+        packet[flipped] ^= 1
+    store = Store(keep())
+
+    store.add(bytes(packet), verify=True)
+
+    assert len(made(store)) == (flipped is None)
+
+
 def test_where_there_is_room_for_nothing_more_a_newcomer_waits() -> None:
     store = Store(keep(), total=2 * COST, each=2 * COST)
     fill(store, range(2))
@@ -493,8 +586,8 @@ def test_a_stream_counts_places_from_its_first_segment_across_the_end_of_the_num
     stream = Stream(OLD[4].packed, segment.seq)
 
     stream.add(1, segment, replay.EACH)
-    again = replay.parse(make_packet(b"cd", seq=0))
-    assert again is not None
-    stream.add(2, again, replay.EACH)
+    more = replay.parse(make_packet(b"cdef", seq=0))
+    assert more is not None
+    stream.add(2, more, replay.EACH)
 
-    assert [(piece.start, piece.payload) for piece in stream.pieces] == [(0, b"ab"), (2, b"cd")]
+    assert [(piece.start, piece.payload) for piece in stream.pieces] == [(0, b"abcd"), (4, b"ef")]
