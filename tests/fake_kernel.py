@@ -320,7 +320,7 @@ class FakeKernel:
                 for reset in lost
                 for name in (filters.reset_set(move_id, reset.number),)
             },
-            addresses=frozenset({map_.old for map_ in plan.move.maps} & here.addresses),
+            addresses=plan.olds_at(site) & here.addresses,
             entries=seen,
             alive=_count_alive(here, site, translations, seen),
             holds=move_id in here.holds,

@@ -26,6 +26,7 @@ from natkeep.plan.tuples import Connections, Endpoint, FourTuple, parse_address
 from natkeep.state import files
 from natkeep.state.directory import Header, StateDirectory, read_boot_id
 from natkeep.state.journal import Journal
+from natkeep.values import replace
 
 MOVE = Move(
     "web",
@@ -125,7 +126,7 @@ def test_the_format_line_by_line(state: StateDirectory, place: Path) -> None:
         '"sites":[{"role":"destination","netns":"dst"},{"role":"gateway","netns":""}]},'
         '"namespaces":[[4,4026531840],[4,4026532299]],'
         '"steps":["InstallGate","FillSet","OpenGate"],"prepare":[0,1],"local":["10.1.0.2","fd00:1::2"],'
-        f'"connections":"{digest}","image":null}}',
+        f'"connections":"{digest}","image":null,"begun":{written.begun}}}',
         '{"step":0,"state":"doing","prior":{"present":false},'
         '"site":0,"undo":{"kind":"address","address":"10.2.0.10"}}',
         '{"step":0,"state":"done","prior":{"present":true,"acct":"0"}}',
@@ -133,6 +134,31 @@ def test_the_format_line_by_line(state: StateDirectory, place: Path) -> None:
         "",
     ] == (place / "web.journal").read_text().split("\n")
     assert {"web.connections", "web.journal"} == {path.name for path in place.iterdir()}
+
+
+def test_which_peers_were_moved_to_the_destination_before_is_read_again(
+    state: StateDirectory,
+) -> None:
+    around = replace(SURROUNDINGS, joined=CONNECTIONS)
+    state.begin(MOVE, CONNECTIONS, around, NAMESPACES, KINDS, before=(0, 1))
+    assert state.load("web").surroundings == around
+
+
+def test_the_moves_of_an_old_address_are_found_as_they_come_and_go(state: StateDirectory) -> None:
+    of_old = frozenset({MOVE.maps[0].old.packed})
+    assert state.ids_moving(of_old) == ()
+    begin(state)
+    assert state.ids_moving(of_old) == ("web",)
+    assert state.ids_moving(frozenset({MOVE.maps[0].new.packed})) == ()
+    state.remove("web")
+    assert state.ids_moving(of_old) == ()
+
+
+def test_of_two_moves_the_later_is_the_newer(state: StateDirectory) -> None:
+    first = begin(state)
+    state.remove("web")
+    begin(state)
+    assert state.load("web").begun > first.begun > 0
 
 
 def test_a_journal_that_version_0_1_0_wrote_is_read(state: StateDirectory, place: Path) -> None:

@@ -87,7 +87,7 @@ class Snapshot:
         return Observation(
             gate=gate,
             missing={name: self._count_missing(name, kept) for name, kept in sets.items()},
-            addresses=frozenset(m.old for m in plan.move.maps if m.old.packed in self._addresses),
+            addresses=frozenset(old for old in plan.olds_at(site) if old.packed in self._addresses),
             entries=entries,
             alive=_count_alive(entries) if sockets is None else len(sockets),
             holds=syn_block.comment(move_id) in self._comments("gate"),

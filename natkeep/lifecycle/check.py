@@ -10,6 +10,7 @@ from natkeep.errors import RefusedError, UsageError
 from natkeep.kernel import rtnetlink
 from natkeep.lifecycle.conflicts import refuse_conflicts
 from natkeep.lifecycle.executor import Executor
+from natkeep.lifecycle.owners import look_around
 from natkeep.plan.move import Move, Site
 from natkeep.plan.roles import Role
 from natkeep.plan.step_order import make_plan
@@ -33,7 +34,8 @@ def check(
     """
     executor.open_sites(move)
     move = _with_held(executor, move)
-    surroundings = executor.kernel.look_around(move, connections)
+    besides = () if replaces is None else (replaces,)
+    surroundings = look_around(executor.kernel, executor.state, move, connections, besides)
     if replaces is not None:
         earlier = executor.state.load(replaces).surroundings_there()
         surroundings = surroundings.carry_on(earlier, connections)

@@ -15,6 +15,7 @@ from natkeep.checkpoint import Checkpoint
 from natkeep.errors import RefusedError
 from natkeep.lifecycle.conflicts import refuse_overlaps
 from natkeep.lifecycle.executor import Executor
+from natkeep.lifecycle.owners import look_around
 from natkeep.lifecycle.progress import kinds_of, numbers_before, plan_of, unprepared
 from natkeep.plan.repair import LoadObjects, Patch
 from natkeep.plan.roles import Role
@@ -82,7 +83,7 @@ def compare(executor: Executor, journal: Journal, plan: Plan, image: Checkpoint)
                 hint=f"natkeep teardown {move.id}, and prepare it from the image",
             )
         return Compared(0, len(went))
-    change = Change(came, went, executor.kernel.look_around(move, found))
+    change = Change(came, went, look_around(executor.kernel, executor.state, move, found))
     new = make_plan(move, journal.connections, journal.surroundings, change)
     refuse_overlaps(executor, new, frozenset({move.id}))
     again = tuple(

@@ -16,10 +16,11 @@ from natkeep import faultpoints
 from natkeep.errors import JournalError, LeftoverError, NatkeepError, RefusedError
 from natkeep.kernel.interface import Kernel
 from natkeep.kernel.netns import NamespaceGoneError
+from natkeep.lifecycle.owners import give_up_claims
 from natkeep.lifecycle.progress import kinds_of, numbers_before, plan_of
 from natkeep.plan.move import Move, Site
 from natkeep.plan.nft import TABLE
-from natkeep.plan.step_undo import UNDONE_AGAIN, LowerLoopback, RemoveAddress, Undo
+from natkeep.plan.step_undo import UNDONE_AGAIN, LowerLoopback, RemoveAddress, RestoreEntries, Undo
 from natkeep.plan.steps import Plan, Prior, Step
 from natkeep.state.directory import StateDirectory
 from natkeep.state.journal import Journal, Record, Unread
@@ -174,6 +175,8 @@ class Executor:
         self.talk(f"[-] {kind} at {site}")
         try:
             faultpoints.reach("revert", kind)
+            if isinstance(undo, RestoreEntries):
+                prior = give_up_claims(self.state, journal, site, undo, prior)
             if not self._hand_over(journal, site, undo, prior):
                 self.kernel.revert(site, undo, prior)
             faultpoints.reach("reverted", kind)

@@ -19,6 +19,7 @@ from natkeep.errors import JournalError
 from natkeep.kernel.interface import Kernel, Snapshot
 from natkeep.kernel.netns import NamespaceGoneError
 from natkeep.lifecycle.executor import Executor
+from natkeep.lifecycle.owners import leave_to_owners
 from natkeep.lifecycle.progress import has_been_opened, is_retired, is_waiting, restored_at
 from natkeep.plan.drift import MoveStatus, SiteStatus, find_drift
 from natkeep.plan.liveness import Life, Sighting, find_life, make_sighting
@@ -180,6 +181,7 @@ def look_around(
     begun = time.monotonic_ns() // 1_000_000
     by = {site: readers.get(site, executor.kernel) for site in sites}
     looks = {site: reader.observe(site, plan) for site, reader in by.items()}
+    looks = leave_to_owners(executor.kernel, executor.state, journal, plan, looks, by)
     earlier = executor.state.read_sighting(journal.move.id, journal.boot)
     age = time.monotonic() - earlier.at / 1000 if earlier is not None else 0.0
     frozen = not any(has_been_opened(journal, plan, site) for site in restored_at(plan))

@@ -45,7 +45,7 @@ from natkeep.plan.translation import (
     Translation,
     make_translations,
 )
-from natkeep.plan.tuples import Address, Connections
+from natkeep.plan.tuples import NO_CONNECTIONS, Address, Connections
 from natkeep.values import replace
 
 
@@ -166,9 +166,10 @@ def _steps_at(
     # Before the address too: CRIU's restore may send for these, and must not be answered yet.
     steps += _install_resets(site, move, lost)
     if site.row.puts_old:
-        steps += _put_old(
-            site, move, here, [*(r.map.old for r in receptions), *(r.old for r in lost)]
-        )
+        others = [*(r.map.old for r in receptions), *(r.old for r in lost)]
+        # The peers' addresses too, which may otherwise go with the moves that put them there.
+        others += sorted({one.source.address for one in surroundings.joined}, key=str)
+        steps += _put_old(site, move, here, others)
     # The translation before the restore begins: CRIU sends unsent data before post-restore.
     steps.append(InstallTranslation(site, move.id, here))
     if receptions:
@@ -219,23 +220,34 @@ def _replace_entries(
         if change is not None and (move.waits(site) or next(translation.kept.each()) in came):
             around = change.surroundings
         crossing = _crossing(translation, around)
+        joined = around.joined if site.row.puts_old else NO_CONNECTIONS
+        stale = crossing
+        if len(joined):
+            stale = _crossing(translation, around, frozenset(joined.each()))
+        if stale is not None:
+            steps.append(PurgeEntries(site, stale))
         if crossing is not None:
-            steps += [PurgeEntries(site, crossing), InsertEntries(site, crossing)]
+            steps.append(InsertEntries(site, crossing))
     return steps
 
 
-def _crossing(translation: Translation, surroundings: Surroundings) -> Translation | None:
+def _crossing(
+    translation: Translation, surroundings: Surroundings, joined: frozenset[bytes] = frozenset()
+) -> Translation | None:
     """The translation without the connections whose peer is on the destination itself.
 
-    These go through lo, un-translated; at the gateway they are not seen any more.
+    These go through lo, un-translated; at the gateway they are not seen any more. But where the
+    peer was moved there, the entry of its move has to go: it would translate what lo carries. So
+    those that have *joined* are among the stale ones.
     """
     if not surroundings.local:
         return translation
     version = translation.map.old.version
+    pairs = enumerate(zip(translation.kept.each(), translation.inner, strict=True))
     crossing = [
         index
-        for index, (_, inner) in enumerate(translation.tuples())
-        if inner.source.address not in surroundings.local
+        for index, (record, inner) in pairs
+        if record in joined or inner.source.address not in surroundings.local
     ]
     if len(crossing) == len(translation.kept):
         return translation

@@ -460,6 +460,11 @@ class Plan:
         """All steps, in order; a step's index here is its number in the journal."""
         return (*self.prepare, *self.open)
 
+    def olds_at(self, site: Site) -> frozenset[Address]:
+        """The addresses that may be put on lo of *site*, or are at home there at a source."""
+        added = (s.address for s in self.prepare if isinstance(s, AddAddress) and s.site == site)
+        return frozenset([*(map_.old for map_ in self.move.maps), *added])
+
 
 def _mode_tables(modes: Iterable[Mode]) -> tuple[tuple[Object, ...], ...]:
     return tuple(base_chains.mode_table(mode) for mode in dict.fromkeys(modes))

@@ -37,11 +37,13 @@ class Surroundings:
     carried: connections that a gateway translates already, as the process sees them, and
     carriers: the same ones, in the same order, as their peers see them (a published port: the
     local address is the one that was published; a masqueraded client: its own address).
+    joined: connections whose peers were moved to the destination before, by moves of their own.
     """
 
     local: frozenset[Address] = frozenset()
     carried: Connections = NO_CONNECTIONS
     carriers: Connections = NO_CONNECTIONS
+    joined: Connections = NO_CONNECTIONS
 
     def carry_on(self, earlier: Surroundings, connections: Connections) -> Surroundings:
         """With those of *connections* that an *earlier* move, now replaced, took over itself.

@@ -235,6 +235,16 @@ class Connections:
             records[i::size] = bytes((octet,)) * count
         return _of_version(version, bytes(records))
 
+    def turned(self) -> Connections:
+        """The same connections as their other end sees them: local and peer exchanged."""
+        sides = []
+        for version in (4, 6):
+            half, records = RECORD_SIZE[version] // 2, self.records(version)
+            starts = range(0, len(records), 2 * half)
+            ends = (records[i + half : i + 2 * half] + records[i : i + half] for i in starts)
+            sides.append(b"".join(ends))
+        return Connections(*sides)
+
     def pick(self, indexes: Iterable[int], version: int) -> Connections:
         """Those of IP *version* that stand at *indexes*."""
         records, size = self.records(version), RECORD_SIZE[version]

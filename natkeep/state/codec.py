@@ -15,7 +15,8 @@ from natkeep.plan.criu_lock import DumpLock, NetworkLock
 from natkeep.plan.move import Fate, Map, Mode, Move, Site
 from natkeep.plan.roles import Role
 from natkeep.plan.steps import Identity, Prior
-from natkeep.plan.tuples import Connections, Endpoint, parse_address
+from natkeep.plan.translation import Surroundings
+from natkeep.plan.tuples import NO_CONNECTIONS, Connections, Endpoint, parse_address
 
 SCHEMA = 2
 SCHEMAS = (1, SCHEMA)
@@ -164,14 +165,23 @@ def move_from_json(value: dict[str, Any]) -> Move:
         held=_read_endpoints(value.get("held", [])),
         quiesces=as_flag(value.get("quiesces", False)),
         unkept=Fate(as_text(value.get("unkept", Fate.REPORT))),
-        lost=_read_lost(value.get("lost", ["", ""])),
+        lost=read_sides(value.get("lost")),
         hold=as_flag(value.get("hold", False)),
         guard=as_flag(value.get("guard", False)),
         live=as_flag(value.get("live", False)),
     )
 
 
-def _read_lost(value: object) -> Connections:
+def joined_to_json(around: Surroundings) -> dict[str, list[str]]:
+    """Those of a move's connections whose other end was moved to the destination before."""
+    joined = around.joined
+    return {"joined": [joined.v4.hex(), joined.v6.hex()]} if len(joined) else {}
+
+
+def read_sides(value: object) -> Connections:
+    """Connections as a list of two texts; None is none."""
+    if value is None:
+        return NO_CONNECTIONS
     v4, v6 = (bytes.fromhex(as_text(text)) for text in as_list(value))
     return Connections(v4, v6)
 

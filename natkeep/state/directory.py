@@ -15,7 +15,8 @@ The state directory (0700, files 0600; nothing below it is ever opened through a
          "namespaces": [[DEVICE, INODE], ...], "steps": [KIND, ...], "prepare": [STEP, ...],
          "local": [ADDRESS, ...],
          "connections": SHA-256, or null of a quiesce, which has no file ID.connections,
-         "image": RUN ID OF THE DUMP or null}
+         "image": RUN ID OF THE DUMP or null, "begun": NANOSECONDS of the monotonic clock,
+         "joined": [V4, V6], if any: Surroundings.joined, packed (in "changed" as well)}
         {"step": 4, "state": "doing", "prior": {...}, "site": 0, "undo": {"kind": ..., ...}}
                            before the step acts; at which of the move's sites, and what undoes it
                            (undo_codec.py), if that has not been said before
@@ -32,14 +33,14 @@ Schema 1, of natkeep 0.1.0, has neither "prepare" nor "undo": both are taken fro
 
 Rule: the line "doing" is on disk before the kernel is asked, so a step that was begun is known
 even when the process was killed in it; to undo one that did nothing is harmless. A last line
-without its newline was never finished being written, and is as if it were not there. Anything
-else that is not exactly of this form is refused, not guessed at.
+without its newline is as if it were not there. What else is not exactly of this form is refused.
 """
 
 from __future__ import annotations
 
 import hashlib
 import re
+import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
 from functools import cache
@@ -58,6 +59,7 @@ from natkeep.state.codec import (
     as_list,
     as_text,
     as_whole,
+    joined_to_json,
     move_from_json,
     move_to_json,
     pack_columns,
@@ -65,11 +67,13 @@ from natkeep.state.codec import (
     read_image,
     read_line,
     read_namespaces,
+    read_sides,
     unknown_schema,
     unpack_columns,
 )
 from natkeep.state.files import StateFiles, read_lock_timeout
 from natkeep.state.journal import Journal, corrupt
+from natkeep.state.old_index import OldIndex
 from natkeep.values import dataclass
 
 _ID_PATTERN = r"(?P<id>[a-z0-9][a-z0-9-]{0,31})"
@@ -111,6 +115,7 @@ class StateDirectory:
         """patience: seconds to wait for the lock at most, whatever the environment says."""
         self.patience = min(read_lock_timeout(), patience or float("inf"))
         self._files = StateFiles(path, create=create)
+        self._old_index = OldIndex(self._files)
         self.path = self._files.path
 
     def locked(self, timeout: float | None = None) -> AbstractContextManager[None]:
@@ -150,7 +155,7 @@ class StateDirectory:
         boot = read_boot_id()
         journal = Journal(
             move, connections, surroundings, namespaces, kinds, boot, self, image=image,
-            before=before,
+            before=before, begun=time.monotonic_ns(),
         )  # fmt: skip
         packed, header = _pack_header(journal)
         begun: list[dict[str, Any]] = []
@@ -208,6 +213,10 @@ class StateDirectory:
                 found.append(name[:-8])
         return tuple(sorted(filter(is_id, found)))
 
+    def ids_moving(self, olds: frozenset[bytes]) -> tuple[str, ...]:
+        """The ids of the moves that have one of the packed addresses *olds* as an OLD, sorted."""
+        return tuple(filter(is_id, self._old_index.find(olds)))
+
     def others_at(self, here: Identity, move_id: str) -> Iterator[Header]:
         """The moves of this boot with a site at a namespace, besides *move_id*, as can be read."""
         for other_id in self.ids():
@@ -262,13 +271,14 @@ class StateDirectory:
         journal = Journal(
             move,
             connections,
-            Surroundings(local, carried, carriers),
+            Surroundings(local, carried, carriers, read_sides(header.get("joined"))),
             read_namespaces(header["namespaces"]),
             tuple(as_text(kind) for kind in as_list(header["steps"])),
             as_text(header["boot"]),
             self,
             image=read_image(header.get("image")),
             schema=header["schema"],
+            begun=as_whole(header.get("begun", 0)),
         )
         if journal.schema > 1:
             journal.before = tuple(map(as_whole, as_list(header["prepare"])))
@@ -290,7 +300,8 @@ class StateDirectory:
         if len(carried) != len(carriers):
             raise ValueError("it does not have a carrier for each carried connection")
         local = frozenset(parse_address(as_text(text)) for text in as_list(line["local"]))
-        return Change(came, went, Surroundings(local, carried, carriers))
+        joined = read_sides(line.get("joined"))
+        return Change(came, went, Surroundings(local, carried, carriers, joined))
 
     def _read_packed(self, name: str, digest: str) -> bytes:
         try:
@@ -388,4 +399,6 @@ def _pack_header(journal: Journal) -> tuple[bytes | None, dict[str, Any]]:
         "local": sorted(str(address) for address in journal.surroundings.local),
         "connections": packed and hashlib.sha256(packed).hexdigest(),
         "image": journal.image,
+        "begun": journal.begun,
+        **joined_to_json(journal.surroundings),
     }

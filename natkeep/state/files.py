@@ -79,6 +79,11 @@ class StateFiles:
             return True
         return False
 
+    def stamp(self, name: str) -> tuple[int, int]:
+        """What of a file changes when it is written: inode, and when that was, in nanoseconds."""
+        status = os.stat(name, dir_fd=self._fd, follow_symlinks=False)
+        return status.st_ino, status.st_mtime_ns
+
     def unlink(self, name: str) -> None:
         """Remove the file, if there is one."""
         if self._fd is not None:  # without it the name would be one of the working directory

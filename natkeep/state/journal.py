@@ -23,6 +23,7 @@ from natkeep.state.codec import (
     as_list,
     as_text,
     as_whole,
+    joined_to_json,
     pack_columns,
     pack_line,
     read_image,
@@ -83,7 +84,7 @@ class Record:
 
 @dataclass(slots=True)
 class Journal:
-    """One move on disk."""
+    """One move on disk; begun: nanoseconds of the monotonic clock, 0 where it does not say."""
 
     move: Move
     connections: Connections
@@ -97,6 +98,7 @@ class Journal:
     change: Change | None = None
     before: tuple[int, ...] = ()
     schema: int = SCHEMA
+    begun: int = 0
 
     def note(self, number: int, state: str, prior: Prior, step: Step | None = None) -> None:
         """Append one record and have it on disk before returning.
@@ -182,6 +184,7 @@ class Journal:
             "steps": list(kinds),
             "from": list(origins),
             "again": list(again),
+            **joined_to_json(around),
         }
         self._directory.write_changed(self.move.id, packed)
         self._directory.append(f"{self.move.id}.journal", line)

@@ -125,6 +125,14 @@ def test_packed_connections_give_back_what_was_packed(tuples: list[FourTuple]) -
 
 
 @settings(max_examples=50)
+@given(st.lists(inbound_tuples(), max_size=8))
+def test_the_other_end_sees_each_connection_the_other_way_round(tuples: list[FourTuple]) -> None:
+    packed = Connections.of(tuples)
+
+    assert [tuple_.reply() for tuple_ in packed] == list(packed.turned())
+
+
+@settings(max_examples=50)
 @given(st.lists(inbound_tuples(), max_size=8), LOCALS4 | LOCALS6)
 def test_at_keeps_those_of_one_local_address_in_their_order(
     tuples: list[FourTuple], local: Address
