@@ -46,7 +46,7 @@ from contextlib import AbstractContextManager
 from functools import cache
 from typing import Any
 
-from natkeep import __version__, faultpoints
+from natkeep import faultpoints
 from natkeep.errors import JournalError, LeftoverError, NatkeepError, RefusedError, UsageError
 from natkeep.plan.liveness import Sighting
 from natkeep.plan.move import Move, is_id, parse_id
@@ -54,15 +54,11 @@ from natkeep.plan.steps import Identity, Prior, Step
 from natkeep.plan.translation import Change, Surroundings
 from natkeep.plan.tuples import NO_CONNECTIONS, Address, Connections, parse_address
 from natkeep.state.codec import (
-    SCHEMA,
     SCHEMAS,
     as_list,
     as_text,
     as_whole,
-    joined_to_json,
     move_from_json,
-    move_to_json,
-    pack_columns,
     pack_line,
     read_image,
     read_line,
@@ -157,7 +153,7 @@ class StateDirectory:
             move, connections, surroundings, namespaces, kinds, boot, self, image=image,
             before=before, begun=time.monotonic_ns(),
         )  # fmt: skip
-        packed, header = _pack_header(journal)
+        packed, header = journal.pack_header()
         begun: list[dict[str, Any]] = []
         if earlier is not None and earlier.move.quiesces and blocks is not None:
             # The block passes into this journal in the moment that it takes the other one's place.
@@ -380,25 +376,3 @@ class StateDirectory:
             return Sighting.from_json(found) if found["boot"] == boot else None
         except (OSError, KeyError, TypeError, ValueError, JournalError):
             return None
-
-
-def _pack_header(journal: Journal) -> tuple[bytes | None, dict[str, Any]]:
-    """The connections' file, which a quiesce has not, and the first line of a new journal."""
-    move, packed = journal.move, None
-    if not move.quiesces:
-        around = journal.surroundings
-        packed = pack_columns((journal.connections, around.carried, around.carriers))
-    return packed, {
-        "schema": SCHEMA,
-        "natkeep": __version__,
-        "boot": journal.boot,
-        "move": move_to_json(move),
-        "namespaces": [list(identity) for identity in journal.namespaces],
-        "steps": list(journal.kinds),
-        "prepare": list(journal.before),
-        "local": sorted(str(address) for address in journal.surroundings.local),
-        "connections": packed and hashlib.sha256(packed).hexdigest(),
-        "image": journal.image,
-        "begun": journal.begun,
-        **joined_to_json(journal.surroundings),
-    }

@@ -11,6 +11,7 @@ from collections.abc import Iterable
 from functools import lru_cache
 from typing import Any, Protocol
 
+from natkeep import __version__
 from natkeep.errors import JournalError, RefusedError, UsageError
 from natkeep.plan.move import Move, Site
 from natkeep.plan.step_undo import Undo, undo_of
@@ -24,6 +25,7 @@ from natkeep.state.codec import (
     as_text,
     as_whole,
     joined_to_json,
+    move_to_json,
     pack_columns,
     pack_line,
     read_image,
@@ -99,6 +101,26 @@ class Journal:
     before: tuple[int, ...] = ()
     schema: int = SCHEMA
     begun: int = 0
+
+    def pack_header(self) -> tuple[bytes | None, dict[str, Any]]:
+        """The connections' file, which a quiesce has not, and the first line of a new journal."""
+        around, packed = self.surroundings, None
+        if not self.move.quiesces:
+            packed = pack_columns((self.connections, around.carried, around.carriers))
+        return packed, {
+            "schema": SCHEMA,
+            "natkeep": __version__,
+            "boot": self.boot,
+            "move": move_to_json(self.move),
+            "namespaces": [list(identity) for identity in self.namespaces],
+            "steps": list(self.kinds),
+            "prepare": list(self.before),
+            "local": sorted(str(address) for address in around.local),
+            "connections": packed and hashlib.sha256(packed).hexdigest(),
+            "image": self.image,
+            "begun": self.begun,
+            **joined_to_json(around),
+        }
 
     def note(self, number: int, state: str, prior: Prior, step: Step | None = None) -> None:
         """Append one record and have it on disk before returning.
