@@ -42,15 +42,20 @@ NFT = """
     set comment iifname oifname lo ipv4_addr ipv6_addr inet_service verdict handle policy
     dstnat srcnat iif oif gate injected leaving half-open inbound outbound arriving departing muted
     errors silent
+    ct state established related new peer-inbound peer-outbound invalid-inbound invalid-outbound
+    from4 from6 to4 to6 invalid-in4 invalid-in6 invalid-from4 invalid-from6 invalid-out4
+    invalid-out6 invalid-to4 invalid-to6
     asked asking held4 held6 gate4 gate6 in4 in6 out4 out6 set4 set6 put4 put6 mute4 mute6
     conns4 conns6 : . -"""
 KEYWORDS = frozenset(NFT.split())
 TOKEN = re.compile(r'"(?P<string>[^"]*)"|(?P<word>@?[0-9A-Za-z_:.-]+)|(?P<mark>[{};,&|()]|[=!]=)')
 OURS = re.compile(
-    r"@?(?:(?:kept|outer|listen)-(?P<a>[a-z0-9-]{1,32})-[0-9]{1,2}"
+    r"@?(?:(?:kept|outer|routed|to-outer|to-inner|listen)-(?P<a>[a-z0-9-]{1,32})-[0-9]{1,2}"
     r"|(?:gate|callers|hold)-(?P<b>[a-z0-9-]{1,32}))"
 )
-AT = re.compile(r"(?:gate|in|out|set|put|mute)-at-(?P<address>[0-9a-f._]+)")
+AT = re.compile(
+    r"(?:gate|(?:invalid-)?(?:in|out|from|to)|set|put|mute)-at-(?P<address>[0-9a-f._]+)"
+)
 
 
 def tokens(line: str) -> Iterator[tuple[str, str]]:
@@ -272,10 +277,13 @@ def test_two_moves_never_share_a_name(
             base_chains.gate_chain(move_id),
             base_chains.kept_set(move_id, number),
             base_chains.outer_set(move_id, number),
+            base_chains.routed_set(move_id, number),
+            base_chains.outer_map(move_id, number),
+            base_chains.inner_map(move_id, number),
             listeners.listen_set(move_id, number),
             listeners.callers_chain(move_id),
             syn_block.chain_name(move_id),
-            *(base_chains.address_chain(d, address) for d in ("gate", "in", "out", "set", "put")),  # type: ignore[arg-type]
+            *(base_chains.address_chain(d, address) for d in base_chains.DISPATCHES),  # type: ignore[arg-type]
         ]
 
     ours, theirs = names(one, m, here), names(other, n, there)

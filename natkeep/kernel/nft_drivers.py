@@ -91,7 +91,7 @@ class FillDriver(Driver[FillSet]):
     def apply(self, at: Place, step: FillSet, remember: Remember) -> Prior:
         """All connections in one transaction."""
         remember(Prior())
-        nftables.fill_set(step.name, step.connections)
+        nftables.fill_sets(step.fillings())
         return Prior()
 
 

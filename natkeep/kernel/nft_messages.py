@@ -44,6 +44,7 @@ from natkeep.plan.nft import (
     Table,
     TcpFlags,
     Verdict,
+    WriteMap,
     WriteOctets,
 )
 from natkeep.plan.tuples import RECORD_SIZE, Connections
@@ -83,6 +84,12 @@ _TCP_FLAGS_AT = 13
 _TCP_FLAGS = {"fin": 1, "syn": 2, "rst": 4, "ack": 16}
 _VERDICTS = {"drop": 0, "accept": 1}
 _CSUM_INET, _CSUM_PSEUDO = 1, 1
+_CHECKSUMS = {
+    "ip": {6: _CSUM_INET, 7: 10, 8: _CSUM_PSEUDO},
+    "ip6": {8: _CSUM_PSEUDO},
+    "tcp": {6: _CSUM_INET, 7: 16},
+}
+"""How the checksums that cover a header's fields are mended (NFTA_PAYLOAD_CSUM_…)."""
 
 Packed = tuple[str, tuple[bytes, ...]]
 """An expression's name and its attributes."""
@@ -127,14 +134,21 @@ def _batch_frame(type_: int, sequence: int, more: bytes = b"") -> bytes:
 # ---- elements ------------------------------------------------------------------------------------
 
 
-def pack_fill(table: str, name: str, connections: Connections) -> list[Message]:
-    """What adds *connections* (of one IP version) to the set."""
+def pack_fill(
+    table: str, name: str, connections: Connections, peers: Connections | None = None
+) -> list[Message]:
+    """What adds *connections* (of one IP version) to the set; to a map, with these *peers*."""
     version = 4 if connections.v4 else 6
     width = 4 if version == 4 else 16
     # All elements as attributes of equal size; each part of a key is padded to four octets.
-    template = nested(1, nested(1, attribute(1, bytes(width + 8))))
-    key = len(template) - width - 8
-    columns = [(key + at, values) for at, values in _key_columns(connections, version)]
+    key = nested(1, attribute(1, bytes(width + 8)))
+    data = nested(2, attribute(1, bytes(width + 4))) if peers is not None else b""
+    template = nested(1, key, data)
+    begin = len(template) - len(data) - width - 8
+    columns = [(begin + at, values) for at, values in _key_columns(connections, version)]
+    if peers is not None:
+        begin = len(template) - width - 4
+        columns += [(begin + at, values) for at, values in _key_columns(peers, version)[:2]]
     elements = replicate(template, columns, len(connections))
     owner = attribute(1, string(table)) + attribute(2, string(name))
     per_message = _ATTRIBUTE_MAX // len(template) * len(template)
@@ -186,7 +200,7 @@ def _pack_object(one: Object, number: int) -> Message:
         case Chain(name=name, table=table):
             body = attribute(1, string(table)) + attribute(3, string(name)) + _pack_hook(one)
             return Message(_NEWCHAIN, body)
-        case Set(table=table):
+        case Set(table=table, verdicts=False, data=()):
             return Message(_NEWSET, attribute(1, string(table)) + _pack_set(one, number))
         case Rule(table=table, insert=insert):
             flags_ = NLM_F_CREATE | (0 if insert else NLM_F_APPEND)
@@ -252,6 +266,8 @@ def _pack_statement(statement: Statement, known: set[str]) -> Iterator[Packed]:
                 yield _load(_TRANSPORT, offset, octets, register)
                 register += (octets + 3) // 4
             yield _look_up(name)
+        case WriteMap():
+            yield from _pack_write_map(statement, known)
         case WriteOctets():
             yield "immediate", (_integer(1, _REGISTER), nested(2, attribute(1, statement.value)))
             yield _store(statement)
@@ -267,14 +283,30 @@ def _depend(protocol: str, known: set[str]) -> Iterator[Packed]:
         yield from (_load_meta(meta), _compare(bytes((number,))))
 
 
-def _pack_match(match: Match, known: set[str]) -> Iterator[Packed]:
-    for name in match.fields:
+def _load_fields(fields: Sequence[str], known: set[str]) -> Iterator[Packed]:
+    for name in fields:
         yield from _depend(name.partition(" ")[0], known)
     register = _REGISTER
-    for name in match.fields:
+    for name in fields:
         base, offset, octets = _PLACES[name]
         yield _load(base, offset, octets, register)
         register += (octets + 3) // 4  # each part of a key begins a register
+
+
+def _pack_write_map(write: WriteMap, known: set[str]) -> Iterator[Packed]:
+    """What the map has goes behind the key's registers, and from there into the packet."""
+    yield from _load_fields(write.fields, known)
+    register = _REGISTER + sum((_PLACES[name][2] + 3) // 4 for name in write.fields)
+    yield "lookup", (attribute(1, string(write.name)), *_integers({2: _REGISTER, 3: register}))
+    for name in write.to:
+        base, offset, octets = _PLACES[name]
+        numbers = {5: register, 2: base, 3: offset, 4: octets, **_CHECKSUMS[name.partition(" ")[0]]}
+        yield "payload", _integers(numbers)
+        register += (octets + 3) // 4
+
+
+def _pack_match(match: Match, known: set[str]) -> Iterator[Packed]:
+    yield from _load_fields(match.fields, known)
     if isinstance(match.to, str):
         yield _look_up(match.to.removeprefix("@"))
     elif isinstance(match.to, IPv4Address | IPv6Address):

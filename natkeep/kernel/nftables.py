@@ -29,15 +29,18 @@ from natkeep.kernel.nft_messages import (
 )
 from natkeep.plan import syn_block
 from natkeep.plan.base_chains import GATE, OPEN, gate_hook, removal
+from natkeep.plan.filters import Filling
 from natkeep.plan.nft import DROP, TABLE, Chain, Object, Rule, Table, Undo
 from natkeep.plan.observation import Gate
 from natkeep.plan.steps import HoldListeners, Loads, OpenGate
-from natkeep.plan.tuples import Connections
 
 _MESSAGE = re.compile(r"(?:Error|Warning): (.*)")
 _GATES = re.compile(r"(?:gate|callers)-[a-z0-9][a-z0-9-]*")
 """Chains that drop until they are opened; an address chain's name has a dot or an underscore."""
-_OF_MOVES = re.compile(r"(?:gate|callers|hold|reset|kept|outer|listen|again)-[a-z0-9][a-z0-9-]*")
+_OF_MOVES = re.compile(
+    r"(?:gate|callers|hold|reset|kept|outer|routed|to-outer|to-inner|listen|again)"
+    r"-[a-z0-9][a-z0-9-]*"
+)
 """Chains and sets that belong to one move; while there is one of another, the tables stay."""
 
 
@@ -76,9 +79,9 @@ def send_batch(messages: Sequence[Message], generation: int = 0) -> None:
             netlink.send_transaction(pack_batch(messages, generation), len(messages))
 
 
-def fill_set(name: str, connections: Connections) -> None:
-    """Add all *connections* (of one IP version) to the set, in one transaction; or OSError."""
-    send_batch(pack_fill(TABLE, name, connections))
+def fill_sets(fillings: Iterable[Filling]) -> None:
+    """Fill these sets and maps, each of one IP version, in one transaction; or OSError."""
+    send_batch([packed for one in fillings for packed in pack_fill(TABLE, *one)])
 
 
 # ---- in ------------------------------------------------------------------------------------------
@@ -139,7 +142,7 @@ def unload(undos: Iterable[Undo]) -> None:
     Rules first, and what they refer to behind them, in one transaction.
     """
     undos = tuple(dict.fromkeys(undos))
-    names = {undo.name for undo in undos if undo.kind in ("chain", "set")}
+    names = {undo.name for undo in undos if undo.kind in ("chain", "set", "map")}
     if not names or _has_others(names):
         remove(undos)
     # The last move takes the tables with it; others may come only under the same lock.
@@ -173,7 +176,7 @@ def _removal_lines(undos: Sequence[Undo], seen: dict[str, tuple[dump.SeenRule, .
                 lines.append(Undo("inet", "rule", chain).command(rule.handle))
                 left[chain] -= 1
     going = [u for u in undos if u.kind != "rule" and not (u.unused and left.get(u.unused, 0))]
-    order = {"element": 0, "chain": 1, "set": 2}
+    order = {"element": 0, "chain": 1, "set": 2, "map": 2}
     for undo in sorted(going, key=lambda undo: order[undo.kind]):
         if undo.kind == "chain" and not undo.unused and left.get(undo.name, 0):
             lines.append(f"flush chain {undo.family} {TABLE} {undo.name}")

@@ -82,6 +82,7 @@ class Snapshot:
         entries = {t.number: self._look_up(t) for t in inserted if t.site == site}
         sockets = self._find_sockets(here) if site.role in _HAVE_SOCKETS else None
         sets = {name: kept for t in here for name, kept in filters.sets_of(move_id, t).items()}
+        sets |= {one.name: one.keys for t in here for one in filters.more_of(move_id, t)}
         sets |= {filters.reset_set(move_id, reset.number): reset.connections for reset in lost}
         gate = self._read_gate(base_chains.gate_chain(move_id))
         return Observation(

@@ -41,6 +41,7 @@ SYN = TcpFlags(_OPENING_FLAGS, ("syn",))
 """A bare SYN: it begins a connection."""
 NOT_SYN = TcpFlags(_OPENING_FLAGS, ("syn",), equal=False)
 _SYN_ACK = TcpFlags(("syn", "ack"), ("syn", "ack"))
+_HAS_ENTRY = Meta("ct state", "established,related,new")
 _CRIU_MARKED = Meta("meta mark", f"{CRIU_MARK:#x}")
 FROM_WIRE = Meta("iif", '"lo"', equal=False)
 TO_WIRE = Meta("oif", '"lo"', equal=False)
@@ -79,6 +80,14 @@ DISPATCHES = {
     # translation, stateful
     "in": Dispatch("inbound", "nat", "prerouting", "dstnat - 20", "daddr"),
     "out": Dispatch("outbound", "nat", "postrouting", "srcnat - 20", "saddr"),
+    # and of the peers, at a gateway: what else is there shall not masquerade or redirect anew
+    "from": Dispatch("peer-inbound", "nat", "prerouting", "dstnat - 19", "saddr"),
+    "to": Dispatch("peer-outbound", "nat", "postrouting", "srcnat - 19", "daddr"),
+    # both once more, for packets that have no entry and so never get to the nat chains
+    "invalid-in": Dispatch("invalid-inbound", "filter", "prerouting", "dstnat - 10", "daddr"),
+    "invalid-from": Dispatch("invalid-inbound", "filter", "prerouting", "dstnat - 10", "saddr"),
+    "invalid-out": Dispatch("invalid-outbound", "filter", "postrouting", "srcnat - 10", "saddr"),
+    "invalid-to": Dispatch("invalid-outbound", "filter", "postrouting", "srcnat - 10", "daddr"),
     # translation, stateless
     "set": Dispatch("arriving", "filter", "prerouting", "-300", "daddr"),
     "put": Dispatch("departing", "filter", "postrouting", "300", "saddr"),
@@ -95,6 +104,21 @@ def kept_set(move_id: str, number: int) -> str:
 def outer_set(move_id: str, number: int) -> str:
     """Name of the set of the same connections as they look outside, where that differs."""
     return f"outer-{move_id}-{number}"
+
+
+def routed_set(move_id: str, number: int) -> str:
+    """Name of the set of the same as they are routed, where neither of those two has that."""
+    return f"routed-{move_id}-{number}"
+
+
+def outer_map(move_id: str, number: int) -> str:
+    """Name of the map to the peer outside, from what the process says to it."""
+    return f"to-outer-{move_id}-{number}"
+
+
+def inner_map(move_id: str, number: int) -> str:
+    """Name of the map to the peer that the process knows, from what is routed to the process."""
+    return f"to-inner-{move_id}-{number}"
 
 
 def gate_chain(move_id: str) -> str:
@@ -191,6 +215,29 @@ def mode_table(mode: Mode) -> tuple[Object, ...]:
     return tuple(objects)
 
 
+@cache
+def translation_tables(mode: Mode, *, at_gateway: bool) -> tuple[tuple[Object, ...], ...]:
+    """What the translations of a mode need, each part with base chains of its own."""
+    if mode == Mode.STATELESS:
+        return (mode_table(mode),)
+    peers = (*dispatch_table("from"), *dispatch_table("to"))
+    return (mode_table(mode), *((peers,) if at_gateway else ()), _invalid_table())
+
+
+def _invalid_table() -> tuple[Object, ...]:
+    """The base chains of what conntrack calls invalid, or has been told not to track.
+
+    Most packets have an entry, and pay for the question whether they have.
+    """
+    objects: list[Object] = []
+    for pair in (("invalid-in", "invalid-from"), ("invalid-out", "invalid-to")):
+        base = DISPATCHES[pair[0]].base()
+        objects += [one for dispatch in pair for one in _dispatch_maps(dispatch)]
+        objects += [base, Rule(base.name, (_HAS_ENTRY, ACCEPT))]
+        objects += [one for dispatch in pair for one in _dispatch_rules(dispatch)]
+    return tuple(objects)
+
+
 def _dispatch_maps(dispatch: str) -> tuple[Object, ...]:
     return tuple(
         Set(dispatch_map(dispatch, v), (ADDRESS_TYPE[v],), verdicts=True, shared=True)
@@ -240,6 +287,12 @@ def connection_set(
     """An empty set for *size* connections: `peer . peer port . local port`."""
     type_ = (ADDRESS_TYPE[version], "inet_service", "inet_service")
     return Set(name, type_, size, dynamic=dynamic, table=table)
+
+
+def peer_map(name: str, version: int, size: int) -> Set:
+    """An empty map for *size* connections, from the same to `peer . peer port`."""
+    to = (ADDRESS_TYPE[version], "inet_service")
+    return connection_set(name, version, size)._replace(data=to)
 
 
 def removal() -> tuple[str, ...]:

@@ -69,12 +69,8 @@ def find_drift(
     for step in plan.prepare:
         if step.site != site:
             continue
-        if isinstance(step, FillSet) and seen.missing.get(step.name):
-            if not nothing:
-                drift.append(
-                    f"set {step.name}: {seen.missing[step.name]} of "
-                    f"{len(step.connections)} connections are missing"
-                )
+        if isinstance(step, FillSet):
+            drift += _find_set_drift(step, seen) if not nothing else ()
         elif isinstance(step, RaiseLoopback) and not seen.loopback:
             drift.append("device lo: it is down")
         elif isinstance(step, AddAddress) and step.address not in seen.addresses:
@@ -154,6 +150,12 @@ def _name_chains(plan: Plan, seen: Observation, wanted: list[Wanted]) -> Iterato
         for chain in dict.fromkeys(key.name for key in ours):
             if chain not in there:
                 yield chain, f"chain {chain}: no rule {what}"
+
+
+def _find_set_drift(step: FillSet, seen: Observation) -> Iterator[str]:
+    for one in step.fillings():
+        if missing := seen.missing.get(one.name):
+            yield f"set {one.name}: {missing} of {len(one.keys)} connections are missing"
 
 
 def _find_entry_drift(step: InsertEntries, seen: Observation, life: Life | None) -> Iterator[str]:

@@ -25,6 +25,7 @@ Rule: exact tuples of the move only. This file must never run anything.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from typing import NamedTuple
 
 from natkeep.plan.arp import silence
 from natkeep.plan.base_chains import (
@@ -39,9 +40,13 @@ from natkeep.plan.base_chains import (
     dispatch_to,
     gate_chain,
     inbound_key,
+    inner_map,
     kept_set,
     outbound_key,
+    outer_map,
     outer_set,
+    peer_map,
+    routed_set,
     rule_at,
 )
 from natkeep.plan.nft import (
@@ -81,8 +86,12 @@ def gate(move_id: str, translations: Iterable[Translation]) -> tuple[Object, ...
     objects: list[Object] = [Chain(chain), Rule(chain, (DROP,))]
     for translation in translations:
         version = translation.map.old.version
+        size = len(translation.kept)
         for name in sets_of(move_id, translation):
-            objects.append(connection_set(name, version, len(translation.kept)))
+            objects.append(connection_set(name, version, size))
+        for one in more_of(move_id, translation):
+            make = connection_set if one.peers is None else peer_map
+            objects.append(make(one.name, version, size))
         asked = Match(inbound_key(version), f"@{outer_name(move_id, translation)}")
         for local in gated_addresses(translation):
             objects += rule_at(GATE, local, (asked, jump(chain)), move_id)
@@ -123,9 +132,39 @@ def sets_of(move_id: str, translation: Translation) -> dict[str, Connections]:
     return sets
 
 
+class Filling(NamedTuple):
+    """What a set is filled with; a map: with the peers of *peers*, in the order of its keys."""
+
+    name: str
+    keys: Connections
+    peers: Connections | None = None
+
+
+def more_of(move_id: str, translation: Translation) -> tuple[Filling, ...]:
+    """What a translation that renames the peers asks besides its sets."""
+    if not translation.masks:
+        return ()
+    number, routed, inner = translation.number, translation.routed, translation.inner
+    maps = (
+        Filling(outer_map(move_id, number), inner, translation.outer),
+        Filling(inner_map(move_id, number), routed, inner),
+    )
+    name = routed_set(move_id, number)
+    own = (Filling(name, routed),) if routed_name(move_id, translation) == name else ()
+    return (*own, *maps)
+
+
 def outer_name(move_id: str, translation: Translation) -> str:
     name = outer_set if translation.renames else kept_set
     return name(move_id, translation.number)
+
+
+def routed_name(move_id: str, translation: Translation) -> str:
+    """Name of the set of the connections as they are routed; a set holds no local address."""
+    if not translation.masks:
+        return kept_set(move_id, translation.number)
+    outside, inside = translation.ports()
+    return (outer_set if outside == inside else routed_set)(move_id, translation.number)
 
 
 def opening(move_id: str, role: Role) -> Rule:

@@ -115,24 +115,38 @@ class TcpFlags(NamedTuple):
 
 
 class Nat(NamedTuple):
-    """`dnat` or `snat` to an address, and to a port that is a field of the packet or a number."""
+    """`dnat` or `snat` to an address and a port, each itself or a field of the packet."""
 
     kind: str
-    address: Address
+    address: Address | str
     port: str | int
 
     def __str__(self) -> str:
-        return f"{self.kind} {IP[self.address.version]} to {self.address} : {self.port}"
+        at = self.address
+        ip = at.partition(" ")[0] if isinstance(at, str) else IP[at.version]
+        return f"{self.kind} {ip} to {at} : {self.port}"
+
+
+class NatMap(NamedTuple):
+    """`dnat` or `snat` to the address and port that a map has for these fields, if it has them."""
+
+    kind: str
+    fields: tuple[str, ...]
+    name: str
+
+    def __str__(self) -> str:
+        ip = self.fields[0].partition(" ")[0]
+        return f"{self.kind} {ip} to {' . '.join(self.fields)} map @{self.name}"
 
 
 class Write(NamedTuple):
-    """The field becomes the address, checksums are mended."""
+    """The field becomes the value, checksums are mended."""
 
     field: str
-    address: Address
+    value: Address | int
 
     def __str__(self) -> str:
-        return f"{self.field} set {self.address}"
+        return f"{self.field} set {self.value}"
 
 
 class Add(NamedTuple):
@@ -202,8 +216,19 @@ class WriteOctets(NamedTuple):
     pseudo: bool = False
 
 
-Raw = Protocol | Octets | OctetsIn | WriteOctets
-Statement = Match | VerdictMap | Meta | TcpFlags | Nat | Write | Add | Verdict | Raw
+class WriteMap(NamedTuple):
+    """An address and a port become what a map has for these fields, if it has them.
+
+    nft's text writes one field at a time, and with the first the key would be another.
+    """
+
+    fields: tuple[str, ...]
+    name: str
+    to: tuple[str, str]
+
+
+Raw = Protocol | Octets | OctetsIn | WriteOctets | WriteMap
+Statement = Match | VerdictMap | Meta | TcpFlags | Nat | NatMap | Write | Add | Verdict | Raw
 
 
 def marks(statement: Statement) -> Iterator[str]:
@@ -220,6 +245,10 @@ def marks(statement: Statement) -> Iterator[str]:
             yield f"@{name}"
         case Nat():
             yield "nat"
+        case NatMap(_, _, name):
+            yield from ("nat", f"@{name}")
+        case WriteMap(_, name):
+            yield from ("writes", f"@{name}")
         case Write() | WriteOctets():
             yield "writes"
         case Verdict("jump", chain):
@@ -280,7 +309,7 @@ class Chain(NamedTuple):
 
 
 class Set(NamedTuple):
-    """A set of *type*, or with *verdicts* a map to them; size: that of its hash, 0 grows.
+    """A set of *type*, or a map to verdicts or to *data*; size: that of its hash, 0 grows.
 
     A set with a size is a hash of that size from the start; without, it grows while it is filled,
     at three times the cost. shared: it is there for all moves.
@@ -294,9 +323,11 @@ class Set(NamedTuple):
     family: str = "inet"
     table: str = TABLE
     shared: bool = False
+    data: tuple[str, ...] = ()
 
     def __str__(self) -> str:
-        kind, data = ("map", " : verdict") if self.verdicts else ("set", "")
+        to = ("verdict",) if self.verdicts else self.data
+        kind, data = ("map", f" : {' . '.join(to)}") if to else ("set", "")
         size = f" size {self.size};" if self.size else ""
         flags = " flags dynamic;" if self.dynamic else ""
         form = f"type {' . '.join(self.type)}{data};{size}{flags}"
@@ -309,7 +340,7 @@ class Set(NamedTuple):
     def undo(self) -> Iterator[Undo]:
         """It goes; what all moves share goes with its table."""
         if not self.shared:
-            yield Undo(self.family, "set", self.name)
+            yield Undo(self.family, "map" if self.data else "set", self.name)
 
 
 class Elements(NamedTuple):

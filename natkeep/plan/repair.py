@@ -151,7 +151,7 @@ def _place(
 def _patch_of(step: Step, seen: Observation, life: Life) -> Patch | None:
     match step:
         # All of them: to add one that is there changes nothing.
-        case FillSet() if seen.missing.get(step.name):
+        case FillSet() if any(seen.missing.get(one.name) for one in step.fillings()):
             return step
         case GuardSite() if not seen.guarded:
             return step

@@ -8,6 +8,12 @@ Theory of operation. A site has one table `inet natkeep`, shared by all moves.
     stateful:
     prerouting   -120  inbound   local address ─► in-at-ADDRESS   ─► (kept?) ─► dnat
     postrouting    80  outbound  local address ─► out-at-ADDRESS  ─► (kept?) ─► snat
+    stateful, at a gateway: the peers' part of it
+    prerouting   -119  peer-inbound   from local address ─► from-at-ADDRESS ─► (kept?) ─► dnat
+    postrouting    81  peer-outbound  to local address   ─► to-at-ADDRESS   ─► (kept?) ─► snat
+    stateful, has no entry (invalid, or not tracked):
+    prerouting   -110  invalid-inbound   invalid-in-, invalid-from-at-ADDRESS ─► set daddr
+    postrouting    90  invalid-outbound  invalid-out-, invalid-to-at-ADDRESS  ─► set saddr
     stateless:
     prerouting   -300  arriving  local address ─► set-at-ADDRESS  ─► (kept?) ─► set daddr
     postrouting   300  departing local address ─► put-at-ADDRESS  ─► (kept?) ─► set saddr
@@ -20,7 +26,9 @@ Theory of operation. A site has one table `inet natkeep`, shared by all moves.
 - `kept-ID-N` is the one set of connections of the move's translation N, `peer . peer port .
   local port`, with its size given: all chains ask it, and nothing else depends on how many
   connections there are. Only where a gateway publishes another port, or masquerades the peer,
-  do packets look different outside: then `outer-ID-N` is that side's set.
+  do packets look different outside: then `outer-ID-N` is that side's set. Of a masqueraded peer
+  the maps `to-inner-ID-N` and `to-outer-ID-N` say which it is on the other side, and
+  `routed-ID-N` is the set of what is routed, its destination translated and its source not yet.
 - `gate-ID` holds a drop. Opening inserts an accept in front of it: one rule, add-only
   (a deletion would make the closing of the netlink socket wait for an RCU grace period).
 - Where no gate is closed any more the base chain `gate` goes, once the blackout is over: even one
@@ -36,6 +44,13 @@ Theory of operation. A site has one table `inet natkeep`, shared by all moves.
   so that it sees one and the same tuple in both directions.
 - Ports are explicit (`dnat to OLD : tcp dport`): with a range of one port the kernel does not
   choose another on a clash; the packet is dropped, which TCP repairs.
+- No kept connection hangs on its entry, which time, a flush or a forged reset can end. What then
+  comes is `new` to conntrack, and goes by the nat rules as a first packet; or it is `invalid` (a
+  FIN or RST, all where nf_conntrack_tcp_loose is 0, a SYN-ACK), which nat chains never see: the
+  invalid chains rewrite its headers. A packet with an entry only pays for being asked for it.
+- At a gateway the peer's address and port are pinned, too: without its entry a connection would
+  be masqueraded or redirected anew by the gateway's other rules. What arrives for a kept tuple and
+  is still addressed as it arrived behind all that is dropped; the old host would reset it.
 - A bare SYN is never translated by a rule, and dropped at the destination, open or not: a kept
   tuple does not open a new path. While the connection's entry lives, conntrack does translate one;
   then what a listener at OLD answers is where it ends: a SYN-ACK of a kept tuple goes nowhere
@@ -47,7 +62,7 @@ Theory of operation. A site has one table `inet natkeep`, shared by all moves.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 from natkeep.plan.base_chains import (
     DIRECTIONS,
@@ -58,13 +73,28 @@ from natkeep.plan.base_chains import (
     address_chain,
     dispatch_to,
     inbound_key,
+    inner_map,
     kept_set,
     outbound_key,
+    outer_map,
     rule_at,
 )
-from natkeep.plan.filters import outer_name
+from natkeep.plan.filters import outer_name, routed_name
 from natkeep.plan.move import Mode
-from natkeep.plan.nft import ACCEPT, DROP, IP, Match, Meta, Nat, Object, Rule, Statement, Write
+from natkeep.plan.nft import (
+    ACCEPT,
+    DROP,
+    IP,
+    Match,
+    Meta,
+    Nat,
+    NatMap,
+    Object,
+    Rule,
+    Statement,
+    Write,
+    WriteMap,
+)
 from natkeep.plan.protocols import TCP
 from natkeep.plan.translation import Translation
 
@@ -82,17 +112,16 @@ def translate(move_id: str, translations: Iterable[Translation]) -> tuple[Object
 
 
 def _nat(move_id: str, translation: Translation) -> list[Object]:
-    before, after, version = translation.before, translation.after, translation.map.old.version
+    before, after = translation.before, translation.after
     inbound, outbound = DIRECTIONS[Mode.STATEFUL]
     outer_port: str | int = TCP.sport
     inner_port: str | int = TCP.dport
     if translation.renames:
         outer_port, inner_port = translation.ports()
-    outer = Match(inbound_key(version), f"@{outer_name(move_id, translation)}")
-    kept = Match(outbound_key(version), f"@{kept_set(move_id, translation.number)}")
+    outer, routed = _outer(move_id, translation), _routed(move_id, translation)
     dnat, snat = Nat("dnat", after, inner_port), Nat("snat", before, outer_port)
     arriving: tuple[Statement, ...] = (NOT_SYN, outer, *_wire(translation, FROM_WIRE), dnat)
-    departing: tuple[Statement, ...] = (NOT_SYN, kept, *_wire(translation, TO_WIRE), snat)
+    departing: tuple[Statement, ...] = (NOT_SYN, routed, *_wire(translation, TO_WIRE), snat)
     objects: list[Object] = [
         *dispatch_to(inbound, before),
         *_syn_drop(move_id, translation, inbound),
@@ -103,8 +132,99 @@ def _nat(move_id: str, translation: Translation) -> list[Object]:
         # What the old host still sends for a kept connection goes no further. It would be a new
         # flow to conntrack, clash with our entry and leave from another port, which the peer
         # answers with a reset. Only first packets of a flow come by here, so it costs nothing.
-        objects += rule_at(outbound, translation.map.old, (kept, DROP), move_id)
+        drop = (_kept(move_id, translation), DROP)
+        objects += rule_at(outbound, translation.map.old, drop, move_id)
+        objects += _nat_peers(move_id, translation)
+    return objects + _invalid(move_id, translation)
+
+
+def _outer(move_id: str, translation: Translation) -> Match:
+    """A packet from a peer, as it arrives."""
+    version = translation.map.old.version
+    return Match(inbound_key(version), f"@{outer_name(move_id, translation)}")
+
+
+def _routed(move_id: str, translation: Translation) -> Match:
+    """A packet to a peer, as it departs but for its source."""
+    version = translation.map.old.version
+    return Match(outbound_key(version), f"@{routed_name(move_id, translation)}")
+
+
+def _kept(move_id: str, translation: Translation) -> Match:
+    """A packet to a peer, as the process sent it."""
+    name = kept_set(move_id, translation.number)
+    return Match(outbound_key(translation.map.old.version), f"@{name}")
+
+
+def _nat_peers(move_id: str, translation: Translation) -> Iterator[Object]:
+    """The peers' part of the same: as the process knows them, or as they are.
+
+    Where both is the same they are translated into themselves, so that no rule of another's
+    masquerades or redirects a connection anew whose entry was lost. And what comes here with the
+    destination that it arrived with goes no further: the old host would answer with a reset.
+    """
+    version, number = translation.map.old.version, translation.number
+    to_peer: tuple[Statement, ...] = (
+        _kept(move_id, translation),
+        Nat("dnat", f"{IP[version]} daddr", TCP.dport),
+    )
+    from_peer: tuple[Statement, ...] = (
+        Match(inbound_key(version), f"@{routed_name(move_id, translation)}"),
+        Nat("snat", f"{IP[version]} saddr", TCP.sport),
+    )
+    if translation.masks:
+        to_peer = (NatMap("dnat", outbound_key(version), outer_map(move_id, number)),)
+        from_peer = (NatMap("snat", inbound_key(version), inner_map(move_id, number)),)
+    yield from rule_at("from", translation.after, (NOT_SYN, *to_peer), move_id)
+    yield from rule_at("to", translation.after, (NOT_SYN, *from_peer), move_id)
+    untranslated = (NOT_SYN, _outer(move_id, translation), DROP)
+    yield from rule_at("to", translation.before, untranslated, move_id)
+
+
+def _invalid(move_id: str, translation: Translation) -> list[Object]:
+    """The same for packets that have no entry: their headers are rewritten.
+
+    An accept ends the base chain: no other move's rules are asked as well.
+    """
+    before, after, ip = translation.before, translation.after, IP[translation.map.old.version]
+    ports: tuple[tuple[Statement, ...], ...] = ((), ())
+    if translation.renames:
+        outside, inside = translation.ports()
+        ports = (Write(TCP.dport, inside),), (Write(TCP.sport, outside),)
+    outer = _outer(move_id, translation)
+    inward = Write(f"{ip} daddr", after), *ports[0], ACCEPT
+    outward = Write(f"{ip} saddr", before), *ports[1], ACCEPT
+    arriving = (NOT_SYN, outer, *_wire(translation, FROM_WIRE), *inward)
+    departing = (
+        NOT_SYN,
+        _routed(move_id, translation),
+        *_wire(translation, TO_WIRE),
+        *outward,
+    )
+    objects: list[Object] = [
+        *rule_at("invalid-in", before, arriving, move_id),
+        *rule_at("invalid-out", after, departing, move_id),
+    ]
+    if translation.site.row.passes_on:
+        objects += rule_at("invalid-to", before, (NOT_SYN, outer, DROP), move_id)
+        drop = (_kept(move_id, translation), DROP)
+        objects += rule_at("invalid-out", translation.map.old, drop, move_id)
+    if translation.masks:
+        objects += _invalid_peers(move_id, translation)
     return objects
+
+
+def _invalid_peers(move_id: str, translation: Translation) -> Iterator[Object]:
+    version, number, after = translation.map.old.version, translation.number, translation.after
+    ip = IP[version]
+    to_peer = WriteMap(
+        outbound_key(version), outer_map(move_id, number), (f"{ip} daddr", TCP.dport)
+    )
+    from_peer = WriteMap(
+        inbound_key(version), inner_map(move_id, number), (f"{ip} saddr", TCP.sport)
+    )
+    yield from rule_at("invalid-from", after, (NOT_SYN, to_peer, ACCEPT), move_id)
+    yield from rule_at("invalid-to", after, (NOT_SYN, from_peer, ACCEPT), move_id)
 
 
 def _syn_drop(move_id: str, translation: Translation, dispatch: str) -> list[Object]:

@@ -9,10 +9,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from natkeep.plan import filters
-from natkeep.plan.base_chains import base_table, dispatch_table, mode_table
+from natkeep.plan.base_chains import base_table, dispatch_table, translation_tables
 from natkeep.plan.listeners import make_receptions, refuse_one_end_for_two
 from natkeep.plan.move import Mode, Move, Site
-from natkeep.plan.nft import TABLE
 from natkeep.plan.resets import Reset, make_resets
 from natkeep.plan.roles import Role
 from natkeep.plan.steps import (
@@ -184,11 +183,12 @@ def _steps_at(
 
 
 def _fill_sets(site: Site, move: Move, here: tuple[Translation, ...]) -> list[Step]:
-    return [
-        FillSet(site, name, connections)
-        for translation in here
-        for name, connections in filters.sets_of(move.id, translation).items()
-    ]
+    steps: list[Step] = []
+    for translation in here:
+        (name, kept), *others = filters.sets_of(move.id, translation).items()
+        steps.append(FillSet(site, name, kept, filters.more_of(move.id, translation)))
+        steps += [FillSet(site, *other) for other in others]
+    return steps
 
 
 def _put_old(
@@ -288,7 +288,7 @@ def _static_lines(step: InstallGate | InstallResets, mode: Mode | None = None) -
     """The part that all moves share: the gate's, with that of the *mode*, or that of resets."""
     base, *more = step.static()
     if mode is not None and not step.site.row.mutes:
-        more = [mode_table(mode), *more]
+        more = [*translation_tables(mode, at_gateway=step.site.row.passes_on), *more]
     return [str(one) for part in (base, *more) for one in part]
 
 
@@ -305,12 +305,14 @@ def render_nft(plan: Plan) -> Iterator[tuple[Site, tuple[str, ...]]]:
                 lines += _static_lines(step)
             elif isinstance(step, HoldListeners) and not lines:
                 lines += map(str, (*base_table(), *dispatch_table("mute")))
-            if isinstance(step, FillSet):
-                elements = ", ".join(step.elements())
-                lines.append(f"add element inet {TABLE} {step.name} {{ {elements} }}")
-            elif isinstance(
+            if isinstance(
                 step,
-                InstallGate | InstallTranslation | InstallReception | HoldListeners | InstallResets,
+                InstallGate
+                | FillSet
+                | InstallTranslation
+                | InstallReception
+                | HoldListeners
+                | InstallResets,
             ):
                 lines += step.lines()
         yield site, tuple(lines)

@@ -15,8 +15,9 @@ from itertools import islice
 from natkeep.plan import arp, base_chains, filters, listeners, ruleset, syn_block
 from natkeep.plan.conntrack import describe_purge, entries, stale_tuples, stale_views
 from natkeep.plan.criu_lock import DumpLock, describe_taking
+from natkeep.plan.filters import Filling
 from natkeep.plan.listeners import Reception
-from natkeep.plan.move import Mode, Move, Site
+from natkeep.plan.move import Move, Site
 from natkeep.plan.nft import TABLE, Object, Rule
 from natkeep.plan.resets import Reset
 from natkeep.plan.translation import Surroundings, Translation, Unkept
@@ -107,22 +108,33 @@ class InstallGate(Loads):
 
 @dataclass(frozen=True, slots=True)
 class FillSet:
-    """One set of kept connections; with this the gate is closed for them."""
+    """One set of kept connections; with this the gate is closed for them.
+
+    more: what else of the same connections is filled with it.
+    """
 
     site: Site
     name: str
     connections: Connections
+    more: tuple[Filling, ...] = ()
 
-    def elements(self) -> Iterator[str]:
-        """`peer . peer port . local port` of each kept connection."""
-        for tuple_ in self.connections:
-            source = tuple_.source
-            yield f"{source.address} . {source.port} . {tuple_.destination.port}"
+    def fillings(self) -> tuple[Filling, ...]:
+        """The set, and what else is filled."""
+        return (Filling(self.name, self.connections), *self.more)
+
+    def lines(self) -> Iterator[str]:
+        """The nft text, a line for each set."""
+        for one in self.fillings():
+            elements = ", ".join(_elements(one))
+            yield f"add element inet {TABLE} {one.name} {{ {elements} }}"
 
     def describe(self) -> tuple[str, ...]:
         """One command a line."""
-        shown = ", ".join(_first(self.elements(), len(self.connections)))
-        return as_commands(self.site, (f"add element inet {TABLE} {self.name} {{ {shown} }}",))
+        found = []
+        for one in self.fillings():
+            shown = ", ".join(_first(_elements(one), len(one.keys)))
+            found.append(f"add element inet {TABLE} {one.name} {{ {shown} }}")
+        return as_commands(self.site, found)
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,7 +183,10 @@ class InstallTranslation(Loads):
 
     def static(self) -> tuple[tuple[Object, ...], ...]:
         """The base chains of its mode."""
-        return _mode_tables(translation.mode for translation in self.translations)
+        modes = dict.fromkeys(translation.mode for translation in self.translations)
+        at_gateway = self.site.row.passes_on
+        parts = (base_chains.translation_tables(mode, at_gateway=at_gateway) for mode in modes)
+        return tuple(part for some in parts for part in some)
 
 
 @dataclass(frozen=True, slots=True)
@@ -188,7 +203,8 @@ class InstallReception(Loads):
 
     def static(self) -> tuple[tuple[Object, ...], ...]:
         """The base chains of its mode."""
-        return _mode_tables(reception.mode for reception in self.receptions)
+        modes = dict.fromkeys(reception.mode for reception in self.receptions)
+        return tuple(map(base_chains.mode_table, modes))
 
 
 @dataclass(frozen=True, slots=True)
@@ -466,8 +482,13 @@ class Plan:
         return frozenset([*(map_.old for map_ in self.move.maps), *added])
 
 
-def _mode_tables(modes: Iterable[Mode]) -> tuple[tuple[Object, ...], ...]:
-    return tuple(base_chains.mode_table(mode) for mode in dict.fromkeys(modes))
+def _elements(filling: Filling) -> Iterator[str]:
+    """`peer . peer port . local port` of each connection; of a map, and the peer it leads to."""
+    peers = (None for _ in filling.keys) if filling.peers is None else iter(filling.peers)
+    for tuple_, to in zip(filling.keys, peers, strict=True):
+        source = tuple_.source
+        key = f"{source.address} . {source.port} . {tuple_.destination.port}"
+        yield key if to is None else f"{key} : {to.source.address} . {to.source.port}"
 
 
 def _first(lines: Iterable[str], total: int) -> Iterator[str]:

@@ -20,9 +20,12 @@ from natkeep.values import dataclass
 
 _ID = r"([a-z0-9][a-z0-9-]{0,31})"
 _CHAINS = (re.compile(rf"(?:gate|callers|hold|reset)-{_ID}"),)
-_SETS = (re.compile(rf"(?:kept|outer|listen|reset|again)-{_ID}-\d+"),)
+_SETS = (
+    re.compile(rf"(?:kept|outer|routed|listen|reset|again)-{_ID}-\d+"),
+    re.compile(rf"to-(?:outer|inner)-{_ID}-\d+"),
+)
 _COMMENT = re.compile(rf"{_ID}(?::(?:listeners|hold|unkept))?")
-_AT = re.compile(r"([a-z]+)-at-([0-9a-f._]+)")
+_AT = re.compile(r"([a-z]+(?:-[a-z]+)?)-at-([0-9a-f._]+)")
 _NO_IDS = frozenset({"open"})
 """What comments say besides; a move of this name would have its chains, too."""
 
@@ -70,7 +73,8 @@ def find_undos(
     strays = table.ids() - known
     own = [name for name in table.chains if _match(name, _CHAINS) in strays]
     undos = [Undo("inet", "chain", name) for name in own]
-    undos += [Undo("inet", "set", name) for name in table.sets if _match(name, _SETS) in strays]
+    sets = [name for name in table.sets if _match(name, _SETS) in strays]
+    undos += [Undo("inet", "map" if name.startswith("to-") else "set", name) for name in sets]
     for chain, comment in table.rules:
         if chain in own or _owner(comment) not in strays:
             continue

@@ -126,6 +126,19 @@ class Translation:
             return False
         return _differ(self.outer, self.inner, self.after)
 
+    @property
+    def routed(self) -> Connections:
+        """The connections between the site's prerouting, with both destinations translated, and
+        its postrouting, which translates the sources."""
+        if not self.renames:
+            return self.inner
+        return self.outer.toward(self.after, self.ports()[1])
+
+    @property
+    def masks(self) -> bool:
+        """Whether peers change too: the process knows them by another address, or port."""
+        return self.renames and self.routed != self.inner
+
     def ports(self) -> tuple[int, int]:
         """The local port outside and inside, of a translation that renames."""
         outer, inner = next(iter(self.outer)), next(iter(self.inner))

@@ -246,7 +246,10 @@ def shows(plan: Plan, kind: type[Step], seen: Observation) -> bool:
         case "AddAddress":
             return seen.addresses == {translation.map.old}
         case "InstallTranslation":
-            return {c.split("-")[0] for c in chains_left(plan, seen)} == {"gate", "in", "out"}
+            wanted = {"gate", "in", "out", "invalid-in", "invalid-out"}
+            if translation.site.row.passes_on:
+                wanted |= {"from", "to", "invalid-to"}
+            return {c.partition("-at-")[0] for c in chains_left(plan, seen)} == wanted
         case "InsertEntries":
             entries = seen.entries[translation.number]
             return all(entry is not None and entry.translated for entry in entries)

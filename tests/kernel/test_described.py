@@ -60,7 +60,9 @@ def test_the_described_commands_do_what_natkeep_does(
         kernel.apply(step, lambda prior: None)
 
     # The parts that all moves share are not any step's own.
-    shared = [*base_chains.base_table(), *base_chains.mode_table(plan.move.mode)]
+    at_gateway = role == Role.GATEWAY
+    parts = base_chains.translation_tables(plan.move.mode, at_gateway=at_gateway)
+    shared = [one for part in (base_chains.base_table(), *parts) for one in part]
     if role == Role.DESTINATION:
         shared += [*base_chains.destination_table(), *arp.arp_table()]
     run(typed, "nft", "-f", "-", stdin="\n".join(map(str, shared)))

@@ -17,9 +17,11 @@ from natkeep.kernel.nft_messages import pack_objects
 from natkeep.plan import base_chains, filters, listeners
 from natkeep.plan.filters import owned_table, owned_table_name
 from natkeep.plan.move import Map, Move, Site
-from natkeep.plan.nft import DROP, TABLE, Chain, Match, Nat, Object, Rule, Table, TcpFlags
+from natkeep.plan.nft import DROP, TABLE, Chain, Match, Nat, Object, Rule, Set, Table, TcpFlags
 from natkeep.plan.roles import Role
 from natkeep.plan.step_order import make_plan
+from natkeep.plan.steps import FillSet, InstallGate
+from natkeep.plan.translation import Surroundings
 from natkeep.plan.tuples import Connections, Endpoint, FourTuple
 
 Shown = dict[int, object]
@@ -146,6 +148,41 @@ def test_the_kernel_has_the_same_of_what_opens(role: Role, netns: str) -> None:
     ours, theirs = (load(netns, objects, way) for way in (by_messages, by_text))
 
     assert str(ours).count("'comment': 'open'") + str(ours).count('"comment": "open"') == 3
+    assert ours == theirs
+
+
+MASQUERADED = {
+    "10.1.0.2": ("10.1.0.2:50594", "10.2.0.10:80", "10.2.0.1:20001", "10.2.0.10:80"),
+    "fd00:1::2": ("[fd00:1::2]:50594", "[fd00:9::1]:8080", "[fd00:2::1]:20001", "[fd00:2::10]:80"),
+}
+"""A client and where it dials, and the same as the process sees them."""
+
+
+@pytest.mark.root
+@pytest.mark.needs("nftables")
+@EACH_FAMILY
+def test_the_kernel_has_the_same_of_what_fills_a_map(
+    old: str, new: str, peer: str, netns: str
+) -> None:
+    client, dialled, masked, local = map(Endpoint.parse, MASQUERADED[peer])
+    kept = Connections.of([FourTuple(masked, local)])
+    around = Surroundings(carried=kept, carriers=Connections.of([FourTuple(client, dialled)]))
+    move = Move("web", (Map(ip_address(old), ip_address(new)),), (Site(Role.GATEWAY, "x"),))
+    steps = make_plan(move, kept, around).steps
+    fills = [step for step in steps if isinstance(step, FillSet)]
+    sets = [one for step in steps if isinstance(step, InstallGate) for one in step.objects()]
+    made = [Table(), *(one for one in sets if isinstance(one, Set))]
+
+    def packed(objects: Iterable[Object]) -> None:
+        by_text(objects)
+        nftables.fill_sets(one for step in fills for one in step.fillings())
+
+    def typed(objects: Iterable[Object]) -> None:
+        nftables.run_transaction([*map(str, objects), *(ln for s in fills for ln in s.lines())])
+
+    ours, theirs = (load(netns, made, way) for way in (packed, typed))
+
+    assert "to-outer-web-0" in str(ours)
     assert ours == theirs
 
 

@@ -31,6 +31,7 @@ from natkeep.plan.move import Map, Mode, Move, Site
 from natkeep.plan.roles import Role
 from natkeep.plan.step_order import make_plan
 from natkeep.plan.steps import Plan, Prior, Step
+from natkeep.plan.translation import Surroundings
 from natkeep.plan.tuples import Address, Connections, Endpoint, FourTuple
 
 pytestmark = [pytest.mark.root, pytest.mark.needs("scapy")]
@@ -45,6 +46,8 @@ KEPT_PORT, PORT, MARKER_PORT = 50594, 80, 9
 ETHERTYPE = {4: 0x0800, 6: 0x86DD}
 MAC = {"peer": "02:00:00:00:00:01", "site": "02:00:00:00:00:02", "far": "02:00:00:00:00:03"}
 CRIU_MARK = 0xC114
+OWN_MARK = 1
+"""Of what the test sends in the place of a process: the kernel's own resets have none."""
 
 EACH_VERSION = pytest.mark.parametrize("version", [4, 6])
 EACH_ROLE = pytest.mark.parametrize("role", [Role.GATEWAY, Role.DESTINATION])
@@ -108,7 +111,7 @@ class ProcessEnd:
             6: socket.socket(socket.AF_INET6, socket.SOCK_RAW, socket.IPPROTO_RAW),
         }
 
-    def send(self, packet: bytes, *, mark: int = 0) -> None:
+    def send(self, packet: bytes, *, mark: int = OWN_MARK) -> None:
         version = packet[0] >> 4
         to = ip_address(packet[16:20] if version == 4 else packet[24:40])
         self._out[version].setsockopt(socket.SOL_SOCKET, socket.SO_MARK, mark)
@@ -313,7 +316,8 @@ def make_stage(make_netns: Callable[[], str], run: Run) -> Iterator[Callable[[Ro
                     _neighbour(run, site, ip_address(via), "eth0", MAC["peer"])
                 # There is no TCP socket, so the kernel would answer each segment with a reset.
                 mute = "add table inet mute; add chain inet mute out { type filter hook output "
-                mute += "priority 0; }; add rule inet mute out tcp flags & rst == rst drop; "
+                mute += "priority 0; }; "
+                mute += "add rule inet mute out tcp flags & rst == rst meta mark 0 drop; "
                 mute += "add rule inet mute out meta l4proto { icmp, icmpv6 } drop"
                 run(site, "nft", mute)
                 process = _inside(stack, site, ProcessEnd)
@@ -448,9 +452,10 @@ def test_what_the_old_host_still_sends_does_not_leave_from_another_port(
     """It would clash with our entry, get another source port, and be answered with a reset."""
     stage = make_stage(Role.GATEWAY)
     stage.prepare()
-    stray = segment(OLD[version], PORT, PEER[version], KEPT_PORT)
 
-    assert stage.outbound(stray) == []
+    for flags in ("PA", "R"):
+        stray = segment(OLD[version], PORT, PEER[version], KEPT_PORT, flags=flags)
+        assert stage.outbound(stray) == []
 
 
 @EACH_MODE
@@ -568,16 +573,113 @@ def test_the_first_packet_may_be_one_that_conntrack_would_not_begin_with(
         assert [stage.expect(packet, dst=stage.inside(version))] == stage.inbound(packet)
 
 
-@EACH_ROLE
-def test_what_the_entries_are_for(make_stage: Callable[[Role], Stage], role: Role) -> None:
-    """The control of the test above: without them the rules alone do not translate a FIN."""
-    stage = make_stage(role)
-    stage.run(stage.netns, "sysctl", "-qw", "net.netfilter.nf_conntrack_tcp_loose=0")
-    stage.prepare()
-    stage.run(stage.netns, "conntrack", "-F")
-    packet = to_process(stage, 4, flags="FA", data=b"")
+WITHOUT_ENTRY = {
+    "flushed": "conntrack -F",
+    "not picked up": "sysctl -qw net.netfilter.nf_conntrack_tcp_loose=0; conntrack -F",
+    "not tracked": "nft add table inet theirs; nft 'add chain inet theirs raw { type filter hook "
+    "prerouting priority -300; }'; nft add rule inet theirs raw notrack; nft 'add chain inet "
+    "theirs out { type filter hook output priority -300; }'; nft add rule inet theirs out notrack",
+}
+"""What another program does; conntrack then calls a segment new, invalid or untracked."""
+FLAGS = ["FA", "R", "RA", "PA", "SA", "SF", "SR", ""]
 
-    assert [stage.expect(packet)] == stage.inbound(packet)
+
+@pytest.mark.parametrize("done", WITHOUT_ENTRY)
+@EACH_VERSION
+@EACH_ROLE
+def test_a_segment_without_an_entry_is_translated_all_the_same(
+    make_stage: Callable[[Role], Stage], role: Role, version: int, done: str
+) -> None:
+    """Whatever its flags, in both directions; only a SYN begins no connection on a kept tuple."""
+    stage = make_stage(role)
+    stage.prepare()
+
+    for flags in FLAGS:
+        stage.run(stage.netns, "sh", "-ec", WITHOUT_ENTRY[done])
+        packet = to_process(stage, version, flags=flags)
+        assert [stage.expect(packet, dst=stage.inside(version))] == stage.inbound(packet), flags
+        stage.run(stage.netns, "conntrack", "-F")
+        packet = to_peer(stage, version, flags=flags)
+        # At the destination a SYN-ACK would be a listener's.
+        passed = [] if flags == "SA" and role == Role.DESTINATION else [packet]
+        wanted = [stage.expect(one, src=stage.outside(version)) for one in passed]
+        assert wanted == stage.outbound(packet), flags
+
+
+@pytest.mark.parametrize("flags", ["R", "RA", "SA", ""])
+@EACH_VERSION
+@EACH_ROLE
+def test_a_segment_that_does_not_fit_its_entry_is_translated_all_the_same(
+    make_stage: Callable[[Role], Stage], role: Role, version: int, flags: str
+) -> None:
+    """The entry is there; a SYN-ACK, no flags at all, or a third reset are invalid to conntrack."""
+    stage = make_stage(role)
+    stage.prepare()
+
+    for seq in (7, 1 << 30, 5):
+        packet = to_process(stage, version, flags=flags, seq=seq, data=b"")
+        assert [stage.expect(packet, dst=stage.inside(version))] == stage.inbound(packet)
+
+
+@EACH_VERSION
+def test_what_no_rule_has_translated_does_not_leave_the_gateway(
+    make_stage: Callable[[Role], Stage], version: int
+) -> None:
+    """The old host, to which it is addressed, would answer with a reset."""
+    stage = make_stage(Role.GATEWAY)
+    stage.prepare()
+    old = str(OLD[version]).replace(":", "_")
+    for chain in (f"in-at-{old}", f"invalid-in-at-{old}"):
+        stage.run(stage.netns, "nft", "flush", "chain", "inet", "natkeep", chain)
+
+    for flags in ("PA", "FA"):
+        stage.run(stage.netns, "conntrack", "-F")
+        assert stage.inbound(to_process(stage, version, flags=flags)) == []
+
+
+MASKED = {4: "10.3.0.1:20001", 6: "[fd00:3::1]:20001"}
+CARRIED = {
+    "a published port": (False, 8080),
+    "a masqueraded client": (True, PORT),
+    "both": (True, 8080),
+}
+MASQUERADE = """add table inet theirs
+add chain inet theirs post { type nat hook postrouting priority srcnat; }
+add rule inet theirs post oifname "inside" tcp dport != 9 masquerade to :30000-30999
+add chain inet theirs pre { type nat hook prerouting priority dstnat; }
+add rule inet theirs pre iifname "inside" tcp dport != 9 redirect to :9999"""
+
+
+@pytest.mark.parametrize("done", [name for name in WITHOUT_ENTRY if name != "not tracked"])
+@pytest.mark.parametrize("carried", [*CARRIED, ""])
+@EACH_VERSION
+def test_what_a_gateway_carries_is_not_translated_anew(
+    make_stage: Callable[[Role], Stage], version: int, carried: str, done: str
+) -> None:
+    """By its own rules a segment without an entry would get another port, or another end."""
+    stage = make_stage(Role.GATEWAY)
+    stage.run(stage.netns, "nft", "-f", "-", stdin=MASQUERADE)
+    masks, port = CARRIED.get(carried, (False, PORT))
+    client = Endpoint(PEER[version], KEPT_PORT)
+    known = Endpoint.parse(MASKED[version]) if masks else client
+    old = Endpoint(OLD[version], PORT)
+    kept = Connections.of([FourTuple(known, old)])
+    outer = Connections.of([FourTuple(client, Endpoint(OLD[version], port))])
+    around = Surroundings(carried=kept, carriers=outer) if carried else Surroundings()
+    move = Move("web", (Map(OLD[version], NEW[version]),), (Site(Role.GATEWAY, stage.netns),))
+    stage.kernel.open_sites(move.sites)
+    stage.apply(make_plan(move, kept, around).steps)
+    ends = (client.address, client.port, OLD[version], port)
+    inner = (known.address, known.port, NEW[version], PORT)
+
+    for flags in ("PA", "FA", "R"):
+        stage.run(stage.netns, "sh", "-ec", WITHOUT_ENTRY[done])
+        packet = segment(*ends, flags=flags)
+        assert [stage.expect(segment(*inner, flags=flags))] == stage.inbound(packet), flags
+        stage.run(stage.netns, "conntrack", "-F")
+        packet = segment(*inner[2:], *inner[:2], flags=flags)
+        wanted = stage.expect(segment(*ends[2:], *ends[:2], flags=flags))
+        assert [wanted] == stage.outbound(packet), flags
 
 
 @EACH_ROLE

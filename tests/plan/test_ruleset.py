@@ -58,6 +58,19 @@ PUBLISHED = Surroundings(
         [FourTuple(Endpoint.parse("10.1.0.2:50594"), Endpoint.parse("10.9.0.1:8080"))]
     ),
 )
+# What one found that masquerades the peer; and one that does both.
+MASQUERADED = Connections.of(
+    [FourTuple(Endpoint.parse("10.2.0.1:20001"), Endpoint.parse("10.2.0.10:80"))]
+)
+MASKED, MASKED_PUBLISHED = (
+    Surroundings(
+        carried=MASQUERADED,
+        carriers=Connections.of(
+            [FourTuple(Endpoint.parse("10.1.0.2:50594"), Endpoint.parse(published))]
+        ),
+    )
+    for published in ("10.2.0.10:80", "10.9.0.1:8080")
+)
 
 
 @dataclass(frozen=True)
@@ -71,12 +84,13 @@ class Case:
     surroundings: Surroundings = NOTHING_SPECIAL
     listeners: tuple[Endpoint, ...] = ()
     lost: Connections | None = None
+    kept: Connections = KEPT
 
     def render(self) -> str:
         move = Move("web", self.maps, (Site(self.role),), self.mode, self.listeners)
         if self.lost is not None:
             move = replace(move, unkept=Fate.RESET, lost=self.lost)
-        return render(make_plan(move, KEPT, self.surroundings), opened=self.opened)
+        return render(make_plan(move, self.kept, self.surroundings), opened=self.opened)
 
 
 CASES = {
@@ -89,6 +103,10 @@ CASES = {
     "gateway-two-maps": Case(Role.GATEWAY, BOTH),
     "gateway-stateless-two-maps": Case(Role.GATEWAY, BOTH, mode=Mode.STATELESS),
     "gateway-publishes-a-port": Case(Role.GATEWAY, surroundings=PUBLISHED),
+    "gateway-masquerades": Case(Role.GATEWAY, surroundings=MASKED, kept=MASQUERADED),
+    "gateway-masquerades-and-publishes": Case(
+        Role.GATEWAY, surroundings=MASKED_PUBLISHED, kept=MASQUERADED
+    ),
     "destination-listeners-open": Case(Role.DESTINATION, opened=True, listeners=LISTENERS),
     "destination-stateless-listeners": Case(
         Role.DESTINATION, BOTH, mode=Mode.STATELESS, listeners=LISTENERS
@@ -171,7 +189,7 @@ def words_of(move_id: str, map_: Map, kept: Connections, mode: Mode) -> str:
                 lines += step.lines()
                 lines += [undo.command(7) for one in step.objects() for undo in one.undo()]
             elif isinstance(step, FillSet):
-                lines += (step.name, *step.elements())
+                lines += step.lines()
     return "\n".join(lines)
 
 
