@@ -18,6 +18,7 @@ import pytest
 
 from natkeep import __version__
 from natkeep.errors import JournalError, RefusedError, UsageError
+from natkeep.plan.entry_attributes import Attributes, Noted
 from natkeep.plan.move import Map, Mode, Move, Site
 from natkeep.plan.roles import Role
 from natkeep.plan.steps import AddAddress, Prior
@@ -108,6 +109,35 @@ def test_what_is_written_is_read_again(state: StateDirectory, place: Path) -> No
     assert [found.is_done(step) for step in range(3)] == [True, False, False]
     assert Prior(True, {"acct": "0", "addresses": 2, "up": True}) == found.records[0].prior
     assert tuple(found.identity(site) for site in MOVE.sites) == NAMESPACES
+
+
+def test_what_entries_say_is_read_again_and_must_be_whole(
+    state: StateDirectory, place: Path
+) -> None:
+    said = Attributes(zone=7, zone_of="reply", mark=2, seq_reply="0a", process_dialled=True)
+    noted = (
+        Noted(MOVE.sites[1], said, Connections(v4=CONNECTIONS.v4)),
+        Noted(MOVE.sites[0], Attributes(helper="ftp"), Connections(v6=CONNECTIONS.v6)),
+    )
+    around = replace(SURROUNDINGS, noted=noted)
+
+    state.begin(MOVE, CONNECTIONS, around, NAMESPACES, KINDS, before=(0, 1))
+
+    assert state.load("web").surroundings == around
+    header = (place / "web.journal").read_bytes()
+    assert b'"entries":[[1,{"zone":7,"zone_of":"reply","mark":2,' in header
+    for there, instead in (
+        (b'"mark":2', b'"mark":true'),
+        (b'"mark":2', b'"ground":2'),
+        (b'"entries":[[1,', b'"entries":[[9,'),
+        (b'"reply"', b'"noone"'),
+        (b'"0a"', b'"0g"'),
+        (b',[0,{"helper":"ftp"}]', b""),
+    ):
+        assert there in header
+        (place / "web.journal").write_bytes(header.replace(there, instead))
+        with pytest.raises(JournalError, match="corrupt"):
+            state.load("web")
 
 
 def test_the_format_line_by_line(state: StateDirectory, place: Path) -> None:

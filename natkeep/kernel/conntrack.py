@@ -10,20 +10,17 @@ change an entry's NAT (EOPNOTSUPP): an entry is deleted and made anew, behind th
 from __future__ import annotations
 
 import errno
-from collections.abc import Iterator
+from collections.abc import Callable, Mapping
 from functools import partial
+from types import MappingProxyType
 
 from natkeep import faultpoints
 from natkeep.errors import KernelError, RefusedError
 from natkeep.kernel import sysctl
-from natkeep.kernel.conntrack_dump import (
-    LOOK_UP,
-    ask_each,
-    count_tracked,
-    dump,
-    is_dump_cheaper,
-)
+from natkeep.kernel.conntrack_dump import LOOK_UP, ask_each, count_tracked, dump, is_dump_cheaper
+from natkeep.kernel.conntrack_own import read_directions, read_timeout
 from natkeep.kernel.conntrack_purge import delete_inbound, purge, raise_unless
+from natkeep.kernel.conntrack_zones import find_zones
 from natkeep.kernel.ctnetlink import (
     NEW,
     Pack,
@@ -31,22 +28,25 @@ from natkeep.kernel.ctnetlink import (
     for_each,
     pack_entry,
     pack_inbound,
-    pack_outbound,
-    read_said,
+    pack_zone,
     read_status,
     read_tuples,
     turn,
 )
+from natkeep.kernel.ctnetlink_answers import read_said
 from natkeep.kernel.interface import Driver, Place, Remember
 from natkeep.kernel.netlink import NETLINK_NETFILTER, NLM_F_CREATE, NLM_F_EXCL, Netlink, Refusal
 from natkeep.plan.conntrack import (
     IPS_DST_NAT,
     IPS_SRC_NAT,
-    NOT_TRACKED,
     PEER_DIALLED,
     PROCESS_DIALLED,
     directions_of,
+    group_entries,
+    noted_from_text,
+    noted_to_text,
 )
+from natkeep.plan.entry_attributes import PLAIN, Attributes
 from natkeep.plan.move import Mode
 from natkeep.plan.observation import SeenEntry
 from natkeep.plan.protocols import TCP
@@ -54,10 +54,9 @@ from natkeep.plan.roles import Role
 from natkeep.plan.step_undo import DeleteEntries, RestoreEntries
 from natkeep.plan.steps import InsertEntries, Prior, PurgeEntries
 from natkeep.plan.translation import Translation
-from natkeep.plan.tuples import Connections, FourTuple
+from natkeep.plan.tuples import Connections
 
-_IPS_OFFLOAD = 0xC000
-"""IPS_OFFLOAD and IPS_HW_OFFLOAD."""
+_NOTHING_NOTED: Mapping[Attributes, list[int]] = MappingProxyType({})
 
 _PICKED_UP_S = 300
 """Seconds until the first packet, as for a connection that the kernel picks up by itself."""
@@ -139,97 +138,90 @@ class PurgeDriver(Driver[PurgeEntries]):
 
     def apply(self, at: Place, step: PurgeEntries, remember: Remember) -> Prior:
         """Delete every entry that has one of the stale tuples."""
-        at_gateway = step.site.role == Role.GATEWAY
-        prior = Prior(facts={"own": read_directions(step.translation)} if at_gateway else {})
+        facts: dict[str, str | int | bool] = {}
+        if step.site.role == Role.GATEWAY:
+            facts["own"] = read_directions(step.translation)
+            if noted := noted_to_text(group_entries(step.translation)):
+                facts["noted"] = noted
+        prior = Prior(facts=facts)
         remember(prior)
         purge(step.translation)
         return prior
 
     def revert(self, at: Place, undo: RestoreEntries, prior: Prior) -> None:
         """Make those of the gateway again, where nothing is in their place."""
-        restore(undo, directions_of(prior.facts))
+        noted = noted_from_text(str(prior.facts.get("noted", "")))
+        restore(undo, directions_of(prior.facts), noted)
 
 
-def read_directions(translation: Translation) -> str:
-    """For each kept connection the direction of the entry that the gateway has of its own.
-
-    In the characters of plan/conntrack.py; empty where none has one. They are looked for as the
-    process sees them: what another move translates has no such tuple.
-    """
-    tracked, kept = count_tracked(), translation.kept
-    if tracked == 0:
-        return ""
-    if tracked is not None and is_dump_cheaper(LOOK_UP * len(kept), tracked):
-        found = _dump_directions(translation.map.old.version)
-        directions = "".join([found.get(record, NOT_TRACKED) for record in kept.each()])
-    else:
-        with Netlink(NETLINK_NETFILTER) as netlink:
-            answers = ask_each(netlink, kept, pack_outbound)
-            directions = "".join(map(_read_direction, kept.each(), answers))
-    return directions if directions.strip(NOT_TRACKED) else ""
-
-
-def _read_direction(record: bytes, answer: bytes | None) -> str:
-    if answer is None:
-        return NOT_TRACKED
-    return PROCESS_DIALLED if read_tuples(answer)[0] == record else PEER_DIALLED
-
-
-def _dump_directions(version: int) -> dict[bytes, str]:
-    """By the tuple as the process sees it, local end first; of zone 0, as when asked for."""
-    found: dict[bytes, str] = {}
-    for answer in dump(ask_for_tcp(version)):
-        original, reply, zone = read_tuples(answer)
-        if not zone:
-            found[original], found[reply] = PROCESS_DIALLED, PEER_DIALLED
-    return found
-
-
-def restore(undo: RestoreEntries, directions: str) -> None:
+def restore(
+    undo: RestoreEntries,
+    directions: str,
+    noted: Mapping[Attributes, list[int]] = MappingProxyType({}),
+) -> None:
     """Make again what `read_directions` has found, where nothing is in its place.
 
     They must not wait for a packet: if the process's is the first, it would leave untranslated,
     or not at all. They last as long as the connection, or only briefly when it has ended.
+    noted: what they said beside their tuples, for those where it is not the usual.
     """
+    others = set(range(len(directions))).difference(*noted.values())
+    for attributes, places in ((PLAIN, sorted(others)), *noted.items()):
+        _restore_alike(undo, directions, attributes, places)
+
+
+def _restore_alike(
+    undo: RestoreEntries, directions: str, attributes: Attributes, places: list[int]
+) -> None:
     version, outer, kept = 4 if undo.kept.v4 else 6, undo.outer, undo.kept
-    dialled = [i for i, direction in enumerate(directions) if direction == PROCESS_DIALLED]
-    called = [i for i, direction in enumerate(directions) if direction == PEER_DIALLED]
+    dialled = [i for i in places if directions[i : i + 1] == PROCESS_DIALLED]
+    called = [i for i in places if directions[i : i + 1] == PEER_DIALLED]
     if outer != kept:
         # With a translation of the gateway's own; either direction translates both alike.
         called, dialled = sorted(called + dialled), []
-    _restore(outer.pick(called, version), kept.pick(called, version), ports=undo.renames)
+    facing = attributes.facing(process_dialled=False)
+    pairs = outer.pick(called, version), kept.pick(called, version)
+    _restore(*pairs, facing, ports=undo.renames)
     turned = b"".join(map(turn, kept.pick(dialled, version).each()))
     plain = Connections.packed(turned, version)
-    _restore(plain, plain, ports=False)
+    _restore(plain, plain, attributes.facing(process_dialled=True), ports=False)
 
 
-def _restore(outer: Connections, inner: Connections, *, ports: bool) -> None:
+def _restore(
+    outer: Connections, inner: Connections, attributes: Attributes, *, ports: bool
+) -> None:
     if len(outer):
-        refusals = _insert(outer, inner, _PICKED_UP_S, "give-back", ports=ports)
+        refusals = _insert(outer, inner, _PICKED_UP_S, "give-back", attributes, ports=ports)
         raise_unless(refusals, errno.EEXIST)
 
 
 def insert(translation: Translation) -> None:
     """Create the entry of each kept connection; FileExistsError when one is in the way."""
     outer, inner = _sides(translation)
-    raise_unless(_insert(outer, inner, _read_timeout(), "insert", ports=translation.renames))
+    version, timeout = translation.map.old.version, read_timeout()
+    groups = group_entries(translation)
+    for attributes, places in groups.items():
+        sides = (outer, inner)
+        if len(groups) > 1:
+            sides = (outer.pick(places, version), inner.pick(places, version))
+        refusals = _insert(*sides, timeout, "insert", attributes, ports=translation.renames)
+        raise_unless(refusals)
 
 
 def _insert(
-    outer: Connections, inner: Connections, timeout: int, what: str, *, ports: bool
+    outer: Connections,
+    inner: Connections,
+    timeout: int,
+    what: str,
+    attributes: Attributes,
+    *,
+    ports: bool,
 ) -> list[Refusal]:
-    pack: Pack = partial(pack_entry, timeout=timeout, ports=ports)
+    pack: Pack = partial(pack_entry, timeout=timeout, ports=ports, attributes=attributes)
     batch = for_each(outer, inner, NEW, NLM_F_CREATE | NLM_F_EXCL, pack)
     with Netlink(NETLINK_NETFILTER) as netlink:
         faultpoints.reach("half", what, lambda: netlink.send_batch(batch.head(batch.count // 2)))
         return netlink.send_batch(batch)
-
-
-def _read_timeout() -> int:
-    """Seconds that an established connection may be silent, as this namespace is set."""
-    name, default = TCP.timeout
-    value = sysctl.read(f"netfilter/{name}")
-    return int(value) if value is not None else default
 
 
 def delete(translation: Translation) -> None:
@@ -245,13 +237,41 @@ def _sides(translation: Translation) -> tuple[Connections, Connections]:
     return translation.outer, translation.inner
 
 
-def look_up(netlink: Netlink, translation: Translation) -> Iterator[SeenEntry | None]:
-    """For each kept connection what the table shows, or None when it has no such entry."""
+def look_up(
+    netlink: Netlink, translation: Translation, zones: Callable[[Netlink], list[int]] | None = None
+) -> list[SeenEntry | None]:
+    """For each kept connection what the table shows, or None when it has no such entry.
+
+    zones: finds those in which one may be that is not in zone 0.
+    """
     outer, inner = _sides(translation)
-    answers = ask_each(netlink, outer, pack_inbound)
     translated = IPS_DST_NAT if translation.mode == Mode.STATEFUL else 0
-    for answer, wanted in zip(answers, inner.each(), strict=True):
-        yield None if answer is None else _see(answer, wanted, translated)
+    seen = _look_up(netlink, outer, inner, translated, 0)
+    for zone in (zones or read_zones)(netlink) if None in seen else ():
+        missing = [place for place, entry in enumerate(seen) if entry is None] if zone else []
+        if missing:
+            version = translation.map.old.version
+            some, wanted = outer.pick(missing, version), inner.pick(missing, version)
+            there = _look_up(netlink, some, wanted, translated, zone)
+            for place, entry in zip(missing, there, strict=True):
+                seen[place] = entry
+    return seen
+
+
+def read_zones(netlink: Netlink) -> list[int]:
+    """The zones in which this namespace may have entries."""
+    return find_zones(netlink, count_tracked())
+
+
+def _look_up(
+    netlink: Netlink, outer: Connections, inner: Connections, translated: int, zone: int
+) -> list[SeenEntry | None]:
+    suffix = pack_zone(zone)
+    answers = ask_each(netlink, outer, lambda end: pack_inbound(end) + suffix)
+    return [
+        None if answer is None else _see(answer, wanted, translated)
+        for answer, wanted in zip(answers, inner.each(), strict=True)
+    ]
 
 
 def _see(answer: bytes, wanted: bytes, translated: int) -> SeenEntry:
@@ -292,37 +312,6 @@ def _count_with_status(outer: Connections, status: int, mask: int) -> int:
     asked_for = (answer for answer in dump(request) if read_status(answer) & mask == status)
     found = {turn(read_tuples(answer)[0]) for answer in asked_for}
     return len(found.intersection(outer.each())) if found else 0
-
-
-def find_carried(connections: Connections) -> Iterator[tuple[FourTuple, FourTuple]]:
-    """Those that this namespace translates already: as the process sees them, and as their peers.
-
-    The entry that the process' own packets belong to has another tuple on its other side.
-    """
-    if not len(connections) or not count_tracked():
-        return
-    with Netlink(NETLINK_NETFILTER) as netlink:
-        answers = ask_each(netlink, connections, pack_outbound)
-        for record, answer in zip(connections.each(), answers, strict=True):
-            carrier = record if answer is None else _read_carrier(answer, record)
-            if carrier != record:
-                yield _unpack(record), _unpack(carrier)
-
-
-def _read_carrier(answer: bytes, record: bytes) -> bytes:
-    if read_status(answer) & _IPS_OFFLOAD:
-        raise RefusedError(
-            "a kept connection is offloaded to a flowtable, where no rule sees its packets",
-            hint="take it out of the flowtable, and wait a second",
-        )
-    original, reply, _ = read_tuples(answer)
-    # The peer dialled: its tuple is the original one. Or the process did, and the reply is.
-    return turn(original if reply == record else reply)
-
-
-def _unpack(record: bytes) -> FourTuple:
-    [tuple_] = Connections.packed(record, 4 if len(record) == 12 else 6)
-    return tuple_
 
 
 def read_shortest_timeout() -> float:

@@ -15,13 +15,12 @@ from natkeep.kernel.conntrack_dump import count_tracked, dump
 from natkeep.kernel.conntrack_purge import raise_unless
 from natkeep.kernel.ctnetlink import (
     DELETE,
-    Said,
     ask_for_tcp,
     pack_itself,
     read_flags,
-    read_said,
     read_tuples,
 )
+from natkeep.kernel.ctnetlink_answers import Said, read_said
 from natkeep.kernel.interface import Driver, Place, Remember
 from natkeep.kernel.netlink import NETLINK_NETFILTER, Batch, Netlink, message
 from natkeep.plan.listeners import Reception

@@ -2,28 +2,21 @@
 
 Rule: an entry is deleted only by its full tuple, and nothing is ever flushed. An established entry
 that knows no translation is never asked about rules, so none may be left (plan/conntrack.py).
-
-The kernel finds a tuple only in the zone that is named. Which zones there are, a small table tells
-by itself. In a large one, whose reading would cost more than all the rest, the rules are asked
-instead: an entry in a zone to which nothing assigns packets is one that no packet ever meets.
 """
 
 from __future__ import annotations
 
 import errno
 import os
-import re
-import struct
 from collections.abc import Callable, Iterable
-from contextlib import suppress
 from functools import partial
 
 from natkeep import faultpoints
 from natkeep.kernel import nftables_dump
 from natkeep.kernel.conntrack_dump import DELETE_ONE, count_tracked, dump, is_dump_cheaper
+from natkeep.kernel.conntrack_zones import find_zones, read_legacy_tables
 from natkeep.kernel.ctnetlink import (
     DELETE,
-    GET,
     Ends,
     ask_for_tcp,
     for_each,
@@ -33,20 +26,10 @@ from natkeep.kernel.ctnetlink import (
     read_tuples,
     turn,
 )
-from natkeep.kernel.netlink import NETLINK_NETFILTER, NLM_F_DUMP, Netlink, Refusal
+from natkeep.kernel.netlink import NETLINK_NETFILTER, Netlink, Refusal
 from natkeep.plan.conntrack import stale_views
-from natkeep.plan.nft import TABLE
 from natkeep.plan.translation import Translation
 from natkeep.plan.tuples import RECORD_SIZE, Address, Connections
-
-_SMALL = 2000
-"""Entries up to which the table is read for its zones."""
-
-_LISTING = "/proc/thread-self/net/nf_conntrack"
-_LISTED_ZONE = re.compile(rb" zone(?:-orig|-reply)?=(\d+)")
-_LEGACY_TABLES = ("/proc/net/ip_tables_names", "/proc/net/ip6_tables_names")
-_ASSIGNERS = ("/sys/module/openvswitch", "/sys/module/act_ct")
-"""What gives packets a zone without a rule of netfilter."""
 
 
 def purge(translation: Translation) -> int:
@@ -64,16 +47,17 @@ def purge(translation: Translation) -> int:
     with Netlink(NETLINK_NETFILTER) as netlink:
         return sum(
             _delete(netlink, view, zone, pack)
-            for zone in _find_zones(netlink, tracked)
+            for zone in find_zones(netlink, tracked)
             for view in views
             for pack in (pack_inbound, pack_outbound)
         )
 
 
 def delete_inbound(outer: Connections) -> None:
-    """Delete the entries of these tuples, from the peers' side; none is fine."""
+    """Delete the entries of these tuples, from the peers' side, in every zone; none is fine."""
     with Netlink(NETLINK_NETFILTER) as netlink:
-        _delete(netlink, outer, 0, pack_inbound, "delete")
+        for zone in find_zones(netlink, count_tracked()):
+            _delete(netlink, outer, zone, pack_inbound, "delete")
 
 
 def delete_untracked(olds: Iterable[Address]) -> None:
@@ -82,7 +66,7 @@ def delete_untracked(olds: Iterable[Address]) -> None:
     While our last rules go, our chains still have conntrack note packets un-translated. Where
     the chains of others do so too, such an entry is theirs and as it was before us.
     """
-    if not count_tracked() or nftables_dump.base_chains() or _read_legacy_tables():
+    if not count_tracked() or nftables_dump.base_chains() or read_legacy_tables():
         return
     named = {old.packed for old in olds}
     for version in {old.version for old in olds}:
@@ -136,46 +120,3 @@ def _delete_dumped(version: int, is_meant: Callable[[bytes], bool]) -> int:
             _delete(netlink, Connections.packed(b"".join(some), version), zone, pack_outbound)
             for zone, some in found.items()
         )
-
-
-def _find_zones(netlink: Netlink, tracked: int | None) -> list[int]:
-    """The zones in which a kept tuple may be, 0 among them; tracked: how many entries there are."""
-    if tracked is not None and tracked <= _SMALL:
-        try:
-            with open(_LISTING, "rb") as file:
-                return sorted({0, *map(int, _LISTED_ZONE.findall(file.read()))})
-        except OSError:  # a kernel without this file
-            pass
-    elif not _assigns_zones():
-        return [0]
-    return _read_zones(netlink)
-
-
-def _read_zones(netlink: Netlink) -> list[int]:
-    """From the table itself, each entry searched for the attribute instead of taken apart."""
-    mark = pack_zone(1)[:4]
-    zones = {0}
-    for entry in netlink.request(GET, NLM_F_DUMP, struct.pack("!BBH", 0, 0, 0)):
-        if mark in entry:
-            at = entry.index(mark) + len(mark)
-            zones.add(int.from_bytes(entry[at : at + 2], "big"))
-    return sorted(zones)
-
-
-def _assigns_zones() -> bool:
-    """Whether anything here could give packets a zone; yes where that cannot be told."""
-    if any(map(os.path.exists, _ASSIGNERS)) or "raw" in _read_legacy_tables():
-        return True
-    try:
-        return nftables_dump.assigns_zones(besides=TABLE)
-    except OSError:
-        return True
-
-
-def _read_legacy_tables() -> set[str]:
-    """The tables of iptables' own kernel part, of both families."""
-    found: set[str] = set()
-    for path in _LEGACY_TABLES:
-        with suppress(OSError), open(path, encoding="ascii") as file:
-            found.update(file.read().split())
-    return found

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
 
 from natkeep.kernel.netlink import (
     Batch,
@@ -26,15 +25,17 @@ from natkeep.kernel.netlink import (
 )
 from natkeep.kernel.netlink import sequences as sequences_of
 from natkeep.plan.conntrack import STATUS
+from natkeep.plan.entry_attributes import BOTH, ORIGINAL, PLAIN, REPLY, Attributes
 from natkeep.plan.protocols import TCP
 from natkeep.plan.tuples import RECORD_SIZE, Connections
 from natkeep.values import dataclass, replace
 
 NEW, GET, DELETE = (1 << 8) | 0, (1 << 8) | 1, (1 << 8) | 2
 TUPLE_ORIG, TUPLE_REPLY, STATUS_BITS, ZONE = 1, 2, 3, 18
-_PROTOINFO, _COUNTERS_ORIG, _COUNTERS_REPLY, _ID = 4, 9, 10, 12
-_NAT_SRC, _TIMEOUT, _NAT_DST, _FILTER, _STATUS_MASK = 6, 7, 13, 25, 26
-_TUPLE_ZONE, _FILTER_ORIG_FLAGS = 3, 1
+PROTOINFO, COUNTERS_ORIG, COUNTERS_REPLY, _ID = 4, 9, 10, 12
+_NAT_SRC, TIMEOUT, _NAT_DST, _FILTER, _STATUS_MASK = 6, 7, 13, 25, 26
+HELP, MARK, SEQ_ORIG, SEQ_REPLY, SECCTX, LABELS, SYNPROXY = 5, 8, 15, 16, 19, 22, 24
+TUPLE_ZONE, _FILTER_ORIG_FLAGS = 3, 1
 _BY_DESTINATION, _BY_PROTOCOL, _BY_PORT = 1 << 1, 1 << 3, 1 << 5
 """CTA_FILTER_FLAG of CTA_IP_DST, of CTA_PROTO_NUM and of CTA_PROTO_DST_PORT."""
 
@@ -64,16 +65,20 @@ def family(version: int) -> bytes:
     return struct.pack("!BBH", _AF[version], 0, 0)
 
 
-def pack_entry(outer: Ends, inner: Ends, *, timeout: int, ports: bool) -> bytes:
+def pack_entry(
+    outer: Ends, inner: Ends, *, timeout: int, ports: bool, attributes: Attributes = PLAIN
+) -> bytes:
     """A whole entry; ports: peers or ports are translated too, not the local address alone."""
     flags = bytes((TCP.flags, TCP.flags))
     state = attribute(1, bytes((TCP.established,)))
+    zones = {attributes.zone_of: pack_zone(attributes.zone, TUPLE_ZONE)}
     entry = (
-        pack_inbound(outer)
-        + pack_outbound(outer, TUPLE_REPLY)
+        pack_inbound(outer, zone=zones.get(ORIGINAL, b""))
+        + pack_outbound(outer, TUPLE_REPLY, zone=zones.get(REPLY, b""))
         + attribute(STATUS_BITS, STATUS.to_bytes(4, "big"))
-        + nested(_PROTOINFO, nested(1, state, attribute(4, flags), attribute(5, flags)))
-        + attribute(_TIMEOUT, timeout.to_bytes(4, "big"))
+        + nested(PROTOINFO, nested(1, state, attribute(4, flags), attribute(5, flags)))
+        + attribute(TIMEOUT, max(timeout, attributes.timeout).to_bytes(4, "big"))
+        + (b"" if attributes == PLAIN else _pack_attributes(attributes))
     )
     if outer.local != inner.local or ports:
         entry += _pack_nat(_NAT_DST, inner.local, inner.local_port if ports else None)
@@ -81,6 +86,24 @@ def pack_entry(outer: Ends, inner: Ends, *, timeout: int, ports: bool) -> bytes:
         # something has our reply tuple the kernel then refuses the entry (EEXIST), instead of
         # giving it another port and saying nothing.
         entry += _pack_nat(_NAT_SRC, inner.peer, inner.peer_port)
+    return entry
+
+
+def _pack_attributes(what: Attributes) -> bytes:
+    """What an entry says beside its tuples, but for a zone of one direction, and its time-out."""
+    entry = pack_zone(what.zone) if what.zone_of == BOTH else b""
+    if what.mark:
+        entry += attribute(MARK, what.mark.to_bytes(4, "big"))
+    if what.labels:
+        entry += attribute(LABELS, bytes.fromhex(what.labels))
+    if what.helper:
+        entry += nested(HELP, attribute(1, what.helper.encode("ascii") + b"\0"))
+    for type_, octets in (
+        (SEQ_ORIG, what.seq_original),
+        (SEQ_REPLY, what.seq_reply),
+        (SYNPROXY, what.synproxy),
+    ):
+        entry += nested(type_, bytes.fromhex(octets)) if octets else b""
     return entry
 
 
@@ -92,27 +115,30 @@ def _pack_nat(type_: int, address: bytes, port: bytes | None) -> bytes:
     return nested(type_, *parts)
 
 
-def pack_inbound(end: Ends, type_: int = TUPLE_ORIG) -> bytes:
-    """The tuple peer to local end."""
-    return _pack_tuple(type_, end.peer, end.local, end.peer_port, end.local_port)
+def pack_inbound(end: Ends, type_: int = TUPLE_ORIG, zone: bytes = b"") -> bytes:
+    """The tuple peer to local end; zone: of this direction alone, packed."""
+    return _pack_tuple(type_, end.peer, end.local, end.peer_port, end.local_port, zone)
 
 
-def pack_outbound(end: Ends, type_: int = TUPLE_ORIG) -> bytes:
+def pack_outbound(end: Ends, type_: int = TUPLE_ORIG, zone: bytes = b"") -> bytes:
     """The tuple local end to peer."""
-    return _pack_tuple(type_, end.local, end.peer, end.local_port, end.peer_port)
+    return _pack_tuple(type_, end.local, end.peer, end.local_port, end.peer_port, zone)
 
 
-def pack_zone(zone: int) -> bytes:
+def pack_zone(zone: int, type_: int = ZONE) -> bytes:
     """The attribute that names a zone; nothing for zone 0, which is the default."""
-    return attribute(ZONE, zone.to_bytes(2, "big")) if zone else b""
+    return attribute(type_, zone.to_bytes(2, "big")) if zone else b""
 
 
-def _pack_tuple(type_: int, saddr: bytes, daddr: bytes, sport: bytes, dport: bytes) -> bytes:
+def _pack_tuple(
+    type_: int, saddr: bytes, daddr: bytes, sport: bytes, dport: bytes, zone: bytes
+) -> bytes:
     source, destination = (1, 2) if len(saddr) == 4 else (3, 4)
     return nested(
         type_,
         nested(1, attribute(source, saddr), attribute(destination, daddr)),
         nested(2, attribute(1, _TCP), attribute(2, sport), attribute(3, dport)),
+        zone,
     )
 
 
@@ -200,88 +226,20 @@ def _differences(blank: bytes, marked: bytes, octets: int) -> Iterator[int]:
             at += 1
 
 
-class Said(NamedTuple):
-    """What an entry says.
-
-    status: its bits; state: TCP's; packets in the original and in the reply direction, None where
-    they are not counted.
-    """
-
-    status: int
-    state: int
-    original: int | None
-    reply: int | None
-
-
-def read_said(answer: bytes) -> Said:
-    """What an entry says, of an answer's nfgenmsg and attributes.
-
-    Entries of one length mostly have the same attributes, so where a value stands is found out once
-    and holds for all that have the same headers (`make bench`: status of a thousand moves).
-    """
-    shape = _shapes.get(len(answer))
-    if shape is None or shape.heads.unpack_from(answer) != shape.usual:
-        shape = _shapes[len(answer)] = _make_shape(answer)
-    status, state, original, reply = shape.places
-    return Said(
-        int.from_bytes(answer[status], "big"),
-        int.from_bytes(answer[state], "big"),
-        int.from_bytes(answer[original], "big") if original.stop else None,
-        int.from_bytes(answer[reply], "big") if reply.stop else None,
-    )
-
-
-class _Shape(NamedTuple):
-    """The headers of an entry's attributes, and where the values of `Said` stand."""
-
-    heads: struct.Struct
-    usual: tuple[bytes, ...]
-    places: tuple[slice, ...]
-
-
-_shapes: dict[int, _Shape] = {}
-_NESTS = ((_PROTOINFO,), (_PROTOINFO, 1), (_COUNTERS_ORIG,), (_COUNTERS_REPLY,))
-_SAID = ((STATUS_BITS,), (_PROTOINFO, 1, 1), (_COUNTERS_ORIG, 1), (_COUNTERS_REPLY, 1))
-
-
-def _make_shape(answer: bytes) -> _Shape:
-    found = [*_find_heads(answer, _NFGENMSG, len(answer), ())]
-    form, at = "", 0
-    for start, _, _ in found:
-        form, at = f"{form}{start - at}x4s", start + 4
-    heads = struct.Struct(form)
-    places = {path: slice(start + 4, end) for start, end, path in found}
-    nowhere = slice(0, 0)
-    return _Shape(heads, heads.unpack_from(answer), tuple(places.get(p, nowhere) for p in _SAID))
-
-
-def _find_heads(
-    data: bytes, at: int, end: int, path: tuple[int, ...]
-) -> Iterator[tuple[int, int, tuple[int, ...]]]:
-    """Where each attribute starts and ends, also in those that are looked into, and its path."""
-    while at + 4 <= end:
-        length, type_ = struct.unpack_from("=HH", data, at)
-        here = (*path, type_ & 0x3FFF)  # NLA_TYPE_MASK
-        yield at, at + length, here
-        if here in _NESTS:
-            yield from _find_heads(data, at + 4, at + length, here)
-        at += max(4, (length + 3) & ~3)
-
-
 def read_flags(answer: bytes) -> int:
     """The flags of the original direction; 0 where TCP has none."""
-    tcp = find_attribute(find_attribute(answer[_NFGENMSG:], _PROTOINFO), 1)
+    tcp = find_attribute(find_attribute(answer[NFGENMSG:], PROTOINFO), 1)
     return int.from_bytes(find_attribute(tcp, 4)[:1], "big")
 
 
 def read_status(answer: bytes) -> int:
     """The status bits alone."""
-    return int.from_bytes(find_attribute(answer[_NFGENMSG:], STATUS_BITS), "big")
+    return int.from_bytes(find_attribute(answer[NFGENMSG:], STATUS_BITS), "big")
 
 
 def pack_itself(answer: bytes) -> bytes:
     """The body of a message about this very entry: its tuple, its zone, the kernel's number."""
-    entry = attributes(answer[_NFGENMSG:])
+    entry = attributes(answer[NFGENMSG:])
     named = struct.pack("!BBH", answer[0], 0, 0)
     named += attribute(TUPLE_ORIG | _NESTED, entry[TUPLE_ORIG]) + attribute(_ID, entry[_ID])
     return named + (attribute(ZONE, entry[ZONE]) if ZONE in entry else b"")
@@ -313,12 +271,12 @@ def read_tuples(answer: bytes) -> tuple[bytes, bytes, int]:
                 reply_source + reply_sport + reply_to + reply_dport,
                 int.from_bytes(number, "big") if zone == _ZONE_HEADER else 0,
             )
-    entry = attributes(answer[_NFGENMSG:])
+    entry = attributes(answer[NFGENMSG:])
     tuples = [_take_apart(entry[type_]) for type_ in (TUPLE_ORIG, TUPLE_REPLY)]
     if not all(tuples):
         return b"", b"", 0
     # One that is the zone of one direction only (`ct original zone set`) is a part of its tuple.
-    zone_of = entry.get(ZONE) or attributes(entry[TUPLE_ORIG]).get(_TUPLE_ZONE, b"")
+    zone_of = entry.get(ZONE) or attributes(entry[TUPLE_ORIG]).get(TUPLE_ZONE, b"")
     return tuples[0], tuples[1], int.from_bytes(zone_of, "big")
 
 
@@ -342,6 +300,6 @@ def _make_form(version: int) -> tuple[struct.Struct, tuple[bytes, ...]]:
     return form, form.unpack(family(version) + both)[::2]
 
 
-_NFGENMSG = 4
+NFGENMSG = 4
 _FORMS = {number: _make_form(version) for version, number in _AF.items()}
 _ZONE_HEADER = pack_zone(1)[:4]

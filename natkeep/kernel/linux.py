@@ -17,6 +17,7 @@ from natkeep.errors import KernelError
 from natkeep.kernel import (
     conntrack,
     conntrack_listeners,
+    conntrack_own,
     criu_lock,
     lost_routes,
     nftables,
@@ -27,6 +28,7 @@ from natkeep.kernel import (
 from natkeep.kernel.interface import Driver, Inverse, Place, Remember, Snapshot
 from natkeep.kernel.netns import Namespace, errors_at, find_namespace, inside, open_namespace
 from natkeep.kernel.nft_drivers import NFT_DRIVERS, NFT_INVERSES
+from natkeep.plan.entry_attributes import Noted
 from natkeep.plan.move import Move, Site
 from natkeep.plan.observation import Observation
 from natkeep.plan.roles import Role
@@ -135,19 +137,25 @@ class LinuxKernel:
         """What make_plan has to know of the opened sites of *move*."""
         local: frozenset[Address] = frozenset()
         carried: list[tuple[FourTuple, FourTuple]] = []
+        noted: list[Noted] = []
         for site in move.sites:
             kept = [connections.at(map_.old) for map_ in move.maps]
+            if not site.row.leaves:
+                continue
             with self._at(site):
+                entries = [own for some in kept for own in conntrack_own.find_own(some)]
+                noted += conntrack_own.find_noted(site, entries)
                 if site.role == Role.DESTINATION:
                     peers = {peer for some in (*kept, move.lost) for peer in some.peers()}
                     here = peers & rtnetlink.all_addresses()
                     local |= frozenset(ip_address(packed) for packed in here)
                 elif site.role == Role.GATEWAY and not carried:
-                    carried = [pair for some in kept for pair in conntrack.find_carried(some)]
+                    carried = [*conntrack_own.find_carried(entries)]
         return Surroundings(
             local,
             Connections.of(inner for inner, _ in carried),
             Connections.of(outer for _, outer in carried),
+            noted=tuple(noted),
         )
 
     def observe(self, site: Site, plan: Plan) -> Observation:

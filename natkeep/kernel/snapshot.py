@@ -143,7 +143,7 @@ class Snapshot:
     # ---- the connection table ----------------------------------------------------------------
 
     def _look_up(self, translation: Translation) -> tuple[SeenEntry | None, ...]:
-        return tuple(conntrack.look_up(self._netlink, translation))
+        return tuple(conntrack.look_up(self._netlink, translation, lambda _: self._zones))
 
     def _count_callers(self, receiving: Reception, here: list[Translation]) -> int:
         """How many new connections to a listener live: sockets tell, or conntrack entries."""
@@ -163,6 +163,10 @@ class Snapshot:
     @cached_property
     def _tracked(self) -> int:
         return count_tracked() or 0
+
+    @cached_property
+    def _zones(self) -> list[int]:
+        return conntrack.read_zones(self._netlink)
 
     @cached_property
     def _shortest_timeout(self) -> float:

@@ -15,8 +15,10 @@ reply tuple that is translated already the entry looks perfect and translates no
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping
 
+from natkeep.plan.entry_attributes import PLAIN, Attributes
 from natkeep.plan.move import Mode
 from natkeep.plan.protocols import TCP
 from natkeep.plan.translation import Translation
@@ -51,6 +53,7 @@ class Entry:
 
     original: FourTuple
     reply: FourTuple
+    attributes: Attributes = PLAIN
 
     def describe(self) -> str:
         """The entry as a conntrack(8) command."""
@@ -58,7 +61,7 @@ class Entry:
         return (
             f"conntrack -I -p {TCP.name} -s {source.address} -d {destination.address} "
             f"--sport {source.port} --dport {destination.port} "
-            f"{self._describe_nat()}"
+            f"{self._describe_nat()}{self.attributes.describe()}"
             f"--state ESTABLISHED --status SEEN_REPLY,ASSURED --timeout {TCP.timeout[1]}"
         )
 
@@ -72,16 +75,70 @@ class Entry:
 
 
 def entries(translation: Translation) -> Iterator[Entry]:
-    """The entry of each kept connection.
+    """The entry of each kept connection, or two, where either direction has a zone of its own.
 
     In stateless mode conntrack stands between the two rewritings and sees the inner tuple both
     ways: what it needs then is a plain entry.
     """
-    for outer, inner in translation.tuples():
-        if translation.mode == Mode.STATELESS:
-            yield Entry(inner, inner.reply())
+    said: dict[FourTuple, list[Attributes]] = {}
+    for one in translation.noted:
+        for inbound in one.connections:
+            said.setdefault(inbound, []).append(one.attributes)
+    for kept, (outer, inner) in zip(translation.kept, translation.tuples(), strict=True):
+        original = inner if translation.mode == Mode.STATELESS else outer
+        for attributes in said.get(kept, (PLAIN,)):
+            yield Entry(original, inner.reply(), attributes)
+
+
+def group_entries(translation: Translation) -> dict[Attributes, list[int]]:
+    """Which connections get an entry that says so, by their place; some may get one in two zones.
+
+    That is where each direction of a connection is tracked in a zone of its own: an entry of both
+    directions stands in either, and each is found there by the direction that passes.
+    """
+    count = len(translation.kept)
+    groups: dict[Attributes, dict[int, None]] = {PLAIN: {}}
+    taken: set[tuple[int, int]] = set()
+    places = {r: i for i, r in enumerate(translation.kept.each())} if translation.noted else {}
+    for one in translation.noted:
+        attributes = one.attributes.facing(process_dialled=False)
+        here = groups.setdefault(attributes, {})
+        for record in one.connections.each():
+            place = places.get(record)
+            if place is not None and (place, attributes.zone) not in taken:
+                taken.add((place, attributes.zone))
+                here[place] = None
+    noted = {place for place, _ in taken}
+    groups[PLAIN] |= dict.fromkeys(place for place in range(count) if place not in noted)
+    return {attributes: sorted(some) for attributes, some in groups.items() if some}
+
+
+def noted_to_text(groups: Mapping[Attributes, list[int]]) -> str:
+    """As it stands in the journal beside the directions; empty where all say the usual."""
+    rows = [[a.to_json(), _to_ranges(some)] for a, some in groups.items() if a != PLAIN]
+    return json.dumps(rows, separators=(",", ":")) if rows else ""
+
+
+def noted_from_text(text: str) -> dict[Attributes, list[int]]:
+    """What `noted_to_text` wrote."""
+    found: dict[Attributes, list[int]] = {}
+    for attributes, ranges in json.loads(text) if text else ():
+        pairs = [[int(end) for end in each.split("-")] for each in ranges.split(",")]
+        found[Attributes.from_json(attributes)] = [
+            place for pair in pairs for place in range(pair[0], pair[-1] + 1)
+        ]
+    return found
+
+
+def _to_ranges(ascending: list[int]) -> str:
+    """`0-2,5`."""
+    runs: list[list[int]] = []
+    for place in ascending:
+        if runs and runs[-1][1] == place - 1:
+            runs[-1][1] = place
         else:
-            yield Entry(outer, inner.reply())
+            runs.append([place, place])
+    return ",".join(f"{low}-{high}" if high > low else str(low) for low, high in runs)
 
 
 def stale_views(translation: Translation) -> tuple[Connections, ...]:

@@ -21,6 +21,7 @@ from collections.abc import Iterator
 from functools import lru_cache
 
 from natkeep.errors import RefusedError
+from natkeep.plan.entry_attributes import Noted
 from natkeep.plan.move import Fate, Map, Mode, Move, Site
 from natkeep.plan.tuples import NO_CONNECTIONS, Address, Connections, Endpoint, FourTuple
 from natkeep.values import dataclass, replace
@@ -38,12 +39,14 @@ class Surroundings:
     carriers: the same ones, in the same order, as their peers see them (a published port: the
     local address is the one that was published; a masqueraded client: its own address).
     joined: connections whose peers were moved to the destination before, by moves of their own.
+    noted: what the entries say that the sites have of the connections, where it is not the usual.
     """
 
     local: frozenset[Address] = frozenset()
     carried: Connections = NO_CONNECTIONS
     carriers: Connections = NO_CONNECTIONS
     joined: Connections = NO_CONNECTIONS
+    noted: tuple[Noted, ...] = ()
 
     def carry_on(self, earlier: Surroundings, connections: Connections) -> Surroundings:
         """With those of *connections* that an *earlier* move, now replaced, took over itself.
@@ -54,7 +57,23 @@ class Surroundings:
         pairs = zip(earlier.carried, earlier.carriers, strict=True)
         taken = {inner: outer for inner, outer in pairs if inner in wanted}
         taken |= dict(zip(self.carried, self.carriers, strict=True))
-        return replace(self, carried=Connections.of(taken), carriers=Connections.of(taken.values()))
+        return replace(
+            self,
+            carried=Connections.of(taken),
+            carriers=Connections.of(taken.values()),
+            noted=(*self.noted, *self._find_gone(earlier.noted, connections)),
+        )
+
+    def _find_gone(self, earlier: tuple[Noted, ...], connections: Connections) -> Iterator[Noted]:
+        """What an *earlier* move noted of entries that are not there any more."""
+        known = {one.site: set[bytes]() for one in earlier}
+        for one in self.noted:
+            known.get(one.site, set()).update(one.connections.each())
+        wanted = set(connections.each()) if earlier else set()
+        for one in earlier:
+            left = one.connections.only(wanted - known[one.site])
+            if len(left):
+                yield replace(one, connections=left)
 
 
 NOTHING_SPECIAL = Surroundings()
@@ -94,7 +113,7 @@ class Translation:
     *outer* as packets from the peer arrive at the site, *inner* as they leave it. All have one
     local address each; ports differ only where a gateway published another one, and peers only
     where it masquerades them. Where they do not, one of *outer* and *inner* is *kept* itself.
-    number: part of the names of the sets; unique at a site.
+    number: part of the names of the sets; unique at a site. noted: what entries say here.
     """
 
     site: Site
@@ -104,6 +123,7 @@ class Translation:
     kept: Connections
     outer: Connections
     inner: Connections
+    noted: tuple[Noted, ...] = ()
 
     @property
     def before(self) -> Address:
@@ -180,7 +200,9 @@ def make_translations(
     found = [connections.at(map_.old) for map_ in move.maps]
     late = [change.came.at(map_.old) for map_ in move.maps] if change is not None else []
     _refuse_none_or_too_many(move, len(connections), found, late)
-    unkept, unkept_late = tuple(_find_unkept(move, found)), tuple(_find_unkept(move, late))
+    unkept = tuple(_find_unkept(move, found, surroundings.noted))
+    noted_late = change.surroundings.noted if change is not None else ()
+    unkept_late = tuple(_find_unkept(move, late, noted_late))
     kept = [_without(some, unkept) for some in found]
     came = [_without(some, unkept_late) for some in late]
     unwanted = move.unkept == Fate.REPORT and not move.listeners
@@ -252,21 +274,37 @@ def _refuse_what_the_mode_cannot(move: Move, translations: list[Translation]) ->
             )
 
 
-def _find_unkept(move: Move, found: list[Connections]) -> Iterator[Unkept]:
+def _find_unkept(
+    move: Move, found: list[Connections], noted: tuple[Noted, ...]
+) -> Iterator[Unkept]:
     olds = {map_.old for map_ in move.maps}
     suspects = {old.packed for old in olds}
+    refused = _find_refused(noted)
     for some in found:
         # Only a peer that has an OLD address, or none that a wire carries, is looked at closer.
-        if not some.may_have_peer(suspects) and not some.has_special_peer():
+        if not (refused or some.may_have_peer(suspects) or some.has_special_peer()):
             continue
         for inbound in some:
             peer = inbound.source.address
-            if peer in olds:
+            if inbound in refused:
+                yield Unkept(inbound, refused[inbound])
+            elif peer in olds:
                 yield Unkept(inbound, f"its peer {peer} is on the source host too")
             elif peer.is_loopback or peer.is_unspecified or peer.is_multicast:
                 yield Unkept(inbound, f"its peer {peer} is not on any wire")
             elif peer.is_link_local:
                 yield Unkept(inbound, f"its peer {peer} is link-local: no gateway passes it on")
+
+
+def _find_refused(noted: tuple[Noted, ...]) -> dict[FourTuple, str]:
+    """Those whose entry could not be made anew as it is, and why."""
+    reasons = ((one, one.attributes.refusal()) for one in noted)
+    return {
+        inbound: f"{one.site}: {reason}"
+        for one, reason in reasons
+        if reason
+        for inbound in one.connections
+    }
 
 
 def _without(some: Connections, unkept: tuple[Unkept, ...]) -> Connections:
@@ -297,22 +335,23 @@ def _translate_map(
     """The translations of one map at one site, numbered from *number*; *kept* are at its OLD."""
     if not len(kept):
         return
+    noted = tuple(one for one in surroundings.noted if one.site == site)
     if not site.row.leaves:
-        yield Translation(site, number, map_, mode, kept, kept, kept)
+        yield Translation(site, number, map_, mode, kept, kept, kept, noted)
         return
     if site.row.arrives == "new":
-        yield Translation(site, number, map_, mode, kept, kept.toward(map_.new), kept)
+        yield Translation(site, number, map_, mode, kept, kept.toward(map_.new), kept, noted)
         return
     groups = _group_carried(map_, surroundings)
     carried = {inbound for pairs in groups for inbound, _ in pairs}
     plain = Connections.of(i for i in kept if i not in carried) if carried else kept
     if len(plain):
-        yield Translation(site, number, map_, mode, plain, plain, plain.toward(map_.new))
+        yield Translation(site, number, map_, mode, plain, plain, plain.toward(map_.new), noted)
         number += 1
     for pairs in groups:
         own = Connections.of(inbound for inbound, _ in pairs)
         outer = Connections.of(outer for _, outer in pairs)
-        yield Translation(site, number, map_, mode, own, outer, own.toward(map_.new))
+        yield Translation(site, number, map_, mode, own, outer, own.toward(map_.new), noted)
         number += 1
 
 

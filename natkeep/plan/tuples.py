@@ -20,7 +20,7 @@ from __future__ import annotations
 import ipaddress
 import struct
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from functools import lru_cache
 
 from natkeep.values import dataclass
@@ -204,6 +204,12 @@ class Connections:
             b"".join(r for r in self.each() if r not in known and len(r) == RECORD_SIZE[version])
             for version in (4, 6)
         )
+        return Connections(v4, v6)
+
+    def only(self, wanted: Collection[bytes]) -> Connections:
+        """Those whose packed record is *wanted*, in the same order."""
+        sizes = RECORD_SIZE.values()
+        v4, v6 = (b"".join(r for r in self.each() if len(r) == n and r in wanted) for n in sizes)
         return Connections(v4, v6)
 
     def local_ends(self) -> frozenset[bytes]:

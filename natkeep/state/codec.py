@@ -12,6 +12,7 @@ from typing import Any
 
 from natkeep.errors import JournalError
 from natkeep.plan.criu_lock import DumpLock, NetworkLock
+from natkeep.plan.entry_attributes import Attributes, Noted
 from natkeep.plan.move import Fate, Map, Mode, Move, Site
 from natkeep.plan.roles import Role
 from natkeep.plan.steps import Identity, Prior
@@ -188,6 +189,20 @@ def read_sides(value: object) -> Connections:
 
 def _read_endpoints(value: object) -> tuple[Endpoint, ...]:
     return tuple(Endpoint.parse(as_text(text)) for text in as_list(value))
+
+
+def noted_to_json(move: Move, noted: tuple[Noted, ...]) -> dict[str, Any]:
+    """What entries say, each with its site; which connections', a file beside the journal says."""
+    rows = [[move.sites.index(one.site), one.attributes.to_json()] for one in noted]
+    return {"entries": rows} if rows else {}
+
+
+def read_noted(move: Move, rows: list[Any], said: list[Connections]) -> tuple[Noted, ...]:
+    found = []
+    for (site, attributes), connections in zip(map(as_list, rows), said, strict=True):
+        where = move.sites[as_index(site, len(move.sites))]
+        found.append(Noted(where, Attributes.from_json(attributes), connections))
+    return tuple(found)
 
 
 def lock_to_json(lock: DumpLock) -> list[Any]:

@@ -16,7 +16,9 @@ The state directory (0700, files 0600; nothing below it is ever opened through a
          "local": [ADDRESS, ...],
          "connections": SHA-256, or null of a quiesce, which has no file ID.connections,
          "image": RUN ID OF THE DUMP or null, "begun": NANOSECONDS of the monotonic clock,
-         "joined": [V4, V6], if any: Surroundings.joined, packed (in "changed" as well)}
+         "joined": [V4, V6], if any: Surroundings.joined, packed (in "changed" as well),
+         "entries": [[SITE, {...}], ...], if any: Surroundings.noted; the connections of each are
+                       behind the others in the packed file (in "changed" as well)}
         {"step": 4, "state": "doing", "prior": {...}, "site": 0, "undo": {"kind": ..., ...}}
                            before the step acts; at which of the move's sites, and what undoes it
                            (undo_codec.py), if that has not been said before
@@ -41,7 +43,7 @@ from __future__ import annotations
 import hashlib
 import re
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from functools import cache
 from typing import Any
@@ -63,6 +65,7 @@ from natkeep.state.codec import (
     read_image,
     read_line,
     read_namespaces,
+    read_noted,
     read_sides,
     unknown_schema,
     unpack_columns,
@@ -258,16 +261,14 @@ class StateDirectory:
         move = move_from_json(header["move"])
         if move.id != move_id:
             raise ValueError(f"it is of move {move.id}")
-        connections, carried, carriers = (NO_CONNECTIONS,) * 3
+        columns: tuple[Connections, ...] = (NO_CONNECTIONS,) * 3
         if not move.quiesces:
-            connections, carried, carriers = self._read_connections(move_id, header["connections"])
-        if len(carried) != len(carriers):
-            raise ValueError("it does not have a carrier for each carried connection")
-        local = frozenset(parse_address(as_text(text)) for text in as_list(header["local"]))
+            packed = self._read_packed(f"{move_id}.connections", header["connections"])
+            columns = unpack_columns(packed, 3 + _count_noted(header))
         journal = Journal(
             move,
-            connections,
-            Surroundings(local, carried, carriers, read_sides(header.get("joined"))),
+            columns[0],
+            _read_surroundings(move, header, columns[1:]),
             read_namespaces(header["namespaces"]),
             tuple(as_text(kind) for kind in as_list(header["steps"])),
             as_text(header["boot"]),
@@ -282,22 +283,15 @@ class StateDirectory:
             raise ValueError("it does not name a namespace for each site")
         for number, text_of_line in enumerate(lines[1:], 2):
             if b'"changed"' in text_of_line and "changed" in (line := read_line(text_of_line)):
-                journal.take_change(self._read_change(move_id, line), line)
+                journal.take_change(self._read_change(move, line), line)
             else:
                 journal.read_record(text_of_line, number)
         return journal
 
-    def _read_connections(self, move_id: str, digest: str) -> tuple[Connections, ...]:
-        return unpack_columns(self._read_packed(f"{move_id}.connections", digest), 3)
-
-    def _read_change(self, move_id: str, line: dict[str, Any]) -> Change:
-        packed = self._read_packed(f"{move_id}.changed", as_text(line["changed"]))
-        came, went, carried, carriers = unpack_columns(packed, 4)
-        if len(carried) != len(carriers):
-            raise ValueError("it does not have a carrier for each carried connection")
-        local = frozenset(parse_address(as_text(text)) for text in as_list(line["local"]))
-        joined = read_sides(line.get("joined"))
-        return Change(came, went, Surroundings(local, carried, carriers, joined))
+    def _read_change(self, move: Move, line: dict[str, Any]) -> Change:
+        packed = self._read_packed(f"{move.id}.changed", as_text(line["changed"]))
+        came, went, *rest = unpack_columns(packed, 4 + _count_noted(line))
+        return Change(came, went, _read_surroundings(move, line, rest))
 
     def _read_packed(self, name: str, digest: str) -> bytes:
         try:
@@ -376,3 +370,19 @@ class StateDirectory:
             return Sighting.from_json(found) if found["boot"] == boot else None
         except (OSError, KeyError, TypeError, ValueError, JournalError):
             return None
+
+
+def _count_noted(line: dict[str, Any]) -> int:
+    return len(as_list(line.get("entries", [])))
+
+
+def _read_surroundings(
+    move: Move, line: dict[str, Any], columns: Sequence[Connections]
+) -> Surroundings:
+    """From the journal's first line, or that of a change, and the columns that are theirs."""
+    carried, carriers, *said = columns
+    if len(carried) != len(carriers):
+        raise ValueError("it does not have a carrier for each carried connection")
+    local = frozenset(parse_address(as_text(text)) for text in as_list(line["local"]))
+    noted = read_noted(move, as_list(line.get("entries", [])), said)
+    return Surroundings(local, carried, carriers, read_sides(line.get("joined")), noted)

@@ -26,6 +26,7 @@ from natkeep.state.codec import (
     as_whole,
     joined_to_json,
     move_to_json,
+    noted_to_json,
     pack_columns,
     pack_line,
     read_image,
@@ -106,7 +107,8 @@ class Journal:
         """The connections' file, which a quiesce has not, and the first line of a new journal."""
         around, packed = self.surroundings, None
         if not self.move.quiesces:
-            packed = pack_columns((self.connections, around.carried, around.carriers))
+            said = (one.connections for one in around.noted)
+            packed = pack_columns((self.connections, around.carried, around.carriers, *said))
         return packed, {
             "schema": SCHEMA,
             "natkeep": __version__,
@@ -120,6 +122,7 @@ class Journal:
             "image": self.image,
             "begun": self.begun,
             **joined_to_json(around),
+            **noted_to_json(self.move, around.noted),
         }
 
     def note(self, number: int, state: str, prior: Prior, step: Step | None = None) -> None:
@@ -198,11 +201,13 @@ class Journal:
         new steps that were done and have more to do. image: the dump that was compared.
         """
         around = change.surroundings
-        packed = pack_columns((change.came, change.went, around.carried, around.carriers))
+        said = (one.connections for one in around.noted)
+        packed = pack_columns((change.came, change.went, around.carried, around.carriers, *said))
         line = {
             "changed": hashlib.sha256(packed).hexdigest(),
             "image": image,
             "local": sorted(str(address) for address in around.local),
+            **noted_to_json(self.move, around.noted),
             "steps": list(kinds),
             "from": list(origins),
             "again": list(again),

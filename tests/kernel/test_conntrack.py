@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from natkeep.kernel import conntrack, netlink, sysctl
+from natkeep.kernel.conntrack_own import find_carried, find_own
 from natkeep.kernel.conntrack_purge import purge
 from natkeep.kernel.linux import LinuxKernel
 from natkeep.kernel.netns import inside, open_namespace
@@ -352,7 +353,7 @@ def test_a_connection_that_is_translated_here_already_is_found_with_its_other_si
     )
     track(run, site, plain)
 
-    found = [*conntrack.find_carried(Connections.of([kept, plain, unseen]))]
+    found = [*find_carried(find_own(Connections.of([kept, plain, unseen])))]
 
     outside = FourTuple(Endpoint.parse("10.1.0.2:5000"), Endpoint.parse("10.9.0.1:8080"))
     assert [(kept, outside)] == found

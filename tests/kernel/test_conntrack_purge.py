@@ -103,7 +103,7 @@ def test_in_a_large_table_the_rules_tell_whether_there_are_zones(
     site: str, run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """An entry in a zone that nothing assigns is met by no packet."""
-    monkeypatch.setattr("natkeep.kernel.conntrack_purge._SMALL", 0)
+    monkeypatch.setattr("natkeep.kernel.conntrack_zones._SMALL", 0)
     translation = translation_of("v4", site, 1)
     [(stale, _)] = translation.tuples()
     track(run, site, stale, zone=7)

@@ -12,19 +12,19 @@ from natkeep.kernel.ctnetlink import (
     TUPLE_ORIG,
     TUPLE_REPLY,
     Ends,
-    Said,
     family,
     pack_inbound,
     pack_itself,
     pack_outbound,
     pack_zone,
     read_flags,
-    read_said,
     read_status,
     read_tuples,
     turn,
 )
+from natkeep.kernel.ctnetlink_answers import Said, read_attributes, read_said
 from natkeep.kernel.netlink import attribute, nested
+from natkeep.plan.entry_attributes import PLAIN, Attributes
 from natkeep.plan.tuples import Connections, Endpoint, FourTuple
 
 PROTOINFO, TIMEOUT, ORIGINAL, REPLY, ID = 4, 7, 9, 10, 12
@@ -135,3 +135,23 @@ def test_an_entry_is_named_by_its_tuple_its_zone_and_its_number() -> None:
     named = family(4) + pack_inbound(ends) + attribute(ID, b"\1\2\3\4")
     assert pack_itself(entry) == named
     assert pack_itself(entry + pack_zone(7)) == named + pack_zone(7)
+
+
+def test_the_attributes_of_an_entry_are_read_and_a_usual_one_has_none() -> None:
+    entry, ends = pack_said(counted=True), ends_of("10.1.0.2", "10.2.0.10")
+    secmark = nested(19, attribute(1, b"system_u:object_r:http_t\0"))
+    special = entry + attribute(8, b"\0\0\0\2") + nested(5, attribute(1, b"ftp\0")) + secmark
+    shifted = family(4) + pack_inbound(ends) + pack_outbound(ends, TUPLE_REPLY, pack_zone(7, 3))
+
+    assert read_attributes(entry) == read_attributes(entry, 0) == PLAIN
+    assert read_attributes(special, process_dialled=True) == Attributes(
+        mark=2, helper="ftp", secmark="system_u:object_r:http_t", process_dialled=True
+    )
+    assert read_attributes(shifted) == Attributes(zone=7, zone_of="reply")
+
+
+def test_a_time_out_counts_that_is_longer_than_an_entry_gets_anew() -> None:
+    entry = tuples_of(ends_of("10.1.0.2", "10.2.0.10")) + attribute(TIMEOUT, b"\0\0\0\x64")
+
+    assert read_attributes(entry, 100) == PLAIN
+    assert read_attributes(entry, 99) == Attributes(timeout=100)

@@ -11,7 +11,7 @@ import pytest
 from natkeep.lab.matrix import Cell, Column, Outcome, find_situations, play
 from natkeep.lab.situations import Situation
 
-NUMBERS = range(12, 23)
+NUMBERS = (*range(12, 23), 24, 25)
 
 KEPT = [
     ("CLOSE_WAIT", 4, "stateful"),
@@ -38,6 +38,11 @@ KEPT = [
     ("moved back", 4, "stateful"),
     ("moved back by CRIU", 6, "stateful"),
     ("NEW serves the same port to others", 4, "stateful"),
+    ("answers pass by the connection's mark", 6, "stateful"),
+    ("answers pass by the connection's mark", 4, "stateless"),
+    ("by its mark, moved on and back", 4, "stateful"),
+    ("tracked in a zone, tcp_loose=0", 4, "stateful"),
+    ("each direction tracked in another zone", 6, "stateless"),
 ]
 REFUSED = [
     ("a published port", 4, "stateless", "conntrack's work"),

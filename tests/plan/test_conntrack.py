@@ -6,11 +6,21 @@ from ipaddress import ip_address
 
 import pytest
 
-from natkeep.plan.conntrack import Entry, describe_purge, directions_of, entries, stale_tuples
+from natkeep.plan.conntrack import (
+    Entry,
+    describe_purge,
+    directions_of,
+    entries,
+    group_entries,
+    noted_from_text,
+    noted_to_text,
+    stale_tuples,
+)
+from natkeep.plan.entry_attributes import PLAIN, Attributes, Noted
 from natkeep.plan.move import Map, Mode, Move, Site
 from natkeep.plan.roles import Role
 from natkeep.plan.step_order import make_plan
-from natkeep.plan.translation import Translation
+from natkeep.plan.translation import Surroundings, Translation
 from natkeep.plan.tuples import Connections, Endpoint, FourTuple
 
 
@@ -109,3 +119,32 @@ def test_what_a_replaced_move_had_found_counts_where_nothing_was_found(
     facts: dict[str, str | int | bool], directions: str
 ) -> None:
     assert directions_of(facts) == directions
+
+
+def test_each_connection_has_the_entries_that_were_noted_and_the_others_a_usual_one() -> None:
+    kept = Connections.of(
+        FourTuple(Endpoint.parse(f"10.1.0.2:{port}"), Endpoint.parse("10.2.0.10:80"))
+        for port in range(5000, 5006)
+    )
+    site, marked, zone = Site(Role.GATEWAY), Attributes(mark=2), Attributes(zone=7)
+    noted = (
+        Noted(site, marked, kept.pick([0, 1, 2], 4)),
+        Noted(site, Attributes(mark=2, process_dialled=True), kept.pick([4], 4)),
+        Noted(site, zone, kept.pick([5], 4)),
+        Noted(site, PLAIN, kept.pick([5], 4)),
+    )
+    map_ = Map(ip_address("10.2.0.10"), ip_address("10.3.0.20"))
+    around = Surroundings(noted=noted)
+    [translation] = make_plan(Move("web", (map_,), (site,)), kept, around).translations
+
+    groups = group_entries(translation)
+
+    assert groups == {PLAIN: [3, 5], marked: [0, 1, 2, 4], zone: [5]}
+    text = noted_to_text(groups)
+    assert '"0-2,4"' in text
+    assert noted_from_text(text) == {marked: [0, 1, 2, 4], zone: [5]}
+    assert noted_to_text({PLAIN: [0, 1]}) == ""
+    described = [entry.describe() for entry in entries(translation)]
+    assert len(described) == 7
+    assert "--dst-nat 10.3.0.20:80 --mark 0x2 " in described[0]
+    assert ["--zone 7" in each for each in described[5:]] == [True, False]

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from natkeep.errors import RefusedError
 from natkeep.plan import translation
+from natkeep.plan.entry_attributes import Attributes, Noted
 from natkeep.plan.move import Map, Mode, Move, Site
 from natkeep.plan.roles import Role
 from natkeep.plan.step_order import make_plan
@@ -212,3 +213,45 @@ def test_a_move_carries_on_what_the_one_before_it_took_over():
     assert (tuple(both.carried), tuple(both.carriers)) == ((KEPT4,), (outside,))
     assert both.local == found.local
     assert found == found.carry_on(Surroundings(), Connections.of([KEPT4]))
+
+
+OTHER4 = inbound("10.1.0.2:5001", "10.2.0.10:80")
+
+
+def noted(attributes: Attributes, *some: FourTuple) -> Noted:
+    return Noted(GATEWAY, attributes, Connections.of(some))
+
+
+@pytest.mark.parametrize(
+    ("attributes", "reason"),
+    [
+        (Attributes(secmark="system_u:object_r:http_t"), "has a secmark"),
+        (Attributes(zone=7, zone_of="original", process_dialled=True), "in one direction only"),
+        (Attributes(synproxy="08000300", process_dialled=True), "shifts its time stamps"),
+    ],
+)
+def test_a_connection_whose_entry_cannot_be_made_anew_is_lost_and_no_other(
+    attributes: Attributes, reason: str
+) -> None:
+    move, both = Move("web", (MAP4,), (GATEWAY,)), Connections.of([KEPT4, OTHER4])
+    around = Surroundings(noted=(noted(attributes, KEPT4),))
+
+    plan = make_plan(move, both, around)
+
+    [lost] = plan.unkept
+    assert lost.inbound == KEPT4
+    assert reason in lost.reason
+    assert str(GATEWAY) in lost.reason
+    assert [*plan.translations[0].kept] == [OTHER4]
+    with pytest.raises(RefusedError, match=reason):
+        make_plan(move, Connections.of([KEPT4]), around)
+
+
+def test_a_move_carries_on_what_entries_said_that_are_gone() -> None:
+    red, blue = Attributes(mark=1), Attributes(mark=2)
+    earlier = Surroundings(noted=(noted(red, KEPT4, OTHER4, KEPT6),))
+    found = Surroundings(noted=(noted(blue, OTHER4),))
+
+    both = found.carry_on(earlier, Connections.of([KEPT4, OTHER4]))
+
+    assert both.noted == (noted(blue, OTHER4), noted(red, KEPT4))
