@@ -32,7 +32,10 @@ RUN = os.environ.setdefault("NATKEEP_RUN", secrets.token_hex(3))
 OURS = (f"natkeep-test-{RUN}", "natkeep-lab-")
 PATIENCE = 120.0  # s; another run's lab is over by then, a leftover is not
 # What is said to tests and lab. All else of natkeep's, in the shell that starts us, is not heard.
-HEARD = {f"NATKEEP_{it}" for it in ("RUN", "REQUIRE", "MANY", "EXAMPLES", "GOLDEN", "CRIU", "BIN")}
+HEARD = {
+    f"NATKEEP_{each}"
+    for each in ("RUN", "REQUIRE", "MANY", "EXAMPLES", "GOLDEN", "CRIU", "BIN", "TIME_SCALE")
+}
 
 
 def _run(*command: str) -> subprocess.CompletedProcess[str]:

@@ -27,6 +27,7 @@ from typing import Any
 from natkeep.errors import NatkeepError
 from natkeep.lab.host import Host
 from natkeep.lab.report import Assertion
+from natkeep.lab.time_scale import scaled
 from natkeep.plan.tuples import Endpoint, FourTuple
 
 SCRIPT = Path(__file__).with_name("traffic.py")
@@ -115,15 +116,14 @@ class Application:
         self, predicate: Callable[[Report], object], what: str, *, within: float = 5.0
     ) -> Report:
         """The first report that satisfies *predicate*; TrafficError, with the last one, if late."""
-        deadline = time.monotonic() + within
+        deadline = time.monotonic() + scaled(within)
         while True:
             report = self.report()
             if report is not None and predicate(report):
                 return report
             if time.monotonic() > deadline:
-                raise TrafficError(
-                    f"{self.directory.name}: waited {within} s {what}; last report: {report}"
-                )
+                waited = f"waited {scaled(within)} s {what}"
+                raise TrafficError(f"{self.directory.name}: {waited}; last report: {report}")
             time.sleep(_LOOK_EVERY_S)
 
     def _replace(self, name: str, text: str) -> None:

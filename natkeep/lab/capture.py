@@ -27,6 +27,7 @@ from pathlib import Path
 
 from natkeep.lab.host import Host, LabError, await_true
 from natkeep.lab.report import Assertion
+from natkeep.lab.time_scale import scaled
 from natkeep.lab.topology import Address, Topology
 from natkeep.plan.tuples import Endpoint, FourTuple
 
@@ -105,7 +106,7 @@ class Capture:
         # What comes between here and its end is counted and not written, and after the scenario.
         self._lost = self._missing()
         self._host.kill(self._tcpdump.pid, signal.SIGINT)
-        self._tcpdump.process.wait(5)
+        self._tcpdump.process.wait(scaled(5))
         self._read_statistics()
 
     def flaws(self) -> str:

@@ -27,6 +27,7 @@ from natkeep.lab.engine import EngineError, Opening
 from natkeep.lab.engines.criu import Criu
 from natkeep.lab.host import Host, write_script
 from natkeep.lab.lab import Lab
+from natkeep.lab.time_scale import scaled
 from natkeep.lab.translators import Natkeep, Order, natkeep_command
 
 
@@ -161,14 +162,14 @@ class CriuRestore:
 
     def must_fail(self, code: int, reason: str, running: subprocess.Popen[str]) -> None:
         """`natkeep run` exits *code* and tells *reason*."""
-        said, _ = running.communicate(timeout=60)
+        said, _ = running.communicate(timeout=scaled(60))
         ok = running.returncode == code and reason in said
         self._check(f"natkeep run exits {code}: {reason}", ok, _last(said))
 
     def must_succeed(self, running: subprocess.Popen[str]) -> None:
         """`natkeep run` exits 0; the server is back."""
         with self._restoring():
-            said, _ = running.communicate(timeout=60)
+            said, _ = running.communicate(timeout=scaled(60))
             if running.returncode:
                 raise EngineError(f"natkeep run exited {running.returncode}: {_last(said)}")
 

@@ -19,6 +19,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from natkeep.errors import NatkeepError
+from natkeep.lab.time_scale import scaled
 
 NAMES = Path("/run/netns")
 _LAST_PID = "/proc/sys/kernel/ns_last_pid"
@@ -68,7 +69,7 @@ class Host:
         assert self._init.stderr is not None
         line = self._init.stdout.readline()
         if not line.strip().isdigit():
-            self._init.wait(5)
+            self._init.wait(scaled(5))
             raise LabError(f"{self.role}: {self._init.stderr.read().decode().strip()}")
         self.init_pid = int(line)
 
@@ -80,12 +81,12 @@ class Host:
             if pipe:
                 pipe.close()
         try:
-            self._init.wait(5)
+            self._init.wait(scaled(5))
         except subprocess.TimeoutExpired:
             # unshare forwards nothing: init itself has to be killed, by its pid
             with contextlib.suppress(ProcessLookupError):
                 os.kill(self.init_pid or self._init.pid, 9)
-            self._init.wait(5)
+            self._init.wait(scaled(5))
 
     def command(self, *argv: str, net_only: bool = False) -> list[str]:
         """*argv*, made to run in this host (or only in its network namespace)."""
@@ -96,10 +97,10 @@ class Host:
         self, *argv: str, text_in: str = "", check: bool = True, timeout: float = 20,
         net_only: bool = False, env: dict[str, str] | None = None,
     ) -> subprocess.CompletedProcess[str]:  # fmt: skip
-        """Run *argv* in the host to its end; LabError with its words when it fails."""
+        """Run *argv* in the host to its end, *timeout* s at most; LabError when it fails."""
         done = subprocess.run(
             self.command(*argv, net_only=net_only),
-            input=text_in, capture_output=True, text=True, timeout=timeout, env=env,
+            input=text_in, capture_output=True, text=True, timeout=scaled(timeout), env=env,
         )  # fmt: skip
         if check and done.returncode:
             words = (done.stderr or done.stdout).strip()
@@ -141,10 +142,10 @@ class Host:
 
 def await_true(ready: Callable[[], object], what: str, *, seconds: float = 5) -> None:
     """Return as soon as ready() is true; LabError at the deadline."""
-    deadline = time.monotonic() + seconds
+    deadline = time.monotonic() + scaled(seconds)
     while not ready():
         if time.monotonic() > deadline:
-            raise LabError(f"waited {seconds:g} s in vain for {what}")
+            raise LabError(f"waited {scaled(seconds):g} s in vain for {what}")
         time.sleep(0.002)  # a look every 2 ms, not a wait for luck: the deadline decides
 
 

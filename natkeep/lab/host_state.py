@@ -2,12 +2,17 @@
 
 Rule: what is compared is what a person would look at: nft's ruleset, addresses, routes, policy
 rules, and every readable sysctl of the network namespace. Only what changes by itself is left
-out: `-s` leaves out what counters count.
+out: `-s` leaves out what counters count. A sysctl that was not there is a kernel module's, which
+was loaded meanwhile and stays: it is left out where it says what it says in a new namespace.
 """
 
 from __future__ import annotations
 
+import subprocess
+from collections.abc import Callable
+
 from natkeep.lab.host import Host
+from natkeep.lab.time_scale import scaled
 
 # Counts what passes, so it differs between any two looks.
 _ALIVE = ("/proc/sys/net/netfilter/nf_conntrack_count:",)
@@ -45,14 +50,41 @@ def split_output(shown: str) -> dict[str, str]:
     return surfaces
 
 
-def difference(before: dict[str, str], after: dict[str, str]) -> str:
+def read_untouched() -> str:
+    """The sysctls of a new network namespace, as the surface shows them."""
+    shown = subprocess.run(
+        ["unshare", "--net", "sh", "-c", COMMANDS["sysctls"]],
+        capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=scaled(20),
+    )  # fmt: skip
+    return shown.stdout
+
+
+def difference(
+    before: dict[str, str], after: dict[str, str], *, untouched: Callable[[], str] = read_untouched
+) -> str:
     """What differs, in one line; empty when nothing does."""
     found = []
     for name, text in before.items():
-        if text != after[name]:
-            old, new = set(_words(text)), set(_words(after[name]))
+        there = after[name]
+        if name == "sysctls":
+            there = _without_loaded(text, there, untouched)
+        if text != there:
+            old, new = set(_words(text)), set(_words(there))
             found.append(f"{name}: gone {sorted(old - new)[:3]}, new {sorted(new - old)[:3]}")
     return "; ".join(found)
+
+
+def _without_loaded(before: str, after: str, untouched: Callable[[], str]) -> str:
+    """*after* without the files that a module brought and nothing has changed."""
+    files, lines = {_file(line) for line in before.splitlines()}, after.splitlines()
+    if not any(_file(line) not in files for line in lines):
+        return after
+    usual = set(untouched().splitlines())
+    return "\n".join(line for line in lines if _file(line) in files or line not in usual)
+
+
+def _file(line: str) -> str:
+    return line.partition(":")[0]
 
 
 def _words(text: str) -> list[str]:

@@ -28,6 +28,7 @@ from natkeep.lab.lab import Lab
 from natkeep.lab.report import Report, render_report
 from natkeep.lab.scenario import keep_captures, perform
 from natkeep.lab.situations import SITUATIONS, Situation
+from natkeep.lab.time_scale import scaled
 from natkeep.lab.topology import sweep
 
 TRANSLATORS = ("natkeep", "naive", "naive+purge")
@@ -212,7 +213,7 @@ class _Run:
 
     def __init__(self, cell: Cell, slot: int, report: Path | None, seconds: float) -> None:
         self.cell, self.began = cell, time.monotonic()
-        self.deadline = self.began + seconds
+        self.deadline = self.began + scaled(seconds)
         self.pipe, theirs = multiprocessing.Pipe(duplex=False)
         self.process = multiprocessing.get_context("fork").Process(
             target=_play_apart, args=(theirs, cell, slot, report)
@@ -242,7 +243,7 @@ class _Run:
         for stop in (self.process.terminate, self.process.kill):
             if self.process.is_alive():
                 stop()
-                self.process.join(_END_S)
+                self.process.join(scaled(_END_S))
         self.pipe.close()
 
 

@@ -33,6 +33,7 @@ from functools import partial
 from pathlib import Path
 
 from natkeep.lab.host import NAMES, Host, LabError
+from natkeep.lab.time_scale import scaled
 
 PREFIX = "natkeep-lab-"
 LOCKS = Path("/run/natkeep-lab")
@@ -361,7 +362,7 @@ def _heredoc(command: str, text: str) -> str:
 def _ip(lines: Iterable[str], *, force: bool = False) -> None:
     done = subprocess.run(
         ["ip", *(["-force"] if force else []), "-batch", "-"],
-        input="\n".join(lines) + "\n", capture_output=True, text=True, timeout=20,
+        input="\n".join(lines) + "\n", capture_output=True, text=True, timeout=scaled(20),
     )  # fmt: skip
     if done.returncode and not force:
         raise LabError(f"ip: {done.stderr.strip()}")

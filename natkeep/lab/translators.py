@@ -21,6 +21,7 @@ from natkeep.errors import NatkeepError
 from natkeep.lab.engine import Opening
 from natkeep.lab.engines.criu import CHECKOUT
 from natkeep.lab.host import Host, write_script
+from natkeep.lab.time_scale import scaled
 from natkeep.lab.topology import Address
 from natkeep.plan.tuples import FourTuple
 
@@ -128,8 +129,11 @@ class Natkeep(Translator):
         """Run natkeep outside of the hosts, to its end."""
         return subprocess.run(
             [*natkeep_command(), verb, *arguments],
-            capture_output=True, text=True, timeout=60, env={**os.environ, **self.environment},
-        )  # fmt: skip
+            capture_output=True,
+            text=True,
+            timeout=scaled(60),
+            env={**os.environ, **self.environment},
+        )
 
     def call(self, verb: str, *arguments: str) -> str:
         """The same, and what it printed; TranslatorError with its message when it fails."""

@@ -17,6 +17,7 @@ from natkeep.lab.application import Application, TrafficError, start_client, tup
 from natkeep.lab.application import Report as Traffic
 from natkeep.lab.capture import RST, Frame, Segment
 from natkeep.lab.lab import Lab
+from natkeep.lab.time_scale import scaled
 from natkeep.lab.topology import CLIENT
 from natkeep.plan.tuples import Endpoint, FourTuple
 
@@ -70,7 +71,7 @@ class UnkeptEnds:
 
     def hang(self, name: str) -> None:
         """For a while no end hears anything: peers' connections are open, the call goes on."""
-        deadline = time.monotonic() + _HANGS_S
+        deadline = time.monotonic() + scaled(_HANGS_S)
         states = [""]
         while time.monotonic() < deadline:
             states = [

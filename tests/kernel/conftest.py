@@ -14,6 +14,7 @@ from contextlib import closing
 import pytest
 
 from natkeep.kernel.linux import LinuxKernel
+from natkeep.lab.time_scale import scaled
 from natkeep.plan.move import Site
 from natkeep.plan.observation import Observation
 from natkeep.plan.steps import Plan
@@ -42,7 +43,7 @@ def run() -> Run:
 
 def _await_carrier(netns: str, *devices: str) -> None:
     """Until the kernel has noticed the cable, which it does a moment later: it is in pictures."""
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + scaled(10)
     while any("state UP" not in _run(netns, "ip", "link", "show", name) for name in devices):
         assert time.monotonic() < deadline, "a cable was plugged in and has no carrier"
 
@@ -50,7 +51,7 @@ def _await_carrier(netns: str, *devices: str) -> None:
 def _await_routes(netns: str) -> None:
     """Until the kernel has made its own IPv6 routes, which it does after the answer, too."""
     wanted = ("local fd00:3::20 ", "multicast ff00::/8 dev eth0 ", "multicast ff00::/8 dev wire ")
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + scaled(10)
     while missing := [w for w in wanted if w not in _run(netns, "ip", "-6", "route", "show",
                                                          "table", "local")]:  # fmt: skip
         assert time.monotonic() < deadline, f"waited in vain for {missing}"

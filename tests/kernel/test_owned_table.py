@@ -17,6 +17,7 @@ from natkeep.errors import KernelError
 from natkeep.kernel import nft_messages, owned_table
 from natkeep.kernel.interface import Place
 from natkeep.kernel.netns import Namespace, open_namespace
+from natkeep.lab.time_scale import scaled
 from natkeep.plan.move import Map, Mode, Site
 from natkeep.plan.roles import Role
 from natkeep.plan.translation import Translation
@@ -50,7 +51,7 @@ def tables(netns: str) -> list[str]:
 
 
 def await_true(ready: Callable[[], object]) -> None:
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + scaled(10)
     while not ready():
         assert time.monotonic() < deadline
         time.sleep(0.005)

@@ -30,6 +30,7 @@ from natkeep.kernel.linux import LinuxKernel
 from natkeep.kernel.netns import Namespace, inside, open_namespace
 from natkeep.lab import tcp_repair
 from natkeep.lab.tcp_repair import RepairSocket, SocketState, TcpState
+from natkeep.lab.time_scale import scaled
 from natkeep.plan import replay
 from natkeep.plan.move import Map, Mode, Move, Site
 from natkeep.plan.roles import Role
@@ -45,7 +46,7 @@ PEER = {4: ip_address("10.1.0.2"), 6: ip_address("fd00:1::2")}
 OLD = {4: ip_address("10.2.0.10"), 6: ip_address("fd00:2::10")}
 NEW = {4: ip_address("10.3.0.20"), 6: ip_address("fd00:3::20")}
 PORT = 80
-DEADLINE = 10.0  # s, for what happens at once unless it is broken
+DEADLINE = scaled(10.0)  # s, for what happens at once unless it is broken
 SEQ = {"peer": 2**32 - 700, "process": 5_000}
 
 EACH_VERSION = pytest.mark.parametrize("version", [4, 6])

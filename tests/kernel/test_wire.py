@@ -27,6 +27,7 @@ from fake_kernel import revert_step
 
 from natkeep.kernel.linux import LinuxKernel
 from natkeep.kernel.netns import inside, open_namespace
+from natkeep.lab.time_scale import scaled
 from natkeep.plan.move import Map, Mode, Move, Site
 from natkeep.plan.roles import Role
 from natkeep.plan.step_order import make_plan
@@ -37,7 +38,7 @@ from natkeep.plan.tuples import Address, Connections, Endpoint, FourTuple
 pytestmark = [pytest.mark.root, pytest.mark.needs("scapy")]
 
 Run = Callable[..., str]
-DEADLINE = 5.0  # s; a packet takes some 50 µs
+DEADLINE = scaled(5.0)  # s; a packet takes some 50 µs
 
 PEER = {4: ip_address("10.1.0.2"), 6: ip_address("fd00:1::2")}
 OLD = {4: ip_address("10.2.0.10"), 6: ip_address("fd00:2::10")}

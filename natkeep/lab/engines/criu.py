@@ -13,6 +13,7 @@ from pathlib import Path
 
 from natkeep.lab.engine import EngineError, Frozen, InHost, Moving, Opening, end_silence, errors_in
 from natkeep.lab.host import Host
+from natkeep.lab.time_scale import scaled
 
 CHECKOUT = Path(__file__).parents[3]
 
@@ -67,4 +68,4 @@ def find_criu() -> Path | None:
 
 
 def _works(criu: str) -> bool:
-    return subprocess.run([criu, "check"], capture_output=True, timeout=20).returncode == 0
+    return subprocess.run([criu, "check"], capture_output=True, timeout=scaled(20)).returncode == 0

@@ -44,6 +44,7 @@ from natkeep.lab.engines.runc import (
     shared,
 )
 from natkeep.lab.host import NAMES, Host, LabError, await_true, write_script
+from natkeep.lab.time_scale import scaled
 
 _IMAGE = "localhost/bare"  # nothing but links into the machine's /usr
 _FURNISH = """\
@@ -154,7 +155,7 @@ class Podman:
                 "--storage-driver", "vfs", "--events-backend", "none",
                 "--cgroup-manager", "cgroupfs", "--runtime", str(_runtime(host)), *arguments,
             ),
-            stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=30,
+            stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=scaled(30),
             env={
                 **os.environ,
                 "PATH": path_with(self.criu, host.directory),

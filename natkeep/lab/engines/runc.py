@@ -30,6 +30,7 @@ from typing import Any
 from natkeep.lab.application import SCRIPT, Application
 from natkeep.lab.engine import EngineError, Frozen, Moving, Opening, end_silence, errors_in
 from natkeep.lab.host import NAMES, Host
+from natkeep.lab.time_scale import scaled
 from natkeep.lab.topology import LOCKS, PREFIX, hex_of
 
 CGROUPS = Path("/sys/fs/cgroup")
@@ -133,7 +134,7 @@ class Runc:
             inside(host, "runc", "--root", str(root), "--log", str(log), verb, *options),
             # not pipes: the first process has them, too, until it opens its own
             stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-            timeout=20,
+            timeout=scaled(20),
             env={**os.environ, **(env or {}), "PATH": path_with(self.criu, host.directory)},
         )  # fmt: skip
         if done.returncode:
