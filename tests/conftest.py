@@ -164,6 +164,30 @@ def make_netns() -> Iterator[Callable[[], str]]:
 
 
 @pytest.fixture
+def give_inode_again(make_netns: Callable[[], str]) -> Callable[[str], bool]:
+    """End a namespace and give its name to another one that has its inode; whether one came.
+
+    The kernel gives the lowest inode that is free, so those that come first are kept. It may go to
+    another test's namespace: then begin again.
+    """
+
+    def exchange(name: str) -> bool:
+        inode = Path("/run/netns", name).stat().st_ino
+        subprocess.run(["ip", "netns", "delete", name], check=True)
+        for _ in range(60):
+            other = make_netns()
+            if Path("/run/netns", other).stat().st_ino == inode:
+                Path("/run/netns", name).touch()
+                command = ["mount", "--bind", f"/run/netns/{other}", f"/run/netns/{name}"]
+                subprocess.run(command, check=True)
+                subprocess.run(["ip", "netns", "delete", other], check=True)
+                return True
+        return False
+
+    return exchange
+
+
+@pytest.fixture
 def netns(make_netns: Callable[[], str]) -> str:
     """The name of a fresh network namespace with lo up."""
     return make_netns()

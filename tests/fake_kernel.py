@@ -17,6 +17,7 @@ from natkeep.plan import base_chains, filters, nft
 from natkeep.plan.base_chains import is_address_chain
 from natkeep.plan.conntrack import entries, stale_tuples
 from natkeep.plan.diagnostics import Facts
+from natkeep.plan.identity import Identity
 from natkeep.plan.move import Move, Site
 from natkeep.plan.nft import Key, Object, Rule, split
 from natkeep.plan.observation import Gate, Observation, SeenEntry
@@ -42,7 +43,6 @@ from natkeep.plan.steps import (
     GuardSite,
     HoldListeners,
     HoldSegments,
-    Identity,
     InsertEntries,
     InstallGate,
     InstallResets,
@@ -123,7 +123,7 @@ class FakeKernel:
         """A number for each name."""
         if site not in self.opened:
             raise KeyError(site)
-        return (0, list(self.sites).index(site.netns))
+        return Identity(0, list(self.sites).index(site.netns))
 
     def ask(self, site: Site, question: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         """Each question has a method of its name here."""

@@ -27,10 +27,11 @@ from natkeep.lifecycle.open import open_move
 from natkeep.lifecycle.prepare import carry_out, prepare
 from natkeep.lifecycle.status import read_status
 from natkeep.lifecycle.teardown import teardown
+from natkeep.plan.identity import Identity
 from natkeep.plan.move import Site
 from natkeep.plan.observation import Gate
 from natkeep.plan.step_order import make_plan
-from natkeep.state.codec import SCHEMA
+from natkeep.state.codec import SCHEMA, namespaces_to_json
 from natkeep.state.directory import StateDirectory, read_boot_id
 from natkeep.values import replace
 
@@ -93,7 +94,9 @@ def exchange(golden: Path, state: Path, names: dict[str, str]) -> None:
     for site in header["move"]["sites"]:
         site["netns"] = names[site["role"]]
     ours = [open_namespace(site["netns"]).identity for site in header["move"]["sites"]]
-    header |= {"boot": read_boot_id(), "namespaces": ours}
+    header |= {"boot": read_boot_id()} | namespaces_to_json(ours)
+    if "cookies" not in json.loads(lines[0]):  # which natkeep 0.1 did not write
+        header.pop("cookies", None)
     for name in ("web.ready", "web.connections", "web.changed"):
         (state / name).unlink(missing_ok=True)
     for path in golden.iterdir():
@@ -132,6 +135,7 @@ def write(state: Path, golden: Path) -> None:
     header = json.loads(first)
     for site in header["move"]["sites"]:
         site["netns"] = site["role"]
-    header |= {"boot": str(UUID(int=0)), "namespaces": [[4, 1]] * len(header["namespaces"])}
+    sites = [Identity(4, 1, 1)] * len(header["namespaces"])
+    header |= {"boot": str(UUID(int=0))} | namespaces_to_json(sites)
     header = json.dumps(header, separators=(",", ":"))
     (golden / "web.journal").write_text("".join([header + "\n", *lines]))

@@ -19,6 +19,7 @@ import pytest
 from natkeep import __version__
 from natkeep.errors import JournalError, RefusedError, UsageError
 from natkeep.plan.entry_attributes import Attributes, Noted
+from natkeep.plan.identity import Identity
 from natkeep.plan.move import Map, Mode, Move, Site
 from natkeep.plan.roles import Role
 from natkeep.plan.steps import AddAddress, Prior
@@ -44,7 +45,7 @@ CONNECTIONS = Connections.of(
         ("[fd00:2::10]:5000", "[fd00:1::2]:50595"),
     )
 )
-NAMESPACES = ((4, 4026531840), (4, 4026532299))
+NAMESPACES = (Identity(4, 4026531840, 1), Identity(4, 4026532299, 77))
 KINDS = ("InstallGate", "FillSet", "OpenGate")
 SURROUNDINGS = Surroundings(
     local=frozenset({parse_address("fd00:1::2"), parse_address("10.1.0.2")}),
@@ -109,6 +110,7 @@ def test_what_is_written_is_read_again(state: StateDirectory, place: Path) -> No
     assert [found.is_done(step) for step in range(3)] == [True, False, False]
     assert Prior(True, {"acct": "0", "addresses": 2, "up": True}) == found.records[0].prior
     assert tuple(found.identity(site) for site in MOVE.sites) == NAMESPACES
+    assert [here.cookie for here in found.namespaces] == [1, 77]
 
 
 def test_what_entries_say_is_read_again_and_must_be_whole(
@@ -154,7 +156,7 @@ def test_the_format_line_by_line(state: StateDirectory, place: Path) -> None:
         '"move":{"id":"web","mode":"stateful","listeners":[],'
         '"maps":[{"old":"10.2.0.10","new":"10.3.0.20"},{"old":"fd00:2::10","new":"fd00:3::20"}],'
         '"sites":[{"role":"destination","netns":"dst"},{"role":"gateway","netns":""}]},'
-        '"namespaces":[[4,4026531840],[4,4026532299]],'
+        '"namespaces":[[4,4026531840],[4,4026532299]],"cookies":[1,77],'
         '"steps":["InstallGate","FillSet","OpenGate"],"prepare":[0,1],"local":["10.1.0.2","fd00:1::2"],'
         f'"connections":"{digest}","image":null,"begun":{written.begun}}}',
         '{"step":0,"state":"doing","prior":{"present":false},'
@@ -204,7 +206,8 @@ def test_a_journal_that_version_0_1_0_wrote_is_read(state: StateDirectory, place
     )
     found = state.load("web")
     move = Move("web", MOVE.maps[:1], MOVE.sites[:1], Mode.STATEFUL)
-    assert (move, CONNECTIONS, ((4, 9),)) == (found.move, found.connections, found.namespaces)
+    assert (move, CONNECTIONS) == (found.move, found.connections)
+    assert [(here.device, here.inode, here.cookie) for here in found.namespaces] == [(4, 9, 0)]
     assert Prior(present=True, facts={"addresses": 2}) == found.records[0].prior
 
 
@@ -438,8 +441,16 @@ HEADERS: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
         put("move", "mode", value="bpf"),
         "the journal of web is corrupt: 'bpf' is not a valid Mode",
     ),
+    "cookies": (
+        put("cookies", value=[1]),
+        "the journal of web is corrupt: it does not have a cookie for each namespace",
+    ),
+    "cookie": (
+        put("cookies", value=[1, "7"]),
+        "the journal of web is corrupt: '7' is not a whole number",
+    ),
     "namespaces": (
-        put("namespaces", value=[[4, 1]]),
+        lambda header: header.update(namespaces=[[4, 1]], cookies=[1]),
         "the journal of web is corrupt: it does not name a namespace for each site",
     ),
     "local": (

@@ -39,6 +39,7 @@ from natkeep.lifecycle.repair import repair
 from natkeep.lifecycle.replace import replace_move
 from natkeep.lifecycle.status import read_status
 from natkeep.lifecycle.teardown import teardown
+from natkeep.plan.identity import Identity
 from natkeep.plan.move import Fate, Map, Move, Site
 from natkeep.plan.observation import Gate, Observation
 from natkeep.plan.roles import Role
@@ -46,7 +47,6 @@ from natkeep.plan.step_order import make_plan
 from natkeep.plan.step_undo import Undo
 from natkeep.plan.steps import (
     AddAddress,
-    Identity,
     InsertEntries,
     InstallGate,
     OpenGate,

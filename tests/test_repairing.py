@@ -27,11 +27,12 @@ from natkeep.lifecycle.status import read_status
 from natkeep.lifecycle.teardown import teardown
 from natkeep.plan.conntrack import entries
 from natkeep.plan.drift import MoveStatus
+from natkeep.plan.identity import Identity
 from natkeep.plan.move import Map, Move, Site
 from natkeep.plan.observation import Gate, Observation
 from natkeep.plan.roles import Role
 from natkeep.plan.step_order import make_plan
-from natkeep.plan.steps import Identity, InsertEntries, OpenGate, Plan, Prior
+from natkeep.plan.steps import InsertEntries, OpenGate, Plan, Prior
 from natkeep.plan.tuples import Connections, Endpoint, FourTuple, parse_address
 from natkeep.plan.wanted import split_opening
 from natkeep.state.directory import StateDirectory

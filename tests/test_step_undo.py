@@ -12,6 +12,7 @@ from golden_journals.cases import BOTH, CASES, KEPT, SOURCE, V4, Case, listed, m
 from natkeep.errors import JournalError
 from natkeep.plan import step_undo as undos
 from natkeep.plan.criu_lock import DumpLock, NetworkLock
+from natkeep.plan.identity import Identity
 from natkeep.plan.step_order import make_plan
 from natkeep.plan.step_undo import undo_of
 from natkeep.plan.steps import AddAddress, InsertEntries, Prior, Step
@@ -105,7 +106,7 @@ def test_an_undo_that_is_not_of_the_form_is_a_corrupt_journal(
 
 
 def begin(state: StateDirectory) -> Journal:
-    namespaces = ((4, 1), (4, 2))
+    namespaces = (Identity(4, 1), Identity(4, 2))
     return state.begin(move(*BOTH), KEPT, NOTHING_SPECIAL, namespaces, ("AddAddress",))
 
 

@@ -25,6 +25,7 @@ ID_ALPHABET = frozenset("abcdefghijklmnopqrstuvwxyz0123456789-")
 SECONDS = 5  # then the long way, which has its own clock, says what it waits for
 REST = 1000  # ms after which the blackout is over, if CRIU goes on
 LIMIT = 1 << 20
+SO_NETNS_COOKIE = 71  # Linux 5.14
 SAFE = posix.O_CLOEXEC | posix.O_NOFOLLOW | posix.O_NONBLOCK
 
 
@@ -74,7 +75,7 @@ class Ready:
 
     def __init__(self, content: bytes) -> None:
         lines = content.decode("ascii").split("\n")
-        demand(lines[0] == "natkeep-ready 4" and lines[-2:] == ["end", ""])
+        demand(lines[0] == "natkeep-ready 5" and lines[-2:] == ["end", ""])
         self.values: dict[str, list[str]] = {}
         for line in lines[1:-2]:
             word, _, rest = line.partition(" ")
@@ -101,9 +102,7 @@ def demand_tree(homes: list[str]) -> None:
     """The restored tree is in a namespace that the move was prepared for."""
     pid = variable("CRTOOLS_INIT_PID")
     demand(pid.isdigit())
-    held = posix.pidfd_open(int(pid))
     demand(identity(open_namespace(f"/proc/{pid}/ns/net")) in homes)
-    _signal.pidfd_send_signal(held, 0)  # it lives still: the number was no other's meanwhile
 
 
 def demand_image(run_id: str) -> None:
@@ -129,25 +128,31 @@ class Site:
     """A line of Ready: a site's namespace, and what is sent there."""
 
     def __init__(self, line: str, current: str) -> None:
-        self.known, last, self.batch, self.unhooking, path = line.split(" ", 4)
+        self.known, self.cookie, last, self.batch, self.unhooking, path = line.split(" ", 5)
         self.last = int(last)
         self.namespace = open_namespace(path)
         demand(identity(self.namespace) == self.known)
-        self.elsewhere = self.known != current  # it has to be entered
+        self.netlink = self.connect(self.known != current) if self.batch != "-" else None
+
+    def connect(self, elsewhere: bool) -> _socket.socket:
+        """A socket of nf_tables in the namespace, wherever the process is later on."""
+        if elsewhere:
+            enter(self.namespace)
+        kind = _socket.SOCK_RAW | _socket.SOCK_CLOEXEC
+        netlink = _socket.socket(_socket.AF_NETLINK, kind, 12)
+        if self.cookie != "0":  # else the kernel has none, and could have given the inode again
+            found = netlink.getsockopt(_socket.SOL_SOCKET, SO_NETNS_COOKIE, 8)
+            demand(int.from_bytes(found, sys.byteorder) == int(self.cookie))
+        return netlink
 
     def open(self) -> None:
         """Let the connections through, unless prepare has."""
-        if self.batch == "-":
-            return
-        if self.elsewhere:
-            enter(self.namespace)
-        demand(send(self.batch, self.last))
+        demand(self.netlink is None or send(self.netlink, self.batch, self.last))
 
     def unhook(self) -> None:
         """Take the gates out of all packets' way; refused where the ruleset has changed since."""
         if self.unhooking != "-":
-            enter(self.namespace)
-            send(self.unhooking, 2)
+            send(self.netlink or self.connect(True), self.unhooking, 2)
 
 
 def find_sites(ready: Ready) -> list[Site]:
@@ -170,13 +175,11 @@ def enter(namespace: int) -> None:
     demand(ctypes.CDLL(None).setns(namespace, 0x40000000) == 0)
 
 
-def send(batch: str, last: int) -> bool:
+def send(netlink: _socket.socket, batch: str, last: int) -> bool:
     """One nf_tables transaction, in hexadecimal; whether the kernel took it.
 
     The message numbered *last* asks for an acknowledgement.
     """
-    netlink = _socket.socket(_socket.AF_NETLINK, _socket.SOCK_RAW | _socket.SOCK_CLOEXEC, 12)
-    netlink.bind((0, 0))
     netlink.send(bytes.fromhex(batch))
     while True:
         data = netlink.recv(1 << 16)
@@ -233,14 +236,15 @@ def main() -> None:
         posix.execv(SLOW[0], SLOW)
     try:
         posix.write(2, f"natkeep-hook: {variable('NATKEEP_ID')}: gate open\n".encode())
-        criu = posix.pidfd_open(posix.getppid())
+        parent = posix.getppid()  # 0 where CRIU is outside of the pid namespace that we are in
+        criu = posix.pidfd_open(parent) if parent else None
         if not posix.fork():
             unhook(sites, directory, criu)
     finally:  # also where stderr is closed, or no process can be left behind: the move is open
         posix._exit(0)
 
 
-def unhook(sites: list[Site], directory: int, criu: int) -> None:
+def unhook(sites: list[Site], directory: int, criu: int | None) -> None:
     """Take the gates out of all packets' way, by a process that no restore waits for; exit.
 
     CRIU's own end waits for the kernel in the same queue, so that comes first, if it comes soon.
@@ -256,7 +260,8 @@ def unhook(sites: list[Site], directory: int, criu: int) -> None:
         for standard in (0, 1, 2):
             posix.dup2(nowhere, standard)
         poll = select.poll()
-        poll.register(criu, select.POLLIN)
+        if criu is not None:
+            poll.register(criu, select.POLLIN)
         poll.poll(REST)
         lock(directory, fcntl.LOCK_EX)
         for site in sites:

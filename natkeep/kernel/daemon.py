@@ -34,9 +34,9 @@ def spawn(program: str, name: str, place: Place, handed: list[int], *more: str) 
 
     from natkeep.kernel.netns import path_of
 
-    netns, (device, inode) = place.site.netns, place.namespace.identity
+    netns = place.site.netns
     path = os.path.join(os.path.dirname(__file__), program)
-    arguments = [name, netns and path_of(netns), f"{device}:{inode}", *more]
+    arguments = [name, netns and path_of(netns), str(place.namespace.identity), *more]
     moved: list[int] = []
     try:
         moved.extend(fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, _ABOVE) for fd in handed)
@@ -74,6 +74,7 @@ class Watch:
 
     def __init__(self, name: str, own: os.stat_result, netns: str, identity: str) -> None:
         self.name, self.own, self.netns = name, own, netns
+        # Its own sockets are in the namespace, so no other one gets the inode meanwhile.
         device, _, inode = identity.partition(":")
         self.namespace = int(device), int(inode)
 

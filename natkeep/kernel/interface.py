@@ -40,10 +40,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, ParamSpec, Protocol, TypeVar
 
+from natkeep.plan.identity import Identity
 from natkeep.plan.move import Move, Site
 from natkeep.plan.observation import Observation
 from natkeep.plan.step_undo import Undo
-from natkeep.plan.steps import Identity, Plan, Prior, Step
+from natkeep.plan.steps import Plan, Prior, Step
 from natkeep.plan.translation import Surroundings
 from natkeep.plan.tuples import Address, Connections
 from natkeep.values import dataclass

@@ -29,6 +29,7 @@ from natkeep.kernel.interface import Driver, Inverse, Place, Remember, Snapshot
 from natkeep.kernel.netns import Namespace, errors_at, find_namespace, inside, open_namespace
 from natkeep.kernel.nft_drivers import NFT_DRIVERS, NFT_INVERSES
 from natkeep.plan.entry_attributes import Noted
+from natkeep.plan.identity import Identity
 from natkeep.plan.move import Move, Site
 from natkeep.plan.observation import Observation
 from natkeep.plan.roles import Role
@@ -49,7 +50,6 @@ from natkeep.plan.steps import (
     ForgetCalls,
     GuardSite,
     HoldSegments,
-    Identity,
     InsertEntries,
     Plan,
     Prior,

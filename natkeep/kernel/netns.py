@@ -1,9 +1,9 @@
 """Opens network namespaces, enters them and leaves them again.
 
 Rule: this is the only file that calls setns(). A namespace is opened once; after that it is
-known by its handle and its identity (device and inode), never looked up by name again. One that
-is named by a pid is opened while a pidfd holds the process, so that no other process can have got
-its number meanwhile.
+known by its handle and its identity (plan/identity.py), never looked up by name again. One that
+is named by a pid is opened below the process's own directory in /proc, which is held, so that it is
+never that of another process with the same number.
 """
 
 from __future__ import annotations
@@ -11,16 +11,20 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
-import select
+import socket
+import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 from natkeep.errors import JournalError, KernelError, UsageError
-from natkeep.values import dataclass
+from natkeep.plan.identity import Identity
+from natkeep.values import dataclass, replace
 
 _CLONE_NEWNET = 0x40000000
 _NS_GET_NSTYPE = 0xB703
+_SO_NETNS_COOKIE = 71
 _NAMED = "/run/netns"
+_OF_PROCESS = "ns/net"
 
 
 class NamespaceGoneError(JournalError):
@@ -32,14 +36,8 @@ class Namespace:
     """An open network namespace; its identity stays the same however it was named."""
 
     fd: int
-    device: int
-    inode: int
+    identity: Identity
     label: str
-
-    @property
-    def identity(self) -> tuple[int, int]:
-        """Device and inode: equal for two handles of one namespace."""
-        return self.device, self.inode
 
 
 def open_namespace(spec: str) -> Namespace:
@@ -50,9 +48,10 @@ def open_namespace(spec: str) -> Namespace:
     label = spec or "this namespace"
     path = path_of(spec)
     try:
-        with held(spec):
+        with held(spec) as process:
             # O_NONBLOCK, so that a FIFO in its place cannot hold us.
-            fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+            flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK
+            fd = os.open(path if process is None else _OF_PROCESS, flags, dir_fd=process)
     except OSError as error:
         raise UsageError(
             f"no network namespace {label!r}: {error.strerror}",
@@ -65,34 +64,56 @@ def open_namespace(spec: str) -> Namespace:
     if kind != _CLONE_NEWNET:
         os.close(fd)
         raise UsageError(f"{label!r} is not a network namespace")
+    return _identify(fd, label)
+
+
+def _identify(fd: int, label: str) -> Namespace:
+    """The open namespace, with the cookie where we may enter it: what may not, changes nothing."""
     status = os.fstat(fd)
-    return Namespace(fd, status.st_dev, status.st_ino, label)
+    found = Namespace(fd, Identity(status.st_dev, status.st_ino), label)
+    with suppress(KernelError, OSError), inside(found):
+        return replace(found, identity=_identity_here())
+    return found
+
+
+def _identity_here() -> Identity:
+    """That of the namespace which the calling thread is in."""
+    status = os.stat("/proc/thread-self/ns/net")
+    cookie = b""
+    # Any socket tells; before 5.14 none does.
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as any_, suppress(OSError):
+        cookie = any_.getsockopt(socket.SOL_SOCKET, _SO_NETNS_COOKIE, 8)
+    return Identity(status.st_dev, status.st_ino, int.from_bytes(cookie, sys.byteorder))
 
 
 @contextmanager
-def held(spec: str) -> Iterator[None]:
+def held(spec: str) -> Iterator[int | None]:
     """The process that *spec* names, if it names one, is still the same when the block ends.
 
-    ProcessLookupError where there is none, or not any more; OSError where it is a thread.
+    Yielded is a handle of its directory in /proc: what is opened below that is this process's, or
+    nothing. A pidfd would be asked for in our own pid namespace, which is another than that of
+    /proc where CRIU restores into a pid namespace that is there (its script is in that one).
+    ProcessLookupError where there is none, or not any more.
     """
     if not spec.startswith("pid:"):
-        yield
+        yield None
         return
+    gone = ProcessLookupError(errno.ESRCH, os.strerror(errno.ESRCH))
     try:
-        process = os.pidfd_open(int(spec[4:]))
-    except (OverflowError, ValueError):
-        raise ProcessLookupError(errno.ESRCH, os.strerror(errno.ESRCH)) from None
+        process = os.open(f"/proc/{spec[4:]}", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    except FileNotFoundError:
+        raise gone from None
     try:
-        yield
-        poll = select.poll()
-        poll.register(process, select.POLLIN)
-        if poll.poll(0):  # it has ended, and its number may be another's
-            raise ProcessLookupError(errno.ESRCH, os.strerror(errno.ESRCH))
+        yield process
+        try:
+            os.stat(_OF_PROCESS, dir_fd=process)
+        except FileNotFoundError:
+            raise gone from None
     finally:
         os.close(process)
 
 
-def find_namespace(spec: str, identity: tuple[int, int]) -> Namespace:
+def find_namespace(spec: str, identity: Identity) -> Namespace:
     """The namespace that was once opened as *spec* and has *identity*.
 
     A name may have been given to another namespace since, and a pid to another process, so the
@@ -104,11 +125,12 @@ def find_namespace(spec: str, identity: tuple[int, int]) -> Namespace:
             status = os.stat(candidate)
         except OSError:
             continue
-        if (status.st_dev, status.st_ino) == identity:
-            found = open_namespace(candidate)
-            if found.identity == identity:
-                return found
-            os.close(found.fd)
+        if Identity(status.st_dev, status.st_ino) == identity:
+            with suppress(UsageError):  # it has ended meanwhile
+                found = open_namespace(candidate)
+                if found.identity == identity:
+                    return found
+                os.close(found.fd)
     name = repr(spec) if spec else "of the move"
     raise NamespaceGoneError(f"the network namespace {name} is gone")
 
@@ -153,15 +175,13 @@ def inside(namespace: Namespace) -> Iterator[None]:
     """
     home = os.open("/proc/thread-self/ns/net", os.O_RDONLY | os.O_CLOEXEC)
     try:
-        status = os.fstat(home)
-        if (status.st_dev, status.st_ino) == namespace.identity:
+        if _identity_here() == namespace.identity:
             yield
             return
         _setns(namespace.fd, namespace.label)
         try:
             # Before anything is changed: a handle that was closed may be another's by now.
-            now = os.stat("/proc/thread-self/ns/net")
-            if (now.st_dev, now.st_ino) != namespace.identity:
+            if _identity_here() != namespace.identity:
                 raise KernelError(f"{namespace.label}: its handle leads to another namespace")
             yield
         finally:

@@ -129,7 +129,7 @@ def end(directory: str, move_id: str, namespace: Namespace) -> None:
 
 
 def _file_name(move_id: str, namespace: Namespace) -> str:
-    return f"{move_id}.guard-{namespace.inode}"
+    return f"{move_id}.guard-{namespace.identity.inode}"
 
 
 @contextmanager

@@ -18,6 +18,7 @@ from natkeep.kernel.interface import Kernel
 from natkeep.kernel.netns import NamespaceGoneError
 from natkeep.lifecycle.owners import give_up_claims
 from natkeep.lifecycle.progress import kinds_of, numbers_before, plan_of
+from natkeep.plan.identity import Identity
 from natkeep.plan.move import Move, Site
 from natkeep.plan.nft import TABLE
 from natkeep.plan.step_undo import UNDONE_AGAIN, LowerLoopback, RemoveAddress, RestoreEntries, Undo
@@ -44,7 +45,7 @@ class Executor:
     def open_sites(self, move: Move) -> None:
         """Find the namespaces of a new move; RefusedError when two sites are the same one."""
         self.kernel.open_sites(move.sites)
-        seen: dict[tuple[int, int], Site] = {}
+        seen: dict[Identity, Site] = {}
         for site in move.sites:
             other = seen.setdefault(self.kernel.identity(site), site)
             if other is not site:

@@ -21,9 +21,10 @@ from natkeep.lifecycle.executor import Executor, forget
 from natkeep.lifecycle.progress import has_been_opened, is_retired
 from natkeep.lifecycle.status import look_around, note_sighting
 from natkeep.lifecycle.teardown import end
+from natkeep.plan.identity import Identity
 from natkeep.plan.move import Site
 from natkeep.plan.roles import Role
-from natkeep.plan.steps import Identity, Plan
+from natkeep.plan.steps import Plan
 from natkeep.plan.tuples import Address
 from natkeep.state.directory import read_boot_id
 from natkeep.state.journal import Journal

@@ -8,14 +8,15 @@ the move, in the form it needs it. natkeep/criu/natkeep_hook_open.py reads it, i
 time that reading the journal, making the plan and packing the messages again would take; all that
 is inside the blackout (`make bench-hook`). ASCII lines:
 
-    natkeep-ready 4
+    natkeep-ready 5
     boot BOOT ID
     journal SIZE                    of ID.journal, in octets, when prepare had ended: any verb
                                     that came later has written to it, and this file holds no more
     image RUN ID                    of the dump; - where none is known
     home DEVICE:INODE               a namespace that the restored tree may be in; one or more
-    site DEVICE:INODE LAST HEX UNHOOKING PATH
-                                    a site's namespace, in order of opening: the sequence number of
+    site DEVICE:INODE COOKIE LAST HEX UNHOOKING PATH
+                                    a site's namespace, in order of opening, with its cookie (0
+                                    where the kernel has none): the sequence number of
                                     the last message that opens it, and these messages; those that
                                     take the base chain of the gates away once no restore waits, or
                                     - (kernel/nftables.py); where the namespace is found. A gateway
@@ -43,7 +44,7 @@ from natkeep.lifecycle.executor import Executor
 from natkeep.lifecycle.progress import numbers_before, plan_of, refuse_earlier_boot, unprepared
 from natkeep.plan.move import Site
 from natkeep.plan.replay import holder_name
-from natkeep.plan.steps import Identity, OpenEarly, OpenGate, Plan
+from natkeep.plan.steps import OpenEarly, OpenGate, Plan
 from natkeep.plan.translation import Compared
 from natkeep.state.journal import Journal
 
@@ -103,12 +104,12 @@ def remove_gate_hooks(executor: Executor, move_id: str) -> None:
 def write_ready(kernel: Kernel, journal: Journal, plan: Plan) -> None:
     """Leave ID.ready beside the journal of a move that has just been prepared, closed."""
     lines = [
-        "natkeep-ready 4",
+        "natkeep-ready 5",
         f"boot {journal.boot}",
         f"journal {journal.size()}",
         f"image {journal.image or '-'}",
     ]
-    lines += [f"home {_name(journal.identity(home))}" for home in plan.move.homes()]
+    lines += [f"home {journal.identity(home)}" for home in plan.move.homes()]
     for step in plan.open:
         packed: Packed | None = None
         if isinstance(step, OpenGate):
@@ -137,9 +138,5 @@ def _is_plain(site: Site) -> bool:
 def _site_line(journal: Journal, site: Site, packed: Packed) -> str:
     sent = " ".join(batch.hex() or "-" for batch in (packed.messages, packed.unhooking))
     path = path_of(site.netns)
-    return f"site {_name(journal.identity(site))} {packed.last} {sent} {path}"
-
-
-def _name(identity: Identity) -> str:
-    device, inode = identity
-    return f"{device}:{inode}"
+    known = journal.identity(site)
+    return f"site {known} {known.cookie} {packed.last} {sent} {path}"

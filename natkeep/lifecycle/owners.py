@@ -19,11 +19,12 @@ from natkeep.errors import JournalError, RefusedError
 from natkeep.kernel.interface import Kernel, Snapshot
 from natkeep.lifecycle.progress import plan_of
 from natkeep.plan.conntrack import NOT_TRACKED
+from natkeep.plan.identity import Identity
 from natkeep.plan.move import Mode, Move, Site
 from natkeep.plan.observation import Observation, SeenEntry
 from natkeep.plan.roles import Role
 from natkeep.plan.step_undo import RestoreEntries
-from natkeep.plan.steps import Identity, InsertEntries, Plan, Prior
+from natkeep.plan.steps import InsertEntries, Plan, Prior
 from natkeep.plan.translation import Surroundings, Translation
 from natkeep.plan.tuples import RECORD_SIZE, Connections
 from natkeep.state.directory import StateDirectory, read_boot_id

@@ -15,9 +15,10 @@ from natkeep.lifecycle.executor import Executor, finish, forget, leftover
 from natkeep.lifecycle.prepare import carry_out
 from natkeep.lifecycle.progress import puts_lock_back, refuse_earlier_boot, without_lock
 from natkeep.plan.conntrack import NOT_TRACKED, directions_of
+from natkeep.plan.identity import Identity
 from natkeep.plan.move import Mode, Move, Site
 from natkeep.plan.observation import Gate
-from natkeep.plan.steps import Identity, InsertEntries, Plan, Prior, PurgeEntries
+from natkeep.plan.steps import InsertEntries, Plan, Prior, PurgeEntries
 from natkeep.plan.tuples import Connections, FourTuple
 from natkeep.state.journal import Journal
 

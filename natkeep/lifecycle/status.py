@@ -22,12 +22,13 @@ from natkeep.lifecycle.executor import Executor
 from natkeep.lifecycle.owners import leave_to_owners
 from natkeep.lifecycle.progress import has_been_opened, is_retired, is_waiting, restored_at
 from natkeep.plan.drift import MoveStatus, SiteStatus, find_drift
+from natkeep.plan.identity import Identity
 from natkeep.plan.liveness import Life, Sighting, find_life, make_sighting
 from natkeep.plan.move import Site
 from natkeep.plan.observation import Gate, Observation
 from natkeep.plan.repair import Patch, RestoreRoutes, describe_lost_routes, find_patches
 from natkeep.plan.roles import Role
-from natkeep.plan.steps import Identity, InstallTranslation, OpenGate, Plan
+from natkeep.plan.steps import InstallTranslation, OpenGate, Plan
 from natkeep.plan.tuples import NO_CONNECTIONS
 from natkeep.state.directory import read_boot_id
 from natkeep.state.journal import Journal

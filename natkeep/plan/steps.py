@@ -24,9 +24,6 @@ from natkeep.plan.translation import Surroundings, Translation, Unkept
 from natkeep.plan.tuples import Address, Connections, Endpoint, FourTuple
 from natkeep.values import dataclass, field
 
-Identity = tuple[int, int]
-"""Device and inode of a network namespace."""
-
 
 @dataclass(frozen=True, slots=True)
 class Prior:

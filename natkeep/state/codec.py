@@ -8,14 +8,16 @@ This file must never open a file.
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from typing import Any
 
 from natkeep.errors import JournalError
 from natkeep.plan.criu_lock import DumpLock, NetworkLock
 from natkeep.plan.entry_attributes import Attributes, Noted
+from natkeep.plan.identity import Identity
 from natkeep.plan.move import Fate, Map, Mode, Move, Site
 from natkeep.plan.roles import Role
-from natkeep.plan.steps import Identity, Prior
+from natkeep.plan.steps import Prior
 from natkeep.plan.translation import Surroundings
 from natkeep.plan.tuples import NO_CONNECTIONS, Connections, Endpoint, parse_address
 
@@ -101,9 +103,23 @@ def as_list(value: object) -> list[Any]:
     return value
 
 
-def read_namespaces(value: object) -> tuple[Identity, ...]:
-    pairs = (as_list(pair) for pair in as_list(value))
-    return tuple((as_whole(device), as_whole(inode)) for device, inode in pairs)
+def namespaces_to_json(namespaces: Iterable[Identity]) -> dict[str, Any]:
+    """Cookies for themselves, and only where the kernel has them: natkeep 0.1 reads the pairs."""
+    found = [*namespaces]
+    cookies = [each.cookie for each in found]
+    pairs = [[each.device, each.inode] for each in found]
+    return {"namespaces": pairs} | ({"cookies": cookies} if any(cookies) else {})
+
+
+def read_namespaces(header: dict[str, Any]) -> tuple[Identity, ...]:
+    pairs = [as_list(pair) for pair in as_list(header["namespaces"])]
+    cookies = as_list(header.get("cookies", [0] * len(pairs)))
+    if len(cookies) != len(pairs):
+        raise ValueError("it does not have a cookie for each namespace")
+    return tuple(
+        Identity(as_whole(device), as_whole(inode), as_whole(cookie))
+        for (device, inode), cookie in zip(pairs, cookies, strict=False)
+    )
 
 
 def unknown_schema(move_id: str, header: dict[str, Any]) -> JournalError:

@@ -12,8 +12,8 @@ The state directory (0700, files 0600; nothing below it is ever opened through a
     ID.ready           what the hook needs to open the move (lifecycle/open.py)
     ID.journal         JSON lines, appended and fsynced:
         {"schema": 2, "natkeep": VERSION, "boot": BOOT ID, "move": {...}, "mode": ...,
-         "namespaces": [[DEVICE, INODE], ...], "steps": [KIND, ...], "prepare": [STEP, ...],
-         "local": [ADDRESS, ...],
+         "namespaces": [[DEVICE, INODE], ...], "cookies": [COOKIE, ...] where the kernel has them,
+         "steps": [KIND, ...], "prepare": [STEP, ...], "local": [ADDRESS, ...],
          "connections": SHA-256, or null of a quiesce, which has no file ID.connections,
          "image": RUN ID OF THE DUMP or null, "begun": NANOSECONDS of the monotonic clock,
          "joined": [V4, V6], if any: Surroundings.joined, packed (in "changed" as well),
@@ -50,9 +50,10 @@ from typing import Any
 
 from natkeep import faultpoints
 from natkeep.errors import JournalError, LeftoverError, NatkeepError, RefusedError, UsageError
+from natkeep.plan.identity import Identity
 from natkeep.plan.liveness import Sighting
 from natkeep.plan.move import Move, is_id, parse_id
-from natkeep.plan.steps import Identity, Prior, Step
+from natkeep.plan.steps import Prior, Step
 from natkeep.plan.translation import Change, Surroundings
 from natkeep.plan.tuples import NO_CONNECTIONS, Address, Connections, parse_address
 from natkeep.state.codec import (
@@ -230,7 +231,7 @@ class StateDirectory:
         """
         try:
             header = read_line(self._files.read(f"{move_id}.journal").split(b"\n", 1)[0])
-            namespaces = read_namespaces(header["namespaces"])
+            namespaces = read_namespaces(header)
             return Header(move_from_json(header["move"]), namespaces, as_text(header["boot"]))
         except (OSError, KeyError, TypeError, ValueError, NatkeepError):
             return None
@@ -269,7 +270,7 @@ class StateDirectory:
             move,
             columns[0],
             _read_surroundings(move, header, columns[1:]),
-            read_namespaces(header["namespaces"]),
+            read_namespaces(header),
             tuple(as_text(kind) for kind in as_list(header["steps"])),
             as_text(header["boot"]),
             self,

@@ -13,9 +13,10 @@ from typing import Any, Protocol
 
 from natkeep import __version__
 from natkeep.errors import JournalError, RefusedError, UsageError
+from natkeep.plan.identity import Identity
 from natkeep.plan.move import Move, Site
 from natkeep.plan.step_undo import Undo, undo_of
-from natkeep.plan.steps import Identity, OpenGate, Prior, SendResets, Step
+from natkeep.plan.steps import OpenGate, Prior, SendResets, Step
 from natkeep.plan.translation import Change, Surroundings
 from natkeep.plan.tuples import NO_CONNECTIONS, Connections
 from natkeep.state.codec import (
@@ -26,6 +27,7 @@ from natkeep.state.codec import (
     as_whole,
     joined_to_json,
     move_to_json,
+    namespaces_to_json,
     noted_to_json,
     pack_columns,
     pack_line,
@@ -114,7 +116,7 @@ class Journal:
             "natkeep": __version__,
             "boot": self.boot,
             "move": move_to_json(self.move),
-            "namespaces": [list(identity) for identity in self.namespaces],
+            **namespaces_to_json(self.namespaces),
             "steps": list(self.kinds),
             "prepare": list(self.before),
             "local": sorted(str(address) for address in around.local),

@@ -16,6 +16,7 @@ from natkeep.criu import environment, hook
 from natkeep.kernel import linux
 from natkeep.lifecycle.executor import Executor
 from natkeep.lifecycle.prepare import prepare
+from natkeep.plan.identity import Identity
 from natkeep.plan.observation import Gate
 from natkeep.plan.tuples import parse_address
 from natkeep.state.directory import StateDirectory
@@ -75,7 +76,7 @@ def own_netns(images: Path) -> None:
 def test_a_tree_in_crius_namespace_is_prepared_at_pre_restore_and_opened_at_post_restore(
     criu: Criu, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    criu.patch.setattr(FakeKernel, "identity", lambda *_: (0, 1))  # both names are of one
+    criu.patch.setattr(FakeKernel, "identity", lambda *_: Identity(0, 1))  # both names are of one
     assert criu.call("pre-restore") == 0
     assert criu.gates() == {BEFORE: {criu.id: Gate.CLOSED}}
     assert criu.call("post-restore") == 0

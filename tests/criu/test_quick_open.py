@@ -9,6 +9,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -172,7 +173,7 @@ def _truncate(site: Site) -> None:
 
 
 def _be_of_another_form(site: Site) -> None:
-    site.ready.write_text(site.ready.read_text().replace("natkeep-ready 4", "natkeep-ready 3"))
+    site.ready.write_text(site.ready.read_text().replace("natkeep-ready 5", "natkeep-ready 4"))
 
 
 def _be_of_another_boot(site: Site) -> None:
@@ -201,12 +202,20 @@ def _lose_the_namespace(site: Site) -> None:
     site.ready.write_text(text.replace(f"/run/netns/{site.netns}", "/proc/self/ns/net"))
 
 
+def _name_another_cookie(site: Site) -> None:
+    """As where the namespace has ended, and the kernel gave its inode to another one."""
+    text = site.ready.read_text()
+    (cookie,) = re.findall(r"(?m)^site \S+ (\d+) ", text)
+    site.ready.write_text(text.replace(f" {cookie} ", f" {int(cookie) + 1} "))
+
+
 def _let_others_write(site: Site) -> None:
     site.state.chmod(0o777)
 
 
 DEVIATIONS = [_remove, _truncate, _be_of_another_form, _be_of_another_boot, _be_a_link, _be_a_fifo,
-              _let_the_journal_grow, _lose_the_namespace, _let_others_write]  # fmt: skip
+              _let_the_journal_grow, _lose_the_namespace, _name_another_cookie,
+              _let_others_write]  # fmt: skip
 
 
 @pytest.mark.parametrize("deviate", DEVIATIONS, ids=lambda each: each.__name__.strip("_"))

@@ -17,19 +17,22 @@ from natkeep.kernel.netns import (
     Namespace,
     NamespaceGoneError,
     find_namespace,
+    held,
     inside,
     open_namespace,
 )
+from natkeep.plan.identity import Identity
 
 MakeNetns = Callable[[], str]
 
 
-def identity_of(path: str) -> tuple[int, int]:
+def identity_of(path: str) -> Identity:
+    """As without a cookie: on a kernel before 5.14, or of an old journal."""
     status = os.stat(path)
-    return status.st_dev, status.st_ino
+    return Identity(status.st_dev, status.st_ino)
 
 
-def here() -> tuple[int, int]:
+def here() -> Identity:
     return identity_of("/proc/thread-self/ns/net")
 
 
@@ -243,3 +246,91 @@ def test_a_handle_that_leads_elsewhere_by_now_is_refused_before_anything_is_done
         ):
             pytest.fail("it went in")
         assert here() == before
+
+
+# ---- a namespace whose inode is another's by now -------------------------------------------------
+
+
+@pytest.fixture
+def successor(
+    make_netns: MakeNetns, give_inode_again: Callable[[str], bool]
+) -> tuple[Identity, str]:
+    """The identity of a namespace that has ended, and the name of another with its inode."""
+    for _ in range(5):
+        name = make_netns()
+        with opened(name) as first:
+            known = first.identity
+        if give_inode_again(name):
+            return known, name
+    pytest.fail("the kernel gives no inode again: what is known by it is safe here")
+
+
+@pytest.mark.root
+def test_a_namespace_with_the_inode_of_one_that_has_ended_is_another(
+    successor: tuple[Identity, str],
+) -> None:
+    """Also where it has the name of the one that has ended."""
+    known, name = successor
+
+    with opened(name) as other:
+        assert known != other.identity
+    for spec in (name, f"/run/netns/{name}", "", "natkeep-test-none"):
+        with pytest.raises(NamespaceGoneError, match="is gone"):
+            find_namespace(spec, known)
+
+
+@pytest.mark.root
+def test_a_process_that_has_a_pid_of_an_earlier_one_is_not_taken_for_it(
+    successor: tuple[Identity, str],
+) -> None:
+    known, name = successor
+
+    with process_in(name) as pid, pytest.raises(NamespaceGoneError, match="is gone"):
+        find_namespace(f"pid:{pid}", known)
+
+
+@pytest.mark.root
+def test_where_no_cookie_is_known_device_and_inode_decide(
+    successor: tuple[Identity, str],
+) -> None:
+    known, name = successor
+
+    found = find_namespace(name, Identity(known.device, known.inode))
+
+    os.close(found.fd)
+
+
+@pytest.mark.root
+def test_a_kernel_without_cookies_is_no_error(netns: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("natkeep.kernel.netns._SO_NETNS_COOKIE", 9999)
+
+    with opened(netns) as namespace, inside(namespace):
+        assert here() == namespace.identity
+
+    assert namespace.identity.cookie == 0
+
+
+@pytest.mark.root
+def test_what_is_entered_by_a_handle_of_another_namespace_is_refused_whatever_its_inode(
+    successor: tuple[Identity, str],
+) -> None:
+    known, name = successor
+
+    with opened(name) as other:
+        stale = Namespace(other.fd, known, name)
+        with pytest.raises(KernelError, match="leads to another"), inside(stale):
+            pytest.fail("it went in")
+
+
+@pytest.mark.parametrize("waited", [True, False])
+def test_a_process_that_ends_meanwhile_is_not_held(waited: bool) -> None:
+    process = subprocess.Popen(["sleep", "600"])
+
+    def end_it() -> None:
+        with held(f"pid:{process.pid}"):
+            process.kill()
+            os.waitid(os.P_PID, process.pid, os.WEXITED | (0 if waited else os.WNOWAIT))
+
+    with pytest.raises(ProcessLookupError):
+        end_it()
+    process.wait()

@@ -193,7 +193,7 @@ def test_end_kills_no_other_process_whose_pid_is_in_the_file(site, tmp_path):
     """The file of one that was killed, and its number is another's by now."""
     innocent = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
     try:
-        file = tmp_path / f"web.guard-{site.inode}"
+        file = tmp_path / f"web.guard-{site.identity.inode}"
         file.write_text(f"{innocent.pid}\n")
 
         owned_table.end(str(tmp_path), "web", site)
@@ -208,7 +208,7 @@ def test_end_kills_no_other_process_whose_pid_is_in_the_file(site, tmp_path):
 def test_it_follows_no_link(site, netns, tmp_path):
     victim = tmp_path / "victim"
     victim.write_text("mine")
-    (tmp_path / f"web.guard-{site.inode}").symlink_to(victim)
+    (tmp_path / f"web.guard-{site.identity.inode}").symlink_to(victim)
 
     with pytest.raises(OSError, match="symbolic links"):
         owned_table.start(place(site, netns, tmp_path), "web", [translation(Role.DESTINATION)])

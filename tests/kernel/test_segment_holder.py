@@ -631,7 +631,7 @@ def test_a_namespace_that_has_lost_its_name_is_held_while_a_process_is_in_it(
     network.stack.callback(inhabitant.stdin.close)
     where = f"/proc/{inhabitant.pid}/ns/net"
     deadline = time.monotonic() + DEADLINE
-    while os.stat(where).st_ino != network.site.inode:
+    while os.stat(where).st_ino != network.site.identity.inode:
         assert time.monotonic() < deadline
     pid = network.hold()
     subprocess.run(["ip", "netns", "delete", network.names[1]], check=True)
