@@ -21,6 +21,7 @@ from natkeep.checkpoint import Checkpoint
 from natkeep.checkpoint.imagefile import COMMON, IDS, PSTREE
 from natkeep.checkpoint.images import read_checkpoint
 from natkeep.checkpoint.listing import write_listing
+from natkeep.plan.identity import Identity
 from natkeep.plan.listeners import make_receptions
 from natkeep.plan.move import Map, Mode, Move, Site
 from natkeep.plan.roles import Role
@@ -131,7 +132,7 @@ def _make_journal(checkpoint: Checkpoint, *, quiesces: bool, records: int) -> Ca
             move,
             checkpoint.connections,
             surroundings,
-            ((4, 4026531840), (4, 4026532299), (4, 4026532300)),
+            tuple(Identity(4, 4026531840 + number, 1 + number) for number in range(3)),
             kinds,
             image=checkpoint.run_id,
             before=(0, 1, 2, 3),

@@ -14,11 +14,11 @@ class NatkeepError(Exception):
     exit_code = 1
 
     def __init__(self, message: str, *, hint: str | None = None) -> None:
-        super().__init__(_in_one_line(message))
-        self.hint = hint and _in_one_line(hint)
+        super().__init__(in_one_line(message))
+        self.hint = hint and in_one_line(hint)
 
 
-def _in_one_line(text: str) -> str:
+def in_one_line(text: str) -> str:
     """*text* with escapes for what would end the line, or steer the terminal.
 
     Names out of images, lists and journals are told as they were found.

@@ -625,7 +625,7 @@ def prepare(network: Network, *more: str, move_id: str = "web") -> list[str]:
         (
             "--map 10.2.0.10=10.3.0.20 --site destination=pid:0",
             2,
-            "no network namespace 'pid:0': Invalid argument",
+            "no network namespace 'pid:0': No such process",
         ),
         (
             "--map 10.2.0.10=10.3.0.20 --site destination=pid:x",

@@ -19,9 +19,10 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from natkeep import afterwards, faultpoints
-from natkeep.cli.output import describe_error, silence
+from natkeep.cli.output import describe_error
 from natkeep.cli.parser import make_parser
 from natkeep.errors import NatkeepError
+from natkeep.terminal import say, say_exception, silence
 
 __all__ = ["main", "make_parser", "program"]
 
@@ -39,6 +40,7 @@ def program() -> NoReturn:
     And what refers to itself, which is little here, is looked for less often (3 ms).
     """
     gc.set_threshold(_CONTAINERS)
+    sys.excepthook = say_exception
     code = main()
     if "natkeep.lab" in sys.modules:
         sys.exit(code)
@@ -61,14 +63,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
             if sys.stdout:
                 sys.stdout.flush()  # here, where it can still fail in one line
     except NatkeepError as error:
-        print(describe_error(error), file=sys.stderr)
+        say(*describe_error(error))
         return error.exit_code
     except KeyboardInterrupt:
-        print("natkeep: interrupted", file=sys.stderr)
+        say("natkeep: interrupted")
         return 130
     except OSError as error:
         if not isinstance(error, BrokenPipeError):  # then our reader has seen enough
-            print(f"natkeep: {error}", file=sys.stderr)
+            say(f"natkeep: {error}")
         silence(1)
         return 1
 

@@ -32,6 +32,7 @@ from natkeep.plan.roles import Role
 from natkeep.plan.step_order import describe_plan, make_plan, render_nft
 from natkeep.plan.steps import Plan
 from natkeep.state.journal import Journal
+from natkeep.terminal import say, show
 
 
 def plan(args: argparse.Namespace) -> int:
@@ -40,7 +41,7 @@ def plan(args: argparse.Namespace) -> int:
     form = "json" if args.json else args.format
     if form == "nft":
         for site, lines in render_nft(plan):
-            print(f"# {site}", *lines, sep="\n")
+            show([f"# {site}", *lines])
     else:
         _print_plan(plan, as_json=form == "json")
     return 0
@@ -52,7 +53,7 @@ def _print_plan(plan: Plan, *, as_json: bool) -> None:
 
         print_json(report.plan_to_json(plan))
     else:
-        print(*describe_plan(plan), sep="\n")
+        show(describe_plan(plan))
 
 
 def prepare(args: argparse.Namespace) -> int:
@@ -171,7 +172,7 @@ def _ask_if_alive(move_id: str, alive: int) -> None:
     question = f"{alive} connections of {move_id} live and will break"
     if not sys.stdin or not sys.stdin.isatty():
         raise RefusedError(question, hint="--yes breaks them, --drain waits for their end")
-    print(f"natkeep: {question}. Go on? [y/N] ", end="", file=sys.stderr, flush=True)
+    say(f"natkeep: {question}. Go on? [y/N] ", end="")
     if sys.stdin.readline().strip().lower() not in ("y", "yes"):
         raise RefusedError("nothing was changed")
 
@@ -244,6 +245,6 @@ def gc(args: argparse.Namespace) -> int:
         if not collected.cleared:
             talk(args, "natkeep: nothing to clear")
     for error in collected.left[1:]:
-        talk(args, describe_error(error))
+        talk(args, *describe_error(error))
     demand_nothing_left(collected)
     return 0

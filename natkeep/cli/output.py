@@ -4,35 +4,26 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import sys
 from collections.abc import Callable, Iterable
 from typing import Any
 
 from natkeep.errors import NatkeepError
+from natkeep.terminal import say, show
 
 
-def silence(stream: int) -> None:
-    """What could not be written must not fail once more, when Python flushes it at the end."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
+def talk(args: argparse.Namespace, *lines: str) -> None:
+    if not args.quiet:
+        say(*lines)
 
 
-def talk(args: argparse.Namespace, line: str) -> None:
-    if not args.quiet and sys.stderr:
-        try:
-            print(line, file=sys.stderr)
-        except OSError:  # its reader has gone (`2>&1 | head`); the work goes on
-            silence(2)
-
-
-def describe_error(error: NatkeepError) -> str:
-    """Its message and, where there is one, its hint."""
-    return f"natkeep: {error}" + (f"\n  ({error.hint})" if error.hint else "")
+def describe_error(error: NatkeepError) -> tuple[str, ...]:
+    """Its message and, where there is one, its hint: a line each."""
+    return (f"natkeep: {error}", *([f"  ({error.hint})"] if error.hint else []))
 
 
 def print_json(value: dict[str, Any]) -> None:
     """One document on stdout."""
-    print(json.dumps(value, indent=2))
+    show(json.dumps(value, indent=2).splitlines())
 
 
 def print_verb(args: argparse.Namespace, line: str, **facts: object) -> None:
@@ -53,4 +44,4 @@ def print_as(
     if args.json:
         print_json(to_json(*values))
     else:
-        print(*to_lines(*values), sep="\n")
+        show(to_lines(*values))

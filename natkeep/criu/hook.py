@@ -67,16 +67,14 @@ def main() -> int:
 
 
 def _fail(text: str, code: int) -> int:
-    _say(text.replace("\n", " "))
+    _say(text)
     return code
 
 
 def _say(line: str) -> None:
-    if sys.stderr:
-        try:
-            print(f"natkeep-hook: {line}", file=sys.stderr, flush=True)
-        except OSError:  # its reader has gone; that shall not end a restore
-            os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+    from natkeep.terminal import say
+
+    say(f"natkeep-hook: {line}")
 
 
 def _start_clock() -> None:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import os
 import shutil
-import sys
 import time
 from collections.abc import Sequence
 from json import dumps
@@ -19,6 +18,7 @@ from typing import Any
 
 from natkeep.errors import RefusedError
 from natkeep.lab.host import LabError
+from natkeep.terminal import say, show
 
 _TOOLS = {"nsenter": "util-linux", "ip": "iproute2", "nft": "nftables", "tcpdump": "tcpdump"}
 
@@ -96,11 +96,11 @@ def _list(args: argparse.Namespace) -> int:
 
     known = [{"name": each.name, "title": each.title} for each in scenarios()]
     if args.json:
-        print(dumps({"schema": 1, "scenarios": known}, indent=2))
+        show(dumps({"schema": 1, "scenarios": known}, indent=2).splitlines())
     else:
         width = max((len(each["name"]) for each in known), default=0)
         for each in known:
-            print(f"{each['name']:<{width}}  {each['title']}")
+            show([f"{each['name']:<{width}}  {each['title']}"])
     return 0
 
 
@@ -116,12 +116,12 @@ def _run(args: argparse.Namespace) -> int:
 
 def _show(args: argparse.Namespace, name: str, value: dict[str, Any], text: str) -> None:
     """Print the result as --json says, and write both forms of it into --report's directory."""
-    document = dumps(value, indent=2, ensure_ascii=False)
+    document = dumps(value, indent=2)
     if args.report:
         args.report.mkdir(parents=True, exist_ok=True)
         (args.report / f"{name}.json").write_text(document + "\n", encoding="utf-8")
         (args.report / f"{name}.txt").write_text(text + "\n", encoding="utf-8")
-    print(document if args.json else text)
+    show((document if args.json else text).split("\n"))
 
 
 def _matrix(args: argparse.Namespace) -> int:
@@ -139,7 +139,7 @@ def _matrix(args: argparse.Namespace) -> int:
         nonlocal ended
         ended += 1
         if not args.quiet:
-            print(f"{ended}/{len(runs)} {outcome.verdict:<7} {outcome.cell}", file=sys.stderr)
+            say(f"{ended}/{len(runs)} {outcome.verdict:<7} {outcome.cell}")
 
     outcomes = matrix.run(runs, jobs=args.jobs, report=args.report, show=show)
     table = matrix_table.make_table(

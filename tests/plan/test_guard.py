@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from natkeep.plan.identity import Identity
 from natkeep.plan.move import Map, Move, Site
 from natkeep.plan.roles import Role
 from natkeep.plan.step_order import make_plan
@@ -56,7 +57,7 @@ def test_journal_remembers_it(tmp_path):
         for guard in (True, False):
             plan = make_plan(move(guard=guard), KEPT)
             kinds = tuple(type(step).__name__ for step in plan.steps)
-            state.begin(plan.move, KEPT, plan.surroundings, ((1, 2),) * 3, kinds, None)
+            state.begin(plan.move, KEPT, plan.surroundings, (Identity(1, 2),) * 3, kinds, None)
             assert state.load("web").move.guard is guard
             state.remove("web")
 
