@@ -11,12 +11,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 
+from natkeep.lab.host import Host, await_true
 from natkeep.lab.report import Report
 from natkeep.lab.topology import Topology, prefix, router
 
+_FORGOTTEN_S = 30.0
 NARROW = {4: 1000, 6: 1280}  # IPv6 knows nothing smaller
-_LOOSE = "/proc/sys/net/netfilter/nf_conntrack_tcp_loose"
+_NETFILTER = "/proc/sys/net/netfilter"
+_LOOSE = f"{_NETFILTER}/nf_conntrack_tcp_loose"
+_RESTING = ("established", "fin_wait", "close_wait")
 _BARE_SYN = "tcp flags & (fin | syn | rst | ack) == syn"
 
 
@@ -84,9 +89,39 @@ class Conditions:
             "the narrow path was too narrow for some packets", met > 0, f"{met} packets"
         )
 
+    def conntrack_timeouts(self, seconds: int) -> None:
+        """How long gateway and destination remember a connection that rests."""
+        for role in self.topology.sites:
+            for state in _RESTING:
+                file = f"{_NETFILTER}/nf_conntrack_tcp_timeout_{state}"
+                self.topology[role].run("sh", "-c", f"echo {seconds} >{file}")
+
+    def await_forgotten(self) -> None:
+        """Nothing is said until gateway and destination have forgotten all connections."""
+        for role in self.topology.sites:
+            forgotten = partial(_has_no_entry, self.topology[role])
+            await_true(forgotten, f"{role} to forget the connections", seconds=_FORGOTTEN_S)
+
     def flush_conntrack(self, role: str) -> None:
         """`conntrack -F`, as others run it."""
         self.topology[role].run("conntrack", "-F")
+
+    def delete_entries(self, role: str) -> None:
+        """`conntrack -D` of each connection that *role* knows, by its tuple, as CNI plugins do."""
+        host = self.topology[role]
+        for entry in _read_entries(host):
+            words = [word.split("=") for word in entry.split() if "=" in word]
+            ends = dict(words[:4][::-1])
+            host.run("conntrack", "-D", "-p", "tcp", "-s", ends["src"], "-d", ends["dst"],
+                     "--sport", ends["sport"], "--dport", ends["dport"])  # fmt: skip
+
+    def not_tracked(self, role: str) -> None:
+        """Another program's rules keep TCP from conntrack, as some do for busy services."""
+        lines = ["add table inet busy"]
+        for hook in ("prerouting", "output"):
+            lines.append(f"add chain inet busy {hook} {{ type filter hook {hook} priority -300; }}")
+            lines.append(f"add rule inet busy {hook} meta l4proto tcp notrack")
+        self.topology[role].nft("\n".join(lines) + "\n")
 
     @contextmanager
     def loses(self, port: str, match: str) -> Iterator[None]:
@@ -115,6 +150,20 @@ class Conditions:
             rule = "add rule netdev lossy c"
             lines.append(f"{rule} {empty} {key} != @{seen} add @{seen} {{ {key} }} drop")
         self.topology["switch"].nft("\n".join(lines) + "\n")
+
+
+def _has_no_entry(host: Host) -> bool:
+    return not _read_entries(host)
+
+
+def _read_entries(host: Host) -> list[str]:
+    """Its TCP connections but those through lo, as conntrack(8) lists them."""
+    lines = [
+        line
+        for family in ("ipv4", "ipv6")
+        for line in host.run("conntrack", "-L", "-p", "tcp", "-f", family).stdout.splitlines()
+    ]
+    return [line for line in lines if "src=127." not in line and "src=::1 " not in line]
 
 
 def _read_frag_fails(shown: str, family: int) -> int:

@@ -62,6 +62,25 @@ def test_the_path_may_become_narrow(words):
 
 @pytest.mark.root
 @pytest.mark.lab
+@pytest.mark.parametrize(
+    ("words", "modes", "families"),
+    [
+        ("rests, then the client ends it", (), (6,)),
+        ("rests, then the process aborts", (), (4,)),
+        ("rests, then either side speaks", ("stateful",), (4,)),
+        ("entries deleted", ("stateful",), (4,)),
+        ("not tracked any more", ("stateful",), (6,)),
+    ],
+)
+def test_a_connection_outlives_its_entries(words, modes, families):
+    """By time, deleted or never made; also where the gateway publishes or masquerades."""
+    outcomes = run(Selection((words,), ("natkeep",), modes, families), probes=(True,))
+
+    assert failures(outcomes) == []
+
+
+@pytest.mark.root
+@pytest.mark.lab
 def test_what_was_never_kept_opens_nothing():
     outcomes = run(Selection(("default deny",), ("natkeep",), (), (4,)), probes=(True,))
 

@@ -40,9 +40,47 @@ def published_moved_back(lab: Lab) -> None:
     lab.finish()
 
 
+@translating(16, "a published port, entries deleted")
+def published_deleted(lab: Lab) -> None:
+    """What the gateway published is in the rules, too."""
+    _connect(lab, _publish(lab))
+    _go_on_without_entries(lab)
+
+
 @translating(17, "a masqueraded client")
 def masqueraded(lab: Lab) -> None:
     """The process sees the gateway as its peer, and a port that the gateway chose."""
+    _masquerade(lab)
+    _connect(lab, lab.server_endpoint)
+    usual_end(lab)
+
+
+@translating(17, "a masqueraded client, entries deleted")
+def masqueraded_deleted(lab: Lab) -> None:
+    """It is not masqueraded anew, by another port."""
+    _masquerade(lab)
+    _connect(lab, lab.server_endpoint)
+    _go_on_without_entries(lab)
+
+
+def _go_on_without_entries(lab: Lab) -> None:
+    """Either side speaks first, then closes; the last words where conntrack picks nothing up."""
+    carry_on_after(lab, lab.move)
+    lab.conditions.delete_entries("gateway")
+    lab.traffic.talk_on()
+    lab.traffic.quiet()
+    for loose in (1, 0):
+        lab.conditions.conntrack_loose(loose)
+        for says in (lab.traffic.server_says, lab.traffic.client_says):
+            lab.conditions.delete_entries("gateway")
+            says()
+    lab.traffic.client_closes()
+    lab.traffic.server_closes()
+    lab.conditions.conntrack_loose(1)
+    lab.finish()
+
+
+def _masquerade(lab: Lab) -> None:
     lab.topology["gateway"].nft(
         "add table inet masquerading\n"
         "add chain inet masquerading post { type nat hook postrouting priority srcnat; }\n"
@@ -50,8 +88,6 @@ def masqueraded(lab: Lab) -> None:
         " masquerade to :20000-20999\n"
     )
     lab.settle()
-    _connect(lab, lab.server_endpoint)
-    usual_end(lab)
 
 
 def _publish(lab: Lab) -> Endpoint:
