@@ -129,14 +129,18 @@ def own_id(criu: int | None) -> str:
             "CRTOOLS_IMAGE_DIR does not name the CRIU that calls",
             hint="natkeep-hook is for CRIU to call",
         )
-    return f"criu-{criu}-{start:x}{_suffix()}"
+    return f"criu-{criu}-{start:x}{_suffix(criu)}"
 
 
-def is_abandoned(move_id: str) -> bool:
-    """Whether *move_id* was prepared for a CRIU of this pid namespace that is no more."""
+def is_abandoned(move_id: str, criu: int | None = None) -> bool:
+    """Whether *move_id* was prepared for a CRIU that is no more, in the pid namespace of *criu*.
+
+    criu: the one that calls; None where we are called by none, and our own namespace is meant.
+    """
     name, _, rest = move_id.partition("-")
-    pid, _, start = rest.removesuffix(_suffix()).partition("-")
-    if name != "criu" or not rest.endswith(_suffix()) or not _is_pid(pid) or "-" in start:
+    suffix = _suffix(criu)
+    pid, _, start = rest.removesuffix(suffix).partition("-")
+    if name != "criu" or not rest.endswith(suffix) or not _is_pid(pid) or "-" in start:
         return False
     try:
         return _start_of(int(pid)) != int(start, 16)
@@ -155,8 +159,10 @@ def _start_of(pid: int) -> int | None:
     return None if fields[0] in (b"Z", b"X") else int(fields[19])
 
 
-def _suffix() -> str:
-    inode = os.stat("/proc/self/ns/pid").st_ino
+def _suffix(criu: int | None) -> str:
+    # Where CRIU restores into a pid namespace that is there, its script is in that one already from
+    # `setup-namespaces` on (4.2.1), but pids are still told by the /proc of CRIU's.
+    inode = os.stat(f"/proc/{criu or 'self'}/ns/pid").st_ino
     return "" if inode == _INITIAL_PID_NAMESPACE else f"-{inode:x}"
 
 

@@ -55,7 +55,7 @@ def ensure_prepared(
     move = _make_move(move_id, orders, executor, site, lost)
     policy.authorise(move, count)
     require_devices(executor, move, checkpoint)
-    _prepare(move, checkpoint, executor, site)
+    _prepare(move, checkpoint, executor, site, call.criu)
     say(f"{move_id}: {', '.join(str(map_) for map_ in move.maps)}, {count} prepared")
     return True
 
@@ -71,14 +71,16 @@ def _make_move(
     return Move(move_id, tuple(maps), (site,), mode, unkept=unkept, lost=lost)
 
 
-def _prepare(move: Move, checkpoint: Checkpoint, executor: Executor, site: Site) -> None:
+def _prepare(
+    move: Move, checkpoint: Checkpoint, executor: Executor, site: Site, criu: int | None
+) -> None:
     """Prepare *move*, in the place of those that were prepared for a CRIU that is no more.
 
     One that is at the same site is replaced, so that its gate stays closed until ours is: in
     between this host would answer a peer's segment with a reset.
     """
     earlier = None
-    for journal in _abandoned(executor):
+    for journal in _abandoned(executor, criu):
         whole = journal.is_prepared() and journal.boot == read_boot_id()
         if earlier is None and whole and executor.is_home(journal, site):
             earlier = journal.move.id
@@ -91,9 +93,9 @@ def _prepare(move: Move, checkpoint: Checkpoint, executor: Executor, site: Site)
         replace_move(executor, earlier, move, connections, image=image)
 
 
-def _abandoned(executor: Executor) -> Iterator[Journal]:
+def _abandoned(executor: Executor, criu: int | None) -> Iterator[Journal]:
     for move_id in executor.state.ids():
-        if not is_abandoned(move_id):
+        if not is_abandoned(move_id, criu):
             continue
         try:
             journal = executor.state.load(move_id)

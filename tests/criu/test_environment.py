@@ -148,11 +148,11 @@ def test_pids_are_told_apart_in_their_own_pid_namespace_only(
 ) -> None:
     """A state directory may be shared by hosts that do not see each other's processes."""
     gone = "criu-4194304-1"
-    monkeypatch.setattr(environment, "_suffix", lambda: "-aaaa")
+    monkeypatch.setattr(environment, "_suffix", lambda _: "-aaaa")
     assert is_abandoned(f"{gone}-aaaa")
     assert not is_abandoned(f"{gone}-bbbb")
     assert not is_abandoned(gone)
-    monkeypatch.setattr(environment, "_suffix", lambda: "")
+    monkeypatch.setattr(environment, "_suffix", lambda _: "")
     assert is_abandoned(gone)
     assert not is_abandoned(f"{gone}-aaaa")
 

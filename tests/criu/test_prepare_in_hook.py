@@ -123,7 +123,7 @@ def test_what_a_failed_restore_left_is_replaced_at_the_same_place_and_else_undon
     criu: Criu, images: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     own_netns(images)
-    gone = "criu-4194304-1" + environment._suffix()
+    gone = "criu-4194304-1" + environment._suffix(None)
     with monkeypatch.context() as earlier:
         earlier.setattr(environment, "own_id", lambda _: gone)
         assert criu.call("post-setup-namespaces") == 0
@@ -137,7 +137,7 @@ def test_what_was_opened_is_nobodys_to_clear(
     criu: Criu, images: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     own_netns(images)
-    gone = "criu-4194304-1" + environment._suffix()
+    gone = "criu-4194304-1" + environment._suffix(None)
     with monkeypatch.context() as earlier:
         earlier.setattr(environment, "own_id", lambda _: gone)
         assert criu.call("post-restore") == 0
@@ -273,7 +273,7 @@ def test_an_unforeseen_error_is_one_line_too(
 
     monkeypatch.setattr("natkeep.criu.prepare_in_hook.prepare", fail)
     assert criu.call("pre-restore") == 1
-    assert capsys.readouterr().err == "natkeep-hook: ZeroDivisionError: by zero\n"
+    assert capsys.readouterr().err == "natkeep-hook: ZeroDivisionError: by\\nzero\n"
 
 
 # ---- NATKEEP_ID: is it this tree, and this dump? -----------------------------------------------

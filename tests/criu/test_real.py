@@ -24,6 +24,7 @@ ROOT = Path(__file__).resolve().parents[2]
 CRIU = ROOT / ".lab/criu/criu"
 BIN = Path(sys.executable).parent
 OLD, NEW, PEER = "10.2.0.10", "10.3.0.20", "10.1.0.2"
+LONG_WAY = 'SLOW = [sys.executable, "-I", "-m", "natkeep.criu.hook"]'
 
 pytestmark = [pytest.mark.root, pytest.mark.criu, pytest.mark.needs("nftables")]
 
@@ -54,31 +55,47 @@ ip link set lo up  # CRIU tries TCP_REPAIR there
 cd "$1"; shift
 a=$1 b=$2 how=$3
 enter() { ns=$1; shift; nsenter --net="/run/netns/$ns" "$@"; }
-enter "$a" setsid /usr/bin/python3 -I -S server.py </dev/null >server.log 2>&1
+pod() { # a pid namespace, as of a pod's sandbox, and its first process outside of it
+	unshare --pid --fork sleep 600 </dev/null >/dev/null 2>&1 &
+	for _ in $(seq 500); do ! pgrep -P $! sleep || return 0; sleep 0.01; done
+}
+case $how in shared*) one=$(pod) other=$(pod) in="--pid=/proc/$one/ns/pid" ;; *) in= ;; esac
+nsenter --net="/run/netns/$a" $in \
+	setsid /usr/bin/python3 -I -S server.py </dev/null >server.log 2>&1
 for _ in $(seq 500); do [ ! -s ready ] || break; sleep 0.01; done
 pid=$(cat ready)
-key=
-[ "$how" != external ] || key="net[$(stat -Lc %i "/run/netns/$a")]:key"
 mkdir images
-if [ "$how" = external ]; then
-	"$CRIU" dump -t "$pid" -D images --tcp-established --network-lock nftables -o dump.log \
-		--external "$key"
+set -- --tcp-established -D images
+case $how in
+shared*) # the tree is in a pid namespace that is there before and afterwards
+	pid=$(grep -lE "^NSpid:.*[^0-9]$pid\$" /proc/[0-9]*/status | xargs grep -l python3)
+	pid=${pid#/proc/} pid=${pid%/status}
+	pod="pid[$(stat -Lc %i "/proc/$one/ns/pid")]:pod"
+	exec 8<"/proc/$other/ns/pid"
+	;;
+esac
+case $how in
+*external)
+	"$CRIU" dump "$@" -t "$pid" --network-lock nftables -o dump.log \
+		--external "net[$(stat -Lc %i "/run/netns/$a")]:key" ${pod+--external "$pod"}
 	exec 7<"/run/netns/$b"
-	set -- --inherit-fd 'fd[7]:key'
-else
-	enter "$a" "$CRIU" dump -t "$pid" -D images --tcp-established --network-lock nftables \
-		-o dump.log
-	set -- -J "net:/run/netns/$b"
-fi
+	set -- "$@" --inherit-fd 'fd[7]:key'
+	;;
+*joined)
+	enter "$a" "$CRIU" dump "$@" -t "$pid" --network-lock nftables -o dump.log \
+		${pod+--external "$pod"}
+	set -- "$@" -J "net:/run/netns/$b"
+	;;
+esac
 if [ -n "${NATKEEP_ID-}" ]; then
 	"$NATKEEP" prepare "$NATKEEP_ID" --map "$MAP" --image images --site "destination=$b"
 fi
 status=0
-"$CRIU" restore -D images --tcp-established -d -o restore.log -v4 --action-script "$HOOK" "$@" ||
-	status=$?
+"$CRIU" restore "$@" -d -o restore.log -v4 --action-script "$HOOK" \
+	${pod+--inherit-fd 'fd[8]:pod'} || status=$?
 "$NATKEEP" status --json >status.json
 ls "$NATKEEP_STATE_DIR" >left
-[ $status != 0 ] || kill -9 "$pid"
+[ $status != 0 ] || [ -n "$in" ] || kill -9 "$pid"
 for id in $("$NATKEEP" status --json | sed -n 's/.*"id": "\([^"]*\)".*/\1/p'); do
 	"$NATKEEP" teardown "$id" --yes
 done
@@ -125,11 +142,18 @@ def _ip(netns: str, *lines: str) -> None:
     subprocess.run(command, input="\n".join(lines), text=True, check=True)
 
 
+PLACES = ["external", "joined", "shared-external", "shared-joined"]
+"""How CRIU is told of the tree's network namespace; shared: its pid namespace is there already.
+
+Then CRIU's script is in that pid namespace, and the /proc of its mount is not.
+"""
+
+
 def _ours(log: str) -> list[str]:
     return [line for line in log.splitlines() if line.startswith("natkeep-hook: ")]
 
 
-@pytest.mark.parametrize("how", ["external", "joined"])
+@pytest.mark.parametrize("how", PLACES)
 def test_the_hook_prepares_in_the_trees_namespace_from_outside_of_it(
     how: str, restored: Callable[..., tuple[int, str, dict[str, object], str]]
 ) -> None:
@@ -138,7 +162,7 @@ def test_the_hook_prepares_in_the_trees_namespace_from_outside_of_it(
     assert f"{OLD}={NEW}, 1 prepared" in prepared
     assert opened.endswith("gate open")
     lines = log.splitlines()
-    point = "post-setup-namespaces" if how == "external" else "pre-restore"
+    point = "pre-restore" if "joined" in how else "post-setup-namespaces"
     before = [line for line in lines[: lines.index(prepared)] if "Running" in line]
     assert f"Running {point} scripts" in before[-1]
     assert code == 0
@@ -160,9 +184,14 @@ def test_a_hook_that_fails_before_the_sockets_exist_ends_the_restore_and_leaves_
 
 @pytest.fixture
 def noting_hook(tmp_path: Path) -> Path:
-    """A copy of the hook, whose python3 notes in `noted` what it is started for."""
-    for name in ("natkeep-hook", "natkeep_hook_open.py"):
-        shutil.copy(BIN / name, tmp_path)
+    """A copy of the hook, whose python3 notes in `noted` what it is started for.
+
+    It has no long way.
+    """
+    shutil.copy(ROOT / "natkeep/criu/natkeep-hook", tmp_path)
+    text = (ROOT / "natkeep/criu/natkeep_hook_open.py").read_text()
+    assert text.count(LONG_WAY) == 1
+    (tmp_path / "natkeep_hook_open.py").write_text(text.replace(LONG_WAY, 'SLOW = ["/bin/false"]'))
     python = tmp_path / "python3"
     python.write_text(
         f'#!/bin/sh\necho "${{4##*n.}}" >>{tmp_path}/noted\nexec {sys.executable} "$@"\n'
@@ -171,7 +200,7 @@ def noting_hook(tmp_path: Path) -> Path:
     return tmp_path / "natkeep-hook"
 
 
-@pytest.mark.parametrize("how", ["external", "joined"])
+@pytest.mark.parametrize("how", PLACES)
 def test_a_prepared_move_is_opened_by_the_quick_file(
     how: str,
     noting_hook: Path,
@@ -183,3 +212,14 @@ def test_a_prepared_move_is_opened_by_the_quick_file(
     (move,) = status["moves"]
     assert (move["gate"], [site["drift"] for site in move["sites"]]) == ("open", [[]])
     assert (noting_hook.parent / "noted").read_text().split() == ["main()"]
+
+
+@pytest.mark.parametrize("how", PLACES[2:])
+def test_it_is_opened_the_long_way_in_a_pid_namespace_that_is_there(
+    how: str, restored: Callable[..., tuple[int, str, dict[str, object], str]]
+) -> None:
+    code, log, status, _ = restored(how, NATKEEP_ID="web", NATKEEP_MODE="stateful")
+    assert code == 0
+    assert _ours(log) == ["natkeep-hook: web: gate open"]
+    (move,) = status["moves"]
+    assert (move["gate"], [site["drift"] for site in move["sites"]]) == ("open", [[]])
