@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import time
@@ -25,8 +26,10 @@ from natkeep.kernel.netns import open_namespace
 from natkeep.lifecycle.executor import Executor
 from natkeep.lifecycle.open import open_move
 from natkeep.lifecycle.prepare import carry_out, prepare
+from natkeep.lifecycle.repair import _ADDED, repair
 from natkeep.lifecycle.status import read_status
 from natkeep.lifecycle.teardown import teardown
+from natkeep.plan.base_chains import is_later
 from natkeep.plan.identity import Identity
 from natkeep.plan.move import Site
 from natkeep.plan.observation import Gate
@@ -123,6 +126,53 @@ def test_it_is_torn_down_without_a_trace(
 
     assert look(names) == before
     assert os.listdir(path) == ["lock"]
+
+
+@pytest.mark.parametrize("case", ["stateful", "stateful-opened", "live-changed-opened"])
+@pytest.mark.parametrize("schema", SCHEMAS)
+def test_what_an_earlier_natkeep_had_no_rules_for_is_no_drift_and_added_by_a_repair(
+    schema: str, case: str, names: dict[str, str], tmp_path: Path
+) -> None:
+    path = tmp_path / "state"
+    state = StateDirectory(str(path), create=True)
+    executor = Executor(LinuxKernel(state.path), state)
+    before = look(names)
+    make(executor, CASES[case], names)
+    exchange(GOLDEN / schema / case, path, names)
+    whole = {name: read_ruleset(name) for name in names.values()}
+    for name in names.values():
+        remove_later(name)
+
+    assert [site.drift for site in read_status(executor, ("web",))[0].sites] == [(), ()]
+    assert {one.drift for one in repair(executor, "web")} == {_ADDED}
+    assert {name: read_ruleset(name) for name in names.values()} == whole
+    assert repair(executor, "web") == ()
+    teardown(executor, "web")
+    assert look(names) == before
+
+
+def read_ruleset(netns: str) -> list[str]:
+    """Each chain and set, whatever their order; not what goes once all gates are open."""
+    text = subprocess.getoutput(f"ip netns exec {netns} nft list ruleset") + "\n"
+    blocks = re.split(r"(?m)^\t}\n+", re.sub(r"(?m)^table .*\n|^}\n", "", text))
+    return sorted(block for block in blocks if "chain gate {" not in block)
+
+
+def remove_later(netns: str) -> None:
+    """Take away what natkeeps before this one did not make; it must have been there."""
+    within = ["ip", "netns", "exec", netns]
+    if "inet natkeep" not in subprocess.getoutput(" ".join([*within, "nft", "list", "tables"])):
+        return
+    listing = [*within, "nft", "-j", "list", "table", "inet", "natkeep"]
+    listed = json.loads(subprocess.run(listing, check=True, capture_output=True).stdout)
+    objects = [next(iter(each.items())) for each in listed["nftables"]]
+    later = [(kind, one["name"]) for kind, one in objects if is_later(one.get("name", ""))]
+    chains = [f"inet natkeep {name}" for kind, name in later if kind == "chain"]
+    maps = [f"inet natkeep {name}" for kind, name in later if kind != "chain"]
+    assert chains
+    lines = [f"flush chain {name}" for name in chains] + [f"flush map {name}" for name in maps]
+    lines += [f"delete chain {name}" for name in chains] + [f"delete map {name}" for name in maps]
+    subprocess.run([*within, "nft", "-f", "-"], check=True, input="\n".join(lines).encode())
 
 
 def write(state: Path, golden: Path) -> None:

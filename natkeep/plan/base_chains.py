@@ -135,6 +135,19 @@ def address_chain(dispatch: str, address: Address) -> str:
     return f"{dispatch}-at-{str(address).replace(':', '_')}"
 
 
+def is_later(name: str) -> bool:
+    """Whether a chain, set or map is of those that earlier natkeeps did not make."""
+    of_a_move = name.startswith(("routed-", "to-outer-", "to-inner-"))
+    return of_a_move or name.partition("-at-")[0] in _later_names()
+
+
+@cache
+def _later_names() -> frozenset[str]:
+    later = [row for row in DISPATCHES if row.startswith("invalid-") or row in ("from", "to")]
+    maps = {dispatch_map(row, v) for row in later for v in FAMILIES}
+    return frozenset([*later, *maps, *(DISPATCHES[row].chain for row in later)])
+
+
 def is_address_chain(name: str) -> bool:
     """Whether it is the name of an address_chain."""
     return "-at-" in name and not {".", "_"}.isdisjoint(name)
