@@ -260,12 +260,12 @@ def _pack_statement(statement: Statement, known: set[str]) -> Iterator[Packed]:
             yield from (_load_meta(_META_L4PROTO), _compare(bytes((number,))))
         case Octets(base, offset, value):
             yield from (_load(base, offset, len(value)), _compare(value))
-        case OctetsIn(name, fields):
+        case OctetsIn(name, fields, equal):
             register = _REGISTER
             for offset, octets in fields:
                 yield _load(_TRANSPORT, offset, octets, register)
                 register += (octets + 3) // 4
-            yield _look_up(name)
+            yield _look_up(name, equal=equal)
         case WriteMap():
             yield from _pack_write_map(statement, known)
         case WriteOctets():
@@ -308,11 +308,11 @@ def _pack_write_map(write: WriteMap, known: set[str]) -> Iterator[Packed]:
 def _pack_match(match: Match, known: set[str]) -> Iterator[Packed]:
     yield from _load_fields(match.fields, known)
     if isinstance(match.to, str):
-        yield _look_up(match.to.removeprefix("@"))
+        yield _look_up(match.to.removeprefix("@"), equal=match.equal)
     elif isinstance(match.to, IPv4Address | IPv6Address):
-        yield _compare(match.to.packed)
+        yield _compare(match.to.packed, equal=match.equal)
     else:
-        yield _compare(match.to.to_bytes(2, "big"))
+        yield _compare(match.to.to_bytes(2, "big"), equal=match.equal)
 
 
 def _pack_flags(flags: TcpFlags, known: set[str]) -> Iterator[Packed]:
@@ -350,8 +350,9 @@ def _compare(value: bytes, *, equal: bool = True) -> Packed:
     return "cmp", (_integer(1, _REGISTER), how, nested(3, attribute(1, value)))
 
 
-def _look_up(name: str) -> Packed:
-    return "lookup", (attribute(1, string(name)), _integer(2, _REGISTER))
+def _look_up(name: str, *, equal: bool = True) -> Packed:
+    found = attribute(1, string(name)), _integer(2, _REGISTER)
+    return "lookup", found if equal else (*found, _integer(5, 1))  # NFT_LOOKUP_F_INV
 
 
 def _integers(numbers: dict[int, int]) -> tuple[bytes, ...]:

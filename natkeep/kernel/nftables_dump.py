@@ -237,7 +237,7 @@ def _read_expression(
     if name in ("lookup", "dynset"):
         asked = _text(body[1])
         return (() if asked.startswith("__") else (f"@{asked}",)), (), None
-    if name in ("nat", "notrack", "reject"):
+    if name in ("nat", "notrack", "reject", "tproxy"):
         return (name,), (), None
     if name == "immediate":
         return tuple(_verdict(attributes(body[2]).get(2))), (), None

@@ -20,6 +20,7 @@ from natkeep.plan.nft import (
     IP,
     NOTRACK,
     TABLE,
+    TPROXY,
     Chain,
     Elements,
     Match,
@@ -40,7 +41,7 @@ _OPENING_FLAGS = ("fin", "syn", "rst", "ack")
 SYN = TcpFlags(_OPENING_FLAGS, ("syn",))
 """A bare SYN: it begins a connection."""
 NOT_SYN = TcpFlags(_OPENING_FLAGS, ("syn",), equal=False)
-_SYN_ACK = TcpFlags(("syn", "ack"), ("syn", "ack"))
+SYN_ACK = TcpFlags(("syn", "ack"), ("syn", "ack"))
 _HAS_ENTRY = Meta("ct state", "established,related,new")
 _CRIU_MARKED = Meta("meta mark", f"{CRIU_MARK:#x}")
 FROM_WIRE = Meta("iif", '"lo"', equal=False)
@@ -51,6 +52,8 @@ INJECTED = "injected"
 LEAVING = "leaving"
 HALF_OPEN = "half-open"
 """Name of the chain that SYN-ACKs are sent to, at a destination."""
+DEFRAGMENT = "defragment"
+"""Name of the chain that has the kernel defragment, in mode stateless; nothing jumps there."""
 ERRORS = "errors"
 """Name of the chain for departing ICMP errors; the base chain sends nothing else there."""
 OPEN = "open"
@@ -104,6 +107,11 @@ def kept_set(move_id: str, number: int) -> str:
 def outer_set(move_id: str, number: int) -> str:
     """Name of the set of the same connections as they look outside, where that differs."""
     return f"outer-{move_id}-{number}"
+
+
+def ended_set(move_id: str, number: int) -> str:
+    """Name of the set of those of them that have ended, in mode stateless."""
+    return f"ended-{move_id}-{number}"
 
 
 def routed_set(move_id: str, number: int) -> str:
@@ -203,7 +211,7 @@ def destination_table() -> tuple[Object, ...]:
         Chain(LEAVING, "postrouting", "350"),
         *leaving,
         Chain(HALF_OPEN, shared=True),
-        Rule(INJECTED, (_SYN_ACK, jump(HALF_OPEN))),
+        Rule(INJECTED, (SYN_ACK, jump(HALF_OPEN))),
     )
 
 
@@ -225,6 +233,8 @@ def mode_table(mode: Mode) -> tuple[Object, ...]:
         icmp = Meta("meta l4proto", "{ icmp, ipv6-icmp }")
         # Nothing else may get there: it would ask a rule for each move.
         objects += [Chain(ERRORS, shared=True), Rule(departing, (icmp, jump(ERRORS)))]
+        tcp = Meta("meta l4proto", TCP.name)
+        objects += [Chain(DEFRAGMENT, shared=True), Rule(DEFRAGMENT, (tcp, TPROXY))]
     return tuple(objects)
 
 

@@ -31,13 +31,13 @@ from natkeep.plan.arp import silence
 from natkeep.plan.base_chains import (
     GATE,
     HALF_OPEN,
-    NOT_SYN,
     OPEN,
     SYN,
     TO_WIRE,
     address_chain,
     connection_set,
     dispatch_to,
+    ended_set,
     gate_chain,
     inbound_key,
     inner_map,
@@ -49,6 +49,7 @@ from natkeep.plan.base_chains import (
     routed_set,
     rule_at,
 )
+from natkeep.plan.move import Mode
 from natkeep.plan.nft import (
     ACCEPT,
     DROP,
@@ -67,7 +68,6 @@ from natkeep.plan.nft import (
 )
 from natkeep.plan.protocols import TCP
 from natkeep.plan.resets import Reset
-from natkeep.plan.roles import ROLES, Role
 from natkeep.plan.translation import Translation
 from natkeep.plan.tuples import Address, Connections
 
@@ -92,6 +92,9 @@ def gate(move_id: str, translations: Iterable[Translation]) -> tuple[Object, ...
         for one in more_of(move_id, translation):
             make = connection_set if one.peers is None else peer_map
             objects.append(make(one.name, version, size))
+        ended = ended_set(move_id, translation.number)
+        if gives_back(translation):
+            objects.append(connection_set(ended, version, size, dynamic=True))
         asked = Match(inbound_key(version), f"@{outer_name(move_id, translation)}")
         for local in gated_addresses(translation):
             objects += rule_at(GATE, local, (asked, jump(chain)), move_id)
@@ -99,9 +102,17 @@ def gate(move_id: str, translations: Iterable[Translation]) -> tuple[Object, ...
             old = translation.map.old
             kept = Match(outbound_key(version), f"@{kept_set(move_id, translation.number)}")
             from_old = Match((f"{IP[version]} saddr",), old)
+            if gives_back(translation):
+                note = Add(outbound_key(version), ended)
+                objects.append(Rule(HALF_OPEN, (from_old, kept, note), move_id))
             objects.append(Rule(HALF_OPEN, (from_old, kept, DROP), move_id))
             objects += silence(old)
     return tuple(objects)
+
+
+def gives_back(translation: Translation) -> bool:
+    """Whether its rules note which tuples have ended; in mode stateful conntrack does."""
+    return translation.mode == Mode.STATELESS and bool(translation.site.row.leaves)
 
 
 def mute(move_id: str, translations: Iterable[Translation]) -> tuple[Object, ...]:
@@ -167,13 +178,12 @@ def routed_name(move_id: str, translation: Translation) -> str:
     return (outer_set if outside == inside else routed_set)(move_id, translation.number)
 
 
-def opening(move_id: str, role: Role) -> Rule:
+def opening(move_id: str) -> Rule:
     """Let the kept connections through: one rule, whatever their number.
 
-    At the destination a bare SYN stays refused: there it would reach a listener.
+    A bare SYN too: what becomes of it is the translation's to say.
     """
-    guard = (NOT_SYN,) if ROLES[role].puts_old else ()
-    return Rule(gate_chain(move_id), (*guard, ACCEPT), OPEN, insert=True)
+    return Rule(gate_chain(move_id), (ACCEPT,), OPEN, insert=True)
 
 
 # ---- reset: connections that cannot be kept ------------------------------------------------------

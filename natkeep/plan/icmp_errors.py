@@ -20,7 +20,7 @@ own checksum is left as it is: receivers look at ICMP's, which covers it.
 from __future__ import annotations
 
 from natkeep.plan import listeners
-from natkeep.plan.base_chains import DIRECTIONS, ERRORS, address_chain, kept_set
+from natkeep.plan.base_chains import DIRECTIONS, ERRORS, address_chain, ended_set, kept_set
 from natkeep.plan.listeners import Reception
 from natkeep.plan.move import Mode
 from natkeep.plan.nft import Octets, OctetsIn, Protocol, Rule, Statement, WriteOctets
@@ -44,14 +44,12 @@ def make_error_rules(move_id: str, translation: Translation) -> tuple[Rule, ...]
     """The two rules of a stateless translation; none for a stateful one, which needs none."""
     if translation.mode != Mode.STATELESS:
         return ()
-    version = translation.map.old.version
-    kept = kept_set(move_id, translation.number)
     return _make_pair(
         move_id,
         translation.before,
         translation.after,
-        OctetsIn(kept, _key(version, peer=_DESTINATION, peer_port=2, local_port=0)),
-        OctetsIn(kept, _key(version, peer=_SOURCE, peer_port=0, local_port=2)),
+        _lives(move_id, translation, peer=_DESTINATION, peer_port=2, local_port=0),
+        _lives(move_id, translation, peer=_SOURCE, peer_port=0, local_port=2),
     )
 
 
@@ -63,28 +61,32 @@ def make_callers_error_rules(move_id: str, receiving: Reception) -> tuple[Rule, 
         listeners.comment(move_id),
         receiving.before,
         receiving.after,
-        OctetsIn(name, ((ports, 2),)),
-        OctetsIn(name, ((ports + 2, 2),)),
+        (OctetsIn(name, ((ports, 2),)),),
+        (OctetsIn(name, ((ports + 2, 2),)),),
     )
 
 
 def _make_pair(
-    comment: str, before: Address, after: Address, from_local: OctetsIn, to_local: OctetsIn
+    comment: str,
+    before: Address,
+    after: Address,
+    from_local: tuple[OctetsIn, ...],
+    to_local: tuple[OctetsIn, ...],
 ) -> tuple[Rule, Rule]:
-    """from_local, to_local: the set has the quoted segment, which went from, to the local end."""
+    """from_local, to_local: the sets have the quoted segment, which went from, to the local end."""
     version = before.version
     inbound, _ = DIRECTIONS[Mode.STATELESS]
     arriving = (
         *_quotes_tcp(version),
         Octets(_TRANSPORT, _QUOTE + _SOURCE[version], before.packed),
-        from_local,
+        *from_local,
         _store_quoted(_SOURCE, after),
         _store_destination(after),
     )
     departing = (
         *_quotes_tcp(version),
         Octets(_TRANSPORT, _QUOTE + _DESTINATION[version], after.packed),
-        to_local,
+        *to_local,
         _store_quoted(_DESTINATION, before),
     )
     return (
@@ -99,6 +101,16 @@ def _quotes_tcp(version: int) -> tuple[Statement, ...]:
         return (Protocol(_ICMP[6]), quoted)
     plain = Octets(_TRANSPORT, _QUOTE, bytes((_IPV4_NO_OPTIONS,)))
     return (Protocol(_ICMP[4]), plain, quoted)
+
+
+def _lives(
+    move_id: str, translation: Translation, *, peer: dict[int, int], peer_port: int, local_port: int
+) -> tuple[OctetsIn, OctetsIn]:
+    """What is quoted is of a kept connection that has not ended."""
+    version, number = translation.map.old.version, translation.number
+    key = _key(version, peer=peer, peer_port=peer_port, local_port=local_port)
+    kept, ended = kept_set(move_id, number), ended_set(move_id, number)
+    return OctetsIn(kept, key), OctetsIn(ended, key, equal=False)
 
 
 def _key(

@@ -164,9 +164,11 @@ def _translation(move_id: str, reception: Reception) -> Iterator[Object]:
         yield from rule_at(inbound, before, arriving, mine)
         return
     to_before, from_after = Match((f"{ip} daddr",), before), Match((f"{ip} saddr",), after)
-    inward = (to_before, to_port, *from_wire, Write(f"{ip} daddr", after))
+    # An accept ends the base chain: the kept connections' rules would have the SYN of a tuple that
+    # was kept go to the process that had it.
+    inward = (to_before, to_port, *from_wire, Write(f"{ip} daddr", after), ACCEPT)
     yield from rule_at(inbound, before, inward, mine)
-    outward = (from_after, from_port, *to_wire, Write(f"{ip} saddr", before))
+    outward = (from_after, from_port, *to_wire, Write(f"{ip} saddr", before), ACCEPT)
     yield from rule_at(outbound, after, outward, mine)
 
 

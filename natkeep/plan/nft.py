@@ -72,13 +72,14 @@ class Undo(NamedTuple):
 
 
 class Match(NamedTuple):
-    """Fields of a packet are in a set (`@name`), or one is equal to a value."""
+    """Fields of a packet are in a set (`@name`), or one is equal to a value; or not."""
 
     fields: tuple[str, ...]
     to: str | Address | int
+    equal: bool = True
 
     def __str__(self) -> str:
-        return f"{' . '.join(self.fields)} {self.to}"
+        return f"{' . '.join(self.fields)} {'' if self.equal else '!= '}{self.to}"
 
 
 class VerdictMap(NamedTuple):
@@ -111,7 +112,8 @@ class TcpFlags(NamedTuple):
 
     def __str__(self) -> str:
         how = "==" if self.equal else "!="
-        return f"tcp flags & ({' | '.join(self.mask)}) {how} {' | '.join(self.value)}"
+        value = " | ".join(self.value) or "0x0"
+        return f"tcp flags & ({' | '.join(self.mask)}) {how} {value}"
 
 
 class Nat(NamedTuple):
@@ -160,7 +162,7 @@ class Add(NamedTuple):
 
 
 class Verdict(NamedTuple):
-    """`drop`, `accept`, `return`, `notrack`, `jump CHAIN`, `reject with tcp reset`."""
+    """`drop`, `accept`, `return`, `notrack`, `jump CHAIN`, `reject with tcp reset`, `tproxy …`."""
 
     name: str
     chain: str = ""
@@ -170,7 +172,7 @@ class Verdict(NamedTuple):
 
 
 DROP, ACCEPT, RETURN, NOTRACK = map(Verdict, ("drop", "accept", "return", "notrack"))
-RESET = Verdict("reject with tcp reset")
+RESET, TPROXY = Verdict("reject with tcp reset"), Verdict("tproxy to :1")
 
 
 def jump(chain: str) -> Verdict:
@@ -196,10 +198,11 @@ class Octets(NamedTuple):
 
 
 class OctetsIn(NamedTuple):
-    """The concatenation of *fields*, (offset, octets) from the transport header, is in the set."""
+    """*fields*, (offset, octets) from the transport header, together are in the set; or not."""
 
     name: str
     fields: tuple[tuple[int, int], ...]
+    equal: bool = True
 
 
 class WriteOctets(NamedTuple):
@@ -234,14 +237,14 @@ Statement = Match | VerdictMap | Meta | TcpFlags | Nat | NatMap | Write | Add | 
 def marks(statement: Statement) -> Iterator[str]:
     """What every version of nft keeps of a statement."""
     match statement:
-        case Match(fields, to):
+        case Match(fields, to, _):
             if isinstance(to, str):
                 yield to
             elif fields == ("tcp dport",):
                 yield f"port {to}"
             elif fields[0].endswith("daddr"):
                 yield f"to {to}"
-        case VerdictMap(_, name) | Add(_, name) | OctetsIn(name, _):
+        case VerdictMap(_, name) | Add(_, name) | OctetsIn(name, _, _):
             yield f"@{name}"
         case Nat():
             yield "nat"

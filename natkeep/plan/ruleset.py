@@ -17,6 +17,7 @@ Theory of operation. A site has one table `inet natkeep`, shared by all moves.
     stateless:
     prerouting   -300  arriving  local address ─► set-at-ADDRESS  ─► (kept?) ─► set daddr
     postrouting   300  departing local address ─► put-at-ADDRESS  ─► (kept?) ─► set saddr
+    stateless.py has the rules of these two
     either:
     postrouting   350  leaving   a source that is still OLD is dropped, not leaked
     output       -350  injected  CRIU's own segments are not tracked; SYN-ACK ─► half-open
@@ -51,7 +52,7 @@ Theory of operation. A site has one table `inet natkeep`, shared by all moves.
 - At a gateway the peer's address and port are pinned, too: without its entry a connection would
   be masqueraded or redirected anew by the gateway's other rules. What arrives for a kept tuple and
   is still addressed as it arrived behind all that is dropped; the old host would reset it.
-- A bare SYN is never translated by a rule, and dropped at the destination, open or not: a kept
+- In mode stateful a bare SYN is never translated by a rule, and dropped at the destination: a kept
   tuple does not open a new path. While the connection's entry lives, conntrack does translate one;
   then what a listener at OLD answers is where it ends: a SYN-ACK of a kept tuple goes nowhere
   (chain `half-open`; only SYN-ACKs are sent there).
@@ -96,6 +97,7 @@ from natkeep.plan.nft import (
     WriteMap,
 )
 from natkeep.plan.protocols import TCP
+from natkeep.plan.stateless import rewrite
 from natkeep.plan.translation import Translation
 
 
@@ -107,7 +109,7 @@ def translate(move_id: str, translations: Iterable[Translation]) -> tuple[Object
     """
     objects: list[Object] = []
     for one in translations:
-        objects += (_nat if one.mode == Mode.STATEFUL else _rewriting)(move_id, one)
+        objects += (_nat if one.mode == Mode.STATEFUL else rewrite)(move_id, one)
     return tuple(objects)
 
 
@@ -124,7 +126,7 @@ def _nat(move_id: str, translation: Translation) -> list[Object]:
     departing: tuple[Statement, ...] = (NOT_SYN, routed, *_wire(translation, TO_WIRE), snat)
     objects: list[Object] = [
         *dispatch_to(inbound, before),
-        *_syn_drop(move_id, translation, inbound),
+        *_syn_drop(move_id, translation),
         Rule(address_chain(inbound, before), arriving, move_id, insert=True),
         *rule_at(outbound, after, departing, move_id),
     ]
@@ -227,41 +229,15 @@ def _invalid_peers(move_id: str, translation: Translation) -> Iterator[Object]:
     yield from rule_at("invalid-to", after, (NOT_SYN, from_peer, ACCEPT), move_id)
 
 
-def _syn_drop(move_id: str, translation: Translation, dispatch: str) -> list[Object]:
+def _syn_drop(move_id: str, translation: Translation) -> list[Object]:
     """At the destination: a bare SYN of a kept tuple that no entry translates ends here."""
     if not translation.site.row.puts_old:
         return []
     local, name = translation.before, kept_set(move_id, translation.number)
     asked = Match(inbound_key(local.version), f"@{name}")
-    return [Rule(address_chain(dispatch, local), (SYN, asked, DROP), move_id, insert=True)]
+    inbound, _ = DIRECTIONS[Mode.STATEFUL]
+    return [Rule(address_chain(inbound, local), (SYN, asked, DROP), move_id, insert=True)]
 
 
 def _wire(translation: Translation, meta: Meta) -> tuple[Meta, ...]:
     return (meta,) if translation.site.row.puts_old else ()
-
-
-def _rewriting(move_id: str, translation: Translation) -> list[Object]:
-    before, after, version = translation.before, translation.after, translation.map.old.version
-    arrive, depart = DIRECTIONS[Mode.STATELESS]
-    name = f"@{kept_set(move_id, translation.number)}"
-    # An accept ends the base chain: no other move's rules are asked as well.
-    arriving: tuple[Statement, ...] = (
-        NOT_SYN,
-        Match(inbound_key(version), name),
-        *_wire(translation, FROM_WIRE),
-        Write(f"{IP[version]} daddr", after),
-        ACCEPT,
-    )
-    departing: tuple[Statement, ...] = (
-        NOT_SYN,
-        Match(outbound_key(version), name),
-        *_wire(translation, TO_WIRE),
-        Write(f"{IP[version]} saddr", before),
-        ACCEPT,
-    )
-    return [
-        *dispatch_to(arrive, before),
-        *_syn_drop(move_id, translation, arrive),
-        Rule(address_chain(arrive, before), arriving, move_id, insert=True),
-        *rule_at(depart, after, departing, move_id),
-    ]

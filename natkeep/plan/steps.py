@@ -337,7 +337,7 @@ class OpenGate(Loads):
 
     def objects(self) -> tuple[Rule, ...]:
         """One rule in front of each drop."""
-        kept = filters.opening(self.move_id, self.site.role)
+        kept = filters.opening(self.move_id)
         return (kept, listeners.opening(self.move_id)) if self.listening else (kept,)
 
     def describe(self) -> tuple[str, ...]:

@@ -135,11 +135,10 @@ def test_the_kernel_has_the_same_of_an_owned_table(
 
 @pytest.mark.root
 @pytest.mark.needs("nftables")
-@pytest.mark.parametrize("role", [Role.GATEWAY, Role.DESTINATION])
-def test_the_kernel_has_the_same_of_what_opens(role: Role, netns: str) -> None:
+def test_the_kernel_has_the_same_of_what_opens(netns: str) -> None:
     chains = [base_chains.gate_chain("web"), "callers-web", filters.reset_chain("web")]
     opening = [
-        filters.opening("web", role),
+        filters.opening("web"),
         listeners.opening("web"),
         filters.reset_opening("web"),
     ]

@@ -47,6 +47,7 @@ KEPT_PORT, PORT, MARKER_PORT = 50594, 80, 9
 ETHERTYPE = {4: 0x0800, 6: 0x86DD}
 MAC = {"peer": "02:00:00:00:00:01", "site": "02:00:00:00:00:02", "far": "02:00:00:00:00:03"}
 CRIU_MARK = 0xC114
+TCP_REPAIR = 19
 OWN_MARK = 1
 """Of what the test sends in the place of a process: the kernel's own resets have none."""
 
@@ -459,32 +460,18 @@ def test_what_the_old_host_still_sends_does_not_leave_from_another_port(
         assert stage.outbound(stray) == []
 
 
-@EACH_MODE
 @EACH_VERSION
-def test_a_bare_syn_on_a_kept_tuple_reaches_no_listener(
-    make_stage: Callable[[Role], Stage], version: int, mode: Mode
+def test_a_bare_syn_that_no_entry_translates_reaches_no_listener(
+    make_stage: Callable[[Role], Stage], version: int
 ) -> None:
-    """Whether the connection lives or its entry is gone."""
     stage = make_stage(Role.DESTINATION)
-    stage.prepare(mode=mode)
+    stage.prepare()
+    stage.run(stage.netns, "conntrack", "-F")
     syn = to_process(stage, version, flags="S", data=b"")
 
     assert stage.inbound(syn) == []
-    stage.run(stage.netns, "conntrack", "-F")
-    assert stage.inbound(syn) == []
-
-
-@EACH_MODE
-@EACH_VERSION
-def test_without_the_gates_a_bare_syn_that_no_entry_translates_reaches_no_listener(
-    make_stage: Callable[[Role], Stage], version: int, mode: Mode
-) -> None:
-    stage = make_stage(Role.DESTINATION)
-    stage.prepare(mode=mode)
     stage.unhook()
-    stage.run(stage.netns, "conntrack", "-F")
-
-    assert stage.inbound(to_process(stage, version, flags="S", data=b"")) == []
+    assert stage.inbound(syn) == []
 
 
 @EACH_MODE
@@ -504,15 +491,14 @@ def test_no_listener_s_answer_to_a_syn_on_a_kept_tuple_leaves(
     assert [stage.expect(other)] == stage.outbound(other)  # NEW is somebody else
 
 
-@EACH_MODE
 @EACH_VERSION
 def test_a_bare_syn_on_a_kept_tuple_opens_no_path_through_the_gateway(
-    make_stage: Callable[[Role], Stage], version: int, mode: Mode
+    make_stage: Callable[[Role], Stage], version: int
 ) -> None:
     """Once the connection has ended, that is: while its entry is there, conntrack translates all
     its packets, whatever the rules say, and it is the destination that refuses a SYN."""
     stage = make_stage(Role.GATEWAY)
-    stage.prepare(mode=mode)
+    stage.prepare()
     syn = to_process(stage, version, flags="S", data=b"")
     stage.run(stage.netns, "conntrack", "-F")
 
@@ -798,3 +784,162 @@ def test_arp_never_speaks_of_old_when_the_process_sends(
     )
     stage.peer.socket.send(bytes(reply))
     assert stage.expect(to_peer(stage, 4), src=NEW[4]) == stage.peer.receive(deadline)
+
+
+# ---- mode stateless: who has the tuple, and fragments --------------------------------------------
+
+
+def is_translated(stage: Stage, version: int) -> bool:
+    """Whether the kept connection's next segment is; if not, it must pass as it is."""
+    packet = to_process(stage, version)
+    [seen] = stage.inbound(packet)
+    assert seen in (stage.expect(packet), stage.expect(packet, dst=stage.inside(version)))
+    return seen != stage.expect(packet)
+
+
+def stateless(stage: Stage) -> Stage:
+    stage.prepare(mode=Mode.STATELESS)
+    return stage
+
+
+@EACH_VERSION
+@pytest.mark.parametrize("unhooked", [False, True])
+def test_a_syn_goes_to_the_socket_that_has_the_tuple(
+    make_stage: Callable[[Role], Stage], version: int, unhooked: bool
+) -> None:
+    stage = stateless(make_stage(Role.DESTINATION))
+    if unhooked:
+        stage.unhook()
+    with inside(open_namespace(stage.netns)):
+        own = socket.socket(socket.AF_INET if version == 4 else socket.AF_INET6)
+        own.setsockopt(socket.IPPROTO_TCP, TCP_REPAIR, 1)
+        own.bind((str(OLD[version]), PORT))
+        own.connect((str(PEER[version]), KEPT_PORT))
+    syn = to_process(stage, version, flags="S", data=b"")
+
+    with own:
+        assert [stage.expect(syn, dst=OLD[version])] == stage.inbound(syn)
+        assert is_translated(stage, version)
+
+
+@EACH_VERSION
+def test_without_a_socket_the_tuple_is_new_s_own_again(
+    make_stage: Callable[[Role], Stage], version: int
+) -> None:
+    stage = stateless(make_stage(Role.DESTINATION))
+    with inside(open_namespace(stage.netns)):
+        # It has every address, and so is no sign of the connection.
+        every = socket.create_server(("::", PORT), family=socket.AF_INET6, dualstack_ipv6=True)
+    syn = to_process(stage, version, flags="S", data=b"")
+
+    with every:
+        assert [stage.expect(syn)] == stage.inbound(syn)
+    assert not is_translated(stage, version)
+    assert is_translated(stage, 10 - version)
+
+
+@EACH_VERSION
+def test_a_listener_s_answer_gives_the_tuple_back(
+    make_stage: Callable[[Role], Stage], version: int
+) -> None:
+    stage = stateless(make_stage(Role.DESTINATION))
+
+    assert stage.outbound(to_peer(stage, version, flags="SA", data=b"")) == []
+    assert not is_translated(stage, version)
+    assert is_translated(stage, 10 - version)
+
+
+@EACH_VERSION
+def test_the_gateway_passes_a_syn_on_and_lets_the_tuple_go_when_no_socket_has_it(
+    make_stage: Callable[[Role], Stage], version: int
+) -> None:
+    stage = stateless(make_stage(Role.GATEWAY))
+    syn = to_process(stage, version, flags="S", data=b"")
+    refused = to_peer(stage, version, flags="RA", seq=0, data=b"")
+
+    assert [stage.expect(syn, dst=NEW[version])] == stage.inbound(syn)
+    assert is_translated(stage, version)
+    assert stage.outbound(refused) == []
+    assert [stage.expect(syn)] == stage.inbound(syn)
+    assert not is_translated(stage, version)
+    assert [stage.expect(refused)] == stage.outbound(refused)
+    assert is_translated(stage, 10 - version)
+
+
+@EACH_VERSION
+def test_the_gateway_lets_the_tuple_go_that_a_service_of_new_has(
+    make_stage: Callable[[Role], Stage], version: int
+) -> None:
+    stage = stateless(make_stage(Role.GATEWAY))
+    answer = to_peer(stage, version, flags="SA", data=b"")
+    data = to_peer(stage, version)
+
+    assert [stage.expect(answer)] == stage.outbound(answer)
+    assert [stage.expect(data)] == stage.outbound(data)
+    assert not is_translated(stage, version)
+
+
+@EACH_VERSION
+@EACH_ROLE
+@pytest.mark.parametrize("flags", ["R", "RA", "F", "FA", "FPA", "SF", "SA", "", "FSRPAU"])
+def test_nothing_that_a_peer_says_lets_a_tuple_go(
+    make_stage: Callable[[Role], Stage], version: int, role: Role, flags: str
+) -> None:
+    stage = stateless(make_stage(role))
+    for seq in (0, 1):
+        packet = to_process(stage, version, flags=flags, seq=seq, data=b"")
+        assert [stage.expect(packet, dst=stage.inside(version))] == stage.inbound(packet)
+
+    assert is_translated(stage, version)
+
+
+@EACH_VERSION
+@pytest.mark.parametrize(("flags", "seq"), [("R", 0), ("R", 5), ("RA", 5), ("FA", 0), ("A", 0)])
+def test_what_the_process_says_at_its_end_lets_no_tuple_go(
+    make_stage: Callable[[Role], Stage], version: int, flags: str, seq: int
+) -> None:
+    stage = stateless(make_stage(Role.GATEWAY))
+    packet = to_peer(stage, version, flags=flags, seq=seq, data=b"")
+
+    assert [stage.expect(packet, src=OLD[version])] == stage.outbound(packet)
+    assert is_translated(stage, version)
+
+
+def fragments(packet: Any) -> list[Any]:
+    """*packet* in three parts, the last of them without any port."""
+    from scapy.layers.inet import IP, fragment
+    from scapy.layers.inet6 import IPv6ExtHdrFragment
+
+    if packet.version == 4:
+        whole = IP(bytes(packet))
+        whole.flags = 0
+        return list(fragment(whole, fragsize=400))
+    data = bytes(packet.payload)
+    parts = []
+    for at in range(0, len(data), 400):
+        more = int(at + 400 < len(data))
+        about = IPv6ExtHdrFragment(nh=6, id=77, offset=at // 8, m=more)
+        parts.append(header(ip_address(packet.src), ip_address(packet.dst)) / about)
+        parts[-1] /= data[at : at + 400]
+    return parts
+
+
+@EACH_VERSION
+@EACH_ROLE
+def test_all_fragments_of_a_packet_are_translated(
+    make_stage: Callable[[Role], Stage], version: int, role: Role
+) -> None:
+    stage = stateless(make_stage(role))
+    inward = to_process(stage, version, data=bytes(1000))
+    outward = to_peer(stage, version, data=bytes(1000))
+
+    came = [seen for part in fragments(inward) for seen in stage.inbound(part)]
+    ways = [(came, stage.inside(version), stage.outside(version))]
+    if role == Role.GATEWAY:
+        left = [seen for part in fragments(outward) for seen in stage.outbound(part)]
+        ways.append((left, stage.outside(version), stage.inside(version)))
+
+    for found, translated, other in ways:
+        assert sum(len(packet) for packet in found) > 1000
+        assert all(translated.packed in packet[:40] for packet in found)
+        assert not any(other.packed in packet[:40] for packet in found)

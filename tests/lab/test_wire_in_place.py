@@ -194,8 +194,6 @@ ROWS = {
 BEGINS = {each for each in ROWS if "SYN " in each or "again" in each} - {
     "data again", "data again, with other octets", "FIN again in TIME-WAIT", "SYN and FIN"
 }  # fmt: skip
-# Not mended yet, by mode.
-PENDING = {"stateful": set(), "stateless": BEGINS | {"fragments"}}
 # In mode stateful an entry alone tells of a bare SYN that its connection lives, and an ICMP error
 # is translated by the entry of what it quotes, which also tells the MSS of later connections.
 NEEDS_ENTRY = BEGINS | {"the path becomes narrow"}
@@ -215,16 +213,14 @@ def find_differences(family: int, how: str, *, flush: bool = False) -> dict[str,
 @pytest.mark.parametrize("mode", ["stateful", "stateless"])
 @pytest.mark.parametrize("family", [4, 6])
 def test_a_kept_connection_answers_as_one_restored_in_place(family, mode):
-    found = find_differences(family, f"natkeep {mode}")
-
-    assert {name: both for name, both in found.items() if name not in PENDING[mode]} == {}
+    assert find_differences(family, f"natkeep {mode}") == {}
 
 
 @pytest.mark.parametrize("mode", ["stateful", "stateless"])
 @pytest.mark.parametrize("family", [4, 6])
 def test_so_it_does_without_any_conntrack_entry(family, mode):
     found = find_differences(family, f"natkeep {mode}", flush=True)
-    needed = NEEDS_ENTRY if mode == "stateful" else PENDING[mode]
+    needed = NEEDS_ENTRY if mode == "stateful" else set()
 
     assert {name: both for name, both in found.items() if name not in needed} == {}
     if mode == "stateful":  # such a segment does no harm either

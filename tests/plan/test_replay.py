@@ -9,7 +9,7 @@ from ipaddress import ip_address
 from itertools import pairwise
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from natkeep.plan import replay, socket_filter
@@ -120,6 +120,7 @@ def test_padding_of_a_short_frame_does_not_return(version: int) -> None:
     assert octets(store) == [(1000, b"x")]
 
 
+@settings(deadline=None)
 @given(st.binary(max_size=300))
 def test_the_checksum_is_that_of_rfc_1071(data: bytes) -> None:
     padded = data + b"\0" * (len(data) % 2)
@@ -296,6 +297,7 @@ segments = st.lists(
 )
 
 
+@settings(deadline=None)
 @given(segments, st.sampled_from([1, 2**31 - 1500, 2**32 - 1500]))
 def test_of_overlapping_segments_each_octet_that_arrived_returns_once(
     sent: list[tuple[int, int]], base: int
@@ -371,6 +373,7 @@ def test_a_peer_that_sends_much_does_not_starve_another() -> None:
     assert store.cost <= store.total
 
 
+@settings(deadline=None)
 @given(segments, st.integers(1, 12))
 def test_no_bound_is_ever_exceeded_and_the_run_has_no_hole(
     sent: list[tuple[int, int]], room: int
