@@ -17,7 +17,7 @@ from fake_kernel import FakeKernel, FakeSite, KilledError, revert_step
 
 from natkeep.errors import JournalError, KernelError, LeftoverError, NatkeepError, RefusedError
 from natkeep.kernel.netns import NamespaceGoneError
-from natkeep.lifecycle.drain import count_alive
+from natkeep.lifecycle.drain import count_alive, drain
 from natkeep.lifecycle.executor import Executor
 from natkeep.lifecycle.gc import Cleared, Collected, demand_nothing_left, gc
 from natkeep.lifecycle.open import open_move
@@ -28,6 +28,7 @@ from natkeep.lifecycle.teardown import teardown
 from natkeep.plan.conntrack import entries
 from natkeep.plan.drift import MoveStatus
 from natkeep.plan.identity import Identity
+from natkeep.plan.liveness import Sighting
 from natkeep.plan.move import Map, Move, Site
 from natkeep.plan.observation import Gate, Observation
 from natkeep.plan.roles import Role
@@ -78,6 +79,15 @@ class MortalKernel(FakeKernel):
         return replace(seen, entries=rows)
 
 
+def as_if_older(sighting: Sighting) -> Sighting:
+    """As if it had been made a second before."""
+    ending = tuple(
+        (number, tuple((place, packets, since - 1000) for place, packets, since in some))
+        for number, some in sighting.ending
+    )
+    return replace(sighting, at=sighting.at - 1000, ending=ending)
+
+
 class World:
     """One machine, and a natkeep on it that starts anew for every verb."""
 
@@ -112,6 +122,12 @@ class World:
     def repair(self, move_id: str = "web") -> list[str]:
         repairing = Executor(self.kernel, self.state, self.said.append)
         return [line for one in repair(repairing, move_id) for line in one.drift]
+
+    def pass_a_second(self) -> None:
+        """What a look has seen is a second old."""
+        boot = self.state.load("web").boot
+        if (sighting := self.state.read_sighting("web", boot)) is not None:
+            self.state.write_sighting("web", boot, as_if_older(sighting))
 
     def gc(self, *sites: Site, hook: Callable[[str], bool] = lambda _: False) -> Collected:
         return gc(Executor(self.kernel, self.state), sites or (Site(Role.DESTINATION),), hook)
@@ -513,6 +529,8 @@ def test_a_move_whose_connections_have_all_ended_is_cleared(
     world.kernel.ended = {0, 1}  # dumped perhaps, to move on: the third has not been closed
     assert world.gc().cleared == ()
     world.kernel.ended = {0, 1, 2}
+    assert world.gc().cleared == ()  # never from one look
+    world.pass_a_second()
 
     assert world.gc().cleared == (Cleared("move", "web", "its connections have all ended"),)
     assert world.is_bare()
@@ -528,19 +546,61 @@ def test_a_listener_that_is_still_there_keeps_its_move(world: World) -> None:
     assert world.gc().cleared == ()
 
     del world.sites["dst"].waiting[end]
+    assert world.gc().cleared == ()
+    world.pass_a_second()
     assert [one.reason for one in world.gc().cleared] == ["its connections have all ended"]
 
 
-def test_a_gateway_alone_is_cleared_when_every_end_was_seen(world: World) -> None:
-    """That entries are missing says nothing: somebody may have flushed them."""
+@pytest.mark.parametrize("sites", [(GATEWAY,), (DESTINATION,), (GATEWAY, DESTINATION)])
+def test_a_move_whose_entries_are_gone_is_not_cleared(
+    world: World, sites: tuple[Site, ...]
+) -> None:
+    """The process is being dumped to move on, perhaps, and another program has flushed them."""
+    plan = world.prepare(*sites, gate=Gate.OPEN)
+    if DESTINATION in sites:
+        world.live(plan, how_many=0)
+    for site in sites:
+        world.sites[site.netns].entries.clear()
+
+    for _ in range(3):
+        assert world.gc().cleared == ()
+        world.pass_a_second()
+
+
+def test_a_gateway_alone_counts_what_may_live_until_its_end_is_certain(world: World) -> None:
+    world.prepare(GATEWAY, gate=Gate.OPEN)
+    executor = Executor(world.kernel, world.state)
+    world.sites["gw"].entries.clear()
+    assert count_alive(executor, "web") == drain(executor, "web", 0) == 3
+
+    fill(world)
+    world.kernel.ended = {0, 1}
+    world.repair()
+    assert count_alive(executor, "web") == 3
+    world.pass_a_second()
+    assert count_alive(executor, "web") == 1
+    world.repair()
+    world.sites["gw"].entries.clear()
+    assert count_alive(executor, "web") == drain(executor, "web", 0) == 1
+    fill(world)
+    world.kernel.ended = {1}  # a later packet has revived it
+    assert count_alive(executor, "web") == 2
+
+
+def test_a_gateway_alone_is_cleared_when_every_end_is_certain(world: World) -> None:
+    """That entries are missing says nothing: another program may have flushed them."""
     world.prepare(GATEWAY, gate=Gate.OPEN)
     world.kernel.ended = {0, 1}
+    world.repair()
+    world.pass_a_second()
     world.repair()
     world.sites["gw"].entries.clear()
     assert world.gc().cleared == ()
 
     fill(world)
-    world.kernel.ended = {2}
+    world.kernel.ended = {0, 1, 2}
+    assert world.gc().cleared == ()
+    world.pass_a_second()
     assert [one.reason for one in world.gc().cleared] == ["its connections have all ended"]
 
 
@@ -633,6 +693,8 @@ def test_a_dry_run_says_the_same_and_does_nothing(world: World) -> None:
     plan = world.prepare(DESTINATION, gate=Gate.OPEN)
     world.live(plan, how_many=0)
     world.kernel.ended = {0, 1, 2}
+    world.repair()
+    world.pass_a_second()
     (world.directory / "lost.connections").write_text("")
     before, files = world.sites["dst"], world.files()
 

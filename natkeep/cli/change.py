@@ -153,10 +153,13 @@ def teardown(args: argparse.Namespace) -> int:
     executor = make_executor(args, create=False)
     parse_id(args.id)
     if executor.state.knows(args.id):
+        alive = 0
         if args.drain is not None:
-            drain.drain(executor, args.id, args.drain)
+            alive = drain.drain(executor, args.id, args.drain)
+        elif not args.yes:
+            alive = drain.count_alive(executor, args.id)
         if not args.yes:
-            _ask_if_alive(args.id, drain.count_alive(executor, args.id))
+            _ask_if_alive(args.id, alive)
             for line in drain.find_exposed(executor, args.id):
                 raise RefusedError(
                     line, hint="take OLD from that host, or restore the process there; or --yes"

@@ -283,7 +283,7 @@ def _see(answer: bytes, wanted: bytes, translated: int) -> SeenEntry:
         same, inward, outward = True, outward, inward
         translated = translated and IPS_SRC_NAT
     return SeenEntry(
-        same and status & translated == translated, inward, outward, state in TCP.alive
+        same and status & translated == translated, inward, outward, state not in TCP.ended
     )
 
 

@@ -7,6 +7,7 @@ import time
 from natkeep.lifecycle.executor import Executor
 from natkeep.lifecycle.progress import has_been_opened, restored_at
 from natkeep.lifecycle.status import look_at_sites
+from natkeep.plan.liveness import Life, Sighting, make_sighting
 from natkeep.plan.observation import Gate
 from natkeep.plan.roles import Role
 from natkeep.plan.steps import TakeOverLock
@@ -17,37 +18,47 @@ _DRAIN_INTERVAL = 0.2
 def drain(executor: Executor, move_id: str, seconds: float | None) -> int:
     """Wait until no kept connection lives, *seconds* at most; how many still do."""
     deadline = None if seconds is None else time.monotonic() + seconds
-    last = -1
-    while alive := count_alive(executor, move_id):
+    last, sighting = -1, None
+    while True:
+        alive, sighting = _count(executor, move_id, sighting)
+        if not alive or (deadline is not None and time.monotonic() >= deadline):
+            return alive
         if alive != last:
             executor.talk(f"natkeep: {alive} connections of {move_id} live")
             last = alive
-        if deadline is not None and time.monotonic() >= deadline:
-            break
         time.sleep(_DRAIN_INTERVAL)
-    return alive
 
 
 def count_alive(executor: Executor, move_id: str) -> int:
     """How many connections a teardown would break; 0 while the move has not been opened.
 
-    The destination's sockets tell, and elsewhere conntrack: where another program has flushed it,
-    nothing of it lives to be seen, though the connections may.
+    The destination's sockets tell. Without them a connection counts until its end is certain
+    (plan/liveness.py): that it has no entry any more says nothing.
     """
+    return _count(executor, move_id, None)[0]
+
+
+def _count(executor: Executor, move_id: str, earlier: Sighting | None) -> tuple[int, Sighting]:
+    """The same, and what was seen; earlier: in the last look, or else a repair's is read."""
+    at = time.monotonic_ns() // 1_000_000
     journal, plan = executor.load(move_id)
+    statuses = look_at_sites(executor, journal, plan)
+    looks = {status.site: status.seen for status in statuses if status.seen is not None}
+    unknown = {site: Life(False) for site in looks}
+    earlier = earlier or executor.state.read_sighting(move_id, journal.boot)
+    sighting = make_sighting(plan, at, looks, unknown, earlier)
     alive: dict[Role, list[int]] = {}
     opened = any(has_been_opened(journal, plan, site) for site in restored_at(plan))
-    for status in look_at_sites(executor, journal, plan):
-        site, seen = status.site, status.seen
-        if seen is None:
-            continue
+    for site, seen in looks.items():
         if site.role == Role.GATEWAY and plan.move.holds and not opened:
             continue  # its gate is open so that the holder hears the peers
         # A gate that was being opened when natkeep was killed is open, though no journal says so.
         if seen.gate == Gate.OPEN or has_been_opened(journal, plan, site):
-            alive.setdefault(site.role, []).append(seen.alive + seen.callers)
+            known = seen.sockets is not None
+            living = seen.alive if known else sighting.count_unended(plan, site)
+            alive.setdefault(site.role, []).append(living + seen.callers)
     # Opened at the source, the process is back where OLD is at home, and needs nothing.
-    return min(alive.get(Role.DESTINATION) or alive.get(Role.GATEWAY) or [0])
+    return min(alive.get(Role.DESTINATION) or alive.get(Role.GATEWAY) or [0]), sighting
 
 
 def find_exposed(executor: Executor, move_id: str) -> tuple[str, ...]:

@@ -22,6 +22,7 @@ from natkeep.lifecycle.progress import has_been_opened, is_retired
 from natkeep.lifecycle.status import look_around, note_sighting
 from natkeep.lifecycle.teardown import end
 from natkeep.plan.identity import Identity
+from natkeep.plan.liveness import Sighting
 from natkeep.plan.move import Site
 from natkeep.plan.roles import Role
 from natkeep.plan.steps import Plan
@@ -93,7 +94,7 @@ class _Collection:
     def clear_move(self, move_id: str, is_abandoned: Callable[[str], bool]) -> None:
         executor = self.executor
         try:
-            reason = _find_reason(executor, move_id, is_abandoned)
+            reason = _find_reason(executor, move_id, is_abandoned, dry_run=self.dry_run)
             if not reason:
                 return
             if not self.dry_run:
@@ -168,7 +169,9 @@ def _find_known(
 # ---- is a move needed? -------------------------------------------------------------------------
 
 
-def _find_reason(executor: Executor, move_id: str, is_abandoned: Callable[[str], bool]) -> str:
+def _find_reason(
+    executor: Executor, move_id: str, is_abandoned: Callable[[str], bool], *, dry_run: bool
+) -> str:
     """Why the move is not needed any more; empty when it may be."""
     header = executor.state.read_header(move_id)
     if header is not None and header.boot != read_boot_id():
@@ -185,7 +188,11 @@ def _find_reason(executor: Executor, move_id: str, is_abandoned: Callable[[str],
     leaves = any(site.role == Role.SOURCE for site in plan.move.sites)
     if is_abandoned(move_id) and not opened and not leaves:
         return "the CRIU that it was prepared for is no more"
-    if opened and not plan.move.quiesces and _has_ended(executor, journal, plan, here):
+    if (
+        opened
+        and not plan.move.quiesces
+        and _has_ended(executor, journal, plan, here, dry_run=dry_run)
+    ):
         return "its connections have all ended"
     return ""
 
@@ -208,17 +215,21 @@ def _is_replaced(executor: Executor, journal: Journal, site: Site) -> bool:
     return any(olds & header.olds() for header in others)
 
 
-def _has_ended(executor: Executor, journal: Journal, plan: Plan, here: list[Site]) -> bool:
+def _has_ended(
+    executor: Executor, journal: Journal, plan: Plan, here: list[Site], *, dry_run: bool
+) -> bool:
     """Whether every kept connection lived and has ended, and no new one can come."""
     sites = [site for site in here if not is_retired(journal, plan, site)]
     if not sites or {site.role for site in plan.move.sites} == {Role.SOURCE}:
         return False  # where the process is at home, it needs nothing: that is teardown's
     sight = look_around(executor, journal, plan, sites)
+    sighting = sight.entries()
+    if not dry_run:
+        note_sighting(executor, journal, sight)
     destinations = [site for site in plan.move.sites if site.role == Role.DESTINATION]
     if not destinations:
-        note_sighting(executor, journal, sight)
-        earlier = executor.state.read_sighting(journal.move.id, journal.boot)
-        return not plan.move.listeners and earlier is not None and earlier.is_all_ended(plan)
+        gateways = [site for site in sight.looks if sight.looks[site].sockets is None]
+        return not plan.move.listeners and _are_ended(plan, sighting, gateways)
     [destination] = destinations
     if destination not in sight.looks:
         return destination not in here  # with its namespace went all that lived there
@@ -229,10 +240,13 @@ def _has_ended(executor: Executor, journal: Journal, plan: Plan, here: list[Site
         olds = frozenset(map_.old for map_ in plan.move.maps)
         if seen.callers or executor.kernel.ask(destination, sock_diag.find_listeners, olds):
             return False
-    entries = [entry for some in seen.entries.values() for entry in some]
-    # No socket may also mean that it is not restored yet, or dumped to move on: then
-    # neither end has closed, and conntrack believes in the connection still.
-    return not seen.sockets and not any(entry and entry.alive for entry in entries)
+    # No socket may also mean that it is not restored yet, or dumped to move on.
+    return not seen.sockets and _are_ended(plan, sighting, [destination])
+
+
+def _are_ended(plan: Plan, sighting: Sighting, sites: list[Site]) -> bool:
+    """Whether entries have shown at all *sites* that every connection has ended."""
+    return bool(sites) and not any(sighting.count_unended(plan, site) for site in sites)
 
 
 def demand_nothing_left(collected: Collected) -> None:

@@ -27,7 +27,6 @@ from natkeep.plan.liveness import Life, Sighting, find_life, make_sighting
 from natkeep.plan.move import Site
 from natkeep.plan.observation import Gate, Observation
 from natkeep.plan.repair import Patch, RestoreRoutes, describe_lost_routes, find_patches
-from natkeep.plan.roles import Role
 from natkeep.plan.steps import InstallTranslation, OpenGate, Plan
 from natkeep.plan.tuples import NO_CONNECTIONS
 from natkeep.state.directory import read_boot_id
@@ -158,6 +157,10 @@ class Sight:
         lost = [line for _, notes in self.lost_routes[site] for line in describe_lost_routes(notes)]
         return (*find_drift(self.plan, site, seen, life, opened=self.opened[site]), *lost)
 
+    def entries(self) -> Sighting:
+        """What the entries tell, with what was seen earlier."""
+        return make_sighting(self.plan, self.begun, self.looks, self.lives, self.earlier)
+
     def patches(self, site: Site) -> list[tuple[int, Patch]]:
         """What puts it back, each with the number of its step."""
         seen, life = self.looks[site], self.lives[site]
@@ -212,10 +215,9 @@ def _find_lost_routes(
 
 
 def note_sighting(executor: Executor, journal: Journal, sight: Sight) -> None:
-    """What a gateway alone will know of its connections only if it is remembered."""
-    if {site.role for site in sight.looks} == {Role.GATEWAY}:
-        sighting = make_sighting(sight.plan, sight.begun, sight.looks, sight.lives, sight.earlier)
-        executor.state.write_sighting(journal.move.id, journal.boot, sighting)
+    """What only entries tell, where no socket does, is known later only if it is remembered."""
+    if not any(seen.sockets for seen in sight.looks.values()):
+        executor.state.write_sighting(journal.move.id, journal.boot, sight.entries())
 
 
 # ---- many moves --------------------------------------------------------------------------------

@@ -5,6 +5,11 @@ because its connection has ended. But the kernel keeps the entry of an ended con
 (10 s after a reset, 120 s after both FINs), so one that was alive less than that ago, and is gone,
 was deleted.
 
+An end is told from the entry's TCP state, TIME_WAIT or CLOSE, and only when it is seen twice, with
+no packet in between: two forged resets put an entry into CLOSE, and what the ends go on to send
+passes it. An entry that is gone says nothing, neither that a connection has ended nor that it had
+not; one that is alive again takes back what was seen.
+
 Rule: values only; the clock is read and the file is written by others.
 """
 
@@ -63,18 +68,27 @@ def find_life(
     return Life(False, recent)
 
 
+Ending = tuple[int, int, int]
+"""Of an entry in its end: its place, its packets (-1 uncounted), since when (ms) they are these."""
+
+CONFIRMED = 1000
+"""Milliseconds for which an entry is in its end, without a packet, before that is believed."""
+
+
 @dataclass(frozen=True, slots=True)
 class Sighting:
     """A bit for each entry of a step, and when the looking began.
 
     at: milliseconds of the monotonic clock.
     alive: for the number of each step that made entries, those that were alive, in hexadecimal,
-    the first entry's bit the lowest; ended: those that were seen in their end, now or earlier.
+    the first entry's bit the lowest; ended: those whose end is certain; ending: those whose end was
+    seen once.
     """
 
     at: int
     alive: tuple[tuple[int, str], ...]
     ended: tuple[tuple[int, str], ...] = ()
+    ending: tuple[tuple[int, tuple[Ending, ...]], ...] = ()
 
     def __post_init__(self) -> None:
         for number, bits in (*self.alive, *self.ended):
@@ -85,8 +99,8 @@ class Sighting:
         """The connections whose entries were alive at *site*, as the process sees them."""
         bits = dict(self.alive)
         found = {4: b"", 6: b""}
-        for number, step in enumerate(plan.steps):
-            if isinstance(step, InsertEntries) and step.site == site:
+        for number, step in _inserted(plan):
+            if step.site == site:
                 seen = int(bits.get(number, "0"), 16)
                 records = step.translation.kept.each()
                 version = step.translation.map.old.version
@@ -96,7 +110,8 @@ class Sighting:
     def to_json(self) -> dict[str, Any]:
         """As it stands in the file."""
         alive, ended = ([list(each) for each in some] for some in (self.alive, self.ended))
-        return {"at": self.at, "alive": alive, "ended": ended}
+        ending = [[number, [list(one) for one in some]] for number, some in self.ending]
+        return {"at": self.at, "alive": alive, "ended": ended, "ending": ending}
 
     @classmethod
     def from_json(cls, value: dict[str, Any]) -> Sighting:
@@ -105,16 +120,25 @@ class Sighting:
             tuple((int(number), str(bits)) for number, bits in value[name])
             for name in ("alive", "ended")
         )
-        return cls(int(value["at"]), alive, ended)
-
-    def is_all_ended(self, plan: Plan) -> bool:
-        """Whether every connection that has an entry anywhere was seen in its end."""
-        seen = dict(self.ended)
-        made = {n: step for n, step in enumerate(plan.steps) if isinstance(step, InsertEntries)}
-        return bool(made) and all(
-            int(seen.get(number, "0"), 16) == (1 << len(step.translation.kept)) - 1
-            for number, step in made.items()
+        ending = tuple(
+            (int(number), tuple((int(i), int(packets), int(since)) for i, packets, since in some))
+            for number, some in value["ending"]
         )
+        return cls(int(value["at"]), alive, ended, ending)
+
+    def count_unended(self, plan: Plan, site: Site) -> int:
+        """How many connections with an entry at *site* may live: all whose end is not certain."""
+        return sum(
+            len(step.translation.kept) - int(dict(self.ended).get(number, "0"), 16).bit_count()
+            for number, step in _inserted(plan)
+            if step.site == site
+        )
+
+
+def _inserted(plan: Plan) -> Iterator[tuple[int, InsertEntries]]:
+    for number, step in enumerate(plan.steps):
+        if isinstance(step, InsertEntries):
+            yield number, step
 
 
 def make_sighting(
@@ -124,20 +148,41 @@ def make_sighting(
     lives: Mapping[Site, Life],
     earlier: Sighting | None,
 ) -> Sighting:
-    """What was seen, what a repair made again because it lives, and what had ended *earlier*.
-
-    What has ended stays so: a kept tuple opens no new connection.
-    """
-    alive, ended = [], []
+    """What was seen, what a repair made again because it lives, and what had ended *earlier*."""
+    alive, ended, ending = [], [], []
     before = dict(earlier.ended) if earlier is not None else {}
-    for number, step in enumerate(plan.steps):
-        if not isinstance(step, InsertEntries) or step.site not in looks:
+    once = dict(earlier.ending) if earlier is not None else {}
+    for number, step in _inserted(plan):
+        if step.site not in looks:
             continue
         entries = looks[step.site].entries.get(step.translation.number, ())
         bits = sum(1 << i for i, entry in enumerate(entries) if entry and entry.alive)
-        over = sum(1 << i for i, entry in enumerate(entries) if entry and not entry.alive)
+        over, still = _find_ended(entries, at, once.get(number, ()))
         for index in lives[step.site].picks(step.translation, entries):
             bits |= 1 << index
         alive.append((number, f"{bits:x}"))
-        ended.append((number, f"{over | int(before.get(number, '0'), 16):x}"))
-    return Sighting(at, tuple(alive), tuple(ended))
+        ended.append((number, f"{(over | int(before.get(number, '0'), 16)) & ~bits:x}"))
+        if still:
+            ending.append((number, still))
+    return Sighting(at, tuple(alive), tuple(ended), tuple(ending))
+
+
+def _find_ended(
+    entries: Sequence[SeenEntry | None], at: int, once: tuple[Ending, ...]
+) -> tuple[int, tuple[Ending, ...]]:
+    """A bit for each entry that is in its end as it was *once*, long enough ago; and the others."""
+    known = {place: (packets, since) for place, packets, since in once}
+    over, still = 0, []
+    for place, entry in enumerate(entries):
+        if entry is None or entry.alive:
+            continue
+        counted = entry.packets_in is not None and entry.packets_out is not None
+        packets = (entry.packets_in or 0) + (entry.packets_out or 0) if counted else -1
+        earlier, since = known.get(place, (None, at))
+        if packets != earlier:
+            since = at
+        if at - since >= CONFIRMED:
+            over |= 1 << place
+        else:
+            still.append((place, packets, since))
+    return over, tuple(still)

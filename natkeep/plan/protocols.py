@@ -12,7 +12,8 @@ class Protocol(NamedTuple):
     """A transport protocol.
 
     name: as nft and conntrack(8) have it. established: the state of an entry that is made.
-    alive: the states in which a connection has not ended; opening: those before it is established.
+    alive: the states of a connection that was established; opening: those before; ended: those
+    after both ends have closed it, or one has reset it.
     flags: of an entry that is made, both directions: IP_CT_TCP_FLAG_SACK_PERM and _BE_LIBERAL.
     The windows of a connection that the kernel has not seen cannot be told to it, so it must not
     judge by them; it does the same itself for connections that it picks up.
@@ -25,6 +26,7 @@ class Protocol(NamedTuple):
     established: int
     alive: frozenset[int]
     opening: frozenset[int]
+    ended: frozenset[int]
     flags: int
     liberal: int
     timeout: tuple[str, int]
@@ -47,6 +49,7 @@ TCP = Protocol(
     established=3,
     alive=frozenset({3, 4, 5, 6}),  # ESTABLISHED, FIN_WAIT, CLOSE_WAIT, LAST_ACK
     opening=frozenset({1, 2}),  # SYN_SENT, SYN_RECV
+    ended=frozenset({7, 8}),  # TIME_WAIT, CLOSE
     flags=0x0A,
     liberal=0x08,
     timeout=("nf_conntrack_tcp_timeout_established", 432_000),

@@ -301,6 +301,7 @@ def test_what_is_looked_up_comes_in_the_order_of_the_connections(site: str, run:
         ("FIN_WAIT", True),
         ("CLOSE_WAIT", True),
         ("LAST_ACK", True),
+        ("SYN_SENT", True),  # of another connection by this tuple: it says nothing of ours
         ("TIME_WAIT", False),
         ("CLOSE", False),
     ],

@@ -61,6 +61,13 @@ def natkeep(lab: Lab, *arguments: str) -> subprocess.CompletedProcess[str]:
     )
 
 
+def sees_the_end(lab: Lab) -> bool:
+    """Whether the looks of repair, this one included, are certain of it at each site."""
+    assert natkeep(lab, "repair", "lab").returncode == 0
+    seen = json.loads((lab.directory / "natkeep-state" / "lab.seen").read_text())
+    return [bits for _, bits in seen["ended"]] == ["1", "1"]
+
+
 def break_it(lab: Lab, role: str, script: str) -> None:
     local = lab.old if role == "gateway" else lab.new
     for word, meaning in (
@@ -198,6 +205,7 @@ def test_a_connection_that_has_ended_does_not_come_back_and_gc_clears_its_move()
         lab.traffic.quiet()
         lab.traffic.client_closes()
         lab.traffic.server_closes()
+        await_true(lambda: sees_the_end(lab), "repair sees that the connection has ended")
         for role in ("gateway", "destination"):
             break_it(lab, role, "conntrack -F")
 

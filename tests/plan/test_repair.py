@@ -257,23 +257,55 @@ def test_who_knows_what_lives() -> None:
 # ---- what a gateway alone remembers -------------------------------------------------------------
 
 
-def test_a_sighting_tells_alive_from_ended_and_forgets_no_end() -> None:
-    plan = make()
-    lives = {GATEWAY: Life(False)}
-    first = make_sighting(
-        plan, 5, {GATEWAY: show(plan, GATEWAY, entries={0: (LIVE, OVER, None), 1: (OVER,) * 3})},
-        lives, None,
-    )  # fmt: skip
-    second = make_sighting(
-        plan, 9, {GATEWAY: show(plan, GATEWAY, entries={0: (OVER, None, OVER), 1: (None,) * 3})},
-        lives, first,
-    )  # fmt: skip
+GATEWAY_ALONE = {GATEWAY: Life(False)}
 
+
+def sight(
+    plan: Plan,
+    at: int,
+    earlier: Sighting | None,
+    *entries: SeenEntry | None,
+    rest: SeenEntry = LIVE,
+) -> Sighting:
+    """The first translation's three entries; those of the other are *rest*."""
+    seen = show(plan, GATEWAY, entries={0: entries, 1: (rest,) * 3})
+    return make_sighting(plan, at, {GATEWAY: seen}, GATEWAY_ALONE, earlier)
+
+
+def test_an_end_is_certain_when_it_is_seen_twice_with_no_packet_in_between() -> None:
+    plan, busy = make(), OVER._replace(packets_in=10)
+
+    first = sight(plan, 5000, None, LIVE, OVER, OVER, rest=OVER)
     assert [t.source.port for t in first.alive_at(plan, GATEWAY)] == [5000]
-    assert len(second.alive_at(plan, GATEWAY)) == 0
-    assert not first.is_all_ended(make_plan(replace(plan.move, sites=(GATEWAY,)), KEPT))
-    assert Sighting.from_json(second.to_json()) == second
-    assert second.is_all_ended(make_plan(replace(plan.move, sites=(GATEWAY,)), KEPT))
+    assert first.count_unended(plan, GATEWAY) == 6  # never from one look
+    soon = sight(plan, 5500, first, OVER, OVER, OVER, rest=OVER)
+    assert soon.count_unended(plan, GATEWAY) == 6  # nor from two that are one
+    later = sight(plan, 6000, soon, OVER, OVER, busy, rest=OVER)
+    assert later.count_unended(plan, GATEWAY) == 2  # 5000 was alive then, 5002 has said something
+    last = sight(plan, 7000, later, OVER, OVER, busy, rest=OVER)
+    assert last.count_unended(plan, GATEWAY) == 0
+    assert Sighting.from_json(later.to_json()) == later
+
+
+def test_an_entry_that_is_gone_says_nothing_and_one_that_is_alive_takes_an_end_back() -> None:
+    plan = make()
+    once = sight(plan, 1000, None, None, OVER, OVER)
+    twice = sight(plan, 2000, once, None, OVER, None)
+    assert twice.count_unended(plan, GATEWAY) == 5
+
+    gone = sight(plan, 9000, twice, None, None, None)
+    assert gone.count_unended(plan, GATEWAY) == 5
+    again = sight(plan, 9000, gone, None, LIVE, OVER)
+    assert again.count_unended(plan, GATEWAY) == 6
+    assert len(again.alive_at(plan, GATEWAY)) == 4
+
+
+def test_an_end_is_believed_by_two_looks_where_packets_are_not_counted() -> None:
+    plan, over = make(), OVER._replace(packets_in=None, packets_out=None)
+
+    first = sight(plan, 1000, None, over, over, over)
+
+    assert sight(plan, 2000, first, over, over, over).count_unended(plan, GATEWAY) == 3
 
 
 @pytest.mark.parametrize(
@@ -281,11 +313,13 @@ def test_a_sighting_tells_alive_from_ended_and_forgets_no_end() -> None:
     [
         {},
         {"at": 1, "alive": []},
-        {"at": 1, "alive": [[0, "-1"]], "ended": []},
-        {"at": 1, "alive": [[0, "x"]], "ended": []},
-        {"at": 1, "alive": [["a", "1"]], "ended": []},
-        {"at": None, "alive": [], "ended": []},
-        {"at": 1, "alive": 5, "ended": []},
+        {"at": 1, "alive": [], "ended": []},
+        {"at": 1, "alive": [[0, "-1"]], "ended": [], "ending": []},
+        {"at": 1, "alive": [[0, "x"]], "ended": [], "ending": []},
+        {"at": 1, "alive": [["a", "1"]], "ended": [], "ending": []},
+        {"at": None, "alive": [], "ended": [], "ending": []},
+        {"at": 1, "alive": 5, "ended": [], "ending": []},
+        {"at": 1, "alive": [], "ended": [], "ending": [[0, [[1, 2]]]]},
     ],
 )
 def test_a_sighting_is_read_as_it_is_written_or_not_at_all(value: dict[str, object]) -> None:

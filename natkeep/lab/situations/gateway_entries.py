@@ -16,7 +16,7 @@ from natkeep.lab.topology import THIRD
 _BARE_SYN = "tcp flags & (fin | syn | rst | ack) == syn"
 
 
-@situation(24, "answers pass by the connection's mark")
+@situation(27, "answers pass by the connection's mark")
 def marked(lab: Lab) -> None:
     """As with two uplinks: who has not the mark that its SYN was given is not let out."""
     _mark(lab)
@@ -24,7 +24,7 @@ def marked(lab: Lab) -> None:
     usual_end(lab)
 
 
-@situation(24, "by its mark, moved on and back", probes=(True,), setup=THREE_HOSTS)
+@situation(27, "by its mark, moved on and back", probes=(True,), setup=THREE_HOSTS)
 def marked_moved_on_and_back(lab: Lab) -> None:
     """The second move finds the first one's entry, and the last gives the gateway its own back."""
     _mark(lab)
@@ -33,7 +33,7 @@ def marked_moved_on_and_back(lab: Lab) -> None:
     lab.finish()
 
 
-@situation(25, "tracked in a zone, tcp_loose=0")
+@situation(28, "tracked in a zone, tcp_loose=0")
 def in_a_zone(lab: Lab) -> None:
     """All packets are; without an entry in that zone nothing is picked up."""
     _filter(lab, "prerouting", "raw", "ct zone set 7")
@@ -43,7 +43,7 @@ def in_a_zone(lab: Lab) -> None:
     usual_end(lab)
 
 
-@situation(25, "each direction tracked in another zone")
+@situation(28, "each direction tracked in another zone")
 def each_direction_in_its_zone(lab: Lab) -> None:
     """By the device: either direction has an entry of its own."""
     _filter(lab, "prerouting", "raw", 'iifname "near" ct zone set 7')
