@@ -13,6 +13,7 @@ ONLY        ?=
 SECONDS     ?= 60
 FUZZ_ARGS   ?=
 MINUTES     ?= 2
+KERNELS     ?= own newest
 BENCH_ARGS  ?=
 PLOTS_ARGS  ?=
 
@@ -33,7 +34,7 @@ export PATH := $(PATH):/usr/local/sbin:/usr/sbin:/sbin
 KILLS       ?= 500
 FAULTS_ARGS ?=
 
-.PHONY: help setup demo test test-quick test-long check lab matrix bench bench-hook bench-control bench-stall bench-path bench-plots bench-million soak fuzz faults many test-caps clean
+.PHONY: help setup demo test test-quick test-long check lab matrix bench bench-hook bench-control bench-stall bench-path bench-plots bench-million soak kernels fuzz faults many test-caps clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-13s %s\n", $$1, $$2 }' Makefile
@@ -45,13 +46,13 @@ setup: ## packages, .venv/ and a CRIU that works on this kernel (needs root when
 demo: root setup ## move a real server to another address; shows what its peer saw (needs root)
 	@.venv/bin/natkeep lab run server_moves_to_new_address --engine auto
 
-test: setup ## the whole test suite; PYTEST_ARGS='-k word' for a part of it, JOBS=2 tests at once
+test: setup kernel ## the whole test suite; PYTEST_ARGS='-k word' for a part of it, JOBS=2 tests at once
 	@$(PYTEST) $(PYTEST_ARGS)
 
 test-quick: setup ## under a minute: what needs no kernel, and one move by CRIU in a practice network
 	@$(PYTEST) -m quick $(PYTEST_ARGS)
 
-test-long: setup ## the whole test suite, with EXAMPLES=50000 of what gets into nft's text (test: 5,000)
+test-long: setup kernel ## the whole test suite, with EXAMPLES=50000 of what gets into nft's text (test: 5,000)
 	@NATKEEP_EXAMPLES=$(EXAMPLES) $(PYTEST) $(PYTEST_ARGS)
 
 check: ## lint and types
@@ -65,6 +66,12 @@ lab: root setup ## one practice network: SCENARIO=name ENGINE=auto|criu|repair (
 
 matrix: root setup ## the correctness matrix, beside rules written by hand: REPS=1 ONLY='name' (needs root)
 	@.venv/bin/natkeep lab matrix --reps $(REPS) $(if $(ONLY),--only '$(ONLY)')
+
+kernels: root ## what passes on Debian's kernels, own and newest, in virtual machines; KERNELS=own (needs root)
+	@scripts/setup kernels
+	@scripts/get-criu
+	@scripts/get-kernels $(KERNELS) || :
+	@.venv/bin/python -m bench.kernels $(KERNELS)
 
 fuzz: ## mutants of real dumps, journals and lists: SECONDS=60; ends in 1 if one is a finding
 	@scripts/setup
@@ -109,6 +116,11 @@ faults: root setup ## natkeep struck at every point and killed KILLS=500 times: 
 clean: ## remove .venv/, .lab/ and the caches; the system's packages stay
 	rm -rf .venv .lab .pytest_cache .mypy_cache .ruff_cache .hypothesis dist
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# A virtual machine of the suite's, where there is a qemu.
+.PHONY: kernel
+kernel: setup
+	@! command -v qemu-system-x86_64 >/dev/null || scripts/get-kernels own || :
 
 .PHONY: root
 root:

@@ -66,6 +66,14 @@ def _has_pycriu() -> bool:
     return _run("/usr/bin/python3", "-c", "import pycriu").returncode == 0
 
 
+def _has_kernel() -> bool:
+    """Another one than this machine's, that can be booted: `make test` fetches it for a qemu."""
+    sys.path.append(str(ROOT))  # bench/ is a program beside the package
+    from bench.kernels import find_missing
+
+    return not find_missing("own")
+
+
 # What can be required: how it is found, and what to say where it is not.
 PROBES: dict[str, tuple[Callable[[], bool], str]] = {
     "root": (_is_root, "needs root that may make network namespaces"),
@@ -78,6 +86,7 @@ PROBES: dict[str, tuple[Callable[[], bool], str]] = {
     "mypy": (lambda: _has_tool("mypy"), "needs mypy: scripts/setup"),
     "runc": (lambda: _has_tool("runc"), "needs Debian's runc: scripts/setup"),
     "podman": (lambda: _has_tool("podman"), "needs Debian's podman: scripts/setup"),
+    "kernel": (_has_kernel, "needs qemu and Debian's own kernel: make kernels KERNELS=own"),
     "shellcheck": (lambda: _has_tool("shellcheck"), "needs Debian's shellcheck"),
 }
 REQUIRED = frozenset(filter(None, os.environ.get("NATKEEP_REQUIRE", "").split(",")))

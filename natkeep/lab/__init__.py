@@ -9,6 +9,7 @@ engine.py, engines/           freeze and restore: CRIU, runc, podman, or TCP_REP
 translators.py                natkeep by its command line, and the baselines
 capture.py, wire_checks.py    tcpdump, and what its frames prove; host_state.py: what is left
 report.py                     assertions, and the report of one run
+time_scale.py                 how slow the machine is, for every deadline
 scenario.py, situations/      the moves that are made: `lab run` and `lab matrix`
 criu_restore.py, unkept.py, intruder.py    what only some of them need
 
