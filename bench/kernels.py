@@ -94,7 +94,7 @@ CHECKS = (
     _demo("repair"),
     _demo("criu"),
     Check("contract tests", _pytest(_CONTRACT, "linux"), tally_pytest),
-    _matrix(f"{len(SITUATIONS)} situations, IPv4", SITUATIONS, "--family=4"),
+    _matrix(f"{len(SITUATIONS)} situations, IPv4", SITUATIONS, "--family=4", "--probe=sent"),
 )
 QUICK = (
     _demo("repair"),

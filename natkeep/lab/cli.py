@@ -70,6 +70,10 @@ def _add_matrix(matrix: argparse.ArgumentParser) -> None:
     matrix.add_argument("--mode", action="append", default=[], choices=("stateful", "stateless"))
     matrix.add_argument("--family", action="append", default=[], type=int, choices=(4, 6))
     matrix.add_argument(
+        "--probe", action="append", default=[], choices=("sent", "lost"),
+        help="whether CRIU's window probe arrives; default: both",
+    )  # fmt: skip
+    matrix.add_argument(
         "--jobs", type=_count, default=len(os.sched_getaffinity(0)), metavar="N",
         help="labs at once; default: one a processor",
     )  # fmt: skip
@@ -128,8 +132,9 @@ def _matrix(args: argparse.Namespace) -> int:
     from natkeep.lab import matrix, matrix_table
 
     selection = matrix.Selection(
-        tuple(args.only), tuple(args.translator), tuple(args.mode), tuple(args.family)
-    )
+        tuple(args.only), tuple(args.translator), tuple(args.mode), tuple(args.family),
+        tuple(each == "sent" for each in args.probe),
+    )  # fmt: skip
     cells = selection.cells()
     require_tools("conntrack")
     runs = [cell for cell in cells if cell.applies] * args.reps

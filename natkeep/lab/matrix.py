@@ -96,6 +96,7 @@ class Selection:
     translators: tuple[str, ...] = ()
     modes: tuple[str, ...] = ()
     families: tuple[int, ...] = ()
+    probes: tuple[bool, ...] = ()
 
     def cells(self) -> list[Cell]:
         """The cells, in the order of the table; UsageError when `only` names nothing."""
@@ -119,7 +120,7 @@ class Selection:
             Column(translator, mode, probe)
             for translator in translators
             for mode in (modes if translator == "natkeep" else MODES[:1])
-            for probe in (True, False)
+            for probe in self.probes or (True, False)
         ]
 
     def _wants(self, situation: Situation) -> bool:

@@ -110,7 +110,7 @@ def test_a_row_says_what_failed_and_what_did_not_end():
 
 
 def test_a_dozen_situations_in_both_modes_are_tried():
-    cells = Selection(tuple(map(str, SITUATIONS)), ("natkeep",), (), (4,)).cells()
+    cells = Selection(tuple(map(str, SITUATIONS)), ("natkeep",), (), (4,), (True,)).cells()
     applying = [each for each in cells if each.applies]
 
     for mode in MODES:

@@ -154,6 +154,13 @@ def test_a_situation_is_selected_by_number_or_by_words():
     assert len({each.situation.name for each in by_number.cells()}) == 2
 
 
+def test_cells_are_selected_by_their_window_probe():
+    sent = Selection(("1",), ("natkeep",), (), (), (True,)).cells()
+
+    assert len(sent) == 4
+    assert all(each.column.probe for each in sent)
+
+
 def test_an_unknown_situation_is_a_usage_error():
     with pytest.raises(UsageError, match="'flood'") as raised:
         Selection(("1", "flood")).cells()
