@@ -23,7 +23,12 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import hypothesis
 import pytest
+
+# How long an example takes says how busy the machine is; figures belong to the benches.
+hypothesis.settings.register_profile("natkeep", deadline=None)
+hypothesis.settings.load_profile("natkeep")
 
 ROOT = Path(__file__).resolve().parent.parent
 CRIU = ROOT / ".lab/criu/criu"

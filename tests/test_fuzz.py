@@ -104,7 +104,7 @@ def test_every_damaged_length_is_refused(target: Target) -> None:
     assert proof.mutants >= 15 * proof.lengths
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @pytest.mark.parametrize("target", TARGETS, ids=NAMES)
 @given(rng=st.randoms(use_true_random=False))
 def test_a_mutant_is_read_or_refused(target: Target, rng) -> None:
@@ -120,7 +120,7 @@ HEADER = json.loads(JOURNALS.seeds[0][f"{ID}.journal"].split(b"\n")[0])
 PLACES = [(key,) for key in HEADER] + [("move", key) for key in HEADER["move"]]
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=400)
 @given(place=st.sampled_from(PLACES), value=JSON)
 def test_a_journal_with_another_value_somewhere(place: tuple[str, ...], value: object) -> None:
     """It is refused, or is of the kind that is written there: nothing is taken for another."""
@@ -139,7 +139,7 @@ def test_a_journal_with_another_value_somewhere(place: tuple[str, ...], value: o
         assert value is None or type(value) is type(written)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(packed=st.binary(max_size=200))
 def test_any_packed_connections_that_are_signed(packed: bytes) -> None:
     seed = JOURNALS.seeds[0]
@@ -149,13 +149,13 @@ def test_any_packed_connections_that_are_signed(packed: bytes) -> None:
     outcome(JOURNALS, case)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(data=st.binary(max_size=120) | st.text(max_size=80).map(str.encode))
 def test_any_octets_as_a_connections_file(data: bytes) -> None:
     outcome(LISTINGS, {LISTING: data})
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(
     name=st.sampled_from(sorted(IMAGES.seeds[0])),
     keep_head=st.booleans(),

@@ -26,7 +26,7 @@ from natkeep.kernel.netns import open_namespace
 from natkeep.lifecycle.executor import Executor
 from natkeep.lifecycle.open import open_move
 from natkeep.lifecycle.prepare import carry_out, prepare
-from natkeep.lifecycle.repair import _ADDED, repair
+from natkeep.lifecycle.repair import ADDED, repair
 from natkeep.lifecycle.status import read_status
 from natkeep.lifecycle.teardown import teardown
 from natkeep.plan.base_chains import is_later
@@ -144,7 +144,7 @@ def test_what_an_earlier_natkeep_had_no_rules_for_is_no_drift_and_added_by_a_rep
         remove_later(name)
 
     assert [site.drift for site in read_status(executor, ("web",))[0].sites] == [(), ()]
-    assert {one.drift for one in repair(executor, "web")} == {_ADDED}
+    assert {one.drift for one in repair(executor, "web")} == {ADDED}
     assert {name: read_ruleset(name) for name in names.values()} == whole
     assert repair(executor, "web") == ()
     teardown(executor, "web")

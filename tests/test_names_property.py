@@ -234,7 +234,6 @@ def test_nothing_but_closed_alphabets_gets_into_nft_text() -> None:
 
     @settings(
         max_examples=EXAMPLES,
-        deadline=None,
         database=None,
         phases=(Phase.generate, Phase.shrink),
         report_multiple_bugs=False,
@@ -265,7 +264,7 @@ IDS = st.from_regex(r"[a-z0-9][a-z0-9-]{0,5}", fullmatch=True)
 ADDRESSES = st.ip_addresses()
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(IDS, IDS, st.integers(0, 9), st.integers(0, 9), ADDRESSES, ADDRESSES)
 def test_two_moves_never_share_a_name(
     one: str, other: str, m: int, n: int, here: object, there: object

@@ -19,7 +19,7 @@ from natkeep.plan.steps import Plan, Prior
 from natkeep.state.journal import Journal
 from natkeep.values import dataclass
 
-_ADDED = ("rules that the natkeep which prepared the move did not have",)
+ADDED = ("rules that the natkeep which prepared the move did not have",)
 """In the place of what is missing, where none of it ever was there."""
 
 
@@ -68,7 +68,7 @@ def _repair_sites(executor: Executor, journal: Journal, plan: Plan) -> tuple[Rep
         here = [*_find_unfinished(journal, plan, site), *sight.patches(site)]
         commands = tuple(line for _, patch in here for line in patch.describe())
         if here:
-            found.append(Repaired(site, sight.drift(site) or _ADDED, commands))
+            found.append(Repaired(site, sight.drift(site) or ADDED, commands))
         patches += here
     # In the plan's order, so that no gate opens before all that stands behind it is there.
     for number, patch in sorted(patches, key=lambda each: each[0]):

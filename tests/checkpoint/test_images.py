@@ -764,9 +764,7 @@ def test_no_lock_method_is_iptables(tmp_path: Path) -> None:
 
 # ---- properties ---------------------------------------------------------------------------
 
-IN_PROCESS = settings(
-    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+IN_PROCESS = settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 UNKNOWN = st.one_of(
     st.integers(0, 2**64 - 1).map(lambda value: field(200, value)),
     st.binary(max_size=200).map(lambda value: field(201, value)),
