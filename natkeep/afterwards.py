@@ -55,6 +55,7 @@ def _detach() -> None:
     for standard in (0, 1, 2):
         os.dup2(nowhere, standard)
     os.closerange(3, os.sysconf("SC_OPEN_MAX"))
+    os.chdir("/")
 
 
 def _rest(beside: int) -> None:

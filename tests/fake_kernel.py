@@ -212,6 +212,11 @@ class FakeKernel:
         """What a test put there."""
         return tuple(self.sites[site.netns].lost)
 
+    def find_missing(self, site: Site, plan: Plan) -> frozenset[Key]:
+        """As `observe` has it."""
+        seen = self.observe(site, plan)
+        return seen.gone | seen.shut
+
     def read_table(self, site: Site) -> SeenTable:
         """The gates and holds, as the chains that they would be."""
         here = self.sites[site.netns]

@@ -6,8 +6,6 @@ site that has just looked at this chain refers to it in its next transaction, an
 
 from __future__ import annotations
 
-import subprocess
-import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -25,6 +23,7 @@ from natkeep.plan.base_chains import GATE
 from natkeep.plan.move import Map, Move, Site
 from natkeep.plan.nft import TABLE, Object
 from natkeep.plan.roles import Role
+from natkeep.plan.steps import HoldListeners
 from natkeep.plan.tuples import Connections, Endpoint, FourTuple, parse_address
 from natkeep.state.directory import StateDirectory
 
@@ -88,27 +87,36 @@ def test_a_prepare_that_has_looked_at_the_gate_hook_finds_it_in_its_transaction(
     assert not gateway.has_gate_hook()
 
 
-def test_what_the_quick_file_leaves_waits_for_the_lock_too(
-    gateway: Gateway, tmp_path: Path
-) -> None:
-    """As the hook does it: beside CRIU's end, but not beside another natkeep."""
+def test_what_open_leaves_waits_for_no_lock(gateway: Gateway) -> None:
     gateway.prepare(1)
-    program = (
-        "import sys, posix, fcntl; sys.path.append(sys.argv[1])\n"
-        "import natkeep_hook_open as quick\n"
-        "held = quick.lock(quick.open_state(), fcntl.LOCK_EX)\n"
-        "print('held', flush=True)\n"
-        "posix.close(held)\n"
-    )
-    quick = Path(sys.executable).parent
+    open_move(gateway.executor(), "m1")
     state = gateway.executor().state
-    with state.locked():
-        child = subprocess.Popen(
-            [sys.executable, "-I", "-S", "-c", program, str(quick)],
-            env={"NATKEEP_STATE_DIR": gateway.directory},
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        with pytest.raises(subprocess.TimeoutExpired):
-            child.wait(0.5)
-    assert child.communicate(timeout=10)[0] == "held\n"
+    with state.changing("m1"):
+        remove_gate_hooks(gateway.executor(), "m1")
+    assert not gateway.has_gate_hook()
+    remove_gate_hooks(gateway.executor(), "m2")  # of a move that is no more
+
+
+def test_listeners_that_are_blocked_while_the_gate_hook_goes_are_blocked(
+    gateway: Gateway, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Their rule is in the base chain itself."""
+    gateway.prepare(1)
+    open_move(gateway.executor(), "m1")
+    look, removed = nftables.missing_gate_hook, []
+
+    def look_and_be_overtaken() -> tuple[Object, ...]:
+        seen = look()
+        if not removed:
+            removed.append(True)
+            remove_gate_hooks(gateway.executor(), "m1")
+        return seen
+
+    site = Site(Role.SOURCE, gateway.netns)
+    ends = (Endpoint(parse_address("10.2.0.1"), 80),)
+    step = HoldListeners(site, "m2", ends)
+    monkeypatch.setattr(nftables, "missing_gate_hook", look_and_be_overtaken)
+    with inside(open_namespace(gateway.netns)):
+        nftables.load_block(step)
+        assert "m2:hold" in [rule.comment for rule in nftables_dump.rules(TABLE, GATE)]
+    assert removed

@@ -9,6 +9,7 @@ import json
 import os
 import re
 import subprocess
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -24,9 +25,16 @@ from natkeep.plan.move import Map, Mode, Move, Site
 from natkeep.plan.roles import Role
 from natkeep.plan.steps import AddAddress, Prior
 from natkeep.plan.translation import Surroundings
-from natkeep.plan.tuples import Connections, Endpoint, FourTuple, parse_address
+from natkeep.plan.tuples import (
+    NO_CONNECTIONS,
+    Connections,
+    Endpoint,
+    FourTuple,
+    parse_address,
+)
 from natkeep.state import files
 from natkeep.state.directory import Header, StateDirectory, read_boot_id
+from natkeep.state.files import StateFiles
 from natkeep.state.journal import Journal
 from natkeep.values import replace
 
@@ -71,6 +79,11 @@ def place(tmp_path: Path) -> Path:
 @pytest.fixture
 def state(place: Path) -> StateDirectory:
     return StateDirectory(str(place), create=True)
+
+
+def names_in(place: Path) -> list[str]:
+    """What is in the directory, besides the file that says whose it is."""
+    return sorted(path.name for path in place.iterdir() if path.name != "lock")
 
 
 STEP = AddAddress(MOVE.sites[0], parse_address("10.2.0.10"))
@@ -165,7 +178,7 @@ def test_the_format_line_by_line(state: StateDirectory, place: Path) -> None:
         '{"step":0,"state":"undone"}',
         "",
     ] == (place / "web.journal").read_text().split("\n")
-    assert {"web.connections", "web.journal"} == {path.name for path in place.iterdir()}
+    assert names_in(place) == ["web.connections", "web.journal"]
 
 
 def test_which_peers_were_moved_to_the_destination_before_is_read_again(
@@ -235,7 +248,7 @@ def test_a_journal_that_is_removed_is_gone_and_so_are_its_connections(
     begin(state, Move("api", MOVE.maps, MOVE.sites))
     written.remove()
     assert state.ids() == ("api",)
-    assert {"api.connections", "api.journal"} == {path.name for path in place.iterdir()}
+    assert names_in(place) == ["api.connections", "api.journal"]
     written.remove()  # a second time is fine
 
 
@@ -285,7 +298,7 @@ def test_begin_takes_no_notice_of_what_a_crash_in_begin_left(
         (place / name).write_text("half")
     assert state.ids() == ()
     assert plain(begin(state)) == plain(state.load("web"))
-    assert {"web.connections", "web.journal"} == {path.name for path in place.iterdir()}
+    assert names_in(place) == ["web.connections", "web.journal"]
 
 
 @pytest.mark.parametrize("writes", range(2))
@@ -304,7 +317,7 @@ def test_begin_that_cannot_write_leaves_nothing(
     monkeypatch.setattr(os, "write", write)
     with pytest.raises(JournalError, match="No space left on device"):
         begin(state)
-    assert list(place.iterdir()) == []
+    assert names_in(place) == []
 
 
 def test_note_that_cannot_write_is_an_error_of_the_journal(
@@ -604,10 +617,11 @@ def test_links_in_place_of_new_files_are_replaced_and_not_followed(
         (place / name).symlink_to(victim)
     begin(state)
     assert victim.read_text() == "mine"
-    assert [path.is_symlink() for path in sorted(place.iterdir())] == [False, False]
+    assert [(place / name).is_symlink() for name in names_in(place)] == [False, False]
 
 
 def test_a_link_in_place_of_the_lock_is_refused(state: StateDirectory, place: Path) -> None:
+    (place / "lock").unlink()
     (place / "lock").symlink_to(place.parent / "elsewhere")
     with pytest.raises(JournalError, match="Too many levels of symbolic links"), state.locked():
         pass
@@ -621,7 +635,7 @@ def test_the_directory_stays_the_same_when_another_takes_its_name(
     place.rename(tmp_path / "moved")
     place.mkdir()
     written.note(0, "doing", Prior(), STEP)
-    assert list(place.iterdir()) == []
+    assert names_in(place) == []
     assert plain(written) == plain(state.load("web"))
 
 
@@ -794,6 +808,144 @@ def test_a_lock_is_given_up_when_its_holder_fails(state: StateDirectory, place: 
         raise ZeroDivisionError
     with (place / "lock").open("r+b") as file:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+@pytest.mark.parametrize("ids", [("web",), ("api", "web"), ("web", "no-such")])
+def test_a_move_that_is_changed_is_locked_and_others_are_not(
+    ids: tuple[str, ...], state: StateDirectory, place: Path
+) -> None:
+    for name in ("web", "api", "else"):
+        begin(state, Move(name, MOVE.maps, MOVE.sites))
+    second = StateDirectory(str(place), create=False)
+    with state.changing(*ids):
+        for name in ids:
+            if state.knows(name):
+                held = pytest.raises(JournalError, match=f"holds .*/{name}.journal")
+                with held, second.holding(name, timeout=0):
+                    pass
+        with pytest.raises(JournalError, match=r"holds .*/lock"), second.locked(0):
+            pass
+        with second.holding("else", timeout=0) as there:  # as a hook that opens it
+            assert there
+    with second.holding("web", timeout=0) as there, second.locked(0):
+        assert there
+    with second.holding("no-such", timeout=0) as there:
+        assert not there
+
+
+def test_a_journal_is_locked_from_its_begin_on(state: StateDirectory, place: Path) -> None:
+    second = StateDirectory(str(place), create=False)
+    with state.changing("web"):
+        begin(state)
+        with pytest.raises(JournalError, match=r"web\.journal"), second.holding("web", timeout=0):
+            pass
+    with second.holding("web", timeout=0) as there:
+        assert there
+
+
+def test_a_lock_of_a_journal_that_is_removed_meanwhile_is_none(
+    state: StateDirectory, place: Path
+) -> None:
+    written = begin(state)
+    waits, got = threading.Event(), []
+
+    def wait() -> None:
+        waits.set()
+        with StateDirectory(str(place), create=False).holding("web", timeout=10) as there:
+            got.append(there)
+
+    with state.changing("web"):
+        other = threading.Thread(target=wait)
+        other.start()
+        waits.wait(10)
+        while not count_waiting(place / "web.journal"):
+            time.sleep(0.01)
+        written.remove()
+    other.join(10)
+    assert got == [False]
+
+
+def test_a_journal_that_changes_while_it_is_read_is_read_again(
+    state: StateDirectory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without the lock: another one of its id takes its place between two files, or none does."""
+    begin(state)
+    read, meanwhile = StateFiles.read, [True, False]
+
+    def read_late(files: StateFiles, name: str) -> bytes:
+        content = read(files, name)
+        if name == "web.journal" and meanwhile:
+            state.remove("web")
+            if meanwhile.pop(0):
+                state.begin(MOVE, NO_CONNECTIONS, SURROUNDINGS, NAMESPACES, KINDS, before=(0, 1))
+        return content
+
+    monkeypatch.setattr(StateFiles, "read", read_late)
+    with pytest.raises(JournalError, match="no move web in"):
+        state.load("web")
+    begin(state)
+    meanwhile[:] = [True]
+    assert state.load("web").connections == NO_CONNECTIONS
+
+
+# ---- whose directory it is -------------------------------------------------------------------
+
+
+def test_a_directory_that_was_made_or_found_empty_is_natkeeps(tmp_path: Path) -> None:
+    for name in ("made", "empty", "full"):
+        (tmp_path / name).mkdir(mode=0o700)
+    (tmp_path / "made").rmdir()
+    (tmp_path / "full/web.ready").write_text("mine")
+    for name, own in (("made", True), ("empty", True), ("full", False)):
+        state = StateDirectory(str(tmp_path / name), create=True)
+        with state.locked():
+            pass
+        assert StateDirectory(str(tmp_path / name), create=True).is_natkeeps() is own
+    state = StateDirectory(str(tmp_path / "other"), create=False)
+    assert not state.is_natkeeps()
+    state.refuse_foreign_path()  # there is nothing to clear
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda path: path.chmod(0o777), "can be written by others"),
+        (lambda path: path.chmod(0o775), "can be written by others"),
+        (lambda path: os.chown(path, 65534, -1), "belongs to uid 65534"),
+        (lambda path: path.chmod(0o1777), None),
+    ],
+)
+@pytest.mark.root
+@pytest.mark.needs("powers")
+def test_a_directory_that_another_user_could_have_put_there_is_told(
+    change: Callable[[Path], None], said: str | None, tmp_path: Path
+) -> None:
+    parent = tmp_path / "parent"
+    (parent / "natkeep").mkdir(mode=0o700, parents=True)
+    (tmp_path / "link").symlink_to(parent)
+    change(parent)
+    for path in (
+        parent / "natkeep",
+        tmp_path / "link/natkeep",
+        tmp_path / "link/../parent/natkeep",
+    ):
+        state = StateDirectory(str(path), create=False)
+        if said is None:
+            state.refuse_foreign_path()
+            continue
+        with pytest.raises(JournalError, match=f"{path}: {parent} {said}"):
+            state.refuse_foreign_path()
+
+
+@pytest.mark.root
+@pytest.mark.needs("powers")
+def test_a_link_of_another_user_that_leads_there_is_told(tmp_path: Path) -> None:
+    (tmp_path / "natkeep").mkdir(mode=0o700)
+    (tmp_path / "link").symlink_to("natkeep")
+    os.chown(tmp_path / "link", 65534, -1, follow_symlinks=False)
+    state = StateDirectory(str(tmp_path / "link"), create=False)
+    with pytest.raises(JournalError, match="link belongs to uid 65534"):
+        state.refuse_foreign_path()
 
 
 def test_the_lock_is_not_inherited_by_what_is_started_meanwhile(

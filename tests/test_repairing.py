@@ -10,6 +10,7 @@ import json
 import os
 import threading
 from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import pytest
@@ -377,10 +378,11 @@ def test_who_holds_the_lock_is_waited_for(world: World) -> None:
     thread.start()
     held.wait(10)
     try:
+        assert world.repair() == []  # to look needs no lock
+        assert world.gc().cleared == ()
+        world.sites["dst"].addresses.clear()
         with pytest.raises(JournalError, match="another natkeep holds"):
             world.repair()
-        with pytest.raises(JournalError, match="another natkeep holds"):
-            world.gc()
     finally:
         release.set()
         thread.join()
@@ -641,6 +643,75 @@ def test_what_has_no_journal_goes_and_what_has_one_stays(world: World) -> None:
     [other] = read_status(Executor(world.kernel, world.state), ("other",))
     assert other.sites[0].drift == ()
     assert world.gc() == Collected((), ())
+
+
+def test_in_a_directory_that_natkeep_has_not_made_no_file_goes(world: World) -> None:
+    world.directory.mkdir(mode=0o700)
+    names = ("web.ready", "notes.journal.txt", "report.connections", ".web.seen.new")
+    for name in names:
+        (world.directory / name).write_text("mine")
+
+    collected = world.gc()
+
+    assert collected.cleared == ()
+    [error] = collected.left
+    assert error.exit_code == 8
+    assert "report.connections, web.ready" in str(error)
+    assert f"{world.directory} was not made by natkeep" in str(error)
+    assert world.files() == set(names)
+
+
+def test_of_a_directory_that_others_can_write_to_gc_clears_nothing(world: World) -> None:
+    world.prepare(DESTINATION)
+    (world.directory / "api.ready").write_text("lost")
+    world.directory.parent.chmod(0o777)
+    with pytest.raises(JournalError, match=f"{world.directory.parent} can be written by others"):
+        world.gc()
+    assert "api.ready" in world.files()
+
+
+@pytest.mark.parametrize("verb", ["repair", "gc"])
+def test_what_is_torn_down_or_begun_during_a_look_is_no_error(
+    verb: str, world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The look has no lock; in the middle of it the move goes, and comes again under its id."""
+    world.prepare(DESTINATION, gate=Gate.OPEN)
+    real, times = MortalKernel.observe, []
+
+    def observe(kernel: MortalKernel, site: Site, plan: Plan) -> Observation:
+        times.append(True)
+        if len(times) == 1:
+            teardown(Executor(world.kernel, world.state), "web")
+            world.sites["dst"].sockets = set()
+            seen = real(kernel, site, plan)
+            world.prepare(DESTINATION, gate=Gate.OPEN)
+            return seen
+        return real(kernel, site, plan)
+
+    monkeypatch.setattr(MortalKernel, "observe", observe)
+    if verb == "repair":
+        assert world.repair() == []
+    else:
+        assert world.gc() == Collected((), ())
+    assert world.drift() == []
+
+
+def test_what_is_missing_is_put_back_once_by_two_who_saw_it(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    world.prepare(DESTINATION)
+    world.sites["dst"].addresses.clear()
+    real, others = StateDirectory.changing, []
+
+    def changing(state: StateDirectory, *ids: str) -> AbstractContextManager[None]:
+        if not others:
+            others.append(True)
+            others.append(world.repair())
+        return real(state, *ids)
+
+    monkeypatch.setattr(StateDirectory, "changing", changing)
+    assert world.repair() == []
+    assert others[1:] == [["address 10.2.0.10: not on this host"]]
 
 
 def collected_files(collected: Collected) -> list[str]:

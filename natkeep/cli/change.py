@@ -208,6 +208,8 @@ def repair(args: argparse.Namespace) -> int:
         try:
             moves.append({"id": move_id, "repaired": _repair(args, executor, move_id)})
         except NatkeepError as error:
+            if not executor.state.knows(move_id):
+                continue  # it was torn down meanwhile
             # One move that cannot be repaired must not keep the others as they are.
             first = first or error
             talk(args, f"natkeep: {move_id}: {error}")

@@ -63,10 +63,11 @@ def open_state() -> int:
     return directory
 
 
-def lock(directory: int, how: int) -> int:
-    """The directory's lock, held until the descriptor that is returned is closed."""
-    held = posix.open("lock", posix.O_RDWR | SAFE, dir_fd=directory)
-    fcntl.flock(held, how)
+def lock(name: str, directory: int) -> int:
+    """The lock of a move, held until the descriptor that is returned is closed; waited for."""
+    held = posix.open(name, posix.O_RDONLY | SAFE, dir_fd=directory)
+    fcntl.flock(held, fcntl.LOCK_EX)
+    demand(posix.fstat(held).st_nlink)
     return held
 
 
@@ -231,7 +232,7 @@ def serve(move_id: str, directory: int) -> list[Site]:
 def main() -> None:
     """Open the move that the environment names, and leave; the long way otherwise."""
     try:
-        directory, sites = serve_in_time()
+        sites = serve_in_time()
     except Exception:
         posix.execv(SLOW[0], SLOW)
     try:
@@ -239,17 +240,17 @@ def main() -> None:
         parent = posix.getppid()  # 0 where CRIU is outside of the pid namespace that we are in
         criu = posix.pidfd_open(parent) if parent else None
         if not posix.fork():
-            unhook(sites, directory, criu)
+            unhook(sites, criu)
     finally:  # also where stderr is closed, or no process can be left behind: the move is open
         posix._exit(0)
 
 
-def unhook(sites: list[Site], directory: int, criu: int | None) -> None:
+def unhook(sites: list[Site], criu: int | None) -> None:
     """Take the gates out of all packets' way, by a process that no restore waits for; exit.
 
     CRIU's own end waits for the kernel in the same queue, so that comes first, if it comes soon.
-    Then it is over in some milliseconds: it may stand in the control group of a container. Under
-    the lock, since a prepare that has just seen the base chain refers to it.
+    Then it is over in some milliseconds: it may stand in the control group of a container. It has
+    no lock, and no descriptor but those it needs: nothing waits for it.
     """
     import select
 
@@ -259,28 +260,32 @@ def unhook(sites: list[Site], directory: int, criu: int | None) -> None:
         nowhere = posix.open("/dev/null", posix.O_RDWR)
         for standard in (0, 1, 2):
             posix.dup2(nowhere, standard)
+        needed = {0, 1, 2, criu, *(site.namespace for site in sites)}
+        for name in posix.listdir("/proc/self/fd"):
+            if int(name) not in needed:
+                posix.closerange(int(name), int(name) + 1)  # whatever it is, also if it is none
+        posix.chdir("/")
         poll = select.poll()
         if criu is not None:
             poll.register(criu, select.POLLIN)
         poll.poll(REST)
-        lock(directory, fcntl.LOCK_EX)
         for site in sites:
             site.unhook()
     finally:
         posix._exit(0)
 
 
-def serve_in_time() -> tuple[int, list[Site]]:
-    """Open the move that the environment names, or fail in time; the state directory, the sites."""
+def serve_in_time() -> list[Site]:
+    """Open the move that the environment names, or fail in time; the sites."""
     try:
         _signal.signal(_signal.SIGALRM, late)
         _signal.setitimer(_signal.ITIMER_REAL, SECONDS)
         move_id = variable("NATKEEP_ID")
         demand(move_id and len(move_id) <= 32 and ID_ALPHABET.issuperset(move_id))
         directory = open_state()
-        held = lock(directory, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        held = lock(f"{move_id}.journal", directory)
         sites = serve(move_id, directory)
         posix.close(held)
-        return directory, sites
+        return sites
     finally:
         _signal.setitimer(_signal.ITIMER_REAL, 0)

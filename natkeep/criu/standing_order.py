@@ -20,13 +20,13 @@ from natkeep.criu.environment import Call
 from natkeep.kernel.interface import Kernel
 from natkeep.kernel.old_address import find_at_home
 from natkeep.lifecycle.executor import Executor
-from natkeep.plan.move import Site, parse_map
+from natkeep.plan.move import Site, parse_id, parse_map
 from natkeep.state.directory import read_boot_id
 
 
 def why_not_about(move_id: str, call: Call, executor: Executor) -> str:
     """Why the order to open *move_id* is not about this restore; empty where it is."""
-    if not executor.state.knows(move_id):
+    if not executor.state.knows(parse_id(move_id)):
         return f"there is no move {move_id}"
     journal = executor.state.load(move_id)
     if journal.boot != read_boot_id():

@@ -42,6 +42,7 @@ from typing import TYPE_CHECKING, ParamSpec, Protocol, TypeVar
 
 from natkeep.plan.identity import Identity
 from natkeep.plan.move import Move, Site
+from natkeep.plan.nft import Key
 from natkeep.plan.observation import Observation
 from natkeep.plan.step_undo import Undo
 from natkeep.plan.steps import Plan, Prior, Step
@@ -163,6 +164,10 @@ class Kernel(Protocol):
 
     def find_lost_routes(self, site: Site, noted: str) -> tuple[str, ...]:
         """Those of the routes and addresses that InstallTranslation *noted* which are gone."""
+
+    def find_missing(self, site: Site, plan: Plan) -> frozenset[Key]:
+        """The objects of *plan* that an opened site's tables lack; however many connections."""
+        ...
 
     def clear_strays(self, site: Site, known: frozenset[str], olds: frozenset[Address], *,
                      sure: bool) -> None:  # fmt: skip

@@ -31,6 +31,7 @@ from natkeep.kernel.nft_drivers import NFT_DRIVERS, NFT_INVERSES
 from natkeep.plan.entry_attributes import Noted
 from natkeep.plan.identity import Identity
 from natkeep.plan.move import Move, Site
+from natkeep.plan.nft import Key
 from natkeep.plan.observation import Observation
 from natkeep.plan.roles import Role
 from natkeep.plan.step_undo import (
@@ -167,6 +168,16 @@ class LinuxKernel:
         """Those of the routes and addresses that InstallTranslation *noted* which are gone."""
         with self._at(site):
             return lost_routes.find_lost(noted)
+
+    def find_missing(self, site: Site, plan: Plan) -> frozenset[Key]:
+        """The objects of *plan* that an opened site's tables lack."""
+        from natkeep.kernel import snapshot
+
+        with (
+            errors_at(site),
+            closing(snapshot.Snapshot(self._namespaces[site], self._directory)) as seen,
+        ):
+            return seen.find_missing(site, plan)
 
     def snapshot(self, site: Site) -> Snapshot:
         """What an opened site's namespace shows, for one move or for many."""

@@ -95,11 +95,27 @@ def load(objects: Iterable[Object], first: Iterable[str] = ()) -> None:
     objects = tuple(objects)
     raw = [one for one in objects if isinstance(one, Rule) and one.is_raw()]
     text = [*first, *(str(one) for one in objects if one not in raw)]
-    if any(_closes_gate(one) for one in objects) and gate_hook()[0] not in objects:
-        text = [*map(str, missing_gate_hook()), *text]
-    if text:
-        run_transaction(text)
+    closes = any(_closes_gate(one) for one in objects)
+    hook = missing_gate_hook() if closes and gate_hook()[0] not in objects else ()
+    try:
+        run_transaction([*map(str, hook), *text])
+    except NftError:
+        late = missing_gate_hook() if closes and not hook else ()
+        if not late:
+            raise
+        run_transaction([*map(str, late), *text])  # it went since we looked
+    if closes:
+        _hook_again()
     send_batch(pack_objects(raw))
+
+
+def _hook_again() -> None:
+    """The base chain `gate` may have been removed since we looked: before our gate was there.
+
+    From now on it is not, since a gate is closed.
+    """
+    if late := missing_gate_hook():
+        run_transaction(map(str, late))
 
 
 def load_step(step: Loads, objects: Iterable[Object], first: Iterable[str] = ()) -> None:
@@ -226,6 +242,7 @@ def close_gates(chains: Iterable[str]) -> None:
         rules = (rule for rule in dump.rules(TABLE, chain) if rule.comment == OPEN)
         lines += [Undo("inet", "rule", chain).command(rule.handle) for rule in rules]
     _run_what_is_there(lines)
+    _hook_again()
 
 
 def missing_gate_hook() -> tuple[Object, ...]:
@@ -238,7 +255,7 @@ def missing_gate_hook() -> tuple[Object, ...]:
 def remove_gate_hook() -> None:
     """Take the gates out of all packets' way, where none is closed; refused if anything changes.
 
-    Under the state directory's lock: what prepares refers to the chain that it has seen.
+    No lock is needed: what closes a gate at the same time looks again, behind its transaction.
     """
     if packed := pack_gate_hook_removal():
         with Netlink(NETLINK_NETFILTER) as netlink, suppress(OSError):  # it only saves time

@@ -72,6 +72,12 @@ class Snapshot:
         with errors_at(site), inside(self._namespace):
             return self._observe(site, plan)
 
+    def find_missing(self, site: Site, plan: Plan) -> frozenset[Key]:
+        """The objects of *plan* that the tables lack; nothing else is read."""
+        with inside(self._namespace):
+            prepared, opened = split_opening(plan, site)
+            return (prepared | opened) - self._find_objects(prepared | opened)
+
     def _observe(self, site: Site, plan: Plan) -> Observation:
         here = [t for t in plan.translations if t.site == site]
         move_id, receptions = plan.move.id, make_receptions(plan.move, site)

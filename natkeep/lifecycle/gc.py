@@ -5,8 +5,9 @@ gone, moves that were begun and never prepared to the end, moves whose undoing w
 ended, moves that the hook prepared for a CRIU that is no more, and moves whose connections have
 all ended. Then what bears our names and no journal knows, in the state directory and at the sites.
 
-Rule: everything is done under the lock, so a verb that is still at work on a move is not disturbed.
-A journal that cannot be read is named and left alone, and so is what bears its id.
+Rule: the looks have no lock. What is cleared is cleared under the locks, if its journal is as it
+was when it was looked at; a move that another natkeep is at work on is left to the next gc. A
+journal that cannot be read is named and left alone, and so is what bears its id.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from natkeep.kernel import nft_strays, sock_diag
 from natkeep.kernel.netns import NamespaceGoneError
 from natkeep.lifecycle.executor import Executor, forget
 from natkeep.lifecycle.progress import has_been_opened, is_retired
-from natkeep.lifecycle.status import look_around, note_sighting
+from natkeep.lifecycle.status import look_around, remember_sighting
 from natkeep.lifecycle.teardown import end
 from natkeep.plan.identity import Identity
 from natkeep.plan.liveness import Sighting
@@ -60,24 +61,22 @@ def gc(
 
     is_abandoned: whether a move was made for a CRIU that is no more. dry_run: only say what.
     """
-    with executor.state.locked():
-        collection = _Collection(executor, dry_run)
-        places: dict[tuple[str, Identity | None], Site] = {
-            (site.netns, None): site for site in sites
-        }
-        for move_id in executor.state.ids():
-            header = executor.state.read_header(move_id)
-            if header is not None and header.boot == read_boot_id():
-                for site, identity in zip(header.move.sites, header.namespaces, strict=True):
-                    places.setdefault((site.netns, identity), site)
-            collection.clear_move(move_id, is_abandoned)
-            # There may be more moves than descriptors.
-            executor.kernel.close_sites(header.move.sites if header is not None else ())
-        collection.clear_files()
-        for (_, known), site in places.items():
-            collection.clear_site(site, known)
-            executor.kernel.close_sites([site])
-        return Collected(tuple(collection.cleared), tuple(collection.left))
+    executor.state.refuse_foreign_path()
+    collection = _Collection(executor, dry_run)
+    places: dict[tuple[str, Identity | None], Site] = {(site.netns, None): site for site in sites}
+    for move_id in executor.state.ids():
+        header = executor.state.read_header(move_id)
+        if header is not None and header.boot == read_boot_id():
+            for site, identity in zip(header.move.sites, header.namespaces, strict=True):
+                places.setdefault((site.netns, identity), site)
+        collection.clear_move(move_id, is_abandoned)
+        # There may be more moves than descriptors.
+        executor.kernel.close_sites(header.move.sites if header is not None else ())
+    collection.clear_files()
+    for (_, known), site in places.items():
+        collection.clear_site(site, known)
+        executor.kernel.close_sites([site])
+    return Collected(tuple(collection.cleared), tuple(collection.left))
 
 
 @dataclass(slots=True)
@@ -92,29 +91,48 @@ class _Collection:
     seen: set[Identity] = field(default_factory=set)
 
     def clear_move(self, move_id: str, is_abandoned: Callable[[str], bool]) -> None:
-        executor = self.executor
+        state = self.executor.state
+        is_same = state.watch(move_id)
         try:
-            reason = _find_reason(executor, move_id, is_abandoned, dry_run=self.dry_run)
-            if not reason:
+            reason = _find_reason(self.executor, move_id, is_abandoned, dry_run=self.dry_run)
+            if not reason or not (self.dry_run or self._end_move(move_id, is_same)):
                 return
-            if not self.dry_run:
-                journal = executor.state.load(move_id)
-                if journal.boot != read_boot_id():
-                    forget(journal)  # whatever its steps were: nothing of them is there
-                else:
-                    end(executor, move_id)
-                faultpoints.reach("collected", "move")
         except NatkeepError as error:
-            self.left.append(error)
+            if is_same():  # else another natkeep was at it
+                self.left.append(error)
             return
         self.gone.add(move_id)
         self.cleared.append(Cleared("move", move_id, reason))
 
+    def _end_move(self, move_id: str, is_same: Callable[[], bool]) -> bool:
+        """Undo it, if its journal is as it was."""
+        state = self.executor.state
+        with state.changing(move_id):
+            if not is_same():
+                return False
+            journal = state.load(move_id)
+            if journal.boot != read_boot_id():
+                forget(journal)  # whatever its steps were: nothing of them is there
+            else:
+                end(self.executor, move_id)
+            faultpoints.reach("collected", "move")
+        return True
+
     def clear_files(self) -> None:
-        for name in self.executor.state.strays():
-            if not self.dry_run:
-                self.executor.state.remove_stray(name)
-            self.cleared.append(Cleared("file", name, "no journal knows it"))
+        state = self.executor.state
+        if not (strays := state.strays()):
+            return
+        if not state.is_natkeeps():
+            hint = "remove them by hand, if they are"
+            names = f"{', '.join(strays)}: {state.path} was not made by natkeep"
+            self.left.append(LeftoverError(f"not known to be natkeep's: {names}", hint=hint))
+            return
+        # Without the locks they may be of a natkeep that is just writing them.
+        with state.changing(*strays.values()):
+            for name in sorted(state.strays().keys() & strays):
+                if not self.dry_run:
+                    state.remove_stray(name)
+                self.cleared.append(Cleared("file", name, "no journal knows it"))
 
     def clear_site(self, site: Site, identity: Identity | None) -> None:
         kernel = self.executor.kernel
@@ -126,19 +144,32 @@ class _Collection:
         if here in self.seen:
             return
         self.seen.add(here)
-        known, olds, sure = _find_known(self.executor, here, self.gone if self.dry_run else ())
         try:
-            table = kernel.ask(site, nft_strays.read_table)
-            strays = table.ids() - known - (self.gone if self.dry_run else set())
-            whole = not known and sure and (table.there or table.silent)
-            if not strays and (not whole or (self.dry_run and self.gone)):
+            if not self._has_strays(site, here):
                 return
-            if not self.dry_run:
-                kernel.clear_strays(site, known, olds, sure=sure)
-                faultpoints.reach("collected", "table")
+            with self.executor.state.locked():  # what is just being prepared is known by then
+                self._clear_strays(site, here)
         except NatkeepError as error:
             self.left.append(error)
+
+    def _has_strays(self, site: Site, here: Identity) -> bool:
+        known, _, sure = _find_known(self.executor, here, self.gone if self.dry_run else ())
+        table = self.executor.kernel.ask(site, nft_strays.read_table)
+        whole = not known and sure and (table.there or table.silent)
+        if table.ids() - known - (self.gone if self.dry_run else set()):
+            return True
+        return whole and not (self.dry_run and self.gone)
+
+    def _clear_strays(self, site: Site, here: Identity) -> None:
+        kernel = self.executor.kernel
+        if not self._has_strays(site, here):
             return
+        known, olds, sure = _find_known(self.executor, here, self.gone if self.dry_run else ())
+        table = kernel.ask(site, nft_strays.read_table)
+        strays = table.ids() - known - (self.gone if self.dry_run else set())
+        if not self.dry_run:
+            kernel.clear_strays(site, known, olds, sure=sure)
+            faultpoints.reach("collected", "table")
         for old in [old for old in table.held if old not in olds] if sure else []:
             # Whether it was there before us only the journal knew: it is named, not taken.
             prefix = f"{old}/{old.max_prefixlen}"
@@ -225,7 +256,7 @@ def _has_ended(
     sight = look_around(executor, journal, plan, sites)
     sighting = sight.entries()
     if not dry_run:
-        note_sighting(executor, journal, sight)
+        remember_sighting(executor, journal, sight)
     destinations = [site for site in plan.move.sites if site.role == Role.DESTINATION]
     if not destinations:
         gateways = [site for site in sight.looks if sight.looks[site].sockets is None]

@@ -33,10 +33,10 @@ opened as ever, by `open_move`.
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 
 from natkeep.checkpoint import Checkpoint
-from natkeep.errors import JournalError, RefusedError
+from natkeep.errors import JournalError, NatkeepError, RefusedError
 from natkeep.kernel import nftables
 from natkeep.kernel.interface import Kernel, Packed
 from natkeep.kernel.netns import path_of
@@ -46,6 +46,7 @@ from natkeep.plan.move import Site
 from natkeep.plan.replay import holder_name
 from natkeep.plan.steps import OpenEarly, OpenGate, Plan
 from natkeep.plan.translation import Compared
+from natkeep.state.directory import read_boot_id
 from natkeep.state.journal import Journal
 
 
@@ -62,8 +63,10 @@ def open_move(
     KernelError when a site no longer has the move's gate, JournalError when it was not
     prepared to the end: then nothing is opened.
     """
-    with executor.state.locked():
+    with executor.state.holding(move_id), ExitStack() as stack:
         journal, plan = executor.load(move_id)
+        if journal.move.live:  # more than its own rules may have to be changed
+            stack.enter_context(executor.state.locked())
         refuse_earlier_boot(journal)
         if journal.move.quiesces:
             raise RefusedError(
@@ -92,13 +95,17 @@ def open_move(
 def remove_gate_hooks(executor: Executor, move_id: str) -> None:
     """At the sites of an open move take the gates out of all packets' way, if none is closed.
 
-    It waits for the kernel, so it is for afterwards, when no restore waits any more. Under the
-    lock: a prepare that has just seen the base chain refers to it in its next transaction.
+    It waits for the kernel, so it is for afterwards, when no restore waits any more. Without a
+    lock: the kernel refuses it if anything was changed since the gates were looked at, and what
+    closes a gate at the same time looks again (kernel/nftables.py).
     """
-    with executor.state.locked():
-        journal, plan = executor.load(move_id)
-        executor.open_known(journal, plan.move.sites)
-        executor.kernel.unhook_gates()
+    header = executor.state.read_header(move_id)
+    if header is None or header.boot != read_boot_id():
+        return
+    for site, identity in zip(header.move.sites, header.namespaces, strict=True):
+        with suppress(NatkeepError):
+            executor.kernel.open_sites([site], {site: identity})
+    executor.kernel.unhook_gates()
 
 
 def write_ready(kernel: Kernel, journal: Journal, plan: Plan) -> None:

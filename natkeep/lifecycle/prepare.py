@@ -36,7 +36,7 @@ def prepare(
     Raises what was refused or failed; then everything has been undone, and if it could not
     be, LeftoverError says what is there.
     """
-    with executor.state.locked():
+    with executor.state.changing(move.id):
         plan = check(executor, move, connections, frozen=frozen)
         carry_out(executor, plan, connections, gate, image)
         if gate == Gate.OPEN:

@@ -31,7 +31,7 @@ def quiesce(
     accepted after *seconds*, the listeners are released and NatkeepError says where.
     """
     [site] = move.sites
-    with executor.state.locked():
+    with executor.state.changing(move.id):
         executor.open_sites(move)
         olds = frozenset(map_.old for map_ in move.maps)
         found = executor.kernel.ask(site, sock_diag.find_listeners, olds)

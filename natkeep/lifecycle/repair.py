@@ -1,18 +1,23 @@
 """repair: what another program took away is put back, and nothing else is touched.
 
-A site is looked at once; what is missing there (plan/mending.py) is done again in the order in
+A site is looked at once; what is missing there (plan/repair.py) is done again in the order in
 which it was done first: a gate is closed before there is a translation, and its accept comes last,
 so that no segment passes what is only half there.
+
+Rule: the look, which takes seconds for a million connections, has no lock. What is missing is put
+back under the locks, if the journal is as it was and the tables lack the same; else all is looked
+at again.
 """
 
 from __future__ import annotations
 
 from natkeep import faultpoints
-from natkeep.errors import RefusedError
+from natkeep.errors import NatkeepError, RefusedError
 from natkeep.kernel.netns import NamespaceGoneError
 from natkeep.lifecycle.executor import Executor
 from natkeep.lifecycle.progress import is_retired, is_waiting, refuse_earlier_boot, unprepared
-from natkeep.lifecycle.status import look_around, note_sighting
+from natkeep.lifecycle.status import Sight, look_around, note_sighting, remember_sighting
+from natkeep.plan.base_chains import gate_hook
 from natkeep.plan.move import Site
 from natkeep.plan.repair import Patch, StopCounting
 from natkeep.plan.steps import Plan, Prior
@@ -21,6 +26,9 @@ from natkeep.values import dataclass
 
 ADDED = ("rules that the natkeep which prepared the move did not have",)
 """In the place of what is missing, where none of it ever was there."""
+
+_TRIES = 3
+"""Looks without a lock; the one after them has it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,17 +47,64 @@ def repair(executor: Executor, move_id: str) -> tuple[Repaired, ...]:
     RefusedError when one of its namespaces is gone. An error of the kernel leaves what was
     put back until then; the rest is put back by the next repair, or undone by teardown.
     """
-    with executor.state.locked():
-        journal, plan = executor.load(move_id)
-        refuse_earlier_boot(journal)
-        _refuse_unprepared(journal, plan)
+    for _ in range(_TRIES):
+        is_same = executor.state.watch(move_id)
         try:
-            return _repair_sites(executor, journal, plan)
+            work = _look(executor, move_id)
+        except NatkeepError:  # of a move that another natkeep is at, perhaps
+            with executor.state.holding(move_id):
+                if is_same():
+                    raise
+            continue
+        try:
+            if work.is_nothing():
+                work.finish(executor)
+                return ()
+            with executor.state.changing(move_id):
+                if is_same() and work.is_needed_still(executor):
+                    return _carry_out(executor, work)
         finally:
-            executor.kernel.close_sites(plan.move.sites)
+            executor.kernel.close_sites(work.plan.move.sites)
+    with executor.state.changing(move_id):
+        work = _look(executor, move_id)
+        try:
+            return _carry_out(executor, work)
+        finally:
+            executor.kernel.close_sites(work.plan.move.sites)
 
 
-def _repair_sites(executor: Executor, journal: Journal, plan: Plan) -> tuple[Repaired, ...]:
+@dataclass(frozen=True, slots=True)
+class _Work:
+    """What a look at all sites of a move has shown, and what is to be done about it."""
+
+    journal: Journal
+    plan: Plan
+    sight: Sight
+    found: tuple[Repaired, ...]
+    patches: tuple[tuple[int, Patch], ...]
+
+    def is_nothing(self) -> bool:
+        """Whether nothing is missing, and nothing unfinished."""
+        return not self.patches and not any(r.again for r in self.journal.records.values())
+
+    def is_needed_still(self, executor: Executor) -> bool:
+        """Whether the tables lack the same; all else is added again without harm."""
+        hook = {one.key() for one in gate_hook()}
+        return all(
+            executor.kernel.find_missing(site, self.plan) - hook == (seen.gone | seen.shut) - hook
+            for site, seen in self.sight.looks.items()
+        )
+
+    def finish(self, executor: Executor) -> None:
+        """What is done after each look."""
+        remember_sighting(executor, self.journal, self.sight)
+        executor.kernel.unhook_gates()
+
+
+def _look(executor: Executor, move_id: str) -> _Work:
+    journal, plan = executor.load(move_id)
+    refuse_earlier_boot(journal)
+    _refuse_unprepared(journal, plan)
     sites = [
         site
         for site in plan.move.sites
@@ -71,14 +126,20 @@ def _repair_sites(executor: Executor, journal: Journal, plan: Plan) -> tuple[Rep
             found.append(Repaired(site, sight.drift(site) or ADDED, commands))
         patches += here
     # In the plan's order, so that no gate opens before all that stands behind it is there.
-    for number, patch in sorted(patches, key=lambda each: each[0]):
-        _mend(executor, journal, plan, number, patch)
+    patches.sort(key=lambda each: each[0])
+    return _Work(journal, plan, sight, tuple(found), tuple(patches))
+
+
+def _carry_out(executor: Executor, work: _Work) -> tuple[Repaired, ...]:
+    journal = work.journal
+    for number, patch in work.patches:
+        _mend(executor, journal, work.plan, number, patch)
     for number, record in journal.records.items():
         if record.again:  # an earlier repair was killed before it could say so
             journal.note(number, "done", record.prior)
-    note_sighting(executor, journal, sight)
+    note_sighting(executor, journal, work.sight)
     executor.kernel.unhook_gates()
-    return tuple(found)
+    return work.found
 
 
 def _mend(executor: Executor, journal: Journal, plan: Plan, number: int, patch: Patch) -> None:

@@ -32,7 +32,7 @@ def replace_move(
     image: str | None = None,
 ) -> Plan:
     """`prepare`, in the place of the move *replaces*; what fails leaves that one as it was."""
-    with executor.state.locked():
+    with executor.state.changing(replaces, move.id):
         plan = check(executor, move, connections, replaces)
         journal, old = executor.load(replaces)
         journal.resolve()

@@ -220,6 +220,13 @@ def note_sighting(executor: Executor, journal: Journal, sight: Sight) -> None:
         executor.state.write_sighting(journal.move.id, journal.boot, sight.entries())
 
 
+def remember_sighting(executor: Executor, journal: Journal, sight: Sight) -> None:
+    """The same without the move's lock, which is taken; not where another natkeep is at work."""
+    with suppress(JournalError), executor.state.holding(journal.move.id, timeout=0) as there:
+        if there:
+            note_sighting(executor, journal, sight)
+
+
 # ---- many moves --------------------------------------------------------------------------------
 
 

@@ -13,7 +13,7 @@ from natkeep.state.directory import read_boot_id
 
 def teardown(executor: Executor, move_id: str) -> bool:
     """Undo a move, best effort; whether there was one. A second time is fine."""
-    with executor.state.locked():
+    with executor.state.changing(move_id):
         found = executor.state.knows(move_id)
         finish(lambda: end(executor, move_id))
         return found

@@ -8,7 +8,7 @@ This file must never open a file.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from natkeep.errors import JournalError
@@ -233,3 +233,20 @@ def lock_from_json(value: object) -> DumpLock:
         as_flag(whole),
         None if count is None else as_whole(count),
     )
+
+
+def count_noted(line: dict[str, Any]) -> int:
+    """Into how many groups what entries said is divided, in a journal's line."""
+    return len(as_list(line.get("entries", [])))
+
+
+def read_surroundings(
+    move: Move, line: dict[str, Any], columns: Sequence[Connections]
+) -> Surroundings:
+    """From the journal's first line, or that of a change, and the columns that are theirs."""
+    carried, carriers, *said = columns
+    if len(carried) != len(carriers):
+        raise ValueError("it does not have a carrier for each carried connection")
+    local = frozenset(parse_address(as_text(text)) for text in as_list(line["local"]))
+    noted = read_noted(move, as_list(line.get("entries", [])), said)
+    return Surroundings(local, carried, carriers, read_sides(line.get("joined")), noted)

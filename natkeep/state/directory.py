@@ -2,7 +2,7 @@
 
 The state directory (0700, files 0600; nothing below it is ever opened through a link):
 
-    lock               an exclusive flock is held while a verb changes a site
+    lock               locked while a verb changes what moves share (locks.py)
     ID.connections     written before the journal: the kept connections, those that a gateway
                        carried already, and the carriers, each packed (plan/tuples.py) as IPv4
                        and IPv6, each of the six with its length (8 octets) in front
@@ -10,7 +10,7 @@ The state directory (0700, files 0600; nothing below it is ever opened through a
                        carried, with their carriers, packed in the same way
     ID.seen            which entries a repair has seen alive at a gateway (plan/liveness.py)
     ID.ready           what the hook needs to open the move (lifecycle/open.py)
-    ID.journal         JSON lines, appended and fsynced:
+    ID.journal         locked while a verb changes the move; JSON lines, appended and fsynced:
         {"schema": 2, "natkeep": VERSION, "boot": BOOT ID, "move": {...}, "mode": ...,
          "namespaces": [[DEVICE, INODE], ...], "cookies": [COOKIE, ...] where the kernel has them,
          "steps": [KIND, ...], "prepare": [STEP, ...], "local": [ADDRESS, ...],
@@ -41,9 +41,8 @@ without its newline is as if it were not there. What else is not exactly of this
 from __future__ import annotations
 
 import hashlib
-import re
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
 from functools import cache
 from typing import Any
@@ -55,31 +54,28 @@ from natkeep.plan.liveness import Sighting
 from natkeep.plan.move import Move, is_id, parse_id
 from natkeep.plan.steps import Prior, Step
 from natkeep.plan.translation import Change, Surroundings
-from natkeep.plan.tuples import NO_CONNECTIONS, Address, Connections, parse_address
+from natkeep.plan.tuples import NO_CONNECTIONS, Address, Connections
 from natkeep.state.codec import (
     SCHEMAS,
     as_list,
     as_text,
     as_whole,
+    count_noted,
     move_from_json,
     pack_line,
     read_image,
     read_line,
     read_namespaces,
-    read_noted,
-    read_sides,
+    read_surroundings,
     unknown_schema,
     unpack_columns,
 )
-from natkeep.state.files import StateFiles, read_lock_timeout
+from natkeep.state.files import StateFiles
 from natkeep.state.journal import Journal, corrupt
+from natkeep.state.locks import Locks, read_lock_timeout
 from natkeep.state.old_index import OldIndex
+from natkeep.state.stray_files import find_strays, is_marked, refuse_foreign_part
 from natkeep.values import dataclass
-
-_ID_PATTERN = r"(?P<id>[a-z0-9][a-z0-9-]{0,31})"
-_FILE = re.compile(
-    rf"\.?{_ID_PATTERN}\.(connections|changed|ready|seen|asked|told|journal)(?P<new>\.new)?"
-)
 
 
 @cache
@@ -116,11 +112,22 @@ class StateDirectory:
         self.patience = min(read_lock_timeout(), patience or float("inf"))
         self._files = StateFiles(path, create=create)
         self._old_index = OldIndex(self._files)
+        self._locks = Locks(self._files)
         self.path = self._files.path
 
     def locked(self, timeout: float | None = None) -> AbstractContextManager[None]:
-        """Hold the lock; JournalError when others keep it for *timeout* seconds (or patience)."""
-        return self._files.locked(self.patience if timeout is None else timeout)
+        """Hold the directory's lock; JournalError when others keep it for *timeout* seconds."""
+        return self._locks.shared(self.patience if timeout is None else timeout)
+
+    def changing(self, *move_ids: str) -> AbstractContextManager[None]:
+        """Hold the locks of these moves, as far as there are such, and the directory's."""
+        names = frozenset(f"{move_id}.journal" for move_id in move_ids if is_id(move_id))
+        return self._locks.changing(names, self.patience)
+
+    def holding(self, move_id: str, timeout: float | None = None) -> AbstractContextManager[bool]:
+        """Hold the lock of one move; False where there is no such move."""
+        patience = self.patience if timeout is None else timeout
+        return self._locks.move(f"{parse_id(move_id)}.journal", patience)
 
     def ids(self) -> tuple[str, ...]:
         """The ids that have a journal, sorted."""
@@ -133,7 +140,11 @@ class StateDirectory:
 
     def follow(self, move_id: str) -> Callable[[], bool]:
         """Answers, at any later time, whether the journal of that id is still the one of now."""
-        return self._files.follow(f"{move_id}.journal")
+        return self._files.follow(f"{parse_id(move_id)}.journal", grows=True)
+
+    def watch(self, move_id: str) -> Callable[[], bool]:
+        """Answers whether nothing has been noted in it since, either."""
+        return self._files.follow(f"{parse_id(move_id)}.journal", grows=False)
 
     def begin(
         self,
@@ -173,7 +184,8 @@ class StateDirectory:
         try:
             if packed is not None:
                 self._files.write_new(f"{move.id}.connections", packed)
-            self._files.write_new(f"{move.id}.journal", b"".join(map(pack_line, (header, *begun))))
+            lines = b"".join(map(pack_line, (header, *begun)))
+            self._files.write_new(f"{move.id}.journal", lines, self._locks.begin)
             faultpoints.reach("journal-begun")
         except BaseException as error:
             self._take_back(move.id, replaced, error)
@@ -237,8 +249,20 @@ class StateDirectory:
             return None
 
     def load(self, move_id: str) -> Journal:
-        """Read a journal; JournalError when it is unknown, corrupt or of a newer version."""
+        """Read a journal; JournalError when it is unknown, corrupt or of a newer version.
+
+        Without its lock it may be changed or removed between two reads: then it is read again.
+        """
         parse_id(move_id)
+        while True:
+            is_same = self.watch(move_id)
+            try:
+                return self._load(move_id)
+            except JournalError:
+                if is_same():
+                    raise
+
+    def _load(self, move_id: str) -> Journal:
         try:
             text = self._files.read(f"{move_id}.journal")
         except FileNotFoundError:
@@ -265,11 +289,11 @@ class StateDirectory:
         columns: tuple[Connections, ...] = (NO_CONNECTIONS,) * 3
         if not move.quiesces:
             packed = self._read_packed(f"{move_id}.connections", header["connections"])
-            columns = unpack_columns(packed, 3 + _count_noted(header))
+            columns = unpack_columns(packed, 3 + count_noted(header))
         journal = Journal(
             move,
             columns[0],
-            _read_surroundings(move, header, columns[1:]),
+            read_surroundings(move, header, columns[1:]),
             read_namespaces(header),
             tuple(as_text(kind) for kind in as_list(header["steps"])),
             as_text(header["boot"]),
@@ -291,8 +315,8 @@ class StateDirectory:
 
     def _read_change(self, move: Move, line: dict[str, Any]) -> Change:
         packed = self._read_packed(f"{move.id}.changed", as_text(line["changed"]))
-        came, went, *rest = unpack_columns(packed, 4 + _count_noted(line))
-        return Change(came, went, _read_surroundings(move, line, rest))
+        came, went, *rest = unpack_columns(packed, 4 + count_noted(line))
+        return Change(came, went, read_surroundings(move, line, rest))
 
     def _read_packed(self, name: str, digest: str) -> bytes:
         try:
@@ -341,21 +365,24 @@ class StateDirectory:
         """Have ID.ready on disk, whole, in the place of an earlier one."""
         self._files.write_new(f"{move_id}.ready", content)
 
-    def strays(self) -> tuple[str, ...]:
-        """Files of moves that have no journal, and what a killed writer had not renamed yet."""
-        known = self.ids()
-        found = []
-        for name in sorted(self._files.names()):
-            match = _FILE.fullmatch(name)
-            if match and (match["new"] or match["id"] not in known):
-                found.append(name)
-        return tuple(found)
+    def strays(self) -> dict[str, str]:
+        """The files that belong to no journal, and the id that each was written for."""
+        return {name: move_id for move_id, name in find_strays(self._files, self.ids())}
 
     def remove_stray(self, name: str) -> None:
         """Remove one of `strays`."""
         with self._files.errors_of(name):
             self._files.unlink(name)
             self._files.sync()
+
+    def is_natkeeps(self) -> bool:
+        """Whether natkeep has made the directory (or found it empty): its files are natkeep's."""
+        return is_marked(self._files)
+
+    def refuse_foreign_path(self) -> None:
+        """JournalError unless only root (or we) could put the directory where it is."""
+        if self._files.is_there():
+            refuse_foreign_part(self.path)
 
     def write_sighting(self, move_id: str, boot: str, sighting: Sighting) -> None:
         """Have ID.seen on disk, whole, in the place of an earlier one."""
@@ -371,19 +398,3 @@ class StateDirectory:
             return Sighting.from_json(found) if found["boot"] == boot else None
         except (OSError, KeyError, TypeError, ValueError, JournalError):
             return None
-
-
-def _count_noted(line: dict[str, Any]) -> int:
-    return len(as_list(line.get("entries", [])))
-
-
-def _read_surroundings(
-    move: Move, line: dict[str, Any], columns: Sequence[Connections]
-) -> Surroundings:
-    """From the journal's first line, or that of a change, and the columns that are theirs."""
-    carried, carriers, *said = columns
-    if len(carried) != len(carriers):
-        raise ValueError("it does not have a carrier for each carried connection")
-    local = frozenset(parse_address(as_text(text)) for text in as_list(line["local"]))
-    noted = read_noted(move, as_list(line.get("entries", [])), said)
-    return Surroundings(local, carried, carriers, read_sides(line.get("joined")), noted)

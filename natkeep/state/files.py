@@ -1,4 +1,4 @@
-"""The files of the state directory: opened by its handle, read and written whole, locked.
+"""The files of the state directory: opened by its handle, read and written whole.
 
 Rule: nothing is opened through a link, and nothing read that others may write. A new file is on
 disk before it takes its name, an appended line before its writer goes on. What a file says is
@@ -8,7 +8,6 @@ state/directory.py's; every error names the file.
 from __future__ import annotations
 
 import errno
-import fcntl
 import os
 import stat
 import weakref
@@ -16,11 +15,11 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 
 from natkeep import faultpoints
-from natkeep.errors import JournalError, UsageError
+from natkeep.errors import JournalError
 
 DEFAULT_DIRECTORY = "/run/natkeep"
-LOCK_TIMEOUT = 30.0
-"""Seconds to wait for other natkeeps to finish, where $NATKEEP_LOCK_TIMEOUT does not say."""
+MARK = b"natkeep\n"
+"""What the file `lock` says in a directory that natkeep has made, or found empty."""
 
 _SIZE_LIMIT = 64 << 20
 
@@ -47,24 +46,41 @@ class StateFiles:
                 f"cannot open the state directory {self.path}: {error.strerror}"
             ) from error
         weakref.finalize(self, os.close, self._fd)
+        if create and not os.listdir(self._fd):
+            self._mark()
         _refuse_foreign(f"the state directory {self.path}", os.fstat(self._fd), "700 " + self.path)
 
     @contextmanager
-    def locked(self, timeout: float) -> Iterator[None]:
-        """Hold the lock; JournalError when others keep it for *timeout* seconds."""
+    def opened(self, name: str, flags: int) -> Iterator[int | None]:
+        """A file to be locked; None where there is no directory, FileNotFoundError without it."""
         if self._fd is None:
-            yield
+            yield None
             return
-        with self.errors_of("lock"):
-            fd = self._open("lock", os.O_RDWR | os.O_CREAT)
+        try:
+            fd = self._open(name, flags)
+        except FileNotFoundError:
+            raise
+        except OSError as error:
+            raise JournalError(f"{self.path}/{name}: {error.strerror}") from error
         try:
             if not stat.S_ISREG(os.fstat(fd).st_mode):
-                raise JournalError(f"{self.path}/lock is not a file")
-            _lock(fd, self.path, timeout)
-            faultpoints.reach("locked")
-            yield
+                raise JournalError(f"{self.path}/{name} is not a file")
+            yield fd
         finally:
             os.close(fd)
+
+    def _mark(self) -> None:
+        """Say that the directory, which is empty, is natkeep's from now on."""
+        with suppress(OSError):  # another natkeep did, or what cannot be written is said later
+            fd = self._open("lock", os.O_WRONLY | os.O_CREAT | os.O_EXCL)
+            try:
+                os.write(fd, MARK)
+            finally:
+                os.close(fd)
+
+    def is_there(self) -> bool:
+        """Whether there is a directory."""
+        return self._fd is not None
 
     def names(self) -> list[str]:
         """What is in the directory."""
@@ -124,16 +140,25 @@ class StateFiles:
         finally:
             os.close(fd)
 
-    def follow(self, name: str) -> Callable[[], bool]:
-        """Answers whether a file that is there now has been neither removed nor replaced since."""
-        with self.errors_of(name):
+    def follow(self, name: str, *, grows: bool) -> Callable[[], bool]:
+        """Answers whether the file is still what it is now, which may be that there is none.
+
+        It is not when it was removed or replaced; nor when it has grown, unless it *grows*.
+        """
+        try:
             fd = self._open(name, os.O_RDONLY)  # held, or its inode's number may be given again
+        except FileNotFoundError:
+            return lambda: not self.has(name)
+        except OSError:  # what is wrong with it is said where it is read
+            return lambda: True
+        size = os.fstat(fd).st_size
 
-        def is_there() -> bool:
-            return os.fstat(fd).st_nlink > 0
+        def is_same() -> bool:
+            status = os.fstat(fd)
+            return status.st_nlink > 0 and (grows or status.st_size == size)
 
-        weakref.finalize(is_there, os.close, fd)
-        return is_there
+        weakref.finalize(is_same, os.close, fd)
+        return is_same
 
     def size(self, name: str) -> int:
         """Octets of a file that is there."""
@@ -156,8 +181,13 @@ class StateFiles:
         finally:
             os.close(fd)
 
-    def write_new(self, name: str, content: bytes) -> None:
-        """Have the file on disk, whole, in the place of an earlier one."""
+    def write_new(
+        self, name: str, content: bytes, first: Callable[[int], None] = lambda fd: None
+    ) -> None:
+        """Have the file on disk, whole, in the place of an earlier one.
+
+        first: called with its descriptor, before it has its name.
+        """
         temporary = f".{name}.new"
         of = name.rpartition(".")[2]
         with self.errors_of(name):
@@ -168,6 +198,7 @@ class StateFiles:
                 _write_all(fd, content)
                 faultpoints.reach("journal-written", of)
                 os.fsync(fd)
+                first(fd)
                 faultpoints.reach("journal-rename", of)
                 os.rename(temporary, name, src_dir_fd=self._fd, dst_dir_fd=self._fd)
             except BaseException:
@@ -214,49 +245,6 @@ def _refuse_foreign(name: str, status: os.stat_result, right: str = "") -> None:
     if status.st_mode & 0o022:
         hint = f"chmod {right}" if right else None
         raise JournalError(f"{name} can be written by others", hint=hint)
-
-
-def read_lock_timeout() -> float:
-    """Seconds to wait for the lock: $NATKEEP_LOCK_TIMEOUT, or LOCK_TIMEOUT; UsageError if none."""
-    text = os.environ.get("NATKEEP_LOCK_TIMEOUT", "")
-    if not text:
-        return LOCK_TIMEOUT
-    if not (text.isascii() and text.isdigit() and len(text) < 6):
-        raise UsageError(f"NATKEEP_LOCK_TIMEOUT: {text!r} is not a number of seconds (0 to 99999)")
-    return float(text)
-
-
-def _lock(fd: int, path: str, seconds: float) -> None:
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        if not (seconds and _queue_up(fd, seconds)):
-            raise JournalError(
-                f"another natkeep holds {path}/lock",
-                hint=f"waited {seconds:g} s: end it, or NATKEEP_LOCK_TIMEOUT=SECONDS waits longer",
-            ) from None
-
-
-def _queue_up(fd: int, seconds: float) -> bool:
-    """Wait in the kernel's queue for the lock of *fd*; whether it came in time.
-
-    Who waits in flock() is served in order, and at once; who asks again and again is not, and of
-    16 processes one can be passed over for ever. flock() knows no time-out, so a thread waits.
-    What it gets too late goes back at once, with the last descriptor of this opening.
-    """
-    import threading  # only who has to wait pays for it
-
-    own, taken = os.dup(fd), threading.Event()
-
-    def wait() -> None:
-        try:
-            fcntl.flock(own, fcntl.LOCK_EX)
-        finally:
-            os.close(own)
-        taken.set()
-
-    threading.Thread(target=wait, daemon=True).start()
-    return taken.wait(seconds)
 
 
 def _drop_unfinished_line(fd: int) -> None:

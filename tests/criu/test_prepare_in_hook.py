@@ -345,9 +345,9 @@ def prepare_for(criu: Criu, where: str, old: str) -> None:
     ("where", "old", "boot", "said"),
     [
         ("elsewhere", OLD, "", "move web is for another namespace"),
-        (TREE, OLD, "an earlier one", "move web is of an earlier boot"),
+        ("tree", OLD, "an earlier one", "move web is of an earlier boot"),
         (None, OLD, "", "there is no move web"),
-        (TREE, "10.9.9.9", "", "no connection of this image is at an OLD of web"),
+        ("tree", "10.9.9.9", "", "no connection of this image is at an OLD of web"),
     ],
 )
 def test_a_standing_id_leaves_the_restores_of_others_alone(
@@ -365,7 +365,7 @@ def test_a_standing_id_leaves_the_restores_of_others_alone(
         if boot:
             earlier.setattr("natkeep.state.directory.read_boot_id", lambda: boot)
         if where is not None:
-            prepare_for(criu, where, old)
+            prepare_for(criu, TREE if where == "tree" else where, old)
     monkeypatch.delenv("NATKEEP_MAP")
     (tmp_path / "natkeep.toml").write_text('[hook]\nid = "web"\n')
     before = criu.gates()

@@ -12,6 +12,7 @@ import os
 import re
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -266,12 +267,53 @@ def test_a_call_that_does_not_fit_goes_the_long_way(
     assert site.gate() == "closed"
 
 
-def test_where_another_natkeep_holds_the_lock_the_long_way_waits_for_it(site: Site) -> None:
+def test_work_on_other_moves_is_not_waited_for(site: Site) -> None:
     site.prepare()
     with (site.state / "lock").open() as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
+        assert site.call() == (0, "natkeep-hook: web: gate open\n")
+
+
+def test_work_on_the_same_move_is_waited_for_and_then_the_long_way_goes_on(site: Site) -> None:
+    site.prepare()
+    site.program.write_text(site.program.read_text().replace("SECONDS = 5", "SECONDS = 0.3"))
+    with site.journal.open() as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
         assert site.call() == (TAKEN, "")
-    assert site.call()[0] == 0
+        ended = threading.Timer(0.1, lambda: fcntl.flock(lock, fcntl.LOCK_UN))
+        ended.start()
+        assert site.call() == (0, "natkeep-hook: web: gate open\n")
+        ended.join()
+
+
+def test_what_goes_on_after_the_hook_keeps_nothing_open(site: Site) -> None:
+    """For a second it waits for CRIU's end: nothing is locked, and a file system can be left."""
+    site.prepare()
+    held = os.open(site.state.parent, os.O_RDONLY)
+    os.set_inheritable(held, True)
+    try:
+        assert site.call(CRTOOLS_IMAGE_DIR=str(CORPUS / "plain"))[0] == 0
+    finally:
+        os.close(held)
+    with site.journal.open() as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    children = [pid for pid in os.listdir("/proc") if pid.isdigit() and is_waiting_for(pid)]
+    for child in children:
+        links = [os.readlink(path) for path in Path(f"/proc/{child}/fd").iterdir()]
+        assert [
+            link for link in links if link.startswith((str(site.state.parent), str(CORPUS)))
+        ] == []
+        assert os.readlink(f"/proc/{child}/cwd") == "/"
+    assert children
+
+
+def is_waiting_for(pid: str) -> bool:
+    """Whether it is what the quick file has left behind: a session of its own, and its program."""
+    try:
+        words = Path(f"/proc/{pid}/cmdline").read_bytes()
+        return b"natkeep_hook_open" in words and os.getsid(int(pid)) == int(pid)
+    except OSError:
+        return False
 
 
 def test_a_second_call_finds_the_gate_open_the_long_way(site: Site) -> None:
