@@ -261,6 +261,7 @@ def unhook(sites: list[Site], criu: int | None) -> None:
         for standard in (0, 1, 2):
             posix.dup2(nowhere, standard)
         needed = {0, 1, 2, criu, *(site.namespace for site in sites)}
+        needed |= {site.netlink.fileno() for site in sites if site.netlink is not None}
         for name in posix.listdir("/proc/self/fd"):
             if int(name) not in needed:
                 posix.closerange(int(name), int(name) + 1)  # whatever it is, also if it is none
