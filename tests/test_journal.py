@@ -189,6 +189,13 @@ def test_which_peers_were_moved_to_the_destination_before_is_read_again(
     assert state.load("web").surroundings == around
 
 
+def test_which_peers_are_on_a_gateway_is_read_again(state: StateDirectory) -> None:
+    beside = frozenset(map(parse_address, ("10.1.0.1", "fd00:1::1")))
+    around = replace(SURROUNDINGS, beside=beside)
+    state.begin(MOVE, CONNECTIONS, around, NAMESPACES, KINDS, before=(0, 1))
+    assert state.load("web").surroundings == around
+
+
 def test_the_moves_of_an_old_address_are_found_as_they_come_and_go(state: StateDirectory) -> None:
     of_old = frozenset({MOVE.maps[0].old.packed})
     assert state.ids_moving(of_old) == ()

@@ -30,7 +30,7 @@ from natkeep.kernel.netns import Namespace, errors_at, find_namespace, inside, o
 from natkeep.kernel.nft_drivers import NFT_DRIVERS, NFT_INVERSES
 from natkeep.plan.entry_attributes import Noted
 from natkeep.plan.identity import Identity
-from natkeep.plan.move import Move, Site
+from natkeep.plan.move import Mode, Move, Site
 from natkeep.plan.nft import Key
 from natkeep.plan.observation import Observation
 from natkeep.plan.roles import Role
@@ -137,6 +137,7 @@ class LinuxKernel:
     def look_around(self, move: Move, connections: Connections) -> Surroundings:
         """What make_plan has to know of the opened sites of *move*."""
         local: frozenset[Address] = frozenset()
+        beside: frozenset[Address] = frozenset()
         carried: list[tuple[FourTuple, FourTuple]] = []
         noted: list[Noted] = []
         for site in move.sites:
@@ -147,16 +148,17 @@ class LinuxKernel:
                 entries = [own for some in kept for own in conntrack_own.find_own(some)]
                 noted += conntrack_own.find_noted(site, entries)
                 if site.role == Role.DESTINATION:
-                    peers = {peer for some in (*kept, move.lost) for peer in some.peers()}
-                    here = peers & rtnetlink.all_addresses()
-                    local |= frozenset(ip_address(packed) for packed in here)
-                elif site.role == Role.GATEWAY and not carried:
+                    local |= _find_local_peers((*kept, move.lost))
+                elif move.mode == Mode.STATELESS:
+                    beside |= _find_local_peers((*kept, move.lost))
+                if site.role == Role.GATEWAY and not carried:
                     carried = [*conntrack_own.find_carried(entries)]
         return Surroundings(
             local,
             Connections.of(inner for inner, _ in carried),
             Connections.of(outer for _, outer in carried),
             noted=tuple(noted),
+            beside=beside,
         )
 
     def observe(self, site: Site, plan: Plan) -> Observation:
@@ -267,3 +269,9 @@ class LinuxKernel:
 def _close_all(namespaces: dict[Site, Namespace]) -> None:
     while namespaces:
         os.close(namespaces.popitem()[1].fd)
+
+
+def _find_local_peers(kept: Iterable[Connections]) -> frozenset[Address]:
+    """The peers' addresses that the namespace of this thread has."""
+    peers = {peer for some in kept for peer in some.peers()}
+    return frozenset(map(ip_address, peers & rtnetlink.all_addresses()))

@@ -64,7 +64,8 @@ def make_resets(
             told = [
                 inbound
                 for inbound in lost
-                if inbound.destination.address == map_.old and _passes(site, inbound, move)
+                if inbound.destination.address == map_.old
+                and _passes(site, inbound, move, surroundings)
             ]
             if told:
                 resets.append(Reset(site, number, map_.old, Connections.of(told)))
@@ -97,11 +98,11 @@ def _is_nowhere(peer: Address) -> bool:
     return peer.is_link_local or peer.is_unspecified or peer.is_multicast
 
 
-def _passes(site: Site, inbound: FourTuple, move: Move) -> bool:
+def _passes(site: Site, inbound: FourTuple, move: Move, surroundings: Surroundings) -> bool:
     """Whether a segment of the connection is seen at *site*; at a gateway, if a wire has it."""
     peer = inbound.source.address
     on_source_host = peer.is_loopback or any(peer == map_.old for map_ in move.maps)
-    return not (site.row.passes_on and on_source_host)
+    return not (site.row.passes_on and (on_source_host or peer in surroundings.beside))
 
 
 NOT_TOLD = "cannot be reset: no site of this move meets it, or its other end lives on"

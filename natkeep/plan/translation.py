@@ -39,6 +39,7 @@ class Surroundings:
     carriers: the same ones, in the same order, as their peers see them (a published port: the
     local address is the one that was published; a masqueraded client: its own address).
     joined: connections whose peers were moved to the destination before, by moves of their own.
+    beside: in mode stateless, peers' addresses that are local to a gateway.
     noted: what the entries say that the sites have of the connections, where it is not the usual.
     """
 
@@ -47,6 +48,7 @@ class Surroundings:
     carriers: Connections = NO_CONNECTIONS
     joined: Connections = NO_CONNECTIONS
     noted: tuple[Noted, ...] = ()
+    beside: frozenset[Address] = frozenset()
 
     def carry_on(self, earlier: Surroundings, connections: Connections) -> Surroundings:
         """With those of *connections* that an *earlier* move, now replaced, took over itself.
@@ -200,9 +202,9 @@ def make_translations(
     found = [connections.at(map_.old) for map_ in move.maps]
     late = [change.came.at(map_.old) for map_ in move.maps] if change is not None else []
     _refuse_none_or_too_many(move, len(connections), found, late)
-    unkept = tuple(_find_unkept(move, found, surroundings.noted))
-    noted_late = change.surroundings.noted if change is not None else ()
-    unkept_late = tuple(_find_unkept(move, late, noted_late))
+    unkept = tuple(_find_unkept(move, found, surroundings))
+    around_late = change.surroundings if change is not None else NOTHING_SPECIAL
+    unkept_late = tuple(_find_unkept(move, late, around_late))
     kept = [_without(some, unkept) for some in found]
     came = [_without(some, unkept_late) for some in late]
     unwanted = move.unkept == Fate.REPORT and not move.listeners
@@ -275,13 +277,13 @@ def _refuse_what_the_mode_cannot(move: Move, translations: list[Translation]) ->
 
 
 def _find_unkept(
-    move: Move, found: list[Connections], noted: tuple[Noted, ...]
+    move: Move, found: list[Connections], surroundings: Surroundings
 ) -> Iterator[Unkept]:
-    olds = {map_.old for map_ in move.maps}
-    suspects = {old.packed for old in olds}
-    refused = _find_refused(noted)
+    olds, beside = {map_.old for map_ in move.maps}, surroundings.beside
+    suspects = {address.packed for address in olds | beside}
+    refused = _find_refused(surroundings.noted)
     for some in found:
-        # Only a peer that has an OLD address, or none that a wire carries, is looked at closer.
+        # Only a peer at such an address, or at none that a wire carries, is looked at closer.
         if not (refused or some.may_have_peer(suspects) or some.has_special_peer()):
             continue
         for inbound in some:
@@ -294,6 +296,9 @@ def _find_unkept(
                 yield Unkept(inbound, f"its peer {peer} is not on any wire")
             elif peer.is_link_local:
                 yield Unkept(inbound, f"its peer {peer} is link-local: no gateway passes it on")
+            elif peer in beside:
+                why = "on the gateway itself, which mode stateless does not translate for"
+                yield Unkept(inbound, f"its peer {peer} is {why}; mode stateful keeps it")
 
 
 def _find_refused(noted: tuple[Noted, ...]) -> dict[FourTuple, str]:

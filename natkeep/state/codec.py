@@ -189,10 +189,14 @@ def move_from_json(value: dict[str, Any]) -> Move:
     )
 
 
-def joined_to_json(around: Surroundings) -> dict[str, list[str]]:
-    """Those of a move's connections whose other end was moved to the destination before."""
-    joined = around.joined
-    return {"joined": [joined.v4.hex(), joined.v6.hex()]} if len(joined) else {}
+def peers_to_json(around: Surroundings) -> dict[str, list[str]]:
+    """What there is of *joined* and *beside*, which seldom is anything."""
+    joined, found = around.joined, {}
+    if len(joined):
+        found["joined"] = [joined.v4.hex(), joined.v6.hex()]
+    if around.beside:
+        found["beside"] = sorted(str(address) for address in around.beside)
+    return found
 
 
 def read_sides(value: object) -> Connections:
@@ -247,6 +251,9 @@ def read_surroundings(
     carried, carriers, *said = columns
     if len(carried) != len(carriers):
         raise ValueError("it does not have a carrier for each carried connection")
-    local = frozenset(parse_address(as_text(text)) for text in as_list(line["local"]))
+    local, beside = (
+        frozenset(parse_address(as_text(text)) for text in as_list(texts))
+        for texts in (line["local"], line.get("beside", []))
+    )
     noted = read_noted(move, as_list(line.get("entries", [])), said)
-    return Surroundings(local, carried, carriers, read_sides(line.get("joined")), noted)
+    return Surroundings(local, carried, carriers, read_sides(line.get("joined")), noted, beside)

@@ -16,7 +16,7 @@ The state directory (0700, files 0600; nothing below it is ever opened through a
          "steps": [KIND, ...], "prepare": [STEP, ...], "local": [ADDRESS, ...],
          "connections": SHA-256, or null of a quiesce, which has no file ID.connections,
          "image": RUN ID OF THE DUMP or null, "begun": NANOSECONDS of the monotonic clock,
-         "joined": [V4, V6], if any: Surroundings.joined, packed (in "changed" as well),
+         "joined": [V4, V6], packed, "beside": [ADDRESS, ...], if any (in "changed" as well),
          "entries": [[SITE, {...}], ...], if any: Surroundings.noted; the connections of each are
                        behind the others in the packed file (in "changed" as well)}
         {"step": 4, "state": "doing", "prior": {...}, "site": 0, "undo": {"kind": ..., ...}}

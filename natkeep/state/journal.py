@@ -25,12 +25,12 @@ from natkeep.state.codec import (
     as_list,
     as_text,
     as_whole,
-    joined_to_json,
     move_to_json,
     namespaces_to_json,
     noted_to_json,
     pack_columns,
     pack_line,
+    peers_to_json,
     read_image,
     read_line,
     record_to_json,
@@ -123,7 +123,7 @@ class Journal:
             "connections": packed and hashlib.sha256(packed).hexdigest(),
             "image": self.image,
             "begun": self.begun,
-            **joined_to_json(around),
+            **peers_to_json(around),
             **noted_to_json(self.move, around.noted),
         }
 
@@ -213,7 +213,7 @@ class Journal:
             "steps": list(kinds),
             "from": list(origins),
             "again": list(again),
-            **joined_to_json(around),
+            **peers_to_json(around),
         }
         self._directory.write_changed(self.move.id, packed)
         self._directory.append(f"{self.move.id}.journal", line)

@@ -786,6 +786,23 @@ def test_arp_never_speaks_of_old_when_the_process_sends(
     assert stage.expect(to_peer(stage, 4), src=NEW[4]) == stage.peer.receive(deadline)
 
 
+@EACH_VERSION
+def test_a_peer_on_the_gateway_itself_is_seen_beforehand(
+    make_stage: Callable[[Role], Stage], version: int
+) -> None:
+    """No chain of mode stateless meets what the gateway itself sends."""
+    stage = make_stage(Role.GATEWAY)
+    peer = ip_address("10.1.0.1" if version == 4 else "fd00:3::1")
+    kept = Connections.of([FourTuple(Endpoint(peer, 5000), Endpoint(OLD[version], PORT))])
+    site = Site(Role.GATEWAY, stage.netns)
+    moves = {m: Move("web", (Map(OLD[version], NEW[version]),), (site,), m) for m in Mode}
+    stage.kernel.open_sites((site,))
+
+    seen = {mode: stage.kernel.look_around(move, kept).beside for mode, move in moves.items()}
+
+    assert seen == {Mode.STATEFUL: frozenset(), Mode.STATELESS: frozenset((peer,))}
+
+
 # ---- mode stateless: who has the tuple, and fragments --------------------------------------------
 
 

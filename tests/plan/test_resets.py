@@ -90,6 +90,15 @@ def test_a_connection_whose_other_end_moves_along_lives_on() -> None:
     assert told(made) == {}
 
 
+def test_a_peer_on_a_gateway_is_not_looked_for_on_a_wire() -> None:
+    around = Surroundings(beside=frozenset((parse_address("10.1.0.9"),)))
+    lost = "10.1.0.9:9 > 10.2.0.10:80"
+
+    made = plan(among=("10.1.0.9:9 10.2.0.10:80",), surroundings=around)
+
+    assert told(made) == {"destination": [lost], "source": [lost]}
+
+
 def test_a_peer_on_the_destination_is_left_to_its_own_kernel() -> None:
     local = Surroundings(local=frozenset({parse_address("10.3.0.20"), MAP.old}))
     lost = ("10.3.0.20:9 10.2.0.10:80", "10.2.0.10:7 10.2.0.10:80")

@@ -139,6 +139,18 @@ def test_a_peer_that_no_wire_leads_to_is_not_kept_and_named(peer: str, why: str)
         make_plan(move, Connections.of([lost]))
 
 
+def test_in_mode_stateless_a_peer_on_the_gateway_is_not_kept_and_named() -> None:
+    move = Move("web", (MAP4, MAP6), (GATEWAY, DESTINATION), Mode.STATELESS)
+    around = Surroundings(beside=frozenset((KEPT6.source.address,)))
+
+    plan = make_plan(move, Connections.of([KEPT4, KEPT6]), around)
+
+    assert [unkept.inbound for unkept in plan.unkept] == [KEPT6]
+    assert [inbound for t in plan.translations for inbound in t.kept] == [KEPT4] * 2
+    with pytest.raises(RefusedError, match=r"on the gateway itself.*mode stateful keeps it"):
+        make_plan(move, Connections.of([KEPT6]), around)
+
+
 @pytest.mark.parametrize("peer", ["169.253.0.1", "0.0.0.1", "fec0::1"])
 def test_a_peer_that_only_looks_special_is_kept(peer: str) -> None:
     address = ip_address(peer)
