@@ -21,7 +21,7 @@ import re
 import signal
 import struct
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 
@@ -119,7 +119,7 @@ class Capture:
 
     def frames(self) -> list[Frame]:
         """What was captured, in the order of capture."""
-        return list(read_frames(self.path))
+        return read_frames(self.path)
 
     def _caught_up(self) -> bool:
         if self._tcpdump.process.poll() is not None:
@@ -200,15 +200,32 @@ def beyond_gateway(lab: Topology) -> list[str]:
     return [point for point, where in points(lab).items() if where in sides]
 
 
-def read_frames(path: Path) -> Iterator[Frame]:
-    """The frames of a capture file."""
+def read_frames(path: Path) -> list[Frame]:
+    """The frames of a capture file; a segment in fragments is in the first one, with its length."""
     from scapy.utils import RawPcapReader  # slow to import, and needed only here
 
+    frames: list[Frame] = []
+    cut: dict[bytes, int] = {}  # where the first fragment of an IPv4 packet is
     with RawPcapReader(str(path)) as reader:
         for raw, meta in reader:
             # `usec` holds nanoseconds in a nanosecond capture
             at_ns = meta.sec * 10**9 + meta.usec * (1 if reader.nano else 1000)
-            yield _tcp_frame(at_ns, raw) or _other_frame(at_ns, raw)
+            frame = _tcp_frame(at_ns, raw)
+            if raw[12:14] == b"\x08\x00" and raw[20] & 0x3F | raw[21]:  # more follow, or an offset
+                number = raw[18:20] + raw[26:34]
+                if frame is not None:
+                    cut[number] = len(frames)
+                elif number in cut:
+                    more = int.from_bytes(raw[16:18], "big") - (raw[14] & 15) * 4
+                    frames[cut[number]] = _lengthen(frames[cut[number]], more)
+            frames.append(frame or _other_frame(at_ns, raw))
+    return frames
+
+
+def _lengthen(frame: Frame, octets: int) -> Frame:
+    """With what another fragment has of the same segment."""
+    assert frame.segment is not None
+    return replace(frame, segment=replace(frame.segment, length=frame.segment.length + octets))
 
 
 def _tcp_frame(at_ns: int, raw: bytes) -> Frame | None:

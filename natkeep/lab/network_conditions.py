@@ -15,7 +15,7 @@ from functools import partial
 
 from natkeep.lab.host import Host, await_true
 from natkeep.lab.report import Report
-from natkeep.lab.topology import Topology, prefix, router
+from natkeep.lab.topology import Topology, prefix, router, transfer
 
 _FORGOTTEN_S = 30.0
 NARROW = {4: 1000, 6: 1280}  # IPv6 knows nothing smaller
@@ -102,6 +102,26 @@ class Conditions:
             forgotten = partial(_has_no_entry, self.topology[role])
             await_true(forgotten, f"{role} to forget the connections", seconds=_FORGOTTEN_S)
 
+    def fragments(self) -> None:
+        """Hosts let IPv4 be fragmented; all that comes to gateway and destination is, by routers.
+
+        The client gets its packets whole, since captures there are judged by their lengths.
+        """
+        for host in self.topology.hosts.values():
+            host.run("sysctl", "-qw", "net.ipv4.ip_no_pmtu_disc=1")  # of sockets made from now on
+        self.path_mtu("far")
+        for network in self.topology.routed:
+            uplink = f"default via {transfer(network, 1, 4)} dev uplink mtu {NARROW[4]}"
+            self.topology[router(network)].run("ip", "-4", "route", "replace", *uplink.split())
+
+    def fragments_were_made(self) -> None:
+        """Assert that each router has made fragments, or nothing was shown."""
+        for network in self.topology.routed:
+            snmp = self.topology[router(network)].run("cat", "/proc/net/snmp").stdout
+            made = _read_ip_counter(snmp, "FragCreates")
+            name = f"the {router(network)} has made fragments"
+            self.report.check(name, made > 0, f"{made} fragments")
+
     def flush_conntrack(self, role: str) -> None:
         """`conntrack -F`, as others run it."""
         self.topology[role].run("conntrack", "-F")
@@ -168,8 +188,13 @@ def _read_entries(host: Host) -> list[str]:
 
 def _read_frag_fails(shown: str, family: int) -> int:
     """Packets that were to be forwarded and could not be fragmented."""
-    lines = [line.split() for line in shown.splitlines()]
     if family == 6:
+        lines = (line.split() for line in shown.splitlines())
         return next(int(words[1]) for words in lines if words[0] == "Ip6FragFails")
-    names, values = [words for words in lines if words[0] == "Ip:"]
-    return int(values[names.index("FragFails")])
+    return _read_ip_counter(shown, "FragFails")
+
+
+def _read_ip_counter(snmp: str, name: str) -> int:
+    """A counter of IPv4, by its name in /proc/net/snmp."""
+    names, values = [words for line in snmp.splitlines() if (words := line.split())[0] == "Ip:"]
+    return int(values[names.index(name)])

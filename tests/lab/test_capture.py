@@ -10,7 +10,7 @@ import pytest
 
 pytest.importorskip("scapy")
 
-from scapy.layers.inet import ICMP, IP, TCP, UDP, IPerror, TCPerror
+from scapy.layers.inet import ICMP, IP, TCP, UDP, IPerror, TCPerror, fragment
 from scapy.layers.inet6 import ICMPv6ND_NA, ICMPv6ND_NS, IPv6
 from scapy.layers.l2 import ARP, Ether
 from scapy.packet import Packet
@@ -101,6 +101,21 @@ def test_order_and_nanoseconds_are_those_of_the_capture(tmp_path):
 
     assert second.at_ns == 999_500_000_000
     assert first.at_ns >= 1000 * 10**9
+
+
+def test_a_segment_in_fragments_has_its_whole_length(tmp_path):
+    whole = IP(src="10.1.0.2", dst="10.2.0.10", id=7) / TCP(seq=9) / (b"x" * 1200)
+    alone = IP(src="10.1.0.2", dst="10.2.0.10", id=8) / TCP(seq=1209) / b"y"
+    packets = [Ether() / each for each in (*fragment(whole, 400), alone)]
+    wrpcap(str(tmp_path / "cut.pcap"), packets)
+
+    frames = read_frames(tmp_path / "cut.pcap")
+
+    assert len(frames) == 5
+    assert [(f.segment.seq, f.segment.length) for f in frames if f.segment] == [
+        (9, 1200),
+        (1209, 1),
+    ]
 
 
 def test_points_are_the_peers_both_sides_of_the_gateway_and_each_destination():

@@ -11,7 +11,7 @@ import pytest
 from natkeep.lab.matrix import Cell, Column, Outcome, find_situations, play
 from natkeep.lab.situations import Situation
 
-NUMBERS = (*range(12, 23), 27, 28)
+NUMBERS = (*range(12, 23), *range(24, 30))
 
 KEPT = [
     ("CLOSE_WAIT", 4, "stateful"),
@@ -43,6 +43,14 @@ KEPT = [
     ("by its mark, moved on and back", 4, "stateful"),
     ("tracked in a zone, tcp_loose=0", 4, "stateful"),
     ("each direction tracked in another zone", 6, "stateless"),
+    ("rests, then the client ends it", 6, "stateful"),
+    ("rests, then the process aborts", 4, "stateful"),
+    ("entries deleted", 6, "stateless"),
+    ("not tracked any more", 4, "stateful"),
+    ("fragments", 4, "stateful"),
+    ("fragments", 4, "stateless"),
+    ("port dialled from again, the listener has moved", 4, "stateful"),
+    ("port dialled from again, the old host serves", 6, "stateless"),
 ]
 REFUSED = [
     ("a published port", 4, "stateless", "conntrack's work"),

@@ -44,6 +44,18 @@ def _move_then_narrow(lab: Lab, network: str) -> None:
     lab.finish()
 
 
+@situation(26, "fragments", families=(4,), setup={"routed": ("near", "far")})
+def fragments(lab: Lab) -> None:
+    """Hosts do not forbid it, so routers cut what is too big, on both sides of the gateway."""
+    lab.conditions.fragments()
+    lab.begin(pause=True)
+    lab.move()
+    lab.traffic.client_says(MUCH)
+    lab.traffic.server_says(MUCH)
+    lab.conditions.fragments_were_made()
+    lab.finish()
+
+
 @situation(9, "strict firewalls")
 def strict_firewalls(lab: Lab) -> None:
     """`ct state invalid drop`, `established accept`, `policy drop`, at gateway and destination."""
