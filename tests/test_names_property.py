@@ -43,6 +43,7 @@ NFT = """
     dstnat srcnat iif oif gate injected leaving half-open inbound outbound arriving departing muted
     errors silent
     ct state established related new peer-inbound peer-outbound invalid-inbound invalid-outbound
+    local-inbound local-outbound invalid-local-inbound invalid-local-outbound route
     from4 from6 to4 to6 invalid-in4 invalid-in6 invalid-from4 invalid-from6 invalid-out4
     invalid-out6 invalid-to4 invalid-to6
     asked asking held4 held6 gate4 gate6 in4 in6 out4 out6 set4 set6 put4 put6 mute4 mute6

@@ -95,6 +95,13 @@ DISPATCHES = {
     "set": Dispatch("arriving", "filter", "prerouting", "-300", "daddr"),
     "put": Dispatch("departing", "filter", "postrouting", "300", "saddr"),
 }
+_LOCAL = (
+    (Chain("local-inbound", "output", "-120", "nat"), "in"),
+    (Chain("local-outbound", "input", "80", "nat"), "out"),
+    (Chain("invalid-local-inbound", "output", "-110", "route"), "invalid-in"),
+    (Chain("invalid-local-outbound", "input", "90"), "invalid-out"),
+)
+"""What a gateway itself says as a peer, and hears, passes other hooks, and asks the same maps."""
 DIRECTIONS = {Mode.STATEFUL: ("in", "out"), Mode.STATELESS: ("set", "put")}
 """Inbound and outbound dispatch of each mode; GATE is every mode's."""
 
@@ -153,7 +160,8 @@ def is_later(name: str) -> bool:
 def _later_names() -> frozenset[str]:
     later = [row for row in DISPATCHES if row.startswith("invalid-") or row in ("from", "to")]
     maps = {dispatch_map(row, v) for row in later for v in FAMILIES}
-    return frozenset([*later, *maps, *(DISPATCHES[row].chain for row in later)])
+    chains = [DISPATCHES[row].chain for row in later] + [chain.name for chain, _ in _LOCAL]
+    return frozenset([*later, *maps, *chains])
 
 
 def is_address_chain(name: str) -> bool:
@@ -244,7 +252,17 @@ def translation_tables(mode: Mode, *, at_gateway: bool) -> tuple[tuple[Object, .
     if mode == Mode.STATELESS:
         return (mode_table(mode),)
     peers = (*dispatch_table("from"), *dispatch_table("to"))
-    return (mode_table(mode), *((peers,) if at_gateway else ()), _invalid_table())
+    at_gateways = (peers, _local_table()) if at_gateway else ()
+    return (mode_table(mode), _invalid_table(), *at_gateways)
+
+
+def _local_table() -> tuple[Object, ...]:
+    objects: list[Object] = []
+    for chain, dispatch in _LOCAL:
+        guard = (_HAS_ENTRY, ACCEPT)
+        objects += [chain, *([Rule(chain.name, guard)] if chain.type != "nat" else [])]
+        objects += [rule._replace(chain=chain.name) for rule in _dispatch_rules(dispatch)]
+    return tuple(objects)
 
 
 def _invalid_table() -> tuple[Object, ...]:
@@ -268,7 +286,7 @@ def _dispatch_maps(dispatch: str) -> tuple[Object, ...]:
     )
 
 
-def _dispatch_rules(dispatch: str) -> tuple[Object, ...]:
+def _dispatch_rules(dispatch: str) -> tuple[Rule, ...]:
     row = DISPATCHES[dispatch]
     return tuple(
         Rule(row.chain, (VerdictMap(f"{IP[v]} {row.field}", dispatch_map(dispatch, v)),))

@@ -14,6 +14,9 @@ Theory of operation. A site has one table `inet natkeep`, shared by all moves.
     stateful, has no entry (invalid, or not tracked):
     prerouting   -110  invalid-inbound   invalid-in-, invalid-from-at-ADDRESS ─► set daddr
     postrouting    90  invalid-outbound  invalid-out-, invalid-to-at-ADDRESS  ─► set saddr
+    stateful, at a gateway that is a peer itself: the same maps
+    output and input, -120 and 80  local-inbound, local-outbound, as inbound and outbound
+    output and input, -110 and 90  invalid-local-inbound, invalid-local-outbound
     stateless:
     prerouting   -300  arriving  local address ─► set-at-ADDRESS  ─► (kept?) ─► set daddr
     postrouting   300  departing local address ─► put-at-ADDRESS  ─► (kept?) ─► set saddr

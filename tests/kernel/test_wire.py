@@ -56,6 +56,14 @@ EACH_ROLE = pytest.mark.parametrize("role", [Role.GATEWAY, Role.DESTINATION])
 EACH_MODE = pytest.mark.parametrize("mode", list(Mode))
 
 
+MUTE = (
+    "add table inet mute; add chain inet mute out { type filter hook output priority -500; }; "
+    "add rule inet mute out tcp flags & rst == rst meta mark 0 drop; "
+    "add rule inet mute out meta l4proto { icmp, icmpv6 } drop"
+)
+"""There is no TCP socket, so the kernel would answer each segment with a reset."""
+
+
 class End(Protocol):
     """Where packets are put in and taken out, as octets that begin with the IP header."""
 
@@ -316,12 +324,7 @@ def make_stage(make_netns: Callable[[], str], run: Run) -> Iterator[Callable[[Ro
                 for via in ("10.3.0.1", "fd00:3::1"):
                     run(site, "ip", "route", "add", "default", "via", via)
                     _neighbour(run, site, ip_address(via), "eth0", MAC["peer"])
-                # There is no TCP socket, so the kernel would answer each segment with a reset.
-                mute = "add table inet mute; add chain inet mute out { type filter hook output "
-                mute += "priority 0; }; "
-                mute += "add rule inet mute out tcp flags & rst == rst meta mark 0 drop; "
-                mute += "add rule inet mute out meta l4proto { icmp, icmpv6 } drop"
-                run(site, "nft", mute)
+                run(site, "nft", MUTE)
                 process = _inside(stack, site, ProcessEnd)
             cable = _inside(stack, peer, lambda: CableEnd("eth0", MAC["peer"], MAC["site"]))
             return Stage(role, site, cable, process, run)
@@ -622,6 +625,34 @@ def test_what_no_rule_has_translated_does_not_leave_the_gateway(
     for flags in ("PA", "FA"):
         stage.run(stage.netns, "conntrack", "-F")
         assert stage.inbound(to_process(stage, version, flags=flags)) == []
+
+
+@pytest.mark.parametrize("done", ["", *WITHOUT_ENTRY])
+@EACH_VERSION
+def test_the_gateway_itself_may_be_the_peer(
+    make_stage: Callable[[Role], Stage], version: int, done: str
+) -> None:
+    """What it says and hears itself passes other hooks than what it forwards."""
+    stage = make_stage(Role.GATEWAY)
+    stage.run(stage.netns, "nft", MUTE)
+    own = Endpoint(ip_address({4: "10.1.0.1", 6: "fd00:1::1"}[version]), KEPT_PORT)
+    old, new = Endpoint(OLD[version], PORT), Endpoint(NEW[version], PORT)
+    move = Move("web", (Map(old.address, new.address),), (Site(Role.GATEWAY, stage.netns),))
+    stage.kernel.open_sites(move.sites)
+    stage.apply(make_plan(move, Connections.of([FourTuple(own, old)])).steps)
+    with ExitStack() as stack:
+        peer = _inside(stack, stage.netns, ProcessEnd)
+        for flags in FLAGS:
+            stage.run(stage.netns, "sh", "-ec", WITHOUT_ENTRY.get(done, ":"))
+            packet = segment(own.address, own.port, old.address, old.port, flags=flags)
+            wanted = segment(own.address, own.port, new.address, new.port, flags=flags)
+            peer.send(bytes(packet))
+            assert bytes(wanted) == stage.process.receive(time.monotonic() + DEADLINE), flags
+            stage.run(stage.netns, "conntrack", "-F")
+            packet = segment(new.address, new.port, own.address, own.port, flags=flags)
+            wanted = segment(old.address, old.port, own.address, own.port, flags=flags)
+            stage.process.send(bytes(packet))
+            assert bytes(wanted) == peer.receive(time.monotonic() + DEADLINE), flags
 
 
 MASKED = {4: "10.3.0.1:20001", 6: "[fd00:3::1]:20001"}
