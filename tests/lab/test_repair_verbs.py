@@ -197,6 +197,29 @@ def test_a_close_comes_through_after_the_entries_were_flushed_and_repaired() -> 
     assert lab.report.passed, [(a.name, a.detail) for a in lab.report.assertions if not a.ok]
 
 
+def test_an_entry_that_is_deleted_comes_back_with_its_mark() -> None:
+    """By the mark of the SYN the gateway lets answers pass; no rule can know it any more."""
+    with Lab("repair verbs", engine="repair") as lab:
+        gateway = lab.topology["gateway"]
+        gateway.nft(
+            "add table inet uplinks\n"
+            "add chain inet uplinks c { type filter hook forward priority 0; }\n"
+            'add rule inet uplinks c iifname "near" tcp flags syn / syn,ack ct mark set 2\n'
+            'add rule inet uplinks c oifname "near" ct mark != 2 drop\n'
+        )
+        lab.begin()
+        lab.move()
+        lab.traffic.talk_on()
+        lab.traffic.quiet()
+        await_silence(lab)
+        break_it(lab, "gateway", "conntrack -D -p tcp")
+        assert natkeep(lab, "repair", "lab").returncode == 0
+        lab.traffic.server_says()
+        lab.traffic.client_says()
+        lab.finish()
+    assert lab.report.passed, [(a.name, a.detail) for a in lab.report.assertions if not a.ok]
+
+
 def test_a_connection_that_has_ended_does_not_come_back_and_gc_clears_its_move() -> None:
     with Lab("repair verbs", engine="repair") as lab:
         lab.begin()

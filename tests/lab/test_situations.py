@@ -11,7 +11,7 @@ import pytest
 from natkeep.lab.matrix import Cell, Column, Outcome, find_situations, play
 from natkeep.lab.situations import Situation
 
-NUMBERS = (*range(12, 23), *range(24, 30))
+NUMBERS = (*range(12, 23), *range(24, 31))
 
 KEPT = [
     ("CLOSE_WAIT", 4, "stateful"),
@@ -51,6 +51,8 @@ KEPT = [
     ("fragments", 4, "stateless"),
     ("port dialled from again, the listener has moved", 4, "stateful"),
     ("port dialled from again, the old host serves", 6, "stateless"),
+    ("the gateway answers SYNs (SYNPROXY)", 4, "stateful"),
+    ("the gateway answers SYNs (SYNPROXY)", 6, "stateless"),
 ]
 REFUSED = [
     ("a published port", 4, "stateless", "conntrack's work"),

@@ -65,3 +65,20 @@ def _filter(lab: Lab, hook: str, priority: str, rule: str) -> None:
         f"add chain {chain} {{ type filter hook {hook} priority {priority}; }}\n"
         f"add rule {chain} {rule}\n"
     )
+
+
+@situation(30, "the gateway answers SYNs (SYNPROXY)")
+def behind_synproxy(lab: Lab) -> None:
+    """It shifts sequence numbers and time stamps of each connection, as long as that lasts."""
+    lab.topology["gateway"].nft(
+        "add table inet answering\n"
+        "add chain inet answering raw { type filter hook prerouting priority raw; }\n"
+        f'add rule inet answering raw iifname "near" {_BARE_SYN} notrack\n'
+        "add chain inet answering pass { type filter hook forward priority 0; }\n"
+        'add rule inet answering pass iifname "near" ct state invalid,untracked'
+        " synproxy mss 1460 wscale 7 timestamp sack-perm\n"
+        "add rule inet answering pass ct state invalid drop\n"
+    )
+    lab.conditions.conntrack_loose(0)
+    lab.begin()
+    usual_end(lab)
