@@ -300,16 +300,37 @@ def assigns_zones(*, besides: str) -> bool:
 
     Found are `ct zone` of nft, to set or to match, and the target CT of iptables, which may.
     """
+    return any(_chains_with((_CT_ZONE, _CT_TARGET), besides))
+
+
+def untracking_chains(*, besides: str) -> tuple[str, ...]:
+    """`FAMILY TABLE CHAIN` of chains whose rules keep packets from being tracked, or may.
+
+    Found are `notrack` of nft and the targets NOTRACK and CT of iptables.
+    """
+    chains = _chains_with((_NOTRACK, _NOTRACK_TARGET, _CT_TARGET), besides)
+    return tuple(dict.fromkeys(chains))
+
+
+def _chains_with(parts: tuple[bytes, ...], besides: str) -> Iterator[str]:
+    """`FAMILY TABLE CHAIN` of each rule that holds one of *parts*, in any table but *besides*."""
+    names = {number: family for family, number in _FAMILY.items()}
     with Netlink(NETLINK_NETFILTER) as netlink:
         answers = _dump_whole(netlink, _GETTABLE, nfgenmsg(0))
         for family, table in [(each[0], find_attribute(each[4:], 1)) for each in answers]:
             if table == string(besides):
                 continue
             for rule in _request(netlink, _GETRULE, family, attribute(1, table)):
-                if _CT_ZONE in rule or _CT_TARGET in rule:
-                    return True
-    return False
+                if any(part in rule for part in parts):
+                    chain = _text(find_attribute(rule, 2))
+                    yield f"{names.get(family, family)} {_text(table)} {chain}"
 
+
+_NOTRACK = attribute(1, b"notrack\0")
+"""NFTA_EXPR_NAME."""
+
+_NOTRACK_TARGET = attribute(1, b"NOTRACK\0")
+"""NFTA_TARGET_NAME."""
 
 _CT_ZONE = attribute(2, (17).to_bytes(4, "big"))
 """NFTA_CT_KEY, NFT_CT_ZONE."""

@@ -51,6 +51,7 @@ def gather_facts() -> Facts:
             for chain in chains or ()
             if chain.type == "nat" and chain.table != TABLE
         ),
+        untracked=nftables_dump.untracking_chains(besides=TABLE) if chains is not None else (),
         xdp=find_xdp(),
         virtual_servers=len((_read("/proc/net/ip_vs") or "").splitlines()) > 3,
     )

@@ -54,6 +54,7 @@ class Facts:
 
     rp_filter: the highest of `all` and each device. nat_chains: base chains of type nat that are
     not ours, as `FAMILY TABLE CHAIN HOOK PRIORITY`. xdp: devices that have a program attached.
+    untracked: chains with rules that may keep packets from being tracked, `FAMILY TABLE CHAIN`.
     """
 
     privileged: bool
@@ -71,6 +72,7 @@ class Facts:
     nat_chains: tuple[str, ...]
     virtual_servers: bool
     xdp: tuple[str, ...] = ()
+    untracked: tuple[str, ...] = ()
 
 
 CATALOGUE = {
@@ -146,6 +148,13 @@ CATALOGUE = {
         "translates them already is taken over in mode stateful, and refused in mode stateless.",
         "Nothing.",
     ),
+    "not-tracked": Explanation(
+        Severity.NOTE,
+        "Rules here keep packets from being tracked (`notrack`). Kept connections that they hit "
+        "are translated all the same, without conntrack; but their packets are not counted, and a "
+        "gateway alone does not see their end, so that `teardown` there asks for --yes.",
+        "Nothing.",
+    ),
     "no-pick-up": Explanation(
         Severity.NOTE,
         "nf_conntrack_tcp_loose is 0: the kernel picks up no connection in the middle. natkeep's "
@@ -186,5 +195,7 @@ def _judge(site: Site, facts: Facts) -> Iterator[tuple[str, str]]:
         yield "virtual-servers", "/proc/net/ip_vs lists them"
     if facts.nat_chains:
         yield "other-nat", "; ".join(facts.nat_chains)
+    if facts.untracked:
+        yield "not-tracked", "; ".join(facts.untracked)
     if facts.loose is False:
         yield "no-pick-up", "net.netfilter.nf_conntrack_tcp_loose is 0"

@@ -1,4 +1,4 @@
-"""kernel/survey.py: which devices have an XDP program, as ip(8) has attached it."""
+"""kernel/survey.py: XDP programs, as ip(8) has attached them, and rules that do not track."""
 
 from __future__ import annotations
 
@@ -11,6 +11,9 @@ import pytest
 
 from natkeep.kernel import survey
 from natkeep.kernel.netns import inside, open_namespace
+from natkeep.plan.diagnostics import find
+from natkeep.plan.move import Site
+from natkeep.plan.roles import Role
 
 pytestmark = pytest.mark.root
 Run = Callable[..., str]
@@ -53,4 +56,28 @@ def test_a_device_with_an_xdp_program_is_named_and_no_other(
         run(netns, "ip", "link", "set", "wire", "xdpgeneric", "obj", str(program), "sec", "xdp")
 
         assert survey.find_xdp() == ("wire",)
+    os.close(namespace.fd)
+
+
+def test_chains_that_keep_packets_from_being_tracked_are_named(
+    make_site: Callable[[], str], run: Run
+) -> None:
+    netns = make_site()
+    namespace = open_namespace(netns)
+    site = Site(Role.GATEWAY, netns)
+    with inside(namespace):
+        assert "not-tracked" not in {one.code for one in find(site, survey.gather_facts())}
+        ruleset = """
+            table inet natkeep { chain c { notrack; }; }
+            table inet fast {
+                chain pre { tcp dport 5000 notrack; tcp sport 5000 notrack; }
+                chain other { accept; }
+            }"""
+        run(netns, "nft", "-f", "-", stdin=ruleset)
+        raw = ("iptables-nft", "-t", "raw", "-A", "OUTPUT", "-p", "tcp", "-j", "NOTRACK")
+        run(netns, *raw)
+
+        [found] = [one for one in find(site, survey.gather_facts()) if one.code == "not-tracked"]
+
+        assert found.detail == "inet fast pre; ip raw OUTPUT"
     os.close(namespace.fd)
