@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from itertools import islice
 from typing import Any
 
-from natkeep.checkpoint import Checkpoint
+from natkeep.checkpoint import Checkpoint, Socket
 from natkeep.plan.criu_lock import NetworkLock
 from natkeep.plan.diagnostics import CATALOGUE, Finding
 from natkeep.plan.drift import MoveStatus, SiteStatus
@@ -213,10 +213,20 @@ def checkpoint_lines(checkpoint: Checkpoint, olds: Sequence[Address]) -> Iterato
                 f"{socket.state or '':12}",
                 f"{socket.local or '*'!s:24}",
                 f"{socket.peer or '*'!s:24}",
-                ("kept" if verdict is None else f"not kept: {verdict}")
+                _verdict(socket, verdict)
                 + (f" ({socket.unsent} octets unsent)" if socket.unsent else ""),
             ]
         )
+
+
+def _verdict(socket: Socket, reason: str | None) -> str:
+    if socket.is_listener():
+        return str(reason)
+    if socket.listens_on_loopback():
+        return "a listener: nothing outside of the host reaches it"
+    if reason is not None:
+        return f"not kept: {reason}"
+    return "kept: both ends move" if socket.both_ends else "kept"
 
 
 def compared_lines(compared: Compared) -> Iterator[str]:
@@ -250,15 +260,17 @@ def unkept_lines(checkpoint: Checkpoint, plan: Plan) -> Iterator[str]:
         fate = f"; {fates.get(inbound, NOT_TOLD)}" if resets else ""
         yield f"tcp {inbound.destination} {inbound.source}: {unkept.reason}{fate}"
     lost = frozenset(plan.move.lost) if resets else frozenset()
+    told = {unkept.inbound for unkept in plan.unkept}
     for socket in checkpoint.sockets:
         verdict = socket.why_left(olds)
-        if verdict is not None and not socket.is_listener():
-            inbound_ = socket.inbound()
+        inbound_ = socket.inbound()
+        listens = socket.is_listener() or socket.listens_on_loopback()
+        if verdict is not None and not listens and inbound_ not in told:
             fate = f"; {fates.get(inbound_, NOT_TOLD)}" if inbound_ in lost else ""
             yield f"{socket.protocol} {socket.local or '*'} {socket.peer or '*'}: {verdict}{fate}"
     if not checkpoint.sockets:
-        ours = sum(len(checkpoint.connections.at(old)) for old in olds)
-        others = len(checkpoint.connections) - ours
+        one_sided = checkpoint.connections.minus(plan.inner)
+        others = len(one_sided) - sum(len(one_sided.at(old)) for old in olds)
         if others:
             yield f"{others} connections whose local address is not an OLD of --map"
 

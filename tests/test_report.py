@@ -300,7 +300,7 @@ def test_the_lines_of_inspect() -> None:
     assert [line.split(maxsplit=4) for line in lines] == [
         ["tcp", "ESTABLISHED", "10.2.0.10:5000", "10.1.0.2:50594", "kept (7 octets unsent)"],
         ["tcp", "CLOSE-WAIT", "[fd00:2::10]:5000", "[fd00:1::2]:9", "kept"],
-        ["tcp", "LISTEN", "[::]:5000", "*", f"not kept: {LISTENER}"],
+        ["tcp", "LISTEN", "[::]:5000", "*", LISTENER],
         ["udp", "*", "*", "not", "kept: udp: not a TCP connection"],
     ]
     assert list(report.checkpoint_lines(Checkpoint(Connections()), [])) == ["no inet sockets"]

@@ -23,8 +23,10 @@ from natkeep.plan.move import Fate, Map, Move, Site
 from natkeep.plan.observation import Gate
 from natkeep.plan.roles import Role
 from natkeep.plan.step_order import make_plan
+from natkeep.plan.steps import AddAddress
 from natkeep.plan.tuples import Connections, Endpoint, FourTuple, parse_address
 from natkeep.state.directory import StateDirectory
+from natkeep.values import replace
 
 MAP = Map(parse_address("10.2.0.10"), parse_address("10.3.0.20"))
 SITES = (Site(Role.GATEWAY, "gw"), Site(Role.DESTINATION, "dst"))
@@ -41,7 +43,8 @@ def tcp(local, peer, state=TcpState.ESTABLISHED, unkept=None, protocol="tcp") ->
 
 KEPT = tcp("10.2.0.10:80", "10.1.0.2:50001")
 DIALS = tcp("10.2.0.10:40000", "10.1.0.7:5432", TcpState.SYN_SENT, "not yet established")
-LOOPBACK = tcp("10.2.0.10:80", "127.0.0.1:7", unkept="loopback: both ends must be moved")
+BOTH_ENDS = "loopback: both ends must be moved"
+LOOPBACK = tcp("10.2.0.10:80", "127.0.0.1:7", unkept=BOTH_ENDS)
 MULTIPATH = tcp("10.2.0.10:81", "10.1.0.8:9", None, "MPTCP: CRIU cannot restore it", "mptcp")
 LEFT_ALONE = [
     KEPT,
@@ -229,14 +232,66 @@ def test_what_is_not_kept_is_told_with_its_fate() -> None:
 
 
 def test_what_cannot_be_told_is_said_too() -> None:
-    both = (tcp("10.2.0.10:80", "10.2.0.10:7"), tcp("10.2.0.10:7", "10.2.0.10:80"))
-    checkpoint = Checkpoint.of((KEPT, *both))
-    move = Move("web", (MAP,), SITES, unkept=Fate.RESET, lost=checkpoint.lost_at(OLDS))
+    checkpoint = Checkpoint.of((KEPT, LOOPBACK))
+    move = Move("web", (MAP,), SITES[:1], unkept=Fate.RESET, lost=checkpoint.lost_at(OLDS))
 
-    lines = list(report.unkept_lines(checkpoint, make_plan(move, checkpoint.connections)))
+    (line,) = report.unkept_lines(checkpoint, make_plan(move, checkpoint.connections))
 
-    assert len(lines) == 2
-    assert all("cannot be reset: " in line and "lives on" in line for line in lines)
+    assert "cannot be reset: " in line
+    assert "lives on" in line
+
+
+def test_of_connections_of_a_process_with_itself_nothing_is_said_and_nobody_is_told() -> None:
+    """CRIU restores both ends; also where there is nothing else, with or without a reset."""
+    over_old = (tcp("10.2.0.10:80", "10.2.0.10:7"), tcp("10.2.0.10:7", "10.2.0.10:80"))
+    on_lo = tuple(
+        tcp(local, peer, unkept=BOTH_ENDS)
+        for local, peer in (("127.0.0.1:1", "127.0.0.1:2"), ("127.0.0.1:2", "127.0.0.1:1"))
+    )
+    mixed = (tcp("10.2.0.10:9", "127.0.0.1:3"), tcp("127.0.0.1:3", "10.2.0.10:9"))
+    mixed = tuple(replace(each, unkept=BOTH_ENDS) for each in mixed)
+    for sockets in ((KEPT, *over_old, *on_lo, *mixed), over_old, on_lo, mixed):
+        for fate in Fate:
+            checkpoint = Checkpoint.of(sockets)
+            lost = checkpoint.lost_at(OLDS) if fate == Fate.RESET else Connections()
+            move = Move("web", (MAP,), SITES, unkept=fate, lost=lost)
+
+            plan = make_plan(move, checkpoint.connections)
+
+            assert [*report.unkept_lines(checkpoint, plan)] == []
+            assert (plan.unkept, plan.resets) == ((), ())
+            assert len(plan.inner) == len(sockets) - (KEPT in sockets)
+            assert [step.address for step in plan.steps if isinstance(step, AddAddress)] == OLDS
+            kept = [inbound for one in plan.translations for inbound in one.kept]
+            assert kept == [KEPT.inbound()] * (2 if KEPT in sockets else 0)
+            lines = [*report.checkpoint_lines(checkpoint, OLDS)]
+            assert [line for line in lines if "not kept" in line] == []
+
+
+def test_two_olds_of_one_move_are_both_ends_and_one_of_another_host_is_not() -> None:
+    other = parse_address("10.2.0.11")
+    both = (tcp("10.2.0.10:80", "10.2.0.11:7"), tcp("10.2.0.11:7", "10.2.0.10:80"))
+    checkpoint = Checkpoint.of(both)
+    two = Move("web", (MAP, Map(other, parse_address("10.3.0.21"))), SITES)
+
+    plan = make_plan(two, checkpoint.connections)
+
+    assert (plan.translations, plan.unkept, len(plan.inner)) == ((), (), 2)
+    added = [step.address for step in plan.steps if isinstance(step, AddAddress)]
+    assert added == [*OLDS, other]
+    assert checkpoint.sockets[0].why_left(OLDS) == "its other end 10.2.0.11 is not an OLD of --map"
+    assert checkpoint.sockets[1].why_left(OLDS) == "its local address is not an OLD of --map"
+
+
+def test_one_end_alone_is_not_kept_as_before() -> None:
+    """Its other end is another process' at the source."""
+    checkpoint = Checkpoint.of((tcp("10.2.0.10:80", "10.2.0.10:7"), LOOPBACK))
+    move = Move("web", (MAP,), SITES)
+
+    assert [each.both_ends for each in checkpoint.sockets] == [False, False]
+    assert checkpoint.sockets[0].why_left(OLDS) == "its peer 10.2.0.10 is on the source host too"
+    with pytest.raises(RefusedError, match="on the source host too"):
+        make_plan(move, checkpoint.connections)
 
 
 def test_status_and_plan_show_who_is_told(executor: Executor) -> None:

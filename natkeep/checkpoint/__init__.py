@@ -13,7 +13,7 @@ from enum import StrEnum
 from natkeep.plan.criu_lock import DumpLock
 from natkeep.plan.criu_lock import NetworkLock as NetworkLock
 from natkeep.plan.tuples import RECORD_SIZE, Address, Connections, Endpoint, FourTuple
-from natkeep.values import dataclass
+from natkeep.values import dataclass, replace
 
 
 class TcpState(StrEnum):
@@ -38,6 +38,8 @@ SYNCHRONIZED = frozenset(
 )
 _WAITED_FOR = SYNCHRONIZED | {TcpState.SYN_SENT, TcpState.SYN_RECEIVED}
 
+LOOPBACK = "loopback: both ends must be moved"
+"""`unkept` of a socket whose other end is not in the same place, or not known yet to be."""
 ELSEWHERE = "in another network namespace than the root task"
 """`unkept` of a socket that the move has nothing to do with."""
 
@@ -52,6 +54,7 @@ class Socket:
     bound_device: name or index of the device that it is bound to (SO_BINDTODEVICE), or None.
     unkept: why natkeep cannot keep it, as one clause, or None for connections and listeners
     that it can serve.
+    both_ends: its other end is a socket of the process, too, so a move of both translates nothing.
     unsent: octets in the send queue that have never been sent (they leave before
     `post-restore`); 0 where the queues were not looked at.
     """
@@ -63,6 +66,7 @@ class Socket:
     bound_device: str | None = None
     unkept: str | None = None
     unsent: int = 0
+    both_ends: bool = False
 
     def is_connection(self) -> bool:
         """Whether this is a TCP connection that can be kept."""
@@ -71,6 +75,10 @@ class Socket:
     def is_listener(self) -> bool:
         """Whether this is a TCP socket that waits for connections."""
         return self.unkept is None and self.state == TcpState.LISTEN
+
+    def listens_on_loopback(self) -> bool:
+        """Whether it waits for connections of this host alone: they come and go with it."""
+        return self.state == TcpState.LISTEN and self.unkept == LOOPBACK
 
     def inbound(self) -> FourTuple | None:
         """The four-tuple of what arrives; None where it has no two ends of one IP version."""
@@ -86,9 +94,18 @@ class Socket:
             return self.unkept
         if self.is_listener():
             return "a listener: new connections reach it with --listeners only"
-        if olds and (self.local is None or self.local.address not in olds):
+        if not olds:
+            return None
+        if self.local is None or not self._moves(self.local, olds):
             return "its local address is not an OLD of --map"
+        if self.peer is not None and not self.both_ends and self.peer.address in olds:
+            return f"its peer {self.peer.address} is on the source host too"
+        if self.peer is not None and self.both_ends and not self._moves(self.peer, olds):
+            return f"its other end {self.peer.address} is not an OLD of --map"
         return None
+
+    def _moves(self, end: Endpoint, olds: Sequence[Address]) -> bool:
+        return end.address in olds or (self.both_ends and end.address.is_loopback)
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,8 +193,27 @@ class Checkpoint:
     @classmethod
     def of(cls, sockets: tuple[Socket, ...], *, live: bool = False) -> Checkpoint:
         """A checkpoint of *sockets*; its connections are those that can be kept."""
-        inbound = (socket.inbound() for socket in sockets if socket.is_connection())
-        return cls(Connections.of(filter(None, inbound)), sockets, None, live)
+        inbound = [Connections.of(filter(None, [each.inbound()])) for each in sockets]
+        sockets = pair_up(sockets, [one.v4 or one.v6 for one in inbound])
+        kept = (socket.inbound() for socket in sockets if socket.is_connection())
+        return cls(Connections.of(filter(None, kept)), sockets, None, live)
+
+
+def pair_up(sockets: tuple[Socket, ...], records: Sequence[bytes]) -> tuple[Socket, ...]:
+    """*sockets*, of which those know it whose other end is among them.
+
+    records: of each socket both ends, packed (plan/tuples.py); empty where it has none.
+    """
+    some = join_records(records)
+    if not some.may_be_with_themselves():  # as a rule, and told without a look at each
+        return sockets
+    movable = [each.unkept in (None, LOOPBACK) and each.state in SYNCHRONIZED for each in sockets]
+    here = frozenset(record for record, may in zip(records, movable, strict=True) if may)
+    both = here.intersection(some.only(here).turned().each())
+    return tuple(
+        replace(socket, unkept=None, both_ends=True) if may and record in both else socket
+        for socket, record, may in zip(sockets, records, movable, strict=True)
+    )
 
 
 def join_records(records: Collection[bytes]) -> Connections:

@@ -27,6 +27,7 @@ from functools import lru_cache
 
 from natkeep.checkpoint import (
     ELSEWHERE,
+    LOOPBACK,
     SYNCHRONIZED,
     Checkpoint,
     Inventory,
@@ -34,6 +35,7 @@ from natkeep.checkpoint import (
     Socket,
     join_records,
     messages,
+    pair_up,
 )
 from natkeep.checkpoint.imagefile import (
     COMMON,
@@ -136,16 +138,24 @@ def _read_sockets(images: Directory) -> tuple[Checkpoint, Sequence[int]]:
         except Damage as damage:
             raise images.damaged("files.img", offset, damage.what) from None
         sockets.append(socket)
-        if socket.is_connection():
-            records.append(record)
+        records.append(record)
         ids.add(numbers[_ID])
         inodes.append(numbers[_INO])
     if not offset:
         raise images.damaged("files.img", 8, "no entries, though each process has open files")
-    if len(set(records)) != len(records):
+    all_ = tuple(sockets)
+    kept = _records_kept(all_, records)
+    if len(set(kept)) != len(kept):
         raise images.damaged("files.img", 0, "two sockets have the same connection")
     _check_descriptors(images, ids)
-    return Checkpoint(join_records(records), tuple(sockets), inventory), inodes
+    paired = pair_up(all_, records)
+    kept = kept if paired is all_ else _records_kept(paired, records)
+    return Checkpoint(join_records(kept), paired, inventory), inodes
+
+
+def _records_kept(sockets: Sequence[Socket], records: Sequence[bytes]) -> list[bytes]:
+    pairs = zip(sockets, records, strict=True)
+    return [record for socket, record in pairs if socket.is_connection()]
 
 
 def _find_socket(body: bytes) -> bytes | None:
@@ -200,7 +210,11 @@ def _make_socket(
     if inventory.tcp_close and state in SYNCHRONIZED:
         reason = _TCP_CLOSE
     # A socket that was never bound has no ns_id, and nor have the images of old CRIUs.
-    elif not reason and root_netns is not None and numbers.get(_NS_ID, root_netns) != root_netns:
+    elif (
+        reason in (None, LOOPBACK)
+        and root_netns is not None
+        and numbers.get(_NS_ID, root_netns) != root_netns
+    ):
         reason = ELSEWHERE
     try:
         return judge(protocol, state, local, peer, device, reason), record

@@ -8,7 +8,7 @@ from __future__ import annotations
 import ipaddress
 from functools import lru_cache
 
-from natkeep.checkpoint import SYNCHRONIZED, Socket, TcpState
+from natkeep.checkpoint import LOOPBACK, SYNCHRONIZED, Socket, TcpState
 from natkeep.plan.tuples import Address, Endpoint
 
 PROTOCOLS = {1: "icmp", 6: "tcp", 17: "udp", 33: "dccp", 58: "icmpv6", 132: "sctp"}
@@ -34,7 +34,7 @@ def find_address(packed: bytes) -> tuple[Address, bytes, str | None]:
         address = full.ipv4_mapped or full
     reason = None
     if address.is_loopback:
-        reason = "loopback: both ends must be moved"
+        reason = LOOPBACK
     elif address.version == 6 and address.is_link_local:
         reason = "link-local address: CRIU drops its scope"
     return address, address.packed, reason

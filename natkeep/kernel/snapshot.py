@@ -99,6 +99,7 @@ class Snapshot:
             alive=_count_alive(entries) if sockets is None else len(sockets),
             holds=syn_block.comment(move_id) in self._comments("gate"),
             callers=sum(self._count_callers(one, here) for one in receptions),
+            inner=0 if sockets is None else self._count_inner(plan),
             gone=_without_hook(prepared - there, gate),
             shut=opened - there,
             loopback=self._loopback,
@@ -189,6 +190,10 @@ class Snapshot:
     @cached_property
     def _living(self) -> sock_diag.Living:
         return sock_diag.read_living()
+
+    def _count_inner(self, plan: Plan) -> int:
+        ends = [plan.inner.at(map_.old) for map_ in plan.move.maps]
+        return sum(len(sock_diag.find_kept(some, self._living)) for some in ends if len(some))
 
     def _find_sockets(self, here: list[Translation]) -> Connections:
         """The kept connections that have one."""

@@ -56,7 +56,7 @@ def _count(executor: Executor, move_id: str, earlier: Sighting | None) -> tuple[
         if seen.gate == Gate.OPEN or has_been_opened(journal, plan, site):
             known = seen.sockets is not None
             living = seen.alive if known else sighting.count_unended(plan, site)
-            alive.setdefault(site.role, []).append(living + seen.callers)
+            alive.setdefault(site.role, []).append(living + seen.callers + seen.inner)
     # Opened at the source, the process is back where OLD is at home, and needs nothing.
     return min(alive.get(Role.DESTINATION) or alive.get(Role.GATEWAY) or [0]), sighting
 

@@ -272,7 +272,7 @@ def _has_ended(
         if seen.callers or executor.kernel.ask(destination, sock_diag.find_listeners, olds):
             return False
     # No socket may also mean that it is not restored yet, or dumped to move on.
-    return not seen.sockets and _are_ended(plan, sighting, [destination])
+    return not (seen.sockets or seen.inner) and _are_ended(plan, sighting, [destination])
 
 
 def _are_ended(plan: Plan, sighting: Sighting, sites: list[Site]) -> bool:

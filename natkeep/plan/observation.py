@@ -45,7 +45,8 @@ class Observation:
     alive: how many kept connections still have a socket here (destination, source) or an entry
     that carries traffic (gateway).
     holds: new connections to the listeners of a quiesce wait here.
-    callers: how many connections of callers live here.
+    callers: how many connections of callers live here. inner: how many ends, at an OLD, of the
+    process' connections with itself do (destination, source).
     gone: what prepare put into the tables and is not there; shut: the same of open.
     loopback: lo is up.
     sockets: at a destination or source, the kept connections that have one, as the process sees
@@ -62,6 +63,7 @@ class Observation:
     alive: int
     holds: bool = False
     callers: int = 0
+    inner: int = 0
     gone: frozenset[Key] = frozenset()
     shut: frozenset[Key] = frozenset()
     loopback: bool = True

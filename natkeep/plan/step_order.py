@@ -42,6 +42,7 @@ from natkeep.plan.translation import (
     Change,
     Surroundings,
     Translation,
+    find_inner,
     make_translations,
 )
 from natkeep.plan.tuples import NO_CONNECTIONS, Address, Connections
@@ -66,11 +67,12 @@ def make_plan(
     # A connection that came since and cannot be kept is only reported: its reset is not prepared.
     lost = unkept if change is None else make_translations(move, connections, surroundings)[1]
     told = make_resets(move, lost, connections, surroundings)
+    inner = find_inner(move, connections)
     prepare: list[Step] = []
     for site in _sites_to_prepare(move):
         here = tuple(t for t in translations if t.site == site)
         resets_here = tuple(reset for reset in told if reset.site == site)
-        prepare += _steps_at(site, move, here, resets_here, surroundings, change)
+        prepare += _steps_at(site, move, here, resets_here, surroundings, change, inner)
         if site.row.passes_on and move.holds:
             prepare.append(OpenEarly(site, move.id, make_receptions(move, site)))
     for translation in translations:
@@ -82,7 +84,7 @@ def make_plan(
     # Last, so that no kept connection waits for it.
     sending: tuple[SendResets, ...] = () if _leaves_alone(move) else _send_resets(move, told)
     opening: tuple[OpenGate | SendResets, ...] = (*opens, *sending)
-    return Plan(move, translations, unkept, surroundings, tuple(prepare), opening, told)
+    return Plan(move, translations, unkept, surroundings, tuple(prepare), opening, told, inner)
 
 
 def _leaves_alone(move: Move) -> bool:
@@ -149,6 +151,7 @@ def _steps_at(
     lost: tuple[Reset, ...],
     surroundings: Surroundings,
     change: Change | None = None,
+    inner: Connections = NO_CONNECTIONS,
 ) -> list[Step]:
     if site.row.mutes:
         return _steps_at_source(site, move, here, lost)
@@ -166,6 +169,8 @@ def _steps_at(
     steps += _install_resets(site, move, lost)
     if site.row.puts_old:
         others = [*(r.map.old for r in receptions), *(r.old for r in lost)]
+        # Of a process that talks to itself alone, whatever else it has there.
+        others += [m.old for m in move.maps if len(inner.at(m.old)) or (len(inner) and not here)]
         # The peers' addresses too, which may otherwise go with the moves that put them there.
         others += sorted({one.source.address for one in surroundings.joined}, key=str)
         steps += _put_old(site, move, here, others)

@@ -21,7 +21,7 @@ from natkeep.plan.move import Move, Site
 from natkeep.plan.nft import TABLE, Object, Rule
 from natkeep.plan.resets import Reset
 from natkeep.plan.translation import Surroundings, Translation, Unkept
-from natkeep.plan.tuples import Address, Connections, Endpoint, FourTuple
+from natkeep.plan.tuples import NO_CONNECTIONS, Address, Connections, Endpoint, FourTuple
 from natkeep.values import dataclass, field
 
 
@@ -458,7 +458,10 @@ Step = (
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What prepare does, in order, and what open does later; nothing has happened yet."""
+    """What prepare does, in order, and what open does later; nothing has happened yet.
+
+    inner: connections of the process with itself, which need OLD and nothing else.
+    """
 
     move: Move
     translations: tuple[Translation, ...]
@@ -467,6 +470,7 @@ class Plan:
     prepare: tuple[Step, ...]
     open: tuple[OpenGate | SendResets, ...]
     resets: tuple[Reset, ...] = ()
+    inner: Connections = NO_CONNECTIONS
 
     @property
     def steps(self) -> tuple[Step, ...]:

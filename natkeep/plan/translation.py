@@ -201,14 +201,16 @@ def make_translations(
     """
     found = [connections.at(map_.old) for map_ in move.maps]
     late = [change.came.at(map_.old) for map_ in move.maps] if change is not None else []
-    _refuse_none_or_too_many(move, len(connections), found, late)
+    inner = find_inner(move, connections if change is None else _join(connections, change.came))
+    _refuse_none_or_too_many(move, len(connections), [*found, inner], late)
+    found, late = ([some.minus(inner) for some in each] for each in (found, late))
     unkept = tuple(_find_unkept(move, found, surroundings))
     around_late = change.surroundings if change is not None else NOTHING_SPECIAL
     unkept_late = tuple(_find_unkept(move, late, around_late))
     kept = [_without(some, unkept) for some in found]
     came = [_without(some, unkept_late) for some in late]
     unwanted = move.unkept == Fate.REPORT and not move.listeners
-    if unkept and not any(len(some) for some in kept) and unwanted:
+    if unkept and not any(len(some) for some in (*kept, inner)) and unwanted:
         count = sum(map(len, found)) + len(move.lost)
         raise RefusedError(f"{unkept[0].inbound}: {unkept[0].reason}", hint=f"{count} in all")
     both = [_join(*pair) for pair in zip(kept, came, strict=True)] if came else kept
@@ -225,6 +227,28 @@ def make_translations(
             translations += _translate_at(move, site, came, change.surroundings, len(prepared))
     _refuse_what_the_mode_cannot(move, translations)
     return tuple(translations), (*unkept, *unkept_late)
+
+
+def find_inner(move: Move, connections: Connections) -> Connections:
+    """Those of the process with itself: both ends are among *connections*, each at an OLD or lo's.
+
+    Both ends move, so nothing has to be translated: no packet of theirs leaves the host.
+    """
+    olds = {map_.old for map_ in move.maps}
+    # As a rule no peer has such an address, which is found out without a look at each.
+    if not (
+        connections.may_have_peer({old.packed for old in olds}) or connections.has_special_peer()
+    ):
+        return NO_CONNECTIONS
+    both = connections.only(frozenset(connections.turned().each()))
+    return Connections.of(
+        inbound
+        for inbound in both
+        if all(
+            end.address in olds or end.address.is_loopback
+            for end in (inbound.source, inbound.destination)
+        )
+    )
 
 
 def _refuse_none_or_too_many(

@@ -187,12 +187,21 @@ class Connections:
         columns = {4: self._peer_column(4), 16: self._peer_column(6)}
         return any(packed in columns[len(packed)] for packed in addresses)
 
+    def may_be_with_themselves(self) -> bool:
+        """Whether the other end of one could be another's own; a no is certain."""
+        ours6 = {local for (local,) in struct.iter_unpack("16s20x", self.v6)}
+        return self.may_have_peer([*_distinct_words(self._column(4, 0)), *ours6])
+
     def _peer_column(self, version: int) -> bytes:
         """The peers' addresses of IP *version*, one behind the other."""
+        return self._column(version, _ADDRESS_SIZE[version] + 2)
+
+    def _column(self, version: int, at: int) -> bytes:
+        """Of IP *version* the addresses that stand *at* octets into each record."""
         records, size, width = self.records(version), RECORD_SIZE[version], _ADDRESS_SIZE[version]
         values = bytearray(len(records) // size * width)
         for i in range(width):
-            values[i::width] = records[width + 2 + i :: size]
+            values[i::width] = records[at + i :: size]
         return bytes(values)
 
     def minus(self, others: Connections) -> Connections:

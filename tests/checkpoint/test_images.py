@@ -174,15 +174,16 @@ def test_plain_dump() -> None:
         ("tcp", f"{OLD}:5000", PEER, "ESTABLISHED", NONE, NONE),
         ("tcp", f"{OLD}:5000", PEER, "ESTABLISHED", NONE, NONE),
         ("tcp", "127.0.0.1:5010", NONE, "LISTEN", NONE, LOOPBACK),
-        ("tcp", "127.0.0.1", "127.0.0.1", "ESTABLISHED", NONE, LOOPBACK),
-        ("tcp", "127.0.0.1:5010", "127.0.0.1", "ESTABLISHED", NONE, LOOPBACK),
+        ("tcp", "127.0.0.1", "127.0.0.1", "ESTABLISHED", NONE, NONE),  # with itself
+        ("tcp", "127.0.0.1:5010", "127.0.0.1", "ESTABLISHED", NONE, NONE),
         ("udp", f"{OLD}:53", NONE, NONE, NONE, UDP),
         ("tcp", f"{OLD}:5011", NONE, "LISTEN", "dev0", NONE),
         ("tcp", NONE, NONE, "CLOSED", NONE, "closed"),
         ("udp", NONE, NONE, NONE, NONE, UDP),
     ]
     assert len(ports) == 15
-    assert len(checkpoint.connections) == 5
+    assert len(checkpoint.connections) == 7
+    assert [number for number, each in enumerate(checkpoint.sockets) if each.both_ends] == [9, 10]
     assert checkpoint.inventory is not None
     assert checkpoint.inventory.network_lock is NetworkLock.NFTABLES
     assert len(checkpoint.inventory.run_id or "") == 36

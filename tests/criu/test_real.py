@@ -48,6 +48,44 @@ os.rename("pid", "ready")
 time.sleep(60)
 """
 
+# A process that talks to itself, over OLD and over lo, once there is a file `go`.
+ALONE = f"""
+import os, socket, time
+os.closerange(3, 1024)
+def connect(address):
+    with socket.create_server((address, 0)) as listener:
+        dialled = socket.create_connection(listener.getsockname())
+        return dialled, listener.accept()[0]
+pairs = [connect("{OLD}"), connect("127.0.0.1"), connect("{OLD}")]
+pairs[2][0].shutdown(socket.SHUT_WR)
+if os.fork():
+    os._exit(0)
+os.setsid()
+with open("pid", "w") as file:
+    file.write(str(os.getpid()))
+os.rename("pid", "ready")
+while not os.path.exists("go"):
+    time.sleep(0.02)
+def talk(one, other):
+    one.sendall(b"ping")
+    other.settimeout(5)
+    return other.recv(4)
+said = [talk(*pairs[0]), talk(*pairs[0][::-1]), talk(*pairs[1]), talk(*pairs[1][::-1])]
+said += [pairs[2][1].recv(4), talk(*pairs[2][::-1])]
+with open("told", "w") as file:
+    print(*said, sep="", end="", file=file)
+os.rename("told", "said")
+time.sleep(60)
+"""
+AFTER = r"""
+touch go
+for _ in $(seq 500); do [ ! -s said ] || break; sleep 0.01; done
+"$NATKEEP" gc --json >gc.json
+"$NATKEEP" repair --all --json >repair.json
+"$NATKEEP" teardown web 2>teardown.txt </dev/null || echo $? >>teardown.txt
+"$NATKEEP" status web --strict >strict.txt || echo $? >>strict.txt
+"""
+
 # Runs as pid 1 of a pid and mount namespace of its own: all ends with it.
 STORY = r"""
 set -eu
@@ -94,6 +132,7 @@ status=0
 "$CRIU" restore "$@" -d -o restore.log -v4 --action-script "$HOOK" \
 	${pod+--inherit-fd 'fd[8]:pod'} || status=$?
 "$NATKEEP" status --json >status.json
+[ ! -e after ] || . ./after
 ls "$NATKEEP_STATE_DIR" >left
 [ $status != 0 ] || [ -n "$in" ] || kill -9 "$pid"
 for id in $("$NATKEEP" status --json | sed -n 's/.*"id": "\([^"]*\)".*/\1/p'); do
@@ -223,3 +262,30 @@ def test_it_is_opened_the_long_way_in_a_pid_namespace_that_is_there(
     assert _ours(log) == ["natkeep-hook: web: gate open"]
     (move,) = status["moves"]
     assert (move["gate"], [site["drift"] for site in move["sites"]]) == ("open", [[]])
+
+
+@pytest.mark.parametrize("orders", [{"NATKEEP_ID": "web"}, {"NATKEEP_MAP": f"{OLD}=auto"}])
+def test_a_process_that_talks_to_itself_alone_lives_on(
+    orders: dict[str, str],
+    restored: Callable[..., tuple[int, str, dict[str, object], str]],
+    tmp_path: Path,
+) -> None:
+    """Over OLD and over lo, one half closed: nothing is translated, and gc does not take OLD."""
+    (tmp_path / "server.py").write_text(ALONE)
+    prepared = "NATKEEP_ID" in orders
+    (tmp_path / "after").write_text(AFTER if prepared else AFTER.partition('"$NATKEEP"')[0])
+
+    code, log, status, _ = restored("external", **orders)
+
+    assert code == 0, log
+    assert _ours(log)[-1].endswith("gate open")
+    (move,) = status["moves"]
+    assert (move["gate"], [site["drift"] for site in move["sites"]]) == ("open", [[]])
+    assert move["connections"] == []
+    assert (tmp_path / "said").read_text() == str(b"ping") * 4 + str(b"") + str(b"ping")
+    if prepared:
+        assert json.loads((tmp_path / "gc.json").read_text())["cleared"] == []
+        (repaired,) = json.loads((tmp_path / "repair.json").read_text())["moves"]
+        assert repaired["repaired"] == []
+        assert "4 connections of web live and will break" in (tmp_path / "teardown.txt").read_text()
+        assert (tmp_path / "strict.txt").read_text().endswith("as prepared\n")
