@@ -41,7 +41,7 @@ NFT = """
     sport dport flags fin syn rst ack meta mark l4proto notrack accept drop jump vmap dnat snat to
     set comment iifname oifname lo ipv4_addr ipv6_addr inet_service verdict handle policy
     dstnat srcnat iif oif gate injected leaving half-open inbound outbound arriving departing muted
-    errors silent
+    errors silent defragment dynamic tproxy socket wildcard sequence
     ct state established related new peer-inbound peer-outbound invalid-inbound invalid-outbound
     local-inbound local-outbound invalid-local-inbound invalid-local-outbound route
     from4 from6 to4 to6 invalid-in4 invalid-in6 invalid-from4 invalid-from6 invalid-out4
@@ -51,7 +51,7 @@ NFT = """
 KEYWORDS = frozenset(NFT.split())
 TOKEN = re.compile(r'"(?P<string>[^"]*)"|(?P<word>@?[0-9A-Za-z_:.-]+)|(?P<mark>[{};,&|()]|[=!]=)')
 OURS = re.compile(
-    r"@?(?:(?:kept|outer|routed|to-outer|to-inner|listen)-(?P<a>[a-z0-9-]{1,32})-[0-9]{1,2}"
+    r"@?(?:(?:kept|outer|ended|routed|to-outer|to-inner|listen)-(?P<a>[a-z0-9-]{1,32})-[0-9]{1,2}"
     r"|(?:gate|callers|hold)-(?P<b>[a-z0-9-]{1,32}))"
 )
 AT = re.compile(
@@ -95,7 +95,7 @@ def read_nft(line: str, move_id: str, table: str) -> None:
             continue
         if kind == "mark" or text in KEYWORDS or text == table:
             continue
-        if re.fullmatch(r"-?[0-9]+|0xc114", text) or is_address(text):
+        if re.fullmatch(r":?-?[0-9]+|0xc114", text) or is_address(text):
             continue
         if text[0] == "@" and text[1:] in KEYWORDS:
             continue
@@ -216,7 +216,7 @@ def render_all(move: Move) -> Iterator[str]:
         *(one for step in plan.steps for one in objects_of(step)),
         *syn_block.block(move.id, move.held, linked=False),
         *listeners.objects(move.id, make_receptions(move, site)),
-        filters.opening(move.id, site.role),
+        filters.opening(move.id),
         listeners.opening(move.id),
     ]
     for one in objects:

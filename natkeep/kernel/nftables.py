@@ -38,7 +38,7 @@ _MESSAGE = re.compile(r"(?:Error|Warning): (.*)")
 _GATES = re.compile(r"(?:gate|callers)-[a-z0-9][a-z0-9-]*")
 """Chains that drop until they are opened; an address chain's name has a dot or an underscore."""
 _OF_MOVES = re.compile(
-    r"(?:gate|callers|hold|reset|kept|outer|routed|to-outer|to-inner|listen|again)"
+    r"(?:gate|callers|hold|reset|kept|outer|ended|routed|to-outer|to-inner|listen|again)"
     r"-[a-z0-9][a-z0-9-]*"
 )
 """Chains and sets that belong to one move; while there is one of another, the tables stay."""

@@ -21,7 +21,9 @@ from natkeep.plan.repair import find_patches
 from natkeep.plan.roles import Role
 from natkeep.plan.step_order import make_plan
 from natkeep.plan.steps import OpenGate, Plan
+from natkeep.plan.translation import Surroundings
 from natkeep.plan.tuples import Connections, Endpoint, FourTuple
+from natkeep.values import replace
 
 pytestmark = pytest.mark.root
 
@@ -170,6 +172,70 @@ def test_what_others_break_is_named_and_put_back_as_it_was(
         assert here.picture() == whole
     assert kept_entries <= here.entries()  # those that were there are still the same ones
     assert len(here.entries()) == len(entries)
+
+
+MASKED, CARRIED = (
+    kept(4),
+    Connections.of(
+        FourTuple(Endpoint.parse(f"10.1.0.3:{port}"), Endpoint.parse("10.9.0.1:8080"))
+        for port in range(6000, 6020)
+    ),
+)
+"""Of a gateway that masquerades and publishes: as the process sees them, and as they arrive."""
+WITHOUT_ENTRY = {
+    "a map emptied": "nft flush map inet natkeep to-outer-web-0",
+    "one of a map's elements deleted": (
+        "nft delete element inet natkeep to-inner-web-0 '{ 10.1.0.3 . 6004 . 80 }'"
+    ),
+    "a set emptied": "nft flush set inet natkeep routed-web-0",
+    "the peers' rules deleted": "nft flush chain inet natkeep from-at-10.3.0.20; "
+    "nft flush chain inet natkeep invalid-to-at-10.3.0.20",
+    "the last drop deleted": "nft flush chain inet natkeep to-at-10.9.0.1",
+    "what is rewritten deleted": "nft flush chain inet natkeep invalid-in-at-10.9.0.1",
+    "base chains flushed": "nft flush chain inet natkeep peer-outbound; "
+    "nft flush chain inet natkeep invalid-local-inbound",
+}
+
+
+@pytest.fixture
+def carrying(make_site: Callable[[], str], run: Callable[..., str]) -> Stage:
+    """A move at a gateway that masquerades and publishes."""
+    netns = make_site()
+    move = Move("web", (Map(ip_address(OLD[4]), ip_address(NEW[4])),), (Site(Role.GATEWAY, netns),))
+    plan = make_plan(move, MASKED, Surroundings(carried=MASKED, carriers=CARRIED))
+    kernel = LinuxKernel()
+    kernel.open_sites(plan.move.sites)
+    for step in plan.steps:
+        kernel.apply(step, lambda prior: None)
+    return Stage(kernel, netns, plan, run)
+
+
+@pytest.mark.parametrize("name", WITHOUT_ENTRY)
+def test_what_carries_connections_without_entries_is_named_and_put_back(
+    carrying: Stage, name: str
+) -> None:
+    assert carrying.drift() == ()
+    whole = carrying.ruleset()
+
+    carrying.sh(WITHOUT_ENTRY[name])
+    assert carrying.drift()
+    assert carrying.mend()
+
+    assert carrying.drift() == ()
+    assert carrying.ruleset() == whole
+
+
+def test_maps_go_with_their_move_also_where_its_journal_is_lost(carrying: Stage) -> None:
+    carrying.kernel.clear_strays(carrying.site, frozenset({"web"}), frozenset(), sure=True)
+    assert carrying.drift() == ()
+
+    other = make_plan(replace(carrying.plan.move, id="other"), kept(4).toward(ip_address(OLD[4])))
+    for step in other.prepare:
+        carrying.kernel.apply(step, lambda prior: None)
+    carrying.kernel.clear_strays(carrying.site, frozenset({"other"}), frozenset(), sure=True)
+
+    assert "web" not in carrying.ruleset()
+    assert "to-inner" not in carrying.ruleset()
 
 
 def test_a_counter_of_somebody_who_was_not_touched_goes_on(stage: Callable[..., Stage]) -> None:
