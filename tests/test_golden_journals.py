@@ -18,6 +18,7 @@ from pathlib import Path
 from uuid import UUID
 
 import pytest
+from earlier_natkeep import remove_later
 from golden_journals.cases import CASES, Case
 
 from bench.faults.surfaces import read_all_surfaces
@@ -29,7 +30,6 @@ from natkeep.lifecycle.prepare import carry_out, prepare
 from natkeep.lifecycle.repair import ADDED, repair
 from natkeep.lifecycle.status import read_status
 from natkeep.lifecycle.teardown import teardown
-from natkeep.plan.base_chains import is_later
 from natkeep.plan.identity import Identity
 from natkeep.plan.move import Site
 from natkeep.plan.observation import Gate
@@ -156,23 +156,6 @@ def read_ruleset(netns: str) -> list[str]:
     text = subprocess.getoutput(f"ip netns exec {netns} nft list ruleset") + "\n"
     blocks = re.split(r"(?m)^\t}\n+", re.sub(r"(?m)^table .*\n|^}\n", "", text))
     return sorted(block for block in blocks if "chain gate {" not in block)
-
-
-def remove_later(netns: str) -> None:
-    """Take away what natkeeps before this one did not make; it must have been there."""
-    within = ["ip", "netns", "exec", netns]
-    if "inet natkeep" not in subprocess.getoutput(" ".join([*within, "nft", "list", "tables"])):
-        return
-    listing = [*within, "nft", "-j", "list", "table", "inet", "natkeep"]
-    listed = json.loads(subprocess.run(listing, check=True, capture_output=True).stdout)
-    objects = [next(iter(each.items())) for each in listed["nftables"]]
-    later = [(kind, one["name"]) for kind, one in objects if is_later(one.get("name", ""))]
-    chains = [f"inet natkeep {name}" for kind, name in later if kind == "chain"]
-    maps = [f"inet natkeep {name}" for kind, name in later if kind != "chain"]
-    assert chains
-    lines = [f"flush chain {name}" for name in chains] + [f"flush map {name}" for name in maps]
-    lines += [f"delete chain {name}" for name in chains] + [f"delete map {name}" for name in maps]
-    subprocess.run([*within, "nft", "-f", "-"], check=True, input="\n".join(lines).encode())
 
 
 def write(state: Path, golden: Path) -> None:
