@@ -539,6 +539,30 @@ def test_a_move_whose_connections_have_all_ended_is_cleared(
     assert world.files() == set()
 
 
+def test_an_end_is_remembered_while_others_of_the_move_live_on(world: World) -> None:
+    """The entry of the first is gone for long when the last one ends."""
+    plan = world.prepare(GATEWAY, DESTINATION, gate=Gate.OPEN)
+    world.live(plan, how_many=1)
+    world.repair()
+    assert "web.seen" not in world.files()  # sockets tell
+    world.kernel.ended = {0, 1}
+    world.repair()
+    world.pass_a_second()
+    world.repair()
+    first = (world.directory / "web.seen").read_bytes()
+    world.repair()
+    assert first == (world.directory / "web.seen").read_bytes()
+
+    world.live(plan, how_many=0)
+    for site in (GATEWAY, DESTINATION):
+        for tuple_ in [*world.sites[site.netns].entries][:1]:
+            del world.sites[site.netns].entries[tuple_]
+    world.kernel.ended = {0, 1, 2}
+    assert world.gc().cleared == ()
+    world.pass_a_second()
+    assert [one.reason for one in world.gc().cleared] == ["its connections have all ended"]
+
+
 def test_a_listener_that_is_still_there_keeps_its_move(world: World) -> None:
     end = Endpoint(MAP.old, 80)
     plan = world.prepare(gate=Gate.OPEN, listeners=(end,))

@@ -215,9 +215,15 @@ def _find_lost_routes(
 
 
 def note_sighting(executor: Executor, journal: Journal, sight: Sight) -> None:
-    """What only entries tell, where no socket does, is known later only if it is remembered."""
-    if not any(seen.sockets for seen in sight.looks.values()):
-        executor.state.write_sighting(journal.move.id, journal.boot, sight.entries())
+    """What only entries tell is known later only if it is remembered.
+
+    Where a destination's sockets tell what lives, only of the ends is anything new to be noted.
+    """
+    seen, before = sight.entries(), sight.earlier or Sighting(0, ())
+    known = any(look.sockets is not None for look in sight.looks.values())
+    if known and (dict(seen.ended), seen.ending) == (dict(before.ended), before.ending):
+        return
+    executor.state.write_sighting(journal.move.id, journal.boot, seen)
 
 
 def remember_sighting(executor: Executor, journal: Journal, sight: Sight) -> None:

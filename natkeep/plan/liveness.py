@@ -15,7 +15,8 @@ Rule: values only; the clock is read and the file is written by others.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import chain
 from typing import Any
 
 from natkeep.plan.move import Site
@@ -81,8 +82,8 @@ class Sighting:
 
     at: milliseconds of the monotonic clock.
     alive: for the number of each step that made entries, those that were alive, in hexadecimal,
-    the first entry's bit the lowest; ended: those whose end is certain; ending: those whose end was
-    seen once.
+    the first entry's bit the lowest; ended: those whose end is certain; ending: those that are in
+    their end, also for so short a time that it is not certain.
     """
 
     at: int
@@ -101,10 +102,10 @@ class Sighting:
         found = {4: b"", 6: b""}
         for number, step in _inserted(plan):
             if step.site == site:
-                seen = int(bits.get(number, "0"), 16)
-                records = step.translation.kept.each()
+                seen = f"{int(bits.get(number, '0'), 16):b}"[::-1]
+                records = zip(seen, step.translation.kept.each(), strict=False)
                 version = step.translation.map.old.version
-                found[version] += b"".join(r for i, r in enumerate(records) if seen >> i & 1)
+                found[version] += b"".join(record for bit, record in records if bit == "1")
         return Connections(found[4], found[6])
 
     def to_json(self) -> dict[str, Any]:
@@ -156,33 +157,37 @@ def make_sighting(
         if step.site not in looks:
             continue
         entries = looks[step.site].entries.get(step.translation.number, ())
-        bits = sum(1 << i for i, entry in enumerate(entries) if entry and entry.alive)
-        over, still = _find_ended(entries, at, once.get(number, ()))
-        for index in lives[step.site].picks(step.translation, entries):
-            bits |= 1 << index
+        lives_now = [i for i, entry in enumerate(entries) if entry and entry.alive]
+        bits = _bits(chain(lives_now, lives[step.site].picks(step.translation, entries)))
+        still = tuple(_find_ending(entries, at, once.get(number, ())))
+        certain = _bits(place for place, _, since in still if at - since >= CONFIRMED)
+        unsure = _bits(place for place, *_ in still) & ~certain | bits
         alive.append((number, f"{bits:x}"))
-        ended.append((number, f"{(over | int(before.get(number, '0'), 16)) & ~bits:x}"))
+        if over := (int(before.get(number, "0"), 16) | certain) & ~unsure:
+            ended.append((number, f"{over:x}"))
         if still:
             ending.append((number, still))
     return Sighting(at, tuple(alive), tuple(ended), tuple(ending))
 
 
-def _find_ended(
+def _bits(places: Iterable[int]) -> int:
+    """A bit for each place; of a hundred thousand by a text, since a sum of numbers takes 0.5 s."""
+    some = frozenset(places)
+    text = bytearray(b"0" * (max(some, default=0) + 1))
+    for place in some:
+        text[-1 - place] = ord("1")
+    return int(text, 2)
+
+
+def _find_ending(
     entries: Sequence[SeenEntry | None], at: int, once: tuple[Ending, ...]
-) -> tuple[int, tuple[Ending, ...]]:
-    """A bit for each entry that is in its end as it was *once*, long enough ago; and the others."""
+) -> Iterator[Ending]:
+    """Each entry that is in its end, and since when as it was *once*."""
     known = {place: (packets, since) for place, packets, since in once}
-    over, still = 0, []
     for place, entry in enumerate(entries):
         if entry is None or entry.alive:
             continue
         counted = entry.packets_in is not None and entry.packets_out is not None
         packets = (entry.packets_in or 0) + (entry.packets_out or 0) if counted else -1
         earlier, since = known.get(place, (None, at))
-        if packets != earlier:
-            since = at
-        if at - since >= CONFIRMED:
-            over |= 1 << place
-        else:
-            still.append((place, packets, since))
-    return over, tuple(still)
+        yield place, packets, since if packets == earlier else at

@@ -284,6 +284,8 @@ def test_an_end_is_certain_when_it_is_seen_twice_with_no_packet_in_between() -> 
     assert later.count_unended(plan, GATEWAY) == 2  # 5000 was alive then, 5002 has said something
     last = sight(plan, 7000, later, OVER, OVER, busy, rest=OVER)
     assert last.count_unended(plan, GATEWAY) == 0
+    revived = sight(plan, 8000, last, busy, OVER, busy, rest=OVER)
+    assert revived.count_unended(plan, GATEWAY) == 1  # in CLOSE still, as resets have put it there
     assert Sighting.from_json(later.to_json()) == later
 
 
