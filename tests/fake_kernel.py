@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 
 from natkeep.errors import KernelError, RefusedError
 from natkeep.kernel.interface import Kernel, P, Remember, T
+from natkeep.kernel.old_address import Needs
 from natkeep.kernel.sock_diag import Shown
 from natkeep.plan import base_chains, filters, nft
 from natkeep.plan.base_chains import is_address_chain
@@ -108,6 +109,8 @@ class FakeKernel:
         self.told: set[FourTuple] = set()
         self.shown: list[Shown] = []
         self.known: list[Step] = []
+        self.needs: dict[Address, Needs] = {}
+        self.living: dict[str, tuple[int, str]] = {}
 
     def open_sites(self, sites: Iterable[Site], known: dict[Site, Identity] | None = None) -> None:
         """Every name is a namespace here."""
@@ -134,6 +137,26 @@ class FakeKernel:
         """What a test put there."""
         here = self.sites[site.netns].addresses
         return tuple(sorted(a for a in here if a.version == version))
+
+    def count_living(
+        self, site: Site, table: SeenTable, strays: frozenset[str], olds: frozenset[Address]
+    ) -> dict[str, tuple[int, str]]:
+        """What a test put there."""
+        return {name: of for name, of in self.living.items() if name in strays or not name}
+
+    def find_needs(
+        self, site: Site, old: Address, move_id: str, own: Connections, listeners: object
+    ) -> Needs:
+        """What a test put there, and no more than its own moves know of each other."""
+        return self.needs.get(old, Needs())
+
+    def find_idle(self, site: Site) -> tuple[Address, ...]:
+        """Nothing: no address says who has put it there."""
+        return ()
+
+    def needs_loopback(self, site: Site) -> bool:
+        """Whether a test says that something needs an address there."""
+        return bool(self.needs)
 
     def find_at_home(self, site: Site, olds: frozenset[Address]) -> frozenset[Address]:
         """Those that a test put there, and no step."""

@@ -238,7 +238,9 @@ def gc(args: argparse.Namespace) -> int:
     from natkeep.lifecycle.gc import demand_nothing_left, gc
 
     executor = make_executor(args, create=False)
-    collected = gc(executor, parse_sites(args.site), is_abandoned, dry_run=args.dry_run)
+    collected = gc(
+        executor, parse_sites(args.site), is_abandoned, dry_run=args.dry_run, yes=args.yes
+    )
     if args.json:
         rows = [{"kind": c.kind, "name": c.name, "reason": c.reason} for c in collected.cleared]
         left = [str(error) for error in collected.left]

@@ -206,7 +206,11 @@ _INSPECT = (
 )
 _STATUS = (_ANY_ID, _flag("--strict", "exit 6 when something drifted"))
 _REPAIR = (_ANY_ID, _flag("--all", "every move there is, instead of one"))
-_GC = (_SITE, _flag("--dry-run", "say what would be cleared"))
+_GC = (
+    _SITE,
+    _flag("--dry-run", "say what would be cleared"),
+    _flag("--yes", "also what no journal knows and connections live by"),
+)
 
 _VERBS: dict[str, tuple[str, str, tuple[Option, ...]]] = {
     "plan": ("change", "print what prepare would do; touches nothing", _PLAN),

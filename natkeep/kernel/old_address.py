@@ -1,4 +1,4 @@
-"""Asks a namespace about OLD: whether it is at home there.
+"""Asks a namespace about OLD: whether it is at home there, and who needs it there.
 
 Rule: the kernel is asked, never a journal, since a move of another state directory, or a program
 that is no natkeep, has none here. Nothing is changed. All functions act in the namespace that the
@@ -7,11 +7,29 @@ calling thread is in.
 
 from __future__ import annotations
 
+from ipaddress import ip_address
+
 from natkeep.kernel import nftables_dump as dump
-from natkeep.kernel import rtnetlink
-from natkeep.plan.base_chains import held_set
+from natkeep.kernel import rtnetlink, sock_diag
+from natkeep.plan.base_chains import DISPATCHES, address_chain, held_set
 from natkeep.plan.nft import FAMILIES, TABLE
-from natkeep.plan.tuples import Address
+from natkeep.plan.strays import owner_of
+from natkeep.plan.tuples import NO_CONNECTIONS, Address, Connections, Endpoint
+from natkeep.values import dataclass
+
+_NO_PEER = bytes(2)
+
+
+@dataclass(frozen=True, slots=True)
+class Needs:
+    """What still needs an address that a move has put on lo.
+
+    moves: ids of other moves, of whatever state directory, with rules for it; sockets: how many
+    connections there are that are not of the move that asks.
+    """
+
+    moves: tuple[str, ...] = ()
+    sockets: int = 0
 
 
 def find_at_home(olds: frozenset[Address]) -> frozenset[Address]:
@@ -22,3 +40,38 @@ def find_at_home(olds: frozenset[Address]) -> frozenset[Address]:
         held = {key for v in FAMILIES for key in dump.read_keys(TABLE, held_set(v))}
         found = {old for old in found if old.packed not in held}
     return frozenset(found)
+
+
+def find_needs(
+    old: Address, move_id: str, own: Connections, listeners: tuple[Endpoint, ...] = ()
+) -> Needs:
+    """What needs *old* here besides the move *move_id*.
+
+    Its own are the connections *own*, those to its *listeners*, and those of a process with itself.
+    """
+    chains = (address_chain(dispatch, old) for dispatch in DISPATCHES)
+    rules = (rule for chain in chains for rule in dump.rules(TABLE, chain))
+    moves = {owner_of(rule.comment) for rule in rules} - {"", move_id}
+    living = sock_diag.read_living(orphans=False)
+    ports = {end.port.to_bytes(2, "big") for end in listeners if end.address == old}
+    here = {
+        record
+        for end, records in living.items()
+        if end[:-2] == old.packed and end[-2:] not in ports
+        for record in records
+        if record[-2:] != _NO_PEER and record[len(end) : -2] != old.packed
+    }
+    return Needs(
+        tuple(sorted(moves)), len(here) - len(here.intersection(own.at(old).each())) if here else 0
+    )
+
+
+def find_idle() -> tuple[Address, ...]:
+    """The addresses on lo that a natkeep has put there and that nothing needs any more."""
+    marked = map(ip_address, sorted(rtnetlink.marked_addresses()))
+    return tuple(old for old in marked if find_needs(old, "", NO_CONNECTIONS) == Needs())
+
+
+def needs_loopback() -> bool:
+    """Whether lo has an address of a move, so that it has to be up."""
+    return bool(rtnetlink.marked_addresses())

@@ -47,6 +47,8 @@ LOOPBACK = 1
 _IFF_UP = 0x1
 
 IFA_ADDRESS, IFA_LOCAL, IFA_LABEL, IFA_BROADCAST, _IFA_CACHEINFO, IFA_FLAGS = 1, 2, 3, 4, 6, 8
+_IFA_PROTO = 11  # who has put the address there; Linux 5.18, before which it is passed over
+_BY_NATKEEP = b"\xc1"
 IFA_F_NODAD, IFA_F_NOPREFIXROUTE = 0x02, 0x200
 _FOREVER = 0xFFFFFFFF
 _LOCAL_TIMEOUT = 2.0
@@ -99,6 +101,20 @@ def global_addresses(version: int) -> tuple[Address, ...]:
     )
 
 
+def marked_addresses() -> frozenset[bytes]:
+    """What a natkeep has put on lo, packed.
+
+    So whether an address was there before natkeep need not be asked of a journal, which may be in
+    another state directory.
+    """
+    with Netlink(NETLINK_ROUTE) as netlink:
+        return frozenset(
+            local_address(found)
+            for header, found in read_addresses(netlink)
+            if header[4] == LOOPBACK and found.get(_IFA_PROTO) == _BY_NATKEEP
+        )
+
+
 def device_of(address: Address) -> str | None:
     """Name of the device that has *address*, or None."""
     indexes = [index for packed, index in _list_addresses() if packed == address.packed]
@@ -120,13 +136,13 @@ def device_name(index: int) -> str:
 
 def add_host_address(address: Address) -> None:
     """Put *address* on lo with a host-length prefix; OSError when the kernel refuses."""
-    extra = b""
+    extra = attribute(_IFA_PROTO, _BY_NATKEEP)
     if address.version == 6:
         # Deprecated, so that it is never chosen as a source address; nodad, because a tentative
         # address cannot be bound.
         flags = struct.pack("=I", IFA_F_NODAD | IFA_F_NOPREFIXROUTE)
         lifetimes = struct.pack("=IIII", 0, _FOREVER, 0, 0)
-        extra = attribute(IFA_FLAGS, flags) + attribute(_IFA_CACHEINFO, lifetimes)
+        extra += attribute(IFA_FLAGS, flags) + attribute(_IFA_CACHEINFO, lifetimes)
     _request(
         NEWADDR, _pack_on_lo(address, address.max_prefixlen) + extra, NLM_F_CREATE | NLM_F_EXCL
     )
@@ -247,10 +263,14 @@ class AddressDriver(Driver[AddAddress]):
     """OLD on lo; undone only where it was nowhere before."""
 
     def apply(self, at: Place, step: AddAddress, remember: Remember) -> Prior:
-        """Add it, unless a device has it; prior.present says so."""
-        prior = Prior(present=device_of(step.address) is not None)
+        """Add it, unless a device has it; prior.present: and not from another move of natkeep's.
+
+        The move that leaves last takes such an address away (Executor asks who needs it).
+        """
+        there = device_of(step.address) is not None
+        prior = Prior(present=there and step.address.packed not in marked_addresses())
         remember(prior)
-        if not prior.present:
+        if not there:
             add_host_address(step.address)
         return prior
 

@@ -24,6 +24,8 @@ from natkeep.plan.tuples import (
 _SYN_RECEIVED, _LISTEN = b"03", b"0A"
 _TABLES = (("/proc/thread-self/net/tcp", 4), ("/proc/thread-self/net/tcp6", 6))
 _ENDED = frozenset({b"06", b"07"})  # TIME-WAIT, CLOSED: no process owns it any more
+_CLOSED = frozenset({b"04", b"05", b"09", b"0B"})  # FIN-WAIT-1 and -2, LAST-ACK, CLOSING
+_NO_INODE = b"0"
 
 Living = dict[bytes, set[bytes]]
 """The sockets' records as plan.tuples packs them, by their local end."""
@@ -56,20 +58,26 @@ def _find_alive(connections: Connections, living: Living) -> Iterator[Connection
         )
 
 
-def read_living() -> Living:
-    """Every TCP socket of the namespace that the thread is in, which a process may own."""
+def read_living(*, orphans: bool = True) -> Living:
+    """Every TCP socket of the namespace that the thread is in, which a process may own.
+
+    orphans: also those that were closed and have not been acknowledged to the end, which no process
+    owns any more.
+    """
     living: Living = {}
     for path, version in _TABLES:
-        for record in _records(path, version):
+        for record in _records(path, version, orphans=orphans):
             living.setdefault(record[: len(record) // 2], set()).add(record)
     return living
 
 
-def _records(path: str, version: int) -> set[bytes]:
+def _records(path: str, version: int, *, orphans: bool) -> set[bytes]:
     """The sockets' records as plan.tuples packs them; an IPv4-mapped one as IPv4."""
     found: set[bytes] = set()
-    for local, peer, state, _ in _rows(path):
+    for local, peer, state, rest in _rows(path):
         if state in _ENDED:
+            continue
+        if not orphans and state in _CLOSED and rest.split(None, 6)[5] == _NO_INODE:
             continue
         record = local + peer
         if version == 6 and record[:12] == bytes(10) + b"\xff\xff":
@@ -89,14 +97,14 @@ def _read_rows(path: str, most: int = -1) -> Iterator[list[bytes]]:
         yield row.split(None, most)
 
 
-def _rows(path: str) -> Iterator[tuple[bytes, bytes, bytes, int]]:
-    """Local end, peer, state and receive queue of each socket; ends are address and port, packed.
+def _rows(path: str) -> Iterator[tuple[bytes, bytes, bytes, bytes]]:
+    """Local end, peer, state and all behind it of each socket; ends are address and port, packed.
 
-    The queue of a listener counts the connections that wait to be accepted.
+    What follows begins with the queues, sent and received: that of a listener counts the
+    connections that wait to be accepted.
     """
-    for fields in _read_rows(path, 5):
-        queued = int(fields[4].partition(b":")[2], 16)
-        yield _endpoint(fields[1]), _endpoint(fields[2]), fields[3], queued
+    for fields in _read_rows(path, 4):
+        yield _endpoint(fields[1]), _endpoint(fields[2]), fields[3], fields[4]
 
 
 def _endpoint(text: bytes) -> bytes:
@@ -153,8 +161,9 @@ def count_waiting(listeners: tuple[Endpoint, ...]) -> dict[Endpoint, int]:
 def _local_ends(*states: bytes) -> Iterator[tuple[Endpoint, bytes, int]]:
     """Local end, state and receive queue of each socket in one of *states*."""
     for path, _ in _TABLES:
-        for local, _, state, queued in _rows(path):
+        for local, _, state, rest in _rows(path):
             if state in states:
+                queued = int(rest.partition(b":")[2].split(None, 1)[0], 16)
                 port = int.from_bytes(local[-2:], "big")
                 yield Endpoint(_address(local[:-2]), port), state, queued
 

@@ -16,6 +16,7 @@ from natkeep import faultpoints
 from natkeep.errors import JournalError, LeftoverError, NatkeepError, RefusedError
 from natkeep.kernel.interface import Kernel
 from natkeep.kernel.netns import NamespaceGoneError
+from natkeep.kernel.old_address import find_needs, needs_loopback
 from natkeep.lifecycle.owners import give_up_claims
 from natkeep.lifecycle.progress import kinds_of, numbers_before, plan_of
 from natkeep.plan.identity import Identity
@@ -23,9 +24,10 @@ from natkeep.plan.move import Move, Site
 from natkeep.plan.nft import TABLE
 from natkeep.plan.step_undo import UNDONE_AGAIN, LowerLoopback, RemoveAddress, RestoreEntries, Undo
 from natkeep.plan.steps import Plan, Prior, Step
+from natkeep.plan.tuples import NO_CONNECTIONS, Connections
 from natkeep.state.directory import StateDirectory
 from natkeep.state.journal import Journal, Record, Unread
-from natkeep.values import dataclass
+from natkeep.values import dataclass, field
 
 T = TypeVar("T")
 Talk = Callable[[str], None]
@@ -34,11 +36,15 @@ Talk = Callable[[str], None]
 
 @dataclass(slots=True)
 class Executor:
-    """One kernel, one state directory."""
+    """One kernel, one state directory.
+
+    staying: addresses that an undo has left, since others than moves need them.
+    """
 
     kernel: Kernel
     state: StateDirectory
     talk: Talk = lambda line: None
+    staying: list[LeftoverError] = field(default_factory=list)
 
     # ---- namespaces and journals ---------------------------------------------------------------
 
@@ -178,7 +184,9 @@ class Executor:
             faultpoints.reach("revert", kind)
             if isinstance(undo, RestoreEntries):
                 prior = give_up_claims(self.state, journal, site, undo, prior)
-            if not self._hand_over(journal, site, undo, prior):
+            if not self._hand_over(journal, site, undo, prior) and not (
+                not prior.present and self._is_needed(journal, site, undo)
+            ):
                 self.kernel.revert(site, undo, prior)
             faultpoints.reach("reverted", kind)
         except NatkeepError as error:
@@ -186,6 +194,29 @@ class Executor:
         except Exception as error:  # a bug in one step must not keep the others in place
             return NatkeepError(f"{kind} at {site}: {error or type(error).__name__}")
         return None
+
+    def _is_needed(self, journal: Journal, site: Site, undo: Undo) -> bool:
+        """Whether an address (or lo) has to stay, for another move or for connections of none."""
+        move_id = journal.move.id
+        if isinstance(undo, LowerLoopback):
+            return self.kernel.ask(site, needs_loopback)
+        if not isinstance(undo, RemoveAddress):
+            return False
+        came = NO_CONNECTIONS if journal.change is None else journal.change.came
+        some = (journal.connections, came, journal.move.lost)
+        own = Connections(*(b"".join(one.records(v) for one in some) for v in (4, 6)))
+        ends = journal.move.listeners
+        needs = self.kernel.ask(site, find_needs, undo.address, move_id, own, ends)
+        if needs.moves:
+            self.talk(f"natkeep: {undo.address} stays at {site} for {', '.join(needs.moves)}")
+        elif needs.sockets:
+            error = LeftoverError(
+                f"{undo.address} stays on lo at {site}: {needs.sockets} connections there are not "
+                f"of {move_id}",
+                hint="natkeep gc takes it away once they have ended",
+            )
+            self.staying.append(error)
+        return bool(needs.moves or needs.sockets)
 
     def _hand_over(self, journal: Journal, site: Site, undo: Undo, prior: Prior) -> bool:
         """Leave an address (or lo) that another move uses as well, and make that move its owner.

@@ -18,6 +18,8 @@ from natkeep import faultpoints
 from natkeep.errors import JournalError, LeftoverError, NatkeepError
 from natkeep.kernel import nft_strays, sock_diag
 from natkeep.kernel.netns import NamespaceGoneError
+from natkeep.kernel.old_address import find_idle
+from natkeep.kernel.stray_connections import count_living
 from natkeep.lifecycle.executor import Executor, forget
 from natkeep.lifecycle.progress import has_been_opened, is_retired
 from natkeep.lifecycle.status import look_around, remember_sighting
@@ -26,7 +28,8 @@ from natkeep.plan.identity import Identity
 from natkeep.plan.liveness import Sighting
 from natkeep.plan.move import Site
 from natkeep.plan.roles import Role
-from natkeep.plan.steps import Plan
+from natkeep.plan.step_undo import RemoveAddress
+from natkeep.plan.steps import Plan, Prior
 from natkeep.plan.tuples import Address
 from natkeep.state.directory import read_boot_id
 from natkeep.state.journal import Journal
@@ -56,13 +59,15 @@ def gc(
     is_abandoned: Callable[[str], bool] = lambda move_id: False,
     *,
     dry_run: bool = False,
+    yes: bool = False,
 ) -> Collected:
     """Clear what is not needed any more, at *sites* and where journals say that moves were.
 
     is_abandoned: whether a move was made for a CRIU that is no more. dry_run: only say what.
+    yes: also what no journal knows and connections live by; it may be another state directory's.
     """
     executor.state.refuse_foreign_path()
-    collection = _Collection(executor, dry_run)
+    collection = _Collection(executor, dry_run, yes)
     places: dict[tuple[str, Identity | None], Site] = {(site.netns, None): site for site in sites}
     for move_id in executor.state.ids():
         header = executor.state.read_header(move_id)
@@ -85,6 +90,7 @@ class _Collection:
 
     executor: Executor
     dry_run: bool
+    yes: bool
     cleared: list[Cleared] = field(default_factory=list)
     left: list[NatkeepError] = field(default_factory=list)
     gone: set[str] = field(default_factory=set)
@@ -145,12 +151,21 @@ class _Collection:
             return
         self.seen.add(here)
         try:
-            if not self._has_strays(site, here):
-                return
-            with self.executor.state.locked():  # what is just being prepared is known by then
-                self._clear_strays(site, here)
+            if self._has_strays(site, here):
+                with self.executor.state.locked():  # what is just being prepared is known by then
+                    self._clear_strays(site, here)
+            if kernel.ask(site, find_idle):
+                with self.executor.state.locked():
+                    self._clear_addresses(site)
         except NatkeepError as error:
             self.left.append(error)
+
+    def _clear_addresses(self, site: Site) -> None:
+        """What the last move there could not take away, since connections of none needed it."""
+        for old in self.executor.kernel.ask(site, find_idle):
+            if not self.dry_run:
+                self.executor.kernel.revert(site, RemoveAddress(old), Prior())
+            self.cleared.append(Cleared("address", f"{old} at {site}", "nothing needs it any more"))
 
     def _has_strays(self, site: Site, here: Identity) -> bool:
         known, _, sure = _find_known(self.executor, here, self.gone if self.dry_run else ())
@@ -167,16 +182,33 @@ class _Collection:
         known, olds, sure = _find_known(self.executor, here, self.gone if self.dry_run else ())
         table = kernel.ask(site, nft_strays.read_table)
         strays = table.ids() - known - (self.gone if self.dry_run else set())
+        living = {} if self.yes else kernel.ask(site, count_living, table, strays, olds)
+        if living:
+            self.left.append(_name_living(site, living))
+            known, strays = known | living.keys(), strays - living.keys()
+            if not strays:
+                return
         if not self.dry_run:
-            kernel.clear_strays(site, known, olds, sure=sure)
+            kernel.clear_strays(site, known, olds, sure=sure and not living)
             faultpoints.reach("collected", "table")
-        for old in [old for old in table.held if old not in olds] if sure else []:
+        for old in [old for old in table.held if old not in olds] if sure and not living else []:
             # Whether it was there before us only the journal knew: it is named, not taken.
             prefix = f"{old}/{old.max_prefixlen}"
             hint = f"ip address del {prefix} dev lo, unless it is at home there"
             self.left.append(LeftoverError(f"{site}: OLD {old} may still be on lo", hint=hint))
         names = ", ".join(sorted(strays)) or "nothing of any move"
         self.cleared.append(Cleared("table", str(site), f"no journal knows {names}"))
+
+
+def _name_living(site: Site, living: dict[str, tuple[int, str]]) -> LeftoverError:
+    told = "; ".join(
+        f"{number} connections of {move_id or 'no move'} live (as that of {peer})"
+        for move_id, (number, peer) in sorted(living.items())
+    )
+    return LeftoverError(
+        f"{site}: {told}: no journal here knows them, and one of another state directory may",
+        hint="natkeep gc --yes clears them all the same, and ends these connections",
+    )
 
 
 def _find_known(

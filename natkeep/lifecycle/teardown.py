@@ -24,6 +24,7 @@ def end(executor: Executor, move_id: str) -> None:
     if not executor.state.knows(move_id):
         executor.state.remove(move_id)
         return
+    executor.staying.clear()
     journal = executor.load_undo(move_id)
     left: list[NatkeepError] = []
     if journal.boot == read_boot_id():
@@ -38,3 +39,5 @@ def end(executor: Executor, move_id: str) -> None:
     if left:
         raise leftover(journal, left)
     forget(journal)
+    if executor.staying:
+        raise executor.staying.pop()

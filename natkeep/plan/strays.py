@@ -13,7 +13,7 @@ import re
 from collections.abc import Iterable, Iterator
 from ipaddress import ip_address
 
-from natkeep.plan.base_chains import GATE, dispatch_map, held_set
+from natkeep.plan.base_chains import GATE, OPEN, dispatch_map, gate_chain, held_set
 from natkeep.plan.nft import Undo
 from natkeep.plan.tuples import Address
 from natkeep.values import dataclass
@@ -51,13 +51,25 @@ class SeenTable:
         found |= {_match(name, _SETS) for name in self.sets}
         return frozenset(name for name in found if name)
 
+    def kept_sets(self, strays: frozenset[str]) -> Iterator[tuple[str, str]]:
+        """The sets of kept connections of *strays*: whose, and the set."""
+        for name in self.sets:
+            if name.startswith(("kept-", "outer-")) and _match(name, _SETS) in strays:
+                yield _match(name, _SETS), name
+
+    def is_closed(self, move_id: str) -> bool:
+        """Whether the gate of that move is there and closed."""
+        gate = gate_chain(move_id)
+        return gate in self.chains and (gate, OPEN) not in self.rules
+
 
 def _match(name: str, patterns: Iterable[re.Pattern[str]]) -> str:
     matches = (pattern.fullmatch(name) for pattern in patterns)
     return next((match.group(1) for match in matches if match), "")
 
 
-def _owner(comment: str) -> str:
+def owner_of(comment: str) -> str:
+    """The id of the move whose rule has this comment; empty where it is none's."""
     match = _COMMENT.fullmatch(comment)
     return match.group(1) if match and comment not in _NO_IDS else ""
 
@@ -76,7 +88,7 @@ def find_undos(
     sets = [name for name in table.sets if _match(name, _SETS) in strays]
     undos += [Undo("inet", "map" if name.startswith("to-") else "set", name) for name in sets]
     for chain, comment in table.rules:
-        if chain in own or _owner(comment) not in strays:
+        if chain in own or owner_of(comment) not in strays:
             continue
         undos.append(Undo("inet", "rule", chain, comment))
         if at := _read_chain(chain):
@@ -101,7 +113,7 @@ def _read_chain(chain: str) -> tuple[str, Address] | None:
 def find_translated(table: SeenTable, strays: frozenset[str]) -> Iterator[tuple[str, Address]]:
     """Each stray set of kept connections, and the address that its peers send to."""
     for chain, comment in table.rules:
-        at, owner = _read_chain(chain), _owner(comment)
+        at, owner = _read_chain(chain), owner_of(comment)
         if at is None or at[0] != GATE or owner not in strays:
             continue
         for name in table.sets:

@@ -1,0 +1,84 @@
+"""Counts the connections that live by what no journal knows, before that is cleared.
+
+A stray may be the work of a natkeep with another state directory, so what the kernel shows decides:
+
+- while a gate is closed its process is frozen, and every connection lives;
+- afterwards those with a conntrack entry that has not ended, whatever address it says, since in
+  mode stateless that is not OLD; those with a socket; and whatever has a socket at an OLD.
+
+Rule: read only, in the namespace that the calling thread is in.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from ipaddress import ip_address
+
+from natkeep.kernel import nftables_dump as dump
+from natkeep.kernel.conntrack_dump import count_tracked
+from natkeep.kernel.conntrack_dump import dump as dump_entries
+from natkeep.kernel.ctnetlink import ask_for_tcp, read_tuples, turn
+from natkeep.kernel.ctnetlink_answers import read_said
+from natkeep.kernel.sock_diag import read_living
+from natkeep.plan.nft import TABLE
+from natkeep.plan.protocols import TCP
+from natkeep.plan.strays import SeenTable
+from natkeep.plan.tuples import Address, Endpoint
+
+_LISTENS = bytes(2)
+
+
+def count_living(
+    table: SeenTable, strays: frozenset[str], olds: frozenset[Address]
+) -> dict[str, tuple[int, str]]:
+    """Of each of *strays* that has such, how many connections live, and the peer of one.
+
+    olds: the OLD addresses of moves that are known; what lives at another one has the name "".
+    """
+    kept: dict[str, set[bytes]] = {}
+    for move_id, name in table.kept_sets(strays):
+        kept.setdefault(move_id, set()).update(map(_shorten, dump.read_keys(TABLE, name)))
+    wanted = {key for keys in kept.values() for key in keys}
+    alive = {key for key in _find_entries(wanted) if key in wanted}
+    held = {old.packed for old in table.held if old not in olds}
+    left: set[bytes] = set()
+    for records in read_living(orphans=False).values() if wanted or held else ():
+        for record in records:
+            half = len(record) // 2
+            key = record[half:] + record[half - 2 : half]
+            if key in wanted:
+                alive.add(key)
+            elif record[: half - 2] in held and record[-2:] != _LISTENS:
+                left.add(key)
+    found = {
+        move_id: keys if table.is_closed(move_id) else keys & alive
+        for move_id, keys in kept.items()
+    }
+    return {
+        move_id: (len(keys), _name_peer(min(keys)))
+        for move_id, keys in {**found, "": left}.items()
+        if keys
+    }
+
+
+def _shorten(key: bytes) -> bytes:
+    """An element `peer . port . port`, whose ports are padded, as peer, its port, local port."""
+    width = len(key) - 8
+    return key[: width + 2] + key[width + 4 : width + 6]
+
+
+def _find_entries(wanted: set[bytes]) -> Iterator[bytes]:
+    """What each entry that has not ended could be, as peer, its port, local port."""
+    if not wanted or not count_tracked():
+        return
+    for version in {4 if len(key) == 8 else 6 for key in wanted}:
+        for answer in dump_entries(ask_for_tcp(version)):
+            original, reply, _ = read_tuples(answer)
+            if original and read_said(answer).state not in TCP.ended:
+                half = len(original) // 2
+                for tuple_ in (original, reply, turn(original), turn(reply)):
+                    yield tuple_[:half] + tuple_[-2:]
+
+
+def _name_peer(key: bytes) -> str:
+    return str(Endpoint(ip_address(key[:-4]), int.from_bytes(key[-4:-2], "big")))
