@@ -20,7 +20,7 @@ from natkeep.plan.conntrack import entries, stale_tuples
 from natkeep.plan.diagnostics import Facts
 from natkeep.plan.identity import Identity
 from natkeep.plan.move import Move, Site
-from natkeep.plan.nft import Key, Object, Rule, split
+from natkeep.plan.nft import Key, Object, Rule, number_alike, split
 from natkeep.plan.observation import Gate, Observation, SeenEntry
 from natkeep.plan.repair import LoadObjects, Patch, RestoreRoutes, StopCounting
 from natkeep.plan.roles import Role
@@ -403,10 +403,10 @@ def _count_alive(
 
 
 def _keys_of(step: Step) -> Iterable[Key]:
-    """The objects that a step has in the tables; those that are alike are not told apart."""
+    """The objects that a step has in the tables; those of two steps are not told apart."""
     for part in step.static() if isinstance(step, Loads) else ():
         yield from (key for key, _ in shared_keys(part))
-    yield from (one.key() for one in split(objects_of(step)))
+    yield from number_alike(one.key() for one in split(objects_of(step)))
 
 
 def _load(here: FakeSite, patch: Patch) -> None:
@@ -415,7 +415,7 @@ def _load(here: FakeSite, patch: Patch) -> None:
         made = [*split(patch.objects)]
     elif isinstance(patch, RestoreRoutes):
         here.lost = [note for note in here.lost if note not in patch.notes]
-    keys = {one.key() for one in made}
+    keys = set(number_alike(one.key() for one in made))
     here.broken -= keys
     known = {key for step in here.loaded for key in _keys_of(step)}
     here.made |= keys - known

@@ -20,6 +20,7 @@ from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
 
 from natkeep.plan import filters
+from natkeep.plan.base_chains import ended_set, kept_set
 from natkeep.plan.liveness import Life
 from natkeep.plan.move import Site
 from natkeep.plan.nft import Key, Object, Rule
@@ -126,6 +127,24 @@ def find_patches(
             yield number, patch
         if opened and isinstance(step, FillSet) and _has_forgotten(step, missing):
             yield number, replace(step, name=filters.again_of(step.name))
+        if isinstance(step, FillSet) and life.known:
+            yield from ((number, fill) for fill in _fill_ended(plan, step, missing, life))
+
+
+def _fill_ended(
+    plan: Plan, step: FillSet, missing: frozenset[Key], life: Life
+) -> Iterator[FillSet]:
+    """Where the set is lost that says which of a set of kept tuples have ended: those that have.
+
+    Their peers may have new connections from the same ports, which must not be translated.
+    """
+    for translation in plan.translations:
+        if translation.site != step.site or not filters.gives_back(translation):
+            continue
+        kept, ended = (make(plan.move.id, translation.number) for make in (kept_set, ended_set))
+        gone = translation.kept.minus(life.living)
+        if step.name == kept and len(gone) and Key("inet", "set", ended) in missing:
+            yield FillSet(step.site, ended, gone)
 
 
 def _has_forgotten(step: FillSet, missing: frozenset[Key]) -> bool:

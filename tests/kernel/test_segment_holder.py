@@ -23,13 +23,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from socket_state import make_state
 
 from natkeep.kernel import daemon, segment_holder, segment_holderd
 from natkeep.kernel.interface import Place
 from natkeep.kernel.linux import LinuxKernel
 from natkeep.kernel.netns import Namespace, inside, open_namespace
 from natkeep.lab import tcp_repair
-from natkeep.lab.tcp_repair import RepairSocket, SocketState, TcpState
+from natkeep.lab.tcp_repair import RepairSocket, SocketState
 from natkeep.lab.time_scale import scaled
 from natkeep.plan import replay
 from natkeep.plan.move import Map, Mode, Move, Site
@@ -51,19 +52,6 @@ SEQ = {"peer": 2**32 - 700, "process": 5_000}
 
 EACH_VERSION = pytest.mark.parametrize("version", [4, 6])
 EACH_MODE = pytest.mark.parametrize("mode", list(Mode))
-
-
-def make_state(local: Endpoint, remote: Endpoint, send: int, receive: int) -> SocketState:
-    """A connection in which nothing is under way."""
-    return SocketState(
-        family=tcp_repair.Family.IPV4 if local.address.version == 4 else tcp_repair.Family.IPV6,
-        local=(local.address, local.port), peer=(remote.address, remote.port),
-        tcp_state=TcpState.ESTABLISHED, send_seq=send, unacknowledged=b"", unsent=b"",
-        fin_unsent=False, receive_seq=receive, unread=b"", mss=1400, window_scales=(7, 7),
-        sack=True, timestamps=True, timestamp=1000,
-        window=tcp_repair.Window(receive, 65_536, 65_536, 65_536, receive),
-        buffers=tcp_repair.Buffers(262_144, 262_144, 0), options=(("nodelay", 1),),
-    )  # fmt: skip
 
 
 @dataclass

@@ -180,6 +180,25 @@ def test_a_lost_rule_of_the_kept_connections_does_not_overtake_that_of_callers()
     assert line.startswith("add rule inet natkeep gate-at-10.2.0.10 ip saddr . tcp sport")
 
 
+@EACH_SITE
+def test_tuples_that_have_ended_stay_free_when_the_table_was_lost(site: Site) -> None:
+    plan = make(Mode.STATELESS)
+    prepared, opening = split_opening(plan, site)
+    sets = {step.name: 3 for step in plan.prepare if isinstance(step, FillSet)}
+    seen = show(plan, site, gate=Gate.ABSENT, gone=prepared, shut=opening, missing=sets)
+    ended = Connections.of(list(KEPT)[:1])
+
+    for life, expected in (
+        (Life(True, KEPT.minus(ended)), [FillSet(site, "ended-web-0", ended)]),
+        (Life(True, KEPT), []),
+        (Life(False, NO_CONNECTIONS), []),  # a gateway alone cannot know
+    ):
+        found = patches(plan, site, seen, life=life)
+        filled = [p for p in found if isinstance(p, FillSet) and p.name.startswith("ended-")]
+        assert filled == expected
+    assert patches(plan, site, show(plan, site), life=Life(True, KEPT.minus(ended))) == []
+
+
 def test_what_is_not_nft_is_done_again_as_a_step() -> None:
     plan = make()
     seen = show(
