@@ -121,7 +121,7 @@ def test_quiesce_that_comes_to_no_end_says_where_and_leaves_nothing(
 def test_quiesce_where_nobody_listens_is_refused(executor: Executor, kernel: FakeKernel) -> None:
     kernel.sites["src"].waiting.clear()
 
-    with pytest.raises(RefusedError, match="nobody listens at"):
+    with pytest.raises(RefusedError, match="no socket listens at"):
         quiesce(executor, move(SOURCE), ANY_PORT, 1)
 
     assert executor.state.ids() == ()

@@ -241,7 +241,7 @@ def test_what_cannot_be_told_is_said_too() -> None:
     assert "lives on" in line
 
 
-def test_of_connections_of_a_process_with_itself_nothing_is_said_and_nobody_is_told() -> None:
+def test_of_connections_of_a_process_with_itself_nothing_is_said_and_no_end_is_told() -> None:
     """CRIU restores both ends; also where there is nothing else, with or without a reset."""
     over_old = (tcp("10.2.0.10:80", "10.2.0.10:7"), tcp("10.2.0.10:7", "10.2.0.10:80"))
     on_lo = tuple(

@@ -88,7 +88,7 @@ def check_reception(step: InstallReception) -> None:
         taken = sock_diag.listening_ports(new) & set(receiving.ports)
         if taken:
             raise RefusedError(
-                f"{step.site}: somebody listens at {new} port {min(taken)} already",
+                f"{step.site}: a socket listens at {new} port {min(taken)} already",
                 hint="without --listeners their connections stay apart",
             )
 

@@ -128,7 +128,7 @@ class UnkeptEnds:
             detail = f"{len(resets)} resets, for {len(told)} ends"
             check = self.lab.report.check
             check(f"{point}: every lost end gets a reset", wanted <= told, detail)
-            check(f"{point}: and nobody else does", not foreign, ", ".join(foreign))
+            check(f"{point}: and no other end does", not foreign, ", ".join(foreign))
             check(f"{point}: each is in sequence", not wrong, ", ".join(wrong))
 
     def _segments(self, point: str, until_ns: float = float("inf")) -> list[Segment]:

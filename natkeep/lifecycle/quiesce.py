@@ -39,7 +39,7 @@ def quiesce(
         if not listeners:
             named = ", ".join(str(map_.old) for map_ in move.maps)
             raise RefusedError(
-                f"{site}: nobody listens at {named} or at the wildcard address",
+                f"{site}: no socket listens at {named} or at the wildcard address",
                 hint="then there is nothing to wait for: dump",
             )
         move = replace(move, held=listeners, quiesces=True)

@@ -158,8 +158,8 @@ CATALOGUE = {
     "no-pick-up": Explanation(
         Severity.NOTE,
         "nf_conntrack_tcp_loose is 0: the kernel picks up no connection in the middle. natkeep's "
-        "entries are created beforehand, so kept connections live; but if somebody flushes the "
-        "connection table, rules alone do not bring them back.",
+        "entries are created beforehand, and its rules carry on kept connections whose entries "
+        "are gone; but until a repair makes these again, ICMP errors do not get through.",
         "Nothing, or --mode stateless, which does not need the entries.",
     ),
 }

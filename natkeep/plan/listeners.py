@@ -186,7 +186,7 @@ def opening(move_id: str) -> Rule:
 
 
 def describe_forgetting(reception: Reception) -> Iterator[str]:
-    """The deletion of calls that nobody has answered, as conntrack(8) commands."""
+    """The deletion of calls that were never answered, as conntrack(8) commands."""
     for port in reception.ports:
         yield (
             f"conntrack -D -p {TCP.name} --orig-dst {reception.before} --orig-port-dst {port} "

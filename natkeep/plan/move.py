@@ -155,7 +155,7 @@ class Move:
     """What the user wants: OLD becomes NEW, at these sites.
 
     listeners: OLD and port of each listener that new connections shall reach (`--listeners`).
-    lock: what CRIU left at the source when it dumped the process; None where nobody knows.
+    lock: what CRIU left at the source when it dumped the process; None where that is not known.
     held: listeners at the source whose new connections wait (`quiesce`).
     quiesces: nothing moves yet; the listeners are held, and that is all.
     unkept: what becomes of connections at an OLD that cannot be kept; where they are reset, lost

@@ -506,7 +506,7 @@ def as_commands(site: Site, lines: Iterable[str]) -> tuple[str, ...]:
 def _prefix(site: Site) -> str:
     if not site.netns:
         return ""
-    from shlex import quote  # whoever describes nothing, as a hook, need not wait for it
+    from shlex import quote  # a hook describes nothing, and need not wait for it
 
     # Quoted, since a path may hold anything and the command is there to be typed.
     if site.netns.startswith("pid:"):

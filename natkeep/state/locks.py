@@ -1,11 +1,11 @@
 """Locks of the state directory: one of each move, and one for what moves share.
 
-    ID.journal         flock on the journal itself: who changes that move, or notes how far it is
-    lock               flock: who changes what moves share at a site, or adds or removes a journal
+    ID.journal         flock on the journal itself: to change that move, or note how far it is
+    lock               flock: to change what moves share at a site, or add or remove a journal
 
 Opening a move of a frozen process takes the first alone, so no work on another move holds a hook
-up. All else that changes a site takes both, the moves' first: in this order nobody waits in a
-circle. What only looks takes none.
+up. All else that changes a site takes both, the moves' first: in this order no two wait for each
+other. What only looks takes none.
 
 Rule: a lock is given up when the block ends, and no process that is started inherits it.
 """

@@ -266,7 +266,7 @@ def test_nobody_else_may_listen_where_callers_arrive(
             listener.bind((bound, port))
             listener.listen()
         if taken:
-            with pytest.raises(RefusedError, match=f"somebody listens at .* port {port} already"):
+            with pytest.raises(RefusedError, match=f"a socket listens at .* port {port} already"):
                 here.kernel.check(step)
         else:
             here.kernel.check(step)
