@@ -61,7 +61,7 @@ from natkeep.plan.steps import (
 from natkeep.plan.strays import SeenTable
 from natkeep.plan.translation import NOTHING_SPECIAL, Surroundings, Translation
 from natkeep.plan.tuples import NO_CONNECTIONS, Address, Connections, Endpoint, FourTuple
-from natkeep.plan.wanted import objects_of, shared_keys, split_opening, want
+from natkeep.plan.wanted import objects_of, shared_of, split_opening, want
 
 
 @dataclass
@@ -404,8 +404,7 @@ def _count_alive(
 
 def _keys_of(step: Step) -> Iterable[Key]:
     """The objects that a step has in the tables; those of two steps are not told apart."""
-    for part in step.static() if isinstance(step, Loads) else ():
-        yield from (key for key, _ in shared_keys(part))
+    yield from (key for key, _ in shared_of(step)) if isinstance(step, Loads) else ()
     yield from number_alike(one.key() for one in split(objects_of(step)))
 
 

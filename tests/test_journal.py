@@ -171,7 +171,7 @@ def test_the_format_line_by_line(state: StateDirectory, place: Path) -> None:
         '"sites":[{"role":"destination","netns":"dst"},{"role":"gateway","netns":""}]},'
         '"namespaces":[[4,4026531840],[4,4026532299]],"cookies":[1,77],'
         '"steps":["InstallGate","FillSet","OpenGate"],"prepare":[0,1],"local":["10.1.0.2","fd00:1::2"],'
-        f'"connections":"{digest}","image":null,"begun":{written.begun}}}',
+        f'"connections":"{digest}","image":null,"begun":{written.begun},"opening":[]}}',
         '{"step":0,"state":"doing","prior":{"present":false},'
         '"site":0,"undo":{"kind":"address","address":"10.2.0.10"}}',
         '{"step":0,"state":"done","prior":{"present":true,"acct":"0"}}',

@@ -1062,19 +1062,37 @@ def test_drain_gives_up_in_time_and_says_how_many_live(executor: Executor) -> No
 # ---- another natkeep -------------------------------------------------------------------------
 
 
-def test_a_journal_of_other_steps_is_opened_by_none_but_torn_down(
+def rename_step(state: StateDirectory, number: int) -> None:
+    """As if a natkeep had written it that does a step that is not known today."""
+    path = Path(state.path) / "web.journal"
+    header, rest = path.read_text().split("\n", 1)
+    changed = json.loads(header)
+    changed["steps"][number] = "InstallDoor"
+    path.write_text(json.dumps(changed) + "\n" + rest)
+
+
+def test_a_step_that_another_natkeep_has_done_is_left_alone_and_undone(
+    executor: Executor, kernel: RecordingKernel, state: StateDirectory
+) -> None:
+    prepare(executor, make_move(), CONNECTIONS)
+    rename_step(state, [*state.load("web").kinds].index("RaiseLoopback"))
+
+    open_move(executor, "web")
+    assert [site.drift for site in read_status(executor, ("web",))[0].sites] == [(), ()]
+    assert repair(executor, "web") == ()
+    assert teardown(executor, "web")
+    assert kernel.sites == {"gw": FakeSite(), "dst": FakeSite()}
+
+
+def test_a_journal_that_is_opened_by_another_step_is_opened_by_none_but_torn_down(
     executor: Executor, kernel: RecordingKernel, state: StateDirectory
 ) -> None:
     """Of another natkeep: what its records have to be undone, and no plan, is all that it takes."""
     prepare(executor, make_move(), CONNECTIONS)
-    path = Path(state.path) / "web.journal"
-    header, rest = path.read_text().split("\n", 1)
-    changed = json.loads(header)
-    changed["steps"][0] = "InstallDoor"
-    path.write_text(json.dumps(changed) + "\n" + rest)
+    rename_step(state, -1)
     before = copy.deepcopy(kernel.sites)
 
-    with pytest.raises(JournalError, match="by a natkeep that does other steps") as caught:
+    with pytest.raises(JournalError, match="by a natkeep that opens it by other steps") as caught:
         open_move(executor, "web")
     assert caught.value.exit_code == 7
     assert before == kernel.sites

@@ -15,7 +15,6 @@ from natkeep.kernel import conntrack_listeners, lost_routes, nftables, segment_h
 from natkeep.kernel.conntrack_purge import delete_untracked
 from natkeep.kernel.interface import Driver, Inverse, Place, Remember
 from natkeep.plan.base_chains import gate_chain
-from natkeep.plan.filters import reset_chain
 from natkeep.plan.observation import Gate
 from natkeep.plan.roles import Role
 from natkeep.plan.step_undo import CloseGates, RemoveGate, RemoveListeners, Unload
@@ -136,7 +135,7 @@ class ErrorsDriver(Driver[TranslateErrors]):
     def apply(self, at: Place, step: TranslateErrors, remember: Remember) -> Prior:
         """In front of their chains."""
         remember(Prior())
-        nftables.load(step.rules())
+        nftables.load(step.objects())
         return Prior()
 
 
@@ -155,10 +154,10 @@ class OpenDriver(Driver[OpenGate]):
 
     def apply(self, at: Place, step: OpenGate, remember: Remember) -> Prior:
         """One rule in front of each drop; then what has been held is delivered."""
-        prior = Prior(present=nftables.chain_state(gate_chain(step.move_id)) == Gate.OPEN)
+        prior = Prior(present=nftables.chain_state(step.rules()[0].chain) == Gate.OPEN)
         remember(prior)
         if not prior.present:
-            nftables.open_gates(step.objects())
+            nftables.open_gates(step.rules())
         if not (step.delivers and at.directory):
             return prior
         held = segment_holder.deliver(at.directory, step.move_id)
@@ -175,11 +174,11 @@ class SendResetsDriver(Driver[SendResets]):
 
     def apply(self, at: Place, step: SendResets, remember: Remember) -> Prior:
         """From now on what an end says is answered, and an end that says nothing is asked."""
-        prior = Prior(present=nftables.chain_state(reset_chain(step.move_id)) == Gate.OPEN)
+        prior = Prior(present=nftables.chain_state(step.rules()[0].chain) == Gate.OPEN)
         remember(prior)
         if prior.present:
             return prior
-        nftables.open_gates(step.objects())
+        nftables.open_gates(step.rules())
         from natkeep.kernel.tcp_probe import probe
 
         return Prior(facts={"asked": probe(step.questions())})

@@ -28,7 +28,14 @@ from natkeep.kernel.nft_messages import (
     pack_objects,
 )
 from natkeep.plan import syn_block
-from natkeep.plan.base_chains import GATE, OPEN, gate_hook, removal
+from natkeep.plan.base_chains import (
+    GATE,
+    OPEN,
+    gate_hook,
+    is_address_chain,
+    removal,
+    shared_names,
+)
 from natkeep.plan.filters import Filling
 from natkeep.plan.nft import DROP, TABLE, Chain, Object, Rule, Table, Undo
 from natkeep.plan.observation import Gate
@@ -37,11 +44,6 @@ from natkeep.plan.steps import HoldListeners, Loads, OpenGate
 _MESSAGE = re.compile(r"(?:Error|Warning): (.*)")
 _GATES = re.compile(r"(?:gate|callers)-[a-z0-9][a-z0-9-]*")
 """Chains that drop until they are opened; an address chain's name has a dot or an underscore."""
-_OF_MOVES = re.compile(
-    r"(?:gate|callers|hold|reset|kept|outer|ended|routed|to-outer|to-inner|listen|again)"
-    r"-[a-z0-9][a-z0-9-]*"
-)
-"""Chains and sets that belong to one move; while there is one of another, the tables stay."""
 
 
 class NftError(KernelError):
@@ -130,7 +132,7 @@ def load_block(step: HoldListeners) -> None:
     linked = syn_block.comment(step.move_id) in links
     chain = syn_block.chain_name(step.move_id)
     flush = [f"flush chain inet {TABLE} {chain}"] if dump.has_chain(TABLE, chain) else []
-    load_step(step, step.objects(linked=linked), flush)
+    load_step(step, step.make(linked=linked), flush)
 
 
 def _stands(part: tuple[Object, ...]) -> bool:
@@ -168,8 +170,10 @@ def unload(undos: Iterable[Undo]) -> None:
 
 def _has_others(own: set[str]) -> bool:
     """Whether the table has a chain or a set of another move than the one that has *own*."""
-    standing = dump.chain_names(TABLE) | dump.set_names(TABLE)
-    return any(_OF_MOVES.fullmatch(name) for name in standing - own)
+    # Whatever another natkeep calls them: what is not shared is a move's.
+    left = (dump.chain_names(TABLE) | dump.set_names(TABLE)) - own - shared_names()
+    # A set without a name, as a rule has it in braces, is called __set0 by the kernel.
+    return not all(is_address_chain(name) or name.startswith("__") for name in left)
 
 
 def remove(undos: Sequence[Undo]) -> None:
@@ -292,6 +296,6 @@ def _may_remove(opened: set[str]) -> bool:
 
 def pack_open(step: OpenGate) -> Packed:
     """The transaction that opens these gates, and what may follow it once no restore waits."""
-    opening = step.objects()
+    opening = step.rules()
     batch = pack_batch(pack_objects(opening))
     return Packed(batch, len(opening), unhooking=pack_gate_hook_removal(opening))

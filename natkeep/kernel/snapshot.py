@@ -27,13 +27,13 @@ from natkeep.kernel.lost_routes import Routes
 from natkeep.kernel.netlink import NETLINK_NETFILTER, Netlink
 from natkeep.kernel.netns import Namespace, errors_at, inside
 from natkeep.kernel.nft_messages import pack_keys
-from natkeep.plan import base_chains, filters, syn_block
+from natkeep.plan import base_chains, syn_block
 from natkeep.plan.listeners import Reception, make_receptions
 from natkeep.plan.move import Site
 from natkeep.plan.nft import TABLE, Key
 from natkeep.plan.observation import Gate, Observation, SeenEntry
 from natkeep.plan.roles import Role
-from natkeep.plan.steps import GuardSite, InsertEntries, Plan
+from natkeep.plan.steps import FillSet, GuardSite, InsertEntries, Plan
 from natkeep.plan.translation import Translation
 from natkeep.plan.tuples import Connections, Endpoint
 from natkeep.plan.wanted import split_opening
@@ -81,16 +81,14 @@ class Snapshot:
     def _observe(self, site: Site, plan: Plan) -> Observation:
         here = [t for t in plan.translations if t.site == site]
         move_id, receptions = plan.move.id, make_receptions(plan.move, site)
-        lost = [reset for reset in plan.resets if reset.site == site]
         inserted = [s.translation for s in plan.prepare if isinstance(s, InsertEntries)]
         prepared, opened = split_opening(plan, site)
         there = self._find_objects(prepared | opened)
         entries = {t.number: self._look_up(t) for t in inserted if t.site == site}
         sockets = self._find_sockets(here) if site.role in _HAVE_SOCKETS else None
-        sets = {name: kept for t in here for name, kept in filters.sets_of(move_id, t).items()}
-        sets |= {one.name: one.keys for t in here for one in filters.more_of(move_id, t)}
-        sets |= {filters.reset_set(move_id, reset.number): reset.connections for reset in lost}
-        gate = self._read_gate(base_chains.gate_chain(move_id))
+        fills = [step for step in plan.prepare if isinstance(step, FillSet) and step.site == site]
+        sets = {one.name: one.keys for step in fills for one in step.fillings()}
+        gate = self._read_gate(plan.gate_at(site))
         return Observation(
             gate=gate,
             missing={name: self._count_missing(name, kept) for name, kept in sets.items()},

@@ -31,6 +31,7 @@ from natkeep.plan.steps import (
     PurgeEntries,
     Step,
     TranslateErrors,
+    Unknown,
 )
 from natkeep.plan.translation import Change, Compared
 from natkeep.plan.tuples import Connections
@@ -85,18 +86,30 @@ def compare(executor: Executor, journal: Journal, plan: Plan, image: Checkpoint)
         return Compared(0, len(went))
     change = Change(came, went, look_around(executor.kernel, executor.state, move, found))
     new = make_plan(move, journal.connections, journal.surroundings, change)
+    _refuse_to_widen(plan, change)
     refuse_overlaps(executor, new, frozenset({move.id}))
     again = tuple(
         number
         for number, origin in enumerate(_origins(plan, new))
         if origin is not None
         and origin in journal.records
+        and not plan.written
         and _more(plan.steps[origin], new.steps[number]) is not None
     )
     faultpoints.reach("change")
     journal.note_change(change, kinds_of(new), _origins(plan, new), again, image.run_id)
     faultpoints.reach("changed")
     return _count(journal, new)
+
+
+def _refuse_to_widen(plan: Plan, change: Change) -> None:
+    """What another natkeep did is not mixed with what this one would do."""
+    if plan.written and (len(change.came) or any(isinstance(s, Unknown) for s in plan.steps)):
+        raise RefusedError(
+            f"move {plan.move.id} was prepared by another version of natkeep, and connections came "
+            "since",
+            hint=f"natkeep teardown {plan.move.id}, and prepare it from the image",
+        )
 
 
 def widen(executor: Executor, journal: Journal, plan: Plan) -> None:

@@ -18,12 +18,12 @@ from natkeep.kernel.interface import Kernel
 from natkeep.kernel.netns import NamespaceGoneError
 from natkeep.kernel.old_address import find_needs, needs_loopback
 from natkeep.lifecycle.owners import give_up_claims
-from natkeep.lifecycle.progress import kinds_of, numbers_before, plan_of
+from natkeep.lifecycle.progress import numbers_before, plan_of
 from natkeep.plan.identity import Identity
 from natkeep.plan.move import Move, Site
 from natkeep.plan.nft import TABLE
 from natkeep.plan.step_undo import UNDONE_AGAIN, LowerLoopback, RemoveAddress, RestoreEntries, Undo
-from natkeep.plan.steps import Plan, Prior, Step
+from natkeep.plan.steps import Plan, Prior, Step, Unknown
 from natkeep.plan.tuples import NO_CONNECTIONS, Connections
 from natkeep.state.directory import StateDirectory
 from natkeep.state.journal import Journal, Record, Unread
@@ -84,12 +84,12 @@ class Executor:
         """
         journal = self.state.load(move_id)
         plan = plan_of(journal)
-        if kinds_of(plan) != journal.kinds:
-            raise JournalError(
-                f"move {move_id} was prepared by a natkeep that does other steps",
-                hint=f"use that version for it; natkeep teardown {move_id} --yes undoes it",
-            )
         if journal.schema == 1:
+            if any(isinstance(step, Unknown) for step in plan.steps):
+                raise JournalError(
+                    f"move {move_id} was prepared by a natkeep that does other steps",
+                    hint="use that version for it",
+                )
             journal.adopt(plan.steps, tuple(numbers_before(plan)))
         return journal, plan
 

@@ -44,7 +44,7 @@ from natkeep.lifecycle.executor import Executor
 from natkeep.lifecycle.progress import numbers_before, plan_of, refuse_earlier_boot, unprepared
 from natkeep.plan.move import Site
 from natkeep.plan.replay import holder_name
-from natkeep.plan.steps import OpenEarly, OpenGate, Plan
+from natkeep.plan.steps import OpenEarly, OpenGate, Plan, Unknown
 from natkeep.plan.translation import Compared
 from natkeep.state.directory import read_boot_id
 from natkeep.state.journal import Journal
@@ -68,6 +68,11 @@ def open_move(
         if journal.move.live:  # more than its own rules may have to be changed
             stack.enter_context(executor.state.locked())
         refuse_earlier_boot(journal)
+        if any(isinstance(s, Unknown) and not journal.is_done(n) for n, s in enumerate(plan.steps)):
+            raise JournalError(
+                f"move {move_id} was prepared by a natkeep that opens it by other steps",
+                hint=f"use that version for it; natkeep teardown {move_id} undoes it",
+            )
         if journal.move.quiesces:
             raise RefusedError(
                 f"{move_id} only holds listeners so far: there is no gate to open",

@@ -63,6 +63,7 @@ def carry_out(
     journal = executor.state.begin(
         move, connections, plan.surroundings, identities, kinds_of(plan), image,
         before=tuple(numbers_before(plan)), blocks=_blocking(plan) if takes_over(move) else None,
+        opening=plan.open,
     )  # fmt: skip
     ready = partial(write_ready, executor.kernel, journal, plan)
     quick = gate == Gate.CLOSED and not move.live  # else the image is to be compared

@@ -5,26 +5,72 @@ Rule: nothing is looked at here but the journal, and nothing is written.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 from natkeep.errors import JournalError
 from natkeep.plan.move import Site
+from natkeep.plan.recorded import Written, follow
 from natkeep.plan.roles import Role
 from natkeep.plan.step_order import make_plan
-from natkeep.plan.step_undo import PutLockBack
-from natkeep.plan.steps import Plan
+from natkeep.plan.step_undo import PutLockBack, RemoveAddress
+from natkeep.plan.steps import Plan, Unknown
 from natkeep.state.directory import read_boot_id
-from natkeep.state.journal import Journal
+from natkeep.state.journal import Journal, Record, Unread
+from natkeep.state.object_codec import loaded_from_json, loaded_to_json
 
 
 def plan_of(journal: Journal) -> Plan:
-    """The plan that the journal was written for."""
-    return make_plan(journal.move, journal.connections, journal.surroundings, journal.change)
+    """The plan that the journal was written for, with what was loaded for it (plan/recorded.py)."""
+    plan = make_plan(journal.move, journal.connections, journal.surroundings, journal.change)
+    if kinds_of(plan) == journal.kinds and _is_as_today(journal, plan):
+        return plan
+    numbers = range(len(journal.kinds))
+    first = len(numbers) - len(journal.opening)
+    steps = [_read_written(journal, number, number - first) for number in numbers]
+    return follow(plan, steps)
+
+
+def _is_as_today(journal: Journal, plan: Plan) -> bool:
+    """Whether each step loaded, or will load, what it would today, as far as the journal says."""
+    first = len(plan.steps) - len(journal.opening)
+    for number, step in enumerate(plan.steps):
+        record = journal.records.get(number)
+        loaded: Mapping[str, Any] = {}
+        if record is not None:
+            loaded = {} if _has_more_to_do(journal, record) else record.loaded
+        elif number >= first:
+            loaded = journal.opening[number - first]
+        if loaded and loaded != loaded_to_json(step):
+            return False
+    return True
+
+
+def _has_more_to_do(journal: Journal, record: Record) -> bool:
+    """Whether a comparison with the image has found that the step has to load more."""
+    return journal.change is not None and record.again
+
+
+def _read_written(journal: Journal, number: int, later: int) -> Written:
+    """What the journal says of a step; later: which of those that open the move it is."""
+    kind, record = journal.kinds[number], journal.records.get(number)
+    if record is None:
+        loaded = journal.opening[later] if later >= 0 else {}
+        return Written(kind, None, loaded_from_json(loaded))
+    undo = record.undo
+    undo = undo.read() if isinstance(undo, Unread) else undo
+    return Written(
+        kind, record.site, loaded_from_json(record.loaded),
+        tuple(map(str, record.loaded["sets"])) if "sets" in record.loaded else None,
+        undo.address if isinstance(undo, RemoveAddress) else None,
+    )  # fmt: skip
 
 
 def kinds_of(plan: Plan) -> tuple[str, ...]:
     """The kind of each step, as the journal has it."""
-    return tuple(type(step).__name__ for step in plan.steps)
+    return tuple(
+        step.kind if isinstance(step, Unknown) else type(step).__name__ for step in plan.steps
+    )
 
 
 def numbers_before(plan: Plan) -> list[int]:

@@ -336,6 +336,14 @@ def peer_map(name: str, version: int, size: int) -> Set:
     return connection_set(name, version, size)._replace(data=to)
 
 
+@cache
+def shared_names() -> frozenset[str]:
+    """Names of the chains and sets that are there for all moves, but for the address chains."""
+    parts = [base_table(), destination_table(), *map(mode_table, Mode)]
+    parts += [dispatch_table(dispatch) for dispatch in DISPATCHES]
+    return frozenset(one.name for part in parts for one in part if isinstance(one, Chain | Set))
+
+
 def removal() -> tuple[str, ...]:
     """Remove both tables, whether they are there or not (`destroy` needs a newer nft)."""
     return tuple(

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from natkeep.plan import listeners, syn_block
-from natkeep.plan.base_chains import gate_chain, is_address_chain, is_later
+from natkeep.plan.base_chains import is_address_chain, is_later
 from natkeep.plan.liveness import Life
 from natkeep.plan.move import Site
 from natkeep.plan.nft import TABLE, Elements, Key
@@ -99,14 +99,10 @@ def _nothing_is_there(plan: Plan, site: Site, seen: Observation) -> bool:
     """One line then stands for the whole table."""
     if seen.gate != Gate.ABSENT or plan.move.quiesces:
         return False
-    own = {wanted.key for wanted in _want(plan, site) if _is_of_move(wanted, plan)}
-    return own <= seen.gone | seen.shut
-
-
-def _is_of_move(wanted: Wanted, plan: Plan) -> bool:
-    key = wanted.key
-    own = (gate_chain(plan.move.id), listeners.callers_chain(plan.move.id))
-    return key.kind in ("chain", "rule") and key.name in own
+    names = (plan.gate_at(site), listeners.callers_chain(plan.move.id))
+    keys = [wanted.key for wanted in _want(plan, site)]
+    own = {key for key in keys if key.kind in ("chain", "rule") and key.name in names}
+    return bool(own) and own <= seen.gone | seen.shut
 
 
 def _find_table_drift(plan: Plan, site: Site, seen: Observation) -> Iterator[str]:

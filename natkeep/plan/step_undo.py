@@ -158,7 +158,7 @@ def undo_of(step: Step) -> Undo:  # one line a kind of step
     """The inverse of *step*."""
     match step:
         case OpenGate() | SendResets():
-            return CloseGates(tuple(dict.fromkeys(rule.chain for rule in step.objects())))
+            return CloseGates(tuple(dict.fromkeys(rule.chain for rule in step.rules())))
         case TranslateErrors():
             # Those in address chains go with the others of their chain.
             rules = (rule for rule in step.rules() if rule.chain == ERRORS)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from itertools import islice
+from typing import NamedTuple
 
 from natkeep.plan import arp, base_chains, filters, listeners, ruleset, syn_block
 from natkeep.plan.conntrack import describe_purge, entries, stale_tuples, stale_views
@@ -18,7 +19,7 @@ from natkeep.plan.criu_lock import DumpLock, describe_taking
 from natkeep.plan.filters import Filling
 from natkeep.plan.listeners import Reception
 from natkeep.plan.move import Move, Site
-from natkeep.plan.nft import TABLE, Object, Rule
+from natkeep.plan.nft import TABLE, Chain, Object, Rule
 from natkeep.plan.resets import Reset
 from natkeep.plan.translation import Surroundings, Translation, Unkept
 from natkeep.plan.tuples import NO_CONNECTIONS, Address, Connections, Endpoint, FourTuple
@@ -56,15 +57,35 @@ _LOCK_SHOWN = 8
 """How many of a step's connections `describe` spells out; `--format nft` and json show all."""
 
 
+class Recorded(NamedTuple):
+    """What a journal says that a step loaded, where it is not what this natkeep would load.
+
+    shared: of the part that all moves share the sums of the keys (wanted.py) that were meant then;
+    None: all.
+    """
+
+    objects: tuple[Object, ...]
+    shared: frozenset[int] | None = None
+
+
 class Loads:
     """A step that loads nft objects, and describes itself by their text."""
 
     __slots__ = ()
     site: Site
+    recorded: Recorded | None
 
     def objects(self) -> tuple[Object, ...]:
         """What it adds to the tables, without the part that all moves share."""
+        return self.make() if self.recorded is None else self.recorded.objects
+
+    def make(self) -> tuple[Object, ...]:
+        """The same, as this natkeep does it."""
         raise NotImplementedError
+
+    def rules(self) -> tuple[Rule, ...]:
+        """The rules among them."""
+        return tuple(one for one in self.objects() if isinstance(one, Rule))
 
     def static(self) -> tuple[tuple[Object, ...], ...]:
         """The parts of the tables that all moves share and this step needs, in their order."""
@@ -86,8 +107,9 @@ class InstallGate(Loads):
     site: Site
     move_id: str
     translations: tuple[Translation, ...]
+    recorded: Recorded | None = None
 
-    def objects(self) -> tuple[Object, ...]:
+    def make(self) -> tuple[Object, ...]:
         """The gate; at a source in both directions."""
         gate = filters.gate(self.move_id, self.translations)
         if self.site.row.mutes:
@@ -173,8 +195,9 @@ class InstallTranslation(Loads):
     site: Site
     move_id: str
     translations: tuple[Translation, ...]
+    recorded: Recorded | None = None
 
-    def objects(self) -> tuple[Object, ...]:
+    def make(self) -> tuple[Object, ...]:
         """The rules, and their chains."""
         return ruleset.translate(self.move_id, self.translations)
 
@@ -193,8 +216,9 @@ class InstallReception(Loads):
     site: Site
     move_id: str
     receptions: tuple[Reception, ...]
+    recorded: Recorded | None = None
 
-    def objects(self) -> tuple[Object, ...]:
+    def make(self) -> tuple[Object, ...]:
         """The rules, their chains and sets."""
         return listeners.objects(self.move_id, self.receptions)
 
@@ -225,13 +249,14 @@ class ForgetCalls:
 
 
 @dataclass(frozen=True, slots=True)
-class TranslateErrors:
+class TranslateErrors(Loads):
     """The rules that translate what ICMP errors quote, in stateless mode."""
 
     site: Site
     move_id: str
     translations: tuple[Translation, ...]
     receptions: tuple[Reception, ...] = ()
+    recorded: Recorded | None = None
 
     def describe(self) -> tuple[str, ...]:
         """One comment a rule: nft has no text for them (see plan/icmp_errors.py)."""
@@ -241,7 +266,7 @@ class TranslateErrors:
             for rule in self.rules()
         )
 
-    def rules(self) -> tuple[Rule, ...]:
+    def make(self) -> tuple[Rule, ...]:
         """What is inserted, the kept connections' rules last: then they come first."""
         from natkeep.plan.icmp_errors import make_callers_error_rules, make_error_rules
 
@@ -334,8 +359,9 @@ class OpenGate(Loads):
     move_id: str
     listening: tuple[Reception, ...] = ()
     delivers: bool = False
+    recorded: Recorded | None = None
 
-    def objects(self) -> tuple[Rule, ...]:
+    def make(self) -> tuple[Rule, ...]:
         """One rule in front of each drop."""
         kept = filters.opening(self.move_id)
         return (kept, listeners.opening(self.move_id)) if self.listening else (kept,)
@@ -359,8 +385,9 @@ class HoldListeners(Loads):
     site: Site
     move_id: str
     listeners: tuple[Endpoint, ...]
+    recorded: Recorded | None = None
 
-    def objects(self, *, linked: bool = False) -> tuple[Object, ...]:
+    def make(self, *, linked: bool = False) -> tuple[Object, ...]:
         """A chain that drops, and a rule that leads there; linked: that one is there already."""
         return syn_block.block(self.move_id, self.listeners, linked=linked)
 
@@ -376,8 +403,9 @@ class InstallResets(Loads):
     site: Site
     move_id: str
     resets: tuple[Reset, ...]
+    recorded: Recorded | None = None
 
-    def objects(self) -> tuple[Object, ...]:
+    def make(self) -> tuple[Object, ...]:
         """A chain that drops, and the rules that lead there."""
         return filters.reset(self.move_id, self.resets)
 
@@ -398,8 +426,9 @@ class SendResets(Loads):
     site: Site
     move_id: str
     resets: tuple[Reset, ...]
+    recorded: Recorded | None = None
 
-    def objects(self) -> tuple[Rule, ...]:
+    def make(self) -> tuple[Rule, ...]:
         """One rule in front of the drop."""
         return (filters.reset_opening(self.move_id),)
 
@@ -434,6 +463,18 @@ class TakeOverLock:
         return tuple(f"{_prefix(self.site)}{command}" for command in islice(commands, _LOCK_SHOWN))
 
 
+@dataclass(frozen=True, slots=True)
+class Unknown:
+    """A step of a journal that this natkeep does not take; its record says how it is undone."""
+
+    site: Site
+    kind: str
+
+    def describe(self) -> tuple[str, ...]:
+        """One comment."""
+        return (f"# {_prefix(self.site)}{self.kind}: a step of another natkeep",)
+
+
 Step = (
     InstallGate
     | FillSet
@@ -453,6 +494,7 @@ Step = (
     | OpenEarly
     | OpenGate
     | SendResets
+    | Unknown
 )
 
 
@@ -461,6 +503,7 @@ class Plan:
     """What prepare does, in order, and what open does later; nothing has happened yet.
 
     inner: connections of the process with itself, which need OLD and nothing else.
+    written: it is not what this natkeep would do, but what a journal says (recorded.py).
     """
 
     move: Move
@@ -471,11 +514,18 @@ class Plan:
     open: tuple[OpenGate | SendResets, ...]
     resets: tuple[Reset, ...] = ()
     inner: Connections = NO_CONNECTIONS
+    written: bool = False
 
     @property
     def steps(self) -> tuple[Step, ...]:
         """All steps, in order; a step's index here is its number in the journal."""
         return (*self.prepare, *self.open)
+
+    def gate_at(self, site: Site) -> str:
+        """Name of the chain that drops what is kept there until it is opened; "" without one."""
+        gates = (s for s in self.prepare if isinstance(s, InstallGate) and s.site == site)
+        objects = (one for step in gates for one in step.objects() if isinstance(one, Chain))
+        return next((chain.name for chain in objects if not chain.shared), "")
 
     def olds_at(self, site: Site) -> frozenset[Address]:
         """The addresses that may be put on lo of *site*, or are at home there at a source."""

@@ -7,10 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from functools import lru_cache
+from zlib import crc32
 
 from natkeep.plan.move import Site
 from natkeep.plan.nft import Key, Object, Rule, next_alike, split
-from natkeep.plan.steps import Loads, Plan, Step, TranslateErrors
+from natkeep.plan.steps import Loads, Plan, Step
 from natkeep.values import dataclass
 
 
@@ -48,15 +49,29 @@ def split_opening(plan: Plan, site: Site) -> tuple[frozenset[Key], frozenset[Key
 
 def objects_of(step: Step) -> tuple[Object, ...]:
     """What *step* puts into the tables, without the part that all moves share."""
-    if isinstance(step, TranslateErrors):
-        return step.rules()
     return step.objects() if isinstance(step, Loads) else ()
+
+
+def shared_of(step: Loads) -> Iterator[tuple[Key, Object]]:
+    """What it needs of the part that all moves share, as far as that was there when it was done."""
+    meant = None if step.recorded is None else step.recorded.shared
+    for part in step.static():
+        for summed, pair in zip(shared_sums(part), shared_keys(part), strict=True):
+            if meant is None or summed in meant:
+                yield pair
+
+
+def sums_of(step: Loads) -> list[int]:
+    """By which a journal names what `shared_of` gives."""
+    meant = None if step.recorded is None else step.recorded.shared
+    return [
+        one for part in step.static() for one in shared_sums(part) if meant is None or one in meant
+    ]
 
 
 def _keys_of(step: Step) -> Iterator[tuple[Key, Object]]:
     if isinstance(step, Loads):
-        for part in step.static():
-            yield from shared_keys(part)
+        yield from shared_of(step)
     yield from ((one.key(), one) for one in split(objects_of(step)))
 
 
@@ -64,6 +79,12 @@ def _keys_of(step: Step) -> Iterator[tuple[Key, Object]]:
 def shared_keys(part: tuple[Object, ...]) -> tuple[tuple[Key, Object], ...]:
     """The objects of a part that all moves share, each with its key."""
     return tuple((one.key(), one) for one in split(part))
+
+
+@lru_cache(maxsize=1 << 6)
+def shared_sums(part: tuple[Object, ...]) -> tuple[int, ...]:
+    """For each of them a number by which a journal names it."""
+    return tuple(crc32("\n".join(map(str, key)).encode()) for key, _ in shared_keys(part))
 
 
 def place(rule: Rule, key: Key, order: Sequence[Key], gone: frozenset[Key]) -> Rule:

@@ -16,12 +16,14 @@ The state directory (0700, files 0600; nothing below it is ever opened through a
          "steps": [KIND, ...], "prepare": [STEP, ...], "local": [ADDRESS, ...],
          "connections": SHA-256, or null of a quiesce, which has no file ID.connections,
          "image": RUN ID OF THE DUMP or null, "begun": NANOSECONDS of the monotonic clock,
+         "opening": [{what a step that opens the move loads (object_codec.py)}, ...],
          "joined": [V4, V6], packed, "beside": [ADDRESS, ...], if any (in "changed" as well),
          "entries": [[SITE, {...}], ...], if any: Surroundings.noted; the connections of each are
                        behind the others in the packed file (in "changed" as well)}
-        {"step": 4, "state": "doing", "prior": {...}, "site": 0, "undo": {"kind": ..., ...}}
-                           before the step acts; at which of the move's sites, and what undoes it
-                           (undo_codec.py), if that has not been said before
+        {"step": 4, "state": "doing", "prior": {...}, "site": 0, "undo": {"kind": ..., ...},
+         "objects": [...], "shared": [...], "sets": [...]}
+                           before the step acts; at which of the move's sites, what undoes it
+                           (undo_codec.py) and what it loads, if that has not been said before
         {"step": 4, "state": "done", "prior": {...}}       after it acted
         {"step": 4, "state": "undone"}
         {"changed": SHA-256, "image": RUN ID or null, "local": [ADDRESS, ...], "steps": [KIND, ...],
@@ -73,6 +75,7 @@ from natkeep.state.codec import (
 from natkeep.state.files import StateFiles
 from natkeep.state.journal import Journal, corrupt
 from natkeep.state.locks import Locks, read_lock_timeout
+from natkeep.state.object_codec import loaded_to_json
 from natkeep.state.old_index import OldIndex
 from natkeep.state.stray_files import find_strays, is_marked, refuse_foreign_part
 from natkeep.values import dataclass
@@ -157,16 +160,17 @@ class StateDirectory:
         *,
         before: tuple[int, ...] = (),
         blocks: tuple[int, Step] | None = None,
+        opening: Iterable[Step] = (),
     ) -> Journal:
         """Write the journal of a new move; RefusedError when its id is in use.
 
-        before: the steps that prepare does. blocks: the one that takes a quiesce over, if one does.
+        before: the steps that prepare does; opening: those that open. blocks: the one that takes a
+        quiesce over, if one does.
         """
         earlier = self.read_header(move.id) if self.knows(move.id) else None
-        boot = read_boot_id()
         journal = Journal(
-            move, connections, surroundings, namespaces, kinds, boot, self, image=image,
-            before=before, begun=time.monotonic_ns(),
+            move, connections, surroundings, namespaces, kinds, read_boot_id(), self, image=image,
+            before=before, begun=time.monotonic_ns(), opening=tuple(map(loaded_to_json, opening)),
         )  # fmt: skip
         packed, header = journal.pack_header()
         begun: list[dict[str, Any]] = []
@@ -301,6 +305,7 @@ class StateDirectory:
             image=read_image(header.get("image")),
             schema=header["schema"],
             begun=as_whole(header.get("begun", 0)),
+            opening=tuple(map(dict, as_list(header.get("opening", [])))),
         )
         if journal.schema > 1:
             journal.before = tuple(map(as_whole, as_list(header["prepare"])))

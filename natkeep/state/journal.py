@@ -7,15 +7,16 @@ Rule: whatever is noted is on disk before the caller goes on. What it is not the
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from functools import lru_cache
+from types import MappingProxyType
 from typing import Any, Protocol
 
 from natkeep import __version__
 from natkeep.errors import JournalError, RefusedError, UsageError
 from natkeep.plan.identity import Identity
 from natkeep.plan.move import Move, Site
-from natkeep.plan.step_undo import Undo, undo_of
+from natkeep.plan.step_undo import RemoveGate, RemoveListeners, Undo, Unload, undo_of
 from natkeep.plan.steps import OpenGate, Prior, SendResets, Step
 from natkeep.plan.translation import Change, Surroundings
 from natkeep.plan.tuples import NO_CONNECTIONS, Connections
@@ -35,6 +36,7 @@ from natkeep.state.codec import (
     read_line,
     record_to_json,
 )
+from natkeep.state.object_codec import LOADED, loaded_to_json
 from natkeep.state.undo_codec import Files, undo_from_json, undo_to_json
 from natkeep.values import dataclass, field, replace
 
@@ -78,6 +80,7 @@ class Record:
 
     again: of `doing`, it had been done before: a repair was at it. site: which of the move's, and
     undo: what takes it back, as yet unread perhaps; both None in schema 1, until the plan is there.
+    loaded: what the line says of the objects that it loaded, or of the sets that it filled.
     """
 
     state: str
@@ -85,11 +88,15 @@ class Record:
     again: bool = False
     site: Site | None = None
     undo: Undo | Unread | None = None
+    loaded: Mapping[str, Any] = MappingProxyType({})
 
 
 @dataclass(slots=True)
 class Journal:
-    """One move on disk; begun: nanoseconds of the monotonic clock, 0 where it does not say."""
+    """One move on disk; begun: nanoseconds of the monotonic clock, 0 where it does not say.
+
+    opening: of each step that opens the move what it loads, as a record has it.
+    """
 
     move: Move
     connections: Connections
@@ -104,6 +111,7 @@ class Journal:
     before: tuple[int, ...] = ()
     schema: int = SCHEMA
     begun: int = 0
+    opening: tuple[Mapping[str, Any], ...] = ()
 
     def pack_header(self) -> tuple[bytes | None, dict[str, Any]]:
         """The connections' file, which a quiesce has not, and the first line of a new journal."""
@@ -123,6 +131,7 @@ class Journal:
             "connections": packed and hashlib.sha256(packed).hexdigest(),
             "image": self.image,
             "begun": self.begun,
+            "opening": list(self.opening),
             **peers_to_json(around),
             **noted_to_json(self.move, around.noted),
         }
@@ -146,15 +155,18 @@ class Journal:
     ) -> tuple[dict[str, Any], Record]:
         line, earlier = record_to_json(number, state, prior), self.records.get(number)
         site, undo = (earlier.site, earlier.undo) if earlier is not None else (None, None)
+        loaded = earlier.loaded if earlier is not None else {}
         if step is not None and state == "doing" and self.schema > 1:
-            made = undo_of(step)
             undo = undo.read() if isinstance(undo, Unread) else undo
+            made = _join(undo_of(step), undo)
             if (step.site, made) != (site, undo):
                 line["site"] = self.move.sites.index(step.site)
                 line["undo"] = undo_to_json(made, self._files())
+                loaded = loaded_to_json(step)
+                line |= loaded
             site, undo = step.site, made
         again = state == "doing" and self.has_been_done(number)
-        return line, Record(state, prior, again, site, undo)
+        return line, Record(state, prior, again, site, undo, loaded)
 
     def _files(self) -> Files:
         came = NO_CONNECTIONS if self.change is None else self.change.came
@@ -224,13 +236,15 @@ class Journal:
         step, state, prior, line = _parse_record(text, len(self.kinds), number)
         earlier = self.records.get(step)
         site, undo = (earlier.site, earlier.undo) if earlier is not None else (None, None)
+        loaded = earlier.loaded if earlier is not None else {}
         if "undo" in line:
+            loaded = {name: line[name] for name in LOADED if name in line}
             site = self.move.sites[as_index(line["site"], len(self.move.sites))]
             undo = Unread(line["undo"], self._files())
         elif self.schema > 1 and undo is None:
             raise ValueError(f"line {number}: step {step} without its undo")
         again = state == "doing" and self.has_been_done(step)
-        self.records[step] = Record(state, prior, again, site, undo)
+        self.records[step] = Record(state, prior, again, site, undo, loaded)
 
     def take_change(self, change: Change, line: dict[str, Any]) -> None:
         origins, again = as_list(line["from"]), as_list(line["again"])
@@ -292,6 +306,16 @@ class Journal:
     def remove(self) -> None:
         """The move is no more."""
         self._directory.remove(self.move.id)
+
+
+def _join(made: Undo, earlier: Undo | None) -> Undo:
+    """*made*, and what *earlier* would undo besides: what was once done has to be undone."""
+    match made, earlier:
+        case (Unload() | RemoveGate() | RemoveListeners(), _) if type(made) is type(earlier):
+            assert isinstance(earlier, Unload | RemoveGate | RemoveListeners)
+            objects = tuple(dict.fromkeys((*made.objects, *earlier.objects)))
+            return replace(made, objects=objects)
+    return made
 
 
 @lru_cache(maxsize=1 << 10)  # of a thousand moves most lines are the same

@@ -124,7 +124,7 @@ def test_packed_connections_give_back_what_was_packed(tuples: list[FourTuple]) -
     assert len(packed) == len(tuples)
 
 
-@settings(max_examples=50)
+@settings(max_examples=50, deadline=None)
 @given(st.lists(inbound_tuples(), max_size=8))
 def test_the_other_end_sees_each_connection_the_other_way_round(tuples: list[FourTuple]) -> None:
     packed = Connections.of(tuples)
