@@ -12,6 +12,7 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -19,9 +20,11 @@ from uuid import UUID
 
 import pytest
 from earlier_natkeep import remove_later
-from golden_journals.cases import CASES, Case
+from golden_journals.cases import CASES, LATER, Case
 
 from bench.faults.surfaces import read_all_surfaces
+from natkeep.checkpoint import Checkpoint
+from natkeep.errors import RefusedError
 from natkeep.kernel.linux import LinuxKernel
 from natkeep.kernel.netns import open_namespace
 from natkeep.lifecycle.executor import Executor
@@ -108,6 +111,92 @@ def exchange(golden: Path, state: Path, names: dict[str, str]) -> None:
     (state / "web.journal").write_text("".join([json.dumps(header) + "\n", *lines[1:]]))
 
 
+def load_earlier_rules(case: str, names: dict[str, str]) -> None:
+    """In the place of today's rules those that the journals' natkeeps had, as nft listed them.
+
+    But for the raw ones, which nft lists and does not read.
+    """
+    for path in (GOLDEN / "rules" / case).iterdir():
+        within = ["ip", "netns", "exec", names[path.stem], "nft", "-f", "-"]
+        text = path.read_text()
+        tables = re.findall(r"(?m)^table (\w+ natkeep) {", text)
+        deletion = "".join(f"delete table {table}\n" for table in tables)
+        subprocess.run(within, check=True, input=deletion + text, text=True)
+
+
+@pytest.fixture
+def opened(tmp_path: Path) -> Executor:
+    """On a state directory of its own."""
+    state = StateDirectory(str(tmp_path / "state"), create=True)
+    return Executor(LinuxKernel(state.path), state)
+
+
+def put_earlier(executor: Executor, schema: str, case: str, names: dict[str, str]) -> None:
+    """As if a natkeep that wrote this schema had done the move of this case."""
+    make(executor, CASES[case], names)
+    load_earlier_rules(case, names)
+    exchange(GOLDEN / schema / case, Path(executor.state.path), names)
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("schema", SCHEMAS)
+def test_it_is_shown_and_repaired(
+    schema: str, case: str, names: dict[str, str], opened: Executor
+) -> None:
+    before = look(names)
+    put_earlier(opened, schema, case, names)
+
+    assert not any(site.drift for site in read_status(opened, ("web",))[0].sites)
+    assert {one.drift for one in repair(opened, "web")} <= {ADDED}
+    assert not any(site.drift for site in read_status(opened, ("web",))[0].sites)
+    assert repair(opened, "web") == ()
+    teardown(opened, "web")
+    assert look(names) == before
+
+
+@pytest.mark.parametrize("case", ["stateful", "held", "unkept"])
+@pytest.mark.parametrize("schema", SCHEMAS)
+def test_it_is_opened_by_the_hook(
+    schema: str, case: str, names: dict[str, str], opened: Executor, tmp_path: Path
+) -> None:
+    before = look(names)
+    put_earlier(opened, schema, case, names)
+    within = ["ip", "netns", "exec", names["destination"]]
+    with subprocess.Popen([*within, "cat"], stdin=subprocess.PIPE) as tree:
+        called = subprocess.run(
+            [Path(sys.executable).with_name("natkeep-hook")],
+            env={
+                "PATH": os.environ["PATH"], "CRTOOLS_SCRIPT_ACTION": "post-restore",
+                "CRTOOLS_INIT_PID": str(tree.pid), "CRTOOLS_IMAGE_DIR": str(tmp_path),
+                "NATKEEP_ID": "web", "NATKEEP_STATE_DIR": opened.state.path,
+            },
+            capture_output=True, text=True,
+        )  # fmt: skip
+        tree.communicate()
+    assert (called.returncode, called.stderr) == (0, "natkeep-hook: web: gate open\n")
+    [status] = read_status(opened, ("web",))
+    assert (status.gate, [site.drift for site in status.sites if site.drift]) == (Gate.OPEN, [])
+    teardown(opened, "web")
+    assert look(names) == before
+
+
+@pytest.mark.parametrize("schema", SCHEMAS)
+def test_one_of_a_live_process_is_opened_where_its_image_has_nothing_new(
+    schema: str, names: dict[str, str], opened: Executor
+) -> None:
+    """Else it is refused: the rules of two natkeeps are not mixed."""
+    before = look(names)
+    put_earlier(opened, schema, "live", names)
+    with pytest.raises(RefusedError, match="by another version of natkeep"):
+        open_move(opened, "web", lambda journal: Checkpoint(LATER))
+    kept = opened.state.load("web").connections
+    open_move(opened, "web", lambda journal: Checkpoint(kept))
+    [status] = read_status(opened, ("web",))
+    assert (status.gate, [site.drift for site in status.sites if site.drift]) == (Gate.OPEN, [])
+    teardown(opened, "web")
+    assert look(names) == before
+
+
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("schema", SCHEMAS)
 def test_it_is_torn_down_without_a_trace(
@@ -120,6 +209,7 @@ def test_it_is_torn_down_without_a_trace(
     make(executor, CASES[case], names)
     if os.environ.get("NATKEEP_GOLDEN") == "write" and schema == str(SCHEMA):
         write(path, GOLDEN / schema / case)
+    load_earlier_rules(case, names)
     exchange(GOLDEN / schema / case, path, names)
     assert read_status(executor, ("web",))[0].plan.move.id == "web"
     teardown(executor, "web")

@@ -93,7 +93,7 @@ def compare(executor: Executor, journal: Journal, plan: Plan, image: Checkpoint)
         for number, origin in enumerate(_origins(plan, new))
         if origin is not None
         and origin in journal.records
-        and not plan.written
+        and not (plan.written or plan.unnoted)
         and _more(plan.steps[origin], new.steps[number]) is not None
     )
     faultpoints.reach("change")
@@ -104,7 +104,8 @@ def compare(executor: Executor, journal: Journal, plan: Plan, image: Checkpoint)
 
 def _refuse_to_widen(plan: Plan, change: Change) -> None:
     """What another natkeep did is not mixed with what this one would do."""
-    if plan.written and (len(change.came) or any(isinstance(s, Unknown) for s in plan.steps)):
+    unknown = any(isinstance(step, Unknown) for step in plan.steps)
+    if (plan.written or plan.unnoted) and (len(change.came) or unknown):
         raise RefusedError(
             f"move {plan.move.id} was prepared by another version of natkeep, and connections came "
             "since",

@@ -18,13 +18,15 @@ from natkeep.plan.steps import Plan, Unknown
 from natkeep.state.directory import read_boot_id
 from natkeep.state.journal import Journal, Record, Unread
 from natkeep.state.object_codec import loaded_from_json, loaded_to_json
+from natkeep.values import replace
 
 
 def plan_of(journal: Journal) -> Plan:
     """The plan that the journal was written for, with what was loaded for it (plan/recorded.py)."""
     plan = make_plan(journal.move, journal.connections, journal.surroundings, journal.change)
     if kinds_of(plan) == journal.kinds and _is_as_today(journal, plan):
-        return plan
+        noted = any(record.loaded for record in journal.records.values())
+        return plan if noted or not journal.records else replace(plan, unnoted=True)
     numbers = range(len(journal.kinds))
     first = len(numbers) - len(journal.opening)
     steps = [_read_written(journal, number, number - first) for number in numbers]

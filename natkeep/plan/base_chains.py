@@ -152,8 +152,8 @@ def address_chain(dispatch: str, address: Address) -> str:
 
 def is_later(name: str) -> bool:
     """Whether a chain, set or map is of those that earlier natkeeps did not make."""
-    of_a_move = name.startswith(("routed-", "to-outer-", "to-inner-"))
-    return of_a_move or name.partition("-at-")[0] in _later_names()
+    of_a_move = name.startswith(("routed-", "to-outer-", "to-inner-", "ended-"))
+    return name == DEFRAGMENT or of_a_move or name.partition("-at-")[0] in _later_names()
 
 
 @cache

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from natkeep.plan import listeners, syn_block
 from natkeep.plan.base_chains import is_address_chain, is_later
 from natkeep.plan.liveness import Life
-from natkeep.plan.move import Site
+from natkeep.plan.move import Mode, Site
 from natkeep.plan.nft import TABLE, Elements, Key
 from natkeep.plan.observation import Gate, Observation
 from natkeep.plan.steps import (
@@ -109,6 +109,9 @@ def _find_table_drift(plan: Plan, site: Site, seen: Observation) -> Iterator[str
     if not seen.gone:
         return
     wanted = _want(plan, site)
+    if plan.unnoted and plan.move.mode == Mode.STATELESS:
+        # Which rules there were is not known; they were others.
+        wanted = [one for one in wanted if one.key.kind != "rule" and not is_later(one.key.name)]
     if _was_prepared_earlier(plan, site, seen):
         wanted = [one for one in wanted if not is_later(one.key.name)]
     gone = [one for one in wanted if one.key in seen.gone]

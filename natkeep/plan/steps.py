@@ -503,7 +503,8 @@ class Plan:
     """What prepare does, in order, and what open does later; nothing has happened yet.
 
     inner: connections of the process with itself, which need OLD and nothing else.
-    written: it is not what this natkeep would do, but what a journal says (recorded.py).
+    written: it is not what this natkeep would do, but what a journal says (recorded.py). unnoted:
+    the journal does not say what was loaded, as the first natkeeps' do not.
     """
 
     move: Move
@@ -515,6 +516,7 @@ class Plan:
     resets: tuple[Reset, ...] = ()
     inner: Connections = NO_CONNECTIONS
     written: bool = False
+    unnoted: bool = False
 
     @property
     def steps(self) -> tuple[Step, ...]:

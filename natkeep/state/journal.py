@@ -159,7 +159,7 @@ class Journal:
         if step is not None and state == "doing" and self.schema > 1:
             undo = undo.read() if isinstance(undo, Unread) else undo
             made = _join(undo_of(step), undo)
-            if (step.site, made) != (site, undo):
+            if (step.site, made) != (site, undo) or not loaded:
                 line["site"] = self.move.sites.index(step.site)
                 line["undo"] = undo_to_json(made, self._files())
                 loaded = loaded_to_json(step)
