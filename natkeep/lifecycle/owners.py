@@ -184,6 +184,16 @@ def leave_to_owners(
     return found
 
 
+def is_left_to_others(
+    state: StateDirectory, journal: Journal, site: Site, translation: Translation
+) -> bool:
+    """Whether a newer move has one of the *translation*'s tuples by now."""
+    views = {translation.kept, translation.outer}
+    ours = {record for view in views for record in view.each()}
+    newer = find_newer(state, journal, site, views)
+    return any(not ours.isdisjoint(partner.ends()) for partner in newer)
+
+
 def _look_at(
     kernel: Kernel, partner: Partner, site: Site, reader: Kernel | Snapshot
 ) -> dict[bytes, SeenEntry | None]:

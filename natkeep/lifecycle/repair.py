@@ -15,12 +15,13 @@ from natkeep import faultpoints
 from natkeep.errors import NatkeepError, RefusedError
 from natkeep.kernel.netns import NamespaceGoneError
 from natkeep.lifecycle.executor import Executor
+from natkeep.lifecycle.owners import is_left_to_others
 from natkeep.lifecycle.progress import is_retired, is_waiting, refuse_earlier_boot, unprepared
 from natkeep.lifecycle.status import Sight, look_around, note_sighting, remember_sighting
 from natkeep.plan.base_chains import gate_hook
 from natkeep.plan.move import Site
 from natkeep.plan.repair import Patch, StopCounting
-from natkeep.plan.steps import Plan, Prior
+from natkeep.plan.steps import InsertEntries, Plan, Prior
 from natkeep.state.journal import Journal
 from natkeep.values import dataclass
 
@@ -88,7 +89,14 @@ class _Work:
         return not self.patches and not any(r.again for r in self.journal.records.values())
 
     def is_needed_still(self, executor: Executor) -> bool:
-        """Whether the tables lack the same; all else is added again without harm."""
+        """Whether the tables lack the same, and no newer move has come to own what they lack.
+
+        All else is added again without harm.
+        """
+        entries = [patch for _, patch in self.patches if isinstance(patch, InsertEntries)]
+        for patch in entries:
+            if is_left_to_others(executor.state, self.journal, patch.site, patch.translation):
+                return False
         hook = {one.key() for one in gate_hook()}
         return all(
             executor.kernel.find_missing(site, self.plan) - hook == (seen.gone | seen.shut) - hook

@@ -6,8 +6,7 @@ The state directory (0700, files 0600; nothing below it is ever opened through a
     ID.connections     written before the journal: the kept connections, those that a gateway
                        carried already, and the carriers, each packed (plan/tuples.py) as IPv4
                        and IPv6, each of the six with its length (8 octets) in front
-    ID.changed         before a line "changed": connections that came, that went, and that a gateway
-                       carried, with their carriers, packed in the same way
+    ID.changed         before a line "changed": those that came, that went, were carried, carriers
     ID.seen            which entries a repair has seen alive at a gateway (plan/liveness.py)
     ID.ready           what the hook needs to open the move (lifecycle/open.py)
     ID.journal         locked while a verb changes the move; JSON lines, appended and fsynced:
@@ -20,20 +19,17 @@ The state directory (0700, files 0600; nothing below it is ever opened through a
          "joined": [V4, V6], packed, "beside": [ADDRESS, ...], if any (in "changed" as well),
          "entries": [[SITE, {...}], ...], if any: Surroundings.noted; the connections of each are
                        behind the others in the packed file (in "changed" as well)}
-        {"step": 4, "state": "doing", "prior": {...}, "site": 0, "undo": {"kind": ..., ...},
-         "objects": [...], "shared": [...], "sets": [...]}
+        {"step": 4, "state": "doing", "prior": {...}, "site": 0, "undo": {"kind": ..., ...}, ...}
                            before the step acts; at which of the move's sites, what undoes it
-                           (undo_codec.py) and what it loads, if that has not been said before
+                           (undo_codec.py) and, as in "opening", what it loads, if it is not said yet
         {"step": 4, "state": "done", "prior": {...}}       after it acted
         {"step": 4, "state": "undone"}
         {"changed": SHA-256, "image": RUN ID or null, "local": [ADDRESS, ...], "steps": [KIND, ...],
          "from": [STEP or null, ...], "again": [STEP, ...]}
                            the plan is another from here on (a live process has been frozen): which
-                           of the steps so far each of the new ones continues, and which of the
-                           new ones have to act again
+                           step each of the new ones continues, and which have to act again
 
-"steps" and "from" are for verbs that make the plan again; a teardown needs the records alone.
-Schema 1, of natkeep 0.1.0, has neither "prepare" nor "undo": both are taken from the plan (adopt).
+A teardown needs the records alone. Schema 1 has neither "prepare" nor "undo": both are adopted.
 
 Rule: the line "doing" is on disk before the kernel is asked, so a step that was begun is known
 even when the process was killed in it; to undo one that did nothing is harmless. A last line
