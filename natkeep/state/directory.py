@@ -21,7 +21,7 @@ The state directory (0700, files 0600; nothing below it is ever opened through a
                        behind the others in the packed file (in "changed" as well)}
         {"step": 4, "state": "doing", "prior": {...}, "site": 0, "undo": {"kind": ..., ...}, ...}
                            before the step acts; at which of the move's sites, what undoes it
-                           (undo_codec.py) and, as in "opening", what it loads, if it is not said yet
+                           (undo_codec.py) and what it loads, if that has not been said yet
         {"step": 4, "state": "done", "prior": {...}}       after it acted
         {"step": 4, "state": "undone"}
         {"changed": SHA-256, "image": RUN ID or null, "local": [ADDRESS, ...], "steps": [KIND, ...],
@@ -176,9 +176,8 @@ class StateDirectory:
             line, journal.records[number] = journal.make_record(number, "doing", Prior(), step)
             begun.append(line)
         elif self.knows(move.id):
-            raise RefusedError(
-                f"the id {move.id} is in use", hint=f"natkeep teardown {move.id}, or another id"
-            )
+            hint = f"natkeep teardown {move.id}, or another id"
+            raise RefusedError(f"the id {move.id} is in use", hint=hint)
         replaced = self._files.read(f"{move.id}.journal") if begun else None
         faultpoints.reach("journal-begin")
         try:
