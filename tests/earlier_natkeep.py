@@ -8,7 +8,8 @@ from pathlib import Path
 
 from natkeep.plan.base_chains import is_later
 
-_LATER_KEYS = ("cookies", "begun", "joined", "entries")
+_LATER_KEYS = ("cookies", "begun", "joined", "entries", "opening")
+_LATER_KEYS_OF_RECORDS = ("objects", "shared", "sets")
 
 
 def remove_later(netns: str) -> None:
@@ -32,6 +33,8 @@ def write_older(journal: Path, schema: int) -> None:
     """The journal of a move without what came later; in schema 1 no record says what undoes it."""
     header, *records = map(json.loads, journal.read_text().splitlines())
     header = {key: value for key, value in header.items() if key not in _LATER_KEYS}
+    later = frozenset(_LATER_KEYS_OF_RECORDS)
+    records = [{k: v for k, v in one.items() if k not in later} for one in records]
     if schema == 1:
         del header["prepare"]
         records = [{k: v for k, v in one.items() if k not in ("site", "undo")} for one in records]
