@@ -23,6 +23,11 @@ def show(lines: Iterable[str]) -> None:
     _write(sys.stdout, [f"{in_one_line(line)}\n" for line in lines])
 
 
+def show_json(text: str) -> None:
+    """A document as `json` writes it, on stdout: ASCII, with escapes of its own for all but DEL."""
+    _write(sys.stdout, [text.replace("\x7f", "\\u007f"), "\n"])
+
+
 def say(*lines: str, end: str = "\n") -> None:
     """Talk, on stderr; where its reader has gone (`2>&1 | head`) the work goes on."""
     try:

@@ -20,6 +20,7 @@ PACKAGE = Path(__file__).parent.parent / "natkeep"
 UNPRINTABLE = {
     "escape code": ("e\x1b[31m", "e\\x1b[31m"),
     "C1 control": ("e\x9b31m", "e\\x9b31m"),
+    "DEL": ("e\x7f", "e\\x7f"),
     "bell": ("e\x07", "e\\x07"),
     "newline": ("e\nnatkeep: all is well", "e\\nnatkeep: all is well"),
     "line separator": ("e\u2028f", "e\\u2028f"),

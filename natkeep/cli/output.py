@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from natkeep.errors import NatkeepError
-from natkeep.terminal import say, show
+from natkeep.terminal import say, show, show_json
 
 
 def talk(args: argparse.Namespace, *lines: str) -> None:
@@ -23,7 +23,7 @@ def describe_error(error: NatkeepError) -> tuple[str, ...]:
 
 def print_json(value: dict[str, Any]) -> None:
     """One document on stdout."""
-    show(json.dumps(value, indent=2).splitlines())
+    show_json(json.dumps(value, indent=2))
 
 
 def print_verb(args: argparse.Namespace, line: str, **facts: object) -> None:

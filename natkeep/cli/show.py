@@ -12,7 +12,7 @@ from natkeep.kernel.linux import LinuxKernel
 from natkeep.plan.diagnostics import CATALOGUE, Severity
 from natkeep.plan.move import parse_olds
 from natkeep.state.directory import StateDirectory
-from natkeep.terminal import show
+from natkeep.terminal import show, show_json
 
 
 def status(args: argparse.Namespace) -> int:
@@ -28,8 +28,7 @@ def status(args: argparse.Namespace) -> int:
         gc.disable()  # of what there may be much, all lives to the end: there is nothing to find
         moves = read_status(executor, (), unreadable)
     if args.json:
-        text = "".join(report.status_as_json([report.move_as_json(move) for move in moves]))
-        show(text.splitlines())
+        show_json("".join(report.status_as_json([report.move_as_json(move) for move in moves])))
     elif moves or not unreadable:
         lines = (line for m in moves for line in report.status_lines(m, verbose=args.verbose))
         show([*lines] or ["nothing is prepared"])

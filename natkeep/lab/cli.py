@@ -16,9 +16,9 @@ from json import dumps
 from pathlib import Path
 from typing import Any
 
-from natkeep.errors import RefusedError
+from natkeep.errors import RefusedError, in_one_line
 from natkeep.lab.host import LabError
-from natkeep.terminal import say, show
+from natkeep.terminal import say, show, show_json
 
 _TOOLS = {"nsenter": "util-linux", "ip": "iproute2", "nft": "nftables", "tcpdump": "tcpdump"}
 
@@ -100,7 +100,7 @@ def _list(args: argparse.Namespace) -> int:
 
     known = [{"name": each.name, "title": each.title} for each in scenarios()]
     if args.json:
-        show(dumps({"schema": 1, "scenarios": known}, indent=2).splitlines())
+        show_json(dumps({"schema": 1, "scenarios": known}, indent=2))
     else:
         width = max((len(each["name"]) for each in known), default=0)
         for each in known:
@@ -121,11 +121,15 @@ def _run(args: argparse.Namespace) -> int:
 def _show(args: argparse.Namespace, name: str, value: dict[str, Any], text: str) -> None:
     """Print the result as --json says, and write both forms of it into --report's directory."""
     document = dumps(value, indent=2)
+    text = "\n".join(map(in_one_line, text.split("\n")))  # before it is written, too
     if args.report:
         args.report.mkdir(parents=True, exist_ok=True)
         (args.report / f"{name}.json").write_text(document + "\n", encoding="utf-8")
         (args.report / f"{name}.txt").write_text(text + "\n", encoding="utf-8")
-    show((document if args.json else text).split("\n"))
+    if args.json:
+        show_json(document)
+    else:
+        show(text.split("\n"))
 
 
 def _matrix(args: argparse.Namespace) -> int:

@@ -22,7 +22,7 @@ pytestmark = [pytest.mark.root, pytest.mark.needs("nftables")]
 
 OLD, NEW = "10.2.0.10", "10.3.0.20"
 CORPUS = Path(__file__).parents[1] / "checkpoint/corpus/plain"
-DEVICE = b"e\x1b[3m\xff\xe2\x80\xae"
+DEVICE = b"e\x1b[3m\x7f\xff\xe2\x80\xae"
 TABLE, CHAIN = b"t\x1b[2J\nx\xff", b"c\x1b[1m\xe2\x80\xa8"
 NEW_TABLE, NEW_CHAIN = 0, 3
 
