@@ -16,7 +16,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
-from natkeep.errors import JournalError, KernelError, UsageError
+from natkeep.errors import JournalError, KernelError, NatkeepError, UsageError
 from natkeep.plan.identity import Identity
 from natkeep.values import dataclass, replace
 
@@ -185,7 +185,8 @@ def inside(namespace: Namespace) -> Iterator[None]:
                 raise KernelError(f"{namespace.label}: its handle leads to another namespace")
             yield
         finally:
-            _setns(home, "the namespace we came from")
+            # Not a KernelError: to go on elsewhere is worse than an entry refused.
+            _setns(home, "the namespace we came from", NatkeepError)
     finally:
         os.close(home)
 
@@ -202,12 +203,12 @@ def errors_at(place: object) -> Iterator[None]:
         raise KernelError(f"{place}: {error.strerror or error}", hint=hint) from error
 
 
-def _setns(fd: int, label: str) -> None:
+def _setns(fd: int, label: str, kind: type[NatkeepError] = KernelError) -> None:
     import ctypes  # late: most processes never enter another namespace
 
     libc = ctypes.CDLL(None, use_errno=True)
     if libc.setns(fd, _CLONE_NEWNET):
-        raise KernelError(
+        raise kind(
             f"cannot enter {label}: {os.strerror(ctypes.get_errno())}",
             hint="natkeep needs CAP_SYS_ADMIN to enter another network namespace",
         )
