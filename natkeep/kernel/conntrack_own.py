@@ -8,16 +8,26 @@ be said by those made in their place (`find_noted`), and which come back in the 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 from natkeep.errors import RefusedError
 from natkeep.kernel import nftables_dump, sysctl
-from natkeep.kernel.conntrack_dump import LOOK_UP, ask_each, count_tracked, dump, is_dump_cheaper
+from natkeep.kernel.conntrack_dump import (
+    LOOK_UP,
+    WALK,
+    ask_each,
+    count_tracked,
+    dump,
+    is_dump_cheaper,
+)
 from natkeep.kernel.conntrack_zones import find_zones
 from natkeep.kernel.ctnetlink import (
+    TUPLE_ORIG,
+    TUPLE_REPLY,
     Ends,
     ask_for_tcp,
+    ask_for_tcp_from,
     pack_inbound,
     pack_outbound,
     pack_zone,
@@ -28,7 +38,7 @@ from natkeep.kernel.ctnetlink import (
 from natkeep.kernel.ctnetlink_answers import read_attributes
 from natkeep.kernel.netlink import NETLINK_NETFILTER, Netlink
 from natkeep.plan.conntrack import NOT_TRACKED, PEER_DIALLED, PROCESS_DIALLED
-from natkeep.plan.entry_attributes import PLAIN, Attributes, Noted
+from natkeep.plan.entry_attributes import USUAL, Attributes, Noted
 from natkeep.plan.move import Site
 from natkeep.plan.nft import TABLE
 from natkeep.plan.protocols import TCP
@@ -54,11 +64,12 @@ class Own(NamedTuple):
         return PEER_DIALLED if self.reply == self.record else NOT_TRACKED
 
 
-def find_own(connections: Connections) -> Iterator[Own]:
-    """The entries that have the tuple of one of *connections*, all of one IP version, in any zone.
+def find_own(connections: Connections, *, rare: bool = False) -> Iterator[Own]:
+    """The entries that have the tuple of one of *connections*, in any zone.
 
-    One that is asked for is found if it is there; a dump, which may miss one, is for tables with
-    few entries.
+    They have one local address. One that is asked for is found if it is there; a dump, which may
+    miss one, is for tables with few entries, or of which few are wanted (rare: at a destination,
+    for which `make bench` knows no look: the kernel picks those of the local address).
     """
     tracked = count_tracked()
     if not len(connections) or tracked == 0:
@@ -69,6 +80,11 @@ def find_own(connections: Connections) -> Iterator[Own]:
         looks = LOOK_UP * len(zones) * len(connections)
         if tracked is not None and is_dump_cheaper(looks, tracked):
             yield from _pick(dump(ask_for_tcp(version)), frozenset(connections.each()))
+            return
+        if rare and version == 4 and looks > 2 * WALK:
+            wanted, local = frozenset(connections.each()), connections.v4[:4]
+            for type_ in (TUPLE_ORIG, TUPLE_REPLY):
+                yield from _pick(dump(ask_for_tcp_from(local, type_)), wanted)
             return
         found: set[bytes] = set()
         for zone in zones:
@@ -132,30 +148,34 @@ def _unpack(record: bytes) -> FourTuple:
     return tuple_
 
 
-def find_noted(site: Site, entries: Iterable[Own]) -> tuple[Noted, ...]:
+def find_noted(site: Site, entries: Sequence[Own]) -> tuple[Noted, ...]:
     """What the entries say beside their tuples, where it is not the usual.
 
-    Of a connection whose entry is in another zone than 0 all entries are named.
+    Of a connection that has an entry in another zone than 0 all entries are named.
     """
     usual_timeout = read_timeout()
     said: dict[bytes, list[Attributes]] = {}
-    special: dict[bytes, None] = {}
+    usual: list[tuple[bytes, bool]] = []
     for own in entries:
         # Also when a move that is to be replaced has translated the process' first packet.
         dialled = own.record in (own.original, turn(own.reply))
         attributes = read_attributes(own.answer, usual_timeout, process_dialled=dialled)
-        said.setdefault(own.record, []).append(attributes)
-        if attributes.facing(process_dialled=False) != PLAIN:
-            special[own.record] = None
+        if attributes is USUAL[dialled]:
+            usual.append((own.record, dialled))
+        else:
+            said.setdefault(own.record, []).append(attributes)
+    for record, dialled in usual if said else ():
+        if record in said:
+            said[record].append(USUAL[dialled])
     groups: dict[Attributes, list[bytes]] = {}
-    for record in special:
-        for attributes in said[record]:
+    for record, some in said.items():
+        for attributes in some:
             groups.setdefault(attributes, []).append(record)
     return tuple(
         Noted(site, attributes, Connections.packed(b"".join(sorted(records)), version))
-        for attributes, some in groups.items()
+        for attributes, of_both in groups.items()
         for version, size in RECORD_SIZE.items()
-        if (records := [record for record in some if len(record) == size])
+        if (records := [record for record in of_both if len(record) == size])
     )
 
 

@@ -35,9 +35,9 @@ TUPLE_ORIG, TUPLE_REPLY, STATUS_BITS, ZONE = 1, 2, 3, 18
 PROTOINFO, COUNTERS_ORIG, COUNTERS_REPLY, _ID = 4, 9, 10, 12
 _NAT_SRC, TIMEOUT, _NAT_DST, _FILTER, _STATUS_MASK = 6, 7, 13, 25, 26
 HELP, MARK, SEQ_ORIG, SEQ_REPLY, SECCTX, LABELS, SYNPROXY = 5, 8, 15, 16, 19, 22, 24
-TUPLE_ZONE, _FILTER_ORIG_FLAGS = 3, 1
-_BY_DESTINATION, _BY_PROTOCOL, _BY_PORT = 1 << 1, 1 << 3, 1 << 5
-"""CTA_FILTER_FLAG of CTA_IP_DST, of CTA_PROTO_NUM and of CTA_PROTO_DST_PORT."""
+TUPLE_ZONE, _FILTER_ORIG_FLAGS, _FILTER_REPLY_FLAGS = 3, 1, 2
+_BY_SOURCE, _BY_DESTINATION, _BY_PROTOCOL, _BY_PORT = 1 << 0, 1 << 1, 1 << 3, 1 << 5
+"""CTA_FILTER_FLAG of CTA_IP_SRC, of CTA_IP_DST, of CTA_PROTO_NUM and of CTA_PROTO_DST_PORT."""
 
 _NESTED = 1 << 15
 
@@ -166,6 +166,16 @@ def ask_for_tcp(
         body += attribute(STATUS_BITS, status.to_bytes(4, "big"))
         body += attribute(_STATUS_MASK, mask.to_bytes(4, "big"))
     return body
+
+
+def ask_for_tcp_from(source: bytes, type_: int) -> bytes:
+    """The body of a dump request: IPv4 TCP entries whose tuple *type_* has this source, or more."""
+    flags = _FILTER_ORIG_FLAGS if type_ == TUPLE_ORIG else _FILTER_REPLY_FLAGS
+    return (
+        family(4)
+        + nested(type_, nested(1, attribute(1, source)), nested(2, attribute(1, _TCP)))
+        + nested(_FILTER, attribute(flags, struct.pack("=I", _BY_SOURCE | _BY_PROTOCOL)))
+    )
 
 
 def for_each(outer: Connections, inner: Connections, type_: int, flags: int, pack: Pack) -> Batch:

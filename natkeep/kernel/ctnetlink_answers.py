@@ -32,7 +32,7 @@ from natkeep.kernel.ctnetlink import (
     ZONE,
 )
 from natkeep.kernel.netlink import attributes
-from natkeep.plan.entry_attributes import ORIGINAL, PLAIN, REPLY, Attributes
+from natkeep.plan.entry_attributes import ORIGINAL, REPLY, USUAL, Attributes
 
 
 class Said(NamedTuple):
@@ -70,7 +70,7 @@ def read_attributes(
     left = int.from_bytes(answer[shape.timeout], "big")
     left = left if usual_timeout and left > usual_timeout else 0
     if not shape.attributes and not left:
-        return _DIALLED if process_dialled else PLAIN
+        return USUAL[process_dialled]
     values = tuple([answer[place] for _, place in shape.attributes])
     names = tuple([name for name, _ in shape.attributes])
     return _make_attributes(names, values, left, process_dialled)
@@ -90,10 +90,9 @@ def _make_attributes(
             found[name] = value.rstrip(b"\0").decode("ascii", "replace")
         elif name != "synproxy" or any(map(any, attributes(value).values())):
             found[name] = value.hex()  # of zeros a kernel gives one to each entry that is inserted
-    return Attributes(timeout=left, process_dialled=process_dialled, **found)
-
-
-_DIALLED = Attributes(process_dialled=True)
+    made = Attributes(timeout=left, process_dialled=process_dialled, **found)
+    usual = USUAL[process_dialled]
+    return usual if made == usual else made  # the same object, which is compared at once
 
 
 class _Shape(NamedTuple):

@@ -145,7 +145,8 @@ class LinuxKernel:
             if not site.row.leaves:
                 continue
             with self._at(site):
-                entries = [own for some in kept for own in conntrack_own.find_own(some)]
+                rare = site.role == Role.DESTINATION
+                entries = [own for one in kept for own in conntrack_own.find_own(one, rare=rare)]
                 noted += conntrack_own.find_noted(site, entries)
                 if site.role == Role.DESTINATION:
                     local |= _find_local_peers((*kept, move.lost))

@@ -97,6 +97,8 @@ class Attributes:
 
 
 PLAIN = Attributes()
+USUAL = (PLAIN, Attributes(process_dialled=True))
+"""Of an entry that says nothing beside its tuples, by who dialled."""
 
 
 @dataclass(frozen=True, slots=True)

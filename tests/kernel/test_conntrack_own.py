@@ -72,7 +72,7 @@ def site(netns: str) -> Iterator[str]:
     namespace = open_namespace(netns)
     with inside(namespace):
         ruleset = 'table ip other {\nct helper f {\ntype "ftp" protocol tcp\n}\nchain c {\n'
-        ruleset += 'ct label set 1\nct helper set "f"\n}\n}\n'
+        ruleset += 'ct zone set 7\nct label set 1\nct helper set "f"\n}\n}\n'
         subprocess.run(["nft", "-f", "-"], check=True, text=True, input=ruleset)
         yield netns
 
@@ -161,7 +161,7 @@ def test_what_a_gateway_had_is_restored_as_it_was(site: str, kind: str, dialled:
         return
     put(kept.pick([1, 2, 4], 4), said)
     put(kept.pick([3], 4), PLAIN)
-    before = find_noted(SITE, find_own(kept))
+    before = find_noted(SITE, [*find_own(kept)])
     step, prior = do(plan_of(site, kept, Mode.STATEFUL))
     kernel = LinuxKernel()
     kernel.open_sites([step.site])
@@ -169,7 +169,7 @@ def test_what_a_gateway_had_is_restored_as_it_was(site: str, kind: str, dialled:
     for undo in (undo_of(InsertEntries(step.site, step.translation)), undo_of(step)):
         kernel.revert(step.site, undo, prior)
 
-    assert before == find_noted(SITE, find_own(kept))
+    assert before == find_noted(SITE, [*find_own(kept)])
     assert len(before[0].connections) == 3
     assert len(read(4)) == 4
 
@@ -184,6 +184,23 @@ def test_connections_that_say_different_things_keep_each_its_own(site: str) -> N
     made = read(4)
     assert len(made) == 3000
     assert sorted(map(str, made)) == sorted(map(str, [*EACH.values(), *(3000 - 8) * [PLAIN]]))
+
+
+@pytest.mark.parametrize("kind", ["mark", "zone", "time stamps"])
+@pytest.mark.parametrize("role", [Role.GATEWAY, Role.DESTINATION])
+def test_few_entries_are_found_beside_many_of_others(site: str, kind: str, role: Role) -> None:
+    """A gateway is asked for each; at a destination the kernel picks those of OLD."""
+    both = kept_of(4, 7000)
+    kept, others = both.pick(range(4000), 4), both.pick(range(4000, 7000), 4)
+    put(others.toward(ip_address("10.9.9.9")), EACH[kind])
+    put(kept.pick([7], 4), EACH[kind])
+    dialled = Attributes(mark=5, process_dialled=True)
+    put(kept.pick([9], 4), dialled)
+
+    [translation] = plan_of(site, kept, Mode.STATEFUL, role).translations
+
+    said = {one.attributes: [*one.connections] for one in translation.noted}
+    assert said == {EACH[kind]: [*kept.pick([7], 4)], dialled: [*kept.pick([9], 4)]}
 
 
 def test_an_entry_is_made_in_each_zone_where_a_direction_is_tracked_by_itself(site: str) -> None:
