@@ -35,7 +35,7 @@ from natkeep.plan.steps import GuardSite, Prior
 from natkeep.plan.translation import Translation
 
 _PATIENCE = 2.0
-"""Seconds to wait for the guardian to write its pid, and for its end."""
+"""Seconds to wait for the end of the guardian."""
 
 
 class OwnedTableDriver(Driver[GuardSite]):
@@ -86,7 +86,10 @@ def start(place: Place, move_id: str, translations: Iterable[Translation]) -> in
                 netlink = stack.enter_context(Netlink(NETLINK_NETFILTER))
             batch = _pack_table(move_id, translations)
             netlink.send_transaction(pack_batch(batch), len(batch))
-            return spawn("owned_tabled.py", name, place, [home, lock, netlink.fileno()])
+            pid = spawn("owned_tabled.py", name, place, [home, lock, netlink.fileno()])
+            # It writes the same, but a loaded machine may take seconds to start its interpreter.
+            os.pwrite(lock, b"%d\n" % pid, 0)
+            return pid
         except BaseException:
             os.unlink(name, dir_fd=home)
             raise
@@ -159,7 +162,7 @@ def _stop(lock: int, deadline: float) -> None:
     """Kill the process that has the lock and wait for its end; never one that has its pid since."""
     pid = os.pread(lock, 32, 0).strip()
     if not pid.isdigit():
-        sleep(0.005)  # it has the lock from its start, and has not written its pid yet
+        sleep(0.005)  # it has the lock from its start; what started it was killed then
         return
     try:
         process = os.pidfd_open(int(pid))

@@ -217,6 +217,22 @@ def test_it_follows_no_link(site, netns, tmp_path):
     assert tables(netns) == []
 
 
+def test_one_whose_interpreter_takes_long_to_start_is_ended(
+    begin, netns, site, tmp_path, monkeypatch
+):
+    """As on a loaded machine, where it has written no pid when it is to end."""
+    asleep = tmp_path / "asleep.py"
+    asleep.write_text("import time; time.sleep(60)")
+    spawn = owned_table.spawn
+    monkeypatch.setattr(owned_table, "spawn", lambda _, *more: spawn(str(asleep), *more))
+    pid = begin()
+
+    owned_table.end(str(tmp_path), "web", site)
+
+    assert has_ended(pid)
+    assert tables(netns) == []
+
+
 def test_what_the_kernel_refuses_leaves_nothing(site, netns, tmp_path, monkeypatch):
     # An older kernel knows no such flag.
     monkeypatch.setattr(nft_messages, "_OWNER", 0x8000)
