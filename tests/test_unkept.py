@@ -283,6 +283,19 @@ def test_two_olds_of_one_move_are_both_ends_and_one_of_another_host_is_not() -> 
     assert checkpoint.sockets[1].why_left(OLDS) == "its local address is not an OLD of --map"
 
 
+def test_it_is_the_same_in_ipv6() -> None:
+    pairs = (("[fd00:2::10]:80", "[fd00:2::10]:7"), ("[::1]:1", "[::1]:2"))
+    sockets = tuple(tcp(*ends) for pair in pairs for ends in (pair, pair[::-1]))
+    sockets = (*sockets[:2], *(replace(each, unkept=BOTH_ENDS) for each in sockets[2:]))
+    checkpoint = Checkpoint.of(sockets)
+    six = Map(parse_address("fd00:2::10"), parse_address("fd00:3::20"))
+
+    plan = make_plan(Move("web", (six,), SITES), checkpoint.connections)
+
+    assert (plan.translations, plan.unkept, len(plan.inner)) == ((), (), 4)
+    assert [*report.unkept_lines(checkpoint, plan)] == []
+
+
 def test_one_end_alone_is_not_kept_as_before() -> None:
     """Its other end is another process' at the source."""
     checkpoint = Checkpoint.of((tcp("10.2.0.10:80", "10.2.0.10:7"), LOOPBACK))
