@@ -41,7 +41,7 @@ NFT = """
     sport dport flags fin syn rst ack meta mark l4proto notrack accept drop jump vmap dnat snat to
     set comment iifname oifname lo ipv4_addr ipv6_addr inet_service verdict handle policy
     dstnat srcnat iif oif gate injected leaving half-open inbound outbound arriving departing muted
-    errors silent defragment dynamic tproxy socket wildcard sequence
+    errors silent defragment dynamic tproxy socket wildcard sequence 0x0
     ct state established related new peer-inbound peer-outbound invalid-inbound invalid-outbound
     local-inbound local-outbound invalid-local-inbound invalid-local-outbound route
     from4 from6 to4 to6 invalid-in4 invalid-in6 invalid-from4 invalid-from6 invalid-out4
