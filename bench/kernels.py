@@ -78,9 +78,10 @@ def _demo(engine: str) -> Check:
     return Check(f"make demo, {engine}", lab, tally_command)
 
 
-def _pytest(files: Iterable[str], expression: str) -> str:
-    line = [".venv/bin/python", "-m", "pytest", "-q", "-n0", "-p", "no:cacheprovider"]
-    return shlex.join([*line, "--timeout=3600", "-k", expression, *files])
+def _pytest(files: Iterable[str], expression: str, workers: str) -> str:
+    paths = [f"tests/kernel/{name}" for name in files]
+    line = [".venv/bin/python", "-m", "pytest", "-q", "-n", workers, "-p", "no:cacheprovider"]
+    return shlex.join([*line, "--timeout=3600", "-k", expression, *paths])
 
 
 def _matrix(name: str, situations: Iterable[int], *more: str) -> Check:
@@ -89,18 +90,17 @@ def _matrix(name: str, situations: Iterable[int], *more: str) -> Check:
     return Check(name, shlex.join([*line, "--report=/mnt/matrix"]), tally_matrix)
 
 
-_CONTRACT = [f"tests/kernel/{name}" for name in CONTRACT]
 # The first meets the kernel as it was booted: what prepare loads then is no leftover.
 CHECKS = (
     _demo("repair"),
     _demo("criu"),
-    Check("contract tests", _pytest(_CONTRACT, "linux"), tally_pytest),
+    Check("contract tests", _pytest(CONTRACT, "linux", "auto"), tally_pytest),
     _matrix(f"{len(SITUATIONS)} situations, IPv4", SITUATIONS, "--family=4", "--probe=sent"),
 )
 QUICK = (
     _demo("repair"),
-    Check("contract tests, some", _pytest(_CONTRACT[:1], "linux and opened_site"), tally_pytest),
-)  # fmt: skip
+    Check("some contract tests", _pytest(CONTRACT[:1], "linux and opened_site", "0"), tally_pytest),
+)
 
 
 @dataclass(frozen=True, slots=True)
