@@ -339,7 +339,8 @@ def peer_map(name: str, version: int, size: int) -> Set:
 @cache
 def shared_names() -> frozenset[str]:
     """Names of the chains and sets that are there for all moves, but for the address chains."""
-    parts = [base_table(), destination_table(), *map(mode_table, Mode)]
+    parts = [base_table(), destination_table()]
+    parts += [part for mode in Mode for part in translation_tables(mode, at_gateway=True)]
     parts += [dispatch_table(dispatch) for dispatch in DISPATCHES]
     return frozenset(one.name for part in parts for one in part if isinstance(one, Chain | Set))
 

@@ -9,7 +9,10 @@ from ipaddress import ip_address
 import pytest
 
 from natkeep.errors import RefusedError
-from natkeep.plan.move import Map, Move, Site
+from natkeep.plan.arp import arp_table
+from natkeep.plan.base_chains import shared_names
+from natkeep.plan.move import Map, Mode, Move, Site
+from natkeep.plan.nft import Chain, Set
 from natkeep.plan.roles import Role
 from natkeep.plan.step_order import describe_plan, make_plan, render_nft
 from natkeep.plan.steps import (
@@ -18,6 +21,7 @@ from natkeep.plan.steps import (
     InsertEntries,
     InstallGate,
     InstallTranslation,
+    Loads,
     OpenGate,
     Plan,
     Prior,
@@ -25,6 +29,7 @@ from natkeep.plan.steps import (
     RaiseLoopback,
 )
 from natkeep.plan.tuples import Connections, Endpoint, FourTuple
+from natkeep.values import replace
 
 GATEWAY, DESTINATION = Site(Role.GATEWAY, "gw"), Site(Role.DESTINATION, "dst")
 MAPS = (
@@ -230,3 +235,16 @@ def test_reading_a_prior_leaves_the_journal_record_alone() -> None:
     Prior.from_json(record)
 
     assert record == {"present": True, "acct": "0"}
+
+
+@pytest.mark.parametrize("mode", Mode)
+def test_what_stands_for_all_moves_is_known_by_name(mode: Mode) -> None:
+    """What is not known is taken for another move's, and the tables would never go."""
+    roles = (Role.GATEWAY, Role.DESTINATION, Role.SOURCE)
+    sites = tuple(Site(role, str(role)) for role in roles)
+    move = replace(plan_for(*sites).move, mode=mode)
+    plan = make_plan(move, connections(1))
+    static = [part for step in plan.steps if isinstance(step, Loads) for part in step.static()]
+    names = {one.name for part in static for one in part if isinstance(one, Chain | Set)}
+    arp = {one.name for one in arp_table() if isinstance(one, Chain | Set)}
+    assert names - arp <= shared_names()
