@@ -111,6 +111,7 @@ class FakeKernel:
         self.known: list[Step] = []
         self.needs: dict[Address, Needs] = {}
         self.living: dict[str, tuple[int, str]] = {}
+        self.owners: dict[Address, str] = {}
 
     def open_sites(self, sites: Iterable[Site], known: dict[Site, Identity] | None = None) -> None:
         """Every name is a namespace here."""
@@ -149,6 +150,10 @@ class FakeKernel:
     ) -> Needs:
         """What a test put there, and no more than its own moves know of each other."""
         return self.needs.get(old, Needs())
+
+    def find_owner(self, site: Site, address: Address, *others: Address) -> str:
+        """What a test says."""
+        return self.owners.get(address, "")
 
     def find_idle(self, site: Site) -> tuple[Address, ...]:
         """Nothing: no address says who has put it there."""

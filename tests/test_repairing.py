@@ -720,6 +720,24 @@ def test_what_is_torn_down_or_begun_during_a_look_is_no_error(
     assert world.drift() == []
 
 
+def test_an_address_that_another_host_has_by_now_is_named_and_not_put_back(world: World) -> None:
+    world.prepare(DESTINATION)
+    here = world.sites["dst"]
+    here.addresses.clear()
+    here.loopback = False
+    world.kernel.owners[MAP.old] = "02:00:00:00:00:07 on eth0"
+    [one] = repair(Executor(world.kernel, world.state), "web")
+    said = f"address {MAP.old}: another host has it, 02:00:00:00:00:07 on eth0"
+    assert (one.drift, one.left) == (("device lo: it is down",), (said,))
+    assert world.sites["dst"].loopback
+    assert not world.sites["dst"].addresses
+    [one] = repair(Executor(world.kernel, world.state), "web")
+    assert (one.drift, one.commands, one.left) == ((), (), (said,))
+    world.kernel.owners.clear()
+    assert world.repair() == [f"address {MAP.old}: not on this host"]
+    assert world.sites["dst"].addresses == {MAP.old}
+
+
 def test_what_is_missing_is_put_back_once_by_two_who_saw_it(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:

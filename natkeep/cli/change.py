@@ -22,7 +22,7 @@ from natkeep.cli.arguments import (
     read_connections,
 )
 from natkeep.cli.output import describe_error, print_json, print_verb, talk
-from natkeep.errors import NatkeepError, RefusedError, UsageError
+from natkeep.errors import DriftError, NatkeepError, RefusedError, UsageError
 from natkeep.lifecycle.check import check, require_devices
 from natkeep.lifecycle.executor import Executor
 from natkeep.lifecycle.open import open_move, remove_gate_hooks
@@ -227,9 +227,15 @@ def _repair(args: argparse.Namespace, executor: Executor, move_id: str) -> list[
 
     repaired = repair(executor, move_id)
     lines = [f"{one.site}: put back: {line}" for one in repaired for line in one.drift]
-    lines = lines if repaired else ["nothing to repair"]
+    lines = lines if lines or repaired else ["nothing to repair"]
     for line in [] if args.json else lines:
         talk(args, f"natkeep: {move_id}: {line}")
+    left = [f"{one.site}: {line}" for one in repaired for line in one.left]
+    if left:
+        raise DriftError(
+            f"{move_id}: not put back: {'; '.join(left)}",
+            hint="take it from that host, or natkeep teardown",
+        )
     return [site_to_json(one.site, drift=[*one.drift]) for one in repaired]
 
 

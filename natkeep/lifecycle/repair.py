@@ -6,13 +6,14 @@ so that no segment passes what is only half there.
 
 Rule: the look, which takes seconds for a million connections, has no lock. What is missing is put
 back under the locks, if the journal is as it was and the tables lack the same; else all is looked
-at again.
+at again. An address is given back to a host only where no other on its links has it by now.
 """
 
 from __future__ import annotations
 
 from natkeep import faultpoints
 from natkeep.errors import NatkeepError, RefusedError
+from natkeep.kernel.neighbours import find_owner
 from natkeep.kernel.netns import NamespaceGoneError
 from natkeep.lifecycle.executor import Executor
 from natkeep.lifecycle.owners import is_left_to_others
@@ -21,7 +22,8 @@ from natkeep.lifecycle.status import Sight, look_around, note_sighting, remember
 from natkeep.plan.base_chains import gate_hook
 from natkeep.plan.move import Site
 from natkeep.plan.repair import Patch, StopCounting
-from natkeep.plan.steps import InsertEntries, Plan, Prior
+from natkeep.plan.steps import AddAddress, InsertEntries, Plan, Prior
+from natkeep.plan.tuples import Address
 from natkeep.state.journal import Journal
 from natkeep.values import dataclass
 
@@ -34,11 +36,15 @@ _TRIES = 3
 
 @dataclass(frozen=True, slots=True)
 class Repaired:
-    """What was missing at a site, in words, and the commands that put it back."""
+    """What was missing at a site, in words, and the commands that put it back.
+
+    left: what is missing still, since another host would be harmed.
+    """
 
     site: Site
     drift: tuple[str, ...]
     commands: tuple[str, ...]
+    left: tuple[str, ...] = ()
 
 
 def repair(executor: Executor, move_id: str) -> tuple[Repaired, ...]:
@@ -60,7 +66,7 @@ def repair(executor: Executor, move_id: str) -> tuple[Repaired, ...]:
         try:
             if work.is_nothing():
                 work.finish(executor)
-                return ()
+                return work.found
             with executor.state.changing(move_id):
                 if is_same() and work.is_needed_still(executor):
                     return _carry_out(executor, work)
@@ -129,13 +135,32 @@ def _look(executor: Executor, move_id: str) -> _Work:
     found, patches = [], []
     for site in sites:
         here = [*_find_unfinished(journal, plan, site), *sight.patches(site)]
+        taken = _find_taken(executor, plan, site, [patch for _, patch in here])
+        here = [(n, p) for n, p in here if not (isinstance(p, AddAddress) and p.address in taken)]
         commands = tuple(line for _, patch in here for line in patch.describe())
-        if here:
-            found.append(Repaired(site, sight.drift(site) or ADDED, commands))
+        absent = {f"address {old}: not on this host" for old in taken}
+        drift = tuple(line for line in sight.drift(site) if line not in absent)
+        if here or taken:
+            drift = drift or (ADDED if here else ())
+            found.append(Repaired(site, drift, commands, tuple(taken.values())))
         patches += here
     # In the plan's order, so that no gate opens before all that stands behind it is there.
     patches.sort(key=lambda each: each[0])
     return _Work(journal, plan, sight, tuple(found), tuple(patches))
+
+
+def _find_taken(
+    executor: Executor, plan: Plan, site: Site, patches: list[Patch]
+) -> dict[Address, str]:
+    """Of the addresses that are to be put back those that another host has by now, in words."""
+    taken = {}
+    for patch in patches:
+        if isinstance(patch, AddAddress):
+            news = [map_.new for map_ in plan.move.maps if map_.old == patch.address]
+            owner = executor.kernel.ask(site, find_owner, patch.address, *news)
+            if owner:
+                taken[patch.address] = f"address {patch.address}: another host has it, {owner}"
+    return taken
 
 
 def _carry_out(executor: Executor, work: _Work) -> tuple[Repaired, ...]:
