@@ -138,9 +138,9 @@ def _look(executor: Executor, move_id: str) -> _Work:
         taken = _find_taken(executor, plan, site, [patch for _, patch in here])
         here = [(n, p) for n, p in here if not (isinstance(p, AddAddress) and p.address in taken)]
         commands = tuple(line for _, patch in here for line in patch.describe())
-        absent = {f"address {old}: not on this host" for old in taken}
-        drift = tuple(line for line in sight.drift(site) if line not in absent)
         if here or taken:
+            absent = {f"address {old}: not on this host" for old in taken}
+            drift = tuple(line for line in sight.drift(site) if line not in absent)
             drift = drift or (ADDED if here else ())
             found.append(Repaired(site, drift, commands, tuple(taken.values())))
         patches += here
