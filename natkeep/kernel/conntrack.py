@@ -150,7 +150,7 @@ class PurgeDriver(Driver[PurgeEntries]):
 
     def revert(self, at: Place, undo: RestoreEntries, prior: Prior) -> None:
         """Make those of the gateway again, where nothing is in their place."""
-        noted = noted_from_text(str(prior.facts.get("noted", "")))
+        noted = noted_from_text(str(prior.facts.get("noted", "")), len(undo.kept))
         restore(undo, directions_of(prior.facts), noted)
 
 

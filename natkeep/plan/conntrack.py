@@ -119,13 +119,13 @@ def noted_to_text(groups: Mapping[Attributes, list[int]]) -> str:
     return json.dumps(rows, separators=(",", ":")) if rows else ""
 
 
-def noted_from_text(text: str) -> dict[Attributes, list[int]]:
-    """What `noted_to_text` wrote."""
+def noted_from_text(text: str, count: int) -> dict[Attributes, list[int]]:
+    """What `noted_to_text` wrote of *count* connections."""
     found: dict[Attributes, list[int]] = {}
     for attributes, ranges in json.loads(text) if text else ():
         pairs = [[int(end) for end in each.split("-")] for each in ranges.split(",")]
         found[Attributes.from_json(attributes)] = [
-            place for pair in pairs for place in range(pair[0], pair[-1] + 1)
+            place for pair in pairs for place in range(pair[0], min(pair[-1] + 1, count))
         ]
     return found
 

@@ -42,6 +42,7 @@ KEPT = [
     ("answers pass by the connection's mark", 4, "stateless"),
     ("by its mark, moved on and back", 4, "stateful"),
     ("tracked in a zone, tcp_loose=0", 4, "stateful"),
+    ("the original direction tracked in a zone", 4, "stateful"),
     ("each direction tracked in another zone", 6, "stateless"),
     ("rests, then the client ends it", 6, "stateful"),
     ("rests, then the process aborts", 4, "stateful"),

@@ -142,7 +142,8 @@ def test_each_connection_has_the_entries_that_were_noted_and_the_others_a_usual_
     assert groups == {PLAIN: [3, 5], marked: [0, 1, 2, 4], zone: [5]}
     text = noted_to_text(groups)
     assert '"0-2,4"' in text
-    assert noted_from_text(text) == {marked: [0, 1, 2, 4], zone: [5]}
+    assert noted_from_text(text, 6) == {marked: [0, 1, 2, 4], zone: [5]}
+    assert noted_from_text('[[{"mark":2},"0-99999999999"]]', 6) == {marked: [*range(6)]}
     assert noted_to_text({PLAIN: [0, 1]}) == ""
     described = [entry.describe() for entry in entries(translation)]
     assert len(described) == 7

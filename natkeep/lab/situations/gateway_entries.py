@@ -43,6 +43,16 @@ def in_a_zone(lab: Lab) -> None:
     usual_end(lab)
 
 
+@situation(28, "the original direction tracked in a zone", probes=(True,))
+def original_direction_in_a_zone(lab: Lab) -> None:
+    """As tenants with the same addresses are told apart; the reply direction is in zone 0."""
+    _filter(lab, "prerouting", "raw", 'iifname "near" ct original zone set 7')
+    lab.conditions.gateway_tracks()
+    lab.conditions.conntrack_loose(0)
+    lab.begin()
+    usual_end(lab)
+
+
 @situation(28, "each direction tracked in another zone")
 def each_direction_in_its_zone(lab: Lab) -> None:
     """By the device: either direction has an entry of its own."""
