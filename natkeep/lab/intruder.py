@@ -16,14 +16,15 @@ import json
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from natkeep.lab.application import start_server
-from natkeep.lab.capture import ACK, SYN, Frame, beyond_gateway
+from natkeep.lab.capture import ACK, RST, SYN, Frame, beyond_gateway
 from natkeep.lab.host import Host
 from natkeep.lab.lab import Lab
 from natkeep.lab.topology import CLIENT, DESTINATION, SECOND_CLIENT, Address
+from natkeep.plan.move import Mode
 from natkeep.plan.tuples import Endpoint, FourTuple
 
 OTHER_PORT = 5001
@@ -42,11 +43,15 @@ for interface, frame in json.load(sys.stdin):
 
 @dataclass(frozen=True, slots=True)
 class Attempt:
-    """One frame: what it tries, by which number it is known, and whether it may arrive at B."""
+    """One frame: what it tries, by which number it is known, and whether it may arrive at B.
+
+    may_be_refused: B may tell the gateway, which tells no peer, that no socket has the tuple.
+    """
 
     name: str
     seq: int
     may_arrive: bool = False
+    may_be_refused: bool = False
 
 
 class Intruder:
@@ -104,6 +109,8 @@ class Intruder:
             "a SYN on a kept tuple after its end",
             source.address, source.port, destination.address, destination.port, "S",
         )  # fmt: skip
+        if self.lab.mode == Mode.STATELESS:  # it is the destination that knows of the end
+            self.attempts[-1] = replace(self.attempts[-1], may_arrive=True, may_be_refused=True)
         gateway = _mac(self.lab.topology["gateway"], "near")
         self._send(self.lab.topology[CLIENT.role], "eth0", gateway, [again])
 
@@ -145,6 +152,8 @@ class Intruder:
                 continue
             attempt = numbers.get(segment.ack)
             if attempt is None and not segment.flags & SYN:
+                continue
+            if attempt and attempt.may_be_refused and segment.flags & RST:
                 continue
             if attempt is None or not attempt.may_arrive or segment.tuple in taken:
                 bad.append(f"{attempt.name if attempt else 'unknown'}: {frame.summary}")

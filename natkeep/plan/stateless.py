@@ -4,13 +4,15 @@ Rule: no conntrack. What a rule has to know of a connection is asked of the kern
 socket, by what it answers; nothing that a peer sends ends a translation.
 This file must never run anything.
 
-    gateway      arriving   kept, not ended                      set daddr NEW, accept
+    gateway      arriving   no bare SYN; kept, not ended         set daddr NEW, accept
+                            bare SYN; kept, not ended            marked, set daddr NEW, accept
                  departing  no SYN, no RST; kept, not ended      set saddr OLD, accept
                             SYN-ACK; kept                        ended, accept
                             RST-ACK of number 0; kept, not ended ended, drop
                             RST; kept, not ended                 set saddr OLD, accept
     destination  arriving   no bare SYN; kept, not ended         set daddr OLD, accept
                             bare SYN; kept, not ended            set daddr OLD; a socket? accept
+                            …that is OLD's now, marked           reset
                             …that is OLD's now                   set daddr NEW, ended, accept
                  departing  no bare SYN; kept                    set saddr NEW, accept
                  half-open  SYN-ACK of OLD; kept                 ended, drop  (filters.py)
@@ -20,10 +22,12 @@ This file must never run anything.
   (RFC 9293, 3.10.7.4) as long as the process has the connection; or a new connection from the same
   port. So it goes to the destination, where the `socket` expression tells. It does not tell
   a listener at OLD from a connection; that one's SYN-ACK does.
-- What is let go there is answered by NEW: with the SYN-ACK of a service of NEW, or with the RST-ACK
-  of number 0 that only a SYN to no socket gets. By these the gateway knows. The RST is dropped,
-  since the peer may have dialled OLD: its SYN comes again after a second, and then goes where it
-  would have gone without natkeep.
+- Who dialled OLD must not get to a service of NEW. So the gateway marks the SYN, by the urgent
+  pointer, which means nothing in a segment without URG; the destination answers such a one with a
+  reset. One that is not marked was sent to NEW, whose it is from then on.
+- By the answer the gateway knows: the RST-ACK of number 0 that only a SYN gets, or the SYN-ACK of
+  NEW. The RST is dropped: the peer's SYN comes again after a second, and then goes where it would
+  have gone without natkeep.
 - With --listeners the SYN to a listed port is let in by the rules of listeners.py, which stand in
   front of these.
 - A rule whose fields are of TCP does not match the later fragments of a packet, so the kernel has
@@ -47,11 +51,13 @@ from natkeep.plan.base_chains import (
     kept_set,
     outbound_key,
 )
+from natkeep.plan.criu_lock import CRIU_MARK
 from natkeep.plan.move import Mode
 from natkeep.plan.nft import (
     ACCEPT,
     DROP,
     IP,
+    RESET,
     Add,
     Match,
     Meta,
@@ -66,6 +72,7 @@ from natkeep.plan.translation import Translation
 _RST = TcpFlags(("rst",), ("rst",))
 _RST_ACK = TcpFlags(("rst", "ack"), ("rst", "ack"))
 _NEITHER = TcpFlags(("syn", "rst"), ())
+_MARK = "tcp urgptr", CRIU_MARK
 _NUMBER_0 = Match(("tcp sequence",), 0)
 _HAS_SOCKET = Meta("socket wildcard", "0")
 """One that is bound to the packet's own destination, not to the wildcard address."""
@@ -90,12 +97,15 @@ Rules = list[tuple[Statement, ...]]
 def _at_gateway(move_id: str, translation: Translation) -> tuple[Rules, Rules]:
     ip, kept, ended = _names(move_id, translation)
     inbound, outbound = _keys(translation)
+    kept_one = (Match(inbound, kept), Match(inbound, ended, equal=False))
     to_new = Write(f"{ip} daddr", translation.after), ACCEPT
     to_old = Write(f"{ip} saddr", translation.before), ACCEPT
     there, gone = Match(outbound, kept), Match(outbound, ended, equal=False)
-    arriving = (Match(inbound, kept), Match(inbound, ended, equal=False), *to_new)
     note = Add(outbound, ended[1:])
-    return [arriving], [
+    return [
+        (NOT_SYN, *kept_one, *to_new),
+        (SYN, *kept_one, Write(*_MARK), *to_new),
+    ], [
         (_NEITHER, there, gone, *to_old),
         (SYN_ACK, there, note, ACCEPT),
         (_RST_ACK, _NUMBER_0, there, gone, note, DROP),
@@ -112,7 +122,8 @@ def _at_destination(move_id: str, translation: Translation) -> tuple[Rules, Rule
     is_old = Match((f"{ip} daddr",), after)
     return [
         (NOT_SYN, *kept_one, to_old, ACCEPT),
-        (SYN, *kept_one, to_old, _HAS_SOCKET, ACCEPT),
+        (SYN, *kept_one, to_old, _HAS_SOCKET, Write(_MARK[0], 0), ACCEPT),
+        (SYN, is_old, Match((_MARK[0],), _MARK[1]), RESET),
         (SYN, is_old, Write(f"{ip} daddr", before), Add(inbound, ended[1:]), ACCEPT),
     ], [(NOT_SYN, Match(outbound, kept), TO_WIRE, Write(f"{ip} saddr", before), ACCEPT)]
 

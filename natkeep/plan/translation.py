@@ -306,6 +306,7 @@ def _find_unkept(
     olds, beside = {map_.old for map_ in move.maps}, surroundings.beside
     suspects = {address.packed for address in olds | beside}
     refused = _find_refused(surroundings.noted)
+    carried = frozenset(surroundings.carried) if beside else frozenset()  # a masqueraded peer's
     for some in found:
         # Only a peer at such an address, or at none that a wire carries, is looked at closer.
         if not (refused or some.may_have_peer(suspects) or some.has_special_peer()):
@@ -320,7 +321,7 @@ def _find_unkept(
                 yield Unkept(inbound, f"its peer {peer} is not on any wire")
             elif peer.is_link_local:
                 yield Unkept(inbound, f"its peer {peer} is link-local: no gateway passes it on")
-            elif peer in beside:
+            elif peer in beside and inbound not in carried:
                 why = "on the gateway itself, which mode stateless does not translate for"
                 yield Unkept(inbound, f"its peer {peer} is {why}; mode stateful keeps it")
 

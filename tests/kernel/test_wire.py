@@ -845,6 +845,15 @@ def is_translated(stage: Stage, version: int) -> bool:
     return seen != stage.expect(packet)
 
 
+def marked(syn: Any) -> Any:
+    """As the gateway passes it on."""
+    from scapy.layers.inet import TCP
+
+    found = syn.copy()
+    found[TCP].urgptr = CRIU_MARK
+    return found
+
+
 def stateless(stage: Stage) -> Stage:
     stage.prepare(mode=Mode.STATELESS)
     return stage
@@ -867,6 +876,7 @@ def test_a_syn_goes_to_the_socket_that_has_the_tuple(
 
     with own:
         assert [stage.expect(syn, dst=OLD[version])] == stage.inbound(syn)
+        assert [stage.expect(syn, dst=OLD[version])] == stage.inbound(marked(syn))
         assert is_translated(stage, version)
 
 
@@ -884,6 +894,16 @@ def test_without_a_socket_the_tuple_is_new_s_own_again(
         assert [stage.expect(syn)] == stage.inbound(syn)
     assert not is_translated(stage, version)
     assert is_translated(stage, 10 - version)
+
+
+@EACH_VERSION
+def test_who_dialled_old_does_not_get_to_new_s_own_service(
+    make_stage: Callable[[Role], Stage], version: int
+) -> None:
+    stage = stateless(make_stage(Role.DESTINATION))
+
+    assert stage.inbound(marked(to_process(stage, version, flags="S", data=b""))) == []
+    assert is_translated(stage, version)
 
 
 @EACH_VERSION
@@ -905,7 +925,7 @@ def test_the_gateway_passes_a_syn_on_and_lets_the_tuple_go_when_no_socket_has_it
     syn = to_process(stage, version, flags="S", data=b"")
     refused = to_peer(stage, version, flags="RA", seq=0, data=b"")
 
-    assert [stage.expect(syn, dst=NEW[version])] == stage.inbound(syn)
+    assert [stage.expect(marked(syn), dst=NEW[version])] == stage.inbound(syn)
     assert is_translated(stage, version)
     assert stage.outbound(refused) == []
     assert [stage.expect(syn)] == stage.inbound(syn)
