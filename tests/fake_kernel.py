@@ -245,6 +245,14 @@ class FakeKernel:
         seen = self.observe(site, plan)
         return seen.gone | seen.shut
 
+    def find_left(self, site: Site, move_id: str) -> tuple[str, ...]:
+        """The gates and holds that bear the id."""
+        return self.read_table(site).names_of(move_id)
+
+    def find_undone(self, site: Site, move_id: str, undos: tuple[nft.Undo, ...]) -> tuple[str, ...]:
+        """The same."""
+        return self.find_left(site, move_id)
+
     def read_table(self, site: Site) -> SeenTable:
         """The gates and holds, as the chains that they would be."""
         here = self.sites[site.netns]

@@ -152,6 +152,12 @@ def teardown(args: argparse.Namespace) -> int:
 
     executor = make_executor(args, create=False)
     parse_id(args.id)
+    if args.site and not args.by_name:
+        raise UsageError("--site is for --by-name", hint="the journal names the sites")
+    if args.by_name:
+        if args.drain is not None:
+            raise UsageError("--drain needs a journal, and --by-name is for a move without one")
+        return _teardown_by_name(args, executor)
     if executor.state.knows(args.id):
         alive = 0
         if args.drain is not None:
@@ -166,6 +172,14 @@ def teardown(args: argparse.Namespace) -> int:
                 )
     found = teardown(executor, args.id)
     print_verb(args, f"{args.id}: {'undone' if found else 'nothing to undo'}", found=found)
+    return 0
+
+
+def _teardown_by_name(args: argparse.Namespace, executor: Executor) -> int:
+    from natkeep.lifecycle.teardown import teardown_by_name
+
+    found = teardown_by_name(executor, args.id, parse_sites(args.site), yes=args.yes)
+    print_verb(args, f"{args.id}: {'undone by name' if found else 'nothing to undo'}", found=found)
     return 0
 
 

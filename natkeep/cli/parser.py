@@ -198,6 +198,8 @@ _TEARDOWN = (
         help="wait until the kept connections have ended, so long at most",
     ),
     _flag("--yes", "even if connections live"),
+    _flag("--by-name", "of a move without a journal, at --site: what bears its id there"),
+    _SITE,
 )  # fmt: skip
 _INSPECT = (
     _option("image", "DIR", nargs="?"),

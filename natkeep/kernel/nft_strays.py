@@ -12,7 +12,7 @@ from natkeep.kernel import nftables
 from natkeep.kernel import nftables_dump as dump
 from natkeep.kernel.conntrack_purge import delete_inbound
 from natkeep.plan.base_chains import held_set, removal
-from natkeep.plan.nft import FAMILIES, TABLE
+from natkeep.plan.nft import FAMILIES, TABLE, Undo
 from natkeep.plan.strays import SeenTable, find_translated, find_undos
 from natkeep.plan.tuples import Address, Connections
 
@@ -44,6 +44,28 @@ def clear(table: SeenTable, known: frozenset[str], olds: frozenset[Address], *, 
     for some in entries:
         if len(some):
             delete_inbound(some)
+
+
+def find_left(move_id: str) -> tuple[str, ...]:
+    """What is here that bears the id of a move, in words; nothing when all of it is gone."""
+    return read_table().names_of(move_id)
+
+
+def find_undone(move_id: str, undos: tuple[Undo, ...]) -> tuple[str, ...]:
+    """The same, quick beside a thousand moves, and whatever a natkeep called what *undos* undo."""
+    standing = SeenTable(
+        tuple(sorted(dump.chain_names(TABLE))), tuple(sorted(dump.set_names(TABLE)))
+    )
+    found = dict.fromkeys(standing.names_of(move_id))
+    for undo in undos:
+        names = standing.chains if undo.kind in ("chain", "rule") else standing.sets
+        if undo.unused or undo.kind == "element" or undo.name not in names:
+            continue
+        if undo.kind != "rule":
+            found[f"{undo.kind} {undo.name}"] = None
+        elif any(rule.comment == undo.what for rule in dump.rules(TABLE, undo.name)):
+            found[f"rules in {undo.name}"] = None
+    return tuple(found)
 
 
 def _read_set(name: str, local: Address) -> Connections:

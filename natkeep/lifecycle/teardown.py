@@ -5,10 +5,21 @@ The journal is all that it needs: each record holds its undo, so no plan is made
 
 from __future__ import annotations
 
-from natkeep.errors import NatkeepError
+from collections.abc import Iterable, Iterator
+
+from natkeep.errors import LeftoverError, NatkeepError, RefusedError
+from natkeep.kernel.nft_strays import find_left, find_undone, read_table
+from natkeep.kernel.old_address import find_at_home, find_idle
+from natkeep.kernel.stray_connections import count_living
 from natkeep.lifecycle.executor import Executor, finish, forget, leftover
 from natkeep.lifecycle.progress import without_lock
+from natkeep.plan.base_chains import gate_chain
+from natkeep.plan.listeners import callers_chain
+from natkeep.plan.move import Site
+from natkeep.plan.step_undo import CloseGates, RemoveAddress
+from natkeep.plan.steps import Prior
 from natkeep.state.directory import read_boot_id
+from natkeep.state.journal import Journal
 
 
 def teardown(executor: Executor, move_id: str) -> bool:
@@ -36,8 +47,91 @@ def end(executor: Executor, move_id: str) -> None:
         # The gates close first, at every site: while the destination is taken apart
         # the gateway must not hand it packets that it would answer with a reset.
         left = executor.undo(journal, numbers)
+        left += _find_left(executor, journal, reachable)
     if left:
         raise leftover(journal, left)
     forget(journal)
     if executor.staying:
         raise executor.staying.pop()
+
+
+def _find_left(executor: Executor, journal: Journal, sites: Iterable[Site]) -> list[NatkeepError]:
+    """What bears the id of a move that has been undone: it is looked for before that is said."""
+    move_id, left = journal.move.id, list[NatkeepError]()
+    for site in sites:
+        records = [record for record in journal.records.values() if record.site == site]
+        undos = tuple(one for r in records for one in getattr(r.undo, "objects", ()))
+        for what in executor.kernel.ask(site, find_undone, move_id, undos):
+            words = f"natkeep teardown {move_id} --by-name --site {site}"
+            left.append(LeftoverError(f"{site}: {what}: still there ({words})"))
+    return left
+
+
+# ---- where the journal is lost -------------------------------------------------------------------
+
+
+def teardown_by_name(
+    executor: Executor, move_id: str, sites: tuple[Site, ...], *, yes: bool = False
+) -> bool:
+    """Undo at *sites* what bears the id of a move that has no journal here; whether there was any.
+
+    RefusedError when it has one. LeftoverError, and nothing is changed, when connections live by it
+    and not *yes*; also when something is left. Whether OLD was at home there only a journal knows:
+    what is not marked as natkeep's stays and is named.
+    """
+    kernel = executor.kernel
+    with executor.state.changing(move_id):
+        if executor.state.knows(move_id) and not _is_undone(executor, move_id):
+            raise RefusedError(
+                f"move {move_id} has a journal in {executor.state.path}",
+                hint=f"natkeep teardown {move_id}",
+            )
+        kernel.open_sites(sites)
+        here = [site for site in sites if kernel.ask(site, find_left, move_id)]
+        for site in here if not yes else ():
+            table = kernel.ask(site, read_table)
+            olds = frozenset(table.held) - table.olds_of(move_id)
+            living = kernel.ask(site, count_living, table, frozenset({move_id}), olds)
+            for number, peer in living.values():
+                raise LeftoverError(
+                    f"{site}: {number} connections of {move_id} live (as that of {peer})",
+                    hint="nothing was changed; --yes ends them",
+                )
+        left: list[str] = []
+        for (
+            site
+        ) in here:  # each gate first, so that no site answers what another still lets through
+            kernel.revert(site, CloseGates(tuple(_gates_of(move_id))), Prior())
+        for site in here:
+            left += _clear_by_name(executor, site, move_id)
+        if left:
+            raise LeftoverError(f"move {move_id}: {'; '.join(left)}")
+        executor.state.remove(move_id)
+        return bool(here)
+
+
+def _clear_by_name(executor: Executor, site: Site, move_id: str) -> list[str]:
+    """What of it is left at *site*, in words."""
+    kernel = executor.kernel
+    table = kernel.ask(site, read_table)
+    olds = table.olds_of(move_id)
+    known = table.ids() - {move_id}
+    kernel.clear_strays(site, known, frozenset(table.held) - olds, sure=True)
+    left = [f"{site}: {what} is still there" for what in kernel.ask(site, find_left, move_id)]
+    idle = kernel.ask(site, find_idle)
+    for old in sorted(olds, key=str):
+        if old in idle:
+            kernel.revert(site, RemoveAddress(old), Prior())
+        elif kernel.ask(site, find_at_home, frozenset({old})):
+            prefix = f"{old}/{old.max_prefixlen}"
+            left.append(f"{site}: OLD {old} is on lo still (ip address del {prefix} dev lo)")
+    return left
+
+
+def _is_undone(executor: Executor, move_id: str) -> bool:
+    records = executor.load_undo(move_id).records.values()
+    return all(record.state == "undone" for record in records)
+
+
+def _gates_of(move_id: str) -> Iterator[str]:
+    yield from (gate_chain(move_id), callers_chain(move_id))

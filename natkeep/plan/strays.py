@@ -57,6 +57,21 @@ class SeenTable:
             if name.startswith(("kept-", "outer-")) and _match(name, _SETS) in strays:
                 yield _match(name, _SETS), name
 
+    def names_of(self, move_id: str) -> tuple[str, ...]:
+        """What bears the id of that move: chains, sets, and rules by their chain, in words."""
+        own = [f"chain {name}" for name in self.chains if _match(name, _CHAINS) == move_id]
+        own += [f"set {name}" for name in self.sets if _match(name, _SETS) == move_id]
+        chains = (chain for chain, comment in self.rules if owner_of(comment) == move_id)
+        return (*own, *(f"rules in {chain}" for chain in dict.fromkeys(chains)))
+
+    def olds_of(self, move_id: str) -> frozenset[Address]:
+        """The addresses that are held for that move, and for no other."""
+        gated: dict[bool, set[Address]] = {True: set(), False: set()}
+        for chain, comment in self.rules:
+            if (at := _read_chain(chain)) is not None and at[0] == GATE:
+                gated[owner_of(comment) == move_id].add(at[1])
+        return frozenset(self.held) & gated[True] - gated[False]
+
     def is_closed(self, move_id: str) -> bool:
         """Whether the gate of that move is there and closed."""
         gate = gate_chain(move_id)
@@ -111,10 +126,13 @@ def _read_chain(chain: str) -> tuple[str, Address] | None:
 
 
 def find_translated(table: SeenTable, strays: frozenset[str]) -> Iterator[tuple[str, Address]]:
-    """Each stray set of kept connections, and the address that its peers send to."""
+    """Each stray set of kept connections, and the addresses that conntrack may know them by.
+
+    Those that peers send to; in mode stateless the one that they are rewritten to.
+    """
     for chain, comment in table.rules:
         at, owner = _read_chain(chain), owner_of(comment)
-        if at is None or at[0] != GATE or owner not in strays:
+        if at is None or at[0] not in (GATE, "put") or owner not in strays:
             continue
         for name in table.sets:
             if name.startswith(("kept-", "outer-")) and _match(name, _SETS) == owner:
