@@ -14,7 +14,7 @@ from natkeep.kernel import rtnetlink, sock_diag
 from natkeep.plan.base_chains import DISPATCHES, address_chain, held_set
 from natkeep.plan.nft import FAMILIES, TABLE
 from natkeep.plan.strays import owner_of
-from natkeep.plan.tuples import NO_CONNECTIONS, Address, Connections, Endpoint
+from natkeep.plan.tuples import Address, Connections, Endpoint
 from natkeep.values import dataclass
 
 _NO_PEER = bytes(2)
@@ -49,27 +49,41 @@ def find_needs(
 
     Its own are the connections *own*, those to its *listeners*, and those of a process with itself.
     """
-    chains = (address_chain(dispatch, old) for dispatch in DISPATCHES)
-    rules = (rule for chain in chains for rule in dump.rules(TABLE, chain))
-    moves = {owner_of(rule.comment) for rule in rules} - {"", move_id}
-    living = sock_diag.read_living(orphans=False)
     ports = {end.port.to_bytes(2, "big") for end in listeners if end.address == old}
+    size = len(old.packed)
     here = {
         record
-        for end, records in living.items()
-        if end[:-2] == old.packed and end[-2:] not in ports
-        for record in records
-        if record[-2:] != _NO_PEER and record[len(end) : -2] != old.packed
+        for record in _find_living(old)
+        if record[size : size + 2] not in ports and record[size + 2 : -2] != old.packed
     }
     return Needs(
-        tuple(sorted(moves)), len(here) - len(here.intersection(own.at(old).each())) if here else 0
+        tuple(sorted(_find_moves(old) - {move_id})),
+        len(here) - len(here.intersection(own.at(old).each())) if here else 0,
     )
+
+
+def _find_moves(old: Address) -> set[str]:
+    """Ids of the moves with rules for *old* here."""
+    chains = (address_chain(dispatch, old) for dispatch in DISPATCHES)
+    rules = (rule for chain in chains for rule in dump.rules(TABLE, chain))
+    return {owner_of(rule.comment) for rule in rules} - {""}
+
+
+def _find_living(old: Address) -> set[bytes]:
+    """The connections at *old*, as plan.tuples packs them."""
+    return {
+        record
+        for end, records in sock_diag.read_living(orphans=False).items()
+        if end[:-2] == old.packed
+        for record in records
+        if record[-2:] != _NO_PEER
+    }
 
 
 def find_idle() -> tuple[Address, ...]:
     """The addresses on lo that a natkeep has put there and that nothing needs any more."""
     marked = map(ip_address, sorted(rtnetlink.marked_addresses()))
-    return tuple(old for old in marked if find_needs(old, "", NO_CONNECTIONS) == Needs())
+    return tuple(old for old in marked if not (_find_moves(old) or _find_living(old)))
 
 
 def needs_loopback() -> bool:
