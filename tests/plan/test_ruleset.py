@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from natkeep.errors import UsageError
 from natkeep.plan import arp, base_chains
 from natkeep.plan.move import Fate, Map, Mode, Move, Site
-from natkeep.plan.nft import Object
+from natkeep.plan.nft import Chain, Object, Set
 from natkeep.plan.roles import Role
 from natkeep.plan.step_order import make_plan, render_nft
 from natkeep.plan.steps import FillSet, InstallGate, InstallTranslation, OpenGate, Plan
@@ -248,3 +248,13 @@ def test_whatever_is_given_only_words_change_and_never_the_grammar(
         text = words_of(move_id, map_, kept, mode)
 
         assert SKELETONS[map_.old.version, mode] == _WORD.sub("W", text)
+
+
+@pytest.mark.parametrize("mode", Mode)
+@pytest.mark.parametrize("at_gateway", [False, True])
+def test_what_all_moves_share_is_known_by_name(mode: Mode, at_gateway: bool) -> None:
+    """Or the last move would take its own away and leave the table, as another's."""
+    parts = base_chains.translation_tables(mode, at_gateway=at_gateway)
+    names = {one.name for part in parts for one in part if isinstance(one, Chain | Set)}
+
+    assert names <= base_chains.shared_names()
