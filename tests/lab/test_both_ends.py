@@ -254,6 +254,16 @@ def test_one_end_moves_on_and_both_live(order: str, pairs: Pairs) -> None:
     pairs.talk()
 
 
+@pytest.mark.parametrize("order", ["server, client", "client, server"])
+def test_it_lives_where_its_entries_were_deleted(order: str, pairs: Pairs) -> None:
+    ORDERS[order].carry_out(pairs, *STATEFUL)
+    for loose in (0, 1):
+        setting = f"net.netfilter.nf_conntrack_tcp_loose={loose}"
+        pairs.topology["gateway"].run("sysctl", "-qw", setting)
+        pairs.topology["gateway"].run("conntrack", "-F")
+        pairs.talk()
+
+
 @pytest.mark.parametrize(
     "modes",
     [
