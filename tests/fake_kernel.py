@@ -146,7 +146,7 @@ class FakeKernel:
         return {name: of for name, of in self.living.items() if name in strays or not name}
 
     def find_needs(
-        self, site: Site, old: Address, move_id: str, own: Connections, listeners: object
+        self, site: Site, old: Address, move_id: str, own: Connections, *others: object
     ) -> Needs:
         """What a test put there, and no more than its own moves know of each other."""
         return self.needs.get(old, Needs())

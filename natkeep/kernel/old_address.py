@@ -43,11 +43,16 @@ def find_at_home(olds: frozenset[Address]) -> frozenset[Address]:
 
 
 def find_needs(
-    old: Address, move_id: str, own: Connections, listeners: tuple[Endpoint, ...] = ()
+    old: Address,
+    move_id: str,
+    own: Connections,
+    listeners: tuple[Endpoint, ...] = (),
+    comments: frozenset[str] = frozenset(),
 ) -> Needs:
     """What needs *old* here besides the move *move_id*.
 
-    Its own are the connections *own*, those to its *listeners*, and those of a process with itself.
+    Its own are rules with one of *comments*, the connections *own*, those to its *listeners*, and
+    those of a process with itself.
     """
     ports = {end.port.to_bytes(2, "big") for end in listeners if end.address == old}
     size = len(old.packed)
@@ -57,16 +62,16 @@ def find_needs(
         if record[size : size + 2] not in ports and record[size + 2 : -2] != old.packed
     }
     return Needs(
-        tuple(sorted(_find_moves(old) - {move_id})),
+        tuple(sorted(_find_moves(old, comments) - {move_id})),
         len(here) - len(here.intersection(own.at(old).each())) if here else 0,
     )
 
 
-def _find_moves(old: Address) -> set[str]:
-    """Ids of the moves with rules for *old* here."""
+def _find_moves(old: Address, besides: frozenset[str] = frozenset()) -> set[str]:
+    """Ids of the moves with rules for *old* here that have other comments than *besides*."""
     chains = (address_chain(dispatch, old) for dispatch in DISPATCHES)
     rules = (rule for chain in chains for rule in dump.rules(TABLE, chain))
-    return {owner_of(rule.comment) for rule in rules} - {""}
+    return {owner_of(rule.comment) for rule in rules if rule.comment not in besides} - {""}
 
 
 def _find_living(old: Address) -> set[bytes]:

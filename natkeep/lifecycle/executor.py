@@ -206,7 +206,9 @@ class Executor:
         some = (journal.connections, came, journal.move.lost)
         own = Connections(*(b"".join(one.records(v) for one in some) for v in (4, 6)))
         ends = journal.move.listeners
-        needs = self.kernel.ask(site, find_needs, undo.address, move_id, own, ends)
+        undos = (one for r in journal.records.values() for one in getattr(r.undo, "objects", ()))
+        ours = frozenset(one.what for one in undos if one.kind == "rule")
+        needs = self.kernel.ask(site, find_needs, undo.address, move_id, own, ends, ours)
         if needs.moves:
             self.talk(f"natkeep: {undo.address} stays at {site} for {', '.join(needs.moves)}")
         elif needs.sockets:
