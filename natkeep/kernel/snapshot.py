@@ -217,6 +217,7 @@ def _count_alive(entries: dict[int, tuple[SeenEntry | None, ...]]) -> int:
 def _without_hook(gone: frozenset[Key], gate: Gate) -> frozenset[Key]:
     """The base chain of the gates is not missed by a move that is open (kernel/nftables.py)."""
     chain, *rules = (one.key() for one in base_chains.gate_hook())
-    # It may go between the dump of chains and that of rules: then the chain alone shows.
-    without = chain in gone or gone.issuperset(rules)
+    # It may go between the dump of chains and that of rules; one that was flushed is there still.
+    went = gone.issuperset(rules) and not nftables_dump.has_chain(TABLE, base_chains.GATE)
+    without = chain in gone or went
     return gone - {chain, *rules} if gate == Gate.OPEN and without else gone

@@ -13,7 +13,9 @@ from ipaddress import ip_address
 
 import pytest
 
+from natkeep.kernel import nftables_dump
 from natkeep.kernel.linux import LinuxKernel
+from natkeep.kernel.netlink import Netlink
 from natkeep.plan.drift import find_drift
 from natkeep.plan.liveness import Life
 from natkeep.plan.move import Map, Mode, Move, Site
@@ -172,6 +174,24 @@ def test_what_others_break_is_named_and_put_back_as_it_was(
         assert here.picture() == whole
     assert kept_entries <= here.entries()  # those that were there are still the same ones
     assert len(here.entries()) == len(entries)
+
+
+@pytest.mark.parametrize(("mode", "version"), FAMILIES)
+def test_a_base_chain_that_goes_between_two_dumps_is_not_missed_by_an_open_move(
+    stage: Callable[..., Stage], monkeypatch: pytest.MonkeyPatch, mode: Mode, version: int
+) -> None:
+    here, request, left = stage(Role.GATEWAY, mode, version), nftables_dump._request, ["gate"]
+
+    def request_late(netlink: Netlink, type_: int, *scope: object) -> object:
+        if type_ == nftables_dump._GETRULE and left:
+            here.sh(f"nft delete chain inet natkeep {left.pop()}")
+        return request(netlink, type_, *scope)
+
+    monkeypatch.setattr(nftables_dump, "_request", request_late)
+
+    assert here.drift() == ()
+    assert left == []
+    assert here.drift() == ()
 
 
 MASKED, CARRIED = (
