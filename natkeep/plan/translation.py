@@ -202,7 +202,7 @@ def make_translations(
     found = [connections.at(map_.old) for map_ in move.maps]
     late = [change.came.at(map_.old) for map_ in move.maps] if change is not None else []
     inner = find_inner(move, connections if change is None else _join(connections, change.came))
-    _refuse_none_or_too_many(move, len(connections), [*found, inner], late)
+    _refuse_none_or_too_many(move, len(connections) - len(inner), found, late, inner)
     found, late = ([some.minus(inner) for some in each] for each in (found, late))
     unkept = tuple(_find_unkept(move, found, surroundings))
     around_late = change.surroundings if change is not None else NOTHING_SPECIAL
@@ -252,14 +252,16 @@ def find_inner(move: Move, connections: Connections) -> Connections:
 
 
 def _refuse_none_or_too_many(
-    move: Move, in_all: int, found: list[Connections], late: list[Connections]
+    move: Move, others: int, found: list[Connections], late: list[Connections], inner: Connections
 ) -> None:
-    """Of *in_all* connections those *found* have an OLD of the move; *late* ones came since."""
+    """Those *found* have an OLD of the move; *late* ones came since; *others* are not *inner*."""
     count = sum(map(len, found)) + len(move.lost)
-    if not count and not (move.listeners or move.quiesces):
+    # A process that talks to itself on lo, and to no host, has no address that OLD could be.
+    on_lo_alone = len(inner) > 0 >= others
+    if not (count or on_lo_alone or move.listeners or move.quiesces):
         olds = ", ".join(str(map_.old) for map_ in move.maps)
         raise RefusedError(
-            f"none of the {in_all} connections has the local address {olds}",
+            f"none of the {others} connections has the local address {olds}",
             hint="natkeep inspect shows what there is",
         )
     if count > MAX_CONNECTIONS:
