@@ -24,7 +24,15 @@ from natkeep.plan.move import Map, Move, Site
 from natkeep.plan.observation import Gate
 from natkeep.plan.roles import Role
 from natkeep.plan.step_undo import Undo
-from natkeep.plan.steps import AddAddress, InsertEntries, InstallGate, OpenGate, Prior, Step
+from natkeep.plan.steps import (
+    AddAddress,
+    InsertEntries,
+    InstallGate,
+    OpenGate,
+    Prior,
+    Step,
+    Unknown,
+)
 from natkeep.plan.tuples import Connections, Endpoint, FourTuple, parse_address
 from natkeep.state.directory import StateDirectory
 
@@ -58,8 +66,9 @@ def test_the_code_has_the_listed_places_and_no_others() -> None:
 
 
 def test_each_kind_of_step_has_its_points() -> None:
-    """A new step lands with its faults."""
-    assert set(faultpoints.STEPS) == {kind.__name__ for kind in typing.get_args(Step)}
+    """A new step lands with its faults; one of another natkeep is never done."""
+    kinds = {kind.__name__ for kind in typing.get_args(Step)} - {Unknown.__name__}
+    assert set(faultpoints.STEPS) == kinds
 
 
 @pytest.mark.parametrize(
