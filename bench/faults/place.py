@@ -126,6 +126,8 @@ class Place:
         elif self._lock == "iptables":
             for tool, version in (("iptables", 4), ("ip6tables", 6)):
                 here = [t for t in checkpoint.connections if t.source.address.version == version]
+                # What a process says to itself is not taken; what is put back goes in front of it.
+                here.sort(key=lambda inbound: not inbound.source.address.is_loopback)
                 text = "\n".join((*render_restoration(checkpoint.lock, here), ""))
                 self._enter("source", f"{tool}-nft-restore", "--noflush", text=text)
         shutil.copytree(CORPUS, self.directory / "image")
