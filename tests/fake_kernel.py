@@ -151,6 +151,10 @@ class FakeKernel:
         """What a test put there, and no more than its own moves know of each other."""
         return self.needs.get(old, Needs())
 
+    def find_own(self, site: Site, old: Address, own: Connections) -> Connections:
+        """None: no sockets are here."""
+        return NO_CONNECTIONS
+
     def find_owner(self, site: Site, address: Address, *others: Address) -> str:
         """What a test says."""
         return self.owners.get(address, "")

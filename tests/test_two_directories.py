@@ -152,6 +152,43 @@ def test_old_stays_for_a_connection_of_no_move_and_gc_takes_it_away_afterwards(
 
 
 @pytest.mark.parametrize("version", [4, 6])
+def test_a_handshake_that_has_not_ended_does_not_keep_old(
+    version: int, destination: Destination
+) -> None:
+    """A process that was dumped while it dialled dials again when it is restored."""
+    destination.move("one", 80, version=version)
+    with inside(destination.namespace):
+        dials = socket.socket(socket.AF_INET if version == 4 else socket.AF_INET6)
+        destination.sockets.append(dials)
+        dials.setblocking(False)
+        dials.bind((OLDS[version], 81))
+        with pytest.raises(BlockingIOError):
+            dials.connect((PEERS[version], 2001))
+    teardown(destination.executor("one"), "m80")
+    assert not destination.has_old(version)
+
+
+@pytest.mark.parametrize("mine", [True, False])
+def test_sockets_of_a_move_undone_before_do_not_keep_an_old_that_was_left_to_another(
+    mine: bool, destination: Destination
+) -> None:
+    """But one that was of no move all the time does."""
+    for port in (80, 81, 82):
+        destination.move("one", port)
+    if not mine:
+        destination.restore(83)
+    for move_id in ("m82", "m81"):
+        teardown(destination.executor("one"), move_id)
+    assert destination.has_old()
+    if mine:
+        teardown(destination.executor("one"), "m80")
+    else:
+        with pytest.raises(LeftoverError, match="1 connections there are not of m80"):
+            teardown(destination.executor("one"), "m80")
+    assert destination.has_old() is not mine
+
+
+@pytest.mark.parametrize("version", [4, 6])
 @pytest.mark.parametrize("mode", list(Mode))
 @pytest.mark.parametrize("lost", [False, True])
 def test_gc_names_what_lives_by_a_stray_and_clears_it_only_when_told_to(

@@ -51,20 +51,32 @@ def find_needs(
 ) -> Needs:
     """What needs *old* here besides the move *move_id*.
 
-    Its own are rules with one of *comments*, the connections *own*, those to its *listeners*, and
-    those of a process with itself.
+    Its own are rules with one of *comments*, the connections *own*, seen from either end, those to
+    its *listeners*, and those of a process with itself. One whose handshake has not ended needs
+    nothing: no octet of it is lost, and without a rule for OLD no answer would come from afar.
     """
     ports = {end.port.to_bytes(2, "big") for end in listeners if end.address == old}
     size = len(old.packed)
     here = {
         record
-        for record in _find_living(old)
+        for record in _find_living(old, half_open=False)
         if record[size : size + 2] not in ports and record[size + 2 : -2] != old.packed
     }
-    return Needs(
-        tuple(sorted(_find_moves(old, comments) - {move_id})),
-        len(here) - len(here.intersection(own.at(old).each())) if here else 0,
-    )
+    if here:
+        here -= _find_own(here, old, own)
+    return Needs(tuple(sorted(_find_moves(old, comments) - {move_id})), len(here))
+
+
+def find_own(old: Address, own: Connections) -> Connections:
+    """Those at *old* that are one of *own*, seen from either end."""
+    here = _find_living(old)
+    return Connections.packed(b"".join(_find_own(here, old, own) if here else ()), old.version)
+
+
+def _find_own(here: set[bytes], old: Address, own: Connections) -> set[bytes]:
+    """Those of *here*. Where both ends were moved to one host, OLD of each is for both moves."""
+    views = (own.at(old), own.turned().at(old))
+    return {record for view in views for record in here.intersection(view.each())}
 
 
 def _find_moves(old: Address, besides: frozenset[str] = frozenset()) -> set[str]:
@@ -74,11 +86,11 @@ def _find_moves(old: Address, besides: frozenset[str] = frozenset()) -> set[str]
     return {owner_of(rule.comment) for rule in rules if rule.comment not in besides} - {""}
 
 
-def _find_living(old: Address) -> set[bytes]:
+def _find_living(old: Address, *, half_open: bool = True) -> set[bytes]:
     """The connections at *old*, as plan.tuples packs them."""
     return {
         record
-        for end, records in sock_diag.read_living(orphans=False).items()
+        for end, records in sock_diag.read_living(orphans=False, half_open=half_open).items()
         if end[:-2] == old.packed
         for record in records
         if record[-2:] != _NO_PEER

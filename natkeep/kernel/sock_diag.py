@@ -25,6 +25,7 @@ _SYN_RECEIVED, _LISTEN = b"03", b"0A"
 _TABLES = (("/proc/thread-self/net/tcp", 4), ("/proc/thread-self/net/tcp6", 6))
 _ENDED = frozenset({b"06", b"07"})  # TIME-WAIT, CLOSED: no process owns it any more
 _CLOSED = frozenset({b"04", b"05", b"09", b"0B"})  # FIN-WAIT-1 and -2, LAST-ACK, CLOSING
+_HALF_OPEN = frozenset({b"02", _SYN_RECEIVED})  # SYN-SENT is the other
 _NO_INODE = b"0"
 
 Living = dict[bytes, set[bytes]]
@@ -58,24 +59,25 @@ def _find_alive(connections: Connections, living: Living) -> Iterator[Connection
         )
 
 
-def read_living(*, orphans: bool = True) -> Living:
+def read_living(*, orphans: bool = True, half_open: bool = True) -> Living:
     """Every TCP socket of the namespace that the thread is in, which a process may own.
 
     orphans: also those that were closed and have not been acknowledged to the end, which no process
-    owns any more.
+    owns any more. half_open: also those whose handshake has not ended.
     """
     living: Living = {}
+    besides = _ENDED if half_open else _ENDED | _HALF_OPEN
     for path, version in _TABLES:
-        for record in _records(path, version, orphans=orphans):
+        for record in _records(path, version, besides, orphans=orphans):
             living.setdefault(record[: len(record) // 2], set()).add(record)
     return living
 
 
-def _records(path: str, version: int, *, orphans: bool) -> set[bytes]:
+def _records(path: str, version: int, besides: frozenset[bytes], *, orphans: bool) -> set[bytes]:
     """The sockets' records as plan.tuples packs them; an IPv4-mapped one as IPv4."""
     found: set[bytes] = set()
     for local, peer, state, rest in _rows(path):
-        if state in _ENDED:
+        if state in besides:
             continue
         if not orphans and state in _CLOSED and rest.split(None, 6)[5] == _NO_INODE:
             continue

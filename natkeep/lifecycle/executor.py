@@ -16,7 +16,7 @@ from natkeep import faultpoints
 from natkeep.errors import JournalError, LeftoverError, NatkeepError, RefusedError
 from natkeep.kernel.interface import Kernel
 from natkeep.kernel.netns import NamespaceGoneError
-from natkeep.kernel.old_address import find_needs, needs_loopback
+from natkeep.kernel.old_address import find_needs, find_own, needs_loopback
 from natkeep.lifecycle.owners import give_up_claims
 from natkeep.lifecycle.progress import numbers_before, plan_of
 from natkeep.plan.identity import Identity
@@ -24,7 +24,7 @@ from natkeep.plan.move import Move, Site
 from natkeep.plan.nft import TABLE
 from natkeep.plan.step_undo import UNDONE_AGAIN, LowerLoopback, RemoveAddress, RestoreEntries, Undo
 from natkeep.plan.steps import Plan, Prior, Step, Unknown
-from natkeep.plan.tuples import NO_CONNECTIONS, Connections
+from natkeep.plan.tuples import NO_CONNECTIONS, Address, Connections
 from natkeep.state.directory import StateDirectory
 from natkeep.state.journal import Journal, Record, Unread
 from natkeep.values import dataclass, field
@@ -185,7 +185,7 @@ class Executor:
             if isinstance(undo, RestoreEntries):
                 prior = give_up_claims(self.state, journal, site, undo, prior)
             if not self._hand_over(journal, site, undo, prior) and not (
-                not prior.present and self._is_needed(journal, site, undo)
+                not prior.present and self._is_needed(journal, site, undo, prior)
             ):
                 self.kernel.revert(site, undo, prior)
             faultpoints.reach("reverted", kind)
@@ -195,16 +195,14 @@ class Executor:
             return NatkeepError(f"{kind} at {site}: {error or type(error).__name__}")
         return None
 
-    def _is_needed(self, journal: Journal, site: Site, undo: Undo) -> bool:
+    def _is_needed(self, journal: Journal, site: Site, undo: Undo, prior: Prior) -> bool:
         """Whether an address (or lo) has to stay, for another move or for connections of none."""
         move_id = journal.move.id
         if isinstance(undo, LowerLoopback):
             return self.kernel.ask(site, needs_loopback)
         if not isinstance(undo, RemoveAddress):
             return False
-        came = NO_CONNECTIONS if journal.change is None else journal.change.came
-        some = (journal.connections, came, journal.move.lost)
-        own = Connections(*(b"".join(one.records(v) for one in some) for v in (4, 6)))
+        own = _own(journal, undo.address, prior)
         ends = journal.move.listeners
         undos = (one for r in journal.records.values() for one in getattr(r.undo, "objects", ()))
         ours = frozenset(one.what for one in undos if one.kind == "rule")
@@ -234,10 +232,31 @@ class Executor:
                 if theirs.undo != undo or theirs.site is None or not other.is_done(number):
                     continue
                 if other.identity(theirs.site) == identity:
+                    if isinstance(undo, RemoveAddress):
+                        own = _own(journal, undo.address, prior)
+                        ended = self.kernel.ask(site, find_own, undo.address, own)
+                        prior = _with_ended(
+                            prior, theirs.prior, ended.records(undo.address.version)
+                        )
                     other.note(number, "done", prior)
                     faultpoints.reach("handed-over")
                     return True
         return False
+
+
+def _own(journal: Journal, old: Address, prior: Prior) -> Connections:
+    """The connections of the move, with those at *old* of moves that were undone before it."""
+    came = NO_CONNECTIONS if journal.change is None else journal.change.came
+    ended = bytes.fromhex(str(prior.facts.get("ended", "")))
+    before = Connections.packed(ended, old.version)
+    some = (journal.connections, came, journal.move.lost, before)
+    return Connections(*(b"".join(one.records(v) for one in some) for v in (4, 6)))
+
+
+def _with_ended(prior: Prior, theirs: Prior, ended: bytes) -> Prior:
+    """*prior* for the move that an address is left to: for the sockets *ended* it need not stay."""
+    found = ended.hex() + str(theirs.facts.get("ended", ""))
+    return Prior(prior.present, {**prior.facts, "ended": found}) if found else prior
 
 
 def _as_before_us(earlier: Record | None, found: Prior) -> Prior:

@@ -177,10 +177,6 @@ def pairs(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Pairs]:
         pairs.connect()
         pairs.talk()
         yield pairs
-        ends = [*pairs.peers.values()]
-        ends += [one for of in (pairs.server, pairs.client) for one in of.sockets.values()]
-        for one in ends:
-            one.close()
         for executor in pairs.executors():
             for move_id in executor.state.ids():
                 teardown(executor, move_id)
