@@ -28,6 +28,7 @@ from natkeep.errors import (
 )
 from natkeep.kernel.interface import Remember
 from natkeep.kernel.netns import NamespaceGoneError
+from natkeep.kernel.old_address import Needs
 from natkeep.lifecycle import drain as draining
 from natkeep.lifecycle.check import check, find_new
 from natkeep.lifecycle.drain import count_alive, drain
@@ -839,6 +840,25 @@ def test_prepare_that_fails_leaves_the_address_to_the_move_that_had_it(
     with pytest.raises(KernelError):
         prepare(executor, move, others)
     assert (before, on_disk) == (kernel.sites, files(state))
+
+
+def test_a_prepare_that_was_killed_before_its_address_does_not_keep_that_of_another(
+    executor: Executor, kernel: RecordingKernel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prepare(executor, make_move("both", "web"), CONNECTIONS)
+    move, others = make_move("both", "api"), listed("10.2.0.10:5000 10.1.0.2:60001")
+    steps = make_plan(move, others).prepare
+    put = next(n for n, step in enumerate(steps) if isinstance(step, AddAddress))
+    kernel.fail_at = kernel.applied + put
+    monkeypatch.setattr(Executor, "undo_all", lambda *_: None)
+    with pytest.raises(KernelError):
+        prepare(executor, move, others)
+    old = parse_address("10.2.0.10")
+    kernel.needs = {old: Needs(("api",))}  # its rules are there
+    teardown(executor, "web")
+    kernel.needs = {}
+    teardown(executor, "api")
+    assert empty_sites() == kernel.sites
 
 
 def test_a_move_whose_journal_cannot_be_read_does_not_stop_another(

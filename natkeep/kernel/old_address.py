@@ -103,6 +103,6 @@ def find_idle() -> tuple[Address, ...]:
     return tuple(old for old in marked if not (_find_moves(old) or _find_living(old)))
 
 
-def needs_loopback() -> bool:
-    """Whether lo has an address of a move, so that it has to be up."""
-    return bool(rtnetlink.marked_addresses())
+def needs_loopback(besides: frozenset[Address]) -> bool:
+    """Whether lo has an address of a move, not one of *besides*, so that it has to be up."""
+    return not rtnetlink.marked_addresses() <= {old.packed for old in besides}

@@ -199,7 +199,14 @@ class Executor:
         """Whether an address (or lo) has to stay, for another move or for connections of none."""
         move_id = journal.move.id
         if isinstance(undo, LowerLoopback):
-            return self.kernel.ask(site, needs_loopback)
+            # Those that could not be taken away are tried again, and lo would not be.
+            left = (
+                one.undo.address
+                for one in journal.records.values()
+                if one.site == site and one.state != "undone"
+                if isinstance(one.undo, RemoveAddress)
+            )
+            return self.kernel.ask(site, needs_loopback, frozenset(left))
         if not isinstance(undo, RemoveAddress):
             return False
         own = _own(journal, undo.address, prior)
@@ -207,8 +214,11 @@ class Executor:
         undos = (one for r in journal.records.values() for one in getattr(r.undo, "objects", ()))
         ours = frozenset(one.what for one in undos if one.kind == "rule")
         needs = self.kernel.ask(site, find_needs, undo.address, move_id, own, ends, ours)
-        if needs.moves:
-            self.talk(f"natkeep: {undo.address} stays at {site} for {', '.join(needs.moves)}")
+        # One of this directory would have been handed the address, had its prepare come that far.
+        known = {one.move.id for one in self.state.others_at(journal.identity(site), move_id)}
+        moves = [one for one in needs.moves if one not in known]
+        if moves:
+            self.talk(f"natkeep: {undo.address} stays at {site} for {', '.join(moves)}")
         elif needs.sockets:
             error = LeftoverError(
                 f"{undo.address} stays on lo at {site}: {needs.sockets} connections there are not "
@@ -216,7 +226,7 @@ class Executor:
                 hint="natkeep gc takes it away once they have ended",
             )
             self.staying.append(error)
-        return bool(needs.moves or needs.sockets)
+        return bool(moves or needs.sockets)
 
     def _hand_over(self, journal: Journal, site: Site, undo: Undo, prior: Prior) -> bool:
         """Leave an address (or lo) that another move uses as well, and make that move its owner.
