@@ -32,8 +32,10 @@ _DST, _LLADDR = 1, 2
 _USE = 0x01
 _REACHABLE, _STATIC = 0x02, 0xC0  # NOARP, PERMANENT
 
-_PATIENCE = 0.2
+_PATIENCE = 0.07
 """Seconds that an answer may take; on a link it takes a thousandth of that."""
+_TIMES = 3
+"""How often is asked: one question may be lost, and the kernel itself repeats it after a second."""
 
 
 def find_owner(address: Address, *others: Address) -> str:
@@ -68,6 +70,11 @@ def _resolve(netlink: Netlink, device: int, packed: bytes) -> bytes:
     family = socket.AF_INET if len(packed) == 4 else socket.AF_INET6
     if _look_up(netlink, family, device, named)[0] & _STATIC:
         return b""
+    asked = (_ask_once(netlink, family, device, named) for _ in range(_TIMES))
+    return next((known for known in asked if known), b"")
+
+
+def _ask_once(netlink: Netlink, family: int, device: int, named: bytes) -> bytes:
     # One that is known from before would not be asked for.
     _forget(netlink, family, device, named)
     asking = _NDMSG.pack(family, device, 0, _USE) + named
