@@ -164,8 +164,10 @@ class FakeKernel:
         return ()
 
     def needs_loopback(self, site: Site, besides: frozenset[Address]) -> bool:
-        """Whether a test says that something needs an address there."""
-        return bool(self.needs.keys() - besides)
+        """Whether a step has put an address there, or a test says that one is needed."""
+        put = {step.address for step in self.known if isinstance(step, AddAddress)}
+        there = self.sites[site.netns].addresses & put
+        return bool((there | self.needs.keys()) - besides)
 
     def find_at_home(self, site: Site, olds: frozenset[Address]) -> frozenset[Address]:
         """Those that a test put there, and no step."""

@@ -21,8 +21,8 @@ from uuid import UUID
 import pytest
 from earlier_natkeep import remove_later
 from golden_journals.cases import CASES, LATER, Case
+from two_hosts import look, run_ip
 
-from bench.faults.surfaces import read_all_surfaces
 from natkeep.checkpoint import Checkpoint
 from natkeep.errors import RefusedError
 from natkeep.kernel.linux import LinuxKernel
@@ -62,21 +62,12 @@ link add gate0 netns {gateway} type veth peer name dest0 netns {destination}
 def names(make_netns: Callable[[], str]) -> dict[str, str]:
     """The name of the namespace of each role."""
     names = {role: make_netns() for role in ("gateway", "destination", "source")}
-    for line in NETWORK.strip().splitlines():
-        subprocess.run(["ip", *line.format(**names).split()], check=True)
+    run_ip(NETWORK, names)
     for role, device in (("gateway", "gate0"), ("destination", "dest0")):
         path = f"/sys/class/net/{device}/operstate"
         while "up" not in subprocess.getoutput(f"ip netns exec {names[role]} cat {path}"):
             time.sleep(0.05)
     return names
-
-
-def look(names: dict[str, str]) -> dict[str, str]:
-    return {
-        f"{role}: {surface}": text
-        for role, name in names.items()
-        for surface, text in read_all_surfaces(name).items()
-    }
 
 
 def make(executor: Executor, case: Case, names: dict[str, str]) -> None:

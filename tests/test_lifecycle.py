@@ -842,6 +842,26 @@ def test_prepare_that_fails_leaves_the_address_to_the_move_that_had_it(
     assert (before, on_disk) == (kernel.sites, files(state))
 
 
+def test_lo_goes_with_the_last_address_though_handing_one_over_has_failed(
+    executor: Executor, kernel: RecordingKernel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prepare(executor, make_move("both", "web"), CONNECTIONS)
+    prepare(executor, make_move("both", "api"), listed("10.2.0.10:5000 10.1.0.2:60001"))
+    failures = ["the disk is full"]
+
+    def fail_once(point: str, *_: str) -> None:
+        if point == "handed-over" and failures:
+            raise OSError(failures.pop())
+
+    with monkeypatch.context() as patched:
+        patched.setattr("natkeep.faultpoints.reach", fail_once)
+        with pytest.raises(LeftoverError, match="the disk is full"):
+            teardown(executor, "web")
+    teardown(executor, "api")
+    teardown(executor, "web")
+    assert empty_sites() == kernel.sites
+
+
 def test_a_prepare_that_was_killed_before_its_address_does_not_keep_that_of_another(
     executor: Executor, kernel: RecordingKernel, monkeypatch: pytest.MonkeyPatch
 ) -> None:

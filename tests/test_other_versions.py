@@ -15,23 +15,13 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+from two_hosts import look, make_two_hosts
 
 import natkeep
-from bench.faults.surfaces import read_all_surfaces
 
 pytestmark = [pytest.mark.root, pytest.mark.needs("nftables")]
 
 HERE = Path(natkeep.__file__).parent
-NETWORK = """
--n {gateway} link set lo up
--n {destination} link set lo up
-link add gate0 netns {gateway} type veth peer name dest0 netns {destination}
--n {gateway} link set gate0 addrgenmode none up
--n {destination} link set dest0 addrgenmode none up
--n {gateway} address add 10.3.0.1/24 dev gate0
--n {destination} address add 10.3.0.20/24 dev dest0
--n {destination} route add 10.1.0.0/24 via 10.3.0.1
-"""
 CONNECTIONS = {
     "web": "10.2.0.10:5000 10.1.0.2:50001\n10.2.0.10:5001 10.1.0.2:50002\n",
     "other": "10.2.0.10:5000 10.1.0.2:60001\n",
@@ -87,10 +77,7 @@ class Version(NamedTuple):
 
 @pytest.fixture
 def names(make_netns: Callable[[], str]) -> dict[str, str]:
-    names = {role: make_netns() for role in ("gateway", "destination")}
-    for line in NETWORK.strip().splitlines():
-        subprocess.run(["ip", *line.format(**names).split()], check=True)
-    return names
+    return make_two_hosts(make_netns)
 
 
 def make_versions(what: str, names: dict[str, str], tmp_path: Path) -> list[Version]:
@@ -103,14 +90,6 @@ def make_versions(what: str, names: dict[str, str], tmp_path: Path) -> list[Vers
     (copy / file).write_text(text.replace(words, others) if words else text)
     paths = (HERE.parent, copy.parent)
     return [Version(path, names, tmp_path / "state") for path in paths]
-
-
-def look(names: dict[str, str]) -> dict[str, str]:
-    return {
-        f"{role}: {surface}": text
-        for role, name in names.items()
-        for surface, text in read_all_surfaces(name).items()
-    }
 
 
 def rules_at(name: str) -> str:

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 from golden_journals.cases import V4, listed
+from two_hosts import look, make_two_hosts
 
-from bench.faults.surfaces import read_all_surfaces
 from natkeep.errors import LeftoverError, RefusedError
 from natkeep.kernel.linux import LinuxKernel
 from natkeep.lifecycle.executor import Executor
@@ -23,16 +23,6 @@ from natkeep.state.directory import StateDirectory
 
 pytestmark = [pytest.mark.root, pytest.mark.needs("nftables")]
 
-NETWORK = """
--n {gateway} link set lo up
--n {destination} link set lo up
-link add gate0 netns {gateway} type veth peer name dest0 netns {destination}
--n {gateway} link set gate0 addrgenmode none up
--n {destination} link set dest0 addrgenmode none up
--n {gateway} address add 10.3.0.1/24 dev gate0
--n {destination} address add 10.3.0.20/24 dev dest0
--n {destination} route add 10.1.0.0/24 via 10.3.0.1
-"""
 CONNECTIONS = {
     "web": listed("10.2.0.10:5000 10.1.0.2:50001", "10.2.0.10:5001 10.1.0.2:50002"),
     "other": listed("10.2.0.10:5000 10.1.0.2:60001"),
@@ -62,11 +52,7 @@ class Place:
             path.unlink()
 
     def look(self) -> dict[str, str]:
-        return {
-            f"{role}: {surface}": text
-            for role, name in self.names.items()
-            for surface, text in read_all_surfaces(name).items()
-        }
+        return look(self.names)
 
     def nft(self, role: str, line: str) -> str:
         command = ["ip", "netns", "exec", self.names[role], "nft", line]
@@ -75,10 +61,7 @@ class Place:
 
 @pytest.fixture
 def place(make_netns: Callable[[], str], tmp_path: Path) -> Place:
-    names = {role: make_netns() for role in ("gateway", "destination")}
-    for line in NETWORK.strip().splitlines():
-        subprocess.run(["ip", *line.format(**names).split()], check=True)
-    return Place(names, tmp_path / "state")
+    return Place(make_two_hosts(make_netns), tmp_path / "state")
 
 
 @pytest.mark.parametrize("mode", Mode)

@@ -7,12 +7,12 @@ may touch is the operator's word (`--map`), never the image's.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from enum import StrEnum
 
 from natkeep.plan.criu_lock import DumpLock
 from natkeep.plan.criu_lock import NetworkLock as NetworkLock
-from natkeep.plan.tuples import RECORD_SIZE, Address, Connections, Endpoint, FourTuple
+from natkeep.plan.tuples import Address, Connections, Endpoint, FourTuple
 from natkeep.values import dataclass, replace
 
 
@@ -204,7 +204,7 @@ def pair_up(sockets: tuple[Socket, ...], records: Sequence[bytes]) -> tuple[Sock
 
     records: of each socket both ends, packed (plan/tuples.py); empty where it has none.
     """
-    some = join_records(records)
+    some = Connections.of_records(records)
     if not some.may_be_with_themselves():  # as a rule, and told without a look at each
         return sockets
     movable = [each.unkept in (None, LOOPBACK) and each.state in SYNCHRONIZED for each in sockets]
@@ -214,12 +214,6 @@ def pair_up(sockets: tuple[Socket, ...], records: Sequence[bytes]) -> tuple[Sock
         replace(socket, unkept=None, both_ends=True) if may and record in both else socket
         for socket, record, may in zip(sockets, records, movable, strict=True)
     )
-
-
-def join_records(records: Collection[bytes]) -> Connections:
-    """The connections of *records*, as `Checkpoint.of` makes them of sockets, with less ado."""
-    v4, v6 = (b"".join(r for r in records if len(r) == RECORD_SIZE[ip]) for ip in (4, 6))
-    return Connections(v4, v6)
 
 
 def shorten(error: Exception) -> str:

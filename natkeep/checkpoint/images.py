@@ -33,7 +33,6 @@ from natkeep.checkpoint import (
     Inventory,
     NetworkLock,
     Socket,
-    join_records,
     messages,
     pair_up,
 )
@@ -55,7 +54,7 @@ from natkeep.checkpoint.imagefile import (
 from natkeep.checkpoint.judging import PROTOCOLS, STATES, find_address, judge
 from natkeep.checkpoint.protobuf import Damage, Message, decode, number, octets
 from natkeep.errors import ImageError
-from natkeep.plan.tuples import Endpoint
+from natkeep.plan.tuples import Connections, Endpoint
 from natkeep.values import replace
 
 _ID, _INO, _FAMILY, _TYPE, _PROTO, _STATE, _SRC_PORT, _DST_PORT = (number(n) for n in range(1, 9))
@@ -150,7 +149,7 @@ def _read_sockets(images: Directory) -> tuple[Checkpoint, Sequence[int]]:
     _check_descriptors(images, ids)
     paired = pair_up(all_, records)
     kept = kept if paired is all_ else _records_kept(paired, records)
-    return Checkpoint(join_records(kept), paired, inventory), inodes
+    return Checkpoint(Connections.of_records(kept), paired, inventory), inodes
 
 
 def _records_kept(sockets: Sequence[Socket], records: Sequence[bytes]) -> list[bytes]:

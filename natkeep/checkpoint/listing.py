@@ -27,7 +27,7 @@ import time
 from collections.abc import Iterator
 from functools import lru_cache
 
-from natkeep.checkpoint import Checkpoint, join_records, shorten
+from natkeep.checkpoint import Checkpoint, shorten
 from natkeep.errors import ImageError
 from natkeep.plan.tuples import RECORD_SIZE, Connections, Endpoint, FourTuple
 
@@ -175,7 +175,7 @@ def _read_lines(text: str, name: str) -> Checkpoint:
             raise ImageError(f"{name}:{number}: the same connection as in line {lines[record]}")
     if not lines:
         raise ImageError(f"{name} lists no connections", hint="a line is `LOCAL PEER`")
-    return Checkpoint(join_records(lines))
+    return Checkpoint(Connections.of_records(lines))
 
 
 def write_listing(connections: Connections) -> str:

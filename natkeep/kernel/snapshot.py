@@ -195,8 +195,7 @@ class Snapshot:
 
     def _find_sockets(self, here: list[Translation]) -> Connections:
         """The kept connections that have one."""
-        some = [sock_diag.find_kept(t.kept, self._living) for t in here]
-        return Connections(*(b"".join(one.records(v) for one in some) for v in (4, 6)))
+        return Connections.joined(sock_diag.find_kept(t.kept, self._living) for t in here)
 
     def _is_guarded(self, site: Site, plan: Plan) -> bool:
         """Whether the guard's process lives, if the move has one here."""

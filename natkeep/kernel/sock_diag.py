@@ -37,8 +37,8 @@ def find_kept(connections: Connections, living: Living | None = None) -> Connect
 
     living: what read_living returned there.
     """
-    found = [*_find_alive(connections, read_living() if living is None else living)]
-    return Connections(*(b"".join(some.records(version) for some in found) for version in (4, 6)))
+    living = read_living() if living is None else living
+    return Connections.joined(_find_alive(connections, living))
 
 
 def find_alive(connections: Connections) -> FourTuple | None:

@@ -10,7 +10,7 @@ from natkeep.errors import RefusedError, UsageError
 from natkeep.kernel import rtnetlink
 from natkeep.lifecycle.conflicts import refuse_conflicts
 from natkeep.lifecycle.executor import Executor
-from natkeep.lifecycle.owners import look_around
+from natkeep.lifecycle.owners import find_surroundings
 from natkeep.plan.move import Move, Site
 from natkeep.plan.roles import Role
 from natkeep.plan.step_order import make_plan
@@ -35,7 +35,7 @@ def check(
     executor.open_sites(move)
     move = _with_held(executor, move)
     besides = () if replaces is None else (replaces,)
-    surroundings = look_around(executor.kernel, executor.state, move, connections, besides)
+    surroundings = find_surroundings(executor.kernel, executor.state, move, connections, besides)
     if replaces is not None:
         earlier = executor.state.load(replaces).surroundings_there()
         surroundings = surroundings.carry_on(earlier, connections)

@@ -15,7 +15,7 @@ from natkeep.checkpoint import Checkpoint
 from natkeep.errors import RefusedError
 from natkeep.lifecycle.conflicts import refuse_overlaps
 from natkeep.lifecycle.executor import Executor
-from natkeep.lifecycle.owners import look_around
+from natkeep.lifecycle.owners import find_surroundings
 from natkeep.lifecycle.progress import kinds_of, numbers_before, plan_of, unprepared
 from natkeep.plan.repair import LoadObjects, Patch
 from natkeep.plan.roles import Role
@@ -84,7 +84,7 @@ def compare(executor: Executor, journal: Journal, plan: Plan, image: Checkpoint)
                 hint=f"natkeep teardown {move.id}, and prepare it from the image",
             )
         return Compared(0, len(went))
-    change = Change(came, went, look_around(executor.kernel, executor.state, move, found))
+    change = Change(came, went, find_surroundings(executor.kernel, executor.state, move, found))
     new = make_plan(move, journal.connections, journal.surroundings, change)
     _refuse_to_widen(plan, change)
     refuse_overlaps(executor, new, frozenset({move.id}))
@@ -146,8 +146,7 @@ def _late_numbers(journal: Journal, plan: Plan) -> frozenset[int]:
 
 
 def _at_olds(journal: Journal, connections: Connections) -> Connections:
-    some = [connections.at(map_.old) for map_ in journal.move.maps]
-    return Connections(*(b"".join(one.records(v) for one in some) for v in (4, 6)))
+    return Connections.joined(connections.at(map_.old) for map_ in journal.move.maps)
 
 
 def _count(journal: Journal, plan: Plan) -> Compared:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from natkeep.errors import RefusedError
 from natkeep.lifecycle.executor import Executor
-from natkeep.lifecycle.progress import plan_of
+from natkeep.lifecycle.progress import plan_today
 from natkeep.plan.listeners import refuse_one_end_for_two
 from natkeep.plan.move import Move
 from natkeep.plan.steps import Plan
@@ -37,7 +37,7 @@ def refuse_overlaps(executor: Executor, plan: Plan, besides: frozenset[str]) -> 
         refuse_one_end_for_two(plan.move, other.move)
         if _shares_address(plan.move, other.move):
             journal = executor.state.load(move_id)
-            _refuse_overlap(plan, plan_of(journal))
+            _refuse_overlap(plan, plan_today(journal))
 
 
 def takes_over(move: Move) -> bool:

@@ -38,13 +38,14 @@ Talk = Callable[[str], None]
 class Executor:
     """One kernel, one state directory.
 
-    staying: addresses that an undo has left, since others than moves need them.
+    staying: in words the addresses that the undo at work has left, since connections of no move
+    need them.
     """
 
     kernel: Kernel
     state: StateDirectory
     talk: Talk = lambda line: None
-    staying: list[LeftoverError] = field(default_factory=list)
+    staying: list[str] = field(default_factory=list)
 
     # ---- namespaces and journals ---------------------------------------------------------------
 
@@ -144,6 +145,8 @@ class Executor:
     def undo_all(self, journal: Journal, numbers: list[int], reason: BaseException) -> None:
         """Undo these steps, last first; the journal goes with them if nothing else was done."""
         left = self.undo(journal, reversed(numbers))
+        for words in self.staying:
+            self.talk(f"natkeep: {words}")
         if left:
             raise leftover(journal, left) from reason
         if set(journal.records) <= set(numbers):  # nothing was done besides
@@ -153,6 +156,7 @@ class Executor:
         """Undo those of the steps that were begun, going on after a failure."""
         left: list[NatkeepError] = []
         incomplete: set[Site] = set()
+        self.staying.clear()
         journal.resolve()
         for number in numbers:
             record = journal.records.get(number)
@@ -200,32 +204,31 @@ class Executor:
         move_id = journal.move.id
         if isinstance(undo, LowerLoopback):
             # Those that could not be taken away are tried again, and lo would not be.
+            here = (one for one in journal.records.values() if one.site == site)
             left = (
                 one.undo.address
-                for one in journal.records.values()
-                if one.site == site and one.state != "undone"
-                if isinstance(one.undo, RemoveAddress)
+                for one in here
+                if isinstance(one.undo, RemoveAddress) and one.state != "undone"
             )
             return self.kernel.ask(site, needs_loopback, frozenset(left))
         if not isinstance(undo, RemoveAddress):
             return False
         own = _own(journal, undo.address, prior)
         ends = journal.move.listeners
-        undos = (one for r in journal.records.values() for one in getattr(r.undo, "objects", ()))
-        ours = frozenset(one.what for one in undos if one.kind == "rule")
+        ours = frozenset(one.what for one in journal.nft_undos(site) if one.kind == "rule")
         needs = self.kernel.ask(site, find_needs, undo.address, move_id, own, ends, ours)
-        # One of this directory would have been handed the address, had its prepare come that far.
-        known = {one.move.id for one in self.state.others_at(journal.identity(site), move_id)}
-        moves = [one for one in needs.moves if one not in known]
+        moves = needs.moves
+        if moves:
+            # One of this directory would have been handed it, had its prepare come that far.
+            known = {one.move.id for one in self.state.others_at(journal.identity(site), move_id)}
+            moves = tuple(one for one in moves if one not in known)
         if moves:
             self.talk(f"natkeep: {undo.address} stays at {site} for {', '.join(moves)}")
         elif needs.sockets:
-            error = LeftoverError(
+            self.staying.append(
                 f"{undo.address} stays on lo at {site}: {needs.sockets} connections there are not "
-                f"of {move_id}",
-                hint="natkeep gc takes it away once they have ended",
+                f"of {move_id}"
             )
-            self.staying.append(error)
         return bool(moves or needs.sockets)
 
     def _hand_over(self, journal: Journal, site: Site, undo: Undo, prior: Prior) -> bool:
@@ -239,7 +242,9 @@ class Executor:
         for header in self.state.others_at(identity, journal.move.id):
             other = self.load_undo(header.move.id)
             for number, theirs in other.records.items():
-                if theirs.undo != undo or theirs.site is None or not other.is_done(number):
+                if theirs.undo != undo or theirs.site is None:
+                    continue
+                if not (other.is_done(number) or _has_left_an_address(other, theirs)):
                     continue
                 if other.identity(theirs.site) == identity:
                     if isinstance(undo, RemoveAddress):
@@ -254,13 +259,20 @@ class Executor:
         return False
 
 
+def _has_left_an_address(journal: Journal, record: Record) -> bool:
+    """Whether its move, half undone, still has an address there that lo has to be up for."""
+    return isinstance(record.undo, LowerLoopback) and any(
+        isinstance(one.undo, RemoveAddress) and one.site == record.site and journal.is_done(number)
+        for number, one in journal.records.items()
+    )
+
+
 def _own(journal: Journal, old: Address, prior: Prior) -> Connections:
     """The connections of the move, with those at *old* of moves that were undone before it."""
     came = NO_CONNECTIONS if journal.change is None else journal.change.came
     ended = bytes.fromhex(str(prior.facts.get("ended", "")))
     before = Connections.packed(ended, old.version)
-    some = (journal.connections, came, journal.move.lost, before)
-    return Connections(*(b"".join(one.records(v) for one in some) for v in (4, 6)))
+    return Connections.joined((journal.connections, came, journal.move.lost, before))
 
 
 def _with_ended(prior: Prior, theirs: Prior, ended: bytes) -> Prior:

@@ -17,7 +17,7 @@ from collections.abc import Iterable, Mapping
 
 from natkeep.errors import JournalError, RefusedError
 from natkeep.kernel.interface import Kernel, Snapshot
-from natkeep.lifecycle.progress import plan_of
+from natkeep.lifecycle.progress import plan_of, plan_today
 from natkeep.plan.conntrack import NOT_TRACKED
 from natkeep.plan.identity import Identity
 from natkeep.plan.move import Mode, Move, Site
@@ -26,7 +26,7 @@ from natkeep.plan.roles import Role
 from natkeep.plan.step_undo import RestoreEntries
 from natkeep.plan.steps import InsertEntries, Plan, Prior
 from natkeep.plan.translation import Surroundings, Translation
-from natkeep.plan.tuples import RECORD_SIZE, Connections
+from natkeep.plan.tuples import Connections
 from natkeep.state.directory import StateDirectory, read_boot_id
 from natkeep.state.journal import Journal
 from natkeep.values import dataclass, replace
@@ -41,7 +41,7 @@ class Partner:
 
     def translations(self) -> tuple[Translation, ...]:
         """How it translates there."""
-        return tuple(t for t in plan_of(self.journal).translations if t.site == self.site)
+        return tuple(t for t in plan_today(self.journal).translations if t.site == self.site)
 
     def ends(self) -> frozenset[bytes]:
         """Its connections there, as their other ends see them."""
@@ -86,7 +86,7 @@ def _age(journal: Journal) -> tuple[int, bool]:
 # ---- before a move is prepared -------------------------------------------------------------------
 
 
-def look_around(
+def find_surroundings(
     kernel: Kernel,
     state: StateDirectory,
     move: Move,
@@ -128,7 +128,8 @@ def _carry(
         carrier = beyond.get(record) or beyond.get(carriers.get(record, b""))
         if carrier is not None:
             found[record] = carrier
-    crossing = [one for one in _pack(found) if one.source.address not in around.local]
+    there = Connections.of_records(found)
+    crossing = [one for one in there if one.source.address not in around.local]
     if crossing and Mode.STATELESS in (move.mode, partner.journal.move.mode):
         raise RefusedError(
             f"{crossing[0]}: its other end was moved through {site} by {partner.journal.move.id}, "
@@ -136,14 +137,23 @@ def _carry(
             hint=f"both moves in mode stateful keep such connections; {len(crossing)} in all",
         )
     carriers |= found
-    return replace(around, carried=_pack(carriers), carriers=_pack(carriers.values()))
+    return _with_carriers(around, carriers)
 
 
 def _join(partner: Partner, kept: Connections, around: Surroundings) -> Surroundings:
     """With what of *kept* has its other end at the destination, where the partner put it."""
     theirs = partner.ends()
     found = [record for record in kept.each() if record in theirs]
-    return replace(around, joined=_pack([*around.joined.each(), *found]))
+    return replace(around, joined=Connections.of_records([*around.joined.each(), *found]))
+
+
+def _with_carriers(around: Surroundings, carriers: Mapping[bytes, bytes]) -> Surroundings:
+    """carriers: what each connection looks like on the far side of the gateway."""
+    return replace(
+        around,
+        carried=Connections.of_records(carriers),
+        carriers=Connections.of_records(carriers.values()),
+    )
 
 
 def _without_joined(around: Surroundings) -> Surroundings:
@@ -151,13 +161,7 @@ def _without_joined(around: Surroundings) -> Surroundings:
     joined = frozenset(around.joined.each())
     pairs = zip(around.carried.each(), around.carriers.each(), strict=True)
     carriers = {record: carrier for record, carrier in pairs if record not in joined}
-    return replace(around, carried=_pack(carriers), carriers=_pack(carriers.values()))
-
-
-def _pack(records: Iterable[bytes]) -> Connections:
-    some = [*records]
-    v4, v6 = (b"".join(r for r in some if len(r) == RECORD_SIZE[v]) for v in (4, 6))
-    return Connections(v4, v6)
+    return _with_carriers(around, carriers)
 
 
 # ---- while both live -----------------------------------------------------------------------------

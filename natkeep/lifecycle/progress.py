@@ -21,9 +21,14 @@ from natkeep.state.object_codec import loaded_from_json, loaded_to_json
 from natkeep.values import replace
 
 
+def plan_today(journal: Journal) -> Plan:
+    """The plan that this natkeep makes of the journal: how it translates, whatever it is called."""
+    return make_plan(journal.move, journal.connections, journal.surroundings, journal.change)
+
+
 def plan_of(journal: Journal) -> Plan:
     """The plan that the journal was written for, with what was loaded for it (plan/recorded.py)."""
-    plan = make_plan(journal.move, journal.connections, journal.surroundings, journal.change)
+    plan = plan_today(journal)
     if kinds_of(plan) == journal.kinds and _is_as_today(journal, plan):
         noted = any(record.loaded for record in journal.records.values())
         return plan if noted or not journal.records else replace(plan, unnoted=True)

@@ -5,7 +5,7 @@ The journal is all that it needs: each record holds its undo, so no plan is made
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 
 from natkeep.errors import LeftoverError, NatkeepError, RefusedError
 from natkeep.kernel.nft_strays import find_left, find_undone, read_table
@@ -35,9 +35,9 @@ def end(executor: Executor, move_id: str) -> None:
     if not executor.state.knows(move_id):
         executor.state.remove(move_id)
         return
-    executor.staying.clear()
     journal = executor.load_undo(move_id)
     left: list[NatkeepError] = []
+    staying = ""
     if journal.boot == read_boot_id():
         reachable = {site for site in journal.move.sites if executor.reach(journal, site)}
         backwards = sorted(journal.records, reverse=True)
@@ -48,20 +48,19 @@ def end(executor: Executor, move_id: str) -> None:
         # the gateway must not hand it packets that it would answer with a reset.
         left = executor.undo(journal, numbers)
         left += _find_left(executor, journal, reachable)
+        staying = "; ".join(executor.staying)
     if left:
         raise leftover(journal, left)
     forget(journal)
-    if executor.staying:
-        raise executor.staying.pop()
+    if staying:
+        raise LeftoverError(staying, hint="natkeep gc takes it away once they have ended")
 
 
 def _find_left(executor: Executor, journal: Journal, sites: Iterable[Site]) -> list[NatkeepError]:
     """What bears the id of a move that has been undone: it is looked for before that is said."""
     move_id, left = journal.move.id, list[NatkeepError]()
     for site in sites:
-        records = [record for record in journal.records.values() if record.site == site]
-        undos = tuple(one for r in records for one in getattr(r.undo, "objects", ()))
-        for what in executor.kernel.ask(site, find_undone, move_id, undos):
+        for what in executor.kernel.ask(site, find_undone, move_id, journal.nft_undos(site)):
             words = f"natkeep teardown {move_id} --by-name --site {site}"
             left.append(LeftoverError(f"{site}: {what}: still there ({words})"))
     return left
@@ -98,10 +97,10 @@ def teardown_by_name(
                     hint="nothing was changed; --yes ends them",
                 )
         left: list[str] = []
-        for (
-            site
-        ) in here:  # each gate first, so that no site answers what another still lets through
-            kernel.revert(site, CloseGates(tuple(_gates_of(move_id))), Prior())
+        # Each gate first, so that no site answers what another still lets through.
+        gates = CloseGates((gate_chain(move_id), callers_chain(move_id)))
+        for site in here:
+            kernel.revert(site, gates, Prior())
         for site in here:
             left += _clear_by_name(executor, site, move_id)
         if left:
@@ -131,7 +130,3 @@ def _clear_by_name(executor: Executor, site: Site, move_id: str) -> list[str]:
 def _is_undone(executor: Executor, move_id: str) -> bool:
     records = executor.load_undo(move_id).records.values()
     return all(record.state == "undone" for record in records)
-
-
-def _gates_of(move_id: str) -> Iterator[str]:
-    yield from (gate_chain(move_id), callers_chain(move_id))

@@ -61,8 +61,8 @@ def find_life(
     recent: those whose entries were there so shortly ago that they cannot have ended since.
     """
     if frozen:
-        every = [t.kept for t in plan.translations if t.site == site]
-        return Life(True, Connections(*(b"".join(k.records(v) for k in every) for v in (4, 6))))
+        every = (t.kept for t in plan.translations if t.site == site)
+        return Life(True, Connections.joined(every))
     for other, seen in looks.items():
         if other.role == Role.DESTINATION and seen.sockets is not None:
             return Life(True, seen.sockets)

@@ -136,8 +136,7 @@ def _steps_at_source(
     if move.lock is not None and move.lock.is_known():
         # The very last step: whatever fails before it, CRIU's lock still keeps the source quiet.
         ours = [*(translation.kept for translation in here), *(reset.connections for reset in lost)]
-        v4, v6 = (b"".join(some.records(version) for some in ours) for version in (4, 6))
-        steps.append(TakeOverLock(site, move.lock, Connections(v4, v6)))
+        steps.append(TakeOverLock(site, move.lock, Connections.joined(ours)))
     if _leaves_alone(move):
         # There is no later moment at this site; CRIU's lock would have dropped what is said.
         steps += _send_resets(move, lost)

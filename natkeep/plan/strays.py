@@ -134,6 +134,5 @@ def find_translated(table: SeenTable, strays: frozenset[str]) -> Iterator[tuple[
         at, owner = _read_chain(chain), owner_of(comment)
         if at is None or at[0] not in (GATE, "put") or owner not in strays:
             continue
-        for name in table.sets:
-            if name.startswith(("kept-", "outer-")) and _match(name, _SETS) == owner:
-                yield name, at[1]
+        for _, name in table.kept_sets(frozenset({owner})):
+            yield name, at[1]

@@ -140,6 +140,19 @@ class Connections:
             )
         return cls(bytes(packed[4]), bytes(packed[6]))
 
+    @classmethod
+    def of_records(cls, records: Iterable[bytes]) -> Connections:
+        """What these packed records say, each of its own IP version, which its length tells."""
+        some = [*records]
+        v4, v6 = (b"".join([r for r in some if len(r) == size]) for size in RECORD_SIZE.values())
+        return cls(v4, v6)
+
+    @classmethod
+    def joined(cls, some: Iterable[Connections]) -> Connections:
+        """All of these, one behind the other."""
+        every = [*some]
+        return cls(b"".join([one.v4 for one in every]), b"".join([one.v6 for one in every]))
+
     def records(self, version: int) -> bytes:
         """The packed records of IP *version* 4 or 6."""
         return self.v4 if version == 4 else self.v6
@@ -209,17 +222,11 @@ class Connections:
         if not len(others):
             return self
         known = frozenset(others.each())
-        v4, v6 = (
-            b"".join(r for r in self.each() if r not in known and len(r) == RECORD_SIZE[version])
-            for version in (4, 6)
-        )
-        return Connections(v4, v6)
+        return Connections.of_records(r for r in self.each() if r not in known)
 
     def only(self, wanted: Collection[bytes]) -> Connections:
         """Those whose packed record is *wanted*, in the same order."""
-        sizes = RECORD_SIZE.values()
-        v4, v6 = (b"".join(r for r in self.each() if len(r) == n and r in wanted) for n in sizes)
-        return Connections(v4, v6)
+        return Connections.of_records(r for r in self.each() if r in wanted)
 
     def local_ends(self) -> frozenset[bytes]:
         """Local address and port of all connections, packed, each once."""

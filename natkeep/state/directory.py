@@ -53,6 +53,7 @@ from natkeep.plan.move import Move, is_id, parse_id
 from natkeep.plan.steps import Prior, Step
 from natkeep.plan.translation import Change, Surroundings
 from natkeep.plan.tuples import NO_CONNECTIONS, Address, Connections
+from natkeep.state.address_index import AddressIndex
 from natkeep.state.codec import (
     SCHEMAS,
     as_list,
@@ -72,7 +73,6 @@ from natkeep.state.files import StateFiles
 from natkeep.state.journal import Journal, corrupt
 from natkeep.state.locks import Locks, read_lock_timeout
 from natkeep.state.object_codec import loaded_to_json
-from natkeep.state.old_index import OldIndex
 from natkeep.state.stray_files import find_strays, is_marked, refuse_foreign_part
 from natkeep.values import dataclass
 
@@ -110,7 +110,7 @@ class StateDirectory:
         """patience: seconds to wait for the lock at most, whatever the environment says."""
         self.patience = min(read_lock_timeout(), patience or float("inf"))
         self._files = StateFiles(path, create=create)
-        self._old_index = OldIndex(self._files)
+        self._addresses = AddressIndex(self._files)
         self._locks = Locks(self._files)
         self.path = self._files.path
 
@@ -121,6 +121,7 @@ class StateDirectory:
     def changing(self, *move_ids: str) -> AbstractContextManager[None]:
         """Hold the locks of these moves, as far as there are such, and the directory's."""
         names = frozenset(f"{move_id}.journal" for move_id in move_ids if is_id(move_id))
+        self._addresses.forget()
         return self._locks.changing(names, self.patience)
 
     def holding(self, move_id: str, timeout: float | None = None) -> AbstractContextManager[bool]:
@@ -207,26 +208,13 @@ class StateDirectory:
             ) from reason
 
     def ids_naming(self, addresses: Iterable[Address]) -> tuple[str, ...]:
-        """The ids whose moves may have one of *addresses* as an OLD or NEW, sorted.
-
-        A gateway may have a thousand moves, so their headers are searched for the text only.
-        """
-        texts = [f'"{address}"'.encode("ascii") for address in addresses]
-        found = []
-        for name in self._files.names():
-            if not name.endswith(".journal"):
-                continue
-            try:
-                header = self._files.read_start(name)
-            except OSError:  # as read_header: the caller looks for conflicts
-                continue
-            if any(text in header for text in texts):
-                found.append(name[:-8])
-        return tuple(sorted(filter(is_id, found)))
+        """The ids of the moves that have one of *addresses* as an OLD or NEW, sorted."""
+        packed = (address.packed for address in addresses)
+        return tuple(filter(is_id, self._addresses.find(packed)))
 
     def ids_moving(self, olds: frozenset[bytes]) -> tuple[str, ...]:
         """The ids of the moves that have one of the packed addresses *olds* as an OLD, sorted."""
-        return tuple(filter(is_id, self._old_index.find(olds)))
+        return tuple(filter(is_id, self._addresses.find(olds, olds_only=True)))
 
     def others_at(self, here: Identity, move_id: str) -> Iterator[Header]:
         """The moves of this boot with a site at a namespace, besides *move_id*, as can be read."""

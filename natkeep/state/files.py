@@ -95,10 +95,16 @@ class StateFiles:
             return True
         return False
 
-    def stamp(self, name: str) -> tuple[int, int]:
-        """What of a file changes when it is written: inode, and when that was, in nanoseconds."""
-        status = os.stat(name, dir_fd=self._fd, follow_symlinks=False)
-        return status.st_ino, status.st_mtime_ns
+    def changed(self) -> int:
+        """When a name was last added to the directory or removed, in nanoseconds of the epoch."""
+        return 0 if self._fd is None else os.fstat(self._fd).st_mtime_ns
+
+    def inodes(self, suffix: str) -> dict[str, int]:
+        """The files whose names end so, and the number of each: another file has another."""
+        if self._fd is None:
+            return {}
+        with os.scandir(self._fd) as entries:
+            return {one.name: one.inode() for one in entries if one.name.endswith(suffix)}
 
     def unlink(self, name: str) -> None:
         """Remove the file, if there is one."""

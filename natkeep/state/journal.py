@@ -14,6 +14,7 @@ from typing import Any, Protocol
 
 from natkeep import __version__
 from natkeep.errors import JournalError, RefusedError, UsageError
+from natkeep.plan import nft
 from natkeep.plan.identity import Identity
 from natkeep.plan.move import Move, Site
 from natkeep.plan.step_undo import RemoveGate, RemoveListeners, Undo, Unload, undo_of
@@ -181,6 +182,11 @@ class Journal:
                     self.records[number] = replace(record, undo=record.undo.read())
         except (KeyError, TypeError, ValueError, UsageError, RefusedError) as error:
             raise corrupt(self.move.id, self._directory.path, error) from error
+
+    def nft_undos(self, site: Site) -> tuple[nft.Undo, ...]:
+        """What undoes the nft objects of the steps that were begun at *site*; once resolved."""
+        here = (record.undo for record in self.records.values() if record.site == site)
+        return tuple(one for undo in here for one in getattr(undo, "objects", ()))
 
     def adopt(self, steps: tuple[Step, ...], before: tuple[int, ...]) -> None:
         """Of schema 1: what undoes each record's step, and which steps prepare does."""
