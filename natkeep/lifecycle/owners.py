@@ -251,8 +251,11 @@ def give_up_claims(
     """
     owned: set[bytes] = set()
     views = {undo.kept, undo.outer}
+    newer = find_newer(state, journal, site, views)
+    if not newer:
+        return prior
     ours = frozenset(record for view in views for record in view.turned().each())
-    for partner in find_newer(state, journal, site, views):
+    for partner in newer:
         owned |= partner.ends()
         partner.journal.resolve()
         for number, record in partner.journal.records.items():

@@ -8,12 +8,12 @@ could hide that, so whatever is about to be changed under the locks is read anew
 from __future__ import annotations
 
 import re
+import socket
 import time
 from collections.abc import Iterable
 from contextlib import suppress
 from typing import NamedTuple
 
-from natkeep.plan.tuples import parse_address
 from natkeep.state.files import StateFiles
 
 _TICK = 1_000_000_000
@@ -76,5 +76,6 @@ class AddressIndex:
         line = self._files.read_start(name).split(b"\n", 1)[0]
         found: dict[bytes, set[bytes]] = {b"old": set(), b"new": set()}
         for which, address in _ADDRESS.findall(line):
-            found[which].add(parse_address(address.decode("ascii")).packed)
+            family = socket.AF_INET6 if b":" in address else socket.AF_INET
+            found[which].add(socket.inet_pton(family, address.decode("ascii")))
         return _Header(inode, *map(frozenset, found.values()))

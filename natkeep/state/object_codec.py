@@ -13,6 +13,7 @@ Rule: what this natkeep does not know is None and never guessed at: it is left a
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import cache
 from ipaddress import IPv4Address, IPv6Address
 from typing import Any
 
@@ -28,6 +29,9 @@ _CLASSES: dict[str, Any] = {
     for name, cls in vars(nft).items()
     if isinstance(cls, type) and issubclass(cls, tuple) and hasattr(cls, "_fields")
 }
+
+
+_NONE = object()
 
 
 LOADED = ("objects", "shared", "sets")
@@ -67,20 +71,30 @@ def objects_from_json(value: object) -> tuple[Object, ...] | None:
 
 
 def _write(value: Any) -> Any:
+    if isinstance(value, str):
+        return value
     if isinstance(value, IPv4Address | IPv6Address):
         return {"address": str(value)}
     if isinstance(value, bytes):
         return {"octets": value.hex()}
     if not isinstance(value, tuple):
         return value
-    fields = list(value)
-    names = getattr(value, "_fields", None)
+    defaults = _defaults(type(value))
+    if defaults is None:
+        return [_write(one) for one in value]
+    last = len(value)
+    while last and value[last - 1] == defaults[last - 1]:
+        last -= 1
+    return {type(value).__name__: [_write(one) for one in value[:last]]}
+
+
+@cache
+def _defaults(cls: type[tuple[Any, ...]]) -> tuple[Any, ...] | None:
+    """Of each field of a NamedTuple, _NONE where it has none; None for a plain tuple."""
+    names: tuple[str, ...] | None = getattr(cls, "_fields", None)
     if names is None:
-        return [_write(one) for one in fields]
-    defaults = value._field_defaults  # type: ignore[attr-defined]  # of a NamedTuple
-    while names and names[-1] in defaults and fields[-1] == defaults[names[-1]]:
-        names, fields = names[:-1], fields[:-1]
-    return {type(value).__name__: [_write(one) for one in fields]}
+        return None
+    return tuple(cls._field_defaults.get(name, _NONE) for name in names)  # type: ignore[attr-defined]
 
 
 def _read(value: Any) -> Any:
