@@ -13,8 +13,8 @@ from typing import Any
 
 from natkeep.checkpoint import Checkpoint, Socket
 from natkeep.plan.criu_lock import NetworkLock
-from natkeep.plan.diagnostics import CATALOGUE, Finding
 from natkeep.plan.drift import MoveStatus, SiteStatus
+from natkeep.plan.findings import CATALOGUE, Finding, Severity
 from natkeep.plan.move import Fate, Site
 from natkeep.plan.observation import Observation, SeenEntry
 from natkeep.plan.resets import NOT_TOLD, describe_fates
@@ -276,27 +276,52 @@ def unkept_lines(checkpoint: Checkpoint, plan: Plan) -> Iterator[str]:
 
 
 def findings_to_json(findings: Sequence[Finding]) -> dict[str, Any]:
-    """The document of `check --json`."""
+    """The document of `check --json`: findings as ever, and all that was looked at."""
+    looks = [
+        {
+            "result": str(finding.severity),
+            "code": finding.code or None,
+            "site": finding.site and site_to_json(finding.site),
+            "what": finding.detail,
+            "remedy": finding.remedy or None,
+        }
+        for finding in findings
+    ]
     return {
         "schema": 1,
         "findings": [
             {
                 "code": finding.code,
                 "severity": str(finding.severity),
-                "site": site_to_json(finding.site),
+                "site": finding.site and site_to_json(finding.site),
                 "detail": finding.detail,
             }
             for finding in findings
+            if finding.code
         ],
+        "looks": looks,
+        "stops": _count(findings, Severity.STOP),
+        "warns": _count(findings, Severity.WARN),
     }
 
 
-def finding_lines(findings: Sequence[Finding]) -> Iterator[str]:
-    """The same for a person."""
-    if not findings:
-        yield "nothing found: this machine can do it"
+def _count(findings: Sequence[Finding], severity: Severity) -> int:
+    return sum(finding.severity == severity for finding in findings)
+
+
+def finding_lines(findings: Sequence[Finding], about: str) -> Iterator[str]:
+    """The same for a person, the verdict last; about: what is judged, as `this move`."""
     for finding in findings:
-        yield f"{finding.severity:4}  {finding.site}  {finding.code}: {finding.detail}"
+        code = f"{finding.code} " if finding.code else ""
+        yield f"{finding.severity:4}  {code}{finding.what()}"
+        if finding.remedy:
+            yield f"      ({finding.remedy})"
+    stops, warns = (_count(findings, each) for each in (Severity.STOP, Severity.WARN))
+    warned = f"; {warns} warning{'s' * (warns != 1)}" if warns else ""
+    if stops:
+        yield f"{stops} stop{'s' * (stops == 1)} {about}{warned}"
+    else:
+        yield f"nothing stops {about}{warned}"
 
 
 def explanation_to_json(code: str) -> dict[str, Any]:

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import argparse
+from typing import TYPE_CHECKING
 
 from natkeep import report
 from natkeep.cli.arguments import make_executor, parse_sites, read_process
-from natkeep.cli.output import print_as, talk
+from natkeep.cli.output import print_as, print_json, talk
 from natkeep.errors import DriftError, JournalError, UsageError
 from natkeep.kernel.linux import LinuxKernel
-from natkeep.plan.diagnostics import CATALOGUE, Severity
+from natkeep.plan.findings import CATALOGUE, Severity
 from natkeep.plan.move import parse_olds
 from natkeep.state.directory import StateDirectory
 from natkeep.terminal import show, show_json
+
+if TYPE_CHECKING:
+    from natkeep.lifecycle.subject import Subject
 
 
 def status(args: argparse.Namespace) -> int:
@@ -46,13 +50,25 @@ def check(args: argparse.Namespace) -> int:
     from natkeep.lifecycle.examine import examine
 
     StateDirectory(args.state_dir, create=False)  # one that cannot be used is an error here too
-    findings = examine(LinuxKernel(), parse_sites(args.site))
-    print_as(args, report.findings_to_json, report.finding_lines, findings)
+    findings = [*examine(_read_subject(args))]
+    if args.json:
+        print_json(report.findings_to_json(findings))
+    else:
+        show(report.finding_lines(findings, "a move"))
     stopping = [finding for finding in findings if finding.severity == Severity.STOP]
     if stopping:
         code = stopping[0].code
         raise DriftError(f"{code} stops a move", hint=f"natkeep explain {code}")
     return 0
+
+
+def _read_subject(args: argparse.Namespace) -> Subject:
+    """What the options ask about: the sites, or a move."""
+    from natkeep.lifecycle.subject import Subject
+
+    kernel, sites = LinuxKernel(), parse_sites(args.site)
+    kernel.open_sites(sites)
+    return Subject(kernel, sites)
 
 
 def explain(args: argparse.Namespace) -> int:

@@ -72,7 +72,7 @@ class InsertDriver(Driver[InsertEntries]):
 
     def check(self, at: Place, step: InsertEntries) -> None:
         """A table that is nearly full would take neither our entries nor those of others."""
-        from natkeep.plan.diagnostics import FULL
+        from natkeep.plan.findings import FULL
 
         limit = int(sysctl.read("netfilter/nf_conntrack_max") or 0)
         wanted = (count_tracked() or 0) + len(step.translation.kept)

@@ -7,7 +7,8 @@
     open.py       compare.py: with the image, for a move that was prepared from a living process
     status.py     drain.py: what a teardown would break
     repair.py     teardown.py   gc.py
-    examine.py    live.py: the sockets of a living process
+    examine.py    what stops or endangers a move, of a subject.py
+    live.py       the sockets of a living process
 
 Rule: these files know when things happen and nothing of how. They check everything before they
 change anything, write the journal before and after each step, and undo in reverse; they never

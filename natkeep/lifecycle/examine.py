@@ -1,15 +1,55 @@
-"""examine: what about a machine stops or endangers a move (the verb `check`)."""
+"""examine: what about a machine, or a move, stops or endangers it (`check`; prepare asks as well).
+
+Each look reads by kernel/, leaves the judgement to plan/, and is registered here.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
+
+from natkeep.errors import RefusedError
 from natkeep.kernel import survey
-from natkeep.kernel.interface import Kernel
-from natkeep.plan.diagnostics import Finding, find
-from natkeep.plan.move import Site
+from natkeep.lifecycle.subject import Look, Subject
+from natkeep.plan.diagnostics import find
+from natkeep.plan.findings import Finding, Severity
 
 
-def examine(kernel: Kernel, sites: tuple[Site, ...]) -> tuple[Finding, ...]:
-    """The findings at each of *sites*; nothing is changed."""
-    kernel.open_sites(sites)
-    facts = {site: kernel.ask(site, survey.gather_facts) for site in sites}
-    return tuple(finding for site in sites for finding in find(site, facts[site]))
+def look_at_machine(subject: Subject) -> Iterator[Finding]:
+    """What each site is, whatever is moved."""
+    for site in subject.sites:
+        facts = subject.kernel.ask(site, survey.gather_facts)
+        yield from find(site, facts, of_move=subject.plan is not None)
+
+
+OF_MACHINE: tuple[Look, ...] = (look_at_machine,)
+"""Asked by `check` alone: they take long, or are about more than one move."""
+
+OF_PATH: tuple[Look, ...] = ()
+"""Of a plan: whether its packets pass. Each prepare asks them, inside a blackout too: the number of
+what they ask the kernel may not grow with the connections, but with their peers at most."""
+
+OF_PROCESS: tuple[Look, ...] = ()
+"""Of a checkpoint and whatever is to restore it: asked by `check`, and by the command line's
+`prepare` and `run`."""
+
+
+def examine(subject: Subject) -> Iterator[Finding]:
+    """All that there is to be found; nothing is changed."""
+    looks = OF_MACHINE
+    if subject.plan is not None:
+        looks += OF_PATH
+    if subject.checkpoint is not None:
+        looks += OF_PROCESS
+    for look in looks:
+        yield from look(subject)
+
+
+def refuse_stopped(looks: Iterable[Look], subject: Subject) -> tuple[Finding, ...]:
+    """The warnings of *looks*; RefusedError for the first finding that stops the move."""
+    findings = [finding for look in looks for finding in look(subject)]
+    for finding in findings:
+        if finding.severity == Severity.STOP:
+            raise RefusedError(
+                finding.what(), hint=finding.remedy or f"natkeep explain {finding.code}"
+            )
+    return tuple(each for each in findings if each.severity == Severity.WARN)

@@ -1,0 +1,33 @@
+"""The subject of a look: sites, and of a move what is to be asked about it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+from natkeep.checkpoint import Checkpoint
+from natkeep.kernel.interface import Kernel
+from natkeep.plan.findings import Finding
+from natkeep.plan.move import Site
+from natkeep.plan.steps import Plan
+from natkeep.values import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Subject:
+    """What is looked at; the sites are opened.
+
+    plan: of the move that is asked about; without one the machine alone is.
+    checkpoint: where its connections were read; image: the directory, or empty; pid: of a process
+    that still runs, or None.
+    """
+
+    kernel: Kernel
+    sites: tuple[Site, ...]
+    plan: Plan | None = None
+    checkpoint: Checkpoint | None = None
+    image: str = ""
+    pid: int | None = None
+
+
+Look = Callable[[Subject], Iterator[Finding]]
+"""Looks at one thing and says what it found, `ok` included; changes nothing."""

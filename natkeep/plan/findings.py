@@ -1,0 +1,156 @@
+"""The findings: what was looked at for a move, and what each code that is found means.
+
+    ok    WHAT         it was looked at, and is as a move needs it
+    note  CODE WHAT    good to know
+    warn  CODE WHAT    it may lose connections
+    stop  CODE WHAT    a move would be refused, fail, or carry nothing
+
+Rule: values and words only; `natkeep explain CODE` prints the catalogue. Whether a finding is one
+is judged in other files of plan/, by what kernel/ has read. This file must never look at a machine.
+"""
+
+from __future__ import annotations
+
+from enum import StrEnum
+
+from natkeep.plan.move import Site
+from natkeep.values import dataclass
+
+FULL = 90
+"""Per cent of nf_conntrack_max up to which natkeep adds entries."""
+
+
+class Severity(StrEnum):
+    """The first word of a finding's line; see the top of this file."""
+
+    STOP = "stop"
+    WARN = "warn"
+    NOTE = "note"
+    OK = "ok"
+
+
+@dataclass(frozen=True, slots=True)
+class Explanation:
+    """What a code means, and what to do."""
+
+    severity: Severity
+    meaning: str
+    remedy: str
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One thing that was looked at; detail is one clause with the figures and names.
+
+    code: of CATALOGUE; empty where all is well. site: None where it is of no site.
+    remedy: what to do just here, where that is more than the catalogue can say.
+    """
+
+    code: str
+    site: Site | None
+    detail: str
+    remedy: str = ""
+
+    @property
+    def severity(self) -> Severity:
+        """That of its code."""
+        return CATALOGUE[self.code].severity if self.code else Severity.OK
+
+    def what(self) -> str:
+        """Site and detail, as a line says them."""
+        return f"{self.site}: {self.detail}" if self.site else self.detail
+
+
+def ok(site: Site | None, detail: str) -> Finding:
+    """Something that was looked at and is well."""
+    return Finding("", site, detail)
+
+
+CATALOGUE = {
+    "no-privileges": Explanation(
+        Severity.STOP,
+        "This process lacks CAP_NET_ADMIN, without which no rule, address or conntrack entry can "
+        "be changed.",
+        "Run natkeep as root, or give it CAP_NET_ADMIN, and CAP_SYS_ADMIN to enter other "
+        "namespaces.",
+    ),
+    "no-libnftables": Explanation(
+        Severity.STOP,
+        "libnftables or its Python binding cannot be loaded.",
+        "Install the package libnftables1, and pip-nftables or python3-nftables.",
+    ),
+    "no-nf-tables": Explanation(
+        Severity.STOP,
+        "The kernel did not answer a question about nf_tables.",
+        "Load the module nf_tables, or use a kernel that has it.",
+    ),
+    "forwarding-off": Explanation(
+        Severity.STOP,
+        "A gateway passes packets on, and forwarding is off here for both IP versions.",
+        "sysctl -w net.ipv4.ip_forward=1 (net.ipv6.conf.all.forwarding=1 for IPv6), or name the "
+        "namespace that is the gateway.",
+    ),
+    "conntrack-full": Explanation(
+        Severity.STOP,
+        f"The connection table is over {FULL} % full; it would take neither natkeep's entries nor "
+        "anybody else's new connections.",
+        "Raise net.netfilter.nf_conntrack_max, or find out what fills it.",
+    ),
+    "flowtable": Explanation(
+        Severity.WARN,
+        "A flowtable takes established connections past all rules; one that is in it is not "
+        "translated before it has left it. `prepare` refuses a kept connection that is.",
+        "Leave the kept connections out of the flowtable's rule.",
+    ),
+    "legacy-iptables": Explanation(
+        Severity.WARN,
+        "iptables-legacy has tables here beside nf_tables. Its NAT competes at priorities -100 and "
+        "100; natkeep's, at -120 and 80, comes first.",
+        "Nothing, unless rules there drop what they do not know; iptables-nft is easier to see.",
+    ),
+    "bridge-netfilter": Explanation(
+        Severity.WARN,
+        "bridge-nf-call-iptables is on: bridged frames pass the IP hooks too, so a packet may be "
+        "translated on the bridge and again on its route.",
+        "sysctl -w net.bridge.bridge-nf-call-iptables=0, unless a container engine needs it.",
+    ),
+    "reverse-path-filter": Explanation(
+        Severity.WARN,
+        "rp_filter is strict on a device here: packets whose way back is another device are "
+        "dropped without a word.",
+        "Set rp_filter to 2 (loose) where routes are asymmetric.",
+    ),
+    "xdp": Explanation(
+        Severity.WARN,
+        "An XDP program is attached to a device here. It sees packets before any rule, and may "
+        "answer or redirect them untranslated, as some load balancers and firewalls do.",
+        "See that it passes the kept connections on: `ip link show` names it, `bpftool net` too.",
+    ),
+    "virtual-servers": Explanation(
+        Severity.WARN,
+        "IPVS has virtual servers here; it keeps its own table of connections and may take "
+        "packets before they are translated.",
+        "Do not move connections that IPVS balances at this gateway.",
+    ),
+    "other-nat": Explanation(
+        Severity.NOTE,
+        "Other NAT chains are here. natkeep's come first (20 before the usual priorities), and its "
+        "entries exist before the first packet, so they do not touch kept connections. One that "
+        "translates them already is taken over in mode stateful, and refused in mode stateless.",
+        "Nothing.",
+    ),
+    "not-tracked": Explanation(
+        Severity.NOTE,
+        "Rules here keep packets from being tracked (`notrack`). Kept connections that they hit "
+        "are translated all the same, without conntrack; but their packets are not counted, and a "
+        "gateway alone does not see their end, so that `teardown` there asks for --yes.",
+        "Nothing.",
+    ),
+    "no-pick-up": Explanation(
+        Severity.NOTE,
+        "nf_conntrack_tcp_loose is 0: the kernel picks up no connection in the middle. natkeep's "
+        "entries are created beforehand, and its rules carry on kept connections whose entries "
+        "are gone; but until a repair makes these again, ICMP errors do not get through.",
+        "Nothing, or --mode stateless, which does not need the entries.",
+    ),
+}
