@@ -245,6 +245,25 @@ def test_bad_input_gets_one_line_a_hint_and_the_exit_code_and_changes_nothing(
     assert not (inputs / "state").exists()
 
 
+@pytest.mark.parametrize("bad", BAD, ids=[bad.name for bad in BAD])
+def test_with_json_an_error_is_a_document_too(
+    bad: Bad, inputs: Path, natkeep_here: Callable[..., Said]
+) -> None:
+    """As it is on stderr, wherever --json stands."""
+    words = bad.arguments.split()
+    _, _, told = natkeep_here(*words)
+    for arguments in (["--json", *words], [*words, "--json"]):
+        code, out, err = natkeep_here(*arguments)
+        document = json.loads(out)
+        assert tuple(document) == ("schema", "error")
+        error = document["error"]
+        hint = [f"  ({error['hint']})"] if error["hint"] else []
+        assert (code, err) == (bad.code, [f"natkeep: {error['message']}", *hint])
+        assert (document["schema"], error["exit"]) == (1, bad.code)
+        if "VERB" not in told[0]:  # of which --json may be told to be one, too
+            assert err == told
+
+
 def test_the_table_names_each_case_once() -> None:
     assert len({bad.name for bad in BAD}) == len(BAD)
     assert len({bad.arguments for bad in BAD}) == len(BAD)

@@ -13,7 +13,7 @@ import pytest
 from natkeep import report
 from natkeep.checkpoint import Checkpoint, Socket, TcpState
 from natkeep.checkpoint.images import read_checkpoint
-from natkeep.cli.output import print_json
+from natkeep.cli.output import end_document, print_json
 from natkeep.plan.drift import MoveStatus, SiteStatus
 from natkeep.plan.move import Map, Move, Site
 from natkeep.plan.observation import Gate, Observation, SeenEntry
@@ -247,6 +247,7 @@ def test_a_document_is_printed_to_stdout_and_ends_its_line(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     print_json({"schema": 1, "ö": ["[::1]:80"]})
+    end_document()
     out, err = capsys.readouterr()
     assert (json.loads(out), out[-2:], err) == ({"schema": 1, "ö": ["[::1]:80"]}, "}\n", "")
     assert out.isascii()  # whatever the locale is

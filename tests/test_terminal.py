@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from natkeep.cli.output import print_json
+from natkeep.cli.output import end_document, print_json
 from natkeep.terminal import say, say_exception, show
 
 PACKAGE = Path(__file__).parent.parent / "natkeep"
@@ -49,6 +49,7 @@ def test_json_says_the_same_name_and_stays_json(
 ) -> None:
     raw, _ = UNPRINTABLE[name]
     print_json({"netns": raw})
+    end_document()
     out = capsys.readouterr().out
     assert json.loads(out) == {"netns": raw}
     assert out.isascii()

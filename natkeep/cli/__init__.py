@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from natkeep import afterwards, faultpoints
-from natkeep.cli.output import describe_error
+from natkeep.cli.output import describe_error, end_document, error_to_json, wants_json
 from natkeep.cli.parser import make_parser
 from natkeep.errors import NatkeepError
 from natkeep.terminal import say, say_exception, silence
@@ -51,28 +51,46 @@ def program() -> NoReturn:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run natkeep; the exit code of DESIGN's contract (see errors.py for each)."""
+    """Run natkeep; the exit code of DESIGN's contract (see errors.py for each).
+
+    An error is a line on stderr and, with --json, in the document on stdout too.
+    """
     arguments = sys.argv[1:] if arguments is None else arguments
+    error: NatkeepError | None = None
     try:
-        try:
-            faultpoints.demand_known()
-            args = make_parser(arguments).parse_args(arguments)
-            with _signals_as_exit():
-                return int(args.run(args))
-        finally:
-            if sys.stdout:
-                sys.stdout.flush()  # here, where it can still fail in one line
-    except NatkeepError as error:
-        say(*describe_error(error))
-        return error.exit_code
+        code = _run(arguments)
+    except NatkeepError as failed:
+        error, code = failed, failed.exit_code
     except KeyboardInterrupt:
-        say("natkeep: interrupted")
-        return 130
-    except OSError as error:
-        if not isinstance(error, BrokenPipeError):  # then our reader has seen enough
-            say(f"natkeep: {error}")
+        error, code = NatkeepError("interrupted"), 130
+    except BrokenPipeError:  # our reader has seen enough
         silence(1)
         return 1
+    except OSError as failed:
+        error, code = NatkeepError(str(failed)), 1
+    if error is not None:
+        say(*describe_error(error))
+    try:
+        end_document(error_to_json(error, code) if error and wants_json(arguments) else None)
+        if sys.stdout:
+            sys.stdout.flush()  # here, where it can still fail in one line
+    except OSError as failed:
+        if error is None and not isinstance(failed, BrokenPipeError):
+            say(f"natkeep: {failed}")
+        silence(1)
+        return code or 1
+    return code
+
+
+def _run(arguments: Sequence[str]) -> int:
+    try:
+        faultpoints.demand_known()
+        args = make_parser(arguments).parse_args(arguments)
+        with _signals_as_exit():
+            return int(args.run(args))
+    finally:
+        if sys.stdout:
+            sys.stdout.flush()
 
 
 class _signals_as_exit:

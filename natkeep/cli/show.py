@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING
 
 from natkeep import report
 from natkeep.cli.arguments import make_executor, parse_sites, read_process
-from natkeep.cli.output import print_as, print_json, talk
+from natkeep.cli.output import hold_document, print_as, print_json, talk
 from natkeep.errors import DriftError, JournalError, UsageError
 from natkeep.kernel.linux import LinuxKernel
 from natkeep.plan.findings import CATALOGUE, Severity
 from natkeep.plan.move import parse_olds
 from natkeep.state.directory import StateDirectory
-from natkeep.terminal import show, show_json
+from natkeep.terminal import show
 
 if TYPE_CHECKING:
     from natkeep.lifecycle.subject import Subject
@@ -32,7 +32,8 @@ def status(args: argparse.Namespace) -> int:
         gc.disable()  # of what there may be much, all lives to the end: there is nothing to find
         moves = read_status(executor, (), unreadable)
     if args.json:
-        show_json("".join(report.status_as_json([report.move_as_json(move) for move in moves])))
+        rows = [report.move_as_json(move) for move in moves]
+        hold_document("".join(report.status_as_json(rows)))
     elif moves or not unreadable:
         lines = (line for m in moves for line in report.status_lines(m, verbose=args.verbose))
         show([*lines] or ["nothing is prepared"])
