@@ -7,11 +7,12 @@ as `ipaddress` prints them.
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from itertools import islice
 from typing import Any
 
-from natkeep.checkpoint import Checkpoint, Socket
+from natkeep.checkpoint import Checkpoint, Inventory, Outcome, Socket
 from natkeep.plan.criu_lock import NetworkLock
 from natkeep.plan.drift import MoveStatus, SiteStatus
 from natkeep.plan.findings import CATALOGUE, Finding, Severity
@@ -182,9 +183,12 @@ def _packets(seen: SeenEntry | None) -> str:
 
 def checkpoint_to_json(checkpoint: Checkpoint, olds: Sequence[Address]) -> dict[str, Any]:
     """The document of `inspect --json`."""
+    dump = checkpoint.inventory
     return {
         "schema": 1,
         **({"live": True} if checkpoint.live else {}),
+        **({} if dump is None else {"dump": _dump_to_json(dump)}),
+        "sum": {str(outcome): number for outcome, number in _sum_up(checkpoint, olds).items()},
         "sockets": [
             {
                 "protocol": socket.protocol,
@@ -195,38 +199,65 @@ def checkpoint_to_json(checkpoint: Checkpoint, olds: Sequence[Address]) -> dict[
                 "unsent": socket.unsent,
                 "kept": (verdict := socket.why_left(olds)) is None,
                 "reason": verdict,
+                "outcome": str(socket.outcome(olds)),
             }
             for socket in checkpoint.sockets
         ],
     }
 
 
+def _dump_to_json(dump: Inventory) -> dict[str, Any]:
+    return {
+        "network_lock": str(dump.network_lock),
+        "run_id": dump.run_id,
+        "tcp_close": dump.tcp_close,
+        "own_netns": dump.own_netns,
+    }
+
+
+def _sum_up(checkpoint: Checkpoint, olds: Sequence[Address]) -> dict[Outcome, int]:
+    found = Counter(socket.outcome(olds) for socket in checkpoint.sockets)
+    return {outcome: found[outcome] for outcome in Outcome}
+
+
 def checkpoint_lines(checkpoint: Checkpoint, olds: Sequence[Address]) -> Iterator[str]:
-    """The same for a person."""
+    """The same for a person, the sum first."""
     if not checkpoint.sockets:
         yield "no inet sockets"
+        return
+    found = _sum_up(checkpoint, olds)
+    some, listeners = found[Outcome.RESTORED], found[Outcome.LISTENER]
+    words = [f"{found[Outcome.KEPT]} kept", f"{found[Outcome.LOST]} lost"]
+    words += [f"{some} need{'s' * (some == 1)} nothing"] if some else []
+    words += [f"{listeners} listener{'s' * (listeners != 1)}"] if listeners else []
+    yield ", ".join(words)
     for socket in checkpoint.sockets:
-        verdict = socket.why_left(olds)
         yield "  ".join(
             [
                 f"{socket.protocol:4}",
                 f"{socket.state or '':12}",
                 f"{socket.local or '*'!s:24}",
                 f"{socket.peer or '*'!s:24}",
-                _verdict(socket, verdict)
+                _verdict(socket, olds)
                 + (f" ({socket.unsent} octets unsent)" if socket.unsent else ""),
             ]
         )
 
 
-def _verdict(socket: Socket, reason: str | None) -> str:
-    if socket.is_listener():
-        return str(reason)
+def _verdict(socket: Socket, olds: Sequence[Address]) -> str:
+    reason = socket.why_left(olds)
+    match socket.outcome(olds):
+        case Outcome.KEPT:
+            return "kept"
+        case Outcome.LISTENER:
+            return str(reason)
+        case Outcome.LOST:
+            return f"LOST: {reason}"
+    if socket.both_ends:
+        return f"comes back: its other end, {socket.peer}, moves too"
     if socket.listens_on_loopback():
-        return "a listener: nothing outside of the host reaches it"
-    if reason is not None:
-        return f"not kept: {reason}"
-    return "kept: both ends move" if socket.both_ends else "kept"
+        return "comes back: a listener that this host alone reaches"
+    return f"needs nothing: {reason}"
 
 
 def compared_lines(compared: Compared) -> Iterator[str]:
@@ -262,10 +293,8 @@ def unkept_lines(checkpoint: Checkpoint, plan: Plan) -> Iterator[str]:
     lost = frozenset(plan.move.lost) if resets else frozenset()
     told = {unkept.inbound for unkept in plan.unkept}
     for socket in checkpoint.sockets:
-        verdict = socket.why_left(olds)
-        inbound_ = socket.inbound()
-        listens = socket.is_listener() or socket.listens_on_loopback()
-        if verdict is not None and not listens and inbound_ not in told:
+        if socket.outcome(olds) == Outcome.LOST and (inbound_ := socket.inbound()) not in told:
+            verdict = socket.why_left(olds)
             fate = f"; {fates.get(inbound_, NOT_TOLD)}" if inbound_ in lost else ""
             yield f"{socket.protocol} {socket.local or '*'} {socket.peer or '*'}: {verdict}{fate}"
     if not checkpoint.sockets:

@@ -368,13 +368,15 @@ def test_inspect_tells_what_is_kept_and_why_not(
     inputs: Path, natkeep_here: Callable[..., Said]
 ) -> None:
     document = json.loads(natkeep_here("inspect", "image", "--map", MAP, "--json").out)
-    assert {"schema", "sockets"} == set(document)
+    assert {"schema", "dump", "sum", "sockets"} == set(document)
+    assert sum(document["sum"].values()) == len(document["sockets"])
     reasons = {(row["local"], row["peer"]): row["reason"] for row in document["sockets"]}
     assert reasons["10.2.0.10:5000", "10.1.0.2:43285"] is None
     six = reasons["[fd00:2::10]:5001", "[fd00:1::2]:49861"]
     assert six == "its local address is not an OLD of --map"
     text = natkeep_here("inspect", "image").out
-    assert text.count("\n") == len(document["sockets"])
+    assert text.startswith("5 kept, 1 lost, 5 need nothing, 4 listeners\n")
+    assert text.count("\n") == len(document["sockets"]) + 1
 
 
 def test_version_and_help_go_to_stdout(capsys: pytest.CaptureFixture[str]) -> None:

@@ -134,7 +134,12 @@ def test_what_came_is_added_and_teardown_leaves_nothing(
     assert f"10.1.0.2 . {port} . 5000" in rules(destination)
     assert natkeep(state, "status", "--strict", "web").count("waits for open") == 1
 
-    said = natkeep(state, "open", "web", "--image", str(CORPUS))
+    if told:
+        natkeep(state, "open", "web", "--connections", "-", stdin=document, code=2)
+        image = natkeep(state, "inspect", str(CORPUS), "--json")
+        said = natkeep(state, "open", "web", "--connections", "-", stdin=image)
+    else:
+        said = natkeep(state, "open", "web", "--image", str(CORPUS))
 
     assert "4 connections came after prepare, and were added" in said
     assert "2 connections went after prepare" in said

@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 
 from natkeep import report
-from natkeep.checkpoint import Checkpoint, Socket, TcpState
+from natkeep.checkpoint import LOOPBACK, Checkpoint, Socket, TcpState
 from natkeep.checkpoint.images import read_checkpoint
+from natkeep.checkpoint.judging import judge
 from natkeep.cli.output import end_document, print_json
 from natkeep.plan.drift import MoveStatus, SiteStatus
 from natkeep.plan.move import Map, Move, Site
@@ -273,19 +274,21 @@ SOCKETS = (
     Socket("tcp", Endpoint.parse("[::]:5000"), None, TcpState.LISTEN),
     Socket("udp", None, None, unkept="udp: not a TCP connection"),
 )
-KEYS = ("protocol", "state", "local", "peer", "device", "unsent", "kept", "reason")
+KEYS = ("protocol", "state", "local", "peer", "device", "unsent", "kept", "reason", "outcome")
+UDP = "udp: not a TCP connection"
 LISTENER = "a listener: new connections reach it with --listeners only"
 
 
 def test_the_document_of_inspect() -> None:
     document = through_json(report.checkpoint_to_json(Checkpoint.of(SOCKETS), []))
-    assert tuple(document) == ("schema", "sockets")
+    assert tuple(document) == ("schema", "sum", "sockets")
+    assert document["sum"] == {"kept": 2, "lost": 0, "restored": 1, "listener": 1}
     assert [tuple(row) for row in document["sockets"]] == [KEYS] * 4
     assert [tuple(row.values()) for row in document["sockets"]] == [
-        ("tcp", "ESTABLISHED", "10.2.0.10:5000", "10.1.0.2:50594", "eth0", 7, True, None),
-        ("tcp", "CLOSE-WAIT", "[fd00:2::10]:5000", "[fd00:1::2]:9", None, 0, True, None),
-        ("tcp", "LISTEN", "[::]:5000", None, None, 0, False, LISTENER),
-        ("udp", None, None, None, None, 0, False, "udp: not a TCP connection"),
+        ("tcp", "ESTABLISHED", "10.2.0.10:5000", "10.1.0.2:50594", "eth0", 7, True, None, "kept"),
+        ("tcp", "CLOSE-WAIT", "[fd00:2::10]:5000", "[fd00:1::2]:9", None, 0, True, None, "kept"),
+        ("tcp", "LISTEN", "[::]:5000", None, None, 0, False, LISTENER, "listener"),
+        ("udp", None, None, None, None, 0, False, UDP, "restored"),
     ]
 
 
@@ -297,21 +300,70 @@ def test_with_a_map_what_has_another_address_is_not_kept() -> None:
 
 
 def test_the_lines_of_inspect() -> None:
-    lines = report.checkpoint_lines(Checkpoint.of(SOCKETS), [])
+    first, *lines = report.checkpoint_lines(Checkpoint.of(SOCKETS), [])
+    assert first == "2 kept, 0 lost, 1 needs nothing, 1 listener"
     assert [line.split(maxsplit=4) for line in lines] == [
         ["tcp", "ESTABLISHED", "10.2.0.10:5000", "10.1.0.2:50594", "kept (7 octets unsent)"],
         ["tcp", "CLOSE-WAIT", "[fd00:2::10]:5000", "[fd00:1::2]:9", "kept"],
         ["tcp", "LISTEN", "[::]:5000", "*", LISTENER],
-        ["udp", "*", "*", "not", "kept: udp: not a TCP connection"],
+        ["udp", "*", "*", "needs", "nothing: udp: not a TCP connection"],
     ]
     assert list(report.checkpoint_lines(Checkpoint(Connections()), [])) == ["no inet sockets"]
+
+
+end = Endpoint.parse
+
+
+def loopback(local: str, peer: str) -> Socket:
+    return judge("tcp", TcpState.ESTABLISHED, end(local), end(peer), None, LOOPBACK)
+
+
+def other(protocol: str, local: str | None, peer: str | None = None, state: Any = None) -> Socket:
+    return judge(protocol, state, local and end(local), peer and end(peer), None, None)
+
+
+HERE = judge("tcp", TcpState.LISTEN, end("127.0.0.1:8000"), None, None, LOOPBACK)
+DIALS = judge("tcp", TcpState.SYN_SENT, end("10.2.0.10:4"), end("10.1.0.9:5"), None, None)
+
+
+@pytest.mark.parametrize(
+    ("socket", "outcome", "words"),
+    [
+        (loopback("127.0.0.1:1", "127.0.0.1:9"), "lost", f"LOST: {LOOPBACK}"),
+        (loopback("[::1]:1", "[::1]:9"), "lost", f"LOST: {LOOPBACK}"),
+        (
+            loopback("127.0.0.1:8000", "127.0.0.1:3"), "restored",
+            "comes back: its other end, 127.0.0.1:3, moves too",
+        ),
+        (HERE, "restored", "comes back: a listener that this host alone reaches"),
+        (DIALS, "lost", "LOST: not yet established: CRIU dials again on restore"),
+        (other("tcp", None, None, TcpState.CLOSED), "restored", "needs nothing: closed"),
+        (other("udp", "127.0.0.1:5", "127.0.0.1:514"), "restored", None),
+        (other("udp", "10.2.0.10:53"), "lost", f"LOST: {UDP}"),
+        (other("mptcp", "10.2.0.10:5"), "lost", "LOST: MPTCP: CRIU cannot restore it"),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_only_what_has_an_end_elsewhere_is_lost(
+    socket: Socket, outcome: str, words: str | None
+) -> None:
+    """nginx and its upstream on lo, both in the image: CRIU brings both back, and so it is said."""
+    others = (loopback("127.0.0.1:3", "127.0.0.1:8000"),)
+    checkpoint = Checkpoint.of((socket, *others))
+    document = report.checkpoint_to_json(checkpoint, [])
+    assert document["sockets"][0]["outcome"] == outcome
+    _, line, *_ = report.checkpoint_lines(checkpoint, [])
+    assert words is None or line.endswith(f"  {words}")
+    plan = make_plan(replace(MOVE, maps=MOVE.maps[:1]), listed(*ROWS))
+    told = [line for line in report.unkept_lines(Checkpoint.of((socket,)), plan)]
+    alone = report.checkpoint_to_json(Checkpoint.of((socket,)), [])["sockets"][0]["outcome"]
+    assert len(told) == (alone == "lost")
 
 
 def test_what_a_move_leaves_behind_is_told_without_the_listeners() -> None:
     plan = make_plan(replace(MOVE, maps=MOVE.maps[:1]), listed(*ROWS))
     assert list(report.unkept_lines(Checkpoint.of(SOCKETS), plan)) == [
         "tcp [fd00:2::10]:5000 [fd00:1::2]:9: its local address is not an OLD of --map",
-        "udp * *: udp: not a TCP connection",
     ]
     listing = Checkpoint(listed(*ROWS, "10.9.0.9:1 10.1.0.2:2"))
     assert list(report.unkept_lines(listing, plan)) == [

@@ -42,6 +42,22 @@ LOOPBACK = "loopback: both ends must be moved"
 """`unkept` of a socket whose other end is not in the same place, or not known yet to be."""
 ELSEWHERE = "in another network namespace than the root task"
 """`unkept` of a socket that the move has nothing to do with."""
+TCP_CLOSE = "dumped with --tcp-close: CRIU restores it closed"
+"""`unkept` of every connection of such a dump."""
+
+
+class Outcome(StrEnum):
+    """What becomes of a socket; the value is what `inspect --json` prints.
+
+    RESTORED: CRIU alone brings it back, and it needs nothing. LISTENER: so it does, and new
+    connections to OLD reach it with --listeners. LOST: it has, or serves, an end elsewhere, which
+    hears nothing of it any more.
+    """
+
+    KEPT = "kept"
+    LOST = "lost"
+    RESTORED = "restored"
+    LISTENER = "listener"
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,6 +119,22 @@ class Socket:
         if self.peer is not None and self.both_ends and not self._moves(self.peer, olds):
             return f"its other end {self.peer.address} is not an OLD of --map"
         return None
+
+    def outcome(self, olds: Sequence[Address]) -> Outcome:
+        """What becomes of it in a move of *olds* (of any, when empty)."""
+        if self.is_listener():
+            return Outcome.LISTENER
+        if self.why_left(olds) is None:
+            return Outcome.RESTORED if self.both_ends else Outcome.KEPT
+        return Outcome.RESTORED if self._needs_nothing() else Outcome.LOST
+
+    def _needs_nothing(self) -> bool:
+        """Whether it has no end elsewhere, though it is not kept."""
+        if self.protocol in ("mptcp", "sctp", "dccp"):  # which CRIU does not bring back
+            return False
+        if self.protocol in ("tcp", "raw", "icmp", "icmpv6"):
+            return self.peer is None or self.state in (TcpState.CLOSED, TcpState.TIME_WAIT)
+        return self.local is None or self.local.address.is_loopback
 
     def _moves(self, end: Endpoint, olds: Sequence[Address]) -> bool:
         return end.address in olds or (self.both_ends and end.address.is_loopback)
@@ -216,7 +248,7 @@ def pair_up(sockets: tuple[Socket, ...], records: Sequence[bytes]) -> tuple[Sock
     )
 
 
-def shorten(error: Exception) -> str:
+def shorten(error: Exception | str) -> str:
     """What *error* says, of 160 characters at most: it may quote a long line."""
     text = str(error)
     return text if len(text) <= 160 else text[:157] + "..."

@@ -1,4 +1,6 @@
-"""the reader of what `natkeep inspect --live PID --json` printed, perhaps on another machine.
+"""the reader of what `natkeep inspect --json` printed, perhaps on another machine.
+
+It tells of a living process (`live`) or of an image; then `dump` says what CRIU noted about it.
 
 Rule: as strict as all else: a key that is missing, that is not known or not of its kind, or a
 socket that is no socket, is an ImageError that names the place. What is kept is decided here
@@ -8,9 +10,21 @@ again: `kept` and `reason` were told of another command line's --map.
 from __future__ import annotations
 
 import json
+import re
 from typing import Any
 
-from natkeep.checkpoint import Checkpoint, Socket, TcpState, shorten
+from natkeep.checkpoint import (
+    ELSEWHERE,
+    SYNCHRONIZED,
+    TCP_CLOSE,
+    Checkpoint,
+    Inventory,
+    NetworkLock,
+    Outcome,
+    Socket,
+    TcpState,
+    shorten,
+)
 from natkeep.checkpoint.judging import PROTOCOLS, find_reason, judge
 from natkeep.errors import ImageError
 from natkeep.plan.tuples import Endpoint
@@ -18,7 +32,10 @@ from natkeep.values import replace
 
 SCHEMA = 1
 _KEYS = {"protocol", "state", "local", "peer", "device", "unsent", "kept", "reason"}
-_HINT = "as natkeep inspect --live PID --json prints it"
+_LATER = {"outcome"}
+"""What an earlier natkeep did not print, and what another --map decided."""
+_HINT = "as natkeep inspect --json prints it"
+_PROTOCOL = re.compile("|".join(("raw", *PROTOCOLS.values(), "protocol [0-9]{1,5}")))
 
 
 def parse_described(text: str, name: str) -> Checkpoint:
@@ -31,15 +48,18 @@ def parse_described(text: str, name: str) -> Checkpoint:
         raise ImageError(f"{name} is not JSON: {shorten(error)}", hint=_HINT) from None
     if type(document.get("schema")) is not int or document["schema"] != SCHEMA:
         raise ImageError(f"{name}: no document of schema {SCHEMA}", hint=_HINT)
-    if set(document) != {"schema", "live", "sockets"} or document["live"] is not True:
-        hint = "of an image: --image DIR" if set(document) == {"schema", "sockets"} else _HINT
-        raise ImageError(f"{name} does not tell of a living process", hint=hint)
-    if not isinstance(document["sockets"], list):
-        raise ImageError(f"{name}: sockets is not a list", hint=_HINT)
+    if isinstance(document.get("error"), dict):
+        said = shorten(str(document["error"].get("message")))
+        raise ImageError(f"{name}: {said}", hint="which is an error, not sockets")
+    live = _demand_keys(document, name)
+    try:
+        dump = None if document.get("dump") is None else _read_dump(document["dump"])
+    except ValueError as error:
+        raise ImageError(f"{name}: dump: {shorten(error)}", hint=_HINT) from None
     sockets, seen = [], set()
     for number, value in enumerate(document["sockets"]):
         try:
-            socket = _read_socket(value)
+            socket = _read_socket(value, closes=dump is not None and dump.tcp_close)
             if socket.is_connection():
                 if (socket.local, socket.peer) in seen:
                     raise ValueError("the same connection as before")
@@ -49,7 +69,33 @@ def parse_described(text: str, name: str) -> Checkpoint:
         sockets.append(socket)
     if not any(socket.protocol == "tcp" for socket in sockets):
         raise ImageError(f"{name} tells of no TCP socket", hint=_HINT)
-    return Checkpoint.of(tuple(sockets), live=True)
+    return replace(Checkpoint.of(tuple(sockets), live=live), inventory=dump)
+
+
+def _demand_keys(document: dict[str, Any], name: str) -> bool:
+    """Whether it is of a living process; ImageError where it has not the keys of either kind."""
+    live = "live" in document
+    keys = {"schema", "sockets", *(("live",) if live else ())}
+    if not keys <= set(document) <= keys | {"sum", *(() if live else ("dump",))}:
+        raise ImageError(f"{name} has not the keys of a list of sockets", hint=_HINT)
+    if live and document["live"] is not True:
+        raise ImageError(f"{name}: live is true, or not there", hint=_HINT)
+    if not isinstance(document["sockets"], list):
+        raise ImageError(f"{name}: sockets is not a list", hint=_HINT)
+    return live
+
+
+def _read_dump(value: object) -> Inventory:
+    """What CRIU noted about the dump as a whole."""
+    keys = {"network_lock", "run_id", "tcp_close", "own_netns"}
+    if not isinstance(value, dict) or set(value) != keys:
+        raise ValueError("it does not have the keys of a dump")
+    run_id, flags = value["run_id"], (value["tcp_close"], value["own_netns"])
+    if run_id is not None and not re.fullmatch(r"[0-9A-Za-z-]{1,64}", _text(run_id)):
+        raise ValueError("the run id is not of letters, digits and hyphens")
+    if not all(isinstance(flag, bool) for flag in flags):
+        raise ValueError("tcp_close and own_netns are true or false")
+    return Inventory(NetworkLock(_text(value["network_lock"])), run_id, *flags)
 
 
 def _refuse_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -59,12 +105,13 @@ def _refuse_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def _read_socket(value: object) -> Socket:
-    if not isinstance(value, dict) or set(value) != _KEYS:
+def _read_socket(value: object, *, closes: bool) -> Socket:
+    """closes: CRIU restores the connections of this dump closed."""
+    if not isinstance(value, dict) or set(value) - _LATER != _KEYS:
         raise ValueError("it does not have the keys of a socket")
     protocol = value["protocol"]
     state = None if value["state"] is None else TcpState(_text(value["state"]))
-    if protocol not in ("raw", *PROTOCOLS.values()) or (state is None) == (protocol == "tcp"):
+    if not _PROTOCOL.fullmatch(_text(protocol)) or (state is None) == (protocol == "tcp"):
         raise ValueError(f"{protocol!r} in state {state}")
     device, unsent = value["device"], value["unsent"]
     if device is not None and not _is_name(_text(device)):
@@ -74,7 +121,12 @@ def _read_socket(value: object) -> Socket:
     if type(value["kept"]) is not bool or not isinstance(value["reason"], str | None):
         raise ValueError("kept is true or false, and reason a text or null")
     local, peer = (_read_end(value[end]) for end in ("local", "peer"))
-    socket = judge(protocol, state, local, peer, device, find_reason(local, peer))
+    if "outcome" in value:
+        Outcome(_text(value["outcome"]))
+    reason = ELSEWHERE if value["reason"] == ELSEWHERE else find_reason(local, peer)
+    if closes and state in SYNCHRONIZED:
+        reason = TCP_CLOSE
+    socket = judge(protocol, state, local, peer, device, reason)
     return replace(socket, unsent=unsent)
 
 

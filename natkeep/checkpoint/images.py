@@ -29,6 +29,7 @@ from natkeep.checkpoint import (
     ELSEWHERE,
     LOOPBACK,
     SYNCHRONIZED,
+    TCP_CLOSE,
     Checkpoint,
     Inventory,
     NetworkLock,
@@ -69,7 +70,6 @@ _INETSK = 4  # enum fd_types
 _STREAM, _RAW = 1, 3  # SOCK_STREAM, SOCK_RAW
 _ADDRESS_SIZES = {2: 4, 10: 16}  # AF_INET, AF_INET6
 _LOCKS = {0: NetworkLock.IPTABLES, 1: NetworkLock.NFTABLES, 2: NetworkLock.SKIP}
-_TCP_CLOSE = "dumped with --tcp-close: CRIU restores it closed"
 _PORT = struct.Struct("!H").pack
 
 
@@ -207,7 +207,7 @@ def _make_socket(
     if protocol == "tcp" and state is None:
         raise Damage(0, f"inet_sk_entry: {numbers[_STATE]} is not a TCP state")
     if inventory.tcp_close and state in SYNCHRONIZED:
-        reason = _TCP_CLOSE
+        reason = TCP_CLOSE
     # A socket that was never bound has no ns_id, and nor have the images of old CRIUs.
     elif (
         reason in (None, LOOPBACK)

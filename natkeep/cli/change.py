@@ -116,16 +116,17 @@ def run(args: argparse.Namespace) -> int:
 
 def open(args: argparse.Namespace) -> int:
     executor = make_executor(args, create=False)
-    blind = False
+    blind, image = False, None
+    if args.image is not None or args.connections is not None:
+        image = read_connections(args)
+        if image.live:
+            raise UsageError("open compares with a dump", hint="this is of a process that runs")
 
     def confirm(journal: Journal) -> Checkpoint | None:
         nonlocal blind
-        if args.image is None:
+        if image is None:
             blind = journal.move.live and journal.change is None
-            return None
-        from natkeep.checkpoint.images import read_checkpoint
-
-        return read_checkpoint(args.image)
+        return image
 
     compared = open_move(executor, args.id, confirm)
     do_afterwards(partial(remove_hooks, args))

@@ -144,7 +144,10 @@ def _seconds(text: str) -> float:
 
 _ID, _ANY_ID = _option("id", "ID"), _option("id", "ID", nargs="?")
 _MAP, _SITE = _several("--map", "OLD=NEW"), _several("--site", "ROLE[=NETNS]")
-_CONNECTIONS = _option("--connections", "FILE", help="lines of LOCAL PEER; - is stdin")
+_CONNECTIONS = _option(
+    "--connections", "FILE",
+    help="lines of LOCAL PEER, or what inspect --json printed; - is stdin",
+)  # fmt: skip
 _MOVE = (
     _ID, _MAP, _SITE,
     _option("--image", "DIR", help="connections from CRIU's images"),
@@ -190,6 +193,7 @@ _RUN = (
 _OPEN = (
     _ID,
     _option("--image", "DIR", help="the dump of a process that was prepared for by --live"),
+    _CONNECTIONS,
 )
 _TEARDOWN = (
     _ID,

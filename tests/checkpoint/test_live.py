@@ -14,7 +14,7 @@ import pytest
 from natkeep import report
 from natkeep.checkpoint import Checkpoint, TcpState
 from natkeep.checkpoint import live as living
-from natkeep.checkpoint.images import read_checkpoint
+from natkeep.checkpoint.images import read_checkpoint, read_checkpoint_with_queues
 from natkeep.checkpoint.listing import parse_listing
 from natkeep.checkpoint.live import Found, find_inodes, make_checkpoint, parse_pid
 from natkeep.errors import ImageError, UsageError
@@ -114,11 +114,33 @@ def test_what_inspect_prints_is_read_back_whatever_its_map_was(maps: tuple[str, 
     assert parse_listing(text, "list") == before
 
 
-def test_an_image_is_not_taken_for_a_living_process() -> None:
-    text = json.dumps(report.checkpoint_to_json(read_checkpoint(str(CORPUS / "plain")), []))
+@pytest.mark.parametrize("maps", [(), ("10.9.9.9",)])
+@pytest.mark.parametrize("image", sorted(path.name for path in CORPUS.iterdir() if path.is_dir()))
+def test_what_inspect_prints_of_an_image_is_read_back_as_the_image(
+    image: str, maps: tuple[str, ...]
+) -> None:
+    """Sockets, what CRIU noted about the dump, and so its lock and listeners."""
+    seen = read_checkpoint_with_queues(str(CORPUS / image))
+    olds = [parse_address(text) for text in maps]
+    assert seen.sockets
 
-    with pytest.raises(ImageError, match="does not tell of a living process"):
-        parse_listing(text, "list")
+    again = parse_listing(json.dumps(report.checkpoint_to_json(seen, olds)), "list")
+
+    assert (again.sockets, again.lock, again.live) == (seen.sockets, seen.lock, False)
+    assert (again.connections, again.inventory) == (seen.connections, seen.inventory)
+
+
+def test_an_earlier_natkeep_said_less_of_an_image() -> None:
+    document = report.checkpoint_to_json(read_checkpoint(str(CORPUS / "plain")), [])
+    for key in ("dump", "sum"):
+        del document[key]
+    for socket_ in document["sockets"]:
+        del socket_["outcome"]
+
+    again = parse_listing(json.dumps(document), "list")
+
+    assert len(again.connections) == 7
+    assert (again.inventory, again.lock) == (None, None)
 
 
 def test_what_is_local_is_not_kept_though_the_document_says_so() -> None:
