@@ -15,7 +15,11 @@ from collections.abc import Iterator, Mapping
 from natkeep.errors import UsageError
 from natkeep.plan.move import Fate, Mode, Site
 from natkeep.plan.roles import Role
-from natkeep.values import dataclass
+from natkeep.values import dataclass, replace
+
+TYPE_CHECKING = False  # typing.TYPE_CHECKING, without importing typing
+if TYPE_CHECKING:
+    from natkeep.criu.readiness import Readiness
 
 _INITIAL_PID_NAMESPACE = 0xEFFFFFFC  # the kernel's PROC_PID_INIT_INO, the same on each machine
 
@@ -25,6 +29,7 @@ class Orders:
     """Open the prepared move *id*, or prepare one of *maps* and open that.
 
     standing: they are for whatever is restored on this machine, not for this restore alone.
+    readiness: what is waited for between the two.
     """
 
     id: str
@@ -33,10 +38,26 @@ class Orders:
     state_dir: str | None
     standing: bool = False
     unkept: str = ""
+    readiness: Readiness | None = None
 
 
 def read_orders(environment: Mapping[str, str]) -> Orders | None:
     """What is to be done, None where there are no orders."""
+    orders = _read_orders(environment)
+    named = any(environment.get(f"NATKEEP_{name}") for name in ("READY", "TELL", "WAIT"))
+    if orders is None or not named:
+        return orders
+    from natkeep.criu.readiness import read_readiness  # only here: a restore seldom waits
+
+    if not orders.maps:
+        raise UsageError(
+            "NATKEEP_READY, _TELL and _WAIT are for NATKEEP_MAP",
+            hint=f"prepare the gateways of {orders.id} before the restore",
+        )
+    return replace(orders, readiness=read_readiness(environment))
+
+
+def _read_orders(environment: Mapping[str, str]) -> Orders | None:
     move_id, text = environment.get("NATKEEP_ID", ""), environment.get("NATKEEP_MAP", "")
     mode, state_dir = environment.get("NATKEEP_MODE", ""), environment.get("NATKEEP_STATE_DIR")
     if mode and mode not in tuple(Mode):

@@ -77,22 +77,25 @@ def _say(line: str) -> None:
     say(f"natkeep-hook: {line}")
 
 
-def _start_clock() -> None:
-    """Nothing may hang a restore: the first alarm unwinds, the second one is the end."""
+def _start_clock(waits: float = 0.0) -> None:
+    """Nothing may hang a restore: the first alarm unwinds, the second one is the end.
+
+    waits: seconds that the operator allows besides, for the gateways.
+    """
     import signal
 
     from natkeep.errors import LeftoverError, NatkeepError
 
     def ring(*_: object) -> None:
         signal.signal(signal.SIGALRM, end)
-        raise NatkeepError(f"took longer than {DEADLINE:g} s, and was undone")
+        raise NatkeepError(f"took longer than {DEADLINE + waits:g} s, and was undone")
 
     def end(*_: object) -> None:
         os.write(2, b"natkeep-hook: could not be undone in time (natkeep status)\n")
         os._exit(LeftoverError.exit_code)
 
     signal.signal(signal.SIGALRM, ring)
-    signal.setitimer(signal.ITIMER_REAL, DEADLINE, _GRACE)
+    signal.setitimer(signal.ITIMER_REAL, DEADLINE + waits, _GRACE)
 
 
 def _stop_clock() -> None:
@@ -123,6 +126,8 @@ def _serve_restore() -> int:
     orders = read_orders(os.environ)
     if orders is None:
         return 0
+    if orders.readiness is not None:
+        _start_clock(orders.readiness.seconds)
     call = read_call(os.environ)
     if not orders.maps and call.action != "post-restore":
         return 0

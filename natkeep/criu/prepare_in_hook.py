@@ -35,7 +35,10 @@ def ensure_prepared(
     site: Site,
     say: Callable[[str], None],
 ) -> bool:
-    """Prepare the move at *site* unless it is; False where there is nothing to keep."""
+    """Prepare the move at *site* unless it is; False where there is nothing to keep.
+
+    Then the gateways are waited for, if so ordered, once: what is prepared has waited.
+    """
     if executor.state.knows(move_id):
         journal = executor.state.load(move_id)
         if journal.is_prepared() and executor.is_home(journal, site):
@@ -57,6 +60,9 @@ def ensure_prepared(
     require_devices(executor, move, checkpoint)
     _prepare(move, checkpoint, executor, site, call.criu)
     say(f"{move_id}: {', '.join(str(map_) for map_ in move.maps)}, {count} prepared")
+    if orders.readiness is not None:
+        ours = Connections.joined(checkpoint.connections.at(map_.old) for map_ in move.maps)
+        orders.readiness.wait(move, ours)
     return True
 
 

@@ -109,10 +109,14 @@ class CriuRestore:
                 raise EngineError(f"criu restore exited {done.returncode}: {_last(log)}")
 
     def must_abort(self, reason: str, orders: Mapping[str, str]) -> None:
-        """CRIU's restore is aborted by natkeep-hook; its log tells *reason* in one line."""
+        """CRIU's restore is aborted by natkeep-hook; its log tells *reason* in one line.
+
+        Before that it may tell what it has prepared.
+        """
         began = time.time_ns()
         done, log = self._restore(orders)
         said = [line for line in log.splitlines() if "natkeep-hook: " in line]
+        said = [line for line in said if not line.endswith(" prepared")]
         ok = done.returncode != 0 and len(said) == 1 and reason in said[0]
         detail = " / ".join(said) or f"criu exited {done.returncode} without a message of natkeep's"
         self._check(f"the hook ends a restore: {reason}", ok, detail)

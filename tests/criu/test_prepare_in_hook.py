@@ -2,75 +2,21 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import subprocess
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from fake_kernel import FakeKernel, FakeSite
+from hook_caller import BEFORE, CORPUS, NEW, OLD, TREE, Criu, own_netns
 
-from natkeep import policy
 from natkeep.criu import environment, hook
-from natkeep.kernel import linux
 from natkeep.lifecycle.executor import Executor
 from natkeep.lifecycle.prepare import prepare
 from natkeep.plan.identity import Identity
 from natkeep.plan.observation import Gate
 from natkeep.plan.tuples import parse_address
 from natkeep.state.directory import StateDirectory
-
-CORPUS = Path(__file__).parents[1] / "checkpoint/corpus"
-OLD, NEW = "10.2.0.10", "10.3.0.20"
-TREE, BEFORE = f"pid:{os.getpid()}", ""
-"""The tree's namespace by its root, and CRIU's own."""
-
-
-class Criu:
-    """CRIU as the hook sees it: this very process, which has opened an image directory."""
-
-    def __init__(self, kernel: FakeKernel, images: Path, patch: pytest.MonkeyPatch) -> None:
-        self.kernel, self.patch = kernel, patch
-        self.handle = os.open(images, os.O_RDONLY)
-        self.id = environment.own_id(os.getpid())
-        patch.setenv("CRTOOLS_IMAGE_DIR", f"/proc/{os.getpid()}/fd/{self.handle}")
-
-    def call(self, action: str, **environment: str) -> int:
-        """What the hook exits with at *action*."""
-        self.patch.setenv("CRTOOLS_SCRIPT_ACTION", action)
-        if action == "pre-restore":
-            self.patch.delenv("CRTOOLS_INIT_PID", raising=False)
-        else:
-            self.patch.setenv("CRTOOLS_INIT_PID", str(os.getpid()))
-        for name, value in environment.items():
-            self.patch.setenv(name, value)
-        return hook.main()
-
-    def gates(self) -> dict[str, dict[str, Gate]]:
-        """The gates of each namespace that has one."""
-        return {name: site.gates for name, site in self.kernel.sites.items() if site.gates}
-
-
-@pytest.fixture
-def images(tmp_path: Path) -> Path:
-    return Path(shutil.copytree(CORPUS / "plain", tmp_path / "images"))
-
-
-@pytest.fixture
-def criu(images: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Criu]:
-    kernel = FakeKernel()
-    monkeypatch.setattr(linux, "LinuxKernel", lambda *_: kernel)
-    monkeypatch.setattr(policy, "PATH", str(tmp_path / "natkeep.toml"))
-    monkeypatch.setenv("NATKEEP_STATE_DIR", str(tmp_path / "state"))
-    monkeypatch.setenv("NATKEEP_MAP", f"{OLD}={NEW}")
-    criu = Criu(kernel, images, monkeypatch)
-    yield criu
-    os.close(criu.handle)
-
-
-def own_netns(images: Path) -> None:
-    (images / "netns-9.img").write_bytes(b"")
 
 
 def test_a_tree_in_crius_namespace_is_prepared_at_pre_restore_and_opened_at_post_restore(
