@@ -77,6 +77,61 @@ def test_no_recipe_names_a_verb_or_option_that_there_is_not() -> None:
         assert set(re.findall(r"--[a-z][a-z-]+", own)) <= set(OPTIONS)
 
 
+RECIPES = [
+    (page, f"{heading}\n{section}", block)
+    for page in PAGES
+    for heading, section in re.findall(
+        r"^##+ (.*)\n((?:(?!^## ).*\n?)*)", page.read_text(), re.MULTILINE
+    )
+    for block in re.findall(r"^```\n(.*?)^```", section, re.DOTALL | re.MULTILINE)
+    if re.search(r"^# (source|gateway|destination)\b", block, re.MULTILINE)
+]
+"""Code blocks that say what is done at which machine, each with its section."""
+
+
+def steps(recipe: str) -> list[str]:
+    """What happens to gateway and destination, in order."""
+    found = []
+    for role, script in re.findall(r"# (source|gateway|destination)\b.*\n((?:.+\n?)+)", recipe):
+        for line in script.replace("\\\n", "").splitlines():
+            if re.search(r"natkeep (prepare|run) ", line):
+                found.append(f"{role} prepared")
+            if role == "gateway" and re.search(r"natkeep open |--gate open", line):
+                found.append("gateway open")
+            if re.search(r"(criu|runc|container) restore", line):
+                found.append("restored")
+    return found
+
+
+@pytest.mark.parametrize(("page", "section", "recipe"), RECIPES)
+def test_a_recipe_keeps_the_order_and_is_run(page: Path, section: str, recipe: str) -> None:
+    """No gateway is open before the destination is prepared, or prepared after the restore."""
+    order = steps(recipe)
+    assert "restored" in order
+    if "NATKEEP_READY" in recipe:  # the hook asks for the gateway, whenever it is prepared
+        assert "NATKEEP_TELL" in recipe
+    else:
+        assert order.index("gateway prepared") < order.index("restored")
+        assert order.index("destination prepared") < order.index("gateway open")
+
+    heading = section.splitlines()[0]
+    run_as_it_stands = (ROOT / "tests/lab/test_recipes.py").read_text()
+    named = re.findall(r"scenario `(\w+)`", section)
+    own = f'("{page.relative_to(ROOT)}", "{heading}")' in run_as_it_stands
+    assert own or named
+    assert all((ROOT / f"scenarios/{name}.py").exists() for name in named)
+
+
+def test_each_block_that_prepares_is_such_a_recipe() -> None:
+    """All but a way back, and scripts that only set variables for the hook."""
+    assert len(RECIPES) >= 5
+    known = {block for _, _, block in RECIPES}
+    for page in PAGES:
+        for block in re.findall(r"^```\n(.*?)^```", page.read_text(), re.DOTALL | re.MULTILINE):
+            if re.search(r"natkeep (prepare|run) ", block):
+                assert block in known, block
+
+
 @pytest.mark.parametrize("verb", list(VERBS))
 def test_each_verb_has_help(verb: str) -> None:
     """`natkeep --help` says what each verb is for."""
