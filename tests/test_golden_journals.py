@@ -21,6 +21,7 @@ from uuid import UUID
 import pytest
 from earlier_natkeep import remove_later
 from golden_journals.cases import CASES, LATER, Case
+from ipv6_addresses import wait_for_addresses
 from two_hosts import look, run_ip
 
 from natkeep.checkpoint import Checkpoint
@@ -67,6 +68,7 @@ def names(make_netns: Callable[[], str]) -> dict[str, str]:
         path = f"/sys/class/net/{device}/operstate"
         while "up" not in subprocess.getoutput(f"ip netns exec {names[role]} cat {path}"):
             time.sleep(0.05)
+        wait_for_addresses(names[role])
     return names
 
 

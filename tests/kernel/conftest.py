@@ -12,6 +12,7 @@ from collections.abc import Callable
 from contextlib import closing
 
 import pytest
+from ipv6_addresses import wait_for_addresses
 
 from natkeep.kernel.linux import LinuxKernel
 from natkeep.lab.time_scale import scaled
@@ -48,15 +49,6 @@ def _await_carrier(netns: str, *devices: str) -> None:
         assert time.monotonic() < deadline, "a cable was plugged in and has no carrier"
 
 
-def _await_routes(netns: str) -> None:
-    """Until the kernel has made its own IPv6 routes, which it does after the answer, too."""
-    wanted = ("local fd00:3::20 ", "multicast ff00::/8 dev eth0 ", "multicast ff00::/8 dev wire ")
-    deadline = time.monotonic() + scaled(10)
-    while missing := [w for w in wanted if w not in _run(netns, "ip", "-6", "route", "show",
-                                                         "table", "local")]:  # fmt: skip
-        assert time.monotonic() < deadline, f"waited in vain for {missing}"
-
-
 @pytest.fixture
 def make_site(make_netns: Callable[[], str]) -> Callable[[], str]:
     """`make_site()`: a namespace that has NEW on a device, and routes to 10.1/16 and fd00:1::/64.
@@ -77,7 +69,7 @@ def make_site(make_netns: Callable[[], str]) -> Callable[[], str]:
         ):
             _run(netns, "ip", *command.split())
         _await_carrier(netns, "eth0", "wire")
-        _await_routes(netns)
+        wait_for_addresses(netns)
         return netns
 
     return make

@@ -18,6 +18,7 @@ from typing import Protocol
 
 import pytest
 from fake_kernel import FakeKernel, FakeSite, chains_left, revert_step
+from ipv6_addresses import wait_for_addresses
 
 from natkeep.errors import KernelError, RefusedError
 from natkeep.kernel.interface import Kernel
@@ -134,7 +135,9 @@ class LinuxScene:
 
     def add_address(self, address: Address) -> None:
         to = f"{address}/{address.max_prefixlen}"
-        self.run(self.netns, "ip", "address", "add", to, "dev", "eth0")
+        nodad = ["nodad"] if address.version == 6 else []
+        self.run(self.netns, "ip", "address", "add", to, "dev", "eth0", *nodad)
+        wait_for_addresses(self.netns)
 
     def lower_loopback(self, *, keep: bool) -> None:
         self.run(self.netns, "ip", "link", "set", "lo", "down")

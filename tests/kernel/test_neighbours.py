@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import subprocess
-import time
 from collections.abc import Callable
 
 import pytest
+from ipv6_addresses import wait_for_addresses
 
 from natkeep.kernel.neighbours import find_owner
 from natkeep.kernel.netns import inside, open_namespace
@@ -47,12 +47,6 @@ class Link:
         with inside(open_namespace(self.here)):
             return find_owner(parse_address(address), parse_address(NEW[version]))
 
-    def wait_until_settled(self) -> None:
-        """The kernel takes an IPv6 address up later, by a work queue, also without DAD."""
-        command = ["ip", "-n", self.third, "address", "show", "tentative"]
-        while subprocess.run(command, capture_output=True, check=True).stdout:
-            time.sleep(0.01)
-
     def neighbours(self) -> str:
         command = ["ip", "-n", self.here, "neighbour", "show", "nud", "all", "dev", "eth0"]
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout
@@ -72,7 +66,7 @@ def test_another_host_of_the_link_that_has_it_is_found(
     end = ends[version]
     assert link.owner(end, version) == ""
     link.ip(link.third, f"address add {end}/{LENGTH[version]} dev eth0")
-    link.wait_until_settled()
+    wait_for_addresses(link.third)
     assert link.owner(end, version) == f"{MAC} on eth0"
     link.ip(link.third, f"address del {end}/{LENGTH[version]} dev eth0")
     assert link.owner(end, version) == ""
