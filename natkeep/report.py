@@ -296,7 +296,7 @@ def unkept_lines(checkpoint: Checkpoint, plan: Plan) -> Iterator[str]:
         if socket.outcome(olds) == Outcome.LOST and (inbound_ := socket.inbound()) not in told:
             verdict = socket.why_left(olds)
             fate = f"; {fates.get(inbound_, NOT_TOLD)}" if inbound_ in lost else ""
-            yield f"{socket.protocol} {socket.local or '*'} {socket.peer or '*'}: {verdict}{fate}"
+            yield f"{socket}: {verdict}{fate}"
     if not checkpoint.sockets:
         one_sided = checkpoint.connections.minus(plan.inner)
         others = len(one_sided) - sum(len(one_sided.at(old)) for old in olds)

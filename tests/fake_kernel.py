@@ -112,6 +112,7 @@ class FakeKernel:
         self.needs: dict[Address, Needs] = {}
         self.living: dict[str, tuple[int, str]] = {}
         self.owners: dict[Address, str] = {}
+        self.wire: dict[FourTuple, FourTuple] = {}
 
     def open_sites(self, sites: Iterable[Site], known: dict[Site, Identity] | None = None) -> None:
         """Every name is a namespace here."""
@@ -181,6 +182,16 @@ class FakeKernel:
     def device_names(self, site: Site) -> frozenset[str]:
         """Always the same."""
         return frozenset({"lo", "eth0"})
+
+    def can_bind(self, site: Site, address: Address, device: str | None) -> bool:
+        """Whether it is an address that a test, or a step, put there."""
+        return address in self.sites[site.netns].addresses
+
+    def find_translated(
+        self, site: Site, connections: Connections
+    ) -> tuple[tuple[FourTuple, FourTuple], ...]:
+        """What a test says that the host does."""
+        return tuple((one, self.wire[one]) for one in connections if one in self.wire)
 
     def find_listeners(self, site: Site, olds: frozenset[Address]) -> tuple[Endpoint, ...]:
         """What a test put there."""

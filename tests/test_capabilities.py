@@ -88,6 +88,7 @@ def site(make_netns: Callable[[], str], tmp_path: Path) -> Site:
         "link set dest0 addrgenmode none up",
         f"address add {NEW}/24 dev dest0",
         "route add 10.1.0.0/16 via 10.3.0.1",
+        "address add fd00:2::10/128 dev lo nodad",  # of the image's other connection
     ):
         subprocess.run(["ip", "-n", netns, *line.split()], check=True)
     return Site(netns, tmp_path / "state", only(*ACTING))

@@ -60,6 +60,10 @@ class Outcome(StrEnum):
     LISTENER = "listener"
 
 
+TRANSLATED = "the host itself translates it: "
+"""How `unkept` begins of a connection that is another one on the wire; what it is there follows."""
+
+
 @dataclass(frozen=True, slots=True)
 class Socket:
     """One inet socket of the process.
@@ -84,6 +88,9 @@ class Socket:
     unsent: int = 0
     both_ends: bool = False
 
+    def __str__(self) -> str:
+        return f"{self.protocol} {self.local or '*'} {self.peer or '*'}"
+
     def is_connection(self) -> bool:
         """Whether this is a TCP connection that can be kept."""
         return self.unkept is None and self.state in SYNCHRONIZED
@@ -91,6 +98,10 @@ class Socket:
     def is_listener(self) -> bool:
         """Whether this is a TCP socket that waits for connections."""
         return self.unkept is None and self.state == TcpState.LISTEN
+
+    def is_translated(self) -> bool:
+        """Whether the process' own host makes another connection of it on the wire."""
+        return self.unkept is not None and self.unkept.startswith(TRANSLATED)
 
     def listens_on_loopback(self) -> bool:
         """Whether it waits for connections of this host alone: they come and go with it."""
@@ -103,6 +114,17 @@ class Socket:
         if self.local.address.version != self.peer.address.version:
             return None
         return FourTuple(self.peer, self.local)
+
+    def is_bound_to_one(self, besides: Sequence[Address]) -> bool:
+        """Whether CRIU binds it to one address, which has to be there, and is none of *besides*."""
+        if self.local is None or self.local.address in besides:
+            return False
+        address = self.local.address
+        if address.is_unspecified or address.is_loopback:
+            return False
+        if address.version == 6:
+            return self.peer is not None and not address.is_link_local
+        return True
 
     def why_left(self, olds: Sequence[Address]) -> str | None:
         """Why a move of *olds* (of any, when empty) does not keep it, as one clause, or None."""
@@ -215,6 +237,23 @@ class Checkpoint:
             and (inbound := each.inbound()) is not None
             and inbound.destination.address in olds
             and (inbound.source, inbound.destination) not in ends
+        )
+
+    def unmapped(self, olds: Sequence[Address]) -> tuple[Socket, ...]:
+        """Sockets that CRIU will bind to an address that is none of *olds*.
+
+        Not what it binds anywhere, or not at all: listeners and UDP of IPv6 (IP_FREEBIND), and
+        connections that were dumped with --tcp-close.
+        """
+        closed = self.inventory is not None and self.inventory.tcp_close
+        return tuple(
+            each
+            for each in self.sockets
+            if each.local is not None
+            and each.unkept != ELSEWHERE
+            and each.state not in (TcpState.SYN_RECEIVED, TcpState.TIME_WAIT)
+            and not (closed and each.state in SYNCHRONIZED)
+            and each.is_bound_to_one(olds)
         )
 
     def devices(self, olds: Sequence[Address]) -> frozenset[str]:

@@ -17,6 +17,7 @@ from natkeep.checkpoint import (
     ELSEWHERE,
     SYNCHRONIZED,
     TCP_CLOSE,
+    TRANSLATED,
     Checkpoint,
     Inventory,
     NetworkLock,
@@ -123,7 +124,9 @@ def _read_socket(value: object, *, closes: bool) -> Socket:
     local, peer = (_read_end(value[end]) for end in ("local", "peer"))
     if "outcome" in value:
         Outcome(_text(value["outcome"]))
-    reason = ELSEWHERE if value["reason"] == ELSEWHERE else find_reason(local, peer)
+    said = value["reason"] or ""
+    told_there_alone = said == ELSEWHERE or said.startswith(TRANSLATED)
+    reason = said if told_there_alone else find_reason(local, peer)
     if closes and state in SYNCHRONIZED:
         reason = TCP_CLOSE
     socket = judge(protocol, state, local, peer, device, reason)

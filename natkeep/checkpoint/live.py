@@ -54,6 +54,20 @@ def parse_pid(text: str) -> int:
 
 def find_inodes(pid: int) -> frozenset[int]:
     """The inodes of the sockets of the tree below *pid*; ImageError where it cannot be read."""
+    found: set[int] = set()
+    for each in find_tree(pid):
+        try:
+            found |= _read_sockets(each)
+        except (FileNotFoundError, ProcessLookupError):
+            if each == pid:
+                raise ImageError(f"process {pid} has ended") from None
+        except OSError as error:
+            raise ImageError(f"cannot read /proc/{each}/fd: {error.strerror}") from None
+    return frozenset(found)
+
+
+def find_tree(pid: int) -> frozenset[int]:
+    """*pid* and its descendants; ImageError where there is nothing to dump."""
     stats = _read_stats()
     if pid not in stats:
         raise ImageError(f"there is no process {pid}")
@@ -65,16 +79,7 @@ def find_inodes(pid: int) -> frozenset[int]:
     while more:
         more = {each for each, stat in stats.items() if int(stat[1]) in more} - tree
         tree |= more
-    found: set[int] = set()
-    for each in tree:
-        try:
-            found |= _read_sockets(each)
-        except (FileNotFoundError, ProcessLookupError):
-            if each == pid:
-                raise ImageError(f"process {pid} has ended") from None
-        except OSError as error:
-            raise ImageError(f"cannot read /proc/{each}/fd: {error.strerror}") from None
-    return frozenset(found)
+    return frozenset(tree)
 
 
 def _read_sockets(pid: int) -> set[int]:

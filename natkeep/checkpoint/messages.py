@@ -16,8 +16,11 @@ INVENTORY_ENTRY = Message(
 # These two are looked into only since their lengths, when too long, take in what follows them.
 PLUGINS = Message("plugins_entry", numbers={}, unknown_below=13)
 IP_OPTIONS = Message("ip_opts_entry", numbers={}, unknown_below=16)
-ROOT_IDS = Message("root_ids", numbers={6: "net_ns_id"}, optional="net_ns_id")
-TASK_IDS = Message("task_kobj_ids_entry", numbers={6: "net_ns_id"}, optional="net_ns_id")
+_NAMESPACES = {5: "pid_ns_id", 6: "net_ns_id", 9: "mnt_ns_id"}
+ROOT_IDS = Message("root_ids", numbers=_NAMESPACES, optional=" ".join(_NAMESPACES.values()))
+TASK_IDS = Message(
+    "task_kobj_ids_entry", numbers=_NAMESPACES, optional=" ".join(_NAMESPACES.values())
+)
 PSTREE_ENTRY = Message("pstree_entry", numbers={1: "pid"})
 # One of the many is there, by the kind of the file: CRIU 4.2.1 has 3 to 21, of a message each.
 _FILE_KINDS = {field: "isk" if field == 4 else f"kind_{field}" for field in range(3, 64)}
@@ -47,3 +50,20 @@ STREAM_ENTRY = Message(
     numbers={1: "inq_len", 3: "outq_len", 12: "unsq_len"},
     optional="unsq_len",
 )
+REGULAR_FILE = Message(
+    "reg_file_entry",
+    numbers={1: "id", 2: "flags", 8: "size", 9: "ext", 10: "mode"},
+    octets={5: "fown", 6: "name"},
+    optional="size ext mode",
+    wide=frozenset({8}),
+)
+UNIX_SOCKET = Message(
+    "unix_sk_entry",
+    numbers={
+        **{1: "id", 2: "ino", 3: "type", 4: "state", 5: "flags", 6: "uflags", 7: "backlog"},
+        **{8: "peer", 15: "deleted"},
+    },
+    octets={9: "fown", 10: "opts", 11: "name", 14: "name_dir"},
+    optional="deleted name_dir",
+)
+REMAP = Message("remap_file_path_entry", numbers={1: "orig_id", 2: "remap_id"})

@@ -44,8 +44,9 @@ class Message:
 
     numbers: uint32, enum and bool fields. octets: strings and messages. words: repeated uint32,
     packed or not, at most four, filed as octets (four a word, little-endian). optional: names
-    that may be missing; words always may. unknown_below: an unknown field of this number or a
-    higher one is damage; what follows a message whose length is too long would pass for that.
+    that may be missing; words always may. wide: those of numbers that are uint64. unknown_below:
+    an unknown field of this number or a higher one is damage; what follows a message whose length
+    is too long would pass for that.
     """
 
     def __init__(
@@ -56,11 +57,13 @@ class Message:
         octets: dict[int, str] | None = None,
         words: dict[int, str] | None = None,
         optional: str = "",
+        wide: frozenset[int] = frozenset(),
         unknown_below: int = 1 << 29,
     ) -> None:
         octets, words = octets or {}, words or {}
         self.name = name
         self.unknown_below = unknown_below
+        self.wide = wide
         self.fields = {**numbers, **octets, **words}
         self.roles = {field << 3: _NUMBER for field in numbers}
         self.roles |= {field << 3 | 2: _OCTETS for field in octets}
@@ -142,7 +145,7 @@ def _add_words(
 def _uint32(data: bytes, message: Message, start: int, key: int, at: int) -> tuple[int, int]:
     """The number of a field at *at*, and where it ends."""
     value, at = _varint(data, at)
-    if value > _UINT32:
+    if value > _UINT32 and key >> 3 not in message.wide:
         raise _damage(message, start, key, f"{value} is more than 32 bits")
     return value, at
 

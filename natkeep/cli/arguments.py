@@ -100,10 +100,10 @@ def read_connections(args: argparse.Namespace) -> Checkpoint:
 def read_process(args: argparse.Namespace, sites: tuple[Site, ...]) -> Checkpoint:
     """The sockets of `--live PID`, which may live at none of *sites*."""
     from natkeep.checkpoint.live import parse_pid
-    from natkeep.lifecycle.live import read_live
+    from natkeep.lifecycle.live import mark_translated, read_live
 
-    pid = parse_pid(args.live)
-    return read_live(make_executor(args, create=False).kernel, pid, sites)
+    pid, executor = parse_pid(args.live), make_executor(args, create=False)
+    return mark_translated(executor, pid, read_live(executor.kernel, pid, sites))
 
 
 def authorise(move: Move, checkpoint: Checkpoint) -> int:

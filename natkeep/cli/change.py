@@ -23,7 +23,7 @@ from natkeep.cli.arguments import (
 )
 from natkeep.cli.output import describe_error, print_json, print_verb, talk
 from natkeep.errors import DriftError, NatkeepError, RefusedError, UsageError
-from natkeep.lifecycle.check import check, require_devices
+from natkeep.lifecycle.check import check, require_devices, require_sockets
 from natkeep.lifecycle.executor import Executor
 from natkeep.lifecycle.open import open_move, remove_gate_hooks
 from natkeep.plan.move import Move, parse_id
@@ -68,10 +68,11 @@ def prepare(args: argparse.Namespace) -> int:
     move = make_move(args, checkpoint)
     authorise(move, checkpoint)
     executor = make_executor(args, create=not args.dry_run)
+    require_devices(executor, move, checkpoint)
+    require_sockets(executor, move, checkpoint)
     if args.dry_run:
         _print_plan(check(executor, move, checkpoint.connections, args.replace), as_json=args.json)
         return 0
-    require_devices(executor, move, checkpoint)
     work = partial(prepare, executor)
     if args.replace is not None:
         work = partial(replace_move, executor, args.replace)

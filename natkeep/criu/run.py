@@ -30,7 +30,7 @@ from pathlib import Path
 from natkeep import report
 from natkeep.checkpoint import Checkpoint, NetworkLock
 from natkeep.errors import NatkeepError, UsageError
-from natkeep.lifecycle.check import require_devices
+from natkeep.lifecycle.check import require_devices, require_sockets
 from natkeep.lifecycle.executor import Executor
 from natkeep.lifecycle.open import open_move, remove_gate_hooks
 from natkeep.lifecycle.prepare import find_unheld, prepare
@@ -248,6 +248,7 @@ class Restore:
                 self.talk(f"natkeep: {move.id} is prepared already")
                 return
         require_devices(executor, move, self.checkpoint)
+        require_sockets(executor, move, self.checkpoint)
         plan = prepare(executor, move, connections, image=self.checkpoint.run_id)
         for line in report.unkept_lines(self.checkpoint, plan):
             self.talk(f"natkeep: not kept: {line}")

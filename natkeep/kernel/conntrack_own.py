@@ -130,6 +130,11 @@ def find_carried(entries: Iterable[Own]) -> Iterator[tuple[FourTuple, FourTuple]
             yield _unpack(own.record), _unpack(carrier)
 
 
+def find_translated(connections: Connections) -> tuple[tuple[FourTuple, FourTuple], ...]:
+    """find_carried of all entries of *connections*, which have one local address."""
+    return tuple(find_carried(find_own(connections)))
+
+
 def _read_carrier(own: Own) -> bytes:
     if read_status(own.answer) & _IPS_OFFLOAD:
         raise RefusedError(

@@ -27,6 +27,7 @@ _ENDED = frozenset({b"06", b"07"})  # TIME-WAIT, CLOSED: no process owns it any 
 _CLOSED = frozenset({b"04", b"05", b"09", b"0B"})  # FIN-WAIT-1 and -2, LAST-ACK, CLOSING
 _HALF_OPEN = frozenset({b"02", _SYN_RECEIVED})  # SYN-SENT is the other
 _NO_INODE = b"0"
+_BIND_ADDRESS_NO_PORT = 24  # IP_BIND_ADDRESS_NO_PORT: no port is taken, not even for a moment
 
 Living = dict[bytes, set[bytes]]
 """The sockets' records as plan.tuples packs them, by their local end."""
@@ -127,6 +128,23 @@ def count_callers(
     called = (end.address.packed + end.port.to_bytes(2, "big") for end in ends)
     here = (record for end in called for record in living.get(end, ()))
     return sum(1 for record in here if any(record[-2:]) and record not in known)
+
+
+def can_bind(address: Address, device: str | None) -> bool:
+    """Whether a socket of this namespace, bound to *device* or to none, could have *address*.
+
+    The kernel is asked, since an address need not be a device's (a local route, ip_nonlocal_bind).
+    """
+    family = socket.AF_INET if address.version == 4 else socket.AF_INET6
+    with socket.socket(family, socket.SOCK_STREAM) as probe:
+        probe.setsockopt(socket.IPPROTO_IP, _BIND_ADDRESS_NO_PORT, 1)
+        try:
+            if device is not None:
+                probe.setsockopt(socket.SOL_SOCKET, socket.SO_BINDTODEVICE, device.encode())
+            probe.bind((str(address), 0))
+        except OSError:
+            return False
+    return True
 
 
 def listening_ports(address: Address) -> frozenset[int]:

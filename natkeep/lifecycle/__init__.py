@@ -8,7 +8,8 @@
     status.py     drain.py: what a teardown would break
     repair.py     teardown.py   gc.py
     examine.py    what stops or endangers a move, of a subject.py
-    live.py       the sockets of a living process
+    live.py       the sockets of a living process; sockets.py: what a site lacks or does of them
+    process.py    what CRIU needs for a restore
 
 Rule: these files know when things happen and nothing of how. They check everything before they
 change anything, write the journal before and after each step, and undo in reverse; they never

@@ -11,6 +11,7 @@ from natkeep.kernel import rtnetlink
 from natkeep.lifecycle.conflicts import refuse_conflicts
 from natkeep.lifecycle.executor import Executor
 from natkeep.lifecycle.owners import find_surroundings
+from natkeep.lifecycle.sockets import NO_REMEDY, find_unbindable, refuse_translated
 from natkeep.plan.move import Move, Site
 from natkeep.plan.roles import Role
 from natkeep.plan.step_order import make_plan
@@ -35,6 +36,10 @@ def check(
     executor.open_sites(move)
     move = _with_held(executor, move)
     besides = () if replaces is None else (replaces,)
+    olds = frozenset(map_.old for map_ in move.maps)
+    for site in move.sites if not move.quiesces else ():
+        if site.role == Role.SOURCE:
+            refuse_translated(executor.kernel, executor.state, site, olds, connections)
     surroundings = find_surroundings(executor.kernel, executor.state, move, connections, besides)
     if replaces is not None:
         earlier = executor.state.load(replaces).surroundings_there()
@@ -77,9 +82,7 @@ def _refuse_living(executor: Executor, plan: Plan) -> None:
 def require_devices(executor: Executor, move: Move, checkpoint: Checkpoint) -> None:
     """RefusedError when the destination lacks a device that a kept socket is bound to."""
     devices = checkpoint.devices([map_.old for map_ in move.maps])
-    destinations = [site for site in move.sites if site.role == Role.DESTINATION]
-    executor.kernel.open_sites(destinations)
-    for site in destinations:
+    for site in _open_destinations(executor, move):
         here = executor.kernel.ask(site, rtnetlink.device_names) if devices else frozenset()
         missing = sorted(devices - here)
         if missing:
@@ -87,6 +90,31 @@ def require_devices(executor: Executor, move: Move, checkpoint: Checkpoint) -> N
                 f"{site}: no device {', '.join(missing)}, which a socket is bound to",
                 hint="CRIU could not restore the socket there",
             )
+
+
+def require_sockets(executor: Executor, move: Move, checkpoint: Checkpoint) -> None:
+    """RefusedError when a socket's address will not be there, or its host translates it."""
+    olds = [map_.old for map_ in move.maps]
+    for socket in checkpoint.sockets:
+        if socket.is_translated() and socket.local and socket.local.address in olds:
+            raise RefusedError(f"{socket}: {socket.unkept}", hint=NO_REMEDY)
+    sockets = checkpoint.unmapped(olds)
+    if not (move.listeners or any(len(checkpoint.connections.at(old)) for old in olds)):
+        return  # it is about other addresses, which make_plan says
+    for site in _open_destinations(executor, move) if sockets else ():
+        for socket in find_unbindable(executor.kernel, site, sockets):
+            address = socket.local and socket.local.address
+            raise RefusedError(
+                f"{site}: CRIU could not restore {socket}: its address is not there, and no --map "
+                "moves it",
+                hint=f"--map {address}=NEW, or there: ip addr add {address} dev lo",
+            )
+
+
+def _open_destinations(executor: Executor, move: Move) -> list[Site]:
+    destinations = [site for site in move.sites if site.role == Role.DESTINATION]
+    executor.kernel.open_sites(destinations)
+    return destinations
 
 
 def find_new(executor: Executor, old: Address, sites: tuple[Site, ...]) -> Address:

@@ -28,10 +28,6 @@ OF_PATH: tuple[Look, ...] = ()
 """Of a plan: whether its packets pass. Each prepare asks them, inside a blackout too: the number of
 what they ask the kernel may not grow with the connections, but with their peers at most."""
 
-OF_PROCESS: tuple[Look, ...] = ()
-"""Of a checkpoint and whatever is to restore it: asked by `check`, and by the command line's
-`prepare` and `run`."""
-
 
 def examine(subject: Subject) -> Iterator[Finding]:
     """All that there is to be found; nothing is changed."""
@@ -39,6 +35,8 @@ def examine(subject: Subject) -> Iterator[Finding]:
     if subject.plan is not None:
         looks += OF_PATH
     if subject.checkpoint is not None:
+        from natkeep.lifecycle.process import OF_PROCESS  # what a prepare need not wait for
+
         looks += OF_PROCESS
     for look in looks:
         yield from look(subject)

@@ -2,14 +2,41 @@
 
 from __future__ import annotations
 
-from natkeep.checkpoint import Checkpoint
+from natkeep.checkpoint import TRANSLATED, Checkpoint
 from natkeep.checkpoint.live import Found, find_inodes, make_checkpoint
 from natkeep.errors import ImageError, RefusedError
 from natkeep.kernel import sock_diag
 from natkeep.kernel.interface import Kernel
 from natkeep.kernel.netns import held
+from natkeep.lifecycle.executor import Executor
+from natkeep.lifecycle.sockets import find_translated
 from natkeep.plan.move import Site
 from natkeep.plan.roles import Role
+from natkeep.values import replace
+
+
+def mark_translated(executor: Executor, pid: int, checkpoint: Checkpoint) -> Checkpoint:
+    """*checkpoint*, which read_live has just read, where what the host translates is not kept."""
+    home = Site(Role.SOURCE, f"pid:{pid}")
+    olds = {
+        each.local.address for each in checkpoint.sockets if each.is_connection() and each.local
+    }
+    found = dict(
+        find_translated(
+            executor.kernel, executor.state, home, frozenset(olds), checkpoint.connections
+        )
+    )
+    if not found:
+        return checkpoint
+    return Checkpoint.of(
+        tuple(
+            replace(each, unkept=f"{TRANSLATED}{outer} on the wire")
+            if (inbound := each.inbound()) and (outer := found.get(inbound))
+            else each
+            for each in checkpoint.sockets
+        ),
+        live=True,
+    )
 
 
 def read_live(kernel: Kernel, pid: int, sites: tuple[Site, ...] = ()) -> Checkpoint:

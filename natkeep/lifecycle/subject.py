@@ -9,6 +9,7 @@ from natkeep.kernel.interface import Kernel
 from natkeep.plan.findings import Finding
 from natkeep.plan.move import Site
 from natkeep.plan.steps import Plan
+from natkeep.state.directory import StateDirectory
 from natkeep.values import dataclass
 
 
@@ -18,7 +19,7 @@ class Subject:
 
     plan: of the move that is asked about; without one the machine alone is.
     checkpoint: where its connections were read; image: the directory, or empty; pid: of a process
-    that still runs, or None.
+    that still runs, or None. state: where the journals of other moves are.
     """
 
     kernel: Kernel
@@ -27,6 +28,7 @@ class Subject:
     checkpoint: Checkpoint | None = None
     image: str = ""
     pid: int | None = None
+    state: StateDirectory | None = None
 
 
 Look = Callable[[Subject], Iterator[Finding]]

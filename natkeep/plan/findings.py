@@ -153,4 +153,69 @@ CATALOGUE = {
         "are gone; but until a repair makes these again, ICMP errors do not get through.",
         "Nothing, or --mode stateless, which does not need the entries.",
     ),
+    "no-criu": Explanation(
+        Severity.STOP,
+        "There is no program `criu` in PATH, and NATKEEP_CRIU names none.",
+        "Install CRIU (criu.org, or a package), or name it: NATKEEP_CRIU=/path/of/criu.",
+    ),
+    "criu-fails": Explanation(
+        Severity.STOP,
+        "The CRIU in PATH (or NATKEEP_CRIU) did not dump and restore a process with a TCP "
+        "connection that was made to try it. CRIU before 4.1 fails so on new kernels.",
+        "Use a newer CRIU, as root, with all capabilities that `criu dump` needs.",
+    ),
+    "pid-in-use": Explanation(
+        Severity.STOP,
+        "CRIU gives each process and thread the id that it had, and one of them is taken here. The "
+        "restore would fail.",
+        "End that process, or restore in a pid namespace of its own (`unshare --pid --fork "
+        "--mount-proc`, or a container).",
+    ),
+    "file-missing": Explanation(
+        Severity.STOP,
+        "CRIU opens files by their names and does not bring them: programs, libraries, logs, data, "
+        "working directories, /dev/shm. The restore would fail at the first that is not there.",
+        "Copy them with their modes before the restore; what changes while the process runs, once "
+        "it is dumped.",
+    ),
+    "file-differs": Explanation(
+        Severity.STOP,
+        "CRIU refuses a file that has another size or mode than at the dump.",
+        "Copy it again after the dump, or install the same version of its package.",
+    ),
+    "files-not-seen": Explanation(
+        Severity.NOTE,
+        "The tree has mounts of its own, as in a container. Which files are there is the matter of "
+        "its image and volumes, and cannot be seen from outside.",
+        "See that the container's image and volumes are the same.",
+    ),
+    "socket-directory": Explanation(
+        Severity.STOP,
+        "A Unix socket is bound in a directory that is not here. The restore would fail.",
+        "Make the directory, with its owner and mode.",
+    ),
+    "sysv-ipc": Explanation(
+        Severity.STOP,
+        "A process has System V shared memory and no IPC namespace of its own. CRIU refuses the "
+        "dump; nothing is lost by that.",
+        "Start the process under `unshare --ipc`, or configure it to use other shared memory.",
+    ),
+    "image-incomplete": Explanation(
+        Severity.WARN,
+        "The directory has no pstree.img: it is enough to prepare by, and not to restore from.",
+        "Copy all of the image to the destination.",
+    ),
+    "address-missing": Explanation(
+        Severity.STOP,
+        "A socket is bound to an address of the source that is not here and that no --map moves. "
+        "CRIU could not bind it, and the restore would fail.",
+        "Move that address as well (--map), or give it to the destination (`ip addr add`).",
+    ),
+    "source-translates": Explanation(
+        Severity.STOP,
+        "The source redirects, publishes or masquerades a connection by its own rules: its peer "
+        "knows it by another address or port than the process. Only the source knows both, and "
+        "when the process has left, the peer's packets would find nothing.",
+        "Let peers connect to the process' own address and port; such connections cannot be kept.",
+    ),
 }

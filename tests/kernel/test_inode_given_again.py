@@ -40,8 +40,14 @@ class Stranger(NamedTuple):
 
 
 def cable(netns: str, *more: str) -> None:
-    lines = ["link add eth0 type veth peer name eth1", f"address add {NEW}/24 dev eth0",
-             "link set eth0 up", "link set eth1 up", "route add default via 10.3.0.1"]  # fmt: skip
+    lines = [
+        "link add eth0 type veth peer name eth1",
+        f"address add {NEW}/24 dev eth0",
+        "link set eth0 up",
+        "link set eth1 up",
+        "route add default via 10.3.0.1",
+        "address add fd00:2::10/128 dev lo nodad",  # of the image's other connection
+    ]
     command = ["ip", "-n", netns, "-batch", "-"]
     subprocess.run(command, input="\n".join([*lines, *more]), text=True, check=True)
 

@@ -61,6 +61,7 @@ def place(netns: str, tmp_path: Path) -> Path:
         [b"link", b"set", DEVICE, b"up"],
         [b"link", b"set", b"eth1", b"up"],
         [b"route", b"add", b"default", b"via", b"10.3.0.1"],
+        b"address add fd00:2::10/128 dev lo nodad".split(),  # of the image's other connection
     ):
         subprocess.run([b"ip", b"-n", netns.encode(), *words], check=True)
     namespace = open_namespace(netns)

@@ -1,0 +1,99 @@
+"""The looks at a process, or its image: would CRIU dump it here, and restore it there?"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from natkeep.checkpoint import Checkpoint
+from natkeep.checkpoint.live import find_tree
+from natkeep.checkpoint.tree import read_tree
+from natkeep.kernel import criu_trial
+from natkeep.kernel import process as processes
+from natkeep.lifecycle.sockets import find_translated, find_unbindable
+from natkeep.lifecycle.subject import Look, Subject
+from natkeep.plan.findings import Finding, ok
+from natkeep.plan.move import Site
+from natkeep.plan.process import judge, judge_dump
+from natkeep.plan.roles import Role
+from natkeep.plan.tuples import Address
+
+
+def look_at_criu(subject: Subject) -> Iterator[Finding]:
+    """Which CRIU is here, and whether it works; tried, which takes a second."""
+    if not (subject.image or subject.pid) or not _sites(subject, Role.DESTINATION, Role.SOURCE):
+        return
+    criu = criu_trial.find_criu()
+    if criu is None:
+        yield Finding("no-criu", None, "no criu in PATH")
+        return
+    name = f"criu {criu_trial.read_version(criu) or 'of no version'} ({criu})"
+    works, said = criu_trial.try_out(criu)
+    if not works:
+        yield Finding("criu-fails", None, f"{name}: {said}")
+    else:
+        yield ok(None, f"{name} dumps and restores TCP here{said and f', with {said}'}")
+
+
+def look_at_tree(subject: Subject) -> Iterator[Finding]:
+    """Ids, files and directories that the tree needs, and whether they are at the destination."""
+    destinations = _sites(subject, Role.DESTINATION)
+    if subject.pid is not None:
+        tree = processes.read_living(find_tree(subject.pid), subject.pid)
+        yield from judge_dump(Site(Role.SOURCE, f"pid:{subject.pid}"), tree)
+    elif subject.image and destinations:
+        found = read_tree(subject.image)
+        if found is None:
+            yield Finding("image-incomplete", None, f"no pstree.img in {subject.image}")
+            return
+        tree = found
+    else:
+        return
+    for site in destinations:
+        shown = processes.look_at(site.netns, tree, besides=subject.pid)
+        yield from judge(site, tree, shown)
+
+
+def look_at_sockets(subject: Subject) -> Iterator[Finding]:
+    """Whether each socket can have its address there, and is on the wire what the image says."""
+    checkpoint, olds = subject.checkpoint, _olds(subject)
+    if checkpoint is None or not olds:
+        return
+    unmapped = checkpoint.unmapped([*olds])
+    for site in _sites(subject, Role.DESTINATION) if checkpoint.sockets else ():
+        found = [*find_unbindable(subject.kernel, site, unmapped)]
+        for each in found:
+            yield Finding("address-missing", site, f"{each}, which no --map moves")
+        if not found:
+            yield ok(site, "every socket's address is there, or is moved")
+    yield from _look_at_source(subject, checkpoint, olds)
+
+
+def _look_at_source(
+    subject: Subject, checkpoint: Checkpoint, olds: frozenset[Address]
+) -> Iterator[Finding]:
+    marked = [each for each in checkpoint.sockets if each.is_translated()]
+    for each in marked:
+        yield Finding("source-translates", None, f"{each}: {each.unkept}")
+    if subject.state is None:
+        return
+    for site in _sites(subject, Role.SOURCE):
+        around = subject.kernel, subject.state, site
+        found = [*find_translated(*around, olds, checkpoint.connections)]
+        for inner, outer in found[:1]:
+            what = f"{inner} is {outer} on the wire; {len(found)} in all"
+            yield Finding("source-translates", site, what)
+        if not found:
+            yield ok(site, "it translates none of the connections itself")
+
+
+def _sites(subject: Subject, *roles: Role) -> list[Site]:
+    return [site for site in subject.sites if site.role in roles]
+
+
+def _olds(subject: Subject) -> frozenset[Address]:
+    maps = subject.plan.move.maps if subject.plan is not None else ()
+    return frozenset(map_.old for map_ in maps)
+
+
+OF_PROCESS: tuple[Look, ...] = (look_at_sockets, look_at_tree, look_at_criu)
+"""Asked by `check` alone; by what costs nothing of it `prepare` and `run` refuse, in check.py."""

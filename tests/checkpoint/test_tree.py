@@ -1,0 +1,203 @@
+"""The reader of what a dumped tree needs: made images, damage, and the tree of a real process."""
+
+from __future__ import annotations
+
+import os
+import struct
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from checkpoint.test_images import field, image
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from natkeep.checkpoint.imagefile import COMMON, FILES, IDS, INVENTORY, PSTREE, REMAP_FPATH
+from natkeep.checkpoint.live import find_tree
+from natkeep.checkpoint.tree import read_tree
+from natkeep.errors import ImageError
+from natkeep.kernel import process
+from natkeep.plan.process import File, Tree
+
+
+def regular(number: int, name: bytes, *, size: int | None = None, mode: int = 0o100644,
+            external: bool = False) -> bytes:  # fmt: skip
+    entry = field(1, number) + field(2, 0) + field(3, 1 << 40) + field(5, b"") + field(6, name)
+    entry += b"" if size is None else field(8, size)
+    entry += field(9, 1) if external else b""
+    return field(1, 1) + field(2, number) + field(3, entry + field(10, mode))
+
+
+def unix(number: int, name: bytes, *, directory: bytes = b"", deleted: bool = False) -> bytes:
+    entry = b"".join(field(each, 1) for each in range(1, 9)) + field(9, b"") + field(10, b"")
+    entry += field(11, name) + (field(14, directory) if directory else b"")
+    return field(1, 5) + field(2, number) + field(16, entry + (field(15, 1) if deleted else b""))
+
+
+FOUND = [
+    regular(1, b"/usr/bin/serve", size=5_000_000_000, mode=0o100755),
+    regular(2, b"/var/log/serve.log"),
+    regular(3, b"/dev/pts/4", mode=0o20620),
+    regular(4, b"/tmp/gone"),
+    regular(5, b"/handed/on", external=True),
+    regular(6, b"/", mode=0o40755),
+    unix(7, b"/run/serve/socket\0"),
+    unix(8, b"\0abstract"),
+    unix(9, b"socket\0", directory=b"/run/relative"),
+    unix(10, b"/run/other/socket\0", deleted=True),
+    unix(11, b""),
+]
+IDS_OF_CRIU = field(5, 1) + field(6, 2) + field(9, 3)
+
+
+def write(directory: Path, *, ids: bytes = IDS_OF_CRIU, files: list[bytes] = FOUND) -> Path:
+    own = field(1, 2) + field(3, IDS_OF_CRIU)
+    processes = [
+        b"".join(field(which, pid) for which in range(1, 5)) + field(5, pid) + field(5, pid + 1)
+        for pid in (300, 310)
+    ]
+    deleted = [field(1, 4) + field(2, 1) + field(3, 1)]
+    for name, data in {
+        "inventory.img": image(INVENTORY, entries=[own]),
+        "pstree.img": image(COMMON, PSTREE, entries=processes),
+        "ids-300.img": image(COMMON, IDS, entries=[ids]),
+        "files.img": image(COMMON, FILES, entries=files),
+        "remap-fpath.img": image(COMMON, REMAP_FPATH, entries=deleted),
+        **{f"core-{number}.img": b"" for number in (300, 301, 310, 311)},
+    }.items():
+        (directory / name).write_bytes(data)
+    return directory
+
+
+def test_what_a_tree_needs(tmp_path: Path) -> None:
+    assert read_tree(write(tmp_path)) == Tree(
+        frozenset({300, 301, 310, 311}),
+        (
+            File("/usr/bin/serve", 5_000_000_000, 0o100755),
+            File("/var/log/serve.log", None, 0o100644),
+            File("/", None, 0o40755),
+        ),
+        ("/run/relative", "/run/serve"),
+    )
+
+
+def test_namespaces_of_its_own(tmp_path: Path) -> None:
+    tree = read_tree(write(tmp_path, ids=field(5, 11) + field(6, 2) + field(9, 13)))
+
+    assert tree is not None
+    assert (tree.ids, tree.own_mounts) == (frozenset(), True)
+
+
+def test_an_image_of_sockets_alone_says_nothing_of_a_tree(tmp_path: Path) -> None:
+    (write(tmp_path) / "pstree.img").unlink()
+
+    assert read_tree(tmp_path) is None
+
+
+def test_a_process_without_its_core_is_damage(tmp_path: Path) -> None:
+    (write(tmp_path) / "core-310.img").unlink()
+
+    with pytest.raises(ImageError, match=r"^no core-310\.img in "):
+        read_tree(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("entry", "message"),
+    [
+        (regular(1, b"relative"), "its name is not a path"),
+        (regular(1, b"/a\0b"), "its name is not a path"),
+        (unix(1, b"/a\0b"), "its name is not a path"),
+        (field(1, 1) + field(2, 1) + field(3, field(1, 1)), "is missing"),
+        (field(1, 1) + field(2, 1) + field(3, field(1, 1) + field(1, 1)), "is there twice"),
+    ],
+)
+def test_what_is_not_understood_is_damage(entry: bytes, message: str, tmp_path: Path) -> None:
+    with pytest.raises(ImageError, match=message):
+        read_tree(write(tmp_path, files=[entry]))
+
+
+@pytest.mark.parametrize(
+    "name", ["inventory.img", "pstree.img", "ids-300.img", "files.img", "remap-fpath.img"]
+)
+@pytest.mark.parametrize("cut", [0, 1, 9, -1])
+def test_a_cut_image_is_damage(name: str, cut: int, tmp_path: Path) -> None:
+    path = write(tmp_path) / name
+    path.write_bytes(path.read_bytes()[:cut])
+
+    with pytest.raises(ImageError):
+        read_tree(tmp_path)
+
+
+@settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_whatever_is_changed_it_is_read_or_refused(data: st.DataObject, tmp_path: Path) -> None:
+    names = ["inventory.img", "pstree.img", "ids-300.img", "files.img", "remap-fpath.img"]
+    path = write(tmp_path) / data.draw(st.sampled_from(names))
+    octets = bytearray(path.read_bytes())
+    octets[data.draw(st.integers(0, len(octets) - 1))] = data.draw(st.integers(0, 255))
+    path.write_bytes(octets)
+    try:
+        assert isinstance(read_tree(tmp_path), Tree)
+    except ImageError:
+        pass
+    finally:
+        write(tmp_path)
+
+
+def test_a_length_that_takes_in_what_follows_is_damage(tmp_path: Path) -> None:
+    path = write(tmp_path) / "files.img"
+    octets = path.read_bytes()
+    size = struct.unpack_from("<I", octets, 8)[0]
+    path.write_bytes(octets[:8] + struct.pack("<I", size + 1) + octets[12:])
+
+    with pytest.raises(ImageError):
+        read_tree(tmp_path)
+
+
+# ---- a living tree -------------------------------------------------------------------------------
+
+SERVER = """
+import mmap, os, socket, sys, threading
+at = sys.argv[1]
+log, gone = open(f"{at}/log", "w"), open(f"{at}/gone", "w")
+os.unlink(f"{at}/gone")
+os.mkdir(f"{at}/run")
+door = socket.socket(socket.AF_UNIX)
+door.bind(f"{at}/run/door")
+door.listen()
+os.chdir(f"{at}/run")
+threading.Thread(target=sys.stdin.read, daemon=True).start()
+print("ready", flush=True)
+sys.stdin.read()
+"""
+
+
+def test_what_a_living_tree_needs_and_what_of_it_is_there(tmp_path: Path) -> None:
+    server = subprocess.Popen(
+        [sys.executable, "-c", SERVER, str(tmp_path)],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    assert server.stdin is not None
+    assert server.stdout is not None
+    assert server.stdout.readline() == "ready\n"
+    try:
+        tree = process.read_living(find_tree(server.pid), server.pid)
+        names = {file.name for file in tree.files}
+        assert {f"{tmp_path}/log", f"{tmp_path}/run", os.path.realpath(sys.executable)} <= names
+        assert not {name for name in names if "gone" in name or name.startswith("/proc/")}
+        assert tree.directories == (f"{tmp_path}/run",)
+        assert server.pid in tree.ids
+        assert len(tree.ids) == 2
+        assert not tree.own_mounts
+        assert not tree.shared_memory
+
+        there = process.look_at("", tree)
+        assert there.in_use == tree.ids
+        assert there.found.keys() == names | {f"{tmp_path}/run"}
+        assert not process.look_at("", tree, besides=server.pid).in_use
+    finally:
+        server.stdin.close()
+        server.wait()
+
+    assert not process.look_at("", tree).in_use
