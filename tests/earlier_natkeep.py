@@ -22,10 +22,10 @@ def remove_later(netns: str) -> None:
     objects = [next(iter(each.items())) for each in listed["nftables"]]
     later = [(kind, one["name"]) for kind, one in objects if is_later(one.get("name", ""))]
     chains = [f"inet natkeep {name}" for kind, name in later if kind == "chain"]
-    maps = [f"inet natkeep {name}" for kind, name in later if kind != "chain"]
+    sets = [f"{kind} inet natkeep {name}" for kind, name in later if kind != "chain"]
     assert chains
-    lines = [f"flush chain {name}" for name in chains] + [f"flush map {name}" for name in maps]
-    lines += [f"delete chain {name}" for name in chains] + [f"delete map {name}" for name in maps]
+    lines = [f"flush chain {name}" for name in chains] + [f"flush {name}" for name in sets]
+    lines += [f"delete chain {name}" for name in chains] + [f"delete {name}" for name in sets]
     subprocess.run([*within, "nft", "-f", "-"], check=True, input="\n".join(lines).encode())
 
 

@@ -9,7 +9,7 @@ Numbers are from linux/netfilter/nf_tables.h.
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from functools import lru_cache
 from ipaddress import ip_address
@@ -168,6 +168,14 @@ def dump_keys(netlink: Netlink, family: str, table: str, name: str) -> list[byte
     scope = attribute(1, string(table)) + attribute(2, string(name))
     answers = _request(netlink, _GETSETELEM, _FAMILY[family], scope)
     return [key for each in answers for key in _element_keys(find_attribute(each, 3))]
+
+
+def count_heard(netlink: Netlink, names: Iterable[str]) -> int:
+    """How many elements these sets have, of those that plan/base_chains.py calls heard_set.
+
+    Each is a peer that has said by the wire something else than a reset since its move was opened.
+    """
+    return sum(len(dump_keys(netlink, "inet", TABLE, name)) for name in names)
 
 
 def _element_keys(elements: bytes) -> list[bytes]:

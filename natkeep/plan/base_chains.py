@@ -42,12 +42,15 @@ SYN = TcpFlags(_OPENING_FLAGS, ("syn",))
 """A bare SYN: it begins a connection."""
 NOT_SYN = TcpFlags(_OPENING_FLAGS, ("syn",), equal=False)
 SYN_ACK = TcpFlags(("syn", "ack"), ("syn", "ack"))
+RST = TcpFlags(("rst",), ("rst",))
 _HAS_ENTRY = Meta("ct state", "established,related,new")
 _CRIU_MARKED = Meta("meta mark", f"{CRIU_MARK:#x}")
 FROM_WIRE = Meta("iif", '"lo"', equal=False)
 TO_WIRE = Meta("oif", '"lo"', equal=False)
 
 GATE = "gate"
+HEARD = "heard"
+"""The dispatch behind the gate at a destination, which ignores resets of peers not heard yet."""
 INJECTED = "injected"
 LEAVING = "leaving"
 HALF_OPEN = "half-open"
@@ -78,6 +81,7 @@ DISPATCHES = {
     # filters, in front of everything: gate and mute of the kept, reset of the unkept connections
     GATE: Dispatch(GATE, "filter", "prerouting", "-350", "daddr"),
     "mute": Dispatch("muted", "filter", "output", "-350", "saddr"),
+    HEARD: Dispatch("early-resets", "filter", "prerouting", "-340", "daddr"),
     "refuse": Dispatch("refusing", "filter", "prerouting", "-360", "daddr"),
     "answer": Dispatch("answering", "filter", "output", "-360", "saddr"),
     # translation, stateful
@@ -121,6 +125,11 @@ def ended_set(move_id: str, number: int) -> str:
     return f"ended-{move_id}-{number}"
 
 
+def heard_set(move_id: str, number: int) -> str:
+    """Name of the set of those of them whose peers were heard since the move was opened."""
+    return f"{HEARD}-{move_id}-{number}"
+
+
 def routed_set(move_id: str, number: int) -> str:
     """Name of the set of the same as they are routed, where neither of those two has that."""
     return f"routed-{move_id}-{number}"
@@ -152,13 +161,16 @@ def address_chain(dispatch: str, address: Address) -> str:
 
 def is_later(name: str) -> bool:
     """Whether a chain, set or map is of those that earlier natkeeps did not make."""
-    of_a_move = name.startswith(("routed-", "to-outer-", "to-inner-", "ended-"))
+    of_a_move = name.startswith(("routed-", "to-outer-", "to-inner-", "ended-", f"{HEARD}-"))
     return name == DEFRAGMENT or of_a_move or name.partition("-at-")[0] in _later_names()
+
+
+_LATER = ("from", "to", HEARD)
 
 
 @cache
 def _later_names() -> frozenset[str]:
-    later = [row for row in DISPATCHES if row.startswith("invalid-") or row in ("from", "to")]
+    later = [row for row in DISPATCHES if row.startswith("invalid-") or row in _LATER]
     maps = {dispatch_map(row, v) for row in later for v in FAMILIES}
     chains = [DISPATCHES[row].chain for row in later] + [chain.name for chain, _ in _LOCAL]
     return frozenset([*later, *maps, *chains])

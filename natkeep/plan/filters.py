@@ -6,6 +6,7 @@
     callers   prerouting -350          bare SYN, ports            drop     accept   (listeners.py)
     block     prerouting -350          bare SYN, listener         drop     its removal
     reset     prerouting, output -360  unkept set                 drop     reject with tcp reset
+    early     prerouting -340          RST, kept, not yet heard   drop     the peer's first segment
     owned     a table of its own       outer, inner set           drop     never
 
 - Gate and mute ask the same sets and jump to the same chain, so opening is one rule everywhere.
@@ -17,6 +18,11 @@
   it answers (RFC 9293, 3.5.2). A tuple may live again: its SYN (at the destination the listener's
   SYN-ACK) puts it into `again-ID-N`, and it is left alone from then on. It stands in front of the
   gate and of the listeners' rules; its sets hold no kept connection, so a kept one is never reset.
+- A peer that was spoken to by NEW, since a gateway is not ready yet, answers with a reset; one that
+  lives, once it is, with an acknowledgement. So at a destination a reset of a kept tuple is dropped
+  until something else has come from its peer: `heard-ID-N` has these tuples. It stands behind the
+  gate, since what that drops does not count, and before conntrack, whose entry a reset would end.
+  What comes by lo never was translated, and is not asked.
 - The owned table has the flag `owner`, so the kernel spares it when the ruleset is flushed.
 
 Rule: exact tuples of the move only. This file must never run anything.
@@ -31,7 +37,10 @@ from natkeep.plan.arp import silence
 from natkeep.plan.base_chains import (
     GATE,
     HALF_OPEN,
+    HEARD,
+    NOT_SYN,
     OPEN,
+    RST,
     SYN,
     TO_WIRE,
     address_chain,
@@ -39,6 +48,7 @@ from natkeep.plan.base_chains import (
     dispatch_to,
     ended_set,
     gate_chain,
+    heard_set,
     inbound_key,
     inner_map,
     kept_set,
@@ -72,6 +82,7 @@ from natkeep.plan.translation import Translation
 from natkeep.plan.tuples import Address, Connections
 
 RESET_PREFIX = "reset-"
+_KEPT_PREFIX = "kept-"
 
 # ---- gate and mute: the kept connections ---------------------------------------------------------
 
@@ -107,7 +118,36 @@ def gate(move_id: str, translations: Iterable[Translation]) -> tuple[Object, ...
                 objects.append(Rule(HALF_OPEN, (from_old, kept, note), move_id))
             objects.append(Rule(HALF_OPEN, (from_old, kept, DROP), move_id))
             objects += silence(old)
+            objects += _early_resets(move_id, translation, asked)
     return tuple(objects)
+
+
+def _early_resets(move_id: str, translation: Translation, kept: Match) -> Iterator[Object]:
+    """Resets of peers that were not heard yet are dropped; a peer that was pays one lookup."""
+    heard = heard_set(move_id, translation.number)
+    version, size = translation.map.old.version, len(translation.kept)
+    yield connection_set(heard, version, size, dynamic=True)
+    rules: tuple[tuple[Statement, ...], ...] = (
+        # Each in front of the one before.
+        (NOT_SYN, kept, Add(kept.fields, heard)),
+        (RST, kept, DROP),
+        (kept._replace(to=f"@{heard}"), ACCEPT),
+    )
+    yield from dispatch_to(HEARD, translation.before)
+    for statements in rules:
+        chain = address_chain(HEARD, translation.before)
+        yield Rule(chain, statements, move_id, insert=True)
+
+
+def noted_set(name: str) -> str:
+    """Name of the set in which packets note what has become of the connections of the set *name*.
+
+    Empty where there is none: of a set that is neither of kept connections nor of unkept ones.
+    """
+    for prefix, noted in ((RESET_PREFIX, "again-"), (_KEPT_PREFIX, f"{HEARD}-")):
+        if name.startswith(prefix):
+            return f"{noted}{name.removeprefix(prefix)}"
+    return ""
 
 
 def gives_back(translation: Translation) -> bool:
@@ -197,11 +237,6 @@ def reset_set(move_id: str, number: int) -> str:
 def again_set(move_id: str, number: int) -> str:
     """Name of the set of those of them whose tuple lives again."""
     return f"again-{move_id}-{number}"
-
-
-def again_of(name: str) -> str:
-    """The again_set that belongs to the reset_set *name*."""
-    return f"again-{name.removeprefix(RESET_PREFIX)}"
 
 
 def reset_chain(move_id: str) -> str:

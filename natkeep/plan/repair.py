@@ -125,8 +125,8 @@ def find_patches(
         patch = _patch_of(step, seen, life)
         if patch is not None:
             yield number, patch
-        if opened and isinstance(step, FillSet) and _has_forgotten(step, missing):
-            yield number, replace(step, name=filters.again_of(step.name))
+        if opened and isinstance(step, FillSet):
+            yield from ((number, fill) for fill in _fill_noted(step, missing))
         if isinstance(step, FillSet) and life.known:
             yield from ((number, fill) for fill in _fill_ended(plan, step, missing, life))
 
@@ -147,14 +147,15 @@ def _fill_ended(
             yield FillSet(step.site, ended, gone)
 
 
-def _has_forgotten(step: FillSet, missing: frozenset[Key]) -> bool:
-    """Whether the set is lost that says which tuples of a set of resets live again.
+def _fill_noted(step: FillSet, missing: frozenset[Key]) -> Iterator[FillSet]:
+    """Where the set is lost in which packets noted what became of these connections: all of them.
 
-    All ends were reset when the move was opened, so every tuple is taken for a new connection.
+    Of those that cannot be kept all ends were reset when the move was opened, so every tuple is
+    taken for a new connection; and every peer of a kept one for one that was heard.
     """
-    if not step.name.startswith(filters.RESET_PREFIX):
-        return False
-    return Key("inet", "set", filters.again_of(step.name)) in missing
+    name = filters.noted_set(step.name)
+    if Key("inet", "set", name) in missing:
+        yield FillSet(step.site, name, step.connections)
 
 
 def _place(

@@ -41,6 +41,7 @@ from natkeep.plan.base_chains import (
     DIRECTIONS,
     FROM_WIRE,
     NOT_SYN,
+    RST,
     SYN,
     SYN_ACK,
     TO_WIRE,
@@ -69,7 +70,6 @@ from natkeep.plan.nft import (
 )
 from natkeep.plan.translation import Translation
 
-_RST = TcpFlags(("rst",), ("rst",))
 _RST_ACK = TcpFlags(("rst", "ack"), ("rst", "ack"))
 _NEITHER = TcpFlags(("syn", "rst"), ())
 _MARK = "tcp urgptr", CRIU_MARK
@@ -109,7 +109,7 @@ def _at_gateway(move_id: str, translation: Translation) -> tuple[Rules, Rules]:
         (_NEITHER, there, gone, *to_old),
         (SYN_ACK, there, note, ACCEPT),
         (_RST_ACK, _NUMBER_0, there, gone, note, DROP),
-        (_RST, there, gone, *to_old),
+        (RST, there, gone, *to_old),
     ]
 
 

@@ -119,7 +119,8 @@ class InstallGate(Loads):
     def static(self) -> tuple[tuple[Object, ...], ...]:
         """The table, and what it has at a site of this role."""
         if self.site.row.puts_old:
-            return (base_chains.base_table(), base_chains.destination_table(), arp.arp_table())
+            parts = (base_chains.destination_table(), base_chains.dispatch_table(base_chains.HEARD))
+            return (base_chains.base_table(), *parts, arp.arp_table())
         if self.site.row.mutes:
             return (base_chains.base_table(), base_chains.dispatch_table("mute"))
         return (base_chains.base_table(),)

@@ -26,8 +26,11 @@ import pytest
 from fake_kernel import revert_step
 
 from natkeep.kernel.linux import LinuxKernel
+from natkeep.kernel.netlink import NETLINK_NETFILTER, Netlink
 from natkeep.kernel.netns import inside, open_namespace
+from natkeep.kernel.nftables_dump import count_heard
 from natkeep.lab.time_scale import scaled
+from natkeep.plan.base_chains import heard_set
 from natkeep.plan.move import Map, Mode, Move, Site
 from natkeep.plan.roles import Role
 from natkeep.plan.step_order import make_plan
@@ -205,6 +208,11 @@ class Stage:
         """As it is once the blackout is over: packets do not come by the gates any more."""
         self.kernel.unhook_gates()
         assert "chain gate {" not in self.run(self.netns, "nft", "list", "table", "inet", "natkeep")
+
+    def heard(self) -> int:
+        """How many of the peers were heard, of either family."""
+        with inside(open_namespace(self.netns)), Netlink(NETLINK_NETFILTER) as netlink:
+            return count_heard(netlink, [heard_set("web", number) for number in (0, 1)])
 
     def outside(self, version: int) -> Address:
         """The address that peers send to, as it arrives at the site."""
@@ -411,6 +419,43 @@ def test_the_process_may_send_first(
     answer = to_peer(stage, 6)
 
     assert [stage.expect(answer, src=stage.outside(6))] == stage.outbound(answer)
+
+
+@EACH_MODE
+@EACH_VERSION
+def test_a_reset_reaches_the_process_once_its_peer_has_said_anything_else(
+    make_stage: Callable[[Role], Stage], version: int, mode: Mode
+) -> None:
+    """What a closed gate has dropped does not count, nor does a SYN; to conntrack it never came."""
+    stage = make_stage(Role.DESTINATION)
+    plan = stage.prepare(opened=False, mode=mode)
+    packet = to_process(stage, version)
+    assert stage.inbound(packet) == []
+    stage.apply(plan.open)
+    if mode == Mode.STATEFUL:  # in the other one a SYN ends a tuple that no socket has
+        stage.inbound(to_process(stage, version, flags="S", data=b""))
+    for flags in ("R", "RA"):
+        assert stage.inbound(to_process(stage, version, flags=flags, data=b"")) == []
+    assert "CLOSE" not in stage.run(stage.netns, "conntrack", "-L", "-p", "tcp")
+    assert stage.heard() == 0
+
+    assert [stage.expect(packet, dst=stage.inside(version))] == stage.inbound(packet)
+    assert stage.heard() == 1
+    reset = to_process(stage, version, flags="R", data=b"")
+    assert [stage.expect(reset, dst=stage.inside(version))] == stage.inbound(reset)
+
+
+@EACH_VERSION
+def test_a_reset_of_another_connection_is_not_asked_whether_its_peer_was_heard(
+    make_stage: Callable[[Role], Stage], version: int
+) -> None:
+    stage = make_stage(Role.DESTINATION)
+    stage.prepare()
+
+    for source, sport in ((PEER[version], KEPT_PORT + 1), (NEW[version] + 7, KEPT_PORT)):
+        reset = segment(source, sport, stage.outside(version), PORT, flags="R", data=b"")
+        assert [stage.expect(reset)] == stage.inbound(reset)
+    assert stage.heard() == 0
 
 
 @EACH_VERSION
