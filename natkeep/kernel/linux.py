@@ -103,6 +103,7 @@ class LinuxKernel:
 
     def __init__(self, directory: str = "") -> None:
         self._namespaces: dict[Site, Namespace] = {}
+        self._unheard: set[Identity] = set()
         weakref.finalize(self, _close_all, self._namespaces)
         self._directory = directory
 
@@ -240,11 +241,16 @@ class LinuxKernel:
     def unhook_gates(self) -> None:
         """At each opened site where no gate is closed take them out of all packets' way.
 
+        And what ignores resets of peers that were not heard, where all were.
         It saves time and nothing else, so it never fails.
         """
         for site in self._namespaces:
             with suppress(KernelError), self._at(site):
                 nftables.remove_gate_hook()
+                # Once a command: a thousand moves at a site are looked at one after the other.
+                where = self._namespaces[site].identity
+                if where not in self._unheard and not nftables.remove_early_hook():
+                    self._unheard.add(where)
 
     # ---- where -------------------------------------------------------------------------------
 

@@ -29,8 +29,11 @@ from natkeep.kernel.nft_messages import (
 )
 from natkeep.plan import syn_block
 from natkeep.plan.base_chains import (
+    DISPATCHES,
     GATE,
+    HEARD,
     OPEN,
+    early_hook,
     gate_hook,
     is_address_chain,
     removal,
@@ -44,6 +47,9 @@ from natkeep.plan.steps import HoldListeners, Loads, OpenGate
 _MESSAGE = re.compile(r"(?:Error|Warning): (.*)")
 _GATES = re.compile(r"(?:gate|callers)-[a-z0-9][a-z0-9-]*")
 """Chains that drop until they are opened; an address chain's name has a dot or an underscore."""
+
+
+_EARLY = DISPATCHES[HEARD].chain
 
 
 class NftError(KernelError):
@@ -108,6 +114,8 @@ def load(objects: Iterable[Object], first: Iterable[str] = ()) -> None:
         run_transaction([*map(str, late), *text])  # it went since we looked
     if closes:
         _hook_again()
+    if any(isinstance(one, Rule) and one.chain.startswith(f"{HEARD}-at-") for one in objects):
+        _hook_early()
     send_batch(pack_objects(raw))
 
 
@@ -118,6 +126,12 @@ def _hook_again() -> None:
     """
     if late := missing_gate_hook():
         run_transaction(map(str, late))
+
+
+def _hook_early() -> None:
+    """The same of the base chain for resets, now that not all peers are heard."""
+    if not dump.has_chain(TABLE, _EARLY):
+        run_transaction(map(str, early_hook()))
 
 
 def load_step(step: Loads, objects: Iterable[Object], first: Iterable[str] = ()) -> None:
@@ -264,6 +278,21 @@ def remove_gate_hook() -> None:
     if packed := pack_gate_hook_removal():
         with Netlink(NETLINK_NETFILTER) as netlink, suppress(OSError):  # it only saves time
             netlink.send_transaction(packed, 2)
+
+
+def remove_early_hook() -> bool:
+    """As remove_gate_hook, where every peer was heard: their resets are not asked for any more.
+
+    Whether it has gone. A prepare makes it anew.
+    """
+    with Netlink(NETLINK_NETFILTER) as netlink, suppress(OSError):  # it only saves time
+        generation = dump.read_generation()
+        if not dump.has_chain(TABLE, _EARLY):
+            return True
+        if dump.are_all_heard(netlink):
+            netlink.send_transaction(pack_batch(pack_chain_removal(_EARLY), generation), 2)
+            return True
+    return False
 
 
 def pack_gate_hook_removal(opening: Sequence[Rule] = ()) -> bytes:

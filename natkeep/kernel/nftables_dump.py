@@ -23,6 +23,7 @@ from natkeep.kernel.netlink import (
     find_attribute,
 )
 from natkeep.kernel.nft_messages import SUBSYSTEM, nfgenmsg, string
+from natkeep.plan.base_chains import HEARD
 from natkeep.plan.nft import TABLE, Key, describe_rule, number_alike
 from natkeep.values import dataclass
 
@@ -176,6 +177,21 @@ def count_heard(netlink: Netlink, names: Iterable[str]) -> int:
     Each is a peer that has said by the wire something else than a reset since its move was opened.
     """
     return sum(len(dump_keys(netlink, "inet", TABLE, name)) for name in names)
+
+
+def are_all_heard(netlink: Netlink) -> bool:
+    """Whether every kept connection of every move here has had its peer heard: full sets.
+
+    Where some are local to this host, they are never heard by the wire.
+    """
+    for answer in _request(netlink, _GETSET, _FAMILY["inet"], attribute(1, string(TABLE))):
+        each = attributes(answer)
+        name = _text(each[2])
+        if name.startswith(f"{HEARD}-"):
+            size = _number(attributes(each[9]).get(1, b""))
+            if count_heard(netlink, [name]) < size:
+                return False
+    return True
 
 
 def _element_keys(elements: bytes) -> list[bytes]:

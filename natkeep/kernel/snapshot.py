@@ -98,7 +98,7 @@ class Snapshot:
             holds=syn_block.comment(move_id) in self._comments("gate"),
             callers=sum(self._count_callers(one, here) for one in receptions),
             inner=0 if sockets is None else self._count_inner(plan),
-            gone=_without_hook(prepared - there, gate),
+            gone=self._without_early_hook(_without_hook(prepared - there, gate), gate),
             shut=opened - there,
             loopback=self._loopback,
             sockets=sockets,
@@ -144,6 +144,13 @@ class Snapshot:
         # Not kept: one move alone asks for it, and there may be 100,000 in it.
         there = nftables_dump.dump_keys(self._netlink, "inet", TABLE, name)
         return len(pack_keys(connections).difference(there))
+
+    def _without_early_hook(self, gone: frozenset[Key], gate: Gate) -> frozenset[Key]:
+        """The base chain for resets of peers not heard is not missed where all were heard."""
+        chain, *rules = (one.key() for one in base_chains.early_hook())
+        if gate == Gate.OPEN and chain in gone and nftables_dump.are_all_heard(self._netlink):
+            return gone - {chain, *rules}
+        return gone
 
     # ---- the connection table ----------------------------------------------------------------
 

@@ -218,6 +218,12 @@ def gate_hook() -> tuple[Object, ...]:
 
 
 @cache
+def early_hook() -> tuple[Object, ...]:
+    """The base chain by which resets of peers not heard are dropped; not there once all were."""
+    return (DISPATCHES[HEARD].base(), *_dispatch_rules(HEARD))
+
+
+@cache
 def destination_table() -> tuple[Object, ...]:
     """What only a destination's table has besides: what must not leave it, and ARP's silence.
 

@@ -17,7 +17,7 @@ import socket
 import struct
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from ipaddress import ip_address
 from typing import Any, Protocol
@@ -31,6 +31,7 @@ from natkeep.kernel.netns import inside, open_namespace
 from natkeep.kernel.nftables_dump import count_heard
 from natkeep.lab.time_scale import scaled
 from natkeep.plan.base_chains import heard_set
+from natkeep.plan.drift import find_drift
 from natkeep.plan.move import Map, Mode, Move, Site
 from natkeep.plan.roles import Role
 from natkeep.plan.step_order import make_plan
@@ -182,14 +183,21 @@ class Stage:
     done: list[tuple[Step, Prior]] = field(default_factory=list)
     markers: int = 0
 
-    def prepare(self, *, opened: bool = True, mode: Mode = Mode.STATEFUL) -> Plan:
+    def prepare(
+        self,
+        *,
+        opened: bool = True,
+        mode: Mode = Mode.STATEFUL,
+        move_id: str = "web",
+        port: int = KEPT_PORT,
+    ) -> Plan:
         """All steps of a move that keeps one connection of either family."""
         maps = tuple(Map(OLD[version], NEW[version]) for version in (4, 6))
         kept = Connections.of(
-            FourTuple(Endpoint(PEER[version], KEPT_PORT), Endpoint(OLD[version], PORT))
+            FourTuple(Endpoint(PEER[version], port), Endpoint(OLD[version], PORT))
             for version in (4, 6)
         )
-        plan = make_plan(Move("web", maps, (Site(self.role, self.netns),), mode), kept)
+        plan = make_plan(Move(move_id, maps, (Site(self.role, self.netns),), mode), kept)
         self.kernel.open_sites(plan.move.sites)
         for step in plan.steps:
             self.kernel.check(step)
@@ -443,6 +451,48 @@ def test_a_reset_reaches_the_process_once_its_peer_has_said_anything_else(
     assert stage.heard() == 1
     reset = to_process(stage, version, flags="R", data=b"")
     assert [stage.expect(reset, dst=stage.inside(version))] == stage.inbound(reset)
+
+
+def test_once_every_peer_was_heard_no_packet_is_asked_for_it(
+    make_stage: Callable[[Role], Stage],
+) -> None:
+    """The base chain goes, is not missed, and stands again for as long as the next move does."""
+    stage = make_stage(Role.DESTINATION)
+    plan = stage.prepare()
+
+    def has_chain(*, tidy: bool = True) -> bool:
+        with closing_kernel(plan) as kernel:
+            if tidy:
+                kernel.unhook_gates()
+                seen = kernel.observe(plan.move.sites[0], plan)
+                assert find_drift(plan, plan.move.sites[0], seen, opened=True) == ()
+        listed = stage.run(stage.netns, "nft", "list", "table", "inet", "natkeep")
+        return "chain early-resets {" in listed
+
+    assert has_chain()
+    stage.inbound(to_process(stage, 4))
+    assert has_chain()
+    stage.inbound(to_process(stage, 6))
+    assert has_chain(tidy=False)
+    assert not has_chain()
+    for version in (4, 6):
+        reset = to_process(stage, version, flags="R", data=b"")
+        assert [stage.expect(reset, dst=stage.inside(version))] == stage.inbound(reset)
+
+    second = Stage(stage.role, stage.netns, stage.peer, stage.process, stage.run)
+    second.prepare(opened=False, move_id="two", port=KEPT_PORT + 1)
+    assert has_chain()
+    second.teardown()
+    assert not has_chain(tidy=False)
+
+
+@contextmanager
+def closing_kernel(plan: Plan) -> Iterator[LinuxKernel]:
+    """As another command has it."""
+    kernel = LinuxKernel()
+    kernel.open_sites(plan.move.sites)
+    yield kernel
+    kernel.close_sites(plan.move.sites)
 
 
 @EACH_VERSION
