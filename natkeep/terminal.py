@@ -28,6 +28,12 @@ def show_json(text: str) -> None:
     _write(sys.stdout, [text.replace("\x7f", "\\u007f"), "\n"])
 
 
+def clear() -> None:
+    """Begin anew at the top, where stdout is a terminal."""
+    if sys.stdout and sys.stdout.isatty():
+        sys.stdout.write("\x1b[H\x1b[2J")
+
+
 def say(*lines: str, end: str = "\n") -> None:
     """Talk, on stderr; where its reader has gone (`2>&1 | head`) the work goes on."""
     try:

@@ -7,6 +7,7 @@ whole move does in `make test`, in both modes, by command and by the hook.
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
@@ -150,8 +151,9 @@ def test_the_hook_needs_three_capabilities(prepared: bool, site: Site, tree: int
     call = {"CRTOOLS_SCRIPT_ACTION": "post-restore", "CRTOOLS_INIT_PID": str(tree)}
     done = site.run("sh", "-c", criu, str(CORPUS), *hook, **call, **orders)
     assert done.returncode == 0, done.stderr
-    (line,) = [line for line in site.done("status").splitlines() if line.endswith("gate open")]
-    site.done("teardown", line.partition(":")[0], "--yes")
+    (move,) = json.loads(site.done("status", "--json"))["moves"]
+    assert move["gate"] == "open"
+    site.done("teardown", move["id"], "--yes")
     assert before == site.observe()
 
 

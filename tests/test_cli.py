@@ -29,6 +29,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
+from datetime import datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -779,6 +780,7 @@ def wait_until(is_so: Callable[[], bool]) -> None:
 
 
 MOVE_KEYS = {"id", "mode", "gate", "maps", "sites", "connections"}
+MOVE_KEYS |= {"opened_at", "silent_ms", "answered", "listeners"}
 
 
 @pytest.mark.root
@@ -802,19 +804,27 @@ def test_the_json_of_each_verb_has_the_contracts_keys(sites: Network, executor: 
     assert {"moves"} == set(status)
     (move,) = status["moves"]
     assert set(move) == MOVE_KEYS
+    assert abs(datetime.fromisoformat(move["opened_at"]).timestamp() - time.time()) < PATIENCE
+    assert 0 < move["silent_ms"] < PATIENCE * 1000
+    host = os.uname().nodename
     assert {
         "id": "web",
         "mode": "stateful",
         "gate": "open",
         "maps": [map_],
+        "opened_at": move["opened_at"],
+        "silent_ms": move["silent_ms"],
+        "answered": 0,
+        "listeners": [],
         "sites": [
-            {"role": "destination", "netns": sites.destination, "drift": []},
-            {"role": "gateway", "netns": sites.gateway, "drift": []},
+            {"role": "destination", "netns": sites.destination, "host": host, "drift": []},
+            {"role": "gateway", "netns": sites.gateway, "host": host, "drift": []},
         ],
         "connections": [
             {
                 "local": "10.2.0.10:5000",
                 "peer": f"10.1.0.2:{port}",
+                "state": None,  # without a socket, while its entry goes on
                 "packets": {"in": 0, "out": 0},
             }
             for port in (50594, 50595)
@@ -1077,16 +1087,24 @@ def test_status_as_text(sites: Network, executor: Run) -> None:
     assert executor("status").stdout == "nothing is prepared\n"
     rows = "".join(f"10.2.0.10:5000 10.1.0.2:{port}\n" for port in range(1, 24))
     executor(*prepare(sites), input=rows)
-    lines = executor("status").stdout.splitlines()
+    lines = executor("status", "web").stdout.splitlines()
     assert [
         f"web: 10.2.0.10=10.3.0.20, 23 connections, at gateway={sites.gateway}, "
         f"destination={sites.destination}, gate closed",
+        f"  on {os.uname().nodename}",
         f"  destination={sites.destination}: as prepared",
         f"  gateway={sites.gateway}: as prepared",
-        "  10.2.0.10:5000  10.1.0.2:1  in 0 out 0",
-    ] == lines[:4]
-    assert (len(lines), lines[-1]) == (24, "  ... (all with -v)")
-    assert len(executor("status", "-v").stdout.splitlines()) == 26
+        "  LOCAL           PEER         STATE   PACKETS IN  OUT",
+        "  10.2.0.10:5000  10.1.0.2:1   closed  0           0",
+    ] == lines[:6]
+    assert (len(lines), lines[-1]) == (26, "  ... (all with -v)")
+    assert len(executor("status", "-v").stdout.splitlines()) == 28
+    header, line = executor("status").stdout.splitlines()
+    assert header.split() == [
+        "MOVE", "MAPS", "GATE", "KEPT", "LIVE", "ONE-WAY", "ENDED", "ANSWERED", "OPENED", "STANDS",
+    ]  # fmt: skip
+    told = ["web", MAP, "closed", "23", "0", "0", "0", "-", "-", "as", "prepared"]
+    assert line.split() == told
     executor("teardown", "web")
 
 

@@ -23,6 +23,7 @@ from natkeep.plan.step_order import make_plan
 from natkeep.plan.steps import Plan
 from natkeep.plan.translation import Surroundings
 from natkeep.plan.tuples import Connections, Endpoint, FourTuple, parse_address
+from natkeep.report import status as status_report
 
 GATEWAY, DESTINATION = Site(Role.GATEWAY, "gw"), Site(Role.DESTINATION)
 MOVE = Move(
@@ -87,7 +88,9 @@ def through_json(value: dict[str, Any]) -> dict[str, Any]:
 def status_to_json(moves: list[MoveStatus]) -> dict[str, Any]:
     """What a script gets; the whole is one document."""
     found: dict[str, Any] = json.loads(
-        "".join(report.status_as_json([*map(report.move_as_json, moves)]))
+        "".join(
+            status_report.status_as_json([status_report.move_as_json(one, "b") for one in moves])
+        )
     )
     return found
 
@@ -104,12 +107,21 @@ def test_the_document_of_status_is_that_of_the_contract() -> None:
                 "mode": "stateful",
                 "gate": "open",
                 "maps": MAPS,
+                "opened_at": None,
+                "silent_ms": None,
+                "answered": None,
+                "listeners": [],
                 "sites": [
-                    {"role": "destination", "netns": "", "drift": []},
-                    {"role": "gateway", "netns": "gw", "drift": ["set kept-web-0: gone"]},
+                    {"role": "destination", "netns": "", "host": "b", "drift": []},
+                    {
+                        "role": "gateway",
+                        "netns": "gw",
+                        "host": "b",
+                        "drift": ["set kept-web-0: gone"],
+                    },
                 ],
                 "connections": [
-                    {**row, "packets": {"in": n, "out": 2 * n}}
+                    {**row, "state": None, "packets": {"in": n, "out": 2 * n}}
                     for n, row in enumerate(CONNECTIONS, 1)
                 ],
             }
@@ -170,19 +182,21 @@ def test_the_lines_of_status() -> None:
     entries = {**destination.seen.entries, 1: (None,)}
     seen = replace(destination.seen, entries=entries)
     status = make_status(sites=(replace(destination, seen=seen), gateway))
-    assert list(report.status_lines(status, verbose=False)) == [
+    assert list(status_report.status_lines(status, "b", verbose=False)) == [
         "web: 10.2.0.10=10.3.0.20, fd00:2::10=fd00:3::20, 3 connections, at gateway=gw, "
         "destination, gate open",
+        "  on b",
         "  destination: as prepared",
         "  gateway=gw: DRIFTED",
         "    set kept-web-0: gone",
-        "  10.2.0.10:5000  10.1.0.2:50594  in 1 out 2",
-        "  10.2.0.10:5000  10.1.0.2:50595  in 2 out 4",
-        "  [fd00:2::10]:5000  [fd00:1::2]:50596  no entry",
+        "  LOCAL              PEER               STATE      PACKETS IN  OUT",
+        "  10.2.0.10:5000     10.1.0.2:50594     no socket  1           2",
+        "  10.2.0.10:5000     10.1.0.2:50595     no socket  2           4",
+        "  [fd00:2::10]:5000  [fd00:1::2]:50596  no entry   -           -",
     ]
     uncounted = replace(destination, seen=observe(PLAN, DESTINATION, 1, counted=False))
-    lines = report.status_lines(make_status(sites=(uncounted, gateway)), verbose=False)
-    assert list(lines)[-1] == "  [fd00:2::10]:5000  [fd00:1::2]:50596  not counted"
+    lines = status_report.status_lines(make_status(sites=(uncounted, gateway)), "b", verbose=False)
+    assert list(lines)[-1] == "  [fd00:2::10]:5000  [fd00:1::2]:50596  no socket  ?           ?"
 
 
 @pytest.mark.parametrize(("count", "shown"), [(20, 20), (21, 20), (500, 20)])
@@ -190,10 +204,10 @@ def test_of_many_connections_some_are_listed_and_with_v_all(count: int, shown: i
     plan = make_plan(MOVE, listed(*(f"10.2.0.10:80 10.1.0.2:{n + 1}" for n in range(count))))
     sites = (SiteStatus(DESTINATION, observe(plan, DESTINATION, 0), ()),)
     status = MoveStatus(plan, Gate.OPEN, sites)
-    lines = list(report.status_lines(status, verbose=False))
+    lines = list(status_report.status_lines(status, "b", verbose=False))
     assert sum("10.1.0.2:" in line for line in lines) == shown
     assert (lines[-1] == "  ... (all with -v)") == (count > shown)
-    verbose = list(report.status_lines(status, verbose=True))
+    verbose = list(status_report.status_lines(status, "b", verbose=True))
     assert sum("10.1.0.2:" in line for line in verbose) == count
     assert len(status_to_json([status])["moves"][0]["connections"]) == count
 

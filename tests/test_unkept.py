@@ -25,6 +25,7 @@ from natkeep.plan.roles import Role
 from natkeep.plan.step_order import make_plan
 from natkeep.plan.steps import AddAddress
 from natkeep.plan.tuples import Connections, Endpoint, FourTuple, parse_address
+from natkeep.report import status as status_report
 from natkeep.state.directory import StateDirectory
 from natkeep.values import replace
 
@@ -313,8 +314,8 @@ def test_status_and_plan_show_who_is_told(executor: Executor) -> None:
     expected = [{"local": "10.2.0.10:40000", "peer": "10.1.0.7:5432", "fate": "reset, both ends"}]
 
     assert report.plan_to_json(plan)["unkept"] == expected
-    assert json.loads(report.move_as_json(moves[0]))["unkept"] == expected
-    assert [*report.status_lines(moves[0], verbose=False)][-1] == (
+    assert json.loads(status_report.move_as_json(moves[0], "b"))["unkept"] == expected
+    assert [*status_report.status_lines(moves[0], "b", verbose=False)][-1] == (
         "  10.2.0.10:40000  10.1.0.7:5432  not kept: reset, both ends"
     )
     without = make_plan(Move("web", (MAP,), SITES), inbound("10.1.0.2:50001 10.2.0.10:80"))

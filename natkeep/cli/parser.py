@@ -210,7 +210,11 @@ _INSPECT = (
     _option("--live", "PID", help="of a process that still runs, and its children, instead"),
     _MAP,
 )
-_STATUS = (_ANY_ID, _flag("--strict", "exit 6 when something drifted"))
+_STATUS = (
+    _ANY_ID,
+    _flag("--strict", "exit 6 when something drifted"),
+    _flag("--watch", "look again each second, until Ctrl-C (or, with --strict, drift)"),
+)
 _REPAIR = (_ANY_ID, _flag("--all", "every move there is, instead of one"))
 _GC = (
     _SITE,

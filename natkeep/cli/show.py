@@ -3,48 +3,87 @@
 from __future__ import annotations
 
 import argparse
+import os
+import time
+from collections.abc import Sequence
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from natkeep import report
 from natkeep.cli.arguments import make_executor, parse_sites, read_process
 from natkeep.cli.output import hold_document, print_as, print_json, talk
-from natkeep.errors import DriftError, JournalError, UsageError
+from natkeep.errors import DriftError, JournalError, NatkeepError, UsageError
 from natkeep.kernel.linux import LinuxKernel
 from natkeep.plan.findings import CATALOGUE, Severity
 from natkeep.plan.move import parse_olds
 from natkeep.state.directory import StateDirectory
-from natkeep.terminal import show
+from natkeep.terminal import clear, show, show_json
 
 if TYPE_CHECKING:
+    from natkeep.lifecycle.executor import Executor
     from natkeep.lifecycle.subject import Subject
 
 
 def status(args: argparse.Namespace) -> int:
-    from natkeep.lifecycle.status import read_status
-
     executor = make_executor(args, create=False)
-    unreadable: list[JournalError] = []
-    if args.id:
-        moves = read_status(executor, (args.id,))
-    else:
-        import gc
+    if not args.watch:
+        if not args.id:
+            import gc
 
-        gc.disable()  # of what there may be much, all lives to the end: there is nothing to find
-        moves = read_status(executor, (), unreadable)
-    if args.json:
-        rows = [report.move_as_json(move) for move in moves]
-        hold_document("".join(report.status_as_json(rows)))
-    elif moves or not unreadable:
-        lines = (line for m in moves for line in report.status_lines(m, verbose=args.verbose))
-        show([*lines] or ["nothing is prepared"])
-    for error in unreadable[1:]:
-        talk(args, f"natkeep: {error}")
-    if unreadable:
-        raise unreadable[0]
-    drift = [line for move in moves for site in move.sites for line in site.drift]
-    if args.strict and drift:
-        raise DriftError(f"drift: {drift[0]}", hint=f"{len(drift)} in all" if drift[1:] else None)
+            gc.disable()  # of what there may be much, all lives to the end
+        text, told = _read_status(args, executor)
+        if args.json:
+            hold_document(text)
+        _raise_first(args, told)
+        return 0
+    with suppress(KeyboardInterrupt):
+        while True:
+            clear()
+            text, told = _read_status(args, executor)
+            if args.json:
+                show_json(text)
+            _raise_first(args, told)
+            time.sleep(_WATCH_S)
     return 0
+
+
+_WATCH_S = 1.0
+"""Seconds between two looks of `status --watch`."""
+
+
+def _read_status(args: argparse.Namespace, executor: Executor) -> tuple[str, list[NatkeepError]]:
+    """Show how the moves stand, or return the document; and what is wrong with them."""
+    from natkeep.lifecycle.status import read_status
+    from natkeep.report import status as status_report
+
+    unreadable: list[JournalError] = []
+    moves = read_status(executor, (args.id,) if args.id else (), None if args.id else unreadable)
+    text, host = "", os.uname().nodename
+    if args.json:
+        rows = [status_report.move_as_json(move, host) for move in moves]
+        text = "".join(status_report.status_as_json(rows))
+    elif not moves and not unreadable:
+        show(["nothing is prepared"])
+    elif args.id or args.verbose:
+        verbose = args.verbose
+        show(line for m in moves for line in status_report.status_lines(m, host, verbose=verbose))
+    elif moves:
+        show(status_report.summary_lines(moves))
+    drift = [line for move in moves for site in move.sites for line in site.drift]
+    told: list[NatkeepError] = [*unreadable]
+    if args.strict and drift:
+        hint = f"{len(drift)} in all" if drift[1:] else None
+        told.append(DriftError(f"drift: {drift[0]}", hint=hint))
+    return text, told
+
+
+def _raise_first(args: argparse.Namespace, errors: Sequence[NatkeepError]) -> None:
+    """The first is the exit code; of the others those that are about journals are told."""
+    for error in errors[1:]:
+        if isinstance(error, JournalError):
+            talk(args, f"natkeep: {error}")
+    if errors:
+        raise errors[0]
 
 
 def check(args: argparse.Namespace) -> int:

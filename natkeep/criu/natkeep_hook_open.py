@@ -18,6 +18,7 @@ import _socket
 import fcntl
 import posix
 import sys
+from time import monotonic_ns
 
 SLOW = [sys.executable, "-I", "-m", "natkeep.criu.hook"]
 DEFAULT_DIRECTORY = "/run/natkeep"
@@ -225,7 +226,8 @@ def serve(move_id: str, directory: int) -> list[Site]:
         site.open()
     for name in ready.all("hold"):
         deliver(directory, name)
-    append(journal, directory, ready.all("done"))
+    at = monotonic_ns()
+    append(journal, directory, [f'{line[:-1]},"at":{at}}}' for line in ready.all("done")])
     return sites
 
 

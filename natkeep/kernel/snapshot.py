@@ -53,6 +53,7 @@ class Snapshot:
         self._sets: dict[tuple[str, str], frozenset[bytes]] = {}
         self._walks = {4: 0, 6: 0}
         self._callers: dict[int, conntrack_listeners.Table] = {}
+        self._unanswered: set[bytes] = set()
         with inside(namespace):
             self._netlink, self._routes = Netlink(NETLINK_NETFILTER), Routes()
 
@@ -104,6 +105,7 @@ class Snapshot:
             sockets=sockets,
             lingers=self._shortest_timeout,
             guarded=self._is_guarded(site, plan),
+            unanswered=self._find_unanswered(sockets),
         )
 
     # ---- the table ---------------------------------------------------------------------------
@@ -194,7 +196,13 @@ class Snapshot:
 
     @cached_property
     def _living(self) -> sock_diag.Living:
-        return sock_diag.read_living()
+        return sock_diag.read_living(unanswered=self._unanswered)
+
+    def _find_unanswered(self, sockets: Connections | None) -> frozenset[bytes]:
+        """Of *sockets* those that say the same again and again."""
+        if sockets is None or not self._unanswered:
+            return frozenset()
+        return frozenset(self._unanswered.intersection(sockets.each()))
 
     def _count_inner(self, plan: Plan) -> int:
         ends = [plan.inner.at(map_.old) for map_ in plan.move.maps]

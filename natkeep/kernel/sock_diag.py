@@ -28,6 +28,10 @@ _CLOSED = frozenset({b"04", b"05", b"09", b"0B"})  # FIN-WAIT-1 and -2, LAST-ACK
 _HALF_OPEN = frozenset({b"02", _SYN_RECEIVED})  # SYN-SENT is the other
 _NO_INODE = b"0"
 _BIND_ADDRESS_NO_PORT = 24  # IP_BIND_ADDRESS_NO_PORT: no port is taken, not even for a moment
+_RETRANSMITS = slice(30, 38)
+"""Behind the queues and the timer, of fixed width; of the time-outs in a row since an answer."""
+_OFTEN = 5
+"""The fifth comes 6.2 s after the first time, when the first comes after 200 ms (TCP_RTO_MIN)."""
 
 Living = dict[bytes, set[bytes]]
 """The sockets' records as plan.tuples packs them, by their local end."""
@@ -60,21 +64,27 @@ def _find_alive(connections: Connections, living: Living) -> Iterator[Connection
         )
 
 
-def read_living(*, orphans: bool = True, half_open: bool = True) -> Living:
+def read_living(
+    *, orphans: bool = True, half_open: bool = True, unanswered: set[bytes] | None = None
+) -> Living:
     """Every TCP socket of the namespace that the thread is in, which a process may own.
 
     orphans: also those that were closed and have not been acknowledged to the end, which no process
     owns any more. half_open: also those whose handshake has not ended.
+    unanswered: takes the records of those that have said the same again for 6 s and more.
     """
     living: Living = {}
     besides = _ENDED if half_open else _ENDED | _HALF_OPEN
     for path, version in _TABLES:
-        for record in _records(path, version, besides, orphans=orphans):
+        for record in _records(path, version, besides, unanswered, orphans=orphans):
             living.setdefault(record[: len(record) // 2], set()).add(record)
     return living
 
 
-def _records(path: str, version: int, besides: frozenset[bytes], *, orphans: bool) -> set[bytes]:
+def _records(
+    path: str, version: int, besides: frozenset[bytes], unanswered: set[bytes] | None, *,
+    orphans: bool,
+) -> set[bytes]:  # fmt: skip
     """The sockets' records as plan.tuples packs them; an IPv4-mapped one as IPv4."""
     found: set[bytes] = set()
     for local, peer, state, rest in _rows(path):
@@ -86,6 +96,8 @@ def _records(path: str, version: int, besides: frozenset[bytes], *, orphans: boo
         if version == 6 and record[:12] == bytes(10) + b"\xff\xff":
             record = record[12:18] + record[30:36]
         found.add(record)
+        if unanswered is not None and int(rest[_RETRANSMITS], 16) >= _OFTEN:
+            unanswered.add(record)
     return found
 
 

@@ -7,6 +7,7 @@ is ours.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from functools import partial
@@ -23,7 +24,7 @@ from natkeep.plan.identity import Identity
 from natkeep.plan.move import Move, Site
 from natkeep.plan.nft import TABLE
 from natkeep.plan.step_undo import UNDONE_AGAIN, LowerLoopback, RemoveAddress, RestoreEntries, Undo
-from natkeep.plan.steps import Plan, Prior, Step, Unknown
+from natkeep.plan.steps import OpenGate, Plan, Prior, Step, Unknown
 from natkeep.plan.tuples import NO_CONNECTIONS, Address, Connections
 from natkeep.state.directory import StateDirectory
 from natkeep.state.journal import Journal, Record, Unread
@@ -137,7 +138,8 @@ class Executor:
 
         prior = self.kernel.apply(step, remember)
         faultpoints.reach("applied", kind)
-        journal.note(number, "done", _as_before_us(earlier, prior))
+        at = time.monotonic_ns() if isinstance(step, OpenGate) else 0
+        journal.note(number, "done", _as_before_us(earlier, prior), at=at)
         faultpoints.reach("done", kind)
 
     # ---- undo ----------------------------------------------------------------------------------

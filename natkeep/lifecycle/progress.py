@@ -14,7 +14,7 @@ from natkeep.plan.recorded import Written, follow
 from natkeep.plan.roles import Role
 from natkeep.plan.step_order import make_plan
 from natkeep.plan.step_undo import PutLockBack, RemoveAddress
-from natkeep.plan.steps import Plan, Unknown
+from natkeep.plan.steps import OpenGate, Plan, Unknown
 from natkeep.state.directory import read_boot_id
 from natkeep.state.journal import Journal, Record, Unread
 from natkeep.state.object_codec import loaded_from_json, loaded_to_json
@@ -114,6 +114,16 @@ def has_been_opened(journal: Journal, plan: Plan, site: Site) -> bool:
     """Whether the connections were let through at *site*, and are to be."""
     opening = range(len(plan.prepare), len(plan.steps))
     return any(plan.steps[n].site == site and journal.has_been_done(n) for n in opening)
+
+
+def opened_at(journal: Journal, plan: Plan, site: Site) -> int | None:
+    """When the gate at *site* was opened, in nanoseconds of the monotonic clock.
+
+    0 where the journal does not say when; None while it is closed.
+    """
+    steps = ((n, step) for n, step in enumerate(plan.steps) if step.site == site)
+    opened = [n for n, step in steps if isinstance(step, OpenGate) and journal.has_been_done(n)]
+    return max((journal.records[n].at for n in opened), default=None)
 
 
 def restored_at(plan: Plan) -> list[Site]:

@@ -9,6 +9,7 @@ move is looked at again, for itself, before that is said.
 
 from __future__ import annotations
 
+import math
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
@@ -20,18 +21,26 @@ from natkeep.kernel.interface import Kernel, Snapshot
 from natkeep.kernel.netns import NamespaceGoneError
 from natkeep.lifecycle.executor import Executor
 from natkeep.lifecycle.owners import leave_to_owners
-from natkeep.lifecycle.progress import has_been_opened, is_retired, is_waiting, restored_at
-from natkeep.plan.drift import MoveStatus, SiteStatus, find_drift
+from natkeep.lifecycle.progress import (
+    has_been_opened,
+    is_retired,
+    is_waiting,
+    opened_at,
+    restored_at,
+)
+from natkeep.plan.connection_state import ONE_WAY_S, SiteStatus, find_one_way
+from natkeep.plan.drift import MoveStatus, find_drift
 from natkeep.plan.identity import Identity
 from natkeep.plan.liveness import Life, Sighting, find_life, make_sighting
 from natkeep.plan.move import Site
 from natkeep.plan.observation import Gate, Observation
 from natkeep.plan.repair import Patch, RestoreRoutes, describe_lost_routes, find_patches
-from natkeep.plan.steps import InstallTranslation, OpenGate, Plan
+from natkeep.plan.roles import Role
+from natkeep.plan.steps import InsertEntries, InstallTranslation, OpenGate, Plan
 from natkeep.plan.tuples import NO_CONNECTIONS
 from natkeep.state.directory import read_boot_id
 from natkeep.state.journal import Journal
-from natkeep.values import dataclass
+from natkeep.values import dataclass, replace
 
 Reader = Kernel | Snapshot
 """What shows a site: the kernel, or what was read of a namespace for many moves."""
@@ -52,7 +61,7 @@ def read_status(
     """
     if len(move_ids) == 1:
         loaded = _load_each(executor, move_ids, unreadable)
-        return tuple(_sum_up(plan, look_at_sites(executor, of, plan)) for of, plan in loaded)
+        return tuple(_sum_up(of, plan, look_at_sites(executor, of, plan)) for of, plan in loaded)
     move_ids = move_ids or executor.state.ids()
     with closing(_Shared(executor.kernel)) as shared:
         many = []
@@ -92,15 +101,27 @@ def _read_one_of_many(
     if shown and any(status.drift for status in sites):
         # Missing may be what was just being made or undone: so it is looked at for itself.
         for again, now in _load_each(executor, [plan.move.id], unreadable):
-            yield _sum_up(now, look_at_sites(executor, again, now))
+            yield _sum_up(again, now, look_at_sites(executor, again, now))
     else:
-        yield _sum_up(plan, sites)
+        yield _sum_up(journal, plan, sites)
 
 
-def _sum_up(plan: Plan, sites: tuple[SiteStatus, ...]) -> MoveStatus:
+def _sum_up(journal: Journal, plan: Plan, sites: tuple[SiteStatus, ...]) -> MoveStatus:
     opening = {step.site for step in plan.open if isinstance(step, OpenGate)}
     gates = {s.seen.gate for s in sites if s.seen is not None and s.site in opening}
-    return MoveStatus(plan, Gate.OPEN if gates == {Gate.OPEN} else Gate.CLOSED, sites)
+    gate = Gate.OPEN if gates == {Gate.OPEN} else Gate.CLOSED
+    at = max((opened_at(journal, plan, site) or 0 for site in restored_at(plan)), default=0)
+    if not at or journal.boot != read_boot_id():
+        return MoveStatus(plan, gate, sites)
+    silent = None
+    frozen = not (plan.move.live or plan.move.quiesces) and journal.begun
+    if frozen and any(site.role == Role.DESTINATION for site in plan.move.sites):
+        silent = (at - journal.begun) // 1_000_000
+    return MoveStatus(plan, gate, sites, time.time() - _seconds_since(at), silent)
+
+
+def _seconds_since(nanoseconds: int) -> float:
+    return (time.monotonic_ns() - nanoseconds) / 1e9
 
 
 # ---- one move ----------------------------------------------------------------------------------
@@ -130,8 +151,26 @@ def look_at_sites(
             readers[site] = reader
     sight = look_around(executor, journal, plan, readers, readers)
     executor.kernel.close_sites(sites)  # there may be more moves than descriptors
-    found |= {site: SiteStatus(site, sight.looks[site], sight.drift(site)) for site in readers}
+    found |= {site: _stand(journal, sight, site) for site in readers}
+    # What a repair has just made counts from then on, so it says nothing yet.
+    if sight.earlier is None or sight.begun - sight.earlier.at >= ONE_WAY_S * 1000:
+        known = tuple(found.values())
+        for site in readers:
+            kept = [t for t in plan.translations if t.site == site]
+            lines = find_one_way(plan.move.id, found[site], known, kept)
+            found[site] = replace(found[site], drift=(*found[site].drift, *lines))
     return tuple(found[site] for site in sites)
+
+
+def _stand(journal: Journal, sight: Sight, site: Site) -> SiteStatus:
+    plan, at = sight.plan, opened_at(journal, sight.plan, site)
+    since = None if at is None else _seconds_since(at) if at else math.inf
+    ended = {}
+    for number, bits in sight.earlier.ended if sight.earlier is not None else ():
+        step = plan.steps[number] if number < len(plan.steps) else None
+        if isinstance(step, InsertEntries) and step.site == site:
+            ended[step.translation.number] = int(bits, 16)
+    return SiteStatus(site, sight.looks[site], sight.drift(site), since, ended)
 
 
 @dataclass(frozen=True, slots=True)

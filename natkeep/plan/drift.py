@@ -10,6 +10,7 @@ from collections.abc import Iterator
 
 from natkeep.plan import listeners, syn_block
 from natkeep.plan.base_chains import is_address_chain, is_later
+from natkeep.plan.connection_state import SiteStatus as SiteStatus
 from natkeep.plan.liveness import Life
 from natkeep.plan.move import Mode, Site
 from natkeep.plan.nft import TABLE, Elements, Key
@@ -28,21 +29,19 @@ from natkeep.values import dataclass
 
 
 @dataclass(frozen=True, slots=True)
-class SiteStatus:
-    """A site of a move; seen is None when its namespace is gone."""
-
-    site: Site
-    seen: Observation | None
-    drift: tuple[str, ...]
-
-
-@dataclass(frozen=True, slots=True)
 class MoveStatus:
-    """A move as it stands in the journal and as its sites show it."""
+    """A move as it stands in the journal and as its sites show it.
+
+    opened_at: when, in seconds of the clock; None while it is closed, or where the journal does not
+    say. silent_ms: for how long at least the peers heard nothing, from the beginning of prepare
+    on, when the process was frozen already; None where that is not known.
+    """
 
     plan: Plan
     gate: Gate
     sites: tuple[SiteStatus, ...]
+    opened_at: float | None = None
+    silent_ms: int | None = None
 
 
 def find_drift(

@@ -54,6 +54,9 @@ class Observation:
     lingers: for how long at least, in seconds, the kernel keeps the entry of a connection that
     has ended.
     guarded: the guard's process lives, if the move has one here.
+    unanswered: of the kept connections those whose socket says the same again for 5 s and more.
+    unheard: at a destination those whose peer was not heard since the move was opened, as far as
+    that is told from more than the packets that were counted.
     """
 
     gate: Gate
@@ -70,3 +73,5 @@ class Observation:
     sockets: Connections | None = None
     lingers: float = 0.0
     guarded: bool = True
+    unanswered: frozenset[bytes] = frozenset()
+    unheard: frozenset[bytes] = frozenset()

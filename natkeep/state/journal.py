@@ -82,6 +82,8 @@ class Record:
     again: of `doing`, it had been done before: a repair was at it. site: which of the move's, and
     undo: what takes it back, as yet unread perhaps; both None in schema 1, until the plan is there.
     loaded: what the line says of the objects that it loaded, or of the sets that it filled.
+    at: nanoseconds of the monotonic clock when it was done, of a step that opens the move; 0 where
+    the journal does not say.
     """
 
     state: str
@@ -90,6 +92,7 @@ class Record:
     site: Site | None = None
     undo: Undo | Unread | None = None
     loaded: Mapping[str, Any] = MappingProxyType({})
+    at: int = 0
 
 
 @dataclass(slots=True)
@@ -137,12 +140,17 @@ class Journal:
             **noted_to_json(self.move, around.noted),
         }
 
-    def note(self, number: int, state: str, prior: Prior, step: Step | None = None) -> None:
+    def note(
+        self, number: int, state: str, prior: Prior, step: Step | None = None, at: int = 0
+    ) -> None:
         """Append one record and have it on disk before returning.
 
-        step: what is begun; once it has been said, it need not be said again.
+        step: what is begun; once it has been said, it need not be said again. at: when it was
+        done, as a Record has it.
         """
         line, record = self.make_record(number, state, prior, step)
+        if at:
+            line["at"], record = at, replace(record, at=at)
         self._directory.append(f"{self.move.id}.journal", line)
         self.records[number] = record
 
@@ -167,7 +175,8 @@ class Journal:
                 line |= loaded
             site, undo = step.site, made
         again = state == "doing" and self.has_been_done(number)
-        return line, Record(state, prior, again, site, undo, loaded)
+        at = earlier.at if earlier is not None else 0
+        return line, Record(state, prior, again, site, undo, loaded, at)
 
     def _files(self) -> Files:
         came = NO_CONNECTIONS if self.change is None else self.change.came
@@ -250,7 +259,8 @@ class Journal:
         elif self.schema > 1 and undo is None:
             raise ValueError(f"line {number}: step {step} without its undo")
         again = state == "doing" and self.has_been_done(step)
-        self.records[step] = Record(state, prior, again, site, undo, loaded)
+        at = as_index(line.get("at", earlier.at if earlier is not None else 0), 1 << 63)
+        self.records[step] = Record(state, prior, again, site, undo, loaded, at)
 
     def take_change(self, change: Change, line: dict[str, Any]) -> None:
         origins, again = as_list(line["from"]), as_list(line["again"])

@@ -6,27 +6,20 @@ as `ipaddress` prints them.
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from itertools import islice
 from typing import Any
 
 from natkeep.checkpoint import Checkpoint, Inventory, Outcome, Socket
 from natkeep.plan.criu_lock import NetworkLock
-from natkeep.plan.drift import MoveStatus, SiteStatus
 from natkeep.plan.findings import CATALOGUE, Finding, Severity
 from natkeep.plan.move import Fate, Site
-from natkeep.plan.observation import Observation, SeenEntry
 from natkeep.plan.resets import NOT_TOLD, describe_fates
 from natkeep.plan.roles import Role
 from natkeep.plan.step_order import render_nft
-from natkeep.plan.steps import InsertEntries, Plan
-from natkeep.plan.translation import Compared, Translation
+from natkeep.plan.steps import Plan
+from natkeep.plan.translation import Compared
 from natkeep.plan.tuples import Address, Connections, FourTuple
-
-SHOWN = 20
-"""How many connections of a move are listed without -v."""
 
 
 def move_to_json(plan: Plan) -> dict[str, Any]:
@@ -50,7 +43,7 @@ def plan_to_json(plan: Plan) -> dict[str, Any]:
         "schema": 1,
         **move_to_json(plan),
         "sites": [site_to_json(site, nft=nft[site]) for site in plan.move.ordered_sites()],
-        "connections": [_tuple_to_json(tuple_) for some in _kept(plan) for tuple_ in some],
+        "connections": [_tuple_to_json(tuple_) for some in kept_of(plan) for tuple_ in some],
         "steps": [
             {"step": type(step).__name__, "site": str(step.site), "commands": step.describe()}
             for step in plan.steps
@@ -67,7 +60,7 @@ def _tuple_to_json(inbound: FourTuple) -> dict[str, Any]:
     return {"local": str(inbound.destination), "peer": str(inbound.source)}
 
 
-def _kept(plan: Plan) -> Iterator[Connections]:
+def kept_of(plan: Plan) -> Iterator[Connections]:
     """Each kept connection once, though every site translates it."""
     first = plan.translations[0].site if plan.translations else None
     for translation in plan.translations:
@@ -78,107 +71,9 @@ def _kept(plan: Plan) -> Iterator[Connections]:
 def summary(plan: Plan) -> str:
     """A move in one line."""
     maps = ", ".join(str(map_) for map_ in plan.move.maps)
-    count = sum(map(len, _kept(plan)))
+    count = sum(map(len, kept_of(plan)))
     sites = ", ".join(str(site) for site in plan.move.ordered_sites())
     return f"{plan.move.id}: {maps}, {count} connection{'s' * (count != 1)}, at {sites}"
-
-
-def status_as_json(moves: Sequence[str]) -> Iterator[str]:
-    """The document of `status --json`, piece by piece, of what move_as_json made of each move."""
-    yield '{"schema": 1, "moves": ['
-    for number, move in enumerate(moves):
-        yield ",\n" if number else "\n"
-        yield move
-    yield "]}"
-
-
-def move_as_json(status: MoveStatus) -> str:
-    """The object of a move in the document of `status --json`: a line a connection.
-
-    There may be a hundred thousand, all of one form, which is written instead of encoded.
-    """
-    sites = [site_to_json(each.site, drift=[*each.drift]) for each in status.sites]
-    move = {**move_to_json(status.plan), "gate": str(status.gate), "sites": sites}
-    rows = ",".join(_rows(status))
-    return json.dumps({**move, "connections": []}).removesuffix("]}") + rows + "]}"
-
-
-def _rows(status: MoveStatus) -> Iterator[str]:
-    """A line for each connection."""
-    for (local, peer), seen in _connections(status):
-        _, inward, outward, _ = seen or _UNSEEN
-        yield (
-            f'\n{{"local": "{local}", "peer": "{peer}", "packets": '
-            f'{{"in": {_NULL.get(inward, inward)}, "out": {_NULL.get(outward, outward)}}}}}'
-        )
-
-
-_UNSEEN = (None, None, None, None)
-_NULL: dict[int | None, str] = {None: "null"}
-
-
-_CLOSENESS = (Role.DESTINATION, Role.GATEWAY, Role.PEER, Role.SOURCE)
-"""Where one looks first to see what a connection carries."""
-
-
-def _connections(status: MoveStatus) -> Iterator[tuple[tuple[str, str], SeenEntry | None]]:
-    """Both ends of each connection and what is seen of it, at the destination if that is a site."""
-    looked = [site for site in status.sites if site.seen is not None]
-    looked.sort(key=lambda site: _CLOSENESS.index(site.site.role))
-    for translation in status.plan.translations:
-        if looked and translation.site == looked[0].site and looked[0].seen is not None:
-            entries = _entries_of(status.plan, translation, looked[0].seen)
-            yield from zip(translation.kept.texts(), entries, strict=True)
-    if not looked:
-        yield from ((ends, None) for some in _kept(status.plan) for ends in some.texts())
-
-
-def _entries_of(
-    plan: Plan, translation: Translation, seen: Observation
-) -> Sequence[SeenEntry | None]:
-    """What is seen of each of the translation's connections, in their order."""
-    entries = seen.entries.get(translation.number, ())
-    if len(entries) == len(translation.kept):
-        return entries
-    # A source has none: it keeps quiet; and none have those whose peers are at the destination.
-    made = [
-        step.translation.kept
-        for step in plan.prepare
-        if isinstance(step, InsertEntries)
-        and (step.site, step.translation.number) == (translation.site, translation.number)
-    ]
-    records = (record for kept in made for record in kept.each())
-    known = dict(zip(records, entries, strict=False))
-    return [known.get(record) for record in translation.kept.each()]
-
-
-def status_lines(status: MoveStatus, *, verbose: bool) -> Iterator[str]:
-    """The same for a person."""
-    yield f"{summary(status.plan)}, gate {status.gate}"
-    for site in status.sites:
-        yield f"  {site.site}: {_stand(status.plan, site)}"
-        yield from (f"    {line}" for line in site.drift)
-    kept = (f"  {local}  {peer}  {_packets(seen)}" for (local, peer), seen in _connections(status))
-    fates = describe_fates(status.plan.resets).items()
-    lost = (f"  {each.destination}  {each.source}  not kept: {fate}" for each, fate in fates)
-    for lines in (kept, lost):
-        yield from lines if verbose else islice(lines, SHOWN)
-        yield from ("  ... (all with -v)" for _ in islice(lines, 1))
-
-
-def _stand(plan: Plan, site: SiteStatus) -> str:
-    if site.drift:
-        return "DRIFTED"
-    waits = site.seen is None and plan.move.waits(site.site)
-    return "waits for open" if waits else "as prepared"
-
-
-def _packets(seen: SeenEntry | None) -> str:
-    if seen is None:
-        return "no entry"
-    if seen.packets_in is None:
-        return "not counted"
-    return f"in {seen.packets_in} out {seen.packets_out}"
 
 
 def checkpoint_to_json(checkpoint: Checkpoint, olds: Sequence[Address]) -> dict[str, Any]:

@@ -1,0 +1,257 @@
+"""The words and the JSON of status: how moves stand, and what is known of each connection.
+
+Rule: as all of report. The keys are DESIGN's contract; a hundred thousand connections are written
+in one form instead of encoded.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from itertools import chain, islice
+from typing import Any
+
+from natkeep.plan.connection_state import SiteStatus, State, count_answered, find_states
+from natkeep.plan.drift import MoveStatus
+from natkeep.plan.observation import Gate, Observation, SeenEntry
+from natkeep.plan.resets import describe_fates
+from natkeep.plan.roles import Role
+from natkeep.plan.steps import InsertEntries, Plan
+from natkeep.plan.translation import Translation
+from natkeep.plan.tuples import Connections
+from natkeep.report import kept_of, move_to_json, site_to_json, summary
+from natkeep.values import dataclass
+
+SHOWN = 20
+"""How many connections of a move are listed without -v."""
+
+_CLOSENESS = (Role.DESTINATION, Role.GATEWAY, Role.PEER, Role.SOURCE)
+"""Where one looks first to see what a connection carries."""
+
+
+@dataclass(frozen=True, slots=True)
+class Carried:
+    """The connections of a move as the site shows them that tells most.
+
+    parts: for each translation its connections, and of each its entry and its state, in order.
+    answered: of how many the peer was heard since the move was opened; None where that is not told.
+    """
+
+    parts: tuple[tuple[Connections, Sequence[SeenEntry | None], Sequence[State | None]], ...]
+    answered: int | None
+
+    def count(self) -> int:
+        """How many connections there are."""
+        return sum(len(kept) for kept, _, _ in self.parts)
+
+    def tally(self) -> Counter[State | None]:
+        """How many are in each state."""
+        return Counter(chain.from_iterable(states for _, _, states in self.parts))
+
+    def has_ended(self) -> bool:
+        """Whether all have, of which there were some."""
+        return self.count() > 0 and self.tally()[State.ENDED] == self.count()
+
+
+def look_closely(status: MoveStatus) -> Carried:
+    """What the destination shows of each connection, or else the site that is nearest to it."""
+    looked = [site for site in status.sites if site.seen is not None]
+    if not looked:
+        every = [(some, len(some)) for some in kept_of(status.plan)]
+        return Carried(tuple((some, [None] * n, [None] * n) for some, n in every), None)
+    site = min(looked, key=lambda each: _CLOSENESS.index(each.site.role))
+    assert site.seen is not None
+    parts, answered = [], list[int | None]()
+    for translation in status.plan.translations:
+        if translation.site == site.site:
+            entries = _entries_of(status.plan, translation, site.seen)
+            parts.append((translation.kept, entries, find_states(site, translation, entries)))
+            answered.append(count_answered(site, translation, entries))
+    known = [number for number in answered if number is not None]
+    return Carried(tuple(parts), sum(known) if known else None)
+
+
+def _entries_of(
+    plan: Plan, translation: Translation, seen: Observation
+) -> Sequence[SeenEntry | None]:
+    """What is seen of each of the translation's connections, in their order."""
+    entries = seen.entries.get(translation.number, ())
+    if len(entries) == len(translation.kept):
+        return entries
+    # A source has none: it keeps quiet; and none have those whose peers are at the destination.
+    made = [
+        step.translation.kept
+        for step in plan.prepare
+        if isinstance(step, InsertEntries)
+        and (step.site, step.translation.number) == (translation.site, translation.number)
+    ]
+    records = (record for kept in made for record in kept.each())
+    known = dict(zip(records, entries, strict=False))
+    return [known.get(record) for record in translation.kept.each()]
+
+
+# ---- JSON ----------------------------------------------------------------------------------------
+
+
+def status_as_json(moves: Sequence[str]) -> Iterator[str]:
+    """The document of `status --json`, piece by piece, of what move_as_json made of each move."""
+    yield '{"schema": 1, "moves": ['
+    for number, move in enumerate(moves):
+        yield ",\n" if number else "\n"
+        yield move
+    yield "]}"
+
+
+def move_as_json(status: MoveStatus, host: str) -> str:
+    """The object of a move in the document of `status --json`: a line a connection."""
+    carried, at = look_closely(status), status.opened_at
+    sites = [site_to_json(each.site, host=host, drift=[*each.drift]) for each in status.sites]
+    move: dict[str, Any] = {
+        **move_to_json(status.plan),
+        "gate": str(status.gate),
+        "opened_at": None if at is None else time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(at)),
+        "silent_ms": status.silent_ms,
+        "answered": carried.answered,
+        "listeners": [str(end) for end in status.plan.move.listeners],
+        "sites": sites,
+    }
+    rows = ",".join(_rows(carried))
+    return json.dumps({**move, "connections": []}).removesuffix("]}") + rows + "]}"
+
+
+_UNSEEN = (None, None, None, None)
+_NULL: dict[int | None, str] = {None: "null"}
+_STATES: dict[State | None, str] = {None: "null", **{state: f'"{state}"' for state in State}}
+
+
+def _rows(carried: Carried) -> Iterator[str]:
+    """A line for each connection."""
+    for kept, entries, states in carried.parts:
+        for (local, peer), seen, state in zip(kept.texts(), entries, states, strict=True):
+            _, inward, outward, _ = seen or _UNSEEN
+            yield (
+                f'\n{{"local": "{local}", "peer": "{peer}", "state": {_STATES[state]}, "packets": '
+                f'{{"in": {_NULL.get(inward, inward)}, "out": {_NULL.get(outward, outward)}}}}}'
+            )
+
+
+# ---- lines for a person --------------------------------------------------------------------------
+
+
+def status_lines(status: MoveStatus, host: str, *, verbose: bool) -> Iterator[str]:
+    """All of one move; of its connections 20, unless it is *verbose*."""
+    carried = look_closely(status)
+    yield f"{summary(status.plan)}, gate {status.gate}"
+    yield from (f"  {line}" for line in _tell(status, carried, host))
+    for site in status.sites:
+        yield f"  {site.site}: {_stand(status.plan, site)}"
+        yield from (f"    {line}" for line in site.drift)
+    rows = [*islice(_table(carried, status.gate), None if verbose else SHOWN + 1)]
+    yield from _align(rows[: SHOWN if not verbose else None])
+    yield from ("  ... (all with -v)" for _ in rows[SHOWN:] if not verbose)
+    fates = describe_fates(status.plan.resets).items()
+    lost = (f"  {each.destination}  {each.source}  not kept: {fate}" for each, fate in fates)
+    yield from lost if verbose else islice(lost, SHOWN)
+    yield from ("  ... (all with -v)" for _ in islice(lost, 1))
+
+
+def _tell(status: MoveStatus, carried: Carried, host: str) -> Iterator[str]:
+    """When it was opened, which peers have answered, what lives, and what is to be done."""
+    move, count, tally = status.plan.move, carried.count(), carried.tally()
+    words = [f"on {host}"]
+    if status.gate == Gate.OPEN and not move.quiesces:
+        if status.opened_at is not None:
+            words.append(f"opened {_clock(status.opened_at)}")
+        if status.silent_ms is not None:
+            words.append(f"silent for at least {status.silent_ms} ms")
+        if carried.answered is not None:
+            words.append(f"{carried.answered} of {count} peers have answered since")
+    yield ", ".join(words)
+    if any(tally[state] for state in State):
+        yield ", ".join(f"{tally[state]} {state}" for state in State)
+    if move.listeners:
+        callers = sum(site.seen.callers for site in status.sites if site.seen is not None)
+        ends = ", ".join(map(str, move.listeners))
+        yield f"listeners that follow: {ends}; {callers} new connections"
+    if carried.has_ended():
+        yield f"all have ended: natkeep teardown {move.id}"
+
+
+def _clock(seconds: float) -> str:
+    """The time of the day, and the day where it is another."""
+    at, now = time.localtime(seconds), time.localtime()
+    return time.strftime("%H:%M:%S" if at[:3] == now[:3] else "%Y-%m-%d %H:%M:%S", at)
+
+
+def _stand(plan: Plan, site: SiteStatus) -> str:
+    if site.drift:
+        return "DRIFTED"
+    waits = site.seen is None and plan.move.waits(site.site)
+    return "waits for open" if waits else "as prepared"
+
+
+def _table(carried: Carried, gate: Gate) -> Iterator[tuple[str, ...]]:
+    """A row a connection."""
+    for kept, entries, states in carried.parts:
+        for (local, peer), seen, state in zip(kept.texts(), entries, states, strict=True):
+            yield local, peer, str(state or _unknown(seen, gate)), *_packets(seen)
+
+
+def _unknown(seen: SeenEntry | None, gate: Gate) -> str:
+    if gate != Gate.OPEN:
+        return "closed"
+    return "no entry" if seen is None else "no socket"
+
+
+def _packets(seen: SeenEntry | None) -> tuple[str, str]:
+    if seen is None:
+        return "-", "-"
+    if seen.packets_in is None:
+        return "?", "?"
+    return str(seen.packets_in), str(seen.packets_out)
+
+
+_HEADER = ("LOCAL", "PEER", "STATE", "PACKETS IN", "OUT")
+
+
+def _align(rows: list[tuple[str, ...]], header: tuple[str, ...] = _HEADER) -> Iterator[str]:
+    """A table; nothing of no rows."""
+    table = [header, *rows] if rows else []
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    for row in table:
+        cells = (f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True))
+        yield f"  {'  '.join(cells).rstrip()}"
+
+
+# ---- many moves ----------------------------------------------------------------------------------
+
+_SUMMARY = ("MOVE", "MAPS", "GATE", "KEPT", *(str(state).upper() for state in State))
+_SUMMARY = (*_SUMMARY, "ANSWERED", "OPENED", "STANDS")
+
+
+def summary_lines(moves: Sequence[MoveStatus]) -> Iterator[str]:
+    """A line a move."""
+    return (line[2:] for line in _align([*map(_sum_up, moves)], _SUMMARY))
+
+
+def _sum_up(status: MoveStatus) -> tuple[str, ...]:
+    carried, move = look_closely(status), status.plan.move
+    tally, known = carried.tally(), carried.answered is not None
+    drift = [line for site in status.sites for line in site.drift]
+    stands = "as prepared"
+    if drift:
+        stands = f"DRIFTED: {drift[0]}" + (f" (and {len(drift) - 1} more)" if drift[1:] else "")
+    elif carried.has_ended():
+        stands = f"ended: natkeep teardown {move.id}"
+    return (
+        move.id,
+        ",".join(map(str, move.maps)),
+        str(status.gate),
+        str(carried.count()),
+        *(str(tally[state]) for state in State),
+        str(carried.answered) if known else "-",
+        "-" if status.opened_at is None else _clock(status.opened_at),
+        stands,
+    )
