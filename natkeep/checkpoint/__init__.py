@@ -9,11 +9,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from enum import StrEnum
+from typing import TYPE_CHECKING
 
 from natkeep.plan.criu_lock import DumpLock
 from natkeep.plan.criu_lock import NetworkLock as NetworkLock
 from natkeep.plan.tuples import Address, Connections, Endpoint, FourTuple
 from natkeep.values import dataclass, replace
+
+if TYPE_CHECKING:
+    from natkeep.plan.process import Tree
 
 
 class TcpState(StrEnum):
@@ -183,13 +187,15 @@ class Checkpoint:
     """All connections and listeners found in one place.
 
     sockets is empty where the source tells connections only (a text file); inventory is None
-    where the source is not a directory of CRIU's images. live: read while the process ran.
+    where the source is not a directory of CRIU's images. live: read while the process ran. tree:
+    what it needs besides, where `inspect --live` told it.
     """
 
     connections: Connections
     sockets: tuple[Socket, ...] = ()
     inventory: Inventory | None = None
     live: bool = False
+    tree: Tree | None = None
 
     @property
     def run_id(self) -> str | None:

@@ -28,6 +28,7 @@ from natkeep.checkpoint import (
 )
 from natkeep.checkpoint.judging import PROTOCOLS, find_reason, judge
 from natkeep.errors import ImageError
+from natkeep.plan.process import File, Tree
 from natkeep.plan.tuples import Endpoint
 from natkeep.values import replace
 
@@ -70,14 +71,18 @@ def parse_described(text: str, name: str) -> Checkpoint:
         sockets.append(socket)
     if not any(socket.protocol == "tcp" for socket in sockets):
         raise ImageError(f"{name} tells of no TCP socket", hint=_HINT)
-    return replace(Checkpoint.of(tuple(sockets), live=live), inventory=dump)
+    try:
+        tree = None if document.get("tree") is None else _read_tree(document["tree"])
+    except ValueError as error:
+        raise ImageError(f"{name}: tree: {shorten(error)}", hint=_HINT) from None
+    return replace(Checkpoint.of(tuple(sockets), live=live), inventory=dump, tree=tree)
 
 
 def _demand_keys(document: dict[str, Any], name: str) -> bool:
     """Whether it is of a living process; ImageError where it has not the keys of either kind."""
     live = "live" in document
     keys = {"schema", "sockets", *(("live",) if live else ())}
-    if not keys <= set(document) <= keys | {"sum", *(() if live else ("dump",))}:
+    if not keys <= set(document) <= keys | {"sum", "tree" if live else "dump"}:
         raise ImageError(f"{name} has not the keys of a list of sockets", hint=_HINT)
     if live and document["live"] is not True:
         raise ImageError(f"{name}: live is true, or not there", hint=_HINT)
@@ -97,6 +102,48 @@ def _read_dump(value: object) -> Inventory:
     if not all(isinstance(flag, bool) for flag in flags):
         raise ValueError("tcp_close and own_netns are true or false")
     return Inventory(NetworkLock(_text(value["network_lock"])), run_id, *flags)
+
+
+def _read_tree(value: object) -> Tree:
+    """What a living tree needs besides its sockets."""
+    keys = {"home", "ids", "files", "directories", "own_mounts", "shared_memory"}
+    if not isinstance(value, dict) or set(value) != keys:
+        raise ValueError("it does not have the keys of a tree")
+    if type(value["own_mounts"]) is not bool:
+        raise ValueError("own_mounts is true or false")
+    return Tree(
+        frozenset(_number(each) for each in _list(value["ids"])),
+        tuple(_read_file(each) for each in _list(value["files"])),
+        tuple(_path(each) for each in _list(value["directories"])),
+        value["own_mounts"],
+        tuple(_number(each) for each in _list(value["shared_memory"])),
+        _text(value["home"]),
+    )
+
+
+def _read_file(value: object) -> File:
+    if not isinstance(value, dict) or set(value) != {"name", "size", "mode"}:
+        raise ValueError("it does not have the keys of a file")
+    size, mode = (None if value[key] is None else _number(value[key]) for key in ("size", "mode"))
+    return File(_path(value["name"]), size, mode)
+
+
+def _path(value: object) -> str:
+    if not _text(value).startswith("/") or "\0" in str(value):
+        raise ValueError(f"{value!r} is not a path")
+    return str(value)
+
+
+def _number(value: object) -> int:
+    if type(value) is not int or value < 0:
+        raise ValueError(f"{value!r} is not a number")
+    return value
+
+
+def _list(value: object) -> list[object]:
+    if not isinstance(value, list):
+        raise ValueError(f"{value!r} is not a list")
+    return value
 
 
 def _refuse_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

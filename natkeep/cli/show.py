@@ -18,6 +18,7 @@ from natkeep.plan.findings import CATALOGUE, Severity
 from natkeep.plan.move import parse_olds
 from natkeep.state.directory import StateDirectory
 from natkeep.terminal import clear, show, show_json
+from natkeep.values import replace
 
 if TYPE_CHECKING:
     from natkeep.lifecycle.executor import Executor
@@ -122,7 +123,11 @@ def inspect(args: argparse.Namespace) -> int:
     if (args.image is None) == (args.live is None):
         raise UsageError("which sockets? DIR or --live PID", hint="the one or the other")
     if args.live is not None:
-        checkpoint = read_process(args, ())
+        from natkeep.checkpoint.live import parse_pid
+        from natkeep.lifecycle.process import read_living_tree
+
+        tree = read_living_tree(parse_pid(args.live))
+        checkpoint = replace(read_process(args, ()), tree=tree)
     else:
         from natkeep.checkpoint.images import read_checkpoint_with_queues
 

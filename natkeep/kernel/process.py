@@ -16,24 +16,21 @@ from contextlib import suppress
 from natkeep.errors import ImageError
 from natkeep.plan.process import File, Shown, Tree
 
-_MAPPED = re.compile(r"(?:\S+ +){5}(/.*)")
+_MAPPED = re.compile(r"\S+ (\S+) (?:\S+ +){3}(/.*)")
 _GONE = " (deleted)"
 _SHARED_MEMORY = "/SYSV"
 _BOUND = re.compile(r"(?:\S+ +){6}([0-9]+) +(/.*)")
 
 
-def look_at(netns: str, tree: Tree, besides: int | None = None) -> Shown:
-    """What is there of *tree* at the place of a site in *netns*.
-
-    besides: a process of the tree itself, which still runs: where it is, it has its own ids.
-    """
+def look_at(netns: str, tree: Tree) -> Shown:
+    """What is there of *tree* at the place of a site in *netns*."""
     pid = netns[4:] if netns.startswith("pid:") else ""
     root, found = f"/proc/{pid}/root" if pid else "", {}
     for name in {*(file.name for file in tree.files), *tree.directories}:
         with suppress(OSError, ValueError):
             seen = os.stat(root + name)
             found[name] = (seen.st_size, seen.st_mode)
-    at_home = besides is not None and _is_same(str(besides), pid or "self", "pid")
+    at_home = tree.home == _name_home(pid or "self")
     return Shown(frozenset() if at_home else frozenset(_find_in_use(pid, tree.ids)), found)
 
 
@@ -58,7 +55,10 @@ def _find_in_use(pid: str, ids: frozenset[int]) -> Iterator[int]:
 
 
 def read_living(pids: Iterable[int], root: int) -> Tree:
-    """What the living tree of *pids*, below *root*, needs, without sizes, which change."""
+    """What the living tree of *pids*, below *root*, needs.
+
+    Size and mode are those of programs and libraries; of the others they may change until the dump.
+    """
     names: dict[str, File] = {}
     shared, sockets, ids = [], dict(_read_bound(root)), set()
     inodes: set[int] = set()
@@ -71,6 +71,10 @@ def read_living(pids: Iterable[int], root: int) -> Tree:
                     inodes.add(int(name[8:-1]))
                 elif _is_opened(name):
                     names.setdefault(name, File(name))
+            for name in filter(_is_opened, _read_mapped(pid, executable=True)):
+                with suppress(OSError):
+                    seen = os.stat(f"/proc/{root}/root{name}")
+                    names[name] = File(name, seen.st_size, seen.st_mode)
             ids |= {int(thread) for thread in os.listdir(f"/proc/{pid}/task")}
         except (FileNotFoundError, ProcessLookupError):
             continue  # it has ended
@@ -83,7 +87,13 @@ def read_living(pids: Iterable[int], root: int) -> Tree:
         tuple(sorted({os.path.dirname(path) for at, path in sockets.items() if at in inodes})),
         own_mounts=not _is_same(str(root), ours, "mnt"),
         shared_memory=tuple(dict.fromkeys(shared)) if _is_same(str(root), ours, "ipc") else (),
+        home=_name_home(str(root)),
     )
+
+
+def _name_home(pid: str) -> str:
+    with open("/proc/sys/kernel/random/boot_id", encoding="ascii") as file:
+        return f"{file.read().strip()} {os.stat(f'/proc/{pid}/ns/pid').st_ino}"
 
 
 def _read_names(pid: int) -> Iterator[str]:
@@ -94,10 +104,15 @@ def _read_names(pid: int) -> Iterator[str]:
     for name in ("cwd", "root", "exe"):
         with suppress(FileNotFoundError):  # a zombie has none
             yield os.readlink(f"/proc/{pid}/{name}")
+    yield from _read_mapped(pid)
+
+
+def _read_mapped(pid: int, *, executable: bool = False) -> Iterator[str]:
     with open(f"/proc/{pid}/maps", encoding="utf-8", errors="surrogateescape") as maps:
         for line in maps:
-            if match := _MAPPED.match(line.rstrip("\n")):
-                yield match[1]
+            match = _MAPPED.match(line.rstrip("\n"))
+            if match and (not executable or "x" in match[1]):
+                yield match[2]
 
 
 def _is_opened(name: str) -> bool:

@@ -13,7 +13,7 @@ from natkeep.lifecycle.sockets import find_translated, find_unbindable
 from natkeep.lifecycle.subject import Look, Subject
 from natkeep.plan.findings import Finding, ok
 from natkeep.plan.move import Site
-from natkeep.plan.process import judge, judge_dump
+from natkeep.plan.process import Tree, judge, judge_dump
 from natkeep.plan.roles import Role
 from natkeep.plan.tuples import Address
 
@@ -37,20 +37,25 @@ def look_at_criu(subject: Subject) -> Iterator[Finding]:
 def look_at_tree(subject: Subject) -> Iterator[Finding]:
     """Ids, files and directories that the tree needs, and whether they are at the destination."""
     destinations = _sites(subject, Role.DESTINATION)
+    tree = None if subject.checkpoint is None else subject.checkpoint.tree
     if subject.pid is not None:
-        tree = processes.read_living(find_tree(subject.pid), subject.pid)
-        yield from judge_dump(Site(Role.SOURCE, f"pid:{subject.pid}"), tree)
-    elif subject.image and destinations:
-        found = read_tree(subject.image)
-        if found is None:
+        tree = read_living_tree(subject.pid)
+    elif tree is None and subject.image and destinations:
+        tree = read_tree(subject.image)
+        if tree is None:
             yield Finding("image-incomplete", None, f"no pstree.img in {subject.image}")
-            return
-        tree = found
-    else:
+    if tree is None:
         return
+    if tree.home:
+        yield from judge_dump(tree)
     for site in destinations:
-        shown = processes.look_at(site.netns, tree, besides=subject.pid)
+        shown = processes.look_at(site.netns, tree)
         yield from judge(site, tree, shown)
+
+
+def read_living_tree(pid: int) -> Tree:
+    """What the tree below *pid* needs; ImageError where it cannot be read."""
+    return processes.read_living(find_tree(pid), pid)
 
 
 def look_at_sockets(subject: Subject) -> Iterator[Finding]:

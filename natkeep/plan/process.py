@@ -40,6 +40,7 @@ class Tree:
     mapped, run and stood in; without what CRIU brings itself. directories: those of Unix sockets.
     own_mounts: the tree has a mount namespace of its own, so that names mean nothing outside.
     shared_memory: processes with System V shared memory of an IPC namespace that is CRIU's too.
+    home: boot and pid namespace of a tree that lives, where its ids are in use by itself; else "".
     """
 
     ids: frozenset[int] = frozenset()
@@ -47,6 +48,7 @@ class Tree:
     directories: tuple[str, ...] = ()
     own_mounts: bool = False
     shared_memory: tuple[int, ...] = ()
+    home: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,12 +89,12 @@ def judge(site: Site, tree: Tree, shown: Shown) -> Iterator[Finding]:
         yield ok(site, f"{len(tree.directories)} directories of Unix sockets are there")
 
 
-def judge_dump(site: Site, tree: Tree) -> Iterator[Finding]:
-    """What keeps CRIU from a dump at *site*."""
+def judge_dump(tree: Tree) -> Iterator[Finding]:
+    """What keeps CRIU from a dump of a tree that lives."""
     if tree.shared_memory:
-        yield Finding("sysv-ipc", site, f"processes {_list(tree.shared_memory)}")
+        yield Finding("sysv-ipc", None, f"processes {_list(tree.shared_memory)}")
     else:
-        yield ok(site, "no System V shared memory that other processes may have, too")
+        yield ok(None, "no System V shared memory that other processes may have, too")
 
 
 def _find_different(files: Iterable[File], shown: Shown) -> Iterator[str]:

@@ -14,6 +14,7 @@ from natkeep.checkpoint import Checkpoint, Inventory, Outcome, Socket
 from natkeep.plan.criu_lock import NetworkLock
 from natkeep.plan.findings import CATALOGUE, Finding, Severity
 from natkeep.plan.move import Fate, Site
+from natkeep.plan.process import Tree
 from natkeep.plan.resets import NOT_TOLD, describe_fates
 from natkeep.plan.roles import Role
 from natkeep.plan.step_order import render_nft
@@ -83,6 +84,7 @@ def checkpoint_to_json(checkpoint: Checkpoint, olds: Sequence[Address]) -> dict[
         "schema": 1,
         **({"live": True} if checkpoint.live else {}),
         **({} if dump is None else {"dump": _dump_to_json(dump)}),
+        **({} if checkpoint.tree is None else {"tree": _tree_to_json(checkpoint.tree)}),
         "sum": {str(outcome): number for outcome, number in _sum_up(checkpoint, olds).items()},
         "sockets": [
             {
@@ -98,6 +100,17 @@ def checkpoint_to_json(checkpoint: Checkpoint, olds: Sequence[Address]) -> dict[
             }
             for socket in checkpoint.sockets
         ],
+    }
+
+
+def _tree_to_json(tree: Tree) -> dict[str, Any]:
+    return {
+        "home": tree.home,
+        "ids": sorted(tree.ids),
+        "files": [{"name": f.name, "size": f.size, "mode": f.mode} for f in tree.files],
+        "directories": [*tree.directories],
+        "own_mounts": tree.own_mounts,
+        "shared_memory": [*tree.shared_memory],
     }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import struct
 import subprocess
@@ -13,12 +14,17 @@ from checkpoint.test_images import field, image
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from natkeep import report
+from natkeep.checkpoint import Checkpoint, Socket, TcpState
+from natkeep.checkpoint.described import parse_described
 from natkeep.checkpoint.imagefile import COMMON, FILES, IDS, INVENTORY, PSTREE, REMAP_FPATH
 from natkeep.checkpoint.live import find_tree
 from natkeep.checkpoint.tree import read_tree
 from natkeep.errors import ImageError
 from natkeep.kernel import process
 from natkeep.plan.process import File, Tree
+from natkeep.plan.tuples import Endpoint
+from natkeep.values import replace
 
 
 def regular(number: int, name: bytes, *, size: int | None = None, mode: int = 0o100644,
@@ -187,17 +193,66 @@ def test_what_a_living_tree_needs_and_what_of_it_is_there(tmp_path: Path) -> Non
         assert {f"{tmp_path}/log", f"{tmp_path}/run", os.path.realpath(sys.executable)} <= names
         assert not {name for name in names if "gone" in name or name.startswith("/proc/")}
         assert tree.directories == (f"{tmp_path}/run",)
+        python = os.stat(os.path.realpath(sys.executable))
+        assert File(os.path.realpath(sys.executable), python.st_size, python.st_mode) in tree.files
+        assert File(f"{tmp_path}/log") in tree.files  # its size changes
         assert server.pid in tree.ids
         assert len(tree.ids) == 2
         assert not tree.own_mounts
         assert not tree.shared_memory
 
-        there = process.look_at("", tree)
+        assert not process.look_at("", tree).in_use  # they are its own
+        there = process.look_at("", replace(tree, home=""))
         assert there.in_use == tree.ids
         assert there.found.keys() == names | {f"{tmp_path}/run"}
-        assert not process.look_at("", tree, besides=server.pid).in_use
     finally:
         server.stdin.close()
         server.wait()
 
-    assert not process.look_at("", tree).in_use
+    assert not process.look_at("", replace(tree, home="")).in_use
+
+
+# ---- told to another machine ---------------------------------------------------------------------
+
+TOLD = Tree(
+    frozenset({7, 8}),
+    (File("/bin/x", 5_000_000_000, 0o100755), File("/log\udcff")),
+    ("/run/x",),
+    True,
+    (7,),
+    "boot 4026531836",
+)
+LISTENER = Socket("tcp", Endpoint.parse("10.2.0.10:80"), None, TcpState.LISTEN)
+
+
+def describe(**changes: object) -> str:
+    checkpoint = replace(Checkpoint.of((LISTENER,), live=True), tree=TOLD)
+    document = json.loads(json.dumps(report.checkpoint_to_json(checkpoint, ())))
+    document["tree"].update(changes)
+    return json.dumps(document)
+
+
+def test_what_inspect_told_of_a_tree_is_read_as_it_was() -> None:
+    assert parse_described(describe(), "list").tree == TOLD
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"ids": 7},
+        {"ids": [True]},
+        {"ids": [-1]},
+        {"ids": ["7"]},
+        {"files": [{"name": "/x"}]},
+        {"files": [{"name": "x", "size": None, "mode": None}]},
+        {"files": [{"name": "/x", "size": "1", "mode": None}]},
+        {"directories": ["/a\0b"]},
+        {"own_mounts": 1},
+        {"shared_memory": None},
+        {"home": None},
+        {"more": 1},
+    ],
+)
+def test_a_tree_that_is_told_otherwise_is_refused(changes: dict[str, object]) -> None:
+    with pytest.raises(ImageError, match=r"^list: tree: "):
+        parse_described(describe(**changes), "list")

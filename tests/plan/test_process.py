@@ -81,5 +81,5 @@ def test_a_tree_with_namespaces_of_its_own() -> None:
 
 
 def test_shared_memory_of_an_ipc_namespace_that_is_not_its_own() -> None:
-    assert [each.code for each in judge_dump(HERE, Tree(shared_memory=(7, 8)))] == ["sysv-ipc"]
-    assert [each.code for each in judge_dump(HERE, Tree())] == [""]
+    assert [each.code for each in judge_dump(Tree(shared_memory=(7, 8)))] == ["sysv-ipc"]
+    assert [each.code for each in judge_dump(Tree())] == [""]
