@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+from ipv6_addresses import wait_for_addresses
 
 from bench.faults.surfaces import read_all_surfaces
 
@@ -64,6 +65,7 @@ def stranger(
         assert made.run("natkeep.cli", *move, f"--site=destination={netns}")[0] == 0
         if give_inode_again(netns):
             cable(netns, f"address add {OLD}/32 dev lo")
+            wait_for_addresses(netns)
             return made
     pytest.fail("the kernel gives no inode again: what is known by it is safe here")
 
