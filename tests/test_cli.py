@@ -1108,6 +1108,49 @@ def test_status_as_text(sites: Network, executor: Run) -> None:
     executor("teardown", "web")
 
 
+@pytest.mark.root
+@pytest.mark.parametrize("more", [(), ("--json",), ("web", "--json")])
+def test_status_is_shown_again_until_it_is_interrupted(
+    more: tuple[str, ...], sites: Network, executor: Run, tmp_path: Path
+) -> None:
+    executor(*prepare(sites), input=LIST)
+    before = files(tmp_path)
+    words = command("status", "--watch", *more)
+    with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as watch:
+        assert watch.stdout
+        assert watch.stderr
+        looks, text = 0, b""
+        while looks < 2:
+            text += watch.stdout.readline()
+            looks = text.count(b"]}]}\n" if more else b"as prepared\n")
+        watch.send_signal(signal.SIGINT)
+        rest, said = watch.stdout.read(), watch.stderr.read()
+        assert (watch.wait(PATIENCE), said) == (0, b"")
+    documents = (text + rest).decode()
+    decoder = json.JSONDecoder()
+    while more and (documents := documents.lstrip()):
+        document, end = decoder.raw_decode(documents)
+        assert document["moves"][0]["id"] == "web"
+        documents = documents[end:]
+    assert b"\x1b" not in text  # which is for terminals
+    assert before == files(tmp_path)
+    executor("teardown", "web")
+
+
+@pytest.mark.root
+def test_with_strict_a_watch_ends_where_something_drifted(sites: Network, executor: Run) -> None:
+    executor(*prepare(sites), input=LIST)
+    words = command("status", "web", "--watch", "--strict")
+    with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as watch:
+        assert watch.stdout
+        watch.stdout.readline()
+        sites.run(sites.destination, *["ip", "address", "delete", "10.2.0.10/32", "dev", "lo"])
+        _, said = watch.communicate(timeout=PATIENCE)
+        assert watch.returncode == 6
+        assert said.startswith(b"natkeep: drift: address 10.2.0.10: not on this host")
+    executor("teardown", "web")
+
+
 # ---- live connections ------------------------------------------------------------------------
 
 

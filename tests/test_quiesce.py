@@ -308,6 +308,17 @@ def test_the_gate_may_go_when_the_process_is_back(executor: Executor, kernel: Fa
     assert count_alive(executor, "web") == 0  # at home nothing breaks when natkeep goes
 
 
+def test_the_gate_may_go_when_its_connections_have_ended_elsewhere(executor: Executor) -> None:
+    prepare(executor, move(SOURCE), CONNECTIONS)
+    every = [*CONNECTIONS]
+
+    assert find_exposed(executor, "web", CONNECTIONS) == ()
+    [reason] = find_exposed(executor, "web", Connections.of(every[:2]))
+    assert "would answer 1 peers" in reason
+    others = Connections.of([FourTuple(Endpoint.parse("10.9.9.9:1"), every[0].destination)])
+    assert len(find_exposed(executor, "web", others)) == 1
+
+
 def test_the_gate_may_go_when_criu_s_lock_was_never_taken(
     executor: Executor, kernel: FakeKernel, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -46,6 +46,11 @@ _SIZES = frozenset(RECORD_SIZE.values())
 
 def read_listing(path: str | os.PathLike[str]) -> Checkpoint:
     """The connections in the file or pipe at *path*; ImageError if they cannot be read."""
+    return parse_octets(read_octets(path), os.fsdecode(path))
+
+
+def read_octets(path: str | os.PathLike[str]) -> bytes:
+    """All of the file or pipe at *path*; ImageError if it cannot be read."""
     name = os.fsdecode(path)
     try:
         _demand_file(name, os.stat(path))  # to open a device could start something
@@ -54,13 +59,12 @@ def read_listing(path: str | os.PathLike[str]) -> Checkpoint:
         descriptor = os.open(path, flags)
         try:
             _demand_file(name, os.fstat(descriptor))
-            data = _read(descriptor, name)
+            return _read(descriptor, name)
         finally:
             os.close(descriptor)
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else error
         raise ImageError(f"cannot read {name}: {reason}") from None
-    return parse_octets(data, name)
 
 
 def parse_octets(data: bytes, name: str) -> Checkpoint:

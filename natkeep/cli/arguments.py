@@ -17,7 +17,7 @@ from natkeep.lifecycle.check import find_new
 from natkeep.lifecycle.executor import Executor
 from natkeep.plan.move import Fate, Map, Mode, Move, Site, parse_id, parse_map
 from natkeep.plan.roles import Role
-from natkeep.plan.tuples import NO_CONNECTIONS, Endpoint
+from natkeep.plan.tuples import NO_CONNECTIONS, Connections, Endpoint
 from natkeep.state.directory import StateDirectory
 
 
@@ -83,11 +83,7 @@ def read_connections(args: argparse.Namespace) -> Checkpoint:
         from natkeep.checkpoint.listing import parse_listing, read_listing
 
         if args.connections == "-":
-            try:
-                text = sys.stdin.read() if sys.stdin else ""
-            except UnicodeDecodeError:
-                raise ImageError("stdin is not UTF-8 text") from None
-            return parse_listing(text, "stdin")
+            return parse_listing(_read_stdin(), "stdin")
         return read_listing(args.connections)
     if getattr(args, "live", None) is not None:
         return read_process(args, parse_sites(args.site))
@@ -95,6 +91,25 @@ def read_connections(args: argparse.Namespace) -> Checkpoint:
         "which connections? --image DIR or --connections FILE",
         hint=f"{os.path.basename(sys.argv[0])} inspect DIR shows those of an image",
     )
+
+
+def _read_stdin() -> str:
+    try:
+        return sys.stdin.read() if sys.stdin else ""
+    except UnicodeDecodeError:
+        raise ImageError("stdin is not UTF-8 text") from None
+
+
+def read_ended(path: str | None) -> Connections:
+    """The connections that have ended elsewhere, as `--ended` names the document that says so."""
+    if path is None:
+        return NO_CONNECTIONS
+    from natkeep.checkpoint.ended import parse_ended
+    from natkeep.checkpoint.listing import read_octets
+
+    if path == "-":
+        return parse_ended(_read_stdin().encode(), "stdin")
+    return parse_ended(read_octets(path), path)
 
 
 def read_process(args: argparse.Namespace, sites: tuple[Site, ...]) -> Checkpoint:

@@ -20,6 +20,7 @@ from natkeep.cli.arguments import (
     parse_maps,
     parse_sites,
     read_connections,
+    read_ended,
 )
 from natkeep.cli.output import describe_error, print_json, print_verb, talk
 from natkeep.errors import DriftError, NatkeepError, RefusedError, UsageError
@@ -154,6 +155,7 @@ def teardown(args: argparse.Namespace) -> int:
 
     executor = make_executor(args, create=False)
     parse_id(args.id)
+    ended = read_ended(args.ended)
     if args.site and not args.by_name:
         raise UsageError("--site is for --by-name", hint="the journal names the sites")
     if args.by_name:
@@ -168,9 +170,11 @@ def teardown(args: argparse.Namespace) -> int:
             alive = drain.count_alive(executor, args.id)
         if not args.yes:
             _ask_if_alive(args.id, alive)
-            for line in drain.find_exposed(executor, args.id):
+            for line in drain.find_exposed(executor, args.id, ended):
                 raise RefusedError(
-                    line, hint="take OLD from that host, or restore the process there; or --yes"
+                    line,
+                    hint="take OLD from that host, or restore the process there; once they have "
+                    "ended elsewhere --ended; or --yes",
                 )
     found = teardown(executor, args.id)
     print_verb(args, f"{args.id}: {'undone' if found else 'nothing to undo'}", found=found)

@@ -201,6 +201,10 @@ _TEARDOWN = (
         "--drain", "SECONDS", nargs="?", type=_seconds, const=float("inf"),
         help="wait until the kept connections have ended, so long at most",
     ),
+    _option(
+        "--ended", "FILE",
+        help="at the source: what status --json printed elsewhere of those that have; - is stdin",
+    ),
     _flag("--yes", "even if connections live"),
     _flag("--by-name", "of a move without a journal, at --site: what bears its id there"),
     _SITE,

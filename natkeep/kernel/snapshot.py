@@ -106,6 +106,7 @@ class Snapshot:
             lingers=self._shortest_timeout,
             guarded=self._is_guarded(site, plan),
             unanswered=self._find_unanswered(sockets),
+            heard=self._find_heard(site, plan, entries) if gate == Gate.OPEN else frozenset(),
         )
 
     # ---- the table ---------------------------------------------------------------------------
@@ -211,6 +212,21 @@ class Snapshot:
     def _find_sockets(self, here: list[Translation]) -> Connections:
         """The kept connections that have one."""
         return Connections.joined(sock_diag.find_kept(t.kept, self._living) for t in here)
+
+    def _find_heard(
+        self, site: Site, plan: Plan, entries: dict[int, tuple[SeenEntry | None, ...]]
+    ) -> frozenset[bytes]:
+        """Of the connections whose entry counts nothing from the peer those that were heard."""
+        found: set[bytes] = set()
+        for t in plan.translations if site.row.puts_old else ():
+            silent = [one for one in entries.get(t.number, ()) if one and not one.packets_in]
+            if t.site == site and silent:
+                name = base_chains.heard_set(plan.move.id, t.number)
+                old, width = t.map.old.packed, len(t.map.old.packed)
+                for key in nftables_dump.dump_keys(self._netlink, "inet", TABLE, name):
+                    peer, port = key[: width + 2], key[width + 4 : width + 6]
+                    found.add(old + port + peer)
+        return frozenset(found)
 
     def _is_guarded(self, site: Site, plan: Plan) -> bool:
         """Whether the guard's process lives, if the move has one here."""

@@ -11,6 +11,7 @@ from natkeep.plan.liveness import Life, Sighting, make_sighting
 from natkeep.plan.observation import Gate
 from natkeep.plan.roles import Role
 from natkeep.plan.steps import TakeOverLock
+from natkeep.plan.tuples import NO_CONNECTIONS, Connections
 
 _DRAIN_INTERVAL = 0.2
 
@@ -61,10 +62,13 @@ def _count(executor: Executor, move_id: str, earlier: Sighting | None) -> tuple[
     return min(alive.get(Role.DESTINATION) or alive.get(Role.GATEWAY) or [0]), sighting
 
 
-def find_exposed(executor: Executor, move_id: str) -> tuple[str, ...]:
+def find_exposed(
+    executor: Executor, move_id: str, ended: Connections = NO_CONNECTIONS
+) -> tuple[str, ...]:
     """Why a teardown would have the source answer peers with resets; nothing when it is safe.
 
-    It is where OLD has left the host, where the process is back, and where CRIU's own lock
+    ended: connections that have ended elsewhere, so their peers say nothing any more. It is safe,
+    too, where OLD has left the host, where the process is back, and where CRIU's own lock
     was never taken over.
     """
     journal, plan = executor.load(move_id)
@@ -78,8 +82,10 @@ def find_exposed(executor: Executor, move_id: str) -> tuple[str, ...]:
             continue
         if seen.gate == Gate.CLOSED and seen.addresses and not seen.alive:
             olds = ", ".join(str(old) for old in sorted(seen.addresses, key=str))
-            peers = {t.source for one in plan.translations for t in one.kept}
-            found.append(
-                f"{site} still has OLD {olds}: it would answer {len(peers)} peers with a reset"
-            )
+            left = (one.kept.minus(ended) for one in plan.translations if one.site == site)
+            peers = {inbound.source for some in left for inbound in some}
+            if peers:
+                found.append(
+                    f"{site} still has OLD {olds}: it would answer {len(peers)} peers with a reset"
+                )
     return tuple(found)

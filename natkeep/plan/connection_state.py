@@ -70,8 +70,8 @@ def find_states(
         else:
             live, ended = record in sockets, not going
         if live:
-            heard = record not in seen.unanswered and record not in seen.unheard
-            both = not judged or (heard and not _counts_one(entry))
+            both = record in seen.heard or not _counts_one(entry)
+            both = not judged or (both and record not in seen.unanswered)
             states.append(State.LIVE if both else State.ONE_WAY)
         else:
             states.append(State.ENDED if ended else None)
@@ -102,7 +102,7 @@ def count_answered(
         if entry is not None and entry.packets_in is not None:
             counted = True
             heard = entry.packets_in and (entry.packets_out or not both)
-            number += bool(heard and record not in seen.unheard)
+            number += bool(heard or record in seen.heard)
     return number if counted else None
 
 
@@ -127,8 +127,9 @@ def find_one_way(
         for record, entry in zip(translation.kept.each(), entries, strict=False):
             if entry is None or not entry.alive or entry.packets_in is None:
                 continue
-            deaf = record in site.seen.unanswered or record in site.seen.unheard
-            heard, said = bool(entry.packets_in) and not deaf, bool(entry.packets_out)
+            deaf = record in site.seen.unanswered
+            heard = (bool(entry.packets_in) or record in site.seen.heard) and not deaf
+            said = bool(entry.packets_out)
             if heard and said:
                 return
             inward, outward = inward + heard, outward + said

@@ -55,8 +55,8 @@ class Observation:
     has ended.
     guarded: the guard's process lives, if the move has one here.
     unanswered: of the kept connections those whose socket says the same again for 5 s and more.
-    unheard: at a destination those whose peer was not heard since the move was opened, as far as
-    that is told from more than the packets that were counted.
+    heard: at a destination of those whose entry counts nothing from the peer those that were heard
+    since the move was opened, as the table has noted: an entry that was made anew counts anew.
     """
 
     gate: Gate
@@ -74,4 +74,4 @@ class Observation:
     lingers: float = 0.0
     guarded: bool = True
     unanswered: frozenset[bytes] = frozenset()
-    unheard: frozenset[bytes] = frozenset()
+    heard: frozenset[bytes] = frozenset()
