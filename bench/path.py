@@ -37,9 +37,13 @@ from bench.figures import Figure, at_least, conclude, middle_half
 from bench.namespaces import PREFIX, end_on_sigterm
 from bench.wire import CLIENT, METRICS, MTU_OCTETS, NEW, OLD, PORT, Wire, measure, measure_bulk
 from natkeep.kernel.linux import LinuxKernel
+from natkeep.kernel.netns import inside, open_namespace
+from natkeep.kernel.nftables import fill_sets
 from natkeep.lifecycle.executor import Executor
 from natkeep.lifecycle.open import open_move
 from natkeep.lifecycle.prepare import prepare
+from natkeep.plan.base_chains import heard_set
+from natkeep.plan.filters import Filling
 from natkeep.plan.move import Map, Mode, Move, Site
 from natkeep.plan.roles import Role
 from natkeep.plan.tuples import Connections
@@ -103,11 +107,19 @@ def executor(mode: Mode, connections: int, moves: int) -> Callable[[Wire], Itera
                 prepare(executor, move, _kept(wire, old, connections, number))
             for number in range(moves):
                 open_move(executor, f"m{number}")
+            _hear_all(wire, connections)
             executor.kernel.unhook_gates()  # as the program does after open
             wire.hide_old()
             yield  # what is left goes with the namespaces
 
     return configure
+
+
+def _hear_all(wire: Wire, count: int) -> None:
+    """As if every peer had said something by now: only one of so many really is there."""
+    heard = Filling(heard_set("m0", 0), _kept(wire, IPv4Address(OLD), count, 0))
+    with inside(open_namespace(wire.s)):
+        fill_sets([heard])
 
 
 def _kept(wire: Wire, old: IPv4Address, count: int, number: int) -> Connections:

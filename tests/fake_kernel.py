@@ -501,6 +501,9 @@ def _change(here: FakeSite, step: Step) -> None:
             for translation in step.translations:
                 for name in filters.sets_of(step.move_id, translation):
                     here.sets[name] = NO_CONNECTIONS
+                if translation.site.row.puts_old:
+                    name = base_chains.heard_set(step.move_id, translation.number)
+                    here.sets[name] = NO_CONNECTIONS
         case FillSet():
             if step.name not in here.sets:
                 raise KernelError(f"{step.site}: no set {step.name}")

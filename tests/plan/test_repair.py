@@ -199,6 +199,25 @@ def test_tuples_that_have_ended_stay_free_when_the_table_was_lost(site: Site) ->
     assert patches(plan, site, show(plan, site), life=Life(True, KEPT.minus(ended))) == []
 
 
+@EACH_MODE
+@pytest.mark.parametrize("opened", [True, False])
+def test_peers_of_an_open_move_stay_heard_when_the_table_was_lost(mode: Mode, opened: bool) -> None:
+    """What packets have noted is no drift; a set that is gone is not made anew as if none was."""
+    plan = make(mode)
+    prepared, opening = split_opening(plan, DESTINATION)
+    sets = {step.name: 3 for step in plan.prepare if isinstance(step, FillSet)}
+    seen = show(plan, DESTINATION, gate=Gate.ABSENT, gone=prepared, shut=opening, missing=sets)
+    life = Life(True, KEPT)
+    found = [patch for _, patch in find_patches(plan, DESTINATION, seen, life, opened=opened)]
+    filled = {one.name: one for one in found if isinstance(one, FillSet)}
+
+    assert {"kept-web-0", "kept-web-1"} <= filled.keys()
+    for number in (0, 1):
+        heard, kept = f"heard-web-{number}", filled[f"kept-web-{number}"]
+        assert filled.get(heard) == (replace(kept, name=heard) if opened else None)
+    assert patches(plan, DESTINATION, show(plan, DESTINATION)) == []
+
+
 def test_what_is_not_nft_is_done_again_as_a_step() -> None:
     plan = make()
     seen = show(
