@@ -158,10 +158,15 @@ def pack_fill(
 
 def pack_keys(connections: Connections) -> frozenset[bytes]:
     """The keys that a set of *connections* should have, as the kernel has them."""
+    return frozenset(list_keys(connections))
+
+
+def list_keys(connections: Connections) -> list[bytes]:
+    """The same in the order of the connections, which are of one IP version."""
     version = 4 if connections.v4 else 6
     width, count = (4 if version == 4 else 16), len(connections)
     packed = replicate(bytes(width + 8), _key_columns(connections, version), count)
-    return frozenset([key for (key,) in struct.iter_unpack(f"{width + 8}s", packed)])
+    return [key for (key,) in struct.iter_unpack(f"{width + 8}s", packed)]
 
 
 def _key_columns(connections: Connections, version: int) -> list[tuple[int, bytes]]:

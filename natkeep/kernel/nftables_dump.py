@@ -22,9 +22,10 @@ from natkeep.kernel.netlink import (
     attributes,
     find_attribute,
 )
-from natkeep.kernel.nft_messages import SUBSYSTEM, nfgenmsg, string
+from natkeep.kernel.nft_messages import SUBSYSTEM, list_keys, nfgenmsg, string
 from natkeep.plan.base_chains import HEARD
 from natkeep.plan.nft import TABLE, Key, describe_rule, number_alike
+from natkeep.plan.tuples import Connections
 from natkeep.values import dataclass
 
 _GETTABLE, _GETCHAIN, _GETRULE, _GETSET, _GETSETELEM = 1, 4, 7, 10, 13
@@ -177,6 +178,14 @@ def count_heard(netlink: Netlink, names: Iterable[str]) -> int:
     Each is a peer that has said by the wire something else than a reset since its move was opened.
     """
     return sum(len(dump_keys(netlink, "inet", TABLE, name)) for name in names)
+
+
+def find_unheard(netlink: Netlink, name: str, kept: Connections) -> Iterator[bytes]:
+    """The records of those of *kept* (of one IP version) that the heard_set *name* has not."""
+    heard = frozenset(dump_keys(netlink, "inet", TABLE, name))
+    for record, key in zip(kept.each(), list_keys(kept), strict=True):
+        if key not in heard:
+            yield record
 
 
 def are_all_heard(netlink: Netlink) -> bool:

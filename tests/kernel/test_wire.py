@@ -28,7 +28,7 @@ from fake_kernel import revert_step
 from natkeep.kernel.linux import LinuxKernel
 from natkeep.kernel.netlink import NETLINK_NETFILTER, Netlink
 from natkeep.kernel.netns import inside, open_namespace
-from natkeep.kernel.nftables_dump import count_heard
+from natkeep.kernel.nftables_dump import count_heard, find_unheard
 from natkeep.lab.time_scale import scaled
 from natkeep.plan.base_chains import heard_set
 from natkeep.plan.drift import find_drift
@@ -221,6 +221,15 @@ class Stage:
         """How many of the peers were heard, of either family."""
         with inside(open_namespace(self.netns)), Netlink(NETLINK_NETFILTER) as netlink:
             return count_heard(netlink, [heard_set("web", number) for number in (0, 1)])
+
+    def unheard(self, plan: Plan) -> list[bytes]:
+        """The records of those that were not."""
+        with inside(open_namespace(self.netns)), Netlink(NETLINK_NETFILTER) as netlink:
+            return [
+                record
+                for t in plan.translations
+                for record in find_unheard(netlink, heard_set("web", t.number), t.kept)
+            ]
 
     def outside(self, version: int) -> Address:
         """The address that peers send to, as it arrives at the site."""
@@ -449,6 +458,8 @@ def test_a_reset_reaches_the_process_once_its_peer_has_said_anything_else(
 
     assert [stage.expect(packet, dst=stage.inside(version))] == stage.inbound(packet)
     assert stage.heard() == 1
+    silent = [t.kept for t in plan.translations if t.map.old.version != version]
+    assert stage.unheard(plan) == [*silent[0].each()]
     reset = to_process(stage, version, flags="R", data=b"")
     assert [stage.expect(reset, dst=stage.inside(version))] == stage.inbound(reset)
 
