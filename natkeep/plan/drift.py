@@ -89,8 +89,9 @@ def _want(plan: Plan, site: Site) -> list[Wanted]:
 
 def _was_prepared_earlier(plan: Plan, site: Site, seen: Observation) -> bool:
     """Whether a natkeep did it that had not all rules; a repair adds them, none is missed."""
-    later = {key for key in want(plan, site) if key.kind == "rule" and is_later(key.name)}
-    own = {key for key in later if is_address_chain(key.name)}
+    later = {key for key in want(plan, site) if is_later(key.name)}
+    own = {key for key in later if key.kind == "rule" and is_address_chain(key.name)}
+    own |= {key for key in later if key.kind == "set" and f"-{plan.move.id}-" in key.name}
     return bool(own) and own <= seen.gone
 
 

@@ -16,13 +16,14 @@ import pytest
 from natkeep.kernel import nftables_dump
 from natkeep.kernel.linux import LinuxKernel
 from natkeep.kernel.netlink import Netlink
+from natkeep.plan.base_chains import heard_set
 from natkeep.plan.drift import find_drift
 from natkeep.plan.liveness import Life
 from natkeep.plan.move import Map, Mode, Move, Site
 from natkeep.plan.repair import find_patches
 from natkeep.plan.roles import Role
 from natkeep.plan.step_order import make_plan
-from natkeep.plan.steps import OpenGate, Plan
+from natkeep.plan.steps import FillSet, OpenGate, Plan
 from natkeep.plan.translation import Surroundings
 from natkeep.plan.tuples import Connections, Endpoint, FourTuple
 from natkeep.values import replace
@@ -105,6 +106,9 @@ def stage(
         for step in plan.steps:
             if isinstance(step, OpenGate) or step in plan.prepare:
                 kernel.apply(step, lambda prior: None)
+        if role == Role.DESTINATION:  # as packets note it: a repair takes all for heard
+            heard = FillSet(plan.move.sites[0], heard_set("web", 0), kept(version))
+            kernel.mend(heard, lambda prior: None)
         return Stage(kernel, netns, plan, run)
 
     return make
@@ -135,6 +139,10 @@ AT_DESTINATION = {
     "OLD removed from lo": "ip address del OLD dev lo",
     "lo down": "ip link set lo down",
     "ARP no longer silent": "nft delete table arp natkeep",
+    "resets of peers not heard let in": "nft flush chain inet natkeep early-resets",
+    "rules for what peers say flushed": (
+        "nft flush chain inet natkeep heard-at-$(echo BEFORE | tr : _)"
+    ),
     "OLD no longer silent": "nft flush set inet natkeep heldV",
 }
 CASES = [
