@@ -842,7 +842,9 @@ def without_tables(planned: list[str]) -> list[str]:
         at_gateway = role == "gateway"
         parts = [base_chains.base_table()]
         parts += base_chains.translation_tables(Mode.STATEFUL, at_gateway=at_gateway)
-        parts += [] if at_gateway else [base_chains.destination_table(), arp.arp_table()]
+        at_destination = [base_chains.destination_table(), arp.arp_table()]
+        at_destination.append(base_chains.dispatch_table(base_chains.HEARD))
+        parts += [] if at_gateway else at_destination
         sizes[role] = sum(map(len, parts))
     left, at = [], 0
     while at < len(planned):
