@@ -16,16 +16,27 @@ from pathlib import Path
 import pytest
 from fake_kernel import FakeKernel
 
-from natkeep.checkpoint import ELSEWHERE, Checkpoint, Inventory, NetworkLock, Socket, TcpState
+from natkeep.checkpoint import (
+    ELSEWHERE,
+    TRANSLATED,
+    Checkpoint,
+    Inventory,
+    NetworkLock,
+    Socket,
+    TcpState,
+)
 from natkeep.errors import RefusedError
 from natkeep.kernel import conntrack_own, sock_diag
 from natkeep.kernel.linux import LinuxKernel
 from natkeep.lifecycle.check import require_sockets
 from natkeep.lifecycle.executor import Executor
 from natkeep.lifecycle.prepare import prepare
+from natkeep.lifecycle.process import look_at_sockets
 from natkeep.lifecycle.sockets import refuse_translated
+from natkeep.lifecycle.subject import Subject
 from natkeep.plan.move import Map, Move, Site
 from natkeep.plan.roles import Role
+from natkeep.plan.step_order import make_plan
 from natkeep.plan.tuples import Connections, Endpoint, FourTuple, parse_address
 from natkeep.state.directory import StateDirectory
 from natkeep.values import replace
@@ -239,3 +250,43 @@ def test_a_port_that_was_dialled_itself_is_kept_beside_the_redirect(
 
     assert [each["kept"] for each in shown if each["local"] == f"{OLD}:8080" and each["peer"]]
     assert not [each for each in shown if "translates" in (each["reason"] or "")]
+
+
+# ---- the same as `check` lists it ----------------------------------------------------------------
+
+
+def look(sockets: tuple[Socket, ...], wire: dict[FourTuple, FourTuple], *sites: Site) -> list[str]:
+    """The codes of what is found of *sockets*; `ok` where all is well."""
+    kernel = FakeKernel()
+    kernel.open_sites(sites)
+    kernel.wire = wire
+    checkpoint = Checkpoint.of(sockets)
+    kept = [each for each in sockets if each.is_connection() and each.local.address == MAP.old]
+    plan = make_plan(move(*sites), Connections.of(each.inbound() for each in kept))
+    state = StateDirectory(None, create=False)
+    subject = Subject(kernel, sites, plan, checkpoint, state=state)
+    return [each.code or "ok" for each in look_at_sockets(subject)]
+
+
+KEPT = socket(f"{OLD}:8080", "10.1.0.2:4000", ESTABLISHED)
+MARKED = socket(f"{OLD}:8080", "10.1.0.2:4001", ESTABLISHED, unkept=f"{TRANSLATED}X on the wire")
+TUNNELLED = socket(f"{OLD}:81", bound_device="tun9")
+
+
+@pytest.mark.parametrize(
+    ("sockets", "wire", "sites", "found"),
+    [
+        ((KEPT,), {}, (DESTINATION, SOURCE), ["ok", "ok"]),
+        ((KEPT, socket(f"{OTHER}:9")), {}, (DESTINATION,), ["address-missing"]),
+        ((KEPT, TUNNELLED), {}, (DESTINATION,), ["ok", "device-missing"]),
+        ((KEPT, MARKED), {}, (DESTINATION,), ["ok", "source-translates"]),
+        ((KEPT,), {SEEN: WIRE}, (DESTINATION, SOURCE), ["ok", "source-translates"]),
+    ],
+)
+def test_what_check_finds_of_the_sockets(
+    sockets: tuple[Socket, ...],
+    wire: dict[FourTuple, FourTuple],
+    sites: tuple[Site, ...],
+    found: list[str],
+) -> None:
+    assert look(sockets, wire, *sites) == found

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from natkeep.checkpoint import Checkpoint
+from natkeep.checkpoint import ELSEWHERE, Checkpoint
 from natkeep.checkpoint.live import find_tree
 from natkeep.checkpoint.tree import read_tree
-from natkeep.kernel import criu_trial
+from natkeep.kernel import criu_trial, rtnetlink
 from natkeep.kernel import process as processes
 from natkeep.lifecycle.sockets import find_translated, find_unbindable
 from natkeep.lifecycle.subject import Look, Subject
@@ -64,12 +64,16 @@ def look_at_sockets(subject: Subject) -> Iterator[Finding]:
     if checkpoint is None or not olds:
         return
     unmapped = checkpoint.unmapped([*olds])
+    bound = {each.bound_device for each in checkpoint.sockets if each.unkept != ELSEWHERE} - {None}
     for site in _sites(subject, Role.DESTINATION) if checkpoint.sockets else ():
         found = [*find_unbindable(subject.kernel, site, unmapped)]
         for each in found:
             yield Finding("address-missing", site, f"{each}, which no --map moves")
         if not found:
             yield ok(site, "every socket's address is there, or is moved")
+        missing = bound - subject.kernel.ask(site, rtnetlink.device_names) if bound else ()
+        for device in sorted(filter(None, missing)):
+            yield Finding("device-missing", site, f"{device}, which a socket is bound to")
     yield from _look_at_source(subject, checkpoint, olds)
 
 

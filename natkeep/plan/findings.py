@@ -211,6 +211,11 @@ CATALOGUE = {
         "CRIU could not bind it, and the restore would fail.",
         "Move that address as well (--map), or give it to the destination (`ip addr add`).",
     ),
+    "device-missing": Explanation(
+        Severity.STOP,
+        "A socket is bound to a device (SO_BINDTODEVICE) that is not here. The restore would fail.",
+        "Give a device here that name.",
+    ),
     "source-translates": Explanation(
         Severity.STOP,
         "The source redirects, publishes or masquerades a connection by its own rules: its peer "

@@ -63,7 +63,7 @@ def judge(site: Site, tree: Tree, shown: Shown) -> Iterator[Finding]:
     """What CRIU would stumble on at *site*."""
     in_use = sorted(tree.ids & shown.in_use)
     if in_use:
-        yield Finding("pid-in-use", site, f"{_list(in_use)} of {len(tree.ids)} ids are in use")
+        yield Finding("pid-in-use", site, f"in use: {_list(in_use)} (of {len(tree.ids)} ids)")
     else:
         what = f"{len(tree.ids)} ids are free" if tree.ids else "the tree has ids of its own"
         yield ok(site, f"pids: {what}")
@@ -72,9 +72,7 @@ def judge(site: Site, tree: Tree, shown: Shown) -> Iterator[Finding]:
         return
     missing = [each.name for each in tree.files if each.name not in shown.found]
     if missing:
-        yield Finding(
-            "file-missing", site, f"not there: {_list(missing)}", f"tar -cP {_list(missing)} at A"
-        )
+        yield Finding("file-missing", site, f"not there: {_list(missing)}")
     different = [*_find_different(tree.files, shown)]
     if different:
         yield Finding("file-differs", site, _list(different))

@@ -64,7 +64,7 @@ def test_what_is_not_there_or_another_is_named(
 def test_ids_in_use_are_named() -> None:
     [first, *_] = judge(HERE, TREE, Shown(frozenset({301, 5}), FOUND))
 
-    assert (first.code, first.detail) == ("pid-in-use", "301 of 2 ids are in use")
+    assert (first.code, first.detail) == ("pid-in-use", "in use: 301 (of 2 ids)")
 
 
 def test_many_are_counted() -> None:
