@@ -172,6 +172,25 @@ def test_without_an_image_it_says_so(
     natkeep(state, "teardown", "web", "--yes")
 
 
+def test_what_the_restore_will_miss_is_told_before_the_freeze(
+    server: tuple[int, list[str]], make_netns: Callable[[], str], tmp_path: Path
+) -> None:
+    netns = make_netns()
+    connect(netns, NEW)
+    told = json.loads(natkeep(tmp_path / "state", "inspect", "--live", str(server[0]), "--json"))
+    told["tree"]["files"].append({"name": "/nowhere/x", "size": None, "mode": None})
+    told["tree"]["own_mounts"] = False  # `ip netns exec` gives it some
+    words = ["prepare", "web", f"--map={OLD}={NEW}", f"--site=destination={netns}"]
+    said = natkeep(tmp_path / "state", *words, "--connections=-", stdin=json.dumps(told))
+    natkeep(tmp_path / "state", "teardown", "web", "--yes")
+    quiet = natkeep(tmp_path / "state", *words, "--live", str(server[0]))
+    natkeep(tmp_path / "state", "teardown", "web", "--yes")
+
+    assert "natkeep: stop file-missing: destination=" in said
+    assert "not there: /nowhere/x\n" in said
+    assert "stop " not in quiet
+
+
 def test_where_it_lives_nothing_is_prepared(
     server: tuple[int, list[str]], netns: str, tmp_path: Path
 ) -> None:

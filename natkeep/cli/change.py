@@ -82,9 +82,30 @@ def prepare(args: argparse.Namespace) -> int:
         talk(args, f"natkeep: not kept: {line}")
     for line in (*report.lock_lines(plan), *find_unheld(executor, move.id), *_waiting(move)):
         talk(args, f"natkeep: {line}")
+    for line in _find_missing(args, executor, plan, checkpoint):
+        talk(args, f"natkeep: {line}")
     done = {**report.move_to_json(plan), "gate": args.gate}
     print_verb(args, f"{report.summary(plan)}, gate {args.gate}", **done)
     return 0
+
+
+def _find_missing(
+    args: argparse.Namespace, executor: Executor, plan: Plan, checkpoint: Checkpoint
+) -> list[str]:
+    """What CRIU will not find at the destination; of an image it is too late to ask."""
+    if not checkpoint.live:
+        return []
+    from natkeep.lifecycle.process import look_at_tree
+    from natkeep.lifecycle.subject import Subject
+    from natkeep.plan.findings import Severity
+
+    pid = None if args.live is None else int(args.live)
+    subject = Subject(executor.kernel, plan.move.sites, plan, checkpoint, pid=pid)
+    return [
+        f"{each.severity} {each.code}: {each.what()}"
+        for each in look_at_tree(subject)
+        if each.severity in (Severity.STOP, Severity.WARN)
+    ]
 
 
 def _waiting(move: Move) -> list[str]:
