@@ -25,6 +25,7 @@ KINDS = ("kill", "error", "errno")
 
 STEPS = (
     *("InstallGate", "FillSet", "RaiseLoopback", "AddAddress", "InstallTranslation"),
+    *("AddRules",),
     *("InstallReception", "ForgetCalls", "TranslateErrors", "PurgeEntries", "InsertEntries"),
     *("HoldListeners", "HoldSegments", "GuardSite", "InstallResets", "TakeOverLock"),
     *("OpenEarly", "OpenGate", "SendResets"),
@@ -54,7 +55,9 @@ PLACES: dict[str, tuple[str, ...]] = {
     # In the middle of a step.
     "withdrawn": ("gate", "translation", "reception"),
     "half": ("purge", "insert", "delete", "give-back", "forget", "lock"),
-    **dict.fromkeys(("between-chunks", "address-added", "route-added", "loopback-lowered"), ()),
+    **dict.fromkeys(
+        ("between-chunks", "address-added", "route-added", "rule-added", "loopback-lowered"), ()
+    ),
     **dict.fromkeys(("insert-counting", "insert-whole"), ()),
     # In the middle of a verb.
     **dict.fromkeys(("handed-over", "quiesce-held", "hold-again", "replace-begin"), ()),

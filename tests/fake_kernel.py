@@ -19,6 +19,7 @@ from natkeep.plan.base_chains import is_address_chain
 from natkeep.plan.conntrack import entries, stale_tuples
 from natkeep.plan.diagnostics import Facts
 from natkeep.plan.identity import Identity
+from natkeep.plan.ip_rules import IpRule
 from natkeep.plan.move import Move, Site
 from natkeep.plan.nft import Key, Object, Rule, number_alike, split
 from natkeep.plan.observation import Gate, Observation, SeenEntry
@@ -34,12 +35,14 @@ from natkeep.plan.step_undo import (
     RemoveGate,
     RemoveListeners,
     RemoveOwnedTable,
+    RemoveRules,
     Undo,
     Unload,
     undo_of,
 )
 from natkeep.plan.steps import (
     AddAddress,
+    AddRules,
     FillSet,
     GuardSite,
     HoldListeners,
@@ -72,7 +75,8 @@ class FakeSite:
     the listeners there are, and who has not been accepted yet at each; holds: those of quiesces;
     resets: of each move that resets, whether it does so yet; loaded: the steps whose text is in the
     tables, broken: those of its things that somebody else has removed; holders: of which moves;
-    lost: notes of routes that are gone; made: things that were loaded without a step.
+    lost: notes of routes that are gone; made: things that were loaded without a step; marked: the
+    addresses that a step has put there.
     """
 
     gates: dict[str, Gate] = field(default_factory=dict)
@@ -91,6 +95,14 @@ class FakeSite:
     broken: set[Key] = field(default_factory=set)
     lost: list[str] = field(default_factory=list)
     made: set[Key] = field(default_factory=set)
+    marked: set[Address] = field(default_factory=set)
+    rules: set[IpRule] = field(default_factory=set)
+
+    def drop_rules(self, old: Address) -> None:
+        """Those for *old* go, and with the last of its IP version what all need."""
+        self.rules = {rule for rule in self.rules if rule.to != old}
+        needed = {rule.version for rule in self.rules if rule.to is not None}
+        self.rules = {rule for rule in self.rules if rule.version in needed}
 
 
 class FakeKernel:
@@ -325,6 +337,11 @@ class FakeKernel:
                 here.loopback = False
             case RemoveAddress():
                 here.addresses.discard(undo.address)
+                here.marked.discard(undo.address)
+            case RemoveRules():
+                here.rules -= {*undo.rules}
+                for old in {*undo.olds} - here.marked:
+                    here.drop_rules(old)
             case DeleteEntries():
                 for original in undo.outer:
                     here.entries.pop(original, None)
@@ -382,6 +399,13 @@ class FakeKernel:
             entries=seen,
             alive=_count_alive(here, site, translations, seen),
             holds=move_id in here.holds,
+            lacking=tuple(
+                rule
+                for step in plan.prepare
+                if isinstance(step, AddRules) and step.site == site
+                for rule in step.rules()
+                if rule not in here.rules
+            ),
         )
 
 
@@ -511,7 +535,10 @@ def _change(here: FakeSite, step: Step) -> None:
         case RaiseLoopback():
             here.loopback = True
         case AddAddress():
+            here.marked |= {step.address} - here.addresses
             here.addresses.add(step.address)
+        case AddRules():
+            here.rules |= {*step.rules()}
         case HoldListeners():
             here.holds[step.move_id] = step.listeners
         case HoldSegments():

@@ -19,6 +19,7 @@ from natkeep.kernel import (
     conntrack_listeners,
     conntrack_own,
     criu_lock,
+    ip_rules,
     lost_routes,
     nftables,
     owned_table,
@@ -28,6 +29,7 @@ from natkeep.kernel import (
 from natkeep.kernel.interface import Driver, Inverse, Place, Remember, Snapshot
 from natkeep.kernel.netns import Namespace, errors_at, find_namespace, inside, open_namespace
 from natkeep.kernel.nft_drivers import NFT_DRIVERS, NFT_INVERSES
+from natkeep.kernel.old_address import find_at_home
 from natkeep.plan.entry_attributes import Noted
 from natkeep.plan.identity import Identity
 from natkeep.plan.move import Mode, Move, Site
@@ -43,11 +45,13 @@ from natkeep.plan.step_undo import (
     PutLockBack,
     RemoveAddress,
     RemoveOwnedTable,
+    RemoveRules,
     RestoreEntries,
     Undo,
 )
 from natkeep.plan.steps import (
     AddAddress,
+    AddRules,
     ForgetCalls,
     GuardSite,
     HoldSegments,
@@ -71,6 +75,7 @@ T = TypeVar("T")
 DRIVERS: dict[type, Any] = {
     **NFT_DRIVERS,
     AddAddress: rtnetlink.AddressDriver(),
+    AddRules: ip_rules.RulesDriver(),
     ForgetCalls: conntrack_listeners.ForgetDriver(),
     GuardSite: owned_table.OwnedTableDriver(),
     HoldSegments: segment_holder.HoldSegmentsDriver(),
@@ -90,6 +95,7 @@ INVERSES: dict[type, Inverse[Any]] = {
     PutLockBack: DRIVERS[TakeOverLock],
     RemoveAddress: DRIVERS[AddAddress],
     RemoveOwnedTable: DRIVERS[GuardSite],
+    RemoveRules: DRIVERS[AddRules],
     RestoreEntries: DRIVERS[PurgeEntries],
 }
 """By the kind of undo."""
@@ -139,6 +145,7 @@ class LinuxKernel:
         """What make_plan has to know of the opened sites of *move*."""
         local: frozenset[Address] = frozenset()
         beside: frozenset[Address] = frozenset()
+        home: frozenset[Address] = frozenset()
         carried: list[tuple[FourTuple, FourTuple]] = []
         noted: list[Noted] = []
         for site in move.sites:
@@ -151,6 +158,7 @@ class LinuxKernel:
                 noted += conntrack_own.find_noted(site, entries)
                 if site.role == Role.DESTINATION:
                     local |= _find_local_peers((*kept, move.lost))
+                    home |= find_at_home(frozenset(map_.old for map_ in move.maps))
                 elif move.mode == Mode.STATELESS:
                     beside |= _find_local_peers((*kept, move.lost))
                 if site.role == Role.GATEWAY and not carried:
@@ -161,6 +169,7 @@ class LinuxKernel:
             Connections.of(outer for _, outer in carried),
             noted=tuple(noted),
             beside=beside,
+            home=home,
         )
 
     def observe(self, site: Site, plan: Plan) -> Observation:

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 from ipaddress import ip_address
 
+from natkeep.kernel import ip_rules, rtnetlink, sock_diag
 from natkeep.kernel import nftables_dump as dump
-from natkeep.kernel import rtnetlink, sock_diag
 from natkeep.plan.base_chains import DISPATCHES, address_chain, held_set
 from natkeep.plan.nft import FAMILIES, TABLE
 from natkeep.plan.strays import owner_of
@@ -98,9 +98,14 @@ def _find_living(old: Address, *, half_open: bool = True) -> set[bytes]:
 
 
 def find_idle() -> tuple[Address, ...]:
-    """The addresses on lo that a natkeep has put there and that nothing needs any more."""
-    marked = map(ip_address, sorted(rtnetlink.marked_addresses()))
-    return tuple(old for old in marked if not (_find_moves(old) or _find_living(old)))
+    """The addresses on lo that a natkeep has put there and that nothing needs any more.
+
+    Also those that are not there and that rules of the routing policy are for.
+    """
+    marked, local = rtnetlink.marked_addresses(), rtnetlink.all_addresses()
+    ruled = frozenset(old.packed for old in ip_rules.find_olds()) - local
+    olds = map(ip_address, sorted(marked | ruled))
+    return tuple(old for old in olds if not (_find_moves(old) or _find_living(old)))
 
 
 def needs_loopback(besides: frozenset[Address]) -> bool:

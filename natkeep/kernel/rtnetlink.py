@@ -1,7 +1,7 @@
 """Packs and reads rtnetlink messages: the addresses of a namespace, its lo, and one route look-up.
 
 Rule: nothing but lo is ever changed here, and of routes only the one that is there for a moment
-(see _refresh_cached_routes). All functions act in the namespace that the calling thread is in.
+(see refresh_cached_routes). All functions act in the namespace that the calling thread is in.
 
 Why not pyroute2: prepare and open ask for these few messages inside the blackout, and its import
 alone takes longer than both (docs/performance.md). Numbers are from linux/rtnetlink.h,
@@ -29,13 +29,14 @@ from natkeep.kernel.netlink import (
     attribute,
     attributes,
 )
+from natkeep.plan.criu_lock import CRIU_MARK
 from natkeep.plan.step_undo import LowerLoopback, RemoveAddress
 from natkeep.plan.steps import AddAddress, Prior, RaiseLoopback
 from natkeep.plan.tuples import Address
 
 _NEWLINK, _GETLINK = 16, 18
 NEWADDR, _DELADDR, _GETADDR = 20, 21, 22
-NEWROUTE, _DELROUTE, _GETROUTE = 24, 25, 26
+NEWROUTE, DELROUTE, GETROUTE = 24, 25, 26
 
 _LINK = struct.Struct("=BxHiII")  # ifinfomsg: family, type, index, flags, change
 ADDRESS = struct.Struct("=BBBBI")  # ifaddrmsg: family, prefix length, flags, scope, index
@@ -53,7 +54,7 @@ IFA_F_NODAD, IFA_F_NOPREFIXROUTE = 0x02, 0x200
 _FOREVER = 0xFFFFFFFF
 _LOCAL_TIMEOUT = 2.0
 
-RTA_DST, RTA_OIF, RTA_GATEWAY, RTA_PRIORITY = 1, 4, 5, 6
+RTA_DST, RTA_OIF, RTA_GATEWAY, RTA_PRIORITY, _RTA_MARK = 1, 4, 5, 6, 16
 RTN_UNICAST, RTN_LOCAL = 1, 2
 _TABLE_MAIN, _PROTOCOL_STATIC = 254, 4
 _LAST = 0xFFFFFFFE
@@ -147,17 +148,16 @@ def add_host_address(address: Address) -> None:
         NEWADDR, _pack_on_lo(address, address.max_prefixlen) + extra, NLM_F_CREATE | NLM_F_EXCL
     )
     faultpoints.reach("address-added")
-    if address.version == 6:
-        _await_local(address)
-        _refresh_cached_routes(address)
+    if address.version == 6 and _await_local(address):
+        refresh_cached_routes(address)
 
 
 def remove_host_address(address: Address) -> None:
     """Take *address* from lo; done as well when it is not there."""
     if address.version == 6:
         try:
-            # Of a process that was killed between its two requests in _refresh_cached_routes.
-            _request(_DELROUTE, _pack_route_through_lo(address))
+            # Of a process that was killed between its two requests in refresh_cached_routes.
+            _request(DELROUTE, _pack_route_through_lo(address))
         except OSError as error:
             if error.errno not in (errno.ESRCH, errno.ENOENT):
                 raise
@@ -177,19 +177,23 @@ def _pack_on_lo(address: Address, length: int) -> bytes:
     return header + attribute(IFA_LOCAL, address.packed) + attribute(IFA_ADDRESS, address.packed)
 
 
-def _await_local(address: Address) -> None:
-    """Wait until the kernel's worker has made the address's local route."""
+def _await_local(address: Address) -> bool:
+    """Wait until the kernel's worker has made the address's local route.
+
+    Whether it is that of all packets to it: rules may lead others than ours past it (ip_rules.py).
+    """
     # Linux 6.18: in 65 of 200 tries under load it was missing right after the answer, nodad or
     # not, and a socket could not be bound.
     deadline = time.monotonic() + _LOCAL_TIMEOUT
     with Netlink(NETLINK_ROUTE) as netlink:
-        while _route_type(netlink, address) != RTN_LOCAL:
+        while _route_type(netlink, address, CRIU_MARK) != RTN_LOCAL:
             if time.monotonic() > deadline:
                 raise OSError(errno.EADDRNOTAVAIL, f"{address} does not become local")
             time.sleep(0.001)
+        return _route_type(netlink, address) == RTN_LOCAL
 
 
-def _refresh_cached_routes(address: Address) -> None:
+def refresh_cached_routes(address: Address) -> None:
     """Make IPv6 sockets of this host that talk to *address* look its route up anew."""
     # A new local address does not invalidate the routes that IPv6 sockets have cached (with IPv4
     # it does), since it goes into another table: a peer on this host would go on sending OLD's
@@ -198,18 +202,22 @@ def _refresh_cached_routes(address: Address) -> None:
     with suppress(OSError):  # without it they are only slower
         _request(NEWROUTE, _pack_route_through_lo(address), NLM_F_CREATE | NLM_F_EXCL)
         faultpoints.reach("route-added")
-        _request(_DELROUTE, _pack_route_through_lo(address))
+        _request(DELROUTE, _pack_route_through_lo(address))
 
 
 # ---- routes --------------------------------------------------------------------------------------
 
 
-def look_up_route(netlink: Netlink, address: Address, flags: int = 0) -> bytes | None:
+def look_up_route(
+    netlink: Netlink, address: Address, flags: int = 0, mark: int = 0
+) -> bytes | None:
     """The kernel's answer (rtmsg) to which route a packet to *address* takes; None: it has none."""
     length = address.max_prefixlen
-    header = ROUTE.pack(_FAMILY[address.version], length, 0, 0, 0, 0, 0, 0, flags)
+    body = ROUTE.pack(_FAMILY[address.version], length, 0, 0, 0, 0, 0, 0, flags)
+    body += attribute(RTA_DST, address.packed)
+    body += attribute(_RTA_MARK, struct.pack("=I", mark)) if mark else b""
     try:
-        [answer] = netlink.request(_GETROUTE, 0, header + attribute(RTA_DST, address.packed))
+        [answer] = netlink.request(GETROUTE, 0, body)
     except OSError as error:
         if error.errno in _NO_ROUTE:
             return None
@@ -217,8 +225,8 @@ def look_up_route(netlink: Netlink, address: Address, flags: int = 0) -> bytes |
     return answer
 
 
-def _route_type(netlink: Netlink, address: Address) -> int | None:
-    answer = look_up_route(netlink, address)
+def _route_type(netlink: Netlink, address: Address, mark: int = 0) -> int | None:
+    answer = look_up_route(netlink, address, mark=mark)
     return None if answer is None else ROUTE.unpack_from(answer)[7]
 
 

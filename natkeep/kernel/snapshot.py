@@ -17,6 +17,7 @@ from functools import cached_property
 from natkeep.kernel import (
     conntrack,
     conntrack_listeners,
+    ip_rules,
     nftables,
     nftables_dump,
     rtnetlink,
@@ -28,12 +29,13 @@ from natkeep.kernel.netlink import NETLINK_NETFILTER, Netlink
 from natkeep.kernel.netns import Namespace, errors_at, inside
 from natkeep.kernel.nft_messages import pack_keys
 from natkeep.plan import base_chains, syn_block
+from natkeep.plan.ip_rules import IpRule
 from natkeep.plan.listeners import Reception, make_receptions
 from natkeep.plan.move import Site
 from natkeep.plan.nft import TABLE, Key
 from natkeep.plan.observation import Gate, Observation, SeenEntry
 from natkeep.plan.roles import Role
-from natkeep.plan.steps import FillSet, GuardSite, InsertEntries, Plan
+from natkeep.plan.steps import AddRules, FillSet, GuardSite, InsertEntries, Plan
 from natkeep.plan.translation import Translation
 from natkeep.plan.tuples import Connections, Endpoint
 from natkeep.plan.wanted import split_opening
@@ -52,6 +54,7 @@ class Snapshot:
         self._tables: dict[str, tuple[set[Key], dict[str, list[str]]]] = {}
         self._sets: dict[tuple[str, str], frozenset[bytes]] = {}
         self._walks = {4: 0, 6: 0}
+        self._ip_rules: dict[int, frozenset[IpRule] | None] = {}
         self._callers: dict[int, conntrack_listeners.Table] = {}
         self._unanswered: set[bytes] = set()
         with inside(namespace):
@@ -107,6 +110,7 @@ class Snapshot:
             guarded=self._is_guarded(site, plan),
             unanswered=self._find_unanswered(sockets),
             heard=self._find_heard(site, plan, entries) if gate == Gate.OPEN else frozenset(),
+            lacking=self._find_lacking(site, plan),
         )
 
     # ---- the table ---------------------------------------------------------------------------
@@ -227,6 +231,14 @@ class Snapshot:
                     peer, port = key[: width + 2], key[width + 4 : width + 6]
                     found.add(old + port + peer)
         return frozenset(found)
+
+    def _find_lacking(self, site: Site, plan: Plan) -> tuple[IpRule, ...]:
+        steps = (s for s in plan.prepare if isinstance(s, AddRules) and s.site == site)
+        wanted = [rule for step in steps for rule in step.rules()]
+        for version in {rule.version for rule in wanted} - self._ip_rules.keys():
+            self._ip_rules[version] = ip_rules.find_standing(version)
+        there = self._ip_rules
+        return tuple(r for r in wanted if (some := there[r.version]) is not None and r not in some)
 
     def _is_guarded(self, site: Site, plan: Plan) -> bool:
         """Whether the guard's process lives, if the move has one here."""

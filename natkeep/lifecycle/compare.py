@@ -22,6 +22,7 @@ from natkeep.plan.roles import Role
 from natkeep.plan.step_order import make_plan
 from natkeep.plan.steps import (
     AddAddress,
+    AddRules,
     FillSet,
     InsertEntries,
     InstallGate,
@@ -180,6 +181,9 @@ def _more(old: Step, new: Step) -> Patch | None:
     """What *new* has to do besides what *old* did, or None. Only the destination was prepared."""
     if new.site.role != Role.DESTINATION:
         return None
+    if isinstance(new, AddRules):
+        assert isinstance(old, AddRules)
+        return new if {*new.rules()} - {*old.rules()} else None
     if not isinstance(new, InstallGate | InstallTranslation | TranslateErrors):
         return None
     done = frozenset(objects_of(old))

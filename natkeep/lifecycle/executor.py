@@ -23,12 +23,19 @@ from natkeep.lifecycle.progress import numbers_before, plan_of
 from natkeep.plan.identity import Identity
 from natkeep.plan.move import Move, Site
 from natkeep.plan.nft import TABLE
-from natkeep.plan.step_undo import UNDONE_AGAIN, LowerLoopback, RemoveAddress, RestoreEntries, Undo
+from natkeep.plan.step_undo import (
+    UNDONE_AGAIN,
+    LowerLoopback,
+    RemoveAddress,
+    RemoveRules,
+    RestoreEntries,
+    Undo,
+)
 from natkeep.plan.steps import OpenGate, Plan, Prior, Step, Unknown
 from natkeep.plan.tuples import NO_CONNECTIONS, Address, Connections
 from natkeep.state.directory import StateDirectory
 from natkeep.state.journal import Journal, Record, Unread
-from natkeep.values import dataclass, field
+from natkeep.values import dataclass, field, replace
 
 T = TypeVar("T")
 Talk = Callable[[str], None]
@@ -188,18 +195,44 @@ class Executor:
         self.talk(f"[-] {kind} at {site}")
         try:
             faultpoints.reach("revert", kind)
+            if isinstance(undo, RemoveRules):
+                undo = self._leave_shared(journal, site, undo)
             if isinstance(undo, RestoreEntries):
                 prior = give_up_claims(self.state, journal, site, undo, prior)
             if not self._hand_over(journal, site, undo, prior) and not (
                 not prior.present and self._is_needed(journal, site, undo, prior)
             ):
                 self.kernel.revert(site, undo, prior)
+                self._remove_rules_of_others(journal, site, undo, prior)
             faultpoints.reach("reverted", kind)
         except NatkeepError as error:
             return error
         except Exception as error:  # a bug in one step must not keep the others in place
             return NatkeepError(f"{kind} at {site}: {error or type(error).__name__}")
         return None
+
+    def _remove_rules_of_others(
+        self, journal: Journal, site: Site, undo: Undo, prior: Prior
+    ) -> None:
+        """Where an address went by the journal of another natkeep, which knows of no rules, or had
+        them behind it."""
+        if not isinstance(undo, RemoveAddress) or prior.present:
+            return
+        here = (one for one in journal.records.values() if one.site == site)
+        if not any(isinstance(one.undo, RemoveRules) and one.state != "undone" for one in here):
+            self.kernel.revert(site, RemoveRules((), (undo.address,)), Prior())
+
+    def _leave_shared(self, journal: Journal, site: Site, undo: RemoveRules) -> RemoveRules:
+        """Without the rules that another move has, too, as one that replaces this one does."""
+        identity, rules = journal.identity(site), set(undo.rules)
+        for header in self.state.others_at(identity, journal.move.id) if rules else ():
+            other = self.load_undo(header.move.id)
+            for record in other.records.values():
+                if not isinstance(record.undo, RemoveRules) or record.state == "undone":
+                    continue
+                if record.site is not None and other.identity(record.site) == identity:
+                    rules -= set(record.undo.rules)
+        return replace(undo, rules=tuple(rule for rule in undo.rules if rule in rules))
 
     def _is_needed(self, journal: Journal, site: Site, undo: Undo, prior: Prior) -> bool:
         """Whether an address (or lo) has to stay, for another move or for connections of none."""

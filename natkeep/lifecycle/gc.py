@@ -28,7 +28,7 @@ from natkeep.plan.identity import Identity
 from natkeep.plan.liveness import Sighting
 from natkeep.plan.move import Site
 from natkeep.plan.roles import Role
-from natkeep.plan.step_undo import RemoveAddress
+from natkeep.plan.step_undo import RemoveAddress, RemoveRules
 from natkeep.plan.steps import Plan, Prior
 from natkeep.plan.tuples import Address
 from natkeep.state.directory import read_boot_id
@@ -167,7 +167,8 @@ class _Collection:
             if old in olds:  # of a process that talks to itself alone: there is no rule for it
                 continue
             if not self.dry_run:
-                self.executor.kernel.revert(site, RemoveAddress(old), Prior())
+                for undo in (RemoveAddress(old), RemoveRules((), (old,))):
+                    self.executor.kernel.revert(site, undo, Prior())
             self.cleared.append(Cleared("address", f"{old} at {site}", "nothing needs it any more"))
 
     def _has_strays(self, site: Site, here: Identity) -> bool:

@@ -16,7 +16,7 @@ from natkeep.lifecycle.progress import without_lock
 from natkeep.plan.base_chains import gate_chain
 from natkeep.plan.listeners import callers_chain
 from natkeep.plan.move import Site
-from natkeep.plan.step_undo import CloseGates, RemoveAddress
+from natkeep.plan.step_undo import CloseGates, RemoveAddress, RemoveRules
 from natkeep.plan.steps import Prior
 from natkeep.state.directory import read_boot_id
 from natkeep.state.journal import Journal
@@ -120,7 +120,8 @@ def _clear_by_name(executor: Executor, site: Site, move_id: str) -> list[str]:
     idle = kernel.ask(site, find_idle)
     for old in sorted(olds, key=str):
         if old in idle:
-            kernel.revert(site, RemoveAddress(old), Prior())
+            for undo in (RemoveAddress(old), RemoveRules((), (old,))):
+                kernel.revert(site, undo, Prior())
         elif kernel.ask(site, find_at_home, frozenset({old})):
             prefix = f"{old}/{old.max_prefixlen}"
             left.append(f"{site}: OLD {old} is on lo still (ip address del {prefix} dev lo)")

@@ -1,6 +1,7 @@
-"""OLD is silent while its gate is closed: it is neither answered for nor announced in ARP.
+"""OLD on lo is not shown to the links: it is neither answered for nor announced in ARP.
 
-Rule: pure; objects only. IPv6's neighbour discovery does not answer for what is on lo.
+Rule: pure; objects only. What a neighbour says is heard: it may be at home where OLD is. IPv6's
+neighbour discovery does not answer for what is on lo.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from natkeep.plan.tuples import Address
 
 
 def silence(old: Address) -> tuple[Object, ...]:
-    """OLD neither leaves this host as a source nor is spoken of in ARP, while a gate has it.
+    """OLD neither leaves this host as a source nor is it a sender in ARP, while a gate has it.
 
     A /32 on lo would still be answered for (arp_ignore 0) and announced (arp_announce 0 and
     1). IPv6 on lo is not answered for by neighbour discovery.
@@ -28,9 +29,9 @@ def silence(old: Address) -> tuple[Object, ...]:
 @cache
 def arp_table() -> tuple[Object, ...]:
     """The ARP half of a destination's table; `create` fails when it is there already."""
-    objects: list[Object] = [Table("arp"), Set("silent", ("ipv4_addr",), family="arp", shared=True)]
-    for name, hook, field in (("asked", "input", "daddr"), ("asking", "output", "saddr")):
-        objects.append(Chain(name, hook, "0", family="arp"))
-        match = Match((f"arp {field} ip",), "@silent")
-        objects.append(Rule(name, (match, DROP), family="arp"))
-    return tuple(objects)
+    return (
+        Table("arp"),
+        Set("silent", ("ipv4_addr",), family="arp", shared=True),
+        Chain("asking", "output", "0", family="arp"),
+        Rule("asking", (Match(("arp saddr ip",), "@silent"), DROP), family="arp"),
+    )

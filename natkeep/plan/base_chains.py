@@ -47,6 +47,8 @@ _HAS_ENTRY = Meta("ct state", "established,related,new")
 _CRIU_MARKED = Meta("meta mark", f"{CRIU_MARK:#x}")
 FROM_WIRE = Meta("iif", '"lo"', equal=False)
 TO_WIRE = Meta("oif", '"lo"', equal=False)
+_OWN = Meta("iif", "0")
+"""What this host has sent itself came by no device."""
 
 GATE = "gate"
 HEARD = "heard"
@@ -187,7 +189,7 @@ def dispatch_map(dispatch: str, version: int) -> str:
 
 
 def held_set(version: int) -> str:
-    """Name of the set of OLD addresses that the destination holds and must not leak."""
+    """Name of the set of OLD addresses that a move has put on lo, and that must not leak."""
     return f"held{version}"
 
 
@@ -227,10 +229,11 @@ def early_hook() -> tuple[Object, ...]:
 def destination_table() -> tuple[Object, ...]:
     """What only a destination's table has besides: what must not leave it, and ARP's silence.
 
-    A gateway has no OLD to leak, and no listener there; each packet would pay for it.
+    A gateway has no OLD to leak, and no listener there; each packet would pay for it. What this
+    host passes on of others goes its way: by whichever it came, the source is at home elsewhere.
     """
     leaving = (
-        Rule(LEAVING, (Match((f"{IP[v]} saddr",), f"@{held_set(v)}"), TO_WIRE, DROP))
+        Rule(LEAVING, (Match((f"{IP[v]} saddr",), f"@{held_set(v)}"), _OWN, TO_WIRE, DROP))
         for v in FAMILIES
     )
     return (

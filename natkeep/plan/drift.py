@@ -17,6 +17,7 @@ from natkeep.plan.nft import TABLE, Elements, Key
 from natkeep.plan.observation import Gate, Observation
 from natkeep.plan.steps import (
     AddAddress,
+    AddRules,
     FillSet,
     GuardSite,
     HoldListeners,
@@ -74,6 +75,8 @@ def find_drift(
             drift.append("device lo: it is down")
         elif isinstance(step, AddAddress) and step.address not in seen.addresses:
             drift.append(f"address {step.address}: not on this host")
+        elif isinstance(step, AddRules):
+            drift += [f"ip rule {rule}: gone from in front of local" for rule in seen.lacking]
         elif isinstance(step, InsertEntries):
             drift += _find_entry_drift(step, seen, life)
         elif isinstance(step, HoldListeners) and not seen.holds:

@@ -38,6 +38,7 @@ from natkeep.plan.base_chains import (
     GATE,
     HALF_OPEN,
     HEARD,
+    LEAVING,
     NOT_SYN,
     OPEN,
     RST,
@@ -87,8 +88,12 @@ _KEPT_PREFIX = "kept-"
 # ---- gate and mute: the kept connections ---------------------------------------------------------
 
 
-def gate(move_id: str, translations: Iterable[Translation]) -> tuple[Object, ...]:
+def gate(
+    move_id: str, translations: Iterable[Translation], home: frozenset[Address] = frozenset()
+) -> tuple[Object, ...]:
     """The sets of kept connections (empty), the closed gate, and what keeps OLD silent.
+
+    home: addresses that are not kept silent, since the host serves others by them.
 
     The gate is closed as soon as the sets have been filled, which happens before OLD is local
     and before anything translates.
@@ -117,8 +122,10 @@ def gate(move_id: str, translations: Iterable[Translation]) -> tuple[Object, ...
                 note = Add(outbound_key(version), ended)
                 objects.append(Rule(HALF_OPEN, (from_old, kept, note), move_id))
             objects.append(Rule(HALF_OPEN, (from_old, kept, DROP), move_id))
-            objects += silence(old)
             objects += _early_resets(move_id, translation, asked)
+            objects += silence(old) if old not in home else ()
+            if old in home:
+                objects.append(Rule(LEAVING, (from_old, kept, TO_WIRE, DROP), move_id))
     return tuple(objects)
 
 
@@ -249,13 +256,15 @@ def reset_comment(move_id: str) -> str:
     return f"{move_id}:unkept"
 
 
-def reset(move_id: str, resets: Iterable[Reset]) -> tuple[Object, ...]:
+def reset(
+    move_id: str, resets: Iterable[Reset], home: frozenset[Address] = frozenset()
+) -> tuple[Object, ...]:
     """The sets (empty), the chain that drops, and the rules that lead there."""
     chain = reset_chain(move_id)
     objects: list[Object] = [Chain(chain), Rule(chain, (DROP,))]
     for one in resets:
         objects += _reset_one(move_id, one)
-        if one.site.row.puts_old:
+        if one.site.row.puts_old and one.old not in home:
             objects += silence(one.old)
     return tuple(objects)
 

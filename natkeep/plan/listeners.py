@@ -129,8 +129,10 @@ def callers_chain(move_id: str) -> str:
     return f"callers-{move_id}"
 
 
-def objects(move_id: str, receptions: Iterable[Reception]) -> tuple[Object, ...]:
-    """Everything of the receptions, callers held back."""
+def objects(
+    move_id: str, receptions: Iterable[Reception], home: frozenset[Address] = frozenset()
+) -> tuple[Object, ...]:
+    """Everything of the receptions, callers held back; home: as in filters.gate."""
     callers = callers_chain(move_id)
     found: list[Object] = [Chain(callers), Rule(callers, (DROP,))]
     for reception in receptions:
@@ -140,7 +142,8 @@ def objects(move_id: str, receptions: Iterable[Reception]) -> tuple[Object, ...]
         found += _translation(move_id, reception)
         if reception.site.row.puts_old:
             found.append(_answers(move_id, reception))
-            found += silence(reception.map.old)
+            old = reception.map.old
+            found += silence(old) if old not in home else ()
     return tuple(found)
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 from enum import StrEnum
 from typing import NamedTuple
 
+from natkeep.plan.ip_rules import IpRule
 from natkeep.plan.nft import Key
 from natkeep.plan.tuples import Address, Connections
 from natkeep.values import dataclass
@@ -57,6 +58,7 @@ class Observation:
     unanswered: of the kept connections those whose socket says the same again for 5 s and more.
     heard: at a destination of those whose entry counts nothing from the peer those that were heard
     since the move was opened, as the table has noted: an entry that was made anew counts anew.
+    lacking: of the rules in front of `lookup local` those that are not there.
     """
 
     gate: Gate
@@ -75,3 +77,4 @@ class Observation:
     guarded: bool = True
     unanswered: frozenset[bytes] = frozenset()
     heard: frozenset[bytes] = frozenset()
+    lacking: tuple[IpRule, ...] = ()

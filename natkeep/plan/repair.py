@@ -26,6 +26,7 @@ from natkeep.plan.move import Site
 from natkeep.plan.nft import Key, Object, Rule
 from natkeep.plan.steps import (
     AddAddress,
+    AddRules,
     FillSet,
     GuardSite,
     InsertEntries,
@@ -98,6 +99,7 @@ Patch = (
     | GuardSite
     | RaiseLoopback
     | AddAddress
+    | AddRules
     | InsertEntries
 )
 """What a repair does: a step again, or the part of it that is missing."""
@@ -178,6 +180,8 @@ def _patch_of(step: Step, seen: Observation, life: Life) -> Patch | None:
         case RaiseLoopback() if not seen.loopback:
             return step
         case AddAddress() if step.address not in seen.addresses:
+            return step
+        case AddRules() if seen.lacking:
             return step
         case InsertEntries():
             translation = step.translation

@@ -10,12 +10,14 @@ from collections.abc import Iterator
 
 from natkeep.plan import filters
 from natkeep.plan.base_chains import base_table, dispatch_table, translation_tables
+from natkeep.plan.ip_rules import IpRule, stay
 from natkeep.plan.listeners import make_receptions, refuse_one_end_for_two
 from natkeep.plan.move import Mode, Move, Site
 from natkeep.plan.resets import Reset, make_resets
 from natkeep.plan.roles import Role
 from natkeep.plan.steps import (
     AddAddress,
+    AddRules,
     FillSet,
     ForgetCalls,
     GuardSite,
@@ -45,7 +47,7 @@ from natkeep.plan.translation import (
     find_inner,
     make_translations,
 )
-from natkeep.plan.tuples import NO_CONNECTIONS, Address, Connections
+from natkeep.plan.tuples import NO_CONNECTIONS, Address, Connections, FourTuple
 from natkeep.values import replace
 
 
@@ -98,11 +100,13 @@ def _send_resets(move: Move, told: tuple[Reset, ...]) -> tuple[SendResets, ...]:
     return tuple(SendResets(site, move.id, lost) for site, lost in here.items() if lost)
 
 
-def _install_resets(site: Site, move: Move, lost: tuple[Reset, ...]) -> list[Step]:
+def _install_resets(
+    site: Site, move: Move, lost: tuple[Reset, ...], home: frozenset[Address] = frozenset()
+) -> list[Step]:
     if not lost:
         return []
     return [
-        InstallResets(site, move.id, lost),
+        InstallResets(site, move.id, lost, home=home),
         *(FillSet(site, filters.reset_set(move.id, r.number), r.connections) for r in lost),
     ]
 
@@ -156,7 +160,8 @@ def _steps_at(
         return _steps_at_source(site, move, here, lost)
     receptions = make_receptions(move, site)
     # The gate before the address: a host that has OLD but not the socket answers with RST.
-    steps: list[Step] = [InstallGate(site, move.id, here)]
+    home = surroundings.home if site.row.puts_old else frozenset()
+    steps: list[Step] = [InstallGate(site, move.id, here, home=home)]
     fills = _fill_sets(site, move, here)
     # What a gateway whose gate is about to be opened drops meanwhile is not held: so as late as
     # can be. Before it has its set, nothing translates either.
@@ -165,18 +170,19 @@ def _steps_at(
     if move.guard and here:
         steps.append(GuardSite(site, move.id, here))
     # Before the address too: CRIU's restore may send for these, and must not be answered yet.
-    steps += _install_resets(site, move, lost)
+    steps += _install_resets(site, move, lost, home)
     if site.row.puts_old:
         others = [*(r.map.old for r in receptions), *(r.old for r in lost)]
         # Of a process that talks to itself alone, whatever else it has there.
         others += [m.old for m in move.maps if len(inner.at(m.old)) or (len(inner) and not here)]
         # The peers' addresses too, which may otherwise go with the moves that put them there.
         others += sorted({one.source.address for one in surroundings.joined}, key=str)
-        steps += _put_old(site, move, here, others)
+        staying = stay(_of_this_host(here, inner, surroundings, change), receptions, home)
+        steps += _put_old(site, move, here, others, staying, home)
     # The translation before the restore begins: CRIU sends unsent data before post-restore.
     steps.append(InstallTranslation(site, move.id, here))
     if receptions:
-        steps.append(InstallReception(site, move.id, receptions))
+        steps.append(InstallReception(site, move.id, receptions, home=home))
     if move.mode == Mode.STATELESS:
         steps.append(TranslateErrors(site, move.id, here, receptions))
     elif receptions:
@@ -196,13 +202,41 @@ def _fill_sets(site: Site, move: Move, here: tuple[Translation, ...]) -> list[St
 
 
 def _put_old(
-    site: Site, move: Move, here: tuple[Translation, ...], others: list[Address]
+    site: Site,
+    move: Move,
+    here: tuple[Translation, ...],
+    others: list[Address],
+    staying: tuple[IpRule, ...],
+    home: frozenset[Address],
 ) -> list[Step]:
     """What gives the namespace the addresses that its sockets will say."""
     steps: list[Step] = [HoldSegments(site, move.id, here)] if move.holds and here else []
     steps.append(RaiseLoopback(site))
     olds = dict.fromkeys([*(t.map.old for t in here), *others])
+    strange = tuple(old for old in olds if old not in home)
+    # Before the address: what this host says to OLD, on an ssh to the source, goes on without gap.
+    steps += [AddRules(site, strange, staying)] if strange else []
     return steps + [AddAddress(site, old) for old in olds]
+
+
+def _of_this_host(
+    here: tuple[Translation, ...],
+    inner: Connections,
+    surroundings: Surroundings,
+    change: Change | None,
+) -> Iterator[FourTuple]:
+    """What is said on this host to an OLD of its: a kept connection's peer is here as well.
+
+    Where the peer was moved here by a move of its own, also what is said to it.
+    """
+    arounds = [surroundings, *([] if change is None else [change.surroundings])]
+    local = {address.packed for around in arounds for address in around.local}
+    for translation in here:
+        if local & translation.kept.peers():
+            yield from (one for one in translation.kept if one.source.address.packed in local)
+    for some in (inner, *(around.joined for around in arounds)):
+        for one in some:
+            yield from (one, one.reply())
 
 
 def _replace_entries(

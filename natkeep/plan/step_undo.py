@@ -13,10 +13,12 @@ from __future__ import annotations
 from natkeep.plan import nft
 from natkeep.plan.base_chains import ERRORS
 from natkeep.plan.criu_lock import DumpLock
+from natkeep.plan.ip_rules import IpRule
 from natkeep.plan.listeners import Reception
 from natkeep.plan.move import Mode, Site
 from natkeep.plan.steps import (
     AddAddress,
+    AddRules,
     ForgetCalls,
     GuardSite,
     HoldSegments,
@@ -86,6 +88,14 @@ class RemoveAddress:
 
 
 @dataclass(frozen=True, slots=True)
+class RemoveRules:
+    """These rules of the routing policy go; those for *olds*, too, that are not on lo."""
+
+    rules: tuple[IpRule, ...]
+    olds: tuple[Address, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class RestoreEntries:
     """The entries that a gateway had of its own come back; which, its Prior says.
 
@@ -141,6 +151,7 @@ Undo = (
     | CloseGates
     | LowerLoopback
     | RemoveAddress
+    | RemoveRules
     | RestoreEntries
     | DeleteEntries
     | ForgetListeners
@@ -149,9 +160,10 @@ Undo = (
     | PutLockBack
 )
 
-UNDONE_AGAIN = (RemoveGate, RestoreEntries)
-"""Undone once more when anything of their site was left: the tables go with the last gate, and
-what is given back could be taken for entries of ours that were left."""
+UNDONE_AGAIN = (RemoveGate, RemoveRules, RestoreEntries)
+"""Undone once more when anything of their site was left: the tables go with the last gate, rules
+with the address that they are for, and what is given back could be taken for entries of ours that
+were left."""
 
 
 def undo_of(step: Step) -> Undo:  # one line a kind of step
@@ -169,6 +181,8 @@ def undo_of(step: Step) -> Undo:  # one line a kind of step
             return LowerLoopback()
         case AddAddress():
             return RemoveAddress(step.address)
+        case AddRules():
+            return RemoveRules(step.staying, step.olds)
         case PurgeEntries():
             translation = step.translation
             return RestoreEntries(translation.outer, translation.kept, translation.renames)

@@ -4,7 +4,7 @@ Rule: a step says everything that kernel/ needs to do it and to undo it, and des
 as commands that a person could type. In which order they come is written in step_order.py.
 This file must never do a step.
 
-Size: over 400 lines, because each kind of step is a short class, and there are eighteen.
+Size: over 400 lines, because each kind of step is a short class, and there are nineteen.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from natkeep.plan import arp, base_chains, filters, listeners, ruleset, syn_bloc
 from natkeep.plan.conntrack import describe_purge, entries, stale_tuples, stale_views
 from natkeep.plan.criu_lock import DumpLock, describe_taking
 from natkeep.plan.filters import Filling
+from natkeep.plan.ip_rules import IpRule, rules_of
 from natkeep.plan.listeners import Reception
 from natkeep.plan.move import Move, Site
 from natkeep.plan.nft import TABLE, Chain, Object, Rule
@@ -102,16 +103,20 @@ class Loads:
 
 @dataclass(frozen=True, slots=True)
 class InstallGate(Loads):
-    """The table if there is none, the move's (still empty) sets, its drop, and ARP silence."""
+    """The table if there is none, the move's (still empty) sets, its drop, and ARP silence.
+
+    home: OLD addresses that the host serves others by, which are not silenced.
+    """
 
     site: Site
     move_id: str
     translations: tuple[Translation, ...]
     recorded: Recorded | None = None
+    home: frozenset[Address] = frozenset()
 
     def make(self) -> tuple[Object, ...]:
         """The gate; at a source in both directions."""
-        gate = filters.gate(self.move_id, self.translations)
+        gate = filters.gate(self.move_id, self.translations, self.home)
         if self.site.row.mutes:
             return (*gate, *filters.mute(self.move_id, self.translations))
         return gate
@@ -190,6 +195,37 @@ class AddAddress:
 
 
 @dataclass(frozen=True, slots=True)
+class AddRules:
+    """Rules by which what this host sends to *olds* is routed as before OLD is on lo.
+
+    staying: what of it belongs to connections and listeners that were moved here.
+    """
+
+    site: Site
+    olds: tuple[Address, ...]
+    staying: tuple[IpRule, ...] = ()
+
+    def rules(self) -> tuple[IpRule, ...]:
+        """All of them; of those that several OLDs need, one."""
+        shared = (rule for old in self.olds for rule in rules_of(old))
+        return tuple(dict.fromkeys((*self.staying, *shared)))
+
+    def keeps(self, local: tuple[Address, int], peer: tuple[Address, int]) -> bool:
+        """Whether a socket of this host with these ends talks with what was moved here."""
+        return any(
+            (rule.to, rule.source or local[0]) == (peer[0], local[0])
+            and (rule.sport or local[1], rule.dport or peer[1]) == (local[1], peer[1])
+            for rule in self.staying
+        )
+
+    def describe(self) -> tuple[str, ...]:
+        """One comment a rule: the order of rules of one preference is no matter of ip(8)."""
+        rules = self.rules()
+        shown = _first((f"# {_prefix(self.site)}ip rule {rule}" for rule in rules), len(rules))
+        return (*shown, f"# {_prefix(self.site)}these in front of lookup local")
+
+
+@dataclass(frozen=True, slots=True)
 class InstallTranslation(Loads):
     """The rules that translate."""
 
@@ -218,10 +254,11 @@ class InstallReception(Loads):
     move_id: str
     receptions: tuple[Reception, ...]
     recorded: Recorded | None = None
+    home: frozenset[Address] = frozenset()
 
     def make(self) -> tuple[Object, ...]:
         """The rules, their chains and sets."""
-        return listeners.objects(self.move_id, self.receptions)
+        return listeners.objects(self.move_id, self.receptions, self.home)
 
     def static(self) -> tuple[tuple[Object, ...], ...]:
         """The base chains of its mode."""
@@ -405,10 +442,11 @@ class InstallResets(Loads):
     move_id: str
     resets: tuple[Reset, ...]
     recorded: Recorded | None = None
+    home: frozenset[Address] = frozenset()
 
     def make(self) -> tuple[Object, ...]:
         """A chain that drops, and the rules that lead there."""
-        return filters.reset(self.move_id, self.resets)
+        return filters.reset(self.move_id, self.resets, self.home)
 
     def static(self) -> tuple[tuple[Object, ...], ...]:
         """The base chain in front of the gate."""
@@ -481,6 +519,7 @@ Step = (
     | FillSet
     | RaiseLoopback
     | AddAddress
+    | AddRules
     | InstallTranslation
     | InstallReception
     | ForgetCalls

@@ -1,8 +1,7 @@
 """the consequence: which address is which on either side of each site, for which connections.
 
 Rule: what cannot be translated is refused here, or named with its reason; a translation needs no
-further check. Nothing here knows how one is carried out (that is ruleset.py and entries.py), and
-nothing here may read a file, a clock, a socket or a namespace.
+further check. Nothing here knows how one is carried out (that is ruleset.py and entries.py).
 
 Theory of operation. The process and its peers keep their four-tuples for ever. Between the
 gateway and the destination the wire shows NEW instead of OLD:
@@ -41,6 +40,7 @@ class Surroundings:
     joined: connections whose peers were moved to the destination before, by moves of their own.
     beside: in mode stateless, peers' addresses that are local to a gateway.
     noted: what the entries say that the sites have of the connections, where it is not the usual.
+    home: OLD addresses that the destination serves others by, as it did before any move.
     """
 
     local: frozenset[Address] = frozenset()
@@ -49,6 +49,7 @@ class Surroundings:
     joined: Connections = NO_CONNECTIONS
     noted: tuple[Noted, ...] = ()
     beside: frozenset[Address] = frozenset()
+    home: frozenset[Address] = frozenset()
 
     def carry_on(self, earlier: Surroundings, connections: Connections) -> Surroundings:
         """With those of *connections* that an *earlier* move, now replaced, took over itself.

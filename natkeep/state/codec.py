@@ -190,12 +190,13 @@ def move_from_json(value: dict[str, Any]) -> Move:
 
 
 def peers_to_json(around: Surroundings) -> dict[str, list[str]]:
-    """What there is of *joined* and *beside*, which seldom is anything."""
+    """What there is of *joined*, *beside* and *home*, which seldom is anything."""
     joined, found = around.joined, {}
     if len(joined):
         found["joined"] = [joined.v4.hex(), joined.v6.hex()]
-    if around.beside:
-        found["beside"] = sorted(str(address) for address in around.beside)
+    for name, some in (("beside", around.beside), ("home", around.home)):
+        if some:
+            found[name] = sorted(map(str, some))
     return found
 
 
@@ -251,9 +252,11 @@ def read_surroundings(
     carried, carriers, *said = columns
     if len(carried) != len(carriers):
         raise ValueError("it does not have a carrier for each carried connection")
-    local, beside = (
+    local, beside, home = (
         frozenset(parse_address(as_text(text)) for text in as_list(texts))
-        for texts in (line["local"], line.get("beside", []))
+        for texts in (line["local"], line.get("beside", []), line.get("home", []))
     )
     noted = read_noted(move, as_list(line.get("entries", [])), said)
-    return Surroundings(local, carried, carriers, read_sides(line.get("joined")), noted, beside)
+    return Surroundings(
+        local, carried, carriers, read_sides(line.get("joined")), noted, beside, home
+    )

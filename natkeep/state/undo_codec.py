@@ -15,6 +15,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from natkeep.plan import nft, step_undo
+from natkeep.plan.ip_rules import IpRule
 from natkeep.plan.listeners import Reception
 from natkeep.plan.move import Map, Mode, Site
 from natkeep.plan.roles import Role
@@ -29,6 +30,7 @@ KINDS: dict[str, type[step_undo.Undo]] = {
     "opening": step_undo.CloseGates,
     "loopback": step_undo.LowerLoopback,
     "address": step_undo.RemoveAddress,
+    "rules": step_undo.RemoveRules,
     "purged": step_undo.RestoreEntries,
     "entries": step_undo.DeleteEntries,
     "let-in": step_undo.ForgetListeners,
@@ -116,6 +118,19 @@ def _read_listeners(value: object, _: Files) -> tuple[Reception, ...]:
     return tuple(found)
 
 
+def _write_rules(rules: tuple[IpRule, ...], _: Files) -> list[list[Any]]:
+    return [[str(rule.to), str(rule.source or ""), rule.sport, rule.dport] for rule in rules]
+
+
+def _read_rules(value: object, _: Files) -> tuple[IpRule, ...]:
+    found = []
+    for to, source, sport, dport in map(as_list, as_list(value)):
+        old, at = parse_address(as_text(to)), as_text(source)
+        peer = parse_address(at) if at else None
+        found.append(IpRule(old.version, old, peer, as_whole(sport), as_whole(dport)))
+    return tuple(found)
+
+
 _CONNECTIONS = (lambda some, files: files.refer(some), lambda value, files: files.resolve(value))
 _FIELDS: dict[str, tuple[Callable[[Any, Files], Any], Callable[[Any, Files], Any]]] = {
     "objects": (_write_objects, _read_objects),
@@ -127,6 +142,7 @@ _FIELDS: dict[str, tuple[Callable[[Any, Files], Any], Callable[[Any, Files], Any
         lambda some, _: [str(one) for one in some],
         lambda value, _: tuple(parse_address(as_text(text)) for text in as_list(value)),
     ),
+    "rules": (_write_rules, _read_rules),
     "listeners": (_write_listeners, _read_listeners),
     "outer": _CONNECTIONS,
     "kept": _CONNECTIONS,

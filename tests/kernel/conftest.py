@@ -94,6 +94,8 @@ nft -j list ruleset
 ip -j addr
 ip -j route show table all
 ip -6 -j route show table all
+ip -j -d rule
+ip -6 -j -d rule
 for family in ipv4 ipv6; do
     # An entry's time runs down by itself.
     conntrack -L -f $family -o id 2>&1 | sed -E 's/^(tcp +6) [0-9]+/\1/' | sort

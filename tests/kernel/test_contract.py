@@ -30,6 +30,7 @@ from natkeep.plan.roles import Role
 from natkeep.plan.step_order import make_plan
 from natkeep.plan.steps import (
     AddAddress,
+    AddRules,
     FillSet,
     GuardSite,
     HoldSegments,
@@ -57,6 +58,7 @@ PREPARE = {
         InstallGate,
         FillSet,
         RaiseLoopback,
+        AddRules,
         AddAddress,
         InstallTranslation,
         PurgeEntries,
@@ -246,6 +248,8 @@ def shows(plan: Plan, kind: type[Step], seen: Observation) -> bool:
             )
         case "FillSet":
             return set(seen.missing.values()) == {0}
+        case "AddRules":
+            return not seen.lacking
         case "AddAddress":
             return seen.addresses == {translation.map.old}
         case "InstallTranslation":

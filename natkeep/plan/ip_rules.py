@@ -1,0 +1,111 @@
+"""the ip rules: which packets to an OLD that is on lo are this host's own, and stay here.
+
+    0:  from all fwmark 0xc114 lookup local                  what CRIU and a holder send
+    0:  from PEER to OLD ipproto tcp sport .. dport .. lookup local      a kept peer on this host
+    0:  from all to OLD iif lo goto 1                        what else this host says to OLD
+    0:  from all lookup local                                as ever, but behind these
+    1:  from all nop                                         where goto leads: other rules are asked
+
+OLD has to be an address of the host that has the sockets; but an address on lo is for all, and an
+ssh to the source would end at home. So what this host sends to OLD is routed as before, unless it
+belongs to a connection that was moved here. `iif lo` is what this host sends, and with it the
+kernel asks, too, whether a packet from OLD comes from where OLD is (fib_validate_source). Kept
+packets of others come in by another device.
+
+An IPv6 socket that names no source of its own would choose OLD itself to talk to OLD (RFC 6724,
+5., rule 1). Of these lookups alone, told by FIB_RULE_FIND_SADDR, the route comes from a table of
+ours, in which it has the source that was chosen before.
+
+    0:  from OLD to OLD iif lo lookup 49428                  in front of the one with goto
+
+Rule: values only; where they stand among the rules of a host is for kernel/ip_rules.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+from natkeep.plan.criu_lock import CRIU_MARK
+from natkeep.plan.listeners import Reception
+from natkeep.plan.tuples import Address, FourTuple
+from natkeep.values import dataclass
+
+MOST = 64
+"""So many tuples have a rule each; of more peers on the host their end's port alone tells."""
+
+
+SOURCES = CRIU_MARK
+"""The number of our own table of IPv6 routes."""
+
+
+@dataclass(frozen=True, slots=True)
+class IpRule:
+    """A rule of a routing policy that an OLD needs; what is None or 0 is not asked.
+
+    mark: looks table local up; without ports and mark it leads past it (`to` is OLD), with a source
+    that is OLD itself to the route whose source is another.
+    """
+
+    version: int
+    to: Address | None = None
+    source: Address | None = None
+    sport: int = 0
+    dport: int = 0
+    mark: int = 0
+
+    @property
+    def passes(self) -> bool:
+        """Whether it leads past table local, to whatever rules follow."""
+        return not (self.sport or self.dport or self.mark or self.source)
+
+    @property
+    def sources(self) -> bool:
+        """Whether it leads to the route that has a source."""
+        return self.source is not None and not (self.sport or self.dport)
+
+    def __str__(self) -> str:
+        words = [f"from {self.source or 'all'}"]
+        words += [f"to {self.to}"] if self.to is not None else []
+        words += [f"fwmark {self.mark:#x}"] if self.mark else []
+        words += ["ipproto tcp"] if self.sport or self.dport else []
+        words += [f"sport {self.sport}"] if self.sport else []
+        words += [f"dport {self.dport}"] if self.dport else []
+        goes = f"iif lo lookup {SOURCES}" if self.sources else "lookup local"
+        words.append("iif lo goto" if self.passes else goes)
+        return " ".join(words)
+
+
+def rules_of(old: Address) -> tuple[IpRule, ...]:
+    """What *old* needs as long as it is on lo: what is marked stays, all else goes as before."""
+    sources = (IpRule(6, old, old),) if old.version == 6 else ()
+    return (IpRule(old.version, mark=CRIU_MARK), *sources, IpRule(old.version, old))
+
+
+def stay(
+    inner: Iterable[FourTuple], receptions: Iterable[Reception], home: frozenset[Address]
+) -> tuple[IpRule, ...]:
+    """What of this host's stays here: connections with both ends on it, and calls to listeners.
+
+    inner: of each the tuple to the OLD, and also the other way round where the peer is at an OLD.
+    home: addresses that need no rule.
+    """
+    found = dict.fromkeys(_of_tuples(sorted({*inner})))
+    for one in receptions:
+        old = one.map.old
+        found |= dict.fromkeys(IpRule(old.version, old, dport=port) for port in one.ports)
+    return tuple(rule for rule in found if rule.to not in home)
+
+
+def _of_tuples(tuples: list[FourTuple]) -> Iterator[IpRule]:
+    """A rule each, or if they are many one for each port of one end, that with the fewer ports."""
+    ends: dict[tuple[Address, Address], list[FourTuple]] = {}
+    for one in tuples:
+        ends.setdefault((one.source.address, one.destination.address), []).append(one)
+    for (source, to), some in ends.items():
+        pairs = {(one.source.port, one.destination.port) for one in some}
+        if len(pairs) > MOST:
+            sports, dports = {sport for sport, _ in pairs}, {dport for _, dport in pairs}
+            fewer = len(dports) <= len(sports)
+            pairs = {(0, port) for port in dports} if fewer else {(port, 0) for port in sports}
+        for sport, dport in sorted(pairs):
+            yield IpRule(to.version, to, source, sport, dport)
