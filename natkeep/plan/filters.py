@@ -122,10 +122,10 @@ def gate(
                 note = Add(outbound_key(version), ended)
                 objects.append(Rule(HALF_OPEN, (from_old, kept, note), move_id))
             objects.append(Rule(HALF_OPEN, (from_old, kept, DROP), move_id))
-            objects += _early_resets(move_id, translation, asked)
             objects += silence(old) if old not in home else ()
             if old in home:
                 objects.append(Rule(LEAVING, (from_old, kept, TO_WIRE, DROP), move_id))
+            objects += _early_resets(move_id, translation, asked)
     return tuple(objects)
 
 

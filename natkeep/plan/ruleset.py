@@ -22,7 +22,7 @@ Theory of operation. A site has one table `inet natkeep`, shared by all moves.
     postrouting   300  departing local address ─► put-at-ADDRESS  ─► (kept?) ─► set saddr
     stateless.py has the rules of these two
     either:
-    postrouting   350  leaving   a source that is still OLD is dropped, not leaked
+    postrouting   350  leaving   said here, with a source that is still OLD: dropped, not leaked
     output       -350  injected  CRIU's own segments are not tracked; SYN-ACK ─► half-open
 
 - Base chains hold verdict maps on the local address only, so other people's packets leave

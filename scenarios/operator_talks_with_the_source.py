@@ -1,0 +1,61 @@
+"""The destination talks with the source's OLD all the time, as an operator's ssh and image copy do.
+
+    client 10.1.0.2            gateway            source 10.2.0.10 (OLD)
+    ┌──────┐  10.2.0.10:5000  ┌───────┐                  ┌────────┐
+    │ peer │══════════════════│OLD⇄NEW│──────────────────│  sshd  │   10.2.0.10:6022 stays there
+    └──────┘                  └───┬───┘                  └────────┘
+                                  │ 10.3.0.20:5000       ┌────────┐
+                                  └──────────────────────│ server │   destination 10.3.0.20 (NEW)
+                                   10.2.0.10:6022 ◀──────│  ssh   │
+                                                         └────────┘
+
+OLD is an address of the destination from `prepare` on. Only what was moved is at home there: what
+stands goes on, and new connections reach the source, before, during and after the move.
+"""
+
+from natkeep.lab.application import start_client, start_server, tuple_of
+from natkeep.plan.tuples import Endpoint
+
+
+def run(lab):
+    lab.begin()
+    there = Endpoint(lab.old, 6022)
+    start_server(lab.topology["source"], "sshd", there)
+    talks = Talks(lab, there)
+    for moment, change in (
+        ("before the move", lambda: None),
+        ("while the process is frozen", lab.freeze),
+        ("once the destination is prepared", lab.prepare),
+        ("once the move is open", lab.restore),
+    ):
+        change()
+        talks.go_on(moment)
+    lab.traffic.talk_on()
+    lab.finish()
+    talks.go_on("after teardown")
+
+
+class Talks:
+    """Connections of the destination with OLD; what is judged besides is not theirs."""
+
+    def __init__(self, lab, there):
+        self.lab, self.there, self.clients = lab, there, []
+        self.tuples = set()
+        lab.select_frames = lambda frames: {
+            at: [f for f in some if f.segment is None or f.segment.tuple not in self.tuples]
+            for at, some in frames.items()
+        }
+
+    def go_on(self, moment):
+        """A new one begins; all of them are answered 20 times more."""
+        name = f"ssh-{len(self.clients)}"
+        client = start_client(self.lab.topology["destination"], name, self.there)
+        client.do({"talk": {"interval_ms": 10, "size": 64}})
+        tuple_ = tuple_of(client.fresh()["connections"][0])
+        self.tuples |= {tuple_, tuple_.reply()}
+        self.clients.append(client)
+        before = [each.fresh()["connections"][0]["answered"] for each in self.clients]
+        for each, count in zip(self.clients, before, strict=True):
+            each.wait(lambda r, n=count: r["connections"][0]["answered"] >= n + 20, moment)
+        said = f"{len(self.clients)} connections with OLD, one of them new"
+        self.lab.report.check(f"the destination talks with the source {moment}", True, said)
