@@ -48,6 +48,7 @@ from natkeep.plan.step_order import make_plan
 from natkeep.plan.step_undo import Undo
 from natkeep.plan.steps import (
     AddAddress,
+    AddRules,
     InsertEntries,
     InstallGate,
     OpenGate,
@@ -324,8 +325,8 @@ def test_teardown_that_fails_names_what_is_left_and_a_second_finishes(
     kernel.done.clear()
     assert teardown(executor, "web") is True
     # Where anything was left, what comes after all else comes again: the table goes with the
-    # gate, and what a gateway had of its own is given back.
-    again = {kind, InstallGate, PurgeEntries}
+    # gate, rules with OLD, and what a gateway had of its own is given back.
+    again = {kind, InstallGate, AddRules, PurgeEntries}
     assert {kind} <= {step for _, step, _ in kernel.done} <= again
     assert before == kernel.sites
     assert files(state) == {}
@@ -616,7 +617,7 @@ def test_the_gateway_comes_first_however_the_sites_are_given(
 ) -> None:
     prepare(executor, make_move(sites=sites), CONNECTIONS)
     roles = [role for _, _, role in kernel.done]
-    assert roles == [Role.GATEWAY] * 8 + [Role.DESTINATION] * 11
+    assert roles == [Role.GATEWAY] * 8 + [Role.DESTINATION] * 12
 
     kernel.done.clear()
     open_move(executor, "web")
@@ -656,7 +657,7 @@ def test_a_gate_and_a_purge_are_undone_again_where_anything_of_their_site_was_le
     kernel.stuck = (AddAddress, InsertEntries)
     with pytest.raises(LeftoverError):
         teardown(executor, "web")
-    kept, again = (InstallGate, PurgeEntries), []
+    kept, again = (InstallGate, AddRules, PurgeEntries), []
     journal = state.load("web")
     for step, record in zip(PLANS["ipv4"].steps, journal.records.values(), strict=True):
         again += [type(step)] if isinstance(step, kept) else []

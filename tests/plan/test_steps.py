@@ -17,6 +17,7 @@ from natkeep.plan.roles import Role
 from natkeep.plan.step_order import describe_plan, make_plan, render_nft
 from natkeep.plan.steps import (
     AddAddress,
+    AddRules,
     FillSet,
     InsertEntries,
     InstallGate,
@@ -62,6 +63,7 @@ def test_the_order_is_gate_address_translation_purge_entries_and_the_gateway_fir
             FillSet,
             FillSet,
             RaiseLoopback,
+            AddRules,
             AddAddress,
             AddAddress,
             InstallTranslation,
