@@ -95,7 +95,7 @@ def require_devices(executor: Executor, move: Move, checkpoint: Checkpoint) -> N
 def require_sockets(executor: Executor, move: Move, checkpoint: Checkpoint) -> None:
     """RefusedError when a socket's address will not be there, or its host translates it."""
     olds = [map_.old for map_ in move.maps]
-    for socket in checkpoint.sockets:
+    for socket in checkpoint.sockets if checkpoint.live else ():
         if socket.is_translated() and socket.local and socket.local.address in olds:
             raise RefusedError(f"{socket}: {socket.unkept}", hint=NO_REMEDY)
     sockets = checkpoint.unmapped(olds)
