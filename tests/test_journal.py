@@ -213,6 +213,30 @@ def test_of_two_moves_the_later_is_the_newer(state: StateDirectory) -> None:
     assert state.load("web").begun > first.begun > 0
 
 
+def test_when_a_step_was_done_is_read_again_and_stays_what_it_was(
+    state: StateDirectory, place: Path
+) -> None:
+    """A repair that does a part of it again does not open the move once more."""
+    written = begin(state)
+    written.note(0, "doing", Prior(), STEP)
+    written.note(0, "done", Prior(), at=7_000_000_000)
+    written.note(1, "doing", Prior(), STEP)
+    written.note(1, "done", Prior())
+    written.note(0, "doing", Prior(), STEP)
+    written.note(0, "done", Prior())
+
+    found = StateDirectory(str(place), create=False).load("web")
+
+    for journal in (written, found):
+        assert [journal.records[number].at for number in (0, 1)] == [7_000_000_000, 0]
+    for at, reason in (('"now"', "'now' is not a whole number"), ("-1", "-1 is not a place in")):
+        with (place / "web.journal").open("ab") as file:
+            file.write(RECORD.replace(b"}}", b'},"at":%s}' % at.encode()) + b"\n")
+        assert refusal(state).startswith(f"the journal of web is corrupt: {reason}")
+        text = (place / "web.journal").read_bytes()
+        (place / "web.journal").write_bytes(b"".join(text.splitlines(keepends=True)[:-1]))
+
+
 def test_a_journal_that_version_0_1_0_wrote_is_read(state: StateDirectory, place: Path) -> None:
     """Not written by this code, so reading and writing cannot change together unnoticed."""
     digest = hashlib.sha256(PACKED).hexdigest()

@@ -28,10 +28,9 @@ _CLOSED = frozenset({b"04", b"05", b"09", b"0B"})  # FIN-WAIT-1 and -2, LAST-ACK
 _HALF_OPEN = frozenset({b"02", _SYN_RECEIVED})  # SYN-SENT is the other
 _NO_INODE = b"0"
 _BIND_ADDRESS_NO_PORT = 24  # IP_BIND_ADDRESS_NO_PORT: no port is taken, not even for a moment
-_RETRANSMITS = slice(30, 38)
-"""Behind the queues and the timer, of fixed width; of the time-outs in a row since an answer."""
-_OFTEN = 5
-"""The fifth comes 6.2 s after the first time, when the first comes after 200 ms (TCP_RTO_MIN)."""
+_TIMER, _RETRANSMITS = slice(21, 29), slice(30, 38)
+"""Behind the queues, of fixed width: ticks of 10 ms until the retransmission timer's end, and how
+often it has ended in a row since an answer."""
 
 Living = dict[bytes, set[bytes]]
 """The sockets' records as plan.tuples packs them, by their local end."""
@@ -71,7 +70,7 @@ def read_living(
 
     orphans: also those that were closed and have not been acknowledged to the end, which no process
     owns any more. half_open: also those whose handshake has not ended.
-    unanswered: takes the records of those that have said the same again for 6 s and more.
+    unanswered: takes the records of those that have said the same again for 5 s and more.
     """
     living: Living = {}
     besides = _ENDED if half_open else _ENDED | _HALF_OPEN
@@ -96,9 +95,19 @@ def _records(
         if version == 6 and record[:12] == bytes(10) + b"\xff\xff":
             record = record[12:18] + record[30:36]
         found.add(record)
-        if unanswered is not None and int(rest[_RETRANSMITS], 16) >= _OFTEN:
+        if unanswered is not None and _is_unanswered(rest):
             unanswered.add(record)
     return found
+
+
+def _is_unanswered(rest: bytes) -> bool:
+    """Whether a socket has said the same for 5 s; rest: as in _rows.
+
+    The first retransmission comes after 200 ms at least (TCP_RTO_MIN), each later one after twice
+    the time: the fourth 3 s after the first segment, the fifth 3.2 s behind it.
+    """
+    times = int(rest[_RETRANSMITS], 16)
+    return times > 4 or (times == 4 and int(rest[_TIMER], 16) <= 120)
 
 
 def _read_rows(path: str, most: int = -1) -> Iterator[list[bytes]]:

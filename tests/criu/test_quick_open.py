@@ -129,6 +129,10 @@ def test_a_prepared_move_is_opened_and_noted(site: Site) -> None:
     assert site.gate() == "open"
     added = [json.loads(line) for line in site.journal.read_bytes().splitlines()[before:]]
     assert [record["state"] for record in added] == ["doing", "done"]
+    assert 0 <= time.monotonic_ns() - added[1]["at"] < 60_000_000_000
+    (move,) = json.loads(site.natkeep("status", "--json"))["moves"]
+    assert move["opened_at"]
+    assert move["silent_ms"] > 0
     site.natkeep("teardown", "web", "--yes")
     assert list(site.state.iterdir()) == [site.state / "lock"]
 
