@@ -226,10 +226,8 @@ class Snapshot:
             silent = [one for one in entries.get(t.number, ()) if one and not one.packets_in]
             if t.site == site and silent:
                 name = base_chains.heard_set(plan.move.id, t.number)
-                old, width = t.map.old.packed, len(t.map.old.packed)
-                for key in nftables_dump.dump_keys(self._netlink, "inet", TABLE, name):
-                    peer, port = key[: width + 2], key[width + 4 : width + 6]
-                    found.add(old + port + peer)
+                unheard = nftables_dump.find_unheard(self._netlink, name, t.kept)
+                found |= frozenset(t.kept.each()).difference(unheard)
         return frozenset(found)
 
     def _find_lacking(self, site: Site, plan: Plan) -> tuple[IpRule, ...]:
