@@ -42,7 +42,7 @@ from natkeep.kernel.nftables import fill_sets
 from natkeep.lifecycle.executor import Executor
 from natkeep.lifecycle.open import open_move
 from natkeep.lifecycle.prepare import prepare
-from natkeep.plan.base_chains import heard_set
+from natkeep.plan.base_chains import heard_set, spoken_set
 from natkeep.plan.filters import Filling
 from natkeep.plan.move import Map, Mode, Move, Site
 from natkeep.plan.roles import Role
@@ -107,7 +107,7 @@ def executor(mode: Mode, connections: int, moves: int) -> Callable[[Wire], Itera
                 prepare(executor, move, _kept(wire, old, connections, number))
             for number in range(moves):
                 open_move(executor, f"m{number}")
-            _hear_all(wire, connections)
+            _hear_all(wire, connections, moves)
             executor.kernel.unhook_gates()  # as the program does after open
             wire.hide_old()
             yield  # what is left goes with the namespaces
@@ -115,11 +115,17 @@ def executor(mode: Mode, connections: int, moves: int) -> Callable[[Wire], Itera
     return configure
 
 
-def _hear_all(wire: Wire, count: int) -> None:
-    """As if every peer had said something by now: only one of so many really is there."""
+def _hear_all(wire: Wire, count: int, moves: int) -> None:
+    """As if every end had said something by now: only one of so many really is there."""
     heard = Filling(heard_set("m0", 0), _kept(wire, IPv4Address(OLD), count, 0))
     with inside(open_namespace(wire.s)):
         fill_sets([heard])
+    others = [
+        Filling(spoken_set(f"m{n}", 0), _kept(wire, IPv4Address(OLD) + n * 256, count, n))
+        for n in range(1, moves)
+    ]
+    with inside(open_namespace(wire.g)):
+        fill_sets(others)
 
 
 def _kept(wire: Wire, old: IPv4Address, count: int, number: int) -> Connections:

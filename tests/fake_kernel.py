@@ -311,8 +311,9 @@ class FakeKernel:
         """Nothing: there is no netlink here."""
         return b""
 
-    def unhook_gates(self) -> None:
+    def unhook_gates(self) -> bool:
         """Nothing: no packet comes by here."""
+        return True
 
     def revert(self, site: Site, undo: Undo, prior: Prior) -> None:
         """Take back what a step made; already gone is fine."""

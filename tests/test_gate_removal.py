@@ -19,9 +19,10 @@ from natkeep.lifecycle.executor import Executor
 from natkeep.lifecycle.open import open_move, remove_gate_hooks
 from natkeep.lifecycle.prepare import prepare
 from natkeep.lifecycle.teardown import teardown
-from natkeep.plan.base_chains import GATE
+from natkeep.plan.base_chains import DISPATCHES, GATE, SPOKEN
 from natkeep.plan.move import Map, Move, Site
 from natkeep.plan.nft import TABLE, Object
+from natkeep.plan.observation import Observation
 from natkeep.plan.roles import Role
 from natkeep.plan.steps import HoldListeners
 from natkeep.plan.tuples import Connections, Endpoint, FourTuple, parse_address
@@ -48,8 +49,17 @@ class Gateway:
         prepare(self.executor(), Move(f"m{number}", (Map(old, new),), (site,)), kept)
 
     def has_gate_hook(self) -> bool:
+        return self.has(GATE)
+
+    def has(self, chain: str) -> bool:
         with inside(open_namespace(self.netns)):
-            return nftables_dump.has_chain(TABLE, GATE)
+            return nftables_dump.has_chain(TABLE, chain)
+
+    def hear(self, number: int) -> None:
+        """As if the destination of that move had spoken."""
+        with inside(open_namespace(self.netns)):
+            element = f"inet {TABLE} spoken-m{number}-0 {{ 10.1.0.2 . 2000 . 80 }}"
+            nftables.run_transaction([f"add element {element}"])
 
 
 @pytest.fixture
@@ -120,3 +130,31 @@ def test_listeners_that_are_blocked_while_the_gate_hook_goes_are_blocked(
         nftables.load_block(step)
         assert "m2:hold" in [rule.comment for rule in nftables_dump.rules(TABLE, GATE)]
     assert removed
+
+
+def test_a_gateway_asks_for_early_resets_until_each_destination_has_spoken(
+    gateway: Gateway,
+) -> None:
+    """Which costs every packet its way through one more base chain."""
+    early = DISPATCHES[SPOKEN].chain
+    gateway.prepare(1)
+    open_move(gateway.executor(), "m1")
+    assert not remove_gate_hooks(gateway.executor(), "m1")
+    assert gateway.has(early)
+    gateway.prepare(2)
+    gateway.hear(1)
+    assert not remove_gate_hooks(gateway.executor(), "m1")
+    gateway.hear(2)
+    assert remove_gate_hooks(gateway.executor(), "m1")
+    assert not gateway.has(early)
+    assert [one.gone for one in looks(gateway, "m1")] == [frozenset()]  # it is no drift
+
+    gateway.prepare(3)
+    assert gateway.has(early)
+
+
+def looks(gateway: Gateway, move_id: str) -> list[Observation]:
+    executor = gateway.executor()
+    journal, plan = executor.load(move_id)
+    executor.open_known(journal, plan.move.sites)
+    return [executor.kernel.observe(site, plan) for site in plan.move.sites]

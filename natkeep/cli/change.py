@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+import time
 from functools import partial
 
 from natkeep import policy
@@ -34,6 +35,8 @@ from natkeep.plan.step_order import describe_plan, make_plan, render_nft
 from natkeep.plan.steps import Plan
 from natkeep.state.journal import Journal
 from natkeep.terminal import say, show
+
+_LOOK_AGAIN = 0.5  # s, whether destinations have spoken
 
 
 def plan(args: argparse.Namespace) -> int:
@@ -78,6 +81,8 @@ def prepare(args: argparse.Namespace) -> int:
     if args.replace is not None:
         work = partial(replace_move, executor, args.replace)
     plan = work(move, checkpoint.connections, Gate(args.gate), checkpoint.run_id)
+    if args.gate == Gate.OPEN:
+        do_afterwards(partial(remove_hooks, args))
     for line in report.unkept_lines(checkpoint, plan):
         talk(args, f"natkeep: not kept: {line}")
     for line in (*report.lock_lines(plan), *find_unheld(executor, move.id), *_waiting(move)):
@@ -166,8 +171,12 @@ def open(args: argparse.Namespace) -> int:
 
 
 def remove_hooks(args: argparse.Namespace) -> None:
-    """What open leaves to be done; by a kernel of its own, whose handles are open."""
-    remove_gate_hooks(make_executor(args, create=False), args.id)
+    """What open leaves to be done; by a kernel of its own, whose handles are open.
+
+    A gateway may have to be looked at again, for as long as afterwards.py lets it; then by repair.
+    """
+    while not remove_gate_hooks(make_executor(args, create=False), args.id):
+        time.sleep(_LOOK_AGAIN)
 
 
 def teardown(args: argparse.Namespace) -> int:

@@ -173,8 +173,12 @@ class Kernel(Protocol):
                      sure: bool) -> None:  # fmt: skip
         """Take away there what no *known* move owns (see plan/strays.py); or KernelError."""
 
-    def unhook_gates(self) -> None:
-        """At each opened site where no gate is closed take them out of all packets' way."""
+    def unhook_gates(self) -> bool:
+        """At each opened site where no gate is closed take them out of all packets' way.
+
+        False where a gateway waits for a destination to speak, so that it should be done again.
+        """
+        ...
 
     def revert(self, site: Site, undo: Undo, prior: Prior) -> None:
         """Undo a step at an opened site, by its inverse; KernelError when the kernel says no."""

@@ -247,7 +247,7 @@ class LinuxKernel:
 
     # ---- the gates' base chain ---------------------------------------------------------------
 
-    def unhook_gates(self) -> None:
+    def unhook_gates(self) -> bool:
         """At each opened site where no gate is closed take them out of all packets' way.
 
         And what ignores resets of peers that were not heard, where all were.
@@ -258,8 +258,9 @@ class LinuxKernel:
                 nftables.remove_gate_hook()
                 # Once a command: a thousand moves at a site are looked at one after the other.
                 where = self._namespaces[site].identity
-                if where not in self._unheard and not nftables.remove_early_hook():
+                if where not in self._unheard and not nftables.remove_early_hooks():
                     self._unheard.add(where)
+        return not self._unheard
 
     # ---- where -------------------------------------------------------------------------------
 

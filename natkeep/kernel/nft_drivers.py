@@ -81,7 +81,7 @@ class GateDriver(LoadDriver[InstallGate]):
         faultpoints.reach("withdrawn", "gate")
         if prior.facts.get("unhooked"):
             nftables.remove_gate_hook()
-        nftables.remove_early_hook()  # which came with it, unless others' peers are not heard
+        nftables.remove_early_hooks()  # which came with it, unless others' peers are not heard
         delete_untracked(undo.olds)
 
 

@@ -30,8 +30,8 @@ from natkeep.kernel.nft_messages import (
 from natkeep.plan import syn_block
 from natkeep.plan.base_chains import (
     DISPATCHES,
+    EARLY,
     GATE,
-    HEARD,
     OPEN,
     early_hook,
     gate_hook,
@@ -47,9 +47,6 @@ from natkeep.plan.steps import HoldListeners, Loads, OpenGate
 _MESSAGE = re.compile(r"(?:Error|Warning): (.*)")
 _GATES = re.compile(r"(?:gate|callers)-[a-z0-9][a-z0-9-]*")
 """Chains that drop until they are opened; an address chain's name has a dot or an underscore."""
-
-
-_EARLY = DISPATCHES[HEARD].chain
 
 
 class NftError(KernelError):
@@ -114,8 +111,10 @@ def load(objects: Iterable[Object], first: Iterable[str] = ()) -> None:
         run_transaction([*map(str, late), *text])  # it went since we looked
     if closes:
         _hook_again()
-    if any(isinstance(one, Rule) and one.chain.startswith(f"{HEARD}-at-") for one in objects):
-        _hook_early()
+    for dispatch in EARLY:
+        begins = f"{dispatch}-at-"
+        if any(isinstance(one, Rule) and one.chain.startswith(begins) for one in objects):
+            _hook_early(dispatch)
     send_batch(pack_objects(raw))
 
 
@@ -128,10 +127,10 @@ def _hook_again() -> None:
         run_transaction(map(str, late))
 
 
-def _hook_early() -> None:
-    """The same of the base chain for resets, now that not all peers are heard."""
-    if not dump.has_chain(TABLE, _EARLY):
-        run_transaction(map(str, early_hook()))
+def _hook_early(dispatch: str) -> None:
+    """The same of the base chain for resets, now that not all ends are heard."""
+    if not dump.has_chain(TABLE, DISPATCHES[dispatch].chain):
+        run_transaction(map(str, early_hook(dispatch)))
 
 
 def load_step(step: Loads, objects: Iterable[Object], first: Iterable[str] = ()) -> None:
@@ -280,17 +279,22 @@ def remove_gate_hook() -> None:
             netlink.send_transaction(packed, 2)
 
 
-def remove_early_hook() -> bool:
-    """As remove_gate_hook, where every peer was heard: their resets are not asked for any more.
+def remove_early_hooks() -> bool:
+    """As remove_gate_hook, where every end was heard: their resets are not asked for any more.
 
-    Whether it has gone. A prepare makes it anew.
+    Whether they have gone. A prepare makes them anew.
     """
+    return all([_remove_early_hook(dispatch) for dispatch in EARLY])
+
+
+def _remove_early_hook(dispatch: str) -> bool:
+    chain = DISPATCHES[dispatch].chain
     with Netlink(NETLINK_NETFILTER) as netlink, suppress(OSError):  # it only saves time
         generation = dump.read_generation()
-        if not dump.has_chain(TABLE, _EARLY):
+        if not dump.has_chain(TABLE, chain):
             return True
-        if dump.are_all_heard(netlink):
-            netlink.send_transaction(pack_batch(pack_chain_removal(_EARLY), generation), 2)
+        if dump.are_all_heard(netlink, dispatch):
+            netlink.send_transaction(pack_batch(pack_chain_removal(chain), generation), 2)
             return True
     return False
 

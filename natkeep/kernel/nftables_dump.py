@@ -23,7 +23,6 @@ from natkeep.kernel.netlink import (
     find_attribute,
 )
 from natkeep.kernel.nft_messages import SUBSYSTEM, list_keys, nfgenmsg, string
-from natkeep.plan.base_chains import HEARD
 from natkeep.plan.nft import TABLE, Key, describe_rule, number_alike
 from natkeep.plan.tuples import Connections
 from natkeep.values import dataclass
@@ -188,15 +187,15 @@ def find_unheard(netlink: Netlink, name: str, kept: Connections) -> Iterator[byt
             yield record
 
 
-def are_all_heard(netlink: Netlink) -> bool:
-    """Whether every kept connection of every move here has had its peer heard: full sets.
+def are_all_heard(netlink: Netlink, dispatch: str) -> bool:
+    """Whether every kept connection of every move of HEARD or SPOKEN was heard: full sets.
 
     Where some are local to this host, they are never heard by the wire.
     """
     for answer in _request(netlink, _GETSET, _FAMILY["inet"], attribute(1, string(TABLE))):
         each = attributes(answer)
         name = _text(each[2])
-        if name.startswith(f"{HEARD}-"):
+        if name.startswith(f"{dispatch}-"):
             size = _number(attributes(each[9]).get(1, b""))
             if count_heard(netlink, [name]) < size:
                 return False

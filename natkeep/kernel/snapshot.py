@@ -102,7 +102,7 @@ class Snapshot:
             holds=syn_block.comment(move_id) in self._comments("gate"),
             callers=sum(self._count_callers(one, here) for one in receptions),
             inner=0 if sockets is None else self._count_inner(plan),
-            gone=self._without_early_hook(_without_hook(prepared - there, gate), gate),
+            gone=self._without_early_hooks(_without_hook(prepared - there, gate)),
             shut=opened - there,
             loopback=self._loopback,
             sockets=sockets,
@@ -152,11 +152,12 @@ class Snapshot:
         there = nftables_dump.dump_keys(self._netlink, "inet", TABLE, name)
         return len(pack_keys(connections).difference(there))
 
-    def _without_early_hook(self, gone: frozenset[Key], gate: Gate) -> frozenset[Key]:
-        """The base chain for resets of peers not heard is not missed where all were heard."""
-        chain, *rules = (one.key() for one in base_chains.early_hook())
-        if gate == Gate.OPEN and chain in gone and nftables_dump.are_all_heard(self._netlink):
-            return gone - {chain, *rules}
+    def _without_early_hooks(self, gone: frozenset[Key]) -> frozenset[Key]:
+        """The base chains for resets of ends not heard are not missed where all were heard."""
+        for dispatch in base_chains.EARLY:
+            chain, *rules = (one.key() for one in base_chains.early_hook(dispatch))
+            if chain in gone and nftables_dump.are_all_heard(self._netlink, dispatch):
+                gone -= {chain, *rules}
         return gone
 
     # ---- the connection table ----------------------------------------------------------------

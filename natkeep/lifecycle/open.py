@@ -97,8 +97,10 @@ def open_move(
         return compared
 
 
-def remove_gate_hooks(executor: Executor, move_id: str) -> None:
+def remove_gate_hooks(executor: Executor, move_id: str) -> bool:
     """At the sites of an open move take the gates out of all packets' way, if none is closed.
+
+    False where a gateway waits for its destination to speak: then again a little later.
 
     It waits for the kernel, so it is for afterwards, when no restore waits any more. Without a
     lock: the kernel refuses it if anything was changed since the gates were looked at, and what
@@ -106,11 +108,11 @@ def remove_gate_hooks(executor: Executor, move_id: str) -> None:
     """
     header = executor.state.read_header(move_id)
     if header is None or header.boot != read_boot_id():
-        return
+        return True
     for site, identity in zip(header.move.sites, header.namespaces, strict=True):
         with suppress(NatkeepError):
             executor.kernel.open_sites([site], {site: identity})
-    executor.kernel.unhook_gates()
+    return executor.kernel.unhook_gates()
 
 
 def write_ready(kernel: Kernel, journal: Journal, plan: Plan) -> None:

@@ -19,7 +19,7 @@ from natkeep.lifecycle.executor import Executor
 from natkeep.lifecycle.owners import is_left_to_others
 from natkeep.lifecycle.progress import is_retired, is_waiting, refuse_earlier_boot, unprepared
 from natkeep.lifecycle.status import Sight, look_around, note_sighting, remember_sighting
-from natkeep.plan.base_chains import early_hook, gate_hook
+from natkeep.plan.base_chains import EARLY, early_hook, gate_hook
 from natkeep.plan.move import Site
 from natkeep.plan.repair import Patch, StopCounting
 from natkeep.plan.steps import AddAddress, InsertEntries, Plan, Prior
@@ -103,7 +103,8 @@ class _Work:
         for patch in entries:
             if is_left_to_others(executor.state, self.journal, patch.site, patch.translation):
                 return False
-        hook = {one.key() for one in (*gate_hook(), *early_hook())}
+        hooks = [one for dispatch in EARLY for one in early_hook(dispatch)]
+        hook = {one.key() for one in (*gate_hook(), *hooks)}
         return all(
             executor.kernel.find_missing(site, self.plan) - hook == (seen.gone | seen.shut) - hook
             for site, seen in self.sight.looks.items()

@@ -53,6 +53,10 @@ _OWN = Meta("iif", "0")
 GATE = "gate"
 HEARD = "heard"
 """The dispatch behind the gate at a destination, which ignores resets of peers not heard yet."""
+SPOKEN = "spoken"
+"""The dispatch of what destinations send to a gateway, which ignores their resets at first."""
+EARLY = (HEARD, SPOKEN)
+"""The two of them, whose base chains go once all are heard."""
 INJECTED = "injected"
 LEAVING = "leaving"
 HALF_OPEN = "half-open"
@@ -84,6 +88,7 @@ DISPATCHES = {
     GATE: Dispatch(GATE, "filter", "prerouting", "-350", "daddr"),
     "mute": Dispatch("muted", "filter", "output", "-350", "saddr"),
     HEARD: Dispatch("early-resets", "filter", "prerouting", "-340", "daddr"),
+    SPOKEN: Dispatch("early-answers", "filter", "prerouting", "-340", "saddr"),
     "refuse": Dispatch("refusing", "filter", "prerouting", "-360", "daddr"),
     "answer": Dispatch("answering", "filter", "output", "-360", "saddr"),
     # translation, stateful
@@ -132,6 +137,11 @@ def heard_set(move_id: str, number: int) -> str:
     return f"{HEARD}-{move_id}-{number}"
 
 
+def spoken_set(move_id: str, number: int) -> str:
+    """Name of the set of those of them with which the destination has spoken, at a gateway."""
+    return f"{SPOKEN}-{move_id}-{number}"
+
+
 def routed_set(move_id: str, number: int) -> str:
     """Name of the set of the same as they are routed, where neither of those two has that."""
     return f"routed-{move_id}-{number}"
@@ -163,11 +173,12 @@ def address_chain(dispatch: str, address: Address) -> str:
 
 def is_later(name: str) -> bool:
     """Whether a chain, set or map is of those that earlier natkeeps did not make."""
-    of_a_move = name.startswith(("routed-", "to-outer-", "to-inner-", "ended-", f"{HEARD}-"))
+    notes = "ended-", f"{HEARD}-", f"{SPOKEN}-"
+    of_a_move = name.startswith(("routed-", "to-outer-", "to-inner-", *notes))
     return name == DEFRAGMENT or of_a_move or name.partition("-at-")[0] in _later_names()
 
 
-_LATER = ("from", "to", HEARD)
+_LATER = ("from", "to", HEARD, SPOKEN)
 
 
 @cache
@@ -220,9 +231,9 @@ def gate_hook() -> tuple[Object, ...]:
 
 
 @cache
-def early_hook() -> tuple[Object, ...]:
-    """The base chain by which resets of peers not heard are dropped; not there once all were."""
-    return (DISPATCHES[HEARD].base(), *_dispatch_rules(HEARD))
+def early_hook(dispatch: str) -> tuple[Object, ...]:
+    """The base chain by which resets of ends not heard are dropped; not there once all were."""
+    return (DISPATCHES[dispatch].base(), *_dispatch_rules(dispatch))
 
 
 @cache

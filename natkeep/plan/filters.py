@@ -7,6 +7,7 @@
     block     prerouting -350          bare SYN, listener         drop     its removal
     reset     prerouting, output -360  unkept set                 drop     reject with tcp reset
     early     prerouting -340          RST, kept, not yet heard   drop     the peer's first segment
+    answers   prerouting -340          RST of NEW, not yet spoken drop     NEW's first segment
     owned     a table of its own       outer, inner set           drop     never
 
 - Gate and mute ask the same sets and jump to the same chain, so opening is one rule everywhere.
@@ -23,6 +24,10 @@
   until something else has come from its peer: `heard-ID-N` has these tuples. It stands behind the
   gate, since what that drops does not count, and before conntrack, whose entry a reset would end.
   What comes by lo never was translated, and is not asked.
+- A gateway that is open before its destination is prepared sends kept segments to a host that has
+  no such socket, and resets them. So at a gateway whose move has no destination a reset from NEW is
+  dropped until NEW has said something else with that tuple: `spoken-ID-N` has these. The peer says
+  again what was lost. Once all were heard the base chain of either goes, as that of the gates does.
 - The owned table has the flag `owner`, so the kernel spares it when the ruleset is flushed.
 
 Rule: exact tuples of the move only. This file must never run anything.
@@ -35,6 +40,7 @@ from typing import NamedTuple
 
 from natkeep.plan.arp import silence
 from natkeep.plan.base_chains import (
+    EARLY,
     GATE,
     HALF_OPEN,
     HEARD,
@@ -42,6 +48,7 @@ from natkeep.plan.base_chains import (
     NOT_SYN,
     OPEN,
     RST,
+    SPOKEN,
     SYN,
     TO_WIRE,
     address_chain,
@@ -59,6 +66,7 @@ from natkeep.plan.base_chains import (
     peer_map,
     routed_set,
     rule_at,
+    spoken_set,
 )
 from natkeep.plan.move import Mode
 from natkeep.plan.nft import (
@@ -125,13 +133,20 @@ def gate(
             objects += silence(old) if old not in home else ()
             if old in home:
                 objects.append(Rule(LEAVING, (from_old, kept, TO_WIRE, DROP), move_id))
-            objects += _early_resets(move_id, translation, asked)
+            heard = heard_set(move_id, translation.number)
+            at = HEARD, translation.before, heard
+            objects += _early_resets(move_id, translation, asked, at)
     return tuple(objects)
 
 
-def _early_resets(move_id: str, translation: Translation, kept: Match) -> Iterator[Object]:
-    """Resets of peers that were not heard yet are dropped; a peer that was pays one lookup."""
-    heard = heard_set(move_id, translation.number)
+def _early_resets(
+    move_id: str, translation: Translation, kept: Match, at: tuple[str, Address, str]
+) -> Iterator[Object]:
+    """Resets of ends that were not heard yet are dropped; an end that was pays one lookup.
+
+    at: the dispatch, the address there, and the set of those that were heard.
+    """
+    dispatch, address, heard = at
     version, size = translation.map.old.version, len(translation.kept)
     yield connection_set(heard, version, size, dynamic=True)
     rules: tuple[tuple[Statement, ...], ...] = (
@@ -140,21 +155,26 @@ def _early_resets(move_id: str, translation: Translation, kept: Match) -> Iterat
         (RST, kept, DROP),
         (kept._replace(to=f"@{heard}"), ACCEPT),
     )
-    yield from dispatch_to(HEARD, translation.before)
+    yield from dispatch_to(dispatch, address)
     for statements in rules:
-        chain = address_chain(HEARD, translation.before)
-        yield Rule(chain, statements, move_id, insert=True)
+        yield Rule(address_chain(dispatch, address), statements, move_id, insert=True)
 
 
-def noted_set(name: str) -> str:
-    """Name of the set in which packets note what has become of the connections of the set *name*.
+def await_destination(move_id: str, translations: Iterable[Translation]) -> tuple[Object, ...]:
+    """The same at a gateway, of resets of a destination that has not spoken yet."""
+    objects: list[Object] = []
+    for one in translations:
+        kept = Match(outbound_key(one.map.old.version), f"@{kept_set(move_id, one.number)}")
+        spoken = spoken_set(move_id, one.number)
+        objects += _early_resets(move_id, one, kept, (SPOKEN, one.after, spoken))
+    return tuple(objects)
 
-    Empty where there is none: of a set that is neither of kept connections nor of unkept ones.
-    """
-    for prefix, noted in ((RESET_PREFIX, "again-"), (_KEPT_PREFIX, f"{HEARD}-")):
+
+def noted_sets(name: str) -> Iterator[str]:
+    """Names of the sets in which packets note what became of the connections of the set *name*."""
+    for prefix, noted in ((RESET_PREFIX, "again-"), *((_KEPT_PREFIX, f"{one}-") for one in EARLY)):
         if name.startswith(prefix):
-            return f"{noted}{name.removeprefix(prefix)}"
-    return ""
+            yield f"{noted}{name.removeprefix(prefix)}"
 
 
 def gives_back(translation: Translation) -> bool:

@@ -153,11 +153,11 @@ def _fill_noted(step: FillSet, missing: frozenset[Key]) -> Iterator[FillSet]:
     """Where the set is lost in which packets noted what became of these connections: all of them.
 
     Of those that cannot be kept all ends were reset when the move was opened, so every tuple is
-    taken for a new connection; and every peer of a kept one for one that was heard.
+    taken for a new connection; and every end of a kept one for one that was heard.
     """
-    name = filters.noted_set(step.name)
-    if Key("inet", "set", name) in missing:
-        yield FillSet(step.site, name, step.connections)
+    for name in filters.noted_sets(step.name):
+        if Key("inet", "set", name) in missing:
+            yield FillSet(step.site, name, step.connections)
 
 
 def _place(

@@ -161,7 +161,8 @@ def _steps_at(
     receptions = make_receptions(move, site)
     # The gate before the address: a host that has OLD but not the socket answers with RST.
     home = surroundings.home if site.row.puts_old else frozenset()
-    steps: list[Step] = [InstallGate(site, move.id, here, home=home)]
+    awaits = site.row.passes_on and not any(one.row.puts_old for one in move.sites)
+    steps: list[Step] = [InstallGate(site, move.id, here, home=home, awaits=awaits)]
     fills = _fill_sets(site, move, here)
     # What a gateway whose gate is about to be opened drops meanwhile is not held: so as late as
     # can be. Before it has its set, nothing translates either.

@@ -106,6 +106,7 @@ class InstallGate(Loads):
     """The table if there is none, the move's (still empty) sets, its drop, and ARP silence.
 
     home: OLD addresses that the host serves others by, which are not silenced.
+    awaits: no destination is prepared with it, so the gateway waits until it has heard one.
     """
 
     site: Site
@@ -113,12 +114,15 @@ class InstallGate(Loads):
     translations: tuple[Translation, ...]
     recorded: Recorded | None = None
     home: frozenset[Address] = frozenset()
+    awaits: bool = False
 
     def make(self) -> tuple[Object, ...]:
         """The gate; at a source in both directions."""
         gate = filters.gate(self.move_id, self.translations, self.home)
         if self.site.row.mutes:
             return (*gate, *filters.mute(self.move_id, self.translations))
+        if self.awaits:
+            return (*gate, *filters.await_destination(self.move_id, self.translations))
         return gate
 
     def static(self) -> tuple[tuple[Object, ...], ...]:
@@ -128,6 +132,9 @@ class InstallGate(Loads):
             return (base_chains.base_table(), *parts, arp.arp_table())
         if self.site.row.mutes:
             return (base_chains.base_table(), base_chains.dispatch_table("mute"))
+        if self.awaits:
+            spoken = base_chains.dispatch_table(base_chains.SPOKEN)
+            return (base_chains.base_table(), spoken)
         return (base_chains.base_table(),)
 
 

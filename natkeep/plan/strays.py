@@ -21,7 +21,7 @@ from natkeep.values import dataclass
 _ID = r"([a-z0-9][a-z0-9-]{0,31})"
 _CHAINS = (re.compile(rf"(?:gate|callers|hold|reset)-{_ID}"),)
 _SETS = (
-    re.compile(rf"(?:kept|outer|ended|heard|routed|listen|reset|again)-{_ID}-\d+"),
+    re.compile(rf"(?:kept|outer|ended|heard|spoken|routed|listen|reset|again)-{_ID}-\d+"),
     re.compile(rf"to-(?:outer|inner)-{_ID}-\d+"),
 )
 _COMMENT = re.compile(rf"{_ID}(?::(?:listeners|hold|unkept))?")

@@ -1,0 +1,50 @@
+"""The gateway is open before the destination is prepared, which has no such socket and resets.
+
+    client 10.1.0.2            gateway            source 10.2.0.10 (OLD), left silent
+    ┌──────┐  10.2.0.10:5000  ┌───────┐  10.3.0.20:5000  ┌───────┐  10.2.0.10:5000  ┌────────┐
+    │ peer │══════════════════│OLD⇄NEW│══════════════════│NEW⇄OLD│══════════════════│ server │
+    └──────┘  2 connections   └───────┘    anti-spoof    └───────┘                  └────────┘
+                              1. open              2. resets  3. natkeep run
+
+Its resets come as far as the gateway, which has not heard anything else of NEW yet. The peers say
+again what was lost, and are answered once the process is there.
+"""
+
+import time
+
+from natkeep.lab.capture import RST
+from natkeep.lab.criu_restore import CriuRestore, Machine
+
+SETUP = {"engine": "criu"}
+EARLY = 3.0
+"""Seconds from the gateway's opening to `natkeep run`: the peers say all again in that time."""
+
+
+def run(lab):
+    lab.begin(connections=2)
+    lab.freeze()
+    gateway, moved = Machine(lab, "gateway"), CriuRestore(lab)
+    order = lab.place_order(move_id="web")
+    gateway.prepare("web", *lab.frozen.options, "--gate", "open")
+    time.sleep(EARLY)
+    ready_ns = time.time_ns()
+    resets = []
+
+    def without_early_resets(frames):
+        """What the destination's host says for no socket, on the wire to the gateway alone."""
+        for at in ("far", "destination"):
+            early = [
+                frame for frame in frames[at]
+                if frame.segment and frame.segment.flags & RST and frame.at_ns < ready_ns
+            ]  # fmt: skip
+            resets.extend(early)
+            frames[at] = [frame for frame in frames[at] if frame not in early]
+        return frames
+
+    lab.select_frames = without_early_resets
+    moved.must_succeed(moved.start_run(order))
+    lab.traffic.talk_on()
+    lab.traffic.check_ends()
+    gateway.natkeep("teardown", "web", "--yes")
+    lab.conclude()
+    lab.report.check("the destination has sent resets at first", bool(resets), str(len(resets)))
