@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from hook_caller import BEFORE, NEW, OLD, Criu, own_netns
+from hook_caller import BEFORE, NEW, OLD, TREE, Criu, own_netns
 
 from natkeep.checkpoint.listing import read_listing
 from natkeep.criu import readiness
@@ -61,6 +61,21 @@ def test_the_gateways_are_told_what_to_prepare_and_waited_for_once(criu: Criu, p
     assert len(listed) == 4
     (place / "ready").unlink()
     assert criu.call("pre-restore") == 0  # CRIU before 4.2 calls twice under RPC
+
+
+def test_a_tree_with_a_namespace_of_its_own_waits_when_that_is_there(
+    criu: Criu, images: Path, place: Path
+) -> None:
+    own_netns(images)
+    assert criu.call("pre-restore", **order(place)) == 0
+    assert not (place / "told").exists()
+    thread = answer(place / "told", (place / "ready").write_text)
+    assert criu.call("post-setup-namespaces") == 0
+    thread.join()
+    assert criu.gates() == {TREE: {criu.id: Gate.CLOSED}}
+    (place / "ready").unlink()
+    assert criu.call("post-restore") == 0  # it has waited
+    assert criu.gates() == {TREE: {criu.id: Gate.OPEN}}
 
 
 def test_a_line_in_a_fifo_counts_whoever_else_wrote_before(criu: Criu, place: Path) -> None:
