@@ -1153,6 +1153,32 @@ def test_with_strict_a_watch_ends_where_something_drifted(sites: Network, execut
     executor("teardown", "web")
 
 
+@pytest.mark.root
+def test_a_source_lets_go_of_peers_whose_connections_have_ended_elsewhere(
+    sites: Network, executor: Run
+) -> None:
+    """Here the gateway's namespace is the source: OLD is its own, and stays so."""
+    sites.run(sites.gateway, *["ip", "address", "add", "10.2.0.10/32", "dev", "lo"])
+    words = ["prepare", "web", "--map", MAP, "--site", f"source={sites.gateway}"]
+    executor(*words, "--connections", "-", input=LIST)
+
+    def told(*states: str | None) -> str:
+        ports = zip((50594, 50595), states, strict=False)
+        rows = [
+            {"local": "10.2.0.10:5000", "peer": f"10.1.0.2:{port}", "state": state}
+            for port, state in ports
+        ]
+        return json.dumps({"schema": 1, "moves": [{"id": "web", "connections": rows}]})
+
+    for text in (told(), told("ended"), told("ended", "live"), told("ended", None)):
+        done = executor("teardown", "web", "--ended", "-", input=text, expect=4)
+        number = 1 if "ended" in text else 2
+        assert f"still has OLD 10.2.0.10: it would answer {number} peers" in done.stderr
+    executor("teardown", "web", "--ended", "-", input=told("ended", "ended"))
+    assert executor("status").stdout == "nothing is prepared\n"
+    sites.run(sites.gateway, *["ip", "address", "delete", "10.2.0.10/32", "dev", "lo"])
+
+
 # ---- live connections ------------------------------------------------------------------------
 
 

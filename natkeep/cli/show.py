@@ -22,6 +22,7 @@ from natkeep.values import replace
 
 if TYPE_CHECKING:
     from natkeep.lifecycle.executor import Executor
+    from natkeep.lifecycle.status import Watch
     from natkeep.lifecycle.subject import Subject
 
 
@@ -37,10 +38,12 @@ def status(args: argparse.Namespace) -> int:
             hold_document(text)
         _raise_first(args, told)
         return 0
+    from natkeep.lifecycle.status import Watch
+
+    watch = Watch()
     with suppress(KeyboardInterrupt):
         while True:
-            clear()
-            text, told = _read_status(args, executor)
+            text, told = _read_status(args, executor, watch)
             if args.json:
                 show_json(text)
             _raise_first(args, told)
@@ -52,7 +55,9 @@ _WATCH_S = 1.0
 """Seconds between two looks of `status --watch`."""
 
 
-def _read_status(args: argparse.Namespace, executor: Executor) -> tuple[str, list[NatkeepError]]:
+def _read_status(
+    args: argparse.Namespace, executor: Executor, watch: Watch | None = None
+) -> tuple[str, list[NatkeepError]]:
     """Show how the moves stand, or return the document; and what is wrong with them."""
     from natkeep.lifecycle.status import read_status
     from natkeep.report import status as status_report
@@ -60,6 +65,9 @@ def _read_status(args: argparse.Namespace, executor: Executor) -> tuple[str, lis
     unreadable: list[JournalError] = []
     moves = read_status(executor, (args.id,) if args.id else (), None if args.id else unreadable)
     text, host = "", os.uname().nodename
+    if watch is not None:
+        moves = watch.compare(moves)
+        clear()
     if args.json:
         rows = [status_report.move_as_json(move, host) for move in moves]
         text = "".join(status_report.status_as_json(rows))

@@ -28,7 +28,12 @@ from natkeep.lifecycle.progress import (
     opened_at,
     restored_at,
 )
-from natkeep.plan.connection_state import ONE_WAY_S, SiteStatus, find_one_way
+from natkeep.plan.connection_state import (
+    ONE_WAY_S,
+    SiteStatus,
+    find_fallen_silent,
+    find_one_way,
+)
 from natkeep.plan.drift import MoveStatus, find_drift
 from natkeep.plan.identity import Identity
 from natkeep.plan.liveness import Life, Sighting, find_life, make_sighting
@@ -118,6 +123,38 @@ def _sum_up(journal: Journal, plan: Plan, sites: tuple[SiteStatus, ...]) -> Move
     if frozen and any(site.role == Role.DESTINATION for site in plan.move.sites):
         silent = (at - journal.begun) // 1_000_000
     return MoveStatus(plan, gate, sites, time.time() - _seconds_since(at), silent)
+
+
+class Watch:
+    """Looks at the same moves again and again, and what each tells beside the others."""
+
+    def __init__(self) -> None:
+        self._looks: list[tuple[float, dict[tuple[str, Site], SiteStatus]]] = []
+
+    def compare(self, moves: Iterable[MoveStatus]) -> tuple[MoveStatus, ...]:
+        """*moves*, with the drift that shows only beside what was seen before."""
+        now, found = time.monotonic(), tuple(moves)
+        here = {(move.plan.move.id, site.site): site for move in found for site in move.sites}
+        old = [number for number, (at, _) in enumerate(self._looks) if now - at >= ONE_WAY_S]
+        if old and len(self._looks) > old[-1] + 1:
+            earlier = (self._looks[old[-1]][1], self._looks[-1][1])
+            found = tuple(_compare(move, earlier) for move in found)
+        self._looks = [*self._looks[old[-1] if old else 0 :], (now, here)]
+        return found
+
+
+def _compare(
+    move: MoveStatus, earlier: Iterable[Mapping[tuple[str, Site], SiteStatus]]
+) -> MoveStatus:
+    sites, move_id = [], move.plan.move.id
+    for site in move.sites:
+        looks = [look[move_id, site.site] for look in earlier if (move_id, site.site) in look]
+        roles = (Role.DESTINATION, Role.GATEWAY)
+        if len(looks) == 2 and site.site.role in roles and not site.drift:
+            lines = tuple(find_fallen_silent([*looks, site], move.sites, move_id))
+            site = replace(site, drift=lines)
+        sites.append(site)
+    return replace(move, sites=tuple(sites))
 
 
 def _seconds_since(nanoseconds: int) -> float:

@@ -141,6 +141,36 @@ def find_one_way(
         yield f"one-way: {what}: {_why_mute(site)}"
 
 
+def find_fallen_silent(
+    looks: Sequence[SiteStatus], sites: Sequence[SiteStatus], move_id: str
+) -> Iterator[str]:
+    """That packets of one direction have passed, and for 5 s none of the other.
+
+    looks: the same site three times: 5 s ago or more, some time ago, and now. What has passed since
+    the second one may be answered yet.
+    """
+    first, second, last = (_count_all(look) for look in looks)
+    if first is None or second is None or last is None or looks[-1].opened is None:
+        return
+    if any(before > after for before, after in zip(first, second, strict=True)):
+        return  # entries were made anew
+    passed = [before < after for before, after in zip(first, second, strict=True)]
+    still = [before == after for before, after in zip(first, last, strict=True)]
+    if passed[1] and still[0]:
+        what = "packets of the process pass, and none of a peer any more"
+        yield f"one-way: {what}: {_why_deaf(move_id, looks[-1], sites)}"
+    elif passed[0] and still[1]:
+        what = "packets of the peers pass, and none of the process any more"
+        yield f"one-way: {what}: {_why_mute(looks[-1])}"
+
+
+def _count_all(site: SiteStatus) -> tuple[int, int] | None:
+    """All packets that were counted there, in and out; None where none is counted."""
+    some = site.seen.entries.values() if site.seen is not None else ()
+    pairs = [(e.packets_in or 0, e.packets_out or 0) for row in some for e in row if e is not None]
+    return (sum(i for i, _ in pairs), sum(o for _, o in pairs)) if pairs else None
+
+
 def _why_deaf(move_id: str, site: SiteStatus, sites: Sequence[SiteStatus]) -> str:
     if site.site.role == Role.GATEWAY:
         return "theirs take another way, are not tracked here (notrack), or they are gone"

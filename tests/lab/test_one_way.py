@@ -94,3 +94,22 @@ def test_who_has_answered_is_known_though_the_entries_are_new() -> None:
         assert move["answered"] == 3
         assert {each["packets"]["in"] for each in move["connections"]} == {0}
         natkeep(lab, "teardown", "lab", "--yes")
+
+
+def test_a_direction_that_falls_silent_later_is_seen_by_a_watch() -> None:
+    """What the peers say again and again passes the gateway, and nothing comes back."""
+    with Lab("lab", engine="repair") as lab:
+        lab.begin(connections=2, pause=True)
+        lab.move()
+        lab.traffic.client_says()
+        lab.topology["gateway"].run("nft", SWALLOW.format(end="dport", port=PORT))
+        lab.traffic.client.do({"push": 64})
+
+        done = natkeep(lab, "status", "lab", "--strict", "--watch", "--json")
+
+        assert done.returncode == 6, done.stderr
+        said = (
+            "natkeep: drift: one-way: packets of the peers pass, and none of the process any more: "
+        )
+        assert done.stderr.startswith(said)
+        natkeep(lab, "teardown", "lab", "--yes")

@@ -12,6 +12,7 @@ from natkeep.plan.connection_state import (
     SiteStatus,
     State,
     count_answered,
+    find_fallen_silent,
     find_one_way,
     find_states,
 )
@@ -191,3 +192,29 @@ def test_it_is_not_said_of_one_that_is_well_idle_or_not_open_for_long(
     judged: SiteStatus, others: list[SiteStatus]
 ) -> None:
     assert one_way(judged, *others) == []
+
+
+# ---- looked at again and again -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("counts", "said"),
+    [
+        ([(5, 5), (5, 6), (5, 6)], "one-way: packets of the process pass, and none of a peer"),
+        ([(5, 5), (6, 5), (7, 5)], "one-way: packets of the peers pass, and none of the process"),
+        ([(5, 5), (5, 5), (5, 6)], ""),  # which may be answered yet
+        ([(5, 5), (5, 6), (6, 6)], ""),
+        ([(5, 5), (6, 6), (6, 6)], ""),
+        ([(5, 5), (5, 5), (5, 5)], ""),
+        ([(5, 5), (0, 6), (0, 7)], ""),  # made anew
+    ],
+)
+def test_a_direction_that_falls_silent_later_is_seen_by_looking_again(
+    counts: list[tuple[int, int]], said: str
+) -> None:
+    for site in (GATEWAY, DESTINATION):
+        looks = [stand(site, [entry(*count), None, None]) for count in counts]
+        lines = [*find_fallen_silent(looks, looks[-1:], "web")]
+        assert [line[: len(said)] for line in lines] == [said] * bool(said)
+    gone = [replace(look, seen=None) for look in looks]
+    assert [*find_fallen_silent(gone, gone[-1:], "web")] == []
