@@ -16,7 +16,7 @@ import pytest
 from natkeep.kernel import nftables_dump
 from natkeep.kernel.linux import LinuxKernel
 from natkeep.kernel.netlink import Netlink
-from natkeep.plan.base_chains import heard_set
+from natkeep.plan.base_chains import heard_set, spoken_set
 from natkeep.plan.drift import find_drift
 from natkeep.plan.liveness import Life
 from natkeep.plan.move import Map, Mode, Move, Site
@@ -106,9 +106,10 @@ def stage(
         for step in plan.steps:
             if isinstance(step, OpenGate) or step in plan.prepare:
                 kernel.apply(step, lambda prior: None)
-        if role == Role.DESTINATION:  # as packets note it: a repair takes all for heard
-            heard = FillSet(plan.move.sites[0], heard_set("web", 0), kept(version))
-            kernel.mend(heard, lambda prior: None)
+        # As packets note it: a repair takes all for heard.
+        noted = heard_set if role == Role.DESTINATION else spoken_set
+        heard = FillSet(plan.move.sites[0], noted("web", 0), kept(version))
+        kernel.mend(heard, lambda prior: None)
         return Stage(kernel, netns, plan, run)
 
     return make
