@@ -40,12 +40,14 @@ def run(lab):
             lab.engine.restore(destination.host, lab.traffic.server, lab.frozen, opening)
 
     source.refuses("it would answer 2 peers with a reset", "teardown", "web")
-    gateway.refuses("2 connections of web live and will break", "teardown", "web")
-    gateway.natkeep("teardown", "web", "--yes")
+    gateway.refuses("nothing has come from NEW: a rollback?", "teardown", "web")
+    gateway.natkeep("rollback", "web")
+    source.natkeep("rollback", "web")  # too early: it says what comes first, and does nothing
+    source.refuses("it would answer 2 peers with a reset", "teardown", "web")
     lab.restore_at_source(source.hook("web"))
     lab.traffic.talk_on()
-    destination.natkeep("teardown", "web")
-    source.natkeep("teardown", "web")
+    destination.natkeep("rollback", "web", "--drop", "0")
+    source.natkeep("rollback", "web")
     after = [machine.ruleset() for machine in machines]
     lab.report.check("every machine's tables are as before", before == after)
     lab.finish(moved=False)

@@ -36,6 +36,7 @@ from natkeep.plan.step_undo import (
     RemoveListeners,
     RemoveOwnedTable,
     RemoveRules,
+    RemoveUndone,
     Undo,
     Unload,
     undo_of,
@@ -43,6 +44,7 @@ from natkeep.plan.step_undo import (
 from natkeep.plan.steps import (
     AddAddress,
     AddRules,
+    DropUndone,
     FillSet,
     GuardSite,
     HoldListeners,
@@ -76,7 +78,7 @@ class FakeSite:
     resets: of each move that resets, whether it does so yet; loaded: the steps whose text is in the
     tables, broken: those of its things that somebody else has removed; holders: of which moves;
     lost: notes of routes that are gone; made: things that were loaded without a step; marked: the
-    addresses that a step has put there.
+    addresses that a step has put there; undone: what is dropped, since a move was undone.
     """
 
     gates: dict[str, Gate] = field(default_factory=dict)
@@ -97,6 +99,7 @@ class FakeSite:
     made: set[Key] = field(default_factory=set)
     marked: set[Address] = field(default_factory=set)
     rules: set[IpRule] = field(default_factory=set)
+    undone: set[FourTuple] = field(default_factory=set)
 
     def drop_rules(self, old: Address) -> None:
         """Those for *old* go, and with the last of its IP version what all need."""
@@ -123,6 +126,7 @@ class FakeKernel:
         self.known: list[Step] = []
         self.needs: dict[Address, Needs] = {}
         self.living: dict[str, tuple[int, str]] = {}
+        self.arriving: dict[str, Connections] = {}
         self.owners: dict[Address, str] = {}
         self.wire: dict[FourTuple, FourTuple] = {}
 
@@ -157,6 +161,18 @@ class FakeKernel:
     ) -> dict[str, tuple[int, str]]:
         """What a test put there."""
         return {name: of for name, of in self.living.items() if name in strays or not name}
+
+    def find_arriving(self, site: Site, move_id: str, olds: frozenset[Address]) -> Connections:
+        """What a test put there."""
+        return self.arriving.get(site.netns, NO_CONNECTIONS)
+
+    def has_undone(self, site: Site) -> bool:
+        """Whether undos have left something."""
+        return bool(self.sites[site.netns].undone)
+
+    def read_undone(self, site: Site) -> Connections:
+        """What undos have left."""
+        return Connections.of(self.sites[site.netns].undone)
 
     def find_needs(
         self, site: Site, old: Address, move_id: str, own: Connections, *others: object
@@ -352,6 +368,8 @@ class FakeKernel:
                 here.guards.discard(undo.move_id)
             case PutLockBack() if prior.facts:
                 here.locks.setdefault(undo.lock.table, set()).update(undo.connections)
+            case RemoveUndone():
+                here.undone -= {*undo.connections}
             case CloseGates():
                 for kind, _, move_id in (chain.partition("-") for chain in undo.chains):
                     gates = here.resets if kind == "reset" else here.gates
@@ -564,6 +582,10 @@ def _change(here: FakeSite, step: Step) -> None:
             if step.move_id not in here.resets:
                 raise KernelError(f"{step.site}: nothing that {step.move_id} could open")
             here.resets[step.move_id] = Gate.OPEN
+        case DropUndone():
+            here.undone.update(step.arriving)
+        case InstallTranslation() if step.site.row.puts_old:
+            here.undone -= {tuple_ for t in step.translations for tuple_ in t.outer}
         case OpenGate():
             here.gates[step.move_id] = Gate.OPEN
             if step.delivers:

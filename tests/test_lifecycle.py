@@ -637,7 +637,9 @@ def test_teardown_closes_every_gate_before_it_removes_anything(
     assert {OpenGate} == {step for _, step, _ in kernel.done[:2]}
     assert {Role.GATEWAY, Role.DESTINATION} == {role for _, _, role in kernel.done[:2]}
     assert OpenGate not in {step for _, step, _ in kernel.done[2:]}
-    assert [("revert", step, role) for _, step, role in reversed(applied)] == kernel.done
+    backwards = [("revert", step, role) for _, step, role in reversed(applied)]
+    ends = [one for one in backwards[2:] if one[2] == Role.DESTINATION]  # which go last
+    assert [*backwards[:2], *(b for b in backwards[2:] if b not in ends), *ends] == kernel.done
 
 
 def test_rollback_runs_in_reverse(kernel: RecordingKernel, executor: Executor) -> None:

@@ -188,6 +188,7 @@ def teardown(args: argparse.Namespace) -> int:
     ended = read_ended(args.ended)
     if args.site and not args.by_name:
         raise UsageError("--site is for --by-name", hint="the journal names the sites")
+    executor.drops = args.drop
     if args.by_name:
         if args.drain is not None:
             raise UsageError("--drain needs a journal, and --by-name is for a move without one")
@@ -199,7 +200,7 @@ def teardown(args: argparse.Namespace) -> int:
         elif not args.yes:
             alive = drain.count_alive(executor, args.id)
         if not args.yes:
-            _ask_if_alive(args.id, alive)
+            _ask_if_alive(args.id, alive, silent=alive > 0 and drain.is_silent(executor, args.id))
             for line in drain.find_exposed(executor, args.id, ended):
                 raise RefusedError(
                     line,
@@ -207,7 +208,43 @@ def teardown(args: argparse.Namespace) -> int:
                     "ended elsewhere --ended; or --yes",
                 )
     found = teardown(executor, args.id)
-    print_verb(args, f"{args.id}: {'undone' if found else 'nothing to undo'}", found=found)
+    line = f"{args.id}: {'undone' if found else 'nothing to undo'}{_describe_dropped(executor)}"
+    print_verb(args, line, found=found, **_dropped(executor))
+    return 0
+
+
+def _dropped(executor: Executor) -> dict[str, int]:
+    """Of how many connections something is dropped still, for a document."""
+    number = sum(executor.dropped.values())
+    return {"dropped": number} if number else {}
+
+
+def _describe_dropped(executor: Executor) -> str:
+    """What an undo has left at a destination, for the end of a line."""
+    number = sum(executor.dropped.values())
+    if not number:
+        return ""
+    return (
+        f"; what a gateway still sends here for {number} connections is dropped for "
+        f"{executor.drops} s (a rollback? the gateway first, then the process at the source; "
+        "natkeep gc ends the drop)"
+    )
+
+
+def rollback(args: argparse.Namespace) -> int:
+    from natkeep.lifecycle.rollback import rollback
+
+    parse_id(args.id)
+    executor = make_executor(args, create=False)
+    executor.drops = args.drop
+    done = rollback(executor, args.id, yes=args.yes)
+    sites = [str(site) for site in done.undone]
+    undone = f"undone at {', '.join(sites)}" if sites else "nothing to undo here"
+    talk(args, f"natkeep: {args.id}: {undone}{_describe_dropped(executor)}")
+    for number, (role, command) in enumerate(done.next, 1):
+        talk(args, f"natkeep: {number}. {role}, unless it is done: {command}")
+    steps = [{"role": str(role), "command": command} for role, command in done.next]
+    print_verb(args, "", undone=sites, next=steps, **_dropped(executor))
     return 0
 
 
@@ -219,12 +256,16 @@ def _teardown_by_name(args: argparse.Namespace, executor: Executor) -> int:
     return 0
 
 
-def _ask_if_alive(move_id: str, alive: int) -> None:
+def _ask_if_alive(move_id: str, alive: int, *, silent: bool) -> None:
     if not alive:
         return
     question = f"{alive} connections of {move_id} live and will break"
+    hint = "--yes breaks them, --drain waits for their end"
+    if silent:
+        question = f"{alive} connections of {move_id}, and nothing has come from NEW: a rollback?"
+        hint = f"natkeep rollback {move_id}: they go on once the process is back at the source"
     if not sys.stdin or not sys.stdin.isatty():
-        raise RefusedError(question, hint="--yes breaks them, --drain waits for their end")
+        raise RefusedError(question, hint=hint)
     say(f"natkeep: {question}. Go on? [y/N] ", end="")
     if sys.stdin.readline().strip().lower() not in ("y", "yes"):
         raise RefusedError("nothing was changed")

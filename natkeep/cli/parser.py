@@ -11,6 +11,7 @@ from typing import Any, NoReturn
 
 from natkeep import __version__
 from natkeep.errors import UsageError
+from natkeep.plan.undone import LONGEST, SECONDS
 
 Option = tuple[str, dict[str, Any]]
 """The name of an option or an argument, and what argparse is told of it."""
@@ -142,6 +143,12 @@ def _seconds(text: str) -> float:
     return value
 
 
+def _deadline(text: str) -> int:
+    if not (text.isascii() and text.isdigit() and len(text) < 6 and int(text) <= LONGEST):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of seconds (0 to {LONGEST})")
+    return int(text)
+
+
 _ID, _ANY_ID = _option("id", "ID"), _option("id", "ID", nargs="?")
 _MAP, _SITE = _several("--map", "OLD=NEW"), _several("--site", "ROLE[=NETNS]")
 _CONNECTIONS = _option(
@@ -195,6 +202,11 @@ _OPEN = (
     _option("--image", "DIR", help="the dump of a process that was prepared for by --live"),
     _CONNECTIONS,
 )
+_DROP = _option(
+    "--drop", "SECONDS", type=_deadline, default=SECONDS,
+    help="at a destination: drop so long what a gateway may still send (default: 600; 0: not)",
+)  # fmt: skip
+_ROLLBACK = (_ID, _DROP, _flag("--yes", "even if the move was opened"))
 _TEARDOWN = (
     _ID,
     _option(
@@ -208,6 +220,7 @@ _TEARDOWN = (
     _flag("--yes", "even if connections live"),
     _flag("--by-name", "of a move without a journal, at --site: what bears its id there"),
     _SITE,
+    _DROP,
 )  # fmt: skip
 _INSPECT = (
     _option("image", "DIR", nargs="?"),
@@ -237,6 +250,7 @@ _VERBS: dict[str, tuple[str, str, tuple[Option, ...]]] = {
     "explain": ("show", "what a finding means and what to do", (_option("code", "CODE"),)),
     "repair": ("change", "put back what another program removed", _REPAIR),
     "teardown": ("change", "undo a move; a second time is fine", _TEARDOWN),
+    "rollback": ("change", "back to the source, in the order that resets no peer", _ROLLBACK),
     "gc": ("change", "clear what a crash or a reboot left", _GC),
     "inspect": ("show", "the sockets in an image, kept or not and why", _INSPECT),
 }

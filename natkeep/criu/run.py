@@ -209,6 +209,7 @@ class Restore:
     ours: frozenset[int] = frozenset()  # children that are no part of CRIU's tree
     is_own: Callable[[], bool] = lambda: False  # whether the journal is the one of this run
     resumed: bool = False  # whether the tree runs, as the hook has noted
+    told: bool = False  # that it does
 
     def run(self) -> int:
         """CRIU's exit code, once the tree was restored; NatkeepError when it was not."""
@@ -229,12 +230,14 @@ class Restore:
                 self._make_sure()
                 return 0
             how = _describe(status)
-            if not self._undo_unless_resumed(keep=self.keep_closed):
+            # A gateway that is not this move's may be open, and goes on sending here.
+            keep = self.keep_closed or not any(site.row.passes_on for site in self.move.sites)
+            if not self._undo_unless_resumed(keep=keep):
                 return status if status > 0 else 128 - status
-        if self.keep_closed:
+        if keep:
             raise NatkeepError(
                 f"{how}; move {self.move.id} stays prepared, its gate closed",
-                hint=f"try again, or natkeep teardown {self.move.id}",
+                hint=f"CRIU's log says why: try again, or natkeep rollback {self.move.id}",
             )
         raise NatkeepError(f"{how}; everything was undone", hint="CRIU's log says why")
 
@@ -276,6 +279,7 @@ class Restore:
                 with suppress(subprocess.TimeoutExpired):
                     return criu.wait(_LOOK_EVERY)
             self.resumed = True
+            self._tell_opened()
             return criu.wait()
         except BaseException:
             _end(criu)
@@ -292,6 +296,15 @@ class Restore:
         if not self.resumed and self.is_own():
             open_move(self.executor, self.move.id)
             remove_gate_hooks(self.executor, self.move.id)
+            self.resumed = True
+        if self.resumed:
+            self._tell_opened()
+
+    def _tell_opened(self) -> None:
+        """Once: the last line, unless CRIU stays for as long as the tree lives and then fails."""
+        if not self.told:
+            self.talk(f"natkeep: {self.move.id}: restored, gate open")
+        self.told = True
 
     def _undo_unless_resumed(self, *, keep: bool) -> bool:
         """Undo what was prepared and end what is left of a tree; not so if the tree runs."""

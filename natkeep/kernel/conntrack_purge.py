@@ -30,6 +30,7 @@ from natkeep.kernel.netlink import NETLINK_NETFILTER, Netlink, Refusal
 from natkeep.plan.conntrack import stale_views
 from natkeep.plan.translation import Translation
 from natkeep.plan.tuples import RECORD_SIZE, Address, Connections
+from natkeep.plan.undone import UNDONE_TABLE
 
 
 def purge(translation: Translation) -> int:
@@ -66,12 +67,17 @@ def delete_untracked(olds: Iterable[Address]) -> None:
     While our last rules go, our chains still have conntrack note packets un-translated. Where
     the chains of others do so too, such an entry is theirs and as it was before us.
     """
-    if not count_tracked() or nftables_dump.base_chains() or read_legacy_tables():
+    if not count_tracked() or _has_chains_of_others() or read_legacy_tables():
         return
     named = {old.packed for old in olds}
     for version in {old.version for old in olds}:
         width = RECORD_SIZE[version] // 2 - 2
         _delete_dumped(version, partial(_starts_with, named, width))
+
+
+def _has_chains_of_others() -> bool:
+    """Whether a chain may track; the drop that an undo leaves does not."""
+    return any(chain.table != UNDONE_TABLE for chain in nftables_dump.base_chains())
 
 
 def _starts_with(addresses: set[bytes], width: int, tuple_: bytes) -> bool:

@@ -25,6 +25,7 @@ from natkeep.kernel import (
     owned_table,
     rtnetlink,
     segment_holder,
+    undone_table,
 )
 from natkeep.kernel.interface import Driver, Inverse, Place, Remember, Snapshot
 from natkeep.kernel.netns import Namespace, errors_at, find_namespace, inside, open_namespace
@@ -46,12 +47,14 @@ from natkeep.plan.step_undo import (
     RemoveAddress,
     RemoveOwnedTable,
     RemoveRules,
+    RemoveUndone,
     RestoreEntries,
     Undo,
 )
 from natkeep.plan.steps import (
     AddAddress,
     AddRules,
+    DropUndone,
     ForgetCalls,
     GuardSite,
     HoldSegments,
@@ -76,6 +79,7 @@ DRIVERS: dict[type, Any] = {
     **NFT_DRIVERS,
     AddAddress: rtnetlink.AddressDriver(),
     AddRules: ip_rules.RulesDriver(),
+    DropUndone: undone_table.DropUndoneDriver(),
     ForgetCalls: conntrack_listeners.ForgetDriver(),
     GuardSite: owned_table.OwnedTableDriver(),
     HoldSegments: segment_holder.HoldSegmentsDriver(),
@@ -96,6 +100,7 @@ INVERSES: dict[type, Inverse[Any]] = {
     RemoveAddress: DRIVERS[AddAddress],
     RemoveOwnedTable: DRIVERS[GuardSite],
     RemoveRules: DRIVERS[AddRules],
+    RemoveUndone: DRIVERS[DropUndone],
     RestoreEntries: DRIVERS[PurgeEntries],
 }
 """By the kind of undo."""

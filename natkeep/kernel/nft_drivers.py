@@ -11,7 +11,13 @@ from typing import Any, TypeVar
 
 from natkeep import faultpoints
 from natkeep.errors import RefusedError
-from natkeep.kernel import conntrack_listeners, lost_routes, nftables, segment_holder
+from natkeep.kernel import (
+    conntrack_listeners,
+    lost_routes,
+    nftables,
+    segment_holder,
+    undone_table,
+)
 from natkeep.kernel.conntrack_purge import delete_untracked
 from natkeep.kernel.interface import Driver, Inverse, Place, Remember
 from natkeep.plan.base_chains import gate_chain
@@ -31,6 +37,7 @@ from natkeep.plan.steps import (
     SendResets,
     TranslateErrors,
 )
+from natkeep.plan.tuples import Connections
 
 L = TypeVar("L", bound=Loads)
 
@@ -82,6 +89,7 @@ class GateDriver(LoadDriver[InstallGate]):
         if prior.facts.get("unhooked"):
             nftables.remove_gate_hook()
         nftables.remove_early_hooks()  # which came with it, unless others' peers are not heard
+        undone_table.remove()
         delete_untracked(undo.olds)
 
 
@@ -102,6 +110,13 @@ class TranslationDriver(LoadDriver[InstallTranslation]):
         """At the destination NEW must be there, and no socket may have a kept tuple at NEW."""
         if step.site.role == Role.DESTINATION:
             lost_routes.check_destination(step)
+
+    def apply(self, at: Place, step: InstallTranslation, remember: Remember) -> Prior:
+        """Load it; the gate stands by now, and drops what was dropped since an earlier undo."""
+        prior = super().apply(at, step, remember)
+        if step.site.row.puts_old:
+            undone_table.remove(Connections.joined(t.outer for t in step.translations))
+        return prior
 
     def find_prior(self, step: InstallTranslation) -> Prior:
         """The routes and the address that the translation stands on, for a repair."""

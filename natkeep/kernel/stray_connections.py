@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from ipaddress import ip_address
+from itertools import chain
 
 from natkeep.kernel import nftables_dump as dump
 from natkeep.kernel.conntrack_dump import count_tracked
@@ -39,17 +40,13 @@ def count_living(
     for move_id, name in table.kept_sets(strays):
         kept.setdefault(move_id, set()).update(map(_shorten, dump.read_keys(TABLE, name)))
     wanted = {key for keys in kept.values() for key in keys}
-    alive = {key for key in _find_entries(wanted) if key in wanted}
+    alive = find_alive(wanted)
     held = {old.packed for old in table.held if old not in olds}
     left: set[bytes] = set()
-    for records in read_living(orphans=False).values() if wanted or held else ():
-        for record in records:
-            half = len(record) // 2
-            key = record[half:] + record[half - 2 : half]
-            if key in wanted:
-                alive.add(key)
-            elif record[: half - 2] in held and record[-2:] != _LISTENS:
-                left.add(key)
+    for record, key in _read_sockets() if held else ():
+        at_held = record[: len(record) // 2 - 2] in held
+        if at_held and key not in wanted and record[-2:] != _LISTENS:
+            left.add(key)
     found = {
         move_id: keys if table.is_closed(move_id) else keys & alive
         for move_id, keys in kept.items()
@@ -59,6 +56,22 @@ def count_living(
         for move_id, keys in {**found, "": left}.items()
         if keys
     }
+
+
+def find_alive(wanted: set[bytes]) -> set[bytes]:
+    """Those of *wanted* (peer, its port, local port) with a socket, or an entry not ended."""
+    if not wanted:
+        return set()
+    sockets = {key for _, key in _read_sockets()}
+    return {key for key in chain(_find_entries(wanted), sockets) if key in wanted}
+
+
+def _read_sockets() -> Iterator[tuple[bytes, bytes]]:
+    """The record of each socket that a process owns, and it as peer, its port, local port."""
+    for records in read_living(orphans=False).values():
+        for record in records:
+            half = len(record) // 2
+            yield record, record[half:] + record[half - 2 : half]
 
 
 def _shorten(key: bytes) -> bytes:

@@ -7,6 +7,7 @@ import time
 from natkeep.lifecycle.executor import Executor
 from natkeep.lifecycle.progress import has_been_opened, restored_at
 from natkeep.lifecycle.status import look_at_sites
+from natkeep.plan.drift import SiteStatus
 from natkeep.plan.liveness import Life, Sighting, make_sighting
 from natkeep.plan.observation import Gate
 from natkeep.plan.roles import Role
@@ -37,6 +38,24 @@ def count_alive(executor: Executor, move_id: str) -> int:
     (plan/liveness.py): that it has no entry any more says nothing.
     """
     return _count(executor, move_id, None)[0]
+
+
+def is_silent(executor: Executor, move_id: str) -> bool:
+    """Whether nothing has come from the process since its gateway was made ready: a rollback?"""
+    journal, plan = executor.load(move_id)
+    at_gateway = all(site.row.passes_on for site in plan.move.sites)
+    return at_gateway and not has_spoken(look_at_sites(executor, journal, plan))
+
+
+def has_spoken(statuses: tuple[SiteStatus, ...]) -> bool:
+    """Whether a gateway has seen a packet from NEW, or may have, since the move was prepared."""
+    return any(
+        entry is not None and entry.packets_out != 0
+        for one in statuses
+        if one.site.row.passes_on and one.seen is not None
+        for entries in one.seen.entries.values()
+        for entry in entries
+    )
 
 
 def _count(executor: Executor, move_id: str, earlier: Sighting | None) -> tuple[int, Sighting]:

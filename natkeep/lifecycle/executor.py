@@ -8,7 +8,7 @@ is ours.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from functools import partial
 from typing import TypeVar
@@ -18,6 +18,7 @@ from natkeep.errors import JournalError, LeftoverError, NatkeepError, RefusedErr
 from natkeep.kernel.interface import Kernel
 from natkeep.kernel.netns import NamespaceGoneError
 from natkeep.kernel.old_address import find_needs, find_own, needs_loopback
+from natkeep.kernel.undone_table import find_arriving
 from natkeep.lifecycle.owners import give_up_claims
 from natkeep.lifecycle.progress import numbers_before, plan_of
 from natkeep.plan.identity import Identity
@@ -25,14 +26,17 @@ from natkeep.plan.move import Move, Site
 from natkeep.plan.nft import TABLE
 from natkeep.plan.step_undo import (
     UNDONE_AGAIN,
+    CloseGates,
     LowerLoopback,
     RemoveAddress,
+    RemoveGate,
     RemoveRules,
     RestoreEntries,
     Undo,
 )
-from natkeep.plan.steps import OpenGate, Plan, Prior, Step, Unknown
+from natkeep.plan.steps import DropUndone, OpenGate, Plan, Prior, Step, Unknown
 from natkeep.plan.tuples import NO_CONNECTIONS, Address, Connections
+from natkeep.plan.undone import SECONDS
 from natkeep.state.directory import StateDirectory
 from natkeep.state.journal import Journal, Record, Unread
 from natkeep.values import dataclass, field, replace
@@ -47,13 +51,16 @@ class Executor:
     """One kernel, one state directory.
 
     staying: in words the addresses that the undo at work has left, since connections of no move
-    need them.
+    need them. drops: for how many seconds an undo at a destination goes on dropping what a gateway
+    may still send there, 0: not at all; dropped: where, and how many connections.
     """
 
     kernel: Kernel
     state: StateDirectory
     talk: Talk = lambda line: None
     staying: list[str] = field(default_factory=list)
+    drops: int = SECONDS
+    dropped: dict[Identity, int] = field(default_factory=dict)
 
     # ---- namespaces and journals ---------------------------------------------------------------
 
@@ -153,13 +160,52 @@ class Executor:
 
     def undo_all(self, journal: Journal, numbers: list[int], reason: BaseException) -> None:
         """Undo these steps, last first; the journal goes with them if nothing else was done."""
-        left = self.undo(journal, reversed(numbers))
+        left = self.undo_move(journal, sorted(numbers, reverse=True))
         for words in self.staying:
             self.talk(f"natkeep: {words}")
         if left:
             raise leftover(journal, left) from reason
         if set(journal.records) <= set(numbers):  # nothing was done besides
             forget(journal)
+
+    def undo_move(self, journal: Journal, numbers: list[int]) -> list[NatkeepError]:
+        """Undo these steps, those of the destination last, which leaves no host that answers.
+
+        Each gate closes first, so that no site hands another what that one would reset. Where a
+        gateway may still send to the destination, that goes on being dropped (plan/undone.py).
+        """
+        journal.resolve()
+        standing = {n: one for n in numbers if (one := journal.records.get(n)) is not None}
+        standing = {n: one for n, one in standing.items() if one.state != "undone"}
+        ends = {
+            one.site
+            for one in standing.values()
+            if isinstance(one.undo, RemoveGate) and one.site is not None and one.site.row.puts_old
+        }
+        late = {
+            n
+            for n, one in standing.items()
+            if one.site in ends and not isinstance(one.undo, CloseGates)
+        }
+        gateways = [site for site in journal.move.sites if site.row.passes_on]
+        arriving = {} if gateways else self._find_arriving(journal, ends)
+        left = self.undo(journal, [n for n in numbers if n not in late])
+        if any(r.site in gateways and r.state != "undone" for r in journal.records.values()):
+            arriving = self._find_arriving(journal, ends)
+        self.drop(arriving)
+        return left + self.undo(journal, [n for n in numbers if n in late]) if late else left
+
+    def drop(self, arriving: Mapping[Site, Connections]) -> None:
+        """Go on dropping it at each of these sites, for as long as was asked for."""
+        for site, some in arriving.items():
+            if self.drops and len(some):
+                self.kernel.apply(DropUndone(site, some, self.drops), lambda prior: None)
+                self.dropped[self.kernel.identity(site)] = len(some)
+
+    def _find_arriving(self, journal: Journal, sites: Iterable[Site]) -> dict[Site, Connections]:
+        """What a gateway may still send to each of *sites*."""
+        asked = (journal.move.id, frozenset(map_.old for map_ in journal.move.maps))
+        return {site: self.kernel.ask(site, find_arriving, *asked) for site in sites}
 
     def undo(self, journal: Journal, numbers: Iterable[int]) -> list[NatkeepError]:
         """Undo those of the steps that were begun, going on after a failure."""

@@ -20,6 +20,7 @@ from natkeep.kernel import nft_strays, sock_diag
 from natkeep.kernel.netns import NamespaceGoneError
 from natkeep.kernel.old_address import find_idle
 from natkeep.kernel.stray_connections import count_living
+from natkeep.kernel.undone_table import has_undone, read_undone
 from natkeep.lifecycle.executor import Executor, forget
 from natkeep.lifecycle.progress import has_been_opened, is_retired
 from natkeep.lifecycle.status import look_around, remember_sighting
@@ -28,7 +29,7 @@ from natkeep.plan.identity import Identity
 from natkeep.plan.liveness import Sighting
 from natkeep.plan.move import Site
 from natkeep.plan.roles import Role
-from natkeep.plan.step_undo import RemoveAddress, RemoveRules
+from natkeep.plan.step_undo import RemoveAddress, RemoveRules, RemoveUndone
 from natkeep.plan.steps import Plan, Prior
 from natkeep.plan.tuples import Address
 from natkeep.state.directory import read_boot_id
@@ -38,7 +39,7 @@ from natkeep.values import dataclass, field
 
 @dataclass(frozen=True, slots=True)
 class Cleared:
-    """What was cleared (`move`, `file` or `table`), its name, and why."""
+    """What was cleared (`move`, `file`, `table`, `address` or `drop`), its name, and why."""
 
     kind: str
     name: str
@@ -151,6 +152,7 @@ class _Collection:
             return
         self.seen.add(here)
         try:
+            self._clear_undone(site, here)
             if self._has_strays(site, here):
                 with self.executor.state.locked():  # what is just being prepared is known by then
                     self._clear_strays(site, here)
@@ -159,6 +161,16 @@ class _Collection:
                     self._clear_addresses(site, here)
         except NatkeepError as error:
             self.left.append(error)
+
+    def _clear_undone(self, site: Site, here: Identity) -> None:
+        """What undos have left there for a while, but for those of this very gc."""
+        kernel = self.executor.kernel
+        if here in self.executor.dropped or not kernel.ask(site, has_undone):
+            return
+        some = kernel.ask(site, read_undone)
+        if not self.dry_run:
+            kernel.revert(site, RemoveUndone(some), Prior())
+        self.cleared.append(Cleared("drop", str(site), f"of {len(some)} connections undone"))
 
     def _clear_addresses(self, site: Site, here: Identity) -> None:
         """What the last move there could not take away, since connections of none needed it."""

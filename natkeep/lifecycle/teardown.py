@@ -11,6 +11,7 @@ from natkeep.errors import LeftoverError, NatkeepError, RefusedError
 from natkeep.kernel.nft_strays import find_left, find_undone, read_table
 from natkeep.kernel.old_address import find_at_home, find_idle
 from natkeep.kernel.stray_connections import count_living
+from natkeep.kernel.undone_table import find_arriving
 from natkeep.lifecycle.executor import Executor, finish, forget, leftover
 from natkeep.lifecycle.progress import without_lock
 from natkeep.plan.base_chains import gate_chain
@@ -18,6 +19,7 @@ from natkeep.plan.listeners import callers_chain
 from natkeep.plan.move import Site
 from natkeep.plan.step_undo import CloseGates, RemoveAddress, RemoveRules
 from natkeep.plan.steps import Prior
+from natkeep.plan.tuples import Connections
 from natkeep.state.directory import read_boot_id
 from natkeep.state.journal import Journal
 
@@ -46,7 +48,7 @@ def end(executor: Executor, move_id: str) -> None:
             numbers = without_lock(journal, numbers)
         # The gates close first, at every site: while the destination is taken apart
         # the gateway must not hand it packets that it would answer with a reset.
-        left = executor.undo(journal, numbers)
+        left = executor.undo_move(journal, numbers)
         left += _find_left(executor, journal, reachable)
         staying = "; ".join(executor.staying)
     if left:
@@ -97,16 +99,25 @@ def teardown_by_name(
                     hint="nothing was changed; --yes ends them",
                 )
         left: list[str] = []
+        gateways = [site for site in here if site.row.passes_on]
+        ends = [site for site in here if site.row.puts_old and not gateways]
+        arriving = {site: _find_arriving(executor, site, move_id) for site in ends}
         # Each gate first, so that no site answers what another still lets through.
         gates = CloseGates((gate_chain(move_id), callers_chain(move_id)))
         for site in here:
             kernel.revert(site, gates, Prior())
+        executor.drop(arriving)
         for site in here:
             left += _clear_by_name(executor, site, move_id)
         if left:
             raise LeftoverError(f"move {move_id}: {'; '.join(left)}")
         executor.state.remove(move_id)
         return bool(here)
+
+
+def _find_arriving(executor: Executor, site: Site, move_id: str) -> Connections:
+    olds = executor.kernel.ask(site, read_table).olds_of(move_id)
+    return executor.kernel.ask(site, find_arriving, move_id, olds)
 
 
 def _clear_by_name(executor: Executor, site: Site, move_id: str) -> list[str]:

@@ -4,8 +4,8 @@ The journal holds them, so a later natkeep that does other steps tears a move of
 What a step found before it acted (its Prior) is kept beside them: of what was there already
 nothing is undone.
 
-Rule: values only, each of a kind that `state/undo_codec.py` writes and reads. This file must never
-undo anything.
+Rule: values only, each of a kind that `state/undo_codec.py` writes and reads, but for RemoveUndone,
+which no journal holds. This file must never undo anything.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from natkeep.plan.move import Mode, Site
 from natkeep.plan.steps import (
     AddAddress,
     AddRules,
+    DropUndone,
     ForgetCalls,
     GuardSite,
     HoldSegments,
@@ -143,6 +144,13 @@ class PutLockBack:
     connections: Connections
 
 
+@dataclass(frozen=True, slots=True)
+class RemoveUndone:
+    """These tuples are not dropped any more where a move was undone; an empty table goes."""
+
+    connections: Connections
+
+
 Undo = (
     Nothing
     | Unload
@@ -158,6 +166,7 @@ Undo = (
     | EndHolder
     | RemoveOwnedTable
     | PutLockBack
+    | RemoveUndone
 )
 
 UNDONE_AGAIN = (RemoveGate, RemoveRules, RestoreEntries)
@@ -198,6 +207,8 @@ def undo_of(step: Step) -> Undo:  # one line a kind of step
             return RemoveOwnedTable(step.move_id)
         case TakeOverLock():
             return PutLockBack(step.lock, step.connections)
+        case DropUndone():
+            return RemoveUndone(step.arriving)
     return Nothing()
 
 

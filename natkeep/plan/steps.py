@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator
 from itertools import islice
 from typing import NamedTuple
 
-from natkeep.plan import arp, base_chains, filters, listeners, ruleset, syn_block
+from natkeep.plan import arp, base_chains, filters, listeners, ruleset, syn_block, undone
 from natkeep.plan.conntrack import describe_purge, entries, stale_tuples, stale_views
 from natkeep.plan.criu_lock import DumpLock, describe_taking
 from natkeep.plan.filters import Filling
@@ -510,6 +510,25 @@ class TakeOverLock:
 
 
 @dataclass(frozen=True, slots=True)
+class DropUndone:
+    """Where a destination is undone: go on dropping what a gateway may still send there.
+
+    arriving: the tuples as they arrive; seconds: for how long. No plan has it: an undo does it.
+    """
+
+    site: Site
+    arriving: Connections
+    seconds: int = undone.SECONDS
+
+    def describe(self) -> tuple[str, ...]:
+        """One command a line, of a few connections, and a comment for the rest."""
+        some = Connections.of(islice(self.arriving, SHOWN))
+        lines = as_commands(self.site, undone.element_lines("add", some, self.seconds))
+        left = len(self.arriving) - len(some)
+        return (*lines, *([f"# ... and {left} more"] if left else []))
+
+
+@dataclass(frozen=True, slots=True)
 class Unknown:
     """A step of a journal that this natkeep does not take; its record says how it is undone."""
 
@@ -541,6 +560,7 @@ Step = (
     | OpenEarly
     | OpenGate
     | SendResets
+    | DropUndone
     | Unknown
 )
 

@@ -169,11 +169,16 @@ class Run:
         self.said: list[str] = []
 
     def __call__(
-        self, body: str, *, keep: bool = False, checkpoint: Checkpoint = CHECKPOINT
+        self,
+        body: str,
+        *,
+        keep: bool = False,
+        checkpoint: Checkpoint = CHECKPOINT,
+        move: Move = MOVE,
     ) -> int:
         words = (self.make_criu(body), "restore", "-D", "/images", "--tcp-established")
         command, say = Command(words, "/images"), self.said.append
-        return Restore(self.executor, MOVE, checkpoint, command, say, keep_closed=keep).run()
+        return Restore(self.executor, move, checkpoint, command, say, keep_closed=keep).run()
 
     def gates(self) -> list[Gate]:
         return [gate for site in self.kernel.sites.values() for gate in site.gates.values()]
@@ -223,6 +228,22 @@ def test_a_criu_that_fails_leaves_nothing(body: str, how: str, restore: Run) -> 
     assert restore.executor.state.ids() == ()
 
 
+def test_without_its_gateways_a_move_stays_closed_when_criu_fails(restore: Run) -> None:
+    """A gateway that was prepared by itself may be open, and goes on sending here."""
+    alone = replace(MOVE, sites=MOVE.sites[:1])
+    with pytest.raises(NatkeepError, match="exited 1; move web stays prepared") as caught:
+        restore("exit 1", move=alone)
+    assert "natkeep rollback web" in (caught.value.hint or "")
+    assert restore.gates() == [Gate.CLOSED]
+    assert restore("exit 0", move=alone) == 0
+    assert restore.said[-1] == "natkeep: web: restored, gate open"
+
+
+def test_it_says_at_once_that_a_tree_runs_in_the_foreground(restore: Run) -> None:
+    assert restore(': >"$NATKEEP_RESUMED"; sleep 0.5; exit 0') == 0
+    assert restore.said.count("natkeep: web: restored, gate open") == 1
+
+
 def test_a_gate_that_was_opened_for_a_tree_that_never_ran_is_undone_too(
     restore: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -246,7 +267,9 @@ def test_kept_closed_for_a_retry_that_goes_on_with_it(restore: Run) -> None:
     assert restore.gates() == [Gate.CLOSED, Gate.CLOSED]
     applied = restore.kernel.applied
     assert restore("exit 0") == 0
-    assert restore.said[-1] == "natkeep: web is prepared already"
+    prepared, opened = restore.said[-2:]
+    assert prepared == "natkeep: web is prepared already"
+    assert opened == "natkeep: web: restored, gate open"
     assert restore.kernel.applied == applied + 2  # opened at both sites, and nothing else
     assert restore.gates() == [Gate.OPEN, Gate.OPEN]
 

@@ -1,0 +1,109 @@
+"""the table natkeep-undone: what is dropped where a move was undone, found, left and taken away.
+
+Rule: what the table is stands in plan/undone.py. Nothing stays of it once its sets are empty and
+natkeep acts there again. All functions act in the namespace that the calling thread is in.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from ipaddress import ip_address
+
+from natkeep.kernel import nftables
+from natkeep.kernel import nftables_dump as dump
+from natkeep.kernel.interface import Driver, Place, Remember
+from natkeep.kernel.rtnetlink import all_addresses
+from natkeep.plan.base_chains import GATE, OPEN, address_chain, gate_chain
+from natkeep.plan.nft import FAMILIES, TABLE
+from natkeep.plan.step_undo import RemoveUndone
+from natkeep.plan.steps import DropUndone, Prior
+from natkeep.plan.tuples import NO_CONNECTIONS, Address, Connections
+from natkeep.plan.undone import UNDONE_TABLE, element_lines, read_key, table_lines, undone_set
+
+_ATTEMPTS = 3  # of a removal, while elements expire
+
+
+class DropUndoneDriver(Driver[DropUndone]):
+    """The drop that stays; undone, it goes before its time."""
+
+    def apply(self, at: Place, step: DropUndone, remember: Remember) -> Prior:
+        """From now on these are dropped, and for so long, whatever was dropped before."""
+        remember(Prior())
+        lines = [] if has_undone() else [*table_lines()]
+        lines += element_lines("delete", step.arriving.only({*read_undone().each()}))
+        nftables.run_transaction([*lines, *element_lines("add", step.arriving, step.seconds)])
+        return Prior()
+
+    def revert(self, at: Place, undo: RemoveUndone, prior: Prior) -> None:
+        """What has expired is fine."""
+        remove(undo.connections)
+
+
+def has_undone() -> bool:
+    """Whether the table is there, though all that was in it may have expired."""
+    return dump.has_table("inet", UNDONE_TABLE)
+
+
+def read_undone() -> Connections:
+    """What is dropped here, as it arrives."""
+    keys = (key for v in FAMILIES for key in dump.read_keys(UNDONE_TABLE, undone_set(v)))
+    return Connections.of_records(map(read_key, keys))
+
+
+def remove(connections: Connections = NO_CONNECTIONS) -> None:
+    """Drop these no more; the table goes with the last, also if all have expired."""
+    for attempt in range(_ATTEMPTS):
+        if not has_undone():
+            return
+        there = read_undone()
+        going = there.only({*connections.each()})
+        lines = [f"delete table inet {UNDONE_TABLE}"]
+        if len(going) < len(there):
+            lines = [*element_lines("delete", going)]
+        try:
+            if lines:
+                nftables.run_transaction(lines)
+            return
+        except nftables.NftError:
+            if attempt == _ATTEMPTS - 1:
+                raise
+
+
+def find_arriving(move_id: str, olds: frozenset[Address]) -> Connections:
+    """What the gate of the move keeps away here, or kept, and has not ended, as it arrives.
+
+    While the gate is closed, all; afterwards what has a socket, or an entry that has not ended.
+    Not what is addressed to one of *olds*, what another move here keeps as well, nor what a peer on
+    this host says.
+    """
+    from natkeep.kernel.stray_connections import find_alive  # an undo alone needs it
+
+    gate = gate_chain(move_id)
+    if not dump.has_chain(TABLE, gate):
+        return NO_CONNECTIONS
+    closed = OPEN not in {rule.comment for rule in dump.rules(TABLE, gate)}
+    besides = {address_chain(GATE, old) for old in olds}
+    own: dict[bytes, bytes] = {}
+    others: set[bytes] = set()
+    for chain, comment, names in dump.asked_sets(TABLE, f"{GATE}-at-"):
+        if chain in besides:
+            continue
+        for record, key in _read_asked(chain, names):
+            if comment == move_id:
+                own[record] = key
+            else:
+                others.add(record)
+    if here := all_addresses() & {key[:-4] for key in own.values()}:
+        own = {record: key for record, key in own.items() if key[:-4] not in here}
+    alive = set(own.values()) if closed else find_alive({*own.values()})
+    return Connections.of_records(r for r, key in own.items() if key in alive and r not in others)
+
+
+def _read_asked(chain: str, names: tuple[str, ...]) -> Iterator[tuple[bytes, bytes]]:
+    """What a rule in the chain of an address asks: each record, and its key in short."""
+    local = ip_address(chain.removeprefix(f"{GATE}-at-").replace("_", ":")).packed
+    for name in names:
+        if name.startswith(("kept-", "outer-")):
+            for padded in dump.read_keys(TABLE, name):
+                key = padded[:-6] + padded[-4:-2]
+                yield local + key[-2:] + key[:-2], key

@@ -1,0 +1,114 @@
+"""rollback: back to the source, in the order that has no host answer for a socket it lacks.
+
+    1. gateway       undone: peers' packets go to the source again, which is quiet still
+    2. source        the process is restored there, from the same image
+    3. destination   undone: its gate goes last
+    4. source        undone, if it was prepared
+
+What of this is at the sites of the move's journal here is done, as far as the order lets; the rest
+is said. So it is given again wherever something is left.
+
+Rule: not once the process has spoken at NEW: what was said since is not in the image.
+"""
+
+from __future__ import annotations
+
+from natkeep.errors import RefusedError
+from natkeep.lifecycle.drain import has_spoken
+from natkeep.lifecycle.executor import Executor, finish, leftover
+from natkeep.lifecycle.progress import has_been_opened, refuse_earlier_boot
+from natkeep.lifecycle.status import look_at_sites
+from natkeep.lifecycle.teardown import end
+from natkeep.plan.drift import SiteStatus
+from natkeep.plan.move import Site
+from natkeep.plan.observation import Gate
+from natkeep.plan.roles import Role
+from natkeep.plan.steps import Plan
+from natkeep.state.journal import Journal
+from natkeep.values import dataclass
+
+RESTORE = "criu restore -d -D IMAGES --tcp-established"
+"""At the source; with natkeep's hook, if that was prepared by itself."""
+
+
+@dataclass(frozen=True, slots=True)
+class RolledBack:
+    """Which sites were undone, and what is to be done next, in this order: a role and a command."""
+
+    undone: tuple[Site, ...]
+    next: tuple[tuple[Role, str], ...]
+
+
+def rollback(executor: Executor, move_id: str, *, yes: bool = False) -> RolledBack:
+    """Undo what the order lets be undone here; again is fine, also of an unknown id.
+
+    RefusedError, and nothing is changed, when the process has spoken at NEW and not *yes*.
+    """
+    with executor.state.changing(move_id):
+        if not executor.state.knows(move_id):
+            return RolledBack((), _find_next(move_id, frozenset(), back=False))
+        journal, plan = executor.load(move_id)
+        refuse_earlier_boot(journal)
+        statuses = look_at_sites(executor, journal, plan)
+        if not yes:
+            _refuse_spoken(journal, plan, statuses)
+        sources = [one for one in statuses if one.site.row.mutes]
+        back = any(one.seen is not None and one.seen.alive for one in sources)
+        roles = frozenset(site.role for site in plan.move.sites)
+        if sources and not back:
+            undone = finish(lambda: _undo_gateways(executor, journal))
+        else:
+            finish(lambda: end(executor, move_id))
+            undone = plan.move.ordered_sites()
+        return RolledBack(undone, _find_next(move_id, roles, back=back))
+
+
+def _undo_gateways(executor: Executor, journal: Journal) -> tuple[Site, ...]:
+    """The rest stays closed: the process is not back yet."""
+    gateways = tuple(site for site in journal.move.sites if site.row.passes_on)
+    here = {site for site in gateways if executor.reach(journal, site)}
+    numbers = [n for n, record in journal.records.items() if record.site in here]
+    left = executor.undo_move(journal, sorted(numbers, reverse=True))
+    if left:
+        raise leftover(journal, left)
+    return gateways
+
+
+def _refuse_spoken(journal: Journal, plan: Plan, statuses: tuple[SiteStatus, ...]) -> None:
+    ends = [one for one in statuses if one.site.row.puts_old and one.seen is not None]
+    opened = [
+        one.site
+        for one in ends
+        if one.seen is not None
+        and (one.seen.gate == Gate.OPEN or has_been_opened(journal, plan, one.site))
+    ]
+    move_id = plan.move.id
+    if opened:
+        why = f"{move_id} was opened at {opened[0]}"
+    elif not ends and has_spoken(statuses):
+        why = f"the process of {move_id} has spoken at NEW"
+    else:
+        return
+    raise RefusedError(
+        f"{why}: what was said since is not in the image, and its peers would reset what is "
+        "restored from it",
+        hint=f"to end it: natkeep teardown {move_id}; --yes if nothing ran there",
+    )
+
+
+def _find_next(move_id: str, here: frozenset[Role], *, back: bool) -> tuple[tuple[Role, str], ...]:
+    """What is left to do, also elsewhere; here: the roles of the journal's sites."""
+    again = f"natkeep rollback {move_id}"
+    alone = here == {Role.SOURCE}
+    hook = " --action-script $(command -v natkeep-hook)"
+    restore = f"NATKEEP_ID={move_id} {RESTORE}{hook}" if alone else RESTORE
+    steps: list[tuple[Role, str]] = []
+    if Role.GATEWAY not in here and not back:
+        steps.append((Role.GATEWAY, again))
+    if not back:
+        steps.append((Role.SOURCE, restore))
+    if Role.DESTINATION not in here:
+        steps.append((Role.DESTINATION, again))
+    if not back:
+        steps.append((Role.SOURCE, again))
+    return tuple(steps)
