@@ -120,15 +120,6 @@ def rules_of_chains(table: str, *beginnings: str) -> Iterator[SeenRule]:
             yield _read_rule(rule)
 
 
-def asked_sets(table: str, beginning: str) -> Iterator[tuple[str, str, tuple[str, ...]]]:
-    """Of each rule in the chains whose names begin so: its chain, comment, the sets it asks."""
-    scope, name = attribute(1, string(table)), beginning.encode("ascii")
-    for rule in _dump(_GETRULE, "inet", scope):
-        if rule.startswith(name, len(scope) + 4):
-            seen, marks = _read_rule(rule), _marks(find_attribute(rule, 4))
-            yield seen.chain, seen.comment, tuple(m[1:] for m in marks if m.startswith("@"))
-
-
 def _read_rule(answer: bytes) -> SeenRule:
     rule = attributes(answer)
     return SeenRule(_text(rule[2]), _number(rule[3]), _comment(rule.get(7, b"")))

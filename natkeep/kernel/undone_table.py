@@ -6,12 +6,13 @@ natkeep acts there again. All functions act in the namespace that the calling th
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from ipaddress import ip_address
 
 from natkeep.kernel import nftables
 from natkeep.kernel import nftables_dump as dump
 from natkeep.kernel.interface import Driver, Place, Remember
+from natkeep.kernel.netlink import NETLINK_NETFILTER, Netlink
 from natkeep.kernel.rtnetlink import all_addresses
 from natkeep.plan.base_chains import GATE, OPEN, address_chain, gate_chain
 from natkeep.plan.nft import FAMILIES, TABLE
@@ -85,10 +86,14 @@ def find_arriving(move_id: str, olds: frozenset[Address]) -> Connections:
     besides = {address_chain(GATE, old) for old in olds}
     own: dict[bytes, bytes] = {}
     others: set[bytes] = set()
-    for chain, comment, names in dump.asked_sets(TABLE, f"{GATE}-at-"):
-        if chain in besides:
+    with Netlink(NETLINK_NETFILTER) as netlink:
+        standing, _ = dump.find_standing(netlink, "inet")
+    at = f"{GATE}-at-"
+    for rule in (r for r in standing if r.kind == "rule" and r.name.startswith(at)):
+        comment, _, marks = rule.what.partition(": ")
+        if rule.name in besides:
             continue
-        for record, key in _read_asked(chain, names):
+        for record, key in _read_asked(rule.name, marks.split()):
             if comment == move_id:
                 own[record] = key
             else:
@@ -99,11 +104,11 @@ def find_arriving(move_id: str, olds: frozenset[Address]) -> Connections:
     return Connections.of_records(r for r, key in own.items() if key in alive and r not in others)
 
 
-def _read_asked(chain: str, names: tuple[str, ...]) -> Iterator[tuple[bytes, bytes]]:
+def _read_asked(chain: str, marks: Iterable[str]) -> Iterator[tuple[bytes, bytes]]:
     """What a rule in the chain of an address asks: each record, and its key in short."""
     local = ip_address(chain.removeprefix(f"{GATE}-at-").replace("_", ":")).packed
-    for name in names:
-        if name.startswith(("kept-", "outer-")):
-            for padded in dump.read_keys(TABLE, name):
+    for mark in marks:
+        if mark.startswith(("@kept-", "@outer-")):
+            for padded in dump.read_keys(TABLE, mark[1:]):
                 key = padded[:-6] + padded[-4:-2]
                 yield local + key[-2:] + key[:-2], key

@@ -175,24 +175,20 @@ class Executor:
         gateway may still send to the destination, that goes on being dropped (plan/undone.py).
         """
         journal.resolve()
-        standing = {n: one for n in numbers if (one := journal.records.get(n)) is not None}
-        standing = {n: one for n, one in standing.items() if one.state != "undone"}
-        ends = {
-            one.site
-            for one in standing.values()
-            if isinstance(one.undo, RemoveGate) and one.site is not None and one.site.row.puts_old
-        }
-        late = {
-            n
-            for n, one in standing.items()
-            if one.site in ends and not isinstance(one.undo, CloseGates)
-        }
+        standing = {n: r for n in numbers if (r := journal.records.get(n)) and r.state != "undone"}
+        gated = {one.site for one in standing.values() if isinstance(one.undo, RemoveGate)}
+        ends = [site for site in journal.move.sites if site in gated and site.row.puts_old]
+        at_end = [(n, one.undo) for n, one in standing.items() if one.site in ends]
+        late = {n for n, undo in at_end if not isinstance(undo, CloseGates)}
         gateways = [site for site in journal.move.sites if site.row.passes_on]
         arriving = {} if gateways else self._find_arriving(journal, ends)
         left = self.undo(journal, [n for n in numbers if n not in late])
         if any(r.site in gateways and r.state != "undone" for r in journal.records.values()):
             arriving = self._find_arriving(journal, ends)
-        self.drop(arriving)
+        try:
+            self.drop(arriving)
+        except NatkeepError as error:  # then the gates stay
+            return [*left, error]
         return left + self.undo(journal, [n for n in numbers if n in late]) if late else left
 
     def drop(self, arriving: Mapping[Site, Connections]) -> None:
