@@ -105,8 +105,9 @@ def _read_files(
     for numbers, strings in _read(images, "files.img", FILES, messages.FILE_ENTRY):
         if (entry := strings.get(octets(3))) is not None and numbers[number(1)] == _REG:
             file = _read_file(images, entry, deleted)
-            if file is not None:
-                files.setdefault(file.name, file)
+            # Of one that is opened for appending no size is told; another opening may tell it.
+            if file is not None and (file.name not in files or file.size is not None):
+                files[file.name] = file
         elif (entry := strings.get(octets(_UNIXSK))) is not None:
             directories |= {*_read_socket(images, entry)}
     return tuple(files.values()), tuple(sorted(directories))

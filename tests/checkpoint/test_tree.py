@@ -44,6 +44,8 @@ def unix(number: int, name: bytes, *, directory: bytes = b"", deleted: bool = Fa
 FOUND = [
     regular(1, b"/usr/bin/serve", size=5_000_000_000, mode=0o100755),
     regular(2, b"/var/log/serve.log"),
+    regular(12, b"/var/log/both", size=7),
+    regular(13, b"/var/log/both"),
     regular(3, b"/dev/pts/4", mode=0o20620),
     regular(4, b"/tmp/gone"),
     regular(5, b"/handed/on", external=True),
@@ -82,6 +84,7 @@ def test_what_a_tree_needs(tmp_path: Path) -> None:
         (
             File("/usr/bin/serve", 5_000_000_000, 0o100755),
             File("/var/log/serve.log", None, 0o100644),
+            File("/var/log/both", 7, 0o100644),
             File("/", None, 0o40755),
         ),
         ("/run/relative", "/run/serve"),
