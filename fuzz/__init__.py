@@ -9,7 +9,7 @@ somebody likes; tests/test_fuzz.py runs each part of it for a moment.
     seeds.py        what mutants are made of: the real dumps of tests/checkpoint/corpus
     structure.py    where an image's entries, fields and lengths are, read independently of natkeep
     mutants.py      from a seed to a mutant, by octets or knowing the structure
-    targets.py      the three readers, each from memory and from files
+    targets.py      the four readers, each from memory and from files
     trial.py        one mutant judged: accepted, refused with the right error, or a finding
     lengths.py      each length of each seed, wrong in each way: all of it has to be refused
     own.py          engine: a seeded generator, so that number N of seed S is always the same

@@ -1,4 +1,4 @@
-"""the three readers that are fuzzed, each from memory (fast) and from files (as natkeep runs).
+"""the four readers that are fuzzed, each from memory (fast) and from files (as natkeep runs).
 
 Rule: from memory only the system calls are left out: the same functions of natkeep read the
 octets. What is read from memory and from files has to be the same value, or the same refusal.
@@ -15,6 +15,7 @@ from fuzz.seeds import Case
 from natkeep.checkpoint.imagefile import Directory
 from natkeep.checkpoint.images import read_checkpoint_with_queues
 from natkeep.checkpoint.listing import parse_octets, read_listing
+from natkeep.checkpoint.tree import read_tree
 from natkeep.errors import ImageError, JournalError, NatkeepError
 from natkeep.state.directory import Header, StateDirectory
 from natkeep.state.files import StateFiles
@@ -59,6 +60,24 @@ class Images(Target):
         return frozenset(memory.opened)
 
 
+class Trees(Target):
+    """The same directory, of which what the restore needs is read; with the core image's name."""
+
+    name = "tree"
+    refusal = ImageError
+    core = "core-1.img"
+
+    def __init__(self) -> None:
+        self.seeds = seeds.read_dumps()
+
+    def read(self, case: Case) -> object:
+        return read_tree(_Memory({**case, self.core: b""}))
+
+    def read_files(self, directory: Path) -> object:
+        (directory / self.core).touch()
+        return read_tree(directory)
+
+
 class Journals(Target):
     """A state directory with one move: journal, packed connections, what a repair saw."""
 
@@ -100,7 +119,7 @@ class Listings(Target):
         return read_listing(directory / seeds.LISTING)
 
 
-TARGETS: dict[str, type[Target]] = {each.name: each for each in (Images, Journals, Listings)}
+TARGETS: dict[str, type[Target]] = {each.name: each for each in (Images, Trees, Journals, Listings)}
 
 
 def describe(journal: Journal) -> object:

@@ -30,13 +30,13 @@ from fuzz import lengths, own, trial
 from fuzz.mutants import Mutator, sign
 from fuzz.seeds import ID, LISTING, Case
 from fuzz.structure import Length, read_structure, splice, varint
-from fuzz.targets import Images, Journals, Listings, Target
+from fuzz.targets import Images, Journals, Listings, Target, Trees
 from fuzz.trial import Finding, Tally, keep, read_case, write_case
 from natkeep.errors import ImageError, JournalError, KernelError
 
 ROOT = Path(__file__).resolve().parent.parent
 IMAGES, JOURNALS, LISTINGS = Images(), Journals(), Listings()
-TARGETS = [IMAGES, JOURNALS, LISTINGS]
+TARGETS = [IMAGES, JOURNALS, LISTINGS, Trees()]
 MUTATORS = {target.name: Mutator(target.seeds) for target in TARGETS}
 NAMES = [target.name for target in TARGETS]
 HAS_ATHERIS = importlib.util.find_spec("atheris") is not None
@@ -84,7 +84,7 @@ def test_a_short_run_finds_nothing(engine: str, tmp_path: Path) -> None:
 
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.startswith(f"seed 1; engines: {engine}")
-    assert done.stdout.endswith("\n4,500 mutants, 0 findings\n")
+    assert done.stdout.endswith("\n6,000 mutants, 0 findings\n")
     for name in NAMES:
         (line,) = re.findall(rf"^{name} .*", done.stdout, re.MULTILINE)
         assert re.search(rf" {engine} +1,500 .* ms +[\d.]+ MiB 0$", line), line

@@ -52,11 +52,10 @@ def read_tree(directory: Place) -> Tree | None:
         cores = {int(match[1]) for name in names if (match := _CORE.fullmatch(name))}
         lost = sorted(set(pids) - cores)
         if lost:
-            raise ImageError(
-                f"no core-{lost[0]}.img in {images.name}, for a process of pstree.img",
-                hint="the image is not complete, CRIU could not restore it: copy it again",
-            )
-        ours, theirs = _read_criu_ids(images), _read_ids(images, pids[0])
+            raise _missing(images, f"core-{lost[0]}.img")
+        ids = f"ids-{pids[0]}.img"
+        found = [*_read(images, ids, IDS, messages.TASK_IDS)] if ids in names else []
+        ours, theirs = _read_criu_ids(images), found[0][0] if found else {}
         files, directories = _read_files(images, _read_deleted(images, names))
         return Tree(
             frozenset(cores) if _same(ours, theirs, _PID_NS) else frozenset(),
@@ -74,19 +73,13 @@ def _same(ours: dict[int, int], theirs: dict[int, int], namespace: int) -> bool:
 
 def _read_criu_ids(images: Directory) -> dict[int, int]:
     """The namespaces of CRIU itself, which the inventory calls root_ids."""
-    [(_, strings)] = _read(images, "inventory.img", INVENTORY, messages.INVENTORY_ENTRY)
+    found = [*_read(images, "inventory.img", INVENTORY, messages.INVENTORY_ENTRY)]
+    if len(found) != 1:
+        raise images.damaged("inventory.img", 4, f"{len(found)} entries where there is one")
     try:
-        return decode(strings.get(octets(3), b""), messages.ROOT_IDS)[0]
+        return decode(found[0][1].get(octets(3), b""), messages.ROOT_IDS)[0]
     except Damage as damage:
         raise images.damaged("inventory.img", 0, damage.what) from None
-
-
-def _read_ids(images: Directory, pid: int) -> dict[int, int]:
-    try:
-        found = [*_read(images, f"ids-{pid}.img", IDS, messages.TASK_IDS)]
-    except FileNotFoundError:
-        return {}
-    return found[0][0] if found else {}
 
 
 def _read_deleted(images: Directory, names: list[str]) -> frozenset[int]:
@@ -141,7 +134,11 @@ def _read(
     images: Directory, image: str, magic: int, message: Message = messages.PSTREE_ENTRY
 ) -> Iterator[Fields]:
     magics = (magic,) if magic == INVENTORY else (COMMON, magic)
-    for offset, body in read_entries(images, image, images.read(image), magics):
+    try:
+        data = images.read(image)
+    except FileNotFoundError:
+        raise _missing(images, image) from None
+    for offset, body in read_entries(images, image, data, magics):
         yield _decode(images, image, body, message, offset)
 
 
@@ -152,3 +149,10 @@ def _decode(
         return decode(body, message)
     except Damage as damage:
         raise images.damaged(image, offset, damage.what) from None
+
+
+def _missing(images: Directory, image: str) -> ImageError:
+    return ImageError(
+        f"no {image} in {images.name}",
+        hint="the image is not complete, CRIU could not restore it: copy it again",
+    )

@@ -111,6 +111,22 @@ def test_a_process_without_its_core_is_damage(tmp_path: Path) -> None:
         read_tree(tmp_path)
 
 
+@pytest.mark.parametrize("name", ["inventory.img", "files.img"])
+def test_an_image_that_is_not_there_is_named(name: str, tmp_path: Path) -> None:
+    (write(tmp_path) / name).unlink()
+
+    with pytest.raises(ImageError, match=f"^no {name} in "):
+        read_tree(tmp_path)
+
+
+def test_two_inventories_are_damage(tmp_path: Path) -> None:
+    entry = field(1, 2) + field(3, IDS_OF_CRIU)
+    (write(tmp_path) / "inventory.img").write_bytes(image(INVENTORY, entries=[entry, entry]))
+
+    with pytest.raises(ImageError, match="2 entries where there is one"):
+        read_tree(tmp_path)
+
+
 @pytest.mark.parametrize(
     ("entry", "message"),
     [
@@ -213,6 +229,38 @@ def test_what_a_living_tree_needs_and_what_of_it_is_there(tmp_path: Path) -> Non
         server.wait()
 
     assert not process.look_at("", replace(tree, home="")).in_use
+
+
+SHARES = """
+import ctypes, sys
+libc = ctypes.CDLL(None)
+libc.shmat.restype = ctypes.c_void_p
+number = libc.shmget(0, 4096, 0o600)
+assert libc.shmat(number, None, 0) not in (None, ctypes.c_void_p(-1).value)
+assert libc.shmctl(number, 0, None) == 0  # IPC_RMID: it goes with the process
+print("ready", flush=True)
+sys.stdin.read()
+"""
+
+
+@pytest.mark.root
+@pytest.mark.parametrize(("front", "found"), [([], True), (["unshare", "--ipc"], False)])
+def test_shared_memory_is_found_where_the_ipc_namespace_is_not_its_own(
+    front: list[str], found: bool
+) -> None:
+    server = subprocess.Popen(
+        [*front, sys.executable, "-c", SHARES], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    )
+    assert server.stdin is not None
+    assert server.stdout is not None
+    try:
+        assert server.stdout.readline() == b"ready\n"
+        tree = process.read_living(find_tree(server.pid), server.pid)
+    finally:
+        server.stdin.close()
+        server.wait()
+
+    assert tree.shared_memory == ((server.pid,) if found else ())
 
 
 # ---- told to another machine ---------------------------------------------------------------------
