@@ -159,7 +159,10 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 @pytest.fixture
 def make_netns() -> Iterator[Callable[[], str]]:
-    """Make network namespaces with lo up, each with a name of its own; all go with the test."""
+    """Make network namespaces with lo up, each with a name of its own; all go with the test.
+
+    They forward, as a gateway does, which any of them may be: another is refused.
+    """
     require_tool("root")
     made: list[str] = []
 
@@ -168,6 +171,8 @@ def make_netns() -> Iterator[Callable[[], str]]:
         subprocess.run(["ip", "netns", "add", name], check=True)
         made.append(name)
         subprocess.run(["ip", "-n", name, "link", "set", "lo", "up"], check=True)
+        on = ("net.ipv4.ip_forward=1", "net.ipv6.conf.all.forwarding=1")
+        subprocess.run(["ip", "netns", "exec", name, "sysctl", "-qw", *on], check=True)
         return name
 
     yield make

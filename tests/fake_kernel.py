@@ -23,6 +23,7 @@ from natkeep.plan.ip_rules import IpRule
 from natkeep.plan.move import Move, Site
 from natkeep.plan.nft import Key, Object, Rule, number_alike, split
 from natkeep.plan.observation import Gate, Observation, SeenEntry
+from natkeep.plan.path import SourceRule, Way
 from natkeep.plan.repair import LoadObjects, Patch, RestoreRoutes, StopCounting
 from natkeep.plan.roles import Role
 from natkeep.plan.step_undo import (
@@ -129,6 +130,7 @@ class FakeKernel:
         self.arriving: dict[str, Connections] = {}
         self.owners: dict[Address, str] = {}
         self.wire: dict[FourTuple, FourTuple] = {}
+        self.ways: tuple[Way, ...] = ()
 
     def open_sites(self, sites: Iterable[Site], known: dict[Site, Identity] | None = None) -> None:
         """Every name is a namespace here."""
@@ -206,6 +208,24 @@ class FakeKernel:
     def gather_facts(self, site: Site) -> Facts:
         """A machine about which there is nothing to say."""
         return Facts(True, True, True, True, True, True, 0, 1000, 0, False, (), (), (), False)
+
+    def read_at_gateway(self, site: Site, *about: object) -> tuple[Way, ...]:
+        """What a test put there."""
+        return self.ways
+
+    read_at_destination = read_at_gateway
+
+    def read_source_rules(self, site: Site, version: int) -> tuple[SourceRule, ...]:
+        """None."""
+        return ()
+
+    def find_not_forwarding(self, site: Site, *about: object) -> tuple[str, ...]:
+        """It forwards."""
+        return ()
+
+    def read_local(self, site: Site, version: int) -> frozenset[Address]:
+        """No address that matters."""
+        return frozenset()
 
     def device_names(self, site: Site) -> frozenset[str]:
         """Always the same."""

@@ -26,7 +26,7 @@ CONNECTIONS = {
     "web": "10.2.0.10:5000 10.1.0.2:50001\n10.2.0.10:5001 10.1.0.2:50002\n",
     "other": "10.2.0.10:5000 10.1.0.2:60001\n",
 }
-ADD_ADDRESSES = "    return steps + [AddAddress(site, old) for old in olds]"
+ADD_ADDRESSES = "    return steps + [AddAddress(site, old, new_of.get(old)) for old in olds]"
 OTHERWISE = {  # what: a file, its words, and the other version's
     "nothing": ("__init__.py", "", ""),
     "the sets": ("plan/base_chains.py", 'return f"kept-', 'return f"conn-'),

@@ -73,7 +73,7 @@ def check_destination(step: InstallTranslation) -> None:
         with Netlink(NETLINK_ROUTE) as netlink:
             for packed in sorted(translation.kept.peers())[:_LIMIT]:
                 peer = ip_address(packed)
-                if not rt.is_reached(netlink, peer):
+                if not rt.is_reached(netlink, peer, translation.map.new):
                     raise RefusedError(
                         f"{step.site}: no route to the peer {peer}",
                         hint="a socket cannot be restored without one",

@@ -29,6 +29,7 @@ from natkeep.kernel.netlink import (
     attribute,
     attributes,
 )
+from natkeep.kernel.policy_rules import copy_rules, remove_copies
 from natkeep.plan.criu_lock import CRIU_MARK
 from natkeep.plan.step_undo import LowerLoopback, RemoveAddress
 from natkeep.plan.steps import AddAddress, Prior, RaiseLoopback
@@ -54,7 +55,7 @@ IFA_F_NODAD, IFA_F_NOPREFIXROUTE = 0x02, 0x200
 _FOREVER = 0xFFFFFFFF
 _LOCAL_TIMEOUT = 2.0
 
-RTA_DST, RTA_OIF, RTA_GATEWAY, RTA_PRIORITY, _RTA_MARK = 1, 4, 5, 6, 16
+RTA_DST, _RTA_SRC, RTA_OIF, RTA_GATEWAY, RTA_PRIORITY, _RTA_MARK = 1, 2, 4, 5, 6, 16
 RTN_UNICAST, RTN_LOCAL = 1, 2
 _TABLE_MAIN, _PROTOCOL_STATIC = 254, 4
 _LAST = 0xFFFFFFFE
@@ -161,6 +162,7 @@ def remove_host_address(address: Address) -> None:
         except OSError as error:
             if error.errno not in (errno.ESRCH, errno.ENOENT):
                 raise
+    remove_copies(address)
     _remove_from_lo(address, address.max_prefixlen)
 
 
@@ -209,12 +211,20 @@ def refresh_cached_routes(address: Address) -> None:
 
 
 def look_up_route(
-    netlink: Netlink, address: Address, flags: int = 0, mark: int = 0
+    netlink: Netlink,
+    address: Address,
+    flags: int = 0,
+    mark: int = 0,
+    source: Address | None = None,
 ) -> bytes | None:
-    """The kernel's answer (rtmsg) to which route a packet to *address* takes; None: it has none."""
+    """The kernel's answer (rtmsg) to which route a packet to *address* takes; None: it has none.
+
+    source: where it comes from, an address of this host.
+    """
     length = address.max_prefixlen
-    body = ROUTE.pack(_FAMILY[address.version], length, 0, 0, 0, 0, 0, 0, flags)
+    body = ROUTE.pack(_FAMILY[address.version], length, length if source else 0, *[0] * 5, flags)
     body += attribute(RTA_DST, address.packed)
+    body += attribute(_RTA_SRC, source.packed) if source else b""
     body += attribute(_RTA_MARK, struct.pack("=I", mark)) if mark else b""
     try:
         [answer] = netlink.request(GETROUTE, 0, body)
@@ -225,14 +235,16 @@ def look_up_route(
     return answer
 
 
-def _route_type(netlink: Netlink, address: Address, mark: int = 0) -> int | None:
-    answer = look_up_route(netlink, address, mark=mark)
+def _route_type(
+    netlink: Netlink, address: Address, mark: int = 0, source: Address | None = None
+) -> int | None:
+    answer = look_up_route(netlink, address, mark=mark, source=source)
     return None if answer is None else ROUTE.unpack_from(answer)[7]
 
 
-def is_reached(netlink: Netlink, address: Address) -> bool:
-    """Whether a packet to *address* would leave or be delivered at all."""
-    return _route_type(netlink, address) in (RTN_UNICAST, RTN_LOCAL)
+def is_reached(netlink: Netlink, address: Address, source: Address | None = None) -> bool:
+    """Whether a packet to *address*, from *source*, would leave or be delivered at all."""
+    return _route_type(netlink, address, source=source) in (RTN_UNICAST, RTN_LOCAL)
 
 
 def _pack_route_through_lo(address: Address) -> bytes:
@@ -273,6 +285,8 @@ class AddressDriver(Driver[AddAddress]):
     def apply(self, at: Place, step: AddAddress, remember: Remember) -> Prior:
         """Add it, unless a device has it; prior.present: and not from another move of natkeep's.
 
+        What was at home here is routed as it was.
+
         The move that leaves last takes such an address away (Executor asks who needs it).
         """
         there = device_of(step.address) is not None
@@ -280,10 +294,17 @@ class AddressDriver(Driver[AddAddress]):
         remember(prior)
         if not there:
             add_host_address(step.address)
+        if step.like is not None and not prior.present:
+            try:
+                copy_rules(step.like, step.address)
+            except OSError:
+                if not there:
+                    remove_host_address(step.address)
+                raise
         return prior
 
     def revert(self, at: Place, undo: RemoveAddress, prior: Prior) -> None:
-        """Remove it."""
+        """Remove it, and the rules for it."""
         remove_host_address(undo.address)
 
 

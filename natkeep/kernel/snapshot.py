@@ -20,12 +20,13 @@ from natkeep.kernel import (
     ip_rules,
     nftables,
     nftables_dump,
+    policy_rules,
     rtnetlink,
     sock_diag,
 )
 from natkeep.kernel.conntrack_dump import WALK, count_tracked, is_dump_cheaper
 from natkeep.kernel.lost_routes import Routes
-from natkeep.kernel.netlink import NETLINK_NETFILTER, Netlink
+from natkeep.kernel.netlink import NETLINK_NETFILTER, NETLINK_ROUTE, Netlink
 from natkeep.kernel.netns import Namespace, errors_at, inside
 from natkeep.kernel.nft_messages import pack_keys
 from natkeep.plan import base_chains, syn_block
@@ -34,10 +35,11 @@ from natkeep.plan.listeners import Reception, make_receptions
 from natkeep.plan.move import Site
 from natkeep.plan.nft import TABLE, Key
 from natkeep.plan.observation import Gate, Observation, SeenEntry
+from natkeep.plan.path import SourceRule, find_uncopied
 from natkeep.plan.roles import Role
-from natkeep.plan.steps import AddRules, FillSet, GuardSite, InsertEntries, Plan
+from natkeep.plan.steps import AddAddress, AddRules, FillSet, GuardSite, InsertEntries, Plan
 from natkeep.plan.translation import Translation
-from natkeep.plan.tuples import Connections, Endpoint
+from natkeep.plan.tuples import Address, Connections, Endpoint
 from natkeep.plan.wanted import split_opening
 from natkeep.values import replace
 
@@ -111,6 +113,7 @@ class Snapshot:
             unanswered=self._find_unanswered(sockets),
             heard=self._find_heard(site, plan, entries) if gate == Gate.OPEN else frozenset(),
             lacking=self._find_lacking(site, plan),
+            unruled=self._find_unruled(site, plan),
         )
 
     # ---- the table ---------------------------------------------------------------------------
@@ -195,6 +198,25 @@ class Snapshot:
     @cached_property
     def _addresses(self) -> frozenset[bytes]:
         return rtnetlink.all_addresses()
+
+    @cached_property
+    def _marked(self) -> frozenset[bytes]:
+        return rtnetlink.marked_addresses()
+
+    @cached_property
+    def _source_rules(self) -> dict[int, tuple[SourceRule, ...]]:
+        with Netlink(NETLINK_ROUTE) as netlink:
+            return {version: policy_rules.read_rules(netlink, version) for version in (4, 6)}
+
+    def _find_unruled(self, site: Site, plan: Plan) -> frozenset[Address]:
+        """The addresses of natkeep's that a rule for NEW is not for."""
+        return frozenset(
+            step.address
+            for step in plan.prepare
+            if isinstance(step, AddAddress) and step.site == site and step.like is not None
+            if find_uncopied(self._source_rules[step.like.version], step.like, step.address)
+            and step.address.packed in self._marked
+        )
 
     @cached_property
     def _loopback(self) -> bool:

@@ -9,9 +9,11 @@ from natkeep.checkpoint import Checkpoint
 from natkeep.errors import RefusedError, UsageError
 from natkeep.kernel import rtnetlink
 from natkeep.lifecycle.conflicts import refuse_conflicts
+from natkeep.lifecycle.examine import OF_PATH, refuse_stopped
 from natkeep.lifecycle.executor import Executor
 from natkeep.lifecycle.owners import find_surroundings
 from natkeep.lifecycle.sockets import NO_REMEDY, find_unbindable, refuse_translated
+from natkeep.lifecycle.subject import Subject
 from natkeep.plan.move import Move, Site
 from natkeep.plan.roles import Role
 from natkeep.plan.step_order import make_plan
@@ -28,10 +30,12 @@ def check(
     replaces: str | None = None,
     *,
     frozen: bool = False,
+    looks: bool = True,
 ) -> Plan:
     """The plan, if it could be carried out as things stand; nothing is changed.
 
-    replaces, frozen: as `prepare` and `replace_move` have them.
+    replaces, frozen: as `prepare` and `replace_move` have them. looks: the path is looked at, too;
+    what is found and does not stop the move is in `executor.warned`.
     """
     executor.open_sites(move)
     move = _with_held(executor, move)
@@ -50,6 +54,8 @@ def check(
         _refuse_living(executor, plan)
     for step in plan.steps:
         executor.kernel.check(step)
+    if looks:
+        executor.warned += refuse_stopped(OF_PATH, Subject(executor.kernel, move.sites, plan))
     return plan
 
 

@@ -21,6 +21,7 @@ from natkeep.kernel.old_address import find_needs, find_own, needs_loopback
 from natkeep.kernel.undone_table import find_arriving
 from natkeep.lifecycle.owners import give_up_claims
 from natkeep.lifecycle.progress import numbers_before, plan_of
+from natkeep.plan.findings import Finding
 from natkeep.plan.identity import Identity
 from natkeep.plan.move import Move, Site
 from natkeep.plan.nft import TABLE
@@ -52,7 +53,8 @@ class Executor:
 
     staying: in words the addresses that the undo at work has left, since connections of no move
     need them. drops: for how many seconds an undo at a destination goes on dropping what a gateway
-    may still send there, 0: not at all; dropped: where, and how many connections.
+    may still send there, 0: not at all; dropped: where, and how many connections. warned: what was
+    found before a prepare that may harm its move.
     """
 
     kernel: Kernel
@@ -61,6 +63,7 @@ class Executor:
     staying: list[str] = field(default_factory=list)
     drops: int = SECONDS
     dropped: dict[Identity, int] = field(default_factory=dict)
+    warned: list[Finding] = field(default_factory=list)
 
     # ---- namespaces and journals ---------------------------------------------------------------
 

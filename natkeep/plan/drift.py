@@ -77,6 +77,8 @@ def find_drift(
             drift.append(f"address {step.address}: not on this host")
         elif isinstance(step, AddRules):
             drift += [f"ip rule {rule}: gone from in front of local" for rule in seen.lacking]
+        elif isinstance(step, AddAddress) and step.address in seen.unruled:
+            drift.append(f"address {step.address}: an ip rule from {step.like} is not for it")
         elif isinstance(step, InsertEntries):
             drift += _find_entry_drift(step, seen, life)
         elif isinstance(step, HoldListeners) and not seen.holds:

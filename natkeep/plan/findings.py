@@ -115,9 +115,9 @@ CATALOGUE = {
         "sysctl -w net.bridge.bridge-nf-call-iptables=0, unless a container engine needs it.",
     ),
     "reverse-path-filter": Explanation(
-        Severity.WARN,
+        Severity.NOTE,
         "rp_filter is strict on a device here: packets whose way back is another device are "
-        "dropped without a word.",
+        "dropped without a word. `check` with a --map tells whether that is so for its packets.",
         "Set rp_filter to 2 (loose) where routes are asymmetric.",
     ),
     "xdp": Explanation(
@@ -222,5 +222,59 @@ CATALOGUE = {
         "knows it by another address or port than the process. Only the source knows both, and "
         "when the process has left, the peer's packets would find nothing.",
         "Let peers connect to the process' own address and port; such connections cannot be kept.",
+    ),
+    "no-route": Explanation(
+        Severity.WARN,
+        "The gateway has no route to NEW, or to a peer, as things stand. That of a container may "
+        "come with it.",
+        "See that it is there before the move is opened: `ip route get ADDRESS`.",
+    ),
+    "no-way-there": Explanation(
+        Severity.STOP,
+        "What a peer sends is not passed on to NEW: the gateway has no route to it, or a route "
+        "that drops.",
+        "Give the gateway a route to NEW; `ip route get NEW from PEER iif DEVICE` shows what it "
+        "does.",
+    ),
+    "no-way-back": Explanation(
+        Severity.STOP,
+        "What NEW sends does not reach a peer: there is no route from here, or one that drops.",
+        "`ip route get PEER from NEW` shows what the host does, at a gateway with `iif DEVICE`; a "
+        "rule (`ip rule`) may lead to a table without a route.",
+    ),
+    "peer-on-link": Explanation(
+        Severity.STOP,
+        "A peer is a neighbour of NEW: what the process answers goes to it directly, from NEW, "
+        "and no gateway makes OLD of that. The peer answers with a reset.",
+        "Route that peer by the gateway, at the destination and at the peer; or give NEW another "
+        "link; or take the peer's connections out of the move.",
+    ),
+    "peer-beside-old": Explanation(
+        Severity.STOP,
+        "A peer is a neighbour of OLD: what it sends goes on to the old host, past this gateway.",
+        "Make the old host the gateway, while it lives: a second address there, ip_forward=1, "
+        "send_redirects=0, the destination's route to the peer by it, and --site gateway there.",
+    ),
+    "other-uplink": Explanation(
+        Severity.STOP,
+        "The gateway routes by source: what OLD sends leaves by one uplink, and what NEW sends, "
+        "which has become OLD by the time it leaves, by another. A provider drops sources that "
+        "are not its own.",
+        "Give NEW the rule that OLD has, for these peers (`ip rule add from NEW to PEER lookup "
+        "TABLE`).",
+    ),
+    "reverse-path": Explanation(
+        Severity.STOP,
+        "rp_filter is strict on a device that kept packets come in by, and the way back to their "
+        "source is another device: the kernel drops them without a word.",
+        "Set net.ipv4.conf.DEVICE.rp_filter to 2 (loose), or make the routes symmetric.",
+    ),
+    "old-routed-apart": Explanation(
+        Severity.STOP,
+        "A policy routing rule at the destination is about OLD and not about NEW: what the "
+        "restored sockets send, with OLD as its source, goes another way than NEW's packets. "
+        "Rules about NEW need nothing: `prepare` has them hold for OLD, and `teardown` takes "
+        "that back.",
+        "Delete that rule, or have one for NEW as well.",
     ),
 }

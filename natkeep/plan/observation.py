@@ -59,6 +59,8 @@ class Observation:
     heard: at a destination of those whose entry counts nothing from the peer those that were heard
     since the move was opened, as the table has noted: an entry that was made anew counts anew.
     lacking: of the rules in front of `lookup local` those that are not there.
+    unruled: those of addresses that natkeep has put there and that a rule for NEW does not hold
+    for (kernel/policy_rules.py).
     """
 
     gate: Gate
@@ -78,3 +80,4 @@ class Observation:
     unanswered: frozenset[bytes] = frozenset()
     heard: frozenset[bytes] = frozenset()
     lacking: tuple[IpRule, ...] = ()
+    unruled: frozenset[Address] = frozenset()

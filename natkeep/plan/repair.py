@@ -179,7 +179,7 @@ def _patch_of(step: Step, seen: Observation, life: Life) -> Patch | None:
             return step
         case RaiseLoopback() if not seen.loopback:
             return step
-        case AddAddress() if step.address not in seen.addresses:
+        case AddAddress() if step.address not in seen.addresses - seen.unruled:
             return step
         case AddRules() if seen.lacking:
             return step

@@ -217,7 +217,8 @@ def _put_old(
     strange = tuple(old for old in olds if old not in home)
     # Before the address: what this host says to OLD, on an ssh to the source, goes on without gap.
     steps += [AddRules(site, strange, staying)] if strange else []
-    return steps + [AddAddress(site, old) for old in olds]
+    new_of = {map_.old: map_.new for map_ in move.maps}
+    return steps + [AddAddress(site, old, new_of.get(old)) for old in olds]
 
 
 def _of_this_host(

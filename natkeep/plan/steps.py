@@ -186,19 +186,21 @@ class AddAddress:
 
     A host-length prefix on lo is never chosen as a source address for other connections; for
     IPv6 `nodad`, because a tentative address cannot be bound.
+    like: the address whose policy routing rules are to hold for it, too; or None.
     """
 
     site: Site
     address: Address
+    like: Address | None = None
 
     def describe(self) -> tuple[str, ...]:
-        """One command a line."""
-        if self.address.version == 4:
-            return (f"{_prefix(self.site)}ip address add {self.address}/32 dev lo",)
-        return (
-            f"{_prefix(self.site)}ip address add {self.address}/128 dev lo "
-            "nodad noprefixroute preferred_lft 0",
-        )
+        """One command a line; which rules there are is seen only when they are copied."""
+        command = f"{_prefix(self.site)}ip address add {self.address}/{self.address.max_prefixlen}"
+        more = " nodad noprefixroute preferred_lft 0" if self.address.version == 6 else ""
+        lines = [f"{command} dev lo{more}"]
+        if self.like is not None:
+            lines.append(f"# {_prefix(self.site)}ip rule: those from {self.like} hold for it, too")
+        return tuple(lines)
 
 
 @dataclass(frozen=True, slots=True)

@@ -228,7 +228,7 @@ def test_what_is_not_nft_is_done_again_as_a_step() -> None:
     drift = find_drift(plan, DESTINATION, seen, Life(True, KEPT), opened=True)
 
     assert [type(patch) for patch in found] == [FillSet, RaiseLoopback, AddAddress]
-    assert found[2] == AddAddress(DESTINATION, OLD4)
+    assert found[2] == AddAddress(DESTINATION, OLD4, MAPS[0].new)
     assert [line for line in drift if "no rule of this move" not in line] == [
         "set kept-web-0: 1 of 3 connections are missing",
         "device lo: it is down",

@@ -152,7 +152,7 @@ def test_the_destination_is_silent_about_them_before_old_is_there() -> None:
     kinds = [type(step) for step in steps]
     [(_, lines)] = render_nft(made)
 
-    assert AddAddress(Site(Role.DESTINATION, "destination"), SIX.old) in steps
+    assert AddAddress(Site(Role.DESTINATION, "destination"), SIX.old, SIX.new) in steps
     assert kinds.index(InstallResets) < kinds.index(AddAddress)
     assert "add element inet natkeep held6 { fd00:2::10 }" in lines
 

@@ -92,7 +92,7 @@ def test_a_plan_for_no_connection_is_refused() -> None:
 def test_a_move_of_one_family_has_no_step_for_the_other() -> None:
     plan = make_plan(Move("web", MAPS, (DESTINATION,)), Connections(v6=connections(1).v6))
 
-    assert [AddAddress(DESTINATION, MAPS[1].old)] == [
+    assert [AddAddress(DESTINATION, MAPS[1].old, MAPS[1].new)] == [
         step for step in plan.steps if isinstance(step, AddAddress)
     ]
     assert "10." not in "\n".join(describe_plan(plan))

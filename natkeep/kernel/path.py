@@ -1,0 +1,209 @@
+"""Asks the kernel which way a move's packets take at a site: route look-ups, as packets would.
+
+Rule: read only, in the namespace that the calling thread is in; what the answers mean is decided
+in plan/path.py. A look-up with an incoming device is answered as a packet from there would be, by
+the filter of the reverse path, too.
+
+A look-up takes some 20 us, so of many peers the first are asked about, those of connected networks
+before all others: it is a peer on the link that a move cannot keep.
+"""
+
+from __future__ import annotations
+
+import errno
+import socket
+import struct
+from collections.abc import Iterable, Iterator
+from ipaddress import ip_address
+
+from natkeep.kernel import rtnetlink as rt
+from natkeep.kernel import sysctl
+from natkeep.kernel.netlink import NETLINK_ROUTE, NLM_F_DUMP, Netlink, attribute, attributes
+from natkeep.kernel.policy_rules import read_rules
+from natkeep.plan.path import Route, SourceRule, Way, network_of
+from natkeep.plan.tuples import Address
+
+LIMIT = 256
+"""So many peers of a pair of OLD and NEW are looked up."""
+
+_RTM_F_FIB_MATCH = 0x2000
+_SRC, _IIF, _TABLE, _MULTIPATH, _VIA = 2, 3, 15, 9, 18
+_GETLINK, _IFNAME = 18, 3
+_LINK = struct.Struct("=BxHiII")
+_ASKED = 0x8 | 0x10 | 0x80  # IFF_LOOPBACK | IFF_POINTOPOINT | IFF_NOARP: nobody is asked for there
+_PROTOCOL_KERNEL, _PROTOCOL_RA = 2, 9
+_KINDS = {1: "unicast", 2: "local", 3: "broadcast", 6: "blackhole", 7: "unreachable",
+          8: "prohibit", 9: "throw"}  # fmt: skip
+_FAMILY = {4: socket.AF_INET, 6: socket.AF_INET6}
+_REVERSE = frozenset({errno.EXDEV, errno.EINVAL})
+"""Answers about a packet that comes in, whose source is no such one: EXDEV before Linux 6.14."""
+
+
+class Links:
+    """The links of the namespace in which this was made, and the routes that packets take there."""
+
+    def __init__(self) -> None:
+        self._netlink = Netlink(NETLINK_ROUTE)
+        self._names: dict[int, str] = {}
+        self._silent: set[int] = set()
+        self._local: dict[bytes, int] = {}
+        self._networks: list[tuple[int, int, int]] = []
+        for answer in [*self._netlink.request(_GETLINK, NLM_F_DUMP, _LINK.pack(0, 0, 0, 0, 0))]:
+            _, _, index, flags, _ = _LINK.unpack_from(answer)
+            self._names[index] = attributes(answer[_LINK.size :])[_IFNAME].rstrip(b"\0").decode()
+            if flags & _ASKED:
+                self._silent.add(index)
+        for header, found in rt.read_addresses(self._netlink):
+            packed = rt.local_address(found)
+            if len(packed) in (4, 16):
+                self._local[packed] = header[4]
+                self._networks.append((len(packed), *network_of(packed, header[1])))
+
+    def close(self) -> None:
+        """Close the socket."""
+        self._netlink.close()
+
+    def is_local(self, address: Address) -> bool:
+        """Whether it is an address of this host."""
+        return address.packed in self._local
+
+    def device_of(self, address: Address) -> int:
+        """Index of the device that has *address*; 0 where none, or lo, has it."""
+        index = self._local.get(address.packed, 0)
+        return 0 if index == rt.LOOPBACK else index
+
+    def name(self, index: int) -> str:
+        """Name of a device."""
+        return self._names.get(index, "")
+
+    def first(self, peers: Iterable[bytes]) -> list[Address]:
+        """At most LIMIT of the packed *peers*, those of connected networks first."""
+        some = sorted(peers)
+        if len(some) > LIMIT:
+            near = [one for one in some if self._is_near(one)]
+            some = [*near, *(one for one in some if one not in set(near))][:LIMIT]
+        return [ip_address(one) for one in some]
+
+    def _is_near(self, packed: bytes) -> bool:
+        number = int.from_bytes(packed, "big")
+        size = len(packed)
+        return any(size == width and number & mask == at for width, at, mask in self._networks)
+
+    def look_up(
+        self, to: Address, source: Address | None = None, device: int = 0, mark: int = 0
+    ) -> tuple[Route, int]:
+        """The route of a packet from here, or of one that comes in by *device*; and its index."""
+        host = to.max_prefixlen
+        flags = _RTM_F_FIB_MATCH if not device else 0
+        body = rt.ROUTE.pack(_FAMILY[to.version], host, host if source else 0, 0, 0, 0, 0, 0, flags)
+        body += attribute(rt.RTA_DST, to.packed)
+        if source is not None:
+            body += attribute(_SRC, source.packed)
+        if device:
+            body += attribute(_IIF, struct.pack("=I", device))
+        if mark:
+            body += attribute(16, struct.pack("=I", mark))
+        try:
+            [answer] = self._netlink.request(26, 0, body)
+        except OSError as error:
+            return Route("reverse" if device and error.errno in _REVERSE else "none"), 0
+        return self._read(answer)
+
+    def _read(self, answer: bytes) -> tuple[Route, int]:
+        header, found = rt.ROUTE.unpack_from(answer), attributes(answer[rt.ROUTE.size :])
+        index = struct.unpack("=I", found.get(rt.RTA_OIF, bytes(4)))[0]
+        gateway = found.get(rt.RTA_GATEWAY, b"")
+        via = gateway or found.get(_VIA, b"")[2:]
+        hop = str(ip_address(via)) if len(via) in (4, 16) else ""
+        connected = header[5] in (_PROTOCOL_KERNEL, _PROTOCOL_RA) and header[1] > 0
+        whole = 32 if header[0] == socket.AF_INET else 128
+        neighbour = (
+            header[7] == rt.RTN_UNICAST
+            and not via
+            and _MULTIPATH not in found
+            and index not in self._silent
+            and (connected or header[1] == whole)
+        )
+        entry = b"".join(
+            found.get(at, b"-")
+            for at in (rt.RTA_DST, _TABLE, rt.RTA_OIF, rt.RTA_GATEWAY, _MULTIPATH)
+        )
+        kind = _KINDS.get(header[7], "none")
+        return Route(kind, self._names.get(index, ""), hop, neighbour, entry), index
+
+
+def read_local(version: int) -> frozenset[Address]:
+    """Every address of this host, of IP *version*."""
+    size = 4 if version == 4 else 16
+    return frozenset(ip_address(one) for one in rt.all_addresses() if len(one) == size)
+
+
+def read_at_destination(
+    old: Address, new: Address, peers: Iterable[bytes], besides: frozenset[Address] | None
+) -> tuple[Way, ...]:
+    """The ways to *peers*, without *besides*: the gateways' addresses; None: the next router."""
+    links = Links()
+    try:
+        if besides is None:
+            besides = _find_routers(links, old, new)
+        return tuple(way for way in _ways_here(links, old, new, peers) if way.peer not in besides)
+    finally:
+        links.close()
+
+
+def _find_routers(links: Links, old: Address, new: Address) -> frozenset[Address]:
+    """The router by which OLD was reached: it may be the gateway, and a peer as well."""
+    route, _ = links.look_up(old, new)
+    return frozenset([ip_address(route.hop)]) if route.hop else frozenset()
+
+
+def _ways_here(links: Links, old: Address, new: Address, peers: Iterable[bytes]) -> Iterator[Way]:
+    for peer in links.first(peers):
+        out, index = links.look_up(peer, new)
+        device = links.device_of(new) or index
+        there = None
+        if out.kind == "unicast" and device:
+            there, _ = links.look_up(new, peer, device)
+        yield Way(peer, old, new, out, there)
+
+
+def read_at_gateway(old: Address, new: Address, peers: Iterable[bytes]) -> tuple[Way, ...]:
+    """The ways of what *peers* and NEW say to each other, as it comes in."""
+    links = Links()
+    try:
+        to_old, at_old = links.look_up(old)
+        to_new, at_new = links.look_up(new)
+        ways = []
+        for peer in links.first(peers):
+            out, at_peer = links.look_up(peer)
+            there = back = before = None
+            if out.kind == "unicast" and to_new.kind == "unicast" and at_peer and at_new:
+                there, _ = links.look_up(new, peer, at_peer)
+                back, _ = links.look_up(peer, new, at_new)
+                if to_old.kind == "unicast" and at_old:
+                    before, _ = links.look_up(peer, old, at_old)
+            ways.append(Way(peer, old, new, out, there, back, before, to_old, to_new))
+        return tuple(ways)
+    finally:
+        links.close()
+
+
+def read_source_rules(version: int) -> tuple[SourceRule, ...]:
+    """The policy rules that select a source."""
+    with Netlink(NETLINK_ROUTE) as netlink:
+        return read_rules(netlink, version)
+
+
+def find_not_forwarding(old: Address, new: Address, peers: Iterable[bytes]) -> tuple[str, ...]:
+    """Settings that keep this host from passing on what *peers* and NEW say; none: it does."""
+    if new.version == 6:
+        name = "ipv6/conf/all/forwarding"
+        return (f"net.{name.replace('/', '.')}",) if sysctl.read(name) == "0" else ()
+    links = Links()
+    try:
+        indexes = {links.look_up(address)[1] for address in (new, *links.first(peers)[:16])}
+        devices = [links.name(index) for index in sorted(indexes) if index > rt.LOOPBACK]
+        names = [f"ipv4/conf/{device}/forwarding" for device in devices]
+        return tuple(f"net.{one.replace('/', '.')}" for one in names if sysctl.read(one) == "0")
+    finally:
+        links.close()

@@ -1,0 +1,248 @@
+"""kernel/path.py and kernel/policy_rules.py in real namespaces, both families."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from ipaddress import ip_address
+
+import pytest
+
+from natkeep.kernel import path, policy_rules, rtnetlink
+from natkeep.kernel.linux import LinuxKernel
+from natkeep.kernel.netns import inside, open_namespace
+from natkeep.plan.move import Site
+from natkeep.plan.path import Way, judge
+from natkeep.plan.roles import Role
+from natkeep.plan.step_undo import RemoveAddress
+from natkeep.plan.steps import AddAddress, Prior
+from natkeep.plan.tuples import Address
+
+pytestmark = pytest.mark.root
+Run = Callable[..., str]
+Picture = Callable[[str], list[str]]
+
+PEER = {4: ip_address("10.1.0.2"), 6: ip_address("fd00:1::2")}
+OLD = {4: ip_address("10.2.0.10"), 6: ip_address("fd00:2::10")}
+NEW = {4: ip_address("10.3.0.20"), 6: ip_address("fd00:3::20")}
+EACH_VERSION = pytest.mark.parametrize("version", [4, 6])
+GATEWAY, DESTINATION = Site(Role.GATEWAY), Site(Role.DESTINATION)
+
+
+@contextmanager
+def at(netns: str) -> Iterator[None]:
+    with inside(open_namespace(netns)):
+        yield
+
+
+def codes(site: Site, ways: tuple[Way, ...]) -> list[str]:
+    return [finding.code for finding in judge(site, ways)]
+
+
+def read_here(version: int, *peers: Address) -> tuple[Way, ...]:
+    packed = [peer.packed for peer in peers or (PEER[version],)]
+    return path.read_at_destination(OLD[version], NEW[version], packed, frozenset())
+
+
+# ---- at the destination --------------------------------------------------------------------------
+
+
+@EACH_VERSION
+def test_a_peer_by_the_router_is_well_and_one_on_the_link_is_not(
+    make_site: Callable[[], str], version: int
+) -> None:
+    neighbour = NEW[version] + 1
+    with at(make_site()):
+        assert codes(DESTINATION, read_here(version)) == [""]
+        assert codes(DESTINATION, read_here(version, neighbour)) == ["peer-on-link"]
+
+
+@EACH_VERSION
+def test_a_route_to_one_host_by_a_router_takes_it_from_the_link(
+    make_site: Callable[[], str], run: Run, version: int
+) -> None:
+    netns, neighbour = make_site(), NEW[version] + 1
+    router = {4: "10.3.0.1", 6: "fd00:3::1"}[version]
+    run(netns, "ip", "route", "add", str(neighbour), "via", router)
+    with at(netns):
+        assert codes(DESTINATION, read_here(version, neighbour)) == [""]
+
+
+@EACH_VERSION
+def test_a_peer_without_a_route_and_one_that_is_the_gateway_itself(
+    make_site: Callable[[], str], version: int
+) -> None:
+    router = {4: ip_address("10.3.0.1"), 6: ip_address("fd00:3::1")}[version]
+    stranger = {4: ip_address("10.9.0.1"), 6: ip_address("fd00:9::1")}[version]
+    with at(make_site()):
+        assert codes(DESTINATION, read_here(version, stranger)) == ["no-way-back"]
+        ways = path.read_at_destination(
+            OLD[version], NEW[version], [router.packed], frozenset([router])
+        )
+        assert ways == ()
+
+
+def test_a_strict_filter_at_new_s_device_is_told_if_the_way_back_is_another(
+    make_site: Callable[[], str], run: Run
+) -> None:
+    netns = make_site()
+    run(netns, "sysctl", "-qw", "net.ipv4.conf.all.rp_filter=1")
+    with at(netns):
+        assert codes(DESTINATION, read_here(4)) == [""]
+    run(netns, "ip", "address", "add", "10.9.0.20/24", "dev", "wire")
+    run(netns, "ip", "route", "replace", "10.1.0.0/16", "via", "10.9.0.1")
+    with at(netns):
+        assert codes(DESTINATION, read_here(4)) == ["reverse-path"]
+    run(netns, "sysctl", "-qw", "net.ipv4.conf.all.rp_filter=2")
+    with at(netns):
+        assert codes(DESTINATION, read_here(4)) == [""]
+
+
+def test_of_many_peers_those_on_the_link_are_looked_up_first(
+    make_site: Callable[[], str],
+) -> None:
+    many = [PEER[4] + n for n in range(path.LIMIT + 50)]
+    with at(make_site()):
+        ways = read_here(4, *many, NEW[4] + 5)
+    assert len(ways) == path.LIMIT
+    assert ways[0].peer == NEW[4] + 5
+
+
+# ---- at a gateway --------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def gateway(make_netns: Callable[[], str], run: Run) -> str:
+    """A router with the networks of peers, OLD and NEW, each on a device of its own."""
+    netns, far = make_netns(), make_netns()
+    for number, name in enumerate(("near", "home", "far"), 1):
+        run(netns, "ip", *f"link add {name} type veth peer name {name} netns {far}".split())
+        run(far, "ip", "link", "set", name, "up")
+        run(netns, "ip", "link", "set", name, "up")
+        run(netns, "ip", *f"address add 10.{number}.0.1/24 dev {name}".split())
+        run(netns, "ip", *f"address add fd00:{number}::1/64 dev {name} nodad".split())
+    run(netns, "sysctl", "-qw", "net.ipv4.ip_forward=1", "net.ipv6.conf.all.forwarding=1")
+    return netns
+
+
+def read_there(version: int, *peers: Address) -> tuple[Way, ...]:
+    packed = [peer.packed for peer in peers or (PEER[version],)]
+    return path.read_at_gateway(OLD[version], NEW[version], packed)
+
+
+@EACH_VERSION
+def test_a_router_with_all_three_networks_is_well(gateway: str, version: int) -> None:
+    with at(gateway):
+        assert codes(GATEWAY, read_there(version)) == [""]
+        assert path.find_not_forwarding(OLD[version], NEW[version], [PEER[version].packed]) == ()
+
+
+@EACH_VERSION
+def test_forwarding_that_is_off_is_named(gateway: str, run: Run, version: int) -> None:
+    off = {4: "net.ipv4.conf.far.forwarding", 6: "net.ipv6.conf.all.forwarding"}[version]
+    run(gateway, "sysctl", "-qw", f"{off}=0")
+    with at(gateway):
+        found = path.find_not_forwarding(OLD[version], NEW[version], [PEER[version].packed])
+    assert found == (off,)
+
+
+@EACH_VERSION
+def test_peers_beside_old_or_new_are_told(gateway: str, version: int) -> None:
+    with at(gateway):
+        assert codes(GATEWAY, read_there(version, OLD[version] + 1)) == ["peer-beside-old"]
+        assert codes(GATEWAY, read_there(version, NEW[version] + 1)) == ["peer-on-link"]
+
+
+@EACH_VERSION
+def test_a_rule_that_sends_old_by_another_uplink_is_told(
+    gateway: str, run: Run, version: int
+) -> None:
+    peer = {4: ip_address("10.7.0.2"), 6: ip_address("fd00:7::2")}[version]
+    ip = ("ip", f"-{version}")
+    first, second = {4: ("10.1.0.9", "10.2.0.9"), 6: ("fd00:1::9", "fd00:2::9")}[version]
+    run(gateway, *ip, "route", "add", "default", "via", first)
+    with at(gateway):
+        assert codes(GATEWAY, read_there(version, peer)) == [""]
+    run(gateway, *ip, "route", "add", "default", "via", second, "table", "200")
+    run(gateway, *ip, "rule", "add", "from", str(OLD[version]), "lookup", "200")
+    with at(gateway):
+        assert codes(GATEWAY, read_there(version, peer)) == ["other-uplink"]
+    run(gateway, *ip, "rule", "add", "from", str(NEW[version]), "lookup", "200")
+    with at(gateway):
+        assert codes(GATEWAY, read_there(version, peer)) == [""]
+
+
+@EACH_VERSION
+def test_what_is_dropped_on_its_way_to_new_is_told(gateway: str, run: Run, version: int) -> None:
+    new, whole = NEW[version], NEW[version].max_prefixlen
+    run(gateway, "ip", f"-{version}", *f"rule add to {new}/{whole} iif near prohibit".split())
+    with at(gateway):
+        assert codes(GATEWAY, read_there(version)) == ["no-way-there"]
+    run(gateway, "ip", f"-{version}", "route", "add", "blackhole", f"{new}/{whole}")
+    with at(gateway):
+        assert codes(GATEWAY, read_there(version)) == ["no-route"]
+
+
+# ---- policy rules --------------------------------------------------------------------------------
+
+
+@EACH_VERSION
+@pytest.mark.parametrize("length", ["host", "network"])
+def test_old_is_routed_as_new_while_it_is_there_and_all_is_as_before_then(
+    make_site: Callable[[], str], run: Run, take_picture: Picture, version: int, length: str
+) -> None:
+    netns, ip = make_site(), ("ip", f"-{version}")
+    run(netns, "ip", "address", "add", {4: "10.9.0.20/24", 6: "fd00:9::20/64"}[version], "dev",
+        "wire", *(("nodad",) if version == 6 else ()))  # fmt: skip
+    source = str(NEW[version])
+    if length == "network":
+        source = {4: "10.3.0.0/24", 6: "fd00:3::/64"}[version]
+    run(netns, *ip, *f"rule add pref 77 from {source} fwmark 0/0x8 lookup 100".split())
+    router = {4: "10.3.0.1", 6: "fd00:3::1"}[version]
+    run(netns, *ip, "route", "add", "default", "via", router, "dev", "eth0", "table", "100")
+    run(netns, *ip, "route", "replace", {4: "10.1.0.0/16", 6: "fd00:1::/64"}[version], "via",
+        {4: "10.9.0.1", 6: "fd00:9::1"}[version], "dev", "wire")  # fmt: skip
+    before = take_picture(netns)
+    site = Site(Role.DESTINATION, netns)
+    kernel = LinuxKernel()
+    kernel.open_sites([site])
+
+    step = AddAddress(site, OLD[version], NEW[version])
+    prior = kernel.apply(step, lambda _: None)
+
+    got = run(netns, "ip", "route", "get", str(PEER[version]), "from", str(OLD[version]))
+    assert "dev eth0" in got
+    assert run(netns, *ip, "rule", "show", "pref", "77").count(str(OLD[version])) == 1
+    kernel.apply(step, lambda _: None)  # by another move: nothing is there twice
+    assert run(netns, *ip, "rule", "show", "pref", "77").count(str(OLD[version])) == 1
+    kernel.revert(site, RemoveAddress(OLD[version]), prior)
+    assert take_picture(netns) == before
+
+
+def test_an_old_that_is_at_home_keeps_its_own_routing(
+    make_site: Callable[[], str], run: Run
+) -> None:
+    netns = make_site()
+    run(netns, "ip", "address", "add", f"{OLD[4]}/24", "dev", "wire")
+    run(netns, *f"ip rule add from {NEW[4]} lookup 100".split())
+    site = Site(Role.DESTINATION, netns)
+    kernel = LinuxKernel()
+    kernel.open_sites([site])
+
+    prior = kernel.apply(AddAddress(site, OLD[4], NEW[4]), lambda _: None)
+
+    assert prior == Prior(present=True)
+    assert str(OLD[4]) not in run(netns, "ip", "rule")
+
+
+def test_a_rule_that_an_operator_has_added_for_old_stays(
+    make_site: Callable[[], str], run: Run
+) -> None:
+    netns = make_site()
+    for address in (NEW[4], OLD[4]):
+        run(netns, *f"ip rule add pref 50 from {address} lookup 100".split())
+    with at(netns):
+        rtnetlink.add_host_address(OLD[4])
+        policy_rules.copy_rules(NEW[4], OLD[4])
+        rtnetlink.remove_host_address(OLD[4])
+    assert str(OLD[4]) in run(netns, "ip", "rule")
