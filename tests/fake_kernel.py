@@ -215,6 +215,14 @@ class FakeKernel:
 
     read_at_destination = read_at_gateway
 
+    def _follow_at(self, site: Site, translation: object) -> list[object]:
+        """No rules of others are here."""
+        return []
+
+    def read_virtual_servers(self, site: Site) -> str:
+        """None."""
+        return ""
+
     def read_source_rules(self, site: Site, version: int) -> tuple[SourceRule, ...]:
         """None."""
         return ()

@@ -599,6 +599,8 @@ def network(make_netns: Callable[[], str], require: Callable[[str], None]) -> Ne
     lines += [
         f"-n {found.destination} route add 10.1.0.0/24 via 10.3.0.1",
         f"-n {found.destination} route add fd00:1::/64 via fd00:3::1",
+        f"-n {found.gateway} route add 10.1.0.0/24 via 10.3.0.9",  # peers are behind a router
+        f"-n {found.gateway} route add fd00:1::/64 via fd00:3::9",
     ]
     for line in lines:
         subprocess.run(["ip", *line.split()], check=True)

@@ -27,7 +27,7 @@ from natkeep.plan.nft import TABLE, Key, describe_rule, number_alike
 from natkeep.plan.tuples import Connections
 from natkeep.values import dataclass
 
-_GETTABLE, _GETCHAIN, _GETRULE, _GETSET, _GETSETELEM = 1, 4, 7, 10, 13
+_GETTABLE, GETCHAIN, GETRULE, GETSET, _GETSETELEM = 1, 4, 7, 10, 13
 _GETGEN, _GETFLOWTABLE, _GENERATION = 16, 23, 1
 _FAMILY = {"inet": 1, "ip": 2, "arp": 3, "ip6": 10}  # NFPROTO_…
 _FILTERS = ("inet", "ip", "ip6")
@@ -84,27 +84,27 @@ def has_chain(table: str, chain: str) -> bool:
     try:
         with Netlink(NETLINK_NETFILTER) as netlink:
             body = nfgenmsg(_FAMILY["inet"]) + scope
-            return any(netlink.request(SUBSYSTEM | _GETCHAIN, 0, body))
+            return any(netlink.request(SUBSYSTEM | GETCHAIN, 0, body))
     except FileNotFoundError:
         return False
 
 
 def chain_names(table: str) -> frozenset[str]:
     """The chains of the inet table; empty when it is not there."""
-    chains = map(attributes, _dump(_GETCHAIN, "inet"))
-    return frozenset(_text(chain[3]) for chain in chains if _text(chain[1]) == table)
+    chains = map(attributes, _dump(GETCHAIN, "inet"))
+    return frozenset(text(chain[3]) for chain in chains if text(chain[1]) == table)
 
 
 def set_names(table: str) -> frozenset[str]:
     """The sets and maps of the inet table, without reading an element."""
-    found = _dump(_GETSET, "inet", attribute(1, string(table)))
-    return frozenset(_text(find_attribute(each, 2)) for each in found)
+    found = _dump(GETSET, "inet", attribute(1, string(table)))
+    return frozenset(text(find_attribute(each, 2)) for each in found)
 
 
 def rules(table: str, chain: str) -> tuple[SeenRule, ...]:
     """The rules of one chain, in order; empty when the chain is not there."""
     scope = attribute(1, string(table)) + attribute(2, string(chain))
-    found = map(_read_rule, _dump(_GETRULE, "inet", scope))
+    found = map(_read_rule, _dump(GETRULE, "inet", scope))
     return tuple(rule for rule in found if rule.chain == chain)
 
 
@@ -115,14 +115,14 @@ def rules_of_chains(table: str, *beginnings: str) -> Iterator[SeenRule]:
     asked for: the kernel puts the chain's name behind the table's, so most are seen by that.
     """
     scope, names = attribute(1, string(table)), tuple(name.encode("ascii") for name in beginnings)
-    for rule in _dump(_GETRULE, "inet", scope):
+    for rule in _dump(GETRULE, "inet", scope):
         if rule.startswith(names, len(scope) + 4):
             yield _read_rule(rule)
 
 
 def _read_rule(answer: bytes) -> SeenRule:
     rule = attributes(answer)
-    return SeenRule(_text(rule[2]), _number(rule[3]), _comment(rule.get(7, b"")))
+    return SeenRule(text(rule[2]), _number(rule[3]), _comment(rule.get(7, b"")))
 
 
 def _dump(type_: int, family: str, scope: bytes = b"") -> Iterator[bytes]:
@@ -133,13 +133,13 @@ def _dump(type_: int, family: str, scope: bytes = b"") -> Iterator[bytes]:
 def _request(netlink: Netlink, type_: int, family: int, scope: bytes = b"") -> Iterator[bytes]:
     """The attributes of each answer of a dump; none where what is asked about is gone."""
     try:
-        for answer in _dump_whole(netlink, type_, nfgenmsg(family) + scope):
+        for answer in dump_whole(netlink, type_, nfgenmsg(family) + scope):
             yield answer[4:]
     except FileNotFoundError:
         return
 
 
-def _dump_whole(netlink: Netlink, type_: int, body: bytes) -> list[bytes]:
+def dump_whole(netlink: Netlink, type_: int, body: bytes) -> list[bytes]:
     """The answers of a dump during which nothing changed, as far as one can be had.
 
     From one datagram to the next the kernel goes on by the number of objects that it has told, so
@@ -192,9 +192,9 @@ def are_all_heard(netlink: Netlink, dispatch: str) -> bool:
 
     Where some are local to this host, they are never heard by the wire.
     """
-    for answer in _request(netlink, _GETSET, _FAMILY["inet"], attribute(1, string(TABLE))):
+    for answer in _request(netlink, GETSET, _FAMILY["inet"], attribute(1, string(TABLE))):
         each = attributes(answer)
-        name = _text(each[2])
+        name = text(each[2])
         if name.startswith(f"{dispatch}-"):
             size = _number(attributes(each[9]).get(1, b""))
             if count_heard(netlink, [name]) < size:
@@ -206,7 +206,7 @@ def _element_keys(elements: bytes) -> list[bytes]:
     width = _plain_width(elements)
     if width:
         return [key for (key,) in struct.iter_unpack(f"12x{width}s", elements)]
-    return [attributes(attributes(each)[1])[1] for each in _each(elements)]
+    return [attributes(attributes(each)[1])[1] for each in values(elements)]
 
 
 def _plain_width(elements: bytes) -> int:
@@ -232,14 +232,14 @@ def find_standing(netlink: Netlink, family: str) -> tuple[set[Key], dict[str, li
     if name not in [find_attribute(each, 1) for each in _request(netlink, _GETTABLE, number)]:
         return set(), comments
     found = {Key(family, "table")}
-    for kind, type_, at in (("chain", _GETCHAIN, 3), ("set", _GETSET, 2)):
+    for kind, type_, at in (("chain", GETCHAIN, 3), ("set", GETSET, 2)):
         for answer in _request(netlink, type_, number, scope):
             if find_attribute(answer, 1) == name:
-                found.add(Key(family, kind, _text(find_attribute(answer, at))))
+                found.add(Key(family, kind, text(find_attribute(answer, at))))
     rules: dict[bytes, Key] = {}  # by its handle: one may come twice when others are made
-    for rule in map(attributes, _request(netlink, _GETRULE, number, scope)):
+    for rule in map(attributes, _request(netlink, GETRULE, number, scope)):
         if rule[1] == name and rule[3] not in rules:
-            chain, comment = _text(rule[2]), _comment(rule.get(7, b""))
+            chain, comment = text(rule[2]), _comment(rule.get(7, b""))
             rules[rule[3]] = Key(family, "rule", chain, describe_rule(comment, _marks(rule[4])))
             comments.setdefault(chain, []).append(comment)
     found.update(number_alike(rules.values()))
@@ -250,7 +250,7 @@ def _marks(expressions: bytes) -> list[str]:
     """What plan/nft.py knows a rule by, from the kernel's expressions."""
     found: list[str] = []
     loaded: tuple[int, ...] = ()
-    for each in _each(expressions):
+    for each in values(expressions):
         marks, loads, value = _read_expression(each)
         found += marks
         if value is not None:
@@ -265,9 +265,9 @@ def _read_expression(
 ) -> tuple[tuple[str, ...], tuple[int, ...], bytes | None]:
     """Its marks, what of a packet it loads, and the value that it compares what is loaded with."""
     outer = attributes(expression)
-    name, body = _text(outer[1]), attributes(outer.get(2, b""))
+    name, body = text(outer[1]), attributes(outer.get(2, b""))
     if name in ("lookup", "dynset"):
-        asked = _text(body[1])
+        asked = text(body[1])
         return (() if asked.startswith("__") else (f"@{asked}",)), (), None
     if name in ("nat", "notrack", "reject", "tproxy"):
         return (name,), (), None
@@ -288,7 +288,7 @@ def _verdict(data: bytes | None) -> Iterator[str]:
     if code in _VERDICTS:
         yield _VERDICTS[code]
     elif code == _JUMP:
-        yield f">{_text(verdict[2])}"
+        yield f">{text(verdict[2])}"
 
 
 def _compared(loaded: tuple[int, ...], value: bytes) -> Iterator[str]:
@@ -305,14 +305,14 @@ def base_chains() -> tuple[BaseChain, ...]:
     """Every base chain of every table, also those of others."""
     found = []
     for family in _FILTERS:
-        for chain in map(attributes, _dump(_GETCHAIN, family)):
+        for chain in map(attributes, _dump(GETCHAIN, family)):
             if 4 not in chain:
                 continue
             hook = attributes(chain[4])
             number = _number(hook[1])
             priority = int.from_bytes(hook[2], "big", signed=True)
             where = _HOOKS[number] if number < len(_HOOKS) else str(number)
-            table, name, type_ = (_text(chain.get(at, b"")) for at in (1, 3, 7))
+            table, name, type_ = (text(chain.get(at, b"")) for at in (1, 3, 7))
             found.append(BaseChain(family, table, name, type_, where, priority))
     return tuple(found)
 
@@ -323,7 +323,7 @@ def flowtable_names() -> tuple[str, ...]:
     for family in _FILTERS:
         with suppress(OSError):
             for flowtable in map(attributes, _dump(_GETFLOWTABLE, family)):
-                found.append(f"{family} {_text(flowtable[1])} {_text(flowtable[2])}")
+                found.append(f"{family} {text(flowtable[1])} {text(flowtable[2])}")
     return tuple(found)
 
 
@@ -348,14 +348,14 @@ def _chains_with(parts: tuple[bytes, ...], besides: str) -> Iterator[str]:
     """`FAMILY TABLE CHAIN` of each rule that holds one of *parts*, in any table but *besides*."""
     names = {number: family for family, number in _FAMILY.items()}
     with Netlink(NETLINK_NETFILTER) as netlink:
-        answers = _dump_whole(netlink, _GETTABLE, nfgenmsg(0))
+        answers = dump_whole(netlink, _GETTABLE, nfgenmsg(0))
         for family, table in [(each[0], find_attribute(each[4:], 1)) for each in answers]:
             if table == string(besides):
                 continue
-            for rule in _request(netlink, _GETRULE, family, attribute(1, table)):
+            for rule in _request(netlink, GETRULE, family, attribute(1, table)):
                 if any(part in rule for part in parts):
-                    chain = _text(find_attribute(rule, 2))
-                    yield f"{names.get(family, family)} {_text(table)} {chain}"
+                    chain = text(find_attribute(rule, 2))
+                    yield f"{names.get(family, family)} {text(table)} {chain}"
 
 
 _NOTRACK = attribute(1, b"notrack\0")
@@ -374,11 +374,11 @@ _CT_TARGET = attribute(1, b"CT\0")[:7]
 def _comment(userdata: bytes) -> str:
     # libnftnl's user data: type, length, value; type 0 is the comment, with its final NUL.
     if len(userdata) > 2 and userdata[0] == 0:
-        return _text(userdata[2 : 2 + userdata[1]])
+        return text(userdata[2 : 2 + userdata[1]])
     return ""
 
 
-def _each(data: bytes) -> list[bytes]:
+def values(data: bytes) -> list[bytes]:
     """The value of each attribute of a list, whose types are all the same."""
     found, offset = [], 0
     while offset + 4 <= len(data):
@@ -394,5 +394,5 @@ def _number(value: bytes) -> int:
     return int.from_bytes(value, "big")
 
 
-def _text(value: bytes) -> str:
+def text(value: bytes) -> str:
     return value.rstrip(b"\0").decode("ascii", "replace")

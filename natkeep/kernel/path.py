@@ -72,9 +72,9 @@ class Links:
         index = self._local.get(address.packed, 0)
         return 0 if index == rt.LOOPBACK else index
 
-    def name(self, index: int) -> str:
-        """Name of a device."""
-        return self._names.get(index, "")
+    def device(self, index: int) -> tuple[int, str]:
+        """Index and name of a device."""
+        return index, self._names.get(index, "")
 
     def first(self, peers: Iterable[bytes]) -> list[Address]:
         """At most LIMIT of the packed *peers*, those of connected networks first."""
@@ -202,7 +202,7 @@ def find_not_forwarding(old: Address, new: Address, peers: Iterable[bytes]) -> t
     links = Links()
     try:
         indexes = {links.look_up(address)[1] for address in (new, *links.first(peers)[:16])}
-        devices = [links.name(index) for index in sorted(indexes) if index > rt.LOOPBACK]
+        devices = [links.device(index)[1] for index in sorted(indexes) if index > rt.LOOPBACK]
         names = [f"ipv4/conf/{device}/forwarding" for device in devices]
         return tuple(f"net.{one.replace('/', '.')}" for one in names if sysctl.read(one) == "0")
     finally:

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator
 
 from natkeep.errors import RefusedError
 from natkeep.kernel import survey
+from natkeep.lifecycle.other_rules import look_at_hops, look_at_other_rules
 from natkeep.lifecycle.path import look_at_policy_rules, look_at_routes
 from natkeep.lifecycle.subject import Look, Subject
 from natkeep.plan.diagnostics import find
@@ -25,7 +26,12 @@ def look_at_machine(subject: Subject) -> Iterator[Finding]:
 OF_MACHINE: tuple[Look, ...] = (look_at_machine,)
 """Asked by `check` alone: they take long, or are about more than one move."""
 
-OF_PATH: tuple[Look, ...] = (look_at_routes, look_at_policy_rules)
+OF_PATH: tuple[Look, ...] = (
+    look_at_routes,
+    look_at_policy_rules,
+    look_at_hops,
+    look_at_other_rules,
+)
 """Of a plan: whether its packets pass. Each prepare asks them, inside a blackout too: the number of
 what they ask the kernel may not grow with the connections, but with their peers at most."""
 

@@ -277,4 +277,31 @@ CATALOGUE = {
         "that back.",
         "Delete that rule, or have one for NEW as well.",
     ),
+    "hop-translates": Explanation(
+        Severity.STOP,
+        "A host between the destination and its gateway, which is no site of the move, masquerades "
+        "or redirects what passes there, as container engines do for their networks. The first "
+        "packet would leave with another address, and the peer answers with a reset.",
+        "Have it accept what goes between NEW and the peers in front of that rule; or give the "
+        "container an address of its own on the network (macvlan, a routed subnet).",
+    ),
+    "dropped": Explanation(
+        Severity.STOP,
+        "A rule of others drops kept packets as they look at this site: between gateway and "
+        "destination they have NEW where they had OLD before, and a firewall that does not ask "
+        "for their state may know OLD alone.",
+        "Accept them in front of the rule: NEW at a gateway, OLD at the destination.",
+    ),
+    "flowtable-past-rules": Explanation(
+        Severity.STOP,
+        "A flowtable takes packets past all rules, and in mode stateless it is the rules that "
+        "translate.",
+        "--mode stateful, or leave the kept connections out of the flowtable's rule.",
+    ),
+    "virtual-server": Explanation(
+        Severity.STOP,
+        "IPVS has a server with the address and port of kept connections: it takes their packets "
+        "by its own table of connections, before or instead of natkeep's rules.",
+        "Move such connections where IPVS is not: take the server out of its table first.",
+    ),
 }

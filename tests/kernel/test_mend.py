@@ -192,7 +192,7 @@ def test_a_base_chain_that_goes_between_two_dumps_is_not_missed_by_an_open_move(
     here, request, left = stage(Role.GATEWAY, mode, version), nftables_dump._request, ["gate"]
 
     def request_late(netlink: Netlink, type_: int, *scope: object) -> object:
-        if type_ == nftables_dump._GETRULE and left:
+        if type_ == nftables_dump.GETRULE and left:
             here.sh(f"nft delete chain inet natkeep {left.pop()}")
         return request(netlink, type_, *scope)
 

@@ -1,0 +1,110 @@
+"""kernel/other_rules.py: real rules read, and followed by plan/other_rules.py; both families."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+
+from natkeep.kernel.netns import inside, open_namespace
+from natkeep.kernel.other_rules import read_ruleset
+from natkeep.plan.other_rules import ESTABLISHED, NEW, Packet, follow
+from natkeep.plan.tuples import Endpoint, FourTuple
+
+pytestmark = pytest.mark.root
+Run = Callable[..., str]
+
+OUT = {
+    4: FourTuple(Endpoint.parse("10.88.0.5:5000"), Endpoint.parse("10.1.0.2:50001")),
+    6: FourTuple(Endpoint.parse("[fd00:88::5]:5000"), Endpoint.parse("[fd00:1::2]:50001")),
+}
+EACH_VERSION = pytest.mark.parametrize("version", [4, 6])
+NAT, FILTER = frozenset({"nat"}), frozenset({"filter"})
+
+
+def effects(netns: str, version: int, hook: str, types: frozenset[str], state: int = NEW) -> list[
+    tuple[str, bool]
+]:  # fmt: skip
+    packet = Packet(OUT[version], (2, "pod"), (3, "eth0"), state)
+    with inside(open_namespace(netns)):
+        found = follow(read_ruleset(version), hook, packet, types)
+    return [(effect.does, effect.sure) for effect in found]
+
+
+MASQUERADES = [
+    "{ip} saddr {net} oif {lo} masquerade",
+    '{ip} saddr {net} oifname != "pod" masquerade',
+    "{ip} saddr {net} {ip} daddr != {other} snat to {to}",
+    'iifname "po*" tcp sport 5000 masquerade',
+    "meta nfproto {nf} meta l4proto tcp tcp sport {{ 80, 5000 }} masquerade",
+    "tcp sport 4000-6000 masquerade",
+    "ct state new,untracked masquerade",
+    "meta mark 0 counter masquerade",
+]
+WORDS = {
+    4: {"ip": "ip", "net": "10.88.0.0/16", "other": "224.0.0.0/4", "to": "10.3.0.2", "nf": "ipv4"},
+    6: {"ip": "ip6", "net": "fd00:88::/64", "other": "ff00::/8", "to": "fd00:3::2", "nf": "ipv6"},
+}
+
+
+@EACH_VERSION
+@pytest.mark.parametrize("rule", MASQUERADES)
+def test_what_would_be_masqueraded_is_seen(netns: str, run: Run, version: int, rule: str) -> None:
+    text = rule.format(lo='"lo"', **WORDS[version])
+    chain = "type nat hook postrouting priority 100;"
+    run(netns, "nft", "-f", "-", stdin=f"table inet n {{ chain p {{ {chain} {text}; }}; }}\n")
+    sure = "lo" not in text  # whose index is another
+    expected = [("snat" if "snat" in text else "masquerade", True)] if sure else []
+    assert effects(netns, version, "postrouting", NAT) == expected
+
+
+@EACH_VERSION
+def test_what_an_exemption_accepts_or_is_not_meant_is_not(
+    netns: str, run: Run, version: int
+) -> None:
+    words = WORDS[version]
+    first = f"{words['ip']} daddr {OUT[version].destination.address} accept"
+    second = f"{words['ip']} saddr {words['net']} masquerade"
+    chain = "type nat hook postrouting priority 100;"
+    script = f"table inet n {{ chain p {{ {chain} {first}; {second}; }}; }}\n"
+    run(netns, "nft", "-f", "-", stdin=script)
+    assert effects(netns, version, "postrouting", NAT) == []
+
+
+@EACH_VERSION
+def test_the_rules_of_iptables_are_followed_too(netns: str, run: Run, version: int) -> None:
+    words, program = WORDS[version], {4: "iptables-nft", 6: "ip6tables-nft"}[version]
+    base = [program, "-t", "nat", "-A", "POSTROUTING"]
+    run(netns, *base, "-m", "mark", "!", "--mark", "0x4000/0x4000", "-j", "RETURN")
+    run(netns, *base, "-j", "MASQUERADE")
+    assert effects(netns, version, "postrouting", NAT) == []
+    run(netns, program, "-t", "nat", "-F")
+    comment = ("-m", "comment", "--comment", "cni")
+    run(netns, *base, "-s", words["net"], "!", "-o", "pod", *comment, "-j", "MASQUERADE")
+    assert effects(netns, version, "postrouting", NAT) == [("masquerade", True)]
+
+
+@EACH_VERSION
+def test_a_firewall_that_knows_old_alone_drops_and_one_that_asks_for_state_does_not(
+    netns: str, run: Run, version: int
+) -> None:
+    words, base = WORDS[version], "type filter hook forward priority 0; policy drop;"
+    other = {4: "10.2.0.10", 6: "fd00:2::10"}[version]
+    plain = f"{words['ip']} saddr {other} accept; {words['ip']} daddr {other} accept;"
+    run(netns, "nft", "-f", "-", stdin=f"table inet f {{ chain c {{ {base} {plain} }}; }}\n")
+    assert effects(netns, version, "forward", FILTER, ESTABLISHED) == [("drop", True)]
+
+    rule = ("rule", "inet", "f", "c", "ct", "state", "established,related", "accept")
+    run(netns, "nft", "insert", *rule)
+    assert effects(netns, version, "forward", FILTER, ESTABLISHED) == []
+
+
+def test_a_set_that_others_fill_leaves_it_open_and_ours_is_left_out(netns: str, run: Run) -> None:
+    script = """table inet f {
+        set s { type ipv4_addr; elements = { 10.1.0.2 }; }
+        chain c { type filter hook forward priority 0; ip daddr @s drop; }
+    }
+    table inet natkeep { chain c { type filter hook forward priority 0; drop; }; }
+    """
+    run(netns, "nft", "-f", "-", stdin=script)
+    assert effects(netns, 4, "forward", FILTER) == [("drop", False)]
