@@ -53,8 +53,7 @@ class Executor:
 
     staying: in words the addresses that the undo at work has left, since connections of no move
     need them. drops: for how many seconds an undo at a destination goes on dropping what a gateway
-    may still send there, 0: not at all; dropped: where, and how many connections. warned: what was
-    found before a prepare that may harm its move.
+    may still send there, 0: not at all; dropped: where, and how many. warned: by a prepare.
     """
 
     kernel: Kernel
