@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from natkeep.checkpoint import ELSEWHERE, Checkpoint
 from natkeep.checkpoint.live import find_tree
 from natkeep.checkpoint.tree import read_tree
+from natkeep.errors import ImageError, KernelError
 from natkeep.kernel import criu_trial, rtnetlink
 from natkeep.kernel import process as processes
 from natkeep.lifecycle.sockets import find_translated, find_unbindable
@@ -49,13 +50,19 @@ def look_at_tree(subject: Subject) -> Iterator[Finding]:
     if tree.home:
         yield from judge_dump(tree)
     for site in destinations:
-        shown = processes.look_at(site.netns, tree)
+        try:
+            shown = processes.look_at(site.netns, tree)
+        except OSError as error:
+            raise KernelError(f"{site}: cannot look at its processes: {error.strerror}") from None
         yield from judge(site, tree, shown)
 
 
 def read_living_tree(pid: int) -> Tree:
     """What the tree below *pid* needs; ImageError where it cannot be read."""
-    return processes.read_living(find_tree(pid), pid)
+    try:
+        return processes.read_living(find_tree(pid), pid)
+    except OSError as error:  # it has ended meanwhile
+        raise ImageError(f"cannot look at process {pid}: {error.strerror}") from None
 
 
 def look_at_sockets(subject: Subject) -> Iterator[Finding]:

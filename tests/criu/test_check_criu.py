@@ -5,18 +5,22 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 from fake_kernel import FakeKernel
 
+from natkeep.checkpoint import Checkpoint
 from natkeep.checkpoint.tree import read_tree
+from natkeep.errors import ImageError, KernelError
 from natkeep.kernel import criu_trial, process
-from natkeep.lifecycle.process import look_at_criu, look_at_tree
+from natkeep.lifecycle.process import look_at_criu, look_at_tree, read_living_tree
 from natkeep.lifecycle.subject import Subject
 from natkeep.plan.move import Site
-from natkeep.plan.process import judge
+from natkeep.plan.process import Tree, judge
 from natkeep.plan.roles import Role
+from natkeep.values import replace
 
 CRIU = Path(__file__).resolve().parents[2] / ".lab/criu/criu"
 HERE = Site(Role.DESTINATION)
@@ -140,3 +144,43 @@ def test_an_image_of_sockets_alone_is_told_where_it_is_to_be_restored(tmp_path: 
 
     assert [each.code for each in look_at_tree(subject)] == ["image-incomplete"]
     assert not [*look_at_tree(Subject(FakeKernel(), (Site(Role.GATEWAY),), image=str(tmp_path)))]
+
+
+def test_a_process_that_is_gone_is_one_line() -> None:
+    gone = subprocess.Popen(["true"])
+    gone.wait()
+
+    with pytest.raises(ImageError, match=f"^there is no process {gone.pid}"):
+        read_living_tree(gone.pid)
+    with pytest.raises(KernelError, match="cannot look at its processes: No such file"):
+        [*look_at_tree(make_subject(Site(Role.DESTINATION, f"pid:{gone.pid}")))]
+
+
+def make_subject(site: Site) -> Subject:
+    tree = Tree(frozenset({1}), home="another boot")
+    checkpoint = replace(Checkpoint.of((), live=True), tree=tree)
+    return Subject(FakeKernel(), (site,), checkpoint=checkpoint)
+
+
+@pytest.mark.root
+def test_a_place_is_that_of_the_process_that_a_site_names() -> None:
+    inner = subprocess.Popen(
+        ["unshare", "--pid", "--mount-proc", "--kill-child", "sleep", "60"],
+        stdout=subprocess.DEVNULL,
+    )
+    try:
+        task = Path(f"/proc/{inner.pid}/task/{inner.pid}/children")
+        while not (children := task.read_text().split()):
+            time.sleep(0.01)
+        found = {each.code for each in look_at_tree(make_subject(at(children[0])))}
+        assert "pid-in-use" in found  # sleep is 1 there
+        tree = Tree(frozenset({int(children[0])}))
+        assert process.look_at(f"pid:{children[0]}", tree).in_use == frozenset()
+        assert process.look_at("", tree).in_use == tree.ids
+    finally:
+        inner.kill()
+        inner.wait()
+
+
+def at(pid: str) -> Site:
+    return Site(Role.DESTINATION, f"pid:{pid}")
