@@ -43,6 +43,11 @@ SYN = TcpFlags(_OPENING_FLAGS, ("syn",))
 NOT_SYN = TcpFlags(_OPENING_FLAGS, ("syn",), equal=False)
 SYN_ACK = TcpFlags(("syn", "ack"), ("syn", "ack"))
 RST = TcpFlags(("rst",), ("rst",))
+SENT_TO_OLD = "tcp urgptr", CRIU_MARK
+"""What a gateway writes into a segment for the destination to know that it was sent to OLD.
+
+The field means nothing in a segment without URG.
+"""
 _HAS_ENTRY = Meta("ct state", "established,related,new")
 _CRIU_MARKED = Meta("meta mark", f"{CRIU_MARK:#x}")
 FROM_WIRE = Meta("iif", '"lo"', equal=False)
@@ -57,6 +62,8 @@ SPOKEN = "spoken"
 """The dispatch of what destinations send to a gateway, which ignores their resets at first."""
 EARLY = (HEARD, SPOKEN)
 """The two of them, whose base chains go once all are heard."""
+MARK = "mark"
+"""The dispatch of resets at a gateway, from the chain that asks whether a packet has an entry."""
 INJECTED = "injected"
 LEAVING = "leaving"
 HALF_OPEN = "half-open"
@@ -87,6 +94,7 @@ DISPATCHES = {
     # filters, in front of everything: gate and mute of the kept, reset of the unkept connections
     GATE: Dispatch(GATE, "filter", "prerouting", "-350", "daddr"),
     "mute": Dispatch("muted", "filter", "output", "-350", "saddr"),
+    MARK: Dispatch("marked-resets", "filter", "", "", "daddr"),
     HEARD: Dispatch("early-resets", "filter", "prerouting", "-340", "daddr"),
     SPOKEN: Dispatch("early-answers", "filter", "prerouting", "-340", "saddr"),
     "refuse": Dispatch("refusing", "filter", "prerouting", "-360", "daddr"),
@@ -178,7 +186,7 @@ def is_later(name: str) -> bool:
     return name == DEFRAGMENT or of_a_move or name.partition("-at-")[0] in _later_names()
 
 
-_LATER = ("from", "to", HEARD, SPOKEN)
+_LATER = ("from", "to", HEARD, MARK, SPOKEN)
 
 
 @cache
@@ -285,7 +293,7 @@ def translation_tables(mode: Mode, *, at_gateway: bool) -> tuple[tuple[Object, .
         return (mode_table(mode),)
     peers = (*dispatch_table("from"), *dispatch_table("to"))
     at_gateways = (peers, _local_table()) if at_gateway else ()
-    return (mode_table(mode), _invalid_table(), *at_gateways)
+    return (mode_table(mode), _marks_table(), _invalid_table(), *at_gateways)
 
 
 def _local_table() -> tuple[Object, ...]:
@@ -297,16 +305,25 @@ def _local_table() -> tuple[Object, ...]:
     return tuple(objects)
 
 
+def _marks_table() -> tuple[Object, ...]:
+    """Where resets get to, that a gateway marks."""
+    marks = Chain(DISPATCHES[MARK].chain, shared=True)
+    return (*_dispatch_maps(MARK), marks, *_dispatch_rules(MARK))
+
+
 def _invalid_table() -> tuple[Object, ...]:
     """The base chains of what conntrack calls invalid, or has been told not to track.
 
-    Most packets have an entry, and pay for the question whether they have.
+    Most packets have an entry, and pay for the question whether they have, and are no resets.
     """
     objects: list[Object] = []
     for pair in (("invalid-in", "invalid-from"), ("invalid-out", "invalid-to")):
         base = DISPATCHES[pair[0]].base()
         objects += [one for dispatch in pair for one in _dispatch_maps(dispatch)]
-        objects += [base, Rule(base.name, (_HAS_ENTRY, ACCEPT))]
+        objects.append(base)
+        if pair[0] == "invalid-in":
+            objects.append(Rule(base.name, (RST, jump(DISPATCHES[MARK].chain))))
+        objects.append(Rule(base.name, (_HAS_ENTRY, ACCEPT)))
         objects += [one for dispatch in pair for one in _dispatch_rules(dispatch)]
     return tuple(objects)
 

@@ -6,7 +6,8 @@
     callers   prerouting -350          bare SYN, ports            drop     accept   (listeners.py)
     block     prerouting -350          bare SYN, listener         drop     its removal
     reset     prerouting, output -360  unkept set                 drop     reject with tcp reset
-    early     prerouting -340          RST, kept, not yet heard   drop     the peer's first segment
+    early     prerouting -340          RST, kept, not yet heard   drop     the peer's first segment,
+                                       and not marked
     answers   prerouting -340          RST of NEW, not yet spoken drop     NEW's first segment
     owned     a table of its own       outer, inner set           drop     never
 
@@ -23,6 +24,7 @@
   lives, once it is, with an acknowledgement. So at a destination a reset of a kept tuple is dropped
   until something else has come from its peer: `heard-ID-N` has these tuples. It stands behind the
   gate, since what that drops does not count, and before conntrack, whose entry a reset would end.
+  A reset that a gateway has translated was sent to OLD: it bears a mark, and is let through.
   What comes by lo never was translated, and is not asked.
 - A gateway that is open before its destination is prepared sends kept segments to a host that has
   no such socket, and resets them. So at a gateway whose move has no destination a reset from NEW is
@@ -48,6 +50,7 @@ from natkeep.plan.base_chains import (
     NOT_SYN,
     OPEN,
     RST,
+    SENT_TO_OLD,
     SPOKEN,
     SYN,
     TO_WIRE,
@@ -155,6 +158,9 @@ def _early_resets(
         (RST, kept, DROP),
         (kept._replace(to=f"@{heard}"), ACCEPT),
     )
+    if dispatch == HEARD:
+        marked = Match((SENT_TO_OLD[0],), SENT_TO_OLD[1])
+        rules = (*rules[:2], (RST, marked, kept, ACCEPT), rules[2])
     yield from dispatch_to(dispatch, address)
     for statements in rules:
         yield Rule(address_chain(dispatch, address), statements, move_id, insert=True)

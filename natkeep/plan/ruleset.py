@@ -14,6 +14,8 @@ Theory of operation. A site has one table `inet natkeep`, shared by all moves.
     stateful, has no entry (invalid, or not tracked):
     prerouting   -110  invalid-inbound   invalid-in-, invalid-from-at-ADDRESS ─► set daddr
     postrouting    90  invalid-outbound  invalid-out-, invalid-to-at-ADDRESS  ─► set saddr
+    stateful, at a gateway, of resets, in front of both
+    prerouting   -110  marked-resets  local address ─► mark-at-ADDRESS ─► (kept?) ─► marked
     stateful, at a gateway that is a peer itself: the same maps
     output and input, -120 and 80  local-inbound, local-outbound, as inbound and outbound
     output and input, -110 and 90  invalid-local-inbound, invalid-local-outbound
@@ -71,7 +73,9 @@ from collections.abc import Iterable, Iterator
 from natkeep.plan.base_chains import (
     DIRECTIONS,
     FROM_WIRE,
+    MARK,
     NOT_SYN,
+    SENT_TO_OLD,
     SYN,
     TO_WIRE,
     address_chain,
@@ -140,6 +144,9 @@ def _nat(move_id: str, translation: Translation) -> list[Object]:
         drop = (_kept(move_id, translation), DROP)
         objects += rule_at(outbound, translation.map.old, drop, move_id)
         objects += _nat_peers(move_id, translation)
+        # The destination believes a reset that was sent to OLD (filters.py).
+        mark = (_outer(move_id, translation), Write(*SENT_TO_OLD))
+        objects += rule_at(MARK, before, mark, move_id)
     return objects + _invalid(move_id, translation)
 
 

@@ -4,8 +4,9 @@ Rule: no conntrack. What a rule has to know of a connection is asked of the kern
 socket, by what it answers; nothing that a peer sends ends a translation.
 This file must never run anything.
 
-    gateway      arriving   no bare SYN; kept, not ended         set daddr NEW, accept
-                            bare SYN; kept, not ended            marked, set daddr NEW, accept
+    gateway      arriving   no SYN, no RST; kept, not ended      set daddr NEW, accept
+                            RST, bare SYN; kept, not ended       marked, set daddr NEW, accept
+                            SYN-ACK; kept, not ended             set daddr NEW, accept
                  departing  no SYN, no RST; kept, not ended      set saddr OLD, accept
                             SYN-ACK; kept                        ended, accept
                             RST-ACK of number 0; kept, not ended ended, drop
@@ -24,7 +25,8 @@ This file must never run anything.
   a listener at OLD from a connection; that one's SYN-ACK does.
 - Who dialled OLD must not get to a service of NEW. So the gateway marks the SYN, by the urgent
   pointer, which means nothing in a segment without URG; the destination answers such a one with a
-  reset. One that is not marked was sent to NEW, whose it is from then on.
+  reset. One that is not marked was sent to NEW, whose it is from then on. What a reset is marked
+  for, filters.py says.
 - By the answer the gateway knows: the RST-ACK of number 0 that only a SYN gets, or the SYN-ACK of
   NEW. The RST is dropped: the peer's SYN comes again after a second, and then goes where it would
   have gone without natkeep.
@@ -42,6 +44,7 @@ from natkeep.plan.base_chains import (
     FROM_WIRE,
     NOT_SYN,
     RST,
+    SENT_TO_OLD,
     SYN,
     SYN_ACK,
     TO_WIRE,
@@ -52,7 +55,6 @@ from natkeep.plan.base_chains import (
     kept_set,
     outbound_key,
 )
-from natkeep.plan.criu_lock import CRIU_MARK
 from natkeep.plan.move import Mode
 from natkeep.plan.nft import (
     ACCEPT,
@@ -72,7 +74,6 @@ from natkeep.plan.translation import Translation
 
 _RST_ACK = TcpFlags(("rst", "ack"), ("rst", "ack"))
 _NEITHER = TcpFlags(("syn", "rst"), ())
-_MARK = "tcp urgptr", CRIU_MARK
 _NUMBER_0 = Match(("tcp sequence",), 0)
 _HAS_SOCKET = Meta("socket wildcard", "0")
 """One that is bound to the packet's own destination, not to the wildcard address."""
@@ -103,8 +104,10 @@ def _at_gateway(move_id: str, translation: Translation) -> tuple[Rules, Rules]:
     there, gone = Match(outbound, kept), Match(outbound, ended, equal=False)
     note = Add(outbound, ended[1:])
     return [
+        (_NEITHER, *kept_one, *to_new),
+        (RST, *kept_one, Write(*SENT_TO_OLD), *to_new),
+        (SYN, *kept_one, Write(*SENT_TO_OLD), *to_new),
         (NOT_SYN, *kept_one, *to_new),
-        (SYN, *kept_one, Write(*_MARK), *to_new),
     ], [
         (_NEITHER, there, gone, *to_old),
         (SYN_ACK, there, note, ACCEPT),
@@ -122,8 +125,8 @@ def _at_destination(move_id: str, translation: Translation) -> tuple[Rules, Rule
     is_old = Match((f"{ip} daddr",), after)
     return [
         (NOT_SYN, *kept_one, to_old, ACCEPT),
-        (SYN, *kept_one, to_old, _HAS_SOCKET, Write(_MARK[0], 0), ACCEPT),
-        (SYN, is_old, Match((_MARK[0],), _MARK[1]), RESET),
+        (SYN, *kept_one, to_old, _HAS_SOCKET, Write(SENT_TO_OLD[0], 0), ACCEPT),
+        (SYN, is_old, Match((SENT_TO_OLD[0],), SENT_TO_OLD[1]), RESET),
         (SYN, is_old, Write(f"{ip} daddr", before), Add(inbound, ended[1:]), ACCEPT),
     ], [(NOT_SYN, Match(outbound, kept), TO_WIRE, Write(f"{ip} saddr", before), ACCEPT)]
 

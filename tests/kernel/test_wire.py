@@ -262,9 +262,15 @@ class Stage:
         return found + receiver.drain()
 
     def expect(self, packet: Any, **changes: Any) -> bytes:
-        """*packet* on the other side of the site, with *changes* to its IP header."""
+        """*packet* on the other side of the site, with *changes* to its IP header.
+
+        And if it is a reset of the kept connection, with a gateway's mark.
+        """
         forwarded = packet.copy()
         del forwarded.payload.chksum
+        is_reset = "R" in str(getattr(forwarded.payload, "flags", ""))
+        if "dst" in changes and is_reset and self.role == Role.GATEWAY:
+            forwarded.payload.urgptr = CRIU_MARK
         for name, value in changes.items():
             setattr(forwarded, name, str(value) if isinstance(value, Address) else value)
         hops = "ttl" if packet.version == 4 else "hlim"
@@ -382,9 +388,13 @@ def _neighbour(run: Run, netns: str, address: Address, device: str, mac: str) ->
     run(netns, "ip", "neighbour", "replace", str(address), *to)
 
 
-def to_process(stage: Stage, version: int, **more: Any) -> Any:
-    """A segment of the kept connection, from the peer."""
-    return segment(PEER[version], KEPT_PORT, stage.outside(version), PORT, **more)
+def to_process(stage: Stage, version: int, *, sent_to_new: bool = False, **more: Any) -> Any:
+    """A segment of the kept connection, from the peer; a reset as the gateway marks it if sent to
+    OLD."""
+    packet = segment(PEER[version], KEPT_PORT, stage.outside(version), PORT, **more)
+    if stage.role == Role.DESTINATION and "R" in str(packet.payload.flags) and not sent_to_new:
+        packet.payload.urgptr = CRIU_MARK
+    return packet
 
 
 def to_peer(stage: Stage, version: int, **more: Any) -> Any:
@@ -452,7 +462,8 @@ def test_a_reset_reaches_the_process_once_its_peer_has_said_anything_else(
     if mode == Mode.STATEFUL:  # in the other one a SYN ends a tuple that no socket has
         stage.inbound(to_process(stage, version, flags="S", data=b""))
     for flags in ("R", "RA"):
-        assert stage.inbound(to_process(stage, version, flags=flags, data=b"")) == []
+        early = to_process(stage, version, sent_to_new=True, flags=flags, data=b"")
+        assert stage.inbound(early) == []
     assert "CLOSE" not in stage.run(stage.netns, "conntrack", "-L", "-p", "tcp")
     assert stage.heard() == 0
 
@@ -460,8 +471,22 @@ def test_a_reset_reaches_the_process_once_its_peer_has_said_anything_else(
     assert stage.heard() == 1
     silent = [t.kept for t in plan.translations if t.map.old.version != version]
     assert stage.unheard(plan) == [*silent[0].each()]
-    reset = to_process(stage, version, flags="R", data=b"")
+    reset = to_process(stage, version, sent_to_new=True, flags="R", data=b"")
     assert [stage.expect(reset, dst=stage.inside(version))] == stage.inbound(reset)
+
+
+@EACH_MODE
+@EACH_VERSION
+def test_a_reset_that_a_gateway_has_translated_reaches_the_process_at_once(
+    make_stage: Callable[[Role], Stage], version: int, mode: Mode
+) -> None:
+    """Its peer was spoken to by OLD: what it says is no answer to NEW."""
+    stage = make_stage(Role.DESTINATION)
+    stage.prepare(mode=mode)
+    reset = to_process(stage, version, flags="R", data=b"")
+
+    assert [stage.expect(reset, dst=stage.inside(version))] == stage.inbound(reset)
+    assert stage.heard() == 0
 
 
 def test_once_every_peer_was_heard_no_packet_is_asked_for_it(
@@ -487,7 +512,7 @@ def test_once_every_peer_was_heard_no_packet_is_asked_for_it(
     assert has_chain(tidy=False)
     assert not has_chain()
     for version in (4, 6):
-        reset = to_process(stage, version, flags="R", data=b"")
+        reset = to_process(stage, version, sent_to_new=True, flags="R", data=b"")
         assert [stage.expect(reset, dst=stage.inside(version))] == stage.inbound(reset)
 
     second = Stage(stage.role, stage.netns, stage.peer, stage.process, stage.run)
@@ -799,7 +824,8 @@ def test_what_a_gateway_carries_is_not_translated_anew(
     for flags in ("PA", "FA", "R"):
         stage.run(stage.netns, "sh", "-ec", WITHOUT_ENTRY[done])
         packet = segment(*ends, flags=flags)
-        assert [stage.expect(segment(*inner, flags=flags))] == stage.inbound(packet), flags
+        wanted = stage.expect(segment(*inner, flags=flags), dst=NEW[version])
+        assert [wanted] == stage.inbound(packet), flags
         stage.run(stage.netns, "conntrack", "-F")
         packet = segment(*inner[2:], *inner[:2], flags=flags)
         wanted = stage.expect(segment(*ends[2:], *ends[:2], flags=flags))
