@@ -293,7 +293,7 @@ def translation_tables(mode: Mode, *, at_gateway: bool) -> tuple[tuple[Object, .
         return (mode_table(mode),)
     peers = (*dispatch_table("from"), *dispatch_table("to"))
     at_gateways = (peers, _local_table()) if at_gateway else ()
-    return (mode_table(mode), _marks_table(), _invalid_table(), *at_gateways)
+    return (mode_table(mode), dispatch_table(MARK), _invalid_table(), *at_gateways)
 
 
 def _local_table() -> tuple[Object, ...]:
@@ -303,12 +303,6 @@ def _local_table() -> tuple[Object, ...]:
         objects += [chain, *([Rule(chain.name, guard)] if chain.type != "nat" else [])]
         objects += [rule._replace(chain=chain.name) for rule in _dispatch_rules(dispatch)]
     return tuple(objects)
-
-
-def _marks_table() -> tuple[Object, ...]:
-    """Where resets get to, that a gateway marks."""
-    marks = Chain(DISPATCHES[MARK].chain, shared=True)
-    return (*_dispatch_maps(MARK), marks, *_dispatch_rules(MARK))
 
 
 def _invalid_table() -> tuple[Object, ...]:
