@@ -122,10 +122,13 @@ def find_one_way(
     if any(one.opened is None or one.opened < ONE_WAY_S for one in (site, *restored)):
         return
     inward = outward = 0
+    sockets = None if site.seen.sockets is None else frozenset(site.seen.sockets.each())
     for translation in kept:
         entries = site.seen.entries.get(translation.number, ())
         for record, entry in zip(translation.kept.each(), entries, strict=False):
             if entry is None or not entry.alive or entry.packets_in is None:
+                continue
+            if sockets is not None and record not in sockets:
                 continue
             deaf = record in site.seen.unanswered
             heard = (bool(entry.packets_in) or record in site.seen.heard) and not deaf

@@ -179,7 +179,8 @@ def _tell(status: MoveStatus, carried: Carried, host: str) -> Iterator[str]:
         ends = ", ".join(map(str, move.listeners))
         yield f"listeners that follow: {ends}; {callers} new connections"
     if carried.has_ended():
-        yield f"all have ended: natkeep teardown {move.id}"
+        then = "; no new connection reaches the listeners then" if move.listeners else ""
+        yield f"all have ended: natkeep teardown {move.id}{then}"
 
 
 def _clock(seconds: float) -> str:
