@@ -223,6 +223,10 @@ class FakeKernel:
         """None."""
         return ""
 
+    def read_address_state(self, site: Site, address: Address) -> str:
+        """It can be used."""
+        return ""
+
     def read_source_rules(self, site: Site, version: int) -> tuple[SourceRule, ...]:
         """None."""
         return ()

@@ -174,9 +174,11 @@ _MOVE = (
     ),
 )  # fmt: skip
 _PLAN = (*_MOVE, _choice("--format", "text", "json", "nft"))
+_LIVE = _option("--live", "PID", help="connections of a process that still runs, and its children")
+_CHECK = (_ANY_ID, *_MOVE[1:], _LIVE)
 _PREPARE = (
     *_MOVE,
-    _option("--live", "PID", help="connections of a process that still runs, and its children"),
+    _LIVE,
     _choice("--gate", "closed", "open"),
     _option("--replace", "ID", help="the earlier move of the same process, moved on"),
     _flag("--dry-run", "check, and print the plan"),
@@ -246,7 +248,7 @@ _VERBS: dict[str, tuple[str, str, tuple[Option, ...]]] = {
     "run": ("change", "prepare, have CRIU restore, open; undo if it fails", _RUN),
     "open": ("change", "let the kept connections through", _OPEN),
     "status": ("show", "what is prepared, what it carries, what drifted", _STATUS),
-    "check": ("show", "can this machine do it? each finding has a code", (_SITE,)),
+    "check": ("show", "can this machine do it, and with a --map this move?", _CHECK),
     "explain": ("show", "what a finding means and what to do", (_option("code", "CODE"),)),
     "repair": ("change", "put back what another program removed", _REPAIR),
     "teardown": ("change", "undo a move; a second time is fine", _TEARDOWN),

@@ -10,11 +10,18 @@ from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from natkeep import report
-from natkeep.cli.arguments import make_executor, parse_sites, read_process
+from natkeep.checkpoint.live import parse_pid
+from natkeep.cli.arguments import (
+    make_executor,
+    make_move,
+    parse_sites,
+    read_connections,
+    read_process,
+)
 from natkeep.cli.output import hold_document, print_as, print_json, talk
 from natkeep.errors import DriftError, JournalError, NatkeepError, UsageError
 from natkeep.kernel.linux import LinuxKernel
-from natkeep.plan.findings import CATALOGUE, Severity
+from natkeep.plan.findings import CATALOGUE, Finding, Severity
 from natkeep.plan.move import parse_olds
 from natkeep.state.directory import StateDirectory
 from natkeep.terminal import clear, show, show_json
@@ -99,25 +106,39 @@ def check(args: argparse.Namespace) -> int:
     from natkeep.lifecycle.examine import examine
 
     StateDirectory(args.state_dir, create=False)  # one that cannot be used is an error here too
-    findings = [*examine(_read_subject(args))]
+    subject, findings = _read_subject(args)
+    findings += examine(subject)
+    about = "this move" if args.map else "a move"
     if args.json:
         print_json(report.findings_to_json(findings))
     else:
-        show(report.finding_lines(findings, "a move"))
+        show(report.finding_lines(findings, about))
     stopping = [finding for finding in findings if finding.severity == Severity.STOP]
     if stopping:
         code = stopping[0].code
-        raise DriftError(f"{code} stops a move", hint=f"natkeep explain {code}")
+        raise DriftError(f"{code} stops {about}", hint=f"natkeep explain {code}")
     return 0
 
 
-def _read_subject(args: argparse.Namespace) -> Subject:
-    """What the options ask about: the sites, or a move."""
+def _read_subject(args: argparse.Namespace) -> tuple[Subject, list[Finding]]:
+    """What the options ask about, the sites or a move; and what was found in making it."""
     from natkeep.lifecycle.subject import Subject
 
+    ways = (args.image, args.connections, args.live)
+    if args.map:
+        from natkeep.lifecycle.examine_move import make_subject
+
+        args.id = args.id or "check"
+        executor = make_executor(args, create=False)
+        checkpoint = read_connections(args)
+        move = make_move(args, checkpoint)
+        pid = None if args.live is None else parse_pid(args.live)
+        return make_subject(executor, move, checkpoint, args.image or "", pid)
+    if args.id or any(way is not None for way in ways):
+        raise UsageError("which move? --map OLD=NEW", hint="without connections: the machine alone")
     kernel, sites = LinuxKernel(), parse_sites(args.site)
     kernel.open_sites(sites)
-    return Subject(kernel, sites)
+    return Subject(kernel, sites), []
 
 
 def explain(args: argparse.Namespace) -> int:

@@ -13,7 +13,9 @@ from __future__ import annotations
 import errno
 import socket
 import struct
+import sys
 from collections.abc import Iterable, Iterator
+from contextlib import closing
 from ipaddress import ip_address
 
 from natkeep.kernel import rtnetlink as rt
@@ -31,6 +33,8 @@ _SRC, _IIF, _TABLE, _MULTIPATH, _VIA = 2, 3, 15, 9, 18
 _GETLINK, _IFNAME = 18, 3
 _LINK = struct.Struct("=BxHiII")
 _ASKED = 0x8 | 0x10 | 0x80  # IFF_LOOPBACK | IFF_POINTOPOINT | IFF_NOARP: nobody is asked for there
+_LINKINFO, _BRIDGE = 18, attribute(1, b"bridge\0")[:11]
+_OPTIMISTIC, _DADFAILED, _TENTATIVE = 0x04, 0x08, 0x40  # IFA_F_…
 _PROTOCOL_KERNEL, _PROTOCOL_RA = 2, 9
 _KINDS = {1: "unicast", 2: "local", 3: "broadcast", 6: "blackhole", 7: "unreachable",
           8: "prohibit", 9: "throw"}  # fmt: skip
@@ -48,24 +52,33 @@ class Links:
         self._silent: set[int] = set()
         self._local: dict[bytes, int] = {}
         self._networks: list[tuple[int, int, int]] = []
+        self._flags: dict[bytes, int] = {}
+        self.bridges = False
         for answer in [*self._netlink.request(_GETLINK, NLM_F_DUMP, _LINK.pack(0, 0, 0, 0, 0))]:
             _, _, index, flags, _ = _LINK.unpack_from(answer)
-            self._names[index] = attributes(answer[_LINK.size :])[_IFNAME].rstrip(b"\0").decode()
+            found = attributes(answer[_LINK.size :])
+            self._names[index] = found[_IFNAME].rstrip(b"\0").decode()
+            self.bridges |= _BRIDGE in found.get(_LINKINFO, b"")
             if flags & _ASKED:
                 self._silent.add(index)
         for header, found in rt.read_addresses(self._netlink):
             packed = rt.local_address(found)
             if len(packed) in (4, 16):
                 self._local[packed] = header[4]
+                flags = found.get(rt.IFA_FLAGS, b"")
+                self._flags[packed] = int.from_bytes(flags, sys.byteorder) or header[2]
                 self._networks.append((len(packed), *network_of(packed, header[1])))
 
     def close(self) -> None:
         """Close the socket."""
         self._netlink.close()
 
-    def is_local(self, address: Address) -> bool:
-        """Whether it is an address of this host."""
-        return address.packed in self._local
+    def state_of(self, address: Address) -> str:
+        """`duplicate` or `tentative` (RFC 4862) of an address that cannot be used; else empty."""
+        flags = self._flags.get(address.packed, 0)
+        if flags & _DADFAILED:
+            return "duplicate"
+        return "tentative" if flags & _TENTATIVE and not flags & _OPTIMISTIC else ""
 
     def device_of(self, address: Address) -> int:
         """Index of the device that has *address*; 0 where none, or lo, has it."""
@@ -186,6 +199,18 @@ def read_at_gateway(old: Address, new: Address, peers: Iterable[bytes]) -> tuple
         return tuple(ways)
     finally:
         links.close()
+
+
+def read_address_state(address: Address) -> str:
+    """As Links.state_of."""
+    with closing(Links()) as links:
+        return links.state_of(address)
+
+
+def has_bridge() -> bool:
+    """Whether this namespace has a bridge."""
+    with closing(Links()) as links:
+        return links.bridges
 
 
 def read_source_rules(version: int) -> tuple[SourceRule, ...]:

@@ -11,6 +11,7 @@ import os
 
 from natkeep.errors import KernelError
 from natkeep.kernel import nftables, nftables_dump, sysctl
+from natkeep.kernel.path import has_bridge
 from natkeep.plan.diagnostics import Facts
 from natkeep.plan.nft import TABLE
 
@@ -43,7 +44,7 @@ def gather_facts() -> Facts:
         entries=_number("netfilter/nf_conntrack_count"),
         limit=_number("netfilter/nf_conntrack_max"),
         rp_filter=_rp_filter(),
-        bridge_netfilter=bool(_flag("bridge/bridge-nf-call-iptables")),
+        bridge_netfilter=bool(_flag("bridge/bridge-nf-call-iptables")) and has_bridge(),
         legacy_tables=tuple(sorted(set(_legacy_tables()))),
         flowtables=nftables_dump.flowtable_names() if chains is not None else (),
         nat_chains=tuple(

@@ -10,7 +10,12 @@ from collections.abc import Iterable, Iterator
 from natkeep.errors import RefusedError
 from natkeep.kernel import survey
 from natkeep.lifecycle.other_rules import look_at_hops, look_at_other_rules
-from natkeep.lifecycle.path import look_at_policy_rules, look_at_routes
+from natkeep.lifecycle.path import (
+    look_at_new,
+    look_at_owners,
+    look_at_policy_rules,
+    look_at_routes,
+)
 from natkeep.lifecycle.subject import Look, Subject
 from natkeep.plan.diagnostics import find
 from natkeep.plan.findings import Finding, Severity
@@ -27,6 +32,7 @@ OF_MACHINE: tuple[Look, ...] = (look_at_machine,)
 """Asked by `check` alone: they take long, or are about more than one move."""
 
 OF_PATH: tuple[Look, ...] = (
+    look_at_new,
     look_at_routes,
     look_at_policy_rules,
     look_at_hops,
@@ -40,7 +46,7 @@ def examine(subject: Subject) -> Iterator[Finding]:
     """All that there is to be found; nothing is changed."""
     looks = OF_MACHINE
     if subject.plan is not None:
-        looks += OF_PATH
+        looks += (*OF_PATH, look_at_owners)
     if subject.checkpoint is not None:
         from natkeep.lifecycle.process import OF_PROCESS  # what a prepare need not wait for
 

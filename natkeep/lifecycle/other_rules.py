@@ -51,7 +51,7 @@ def look_at_other_rules(subject: Subject) -> Iterator[Finding]:
         for translation in here:
             for effect, tuple_ in subject.kernel.ask(site, _follow_at, translation):
                 found.setdefault((effect.does, effect.where), str(tuple_))
-        findings = [*_judge(site, found, plan.move.mode)]
+        findings = [*judge(site, found, plan.move.mode)]
         yield from findings
         ends = frozenset(
             Endpoint(address, end.destination.port)
@@ -66,7 +66,8 @@ def look_at_other_rules(subject: Subject) -> Iterator[Finding]:
             yield ok(site, "no rule of others drops what is to pass")
 
 
-def _judge(site: Site, found: dict[tuple[str, str], str], mode: Mode) -> Iterator[Finding]:
+def judge(site: Site, found: dict[tuple[str, str], str], mode: Mode) -> Iterator[Finding]:
+    """What was *found* to be done, and where, to which tuple."""
     for (does, where), tuple_ in found.items():
         if does == "drop":
             yield Finding(

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from ipaddress import ip_address
 
 from natkeep.kernel import path
+from natkeep.kernel.neighbours import find_owner
 from natkeep.lifecycle.subject import Subject
 from natkeep.plan.findings import Finding, ok
 from natkeep.plan.move import Map, Site
@@ -53,10 +54,31 @@ def look_at_policy_rules(subject: Subject) -> Iterator[Finding]:
                 )
             copied = find_uncopied(rules, map_.new, map_.old)
             if copied and not apart:
-                several = "s" * (len(copied) > 1)
-                yield ok(
-                    site, f"{len(copied)} ip rule{several} for NEW {map_.new} will hold for OLD"
-                )
+                yield ok(site, f"`ip rule from {map_.new}` will hold for OLD {map_.old}, too")
+
+
+def look_at_new(subject: Subject) -> Iterator[Finding]:
+    """Whether NEW can be used as it stands at the destination."""
+    assert subject.plan is not None
+    for site, here in _sites_that_translate(subject.plan):
+        for new in dict.fromkeys(one.map.new for one in here if site.row.puts_old):
+            state = subject.kernel.ask(site, path.read_address_state, new)
+            if state:
+                yield Finding("new-unusable", site, f"NEW {new} is {state}")
+            else:
+                yield ok(site, f"NEW {new} can be used")
+
+
+def look_at_owners(subject: Subject) -> Iterator[Finding]:
+    """Whether another host on the destination's links has NEW; it is asked for, 0.2 s each."""
+    assert subject.plan is not None
+    for site, here in _sites_that_translate(subject.plan):
+        for new in dict.fromkeys(one.map.new for one in here if site.row.puts_old):
+            owner = subject.kernel.ask(site, find_owner, new, new)
+            if owner:
+                yield Finding("new-held", site, f"NEW {new} is that of another host, too: {owner}")
+            else:
+                yield ok(site, f"no other host on the link has NEW {new}")
 
 
 def _sites_that_translate(plan: Plan) -> Iterator[tuple[Site, list[Translation]]]:

@@ -304,4 +304,20 @@ CATALOGUE = {
         "by its own table of connections, before or instead of natkeep's rules.",
         "Move such connections where IPVS is not: take the server out of its table first.",
     ),
+    "refused": Explanation(
+        Severity.STOP,
+        "`prepare` would refuse this move, for the reason that is said.",
+        "What the line below it says.",
+    ),
+    "new-unusable": Explanation(
+        Severity.STOP,
+        "NEW is at the destination, but tentative (its duplicate address detection has not ended) "
+        "or a duplicate (another host has it): the kernel neither sends nor takes packets with it.",
+        "Wait until `ip address` says neither `tentative` nor `dadfailed`, or give it `nodad`.",
+    ),
+    "new-held": Explanation(
+        Severity.STOP,
+        "Another host on the destination's link answers for NEW: peers' packets may go there.",
+        "Take NEW from that host, or choose another.",
+    ),
 }

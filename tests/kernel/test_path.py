@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from ipaddress import ip_address
@@ -11,6 +12,7 @@ import pytest
 from natkeep.kernel import path, policy_rules, rtnetlink
 from natkeep.kernel.linux import LinuxKernel
 from natkeep.kernel.netns import inside, open_namespace
+from natkeep.lab.time_scale import scaled
 from natkeep.plan.move import Site
 from natkeep.plan.path import Way, judge
 from natkeep.plan.roles import Role
@@ -246,3 +248,35 @@ def test_a_rule_that_an_operator_has_added_for_old_stays(
         policy_rules.copy_rules(NEW[4], OLD[4])
         rtnetlink.remove_host_address(OLD[4])
     assert str(OLD[4]) in run(netns, "ip", "rule")
+
+
+# ---- addresses -----------------------------------------------------------------------------------
+
+
+def test_a_tentative_address_and_a_duplicate_are_told(
+    make_netns: Callable[[], str], run: Run
+) -> None:
+    netns, other = make_netns(), make_netns()
+    run(netns, "ip", *f"link add eth0 type veth peer name eth0 netns {other}".split())
+    for each in (netns, other):
+        run(each, "ip", "link", "set", "eth0", "up")
+    new = NEW[6]
+    run(other, "ip", "address", "add", f"{new}/64", "dev", "eth0", "nodad")
+    with at(other):
+        assert path.read_address_state(new) == ""
+    run(netns, "ip", "address", "add", f"{new}/64", "dev", "eth0")
+    seen, deadline = set(), time.monotonic() + scaled(10)
+    with at(netns):
+        while "duplicate" not in seen and time.monotonic() < deadline:
+            seen.add(path.read_address_state(new))
+    assert seen <= {"tentative", "duplicate"}
+    assert "duplicate" in seen
+
+
+def test_a_bridge_is_seen(make_site: Callable[[], str], run: Run) -> None:
+    netns = make_site()
+    with at(netns):
+        assert not path.has_bridge()
+    run(netns, "ip", "link", "add", "br0", "type", "bridge")
+    with at(netns):
+        assert path.has_bridge()

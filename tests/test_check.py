@@ -1,0 +1,210 @@
+"""`natkeep check` about a move, and prepare, which refuses what it stops: in real namespaces."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from natkeep.cli import main
+from natkeep.kernel import survey
+from natkeep.lifecycle.other_rules import judge
+from natkeep.plan.move import Mode, Site
+from natkeep.plan.roles import Role
+
+MAPS = {4: "10.2.0.10=10.3.0.20", 6: "fd00:2::10=fd00:3::20"}
+EACH_VERSION = pytest.mark.parametrize("version", [4, 6])
+PEERS = {4: "10.1.0.2", 6: "fd00:1::2"}
+Natkeep = Callable[..., subprocess.CompletedProcess[str]]
+
+
+class Network:
+    """A gateway with the networks of peers, OLD and NEW, and a destination in the last."""
+
+    def __init__(self, make_netns: Callable[[], str], place: Path) -> None:
+        self.gateway, self.destination, self.rest = (make_netns() for _ in range(3))
+        self.place = place
+        for number, (name, other) in enumerate(
+            (("near", self.rest), ("home", self.rest), ("far", self.destination)), 1
+        ):
+            self.ip(
+                f"link add {name} netns {self.gateway} type veth peer name {name} netns {other}"
+            )
+            for netns, host in ((self.gateway, "1"), (other, {3: "20"}.get(number, "9"))):
+                self.ip(f"-n {netns} link set {name} up")
+                self.ip(f"-n {netns} address add 10.{number}.0.{host}/24 dev {name}")
+                self.ip(f"-n {netns} address add fd00:{number}::{host}/64 dev {name} nodad")
+        self.ip(f"-n {self.destination} route add default via 10.3.0.1")
+        self.ip(f"-n {self.destination} -6 route add default via fd00:3::1")
+
+    def ip(self, line: str) -> None:
+        subprocess.run(["ip", *line.split()], check=True)
+
+    def nft(self, netns: str, script: str) -> None:
+        command = ["ip", "netns", "exec", netns, "nft", "-f", "-"]
+        subprocess.run(command, input=script, text=True, check=True)
+
+    def natkeep(
+        self, verb: str, version: int, *more: str, peer: str = "", port: int = 5000
+    ) -> subprocess.CompletedProcess[str]:
+        """A verb about one connection."""
+        old = MAPS[version].partition("=")[0]
+        ends = [f"[{end}]" if version == 6 else end for end in (old, peer or PEERS[version])]
+        text = f"{ends[0]}:{port} {ends[1]}:50001\n"
+        sites = (f"gateway={self.gateway}", f"destination={self.destination}")
+        words = [*verb.split(), "--map", MAPS[version], "--connections", "-", *more]
+        words += [word for site in sites for word in ("--site", site)]
+        state = str(self.place / "state")
+        command = [sys.executable, "-m", "natkeep.cli", "--state-dir", state, *words]
+        return subprocess.run(command, input=text, text=True, capture_output=True)
+
+    def codes(self, version: int, *more: str, **about: Any) -> list[str]:
+        """The codes that stop a move, as `check --json` has them."""
+        said = self.natkeep("check", version, "--json", *more, **about)
+        document = json.loads(said.stdout)
+        codes = [one["code"] for one in document["looks"] if one["result"] == "stop"]
+        assert said.returncode == (6 if codes else 0), said.stderr
+        assert document["stops"] == len(codes)
+        return codes
+
+
+@pytest.fixture
+def network(make_netns: Callable[[], str], tmp_path: Path) -> Network:
+    return Network(make_netns, tmp_path)
+
+
+@pytest.mark.root
+@pytest.mark.needs("nftables")
+@EACH_VERSION
+def test_a_move_that_nothing_stops_says_so_in_its_last_line(network: Network, version: int) -> None:
+    said = network.natkeep("check", version)
+    lines = said.stdout.splitlines()
+    assert said.returncode == 0, said.stdout + said.stderr
+    assert lines[0] == "ok    1 connection can be kept"
+    assert lines[-1] == "nothing stops this move"
+    assert any("via" in line and "dev far" in line for line in lines)
+    assert any("no other host on the link has NEW" in line for line in lines)
+    assert network.natkeep("prepare web", version).returncode == 0
+
+
+@pytest.mark.root
+@pytest.mark.needs("nftables")
+@EACH_VERSION
+def test_what_check_stops_prepare_refuses_and_changes_nothing(
+    network: Network, version: int
+) -> None:
+    neighbour = {4: "10.3.0.7", 6: "fd00:3::7"}[version]
+    assert network.codes(version, peer=neighbour) == ["peer-on-link"]
+
+    said = network.natkeep("prepare web", version, peer=neighbour)
+
+    assert said.returncode == 4
+    assert f"peer {neighbour} is on NEW's link far" in said.stderr
+    assert not (network.place / "state" / "web.journal").exists()
+
+
+@pytest.mark.root
+@pytest.mark.needs("nftables")
+@EACH_VERSION
+def test_forwarding_that_is_off_stops_a_move(network: Network, version: int) -> None:
+    setting = {4: "net.ipv4.ip_forward", 6: "net.ipv6.conf.all.forwarding"}[version]
+    command = ["ip", "netns", "exec", network.gateway, "sysctl", "-qw", f"{setting}=0"]
+    subprocess.run(command, check=True)
+    assert network.codes(version) == ["forwarding-off"]
+
+
+@pytest.mark.root
+@pytest.mark.needs("nftables")
+@EACH_VERSION
+def test_a_firewall_that_knows_old_alone_stops_a_move(network: Network, version: int) -> None:
+    ip, old = {4: ("ip", "10.2.0.10"), 6: ("ip6", "fd00:2::10")}[version]
+    network.nft(
+        network.gateway,
+        "table inet f { chain c { type filter hook forward priority 0; policy drop; "
+        f"{ip} saddr {old} accept; {ip} daddr {old} accept; }}; }}\n",
+    )
+    assert network.codes(version) == ["dropped"]
+    network.nft(network.gateway, "insert rule inet f c ct state established accept\n")
+    assert network.codes(version) == []
+
+
+def test_a_flowtable_stops_mode_stateless_alone() -> None:
+    offloads = {("flow offload", "inet f c"): "10.1.0.2:50001 > 10.3.0.20:5000"}
+    site = Site(Role.GATEWAY)
+    assert [one.code for one in judge(site, offloads, Mode.STATELESS)] == ["flowtable-past-rules"]
+    assert [*judge(site, offloads, Mode.STATEFUL)] == []
+
+
+@pytest.mark.root
+@pytest.mark.needs("nftables")
+@EACH_VERSION
+def test_a_rule_about_old_alone_stops_a_move_and_one_about_new_is_carried_over(
+    network: Network, version: int
+) -> None:
+    old, new = MAPS[version].split("=")
+    at = f"-n {network.destination} -{version}"
+    network.ip(f"{at} rule add from {new} lookup 100")
+    network.ip(f"{at} route add default via {new.replace('20', '1')} table 100")
+    said = network.natkeep("check", version)
+    assert f"`ip rule from {new}` will hold for OLD {old}, too" in said.stdout
+    assert network.natkeep("prepare web", version).returncode == 0
+    shown = ["ip", "-n", network.destination, f"-{version}", "rule"]
+    assert f"from {old} lookup 100" in subprocess.check_output(shown, text=True)
+
+    # What another program takes away is drift, and put back.
+    network.ip(f"{at} rule del from {old} lookup 100")
+    state = ["--state-dir", str(network.place / "state")]
+    assert main([*state, "status", "web", "--strict"]) == 6
+    assert main([*state, "repair", "web"]) == 0
+    assert main([*state, "status", "web", "--strict"]) == 0
+    assert f"from {old} lookup 100" in subprocess.check_output(shown, text=True)
+    assert main([*state, "teardown", "web", "--yes"]) == 0
+    assert f"from {old}" not in subprocess.check_output(shown, text=True)
+
+    network.ip(f"{at} rule add from {old} lookup 200")
+    assert network.codes(version) == ["old-routed-apart"]
+
+
+@pytest.mark.root
+@pytest.mark.needs("nftables")
+def test_what_prepare_would_refuse_is_a_finding(network: Network) -> None:
+    network.ip(f"-n {network.destination} address del 10.3.0.20/24 dev far")
+    said = network.natkeep("check", 4)
+    assert said.returncode == 6
+    assert "stop  refused" in said.stdout
+    assert "NEW 10.3.0.20 is not an address of this namespace" in said.stdout
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "message"),
+    [
+        (["check", "web"], 2, "which move? --map OLD=NEW"),
+        (["check", "--connections", "list"], 2, "which move? --map OLD=NEW"),
+        (["check", "--map", MAPS[4]], 2, "which connections?"),
+        (["check", "--map", MAPS[4], "--image", "gone"], 3, "cannot open gone"),
+    ],
+)
+@pytest.mark.root
+def test_bad_input_is_one_line(
+    words: list[str], code: int, message: str, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    assert main(["--state-dir", str(tmp_path / "state"), *words]) == code
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith(f"natkeep: {message}")
+    assert not (tmp_path / "state").exists()
+
+
+def test_without_rights_it_is_one_line(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(survey, "is_privileged", lambda: False)
+    state = ["--state-dir", str(tmp_path / "state")]
+    assert main([*state, "check", "--map", MAPS[4], "--image", "gone"]) == 5
+    out, err = capsys.readouterr()
+    assert (out, err.splitlines()[0]) == ("", "natkeep: no privileges: natkeep needs CAP_NET_ADMIN")
