@@ -209,9 +209,16 @@ def teardown(args: argparse.Namespace) -> int:
                     hint="take OLD from that host, or restore the process there; once they have "
                     "ended elsewhere --ended; or --yes",
                 )
+    opened = executor.state.knows(args.id) and executor.state.load(args.id).is_opened()
     found = teardown(executor, args.id)
     line = f"{args.id}: {'undone' if found else 'nothing to undo'}{_describe_dropped(executor)}"
     print_verb(args, line, found=found, **_dropped(executor))
+    if executor.dropped and not opened:
+        talk(
+            args,
+            f"natkeep: {args.id}: it was never opened: a rollback? The gateway comes first, then "
+            f"the process at the source: natkeep rollback {args.id}",
+        )
     return 0
 
 
@@ -226,11 +233,8 @@ def _describe_dropped(executor: Executor) -> str:
     number = sum(executor.dropped.values())
     if not number:
         return ""
-    return (
-        f"; what a gateway still sends here for {number} connections is dropped for "
-        f"{executor.drops} s (a rollback? the gateway first, then the process at the source; "
-        "natkeep gc ends the drop)"
-    )
+    what = f"what a gateway still sends to {number} connections here is dropped"
+    return f"; {what} for {executor.drops} s (natkeep gc ends that)"
 
 
 def rollback(args: argparse.Namespace) -> int:

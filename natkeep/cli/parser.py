@@ -245,7 +245,7 @@ _VERBS: dict[str, tuple[str, str, tuple[Option, ...]]] = {
     "plan": ("change", "print what prepare would do; touches nothing", _PLAN),
     "prepare": ("change", "make every site ready, with the gate closed", _PREPARE),
     "quiesce": ("change", "before a dump: have new connections wait", _QUIESCE),
-    "run": ("change", "prepare, have CRIU restore, open; undo if it fails", _RUN),
+    "run": ("change", "prepare, have CRIU restore, open; if it fails undo, or stay closed", _RUN),
     "open": ("change", "let the kept connections through", _OPEN),
     "status": ("show", "what is prepared, what it carries, what drifted", _STATUS),
     "check": ("show", "can this machine do it, and with a --map this move?", _CHECK),

@@ -1,8 +1,9 @@
-"""What calls CRIU: `natkeep run ID OPTIONS -- criu restore …`, prepared before, undone if it fails.
+"""What calls CRIU: `natkeep run ID OPTIONS -- criu restore …`, prepared before, opened behind it.
 
     read_command     the words after `--`, and at once what would go wrong, with the fix
     demand_criu      is there a CRIU, and one that can do it?
-    Restore.run      prepare closed, run CRIU with natkeep-hook (it opens), undo unless it restored;
+    Restore.run      prepare closed, run CRIU with natkeep-hook (it opens); unless it restored undo,
+                     or leave the gate closed where the move does not have its gateways as sites;
                      nothing but the move that was prepared here is opened or undone
 
 CRIU calls no hook when a restore fails, so what started it has to look after it. While a CRIU

@@ -40,7 +40,7 @@ def read_ruleset(version: int) -> Ruleset:
             for answer in _request(netlink, dump.GETCHAIN, number):
                 found = attributes(answer)
                 table = dump.text(found[1])
-                if table != TABLE:
+                if table != TABLE and not table.startswith(f"{TABLE}-"):
                     name = f"{_NAMES[number]} {table}"
                     chains[name, dump.text(found[3])] = _read_chain(found)
             if not any(table.startswith(f"{_NAMES[number]} ") for table, _ in chains):
