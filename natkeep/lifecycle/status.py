@@ -122,7 +122,9 @@ def _sum_up(journal: Journal, plan: Plan, sites: tuple[SiteStatus, ...]) -> Move
     frozen = not (plan.move.live or plan.move.quiesces) and journal.begun
     if frozen and any(site.role == Role.DESTINATION for site in plan.move.sites):
         silent = (at - journal.begun) // 1_000_000
-    return MoveStatus(plan, gate, sites, time.time() - _seconds_since(at), silent)
+    # Interrupted between the two clocks it would be less, and another second each time.
+    offset = max(time.time_ns() - time.monotonic_ns() for _ in range(3))
+    return MoveStatus(plan, gate, sites, (at + offset) / 1e9, silent)
 
 
 class Watch:
