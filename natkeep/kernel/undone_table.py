@@ -14,7 +14,7 @@ from natkeep.kernel import nftables_dump as dump
 from natkeep.kernel.interface import Driver, Place, Remember
 from natkeep.kernel.netlink import NETLINK_NETFILTER, Netlink
 from natkeep.kernel.rtnetlink import all_addresses
-from natkeep.plan.base_chains import GATE, OPEN, address_chain, gate_chain
+from natkeep.plan.base_chains import GATE, OPEN, address_chain, gate_chain, is_address_chain
 from natkeep.plan.nft import FAMILIES, TABLE
 from natkeep.plan.step_undo import RemoveUndone
 from natkeep.plan.steps import DropUndone, Prior
@@ -89,7 +89,9 @@ def find_arriving(move_id: str, olds: frozenset[Address]) -> Connections:
     with Netlink(NETLINK_NETFILTER) as netlink:
         standing, _ = dump.find_standing(netlink, "inet")
     at = f"{GATE}-at-"
-    for rule in (r for r in standing if r.kind == "rule" and r.name.startswith(at)):
+    # A move may be called at-something: its own chain is none of an address.
+    asking = (r for r in standing if r.kind == "rule" and is_address_chain(r.name))
+    for rule in (r for r in asking if r.name.startswith(at)):
         comment, _, marks = rule.what.partition(": ")
         if rule.name in besides:
             continue
