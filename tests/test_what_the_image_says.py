@@ -241,6 +241,24 @@ def test_a_redirected_port_is_found_in_the_sources_own_entries(
 
 @pytest.mark.root
 @pytest.mark.needs("nftables")
+@pytest.mark.parametrize("redirected", [80], indirect=True)
+def test_check_of_a_process_alone_is_about_it_and_criu(
+    redirected: tuple[str, int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("NATKEEP_CRIU", "/nowhere/criu")
+    looks = json.loads(natkeep(tmp_path, "check", "--live", str(redirected[1]), code=6))["looks"]
+
+    assert {"source-translates", "no-criu"} == {
+        one["code"] for one in looks if one["result"] == "stop"
+    }
+    said = [one["what"] for one in looks if one["code"] == "source-translates"]
+    assert [what for what in said if what.endswith(f"10.1.0.2:4000 > {OLD}:80 on the wire")]
+    assert natkeep(tmp_path, "check", "--live", "0", code=2)
+    assert natkeep(tmp_path, "check", "--image", str(tmp_path), code=3)
+
+
+@pytest.mark.root
+@pytest.mark.needs("nftables")
 @pytest.mark.parametrize("redirected", [8080], indirect=True)
 def test_a_port_that_was_dialled_itself_is_kept_beside_the_redirect(
     redirected: tuple[str, int], tmp_path: Path

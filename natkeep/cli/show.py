@@ -23,6 +23,7 @@ from natkeep.errors import DriftError, JournalError, NatkeepError, UsageError
 from natkeep.kernel.linux import LinuxKernel
 from natkeep.plan.findings import CATALOGUE, Finding, Severity
 from natkeep.plan.move import parse_olds
+from natkeep.plan.roles import Role
 from natkeep.state.directory import StateDirectory
 from natkeep.terminal import clear, show, show_json
 from natkeep.values import replace
@@ -134,11 +135,29 @@ def _read_subject(args: argparse.Namespace) -> tuple[Subject, list[Finding]]:
         move = make_move(args, checkpoint)
         pid = None if args.live is None else parse_pid(args.live)
         return make_subject(executor, move, checkpoint, args.image or "", pid)
+    if args.image is not None or args.live is not None:
+        return _read_process(args), []
     if args.id or any(way is not None for way in ways):
         raise UsageError("which move? --map OLD=NEW", hint="without connections: the machine alone")
     kernel, sites = LinuxKernel(), parse_sites(args.site)
     kernel.open_sites(sites)
     return Subject(kernel, sites), []
+
+
+def _read_process(args: argparse.Namespace) -> Subject:
+    """A process or an image without a move: as far as it and CRIU go, here."""
+    from natkeep.lifecycle.subject import Subject
+
+    executor = make_executor(args, create=False)
+    if args.live is None:
+        pid, sites, checkpoint = None, parse_sites(args.site), read_connections(args)
+    else:
+        pid = parse_pid(args.live)
+        sites = parse_sites(args.site or [f"source=pid:{pid}"])
+        checkpoint = read_process(args, tuple(site for site in sites if site.role != Role.SOURCE))
+    executor.kernel.open_sites(sites)
+    image = args.image or ""
+    return Subject(executor.kernel, sites, None, checkpoint, image, pid, executor.state)
 
 
 def explain(args: argparse.Namespace) -> int:

@@ -16,7 +16,6 @@ from natkeep.plan.findings import Finding, ok
 from natkeep.plan.move import Site
 from natkeep.plan.process import Tree, judge, judge_dump
 from natkeep.plan.roles import Role
-from natkeep.plan.tuples import Address
 
 
 def look_at_criu(subject: Subject) -> Iterator[Finding]:
@@ -67,12 +66,18 @@ def read_living_tree(pid: int) -> Tree:
 
 def look_at_sockets(subject: Subject) -> Iterator[Finding]:
     """Whether each socket can have its address there, and is on the wire what the image says."""
-    checkpoint, olds = subject.checkpoint, _olds(subject)
-    if checkpoint is None or not olds:
+    if subject.checkpoint is None:
         return
-    unmapped = checkpoint.unmapped([*olds])
+    yield from _look_at_destination(subject, subject.checkpoint)
+    yield from _look_at_source(subject, subject.checkpoint)
+
+
+def _look_at_destination(subject: Subject, checkpoint: Checkpoint) -> Iterator[Finding]:
+    if subject.plan is None or not checkpoint.sockets:
+        return
+    unmapped = checkpoint.unmapped([map_.old for map_ in subject.plan.move.maps])
     bound = {each.bound_device for each in checkpoint.sockets if each.unkept != ELSEWHERE} - {None}
-    for site in _sites(subject, Role.DESTINATION) if checkpoint.sockets else ():
+    for site in _sites(subject, Role.DESTINATION):
         found = [*find_unbindable(subject.kernel, site, unmapped)]
         for each in found:
             yield Finding("address-missing", site, f"{each}, which no --map moves")
@@ -81,34 +86,31 @@ def look_at_sockets(subject: Subject) -> Iterator[Finding]:
         missing = bound - subject.kernel.ask(site, rtnetlink.device_names) if bound else ()
         for device in sorted(filter(None, missing)):
             yield Finding("device-missing", site, f"{device}, which a socket is bound to")
-    yield from _look_at_source(subject, checkpoint, olds)
 
 
-def _look_at_source(
-    subject: Subject, checkpoint: Checkpoint, olds: frozenset[Address]
-) -> Iterator[Finding]:
+def _look_at_source(subject: Subject, checkpoint: Checkpoint) -> Iterator[Finding]:
+    """At the OLDs of the move, or of a process alone at whatever addresses it has."""
     marked = [each for each in checkpoint.sockets if each.is_translated()]
     for each in marked:
         yield Finding("source-translates", None, f"{each}: {each.unkept}")
-    if subject.state is None:
-        return
-    for site in _sites(subject, Role.SOURCE):
+    if subject.plan is not None:
+        olds = frozenset(map_.old for map_ in subject.plan.move.maps)
+    else:
+        here = (each.local for each in checkpoint.sockets if each.is_connection())
+        olds = frozenset(end.address for end in here if end is not None)
+    for site in _sites(subject, Role.SOURCE) if subject.state is not None else ():
+        assert subject.state is not None
         around = subject.kernel, subject.state, site
         found = [*find_translated(*around, olds, checkpoint.connections)]
         for inner, outer in found[:1]:
             what = f"{inner} is {outer} on the wire; {len(found)} in all"
             yield Finding("source-translates", site, what)
-        if not found:
+        if not (found or marked):
             yield ok(site, "it translates none of the connections itself")
 
 
 def _sites(subject: Subject, *roles: Role) -> list[Site]:
     return [site for site in subject.sites if site.role in roles]
-
-
-def _olds(subject: Subject) -> frozenset[Address]:
-    maps = subject.plan.move.maps if subject.plan is not None else ()
-    return frozenset(map_.old for map_ in maps)
 
 
 OF_PROCESS: tuple[Look, ...] = (look_at_sockets, look_at_tree, look_at_criu)
