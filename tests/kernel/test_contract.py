@@ -44,6 +44,7 @@ from natkeep.plan.steps import (
     RaiseLoopback,
     Step,
 )
+from natkeep.plan.translation import Surroundings
 from natkeep.plan.tuples import Address, Connections, Endpoint, FourTuple
 
 MAPS = {
@@ -203,12 +204,14 @@ def make(
     move_id: str = "web",
     mode: Mode = Mode.STATEFUL,
     kind: type[Step] | None = None,
+    home: frozenset[Address] = frozenset(),
 ) -> Plan:
     """A plan at the scene's site, which is opened; with a step of *kind* if it is optional."""
     site = Site(role, scene.netns)
     maps = tuple(MAPS[version] for version in versions)
     optional = {"hold": kind is HoldSegments, "guard": kind is GuardSite}
-    plan = make_plan(Move(move_id, maps, (site,), mode, **optional), connections)
+    move = Move(move_id, maps, (site,), mode, **optional)
+    plan = make_plan(move, connections, Surroundings(home=home))
     scene.kernel.open_sites([site])
     return plan
 
@@ -474,9 +477,10 @@ def test_moves_share_a_site_and_leave_it_one_by_one(
 ) -> None:
     """The shared table and chains go with the last of them, whichever it is."""
     scene.add_address(MAPS[4].old)
+    home = frozenset({MAPS[4].old})
     bare = scene.picture()
     plans = [
-        make(scene, role, some(4, 3, port=port), 4, move_id=move_id, mode=mode)
+        make(scene, role, some(4, 3, port=port), 4, move_id=move_id, mode=mode, home=home)
         for move_id, port in (("web", 5000), ("web-0", 6000))
     ]
     done = [apply(scene, plan.steps) for plan in plans]
@@ -532,9 +536,10 @@ def test_moves_of_both_modes_share_a_site(
     scene: Scene, role: Role, modes: tuple[Mode, Mode]
 ) -> None:
     scene.add_address(MAPS[4].old)
+    home = frozenset({MAPS[4].old})
     bare = scene.picture()
     plans = [
-        make(scene, role, some(4, 3, port=port), 4, move_id=mode.value, mode=mode)
+        make(scene, role, some(4, 3, port=port), 4, move_id=mode.value, mode=mode, home=home)
         for mode, port in zip(modes, (5000, 6000), strict=True)
     ]
     done = [apply(scene, plan.steps) for plan in plans]
