@@ -10,7 +10,8 @@
                                                          └────────┘
 
 OLD is an address of the destination from `prepare` on. Only what was moved is at home there: what
-stands goes on, and new connections reach the source, before, during and after the move.
+stands goes on, and new connections reach the source, before, during and after the move. The
+destination is a router, too: what it passes on to OLD for others is not for its own sockets either.
 """
 
 from natkeep.lab.application import start_client, start_server, tuple_of
@@ -18,6 +19,8 @@ from natkeep.plan.tuples import Endpoint
 
 
 def run(lab):
+    for key in ("net.ipv4.ip_forward", "net.ipv6.conf.all.forwarding"):
+        lab.topology["destination"].run("sysctl", "-qw", f"{key}=1")
     lab.begin()
     there = Endpoint(lab.old, 6022)
     start_server(lab.topology["source"], "sshd", there)

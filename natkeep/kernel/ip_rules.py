@@ -36,7 +36,7 @@ from natkeep.kernel.netlink import (
     attribute,
     attributes,
 )
-from natkeep.plan.ip_rules import SOURCES, IpRule
+from natkeep.plan.ip_rules import HERE, SOURCES, IpRule
 from natkeep.plan.nft import FAMILIES
 from natkeep.plan.step_undo import RemoveRules
 from natkeep.plan.steps import AddRules, Prior
@@ -45,7 +45,7 @@ from natkeep.plan.tuples import Address, Endpoint
 _NEWRULE, _DELRULE, _GETRULE = 32, 33, 34
 _HEADER = struct.Struct("=BBBBBBBBI")  # fib_rule_hdr: family, lengths of dst and src, tos, table,
 #                                        two reserved, action, flags
-_DST, _SRC, _IIFNAME, _GOTO, _PRIORITY, _MARK, _TABLE = 1, 2, 3, 4, 6, 10, 15
+_DST, _SRC, _IIFNAME, _GOTO, _PRIORITY, _MARK, _TABLE, _MASK = 1, 2, 3, 4, 6, 10, 15, 16
 _PROTOCOL, _IP_PROTO, _SPORT, _DPORT = 21, 22, 23, 24
 _SELECTS = (_IIFNAME, _MARK, 12, 17, 19, 20, _IP_PROTO, _SPORT, _DPORT)  # tunnel, oif, l3mdev, uid
 _LOOK_UP, _GOTO_RULE, _NOTHING = 1, 2, 3
@@ -53,6 +53,7 @@ _TABLE_LOCAL = 255
 _FIND_SADDR = 0x10000  # FIB_RULE_FIND_SADDR
 _FIRST = 0xC1
 _SHAPES = 1 << 4
+_EVERYWHERE = 9
 _FAMILY = {4: socket.AF_INET, 6: socket.AF_INET6}
 _LISTENING = 10  # TCP_LISTEN
 _UNSUPPORTED = frozenset({errno.EOPNOTSUPP, errno.EAFNOSUPPORT})
@@ -93,7 +94,9 @@ class _Rules:
         for one in self.standing:
             if one.is_local:
                 break
-            if one.ours is None or one.ours.to in passed or (one.ours.mark and passed):
+            if one.ours is None:
+                continue
+            if not one.ours.passes and (one.ours.to in passed or (one.ours.mark and passed)):
                 continue
             if one.ours.sources and not sources.is_there(self._netlink, one.ours.to):
                 continue
@@ -155,15 +158,18 @@ def _pack(rule: IpRule, preference: int) -> bytes:
     body = _HEADER.pack(_FAMILY[rule.version], *lengths, 0, table, 0, 0, action, flags)
     body += attribute(_DST, rule.to.packed) if rule.to else b""
     body += attribute(_SRC, rule.source.packed) if rule.source else b""
-    body += attribute(_IIFNAME, b"lo\0") if rule.passes or rule.sources else b""
+    sent = rule.sources or (rule.passes and not rule.everywhere)
+    body += attribute(_IIFNAME, b"lo\0") if sent else b""
     body += attribute(_GOTO, _number(preference + 1)) if rule.passes else b""
     body += attribute(_TABLE, _number(SOURCES)) if rule.sources else b""
     body += attribute(_MARK, _number(rule.mark)) if rule.mark else b""
+    body += attribute(_MASK, _number(HERE)) if rule.mark == HERE else b""
     if rule.sport or rule.dport:
         body += attribute(_IP_PROTO, bytes([socket.IPPROTO_TCP]))
     for type_, port in ((_SPORT, rule.sport), (_DPORT, rule.dport)):
         body += attribute(type_, struct.pack("=HH", port, port)) if port else b""
     shape = bool(rule.source) + 2 * bool(rule.sport) + 4 * bool(rule.dport)
+    shape = _EVERYWHERE if rule.everywhere else shape
     return _finish(body, preference, shape)
 
 
@@ -197,9 +203,9 @@ def _read(answer: bytes, version: int) -> _Standing:
     to, source = (ip_address(found[t]) if t in found else None for t in (_DST, _SRC))
     mark = int.from_bytes(found.get(_MARK, b""), sys.byteorder)
     sport, dport = (struct.unpack("=HH", found.get(t, bytes(4)))[0] for t in (_SPORT, _DPORT))
-    return _Standing(
-        answer, preference, False, IpRule(version, to, source, sport, dport, mark), False
-    )
+    everywhere = action == _GOTO_RULE and _IIFNAME not in found
+    ours = IpRule(version, to, source, sport, dport, mark, everywhere)
+    return _Standing(answer, preference, False, ours, False)
 
 
 # ---- asked and changed ---------------------------------------------------------------------------

@@ -25,6 +25,7 @@ from natkeep.kernel import (
     owned_table,
     rtnetlink,
     segment_holder,
+    sysctl,
     undone_table,
 )
 from natkeep.kernel.interface import Driver, Inverse, Place, Remember, Snapshot
@@ -90,6 +91,8 @@ DRIVERS: dict[type, Any] = {
 }
 """By the kind of step; a kind that is derived from another has its driver."""
 
+_FORWARDING = ("ipv4/ip_forward", "ipv6/conf/all/forwarding")
+
 INVERSES: dict[type, Inverse[Any]] = {
     **NFT_INVERSES,
     DeleteEntries: DRIVERS[InsertEntries],
@@ -151,6 +154,7 @@ class LinuxKernel:
         local: frozenset[Address] = frozenset()
         beside: frozenset[Address] = frozenset()
         home: frozenset[Address] = frozenset()
+        forwards = False
         carried: list[tuple[FourTuple, FourTuple]] = []
         noted: list[Noted] = []
         for site in move.sites:
@@ -163,6 +167,7 @@ class LinuxKernel:
                 noted += conntrack_own.find_noted(site, entries)
                 if site.role == Role.DESTINATION:
                     local |= _find_local_peers((*kept, move.lost))
+                    forwards = any(sysctl.read(name) == "1" for name in _FORWARDING)
                     home |= find_at_home(frozenset(map_.old for map_ in move.maps))
                 elif move.mode == Mode.STATELESS:
                     beside |= _find_local_peers((*kept, move.lost))
@@ -175,6 +180,7 @@ class LinuxKernel:
             noted=tuple(noted),
             beside=beside,
             home=home,
+            forwards=forwards,
         )
 
     def observe(self, site: Site, plan: Plan) -> Observation:

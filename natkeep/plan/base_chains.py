@@ -11,6 +11,7 @@ from functools import cache, lru_cache
 from typing import NamedTuple
 
 from natkeep.plan.criu_lock import CRIU_MARK
+from natkeep.plan.ip_rules import HERE, STRANGE
 from natkeep.plan.move import Mode
 from natkeep.plan.nft import (
     ACCEPT,
@@ -23,6 +24,7 @@ from natkeep.plan.nft import (
     TPROXY,
     Chain,
     Elements,
+    MarkBits,
     Match,
     Meta,
     Object,
@@ -248,8 +250,8 @@ def early_hook(dispatch: str) -> tuple[Object, ...]:
 def destination_table() -> tuple[Object, ...]:
     """What only a destination's table has besides: what must not leave it, and ARP's silence.
 
-    A gateway has no OLD to leak, and no listener there; each packet would pay for it. What this
-    host passes on of others goes its way: by whichever it came, the source is at home elsewhere.
+    A gateway has no OLD to leak, and no listener there; each packet would pay for it. What is
+    passed on for others goes its way.
     """
     leaving = (
         Rule(LEAVING, (Match((f"{IP[v]} saddr",), f"@{held_set(v)}"), _OWN, TO_WIRE, DROP))
@@ -261,6 +263,20 @@ def destination_table() -> tuple[Object, ...]:
         Chain(HALF_OPEN, shared=True),
         Rule(INJECTED, (SYN_ACK, jump(HALF_OPEN))),
     )
+
+
+@cache
+def forwarding_table() -> tuple[Object, ...]:
+    """At a destination that forwards, a mark for what came for NEW: all else to OLD goes on."""
+    olds = [(FROM_WIRE, Match((f"{IP[v]} daddr",), f"@{held_set(v)}")) for v in FAMILIES]
+    is_ours = Meta("meta mark", f"& {STRANGE:#x} == 0x0")
+    ends = ("passed", "forward", STRANGE), ("come", "input", HERE)
+    found = [Chain("strange", "prerouting", "-349"), Chain("here", "prerouting", "350")]
+    found += [Chain(name, hook, "-350") for name, hook, _ in ends]
+    rules = [Rule("strange", (*old, MarkBits(STRANGE))) for old in olds]
+    rules += [Rule("here", (*old, is_ours, MarkBits(HERE))) for old in olds]
+    rules += [Rule(name, (MarkBits(bit, on=False),)) for name, _, bit in ends]
+    return (*found, *rules)
 
 
 @cache
@@ -382,7 +398,7 @@ def peer_map(name: str, version: int, size: int) -> Set:
 @cache
 def shared_names() -> frozenset[str]:
     """Names of the chains and sets that are there for all moves, but for the address chains."""
-    parts = [base_table(), destination_table()]
+    parts = [base_table(), destination_table(), forwarding_table()]
     parts += [part for mode in Mode for part in translation_tables(mode, at_gateway=True)]
     parts += [dispatch_table(dispatch) for dispatch in DISPATCHES]
     return frozenset(one.name for part in parts for one in part if isinstance(one, Chain | Set))

@@ -10,7 +10,11 @@ OLD has to be an address of the host that has the sockets; but an address on lo 
 ssh to the source would end at home. So what this host sends to OLD is routed as before, unless it
 belongs to a connection that was moved here. `iif lo` is what this host sends, and with it the
 kernel asks, too, whether a packet from OLD comes from where OLD is (fib_validate_source). Kept
-packets of others come in by another device.
+packets of others come in by another device. A host that forwards passes on what others say to OLD,
+so there it is what is translated here that gets a mark, and all else to OLD goes on:
+
+    0:  from all fwmark 0x8000000/0x8000000 lookup local
+    0:  from all to OLD goto 1                               instead of the one with iif
 
 An IPv6 socket that names no source of its own would choose OLD itself to talk to OLD (RFC 6724,
 5., rule 1). Of these lookups alone, told by FIB_RULE_FIND_SADDR, the route comes from a table of
@@ -24,16 +28,22 @@ Rule: values only; where they stand among the rules of a host is for kernel/ip_r
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING
 
 from natkeep.plan.criu_lock import CRIU_MARK
-from natkeep.plan.listeners import Reception
 from natkeep.plan.tuples import Address, FourTuple
 from natkeep.values import dataclass
+
+if TYPE_CHECKING:
+    from natkeep.plan.listeners import Reception
 
 MOST = 64
 """So many tuples have a rule each; of more peers on the host their end's port alone tells."""
 
 
+STRANGE, HERE = 0x04000000, 0x08000000
+"""The bits of the mark, in prerouting, of packets that a host which forwards has got: for OLD
+itself, and for NEW, so that they are for a socket here by now."""
 SOURCES = CRIU_MARK
 """The number of our own table of IPv6 routes."""
 
@@ -43,7 +53,8 @@ class IpRule:
     """A rule of a routing policy that an OLD needs; what is None or 0 is not asked.
 
     mark: looks table local up; without ports and mark it leads past it (`to` is OLD), with a source
-    that is OLD itself to the route whose source is another.
+    that is OLD itself to the route whose source is another. everywhere: not what this host says
+    alone, but also what it has got.
     """
 
     version: int
@@ -52,11 +63,12 @@ class IpRule:
     sport: int = 0
     dport: int = 0
     mark: int = 0
+    everywhere: bool = False
 
     @property
     def passes(self) -> bool:
         """Whether it leads past table local, to whatever rules follow."""
-        return not (self.sport or self.dport or self.mark or self.source)
+        return not (self.sport or self.dport or self.source or self.mark)
 
     @property
     def sources(self) -> bool:
@@ -66,19 +78,26 @@ class IpRule:
     def __str__(self) -> str:
         words = [f"from {self.source or 'all'}"]
         words += [f"to {self.to}"] if self.to is not None else []
-        words += [f"fwmark {self.mark:#x}"] if self.mark else []
+        mask = f"/{HERE:#x}" if self.mark == HERE else ""
+        words += [f"fwmark {self.mark:#x}{mask}"] if self.mark else []
         words += ["ipproto tcp"] if self.sport or self.dport else []
         words += [f"sport {self.sport}"] if self.sport else []
         words += [f"dport {self.dport}"] if self.dport else []
         goes = f"iif lo lookup {SOURCES}" if self.sources else "lookup local"
-        words.append("iif lo goto" if self.passes else goes)
+        past = "goto" if self.everywhere else "iif lo goto"
+        words.append(past if self.passes else goes)
         return " ".join(words)
 
 
-def rules_of(old: Address) -> tuple[IpRule, ...]:
-    """What *old* needs as long as it is on lo: what is marked stays, all else goes as before."""
+def rules_of(old: Address, *, forwards: bool = False) -> tuple[IpRule, ...]:
+    """What *old* needs as long as it is on lo: what is marked stays, all else goes as before.
+
+    forwards: the host passes on what others say to *old*.
+    """
+    marks = (CRIU_MARK, HERE) if forwards else (CRIU_MARK,)
     sources = (IpRule(6, old, old),) if old.version == 6 else ()
-    return (IpRule(old.version, mark=CRIU_MARK), *sources, IpRule(old.version, old))
+    local = (IpRule(old.version, mark=mark) for mark in marks)
+    return (*local, *sources, IpRule(old.version, old, everywhere=forwards))
 
 
 def stay(

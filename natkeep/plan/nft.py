@@ -103,6 +103,17 @@ class Meta(NamedTuple):
         return f"{self.name} {'' if self.equal else '!= '}{self.value}"
 
 
+class MarkBits(NamedTuple):
+    """The packet's mark with these bits set, or without them."""
+
+    bits: int
+    on: bool = True
+
+    def __str__(self) -> str:
+        how = f"| {self.bits:#x}" if self.on else f"& {~self.bits & 0xFFFFFFFF:#x}"
+        return f"meta mark set meta mark {how}"
+
+
 class TcpFlags(NamedTuple):
     """Of these flags of a segment just those are set, or not just those."""
 
@@ -231,7 +242,8 @@ class WriteMap(NamedTuple):
 
 
 Raw = Protocol | Octets | OctetsIn | WriteOctets | WriteMap
-Statement = Match | VerdictMap | Meta | TcpFlags | Nat | NatMap | Write | Add | Verdict | Raw
+Words = Match | VerdictMap | Meta | MarkBits | TcpFlags | Nat | NatMap | Write | Add | Verdict
+Statement = Words | Raw
 
 
 def marks(statement: Statement) -> Iterator[str]:

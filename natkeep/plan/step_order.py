@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 from natkeep.plan import filters
 from natkeep.plan.base_chains import base_table, dispatch_table, translation_tables
-from natkeep.plan.ip_rules import IpRule, stay
+from natkeep.plan.ip_rules import stay
 from natkeep.plan.listeners import make_receptions, refuse_one_end_for_two
 from natkeep.plan.move import Mode, Move, Site
 from natkeep.plan.resets import Reset, make_resets
@@ -161,8 +161,9 @@ def _steps_at(
     receptions = make_receptions(move, site)
     # The gate before the address: a host that has OLD but not the socket answers with RST.
     home = surroundings.home if site.row.puts_old else frozenset()
+    forwards = surroundings.forwards and site.row.puts_old
     awaits = site.row.passes_on and not any(one.row.puts_old for one in move.sites)
-    steps: list[Step] = [InstallGate(site, move.id, here, home=home, awaits=awaits)]
+    steps: list[Step] = [InstallGate(site, move.id, here, None, home, awaits, forwards)]
     fills = _fill_sets(site, move, here)
     # What a gateway whose gate is about to be opened drops meanwhile is not held: so as late as
     # can be. Before it has its set, nothing translates either.
@@ -179,7 +180,9 @@ def _steps_at(
         # The peers' addresses too, which may otherwise go with the moves that put them there.
         others += sorted({one.source.address for one in surroundings.joined}, key=str)
         staying = stay(_of_this_host(here, inner, surroundings, change), receptions, home)
-        steps += _put_old(site, move, here, others, staying, home)
+        olds = [*dict.fromkeys([*(t.map.old for t in here), *others])]
+        strange = tuple(old for old in olds if old not in home)
+        steps += _put_old(site, move, here, olds, AddRules(site, strange, staying, forwards))
     # The translation before the restore begins: CRIU sends unsent data before post-restore.
     steps.append(InstallTranslation(site, move.id, here))
     if receptions:
@@ -206,17 +209,14 @@ def _put_old(
     site: Site,
     move: Move,
     here: tuple[Translation, ...],
-    others: list[Address],
-    staying: tuple[IpRule, ...],
-    home: frozenset[Address],
+    olds: list[Address],
+    rules: AddRules,
 ) -> list[Step]:
     """What gives the namespace the addresses that its sockets will say."""
     steps: list[Step] = [HoldSegments(site, move.id, here)] if move.holds and here else []
     steps.append(RaiseLoopback(site))
-    olds = dict.fromkeys([*(t.map.old for t in here), *others])
-    strange = tuple(old for old in olds if old not in home)
     # Before the address: what this host says to OLD, on an ssh to the source, goes on without gap.
-    steps += [AddRules(site, strange, staying)] if strange else []
+    steps += [rules] if rules.olds else []
     new_of = {map_.old: map_.new for map_ in move.maps}
     return steps + [AddAddress(site, old, new_of.get(old)) for old in olds]
 

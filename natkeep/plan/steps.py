@@ -105,7 +105,8 @@ class Loads:
 class InstallGate(Loads):
     """The table if there is none, the move's (still empty) sets, its drop, and ARP silence.
 
-    home: OLD addresses that the host serves others by, which are not silenced.
+    home: OLD addresses that the host serves others by, which are not silenced. forwards: the host
+    passes on what others send to OLD.
     awaits: no destination is prepared with it, so the gateway waits until it has heard one.
     """
 
@@ -115,6 +116,7 @@ class InstallGate(Loads):
     recorded: Recorded | None = None
     home: frozenset[Address] = frozenset()
     awaits: bool = False
+    forwards: bool = False
 
     def make(self) -> tuple[Object, ...]:
         """The gate; at a source in both directions."""
@@ -129,7 +131,8 @@ class InstallGate(Loads):
         """The table, and what it has at a site of this role."""
         if self.site.row.puts_old:
             parts = (base_chains.destination_table(), base_chains.dispatch_table(base_chains.HEARD))
-            return (base_chains.base_table(), *parts, arp.arp_table())
+            passed = (base_chains.forwarding_table(),) if self.forwards else ()
+            return (base_chains.base_table(), *parts, *passed, arp.arp_table())
         if self.site.row.mutes:
             return (base_chains.base_table(), base_chains.dispatch_table("mute"))
         if self.awaits:
@@ -207,16 +210,18 @@ class AddAddress:
 class AddRules:
     """Rules by which what this host sends to *olds* is routed as before OLD is on lo.
 
-    staying: what of it belongs to connections and listeners that were moved here.
+    staying: what of it belongs to connections and listeners that were moved here. forwards: the
+    host passes on what others send to *olds*, as before.
     """
 
     site: Site
     olds: tuple[Address, ...]
     staying: tuple[IpRule, ...] = ()
+    forwards: bool = False
 
     def rules(self) -> tuple[IpRule, ...]:
         """All of them; of those that several OLDs need, one."""
-        shared = (rule for old in self.olds for rule in rules_of(old))
+        shared = (rule for old in self.olds for rule in rules_of(old, forwards=self.forwards))
         return tuple(dict.fromkeys((*self.staying, *shared)))
 
     def keeps(self, local: tuple[Address, int], peer: tuple[Address, int]) -> bool:

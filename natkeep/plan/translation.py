@@ -40,7 +40,7 @@ class Surroundings:
     joined: connections whose peers were moved to the destination before, by moves of their own.
     beside: in mode stateless, peers' addresses that are local to a gateway.
     noted: what the entries say that the sites have of the connections, where it is not the usual.
-    home: OLD addresses that the destination serves others by, as it did before any move.
+    home: OLD addresses that the destination has had before any move. forwards: it is a router.
     """
 
     local: frozenset[Address] = frozenset()
@@ -50,6 +50,7 @@ class Surroundings:
     noted: tuple[Noted, ...] = ()
     beside: frozenset[Address] = frozenset()
     home: frozenset[Address] = frozenset()
+    forwards: bool = False
 
     def carry_on(self, earlier: Surroundings, connections: Connections) -> Surroundings:
         """With those of *connections* that an *earlier* move, now replaced, took over itself.
@@ -151,8 +152,7 @@ class Translation:
 
     @property
     def routed(self) -> Connections:
-        """The connections between the site's prerouting, with both destinations translated, and
-        its postrouting, which translates the sources."""
+        """The connections between the site's prerouting, which translated, and postrouting."""
         if not self.renames:
             return self.inner
         return self.outer.toward(self.after, self.ports()[1])

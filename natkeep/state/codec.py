@@ -189,14 +189,15 @@ def move_from_json(value: dict[str, Any]) -> Move:
     )
 
 
-def peers_to_json(around: Surroundings) -> dict[str, list[str]]:
-    """What there is of *joined*, *beside* and *home*, which seldom is anything."""
-    joined, found = around.joined, {}
+def peers_to_json(around: Surroundings) -> dict[str, Any]:
+    """What there is of *joined*, *beside*, *home* and *forwards*, which seldom is anything."""
+    joined, found = around.joined, dict[str, Any]()
     if len(joined):
         found["joined"] = [joined.v4.hex(), joined.v6.hex()]
     for name, some in (("beside", around.beside), ("home", around.home)):
         if some:
             found[name] = sorted(map(str, some))
+    found |= {"forwards": True} if around.forwards else {}
     return found
 
 
@@ -257,6 +258,5 @@ def read_surroundings(
         for texts in (line["local"], line.get("beside", []), line.get("home", []))
     )
     noted = read_noted(move, as_list(line.get("entries", [])), said)
-    return Surroundings(
-        local, carried, carriers, read_sides(line.get("joined")), noted, beside, home
-    )
+    joined, forwards = read_sides(line.get("joined")), as_flag(line.get("forwards", False))
+    return Surroundings(local, carried, carriers, joined, noted, beside, home, forwards)

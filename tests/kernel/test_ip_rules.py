@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import errno
 import itertools
 import json
+import re
 import socket
 import struct
 import subprocess
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from ipaddress import ip_address
 from pathlib import Path
 
 import pytest
 from kernel.conftest import Picture
 
+from natkeep.errors import RefusedError
 from natkeep.kernel import ip_rules
 from natkeep.kernel.linux import LinuxKernel
 from natkeep.kernel.netns import inside, open_namespace
+from natkeep.lifecycle.check import check
 from natkeep.lifecycle.executor import Executor
 from natkeep.lifecycle.gc import gc
 from natkeep.lifecycle.open import open_move
@@ -192,10 +197,128 @@ def test_a_destination_talks_with_the_host_that_has_old(
         hosts.rules(),
         *(hosts("b", f"ip -{v} route show table all") for v in (4, 6)),
     )
-    assert picture[0] == take_picture(hosts.b)[0]
+    assert picture[1:6] == take_picture(hosts.b)[1:6]
     talk(hosts, version, pairs)
     for one in (listener, *itertools.chain(*pairs)):
         one.close()
+
+
+@BOTH
+@pytest.mark.parametrize("mode", list(Mode))
+@pytest.mark.parametrize("hosts", [True], indirect=True)
+def test_a_destination_that_forwards_passes_on_what_others_say_to_old(
+    hosts: Hosts, version: int, mode: Mode, make_netns: Callable[..., str], take_picture: Picture
+) -> None:
+    """A container behind the destination dials the source, and the source dials it."""
+    for family in (4, 6):
+        hosts("b", f"sysctl -qw net.ipv{family}.conf.all.forwarding=1")
+    behind = Behind(hosts, make_netns())
+    listener = hosts.listen("a", OLD[version], 2222)
+    caller = behind.dial(OLD[version], 2222)
+    pair = (caller, listener.accept()[0])
+    picture = take_picture(hosts.b)
+
+    prepare(hosts.executor, hosts.move(version, mode), kept(version))
+    for change in (lambda: None, lambda: open_move(hosts.executor, "web")):
+        change()
+        say(*pair)
+        with behind.dial(OLD[version], 2222) as another, listener.accept()[0] as accepted:
+            say(another, accepted)
+        with behind.listen(23) as there, hosts.inside("a"):  # type: ignore[attr-defined]
+            source = (str(OLD[version]), 0)
+            called = socket.create_connection((str(behind.at[version]), 23), 5, source)
+            with called, there.accept()[0] as accepted:
+                say(called, accepted)
+    assert [one.drift for one in read_status(hosts.executor, ("web",))[0].sites] == [()]
+    teardown(hosts.executor, "web")
+
+    assert picture[1:6] == take_picture(hosts.b)[1:6]
+    for one in (listener, *pair):
+        one.close()
+
+
+class Behind:
+    """A host whose router B is."""
+
+    def __init__(self, hosts: Hosts, name: str) -> None:
+        self.hosts, self.name = hosts, name
+        self.at = {4: ip_address("10.8.0.2"), 6: ip_address("fd00:8::2")}
+        hosts("b", f"ip link add eth1 type veth peer name eth0 netns {name}")
+        hosts.run(name, "ip", "link", "set", "lo", "up")
+        for netns, device, host in ((hosts.b, "eth1", 1), (name, "eth0", 2)):
+            for address in (f"10.8.0.{host}/24", f"fd00:8::{host}/64"):
+                hosts.run(netns, *f"ip addr add {address} dev {device} nodad".split())
+            hosts.run(netns, *f"ip link set {device} addrgenmode none up".split())
+        # What a router asks its neighbours has its link-local address.
+        links = ((hosts.a, "eth0"), (hosts.b, "eth0"), (hosts.b, "eth1"), (name, "eth0"))
+        for number, (netns, device) in enumerate(links, 1):
+            hosts.run(netns, *f"ip addr add fe80::{number}/64 dev {device} nodad".split())
+        for version, router, via in ((4, "10.8.0.1", NEW[4]), (6, "fd00:8::1", NEW[6])):
+            hosts.run(name, *f"ip -{version} route add default via {router}".split())
+            hosts("a", f"ip -{version} route add {self.at[version]} via {via}")
+
+    def listen(self, port: int) -> socket.socket:
+        with inside(open_namespace(self.name)):
+            return socket.create_server(("::", port), family=socket.AF_INET6, dualstack_ipv6=True)
+
+    def dial(self, address: Address, port: int) -> socket.socket:
+        with inside(open_namespace(self.name)):
+            return socket.create_connection((str(address), port), timeout=5)
+
+
+@BOTH
+@pytest.mark.parametrize("hosts", [True], indirect=True)
+def test_old_is_on_no_wire_as_the_source_of_what_this_host_says(hosts: Hosts, version: int) -> None:
+    prepare(hosts.executor, hosts.move(version), kept(version))
+    family = socket.AF_INET if version == 4 else socket.AF_INET6
+    with hosts.inside("a"):  # type: ignore[attr-defined]
+        heard = socket.socket(family, socket.SOCK_DGRAM)
+    with hosts.inside("b"):  # type: ignore[attr-defined]
+        told = [socket.socket(family, socket.SOCK_DGRAM) for _ in range(2)]
+    heard.bind((str(ROUTER[version]), 53))
+    heard.settimeout(1)
+
+    for one, source in zip(told, (OLD[version], NEW[version]), strict=True):
+        one.bind((str(source), 0))
+        with suppress(PermissionError):  # as the kernel says where a rule has dropped it
+            one.sendto(str(source).encode(), (str(ROUTER[version]), 53))
+
+    assert heard.recv(99) == str(NEW[version]).encode()
+    for one in (heard, *told):
+        one.close()
+    teardown(hosts.executor, "web")
+
+
+@BOTH
+@pytest.mark.parametrize("hosts", [True], indirect=True)
+def test_without_policy_routing_what_talks_with_old_is_named_and_nothing_changed(
+    hosts: Hosts, version: int, monkeypatch: pytest.MonkeyPatch, take_picture: Picture
+) -> None:
+    """No kernel here is without it: what it says of the rules' families is."""
+    listener = hosts.listen("a", OLD[version], 2222)
+    mine = hosts.dial("b", OLD[version], 2222)
+    picture = take_picture(hosts.b)
+
+    def refuse(netlink: object, version: int, *_: object) -> Iterator[bytes]:
+        raise OSError(errno.EAFNOSUPPORT, "no rules")
+
+    real = ip_rules.Netlink.request
+    monkeypatch.setattr(
+        ip_rules.Netlink,
+        "request",
+        lambda self, type_, *rest: (refuse if 32 <= type_ <= 34 else real)(self, type_, *rest),
+    )
+    with pytest.raises(RefusedError, match="this host talks with OLD: ") as caught:
+        check(hosts.executor, hosts.move(version), kept(version))
+    assert f"python, {Endpoint(OLD[version], 2222)}" in re.sub(r"python[0-9.]*|pytest", "python",
+                                                              str(caught.value))  # fmt: skip
+    assert picture[1:6] == take_picture(hosts.b)[1:6]
+
+    mine.close()
+    listener.close()
+    prepare(hosts.executor, hosts.move(version), kept(version))
+    assert [one.drift for one in read_status(hosts.executor, ("web",))[0].sites] == [()]
+    teardown(hosts.executor, "web")
 
 
 @BOTH
@@ -375,7 +498,7 @@ def test_an_address_that_the_host_serves_already_is_left_alone(
         pair[1].close()
     assert hosts.rules() == rules
     assert f"{old}/" in hosts("b", "ip addr show dev eth0")
-    assert picture[0] == take_picture(hosts.b)[0]
+    assert picture[1:6] == take_picture(hosts.b)[1:6]
 
 
 def test_many_peers_on_the_host_have_a_rule_for_each_port_of_the_end_with_fewer() -> None:
