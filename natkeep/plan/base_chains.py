@@ -3,6 +3,8 @@
 A site has one table `inet natkeep`, shared by all moves: base chains, and verdict maps from a local
 address to the chain in which moves have their rules (ruleset.py draws a packet's way). The part
 that all moves share is listed here and nowhere else.
+
+Size: over 400 lines, because of that: an object that is missing is looked for in one place.
 """
 
 from __future__ import annotations

@@ -101,7 +101,7 @@ class Hosts:
         with self.inside(host):  # type: ignore[attr-defined]
             raw = socket.socket(family, socket.SOCK_RAW, protocol)
         with raw:
-            raw.settimeout(2)
+            raw.settimeout(10)
             raw.bind((str(source), 0))
             checksum = 0 if six else 0xFFFF - (kinds[0] << 8) - 7
             raw.sendto(struct.pack("!BBHHH", kinds[0], 0, checksum, 7, 0), (str(to), 0))
@@ -130,10 +130,10 @@ def kept(version: int, peer: Address | None = None, port: int = 50001) -> Connec
 
 
 def say(one: socket.socket, other: socket.socket) -> None:
-    """Both ways, within a second."""
+    """Both ways."""
     for sender, receiver in ((one, other), (other, one)):
         sender.sendall(b"ping")
-        receiver.settimeout(1)
+        receiver.settimeout(10)
         assert receiver.recv(9) == b"ping"
 
 
@@ -165,9 +165,9 @@ def talk(hosts: Hosts, version: int, pairs: list[tuple[socket.socket, socket.soc
         there.bind((str(OLD[version]), 53))
         here.connect((str(OLD[version]), 53))
         here.send(b"query")
-        there.settimeout(1)
+        there.settimeout(10)
         there.sendto(b"answer", there.recvfrom(9)[1])
-        here.settimeout(1)
+        here.settimeout(10)
         assert here.recv(9) == b"answer"
 
 
@@ -276,7 +276,7 @@ def test_old_is_on_no_wire_as_the_source_of_what_this_host_says(hosts: Hosts, ve
     with hosts.inside("b"):  # type: ignore[attr-defined]
         told = [socket.socket(family, socket.SOCK_DGRAM) for _ in range(2)]
     heard.bind((str(ROUTER[version]), 53))
-    heard.settimeout(1)
+    heard.settimeout(10)
 
     for one, source in zip(told, (OLD[version], NEW[version]), strict=True):
         one.bind((str(source), 0))
