@@ -179,10 +179,9 @@ def _steps_at(
         others += [m.old for m in move.maps if len(inner.at(m.old)) or (len(inner) and not here)]
         # The peers' addresses too, which may otherwise go with the moves that put them there.
         others += sorted({one.source.address for one in surroundings.joined}, key=str)
-        staying = stay(_of_this_host(here, inner, surroundings, change), receptions, home)
-        olds = [*dict.fromkeys([*(t.map.old for t in here), *others])]
-        strange = tuple(old for old in olds if old not in home)
-        steps += _put_old(site, move, here, olds, AddRules(site, strange, staying, forwards))
+        own = _of_this_host(here, inner, surroundings, change)
+        rules = AddRules(site, (), stay(own, receptions, home), forwards)
+        steps += _put_old(move, here, others, rules, home)
     # The translation before the restore begins: CRIU sends unsent data before post-restore.
     steps.append(InstallTranslation(site, move.id, here))
     if receptions:
@@ -206,17 +205,20 @@ def _fill_sets(site: Site, move: Move, here: tuple[Translation, ...]) -> list[St
 
 
 def _put_old(
-    site: Site,
     move: Move,
     here: tuple[Translation, ...],
-    olds: list[Address],
+    others: list[Address],
     rules: AddRules,
+    home: frozenset[Address],
 ) -> list[Step]:
     """What gives the namespace the addresses that its sockets will say."""
+    site = rules.site
     steps: list[Step] = [HoldSegments(site, move.id, here)] if move.holds and here else []
     steps.append(RaiseLoopback(site))
+    olds = dict.fromkeys([*(t.map.old for t in here), *others])
+    strange = tuple(old for old in olds if old not in home)
     # Before the address: what this host says to OLD, on an ssh to the source, goes on without gap.
-    steps += [rules] if rules.olds else []
+    steps += [replace(rules, olds=strange)] if strange else []
     new_of = {map_.old: map_.new for map_ in move.maps}
     return steps + [AddAddress(site, old, new_of.get(old)) for old in olds]
 
