@@ -28,14 +28,10 @@ Rule: values only; where they stand among the rules of a host is for kernel/ip_r
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from typing import TYPE_CHECKING
 
 from natkeep.plan.criu_lock import CRIU_MARK
-from natkeep.plan.tuples import Address, FourTuple
+from natkeep.plan.tuples import Address, Endpoint, FourTuple
 from natkeep.values import dataclass
-
-if TYPE_CHECKING:
-    from natkeep.plan.listeners import Reception
 
 MOST = 64
 """So many tuples have a rule each; of more peers on the host their end's port alone tells."""
@@ -101,17 +97,17 @@ def rules_of(old: Address, *, forwards: bool = False) -> tuple[IpRule, ...]:
 
 
 def stay(
-    inner: Iterable[FourTuple], receptions: Iterable[Reception], home: frozenset[Address]
+    inner: Iterable[FourTuple], calls: Iterable[Endpoint], home: frozenset[Address]
 ) -> tuple[IpRule, ...]:
     """What of this host's stays here: connections with both ends on it, and calls to listeners.
 
     inner: of each the tuple to the OLD, and also the other way round where the peer is at an OLD.
-    home: addresses that need no rule.
+    calls: where listeners are called. home: addresses that need no rule.
     """
     found = dict.fromkeys(_of_tuples(sorted({*inner})))
-    for one in receptions:
-        old = one.map.old
-        found |= dict.fromkeys(IpRule(old.version, old, dport=port) for port in one.ports)
+    found |= dict.fromkeys(
+        IpRule(end.address.version, end.address, dport=end.port) for end in calls
+    )
     return tuple(rule for rule in found if rule.to not in home)
 
 

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from natkeep.plan import filters
 from natkeep.plan.base_chains import base_table, dispatch_table, translation_tables
 from natkeep.plan.ip_rules import stay
-from natkeep.plan.listeners import make_receptions, refuse_one_end_for_two
+from natkeep.plan.listeners import Reception, make_receptions, refuse_one_end_for_two
 from natkeep.plan.move import Mode, Move, Site
 from natkeep.plan.resets import Reset, make_resets
 from natkeep.plan.roles import Role
@@ -47,7 +47,7 @@ from natkeep.plan.translation import (
     find_inner,
     make_translations,
 )
-from natkeep.plan.tuples import NO_CONNECTIONS, Address, Connections, FourTuple
+from natkeep.plan.tuples import NO_CONNECTIONS, Address, Connections, Endpoint, FourTuple
 from natkeep.values import replace
 
 
@@ -179,9 +179,8 @@ def _steps_at(
         others += [m.old for m in move.maps if len(inner.at(m.old)) or (len(inner) and not here)]
         # The peers' addresses too, which may otherwise go with the moves that put them there.
         others += sorted({one.source.address for one in surroundings.joined}, key=str)
-        own = _of_this_host(here, inner, surroundings, change)
-        rules = AddRules(site, (), stay(own, receptions, home), forwards)
-        steps += _put_old(move, here, others, rules, home)
+        staying = stay(_of_this_host(here, inner, surroundings, change), _calls(receptions), home)
+        steps += _put_old(move, here, others, AddRules(site, (), staying, forwards), home)
     # The translation before the restore begins: CRIU sends unsent data before post-restore.
     steps.append(InstallTranslation(site, move.id, here))
     if receptions:
@@ -221,6 +220,11 @@ def _put_old(
     steps += [replace(rules, olds=strange)] if strange else []
     new_of = {map_.old: map_.new for map_ in move.maps}
     return steps + [AddAddress(site, old, new_of.get(old)) for old in olds]
+
+
+def _calls(receptions: tuple[Reception, ...]) -> Iterator[Endpoint]:
+    """Where listeners are called."""
+    return (Endpoint(one.map.old, port) for one in receptions for port in one.ports)
 
 
 def _of_this_host(
