@@ -28,7 +28,7 @@ def run(lab):
                      {"NATKEEP_ID": "lab", "NATKEEP_MAP": f"{lab.old}=auto"})  # fmt: skip
     moved.must_abort("no move nobody in", {"NATKEEP_ID": "nobody"})
     moved.must_abort("was prepared for another namespace", {"NATKEEP_ID": "elsewhere"})
-    moved.cli.call("teardown", "elsewhere", "--yes")
+    moved.cli.call("teardown", "elsewhere", "--drop", "0")
     moved.restore({"NATKEEP_ID": "lab"})
     lab.traffic.talk_on()
     lab.finish()

@@ -66,6 +66,14 @@ def find_alive(wanted: set[bytes]) -> set[bytes]:
     return {key for key in chain(_find_entries(wanted), sockets) if key in wanted}
 
 
+def find_dumped(wanted: set[bytes]) -> set[bytes]:
+    """Those of *wanted* with an entry that has not ended, and no socket: they live elsewhere."""
+    if not wanted:
+        return set()
+    sockets = {key for _, key in _read_sockets()}
+    return {key for key in _find_entries(wanted) if key in wanted and key not in sockets}
+
+
 def _read_sockets() -> Iterator[tuple[bytes, bytes]]:
     """The record of each socket that a process owns, and it as peer, its port, local port."""
     for records in read_living(orphans=False).values():

@@ -71,13 +71,14 @@ def remove(connections: Connections = NO_CONNECTIONS) -> None:
 
 
 def find_arriving(move_id: str, olds: frozenset[Address]) -> Connections:
-    """What the gate of the move keeps away here, or kept, and has not ended, as it arrives.
+    """What a gateway may still send here of the move, and is not to be answered, as it arrives.
 
-    While the gate is closed, all; afterwards what has a socket, or an entry that has not ended.
+    While the gate is closed, all; afterwards what has an entry that has not ended, and no socket:
+    the process may have been dumped, to move on. What has one is broken by the undo, and reset.
     Not what is addressed to one of *olds*, what another move here keeps as well, nor what a peer on
     this host says.
     """
-    from natkeep.kernel.stray_connections import find_alive  # an undo alone needs it
+    from natkeep.kernel.stray_connections import find_dumped  # an undo alone needs it
 
     gate = gate_chain(move_id)
     if not dump.has_chain(TABLE, gate):
@@ -93,7 +94,7 @@ def find_arriving(move_id: str, olds: frozenset[Address]) -> Connections:
     asking = (r for r in standing if r.kind == "rule" and is_address_chain(r.name))
     for rule in (r for r in asking if r.name.startswith(at)):
         comment, _, marks = rule.what.partition(": ")
-        if rule.name in besides:
+        if rule.name in besides or not is_address_chain(rule.name):
             continue
         for record, key in _read_asked(rule.name, marks.split()):
             if comment == move_id:
@@ -102,7 +103,7 @@ def find_arriving(move_id: str, olds: frozenset[Address]) -> Connections:
                 others.add(record)
     if here := all_addresses() & {key[:-4] for key in own.values()}:
         own = {record: key for record, key in own.items() if key[:-4] not in here}
-    alive = set(own.values()) if closed else find_alive({*own.values()})
+    alive = set(own.values()) if closed else find_dumped({*own.values()})
     return Connections.of_records(r for r, key in own.items() if key in alive and r not in others)
 
 

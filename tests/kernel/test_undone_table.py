@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import subprocess
 import time
 from collections.abc import Callable
@@ -13,6 +14,7 @@ from two_hosts import look, make_two_hosts, run_ip
 
 from natkeep.errors import KernelError
 from natkeep.kernel.linux import LinuxKernel
+from natkeep.kernel.netns import inside, open_namespace
 from natkeep.lifecycle.executor import Executor
 from natkeep.lifecycle.gc import Cleared, gc
 from natkeep.lifecycle.open import open_move
@@ -25,6 +27,7 @@ from natkeep.state.directory import StateDirectory
 
 pytestmark = [pytest.mark.root, pytest.mark.needs("nftables")]
 
+TCP_REPAIR = 19
 CONNECTIONS = listed(
     "10.2.0.10:5000 10.1.0.2:50001",
     "10.2.0.10:5001 10.1.0.2:50002",
@@ -127,6 +130,20 @@ def test_only_what_has_not_ended_is_dropped(place: Place) -> None:
     assert place.dropped() == [*KEYS[1:]]
 
 
+def test_what_has_its_socket_here_is_broken_and_not_dropped(place: Place) -> None:
+    """--yes was said, and its peer is told by a reset."""
+    place.prepare()
+    with inside(open_namespace(place.names["destination"])):
+        restored = socket.socket()
+        restored.setsockopt(socket.IPPROTO_TCP, TCP_REPAIR, 1)
+        restored.bind(("10.2.0.10", 5000))
+        restored.connect(("10.1.0.2", 50001))  # in repair: nothing is sent
+    open_move(place.executor(), "web")
+    teardown(place.executor(), "web")
+    restored.close()
+    assert place.dropped() == [*KEYS[1:]]
+
+
 def test_a_move_whose_connections_have_all_ended_leaves_none(place: Place) -> None:
     place.prepare()
     open_move(place.executor(), "web")
@@ -195,3 +212,9 @@ def test_what_another_move_keeps_there_is_not_dropped(place: Place) -> None:
     rule = f'insert rule inet natkeep gate-at-10.3.0.20 {asks} jump gate-web comment "next"'
     place.run("nft", rule)
     assert len(keys.ask(site, find_arriving, "web", olds)) == 1
+
+
+def test_an_id_that_looks_like_the_name_of_an_address_chain(place: Place) -> None:
+    place.prepare(move_id="at-web")
+    teardown(place.executor(), "at-web")
+    assert place.dropped() == [*KEYS]
