@@ -33,7 +33,7 @@ from natkeep.checkpoint import Checkpoint, NetworkLock
 from natkeep.errors import NatkeepError, UsageError
 from natkeep.lifecycle.check import require_devices, require_sockets
 from natkeep.lifecycle.executor import Executor
-from natkeep.lifecycle.open import open_move, remove_gate_hooks
+from natkeep.lifecycle.open import close_again, open_move, remove_gate_hooks
 from natkeep.lifecycle.prepare import find_unheld, prepare
 from natkeep.lifecycle.teardown import teardown
 from natkeep.plan.move import Move
@@ -314,8 +314,8 @@ class Restore:
                 self.talk(f"natkeep: the tree runs; {self.move.id} stays, until natkeep teardown")
             return False
         kill_orphans(self.ours)
-        if not keep and self.is_own():
-            teardown(self.executor, self.move.id)
+        if self.is_own():  # the hook may have opened it: CRIU can fail after that, too
+            (close_again if keep else teardown)(self.executor, self.move.id)
         return True
 
 

@@ -40,7 +40,7 @@ from natkeep.errors import JournalError, NatkeepError, RefusedError
 from natkeep.kernel import nftables
 from natkeep.kernel.interface import Kernel, Packed
 from natkeep.kernel.netns import path_of
-from natkeep.lifecycle.executor import Executor
+from natkeep.lifecycle.executor import Executor, leftover
 from natkeep.lifecycle.progress import numbers_before, plan_of, refuse_earlier_boot, unprepared
 from natkeep.plan.move import Site
 from natkeep.plan.replay import holder_name
@@ -95,6 +95,19 @@ def open_move(
                 executor.kernel.check(plan.steps[number])
         executor.apply_or_undo(journal, plan, numbers)
         return compared
+
+
+def close_again(executor: Executor, move_id: str) -> None:
+    """Close the gates that were opened for a tree that came to nothing; all else stays.
+
+    LeftoverError when one could not be. It can be opened again.
+    """
+    with executor.state.holding(move_id):
+        journal, plan = executor.load(move_id)
+        executor.open_known(journal, plan.move.sites)
+        opened = range(len(plan.prepare), len(plan.steps))
+        if left := executor.undo(journal, reversed(opened)):
+            raise leftover(journal, left)
 
 
 def remove_gate_hooks(executor: Executor, move_id: str) -> bool:

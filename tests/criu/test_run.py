@@ -259,6 +259,11 @@ def test_a_gate_that_was_opened_for_a_tree_that_never_ran_is_undone_too(
     with pytest.raises(NatkeepError, match="everything was undone"):
         restore("exit 1")
     assert restore.gates() == []
+    with pytest.raises(NatkeepError, match="move web stays prepared, its gate closed"):
+        restore("exit 1", keep=True)
+    assert restore.gates() == [Gate.CLOSED, Gate.CLOSED]
+    assert restore("exit 0") == 0  # again, with what is prepared
+    assert restore.gates() == [Gate.OPEN, Gate.OPEN]
 
 
 def test_kept_closed_for_a_retry_that_goes_on_with_it(restore: Run) -> None:

@@ -88,7 +88,7 @@ class Recipe(Natkeep):
         """As the README says: on the gateway first, on the destination last."""
         for role in ("gateway", "destination"):
             ids = 'natkeep status --json | grep -o \'"id": "[^"]*\' | cut -d \'"\' -f 4'
-            script = f"for id in $({ids}); do natkeep teardown $id --yes; done"
+            script = f"for id in $({ids}); do natkeep teardown $id --yes --drop 0; done"
             self.finish(role, self.start(role, script))
 
 
