@@ -219,6 +219,8 @@ class FakeKernel:
         """No rules of others are here."""
         return []
 
+    _find_marked_apart = _follow_at
+
     def read_virtual_servers(self, site: Site) -> str:
         """None."""
         return ""

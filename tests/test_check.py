@@ -172,6 +172,51 @@ def test_a_rule_about_old_alone_stops_a_move_and_one_about_new_is_carried_over(
 
 @pytest.mark.root
 @pytest.mark.needs("nftables")
+@EACH_VERSION
+@pytest.mark.parametrize("where", ["gateway", "destination"])
+def test_marks_that_rules_give_old_and_not_new_or_the_other_way_stop_a_move(
+    network: Network, version: int, where: str
+) -> None:
+    """With two uplinks by `ip rule fwmark`: at a gateway OLD has the mark, at a destination NEW."""
+    ip, ends = {4: "ip", 6: "ip6"}[version], MAPS[version].split("=")
+    netns, hook, device, router = {
+        "gateway": (network.gateway, "filter hook prerouting", "home", "10.2.0.9 fd00:2::9"),
+        "destination": (network.destination, "route hook output", "wire", "10.9.0.9 fd00:9::9"),
+    }[where]
+    marked = ends[0 if where == "gateway" else 1]
+    if where == "destination":
+        network.ip(f"link add wire netns {netns} type veth peer name wire netns {network.rest}")
+        network.ip(f"-n {netns} link set wire up")
+        network.ip(f"-n {network.rest} link set wire up")
+        network.ip(f"-n {netns} address add 10.9.0.20/24 dev wire")
+        network.ip(f"-n {netns} address add fd00:9::20/64 dev wire nodad")
+    script = f"type {hook} priority mangle; {ip} saddr {marked} meta mark set 0x2;"
+    network.nft(netns, f"table inet w {{ chain c {{ {script} }}; }}\n")
+    assert network.codes(version) == []
+
+    via = router.split()[0 if version == 4 else 1]
+    network.ip(f"-n {netns} -{version} route add default via {via} dev {device} table 200")
+    network.ip(f"-n {netns} -{version} rule add fwmark 2 lookup 200")
+    assert network.codes(version) == ["marked-apart"]
+
+    both = f"{ip} saddr {{ {ends[0]}, {ends[1]} }} meta mark set 0x2"
+    network.nft(netns, f"flush chain inet w c\nadd rule inet w c {both}\n")
+    assert network.codes(version) == []
+
+
+@pytest.mark.root
+@pytest.mark.needs("nftables")
+def test_an_ipv6_route_that_names_new_as_its_source_stops_a_move(network: Network) -> None:
+    at = f"-n {network.destination} -6"
+    network.ip(f"{at} route del default")
+    network.ip(f"{at} route add default from fd00:3::/64 via fd00:3::1 dev far")
+    assert network.codes(6) == ["old-routed-apart"]
+    network.ip(f"{at} route add fd00:1::2 from fd00:2::10 via fd00:3::1 dev far")
+    assert network.codes(6) == []
+
+
+@pytest.mark.root
+@pytest.mark.needs("nftables")
 def test_what_prepare_would_refuse_is_a_finding(network: Network) -> None:
     network.ip(f"-n {network.destination} address del 10.3.0.20/24 dev far")
     said = network.natkeep("check", 4)

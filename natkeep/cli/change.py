@@ -83,8 +83,8 @@ def prepare(args: argparse.Namespace) -> int:
     plan = work(move, checkpoint.connections, Gate(args.gate), checkpoint.run_id)
     if args.gate == Gate.OPEN:
         do_afterwards(partial(remove_hooks, args))
-    for finding in executor.warned:
-        talk(args, f"natkeep: warn {finding.code}: {finding.what()}")
+    for line in report.warning_lines(executor.warned):
+        talk(args, f"natkeep: {line}")
     for line in report.unkept_lines(checkpoint, plan):
         talk(args, f"natkeep: not kept: {line}")
     for line in (*report.lock_lines(plan), *find_unheld(executor, move.id), *_waiting(move)):

@@ -256,7 +256,7 @@ class Restore:
         plan = prepare(executor, move, connections, image=self.checkpoint.run_id)
         for line in report.unkept_lines(self.checkpoint, plan):
             self.talk(f"natkeep: not kept: {line}")
-        for line in find_unheld(executor, move.id):
+        for line in (*report.warning_lines(executor.warned), *find_unheld(executor, move.id)):
             self.talk(f"natkeep: {line}")
         self.talk(f"natkeep: {report.summary(plan)}, gate closed")
 

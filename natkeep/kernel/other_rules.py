@@ -96,7 +96,7 @@ def _read_plain(name: str, body: dict[int, bytes]) -> Expression:
         case "meta" if 1 in body:
             return Expression("load", _number(body[1]), _META.get(_number(body[2]), "?"), ())
         case "meta" if _META.get(_number(body.get(2, b""))) == "mark":
-            return Expression("do", 0, "mark", ())
+            return Expression("mark", _number(body.get(3, b"")), "", ())
         case "ct" if 1 in body:
             key = _CT.get(_number(body[2]), "?")
             return Expression("load", _number(body[1]), f"ct {key}", ())

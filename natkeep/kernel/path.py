@@ -21,8 +21,8 @@ from ipaddress import ip_address
 from natkeep.kernel import rtnetlink as rt
 from natkeep.kernel import sysctl
 from natkeep.kernel.netlink import NETLINK_ROUTE, NLM_F_DUMP, Netlink, attribute, attributes
-from natkeep.kernel.policy_rules import read_rules
-from natkeep.plan.path import Route, SourceRule, Way, network_of
+from natkeep.kernel.policy_rules import has_marks, read_rules
+from natkeep.plan.path import Route, SourceRule, Way, find_uncopied, network_of
 from natkeep.plan.tuples import Address
 
 LIMIT = 256
@@ -84,6 +84,14 @@ class Links:
         """Index of the device that has *address*; 0 where none, or lo, has it."""
         index = self._local.get(address.packed, 0)
         return 0 if index == rt.LOOPBACK else index
+
+    def is_local(self, address: Address) -> bool:
+        """Whether it is an address of this host."""
+        return address.packed in self._local
+
+    def source_rules(self, version: int) -> tuple[SourceRule, ...]:
+        """The policy rules that select a source."""
+        return read_rules(self._netlink, version)
 
     def device(self, index: int) -> tuple[int, str]:
         """Index and name of a device."""
@@ -171,13 +179,17 @@ def _find_routers(links: Links, old: Address, new: Address) -> frozenset[Address
 
 
 def _ways_here(links: Links, old: Address, new: Address, peers: Iterable[bytes]) -> Iterator[Way]:
+    rules = links.source_rules(6) if old.version == 6 else ()
     for peer in links.first(peers):
         out, index = links.look_up(peer, new)
         device = links.device_of(new) or index
         there = None
         if out.kind == "unicast" and device:
             there, _ = links.look_up(new, peer, device)
-        yield Way(peer, old, new, out, there)
+        before = None
+        if old.version == 6 and not links.is_local(old) and not find_uncopied(rules, new, old):
+            before, _ = links.look_up(peer, old)  # by routes that name a source
+        yield Way(peer, old, new, out, there, before=before)
 
 
 def read_at_gateway(old: Address, new: Address, peers: Iterable[bytes]) -> tuple[Way, ...]:
@@ -211,6 +223,12 @@ def has_bridge() -> bool:
     """Whether this namespace has a bridge."""
     with closing(Links()) as links:
         return links.bridges
+
+
+def asks_for_marks(version: int) -> bool:
+    """Whether a policy rule of others asks for a packet's mark."""
+    with Netlink(NETLINK_ROUTE) as netlink:
+        return has_marks(netlink, version)
 
 
 def read_source_rules(version: int) -> tuple[SourceRule, ...]:

@@ -31,7 +31,7 @@ from natkeep.plan.tuples import Address
 _NEWRULE, _DELRULE, _GETRULE = 32, 33, 34
 _RULE = struct.Struct("=BBBBBxxBI")  # fib_rule_hdr: family, lengths of dst and src, tos, table,
 #                                      action, flags
-_SRC, _IIFNAME, _PRIORITY, _TABLE, _PROTOCOL = 2, 3, 6, 15, 21
+_SRC, _IIFNAME, _PRIORITY, _MARK, _TABLE, _PROTOCOL = 2, 3, 6, 10, 15, 21
 _SAID = {1, 3, 4, 6, 10, 11, 12, 13, 14, 15, 16, 17, 19, 20, 22, 23, 24}
 """What a rule may say beside its source: FRA_DST to FRA_DPORT_RANGE."""
 _COPIED = b"\xd1"
@@ -66,6 +66,13 @@ def _read(answer: bytes, version: int) -> Iterator[SourceRule]:
         copied=said.get(_PROTOCOL) == _COPIED,
         said=bytes((header[1], *header[3:6])) + struct.pack("=I", header[6] & _FLAGS) + rest,
     )
+
+
+def has_marks(netlink: Netlink, version: int) -> bool:
+    """Whether a rule that is not natkeep's asks for a mark."""
+    asked = _RULE.pack(_FAMILY[version], 0, 0, 0, 0, 0, 0)
+    found = [attributes(one[_RULE.size :]) for one in netlink.request(_GETRULE, NLM_F_DUMP, asked)]
+    return any(_MARK in said and said.get(_PROTOCOL, b"\0")[0] not in _OURS for said in found)
 
 
 def copy_rules(new: Address, old: Address) -> None:

@@ -8,8 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 
 from natkeep.errors import RefusedError
-from natkeep.kernel import survey
-from natkeep.lifecycle.other_rules import look_at_hops, look_at_other_rules
+from natkeep.lifecycle.other_rules import look_at_hops, look_at_marks, look_at_other_rules
 from natkeep.lifecycle.path import (
     look_at_new,
     look_at_owners,
@@ -17,12 +16,14 @@ from natkeep.lifecycle.path import (
     look_at_routes,
 )
 from natkeep.lifecycle.subject import Look, Subject
-from natkeep.plan.diagnostics import find
 from natkeep.plan.findings import Finding, Severity
 
 
 def look_at_machine(subject: Subject) -> Iterator[Finding]:
     """What each site is, whatever is moved."""
+    from natkeep.kernel import survey  # what a prepare need not wait for
+    from natkeep.plan.diagnostics import find
+
     for site in subject.sites:
         facts = subject.kernel.ask(site, survey.gather_facts)
         yield from find(site, facts, of_move=subject.plan is not None)
@@ -36,6 +37,7 @@ OF_PATH: tuple[Look, ...] = (
     look_at_routes,
     look_at_policy_rules,
     look_at_hops,
+    look_at_marks,
     look_at_other_rules,
 )
 """Of a plan: whether its packets pass. Each prepare asks them, inside a blackout too: the number of

@@ -9,13 +9,14 @@ Of all connections some are followed: of each peer and each local port one, 32 a
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import closing
 
 from natkeep.errors import NatkeepError
 from natkeep.kernel import other_rules as reading
 from natkeep.kernel import path
-from natkeep.kernel.netns import inside, open_namespace
+from natkeep.kernel.netns import Namespace, inside, open_namespace
 from natkeep.lifecycle.subject import Subject
 from natkeep.plan.findings import Finding, ok
 from natkeep.plan.identity import Identity
@@ -26,6 +27,7 @@ from natkeep.plan.other_rules import (
     UNTRACKED,
     Effect,
     Packet,
+    find_mark,
     find_translating,
     find_virtual,
     follow,
@@ -114,6 +116,47 @@ def _follow_at(translation: Translation) -> list[tuple[Effect, FourTuple]]:
     return found
 
 
+def look_at_marks(subject: Subject) -> Iterator[Finding]:
+    """Whether rules of others mark NEW's packets otherwise than OLD's, and `ip rule` asks."""
+    plan = subject.plan
+    assert plan is not None
+    for site in plan.move.ordered_sites():
+        for translation in plan.translations if site.row.leaves else ():
+            if translation.site != site:
+                continue
+            apart = subject.kernel.ask(site, _find_marked_apart, translation)
+            for tuple_, was, now in apart[:1]:
+                yield Finding(
+                    "marked-apart",
+                    site,
+                    f"by the marks that rules give what {translation.map.old} and "
+                    f"{translation.map.new} send, {tuple_} leaves {now} instead of {was}",
+                )
+
+
+def _find_marked_apart(translation: Translation) -> list[tuple[FourTuple, str, str]]:
+    """Of which connections the answers leave by another device, and which, for their marks."""
+    map_, at_gateway = translation.map, translation.site.row.passes_on
+    if not path.asks_for_marks(map_.old.version):
+        return []
+    ruleset, found = reading.read_ruleset(map_.old.version), []
+    with closing(path.Links()) as links:
+        homes = [links.look_up(one)[1] for one in (map_.old, map_.new)] if at_gateway else [0, 0]
+        for tuple_ in _sample(translation.kept):
+            ways = []
+            for source, device in zip((map_.old, map_.new), homes, strict=True):
+                away = FourTuple(Endpoint(source, tuple_.destination.port), tuple_.source)
+                packet = Packet(away, iif=links.device(device))
+                hook = "prerouting" if at_gateway else "output"
+                mark = find_mark(follow(ruleset, hook, packet, _FILTERS))
+                origin = source if at_gateway else map_.new  # OLD is not there yet
+                ways.append(links.look_up(tuple_.source.address, origin, device, mark)[0])
+            was, now = ways
+            if was.kind == now.kind == "unicast" and was.said() != now.said():
+                found.append((away, was.said(), now.said()))
+    return found
+
+
 def _sample(connections: Connections) -> list[FourTuple]:
     """Of each peer's address and local port one connection, 32 at most."""
     records = [*connections.each()]
@@ -134,8 +177,8 @@ def look_at_hops(subject: Subject) -> Iterator[Finding]:
     """
     plan = subject.plan
     assert plan is not None
-    sites = {subject.kernel.identity(site) for site in plan.move.sites}
-    for site in plan.move.sites:
+    hosts = [*_find_hosts({subject.kernel.identity(site) for site in plan.move.sites})]
+    for site in plan.move.sites if hosts else ():
         here = [one for one in plan.translations if one.site == site]
         for translation in here if site.row.puts_old else ():
             map_, peers = translation.map, translation.kept.peers()
@@ -144,20 +187,29 @@ def look_at_hops(subject: Subject) -> Iterator[Finding]:
             )
             hops = {way.out.hop for way in ways if way.out.hop}
             if hops:
-                yield from _look_at_hop(translation, hops, sites)
+                yield from _look_at_hop(translation, hops, hosts)
+    for namespace, _ in hosts:
+        os.close(namespace.fd)
 
 
-def _look_at_hop(
-    translation: Translation, hops: set[str], sites: set[Identity]
-) -> Iterator[Finding]:
+def _find_hosts(sites: set[Identity]) -> Iterator[tuple[Namespace, str]]:
+    """The namespaces that may be a container's host, and are none of the move's *sites*."""
     for name, said in (("", "this host"), ("pid:1", "the host of process 1")):
         try:
             namespace = open_namespace(name)
         except NatkeepError:
             continue
         if namespace.identity in sites:
+            os.close(namespace.fd)
             continue
         sites = {*sites, namespace.identity}
+        yield namespace, said
+
+
+def _look_at_hop(
+    translation: Translation, hops: set[str], hosts: list[tuple[Namespace, str]]
+) -> Iterator[Finding]:
+    for namespace, said in hosts:
         with inside(namespace):
             effects = _follow_hop(translation, hops)
         if effects is None:

@@ -320,4 +320,10 @@ CATALOGUE = {
         "Another host on the destination's link answers for NEW: peers' packets may go there.",
         "Take NEW from that host, or choose another.",
     ),
+    "marked-apart": Explanation(
+        Severity.STOP,
+        "Rules of others mark what OLD sends otherwise than what NEW sends, and `ip rule` routes "
+        "by marks: kept packets would leave by another device.",
+        "Have the rule that sets the mark match both, OLD and NEW.",
+    ),
 }

@@ -27,8 +27,9 @@ _ENDS = _TRANSLATES | {"drop", "queue", "tproxy", "synproxy"}
 class Expression(NamedTuple):
     """One expression of a rule.
 
-    kind: `load` (what is loaded into a register), `mask`, `cmp`, `range`, `lookup`, `set`; `do` and
-    `verdict`; `marked` (iptables' match), `always`, `unknown`, and `verdicts` for a map of them.
+    kind: `load` (what is loaded into a register), `mask`, `cmp`, `range`, `lookup`, `set`; `do`,
+    `mark` (set from a register) and `verdict`; `marked` (iptables' match), `always`, `unknown`, and
+    `verdicts` for a map of them.
     """
 
     kind: str
@@ -164,6 +165,15 @@ class _Walk:
                 if sure and self.sure:
                     return "base"
                 self.sure = False
+            elif each.kind == "mark":
+                value = next(
+                    (one.values[0] for one in rule
+                     if one.kind == "set" and one.register == each.register), b"",
+                )  # fmt: skip
+                number = int.from_bytes(value, sys.byteorder) if isinstance(value, bytes) else 0
+                self.effects.append(
+                    Effect(f"mark {number}", f"{self._table} {name}", sure and self.sure)
+                )
             elif each.kind == "verdicts":
                 self.sure = False
             elif each.kind == "verdict":
@@ -257,6 +267,12 @@ def _test(value: bytes | None, each: Expression) -> bool | None:
 def find_translating(effects: list[Effect]) -> Iterator[Effect]:
     """Those by which the packet would get another address or port."""
     return (effect for effect in effects if effect.does in _TRANSLATES)
+
+
+def find_mark(effects: list[Effect]) -> int:
+    """The mark that a packet leaves with, 0 where none is set, or where that is not sure."""
+    marks = [effect for effect in effects if effect.does.startswith("mark ")]
+    return int(marks[-1].does[5:]) if marks and marks[-1].sure else 0
 
 
 def find_virtual(table: str, ends: frozenset[Endpoint]) -> Iterator[str]:

@@ -93,7 +93,8 @@ class Way:
     """What a site says of one peer and one pair of OLD and NEW.
 
     out: the route to the peer; of what NEW sends at a destination. there: of `peer > NEW` as it
-    comes in; back: of `NEW > peer`; before: of `OLD > peer`. These are None where they are not
+    comes in; back: of `NEW > peer`; before: of `OLD > peer`, as sent
+    there at a destination. These are None where they are not
     to be asked.
     to_old, to_new: the routes to these, at a gateway. by_route: a destination of the move tells
     itself whether NEW is on the peer's link. crosses: the gateway has seen packets of the
@@ -176,6 +177,14 @@ def _at_destination(way: Way) -> Verdict | None:
             "and no gateway translates it",
             f"route it by the gateway here and there: ip route add {peer} via GATEWAY, or give "
             "NEW another link",
+        )
+    before = way.before
+    if before is not None and (before.kind, before.said()) != (way.out.kind, way.out.said()):
+        return (
+            "old-routed-apart",
+            f"what OLD {way.old} sends to {peer} goes {before.said()}, and what NEW {new} does "
+            f"{way.out.said()}: routes here name a source",
+            f"have the same route for OLD: ip route add {peer} from {way.old} {way.out.said()}",
         )
     if way.there is not None and way.there.kind == "reverse":
         return (

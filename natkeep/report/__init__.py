@@ -246,6 +246,11 @@ def _count(findings: Sequence[Finding], severity: Severity) -> int:
     return sum(finding.severity == severity for finding in findings)
 
 
+def warning_lines(findings: Sequence[Finding]) -> Iterator[str]:
+    """What a prepare says of what it found, and was not stopped by."""
+    yield from (f"warn {finding.code}: {finding.what()}" for finding in findings)
+
+
 def finding_lines(findings: Sequence[Finding], about: str) -> Iterator[str]:
     """The same for a person, the verdict last; about: what is judged, as `this move`."""
     for finding in findings:
