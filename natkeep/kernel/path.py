@@ -11,6 +11,7 @@ before all others: it is a peer on the link that a move cannot keep.
 from __future__ import annotations
 
 import errno
+import os
 import socket
 import struct
 import sys
@@ -57,7 +58,7 @@ class Links:
         for answer in [*self._netlink.request(_GETLINK, NLM_F_DUMP, _LINK.pack(0, 0, 0, 0, 0))]:
             _, _, index, flags, _ = _LINK.unpack_from(answer)
             found = attributes(answer[_LINK.size :])
-            self._names[index] = found[_IFNAME].rstrip(b"\0").decode()
+            self._names[index] = os.fsdecode(found[_IFNAME].rstrip(b"\0"))
             self.bridges |= _BRIDGE in found.get(_LINKINFO, b"")
             if flags & _ASKED:
                 self._silent.add(index)
