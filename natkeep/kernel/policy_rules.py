@@ -10,6 +10,7 @@ in the namespace that the calling thread is in. Numbers are from linux/fib_rules
 
 from __future__ import annotations
 
+import errno
 import socket
 import struct
 import sys
@@ -43,9 +44,17 @@ _FAMILY = {4: socket.AF_INET, 6: socket.AF_INET6}
 
 
 def read_rules(netlink: Netlink, version: int) -> tuple[SourceRule, ...]:
-    """The rules of IP *version* that select a source, in the order in which they are asked."""
+    """The rules of IP *version* that select a source, in the order in which they are asked.
+
+    None where the kernel has no policy routing.
+    """
     asked = _RULE.pack(_FAMILY[version], 0, 0, 0, 0, 0, 0)
-    answers = [*netlink.request(_GETRULE, NLM_F_DUMP, asked)]
+    answers: list[bytes] = []
+    try:
+        answers += netlink.request(_GETRULE, NLM_F_DUMP, asked)
+    except OSError as error:
+        if error.errno not in (errno.EOPNOTSUPP, errno.EAFNOSUPPORT):
+            raise
     return tuple(rule for answer in answers for rule in _read(answer, version))
 
 

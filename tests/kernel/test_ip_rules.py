@@ -58,6 +58,7 @@ class Hosts:
         self("b", "ip link add eth0 type veth peer name eth0 netns " + self.a)
         for host, addresses in (("b", NEW), ("a", ROUTER)):
             self(host, "ip link set lo up")
+            self(host, "sysctl -qw net.ipv4.ip_forward=0 net.ipv6.conf.all.forwarding=0")
             for address, length in zip(addresses.values(), (24, 64), strict=True):
                 self(host, f"ip addr add {address}/{length} dev eth0 nodad")
             self(host, "ip link set eth0 addrgenmode none up")
