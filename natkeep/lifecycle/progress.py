@@ -29,9 +29,10 @@ def plan_today(journal: Journal) -> Plan:
 def plan_of(journal: Journal) -> Plan:
     """The plan that the journal was written for, with what was loaded for it (plan/recorded.py)."""
     plan = plan_today(journal)
+    noted = any(record.loaded for record in journal.records.values())
+    plan = plan if noted or not journal.records else replace(plan, unnoted=True)
     if kinds_of(plan) == journal.kinds and _is_as_today(journal, plan):
-        noted = any(record.loaded for record in journal.records.values())
-        return plan if noted or not journal.records else replace(plan, unnoted=True)
+        return plan
     numbers = range(len(journal.kinds))
     first = len(numbers) - len(journal.opening)
     steps = [_read_written(journal, number, number - first) for number in numbers]
