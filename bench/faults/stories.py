@@ -89,7 +89,7 @@ DELETED = tuple(
 )
 WIPED = (
     *DELETED,
-    ("at", "destination", "ip rule delete to 10.2.0.10 iif lo goto 1"),
+    ("at", "destination", "ip rule delete to 10.2.0.10"),
     ("at", "destination", "ip address delete 10.2.0.10/32 dev lo; ip link set lo down"),
     ("at", "destination", "conntrack -D -p tcp -s 10.1.0.2 --dport 5000"),
 )
