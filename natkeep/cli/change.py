@@ -33,6 +33,7 @@ from natkeep.plan.observation import Gate
 from natkeep.plan.roles import Role
 from natkeep.plan.step_order import describe_plan, make_plan, render_nft
 from natkeep.plan.steps import Plan
+from natkeep.plan.undone import SECONDS
 from natkeep.state.journal import Journal
 from natkeep.terminal import say, show
 
@@ -190,7 +191,7 @@ def teardown(args: argparse.Namespace) -> int:
     ended = read_ended(args.ended)
     if args.site and not args.by_name:
         raise UsageError("--site is for --by-name", hint="the journal names the sites")
-    executor.drops = args.drop
+    executor.drops = SECONDS if args.drop is None else args.drop
     if args.by_name:
         if args.drain is not None:
             raise UsageError("--drain needs a journal, and --by-name is for a move without one")
@@ -210,6 +211,8 @@ def teardown(args: argparse.Namespace) -> int:
                     "ended elsewhere --ended; or --yes",
                 )
     opened = executor.state.knows(args.id) and executor.state.load(args.id).is_opened()
+    if args.yes and opened and args.drop is None:
+        executor.drops = 0  # what lives is to break
     found = teardown(executor, args.id)
     line = f"{args.id}: {'undone' if found else 'nothing to undo'}{_describe_dropped(executor)}"
     print_verb(args, line, found=found, **_dropped(executor))
@@ -242,7 +245,7 @@ def rollback(args: argparse.Namespace) -> int:
 
     parse_id(args.id)
     executor = make_executor(args, create=False)
-    executor.drops = args.drop
+    executor.drops = SECONDS if args.drop is None else args.drop
     done = rollback(executor, args.id, yes=args.yes)
     sites = [str(site) for site in done.undone]
     undone = f"undone at {', '.join(sites)}" if sites else "nothing to undo here"

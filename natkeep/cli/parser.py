@@ -11,7 +11,7 @@ from typing import Any, NoReturn
 
 from natkeep import __version__
 from natkeep.errors import UsageError
-from natkeep.plan.undone import LONGEST, SECONDS
+from natkeep.plan.undone import LONGEST
 
 Option = tuple[str, dict[str, Any]]
 """The name of an option or an argument, and what argparse is told of it."""
@@ -205,7 +205,7 @@ _OPEN = (
     _CONNECTIONS,
 )
 _DROP = _option(
-    "--drop", "SECONDS", type=_deadline, default=SECONDS,
+    "--drop", "SECONDS", type=_deadline,
     help="at a destination: drop so long what a gateway may still send (default: 600; 0: not)",
 )  # fmt: skip
 _ROLLBACK = (_ID, _DROP, _flag("--yes", "even if the move was opened"))
