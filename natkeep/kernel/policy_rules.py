@@ -44,18 +44,19 @@ _FAMILY = {4: socket.AF_INET, 6: socket.AF_INET6}
 
 
 def read_rules(netlink: Netlink, version: int) -> tuple[SourceRule, ...]:
-    """The rules of IP *version* that select a source, in the order in which they are asked.
+    """The rules of IP *version* that select a source, in the order in which they are asked."""
+    return tuple(rule for answer in _dump(netlink, version) for rule in _read(answer, version))
 
-    None where the kernel has no policy routing.
-    """
+
+def _dump(netlink: Netlink, version: int) -> list[bytes]:
+    """None where the kernel has no policy routing, or not that IP version."""
     asked = _RULE.pack(_FAMILY[version], 0, 0, 0, 0, 0, 0)
-    answers: list[bytes] = []
     try:
-        answers += netlink.request(_GETRULE, NLM_F_DUMP, asked)
+        return [*netlink.request(_GETRULE, NLM_F_DUMP, asked)]
     except OSError as error:
         if error.errno not in (errno.EOPNOTSUPP, errno.EAFNOSUPPORT):
             raise
-    return tuple(rule for answer in answers for rule in _read(answer, version))
+        return []
 
 
 def _read(answer: bytes, version: int) -> Iterator[SourceRule]:
@@ -79,8 +80,7 @@ def _read(answer: bytes, version: int) -> Iterator[SourceRule]:
 
 def has_marks(netlink: Netlink, version: int) -> bool:
     """Whether a rule that is not natkeep's asks for a mark."""
-    asked = _RULE.pack(_FAMILY[version], 0, 0, 0, 0, 0, 0)
-    found = [attributes(one[_RULE.size :]) for one in netlink.request(_GETRULE, NLM_F_DUMP, asked)]
+    found = [attributes(one[_RULE.size :]) for one in _dump(netlink, version)]
     return any(_MARK in said and said.get(_PROTOCOL, b"\0")[0] not in _OURS for said in found)
 
 

@@ -11,9 +11,9 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from contextlib import closing
+from contextlib import closing, suppress
 
-from natkeep.errors import NatkeepError
+from natkeep.errors import KernelError, NatkeepError
 from natkeep.kernel import other_rules as reading
 from natkeep.kernel import path
 from natkeep.kernel.netns import Namespace, inside, open_namespace
@@ -210,7 +210,9 @@ def _look_at_hop(
     translation: Translation, hops: set[str], hosts: list[tuple[Namespace, str]]
 ) -> Iterator[Finding]:
     for namespace, said in hosts:
-        with inside(namespace):
+        effects = None
+        # What may not be entered is not seen.
+        with suppress(KernelError, OSError), inside(namespace):
             effects = _follow_hop(translation, hops)
         if effects is None:
             continue

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -280,3 +281,12 @@ def test_a_bridge_is_seen(make_site: Callable[[], str], run: Run) -> None:
     run(netns, "ip", "link", "add", "br0", "type", "bridge")
     with at(netns):
         assert path.has_bridge()
+
+
+def test_a_kernel_without_policy_routing_has_no_rules() -> None:
+    class Without:
+        def request(self, *_: object) -> list[bytes]:
+            raise OSError(errno.EOPNOTSUPP, "")
+
+    assert policy_rules.read_rules(Without(), 4) == ()  # type: ignore[arg-type]
+    assert not policy_rules.has_marks(Without(), 6)  # type: ignore[arg-type]
