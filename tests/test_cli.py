@@ -604,6 +604,10 @@ def network(make_netns: Callable[[], str], require: Callable[[str], None]) -> Ne
     ]
     for line in lines:
         subprocess.run(["ip", *line.split()], check=True)
+    # Of a destination that forwards a plan knows nothing before prepare looks at it.
+    host = ["ip", "netns", "exec", found.destination]
+    off = ("net.ipv4.ip_forward=0", "net.ipv6.conf.all.forwarding=0")
+    subprocess.run([*host, "sysctl", "-qw", *off], check=True)
     for namespace, device in ((found.gateway, "gate0"), (found.destination, "dest0")):
         wait_until(functools.partial(found.is_settled, namespace, device))
     return found

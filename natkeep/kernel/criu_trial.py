@@ -32,6 +32,8 @@ import time
 _LOCKS = ((), ("--network-lock", "nftables"))
 _SECONDS = 10.0
 _ESTABLISHED = "01"
+_CLEAN = {"PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", "LC_ALL": "C"}
+"""The environment of what is started here."""
 
 
 def find_criu() -> str | None:
@@ -43,7 +45,7 @@ def read_version(criu: str) -> str:
     """What it says of itself, as `4.2.1`; empty where it says nothing."""
     try:
         done = subprocess.run(
-            [criu, "--version"], capture_output=True, timeout=_SECONDS, check=False
+            [criu, "--version"], capture_output=True, timeout=_SECONDS, check=False, env=_CLEAN
         )
     except (OSError, subprocess.TimeoutExpired):
         return ""
@@ -58,7 +60,7 @@ def try_out(criu: str) -> tuple[bool, str]:
         try:
             done = subprocess.run(
                 command, capture_output=True, text=True, errors="replace", check=False,
-                timeout=5 * _SECONDS,
+                timeout=5 * _SECONDS, env=_CLEAN,
             )  # fmt: skip
         except (OSError, subprocess.TimeoutExpired) as error:
             return False, str(error)
@@ -106,7 +108,7 @@ def _run(criu: str, verb: str, images: str, *words: str) -> str:
     command = (criu, verb, "-D", images, "-o", f"{verb}.log", "--tcp-established", *words)
     try:
         done = subprocess.run(
-            command, timeout=_SECONDS, check=False,
+            command, timeout=_SECONDS, check=False, env=_CLEAN,
             stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
         )  # fmt: skip
     except subprocess.TimeoutExpired:
