@@ -179,7 +179,9 @@ def _steps_at(
         others += [m.old for m in move.maps if len(inner.at(m.old)) or (len(inner) and not here)]
         # The peers' addresses too, which may otherwise go with the moves that put them there.
         others += sorted({one.source.address for one in surroundings.joined}, key=str)
-        staying = stay(_of_this_host(here, inner, surroundings, change), _calls(receptions), home)
+        own = [*_of_this_host(here, inner, surroundings, change)]
+        own += [each for reset in lost for each in reset.connections]  # a reset to OLD goes by lo
+        staying = stay(own, _calls(receptions), home)
         steps += _put_old(move, here, others, AddRules(site, (), staying, forwards), home)
     # The translation before the restore begins: CRIU sends unsent data before post-restore.
     steps.append(InstallTranslation(site, move.id, here))

@@ -258,7 +258,9 @@ def shows(plan: Plan, kind: type[Step], seen: Observation) -> bool:
         case "InstallTranslation":
             wanted = {"gate", "in", "out", "invalid-in", "invalid-out"}
             if translation.site.row.passes_on:
-                wanted |= {"from", "to", "invalid-to"}
+                wanted |= {"from", "to", "invalid-to", "mark", "spoken"}
+            else:
+                wanted.add("heard")
             return {c.partition("-at-")[0] for c in chains_left(plan, seen)} == wanted
         case "InsertEntries":
             entries = seen.entries[translation.number]
