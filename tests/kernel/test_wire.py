@@ -987,7 +987,10 @@ def marked(syn: Any) -> Any:
 
 
 def stateless(stage: Stage) -> Stage:
+    """Prepared so, and the process has spoken: a gateway takes no reset from NEW before that."""
     stage.prepare(mode=Mode.STATELESS)
+    for version in (4, 6) if stage.role == Role.GATEWAY else ():
+        assert stage.outbound(to_peer(stage, version))
     return stage
 
 
