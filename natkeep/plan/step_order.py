@@ -179,10 +179,8 @@ def _steps_at(
         others += [m.old for m in move.maps if len(inner.at(m.old)) or (len(inner) and not here)]
         # The peers' addresses too, which may otherwise go with the moves that put them there.
         others += sorted({one.source.address for one in surroundings.joined}, key=str)
-        own = [*_of_this_host(here, inner, surroundings, change)]
-        own += [each for reset in lost for each in reset.connections]  # a reset to OLD goes by lo
-        staying = stay(own, _calls(receptions), home)
-        steps += _put_old(move, here, others, AddRules(site, (), staying, forwards), home)
+        own = stay(_of_this_host(here, lost, inner, surroundings, change), _calls(receptions), home)
+        steps += _put_old(move, here, others, AddRules(site, (), own, forwards), home)
     # The translation before the restore begins: CRIU sends unsent data before post-restore.
     steps.append(InstallTranslation(site, move.id, here))
     if receptions:
@@ -231,14 +229,18 @@ def _calls(receptions: tuple[Reception, ...]) -> Iterator[Endpoint]:
 
 def _of_this_host(
     here: tuple[Translation, ...],
+    lost: tuple[Reset, ...],
     inner: Connections,
     surroundings: Surroundings,
     change: Change | None,
 ) -> Iterator[FourTuple]:
     """What is said on this host to an OLD of its: a kept connection's peer is here as well.
 
-    Where the peer was moved here by a move of its own, also what is said to it.
+    Where the peer was moved here by a move of its own, also what is said to it. And a reset of
+    what cannot be kept, which is made here and goes by lo.
     """
+    for reset in lost:
+        yield from reset.connections
     arounds = [surroundings, *([] if change is None else [change.surroundings])]
     local = {address.packed for around in arounds for address in around.local}
     for translation in here:
