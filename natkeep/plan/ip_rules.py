@@ -104,7 +104,8 @@ def stay(
     inner: of each the tuple to the OLD, and also the other way round where the peer is at an OLD.
     calls: where listeners are called. home: addresses that need no rule.
     """
-    found = dict.fromkeys(_of_tuples(sorted({*inner})))
+    ordered = sorted({*inner}, key=lambda one: (one.source.address.version, one))
+    found = dict.fromkeys(_of_tuples(ordered))
     found |= dict.fromkeys(
         IpRule(end.address.version, end.address, dport=end.port) for end in calls
     )
