@@ -36,7 +36,7 @@ from natkeep.kernel.netlink import (
     attribute,
     attributes,
 )
-from natkeep.plan.ip_rules import HERE, SOURCES, IpRule
+from natkeep.plan.ip_rules import HERE, LOOPBACK, SOURCES, IpRule
 from natkeep.plan.nft import FAMILIES
 from natkeep.plan.step_undo import RemoveRules
 from natkeep.plan.steps import AddRules, Prior
@@ -53,7 +53,7 @@ _TABLE_LOCAL = 255
 _FIND_SADDR = 0x10000  # FIB_RULE_FIND_SADDR
 _FIRST = 0xC1
 _SHAPES = 1 << 4
-_EVERYWHERE = 9
+_EVERYWHERE, _BOUND = 9, 10
 _FAMILY = {4: socket.AF_INET, 6: socket.AF_INET6}
 _LISTENING = 10  # TCP_LISTEN
 _UNSUPPORTED = frozenset({errno.EOPNOTSUPP, errno.EAFNOSUPPORT})
@@ -115,7 +115,7 @@ class _Rules:
         behind = {rule.to for rule in new if not rule.passes}
         every = any(rule.mark for rule in new)
         passing = [rule for rule in there if rule.passes and (every or rule.to in behind)]
-        new.sort(key=lambda rule: rule.passes)
+        new.sort(key=lambda rule: (rule.passes, rule.sources))
         target = local.preference + 1
         if not any(one.is_target for one in self.standing):
             self._request(_NEWRULE, _pack_target(self._version, target))
@@ -152,7 +152,8 @@ class _Rules:
 
 def _pack(rule: IpRule, preference: int) -> bytes:
     width = {4: 32, 6: 128}[rule.version]
-    lengths = (width if rule.to else 0, width if rule.source else 0)
+    of_source = 8 if rule.source == LOOPBACK[4] else width
+    lengths = (width if rule.to else 0, of_source if rule.source else 0)
     table, action = (0, _GOTO_RULE) if rule.passes else (_TABLE_LOCAL, _LOOK_UP)
     flags = _FIND_SADDR if rule.sources else 0
     body = _HEADER.pack(_FAMILY[rule.version], *lengths, 0, table, 0, 0, action, flags)
@@ -169,7 +170,7 @@ def _pack(rule: IpRule, preference: int) -> bytes:
     for type_, port in ((_SPORT, rule.sport), (_DPORT, rule.dport)):
         body += attribute(type_, struct.pack("=HH", port, port)) if port else b""
     shape = bool(rule.source) + 2 * bool(rule.sport) + 4 * bool(rule.dport)
-    shape = _EVERYWHERE if rule.everywhere else shape
+    shape = _EVERYWHERE if rule.everywhere else _BOUND if rule.bound else shape
     return _finish(body, preference, shape)
 
 
@@ -204,7 +205,7 @@ def _read(answer: bytes, version: int) -> _Standing:
     mark = int.from_bytes(found.get(_MARK, b""), sys.byteorder)
     sport, dport = (struct.unpack("=HH", found.get(t, bytes(4)))[0] for t in (_SPORT, _DPORT))
     everywhere = action == _GOTO_RULE and _IIFNAME not in found
-    ours = IpRule(version, to, source, sport, dport, mark, everywhere)
+    ours = IpRule(version, to, source, sport, dport, mark, everywhere, protocol == _BOUND)
     return _Standing(answer, preference, False, ours, False)
 
 

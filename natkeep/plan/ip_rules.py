@@ -2,6 +2,7 @@
 
     0:  from all fwmark 0xc114 lookup local                  what CRIU and a holder send
     0:  from PEER to OLD ipproto tcp sport .. dport .. lookup local      a kept peer on this host
+    0:  from OLD to OLD lookup local, from 127.0.0.0/8 to OLD lookup local    never on a wire
     0:  from all to OLD iif lo goto 1                        what else this host says to OLD
     0:  from all lookup local                                as ever, but behind these
     1:  from all nop                                         where goto leads: other rules are asked
@@ -28,6 +29,7 @@ Rule: values only; where they stand among the rules of a host is for kernel/ip_r
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from ipaddress import ip_address
 
 from natkeep.plan.criu_lock import CRIU_MARK
 from natkeep.plan.tuples import Address, Endpoint, FourTuple
@@ -40,6 +42,8 @@ MOST = 64
 STRANGE, HERE = 0x04000000, 0x08000000
 """The bits of the mark, in prerouting, of packets that a host which forwards has got: for OLD
 itself, and for NEW, so that they are for a socket here by now."""
+LOOPBACK: dict[int, Address] = {4: ip_address("127.0.0.0"), 6: ip_address("::1")}
+"""In IPv4 a network, of 8 bits."""
 SOURCES = CRIU_MARK
 """The number of our own table of IPv6 routes."""
 
@@ -49,8 +53,9 @@ class IpRule:
     """A rule of a routing policy that an OLD needs; what is None or 0 is not asked.
 
     mark: looks table local up; without ports and mark it leads past it (`to` is OLD), with a source
-    that is OLD itself to the route whose source is another. everywhere: not what this host says
-    alone, but also what it has got.
+    that is OLD itself to the route whose source is another, unless bound: that is said from there,
+    and table local is looked up. everywhere: not what this host says alone, but also what it has
+    got.
     """
 
     version: int
@@ -60,6 +65,7 @@ class IpRule:
     dport: int = 0
     mark: int = 0
     everywhere: bool = False
+    bound: bool = False
 
     @property
     def passes(self) -> bool:
@@ -69,10 +75,10 @@ class IpRule:
     @property
     def sources(self) -> bool:
         """Whether it leads to the route that has a source."""
-        return self.source is not None and not (self.sport or self.dport)
+        return self.source is not None and not (self.sport or self.dport or self.bound)
 
     def __str__(self) -> str:
-        words = [f"from {self.source or 'all'}"]
+        words = [f"from {self.source or 'all'}{'/8' if self.source == LOOPBACK[4] else ''}"]
         words += [f"to {self.to}"] if self.to is not None else []
         mask = f"/{HERE:#x}" if self.mark == HERE else ""
         words += [f"fwmark {self.mark:#x}{mask}"] if self.mark else []
@@ -91,9 +97,11 @@ def rules_of(old: Address, *, forwards: bool = False) -> tuple[IpRule, ...]:
     forwards: the host passes on what others say to *old*.
     """
     marks = (CRIU_MARK, HERE) if forwards else (CRIU_MARK,)
+    # A socket that has OLD for its source looks up with it; the others come to the next rule.
+    bound = (IpRule(old.version, old, one, bound=True) for one in (old, LOOPBACK[old.version]))
     sources = (IpRule(6, old, old),) if old.version == 6 else ()
     local = (IpRule(old.version, mark=mark) for mark in marks)
-    return (*local, *sources, IpRule(old.version, old, everywhere=forwards))
+    return (*local, *bound, *sources, IpRule(old.version, old, everywhere=forwards))
 
 
 def stay(

@@ -357,9 +357,8 @@ def test_other_rules_are_asked_as_before(hosts: Hosts) -> None:
 
     prepare(hosts.executor, hosts.move(4), kept(4))
     said = hosts.rules()[0].splitlines()
-    assert [line for line in said if "lookup local" in line and "fwmark" not in line] == [
-        "32765:\tfrom all lookup local"
-    ]
+    of_all = [line for line in said if line.endswith("from all lookup local")]
+    assert of_all == ["32765:\tfrom all lookup local"]
     assert next(i for i, line in enumerate(said) if "goto" in line) < next(
         i for i, line in enumerate(said) if line.endswith("from all lookup local")
     )
@@ -520,3 +519,15 @@ def test_the_command_of_a_rule_is_what_ip_shows() -> None:
         f"from {NEW[4]} to {OLD[4]} ipproto tcp sport 1 dport 2 lookup local",
     ]
     assert subprocess.run(["ip", "rule", "help"], capture_output=True, check=False).stderr
+
+
+@pytest.mark.parametrize("version", [4, 6])
+def test_what_was_never_on_a_wire_stays_on_the_host(version: int, hosts: Hosts) -> None:
+    """A lost connection whose other end was on the source's loopback, or at OLD: it is reset."""
+    prepare(hosts.executor, hosts.move(version), kept(version))
+    bound = {4: ("127.0.0.1", OLD[4]), 6: ("::1", OLD[6])}[version]
+    for source in bound:
+        told = hosts("b", f"ip route get {OLD[version]} from {source}")
+        assert "dev lo" in told, source
+    assert "dev eth0" in hosts("b", f"ip route get {OLD[version]}")
+    teardown(hosts.executor, "web")
