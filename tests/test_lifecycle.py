@@ -630,25 +630,30 @@ def test_teardown_closes_every_gate_before_it_removes_anything(
     sites: tuple[Site, ...], kernel: RecordingKernel, executor: Executor
 ) -> None:
     prepare(executor, make_move(sites=sites), CONNECTIONS, Gate.OPEN)
-    applied = list(kernel.done)
+    applied = [(step, role) for _, step, role in kernel.done]
     kernel.done.clear()
     teardown(executor, "web")
 
     assert {OpenGate} == {step for _, step, _ in kernel.done[:2]}
     assert {Role.GATEWAY, Role.DESTINATION} == {role for _, _, role in kernel.done[:2]}
     assert OpenGate not in {step for _, step, _ in kernel.done[2:]}
-    backwards = [("revert", step, role) for _, step, role in reversed(applied)]
-    ends = [one for one in backwards[2:] if one[2] == Role.DESTINATION]  # which go last
-    assert [*backwards[:2], *(b for b in backwards[2:] if b not in ends), *ends] == kernel.done
+    assert [("revert", *one) for one in order_undo(applied)] == kernel.done
+
+
+def order_undo(applied: Iterable[tuple[type[Step], Role]]) -> list[tuple[type[Step], Role]]:
+    """Backwards, the destination last: what a gateway sends there is dropped until then."""
+    backwards = [*applied][::-1]
+    return sorted(backwards, key=lambda one: one[0] != OpenGate and one[1] == Role.DESTINATION)
 
 
 def test_rollback_runs_in_reverse(kernel: RecordingKernel, executor: Executor) -> None:
     kernel.fail_at = len(PLANS["ipv4"].steps) - 1
     with pytest.raises(KernelError):
         prepare(executor, make_move(), CONNECTIONS, Gate.OPEN)
-    steps = [step for verb, step, _ in kernel.done if verb == "apply"]
-    undone = [step for verb, step, _ in kernel.done if verb == "revert"]
-    assert [OpenGate, *reversed(steps)] == undone  # the one that failed was begun, too
+    steps = [(step, role) for verb, step, role in kernel.done if verb == "apply"]
+    undone = [(step, role) for verb, step, role in kernel.done if verb == "revert"]
+    begun = (OpenGate, PLANS["ipv4"].steps[-1].site.role)  # the one that failed, too
+    assert order_undo([*steps, begun]) == undone
 
 
 def test_a_gate_and_a_purge_are_undone_again_where_anything_of_their_site_was_left(
@@ -659,16 +664,16 @@ def test_a_gate_and_a_purge_are_undone_again_where_anything_of_their_site_was_le
     kernel.stuck = (AddAddress, InsertEntries)
     with pytest.raises(LeftoverError):
         teardown(executor, "web")
-    kept, again = (InstallGate, AddRules, PurgeEntries), []
+    kept, again = (InstallGate, AddRules, PurgeEntries), list[tuple[type[Step], Role]]()
     journal = state.load("web")
     for step, record in zip(PLANS["ipv4"].steps, journal.records.values(), strict=True):
-        again += [type(step)] if isinstance(step, kept) else []
+        again += [(type(step), step.site.role)] if isinstance(step, kept) else []
         assert (record.state == "undone") == (not isinstance(step, (*kept, *kernel.stuck)))
     kernel.stuck = ()
     kernel.done.clear()
     teardown(executor, "web")
 
-    assert [step for _, step, _ in kernel.done if step in kept] == [*reversed(again)]
+    assert [(step, role) for _, step, role in kernel.done if step in kept] == order_undo(again)
     assert kernel.sites == {"gw": FakeSite(), "dst": FakeSite()}
 
 
@@ -724,8 +729,9 @@ def test_each_command_is_talked_of_as_it_is_done_and_undone(
 
     lines.clear()
     teardown(executor, "web")
-    undone = [f"[-] {type(step).__name__} at {step.site}" for step in reversed(plan.steps)]
-    assert undone == lines
+    sites = {step.site.role: step.site for step in plan.steps}
+    undone = order_undo((type(step), step.site.role) for step in plan.steps)
+    assert [f"[-] {step.__name__} at {sites[role]}" for step, role in undone] == lines
 
 
 # ---- several moves ---------------------------------------------------------------------------
