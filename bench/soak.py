@@ -174,6 +174,7 @@ class Soak:
         """Prepare, restore, open; an earlier move is replaced and what it left is undone."""
         earlier = self.order
         order = self._order(frozen, to, move_id, mode, earlier)
+        end_silence(to)  # where it was before, as CRIU's lock would be by now
         self.natkeep.prepare(order)
         engine.restore(to, self.server, frozen, self.natkeep.opening(order))
         if earlier is not None:
@@ -190,6 +191,7 @@ class Soak:
             "--", str(engine.binary), "restore", "--images-dir", str(frozen.directory),
             "--tcp-established", "--restore-detached", "-v4", "--log-file", "restore.log",
         ]  # fmt: skip
+        end_silence(to)
         # In a file: the server that it restores would keep a pipe open.
         said = frozen.directory / "run.log"
         with said.open("wb") as log:
@@ -200,7 +202,6 @@ class Soak:
         if done.returncode:
             text = said.read_text(errors="replace").strip()
             raise TranslatorError(f"natkeep run exited {done.returncode}: {text[-600:]}")
-        end_silence(to)
         self.order = order
         self._count(engine, "run", mode)
 
