@@ -47,15 +47,17 @@ NFT = """
     from4 from6 to4 to6 invalid-in4 invalid-in6 invalid-from4 invalid-from6 invalid-out4
     invalid-out6 invalid-to4 invalid-to6
     asked asking held4 held6 gate4 gate6 in4 in6 out4 out6 set4 set6 put4 put6 mute4 mute6
-    conns4 conns6 urgptr reject with reset : . -"""
+    conns4 conns6 urgptr reject with reset : . -
+    heard4 heard6 spoken4 spoken6 mark4 mark6 early-resets early-answers marked-resets forward
+    strange here passed come"""
 KEYWORDS = frozenset(NFT.split())
 TOKEN = re.compile(r'"(?P<string>[^"]*)"|(?P<word>@?[0-9A-Za-z_:.-]+)|(?P<mark>[{};,&|()]|[=!]=)')
 OURS = re.compile(
-    r"@?(?:(?:kept|outer|ended|routed|to-outer|to-inner|listen)-(?P<a>[a-z0-9-]{1,32})-[0-9]{1,2}"
+    r"@?(?:(?:kept|outer|ended|heard|spoken|routed|to-outer|to-inner|listen)-(?P<a>[a-z0-9-]{1,32})-[0-9]{1,2}"
     r"|(?:gate|callers|hold)-(?P<b>[a-z0-9-]{1,32}))"
 )
 AT = re.compile(
-    r"(?:gate|(?:invalid-)?(?:in|out|from|to)|set|put|mute)-at-(?P<address>[0-9a-f._]+)"
+    r"(?:gate|(?:invalid-)?(?:in|out|from|to)|set|put|mute|heard|spoken|mark)-at-(?P<address>[0-9a-f._]+)"
 )
 
 
