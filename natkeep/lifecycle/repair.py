@@ -21,7 +21,7 @@ from natkeep.lifecycle.progress import is_retired, is_waiting, refuse_earlier_bo
 from natkeep.lifecycle.status import Sight, look_around, note_sighting, remember_sighting
 from natkeep.plan.base_chains import EARLY, early_hook, gate_hook
 from natkeep.plan.move import Site
-from natkeep.plan.repair import Patch, StopCounting
+from natkeep.plan.repair import Patch, RestoreRoutes, StopCounting
 from natkeep.plan.steps import AddAddress, InsertEntries, Plan, Prior
 from natkeep.plan.tuples import Address
 from natkeep.state.journal import Journal
@@ -145,8 +145,9 @@ def _look(executor: Executor, move_id: str) -> _Work:
             drift = drift or (ADDED if here else ())
             found.append(Repaired(site, drift, commands, tuple(taken.values())))
         patches += here
-    # In the plan's order, so that no gate opens before all that stands behind it is there.
-    patches.sort(key=lambda each: each[0])
+    # In the plan's order, so that no gate opens before all that stands behind it is there; what
+    # others have taken, by which the rest finds its way, before.
+    patches.sort(key=lambda each: (not isinstance(each[1], RestoreRoutes), each[0]))
     return _Work(journal, plan, sight, tuple(found), tuple(patches))
 
 

@@ -41,7 +41,7 @@ from natkeep.plan.move import Site
 from natkeep.plan.observation import Gate, Observation
 from natkeep.plan.repair import Patch, RestoreRoutes, describe_lost_routes, find_patches
 from natkeep.plan.roles import Role
-from natkeep.plan.steps import InsertEntries, InstallTranslation, OpenGate, Plan
+from natkeep.plan.steps import AddRules, InsertEntries, InstallTranslation, OpenGate, Plan
 from natkeep.plan.tuples import NO_CONNECTIONS
 from natkeep.state.directory import read_boot_id
 from natkeep.state.journal import Journal
@@ -243,10 +243,11 @@ class Sight:
         """What puts it back, each with the number of its step."""
         seen, life = self.looks[site], self.lives[site]
         found = [*find_patches(self.plan, site, seen, life, opened=self.opened[site])]
-        return [
-            *found,
-            *((number, RestoreRoutes(site, notes)) for number, notes in self.lost_routes[site]),
-        ]
+        lost = [(number, RestoreRoutes(site, notes)) for number, notes in self.lost_routes[site]]
+        # Among OLD's rules is a route with the source that the way there has, once it is back.
+        steps = enumerate(self.plan.prepare)
+        rules = [(n, s) for n, s in steps if isinstance(s, AddRules) and s.site == site]
+        return [*lost, *found, *(one for one in rules if lost and one not in found)]
 
 
 def look_around(
