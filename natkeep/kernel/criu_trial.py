@@ -79,10 +79,15 @@ def main(criu: str, directory: str) -> int:
         os.mkdir(images)
         why = _try(criu, images, lock)
         if not why:
-            print(*lock)
+            _tell(" ".join(lock))
             return 0
-    print(why)
+    _tell(why)
     return 1
+
+
+def _tell(line: str) -> None:
+    """To natkeep, at the other end of the pipe."""
+    os.write(1, f"{line}\n".encode("utf-8", "replace"))
 
 
 def _try(criu: str, images: str, lock: tuple[str, ...]) -> str:
