@@ -63,6 +63,8 @@ def test_the_described_commands_do_what_natkeep_does(
     at_gateway = role == Role.GATEWAY
     parts = base_chains.translation_tables(plan.move.mode, at_gateway=at_gateway)
     shared = [one for part in (base_chains.base_table(), *parts) for one in part]
+    early = base_chains.SPOKEN if at_gateway else base_chains.HEARD
+    shared += base_chains.dispatch_table(early)
     if role == Role.DESTINATION:
         shared += [*base_chains.destination_table(), *arp.arp_table()]
     run(typed, "nft", "-f", "-", stdin="\n".join(map(str, shared)))
