@@ -26,14 +26,13 @@ from natkeep.kernel.netlink import (
 )
 from natkeep.kernel.netns import inside as inside_of
 from natkeep.kernel.netns import open_namespace
-from natkeep.lab.host import await_true
 from natkeep.plan.drift import find_drift
 from natkeep.plan.listeners import make_receptions
 from natkeep.plan.move import Map, Mode, Move, Site
 from natkeep.plan.observation import Gate, Observation
 from natkeep.plan.roles import Role
 from natkeep.plan.step_order import make_plan
-from natkeep.plan.steps import ForgetCalls, InstallReception, Plan, Prior, Step
+from natkeep.plan.steps import AddAddress, ForgetCalls, InstallReception, Plan, Prior, Step
 from natkeep.plan.tuples import NO_CONNECTIONS, Address, Connections, Endpoint, FourTuple
 
 pytestmark = pytest.mark.root
@@ -136,16 +135,6 @@ class Here:
         listed = self.run("conntrack", "-L", "-p", "tcp")
         return {int(line.split("sport=")[1].split()[0]) for line in listed.splitlines()}
 
-    def add_olds(self) -> None:
-        """OLD at home, so that no move takes it away: which one may, only Executor asks."""
-        self.run("ip", "address", "add", f"{OLD}/32", "dev", "lo")
-        self.run("ip", "address", "add", f"{OLD6}/128", "dev", "lo", "nodad")
-        # Its route may come after the answer.
-        await_true(
-            lambda: f"local {OLD6} " in self.run("ip", "-6", "route", "show", "table", "local"),
-            "the kernel's route to OLD",
-        )
-
     def run(self, *command: str) -> str:
         return self._run(self.netns, *command)
 
@@ -200,7 +189,6 @@ def test_each_step_alone_is_undone(
 def test_two_moves_of_one_address_leave_each_other_alone(
     here: Here, role: Role, mode: Mode, goes: int, kept: Connections, take_picture: Picture
 ) -> None:
-    here.add_olds()  # the journal hands them over
     bare = take_picture(here.netns)
     others = Connections.of(
         FourTuple(Endpoint(each.source.address, 6000), each.destination) for each in KEPT
@@ -215,7 +203,9 @@ def test_two_moves_of_one_address_leave_each_other_alone(
     for plan, each in zip(plans, seen, strict=True):
         assert find_drift(plan, plan.move.sites[0], each) == ()
 
-    here.revert(done[goes])
+    # An address that two moves use changes hands in lifecycle/; its rules stay as long as it does.
+    handed = [one for one in done[goes] if isinstance(one[0], AddAddress)]
+    here.revert([one for one in done[goes] if one not in handed])
 
     stays = 1 - goes
     assert not chains_left(plans[goes], here.observe(plans[goes]))
@@ -223,7 +213,7 @@ def test_two_moves_of_one_address_leave_each_other_alone(
     assert "10.2.0.10" in here.run("nft", "list", "set", "inet", "natkeep", "held4") or (
         role == Role.GATEWAY
     )
-    here.revert(done[stays])
+    here.revert([*done[stays], *handed])
     assert bare == take_picture(here.netns)
 
 
@@ -313,7 +303,6 @@ def test_callers_are_counted_and_their_entries_go_with_the_move(
     here: Here, role: Role, take_picture: Picture
 ) -> None:
     """And not those of kept connections to the same port, nor what is translated elsewhere."""
-    here.add_olds()
     other = here.plan(role, move_id="kept", listeners=())
     here.apply(other.steps)
     done = here.apply(here.plan(role, kept=NO_CONNECTIONS).steps)
@@ -331,7 +320,8 @@ def test_callers_are_counted_and_their_entries_go_with_the_move(
         assert conntrack_listeners.count(receiving) == 1
         assert conntrack_listeners.count(receiving, conntrack_listeners.read_table(4)) == 1
 
-    here.revert(done)
+    # The addresses are handed to the other move, in lifecycle/.
+    here.revert([one for one in done if not isinstance(one[0], AddAddress)])
 
     assert here.tracked() == {50000, 50594, 40002, 40003, 40004}
     assert find_drift(other, other.move.sites[0], here.observe(other)) == ()
