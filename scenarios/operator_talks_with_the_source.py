@@ -15,6 +15,7 @@ destination is a router, too: what it passes on to OLD for others is not for its
 """
 
 from natkeep.lab.application import start_client, start_server, tuple_of
+from natkeep.lab.engine import SILENCE_TABLE
 from natkeep.plan.tuples import Endpoint
 
 
@@ -27,7 +28,7 @@ def run(lab):
     talks = Talks(lab, there)
     for moment, change in (
         ("before the move", lambda: None),
-        ("while the process is frozen", lab.freeze),
+        ("while the process is frozen", lambda: freeze(lab, there.port)),
         ("once the destination is prepared", lab.prepare),
         ("once the move is open", lab.restore),
     ):
@@ -36,6 +37,16 @@ def run(lab):
     lab.traffic.talk_on()
     lab.finish()
     talks.go_on("after teardown")
+
+
+def freeze(lab, port):
+    """As CRIU, which locks what it dumps; the engine `repair` locks all TCP of its host."""
+    lab.freeze()
+    source = lab.topology["source"]
+    if SILENCE_TABLE in source.run("nft", "list", "tables").stdout.split():
+        for chain, end in (("into", "dport"), ("out", "sport")):
+            rule = f"insert rule inet {SILENCE_TABLE} {chain} tcp {end} {port} accept\n"
+            source.nft(rule)
 
 
 class Talks:
