@@ -76,7 +76,9 @@ def prepare(args: argparse.Namespace) -> int:
     require_devices(executor, move, checkpoint)
     require_sockets(executor, move, checkpoint)
     if args.dry_run:
-        _print_plan(check(executor, move, checkpoint.connections, args.replace), as_json=args.json)
+        run_id = checkpoint.run_id
+        plan = check(executor, move, checkpoint.connections, args.replace, run_id=run_id)
+        _print_plan(plan, as_json=args.json)
         return 0
     work = partial(prepare, executor)
     if args.replace is not None:

@@ -31,11 +31,12 @@ def check(
     *,
     frozen: bool = False,
     looks: bool = True,
+    run_id: str | None = None,
 ) -> Plan:
     """The plan, if it could be carried out as things stand; nothing is changed.
 
     replaces, frozen: as `prepare` and `replace_move` have them. looks: the path is looked at, too;
-    what is found and does not stop the move is in `executor.warned`.
+    what is found and does not stop the move is in `executor.warned`. run_id: of the dump.
     """
     executor.open_sites(move)
     move = _with_held(executor, move)
@@ -55,7 +56,9 @@ def check(
     for step in plan.steps:
         executor.kernel.check(step)
     if looks:
-        executor.warned += refuse_stopped(OF_PATH, Subject(executor.kernel, move.sites, plan))
+        executor.warned += refuse_stopped(
+            OF_PATH, Subject(executor.kernel, move.sites, plan, run_id=run_id)
+        )
     return plan
 
 

@@ -39,4 +39,6 @@ def make_subject(
         except RefusedError:
             plan = None
     state = executor.state
-    return Subject(executor.kernel, move.sites, plan, checkpoint, image, pid, state), [found]
+    return Subject(
+        executor.kernel, move.sites, plan, checkpoint, image, pid, state, checkpoint.run_id
+    ), [found]

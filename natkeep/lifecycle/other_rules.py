@@ -31,6 +31,7 @@ from natkeep.plan.other_rules import (
     find_translating,
     find_virtual,
     follow,
+    without_lock,
 )
 from natkeep.plan.translation import Translation
 from natkeep.plan.tuples import Connections, Endpoint, FourTuple
@@ -51,7 +52,7 @@ def look_at_other_rules(subject: Subject) -> Iterator[Finding]:
             continue
         found: dict[tuple[str, str], str] = {}
         for translation in here:
-            for effect, tuple_ in subject.kernel.ask(site, _follow_at, translation):
+            for effect, tuple_ in subject.kernel.ask(site, _follow_at, translation, subject.run_id):
                 found.setdefault((effect.does, effect.where), str(tuple_))
         findings = [*judge(site, found, plan.move.mode)]
         yield from findings
@@ -81,10 +82,13 @@ def judge(site: Site, found: dict[tuple[str, str], str], mode: Mode) -> Iterator
             yield Finding("not-tracked", site, f"{where} has {tuple_} not tracked")
 
 
-def _follow_at(translation: Translation) -> list[tuple[Effect, FourTuple]]:
-    """What rules of others here do to the packets of *translation*, and to which."""
+def _follow_at(translation: Translation, run_id: str | None) -> list[tuple[Effect, FourTuple]]:
+    """What rules of others here do to the packets of *translation*, and to which.
+
+    run_id: of the dump; the restore locks the network as the dump did, and unlocks it at its end.
+    """
     map_, found = translation.map, []
-    ruleset = reading.read_ruleset(map_.old.version)
+    ruleset = without_lock(reading.read_ruleset(map_.old.version), run_id)
     if not ruleset.chains:
         return []
     at_gateway = translation.site.row.passes_on

@@ -37,7 +37,7 @@ def prepare(
     be, LeftoverError says what is there.
     """
     with executor.state.changing(move.id):
-        plan = check(executor, move, connections, frozen=frozen)
+        plan = check(executor, move, connections, frozen=frozen, run_id=image)
         carry_out(executor, plan, connections, gate, image)
         if gate == Gate.OPEN:
             executor.kernel.unhook_gates()

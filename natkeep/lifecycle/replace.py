@@ -33,7 +33,7 @@ def replace_move(
 ) -> Plan:
     """`prepare`, in the place of the move *replaces*; what fails leaves that one as it was."""
     with executor.state.changing(replaces, move.id):
-        plan = check(executor, move, connections, replaces)
+        plan = check(executor, move, connections, replaces, run_id=image)
         journal, old = executor.load(replaces)
         journal.resolve()
         _Replacement(executor, journal, old, plan).carry_out(connections, gate, image)

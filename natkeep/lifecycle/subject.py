@@ -19,7 +19,8 @@ class Subject:
 
     plan: of the move that is asked about; without one the machine alone is.
     checkpoint: where its connections were read; image: the directory, or empty; pid: of a process
-    that still runs, or None. state: where the journals of other moves are.
+    that still runs, or None. state: where the journals of other moves are. run_id: of the dump,
+    where there is one.
     """
 
     kernel: Kernel
@@ -29,6 +30,7 @@ class Subject:
     image: str = ""
     pid: int | None = None
     state: StateDirectory | None = None
+    run_id: str | None = None
 
 
 Look = Callable[[Subject], Iterator[Finding]]

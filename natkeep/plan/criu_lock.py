@@ -71,13 +71,18 @@ class DumpLock:
     @property
     def table(self) -> str:
         """Name of the table that CRIU made for this dump (nftables)."""
-        return f"CRIU-{(self.run_id or '')[:RUN_ID_SHOWN]}"
+        return table_name(self.run_id or "")
 
     def is_known(self) -> bool:
         """Whether there is a lock, and it can be told from those of other dumps."""
         if self.method == NetworkLock.NFTABLES:
             return self.run_id is not None
         return self.method == NetworkLock.IPTABLES
+
+
+def table_name(run_id: str) -> str:
+    """The table that CRIU makes for the dump *run_id*, and again for a restore from it."""
+    return f"CRIU-{run_id[:RUN_ID_SHOWN]}"
 
 
 def set_name(version: int) -> str:

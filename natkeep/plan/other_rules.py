@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from ipaddress import ip_address
 from typing import NamedTuple
 
+from natkeep.plan.criu_lock import CRIU_MARK, NAMESPACE_CHAIN, table_name
 from natkeep.plan.tuples import Endpoint, FourTuple
 from natkeep.values import dataclass
 
@@ -58,6 +59,29 @@ class Ruleset(NamedTuple):
     """Chains by `FAMILY TABLE` and name."""
 
     chains: dict[tuple[str, str], Chain]
+
+
+def without_lock(ruleset: Ruleset, run_id: str | None) -> Ruleset:
+    """*ruleset* but for CRIU's lock of the dump *run_id*, which a restore of it takes away.
+
+    In a filter table nothing tells whose it is: any chain CRIU, and rules for all but CRIU's mark.
+    """
+    own = None if run_id is None else f"inet {table_name(run_id)}"
+    chains: dict[tuple[str, str], Chain] = {}
+    for (table, name), chain in ruleset.chains.items():
+        rules = chain.rules
+        if table in ("ip filter", "ip6 filter"):
+            rules = [] if name == NAMESPACE_CHAIN else [one for one in rules if not _locks(one)]
+        if table != own:
+            chains[table, name] = chain._replace(rules=rules)
+    return Ruleset(chains)
+
+
+def _locks(rule: tuple[Expression, ...]) -> bool:
+    mark = (CRIU_MARK, CRIU_MARK.to_bytes(4, sys.byteorder))
+    return any(
+        one.kind in ("cmp", "marked") and one.word == "!=" and one.values[0] in mark for one in rule
+    )
 
 
 class Effect(NamedTuple):

@@ -8,8 +8,9 @@ import pytest
 
 from natkeep.kernel.netns import inside, open_namespace
 from natkeep.kernel.other_rules import read_ruleset
-from natkeep.plan.other_rules import ESTABLISHED, NEW, Packet, follow
-from natkeep.plan.tuples import Endpoint, FourTuple
+from natkeep.plan.criu_lock import DumpLock, NetworkLock, render_restoration, render_table
+from natkeep.plan.other_rules import ESTABLISHED, NEW, Packet, follow, without_lock
+from natkeep.plan.tuples import NO_CONNECTIONS, Endpoint, FourTuple
 
 pytestmark = pytest.mark.root
 Run = Callable[..., str]
@@ -108,3 +109,52 @@ def test_a_set_that_others_fill_leaves_it_open_and_ours_is_left_out(netns: str, 
     """
     run(netns, "nft", "-f", "-", stdin=script)
     assert effects(netns, 4, "forward", FILTER) == [("drop", False)]
+
+
+RUN = "8e2b6e18-503e-446d-ba65-00714c6feaa3"
+
+
+def dropped_at_end(netns: str, version: int, run_id: str | None) -> list[str]:
+    """Where what is delivered and sent is dropped for sure, a restore of *run_id* aside."""
+    with inside(open_namespace(netns)):
+        ruleset = without_lock(read_ruleset(version), run_id)
+    ways = (("input", Packet(OUT[version].reply())), ("output", Packet(OUT[version])))
+    return [
+        effect.where
+        for hook, packet in ways
+        for effect in follow(ruleset, hook, packet, FILTER)
+        if effect.does == "drop" and effect.sure
+    ]
+
+
+@EACH_VERSION
+def test_the_lock_of_a_restore_is_no_rule_of_others_but_that_of_another_dump_is(
+    netns: str, run: Run, version: int
+) -> None:
+    """CRIU locks a namespace that exists already before it restores into it."""
+    lock = DumpLock(NetworkLock.NFTABLES, RUN, whole=True)
+    run(netns, "nft", "-f", "-", stdin="\n".join(render_table(lock, NO_CONNECTIONS)) + "\n")
+    both = [f"inet {lock.table} {chain}" for chain in ("input", "output")]
+    assert dropped_at_end(netns, version, RUN) == []
+    assert dropped_at_end(netns, version, "another") == both
+    assert dropped_at_end(netns, version, None) == both
+
+    base = "type filter hook input priority 0;"
+    run(netns, "nft", "-f", "-", stdin=f"table inet f {{ chain c {{ {base} drop; }}; }}\n")
+    assert dropped_at_end(netns, version, RUN) == ["inet f c"]
+
+
+@EACH_VERSION
+@pytest.mark.parametrize("whole", [True, False])
+def test_the_lock_in_a_filter_table_is_left_out_and_what_is_behind_it_is_seen(
+    netns: str, run: Run, version: int, *, whole: bool
+) -> None:
+    program = {4: "iptables-nft", 6: "ip6tables-nft"}[version]
+    lines = render_restoration(DumpLock(NetworkLock.IPTABLES, whole=whole), [OUT[version].reply()])
+    run(netns, f"{program}-restore", "--noflush", stdin="\n".join(lines) + "\n")
+    assert effects(netns, version, "output", FILTER) == [("drop", True)]
+    assert dropped_at_end(netns, version, RUN) == []
+
+    run(netns, program, "-A", "OUTPUT", "-p", "tcp", "--sport", "5000", "-j", "DROP")
+    ip = {4: "ip", 6: "ip6"}[version]
+    assert dropped_at_end(netns, version, RUN) == [f"{ip} filter OUTPUT"]
