@@ -215,7 +215,7 @@ class FakeKernel:
 
     read_at_destination = read_at_gateway
 
-    def _follow_at(self, site: Site, translation: object) -> list[object]:
+    def _follow_at(self, site: Site, translation: object, *run_id: str | None) -> list[object]:
         """No rules of others are here."""
         return []
 
