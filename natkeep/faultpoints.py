@@ -62,6 +62,8 @@ PLACES: dict[str, tuple[str, ...]] = {
     # In the middle of a verb.
     **dict.fromkeys(("handed-over", "quiesce-held", "hold-again", "replace-begin"), ()),
     **dict.fromkeys(("replace-prepared", "replace-noted", "change", "changed", "widened"), ()),
+    # An undo is about to drop what may still come to the destination.
+    "drop": (),
 }
 POINTS = tuple(
     f"{place}-{of}" if of else place for place, several in PLACES.items() for of in several or ("",)

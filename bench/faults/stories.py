@@ -68,6 +68,7 @@ STATELESS = _prepare("--mode=stateless", *MAPS[1:], *PAIR, *LIST)
 RECEIVING = _prepare("--listeners", *MAPS, *PAIR, *IMAGE)
 RECEIVING_STATELESS = (*RECEIVING, "--mode=stateless")
 TEARDOWN = ("teardown", "web", "--yes")
+ALONE = _prepare(*MAP, PAIR[1], *LIST)
 OTHER = _prepare(*MAP, *PAIR, *BESIDE, move_id="other")
 QUIESCE = ("quiesce", "web", *MAP, *SOURCE)
 LEAVE = _prepare(*MAPS, *SOURCE, "--image={image}")
@@ -116,6 +117,7 @@ STORIES = (
     Story("teardown stateless", (STATELESS, ("open", "web")), TEARDOWN, version=6),
     Story("teardown with listeners", (RECEIVING, ("open", "web")), TEARDOWN),
     Story("teardown 1,000", (STATEFUL,), TEARDOWN, count=1000),
+    Story("teardown of a destination alone", (ALONE,), TEARDOWN, last=GC),
     Story("teardown beside another", (STATEFUL, OTHER), TEARDOWN, ids=("web", "other")),
     Story("prepare beside another", (OTHER,), STATEFUL, ids=("other", "web")),
     Story("quiesce", (), QUIESCE, sites=("source",)),

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from ipaddress import ip_address
 
+from natkeep import faultpoints
 from natkeep.kernel import nftables
 from natkeep.kernel import nftables_dump as dump
 from natkeep.kernel.interface import Driver, Place, Remember
@@ -30,6 +31,7 @@ class DropUndoneDriver(Driver[DropUndone]):
     def apply(self, at: Place, step: DropUndone, remember: Remember) -> Prior:
         """From now on these are dropped, and for so long, whatever was dropped before."""
         remember(Prior())
+        faultpoints.reach("drop")
         lines = [] if has_undone() else [*table_lines()]
         lines += element_lines("delete", step.arriving.only({*read_undone().each()}))
         nftables.run_transaction([*lines, *element_lines("add", step.arriving, step.seconds)])

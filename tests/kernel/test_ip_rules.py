@@ -515,6 +515,8 @@ def test_the_command_of_a_rule_is_what_ip_shows() -> None:
 
     assert said == [
         "from all fwmark 0xc114 lookup local",
+        f"from {OLD[4]} to {OLD[4]} lookup local",
+        f"from 127.0.0.0/8 to {OLD[4]} lookup local",
         f"from all to {OLD[4]} iif lo goto",
         f"from {NEW[4]} to {OLD[4]} ipproto tcp sport 1 dport 2 lookup local",
     ]
