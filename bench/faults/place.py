@@ -105,6 +105,9 @@ class Place:
             rows="\n".join(_describe_rows(site, self._rows)),
         )
         self._enter(site, "sh", "-ec", script)
+        if site == "gateway":
+            forwards = ("net.ipv4.ip_forward=1", "net.ipv6.conf.all.forwarding=1")
+            self._enter(site, "sysctl", "-qw", *forwards)
         if site == "source":
             self._listen()
             self._leave_lock()
