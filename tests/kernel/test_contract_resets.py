@@ -5,6 +5,7 @@ As test_contract.py, whose scene this is: `picture` is all that could have chang
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 
 import pytest
@@ -97,7 +98,7 @@ def scene(request) -> Scene:
                 and one.chain.startswith(("reset-", "refuse-at-10.", "answer-at-10."))
             }  # fmt: skip
 
-        return Scene(kernel, "site", lambda: repr(here["site"]), forget)
+        return Scene(kernel, "site", lambda: copy.deepcopy(here["site"]), forget)
     netns = request.getfixturevalue("make_site")()
     run, take = (request.getfixturevalue(name) for name in ("run", "take_picture"))
     run(netns, "nft", "add table ip theirs")
