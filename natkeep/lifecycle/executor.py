@@ -180,12 +180,12 @@ class Executor:
         standing = {n: r for n in numbers if (r := journal.records.get(n)) and r.state != "undone"}
         gated = {one.site for one in standing.values() if isinstance(one.undo, RemoveGate)}
         ends = [site for site in journal.move.sites if site in gated and site.row.puts_old]
-        at_end = [(n, one.undo) for n, one in standing.items() if one.site in ends]
-        late = {n for n, undo in at_end if not isinstance(undo, CloseGates)}
+        late = {n for n, r in standing.items() if r.site in ends and type(r.undo) is not CloseGates}
         gateways = [site for site in journal.move.sites if site.row.passes_on]
         arriving = {} if gateways else self._find_arriving(journal, ends)
         left = self.undo(journal, [n for n in numbers if n not in late])
-        if any(r.site in gateways and r.state != "undone" for r in journal.records.values()):
+        still = [r for n, r in journal.records.items() if left or n not in numbers]  # or it went
+        if any(r.site in gateways and r.state != "undone" for r in still):
             arriving = self._find_arriving(journal, ends)
         try:
             self.drop(arriving)
