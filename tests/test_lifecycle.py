@@ -1286,3 +1286,18 @@ def test_a_move_that_is_torn_down_while_many_are_looked_at_is_left_out(
         i for i in ids if i != "m07"
     ]
     assert unreadable == []
+
+
+def test_what_stays_dropped_since_a_gateway_could_not_be_undone_goes_once_it_is(
+    kernel: RecordingKernel, executor: Executor
+) -> None:
+    prepare(executor, make_move(), CONNECTIONS)
+    kernel.stuck = (InsertEntries,)
+    ends = [t.outer for t in PLANS["ipv4"].translations if t.site.netns == "dst"]
+    kernel.arriving["dst"] = Connections.joined(ends)
+    with pytest.raises(LeftoverError):
+        teardown(executor, "web")
+    assert kernel.sites["dst"].undone
+    kernel.stuck = ()
+    teardown(Executor(kernel, executor.state), "web")
+    assert kernel.sites == {"gw": FakeSite(), "dst": FakeSite()}

@@ -17,7 +17,13 @@ from natkeep.lifecycle.progress import without_lock
 from natkeep.plan.base_chains import gate_chain
 from natkeep.plan.listeners import callers_chain
 from natkeep.plan.move import Site
-from natkeep.plan.step_undo import CloseGates, RemoveAddress, RemoveRules
+from natkeep.plan.step_undo import (
+    CloseGates,
+    RemoveAddress,
+    RemoveRules,
+    RemoveUndone,
+    RestoreEntries,
+)
 from natkeep.plan.steps import Prior
 from natkeep.plan.tuples import Connections
 from natkeep.state.directory import read_boot_id
@@ -51,11 +57,23 @@ def end(executor: Executor, move_id: str) -> None:
         left = executor.undo_move(journal, numbers)
         left += _find_left(executor, journal, reachable)
         staying = "; ".join(executor.staying)
+        if not left and not executor.dropped:
+            _end_drops(executor, journal, reachable)
     if left:
         raise leftover(journal, left)
     forget(journal)
     if staying:
         raise LeftoverError(staying, hint="natkeep gc takes it away once they have ended")
+
+
+def _end_drops(executor: Executor, journal: Journal, sites: set[Site]) -> None:
+    """What an undo before this one left dropped: its gateway could not be undone, and is by now."""
+    if not any(site.row.passes_on for site in journal.move.sites):
+        return
+    for record in journal.records.values():
+        for site in sites & {record.site}:
+            if site.row.puts_old and isinstance(record.undo, RestoreEntries):
+                executor.kernel.revert(site, RemoveUndone(record.undo.outer), Prior())
 
 
 def _find_left(executor: Executor, journal: Journal, sites: Iterable[Site]) -> list[NatkeepError]:
