@@ -34,9 +34,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
+from entered import entered
 
 from natkeep import cli
-from natkeep.kernel.netns import inside, open_namespace
 from natkeep.plan import arp, base_chains
 from natkeep.plan.move import Mode
 from natkeep.state.directory import StateDirectory
@@ -1196,7 +1196,7 @@ def live(sites: Network, executor: Run) -> Iterator[tuple[Network, list[socket.s
     for address in (OLD[0], PEER[0]):
         sites.run(sites.destination, *f"ip address add {address}/32 dev lo".split())
     sockets = []
-    with inside(open_namespace(sites.destination)):
+    with entered(sites.destination):
         listener = socket.create_server(OLD)
         client = socket.create_connection(OLD, PATIENCE, source_address=PEER)
     server, _ = listener.accept()

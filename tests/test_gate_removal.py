@@ -11,10 +11,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from entered import entered
 
 from natkeep.kernel import nftables, nftables_dump
 from natkeep.kernel.linux import LinuxKernel
-from natkeep.kernel.netns import inside, open_namespace
 from natkeep.lifecycle.executor import Executor
 from natkeep.lifecycle.open import open_move, remove_gate_hooks
 from natkeep.lifecycle.prepare import prepare
@@ -52,12 +52,12 @@ class Gateway:
         return self.has(GATE)
 
     def has(self, chain: str) -> bool:
-        with inside(open_namespace(self.netns)):
+        with entered(self.netns):
             return nftables_dump.has_chain(TABLE, chain)
 
     def hear(self, number: int) -> None:
         """As if the destination of that move had spoken."""
-        with inside(open_namespace(self.netns)):
+        with entered(self.netns):
             element = f"inet {TABLE} spoken-m{number}-0 {{ 10.1.0.2 . 2000 . 80 }}"
             nftables.run_transaction([f"add element {element}"])
 
@@ -126,7 +126,7 @@ def test_listeners_that_are_blocked_while_the_gate_hook_goes_are_blocked(
     ends = (Endpoint(parse_address("10.2.0.1"), 80),)
     step = HoldListeners(site, "m2", ends)
     monkeypatch.setattr(nftables, "missing_gate_hook", look_and_be_overtaken)
-    with inside(open_namespace(gateway.netns)):
+    with entered(gateway.netns):
         nftables.load_block(step)
         assert "m2:hold" in [rule.comment for rule in nftables_dump.rules(TABLE, GATE)]
     assert removed

@@ -15,11 +15,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from entered import entered
 from fake_kernel import FakeKernel, FakeSite, KilledError
 
 from natkeep import cli
 from natkeep.errors import JournalError, KernelError, NatkeepError, RefusedError
-from natkeep.kernel.netns import inside, open_namespace
 from natkeep.lifecycle.check import check
 from natkeep.lifecycle.drain import count_alive, find_exposed
 from natkeep.lifecycle.executor import Executor
@@ -382,7 +382,7 @@ def listen(source: str) -> Iterator[Callable[..., socket.socket]]:
 
     def make(host: str) -> socket.socket:
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        with inside(open_namespace(source)):
+        with entered(source):
             made.append(socket.socket(family))
         made[-1].setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         made[-1].bind((host, 5000))
@@ -395,7 +395,7 @@ def listen(source: str) -> Iterator[Callable[..., socket.socket]]:
 
 
 def dial(source: str) -> socket.socket:
-    with inside(open_namespace(source)):
+    with entered(source):
         client = socket.socket()
     client.setblocking(False)
     client.connect_ex((str(OLD), 5000))

@@ -6,10 +6,10 @@ import subprocess
 from collections.abc import Iterator
 
 import pytest
+from entered import entered
 
 from natkeep.kernel import conntrack
 from natkeep.kernel.conntrack_purge import purge
-from natkeep.kernel.netns import inside, open_namespace
 from natkeep.plan.move import Map, Move, Site
 from natkeep.plan.roles import Role
 from natkeep.plan.step_order import make_plan
@@ -26,7 +26,7 @@ OLD, NEW, PEER = "10.2.0.10", "10.3.0.20", "10.1.0.2"
 @pytest.fixture
 def site(netns: str) -> Iterator[str]:
     """A namespace that this thread is in."""
-    with inside(open_namespace(netns)):
+    with entered(netns):
         yield netns
 
 

@@ -11,13 +11,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from entered import entered
 from fake_kernel import revert_step
 
 from natkeep.checkpoint.images import read_checkpoint
 from natkeep.errors import KernelError
 from natkeep.kernel import criu_lock
 from natkeep.kernel.linux import LinuxKernel
-from natkeep.kernel.netns import inside, open_namespace
 from natkeep.lab.host import Host
 from natkeep.lab.lab import Lab
 from natkeep.plan.criu_lock import DumpLock, NetworkLock
@@ -255,7 +255,7 @@ def test_without_a_lock_there_is_nothing_to_take_and_no_table_is_made(
 
     assert prior == Prior()
     assert shown(run, netns) == before
-    with inside(open_namespace(netns)), open("/proc/thread-self/net/ip_tables_names") as names:
+    with entered(netns), open("/proc/thread-self/net/ip_tables_names") as names:
         assert names.read() == ""
 
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 
 import pytest
+from entered import entered
 from fake_kernel import revert_step
 
 from natkeep.kernel import nftables, nftables_dump
 from natkeep.kernel.interface import Packed
 from natkeep.kernel.linux import LinuxKernel
 from natkeep.kernel.netlink import NETLINK_NETFILTER, Netlink
-from natkeep.kernel.netns import inside, open_namespace
 from natkeep.plan.base_chains import gate_chain
 from natkeep.plan.drift import find_drift
 from natkeep.plan.move import Map, Move, Site
@@ -72,7 +72,7 @@ class Gates:
 
     @property
     def hooked(self) -> bool:
-        with inside(open_namespace(self.site.netns)):
+        with entered(self.site.netns):
             return nftables_dump.has_chain("natkeep", "gate")
 
     def listed(self, chain: str) -> str:
@@ -187,7 +187,7 @@ def test_what_was_packed_at_prepare_removes_it_after_the_opening_and_nothing_els
         name = "two" if disturbed else "one"
         gates.prepare(name)
         packed = gates.packed(name)
-        with inside(open_namespace(gates.site.netns)):
+        with entered(gates.site.netns):
             send(packed.messages, packed.last)
             if disturbed:
                 gates.run(gates.site.netns, "nft", "add table ip others")
@@ -240,7 +240,7 @@ def test_a_look_that_fails_keeps_no_gate_closed(
     gates.open("one")
 
     assert packed.unhooking == b""
-    with inside(open_namespace(gates.site.netns)):
+    with entered(gates.site.netns):
         assert nftables.chain_state(gate_chain("one")) == Gate.OPEN
 
 

@@ -15,12 +15,12 @@ from ipaddress import ip_address
 from pathlib import Path
 
 import pytest
+from entered import entered
 from kernel.conftest import Picture
 
 from natkeep.errors import RefusedError
 from natkeep.kernel import ip_rules
 from natkeep.kernel.linux import LinuxKernel
-from natkeep.kernel.netns import inside, open_namespace
 from natkeep.lifecycle.check import check
 from natkeep.lifecycle.executor import Executor
 from natkeep.lifecycle.gc import gc
@@ -83,7 +83,7 @@ class Hosts:
         return Move(move_id, (map_,), (self.site,), mode, listeners=listeners)
 
     def inside(self, host: str) -> object:
-        return inside(open_namespace({"a": self.a, "b": self.b}[host]))
+        return entered({"a": self.a, "b": self.b}[host])
 
     def listen(self, host: str, address: Address, port: int) -> socket.socket:
         with self.inside(host):  # type: ignore[attr-defined]
@@ -259,11 +259,11 @@ class Behind:
             hosts("a", f"ip -{version} route add {self.at[version]} via {via}")
 
     def listen(self, port: int) -> socket.socket:
-        with inside(open_namespace(self.name)):
+        with entered(self.name):
             return socket.create_server(("::", port), family=socket.AF_INET6, dualstack_ipv6=True)
 
     def dial(self, address: Address, port: int) -> socket.socket:
-        with inside(open_namespace(self.name)):
+        with entered(self.name):
             return socket.create_connection((str(address), port), timeout=5)
 
 

@@ -7,10 +7,10 @@ from contextlib import contextmanager
 from ipaddress import ip_address
 
 import pytest
+from entered import entered
 
 from natkeep.errors import KernelError
 from natkeep.kernel import lost_routes
-from natkeep.kernel.netns import inside, open_namespace
 
 pytestmark = pytest.mark.root
 
@@ -22,7 +22,7 @@ FLUSH = ["ip -4 route flush table main", "ip -6 route flush table main"]
 
 @contextmanager
 def at(netns: str) -> Iterator[None]:
-    with inside(open_namespace(netns)):
+    with entered(netns):
         yield
 
 

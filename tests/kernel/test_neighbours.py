@@ -6,10 +6,10 @@ import subprocess
 from collections.abc import Callable
 
 import pytest
+from entered import entered
 from ipv6_addresses import wait_for_addresses
 
 from natkeep.kernel.neighbours import find_owner
-from natkeep.kernel.netns import inside, open_namespace
 from natkeep.plan.tuples import parse_address
 
 pytestmark = pytest.mark.root
@@ -44,7 +44,7 @@ class Link:
         subprocess.run(command, input="\n".join(lines), text=True, check=True)
 
     def owner(self, address: str, version: str) -> str:
-        with inside(open_namespace(self.here)):
+        with entered(self.here):
             return find_owner(parse_address(address), parse_address(NEW[version]))
 
     def neighbours(self) -> str:

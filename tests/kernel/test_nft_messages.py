@@ -9,10 +9,10 @@ from collections.abc import Callable, Iterable, Iterator
 from ipaddress import ip_address
 
 import pytest
+from entered import entered
 
 from natkeep.kernel import nftables
 from natkeep.kernel.netlink import NETLINK_NETFILTER, NLM_F_DUMP, Netlink, attribute, attributes
-from natkeep.kernel.netns import inside, open_namespace
 from natkeep.kernel.nft_messages import pack_objects
 from natkeep.plan import base_chains, filters, listeners
 from natkeep.plan.filters import owned_table, owned_table_name
@@ -86,7 +86,7 @@ def ruleset() -> dict[int, list[Shown]]:
 
 def load(netns: str, objects: Iterable[Object], way: Callable[[Iterable[Object]], None]) -> object:
     """What the kernel says then, and what nft does."""
-    with inside(open_namespace(netns)):
+    with entered(netns):
         way(objects)
         seen = ruleset()
         command = ["nft", "--json", "list", "ruleset"]

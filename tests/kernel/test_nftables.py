@@ -6,10 +6,10 @@ import struct
 from ipaddress import ip_address
 
 import pytest
+from entered import entered
 
 from natkeep.kernel import nftables, nftables_dump
 from natkeep.kernel.netlink import BUFFER
-from natkeep.kernel.netns import inside, open_namespace
 from natkeep.kernel.nft_messages import pack_batch, pack_fill
 from natkeep.plan.filters import Filling
 from natkeep.plan.tuples import Connections
@@ -38,7 +38,7 @@ def test_a_set_that_no_usual_socket_buffer_holds_is_filled(
     batch = pack_batch(pack_fill("natkeep", "kept", connections))
     assert len(batch) > 2 * BUFFER, "the kernel doubles what is asked for"
 
-    with inside(open_namespace(netns)):
+    with entered(netns):
         nftables.fill_sets([Filling("kept", connections)])
 
         keys = sum(1 for _ in nftables_dump.read_keys("natkeep", "kept"))

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import pytest
+from entered import entered
 
 from natkeep.kernel import nftables_dump
 from natkeep.kernel.netlink import NETLINK_NETFILTER, Netlink
-from natkeep.kernel.netns import inside, open_namespace
 
 pytestmark = pytest.mark.root
 
@@ -42,7 +42,7 @@ def test_rules_that_others_remove_during_a_dump_hide_none_of_ours(netns, run, me
     run(netns, "nft", "-f", "-", stdin=text)
     meanwhile(lambda: run(netns, "nft", "flush chain inet natkeep gate-api"))
 
-    with inside(open_namespace(netns)), Netlink(NETLINK_NETFILTER) as netlink:
+    with entered(netns), Netlink(NETLINK_NETFILTER) as netlink:
         _, comments = nftables_dump.find_standing(netlink, "inet")
 
     assert comments == {"gate-web": ["web", "web"]}
@@ -57,7 +57,7 @@ def test_elements_that_others_remove_during_a_dump_hide_none_of_ours(netns, run,
     less = f"delete element inet natkeep both {{ {', '.join(theirs)} }}\n"
     meanwhile(lambda: run(netns, "nft", "-f", "-", stdin=less))
 
-    with inside(open_namespace(netns)):
+    with entered(netns):
         found = nftables_dump.read_keys("natkeep", "both")
 
     assert {".".join(map(str, key)) for key in found} == set(ours)

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import pytest
+from entered import entered
 
-from natkeep.kernel.netns import inside, open_namespace
 from natkeep.kernel.other_rules import read_ruleset
 from natkeep.plan.criu_lock import DumpLock, NetworkLock, render_restoration, render_table
 from natkeep.plan.other_rules import ESTABLISHED, NEW, Packet, follow, without_lock
@@ -27,7 +27,7 @@ def effects(netns: str, version: int, hook: str, types: frozenset[str], state: i
     tuple[str, bool]
 ]:  # fmt: skip
     packet = Packet(OUT[version], (2, "pod"), (3, "eth0"), state)
-    with inside(open_namespace(netns)):
+    with entered(netns):
         found = follow(read_ruleset(version), hook, packet, types)
     return [(effect.does, effect.sure) for effect in found]
 
@@ -116,7 +116,7 @@ RUN = "8e2b6e18-503e-446d-ba65-00714c6feaa3"
 
 def dropped_at_end(netns: str, version: int, run_id: str | None) -> list[str]:
     """Where what is delivered and sent is dropped for sure, a restore of *run_id* aside."""
-    with inside(open_namespace(netns)):
+    with entered(netns):
         ruleset = without_lock(read_ruleset(version), run_id)
     ways = (("input", Packet(OUT[version].reply())), ("output", Packet(OUT[version])))
     return [

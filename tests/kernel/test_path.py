@@ -9,10 +9,10 @@ from contextlib import contextmanager
 from ipaddress import ip_address
 
 import pytest
+from entered import entered
 
 from natkeep.kernel import path, policy_rules, rtnetlink
 from natkeep.kernel.linux import LinuxKernel
-from natkeep.kernel.netns import inside, open_namespace
 from natkeep.lab.time_scale import scaled
 from natkeep.plan.move import Site
 from natkeep.plan.path import Way, judge
@@ -34,7 +34,7 @@ GATEWAY, DESTINATION = Site(Role.GATEWAY), Site(Role.DESTINATION)
 
 @contextmanager
 def at(netns: str) -> Iterator[None]:
-    with inside(open_namespace(netns)):
+    with entered(netns):
         yield
 
 

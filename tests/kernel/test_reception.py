@@ -9,6 +9,7 @@ from contextlib import ExitStack
 from ipaddress import ip_address
 
 import pytest
+from entered import entered
 from fake_kernel import chains_left, revert_step
 
 from natkeep.errors import RefusedError
@@ -24,8 +25,6 @@ from natkeep.kernel.netlink import (
     message,
     nested,
 )
-from natkeep.kernel.netns import inside as inside_of
-from natkeep.kernel.netns import open_namespace
 from natkeep.plan.drift import find_drift
 from natkeep.plan.listeners import make_receptions
 from natkeep.plan.move import Map, Mode, Move, Site
@@ -126,7 +125,7 @@ class Here:
                 b"" if to == inside else nested(13, attribute(1, inside.packed)),
             )
         )
-        with inside_of(open_namespace(self.netns)), Netlink(NETLINK_NETFILTER) as netlink:
+        with entered(self.netns), Netlink(NETLINK_NETFILTER) as netlink:
             flags = NLM_F_CREATE | NLM_F_EXCL
             assert netlink.send_batch(Batch(message(1 << 8, flags, body), (), 1)) == []
 
@@ -254,7 +253,7 @@ def test_nobody_else_may_listen_where_callers_arrive(
     [step] = [step for step in plan.steps if isinstance(step, InstallReception)]
 
     with ExitStack() as stack:
-        with inside_of(open_namespace(here.netns)):
+        with entered(here.netns):
             family = socket.AF_INET6 if ":" in bound else socket.AF_INET
             listener = stack.enter_context(socket.socket(family))
             listener.bind((bound, port))
@@ -316,7 +315,7 @@ def test_callers_are_counted_and_their_entries_go_with_the_move(
     if role == Role.GATEWAY:
         assert here.observe(plan).callers == 1
     [receiving] = [r for r in make_receptions(plan.move, plan.move.sites[0]) if r.map.old == OLD]
-    with inside_of(open_namespace(here.netns)):
+    with entered(here.netns):
         assert conntrack_listeners.count(receiving) == 1
         assert conntrack_listeners.count(receiving, conntrack_listeners.read_table(4)) == 1
 
@@ -328,7 +327,7 @@ def test_callers_are_counted_and_their_entries_go_with_the_move(
 
 
 def test_callers_are_sockets_at_a_listeners_end_that_nobody_kept(netns: str) -> None:
-    with ExitStack() as stack, inside_of(open_namespace(netns)):
+    with ExitStack() as stack, entered(netns):
         listener = stack.enter_context(socket.create_server(("127.0.0.1", 0)))
         end = Endpoint(ip_address("127.0.0.1"), listener.getsockname()[1])
         assert sock_diag.count_callers(frozenset({end}), []) == 0
@@ -364,7 +363,7 @@ def test_a_caller_whom_nobody_has_answered_is_forgotten_in_either_family(
             *("--state", "SYN_SENT"),
         )
 
-    with inside_of(open_namespace(here.netns)):
+    with entered(here.netns):
         conntrack_listeners.delete_unreplied(receiving)
 
     listed = here.run("conntrack", "-L", "-f", "ipv4" if old.version == 4 else "ipv6")

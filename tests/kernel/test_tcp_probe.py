@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+from entered import entered
 
 from natkeep.kernel import tcp_probe
 from natkeep.plan.tuples import Endpoint, FourTuple
@@ -47,10 +48,9 @@ def test_of_two_probes_one_is_outside_of_any_window() -> None:
 @pytest.mark.root
 def test_what_cannot_be_sent_is_counted_and_no_failure(netns: str) -> None:
     """In a namespace that has nothing but lo, no peer can be reached."""
-    from natkeep.kernel.netns import inside, open_namespace
 
     here = FourTuple(Endpoint.parse("10.2.0.10:5000"), Endpoint.parse("127.0.0.1:9"))
-    with inside(open_namespace(netns)):
+    with entered(netns):
         assert tcp_probe.probe([*TUPLES.values(), here]) == 1
 
 
@@ -59,7 +59,6 @@ def test_a_next_hop_that_does_not_answer_does_not_stop_the_others(
     netns: str, run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its packets fill the send buffer; who is behind another hop is probed all the same."""
-    from natkeep.kernel.netns import inside, open_namespace
 
     for line in (
         "link add eth0 type veth peer name eth1", "link set eth0 up", "link set eth1 up",
@@ -73,7 +72,7 @@ def test_a_next_hop_that_does_not_answer_does_not_stop_the_others(
     known = [FourTuple(old, Endpoint.parse(f"10.4.0.2:{port}")) for port in range(1, 11)]
 
     monkeypatch.setattr(tcp_probe, "PATIENCE", 0.1)
-    with inside(open_namespace(netns)):
+    with entered(netns):
         assert tcp_probe.probe(known) == len(known)
         assert tcp_probe.probe(silent) < len(silent)
         run(netns, "nft", "add table ip seen; add chain ip seen out "

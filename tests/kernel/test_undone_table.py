@@ -9,12 +9,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from entered import entered
 from golden_journals.cases import V4, V6, listed
 from two_hosts import look, make_two_hosts, run_ip
 
 from natkeep.errors import KernelError
 from natkeep.kernel.linux import LinuxKernel
-from natkeep.kernel.netns import inside, open_namespace
 from natkeep.lifecycle.executor import Executor
 from natkeep.lifecycle.gc import Cleared, gc
 from natkeep.lifecycle.open import open_move
@@ -133,7 +133,7 @@ def test_only_what_has_not_ended_is_dropped(place: Place) -> None:
 def test_what_has_its_socket_here_is_broken_and_not_dropped(place: Place) -> None:
     """--yes was said, and its peer is told by a reset."""
     place.prepare()
-    with inside(open_namespace(place.names["destination"])):
+    with entered(place.names["destination"]):
         restored = socket.socket()
         restored.setsockopt(socket.IPPROTO_TCP, TCP_REPAIR, 1)
         restored.bind(("10.2.0.10", 5000))

@@ -23,6 +23,7 @@ from ipaddress import ip_address
 from typing import Any, Protocol
 
 import pytest
+from entered import entered
 from fake_kernel import revert_step
 
 from natkeep.kernel.linux import LinuxKernel
@@ -219,12 +220,12 @@ class Stage:
 
     def heard(self) -> int:
         """How many of the peers were heard, of either family."""
-        with inside(open_namespace(self.netns)), Netlink(NETLINK_NETFILTER) as netlink:
+        with entered(self.netns), Netlink(NETLINK_NETFILTER) as netlink:
             return count_heard(netlink, [heard_set("web", number) for number in (0, 1)])
 
     def unheard(self, plan: Plan) -> list[bytes]:
         """The records of those that were not."""
-        with inside(open_namespace(self.netns)), Netlink(NETLINK_NETFILTER) as netlink:
+        with entered(self.netns), Netlink(NETLINK_NETFILTER) as netlink:
             return [
                 record
                 for t in plan.translations
@@ -1002,7 +1003,7 @@ def test_a_syn_goes_to_the_socket_that_has_the_tuple(
     stage = stateless(make_stage(Role.DESTINATION))
     if unhooked:
         stage.unhook()
-    with inside(open_namespace(stage.netns)):
+    with entered(stage.netns):
         own = socket.socket(socket.AF_INET if version == 4 else socket.AF_INET6)
         own.setsockopt(socket.IPPROTO_TCP, TCP_REPAIR, 1)
         own.bind((str(OLD[version]), PORT))
@@ -1020,7 +1021,7 @@ def test_without_a_socket_the_tuple_is_new_s_own_again(
     make_stage: Callable[[Role], Stage], version: int
 ) -> None:
     stage = stateless(make_stage(Role.DESTINATION))
-    with inside(open_namespace(stage.netns)):
+    with entered(stage.netns):
         # It has every address, and so is no sign of the connection.
         every = socket.create_server(("::", PORT), family=socket.AF_INET6, dualstack_ipv6=True)
     syn = to_process(stage, version, flags="S", data=b"")

@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+from entered import entered
 
 from natkeep.errors import RefusedError
 from natkeep.kernel.linux import LinuxKernel
-from natkeep.kernel.netns import inside, open_namespace
 from natkeep.lab import tcp_repair
 from natkeep.lab.host_state import difference, read_surfaces
 from natkeep.lab.topology import (
@@ -83,7 +83,7 @@ class Pairs:
         return [self.executor(role) for role in (SITES if self.apart else ("",))]
 
     def inside(self, seat: Seat):
-        return inside(open_namespace(self.topology.name(seat.role)))
+        return entered(self.topology.name(seat.role))
 
     def connect(self) -> None:
         """One connection between the two; one of each with a peer that stays."""

@@ -10,8 +10,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from entered import entered
 
-from natkeep.kernel.netns import inside, open_namespace
 from natkeep.lab import traffic
 from natkeep.lab.application import (
     Application,
@@ -312,7 +312,7 @@ def test_silence_is_measured_from_mark_on(stage: Stage) -> None:
 def test_a_wrong_octet_on_the_wire_is_reported(stage: Stage) -> None:
     """The check can fail: a stranger sends 99 right octets and a wrong one."""
     stage.connect(count=1)
-    with inside(open_namespace(stage.netns)):
+    with entered(stage.netns):
         stranger = socket.create_connection(("127.0.0.1", 7000), timeout=5)
     stranger.sendall(make_octets("dial", 0, 99) + b"!")
     report = stage.serve.wait(lambda r: r["connections"][-1]["rx"] == 100, "its octets")
