@@ -68,8 +68,7 @@ class Talks:
         tuple_ = tuple_of(client.fresh()["connections"][0])
         self.tuples |= {tuple_, tuple_.reply()}
         self.clients.append(client)
-        before = [each.fresh()["connections"][0]["answered"] for each in self.clients]
-        for each, count in zip(self.clients, before, strict=True):
-            each.wait(lambda r, n=count: r["connections"][0]["answered"] >= n + 20, moment)
-        said = f"{len(self.clients)} connections with OLD, one of them new"
-        self.lab.report.check(f"the destination talks with the source {moment}", True, said)
+        with self.lab.report.must(f"the destination talks with the source {moment}"):
+            for each in self.clients:
+                count = each.fresh()["connections"][0]["answered"]
+                each.wait(lambda r, n=count: r["connections"][0]["answered"] >= n + 20, moment)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -61,6 +62,23 @@ def criu(images: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Itera
     criu = Criu(kernel, images, monkeypatch)
     yield criu
     os.close(criu.handle)
+
+
+def cable(netns: str, *more: str) -> None:
+    """Give the namespace NEW on a device, and what else a restore of the image `plain` needs.
+
+    more: further lines for ip(8).
+    """
+    lines = [
+        "link add eth0 type veth peer name eth1",
+        f"address add {NEW}/24 dev eth0",
+        "link set eth0 up",
+        "link set eth1 up",
+        "route add default via 10.3.0.1",
+        "address add fd00:2::10/128 dev lo nodad",  # of the image's other connection
+    ]
+    command = ["ip", "-n", netns, "-batch", "-"]
+    subprocess.run(command, input="\n".join([*lines, *more]), text=True, check=True)
 
 
 def own_netns(images: Path) -> None:

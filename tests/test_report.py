@@ -15,7 +15,8 @@ from natkeep.checkpoint import LOOPBACK, Checkpoint, Socket, TcpState
 from natkeep.checkpoint.images import read_checkpoint
 from natkeep.checkpoint.judging import judge
 from natkeep.cli.output import end_document, print_json
-from natkeep.plan.drift import MoveStatus, SiteStatus
+from natkeep.plan.connection_state import SiteStatus
+from natkeep.plan.drift import MoveStatus
 from natkeep.plan.move import Map, Move, Site
 from natkeep.plan.observation import Gate, Observation, SeenEntry
 from natkeep.plan.roles import Role

@@ -7,8 +7,7 @@ of one that is there already is added in the same way.
 
 Rule: ours are told by their protocol, 0xc1 and above, a number for each shape of a rule: the kernel
 deletes the first rule that has what a request names, so a rule of another shape must not have it.
-Each family has its own; one without policy routing (CONFIG_IP_MULTIPLE_TABLES) has none. All
-functions act in the namespace that the calling thread is in. Numbers are from linux/fib_rules.h.
+Each family has its own. All functions act in the namespace that the calling thread is in.
 """
 
 from __future__ import annotations
@@ -26,12 +25,12 @@ from typing import NamedTuple
 
 from natkeep import faultpoints
 from natkeep.errors import RefusedError
+from natkeep.kernel import fib_rules as fib
 from natkeep.kernel import rtnetlink, sock_diag, sources
 from natkeep.kernel.interface import Driver, Place, Remember
 from natkeep.kernel.netlink import (
     NETLINK_ROUTE,
     NLM_F_CREATE,
-    NLM_F_DUMP,
     Netlink,
     attribute,
     attributes,
@@ -42,21 +41,13 @@ from natkeep.plan.step_undo import RemoveRules
 from natkeep.plan.steps import AddRules, Prior
 from natkeep.plan.tuples import Address, Endpoint
 
-_NEWRULE, _DELRULE, _GETRULE = 32, 33, 34
-_HEADER = struct.Struct("=BBBBBBBBI")  # fib_rule_hdr: family, lengths of dst and src, tos, table,
-#                                        two reserved, action, flags
-_DST, _SRC, _IIFNAME, _GOTO, _PRIORITY, _MARK, _TABLE, _MASK = 1, 2, 3, 4, 6, 10, 15, 16
-_PROTOCOL, _IP_PROTO, _SPORT, _DPORT = 21, 22, 23, 24
-_SELECTS = (_IIFNAME, _MARK, 12, 17, 19, 20, _IP_PROTO, _SPORT, _DPORT)  # tunnel, oif, l3mdev, uid
 _LOOK_UP, _GOTO_RULE, _NOTHING = 1, 2, 3
 _TABLE_LOCAL = 255
 _FIND_SADDR = 0x10000  # FIB_RULE_FIND_SADDR
 _FIRST = 0xC1
 _SHAPES = 1 << 4
 _EVERYWHERE, _BOUND = 9, 10
-_FAMILY = {4: socket.AF_INET, 6: socket.AF_INET6}
 _LISTENING = 10  # TCP_LISTEN
-_UNSUPPORTED = frozenset({errno.EOPNOTSUPP, errno.EAFNOSUPPORT})
 
 
 class _Standing(NamedTuple):
@@ -74,14 +65,7 @@ class _Rules:
 
     def __init__(self, netlink: Netlink, version: int) -> None:
         self._netlink, self._version = netlink, version
-        request = _HEADER.pack(_FAMILY[version], *[0] * 8)
-        answers: list[bytes] = []
-        try:
-            answers += netlink.request(_GETRULE, NLM_F_DUMP, request)
-        except OSError as error:
-            if error.errno not in _UNSUPPORTED:
-                raise
-        self.standing = [_read(answer, version) for answer in answers]
+        self.standing = [_read(answer, version) for answer in fib.dump_rules(netlink, version)]
 
     def local(self) -> _Standing | None:
         """The rule by which all packets are asked for local addresses."""
@@ -118,16 +102,16 @@ class _Rules:
         new.sort(key=lambda rule: (rule.passes, rule.sources))
         target = local.preference + 1
         if not any(one.is_target for one in self.standing):
-            self._request(_NEWRULE, _pack_target(self._version, target))
+            self._request(fib.NEWRULE, _pack_target(self._version, target))
         added = [_pack(rule, local.preference) for rule in (*new, *passing)]
         for body in (*added, local.body):
-            self._request(_NEWRULE, body)
+            self._request(fib.NEWRULE, body)
             faultpoints.reach("rule-added")
         # Those that were there before are behind the new ones now; of each the first is deleted.
         ours = {*new, *passing}
         for one in self.standing:
             if one.ours in ours or one.body == local.body:
-                self._request(_DELRULE, one.body)
+                self._request(fib.DELRULE, one.body)
 
     def remove(self, rules: Iterable[IpRule], olds: Iterable[Address]) -> None:
         """Take these away, all for *olds*, and with the last what all need; gone is fine."""
@@ -140,13 +124,13 @@ class _Rules:
             locals_ = [one for one in self.standing if one.is_local] if ours else []
             going += [one for one in locals_[1:] if one.body == locals_[0].body]
         for one in going:
-            self._request(_DELRULE, one.body)
+            self._request(fib.DELRULE, one.body)
 
     def _request(self, type_: int, body: bytes) -> None:
         try:
-            list(self._netlink.request(type_, NLM_F_CREATE if type_ == _NEWRULE else 0, body))
+            list(self._netlink.request(type_, NLM_F_CREATE if type_ == fib.NEWRULE else 0, body))
         except OSError as error:
-            if type_ != _DELRULE or error.errno != errno.ENOENT:
+            if type_ != fib.DELRULE or error.errno != errno.ENOENT:
                 raise
 
 
@@ -156,18 +140,18 @@ def _pack(rule: IpRule, preference: int) -> bytes:
     lengths = (width if rule.to else 0, of_source if rule.source else 0)
     table, action = (0, _GOTO_RULE) if rule.passes else (_TABLE_LOCAL, _LOOK_UP)
     flags = _FIND_SADDR if rule.sources else 0
-    body = _HEADER.pack(_FAMILY[rule.version], *lengths, 0, table, 0, 0, action, flags)
-    body += attribute(_DST, rule.to.packed) if rule.to else b""
-    body += attribute(_SRC, rule.source.packed) if rule.source else b""
+    body = fib.HEADER.pack(fib.FAMILY[rule.version], *lengths, 0, table, action, flags)
+    body += attribute(fib.DST, rule.to.packed) if rule.to else b""
+    body += attribute(fib.SRC, rule.source.packed) if rule.source else b""
     sent = rule.sources or (rule.passes and not rule.everywhere)
-    body += attribute(_IIFNAME, b"lo\0") if sent else b""
-    body += attribute(_GOTO, _number(preference + 1)) if rule.passes else b""
-    body += attribute(_TABLE, _number(SOURCES)) if rule.sources else b""
-    body += attribute(_MARK, _number(rule.mark)) if rule.mark else b""
-    body += attribute(_MASK, _number(HERE)) if rule.mark == HERE else b""
+    body += attribute(fib.IIFNAME, b"lo\0") if sent else b""
+    body += attribute(fib.GOTO, _number(preference + 1)) if rule.passes else b""
+    body += attribute(fib.TABLE, _number(SOURCES)) if rule.sources else b""
+    body += attribute(fib.MARK, _number(rule.mark)) if rule.mark else b""
+    body += attribute(fib.MASK, _number(HERE)) if rule.mark == HERE else b""
     if rule.sport or rule.dport:
-        body += attribute(_IP_PROTO, bytes([socket.IPPROTO_TCP]))
-    for type_, port in ((_SPORT, rule.sport), (_DPORT, rule.dport)):
+        body += attribute(fib.IP_PROTO, bytes([socket.IPPROTO_TCP]))
+    for type_, port in ((fib.SPORT, rule.sport), (fib.DPORT, rule.dport)):
         body += attribute(type_, struct.pack("=HH", port, port)) if port else b""
     shape = bool(rule.source) + 2 * bool(rule.sport) + 4 * bool(rule.dport)
     shape = _EVERYWHERE if rule.everywhere else _BOUND if rule.bound else shape
@@ -175,13 +159,13 @@ def _pack(rule: IpRule, preference: int) -> bytes:
 
 
 def _pack_target(version: int, preference: int) -> bytes:
-    body = _HEADER.pack(_FAMILY[version], 0, 0, 0, 0, 0, 0, _NOTHING, 0)
+    body = fib.HEADER.pack(fib.FAMILY[version], 0, 0, 0, 0, _NOTHING, 0)
     return _finish(body, preference, 8)
 
 
 def _finish(body: bytes, preference: int, shape: int) -> bytes:
-    protocol = attribute(_PROTOCOL, bytes([_FIRST + shape]))
-    return body + attribute(_PRIORITY, _number(preference)) + protocol
+    protocol = attribute(fib.PROTOCOL, bytes([_FIRST + shape]))
+    return body + attribute(fib.PRIORITY, _number(preference)) + protocol
 
 
 def _number(value: int) -> bytes:
@@ -189,22 +173,22 @@ def _number(value: int) -> bytes:
 
 
 def _read(answer: bytes, version: int) -> _Standing:
-    _, to_length, from_length, tos, _, _, _, action, flags = _HEADER.unpack_from(answer)
-    found = attributes(answer[_HEADER.size :])
+    _, to_length, from_length, tos, _, action, flags = fib.HEADER.unpack_from(answer)
+    found = attributes(answer[fib.HEADER.size :])
     table, preference = (
-        int.from_bytes(found.get(type_, b""), sys.byteorder) for type_ in (_TABLE, _PRIORITY)
+        int.from_bytes(found.get(type_, b""), sys.byteorder) for type_ in (fib.TABLE, fib.PRIORITY)
     )
-    plain = not (to_length or from_length or tos or flags or any(t in found for t in _SELECTS))
+    plain = not (to_length or from_length or tos or flags or any(t in found for t in fib.SELECTS))
     is_local = action == _LOOK_UP and table == _TABLE_LOCAL and plain
-    protocol = found.get(_PROTOCOL, b"\0")[0] - _FIRST
+    protocol = found.get(fib.PROTOCOL, b"\0")[0] - _FIRST
     if not 0 <= protocol < _SHAPES:
         return _Standing(answer, preference, is_local, None, False)
     if action == _NOTHING:
         return _Standing(answer, preference, False, None, True)
-    to, source = (ip_address(found[t]) if t in found else None for t in (_DST, _SRC))
-    mark = int.from_bytes(found.get(_MARK, b""), sys.byteorder)
-    sport, dport = (struct.unpack("=HH", found.get(t, bytes(4)))[0] for t in (_SPORT, _DPORT))
-    everywhere = action == _GOTO_RULE and _IIFNAME not in found
+    to, source = (ip_address(found[t]) if t in found else None for t in (fib.DST, fib.SRC))
+    mark = int.from_bytes(found.get(fib.MARK, b""), sys.byteorder)
+    sport, dport = (struct.unpack("=HH", found.get(t, bytes(4)))[0] for t in (fib.SPORT, fib.DPORT))
+    everywhere = action == _GOTO_RULE and fib.IIFNAME not in found
     ours = IpRule(version, to, source, sport, dport, mark, everywhere, protocol == _BOUND)
     return _Standing(answer, preference, False, ours, False)
 

@@ -35,7 +35,7 @@ def read_table() -> SeenTable:
 
 def clear(table: SeenTable, known: frozenset[str], olds: frozenset[Address], *, sure: bool) -> None:
     """Take away what no *known* move owns, its conntrack entries too (see plan/strays.py)."""
-    entries = [_read_set(*each) for each in find_translated(table, table.ids() - known)]
+    entries = [read_set(*each) for each in find_translated(table, table.ids() - known)]
     if known or not sure:
         nftables.remove(find_undos(table, known, olds, sure=sure))
     elif table.there or table.silent:
@@ -68,7 +68,7 @@ def find_undone(move_id: str, undos: tuple[Undo, ...]) -> tuple[str, ...]:
     return tuple(found)
 
 
-def _read_set(name: str, local: Address) -> Connections:
+def read_set(name: str, local: Address) -> Connections:
     """The connections of a set, as they arrive at *local*; none if it is of the other family."""
     width = len(local.packed)
     records = b"".join(

@@ -30,7 +30,7 @@ LIMIT = 256
 """So many peers of a pair of OLD and NEW are looked up."""
 
 _RTM_F_FIB_MATCH = 0x2000
-_SRC, _IIF, _TABLE, _MULTIPATH, _VIA = 2, 3, 15, 9, 18
+_TABLE, _MULTIPATH, _VIA = 15, 9, 18
 _GETLINK, _IFNAME = 18, 3
 _LINK = struct.Struct("=BxHiII")
 _ASKED = 0x8 | 0x10 | 0x80  # IFF_LOOPBACK | IFF_POINTOPOINT | IFF_NOARP: nobody is asked for there
@@ -39,7 +39,6 @@ _OPTIMISTIC, _DADFAILED, _TENTATIVE = 0x04, 0x08, 0x40  # IFA_F_…
 _PROTOCOL_KERNEL, _PROTOCOL_RA = 2, 9
 _KINDS = {1: "unicast", 2: "local", 3: "broadcast", 6: "blackhole", 7: "unreachable",
           8: "prohibit", 9: "throw"}  # fmt: skip
-_FAMILY = {4: socket.AF_INET, 6: socket.AF_INET6}
 _REVERSE = frozenset({errno.EXDEV, errno.EINVAL})
 """Answers about a packet that comes in, whose source is no such one: EXDEV before Linux 6.14."""
 
@@ -102,8 +101,7 @@ class Links:
         """At most LIMIT of the packed *peers*, those of connected networks first."""
         some = sorted(peers)
         if len(some) > LIMIT:
-            near = [one for one in some if self._is_near(one)]
-            some = [*near, *(one for one in some if one not in set(near))][:LIMIT]
+            some = sorted(some, key=lambda one: not self._is_near(one))[:LIMIT]
         return [ip_address(one) for one in some]
 
     def _is_near(self, packed: bytes) -> bool:
@@ -115,18 +113,9 @@ class Links:
         self, to: Address, source: Address | None = None, device: int = 0, mark: int = 0
     ) -> tuple[Route, int]:
         """The route of a packet from here, or of one that comes in by *device*; and its index."""
-        host = to.max_prefixlen
         flags = _RTM_F_FIB_MATCH if not device else 0
-        body = rt.ROUTE.pack(_FAMILY[to.version], host, host if source else 0, 0, 0, 0, 0, 0, flags)
-        body += attribute(rt.RTA_DST, to.packed)
-        if source is not None:
-            body += attribute(_SRC, source.packed)
-        if device:
-            body += attribute(_IIF, struct.pack("=I", device))
-        if mark:
-            body += attribute(16, struct.pack("=I", mark))
         try:
-            [answer] = self._netlink.request(26, 0, body)
+            answer = rt.demand_route(self._netlink, to, flags, mark, source, device)
         except OSError as error:
             return Route("reverse" if device and error.errno in _REVERSE else "none"), 0
         return self._read(answer)
@@ -164,13 +153,10 @@ def read_at_destination(
     old: Address, new: Address, peers: Iterable[bytes], besides: frozenset[Address] | None
 ) -> tuple[Way, ...]:
     """The ways to *peers*, without *besides*: the gateways' addresses; None: the next router."""
-    links = Links()
-    try:
+    with closing(Links()) as links:
         if besides is None:
             besides = _find_routers(links, old, new)
         return tuple(way for way in _ways_here(links, old, new, peers) if way.peer not in besides)
-    finally:
-        links.close()
 
 
 def _find_routers(links: Links, old: Address, new: Address) -> frozenset[Address]:
@@ -195,11 +181,10 @@ def _ways_here(links: Links, old: Address, new: Address, peers: Iterable[bytes])
 
 def read_at_gateway(old: Address, new: Address, peers: Iterable[bytes]) -> tuple[Way, ...]:
     """The ways of what *peers* and NEW say to each other, as it comes in."""
-    links = Links()
-    try:
+    ways = []
+    with closing(Links()) as links:
         to_old, at_old = links.look_up(old)
         to_new, at_new = links.look_up(new)
-        ways = []
         for peer in links.first(peers):
             out, at_peer = links.look_up(peer)
             there = back = before = None
@@ -209,9 +194,7 @@ def read_at_gateway(old: Address, new: Address, peers: Iterable[bytes]) -> tuple
                 if to_old.kind == "unicast" and at_old:
                     before, _ = links.look_up(peer, old, at_old)
             ways.append(Way(peer, old, new, out, there, back, before, to_old, to_new))
-        return tuple(ways)
-    finally:
-        links.close()
+    return tuple(ways)
 
 
 def read_address_state(address: Address) -> str:
@@ -243,11 +226,8 @@ def find_not_forwarding(old: Address, new: Address, peers: Iterable[bytes]) -> t
     if new.version == 6:
         name = "ipv6/conf/all/forwarding"
         return (f"net.{name.replace('/', '.')}",) if sysctl.read(name) == "0" else ()
-    links = Links()
-    try:
+    with closing(Links()) as links:
         indexes = {links.look_up(address)[1] for address in (new, *links.first(peers)[:16])}
         devices = [links.device(index)[1] for index in sorted(indexes) if index > rt.LOOPBACK]
-        names = [f"ipv4/conf/{device}/forwarding" for device in devices]
-        return tuple(f"net.{one.replace('/', '.')}" for one in names if sysctl.read(one) == "0")
-    finally:
-        links.close()
+    names = [f"ipv4/conf/{device}/forwarding" for device in devices]
+    return tuple(f"net.{one.replace('/', '.')}" for one in names if sysctl.read(one) == "0")

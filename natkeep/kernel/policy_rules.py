@@ -5,22 +5,32 @@ send has OLD as its source, and would leave by another device than NEW's, or fin
 
 Rule: each rule is copied with all that it says but its source; ours bear a protocol (FRA_PROTOCOL,
 Linux 4.17) by which they are known without a journal. No other rule is touched. All functions act
-in the namespace that the calling thread is in. Numbers are from linux/fib_rules.h.
+in the namespace that the calling thread is in.
 """
 
 from __future__ import annotations
 
-import errno
-import socket
 import struct
 import sys
 from collections.abc import Iterator
 from contextlib import suppress
 
+from natkeep.kernel.fib_rules import (
+    DELRULE,
+    FAMILY,
+    HEADER,
+    IIFNAME,
+    MARK,
+    NEWRULE,
+    PRIORITY,
+    PROTOCOL,
+    SRC,
+    TABLE,
+    dump_rules,
+)
 from natkeep.kernel.netlink import (
     NETLINK_ROUTE,
     NLM_F_CREATE,
-    NLM_F_DUMP,
     NLM_F_EXCL,
     Netlink,
     attribute,
@@ -29,10 +39,6 @@ from natkeep.kernel.netlink import (
 from natkeep.plan.path import SourceRule, find_uncopied
 from natkeep.plan.tuples import Address
 
-_NEWRULE, _DELRULE, _GETRULE = 32, 33, 34
-_RULE = struct.Struct("=BBBBBxxBI")  # fib_rule_hdr: family, lengths of dst and src, tos, table,
-#                                      action, flags
-_SRC, _IIFNAME, _PRIORITY, _MARK, _TABLE, _PROTOCOL = 2, 3, 6, 10, 15, 21
 _SAID = {1, 3, 4, 6, 10, 11, 12, 13, 14, 15, 16, 17, 19, 20, 22, 23, 24}
 """What a rule may say beside its source: FRA_DST to FRA_DPORT_RANGE."""
 _COPIED = b"\xd1"
@@ -40,48 +46,36 @@ _OURS = range(0xC1, 0xD2)
 """Protocols of natkeep's rules: those of ip_rules.py, and of copies."""
 _FLAGS = 0x2
 """FIB_RULE_INVERT; others the kernel sets itself."""
-_FAMILY = {4: socket.AF_INET, 6: socket.AF_INET6}
 
 
 def read_rules(netlink: Netlink, version: int) -> tuple[SourceRule, ...]:
     """The rules of IP *version* that select a source, in the order in which they are asked."""
-    return tuple(rule for answer in _dump(netlink, version) for rule in _read(answer, version))
-
-
-def _dump(netlink: Netlink, version: int) -> list[bytes]:
-    """None where the kernel has no policy routing, or not that IP version."""
-    asked = _RULE.pack(_FAMILY[version], 0, 0, 0, 0, 0, 0)
-    try:
-        return [*netlink.request(_GETRULE, NLM_F_DUMP, asked)]
-    except OSError as error:
-        if error.errno not in (errno.EOPNOTSUPP, errno.EAFNOSUPPORT):
-            raise
-        return []
+    return tuple(rule for answer in dump_rules(netlink, version) for rule in _read(answer, version))
 
 
 def _read(answer: bytes, version: int) -> Iterator[SourceRule]:
-    header, said = _RULE.unpack_from(answer), attributes(answer[_RULE.size :])
-    if _SRC not in said or header[0] != _FAMILY[version]:
+    header, said = HEADER.unpack_from(answer), attributes(answer[HEADER.size :])
+    if SRC not in said or header[0] != FAMILY[version]:
         return
     rest = b"".join(attribute(at, value) for at, value in sorted(said.items()) if at in _SAID)
-    table = int.from_bytes(said.get(_TABLE, b""), sys.byteorder) or header[4]
+    table = int.from_bytes(said.get(TABLE, b""), sys.byteorder) or header[4]
     yield SourceRule(
-        source=said[_SRC],
+        source=said[SRC],
         length=header[2],
-        priority=int.from_bytes(said.get(_PRIORITY, b""), sys.byteorder),
+        priority=int.from_bytes(said.get(PRIORITY, b""), sys.byteorder),
         table=table,
-        local=said.get(_IIFNAME, b"lo\0") == b"lo\0",
+        local=said.get(IIFNAME, b"lo\0") == b"lo\0",
         inverted=bool(header[6] & _FLAGS),
-        ours=said.get(_PROTOCOL, b"\0")[0] in _OURS,
-        copied=said.get(_PROTOCOL) == _COPIED,
+        ours=said.get(PROTOCOL, b"\0")[0] in _OURS,
+        copied=said.get(PROTOCOL) == _COPIED,
         said=bytes((header[1], *header[3:6])) + struct.pack("=I", header[6] & _FLAGS) + rest,
     )
 
 
 def has_marks(netlink: Netlink, version: int) -> bool:
     """Whether a rule that is not natkeep's asks for a mark."""
-    found = [attributes(one[_RULE.size :]) for one in _dump(netlink, version)]
-    return any(_MARK in said and said.get(_PROTOCOL, b"\0")[0] not in _OURS for said in found)
+    found = [attributes(one[HEADER.size :]) for one in dump_rules(netlink, version)]
+    return any(MARK in said and said.get(PROTOCOL, b"\0")[0] not in _OURS for said in found)
 
 
 def copy_rules(new: Address, old: Address) -> None:
@@ -89,7 +83,7 @@ def copy_rules(new: Address, old: Address) -> None:
     with Netlink(NETLINK_ROUTE) as netlink:
         for rule in find_uncopied(read_rules(netlink, old.version), new, old):
             with suppress(FileExistsError):
-                list(netlink.request(_NEWRULE, NLM_F_CREATE | NLM_F_EXCL, _pack(rule, old)))
+                list(netlink.request(NEWRULE, NLM_F_CREATE | NLM_F_EXCL, _pack(rule, old)))
 
 
 def remove_copies(old: Address) -> None:
@@ -98,13 +92,13 @@ def remove_copies(old: Address) -> None:
         for rule in read_rules(netlink, old.version):
             if rule.copied and rule.source == old.packed:
                 with suppress(FileNotFoundError):
-                    list(netlink.request(_DELRULE, 0, _pack(rule, old)))
+                    list(netlink.request(DELRULE, 0, _pack(rule, old)))
 
 
 def _pack(rule: SourceRule, old: Address) -> bytes:
     to_length, tos, table, action = rule.said[:4]
     flags = struct.unpack_from("=I", rule.said, 4)[0]
-    header = _RULE.pack(
-        _FAMILY[old.version], to_length, old.max_prefixlen, tos, table, action, flags
+    header = HEADER.pack(
+        FAMILY[old.version], to_length, old.max_prefixlen, tos, table, action, flags
     )
-    return header + rule.said[8:] + attribute(_SRC, old.packed) + attribute(_PROTOCOL, _COPIED)
+    return header + rule.said[8:] + attribute(SRC, old.packed) + attribute(PROTOCOL, _COPIED)

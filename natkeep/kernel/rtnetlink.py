@@ -55,7 +55,8 @@ IFA_F_NODAD, IFA_F_NOPREFIXROUTE = 0x02, 0x200
 _FOREVER = 0xFFFFFFFF
 _LOCAL_TIMEOUT = 2.0
 
-RTA_DST, _RTA_SRC, RTA_OIF, RTA_GATEWAY, RTA_PRIORITY, _RTA_MARK = 1, 2, 4, 5, 6, 16
+RTA_DST, _RTA_SRC, _RTA_IIF, RTA_OIF, RTA_GATEWAY, RTA_PRIORITY = 1, 2, 3, 4, 5, 6
+_RTA_MARK = 16
 RTN_UNICAST, RTN_LOCAL = 1, 2
 _TABLE_MAIN, _PROTOCOL_STATIC = 254, 4
 _LAST = 0xFFFFFFFE
@@ -211,27 +212,33 @@ def refresh_cached_routes(address: Address) -> None:
 
 
 def look_up_route(
-    netlink: Netlink,
-    address: Address,
-    flags: int = 0,
-    mark: int = 0,
-    source: Address | None = None,
+    netlink: Netlink, address: Address, flags: int = 0, mark: int = 0, source: Address | None = None
 ) -> bytes | None:
-    """The kernel's answer (rtmsg) to which route a packet to *address* takes; None: it has none.
-
-    source: where it comes from, an address of this host.
-    """
-    length = address.max_prefixlen
-    body = ROUTE.pack(_FAMILY[address.version], length, length if source else 0, *[0] * 5, flags)
-    body += attribute(RTA_DST, address.packed)
-    body += attribute(_RTA_SRC, source.packed) if source else b""
-    body += attribute(_RTA_MARK, struct.pack("=I", mark)) if mark else b""
+    """The kernel's answer (rtmsg) to which route a packet to *address* takes; None: it has none."""
     try:
-        [answer] = netlink.request(GETROUTE, 0, body)
+        return demand_route(netlink, address, flags, mark, source)
     except OSError as error:
         if error.errno in _NO_ROUTE:
             return None
         raise
+
+
+def demand_route(
+    netlink: Netlink, address: Address, flags: int = 0, mark: int = 0,
+    source: Address | None = None, device: int = 0,
+) -> bytes:  # fmt: skip
+    """The same; OSError says why there is none.
+
+    source: where it comes from, an address of this host; or of another, with the index of the
+    *device* by which it comes in.
+    """
+    length = address.max_prefixlen
+    body = ROUTE.pack(_FAMILY[address.version], length, length if source else 0, *[0] * 5, flags)
+    body += attribute(RTA_DST, address.packed)
+    numbers = (_RTA_IIF, device), (_RTA_MARK, mark)
+    body += attribute(_RTA_SRC, source.packed) if source else b""
+    body += b"".join(attribute(at, struct.pack("=I", value)) for at, value in numbers if value)
+    [answer] = netlink.request(GETROUTE, 0, body)
     return answer
 
 

@@ -38,7 +38,7 @@ def count_living(
     """
     kept: dict[str, set[bytes]] = {}
     for move_id, name in table.kept_sets(strays):
-        kept.setdefault(move_id, set()).update(map(_shorten, dump.read_keys(TABLE, name)))
+        kept.setdefault(move_id, set()).update(map(_shorten_key, dump.read_keys(TABLE, name)))
     wanted = {key for keys in kept.values() for key in keys}
     alive = find_alive(wanted)
     held = {old.packed for old in table.held if old not in olds}
@@ -77,12 +77,16 @@ def find_dumped(wanted: set[bytes]) -> set[bytes]:
 def _read_sockets() -> Iterator[tuple[bytes, bytes]]:
     """The record of each socket that a process owns, and it as peer, its port, local port."""
     for records in read_living(orphans=False).values():
-        for record in records:
-            half = len(record) // 2
-            yield record, record[half:] + record[half - 2 : half]
+        yield from ((record, shorten(record)) for record in records)
 
 
-def _shorten(key: bytes) -> bytes:
+def shorten(record: bytes) -> bytes:
+    """A record of Connections as peer, its port, local port."""
+    half = len(record) // 2
+    return record[half:] + record[half - 2 : half]
+
+
+def _shorten_key(key: bytes) -> bytes:
     """An element `peer . port . port`, whose ports are padded, as peer, its port, local port."""
     width = len(key) - 8
     return key[: width + 2] + key[width + 4 : width + 6]

@@ -6,16 +6,13 @@ natkeep acts there again. All functions act in the namespace that the calling th
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from ipaddress import ip_address
-
 from natkeep import faultpoints
 from natkeep.kernel import nftables
 from natkeep.kernel import nftables_dump as dump
 from natkeep.kernel.interface import Driver, Place, Remember
 from natkeep.kernel.netlink import NETLINK_NETFILTER, Netlink
 from natkeep.kernel.rtnetlink import all_addresses
-from natkeep.plan.base_chains import GATE, OPEN, address_chain, gate_chain, is_address_chain
+from natkeep.plan.base_chains import GATE, OPEN, gate_chain
 from natkeep.plan.nft import FAMILIES, TABLE
 from natkeep.plan.step_undo import RemoveUndone
 from natkeep.plan.steps import DropUndone, Prior
@@ -80,40 +77,29 @@ def find_arriving(move_id: str, olds: frozenset[Address]) -> Connections:
     Not what is addressed to one of *olds*, what another move here keeps as well, nor what a peer on
     this host says.
     """
-    from natkeep.kernel.stray_connections import find_dumped  # an undo alone needs it
+    from natkeep.kernel.nft_strays import read_set  # an undo alone needs them
+    from natkeep.kernel.stray_connections import find_dumped, shorten
+    from natkeep.plan.strays import read_chain
 
     gate = gate_chain(move_id)
     if not dump.has_chain(TABLE, gate):
         return NO_CONNECTIONS
     closed = OPEN not in {rule.comment for rule in dump.rules(TABLE, gate)}
-    besides = {address_chain(GATE, old) for old in olds}
     own: dict[bytes, bytes] = {}
     others: set[bytes] = set()
     with Netlink(NETLINK_NETFILTER) as netlink:
         standing, _ = dump.find_standing(netlink, "inet")
-    at = f"{GATE}-at-"
-    # A move may be called at-something: its own chain is none of an address.
-    asking = (r for r in standing if r.kind == "rule" and is_address_chain(r.name))
-    for rule in (r for r in asking if r.name.startswith(at)):
-        comment, _, marks = rule.what.partition(": ")
-        if rule.name in besides or not is_address_chain(rule.name):
+    for rule in (key for key in standing if key.kind == "rule"):
+        at, (comment, _, marks) = read_chain(rule.name), rule.what.partition(": ")
+        if at is None or at[0] != GATE or at[1] in olds:
             continue
-        for record, key in _read_asked(rule.name, marks.split()):
-            if comment == move_id:
-                own[record] = key
-            else:
-                others.add(record)
+        sets = [mark[1:] for mark in marks.split() if mark.startswith(("@kept-", "@outer-"))]
+        records = (record for name in sets for record in read_set(name, at[1]).each())
+        if comment == move_id:
+            own |= {record: shorten(record) for record in records}
+        else:
+            others |= {*records}
     if here := all_addresses() & {key[:-4] for key in own.values()}:
         own = {record: key for record, key in own.items() if key[:-4] not in here}
     alive = set(own.values()) if closed else find_dumped({*own.values()})
     return Connections.of_records(r for r, key in own.items() if key in alive and r not in others)
-
-
-def _read_asked(chain: str, marks: Iterable[str]) -> Iterator[tuple[bytes, bytes]]:
-    """What a rule in the chain of an address asks: each record, and its key in short."""
-    local = ip_address(chain.removeprefix(f"{GATE}-at-").replace("_", ":")).packed
-    for mark in marks:
-        if mark.startswith(("@kept-", "@outer-")):
-            for padded in dump.read_keys(TABLE, mark[1:]):
-                key = padded[:-6] + padded[-4:-2]
-                yield local + key[-2:] + key[:-2], key

@@ -7,7 +7,7 @@ import time
 from natkeep.lifecycle.executor import Executor
 from natkeep.lifecycle.progress import has_been_opened, restored_at
 from natkeep.lifecycle.status import look_at_sites
-from natkeep.plan.drift import SiteStatus
+from natkeep.plan.connection_state import SiteStatus
 from natkeep.plan.liveness import Life, Sighting, make_sighting
 from natkeep.plan.observation import Gate
 from natkeep.plan.roles import Role

@@ -173,8 +173,8 @@ class Executor:
     def undo_move(self, journal: Journal, numbers: list[int]) -> list[NatkeepError]:
         """Undo these steps, those of the destination last, which leaves no host that answers.
 
-        Each gate closes first, so that no site hands another what that one would reset. Where a
-        gateway may still send to the destination, that goes on being dropped (plan/undone.py).
+        Each gate closes first, so that no site hands another what that one would reset. What a
+        gateway may still send goes on being dropped (plan/undone.py); one that is undone does not.
         """
         journal.resolve()
         standing = {n: r for n in numbers if (r := journal.records.get(n)) and r.state != "undone"}
@@ -184,7 +184,7 @@ class Executor:
         gateways = [site for site in journal.move.sites if site.row.passes_on]
         arriving = {} if gateways else self._find_arriving(journal, ends)
         left = self.undo(journal, [n for n in numbers if n not in late])
-        still = [r for n, r in journal.records.items() if left or n not in numbers]  # or it went
+        still = [r for n, r in journal.records.items() if left or n not in numbers]
         if any(r.site in gateways and r.state != "undone" for r in still):
             arriving = self._find_arriving(journal, ends)
         try:

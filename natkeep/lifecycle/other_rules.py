@@ -27,6 +27,7 @@ from natkeep.plan.other_rules import (
     UNTRACKED,
     Effect,
     Packet,
+    Ruleset,
     find_mark,
     find_translating,
     find_virtual,
@@ -51,9 +52,8 @@ def look_at_other_rules(subject: Subject) -> Iterator[Finding]:
         if not site.row.leaves or not here:
             continue
         found: dict[tuple[str, str], str] = {}
-        for translation in here:
-            for effect, tuple_ in subject.kernel.ask(site, _follow_at, translation, subject.run_id):
-                found.setdefault((effect.does, effect.where), str(tuple_))
+        for effect, tuple_ in subject.kernel.ask(site, _follow_at, here, subject.run_id):
+            found.setdefault((effect.does, effect.where), str(tuple_))
         findings = [*judge(site, found, plan.move.mode)]
         yield from findings
         ends = frozenset(
@@ -82,42 +82,49 @@ def judge(site: Site, found: dict[tuple[str, str], str], mode: Mode) -> Iterator
             yield Finding("not-tracked", site, f"{where} has {tuple_} not tracked")
 
 
-def _follow_at(translation: Translation, run_id: str | None) -> list[tuple[Effect, FourTuple]]:
-    """What rules of others here do to the packets of *translation*, and to which.
+def _follow_at(here: list[Translation], run_id: str | None) -> list[tuple[Effect, FourTuple]]:
+    """What rules of others here do to the packets of these translations, and to which.
 
     run_id: of the dump; the restore locks the network as the dump did, and unlocks it at its end.
     """
-    map_, found = translation.map, []
-    ruleset = without_lock(reading.read_ruleset(map_.old.version), run_id)
-    if not ruleset.chains:
-        return []
-    at_gateway = translation.site.row.passes_on
+    found: list[tuple[Effect, FourTuple]] = []
     with closing(path.Links()) as links:
-        for tuple_ in _sample(translation.routed if at_gateway else translation.kept):
-            peer, local = tuple_.source, tuple_.destination
-            there = FourTuple(peer, Endpoint(map_.new, local.port))
-            near = links.device(links.look_up(peer.address)[1])
-            far = links.device(links.look_up(map_.new)[1])
-            if not at_gateway:
-                far = links.device(links.device_of(map_.new)) if links.device_of(map_.new) else near
-            state = ESTABLISHED
-            for hook, one in (("prerouting", tuple_), ("output", tuple_.reply())):
-                for effect in follow(ruleset, hook, Packet(one, near, near), _RAW):
-                    if effect.does == "notrack" and effect.sure:
-                        state = UNTRACKED
-                        found.append((effect, one))
-            passes = (
-                [("forward", Packet(there, near, far, state)),
-                 ("forward", Packet(there.reply(), far, near, state))]
-                if at_gateway
-                else [("input", Packet(tuple_, iif=far, state=state)),
-                      ("output", Packet(tuple_.reply(), oif=near, state=state))]
-            )  # fmt: skip
-            for hook, packet in passes:
-                for effect in follow(ruleset, hook, packet, _FILTERS):
-                    if effect.does == "flow offload" or (effect.does == "drop" and effect.sure):
-                        found.append((effect, packet.tuple_))
+        for version in {one.map.old.version for one in here}:
+            ruleset = without_lock(reading.read_ruleset(version), run_id)
+            for one in here if ruleset.chains else ():
+                if one.map.old.version == version:
+                    found += _follow_one(ruleset, links, one)
     return found
+
+
+def _follow_one(
+    ruleset: Ruleset, links: path.Links, translation: Translation
+) -> Iterator[tuple[Effect, FourTuple]]:
+    map_, at_gateway = translation.map, translation.site.row.passes_on
+    for tuple_ in _sample(translation.routed if at_gateway else translation.kept):
+        peer, local = tuple_.source, tuple_.destination
+        there = FourTuple(peer, Endpoint(map_.new, local.port))
+        near = links.device(links.look_up(peer.address)[1])
+        far = links.device(links.look_up(map_.new)[1])
+        if not at_gateway:
+            far = links.device(links.device_of(map_.new)) if links.device_of(map_.new) else near
+        state = ESTABLISHED
+        for hook, one in (("prerouting", tuple_), ("output", tuple_.reply())):
+            for effect in follow(ruleset, hook, Packet(one, near, near), _RAW):
+                if effect.does == "notrack" and effect.sure:
+                    state = UNTRACKED
+                    yield effect, one
+        passes = (
+            [("forward", Packet(there, near, far, state)),
+             ("forward", Packet(there.reply(), far, near, state))]
+            if at_gateway
+            else [("input", Packet(tuple_, iif=far, state=state)),
+                  ("output", Packet(tuple_.reply(), oif=near, state=state))]
+        )  # fmt: skip
+        for hook, packet in passes:
+            for effect in follow(ruleset, hook, packet, _FILTERS):
+                if effect.does == "flow offload" or (effect.does == "drop" and effect.sure):
+                    yield effect, packet.tuple_
 
 
 def look_at_marks(subject: Subject) -> Iterator[Finding]:

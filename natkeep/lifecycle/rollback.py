@@ -19,7 +19,7 @@ from natkeep.lifecycle.executor import Executor, finish, leftover
 from natkeep.lifecycle.progress import has_been_opened, refuse_earlier_boot
 from natkeep.lifecycle.status import look_at_sites
 from natkeep.lifecycle.teardown import end
-from natkeep.plan.drift import SiteStatus
+from natkeep.plan.connection_state import SiteStatus
 from natkeep.plan.move import Site
 from natkeep.plan.observation import Gate
 from natkeep.plan.roles import Role

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 from natkeep.plan import listeners, syn_block
 from natkeep.plan.base_chains import is_address_chain, is_later
-from natkeep.plan.connection_state import SiteStatus as SiteStatus
+from natkeep.plan.connection_state import SiteStatus
 from natkeep.plan.liveness import Life
 from natkeep.plan.move import Mode, Site
 from natkeep.plan.nft import TABLE, Elements, Key

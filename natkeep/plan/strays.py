@@ -13,7 +13,14 @@ import re
 from collections.abc import Iterable, Iterator
 from ipaddress import ip_address
 
-from natkeep.plan.base_chains import GATE, OPEN, dispatch_map, gate_chain, held_set
+from natkeep.plan.base_chains import (
+    GATE,
+    OPEN,
+    dispatch_map,
+    gate_chain,
+    held_set,
+    is_address_chain,
+)
 from natkeep.plan.nft import Undo
 from natkeep.plan.tuples import Address
 from natkeep.values import dataclass
@@ -68,7 +75,7 @@ class SeenTable:
         """The addresses that are held for that move, and for no other."""
         gated: dict[bool, set[Address]] = {True: set(), False: set()}
         for chain, comment in self.rules:
-            if (at := _read_chain(chain)) is not None and at[0] == GATE:
+            if (at := read_chain(chain)) is not None and at[0] == GATE:
                 gated[owner_of(comment) == move_id].add(at[1])
         return frozenset(self.held) & gated[True] - gated[False]
 
@@ -106,7 +113,7 @@ def find_undos(
         if chain in own or owner_of(comment) not in strays:
             continue
         undos.append(Undo("inet", "rule", chain, comment))
-        if at := _read_chain(chain):
+        if at := read_chain(chain):
             dispatch, address = at
             name = dispatch_map(dispatch, address.version)
             undos.append(Undo("inet", "element", name, str(address), chain))
@@ -119,10 +126,13 @@ def find_undos(
     return tuple(dict.fromkeys(undos))
 
 
-def _read_chain(chain: str) -> tuple[str, Address] | None:
-    """Dispatch and address of an address chain; None if it is another."""
-    at = _AT.fullmatch(chain)
-    return (at.group(1), ip_address(at.group(2).replace("_", ":"))) if at else None
+def read_chain(chain: str) -> tuple[str, Address] | None:
+    """Dispatch and address of an address chain; None if it is another, as that of `at-beef`."""
+    at = _AT.fullmatch(chain) if is_address_chain(chain) else None
+    try:
+        return (at.group(1), ip_address(at.group(2).replace("_", ":"))) if at else None
+    except ValueError:
+        return None
 
 
 def find_translated(table: SeenTable, strays: frozenset[str]) -> Iterator[tuple[str, Address]]:
@@ -131,7 +141,7 @@ def find_translated(table: SeenTable, strays: frozenset[str]) -> Iterator[tuple[
     Those that peers send to; in mode stateless the one that they are rewritten to.
     """
     for chain, comment in table.rules:
-        at, owner = _read_chain(chain), owner_of(comment)
+        at, owner = read_chain(chain), owner_of(comment)
         if at is None or at[0] not in (GATE, "put") or owner not in strays:
             continue
         for _, name in table.kept_sets(frozenset({owner})):

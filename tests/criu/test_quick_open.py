@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from hook_caller import cable
 
 import natkeep.criu
 
@@ -98,16 +99,7 @@ class Site:
 @pytest.fixture
 def site(make_netns: Callable[[], str], tmp_path: Path) -> Iterator[Site]:
     netns = make_netns()
-    lines = [
-        "link add eth0 type veth peer name eth1",
-        f"address add {NEW}/24 dev eth0",
-        "link set eth0 up",
-        "link set eth1 up",
-        "route add default via 10.3.0.1",
-        "address add fd00:2::10/128 dev lo nodad",  # of the image's other connection
-    ]
-    command = ["ip", "-n", netns, "-batch", "-"]
-    subprocess.run(command, input="\n".join(lines), text=True, check=True)
+    cable(netns)
     text = SOURCE.read_text()
     assert text.count(LONG_WAY) == 1
     program = tmp_path / "natkeep_hook_open.py"

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+from hook_caller import cable
 from ipv6_addresses import wait_for_addresses
 
 from bench.faults.surfaces import read_all_surfaces
@@ -38,19 +39,6 @@ class Stranger(NamedTuple):
             stdin=subprocess.DEVNULL, capture_output=True, text=True,
         )  # fmt: skip
         return done.returncode, done.stdout + done.stderr
-
-
-def cable(netns: str, *more: str) -> None:
-    lines = [
-        "link add eth0 type veth peer name eth1",
-        f"address add {NEW}/24 dev eth0",
-        "link set eth0 up",
-        "link set eth1 up",
-        "route add default via 10.3.0.1",
-        "address add fd00:2::10/128 dev lo nodad",  # of the image's other connection
-    ]
-    command = ["ip", "-n", netns, "-batch", "-"]
-    subprocess.run(command, input="\n".join([*lines, *more]), text=True, check=True)
 
 
 @pytest.fixture

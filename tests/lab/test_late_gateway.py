@@ -2,13 +2,8 @@
 
 from __future__ import annotations
 
-from functools import partial
-
 import pytest
-
-from natkeep.lab import scenario
-from natkeep.lab.lab import Lab
-from natkeep.lab.scenario import find_scenario
+from scenario_run import assert_passes
 
 pytestmark = [pytest.mark.root, pytest.mark.lab]
 
@@ -20,10 +15,4 @@ pytestmark = [pytest.mark.root, pytest.mark.lab]
 def test_peers_that_reset_new_until_the_gateway_is_there_go_on(
     family: int, mode: str, late_s: float
 ) -> None:
-    late = find_scenario("gateway_comes_late")
-    run, _ = late.load()
-    with Lab(late.name, engine="repair", family=family, mode=mode) as lab:
-        scenario.perform(lab, partial(run, late_s=late_s))
-
-    assert [str(each) for each in lab.report.assertions if not each.ok] == []
-    assert lab.report.passed
+    assert_passes("gateway_comes_late", family, mode, late_s=late_s)

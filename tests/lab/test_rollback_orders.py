@@ -2,13 +2,8 @@
 
 from __future__ import annotations
 
-from functools import partial
-
 import pytest
-
-from natkeep.lab import scenario
-from natkeep.lab.lab import Lab
-from natkeep.lab.scenario import find_scenario
+from scenario_run import assert_passes
 
 pytestmark = [pytest.mark.root, pytest.mark.lab]
 
@@ -24,10 +19,4 @@ pytestmark = [pytest.mark.root, pytest.mark.lab]
 def test_no_peer_hears_of_a_rollback_whichever_machine_comes_first(
     family: int, mode: str, order: tuple[str, ...]
 ) -> None:
-    found = find_scenario("rollback_in_any_order")
-    run, _ = found.load()
-    with Lab(found.name, engine="repair", family=family, mode=mode) as lab:
-        scenario.perform(lab, partial(run, order=order))
-
-    assert [str(each) for each in lab.report.assertions if not each.ok] == []
-    assert lab.report.passed
+    assert_passes("rollback_in_any_order", family, mode, order=order)

@@ -401,6 +401,16 @@ def test_a_stray_is_cleared_beside_a_move_that_is_known() -> None:
     )
 
 
+def test_a_chain_of_a_move_whose_name_looks_like_an_address_is_its_gate() -> None:
+    rules = (("gate-at-beef", ""), ("gate-at-10.2.0.10", "at-beef"), ("gate-at-1.2", "at-beef"))
+    table = SeenTable(("gate-at-beef", "gate-at-10.2.0.10"), rules=rules, held=(OLD4,), there=True)
+
+    assert table.olds_of("at-beef") == {OLD4}
+    undos = find_undos(table, frozenset(), frozenset(), sure=True)
+    assert Undo("inet", "chain", "gate-at-beef") in undos
+    assert [undo.name for undo in undos if undo.kind == "element"] == ["gate4", "held4"]
+
+
 def test_where_all_are_known_nothing_goes() -> None:
     assert find_undos(TABLE, frozenset("ab"), frozenset((OLD4,)), sure=True) == ()
     assert find_undos(SeenTable(), frozenset(), frozenset(), sure=True) == ()
