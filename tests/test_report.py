@@ -198,6 +198,8 @@ def test_the_lines_of_status() -> None:
     uncounted = replace(destination, seen=observe(PLAN, DESTINATION, 1, counted=False))
     lines = status_report.status_lines(make_status(sites=(uncounted, gateway)), "b", verbose=False)
     assert list(lines)[-1] == "  [fd00:2::10]:5000  [fd00:1::2]:50596  no socket  ?           ?"
+    lines = status_report.status_lines(make_status(sites=(gateway,)), "b", verbose=False)
+    assert list(lines)[-1].split()[2:] == ["not", "tracked", "102", "204"]
 
 
 @pytest.mark.parametrize(("count", "shown"), [(20, 20), (21, 20), (500, 20)])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,10 +10,12 @@ import pytest
 from fake_kernel import FakeKernel
 
 from natkeep.errors import RefusedError
+from natkeep.kernel.netns import NamespaceGoneError
 from natkeep.lifecycle.executor import Executor
 from natkeep.lifecycle.open import open_move
 from natkeep.lifecycle.prepare import prepare
 from natkeep.lifecycle.rollback import RESTORE, RolledBack, rollback
+from natkeep.plan.identity import Identity
 from natkeep.plan.move import Map, Move, Site
 from natkeep.plan.observation import Gate, Observation, SeenEntry
 from natkeep.plan.roles import Role
@@ -29,9 +31,21 @@ AGAIN = "natkeep rollback web"
 
 
 class Kernel(FakeKernel):
-    """said: packets that a gateway's entries have counted from the process."""
+    """said: packets that a gateway's entries have counted from the process; spoken: that its table
+    has noted some; gone: namespaces that are no more."""
 
-    said = 0
+    said, spoken = 0, False
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gone: set[str] = set()
+
+    def open_sites(self, sites: Iterable[Site], known: dict[Site, Identity] | None = None) -> None:
+        sites = tuple(sites)
+        for site in sites:
+            if site.netns in self.gone:
+                raise NamespaceGoneError(f"the network namespace {site.netns!r} is gone")
+        super().open_sites(sites, known)
 
     def observe(self, site: Site, plan: Plan) -> Observation:
         seen = super().observe(site, plan)
@@ -39,7 +53,8 @@ class Kernel(FakeKernel):
             number: tuple(entry and SeenEntry(True, 1, self.said, True) for entry in some)
             for number, some in seen.entries.items()
         }
-        return replace(seen, entries=entries)
+        spoken = frozenset(Connections.of([KEPT]).each()) if self.spoken else frozenset()
+        return replace(seen, entries=entries, spoken=spoken)
 
 
 @pytest.fixture
@@ -147,11 +162,26 @@ def test_what_was_opened_is_not_rolled_back_unasked(
     assert gates(kernel) == {}
 
 
+@pytest.mark.parametrize(("said", "spoken"), [(1, False), (0, True)])
 def test_a_gateway_that_has_heard_the_process_at_new_refuses(
-    kernel: Kernel, make: Callable[..., None], again: Callable[..., RolledBack]
+    said: int,
+    spoken: bool,
+    kernel: Kernel,
+    make: Callable[..., None],
+    again: Callable[..., RolledBack],
 ) -> None:
+    """spoken: in mode stateless, where nothing is counted, or after another has deleted entries."""
     make(GATEWAY, opened=True)
-    kernel.said = 1
+    kernel.said, kernel.spoken = said, spoken
     with pytest.raises(RefusedError, match="has spoken at NEW"):
         again()
     assert gates(kernel) == {"gat": Gate.OPEN}
+
+
+def test_an_opened_destination_refuses_though_its_namespace_is_gone(
+    kernel: Kernel, make: Callable[..., None], again: Callable[..., RolledBack]
+) -> None:
+    make(GATEWAY, DESTINATION, opened=True)
+    kernel.gone.add("des")
+    with pytest.raises(RefusedError, match="web was opened at destination=des"):
+        again()

@@ -32,7 +32,7 @@ from natkeep.kernel.nft_messages import pack_keys
 from natkeep.plan import base_chains, syn_block
 from natkeep.plan.ip_rules import IpRule
 from natkeep.plan.listeners import Reception, make_receptions
-from natkeep.plan.move import Site
+from natkeep.plan.move import Mode, Site
 from natkeep.plan.nft import TABLE, Key
 from natkeep.plan.observation import Gate, Observation, SeenEntry
 from natkeep.plan.path import SourceRule, find_uncopied
@@ -42,6 +42,9 @@ from natkeep.plan.translation import Translation
 from natkeep.plan.tuples import Address, Connections, Endpoint
 from natkeep.plan.wanted import split_opening
 from natkeep.values import replace
+
+Entries = dict[int, tuple[SeenEntry | None, ...]]
+"""Of each translation, by its number, what is seen of each of its connections, in order."""
 
 
 class Snapshot:
@@ -95,6 +98,11 @@ class Snapshot:
         fills = [step for step in plan.prepare if isinstance(step, FillSet) and step.site == site]
         sets = {one.name: one.keys for step in fills for one in step.fillings()}
         gate = self._read_gate(plan.gate_at(site))
+        noted = self._find_noted(site, plan, entries)
+        if noted and plan.move.mode == Mode.STATELESS:
+            for t in inserted:
+                if t.site == site:
+                    entries[t.number] = _without_counts(t, entries[t.number], noted)
         return Observation(
             gate=gate,
             missing={name: self._count_missing(name, kept) for name, kept in sets.items()},
@@ -111,7 +119,8 @@ class Snapshot:
             lingers=self._shortest_timeout,
             guarded=self._is_guarded(site, plan),
             unanswered=self._find_unanswered(sockets),
-            heard=self._find_heard(site, plan, entries) if gate == Gate.OPEN else frozenset(),
+            heard=noted if gate == Gate.OPEN and not site.row.passes_on else frozenset(),
+            spoken=noted if site.row.passes_on else frozenset(),
             lacking=self._find_lacking(site, plan),
             unruled=self._find_unruled(site, plan),
         )
@@ -240,15 +249,16 @@ class Snapshot:
         """The kept connections that have one."""
         return Connections.joined(sock_diag.find_kept(t.kept, self._living) for t in here)
 
-    def _find_heard(
-        self, site: Site, plan: Plan, entries: dict[int, tuple[SeenEntry | None, ...]]
-    ) -> frozenset[bytes]:
-        """Of the connections whose entry counts nothing from the peer those that were heard."""
+    def _find_noted(self, site: Site, plan: Plan, entries: Entries) -> frozenset[bytes]:
+        """Of the connections whose entry counts nothing of the peer, or at a gateway of NEW, those
+        of which that was heard."""
         found: set[bytes] = set()
-        for t in plan.translations if site.row.puts_old else ():
-            silent = [one for one in entries.get(t.number, ()) if one and not one.packets_in]
-            if t.site == site and silent:
-                name = base_chains.heard_set(plan.move.id, t.number)
+        at_gateway = site.row.passes_on
+        name_of = base_chains.spoken_set if at_gateway else base_chains.heard_set
+        for t in plan.translations:
+            some = entries.get(t.number, ()) if t.site == site else ()
+            if not all(one and (one.packets_out if at_gateway else one.packets_in) for one in some):
+                name = name_of(plan.move.id, t.number)
                 unheard = nftables_dump.find_unheard(self._netlink, name, t.kept)
                 found |= frozenset(t.kept.each()).difference(unheard)
         return frozenset(found)
@@ -273,7 +283,19 @@ class Snapshot:
 _HAVE_SOCKETS = (Role.DESTINATION, Role.SOURCE)
 
 
-def _count_alive(entries: dict[int, tuple[SeenEntry | None, ...]]) -> int:
+def _without_counts(
+    translation: Translation, entries: tuple[SeenEntry | None, ...], noted: frozenset[bytes]
+) -> tuple[SeenEntry | None, ...]:
+    """Those that have counted nothing, though the table has *noted* packets, count none."""
+    return tuple(
+        entry._replace(packets_in=None, packets_out=None)
+        if entry and record in noted and not (entry.packets_in or entry.packets_out)
+        else entry
+        for record, entry in zip(translation.kept.each(), entries, strict=True)
+    )
+
+
+def _count_alive(entries: Entries) -> int:
     return sum(1 for seen in entries.values() for one in seen if one and one.alive)
 
 

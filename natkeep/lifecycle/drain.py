@@ -49,13 +49,10 @@ def is_silent(executor: Executor, move_id: str) -> bool:
 
 def has_spoken(statuses: tuple[SiteStatus, ...]) -> bool:
     """Whether a gateway has seen a packet from NEW, or may have, since the move was prepared."""
-    return any(
-        entry is not None and entry.packets_out != 0
-        for one in statuses
-        if one.site.row.passes_on and one.seen is not None
-        for entries in one.seen.entries.values()
-        for entry in entries
-    )
+    gateways = [one.seen for one in statuses if one.site.row.passes_on and one.seen is not None]
+    entries = (entry for seen in gateways for some in seen.entries.values() for entry in some)
+    counted = any(entry is not None and entry.packets_out != 0 for entry in entries)
+    return counted or any(seen.spoken for seen in gateways)
 
 
 def _count(executor: Executor, move_id: str, earlier: Sighting | None) -> tuple[int, Sighting]:

@@ -75,12 +75,12 @@ def _undo_gateways(executor: Executor, journal: Journal) -> tuple[Site, ...]:
 
 
 def _refuse_spoken(journal: Journal, plan: Plan, statuses: tuple[SiteStatus, ...]) -> None:
-    ends = [one for one in statuses if one.site.row.puts_old and one.seen is not None]
+    ends = [one for one in statuses if one.site.row.puts_old]
     opened = [
         one.site
         for one in ends
-        if one.seen is not None
-        and (one.seen.gate == Gate.OPEN or has_been_opened(journal, plan, one.site))
+        if has_been_opened(journal, plan, one.site)
+        or (one.seen is not None and one.seen.gate == Gate.OPEN)
     ]
     move_id = plan.move.id
     if opened:

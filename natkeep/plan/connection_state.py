@@ -7,7 +7,8 @@
                entry has shown the end
 
 Of others nothing is known: before the gate was opened, where the socket has gone and the entry goes
-on (not restored yet, or dumped to move on), and at a gateway that has no entry.
+on (not restored yet, or dumped to move on), and at a gateway that has no entry, or tracks nothing
+in mode stateless.
 
 Rule: values only. A count tells of one direction of one entry, whatever made it; an entry that a
 repair has made counts from then on.
@@ -18,7 +19,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from enum import StrEnum
 
-from natkeep.plan.move import Site
+from natkeep.plan.move import Mode, Site
 from natkeep.plan.observation import Gate, Observation, SeenEntry
 from natkeep.plan.roles import Role
 from natkeep.plan.translation import Translation
@@ -65,12 +66,15 @@ def find_states(
     states: list[State | None] = []
     for place, (record, entry) in enumerate(zip(translation.kept.each(), entries, strict=True)):
         going = entry is not None and entry.alive
+        if translation.mode == Mode.STATELESS and record in seen.spoken:
+            states.append(None)  # its entry says what prepare has made it say
+            continue
         if sockets is None:
             live, ended = going, not going and (entry is not None or over[place : place + 1] == "1")
         else:
             live, ended = record in sockets, not going
         if live:
-            both = record in seen.heard or not _counts_one(entry)
+            both = record in seen.heard | seen.spoken or not _counts_one(entry)
             both = not judged or (both and record not in seen.unanswered)
             states.append(State.LIVE if both else State.ONE_WAY)
         else:
@@ -99,10 +103,14 @@ def count_answered(
         return None
     both, number = site.site.role == Role.GATEWAY, 0
     for record, entry in zip(translation.kept.each(), entries, strict=True):
-        if entry is not None and entry.packets_in is not None:
+        if record in seen.heard:
+            counted, number = True, number + 1
+        elif entry is not None and entry.packets_in is not None:
             counted = True
-            heard = entry.packets_in and (entry.packets_out or not both)
-            number += bool(heard or record in seen.heard)
+            spoken = entry.packets_out or record in seen.spoken or not both
+            number += bool(entry.packets_in and spoken)
+        elif both and entry is not None:
+            return None
     return number if counted else None
 
 
@@ -132,7 +140,7 @@ def find_one_way(
                 continue
             deaf = record in site.seen.unanswered
             heard = (bool(entry.packets_in) or record in site.seen.heard) and not deaf
-            said = bool(entry.packets_out)
+            said = bool(entry.packets_out) or record in site.seen.spoken
             if heard and said:
                 return
             inward, outward = inward + heard, outward + said

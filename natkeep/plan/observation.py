@@ -23,8 +23,10 @@ class Gate(StrEnum):
 
 
 class SeenEntry(NamedTuple):
-    """A kept connection in the conntrack table; packets are None without accounting.
+    """A kept connection in the conntrack table.
 
+    packets: None without accounting, and in mode stateless where some have passed, and no rule on
+    the host has any tracked.
     alive: its TCP state is not one of those in which a connection has ended.
     A tuple, since there may be 100,000, and it is made in a quarter of the time.
     """
@@ -58,6 +60,7 @@ class Observation:
     unanswered: of the kept connections those whose socket says the same again for 5 s and more.
     heard: at a destination of those whose entry counts nothing from the peer those that were heard
     since the move was opened, as the table has noted: an entry that was made anew counts anew.
+    spoken: the same at a gateway, of what has come from NEW since the move was prepared.
     lacking: of the rules in front of `lookup local` those that are not there.
     unruled: those of addresses that natkeep has put there and that a rule for NEW does not hold
     for (kernel/policy_rules.py).
@@ -79,5 +82,6 @@ class Observation:
     guarded: bool = True
     unanswered: frozenset[bytes] = frozenset()
     heard: frozenset[bytes] = frozenset()
+    spoken: frozenset[bytes] = frozenset()
     lacking: tuple[IpRule, ...] = ()
     unruled: frozenset[Address] = frozenset()

@@ -37,10 +37,12 @@ class Carried:
 
     parts: for each translation its connections, and of each its entry and its state, in order.
     answered: of how many the peer was heard since the move was opened; None where that is not told.
+    unknown: what is said of one in no state that has an entry.
     """
 
     parts: tuple[tuple[Connections, Sequence[SeenEntry | None], Sequence[State | None]], ...]
     answered: int | None
+    unknown: str = "no socket"
 
     def count(self) -> int:
         """How many connections there are."""
@@ -70,7 +72,8 @@ def look_closely(status: MoveStatus) -> Carried:
             parts.append((translation.kept, entries, find_states(site, translation, entries)))
             answered.append(count_answered(site, translation, entries))
     known = [number for number in answered if number is not None]
-    return Carried(tuple(parts), sum(known) if known else None)
+    unknown = "not tracked" if site.site.row.passes_on else "no socket"
+    return Carried(tuple(parts), sum(known) if known else None, unknown)
 
 
 def _entries_of(
@@ -200,13 +203,9 @@ def _table(carried: Carried, gate: Gate) -> Iterator[tuple[str, ...]]:
     """A row a connection."""
     for kept, entries, states in carried.parts:
         for (local, peer), seen, state in zip(kept.texts(), entries, states, strict=True):
-            yield local, peer, str(state or _unknown(seen, gate)), *_packets(seen)
-
-
-def _unknown(seen: SeenEntry | None, gate: Gate) -> str:
-    if gate != Gate.OPEN:
-        return "closed"
-    return "no entry" if seen is None else "no socket"
+            unknown = "no entry" if seen is None else carried.unknown
+            said = state or (unknown if gate == Gate.OPEN else "closed")
+            yield local, peer, str(said), *_packets(seen)
 
 
 def _packets(seen: SeenEntry | None) -> tuple[str, str]:

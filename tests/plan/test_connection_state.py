@@ -16,7 +16,7 @@ from natkeep.plan.connection_state import (
     find_one_way,
     find_states,
 )
-from natkeep.plan.move import Map, Move, Site
+from natkeep.plan.move import Map, Mode, Move, Site
 from natkeep.plan.observation import Gate, Observation, SeenEntry
 from natkeep.plan.roles import Role
 from natkeep.plan.step_order import make_plan
@@ -38,8 +38,8 @@ def entry(inward: int | None = 1, outward: int | None = 1, alive: bool = True) -
     return SeenEntry(True, inward, outward, alive)
 
 
-def plan_at(*sites: Site) -> Plan:
-    return make_plan(Move("web", (MAP,), sites), KEPT)
+def plan_at(*sites: Site, mode: Mode = Mode.STATEFUL) -> Plan:
+    return make_plan(Move("web", (MAP,), sites, mode), KEPT)
 
 
 def translation_at(site: Site) -> Translation:
@@ -127,6 +127,34 @@ def test_peers_have_answered_whose_packets_were_counted() -> None:
     assert answered(DESTINATION, [entry(1, 1), None, None]) == 1
     assert answered(DESTINATION, [entry(None, None), None, None]) is None
     assert answered(DESTINATION, entries, opened=None) is None
+
+
+def test_at_a_gateway_new_has_spoken_though_the_entries_are_new() -> None:
+    entries: list[SeenEntry | None] = [entry(4, 0)] * 3
+    seen = stand(GATEWAY, entries, spoken=frozenset([FIRST, SECOND]))
+    assert states(seen, entries) == [LIVE, LIVE, ONE_WAY]
+    assert count_answered(seen, translation_at(GATEWAY), entries) == 2
+    assert one_way(seen) == []
+
+
+def test_a_stateless_gateway_that_tracks_nothing_knows_nothing_once_new_has_spoken() -> None:
+    """Until then it knows what prepare has found."""
+    [translation] = plan_at(GATEWAY, mode=Mode.STATELESS).translations
+    entries = [entry(None, None), entry(0, 0), entry(0, 0)]
+    seen = stand(GATEWAY, entries, spoken=frozenset([FIRST]))
+    assert find_states(seen, translation, entries) == [None, LIVE, LIVE]
+    assert count_answered(seen, translation, entries) is None
+
+
+def test_a_stateless_destination_that_tracks_nothing_knows_by_its_sockets_and_whom_it_heard() -> (
+    None
+):
+    [translation] = plan_at(DESTINATION, mode=Mode.STATELESS).translations
+    entries = [entry(None, None), entry(None, None), entry(0, 0)]
+    seen = stand(DESTINATION, entries, heard=frozenset([FIRST, SECOND]))
+    assert find_states(seen, translation, entries) == [LIVE] * 3
+    assert count_answered(seen, translation, entries) == 2
+    assert [*find_one_way("web", seen, [seen], [translation])] == []
 
 
 # ---- a whole move ------------------------------------------------------------------------------
