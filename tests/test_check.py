@@ -133,11 +133,102 @@ def test_a_firewall_that_knows_old_alone_stops_a_move(network: Network, version:
     assert network.codes(version) == []
 
 
-def test_a_flowtable_stops_mode_stateless_alone() -> None:
+def test_a_flowtable_stops_mode_stateless_and_is_named_in_the_other() -> None:
     offloads = {("flow offload", "inet f c"): "10.1.0.2:50001 > 10.3.0.20:5000"}
     site = Site(Role.GATEWAY)
     assert [one.code for one in judge(site, offloads, Mode.STATELESS)] == ["flowtable-past-rules"]
-    assert [*judge(site, offloads, Mode.STATEFUL)] == []
+    assert [one.code for one in judge(site, offloads, Mode.STATEFUL)] == ["flowtable"]
+
+
+DROPS = {
+    "gateway, before OLD becomes NEW": ("gateway", "prerouting", -150, "{ip} daddr {old} drop"),
+    "gateway, from NEW": ("gateway", "prerouting", -150, 'iifname "far" {ip} saddr {new} drop'),
+    "gateway, to NEW": ("gateway", "postrouting", 0, "{ip} daddr {new} drop"),
+    "gateway, as OLD": ("gateway", "postrouting", 100, "{ip} saddr {old} drop"),
+    "destination, to NEW": ("destination", "prerouting", -300, "{ip} daddr {new} drop"),
+    "destination, to OLD": ("destination", "input", 0, "{ip} daddr {old} drop"),
+    "destination, from OLD": ("destination", "output", 0, "{ip} saddr {old} drop"),
+    "destination, as NEW": ("destination", "postrouting", 100, "{ip} saddr {new} drop"),
+}
+PASSES = [
+    ("gateway", "prerouting", -110, "{ip} daddr {old} drop"),
+    ("gateway", "postrouting", 70, "{ip} saddr {old} drop"),
+    ("destination", "prerouting", -110, "{ip} daddr {new} drop"),
+    ("destination", "postrouting", 70, "{ip} saddr {new} drop"),
+]
+
+
+@pytest.mark.root
+@pytest.mark.needs("nftables")
+@EACH_VERSION
+def test_what_drops_a_packet_anywhere_on_its_way_stops_a_move(
+    network: Network, version: int
+) -> None:
+    """It has OLD's or NEW's address by the priority of the chain."""
+    old, new = MAPS[version].split("=")
+    words = {"ip": {4: "ip", 6: "ip6"}[version], "old": old, "new": new}
+    for expected, cases in (["dropped"], DROPS.values()), ([], PASSES):
+        for where, hook, priority, rule in cases:
+            netns = getattr(network, where)
+            chain = f"type filter hook {hook} priority {priority}; {rule.format(**words)};"
+            network.nft(netns, f"table inet f {{ chain c {{ {chain} }}; }}\n")
+            assert network.codes(version) == expected, (where, hook, priority)
+            network.nft(netns, "delete table inet f\n")
+
+
+@pytest.mark.root
+@pytest.mark.needs("nftables")
+@EACH_VERSION
+def test_what_others_do_to_kept_packets_is_named(network: Network, version: int) -> None:
+    script = """table inet f {
+        ct helper h { type "ftp" protocol tcp
+        }
+        map m { type inet_service : verdict; elements = { 5000 : jump n }
+        }
+        chain n { notrack
+        }
+        chain r { type filter hook prerouting priority raw; ct zone set 4
+            tcp sport vmap @m
+        }
+        chain c { type filter hook forward priority 0; tcp dport 5000 ct helper set "h"
+            tcp dport 5000 ct state invalid synproxy mss 1460 wscale 7
+        }
+    }
+    """
+    network.nft(network.gateway, script)
+    document = json.loads(network.natkeep("check", version, "--json").stdout)
+    named = {one["code"] for one in document["looks"]}
+    assert {"helper", "zone", "not-tracked", "synproxy"} <= named
+    assert document["stops"] == 0
+    said = network.natkeep("prepare web", version)
+    assert said.returncode == 0
+    assert "warn helper: gateway" in said.stderr
+    assert "warn synproxy: gateway" in said.stderr
+    for code in ("helper", "zone", "not-tracked", "synproxy", "tproxy", "queued", "flowtable"):
+        assert main(["explain", code]) == 0
+
+    # A firewall that lets pass what conntrack knows drops what it was told not to track.
+    base = "type filter hook forward priority 0; policy drop; ct state established accept;"
+    network.nft(network.gateway, f"table inet g {{ chain c {{ {base} }}; }}\n")
+    assert network.codes(version) == ["dropped"]
+    # And a SYNPROXY drops all that was not begun with it.
+    network.nft(network.gateway, "delete table inet g\n")
+    network.nft(network.gateway, "add rule inet f c tcp sport 5000 ct state untracked synproxy\n")
+    assert network.codes(version) == ["dropped"]
+
+
+@pytest.mark.root
+@pytest.mark.needs("nftables")
+@EACH_VERSION
+def test_rules_of_iptables_legacy_are_warned_of(network: Network, version: int) -> None:
+    program = {4: "iptables-legacy", 6: "ip6tables-legacy"}[version]
+    command = ["ip", "netns", "exec", network.gateway, program, "-P", "FORWARD", "DROP"]
+    if subprocess.run(command, capture_output=True).returncode:
+        pytest.skip("no iptables-legacy, or not in this kernel")
+    said = network.natkeep("prepare web", version)
+    assert said.returncode == 0
+    assert "warn legacy-iptables: gateway" in said.stderr
+    assert network.natkeep("check", version).stdout.count("legacy-iptables") == 1
 
 
 @pytest.mark.root

@@ -25,7 +25,7 @@ _SMALL = 2000
 
 _LISTING = "/proc/thread-self/net/nf_conntrack"
 _LISTED_ZONE = re.compile(rb" zone(?:-orig|-reply)?=(\d+)")
-_LEGACY_TABLES = ("/proc/net/ip_tables_names", "/proc/net/ip6_tables_names")
+_LEGACY_TABLES = tuple(f"/proc/thread-self/net/{ip}_tables_names" for ip in ("ip", "ip6"))
 _ASSIGNERS = ("/sys/module/openvswitch", "/sys/module/act_ct")
 """What gives packets a zone without a rule of netfilter."""
 

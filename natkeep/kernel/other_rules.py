@@ -1,48 +1,77 @@
 """Reads the rules that others have in nf_tables, as far as plan/other_rules.py follows them.
 
 Rule: read only, in the namespace that the calling thread is in; our own table is left out. What
-is not understood is told as unknown, never left out. Numbers are from linux/netfilter/nf_tables.h.
+is not understood is told as unknown, never left out. Of sets and maps nothing is read beforehand:
+they may be large, and the kernel tells what one has for a key. Numbers are from
+linux/netfilter/nf_tables.h, those of iptables' matches and targets from linux/netfilter/xt_*.h.
 """
 
 from __future__ import annotations
 
 import struct
 from collections.abc import Iterator
+from contextlib import suppress
+from functools import cache
 
 from natkeep.kernel import nftables_dump as dump
-from natkeep.kernel.netlink import NETLINK_NETFILTER, Netlink, attribute, attributes, find_attribute
+from natkeep.kernel.conntrack_zones import read_legacy_tables
+from natkeep.kernel.netlink import (
+    NETLINK_NETFILTER,
+    Netlink,
+    attribute,
+    attributes,
+    find_attribute,
+    nested,
+)
 from natkeep.kernel.nft_messages import SUBSYSTEM, nfgenmsg
 from natkeep.plan.nft import TABLE
-from natkeep.plan.other_rules import Chain, Expression, Hook, Ruleset
+from natkeep.plan.other_rules import Chain, Element, Expression, Hook, Ruleset
+from natkeep.plan.packet import UNTRACKED
 
-_NAMES = {1: "inet", 2: "ip", 10: "ip6"}
+_NAMES = {1: "inet", 2: "ip", 5: "netdev", 10: "ip6"}
+_HOOKS = ["prerouting", "input", "forward", "output", "postrouting", "ingress"]
+_DEVICE_HOOKS = ["ingress", "egress"]
+_NUMBERS = {name: number for number, name in _NAMES.items()}
 _OPERATORS = {0: "==", 1: "!=", 2: "<", 3: "<=", 4: ">", 5: ">="}
-_VERDICTS = {0: "drop", 1: "accept", -3: "jump", -4: "goto", -5: "return", 3: "queue"}
+_VERDICTS = {0: "drop", 1: "accept", -3: "jump", -4: "goto", -5: "return", -1: "continue",
+             3: "queue"}  # fmt: skip
 _META = {3: "mark", 4: "iif", 5: "oif", 6: "iifname", 7: "oifname", 15: "nfproto", 16: "l4proto",
          1: "protocol"}  # fmt: skip
 _CT = {0: "state", 1: "direction", 2: "status", 3: "mark"}
-_HARMLESS = frozenset({"counter", "log", "last", "objref"})
+_HARMLESS = frozenset({"counter", "log", "last"})
+_OBJECTS = {1: "", 3: "helper", 7: "", 8: "", 9: "", 10: "synproxy"}
+"""What named objects do, of those that let a rule go on."""
 _DOES = {"masq": "masquerade", "redir": "redirect", "synproxy": "synproxy", "tproxy": "tproxy",
          "notrack": "notrack", "queue": "queue", "reject": "drop",
          "flow_offload": "flow offload"}  # fmt: skip
 _TARGETS = {"MASQUERADE": "masquerade", "SNAT": "snat", "DNAT": "dnat", "REDIRECT": "redirect",
             "NETMAP": "dnat", "TPROXY": "tproxy", "NOTRACK": "notrack", "REJECT": "drop",
             "SYNPROXY": "synproxy", "NFQUEUE": "queue"}  # fmt: skip
-_ANONYMOUS, _INTERVAL, _MAP = 0x1, 0x4, 0x8
+_COMES_AND_GOES = 0x10 | 0x20 | 0x40
+"""A set with NFT_SET_TIMEOUT or NFT_SET_EVAL; NFT_SET_OBJECT is a map of objects."""
+_GETSETELEM, _CATCHALL = 13, 2
+_ZONE = 17  # NFT_CT_ZONE
+_CT_NOTRACK, _RESTORE = 1, 2  # XT_CT_NOTRACK, XT_CONNMARK_RESTORE
+_STATE_SNAT, _STATE_DNAT, _STATE_UNTRACKED = 0x40, 0x80, 0x100  # XT_CONNTRACK_STATE_…
+_UNREAD = Expression("mark", 99, "", ())
+"""A mark from a register that nothing is in."""
 
 
 def read_ruleset(version: int) -> Ruleset:
-    """The chains and rules that packets of IP *version* may meet, without natkeep's own."""
+    """The chains and rules that packets of IP *version* may meet, without natkeep's own.
+
+    What sets have is asked later, in the namespace that the calling thread is in then.
+    """
     family = 2 if version == 4 else 10
     chains: dict[tuple[str, str], Chain] = {}
     with Netlink(NETLINK_NETFILTER) as netlink:
-        for number in (1, family):
+        for number in (1, 5, family):
             for answer in _request(netlink, dump.GETCHAIN, number):
                 found = attributes(answer)
                 table = dump.text(found[1])
                 if table != TABLE and not table.startswith(f"{TABLE}-"):
                     name = f"{_NAMES[number]} {table}"
-                    chains[name, dump.text(found[3])] = _read_chain(found)
+                    chains[name, dump.text(found[3])] = _read_chain(number, found)
             if not any(table.startswith(f"{_NAMES[number]} ") for table, _ in chains):
                 continue
             for answer in _request(netlink, dump.GETRULE, number):
@@ -52,7 +81,7 @@ def read_ruleset(version: int) -> Ruleset:
                 if chain is not None:
                     expressions = _read(netlink, number, found[1], found.get(4, b""))
                     chain.rules.append(tuple(expressions))
-    return Ruleset(chains)
+    return Ruleset(chains, cache(_find_element))
 
 
 def _request(netlink: Netlink, type_: int, family: int) -> Iterator[bytes]:
@@ -61,18 +90,19 @@ def _request(netlink: Netlink, type_: int, family: int) -> Iterator[bytes]:
             yield answer[4:]
 
 
-def _read_chain(found: dict[int, bytes]) -> Chain:
+def _read_chain(number: int, found: dict[int, bytes]) -> Chain:
     if 4 not in found:
         return Chain(None, [])
     hook = attributes(found[4])
-    names = ("prerouting", "input", "forward", "output", "postrouting", "ingress")
-    number = int.from_bytes(hook[1], "big")
+    names = _DEVICE_HOOKS if _NAMES[number] == "netdev" else _HOOKS
+    where = _number(hook[1])
     return Chain(
         Hook(
-            names[number] if number < len(names) else "",
+            names[where] if where < len(names) else "",
             int.from_bytes(hook[2], "big", signed=True),
             dump.text(found.get(7, b"")),
             found.get(5) == bytes(4),
+            tuple(dump.text(one) for one in (hook.get(3), *dump.values(hook.get(4, b""))) if one),
         ),
         [],
     )
@@ -84,6 +114,8 @@ def _read(netlink: Netlink, family: int, table: bytes, packed: bytes) -> Iterato
         name, body = dump.text(outer[1]), attributes(outer.get(2, b""))
         if name == "lookup":
             yield _read_lookup(netlink, family, table, body)
+        elif name == "target" and dump.text(body[1]) == "CT":
+            yield from _read_ct_target(body[3])
         elif name not in _HARMLESS:
             yield _read_plain(name, body)
 
@@ -100,6 +132,12 @@ def _read_plain(name: str, body: dict[int, bytes]) -> Expression:
         case "ct" if 1 in body:
             key = _CT.get(_number(body[2]), "?")
             return Expression("load", _number(body[1]), f"ct {key}", ())
+        case "ct" if _number(body[2]) == _ZONE:
+            return Expression("do", 0, "zone", ())
+        case "ct":
+            return Expression("always", 0, "", ())
+        case "objref" if (does := _OBJECTS.get(_number(body.get(1, b"")))) is not None:
+            return Expression("do" if does else "always", 0, does, ())
         case "bitwise" if 4 in body and 5 in body:
             mask, xor = attributes(body[4])[1], attributes(body[5])[1]
             return Expression("mask", _number(body[2]), "", (_number(body[1]), mask, xor))
@@ -115,7 +153,7 @@ def _read_plain(name: str, body: dict[int, bytes]) -> Expression:
         case "nat":
             return Expression("do", 0, "dnat" if _number(body[1]) else "snat", ())
         case "target":
-            return Expression("do", 0, _TARGETS.get(dump.text(body[1]), "?"), ())
+            return _read_target(dump.text(body[1]), body.get(3, b""))
         case "match":
             return _read_match(body)
     return Expression("do" if name in _DOES else "unknown", 0, _DOES.get(name, name), ())
@@ -125,36 +163,100 @@ def _read_immediate(body: dict[int, bytes]) -> Expression:
     data = attributes(body[2])
     if 2 not in data:
         return Expression("set", _number(body[1]), "", (data.get(1, b""),))
-    verdict = attributes(data[2])
-    code = int.from_bytes(verdict[1], "big", signed=True)
-    return Expression("verdict", 0, _VERDICTS.get(code, "?"), (dump.text(verdict.get(2, b"")),))
+    verdict, chain, _ = _read_element(data)
+    return Expression("verdict", 0, verdict, (chain,))
+
+
+def _read_target(name: str, info: bytes) -> Expression:
+    """Of iptables' own targets, without CT."""
+    if name == "MARK" and len(info) >= 8:
+        return Expression("remark", 0, "", struct.unpack_from("=II", info))
+    if name == "CONNMARK" and len(info) > 12 and info[12] == _RESTORE:
+        return _UNREAD
+    return Expression("do", 0, _TARGETS.get(name, "?"), ())
+
+
+def _read_ct_target(info: bytes) -> Iterator[Expression]:
+    flags, zone = struct.unpack_from("=HH", info)
+    does = {"notrack": flags & _CT_NOTRACK, "zone": zone, "helper": info[12]}
+    return (Expression("do", 0, word, ()) for word, said in does.items() if said)
 
 
 def _read_match(body: dict[int, bytes]) -> Expression:
-    """Of iptables' own matches: comments match all; a mark is told as what it is."""
+    """Of iptables' own matches, those that are about a packet alone."""
     name, info = dump.text(body[1]), body.get(3, b"")
     if name == "comment":
         return Expression("always", 0, "", ())
     if name == "mark" and len(info) >= 9:
         mark, mask, inverted = struct.unpack_from("=IIB", info)
         return Expression("marked", 0, "!=" if inverted else "==", (mark, mask))
+    if name == "conntrack" and body.get(2) == (3).to_bytes(4, "big"):
+        asked, inverted, states = struct.unpack_from("=HHH", info, 146)
+        if asked == 1 and not states & (_STATE_SNAT | _STATE_DNAT):  # the state alone
+            known = states & 0xF | (UNTRACKED if states & _STATE_UNTRACKED else 0)
+            return Expression("state", 0, "!=" if inverted else "==", (known,))
+    if name == "multiport" and body.get(2) == (1).to_bytes(4, "big"):
+        return _read_ports(info)
     return Expression("unknown", 0, name, ())
 
 
+def _read_ports(info: bytes) -> Expression:
+    """xt_multiport_v1: which ports, how many, 15 of them, whether one begins a range; inverted."""
+    which, count = info[:2]
+    ports, begins = struct.unpack_from("=15H", info, 2), info[32:47]
+    ends: list[int] = []
+    at = 0
+    while at < count:
+        last = at + (1 if begins[at] else 0)
+        ends += (ports[at], ports[last])
+        at = last + 1
+    return Expression("ports", 0, "!=" if info[47] else "==", (which, *ends))
+
+
 def _read_lookup(netlink: Netlink, family: int, table: bytes, body: dict[int, bytes]) -> Expression:
-    """The elements of a set that is the rule's own; of what others fill all is unknown."""
+    """A look-up in a set, or a map; none of its values where what is in it comes and goes."""
     name, inverted = body[1], bool(_number(body.get(5, b"")) & 1)
     scope = attribute(1, table) + attribute(2, name)
     try:
         [answer] = netlink.request(SUBSYSTEM | dump.GETSET, 0, nfgenmsg(family) + scope)
     except OSError:
         return Expression("unknown", 0, "lookup", ())
-    flags = _number(find_attribute(answer[4:], 3))
-    if flags & (_ANONYMOUS | _INTERVAL | _MAP) != _ANONYMOUS or 3 in body:
-        kind = "verdicts" if 3 in body else "unknown"
-        return Expression(kind, 0, "lookup", ())
-    keys = dump.dump_keys(netlink, _NAMES[family], dump.text(table), dump.text(name))
-    return Expression("lookup", _number(body[2]), "!=" if inverted else "==", tuple(keys))
+    found = attributes(answer[4:])
+    asked = (f"{_NAMES[family]} {dump.text(table)}", dump.text(name), _number(found[5]))
+    values = () if _number(found.get(3, b"")) & _COMES_AND_GOES else asked
+    register = _number(body[2])
+    if 3 not in body:
+        return Expression("lookup", register, "!=" if inverted else "==", values)
+    to = _number(body[3])
+    return Expression("map" if to else "verdicts", register, str(to), values)
+
+
+def _find_element(table: str, name: str, key: bytes) -> Element | None:
+    """What a set or map has for *key*: the kernel knows intervals and the element for all else."""
+    family, _, table = table.partition(" ")
+    scope = attribute(1, table.encode() + b"\0") + attribute(2, name.encode() + b"\0")
+    keyed = nested(1, attribute(1, key))
+    with Netlink(NETLINK_NETFILTER) as netlink:
+        for asked in (keyed, attribute(3, _CATCHALL.to_bytes(4, "big"))):
+            body = nfgenmsg(_NUMBERS[family]) + scope + nested(3, nested(1, asked))
+            with suppress(OSError):
+                [answer] = netlink.request(SUBSYSTEM | _GETSETELEM, 0, body)
+                [element] = dump.values(find_attribute(answer[4:], 3))
+                return _read_element(attributes(attributes(element).get(2, b"")))
+    return None
+
+
+def _read_element(data: dict[int, bytes]) -> Element:
+    if 2 not in data:
+        return Element(data=data.get(1, b""))
+    verdict = attributes(data[2])
+    code = int.from_bytes(verdict[1], "big", signed=True)
+    return Element(_VERDICTS.get(code, "?"), dump.text(verdict.get(2, b"")))
+
+
+def has_legacy_tables() -> bool:
+    """Whether iptables' own kernel part, which nf_tables does not show, has tables here."""
+    return bool(read_legacy_tables())
 
 
 def read_virtual_servers() -> str:

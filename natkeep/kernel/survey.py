@@ -11,6 +11,7 @@ import os
 
 from natkeep.errors import KernelError
 from natkeep.kernel import nftables, nftables_dump, sysctl
+from natkeep.kernel.conntrack_zones import read_legacy_tables
 from natkeep.kernel.path import has_bridge
 from natkeep.plan.diagnostics import Facts
 from natkeep.plan.nft import TABLE
@@ -45,7 +46,7 @@ def gather_facts() -> Facts:
         limit=_number("netfilter/nf_conntrack_max"),
         rp_filter=_rp_filter(),
         bridge_netfilter=bool(_flag("bridge/bridge-nf-call-iptables")) and has_bridge(),
-        legacy_tables=tuple(sorted(set(_legacy_tables()))),
+        legacy_tables=tuple(sorted(read_legacy_tables())),
         flowtables=nftables_dump.flowtable_names() if chains is not None else (),
         nat_chains=tuple(
             f"{chain.family} {chain.table} {chain.name} {chain.hook} {chain.priority}"
@@ -79,11 +80,6 @@ def find_xdp() -> tuple[str, ...]:
             )
     except (NetlinkError, OSError):
         return ()
-
-
-def _legacy_tables() -> list[str]:
-    names = ("/proc/net/ip_tables_names", "/proc/net/ip6_tables_names")
-    return [name for path in names for name in (_read(path) or "").split()]
 
 
 def _rp_filter() -> int | None:

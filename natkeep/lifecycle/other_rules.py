@@ -1,7 +1,7 @@
 """other_rules: the looks at what rules of others do to a move's packets (plan/other_rules.py).
 
-    gateway       peer > NEW and NEW > peer, as they are passed on
-    destination   peer > OLD as it is delivered, OLD > peer as it is sent
+    gateway       peer > OLD and NEW > peer, from where they come in to where they leave
+    destination   peer > NEW as it is delivered, OLD > peer as it is sent
     here          NEW > peer, where natkeep runs on the host by which a container's packets leave
 
 Of all connections some are followed: of each peer and each local port one, 32 at most.
@@ -17,30 +17,29 @@ from natkeep.errors import KernelError, NatkeepError
 from natkeep.kernel import other_rules as reading
 from natkeep.kernel import path
 from natkeep.kernel.netns import Namespace, inside, open_namespace
+from natkeep.kernel.rtnetlink import LOOPBACK
 from natkeep.lifecycle.subject import Subject
-from natkeep.plan.findings import Finding, ok
+from natkeep.plan.findings import Finding, Severity, ok
 from natkeep.plan.identity import Identity
 from natkeep.plan.move import Mode, Site
 from natkeep.plan.other_rules import (
-    ESTABLISHED,
-    NEW,
-    UNTRACKED,
-    Effect,
-    Packet,
+    EVERY,
     Ruleset,
-    find_mark,
     find_translating,
     find_virtual,
     follow,
     without_lock,
 )
+from natkeep.plan.packet import ESTABLISHED, INVALID, NEW, Effect, Packet
 from natkeep.plan.translation import Translation
 from natkeep.plan.tuples import Connections, Endpoint, FourTuple
+from natkeep.values import replace
 
 _FOLLOWED = 32
 _SAMPLED = 512
 _FILTERS = frozenset({"filter", "route"})
-_RAW = frozenset({"filter"})
+_TURNS = {Mode.STATEFUL: (-120, 80), Mode.STATELESS: (-300, 300)}
+"""The priorities at which a packet gets its other address: as it comes in, and as it leaves."""
 
 
 def look_at_other_rules(subject: Subject) -> Iterator[Finding]:
@@ -55,6 +54,8 @@ def look_at_other_rules(subject: Subject) -> Iterator[Finding]:
         for effect, tuple_ in subject.kernel.ask(site, _follow_at, here, subject.run_id):
             found.setdefault((effect.does, effect.where), str(tuple_))
         findings = [*judge(site, found, plan.move.mode)]
+        if subject.kernel.ask(site, reading.has_legacy_tables):
+            findings.append(Finding("legacy-iptables", site, "iptables-legacy has tables"))
         yield from findings
         ends = frozenset(
             Endpoint(address, end.destination.port)
@@ -65,21 +66,34 @@ def look_at_other_rules(subject: Subject) -> Iterator[Finding]:
         table = subject.kernel.ask(site, reading.read_virtual_servers)
         for server in find_virtual(table, ends) if table else ():
             yield Finding("virtual-server", site, f"IPVS has a {server}")
-        if not any(finding.code in ("dropped", "flowtable-past-rules") for finding in findings):
+        if not any(finding.severity == Severity.STOP for finding in findings):
             yield ok(site, "no rule of others drops what is to pass")
 
 
 def judge(site: Site, found: dict[tuple[str, str], str], mode: Mode) -> Iterator[Finding]:
     """What was *found* to be done, and where, to which tuple."""
     for (does, where), tuple_ in found.items():
-        if does == "drop":
-            yield Finding(
-                "dropped", site, f"{where} drops {tuple_}", "accept it in front of that rule"
-            )
-        elif does == "flow offload" and mode == Mode.STATELESS:
-            yield Finding("flowtable-past-rules", site, f"{where} offloads {tuple_}")
-        elif does == "notrack":
-            yield Finding("not-tracked", site, f"{where} has {tuple_} not tracked")
+        if does not in _CODES:
+            continue
+        code, what, remedy = _CODES[does]
+        if does == "flow offload" and mode == Mode.STATELESS:
+            code = "flowtable-past-rules"
+        yield Finding(code, site, f"{where} {what.format(tuple_)}", remedy)
+
+
+_CODES = {
+    "drop": ("dropped", "drops {}", "accept it in front of that rule"),
+    "synproxy dropped": ("dropped", "has SYNPROXY drop {}", "accept it in front of that rule"),
+    "synproxy": ("synproxy", "has a SYNPROXY for {}", ""),
+    "tproxy": ("tproxy", "gives {} to a socket here", ""),
+    "queue": ("queued", "gives {} to a program", ""),
+    "flow offload": ("flowtable", "offloads {}", ""),
+    "notrack": ("not-tracked", "has {} not tracked", ""),
+    "helper": ("helper", "assigns {} a conntrack helper", ""),
+    "zone": ("zone", "assigns {} a conntrack zone", ""),
+}
+"""Code, words and remedy of what is done."""
+_IF_SURE = frozenset({"drop", "notrack", "synproxy dropped"})
 
 
 def _follow_at(here: list[Translation], run_id: str | None) -> list[tuple[Effect, FourTuple]]:
@@ -100,31 +114,91 @@ def _follow_at(here: list[Translation], run_id: str | None) -> list[tuple[Effect
 def _follow_one(
     ruleset: Ruleset, links: path.Links, translation: Translation
 ) -> Iterator[tuple[Effect, FourTuple]]:
-    map_, at_gateway = translation.map, translation.site.row.passes_on
-    for tuple_ in _sample(translation.routed if at_gateway else translation.kept):
-        peer, local = tuple_.source, tuple_.destination
-        there = FourTuple(peer, Endpoint(map_.new, local.port))
-        near = links.device(links.look_up(peer.address)[1])
-        far = links.device(links.look_up(map_.new)[1])
-        if not at_gateway:
-            far = links.device(links.device_of(map_.new)) if links.device_of(map_.new) else near
-        state = ESTABLISHED
-        for hook, one in (("prerouting", tuple_), ("output", tuple_.reply())):
-            for effect in follow(ruleset, hook, Packet(one, near, near), _RAW):
-                if effect.does == "notrack" and effect.sure:
-                    state = UNTRACKED
-                    yield effect, one
-        passes = (
-            [("forward", Packet(there, near, far, state)),
-             ("forward", Packet(there.reply(), far, near, state))]
-            if at_gateway
-            else [("input", Packet(tuple_, iif=far, state=state)),
-                  ("output", Packet(tuple_.reply(), oif=near, state=state))]
-        )  # fmt: skip
-        for hook, packet in passes:
-            for effect in follow(ruleset, hook, packet, _FILTERS):
-                if effect.does == "flow offload" or (effect.does == "drop" and effect.sure):
-                    yield effect, packet.tuple_
+    proxies = ruleset.has("synproxy")
+    for views in _sample_views(translation):
+        for way in _find_ways(links, translation, *views):
+            for effect, tuple_ in _follow_way(ruleset, way, ESTABLISHED):
+                if effect.does == "synproxy":
+                    effect = effect._replace(does="synproxy dropped")
+                if effect.sure or effect.does not in _IF_SURE:
+                    yield effect, tuple_
+            for effect, tuple_ in _follow_way(ruleset, way, INVALID) if proxies else ():
+                if effect.does == "synproxy":
+                    yield effect, tuple_
+
+
+_Device = tuple[int, str]
+_Stage = tuple[str, FourTuple, _Device, _Device, range]
+"""A hook, what the packet is there and between which devices, and the priorities for which."""
+_NONE = 0, ""
+
+
+def _follow_way(
+    ruleset: Ruleset, way: list[_Stage], state: int
+) -> Iterator[tuple[Effect, FourTuple]]:
+    packet = Packet(way[0][1], state=state)
+    for hook, tuple_, iif, oif, priorities in way:
+        packet = replace(packet, tuple_=tuple_, iif=iif, oif=oif)
+        for effect in follow(ruleset, hook, packet, _FILTERS, priorities):
+            packet = packet.after([effect])
+            yield effect, tuple_
+            if effect.does == "drop" and effect.sure:
+                return
+
+
+def _find_ways(
+    links: path.Links,
+    translation: Translation,
+    kept: FourTuple,
+    outer: FourTuple,
+    inner: FourTuple,
+    routed: FourTuple,
+) -> list[list[_Stage]]:
+    """The hooks that a packet of this connection passes, there and back."""
+    first, second = _TURNS[translation.mode]
+    near = links.device(links.look_up(outer.source.address)[1])
+    far = links.device(links.look_up(translation.map.new)[1])
+    if not translation.site.row.passes_on:
+        home = links.device_of(translation.map.new)
+        far = links.device(home) if home else near
+        if near[0] == LOOPBACK:  # the peer is here, too: nothing translates
+            outer, far = kept, near
+        return [
+            [*_come(outer, kept, far, first), ("input", kept, far, _NONE, EVERY)],
+            [("output", kept.reply(), _NONE, near, EVERY),
+             *_leave(kept.reply(), outer.reply(), near, second)],
+        ]  # fmt: skip
+    back = [*_come(inner.reply(), routed.reply(), far, first)]
+    if near[0] == LOOPBACK:  # the peer is the gateway itself
+        return [
+            [*_turn("output", outer, routed, (_NONE, far), first),
+             *_leave(routed, inner, far, second)],
+            [*back, *_turn("input", routed.reply(), outer.reply(), (far, _NONE), second)],
+        ]  # fmt: skip
+    return [
+        [*_come(outer, routed, near, first), ("forward", routed, near, far, EVERY),
+         *_leave(routed, inner, far, second)],
+        [*back, ("forward", routed.reply(), far, near, EVERY),
+         *_leave(routed.reply(), outer.reply(), near, second)],
+    ]  # fmt: skip
+
+
+def _turn(
+    hook: str, before: FourTuple, after: FourTuple, devices: tuple[_Device, _Device], at: int
+) -> Iterator[_Stage]:
+    """A hook in which natkeep translates, at priority *at*."""
+    yield hook, before, *devices, range(EVERY.start, at)
+    yield hook, after, *devices, range(at, EVERY.stop)
+
+
+def _come(before: FourTuple, after: FourTuple, device: _Device, at: int) -> Iterator[_Stage]:
+    yield "ingress", before, device, _NONE, EVERY
+    yield from _turn("prerouting", before, after, (device, _NONE), at)
+
+
+def _leave(before: FourTuple, after: FourTuple, device: _Device, at: int) -> Iterator[_Stage]:
+    yield from _turn("postrouting", before, after, (_NONE, device), at)
+    yield "egress", after, _NONE, device, EVERY
 
 
 def look_at_marks(subject: Subject) -> Iterator[Finding]:
@@ -159,7 +233,7 @@ def _find_marked_apart(translation: Translation) -> list[tuple[FourTuple, str, s
                 away = FourTuple(Endpoint(source, tuple_.destination.port), tuple_.source)
                 packet = Packet(away, iif=links.device(device))
                 hook = "prerouting" if at_gateway else "output"
-                mark = find_mark(follow(ruleset, hook, packet, _FILTERS))
+                mark = packet.after(follow(ruleset, hook, packet, _FILTERS)).mark or 0
                 origin = source if at_gateway else map_.new  # OLD is not there yet
                 ways.append(links.look_up(tuple_.source.address, origin, device, mark)[0])
             was, now = ways
@@ -170,12 +244,34 @@ def _find_marked_apart(translation: Translation) -> list[tuple[FourTuple, str, s
 
 def _sample(connections: Connections) -> list[FourTuple]:
     """Of each peer's address and local port one connection, 32 at most."""
+    return [*Connections.of_records(_sample_records(connections))]
+
+
+def _sample_records(connections: Connections) -> list[bytes]:
     records = [*connections.each()]
     found: dict[tuple[bytes, bytes], bytes] = {}
     for record in records[:: len(records) // _SAMPLED + 1]:
         half = len(record) // 2
         found.setdefault((record[half:-2], record[half - 2 : half]), record)
-    return [*Connections.of_records([*found.values()][:_FOLLOWED])]
+    return [*found.values()][:_FOLLOWED]
+
+
+def _sample_views(translation: Translation) -> Iterator[list[FourTuple]]:
+    """The same as the process sees each, as it comes, as it leaves, and as it is routed."""
+    kept = translation.kept
+    if not translation.renames:
+        for one in _sample(kept):
+            outer, inner = (
+                FourTuple(one.source, Endpoint(address, one.destination.port))
+                for address in (translation.before, translation.after)
+            )
+            yield [one, outer, inner, inner]
+        return
+    views = (translation.outer, translation.inner, translation.routed)
+    others = dict(zip(kept.each(), zip(*(view.each() for view in views), strict=True), strict=True))
+    for record in _sample_records(kept):
+        each = (Connections.of_records([one]) for one in (record, *others[record]))
+        yield [next(iter(one)) for one in each]
 
 
 # ---- a hop that is no site -----------------------------------------------------------------------

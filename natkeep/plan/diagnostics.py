@@ -41,9 +41,8 @@ class Facts:
     untracked: tuple[str, ...] = ()
 
 
-ABOUT_A_MOVE = frozenset(
-    {"flowtable", "reverse-path-filter", "virtual-servers", "other-nat", "not-tracked"}
-)
+_OF_RULES = ("flowtable", "legacy-iptables", "not-tracked", "other-nat", "virtual-servers")
+ABOUT_A_MOVE = frozenset({*_OF_RULES, "reverse-path-filter"})
 """What is looked at more closely once it is known which packets have to pass."""
 
 

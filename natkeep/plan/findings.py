@@ -104,9 +104,11 @@ CATALOGUE = {
     ),
     "legacy-iptables": Explanation(
         Severity.WARN,
-        "iptables-legacy has tables here beside nf_tables. Its NAT competes at priorities -100 and "
-        "100; natkeep's, at -120 and 80, comes first.",
-        "Nothing, unless rules there drop what they do not know; iptables-nft is easier to see.",
+        "iptables-legacy has tables here beside nf_tables, which does not show them: natkeep does "
+        "not follow kept packets through rules there. Its NAT, at priorities -100 and 100, comes "
+        "behind natkeep's.",
+        "See that `iptables-legacy-save` has no rule that drops what is between NEW and the peers; "
+        "or use iptables-nft.",
     ),
     "bridge-netfilter": Explanation(
         Severity.WARN,
@@ -145,6 +147,37 @@ CATALOGUE = {
         "are translated all the same, without conntrack; but their packets are not counted, and a "
         "gateway alone does not see their end, so that `teardown` there asks for --yes.",
         "Nothing.",
+    ),
+    "helper": Explanation(
+        Severity.WARN,
+        "A rule assigns kept connections a conntrack helper (FTP, SIP, …). Entries keep the helper "
+        "that they have, and get no other. What a helper announces, as a transfer of FTP, is a new "
+        "connection to an address inside: it does not follow.",
+        "Nothing, if no such connections are announced; else end these sessions before the move.",
+    ),
+    "zone": Explanation(
+        Severity.NOTE,
+        "A rule assigns kept packets a conntrack zone. An entry stays in the zone that it is in; "
+        "where there is none yet, the rules carry what comes in another zone.",
+        "Nothing.",
+    ),
+    "synproxy": Explanation(
+        Severity.WARN,
+        "A SYNPROXY takes what conntrack calls invalid of a kept connection's tuple, and drops it. "
+        "Kept packets are established by their entries; without these (`conntrack -F`, "
+        "nf_conntrack_tcp_loose=0) they would be dropped until a repair.",
+        "Accept the kept tuples in front of that rule while they live.",
+    ),
+    "tproxy": Explanation(
+        Severity.STOP,
+        "A rule gives kept packets to a socket of this host (TPROXY). They would not go on.",
+        "Leave the kept connections out of that rule.",
+    ),
+    "queued": Explanation(
+        Severity.WARN,
+        "A rule gives kept packets to a program (NFQUEUE), which may drop or change them; what "
+        "it knows of connections is not translated.",
+        "See that the program lets them pass with NEW in place of OLD.",
     ),
     "no-pick-up": Explanation(
         Severity.NOTE,

@@ -1,7 +1,7 @@
 """What rules of others do to a packet: their base chains of one hook followed, rule by rule.
 
 Where a rule asks what is not known of the packet (or is not understood), it may match or not, and
-both are followed: what is found then is not *sure*.
+both are followed: what is found then is not *sure*. What is in a set or map, the kernel is asked.
 
 Rule: kernel/other_rules.py reads them. This file must never look at a machine.
 """
@@ -9,28 +9,35 @@ Rule: kernel/other_rules.py reads them. This file must never look at a machine.
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from ipaddress import ip_address
 from typing import NamedTuple
 
 from natkeep.plan.criu_lock import CRIU_MARK, NAMESPACE_CHAIN, table_name
-from natkeep.plan.tuples import Endpoint, FourTuple
-from natkeep.values import dataclass
+from natkeep.plan.packet import UNKNOWN, Effect, Packet
+from natkeep.plan.tuples import Endpoint
 
-NEW, ESTABLISHED, UNTRACKED = 8, 2, 64
-"""NF_CT_STATE_BIT of what conntrack calls a packet."""
-
+_CONNTRACK = -200  # NF_IP_PRI_CONNTRACK: `notrack` behind it does nothing
 _DEPTH = 16  # NFT_JUMP_STACK_SIZE
 _TRANSLATES = frozenset({"masquerade", "snat", "dnat", "redirect"})
 _ENDS = _TRANSLATES | {"drop", "queue", "tproxy", "synproxy"}
 
 
+class Element(NamedTuple):
+    """What a set or map has for a key: of a verdict map the verdict and its chain, else *data*."""
+
+    verdict: str = ""
+    chain: str = ""
+    data: bytes = b""
+
+
 class Expression(NamedTuple):
     """One expression of a rule.
 
-    kind: `load` (what is loaded into a register), `mask`, `cmp`, `range`, `lookup`, `set`; `do`,
-    `mark` (set from a register) and `verdict`; `marked` (iptables' match), `always`, `unknown`, and
-    `verdicts` for a map of them.
+    kind: `load` (what is loaded into a register), `mask`, `cmp`, `range`, `set`; `lookup` of a set,
+    `map` and `verdicts` of a map, whose values are table, name and octets of the key (none where
+    what it has comes and goes); `do`, `mark` (set from a register) and `verdict`; iptables'
+    `marked`, `state`, `ports` and `remark`; `always`, `unknown`.
     """
 
     kind: str
@@ -40,12 +47,16 @@ class Expression(NamedTuple):
 
 
 class Hook(NamedTuple):
-    """Where the kernel calls a base chain; type: `filter`, `nat` or `route`."""
+    """Where the kernel calls a base chain; type: `filter`, `nat` or `route`.
+
+    devices: of an ingress or egress chain, those that it is for.
+    """
 
     name: str
     priority: int
     type: str
     drops: bool
+    devices: tuple[str, ...] = ()
 
 
 class Chain(NamedTuple):
@@ -55,10 +66,20 @@ class Chain(NamedTuple):
     rules: list[tuple[Expression, ...]]
 
 
+def _find_none(table: str, name: str, key: bytes) -> Element | None:
+    return None
+
+
 class Ruleset(NamedTuple):
-    """Chains by `FAMILY TABLE` and name."""
+    """Chains by `FAMILY TABLE` and name; find: what a set or map of a table has for a key."""
 
     chains: dict[tuple[str, str], Chain]
+    find: Callable[[str, str, bytes], Element | None] = _find_none
+
+    def has(self, does: str) -> bool:
+        """Whether a rule does that to some packet."""
+        rules = (rule for chain in self.chains.values() for rule in chain.rules)
+        return any(each.kind == "do" and each.word == does for rule in rules for each in rule)
 
 
 def without_lock(ruleset: Ruleset, run_id: str | None) -> Ruleset:
@@ -74,7 +95,7 @@ def without_lock(ruleset: Ruleset, run_id: str | None) -> Ruleset:
             rules = [] if name == NAMESPACE_CHAIN else [one for one in rules if not _locks(one)]
         if table != own:
             chains[table, name] = chain._replace(rules=rules)
-    return Ruleset(chains)
+    return ruleset._replace(chains=chains)
 
 
 def _locks(rule: tuple[Expression, ...]) -> bool:
@@ -84,139 +105,117 @@ def _locks(rule: tuple[Expression, ...]) -> bool:
     )
 
 
-class Effect(NamedTuple):
-    """What may be done to the packet: `masquerade`, `drop`, …; where: `FAMILY TABLE CHAIN`."""
-
-    does: str
-    where: str
-    sure: bool
+EVERY = range(-1 << 31, 1 << 31)
+"""The priorities of all chains of a hook."""
 
 
-@dataclass(frozen=True, slots=True)
-class Packet:
-    """A TCP segment with data of an established connection, as it passes a hook.
-
-    iif, oif: index and name of the devices; 0 and empty where there is none. state: what conntrack
-    calls it, one of NEW, ESTABLISHED and UNTRACKED.
-    """
-
-    tuple_: FourTuple
-    iif: tuple[int, str] = (0, "")
-    oif: tuple[int, str] = (0, "")
-    state: int = ESTABLISHED
-
-    def load(self, what: str, at: tuple[int, ...]) -> bytes | None:
-        """What an expression loads; None where it is not known."""
-        version = self.tuple_.source.address.version
-        if what.startswith("payload"):
-            return self._payload(what, *at)
-        known = {
-            "iif": self.iif[0].to_bytes(4, sys.byteorder),
-            "oif": self.oif[0].to_bytes(4, sys.byteorder),
-            "iifname": self.iif[1].encode().ljust(16, b"\0"),
-            "oifname": self.oif[1].encode().ljust(16, b"\0"),
-            "nfproto": bytes([2 if version == 4 else 10]),
-            "l4proto": b"\x06",
-            "protocol": b"\x08\x00" if version == 4 else b"\x86\xdd",
-            "mark": bytes(4),
-            "ct state": self.state.to_bytes(4, sys.byteorder),
-        }
-        return known.get(what)
-
-    def _payload(self, what: str, offset: int, length: int) -> bytes | None:
-        source, destination = self.tuple_.source, self.tuple_.destination
-        if what == "payload 2":
-            ports = source.port.to_bytes(2, "big") + destination.port.to_bytes(2, "big")
-            return ports[offset : offset + length] if offset + length <= 4 else None
-        packed = source.address.packed + destination.address.packed
-        start, protocol = (12, 9) if len(packed) == 8 else (8, 6)
-        if what == "payload 1" and (offset, length) == (protocol, 1):
-            return b"\x06"
-        if what != "payload 1" or not start <= offset <= start + len(packed) - length:
-            return None
-        return packed[offset - start :][:length]
-
-
-def follow(ruleset: Ruleset, hook: str, packet: Packet, types: frozenset[str]) -> list[Effect]:
-    """What base chains of *hook* and of these *types* may do to *packet*, in their order."""
+def follow(
+    ruleset: Ruleset,
+    hook: str,
+    packet: Packet,
+    types: frozenset[str],
+    priorities: range = EVERY,
+) -> list[Effect]:
+    """What base chains of *hook*, *types* and *priorities* may do to *packet*, in their order."""
+    device = packet.oif[1] if hook == "egress" else packet.iif[1]
+    device = packet.oif[1] if hook == "egress" else packet.iif[1]
     based = [
         (chain.hook, table, name)
         for (table, name), chain in ruleset.chains.items()
-        if chain.hook is not None and chain.hook.name == hook and chain.hook.type in types
+        if chain.hook is not None
+        and (chain.hook.name == hook and chain.hook.type in types)
+        and chain.hook.priority in priorities
+        and (not chain.hook.devices or device in chain.hook.devices)
     ]
     effects: list[Effect] = []
     for of, table, name in sorted(based, key=lambda one: one[0].priority):
-        walk = _Walk(ruleset, packet, table)
-        ended = walk.follow(name, sure=True, depth=0)
+        walk = _Walk(ruleset, packet, table, of.priority)
+        ended = walk.follow(name, depth=0)
         if of.drops and not ended:
             walk.effects.append(Effect("drop", f"{table} {name}", walk.sure))
         effects += walk.effects
+        packet = walk.packet
     return effects
 
 
 class _Walk:
     """One base chain followed; sure: nothing may have ended it before."""
 
-    def __init__(self, ruleset: Ruleset, packet: Packet, table: str) -> None:
-        self._ruleset, self._packet, self._table = ruleset, packet, table
+    def __init__(self, ruleset: Ruleset, packet: Packet, table: str, priority: int) -> None:
+        self._ruleset, self._table, self._priority = ruleset, table, priority
+        self.packet = packet
         self.effects: list[Effect] = []
         self.sure = True
 
-    def follow(self, name: str, *, sure: bool, depth: int) -> bool:
+    def follow(self, name: str, *, depth: int) -> bool:
         """Whether the packet's way through the base chain ends here for sure."""
         chain = self._ruleset.chains.get((self._table, name))
         if chain is None or depth > _DEPTH:
             self.sure = False
             return False
         for rule in chain.rules:
-            matches = _match(rule, self._packet)
-            if matches is False:
-                continue
-            ended = self._act(rule, name, sure=sure and matches is True, depth=depth)
+            ended = self._run(rule, name, depth)
             if ended == "base":
                 return True
             if ended == "chain":
                 return False
         return False
 
-    def _act(self, rule: tuple[Expression, ...], name: str, *, sure: bool, depth: int) -> str:
-        """What a rule that matches, or may, does: ends `base`, `chain`, or neither."""
+    def _run(self, rule: tuple[Expression, ...], name: str, depth: int) -> str:
+        """A rule, expression by expression as the kernel runs it: ends `base`, `chain`, or neither.
+
+        It ends at the first that does not match; sure: all that came before do.
+        """
+        registers, sure = _Registers(), True
         for each in rule:
-            if each.kind == "do":
-                self.effects.append(Effect(each.word, f"{self._table} {name}", sure and self.sure))
-                if each.word not in _ENDS:
-                    continue
-                if sure and self.sure:
+            if each.kind in ("do", "mark", "remark"):
+                does = each.word if each.kind == "do" else self._mark(each, registers)
+                self._note(does, name, sure=sure)
+                if does in _ENDS and sure and self.sure:
                     return "base"
-                self.sure = False
-            elif each.kind == "mark":
-                value = next(
-                    (one.values[0] for one in rule
-                     if one.kind == "set" and one.register == each.register), b"",
-                )  # fmt: skip
-                number = int.from_bytes(value, sys.byteorder) if isinstance(value, bytes) else 0
-                self.effects.append(
-                    Effect(f"mark {number}", f"{self._table} {name}", sure and self.sure)
-                )
-            elif each.kind == "verdicts":
-                self.sure = False
+                self.sure = self.sure and does not in _ENDS
             elif each.kind == "verdict":
-                return self._judge(each, name, sure=sure, depth=depth)
+                return self._judge(each.word, str(each.values[0]), name, sure=sure, depth=depth)
+            elif each.kind == "verdicts":
+                found = self._find(each, registers)
+                if isinstance(found, Element):
+                    return self._judge(found.verdict, found.chain, name, sure=sure, depth=depth)
+                self.sure = self.sure and found is False
+                return ""
+            elif (matches := self._match(each, registers)) is False:
+                return ""
+            else:
+                sure = sure and matches is True
         return ""
 
-    def _judge(self, verdict: Expression, name: str, *, sure: bool, depth: int) -> str:
-        word, to = verdict.word, str(verdict.values[0])
+    def _note(self, does: str, name: str, *, sure: bool) -> None:
+        if does == "notrack" and self._priority >= _CONNTRACK:
+            return
+        self.effects.append(Effect(does, f"{self._table} {name}", sure and self.sure))
+        self.packet = self.packet.after(self.effects[-1:])
+
+    def _mark(self, each: Expression, registers: _Registers) -> str:
+        if each.kind == "mark":
+            value = registers.read(each.register, 4)
+            return f"mark {UNKNOWN if value is None else int.from_bytes(value, sys.byteorder)}"
+        mark, mask = (one for one in each.values if isinstance(one, int))
+        before = 0 if mask == 0xFFFFFFFF else self.packet.mark
+        return f"mark {UNKNOWN if before is None else before & ~mask ^ mark}"
+
+    def _judge(self, word: str, to: str, name: str, *, sure: bool, depth: int) -> str:
         if word in ("jump", "goto"):
             before = self.sure
             self.sure = before and sure
-            ended = self.follow(to, sure=True, depth=depth + 1)
+            ended = self.follow(to, depth=depth + 1)
             if ended and sure and before:
                 return "base"
             # It came back, or was never there: what may have ended it leaves a doubt.
             self.sure = self.sure if sure else before and not self._may_end(to)
             return "chain" if word == "goto" and sure else ""
+        if word == "continue":
+            return ""
         if word in ("drop", "queue"):
-            self.effects.append(Effect(word, f"{self._table} {name}", sure and self.sure))
+            self._note(word, name, sure=sure)
         if word == "return":
             if not sure:
                 self.sure = False
@@ -234,51 +233,79 @@ class _Walk:
             for each in rule
         )
 
+    def _match(self, each: Expression, registers: _Registers) -> bool | None:
+        """Whether it lets the rule go on; None: that is not known."""
+        packet = self.packet
+        match each.kind:
+            case "load":
+                at = tuple(value for value in each.values if isinstance(value, int))
+                registers.write(each.register, packet.load(each.word, at))
+            case "mask":
+                registers.write(each.register, _mask(registers, each))
+            case "set":
+                value = each.values[0]
+                registers.write(each.register, value if isinstance(value, bytes) else None)
+            case "map":
+                found = self._find(each, registers)
+                data = found.data if isinstance(found, Element) else None
+                registers.write(int(each.word), data)
+                return None if found is None else found is not False
+            case "lookup":
+                found = self._find(each, registers)
+                return None if found is None else (found is not False) == (each.word == "==")
+            case "cmp" | "range":
+                return _compare(registers, each)
+            case "marked" | "state" | "ports":
+                return _match_of_iptables(packet, each)
+            case "unknown":
+                return None
+        return True
 
-def _match(rule: tuple[Expression, ...], packet: Packet) -> bool | None:
-    """Whether the rule matches; None: that is not known."""
-    registers: dict[int, bytes | None] = {}
-    doubt = False
-    for each in rule:
-        if each.kind == "load":
-            at = tuple(value for value in each.values if isinstance(value, int))
-            registers[each.register] = packet.load(each.word, at)
-        elif each.kind == "mask":
-            registers[each.register] = _mask(registers, each)
-        elif each.kind == "set":
-            registers[each.register] = None
-        elif each.kind in _TESTS:
-            found = _test(registers.get(each.register), each)
-            if found is False:
-                return False
-            doubt = doubt or found is None
-        elif each.kind == "unknown":
-            doubt = True
-        elif each.kind == "marked" and (each.values[0] == 0) == (each.word == "!="):
-            return False  # a packet without a mark
-    return None if doubt else True
+    def _find(self, each: Expression, registers: _Registers) -> Element | bool | None:
+        """What the set or map has: False where nothing, None where that is not known."""
+        if not each.values:
+            return None
+        table, name, width = each.values
+        key = registers.read(each.register, int(width))
+        if key is None:
+            return None
+        return self._ruleset.find(str(table), str(name), key) or False
 
 
-_TESTS = frozenset({"cmp", "range", "lookup"})
+class _Registers:
+    """The kernel's registers: 16 of four octets, also called 1 to 4 of sixteen."""
+
+    def __init__(self) -> None:
+        self._cells: dict[int, bytes | None] = {}
+
+    def write(self, register: int, value: bytes | None) -> None:
+        at = register - 8 if register >= 8 else (register - 1) * 4
+        self._cells[at] = None
+        for start in range(0, len(value or b""), 4):
+            assert value is not None
+            self._cells[at + start // 4] = value[start : start + 4].ljust(4, b"\0")
+
+    def read(self, register: int, width: int) -> bytes | None:
+        """*width* octets; None where one of them is not known."""
+        at = register - 8 if register >= 8 else (register - 1) * 4
+        cells = [self._cells.get(at + n) for n in range((width + 3) // 4)]
+        known = [cell for cell in cells if cell is not None]
+        return b"".join(known)[:width] if len(known) == len(cells) else None
 
 
-def _mask(registers: dict[int, bytes | None], each: Expression) -> bytes | None:
+def _mask(registers: _Registers, each: Expression) -> bytes | None:
     source, mask, xor = each.values
-    value = registers.get(source) if isinstance(source, int) else None
-    if value is None or not isinstance(mask, bytes) or not isinstance(xor, bytes):
+    if not isinstance(source, int) or not isinstance(mask, bytes) or not isinstance(xor, bytes):
         return None
-    return bytes(v & m ^ x for v, m, x in zip(value, mask, xor, strict=False))
+    value = registers.read(source, len(mask))
+    return value and bytes(v & m ^ x for v, m, x in zip(value, mask, xor, strict=False))
 
 
-def _test(value: bytes | None, each: Expression) -> bool | None:
+def _compare(registers: _Registers, each: Expression) -> bool | None:
     wanted = [one for one in each.values if isinstance(one, bytes)]
-    if value is None or (each.kind != "lookup" and not wanted):
+    value = registers.read(each.register, len(wanted[0])) if wanted else None
+    if value is None:
         return None
-    if each.kind == "lookup":
-        if any(len(one) > (len(value) + 3) // 4 * 4 for one in wanted):
-            return None  # of several registers
-        return (value in wanted) == (each.word == "==")
-    value = value[: len(wanted[0])]
     if each.kind == "range":
         return (wanted[0] <= value <= wanted[1]) == (each.word == "==")
     [one] = wanted
@@ -288,15 +315,27 @@ def _test(value: bytes | None, each: Expression) -> bool | None:
     }[each.word]  # fmt: skip
 
 
+def _match_of_iptables(packet: Packet, each: Expression) -> bool | None:
+    first, *rest = (one for one in each.values if isinstance(one, int))
+    if each.kind == "ports":
+        source, destination = packet.tuple_.source.port, packet.tuple_.destination.port
+        asked = {0: (source,), 1: (destination,)}.get(first, (source, destination))
+        ranges = [*zip(rest[::2], rest[1::2], strict=True)]
+        found = any(low <= port <= high for port in asked for low, high in ranges)
+    elif each.kind == "state":
+        if packet.state is None:
+            return None
+        found = bool(packet.state & first)
+    elif packet.mark is None:
+        return None
+    else:
+        found = packet.mark & rest[0] == first
+    return found == (each.word == "==")
+
+
 def find_translating(effects: list[Effect]) -> Iterator[Effect]:
     """Those by which the packet would get another address or port."""
     return (effect for effect in effects if effect.does in _TRANSLATES)
-
-
-def find_mark(effects: list[Effect]) -> int:
-    """The mark that a packet leaves with, 0 where none is set, or where that is not sure."""
-    marks = [effect for effect in effects if effect.does.startswith("mark ")]
-    return int(marks[-1].does[5:]) if marks and marks[-1].sure else 0
 
 
 def find_virtual(table: str, ends: frozenset[Endpoint]) -> Iterator[str]:

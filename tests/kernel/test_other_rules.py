@@ -9,7 +9,8 @@ from entered import entered
 
 from natkeep.kernel.other_rules import read_ruleset
 from natkeep.plan.criu_lock import DumpLock, NetworkLock, render_restoration, render_table
-from natkeep.plan.other_rules import ESTABLISHED, NEW, Packet, follow, without_lock
+from natkeep.plan.other_rules import follow, without_lock
+from natkeep.plan.packet import ESTABLISHED, NEW, Packet
 from natkeep.plan.tuples import NO_CONNECTIONS, Endpoint, FourTuple
 
 pytestmark = pytest.mark.root
@@ -102,13 +103,114 @@ def test_a_firewall_that_knows_old_alone_drops_and_one_that_asks_for_state_does_
 
 def test_a_set_that_others_fill_leaves_it_open_and_ours_is_left_out(netns: str, run: Run) -> None:
     script = """table inet f {
-        set s { type ipv4_addr; elements = { 10.1.0.2 }; }
+        set s { type ipv4_addr; flags timeout; elements = { 10.1.0.2 }; }
         chain c { type filter hook forward priority 0; ip daddr @s drop; }
     }
     table inet natkeep { chain c { type filter hook forward priority 0; drop; }; }
     """
     run(netns, "nft", "-f", "-", stdin=script)
     assert effects(netns, 4, "forward", FILTER) == [("drop", False)]
+
+
+SETS = {
+    4: {"type": "ipv4_addr", "ip": "ip", "net": "10.0.0.0/8", "to": "10.1.0.1-10.1.0.9"},
+    6: {"type": "ipv6_addr", "ip": "ip6", "net": "fd00::/16", "to": "fd00:1::1-fd00:1::9"},
+}
+LOOK_UPS = [
+    "{ip} saddr {{ {net}, {other} }} drop",
+    "{ip} daddr @ranges drop",
+    "{ip} daddr . tcp dport @both drop",
+    "{ip} saddr . {ip} daddr @plain drop",
+    "tcp sport vmap {{ 22 : accept, 5000 : jump j }}",
+    "tcp sport vmap {{ 22 : accept, * : drop }}",
+    "{ip} saddr . tcp sport vmap {{ {net} . 4000-6000 : drop }}",
+    "meta mark set tcp sport map {{ 22 : 1, 5000 : 7 }}; meta mark 7 drop",
+    "ct state vmap {{ established : accept, new : drop }}",
+    "tcp flags & (fin | syn | rst | ack) == ack drop",
+]
+
+
+@EACH_VERSION
+@pytest.mark.parametrize("rule", LOOK_UPS)
+def test_what_sets_and_maps_have_is_what_the_kernel_says(
+    netns: str, run: Run, version: int, rule: str
+) -> None:
+    words = {**SETS[version], "other": WORDS[version]["other"]}
+    text = rule.format(**words).replace("; ", "\n")
+    ends = OUT[version]
+    script = """table inet f {{
+        set ranges {{ type {type}; flags interval; elements = {{ {to} }}
+        }}
+        set both {{ type {type} . inet_service; flags interval; elements = {{ {net} . 50000-51000 }}
+        }}
+        set plain {{ type {type} . {type}; elements = {{ {saddr} . {daddr} }}
+        }}
+        chain j {{ drop
+        }}
+        chain c {{ type filter hook forward priority 0
+            {text}
+        }}
+    }}
+    """.format(text=text, saddr=ends.source.address, daddr=ends.destination.address, **words)
+    run(netns, "nft", "-f", "-", stdin=script)
+    assert effects(netns, version, "forward", FILTER)[-1:] == [("drop", True)]
+
+
+DOES = [
+    ("nft", "ct zone set 5", "zone"),
+    ("nft", 'ct helper set "h"', "helper"),
+    ("nft", "tcp dport 50001 synproxy mss 1460 wscale 7", "synproxy"),
+    ("nft", "notrack", "notrack"),
+    ("iptables", "-j CT --notrack", "notrack"),
+    ("iptables", "-j CT --zone 5", "zone"),
+    ("iptables", "-p tcp -m conntrack --ctstate UNTRACKED,NEW -j MARK --set-mark 9", "mark 9"),
+    ("iptables", "-p tcp -m multiport --sports 22,4000:6000 -j MARK --set-mark 9", "mark 9"),
+]
+
+
+@EACH_VERSION
+@pytest.mark.parametrize(("program", "rule", "expected"), DOES)
+def test_what_a_rule_does_beside_dropping(
+    netns: str, run: Run, version: int, program: str, rule: str, expected: str
+) -> None:
+    """Of iptables' rules these are in the raw table, where they may stand."""
+    hook = "prerouting"
+    if program == "iptables":
+        words = [{4: "iptables-nft", 6: "ip6tables-nft"}[version], "-t", "raw", "-A", "PREROUTING"]
+        run(netns, *words, *rule.split())
+    else:
+        hook = "forward" if "synproxy" in rule else "prerouting"
+        script = f"""table inet f {{
+            ct helper h {{ type "ftp" protocol tcp
+            }}
+            chain c {{ type filter hook {hook} priority {0 if hook == "forward" else "raw"}
+                {rule}
+            }}
+        }}
+        """
+        run(netns, "nft", "-f", "-", stdin=script)
+    assert effects(netns, version, hook, FILTER) == [(expected, True)]
+
+
+def test_a_limit_may_match_or_not_and_a_device_has_chains_of_its_own(netns: str, run: Run) -> None:
+    script = """table inet f {
+        limit l { rate 5/second
+        }
+        chain c { type filter hook forward priority 0
+            limit name "l" drop
+        }
+    }
+    table netdev f { chain c { type filter hook ingress device "lo" priority 0
+            tcp sport 5000 drop
+        }
+    }
+    """
+    run(netns, "nft", "-f", "-", stdin=script)
+    assert effects(netns, 4, "forward", FILTER) == [("drop", False)]
+    with entered(netns):
+        for device, count in ((1, "lo"), 1), ((3, "eth0"), 0):
+            found = follow(read_ruleset(4), "ingress", Packet(OUT[4], iif=device), FILTER)
+            assert len(found) == count
 
 
 RUN = "8e2b6e18-503e-446d-ba65-00714c6feaa3"

@@ -6,17 +6,15 @@ import sys
 from ipaddress import ip_address
 
 from natkeep.plan.other_rules import (
-    ESTABLISHED,
-    NEW,
     Chain,
-    Effect,
+    Element,
     Expression,
     Hook,
-    Packet,
     Ruleset,
     find_virtual,
     follow,
 )
+from natkeep.plan.packet import ESTABLISHED, NEW, UNTRACKED, Effect, Packet
 from natkeep.plan.tuples import Endpoint, FourTuple
 
 TUPLE = FourTuple(Endpoint(ip_address("10.3.0.20"), 5000), Endpoint(ip_address("10.1.0.2"), 50001))
@@ -36,14 +34,21 @@ def equals(value: bytes, word: str = "==") -> Expression:
 
 FROM_NEW = (load("payload 1", 12, 4), equals(TUPLE.source.address.packed))
 FROM_ANOTHER = (load("payload 1", 12, 4), equals(bytes(4)))
+DROPPED = Effect("drop", "ip t c", True)
 STRANGE = Expression("unknown", 0, "numgen", ())
 
 
-def does(*rules: tuple[Expression, ...], drops: bool = False, **chains: object) -> list[Effect]:
+def does(
+    *rules: tuple[Expression, ...],
+    drops: bool = False,
+    sets: dict[str, dict[bytes, Element]] | None = None,
+    **chains: object,
+) -> list[Effect]:
     found = {("ip t", "c"): Chain(Hook("forward", 0, "filter", drops), [*rules])}
     for name, more in chains.items():
         found["ip t", name] = Chain(None, [*more])  # type: ignore[misc]
-    return follow(Ruleset(found), "forward", PACKET, FILTER)
+    ruleset = Ruleset(found, lambda table, name, key: (sets or {})[name].get(key))
+    return follow(ruleset, "forward", PACKET, FILTER)
 
 
 def test_a_rule_that_matches_is_sure_one_that_cannot_is_left_out() -> None:
@@ -90,15 +95,95 @@ def test_devices_prefixes_masks_states_and_marks() -> None:
     assert follow(ruleset, "forward", Packet(TUPLE, state=ESTABLISHED), FILTER) == []
 
 
-def test_sets_and_ranges() -> None:
-    port = (5000).to_bytes(2, "big")
-    one = (load("payload 2", 0, 2), Expression("lookup", 1, "==", (port, bytes(2))))
-    none = (load("payload 2", 0, 2), Expression("lookup", 1, "!=", (port,)))
-    between = (load("payload 2", 0, 2), Expression("range", 1, "==", (bytes(2), b"\xff\xff")))
-    several = (load("payload 2", 0, 2), Expression("lookup", 1, "==", (port * 4,)))
-    assert does((*one, DROP)) == does((*between, DROP)) == [Effect("drop", "ip t c", True)]
-    assert does((*none, DROP)) == []
-    assert does((*several, DROP)) == [Effect("drop", "ip t c", False)]
+PORT = (5000).to_bytes(2, "big")
+SPORT = load("payload 2", 0, 2)
+
+
+def test_ranges_and_what_is_compared_with_another_width() -> None:
+    between = (SPORT, Expression("range", 1, "==", (bytes(2), b"\xff\xff")))
+    beyond = (SPORT, Expression("range", 1, "==", (b"\xf0\x00", b"\xff\xff")))
+    assert does((*between, DROP)) == [Effect("drop", "ip t c", True)]
+    assert does((*beyond, DROP)) == []
+
+
+def test_what_a_set_has_is_asked_with_the_whole_key() -> None:
+    sets = {
+        "s": {PORT: Element()},
+        "two": {TUPLE.source.address.packed + PORT + bytes(2): Element()},
+    }
+    one = (SPORT, Expression("lookup", 1, "==", ("ip t", "s", 2)))
+    none = (SPORT, Expression("lookup", 1, "!=", ("ip t", "s", 2)))
+    both = (
+        Expression("load", 8, "payload 1", (12, 4)),
+        Expression("load", 9, "payload 2", (0, 2)),
+        Expression("lookup", 8, "==", ("ip t", "two", 8)),
+    )
+    half = (SPORT, Expression("lookup", 1, "==", ("ip t", "two", 8)))
+    comes_and_goes = (SPORT, Expression("lookup", 1, "==", ()))
+    for rule in (one, both):
+        assert does((*rule, DROP), sets=sets) == [Effect("drop", "ip t c", True)]
+    assert does((*none, DROP), sets=sets) == []
+    for rule in (half, comes_and_goes):
+        assert does((*rule, DROP), sets=sets) == [Effect("drop", "ip t c", False)]
+
+
+def test_a_verdict_map_ends_or_jumps_and_what_it_has_not_goes_on() -> None:
+    verdicts = (SPORT, Expression("verdicts", 1, "0", ("ip t", "m", 2)))
+    for verdict, expected in (
+        (Element("accept"), []),
+        (Element("drop"), [Effect("drop", "ip t c", True)]),
+        (Element("jump", "o"), [Effect("masquerade", "ip t o", True)]),
+        (Element("continue"), [DROPPED]),
+        (None, [DROPPED]),
+    ):
+        sets = {"m": {PORT: verdict} if verdict else {}}
+        assert does(verdicts, drops=True, sets=sets, o=[(MASQUERADE,)]) == expected
+
+
+def test_marks_are_carried_to_the_rules_behind() -> None:
+    five = (5).to_bytes(4, sys.byteorder)
+    from_map = (SPORT, Expression("map", 1, "2", ("ip t", "m", 2)), Expression("mark", 2, "", ()))
+    sets = {"m": {PORT: Element(data=five)}}
+    unmarked = (load("mark"), equals(five, "!="), DROP)
+    for rule in ((Expression("set", 1, "", (five,)), Expression("mark", 1, "", ())), from_map):
+        assert [one.does for one in does(rule, unmarked, sets=sets)] == ["mark 5"]
+        masked = (Expression("remark", 0, "", (4, 4)), unmarked)
+        assert [one.does for one in does(rule, (masked[0],), unmarked, sets=sets)] == ["mark 5"] * 2
+    by_connection = (load("ct mark"), Expression("mark", 1, "", ()))
+    assert does(by_connection, unmarked)[1:] == [Effect("drop", "ip t c", False)]
+
+
+def test_what_iptables_matches() -> None:
+    for kind, word, values, sure in (
+        ("state", "==", (NEW,), True),
+        ("state", "==", (ESTABLISHED,), None),
+        ("state", "!=", (ESTABLISHED,), True),
+        ("ports", "==", (0, 22, 22, 4000, 6000), True),
+        ("ports", "==", (1, 22, 22, 4000, 6000), None),
+        ("ports", "!=", (2, 80, 90), True),
+    ):
+        expected = [] if sure is None else [Effect("drop", "ip t c", sure)]
+        assert does((Expression(kind, 0, word, values), DROP)) == expected
+
+
+def test_notrack_is_heeded_in_front_of_conntrack_alone() -> None:
+    notrack = (Expression("do", 0, "notrack", ()),)
+    untracked = (load("ct state"), equals(UNTRACKED.to_bytes(4, sys.byteorder)), DROP)
+    for priority, expected in ((-300, ["notrack", "drop"]), (-200, [])):
+        raw = Chain(Hook("forward", priority, "filter", False), [notrack])
+        behind = Chain(Hook("forward", 0, "filter", False), [untracked])
+        ruleset = Ruleset({("ip t", "raw"): raw, ("ip t", "c"): behind})
+        assert [one.does for one in follow(ruleset, "forward", PACKET, FILTER)] == expected
+
+
+def test_chains_of_some_priorities_or_of_a_device() -> None:
+    usual = Chain(Hook("forward", 0, "filter", False), [(DROP,)])
+    of_device = Chain(Hook("ingress", 0, "filter", False, ("pod",)), [(DROP,)])
+    ruleset = Ruleset({("ip t", "c"): usual, ("netdev t", "c"): of_device})
+    assert follow(ruleset, "forward", PACKET, FILTER, range(-10, 0)) == []
+    assert len(follow(ruleset, "forward", PACKET, FILTER, range(10))) == 1
+    assert len(follow(ruleset, "ingress", PACKET, FILTER)) == 1
+    assert follow(ruleset, "ingress", Packet(TUPLE, (3, "eth0")), FILTER) == []
 
 
 def test_a_server_of_ipvs_is_known_by_its_end() -> None:

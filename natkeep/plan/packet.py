@@ -1,0 +1,90 @@
+"""A packet of a kept connection, as rules of others see it, and what may be done to it.
+
+Rule: values only; plan/other_rules.py follows the rules. This file must never look at a machine.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable
+from typing import NamedTuple
+
+from natkeep.plan.tuples import FourTuple
+from natkeep.values import dataclass, replace
+
+INVALID, NEW, ESTABLISHED, UNTRACKED = 1, 8, 2, 64
+"""NF_CT_STATE_BIT of what conntrack calls a packet."""
+UNKNOWN = -1
+"""A mark that is not known: it came with the connection, or from a map."""
+
+
+class Effect(NamedTuple):
+    """What may be done to the packet: `masquerade`, `drop`, …; where: `FAMILY TABLE CHAIN`."""
+
+    does: str
+    where: str
+    sure: bool
+
+
+def _read_mark(effect: Effect) -> int | None:
+    mark = int(effect.does.removeprefix("mark "))
+    return mark if effect.sure and mark != UNKNOWN else None
+
+
+@dataclass(frozen=True, slots=True)
+class Packet:
+    """A TCP segment with data of an established connection, as it passes a hook.
+
+    iif, oif: index and name of the devices; 0 and empty where there is none. state: what conntrack
+    calls it, one of INVALID, NEW, ESTABLISHED and UNTRACKED. mark: what rules before have given
+    it. None where these are not known.
+    """
+
+    tuple_: FourTuple
+    iif: tuple[int, str] = (0, "")
+    oif: tuple[int, str] = (0, "")
+    state: int | None = ESTABLISHED
+    mark: int | None = 0
+
+    def after(self, effects: Iterable[Effect]) -> Packet:
+        """The same when *effects* have been done to it."""
+        packet = self
+        for effect in effects:
+            if effect.does == "notrack":
+                packet = replace(packet, state=UNTRACKED if effect.sure else None)
+            elif effect.does.startswith("mark "):
+                packet = replace(packet, mark=_read_mark(effect))
+        return packet
+
+    def load(self, what: str, at: tuple[int, ...]) -> bytes | None:
+        """What an expression loads; None where it is not known."""
+        version = self.tuple_.source.address.version
+        if what.startswith("payload"):
+            return self._payload(what, *at)
+        known = {
+            "iif": self.iif[0].to_bytes(4, sys.byteorder),
+            "oif": self.oif[0].to_bytes(4, sys.byteorder),
+            "iifname": self.iif[1].encode().ljust(16, b"\0"),
+            "oifname": self.oif[1].encode().ljust(16, b"\0"),
+            "nfproto": bytes([2 if version == 4 else 10]),
+            "l4proto": b"\x06",
+            "protocol": b"\x08\x00" if version == 4 else b"\x86\xdd",
+            "mark": None if self.mark is None else self.mark.to_bytes(4, sys.byteorder),
+            "ct state": None if self.state is None else self.state.to_bytes(4, sys.byteorder),
+        }
+        return known.get(what)
+
+    def _payload(self, what: str, offset: int, length: int) -> bytes | None:
+        source, destination = self.tuple_.source, self.tuple_.destination
+        if (what, offset, length) == ("payload 2", 13, 1):
+            return b"\x10"  # ACK
+        if what == "payload 2":
+            ports = source.port.to_bytes(2, "big") + destination.port.to_bytes(2, "big")
+            return ports[offset : offset + length] if offset + length <= 4 else None
+        packed = source.address.packed + destination.address.packed
+        start, protocol = (12, 9) if len(packed) == 8 else (8, 6)
+        if what == "payload 1" and (offset, length) == (protocol, 1):
+            return b"\x06"
+        if what != "payload 1" or not start <= offset <= start + len(packed) - length:
+            return None
+        return packed[offset - start :][:length]
