@@ -29,6 +29,8 @@ def run(lab):
     gateway.prepare("web", *lab.frozen.options, "--gate", "open")
     with lab.report.must("the destination's host resets peers"):
         await_true(lambda: find_resets(lab.captures["far"].frames()), "a reset", seconds=EARLY)
+    running = moved.start_run(order)
+    await_true(lambda: has_gate(lab.topology["destination"]), "natkeep's table")
     ready_ns = time.time_ns()
 
     def without_early_resets(frames):
@@ -39,11 +41,16 @@ def run(lab):
         return frames
 
     lab.select_frames = without_early_resets
-    moved.must_succeed(moved.start_run(order))
+    moved.must_succeed(running)
     lab.traffic.talk_on()
     lab.traffic.check_ends()
     gateway.natkeep("teardown", "web", "--yes")
     lab.conclude()
+
+
+def has_gate(destination):
+    """Whether the destination's host is shut by natkeep: nothing there resets a peer any more."""
+    return "gate" in destination.run("nft", "list", "ruleset").stdout
 
 
 def find_resets(frames):

@@ -21,13 +21,13 @@ from uuid import UUID
 import pytest
 from earlier_natkeep import remove_later
 from golden_journals.cases import CASES, LATER, Case
-from ipv6_addresses import wait_for_addresses
 from two_hosts import look, run_ip
 
 from natkeep.checkpoint import Checkpoint
 from natkeep.errors import RefusedError
 from natkeep.kernel.linux import LinuxKernel
 from natkeep.kernel.netns import open_namespace
+from natkeep.lab.ipv6_addresses import await_addresses
 from natkeep.lifecycle.executor import Executor
 from natkeep.lifecycle.open import open_move
 from natkeep.lifecycle.prepare import carry_out, prepare
@@ -68,7 +68,7 @@ def names(make_netns: Callable[[], str]) -> dict[str, str]:
         path = f"/sys/class/net/{device}/operstate"
         while "up" not in subprocess.getoutput(f"ip netns exec {names[role]} cat {path}"):
             time.sleep(0.05)
-        wait_for_addresses(names[role])
+        await_addresses(names[role])
     return names
 
 

@@ -33,6 +33,7 @@ from functools import partial
 from pathlib import Path
 
 from natkeep.lab.host import NAMES, Host, LabError
+from natkeep.lab.ipv6_addresses import await_addresses
 from natkeep.lab.time_scale import scaled
 
 PREFIX = "natkeep-lab-"
@@ -146,6 +147,9 @@ class Topology:
             host.boot(scripts[role], first_pid=first_pids.get(role, 0))
         for host in self.hosts.values():
             host.await_boot()
+        for role in roles:
+            if role != "switch":  # it has no IPv6
+                await_addresses(self.name(role), link_local=True)
 
     def _lock(self) -> None:
         path = LOCKS / self.hex

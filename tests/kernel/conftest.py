@@ -12,9 +12,9 @@ from collections.abc import Callable
 from contextlib import closing
 
 import pytest
-from ipv6_addresses import wait_for_addresses
 
 from natkeep.kernel.linux import LinuxKernel
+from natkeep.lab.ipv6_addresses import await_addresses
 from natkeep.lab.time_scale import scaled
 from natkeep.plan.move import Site
 from natkeep.plan.observation import Observation
@@ -69,7 +69,7 @@ def make_site(make_netns: Callable[[], str]) -> Callable[[], str]:
         ):
             _run(netns, "ip", *command.split())
         _await_carrier(netns, "eth0", "wire")
-        wait_for_addresses(netns)
+        await_addresses(netns)
         return netns
 
     return make

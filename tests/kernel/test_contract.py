@@ -18,11 +18,11 @@ from typing import Protocol
 
 import pytest
 from fake_kernel import FakeKernel, FakeSite, chains_left, revert_step
-from ipv6_addresses import wait_for_addresses
 
 from natkeep.errors import KernelError, RefusedError
 from natkeep.kernel.interface import Kernel
 from natkeep.kernel.linux import LinuxKernel
+from natkeep.lab.ipv6_addresses import await_addresses
 from natkeep.plan.drift import find_drift
 from natkeep.plan.move import Map, Mode, Move, Site
 from natkeep.plan.observation import Gate, Observation
@@ -140,7 +140,7 @@ class LinuxScene:
         to = f"{address}/{address.max_prefixlen}"
         nodad = ["nodad"] if address.version == 6 else []
         self.run(self.netns, "ip", "address", "add", to, "dev", "eth0", *nodad)
-        wait_for_addresses(self.netns)
+        await_addresses(self.netns)
 
     def lower_loopback(self, *, keep: bool) -> None:
         self.run(self.netns, "ip", "link", "set", "lo", "down")

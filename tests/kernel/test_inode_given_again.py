@@ -15,9 +15,9 @@ from typing import NamedTuple
 
 import pytest
 from hook_caller import cable
-from ipv6_addresses import wait_for_addresses
 
 from bench.faults.surfaces import read_all_surfaces
+from natkeep.lab.ipv6_addresses import await_addresses
 
 pytestmark = [pytest.mark.root, pytest.mark.needs("nftables")]
 
@@ -53,7 +53,7 @@ def stranger(
         assert made.run("natkeep.cli", *move, f"--site=destination={netns}")[0] == 0
         if give_inode_again(netns):
             cable(netns, f"address add {OLD}/32 dev lo")
-            wait_for_addresses(netns)
+            await_addresses(netns)
             return made
     pytest.fail("the kernel gives no inode again: what is known by it is safe here")
 

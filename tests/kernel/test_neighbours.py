@@ -7,9 +7,9 @@ from collections.abc import Callable
 
 import pytest
 from entered import entered
-from ipv6_addresses import wait_for_addresses
 
 from natkeep.kernel.neighbours import find_owner
+from natkeep.lab.ipv6_addresses import await_addresses
 from natkeep.plan.tuples import parse_address
 
 pytestmark = pytest.mark.root
@@ -66,7 +66,7 @@ def test_another_host_of_the_link_that_has_it_is_found(
     end = ends[version]
     assert link.owner(end, version) == ""
     link.ip(link.third, f"address add {end}/{LENGTH[version]} dev eth0")
-    wait_for_addresses(link.third)
+    await_addresses(link.third)
     assert link.owner(end, version) == f"{MAC} on eth0"
     link.ip(link.third, f"address del {end}/{LENGTH[version]} dev eth0")
     assert link.owner(end, version) == ""
