@@ -204,6 +204,7 @@ def test_what_others_do_to_kept_packets_is_named(network: Network, version: int)
     assert said.returncode == 0
     assert "warn helper: gateway" in said.stderr
     assert "warn synproxy: gateway" in said.stderr
+    assert main(["--state-dir", str(network.place / "state"), "teardown", "web", "--yes"]) == 0
     for code in ("helper", "zone", "not-tracked", "synproxy", "tproxy", "queued", "flowtable"):
         assert main(["explain", code]) == 0
 
