@@ -164,7 +164,9 @@ class FakeKernel:
         """What a test put there."""
         return {name: of for name, of in self.living.items() if name in strays or not name}
 
-    def find_arriving(self, site: Site, move_id: str, olds: frozenset[Address]) -> Connections:
+    def find_arriving(
+        self, site: Site, move_id: str, olds: frozenset[Address], heard_alone: bool = False
+    ) -> Connections:
         """What a test put there."""
         return self.arriving.get(site.netns, NO_CONNECTIONS)
 

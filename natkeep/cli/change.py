@@ -213,8 +213,7 @@ def teardown(args: argparse.Namespace) -> int:
                     "ended elsewhere --ended; or --yes",
                 )
     opened = executor.state.knows(args.id) and executor.state.load(args.id).is_opened()
-    if args.yes and opened and args.drop is None:
-        executor.drops = 0  # what lives is to break
+    executor.breaks = args.yes and opened and args.drop is None
     found = teardown(executor, args.id)
     line = f"{args.id}: {'undone' if found else 'nothing to undo'}{_describe_dropped(executor)}"
     print_verb(args, line, found=found, **_dropped(executor))

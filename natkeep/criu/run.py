@@ -313,9 +313,19 @@ class Restore:
             if self.is_own():
                 self.talk(f"natkeep: the tree runs; {self.move.id} stays, until natkeep teardown")
             return False
+        failed: NatkeepError | None = None
+        if self.is_own():
+            # The hook may have opened it: CRIU can fail after that, too. It closes before a socket
+            # goes, or this host would answer what comes in between with a reset.
+            try:
+                close_again(self.executor, self.move.id)
+            except NatkeepError as error:
+                failed = error
         kill_orphans(self.ours)
-        if self.is_own():  # the hook may have opened it: CRIU can fail after that, too
-            (close_again if keep else teardown)(self.executor, self.move.id)
+        if self.is_own() and not keep:
+            teardown(self.executor, self.move.id)
+        elif failed is not None:
+            raise failed
         return True
 
 

@@ -67,16 +67,19 @@ def find_alive(wanted: set[bytes]) -> set[bytes]:
 
 
 def find_dumped(wanted: set[bytes]) -> set[bytes]:
-    """Those of *wanted* with an entry that has not ended, and no socket: they live elsewhere."""
+    """Those of *wanted* with an entry that has not ended, and no socket: they live elsewhere.
+
+    One that its process has closed, or left by its own end, is a socket until its end is through.
+    """
     if not wanted:
         return set()
-    sockets = {key for _, key in _read_sockets()}
+    sockets = {key for _, key in _read_sockets(orphans=True)}
     return {key for key in _find_entries(wanted) if key in wanted and key not in sockets}
 
 
-def _read_sockets() -> Iterator[tuple[bytes, bytes]]:
+def _read_sockets(*, orphans: bool = False) -> Iterator[tuple[bytes, bytes]]:
     """The record of each socket that a process owns, and it as peer, its port, local port."""
-    for records in read_living(orphans=False).values():
+    for records in read_living(orphans=orphans).values():
         yield from ((record, shorten(record)) for record in records)
 
 

@@ -12,7 +12,7 @@ from natkeep.kernel import nftables_dump as dump
 from natkeep.kernel.interface import Driver, Place, Remember
 from natkeep.kernel.netlink import NETLINK_NETFILTER, Netlink
 from natkeep.kernel.rtnetlink import all_addresses
-from natkeep.plan.base_chains import GATE, OPEN, gate_chain
+from natkeep.plan.base_chains import GATE, HEARD, OPEN, gate_chain
 from natkeep.plan.nft import FAMILIES, TABLE
 from natkeep.plan.step_undo import RemoveUndone
 from natkeep.plan.steps import DropUndone, Prior
@@ -69,13 +69,13 @@ def remove(connections: Connections = NO_CONNECTIONS) -> None:
                 raise
 
 
-def find_arriving(move_id: str, olds: frozenset[Address]) -> Connections:
+def find_arriving(move_id: str, olds: frozenset[Address], heard_alone: bool = False) -> Connections:
     """What a gateway may still send here of the move, and is not to be answered, as it arrives.
 
     While the gate is closed, all; afterwards what has an entry that has not ended, and no socket:
     the process may have been dumped, to move on. What has one is broken by the undo, and reset.
     Not what is addressed to one of *olds*, what another move here keeps as well, nor what a peer on
-    this host says.
+    this host says. heard_alone: nor that of a peer that has never been heard at an open gate.
     """
     from natkeep.kernel.nft_strays import read_set  # an undo alone needs them
     from natkeep.kernel.stray_connections import find_dumped, shorten
@@ -94,6 +94,8 @@ def find_arriving(move_id: str, olds: frozenset[Address]) -> Connections:
         if at is None or at[0] != GATE or at[1] in olds:
             continue
         sets = [mark[1:] for mark in marks.split() if mark.startswith(("@kept-", "@outer-"))]
+        if comment == move_id and heard_alone and not closed:
+            sets = [f"{HEARD}-{name.partition('-')[2]}" for name in sets]
         records = (record for name in sets for record in read_set(name, at[1]).each())
         if comment == move_id:
             own |= {record: shorten(record) for record in records}

@@ -39,7 +39,7 @@ from natkeep.plan.steps import DropUndone, OpenGate, Plan, Prior, Step, Unknown
 from natkeep.plan.tuples import NO_CONNECTIONS, Address, Connections
 from natkeep.plan.undone import SECONDS
 from natkeep.state.directory import StateDirectory
-from natkeep.state.journal import Journal, Record, Unread
+from natkeep.state.journal import Journal, Record
 from natkeep.values import dataclass, field, replace
 
 T = TypeVar("T")
@@ -52,8 +52,9 @@ class Executor:
     """One kernel, one state directory.
 
     staying: in words the addresses that the undo at work has left, since connections of no move
-    need them. drops: for how many seconds an undo at a destination goes on dropping what a gateway
-    may still send there, 0: not at all; dropped: where, and how many. warned: by a prepare.
+    need them. drops: for how many seconds an undo at a destination goes on dropping what gateways
+    may send there, breaks: of what has lived there alone; dropped: where, how many. warned: by a
+    prepare.
     """
 
     kernel: Kernel
@@ -61,6 +62,7 @@ class Executor:
     talk: Talk = lambda line: None
     staying: list[str] = field(default_factory=list)
     drops: int = SECONDS
+    breaks: bool = False
     dropped: dict[Identity, int] = field(default_factory=dict)
     warned: list[Finding] = field(default_factory=list)
 
@@ -202,13 +204,12 @@ class Executor:
 
     def _find_arriving(self, journal: Journal, sites: Iterable[Site]) -> dict[Site, Connections]:
         """What a gateway may still send to each of *sites*."""
-        asked = (journal.move.id, frozenset(map_.old for map_ in journal.move.maps))
+        asked = (journal.move.id, frozenset(map_.old for map_ in journal.move.maps), self.breaks)
         return {site: self.kernel.ask(site, find_arriving, *asked) for site in sites}
 
     def undo(self, journal: Journal, numbers: Iterable[int]) -> list[NatkeepError]:
         """Undo those of the steps that were begun, going on after a failure."""
-        left: list[NatkeepError] = []
-        incomplete: set[Site] = set()
+        left, incomplete = list[NatkeepError](), set[Site]()
         self.staying.clear()
         journal.resolve()
         for number in numbers:
@@ -216,8 +217,7 @@ class Executor:
             if record is None or record.state == "undone":
                 continue
             assert record.site is not None  # of schema 1 too: see adopt
-            assert record.undo is not None
-            assert not isinstance(record.undo, Unread)
+            assert isinstance(record.undo, Undo)
             kind = journal.kinds[number]
             error = self._undo_step(journal, kind, record.site, record.undo, record.prior)
             if error is not None:

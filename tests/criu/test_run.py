@@ -255,10 +255,13 @@ def test_a_gate_that_was_opened_for_a_tree_that_never_ran_is_undone_too(
         open_move(restore.executor, "web")  # as the hook does, before another script gives up
         return plan
 
+    meanwhile: list[list[Gate]] = []
+    monkeypatch.setattr(run, "kill_orphans", lambda *_: meanwhile.append(restore.gates()))
     monkeypatch.setattr(run, "prepare", prepare)
     with pytest.raises(NatkeepError, match="everything was undone"):
         restore("exit 1")
     assert restore.gates() == []
+    assert meanwhile == [[Gate.CLOSED, Gate.CLOSED]]  # before a socket goes
     with pytest.raises(NatkeepError, match="move web stays prepared, its gate closed"):
         restore("exit 1", keep=True)
     assert restore.gates() == [Gate.CLOSED, Gate.CLOSED]

@@ -214,6 +214,20 @@ def test_what_another_move_keeps_there_is_not_dropped(place: Place) -> None:
     assert len(keys.ask(site, find_arriving, "web", olds)) == 1
 
 
+@pytest.mark.parametrize("mode", Mode)
+def test_where_yes_was_said_of_an_open_move_only_what_has_lived_there(
+    place: Place, mode: Mode
+) -> None:
+    """Its process was dumped, to move on or back: that --yes breaks nothing."""
+    place.prepare(mode=mode)
+    open_move(place.executor(), "web")
+    place.run("nft", "add element inet natkeep heard-web-0 { 10.1.0.2 . 50002 . 5001 }")
+    executor = place.executor()
+    executor.breaks = True
+    teardown(executor, "web")
+    assert place.dropped() == [KEYS[1]]
+
+
 def test_an_id_that_looks_like_the_name_of_an_address_chain(place: Place) -> None:
     place.prepare(move_id="at-web")
     teardown(place.executor(), "at-web")
