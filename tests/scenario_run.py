@@ -12,8 +12,9 @@ from natkeep.lab.scenario import find_scenario
 def assert_passes(name: str, family: int, mode: str, **more: object) -> None:
     """more: what the scenario's function takes besides the lab."""
     found = find_scenario(name)
-    run, _ = found.load()
-    with Lab(found.name, engine="repair", family=family, mode=mode) as lab:
+    run, setup = found.load()
+    options = {**setup, "engine": "repair", "family": family, "mode": mode}
+    with Lab(found.name, **options) as lab:
         scenario.perform(lab, partial(run, **more))
 
     assert [str(each) for each in lab.report.assertions if not each.ok] == []

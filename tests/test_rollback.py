@@ -14,6 +14,7 @@ from natkeep.kernel.netns import NamespaceGoneError
 from natkeep.lifecycle.executor import Executor
 from natkeep.lifecycle.open import open_move
 from natkeep.lifecycle.prepare import prepare
+from natkeep.lifecycle.replace import replace_move
 from natkeep.lifecycle.rollback import RESTORE, RolledBack, rollback
 from natkeep.plan.identity import Identity
 from natkeep.plan.move import Map, Move, Site
@@ -185,3 +186,18 @@ def test_an_opened_destination_refuses_though_its_namespace_is_gone(
     kernel.gone.add("des")
     with pytest.raises(RefusedError, match="web was opened at destination=des"):
         again()
+
+
+def test_what_took_the_place_of_an_earlier_move_is_not_led_to_the_source(
+    kernel: Kernel, make: Callable[..., None], tmp_path: Path
+) -> None:
+    make(GATEWAY, opened=True)
+    executor = Executor(kernel, StateDirectory(str(tmp_path / "state"), create=True))
+    further = Map(parse_address("10.2.0.10"), parse_address("10.4.0.30"))
+    kept = Connections.of([KEPT])
+    replace_move(executor, "web", Move("web2", (further,), (GATEWAY,)), kept, Gate.OPEN)
+    with pytest.raises(RefusedError, match=r"took the place of web \(10.2.0.10=10.3.0.20\)") as no:
+        rollback(executor, "web2")
+    assert "prepare ID --replace web2 --map 10.2.0.10=10.3.0.20" in (no.value.hint or "")
+    assert gates(kernel) == {"gat": Gate.OPEN}
+    assert rollback(executor, "web2", yes=True).undone == (GATEWAY,)

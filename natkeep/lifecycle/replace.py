@@ -74,7 +74,14 @@ class _Replacement:
         self._retire()
 
     def _inherit_purged(self, journal: Journal) -> None:
-        """What the earlier move purged is the new one's to give back, whatever comes between."""
+        """What the earlier move purged is the new one's to give back, whatever comes between.
+
+        And the new one's journal says which it was, when that one's may be gone (rollback.py).
+        """
+        earlier = self.earlier.move
+        facts: dict[str, str | int | bool] = {
+            "replaced": f"{earlier.id} {','.join(map(str, earlier.maps))}"
+        }
         purged: dict[tuple[Identity, FourTuple], str] = {}
         for number, step in enumerate(self.old.steps):
             record = self.earlier.records.get(number)
@@ -83,11 +90,12 @@ class _Replacement:
                 found = zip(step.translation.kept, directions_of(record.prior.facts), strict=False)
                 purged |= {(here, tuple_): direction for tuple_, direction in found}
         for number, step in enumerate(self.plan.steps):
-            if isinstance(step, PurgeEntries) and purged:
-                here = journal.identity(step.site)
-                known = (purged.get((here, t), NOT_TRACKED) for t in step.translation.kept)
-                prior = Prior(facts={"inherited": "".join(known)})
-                journal.note(number, "doing", prior, step)
+            if isinstance(step, PurgeEntries):
+                if purged:
+                    here = journal.identity(step.site)
+                    known = (purged.get((here, t), NOT_TRACKED) for t in step.translation.kept)
+                    facts = {**facts, "inherited": "".join(known)}
+                journal.note(number, "doing", Prior(facts=facts), step)
 
     def _pass_entries_on(self) -> None:
         """From now on the entries are the new move's, which both had until here.

@@ -8,7 +8,8 @@
 What of this is at the sites of the move's journal here is done, as far as the order lets; the rest
 is said. So it is given again wherever something is left.
 
-Rule: not once the process has spoken at NEW: what was said since is not in the image.
+Rule: not once the process has spoken at NEW: what was said since is not in the image. And not
+where it had moved on (`prepare --replace`): the way back is to replace once more.
 """
 
 from __future__ import annotations
@@ -42,7 +43,8 @@ class RolledBack:
 def rollback(executor: Executor, move_id: str, *, yes: bool = False) -> RolledBack:
     """Undo what the order lets be undone here; again is fine, also of an unknown id.
 
-    RefusedError, and nothing is changed, when the process has spoken at NEW and not *yes*.
+    RefusedError, and nothing is changed, when the process has spoken at NEW, or came to the source
+    by an earlier move that this gateway carries no more, and not *yes*.
     """
     with executor.state.changing(move_id):
         if not executor.state.knows(move_id):
@@ -51,6 +53,7 @@ def rollback(executor: Executor, move_id: str, *, yes: bool = False) -> RolledBa
         refuse_earlier_boot(journal)
         statuses = look_at_sites(executor, journal, plan)
         if not yes:
+            _refuse_replacing(journal)
             _refuse_spoken(journal, plan, statuses)
         sources = [one for one in statuses if one.site.row.mutes]
         back = any(one.seen is not None and one.seen.alive for one in sources)
@@ -72,6 +75,20 @@ def _undo_gateways(executor: Executor, journal: Journal) -> tuple[Site, ...]:
     if left:
         raise leftover(journal, left)
     return gateways
+
+
+def _refuse_replacing(journal: Journal) -> None:
+    """RefusedError where the gateway's part took the place of an earlier move's."""
+    for record in journal.records.values():
+        replaced = str(record.prior.facts.get("replaced", ""))
+        if replaced and record.site is not None and record.site.row.passes_on:
+            earlier, _, maps = replaced.partition(" ")
+            options = "".join(f" --map {each}" for each in maps.split(","))
+            raise RefusedError(
+                f"{journal.move.id} took the place of {earlier} ({maps}): the process came by that",
+                hint=f"back there: natkeep prepare ID --replace {journal.move.id}{options}, then "
+                "restore it; back to OLD's own host: --yes",
+            )
 
 
 def _refuse_spoken(journal: Journal, plan: Plan, statuses: tuple[SiteStatus, ...]) -> None:

@@ -1,4 +1,4 @@
-"""scenario rollback_in_any_order in both orders, modes and families."""
+"""scenarios of rollbacks in both orders, modes and families, and what is refused."""
 
 from __future__ import annotations
 
@@ -27,6 +27,11 @@ def test_no_peer_hears_of_a_rollback_whichever_machine_comes_first(
     family: int, mode: str, order: tuple[str, ...]
 ) -> None:
     assert_passes("rollback_in_any_order", family, mode, order=order)
+
+
+@pytest.mark.parametrize(("family", "mode"), [(4, "stateless"), (6, "stateful")])
+def test_what_was_to_move_on_goes_back_to_where_it_was(family: int, mode: str) -> None:
+    assert_passes("rollback_to_second_host", family, mode)
 
 
 @pytest.mark.parametrize("mode", ["stateful", "stateless"])
