@@ -15,7 +15,7 @@ from natkeep.kernel.linux import LinuxKernel
 from natkeep.kernel.survey import demand_privileges
 from natkeep.lifecycle.check import find_new
 from natkeep.lifecycle.executor import Executor
-from natkeep.plan.move import Fate, Map, Mode, Move, Site, parse_id, parse_map
+from natkeep.plan.move import Fate, Map, Mode, Move, Site, parse_id, parse_map, parse_peer_map
 from natkeep.plan.roles import Role
 from natkeep.plan.tuples import NO_CONNECTIONS, Connections, Endpoint
 from natkeep.state.directory import StateDirectory
@@ -50,6 +50,7 @@ def make_move(args: argparse.Namespace, checkpoint: Checkpoint) -> Move:
     return Move(
         args.id, maps, sites, mode, listeners, lock,
         unkept=unkept, lost=lost, hold=hold, guard=args.guard, live=checkpoint.live,
+        peer_maps=tuple(map(parse_peer_map, args.peer_map)),
     )  # fmt: skip
 
 

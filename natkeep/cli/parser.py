@@ -151,12 +151,15 @@ def _deadline(text: str) -> int:
 
 _ID, _ANY_ID = _option("id", "ID"), _option("id", "ID", nargs="?")
 _MAP, _SITE = _several("--map", "OLD=NEW"), _several("--site", "ROLE[=NETNS]")
+_PEER_MAP = _several(
+    "--peer-map", "P=Q", help="peers at P have moved as well, and are reached at Q; repeatable"
+)
 _CONNECTIONS = _option(
     "--connections", "FILE",
     help="lines of LOCAL PEER, or what inspect --json printed; - is stdin",
 )  # fmt: skip
 _MOVE = (
-    _ID, _MAP, _SITE,
+    _ID, _MAP, _PEER_MAP, _SITE,
     _option("--image", "DIR", help="connections from CRIU's images"),
     _CONNECTIONS,
     _flag("--listeners", "let new connections reach the image's listeners"),

@@ -166,7 +166,8 @@ class LinuxKernel:
                 entries = [own for one in kept for own in conntrack_own.find_own(one, rare=rare)]
                 noted += conntrack_own.find_noted(site, entries)
                 if site.role == Role.DESTINATION:
-                    local |= _find_local_peers((*kept, move.lost))
+                    moved = map(move.on_wire, kept if move.peer_maps else ())
+                    local |= _find_local_peers((*kept, move.lost, *moved))
                     forwards = any(sysctl.read(name) == "1" for name in _FORWARDING)
                     home |= find_at_home(frozenset(map_.old for map_ in move.maps))
                 elif move.mode == Mode.STATELESS:

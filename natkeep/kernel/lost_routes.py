@@ -71,7 +71,9 @@ def check_destination(step: InstallTranslation) -> None:
                 hint="a kept connection would be the same tuple there: choose another NEW",
             )
         with Netlink(NETLINK_ROUTE) as netlink:
-            for packed in sorted(translation.kept.peers())[:_LIMIT]:
+            # By both their addresses: the socket looks up the one, the translated packet the other.
+            peers = {*translation.kept.peers(), *translation.outer.peers()}
+            for packed in sorted(peers)[:_LIMIT]:
                 peer = ip_address(packed)
                 if not rt.is_reached(netlink, peer, translation.map.new):
                     raise RefusedError(

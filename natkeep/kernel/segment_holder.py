@@ -42,8 +42,8 @@ _NETLINK_SOCK_DIAG = 4
 _PROTOCOL = {4: 0x0800, 6: 0x86DD}
 _FAMILY = {4: socket.AF_INET, 6: socket.AF_INET6}
 
-Kept = list[tuple[bytes, bytes, bytes]]
-"""Of each map OLD and NEW (packed), and its connections as records of plan/tuples.py."""
+Kept = list[tuple[int, bytes, bytes]]
+"""Of each map what replay.pack_kept takes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +84,7 @@ def start(place: Place, move_id: str, kept: Kept, age: int = AGE) -> int:
     then none runs.
     """
     end(place.directory, move_id)
-    families = {4: [m for m in kept if len(m[0]) == 4], 6: [m for m in kept if len(m[0]) == 16]}
+    families = {version: [one for one in kept if one[0] == version] for version in (4, 6)}
     present = [version for version, maps in families.items() if maps]
     name = holder_name(move_id)
     with ExitStack() as stack:

@@ -155,17 +155,17 @@ class Holder:
         if not self.is_wanted():
             self.store.streams.clear()
         for key, stream in [*self.store.streams.items()]:
-            if not self.has_socket(key, stream.old):
+            if not self.has_socket(stream.known):
                 del self.store.streams[key]
         for stream, piece in self.store.replay():
-            _, raw = self.pairs[4 if len(stream.old) == 4 else 6]
+            _, raw = self.pairs[4 if len(stream.known) == 12 else 6]
             self.send(raw, stream, piece)
         return self.count()
 
-    def has_socket(self, key: bytes, old: bytes) -> bool:
-        """Whether a socket has the connection of *key* (plan/replay.py), at *old*."""
-        width = len(old)
-        peer, ports = key[width : 2 * width], key[-2:] + key[-4:-2]
+    def has_socket(self, key: bytes) -> bool:
+        """Whether a socket has the connection of *key* (plan/replay.py)."""
+        width = (len(key) - 4) // 2
+        old, peer, ports = key[:width], key[width : 2 * width], key[-2:] + key[-4:-2]
         family = AF_INET if width == 4 else AF_INET6
         request = pack(
             "=IHHIIBBBxI4s16s16sIII", 72, _SOCK_DIAG_BY_FAMILY, 1, 0, 0,
@@ -181,7 +181,7 @@ class Holder:
 
     def send(self, raw: socket, stream: Stream, piece: Piece) -> None:
         """Send one piece through lo; what the kernel does not take, the peer sends again."""
-        end = (_print(stream.old), 0)
+        end = (_print(stream.known[: (len(stream.known) - 4) // 2]), 0)
         for size in (PACKET_SIZE, _PIECE_FOR_A_NARROW_LO):
             try:
                 for packet in make_packets(stream, piece, size):
@@ -242,7 +242,7 @@ def main(arguments: list[str]) -> None:
         kept = unpack_kept(file.read())
     _keep_in_memory()
     holder = Holder(Store(kept), families, deadline, watch)
-    holder.has_socket(bytes(12), bytes(4))  # the kernel loads what it needs for that, beforehand
+    holder.has_socket(bytes(12))  # the kernel loads what it needs for that, beforehand
     try:
         holder.run()
     finally:

@@ -259,8 +259,9 @@ class Snapshot:
             some = entries.get(t.number, ()) if t.site == site else ()
             if not all(one and (one.packets_out if at_gateway else one.packets_in) for one in some):
                 name = name_of(plan.move.id, t.number)
-                unheard = nftables_dump.find_unheard(self._netlink, name, t.kept)
-                found |= frozenset(t.kept.each()).difference(unheard)
+                unheard = frozenset(nftables_dump.find_unheard(self._netlink, name, t.wire))
+                pairs = zip(t.kept.each(), t.wire.each(), strict=True)
+                found |= {kept for kept, there in pairs if there not in unheard}
         return frozenset(found)
 
     def _find_lacking(self, site: Site, plan: Plan) -> tuple[IpRule, ...]:

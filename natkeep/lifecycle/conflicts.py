@@ -12,7 +12,7 @@ from natkeep.plan.listeners import refuse_one_end_for_two
 from natkeep.plan.move import Move
 from natkeep.plan.steps import Plan
 from natkeep.plan.translation import Translation
-from natkeep.plan.tuples import RECORD_SIZE, Connections
+from natkeep.plan.tuples import Connections
 
 
 def refuse_conflicts(executor: Executor, plan: Plan, replaces: str | None) -> None:
@@ -77,17 +77,17 @@ def _refuse_overlap(plan: Plan, other: Plan) -> None:
             shared = {ours.map.old, ours.map.new} & {theirs.map.old, theirs.map.new}
             if not shared:
                 continue
-            common = _keys(ours) & _keys(theirs)
+            # At OLD as the process sees them, at NEW as they are on the wire.
+            same_old = ours.map.old == theirs.map.old
+            views = (ours.kept, theirs.kept) if same_old else (ours.wire, theirs.wire)
+            common = set[bytes].intersection(*map(_keys, views))
             if common:
                 raise RefusedError(_describe_overlap(ours, theirs, common, other.move.id))
 
 
-def _keys(translation: Translation) -> set[bytes]:
-    """Local port, peer and peer port of each kept connection, packed."""
-    version = translation.map.old.version
-    records, size = translation.kept.records(version), RECORD_SIZE[version]
-    width = 4 if version == 4 else 16
-    return {records[i + width : i + size] for i in range(0, len(records), size)}
+def _keys(some: Connections) -> set[bytes]:
+    """Local port, peer and peer port of each connection, packed."""
+    return {one[len(one) // 2 - 2 :] for one in some.each()}
 
 
 def _describe_overlap(

@@ -9,6 +9,7 @@ Size: over 400 lines, because of that: an object that is missing is looked for i
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from functools import cache, lru_cache
 from typing import NamedTuple
 
@@ -117,6 +118,8 @@ DISPATCHES = {
     # translation, stateless
     "set": Dispatch("arriving", "filter", "prerouting", "-300", "daddr"),
     "put": Dispatch("departing", "filter", "postrouting", "300", "saddr"),
+    # at a destination whose peers have moved, behind all that translates
+    "half": Dispatch("half-translated", "filter", "input", "350", "daddr"),
 }
 _LOCAL = (
     (Chain("local-inbound", "output", "-120", "nat"), "in"),
@@ -125,6 +128,13 @@ _LOCAL = (
     (Chain("invalid-local-outbound", "input", "90"), "invalid-out"),
 )
 """What a gateway itself says as a peer, and hears, passes other hooks, and asks the same maps."""
+_PEERS = (
+    (Chain("peer-output", "output", "-120", "nat"), "from"),
+    (Chain("peer-input", "input", "80", "nat"), "to"),
+    (Chain("invalid-peer-output", "output", "-110", "route"), "invalid-from"),
+    (Chain("invalid-peer-input", "input", "90"), "invalid-to"),
+)
+"""What a destination translates of peers that have moved: in the hooks beside its sockets."""
 DIRECTIONS = {Mode.STATEFUL: ("in", "out"), Mode.STATELESS: ("set", "put")}
 """Inbound and outbound dispatch of each mode; GATE is every mode's."""
 
@@ -305,18 +315,28 @@ def mode_table(mode: Mode) -> tuple[Object, ...]:
 
 
 @cache
-def translation_tables(mode: Mode, *, at_gateway: bool) -> tuple[tuple[Object, ...], ...]:
-    """What the translations of a mode need, each part with base chains of its own."""
+def translation_tables(
+    mode: Mode, *, at_gateway: bool, peers: bool = False
+) -> tuple[tuple[Object, ...], ...]:
+    """What the translations of a mode need, each part with base chains of its own.
+
+    peers: at a destination some have moved.
+    """
     if mode == Mode.STATELESS:
         return (mode_table(mode),)
-    peers = (*dispatch_table("from"), *dispatch_table("to"))
-    at_gateways = (peers, _local_table()) if at_gateway else ()
-    return (mode_table(mode), dispatch_table(MARK), _invalid_table(), *at_gateways)
+    parts = [mode_table(mode), dispatch_table(MARK), _invalid_table()]
+    if at_gateway:
+        parts += [(*dispatch_table("from"), *dispatch_table("to")), _hooks_table(_LOCAL)]
+    if peers:
+        maps = (*_dispatch_maps("from"), *_dispatch_maps("to"))
+        parts += [(*maps, *_hooks_table(_PEERS)), dispatch_table("half")]
+    return tuple(parts)
 
 
-def _local_table() -> tuple[Object, ...]:
+def _hooks_table(chains: Iterable[tuple[Chain, str]]) -> tuple[Object, ...]:
+    """More base chains that ask the maps of a dispatch, one each."""
     objects: list[Object] = []
-    for chain, dispatch in _LOCAL:
+    for chain, dispatch in chains:
         guard = (_HAS_ENTRY, ACCEPT)
         objects += [chain, *([Rule(chain.name, guard)] if chain.type != "nat" else [])]
         objects += [rule._replace(chain=chain.name) for rule in _dispatch_rules(dispatch)]
@@ -401,7 +421,9 @@ def peer_map(name: str, version: int, size: int) -> Set:
 def shared_names() -> frozenset[str]:
     """Names of the chains and sets that are there for all moves, but for the address chains."""
     parts = [base_table(), destination_table(), forwarding_table()]
-    parts += [part for mode in Mode for part in translation_tables(mode, at_gateway=True)]
+    parts += [
+        part for mode in Mode for part in translation_tables(mode, at_gateway=True, peers=True)
+    ]
     parts += [dispatch_table(dispatch) for dispatch in DISPATCHES]
     return frozenset(one.name for part in parts for one in part if isinstance(one, Chain | Set))
 

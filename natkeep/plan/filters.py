@@ -122,8 +122,11 @@ def gate(
         ended = ended_set(move_id, translation.number)
         if gives_back(translation):
             objects.append(connection_set(ended, version, size, dynamic=True))
-        asked = Match(inbound_key(version), f"@{outer_name(move_id, translation)}")
+        arriving = Match(inbound_key(version), f"@{outer_name(move_id, translation)}")
         for local in gated_addresses(translation):
+            asked = arriving
+            if local != translation.before:
+                asked = arriving._replace(to=f"@{kept_set(move_id, translation.number)}")
             objects += rule_at(GATE, local, (asked, jump(chain)), move_id)
         if translation.site.row.puts_old:
             old = translation.map.old
@@ -138,7 +141,7 @@ def gate(
                 objects.append(Rule(LEAVING, (from_old, kept, TO_WIRE, DROP), move_id))
             heard = heard_set(move_id, translation.number)
             at = HEARD, translation.before, heard
-            objects += _early_resets(move_id, translation, asked, at)
+            objects += _early_resets(move_id, translation, arriving, at)
     return tuple(objects)
 
 
@@ -247,8 +250,7 @@ def routed_name(move_id: str, translation: Translation) -> str:
     """Name of the set of the connections as they are routed; a set holds no local address."""
     if not translation.masks:
         return kept_set(move_id, translation.number)
-    outside, inside = translation.ports()
-    return (outer_set if outside == inside else routed_set)(move_id, translation.number)
+    return (routed_set if translation.ports() else outer_set)(move_id, translation.number)
 
 
 def opening(move_id: str) -> Rule:

@@ -122,6 +122,17 @@ def parse_map(text: str) -> tuple[Address, Address | None]:
         raise UsageError(f"--map {text}: {error}") from None
 
 
+def parse_peer_map(text: str) -> Map:
+    """`P=Q`: peers at P have moved and are reached at Q."""
+    peer, now = parse_map(text)
+    if now is None:
+        raise UsageError(f"--peer-map {text}: auto is read at no site", hint="name the address")
+    try:
+        return Map(peer, now)
+    except (UsageError, RefusedError) as error:
+        raise type(error)(f"--peer-map {text}: {error}", hint=error.hint) from None
+
+
 def parse_olds(texts: Iterable[str]) -> tuple[Address, ...]:
     """The OLD of each `OLD=NEW`, where a move could be made of them: refused as there."""
     olds: list[Address] = []
@@ -164,6 +175,7 @@ class Move:
     guard: a flush of the ruleset shall not end the kept connections (kernel/owned_table.py).
     live: the connections were read while the process ran. Until it is frozen nothing may come
     between it and its peers, so all sites but the destination wait for `open`.
+    peer_maps: peers at its `old` have moved themselves, and are at its `new` on all wires.
     """
 
     id: str
@@ -179,6 +191,7 @@ class Move:
     hold: bool = False
     guard: bool = False
     live: bool = False
+    peer_maps: tuple[Map, ...] = ()
 
     def __post_init__(self) -> None:
         parse_id(self.id)
@@ -193,6 +206,7 @@ class Move:
             raise UsageError("no site")
         if len({site.netns for site in self.sites}) != len(self.sites):
             raise UsageError("two sites are the same namespace")
+        self._refuse_peer_maps()
         roles = [site.role for site in self.sites]
         for role in (Role.DESTINATION, Role.SOURCE):
             if roles.count(role) > 1:
@@ -202,6 +216,24 @@ class Move:
                 "the source of a live process cannot be kept quiet yet",
                 hint="after the dump: natkeep prepare ANOTHER-ID --site source --image DIR",
             )
+
+    def _refuse_peer_maps(self) -> None:
+        ends = {end for map_ in self.maps for end in (map_.old, map_.new)}
+        peers = [one.old for one in self.peer_maps]
+        for one in self.peer_maps:
+            if peers.count(one.old) > 1:
+                raise UsageError(f"--peer-map maps {one.old} twice")
+            for end in {one.old, one.new} & ends:
+                raise RefusedError(f"--peer-map {one}: {end} is an OLD or a NEW of this move")
+        if self.peer_maps and self.mode == Mode.STATELESS:
+            raise RefusedError(
+                "mode stateless translates no peers", hint="--peer-map needs --mode stateful"
+            )
+
+    def on_wire(self, connections: Connections) -> Connections:
+        """*connections* with their peers as they are on the wires of this move."""
+        names = {one.old.packed: one.new.packed for one in self.peer_maps}
+        return connections.rename_peers(names) if names else connections
 
     def homes(self) -> tuple[Site, ...]:
         """Where the process may live: at the destination, or back at the source.

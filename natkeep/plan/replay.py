@@ -1,9 +1,10 @@
 """Keeps the segments that peers send while the gate is closed, and packs them to be replayed.
 
-Rule: only what a peer sent is replayed, changed in nothing but its destination (NEW to OLD), both
-checksums, and where a segment had to be cut. Never a SYN, an RST or urgent data, never an
-octet twice, nothing whose length or checksum is not that of the whole packet. Work and memory are
-bounded whatever a peer sends: a packet costs a look at RUNS runs and one place in a sorted list.
+Rule: only what a peer sent is replayed, changed in nothing but its destination (NEW to OLD), its
+source where the process knows the peer by another address, both checksums, and where a segment had
+to be cut. Never a SYN, an RST or urgent data, never an octet twice, nothing whose length or
+checksum is not that of the whole packet. Work and memory are bounded whatever a peer sends: a
+packet costs a look at RUNS runs and one place in a sorted list.
 The holder (kernel/segment_holderd.py) loads this file into a bare interpreter, so nothing but
 `struct` and `bisect` is imported.
 This file must never read a file, a clock, a socket or a namespace.
@@ -140,18 +141,20 @@ class Piece:
 
 
 class Stream:
-    """What is held of one connection, and the address it is replayed to (*old*, packed).
+    """What is held of one connection.
 
+    known: its key as the process knows it, by which it is replayed.
     Places in the sequence are counted from the first segment that arrived. pieces: in the order of
     the sequence; runs: what they cover, start and end; newest: those that arrived last.
     """
 
     __slots__ = (
-        "acknowledgement", "base", "ceiling", "cost", "newest", "old", "pieces", "refused", "runs",
+        "acknowledgement", "base", "ceiling", "cost", "known", "newest", "pieces", "refused",
+        "runs",
     )  # fmt: skip
 
-    def __init__(self, old: bytes, base: int) -> None:
-        self.old, self.base = old, base
+    def __init__(self, known: bytes, base: int) -> None:
+        self.known, self.base = known, base
         self.pieces: list[Piece] = []
         self.newest: list[Piece] = []
         self.runs: list[tuple[int, int]] = []
@@ -231,7 +234,7 @@ class Stream:
 class Store:
     """All streams of a move.
 
-    kept: for each key of a kept connection its OLD, packed.
+    kept: for each key of a kept connection, as it arrives, that by which the process knows it.
     """
 
     def __init__(self, kept: dict[bytes, bytes], total: int = TOTAL, each: int = EACH) -> None:
@@ -285,7 +288,7 @@ class Store:
 
 
 def make_packets(stream: Stream, piece: Piece, size: int = PACKET_SIZE) -> Iterator[bytes]:
-    """IP packets of at most *size* octets that bring *piece* back, addressed to OLD."""
+    """IP packets of at most *size* octets that bring *piece* back, to OLD from the known peer."""
     ip, tcp, at = piece.ip, piece.tcp, 0
     room = size - len(ip) - len(tcp)
     while True:
@@ -293,26 +296,28 @@ def make_packets(stream: Stream, piece: Piece, size: int = PACKET_SIZE) -> Itera
         seq = (stream.base + piece.start + at) % _SPAN
         at += len(payload)
         last = at == len(piece.payload)
-        yield _make_packet(ip, tcp, stream.old, seq, payload, fin=piece.fin and last)
+        yield _make_packet(ip, tcp, stream.known, seq, payload, fin=piece.fin and last)
         if last:
             return
 
 
 def _make_packet(
-    ip: bytes, tcp: bytes, old: bytes, seq: int, payload: bytes, *, fin: bool
+    ip: bytes, tcp: bytes, known: bytes, seq: int, payload: bytes, *, fin: bool
 ) -> bytes:
     header, segment = bytearray(ip), bytearray(tcp)
-    length = len(segment) + len(payload)
+    length, width = len(segment) + len(payload), (len(known) - 4) // 2
     pack_into("!I", segment, 4, seq)
+    segment[:4] = known[2 * width :]
     segment[13] = segment[13] & ~_FIN | (_FIN if fin else 0)
     segment[16:18] = b"\0\0"
-    if len(old) == 4:
+    ends = known[width : 2 * width] + known[:width]
+    if width == 4:
         pack_into("!H", header, 2, len(header) + length)
-        header[16:20], header[10:12] = old, b"\0\0"
+        header[12:20], header[10:12] = ends, b"\0\0"
         pack_into("!H", header, 10, checksum(header))
     else:
         pack_into("!H", header, 4, length)
-        header[24:40] = old
+        header[8:40] = ends
     pseudo = _pseudo_header(header, length)
     pack_into("!H", segment, 16, checksum(b"".join((pseudo, segment, payload))))
     return b"".join((header, segment, payload))
@@ -342,11 +347,13 @@ def holder_name(move_id: str) -> str:
 # ---- the holder's connections, as a file ---------------------------------------------------------
 
 
-def pack_kept(maps: list[tuple[bytes, bytes, bytes]]) -> bytes:
-    """For the holder: of each map OLD and NEW (packed), and its connections' records."""
+def pack_kept(maps: list[tuple[int, bytes, bytes]]) -> bytes:
+    """For the holder: of each map its IP version, and the records of its connections.
+
+    As they arrive, and the same as the process sees them, in the same order.
+    """
     return b"".join(
-        pack("!BI", 4 if len(old) == 4 else 6, len(records)) + old + new + records
-        for old, new, records in maps
+        pack("!BI", version, len(arriving)) + arriving + known for version, arriving, known in maps
     )
 
 
@@ -358,10 +365,13 @@ def unpack_kept(packed: bytes) -> dict[bytes, bytes]:
         version, length = unpack_from("!BI", packed, at)
         width, size = _RECORD[version]
         at += 5
-        old, new = packed[at : at + width], packed[at + width : at + 2 * width]
-        at += 2 * width
         for i in range(at, at + length, size):
-            local, peer = packed[i + width : i + width + 2], packed[i + width + 2 : i + size]
-            kept[new + peer + local] = old
-        at += length
+            kept[_key(packed, i, width, size)] = _key(packed, i + length, width, size)
+        at += 2 * length
     return kept
+
+
+def _key(records: bytes, at: int, width: int, size: int) -> bytes:
+    """The key of the record that stands *at*."""
+    ports = at + width, at + width + 2
+    return records[at : ports[0]] + records[ports[1] : at + size] + records[ports[0] : ports[1]]

@@ -99,10 +99,12 @@ def _is_nowhere(peer: Address) -> bool:
 
 
 def _passes(site: Site, inbound: FourTuple, move: Move, surroundings: Surroundings) -> bool:
-    """Whether a segment of the connection is seen at *site*; at a gateway, if a wire has it."""
+    """Whether a segment of the connection is seen at *site*; at a gateway, if a wire has it so."""
     peer = inbound.source.address
     on_source_host = peer.is_loopback or any(peer == map_.old for map_ in move.maps)
-    return not (site.row.passes_on and (on_source_host or peer in surroundings.beside))
+    moved = any(peer == map_.old for map_ in move.peer_maps)
+    elsewhere = on_source_host or peer in surroundings.beside or moved
+    return not (site.row.passes_on and elsewhere)
 
 
 NOT_TOLD = "cannot be reset: no site of this move meets it, or its other end lives on"

@@ -16,6 +16,10 @@ Theory of operation. A site has one table `inet natkeep`, shared by all moves.
     postrouting    90  invalid-outbound  invalid-out-, invalid-to-at-ADDRESS  ─► set saddr
     stateful, at a gateway, of resets, in front of both
     prerouting   -110  marked-resets  local address ─► mark-at-ADDRESS ─► (kept?) ─► marked
+    stateful, at a destination whose peers have moved: the peers' part, and what is left over
+    output and input, -120 and 80  peer-output, peer-input, as peer-inbound and peer-outbound
+    output and input, -110 and 90  invalid-peer-output, invalid-peer-input
+    input         350  half-translated  local address ─► half-at-ADDRESS ─► (kept?) ─► drop
     stateful, at a gateway that is a peer itself: the same maps
     output and input, -120 and 80  local-inbound, local-outbound, as inbound and outbound
     output and input, -110 and 90  invalid-local-inbound, invalid-local-outbound
@@ -31,9 +35,9 @@ Theory of operation. A site has one table `inet natkeep`, shared by all moves.
   after one lookup, and a packet costs the same with 1 move or 1,000.
 - `kept-ID-N` is the one set of connections of the move's translation N, `peer . peer port .
   local port`, with its size given: all chains ask it, and nothing else depends on how many
-  connections there are. Only where a gateway publishes another port, or masquerades the peer,
-  do packets look different outside: then `outer-ID-N` is that side's set. Of a masqueraded peer
-  the maps `to-inner-ID-N` and `to-outer-ID-N` say which it is on the other side, and
+  connections there are. Only where a gateway publishes another port, or masquerades the peer, or
+  it has moved, do packets look different outside: then `outer-ID-N` is that side's set. Of such a
+  peer the maps `to-inner-ID-N` and `to-outer-ID-N` say which it is on the other side, and
   `routed-ID-N` is the set of what is routed, its destination translated and its source not yet.
 - `gate-ID` holds a drop. Opening inserts an accept in front of it: one rule, add-only
   (a deletion would make the closing of the netlink socket wait for an RCU grace period).
@@ -125,8 +129,8 @@ def _nat(move_id: str, translation: Translation) -> list[Object]:
     inbound, outbound = DIRECTIONS[Mode.STATEFUL]
     outer_port: str | int = TCP.sport
     inner_port: str | int = TCP.dport
-    if translation.renames:
-        outer_port, inner_port = translation.ports()
+    if translation.renames and (ports := translation.ports()):
+        outer_port, inner_port = ports
     outer, routed = _outer(move_id, translation), _routed(move_id, translation)
     dnat, snat = Nat("dnat", after, inner_port), Nat("snat", before, outer_port)
     arriving: tuple[Statement, ...] = (NOT_SYN, outer, *_wire(translation, FROM_WIRE), dnat)
@@ -147,6 +151,8 @@ def _nat(move_id: str, translation: Translation) -> list[Object]:
         # The destination believes a reset that was sent to OLD (filters.py).
         mark = (_outer(move_id, translation), Write(*SENT_TO_OLD))
         objects += rule_at(MARK, before, mark, move_id)
+    elif translation.turns_peers:
+        objects += _nat_peers(move_id, translation)
     return objects + _invalid(move_id, translation)
 
 
@@ -173,7 +179,8 @@ def _nat_peers(move_id: str, translation: Translation) -> Iterator[Object]:
 
     Where both is the same they are translated into themselves, so that no rule of another's
     masquerades or redirects a connection anew whose entry was lost. And what comes here with the
-    destination that it arrived with goes no further: the old host would answer with a reset.
+    destination that it arrived with goes no further: the old host would answer with a reset. Nor
+    does what comes to a destination's sockets with a peer that they do not know.
     """
     version, number = translation.map.old.version, translation.number
     to_peer: tuple[Statement, ...] = (
@@ -187,10 +194,18 @@ def _nat_peers(move_id: str, translation: Translation) -> Iterator[Object]:
     if translation.masks:
         to_peer = (NatMap("dnat", outbound_key(version), outer_map(move_id, number)),)
         from_peer = (NatMap("snat", inbound_key(version), inner_map(move_id, number)),)
-    yield from rule_at("from", translation.after, (NOT_SYN, *to_peer), move_id)
-    yield from rule_at("to", translation.after, (NOT_SYN, *from_peer), move_id)
-    untranslated = (NOT_SYN, _outer(move_id, translation), DROP)
-    yield from rule_at("to", translation.before, untranslated, move_id)
+    away, home = _wire(translation, TO_WIRE), _wire(translation, FROM_WIRE)
+    yield from rule_at("from", translation.after, (NOT_SYN, *away, *to_peer), move_id)
+    yield from rule_at("to", translation.after, (NOT_SYN, *home, *from_peer), move_id)
+    outer = _outer(move_id, translation)
+    if translation.site.row.passes_on:
+        yield from rule_at("to", translation.before, (NOT_SYN, outer, DROP), move_id)
+        return
+    yield from rule_at("half", translation.before, (outer, DROP), move_id)
+    yield from rule_at("half", translation.after, (outer, DROP), move_id)
+    # In front, since one peer may have moved to where another was.
+    whole = outer._replace(to=f"@{kept_set(move_id, number)}")
+    yield from rule_at("half", translation.after, (whole, ACCEPT), move_id)
 
 
 def _invalid(move_id: str, translation: Translation) -> list[Object]:
@@ -200,8 +215,8 @@ def _invalid(move_id: str, translation: Translation) -> list[Object]:
     """
     before, after, ip = translation.before, translation.after, IP[translation.map.old.version]
     ports: tuple[tuple[Statement, ...], ...] = ((), ())
-    if translation.renames:
-        outside, inside = translation.ports()
+    if translation.renames and (changed := translation.ports()):
+        outside, inside = changed
         ports = (Write(TCP.dport, inside),), (Write(TCP.sport, outside),)
     outer = _outer(move_id, translation)
     inward = Write(f"{ip} daddr", after), *ports[0], ACCEPT
@@ -235,16 +250,16 @@ def _invalid_peers(move_id: str, translation: Translation) -> Iterator[Object]:
     from_peer = WriteMap(
         inbound_key(version), inner_map(move_id, number), (f"{ip} saddr", TCP.sport)
     )
-    yield from rule_at("invalid-from", after, (NOT_SYN, to_peer, ACCEPT), move_id)
-    yield from rule_at("invalid-to", after, (NOT_SYN, from_peer, ACCEPT), move_id)
+    away, home = _wire(translation, TO_WIRE), _wire(translation, FROM_WIRE)
+    yield from rule_at("invalid-from", after, (NOT_SYN, *away, to_peer, ACCEPT), move_id)
+    yield from rule_at("invalid-to", after, (NOT_SYN, *home, from_peer, ACCEPT), move_id)
 
 
 def _syn_drop(move_id: str, translation: Translation) -> list[Object]:
     """At the destination: a bare SYN of a kept tuple that no entry translates ends here."""
     if not translation.site.row.puts_old:
         return []
-    local, name = translation.before, kept_set(move_id, translation.number)
-    asked = Match(inbound_key(local.version), f"@{name}")
+    local, asked = translation.before, _outer(move_id, translation)
     inbound, _ = DIRECTIONS[Mode.STATEFUL]
     return [Rule(address_chain(inbound, local), (SYN, asked, DROP), move_id, insert=True)]
 

@@ -26,7 +26,7 @@ Instruction = tuple[int, int, int, int]
 """Code, jump if true, jump if false, operand: struct sock_filter."""
 
 
-def make_filter(version: int, maps: list[tuple[bytes, bytes, bytes]]) -> tuple[Instruction, ...]:
+def make_filter(version: int, maps: list[tuple[int, bytes, bytes]]) -> tuple[Instruction, ...]:
     """The classic BPF program that shows the holder little more than the kept connections.
 
     maps: as for replay.pack_kept, of IP *version*. The program sees a packet from its IP header on.
@@ -34,9 +34,9 @@ def make_filter(version: int, maps: list[tuple[bytes, bytes, bytes]]) -> tuple[I
     covered by as many intervals.
     """
     width, size = 4 if version == 4 else 16, RECORD_SIZE[version]
-    news = {int.from_bytes(new[-4:], "big") for _, new, _ in maps}
-    peers, ports = set[int](), set[int]()
-    for _, _, records in maps:
+    news, peers, ports = set[int](), set[int](), set[int]()
+    for _, records, _ in maps:
+        news |= _column(records, width - 4, 4, size)
         ports |= _column(records, width, 2, size)
         peers |= _column(records, size - 6, 4, size)
     source, destination = (12, 16) if version == 4 else (20, 36)

@@ -78,7 +78,7 @@ def make_plan(
         if site.row.passes_on and move.holds:
             prepare.append(OpenEarly(site, move.id, make_receptions(move, site)))
     for translation in translations:
-        _assert_chain_ends_at_checkpoint(translation)
+        _assert_chain_ends_at_checkpoint(move, translation)
     opens = tuple(
         OpenGate(site, move.id, make_receptions(move, site), delivers=move.holds)
         for site in _sites_to_open(move)
@@ -311,11 +311,12 @@ def _crossing(
     )
 
 
-def _assert_chain_ends_at_checkpoint(translation: Translation) -> None:
+def _assert_chain_ends_at_checkpoint(move: Move, translation: Translation) -> None:
     """What the process gets is what the checkpoint says, or the plan is wrong."""
-    at_destination = translation.site.row.puts_old
-    ends = translation.inner if at_destination else translation.inner.toward(translation.map.old)
-    if ends != translation.kept:  # pragma: no cover - a bug, not an input
+    ends, meant = translation.inner, translation.kept
+    if not translation.site.row.puts_old:
+        ends, meant = ends.toward(translation.map.old), move.on_wire(meant)
+    if ends != meant:  # pragma: no cover - a bug, not an input
         raise AssertionError(f"{translation.site}: the process would see other tuples")
 
 
@@ -337,8 +338,9 @@ def describe_plan(plan: Plan) -> Iterator[str]:
 def _static_lines(step: InstallGate | InstallResets, mode: Mode | None = None) -> list[str]:
     """The part that all moves share: the gate's, with that of the *mode*, or that of resets."""
     base, *more = step.static()
-    if mode is not None and not step.site.row.mutes:
-        more = [*translation_tables(mode, at_gateway=step.site.row.passes_on), *more]
+    if isinstance(step, InstallGate) and mode is not None and not step.site.row.mutes:
+        peers = any(one.turns_peers for one in step.translations)
+        more = [*translation_tables(mode, at_gateway=step.site.row.passes_on, peers=peers), *more]
     return [str(one) for part in (base, *more) for one in part]
 
 

@@ -194,7 +194,10 @@ def undo_of(step: Step) -> Undo:  # one line a kind of step
             return RemoveRules(step.staying, step.olds)
         case PurgeEntries():
             translation = step.translation
-            return RestoreEntries(translation.outer, translation.kept, translation.renames)
+            outer, kept = translation.outer, translation.kept
+            # What a gateway had of peers before they moved was plain.
+            plain = translation.site.row.passes_on and not translation.renames
+            return RestoreEntries(kept if plain else outer, kept, translation.renames)
         case InsertEntries():
             translation = step.translation
             inside = translation.mode == Mode.STATELESS  # what conntrack sees then

@@ -256,7 +256,11 @@ class InstallTranslation(Loads):
         """The base chains of its mode."""
         modes = dict.fromkeys(translation.mode for translation in self.translations)
         at_gateway = self.site.row.passes_on
-        parts = (base_chains.translation_tables(mode, at_gateway=at_gateway) for mode in modes)
+        peers = any(one.turns_peers for one in self.translations)
+        parts = (
+            base_chains.translation_tables(mode, at_gateway=at_gateway, peers=peers)
+            for mode in modes
+        )
         return tuple(part for some in parts for part in some)
 
 
@@ -375,12 +379,10 @@ class HoldSegments:
             "deliver it when the gate opens",
         )
 
-    def kept(self) -> list[tuple[bytes, bytes, bytes]]:
-        """Of each map OLD and NEW, packed, and the connections' records."""
-        return [
-            (t.map.old.packed, t.map.new.packed, t.kept.records(t.map.old.version))
-            for t in self.translations
-        ]
+    def kept(self) -> list[tuple[int, bytes, bytes]]:
+        """Of each map its IP version, and the records as they arrive, and as they are known."""
+        found = ((t.map.old.version, t) for t in self.translations)
+        return [(v, t.outer.records(v), t.kept.records(v)) for v, t in found]
 
 
 @dataclass(frozen=True, slots=True)

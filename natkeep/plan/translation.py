@@ -11,6 +11,11 @@ gateway and the destination the wire shows NEW instead of OLD:
 So the gateway turns OLD into NEW and the destination NEW into OLD, each for packets that come
 from a peer, and each the reverse for packets that go to one. The direction *peer to process*
 is always the original one, whichever end dialled: so it is always DNAT at prerouting.
+
+A peer that has moved from P to Q (`--peer-map P=Q`) is at Q on every wire of the move, and only
+the destination turns Q into P. So both ends of a connection move at once, without a gateway:
+
+    process ── OLD, P ── destination ── NEW, Q ── destination of the peer ── OLD, P ── peer
 """
 
 from __future__ import annotations
@@ -22,11 +27,13 @@ from functools import lru_cache
 from natkeep.errors import RefusedError
 from natkeep.plan.entry_attributes import Noted
 from natkeep.plan.move import Fate, Map, Mode, Move, Site
+from natkeep.plan.refusals import (
+    refuse_none_or_too_many,
+    refuse_one_tuple_for_two,
+    refuse_peer_maps,
+)
 from natkeep.plan.tuples import NO_CONNECTIONS, Address, Connections, Endpoint, FourTuple
 from natkeep.values import dataclass, replace
-
-MAX_CONNECTIONS = 1_000_000
-"""More than this in one move is refused; a conntrack table of usual size is full long before."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,8 +122,9 @@ class Translation:
 
     Three views of the same connections, in the same order: *kept* as the process sees them,
     *outer* as packets from the peer arrive at the site, *inner* as they leave it. All have one
-    local address each; ports differ only where a gateway published another one, and peers only
-    where it masquerades them. Where they do not, one of *outer* and *inner* is *kept* itself.
+    local address each; local ports differ only where a gateway published another one, and peers
+    where it masquerades them, or they have moved. Where nothing but the local address differs, one
+    of *outer* and *inner* is *kept* itself.
     number: part of the names of the sets; unique at a site. noted: what entries say here.
     """
 
@@ -146,7 +154,7 @@ class Translation:
     @property
     def renames(self) -> bool:
         """Whether peers or ports change too, not the local address alone."""
-        if self.outer is self.kept or self.inner is self.kept:  # the usual case, without a look
+        if self.outer is self.kept:  # the usual gateway, without a look
             return False
         return _differ(self.outer, self.inner, self.after)
 
@@ -155,17 +163,29 @@ class Translation:
         """The connections between the site's prerouting, which translated, and postrouting."""
         if not self.renames:
             return self.inner
-        return self.outer.toward(self.after, self.ports()[1])
+        ports = self.ports()
+        return self.outer.toward(self.after, None if ports is None else ports[1])
 
     @property
     def masks(self) -> bool:
         """Whether peers change too: the process knows them by another address, or port."""
         return self.renames and self.routed != self.inner
 
-    def ports(self) -> tuple[int, int]:
-        """The local port outside and inside, of a translation that renames."""
+    @property
+    def wire(self) -> Connections:
+        """What passes between this site and NEW's host, or arrives there."""
+        return self.outer if self.site.row.puts_old else self.inner
+
+    def ports(self) -> tuple[int, int] | None:
+        """The one local port outside, and that inside, where a gateway publishes another."""
         outer, inner = next(iter(self.outer)), next(iter(self.inner))
-        return outer.destination.port, inner.destination.port
+        outside, inside = outer.destination.port, inner.destination.port
+        return None if outside == inside else (outside, inside)
+
+    @property
+    def turns_peers(self) -> bool:
+        """Whether it does so at the destination, where the peers have moved."""
+        return self.site.row.puts_old and self.masks
 
     def tuples(self) -> Iterator[tuple[FourTuple, FourTuple]]:
         """For each kept connection its tuple (peer to process) before and after the site."""
@@ -203,7 +223,7 @@ def make_translations(
     found = [connections.at(map_.old) for map_ in move.maps]
     late = [change.came.at(map_.old) for map_ in move.maps] if change is not None else []
     inner = find_inner(move, connections if change is None else _join(connections, change.came))
-    _refuse_none_or_too_many(move, len(connections) - len(inner), found, late, inner)
+    refuse_none_or_too_many(move, len(connections) - len(inner), found, late, inner)
     found, late = ([some.minus(inner) for some in each] for each in (found, late))
     unkept = tuple(_find_unkept(move, found, surroundings))
     around_late = change.surroundings if change is not None else NOTHING_SPECIAL
@@ -215,7 +235,8 @@ def make_translations(
         count = sum(map(len, found)) + len(move.lost)
         raise RefusedError(f"{unkept[0].inbound}: {unkept[0].reason}", hint=f"{count} in all")
     both = [_join(*pair) for pair in zip(kept, came, strict=True)] if came else kept
-    _refuse_one_tuple_for_two(move, both)
+    refuse_peer_maps(move, connections, surroundings.local, surroundings.carried)
+    refuse_one_tuple_for_two(move, both)
     translations: list[Translation] = []
     for site in move.ordered_sites():
         if change is not None and move.waits(site):
@@ -252,44 +273,8 @@ def find_inner(move: Move, connections: Connections) -> Connections:
     )
 
 
-def _refuse_none_or_too_many(
-    move: Move, others: int, found: list[Connections], late: list[Connections], inner: Connections
-) -> None:
-    """Those *found* have an OLD of the move; *late* ones came since; *others* are not *inner*."""
-    count = sum(map(len, found)) + len(move.lost)
-    # A process that talks to itself on lo, and to no host, has no address that OLD could be.
-    on_lo_alone = len(inner) > 0 >= others
-    if not (count or on_lo_alone or move.listeners or move.quiesces):
-        olds = ", ".join(str(map_.old) for map_ in move.maps)
-        raise RefusedError(
-            f"none of the {others} connections has the local address {olds}",
-            hint="natkeep inspect shows what there is",
-        )
-    if count > MAX_CONNECTIONS:
-        raise RefusedError(f"{count} connections are more than {MAX_CONNECTIONS}")
-    if count + sum(map(len, late)) > MAX_CONNECTIONS:
-        raise RefusedError(f"with those that came they are more than {MAX_CONNECTIONS}")
-
-
 def _join(one: Connections, other: Connections) -> Connections:
     return Connections(one.v4 + other.v4, one.v6 + other.v6)
-
-
-def _refuse_one_tuple_for_two(move: Move, kept: list[Connections]) -> None:
-    """Two OLD may become one NEW, but no peer may have used one port to one port of both."""
-    seen: dict[Address, set[FourTuple]] = {}
-    news = [map_.new for map_ in move.maps]
-    for new, some in zip(news, kept, strict=True):
-        if news.count(new) == 1:
-            continue
-        taken = seen.setdefault(new, set())
-        for tuple_ in some.toward(new):
-            if tuple_ in taken:
-                raise RefusedError(
-                    f"{tuple_} would stand for two connections",
-                    hint=f"these two OLD cannot both become {new}",
-                )
-            taken.add(tuple_)
 
 
 def _refuse_what_the_mode_cannot(move: Move, translations: list[Translation]) -> None:
@@ -353,33 +338,35 @@ def _translate_at(
     """The translations of each map's connections at *site*, numbered from *number*."""
     here: list[Translation] = []
     for map_, some in zip(move.maps, kept, strict=True):
-        here += _translate_map(site, number + len(here), map_, move.mode, some, around)
+        here += _translate_map(move, site, number + len(here), map_, some, around)
     return here
 
 
 def _translate_map(
+    move: Move,
     site: Site,
     number: int,
     map_: Map,
-    mode: Mode,
     kept: Connections,
     surroundings: Surroundings,
 ) -> Iterator[Translation]:
     """The translations of one map at one site, numbered from *number*; *kept* are at its OLD."""
     if not len(kept):
         return
-    noted = tuple(one for one in surroundings.noted if one.site == site)
+    mode, noted = move.mode, tuple(one for one in surroundings.noted if one.site == site)
     if not site.row.leaves:
         yield Translation(site, number, map_, mode, kept, kept, kept, noted)
         return
     if site.row.arrives == "new":
-        yield Translation(site, number, map_, mode, kept, kept.toward(map_.new), kept, noted)
+        outer = move.on_wire(kept).toward(map_.new)
+        yield Translation(site, number, map_, mode, kept, outer, kept, noted)
         return
     groups = _group_carried(map_, surroundings)
     carried = {inbound for pairs in groups for inbound, _ in pairs}
     plain = Connections.of(i for i in kept if i not in carried) if carried else kept
     if len(plain):
-        yield Translation(site, number, map_, mode, plain, plain, plain.toward(map_.new), noted)
+        outer = move.on_wire(plain)
+        yield Translation(site, number, map_, mode, plain, outer, outer.toward(map_.new), noted)
         number += 1
     for pairs in groups:
         own = Connections.of(inbound for inbound, _ in pairs)

@@ -20,7 +20,7 @@ from __future__ import annotations
 import ipaddress
 import struct
 import sys
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from functools import lru_cache
 
 from natkeep.values import dataclass
@@ -260,6 +260,16 @@ class Connections:
         for i, octet in enumerate(end):
             records[i::size] = bytes((octet,)) * count
         return _of_version(version, bytes(records))
+
+    def rename_peers(self, names: Mapping[bytes, bytes]) -> Connections:
+        """The same with the addresses of peers that *names* has (packed) replaced by its others."""
+        if not self.may_have_peer(names):
+            return self
+        halves = (RECORD_SIZE[6 if len(one) == 36 else 4] // 2 for one in self.each())
+        return Connections.of_records(
+            one[:half] + names.get(one[half:-2], one[half:-2]) + one[-2:]
+            for half, one in zip(halves, self.each(), strict=True)
+        )
 
     def turned(self) -> Connections:
         """The same connections as their other end sees them: local and peer exchanged."""

@@ -143,10 +143,21 @@ def move_to_json(move: Move) -> dict[str, Any]:
         "id": move.id,
         "mode": move.mode,
         "listeners": [str(end) for end in move.listeners],
-        "maps": [{"old": str(map_.old), "new": str(map_.new)} for map_ in move.maps],
+        "maps": _maps_to_json(move.maps),
         "sites": [{"role": site.role, "netns": site.netns} for site in move.sites],
         **_rest_to_json(move),
     }
+
+
+def _maps_to_json(maps: Iterable[Map]) -> list[dict[str, str]]:
+    return [{"old": str(map_.old), "new": str(map_.new)} for map_ in maps]
+
+
+def _maps_from_json(value: object) -> tuple[Map, ...]:
+    return tuple(
+        Map(parse_address(as_text(row["old"])), parse_address(as_text(row["new"])))
+        for row in as_list(value)
+    )
 
 
 def _rest_to_json(move: Move) -> dict[str, Any]:
@@ -162,6 +173,7 @@ def _rest_to_json(move: Move) -> dict[str, Any]:
         "hold": move.hold,
         "guard": move.guard,
         "live": move.live,
+        "peer_maps": _maps_to_json(move.peer_maps),
     }
     return {name: value for name, value in found.items() if value}
 
@@ -169,10 +181,7 @@ def _rest_to_json(move: Move) -> dict[str, Any]:
 def move_from_json(value: dict[str, Any]) -> Move:
     return Move(
         id=value["id"],
-        maps=tuple(
-            Map(parse_address(as_text(row["old"])), parse_address(as_text(row["new"])))
-            for row in as_list(value["maps"])
-        ),
+        maps=_maps_from_json(value["maps"]),
         sites=tuple(
             Site(Role(row["role"]), as_text(row["netns"])) for row in as_list(value["sites"])
         ),
@@ -186,6 +195,7 @@ def move_from_json(value: dict[str, Any]) -> Move:
         hold=as_flag(value.get("hold", False)),
         guard=as_flag(value.get("guard", False)),
         live=as_flag(value.get("live", False)),
+        peer_maps=_maps_from_json(value.get("peer_maps", [])),
     )
 
 

@@ -88,7 +88,7 @@ class Network:
     def hold(self, *, age: int = segment_holder.AGE, move_id: str = "web") -> int:
         """Start the holder; its pid."""
         maps = [
-            (OLD[v].packed, NEW[v].packed, self.kept.records(v))
+            (v, self.kept.at(OLD[v]).toward(NEW[v]).records(v), self.kept.records(v))
             for v in (4, 6)
             if self.kept.records(v)
         ]

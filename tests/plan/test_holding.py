@@ -111,6 +111,8 @@ def test_the_holder_is_told_each_map_with_its_connections() -> None:
     [step] = [step for step in plan.prepare if isinstance(step, HoldSegments)]
 
     assert step.kept() == [
-        (map_.old.packed, map_.new.packed, KEPT.records(map_.old.version)) for map_ in MAPS
+        (v, KEPT.at(map_.old).toward(map_.new).records(v), KEPT.records(v))
+        for map_ in MAPS
+        for v in [map_.old.version]
     ]
     assert any("keep what peers say on 2 connections" in line for line in describe_plan(plan))

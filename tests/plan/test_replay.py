@@ -58,7 +58,7 @@ def keep(*versions: int) -> dict[bytes, bytes]:
     return replay.unpack_kept(replay.pack_kept(maps(*versions)))
 
 
-def maps(*versions: int, count: int = 1, stride: int = 1) -> list[tuple[bytes, bytes, bytes]]:
+def maps(*versions: int, count: int = 1, stride: int = 1) -> list[tuple[int, bytes, bytes]]:
     found = []
     for version in versions or (4, 6):
         kept = Connections.of(
@@ -68,7 +68,8 @@ def maps(*versions: int, count: int = 1, stride: int = 1) -> list[tuple[bytes, b
             )
             for n in range(count)
         )
-        found.append((OLD[version].packed, NEW[version].packed, kept.records(version)))
+        arriving = kept.toward(NEW[version])
+        found.append((version, arriving.records(version), kept.records(version)))
     return found
 
 
@@ -428,7 +429,7 @@ def test_a_packet_costs_as_much_with_thousands_of_segments_as_with_a_few(kind: s
         "backwards": [(n, n + 1) for n in range(count, 0, -1)],
         "repeated": [(0, n % 64 + 1) for n in range(count)],
     }[kind]
-    stream = Stream(OLD[4].packed, 0)
+    stream = Stream(bytes(12), 0)
     steps = []
 
     for number, (start, end) in enumerate(data):
@@ -575,18 +576,39 @@ def test_intervals_cover_the_values_and_leave_the_widest_gaps_out(
 def test_the_table_of_kept_connections_has_each_under_its_key_at_new() -> None:
     kept = replay.unpack_kept(replay.pack_kept(maps(count=2)))
 
-    assert set(kept.values()) == {OLD[4].packed, OLD[6].packed}
-    assert len(kept) == 4
+    assert len(set(kept.values())) == len(kept) == 4
     for version in (4, 6):
         segment = replay.parse(make_packet(version=version))
         assert segment is not None
-        assert kept[segment.key] == OLD[version].packed
+        assert kept[segment.key] == segment.key.replace(NEW[version].packed, OLD[version].packed)
+
+
+@EACH_VERSION
+def test_a_peer_that_has_moved_is_replayed_as_the_process_knows_it(version: int) -> None:
+    moved = PEER[version] + 5
+    [(_, arriving, kept)] = maps(version)
+    arriving = arriving.replace(PEER[version].packed, moved.packed)
+    store = Store(replay.unpack_kept(replay.pack_kept([(version, arriving, kept)])))
+
+    store.add(make_packet(b"unknown", version=version))
+    store.add(make_packet(b"hello", version=version, source=moved))
+
+    [packet] = made(store)
+    segment = replay.parse(packet)
+    assert segment is not None
+    assert segment.payload == b"hello"
+    assert segment.is_intact()
+    ends = OLD[version].packed + PEER[version].packed
+    assert segment.key == ends + struct.pack("!HH", PEER_PORT, PORT)
+    program = socket_filter.make_filter(version, [(version, arriving, kept)])
+    shown = [passes(program, make_packet(version=version, source=s)) for s in (None, moved)]
+    assert shown == [False, True]
 
 
 def test_a_stream_counts_places_from_its_first_segment_across_the_end_of_the_numbers() -> None:
     segment = replay.parse(make_packet(b"abcd", seq=2**32 - 2))
     assert segment is not None
-    stream = Stream(OLD[4].packed, segment.seq)
+    stream = Stream(bytes(12), segment.seq)
 
     stream.add(1, segment, replay.EACH)
     more = replay.parse(make_packet(b"cdef", seq=0))

@@ -40,6 +40,10 @@ KEPT = Connections.of(
     )
 )
 BOTH = (MAP4, MAP6)
+MOVED = (
+    Map(ip_address("10.1.0.2"), ip_address("10.4.0.30")),
+    Map(ip_address("fd00:1::2"), ip_address("fd00:4::30")),
+)
 LISTENERS = tuple(
     Endpoint.parse(text) for text in ("10.2.0.10:80", "10.2.0.10:443", "[fd00:2::10]:80")
 )
@@ -85,9 +89,11 @@ class Case:
     listeners: tuple[Endpoint, ...] = ()
     lost: Connections | None = None
     kept: Connections = KEPT
+    peer_maps: tuple[Map, ...] = ()
 
     def render(self) -> str:
         move = Move("web", self.maps, (Site(self.role),), self.mode, self.listeners)
+        move = replace(move, peer_maps=self.peer_maps)
         if self.lost is not None:
             move = replace(move, unkept=Fate.RESET, lost=self.lost)
         return render(make_plan(move, self.kept, self.surroundings), opened=self.opened)
@@ -98,6 +104,8 @@ CASES = {
     "destination-v4-open": Case(Role.DESTINATION, opened=True),
     "destination-two-maps": Case(Role.DESTINATION, BOTH),
     "destination-stateless-two-maps": Case(Role.DESTINATION, BOTH, mode=Mode.STATELESS),
+    "destination-peers-moved": Case(Role.DESTINATION, BOTH, peer_maps=MOVED),
+    "gateway-peers-moved": Case(Role.GATEWAY, BOTH, peer_maps=MOVED),
     "gateway-v4": Case(Role.GATEWAY),
     "gateway-v4-open": Case(Role.GATEWAY, opened=True),
     "gateway-two-maps": Case(Role.GATEWAY, BOTH),
@@ -254,7 +262,7 @@ def test_whatever_is_given_only_words_change_and_never_the_grammar(
 @pytest.mark.parametrize("at_gateway", [False, True])
 def test_what_all_moves_share_is_known_by_name(mode: Mode, at_gateway: bool) -> None:
     """Or the last move would take its own away and leave the table, as another's."""
-    parts = base_chains.translation_tables(mode, at_gateway=at_gateway)
+    parts = base_chains.translation_tables(mode, at_gateway=at_gateway, peers=not at_gateway)
     names = {one.name for part in parts for one in part if isinstance(one, Chain | Set)}
 
     assert names <= base_chains.shared_names()

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from natkeep.errors import RefusedError
-from natkeep.plan import translation
+from natkeep.plan import refusals
 from natkeep.plan.entry_attributes import Attributes, Noted
 from natkeep.plan.move import Map, Mode, Move, Site
 from natkeep.plan.roles import Role
@@ -103,7 +103,7 @@ def test_an_old_that_no_connection_has_is_refused() -> None:
 
 
 def test_more_connections_than_the_limit_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(translation, "MAX_CONNECTIONS", 1)
+    monkeypatch.setattr(refusals, "MAX_CONNECTIONS", 1)
     two = Connections.of([KEPT4, inbound("10.1.0.2:5001", "10.2.0.10:80")])
 
     with pytest.raises(RefusedError, match="2 connections are more than 1"):
