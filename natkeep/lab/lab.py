@@ -69,6 +69,7 @@ class Lab:
         self.refused = ""  # why natkeep refused the move
         self.others: list[FourTuple] = []  # connections of others with NEW
         self.listeners = False  # whether natkeep is told --listeners
+        self.peers: tuple[tuple[Address, Address], ...] = ()  # which have moved, and where they are
         self.parties, self.orders, self.undone = [self], list[Order](), list[Order]()
         self.peer_points = [seat.role for seat in self.topology.seats if seat.network == "near"]
         self.clean_from_ns = 0
@@ -174,7 +175,7 @@ class Lab:
             move_id or usual, self.old, self.new,
             self.topology["gateway"], self.topology[self.site.role],
             tuple(self.traffic.views.values()), self.frozen.options, self.mode, replaces,
-            self.listeners,
+            self.listeners, self.peers,
         )  # fmt: skip
         self.orders.append(self.order)
         return self.order
@@ -307,7 +308,7 @@ class Lab:
             min(party.frozen_ns for party in self.parties if party.frozen_ns),
             max(party.restored_ns or 0 for party in self.parties) or None,
             frozenset(each.source for each in self.others) | self.new_connections.clients,
-            tuple(views.values()), self.clean_from_ns,
+            tuple(views.values()), self.clean_from_ns, dict(self.peers),
         )  # fmt: skip
 
     def _teardown(self) -> None:

@@ -211,7 +211,8 @@ class Topology:
             " if [ -e $f ]; then echo 0 >$f; fi; done\n"
         )
         guarded = [s for s in self.seats if s.role in self.sites]
-        spoofs = [s for s in self.seats if s.network == "old"]
+        # What moves away from there has an address that no host beyond may claim.
+        spoofs = [s for s in self.seats if s.network == "old" or s.first_pid]
         return quiet + _batch(links) + _heredoc("nft -f -", anti_spoof(guarded, spoofs))
 
     def _gateway_script(self) -> str:

@@ -41,6 +41,7 @@ class Order:
     options: natkeep's way to learn of the connections, as the engine gave it.
     replaces: the move of the same process that brought it where it leaves from now.
     listeners: new connections shall reach the listeners that move along.
+    peers: which have moved as well, and where they are: then no gateway translates.
     """
 
     id: str
@@ -53,6 +54,7 @@ class Order:
     mode: str = "stateful"
     replaces: Order | None = None
     listeners: bool = False
+    peers: tuple[tuple[Address, Address], ...] = ()
 
 
 class Translator:
@@ -101,9 +103,10 @@ class Natkeep(Translator):
     def prepare(self, order: Order) -> None:
         more = ["--replace", order.replaces.id] if order.replaces else []
         more += ["--listeners"] if order.listeners else []
+        more += [f"--peer-map={peer}={now}" for peer, now in order.peers]
+        more += [] if order.peers else ["--site", f"gateway={order.gateway.name}"]
         self.call(
             "prepare", order.id, *more, "--map", f"{order.old}={order.new}",
-            "--site", f"gateway={order.gateway.name}",
             "--site", f"destination={order.destination.name}",
             "--mode", order.mode, *order.options,
         )  # fmt: skip
@@ -168,7 +171,8 @@ class Naive(Translator):
         if order.replaces:
             order.gateway.run("nft", "delete", "table", "inet", _table(order.replaces))
         order.destination.nft(self.rules(order, order.new, order.old))
-        order.gateway.nft(self.rules(order, order.old, order.new))
+        if not order.peers:
+            order.gateway.nft(self.rules(order, order.old, order.new))
 
     def rules(self, order: Order, before: Address, after: Address) -> str:
         """Packets to *before* go to *after*, and those from *after* say *before*."""
@@ -180,7 +184,18 @@ class Naive(Translator):
             f"add rule {table} pre {ip} daddr {before} dnat {ip} to {after}",
         ]
         sources = self.source_rules(order, ip, before, after)
-        return "\n".join([*lines, *(f"add rule {table} post {rule}" for rule in sources)]) + "\n"
+        lines += [f"add rule {table} post {rule}" for rule in sources]
+        if order.peers:
+            lines += [
+                f"add chain {table} out {{ type nat hook output priority dstnat; }}",
+                f"add chain {table} in {{ type nat hook input priority srcnat; }}",
+            ]
+        for peer, now in order.peers:
+            lines += [
+                f"add rule {table} out {ip} saddr {order.old} {ip} daddr {peer} dnat {ip} to {now}",
+                f"add rule {table} in {ip} daddr {order.old} {ip} saddr {now} snat {ip} to {peer}",
+            ]
+        return "\n".join(lines) + "\n"
 
     def source_rules(self, order: Order, ip: str, before: Address, after: Address) -> list[str]:
         """The SNAT half."""
@@ -190,7 +205,8 @@ class Naive(Translator):
         self._delete_table(order, order.destination)
 
     def teardown(self, order: Order) -> None:
-        self._delete_table(order, order.gateway, order.destination)
+        gateways = [] if order.peers else [order.gateway]
+        self._delete_table(order, *gateways, order.destination)
 
     def _delete_table(self, order: Order, *hosts: Host) -> None:
         for host in hosts:

@@ -12,7 +12,7 @@ acknowledges and is stamped anew.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from natkeep.lab.capture import ACK, FIN, RST, SYN, Frame, Segment
 from natkeep.lab.report import Assertion
@@ -30,6 +30,7 @@ class Kept:
     ignored: peers' endpoints whose other connections are not judged here.
     inside: the same tuples as the process sees them, where a gateway makes them differ.
     clean_from_ns: since when OLD must not be seen, where a peer beyond the gateway said it before.
+    moved: peers' addresses that other ones stand for on the far side.
     """
 
     tuples: tuple[FourTuple, ...]
@@ -39,11 +40,17 @@ class Kept:
     ignored: frozenset[Endpoint] = frozenset()
     inside: tuple[FourTuple, ...] = ()
     clean_from_ns: int = 0
+    moved: Mapping[Address, Address] = field(default_factory=dict)
 
     def on_far_side(self) -> set[FourTuple]:
         """The tuples that may be seen between gateway and destination."""
         return {
-            FourTuple(each.source, Endpoint(new, each.destination.port))
+            FourTuple(
+                Endpoint(
+                    self.moved.get(each.source.address, each.source.address), each.source.port
+                ),
+                Endpoint(new, each.destination.port),
+            )
             for each in self.inside or self.tuples
             for new in self.news.get(each.destination.address, ())
         }

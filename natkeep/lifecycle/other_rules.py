@@ -162,11 +162,13 @@ def _find_ways(
         home = links.device_of(translation.map.new)
         far = links.device(home) if home else near
         if near[0] == LOOPBACK:  # the peer is here, too: nothing translates
-            outer, far = kept, near
+            outer = routed = kept
+            far = near
         return [
-            [*_come(outer, kept, far, first), ("input", kept, far, _NONE, EVERY)],
-            [("output", kept.reply(), _NONE, near, EVERY),
-             *_leave(kept.reply(), outer.reply(), near, second)],
+            [*_come(outer, routed, far, first),
+             *_turn("input", routed, kept, (far, _NONE), second)],
+            [*_turn("output", kept.reply(), routed.reply(), (_NONE, near), first),
+             *_leave(routed.reply(), outer.reply(), near, second)],
         ]  # fmt: skip
     back = [*_come(inner.reply(), routed.reply(), far, first)]
     if near[0] == LOOPBACK:  # the peer is the gateway itself
@@ -288,7 +290,7 @@ def look_at_hops(subject: Subject) -> Iterator[Finding]:
     for site in plan.move.sites if hosts else ():
         here = [one for one in plan.translations if one.site == site]
         for translation in here if site.row.puts_old else ():
-            map_, peers = translation.map, translation.kept.peers()
+            map_, peers = translation.map, translation.outer.peers()
             ways = subject.kernel.ask(
                 site, path.read_at_destination, map_.old, map_.new, peers, frozenset()
             )

@@ -27,11 +27,12 @@ def look_at_routes(subject: Subject) -> Iterator[Finding]:
             yield from _look_at_gateway(subject, plan, site, here)
         else:
             besides = _find_gateways_own(subject, plan)
+            moved = {one.new for one in plan.move.peer_maps if besides is None}
             for map_, peers in _peers_of(here):
                 ways = subject.kernel.ask(
                     site, path.read_at_destination, map_.old, map_.new, peers, besides
                 )
-                yield from judge(site, ways)
+                yield from judge(site, (replace(w, direct=w.peer in moved) for w in ways))
 
 
 def look_at_policy_rules(subject: Subject) -> Iterator[Finding]:

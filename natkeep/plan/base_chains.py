@@ -339,6 +339,9 @@ def _hooks_table(chains: Iterable[tuple[Chain, str]]) -> tuple[Object, ...]:
     for chain, dispatch in chains:
         guard = (_HAS_ENTRY, ACCEPT)
         objects += [chain, *([Rule(chain.name, guard)] if chain.type != "nat" else [])]
+        if chains is _PEERS:  # what lo carries has the peers that its sockets know
+            device = "oif" if chain.hook == "output" else "iif"
+            objects.append(Rule(chain.name, (Meta(device, '"lo"'), ACCEPT)))
         objects += [rule._replace(chain=chain.name) for rule in _dispatch_rules(dispatch)]
     return tuple(objects)
 

@@ -98,7 +98,7 @@ class Way:
     to be asked.
     to_old, to_new: the routes to these, at a gateway. by_route: a destination of the move tells
     itself whether NEW is on the peer's link. crosses: the gateway has seen packets of the
-    peer's connections already.
+    peer's connections already. direct: the peer has moved, and nothing else has to translate.
     """
 
     peer: Address
@@ -112,6 +112,7 @@ class Way:
     to_new: Route | None = None
     by_route: bool = False
     crosses: bool = False
+    direct: bool = False
 
     def is_beside(self) -> bool:
         """Whether the peer is on one link with OLD or NEW."""
@@ -170,7 +171,7 @@ def _at_destination(way: Way) -> Verdict | None:
         return None  # on this host, through lo
     if way.out.kind != "unicast":
         return ("no-way-back", f"{peer} is not reached from NEW {new}: {way.out.said()}", "")
-    if way.out.neighbour:
+    if way.out.neighbour and not way.direct:
         return (
             "peer-on-link",
             f"peer {peer} is on NEW's link {way.out.device}: what {new} sends goes to it directly, "

@@ -194,9 +194,8 @@ def _nat_peers(move_id: str, translation: Translation) -> Iterator[Object]:
     if translation.masks:
         to_peer = (NatMap("dnat", outbound_key(version), outer_map(move_id, number)),)
         from_peer = (NatMap("snat", inbound_key(version), inner_map(move_id, number)),)
-    away, home = _wire(translation, TO_WIRE), _wire(translation, FROM_WIRE)
-    yield from rule_at("from", translation.after, (NOT_SYN, *away, *to_peer), move_id)
-    yield from rule_at("to", translation.after, (NOT_SYN, *home, *from_peer), move_id)
+    yield from rule_at("from", translation.after, (NOT_SYN, *to_peer), move_id)
+    yield from rule_at("to", translation.after, (NOT_SYN, *from_peer), move_id)
     outer = _outer(move_id, translation)
     if translation.site.row.passes_on:
         yield from rule_at("to", translation.before, (NOT_SYN, outer, DROP), move_id)
@@ -250,9 +249,8 @@ def _invalid_peers(move_id: str, translation: Translation) -> Iterator[Object]:
     from_peer = WriteMap(
         inbound_key(version), inner_map(move_id, number), (f"{ip} saddr", TCP.sport)
     )
-    away, home = _wire(translation, TO_WIRE), _wire(translation, FROM_WIRE)
-    yield from rule_at("invalid-from", after, (NOT_SYN, *away, to_peer, ACCEPT), move_id)
-    yield from rule_at("invalid-to", after, (NOT_SYN, *home, from_peer, ACCEPT), move_id)
+    yield from rule_at("invalid-from", after, (NOT_SYN, to_peer, ACCEPT), move_id)
+    yield from rule_at("invalid-to", after, (NOT_SYN, from_peer, ACCEPT), move_id)
 
 
 def _syn_drop(move_id: str, translation: Translation) -> list[Object]:

@@ -19,7 +19,7 @@ from natkeep.plan.resets import NOT_TOLD, describe_fates
 from natkeep.plan.roles import Role
 from natkeep.plan.step_order import render_nft
 from natkeep.plan.steps import Plan
-from natkeep.plan.translation import Compared
+from natkeep.plan.translation import Compared, Translation
 from natkeep.plan.tuples import Address, Connections, FourTuple
 
 
@@ -31,6 +31,9 @@ def move_to_json(plan: Plan) -> dict[str, Any]:
         "mode": str(move.mode),
         "maps": [{"old": str(map_.old), "new": str(map_.new)} for map_ in move.maps],
     }
+    if move.peer_maps:
+        pairs = move.peer_maps
+        document["peer_maps"] = [{"old": str(one.old), "new": str(one.new)} for one in pairs]
     if move.unkept == Fate.RESET:
         fates = describe_fates(plan.resets).items()
         document["unkept"] = [{**_tuple_to_json(end), "fate": fate} for end, fate in fates]
@@ -44,7 +47,7 @@ def plan_to_json(plan: Plan) -> dict[str, Any]:
         "schema": 1,
         **move_to_json(plan),
         "sites": [site_to_json(site, nft=nft[site]) for site in plan.move.ordered_sites()],
-        "connections": [_tuple_to_json(tuple_) for some in kept_of(plan) for tuple_ in some],
+        "connections": [*_connections_to_json(plan)],
         "steps": [
             {"step": type(step).__name__, "site": str(step.site), "commands": step.describe()}
             for step in plan.steps
@@ -57,21 +60,41 @@ def site_to_json(site: Site, **more: object) -> dict[str, object]:
     return {"role": str(site.role), "netns": site.netns, **more}
 
 
+def _connections_to_json(plan: Plan) -> Iterator[dict[str, Any]]:
+    for translation in _at_first_site(plan):
+        wires = find_wires(translation)
+        for number, tuple_ in enumerate(translation.kept):
+            wire = {"wire": _tuple_to_json(wires[number])} if number in wires else {}
+            yield {**_tuple_to_json(tuple_), **wire}
+
+
+def find_wires(translation: Translation) -> dict[int, FourTuple]:
+    """By their place the connections whose peers have moved, as they are on the wire to NEW."""
+    wire = translation.wire
+    if not translation.site.row.leaves or wire.toward(translation.map.old) == translation.kept:
+        return {}
+    pairs = enumerate(zip(translation.kept, wire, strict=True))
+    return {number: there for number, (kept, there) in pairs if kept.source != there.source}
+
+
 def _tuple_to_json(inbound: FourTuple) -> dict[str, Any]:
     return {"local": str(inbound.destination), "peer": str(inbound.source)}
 
 
 def kept_of(plan: Plan) -> Iterator[Connections]:
     """Each kept connection once, though every site translates it."""
-    first = plan.translations[0].site if plan.translations else None
-    for translation in plan.translations:
-        if translation.site == first:
-            yield translation.kept
+    return (translation.kept for translation in _at_first_site(plan))
+
+
+def _at_first_site(plan: Plan) -> Iterator[Translation]:
+    return (one for one in plan.translations if one.site == plan.translations[0].site)
 
 
 def summary(plan: Plan) -> str:
     """A move in one line."""
     maps = ", ".join(str(map_) for map_ in plan.move.maps)
+    if plan.move.peer_maps:
+        maps += f", peers {', '.join(map(str, plan.move.peer_maps))}"
     count = sum(map(len, kept_of(plan)))
     sites = ", ".join(str(site) for site in plan.move.ordered_sites())
     return f"{plan.move.id}: {maps}, {count} connection{'s' * (count != 1)}, at {sites}"

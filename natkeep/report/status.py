@@ -20,8 +20,8 @@ from natkeep.plan.resets import describe_fates
 from natkeep.plan.roles import Role
 from natkeep.plan.steps import InsertEntries, Plan
 from natkeep.plan.translation import Translation
-from natkeep.plan.tuples import Connections
-from natkeep.report import kept_of, move_to_json, site_to_json, summary
+from natkeep.plan.tuples import Connections, FourTuple
+from natkeep.report import find_wires, kept_of, move_to_json, site_to_json, summary
 from natkeep.values import dataclass
 
 SHOWN = 20
@@ -38,11 +38,13 @@ class Carried:
     parts: for each translation its connections, and of each its entry and its state, in order.
     answered: of how many the peer was heard since the move was opened; None where that is not told.
     unknown: what is said of one in no state that has an entry.
+    wires: for each translation the connections that look otherwise on the wire (find_wires).
     """
 
     parts: tuple[tuple[Connections, Sequence[SeenEntry | None], Sequence[State | None]], ...]
     answered: int | None
     unknown: str = "no socket"
+    wires: tuple[dict[int, FourTuple], ...] = ()
 
     def count(self) -> int:
         """How many connections there are."""
@@ -65,15 +67,16 @@ def look_closely(status: MoveStatus) -> Carried:
         return Carried(tuple((some, [None] * n, [None] * n) for some, n in every), None)
     site = min(looked, key=lambda each: _CLOSENESS.index(each.site.role))
     assert site.seen is not None
-    parts, answered = [], list[int | None]()
+    parts, answered, wires = [], list[int | None](), []
     for translation in status.plan.translations:
         if translation.site == site.site:
             entries = _entries_of(status.plan, translation, site.seen)
             parts.append((translation.kept, entries, find_states(site, translation, entries)))
             answered.append(count_answered(site, translation, entries))
+            wires.append(find_wires(translation))
     known = [number for number in answered if number is not None]
     unknown = "not tracked" if site.site.row.passes_on else "no socket"
-    return Carried(tuple(parts), sum(known) if known else None, unknown)
+    return Carried(tuple(parts), sum(known) if known else None, unknown, tuple(wires))
 
 
 def _entries_of(
@@ -131,13 +134,21 @@ _STATES: dict[State | None, str] = {None: "null", **{state: f'"{state}"' for sta
 
 def _rows(carried: Carried) -> Iterator[str]:
     """A line for each connection."""
-    for kept, entries, states in carried.parts:
-        for (local, peer), seen, state in zip(kept.texts(), entries, states, strict=True):
+    for number, (kept, entries, states) in enumerate(carried.parts):
+        wires = carried.wires[number] if carried.wires else {}
+        rows = zip(kept.texts(), entries, states, strict=True)
+        for place, ((local, peer), seen, state) in enumerate(rows):
             _, inward, outward, _ = seen or _UNSEEN
+            wire = _write_wire(wires[place]) if place in wires else ""
             yield (
-                f'\n{{"local": "{local}", "peer": "{peer}", "state": {_STATES[state]}, "packets": '
-                f'{{"in": {_NULL.get(inward, inward)}, "out": {_NULL.get(outward, outward)}}}}}'
+                f'\n{{"local": "{local}", "peer": "{peer}", {wire}"state": {_STATES[state]}, '
+                f'"packets": {{"in": {_NULL.get(inward, inward)}, '
+                f'"out": {_NULL.get(outward, outward)}}}}}'
             )
+
+
+def _write_wire(there: FourTuple) -> str:
+    return f'"wire": {{"local": "{there.destination}", "peer": "{there.source}"}}, '
 
 
 # ---- lines for a person --------------------------------------------------------------------------

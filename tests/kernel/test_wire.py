@@ -191,6 +191,7 @@ class Stage:
         mode: Mode = Mode.STATEFUL,
         move_id: str = "web",
         port: int = KEPT_PORT,
+        peer_maps: tuple[Map, ...] = (),
     ) -> Plan:
         """All steps of a move that keeps one connection of either family."""
         maps = tuple(Map(OLD[version], NEW[version]) for version in (4, 6))
@@ -198,7 +199,8 @@ class Stage:
             FourTuple(Endpoint(PEER[version], port), Endpoint(OLD[version], PORT))
             for version in (4, 6)
         )
-        plan = make_plan(Move(move_id, maps, (Site(self.role, self.netns),), mode), kept)
+        sites = (Site(self.role, self.netns),)
+        plan = make_plan(Move(move_id, maps, sites, mode, peer_maps=peer_maps), kept)
         self.kernel.open_sites(plan.move.sites)
         for step in plan.steps:
             self.kernel.check(step)
@@ -1147,3 +1149,102 @@ def test_all_fragments_of_a_packet_are_translated(
         assert sum(len(packet) for packet in found) > 1000
         assert all(translated.packed in packet[:40] for packet in found)
         assert not any(other.packed in packet[:40] for packet in found)
+
+
+# ---- peers that have moved as well ---------------------------------------------------------------
+
+MOVED = {4: ip_address("10.4.0.30"), 6: ip_address("fd00:4::30")}
+PEER_MAPS = tuple(Map(PEER[version], MOVED[version]) for version in (4, 6))
+
+
+def from_moved(version: int, **more: Any) -> Any:
+    """A segment of the kept connection, from where its peer is now."""
+    return segment(MOVED[version], KEPT_PORT, NEW[version], PORT, **more)
+
+
+def known(stage: Stage, version: int, packet: Any) -> bytes:
+    """The same as the process gets it."""
+    return stage.expect(packet, src=PEER[version], dst=OLD[version])
+
+
+@pytest.mark.parametrize("hooked", [True, False])
+@EACH_VERSION
+def test_a_peer_that_has_moved_is_to_the_process_where_it_was(
+    make_stage: Callable[[Role], Stage], version: int, hooked: bool
+) -> None:
+    """Both addresses change and nothing else; what comes from where it was is another's."""
+    stage = make_stage(Role.DESTINATION)
+    plan = stage.prepare(opened=False, peer_maps=PEER_MAPS)
+    packet, answer = from_moved(version), to_peer(stage, version)
+    assert stage.inbound(packet) == []
+
+    stage.apply(plan.open)
+    if not hooked:
+        stage.unhook()
+
+    assert [known(stage, version, packet)] == stage.inbound(packet)
+    sent = stage.expect(answer, src=NEW[version], dst=MOVED[version])
+    assert [sent] == stage.outbound(answer)
+    other = segment(PEER[version], KEPT_PORT, NEW[version], PORT)
+    assert [stage.expect(other)] == stage.inbound(other)
+    [site] = plan.move.sites
+    assert find_drift(plan, site, stage.kernel.observe(site, plan)) == ()
+
+
+@pytest.mark.parametrize("done", WITHOUT_ENTRY)
+@EACH_VERSION
+def test_so_it_is_without_an_entry(
+    make_stage: Callable[[Role], Stage], version: int, done: str
+) -> None:
+    stage = make_stage(Role.DESTINATION)
+    stage.prepare(peer_maps=PEER_MAPS)
+
+    for flags in FLAGS:
+        stage.run(stage.netns, "sh", "-ec", WITHOUT_ENTRY[done])
+        packet = from_moved(version, flags=flags)
+        assert [known(stage, version, packet)] == stage.inbound(packet), flags
+        stage.run(stage.netns, "conntrack", "-F")
+        packet = to_peer(stage, version, flags=flags)
+        passed = [] if flags == "SA" else [packet]
+        wanted = [stage.expect(one, src=NEW[version], dst=MOVED[version]) for one in passed]
+        assert wanted == stage.outbound(packet), flags
+
+
+@pytest.mark.parametrize("direction", ["in", "to"])
+@EACH_VERSION
+def test_what_is_half_translated_reaches_no_socket(
+    make_stage: Callable[[Role], Stage], version: int, direction: str
+) -> None:
+    """It would be answered with a reset, from NEW or with OLD's tuple translated."""
+    stage = make_stage(Role.DESTINATION)
+    stage.prepare(peer_maps=PEER_MAPS)
+    local = str((NEW if direction == "in" else OLD)[version]).replace(":", "_")
+    for chain in (f"{direction}-at-{local}", f"invalid-{direction}-at-{local}"):
+        stage.run(stage.netns, "nft", "flush", "chain", "inet", "natkeep", chain)
+
+    for flags in ("PA", "FA", "R"):
+        stage.run(stage.netns, "conntrack", "-F")
+        assert stage.inbound(from_moved(version, flags=flags)) == []
+
+
+@EACH_VERSION
+def test_a_reset_from_where_the_peer_is_now_waits_until_it_was_heard(
+    make_stage: Callable[[Role], Stage], version: int
+) -> None:
+    stage = make_stage(Role.DESTINATION)
+    plan = stage.prepare(peer_maps=PEER_MAPS)
+    reset, packet = from_moved(version, flags="R", data=b""), from_moved(version)
+    assert stage.inbound(reset) == []
+    assert stage.heard() == 0
+
+    assert [known(stage, version, packet)] == stage.inbound(packet)
+
+    assert [known(stage, version, reset)] == stage.inbound(reset)
+    assert stage.heard() == 1
+    stage.run(stage.netns, "conntrack", "-F")  # so that no entry counts what came from it
+    stage.outbound(to_peer(stage, version))
+    [site] = plan.move.sites
+    heard = stage.kernel.observe(site, plan).heard
+    assert [one in heard for t in plan.translations for one in t.kept.each()] == [
+        version == 4, version == 6
+    ]  # fmt: skip

@@ -11,7 +11,7 @@ import pytest
 from natkeep.lab.matrix import Cell, Column, Outcome, find_situations, play
 from natkeep.lab.situations import Situation
 
-NUMBERS = (*range(12, 23), *range(24, 31))
+NUMBERS = (*range(12, 23), *range(24, 32))
 
 KEPT = [
     ("CLOSE_WAIT", 4, "stateful"),
@@ -54,6 +54,11 @@ KEPT = [
     ("port dialled from again, the old host serves", 6, "stateless"),
     ("the gateway answers SYNs (SYNPROXY)", 4, "stateful"),
     ("the gateway answers SYNs (SYNPROXY)", 6, "stateless"),
+    ("both ends move, tcp_loose=0", 4, "stateful"),
+    ("both ends move, the client closes first", 6, "stateful"),
+    ("both ends move, the server closes first", 4, "stateful"),
+    ("both ends move, entries flushed before a FIN", 6, "stateful"),
+    ("both ends move, path MTU drops", 4, "stateful"),
 ]
 REFUSED = [
     ("a published port", 4, "stateless", "conntrack's work"),
@@ -61,6 +66,7 @@ REFUSED = [
     ("the peer is on the source", 4, "stateful", "is on the source host too"),
     ("the peer is loopback", 6, "stateless", "is not on any wire"),
     ("NEW has the very same tuple", 4, "stateful", "> 10.3.0.20:5000"),
+    ("both ends move", 4, "stateless", "translates no peers"),
 ]
 LOST = [  # by rules written by hand, and why
     ("FIN_WAIT2", "naive+purge", "octets from the client arrive"),

@@ -41,6 +41,8 @@ def test_a_peer_behind_a_router_is_well(version: int) -> None:
 @EACH_VERSION
 def test_a_neighbour_of_new_is_refused_and_so_is_what_has_no_route(version: int) -> None:
     assert codes(DESTINATION, make_way(version, out=NEAR)) == ["peer-on-link"]
+    # But for a peer that has moved: what NEW says to it is what it waits for.
+    assert codes(DESTINATION, make_way(version, out=NEAR, direct=True)) == [""]
     assert codes(DESTINATION, make_way(version, out=Route("none"))) == ["no-way-back"]
     assert codes(DESTINATION, make_way(version, out=Route("blackhole"))) == ["no-way-back"]
     assert codes(DESTINATION, make_way(version, out=Route("local"))) == [""]

@@ -1,0 +1,103 @@
+"""Both ends of the kept connections move at once, and nothing between them translates.
+
+    client 10.1.0.2 (P)  ─────── router ─────── source 10.2.0.10 (OLD)         before
+    third 10.4.0.30 (Q)  ─────── router ─────── destination 10.3.0.20 (NEW)    afterwards
+
+    peer = BothEnds(lab); peer.begin(); peer.move(); lab.traffic.talk_on(); peer.finish()
+
+Each end has a natkeep and a move of its own, which knows of the other where its peers were and are
+(`--peer-map`). What passes the wires says NEW and Q; it is judged as the client's process sees it.
+
+Rule: as lab.py: what fails becomes an assertion, never a traceback.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from natkeep.lab.application import Application, all_open
+from natkeep.lab.capture import Frame
+from natkeep.lab.engine import Moving
+from natkeep.lab.lab import Frames, Lab
+from natkeep.lab.topology import DESTINATION, SOURCE, THIRD, Seat
+from natkeep.lab.translators import TRANSLATORS
+from natkeep.plan.tuples import Endpoint, FourTuple
+
+CLIENT = Seat("client", "near", 2, first_pid=3000)
+SETUP = {"seats": (CLIENT, SOURCE, DESTINATION, THIRD)}
+
+
+class BothEnds:
+    """The client of *lab*, which moves to `third` while the server moves to `destination`."""
+
+    def __init__(self, lab: Lab) -> None:
+        self.lab = lab
+
+    def begin(self, *, connections: int = 1, pause: bool = False) -> None:
+        """A server, a client that can move as well, and requests and answers between them."""
+        lab, application = self.lab, Application(self.lab.directory / "dial-peer")
+        lab.serve()
+        self.host, dial = lab.topology["client"], str(lab.server_endpoint)
+        line = application.dial_line(dial, count=connections)
+        pid = lab.engine.start(self.host, application, line)
+        application.wait(all_open(connections), "connected")
+        lab.traffic.client = application
+        lab.traffic.keep()
+        ends = tuple(f"{each.source} {each.destination}" for each in lab.traffic.kept)
+        self.moving = Moving(application, "dial", pid, ends)
+        self.party = lab.beside(CLIENT, "peer")
+        self.party.site = THIRD
+        self.party.settle()
+        self.party.orders = []
+        directory = lab.directory / "peer"
+        directory.mkdir()
+        self.party.translator = TRANSLATORS[lab.report.translator](directory)
+        lab.peers = ((self.party.old, self.party.new),)
+        self.party.peers = ((lab.old, lab.new),)
+        lab.select_frames = self._as_the_client_sees_them
+        lab.traffic.talk()
+        if pause:
+            lab.traffic.quiet()
+
+    def move(self) -> None:
+        """Both are frozen, then both prepared, then both restored: the server first."""
+        lab, party = self.lab, self.party
+        lab.freeze()
+        with lab.report.must("the engine freezes the client"):
+            into = lab.directory / "frozen-peer"
+            party.frozen = lab.engine.freeze(self.host, self.moving, into)
+        lab.prepare()
+        party.place_order(move_id="peer")
+        with lab.report.must("the translator prepares the client's destination"):
+            party.translator.prepare(party.order)
+        lab.restore()
+        self.host = lab.topology[THIRD.role]
+        with lab.report.must("the engine restores the client"):
+            opening = party.translator.opening(party.order)
+            lab.engine.restore(self.host, self.moving, party.frozen, opening)
+        lab.note_restored()
+
+    def finish(self) -> None:
+        """Check octets and four-tuples, take the client's move down, and judge as ever."""
+        self.lab.traffic.check_ends()
+        self.conclude()
+
+    def conclude(self) -> None:
+        """Without a look at the octets."""
+        with self.lab.report.should("teardown of the client's move succeeds"):
+            self.party.translator.teardown(self.party.order)
+        self.lab.conclude()
+
+    def _as_the_client_sees_them(self, frames: Frames) -> Frames:
+        names = {self.lab.new: self.lab.old, self.party.new: self.party.old}
+
+        def known(end: Endpoint) -> Endpoint:
+            return Endpoint(names.get(end.address, end.address), end.port)
+
+        def turn(frame: Frame) -> Frame:
+            if (segment := frame.segment) is None:
+                return frame
+            ends = FourTuple(known(segment.tuple.source), known(segment.tuple.destination))
+            return replace(frame, segment=replace(segment, tuple=ends))
+
+        return {**frames, "client": [*frames["client"], *map(turn, frames[THIRD.role])]}
