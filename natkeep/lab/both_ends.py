@@ -7,6 +7,7 @@
 
 Each end has a natkeep and a move of its own, which knows of the other where its peers were and are
 (`--peer-map`). What passes the wires says NEW and Q; it is judged as the client's process sees it.
+With *gateway* the router translates for the server's move, so that Q's side goes on seeing OLD.
 
 Rule: as lab.py: what fails becomes an assertion, never a traceback.
 """
@@ -30,8 +31,9 @@ SETUP = {"seats": (CLIENT, SOURCE, DESTINATION, THIRD)}
 class BothEnds:
     """The client of *lab*, which moves to `third` while the server moves to `destination`."""
 
-    def __init__(self, lab: Lab) -> None:
+    def __init__(self, lab: Lab, *, gateway: bool = False) -> None:
         self.lab = lab
+        lab.crosses = gateway
 
     def begin(self, *, connections: int = 1, pause: bool = False) -> None:
         """A server, a client that can move as well, and requests and answers between them."""
@@ -48,12 +50,12 @@ class BothEnds:
         self.party = lab.beside(CLIENT, "peer")
         self.party.site = THIRD
         self.party.settle()
-        self.party.orders = []
+        self.party.orders, self.party.undone, self.party.crosses = [], [], False
         directory = lab.directory / "peer"
         directory.mkdir()
         self.party.translator = TRANSLATORS[lab.report.translator](directory)
         lab.peers = ((self.party.old, self.party.new),)
-        self.party.peers = ((lab.old, lab.new),)
+        self.party.peers = () if lab.crosses else ((lab.old, lab.new),)
         lab.select_frames = self._as_the_client_sees_them
         lab.traffic.talk()
         if pause:
@@ -77,6 +79,24 @@ class BothEnds:
             lab.engine.restore(self.host, self.moving, party.frozen, opening)
         lab.note_restored()
 
+    def move_on(self, site: Seat) -> None:
+        """The server moves on, and the client's destination learns where it is then."""
+        lab, party = self.lab, self.party
+        earlier, lab.site, lab.new = lab.order, site, site.address(lab.family)
+        lab.freeze()
+        lab.prepare()
+        party.peers = ((lab.old, lab.new),)
+        party.place_order(party.order, move_id="peer-2")
+        with lab.report.must("the translator replaces the client's move"):
+            party.translator.prepare(party.order)
+        lab.restore()
+        with lab.report.must("and opens it"):
+            party.translator.opening(party.order).open()
+        with lab.report.should("what is left of the earlier moves is undone"):
+            lab.translator.retire(earlier)
+            party.translator.retire(party.orders[0])
+        lab.undone.append(earlier)
+
     def finish(self) -> None:
         """Check octets and four-tuples, take the client's move down, and judge as ever."""
         self.lab.traffic.check_ends()
@@ -89,7 +109,8 @@ class BothEnds:
         self.lab.conclude()
 
     def _as_the_client_sees_them(self, frames: Frames) -> Frames:
-        names = {self.lab.new: self.lab.old, self.party.new: self.party.old}
+        orders = (*self.lab.orders, *self.party.orders)
+        names = {order.new: order.old for order in orders}
 
         def known(end: Endpoint) -> Endpoint:
             return Endpoint(names.get(end.address, end.address), end.port)
@@ -100,4 +121,7 @@ class BothEnds:
             ends = FourTuple(known(segment.tuple.source), known(segment.tuple.destination))
             return replace(frame, segment=replace(segment, tuple=ends))
 
-        return {**frames, "client": [*frames["client"], *map(turn, frames[THIRD.role])]}
+        seen = [*frames["client"], *map(turn, frames[THIRD.role])]
+        # On the client's side of a gateway the server is where it was.
+        beyond = ("third", "third-gateway") if self.lab.crosses else ()
+        return {**frames, "client": seen, **{point: [] for point in beyond}}

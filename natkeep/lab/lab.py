@@ -69,6 +69,7 @@ class Lab:
         self.refused = ""  # why natkeep refused the move
         self.others: list[FourTuple] = []  # connections of others with NEW
         self.listeners = False  # whether natkeep is told --listeners
+        self.crosses = True  # whether peers' packets cross a gateway that translates
         self.peers: tuple[tuple[Address, Address], ...] = ()  # which have moved, and where they are
         self.parties, self.orders, self.undone = [self], list[Order](), list[Order]()
         self.peer_points = [seat.role for seat in self.topology.seats if seat.network == "near"]
@@ -173,7 +174,7 @@ class Lab:
         usual = self.name if self._freezes == 1 else f"{self.name}-{self._freezes}"
         self.order = Order(
             move_id or usual, self.old, self.new,
-            self.topology["gateway"], self.topology[self.site.role],
+            self.topology["gateway"] if self.crosses else None, self.topology[self.site.role],
             tuple(self.traffic.views.values()), self.frozen.options, self.mode, replaces,
             self.listeners, self.peers,
         )  # fmt: skip

@@ -41,13 +41,13 @@ class Order:
     options: natkeep's way to learn of the connections, as the engine gave it.
     replaces: the move of the same process that brought it where it leaves from now.
     listeners: new connections shall reach the listeners that move along.
-    peers: which have moved as well, and where they are: then no gateway translates.
+    gateway: None where none translates. peers: which have moved as well, and where they are.
     """
 
     id: str
     old: Address
     new: Address
-    gateway: Host
+    gateway: Host | None
     destination: Host
     connections: tuple[FourTuple, ...]
     options: tuple[str, ...]
@@ -104,7 +104,7 @@ class Natkeep(Translator):
         more = ["--replace", order.replaces.id] if order.replaces else []
         more += ["--listeners"] if order.listeners else []
         more += [f"--peer-map={peer}={now}" for peer, now in order.peers]
-        more += [] if order.peers else ["--site", f"gateway={order.gateway.name}"]
+        more += [f"--site=gateway={order.gateway.name}"] if order.gateway else []
         self.call(
             "prepare", order.id, *more, "--map", f"{order.old}={order.new}",
             "--site", f"destination={order.destination.name}",
@@ -169,9 +169,11 @@ class Naive(Translator):
     def prepare(self, order: Order) -> None:
         super().prepare(order)
         if order.replaces:
-            order.gateway.run("nft", "delete", "table", "inet", _table(order.replaces))
-        order.destination.nft(self.rules(order, order.new, order.old))
-        if not order.peers:
+            host = order.gateway or order.destination
+            host.run("nft", "delete", "table", "inet", _table(order.replaces))
+        rules = self.rules(order, order.new, order.old)
+        order.destination.nft(rules + self.peer_rules(order))
+        if order.gateway:
             order.gateway.nft(self.rules(order, order.old, order.new))
 
     def rules(self, order: Order, before: Address, after: Address) -> str:
@@ -185,17 +187,21 @@ class Naive(Translator):
         ]
         sources = self.source_rules(order, ip, before, after)
         lines += [f"add rule {table} post {rule}" for rule in sources]
-        if order.peers:
-            lines += [
-                f"add chain {table} out {{ type nat hook output priority dstnat; }}",
-                f"add chain {table} in {{ type nat hook input priority srcnat; }}",
-            ]
+        return "\n".join(lines) + "\n"
+
+    def peer_rules(self, order: Order) -> str:
+        """And the process sees its peers where they were."""
+        ip, table = "ip" if order.old.version == 4 else "ip6", f"inet {_table(order)}"
+        lines = [
+            f"add chain {table} out {{ type nat hook output priority dstnat; }}",
+            f"add chain {table} in {{ type nat hook input priority srcnat; }}",
+        ]
         for peer, now in order.peers:
             lines += [
                 f"add rule {table} out {ip} saddr {order.old} {ip} daddr {peer} dnat {ip} to {now}",
                 f"add rule {table} in {ip} daddr {order.old} {ip} saddr {now} snat {ip} to {peer}",
             ]
-        return "\n".join(lines) + "\n"
+        return "\n".join(lines) + "\n" if order.peers else ""
 
     def source_rules(self, order: Order, ip: str, before: Address, after: Address) -> list[str]:
         """The SNAT half."""
@@ -205,7 +211,7 @@ class Naive(Translator):
         self._delete_table(order, order.destination)
 
     def teardown(self, order: Order) -> None:
-        gateways = [] if order.peers else [order.gateway]
+        gateways = [order.gateway] if order.gateway else []
         self._delete_table(order, *gateways, order.destination)
 
     def _delete_table(self, order: Order, *hosts: Host) -> None:
@@ -226,7 +232,7 @@ class NaivePurge(Naive):
             for address in (order.old, order.new)
             for end in ("--orig-dst", "--orig-src")
         )
-        for host in (order.destination, order.gateway):
+        for host in filter(None, (order.destination, order.gateway)):
             # conntrack exits 1 where there was no such entry
             host.run("sh", "-c", f"{purge}\ntrue")
 

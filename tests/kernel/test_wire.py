@@ -26,6 +26,7 @@ import pytest
 from entered import entered
 from fake_kernel import revert_step
 
+from natkeep.errors import RefusedError
 from natkeep.kernel.linux import LinuxKernel
 from natkeep.kernel.netlink import NETLINK_NETFILTER, Netlink
 from natkeep.kernel.netns import inside, open_namespace
@@ -1248,3 +1249,21 @@ def test_a_reset_from_where_the_peer_is_now_waits_until_it_was_heard(
     assert [one in heard for t in plan.translations for one in t.kept.each()] == [
         version == 4, version == 6
     ]  # fmt: skip
+
+
+@EACH_VERSION
+def test_a_peer_that_has_moved_to_the_destination_itself_is_seen_beforehand(
+    make_stage: Callable[[Role], Stage], version: int
+) -> None:
+    """What lo carries is not translated, whatever a map says."""
+    stage = make_stage(Role.DESTINATION)
+    _address(stage.run, stage.netns, "eth0", f"{MOVED[version]}/{MOVED[version].max_prefixlen}")
+    maps, peers = (Map(OLD[version], NEW[version]),), (PEER_MAPS[(4, 6).index(version)],)
+    move = Move("web", maps, (Site(Role.DESTINATION, stage.netns),), peer_maps=peers)
+    kept = Connections.of(
+        [FourTuple(Endpoint(PEER[version], KEPT_PORT), Endpoint(OLD[version], PORT))]
+    )
+    stage.kernel.open_sites(move.sites)
+
+    with pytest.raises(RefusedError, match="is an address of the destination"):
+        make_plan(move, kept, stage.kernel.look_around(move, kept))

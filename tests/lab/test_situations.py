@@ -59,6 +59,8 @@ KEPT = [
     ("both ends move, the server closes first", 4, "stateful"),
     ("both ends move, entries flushed before a FIN", 6, "stateful"),
     ("both ends move, path MTU drops", 4, "stateful"),
+    ("both ends move, one moves on", 6, "stateful"),
+    ("both ends move, a gateway for one", 4, "stateful"),
 ]
 REFUSED = [
     ("a published port", 4, "stateless", "conntrack's work"),

@@ -10,15 +10,17 @@ from functools import partial
 from natkeep.lab.both_ends import SETUP, BothEnds
 from natkeep.lab.lab import Lab
 from natkeep.lab.situations import Moves, situation
+from natkeep.lab.topology import Seat
 
 both_move = partial(situation, may_refuse=("stateless",))
 WHERE = ("destination", "third")
 MUCH = 300_000
+FOURTH = Seat("fourth", "far", 21)
 
 
-def _move_in_a_pause(lab: Lab, *, connections: int = 1) -> BothEnds:
+def _move_in_a_pause(lab: Lab) -> BothEnds:
     both = BothEnds(lab)
-    both.begin(connections=connections, pause=True)
+    both.begin(pause=True)
     both.move()
     return both
 
@@ -92,4 +94,29 @@ def narrow(lab: Lab) -> None:
     lab.traffic.client_sends(MUCH)
     for network in ("far", "third"):
         lab.conditions.path_was_narrow(network)
+    both.finish()
+
+
+@both_move(31, "both ends move, one moves on", setup={"seats": (*SETUP["seats"], FOURTH)})
+def moved_on(lab: Lab) -> None:
+    """The other end's move is replaced by one that knows where it is then."""
+    both = BothEnds(lab)
+    both.begin(connections=3)
+    both.move()
+    lab.traffic.talk_on()
+    both.move_on(FOURTH)
+    lab.traffic.talk_on()
+    both.finish()
+
+
+@both_move(31, "both ends move, a gateway for one", setup=SETUP)
+def gateway_for_one(lab: Lab) -> None:
+    """It leaves the peers to the destination; entries may be lost there, too."""
+    both = BothEnds(lab, gateway=True)
+    both.begin(connections=3)
+    both.move()
+    lab.traffic.talk_on()
+    for role in ("gateway", *WHERE):
+        lab.conditions.flush_conntrack(role)
+        lab.traffic.talk_on()
     both.finish()
