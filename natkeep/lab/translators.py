@@ -193,8 +193,8 @@ class Naive(Translator):
         """And the process sees its peers where they were."""
         ip, table = "ip" if order.old.version == 4 else "ip6", f"inet {_table(order)}"
         lines = [
-            f"add chain {table} out {{ type nat hook output priority dstnat; }}",
-            f"add chain {table} in {{ type nat hook input priority srcnat; }}",
+            f"add chain {table} out {{ type nat hook output priority -100; }}",
+            f"add chain {table} in {{ type nat hook input priority 100; }}",
         ]
         for peer, now in order.peers:
             lines += [

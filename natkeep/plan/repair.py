@@ -20,7 +20,7 @@ from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
 
 from natkeep.plan import filters
-from natkeep.plan.base_chains import ended_set, kept_set
+from natkeep.plan.base_chains import HEARD, ended_set, kept_set
 from natkeep.plan.liveness import Life
 from natkeep.plan.move import Site
 from natkeep.plan.nft import Key, Object, Rule
@@ -155,9 +155,13 @@ def _fill_noted(step: FillSet, missing: frozenset[Key]) -> Iterator[FillSet]:
     Of those that cannot be kept all ends were reset when the move was opened, so every tuple is
     taken for a new connection; and every end of a kept one for one that was heard.
     """
+    # An end is heard as its packets arrive: with the keys of the map to the peer that is known.
+    maps = (one.keys for one in step.more if one.peers is not None)
+    arriving = next((keys for keys in maps if keys != step.connections), step.connections)
     for name in filters.noted_sets(step.name):
         if Key("inet", "set", name) in missing:
-            yield FillSet(step.site, name, step.connections)
+            noted = arriving if name.startswith(HEARD) else step.connections
+            yield FillSet(step.site, name, noted)
 
 
 def _place(

@@ -8,13 +8,17 @@ import pytest
 
 from natkeep.errors import NatkeepError, RefusedError, UsageError
 from natkeep.plan.conntrack import entries, stale_tuples
+from natkeep.plan.liveness import Life
 from natkeep.plan.move import Fate, Map, Mode, Move, Site, parse_peer_map
+from natkeep.plan.observation import Gate, Observation
+from natkeep.plan.repair import find_patches
 from natkeep.plan.roles import Role
 from natkeep.plan.step_order import make_plan
 from natkeep.plan.step_undo import RestoreEntries, undo_of
-from natkeep.plan.steps import HoldSegments, PurgeEntries
+from natkeep.plan.steps import FillSet, HoldSegments, PurgeEntries
 from natkeep.plan.translation import Surroundings
 from natkeep.plan.tuples import Connections, Endpoint, FourTuple
+from natkeep.plan.wanted import split_opening
 from natkeep.state.codec import move_from_json, move_to_json
 from natkeep.values import replace
 
@@ -157,3 +161,19 @@ def test_two_peers_change_places() -> None:
     assert [str(one.source) for one in there.outer] == [
         f"{STAYS}:5000", f"{STAYS}:443", f"{P}:5000",
     ]  # fmt: skip
+
+
+def test_a_repair_takes_those_for_heard_that_the_wire_brings() -> None:
+    plan = make_plan(moves(f"{P}={Q}"), KEPT)
+    [there] = plan.translations
+    prepared, opening = split_opening(plan, DESTINATION)
+    sets = {f"{name}-web-0": 3 for name in ("kept", "outer", "to-outer", "to-inner")}
+    seen = Observation(Gate.ABSENT, sets, frozenset(), {}, 3, gone=prepared, shut=opening)
+
+    life = Life(True, KEPT)
+    found = [one for _, one in find_patches(plan, DESTINATION, seen, life, opened=True)]
+
+    filled = {one.name: one.connections for one in found if isinstance(one, FillSet)}
+    assert filled["heard-web-0"] == there.outer.toward(there.map.old)
+    assert filled["outer-web-0"] == there.outer
+    assert filled["kept-web-0"] == KEPT
