@@ -223,6 +223,16 @@ class FakeKernel:
 
     _find_marked_apart = _follow_at
 
+    def asks_for_ports(self, site: Site, *version: int) -> bool:
+        """No policy rule."""
+        return False
+
+    has_legacy_tables = asks_for_ports
+
+    def read_entrances(self, site: Site, *about: object) -> dict[Address, str]:
+        """None is known."""
+        return {}
+
     def read_virtual_servers(self, site: Site) -> str:
         """None."""
         return ""

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from entered import entered
 
 from natkeep.cli import main
 from natkeep.kernel import survey
@@ -50,15 +51,21 @@ class Network:
         subprocess.run(command, input=script, text=True, check=True)
 
     def natkeep(
-        self, verb: str, version: int, *more: str, peer: str = "", port: int = 5000
+        self,
+        verb: str,
+        version: int,
+        *more: str,
+        peer: str = "",
+        port: int = 5000,
+        sites: tuple[str, ...] = ("gateway", "destination"),
     ) -> subprocess.CompletedProcess[str]:
         """A verb about one connection."""
         old = MAPS[version].partition("=")[0]
         ends = [f"[{end}]" if version == 6 else end for end in (old, peer or PEERS[version])]
         text = f"{ends[0]}:{port} {ends[1]}:50001\n"
-        sites = (f"gateway={self.gateway}", f"destination={self.destination}")
+        named = [f"{site}={getattr(self, site)}" for site in sites]
         words = [*verb.split(), "--map", MAPS[version], "--connections", "-", *more]
-        words += [word for site in sites for word in ("--site", site)]
+        words += [word for site in named for word in ("--site", site)]
         state = str(self.place / "state")
         command = [sys.executable, "-m", "natkeep.cli", "--state-dir", state, *words]
         return subprocess.run(command, input=text, text=True, capture_output=True)
@@ -294,6 +301,107 @@ def test_marks_that_rules_give_old_and_not_new_or_the_other_way_stop_a_move(
     both = f"{ip} saddr {{ {ends[0]}, {ends[1]} }} meta mark set 0x2"
     network.nft(netns, f"flush chain inet w c\nadd rule inet w c {both}\n")
     assert network.codes(version) == []
+
+
+@pytest.mark.root
+@pytest.mark.needs("nftables")
+@EACH_VERSION
+def test_a_mark_that_new_connections_alone_get_stops_a_move(network: Network, version: int) -> None:
+    """With two uplinks, answers follow the device that their connection came in by."""
+    netns, new = network.destination, MAPS[version].partition("=")[2]
+    network.ip(f"link add wire netns {netns} type veth peer name wire netns {network.rest}")
+    for each in (netns, network.rest):
+        network.ip(f"-n {each} link set wire up")
+    network.ip(f"-n {netns} address add 10.9.0.20/24 dev wire")
+    network.ip(f"-n {netns} address add fd00:9::20/64 dev wire nodad")
+    router = {4: "10.9.0.9", 6: "fd00:9::9"}[version]
+    network.ip(f"-n {netns} -{version} route add default via {new.replace('20', '1')} table 100")
+    network.ip(f"-n {netns} -{version} rule add fwmark 2 lookup 100")
+    network.ip(f"-n {netns} -{version} route replace default via {router} dev wire")
+    script = """table inet w {{
+        chain i {{ type filter hook prerouting priority mangle; {when} ct mark set 2; }}
+        chain o {{ type route hook output priority mangle; meta mark set ct mark; }}
+    }}
+    """
+    network.nft(netns, script.format(when="ct state new"))
+    assert "marked-apart" in network.codes(version)
+    network.nft(netns, "delete table inet w\n" + script.format(when=""))
+    assert network.codes(version) == []
+
+
+@pytest.mark.root
+@pytest.mark.needs("nftables")
+@EACH_VERSION
+def test_a_mark_by_which_peers_do_not_reach_new_stops_a_move(
+    network: Network, version: int
+) -> None:
+    """It was made for OLD: the table has a route to it alone."""
+    at, router = f"-n {network.gateway} -{version}", {4: "10.2.0.9", 6: "fd00:2::9"}[version]
+    network.ip(f"{at} route add default via {router} table 200")
+    network.ip(f"{at} rule add fwmark 5 lookup 200")
+    base = "type filter hook prerouting priority mangle;"
+    network.nft(
+        network.gateway,
+        f"table inet w {{ chain c {{ {base} tcp dport 5000 meta mark set 5; }}; }}\n",
+    )
+    assert network.codes(version) == ["marked-apart"]
+
+
+@pytest.mark.root
+@pytest.mark.needs("nftables")
+@EACH_VERSION
+def test_a_filter_of_the_reverse_path_by_rules_drops_what_comes_in_elsewhere(
+    network: Network, version: int
+) -> None:
+    """The destination's answers come to another device of the gateway than NEW is reached by."""
+    near, far = {4: ("10.9.0.1", "10.9.0.20"), 6: ("fd00:9::1", "fd00:9::20")}[version]
+    size, nodad = {4: (24, ""), 6: (64, " nodad")}[version]
+    pair = f"uplink netns {network.gateway} type veth peer name uplink netns {network.destination}"
+    network.ip(f"link add {pair}")
+    for netns, address in ((network.gateway, near), (network.destination, far)):
+        network.ip(f"-n {netns} link set uplink up")
+        network.ip(f"-n {netns} address add {address}/{size} dev uplink{nodad}")
+    base = "type filter hook prerouting priority mangle;"
+    rule = "fib saddr . iif oif missing drop"
+    network.nft(network.gateway, f"table inet w {{ chain c {{ {base} {rule}; }}; }}\n")
+    assert network.codes(version) == []
+    network.ip(f"-n {network.destination} -{version} route replace default via {near}")
+    assert network.codes(version) == ["dropped"]
+
+
+HOP_RULES = {
+    "type nat hook postrouting priority 100; {ip} daddr != @local masquerade": "hop-translates",
+    "type filter hook forward priority 0; policy drop; ct state established accept": "dropped",
+    "type filter hook forward priority 0; policy drop; ct state established accept; "
+    'iifname "far" accept': "",
+    "type nat hook postrouting priority 100; {ip} saddr != @peers {ip} daddr != @peers "
+    "masquerade": "",
+}
+
+
+@pytest.mark.root
+@pytest.mark.needs("nftables")
+@EACH_VERSION
+def test_a_host_in_between_that_natkeep_runs_on_is_asked_for_its_rules(
+    network: Network, version: int
+) -> None:
+    """The router is no site here, as the host of a container."""
+    hop, peer = network.gateway, PEERS[version]
+    for rule, code in HOP_RULES.items():
+        kind = {4: "ipv4_addr", 6: "ipv6_addr"}[version]
+        text = rule.format(ip={4: "ip", 6: "ip6"}[version])
+        script = f"""table inet h {{
+            set local {{ type {kind}; elements = {{ {MAPS[version].partition("=")[0]} }}
+            }}
+            set peers {{ type {kind}; elements = {{ {peer} }}
+            }}
+            chain c {{ {text}; }}
+        }}
+        """
+        network.nft(hop, script)
+        with entered(hop):
+            assert network.codes(version, sites=("destination",)) == ([code] if code else []), rule
+        network.nft(hop, "delete table inet h\n")
 
 
 @pytest.mark.root

@@ -51,10 +51,11 @@ _COMES_AND_GOES = 0x10 | 0x20 | 0x40
 """A set with NFT_SET_TIMEOUT or NFT_SET_EVAL; NFT_SET_OBJECT is a map of objects."""
 _GETSETELEM, _CATCHALL = 13, 2
 _ZONE = 17  # NFT_CT_ZONE
-_CT_NOTRACK, _RESTORE = 1, 2  # XT_CT_NOTRACK, XT_CONNMARK_RESTORE
+_CT_NOTRACK, _RESTORE = 1, 2  # XT_CT_NOTRACK; XT_CONNMARK_RESTORE, behind SET and SAVE
 _STATE_SNAT, _STATE_DNAT, _STATE_UNTRACKED = 0x40, 0x80, 0x100  # XT_CONNTRACK_STATE_…
-_UNREAD = Expression("mark", 99, "", ())
-"""A mark from a register that nothing is in."""
+_FIB_OIF, _FIB_BACK, _FIB_PRESENT = 1, 0x1 | 0x8, 0x20
+"""NFT_FIB_RESULT_OIF; NFTA_FIB_F_SADDR and NFTA_FIB_F_IIF; NFTA_FIB_F_PRESENT."""
+_FIB_MAY = 0x4 | _FIB_PRESENT  # NFTA_FIB_F_MARK
 
 
 def read_ruleset(version: int) -> Ruleset:
@@ -132,6 +133,11 @@ def _read_plain(name: str, body: dict[int, bytes]) -> Expression:
         case "ct" if 1 in body:
             key = _CT.get(_number(body[2]), "?")
             return Expression("load", _number(body[1]), f"ct {key}", ())
+        case "ct" if _CT.get(_number(body[2])) == "mark":
+            return Expression("connmark", _number(body[4]), "", ())
+        case "fib" if _number(body[2]) == _FIB_OIF and _number(body[3]) & ~_FIB_MAY == _FIB_BACK:
+            present = " present" if _number(body[3]) & _FIB_PRESENT else ""
+            return Expression("load", _number(body[1]), f"fib{present}", ())
         case "ct" if _number(body[2]) == _ZONE:
             return Expression("do", 0, "zone", ())
         case "ct":
@@ -153,7 +159,7 @@ def _read_plain(name: str, body: dict[int, bytes]) -> Expression:
         case "nat":
             return Expression("do", 0, "dnat" if _number(body[1]) else "snat", ())
         case "target":
-            return _read_target(dump.text(body[1]), body.get(3, b""))
+            return _read_target(dump.text(body[1]), _number(body[2]), body.get(3, b""))
         case "match":
             return _read_match(body)
     return Expression("do" if name in _DOES else "unknown", 0, _DOES.get(name, name), ())
@@ -167,12 +173,15 @@ def _read_immediate(body: dict[int, bytes]) -> Expression:
     return Expression("verdict", 0, verdict, (chain,))
 
 
-def _read_target(name: str, info: bytes) -> Expression:
+def _read_target(name: str, revision: int, info: bytes) -> Expression:
     """Of iptables' own targets, without CT."""
     if name == "MARK" and len(info) >= 8:
-        return Expression("remark", 0, "", struct.unpack_from("=II", info))
-    if name == "CONNMARK" and len(info) > 12 and info[12] == _RESTORE:
-        return _UNREAD
+        return Expression("remark", 0, "mark", struct.unpack_from("=II", info))
+    if name == "CONNMARK" and revision == 2 and not info[13]:  # no shift
+        value, mask, of_packet, how = struct.unpack_from("=III2xB", info)
+        if how == _RESTORE:
+            return Expression("remark", 0, "mark", (0, of_packet, mask))
+        return Expression("remark", 0, "connmark", (value, mask, of_packet)[: 2 + how])
     return Expression("do", 0, _TARGETS.get(name, "?"), ())
 
 

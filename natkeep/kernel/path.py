@@ -15,19 +15,25 @@ import os
 import socket
 import struct
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import closing
 from ipaddress import ip_address
 
 from natkeep.kernel import rtnetlink as rt
 from natkeep.kernel import sysctl
+from natkeep.kernel.fib_rules import DPORT, MARK, SPORT
 from natkeep.kernel.netlink import NETLINK_ROUTE, NLM_F_DUMP, Netlink, attribute, attributes
-from natkeep.kernel.policy_rules import has_marks, read_rules
+from natkeep.kernel.policy_rules import asks_for, read_rules
 from natkeep.plan.path import Route, SourceRule, Way, find_uncopied, network_of
 from natkeep.plan.tuples import Address
 
 LIMIT = 256
 """So many peers of a pair of OLD and NEW are looked up."""
+
+Ports = Mapping[Address, tuple[int, int]]
+"""Of some peers the port of theirs and the local one, where a policy rule asks for ports."""
+Entrances = Mapping[Address, str]
+"""The next router of what NEW sends to a peer: by which device it comes in there."""
 
 _RTM_F_FIB_MATCH = 0x2000
 _TABLE, _MULTIPATH, _VIA = 15, 9, 18
@@ -85,6 +91,11 @@ class Links:
         index = self._local.get(address.packed, 0)
         return 0 if index == rt.LOOPBACK else index
 
+    def home_of(self, address: Address) -> str:
+        """Name of the device that has *address*, if hosts are asked for there."""
+        index = self.device_of(address)
+        return self._names.get(index, "") if index not in self._silent else ""
+
     def is_local(self, address: Address) -> bool:
         """Whether it is an address of this host."""
         return address.packed in self._local
@@ -109,13 +120,25 @@ class Links:
         size = len(packed)
         return any(size == width and number & mask == at for width, at, mask in self._networks)
 
+    def enters_by(self, hop: str) -> int:
+        """Index of the device here that has the address *hop*; 0 where none has."""
+        return self.device_of(ip_address(hop)) if hop and not ip_address(hop).is_link_local else 0
+
     def look_up(
-        self, to: Address, source: Address | None = None, device: int = 0, mark: int = 0
+        self,
+        to: Address,
+        source: Address | None = None,
+        device: int = 0,
+        mark: int = 0,
+        ports: tuple[int, int] | None = None,
     ) -> tuple[Route, int]:
-        """The route of a packet from here, or of one that comes in by *device*; and its index."""
+        """The route of a packet from here, or of one that comes in by *device*; and its index.
+
+        ports: those of its source and destination.
+        """
         flags = _RTM_F_FIB_MATCH if not device else 0
         try:
-            answer = rt.demand_route(self._netlink, to, flags, mark, source, device)
+            answer = rt.demand_route(self._netlink, to, flags, mark, source, device, ports)
         except OSError as error:
             return Route("reverse" if device and error.errno in _REVERSE else "none"), 0
         return self._read(answer)
@@ -133,7 +156,7 @@ class Links:
             and not via
             and _MULTIPATH not in found
             and index not in self._silent
-            and (connected or header[1] == whole)
+            and (connected or header[1] == whole or self._has_own_in(found, header[1], index))
         )
         entry = b"".join(
             found.get(at, b"-")
@@ -141,6 +164,15 @@ class Links:
         )
         kind = _KINDS.get(header[7], "none")
         return Route(kind, self._names.get(index, ""), hop, neighbour, entry), index
+
+    def _has_own_in(self, found: dict[int, bytes], length: int, index: int) -> bool:
+        """Whether the network of a route is that of an address of its device, whoever added it."""
+        packed = found.get(rt.RTA_DST, b"")
+        to, mask = network_of(packed, length) if packed else (0, 0)
+        return any(
+            at == index and len(own) == len(packed) and int.from_bytes(own, "big") & mask == to
+            for own, at in self._local.items()
+        )
 
 
 def read_local(version: int) -> frozenset[Address]:
@@ -150,13 +182,17 @@ def read_local(version: int) -> frozenset[Address]:
 
 
 def read_at_destination(
-    old: Address, new: Address, peers: Iterable[bytes], besides: frozenset[Address] | None
+    old: Address,
+    new: Address,
+    peers: Iterable[bytes],
+    gateways: frozenset[Address] | None,
+    ports: Ports | None = None,
 ) -> tuple[Way, ...]:
-    """The ways to *peers*, without *besides*: the gateways' addresses; None: the next router."""
+    """The ways to *peers*, without *gateways*: their addresses; None: the next router."""
     with closing(Links()) as links:
-        if besides is None:
-            besides = _find_routers(links, old, new)
-        return tuple(way for way in _ways_here(links, old, new, peers) if way.peer not in besides)
+        besides = _find_routers(links, old, new) if gateways is None else gateways
+        ways = _ways_here(links, old, new, peers, gateways or frozenset(), ports or {})
+        return tuple(way for way in ways if way.peer not in besides)
 
 
 def _find_routers(links: Links, old: Address, new: Address) -> frozenset[Address]:
@@ -165,36 +201,67 @@ def _find_routers(links: Links, old: Address, new: Address) -> frozenset[Address
     return frozenset([ip_address(route.hop)]) if route.hop else frozenset()
 
 
-def _ways_here(links: Links, old: Address, new: Address, peers: Iterable[bytes]) -> Iterator[Way]:
+def _ways_here(
+    links: Links,
+    old: Address,
+    new: Address,
+    peers: Iterable[bytes],
+    gateways: frozenset[Address],
+    ports: Ports,
+) -> Iterator[Way]:
     rules = links.source_rules(6) if old.version == 6 else ()
+    home = links.home_of(new)
     for peer in links.first(peers):
-        out, index = links.look_up(peer, new)
+        coming = ports.get(peer)
+        going = coming and coming[::-1]
+        out, index = links.look_up(peer, new, ports=going)
         device = links.device_of(new) or index
         there = None
         if out.kind == "unicast" and device:
-            there, _ = links.look_up(new, peer, device)
+            there, _ = links.look_up(new, peer, device, ports=coming)
         before = None
         if old.version == 6 and not links.is_local(old) and not find_uncopied(rules, new, old):
-            before, _ = links.look_up(peer, old)  # by routes that name a source
-        yield Way(peer, old, new, out, there, before=before)
+            before, _ = links.look_up(peer, old, ports=going)  # by routes that name a source
+        known = bool(out.hop) and ip_address(out.hop) in gateways
+        apart = home if home != out.device and not known else ""
+        yield Way(peer, old, new, out, there, before=before, home=apart)
 
 
-def read_at_gateway(old: Address, new: Address, peers: Iterable[bytes]) -> tuple[Way, ...]:
+def read_at_gateway(
+    old: Address,
+    new: Address,
+    peers: Iterable[bytes],
+    entrances: Entrances | None = None,
+    ports: Ports | None = None,
+) -> tuple[Way, ...]:
     """The ways of what *peers* and NEW say to each other, as it comes in."""
     ways = []
     with closing(Links()) as links:
         to_old, at_old = links.look_up(old)
         to_new, at_new = links.look_up(new)
         for peer in links.first(peers):
+            coming = (ports or {}).get(peer)
+            going = coming and coming[::-1]
             out, at_peer = links.look_up(peer)
             there = back = before = None
             if out.kind == "unicast" and to_new.kind == "unicast" and at_peer and at_new:
-                there, _ = links.look_up(new, peer, at_peer)
-                back, _ = links.look_up(peer, new, at_new)
+                entered = links.enters_by((entrances or {}).get(peer, "")) or at_new
+                there, _ = links.look_up(new, peer, at_peer, ports=coming)
+                back, _ = links.look_up(peer, new, entered, ports=going)
                 if to_old.kind == "unicast" and at_old:
-                    before, _ = links.look_up(peer, old, at_old)
+                    before, _ = links.look_up(peer, old, at_old, ports=going)
             ways.append(Way(peer, old, new, out, there, back, before, to_old, to_new))
     return tuple(ways)
+
+
+def read_entrances(new: Address, peers: Iterable[bytes], ports: Ports | None = None) -> Entrances:
+    """At a destination, the next router of what NEW sends to each of *peers*; empty for none."""
+    with closing(Links()) as links:
+        found = {}
+        for peer in links.first(peers):
+            coming = (ports or {}).get(peer)
+            found[peer] = links.look_up(peer, new, ports=coming and coming[::-1])[0].hop
+        return found
 
 
 def read_address_state(address: Address) -> str:
@@ -212,7 +279,13 @@ def has_bridge() -> bool:
 def asks_for_marks(version: int) -> bool:
     """Whether a policy rule of others asks for a packet's mark."""
     with Netlink(NETLINK_ROUTE) as netlink:
-        return has_marks(netlink, version)
+        return asks_for(netlink, version, MARK)
+
+
+def asks_for_ports(version: int) -> bool:
+    """Whether one asks for its ports."""
+    with Netlink(NETLINK_ROUTE) as netlink:
+        return asks_for(netlink, version, SPORT, DPORT)
 
 
 def read_source_rules(version: int) -> tuple[SourceRule, ...]:

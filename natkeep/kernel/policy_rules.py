@@ -20,7 +20,6 @@ from natkeep.kernel.fib_rules import (
     FAMILY,
     HEADER,
     IIFNAME,
-    MARK,
     NEWRULE,
     PRIORITY,
     PROTOCOL,
@@ -72,10 +71,11 @@ def _read(answer: bytes, version: int) -> Iterator[SourceRule]:
     )
 
 
-def has_marks(netlink: Netlink, version: int) -> bool:
-    """Whether a rule that is not natkeep's asks for a mark."""
+def asks_for(netlink: Netlink, version: int, *kinds: int) -> bool:
+    """Whether a rule that is not natkeep's asks for one of *kinds*: MARK, SPORT, …"""
     found = [attributes(one[HEADER.size :]) for one in dump_rules(netlink, version)]
-    return any(MARK in said and said.get(PROTOCOL, b"\0")[0] not in _OURS for said in found)
+    others = (said for said in found if said.get(PROTOCOL, b"\0")[0] not in _OURS)
+    return any(kind in said for said in others for kind in kinds)
 
 
 def copy_rules(new: Address, old: Address) -> None:

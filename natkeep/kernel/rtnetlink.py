@@ -56,7 +56,7 @@ _FOREVER = 0xFFFFFFFF
 _LOCAL_TIMEOUT = 2.0
 
 RTA_DST, _RTA_SRC, _RTA_IIF, RTA_OIF, RTA_GATEWAY, RTA_PRIORITY = 1, 2, 3, 4, 5, 6
-_RTA_MARK = 16
+_RTA_MARK, _RTA_IP_PROTO, _RTA_SPORT, _RTA_DPORT = 16, 27, 28, 29
 RTN_UNICAST, RTN_LOCAL = 1, 2
 _TABLE_MAIN, _PROTOCOL_STATIC = 254, 4
 _LAST = 0xFFFFFFFE
@@ -225,12 +225,12 @@ def look_up_route(
 
 def demand_route(
     netlink: Netlink, address: Address, flags: int = 0, mark: int = 0,
-    source: Address | None = None, device: int = 0,
+    source: Address | None = None, device: int = 0, ports: tuple[int, int] | None = None,
 ) -> bytes:  # fmt: skip
     """The same; OSError says why there is none.
 
     source: where it comes from, an address of this host; or of another, with the index of the
-    *device* by which it comes in.
+    *device* by which it comes in. ports: of TCP, the source's and the destination's.
     """
     length = address.max_prefixlen
     body = ROUTE.pack(_FAMILY[address.version], length, length if source else 0, *[0] * 5, flags)
@@ -238,6 +238,11 @@ def demand_route(
     numbers = (_RTA_IIF, device), (_RTA_MARK, mark)
     body += attribute(_RTA_SRC, source.packed) if source else b""
     body += b"".join(attribute(at, struct.pack("=I", value)) for at, value in numbers if value)
+    if ports:
+        body += attribute(_RTA_IP_PROTO, b"\x06") + b"".join(
+            attribute(at, struct.pack("!H", port))
+            for at, port in zip((_RTA_SPORT, _RTA_DPORT), ports, strict=True)
+        )
     [answer] = netlink.request(GETROUTE, 0, body)
     return answer
 

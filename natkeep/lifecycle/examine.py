@@ -8,7 +8,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 
 from natkeep.errors import RefusedError
-from natkeep.lifecycle.other_rules import look_at_hops, look_at_marks, look_at_other_rules
+from natkeep.lifecycle.hops import look_at_hops
+from natkeep.lifecycle.marks import look_at_marks
+from natkeep.lifecycle.other_rules import look_at_other_rules
 from natkeep.lifecycle.path import (
     look_at_new,
     look_at_owners,

@@ -2,43 +2,39 @@
 
     gateway       peer > OLD and NEW > peer, from where they come in to where they leave
     destination   peer > NEW as it is delivered, OLD > peer as it is sent
-    here          NEW > peer, where natkeep runs on the host by which a container's packets leave
 
 Of all connections some are followed: of each peer and each local port one, 32 at most.
 """
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterator
-from contextlib import closing, suppress
+from collections.abc import Iterator, Mapping
+from contextlib import closing
+from typing import NamedTuple
 
-from natkeep.errors import KernelError, NatkeepError
 from natkeep.kernel import other_rules as reading
 from natkeep.kernel import path
-from natkeep.kernel.netns import Namespace, inside, open_namespace
 from natkeep.kernel.rtnetlink import LOOPBACK
+from natkeep.lifecycle.path import find_entrances
 from natkeep.lifecycle.subject import Subject
 from natkeep.plan.findings import Finding, Severity, ok
-from natkeep.plan.identity import Identity
 from natkeep.plan.move import Mode, Site
 from natkeep.plan.other_rules import (
     EVERY,
     Ruleset,
-    find_translating,
     find_virtual,
     follow,
     without_lock,
 )
-from natkeep.plan.packet import ESTABLISHED, INVALID, NEW, Effect, Packet
+from natkeep.plan.packet import ESTABLISHED, INVALID, Effect, Packet
 from natkeep.plan.translation import Translation
-from natkeep.plan.tuples import Connections, Endpoint, FourTuple
+from natkeep.plan.tuples import Address, Connections, Endpoint, FourTuple
 from natkeep.values import replace
 
 _FOLLOWED = 32
 _SAMPLED = 512
-_FILTERS = frozenset({"filter", "route"})
-_TURNS = {Mode.STATEFUL: (-120, 80), Mode.STATELESS: (-300, 300)}
+FILTERS = frozenset({"filter", "route"})
+TURNS = {Mode.STATEFUL: (-120, 80), Mode.STATELESS: (-300, 300)}
 """The priorities at which a packet gets its other address: as it comes in, and as it leaves."""
 
 
@@ -51,7 +47,9 @@ def look_at_other_rules(subject: Subject) -> Iterator[Finding]:
         if not site.row.leaves or not here:
             continue
         found: dict[tuple[str, str], str] = {}
-        for effect, tuple_ in subject.kernel.ask(site, _follow_at, here, subject.run_id):
+        entrances = [_find_entrances(subject, one) for one in here]
+        effects = subject.kernel.ask(site, _follow_at, here, subject.run_id, entrances)
+        for effect, tuple_ in effects:
             found.setdefault((effect.does, effect.where), str(tuple_))
         findings = [*judge(site, found, plan.move.mode)]
         if subject.kernel.ask(site, reading.has_legacy_tables):
@@ -60,7 +58,7 @@ def look_at_other_rules(subject: Subject) -> Iterator[Finding]:
         ends = frozenset(
             Endpoint(address, end.destination.port)
             for one in here
-            for end in _sample(one.kept)
+            for end in sample(one.kept)
             for address in (one.map.old, one.map.new)
         )
         table = subject.kernel.ask(site, reading.read_virtual_servers)
@@ -96,7 +94,17 @@ _CODES = {
 _IF_SURE = frozenset({"drop", "notrack", "synproxy dropped"})
 
 
-def _follow_at(here: list[Translation], run_id: str | None) -> list[tuple[Effect, FourTuple]]:
+def _find_entrances(subject: Subject, translation: Translation) -> Mapping[Address, str]:
+    """At a gateway, by which of its addresses what NEW sends comes in, where that is known."""
+    if not translation.site.row.passes_on:
+        return {}
+    peers = {tuple_.source.address.packed for tuple_ in sample(translation.outer)}
+    return find_entrances(subject, translation.map, peers)
+
+
+def _follow_at(
+    here: list[Translation], run_id: str | None, entrances: list[Mapping[Address, str]]
+) -> list[tuple[Effect, FourTuple]]:
     """What rules of others here do to the packets of these translations, and to which.
 
     run_id: of the dump; the restore locks the network as the dump did, and unlocks it at its end.
@@ -105,18 +113,18 @@ def _follow_at(here: list[Translation], run_id: str | None) -> list[tuple[Effect
     with closing(path.Links()) as links:
         for version in {one.map.old.version for one in here}:
             ruleset = without_lock(reading.read_ruleset(version), run_id)
-            for one in here if ruleset.chains else ():
+            for one, entered in zip(here, entrances, strict=True) if ruleset.chains else ():
                 if one.map.old.version == version:
-                    found += _follow_one(ruleset, links, one)
+                    found += _follow_one(ruleset, links, one, entered)
     return found
 
 
 def _follow_one(
-    ruleset: Ruleset, links: path.Links, translation: Translation
+    ruleset: Ruleset, links: path.Links, translation: Translation, entrances: Mapping[Address, str]
 ) -> Iterator[tuple[Effect, FourTuple]]:
     proxies = ruleset.has("synproxy")
-    for views in _sample_views(translation):
-        for way in _find_ways(links, translation, *views):
+    for views in sample_views(translation):
+        for way in _find_ways(links, translation, views, entrances):
             for effect, tuple_ in _follow_way(ruleset, way, ESTABLISHED):
                 if effect.does == "synproxy":
                     effect = effect._replace(does="synproxy dropped")
@@ -133,13 +141,18 @@ _Stage = tuple[str, FourTuple, _Device, _Device, range]
 _NONE = 0, ""
 
 
-def _follow_way(
-    ruleset: Ruleset, way: list[_Stage], state: int
-) -> Iterator[tuple[Effect, FourTuple]]:
-    packet = Packet(way[0][1], state=state)
-    for hook, tuple_, iif, oif, priorities in way:
+class _Way(NamedTuple):
+    """The hooks of a way; back: the device by which the host would answer what comes so."""
+
+    back: _Device
+    stages: list[_Stage]
+
+
+def _follow_way(ruleset: Ruleset, way: _Way, state: int) -> Iterator[tuple[Effect, FourTuple]]:
+    packet = Packet(way.stages[0][1], state=state, back=way.back[0])
+    for hook, tuple_, iif, oif, priorities in way.stages:
         packet = replace(packet, tuple_=tuple_, iif=iif, oif=oif)
-        for effect in follow(ruleset, hook, packet, _FILTERS, priorities):
+        for effect in follow(ruleset, hook, packet, FILTERS, priorities):
             packet = packet.after([effect])
             yield effect, tuple_
             if effect.does == "drop" and effect.sure:
@@ -149,39 +162,40 @@ def _follow_way(
 def _find_ways(
     links: path.Links,
     translation: Translation,
-    kept: FourTuple,
-    outer: FourTuple,
-    inner: FourTuple,
-    routed: FourTuple,
-) -> list[list[_Stage]]:
+    views: list[FourTuple],
+    entrances: Mapping[Address, str],
+) -> list[_Way]:
     """The hooks that a packet of this connection passes, there and back."""
-    first, second = _TURNS[translation.mode]
-    near = links.device(links.look_up(outer.source.address)[1])
-    far = links.device(links.look_up(translation.map.new)[1])
-    if not translation.site.row.passes_on:
-        home = links.device_of(translation.map.new)
-        far = links.device(home) if home else near
+    first, second = TURNS[translation.mode]
+    kept, outer, inner, routed = views
+    peer, new, passes = outer.source.address, translation.map.new, translation.site.row.passes_on
+    near = links.device(links.look_up(peer, None if passes else new)[1])
+    if not passes:
+        far = links.device(links.device_of(new) or near[0])
         if near[0] == LOOPBACK:  # the peer is here, too: nothing translates
             outer = routed = kept
             far = near
         return [
-            [*_come(outer, routed, far, first),
-             *_turn("input", routed, kept, (far, _NONE), second)],
-            [*_turn("output", kept.reply(), routed.reply(), (_NONE, near), first),
-             *_leave(routed.reply(), outer.reply(), near, second)],
+            _Way(near, [*_come(outer, routed, far, first),
+                       *_turn("input", routed, kept, (far, _NONE), second)]),
+            _Way(_NONE, [*_turn("output", kept.reply(), routed.reply(), (_NONE, near), first),
+                        *_leave(routed.reply(), outer.reply(), (_NONE, near), second)]),
         ]  # fmt: skip
-    back = [*_come(inner.reply(), routed.reply(), far, first)]
+    far = links.device(links.look_up(new)[1])
+    entered = links.device(links.enters_by(entrances.get(peer, "")) or far[0])
+    back = [*_come(inner.reply(), routed.reply(), entered, first)]
     if near[0] == LOOPBACK:  # the peer is the gateway itself
         return [
-            [*_turn("output", outer, routed, (_NONE, far), first),
-             *_leave(routed, inner, far, second)],
-            [*back, *_turn("input", routed.reply(), outer.reply(), (far, _NONE), second)],
+            _Way(_NONE, [*_turn("output", outer, routed, (_NONE, far), first),
+                         *_leave(routed, inner, (_NONE, far), second)]),
+            _Way(far, [*back, *_turn("input", routed.reply(), outer.reply(), (entered, _NONE),
+                                     second)]),
         ]  # fmt: skip
     return [
-        [*_come(outer, routed, near, first), ("forward", routed, near, far, EVERY),
-         *_leave(routed, inner, far, second)],
-        [*back, ("forward", routed.reply(), far, near, EVERY),
-         *_leave(routed.reply(), outer.reply(), near, second)],
+        _Way(near, [*_come(outer, routed, near, first), ("forward", routed, near, far, EVERY),
+                    *_leave(routed, inner, (near, far), second)]),
+        _Way(far, [*back, ("forward", routed.reply(), entered, near, EVERY),
+                   *_leave(routed.reply(), outer.reply(), (entered, near), second)]),
     ]  # fmt: skip
 
 
@@ -198,53 +212,14 @@ def _come(before: FourTuple, after: FourTuple, device: _Device, at: int) -> Iter
     yield from _turn("prerouting", before, after, (device, _NONE), at)
 
 
-def _leave(before: FourTuple, after: FourTuple, device: _Device, at: int) -> Iterator[_Stage]:
-    yield from _turn("postrouting", before, after, (_NONE, device), at)
-    yield "egress", after, _NONE, device, EVERY
+def _leave(
+    before: FourTuple, after: FourTuple, devices: tuple[_Device, _Device], at: int
+) -> Iterator[_Stage]:
+    yield from _turn("postrouting", before, after, devices, at)
+    yield "egress", after, *devices, EVERY
 
 
-def look_at_marks(subject: Subject) -> Iterator[Finding]:
-    """Whether rules of others mark NEW's packets otherwise than OLD's, and `ip rule` asks."""
-    plan = subject.plan
-    assert plan is not None
-    for site in plan.move.ordered_sites():
-        for translation in plan.translations if site.row.leaves else ():
-            if translation.site != site:
-                continue
-            apart = subject.kernel.ask(site, _find_marked_apart, translation)
-            for tuple_, was, now in apart[:1]:
-                yield Finding(
-                    "marked-apart",
-                    site,
-                    f"by the marks that rules give what {translation.map.old} and "
-                    f"{translation.map.new} send, {tuple_} leaves {now} instead of {was}",
-                )
-
-
-def _find_marked_apart(translation: Translation) -> list[tuple[FourTuple, str, str]]:
-    """Of which connections the answers leave by another device, and which, for their marks."""
-    map_, at_gateway = translation.map, translation.site.row.passes_on
-    if not path.asks_for_marks(map_.old.version):
-        return []
-    ruleset, found = reading.read_ruleset(map_.old.version), []
-    with closing(path.Links()) as links:
-        homes = [links.look_up(one)[1] for one in (map_.old, map_.new)] if at_gateway else [0, 0]
-        for tuple_ in _sample(translation.kept):
-            ways = []
-            for source, device in zip((map_.old, map_.new), homes, strict=True):
-                away = FourTuple(Endpoint(source, tuple_.destination.port), tuple_.source)
-                packet = Packet(away, iif=links.device(device))
-                hook = "prerouting" if at_gateway else "output"
-                mark = packet.after(follow(ruleset, hook, packet, _FILTERS)).mark or 0
-                origin = source if at_gateway else map_.new  # OLD is not there yet
-                ways.append(links.look_up(tuple_.source.address, origin, device, mark)[0])
-            was, now = ways
-            if was.kind == now.kind == "unicast" and was.said() != now.said():
-                found.append((away, was.said(), now.said()))
-    return found
-
-
-def _sample(connections: Connections) -> list[FourTuple]:
+def sample(connections: Connections) -> list[FourTuple]:
     """Of each peer's address and local port one connection, 32 at most."""
     return [*Connections.of_records(_sample_records(connections))]
 
@@ -258,104 +233,19 @@ def _sample_records(connections: Connections) -> list[bytes]:
     return [*found.values()][:_FOLLOWED]
 
 
-def _sample_views(translation: Translation) -> Iterator[list[FourTuple]]:
+def sample_views(translation: Translation) -> Iterator[list[FourTuple]]:
     """The same as the process sees each, as it comes, as it leaves, and as it is routed."""
-    kept = translation.kept
     if not translation.renames:
-        for one in _sample(kept):
-            outer, inner = (
+        for one in sample(translation.outer):
+            inside, inner = (
                 FourTuple(one.source, Endpoint(address, one.destination.port))
-                for address in (translation.before, translation.after)
+                for address in (translation.map.old, translation.after)
             )
-            yield [one, outer, inner, inner]
+            yield [inside, one, inner, inner]
         return
     views = (translation.outer, translation.inner, translation.routed)
+    kept = translation.kept
     others = dict(zip(kept.each(), zip(*(view.each() for view in views), strict=True), strict=True))
     for record in _sample_records(kept):
         each = (Connections.of_records([one]) for one in (record, *others[record]))
         yield [next(iter(one)) for one in each]
-
-
-# ---- a hop that is no site -----------------------------------------------------------------------
-
-
-def look_at_hops(subject: Subject) -> Iterator[Finding]:
-    """Whether the host by which a container's packets leave would masquerade them.
-
-    It is no site, and seen where natkeep runs there, or where it is the first process' namespace.
-    """
-    plan = subject.plan
-    assert plan is not None
-    hosts = [*_find_hosts({subject.kernel.identity(site) for site in plan.move.sites})]
-    for site in plan.move.sites if hosts else ():
-        here = [one for one in plan.translations if one.site == site]
-        for translation in here if site.row.puts_old else ():
-            map_, peers = translation.map, translation.outer.peers()
-            ways = subject.kernel.ask(
-                site, path.read_at_destination, map_.old, map_.new, peers, frozenset()
-            )
-            hops = {way.out.hop for way in ways if way.out.hop}
-            if hops:
-                yield from _look_at_hop(translation, hops, hosts)
-    for namespace, _ in hosts:
-        os.close(namespace.fd)
-
-
-def _find_hosts(sites: set[Identity]) -> Iterator[tuple[Namespace, str]]:
-    """The namespaces that may be a container's host, and are none of the move's *sites*."""
-    for name, said in (("", "this host"), ("pid:1", "the host of process 1")):
-        try:
-            namespace = open_namespace(name)
-        except NatkeepError:
-            continue
-        if namespace.identity in sites:
-            os.close(namespace.fd)
-            continue
-        sites = {*sites, namespace.identity}
-        yield namespace, said
-
-
-def _look_at_hop(
-    translation: Translation, hops: set[str], hosts: list[tuple[Namespace, str]]
-) -> Iterator[Finding]:
-    for namespace, said in hosts:
-        effects = None
-        # What may not be entered is not seen.
-        with suppress(KernelError, OSError), inside(namespace):
-            effects = _follow_hop(translation, hops)
-        if effects is None:
-            continue
-        seen = dict.fromkeys((effect.where, effect.does) for effect, _ in effects)
-        for where, does in seen:
-            tuple_ = next(one for effect, one in effects if effect.where == where)
-            ip = "ip" if translation.map.new.version == 4 else "ip6"
-            yield Finding(
-                "hop-translates",
-                None,
-                f"{said} is between {translation.site} and its peers, and {where} may {does} "
-                f"{tuple_}",
-                f"in front of that rule: {ip} saddr {translation.map.new} {ip} daddr "
-                f"{tuple_.destination.address} accept",
-            )
-        if not effects:
-            yield ok(None, f"{said}, by which {translation.site} is reached, translates nothing")
-
-
-def _follow_hop(translation: Translation, hops: set[str]) -> list[tuple[Effect, FourTuple]] | None:
-    """What the namespace of this thread translates, if it is one of *hops*; else None."""
-    new, nat, found = translation.map.new, frozenset({"nat"}), []
-    with closing(path.Links()) as links:
-        if not any(str(address) in hops for address in path.read_local(new.version)):
-            return None
-        ruleset = reading.read_ruleset(new.version)
-        to_new = links.look_up(new)[1]
-        for tuple_ in _sample(translation.outer):
-            out = links.look_up(tuple_.source.address, new, to_new)[1]
-            near, far = links.device(out), links.device(to_new)
-            away = Packet(tuple_.reply(), far, near, NEW)
-            there = Packet(tuple_, near, far, NEW)
-            for hook, packet in (("postrouting", away), ("prerouting", away),
-                                 ("prerouting", there), ("postrouting", there)):  # fmt: skip
-                for effect in find_translating(follow(ruleset, hook, packet, nat)):
-                    found.append((effect, packet.tuple_))
-    return found

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from ipaddress import ip_address
 
 from natkeep.kernel import path
@@ -26,11 +26,12 @@ def look_at_routes(subject: Subject) -> Iterator[Finding]:
         if site.row.passes_on:
             yield from _look_at_gateway(subject, plan, site, here)
         else:
-            besides = _find_gateways_own(subject, plan)
-            moved = {one.new for one in plan.move.peer_maps if besides is None}
+            own = _find_gateways_own(subject, plan)
+            moved = {one.new for one in plan.move.peer_maps if own is None}
             for map_, peers in _peers_of(here):
+                ports = _find_ports(subject, site, here, map_)
                 ways = subject.kernel.ask(
-                    site, path.read_at_destination, map_.old, map_.new, peers, besides
+                    site, path.read_at_destination, map_.old, map_.new, peers, own, ports
                 )
                 yield from judge(site, (replace(w, direct=w.peer in moved) for w in ways))
 
@@ -98,6 +99,31 @@ def _peers_of(here: list[Translation]) -> Iterator[tuple[Map, frozenset[bytes]]]
         yield map_, peers
 
 
+def _find_ports(
+    subject: Subject, site: Site, here: list[Translation], map_: Map
+) -> dict[Address, tuple[int, int]]:
+    """Of each peer the ports of one connection, if policy rules at *site* ask for ports."""
+    if not subject.kernel.ask(site, path.asks_for_ports, map_.new.version):
+        return {}
+    return {
+        tuple_.source.address: (tuple_.source.port, tuple_.destination.port)
+        for one in here
+        if one.map == map_
+        for tuple_ in one.outer
+    }
+
+
+def find_entrances(subject: Subject, map_: Map, peers: Iterable[bytes]) -> dict[Address, str]:
+    """By which address of a gateway, or other router, what NEW sends to each peer comes in."""
+    found: dict[Address, str] = {}
+    assert subject.plan is not None
+    for site, here in _sites_that_translate(subject.plan):
+        if site.row.puts_old and any(one.map == map_ for one in here):
+            ports = _find_ports(subject, site, here, map_)
+            found.update(subject.kernel.ask(site, path.read_entrances, map_.new, peers, ports))
+    return found
+
+
 def _find_gateways_own(subject: Subject, plan: Plan) -> frozenset[Address] | None:
     """The addresses of the move's gateways; None where it has none."""
     gateways = [site for site in plan.move.sites if site.row.passes_on]
@@ -120,7 +146,11 @@ def _look_at_gateway(
             yield Finding("forwarding-off", site, what, f"sysctl -w {off[0]}=1")
         else:
             yield ok(site, f"forwarding is on for IPv{map_.new.version}")
-        ways = subject.kernel.ask(site, path.read_at_gateway, map_.old, map_.new, peers)
+        entrances = find_entrances(subject, map_, peers)
+        ports = _find_ports(subject, site, here, map_)
+        ways = subject.kernel.ask(
+            site, path.read_at_gateway, map_.old, map_.new, peers, entrances, ports
+        )
         if tells:
             ways = tuple(replace(way, by_route=True) for way in ways)
         beside = {way.peer for way in ways if way.is_beside()}

@@ -296,6 +296,19 @@ CATALOGUE = {
         "Give NEW the rule that OLD has, for these peers (`ip rule add from NEW to PEER lookup "
         "TABLE`).",
     ),
+    "other-device": Explanation(
+        Severity.WARN,
+        "At the destination what NEW sends leaves by another device than that which has NEW, and "
+        "not to a gateway of the move. The network there may drop a source that is not its own.",
+        "Route what NEW sends by its own device (`ip rule add from NEW lookup TABLE`), or make "
+        "sure that it arrives.",
+    ),
+    "other-way": Explanation(
+        Severity.WARN,
+        "By a policy rule or a mark the gateway sends what peers say to NEW by another device "
+        "than what it says to NEW itself. The rule may have been made with OLD in mind.",
+        "See that NEW is reached that way: `ip route get NEW from PEER iif DEVICE`.",
+    ),
     "reverse-path": Explanation(
         Severity.STOP,
         "rp_filter is strict on a device that kept packets come in by, and the way back to their "

@@ -36,8 +36,9 @@ class Expression(NamedTuple):
 
     kind: `load` (what is loaded into a register), `mask`, `cmp`, `range`, `set`; `lookup` of a set,
     `map` and `verdicts` of a map, whose values are table, name and octets of the key (none where
-    what it has comes and goes); `do`, `mark` (set from a register) and `verdict`; iptables'
-    `marked`, `state`, `ports` and `remark`; `always`, `unknown`.
+    what it has comes and goes); `do`, `mark` and `connmark` (set from a register) and `verdict`;
+    iptables' `marked`, `state`, `ports` and `remark`, of which word is the mark that is set, and
+    values are value, mask and, if another mark is the value, its mask; `always`, `unknown`.
     """
 
     kind: str
@@ -168,7 +169,7 @@ class _Walk:
         """
         registers, sure = _Registers(), True
         for each in rule:
-            if each.kind in ("do", "mark", "remark"):
+            if each.kind in ("do", "mark", "connmark", "remark"):
                 does = each.word if each.kind == "do" else self._mark(each, registers)
                 self._note(does, name, sure=sure)
                 if does in _ENDS and sure and self.sure:
@@ -195,12 +196,20 @@ class _Walk:
         self.packet = self.packet.after(self.effects[-1:])
 
     def _mark(self, each: Expression, registers: _Registers) -> str:
-        if each.kind == "mark":
+        if each.kind != "remark":
             value = registers.read(each.register, 4)
-            return f"mark {UNKNOWN if value is None else int.from_bytes(value, sys.byteorder)}"
-        mark, mask = (one for one in each.values if isinstance(one, int))
-        before = 0 if mask == 0xFFFFFFFF else self.packet.mark
-        return f"mark {UNKNOWN if before is None else before & ~mask ^ mark}"
+            known = UNKNOWN if value is None else int.from_bytes(value, sys.byteorder)
+            return f"{each.kind} {known}"
+        marks = {"mark": self.packet.mark, "connmark": self.packet.connmark}
+        value_, mask, *of_other = (one for one in each.values if isinstance(one, int))
+        before = 0 if mask == 0xFFFFFFFF else marks.pop(each.word)
+        if of_other:
+            marks.pop(each.word, None)
+            [other] = marks.values()
+            value_ = UNKNOWN if other is None else other & of_other[0]
+        if before is None or value_ == UNKNOWN:
+            return f"{each.word} {UNKNOWN}"
+        return f"{each.word} {before & ~mask ^ value_}"
 
     def _judge(self, word: str, to: str, name: str, *, sure: bool, depth: int) -> str:
         if word in ("jump", "goto"):

@@ -25,10 +25,10 @@ class Effect(NamedTuple):
     where: str
     sure: bool
 
-
-def _read_mark(effect: Effect) -> int | None:
-    mark = int(effect.does.removeprefix("mark "))
-    return mark if effect.sure and mark != UNKNOWN else None
+    def mark(self) -> int | None:
+        """Of an effect `mark N` or `connmark N` the number, where that is known."""
+        mark = int(self.does.partition(" ")[2])
+        return mark if self.sure and mark != UNKNOWN else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +37,8 @@ class Packet:
 
     iif, oif: index and name of the devices; 0 and empty where there is none. state: what conntrack
     calls it, one of INVALID, NEW, ESTABLISHED and UNTRACKED. mark: what rules before have given
-    it. None where these are not known.
+    it; connmark: what its connection has. back: index of the device by which its source is reached.
+    None where these are not known.
     """
 
     tuple_: FourTuple
@@ -45,6 +46,8 @@ class Packet:
     oif: tuple[int, str] = (0, "")
     state: int | None = ESTABLISHED
     mark: int | None = 0
+    connmark: int | None = None
+    back: int | None = None
 
     def after(self, effects: Iterable[Effect]) -> Packet:
         """The same when *effects* have been done to it."""
@@ -53,7 +56,9 @@ class Packet:
             if effect.does == "notrack":
                 packet = replace(packet, state=UNTRACKED if effect.sure else None)
             elif effect.does.startswith("mark "):
-                packet = replace(packet, mark=_read_mark(effect))
+                packet = replace(packet, mark=effect.mark())
+            elif effect.does.startswith("connmark "):
+                packet = replace(packet, connmark=effect.mark())
         return packet
 
     def load(self, what: str, at: tuple[int, ...]) -> bytes | None:
@@ -69,10 +74,17 @@ class Packet:
             "nfproto": bytes([2 if version == 4 else 10]),
             "l4proto": b"\x06",
             "protocol": b"\x08\x00" if version == 4 else b"\x86\xdd",
-            "mark": None if self.mark is None else self.mark.to_bytes(4, sys.byteorder),
-            "ct state": None if self.state is None else self.state.to_bytes(4, sys.byteorder),
+            "mark": _pack(self.mark),
+            "ct mark": _pack(self.connmark),
+            "ct state": _pack(self.state),
+            "fib": None if self.back is None else _pack(self.iif[0] * self._comes_back()),
+            "fib present": None if self.back is None else bytes([self._comes_back()]),
         }
         return known.get(what)
+
+    def _comes_back(self) -> bool:
+        """Whether its source is reached by the device by which it has come."""
+        return self.back == self.iif[0]
 
     def _payload(self, what: str, offset: int, length: int) -> bytes | None:
         source, destination = self.tuple_.source, self.tuple_.destination
@@ -88,3 +100,7 @@ class Packet:
         if what != "payload 1" or not start <= offset <= start + len(packed) - length:
             return None
         return packed[offset - start :][:length]
+
+
+def _pack(number: int | None) -> bytes | None:
+    return None if number is None else number.to_bytes(4, sys.byteorder)

@@ -99,6 +99,8 @@ class Way:
     to_old, to_new: the routes to these, at a gateway. by_route: a destination of the move tells
     itself whether NEW is on the peer's link. crosses: the gateway has seen packets of the
     peer's connections already. direct: the peer has moved, and nothing else has to translate.
+    home: at a destination, the device that has NEW, where what NEW sends does not leave by it to
+    one of the gateways.
     """
 
     peer: Address
@@ -113,6 +115,7 @@ class Way:
     by_route: bool = False
     crosses: bool = False
     direct: bool = False
+    home: str = ""
 
     def is_beside(self) -> bool:
         """Whether the peer is on one link with OLD or NEW."""
@@ -194,6 +197,13 @@ def _at_destination(way: Way) -> Verdict | None:
             f"{way.out.said()}",
             "set net.ipv4.conf.DEVICE.rp_filter to 2, or route both ways by one device",
         )
+    if way.home and way.home != way.out.device:
+        return (
+            "other-device",
+            f"what NEW {new} sends to {peer} leaves {way.out.said()}, and NEW is an address of "
+            f"{way.home}",
+            f"ip rule add from {new} lookup TABLE, with a route by {way.home}",
+        )
     return None
 
 
@@ -246,22 +256,43 @@ def _find_lost(way: Way) -> Verdict | None:
                 "set net.ipv4.conf.DEVICE.rp_filter to 2, or route both ways by one device",
             )
         return (code, f"what goes from {what} is not passed on: {route.said()}", "")
+    there, to_new = way.there, way.to_new
+    if there and to_new and to_new.neighbour and there.device != to_new.device:
+        return (
+            "no-way-there",
+            f"what goes from {peer} to NEW {new} leaves {there.said()}, and NEW is a host on "
+            f"{to_new.device}",
+            f"have the rule or table that routes it so know {new}: ip rule, ip route show table N",
+        )
     return None
 
 
 def _find_elsewhere(way: Way) -> Verdict | None:
     """NEW's packets, which leave as OLD's, by another device than OLD's do."""
     back, before = way.back, way.before
-    if back is None or before is None or before.kind != "unicast" or back.entry == before.entry:
-        return None
-    if (back.device, back.hop) == (before.device, before.hop):
-        return None
-    return (
-        "other-uplink",
-        f"what OLD {way.old} sends to {way.peer} leaves {before.said()}, and what NEW {way.new} "
-        f"sends as OLD {back.said()}: that uplink may drop it",
-        f"ip rule add from {way.new} to {way.peer} lookup TABLE, with that of OLD's rule",
-    )
+    if back is not None and before is not None and _part(back, before):
+        return (
+            "other-uplink",
+            f"what OLD {way.old} sends to {way.peer} leaves {before.said()}, and what NEW "
+            f"{way.new} sends as OLD {back.said()}: that uplink may drop it",
+            f"ip rule add from {way.new} to {way.peer} lookup TABLE, with that of OLD's rule",
+        )
+    there, to_new = way.there, way.to_new
+    if there is not None and to_new is not None and there.device != to_new.device:
+        return (
+            "other-way",
+            f"what goes from {way.peer} to NEW {way.new} leaves {there.said()}, and what the "
+            f"gateway itself says {to_new.said()}",
+            "",
+        )
+    return None
+
+
+def _part(back: Route, before: Route) -> bool:
+    """Whether two ways to the same peer leave by different routes."""
+    if before.kind != "unicast" or back.entry == before.entry:
+        return False
+    return (back.device, back.hop) != (before.device, before.hop)
 
 
 def network_of(packed: bytes, length: int) -> tuple[int, int]:

@@ -12,6 +12,7 @@ import pytest
 from entered import entered
 
 from natkeep.kernel import path, policy_rules, rtnetlink
+from natkeep.kernel.fib_rules import MARK
 from natkeep.kernel.linux import LinuxKernel
 from natkeep.lab.time_scale import scaled
 from natkeep.plan.move import Site
@@ -72,6 +73,57 @@ def test_a_route_to_one_host_by_a_router_takes_it_from_the_link(
 
 
 @EACH_VERSION
+def test_the_network_of_new_is_its_link_whoever_added_the_route(
+    make_site: Callable[[], str], run: Run, version: int
+) -> None:
+    """dhcpcd and others add an address without its route, and the route by themselves."""
+    netns, new, ip = make_site(), NEW[version], ("ip", f"-{version}")
+    network, router = {4: ("10.3.0.0/24", "10.3.0.1"), 6: ("fd00:3::/64", "fd00:3::1")}[version]
+    run(netns, *ip, "address", "flush", "dev", "eth0")
+    nodad = ("nodad",) if version == 6 else ()
+    run(netns, *ip, "address", "add", str(new), "dev", "eth0", *nodad)
+    run(netns, *ip, "route", "replace", network, "dev", "eth0", "proto", "dhcp")
+    run(netns, *ip, "route", "replace", "default", "via", router)
+    with at(netns):
+        assert codes(DESTINATION, read_here(version, new + 1)) == ["peer-on-link"]
+        assert codes(DESTINATION, read_here(version)) == [""]
+
+
+@EACH_VERSION
+def test_what_leaves_by_another_device_is_told_unless_a_gateway_is_there(
+    make_site: Callable[[], str], run: Run, version: int
+) -> None:
+    netns, peer = make_site(), PEER[version]
+    address, router = {4: ("10.9.0.20/24", "10.9.0.1"), 6: ("fd00:9::20/64", "fd00:9::1")}[version]
+    nodad = ("nodad",) if version == 6 else ()
+    run(netns, "ip", "address", "add", address, "dev", "wire", *nodad)
+    run(netns, "ip", f"-{version}", "route", "add", str(peer), "via", router)
+    with at(netns):
+        assert codes(DESTINATION, read_here(version)) == ["other-device"]
+        own = frozenset([ip_address(router)])
+        ways = path.read_at_destination(OLD[version], NEW[version], [peer.packed], own)
+        assert codes(DESTINATION, ways) == [""]
+        assert path.read_entrances(NEW[version], [peer.packed]) == {peer: router}
+
+
+@EACH_VERSION
+def test_rules_that_ask_for_ports_are_asked_with_them(
+    make_site: Callable[[], str], run: Run, version: int
+) -> None:
+    netns, peer = make_site(), PEER[version]
+    with at(netns):
+        assert not path.asks_for_ports(version)
+    run(netns, "ip", f"-{version}", *["rule", "add", "ipproto", "tcp", "sport", "5000", "prohibit"])
+    with at(netns):
+        assert path.asks_for_ports(version)
+        for port, expected in ((5000, "no-way-back"), (5001, "")):
+            ways = path.read_at_destination(
+                OLD[version], NEW[version], [peer.packed], frozenset(), {peer: (50001, port)}
+            )
+            assert codes(DESTINATION, ways) == [expected]
+
+
+@EACH_VERSION
 def test_a_peer_without_a_route_and_one_that_is_the_gateway_itself(
     make_site: Callable[[], str], version: int
 ) -> None:
@@ -98,7 +150,7 @@ def test_a_strict_filter_at_new_s_device_is_told_if_the_way_back_is_another(
         assert codes(DESTINATION, read_here(4)) == ["reverse-path"]
     run(netns, "sysctl", "-qw", "net.ipv4.conf.all.rp_filter=2")
     with at(netns):
-        assert codes(DESTINATION, read_here(4)) == [""]
+        assert codes(DESTINATION, read_here(4)) == ["other-device"]  # which stops nothing
 
 
 def test_of_many_peers_those_on_the_link_are_looked_up_first(
@@ -184,6 +236,28 @@ def test_what_is_dropped_on_its_way_to_new_is_told(gateway: str, run: Run, versi
     run(gateway, "ip", f"-{version}", "route", "add", "blackhole", f"{new}/{whole}")
     with at(gateway):
         assert codes(GATEWAY, read_there(version)) == ["no-route"]
+
+
+@EACH_VERSION
+def test_a_rule_about_peers_that_does_not_know_new_is_told(
+    gateway: str, run: Run, version: int
+) -> None:
+    network, router = {4: ("10.1.0.0/24", "10.2.0.9"), 6: ("fd00:1::/64", "fd00:2::9")}[version]
+    run(gateway, "ip", f"-{version}", "rule", "add", "from", network, "lookup", "100")
+    run(gateway, "ip", f"-{version}", "route", "add", "default", "via", router, "table", "100")
+    with at(gateway):
+        assert codes(GATEWAY, read_there(version)) == ["no-way-there"]
+
+
+@EACH_VERSION
+def test_new_comes_in_where_its_router_is(gateway: str, run: Run, version: int) -> None:
+    """By home, not by far, if that is the gateway's address that the destination sends to."""
+    packed, hop = PEER[version].packed, {4: "10.2.0.1", 6: "fd00:2::1"}[version]
+    run(gateway, "ip", f"-{version}", *["rule", "add", "iif", "home", "prohibit"])
+    for entrances, expected in (({}, ""), ({PEER[version]: hop}, "no-way-back")):
+        with at(gateway):
+            ways = path.read_at_gateway(OLD[version], NEW[version], [packed], entrances)
+        assert codes(GATEWAY, ways) == [expected]
 
 
 # ---- policy rules --------------------------------------------------------------------------------
@@ -289,4 +363,4 @@ def test_a_kernel_without_policy_routing_has_no_rules() -> None:
             raise OSError(errno.EOPNOTSUPP, "")
 
     assert policy_rules.read_rules(Without(), 4) == ()  # type: ignore[arg-type]
-    assert not policy_rules.has_marks(Without(), 6)  # type: ignore[arg-type]
+    assert not policy_rules.asks_for(Without(), 6, MARK)  # type: ignore[arg-type]

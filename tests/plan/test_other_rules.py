@@ -147,8 +147,13 @@ def test_marks_are_carried_to_the_rules_behind() -> None:
     unmarked = (load("mark"), equals(five, "!="), DROP)
     for rule in ((Expression("set", 1, "", (five,)), Expression("mark", 1, "", ())), from_map):
         assert [one.does for one in does(rule, unmarked, sets=sets)] == ["mark 5"]
-        masked = (Expression("remark", 0, "", (4, 4)), unmarked)
+        masked = (Expression("remark", 0, "mark", (4, 4)), unmarked)
         assert [one.does for one in does(rule, (masked[0],), unmarked, sets=sets)] == ["mark 5"] * 2
+    saved = (Expression("remark", 0, "connmark", (0, 0xFFFFFFFF, 0xFF)),)
+    restored = (Expression("remark", 0, "mark", (0, 0xF0, 0xFF)),)
+    assert [one.does for one in does(rule, saved, restored, sets=sets)][1:] == [
+        "connmark 5", "mark 0",
+    ]  # fmt: skip
     by_connection = (load("ct mark"), Expression("mark", 1, "", ()))
     assert does(by_connection, unmarked)[1:] == [Effect("drop", "ip t c", False)]
 

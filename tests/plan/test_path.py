@@ -56,6 +56,23 @@ def test_the_filter_of_the_reverse_path_is_told_where_it_drops() -> None:
 
 
 @EACH_VERSION
+def test_what_leaves_by_a_device_that_new_is_not_on_is_told(version: int) -> None:
+    """At a destination it may arrive; at a gateway it may, unless NEW is known to be elsewhere."""
+    assert codes(DESTINATION, make_way(version, home="eth0")) == ["other-device"]
+    assert codes(DESTINATION, make_way(version, home="far")) == [""]
+    by_router, beyond = Route("unicast", "up", "10.8.0.1"), Route("unicast", "far", "10.4.0.1")
+    beside = replace(beyond, hop="", neighbour=True)
+    for there, to_new, expected in (
+        (by_router, beyond, "other-way"),
+        (by_router, beside, "no-way-there"),
+        (beyond, beside, ""),
+    ):
+        way = make_way(version, out=FAR, there=there, back=FAR, to_new=to_new)
+        assert codes(GATEWAY, way) == [expected]
+    assert CATALOGUE["other-way"].severity == CATALOGUE["other-device"].severity == Severity.WARN
+
+
+@EACH_VERSION
 def test_a_neighbour_of_old_does_not_cross_the_gateway_unless_it_was_seen_there(
     version: int,
 ) -> None:

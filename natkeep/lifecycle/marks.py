@@ -1,0 +1,103 @@
+"""marks: the look at what rules of others mark, where `ip rule` asks for marks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import closing
+
+from natkeep.kernel import other_rules as reading
+from natkeep.kernel import path
+from natkeep.lifecycle.other_rules import FILTERS, TURNS, sample_views
+from natkeep.lifecycle.subject import Subject
+from natkeep.plan.findings import Finding
+from natkeep.plan.other_rules import EVERY, Ruleset, follow
+from natkeep.plan.packet import ESTABLISHED, NEW, Packet
+from natkeep.plan.path import Route
+from natkeep.plan.translation import Translation
+from natkeep.plan.tuples import Endpoint, FourTuple
+from natkeep.values import replace
+
+
+def look_at_marks(subject: Subject) -> Iterator[Finding]:
+    """Whether packets go astray by the marks that rules of others set and `ip rule` asks for."""
+    plan = subject.plan
+    assert plan is not None
+    for site in plan.move.ordered_sites():
+        for translation in plan.translations if site.row.leaves else ():
+            if translation.site != site:
+                continue
+            apart = subject.kernel.ask(site, _find_marked_apart, translation)
+            for tuple_, was, now in apart[:1]:
+                yield Finding(
+                    "marked-apart",
+                    site,
+                    f"by the marks that rules give it {tuple_} leaves {now} instead of {was}",
+                )
+
+
+def _find_marked_apart(translation: Translation) -> list[tuple[FourTuple, str, str]]:
+    """Which packets leave by another device than they should, and which, for their marks."""
+    version = translation.map.old.version
+    if not path.asks_for_marks(version):
+        return []
+    ruleset, found = reading.read_ruleset(version), []
+    at_gateway = translation.site.row.passes_on
+    with closing(path.Links()) as links:
+        for views in sample_views(translation):
+            look = _look_at_gateway if at_gateway else _look_at_destination
+            for tuple_, was, now in look(ruleset, links, translation, views):
+                if was.kind == now.kind == "unicast" and was.said() != now.said():
+                    found.append((tuple_, was.said(), now.said()))
+    return found
+
+
+_Apart = tuple[FourTuple, Route, Route]
+
+
+def _look_at_gateway(
+    ruleset: Ruleset, links: path.Links, translation: Translation, views: list[FourTuple]
+) -> Iterator[_Apart]:
+    """What NEW sends should leave as OLD's, and what the peer sends to NEW, if that is beside."""
+    kept, outer, _, routed = views
+    peer, (old, new) = outer.source, (translation.map.old, translation.map.new)
+    first, _ = TURNS[translation.mode]
+    ways = []
+    for source in (old, new):
+        device = links.look_up(source)[1]
+        away = FourTuple(Endpoint(source, kept.destination.port), peer)
+        packet = Packet(away, iif=links.device(device))
+        mark = packet.after(follow(ruleset, "prerouting", packet, FILTERS)).mark or 0
+        ways.append(links.look_up(peer.address, source, device, mark)[0])
+    yield away, ways[0], ways[1]
+
+    to_new, near = links.look_up(new)[0], links.look_up(peer.address)[1]
+    packet = Packet(outer, iif=links.device(near))
+    for tuple_, priorities in ((outer, range(EVERY.start, first)), (routed, range(first, 0))):
+        packet = replace(packet, tuple_=tuple_)
+        packet = packet.after(follow(ruleset, "prerouting", packet, FILTERS, priorities))
+    there = links.look_up(new, peer.address, near, packet.mark or 0)[0]
+    if to_new.neighbour and there.device != to_new.device:
+        yield routed, to_new, there
+
+
+def _look_at_destination(
+    ruleset: Ruleset, links: path.Links, translation: Translation, views: list[FourTuple]
+) -> Iterator[_Apart]:
+    """What the socket sends as OLD should leave as NEW's, and as a new connection's to NEW.
+
+    Such a one may get a mark of its own as it comes in; natkeep's entry has none.
+    """
+    kept, outer, *_ = views
+    new, peer = translation.map.new, outer.source.address
+    came = Packet(outer, iif=links.device(links.device_of(new)), state=NEW, connmark=0)
+    given = came.after(follow(ruleset, "prerouting", came, FILTERS)).connmark
+    usual = replace(came, state=ESTABLISHED)
+    has = usual.after(follow(ruleset, "prerouting", usual, FILTERS)).connmark
+    ways = []
+    for source, connmark in ((translation.map.old, has), (new, has), (new, given)):
+        away = FourTuple(Endpoint(source, kept.destination.port), kept.source)
+        packet = Packet(away, connmark=connmark)
+        mark = packet.after(follow(ruleset, "output", packet, FILTERS)).mark or 0
+        ways.append(links.look_up(peer, new, 0, mark)[0])  # OLD is not there yet
+    yield FourTuple(kept.destination, kept.source), ways[1], ways[0]
+    yield FourTuple(kept.destination, kept.source), ways[2], ways[0]
