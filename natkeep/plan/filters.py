@@ -24,7 +24,8 @@
   lives, once it is, with an acknowledgement. So at a destination a reset of a kept tuple is dropped
   until something else has come from its peer: `heard-ID-N` has these tuples. It stands behind the
   gate, since what that drops does not count, and before conntrack, whose entry a reset would end.
-  A reset that a gateway has translated was sent to OLD: it bears a mark, and is let through.
+  A reset that a gateway has translated was sent to OLD: it bears a mark, and is let through. One
+  to NEW that is not marked goes no further than a gateway that is ready (mode stateful).
   What comes by lo never was translated, and is not asked.
 - A gateway that is open before its destination is prepared sends kept segments to a host that has
   no such socket, and resets them. So at a gateway whose move has no destination a reset from NEW is

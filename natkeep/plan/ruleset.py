@@ -15,7 +15,7 @@ Theory of operation. A site has one table `inet natkeep`, shared by all moves.
     prerouting   -110  invalid-inbound   invalid-in-, invalid-from-at-ADDRESS ─► set daddr
     postrouting    90  invalid-outbound  invalid-out-, invalid-to-at-ADDRESS  ─► set saddr
     stateful, at a gateway, of resets, in front of both
-    prerouting   -110  marked-resets  local address ─► mark-at-ADDRESS ─► (kept?) ─► marked
+    prerouting   -110  marked-resets  OLD ─► mark-at-OLD ─► (kept?) ─► marked; NEW ─► … ─► drop
     stateful, at a destination whose peers have moved: the peers' part, and what is left over
     output and input, -120 and 80  peer-output, peer-input, as peer-inbound and peer-outbound
     output and input, -110 and 90  invalid-peer-output, invalid-peer-input
@@ -151,6 +151,10 @@ def _nat(move_id: str, translation: Translation) -> list[Object]:
         # The destination believes a reset that was sent to OLD (filters.py).
         mark = (_outer(move_id, translation), Write(*SENT_TO_OLD))
         objects += rule_at(MARK, before, mark, move_id)
+        # One to NEW answers what has passed untranslated, before all gateways were ready.
+        answers = Match(inbound_key(before.version), f"@{kept_set(move_id, translation.number)}")
+        unmarked = Match((SENT_TO_OLD[0],), SENT_TO_OLD[1], equal=False)
+        objects += rule_at(MARK, after, (answers, unmarked, DROP), move_id)
     elif translation.turns_peers:
         objects += _nat_peers(move_id, translation)
     return objects + _invalid(move_id, translation)

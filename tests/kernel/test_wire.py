@@ -493,6 +493,25 @@ def test_a_reset_that_a_gateway_has_translated_reaches_the_process_at_once(
     assert stage.heard() == 0
 
 
+@EACH_VERSION
+def test_a_gateway_passes_no_reset_of_a_kept_connection_to_new(
+    make_stage: Callable[[Role], Stage], version: int
+) -> None:
+    """It answers what came by another gateway, or by this one before it was ready; one that another
+    gateway has translated is marked. Of the other connections between the two it knows nothing."""
+    stage = make_stage(Role.GATEWAY)
+    stage.prepare()
+
+    def reset(port: int = KEPT_PORT, **more: Any) -> Any:
+        return segment(PEER[version], port, NEW[version], PORT, flags="R", data=b"", **more)
+
+    assert stage.inbound(reset()) == []
+    marked = reset()
+    marked.payload.urgptr = CRIU_MARK
+    for other in (reset(KEPT_PORT + 1), marked):
+        assert [stage.expect(other)] == stage.inbound(other)
+
+
 def test_once_every_peer_was_heard_no_packet_is_asked_for_it(
     make_stage: Callable[[Role], Stage],
 ) -> None:

@@ -53,7 +53,7 @@ def test_a_site_that_shows_what_the_plan_put_there_has_no_drift(gate: Gate) -> N
 def test_a_gateway_needs_neither_addresses_nor_a_gate_at_new() -> None:
     assert find_drift(PLAN, GATEWAY, replace(AS_PLANNED, addresses=frozenset())) == ()
     olds, news = ("10.2.0.10", "fd00_2__10"), ("10.3.0.20", "fd00_3__20")
-    at = {"gate": olds, "mark": olds, "in": olds, "out": news + olds, "from": news,
+    at = {"gate": olds, "mark": news + olds, "in": olds, "out": news + olds, "from": news,
           "to": news + olds, "invalid-in": olds, "invalid-out": news + olds,
           "invalid-to": olds}  # fmt: skip
     chains = {f"{dispatch}-at-{each}" for dispatch, some in at.items() for each in some}
