@@ -28,6 +28,8 @@ from natkeep.plan.base_chains import (
     GATE,
     HALF_OPEN,
     OPEN,
+    RST,
+    SENT_TO_OLD,
     SYN,
     TO_WIRE,
     rule_at,
@@ -169,8 +171,11 @@ def _translation(move_id: str, reception: Reception) -> Iterator[Object]:
     to_before, from_after = Match((f"{ip} daddr",), before), Match((f"{ip} saddr",), after)
     # An accept ends the base chain: the kept connections' rules would have the SYN of a tuple that
     # was kept go to the process that had it.
-    inward = (to_before, to_port, *from_wire, Write(f"{ip} daddr", after), ACCEPT)
-    yield from rule_at(inbound, before, inward, mine)
+    inward = (to_port, *from_wire, Write(f"{ip} daddr", after), ACCEPT)
+    yield from rule_at(inbound, before, (to_before, *inward), mine)
+    if not by_wire:  # a reset may be of a kept tuple: the destination looks for the mark
+        reset = (to_before, RST, Write(*SENT_TO_OLD), *inward)
+        yield from rule_at(inbound, before, reset, mine)
     outward = (from_after, from_port, *to_wire, Write(f"{ip} saddr", before), ACCEPT)
     yield from rule_at(outbound, after, outward, mine)
 

@@ -193,6 +193,7 @@ class Stage:
         move_id: str = "web",
         port: int = KEPT_PORT,
         peer_maps: tuple[Map, ...] = (),
+        listeners: bool = False,
     ) -> Plan:
         """All steps of a move that keeps one connection of either family."""
         maps = tuple(Map(OLD[version], NEW[version]) for version in (4, 6))
@@ -201,7 +202,9 @@ class Stage:
             for version in (4, 6)
         )
         sites = (Site(self.role, self.netns),)
-        plan = make_plan(Move(move_id, maps, sites, mode, peer_maps=peer_maps), kept)
+        ends = tuple(Endpoint(map_.old, PORT) for map_ in maps if listeners)
+        move = Move(move_id, maps, sites, mode, ends, peer_maps=peer_maps)
+        plan = make_plan(move, kept)
         self.kernel.open_sites(plan.move.sites)
         for step in plan.steps:
             self.kernel.check(step)
@@ -491,6 +494,18 @@ def test_a_reset_that_a_gateway_has_translated_reaches_the_process_at_once(
 
     assert [stage.expect(reset, dst=stage.inside(version))] == stage.inbound(reset)
     assert stage.heard() == 0
+
+
+@EACH_MODE
+@EACH_VERSION
+def test_a_gateway_marks_a_reset_also_where_new_connections_follow(
+    make_stage: Callable[[Role], Stage], version: int, mode: Mode
+) -> None:
+    stage = make_stage(Role.GATEWAY)
+    stage.prepare(mode=mode, listeners=True)
+    reset = to_process(stage, version, flags="R", data=b"")
+
+    assert [stage.expect(reset, dst=stage.inside(version))] == stage.inbound(reset)
 
 
 @EACH_VERSION
