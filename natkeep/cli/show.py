@@ -73,12 +73,14 @@ def _read_status(
     unreadable: list[JournalError] = []
     moves = read_status(executor, (args.id,) if args.id else (), None if args.id else unreadable)
     text, host = "", os.uname().nodename
+    dropped = 0 if args.id else _count_dropped(executor)
     if watch is not None:
         moves = watch.compare(moves)
         clear()
     if args.json:
         rows = [status_report.move_as_json(move, host) for move in moves]
         text = "".join(status_report.status_as_json(rows))
+        text = f'{text.removesuffix("}")}, "dropped": {dropped}}}' if dropped else text
     elif not moves and not unreadable:
         show(["nothing is prepared"])
     elif args.id or args.verbose:
@@ -86,12 +88,27 @@ def _read_status(
         show(line for m in moves for line in status_report.status_lines(m, host, verbose=verbose))
     elif moves:
         show(status_report.summary_lines(moves))
+    if dropped:
+        what = f"what a gateway still sends to {dropped} connections is dropped"
+        talk(args, f"natkeep: where moves were undone here {what} (natkeep gc ends that)")
     drift = [line for move in moves for site in move.sites for line in site.drift]
     told: list[NatkeepError] = [*unreadable]
     if args.strict and drift:
         hint = f"{len(drift)} in all" if drift[1:] else None
         told.append(DriftError(f"drift: {drift[0]}", hint=hint))
     return text, told
+
+
+def _count_dropped(executor: Executor) -> int:
+    """Of how many connections something is dropped still, in this namespace, as no journal says."""
+    from natkeep.kernel.undone_table import has_undone, read_undone
+
+    [here] = parse_sites(())
+    with suppress(NatkeepError, OSError):  # it needs more rights than reading journals does
+        executor.kernel.open_sites([here])
+        if executor.kernel.ask(here, has_undone):
+            return len(executor.kernel.ask(here, read_undone))
+    return 0
 
 
 def _raise_first(args: argparse.Namespace, errors: Sequence[NatkeepError]) -> None:

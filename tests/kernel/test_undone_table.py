@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import socket
 import subprocess
 import time
@@ -15,6 +16,7 @@ from two_hosts import look, make_two_hosts, run_ip
 
 from natkeep.errors import KernelError
 from natkeep.kernel.linux import LinuxKernel
+from natkeep.lab.translators import natkeep_command
 from natkeep.lifecycle.executor import Executor
 from natkeep.lifecycle.gc import Cleared, gc
 from natkeep.lifecycle.open import open_move
@@ -93,6 +95,14 @@ def test_where_a_move_was_never_opened_what_a_gateway_sends_goes_on_being_droppe
     assert '"name": "natkeep"' not in ruleset
     teardown(place.executor(), "web")
     assert place.dropped() == [*KEYS]
+
+
+def test_status_there_tells_of_it(place: Place) -> None:
+    command = (*natkeep_command(), "--state-dir", str(place.directory), "status", "--json")
+    place.prepare()
+    assert "dropped" not in json.loads(place.run(*command))
+    teardown(place.executor(), "web")
+    assert json.loads(place.run(*command)) == {"schema": 1, "moves": [], "dropped": 3}
 
 
 def test_it_ends_by_itself_and_the_next_act_leaves_no_trace(place: Place) -> None:
