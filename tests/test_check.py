@@ -29,6 +29,7 @@ class Network:
 
     def __init__(self, make_netns: Callable[[], str], place: Path) -> None:
         self.gateway, self.destination, self.rest = (make_netns() for _ in range(3))
+        self.source = ""
         self.place = place
         for number, (name, other) in enumerate(
             (("near", self.rest), ("home", self.rest), ("far", self.destination)), 1
@@ -223,6 +224,27 @@ def test_what_others_do_to_kept_packets_is_named(network: Network, version: int)
     network.nft(network.gateway, "delete table inet g\n")
     network.nft(network.gateway, "add rule inet f c tcp sport 5000 ct state untracked synproxy\n")
     assert network.codes(version) == ["dropped"]
+
+
+@pytest.mark.root
+@pytest.mark.needs("nftables")
+@EACH_VERSION
+@pytest.mark.parametrize("where", ["gateway", "source"])
+def test_headers_that_rules_rewrite_stop_a_move(network: Network, version: int, where: str) -> None:
+    """A port that is turned without conntrack: no entry tells that the peer knows another."""
+    network.source = network.rest
+    base = "type filter hook {} priority -310;"
+    text = f"""table inet r {{
+        chain i {{ {base.format("prerouting")} tcp dport 80 tcp dport set 5000
+        }}
+        chain o {{ {base.format("output" if where == "source" else "prerouting")}
+            tcp sport 5000 tcp sport set 80
+        }}
+    }}
+    """
+    network.nft(getattr(network, where), text)
+    code = {"gateway": "rewritten", "source": "source-translates"}[where]
+    assert network.codes(version, sites=("gateway", "destination", "source")) == [code]
 
 
 @pytest.mark.root

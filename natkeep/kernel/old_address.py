@@ -33,9 +33,12 @@ class Needs:
 
 
 def find_at_home(olds: frozenset[Address]) -> frozenset[Address]:
-    """Those of *olds* that are addresses of this host, and not because a move keeps them here."""
+    """Those of *olds* that are addresses of this host, and not because a move keeps them here.
+
+    A route can make them so as well: `ip route add local NETWORK dev lo`.
+    """
     local = rtnetlink.all_addresses()
-    found = {old for old in olds if old.packed in local}
+    found = {old for old in olds if old.packed in local or rtnetlink.is_delivered(old)}
     if found:
         held = {key for v in FAMILIES for key in dump.read_keys(TABLE, held_set(v))}
         found = {old for old in found if old.packed not in held}

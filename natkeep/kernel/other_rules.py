@@ -47,6 +47,8 @@ _DOES = {"masq": "masquerade", "redir": "redirect", "synproxy": "synproxy", "tpr
 _TARGETS = {"MASQUERADE": "masquerade", "SNAT": "snat", "DNAT": "dnat", "REDIRECT": "redirect",
             "NETMAP": "dnat", "TPROXY": "tproxy", "NOTRACK": "notrack", "REJECT": "drop",
             "SYNPROXY": "synproxy", "NFQUEUE": "queue"}  # fmt: skip
+_REWRITTEN = {(1, 12, 4), (1, 16, 4), (1, 8, 16), (1, 24, 16), (2, 0, 2), (2, 2, 2)}
+"""Header, offset and octets of addresses and ports."""
 _COMES_AND_GOES = 0x10 | 0x20 | 0x40
 """A set with NFT_SET_TIMEOUT or NFT_SET_EVAL; NFT_SET_OBJECT is a map of objects."""
 _GETSETELEM, _CATCHALL = 13, 2
@@ -126,6 +128,9 @@ def _read_plain(name: str, body: dict[int, bytes]) -> Expression:
         case "payload" if 5 not in body:
             where = tuple(_number(body[i]) for i in (2, 3, 4))
             return Expression("load", _number(body[1]), f"payload {where[0]}", where[1:])
+        case "payload":
+            where = tuple(_number(body[i]) for i in (2, 3, 4))
+            return Expression("do", 0, "rewrite" if where in _REWRITTEN else "", ())
         case "meta" if 1 in body:
             return Expression("load", _number(body[1]), _META.get(_number(body[2]), "?"), ())
         case "meta" if _META.get(_number(body.get(2, b""))) == "mark":

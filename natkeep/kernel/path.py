@@ -223,7 +223,7 @@ def _ways_here(
         if old.version == 6 and not links.is_local(old) and not find_uncopied(rules, new, old):
             before, _ = links.look_up(peer, old, ports=going)  # by routes that name a source
         known = bool(out.hop) and ip_address(out.hop) in gateways
-        apart = home if home != out.device and not known else ""
+        apart = home if out.device not in (home, "") and not known else ""  # "": of several
         yield Way(peer, old, new, out, there, before=before, home=apart)
 
 

@@ -196,6 +196,12 @@ def _await_local(address: Address) -> bool:
         return _route_type(netlink, address) == RTN_LOCAL
 
 
+def is_delivered(address: Address) -> bool:
+    """Whether what this host says to *address* is delivered here."""
+    with Netlink(NETLINK_ROUTE) as netlink:
+        return _route_type(netlink, address) == RTN_LOCAL
+
+
 def refresh_cached_routes(address: Address) -> None:
     """Make IPv6 sockets of this host that talk to *address* look its route up anew."""
     # A new local address does not invalidate the routes that IPv6 sockets have cached (with IPv4

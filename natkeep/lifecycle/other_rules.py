@@ -1,6 +1,7 @@
 """other_rules: the looks at what rules of others do to a move's packets (plan/other_rules.py).
 
     gateway       peer > OLD and NEW > peer, from where they come in to where they leave
+    source        peer > OLD and OLD > peer, whether headers are rewritten by rules
     destination   peer > NEW as it is delivered, OLD > peer as it is sent
 
 Of all connections some are followed: of each peer and each local port one, 32 at most.
@@ -26,7 +27,7 @@ from natkeep.plan.other_rules import (
     follow,
     without_lock,
 )
-from natkeep.plan.packet import ESTABLISHED, INVALID, Effect, Packet
+from natkeep.plan.packet import ANY, ESTABLISHED, INVALID, Effect, Packet
 from natkeep.plan.translation import Translation
 from natkeep.plan.tuples import Address, Connections, Endpoint, FourTuple
 from natkeep.values import replace
@@ -44,13 +45,16 @@ def look_at_other_rules(subject: Subject) -> Iterator[Finding]:
     assert plan is not None
     for site in plan.move.ordered_sites():
         here = [one for one in plan.translations if one.site == site]
-        if not site.row.leaves or not here:
+        if not here:
             continue
         found: dict[tuple[str, str], str] = {}
         entrances = [_find_entrances(subject, one) for one in here]
         effects = subject.kernel.ask(site, _follow_at, here, subject.run_id, entrances)
         for effect, tuple_ in effects:
             found.setdefault((effect.does, effect.where), str(tuple_))
+        if not site.row.leaves:
+            yield from _judge_source(site, found)
+            continue
         findings = [*judge(site, found, plan.move.mode)]
         if subject.kernel.ask(site, reading.has_legacy_tables):
             findings.append(Finding("legacy-iptables", site, "iptables-legacy has tables"))
@@ -79,7 +83,15 @@ def judge(site: Site, found: dict[tuple[str, str], str], mode: Mode) -> Iterator
         yield Finding(code, site, f"{where} {what.format(tuple_)}", remedy)
 
 
+def _judge_source(site: Site, found: dict[tuple[str, str], str]) -> Iterator[Finding]:
+    """Without conntrack, so no entry tells it (lifecycle/sockets.py)."""
+    for (does, where), tuple_ in found.items():
+        if does == "rewrite":
+            yield Finding("source-translates", site, f"{where} rewrites the headers of {tuple_}")
+
+
 _CODES = {
+    "rewrite": ("rewritten", "rewrites the headers of {}", "leave these packets out of that rule"),
     "drop": ("dropped", "drops {}", "accept it in front of that rule"),
     "synproxy dropped": ("dropped", "has SYNPROXY drop {}", "accept it in front of that rule"),
     "synproxy": ("synproxy", "has a SYNPROXY for {}", ""),
@@ -91,7 +103,7 @@ _CODES = {
     "zone": ("zone", "assigns {} a conntrack zone", ""),
 }
 """Code, words and remedy of what is done."""
-_IF_SURE = frozenset({"drop", "notrack", "synproxy dropped"})
+_IF_SURE = frozenset({"drop", "rewrite", "notrack", "synproxy dropped"})
 
 
 def _find_entrances(subject: Subject, translation: Translation) -> Mapping[Address, str]:
@@ -142,20 +154,25 @@ _NONE = 0, ""
 
 
 class _Way(NamedTuple):
-    """The hooks of a way; back: the device by which the host would answer what comes so."""
+    """The hooks of a way; back: the device by which the host would answer what comes so.
+
+    locked: what drops is CRIU's lock, as a rule, and what lies behind it counts.
+    """
 
     back: _Device
     stages: list[_Stage]
+    locked: bool = False
 
 
 def _follow_way(ruleset: Ruleset, way: _Way, state: int) -> Iterator[tuple[Effect, FourTuple]]:
-    packet = Packet(way.stages[0][1], state=state, back=way.back[0])
+    back = None if way.back == ANY else way.back[0]
+    packet = Packet(way.stages[0][1], state=state, back=back)
     for hook, tuple_, iif, oif, priorities in way.stages:
         packet = replace(packet, tuple_=tuple_, iif=iif, oif=oif)
         for effect in follow(ruleset, hook, packet, FILTERS, priorities):
             packet = packet.after([effect])
             yield effect, tuple_
-            if effect.does == "drop" and effect.sure:
+            if effect.does == "drop" and effect.sure and not way.locked:
                 return
 
 
@@ -166,23 +183,42 @@ def _find_ways(
     entrances: Mapping[Address, str],
 ) -> list[_Way]:
     """The hooks that a packet of this connection passes, there and back."""
-    first, second = TURNS[translation.mode]
-    kept, outer, inner, routed = views
-    peer, new, passes = outer.source.address, translation.map.new, translation.site.row.passes_on
-    near = links.device(links.look_up(peer, None if passes else new)[1])
-    if not passes:
-        far = links.device(links.device_of(new) or near[0])
-        if near[0] == LOOPBACK:  # the peer is here, too: nothing translates
-            outer = routed = kept
-            far = near
-        return [
-            _Way(near, [*_come(outer, routed, far, first),
-                       *_turn("input", routed, kept, (far, _NONE), second)]),
-            _Way(_NONE, [*_turn("output", kept.reply(), routed.reply(), (_NONE, near), first),
-                        *_leave(routed.reply(), outer.reply(), (_NONE, near), second)]),
-        ]  # fmt: skip
-    far = links.device(links.look_up(new)[1])
-    entered = links.device(links.enters_by(entrances.get(peer, "")) or far[0])
+    row, turns = translation.site.row, TURNS[translation.mode]
+    if row.passes_on:
+        return _find_ways_through(links, translation.map.new, views, entrances, turns)
+    kept, outer, _, routed = views
+    local = translation.map.new if row.leaves else translation.map.old
+    near = _device(links, links.look_up(outer.source.address, local)[1])
+    home = links.device_of(local)
+    far = _device(links, home) if home else near
+    if near[0] == LOOPBACK:  # the peer is here, too: nothing translates
+        outer = routed = kept
+        far = near
+    first, second = turns
+    return [
+        _Way(near, [*_come(outer, routed, far, first),
+                    *_turn("input", routed, kept, (far, _NONE), second)], not row.leaves),
+        _Way(_NONE, [*_turn("output", kept.reply(), routed.reply(), (_NONE, near), first),
+                     *_leave(routed.reply(), outer.reply(), (_NONE, near), second)],
+             not row.leaves),
+    ]  # fmt: skip
+
+
+def _find_ways_through(
+    links: path.Links,
+    new: Address,
+    views: list[FourTuple],
+    entrances: Mapping[Address, str],
+    turns: tuple[int, int],
+) -> list[_Way]:
+    """The same at a gateway."""
+    _, outer, inner, routed = views
+    first, second = turns
+    peer = outer.source.address
+    near = _device(links, links.look_up(peer)[1])
+    far = _device(links, links.look_up(new)[1])
+    entrance = links.enters_by(entrances.get(peer, ""))
+    entered = links.device(entrance) if entrance else far
     back = [*_come(inner.reply(), routed.reply(), entered, first)]
     if near[0] == LOOPBACK:  # the peer is the gateway itself
         return [
@@ -197,6 +233,10 @@ def _find_ways(
         _Way(far, [*back, ("forward", routed.reply(), entered, near, EVERY),
                    *_leave(routed.reply(), outer.reply(), (entered, near), second)]),
     ]  # fmt: skip
+
+
+def _device(links: path.Links, index: int) -> _Device:
+    return links.device(index) if index else ANY
 
 
 def _turn(

@@ -338,6 +338,12 @@ CATALOGUE = {
         "for their state may know OLD alone.",
         "Accept them in front of the rule: NEW at a gateway, OLD at the destination.",
     ),
+    "rewritten": Explanation(
+        Severity.STOP,
+        "A rule of others writes another address or port into kept packets, without conntrack: "
+        "nothing knows the connection by what it becomes.",
+        "Leave the kept connections out of that rule.",
+    ),
     "flowtable-past-rules": Explanation(
         Severity.STOP,
         "A flowtable takes packets past all rules, and in mode stateless it is the rules that "

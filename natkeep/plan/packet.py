@@ -16,6 +16,8 @@ INVALID, NEW, ESTABLISHED, UNTRACKED = 1, 8, 2, 64
 """NF_CT_STATE_BIT of what conntrack calls a packet."""
 UNKNOWN = -1
 """A mark that is not known: it came with the connection, or from a map."""
+ANY = -1, ""
+"""A device that is not known: of several routes one is chosen."""
 
 
 class Effect(NamedTuple):
@@ -35,7 +37,8 @@ class Effect(NamedTuple):
 class Packet:
     """A TCP segment with data of an established connection, as it passes a hook.
 
-    iif, oif: index and name of the devices; 0 and empty where there is none. state: what conntrack
+    iif, oif: index and name of the devices; 0 and empty where there is none, ANY where one of
+    several is chosen. state: what conntrack
     calls it, one of INVALID, NEW, ESTABLISHED and UNTRACKED. mark: what rules before have given
     it; connmark: what its connection has. back: index of the device by which its source is reached.
     None where these are not known.
@@ -67,24 +70,21 @@ class Packet:
         if what.startswith("payload"):
             return self._payload(what, *at)
         known = {
-            "iif": self.iif[0].to_bytes(4, sys.byteorder),
-            "oif": self.oif[0].to_bytes(4, sys.byteorder),
-            "iifname": self.iif[1].encode().ljust(16, b"\0"),
-            "oifname": self.oif[1].encode().ljust(16, b"\0"),
+            "iif": None if self.iif == ANY else _pack(self.iif[0]),
+            "oif": None if self.oif == ANY else _pack(self.oif[0]),
+            "iifname": None if self.iif == ANY else self.iif[1].encode().ljust(16, b"\0"),
+            "oifname": None if self.oif == ANY else self.oif[1].encode().ljust(16, b"\0"),
             "nfproto": bytes([2 if version == 4 else 10]),
             "l4proto": b"\x06",
             "protocol": b"\x08\x00" if version == 4 else b"\x86\xdd",
             "mark": _pack(self.mark),
             "ct mark": _pack(self.connmark),
             "ct state": _pack(self.state),
-            "fib": None if self.back is None else _pack(self.iif[0] * self._comes_back()),
-            "fib present": None if self.back is None else bytes([self._comes_back()]),
         }
+        if what.startswith("fib") and self.back is not None and self.iif != ANY:
+            comes_back = self.back == self.iif[0]
+            return bytes([comes_back]) if what == "fib present" else _pack(comes_back * self.iif[0])
         return known.get(what)
-
-    def _comes_back(self) -> bool:
-        """Whether its source is reached by the device by which it has come."""
-        return self.back == self.iif[0]
 
     def _payload(self, what: str, offset: int, length: int) -> bytes | None:
         source, destination = self.tuple_.source, self.tuple_.destination

@@ -278,7 +278,8 @@ def _find_elsewhere(way: Way) -> Verdict | None:
             f"ip rule add from {way.new} to {way.peer} lookup TABLE, with that of OLD's rule",
         )
     there, to_new = way.there, way.to_new
-    if there is not None and to_new is not None and there.device != to_new.device:
+    # Of several routes by turns none is told.
+    if there and to_new and to_new.device and there.device != to_new.device:
         return (
             "other-way",
             f"what goes from {way.peer} to NEW {way.new} leaves {there.said()}, and what the "

@@ -14,6 +14,7 @@ from entered import entered
 from natkeep.kernel import path, policy_rules, rtnetlink
 from natkeep.kernel.fib_rules import MARK
 from natkeep.kernel.linux import LinuxKernel
+from natkeep.kernel.old_address import find_at_home
 from natkeep.lab.time_scale import scaled
 from natkeep.plan.move import Site
 from natkeep.plan.path import Way, judge
@@ -104,6 +105,10 @@ def test_what_leaves_by_another_device_is_told_unless_a_gateway_is_there(
         ways = path.read_at_destination(OLD[version], NEW[version], [peer.packed], own)
         assert codes(DESTINATION, ways) == [""]
         assert path.read_entrances(NEW[version], [peer.packed]) == {peer: router}
+    several = [f"nexthop via {one}" for one in (router, {4: "10.3.0.1", 6: "fd00:3::1"}[version])]
+    run(netns, "ip", f"-{version}", "route", "replace", str(peer), *" ".join(several).split())
+    with at(netns):
+        assert codes(DESTINATION, read_here(version)) == [""]
 
 
 @EACH_VERSION
@@ -310,6 +315,20 @@ def test_an_old_that_is_at_home_keeps_its_own_routing(
 
     assert prior == Prior(present=True)
     assert str(OLD[4]) not in run(netns, "ip", "rule")
+
+
+@EACH_VERSION
+def test_an_old_that_a_route_makes_local_is_at_home(
+    make_site: Callable[[], str], run: Run, version: int
+) -> None:
+    """AnyIP: a host that serves a whole network, without an address for each."""
+    netns, olds = make_site(), frozenset([OLD[version]])
+    with at(netns):
+        assert find_at_home(olds) == frozenset()
+    network = {4: "10.2.0.0/24", 6: "fd00:2::/64"}[version]
+    run(netns, "ip", f"-{version}", "route", "add", "local", network, "dev", "lo")
+    with at(netns):
+        assert find_at_home(olds) == olds
 
 
 def test_a_rule_that_an_operator_has_added_for_old_stays(

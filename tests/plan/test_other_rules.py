@@ -14,7 +14,7 @@ from natkeep.plan.other_rules import (
     find_virtual,
     follow,
 )
-from natkeep.plan.packet import ESTABLISHED, NEW, UNTRACKED, Effect, Packet
+from natkeep.plan.packet import ANY, ESTABLISHED, NEW, UNTRACKED, Effect, Packet
 from natkeep.plan.tuples import Endpoint, FourTuple
 
 TUPLE = FourTuple(Endpoint(ip_address("10.3.0.20"), 5000), Endpoint(ip_address("10.1.0.2"), 50001))
@@ -138,6 +138,27 @@ def test_a_verdict_map_ends_or_jumps_and_what_it_has_not_goes_on() -> None:
     ):
         sets = {"m": {PORT: verdict} if verdict else {}}
         assert does(verdicts, drops=True, sets=sets, o=[(MASQUERADE,)]) == expected
+
+
+def test_a_device_that_is_not_known_leaves_a_doubt() -> None:
+    by_name, by_index = load("oifname"), load("oif")
+    for at, value in ((by_name, b"eth0"), (by_index, (3).to_bytes(4, sys.byteorder))):
+        rule = (at, equals(value), ACCEPT)
+        ruleset = Ruleset({("ip t", "c"): Chain(Hook("forward", 0, "filter", True), [rule])})
+        for oif, expected in (((3, "eth0"), []), ((4, "tun0"), [True]), (ANY, [False])):
+            packet = Packet(TUPLE, (2, "pod"), oif, NEW)
+            found = follow(ruleset, "forward", packet, FILTER)
+            assert [effect.sure for effect in found] == expected
+
+
+def test_what_comes_back_by_the_same_device_passes_a_filter_of_the_reverse_path() -> None:
+    for what, missing in (("fib", bytes(4)), ("fib present", b"\0")):
+        rule = (load(what), equals(missing), DROP)
+        ruleset = Ruleset({("ip t", "c"): Chain(Hook("forward", 0, "filter", False), [rule])})
+        for back, expected in ((2, []), (3, [True]), (None, [False])):
+            packet = Packet(TUPLE, (2, "pod"), (3, "eth0"), back=back)
+            found = follow(ruleset, "forward", packet, FILTER)
+            assert [effect.sure for effect in found] == expected
 
 
 def test_marks_are_carried_to_the_rules_behind() -> None:
