@@ -47,6 +47,9 @@ class Network:
     def ip(self, line: str) -> None:
         subprocess.run(["ip", *line.split()], check=True)
 
+    def run(self, netns: str, *words: str) -> int:
+        return subprocess.run(["ip", "netns", "exec", netns, *words]).returncode
+
     def nft(self, netns: str, script: str) -> None:
         command = ["ip", "netns", "exec", netns, "nft", "-f", "-"]
         subprocess.run(command, input=script, text=True, check=True)
@@ -424,6 +427,16 @@ def test_a_host_in_between_that_natkeep_runs_on_is_asked_for_its_rules(
         with entered(hop):
             assert network.codes(version, sites=("destination",)) == ([code] if code else []), rule
         network.nft(hop, "delete table inet h\n")
+    setting = {4: "net.ipv4.conf.far.forwarding", 6: "net.ipv6.conf.all.forwarding"}[version]
+    network.run(hop, "sysctl", "-qw", f"{setting}=0")
+    with entered(hop):
+        assert network.codes(version, sites=("destination",)) == ["forwarding-off"]
+    network.run(hop, "sysctl", "-qw", f"{setting}=1")
+    legacy = {4: "iptables-legacy", 6: "ip6tables-legacy"}[version]
+    if network.run(hop, legacy, "-t", "nat", "-A", "POSTROUTING", "-j", "MASQUERADE") == 0:
+        with entered(hop):
+            said = network.natkeep("prepare web", version, sites=("destination",))
+        assert "warn legacy-iptables: this host is between" in said.stderr
 
 
 @pytest.mark.root

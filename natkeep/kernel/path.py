@@ -37,7 +37,7 @@ Entrances = Mapping[Address, str]
 
 _RTM_F_FIB_MATCH = 0x2000
 _TABLE, _MULTIPATH, _VIA = 15, 9, 18
-_GETLINK, _IFNAME = 18, 3
+_GETLINK, _IFNAME, _MTU = 18, 3, 4
 _LINK = struct.Struct("=BxHiII")
 _ASKED = 0x8 | 0x10 | 0x80  # IFF_LOOPBACK | IFF_POINTOPOINT | IFF_NOARP: nobody is asked for there
 _LINKINFO, _BRIDGE = 18, attribute(1, b"bridge\0")[:11]
@@ -56,6 +56,7 @@ class Links:
         self._netlink = Netlink(NETLINK_ROUTE)
         self._names: dict[int, str] = {}
         self._silent: set[int] = set()
+        self._mtus: dict[int, int] = {}
         self._local: dict[bytes, int] = {}
         self._networks: list[tuple[int, int, int]] = []
         self._flags: dict[bytes, int] = {}
@@ -64,6 +65,7 @@ class Links:
             _, _, index, flags, _ = _LINK.unpack_from(answer)
             found = attributes(answer[_LINK.size :])
             self._names[index] = os.fsdecode(found[_IFNAME].rstrip(b"\0"))
+            self._mtus[index] = int.from_bytes(found.get(_MTU, b""), sys.byteorder)
             self.bridges |= _BRIDGE in found.get(_LINKINFO, b"")
             if flags & _ASKED:
                 self._silent.add(index)
@@ -163,7 +165,8 @@ class Links:
             for at in (rt.RTA_DST, _TABLE, rt.RTA_OIF, rt.RTA_GATEWAY, _MULTIPATH)
         )
         kind = _KINDS.get(header[7], "none")
-        return Route(kind, self._names.get(index, ""), hop, neighbour, entry), index
+        mtu = self._mtus.get(index, 0)
+        return Route(kind, self._names.get(index, ""), hop, neighbour, entry, mtu), index
 
     def _has_own_in(self, found: dict[int, bytes], length: int, index: int) -> bool:
         """Whether the network of a route is that of an address of its device, whoever added it."""

@@ -65,14 +65,21 @@ def _find_hosts(sites: set[Identity]) -> Iterator[tuple[Namespace, str]]:
 def _look_at_hop(
     translation: Translation, hops: set[str], hosts: list[tuple[Namespace, str]]
 ) -> Iterator[Finding]:
+    map_ = translation.map
     for namespace, said in hosts:
-        effects = None
+        effects, off, legacy = None, tuple[str, ...](), False
         # What may not be entered is not seen.
         with suppress(KernelError, OSError), inside(namespace):
             effects = _follow_hop(translation, hops)
+            legacy = reading.has_legacy_tables()
+            off = path.find_not_forwarding(map_.old, map_.new, translation.outer.peers())
         if effects is None:
             continue
         between = f"{said} is between {translation.site} and its peers, and"
+        if off:
+            yield Finding("forwarding-off", None, f"{between} {off[0]} is 0 there")
+        if legacy:
+            yield Finding("legacy-iptables", None, f"{between} iptables-legacy has tables there")
         seen = {(effect.where, effect.does): tuple_ for effect, tuple_ in reversed(effects)}
         for (where, does), tuple_ in seen.items():
             ip = "ip" if translation.map.new.version == 4 else "ip6"
@@ -86,7 +93,7 @@ def _look_at_hop(
                 f"{between} {where} {what} {tuple_}",
                 f"in front of that rule: {accept} accept",
             )
-        if not effects:
+        if not (effects or off or legacy):
             yield ok(None, f"{said}, by which {translation.site} is reached, lets all pass")
 
 

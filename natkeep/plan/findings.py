@@ -86,7 +86,8 @@ CATALOGUE = {
     ),
     "forwarding-off": Explanation(
         Severity.STOP,
-        "A gateway passes packets on, and forwarding is off here for both IP versions.",
+        "A gateway passes packets on, and so does a host between it and the destination. "
+        "Forwarding is off here.",
         "sysctl -w net.ipv4.ip_forward=1 (net.ipv6.conf.all.forwarding=1 for IPv6), or name the "
         "namespace that is the gateway.",
     ),
@@ -308,6 +309,14 @@ CATALOGUE = {
         "By a policy rule or a mark the gateway sends what peers say to NEW by another device "
         "than what it says to NEW itself. The rule may have been made with OLD in mind.",
         "See that NEW is reached that way: `ip route get NEW from PEER iif DEVICE`.",
+    ),
+    "smaller-mtu": Explanation(
+        Severity.NOTE,
+        "The gateway's link to NEW takes smaller packets than that to OLD. Peers learn it by ICMP, "
+        "which natkeep translates; where a firewall drops it, large segments would not get "
+        "through.",
+        "Let ICMP `fragmentation-needed` (IPv6 `packet-too-big`) pass from the gateway to the "
+        "peers.",
     ),
     "reverse-path": Explanation(
         Severity.STOP,

@@ -72,7 +72,8 @@ class Route:
     where a filter of the reverse path drops what comes in. device: by which it leaves. hop: the
     next router; empty for a host on the link. neighbour: the address belongs to a host on a link
     on which hosts ask for each other (a connected network, or a route to that host alone). entry:
-    which of the routes it is, whatever it is called.
+    which of the routes it is, whatever it is called. mtu: octets that its device takes, 0 if not
+    known.
     """
 
     kind: str
@@ -80,6 +81,7 @@ class Route:
     hop: str = ""
     neighbour: bool = False
     entry: bytes = b""
+    mtu: int = 0
 
     def said(self) -> str:
         """In the words of ip(8)."""
@@ -162,6 +164,10 @@ def _well(site: Site, ways: list[Way]) -> Iterator[Finding]:
     """A line for each NEW: by which devices its peers are reached."""
     for new in dict.fromkeys(way.new for way in ways):
         here = [way for way in ways if way.new == new]
+        to_old, to_new = here[0].to_old, here[0].to_new
+        if to_old and to_new and 0 < to_new.mtu < to_old.mtu:
+            what = f"the link to NEW {new} takes {to_new.mtu} octets, that to OLD {to_old.mtu}"
+            yield Finding("smaller-mtu", site, what)
         devices = ", ".join(sorted({way.out.said() for way in here}))
         count = len({way.peer for way in here})
         peers = f"{count} peers are" if count > 1 else f"peer {here[0].peer} is"

@@ -16,6 +16,7 @@ from natkeep.kernel.fib_rules import MARK
 from natkeep.kernel.linux import LinuxKernel
 from natkeep.kernel.old_address import find_at_home
 from natkeep.lab.time_scale import scaled
+from natkeep.plan.findings import Severity
 from natkeep.plan.move import Site
 from natkeep.plan.path import Way, judge
 from natkeep.plan.roles import Role
@@ -252,6 +253,15 @@ def test_a_rule_about_peers_that_does_not_know_new_is_told(
     run(gateway, "ip", f"-{version}", "route", "add", "default", "via", router, "table", "100")
     with at(gateway):
         assert codes(GATEWAY, read_there(version)) == ["no-way-there"]
+
+
+@EACH_VERSION
+def test_a_smaller_link_to_new_is_noted(gateway: str, run: Run, version: int) -> None:
+    run(gateway, "ip", "link", "set", "far", "mtu", "1400")
+    with at(gateway):
+        found = [*judge(GATEWAY, read_there(version))]
+    assert [one.code for one in found] == ["smaller-mtu", ""]
+    assert found[0].severity == Severity.NOTE
 
 
 @EACH_VERSION
