@@ -25,7 +25,7 @@ KINDS = ("kill", "error", "errno")
 
 STEPS = (
     *("InstallGate", "FillSet", "RaiseLoopback", "AddAddress", "InstallTranslation"),
-    *("AddRules",),
+    *("AddRules", "AddRoute"),
     *("InstallReception", "ForgetCalls", "TranslateErrors", "PurgeEntries", "InsertEntries"),
     *("HoldListeners", "HoldSegments", "GuardSite", "InstallResets", "TakeOverLock"),
     *("OpenEarly", "OpenGate", "SendResets"),

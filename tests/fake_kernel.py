@@ -36,6 +36,7 @@ from natkeep.plan.step_undo import (
     RemoveGate,
     RemoveListeners,
     RemoveOwnedTable,
+    RemoveRoute,
     RemoveRules,
     RemoveUndone,
     Undo,
@@ -44,6 +45,7 @@ from natkeep.plan.step_undo import (
 )
 from natkeep.plan.steps import (
     AddAddress,
+    AddRoute,
     AddRules,
     DropUndone,
     FillSet,
@@ -100,6 +102,7 @@ class FakeSite:
     made: set[Key] = field(default_factory=set)
     marked: set[Address] = field(default_factory=set)
     rules: set[IpRule] = field(default_factory=set)
+    routes: set[Address] = field(default_factory=set)
     undone: set[FourTuple] = field(default_factory=set)
 
     def drop_rules(self, old: Address) -> None:
@@ -401,6 +404,8 @@ class FakeKernel:
             case RemoveAddress():
                 here.addresses.discard(undo.address)
                 here.marked.discard(undo.address)
+            case RemoveRoute():
+                here.routes.discard(undo.address)
             case RemoveRules():
                 here.rules -= {*undo.rules}
                 for old in {*undo.olds} - here.marked:
@@ -568,6 +573,8 @@ def _find_prior(here: FakeSite, step: Step) -> Prior:
     match step:
         case RaiseLoopback():
             return Prior(present=here.loopback)
+        case AddRoute():
+            return Prior(present=step.address in here.routes)
         case AddAddress():
             return Prior(present=step.address in here.addresses)
         case TakeOverLock():
@@ -602,6 +609,8 @@ def _change(here: FakeSite, step: Step) -> None:
         case AddAddress():
             here.marked |= {step.address} - here.addresses
             here.addresses.add(step.address)
+        case AddRoute():
+            here.routes.add(step.address)
         case AddRules():
             here.rules |= {*step.rules()}
         case HoldListeners():

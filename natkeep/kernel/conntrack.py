@@ -50,7 +50,6 @@ from natkeep.plan.entry_attributes import PLAIN, Attributes
 from natkeep.plan.move import Mode
 from natkeep.plan.observation import SeenEntry
 from natkeep.plan.protocols import TCP
-from natkeep.plan.roles import Role
 from natkeep.plan.step_undo import DeleteEntries, RestoreEntries
 from natkeep.plan.steps import InsertEntries, Prior, PurgeEntries
 from natkeep.plan.translation import Translation
@@ -139,7 +138,7 @@ class PurgeDriver(Driver[PurgeEntries]):
     def apply(self, at: Place, step: PurgeEntries, remember: Remember) -> Prior:
         """Delete every entry that has one of the stale tuples."""
         facts: dict[str, str | int | bool] = {}
-        if step.site.role == Role.GATEWAY:
+        if step.site.row.passes_on:
             facts["own"] = read_directions(step.translation)
             if noted := noted_to_text(group_entries(step.translation)):
                 facts["noted"] = noted

@@ -47,6 +47,7 @@ from natkeep.plan.step_undo import (
     PutLockBack,
     RemoveAddress,
     RemoveOwnedTable,
+    RemoveRoute,
     RemoveRules,
     RemoveUndone,
     RestoreEntries,
@@ -54,6 +55,7 @@ from natkeep.plan.step_undo import (
 )
 from natkeep.plan.steps import (
     AddAddress,
+    AddRoute,
     AddRules,
     DropUndone,
     ForgetCalls,
@@ -79,6 +81,7 @@ T = TypeVar("T")
 DRIVERS: dict[type, Any] = {
     **NFT_DRIVERS,
     AddAddress: rtnetlink.AddressDriver(),
+    AddRoute: rtnetlink.RouteDriver(),
     AddRules: ip_rules.RulesDriver(),
     DropUndone: undone_table.DropUndoneDriver(),
     ForgetCalls: conntrack_listeners.ForgetDriver(),
@@ -102,6 +105,7 @@ INVERSES: dict[type, Inverse[Any]] = {
     PutLockBack: DRIVERS[TakeOverLock],
     RemoveAddress: DRIVERS[AddAddress],
     RemoveOwnedTable: DRIVERS[GuardSite],
+    RemoveRoute: DRIVERS[AddRoute],
     RemoveRules: DRIVERS[AddRules],
     RemoveUndone: DRIVERS[DropUndone],
     RestoreEntries: DRIVERS[PurgeEntries],
@@ -157,6 +161,7 @@ class LinuxKernel:
         forwards = False
         carried: list[tuple[FourTuple, FourTuple]] = []
         noted: list[Noted] = []
+        at_peers: list[tuple[Site, frozenset[Address]]] = []
         for site in move.sites:
             kept = [connections.at(map_.old) for map_ in move.maps]
             if not site.row.leaves:
@@ -172,7 +177,12 @@ class LinuxKernel:
                     home |= find_at_home(frozenset(map_.old for map_ in move.maps))
                 elif move.mode == Mode.STATELESS:
                     beside |= _find_local_peers((*kept, move.lost))
-                if site.role == Role.GATEWAY and not carried:
+                if site.row.own:
+                    here = _find_local_peers(kept)
+                    at_peers.append((site, here))
+                    found = conntrack_own.find_carried(entries)
+                    carried += [pair for pair in found if pair[0].source.address in here]
+                elif site.row.passes_on and not carried:
                     carried = [*conntrack_own.find_carried(entries)]
         return Surroundings(
             local,
@@ -182,6 +192,7 @@ class LinuxKernel:
             beside=beside,
             home=home,
             forwards=forwards,
+            at_peers=tuple(at_peers),
         )
 
     def observe(self, site: Site, plan: Plan) -> Observation:

@@ -123,6 +123,8 @@ class TranslationDriver(LoadDriver[InstallTranslation]):
         news = [t.map.new for t in step.translations]
         peers = sorted({peer for t in step.translations for peer in t.outer.peers()})
         others = [ip_address(peer) for peer in peers]
+        if step.site.row.own:
+            others = [t.before for t in step.translations]
         at_destination = step.site.role == Role.DESTINATION
         own, others = (news, others) if at_destination else ([], [*news, *others])
         noted = lost_routes.note(own, others)

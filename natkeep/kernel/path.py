@@ -184,6 +184,12 @@ def read_local(version: int) -> frozenset[Address]:
     return frozenset(ip_address(one) for one in rt.all_addresses() if len(one) == size)
 
 
+def read_way(address: Address) -> Route:
+    """The route to *address* from here."""
+    with closing(Links()) as links:
+        return links.look_up(address)[0]
+
+
 def read_at_destination(
     old: Address,
     new: Address,

@@ -31,8 +31,8 @@ from natkeep.kernel.netlink import (
 )
 from natkeep.kernel.policy_rules import copy_rules, remove_copies
 from natkeep.plan.criu_lock import CRIU_MARK
-from natkeep.plan.step_undo import LowerLoopback, RemoveAddress
-from natkeep.plan.steps import AddAddress, Prior, RaiseLoopback
+from natkeep.plan.step_undo import LowerLoopback, RemoveAddress, RemoveRoute
+from natkeep.plan.steps import AddAddress, AddRoute, Prior, RaiseLoopback
 from natkeep.plan.tuples import Address
 
 _NEWLINK, _GETLINK = 16, 18
@@ -58,7 +58,7 @@ _LOCAL_TIMEOUT = 2.0
 RTA_DST, _RTA_SRC, _RTA_IIF, RTA_OIF, RTA_GATEWAY, RTA_PRIORITY = 1, 2, 3, 4, 5, 6
 _RTA_MARK, _RTA_IP_PROTO, _RTA_SPORT, _RTA_DPORT = 16, 27, 28, 29
 RTN_UNICAST, RTN_LOCAL = 1, 2
-_TABLE_MAIN, _PROTOCOL_STATIC = 254, 4
+_TABLE_MAIN, _PROTOCOL_STATIC, _SCOPE_LINK = 254, 4, 253
 _LAST = 0xFFFFFFFE
 """A metric that no other route to one host has."""
 
@@ -266,9 +266,10 @@ def is_reached(netlink: Netlink, address: Address, source: Address | None = None
 
 
 def _pack_route_through_lo(address: Address) -> bytes:
-    main = (_TABLE_MAIN, _PROTOCOL_STATIC, 0, RTN_UNICAST, 0)
+    scope = _SCOPE_LINK if address.version == 4 else 0
+    main = (_TABLE_MAIN, _PROTOCOL_STATIC, scope, RTN_UNICAST, 0)
     return (
-        ROUTE.pack(socket.AF_INET6, 128, 0, 0, *main)
+        ROUTE.pack(_FAMILY[address.version], address.max_prefixlen, 0, 0, *main)
         + attribute(RTA_DST, address.packed)
         + attribute(RTA_OIF, struct.pack("=I", LOOPBACK))
         + attribute(RTA_PRIORITY, struct.pack("=I", _LAST))
@@ -324,6 +325,24 @@ class AddressDriver(Driver[AddAddress]):
     def revert(self, at: Place, undo: RemoveAddress, prior: Prior) -> None:
         """Remove it, and the rules for it."""
         remove_host_address(undo.address)
+
+
+class RouteDriver(Driver[AddRoute]):
+    """A route by lo to an address that has none; undone only where it was added."""
+
+    def apply(self, at: Place, step: AddRoute, remember: Remember) -> Prior:
+        """Add it; what no rule translates goes no further than lo."""
+        with Netlink(NETLINK_ROUTE) as netlink:
+            prior = Prior(present=is_reached(netlink, step.address))
+        remember(prior)
+        if not prior.present:
+            _request(NEWROUTE, _pack_route_through_lo(step.address), NLM_F_CREATE)
+        return prior
+
+    def revert(self, at: Place, undo: RemoveRoute, prior: Prior) -> None:
+        """Remove it."""
+        with suppress(ProcessLookupError):  # ESRCH: it is gone
+            _request(DELROUTE, _pack_route_through_lo(undo.address))
 
 
 class LoopbackDriver(Driver[RaiseLoopback]):

@@ -70,6 +70,7 @@ class Lab:
         self.others: list[FourTuple] = []  # connections of others with NEW
         self.listeners = False  # whether natkeep is told --listeners
         self.crosses = True  # whether peers' packets cross a gateway that translates
+        self.at_peer = False  # whether the client's own host is a site
         self.peers: tuple[tuple[Address, Address], ...] = ()  # which have moved, and where they are
         self.parties, self.orders, self.undone = [self], list[Order](), list[Order]()
         self.peer_points = [seat.role for seat in self.topology.seats if seat.network == "near"]
@@ -165,7 +166,7 @@ class Lab:
 
     def read_sites(self) -> None:
         """Remember how the sites are before anything is done there; the first time counts."""
-        for role in self.topology.sites:
+        for role in (*self.topology.sites, *(["client"] if self.at_peer else [])):
             if role not in self._surfaces:
                 self._surfaces[role] = read_surfaces(self.topology[role])
 
@@ -177,6 +178,7 @@ class Lab:
             self.topology["gateway"] if self.crosses else None, self.topology[self.site.role],
             tuple(self.traffic.views.values()), self.frozen.options, self.mode, replaces,
             self.listeners, self.peers,
+            self.topology["client"] if self.at_peer else None,
         )  # fmt: skip
         self.orders.append(self.order)
         return self.order

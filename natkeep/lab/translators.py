@@ -41,7 +41,8 @@ class Order:
     options: natkeep's way to learn of the connections, as the engine gave it.
     replaces: the move of the same process that brought it where it leaves from now.
     listeners: new connections shall reach the listeners that move along.
-    gateway: None where none translates. peers: which have moved as well, and where they are.
+    gateway: None where none translates. peer: the peers' own host, where that does.
+    peers: which have moved as well, and where they are.
     """
 
     id: str
@@ -55,6 +56,7 @@ class Order:
     replaces: Order | None = None
     listeners: bool = False
     peers: tuple[tuple[Address, Address], ...] = ()
+    peer: Host | None = None
 
 
 class Translator:
@@ -105,6 +107,7 @@ class Natkeep(Translator):
         more += ["--listeners"] if order.listeners else []
         more += [f"--peer-map={peer}={now}" for peer, now in order.peers]
         more += [f"--site=gateway={order.gateway.name}"] if order.gateway else []
+        more += [f"--site=peer={order.peer.name}"] if order.peer else []
         self.call(
             "prepare", order.id, *more, "--map", f"{order.old}={order.new}",
             "--site", f"destination={order.destination.name}",
@@ -175,6 +178,8 @@ class Naive(Translator):
         order.destination.nft(rules + self.peer_rules(order))
         if order.gateway:
             order.gateway.nft(self.rules(order, order.old, order.new))
+        if order.peer:
+            order.peer.nft(self.own_rules(order))
 
     def rules(self, order: Order, before: Address, after: Address) -> str:
         """Packets to *before* go to *after*, and those from *after* say *before*."""
@@ -187,6 +192,18 @@ class Naive(Translator):
         ]
         sources = self.source_rules(order, ip, before, after)
         lines += [f"add rule {table} post {rule}" for rule in sources]
+        return "\n".join(lines) + "\n"
+
+    def own_rules(self, order: Order) -> str:
+        """At the peers' own host: what it says and hears itself."""
+        ip, table = "ip" if order.old.version == 4 else "ip6", f"inet {_table(order)}"
+        lines = [
+            f"add table {table}",
+            f"add chain {table} out {{ type nat hook output priority -100; }}",
+            f"add chain {table} in {{ type nat hook input priority 100; }}",
+            f"add rule {table} out {ip} daddr {order.old} dnat {ip} to {order.new}",
+            f"add rule {table} in {ip} saddr {order.new} snat {ip} to {order.old}",
+        ]
         return "\n".join(lines) + "\n"
 
     def peer_rules(self, order: Order) -> str:
@@ -211,8 +228,8 @@ class Naive(Translator):
         self._delete_table(order, order.destination)
 
     def teardown(self, order: Order) -> None:
-        gateways = [order.gateway] if order.gateway else []
-        self._delete_table(order, *gateways, order.destination)
+        others = filter(None, (order.gateway, order.peer))
+        self._delete_table(order, *others, order.destination)
 
     def _delete_table(self, order: Order, *hosts: Host) -> None:
         for host in hosts:
@@ -232,7 +249,7 @@ class NaivePurge(Naive):
             for address in (order.old, order.new)
             for end in ("--orig-dst", "--orig-src")
         )
-        for host in filter(None, (order.destination, order.gateway)):
+        for host in filter(None, (order.destination, order.gateway, order.peer)):
             # conntrack exits 1 where there was no such entry
             host.run("sh", "-c", f"{purge}\ntrue")
 

@@ -67,7 +67,7 @@ def _count(executor: Executor, move_id: str, earlier: Sighting | None) -> tuple[
     alive: dict[Role, list[int]] = {}
     opened = any(has_been_opened(journal, plan, site) for site in restored_at(plan))
     for site, seen in looks.items():
-        if site.role == Role.GATEWAY and plan.move.holds and not opened:
+        if site.row.passes_on and plan.move.holds and not opened:
             continue  # its gate is open so that the holder hears the peers
         # A gate that was being opened when natkeep was killed is open, though no journal says so.
         if seen.gate == Gate.OPEN or has_been_opened(journal, plan, site):
@@ -75,7 +75,10 @@ def _count(executor: Executor, move_id: str, earlier: Sighting | None) -> tuple[
             living = seen.alive if known else sighting.count_unended(plan, site)
             alive.setdefault(site.role, []).append(living + seen.callers + seen.inner)
     # Opened at the source, the process is back where OLD is at home, and needs nothing.
-    return min(alive.get(Role.DESTINATION) or alive.get(Role.GATEWAY) or [0]), sighting
+    # Each peers' host has connections of its own, and all others see the same.
+    beyond = [sum(alive[Role.PEER])] if Role.PEER in alive else []
+    beyond += alive.get(Role.GATEWAY, [])
+    return min(alive.get(Role.DESTINATION) or beyond or [0]), sighting
 
 
 def find_exposed(

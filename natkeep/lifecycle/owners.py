@@ -104,7 +104,9 @@ def find_surroundings(
     for site in move.sites if not move.quiesces else ():
         found = find_partners(state, kernel.identity(site), peers, {move.id, *besides})
         for partner, some in ((partner, some) for partner in reversed(found) for some in kept):
-            if site.role == Role.GATEWAY:
+            if site.row.own:
+                _refuse_moved(site, partner, some)
+            elif site.role == Role.GATEWAY:
                 around = _carry(move, site, partner, some, around)
             elif site.role == Role.DESTINATION:
                 around = _join(partner, some, around)
@@ -138,6 +140,16 @@ def _carry(
         )
     carriers |= found
     return _with_carriers(around, carriers)
+
+
+def _refuse_moved(site: Site, partner: Partner, kept: Connections) -> None:
+    """A peer that a move has brought here is translated by that move, with both ends in one."""
+    if not partner.ends().isdisjoint(kept.each()):
+        move_id = partner.journal.move.id
+        raise RefusedError(
+            f"{site}: a peer was moved there by {move_id}, which translates it",
+            hint=f"replace {move_id} by a move with --peer-map OLD=NEW, and leave this site out",
+        )
 
 
 def _join(partner: Partner, kept: Connections, around: Surroundings) -> Surroundings:

@@ -23,7 +23,9 @@ def look_at_routes(subject: Subject) -> Iterator[Finding]:
     plan = subject.plan
     assert plan is not None
     for site, here in _sites_that_translate(plan):
-        if site.row.passes_on:
+        if site.row.own:
+            yield from _look_at_peers(subject, site, here)
+        elif site.row.passes_on:
             yield from _look_at_gateway(subject, plan, site, here)
         else:
             own = _find_gateways_own(subject, plan)
@@ -122,6 +124,15 @@ def find_entrances(subject: Subject, map_: Map, peers: Iterable[bytes]) -> dict[
             ports = _find_ports(subject, site, here, map_)
             found.update(subject.kernel.ask(site, path.read_entrances, map_.new, peers, ports))
     return found
+
+
+def _look_at_peers(subject: Subject, site: Site, here: list[Translation]) -> Iterator[Finding]:
+    for new in dict.fromkeys(one.map.new for one in here):
+        way = subject.kernel.ask(site, path.read_way, new)
+        if way.kind == "unicast":
+            yield ok(site, f"NEW {new} is reached {way.said()}")
+        else:
+            yield Finding("no-way-there", site, f"no route to NEW {new}: {way.said()}")
 
 
 def _find_gateways_own(subject: Subject, plan: Plan) -> frozenset[Address] | None:

@@ -120,7 +120,7 @@ def _find_next(move_id: str, here: frozenset[Role], *, back: bool) -> tuple[tupl
     hook = " --action-script $(command -v natkeep-hook)"
     restore = f"NATKEEP_ID={move_id} {RESTORE}{hook}" if alone else RESTORE
     steps: list[tuple[Role, str]] = []
-    if Role.GATEWAY not in here and not back:
+    if here.isdisjoint((Role.GATEWAY, Role.PEER)) and not back:
         steps.append((Role.GATEWAY, again))
     if not back:
         steps.append((Role.SOURCE, restore))

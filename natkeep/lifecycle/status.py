@@ -151,8 +151,7 @@ def _compare(
     sites, move_id = [], move.plan.move.id
     for site in move.sites:
         looks = [look[move_id, site.site] for look in earlier if (move_id, site.site) in look]
-        roles = (Role.DESTINATION, Role.GATEWAY)
-        if len(looks) == 2 and site.site.role in roles and not site.drift:
+        if len(looks) == 2 and site.site.row.leaves and not site.drift:
             lines = tuple(find_fallen_silent([*looks, site], move.sites, move_id))
             site = replace(site, drift=lines)
         sites.append(site)

@@ -99,6 +99,7 @@ DISPATCHES = {
     # filters, in front of everything: gate and mute of the kept, reset of the unkept connections
     GATE: Dispatch(GATE, "filter", "prerouting", "-350", "daddr"),
     "mute": Dispatch("muted", "filter", "output", "-350", "saddr"),
+    "dial": Dispatch("dialled", "filter", "output", "-350", "daddr"),
     MARK: Dispatch("marked-resets", "filter", "", "", "daddr"),
     HEARD: Dispatch("early-resets", "filter", "prerouting", "-340", "daddr"),
     SPOKEN: Dispatch("early-answers", "filter", "prerouting", "-340", "saddr"),
@@ -120,6 +121,8 @@ DISPATCHES = {
     "put": Dispatch("departing", "filter", "postrouting", "300", "saddr"),
     # at a destination whose peers have moved, behind all that translates
     "half": Dispatch("half-translated", "filter", "input", "350", "daddr"),
+    # at the peers' own host: what has NEW as its source there is not translated
+    "new": Dispatch("untranslated", "filter", "input", "350", "saddr"),
 }
 _LOCAL = (
     (Chain("local-inbound", "output", "-120", "nat"), "in"),
@@ -316,11 +319,11 @@ def mode_table(mode: Mode) -> tuple[Object, ...]:
 
 @cache
 def translation_tables(
-    mode: Mode, *, at_gateway: bool, peers: bool = False
+    mode: Mode, *, at_gateway: bool, peers: bool = False, own: bool = False
 ) -> tuple[tuple[Object, ...], ...]:
     """What the translations of a mode need, each part with base chains of its own.
 
-    peers: at a destination some have moved.
+    peers: at a destination some have moved. own: at the peers' own host.
     """
     if mode == Mode.STATELESS:
         return (mode_table(mode),)
@@ -330,7 +333,7 @@ def translation_tables(
     if peers:
         maps = (*_dispatch_maps("from"), *_dispatch_maps("to"))
         parts += [(*maps, *_hooks_table(_PEERS)), dispatch_table("half")]
-    return tuple(parts)
+    return (*parts, dispatch_table("new")) if own else tuple(parts)
 
 
 def _hooks_table(chains: Iterable[tuple[Chain, str]]) -> tuple[Object, ...]:

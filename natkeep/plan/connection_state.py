@@ -101,7 +101,7 @@ def count_answered(
     seen, counted = site.seen, False
     if seen is None or site.opened is None:
         return None
-    both, number = site.site.role == Role.GATEWAY, 0
+    both, number = site.site.row.passes_on, 0
     for record, entry in zip(translation.kept.each(), entries, strict=True):
         if record in seen.heard:
             counted, number = True, number + 1
@@ -125,7 +125,7 @@ def find_one_way(
     sites: all of the move's, which tell more of the cause; kept: how *site* translates.
     """
     restored = [each for each in sites if each.site.role == Role.DESTINATION] or [site]
-    if site.seen is None or site.site.role not in (Role.DESTINATION, Role.GATEWAY):
+    if site.seen is None or not site.site.row.leaves:
         return
     if any(one.opened is None or one.opened < ONE_WAY_S for one in (site, *restored)):
         return
@@ -183,9 +183,9 @@ def _count_all(site: SiteStatus) -> tuple[int, int] | None:
 
 
 def _why_deaf(move_id: str, site: SiteStatus, sites: Sequence[SiteStatus]) -> str:
-    if site.site.role == Role.GATEWAY:
+    if site.site.row.passes_on:
         return "theirs take another way, are not tracked here (notrack), or they are gone"
-    gateways = [each for each in sites if each.site.role == Role.GATEWAY and each.seen is not None]
+    gateways = [each for each in sites if each.site.row.passes_on and each.seen is not None]
     if not gateways:
         return f"is the gateway open (natkeep open {move_id} there)? does a hop masquerade?"
     if any(each.seen is not None and each.seen.gate != Gate.OPEN for each in gateways):
@@ -196,7 +196,7 @@ def _why_deaf(move_id: str, site: SiteStatus, sites: Sequence[SiteStatus]) -> st
 
 
 def _why_mute(site: SiteStatus) -> str:
-    if site.site.role == Role.GATEWAY:
+    if site.site.row.passes_on:
         return (
             "is the destination open? do its packets come by here, or does a hop masquerade them?"
         )

@@ -2,6 +2,7 @@
 
     filter    hook, priority           asks                       closed   opened by
     gate      prerouting -350          kept set                   drop     accept
+              (peer: output -350)
     mute      output -350 (source)     the same set, reversed     drop     the same accept
     callers   prerouting -350          bare SYN, ports            drop     accept   (listeners.py)
     block     prerouting -350          bare SYN, listener         drop     its removal
@@ -128,7 +129,8 @@ def gate(
             asked = arriving
             if local != translation.before:
                 asked = arriving._replace(to=f"@{kept_set(move_id, translation.number)}")
-            objects += rule_at(GATE, local, (asked, jump(chain)), move_id)
+            dispatch = "dial" if translation.site.row.own else GATE
+            objects += rule_at(dispatch, local, (asked, jump(chain)), move_id)
         if translation.site.row.puts_old:
             old = translation.map.old
             kept = Match(outbound_key(version), f"@{kept_set(move_id, translation.number)}")
@@ -365,6 +367,11 @@ def _untranslated(translation: Translation) -> Iterator[tuple[str, tuple[Stateme
     version = before.version
     to_before = Match((f"{IP[version]} daddr",), before)
     arrived = (to_before, Match(inbound_key(version), f"@{outer}"))
+    if translation.site.row.own:  # the same the other way round, since the peer is here
+        yield "leaving", arrived
+        from_after = Match((f"{IP[version]} saddr",), after)
+        yield "arriving", (from_after, Match(outbound_key(version), f"@{inner}"))
+        return
     yield "arriving", arrived
     yield "passing", arrived
     # A peer on the destination itself is not translated.

@@ -80,15 +80,12 @@ class Site:
         """`ROLE` or `ROLE=NETNS`."""
         role, _, netns = text.partition("=")
         try:
-            site = cls(Role(role), netns)
+            return cls(Role(role), netns)
         except ValueError:
             raise UsageError(
                 f"{role!r} is not a role of a site",
                 hint="one of " + ", ".join(role.value for role in Role),
             ) from None
-        if site.row.order < 0:
-            raise RefusedError(f"natkeep does not translate at a site of role {site.role} yet")
-        return site
 
 
 @dataclass(frozen=True, slots=True)
@@ -207,6 +204,11 @@ class Move:
         if len({site.netns for site in self.sites}) != len(self.sites):
             raise UsageError("two sites are the same namespace")
         self._refuse_peer_maps()
+        if self.mode == Mode.STATELESS and any(site.row.own for site in self.sites):
+            raise RefusedError(
+                "mode stateless translates nothing at the peers' own host",
+                hint="--site peer needs --mode stateful",
+            )
         roles = [site.role for site in self.sites]
         for role in (Role.DESTINATION, Role.SOURCE):
             if roles.count(role) > 1:

@@ -6,8 +6,10 @@ This file must never look at a machine.
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 from natkeep.errors import RefusedError
-from natkeep.plan.move import Move
+from natkeep.plan.move import Move, Site
 from natkeep.plan.tuples import Address, Connections, FourTuple
 
 MAX_CONNECTIONS = 1_000_000
@@ -76,4 +78,14 @@ def refuse_peer_maps(
             raise RefusedError(
                 f"--peer-map {one}: the gateway translates peers at {one.old} already",
                 hint="behind it they are still there: leave --peer-map out, here and elsewhere",
+            )
+
+
+def refuse_idle_sites(move: Move, translating: Collection[Site]) -> None:
+    """At the peers' own host there has to be a peer; one that is killed there is none any more."""
+    for site in move.sites:
+        if site.row.own and site not in translating and not move.listeners:
+            raise RefusedError(
+                f"{site}: no connection's peer is there",
+                hint="a site of role peer is a host, or pod, that has peers' addresses",
             )

@@ -103,7 +103,7 @@ def _passes(site: Site, inbound: FourTuple, move: Move, surroundings: Surroundin
     peer = inbound.source.address
     on_source_host = peer.is_loopback or any(peer == map_.old for map_ in move.maps)
     moved = any(peer == map_.old for map_ in move.peer_maps)
-    elsewhere = on_source_host or peer in surroundings.beside or moved
+    elsewhere = on_source_host or peer in surroundings.beside or moved or site.row.own
     return not (site.row.passes_on and elsewhere)
 
 

@@ -5,8 +5,9 @@
     gateway         OLD           NEW           no      yes            refuse   0
     destination     NEW           OLD           yes     no             answer   1
     source          OLD           (no change)   yes     no             refuse   2
-    peer            not built yet
+    peer            OLD           NEW           no      yes            refuse   0
 
+A peer site is a gateway for processes of its own: their packets begin and end there.
 Gateway entries exist before the destination can emit a packet, since a half-translated connection
 is reset, not stalled. The source comes last: until then CRIU's lock keeps it silent.
 """
@@ -33,10 +34,11 @@ class RoleRow(NamedTuple):
     and when it leaves it; `leaves` is empty where the site translates nothing.
     puts_old: OLD is put on lo here. So what goes through lo is not translated, a bare SYN of a
     kept tuple is dropped, and OLD neither leaves as a source nor is spoken of in ARP.
-    passes_on: kept packets only pass here; no socket has them.
+    passes_on: kept packets only pass here; the process' sockets are elsewhere.
     mutes: the gate is closed in the outbound direction as well.
     resets: the dispatch of the reset filter: `answer` of the process, `refuse` of peers.
-    order: in which sites are opened, and as a rule prepared; negative where it is not built yet.
+    order: in which sites are opened, and as a rule prepared.
+    own: the peers are processes of this host, and no others' packets are translated.
     """
 
     arrives: str
@@ -46,11 +48,12 @@ class RoleRow(NamedTuple):
     mutes: bool
     resets: str
     order: int
+    own: bool = False
 
 
 ROLES = {
     Role.GATEWAY: RoleRow("old", "new", False, True, False, "refuse", 0),
     Role.DESTINATION: RoleRow("new", "old", True, False, False, "answer", 1),
     Role.SOURCE: RoleRow("old", "", False, False, True, "refuse", 2),
-    Role.PEER: RoleRow("old", "", False, False, False, "refuse", -1),
+    Role.PEER: RoleRow("old", "new", False, True, False, "refuse", 0, own=True),
 }

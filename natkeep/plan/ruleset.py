@@ -20,6 +20,9 @@ Theory of operation. A site has one table `inet natkeep`, shared by all moves.
     output and input, -120 and 80  peer-output, peer-input, as peer-inbound and peer-outbound
     output and input, -110 and 90  invalid-peer-output, invalid-peer-input
     input         350  half-translated  local address ─► half-at-ADDRESS ─► (kept?) ─► drop
+    stateful, at the peers' own host: as at a gateway, but for the gate, and what is left over
+    output   -350  dialled       local address ─► dial-at-ADDRESS ─► (kept?) ─► gate-ID: drop
+    input     350  untranslated  local address ─► new-at-ADDRESS ─► (kept?) ─► drop
     stateful, at a gateway that is a peer itself: the same maps
     output and input, -120 and 80  local-inbound, local-outbound, as inbound and outbound
     output and input, -110 and 90  invalid-local-inbound, invalid-local-outbound
@@ -155,6 +158,9 @@ def _nat(move_id: str, translation: Translation) -> list[Object]:
         answers = Match(inbound_key(before.version), f"@{kept_set(move_id, translation.number)}")
         unmarked = Match((SENT_TO_OLD[0],), SENT_TO_OLD[1], equal=False)
         objects += rule_at(MARK, after, (answers, unmarked, DROP), move_id)
+        if translation.site.row.own:
+            # The peer's kernel knows no such socket, and would answer with a reset.
+            objects += rule_at("new", after, (_kept(move_id, translation), DROP), move_id)
     elif translation.turns_peers:
         objects += _nat_peers(move_id, translation)
     return objects + _invalid(move_id, translation)

@@ -17,6 +17,7 @@ from natkeep.plan.resets import Reset, make_resets
 from natkeep.plan.roles import Role
 from natkeep.plan.steps import (
     AddAddress,
+    AddRoute,
     AddRules,
     FillSet,
     ForgetCalls,
@@ -169,8 +170,7 @@ def _steps_at(
     # can be. Before it has its set, nothing translates either.
     late = move.holds and site.row.passes_on
     steps += [] if late else fills
-    if move.guard and here:
-        steps.append(GuardSite(site, move.id, here))
+    steps += [GuardSite(site, move.id, here)] if move.guard and here else []
     # Before the address too: CRIU's restore may send for these, and must not be answered yet.
     steps += _install_resets(site, move, lost, home)
     if site.row.puts_old:
@@ -181,6 +181,7 @@ def _steps_at(
         others += sorted({one.source.address for one in surroundings.joined}, key=str)
         own = stay(_of_this_host(here, lost, inner, surroundings, change), _calls(receptions), home)
         steps += _put_old(move, here, others, AddRules(site, (), own, forwards), home)
+    steps += _add_routes(site, here) if site.row.own else []
     # The translation before the restore begins: CRIU sends unsent data before post-restore.
     steps.append(InstallTranslation(site, move.id, here))
     if receptions:
@@ -192,6 +193,12 @@ def _steps_at(
         steps.append(ForgetCalls(site, receptions))
     steps += fills if late else []
     return steps + _replace_entries(site, move, here, surroundings, change)
+
+
+def _add_routes(site: Site, here: tuple[Translation, ...]) -> list[Step]:
+    """Where peers are: their sockets look up OLD before a packet of theirs is addressed to NEW."""
+    routes = [AddRoute(site, old) for old in dict.fromkeys(t.before for t in here)]
+    return [RaiseLoopback(site), *routes]
 
 
 def _fill_sets(site: Site, move: Move, here: tuple[Translation, ...]) -> list[Step]:
@@ -340,7 +347,9 @@ def _static_lines(step: InstallGate | InstallResets, mode: Mode | None = None) -
     base, *more = step.static()
     if isinstance(step, InstallGate) and mode is not None and not step.site.row.mutes:
         peers = any(one.turns_peers for one in step.translations)
-        more = [*translation_tables(mode, at_gateway=step.site.row.passes_on, peers=peers), *more]
+        row = step.site.row
+        tables = translation_tables(mode, at_gateway=row.passes_on, peers=peers, own=row.own)
+        more = [*tables, *more]
     return [str(one) for part in (base, *more) for one in part]
 
 

@@ -18,6 +18,7 @@ from natkeep.plan.listeners import Reception
 from natkeep.plan.move import Mode, Site
 from natkeep.plan.steps import (
     AddAddress,
+    AddRoute,
     AddRules,
     DropUndone,
     ForgetCalls,
@@ -84,6 +85,13 @@ class LowerLoopback:
 @dataclass(frozen=True, slots=True)
 class RemoveAddress:
     """The address goes from lo."""
+
+    address: Address
+
+
+@dataclass(frozen=True, slots=True)
+class RemoveRoute:
+    """The route to the address goes from lo."""
 
     address: Address
 
@@ -159,6 +167,7 @@ Undo = (
     | CloseGates
     | LowerLoopback
     | RemoveAddress
+    | RemoveRoute
     | RemoveRules
     | RestoreEntries
     | DeleteEntries
@@ -190,6 +199,8 @@ def undo_of(step: Step) -> Undo:  # one line a kind of step
             return LowerLoopback()
         case AddAddress():
             return RemoveAddress(step.address)
+        case AddRoute():
+            return RemoveRoute(step.address)
         case AddRules():
             return RemoveRules(step.staying, step.olds)
         case PurgeEntries():

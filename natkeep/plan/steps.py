@@ -135,10 +135,9 @@ class InstallGate(Loads):
             return (base_chains.base_table(), *parts, *passed, arp.arp_table())
         if self.site.row.mutes:
             return (base_chains.base_table(), base_chains.dispatch_table("mute"))
-        if self.awaits:
-            spoken = base_chains.dispatch_table(base_chains.SPOKEN)
-            return (base_chains.base_table(), spoken)
-        return (base_chains.base_table(),)
+        more = ["dial"] if self.site.row.own else []
+        more += [base_chains.SPOKEN] if self.awaits else []
+        return (base_chains.base_table(), *map(base_chains.dispatch_table, more))
 
 
 @dataclass(frozen=True, slots=True)
@@ -207,6 +206,19 @@ class AddAddress:
 
 
 @dataclass(frozen=True, slots=True)
+class AddRoute:
+    """A route to OLD by lo, where there is none: a peer's socket looks it up before it is NEW."""
+
+    site: Site
+    address: Address
+
+    def describe(self) -> tuple[str, ...]:
+        """One command a line."""
+        to = f"{self.address}/{self.address.max_prefixlen}"
+        return (f"{_prefix(self.site)}ip route add {to} dev lo # where there is no route",)
+
+
+@dataclass(frozen=True, slots=True)
 class AddRules:
     """Rules by which what this host sends to *olds* is routed as before OLD is on lo.
 
@@ -258,7 +270,9 @@ class InstallTranslation(Loads):
         at_gateway = self.site.row.passes_on
         peers = any(one.turns_peers for one in self.translations)
         parts = (
-            base_chains.translation_tables(mode, at_gateway=at_gateway, peers=peers)
+            base_chains.translation_tables(
+                mode, at_gateway=at_gateway, peers=peers, own=self.site.row.own
+            )
             for mode in modes
         )
         return tuple(part for some in parts for part in some)
@@ -554,6 +568,7 @@ Step = (
     | FillSet
     | RaiseLoopback
     | AddAddress
+    | AddRoute
     | AddRules
     | InstallTranslation
     | InstallReception

@@ -28,6 +28,7 @@ from natkeep.errors import RefusedError
 from natkeep.plan.entry_attributes import Noted
 from natkeep.plan.move import Fate, Map, Mode, Move, Site
 from natkeep.plan.refusals import (
+    refuse_idle_sites,
     refuse_none_or_too_many,
     refuse_one_tuple_for_two,
     refuse_peer_maps,
@@ -48,6 +49,7 @@ class Surroundings:
     beside: in mode stateless, peers' addresses that are local to a gateway.
     noted: what the entries say that the sites have of the connections, where it is not the usual.
     home: OLD addresses that the destination has had before any move. forwards: it is a router.
+    at_peers: of each site of role peer the peers' addresses that it has.
     """
 
     local: frozenset[Address] = frozenset()
@@ -58,6 +60,7 @@ class Surroundings:
     beside: frozenset[Address] = frozenset()
     home: frozenset[Address] = frozenset()
     forwards: bool = False
+    at_peers: tuple[tuple[Site, frozenset[Address]], ...] = ()
 
     def carry_on(self, earlier: Surroundings, connections: Connections) -> Surroundings:
         """With those of *connections* that an *earlier* move, now replaced, took over itself.
@@ -248,6 +251,7 @@ def make_translations(
         if change is not None:
             translations += _translate_at(move, site, came, change.surroundings, len(prepared))
     _refuse_what_the_mode_cannot(move, translations)
+    refuse_idle_sites(move, {one.site for one in translations})
     return tuple(translations), (*unkept, *unkept_late)
 
 
@@ -326,10 +330,7 @@ def _find_refused(noted: tuple[Noted, ...]) -> dict[FourTuple, str]:
 
 
 def _without(some: Connections, unkept: tuple[Unkept, ...]) -> Connections:
-    if not unkept:
-        return some
-    lost = {entry.inbound for entry in unkept}
-    return Connections.of(inbound for inbound in some if inbound not in lost)
+    return some.minus(Connections.of(entry.inbound for entry in unkept)) if unkept else some
 
 
 def _translate_at(
@@ -351,6 +352,7 @@ def _translate_map(
     surroundings: Surroundings,
 ) -> Iterator[Translation]:
     """The translations of one map at one site, numbered from *number*; *kept* are at its OLD."""
+    kept = _passing(site, kept, surroundings)
     if not len(kept):
         return
     mode, noted = move.mode, tuple(one for one in surroundings.noted if one.site == site)
@@ -361,7 +363,7 @@ def _translate_map(
         outer = move.on_wire(kept).toward(map_.new)
         yield Translation(site, number, map_, mode, kept, outer, kept, noted)
         return
-    groups = _group_carried(map_, surroundings)
+    groups = _group_carried(kept, surroundings)
     carried = {inbound for pairs in groups for inbound, _ in pairs}
     plain = Connections.of(i for i in kept if i not in carried) if carried else kept
     if len(plain):
@@ -375,13 +377,23 @@ def _translate_map(
         number += 1
 
 
+def _passing(site: Site, kept: Connections, surroundings: Surroundings) -> Connections:
+    """Those of *kept* that *site* translates; what a peer's host does no gateway has to."""
+    own = site.row.own
+    if not (site.row.passes_on and surroundings.at_peers):
+        return kept
+    some = (here for at, here in surroundings.at_peers if at == site or not own)
+    return kept.with_peers({one.packed for here in some for one in here}, without=not own)
+
+
 def _group_carried(
-    map_: Map, surroundings: Surroundings
+    kept: Connections, surroundings: Surroundings
 ) -> list[list[tuple[FourTuple, FourTuple]]]:
-    """Carried connections of *map_*, grouped so that each group has one local end on each side."""
+    """Carried ones of *kept*, grouped so that each group has one local end on each side."""
     groups: dict[tuple[Endpoint, Endpoint], list[tuple[FourTuple, FourTuple]]] = {}
+    wanted = frozenset(kept) if len(surroundings.carried) else frozenset()
     for inner, outer in zip(surroundings.carried, surroundings.carriers, strict=True):
-        if inner.destination.address == map_.old:
+        if inner in wanted:
             ends = (outer.destination, inner.destination)
             groups.setdefault(ends, []).append((inner, outer))
     return [groups[ends] for ends in sorted(groups)]

@@ -261,6 +261,12 @@ class Connections:
             records[i::size] = bytes((octet,)) * count
         return _of_version(version, bytes(records))
 
+    def with_peers(self, peers: Collection[bytes], *, without: bool = False) -> Connections:
+        """Those whose peers have one of these addresses, packed; or the others."""
+        return Connections.of_records(
+            one for one in self.each() if (one[len(one) // 2 : -2] in peers) != without
+        )
+
     def rename_peers(self, names: Mapping[bytes, bytes]) -> Connections:
         """The same with the addresses of peers that *names* has (packed) replaced by its others."""
         if not self.may_have_peer(names):

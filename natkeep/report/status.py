@@ -183,8 +183,8 @@ def _tell(status: MoveStatus, carried: Carried, host: str) -> Iterator[str]:
         if carried.answered is not None:
             words.append(f"{carried.answered} of {count} peers have answered since")
         if carried.answered == 0 and not carried.has_ended():
-            roles = {site.site.role for site in status.sites}
-            words[-1] += "" if Role.GATEWAY in roles else ": is the gateway open?"
+            passes = any(site.site.row.passes_on for site in status.sites)
+            words[-1] += "" if passes else ": is the gateway open?"
     yield ", ".join(words)
     if any(tally[state] for state in State):
         yield ", ".join(f"{tally[state]} {state}" for state in State)

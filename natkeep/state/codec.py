@@ -19,7 +19,7 @@ from natkeep.plan.move import Fate, Map, Mode, Move, Site
 from natkeep.plan.roles import Role
 from natkeep.plan.steps import Prior
 from natkeep.plan.translation import Surroundings
-from natkeep.plan.tuples import NO_CONNECTIONS, Connections, Endpoint, parse_address
+from natkeep.plan.tuples import NO_CONNECTIONS, Address, Connections, Endpoint, parse_address
 
 SCHEMA = 2
 SCHEMAS = (1, SCHEMA)
@@ -208,6 +208,9 @@ def peers_to_json(around: Surroundings) -> dict[str, Any]:
         if some:
             found[name] = sorted(map(str, some))
     found |= {"forwards": True} if around.forwards else {}
+    if around.at_peers:
+        rows = around.at_peers
+        found["at_peers"] = [[str(s.role), s.netns, sorted(map(str, here))] for s, here in rows]
     return found
 
 
@@ -269,4 +272,11 @@ def read_surroundings(
     )
     noted = read_noted(move, as_list(line.get("entries", [])), said)
     joined, forwards = read_sides(line.get("joined")), as_flag(line.get("forwards", False))
-    return Surroundings(local, carried, carriers, joined, noted, beside, home, forwards)
+    at_peers = tuple(_read_at_peers(as_list(row)) for row in as_list(line.get("at_peers", [])))
+    return Surroundings(local, carried, carriers, joined, noted, beside, home, forwards, at_peers)
+
+
+def _read_at_peers(row: list[Any]) -> tuple[Site, frozenset[Address]]:
+    role, netns, here = row
+    site = Site(Role(as_text(role)), as_text(netns))
+    return site, frozenset(parse_address(as_text(text)) for text in as_list(here))

@@ -30,6 +30,7 @@ KINDS: dict[str, type[step_undo.Undo]] = {
     "opening": step_undo.CloseGates,
     "loopback": step_undo.LowerLoopback,
     "address": step_undo.RemoveAddress,
+    "route": step_undo.RemoveRoute,
     "rules": step_undo.RemoveRules,
     "purged": step_undo.RestoreEntries,
     "entries": step_undo.DeleteEntries,

@@ -30,6 +30,7 @@ from natkeep.plan.roles import Role
 from natkeep.plan.step_order import make_plan
 from natkeep.plan.steps import (
     AddAddress,
+    AddRoute,
     AddRules,
     FillSet,
     GuardSite,
@@ -61,6 +62,15 @@ PREPARE = {
         RaiseLoopback,
         AddRules,
         AddAddress,
+        InstallTranslation,
+        PurgeEntries,
+        InsertEntries,
+    ),
+    Role.PEER: (
+        InstallGate,
+        FillSet,
+        RaiseLoopback,
+        AddRoute,
         InstallTranslation,
         PurgeEntries,
         InsertEntries,
@@ -210,8 +220,11 @@ def make(
     site = Site(role, scene.netns)
     maps = tuple(MAPS[version] for version in versions)
     optional = {"hold": kind is HoldSegments, "guard": kind is GuardSite}
+    mode = Mode.STATEFUL if site.row.own else mode  # which is all that there is there
     move = Move(move_id, maps, (site,), mode, **optional)
-    plan = make_plan(move, connections, Surroundings(home=home))
+    at_peers = ((site, frozenset(map(ip_address, connections.peers()))),)
+    around = Surroundings(home=home, at_peers=at_peers if site.row.own else ())
+    plan = make_plan(move, connections, around)
     scene.kernel.open_sites([site])
     return plan
 
@@ -247,7 +260,7 @@ def shows(plan: Plan, kind: type[Step], seen: Observation) -> bool:
     match kind.__name__:
         case "InstallGate":
             return seen.gate == Gate.CLOSED and any(
-                c.startswith("gate-at-") for c in chains_left(plan, seen)
+                c.startswith(("gate-at-", "dial-at-")) for c in chains_left(plan, seen)
             )
         case "FillSet":
             return set(seen.missing.values()) == {0}
@@ -259,6 +272,7 @@ def shows(plan: Plan, kind: type[Step], seen: Observation) -> bool:
             wanted = {"gate", "in", "out", "invalid-in", "invalid-out"}
             if translation.site.row.passes_on:
                 wanted |= {"from", "to", "invalid-to", "mark", "spoken"}
+                wanted ^= {"gate", "dial", "new"} if translation.site.row.own else set()
             else:
                 wanted.add("heard")
             return {c.partition("-at-")[0] for c in chains_left(plan, seen)} == wanted
@@ -272,7 +286,8 @@ def shows(plan: Plan, kind: type[Step], seen: Observation) -> bool:
     raise KeyError(kind)
 
 
-SHOWN = [(r, k) for r, k in STEPS if k not in (RaiseLoopback, PurgeEntries, HoldSegments)]
+UNSEEN = (RaiseLoopback, AddRoute, PurgeEntries, HoldSegments)
+SHOWN = [(r, k) for r, k in STEPS if k not in UNSEEN]
 
 
 @pytest.mark.parametrize(
@@ -305,7 +320,7 @@ def test_raising_lo_and_purging_show_too(scene: Scene, role: Role) -> None:
     apply(scene, (*up_to(plan, PurgeEntries)[0], up_to(plan, PurgeEntries)[1]))
 
     assert observe(scene, plan).entries[0] == (None,)
-    assert scene.loopback_is_up() == (role == Role.DESTINATION)
+    assert scene.loopback_is_up() == (role != Role.GATEWAY)
 
 
 @EACH_MODE

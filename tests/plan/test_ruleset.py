@@ -62,6 +62,10 @@ PUBLISHED = Surroundings(
         [FourTuple(Endpoint.parse("10.1.0.2:50594"), Endpoint.parse("10.9.0.1:8080"))]
     ),
 )
+# What a peers' own host has of their addresses.
+AT_PEER = Surroundings(
+    at_peers=((Site(Role.PEER), frozenset(map(ip_address, ("10.1.0.2", "fd00:1::2")))),)
+)
 # What one found that masquerades the peer; and one that does both.
 MASQUERADED = Connections.of(
     [FourTuple(Endpoint.parse("10.2.0.1:20001"), Endpoint.parse("10.2.0.10:80"))]
@@ -106,6 +110,10 @@ CASES = {
     "destination-stateless-two-maps": Case(Role.DESTINATION, BOTH, mode=Mode.STATELESS),
     "destination-peers-moved": Case(Role.DESTINATION, BOTH, peer_maps=MOVED),
     "gateway-peers-moved": Case(Role.GATEWAY, BOTH, peer_maps=MOVED),
+    "peer-two-maps": Case(Role.PEER, BOTH, surroundings=AT_PEER),
+    "peer-knows-a-service-address": Case(
+        Role.PEER, surroundings=replace(PUBLISHED, at_peers=AT_PEER.at_peers)
+    ),
     "gateway-v4": Case(Role.GATEWAY),
     "gateway-v4-open": Case(Role.GATEWAY, opened=True),
     "gateway-two-maps": Case(Role.GATEWAY, BOTH),
