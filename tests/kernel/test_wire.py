@@ -796,19 +796,16 @@ def test_what_no_rule_has_translated_does_not_leave_the_gateway(
         assert stage.inbound(to_process(stage, version, flags=flags)) == []
 
 
+@pytest.mark.parametrize("role", [Role.GATEWAY, Role.PEER])
 @pytest.mark.parametrize("done", ["", *WITHOUT_ENTRY])
 @EACH_VERSION
 def test_the_gateway_itself_may_be_the_peer(
-    make_stage: Callable[[Role], Stage], version: int, done: str
+    make_stage: Callable[[Role], Stage], version: int, done: str, role: Role
 ) -> None:
     """What it says and hears itself passes other hooks than what it forwards."""
     stage = make_stage(Role.GATEWAY)
-    stage.run(stage.netns, "nft", MUTE)
-    own = Endpoint(ip_address({4: "10.1.0.1", 6: "fd00:1::1"}[version]), KEPT_PORT)
-    old, new = Endpoint(OLD[version], PORT), Endpoint(NEW[version], PORT)
-    move = Move("web", (Map(old.address, new.address),), (Site(Role.GATEWAY, stage.netns),))
-    stage.kernel.open_sites(move.sites)
-    stage.apply(make_plan(move, Connections.of([FourTuple(own, old)])).steps)
+    own, old, new = own_ends(version)
+    stage.apply(plan_for_own(stage, role, version).steps)
     with ExitStack() as stack:
         peer = _inside(stack, stage.netns, ProcessEnd)
         for flags in FLAGS:
@@ -822,6 +819,54 @@ def test_the_gateway_itself_may_be_the_peer(
             wanted = segment(old.address, old.port, own.address, own.port, flags=flags)
             stage.process.send(bytes(packet))
             assert bytes(wanted) == peer.receive(time.monotonic() + DEADLINE), flags
+
+
+def own_ends(version: int) -> tuple[Endpoint, Endpoint, Endpoint]:
+    """A peer on the gateway's stage itself, OLD and NEW."""
+    own = Endpoint(ip_address({4: "10.1.0.1", 6: "fd00:1::1"}[version]), KEPT_PORT)
+    return own, Endpoint(OLD[version], PORT), Endpoint(NEW[version], PORT)
+
+
+def plan_for_own(stage: Stage, role: Role, version: int) -> Plan:
+    stage.run(stage.netns, "nft", MUTE)
+    own, old, new = own_ends(version)
+    move = Move("web", (Map(old.address, new.address),), (Site(role, stage.netns),))
+    kept = Connections.of([FourTuple(own, old)])
+    stage.kernel.open_sites(move.sites)
+    plan = make_plan(move, kept, stage.kernel.look_around(move, kept))
+    for step in plan.steps:
+        stage.kernel.check(step)
+    return plan
+
+
+@EACH_VERSION
+def test_at_the_peers_own_host_nothing_leaves_a_closed_gate_nor_comes_half_translated(
+    make_stage: Callable[[Role], Stage], version: int
+) -> None:
+    stage = make_stage(Role.GATEWAY)
+    own, old, new = own_ends(version)
+    plan = plan_for_own(stage, Role.PEER, version)
+    stage.apply(plan.prepare)
+    packet = segment(own.address, own.port, old.address, old.port)
+    answer = segment(new.address, new.port, own.address, own.port)
+    away, home = (
+        segment(one.address, MARKER_PORT, two.address, MARKER_PORT)
+        for one, two in ((own, new), (new, own))
+    )
+    with ExitStack() as stack:
+        peer = _inside(stack, stage.netns, ProcessEnd)
+        assert stage._cross(peer, packet, stage.process, away) == []
+
+        stage.apply(plan.open)
+        wanted = segment(own.address, own.port, new.address, new.port)
+        assert stage._cross(peer, packet, stage.process, away) == [bytes(wanted)]
+
+        name = str(new.address).replace(":", "_")
+        for chain in (f"out-at-{name}", f"invalid-out-at-{name}"):
+            stage.run(stage.netns, "nft", "flush", "chain", "inet", "natkeep", chain)
+        for _ in range(2):
+            stage.run(stage.netns, "conntrack", "-F")
+            assert stage._cross(stage.process, answer, peer, home) == []
 
 
 MASKED = {4: "10.3.0.1:20001", 6: "[fd00:3::1]:20001"}
