@@ -29,13 +29,15 @@ def look_at_routes(subject: Subject) -> Iterator[Finding]:
             yield from _look_at_gateway(subject, plan, site, here)
         else:
             own = _find_gateways_own(subject, plan)
-            moved = {one.new for one in plan.move.peer_maps if own is None}
+            direct = {one.new for one in plan.move.peer_maps if own is None}
+            direct.update(*(here for _, here in plan.surroundings.at_peers))
             for map_, peers in _peers_of(here):
                 ports = _find_ports(subject, site, here, map_)
                 ways = subject.kernel.ask(
                     site, path.read_at_destination, map_.old, map_.new, peers, own, ports
                 )
-                yield from judge(site, (replace(w, direct=w.peer in moved) for w in ways))
+                told = (replace(w, direct=w.peer in direct, alone=own is None) for w in ways)
+                yield from judge(site, told)
 
 
 def look_at_policy_rules(subject: Subject) -> Iterator[Finding]:

@@ -283,6 +283,12 @@ CATALOGUE = {
         "Route that peer by the gateway, at the destination and at the peer; or give NEW another "
         "link; or take the peer's connections out of the move.",
     ),
+    "needs-peer-site": Explanation(
+        Severity.WARN,
+        "A peer is a neighbour of NEW, and the move has no gateway: what the process answers goes "
+        "to the peer directly, from NEW, and its own host has to make OLD of that.",
+        "natkeep prepare --site peer at that host; or a gateway, and routes by it.",
+    ),
     "peer-beside-old": Explanation(
         Severity.STOP,
         "A peer is a neighbour of OLD: what it sends goes on to the old host, past this gateway.",

@@ -100,7 +100,8 @@ class Way:
     to be asked.
     to_old, to_new: the routes to these, at a gateway. by_route: a destination of the move tells
     itself whether NEW is on the peer's link. crosses: the gateway has seen packets of the
-    peer's connections already. direct: the peer has moved, and nothing else has to translate.
+    peer's connections already. direct: the peer has moved, or its own host is a site, and nothing
+    else has to translate. alone: the move has no gateway.
     home: at a destination, the device that has NEW, where what NEW sends does not leave by it to
     one of the gateways.
     """
@@ -117,6 +118,7 @@ class Way:
     by_route: bool = False
     crosses: bool = False
     direct: bool = False
+    alone: bool = False
     home: str = ""
 
     def is_beside(self) -> bool:
@@ -180,6 +182,12 @@ def _at_destination(way: Way) -> Verdict | None:
         return None  # on this host, through lo
     if way.out.kind != "unicast":
         return ("no-way-back", f"{peer} is not reached from NEW {new}: {way.out.said()}", "")
+    if way.out.neighbour and way.alone and not way.direct:
+        return (
+            "needs-peer-site",
+            f"peer {peer} is on NEW's link {way.out.device}, where no gateway translates",
+            f"prepare its own host, too: --site peer there, before {new} says anything to it",
+        )
     if way.out.neighbour and not way.direct:
         return (
             "peer-on-link",

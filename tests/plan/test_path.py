@@ -41,8 +41,10 @@ def test_a_peer_behind_a_router_is_well(version: int) -> None:
 @EACH_VERSION
 def test_a_neighbour_of_new_is_refused_and_so_is_what_has_no_route(version: int) -> None:
     assert codes(DESTINATION, make_way(version, out=NEAR)) == ["peer-on-link"]
-    # But for a peer that has moved: what NEW says to it is what it waits for.
+    # But for one that has moved, or whose own host is a site: what NEW says is what it waits for.
     assert codes(DESTINATION, make_way(version, out=NEAR, direct=True)) == [""]
+    # And where there is no gateway the peers' own hosts may do it, which nothing tells here.
+    assert codes(DESTINATION, make_way(version, out=NEAR, alone=True)) == ["needs-peer-site"]
     assert codes(DESTINATION, make_way(version, out=Route("none"))) == ["no-way-back"]
     assert codes(DESTINATION, make_way(version, out=Route("blackhole"))) == ["no-way-back"]
     assert codes(DESTINATION, make_way(version, out=Route("local"))) == [""]
