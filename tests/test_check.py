@@ -190,6 +190,32 @@ def test_what_drops_a_packet_anywhere_on_its_way_stops_a_move(
 @pytest.mark.root
 @pytest.mark.needs("nftables")
 @EACH_VERSION
+def test_the_peers_own_host_has_to_reach_new_and_a_neighbour_of_new_is_warned_of(
+    network: Network, version: int
+) -> None:
+    neighbour = {4: "10.3.0.7", 6: "fd00:3::7"}[version]
+    said = network.natkeep("check", version, peer=neighbour, sites=("destination",))
+    assert said.returncode == 0
+    assert "warn  needs-peer-site" in said.stdout
+
+    own = {4: "10.1.0.9", 6: "fd00:1::9"}[version]
+    network.peer = network.rest
+    both: dict[str, Any] = {"peer": own, "sites": ("peer", "destination")}
+    assert network.codes(version, **both) == ["no-way-there"]
+    assert network.natkeep("prepare web", version, **both).returncode == 4
+    via = own.removesuffix("9") + "1"
+    network.ip(
+        f"-n {network.rest} -{version} route add {MAPS[version].partition('=')[2]} via {via}"
+    )
+    assert network.codes(version, **both) == []
+    assert network.natkeep("prepare web", version, **both).returncode == 0
+    routes = ["ip", "-n", network.rest, f"-{version}", "route", "show", "dev", "lo"]
+    assert MAPS[version].partition("=")[0] not in subprocess.check_output(routes, text=True)
+
+
+@pytest.mark.root
+@pytest.mark.needs("nftables")
+@EACH_VERSION
 def test_what_others_do_to_kept_packets_is_named(network: Network, version: int) -> None:
     script = """table inet f {
         ct helper h { type "ftp" protocol tcp

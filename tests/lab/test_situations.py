@@ -11,7 +11,7 @@ import pytest
 from natkeep.lab.matrix import Cell, Column, Outcome, find_situations, play
 from natkeep.lab.situations import Situation
 
-NUMBERS = (*range(12, 23), *range(24, 32))
+NUMBERS = (*range(12, 23), *range(24, 33))
 
 KEPT = [
     ("CLOSE_WAIT", 4, "stateful"),
@@ -61,6 +61,13 @@ KEPT = [
     ("both ends move, path MTU drops", 4, "stateful"),
     ("both ends move, one moves on", 6, "stateful"),
     ("both ends move, a gateway for one", 4, "stateful"),
+    ("the peers' own host, tcp_loose=0", 6, "stateful"),
+    ("the peers' own host, the client closes first", 4, "stateful"),
+    ("the peers' own host, the server closes first", 6, "stateful"),
+    ("the peers' own host, entries flushed before a FIN", 4, "stateful"),
+    ("the peers' own host knows a service address", 6, "stateful"),
+    ("the peers' own host has no route to OLD", 4, "stateful"),
+    ("the peers' own host, path MTU drops", 6, "stateful"),
 ]
 REFUSED = [
     ("a published port", 4, "stateless", "conntrack's work"),
@@ -69,6 +76,7 @@ REFUSED = [
     ("the peer is loopback", 6, "stateless", "is not on any wire"),
     ("NEW has the very same tuple", 4, "stateful", "> 10.3.0.20:5000"),
     ("both ends move", 4, "stateless", "translates no peers"),
+    ("the peers' own host translates", 6, "stateless", "translates nothing at the peers"),
 ]
 LOST = [  # by rules written by hand, and why
     ("FIN_WAIT2", "naive+purge", "octets from the client arrive"),
