@@ -22,6 +22,7 @@ from natkeep.kernel import (
     ip_rules,
     lost_routes,
     nftables,
+    old_route,
     owned_table,
     rtnetlink,
     segment_holder,
@@ -81,7 +82,7 @@ T = TypeVar("T")
 DRIVERS: dict[type, Any] = {
     **NFT_DRIVERS,
     AddAddress: rtnetlink.AddressDriver(),
-    AddRoute: rtnetlink.RouteDriver(),
+    AddRoute: old_route.RouteDriver(),
     AddRules: ip_rules.RulesDriver(),
     DropUndone: undone_table.DropUndoneDriver(),
     ForgetCalls: conntrack_listeners.ForgetDriver(),

@@ -31,8 +31,8 @@ from natkeep.kernel.netlink import (
 )
 from natkeep.kernel.policy_rules import copy_rules, remove_copies
 from natkeep.plan.criu_lock import CRIU_MARK
-from natkeep.plan.step_undo import LowerLoopback, RemoveAddress, RemoveRoute
-from natkeep.plan.steps import AddAddress, AddRoute, Prior, RaiseLoopback
+from natkeep.plan.step_undo import LowerLoopback, RemoveAddress
+from natkeep.plan.steps import AddAddress, Prior, RaiseLoopback
 from natkeep.plan.tuples import Address
 
 _NEWLINK, _GETLINK = 16, 18
@@ -265,6 +265,26 @@ def is_reached(netlink: Netlink, address: Address, source: Address | None = None
     return _route_type(netlink, address, source=source) in (RTN_UNICAST, RTN_LOCAL)
 
 
+def is_by_lo(netlink: Netlink, address: Address) -> bool:
+    """Whether the route to *address* is one that add_route_through_lo makes."""
+    answer = look_up_route(netlink, address)
+    if answer is None or ROUTE.unpack_from(answer)[7] != RTN_UNICAST:
+        return False
+    found = attributes(answer[ROUTE.size :])
+    return found.get(RTA_OIF) == struct.pack("=I", LOOPBACK)
+
+
+def add_route_through_lo(address: Address) -> None:
+    """A route to *address* alone that any other is preferred to; it may be there."""
+    _request(NEWROUTE, _pack_route_through_lo(address), NLM_F_CREATE)
+
+
+def remove_route_through_lo(address: Address) -> None:
+    """Remove it; none is fine."""
+    with suppress(ProcessLookupError):  # ESRCH
+        _request(DELROUTE, _pack_route_through_lo(address))
+
+
 def _pack_route_through_lo(address: Address) -> bytes:
     scope = _SCOPE_LINK if address.version == 4 else 0
     main = (_TABLE_MAIN, _PROTOCOL_STATIC, scope, RTN_UNICAST, 0)
@@ -325,24 +345,6 @@ class AddressDriver(Driver[AddAddress]):
     def revert(self, at: Place, undo: RemoveAddress, prior: Prior) -> None:
         """Remove it, and the rules for it."""
         remove_host_address(undo.address)
-
-
-class RouteDriver(Driver[AddRoute]):
-    """A route by lo to an address that has none; undone only where it was added."""
-
-    def apply(self, at: Place, step: AddRoute, remember: Remember) -> Prior:
-        """Add it; what no rule translates goes no further than lo."""
-        with Netlink(NETLINK_ROUTE) as netlink:
-            prior = Prior(present=is_reached(netlink, step.address))
-        remember(prior)
-        if not prior.present:
-            _request(NEWROUTE, _pack_route_through_lo(step.address), NLM_F_CREATE)
-        return prior
-
-    def revert(self, at: Place, undo: RemoveRoute, prior: Prior) -> None:
-        """Remove it."""
-        with suppress(ProcessLookupError):  # ESRCH: it is gone
-            _request(DELROUTE, _pack_route_through_lo(undo.address))
 
 
 class LoopbackDriver(Driver[RaiseLoopback]):

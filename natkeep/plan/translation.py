@@ -251,7 +251,7 @@ def make_translations(
         if change is not None:
             translations += _translate_at(move, site, came, change.surroundings, len(prepared))
     _refuse_what_the_mode_cannot(move, translations)
-    refuse_idle_sites(move, {one.site for one in translations})
+    refuse_idle_sites(move, {t.site for t in translations} if change is None else move.sites)
     return tuple(translations), (*unkept, *unkept_late)
 
 

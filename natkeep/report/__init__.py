@@ -87,7 +87,14 @@ def kept_of(plan: Plan) -> Iterator[Connections]:
 
 
 def _at_first_site(plan: Plan) -> Iterator[Translation]:
-    return (one for one in plan.translations if one.site == plan.translations[0].site)
+    """The translations of the first site; where peers' own hosts are, of what has all."""
+    sites = dict.fromkeys(one.site for one in plan.translations)
+    some = [*sites][:1]
+    if any(site.row.own for site in sites):
+        ends = [site for site in sites if site.row.puts_old]
+        ways = [site for site in sites if not site.row.own][:1]
+        some = ends or [*(site for site in sites if site.row.own), *ways]
+    return (one for one in plan.translations if one.site in some)
 
 
 def summary(plan: Plan) -> str:

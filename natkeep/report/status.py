@@ -66,13 +66,16 @@ def look_closely(status: MoveStatus) -> Carried:
         every = [(some, len(some)) for some in kept_of(status.plan)]
         return Carried(tuple((some, [None] * n, [None] * n) for some, n in every), None)
     site = min(looked, key=lambda each: _CLOSENESS.index(each.site.role))
-    assert site.seen is not None
+    # Each peers' own host has connections of its own, and a gateway those of the others.
+    more = looked if site.site.row.passes_on else []
+    close = {one.site: one for one in more if one.site.row.own} | {site.site: site}
     parts, answered, wires = [], list[int | None](), []
     for translation in status.plan.translations:
-        if translation.site == site.site:
-            entries = _entries_of(status.plan, translation, site.seen)
-            parts.append((translation.kept, entries, find_states(site, translation, entries)))
-            answered.append(count_answered(site, translation, entries))
+        here = close.get(translation.site)
+        if here is not None and here.seen is not None:
+            entries = _entries_of(status.plan, translation, here.seen)
+            parts.append((translation.kept, entries, find_states(here, translation, entries)))
+            answered.append(count_answered(here, translation, entries))
             wires.append(find_wires(translation))
     known = [number for number in answered if number is not None]
     unknown = "not tracked" if site.site.row.passes_on else "no socket"

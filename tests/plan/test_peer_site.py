@@ -11,8 +11,9 @@ from natkeep.plan.move import Fate, Map, Mode, Move, Site
 from natkeep.plan.roles import Role
 from natkeep.plan.step_order import make_plan
 from natkeep.plan.steps import AddRoute, InstallGate, InstallTranslation, OpenEarly
-from natkeep.plan.translation import Surroundings
+from natkeep.plan.translation import Change, Surroundings
 from natkeep.plan.tuples import Connections, Endpoint, FourTuple
+from natkeep.report import kept_of, summary
 from natkeep.state.codec import peers_to_json, read_surroundings
 
 ONE, OTHER = Site(Role.PEER, "one"), Site(Role.PEER, "other")
@@ -99,3 +100,23 @@ def test_a_journal_says_which_peers_were_where() -> None:
     assert read_surroundings(moves(ONE, OTHER), line, columns) == AROUND
     del line["at_peers"]
     assert read_surroundings(moves(ONE, OTHER), line, columns) == Surroundings()
+
+
+def test_each_connection_is_shown_once_whatever_site_has_it() -> None:
+    for sites in ((ONE, OTHER), (ONE, OTHER, GATEWAY), (ONE, OTHER, GATEWAY, DESTINATION)):
+        plan = make_plan(moves(*sites), KEPT, AROUND)
+        count = len(KEPT) - (GATEWAY not in sites)
+
+        assert sum(map(len, kept_of(plan))) == count
+        assert f"{count} connections" in summary(plan)
+
+
+def test_a_host_whose_last_connection_has_ended_by_the_dump_keeps_nobody_from_opening() -> None:
+    went = Connections.of([AT_ONE])
+    plan = make_plan(moves(ONE, OTHER, DESTINATION, live=True), KEPT, AROUND)
+    assert {one.site for one in plan.translations} == {ONE, OTHER, DESTINATION}
+
+    change = Change(went=went, surroundings=AROUND)
+    changed = make_plan(moves(ONE, OTHER, DESTINATION, live=True), KEPT, AROUND, change)
+
+    assert {one.site for one in changed.translations} == {OTHER, DESTINATION}
