@@ -30,8 +30,8 @@ STEPS = (
     *("HoldListeners", "HoldSegments", "GuardSite", "InstallResets", "TakeOverLock"),
     *("OpenEarly", "OpenGate", "SendResets"),
 )
-_NEVER_REPAIRED = ("ForgetCalls", "PurgeEntries", "HoldSegments", "TakeOverLock")
-_FILES = ("connections", "changed", "journal", "ready")
+_NEVER_REPAIRED = ("ForgetCalls", "PurgeEntries", "HoldSegments", "TakeOverLock", "AddRoute")
+_FILES = ("connections", "changed", "journal", "ready", "seen")
 
 # Where a point is of several kinds of thing, those are its names' second halves.
 PLACES: dict[str, tuple[str, ...]] = {

@@ -48,6 +48,8 @@ NEW = {4: "10.3.0.20", 6: "fd00:3::20"}
 PEER = {4: "10.1.0.2", 6: "fd00:1::2"}
 PATIENCE = 60.0  # s; no verb takes longer
 
+SITES = ("gateway", "destination", "source", "peer")
+
 Surfaces = dict[str, str]
 """By site and name."""
 
@@ -68,7 +70,7 @@ def listing(version: int, count: int) -> list[tuple[str, str]]:
 
 
 class Place:
-    """A context manager; sites: of `gateway`, `destination`, `source`."""
+    """A context manager; sites: of SITES."""
 
     def __init__(
         self, sites: tuple[str, ...], *, rows: list[tuple[str, str]], lock: str = ""
@@ -108,6 +110,9 @@ class Place:
         if site == "gateway":
             forwards = ("net.ipv4.ip_forward=1", "net.ipv6.conf.all.forwarding=1")
             self._enter(site, "sysctl", "-qw", *forwards)
+        if site == "peer":  # which has no route to OLD any more
+            routes = "ip route add 10.3.0.0/24 dev eth0; ip route delete default dev eth0"
+            self._enter(site, "sh", "-ec", routes)
         if site == "source":
             self._listen()
             self._leave_lock()
@@ -257,6 +262,7 @@ def _call(*command: str, text: str = "") -> None:
 
 def _addresses(site: str) -> str:
     usual = {"gateway": ("10.3.0.1", "fd00:3::1"), "destination": (NEW[4], NEW[6])}
+    usual["peer"] = PEER[4], PEER[6]
     v4, v6 = usual.get(site, (OLD[4], OLD[6]))
     return f"address add {v4}/24 dev eth0\naddress add {v6}/64 dev eth0 nodad"
 

@@ -8,7 +8,7 @@ import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from place import Place, Said, Surfaces, listing
+from place import SITES, Place, Said, Surfaces, listing
 from stories import GC, KILLS, Story
 
 from natkeep.lab.host_state import difference
@@ -64,7 +64,7 @@ class _Stage:
             return self.place.harm(*words[1:])
         if words[0].startswith("fault="):
             words, how["strikes"] = words[1:], words[0].partition("=")[2]
-        names = {site: self.place.name(site) for site in ("gateway", "destination", "source")}
+        names = {site: self.place.name(site) for site in SITES}
         files = {n: self.place.directory / n for n in ("list", "other", "image", "live")}
         return self.place.natkeep(*(word.format(**names, **files) for word in words), **how)
 

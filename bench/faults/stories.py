@@ -14,6 +14,7 @@ MAPS = tuple(f"--map={OLD[v]}={NEW[v]}" for v in (4, 6))
 MAP = MAPS[:1]
 PAIR = ("--site=gateway={gateway}", "--site=destination={destination}")
 SOURCE = ("--site=source={source}",)
+PEERS = ("--site=peer={peer}",)
 LIST = ("--connections={list}",)
 IMAGE = (f"--image={CORPUS}",)
 BESIDE = ("--connections={other}",)
@@ -94,6 +95,11 @@ WIPED = (
     ("at", "destination", "ip address delete 10.2.0.10/32 dev lo; ip link set lo down"),
     ("at", "destination", "conntrack -D -p tcp -s 10.1.0.2 --dport 5000"),
 )
+THERE = _prepare(*MAP, *PEERS, *LIST)
+WIPED_THERE = (
+    ("at", "peer", "nft delete table inet natkeep"),
+    ("at", "peer", "ip route delete 10.2.0.10 dev lo"),
+)
 NEXT = _prepare(*MAP, *PAIR, *LIST, "--replace=web", move_id="next")
 
 STORIES = (
@@ -155,6 +161,9 @@ STORIES = (
     Story("repair stateless", (STATELESS, ("open", "web"), *DELETED), REPAIR, version=6),
     Story("repair with listeners", (RECEIVING, ("open", "web"), *WIPED), REPAIR),
     Story("repair, telling", (TELLING, ("open", "web"), *DELETED), REPAIR),
+    Story("prepare at the peers' own host", (), (*THERE, "--gate=open"), sites=("peer",)),
+    Story("teardown there", (THERE, ("open", "web")), TEARDOWN, sites=("peer",)),
+    Story("repair there", (THERE, ("open", "web"), *WIPED_THERE), REPAIR, sites=("peer",)),
     Story("repair guarded", (GUARDED, ("open", "web"), UNGUARDED, *DELETED), REPAIR),
     Story(
         "repair of a quiesce",

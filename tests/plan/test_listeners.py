@@ -87,7 +87,7 @@ def test_a_listener_of_each_family_has_a_reception_with_all_its_ports(
     assert {(each.mode, each.site) for each in receptions} == {(mode, site)}
 
 
-def test_only_gateway_and_destination_receive() -> None:
+def test_those_that_translate_receive() -> None:
     received = {
         role: len(make_receptions(move_of(WEB, site=Site(role)), Site(role))) for role in Role
     }
@@ -95,6 +95,7 @@ def test_only_gateway_and_destination_receive() -> None:
     assert {role for role, number in received.items() if number} == {
         Role.GATEWAY,
         Role.DESTINATION,
+        Role.PEER,
     }
 
 
