@@ -145,6 +145,7 @@ class _Walk:
     def __init__(self, ruleset: Ruleset, packet: Packet, table: str, priority: int) -> None:
         self._ruleset, self._table, self._priority = ruleset, table, priority
         self.packet = packet
+        self._loaded: dict[Expression, bytes | None] = {}
         self.effects: list[Effect] = []
         self.sure = True
 
@@ -194,6 +195,7 @@ class _Walk:
             return
         self.effects.append(Effect(does, f"{self._table} {name}", sure and self.sure))
         self.packet = self.packet.after(self.effects[-1:])
+        self._loaded.clear()
 
     def _mark(self, each: Expression, registers: _Registers) -> str:
         if each.kind != "remark":
@@ -247,8 +249,7 @@ class _Walk:
         packet = self.packet
         match each.kind:
             case "load":
-                at = tuple(value for value in each.values if isinstance(value, int))
-                registers.write(each.register, packet.load(each.word, at))
+                registers.write(each.register, self._load(each))
             case "mask":
                 registers.write(each.register, _mask(registers, each))
             case "set":
@@ -270,6 +271,12 @@ class _Walk:
                 return None
         return True
 
+    def _load(self, each: Expression) -> bytes | None:
+        if each not in self._loaded:  # by many rules alike
+            at = tuple(value for value in each.values if isinstance(value, int))
+            self._loaded[each] = self.packet.load(each.word, at)
+        return self._loaded[each]
+
     def _find(self, each: Expression, registers: _Registers) -> Element | bool | None:
         """What the set or map has: False where nothing, None where that is not known."""
         if not each.values:
@@ -285,21 +292,21 @@ class _Registers:
     """The kernel's registers: 16 of four octets, also called 1 to 4 of sixteen."""
 
     def __init__(self) -> None:
-        self._cells: dict[int, bytes | None] = {}
+        self._values: dict[int, bytes | None] = {}
 
     def write(self, register: int, value: bytes | None) -> None:
-        at = register - 8 if register >= 8 else (register - 1) * 4
-        self._cells[at] = None
-        for start in range(0, len(value or b""), 4):
-            assert value is not None
-            self._cells[at + start // 4] = value[start : start + 4].ljust(4, b"\0")
+        self._values[register - 8 if register >= 8 else (register - 1) * 4] = value
 
     def read(self, register: int, width: int) -> bytes | None:
-        """*width* octets; None where one of them is not known."""
+        """*width* octets, of one value or of several; None where one of them is not known."""
         at = register - 8 if register >= 8 else (register - 1) * 4
-        cells = [self._cells.get(at + n) for n in range((width + 3) // 4)]
-        known = [cell for cell in cells if cell is not None]
-        return b"".join(known)[:width] if len(known) == len(cells) else None
+        value = self._values.get(at)
+        while value is not None and len(value) < width:
+            value += bytes(-len(value) % 4)
+            following = self._values.get(at + len(value) // 4)
+            if len(value) < width:
+                value = None if following is None else value + following
+        return value and value[:width]
 
 
 def _mask(registers: _Registers, each: Expression) -> bytes | None:
