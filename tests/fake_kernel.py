@@ -23,7 +23,7 @@ from natkeep.plan.ip_rules import IpRule
 from natkeep.plan.move import Move, Site
 from natkeep.plan.nft import Key, Object, Rule, number_alike, split
 from natkeep.plan.observation import Gate, Observation, SeenEntry
-from natkeep.plan.path import SourceRule, Way
+from natkeep.plan.path import Route, SourceRule, Way
 from natkeep.plan.repair import LoadObjects, Patch, RestoreRoutes, StopCounting
 from natkeep.plan.roles import Role
 from natkeep.plan.step_undo import (
@@ -219,6 +219,10 @@ class FakeKernel:
         return self.ways
 
     read_at_destination = read_at_gateway
+
+    def read_way(self, site: Site, address: Address) -> Route:
+        """Everything is reached."""
+        return Route("unicast", "eth0")
 
     def _follow_at(self, site: Site, translation: object, *run_id: str | None) -> list[object]:
         """No rules of others are here."""
