@@ -333,7 +333,13 @@ def translation_tables(
     if peers:
         maps = (*_dispatch_maps("from"), *_dispatch_maps("to"))
         parts += [(*maps, *_hooks_table(_PEERS)), dispatch_table("half")]
-    return (*parts, dispatch_table("new")) if own else tuple(parts)
+    return (*parts, dispatch_table("new"), _own_resets()) if own else tuple(parts)
+
+
+def _own_resets() -> tuple[Object, ...]:
+    """Resets of the peers' own kernel are marked, or dropped, as those that pass a gateway are."""
+    chain = Chain("own-resets", "output", "-330")
+    return (chain, Rule(chain.name, (RST, jump(DISPATCHES[MARK].chain))))
 
 
 def _hooks_table(chains: Iterable[tuple[Chain, str]]) -> tuple[Object, ...]:
@@ -428,7 +434,9 @@ def shared_names() -> frozenset[str]:
     """Names of the chains and sets that are there for all moves, but for the address chains."""
     parts = [base_table(), destination_table(), forwarding_table()]
     parts += [
-        part for mode in Mode for part in translation_tables(mode, at_gateway=True, peers=True)
+        part
+        for mode in Mode
+        for part in translation_tables(mode, at_gateway=True, peers=True, own=True)
     ]
     parts += [dispatch_table(dispatch) for dispatch in DISPATCHES]
     return frozenset(one.name for part in parts for one in part if isinstance(one, Chain | Set))

@@ -22,6 +22,7 @@ Theory of operation. A site has one table `inet natkeep`, shared by all moves.
     input         350  half-translated  local address ─► half-at-ADDRESS ─► (kept?) ─► drop
     stateful, at the peers' own host: as at a gateway, but for the gate, and what is left over
     output   -350  dialled       local address ─► dial-at-ADDRESS ─► (kept?) ─► gate-ID: drop
+    output   -330  own-resets    ─► marked-resets
     input     350  untranslated  local address ─► new-at-ADDRESS ─► (kept?) ─► drop
     stateful, at a gateway that is a peer itself: the same maps
     output and input, -120 and 80  local-inbound, local-outbound, as inbound and outbound

@@ -812,6 +812,8 @@ def test_the_gateway_itself_may_be_the_peer(
             stage.run(stage.netns, "sh", "-ec", WITHOUT_ENTRY.get(done, ":"))
             packet = segment(own.address, own.port, old.address, old.port, flags=flags)
             wanted = segment(own.address, own.port, new.address, new.port, flags=flags)
+            if "R" in flags and role == Role.PEER:  # for the destination to believe it
+                wanted.payload.urgptr = CRIU_MARK
             peer.send(bytes(packet))
             assert bytes(wanted) == stage.process.receive(time.monotonic() + DEADLINE), flags
             stage.run(stage.netns, "conntrack", "-F")
@@ -860,6 +862,9 @@ def test_at_the_peers_own_host_nothing_leaves_a_closed_gate_nor_comes_half_trans
         stage.apply(plan.open)
         wanted = segment(own.address, own.port, new.address, new.port)
         assert stage._cross(peer, packet, stage.process, away) == [bytes(wanted)]
+        # What its kernel would answer to something untranslated.
+        reset = segment(own.address, own.port, new.address, new.port, flags="R", data=b"")
+        assert stage._cross(peer, reset, stage.process, away) == []
 
         name = str(new.address).replace(":", "_")
         for chain in (f"out-at-{name}", f"invalid-out-at-{name}"):

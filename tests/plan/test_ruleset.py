@@ -270,7 +270,9 @@ def test_whatever_is_given_only_words_change_and_never_the_grammar(
 @pytest.mark.parametrize("at_gateway", [False, True])
 def test_what_all_moves_share_is_known_by_name(mode: Mode, at_gateway: bool) -> None:
     """Or the last move would take its own away and leave the table, as another's."""
-    parts = base_chains.translation_tables(mode, at_gateway=at_gateway, peers=not at_gateway)
+    parts = base_chains.translation_tables(
+        mode, at_gateway=at_gateway, peers=not at_gateway, own=at_gateway
+    )
     names = {one.name for part in parts for one in part if isinstance(one, Chain | Set)}
 
     assert names <= base_chains.shared_names()
