@@ -28,6 +28,7 @@ STEPS = (
     *("AddRules", "AddRoute"),
     *("InstallReception", "ForgetCalls", "TranslateErrors", "PurgeEntries", "InsertEntries"),
     *("HoldListeners", "HoldSegments", "GuardSite", "InstallResets", "TakeOverLock"),
+    *("PassKept", "SwitchForwarding"),
     *("OpenEarly", "OpenGate", "SendResets"),
 )
 _NEVER_REPAIRED = ("ForgetCalls", "PurgeEntries", "HoldSegments", "TakeOverLock", "AddRoute")

@@ -24,6 +24,7 @@ from natkeep.plan.move import Move, Site
 from natkeep.plan.nft import Key, Object, Rule, number_alike, split
 from natkeep.plan.observation import Gate, Observation, SeenEntry
 from natkeep.plan.path import Route, SourceRule, Way
+from natkeep.plan.relay import RelayFacts
 from natkeep.plan.repair import LoadObjects, Patch, RestoreRoutes, StopCounting
 from natkeep.plan.roles import Role
 from natkeep.plan.step_undo import (
@@ -39,6 +40,7 @@ from natkeep.plan.step_undo import (
     RemoveRoute,
     RemoveRules,
     RemoveUndone,
+    RestoreForwarding,
     Undo,
     Unload,
     undo_of,
@@ -64,6 +66,7 @@ from natkeep.plan.steps import (
     RaiseLoopback,
     SendResets,
     Step,
+    SwitchForwarding,
     TakeOverLock,
 )
 from natkeep.plan.strays import SeenTable
@@ -82,6 +85,7 @@ class FakeSite:
     tables, broken: those of its things that somebody else has removed; holders: of which moves;
     lost: notes of routes that are gone; made: things that were loaded without a step; marked: the
     addresses that a step has put there; undone: what is dropped, since a move was undone.
+    settings: what moves have switched on.
     """
 
     gates: dict[str, Gate] = field(default_factory=dict)
@@ -104,6 +108,7 @@ class FakeSite:
     rules: set[IpRule] = field(default_factory=set)
     routes: set[Address] = field(default_factory=set)
     undone: set[FourTuple] = field(default_factory=set)
+    settings: set[str] = field(default_factory=set)
 
     def drop_rules(self, old: Address) -> None:
         """Those for *old* go, and with the last of its IP version what all need."""
@@ -134,6 +139,8 @@ class FakeKernel:
         self.owners: dict[Address, str] = {}
         self.wire: dict[FourTuple, FourTuple] = {}
         self.ways: tuple[Way, ...] = ()
+        self.source: Address | None = None
+        self.relay: RelayFacts | None = None
 
     def open_sites(self, sites: Iterable[Site], known: dict[Site, Identity] | None = None) -> None:
         """Every name is a namespace here."""
@@ -160,6 +167,16 @@ class FakeKernel:
         """What a test put there."""
         here = self.sites[site.netns].addresses
         return tuple(sorted(a for a in here if a.version == version))
+
+    def find_source(self, site: Site, new: Address, olds: frozenset[Address]) -> Address | None:
+        """What a test put there."""
+        return self.source
+
+    def survey_relay(
+        self, site: Site, new: Address, sources: tuple[Address, ...], *views: Connections
+    ) -> RelayFacts:
+        """Nothing in the way, or what a test says."""
+        return self.relay or RelayFacts(True, frozenset(sources), range(32768, 61000), None, 0)
 
     def count_living(
         self, site: Site, table: SeenTable, strays: frozenset[str], olds: frozenset[Address]
@@ -423,6 +440,8 @@ class FakeKernel:
                 here.guards.discard(undo.move_id)
             case PutLockBack() if prior.facts:
                 here.locks.setdefault(undo.lock.table, set()).update(undo.connections)
+            case RestoreForwarding():
+                here.settings.discard(undo.setting)
             case RemoveUndone():
                 here.undone -= {*undo.connections}
             case CloseGates():
@@ -473,6 +492,13 @@ class FakeKernel:
             entries=seen,
             alive=_count_alive(here, site, translations, seen),
             holds=move_id in here.holds,
+            back=_count_back(here, site, translations),
+            off=frozenset(
+                step.setting.name
+                for step in plan.prepare
+                if isinstance(step, SwitchForwarding) and step.site == site
+                if step.setting.name not in here.settings
+            ),
             lacking=tuple(
                 rule
                 for step in plan.prepare
@@ -528,6 +554,11 @@ def _count_alive(
     if site.role == Role.SOURCE:
         return sum(1 for t in translations for inbound in t.kept if inbound in here.sockets)
     return sum(1 for of_one in seen.values() for entry in of_one if entry)
+
+
+def _count_back(here: FakeSite, site: Site, translations: Iterable[Translation]) -> int:
+    kept = (inbound for t in translations if site.row.relays for inbound in t.kept)
+    return sum(1 for inbound in kept if inbound in here.sockets)
 
 
 def _keys_of(step: Step) -> Iterable[Key]:
@@ -623,6 +654,8 @@ def _change(here: FakeSite, step: Step) -> None:
             here.holders.add(step.move_id)
         case GuardSite():
             here.guards.add(step.move_id)
+        case SwitchForwarding():
+            here.settings.add(step.setting.name)
         case TakeOverLock():
             locked = here.locks.get(step.lock.table, set())
             locked -= set(step.connections)

@@ -13,11 +13,14 @@ from natkeep.errors import JournalError
 from natkeep.plan import step_undo as undos
 from natkeep.plan.criu_lock import DumpLock, NetworkLock
 from natkeep.plan.identity import Identity
+from natkeep.plan.move import Site
+from natkeep.plan.roles import Role
 from natkeep.plan.step_order import make_plan
 from natkeep.plan.step_undo import undo_of
 from natkeep.plan.steps import AddAddress, InsertEntries, Prior, Step
-from natkeep.plan.translation import NOTHING_SPECIAL, Surroundings
+from natkeep.plan.translation import Surroundings
 from natkeep.plan.tuples import NO_CONNECTIONS, parse_address
+from natkeep.plan.via import parse_via
 from natkeep.state.codec import pack_line
 from natkeep.state.directory import StateDirectory
 from natkeep.state.journal import Journal
@@ -27,13 +30,21 @@ LOCK = DumpLock(NetworkLock.NFTABLES, "0b7b3bd1-6c2a-4b66-a8cb-6f1e28a1f4a0", Fa
 PLANS = {
     **CASES,
     "lock": Case(move(SOURCE, lock=LOCK)),
+    "peer": Case(move(Site(Role.PEER), maps=(V4,))),
+    "relay": Case(move(Site(Role.RELAY), maps=(V4,), vias=(parse_via("10.2.0.11"),))),
 }
 CARRIED = listed("10.2.0.10:5001 10.1.0.2:50002")
 CARRIERS = listed("10.9.0.9:80 10.1.0.2:50002")
 
 
-def steps_of(case: Case, surroundings: Surroundings = NOTHING_SPECIAL) -> tuple[Step, ...]:
-    return make_plan(case.move, case.connections, surroundings).steps
+FORWARDS = Surroundings(forwarding=("ipv4/conf/eth0/forwarding",))  # of relays alone
+PEERS = Surroundings(at_peers=((Site(Role.PEER), frozenset({parse_address("10.1.0.2")})),))
+
+
+def steps_of(case: Case, surroundings: Surroundings | None = None) -> tuple[Step, ...]:
+    at_peers = any(site.row.own for site in case.move.sites)
+    around = surroundings or (PEERS if at_peers else FORWARDS)
+    return make_plan(case.move, case.connections, around).steps
 
 
 def files_of(case: Case) -> Files:
@@ -112,7 +123,7 @@ def test_an_undo_that_is_not_of_the_form_is_a_corrupt_journal(
 
 def begin(state: StateDirectory) -> Journal:
     namespaces = (Identity(4, 1), Identity(4, 2))
-    return state.begin(move(*BOTH), KEPT, NOTHING_SPECIAL, namespaces, ("AddAddress",))
+    return state.begin(move(*BOTH), KEPT, FORWARDS, namespaces, ("AddAddress",))
 
 
 def test_the_undo_of_a_gate_has_what_came_later_too() -> None:

@@ -73,6 +73,9 @@ ALONE = _prepare(*MAP, PAIR[1], *LIST)
 OTHER = _prepare(*MAP, *PAIR, *BESIDE, move_id="other")
 QUIESCE = ("quiesce", "web", *MAP, *SOURCE)
 LEAVE = _prepare(*MAPS, *SOURCE, "--image={image}")
+RELAY = _prepare(*MAP, "--site=relay={source}", "--image={image}")
+LISTED_RELAY = _prepare(*MAP, "--site=relay={source}", *LIST)
+ROUTED = ("at", "source", "echo 0 >/proc/sys/net/ipv4/conf/eth0/forwarding")
 TELLING = _prepare("--unkept=reset", *MAP, *PAIR, f"--image={CORPUS.parent / 'tcp-close'}")
 LIVING = _prepare(*MAPS, *PAIR, "--connections={live}")
 COMPARE = ("open", "web", f"--image={CORPUS}")
@@ -136,6 +139,22 @@ STORIES = (
         sites=("source",),
         lock="nftables",
         fault="applied-TakeOverLock:error",
+    ),
+    Story("relay", (), RELAY, sites=("source",), lock="nftables"),
+    Story(
+        "relay, undone",
+        (),
+        RELAY,
+        sites=("source",),
+        lock="nftables",
+        fault="applied-TakeOverLock:error",
+    ),
+    Story("teardown of a relay", (LISTED_RELAY,), TEARDOWN, sites=("source",)),
+    Story(
+        "repair of a relay",
+        (LISTED_RELAY, ("at", "source", "nft delete table inet natkeep"), ROUTED),
+        REPAIR,
+        sites=("source",),
     ),
     Story("source, iptables", (), LEAVE, sites=("source",), lock="iptables"),
     Story("prepare, telling", (), (*TELLING, "--gate=open")),

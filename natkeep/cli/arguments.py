@@ -15,9 +15,11 @@ from natkeep.kernel.linux import LinuxKernel
 from natkeep.kernel.survey import demand_privileges
 from natkeep.lifecycle.check import find_new
 from natkeep.lifecycle.executor import Executor
+from natkeep.lifecycle.relay import find_vias
 from natkeep.plan.move import Fate, Map, Mode, Move, Site, parse_id, parse_map, parse_peer_map
 from natkeep.plan.roles import Role
 from natkeep.plan.tuples import NO_CONNECTIONS, Connections, Endpoint
+from natkeep.plan.via import Via, parse_via
 from natkeep.state.directory import StateDirectory
 
 
@@ -40,7 +42,7 @@ def make_move(args: argparse.Namespace, checkpoint: Checkpoint) -> Move:
     sites = parse_sites(args.site)
     maps = parse_maps(args, sites)
     listeners = _find_listeners(checkpoint, maps) if args.listeners else ()
-    at_source = any(site.role == Role.SOURCE for site in sites)
+    at_source = any(site.role in (Role.SOURCE, Role.RELAY) for site in sites)
     lock = checkpoint.lock if at_source else None
     unkept, lost = Fate(args.unkept), NO_CONNECTIONS
     if unkept == Fate.RESET:
@@ -51,7 +53,17 @@ def make_move(args: argparse.Namespace, checkpoint: Checkpoint) -> Move:
         args.id, maps, sites, mode, listeners, lock,
         unkept=unkept, lost=lost, hold=hold, guard=args.guard, live=checkpoint.live,
         peer_maps=tuple(map(parse_peer_map, args.peer_map)),
+        vias=_find_vias(args, sites, maps),
     )  # fmt: skip
+
+
+def _find_vias(
+    args: argparse.Namespace, sites: tuple[Site, ...], maps: tuple[Map, ...]
+) -> tuple[Via, ...]:
+    vias = tuple(map(parse_via, args.via))
+    if vias or not any(site.role == Role.RELAY for site in sites):
+        return vias
+    return find_vias(make_executor(args, create=False), sites, maps)
 
 
 def parse_maps(args: argparse.Namespace, sites: tuple[Site, ...]) -> tuple[Map, ...]:

@@ -154,12 +154,17 @@ _MAP, _SITE = _several("--map", "OLD=NEW"), _several("--site", "ROLE[=NETNS]")
 _PEER_MAP = _several(
     "--peer-map", "P=Q", help="peers at P have moved as well, and are reached at Q; repeatable"
 )
+_VIA = _several(
+    "--via", "FROM[:LOW-HIGH]",
+    help="of a relay: the addresses, and their ports, from which it passes connections on; "
+    "repeatable; default: its address towards NEW, ports 10000-32767",
+)  # fmt: skip
 _CONNECTIONS = _option(
     "--connections", "FILE",
     help="lines of LOCAL PEER, or what inspect --json printed; - is stdin",
 )  # fmt: skip
 _MOVE = (
-    _ID, _MAP, _PEER_MAP, _SITE,
+    _ID, _MAP, _PEER_MAP, _VIA, _SITE,
     _option("--image", "DIR", help="connections from CRIU's images"),
     _CONNECTIONS,
     _flag("--listeners", "let new connections reach the image's listeners"),

@@ -24,6 +24,7 @@ from natkeep.kernel import (
     nftables,
     old_route,
     owned_table,
+    relay_host,
     rtnetlink,
     segment_holder,
     sysctl,
@@ -52,6 +53,7 @@ from natkeep.plan.step_undo import (
     RemoveRules,
     RemoveUndone,
     RestoreEntries,
+    RestoreForwarding,
     Undo,
 )
 from natkeep.plan.steps import (
@@ -68,6 +70,7 @@ from natkeep.plan.steps import (
     PurgeEntries,
     RaiseLoopback,
     Step,
+    SwitchForwarding,
     TakeOverLock,
 )
 from natkeep.plan.translation import Surroundings
@@ -91,6 +94,7 @@ DRIVERS: dict[type, Any] = {
     InsertEntries: conntrack.InsertDriver(),
     PurgeEntries: conntrack.PurgeDriver(),
     RaiseLoopback: rtnetlink.LoopbackDriver(),
+    SwitchForwarding: relay_host.ForwardingDriver(),
     TakeOverLock: criu_lock.LockDriver(),
 }
 """By the kind of step; a kind that is derived from another has its driver."""
@@ -104,6 +108,7 @@ INVERSES: dict[type, Inverse[Any]] = {
     ForgetListeners: DRIVERS[ForgetCalls],
     LowerLoopback: DRIVERS[RaiseLoopback],
     PutLockBack: DRIVERS[TakeOverLock],
+    RestoreForwarding: DRIVERS[SwitchForwarding],
     RemoveAddress: DRIVERS[AddAddress],
     RemoveOwnedTable: DRIVERS[GuardSite],
     RemoveRoute: DRIVERS[AddRoute],
@@ -159,7 +164,7 @@ class LinuxKernel:
         local: frozenset[Address] = frozenset()
         beside: frozenset[Address] = frozenset()
         home: frozenset[Address] = frozenset()
-        forwards = False
+        forwards, forwarding = False, tuple[str, ...]()
         carried: list[tuple[FourTuple, FourTuple]] = []
         noted: list[Noted] = []
         at_peers: list[tuple[Site, frozenset[Address]]] = []
@@ -176,6 +181,9 @@ class LinuxKernel:
                     local |= _find_local_peers((*kept, move.lost, *moved))
                     forwards = any(sysctl.read(name) == "1" for name in _FORWARDING)
                     home |= find_at_home(frozenset(map_.old for map_ in move.maps))
+                elif site.row.relays:
+                    beside |= _find_local_peers(kept)
+                    forwarding = relay_host.find_forwarding(move, kept)
                 elif move.mode == Mode.STATELESS:
                     beside |= _find_local_peers((*kept, move.lost))
                 if site.row.own:
@@ -183,7 +191,7 @@ class LinuxKernel:
                     at_peers.append((site, here))
                     found = conntrack_own.find_carried(entries)
                     carried += [pair for pair in found if pair[0].source.address in here]
-                elif site.row.passes_on and not carried:
+                elif site.row.passes_on and not (site.row.relays or carried):
                     carried = [*conntrack_own.find_carried(entries)]
         return Surroundings(
             local,
@@ -194,6 +202,7 @@ class LinuxKernel:
             home=home,
             forwards=forwards,
             at_peers=tuple(at_peers),
+            forwarding=forwarding,
         )
 
     def observe(self, site: Site, plan: Plan) -> Observation:

@@ -33,6 +33,7 @@ from natkeep.plan.steps import (
     InstallTranslation,
     Loads,
     OpenGate,
+    PassKept,
     Prior,
     SendResets,
     TranslateErrors,
@@ -210,6 +211,7 @@ NFT_DRIVERS: dict[type, Any] = {
     TranslateErrors: ErrorsDriver(),
     HoldListeners: BlockDriver(),
     InstallResets: LoadDriver[InstallResets](),
+    PassKept: LoadDriver[PassKept](),
     OpenGate: OpenDriver(),
     SendResets: SendResetsDriver(),
 }

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 from ipaddress import ip_address
 
-from natkeep.kernel import nftables
+from natkeep.kernel import nftables, sysctl
 from natkeep.kernel import nftables_dump as dump
 from natkeep.kernel.conntrack_purge import delete_inbound
 from natkeep.plan.base_chains import held_set, removal
 from natkeep.plan.nft import FAMILIES, TABLE, Undo
+from natkeep.plan.relay import find_left_on
 from natkeep.plan.strays import SeenTable, find_translated, find_undos
 from natkeep.plan.tuples import Address, Connections
 
@@ -35,6 +36,9 @@ def read_table() -> SeenTable:
 
 def clear(table: SeenTable, known: frozenset[str], olds: frozenset[Address], *, sure: bool) -> None:
     """Take away what no *known* move owns, its conntrack entries too (see plan/strays.py)."""
+    # First: without the rules the host would be a router for strangers.
+    for setting in find_left_on((comment for _, comment in table.rules), known):
+        sysctl.write(setting.name, "0")
     entries = [read_set(*each) for each in find_translated(table, table.ids() - known)]
     if known or not sure:
         nftables.remove(find_undos(table, known, olds, sure=sure))

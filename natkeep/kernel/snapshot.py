@@ -23,6 +23,7 @@ from natkeep.kernel import (
     policy_rules,
     rtnetlink,
     sock_diag,
+    sysctl,
 )
 from natkeep.kernel.conntrack_dump import WALK, count_tracked, is_dump_cheaper
 from natkeep.kernel.lost_routes import Routes
@@ -37,7 +38,15 @@ from natkeep.plan.nft import TABLE, Key
 from natkeep.plan.observation import Gate, Observation, SeenEntry
 from natkeep.plan.path import SourceRule, find_uncopied
 from natkeep.plan.roles import Role
-from natkeep.plan.steps import AddAddress, AddRules, FillSet, GuardSite, InsertEntries, Plan
+from natkeep.plan.steps import (
+    AddAddress,
+    AddRules,
+    FillSet,
+    GuardSite,
+    InsertEntries,
+    Plan,
+    SwitchForwarding,
+)
 from natkeep.plan.translation import Translation
 from natkeep.plan.tuples import Address, Connections, Endpoint
 from natkeep.plan.wanted import split_opening
@@ -123,6 +132,13 @@ class Snapshot:
             spoken=noted if site.row.passes_on else frozenset(),
             lacking=self._find_lacking(site, plan),
             unruled=self._find_unruled(site, plan),
+            back=len(self._find_sockets(here)) if site.row.relays else 0,
+            off=frozenset(
+                step.setting.name
+                for step in plan.prepare
+                if isinstance(step, SwitchForwarding) and step.site == site
+                if sysctl.read(step.setting.name) != "1"
+            ),
         )
 
     # ---- the table ---------------------------------------------------------------------------

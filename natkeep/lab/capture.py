@@ -184,9 +184,11 @@ def points(lab: Topology) -> dict[str, tuple[str, str]]:
     """
     found = {"near": ("gateway", "near")}
     for seat in lab.seats:
-        if seat.network == "near":
+        if seat.role in lab.peers:
             found[seat.role] = (seat.role, "eth0")
-        elif seat.network != "old":
+        elif seat.network == "near" and seat.role in lab.sites:
+            found[seat.role] = ("switch", seat.role)
+        elif seat.network not in ("near", "old"):
             found[seat.role] = ("switch", seat.role)
             side = seat.network if seat.network not in found else f"{seat.network}-gateway"
             found[side] = ("gateway", seat.network)
@@ -196,7 +198,8 @@ def points(lab: Topology) -> dict[str, tuple[str, str]]:
 def beyond_gateway(lab: Topology) -> list[str]:
     """The points between gateway and destinations, where no frame may carry OLD."""
     sides = {("switch", seat.role) for seat in lab.seats if seat.role in lab.sites}
-    sides |= {("gateway", seat.network) for seat in lab.seats if seat.role in lab.sites}
+    beyond = (seat for seat in lab.seats if seat.network != "near")
+    sides |= {("gateway", seat.network) for seat in beyond if seat.role in lab.sites}
     return [point for point, where in points(lab).items() if where in sides]
 
 

@@ -71,9 +71,10 @@ class Lab:
         self.listeners = False  # whether natkeep is told --listeners
         self.crosses = True  # whether peers' packets cross a gateway that translates
         self.at_peer = False  # whether the client's own host is a site
+        self.relays = False  # whether the source goes on as a relay
         self.peers: tuple[tuple[Address, Address], ...] = ()  # which have moved, and where they are
         self.parties, self.orders, self.undone = [self], list[Order](), list[Order]()
-        self.peer_points = [seat.role for seat in self.topology.seats if seat.network == "near"]
+        self.peer_points = [*self.topology.peers]
         self.clean_from_ns = 0
         self.select_frames: Callable[[Frames], Frames] = dict  # what of the frames is judged
         self.frozen_ns: int | None = None
@@ -166,7 +167,8 @@ class Lab:
 
     def read_sites(self) -> None:
         """Remember how the sites are before anything is done there; the first time counts."""
-        for role in (*self.topology.sites, *(["client"] if self.at_peer else [])):
+        more = [*(["client"] if self.at_peer else []), *(["source"] if self.relays else [])]
+        for role in (*self.topology.sites, *more):
             if role not in self._surfaces:
                 self._surfaces[role] = read_surfaces(self.topology[role])
 
@@ -179,6 +181,7 @@ class Lab:
             tuple(self.traffic.views.values()), self.frozen.options, self.mode, replaces,
             self.listeners, self.peers,
             self.topology["client"] if self.at_peer else None,
+            self.topology["source"] if self.relays else None,
         )  # fmt: skip
         self.orders.append(self.order)
         return self.order

@@ -116,7 +116,15 @@ class Topology:
     def sites(self) -> tuple[str, ...]:
         """The roles at which a translator works: the gateway and what is beyond it."""
         beyond = (seat.role for seat in self.seats if seat.network not in ("near", "old"))
-        return ("gateway", *beyond)
+        here = (s.role for s in self.seats if s.network == "near" and s.role == DESTINATION.role)
+        return ("gateway", *beyond, *here)
+
+    @property
+    def peers(self) -> tuple[str, ...]:
+        """The roles of the hosts on the peers' side."""
+        beside = (SOURCE.role, *self.sites)
+        near = (seat.role for seat in self.seats if seat.network == "near")
+        return tuple(role for role in near if role not in beside)
 
     def defer(self, undo: Callable[..., object], *args: object) -> None:
         """Have *undo* called when the lab ends, before what was deferred earlier."""

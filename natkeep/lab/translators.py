@@ -43,6 +43,7 @@ class Order:
     listeners: new connections shall reach the listeners that move along.
     gateway: None where none translates. peer: the peers' own host, where that does.
     peers: which have moved as well, and where they are.
+    relay: the source, where that passes on what comes to OLD.
     """
 
     id: str
@@ -57,6 +58,7 @@ class Order:
     listeners: bool = False
     peers: tuple[tuple[Address, Address], ...] = ()
     peer: Host | None = None
+    relay: Host | None = None
 
 
 class Translator:
@@ -108,6 +110,7 @@ class Natkeep(Translator):
         more += [f"--peer-map={peer}={now}" for peer, now in order.peers]
         more += [f"--site=gateway={order.gateway.name}"] if order.gateway else []
         more += [f"--site=peer={order.peer.name}"] if order.peer else []
+        more += [f"--site=relay={order.relay.name}"] if order.relay else []
         self.call(
             "prepare", order.id, *more, "--map", f"{order.old}={order.new}",
             "--site", f"destination={order.destination.name}",

@@ -12,6 +12,7 @@ from natkeep.lifecycle.conflicts import refuse_conflicts
 from natkeep.lifecycle.examine import OF_PATH, refuse_stopped
 from natkeep.lifecycle.executor import Executor
 from natkeep.lifecycle.owners import find_surroundings
+from natkeep.lifecycle.relay import refuse_relays
 from natkeep.lifecycle.sockets import NO_REMEDY, find_unbindable, refuse_translated
 from natkeep.lifecycle.subject import Subject
 from natkeep.plan.move import Move, Site
@@ -43,14 +44,20 @@ def check(
     besides = () if replaces is None else (replaces,)
     olds = frozenset(map_.old for map_ in move.maps)
     for site in move.sites if not move.quiesces else ():
-        if site.role == Role.SOURCE:
+        if site.role in (Role.SOURCE, Role.RELAY):
             refuse_translated(executor.kernel, executor.state, site, olds, connections)
     surroundings = find_surroundings(executor.kernel, executor.state, move, connections, besides)
     if replaces is not None:
-        earlier = executor.state.load(replaces).surroundings_there()
-        surroundings = surroundings.carry_on(earlier, connections)
+        earlier = executor.state.load(replaces)
+        if move.vias or earlier.move.vias:
+            raise RefusedError(
+                "--replace is not for a move by a relay",
+                hint=f"natkeep rollback {replaces}, or teardown, and then anew",
+            )
+        surroundings = surroundings.carry_on(earlier.surroundings_there(), connections)
     plan = make_plan(move, connections, surroundings)
     refuse_conflicts(executor, plan, replaces)
+    refuse_relays(executor, plan)
     if not frozen:
         _refuse_living(executor, plan)
     for step in plan.steps:

@@ -9,10 +9,12 @@ from natkeep.lifecycle.progress import has_been_opened, restored_at
 from natkeep.lifecycle.status import look_at_sites
 from natkeep.plan.connection_state import SiteStatus
 from natkeep.plan.liveness import Life, Sighting, make_sighting
-from natkeep.plan.observation import Gate
+from natkeep.plan.move import Site
+from natkeep.plan.observation import Gate, Observation
 from natkeep.plan.roles import Role
-from natkeep.plan.steps import TakeOverLock
+from natkeep.plan.steps import Plan, TakeOverLock
 from natkeep.plan.tuples import NO_CONNECTIONS, Connections
+from natkeep.state.journal import Journal
 
 _DRAIN_INTERVAL = 0.2
 
@@ -77,7 +79,7 @@ def _count(executor: Executor, move_id: str, earlier: Sighting | None) -> tuple[
     # Opened at the source, the process is back where OLD is at home, and needs nothing.
     # Each peers' host has connections of its own, and all others see the same.
     beyond = [sum(alive[Role.PEER])] if Role.PEER in alive else []
-    beyond += alive.get(Role.GATEWAY, [])
+    beyond += alive.get(Role.GATEWAY, []) + alive.get(Role.RELAY, [])
     return min(alive.get(Role.DESTINATION) or beyond or [0]), sighting
 
 
@@ -97,9 +99,10 @@ def find_exposed(
         return ()
     found = []
     for site, seen in ((one.site, one.seen) for one in look_at_sites(executor, journal, plan)):
-        if site.role != Role.SOURCE or seen is None:
+        if seen is None or not (site.role == Role.SOURCE or site.row.relays):
             continue
-        if seen.gate == Gate.CLOSED and seen.addresses and not seen.alive:
+        back = seen.back if site.row.relays else seen.alive
+        if not _is_open(journal, plan, site, seen) and seen.addresses and not back:
             olds = ", ".join(str(old) for old in sorted(seen.addresses, key=str))
             left = (one.kept.minus(ended) for one in plan.translations if one.site == site)
             peers = {inbound.source for some in left for inbound in some}
@@ -108,3 +111,9 @@ def find_exposed(
                     f"{site} still has OLD {olds}: it would answer {len(peers)} peers with a reset"
                 )
     return tuple(found)
+
+
+def _is_open(journal: Journal, plan: Plan, site: Site, seen: Observation) -> bool:
+    """Whether the gate is, and for the process: a relay's opens early for those that hold."""
+    ends = restored_at(plan) if site.row.relays else ()
+    return seen.gate != Gate.CLOSED and all(has_been_opened(journal, plan, end) for end in ends)

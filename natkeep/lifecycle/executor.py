@@ -29,6 +29,7 @@ from natkeep.plan.step_undo import (
     UNDONE_AGAIN,
     CloseGates,
     LowerLoopback,
+    PutLockBack,
     RemoveAddress,
     RemoveGate,
     RemoveRules,
@@ -187,7 +188,8 @@ class Executor:
         arriving = {} if gateways else self._find_arriving(journal, ends)
         left = self.undo(journal, [n for n in numbers if n not in late])
         still = [r for n, r in journal.records.items() if left or n not in numbers]
-        if any(r.site in gateways and r.state != "undone" for r in still):
+        passing = (r for r in still if r.site in gateways and r.state != "undone")
+        if any(type(r.undo) is not PutLockBack for r in passing):  # which lets nothing pass
             arriving = self._find_arriving(journal, ends)
         try:
             self.drop(arriving)
@@ -368,10 +370,7 @@ def _as_before_us(earlier: Record | None, found: Prior) -> Prior:
 
 
 def finish(undo: Callable[[], T]) -> T:
-    """What *undo* returns; a signal that comes meanwhile is heeded when it is through.
-
-    So it must be one that can be done again, as everything is that goes by the journal.
-    """
+    """What *undo* (which can be done again) returns; a signal is heeded when it is through."""
     try:
         return undo()
     except Exception:

@@ -264,7 +264,7 @@ def _find_reason(
     if _is_half_undone(executor, journal, plan):
         return "its undoing was begun and never ended"
     opened = [site for site in plan.move.sites if has_been_opened(journal, plan, site)]
-    leaves = any(site.role == Role.SOURCE for site in plan.move.sites)
+    leaves = any(site.role in (Role.SOURCE, Role.RELAY) for site in plan.move.sites)
     if is_abandoned(move_id) and not opened and not leaves:
         return "the CRIU that it was prepared for is no more"
     if (

@@ -25,11 +25,14 @@ def look_at_routes(subject: Subject) -> Iterator[Finding]:
     for site, here in _sites_that_translate(plan):
         if site.row.own:
             yield from _look_at_peers(subject, site, here)
+        elif site.row.relays:
+            yield ok(site, "it passes on by itself")  # what stands in its way: lifecycle/relay.py
         elif site.row.passes_on:
             yield from _look_at_gateway(subject, plan, site, here)
         else:
             own = _find_gateways_own(subject, plan)
             direct = {one.new for one in plan.move.peer_maps if own is None}
+            direct |= {via.source for via in plan.move.vias}
             direct.update(*(here for _, here in plan.surroundings.at_peers))
             for map_, peers in _peers_of(here):
                 ports = _find_ports(subject, site, here, map_)

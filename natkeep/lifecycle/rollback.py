@@ -5,6 +5,8 @@
     3. destination   undone: its gate goes last
     4. source        undone, if it was prepared
 
+A relay is gateway and source: its gate closes first, and it is undone once the process is back.
+
 What of this is at the sites of the move's journal here is done, as far as the order lets; the rest
 is said. So it is given again wherever something is left.
 
@@ -24,6 +26,7 @@ from natkeep.plan.connection_state import SiteStatus
 from natkeep.plan.move import Site
 from natkeep.plan.observation import Gate
 from natkeep.plan.roles import Role
+from natkeep.plan.step_undo import CloseGates
 from natkeep.plan.steps import Plan
 from natkeep.state.journal import Journal
 from natkeep.values import dataclass
@@ -55,14 +58,20 @@ def rollback(executor: Executor, move_id: str, *, yes: bool = False) -> RolledBa
         if not yes:
             _refuse_replacing(journal)
             _refuse_spoken(journal, plan, statuses)
-        sources = [one for one in statuses if one.site.row.mutes]
-        back = any(one.seen is not None and one.seen.alive for one in sources)
+        sources = [one for one in statuses if one.site.row.mutes or one.site.row.relays]
+        seen = [(one.site, one.seen) for one in sources if one.seen is not None]
+        back = any(now.back if site.row.relays else now.alive for site, now in seen)
         roles = frozenset(site.role for site in plan.move.sites)
+        if plan.move.vias and not back and Role.RELAY in roles:
+            undone = finish(lambda: _close_relay(executor, journal))
+            return RolledBack(undone, _find_next_by_relay(move_id, roles, back=back))
         if sources and not back:
             undone = finish(lambda: _undo_gateways(executor, journal))
         else:
             finish(lambda: end(executor, move_id))
             undone = plan.move.ordered_sites()
+        if plan.move.vias:
+            return RolledBack(undone, _find_next_by_relay(move_id, roles, back=back))
         return RolledBack(undone, _find_next(move_id, roles, back=back))
 
 
@@ -75,6 +84,28 @@ def _undo_gateways(executor: Executor, journal: Journal) -> tuple[Site, ...]:
     if left:
         raise leftover(journal, left)
     return gateways
+
+
+def _close_relay(executor: Executor, journal: Journal) -> tuple[Site, ...]:
+    """Its gate, which may be open for those that hold; all else stays, and nothing answers."""
+    journal.resolve()
+    relays = {s for s in journal.move.sites if s.row.relays and executor.reach(journal, s)}
+    records = [(n, r) for n, r in journal.records.items() if r.site in relays]
+    opened = [n for n, r in records if isinstance(r.undo, CloseGates)]
+    left = executor.undo(journal, sorted(opened, reverse=True))
+    if left:
+        raise leftover(journal, left)
+    return ()
+
+
+def _find_next_by_relay(
+    move_id: str, here: frozenset[Role], *, back: bool
+) -> tuple[tuple[Role, str], ...]:
+    """The same of a move by a relay: the process is restored there while its gate is closed."""
+    again = f"natkeep rollback {move_id}"
+    steps = [] if Role.RELAY in here else [(Role.RELAY, again)]
+    steps += [] if back else [(Role.RELAY, RESTORE), (Role.RELAY, again)]
+    return (*steps, *([] if Role.DESTINATION in here else [(Role.DESTINATION, again)]))
 
 
 def _refuse_replacing(journal: Journal) -> None:

@@ -40,6 +40,7 @@ from natkeep.plan.nft import (
     jump,
 )
 from natkeep.plan.protocols import TCP
+from natkeep.plan.roles import RoleRow
 from natkeep.plan.tuples import Address
 
 _OPENING_FLAGS = ("fin", "syn", "rst", "ack")
@@ -55,6 +56,7 @@ The field means nothing in a segment without URG.
 """
 _HAS_ENTRY = Meta("ct state", "established,related,new")
 _CRIU_MARKED = Meta("meta mark", f"{CRIU_MARK:#x}")
+NOT_CRIU = Meta("meta mark", f"{CRIU_MARK:#x}", equal=False)
 FROM_WIRE = Meta("iif", '"lo"', equal=False)
 TO_WIRE = Meta("oif", '"lo"', equal=False)
 _OWN = Meta("iif", "0")
@@ -70,6 +72,8 @@ EARLY = (HEARD, SPOKEN)
 MARK = "mark"
 """The dispatch of resets at a gateway, from the chain that asks whether a packet has an entry."""
 INJECTED = "injected"
+PASSING, REDIRECTING = "passing", "redirecting"
+"""Base chains of a relay that natkeep has made pass packets on (relay.py)."""
 LEAVING = "leaving"
 HALF_OPEN = "half-open"
 """Name of the chain that SYN-ACKs are sent to, at a destination."""
@@ -295,6 +299,12 @@ def forwarding_table() -> tuple[Object, ...]:
 
 
 @cache
+def relay_table() -> tuple[Object, ...]:
+    """At a relay that natkeep makes pass packets on: what of them, and no redirects."""
+    return (Chain(PASSING, "forward", "-350"), Chain(REDIRECTING, "output", "-350"))
+
+
+@cache
 def dispatch_table(dispatch: str) -> tuple[Object, ...]:
     """The base chain of a dispatch, its maps and its rules; the first move that uses it adds it."""
     return (*_dispatch_maps(dispatch), DISPATCHES[dispatch].base(), *_dispatch_rules(dispatch))
@@ -319,17 +329,23 @@ def mode_table(mode: Mode) -> tuple[Object, ...]:
 
 @cache
 def translation_tables(
-    mode: Mode, *, at_gateway: bool, peers: bool = False, own: bool = False
+    mode: Mode,
+    *,
+    at_gateway: bool,
+    peers: bool = False,
+    own: bool = False,
+    relays: bool = False,
 ) -> tuple[tuple[Object, ...], ...]:
     """What the translations of a mode need, each part with base chains of its own.
 
-    peers: at a destination some have moved. own: at the peers' own host.
+    peers: at a destination some have moved. own: at the peers' own host. relays: at a relay.
     """
     if mode == Mode.STATELESS:
         return (mode_table(mode),)
     parts = [mode_table(mode), dispatch_table(MARK), _invalid_table()]
     if at_gateway:
-        parts += [(*dispatch_table("from"), *dispatch_table("to")), _hooks_table(_LOCAL)]
+        parts += [(*dispatch_table("from"), *dispatch_table("to"))]
+        parts += [dispatch_table("half")] if relays else [_hooks_table(_LOCAL)]
     if peers:
         maps = (*_dispatch_maps("from"), *_dispatch_maps("to"))
         parts += [(*maps, *_hooks_table(_PEERS)), dispatch_table("half")]
@@ -340,6 +356,13 @@ def _own_resets() -> tuple[Object, ...]:
     """Resets of the peers' own kernel are marked, or dropped, as those that pass a gateway are."""
     chain = Chain("own-resets", "output", "-330")
     return (chain, Rule(chain.name, (RST, jump(DISPATCHES[MARK].chain))))
+
+
+def tables_of(row: RoleRow, mode: Mode, *, peers: bool = False) -> tuple[tuple[Object, ...], ...]:
+    """The same at a site of that role."""
+    return translation_tables(
+        mode, at_gateway=row.passes_on, peers=peers, own=row.own, relays=row.relays
+    )
 
 
 def _hooks_table(chains: Iterable[tuple[Chain, str]]) -> tuple[Object, ...]:
@@ -432,7 +455,7 @@ def peer_map(name: str, version: int, size: int) -> Set:
 @cache
 def shared_names() -> frozenset[str]:
     """Names of the chains and sets that are there for all moves, but for the address chains."""
-    parts = [base_table(), destination_table(), forwarding_table()]
+    parts = [base_table(), destination_table(), forwarding_table(), relay_table()]
     parts += [
         part
         for mode in Mode

@@ -24,6 +24,7 @@ from natkeep.plan.steps import (
     InsertEntries,
     Plan,
     RaiseLoopback,
+    SwitchForwarding,
 )
 from natkeep.plan.wanted import Wanted, want
 from natkeep.values import dataclass
@@ -83,6 +84,8 @@ def find_drift(
             drift += _find_entry_drift(step, seen, life)
         elif isinstance(step, HoldListeners) and not seen.holds:
             drift.append("listeners: their new connections do not wait")
+        elif isinstance(step, SwitchForwarding) and step.setting.name in seen.off:
+            drift.append(f"setting net/{step.setting.name}: it is not 1")
         elif isinstance(step, GuardSite) and not seen.guarded:
             drift.append("guard: its process is gone")
     return (*drift, *(_lost_entries(seen) if life is None else ()))

@@ -23,6 +23,7 @@ from natkeep.plan.tuples import (
     parse_address,
     refuse_zone,
 )
+from natkeep.plan.via import Via
 from natkeep.values import dataclass
 
 _ID = re.compile(r"[a-z0-9][a-z0-9-]{0,31}")
@@ -173,6 +174,7 @@ class Move:
     live: the connections were read while the process ran. Until it is frozen nothing may come
     between it and its peers, so all sites but the destination wait for `open`.
     peer_maps: peers at its `old` have moved themselves, and are at its `new` on all wires.
+    vias: of a move with a relay its addresses and ports, by which the destination knows all peers.
     """
 
     id: str
@@ -189,6 +191,7 @@ class Move:
     guard: bool = False
     live: bool = False
     peer_maps: tuple[Map, ...] = ()
+    vias: tuple[Via, ...] = ()
 
     def __post_init__(self) -> None:
         parse_id(self.id)
@@ -209,8 +212,9 @@ class Move:
                 "mode stateless translates nothing at the peers' own host",
                 hint="--site peer needs --mode stateful",
             )
+        self._refuse_vias()
         roles = [site.role for site in self.sites]
-        for role in (Role.DESTINATION, Role.SOURCE):
+        for role in (Role.DESTINATION, Role.SOURCE, Role.RELAY):
             if roles.count(role) > 1:
                 raise UsageError(f"a move has one {role}")
         if self.live and Role.SOURCE in roles:
@@ -231,6 +235,45 @@ class Move:
             raise RefusedError(
                 "mode stateless translates no peers", hint="--peer-map needs --mode stateful"
             )
+
+    def _refuse_vias(self) -> None:
+        roles = {site.role for site in self.sites}
+        if not (self.vias or Role.RELAY in roles):
+            return
+        if Role.SOURCE in roles:
+            raise UsageError("a relay is the source site, too", hint="leave --site source out")
+        for role in roles - {Role.RELAY, Role.DESTINATION}:
+            raise RefusedError(
+                f"a move by a relay has no {role}: what passes on to the relay is left alone",
+                hint="leave --via out" if self.vias else f"leave --site {role} out",
+            )
+        self._refuse_what_a_relay_cannot()
+        for map_ in self.maps:
+            if not any(via.source.version == map_.old.version for via in self.vias):
+                raise RefusedError(
+                    f"no --via of IPv{map_.old.version}: which address of the relay is for {map_}?"
+                )
+        ends = {end for map_ in self.maps for end in (map_.old, map_.new)}
+        for via in self.vias:
+            if via.source in ends:
+                raise RefusedError(
+                    f"--via {via}: {via.source} is an OLD or a NEW of this move",
+                    hint="the relay needs an address beside OLD: ip addr add",
+                )
+
+    def _refuse_what_a_relay_cannot(self) -> None:
+        no = "is not for a move by a relay"
+        if self.mode == Mode.STATELESS:
+            raise RefusedError(f"--mode stateless {no}", hint="--mode stateful is")
+        if self.listeners:
+            raise RefusedError(
+                f"--listeners {no}: callers would show the relay's address",
+                hint="that takes a tunnel from the relay, which is not built",
+            )
+        if self.live:
+            raise RefusedError(f"--live {no}", hint="after the dump: --image DIR")
+        if self.unkept == Fate.RESET:
+            raise RefusedError(f"--unkept reset {no}", hint="leave it out: they are reported")
 
     def on_wire(self, connections: Connections) -> Connections:
         """*connections* with their peers as they are on the wires of this move."""

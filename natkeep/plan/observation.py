@@ -64,6 +64,8 @@ class Observation:
     lacking: of the rules in front of `lookup local` those that are not there.
     unruled: those of addresses that natkeep has put there and that a rule for NEW does not hold
     for (kernel/policy_rules.py).
+    back: at a relay, how many kept connections have their sockets there (again).
+    off: of a relay's settings those that are not on.
     """
 
     gate: Gate
@@ -85,3 +87,5 @@ class Observation:
     spoken: frozenset[bytes] = frozenset()
     lacking: tuple[IpRule, ...] = ()
     unruled: frozenset[Address] = frozenset()
+    back: int = 0
+    off: frozenset[str] = frozenset()

@@ -33,6 +33,7 @@ from natkeep.plan.steps import (
     Plan,
     RaiseLoopback,
     Step,
+    SwitchForwarding,
     as_commands,
 )
 from natkeep.plan.translation import Translation
@@ -101,6 +102,7 @@ Patch = (
     | AddAddress
     | AddRules
     | InsertEntries
+    | SwitchForwarding
 )
 """What a repair does: a step again, or the part of it that is missing."""
 
@@ -180,6 +182,8 @@ def _patch_of(step: Step, seen: Observation, life: Life) -> Patch | None:
         case FillSet() if any(seen.missing.get(one.name) for one in step.fillings()):
             return step
         case GuardSite() if not seen.guarded:
+            return step
+        case SwitchForwarding() if step.setting.name in seen.off:
             return step
         case RaiseLoopback() if not seen.loopback:
             return step

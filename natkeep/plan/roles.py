@@ -6,10 +6,12 @@
     destination     NEW           OLD           yes     no             answer   1
     source          OLD           (no change)   yes     no             refuse   2
     peer            OLD           NEW           no      yes            refuse   0
+    relay           OLD           NEW           may     yes            refuse   0
 
 A peer site is a gateway for processes of its own: their packets begin and end there.
 Gateway entries exist before the destination can emit a packet, since a half-translated connection
 is reset, not stalled. The source comes last: until then CRIU's lock keeps it silent.
+A relay is a gateway and the source in one: it passes on under an address and ports of its own.
 """
 
 from __future__ import annotations
@@ -24,6 +26,7 @@ class Role(StrEnum):
     DESTINATION = "destination"
     GATEWAY = "gateway"
     PEER = "peer"
+    RELAY = "relay"
     SOURCE = "source"
 
 
@@ -39,6 +42,7 @@ class RoleRow(NamedTuple):
     resets: the dispatch of the reset filter: `answer` of the process, `refuse` of peers.
     order: in which sites are opened, and as a rule prepared.
     own: the peers are processes of this host, and no others' packets are translated.
+    relays: peers' packets leave as ones of its own, and OLD may be an address of it.
     """
 
     arrives: str
@@ -49,11 +53,13 @@ class RoleRow(NamedTuple):
     resets: str
     order: int
     own: bool = False
+    relays: bool = False
 
 
 ROLES = {
     Role.GATEWAY: RoleRow("old", "new", False, True, False, "refuse", 0),
     Role.DESTINATION: RoleRow("new", "old", True, False, False, "answer", 1),
+    Role.RELAY: RoleRow("old", "new", False, True, False, "refuse", 0, relays=True),
     Role.SOURCE: RoleRow("old", "", False, False, True, "refuse", 2),
     Role.PEER: RoleRow("old", "new", False, True, False, "refuse", 0, own=True),
 }

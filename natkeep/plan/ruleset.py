@@ -24,6 +24,7 @@ Theory of operation. A site has one table `inet natkeep`, shared by all moves.
     output   -350  dialled       local address ─► dial-at-ADDRESS ─► (kept?) ─► gate-ID: drop
     output   -330  own-resets    ─► marked-resets
     input     350  untranslated  local address ─► new-at-ADDRESS ─► (kept?) ─► drop
+    stateful, at a relay: half-translated too, and what relay.py has
     stateful, at a gateway that is a peer itself: the same maps
     output and input, -120 and 80  local-inbound, local-outbound, as inbound and outbound
     output and input, -110 and 90  invalid-local-inbound, invalid-local-outbound
@@ -112,6 +113,7 @@ from natkeep.plan.nft import (
     WriteMap,
 )
 from natkeep.plan.protocols import TCP
+from natkeep.plan.relay import drop_untranslated
 from natkeep.plan.stateless import rewrite
 from natkeep.plan.translation import Translation
 
@@ -149,8 +151,9 @@ def _nat(move_id: str, translation: Translation) -> list[Object]:
         # What the old host still sends for a kept connection goes no further. It would be a new
         # flow to conntrack, clash with our entry and leave from another port, which the peer
         # answers with a reset. Only first packets of a flow come by here, so it costs nothing.
-        drop = (_kept(move_id, translation), DROP)
-        objects += rule_at(outbound, translation.map.old, drop, move_id)
+        if not translation.site.row.relays:  # whose own stack is quiet (relay.py)
+            drop = (_kept(move_id, translation), DROP)
+            objects += rule_at(outbound, translation.map.old, drop, move_id)
         objects += _nat_peers(move_id, translation)
         # The destination believes a reset that was sent to OLD (filters.py).
         mark = (_outer(move_id, translation), Write(*SENT_TO_OLD))
@@ -210,6 +213,8 @@ def _nat_peers(move_id: str, translation: Translation) -> Iterator[Object]:
     outer = _outer(move_id, translation)
     if translation.site.row.passes_on:
         yield from rule_at("to", translation.before, (NOT_SYN, outer, DROP), move_id)
+        if translation.site.row.relays:
+            yield from drop_untranslated(move_id, translation)
         return
     yield from rule_at("half", translation.before, (outer, DROP), move_id)
     yield from rule_at("half", translation.after, (outer, DROP), move_id)
@@ -245,7 +250,8 @@ def _invalid(move_id: str, translation: Translation) -> list[Object]:
     if translation.site.row.passes_on:
         objects += rule_at("invalid-to", before, (NOT_SYN, outer, DROP), move_id)
         drop = (_kept(move_id, translation), DROP)
-        objects += rule_at("invalid-out", translation.map.old, drop, move_id)
+        if not translation.site.row.relays:
+            objects += rule_at("invalid-out", translation.map.old, drop, move_id)
     if translation.masks:
         objects += _invalid_peers(move_id, translation)
     return objects

@@ -9,10 +9,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from natkeep.plan import filters
-from natkeep.plan.base_chains import base_table, dispatch_table, translation_tables
+from natkeep.plan.base_chains import base_table, dispatch_table, tables_of
 from natkeep.plan.ip_rules import stay
 from natkeep.plan.listeners import Reception, make_receptions, refuse_one_end_for_two
 from natkeep.plan.move import Mode, Move, Site
+from natkeep.plan.relay import Setting
 from natkeep.plan.resets import Reset, make_resets
 from natkeep.plan.roles import Role
 from natkeep.plan.steps import (
@@ -31,11 +32,13 @@ from natkeep.plan.steps import (
     InstallTranslation,
     OpenEarly,
     OpenGate,
+    PassKept,
     Plan,
     PurgeEntries,
     RaiseLoopback,
     SendResets,
     Step,
+    SwitchForwarding,
     TakeOverLock,
     TranslateErrors,
     as_commands,
@@ -76,18 +79,19 @@ def make_plan(
         here = tuple(t for t in translations if t.site == site)
         resets_here = tuple(reset for reset in told if reset.site == site)
         prepare += _steps_at(site, move, here, resets_here, surroundings, change, inner)
+        prepare += _steps_at_relay(site, move, here, surroundings) if site.row.relays else []
         if site.row.passes_on and move.holds:
             prepare.append(OpenEarly(site, move.id, make_receptions(move, site)))
     for translation in translations:
         _assert_chain_ends_at_checkpoint(move, translation)
-    opens = tuple(
+    opening: list[OpenGate | SendResets] = [
         OpenGate(site, move.id, make_receptions(move, site), delivers=move.holds)
         for site in _sites_to_open(move)
-    )
+    ]
     # Last, so that no kept connection waits for it.
-    sending: tuple[SendResets, ...] = () if _leaves_alone(move) else _send_resets(move, told)
-    opening: tuple[OpenGate | SendResets, ...] = (*opens, *sending)
-    return Plan(move, translations, unkept, surroundings, tuple(prepare), opening, told, inner)
+    opening += () if _leaves_alone(move) else _send_resets(move, told)
+    steps = tuple(prepare), tuple(opening)
+    return Plan(move, translations, unkept, surroundings, *steps, told, inner)
 
 
 def _leaves_alone(move: Move) -> bool:
@@ -114,7 +118,7 @@ def _install_resets(
 
 def _sites_to_prepare(move: Move) -> tuple[Site, ...]:
     """In this order; the source is always the last."""
-    first = Role.DESTINATION if move.holds else Role.GATEWAY
+    first = Role.DESTINATION if move.holds or move.vias else Role.GATEWAY
     last = {first: 0, Role.SOURCE: 2}
     return tuple(sorted(move.ordered_sites(), key=lambda site: last.get(site.role, 1)))
 
@@ -136,16 +140,18 @@ def _steps_at_source(
     if move.quiesces:
         return [*hold]
     steps: list[Step] = [InstallGate(site, move.id, here), *_fill_sets(site, move, here)]
-    steps += _install_resets(site, move, lost)
-    steps += hold
-    if move.lock is not None and move.lock.is_known():
-        # The very last step: whatever fails before it, CRIU's lock still keeps the source quiet.
-        ours = [*(translation.kept for translation in here), *(reset.connections for reset in lost)]
-        steps.append(TakeOverLock(site, move.lock, Connections.joined(ours)))
+    steps += [*_install_resets(site, move, lost), *hold]
+    steps += _take_over_lock(site, move, [*(t.kept for t in here), *(r.connections for r in lost)])
     if _leaves_alone(move):
         # There is no later moment at this site; CRIU's lock would have dropped what is said.
         steps += _send_resets(move, lost)
     return steps
+
+
+def _take_over_lock(site: Site, move: Move, ours: list[Connections]) -> list[Step]:
+    """The very last step: whatever fails before it, CRIU's lock still keeps the source quiet."""
+    known = (lock for lock in (move.lock,) if lock is not None and lock.is_known())
+    return [TakeOverLock(site, lock, Connections.joined(ours)) for lock in known]
 
 
 def _steps_at(
@@ -168,7 +174,7 @@ def _steps_at(
     fills = _fill_sets(site, move, here)
     # What a gateway whose gate is about to be opened drops meanwhile is not held: so as late as
     # can be. Before it has its set, nothing translates either.
-    late = move.holds and site.row.passes_on
+    late = move.holds and site.row.passes_on and not site.row.relays
     steps += [] if late else fills
     steps += [GuardSite(site, move.id, here)] if move.guard and here else []
     # Before the address too: CRIU's restore may send for these, and must not be answered yet.
@@ -199,6 +205,17 @@ def _add_routes(site: Site, here: tuple[Translation, ...]) -> list[Step]:
     """Where peers are: their sockets look up OLD before a packet of theirs is addressed to NEW."""
     routes = [AddRoute(site, old) for old in dict.fromkeys(t.before for t in here)]
     return [RaiseLoopback(site), *routes]
+
+
+def _steps_at_relay(
+    site: Site, move: Move, here: tuple[Translation, ...], surroundings: Surroundings
+) -> list[Step]:
+    """What makes it a relay, once all that translates is there."""
+    settings = tuple(map(Setting, surroundings.forwarding))
+    steps: list[Step] = [PassKept(site, move.id, here, settings)] if settings else []
+    # Forwarding only once strangers are dropped.
+    steps += [SwitchForwarding(site, move.id, setting) for setting in settings]
+    return steps + _take_over_lock(site, move, [one.kept for one in here])
 
 
 def _fill_sets(site: Site, move: Move, here: tuple[Translation, ...]) -> list[Step]:
@@ -321,7 +338,9 @@ def _crossing(
 def _assert_chain_ends_at_checkpoint(move: Move, translation: Translation) -> None:
     """What the process gets is what the checkpoint says, or the plan is wrong."""
     ends, meant = translation.inner, translation.kept
-    if not translation.site.row.puts_old:
+    if translation.site.row.relays:
+        ends, meant = translation.outer, move.on_wire(meant)
+    elif not translation.site.row.puts_old:
         ends, meant = ends.toward(translation.map.old), move.on_wire(meant)
     if ends != meant:  # pragma: no cover - a bug, not an input
         raise AssertionError(f"{translation.site}: the process would see other tuples")
@@ -333,8 +352,9 @@ def describe_plan(plan: Plan) -> Iterator[str]:
         if isinstance(step, InstallGate):
             yield f"# {step.site}: the first move there makes the table too"
             yield from as_commands(step.site, _static_lines(step, plan.move.mode))
-        elif isinstance(step, InstallResets):
-            yield f"# {step.site}: the first move with --unkept reset there makes these too"
+        elif isinstance(step, InstallResets | PassKept):
+            why = "relay that is to forward" if isinstance(step, PassKept) else "--unkept reset"
+            yield f"# {step.site}: the first move with {why} there makes these too"
             yield from as_commands(step.site, _static_lines(step))
         yield from step.describe()
     yield "# when the sockets are there (natkeep open, or natkeep-hook at post-restore):"
@@ -342,14 +362,14 @@ def describe_plan(plan: Plan) -> Iterator[str]:
         yield from step.describe()
 
 
-def _static_lines(step: InstallGate | InstallResets, mode: Mode | None = None) -> list[str]:
+def _static_lines(
+    step: InstallGate | InstallResets | PassKept, mode: Mode | None = None
+) -> list[str]:
     """The part that all moves share: the gate's, with that of the *mode*, or that of resets."""
     base, *more = step.static()
     if isinstance(step, InstallGate) and mode is not None and not step.site.row.mutes:
         peers = any(one.turns_peers for one in step.translations)
-        row = step.site.row
-        tables = translation_tables(mode, at_gateway=row.passes_on, peers=peers, own=row.own)
-        more = [*tables, *more]
+        more = [*tables_of(step.site.row, mode, peers=peers), *more]
     return [str(one) for part in (base, *more) for one in part]
 
 
@@ -362,7 +382,7 @@ def render_nft(plan: Plan) -> Iterator[tuple[Site, tuple[str, ...]]]:
                 continue
             if isinstance(step, InstallGate):
                 lines += _static_lines(step, plan.move.mode)
-            elif isinstance(step, InstallResets):
+            elif isinstance(step, InstallResets | PassKept):
                 lines += _static_lines(step)
             elif isinstance(step, HoldListeners) and not lines:
                 lines += map(str, (*base_table(), *dispatch_table("mute")))
@@ -373,7 +393,8 @@ def render_nft(plan: Plan) -> Iterator[tuple[Site, tuple[str, ...]]]:
                 | InstallTranslation
                 | InstallReception
                 | HoldListeners
-                | InstallResets,
+                | InstallResets
+                | PassKept,
             ):
                 lines += step.lines()
         yield site, tuple(lines)

@@ -34,6 +34,7 @@ from natkeep.plan.steps import (
     RaiseLoopback,
     SendResets,
     Step,
+    SwitchForwarding,
     TakeOverLock,
     TranslateErrors,
 )
@@ -153,6 +154,14 @@ class PutLockBack:
 
 
 @dataclass(frozen=True, slots=True)
+class RestoreForwarding:
+    """A setting below /proc/sys/net/ is as its Prior says, unless another move has it on."""
+
+    move_id: str
+    setting: str
+
+
+@dataclass(frozen=True, slots=True)
 class RemoveUndone:
     """These tuples are not dropped any more where a move was undone; an empty table goes."""
 
@@ -175,6 +184,7 @@ Undo = (
     | EndHolder
     | RemoveOwnedTable
     | PutLockBack
+    | RestoreForwarding
     | RemoveUndone
 )
 
@@ -207,7 +217,8 @@ def undo_of(step: Step) -> Undo:  # one line a kind of step
             translation = step.translation
             outer, kept = translation.outer, translation.kept
             # What a gateway had of peers before they moved was plain.
-            plain = translation.site.row.passes_on and not translation.renames
+            row = translation.site.row
+            plain = row.relays or (row.passes_on and not translation.renames)
             return RestoreEntries(kept if plain else outer, kept, translation.renames)
         case InsertEntries():
             translation = step.translation
@@ -221,6 +232,8 @@ def undo_of(step: Step) -> Undo:  # one line a kind of step
             return RemoveOwnedTable(step.move_id)
         case TakeOverLock():
             return PutLockBack(step.lock, step.connections)
+        case SwitchForwarding():
+            return RestoreForwarding(step.move_id, step.setting.name)
         case DropUndone():
             return RemoveUndone(step.arriving)
     return Nothing()

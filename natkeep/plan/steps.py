@@ -4,7 +4,7 @@ Rule: a step says everything that kernel/ needs to do it and to undo it, and des
 as commands that a person could type. In which order they come is written in step_order.py.
 This file must never do a step.
 
-Size: over 400 lines, because each kind of step is a short class, and there are nineteen.
+Size: over 400 lines, because each kind of step is a short class, and there are two dozen.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator
 from itertools import islice
 from typing import NamedTuple
 
-from natkeep.plan import arp, base_chains, filters, listeners, ruleset, syn_block, undone
+from natkeep.plan import arp, base_chains, filters, listeners, relay, ruleset, syn_block, undone
 from natkeep.plan.conntrack import describe_purge, entries, stale_tuples, stale_views
 from natkeep.plan.criu_lock import DumpLock, describe_taking
 from natkeep.plan.filters import Filling
@@ -21,6 +21,7 @@ from natkeep.plan.ip_rules import IpRule, rules_of
 from natkeep.plan.listeners import Reception
 from natkeep.plan.move import Move, Site
 from natkeep.plan.nft import TABLE, Chain, Object, Rule
+from natkeep.plan.relay import Setting
 from natkeep.plan.resets import Reset
 from natkeep.plan.translation import Surroundings, Translation, Unkept
 from natkeep.plan.tuples import NO_CONNECTIONS, Address, Connections, Endpoint, FourTuple
@@ -121,6 +122,8 @@ class InstallGate(Loads):
     def make(self) -> tuple[Object, ...]:
         """The gate; at a source in both directions."""
         gate = filters.gate(self.move_id, self.translations, self.home)
+        if self.site.row.relays:
+            gate = (*gate, *relay.keep_quiet(self.move_id, self.translations))
         if self.site.row.mutes:
             return (*gate, *filters.mute(self.move_id, self.translations))
         if self.awaits:
@@ -133,9 +136,9 @@ class InstallGate(Loads):
             parts = (base_chains.destination_table(), base_chains.dispatch_table(base_chains.HEARD))
             passed = (base_chains.forwarding_table(),) if self.forwards else ()
             return (base_chains.base_table(), *parts, *passed, arp.arp_table())
-        if self.site.row.mutes:
-            return (base_chains.base_table(), base_chains.dispatch_table("mute"))
-        more = ["dial"] if self.site.row.own else []
+        row = self.site.row
+        more = ["mute"] if row.mutes or row.relays else []
+        more += ["dial"] if row.own else []
         more += [base_chains.SPOKEN] if self.awaits else []
         return (base_chains.base_table(), *map(base_chains.dispatch_table, more))
 
@@ -267,14 +270,8 @@ class InstallTranslation(Loads):
     def static(self) -> tuple[tuple[Object, ...], ...]:
         """The base chains of its mode."""
         modes = dict.fromkeys(translation.mode for translation in self.translations)
-        at_gateway = self.site.row.passes_on
         peers = any(one.turns_peers for one in self.translations)
-        parts = (
-            base_chains.translation_tables(
-                mode, at_gateway=at_gateway, peers=peers, own=self.site.row.own
-            )
-            for mode in modes
-        )
+        parts = (base_chains.tables_of(self.site.row, mode, peers=peers) for mode in modes)
         return tuple(part for some in parts for part in some)
 
 
@@ -533,6 +530,38 @@ class TakeOverLock:
 
 
 @dataclass(frozen=True, slots=True)
+class PassKept(Loads):
+    """At a relay: the rules by which it passes on what is kept, and nothing else."""
+
+    site: Site
+    move_id: str
+    translations: tuple[Translation, ...]
+    settings: tuple[Setting, ...]
+    recorded: Recorded | None = None
+
+    def make(self) -> tuple[Object, ...]:
+        """Rules in chains that all relays' moves share."""
+        return tuple(relay.pass_kept(self.move_id, self.translations, self.settings))
+
+    def static(self) -> tuple[tuple[Object, ...], ...]:
+        """These chains."""
+        return (base_chains.relay_table(),)
+
+
+@dataclass(frozen=True, slots=True)
+class SwitchForwarding:
+    """A relay's device passes packets on; undone, as it was, unless another move needs it."""
+
+    site: Site
+    move_id: str
+    setting: Setting
+
+    def describe(self) -> tuple[str, ...]:
+        """One command a line."""
+        return (f"{_prefix(self.site)}sysctl -w net/{self.setting.name}=1",)
+
+
+@dataclass(frozen=True, slots=True)
 class DropUndone:
     """Where a destination is undone: go on dropping what a gateway may still send there.
 
@@ -581,6 +610,8 @@ Step = (
     | GuardSite
     | InstallResets
     | TakeOverLock
+    | PassKept
+    | SwitchForwarding
     | OpenEarly
     | OpenGate
     | SendResets

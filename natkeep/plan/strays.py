@@ -31,7 +31,7 @@ _SETS = (
     re.compile(rf"(?:kept|outer|ended|heard|spoken|routed|listen|reset|again)-{_ID}-\d+"),
     re.compile(rf"to-(?:outer|inner)-{_ID}-\d+"),
 )
-_COMMENT = re.compile(rf"{_ID}(?::(?:listeners|hold|unkept))?")
+_COMMENT = re.compile(rf"{_ID}(?::(?:listeners|hold|unkept|via[46]-[A-Za-z0-9_.@-]{{1,15}}))?")
 _AT = re.compile(r"([a-z]+(?:-[a-z]+)?)-at-([0-9a-f._]+)")
 _NO_IDS = frozenset({"open"})
 """What comments say besides; a move of this name would have its chains, too."""

@@ -3,6 +3,8 @@
 Rule: what cannot be translated is refused here, or named with its reason; a translation needs no
 further check. Nothing here knows how one is carried out (that is ruleset.py and entries.py).
 
+Size: over 400 lines, because what a translation is made of stands beside it.
+
 Theory of operation. The process and its peers keep their four-tuples for ever. Between the
 gateway and the destination the wire shows NEW instead of OLD:
 
@@ -16,6 +18,11 @@ A peer that has moved from P to Q (`--peer-map P=Q`) is at Q on every wire of th
 the destination turns Q into P. So both ends of a connection move at once, without a gateway:
 
     process ── OLD, P ── destination ── NEW, Q ── destination of the peer ── OLD, P ── peer
+
+A relay receives what peers send to OLD, and passes it on as from an address and a port of its own
+for each connection (via.py), which the destination turns into the peer again:
+
+    peer ── OLD ── relay ── NEW, FROM:q ── destination ── OLD, peer ── process
 """
 
 from __future__ import annotations
@@ -34,6 +41,7 @@ from natkeep.plan.refusals import (
     refuse_peer_maps,
 )
 from natkeep.plan.tuples import NO_CONNECTIONS, Address, Connections, Endpoint, FourTuple
+from natkeep.plan.via import count_ports, rename
 from natkeep.values import dataclass, replace
 
 
@@ -50,6 +58,7 @@ class Surroundings:
     noted: what the entries say that the sites have of the connections, where it is not the usual.
     home: OLD addresses that the destination has had before any move. forwards: it is a router.
     at_peers: of each site of role peer the peers' addresses that it has.
+    forwarding: settings that a relay switches on to pass on what is kept, below /proc/sys/net/.
     """
 
     local: frozenset[Address] = frozenset()
@@ -61,6 +70,7 @@ class Surroundings:
     home: frozenset[Address] = frozenset()
     forwards: bool = False
     at_peers: tuple[tuple[Site, frozenset[Address]], ...] = ()
+    forwarding: tuple[str, ...] = ()
 
     def carry_on(self, earlier: Surroundings, connections: Connections) -> Surroundings:
         """With those of *connections* that an *earlier* move, now replaced, took over itself.
@@ -157,6 +167,8 @@ class Translation:
     @property
     def renames(self) -> bool:
         """Whether peers or ports change too, not the local address alone."""
+        if self.site.row.relays:
+            return True
         if self.outer is self.kept:  # the usual gateway, without a look
             return False
         return _differ(self.outer, self.inner, self.after)
@@ -224,13 +236,13 @@ def make_translations(
     kept, or when there are too many.
     """
     found = [connections.at(map_.old) for map_ in move.maps]
+    ends = _count_ends(move, found)
     late = [change.came.at(map_.old) for map_ in move.maps] if change is not None else []
     inner = find_inner(move, connections if change is None else _join(connections, change.came))
     refuse_none_or_too_many(move, len(connections) - len(inner), found, late, inner)
     found, late = ([some.minus(inner) for some in each] for each in (found, late))
     unkept = tuple(_find_unkept(move, found, surroundings))
-    around_late = change.surroundings if change is not None else NOTHING_SPECIAL
-    unkept_late = tuple(_find_unkept(move, late, around_late))
+    unkept_late = () if change is None else tuple(_find_unkept(move, late, change.surroundings))
     kept = [_without(some, unkept) for some in found]
     came = [_without(some, unkept_late) for some in late]
     unwanted = move.unkept == Fate.REPORT and not move.listeners
@@ -244,15 +256,21 @@ def make_translations(
     for site in move.ordered_sites():
         if change is not None and move.waits(site):
             there = [some.minus(change.went) for some in both]
-            translations += _translate_at(move, site, there, change.surroundings)
+            translations += _translate_at(move, site, there, change.surroundings, ends)
             continue
-        prepared = _translate_at(move, site, kept, surroundings)
+        prepared = _translate_at(move, site, kept, surroundings, ends)
         translations += prepared
         if change is not None:
-            translations += _translate_at(move, site, came, change.surroundings, len(prepared))
+            translations += _translate_at(move, site, came, change.surroundings, {}, len(prepared))
     _refuse_what_the_mode_cannot(move, translations)
     refuse_idle_sites(move, {t.site for t in translations} if change is None else move.sites)
     return tuple(translations), (*unkept, *unkept_late)
+
+
+def _count_ends(move: Move, found: list[Connections]) -> dict[bytes, bytes]:
+    """What a relay has in the place of each peer; of all: what one machine cannot keep counts."""
+    news = [map_.new for map_ in move.maps]
+    return count_ports(move.vias, zip(news, found, strict=True)) if move.vias else {}
 
 
 def find_inner(move: Move, connections: Connections) -> Connections:
@@ -313,6 +331,8 @@ def _find_unkept(
                 yield Unkept(inbound, f"its peer {peer} is not on any wire")
             elif peer.is_link_local:
                 yield Unkept(inbound, f"its peer {peer} is link-local: no gateway passes it on")
+            elif peer in beside and move.vias:
+                yield Unkept(inbound, f"its peer {peer} is on the relay itself")
             elif peer in beside and inbound not in carried:
                 why = "on the gateway itself, which mode stateless does not translate for"
                 yield Unkept(inbound, f"its peer {peer} is {why}; mode stateful keeps it")
@@ -334,12 +354,17 @@ def _without(some: Connections, unkept: tuple[Unkept, ...]) -> Connections:
 
 
 def _translate_at(
-    move: Move, site: Site, kept: list[Connections], around: Surroundings, number: int = 0
+    move: Move,
+    site: Site,
+    kept: list[Connections],
+    around: Surroundings,
+    ends: dict[bytes, bytes],
+    number: int = 0,
 ) -> list[Translation]:
     """The translations of each map's connections at *site*, numbered from *number*."""
     here: list[Translation] = []
     for map_, some in zip(move.maps, kept, strict=True):
-        here += _translate_map(move, site, number + len(here), map_, some, around)
+        here += _translate_map(move, site, number + len(here), map_, some, around, ends)
     return here
 
 
@@ -350,8 +375,12 @@ def _translate_map(
     map_: Map,
     kept: Connections,
     surroundings: Surroundings,
+    ends: dict[bytes, bytes],
 ) -> Iterator[Translation]:
-    """The translations of one map at one site, numbered from *number*; *kept* are at its OLD."""
+    """The translations of one map at one site, numbered from *number*; *kept* are at its OLD.
+
+    ends: what a relay has on the wire in the place of each peer.
+    """
     kept = _passing(site, kept, surroundings)
     if not len(kept):
         return
@@ -359,9 +388,13 @@ def _translate_map(
     if not site.row.leaves:
         yield Translation(site, number, map_, mode, kept, kept, kept, noted)
         return
+    outer = move.on_wire(kept)
+    wire = (rename(kept, ends) if ends else outer).toward(map_.new)
     if site.row.arrives == "new":
-        outer = move.on_wire(kept).toward(map_.new)
-        yield Translation(site, number, map_, mode, kept, outer, kept, noted)
+        yield Translation(site, number, map_, mode, kept, wire, kept, noted)
+        return
+    if site.row.relays:
+        yield Translation(site, number, map_, mode, kept, outer, wire, noted)
         return
     groups = _group_carried(kept, surroundings)
     carried = {inbound for pairs in groups for inbound, _ in pairs}

@@ -18,7 +18,7 @@ from natkeep.plan.process import Tree
 from natkeep.plan.resets import NOT_TOLD, describe_fates
 from natkeep.plan.roles import Role
 from natkeep.plan.step_order import render_nft
-from natkeep.plan.steps import Plan
+from natkeep.plan.steps import Plan, SwitchForwarding
 from natkeep.plan.translation import Compared, Translation
 from natkeep.plan.tuples import Address, Connections, FourTuple
 
@@ -46,12 +46,26 @@ def plan_to_json(plan: Plan) -> dict[str, Any]:
     return {
         "schema": 1,
         **move_to_json(plan),
-        "sites": [site_to_json(site, nft=nft[site]) for site in plan.move.ordered_sites()],
+        "sites": [
+            site_to_json(site, nft=nft[site], **relay_to_json(plan, site))
+            for site in plan.move.ordered_sites()
+        ],
         "connections": [*_connections_to_json(plan)],
         "steps": [
             {"step": type(step).__name__, "site": str(step.site), "commands": step.describe()}
             for step in plan.steps
         ],
+    }
+
+
+def relay_to_json(plan: Plan, site: Site) -> dict[str, object]:
+    """What more is said of a site that is a relay: its addresses, and what it switches on."""
+    if not site.row.relays:
+        return {}
+    steps = (s for s in plan.prepare if isinstance(s, SwitchForwarding) and s.site == site)
+    return {
+        "via": [str(via) for via in plan.move.vias],
+        "forwarding": [{"device": s.setting.device, "setting": s.setting.name} for s in steps],
     }
 
 
@@ -210,7 +224,8 @@ def compared_lines(compared: Compared) -> Iterator[str]:
 def lock_lines(plan: Plan) -> Iterator[str]:
     """What of CRIU's own lock is left at a source, and why."""
     move = plan.move
-    if not any(site.role == Role.SOURCE for site in move.sites) or move.quiesces:
+    sources = (Role.SOURCE, Role.RELAY)
+    if not any(site.role in sources for site in move.sites) or move.quiesces:
         return
     if move.lock is None:
         yield "CRIU's lock is left: a list of connections does not say which dump's it is"

@@ -21,13 +21,13 @@ from natkeep.plan.roles import Role
 from natkeep.plan.steps import InsertEntries, Plan
 from natkeep.plan.translation import Translation
 from natkeep.plan.tuples import Connections, FourTuple
-from natkeep.report import find_wires, kept_of, move_to_json, site_to_json, summary
+from natkeep.report import find_wires, kept_of, move_to_json, relay_to_json, site_to_json, summary
 from natkeep.values import dataclass
 
 SHOWN = 20
 """How many connections of a move are listed without -v."""
 
-_CLOSENESS = (Role.DESTINATION, Role.GATEWAY, Role.PEER, Role.SOURCE)
+_CLOSENESS = (Role.DESTINATION, Role.GATEWAY, Role.RELAY, Role.PEER, Role.SOURCE)
 """Where one looks first to see what a connection carries."""
 
 
@@ -116,7 +116,11 @@ def status_as_json(moves: Sequence[str]) -> Iterator[str]:
 def move_as_json(status: MoveStatus, host: str) -> str:
     """The object of a move in the document of `status --json`: a line a connection."""
     carried, at = look_closely(status), status.opened_at
-    sites = [site_to_json(each.site, host=host, drift=[*each.drift]) for each in status.sites]
+    plan = status.plan
+    sites = [
+        site_to_json(s.site, host=host, drift=[*s.drift], **relay_to_json(plan, s.site))
+        for s in status.sites
+    ]
     move: dict[str, Any] = {
         **move_to_json(status.plan),
         "gate": str(status.gate),
@@ -186,8 +190,9 @@ def _tell(status: MoveStatus, carried: Carried, host: str) -> Iterator[str]:
         if carried.answered is not None:
             words.append(f"{carried.answered} of {count} peers have answered since")
         if carried.answered == 0 and not carried.has_ended():
-            passes = any(site.site.row.passes_on for site in status.sites)
-            words[-1] += "" if passes else ": is the gateway open?"
+            passing = any(site.site.row.passes_on for site in status.sites)
+            by = "relay" if move.vias else "gateway"
+            words[-1] += "" if passing else f": is the {by} open?"
     yield ", ".join(words)
     if any(tally[state] for state in State):
         yield ", ".join(f"{tally[state]} {state}" for state in State)

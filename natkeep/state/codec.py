@@ -20,6 +20,7 @@ from natkeep.plan.roles import Role
 from natkeep.plan.steps import Prior
 from natkeep.plan.translation import Surroundings
 from natkeep.plan.tuples import NO_CONNECTIONS, Address, Connections, Endpoint, parse_address
+from natkeep.plan.via import Via
 
 SCHEMA = 2
 SCHEMAS = (1, SCHEMA)
@@ -174,6 +175,7 @@ def _rest_to_json(move: Move) -> dict[str, Any]:
         "guard": move.guard,
         "live": move.live,
         "peer_maps": _maps_to_json(move.peer_maps),
+        "vias": [[str(via.source), via.low, via.high] for via in move.vias],
     }
     return {name: value for name, value in found.items() if value}
 
@@ -196,11 +198,17 @@ def move_from_json(value: dict[str, Any]) -> Move:
         guard=as_flag(value.get("guard", False)),
         live=as_flag(value.get("live", False)),
         peer_maps=_maps_from_json(value.get("peer_maps", [])),
+        vias=tuple(map(_read_via, as_list(value.get("vias", [])))),
     )
 
 
+def _read_via(value: object) -> Via:
+    source, low, high = as_list(value)
+    return Via(parse_address(as_text(source)), as_whole(low), as_whole(high))
+
+
 def peers_to_json(around: Surroundings) -> dict[str, Any]:
-    """What there is of *joined*, *beside*, *home* and *forwards*, which seldom is anything."""
+    """What there is beside *local* and what is *carried*, which seldom is anything."""
     joined, found = around.joined, dict[str, Any]()
     if len(joined):
         found["joined"] = [joined.v4.hex(), joined.v6.hex()]
@@ -208,6 +216,7 @@ def peers_to_json(around: Surroundings) -> dict[str, Any]:
         if some:
             found[name] = sorted(map(str, some))
     found |= {"forwards": True} if around.forwards else {}
+    found |= {"forwarding": [*around.forwarding]} if around.forwarding else {}
     if around.at_peers:
         rows = around.at_peers
         found["at_peers"] = [[str(s.role), s.netns, sorted(map(str, here))] for s, here in rows]
@@ -273,7 +282,9 @@ def read_surroundings(
     noted = read_noted(move, as_list(line.get("entries", [])), said)
     joined, forwards = read_sides(line.get("joined")), as_flag(line.get("forwards", False))
     at_peers = tuple(_read_at_peers(as_list(row)) for row in as_list(line.get("at_peers", [])))
-    return Surroundings(local, carried, carriers, joined, noted, beside, home, forwards, at_peers)
+    names = tuple(map(as_text, as_list(line.get("forwarding", []))))
+    seldom = (joined, noted, beside, home, forwards, at_peers, names)
+    return Surroundings(local, carried, carriers, *seldom)
 
 
 def _read_at_peers(row: list[Any]) -> tuple[Site, frozenset[Address]]:

@@ -38,6 +38,7 @@ KINDS: dict[str, type[step_undo.Undo]] = {
     "holder": step_undo.EndHolder,
     "owned-table": step_undo.RemoveOwnedTable,
     "lock": step_undo.PutLockBack,
+    "forwarding": step_undo.RestoreForwarding,
 }
 _NAMES = {cls: name for name, cls in KINDS.items()}
 
@@ -138,6 +139,7 @@ _FIELDS: dict[str, tuple[Callable[[Any, Files], Any], Callable[[Any, Files], Any
     "part": (_plain, lambda value, _: as_text(value)),
     "chains": (lambda names, _: [*names], lambda value, _: tuple(map(as_text, as_list(value)))),
     "move_id": (_plain, lambda value, _: as_text(value)),
+    "setting": (_plain, lambda value, _: as_text(value)),
     "address": (lambda one, _: str(one), lambda value, _: parse_address(as_text(value))),
     "olds": (
         lambda some, _: [str(one) for one in some],

@@ -20,6 +20,7 @@ from natkeep.lab.engines.criu import find_criu
 from natkeep.lab.engines.runc import LOCK, Runc, container, inside
 from natkeep.lab.host import NAMES, Host, write_script
 from natkeep.lab.lab import Lab
+from natkeep.lab.relay import ByRelay
 from natkeep.lab.translators import Natkeep, natkeep_command
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -208,4 +209,34 @@ def test_the_recipe_for_runc_keeps_the_connections() -> None:
         lab.place_order()
         follow(recipe, steps)
         recipe.find_container()
+        judge(lab)
+
+
+class RelayRecipe(Recipe):
+    """The same where the source goes on as a relay."""
+
+    def teardown(self, order: object) -> None:
+        for role in ("source", "destination"):
+            script = "natkeep teardown web --yes --drop 0"
+            self.finish(role, self.start(role, script))
+
+
+PAGE = ("docs/topologies.md", "A as a relay")
+
+
+@pytest.mark.root
+@pytest.mark.lab
+@pytest.mark.criu
+def test_the_recipe_for_a_relay_keeps_the_connections() -> None:
+    (_, _, dump), *steps = paragraphs(*PAGE)
+    with Lab("recipe", engine="criu") as lab:
+        by = ByRelay(lab)
+        lab.translator = recipe = RelayRecipe(lab)
+        by.begin(connections=2)
+        freeze_by(recipe, dump, lab)
+        lab.place_order()
+        for role, _, script in steps:
+            recipe.finish(role, recipe.start(role, script))
+        said = recipe.finish("source", recipe.start("source", "natkeep status web --json"))
+        by.note_wires(said)
         judge(lab)

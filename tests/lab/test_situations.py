@@ -11,7 +11,7 @@ import pytest
 from natkeep.lab.matrix import Cell, Column, Outcome, find_situations, play
 from natkeep.lab.situations import Situation
 
-NUMBERS = (*range(12, 23), *range(24, 33))
+NUMBERS = (*range(12, 23), *range(24, 34))
 
 KEPT = [
     ("CLOSE_WAIT", 4, "stateful"),
@@ -54,6 +54,18 @@ KEPT = [
     ("port dialled from again, the old host serves", 6, "stateless"),
     ("the gateway answers SYNs (SYNPROXY)", 4, "stateful"),
     ("the gateway answers SYNs (SYNPROXY)", 6, "stateless"),
+    ("by a relay", 6, "stateful"),
+    ("by a relay on one link", 4, "stateful"),
+    ("by a relay, tcp_loose=0", 6, "stateful"),
+    ("by a relay, the client says first", 4, "stateful"),
+    ("by a relay, the server says first", 6, "stateful"),
+    ("by a relay, the client closes first", 4, "stateful"),
+    ("by a relay, the server closes first", 6, "stateful"),
+    ("by a relay, entries flushed before a FIN", 4, "stateful"),
+    ("by a relay, path MTU drops before the client", 4, "stateful"),
+    ("by a relay, path MTU drops before the relay", 6, "stateful"),
+    ("by a relay, path MTU drops before the destination", 4, "stateful"),
+    ("by a relay, rolled back", 6, "stateful"),
     ("both ends move, tcp_loose=0", 4, "stateful"),
     ("both ends move, the client closes first", 6, "stateful"),
     ("both ends move, the server closes first", 4, "stateful"),

@@ -27,6 +27,7 @@ from natkeep.plan.step_order import make_plan, render_nft
 from natkeep.plan.steps import FillSet, InstallGate, InstallTranslation, OpenGate, Plan
 from natkeep.plan.translation import NOTHING_SPECIAL, Surroundings
 from natkeep.plan.tuples import Address, Connections, Endpoint, FourTuple
+from natkeep.plan.via import Via, parse_via
 
 GOLDEN = Path(__file__).parent / "golden"
 MAP4 = Map(ip_address("10.2.0.10"), ip_address("10.3.0.20"))
@@ -44,6 +45,8 @@ MOVED = (
     Map(ip_address("10.1.0.2"), ip_address("10.4.0.30")),
     Map(ip_address("fd00:1::2"), ip_address("fd00:4::30")),
 )
+VIAS = (parse_via("10.2.0.11"), parse_via("[fd00:2::11]:20000-20999"))
+FORWARDING = ("ipv4/conf/eth0/forwarding", "ipv6/conf/eth0/force_forwarding")
 LISTENERS = tuple(
     Endpoint.parse(text) for text in ("10.2.0.10:80", "10.2.0.10:443", "[fd00:2::10]:80")
 )
@@ -94,9 +97,11 @@ class Case:
     lost: Connections | None = None
     kept: Connections = KEPT
     peer_maps: tuple[Map, ...] = ()
+    vias: tuple[Via, ...] = ()
 
     def render(self) -> str:
-        move = Move("web", self.maps, (Site(self.role),), self.mode, self.listeners)
+        site = (Site(self.role),)
+        move = Move("web", self.maps, site, self.mode, self.listeners, vias=self.vias)
         move = replace(move, peer_maps=self.peer_maps)
         if self.lost is not None:
             move = replace(move, unkept=Fate.RESET, lost=self.lost)
@@ -130,6 +135,10 @@ CASES = {
     "gateway-listeners-two-maps": Case(Role.GATEWAY, BOTH, listeners=LISTENERS),
     "destination-unkept-open": Case(Role.DESTINATION, BOTH, opened=True, lost=LOST),
     "gateway-unkept-open": Case(Role.GATEWAY, BOTH, opened=True, lost=LOST),
+    "relay-two-maps-open": Case(
+        Role.RELAY, BOTH, opened=True, vias=VIAS, surroundings=Surroundings(forwarding=FORWARDING)
+    ),
+    "destination-behind-a-relay": Case(Role.DESTINATION, BOTH, vias=VIAS),
     "source-unkept": Case(Role.SOURCE, BOTH, lost=LOST),
     "gateway-stateless-listeners": Case(Role.GATEWAY, mode=Mode.STATELESS, listeners=LISTENERS),
 }

@@ -20,7 +20,7 @@ from natkeep.lab.host import Host, await_true
 
 _SILENCE = f"""\
 add table inet {SILENCE_TABLE}
-add chain inet {SILENCE_TABLE} into {{ type filter hook prerouting priority -400; }}
+add chain inet {SILENCE_TABLE} into {{ type filter hook input priority -400; }}
 add chain inet {SILENCE_TABLE} out {{ type filter hook output priority -400; }}
 add rule inet {SILENCE_TABLE} into meta l4proto tcp drop
 add rule inet {SILENCE_TABLE} out meta l4proto tcp drop

@@ -1,0 +1,132 @@
+"""What a relay's host is asked, and the settings by which it passes packets on.
+
+Rule: of settings only those are written that a step names, and what they were is in its prior. All
+functions act in the namespace that the calling thread is in.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import socket
+import sys
+from collections.abc import Iterable
+from contextlib import closing
+from ipaddress import ip_address
+
+from natkeep.errors import RefusedError
+from natkeep.kernel import conntrack_own, nftables_dump, path, rtnetlink, sock_diag, sysctl
+from natkeep.kernel.interface import Driver, Place, Remember
+from natkeep.kernel.netlink import NETLINK_ROUTE, Netlink, attributes
+from natkeep.plan.base_chains import PASSING
+from natkeep.plan.move import Move
+from natkeep.plan.nft import TABLE
+from natkeep.plan.relay import RelayFacts, Setting, forwarding_of, is_plain
+from natkeep.plan.step_undo import RestoreForwarding
+from natkeep.plan.steps import Prior, SwitchForwarding
+from natkeep.plan.tuples import Address, Connections
+
+_RTA_PREFSRC = 7
+_PASSING = 0x01 | 0x08 | 0x20 | 0x40
+"""IFA_F_TEMPORARY, DADFAILED, DEPRECATED and TENTATIVE: IPv6 addresses that do not last."""
+_EPHEMERAL = "ipv4/ip_local_port_range"
+"""Of both IP versions."""
+
+
+def find_source(new: Address, olds: frozenset[Address]) -> Address | None:
+    """The address that this host uses towards *new*, or another that is none of *olds*."""
+    with Netlink(NETLINK_ROUTE) as netlink:
+        answer = rtnetlink.look_up_route(netlink, new)
+        lasting = {
+            rtnetlink.local_address(found)
+            for header, found in rtnetlink.read_addresses(netlink)
+            if header[0] != socket.AF_INET6 or not _flags(found) & _PASSING
+        }
+    found = attributes(answer[rtnetlink.ROUTE.size :]) if answer else {}
+    own = [ip_address(found[_RTA_PREFSRC])] if _RTA_PREFSRC in found else []
+    for address in (*own, *rtnetlink.global_addresses(new.version)):
+        if address not in olds and not address.is_link_local and address.packed in lasting:
+            return address
+    return None
+
+
+def _flags(found: dict[int, bytes]) -> int:
+    return int.from_bytes(found.get(rtnetlink.IFA_FLAGS, b""), sys.byteorder)
+
+
+def survey_relay(
+    new: Address, sources: tuple[Address, ...], kept: Connections, inner: Connections
+) -> RelayFacts:
+    """What stands here in the way of a relay: *inner* is what is to leave for *new*."""
+    with closing(path.Links()) as links:
+        routed = links.look_up(new)[0].kind == "unicast"
+        local = frozenset(one for one in sources if links.is_local(one))
+    low, _, high = (sysctl.read(_EPHEMERAL) or "").partition("\t")
+    back = inner.turned()
+    taken = sock_diag.find_alive(back)
+    for source in sources if taken is None else ():
+        own = next(conntrack_own.find_own(back.at(source)), None)
+        if own is not None:
+            taken = next(iter(Connections.of_records([own.record])))
+            break
+    return RelayFacts(
+        routed, local, range(int(low or 1), int(high or 0) + 1), taken,
+        len(sock_diag.find_kept(kept)),
+    )  # fmt: skip
+
+
+def find_forwarding(move: Move, kept: Iterable[Connections]) -> tuple[str, ...]:
+    """The settings to switch on so that what peers of *kept* and NEW say is passed on."""
+    comments = [rule.comment for rule in nftables_dump.rules(TABLE, PASSING)]
+    found: dict[str, None] = {}
+    with closing(path.Links()) as links:
+        for map_, some in zip(move.maps, kept, strict=True):
+            version, peers = map_.old.version, move.on_wire(some).peers()
+            if version == 6 and sysctl.read("ipv6/conf/all/forwarding") == "1":
+                continue
+            ends = (map_.new, *links.first(peers))
+            for index in sorted({links.look_up(end)[1] for end in ends} - {0, rtnetlink.LOOPBACK}):
+                setting = forwarding_of(version, links.device(index)[1])
+                if _is_off(setting) or setting.is_of_natkeep(comments):
+                    found[setting.name] = None
+    return tuple(found)
+
+
+def _is_off(setting: Setting) -> bool:
+    value = sysctl.read(setting.name)
+    if value is None:
+        raise RefusedError(
+            f"this kernel cannot have {setting.device} alone pass IPv{setting.version} on",
+            hint="sysctl -w net.ipv6.conf.all.forwarding=1, and first accept_ra=2 of the devices "
+            "that have a default route by router advertisement",
+        )
+    if value == "0" and not is_plain(setting.device):
+        raise RefusedError(f"forwarding is off for a device called {setting.device!r}")
+    return value == "0"
+
+
+class ForwardingDriver(Driver[SwitchForwarding]):
+    """A device passes packets on."""
+
+    def apply(self, at: Place, step: SwitchForwarding, remember: Remember) -> Prior:
+        """prior.facts["before"]: as the operator had it, which another move may have changed."""
+        name = step.setting.name
+        ours = self._is_on_for_another(step.setting, step.move_id)
+        prior = Prior(facts={"before": "0" if ours else sysctl.read(name) or "0"})
+        remember(prior)
+        if not sysctl.write(name, "1"):
+            raise OSError(errno.EPERM, os.strerror(errno.EPERM), name)
+        return prior
+
+    def revert(self, at: Place, undo: RestoreForwarding, prior: Prior) -> None:
+        """As it was before, unless another move passes packets on by that device."""
+        setting = Setting(undo.setting)
+        if sysctl.read(undo.setting) is None:  # the device is gone
+            return
+        if not self._is_on_for_another(setting, undo.move_id):
+            sysctl.write(undo.setting, str(prior.facts.get("before", "0")))
+
+    @staticmethod
+    def _is_on_for_another(setting: Setting, move_id: str) -> bool:
+        comments = [rule.comment for rule in nftables_dump.rules(TABLE, PASSING)]
+        return setting.is_of_natkeep(comments, move_id)

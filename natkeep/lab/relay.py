@@ -1,0 +1,196 @@
+"""The source goes on as a relay: what peers send to OLD it passes on from an address of its own.
+
+    client 10.1.0.2 ── router ── source 10.2.0.10 (OLD), 10.2.0.11 (FROM) ── router ── destination
+                                                                                    10.3.0.20 (NEW)
+or, with FLAT, all three on one switch, 10.1.0.x, and nothing between them:
+
+    by = ByRelay(lab); by.begin(); by.move(); lab.traffic.talk_on(); by.finish()
+
+In front of each host is an anti-spoof filter: it may send from its own addresses only. What passes
+the destination's wire says FROM:q and NEW; it is judged as the peers see it.
+
+Rule: as lab.py: what fails becomes an assertion, never a traceback.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Iterable
+from dataclasses import replace
+
+from natkeep.lab.capture import Frame, beyond_gateway
+from natkeep.lab.engine import end_silence
+from natkeep.lab.lab import Frames, Lab
+from natkeep.lab.topology import Address, Seat, address
+from natkeep.lab.translators import Natkeep, TranslatorError
+from natkeep.plan.tuples import Endpoint, FourTuple
+
+SOURCE = Seat("source", "near", 10, first_pid=1000)
+DESTINATION = Seat("destination", "near", 20)
+FLAT = {"seats": (Seat("client", "near", 2), SOURCE, DESTINATION)}
+_DIALS = 20
+_DIAL = f"""
+import socket, sys
+here, new, port = sys.argv[1:]
+for _ in range({_DIALS}):
+    dialled = socket.socket(socket.AF_INET6 if ":" in new else socket.AF_INET)
+    dialled.settimeout(2)
+    dialled.bind((here, 0))
+    own = dialled.getsockname()[1]
+    try:
+        dialled.connect((new, int(port)))
+    except ConnectionRefusedError:
+        print(own)
+    except OSError:
+        pass
+    dialled.close()
+"""
+BESIDE = 1
+"""The relay's address of its own is the next one behind OLD."""
+
+
+class ByRelay:
+    """The source of *lab* as the relay of its server, once that has moved."""
+
+    def __init__(self, lab: Lab) -> None:
+        self.lab = lab
+        lab.crosses, lab.relays = False, True
+        seats = {seat.role: seat for seat in lab.topology.seats}
+        lab.home, lab.site = seats["source"], seats["destination"]
+        self.source = address(lab.home.network, lab.home.number + BESIDE, lab.family)
+        self.peers: dict[FourTuple, Endpoint] = {}
+        self.own = set[Endpoint]()  # of connections of the relay's own
+        lab.select_frames = self._as_the_peers_see_them
+
+    def begin(self, *, connections: int = 1, pause: bool = False) -> None:
+        """The relay gets its other address; then as Lab.begin."""
+        nodad = ["nodad"] if self.lab.family == 6 else []
+        prefix = f"{self.source}/{24 if self.lab.family == 4 else 64}"
+        host = self.lab.topology["source"]
+        host.run("ip", "address", "add", prefix, "dev", "eth0", *nodad)
+        self.lab.topology["switch"].nft(own_addresses(self.lab.topology.seats, self.source))
+        self.lab.begin(connections=connections, pause=pause)
+
+    def move(self) -> None:
+        """Freeze, prepare, restore; natkeep's gate takes the place of the engine's silence."""
+        self.lab.freeze()
+        self.lab.prepare()
+        self.read_wires()
+        end_silence(self.lab.topology["source"])
+        self.lab.restore()
+
+    def read_wires(self) -> None:
+        """Which FROM:q stands for which peer, as natkeep's status says."""
+        if not isinstance(self.lab.translator, Natkeep):
+            return
+        self.note_wires(self._call("status", self.lab.order.id, "--json"))
+
+    def note_wires(self, status: str) -> None:
+        """The same of what `status --json` has printed."""
+        with self.lab.report.must("status names the relay's address and port of each connection"):
+            document = json.loads(status)
+            for each in document["moves"][0]["connections"]:
+                peer, local = (Endpoint.parse(each["wire"][end]) for end in ("peer", "local"))
+                self.peers[FourTuple(peer, local)] = Endpoint.parse(each["peer"])
+            if {each.source.address for each in self.peers} != {self.source}:
+                raise TranslatorError(f"{document} names other addresses than {self.source}")
+
+    def check_strangers(self) -> None:
+        """The relay is no router: what others send by it to the destination goes no further."""
+        lab, client = self.lab, self.lab.topology["client"]
+        ip, new = f"-{lab.family}", str(lab.new)
+        prefix = f"{new}/{lab.new.max_prefixlen}"
+        client.run("ip", ip, "route", "add", prefix, "via", str(self.source))
+        done = client.run("ping", ip, "-c", "2", "-i", "0.2", "-W", "1", new, check=False)
+        client.run("ip", ip, "route", "del", prefix)
+        lab.report.check(
+            "the relay passes no stranger's packets on", done.returncode != 0, done.stdout.strip()
+        )
+
+    def check_own_dials(self) -> None:
+        """Its own connections from FROM to NEW and the server's port are answered: by a reset."""
+        lab, new = self.lab, (str(self.lab.new), str(self.lab.server_endpoint.port))
+        script = (sys.executable, "-c", _DIAL, str(self.source), *new)
+        ports = lab.topology["source"].run(*script, timeout=60).stdout.split()
+        self.own = {Endpoint(self.source, int(port)) for port in ports}
+        name = "the relay's own connections to NEW are answered"
+        lab.report.check(name, len(ports) == _DIALS, f"{len(ports)} of {_DIALS}")
+
+    def break_and_repair(self) -> None:
+        """Another program flushes the relay's rules and ends its forwarding, in a pause."""
+        lab, source = self.lab, self.lab.topology["source"]
+        lab.traffic.quiet()
+        time.sleep(1)  # until nothing is said again: what comes while there are no rules is reset
+        source.run("nft", "flush", "ruleset")
+        for step in self.read_settings():
+            source.run("sysctl", "-qw", f"net/{step}=0")
+        with lab.report.must("repair at the relay"):
+            self._call("repair", lab.order.id)
+
+    def _call(self, verb: str, *arguments: str) -> str:
+        if not isinstance(self.lab.translator, Natkeep):
+            raise TranslatorError(f"{self.lab.translator.name} has no {verb}")
+        return self.lab.translator.call(verb, *arguments)
+
+    def read_settings(self) -> list[str]:
+        """What natkeep has switched on at the relay."""
+        document = json.loads(self._call("status", self.lab.order.id, "--json"))
+        [relay] = [each for each in document["moves"][0]["sites"] if each["role"] == "relay"]
+        return [each["setting"] for each in relay["forwarding"]]
+
+    def finish(self) -> None:
+        """Check octets and four-tuples, and that no host has sent what is not its own."""
+        self.check_spoofs()
+        self.lab.finish()
+
+    def check_spoofs(self) -> None:
+        shown = self.lab.topology["switch"].run("nft", "-j", "list", "counters").stdout
+        found = [each.get("counter") for each in json.loads(shown)["nftables"]]
+        packets = sum(one["packets"] for one in found if one and one["name"] == "strange")
+        self.lab.report.check(
+            "no host sends what is not its own", not packets, f"{packets} packets"
+        )
+
+    def _as_the_peers_see_them(self, frames: Frames) -> Frames:
+        points = [point for point in beyond_gateway(self.lab.topology) if point in frames]
+        turned = {
+            point: [self._turn(frame) for frame in frames[point] if self._is_judged(frame)]
+            for point in points
+        }
+        return {**frames, **turned}
+
+    def _is_judged(self, frame: Frame) -> bool:
+        """On one link peers and relay speak of OLD in broadcasts, which the destination hears."""
+        if frame.segment is None:
+            return self.lab.home.network != "near"
+        there = frame.segment.tuple
+        return self.own.isdisjoint({there.source, there.destination})
+
+    def _turn(self, frame: Frame) -> Frame:
+        if (segment := frame.segment) is None:
+            return frame
+        there = segment.tuple
+        if there in self.peers:
+            there = FourTuple(self.peers[there], there.destination)
+        elif there.reply() in self.peers:
+            there = FourTuple(there.source, self.peers[there.reply()])
+        return replace(frame, segment=replace(segment, tuple=there))
+
+
+def own_addresses(seats: Iterable[Seat], more: Address) -> str:
+    """The nft script that drops at each host's port what has another source than its own."""
+    lines = ["add table netdev own", "add counter netdev own strange"]
+    for seat in seats:
+        chain = f"netdev own {seat.role}"
+        lines.append(
+            f"add chain {chain} {{ type filter hook ingress device {seat.role} priority 5; }}"
+        )
+        extra = [str(more)] if seat.role == "source" else []
+        for version, ip, others in ((4, "ip", ()), (6, "ip6", ("fe80::/10", "::"))):
+            own = [str(seat.address(version)), *others]
+            own += [each for each in extra if (":" in each) == (version == 6)]
+            listed = ", ".join(own)
+            lines.append(f"add rule {chain} {ip} saddr != {{ {listed} }} counter name strange drop")
+    return "\n".join(lines) + "\n"

@@ -1,0 +1,49 @@
+"""relay: the addresses by which one passes on, and what stands in its way.
+
+Rule: nothing is changed here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from natkeep.errors import RefusedError
+from natkeep.kernel import relay_host
+from natkeep.lifecycle.executor import Executor
+from natkeep.plan.move import Map, Site
+from natkeep.plan.relay import refuse_relay
+from natkeep.plan.steps import Plan
+from natkeep.plan.via import Via
+
+
+def find_vias(executor: Executor, sites: Sequence[Site], maps: Sequence[Map]) -> tuple[Via, ...]:
+    """The address that the relay uses towards each NEW; none where no relay is among *sites*."""
+    relays = [site for site in sites if site.row.relays]
+    if not relays:
+        return ()
+    executor.kernel.open_sites(relays)
+    olds = frozenset(map_.old for map_ in maps)
+    found: dict[Via, None] = {}
+    for map_ in maps:
+        source = executor.kernel.ask(relays[0], relay_host.find_source, map_.new, olds)
+        if source is None:
+            raise RefusedError(
+                f"{relays[0]} has no IPv{map_.new.version} address beside OLD {map_.old}, by which "
+                "it could pass on what it receives for OLD",
+                hint="there: ip addr add; then --via names it",
+            )
+        found[Via(source)] = None
+    return tuple(found)
+
+
+def refuse_relays(executor: Executor, plan: Plan) -> None:
+    """RefusedError where a relay of *plan* could not be one."""
+    move = plan.move
+    for one in plan.translations:
+        if one.site.row.relays:
+            new, version = one.map.new, one.map.new.version
+            sources = tuple(via.source for via in move.vias if via.source.version == version)
+            facts = executor.kernel.ask(
+                one.site, relay_host.survey_relay, new, sources, one.kept, one.inner
+            )
+            refuse_relay(one, move.vias, facts)
