@@ -159,7 +159,8 @@ CATALOGUE = {
     "zone": Explanation(
         Severity.NOTE,
         "A rule assigns kept packets a conntrack zone. An entry stays in the zone that it is in; "
-        "where there is none yet, the rules carry what comes in another zone.",
+        "where there is none yet, as at a destination, the rules carry what comes in another zone, "
+        "and `status` there may take the connection for one-way.",
         "Nothing.",
     ),
     "synproxy": Explanation(
