@@ -76,7 +76,7 @@ KEPT = [
     ("the peers' own host, tcp_loose=0", 6, "stateful"),
     ("the peers' own host, the client closes first", 4, "stateful"),
     ("the peers' own host, the server closes first", 6, "stateful"),
-    ("the peers' own host, entries flushed before a FIN", 4, "stateful"),
+    ("the peers' own host, flushed before a FIN", 4, "stateful"),
     ("the peers' own host knows a service address", 6, "stateful"),
     ("the peers' own host has no route to OLD", 4, "stateful"),
     ("the peers' own host, path MTU drops", 6, "stateful"),

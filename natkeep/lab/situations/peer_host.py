@@ -61,7 +61,7 @@ at_peer(32, "the peers' own host, the client closes first")(
 at_peer(32, "the peers' own host, the server closes first")(_ends("server_closes", "client_closes"))
 
 
-@at_peer(32, "the peers' own host, entries flushed before a FIN", probes=(True,))
+@at_peer(32, "the peers' own host, flushed before a FIN", probes=(True,))
 def flushed(lab: Lab) -> None:
     """At either end before either side closes."""
     _move_in_a_pause(lab)
