@@ -19,6 +19,7 @@ from natkeep.plan.steps import FillSet, HoldSegments, PurgeEntries
 from natkeep.plan.translation import Surroundings
 from natkeep.plan.tuples import Connections, Endpoint, FourTuple
 from natkeep.plan.wanted import split_opening
+from natkeep.report import plan_to_json
 from natkeep.state.codec import move_from_json, move_to_json
 from natkeep.values import replace
 
@@ -177,3 +178,15 @@ def test_a_repair_takes_those_for_heard_that_the_wire_brings() -> None:
     assert filled["heard-web-0"] == there.outer.toward(there.map.old)
     assert filled["outer-web-0"] == there.outer
     assert filled["kept-web-0"] == KEPT
+
+
+def test_a_plan_says_what_the_wire_shows_where_that_differs() -> None:
+    document = plan_to_json(make_plan(moves(f"{P}={Q}", GATEWAY, DESTINATION), KEPT))
+
+    assert document["peer_maps"] == [{"old": P, "new": Q}]
+    assert [one.get("wire") for one in document["connections"]] == [
+        {"local": f"{NEW}:80", "peer": f"{Q}:5000"},
+        {"local": f"{NEW}:40000", "peer": f"{Q}:443"},
+        None,
+    ]
+    assert "peer_maps" not in plan_to_json(make_plan(moves(""), KEPT))
