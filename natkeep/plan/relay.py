@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator
+from ipaddress import ip_address
 
 from natkeep.errors import RefusedError
 from natkeep.plan.base_chains import (
@@ -104,8 +105,8 @@ def drop_untranslated(move_id: str, translation: Translation) -> Iterator[Object
     yield from rule_at("half", translation.before, (outer, NOT_CRIU, DROP), move_id)
     kept = Match(outbound_key(version), f"@{kept_set(move_id, translation.number)}")
     back = (Match((f"{IP[version]} saddr",), new), kept, DROP)
-    for source in sorted({one.source.address for one in translation.inner}, key=str):
-        yield from rule_at("half", source, back, move_id)
+    for packed in sorted(translation.inner.peers()):
+        yield from rule_at("half", ip_address(packed), back, move_id)
 
 
 def pass_kept(
