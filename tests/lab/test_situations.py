@@ -62,9 +62,9 @@ KEPT = [
     ("by a relay, the client closes first", 4, "stateful"),
     ("by a relay, the server closes first", 6, "stateful"),
     ("by a relay, entries flushed before a FIN", 4, "stateful"),
-    ("by a relay, path MTU drops before the client", 4, "stateful"),
-    ("by a relay, path MTU drops before the relay", 6, "stateful"),
-    ("by a relay, path MTU drops before the destination", 4, "stateful"),
+    ("by a relay, path MTU drops at the client", 4, "stateful"),
+    ("by a relay, path MTU drops at the relay", 6, "stateful"),
+    ("by a relay, path MTU drops at the destination", 4, "stateful"),
     ("by a relay, rolled back", 6, "stateful"),
     ("both ends move, tcp_loose=0", 4, "stateful"),
     ("both ends move, the client closes first", 6, "stateful"),
@@ -88,6 +88,7 @@ REFUSED = [
     ("the peer is loopback", 6, "stateless", "is not on any wire"),
     ("NEW has the very same tuple", 4, "stateful", "> 10.3.0.20:5000"),
     ("both ends move", 4, "stateless", "translates no peers"),
+    ("by a relay", 4, "stateless", "is not for a move by a relay"),
     ("the peers' own host translates", 6, "stateless", "translates nothing at the peers"),
 ]
 LOST = [  # by rules written by hand, and why

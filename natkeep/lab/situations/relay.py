@@ -105,7 +105,7 @@ def _narrow(network: str) -> Moves:
 
 for _end, _network in {"the client": "near", "the relay": "old", "the destination": "far"}.items():
     setup: dict[str, Any] = {"routed": (_network,)}
-    by_relay(33, f"by a relay, path MTU drops before {_end}", setup=setup)(_narrow(_network))
+    by_relay(33, f"by a relay, path MTU drops at {_end}", setup=setup)(_narrow(_network))
 
 
 @by_relay(33, "by a relay, rolled back", probes=(True,))
