@@ -9,9 +9,9 @@ beforehand, sent by a bare interpreter (it fills the set and inserts the entries
 else). All ways take turns within each round, so that what else the machine does meets them alike; a
 ratio is the median of the rounds' ratios, a time the median of the times.
 
-Then a gateway that has a thousand moves. Each figure asked for is printed beside the one reached,
-and the exit code is 0 only if all hold. Everything happens in two network namespaces and a state
-directory that go with the bench.
+Then 30,000 connections at a gateway and at a relay, in turn, and a gateway that has a thousand
+moves. Each figure asked for is printed beside the one reached, and the exit code is 0 only if all
+hold. Everything happens in network namespaces and a state directory that go with the bench.
 """
 
 from __future__ import annotations
@@ -40,10 +40,12 @@ from natkeep.state.directory import StateDirectory
 
 NATKEEP = Path(sys.executable).parent / "natkeep"
 NAME = f"{PREFIX}{os.getpid()}"
-SITE, GATEWAY = f"{NAME}-d", f"{NAME}-g"
+SITE, GATEWAY, RELAY = f"{NAME}-d", f"{NAME}-g", f"{NAME}-r"
 SIZES = (1, 100, 1000, 10_000, 100_000)
 ROUNDS = {1: 15, 100: 9, 1000: 9, 10_000: 5, 100_000: 5}
 ONE_BY_ONE = 1000  # entries that `conntrack -I` is started for
+RELAYED = 30_000
+BEYOND = "10.30.0.1"  # the NEW of these: the relay has that of the others as its own address
 EACH = 100  # connections of each of a gateway's moves
 
 
@@ -182,6 +184,24 @@ def count_objects(case: Case, state: Path) -> int:
     return count
 
 
+def measure_relay(case: Case, state: Path, rounds: int) -> None:
+    """The same connections at a gateway and at a relay, one after the other in one namespace.
+
+    Before it is a relay it forwards nothing, as a source does; a gateway forwards.
+    """
+    move = (f"--map={OLD}={BEYOND}", f"--connections={case.path('list')}")
+    write_apart(case)
+    for _ in range(rounds):
+        for role, forwards, *via in (("gateway", 1), ("relay", 0, f"--via={NEW}:1024-32767")):
+            setting = f"net.ipv4.ip_forward={forwards}"
+            run("nsenter", f"--net=/run/netns/{RELAY}", "sysctl", "-qw", setting)
+            case.time(
+                f"natkeep prepare, {role}", str(NATKEEP), "-q", "prepare", "bench", *move,
+                f"--site={role}={RELAY}", *via, state=state,
+            )  # fmt: skip
+            run(str(NATKEEP), "-q", "teardown", "bench", "--yes", state=state)
+
+
 @dataclass
 class Gateway:
     """A gateway with many moves of a hundred connections each."""
@@ -221,7 +241,9 @@ class Gateway:
         return taken
 
 
-def compare(cases: dict[int, Case], objects: tuple[int, int], gateway: Gateway) -> list[Figure]:
+def compare(
+    cases: dict[int, Case], objects: tuple[int, int], relay: Case, gateway: Gateway
+) -> list[Figure]:
     """Each figure asked for, beside the one reached."""
     one, some, most = cases[1], cases[1000], cases[max(cases)]
     n, m = f"{most.count:,} connections", f"{gateway.moves:,} moves"
@@ -243,6 +265,10 @@ def compare(cases: dict[int, Case], objects: tuple[int, int], gateway: Gateway) 
         at_most(f"open of {n} by open of 1", opened, 1.2),
         at_most(
             "1 connection: prepare by a bare start", one.ratio(("natkeep prepare",), ("start",)), 12
+        ),
+        at_most(
+            f"{relay.count:,} connections: prepare at a relay by that at a gateway",
+            relay.ratio(("natkeep prepare, relay",), ("natkeep prepare, gateway",)), 2,
         ),
         at_most(f"{m}: the last prepare by the first", gateway.last / gateway.first, 2),
         at_most(f"{m}: status of all, s", gateway.status / 1000, 2),
@@ -272,6 +298,7 @@ def main() -> int:
         tempfile.TemporaryDirectory(dir="/run", prefix=NAME) as name,
         destination(SITE),
         namespace(GATEWAY),
+        destination(RELAY),
     ):
         directory = Path(name)
         state = directory / "state"
@@ -282,19 +309,23 @@ def main() -> int:
             for number in range(min(ROUNDS[count], args.rounds or ROUNDS[count])):
                 measure(case, state, number)
         objects = count_objects(cases[1], state), count_objects(cases[max(cases)], state)
+        relay = Case(min(RELAYED, args.most), directory)
+        print(f"{relay.count} connections at a relay", file=sys.stderr)
+        measure_relay(relay, state, args.rounds or 7)
         print(f"{args.moves} moves at one gateway", file=sys.stderr)
         gateway = Gateway(directory, args.moves)
         gateway.measure(args.rounds or 7)
     print_times(cases)
-    figures = compare(cases, objects, gateway)
-    return conclude("control", figures, to_raw(cases, gateway), args.json)
+    figures = compare(cases, objects, relay, gateway)
+    return conclude("control", figures, to_raw(cases, relay, gateway), args.json)
 
 
-def to_raw(cases: dict[int, Case], gateway: Gateway) -> dict[str, object]:
-    """By number of connections the times of each round and the memory; and the gateway's."""
+def to_raw(cases: dict[int, Case], relay: Case, gateway: Gateway) -> dict[str, object]:
+    """By number of connections the times of each round and the memory; at a relay; at a gateway."""
     return {
         "ms": {str(count): case.ms for count, case in cases.items()},
         "natkeep_kib": {str(count): case.kib for count, case in cases.items()},
+        "relay": {"connections": relay.count, "ms": relay.ms},
         "gateway": {
             "moves": gateway.moves, "first_ms": gateway.first, "last_ms": gateway.last,
             "status_ms": gateway.status,

@@ -6,7 +6,8 @@ Usage, as root:  python -m bench.path [--rounds N] [--only WORD,…] [--json FIL
                                        one another; some are plain routing
 
 In a plain one the gateway routes OLD to the server; in a configured one it does not: what arrives
-was translated. What is measured, bench/wire.py says.
+was translated. What is measured, bench/wire.py says. At a relay the gateway has OLD itself; where
+the client's own host translates, the gateway routes.
 
 A round is one short turn of each wire, in an order of its own, so that what else the machine does
 meets all alike. Each figure is the median of the rounds' ratios, configured to plain (or to
@@ -35,7 +36,7 @@ from pathlib import Path
 
 from bench.figures import Figure, at_least, conclude, middle_half
 from bench.namespaces import PREFIX, end_on_sigterm
-from bench.wire import CLIENT, METRICS, MTU_OCTETS, NEW, OLD, PORT, Wire, measure, measure_bulk
+from bench.wire import CLIENT, FAR, METRICS, MTU_OCTETS, NEW, OLD, PORT, Wire, measure, measure_bulk
 from natkeep.kernel.linux import LinuxKernel
 from natkeep.kernel.netns import inside, open_namespace
 from natkeep.kernel.nftables import fill_sets
@@ -46,7 +47,9 @@ from natkeep.plan.base_chains import heard_set, spoken_set
 from natkeep.plan.filters import Filling
 from natkeep.plan.move import Map, Mode, Move, Site
 from natkeep.plan.roles import Role
+from natkeep.plan.steps import Plan
 from natkeep.plan.tuples import Connections
+from natkeep.plan.via import Via
 from natkeep.state.directory import StateDirectory
 
 # ---- configurations ----------------------------------------------------------------------------
@@ -89,25 +92,30 @@ def many_iptables_rules(wire: Wire) -> Iterator[None]:
     yield
 
 
-def executor(mode: Mode, connections: int, moves: int) -> Callable[[Wire], Iterator[None]]:
+def executor(
+    mode: Mode, connections: int, moves: int, role: Role = Role.GATEWAY
+) -> Callable[[Wire], Iterator[None]]:
     """natkeep at gateway and server: the live connection is the first of so many kept ones.
 
     The gateway has so many moves, each of an OLD and a NEW of its own; the server is one of them.
+    role: the gateway may be a relay instead, or the client's own host a site.
     """
 
     def configure(wire: Wire) -> Iterator[None]:
         # In memory, as /run usually is: journals are fsynced, and a thousand moves have many.
         with tempfile.TemporaryDirectory(prefix=PREFIX, dir="/dev/shm") as directory:
             executor = Executor(LinuxKernel(), StateDirectory(directory, create=True))
-            gateway, server = Site(Role.GATEWAY, wire.g), Site(Role.DESTINATION, wire.s)
+            first = Site(role, wire.c if role == Role.PEER else wire.g)
+            server, vias = Site(Role.DESTINATION, wire.s), _be_relay(wire, role)
+            plans = []
             for number in range(moves):
                 old, new = (IPv4Address(first) + number * 256 for first in (OLD, NEW))
-                sites = (gateway,) if number else (gateway, server)
-                move = Move(f"m{number}", (Map(old, new),), sites, mode, hold=False)
-                prepare(executor, move, _kept(wire, old, connections, number))
+                sites = (first,) if number else (first, server)
+                move = Move(f"m{number}", (Map(old, new),), sites, mode, hold=False, vias=vias)
+                plans.append(prepare(executor, move, _kept(wire, old, connections, number)))
             for number in range(moves):
                 open_move(executor, f"m{number}")
-            _hear_all(wire, connections, moves)
+            _hear_all(wire, plans)
             executor.kernel.unhook_gates()  # as the program does after open
             wire.hide_old()
             yield  # what is left goes with the namespaces
@@ -115,17 +123,25 @@ def executor(mode: Mode, connections: int, moves: int) -> Callable[[Wire], Itera
     return configure
 
 
-def _hear_all(wire: Wire, count: int, moves: int) -> None:
+def _be_relay(wire: Wire, role: Role) -> tuple[Via, ...]:
+    """What a relay passes on by, with ports for 30,000 connections; nothing for other roles."""
+    if role != Role.RELAY:
+        return ()
+    wire.give_old()
+    return (Via(IPv4Address(FAR), low=1024),)
+
+
+def _hear_all(wire: Wire, plans: Sequence[Plan]) -> None:
     """As if every end had said something by now: only one of so many really is there."""
-    heard = Filling(heard_set("m0", 0), _kept(wire, IPv4Address(OLD), count, 0))
+    [at_server] = [one for one in plans[0].translations if one.site.role == Role.DESTINATION]
     with inside(open_namespace(wire.s)):
-        fill_sets([heard])
-    others = [
-        Filling(spoken_set(f"m{n}", 0), _kept(wire, IPv4Address(OLD) + n * 256, count, n))
-        for n in range(1, moves)
-    ]
+        fill_sets([Filling(heard_set("m0", at_server.number), at_server.wire)])
     with inside(open_namespace(wire.g)):
-        fill_sets(others)
+        fill_sets(
+            Filling(spoken_set(plan.move.id, one.number), one.kept)
+            for plan in plans[1:]
+            for one in plan.translations
+        )
 
 
 def _kept(wire: Wire, old: IPv4Address, count: int, number: int) -> Connections:
@@ -169,7 +185,20 @@ def groups() -> list[list[Configuration]]:
         ]
         for mode in (Mode.STATEFUL, Mode.STATELESS)
     ]  # fmt: skip
-    return [[PLAIN, NOISE, TRACKED, *some] for some in (by_hand, *ours)]
+    two_hosts = [
+        Configuration(_name(role, count), executor(Mode.STATEFUL, count, 1, role))
+        for role in TWO_HOSTS
+        for count in (1, 30_000)
+    ]
+    return [[PLAIN, NOISE, TRACKED, *some] for some in (by_hand, *ours, two_hosts)]
+
+
+TWO_HOSTS = {Role.RELAY: 1.6, Role.PEER: 1.25}
+"""Where no gateway translates; a round trip is to take so many times as long as plain at most."""
+
+
+def _name(role: Role, count: int) -> str:
+    return f"natkeep at a {role}, {count:,} connection{'s' * (count > 1)}"
 
 
 # ---- the run -----------------------------------------------------------------------------------
@@ -273,6 +302,10 @@ def asked() -> list[Asked]:
         for name in (one, many, f"natkeep {mode}, 1,000 moves"):
             found.append(Asked(name, "exchange", PLAIN.name, 1 / 1.10))
             found.append(Asked(name, "newcomer", PLAIN.name, 1 / 1.15))
+    for role, most in TWO_HOSTS.items():
+        one, many = _name(role, 1), _name(role, 30_000)
+        found.append(Asked(one, "exchange", PLAIN.name, 1 / most))
+        found.append(Asked(many, "exchange", one, 1 / 1.05))
     return found
 
 

@@ -27,6 +27,7 @@ from bench.namespaces import PREFIX, namespace
 from natkeep.kernel.netns import Namespace, inside, open_namespace
 
 OLD, NEW, CLIENT, GATEWAY = "10.2.0.10", "10.3.0.20", "10.1.0.2", "10.1.0.1"
+FAR = "10.3.0.1"  # the gateway's, towards the server
 PORT, OTHER = 5000, 9000
 # Short turns, and many: what else the machine does then meets all wires alike.
 GSO_OCTETS, MTU_OCTETS = 64 << 20, 4 << 20
@@ -52,12 +53,12 @@ class Wire:
             ["ip", "-n", self.g, "link", "add", "far", "type", "veth", "peer", "name", "eth0",
              "netns", self.s], check=True)  # fmt: skip
         self.ip(self.g, "link set lo up", "link set near up", "link set far up",
-                f"address add {GATEWAY}/24 dev near", "address add 10.3.0.1/24 dev far",
+                f"address add {GATEWAY}/24 dev near", f"address add {FAR}/24 dev far",
         )  # fmt: skip
         self.ip(self.c, "link set lo up", "link set eth0 up", f"address add {CLIENT}/24 dev eth0",
                 f"route add default via {GATEWAY}")  # fmt: skip
         self.ip(self.s, "link set lo up", "link set eth0 up", f"address add {NEW}/24 dev eth0",
-                f"address add {OLD}/32 dev lo", "route add default via 10.3.0.1")  # fmt: skip
+                f"address add {OLD}/32 dev lo", f"route add default via {FAR}")  # fmt: skip
         for netns in (self.c, self.g, self.s):
             self.run(netns, "sysctl", "-qw", "net.ipv4.ip_forward=1")
             self.run(netns, "sysctl", "-qw", "net.ipv4.conf.all.rp_filter=0")
@@ -91,6 +92,10 @@ class Wire:
     def hide_old(self) -> None:
         """What is not translated goes nowhere."""
         self.ip(self.g, f"route replace blackhole {OLD}/32")
+
+    def give_old(self) -> None:
+        """OLD is the gateway's own, as it is a relay's."""
+        self.ip(self.g, f"address add {OLD}/32 dev lo")
 
     @contextmanager
     def whole_packets(self) -> Iterator[None]:
