@@ -292,8 +292,12 @@ def count_wrong(translation: Translation) -> int:
     It refuses those that clash with another's tuple, in either direction (ctnetlink.pack_entry
     names both). What translates nothing it does take, and says so in the status (no DST_NAT): of
     many entries only those are dumped, since to look up each costs a third of filling the table.
+    A relay's translate the peer as well (SRC_NAT); where a gateway renames, it is looked up which.
     """
-    if translation.renames or not is_dump_cheaper(LOOK_UP * len(translation.kept), 0):
+    relays = translation.site.row.relays
+    if (translation.renames and not relays) or not is_dump_cheaper(
+        LOOK_UP * len(translation.kept), 0
+    ):
         with Netlink(NETLINK_NETFILTER) as netlink:
             seen = look_up(netlink, translation)
             return sum(1 for entry in seen if not (entry and entry.translated))
@@ -301,16 +305,17 @@ def count_wrong(translation: Translation) -> int:
     wrong = 0 if translation.mode == Mode.STATEFUL else IPS_DST_NAT
     tracked = count_tracked()
     flushed = 0 if tracked is None else max(0, len(outer) - tracked)
-    return flushed + _count_with_status(outer, wrong, IPS_DST_NAT)
+    bits = (IPS_DST_NAT, IPS_SRC_NAT) if relays else (IPS_DST_NAT,)
+    return flushed + len(set().union(*(_find_with_status(outer, wrong, bit) for bit in bits)))
 
 
-def _count_with_status(outer: Connections, status: int, mask: int) -> int:
+def _find_with_status(outer: Connections, status: int, mask: int) -> set[bytes]:
     version, half = (4, 6) if outer.v4 else (6, 18)
     local = next(outer.each())[: half - 2]
     request = ask_for_tcp(version, destination=local, status=status, mask=mask)
     asked_for = (answer for answer in dump(request) if read_status(answer) & mask == status)
     found = {turn(read_tuples(answer)[0]) for answer in asked_for}
-    return len(found.intersection(outer.each())) if found else 0
+    return found.intersection(outer.each()) if found else found
 
 
 def read_shortest_timeout() -> float:

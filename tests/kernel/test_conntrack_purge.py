@@ -9,7 +9,7 @@ from ipaddress import ip_address
 import pytest
 
 from natkeep.kernel import conntrack, nftables_dump
-from natkeep.kernel.conntrack_purge import delete_untracked, purge
+from natkeep.kernel.conntrack_purge import delete_inbound, delete_untracked, purge
 from natkeep.kernel.netlink import NETLINK_NETFILTER, Netlink
 from natkeep.kernel.netns import inside, open_namespace
 from natkeep.plan.conntrack import PEER_DIALLED
@@ -19,6 +19,7 @@ from natkeep.plan.step_undo import undo_of
 from natkeep.plan.steps import PurgeEntries
 from natkeep.plan.translation import Translation, make_translations
 from natkeep.plan.tuples import Connections, Endpoint, FourTuple
+from natkeep.plan.via import Via
 from natkeep.values import replace
 
 pytestmark = pytest.mark.root
@@ -29,6 +30,7 @@ ENDS = {
     "v4": ("10.1.0.2", "10.2.0.10", "10.3.0.20"),
     "v6": ("fd00:1::2", "fd00:2::10", "fd00:3::20"),
 }
+FROM = {"v4": "10.3.0.1", "v6": "fd00:3::1"}
 EACH_FAMILY = pytest.mark.parametrize("family", ENDS)
 
 
@@ -48,7 +50,8 @@ def translation_of(
     kept = Connections.of(
         FourTuple(Endpoint(peer, 2000 + n), Endpoint(old, 5000)) for n in range(count)
     )
-    move = Move("web", (Map(old, new),), (Site(role, netns),), mode)
+    vias = (Via(ip_address(FROM[family])),) if role == Role.RELAY else ()
+    move = Move("web", (Map(old, new),), (Site(role, netns),), mode, vias=vias)
     [translation] = make_translations(move, kept)[0]
     return translation
 
@@ -173,6 +176,25 @@ def test_an_entry_whose_reply_tuple_something_has_is_refused(
     listed = run(site, "conntrack", "-L", "-f", "ipv4" if family == "v4" else "ipv6")
     assert listed.count(f"sport={outer.source.port} ") == 1
     assert all(f"dport={each.source.port} " in listed for each, _ in translation.tuples())
+
+
+@EACH_FAMILY
+def test_of_a_relays_entries_those_are_wrong_that_leave_the_peer_as_it_is(
+    site: str, family: str
+) -> None:
+    """Those of a gateway translate the destination, as a relay's do, and nothing else."""
+    translation = translation_of(family, site, MANY, role=Role.RELAY)
+    conntrack.insert(translation)
+    assert conntrack.count_wrong(translation) == 0
+    few = [*range(7)]
+    version = translation.map.old.version
+    outer = translation.outer.pick(few, version)
+    delete_inbound(outer)
+    gateway = translation_of(family, site, len(few))
+    assert gateway.outer == outer
+    conntrack.insert(gateway)
+
+    assert conntrack.count_wrong(translation) == len(few)
 
 
 def test_entries_that_translate_nothing_are_wrong(site: str, run: Run) -> None:
