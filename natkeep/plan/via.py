@@ -65,21 +65,20 @@ def count_ports(
 
     RefusedError where the ports do not suffice.
     """
-    vias, free = tuple(vias), dict[tuple[bytes, bytes], Iterator[bytes]]()
-    ends: dict[bytes, bytes] = {}
-    for new, record in sorted((new.packed, one) for new, some in found for one in some.each()):
-        half = len(record) // 2
-        port = record[half - 2 : half]
-        if (new, port) not in free:
-            free[new, port] = _each_end(vias, half - 2)
-        end = next(free[new, port], None)
-        if end is None:
-            total = sum(v.high - v.low + 1 for v in vias if len(v.source.packed) == half - 2)
+    vias, ends = tuple(vias), dict[bytes, bytes]()
+    of: dict[tuple[bytes, bytes], list[bytes]] = {}
+    for new, some in found:
+        half = len(new.packed) + 2
+        for record in some.each():
+            of.setdefault((new.packed, record[half - 2 : half]), []).append(record)
+    for (at, port), records in sorted(of.items()):
+        total = sum(v.high - v.low + 1 for v in vias if len(v.source.packed) == len(at))
+        if len(records) > total:
             raise RefusedError(
                 f"too few ports: {total} for the connections at port {int.from_bytes(port, 'big')}",
                 hint="--via once more, with another address of the relay",
             )
-        ends[record] = end
+        ends.update(zip(sorted(records), _each_end(vias, len(at)), strict=False))
     return ends
 
 
