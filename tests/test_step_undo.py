@@ -75,7 +75,7 @@ def test_kept_connections_are_said_by_reference() -> None:
         return [pack_line(undo_to_json(undo_of(one), files_of(case))) for one in steps_of(case)]
 
     assert write(2000) == write(2)
-    assert max(map(len, write(2000))) < 2000
+    assert max(map(len, write(2000))) < 2200  # octets, of the longest: the gateway's translation
 
 
 def test_what_a_gateway_carried_is_said_in_full() -> None:

@@ -220,7 +220,7 @@ class Topology:
         )
         guarded = [s for s in self.seats if s.role in self.sites]
         # What moves away from there has an address that no host beyond may claim.
-        spoofs = [s for s in self.seats if s.network == "old" or s.first_pid]
+        spoofs = [s for s in self.seats if s.network == "old" or (s.first_pid and s not in guarded)]
         return quiet + _batch(links) + _heredoc("nft -f -", anti_spoof(guarded, spoofs))
 
     def _gateway_script(self) -> str:
