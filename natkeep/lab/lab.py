@@ -71,7 +71,7 @@ class Lab:
         self.listeners = False  # whether natkeep is told --listeners
         self.crosses = True  # whether peers' packets cross a gateway that translates
         self.at_peer = False  # whether the client's own host is a site
-        self.relays = False  # whether the source goes on as a relay
+        self.relay = ""  # the role of the host that passes on what comes to OLD, if one does
         self.peers: tuple[tuple[Address, Address], ...] = ()  # which have moved, and where they are
         self.parties, self.orders, self.undone = [self], list[Order](), list[Order]()
         self.peer_points = [*self.topology.peers]
@@ -167,7 +167,7 @@ class Lab:
 
     def read_sites(self) -> None:
         """Remember how the sites are before anything is done there; the first time counts."""
-        more = [*(["client"] if self.at_peer else []), *(["source"] if self.relays else [])]
+        more = [*(["client"] if self.at_peer else []), *([self.relay] if self.relay else [])]
         for role in (*self.topology.sites, *more):
             if role not in self._surfaces:
                 self._surfaces[role] = read_surfaces(self.topology[role])
@@ -181,7 +181,7 @@ class Lab:
             tuple(self.traffic.views.values()), self.frozen.options, self.mode, replaces,
             self.listeners, self.peers,
             self.topology["client"] if self.at_peer else None,
-            self.topology["source"] if self.relays else None,
+            self.topology[self.relay] if self.relay else None,
         )  # fmt: skip
         self.orders.append(self.order)
         return self.order

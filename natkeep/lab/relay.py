@@ -6,6 +6,9 @@ or, with FLAT, all three on one switch, 10.1.0.x, and nothing between them:
 
     by = ByRelay(lab); by.begin(); by.move(); lab.traffic.talk_on(); by.finish()
 
+With A_THIRD there is one more host on that switch, 10.1.0.30 (FROM), which takes OLD over:
+`ByThird` instead of `ByRelay`.
+
 In front of each host is an anti-spoof filter: it may send from its own addresses only. What passes
 the destination's wire says FROM:q and NEW; it is judged as the peers see it.
 
@@ -23,14 +26,24 @@ from dataclasses import replace
 from natkeep.lab.capture import Frame, beyond_gateway
 from natkeep.lab.engine import end_silence
 from natkeep.lab.lab import Frames, Lab
-from natkeep.lab.topology import Address, Seat, address
+from natkeep.lab.topology import THIRD, Address, Seat, address
 from natkeep.lab.translators import Natkeep, TranslatorError
 from natkeep.plan.tuples import Endpoint, FourTuple
 
 SOURCE = Seat("source", "near", 10, first_pid=1000)
 DESTINATION = Seat("destination", "near", 20)
 FLAT = {"seats": (Seat("client", "near", 2), SOURCE, DESTINATION)}
+A_THIRD = {"seats": (*FLAT["seats"], replace(THIRD, network="near"))}
 _DIALS = 20
+_ANNOUNCE = """
+import socket, sys
+device, address = sys.argv[1], socket.inet_aton(sys.argv[2])
+with socket.socket(socket.AF_PACKET, socket.SOCK_RAW) as sock:
+    sock.bind((device, 0))
+    own = sock.getsockname()[4]
+    asks = bytes.fromhex("0001080006040001") + own + address + bytes(6) + address
+    sock.send(b"\\xff" * 6 + own + b"\\x08\\x06" + asks)
+"""
 _DIAL = f"""
 import socket, sys
 here, new, port = sys.argv[1:]
@@ -54,9 +67,11 @@ BESIDE = 1
 class ByRelay:
     """The source of *lab* as the relay of its server, once that has moved."""
 
+    role = SOURCE.role
+
     def __init__(self, lab: Lab) -> None:
         self.lab = lab
-        lab.crosses, lab.relays = False, True
+        lab.crosses, lab.relay = False, self.role
         seats = {seat.role: seat for seat in lab.topology.seats}
         lab.home, lab.site = seats["source"], seats["destination"]
         self.source = address(lab.home.network, lab.home.number + BESIDE, lab.family)
@@ -66,20 +81,30 @@ class ByRelay:
 
     def begin(self, *, connections: int = 1, pause: bool = False) -> None:
         """The relay gets its other address; then as Lab.begin."""
+        self.add_source()
+        extra = self.source, self.lab.home.address(self.lab.family)
+        filters = own_addresses(self.lab.topology.seats, self.role, extra)
+        self.lab.topology["switch"].nft(filters)
+        self.lab.begin(connections=connections, pause=pause)
+
+    def add_source(self) -> None:
+        """The relay has an address beside OLD."""
         nodad = ["nodad"] if self.lab.family == 6 else []
         prefix = f"{self.source}/{24 if self.lab.family == 4 else 64}"
-        host = self.lab.topology["source"]
+        host = self.lab.topology[self.role]
         host.run("ip", "address", "add", prefix, "dev", "eth0", *nodad)
-        self.lab.topology["switch"].nft(own_addresses(self.lab.topology.seats, self.source))
-        self.lab.begin(connections=connections, pause=pause)
 
     def move(self) -> None:
         """Freeze, prepare, restore; natkeep's gate takes the place of the engine's silence."""
         self.lab.freeze()
         self.lab.prepare()
         self.read_wires()
-        end_silence(self.lab.topology["source"])
+        self.take_over()
         self.lab.restore()
+
+    def take_over(self) -> None:
+        """What peers send to OLD reaches the prepared relay from here on."""
+        end_silence(self.lab.topology["source"])
 
     def read_wires(self) -> None:
         """Which FROM:q stands for which peer, as natkeep's status says."""
@@ -179,18 +204,54 @@ class ByRelay:
         return replace(frame, segment=replace(segment, tuple=there))
 
 
-def own_addresses(seats: Iterable[Seat], more: Address) -> str:
-    """The nft script that drops at each host's port what has another source than its own."""
+class ByThird(ByRelay):
+    """A host beside the source of *lab* as the relay: OLD comes to it, and the source is gone."""
+
+    role = THIRD.role
+
+    def __init__(self, lab: Lab) -> None:
+        super().__init__(lab)
+        self.source = next(s for s in lab.topology.seats if s.role == self.role).address(lab.family)
+
+    def add_source(self) -> None:
+        """It has one already; and announces IPv6 addresses that it gets, with the override bit."""
+        self._run("sysctl", "-qw", "net.ipv6.conf.eth0.ndisc_notify=1")
+
+    def take_over(self) -> None:
+        """The source's link is down from here on; OLD on the relay's device, told to the link."""
+        self.lab.topology["source"].run("ip", "link", "set", "eth0", "down")
+        old = self.lab.old
+        self._run("ip", "address", "add", f"{old}/{old.max_prefixlen}", "dev", "eth0")
+        if old.version == 4:
+            self._run(sys.executable, "-c", _ANNOUNCE, "eth0", str(old))
+
+    def finish(self) -> None:
+        """As ByRelay.finish; OLD goes before the translation does."""
+        self.check_spoofs()
+        self.lab.traffic.check_ends()
+        old = self.lab.old
+        self._run("ip", "address", "del", f"{old}/{old.max_prefixlen}", "dev", "eth0")
+        self.lab.conclude()
+
+    def _run(self, *argv: str) -> None:
+        self.lab.topology[self.role].run(*argv)
+
+
+def own_addresses(seats: Iterable[Seat], relay: str, more: Iterable[Address]) -> str:
+    """The nft script that drops at each host's port what has another source than its own.
+
+    more: addresses that the host with the role *relay* has, too, or will have.
+    """
     lines = ["add table netdev own", "add counter netdev own strange"]
     for seat in seats:
         chain = f"netdev own {seat.role}"
         lines.append(
             f"add chain {chain} {{ type filter hook ingress device {seat.role} priority 5; }}"
         )
-        extra = [str(more)] if seat.role == "source" else []
+        extra = [str(each) for each in more] if seat.role == relay else []
         for version, ip, others in ((4, "ip", ()), (6, "ip6", ("fe80::/10", "::"))):
             own = [str(seat.address(version)), *others]
             own += [each for each in extra if (":" in each) == (version == 6)]
-            listed = ", ".join(own)
+            listed = ", ".join(dict.fromkeys(own))
             lines.append(f"add rule {chain} {ip} saddr != {{ {listed} }} counter name strange drop")
     return "\n".join(lines) + "\n"

@@ -122,7 +122,7 @@ class Topology:
     @property
     def peers(self) -> tuple[str, ...]:
         """The roles of the hosts on the peers' side."""
-        beside = (SOURCE.role, *self.sites)
+        beside = (SOURCE.role, THIRD.role, *self.sites)
         near = (seat.role for seat in self.seats if seat.network == "near")
         return tuple(role for role in near if role not in beside)
 

@@ -43,7 +43,7 @@ class Order:
     listeners: new connections shall reach the listeners that move along.
     gateway: None where none translates. peer: the peers' own host, where that does.
     peers: which have moved as well, and where they are.
-    relay: the source, where that passes on what comes to OLD.
+    relay: the host that passes on what comes to OLD, if one does.
     """
 
     id: str

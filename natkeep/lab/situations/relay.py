@@ -10,7 +10,7 @@ from typing import Any
 
 from natkeep.lab.engine import Opening, end_silence
 from natkeep.lab.lab import Lab
-from natkeep.lab.relay import FLAT, ByRelay
+from natkeep.lab.relay import A_THIRD, FLAT, ByRelay, ByThird
 from natkeep.lab.situations import Moves, situation
 from natkeep.lab.translators import Natkeep
 
@@ -126,3 +126,16 @@ def rolled_back(lab: Lab) -> None:
     by.check_spoofs()
     lab.traffic.check_ends()
     lab.conclude(moved=False)
+
+
+@by_relay(33, "by a third host that takes OLD over", setup=A_THIRD)
+def taken_over(lab: Lab) -> None:
+    """The source's link goes down; then neither host has an entry any more."""
+    by = ByThird(lab)
+    by.begin(connections=3)
+    by.move()
+    lab.traffic.talk_on()
+    for role in (by.role, "destination"):
+        lab.conditions.flush_conntrack(role)
+        lab.traffic.talk_on()
+    by.finish()
