@@ -11,18 +11,15 @@ holder keeps a copy of each. When the gate opens it delivers them through lo, ea
 ends.
 """
 
-from contextlib import suppress
-
 from natkeep.kernel import segment_holder
 from natkeep.lab.application import all_open, received
-from natkeep.lab.host import LabError, await_true
+from natkeep.lab.holder import HOLDS, await_held, check_ended, check_replay
 
-SETUP = {"points": {"lo": ("destination", "lo")}}
+SETUP = HOLDS
 CONNECTIONS, OCTETS = 4, 3000
 
 
 def run(lab):
-    state, check = str(lab.directory / "natkeep-state"), lab.report.check
     lab.serve()
     lab.dial(connections=CONNECTIONS)
     lab.traffic.client.do({"push": 100})
@@ -30,21 +27,9 @@ def run(lab):
     lab.freeze()
     lab.prepare()
     lab.traffic.client.do({"push": OCTETS})
-    held = None
-
-    def all_held():
-        nonlocal held
-        held = segment_holder.look(state, lab.order.id)
-        return held is None or held.octets >= CONNECTIONS * OCTETS
-
-    with suppress(LabError):  # told by the assertion
-        await_true(all_held, "what the client says to be held")
-    octets = held.octets if held else 0
-    ok = octets == CONNECTIONS * OCTETS
-    check("what the client says meanwhile is held", ok, f"{octets} octets")
+    await_held(lab, segment_holder.look, CONNECTIONS * OCTETS)
     lab.restore()
-    left = segment_holder.look(state, lab.order.id)
-    check("the holder has ended", left is None, str(left or ""))
+    check_ended(lab, segment_holder.look)
     goal = 100 + OCTETS
     with lab.report.must("it is answered"):
         lab.traffic.client.wait(received(goal), "answers", within=5)
@@ -52,17 +37,4 @@ def run(lab):
     lab.traffic.talk()
     lab.traffic.talk_on()
     lab.finish()
-    check_replay(lab)
-
-
-def check_replay(lab):
-    """What came through lo: of each connection the octets that were held, once."""
-    inbound = {each: set() for each in lab.traffic.kept}
-    for frame in lab.captures["lo"].frames():
-        segment = frame.segment
-        if segment and segment.tuple in inbound:
-            places = range(segment.seq, segment.seq + segment.length)
-            inbound[segment.tuple] |= {place % 2**32 for place in places}
-    counts = [len(places) for places in inbound.values()]
-    ok = counts == [OCTETS] * CONNECTIONS
-    lab.report.check("what was held came to the process through lo", ok, f"{counts} octets")
+    check_replay(lab, lab.traffic.kept, OCTETS)

@@ -81,11 +81,15 @@ class ByRelay:
 
     def begin(self, *, connections: int = 1, pause: bool = False) -> None:
         """The relay gets its other address; then as Lab.begin."""
+        self.stand()
+        self.lab.begin(connections=connections, pause=pause)
+
+    def stand(self) -> None:
+        """The relay's addresses, and the filters in front of all hosts."""
         self.add_source()
         extra = self.source, self.lab.home.address(self.lab.family)
         filters = own_addresses(self.lab.topology.seats, self.role, extra)
         self.lab.topology["switch"].nft(filters)
-        self.lab.begin(connections=connections, pause=pause)
 
     def add_source(self) -> None:
         """The relay has an address beside OLD."""
