@@ -9,7 +9,7 @@ gone by itself.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
 
@@ -63,6 +63,23 @@ class Conditions:
         lines.append(f'add rule inet strict forward iifname "near" ct state new {_BARE_SYN} accept')
         for role in self.topology.sites:
             self.topology[role].nft("\n".join(lines) + "\n")
+
+    def known_ports(self, role: str, ports: Iterable[int]) -> None:
+        """The host accepts and forwards what goes to *ports* or conntrack knows, nothing else.
+
+        Errors and neighbour discovery pass, as by `strict_firewall`.
+        """
+        lines = ["add table inet ports"]
+        listed = ", ".join(map(str, sorted(set(ports))))
+        for hook in ("input", "forward"):
+            chain = f"inet ports {hook}"
+            lines += [
+                f"add chain {chain} {{ type filter hook {hook} priority 0; policy drop; }}",
+                f"add rule {chain} ct state established,related accept",
+                f"add rule {chain} meta l4proto {{ icmp, icmpv6 }} accept",
+                f"add rule {chain} tcp dport {{ {listed} }} accept",
+            ]
+        self.topology[role].nft("\n".join(lines) + "\n")
 
     def masquerading_table(self) -> None:
         """Another NAT table at the gateway, at exactly -100 and 100, masquerading its uplinks."""

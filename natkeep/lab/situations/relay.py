@@ -12,6 +12,7 @@ from natkeep.lab.engine import Opening, end_silence
 from natkeep.lab.lab import Lab
 from natkeep.lab.relay import A_THIRD, FLAT, ByRelay, ByThird
 from natkeep.lab.situations import Moves, situation
+from natkeep.lab.situations.roles import begin_dialled
 from natkeep.lab.translators import Natkeep
 
 WHERE = ("source", "destination")
@@ -139,3 +140,30 @@ def taken_over(lab: Lab) -> None:
         lab.conditions.flush_conntrack(role)
         lab.traffic.talk_on()
     by.finish()
+
+
+def _behind_firewalls(lab: Lab, by: ByRelay) -> None:
+    """Relay and destination accept the kept connections' ports and what conntrack knows."""
+    for role in WHERE:
+        ports = {each.destination.port for each in lab.traffic.views.values()}
+        lab.conditions.known_ports(role, ports)
+    by.move()
+    lab.traffic.talk_on()
+    by.finish()
+
+
+@by_relay(33, "by a relay, strict firewalls")
+def strict_firewalls(lab: Lab) -> None:
+    """Policy drop at both hosts, for what they receive and what they pass on."""
+    by = ByRelay(lab)
+    by.begin(connections=3)
+    _behind_firewalls(lab, by)
+
+
+@by_relay(33, "by a relay, strict firewalls, the process is the client")
+def dialled(lab: Lab) -> None:
+    """The same where the process has dialled."""
+    by = ByRelay(lab)
+    begin_dialled(lab)
+    by.stand()  # only now: the process would dial from FROM
+    _behind_firewalls(lab, by)
