@@ -1,8 +1,11 @@
 """A server that moved away behind a relay comes home to it, and all is as it was.
 
-    client ═══ source (OLD)                            before, and in the end
-
-    client ═══ relay (OLD, FROM) ═══ destination (NEW)     in between
+    ┌────────┐     ┌──────────────────────┐
+    │ client │═════│ server, OLD          │                         before, and in the end
+    └────────┘     └──────────────────────┘
+    ┌────────┐     ┌──────────────────────┐     ┌─────────────┐
+    │ client │═════│ OLD ⇄ relay ⇄ FROM:q │═════│ NEW, server │     in between
+    └────────┘     └──────────────────────┘     └─────────────┘
 
 The process is restored at the relay while that still passes on what peers say, and is quiet until
 the teardown, at CRIU's `post-restore`: the gate closes, the translation and forwarding go, and last

@@ -148,7 +148,7 @@ def test_everything_is_selected_by_default():
 
 
 def test_a_situation_is_selected_by_number_or_by_words():
-    by_number, by_words = Selection(("8",)), Selection(("PATH MTU",))
+    by_number, by_words = Selection(("18",)), Selection(("TWO PROCESSES",))
 
     assert by_number.cells() == by_words.cells()
     assert len({each.situation.name for each in by_number.cells()}) == 2
