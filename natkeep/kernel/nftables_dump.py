@@ -27,7 +27,7 @@ from natkeep.plan.nft import TABLE, Key, describe_rule, number_alike
 from natkeep.plan.tuples import Connections
 from natkeep.values import dataclass
 
-_GETTABLE, GETCHAIN, GETRULE, GETSET, _GETSETELEM = 1, 4, 7, 10, 13
+GETTABLE, GETCHAIN, GETRULE, GETSET, _GETSETELEM = 1, 4, 7, 10, 13
 _GETGEN, _GETFLOWTABLE, _GENERATION = 16, 23, 1
 _FAMILY = {"inet": 1, "ip": 2, "arp": 3, "ip6": 10}  # NFPROTO_…
 _FILTERS = ("inet", "ip", "ip6")
@@ -75,7 +75,7 @@ def read_generation() -> int:
 
 def has_table(family: str, table: str) -> bool:
     """Whether the table is there."""
-    return string(table) in [find_attribute(each, 1) for each in _dump(_GETTABLE, family)]
+    return string(table) in [find_attribute(each, 1) for each in _dump(GETTABLE, family)]
 
 
 def has_chain(table: str, chain: str) -> bool:
@@ -229,7 +229,7 @@ def find_standing(netlink: Netlink, family: str) -> tuple[set[Key], dict[str, li
     comments: dict[str, list[str]] = {}
     name, scope = string(TABLE), attribute(1, string(TABLE))
     number = _FAMILY[family]
-    if name not in [find_attribute(each, 1) for each in _request(netlink, _GETTABLE, number)]:
+    if name not in [find_attribute(each, 1) for each in _request(netlink, GETTABLE, number)]:
         return set(), comments
     found = {Key(family, "table")}
     for kind, type_, at in (("chain", GETCHAIN, 3), ("set", GETSET, 2)):
@@ -348,7 +348,7 @@ def _chains_with(parts: tuple[bytes, ...], besides: str) -> Iterator[str]:
     """`FAMILY TABLE CHAIN` of each rule that holds one of *parts*, in any table but *besides*."""
     names = {number: family for family, number in _FAMILY.items()}
     with Netlink(NETLINK_NETFILTER) as netlink:
-        answers = dump_whole(netlink, _GETTABLE, nfgenmsg(0))
+        answers = dump_whole(netlink, GETTABLE, nfgenmsg(0))
         for family, table in [(each[0], find_attribute(each[4:], 1)) for each in answers]:
             if table == string(besides):
                 continue

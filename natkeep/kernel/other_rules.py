@@ -69,28 +69,37 @@ def read_ruleset(version: int) -> Ruleset:
     chains: dict[tuple[str, str], Chain] = {}
     with Netlink(NETLINK_NETFILTER) as netlink:
         for number in (1, 5, family):
-            for answer in _request(netlink, dump.GETCHAIN, number):
+            others = _find_other_tables(netlink, number)
+            # A thousand moves of natkeep have 20,000 chains, which are not asked for in vain.
+            for answer in _request(netlink, dump.GETCHAIN, number) if others else ():
                 found = attributes(answer)
-                table = dump.text(found[1])
-                if table != TABLE and not table.startswith(f"{TABLE}-"):
-                    name = f"{_NAMES[number]} {table}"
+                if found[1] in others:
+                    name = f"{_NAMES[number]} {dump.text(found[1])}"
                     chains[name, dump.text(found[3])] = _read_chain(number, found)
-            if not any(table.startswith(f"{_NAMES[number]} ") for table, _ in chains):
-                continue
-            for answer in _request(netlink, dump.GETRULE, number):
-                found = attributes(answer)
-                table = dump.text(found[1])
-                chain = chains.get((f"{_NAMES[number]} {table}", dump.text(found[2])))
-                if chain is not None:
-                    expressions = _read(netlink, number, found[1], found.get(4, b""))
-                    chain.rules.append(tuple(expressions))
+            for table in others:
+                for answer in _request(netlink, dump.GETRULE, number, attribute(1, table)):
+                    found = attributes(answer)
+                    name = f"{_NAMES[number]} {dump.text(table)}"
+                    chain = chains.get((name, dump.text(found[2])))
+                    if chain is not None:
+                        expressions = _read(netlink, number, table, found.get(4, b""))
+                        chain.rules.append(tuple(expressions))
     return Ruleset(chains, cache(_find_element))
 
 
-def _request(netlink: Netlink, type_: int, family: int) -> Iterator[bytes]:
-    for answer in dump.dump_whole(netlink, type_, nfgenmsg(family)):
-        if answer[0] == family:
-            yield answer[4:]
+def _find_other_tables(netlink: Netlink, family: int) -> list[bytes]:
+    """Names of the tables that are not natkeep's, as they are in messages."""
+    tables = (find_attribute(each, 1) for each in _request(netlink, dump.GETTABLE, family))
+    own = TABLE.encode("ascii")
+    return [one for one in tables if one != own + b"\0" and not one.startswith(own + b"-")]
+
+
+def _request(netlink: Netlink, type_: int, family: int, scope: bytes = b"") -> Iterator[bytes]:
+    """The attributes of each answer of a dump; none where a table is gone meanwhile."""
+    with suppress(FileNotFoundError):
+        for answer in dump.dump_whole(netlink, type_, nfgenmsg(family) + scope):
+            if answer[0] == family:
+                yield answer[4:]
 
 
 def _read_chain(number: int, found: dict[int, bytes]) -> Chain:
