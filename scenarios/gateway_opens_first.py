@@ -11,6 +11,7 @@ again what was lost, and are answered once the process is there.
 """
 
 import time
+from functools import partial
 
 from natkeep.lab.capture import RST
 from natkeep.lab.criu_restore import CriuRestore, Machine
@@ -30,7 +31,7 @@ def run(lab):
     with lab.report.must("the destination's host resets peers"):
         await_true(lambda: find_resets(lab.captures["far"].frames()), "a reset", seconds=EARLY)
     running = moved.start_run(order)
-    await_true(lambda: has_gate(lab.topology["destination"]), "natkeep's table")
+    await_true(partial(is_shut, lab), "natkeep's gate at the destination")
     ready_ns = time.time_ns()
 
     def without_early_resets(frames):
@@ -48,9 +49,11 @@ def run(lab):
     lab.conclude()
 
 
-def has_gate(destination):
-    """Whether the destination's host is shut by natkeep: nothing there resets a peer any more."""
-    return "gate" in destination.run("nft", "list", "ruleset").stdout
+def is_shut(lab):
+    """Whether natkeep's gate at the destination asks for each peer: nothing resets it any more."""
+    rules = lab.topology["destination"].run("nft", "list", "ruleset").stdout
+    ends = (f"{each.source.address} . {each.source.port} ." for each in lab.traffic.kept)
+    return all(end in rules for end in ends)
 
 
 def find_resets(frames):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from ipaddress import ip_address
 
 from natkeep.errors import KernelError, RefusedError
 from natkeep.kernel.interface import Kernel, P, Remember, T
@@ -140,6 +141,7 @@ class FakeKernel:
         self.wire: dict[FourTuple, FourTuple] = {}
         self.ways: tuple[Way, ...] = ()
         self.source: Address | None = None
+        self.unreached: set[Address] = set()
         self.relay: RelayFacts | None = None
 
     def open_sites(self, sites: Iterable[Site], known: dict[Site, Identity] | None = None) -> None:
@@ -237,9 +239,12 @@ class FakeKernel:
 
     read_at_destination = read_at_gateway
 
-    def read_way(self, site: Site, address: Address) -> Route:
-        """Everything is reached."""
-        return Route("unicast", "eth0")
+    def read_ways(
+        self, site: Site, addresses: Iterable[bytes]
+    ) -> tuple[tuple[Address, Route], ...]:
+        """Everything is, but what a test put there."""
+        found = map(ip_address, sorted(addresses))
+        return tuple((to, Route("none" if to in self.unreached else "unicast")) for to in found)
 
     def _follow_at(self, site: Site, translation: object, *run_id: str | None) -> list[object]:
         """No rules of others are here."""

@@ -39,6 +39,7 @@ from entered import entered
 from natkeep import cli
 from natkeep.plan import arp, base_chains
 from natkeep.plan.move import Mode
+from natkeep.plan.roles import ROLES, Role
 from natkeep.state.directory import StateDirectory
 
 CORPUS = Path(__file__).parent / "checkpoint/corpus/plain"
@@ -847,7 +848,7 @@ def without_tables(planned: list[str]) -> list[str]:
     for role in ("gateway", "destination"):
         at_gateway = role == "gateway"
         parts = [base_chains.base_table()]
-        parts += base_chains.translation_tables(Mode.STATEFUL, at_gateway=at_gateway)
+        parts += base_chains.translation_tables(ROLES[Role(role)], Mode.STATEFUL)
         at_destination = [base_chains.destination_table(), arp.arp_table()]
         at_destination.append(base_chains.dispatch_table(base_chains.HEARD))
         parts += [] if at_gateway else at_destination

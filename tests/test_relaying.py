@@ -22,7 +22,7 @@ from natkeep.plan.observation import Gate
 from natkeep.plan.relay import RelayFacts
 from natkeep.plan.roles import Role
 from natkeep.plan.translation import Surroundings
-from natkeep.plan.tuples import Connections, Endpoint, FourTuple, parse_address
+from natkeep.plan.tuples import Address, Connections, Endpoint, FourTuple, parse_address
 from natkeep.plan.via import Via
 from natkeep.state.directory import StateDirectory
 
@@ -73,6 +73,17 @@ def test_what_stands_in_its_way_is_refused_and_changes_nothing(
     kernel.relay = RelayFacts(bool(living), frozenset({FROM}), range(32768, 61000), None, living)
 
     with pytest.raises(RefusedError, match="still have their sockets" if living else "no route"):
+        prepare(executor, move(), ALL)
+    assert not kernel.applied
+
+
+@pytest.mark.parametrize("lost", [NEW, KEPT.source.address])
+def test_without_a_route_to_new_or_to_a_peer_it_is_refused(
+    executor: Executor, kernel: FakeKernel, lost: Address
+) -> None:
+    kernel.unreached = {lost}
+
+    with pytest.raises(RefusedError, match=f"rel: no route to {lost}"):
         prepare(executor, move(), ALL)
     assert not kernel.applied
 

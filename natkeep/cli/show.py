@@ -79,8 +79,7 @@ def _read_status(
         clear()
     if args.json:
         rows = [status_report.move_as_json(move, host) for move in moves]
-        text = "".join(status_report.status_as_json(rows))
-        text = f'{text.removesuffix("}")}, "dropped": {dropped}}}' if dropped else text
+        text = "".join(status_report.status_as_json(rows, dropped))
     elif not moves and not unreadable:
         show(["nothing is prepared"])
     elif args.id or args.verbose:

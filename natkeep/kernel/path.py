@@ -184,10 +184,10 @@ def read_local(version: int) -> frozenset[Address]:
     return frozenset(ip_address(one) for one in rt.all_addresses() if len(one) == size)
 
 
-def read_way(address: Address) -> Route:
-    """The route to *address* from here."""
+def read_ways(addresses: Iterable[bytes]) -> tuple[tuple[Address, Route], ...]:
+    """The routes to LIMIT of these packed *addresses* from here."""
     with closing(Links()) as links:
-        return links.look_up(address)[0]
+        return tuple((one, links.look_up(one)[0]) for one in links.first(addresses))
 
 
 def read_at_destination(

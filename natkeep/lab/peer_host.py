@@ -3,7 +3,7 @@
     client 10.1.0.2 ── eth0 ─────── router ─────── source 10.2.0.10 (OLD)        before
     OLD⇄NEW         ── eth0 ─────── router ─────── destination 10.3.0.20 (NEW)   afterwards
 
-    peer = PeerHost(lab); peer.begin(); lab.move(); lab.traffic.talk_on(); lab.finish()
+    PeerHost(lab); lab.begin(); lab.move(); lab.traffic.talk_on(); lab.finish()
 
 What passes the client's own wire then says NEW; it is judged as its process sees it, which may have
 dialled a service address that its host translates.

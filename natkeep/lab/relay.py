@@ -223,6 +223,10 @@ class ByThird(ByRelay):
 
     def take_over(self) -> None:
         """The source's link is down from here on; OLD on the relay's device, told to the link."""
+        # Until the peers are told, the switch floods what they send to the source; a host's card
+        # would discard it, but the capture at the destination's port would have it.
+        port = self.lab.site.role
+        self.lab.topology["switch"].run("bridge", "link", "set", "dev", port, "flood", "off")
         self.lab.topology["source"].run("ip", "link", "set", "eth0", "down")
         old = self.lab.old
         self._run("ip", "address", "add", f"{old}/{old.max_prefixlen}", "dev", "eth0")

@@ -23,10 +23,8 @@ def look_at_routes(subject: Subject) -> Iterator[Finding]:
     plan = subject.plan
     assert plan is not None
     for site, here in _sites_that_translate(plan):
-        if site.row.own:
-            yield from _look_at_peers(subject, site, here)
-        elif site.row.relays:
-            yield ok(site, "it passes on by itself")  # what stands in its way: lifecycle/relay.py
+        if site.row.own or site.row.relays:
+            yield from _look_from_here(subject, site, here)
         elif site.row.passes_on:
             yield from _look_at_gateway(subject, plan, site, here)
         else:
@@ -131,13 +129,19 @@ def find_entrances(subject: Subject, map_: Map, peers: Iterable[bytes]) -> dict[
     return found
 
 
-def _look_at_peers(subject: Subject, site: Site, here: list[Translation]) -> Iterator[Finding]:
-    for new in dict.fromkeys(one.map.new for one in here):
-        way = subject.kernel.ask(site, path.read_way, new)
-        if way.kind == "unicast":
-            yield ok(site, f"NEW {new} is reached {way.said()}")
-        else:
-            yield Finding("no-way-there", site, f"no route to NEW {new}: {way.said()}")
+def _look_from_here(subject: Subject, site: Site, here: list[Translation]) -> Iterator[Finding]:
+    """The routes of what leaves this host as its own: to NEW, and from a relay to peers."""
+    for map_, peers in _peers_of(here):
+        ends = [("no-way-there", f"NEW {map_.new}", frozenset({map_.new.packed}))]
+        ends += [("no-way-back", "each peer", peers)] if site.row.relays else []
+        for code, name, addresses in ends:
+            ways = subject.kernel.ask(site, path.read_ways, addresses)
+            lost = [(to, way) for to, way in ways if way.kind != "unicast"]
+            for to, way in lost[:1]:
+                yield Finding(code, site, f"no route to {to}: {way.said()}")
+            if not lost:
+                by = ", ".join(sorted({way.said() for _, way in ways}))
+                yield ok(site, f"{name} is reached {by}")
 
 
 def _find_gateways_own(subject: Subject, plan: Plan) -> frozenset[Address] | None:

@@ -40,7 +40,7 @@ from natkeep.plan.nft import (
     jump,
 )
 from natkeep.plan.protocols import TCP
-from natkeep.plan.roles import RoleRow
+from natkeep.plan.roles import ROLES, RoleRow
 from natkeep.plan.tuples import Address
 
 _OPENING_FLAGS = ("fin", "syn", "rst", "ack")
@@ -329,27 +329,24 @@ def mode_table(mode: Mode) -> tuple[Object, ...]:
 
 @cache
 def translation_tables(
-    mode: Mode,
-    *,
-    at_gateway: bool,
-    peers: bool = False,
-    own: bool = False,
-    relays: bool = False,
+    row: RoleRow, mode: Mode, *, peers: bool = False
 ) -> tuple[tuple[Object, ...], ...]:
-    """What the translations of a mode need, each part with base chains of its own.
+    """What the translations of a mode need at a site of this role, each part with its base chains.
 
-    peers: at a destination some have moved. own: at the peers' own host. relays: at a relay.
+    peers: at a destination some have moved.
     """
     if mode == Mode.STATELESS:
         return (mode_table(mode),)
     parts = [mode_table(mode), dispatch_table(MARK), _invalid_table()]
-    if at_gateway:
+    if row.passes_on:
         parts += [(*dispatch_table("from"), *dispatch_table("to"))]
-        parts += [dispatch_table("half")] if relays else [_hooks_table(_LOCAL)]
+        parts += [dispatch_table("half")] if row.relays else [_hooks_table(_LOCAL)]
     if peers:
         maps = (*_dispatch_maps("from"), *_dispatch_maps("to"))
-        parts += [(*maps, *_hooks_table(_PEERS)), dispatch_table("half")]
-    return (*parts, dispatch_table("new"), _own_resets()) if own else tuple(parts)
+        parts += [(*maps, *_hooks_table(_PEERS, beside_lo=True)), dispatch_table("half")]
+    if row.own:
+        parts += [dispatch_table("new"), _own_resets()]
+    return tuple(parts)
 
 
 def _own_resets() -> tuple[Object, ...]:
@@ -358,20 +355,18 @@ def _own_resets() -> tuple[Object, ...]:
     return (chain, Rule(chain.name, (RST, jump(DISPATCHES[MARK].chain))))
 
 
-def tables_of(row: RoleRow, mode: Mode, *, peers: bool = False) -> tuple[tuple[Object, ...], ...]:
-    """The same at a site of that role."""
-    return translation_tables(
-        mode, at_gateway=row.passes_on, peers=peers, own=row.own, relays=row.relays
-    )
+def _hooks_table(
+    chains: Iterable[tuple[Chain, str]], *, beside_lo: bool = False
+) -> tuple[Object, ...]:
+    """More base chains that ask the maps of a dispatch, one each.
 
-
-def _hooks_table(chains: Iterable[tuple[Chain, str]]) -> tuple[Object, ...]:
-    """More base chains that ask the maps of a dispatch, one each."""
+    beside_lo: not of what lo carries, which has the peers that its sockets know.
+    """
     objects: list[Object] = []
     for chain, dispatch in chains:
         guard = (_HAS_ENTRY, ACCEPT)
         objects += [chain, *([Rule(chain.name, guard)] if chain.type != "nat" else [])]
-        if chains is _PEERS:  # what lo carries has the peers that its sockets know
+        if beside_lo:
             device = "oif" if chain.hook == "output" else "iif"
             objects.append(Rule(chain.name, (Meta(device, '"lo"'), ACCEPT)))
         objects += [rule._replace(chain=chain.name) for rule in _dispatch_rules(dispatch)]
@@ -458,8 +453,9 @@ def shared_names() -> frozenset[str]:
     parts = [base_table(), destination_table(), forwarding_table(), relay_table()]
     parts += [
         part
+        for row in ROLES.values()
         for mode in Mode
-        for part in translation_tables(mode, at_gateway=True, peers=True, own=True)
+        for part in translation_tables(row, mode, peers=True)
     ]
     parts += [dispatch_table(dispatch) for dispatch in DISPATCHES]
     return frozenset(one.name for part in parts for one in part if isinstance(one, Chain | Set))

@@ -38,10 +38,9 @@ class Packet:
     """A TCP segment with data of an established connection, as it passes a hook.
 
     iif, oif: index and name of the devices; 0 and empty where there is none, ANY where one of
-    several is chosen. state: what conntrack
-    calls it, one of INVALID, NEW, ESTABLISHED and UNTRACKED. mark: what rules before have given
-    it; connmark: what its connection has. back: index of the device by which its source is reached.
-    None where these are not known.
+    several is chosen. state: what conntrack calls it, one of INVALID, NEW, ESTABLISHED and
+    UNTRACKED. mark: what rules before have given it; connmark: what its connection has. back: index
+    of the device by which its source is reached. None where these are not known.
     """
 
     tuple_: FourTuple

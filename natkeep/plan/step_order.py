@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from natkeep.plan import filters
-from natkeep.plan.base_chains import base_table, dispatch_table, tables_of
+from natkeep.plan.base_chains import base_table, dispatch_table, translation_tables
 from natkeep.plan.ip_rules import stay
 from natkeep.plan.listeners import Reception, make_receptions, refuse_one_end_for_two
 from natkeep.plan.move import Mode, Move, Site
@@ -369,7 +369,7 @@ def _static_lines(
     base, *more = step.static()
     if isinstance(step, InstallGate) and mode is not None and not step.site.row.mutes:
         peers = any(one.turns_peers for one in step.translations)
-        more = [*tables_of(step.site.row, mode, peers=peers), *more]
+        more = [*translation_tables(step.site.row, mode, peers=peers), *more]
     return [str(one) for part in (base, *more) for one in part]
 
 

@@ -271,7 +271,7 @@ class InstallTranslation(Loads):
         """The base chains of its mode."""
         modes = dict.fromkeys(translation.mode for translation in self.translations)
         peers = any(one.turns_peers for one in self.translations)
-        parts = (base_chains.tables_of(self.site.row, mode, peers=peers) for mode in modes)
+        parts = (base_chains.translation_tables(self.site.row, mode, peers=peers) for mode in modes)
         return tuple(part for some in parts for part in some)
 
 

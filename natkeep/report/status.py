@@ -104,13 +104,16 @@ def _entries_of(
 # ---- JSON ----------------------------------------------------------------------------------------
 
 
-def status_as_json(moves: Sequence[str]) -> Iterator[str]:
-    """The document of `status --json`, piece by piece, of what move_as_json made of each move."""
+def status_as_json(moves: Sequence[str], dropped: int = 0) -> Iterator[str]:
+    """The document of `status --json`, piece by piece, of what move_as_json made of each move.
+
+    dropped: of how many connections something is dropped still where moves were undone.
+    """
     yield '{"schema": 1, "moves": ['
     for number, move in enumerate(moves):
         yield ",\n" if number else "\n"
         yield move
-    yield "]}"
+    yield f'], "dropped": {dropped}}}' if dropped else "]}"
 
 
 def move_as_json(status: MoveStatus, host: str) -> str:

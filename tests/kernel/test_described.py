@@ -11,7 +11,7 @@ import pytest
 from natkeep.kernel.linux import LinuxKernel
 from natkeep.plan import arp, base_chains
 from natkeep.plan.move import Map, Mode, Move, Site
-from natkeep.plan.roles import Role
+from natkeep.plan.roles import ROLES, Role
 from natkeep.plan.step_order import make_plan
 from natkeep.plan.steps import Plan, PurgeEntries
 from natkeep.plan.tuples import Connections, Endpoint, FourTuple
@@ -61,7 +61,7 @@ def test_the_described_commands_do_what_natkeep_does(
 
     # The parts that all moves share are not any step's own.
     at_gateway = role == Role.GATEWAY
-    parts = base_chains.translation_tables(plan.move.mode, at_gateway=at_gateway)
+    parts = base_chains.translation_tables(ROLES[role], plan.move.mode)
     shared = [one for part in (base_chains.base_table(), *parts) for one in part]
     early = base_chains.SPOKEN if at_gateway else base_chains.HEARD
     shared += base_chains.dispatch_table(early)

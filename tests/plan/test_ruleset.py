@@ -22,7 +22,7 @@ from natkeep.errors import UsageError
 from natkeep.plan import arp, base_chains
 from natkeep.plan.move import Fate, Map, Mode, Move, Site
 from natkeep.plan.nft import Chain, Object, Set
-from natkeep.plan.roles import Role
+from natkeep.plan.roles import ROLES, Role
 from natkeep.plan.step_order import make_plan, render_nft
 from natkeep.plan.steps import FillSet, InstallGate, InstallTranslation, OpenGate, Plan
 from natkeep.plan.translation import NOTHING_SPECIAL, Surroundings
@@ -276,12 +276,11 @@ def test_whatever_is_given_only_words_change_and_never_the_grammar(
 
 
 @pytest.mark.parametrize("mode", Mode)
-@pytest.mark.parametrize("at_gateway", [False, True])
-def test_what_all_moves_share_is_known_by_name(mode: Mode, at_gateway: bool) -> None:
+@pytest.mark.parametrize("role", Role)
+def test_what_all_moves_share_is_known_by_name(mode: Mode, role: Role) -> None:
     """Or the last move would take its own away and leave the table, as another's."""
-    parts = base_chains.translation_tables(
-        mode, at_gateway=at_gateway, peers=not at_gateway, own=at_gateway
-    )
+    peers = role == Role.DESTINATION
+    parts = base_chains.translation_tables(ROLES[role], mode, peers=peers)
     names = {one.name for part in parts for one in part if isinstance(one, Chain | Set)}
 
     assert names <= base_chains.shared_names()

@@ -6,107 +6,45 @@ The relay and the destination translate both ends: with entries, and without any
 from __future__ import annotations
 
 from functools import partial
-from typing import Any
 
 from natkeep.lab.engine import Opening, end_silence
 from natkeep.lab.lab import Lab
 from natkeep.lab.relay import A_THIRD, FLAT, ByRelay, ByThird
-from natkeep.lab.situations import Moves, situation
+from natkeep.lab.situations import situation
 from natkeep.lab.situations.roles import begin_dialled
+from natkeep.lab.situations.two_ends import (
+    flushed_before_fins,
+    in_order,
+    narrow,
+    not_loose,
+    under_traffic,
+)
 from natkeep.lab.translators import Natkeep
 
 WHERE = ("source", "destination")
-MUCH = 300_000
 
 by_relay = partial(situation, may_refuse=("stateless",))
 
 
-def _move_in_a_pause(lab: Lab) -> ByRelay:
-    by = ByRelay(lab)
-    by.begin(pause=True)
-    by.move()
-    return by
-
-
-@by_relay(33, "by a relay")
-def routed(lab: Lab) -> None:
-    """Under traffic; then neither host has an entry any more, one after the other."""
-    by = ByRelay(lab)
-    by.begin(connections=3)
-    by.move()
-    lab.traffic.talk_on()
-    for role in WHERE:
-        lab.conditions.flush_conntrack(role)
-        lab.traffic.talk_on()
-    by.finish()
-
-
-by_relay(33, "by a relay on one link", setup=FLAT)(routed)
-
-
-@by_relay(33, "by a relay, tcp_loose=0")
-def not_loose(lab: Lab) -> None:
-    """Conntrack picks nothing up at any host; both sides speak, also without an entry."""
-    lab.conditions.conntrack_loose(0)
-    by = _move_in_a_pause(lab)
-    for says in (lab.traffic.server_says, lab.traffic.client_says):
-        says()
-        for role in WHERE:
-            lab.conditions.flush_conntrack(role)
-    lab.traffic.server_says()
-    lab.traffic.client_says()
-    by.finish()
-
-
-def _ends(*words: str) -> Moves:
-    def moves(lab: Lab) -> None:
-        by = _move_in_a_pause(lab)
-        for word in words:
-            getattr(lab.traffic, word)()
-        by.finish()
-
-    return moves
-
-
+for _name, _setup in {"by a relay": {}, "by a relay on one link": FLAT}.items():
+    by_relay(33, _name, setup=_setup)(under_traffic(ByRelay, WHERE))
+by_relay(33, "by a relay, tcp_loose=0")(not_loose(ByRelay, WHERE))
 for _name, _words in {
     "the client says first": ("client_says", "server_says"),
     "the server says first": ("server_says", "client_says"),
     "the client closes first": ("client_closes", "server_says", "server_closes"),
     "the server closes first": ("server_closes", "client_closes"),
 }.items():
-    by_relay(33, f"by a relay, {_name}")(_ends(*_words))
+    by_relay(33, f"by a relay, {_name}")(in_order(ByRelay, *_words))
 
 
-@by_relay(33, "by a relay, entries flushed before a FIN", probes=(True,))
-def flushed(lab: Lab) -> None:
-    """At either host before either side closes."""
-    by = _move_in_a_pause(lab)
-    lab.traffic.client_says()
-    for role in WHERE:
-        lab.conditions.flush_conntrack(role)
-    lab.traffic.server_closes()
-    for role in WHERE:
-        lab.conditions.flush_conntrack(role)
-    lab.traffic.client_closes()
-    by.finish()
-
-
-def _narrow(network: str) -> Moves:
-    def moves(lab: Lab) -> None:
-        by = _move_in_a_pause(lab)
-        lab.traffic.client_says()
-        lab.conditions.path_mtu(network)
-        lab.traffic.server_sends(MUCH)
-        lab.traffic.client_sends(MUCH)
-        lab.conditions.path_was_narrow(network)
-        by.finish()
-
-    return moves
-
-
+by_relay(33, "by a relay, entries flushed before a FIN", probes=(True,))(
+    flushed_before_fins(ByRelay, WHERE)
+)
 for _end, _network in {"the client": "near", "the relay": "old", "the destination": "far"}.items():
-    setup: dict[str, Any] = {"routed": (_network,)}
-    by_relay(33, f"by a relay, path MTU drops at {_end}", setup=setup)(_narrow(_network))
+    by_relay(33, f"by a relay, path MTU drops at {_end}", setup={"routed": (_network,)})(
+        narrow(ByRelay, _network)
+    )
 
 
 @by_relay(33, "by a relay, rolled back", probes=(True,))
@@ -129,17 +67,10 @@ def rolled_back(lab: Lab) -> None:
     lab.conclude(moved=False)
 
 
-@by_relay(33, "by a third host that takes OLD over", setup=A_THIRD)
-def taken_over(lab: Lab) -> None:
-    """The source's link goes down; then neither host has an entry any more."""
-    by = ByThird(lab)
-    by.begin(connections=3)
-    by.move()
-    lab.traffic.talk_on()
-    for role in (by.role, "destination"):
-        lab.conditions.flush_conntrack(role)
-        lab.traffic.talk_on()
-    by.finish()
+# The source's link goes down.
+by_relay(33, "by a third host that takes OLD over", setup=A_THIRD)(
+    under_traffic(ByThird, (ByThird.role, "destination"))
+)
 
 
 def _behind_firewalls(lab: Lab, by: ByRelay) -> None:
