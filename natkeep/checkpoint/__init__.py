@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from natkeep.plan.criu_lock import DumpLock
 from natkeep.plan.criu_lock import NetworkLock as NetworkLock
-from natkeep.plan.tuples import Address, Connections, Endpoint, FourTuple
+from natkeep.plan.tuples import NO_CONNECTIONS, Address, Connections, Endpoint, FourTuple
 from natkeep.values import dataclass, replace
 
 if TYPE_CHECKING:
@@ -177,7 +177,9 @@ class Checkpoint:
 
     sockets is empty where the source tells connections only (a text file); inventory is None
     where the source is not a directory of CRIU's images. live: read while the process ran. tree:
-    what it needs besides, where `inspect --live` told it.
+    what it needs besides, where `inspect --live` told it. connections: TCP's. udp: the sockets of
+    UDP that are connected; udp_servers: address (or the wildcard one) and port of those that are
+    not.
     """
 
     connections: Connections
@@ -185,6 +187,8 @@ class Checkpoint:
     inventory: Inventory | None = None
     live: bool = False
     tree: Tree | None = None
+    udp: Connections = NO_CONNECTIONS
+    udp_servers: tuple[Endpoint, ...] = ()
 
     @property
     def run_id(self) -> str | None:

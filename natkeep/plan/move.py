@@ -175,6 +175,8 @@ class Move:
     between it and its peers, so all sites but the destination wait for `open`.
     peer_maps: peers at its `old` have moved themselves, and are at its `new` on all wires.
     vias: of a move with a relay its addresses and ports, by which the destination knows all peers.
+    udp: the UDP sockets at an OLD that are connected; the move's other connections are TCP's.
+    udp_servers: OLD and port of each UDP socket that is not: any peer may speak to it.
     """
 
     id: str
@@ -192,6 +194,8 @@ class Move:
     live: bool = False
     peer_maps: tuple[Map, ...] = ()
     vias: tuple[Via, ...] = ()
+    udp: Connections = NO_CONNECTIONS
+    udp_servers: tuple[Endpoint, ...] = ()
 
     def __post_init__(self) -> None:
         parse_id(self.id)

@@ -17,20 +17,21 @@ class Protocol(NamedTuple):
     flags: of an entry that is made, both directions: IP_CT_TCP_FLAG_SACK_PERM and _BE_LIBERAL.
     The windows of a connection that the kernel has not seen cannot be told to it, so it must not
     judge by them; it does the same itself for connections that it picks up.
+    A protocol without states has none of these.
     timeout: the sysctl of an established connection's time-out, and the kernel's default (seconds).
     ends: the sysctls of how long the entry of a connection that has ended is kept.
     """
 
     name: str
     number: int
-    established: int
-    alive: frozenset[int]
-    opening: frozenset[int]
-    ended: frozenset[int]
-    flags: int
-    liberal: int
     timeout: tuple[str, int]
-    ends: tuple[str, ...]
+    established: int = 0
+    alive: frozenset[int] = frozenset()
+    opening: frozenset[int] = frozenset()
+    ended: frozenset[int] = frozenset()
+    flags: int = 0
+    liberal: int = 0
+    ends: tuple[str, ...] = ()
 
     @property
     def sport(self) -> str:
@@ -55,3 +56,5 @@ TCP = Protocol(
     timeout=("nf_conntrack_tcp_timeout_established", 432_000),
     ends=tuple(f"nf_conntrack_tcp_timeout_{name}" for name in ("close", "time_wait", "last_ack")),
 )
+
+UDP = Protocol(name="udp", number=17, timeout=("nf_conntrack_udp_timeout_stream", 120))

@@ -34,6 +34,7 @@ from functools import lru_cache
 from natkeep.errors import RefusedError
 from natkeep.plan.entry_attributes import Noted
 from natkeep.plan.move import Fate, Map, Mode, Move, Site
+from natkeep.plan.protocols import TCP, Protocol
 from natkeep.plan.refusals import (
     refuse_idle_sites,
     refuse_none_or_too_many,
@@ -139,6 +140,7 @@ class Translation:
     where it masquerades them, or they have moved. Where nothing but the local address differs, one
     of *outer* and *inner* is *kept* itself.
     number: part of the names of the sets; unique at a site. noted: what entries say here.
+    protocol: whose connections they are; a translation has those of one.
     """
 
     site: Site
@@ -149,6 +151,7 @@ class Translation:
     outer: Connections
     inner: Connections
     noted: tuple[Noted, ...] = ()
+    protocol: Protocol = TCP
 
     @property
     def before(self) -> Address:

@@ -176,6 +176,8 @@ def _rest_to_json(move: Move) -> dict[str, Any]:
         "live": move.live,
         "peer_maps": _maps_to_json(move.peer_maps),
         "vias": [[str(via.source), via.low, via.high] for via in move.vias],
+        "udp": [move.udp.v4.hex(), move.udp.v6.hex()] if len(move.udp) else None,
+        "udp_servers": [str(end) for end in move.udp_servers],
     }
     return {name: value for name, value in found.items() if value}
 
@@ -199,6 +201,8 @@ def move_from_json(value: dict[str, Any]) -> Move:
         live=as_flag(value.get("live", False)),
         peer_maps=_maps_from_json(value.get("peer_maps", [])),
         vias=tuple(map(_read_via, as_list(value.get("vias", [])))),
+        udp=read_sides(value.get("udp")),
+        udp_servers=_read_endpoints(value.get("udp_servers", [])),
     )
 
 
