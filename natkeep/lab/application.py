@@ -31,6 +31,7 @@ from natkeep.lab.time_scale import scaled
 from natkeep.plan.tuples import Endpoint, FourTuple
 
 SCRIPT = Path(__file__).with_name("traffic.py")
+DATAGRAMS = Path(__file__).with_name("datagrams.py")
 
 Report = dict[str, Any]
 Views = Mapping[FourTuple, FourTuple]
@@ -49,14 +50,14 @@ class TrafficError(NatkeepError):
 
 
 class Application:
-    """One traffic.py process, by the directory that steers it.
+    """One traffic.py process, by the directory that steers it; or one of another *script*.
 
     A directory belongs to one life of an application: a resumed process carries on in the same
     one, an unrelated process needs its own.
     """
 
-    def __init__(self, directory: Path) -> None:
-        self.directory = directory
+    def __init__(self, directory: Path, script: Path = SCRIPT) -> None:
+        self.directory, self.script = directory, script
         self.directory.mkdir(parents=True, exist_ok=True)
         report = self.report()  # of a process that another part of the lab began to steer
         self._seq = 0 if report is None else int(report["seq"])
@@ -76,7 +77,7 @@ class Application:
 
     def _line(self, role: str, *arguments: str) -> list[str]:
         # -I -S: nothing of the user's environment and no site-packages, a third less to dump.
-        script = [sys.executable, "-I", "-S", str(SCRIPT)]
+        script = [sys.executable, "-I", "-S", str(self.script)]
         return [*script, role, *arguments, "--dir", str(self.directory)]
 
     def command(self, *items: Item) -> int:
@@ -133,19 +134,22 @@ class Application:
         os.replace(temporary, self.directory / name)
 
 
-def start_server(host: Host, name: str, *listen: Endpoint | str) -> Application:
+def start_server(
+    host: Host, name: str, *listen: Endpoint | str, script: Path = SCRIPT
+) -> Application:
     """A server at *host*, which listens."""
-    server = Application(host.directory / name)
+    server = Application(host.directory / name, script)
     host.start(name, *server.serve_line(*map(str, listen)))
     server.wait(lambda report: len(report["listening"]) == len(listen), "listening")
     return server
 
 
 def start_client(
-    host: Host, name: str, to: Endpoint, *, count: int = 1, source: Source = None
-) -> Application:
+    host: Host, name: str, to: Endpoint, *, count: int = 1, source: Source = None,
+    script: Path = SCRIPT,
+) -> Application:  # fmt: skip
     """A client at *host* with *count* open connections, which leave from *source*."""
-    client = Application(host.directory / name)
+    client = Application(host.directory / name, script)
     line = client.dial_line(str(to), count=count, source=None if source is None else str(source))
     host.start(name, *line)
     client.wait(all_open(count), "connected")

@@ -37,7 +37,8 @@ class BothEnds:
 
     def begin(self, *, connections: int = 1, pause: bool = False) -> None:
         """A server, a client that can move as well, and requests and answers between them."""
-        lab, application = self.lab, Application(self.lab.directory / "dial-peer")
+        lab = self.lab
+        application = Application(lab.directory / "dial-peer", lab.traffic.script)
         lab.serve()
         self.host, dial = lab.topology["client"], str(lab.server_endpoint)
         line = application.dial_line(dial, count=connections)
@@ -45,8 +46,9 @@ class BothEnds:
         application.wait(all_open(connections), "connected")
         lab.traffic.client = application
         lab.traffic.keep()
-        ends = tuple(f"{each.source} {each.destination}" for each in lab.traffic.kept)
-        self.moving = Moving(application, "dial", pid, ends)
+        proto = "udp " if lab.udp else ""
+        ends = tuple(f"{proto}{each.source} {each.destination}" for each in lab.traffic.kept)
+        self.moving = Moving(application, "dial", pid, ends, lab.udp)
         self.party = lab.beside(CLIENT, "peer")
         self.party.site = THIRD
         self.party.settle()

@@ -25,6 +25,7 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 
+from natkeep.lab.datagrams import NUMBER_BITS
 from natkeep.lab.host import Host, LabError, await_true
 from natkeep.lab.report import Assertion
 from natkeep.lab.time_scale import scaled
@@ -41,7 +42,10 @@ _STATISTICS = re.compile(
 
 @dataclass(frozen=True, slots=True)
 class Segment:
-    """A TCP segment: sequence numbers as on the wire, length of its data, timestamp value."""
+    """A TCP segment: sequence numbers as on the wire, length of its data, timestamp value.
+
+    In a lab of UDP a datagram, whose number is *seq*; of one in fragments the first fragment.
+    """
 
     tuple: FourTuple
     flags: int
@@ -68,7 +72,10 @@ COMPLETE = "the captures are complete"
 class Capture:
     """tcpdump at one point; started by making it, ended by `stop`."""
 
-    def __init__(self, point: str, host: Host, interface: str, directory: Path) -> None:
+    def __init__(
+        self, point: str, host: Host, interface: str, directory: Path, *, udp: bool = False
+    ) -> None:
+        self._udp = udp
         self.point, self.path = point, directory / f"{point}.pcap"
         self.captured = self.received = self.dropped = 0
         self._host, self._stopped, self._early, self._lost = host, False, 0, 0
@@ -119,7 +126,7 @@ class Capture:
 
     def frames(self) -> list[Frame]:
         """What was captured, in the order of capture."""
-        return read_frames(self.path)
+        return read_frames(self.path, udp=self._udp)
 
     def _caught_up(self) -> bool:
         if self._tcpdump.process.poll() is not None:
@@ -147,12 +154,17 @@ class Capture:
 
 
 class Captures:
-    """All captures of a lab, by point; *more* points: name to role and interface."""
+    """All captures of a lab, by point; *more* points: name to role and interface.
 
-    def __init__(self, lab: Topology, more: Mapping[str, tuple[str, str]]) -> None:
+    udp: the segments of the frames are datagrams.
+    """
+
+    def __init__(
+        self, lab: Topology, more: Mapping[str, tuple[str, str]], *, udp: bool = False
+    ) -> None:
         self._captures: dict[str, Capture] = {}
         for point, (role, interface) in {**points(lab), **more}.items():
-            self._captures[point] = Capture(point, lab[role], interface, lab.directory)
+            self._captures[point] = Capture(point, lab[role], interface, lab.directory, udp=udp)
             lab.defer(self._captures[point].stop)
         for capture in self._captures.values():
             capture.await_ready()
@@ -203,8 +215,11 @@ def beyond_gateway(lab: Topology) -> list[str]:
     return [point for point, where in points(lab).items() if where in sides]
 
 
-def read_frames(path: Path) -> list[Frame]:
-    """The frames of a capture file; a segment in fragments is in the first one, with its length."""
+def read_frames(path: Path, *, udp: bool = False) -> list[Frame]:
+    """The frames of a capture file; a segment in fragments is in the first one, with its length.
+
+    udp: datagrams are what is taken for segments.
+    """
     from scapy.utils import RawPcapReader  # slow to import, and needed only here
 
     frames: list[Frame] = []
@@ -213,8 +228,10 @@ def read_frames(path: Path) -> list[Frame]:
         for raw, meta in reader:
             # `usec` holds nanoseconds in a nanosecond capture
             at_ns = meta.sec * 10**9 + meta.usec * (1 if reader.nano else 1000)
-            frame = _tcp_frame(at_ns, raw)
-            if raw[12:14] == b"\x08\x00" and raw[20] & 0x3F | raw[21]:  # more follow, or an offset
+            frame = _udp_frame(at_ns, raw) if udp else _tcp_frame(at_ns, raw)
+            if (
+                not udp and raw[12:14] == b"\x08\x00" and raw[20] & 0x3F | raw[21]
+            ):  # more follow, or an offset
                 number = raw[18:20] + raw[26:34]
                 if frame is not None:
                     cut[number] = len(frames)
@@ -252,6 +269,25 @@ def _tcp_frame(at_ns: int, raw: bytes) -> Frame | None:
     segment = Segment(tuple_, flags, seq, ack, total - size, _timestamp(tcp[20:size]))
     carried = frozenset((tuple_.source.address, tuple_.destination.address))
     return Frame(at_ns, carried, f"{tuple_} flags {flags:#04x} len {total - size}", segment)
+
+
+def _udp_frame(at_ns: int, raw: bytes) -> Frame | None:
+    """The frame when it begins a datagram of UDP, else None."""
+    kind = raw[12:14]
+    if kind == b"\x08\x00" and raw[23] == 17 and not int.from_bytes(raw[20:22], "big") & 0x1FFF:
+        ends, udp = (raw[26:30], raw[30:34]), raw[14 + (raw[14] & 15) * 4 :]
+    elif kind == b"\x86\xdd" and raw[20] == 17:
+        ends, udp = (raw[22:38], raw[38:54]), raw[54:]
+    elif kind == b"\x86\xdd" and (raw[20], raw[54]) == (44, 17) and not raw[56] and raw[57] < 8:
+        ends, udp = (raw[22:38], raw[38:54]), raw[62:]  # behind a fragment header, of offset 0
+    else:
+        return None
+    sport, dport, length = struct.unpack_from("!HHH", udp)
+    tuple_ = _four_tuple(ends[0], sport, ends[1], dport)
+    number = int.from_bytes(udp[9:16], "big") >> NUMBER_BITS
+    segment = Segment(tuple_, 0, number, 0, length - 8, None)
+    carried = frozenset((tuple_.source.address, tuple_.destination.address))
+    return Frame(at_ns, carried, f"{tuple_} datagram {number} len {length - 8}", segment)
 
 
 def _timestamp(options: bytes) -> int | None:

@@ -21,6 +21,13 @@ from natkeep.lab.application import Application
 from natkeep.lab.host import Host
 
 SILENCE_TABLE = "lab_silence"
+NO_DATAGRAMS = f"""\
+add table inet {SILENCE_TABLE}
+add chain inet {SILENCE_TABLE} into {{ type filter hook input priority -400; }}
+add rule inet {SILENCE_TABLE} into meta l4proto udp drop
+"""
+"""Before a freeze: a host without the socket tells peers that the port is unreachable. What the
+process has said goes out."""
 
 
 class EngineError(NatkeepError):
@@ -52,6 +59,7 @@ class Moving:
     role: str
     pid: int
     connections: tuple[str, ...] = ()  # lines for natkeep's --connections
+    udp: bool = False
 
 
 class Engine(Protocol):

@@ -34,6 +34,7 @@ from natkeep.lab.report import Report
 from natkeep.lab.topology import DESTINATION, SOURCE, USUAL, Address, Seat, Topology
 from natkeep.lab.traffic_words import PORT, Traffic
 from natkeep.lab.translators import TRANSLATORS, Order, Translator, TranslatorError
+from natkeep.lab.udp import Datagrams, judge_datagrams
 from natkeep.plan.tuples import Endpoint, FourTuple
 
 Frames = dict[str, list[capture.Frame]]
@@ -43,7 +44,8 @@ class Lab:
     """One lab; collects the report of one scenario.
 
     family 4|6, mode stateful|stateless (handed to natkeep), probe: whether CRIU's window probe
-    arrives, translator: see translators.py, points: captures beside the usual ones.
+    arrives, translator: see translators.py, points: captures beside the usual ones, udp: what is
+    kept are UDP's sockets (udp.py).
     """
 
     captures: capture.Captures
@@ -59,9 +61,10 @@ class Lab:
         self, scenario: str, *, engine: str = "auto", family: int = 4, mode: str = "stateful",
         probe: bool = True, translator: str = "natkeep", seats: Iterable[Seat] = USUAL,
         routed: Iterable[str] = (), points: Mapping[str, tuple[str, str]] | None = None,
+        udp: bool = False,
     ) -> None:  # fmt: skip
         self.engine: Engine = choose_engine(engine, probe=probe)
-        self.family, self.mode, self.probe = family, mode, probe
+        self.family, self.mode, self.probe, self.udp = family, mode, probe, udp
         self.topology = Topology(seats, routed=routed)
         self.report = Report(scenario, engine=self.engine.name, translator=translator, mode=mode)
         self.conditions = Conditions(self.topology, family, self.report)
@@ -86,11 +89,11 @@ class Lab:
         self.topology.__enter__()
         self.directory = self.topology.directory
         self.topology.defer(self.engine.close)
-        self.traffic = Traffic(self.name, self.directory, self.report)
+        self.traffic = self._make_traffic(self.name)
         self.new_connections = NewConnections(self.topology, self.traffic, self.report)
         try:
             self.translator = TRANSLATORS[self.report.translator](self.directory)
-            self.captures = capture.Captures(self.topology, self._points)
+            self.captures = capture.Captures(self.topology, self._points, udp=self.udp)
         except BaseException:
             self.topology.__exit__(None, None, None)
             raise
@@ -98,6 +101,10 @@ class Lab:
 
     def __exit__(self, *exception: Any) -> None:
         self.topology.__exit__(None, None, None)
+
+    def _make_traffic(self, name: str) -> Traffic:
+        kind = Datagrams if self.udp else Traffic
+        return kind(name, self.directory, self.report)
 
     # Beginning
 
@@ -141,7 +148,7 @@ class Lab:
         """
         other = copy.copy(self)
         other.name, other.home = name, home
-        other.traffic = Traffic(name, self.directory, self.report)
+        other.traffic = self._make_traffic(name)
         self.parties.append(other)
         return other
 
@@ -181,7 +188,7 @@ class Lab:
             tuple(self.traffic.views.values()), self.frozen.options, self.mode, replaces,
             self.listeners, self.peers,
             self.topology["client"] if self.at_peer else None,
-            self.topology[self.relay] if self.relay else None,
+            self.topology[self.relay] if self.relay else None, "udp" if self.udp else "tcp",
         )  # fmt: skip
         self.orders.append(self.order)
         return self.order
@@ -290,7 +297,10 @@ class Lab:
         report, kept = self.report, self._describe_kept()
         peers, near = {at: frames[at] for at in self.peer_points}, {"near": frames["near"]}
         far = {at: frames[at] for at in capture.beyond_gateway(self.topology)}
-        if moved:
+        if isinstance(self.traffic, Datagrams):
+            heard = self.traffic.heard
+            report.assertions += judge_datagrams(kept, peers, near, far, heard)
+        elif moved:
             report.assertions += wire_checks.judge_move(kept, peers, near, far)
         else:
             report.assertions += wire_checks.judge_peers(kept, peers, {**peers, **near})

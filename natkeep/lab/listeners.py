@@ -61,7 +61,7 @@ class NewConnections:
     def dial(self, to: Address, port: int = PORT, *, role: str = "client") -> NewConnection:
         """Dial *to*; whether anything answers is seen later."""
         name = f"call-{len(self.made)}"
-        application = Application(self.topology.directory / name)
+        application = Application(self.topology.directory / name, self.traffic.script)
         self.topology[role].start(name, *application.dial_line(str(Endpoint(to, port))))
         report = application.wait(lambda report: report["connections"], "to have dialled")
         self.made.append(NewConnection(application, tuple_of(report["connections"][0])))

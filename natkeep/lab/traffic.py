@@ -165,12 +165,12 @@ class Connection:
         self.silent_since = time.monotonic()
         self.names: dict[str, Any] = {"local": None, "peer": None, "family": None}
 
-    SAVED = (
+    SAVED: tuple[str, ...] = (
         "state", "answering", "reading", "shut_wanted", "rx", "tx", "owed", "bulk", "asked",
         "answered", "error", "mismatch", "longest_silence", "names",
     )  # fmt: skip
 
-    REPORTED = ("state", "error", "rx", "tx", "asked", "answered", "mismatch")
+    REPORTED: tuple[str, ...] = ("state", "error", "rx", "tx", "asked", "answered", "mismatch")
 
     def saved(self) -> dict[str, Any]:
         """The socket apart."""
@@ -761,21 +761,22 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def main(arguments: list[str] | None = None) -> None:
-    options = make_parser().parse_args(arguments)
+def main(process: type[Process] = Process) -> None:
+    """*process*: datagrams.py has another one."""
+    options = make_parser().parse_args()
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # thousands of connections
-    process = Process(options.role, Path(options.dir))
+    running = process(options.role, Path(options.dir))
     if options.resume is not None:
-        process.resume(Path(options.resume))
+        running.resume(Path(options.resume))
     elif options.role == "serve":
-        process.listening = options.listen
-        process.start()
+        running.listening = options.listen
+        running.start()
     else:
-        process.to, process.source = options.to, options.source
+        running.to, running.source = options.to, options.source
         for _ in range(options.count):
-            process.dial(options.to)
-    process.run()
+            running.dial(options.to)
+    running.run()
 
 
 if __name__ == "__main__":

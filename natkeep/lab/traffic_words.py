@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from natkeep.lab.application import (
+    SCRIPT,
     Application,
     Source,
     TrafficError,
@@ -32,7 +33,7 @@ from natkeep.lab.application import (
 from natkeep.lab.application import Report as Status
 from natkeep.lab.engine import Engine, Moving
 from natkeep.lab.host import Host, LabError, await_true
-from natkeep.lab.report import Report, ScenarioOver
+from natkeep.lab.report import Assertion, Report, ScenarioOver
 from natkeep.plan.tuples import Endpoint, FourTuple
 
 PORT = 5000
@@ -47,6 +48,7 @@ class Traffic:
     carried_on: whether anything arrived after the move.
     """
 
+    script = SCRIPT
     client: Application
     server: Moving
 
@@ -73,14 +75,16 @@ class Traffic:
 
     def serve(self, engine: Engine, host: Host, listen: str) -> None:
         """A server at *host* listens."""
-        application = Application(self.directory / f"serve-{self.name}")
+        application = Application(self.directory / f"serve-{self.name}", self.script)
         pid = engine.start(host, application, application.serve_line(listen))
         application.wait(lambda report: report["listening"], "listening")
         self.server = Moving(application, "serve", pid)
 
     def dial(self, host: Host, to: Endpoint, *, count: int, source: Source) -> None:
         """The client at *host* opens *count* connections, which are to be kept."""
-        self.client = start_client(host, f"dial-{self.name}", to, count=count, source=source)
+        self.client = start_client(
+            host, f"dial-{self.name}", to, count=count, source=source, script=self.script
+        )
         self.keep()
 
     def dial_one_by_one(self, host: Host, to: Endpoint, count: int) -> None:
@@ -101,9 +105,11 @@ class Traffic:
         self.kept = tuple(tuple_of(each) for each in self.client.fresh()["connections"])
         self.views = dict(zip(self.kept, inside or self.kept, strict=True))
         self.report.before += [str(each) for each in self.kept]
-        self.server.connections = tuple(
-            f"{each.destination} {each.source}" for each in self.views.values()
-        )
+        self.server.connections = tuple(self.list_kept())
+
+    def list_kept(self) -> Iterable[str]:
+        """The lines of natkeep's --connections."""
+        return (f"{each.destination} {each.source}" for each in self.views.values())
 
     # Requests and answers
 
@@ -187,6 +193,10 @@ class Traffic:
             said = _counted(f"{each['state']} with {each['rx']} octets" for each in report)
             raise TrafficError(f"{reader.directory.name}: not within {within:.1f} s: {said}")
 
+    def all_arrived(self, client: Status, server: Status) -> Assertion:
+        """What both ends said has arrived."""
+        return octets_agree(client, server, self.views)
+
     def _note_arrival(self) -> None:
         silences = [each["longest_silence_ms"] for each in self.client.fresh()["connections"]]
         self.report.stall_ms = max(silences)
@@ -202,7 +212,7 @@ class Traffic:
             self.quiet()
         client, server = self.client.fresh(), self.process.fresh()
         self.report.assertions += [
-            octets_agree(client, server, self.views),
+            self.all_arrived(client, server),
             sockets_agree(client, server, self.views),
         ]
         self.report.after += [str(tuple_of(each)) for each in client["connections"]]

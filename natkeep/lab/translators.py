@@ -44,6 +44,7 @@ class Order:
     gateway: None where none translates. peer: the peers' own host, where that does.
     peers: which have moved as well, and where they are.
     relay: the host that passes on what comes to OLD, if one does.
+    protocol: of what is kept, `tcp` or `udp`.
     """
 
     id: str
@@ -59,6 +60,7 @@ class Order:
     peers: tuple[tuple[Address, Address], ...] = ()
     peer: Host | None = None
     relay: Host | None = None
+    protocol: str = "tcp"
 
 
 class Translator:
@@ -248,7 +250,7 @@ class NaivePurge(Naive):
     def prepare(self, order: Order) -> None:
         super().prepare(order)
         purge = "\n".join(
-            f"conntrack -D -p tcp {end} {address}"
+            f"conntrack -D -p {order.protocol} {end} {address}"
             for address in (order.old, order.new)
             for end in ("--orig-dst", "--orig-src")
         )
@@ -260,7 +262,8 @@ class NaivePurge(Naive):
         ports = sorted({each.destination.port for each in order.connections})
         target = str(before) if before.version == 4 else f"[{before}]"
         return [
-            f"{ip} saddr {after} tcp sport {port} snat {ip} to {target}:{port}" for port in ports
+            f"{ip} saddr {after} {order.protocol} sport {port} snat {ip} to {target}:{port}"
+            for port in ports
         ]
 
 

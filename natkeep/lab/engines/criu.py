@@ -1,6 +1,7 @@
 """The engine `criu`: `criu dump` and `criu restore` in the host's own namespaces.
 
-A dump that ends the process keeps CRIU's network lock at the host, which so stays silent.
+A dump that ends the process keeps CRIU's network lock at the host, which so stays silent; of UDP
+the lab closes it.
 """
 
 from __future__ import annotations
@@ -11,7 +12,16 @@ import subprocess
 from collections.abc import Mapping
 from pathlib import Path
 
-from natkeep.lab.engine import EngineError, Frozen, InHost, Moving, Opening, end_silence, errors_in
+from natkeep.lab.engine import (
+    NO_DATAGRAMS,
+    EngineError,
+    Frozen,
+    InHost,
+    Moving,
+    Opening,
+    end_silence,
+    errors_in,
+)
 from natkeep.lab.host import Host
 from natkeep.lab.time_scale import scaled
 
@@ -28,6 +38,8 @@ class Criu(InHost):
 
     def freeze(self, host: Host, moving: Moving, into: Path) -> Frozen:
         into.mkdir()
+        if moving.udp:  # CRIU locks TCP alone
+            host.nft(NO_DATAGRAMS)
         self.run(host, into, "dump", "--tree", str(moving.pid), "--network-lock", "nftables")
         return Frozen(into, ("--image", str(into)))
 

@@ -1,6 +1,8 @@
 """The engine `repair`: TCP_REPAIR in the application itself, which moves the network state only.
 
 traffic.py freezes its own sockets into a file and creates them again from it, by tcp_repair.py.
+UDP needs none of it: datagrams.py closes its sockets, and at the destination it binds new ones to
+OLD, and connects them.
 """
 
 from __future__ import annotations
@@ -8,6 +10,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from natkeep.lab.engine import (
+    NO_DATAGRAMS,
     SILENCE_TABLE,
     EngineError,
     Frozen,
@@ -37,7 +40,7 @@ class Repair(InHost):
 
     def freeze(self, host: Host, moving: Moving, into: Path) -> Frozen:
         into.mkdir()
-        host.nft(_SILENCE)
+        host.nft(NO_DATAGRAMS if moving.udp else _SILENCE)
         moving.application.do({"freeze": str(into / "state.json")})
         host.kill(moving.pid)  # killed in repair, a socket vanishes without FIN or RST
         await_true(lambda: not host.alive(moving.pid), "the frozen process to end")

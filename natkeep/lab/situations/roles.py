@@ -6,7 +6,7 @@ same translation fits all of them.
 
 from __future__ import annotations
 
-from natkeep.lab.application import Application, all_open, start_server
+from natkeep.lab.application import Application, all_open, received, start_server
 from natkeep.lab.engine import Moving
 from natkeep.lab.lab import Lab
 from natkeep.lab.situations import situation, usual_end
@@ -30,11 +30,15 @@ def begin_dialled(lab: Lab) -> None:
     """As Lab.begin, with three connections that the process at the source dials."""
     lab.settle()
     to = Endpoint(CLIENT.address(lab.family), PORT)
-    lab.traffic.client = start_server(lab.topology["client"], "peer", to)
-    process = Application(lab.directory / "process")
+    script = lab.traffic.script
+    lab.traffic.client = start_server(lab.topology["client"], "peer", to, script=script)
+    process = Application(lab.directory / "process", script)
     lab.at = lab.topology["source"]
     program = lab.at.start("process", *process.dial_line(str(to), count=3))
-    lab.traffic.server = Moving(process, "dial", program.pid)
+    lab.traffic.server = Moving(process, "dial", program.pid, udp=lab.udp)
+    if lab.udp:  # a server hears of its peers by what they say
+        process.do({"push": 64})
+        process.wait(received(64), "answered")
     lab.traffic.client.wait(all_open(3), "connected")
     process.do("answer")
     lab.traffic.keep()
