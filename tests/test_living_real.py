@@ -22,6 +22,7 @@ server = socket.create_server(("10.2.0.10", 5000))
 both = socket.create_server(("::", 7000), family=socket.AF_INET6, dualstack_ipv6=True)
 udp = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
 udp.bind(("10.2.0.10", 53))
+udp.sendto(b"is not read", ("10.2.0.10", 53))
 clients = [socket.create_connection(("10.2.0.10", 5000), source_address=("10.1.0.2", 0)),
            socket.create_connection(("10.2.0.10", 7000), source_address=("10.1.0.2", 0))]
 ports = [client.getsockname()[1] for client in clients]
@@ -75,13 +76,15 @@ def test_each_socket_of_a_living_process_is_shown(
     shown = json.loads(natkeep(tmp_path, "inspect", "--live", str(pid), "--json"))
 
     kept = {(each["local"], each["peer"]) for each in shown["sockets"] if each["kept"]}
-    assert kept == {(f"{OLD}:5000", peers[0]), (f"{OLD}:7000", peers[1])}
+    udp = (f"{OLD}:53", None)
+    assert kept == {(f"{OLD}:5000", peers[0]), (f"{OLD}:7000", peers[1]), udp}
     rest = {(s["protocol"], s["state"], s["local"]) for s in shown["sockets"] if not s["kept"]}
     assert rest == {
         ("tcp", "LISTEN", f"{OLD}:5000"),
         ("tcp", "LISTEN", "[::]:7000"),
-        ("udp", None, f"{OLD}:53"),
     }
+    [unread] = (each["unread"] for each in shown["sockets"] if each["protocol"] == "udp")
+    assert unread > 0
     assert shown["live"] is True
 
 

@@ -289,10 +289,11 @@ SOCKETS = (
         TcpState.CLOSE_WAIT,
     ),
     Socket("tcp", Endpoint.parse("[::]:5000"), None, TcpState.LISTEN),
-    Socket("udp", None, None, unkept="udp: not a TCP connection"),
+    judge("udp", None, None, None, None, None),
 )
-KEYS = ("protocol", "state", "local", "peer", "device", "unsent", "kept", "reason", "outcome")
-UDP = "udp: not a TCP connection"
+KEYS = ("protocol", "state", "local", "peer", "device", "unsent", "unread", "kept", "reason")
+KEYS += ("outcome",)
+UDP = "bound to no port: no datagram reaches it"
 LISTENER = "a listener: new connections reach it with --listeners only"
 
 
@@ -302,10 +303,21 @@ def test_the_document_of_inspect() -> None:
     assert document["sum"] == {"kept": 2, "lost": 0, "restored": 1, "listener": 1}
     assert [tuple(row) for row in document["sockets"]] == [KEYS] * 4
     assert [tuple(row.values()) for row in document["sockets"]] == [
-        ("tcp", "ESTABLISHED", "10.2.0.10:5000", "10.1.0.2:50594", "eth0", 7, True, None, "kept"),
-        ("tcp", "CLOSE-WAIT", "[fd00:2::10]:5000", "[fd00:1::2]:9", None, 0, True, None, "kept"),
-        ("tcp", "LISTEN", "[::]:5000", None, None, 0, False, LISTENER, "listener"),
-        ("udp", None, None, None, None, 0, False, UDP, "restored"),
+        (
+            "tcp",
+            "ESTABLISHED",
+            "10.2.0.10:5000",
+            "10.1.0.2:50594",
+            "eth0",
+            7,
+            0,
+            True,
+            None,
+            "kept",
+        ),
+        ("tcp", "CLOSE-WAIT", "[fd00:2::10]:5000", "[fd00:1::2]:9", None, 0, 0, True, None, "kept"),
+        ("tcp", "LISTEN", "[::]:5000", None, None, 0, 0, False, LISTENER, "listener"),
+        ("udp", None, None, None, None, 0, 0, False, UDP, "restored"),
     ]
 
 
@@ -313,7 +325,7 @@ def test_with_a_map_what_has_another_address_is_not_kept() -> None:
     olds = [parse_address("fd00:2::10")]
     rows = report.checkpoint_to_json(Checkpoint.of(SOCKETS), olds)["sockets"]
     other = "its local address is not an OLD of --map"
-    assert [row["reason"] for row in rows] == [other, None, LISTENER, "udp: not a TCP connection"]
+    assert [row["reason"] for row in rows] == [other, None, LISTENER, UDP]
 
 
 def test_the_lines_of_inspect() -> None:
@@ -323,7 +335,7 @@ def test_the_lines_of_inspect() -> None:
         ["tcp", "ESTABLISHED", "10.2.0.10:5000", "10.1.0.2:50594", "kept (7 octets unsent)"],
         ["tcp", "CLOSE-WAIT", "[fd00:2::10]:5000", "[fd00:1::2]:9", "kept"],
         ["tcp", "LISTEN", "[::]:5000", "*", LISTENER],
-        ["udp", "*", "*", "needs", "nothing: udp: not a TCP connection"],
+        ["udp", "*", "*", "needs", f"nothing: {UDP}"],
     ]
     assert list(report.checkpoint_lines(Checkpoint(Connections()), [])) == ["no inet sockets"]
 
@@ -355,8 +367,21 @@ DIALS = judge("tcp", TcpState.SYN_SENT, end("10.2.0.10:4"), end("10.1.0.9:5"), N
         (HERE, "restored", "comes back: a listener that this host alone reaches"),
         (DIALS, "lost", "LOST: not yet established: CRIU dials again on restore"),
         (other("tcp", None, None, TcpState.CLOSED), "restored", "needs nothing: closed"),
-        (other("udp", "127.0.0.1:5", "127.0.0.1:514"), "restored", None),
-        (other("udp", "10.2.0.10:53"), "lost", f"LOST: {UDP}"),
+        (
+            judge("udp", None, end("127.0.0.1:5"), end("127.0.0.1:514"), None, LOOPBACK),
+            "restored", None,
+        ),
+        (
+            judge("udp", None, end("127.0.0.1:5"), None, None, LOOPBACK),
+            "restored", "comes back: a listener that this host alone reaches",
+        ),
+        (other("udp", "10.2.0.10:53"), "kept", "kept"),
+        (other("udp", "0.0.0.0:53"), "kept", "kept"),
+        (other("udp", "10.2.0.10:4433", "10.1.0.2:9"), "kept", "kept"),
+        (
+            other("udp", "10.2.0.10:4433", "224.0.0.1:9"), "lost",
+            "LOST: its peer 224.0.0.1 is no unicast address: it is whatever the link has there",
+        ),
         (other("mptcp", "10.2.0.10:5"), "lost", "LOST: MPTCP: CRIU cannot restore it"),
     ],
     ids=str,
@@ -396,5 +421,7 @@ def test_a_real_image_is_told_whole() -> None:
     assert len(rows) == len(checkpoint.sockets) > 0
     kept = {(row["local"], row["peer"]) for row in rows if row["kept"]}
     expected = {(str(t.destination), str(t.source)) for t in checkpoint.connections}
-    assert kept == expected
+    servers = {(str(end), None) for end in checkpoint.udp_servers}
+    assert kept == expected | servers
+    assert servers == {("10.2.0.10:53", None)}
     assert all(row["kept"] == (row["reason"] is None) for row in rows)

@@ -9,7 +9,7 @@ import pytest
 from fake_kernel import FakeKernel
 
 from natkeep import policy, report
-from natkeep.checkpoint import ELSEWHERE, Checkpoint, Socket, TcpState
+from natkeep.checkpoint import ELSEWHERE, NO_UDP, Checkpoint, Socket, TcpState
 from natkeep.cli.arguments import authorise, make_move
 from natkeep.cli.parser import make_parser
 from natkeep.criu.environment import read_orders
@@ -55,7 +55,7 @@ LEFT_ALONE = [
     tcp("10.2.0.10:80", "10.1.0.9:9", unkept=ELSEWHERE),
     tcp("10.9.0.1:80", "10.1.0.9:9", unkept="loopback"),
     tcp(None, None, TcpState.CLOSED, "closed"),
-    Socket("udp", end("10.2.0.10:53"), end("10.1.0.9:53"), unkept="udp: not a TCP connection"),
+    Socket("udp", end("10.2.0.10:53"), end("10.1.0.9:53"), unkept=NO_UDP),
 ]
 
 
@@ -228,7 +228,7 @@ def test_what_is_not_kept_is_told_with_its_fate() -> None:
         "tcp 10.2.0.10:80 10.2.0.10:7: its peer 10.2.0.10 is on the source host too; "
         "reset, the process; its peer is met at no site of this move",
         "tcp 10.2.0.10:40000 10.1.0.7:5432: not yet established; reset, both ends",
-        "udp 10.2.0.10:53 10.1.0.9:53: udp: not a TCP connection",
+        "udp 10.2.0.10:53 10.1.0.9:53: left by --no-udp",
     ]
 
 

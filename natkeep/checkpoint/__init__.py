@@ -7,7 +7,7 @@ may touch is the operator's word (`--map`), never the image's.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from enum import StrEnum
 from typing import TYPE_CHECKING
 
@@ -48,6 +48,8 @@ ELSEWHERE = "in another network namespace than the root task"
 """`unkept` of a socket that the move has nothing to do with."""
 TCP_CLOSE = "dumped with --tcp-close: CRIU restores it closed"
 """`unkept` of every connection of such a dump."""
+NO_UDP = "left by --no-udp"
+"""`unkept` of the UDP sockets that could be kept, where the operator does not want it."""
 
 
 class Outcome(StrEnum):
@@ -81,6 +83,8 @@ class Socket:
     both_ends: its other end is a socket of the process, too, so a move of both translates nothing.
     unsent: octets in the send queue that have never been sent (they leave before
     `post-restore`); 0 where the queues were not looked at.
+    unread: octets of the receive buffer that datagrams take up (the kernel counts its own overhead,
+    too), which CRIU drops; of UDP sockets of a living process, else 0.
     """
 
     protocol: str
@@ -91,6 +95,7 @@ class Socket:
     unkept: str | None = None
     unsent: int = 0
     both_ends: bool = False
+    unread: int = 0
 
     def __str__(self) -> str:
         return f"{self.protocol} {self.local or '*'} {self.peer or '*'}"
@@ -98,6 +103,14 @@ class Socket:
     def is_connection(self) -> bool:
         """Whether this is a TCP connection that can be kept."""
         return self.unkept is None and self.state in SYNCHRONIZED
+
+    def is_connected_udp(self) -> bool:
+        """Whether this is a UDP socket with one peer, that can be kept."""
+        return self.unkept is None and self.protocol == "udp" and self.peer is not None
+
+    def is_udp_server(self) -> bool:
+        """Whether this is a UDP socket to which any peer may speak, that can be kept."""
+        return self.unkept is None and self.protocol == "udp" and self.peer is None
 
     def is_listener(self) -> bool:
         """Whether this is a TCP socket that waits for connections."""
@@ -108,8 +121,9 @@ class Socket:
         return self.unkept is not None and self.unkept.startswith(TRANSLATED)
 
     def listens_on_loopback(self) -> bool:
-        """Whether it waits for connections of this host alone: they come and go with it."""
-        return self.state == TcpState.LISTEN and self.unkept == LOOPBACK
+        """Whether only this host speaks to it: what it hears comes and goes with the host."""
+        waits = self.state == TcpState.LISTEN or (self.protocol == "udp" and self.peer is None)
+        return waits and self.unkept == LOOPBACK
 
     def inbound(self) -> FourTuple | None:
         """The four-tuple of what arrives; None where it has no two ends of one IP version."""
@@ -128,6 +142,8 @@ class Socket:
         if not olds:
             return None
         if self.local is None or not self._moves(self.local, olds):
+            if self.is_udp_server() and self.local is not None and ends_at((self.local,), olds):
+                return None
             return "its local address is not an OLD of --map"
         if self.peer is not None and not self.both_ends and self.peer.address in olds:
             return f"its peer {self.peer.address} is on the source host too"
@@ -205,20 +221,33 @@ class Checkpoint:
         return DumpLock(dump.network_lock, dump.run_id, dump.own_netns, count)
 
     def listeners_at(self, olds: Sequence[Address]) -> tuple[Endpoint, ...]:
-        """OLD and port of each listener that is bound to one of *olds*, or to all addresses.
+        """OLD and port of each listener that is bound to one of *olds*, or to all addresses."""
+        ends = (each.local for each in self.sockets if each.is_listener() and each.local)
+        return ends_at(ends, olds)
 
-        A socket on [::] serves IPv4 as well, unless it was told otherwise (IPV6_V6ONLY), which a
-        caller then notices by a reset, as before the move.
+    def udp_at(self, olds: Sequence[Address]) -> Connections:
+        """The connected sockets of UDP at *olds* that a move translates: no peer of theirs moves.
+
+        Datagrams from one OLD to another are those of the process with itself; they stay where
+        it is.
         """
-        found = {
-            Endpoint(old, socket.local.port)
-            for socket in self.sockets
-            if socket.is_listener() and socket.local is not None
-            for old in olds
-            if socket.local.address == old
-            or (socket.local.address.is_unspecified and socket.local.address.version >= old.version)
-        }
-        return tuple(sorted(found, key=lambda end: (end.address.version, end)))
+        here = Connections.joined(self.udp.at(old) for old in olds)
+        moving = {old.packed for old in olds}
+        return here.with_peers(moving, without=True) if here.may_have_peer(moving) else here
+
+    def udp_servers_at(self, olds: Sequence[Address]) -> tuple[Endpoint, ...]:
+        """OLD and port of each UDP socket without a peer, as `listeners_at`."""
+        return ends_at(self.udp_servers, olds)
+
+    def without_udp(self) -> Checkpoint:
+        """The same, but that UDP is to be left (`--no-udp`)."""
+        sockets = tuple(
+            replace(each, unkept=NO_UDP, both_ends=False)
+            if each.is_connected_udp() or each.is_udp_server()
+            else each
+            for each in self.sockets
+        )
+        return replace(self, sockets=sockets, udp=NO_CONNECTIONS, udp_servers=())
 
     def lost_at(self, olds: Sequence[Address]) -> Connections:
         """What peers of *olds* would wait for in vain: sockets that cannot be kept, with a peer.
@@ -270,7 +299,32 @@ class Checkpoint:
         inbound = [Connections.of(filter(None, [each.inbound()])) for each in sockets]
         sockets = pair_up(sockets, [one.v4 or one.v6 for one in inbound])
         kept = (socket.inbound() for socket in sockets if socket.is_connection())
-        return cls(Connections.of(filter(None, kept)), sockets, None, live)
+        udp = (socket.inbound() for socket in sockets if socket.is_connected_udp())
+        return cls(
+            Connections.of(filter(None, kept)), sockets, None, live,
+            udp=Connections.of(dict.fromkeys(filter(None, udp))), udp_servers=servers_of(sockets),
+        )  # fmt: skip
+
+
+def servers_of(sockets: Iterable[Socket]) -> tuple[Endpoint, ...]:
+    """Where the UDP servers among *sockets* are bound, each end once: they may share it."""
+    ends = (each.local for each in sockets if each.is_udp_server() and each.local)
+    return tuple(dict.fromkeys(ends))
+
+
+def ends_at(ends: Iterable[Endpoint], olds: Sequence[Address]) -> tuple[Endpoint, ...]:
+    """OLD and port of each of *ends* that is at one of *olds*, or at all addresses; sorted.
+
+    A socket on [::] serves IPv4 as well, unless it was told otherwise (IPV6_V6ONLY), which a
+    caller then notices by a reset, as before the move.
+    """
+    found = {
+        Endpoint(old, end.port)
+        for end in ends
+        for old in olds
+        if end.address == old or (end.address.is_unspecified and end.address.version >= old.version)
+    }
+    return tuple(sorted(found, key=lambda end: (end.address.version, end)))
 
 
 def is_elsewhere(address: Address, olds: Sequence[Address]) -> bool:
@@ -291,13 +345,20 @@ def pair_up(sockets: tuple[Socket, ...], records: Sequence[bytes]) -> tuple[Sock
     some = Connections.of_records(records)
     if not some.may_be_with_themselves():  # as a rule, and told without a look at each
         return sockets
-    movable = [each.unkept in (None, LOOPBACK) and each.state in SYNCHRONIZED for each in sockets]
-    here = frozenset(record for record, may in zip(records, movable, strict=True) if may)
-    both = here.intersection(some.only(here).turned().each())
-    return tuple(
-        replace(socket, unkept=None, both_ends=True) if may and record in both else socket
-        for socket, record, may in zip(sockets, records, movable, strict=True)
-    )
+    for protocol in ("tcp", "udp"):
+        movable = [
+            each.unkept in (None, LOOPBACK)
+            and each.protocol == protocol
+            and (each.state in SYNCHRONIZED or (protocol == "udp" and each.peer is not None))
+            for each in sockets
+        ]
+        here = frozenset(record for record, may in zip(records, movable, strict=True) if may)
+        both = here.intersection(some.only(here).turned().each())
+        sockets = tuple(
+            replace(socket, unkept=None, both_ends=True) if may and record in both else socket
+            for socket, record, may in zip(sockets, records, movable, strict=True)
+        )
+    return sockets
 
 
 def shorten(error: Exception | str) -> str:

@@ -34,8 +34,8 @@ from natkeep.values import replace
 
 SCHEMA = 1
 _KEYS = {"protocol", "state", "local", "peer", "device", "unsent", "kept", "reason"}
-_LATER = {"outcome"}
-"""What an earlier natkeep did not print, and what another --map decided."""
+_LATER = {"outcome", "unread"}
+"""What an earlier natkeep did not print; the first is what another --map decided."""
 _HINT = "as natkeep inspect --json prints it"
 _PROTOCOL = re.compile("|".join(("raw", *PROTOCOLS.values(), "protocol [0-9]{1,5}")))
 
@@ -69,8 +69,8 @@ def parse_described(text: str, name: str) -> Checkpoint:
         except ValueError as error:
             raise ImageError(f"{name}: socket {number}: {shorten(error)}", hint=_HINT) from None
         sockets.append(socket)
-    if not any(socket.protocol == "tcp" for socket in sockets):
-        raise ImageError(f"{name} tells of no TCP socket", hint=_HINT)
+    if not any(socket.protocol in ("tcp", "udp") for socket in sockets):
+        raise ImageError(f"{name} tells of no TCP or UDP socket", hint=_HINT)
     try:
         tree = None if document.get("tree") is None else _read_tree(document["tree"])
     except ValueError as error:
@@ -164,8 +164,10 @@ def _read_socket(value: object, *, closes: bool) -> Socket:
     device, unsent = value["device"], value["unsent"]
     if device is not None and not _is_name(_text(device)):
         raise ValueError("the name of its device is not one")
-    if type(unsent) is not int or unsent < 0:
-        raise ValueError(f"unsent {unsent!r} is not a number of octets")
+    unread = value.get("unread", 0)
+    for key, octets in (("unsent", unsent), ("unread", unread)):
+        if type(octets) is not int or octets < 0:
+            raise ValueError(f"{key} {octets!r} is not a number of octets")
     if type(value["kept"]) is not bool or not isinstance(value["reason"], str | None):
         raise ValueError("kept is true or false, and reason a text or null")
     local, peer = (_read_end(value[end]) for end in ("local", "peer"))
@@ -177,7 +179,7 @@ def _read_socket(value: object, *, closes: bool) -> Socket:
     if closes and state in SYNCHRONIZED:
         reason = TCP_CLOSE
     socket = judge(protocol, state, local, peer, device, reason)
-    return replace(socket, unsent=unsent)
+    return replace(socket, unsent=unsent, unread=unread)
 
 
 def _read_end(value: object) -> Endpoint | None:

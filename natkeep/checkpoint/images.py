@@ -22,7 +22,7 @@ from __future__ import annotations
 import os
 import re
 import struct
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 
 from natkeep.checkpoint import (
@@ -36,6 +36,7 @@ from natkeep.checkpoint import (
     Socket,
     messages,
     pair_up,
+    servers_of,
 )
 from natkeep.checkpoint.imagefile import (
     COMMON,
@@ -67,7 +68,7 @@ _FD_ID, _FD_TYPE = number(1), number(3)
 _MAX_STREAM_ENTRY = 4096  # 17 numbers of at most 12 octets, and room for what newer CRIUs add
 
 _INETSK = 4  # enum fd_types
-_STREAM, _RAW = 1, 3  # SOCK_STREAM, SOCK_RAW
+_RAW, _TYPES = 3, {"tcp": 1, "mptcp": 1, "udp": 2}  # SOCK_RAW; SOCK_STREAM, SOCK_DGRAM
 _ADDRESS_SIZES = {2: 4, 10: 16}  # AF_INET, AF_INET6
 _LOCKS = {0: NetworkLock.IPTABLES, 1: NetworkLock.NFTABLES, 2: NetworkLock.SKIP}
 _PORT = struct.Struct("!H").pack
@@ -143,18 +144,25 @@ def _read_sockets(images: Directory) -> tuple[Checkpoint, Sequence[int]]:
     if not offset:
         raise images.damaged("files.img", 8, "no entries, though each process has open files")
     all_ = tuple(sockets)
-    kept = _records_kept(all_, records)
+    kept = _select(all_, records, Socket.is_connection)
     if len(set(kept)) != len(kept):
         raise images.damaged("files.img", 0, "two sockets have the same connection")
     _check_descriptors(images, ids)
     paired = pair_up(all_, records)
-    kept = kept if paired is all_ else _records_kept(paired, records)
-    return Checkpoint(Connections.of_records(kept), paired, inventory), inodes
+    kept = kept if paired is all_ else _select(paired, records, Socket.is_connection)
+    # Several of UDP may have the same ends (SO_REUSEPORT): a datagram's way is the same for all.
+    udp = dict.fromkeys(_select(paired, records, Socket.is_connected_udp))
+    checkpoint = Checkpoint(
+        Connections.of_records(kept), paired, inventory,
+        udp=Connections.of_records(udp), udp_servers=servers_of(paired),
+    )  # fmt: skip
+    return checkpoint, inodes
 
 
-def _records_kept(sockets: Sequence[Socket], records: Sequence[bytes]) -> list[bytes]:
-    pairs = zip(sockets, records, strict=True)
-    return [record for socket, record in pairs if socket.is_connection()]
+def _select(
+    sockets: Sequence[Socket], records: Sequence[bytes], wanted: Callable[[Socket], bool]
+) -> list[bytes]:
+    return [record for socket, record in zip(sockets, records, strict=True) if wanted(socket)]
 
 
 def _find_socket(body: bytes) -> bytes | None:
@@ -245,7 +253,7 @@ def _find_protocol(protocol: int, kind: int) -> str:
     name = PROTOCOLS.get(protocol) or f"protocol {protocol}"
     if kind == _RAW:
         return "raw"
-    if name in ("tcp", "mptcp") and kind != _STREAM:
+    if kind != _TYPES.get(name, kind):
         raise Damage(0, f"inet_sk_entry: {name} in a socket of type {kind}")
     return name
 

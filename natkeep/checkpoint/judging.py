@@ -23,6 +23,9 @@ _UNKEPT_STATES = {
 }
 
 
+_BROADCAST = ipaddress.IPv4Address("255.255.255.255")
+
+
 @lru_cache(maxsize=4096)
 def find_address(packed: bytes) -> tuple[Address, bytes, str | None]:
     """The address, its octets on the wire, and why a connection there cannot be kept, if so."""
@@ -60,14 +63,34 @@ def judge(
     """
     if protocol in ("mptcp", "sctp", "dccp"):
         reason = f"{protocol.upper()}: CRIU cannot restore it"
-    elif protocol != "tcp":
-        reason = f"{protocol}: not a TCP connection"
+    elif protocol not in ("tcp", "udp"):
+        reason = f"{protocol}: neither TCP nor UDP"
+    elif protocol == "udp":
+        reason = reason or _find_reason_of_udp(local, peer)
     elif state is None:
         raise ValueError("a TCP socket has a state")
     elif state in _UNKEPT_STATES:
         reason = _UNKEPT_STATES[state]
     elif local is None or (peer is None) == (state in SYNCHRONIZED):
         raise ValueError(f"{state} from {local} to {peer}")
-    elif peer is not None and local.address.version != peer.address.version:
-        raise ValueError(f"{local} and {peer} are of different families")
+    elif peer is not None:
+        _demand_one_family(local, peer)
     return Socket(protocol, local, peer, state, device, reason)
+
+
+def _find_reason_of_udp(local: Endpoint | None, peer: Endpoint | None) -> str | None:
+    if local is None:
+        return "bound to no port: no datagram reaches it"
+    if local.address.is_multicast:
+        return "bound to a multicast address: CRIU restores no membership"
+    if peer is None:
+        return None
+    _demand_one_family(local, peer)
+    if peer.address.is_multicast or peer.address == _BROADCAST:
+        return f"its peer {peer.address} is no unicast address: it is whatever the link has there"
+    return None
+
+
+def _demand_one_family(local: Endpoint, peer: Endpoint) -> None:
+    if local.address.version != peer.address.version:
+        raise ValueError(f"{local} and {peer} are of different families")

@@ -4,6 +4,9 @@
     10.2.0.10:5000 10.1.0.2:50594
     [fd00:2::10]:5000 [fd00:1::2]:50594     # IPv6 in brackets
 
+    udp 10.2.0.10:4433 10.1.0.2:50594       # a connected socket of UDP
+    udp 0.0.0.0:53 *                        # one that any peer may speak to
+
 Or one JSON document, as `natkeep inspect --live PID --json` prints it.
 
 Rule: each line is a connection, a comment or blank, or else an ImageError that names the line; a
@@ -24,7 +27,7 @@ import stat
 import struct
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import lru_cache
 
 from natkeep.checkpoint import Checkpoint, shorten
@@ -38,10 +41,17 @@ PATIENCE = 30.0  # seconds, for the whole of a list that comes through a pipe
 _USUAL_LINE = b"...: ...:\n"
 """A line of IPv4 without its digits: nothing else can be in its place."""
 
+_UDP = "udp"
+"""The word before the ends of a socket of UDP; a line without one is of TCP."""
+
 _BLOCK = 1 << 14
 """Octets of a list that are taken at once, so that what they become stays in the cache."""
 
 _SIZES = frozenset(RECORD_SIZE.values())
+
+_Line = bytes | tuple[str, bytes] | Endpoint
+"""A line that was read: the record of a connection, that of a socket of UDP with its word, or the
+local end of one that has no peer."""
 
 
 def read_listing(path: str | os.PathLike[str]) -> Checkpoint:
@@ -161,13 +171,14 @@ def _drop_local(block: bytes, local: bytes, count: int) -> tuple[bytes, bool]:
 
 
 def _read_lines(text: str, name: str) -> Checkpoint:
-    lines: dict[bytes, int] = {}  # which line said it first, by record
+    lines: dict[_Line, int] = {}  # which line said it first
     for number, line in enumerate(text.split("\n"), 1):
         try:
             local, peer = line.split()
             host, _, port = peer.rpartition(":")
-            record = _pack_end(local) + _pack_host(host) + _pack_port(port)
-            usual = len(record) in _SIZES
+            packed = _pack_end(local) + _pack_host(host) + _pack_port(port)
+            record: _Line = packed
+            usual = len(packed) in _SIZES
         except ValueError:
             usual = False
         if not usual:  # a comment, a blank line, or something to complain of
@@ -179,7 +190,21 @@ def _read_lines(text: str, name: str) -> Checkpoint:
             raise ImageError(f"{name}:{number}: the same connection as in line {lines[record]}")
     if not lines:
         raise ImageError(f"{name} lists no connections", hint="a line is `LOCAL PEER`")
-    return Checkpoint(Connections.of_records(lines))
+    return _make_checkpoint(lines)
+
+
+def _make_checkpoint(lines: Iterable[_Line]) -> Checkpoint:
+    tcp, udp, servers = [], [], []
+    for line in lines:
+        if isinstance(line, bytes):
+            tcp.append(line)
+        elif isinstance(line, Endpoint):
+            servers.append(line)
+        else:
+            udp.append(line[1])
+    return Checkpoint(
+        Connections.of_records(tcp), udp=Connections.of_records(udp), udp_servers=tuple(servers)
+    )
 
 
 def write_listing(connections: Connections) -> str:
@@ -222,20 +247,25 @@ def _pack_end(text: str) -> bytes:
     return end.address.packed + _pack_port(str(end.port))
 
 
-def _read_line(line: str, where: str) -> bytes | None:
-    """The record in *line*, None if there is none in it; ImageError if it is not right."""
+def _read_line(line: str, where: str) -> _Line | None:
+    """What *line* says, None if there is none in it; ImageError if it is not right."""
     parts = line.partition("#")[0].split()
     if not parts:
         return None
+    word = f"{_UDP} " if parts[0] == _UDP else ""
     try:
-        if len(parts) != 2:
-            raise ValueError(f"{' '.join(parts)!r} is not `LOCAL PEER`")
-        local, peer = map(Endpoint.parse, parts)
+        if len(parts) != (3 if word else 2):
+            raise ValueError(f"{' '.join(parts)!r} is not `{word}LOCAL PEER`")
+        local = Endpoint.parse(parts[-2])
+        if word and parts[-1] == "*":
+            return local
+        peer = Endpoint.parse(parts[-1])
         inbound = Connections.of([FourTuple(source=peer, destination=local)])
     except ValueError as error:
-        hint = "as in 10.2.0.10:5000 10.1.0.2:50594"
+        hint = f"as in {word}10.2.0.10:5000 10.1.0.2:50594"
         raise ImageError(f"{where}: {shorten(error)}", hint=hint) from None
-    return inbound.v4 or inbound.v6
+    record = inbound.v4 or inbound.v6
+    return (_UDP, record) if word else record
 
 
 def _demand_file(name: str, status: os.stat_result) -> None:

@@ -22,7 +22,7 @@ from natkeep.checkpoint import Checkpoint, Socket
 from natkeep.checkpoint.judging import PROTOCOLS, STATES, find_reason, judge
 from natkeep.errors import ImageError, UsageError
 from natkeep.plan.tuples import Address, Endpoint
-from natkeep.values import dataclass
+from natkeep.values import dataclass, replace
 
 _SOCKET = re.compile(r"socket:\[([0-9]+)\]")
 _RAW = 255
@@ -33,7 +33,7 @@ _KERNEL_THREAD = 0x00200000  # PF_KTHREAD
 class Found:
     """A socket as the kernel shows it: numbers of the protocol and of the TCP state, both ends.
 
-    An end is None where there is no port. device: what it is bound to.
+    An end is None where there is no port. device: what it is bound to. unread: as Socket has it.
     """
 
     inode: int
@@ -42,6 +42,7 @@ class Found:
     local: tuple[Address, int] | None
     peer: tuple[Address, int] | None
     device: str | None = None
+    unread: int = 0
 
 
 def parse_pid(text: str) -> int:
@@ -105,11 +106,11 @@ def _read_stats() -> dict[int, list[bytes]]:
 
 
 def make_checkpoint(found: Iterable[Found], inodes: frozenset[int], pid: int) -> Checkpoint:
-    """The sockets among *found* that have one of *inodes*; ImageError if none is a TCP socket."""
+    """The sockets among *found* that have one of *inodes*; ImageError if none is of TCP or UDP."""
     sockets = tuple(_make_socket(each) for each in found if each.inode in inodes)
-    if not any(socket.protocol == "tcp" for socket in sockets):
+    if not any(socket.protocol in ("tcp", "udp") for socket in sockets):
         raise ImageError(
-            f"process {pid} has no TCP socket in its network namespace",
+            f"process {pid} has no TCP or UDP socket in its network namespace",
             hint="the root of the tree that will be dumped is meant, as for criu dump --tree",
         )
     return Checkpoint.of(sockets, live=True)
@@ -121,6 +122,7 @@ def _make_socket(found: Found) -> Socket:
     local, peer = (end and Endpoint(*end) for end in (found.local, found.peer))
     state = STATES.get(found.state) if protocol == "tcp" else None
     try:
-        return judge(protocol, state, local, peer, found.device, find_reason(local, peer))
+        socket = judge(protocol, state, local, peer, found.device, find_reason(local, peer))
     except ValueError as error:
         raise ImageError(f"a socket that is not understood: {error}") from None
+    return replace(socket, unread=found.unread) if found.unread else socket

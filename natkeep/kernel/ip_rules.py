@@ -254,7 +254,7 @@ class RulesDriver(Driver[AddRules]):
     def check(self, at: Place, step: AddRules) -> None:
         """RefusedError where the kernel has no such rules and something here talks with OLD."""
         lacking = {old for old in step.olds if find_standing(old.version) is None}
-        for inode, _, state, local, peer, _ in sock_diag.list_sockets() if lacking else ():
+        for inode, _, state, local, peer, *_ in sock_diag.list_sockets() if lacking else ():
             if peer is None or local is None or peer[0] not in lacking:
                 continue
             if state != _LISTENING and not step.keeps(local, peer):

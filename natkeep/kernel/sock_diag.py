@@ -219,12 +219,15 @@ def _address(packed: bytes) -> Address:
 _SOCK_DIAG_BY_FAMILY, _NETLINK_SOCK_DIAG = 20, 4
 _TCP, _UDP, _MPTCP = 6, 17, 262
 _REQUEST = struct.Struct("=BBBxI48x")  # inet_diag_req_v2: family, protocol, extensions, states
-_SHOWN = struct.Struct("=BBBB2s2s16s16sI8x16xI")  # inet_diag_msg, with the device and the inode
+# inet_diag_msg, with the device, the receive queue and the inode
+_SHOWN = struct.Struct("=BBBB2s2s16s16sI8x4xI8xI")
 _REQUEST_PROTOCOL = 3  # INET_DIAG_REQ_PROTOCOL: the protocol, where it does not fit into an octet
 _OTHERS = (("udp", _UDP), ("udplite", 136), ("raw", 255), ("icmp", 1))
 
-Shown = tuple[int, int, int, tuple[Address, int] | None, tuple[Address, int] | None, str | None]
-"""Inode, protocol, TCP state, local end, peer, device; an end is None where it has no port."""
+_End = tuple[Address, int] | None
+Shown = tuple[int, int, int, _End, _End, str | None, int]
+"""Inode, protocol, TCP state, local end, peer, device, octets of the receive buffer that datagrams
+of UDP wait in; an end is None where it has no port."""
 
 
 def list_sockets() -> list[Shown]:
@@ -236,6 +239,8 @@ def list_sockets() -> list[Shown]:
         # These tables are short, and sock_diag would have a module loaded for each.
         for path in (f"/proc/thread-self/net/{name}", f"/proc/thread-self/net/{name}6"):
             found |= {shown[0]: shown for shown in _read_table(path, protocol)}
+    # Devices are shown here alone; without the kernel's udp_diag the tables must do.
+    found |= {shown[0]: shown for shown in _dump_sockets(_UDP)}
     return [*found.values()]
 
 
@@ -253,19 +258,23 @@ def _dump_sockets(protocol: int) -> Iterator[Shown]:
                 raise
             continue  # a kernel without this protocol
         for answer in answers:
-            _, state, _, _, sport, dport, source, peer, device, inode = _SHOWN.unpack_from(answer)
+            _, state, _, _, sport, dport, source, peer, device, queue, inode = _SHOWN.unpack_from(
+                answer
+            )
             if inode:
                 name = names.get(device, str(device)) if device else None
                 local, remote = _end(source[:width] + sport), _end(peer[:width] + dport)
-                yield inode, protocol, state, local, remote, name
+                unread = queue if protocol == _UDP else 0
+                yield inode, protocol, state, local, remote, name, unread
 
 
 def _read_table(path: str, protocol: int) -> Iterator[Shown]:
     for fields in _read_rows(path):
         local, peer = (_end(_endpoint(field)) for field in fields[1:3])
-        yield int(fields[9]), protocol, 0, local, peer, None
+        unread = int(fields[4].partition(b":")[2], 16) if protocol == _UDP else 0
+        yield int(fields[9]), protocol, 0, local, peer, None, unread
 
 
-def _end(packed: bytes) -> tuple[Address, int] | None:
+def _end(packed: bytes) -> _End:
     port = int.from_bytes(packed[-2:], "big")
     return (_address(packed[:-2]), port) if port else None

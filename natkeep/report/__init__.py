@@ -138,6 +138,7 @@ def checkpoint_to_json(checkpoint: Checkpoint, olds: Sequence[Address]) -> dict[
                 "peer": str(socket.peer) if socket.peer else None,
                 "device": socket.bound_device,
                 "unsent": socket.unsent,
+                "unread": socket.unread,
                 "kept": (verdict := socket.why_left(olds)) is None,
                 "reason": verdict,
                 "outcome": str(socket.outcome(olds)),
@@ -179,7 +180,9 @@ def checkpoint_lines(checkpoint: Checkpoint, olds: Sequence[Address]) -> Iterato
         return
     found = _sum_up(checkpoint, olds)
     some, listeners = found[Outcome.RESTORED], found[Outcome.LISTENER]
-    words = [f"{found[Outcome.KEPT]} kept", f"{found[Outcome.LOST]} lost"]
+    udp = [each.protocol == "udp" and each.outcome(olds) for each in checkpoint.sockets]
+    of_udp = f" ({count} udp)" if (count := udp.count(Outcome.KEPT)) else ""
+    words = [f"{found[Outcome.KEPT]} kept{of_udp}", f"{found[Outcome.LOST]} lost"]
     words += [f"{some} need{'s' * (some == 1)} nothing"] if some else []
     words += [f"{listeners} listener{'s' * (listeners != 1)}"] if listeners else []
     yield ", ".join(words)
@@ -190,10 +193,17 @@ def checkpoint_lines(checkpoint: Checkpoint, olds: Sequence[Address]) -> Iterato
                 f"{socket.state or '':12}",
                 f"{socket.local or '*'!s:24}",
                 f"{socket.peer or '*'!s:24}",
-                _verdict(socket, olds)
-                + (f" ({socket.unsent} octets unsent)" if socket.unsent else ""),
+                _verdict(socket, olds) + _describe_queues(socket),
             ]
         )
+    if of_udp and not checkpoint.live:
+        yield "udp: CRIU drops datagrams that a socket had not read at the dump; no image tells"
+
+
+def _describe_queues(socket: Socket) -> str:
+    if socket.unread:
+        return f" ({socket.unread} octets of its buffer are unread datagrams, which CRIU drops)"
+    return f" ({socket.unsent} octets unsent)" if socket.unsent else ""
 
 
 def _verdict(socket: Socket, olds: Sequence[Address]) -> str:

@@ -108,6 +108,38 @@ def unkeepable(keep: list, theirs: list) -> None:
     theirs.append(client)
 
 
+def datagrams(keep: list, theirs: list) -> None:
+    """UDP: connected (IPv4, IPv6, IPv4-mapped, multicast, loopback) and not; one has a queue."""
+    for bound, local, peer in (
+        (OLD4, OLD4, PEER4),
+        (OLD6, OLD6, PEER6),
+        (f"::ffff:{OLD4}", OLD4, PEER4),
+        ("127.0.0.1", "127.0.0.1", "127.0.0.1"),
+    ):
+        mine, its = (
+            socket.socket(socket.AF_INET6 if ":" in end else socket.AF_INET, socket.SOCK_DGRAM)
+            for end in (bound, peer)
+        )
+        its.bind((peer, 0))
+        mine.bind((bound, 5500 + len(keep)))
+        mapped = "::ffff:" if bound.startswith("::ffff:") else ""
+        mine.connect((mapped + peer, its.getsockname()[1]))
+        its.sendto(b"waits in the receive queue", (local, 5500 + len(keep)))
+        keep.append(mine)
+        theirs.append(its)
+    for address, port in (("0.0.0.0", 53), ("::", 5600), (OLD4, 5601), (OLD4, 5601)):
+        server = socket.socket(
+            socket.AF_INET6 if ":" in address else socket.AF_INET, socket.SOCK_DGRAM
+        )
+        server.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        server.bind((address, port))
+        keep.append(server)
+    sender = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+    sender.bind((OLD4, 5602))
+    sender.connect(("224.0.0.251", 5353))
+    keep.append(sender)
+
+
 def two_namespaces(keep: list, theirs: list) -> None:
     """A child in a network namespace of its own, with the same addresses."""
     listener, accepted, client = pair(OLD4, PEER4, 5400)
@@ -150,6 +182,7 @@ address add {PEER6}/128 dev lo nodad
 address add fe80::10/64 dev dev0 nodad
 address add fe80::2/64 dev dev0 nodad
 address add 10.9.0.1/24 dev dev0
+route add 224.0.0.0/4 dev dev0
 """
     subprocess.run(["ip", "-batch", "-"], input=batch, text=True, check=True)
 
@@ -230,6 +263,7 @@ def main() -> None:
     dump("unsent", out, criu, unsent, established + LOCK["skip"])
     dump("unkeepable", out, criu, unkeepable, established + LOCK["skip"])
     dump("namespaces", out, criu, two_namespaces, [*established, *LOCK["skip"]])
+    dump("udp", out, criu, datagrams, LOCK["skip"])
     dump("tcp-close", out, criu, plain, ["--tcp-close", *LOCK["skip"]])
 
 

@@ -15,7 +15,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from natkeep.checkpoint import Checkpoint, NetworkLock, Socket, TcpState, imagefile
+from natkeep.checkpoint import NO_UDP, Checkpoint, NetworkLock, Socket, TcpState, imagefile
 from natkeep.checkpoint.imagefile import (
     COMMON,
     FDINFO,
@@ -28,7 +28,7 @@ from natkeep.checkpoint.imagefile import (
 from natkeep.checkpoint.images import read_checkpoint, read_checkpoint_with_queues
 from natkeep.checkpoint.protobuf import Damage, Message, decode, number, octets
 from natkeep.errors import ImageError
-from natkeep.plan.tuples import Endpoint, FourTuple
+from natkeep.plan.tuples import Endpoint, FourTuple, parse_address
 
 CORPUS = Path(__file__).parent / "corpus"
 DUMPS = sorted(path.name for path in CORPUS.iterdir() if path.is_dir())
@@ -153,7 +153,8 @@ def summary(checkpoint: Checkpoint) -> list[tuple[str, str, str, str, str, str]]
 
 OLD, PEER, NONE = "10.2.0.10", "10.1.0.2", "None"
 LOOPBACK = "loopback: both ends must be moved"
-UDP = "udp: not a TCP connection"
+NO_PORT = "bound to no port: no datagram reaches it"
+MULTICAST = "its peer 224.0.0.251 is no unicast address: it is whatever the link has there"
 OTHER_NETNS = "in another network namespace than the root task"
 
 
@@ -176,10 +177,10 @@ def test_plain_dump() -> None:
         ("tcp", "127.0.0.1:5010", NONE, "LISTEN", NONE, LOOPBACK),
         ("tcp", "127.0.0.1", "127.0.0.1", "ESTABLISHED", NONE, NONE),  # with itself
         ("tcp", "127.0.0.1:5010", "127.0.0.1", "ESTABLISHED", NONE, NONE),
-        ("udp", f"{OLD}:53", NONE, NONE, NONE, UDP),
+        ("udp", f"{OLD}:53", NONE, NONE, NONE, NONE),
         ("tcp", f"{OLD}:5011", NONE, "LISTEN", "dev0", NONE),
         ("tcp", NONE, NONE, "CLOSED", NONE, "closed"),
-        ("udp", NONE, NONE, NONE, NONE, UDP),
+        ("udp", NONE, NONE, NONE, NONE, NO_PORT),
     ]
     assert len(ports) == 15
     assert len(checkpoint.connections) == 7
@@ -188,6 +189,77 @@ def test_plain_dump() -> None:
     assert checkpoint.inventory.network_lock is NetworkLock.NFTABLES
     assert len(checkpoint.inventory.run_id or "") == 36
     assert checkpoint.inventory.tcp_close is False
+
+
+def test_a_dump_of_udp() -> None:
+    checkpoint = read_checkpoint_with_queues(CORPUS / "udp")
+
+    assert summary(checkpoint) == [
+        ("udp", f"{OLD}:5500", PEER, NONE, NONE, NONE),
+        ("udp", "[fd00:2::10]:5501", "fd00:1::2", NONE, NONE, NONE),
+        ("udp", f"{OLD}:5502", PEER, NONE, NONE, NONE),  # IPv4-mapped
+        ("udp", "127.0.0.1:5503", "127.0.0.1", NONE, NONE, LOOPBACK),
+        ("udp", "0.0.0.0:53", NONE, NONE, NONE, NONE),
+        ("udp", "[::]:5600", NONE, NONE, NONE, NONE),
+        ("udp", f"{OLD}:5601", NONE, NONE, NONE, NONE),
+        ("udp", f"{OLD}:5601", NONE, NONE, NONE, NONE),  # SO_REUSEPORT
+        ("udp", f"{OLD}:5602", "224.0.0.251", NONE, NONE, MULTICAST),
+    ]
+    assert len(checkpoint.connections) == 0
+    assert [str(each.destination) for each in checkpoint.udp] == [
+        f"{OLD}:5500", f"{OLD}:5502", "[fd00:2::10]:5501",
+    ]  # fmt: skip
+    assert [*map(str, checkpoint.udp_servers)] == ["0.0.0.0:53", "[::]:5600", f"{OLD}:5601"]
+    olds = [parse_address(text) for text in (OLD, "fd00:2::10", "10.9.9.9")]
+    assert [*map(str, checkpoint.udp_servers_at(olds[:2]))] == [
+        f"{OLD}:53", f"{OLD}:5600", f"{OLD}:5601", "[fd00:2::10]:5600",
+    ]  # fmt: skip
+    assert [*map(str, checkpoint.udp_servers_at(olds[2:]))] == ["10.9.9.9:53", "10.9.9.9:5600"]
+    assert Checkpoint.of(checkpoint.sockets).udp_servers == checkpoint.udp_servers
+    assert Checkpoint.of(checkpoint.sockets).udp == checkpoint.udp
+
+
+def test_udp_that_is_to_be_left_is_not_there_and_says_why() -> None:
+    left = read_checkpoint(CORPUS / "udp").without_udp()
+
+    assert (len(left.udp), left.udp_servers) == (0, ())
+    reasons = [each.unkept for each in left.sockets]
+    assert reasons == [NO_UDP, NO_UDP, NO_UDP, LOOPBACK, *[NO_UDP] * 4, MULTICAST]
+
+
+def test_two_sockets_of_udp_may_have_the_same_ends(tmp_path: Path) -> None:
+    """With SO_REUSEPORT, where two of TCP would be damage; and TCP may have them, too."""
+    udp = {"proto": 17, "type": 2}
+    entries = (socket_entry(**udp), socket_entry(id=8, **udp), socket_entry(id=9))
+
+    checkpoint = read_checkpoint(write_images(tmp_path, *entries))
+
+    assert checkpoint.udp == checkpoint.connections
+    assert len(checkpoint.udp) == 1
+
+
+def test_udp_of_the_process_with_itself_is_translated_nowhere(tmp_path: Path) -> None:
+    """Of TCP the same ends are another connection, which has its other end elsewhere."""
+    udp = {"proto": 17, "type": 2}
+    turned = {"src_port": 40000, "dst_port": 5000}
+    entries = (
+        socket_entry(**udp),
+        socket_entry(PEER4, LOCAL4, **udp, **turned),
+        socket_entry(),
+        socket_entry(dst_port=1, **udp),
+    )
+
+    checkpoint = read_checkpoint(write_images(tmp_path, *entries))
+
+    assert [each.both_ends for each in checkpoint.sockets] == [True, True, False, False]
+    olds = [parse_address(OLD), parse_address(PEER)]
+    assert len(checkpoint.udp) == 3
+    assert len(checkpoint.udp_at(olds)) == 0
+    assert [str(each.source) for each in checkpoint.udp_at(olds[:1])] == [
+        f"{PEER}:40000",
+        f"{PEER}:1",
+    ]
+    assert [each.outcome(olds) for each in checkpoint.sockets] == ["restored"] * 2 + ["lost"] * 2
 
 
 def test_half_closed_dump_and_its_queues() -> None:
@@ -406,6 +478,7 @@ def test_damaged_files_image(data: bytes, message: str, tmp_path: Path) -> None:
     [
         (b"", "id (field 1): is missing"),
         (socket_entry(src_port=None), "src_port (field 7): is missing"),
+        (socket_entry(proto=17), "udp in a socket of type 1"),
         (socket_entry(state=13), "13 is not a TCP state"),
         (socket_entry(state=0), "0 is not a TCP state"),
         (socket_entry(family=1), "addresses of 4 and 4 octets in family 1"),
@@ -726,10 +799,24 @@ def test_damaged_root_task(name: str, tmp_path: Path) -> None:
         ),
         ({"proto": 262}, "mptcp", "MPTCP: CRIU cannot restore it"),
         ({"proto": 132}, "sctp", "SCTP: CRIU cannot restore it"),
-        ({"proto": 17, "type": 2, "state": 7}, "udp", UDP),
-        ({"proto": 1, "type": 2}, "icmp", "icmp: not a TCP connection"),
-        ({"proto": 6, "type": 3}, "raw", "raw: not a TCP connection"),
-        ({"proto": 99}, "protocol 99", "protocol 99: not a TCP connection"),
+        ({"proto": 17, "type": 2, "src_port": 0, "dst_port": 0}, "udp", NO_PORT),
+        ({"proto": 17, "type": 2, "ns_id": 3}, "udp", OTHER_NETNS),
+        ({"proto": 17, "type": 2, "peer": bytes([224, 0, 0, 251])}, "udp", MULTICAST),
+        (
+            {"proto": 17, "type": 2, "peer": bytes([255] * 4)},
+            "udp",
+            MULTICAST.replace("224.0.0.251", "255.255.255.255"),
+        ),
+        (
+            {"proto": 17, "type": 2, "local": bytes([224, 0, 0, 251]), "dst_port": 0},
+            "udp",
+            "bound to a multicast address: CRIU restores no membership",
+        ),
+        ({"proto": 17, "type": 3}, "raw", "raw: neither TCP nor UDP"),
+        ({"proto": 136, "type": 2}, "udplite", "udplite: neither TCP nor UDP"),
+        ({"proto": 1, "type": 2}, "icmp", "icmp: neither TCP nor UDP"),
+        ({"proto": 6, "type": 3}, "raw", "raw: neither TCP nor UDP"),
+        ({"proto": 99}, "protocol 99", "protocol 99: neither TCP nor UDP"),
     ],
 )
 def test_why_a_socket_is_not_kept(

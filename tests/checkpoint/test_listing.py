@@ -65,6 +65,16 @@ def test_lists_that_are_understood(text: str, expected: list[str] | None) -> Non
         ("[fe80::1%eth0]:80 [fe80::2]:9", "'fe80::1%eth0' has a zone"),
         ("[::1]:80 10.1.0.2:9", "10.1.0.2:9 and [::1]:80 are of different families"),
         (f"{'x' * 1000}:1 10.1.0.2:9", "x..."),
+        ("udp", "'udp' is not `udp LOCAL PEER`"),
+        ("udp 10.2.0.10:1", "'udp 10.2.0.10:1' is not `udp LOCAL PEER`"),
+        ("udp 10.2.0.10:1 * x", "'udp 10.2.0.10:1 * x' is not `udp LOCAL PEER`"),
+        ("udp * 10.2.0.10:1", "'*' has no port"),
+        ("udp *:53 *", "'*' does not appear to be an IPv4 or IPv6 address"),
+        ("udp 10.2.0.10:0 *", "0 is not a port (1 to 65535)"),
+        ("udp [::1]:80 10.1.0.2:9", "10.1.0.2:9 and [::1]:80 are of different families"),
+        ("UDP 10.2.0.10:1 10.1.0.2:9", "is not `LOCAL PEER`"),
+        ("tcp 10.2.0.10:1 10.1.0.2:9", "is not `LOCAL PEER`"),
+        ("10.2.0.10:1 *", "'*' has no port"),
     ],
 )
 def test_a_wrong_line_is_named(line: str, message: str) -> None:
@@ -85,6 +95,25 @@ def test_a_line_twice_is_refused_with_both_numbers(again: str) -> None:
         parse_listing(f"\n{GOOD}10.2.0.10:5000 10.1.0.2:1\n{again}", "f")
 
     assert str(caught.value) == "f:4: the same connection as in line 2"
+
+
+def test_lines_of_udp_are_told_apart_from_those_of_tcp() -> None:
+    """10.2.0.10:5000 may have one peer by both; 117.100.112.x is `udp`, packed."""
+    text = (
+        f"{GOOD}udp {GOOD}udp 0.0.0.0:53 *\n udp [::]:53\t* # any\nudp 117.100.112.1:1 10.1.0.2:2"
+    )
+
+    checkpoint = parse_listing(f"{text}\n117.100.112.1:1 10.1.0.2:2", "f")
+
+    assert checkpoint.connections == checkpoint.udp
+    assert [*map(str, checkpoint.udp_servers)] == ["0.0.0.0:53", "[::]:53"]
+    assert len(checkpoint.udp) == 2
+
+
+@pytest.mark.parametrize("line", [f"udp {GOOD.strip()}", "udp 0.0.0.0:53 *"])
+def test_a_line_of_udp_twice_is_refused(line: str) -> None:
+    with pytest.raises(ImageError, match=r"^f:3: the same connection as in line 1$"):
+        parse_listing(f"{line}\n{GOOD}{line} # again", "f")
 
 
 @pytest.mark.parametrize("text", ["", "\n", "# nothing\n  \n"])

@@ -19,6 +19,7 @@ from natkeep.checkpoint.listing import parse_listing
 from natkeep.checkpoint.live import Found, find_inodes, make_checkpoint, parse_pid
 from natkeep.errors import ImageError, UsageError
 from natkeep.plan.tuples import parse_address
+from natkeep.values import replace
 
 CORPUS = Path(__file__).parent / "corpus"
 
@@ -92,13 +93,41 @@ def test_what_others_have_is_left_out_and_what_cannot_be_kept_says_why() -> None
         ("tcp", TcpState.ESTABLISHED, None),
         ("tcp", TcpState.SYN_SENT, "not yet established: CRIU dials again on restore"),
         ("mptcp", None, "MPTCP: CRIU cannot restore it"),
-        ("raw", None, "raw: not a TCP connection"),
+        ("raw", None, "raw: neither TCP nor UDP"),
     ]
 
 
-def test_a_process_without_tcp_is_refused() -> None:
-    with pytest.raises(ImageError, match="process 7 has no TCP socket"):
-        make_checkpoint([found(1, protocol=17), found(2)], frozenset({1}), 7)
+def test_a_process_without_tcp_and_udp_is_refused() -> None:
+    with pytest.raises(ImageError, match="process 7 has no TCP or UDP socket"):
+        make_checkpoint([found(1, protocol=255), found(2)], frozenset({1}), 7)
+
+
+def test_udp_of_a_living_process_with_what_it_has_not_read() -> None:
+    end = parse_address("10.2.0.10")
+    connected = replace(found(1, 0, protocol=17), unread=768)
+    some = [connected, Found(2, 17, 7, (end, 53), None), Found(3, 17, 7, (end, 53), None)]
+
+    checkpoint = make_checkpoint(some, frozenset({1, 2, 3}), 7)
+
+    assert [str(each) for each in checkpoint.udp] == ["10.1.0.2:1 > 10.2.0.10:5000"]
+    assert [str(each) for each in checkpoint.udp_servers] == ["10.2.0.10:53"]
+    assert [each.unread for each in checkpoint.sockets] == [768, 0, 0]
+    document = report.checkpoint_to_json(checkpoint, [end])
+    assert parse_listing(json.dumps(document), "list") == checkpoint
+    first, line, *_ = report.checkpoint_lines(checkpoint, [end])
+    assert first == "3 kept (3 udp), 0 lost"
+    assert line.endswith("  kept (768 octets of its buffer are unread datagrams, which CRIU drops)")
+
+
+def test_an_earlier_natkeep_did_not_keep_udp() -> None:
+    document = report.checkpoint_to_json(read_checkpoint(str(CORPUS / "udp")), [])
+    for socket_ in document["sockets"]:
+        del socket_["unread"], socket_["outcome"]
+        socket_ |= {"kept": False, "reason": "udp: not a TCP connection"}
+
+    again = parse_listing(json.dumps(document), "list")
+
+    assert (len(again.udp), len(again.udp_servers)) == (3, 3)
 
 
 @pytest.mark.parametrize("maps", [(), ("10.9.9.9",)])
@@ -106,7 +135,7 @@ def test_what_inspect_prints_is_read_back_whatever_its_map_was(maps: tuple[str, 
     """The sockets of a real server, as if they had been read while it lived."""
     seen = read_checkpoint(str(CORPUS / "plain"))
     sockets = tuple(each for each in seen.sockets if each.state != TcpState.CLOSED)
-    before = Checkpoint(seen.connections, sockets, live=True)
+    before = replace(Checkpoint.of(sockets), live=True)
 
     olds = [parse_address(text) for text in maps]
     text = json.dumps(report.checkpoint_to_json(before, olds), indent=2)
@@ -128,6 +157,7 @@ def test_what_inspect_prints_of_an_image_is_read_back_as_the_image(
 
     assert (again.sockets, again.lock, again.live) == (seen.sockets, seen.lock, False)
     assert (again.connections, again.inventory) == (seen.connections, seen.inventory)
+    assert (again.udp, again.udp_servers) == (seen.udp, seen.udp_servers)
 
 
 def test_an_earlier_natkeep_said_less_of_an_image() -> None:
