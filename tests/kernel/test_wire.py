@@ -67,7 +67,7 @@ MUTE = (
     "add rule inet mute out tcp flags & rst == rst meta mark 0 drop; "
     "add rule inet mute out meta l4proto { icmp, icmpv6 } drop"
 )
-"""There is no TCP or UDP socket, so the kernel would answer each segment with a reset."""
+"""There is no TCP socket, so the kernel would answer each segment with a reset."""
 
 
 class End(Protocol):
