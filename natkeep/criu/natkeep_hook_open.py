@@ -25,6 +25,7 @@ DEFAULT_DIRECTORY = "/run/natkeep"
 ID_ALPHABET = frozenset("abcdefghijklmnopqrstuvwxyz0123456789-")
 SECONDS = 5  # then the long way, which has its own clock, says what it waits for
 REST = 1000  # ms after which the blackout is over, if CRIU goes on
+PATIENCE = 0.05  # seconds, as long as an opening waits for the holder, kernel/segment_holder.py
 LIMIT = 1 << 20
 SO_NETNS_COOKIE = 71  # Linux 5.14
 SAFE = posix.O_CLOEXEC | posix.O_NOFOLLOW | posix.O_NONBLOCK
@@ -195,16 +196,18 @@ def send(netlink: _socket.socket, batch: str, last: int) -> bool:
             data = data[(length + 3) & ~3 or len(data) :]
 
 
-def deliver(directory: int, name: str) -> None:
+def deliver(directory: int, name: str, request: str, *, waits: bool = False) -> None:
     """Have the holder deliver what peers said meanwhile; without it they say it again.
 
-    No answer is waited for: CRIU has yet to take the sockets out of repair.
+    Of segments no answer is waited for: CRIU has yet to take the sockets out of repair.
     """
     asking = _socket.socket(_socket.AF_UNIX, _socket.SOCK_STREAM | _socket.SOCK_CLOEXEC)
-    asking.settimeout(0.05)  # as long as an opening waits, kernel/segment_holder.py
+    asking.settimeout(PATIENCE)
     try:
         asking.connect(f"/proc/self/fd/{directory}/{name}")
-        asking.sendall(b"deliver\n")
+        asking.sendall(request.encode())
+        if waits:
+            asking.recv(128)
     except OSError:
         pass
 
@@ -222,10 +225,13 @@ def serve(move_id: str, directory: int) -> list[Site]:
     sites = find_sites(ready)
     journal = f"{move_id}.journal"
     append(journal, directory, ready.all("doing"), int(ready.one("journal")))
+    for name in ready.all("datagrams"):  # while the gate is closed, and none once it may be open
+        until = monotonic_ns() + int(PATIENCE * 0.8e9)
+        deliver(directory, name, f"datagrams {until}\n", waits=True)
     for site in sites:
         site.open()
     for name in ready.all("hold"):
-        deliver(directory, name)
+        deliver(directory, name, "deliver\n")
     at = monotonic_ns()
     append(journal, directory, [f'{line[:-1]},"at":{at}}}' for line in ready.all("done")])
     return sites

@@ -172,15 +172,20 @@ class OpenDriver(Driver[OpenGate]):
     """The kept connections are let through, and callers to the listeners."""
 
     def apply(self, at: Place, step: OpenGate, remember: Remember) -> Prior:
-        """One rule in front of each drop; then what has been held is delivered."""
+        """One rule in front of each drop; what has been held is delivered, datagrams before."""
         prior = Prior(present=nftables.chain_state(step.rules()[0].chain) == Gate.OPEN)
         remember(prior)
         if not prior.present:
+            if step.datagrams and at.directory:
+                segment_holder.deliver_datagrams(at.directory, step.move_id)
             nftables.open_gates(step.rules())
         if not (step.delivers and at.directory):
             return prior
         held = segment_holder.deliver(at.directory, step.move_id)
-        facts = {} if held is None else {"segments": held.segments, "refused": held.refused}
+        facts: dict[str, int] = {}
+        if held is not None:
+            facts = {"segments": held.segments, "refused": held.refused}
+            facts |= {"datagrams": held.datagrams} if step.datagrams else {}
         return Prior(prior.present, {**prior.facts, **facts})
 
     def revert(self, at: Place, undo: CloseGates, prior: Prior) -> None:

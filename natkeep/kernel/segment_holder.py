@@ -5,14 +5,16 @@ from then on waits in the kernel, so a prepare does not wait for the holder. It 
 socket in the state directory, which only its owner can enter; where that has no answer there is no
 holder, and the move does without. This file decides nothing about segments (plan/replay.py does).
 
-Its bounds: AGE here; octets, of one connection and of all, in plan/replay.py.
+Its bounds: AGE here; octets, of one connection and of all, in plan/replay.py; of datagrams their
+octets and their age, in plan/datagrams.py.
 """
 
 from __future__ import annotations
 
 import os
 import socket
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 
 from natkeep.errors import KernelError
@@ -21,8 +23,9 @@ from natkeep.kernel.interface import Driver, Place, Remember
 from natkeep.kernel.netns import inside
 from natkeep.kernel.segment_holderd import attach_filter
 from natkeep.plan.criu_lock import CRIU_MARK
+from natkeep.plan.protocols import TCP, UDP
 from natkeep.plan.replay import holder_name, pack_kept
-from natkeep.plan.socket_filter import make_filter, pack_filter
+from natkeep.plan.socket_filter import make_datagram_filter, make_filter, pack_filter
 from natkeep.plan.step_undo import EndHolder
 from natkeep.plan.steps import HoldSegments, Prior
 from natkeep.values import dataclass
@@ -37,7 +40,7 @@ PATIENCE = 0.05
 _LOOK_PATIENCE, _END_PATIENCE = 1.0, 2.0  # seconds
 
 _SO_RCVBUFFORCE = 33
-_SOL_PACKET, _PACKET_AUXDATA = 263, 8
+_SOL_PACKET, _PACKET_AUXDATA, _PACKET_VNET_HDR = 263, 8, 15
 _NETLINK_SOCK_DIAG = 4
 _PROTOCOL = {4: 0x0800, 6: 0x86DD}
 _FAMILY = {4: socket.AF_INET, 6: socket.AF_INET6}
@@ -48,11 +51,15 @@ Kept = list[tuple[int, bytes, bytes]]
 
 @dataclass(frozen=True, slots=True)
 class Held:
-    """What a holder has, or has delivered: segments and their octets; and what found no room."""
+    """What a holder has, or has delivered: segments and datagrams, and octets of both.
+
+    refused: of both, what found no room, or was too old.
+    """
 
     segments: int
     octets: int
     refused: int
+    datagrams: int = 0
 
 
 class HoldSegmentsDriver(Driver[HoldSegments]):
@@ -66,7 +73,7 @@ class HoldSegmentsDriver(Driver[HoldSegments]):
         if not at.directory:
             return Prior(facts={"refused": "there is no state directory"})
         try:
-            start(at, step.move_id, step.kept())
+            start(at, step.move_id, step.kept(TCP), udp=step.kept(UDP))
         except (OSError, KernelError) as error:
             return Prior(facts={"refused": str(getattr(error, "strerror", None) or error)})
         return Prior()
@@ -77,50 +84,78 @@ class HoldSegmentsDriver(Driver[HoldSegments]):
             end(at.directory, undo.move_id)
 
 
-def start(place: Place, move_id: str, kept: Kept, age: int = AGE) -> int:
+def start(
+    place: Place, move_id: str, kept: Kept, age: int = AGE, *, udp: Kept | None = None
+) -> int:
     """Hold from now on what arrives at *place* for *kept*, for *age* seconds; the holder's pid.
 
-    One of the same move is ended first. OSError where a privilege is missing, or KernelError;
-    then none runs.
+    udp: the same of UDP sockets, where a peer that is all zeros is any peer. A holder of the same
+    move is ended first. OSError where a privilege is missing, or KernelError; then none runs.
     """
+    udp = udp or []
     end(place.directory, move_id)
-    families = {version: [one for one in kept if one[0] == version] for version in (4, 6)}
-    present = [version for version, maps in families.items() if maps]
     name = holder_name(move_id)
     with ExitStack() as stack:
         home = os.open(place.directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         stack.callback(os.close, home)
-        table = os.memfd_create("natkeep-kept")
-        stack.callback(os.close, table)
-        with os.fdopen(os.dup(table), "wb") as file:
-            file.write(pack_kept(kept))
+        tables = [_write_table(stack, some) for some in (kept, udp)]
         pairs: list[int] = []
         with inside(place.namespace):
             diag = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, _NETLINK_SOCK_DIAG)
             stack.enter_context(diag)
-            for version in present:
-                packets = _open_packets(stack, version, families[version])
-                pairs += [packets, _open_raw(stack, version)]
+            families = _open_pairs(stack, kept, _open_packets, pairs)
+            udp_families = _open_pairs(stack, udp, _open_datagrams, pairs)
         listening = stack.enter_context(_listen(home, name))
-        handed = [home, listening.fileno(), table, diag.fileno(), *pairs]
-        versions = "".join(map(str, present))
+        handed = [home, listening.fileno(), *tables, diag.fileno(), *pairs]
         try:
-            return spawn("segment_holderd.py", name, place, handed, versions, str(age))
+            return spawn(
+                "segment_holderd.py", name, place, handed, families, udp_families, str(age)
+            )
         except BaseException:
             os.unlink(name, dir_fd=home)
             raise
 
 
-def _open_packets(stack: ExitStack, version: int, kept: Kept) -> int:
+def _write_table(stack: ExitStack, kept: Kept) -> int:
+    """A file with *kept*."""
+    table = os.memfd_create("natkeep-kept")
+    stack.callback(os.close, table)
+    with os.fdopen(os.dup(table), "wb") as file:
+        file.write(pack_kept(kept))
+    return table
+
+
+def _open_pairs(
+    stack: ExitStack, kept: Kept, open_: Callable[[int, Kept], socket.socket], pairs: list[int]
+) -> str:
+    """A packet and a raw socket for each IP version of *kept*, put to *pairs*; these versions."""
+    versions = [version for version in (4, 6) if any(one[0] == version for one in kept)]
+    for version in versions:
+        packets = open_(version, [one for one in kept if one[0] == version])
+        pairs += [stack.enter_context(packets).fileno(), _open_raw(stack, version)]
+    return "".join(map(str, versions))
+
+
+def _open_packets(version: int, kept: Kept) -> socket.socket:
     """A socket that sees little more of what arrives at this host than *kept*."""
     # Of one protocol (ETH_P_IP, not ETH_P_ALL): so it sees a packet once, behind bridges and bonds,
     # and none that leaves.
-    protocol = socket.htons(_PROTOCOL[version])
-    sock = stack.enter_context(socket.socket(socket.AF_PACKET, socket.SOCK_DGRAM, protocol))
-    attach_filter(sock, pack_filter(make_filter(version, kept)))
+    sock = socket.socket(socket.AF_PACKET, socket.SOCK_DGRAM, socket.htons(_PROTOCOL[version]))
+    return _begin(sock, pack_filter(make_filter(version, kept)))
+
+
+def _open_datagrams(version: int, kept: Kept) -> socket.socket:
+    """The same for UDP sockets; it says of each packet what an offload has put together in it."""
+    sock = socket.socket(socket.AF_PACKET, socket.SOCK_RAW, socket.htons(_PROTOCOL[version]))
+    sock.setsockopt(_SOL_PACKET, _PACKET_VNET_HDR, 1)
+    return _begin(sock, pack_filter(make_datagram_filter(version, kept)))
+
+
+def _begin(sock: socket.socket, program: bytes) -> socket.socket:
+    attach_filter(sock, program)
     sock.setsockopt(socket.SOL_SOCKET, _SO_RCVBUFFORCE, _QUEUE)
     sock.setsockopt(_SOL_PACKET, _PACKET_AUXDATA, 1)  # whether the checksum is right
-    return sock.fileno()
+    return sock
 
 
 def _open_raw(stack: ExitStack, version: int) -> int:
@@ -158,6 +193,16 @@ def look(directory: str, move_id: str) -> Held | None:
     """What the move's holder has by now; None where there is none."""
     with _request(directory, move_id, "look", _LOOK_PATIENCE) as (held, _):
         return held
+
+
+def deliver_datagrams(directory: str, move_id: str) -> None:
+    """Have the datagrams that are held sent to their sockets, while the gate is still closed.
+
+    After PATIENCE seconds the gate is opened without, and none is delivered any more.
+    """
+    until = time.monotonic_ns() + int(PATIENCE * 0.8e9)
+    with _request(directory, move_id, f"datagrams {until}", PATIENCE):
+        pass
 
 
 def deliver(directory: str, move_id: str) -> Held | None:
@@ -207,7 +252,7 @@ def _request(
             answer = sock.recv(128).split()
         except OSError:
             answer = []
-        yield Held(*map(int, answer[1:])) if len(answer) == 4 else None, sock
+        yield Held(*map(int, answer[1:])) if len(answer) == 5 else None, sock
 
 
 def _has_ended(connection: socket.socket) -> bool:

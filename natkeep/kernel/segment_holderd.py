@@ -1,6 +1,6 @@
-"""The holder: the process that keeps the segments of a move while its gate is closed.
+"""The holder: the process that keeps segments and datagrams of a move while its gate is closed.
 
-    python3 -I -S segment_holderd.py SOCKET NETNS DEVICE:INODE FAMILIES SECONDS
+    python3 -I -S segment_holderd.py SOCKET NETNS DEVICE:INODE FAMILIES UDP_FAMILIES SECONDS
 
 Started by segment_holder.py, which has opened everything beforehand, so that the kernel keeps what
 arrives while this interpreter starts; the first arguments, and when it ends by itself, are in
@@ -8,19 +8,25 @@ daemon.py. It ends after SECONDS, too.
 
     3         the state directory
     4         a listening socket, SOCKET by name in it. A request is one line, and so its answer:
-                  look       held SEGMENTS OCTETS REFUSED
-                  deliver    delivered SEGMENTS OCTETS REFUSED, and it ends
+                  look       held SEGMENTS OCTETS REFUSED DATAGRAMS
+                  datagrams NANOSECONDS
+                             the same, when the datagrams have been delivered, while the gate is
+                             closed; until then, of the monotonic clock
+                  deliver    the same, when the segments have been, and it ends
                   end        no answer; the connection ends with the process
     5         a file with the connections (plan/replay.py: pack_kept)
-    6         a socket of sock_diag
-    7 8 ...   a packet socket and a raw socket for each of FAMILIES, which is 4, 6 or 46
+    6         the same of the UDP sockets (plan/datagrams.py)
+    7         a socket of sock_diag
+    8 9 ...   a packet socket and a raw socket for each of FAMILIES, which is 4, 6, 46 or empty,
+              then for each of UDP_FAMILIES, whose packet socket says offloads (PACKET_VNET_HDR)
 
 What it delivers goes through lo or nowhere: the raw sockets are bound to lo, where a packet for an
 address that is not local is discarded. A stream whose socket is not there (any more) is not
 delivered at all, since the kernel would answer with a reset.
 
-Rule: it loads replay.py, daemon.py and a few modules of the interpreter's own, and imports nothing
-else. What it holds is in its memory only: no core dump, and where the kernel lets it, no swap.
+Rule: it loads replay.py, daemon.py and a few modules of the interpreter's own, where there are UDP
+sockets held_datagrams.py and datagrams.py as well, and imports nothing else. What it holds is in
+its memory only: no core dump, and where the kernel lets it, no swap.
 """
 
 from __future__ import annotations
@@ -39,16 +45,19 @@ from natkeep.plan.replay import PACKET_SIZE, Store, make_packets, unpack_kept
 
 TYPE_CHECKING = False  # typing.TYPE_CHECKING, without importing typing
 if TYPE_CHECKING:
+    from natkeep.kernel.held_datagrams import HeldDatagrams
     from natkeep.plan.replay import Piece, Stream
 
-_LISTENING, _KEPT, _DIAG, _PAIRS = 4, 5, 6, 7
+    Pairs = dict[int, tuple[socket, socket]]
+
+_LISTENING, _KEPT, _KEPT_UDP, _DIAG, _PAIRS = 4, 5, 6, 7, 8
 _LOOK_EVERY_S = 1.0
 _AT_A_TIME = 256  # packets, before anything else has its turn
 _ROOM = 1 << 19  # octets; more than any packet has (GSO_MAX_SIZE, Linux 6.18)
 _ANCILLARY = 64  # octets; struct tpacket_auxdata has 20, its header 16
 _CHECKSUM_KNOWN = 0x08 | 0x80  # TP_STATUS_CSUMNOTREADY: still to be computed; TP_STATUS_CSUM_VALID
 _SOCK_DIAG_BY_FAMILY = 20
-_PROTOCOL_TCP = 6
+_TCP, _UDP = 6, 17
 _OWNED = frozenset({1, 4, 5, 8, 9, 11})  # TCP states in which a restored socket can be
 _PIECE_FOR_A_NARROW_LO = 1280
 _EMSGSIZE = 90
@@ -60,25 +69,36 @@ _CAP_IPC_LOCK = 14
 class Holder:
     """The sockets, what arrived at them, and the listening one for requests.
 
-    families: the IP versions for which there is a pair of sockets, in the order of the pairs.
-    deadline: of the monotonic clock; behind it nothing is delivered.
+    pairs: the sockets of each IP version. deadline: of the monotonic clock; behind it nothing is
+    delivered. datagrams: what is held of UDP, where it has sockets.
     """
 
-    def __init__(self, store: Store, families: list[int], deadline: float, watch: Watch) -> None:
-        self.store, self.deadline, self.watch = store, deadline, watch
+    datagrams: HeldDatagrams | None = None
+
+    def __init__(self, store: Store, pairs: Pairs, deadline: float, watch: Watch) -> None:
+        self.store, self.pairs, self.deadline, self.watch = store, pairs, deadline, watch
         self.diag = socket(fileno=_DIAG)
         self.listening = socket(fileno=_LISTENING)
         self.listening.setblocking(False)
-        self.pairs: dict[int, tuple[socket, socket]] = {}
-        for first, version in enumerate(families):
-            packets, raw = (socket(fileno=_PAIRS + 2 * first + i) for i in range(2))
-            packets.setblocking(False)
-            self.pairs[version] = packets, raw
         self.last_request: socket | None = None
         self.buffer = bytearray(_ROOM)
         self.poll = select.poll()
         for sock in (self.listening, *(packets for packets, _ in self.pairs.values())):
             self.poll.register(sock.fileno(), select.POLLIN)
+
+    def hold_datagrams(self, kept: dict[bytes, bytes], pairs: Pairs) -> None:
+        """From now on what is sent to UDP sockets as well."""
+        from natkeep.kernel.held_datagrams import HeldDatagrams
+        from natkeep.plan.datagrams import Datagrams
+
+        def has_socket(key: bytes) -> bool:
+            return self.has_socket(key, _UDP)
+
+        some = HeldDatagrams(Datagrams(kept), pairs, self.buffer, has_socket, _close_filter)
+        self.datagrams = some
+        for packets, _ in pairs.values():
+            self.poll.register(packets.fileno(), select.POLLIN)
+        has_socket(bytes(12))  # the kernel loads what it needs for that, beforehand
 
     def run(self) -> None:
         """Until a request ends it, or it is not needed any more."""
@@ -93,6 +113,10 @@ class Holder:
             for packets, _ in self.pairs.values():
                 if packets.fileno() in ready:
                     self.take(packets, _AT_A_TIME)
+            if self.datagrams is not None:
+                for packets, _ in self.datagrams.pairs.values():
+                    if packets.fileno() in ready:
+                        self.datagrams.take(packets)
             if self.listening.fileno() in ready and self.serve():
                 return
 
@@ -125,12 +149,14 @@ class Holder:
         verb = b""
         try:
             request.settimeout(1.0)
-            verb = request.recv(64).strip()
-            if verb == b"look":
-                request.sendall(b"held %d %d %d\n" % self.count())
+            verb, _, until = request.recv(64).strip().partition(b" ")
+            if verb == b"datagrams" and self.datagrams is not None:
+                self.datagrams.deliver(int(until) / 1e9 if self.is_wanted() else 0.0)
             elif verb == b"deliver":
-                request.sendall(b"delivered %d %d %d\n" % self.deliver())
-        except OSError:
+                self.deliver()
+            if verb != b"end":
+                request.sendall(b"held %d %d %d %d\n" % self.count())
+        except (OSError, ValueError):
             pass  # the other end is closed; what was to be done is done
         if verb in (b"deliver", b"end"):
             self.last_request = request  # open until the process is no more: its end is awaited
@@ -138,13 +164,17 @@ class Holder:
         request.close()
         return False
 
-    def count(self) -> tuple[int, int, int]:
-        """Segments and octets held, and segments refused."""
+    def count(self) -> tuple[int, int, int, int]:
+        """Segments, octets of all that is held, what was refused of it, and datagrams."""
         pieces = [piece for _, piece in self.store.replay()]
-        return len(pieces), sum(len(piece.payload) for piece in pieces), self.store.refused
+        octets, refused = sum(len(piece.payload) for piece in pieces), self.store.refused
+        if self.datagrams is None:
+            return len(pieces), octets, refused, 0
+        datagrams, more, lost = self.datagrams.count()
+        return len(pieces), octets + more, refused + lost, datagrams
 
-    def deliver(self) -> tuple[int, int, int]:
-        """Send all that is held to the sockets that are back; the same numbers of what was sent.
+    def deliver(self) -> None:
+        """Send all segments that are held to the sockets that are back.
 
         The gate is open: what arrives from now on is not taken any more.
         """
@@ -160,16 +190,20 @@ class Holder:
         for stream, piece in self.store.replay():
             _, raw = self.pairs[4 if len(stream.known) == 12 else 6]
             self.send(raw, stream, piece)
-        return self.count()
 
-    def has_socket(self, key: bytes) -> bool:
-        """Whether a socket has the connection of *key* (plan/replay.py)."""
+    def has_socket(self, key: bytes, protocol: int = _TCP) -> bool:
+        """Whether a socket has the connection of *key* (plan/replay.py), or would get a datagram.
+
+        What receives it need not be connected: the kernel looks as it does for what arrives.
+        """
         width = (len(key) - 4) // 2
         old, peer, ports = key[:width], key[width : 2 * width], key[-2:] + key[-4:-2]
         family = AF_INET if width == 4 else AF_INET6
+        if protocol == _UDP:  # as of a packet: the sender first
+            old, peer, ports = peer, old, ports[2:] + ports[:2]
         request = pack(
             "=IHHIIBBBxI4s16s16sIII", 72, _SOCK_DIAG_BY_FAMILY, 1, 0, 0,
-            family, _PROTOCOL_TCP, 0, 0xFFFFFFFF, ports, old, peer, 0, 0xFFFFFFFF, 0xFFFFFFFF,
+            family, protocol, 0, 0xFFFFFFFF, ports, old, peer, 0, 0xFFFFFFFF, 0xFFFFFFFF,
         )  # fmt: skip
         try:
             self.diag.send(request)
@@ -177,7 +211,7 @@ class Holder:
         except OSError:
             return False
         type_, state = unpack_from("=4xH11xB", answer)
-        return bool(type_ == _SOCK_DIAG_BY_FAMILY and state in _OWNED)
+        return bool(type_ == _SOCK_DIAG_BY_FAMILY and (protocol == _UDP or state in _OWNED))
 
     def send(self, raw: socket, stream: Stream, piece: Piece) -> None:
         """Send one piece through lo; what the kernel does not take, the peer sends again."""
@@ -230,18 +264,34 @@ def _may_lock() -> bool:
     return initial and bool(int(capabilities, 16) >> _CAP_IPC_LOCK & 1)
 
 
+def _read_kept(descriptor: int) -> dict[bytes, bytes]:
+    with open(descriptor, "rb") as file:
+        file.seek(0)
+        return unpack_kept(file.read())
+
+
+def _pairs(families: str, first: int) -> Pairs:
+    """The packet and the raw socket of each IP version, from descriptor *first* on."""
+    found: Pairs = {}
+    for place, version in enumerate(families):
+        packets, raw = (socket(fileno=first + 2 * place + i) for i in range(2))
+        packets.setblocking(False)
+        found[int(version)] = packets, raw
+    return found
+
+
 def main(arguments: list[str]) -> None:
     """Hold, until a request or the watch ends it."""
-    name, netns, identity, versions, seconds = arguments
-    families = [int(version) for version in versions]
-    keep_only(4 + 2 * len(families))
+    name, netns, identity, families, udp_families, seconds = arguments
+    keep_only(_PAIRS - DIRECTORY + 2 * len(families + udp_families))
     deadline = time.monotonic() + float(seconds)
     watch = Watch(name, os.stat(name, dir_fd=DIRECTORY, follow_symlinks=False), netns, identity)
-    with open(_KEPT, "rb") as file:
-        file.seek(0)
-        kept = unpack_kept(file.read())
+    kept = _read_kept(_KEPT)
     _keep_in_memory()
-    holder = Holder(Store(kept), families, deadline, watch)
+    holder = Holder(Store(kept), _pairs(families, _PAIRS), deadline, watch)
+    if udp_families:
+        pairs = _pairs(udp_families, _PAIRS + 2 * len(families))
+        holder.hold_datagrams(_read_kept(_KEPT_UDP), pairs)
     holder.has_socket(bytes(12))  # the kernel loads what it needs for that, beforehand
     try:
         holder.run()

@@ -22,7 +22,8 @@ is inside the blackout (`make bench-hook`). ASCII lines:
                                     - (kernel/nftables.py); where the namespace is found. A gateway
                                     that prepare has opened is behind the others, and nothing but
                                     UNHOOKING is sent there
-    hold NAME                       the holder's socket in the state directory, if there is one
+    datagrams NAME                  the holder's socket in the state directory, if it has datagrams
+    hold NAME                       the same, if there is a holder
     doing RECORD, done RECORD       what the journal notes before and after, a line a step
     end
 
@@ -148,8 +149,12 @@ def write_ready(kernel: Kernel, journal: Journal, plan: Plan) -> None:
         if _is_plain(site):
             unhooking = kernel.ask(site, nftables.pack_gate_hook_removal)
             lines.append(_site_line(journal, site, Packed(b"", 0, unhooking=unhooking)))
-    if any(isinstance(step, OpenGate) and step.delivers for step in plan.open):
-        lines.append(f"hold {holder_name(plan.move.id)}")
+    gates = [step for step in plan.open if isinstance(step, OpenGate)]
+    words = (
+        ("datagrams", any(step.datagrams for step in gates)),
+        ("hold", any(step.delivers for step in gates)),
+    )
+    lines += [f"{word} {holder_name(plan.move.id)}" for word, there in words if there]
     opening = [*enumerate(plan.steps)][len(plan.prepare) :]
     for state in ("doing", "done"):
         lines += [f"{state} {line}" for line in journal.lines(opening, state)]

@@ -85,7 +85,7 @@ class Segment:
     def is_intact(self) -> bool:
         """Whether its checksum is right; one that the kernel computes later is not in it yet."""
         length = len(self.tcp) + len(self.payload)
-        pseudo = _pseudo_header(self.ip, length)
+        pseudo = pseudo_header(self.ip, length, _TCP)
         return checksum(b"".join((pseudo, self.tcp, self.payload))) == 0xFFFF
 
 
@@ -304,12 +304,21 @@ def make_packets(stream: Stream, piece: Piece, size: int = PACKET_SIZE) -> Itera
 def _make_packet(
     ip: bytes, tcp: bytes, known: bytes, seq: int, payload: bytes, *, fin: bool
 ) -> bytes:
-    header, segment = bytearray(ip), bytearray(tcp)
+    segment = bytearray(tcp)
     length, width = len(segment) + len(payload), (len(known) - 4) // 2
     pack_into("!I", segment, 4, seq)
     segment[:4] = known[2 * width :]
     segment[13] = segment[13] & ~_FIN | (_FIN if fin else 0)
     segment[16:18] = b"\0\0"
+    header = make_header(ip, known, length)
+    pseudo = pseudo_header(header, length, _TCP)
+    pack_into("!H", segment, 16, checksum(b"".join((pseudo, segment, payload))))
+    return b"".join((header, segment, payload))
+
+
+def make_header(ip: bytes, known: bytes, length: int) -> bytearray:
+    """The IP header *ip*, from the peer to the local end of *known*, before *length* octets."""
+    header, width = bytearray(ip), (len(known) - 4) // 2
     ends = known[width : 2 * width] + known[:width]
     if width == 4:
         pack_into("!H", header, 2, len(header) + length)
@@ -318,15 +327,13 @@ def _make_packet(
     else:
         pack_into("!H", header, 4, length)
         header[8:40] = ends
-    pseudo = _pseudo_header(header, length)
-    pack_into("!H", segment, 16, checksum(b"".join((pseudo, segment, payload))))
-    return b"".join((header, segment, payload))
+    return header
 
 
-def _pseudo_header(header: bytes | bytearray, length: int) -> bytes:
-    """What TCP's checksum covers of the IP *header*; length: of the segment."""
+def pseudo_header(header: bytes | bytearray, length: int, protocol: int) -> bytes:
+    """What a checksum of *protocol* covers of the IP *header*; length: of what is behind it."""
     ends = header[12:20] if header[0] >> 4 == 4 else header[8:40]
-    return b"".join((ends, pack("!II", length, _TCP)))
+    return b"".join((ends, pack("!II", length, protocol)))
 
 
 def checksum(octets: bytes | bytearray) -> int:

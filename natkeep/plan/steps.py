@@ -21,6 +21,7 @@ from natkeep.plan.ip_rules import IpRule, rules_of
 from natkeep.plan.listeners import Reception
 from natkeep.plan.move import Move, Site
 from natkeep.plan.nft import TABLE, Chain, Object, Rule
+from natkeep.plan.protocols import TCP, Protocol
 from natkeep.plan.relay import Setting
 from natkeep.plan.resets import Reset
 from natkeep.plan.translation import Surroundings, Translation, Unkept
@@ -390,9 +391,9 @@ class HoldSegments:
             "deliver it when the gate opens",
         )
 
-    def kept(self) -> list[tuple[int, bytes, bytes]]:
+    def kept(self, protocol: Protocol = TCP) -> list[tuple[int, bytes, bytes]]:
         """Of each map its IP version, and the records as they arrive, and as they are known."""
-        found = ((t.map.old.version, t) for t in self.translations)
+        found = ((t.map.old.version, t) for t in self.translations if t.protocol == protocol)
         return [(v, t.outer.records(v), t.kept.records(v)) for v, t in found]
 
 
@@ -417,13 +418,15 @@ class GuardSite:
 class OpenGate(Loads):
     """Let the kept connections through, and callers to the listeners.
 
-    delivers: what has been held goes to the sockets that are back.
+    delivers: what has been held goes to the sockets that are back. datagrams: those before, since
+    what passes an open gate must not have been delivered already, nor come first.
     """
 
     site: Site
     move_id: str
     listening: tuple[Reception, ...] = ()
     delivers: bool = False
+    datagrams: bool = False
     recorded: Recorded | None = None
 
     def make(self) -> tuple[Rule, ...]:

@@ -1,0 +1,305 @@
+"""hold and replay of datagrams between real sockets: each once, whole, and in order.
+
+    peer 10.1.0.2 ── veth ── destination 10.3.0.20 (NEW), which has OLD 10.2.0.10
+
+The process's sockets are at OLD; rules of the test's own close the gate and translate.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import select
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from ipaddress import ip_address
+from pathlib import Path
+
+import pytest
+
+from natkeep.kernel import segment_holder
+from natkeep.kernel.interface import Place
+from natkeep.kernel.netns import Namespace, inside, open_namespace
+from natkeep.lab.time_scale import scaled
+from natkeep.plan.move import Site
+from natkeep.plan.roles import Role
+from natkeep.plan.tuples import RECORD_SIZE, Connections, Endpoint, FourTuple
+
+pytestmark = pytest.mark.root
+
+Run = Callable[..., str]
+
+PEER = {4: ip_address("10.1.0.2"), 6: ip_address("fd00:1::2")}
+OLD = {4: ip_address("10.2.0.10"), 6: ip_address("fd00:2::10")}
+NEW = {4: ip_address("10.3.0.20"), 6: ip_address("fd00:3::20")}
+PORT, PEER_PORT = 53, 40_000
+DEADLINE = scaled(10.0)  # s, for what happens at once unless it is broken
+FAMILY = {4: socket.AF_INET, 6: socket.AF_INET6}
+UDP_SEGMENT = 103
+
+EACH_VERSION = pytest.mark.parametrize("version", [4, 6])
+CONNECTED_OR_SERVER = pytest.mark.parametrize("server", [False, True])
+
+RULES = """
+table inet gate {
+    chain gate {
+        type filter hook prerouting priority -350
+        meta mark 0xc114 notrack accept
+        udp dport 53 drop
+    }
+    chain translate {
+        type filter hook prerouting priority -300
+        meta mark 0xc114 accept
+        ip daddr 10.3.0.20 udp dport 53 notrack ip daddr set 10.2.0.10
+        ip6 daddr fd00:3::20 udp dport 53 notrack ip6 daddr set fd00:2::10
+    }
+    chain defragmented {
+        type filter hook prerouting priority 0
+        ct state established
+    }
+}
+"""
+
+
+@dataclass
+class Network:
+    """Both ends, the gate closed."""
+
+    peer: Namespace
+    site: Namespace
+    names: tuple[str, str]
+    state: str
+    run: Run
+    stack: contextlib.ExitStack
+
+    def hold(self, version: int, *, server: bool = False) -> None:
+        kept = Connections.of(
+            [FourTuple(Endpoint(PEER[version], PEER_PORT), Endpoint(OLD[version], PORT))]
+        )
+        half = RECORD_SIZE[version] // 2
+        records = [kept.toward(NEW[version]).records(version), kept.records(version)]
+        arriving, known = (one[:half] + bytes(half) if server else one for one in records)
+        place = Place(Site(Role.DESTINATION, self.names[1]), self.site, self.state)
+        pid = segment_holder.start(place, "web", [], udp=[(version, arriving, known)])
+        self.stack.callback(_reap, pid)
+        self.stack.callback(segment_holder.end, self.state, "web")
+
+    def speak(self, version: int, port: int = PEER_PORT) -> socket.socket:
+        """A peer's socket, which talks to NEW."""
+        with inside(self.peer):
+            sock = self.stack.enter_context(socket.socket(FAMILY[version], socket.SOCK_DGRAM))
+            sock.bind((str(PEER[version]), port))
+            sock.connect((str(NEW[version]), PORT))
+        return sock
+
+    def restore(self, version: int, *, server: bool = False) -> socket.socket:
+        """The process's socket."""
+        with inside(self.site):
+            sock = self.stack.enter_context(socket.socket(FAMILY[version], socket.SOCK_DGRAM))
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            sock.bind((str(OLD[version]), PORT))
+            if not server:
+                sock.connect((str(PEER[version]), PEER_PORT))
+        return sock
+
+    def await_held(self, datagrams: int) -> segment_holder.Held:
+        deadline = time.monotonic() + DEADLINE
+        while True:
+            held = segment_holder.look(self.state, "web")
+            assert held is not None, "there is no holder"
+            if held.datagrams >= datagrams:
+                return held
+            assert time.monotonic() < deadline, f"waited for {datagrams} datagrams, it has {held}"
+
+    def open(self) -> segment_holder.Held | None:
+        segment_holder.deliver_datagrams(self.state, "web")
+        self.run(self.names[1], "nft", "flush", "chain", "inet", "gate", "gate")
+        return segment_holder.deliver(self.state, "web")
+
+
+def _reap(pid: int) -> None:
+    with contextlib.suppress(ChildProcessError):
+        os.waitpid(pid, 0)
+
+
+@pytest.fixture
+def network(
+    make_netns: Callable[[], str],
+    run: Run,
+    tmp_path: Path,
+    require: Callable[[str], None],
+    monkeypatch: pytest.MonkeyPatch,
+) -> Iterator[Network]:
+    """Peer and destination on one cable; a busy machine's holder has time to answer."""
+    require("powers")  # sockets are bound below 1024, by the test and not by natkeep
+    monkeypatch.setattr(segment_holder, "PATIENCE", DEADLINE)
+    peer, site = make_netns(), make_netns()
+    run(site, "ip", "link", "add", "eth0", "type", "veth", "peer", "name", "eth0", "netns", peer)
+    for netns, address in ((peer, PEER), (site, NEW)):
+        run(netns, "ip", "link", "set", "lo", "up")
+        run(netns, "ip", "link", "set", "eth0", "addrgenmode", "none", "up")
+        run(netns, "ip", "address", "add", f"{address[4]}/8", "dev", "eth0")
+        run(netns, "ip", "address", "add", f"{address[6]}/16", "dev", "eth0", "nodad")
+    run(site, "ip", "address", "add", f"{OLD[4]}/32", "dev", "lo")
+    run(site, "ip", "address", "add", f"{OLD[6]}/128", "dev", "lo", "nodad")
+    (tmp_path / "rules").write_text(RULES)
+    run(site, "nft", "-f", str(tmp_path / "rules"))
+    with contextlib.ExitStack() as stack:
+        found = []
+        for netns in (peer, site):
+            namespace = open_namespace(netns)
+            stack.callback(os.close, namespace.fd)
+            found.append(namespace)
+        yield Network(found[0], found[1], (peer, site), str(tmp_path), run, stack)
+
+
+def read_all(sock: socket.socket, count: int) -> list[tuple[bytes, tuple[str, int]]]:
+    """What has arrived: *count* datagrams and senders, and whatever comes in excess at once."""
+    found, deadline = [], time.monotonic() + DEADLINE
+    while True:
+        wait = max(deadline - time.monotonic(), 0) if len(found) < count else 0.05
+        if not select.select([sock], [], [], wait)[0]:
+            assert len(found) >= count, f"{len(found)} of {count} datagrams arrived"
+            return found
+        data, sender = sock.recvfrom(1 << 17)
+        found.append((data, sender[:2]))
+
+
+@EACH_VERSION
+@CONNECTED_OR_SERVER
+def test_what_a_peer_said_at_a_closed_gate_arrives_once_and_in_order(
+    network: Network, version: int, server: bool
+) -> None:
+    network.hold(version, server=server)
+    peer = network.speak(version)
+    said = [b"%d" % (n // 2) for n in range(100)]  # two of each, which are two
+
+    for data in said:
+        peer.send(data)
+    network.await_held(len(said))
+    process = network.restore(version, server=server)
+    held = network.open()
+    peer.send(b"after")
+
+    sender = str(PEER[version]), PEER_PORT
+    assert read_all(process, len(said) + 1) == [(data, sender) for data in (*said, b"after")]
+    assert held == segment_holder.Held(0, sum(map(len, said)), 0, len(said))
+
+
+@EACH_VERSION
+def test_what_a_peer_says_all_the_time_arrives_once_and_in_order(
+    network: Network, version: int
+) -> None:
+    network.hold(version)
+    peer, process, ended = network.speak(version), network.restore(version), threading.Event()
+    said = []
+
+    def speak() -> None:
+        while not ended.is_set():
+            peer.send(b"%d" % len(said))
+            said.append(len(said))
+            time.sleep(0.001)
+
+    thread = threading.Thread(target=speak)
+    thread.start()
+    try:
+        network.await_held(50)
+        held = network.open()
+        time.sleep(0.05)
+    finally:
+        ended.set()
+        thread.join()
+
+    heard = [int(data) for data, _ in read_all(process, 51)]
+    assert held is not None
+    assert heard[: held.datagrams] == [*range(held.datagrams)]
+    # What was sent while the gate was being opened is lost, and nothing else.
+    assert heard[held.datagrams :] == [*range(heard[held.datagrams], len(said))]
+
+
+@EACH_VERSION
+def test_peers_that_nothing_was_known_of_are_held_for_a_server(
+    network: Network, version: int
+) -> None:
+    network.hold(version, server=True)
+    peers = [network.speak(version, PEER_PORT + n) for n in range(3)]
+
+    for peer in peers:
+        peer.send(b"a question")
+    network.await_held(3)
+    process = network.restore(version, server=True)
+    network.open()
+
+    senders = [(str(PEER[version]), PEER_PORT + n) for n in range(3)]
+    assert read_all(process, 3) == [(b"a question", sender) for sender in senders]
+
+
+@EACH_VERSION
+def test_a_datagram_of_many_fragments_arrives_whole(network: Network, version: int) -> None:
+    network.hold(version)
+    peer, data = network.speak(version), os.urandom(6000)
+
+    peer.send(data)
+    network.await_held(1)
+    process = network.restore(version)
+    network.open()
+    peer.send(data[::-1])
+
+    assert [data for data, _ in read_all(process, 2)] == [data, data[::-1]]
+
+
+@EACH_VERSION
+def test_datagrams_that_the_sender_has_handed_over_as_one_arrive_one_by_one(
+    network: Network, version: int
+) -> None:
+    network.hold(version)
+    peer, data = network.speak(version), os.urandom(2500)
+    peer.setsockopt(socket.IPPROTO_UDP, UDP_SEGMENT, 1000)
+
+    peer.send(data)
+    network.await_held(3)
+    process = network.restore(version)
+    network.open()
+
+    expected = [data[:1000], data[1000:2000], data[2000:]]
+    assert [data for data, _ in read_all(process, 3)] == expected
+
+
+@CONNECTED_OR_SERVER
+def test_without_a_socket_nothing_is_delivered_and_nothing_answered(
+    network: Network, server: bool
+) -> None:
+    network.hold(4, server=server)
+    peer = network.speak(4)
+
+    peer.send(b"x")
+    network.await_held(1)
+    segment_holder.deliver_datagrams(network.state, "web")
+    held = segment_holder.deliver(network.state, "web")
+
+    assert held is not None
+    assert held.datagrams == 0
+    assert not select.select([peer], [], [], 0.2)[0]  # no error either
+
+
+def test_an_opening_that_does_not_wait_any_longer_gets_none(
+    network: Network, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    network.hold(4)
+    peer = network.speak(4)
+    peer.send(b"x")
+    network.await_held(1)
+    process = network.restore(4)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(segment_holder, "PATIENCE", -1.0)
+        patch.setattr(socket.socket, "settimeout", lambda sock, seconds: None)
+        segment_holder.deliver_datagrams(network.state, "web")
+    peer.send(b"y")
+    held = network.open()
+
+    assert held == segment_holder.Held(0, 0, 1, 0)
+    assert not select.select([process], [], [], 0.2)[0]
