@@ -22,6 +22,6 @@ def run(lab):
     by.begin(connections=3)
     by.move()
     lab.traffic.talk_on()
-    lab.move_back()
+    by.move_back()
     lab.traffic.talk_on()
     by.finish()

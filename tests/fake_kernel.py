@@ -25,7 +25,7 @@ from natkeep.plan.move import Move, Site
 from natkeep.plan.nft import Key, Object, Rule, number_alike, split
 from natkeep.plan.observation import Gate, Observation, SeenEntry
 from natkeep.plan.path import Route, SourceRule, Way
-from natkeep.plan.relay import RelayFacts
+from natkeep.plan.relay import RelayFacts, Setting
 from natkeep.plan.repair import LoadObjects, Patch, RestoreRoutes, StopCounting
 from natkeep.plan.roles import Role
 from natkeep.plan.step_undo import (
@@ -61,6 +61,7 @@ from natkeep.plan.steps import (
     InstallTranslation,
     Loads,
     OpenGate,
+    PassKept,
     Plan,
     Prior,
     PurgeEntries,
@@ -446,7 +447,10 @@ class FakeKernel:
             case PutLockBack() if prior.facts:
                 here.locks.setdefault(undo.lock.table, set()).update(undo.connections)
             case RestoreForwarding():
-                here.settings.discard(undo.setting)
+                passing = (one for one in here.loaded if isinstance(one, PassKept))
+                others = [one for one in passing if one.move_id != undo.move_id]
+                if not any(Setting(undo.setting) in one.settings for one in others):
+                    here.settings.discard(undo.setting)
             case RemoveUndone():
                 here.undone -= {*undo.connections}
             case CloseGates():

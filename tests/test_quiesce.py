@@ -23,7 +23,7 @@ from natkeep.errors import JournalError, KernelError, NatkeepError, RefusedError
 from natkeep.lifecycle.check import check
 from natkeep.lifecycle.drain import count_alive, find_exposed
 from natkeep.lifecycle.executor import Executor
-from natkeep.lifecycle.open import open_move
+from natkeep.lifecycle.open import close_move, open_move
 from natkeep.lifecycle.prepare import prepare
 from natkeep.lifecycle.quiesce import quiesce
 from natkeep.lifecycle.replace import replace_move
@@ -36,6 +36,7 @@ from natkeep.plan.roles import Role
 from natkeep.plan.steps import HoldListeners, TakeOverLock
 from natkeep.plan.tuples import Connections, Endpoint, FourTuple, parse_address
 from natkeep.state.directory import StateDirectory
+from natkeep.values import replace
 
 OLD, NEW = parse_address("10.2.0.10"), parse_address("10.3.0.20")
 MAPS = (Map(OLD, NEW),)
@@ -76,6 +77,35 @@ def move(*sites: Site, move_id: str = "web") -> Move:
 def is_bare(kernel: FakeKernel, name: str = "src") -> bool:
     here = kernel.sites[name]
     return not (here.gates or here.sets or here.loaded or here.holds)
+
+
+# ---- before a dump at the destination --------------------------------------------------------
+
+
+@pytest.mark.parametrize("hold", [False, True])
+def test_an_open_move_is_closed_and_opened_again(
+    executor: Executor, kernel: FakeKernel, hold: bool
+) -> None:
+    prepare(executor, replace(move(GATEWAY, DESTINATION), hold=hold), CONNECTIONS)
+    open_move(executor, "web")
+
+    for _ in range(2):  # again is fine
+        close_move(executor, "web")
+        assert kernel.sites["dst"].gates == {"web": Gate.CLOSED}
+    open_move(executor, "web")
+
+    assert [kernel.sites[each].gates["web"] for each in ("gw", "dst")] == [Gate.OPEN, Gate.OPEN]
+
+
+def test_what_is_no_open_move_has_no_gate_to_close(
+    executor: Executor, capsys: pytest.CaptureFixture[str]
+) -> None:
+    quiesce(executor, move(SOURCE), ANY_PORT, 1)
+
+    assert cli.main(["quiesce", "web", "--state-dir", executor.state.path]) == 4
+    assert "there is no gate to close" in capsys.readouterr().err
+    assert cli.main(["quiesce", "other", "--state-dir", executor.state.path]) == 2
+    assert "no --map OLD=NEW" in capsys.readouterr().err
 
 
 # ---- quiesce ---------------------------------------------------------------------------------

@@ -15,6 +15,7 @@ from natkeep.lifecycle.executor import Executor
 from natkeep.lifecycle.open import open_move
 from natkeep.lifecycle.prepare import prepare
 from natkeep.lifecycle.relay import find_vias
+from natkeep.lifecycle.replace import replace_move
 from natkeep.lifecycle.rollback import RESTORE, rollback
 from natkeep.lifecycle.teardown import teardown
 from natkeep.plan.move import Map, Move, Site
@@ -88,22 +89,52 @@ def test_without_a_route_to_new_or_to_a_peer_it_is_refused(
     assert not kernel.applied
 
 
-def test_a_relay_behind_a_relay_is_refused(executor: Executor) -> None:
-    prepare(executor, move(), ALL)
+def elsewhere(*sites: Site, move_id: str = "next") -> Move:
+    """The process of `move` moves on to a third host."""
     further = Map(OLD, ip_address("10.4.0.30"))
-    stacked = Move(
-        "next", (further,), (Site(Role.RELAY, "dst"),), vias=(Via(ip_address("10.3.0.21")),)
-    )
-
-    with pytest.raises(RefusedError, match=f"{OLD} is moved to {NEW} by web already"):
-        check(executor, stacked, ALL)
+    return Move(move_id, (further,), sites or (RELAY,), vias=(Via(FROM),))
 
 
-def test_no_other_move_takes_its_place(executor: Executor) -> None:
+@pytest.mark.parametrize("replaces", [None, "web"])
+def test_a_relay_behind_a_relay_is_refused(executor: Executor, replaces: str | None) -> None:
     prepare(executor, move(), ALL)
+    stacked = elsewhere(Site(Role.RELAY, "dst"))
 
-    with pytest.raises(RefusedError, match="--replace is not for a move by a relay"):
-        check(executor, move(move_id="next"), ALL, "web")
+    with pytest.raises(RefusedError) as refused:
+        check(executor, stacked, ALL, replaces)
+
+    why = "only a relay is re-pointed" if replaces else f"{OLD} is moved to {NEW} by web already"
+    assert why in str(refused.value)
+    assert "--replace web" in str(refused.value.hint)
+
+
+@pytest.mark.parametrize("site", [DESTINATION, Site(Role.GATEWAY, "rel")])
+def test_no_other_site_takes_the_place_of_a_relay_s_move(executor: Executor, site: Site) -> None:
+    prepare(executor, move(), ALL)
+    vias = () if site.role == Role.GATEWAY else (Via(FROM),)
+    other = Move("next", (Map(OLD, NEW),), (site,), vias=vias)
+
+    with pytest.raises(RefusedError, match="only a relay is re-pointed"):
+        check(executor, other, ALL, "web")
+
+
+def test_a_relay_is_pointed_elsewhere_and_forwards_until_the_last_of_its_moves_ends(
+    executor: Executor, kernel: FakeKernel
+) -> None:
+    prepare(executor, move(), ALL)
+    open_move(executor, "web")
+
+    replace_move(executor, "web", elsewhere(), ALL)
+
+    relay = kernel.sites["rel"]
+    assert relay.gates == {"next": Gate.CLOSED}
+    assert relay.settings == {FORWARDING}
+    teardown(executor, "web")
+    assert not kernel.sites["dst"].gates
+    with pytest.raises(RefusedError, match="next took the place of web"):
+        rollback(executor, "next")
+    teardown(executor, "next")
+    assert not any((relay.settings, relay.gates, relay.sets, relay.loaded))
 
 
 def test_all_of_it_goes_at_a_teardown(executor: Executor, kernel: FakeKernel) -> None:

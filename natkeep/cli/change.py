@@ -285,6 +285,10 @@ def _ask_if_alive(move_id: str, alive: int, *, silent: bool) -> None:
 def quiesce(args: argparse.Namespace) -> int:
     from natkeep.lifecycle.quiesce import quiesce
 
+    if not (args.map or args.site or args.port):
+        executor = make_executor(args, create=False)
+        if executor.state.knows(parse_id(args.id)):
+            return _close(args, executor)
     sites = parse_sites(args.site or ["source"])
     if [site.role for site in sites] != [Role.SOURCE]:
         raise UsageError("quiesce is for the source", hint="--site source[=NETNS]")
@@ -295,6 +299,15 @@ def quiesce(args: argparse.Namespace) -> int:
     told = [str(end) for end in listeners]
     line = f"{args.id}: new connections to {', '.join(told)} wait; dump now"
     print_verb(args, line, listeners=told)
+    return 0
+
+
+def _close(args: argparse.Namespace, executor: Executor) -> int:
+    """Of a move that is open already: what its peers say waits."""
+    from natkeep.lifecycle.open import close_move
+
+    close_move(executor, args.id)
+    print_verb(args, f"{args.id}: the gate is closed; dump now, or open it again", gate="closed")
     return 0
 
 

@@ -252,7 +252,7 @@ _GC = (
 _VERBS: dict[str, tuple[str, str, tuple[Option, ...]]] = {
     "plan": ("change", "print what prepare would do; touches nothing", _PLAN),
     "prepare": ("change", "make every site ready, with the gate closed", _PREPARE),
-    "quiesce": ("change", "before a dump: have new connections wait", _QUIESCE),
+    "quiesce": ("change", "before a dump: have new connections, or a move's, wait", _QUIESCE),
     "run": ("change", "prepare, have CRIU restore, open; if it fails undo, or stay closed", _RUN),
     "open": ("change", "let the kept connections through", _OPEN),
     "status": ("show", "what is prepared, what it carries, what drifted", _STATUS),

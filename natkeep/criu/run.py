@@ -33,7 +33,7 @@ from natkeep.checkpoint import Checkpoint, NetworkLock
 from natkeep.errors import NatkeepError, UsageError
 from natkeep.lifecycle.check import require_devices, require_sockets
 from natkeep.lifecycle.executor import Executor
-from natkeep.lifecycle.open import close_again, open_move, remove_gate_hooks
+from natkeep.lifecycle.open import close_move, open_move, remove_gate_hooks
 from natkeep.lifecycle.prepare import find_unheld, prepare
 from natkeep.lifecycle.teardown import teardown
 from natkeep.plan.move import Move
@@ -318,7 +318,7 @@ class Restore:
             # The hook may have opened it: CRIU can fail after that, too. It closes before a socket
             # goes, or this host would answer what comes in between with a reset.
             try:
-                close_again(self.executor, self.move.id)
+                close_move(self.executor, self.move.id)
             except NatkeepError as error:
                 failed = error
         kill_orphans(self.ours)

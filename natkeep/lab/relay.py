@@ -23,16 +23,18 @@ import time
 from collections.abc import Iterable
 from dataclasses import replace
 
+from natkeep.errors import RefusedError
 from natkeep.lab.capture import Frame, beyond_gateway
 from natkeep.lab.engine import end_silence
 from natkeep.lab.lab import Frames, Lab
-from natkeep.lab.topology import THIRD, Address, Seat, address
+from natkeep.lab.topology import BESIDE, THIRD, Address, Seat, address
 from natkeep.lab.translators import Natkeep, TranslatorError
 from natkeep.plan.tuples import Endpoint, FourTuple
 
 SOURCE = Seat("source", "near", 10, first_pid=1000)
 DESTINATION = Seat("destination", "near", 20)
 FLAT = {"seats": (Seat("client", "near", 2), SOURCE, DESTINATION)}
+FLAT_ON = {"seats": (*FLAT["seats"], BESIDE)}
 A_THIRD = {"seats": (*FLAT["seats"], replace(THIRD, network="near"))}
 _DIALS = 20
 _ANNOUNCE = """
@@ -60,7 +62,7 @@ for _ in range({_DIALS}):
         pass
     dialled.close()
 """
-BESIDE = 1
+_BEHIND_OLD = 1
 """The relay's address of its own is the next one behind OLD."""
 
 
@@ -74,7 +76,7 @@ class ByRelay:
         lab.crosses, lab.relay = False, self.role
         seats = {seat.role: seat for seat in lab.topology.seats}
         lab.home, lab.site = seats["source"], seats["destination"]
-        self.source = address(lab.home.network, lab.home.number + BESIDE, lab.family)
+        self.source = address(lab.home.network, lab.home.number + _BEHIND_OLD, lab.family)
         self.peers: dict[FourTuple, Endpoint] = {}
         self.own = set[Endpoint]()  # of connections of the relay's own
         lab.select_frames = self._as_the_peers_see_them
@@ -109,6 +111,43 @@ class ByRelay:
     def take_over(self) -> None:
         """What peers send to OLD reaches the prepared relay from here on."""
         end_silence(self.lab.topology["source"])
+
+    def move_on(self, site: Seat) -> None:
+        """The process moves on to *site*, where the relay is pointed; forwarding is as it was."""
+        settings = self.read_settings()
+        self.close()
+        self.lab.move_on(site)
+        self.read_wires()
+        name = "the relay has the same forwarding switched on"
+        self.lab.report.check(name, self.read_settings() == settings, f"{settings}")
+
+    def move_back(self) -> None:
+        """The process comes home."""
+        self.close()
+        self.lab.move_back()
+
+    def close(self) -> None:
+        """Before a dump at the destination: CRIU's lock knows the peers by other addresses."""
+        if isinstance(self.lab.translator, Natkeep):
+            with self.lab.report.must("the gate closes before the freeze"):
+                self._call("quiesce", self.lab.order.id)
+
+    def check_stacked(self, site: Seat) -> None:
+        """A further relay, at the destination towards *site*, is refused, and names the cure."""
+        lab, here = self.lab, self.lab.topology[self.lab.site.role]
+        via = address(lab.site.network, lab.site.number + _BEHIND_OLD, lab.family)
+        stacked = (
+            "stacked", f"--map={lab.old}={site.address(lab.family)}", f"--via={via}",
+            f"--site=relay={here.name}", *lab.frozen.options,
+        )  # fmt: skip
+        for more in ((), ("--replace", lab.order.id)):
+            try:
+                self._call("prepare", *stacked, *more)
+                said, ok = "it is not refused", False
+            except TranslatorError as error:
+                said = str(error)
+                ok = error.code == RefusedError.exit_code and f"--replace {lab.order.id}" in said
+            lab.report.check(f"a relay behind the relay is refused {' '.join(more)}", ok, said)
 
     def read_wires(self) -> None:
         """Which FROM:q stands for which peer, as natkeep's status says."""

@@ -62,6 +62,8 @@ SECOND_CLIENT = Seat("client2", "near", 3)
 SOURCE = Seat("source", "old", 10, first_pid=1000)
 DESTINATION = Seat("destination", "far", 20)
 THIRD = Seat("third", "third", 30)
+BESIDE = Seat("beside", "near", 30)
+"""Where a process moves on to on the peers' own link."""
 USUAL = (CLIENT, SOURCE, DESTINATION)
 
 
@@ -116,7 +118,8 @@ class Topology:
     def sites(self) -> tuple[str, ...]:
         """The roles at which a translator works: the gateway and what is beyond it."""
         beyond = (seat.role for seat in self.seats if seat.network not in ("near", "old"))
-        here = (s.role for s in self.seats if s.network == "near" and s.role == DESTINATION.role)
+        ends = DESTINATION.role, BESIDE.role
+        here = (s.role for s in self.seats if s.network == "near" and s.role in ends)
         return ("gateway", *beyond, *here)
 
     @property

@@ -12,7 +12,7 @@ from natkeep.lifecycle.conflicts import refuse_conflicts
 from natkeep.lifecycle.examine import OF_PATH, refuse_stopped
 from natkeep.lifecycle.executor import Executor
 from natkeep.lifecycle.owners import find_surroundings
-from natkeep.lifecycle.relay import refuse_relays
+from natkeep.lifecycle.relay import refuse_relays, refuse_stacked
 from natkeep.lifecycle.sockets import NO_REMEDY, find_unbindable, refuse_translated
 from natkeep.lifecycle.subject import Subject
 from natkeep.plan.move import Move, Site
@@ -49,11 +49,7 @@ def check(
     surroundings = find_surroundings(executor.kernel, executor.state, move, connections, besides)
     if replaces is not None:
         earlier = executor.state.load(replaces)
-        if move.vias or earlier.move.vias:
-            raise RefusedError(
-                "--replace is not for a move by a relay",
-                hint=f"natkeep rollback {replaces}, or teardown, and then anew",
-            )
+        refuse_stacked(executor, move, earlier)
         surroundings = surroundings.carry_on(earlier.surroundings_there(), connections)
     plan = make_plan(move, connections, surroundings)
     refuse_conflicts(executor, plan, replaces)

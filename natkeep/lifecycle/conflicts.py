@@ -49,9 +49,11 @@ def _refuse_remapped(move: Move, other: Move) -> None:
     new_of = {map_.old: map_.new for map_ in other.maps}
     for map_ in move.maps:
         if new_of.get(map_.old, map_.new) != map_.new:
+            hint = f"natkeep teardown {other.id} first"
+            if move.vias:
+                hint = f"at the relay of {other.id}: prepare --replace {other.id}; elsewhere {hint}"
             raise RefusedError(
-                f"{map_.old} is moved to {new_of[map_.old]} by {other.id} already",
-                hint=f"natkeep teardown {other.id} first",
+                f"{map_.old} is moved to {new_of[map_.old]} by {other.id} already", hint=hint
             )
 
 

@@ -98,13 +98,18 @@ def open_move(
         return compared
 
 
-def close_again(executor: Executor, move_id: str) -> None:
-    """Close the gates that were opened for a tree that came to nothing; all else stays.
+def close_move(executor: Executor, move_id: str) -> None:
+    """Close the gates that `open_move` opened; all else stays, and it can be opened again.
 
-    LeftoverError when one could not be. It can be opened again.
+    For a tree that came to nothing; and before a dump where peers look different on the wire, since
+    CRIU's lock knows them only as the process does, and would let through what they say.
+    LeftoverError when a gate could not be closed.
     """
     with executor.state.holding(move_id):
         journal, plan = executor.load(move_id)
+        refuse_earlier_boot(journal)
+        if journal.move.quiesces:
+            raise RefusedError(f"{move_id} only holds listeners so far: there is no gate to close")
         executor.open_known(journal, plan.move.sites)
         opened = range(len(plan.prepare), len(plan.steps))
         if left := executor.undo(journal, reversed(opened)):

@@ -10,10 +10,11 @@ from collections.abc import Sequence
 from natkeep.errors import RefusedError
 from natkeep.kernel import relay_host
 from natkeep.lifecycle.executor import Executor
-from natkeep.plan.move import Map, Site
+from natkeep.plan.move import Map, Move, Site
 from natkeep.plan.relay import refuse_relay
 from natkeep.plan.steps import Plan
 from natkeep.plan.via import Via
+from natkeep.state.journal import Journal
 
 
 def find_vias(executor: Executor, sites: Sequence[Site], maps: Sequence[Map]) -> tuple[Via, ...]:
@@ -47,3 +48,17 @@ def refuse_relays(executor: Executor, plan: Plan) -> None:
                 one.site, relay_host.survey_relay, new, sources, one.kept, one.inner
             )
             refuse_relay(one, move.vias, facts)
+
+
+def refuse_stacked(executor: Executor, move: Move, earlier: Journal) -> None:
+    """RefusedError where *move* would replace *earlier* at a site that is not the relay of both."""
+    if not (move.vias or earlier.move.vias):
+        return
+    found = {earlier.identity(site): site for site in earlier.move.sites}
+    for site in move.sites:
+        there = found.get(executor.kernel.identity(site))
+        if there is not None and not (site.row.relays and there.row.relays):
+            raise RefusedError(
+                f"{site} is the site {there} of {earlier.move.id}: only a relay is re-pointed",
+                hint=f"--replace {earlier.move.id} at the relay alone, and never a relay behind it",
+            )

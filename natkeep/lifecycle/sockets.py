@@ -74,5 +74,7 @@ def _is_moved(state: StateDirectory, here: Identity, inner: FourTuple, outer: Fo
     ends = ((inner.source, outer.source), (inner.destination, outer.destination))
     pairs = {frozenset((one.address, other.address)) for one, other in ends if one != other}
     headers = map(state.read_header, state.ids_naming(frozenset().union(*pairs)))
-    maps = [map_ for one in headers if one and one.is_at(here) for map_ in one.move.maps]
-    return pairs <= {frozenset((map_.old, map_.new)) for map_ in maps}
+    moves = [one.move for one in headers if one and one.is_at(here)]
+    by_relay = {via.source for move in moves for via in move.vias}
+    pairs = {pair for pair in pairs if by_relay.isdisjoint(pair)}
+    return pairs <= {frozenset((map_.old, map_.new)) for move in moves for map_ in move.maps}

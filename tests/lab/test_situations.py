@@ -68,6 +68,8 @@ KEPT = [
     ("by a relay, rolled back", 6, "stateful"),
     ("by a relay, strict firewalls", 4, "stateful"),
     ("by a relay, strict firewalls, the process is the client", 6, "stateful"),
+    ("by a relay, moved on and back", 6, "stateful"),
+    ("by a relay, moved on and back on one link", 4, "stateful"),
     ("by a third host that takes OLD over", 4, "stateful"),
     ("by a third host that takes OLD over", 6, "stateful"),
     ("both ends move, tcp_loose=0", 4, "stateful"),

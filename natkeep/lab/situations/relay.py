@@ -9,8 +9,8 @@ from functools import partial
 
 from natkeep.lab.engine import Opening, end_silence
 from natkeep.lab.lab import Lab
-from natkeep.lab.relay import A_THIRD, FLAT, ByRelay, ByThird
-from natkeep.lab.situations import situation
+from natkeep.lab.relay import A_THIRD, FLAT, FLAT_ON, ByRelay, ByThird
+from natkeep.lab.situations import THREE_HOSTS, carry_on_after, situation
 from natkeep.lab.situations.roles import begin_dialled
 from natkeep.lab.situations.two_ends import (
     flushed_before_fins,
@@ -19,6 +19,7 @@ from natkeep.lab.situations.two_ends import (
     not_loose,
     under_traffic,
 )
+from natkeep.lab.topology import BESIDE, THIRD, Seat
 from natkeep.lab.translators import Natkeep
 
 WHERE = ("source", "destination")
@@ -65,6 +66,24 @@ def rolled_back(lab: Lab) -> None:
     by.check_spoofs()
     lab.traffic.check_ends()
     lab.conclude(moved=False)
+
+
+def _point_elsewhere(site: Seat, lab: Lab) -> None:
+    """From A to B, to C, and home; no host has an entry any more before each of them."""
+    by = ByRelay(lab)
+    by.begin(connections=3)
+    carry_on_after(lab, by.move)
+    for move in (partial(by.move_on, site), by.move_back):
+        for role in WHERE:
+            lab.conditions.flush_conntrack(role)
+        carry_on_after(lab, move)
+    by.finish()
+
+
+by_relay(33, "by a relay, moved on and back", setup=THREE_HOSTS)(partial(_point_elsewhere, THIRD))
+by_relay(33, "by a relay, moved on and back on one link", setup=FLAT_ON)(
+    partial(_point_elsewhere, BESIDE)
+)
 
 
 # The source's link goes down.
