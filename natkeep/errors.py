@@ -68,3 +68,9 @@ class LeftoverError(NatkeepError):
     """Something was left behind; the message says what, the hint how to remove it (exit 8)."""
 
     exit_code = 8
+
+
+class UnreachableError(NatkeepError):
+    """A host that a migration needs cannot be reached (exit 9)."""
+
+    exit_code = 9

@@ -143,6 +143,12 @@ def _seconds(text: str) -> float:
     return value
 
 
+def _rounds(text: str) -> int:
+    if not (text.isascii() and text.isdigit() and len(text) < 3):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of rounds (0 to 99)")
+    return int(text)
+
+
 def _deadline(text: str) -> int:
     if not (text.isascii() and text.isdigit() and len(text) < 6 and int(text) <= LONGEST):
         raise argparse.ArgumentTypeError(f"{text!r} is not a number of seconds (0 to {LONGEST})")
@@ -249,6 +255,43 @@ _GC = (
     _flag("--yes", "also what no journal knows and connections live by"),
 )
 
+_MIGRATE = (
+    _option("source", "[USER@]A:PID", nargs="?", help="the host, as ssh knows it, and the process"),
+    _option("destination", "[USER@]B", nargs="?", help="where it goes"),
+    _option("--id", "ID", help="of the move; default: m and the pid"),
+    _MAP,
+    _option(
+        "--via", "[USER@]HOST|local|relay",
+        help="the gateway that the peers cross (local: this host), or relay: A goes on receiving "
+        "for OLD; default: this host if it is one, else a relay",
+    ),
+    _flag("--listeners", "let new connections reach the process where it goes"),
+    _option("--pre-dump", "N", type=_rounds, default=0, help="copy memory N times beforehand"),
+    _option(
+        "--images", "DIR",
+        help="where the image lies, on A and B; nothing is copied where that is one and the same",
+    ),
+    _option("--criu", "PATH", default="criu", help="CRIU on A and B (default: criu)"),
+    _several("--criu-option", "WORD", help="for criu dump and restore: --criu-option=--shell-job"),
+    _several("--dump-option", "WORD", help="for criu dump alone"),
+    _several("--restore-option", "WORD", help="for criu restore alone"),
+    _option("--ssh", "COMMAND", default="ssh", help="ssh, with options of its own"),
+    _option(
+        "--natkeep", "COMMAND", default="natkeep",
+        help="natkeep on A and B, perhaps as 'sudo -n natkeep'",
+    ),
+    _option("--resume", "ID", help="go on with one that was interrupted"),
+    _option("--rollback", "ID", help="take one back that was interrupted"),
+)  # fmt: skip
+_FINISH = (
+    _ID,
+    _option(
+        "--drain", "SECONDS", type=_seconds,
+        help="wait so long at most for the kept connections to end; default: until they have",
+    ),
+)  # fmt: skip
+_SERVE = (_ID, _flag("--stdio", "answer requests on stdin and stdout"))
+
 _VERBS: dict[str, tuple[str, str, tuple[Option, ...]]] = {
     "plan": ("change", "print what prepare would do; touches nothing", _PLAN),
     "prepare": ("change", "make every site ready, with the gate closed", _PREPARE),
@@ -262,6 +305,9 @@ _VERBS: dict[str, tuple[str, str, tuple[Option, ...]]] = {
     "teardown": ("change", "undo a move; a second time is fine", _TEARDOWN),
     "rollback": ("change", "back to the source, in the order that resets no peer", _ROLLBACK),
     "gc": ("change", "clear what a crash or a reboot left", _GC),
+    "migrate": ("migrate", "all of a move over ssh: check, dump, copy, restore, open", _MIGRATE),
+    "finish": ("migrate", "after a migrate: wait for the end, and undo it everywhere", _FINISH),
+    "serve": ("serve", "what migrate starts on each host over ssh", _SERVE),
     "inspect": ("show", "the sockets in an image, kept or not and why", _INSPECT),
 }
 """Each verb: the module of natkeep.cli that runs it, what it does, what it takes."""

@@ -162,15 +162,19 @@ class Lab:
 
     def freeze(self) -> None:
         """The engine freezes the server; the source is silent from here on."""
+        self.begin_freeze()
+        with self.report.must("the engine freezes the server"):
+            into = self.directory / f"frozen-{self.name}-{self._freezes}"
+            self.frozen = self.engine.freeze(self.at, self.traffic.server, into)
+
+    def begin_freeze(self) -> None:
+        """Remember how all is, just before the server is frozen, by whatever does that."""
         self._freezes += 1
         self.traffic.client.do("mark")
         self._frozen_at = time.monotonic()
         if self._freezes == 1:
             self.read_sites()
             self.frozen_ns = time.time_ns()
-        with self.report.must("the engine freezes the server"):
-            into = self.directory / f"frozen-{self.name}-{self._freezes}"
-            self.frozen = self.engine.freeze(self.at, self.traffic.server, into)
 
     def read_sites(self) -> None:
         """Remember how the sites are before anything is done there; the first time counts."""

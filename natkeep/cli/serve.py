@@ -1,0 +1,165 @@
+"""The verb `serve --stdio`: what `natkeep migrate` asks of a host, as lines of JSON.
+
+Each line on stdin is a request, and is answered by one line on stdout, in turn:
+
+    {"natkeep": ["status", "web", "--json"], "stdin": "…"}             a verb
+    {"run": ["criu", "dump", …], "environment": {…}, "seconds": 60}    a program, without a shell
+    {"digest": "DIR"}                                                  what is in a directory
+    →  {"exit": 0, "stdout": "…", "stderr": "…"}
+
+The first line on stdout, before any request, says which natkeep this is and where its hook is. A
+verb runs in a fork of this process, which has imported all that verbs need: no interpreter starts
+in a blackout.
+
+Rule: a request that has begun goes on to its end, whatever becomes of the connection. The next
+`serve` of the same id waits for that end, and from then on an earlier one does nothing more, even
+if a request was still on its way to it: so what became of it can always be asked. This file must
+never decide anything about a move.
+"""
+
+from __future__ import annotations
+
+import argparse
+import fcntl
+import hashlib
+import json
+import os
+import secrets
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from natkeep import __version__, afterwards
+from natkeep.errors import RefusedError, UsageError
+from natkeep.plan.move import parse_id
+from natkeep.state.directory import StateDirectory
+
+PROTOCOL = 1
+_LONGEST = 1 << 28  # octets of a request: a list of connections is in it
+_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+_NEEDED = (
+    "cli", "cli.change", "cli.show", "checkpoint.images", "checkpoint.described", "kernel.linux",
+    "lifecycle.prepare", "lifecycle.teardown", "lifecycle.status", "lifecycle.rollback",
+    "report.status",
+)  # fmt: skip
+
+
+def serve(args: argparse.Namespace) -> int:
+    """Answer requests until stdin ends."""
+    if not args.stdio:
+        raise UsageError("serve answers on stdin and stdout alone", hint="natkeep serve --stdio")
+    parse_id(args.id)
+    os.environ["PATH"] = f"{os.environ.get('PATH', '')}:{_PATH}".lstrip(":")
+    for name in _NEEDED:
+        import_module(f"natkeep.{name}")
+    # What is asked for must not end because a terminal or a connection has.
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+    turn = _Turn(args)
+    with turn.taken():
+        turn.begin()
+    _answer({"natkeep": __version__, "protocol": PROTOCOL, "hook": _find_hook()})
+    while line := sys.stdin.buffer.readline(_LONGEST):
+        with turn.taken():
+            if not turn.is_ours():
+                raise RefusedError(f"another natkeep migrate has taken {args.id} over")
+            answer = _do(json.loads(line))
+        _answer(answer)
+    return 0
+
+
+def _answer(value: dict[str, Any]) -> None:
+    sys.stdout.write(json.dumps(value) + "\n")
+    sys.stdout.flush()
+
+
+def _find_hook() -> str:
+    beside = Path(sys.argv[0]).resolve().with_name("natkeep-hook")
+    return str(beside) if beside.exists() else shutil.which("natkeep-hook") or ""
+
+
+class _Turn:
+    """Which `serve` of an id may act: the newest; and one request at a time."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        directory = StateDirectory(args.state_dir, create=True).path
+        flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
+        self._file = os.open(os.path.join(directory, f"serve-{args.id}.lock"), flags, 0o600)
+        self._own = secrets.token_bytes(16)
+
+    @contextmanager
+    def taken(self) -> Iterator[None]:
+        fcntl.flock(self._file, fcntl.LOCK_EX)
+        try:
+            yield
+        finally:
+            fcntl.flock(self._file, fcntl.LOCK_UN)
+
+    def begin(self) -> None:
+        os.pwrite(self._file, self._own, 0)
+
+    def is_ours(self) -> bool:
+        return os.pread(self._file, len(self._own), 0) == self._own
+
+
+def _do(request: dict[str, Any]) -> dict[str, Any]:
+    if "natkeep" in request:
+        return _run_verb([str(word) for word in request["natkeep"]], str(request.get("stdin", "")))
+    if "digest" in request:
+        return {"exit": 0, "stdout": digest(Path(str(request["digest"]))), "stderr": ""}
+    environment = {**os.environ, **request.get("environment", {})}
+    try:
+        done = subprocess.run(
+            [str(word) for word in request["run"]], env=environment, stdin=subprocess.DEVNULL,
+            capture_output=True, timeout=float(request.get("seconds", 60)), start_new_session=True,
+        )  # fmt: skip
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return {"exit": 127, "stdout": "", "stderr": str(error)}
+    words = (part.decode("utf-8", "backslashreplace") for part in (done.stdout, done.stderr))
+    return {"exit": done.returncode, **dict(zip(("stdout", "stderr"), words, strict=True))}
+
+
+def _run_verb(words: list[str], text: str) -> dict[str, Any]:
+    """The verb in a fork of this process, with files for its standard streams."""
+    from natkeep.cli import main
+
+    files = [tempfile.TemporaryFile() for _ in range(3)]  # noqa: SIM115 - closed below
+    files[0].write(text.encode())
+    files[0].seek(0)
+    child = os.fork()
+    if not child:
+        code = 1
+        try:
+            for standard, file in enumerate(files):
+                os.dup2(file.fileno(), standard)
+            sys.stdin = open(0, encoding="utf-8", closefd=False)  # noqa: SIM115 - it ends
+            code = main(words)
+            sys.stderr.flush()
+            afterwards.begin()
+        finally:
+            os._exit(code)
+    _, status = os.waitpid(child, 0)
+    said = []
+    for file in files[1:]:
+        file.seek(0)
+        said.append(file.read().decode("utf-8", "backslashreplace"))
+    for file in files:
+        file.close()
+    return {"exit": os.waitstatus_to_exitcode(status), "stdout": said[0], "stderr": said[1]}
+
+
+def digest(directory: Path) -> str:
+    """SHA-256 over the names and octets of all files below *directory*, in hexadecimal."""
+    total = hashlib.sha256()
+    for path in sorted(path for path in directory.rglob("*") if path.is_file()):
+        with path.open("rb") as file:
+            inside = hashlib.file_digest(file, "sha256").hexdigest()
+        total.update(f"{path.relative_to(directory)}\0{inside}\n".encode())
+    return total.hexdigest()

@@ -1,0 +1,12 @@
+"""migrate: all of a move over ssh, in the one order that resets no connection.
+
+    host.py        a host, and what runs there: `natkeep serve` over ssh, or beside us
+    record.py      what a migration is, and how far it has come, on the controller's disk
+    way.py         who translates for the peers: a gateway, or the source as a relay
+    forward.py     the steps: check, prepare, dump, copy, restore, verify
+    back.py        where the process is by now, and the way back to the source
+    criu_errors.py the first true error of CRIU's log, and its cure
+
+Rule: which host has the process is asked of the hosts, never assumed; while that cannot be told,
+nothing is restored. Nothing here touches a site itself: hosts do, by natkeep's own verbs.
+"""

@@ -1,0 +1,182 @@
+"""Where the process is by now, and the way back to the source.
+
+    1. gateway       undone: peers' packets go to the source again, which is quiet still
+    2. source        the process is restored there, from the image that stays there
+    3. destination   undone
+    4. source        its gate goes last
+
+Rule: the process is restored at the source only when the destination has told that it has not been
+opened there. While that cannot be asked, nothing is done, and that is said.
+"""
+
+from __future__ import annotations
+
+import time
+from enum import Enum
+
+from natkeep.errors import NatkeepError, UnreachableError
+from natkeep.migrate.forward import Migration, knows, read_move, read_start
+from natkeep.migrate.host import Host, HostError
+from natkeep.migrate.record import GATEWAY, RELAY, Record
+
+_PATIENCE = 30.0  # s for a host that cannot be reached just now
+_FINISHED = "Dumping finished successfully"
+
+
+class Place(Enum):
+    """Where the process is: it runs at one of the two, or is frozen in its image."""
+
+    SOURCE = "source"
+    FROZEN = "frozen"
+    DESTINATION = "destination"
+
+
+def find_place(migration: Migration) -> Place:
+    """Ask the hosts; NatkeepError where they do not tell.
+
+    A host that was asked to do something just before finishes that first, and then answers.
+    """
+    record = migration.record
+    if record.is_past("restore"):
+        _reach(migration.destination, f"whether it runs on {migration.destination} is not known")
+        move = read_move(migration.destination, record.id)
+        if move is not None and move["gate"] == "open":
+            return Place.DESTINATION
+    _reach(migration.source, f"nothing can be restored on {migration.source} now")
+    if record.started and read_start(migration.source, record.pid) == record.started:
+        return Place.SOURCE
+    if not record.is_past("dump"):
+        raise HostError(f"process {record.pid} on {migration.source} has ended")
+    log = migration.source.run("cat", f"{migration.dumped}/dump.log", ok=None).stdout
+    if _FINISHED not in log:
+        raise HostError(
+            f"process {record.pid} on {migration.source} has ended, and its image is not complete"
+        )
+    return Place.FROZEN
+
+
+def _reach(host: Host, otherwise: str) -> None:
+    """Connect anew: an answer to what was asked before must not be taken for another one."""
+    deadline = time.monotonic() + _PATIENCE
+    while True:
+        try:
+            return host.connect()
+        except UnreachableError as error:
+            if time.monotonic() > deadline:
+                raise UnreachableError(f"{error}; {otherwise}", hint=error.hint) from error
+            time.sleep(1)
+
+
+def go_back(migration: Migration) -> None:
+    """Undo all; the process goes on at the source. NatkeepError where it cannot, and why."""
+    record = migration.record
+    place = find_place(migration)
+    if place == Place.DESTINATION:
+        raise NatkeepError(
+            f"it runs on {migration.destination}: there is no way back",
+            hint=f"natkeep migrate --resume {record.id} goes on from there",
+        )
+    left = []
+    if record.role == GATEWAY and record.is_past("copy"):
+        _reach(migration.gateway, f"{migration.gateway} still sends peers to {record.destination}")
+        migration.gateway.natkeep("rollback", record.id, "--yes")
+    if place == Place.FROZEN:
+        _restore_at_source(migration)
+    if knows(migration.source, record.id):
+        migration.source.natkeep("teardown", record.id, "--yes")
+    try:
+        if record.is_past("prepare"):
+            _reach(migration.destination, f"natkeep teardown {record.id} --yes there later")
+            migration.destination.natkeep("teardown", record.id, "--yes", "--drop", "0")
+    except NatkeepError as error:
+        left.append(str(error))
+    _remove_images(migration)
+    migration.say("rollback", f"runs on {migration.source}, as before")
+    if left:
+        raise HostError(f"it runs on {migration.source}, but something is left: {'; '.join(left)}")
+    record.forget()
+
+
+def _restore_at_source(migration: Migration) -> None:
+    """The same process again; its gate opens when its sockets are there."""
+    record, source = migration.record, migration.source
+    relays = record.role == RELAY and knows(source, record.id)
+    options = [*record.restore_options]
+    environment: dict[str, str] = {}
+    if relays:
+        source.natkeep("rollback", record.id, "--yes")  # closes its gate
+    else:
+        if not knows(source, record.id):  # CRIU's lock is all that keeps it quiet
+            words = [*record.options(listeners=False), "--image", migration.dumped]
+            source.natkeep("prepare", record.id, *words, "--site", "source")
+        options += ["--action-script", source.hook]
+        environment = {"NATKEEP_ID": record.id}
+    migration._criu(
+        source, migration.dumped, "restore", "--restore-detached", *options, environment=environment
+    )
+    record.started = read_start(source, record.pid)
+    record.save()
+    if relays:
+        source.natkeep("rollback", record.id, "--yes")
+
+
+def _remove_images(migration: Migration) -> None:
+    record = migration.record
+    for host in (migration.source, migration.destination):
+        try:
+            host.run("rm", "-rf", "--", *(f"{record.images}/{name}" for name in _names(record)))
+            host.run("rmdir", "--ignore-fail-on-non-empty", record.images, ok=None)
+        except NatkeepError:
+            migration.say("rollback", f"{host}: {record.images} is left")
+
+
+def _names(record: Record) -> list[str]:
+    """The directories of images that a migration makes."""
+    return ["dump", *(f"pre-{number}" for number in range(1, record.pre_dumps + 1))]
+
+
+def resume(migration: Migration) -> None:
+    """Go on where the hosts say that it is."""
+    place = find_place(migration)
+    if place == Place.SOURCE:
+        raise HostError(
+            f"nothing is frozen: it runs on {migration.source}",
+            hint=f"natkeep migrate --rollback {migration.record.id}, and then anew",
+        )
+    for host in migration.hosts():
+        _reach(host, "it is needed to go on")
+    if place == Place.DESTINATION:
+        migration.go("verify")
+        return
+    for name in ("dump",) if not migration.record.shared else ():
+        migration.destination.run("rm", "-rf", "--", f"{migration.record.images}/{name}")
+    migration.go("copy")
+
+
+def finish(migration: Migration, seconds: float | None) -> int:
+    """Wait for the end of the kept connections, *seconds* at most, and tear down everywhere.
+
+    How many live still, which then is all that is told: nothing is torn down.
+    """
+    record = migration.record
+    for host in migration.hosts():
+        _reach(host, "it is needed to finish")
+    deadline = None if seconds is None else time.monotonic() + seconds
+    while True:
+        move = read_move(migration.destination, record.id)
+        live = [] if move is None else [c for c in move["connections"] if c["state"] != "ended"]
+        if not live or (deadline is not None and time.monotonic() >= deadline):
+            break
+        time.sleep(1)
+    if live:
+        return len(live)
+    ended = migration.destination.natkeep("status", "--json").stdout
+    if record.role == GATEWAY:
+        migration.gateway.natkeep("teardown", record.id, "--yes")
+        migration.source.natkeep("teardown", record.id, "--ended", "-", stdin=ended)
+    else:
+        migration.source.natkeep("teardown", record.id, "--yes")
+    migration.destination.natkeep("teardown", record.id, "--yes", "--drop", "0")
+    _remove_images(migration)
+    record.forget()
+    return 0

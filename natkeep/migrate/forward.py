@@ -1,0 +1,330 @@
+"""The steps of a migration, in the one order that resets no connection.
+
+    check      sockets, addresses, who translates; natkeep's own check at every host
+    prepare    while the process runs: the destination, its gate closed; CRIU's pre-dumps
+    dump       the process is frozen from here on; the source's gate stands before its tasks end
+    copy       the image to the destination, and beside it whoever translates for the peers
+    restore    CRIU at the destination; natkeep-hook compares, and opens when the sockets are there
+    verify     the peers are heard
+
+By a relay the destination is prepared after the dump, and the source is prepared as the relay,
+whose gate takes the place of CRIU's lock.
+
+Rule: nothing is asked of two hosts at once that the order has one after the other.
+"""
+
+from __future__ import annotations
+
+import json
+import secrets
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from itertools import pairwise
+from subprocess import PIPE, Popen, TimeoutExpired
+from typing import Any
+
+from natkeep.errors import NatkeepError, RefusedError
+from natkeep.migrate import way
+from natkeep.migrate.criu_errors import first_error
+from natkeep.migrate.host import LOCAL, Host, HostError, Ssh
+from natkeep.migrate.record import GATEWAY, RELAY, STEPS, Record
+
+Say = Callable[[str, str], None]
+"""Told of each step: its name, and what there is to say."""
+
+_PIECE = 1 << 20  # octets that are copied at once
+_DUMP = 600.0  # s that CRIU may take
+_PATIENCE = 10.0  # s for the peers to answer, before it is said that they have not
+
+
+class Migration:
+    """One migration under way: its record, its hosts, its clock.
+
+    frozen, running: when the dump began and when the restore was through (s, monotonic).
+    answered, count: peers that were heard since, of how many.
+    """
+
+    def __init__(self, record: Record, ssh: Ssh, say: Say, asked: str = "") -> None:
+        self.record, self.say, self.asked = record, say, asked
+        self.source = Host(record.source, "source", ssh, record.id)
+        self.destination = Host(record.destination, "destination", ssh, record.id)
+        target = record.gateway or (asked if asked not in ("", RELAY) else LOCAL)
+        self.gateway = Host(target, "gateway", ssh, record.id)
+        self.sockets = ""
+        self.frozen = self.running = 0.0
+        self.answered: int | None = None
+        self.count = 0
+
+    def connect(self) -> None:
+        """Reach every host that has a part in it."""
+        for host in self.hosts():
+            host.connect()
+
+    def hosts(self) -> tuple[Host, ...]:
+        """Source, destination, and the gateway where it is a host of its own."""
+        own = self.record.role == GATEWAY and self.asked != RELAY
+        return (self.source, self.destination, *((self.gateway,) if own else ()))
+
+    def close(self) -> None:
+        for host in (self.source, self.destination, self.gateway):
+            host.close()
+
+    def go(self, first: str = STEPS[0]) -> None:
+        """All steps from *first* on."""
+        for step in STEPS[STEPS.index(first) : -1]:
+            self.record.begin(step)
+            getattr(self, f"_{step}")()
+        self.record.begin(STEPS[-1])
+
+    @property
+    def dumped(self) -> str:
+        """The directory of the image, on source and destination."""
+        return f"{self.record.images}/dump"
+
+    # Before the freeze
+
+    def _check(self) -> None:
+        record = self.record
+        record.started = read_start(self.source, record.pid)
+        document = way.read_sockets(self.source, record)
+        self.sockets = json.dumps(document)
+        if not record.maps:
+            record.maps = way.find_maps(document, self.destination)
+        self.say("check", f"{document['sum']['kept']} connections kept: {', '.join(record.maps)}")
+        chosen = way.choose(record, self.source, self.gateway, self.asked, self.sockets)
+        self.say("check", chosen)
+        found = way.check(self.destination, record, "destination", self.sockets)
+        if found.exit:
+            raise HostError(f"{self.destination} cannot take it: {found.reason()}")
+        self._refuse_pid_in_use()
+        for host in (self.source, self.destination):
+            self._make_directory(host)
+        record.shared = self._is_shared()
+        record.save()
+
+    def _refuse_pid_in_use(self) -> None:
+        there = self.destination.run("test", "-e", f"/proc/{self.record.pid}", ok=None)
+        if not there.exit:
+            raise RefusedError(f"{self.destination} has a process {self.record.pid} already")
+
+    def _make_directory(self, host: Host) -> None:
+        images = self.record.images
+        host.run("mkdir", "-p", "-m", "700", images)
+        found = host.run("find", images, "-mindepth", "1", "-maxdepth", "1", "-print", "-quit")
+        if found.stdout:
+            raise RefusedError(f"{host}: {images} is not empty", hint="--images DIR names another")
+
+    def _is_shared(self) -> bool:
+        """Whether source and destination have one and the same directory of images."""
+        mark = f"{self.record.images}/{secrets.token_hex(8)}"
+        self.source.run("touch", mark)
+        seen = self.destination.run("test", "-e", mark, ok=None)
+        self.source.run("rm", "-f", mark)
+        return not seen.exit
+
+    def _prepare(self) -> None:
+        record = self.record
+        if record.role == GATEWAY:
+            self.destination.natkeep(
+                "prepare", record.id, *record.options(), "--site", "destination",
+                "--connections", "-", stdin=self.sockets,
+            )  # fmt: skip
+            self.say("prepare", f"{self.destination} is ready, its gate closed")
+        for number in range(1, record.pre_dumps + 1):
+            self._pre_dump(number)
+
+    def _pre_dump(self, number: int) -> None:
+        name = f"pre-{number}"
+        directory = f"{self.record.images}/{name}"
+        self.source.run("mkdir", "-m", "700", directory)
+        before = ["--prev-images-dir", f"../pre-{number - 1}"] if number > 1 else []
+        self._criu(
+            self.source, directory, "pre-dump", "--tree", str(self.record.pid), "--track-mem",
+            *before, *self.record.dump_options,
+        )  # fmt: skip
+        if not self.record.shared:
+            _Copy(self, name).finish()
+        self.say("pre-dump", f"round {number} of {self.record.pre_dumps}")
+
+    # The blackout
+
+    def _dump(self) -> None:
+        record = self.record
+        self.source.run("mkdir", "-m", "700", self.dumped)
+        if record.listeners:
+            words = record.options(listeners=False)
+            self.source.natkeep("quiesce", record.id, *words, "--site", "source")
+        options = ["--tree", str(record.pid), "--network-lock", "nftables"]
+        if record.pre_dumps:
+            options += ["--prev-images-dir", f"../pre-{record.pre_dumps}", "--track-mem"]
+        environment = {}
+        if record.role == GATEWAY:
+            options += ["--action-script", self.source.hook]
+            environment = {"NATKEEP_ID": record.id, "NATKEEP_SOURCE": ",".join(record.maps)}
+        self.frozen = time.monotonic()
+        self._criu(
+            self.source, self.dumped, "dump", *options, *record.dump_options,
+            environment=environment,
+        )  # fmt: skip
+        self.say("dump", f"frozen on {self.source}")
+
+    def _copy(self) -> None:
+        copy = None if self.record.shared else _Copy(self, "dump")
+        with ThreadPoolExecutor(1) as beside:
+            done = beside.submit(copy.finish) if copy else None
+            self._translate()
+            if done:
+                done.result()
+        if copy:
+            self._compare()
+            self.say("copy", f"{copy.octets / 1e6:.1f} MB of image on {self.destination}")
+
+    def _compare(self) -> None:
+        with ThreadPoolExecutor(2) as both:
+            hosts = (self.source, self.destination)
+            ours, theirs = both.map(lambda host: host.digest(self.dumped), hosts)
+        if ours != theirs:
+            raise HostError(f"the image on {self.destination} is not that of {self.source}")
+
+    def _translate(self) -> None:
+        """Have those sites ready that wait for the freeze; then peers may be passed on."""
+        record = self.record
+        words = record.options(listeners=False)
+        image = self.source.natkeep("inspect", self.dumped, *_maps(words), "--json").stdout
+        listed = [*record.options(), "--connections", "-"]
+        if record.role == RELAY:
+            if not knows(self.destination, record.id):
+                self.destination.natkeep(
+                    "prepare", record.id, *listed, "--site", "destination", stdin=image
+                )
+            if not knows(self.source, record.id):
+                self.source.natkeep(
+                    "prepare", record.id, *words, "--image", self.dumped, "--site", "relay"
+                )
+            self.source.natkeep("open", record.id)
+            self.say("prepare", f"{self.source} passes on, {self.destination} holds what peers say")
+            return
+        if not knows(self.gateway, record.id):
+            self.gateway.natkeep(
+                "prepare", record.id, *listed, "--site", "gateway", "--gate", "open", stdin=image
+            )
+        self.say("prepare", f"{self.gateway} translates, {self.destination} holds what peers say")
+
+    def _restore(self) -> None:
+        record = self.record
+        self._criu(
+            self.destination, self.dumped, "restore", "--restore-detached",
+            "--action-script", self.destination.hook, *record.restore_options,
+            environment={"NATKEEP_ID": record.id},
+        )  # fmt: skip
+        self.running = time.monotonic()
+        self.say("restore", f"runs on {self.destination}{self._silent()}")
+
+    def _silent(self) -> str:
+        return f", was silent for {self.silent_ms} ms at most" if self.frozen else ""
+
+    @property
+    def silent_ms(self) -> int | None:
+        """From the dump's beginning to the restore's end; None where another run began it."""
+        return round((self.running - self.frozen) * 1000) if self.frozen else None
+
+    def _verify(self) -> None:
+        """Wait for the peers, but not for those that have nothing to say."""
+        deadline = time.monotonic() + _PATIENCE
+        while True:
+            move = read_move(self.destination, self.record.id)
+            if move is None:
+                raise HostError(f"{self.destination} does not know {self.record.id} any more")
+            live = [one for one in move["connections"] if one.get("state") != "ended"]
+            self.answered, self.count = move["answered"], len(live)
+            if (self.answered or 0) >= self.count or time.monotonic() > deadline:
+                break
+            time.sleep(0.2)
+        self.say("verify", f"{self.answered or 0} of {self.count} peers were heard")
+
+    def _criu(
+        self, host: Host, directory: str, verb: str, *options: str,
+        environment: dict[str, str] | None = None,
+    ) -> None:  # fmt: skip
+        log = f"{verb}.log"
+        done = host.run(
+            self.record.criu, verb, "--images-dir", directory, "--log-file", log,
+            "--tcp-established", *options, environment=environment, seconds=_DUMP, ok=None,
+        )  # fmt: skip
+        if done.exit:
+            said = host.run("cat", f"{directory}/{log}", ok=None).stdout.splitlines()
+            raise HostError(f"{host}: criu {verb}: {first_error(said or done.stderr.splitlines())}")
+
+
+class _Copy:
+    """A directory of images on its way from the source to the destination."""
+
+    def __init__(self, migration: Migration, name: str) -> None:
+        images = migration.record.images
+        self.octets = 0
+        self._out = migration.source.start(
+            "tar", "-C", images, "-cf", "-", name, stdin=PIPE, stdout=PIPE, stderr=PIPE
+        )
+        self._in = migration.destination.start(
+            "tar", "-C", images, "-xpf", "-", stdin=PIPE, stdout=PIPE, stderr=PIPE
+        )
+
+    def finish(self) -> None:
+        """Pass all of it on; HostError with tar's own words where that fails."""
+        assert self._out.stdout is not None
+        assert self._in.stdin is not None
+        try:
+            with suppress(BrokenPipeError):
+                while piece := self._out.stdout.read(_PIECE):
+                    self._in.stdin.write(piece)
+                    self.octets += len(piece)
+                self._in.stdin.close()
+            for program, what in ((self._in, "writing"), (self._out, "reading")):
+                if _end(program):
+                    assert program.stderr is not None
+                    said = program.stderr.read().decode(errors="backslashreplace").strip()
+                    raise HostError(f"copy: {what} the image: {said or 'it ended early'}")
+        finally:
+            for program in (self._out, self._in):
+                if program.poll() is None:
+                    program.terminate()
+
+
+def _end(program: Popen[bytes]) -> int:
+    try:
+        return program.wait(30)
+    except TimeoutExpired:
+        return 1
+
+
+def _maps(words: list[str]) -> list[str]:
+    """Of *words* those that name maps."""
+    pairs = [pair for pair in pairwise(words) if pair[0] == "--map"]
+    return [word for pair in pairs for word in pair]
+
+
+def read_move(host: Host, move_id: str) -> dict[str, Any] | None:
+    """What `status` tells of the move at *host*; None where it knows none of that id."""
+    for move in host.natkeep("status", "--json").document()["moves"]:
+        if move["id"] == move_id:
+            found: dict[str, Any] = move
+            return found
+    return None
+
+
+def knows(host: Host, move_id: str) -> bool:
+    """Whether *host* has a move of that id."""
+    return read_move(host, move_id) is not None
+
+
+def read_start(host: Host, pid: int) -> int:
+    """Clock ticks after boot at which *pid* began there (proc(5)); 0 where there is none."""
+    answer = host.run("cat", f"/proc/{pid}/stat", ok=None)
+    if answer.exit:
+        return 0
+    try:
+        return int(answer.stdout.rpartition(")")[2].split()[19])
+    except (LookupError, ValueError):
+        raise NatkeepError(f"{host}: /proc/{pid}/stat is not as expected") from None

@@ -1,0 +1,197 @@
+"""A host of a migration: verbs of natkeep and programs there, by a `natkeep serve` over ssh.
+
+The user's own ssh is used, with its keys, configuration and known hosts; one connection a host is
+shared by all that goes there (ControlMaster), so nothing is asked or agreed upon in a blackout.
+Without ssh: the machine that this runs on.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from typing import IO, Any, NamedTuple
+
+from natkeep import __version__
+from natkeep.cli.serve import PROTOCOL
+from natkeep.errors import NatkeepError, UnreachableError, UsageError
+
+LOCAL = "local"
+_CONNECT = 15  # s until ssh gives a host up
+_ALIVE = 5  # s without an answer after which ssh asks whether it is there, three times
+
+
+class Answer(NamedTuple):
+    """What a verb or a program has answered."""
+
+    exit: int
+    stdout: str
+    stderr: str
+
+    def document(self) -> dict[str, Any]:
+        """The JSON document on its stdout."""
+        value = json.loads(self.stdout)
+        if not isinstance(value, dict):
+            raise NatkeepError("what a host answered is not a document")
+        return value
+
+    def reason(self) -> str:
+        """Why it failed, in one line: what was said last but for hints, or first where one is."""
+        lines = [line.strip() for line in self.stderr.splitlines() if line.strip()]
+        errors = [line for line in lines if line.startswith("natkeep: ")] or lines
+        hint = lines[-1] if len(lines) > 1 and lines[-1].startswith("(") else ""
+        last = errors[-1].removeprefix("natkeep: ") if errors else f"exit {self.exit}"
+        return f"{last} {hint}".strip()
+
+
+class HostError(NatkeepError):
+    """A host could not do what it was asked to."""
+
+
+class Ssh(NamedTuple):
+    """How hosts are reached: ssh's own words, and natkeep's name there."""
+
+    words: tuple[str, ...] = ("ssh",)
+    natkeep: tuple[str, ...] = ("natkeep",)
+    controls: str = ""
+
+    def line(self, target: str, words: Sequence[str]) -> list[str]:
+        """The command that runs *words* at *target*."""
+        if target == LOCAL:
+            return [*words]
+        return [
+            *self.words, "-o", "BatchMode=yes", "-o", f"ConnectTimeout={_CONNECT}",
+            "-o", f"ServerAliveInterval={_ALIVE}", "-o", "ControlMaster=auto",
+            "-o", f"ControlPath={self.controls}/%C", "-o", "ControlPersist=10",
+            "--", target, shlex.join(words),
+        ]  # fmt: skip
+
+
+class Host:
+    """One host, while a migration is under way; `connect` first.
+
+    target: as ssh knows it, or `local`. role: for messages.
+    """
+
+    def __init__(self, target: str, role: str, ssh: Ssh, move_id: str) -> None:
+        self.target, self.role, self.ssh, self.move_id = target, role, ssh, move_id
+        self.hook = ""
+        self._serve: subprocess.Popen[bytes] | None = None
+        self._errors: IO[bytes] | None = None
+        self._turn = threading.Lock()
+
+    def __str__(self) -> str:
+        return f"this host ({self.role})" if self.target == LOCAL else self.target
+
+    def connect(self) -> None:
+        """Start `natkeep serve` there; UnreachableError where that cannot be."""
+        own = [sys.executable, "-m", "natkeep.cli"] if self.target == LOCAL else self.ssh.natkeep
+        line = self.ssh.line(self.target, [*own, "serve", self.move_id, "--stdio"])
+        self.close()
+        self._errors = tempfile.TemporaryFile()  # noqa: SIM115 - until close
+        # A session of its own: Ctrl-C is for the controller, which then asks for the way back.
+        self._serve = subprocess.Popen(
+            line, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._errors,
+            start_new_session=True,
+        )  # fmt: skip
+        hello = self._read()
+        if (hello.get("natkeep"), hello.get("protocol")) != (__version__, PROTOCOL):
+            raise UsageError(
+                f"{self} has natkeep {hello.get('natkeep')}, this is {__version__}",
+                hint="the same version on all hosts",
+            )
+        self.hook = str(hello.get("hook", ""))
+
+    def natkeep(self, *words: str, stdin: str = "", ok: Sequence[int] = (0,)) -> Answer:
+        """A verb there; HostError with its own words unless it exits with one of *ok*."""
+        return self._ask({"natkeep": words, "stdin": stdin}, f"natkeep {words[0]}", ok)
+
+    def run(
+        self, *words: str, environment: Mapping[str, str] | None = None, seconds: float = 60,
+        ok: Sequence[int] | None = (0,),
+    ) -> Answer:  # fmt: skip
+        """A program there, *seconds* at most; None in the place of *ok*: however it exits."""
+        request = {"run": words, "environment": dict(environment or {}), "seconds": seconds}
+        return self._ask(request, words[0], ok)
+
+    def digest(self, directory: str) -> str:
+        """What is in *directory* there, as one number."""
+        return self._ask({"digest": directory}, "reading the image", (0,)).stdout
+
+    def start(self, *words: str, **streams: Any) -> subprocess.Popen[bytes]:
+        """A program there whose standard streams are ours, which moves octets."""
+        return subprocess.Popen(
+            self.ssh.line(self.target, words), start_new_session=True, **streams
+        )
+
+    def close(self) -> None:
+        """End `natkeep serve` there; what it does just now goes on to its end."""
+        if self._serve is not None:
+            for pipe in (self._serve.stdin, self._serve.stdout):
+                assert pipe is not None
+                with suppress(OSError):  # it is gone, and what was not written with it
+                    pipe.close()
+            try:
+                self._serve.wait(2)
+            except subprocess.TimeoutExpired:
+                self._serve.terminate()
+                self._serve.wait()
+        if self._errors is not None:
+            self._errors.close()
+        self._serve = self._errors = None
+
+    def _ask(self, request: dict[str, Any], what: str, ok: Sequence[int] | None) -> Answer:
+        with self._turn:
+            if self._serve is None:
+                raise UnreachableError(f"{self} is not connected")
+            assert self._serve.stdin is not None
+            try:
+                self._serve.stdin.write(json.dumps(request).encode() + b"\n")
+                self._serve.stdin.flush()
+                got = self._read()
+            except OSError as error:
+                raise self._lost() from error
+            except KeyboardInterrupt:  # its answer will come, but not to what is asked next
+                self.close()
+                raise
+        answer = Answer(int(got["exit"]), str(got["stdout"]), str(got["stderr"]))
+        if ok is not None and answer.exit not in ok:
+            raise HostError(f"{self}: {what}: {answer.reason()}")
+        return answer
+
+    def _read(self) -> dict[str, Any]:
+        assert self._serve is not None
+        assert self._serve.stdout is not None
+        line = self._serve.stdout.readline()
+        if not line.endswith(b"\n"):
+            raise self._lost()
+        value = json.loads(line)
+        assert isinstance(value, dict)
+        return value
+
+    def _lost(self) -> UnreachableError:
+        assert self._errors is not None
+        self._errors.seek(0)
+        said = self._errors.read().decode(errors="backslashreplace").strip().splitlines()
+        why = said[-1] if said else "the connection has ended"
+        return UnreachableError(f"{self} cannot be reached: {why}", hint=_cure(why))
+
+
+def _cure(why: str) -> str:
+    if "not found" in why:
+        return "natkeep there is to be in PATH, or --natkeep PATH"
+    if "Permission denied" in why:
+        return "a key that ssh offers without asking: ssh-agent, or ~/.ssh/config"
+    return "does `ssh HOST true` work?"
+
+
+def make_controls() -> str:
+    """A directory for ssh's sockets, which only we may enter; its path is short."""
+    run = "/run" if os.access("/run", os.W_OK) else None
+    return tempfile.mkdtemp(prefix="natkeep-", dir=run)

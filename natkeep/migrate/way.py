@@ -1,0 +1,100 @@
+"""Where the peers' packets are translated: which maps, and at which host.
+
+    NEW      the address from which the destination would answer the peers
+    gateway  a host that passes on what the peers send, and that natkeep may act at; or
+    relay    the source itself, which goes on receiving what is sent to OLD
+
+Rule: what natkeep's own `check` at a host stops is no way; what was chosen, and why, is said.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+from natkeep.errors import RefusedError
+from natkeep.migrate.host import Answer, Host, HostError
+from natkeep.migrate.record import GATEWAY, RELAY, Record
+from natkeep.plan.tuples import Endpoint
+
+_STOPPED = 6  # the exit code of a check that found what stops a move
+
+
+def read_sockets(source: Host, record: Record) -> dict[str, Any]:
+    """What `inspect --live` tells of the process at the source."""
+    words = ["inspect", "--live", str(record.pid), *record.options(listeners=False), "--json"]
+    return source.natkeep(*words).document()
+
+
+def find_maps(sockets: dict[str, Any], destination: Host) -> list[str]:
+    """`OLD=NEW` for each address that a kept connection has; RefusedError where there is none."""
+    peers: dict[str, str] = {}
+    for each in sockets["sockets"]:
+        if each["kept"] and each["local"] and each["peer"]:
+            old, peer = (str(Endpoint.parse(each[end]).address) for end in ("local", "peer"))
+            peers.setdefault(old, peer)
+    if not peers:
+        raise RefusedError(
+            "the process has no connection that can be kept",
+            hint="natkeep inspect --live PID there",
+        )
+    return [f"{old}={_find_new(destination, peer)}" for old, peer in peers.items()]
+
+
+def _find_new(destination: Host, peer: str) -> str:
+    """The address from which *destination* speaks to *peer*."""
+    answer = destination.run("ip", "-json", "route", "get", peer, ok=None)
+    try:
+        return str(json.loads(answer.stdout)[0]["prefsrc"])
+    except (ValueError, LookupError):
+        why = f"no way to {peer}: {answer.stderr.strip() or 'no route'}"
+        raise RefusedError(f"{destination} has {why}", hint="--map OLD=NEW") from None
+
+
+def choose(record: Record, source: Host, gateway: Host, asked: str, sockets: str) -> str:
+    """Decide who translates, and say so in one line; HostError with what stops it.
+
+    asked: `relay`, a host, or empty: this host if it can, else the source as a relay.
+    sockets: the document of the process' sockets.
+    """
+    if asked != RELAY:
+        found = check(gateway, record, GATEWAY, sockets)
+        if not found.exit:
+            record.gateway, record.role = gateway.target, GATEWAY
+            return f"{gateway} translates, as the gateway"
+        if asked:
+            raise HostError(f"{gateway} is no gateway for this move: {found.reason()}")
+    else:
+        found = None
+    by_relay = check(source, record, RELAY, sockets)
+    if by_relay.exit:
+        none = f"{gateway} is no gateway for this move: {found.reason()}; " if found else ""
+        raise HostError(f"{none}{source} is no relay: {by_relay.reason()}")
+    record.gateway, record.role = source.target, RELAY
+    record.vias = _read_vias(source, record, sockets)
+    why = f" ({gateway} is no gateway for it: {found.reason()})" if found else ""
+    return f"{source} goes on receiving for OLD, as a relay from {', '.join(record.vias)}{why}"
+
+
+def check(host: Host, record: Record, role: str, sockets: str) -> Answer:
+    """natkeep's own check of the move at *host*, for a site of *role*."""
+    # The list is of a process that lives; a relay is prepared after the dump, from the image's.
+    frozen = _as_list(json.loads(sockets)) if role == RELAY else sockets
+    words = ["check", record.id, *record.options(), "--site", role, "--connections", "-"]
+    return host.natkeep(*words, stdin=frozen, ok=(0, _STOPPED, 4))
+
+
+def _read_vias(source: Host, record: Record, sockets: str) -> list[str]:
+    words = ["plan", record.id, *record.options(listeners=False), "--site", RELAY]
+    document = source.natkeep(
+        *words, "--connections", "-", "--json", stdin=_as_list(json.loads(sockets))
+    ).document()
+    sites: Sequence[dict[str, Any]] = document["sites"]
+    return [via for site in sites for via in site.get("via", [])]
+
+
+def _as_list(document: dict[str, Any]) -> str:
+    """The kept connections as lines of LOCAL PEER."""
+    kept = (one for one in document["sockets"] if one["kept"] and one["peer"])
+    return "".join(f"{one['local']} {one['peer']}\n" for one in kept)
