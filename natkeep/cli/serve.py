@@ -81,7 +81,7 @@ def _answer(value: dict[str, Any]) -> None:
 
 
 def _find_hook() -> str:
-    beside = Path(sys.argv[0]).resolve().with_name("natkeep-hook")
+    beside = Path(sys.executable).with_name("natkeep-hook")
     return str(beside) if beside.exists() else shutil.which("natkeep-hook") or ""
 
 

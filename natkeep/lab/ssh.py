@@ -17,7 +17,9 @@ from natkeep.lab.engine import Frozen
 from natkeep.lab.engines.criu import Criu
 from natkeep.lab.host import Host, LabError, await_true
 from natkeep.lab.lab import Lab
+from natkeep.lab.topology import Address
 from natkeep.lab.translators import natkeep_command
+from natkeep.migrate.host import LOCAL
 
 SSHD = "/usr/sbin/sshd"
 IMAGES = "natkeep-images"
@@ -27,7 +29,9 @@ _PORT = 22
 class Machines:
     """sshd at the hosts of these roles, and ssh's configuration for a controller."""
 
-    def __init__(self, lab: Lab, *roles: str, controller: str) -> None:
+    def __init__(
+        self, lab: Lab, *roles: str, controller: str, addresses: Mapping[str, Address] | None = None
+    ) -> None:
         if not os.access(SSHD, os.X_OK):
             raise LabError("there is no sshd here (Debian: openssh-server)")
         self.lab, self.directory, self.controller = lab, lab.directory / "ssh", controller
@@ -43,14 +47,17 @@ class Machines:
         self.images.mkdir()
         self.client = self.directory / "config"
         self.client.write_text("")
+        self.destination = lab.site.role if lab.site.role in roles else LOCAL
+        self.addresses = {seat.role: seat.address(lab.family) for seat in lab.topology.seats}
+        self.addresses |= addresses or {}
         for role in roles:
             self._serve(role)
-        lab.select_frames = _without_ssh
+        select = lab.select_frames
+        lab.select_frames = lambda frames: select(_without_ssh(frames))
 
     def _serve(self, role: str) -> None:
         host = self.lab.topology[role]
-        [seat] = [seat for seat in self.lab.topology.seats if seat.role == role]
-        address = seat.address(self.lab.family)
+        address = self.addresses[role]
         own = self.directory / role
         own.mkdir()
         key = own / "hostkey"
@@ -84,6 +91,12 @@ class Machines:
             env={**os.environ, "NATKEEP_STATE_DIR": str(state)},
         )  # fmt: skip
 
+    def status(self, role: str) -> str:
+        """What `natkeep status --json` tells at the host *role*."""
+        environment = {**os.environ, "NATKEEP_STATE_DIR": str(self.directory / role / "state")}
+        host = self.lab.topology[role]
+        return host.run(*natkeep_command(), "status", "--json", env=environment).stdout
+
     def migrate(self, *options: str) -> str:
         """The lab's server from the source to the destination, by `natkeep migrate`: what it said.
 
@@ -92,7 +105,7 @@ class Machines:
         lab = self.lab
         lab.begin_freeze()
         lab.frozen = Frozen(self.images, ())
-        lab.undone.append(lab.place_order())  # `finish` undoes it, not the lab
+        lab.undone.append(lab.place_order(move_id="web"))  # `finish` undoes it, not the lab
         with lab.report.must("natkeep migrate moves the server"):
             said = self.call("migrate", *self.words(), *options)
         lab.at = lab.topology[lab.site.role]
@@ -104,7 +117,7 @@ class Machines:
         engine = self.lab.engine
         assert isinstance(engine, Criu)
         return [
-            f"source:{self.lab.traffic.server.pid}", "destination", "--id", "web",
+            f"source:{self.lab.traffic.server.pid}", self.destination, "--id", "web",
             "--images", str(self.images), "--criu", str(engine.binary),
             "--ssh", f"ssh -F {self.client}", "--natkeep", shlex.join(natkeep_command()),
         ]  # fmt: skip

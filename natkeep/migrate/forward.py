@@ -48,10 +48,12 @@ class Migration:
 
     def __init__(self, record: Record, ssh: Ssh, say: Say, asked: str = "") -> None:
         self.record, self.say, self.asked = record, say, asked
-        self.source = Host(record.source, "source", ssh, record.id)
-        self.destination = Host(record.destination, "destination", ssh, record.id)
         target = record.gateway or (asked if asked not in ("", RELAY) else LOCAL)
-        self.gateway = Host(target, "gateway", ssh, record.id)
+        roles = {target: "gateway", record.destination: "destination", record.source: "source"}
+        self._hosts = {name: Host(name, role, ssh, record.id) for name, role in roles.items()}
+        self.source, self.destination, self.gateway = (
+            self._hosts[name] for name in (record.source, record.destination, target)
+        )
         self.sockets = ""
         self.frozen = self.running = 0.0
         self.answered: int | None = None
@@ -63,12 +65,13 @@ class Migration:
             host.connect()
 
     def hosts(self) -> tuple[Host, ...]:
-        """Source, destination, and the gateway where it is a host of its own."""
+        """Source, destination, and the gateway where one may translate; each host once."""
         own = self.record.role == GATEWAY and self.asked != RELAY
-        return (self.source, self.destination, *((self.gateway,) if own else ()))
+        some = (self.source, self.destination, *((self.gateway,) if own else ()))
+        return tuple(dict.fromkeys(some))
 
     def close(self) -> None:
-        for host in (self.source, self.destination, self.gateway):
+        for host in self._hosts.values():
             host.close()
 
     def go(self, first: str = STEPS[0]) -> None:
@@ -95,9 +98,11 @@ class Migration:
         self.say("check", f"{document['sum']['kept']} connections kept: {', '.join(record.maps)}")
         chosen = way.choose(record, self.source, self.gateway, self.asked, self.sockets)
         self.say("check", chosen)
-        found = way.check(self.destination, record, "destination", self.sockets)
-        if found.exit:
-            raise HostError(f"{self.destination} cannot take it: {found.reason()}")
+        for host in (self.source, self.destination):
+            if not host.hook:
+                raise HostError(f"{host} has no natkeep-hook beside its natkeep, nor in PATH")
+        if found := way.check(self.destination, record, "destination", self.sockets):
+            raise HostError(f"{self.destination} cannot take it: {found}")
         self._refuse_pid_in_use()
         for host in (self.source, self.destination):
             self._make_directory(host)
@@ -250,7 +255,7 @@ class Migration:
     ) -> None:  # fmt: skip
         log = f"{verb}.log"
         done = host.run(
-            self.record.criu, verb, "--images-dir", directory, "--log-file", log,
+            self.record.criu, verb, "--images-dir", directory, "-v3", "--log-file", log,
             "--tcp-established", *options, environment=environment, seconds=_DUMP, ok=None,
         )  # fmt: skip
         if done.exit:

@@ -10,11 +10,10 @@ Rule: what natkeep's own `check` at a host stops is no way; what was chosen, and
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from typing import Any
 
 from natkeep.errors import RefusedError
-from natkeep.migrate.host import Answer, Host, HostError
+from natkeep.migrate.host import Host, HostError
 from natkeep.migrate.record import GATEWAY, RELAY, Record
 from natkeep.plan.tuples import Endpoint
 
@@ -60,38 +59,41 @@ def choose(record: Record, source: Host, gateway: Host, asked: str, sockets: str
     """
     if asked != RELAY:
         found = check(gateway, record, GATEWAY, sockets)
-        if not found.exit:
+        if not found:
             record.gateway, record.role = gateway.target, GATEWAY
             return f"{gateway} translates, as the gateway"
         if asked:
-            raise HostError(f"{gateway} is no gateway for this move: {found.reason()}")
+            raise HostError(f"{gateway} is no gateway for this move: {found}")
     else:
-        found = None
-    by_relay = check(source, record, RELAY, sockets)
-    if by_relay.exit:
-        none = f"{gateway} is no gateway for this move: {found.reason()}; " if found else ""
-        raise HostError(f"{none}{source} is no relay: {by_relay.reason()}")
+        found = ""
+    try:
+        record.vias = _read_vias(source, record, sockets)
+    except HostError as error:
+        none = f"{gateway} is no gateway for this move: {found}; " if found else ""
+        raise HostError(f"{none}and as a relay {error}") from error
     record.gateway, record.role = source.target, RELAY
-    record.vias = _read_vias(source, record, sockets)
-    why = f" ({gateway} is no gateway for it: {found.reason()})" if found else ""
+    why = f" ({gateway} is no gateway for it: {found})" if found else ""
     return f"{source} goes on receiving for OLD, as a relay from {', '.join(record.vias)}{why}"
 
 
-def check(host: Host, record: Record, role: str, sockets: str) -> Answer:
-    """natkeep's own check of the move at *host*, for a site of *role*."""
-    # The list is of a process that lives; a relay is prepared after the dump, from the image's.
-    frozen = _as_list(json.loads(sockets)) if role == RELAY else sockets
-    words = ["check", record.id, *record.options(), "--site", role, "--connections", "-"]
-    return host.natkeep(*words, stdin=frozen, ok=(0, _STOPPED, 4))
+def check(host: Host, record: Record, role: str, sockets: str) -> str:
+    """What stops the move at a site of *role* at *host*, as natkeep's check says; else empty."""
+    # By a relay nothing is prepared for a process that lives, so its connections alone are told.
+    listed = _as_list(json.loads(sockets)) if record.vias else sockets
+    words = ["check", record.id, *record.options(), "--site", role, "--connections", "-", "--json"]
+    looks = host.natkeep(*words, stdin=listed, ok=(0, _STOPPED)).document()["looks"]
+    stops = [f"{one['what']} ({one['code']})" for one in looks if one["result"] == "stop"]
+    return stops[0] if stops else ""
 
 
 def _read_vias(source: Host, record: Record, sockets: str) -> list[str]:
-    words = ["plan", record.id, *record.options(listeners=False), "--site", RELAY]
-    document = source.natkeep(
-        *words, "--connections", "-", "--json", stdin=_as_list(json.loads(sockets))
-    ).document()
-    sites: Sequence[dict[str, Any]] = document["sites"]
-    return [via for site in sites for via in site.get("via", [])]
+    """The addresses of *source* as a relay; HostError where it cannot be one.
+
+    The plan alone: as long as the process lives there, a check would refuse it.
+    """
+    words = ["plan", record.id, *record.options(), "--site", RELAY, "--connections", "-", "--json"]
+    document = source.natkeep(*words, stdin=_as_list(json.loads(sockets))).document()
+    return [via for site in document["sites"] for via in site.get("via", [])]
 
 
 def _as_list(document: dict[str, Any]) -> str:
