@@ -3,7 +3,8 @@
 Each line on stdin is a request, and is answered by one line on stdout, in turn:
 
     {"natkeep": ["status", "web", "--json"], "stdin": "…"}             a verb
-    {"run": ["criu", "dump", …], "environment": {…}, "seconds": 60}    a program, without a shell
+    {"run": ["criu", "dump", …], "environment": {…}, "seconds": 60,    a program, without a shell,
+     "otherwise": ["teardown", "web", "--yes"]}                        and a verb if that fails
     {"digest": "DIR"}                                                  what is in a directory
     →  {"exit": 0, "stdout": "…", "stderr": "…"}
 
@@ -114,6 +115,13 @@ def _do(request: dict[str, Any]) -> dict[str, Any]:
         return _run_verb([str(word) for word in request["natkeep"]], str(request.get("stdin", "")))
     if "digest" in request:
         return {"exit": 0, "stdout": digest(Path(str(request["digest"]))), "stderr": ""}
+    answer = _run_program(request)
+    if answer["exit"] and request.get("otherwise"):
+        _run_verb([str(word) for word in request["otherwise"]], "")
+    return answer
+
+
+def _run_program(request: dict[str, Any]) -> dict[str, Any]:
     environment = {**os.environ, **request.get("environment", {})}
     try:
         done = subprocess.run(

@@ -37,6 +37,9 @@ def find_place(migration: Migration) -> Place:
     A host that was asked to do something just before finishes that first, and then answers.
     """
     record = migration.record
+    if not record.is_past("prepare"):  # nothing was changed anywhere
+        _reach(migration.source, "nothing is known of it")
+        return Place.SOURCE
     if record.is_past("restore"):
         _reach(migration.destination, f"whether it runs on {migration.destination} is not known")
         move = read_move(migration.destination, record.id)

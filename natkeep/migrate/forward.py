@@ -18,7 +18,7 @@ from __future__ import annotations
 import json
 import secrets
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from itertools import pairwise
@@ -199,23 +199,22 @@ class Migration:
         words = record.options(listeners=False)
         image = self.source.natkeep("inspect", self.dumped, *_maps(words), "--json").stdout
         listed = [*record.options(), "--connections", "-"]
+        if not knows(self.destination, record.id):
+            self.destination.natkeep(
+                "prepare", record.id, *listed, "--site", "destination", stdin=image
+            )
         if record.role == RELAY:
-            if not knows(self.destination, record.id):
-                self.destination.natkeep(
-                    "prepare", record.id, *listed, "--site", "destination", stdin=image
-                )
             if not knows(self.source, record.id):
                 self.source.natkeep(
                     "prepare", record.id, *words, "--image", self.dumped, "--site", "relay"
                 )
             self.source.natkeep("open", record.id)
-            self.say("prepare", f"{self.source} passes on, {self.destination} holds what peers say")
-            return
-        if not knows(self.gateway, record.id):
+        elif not knows(self.gateway, record.id):
             self.gateway.natkeep(
                 "prepare", record.id, *listed, "--site", "gateway", "--gate", "open", stdin=image
             )
-        self.say("prepare", f"{self.gateway} translates, {self.destination} holds what peers say")
+        who = self.source if record.role == RELAY else self.gateway
+        self.say("prepare", f"{who} translates, {self.destination} holds what peers say")
 
     def _restore(self) -> None:
         record = self.record
@@ -223,6 +222,9 @@ class Migration:
             self.destination, self.dumped, "restore", "--restore-detached",
             "--action-script", self.destination.hook, *record.restore_options,
             environment={"NATKEEP_ID": record.id},
+            # Another script, or CRIU itself, may have failed after the hook has opened: a host
+            # without the socket must not answer.
+            otherwise=["teardown", record.id, "--yes"],
         )  # fmt: skip
         self.running = time.monotonic()
         self.say("restore", f"runs on {self.destination}{self._silent()}")
@@ -251,12 +253,13 @@ class Migration:
 
     def _criu(
         self, host: Host, directory: str, verb: str, *options: str,
-        environment: dict[str, str] | None = None,
+        environment: dict[str, str] | None = None, otherwise: Sequence[str] = (),
     ) -> None:  # fmt: skip
         log = f"{verb}.log"
         done = host.run(
             self.record.criu, verb, "--images-dir", directory, "-v3", "--log-file", log,
             "--tcp-established", *options, environment=environment, seconds=_DUMP, ok=None,
+            otherwise=otherwise,
         )  # fmt: skip
         if done.exit:
             said = host.run("cat", f"{directory}/{log}", ok=None).stdout.splitlines()

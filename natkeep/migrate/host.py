@@ -114,10 +114,16 @@ class Host:
 
     def run(
         self, *words: str, environment: Mapping[str, str] | None = None, seconds: float = 60,
-        ok: Sequence[int] | None = (0,),
+        ok: Sequence[int] | None = (0,), otherwise: Sequence[str] = (),
     ) -> Answer:  # fmt: skip
-        """A program there, *seconds* at most; None in the place of *ok*: however it exits."""
-        request = {"run": words, "environment": dict(environment or {}), "seconds": seconds}
+        """A program there, *seconds* at most; None in the place of *ok*: however it exits.
+
+        otherwise: a verb of natkeep that follows at once if it fails.
+        """
+        request = {
+            "run": words, "environment": dict(environment or {}), "seconds": seconds,
+            "otherwise": otherwise,
+        }  # fmt: skip
         return self._ask(request, words[0], ok)
 
     def digest(self, directory: str) -> str:

@@ -1,0 +1,195 @@
+"""natkeep migrate when something fails, or ends it: the process runs at one host only."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from natkeep.lab import scenario
+from natkeep.lab.engine import Frozen
+from natkeep.lab.lab import Lab
+from natkeep.lab.ssh import Machines
+from natkeep.lab.translators import natkeep_command
+
+pytestmark = [pytest.mark.root, pytest.mark.lab, pytest.mark.criu]
+
+
+class Controller:
+    """natkeep migrate at the gateway, line by line, until it is ended."""
+
+    def __init__(self, machines: Machines, *words: str) -> None:
+        self.machines, self.said = machines, list[str]()
+        host = machines.lab.topology[machines.controller]
+        self.process = subprocess.Popen(
+            host.command(*natkeep_command(), "migrate", *machines.words(), *words),
+            stderr=subprocess.PIPE, text=True,
+            env={**os.environ, "NATKEEP_STATE_DIR": str(machines.directory / "controller")},
+        )  # fmt: skip
+
+    def read_until(self, step: str) -> bool:
+        """Whether a line of *step* came; all lines before it are read."""
+        assert self.process.stderr is not None
+        for line in self.process.stderr:
+            self.said.append(line)
+            if line.startswith(step):
+                return True
+        return False
+
+    def end(self, number: int) -> None:
+        """Signal natkeep, which nsenter has started."""
+        children = f"/proc/{self.process.pid}/task/{self.process.pid}/children"
+        for child in Path(children).read_text().split():
+            os.kill(int(child), number)
+
+    def wait(self) -> int:
+        assert self.process.stderr is not None
+        self.said += self.process.stderr
+        return self.process.wait(60)
+
+
+def find_ssh(machines: Machines) -> list[int]:
+    """Pids of ssh with the lab's own configuration."""
+    wanted = os.fsencode(machines.client)
+    found = []
+    for entry in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            words = entry.read_bytes().split(b"\0")
+        except OSError:
+            continue
+        if words[0].endswith(b"ssh") and wanted in words:
+            found.append(int(entry.parent.name))
+    return found
+
+
+def perform(run: Callable[[Lab, Machines], bool]) -> None:
+    """Run it in a lab; *run* says whether the server is at the destination in the end."""
+    with Lab("migrate", engine="criu") as lab:
+
+        def whole(lab: Lab) -> None:
+            machines = Machines(lab, "source", "destination", controller="gateway")
+            lab.begin(connections=5)
+            lab.begin_freeze()
+            lab.frozen = Frozen(machines.images, ())
+            moved = run(lab, machines)
+            lab.at = lab.topology["destination" if moved else "source"]
+            lab.note_restored()
+            if moved:
+                lab.undone.append(lab.place_order(move_id="web"))  # `finish` undoes it
+            lab.traffic.talk_on()
+            runs = [r for r in ("source", "destination") if is_at(lab, r)]
+            lab.report.check("it runs at one host", len(runs) == 1, str(runs))
+            lab.traffic.check_ends()
+            if moved:
+                lab.traffic.client_closes()
+                lab.traffic.server_closes()
+                machines.call("finish", "web", "--drain", "30")
+            lab.conclude(moved=moved)
+
+        scenario.perform(lab, whole)
+    assert [str(each) for each in lab.report.assertions if not each.ok] == []
+    assert lab.report.passed
+
+
+def is_at(lab: Lab, role: str) -> bool:
+    return lab.topology[role].alive(lab.traffic.server.pid)
+
+
+def failing(lab: Lab) -> str:
+    """An action script with which a restore at the destination fails, before it has any socket."""
+    script = lab.directory / "failing"
+    script.write_text(
+        '#!/bin/sh\n[ "$CRTOOLS_SCRIPT_ACTION" != pre-restore ] || '
+        f"ip -o address show dev eth0 | grep -q {lab.old}\n"
+    )
+    script.chmod(0o755)
+    return str(script)
+
+
+def test_a_restore_that_fails_is_taken_back():
+    def run(lab: Lab, machines: Machines) -> bool:
+        script = failing(lab)
+        done = machines.natkeep(
+            "migrate", *machines.words(), "--restore-option=--action-script",
+            f"--restore-option={script}",
+        )  # fmt: skip
+        lab.report.check("it fails", done.returncode == 1, done.stderr)
+        lab.report.check("it says why", "criu restore" in done.stderr, done.stderr)
+        lab.report.check("and where it runs", "as before" in done.stderr, done.stderr)
+        return False
+
+    perform(run)
+
+
+@pytest.mark.parametrize(
+    ("way", "step"),
+    [
+        ("--rollback", "check"), ("--rollback", "prepare"), ("--rollback", "dump"),
+        ("--resume", "check"), ("--resume", "dump"), ("--resume", "copy"),
+    ],
+)  # fmt: skip
+def test_the_controller_is_killed(way: str, step: str):
+    """Once the line of *step* was read, and so in the step that follows."""
+
+    def run(lab: Lab, machines: Machines) -> bool:
+        controller = Controller(machines)
+        assert controller.read_until(step), controller.said
+        controller.end(signal.SIGKILL)
+        controller.wait()
+        done = machines.natkeep("migrate", way, "web")
+        moved = is_at(lab, "destination")
+        said = f"{''.join(controller.said)}{done.stderr}"
+        if way == "--rollback" and not moved:
+            lab.report.check("it is taken back", done.returncode == 0, said)
+        elif way == "--resume" and moved:
+            lab.report.check("it goes on", done.returncode == 0, said)
+        elif way == "--resume":  # it was not frozen yet, so there is nothing to go on with
+            lab.report.check("it says that it runs at the source", "nothing is frozen" in said)
+            machines.call("migrate", "--rollback", "web")
+        else:  # the restore was through by then
+            lab.report.check("it says that there is no way back", "no way back" in said, said)
+        return moved
+
+    perform(run)
+
+
+@pytest.mark.parametrize("step", ["prepare", "dump", "restore"])
+def test_ctrl_c_takes_it_back(step: str):
+    def run(lab: Lab, machines: Machines) -> bool:
+        controller = Controller(machines)
+        assert controller.read_until(step), controller.said
+        controller.end(signal.SIGINT)
+        code = controller.wait()
+        said = "".join(controller.said)
+        moved = is_at(lab, "destination")
+        lab.report.check("it says so", code != 0 or moved, said)
+        told = (
+            "there is no way back" in said or "were heard" in said if moved else "as before" in said
+        )
+        lab.report.check("it tells where it runs", told, said)
+        return moved
+
+    perform(run)
+
+
+@pytest.mark.parametrize("step", ["prepare", "dump", "copy"])
+def test_every_ssh_is_killed(step: str):
+    def run(lab: Lab, machines: Machines) -> bool:
+        controller = Controller(machines)
+        assert controller.read_until(step), controller.said
+        for pid in find_ssh(machines):
+            os.kill(pid, signal.SIGKILL)
+        controller.wait()
+        time.sleep(0.1)
+        said = "".join(controller.said)
+        moved = is_at(lab, "destination")
+        told = "runs on destination" in said if moved else "as before" in said
+        lab.report.check("it tells where it runs", told, said)
+        return moved
+
+    perform(run)
