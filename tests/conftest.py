@@ -90,6 +90,7 @@ PROBES: dict[str, tuple[Callable[[], bool], str]] = {
     "ruff": (lambda: _has_tool("ruff"), "needs ruff: scripts/setup"),
     "mypy": (lambda: _has_tool("mypy"), "needs mypy: scripts/setup"),
     "runc": (lambda: _has_tool("runc"), "needs Debian's runc: scripts/setup"),
+    "sshd": (lambda: os.access("/usr/sbin/sshd", os.X_OK), "needs Debian's openssh-server"),
     "podman": (lambda: _has_tool("podman"), "needs Debian's podman: scripts/setup"),
     "kernel": (_has_kernel, "needs qemu and Debian's own kernel: make kernels KERNELS=own"),
     "shellcheck": (lambda: _has_tool("shellcheck"), "needs Debian's shellcheck"),

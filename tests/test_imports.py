@@ -18,7 +18,7 @@ import pytest
 PACKAGE = Path(__file__).resolve().parent.parent / "natkeep"
 FLOORS = {
     **dict.fromkeys(("cli", "criu", "__main__"), 5),
-    **dict.fromkeys(("lifecycle", "report"), 4),
+    **dict.fromkeys(("lifecycle", "report", "migrate"), 4),
     **dict.fromkeys(("kernel", "checkpoint", "state", "policy"), 3),
     **dict.fromkeys(("plan", "faultpoints", "terminal"), 2),
     **dict.fromkeys(("errors", "values", "afterwards", "__init__"), 1),

@@ -39,10 +39,10 @@ from typing import Any
 
 from natkeep import __version__, afterwards
 from natkeep.errors import RefusedError, UsageError
+from natkeep.migrate import PROTOCOL
 from natkeep.plan.move import parse_id
 from natkeep.state.directory import StateDirectory
 
-PROTOCOL = 1
 _LONGEST = 1 << 28  # octets of a request: a list of connections is in it
 _PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 _NEEDED = (

@@ -19,7 +19,6 @@ from natkeep.lab.host import Host, LabError, await_true
 from natkeep.lab.lab import Lab
 from natkeep.lab.topology import Address
 from natkeep.lab.translators import natkeep_command
-from natkeep.migrate.host import LOCAL
 
 SSHD = "/usr/sbin/sshd"
 IMAGES = "natkeep-images"
@@ -47,7 +46,7 @@ class Machines:
         self.images.mkdir()
         self.client = self.directory / "config"
         self.client.write_text("")
-        self.destination = lab.site.role if lab.site.role in roles else LOCAL
+        self.destination = lab.site.role if lab.site.role in roles else "local"
         self.addresses = {seat.role: seat.address(lab.family) for seat in lab.topology.seats}
         self.addresses |= addresses or {}
         for role in roles:

@@ -10,3 +10,6 @@
 Rule: which host has the process is asked of the hosts, never assumed; while that cannot be told,
 nothing is restored. Nothing here touches a site itself: hosts do, by natkeep's own verbs.
 """
+
+PROTOCOL = 1
+"""Of the lines that a controller and `natkeep serve` exchange."""

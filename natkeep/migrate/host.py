@@ -19,8 +19,8 @@ from contextlib import suppress
 from typing import IO, Any, NamedTuple
 
 from natkeep import __version__
-from natkeep.cli.serve import PROTOCOL
 from natkeep.errors import NatkeepError, UnreachableError, UsageError
+from natkeep.migrate import PROTOCOL
 
 LOCAL = "local"
 _CONNECT = 15  # s until ssh gives a host up

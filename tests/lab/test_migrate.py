@@ -17,7 +17,9 @@ from natkeep.lab.lab import Lab
 from natkeep.lab.ssh import Machines
 from natkeep.lab.translators import natkeep_command
 
-pytestmark = [pytest.mark.root, pytest.mark.lab, pytest.mark.criu]
+pytestmark = [
+    pytest.mark.root, pytest.mark.lab, pytest.mark.criu, pytest.mark.needs("sshd")
+]  # fmt: skip
 
 
 class Controller:
