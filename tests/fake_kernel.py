@@ -25,6 +25,7 @@ from natkeep.plan.move import Move, Site
 from natkeep.plan.nft import Key, Object, Rule, number_alike, split
 from natkeep.plan.observation import Gate, Observation, SeenEntry
 from natkeep.plan.path import Route, SourceRule, Way
+from natkeep.plan.protocols import TCP, UDP, Protocol
 from natkeep.plan.relay import RelayFacts, Setting
 from natkeep.plan.repair import LoadObjects, Patch, RestoreRoutes, StopCounting
 from natkeep.plan.roles import Role
@@ -176,7 +177,7 @@ class FakeKernel:
         return self.source
 
     def survey_relay(
-        self, site: Site, new: Address, sources: tuple[Address, ...], *views: Connections
+        self, site: Site, translation: Translation, sources: tuple[Address, ...]
     ) -> RelayFacts:
         """Nothing in the way, or what a test says."""
         return self.relay or RelayFacts(True, frozenset(sources), range(32768, 61000), None, 0)
@@ -484,7 +485,8 @@ class FakeKernel:
             shut=opened - there,
             loopback=here.loopback,
             guarded=not plan.move.guard or move_id in here.guards,
-            sockets=_find_sockets(here, site, plan),
+            sockets=_find_sockets(here, site, plan, TCP),
+            datagrams=_find_sockets(here, site, plan, UDP) or NO_CONNECTIONS,
             lingers=10.0,
             gate=here.gates.get(move_id, Gate.ABSENT),
             missing={
@@ -597,10 +599,11 @@ def _load(here: FakeSite, patch: Patch) -> None:
             here.gates[move_id] = Gate.CLOSED
 
 
-def _find_sockets(here: FakeSite, site: Site, plan: Plan) -> Connections | None:
+def _find_sockets(here: FakeSite, site: Site, plan: Plan, protocol: Protocol) -> Connections | None:
     if site.role not in (Role.DESTINATION, Role.SOURCE):
         return None
-    kept = [inbound for t in plan.translations if t.site == site for inbound in t.kept]
+    some = (t for t in plan.translations if t.site == site and t.protocol == protocol)
+    kept = (inbound for t in some for inbound in t.kept)
     return Connections.of(inbound for inbound in kept if inbound in here.sockets)
 
 
@@ -641,7 +644,7 @@ def _change(here: FakeSite, step: Step) -> None:
             for translation in step.translations:
                 for name in filters.sets_of(step.move_id, translation):
                     here.sets[name] = NO_CONNECTIONS
-                if translation.site.row.puts_old:
+                if translation.site.row.puts_old and translation.protocol.has_states:
                     name = base_chains.heard_set(step.move_id, translation.number)
                     here.sets[name] = NO_CONNECTIONS
         case FillSet():

@@ -71,8 +71,9 @@ MAPS = {
     "ipv6": ("fd00:2::10=fd00:3::20", "fd00:2::11=fd00:3::21"),
     "both": ("10.2.0.10=10.3.0.20", "fd00:2::11=fd00:3::21"),
     "unkept": ("10.2.0.10=10.3.0.20", "fd00:2::11=fd00:3::21"),
+    "udp": ("10.2.0.10=10.3.0.20", "fd00:2::11=fd00:3::21"),
 }
-"""What a move maps; in "unkept" there are connections besides that are reset."""
+"""What a move maps; in "unkept" there are connections besides that are reset, in "udp" sockets."""
 
 
 def maps(*texts: str) -> tuple[Map, ...]:
@@ -99,6 +100,8 @@ LOST = listed("10.2.0.10:5000 10.1.0.2:60001", "[fd00:2::11]:5000 [fd00:1::2]:60
 def make_move(family: str = "ipv4", move_id: str = "web", sites: tuple[Site, ...] = SITES) -> Move:
     if family == "unkept":
         return Move(move_id, maps(*MAPS[family]), sites, unkept=Fate.RESET, lost=LOST)
+    if family == "udp":
+        return Move(move_id, maps(*MAPS[family]), sites, udp=LOST)
     return Move(move_id, maps(*MAPS[family]), sites)
 
 

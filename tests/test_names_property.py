@@ -25,8 +25,9 @@ from natkeep.plan.criu_lock import DumpLock, NetworkLock
 from natkeep.plan.listeners import make_receptions
 from natkeep.plan.move import Map, Mode, Move, Site, parse_id, parse_map
 from natkeep.plan.nft import Rule
+from natkeep.plan.plan_text import render_nft
 from natkeep.plan.roles import Role
-from natkeep.plan.step_order import make_plan, render_nft
+from natkeep.plan.step_order import make_plan
 from natkeep.plan.tuples import Connections, Endpoint, FourTuple, parse_address
 from natkeep.plan.wanted import objects_of
 from natkeep.values import replace

@@ -31,6 +31,7 @@ PLANS = {
     **CASES,
     "lock": Case(move(SOURCE, lock=LOCK)),
     "peer": Case(move(Site(Role.PEER), maps=(V4,))),
+    "udp": Case(move(Site(Role.GATEWAY), udp=KEPT)),
     "relay": Case(move(Site(Role.RELAY), maps=(V4,), vias=(parse_via("10.2.0.11"),))),
 }
 CARRIED = listed("10.2.0.10:5001 10.1.0.2:50002")
@@ -49,7 +50,7 @@ def steps_of(case: Case, surroundings: Surroundings | None = None) -> tuple[Step
 
 def files_of(case: Case) -> Files:
     olds = tuple(map_.old for map_ in case.move.maps)
-    return Files(olds, connections=case.connections, came=NO_CONNECTIONS)
+    return Files(olds, connections=case.connections, came=NO_CONNECTIONS, udp=case.move.udp)
 
 
 @pytest.mark.parametrize("name", PLANS)

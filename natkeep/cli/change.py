@@ -30,8 +30,9 @@ from natkeep.lifecycle.executor import Executor
 from natkeep.lifecycle.open import open_move, remove_gate_hooks
 from natkeep.plan.move import Move, parse_id
 from natkeep.plan.observation import Gate
+from natkeep.plan.plan_text import describe_plan, render_nft
 from natkeep.plan.roles import Role
-from natkeep.plan.step_order import describe_plan, make_plan, render_nft
+from natkeep.plan.step_order import make_plan
 from natkeep.plan.steps import Plan
 from natkeep.plan.undone import SECONDS
 from natkeep.state.journal import Journal

@@ -49,8 +49,8 @@ from natkeep.plan.conntrack import (
 from natkeep.plan.entry_attributes import PLAIN, Attributes
 from natkeep.plan.move import Mode
 from natkeep.plan.observation import SeenEntry
-from natkeep.plan.protocols import TCP
-from natkeep.plan.step_undo import DeleteEntries, RestoreEntries
+from natkeep.plan.protocols import TCP, UDP
+from natkeep.plan.step_undo import DeleteDatagrams, DeleteEntries, RestoreEntries
 from natkeep.plan.steps import InsertEntries, Prior, PurgeEntries
 from natkeep.plan.translation import Translation
 from natkeep.plan.tuples import Connections
@@ -138,7 +138,7 @@ class PurgeDriver(Driver[PurgeEntries]):
     def apply(self, at: Place, step: PurgeEntries, remember: Remember) -> Prior:
         """Delete every entry that has one of the stale tuples."""
         facts: dict[str, str | int | bool] = {}
-        if step.site.row.passes_on:
+        if step.site.row.passes_on and step.translation.protocol.has_states:
             facts["own"] = read_directions(step.translation)
             if noted := noted_to_text(group_entries(step.translation)):
                 facts["noted"] = noted
@@ -147,8 +147,11 @@ class PurgeDriver(Driver[PurgeEntries]):
         purge(step.translation)
         return prior
 
-    def revert(self, at: Place, undo: RestoreEntries, prior: Prior) -> None:
-        """Make those of the gateway again, where nothing is in their place."""
+    def revert(self, at: Place, undo: RestoreEntries | DeleteDatagrams, prior: Prior) -> None:
+        """Make those of the gateway again, where nothing is in their place; of UDP delete ours."""
+        if isinstance(undo, DeleteDatagrams):
+            delete_inbound(undo.outer, UDP)
+            return
         noted = noted_from_text(str(prior.facts.get("noted", "")), len(undo.kept))
         restore(undo, directions_of(prior.facts), noted)
 

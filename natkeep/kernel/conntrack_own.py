@@ -25,8 +25,7 @@ from natkeep.kernel.conntrack_zones import find_zones
 from natkeep.kernel.ctnetlink import (
     TUPLE_ORIG,
     TUPLE_REPLY,
-    Ends,
-    ask_for_tcp,
+    ask_for,
     ask_for_tcp_from,
     pack_inbound,
     pack_outbound,
@@ -41,7 +40,7 @@ from natkeep.plan.conntrack import NOT_TRACKED, PEER_DIALLED, PROCESS_DIALLED
 from natkeep.plan.entry_attributes import USUAL, Attributes, Noted
 from natkeep.plan.move import Site
 from natkeep.plan.nft import TABLE
-from natkeep.plan.protocols import TCP
+from natkeep.plan.protocols import TCP, Protocol
 from natkeep.plan.translation import Translation
 from natkeep.plan.tuples import RECORD_SIZE, Connections, FourTuple
 
@@ -64,7 +63,9 @@ class Own(NamedTuple):
         return PEER_DIALLED if self.reply == self.record else NOT_TRACKED
 
 
-def find_own(connections: Connections, *, rare: bool = False) -> Iterator[Own]:
+def find_own(
+    connections: Connections, *, rare: bool = False, protocol: Protocol = TCP
+) -> Iterator[Own]:
     """The entries that have the tuple of one of *connections*, in any zone.
 
     They have one local address. One that is asked for is found if it is there; a dump, which may
@@ -79,16 +80,17 @@ def find_own(connections: Connections, *, rare: bool = False) -> Iterator[Own]:
         zones = find_zones(netlink, tracked)
         looks = LOOK_UP * len(zones) * len(connections)
         if tracked is not None and is_dump_cheaper(looks, tracked):
-            yield from _pick(dump(ask_for_tcp(version)), frozenset(connections.each()))
+            wanted = frozenset(connections.each())
+            yield from _pick(dump(ask_for(protocol, version)), wanted, protocol)
             return
-        if rare and version == 4 and looks > 2 * WALK:
+        if rare and version == 4 and looks > 2 * WALK and protocol is TCP:
             wanted, local = frozenset(connections.each()), connections.v4[:4]
             for type_ in (TUPLE_ORIG, TUPLE_REPLY):
                 yield from _pick(dump(ask_for_tcp_from(local, type_)), wanted)
             return
         found: set[bytes] = set()
         for zone in zones:
-            for own in _ask(netlink, connections, pack_outbound, zone):
+            for own in _ask(netlink, connections, pack_outbound, zone, protocol):
                 found.add(own.record)
                 yield own
         if len(found) == len(connections) or not nftables_dump.has_table("inet", TABLE):
@@ -96,23 +98,29 @@ def find_own(connections: Connections, *, rare: bool = False) -> Iterator[Own]:
         # An entry that a move made which is to be replaced has this tuple on the peers' side only.
         rest = connections.only(frozenset(connections.each()) - found)
         for zone in zones:
-            yield from _ask(netlink, rest, pack_inbound, zone)
+            yield from _ask(netlink, rest, pack_inbound, zone, protocol)
 
 
 def _ask(
-    netlink: Netlink, connections: Connections, pack: Callable[[Ends], bytes], zone: int
+    netlink: Netlink,
+    connections: Connections,
+    pack: Callable[..., bytes],
+    zone: int,
+    protocol: Protocol,
 ) -> Iterator[Own]:
     suffix = pack_zone(zone)
-    answers = ask_each(netlink, connections, lambda end: pack(end) + suffix)
+    answers = ask_each(netlink, connections, lambda end: pack(end, protocol=protocol) + suffix)
     for record, answer in zip(connections.each(), answers, strict=True):
         if answer is not None:
-            original, reply, _ = read_tuples(answer)
+            original, reply, _ = read_tuples(answer, protocol)
             yield Own(record, original, reply, answer)
 
 
-def _pick(answers: Iterator[bytes], wanted: frozenset[bytes]) -> Iterator[Own]:
+def _pick(
+    answers: Iterator[bytes], wanted: frozenset[bytes], protocol: Protocol = TCP
+) -> Iterator[Own]:
     for answer in answers:
-        original, reply, _ = read_tuples(answer)
+        original, reply, _ = read_tuples(answer, protocol)
         for record in (original, reply, turn(original), turn(reply)):
             if record in wanted:
                 yield Own(record, original, reply, answer)

@@ -18,7 +18,7 @@ from natkeep.kernel.conntrack_zones import find_zones, read_legacy_tables
 from natkeep.kernel.ctnetlink import (
     DELETE,
     Ends,
-    ask_for_tcp,
+    ask_for,
     for_each,
     pack_inbound,
     pack_outbound,
@@ -28,6 +28,7 @@ from natkeep.kernel.ctnetlink import (
 )
 from natkeep.kernel.netlink import NETLINK_NETFILTER, Netlink, Refusal
 from natkeep.plan.conntrack import stale_views
+from natkeep.plan.protocols import TCP, UDP, Protocol
 from natkeep.plan.translation import Translation
 from natkeep.plan.tuples import RECORD_SIZE, Address, Connections
 from natkeep.plan.undone import UNDONE_TABLE
@@ -41,28 +42,29 @@ def purge(translation: Translation) -> int:
     tracked = count_tracked()
     if tracked == 0:
         return 0
-    views = stale_views(translation)
+    views, protocol = stale_views(translation), translation.protocol
     number = 2 * len(views) * len(translation.kept)
     if tracked is not None and is_dump_cheaper(DELETE_ONE * number, tracked):
-        return _purge_dumped(views, translation.map.old.version)
+        return _purge_dumped(views, translation.map.old.version, protocol)
     with Netlink(NETLINK_NETFILTER) as netlink:
         return sum(
-            _delete(netlink, view, zone, pack)
+            _delete(netlink, view, zone, partial(pack, protocol=protocol))
             for zone in find_zones(netlink, tracked)
             for view in views
             for pack in (pack_inbound, pack_outbound)
         )
 
 
-def delete_inbound(outer: Connections) -> None:
+def delete_inbound(outer: Connections, protocol: Protocol = TCP) -> None:
     """Delete the entries of these tuples, from the peers' side, in every zone; none is fine."""
+    pack = partial(pack_inbound, protocol=protocol)
     with Netlink(NETLINK_NETFILTER) as netlink:
         for zone in find_zones(netlink, count_tracked()):
-            _delete(netlink, outer, zone, pack_inbound, "delete")
+            _delete(netlink, outer, zone, pack, "delete")
 
 
 def delete_untracked(olds: Iterable[Address]) -> None:
-    """Delete the TCP entries that name one of *olds*, if nothing tracks connections here any more.
+    """Delete the entries that name one of *olds*, if nothing tracks connections here any more.
 
     While our last rules go, our chains still have conntrack note packets un-translated. Where
     the chains of others do so too, such an entry is theirs and as it was before us.
@@ -72,7 +74,9 @@ def delete_untracked(olds: Iterable[Address]) -> None:
     named = {old.packed for old in olds}
     for version in {old.version for old in olds}:
         width = RECORD_SIZE[version] // 2 - 2
-        _delete_dumped(version, partial(_starts_with, named, width))
+        for protocol in (TCP, UDP):
+            if count_tracked():
+                _delete_dumped(version, partial(_starts_with, named, width), protocol)
 
 
 def _has_chains_of_others() -> bool:
@@ -107,22 +111,23 @@ def _delete(
     return len(connections) - len(refusals)
 
 
-def _purge_dumped(views: Iterable[Connections], version: int) -> int:
+def _purge_dumped(views: Iterable[Connections], version: int, protocol: Protocol) -> int:
     """Read the table once, and delete what has a stale tuple in either direction."""
     stale = {record for view in views for record in view.each()}
-    return _delete_dumped(version, stale.__contains__)
+    return _delete_dumped(version, stale.__contains__, protocol)
 
 
-def _delete_dumped(version: int, is_meant: Callable[[bytes], bool]) -> int:
-    """Delete each TCP entry one of whose tuples, turned or not, is meant; how many there were."""
+def _delete_dumped(version: int, is_meant: Callable[[bytes], bool], protocol: Protocol) -> int:
+    """Delete each entry one of whose tuples, turned or not, is meant; how many there were."""
     found: dict[int, list[bytes]] = {}
-    for answer in dump(ask_for_tcp(version)):
-        original, reply, zone = read_tuples(answer)
+    pack = partial(pack_outbound, protocol=protocol)
+    for answer in dump(ask_for(protocol, version)):
+        original, reply, zone = read_tuples(answer, protocol)
         if any(map(is_meant, (original, reply, turn(original), turn(reply)))):
             found.setdefault(zone, []).append(original)
     with Netlink(NETLINK_NETFILTER) as netlink:
         return sum(
             # A record's local end comes first, as the source does in a tuple that was read.
-            _delete(netlink, Connections.packed(b"".join(some), version), zone, pack_outbound)
+            _delete(netlink, Connections.packed(b"".join(some), version), zone, pack)
             for zone, some in found.items()
         )

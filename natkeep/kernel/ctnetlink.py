@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Callable, Iterator
+from functools import partial
 
 from natkeep.kernel.netlink import (
     Batch,
@@ -26,7 +27,7 @@ from natkeep.kernel.netlink import (
 from natkeep.kernel.netlink import sequences as sequences_of
 from natkeep.plan.conntrack import STATUS
 from natkeep.plan.entry_attributes import BOTH, ORIGINAL, PLAIN, REPLY, Attributes
-from natkeep.plan.protocols import TCP
+from natkeep.plan.protocols import TCP, UDP, Protocol
 from natkeep.plan.tuples import RECORD_SIZE, Connections
 from natkeep.values import dataclass, replace
 
@@ -115,14 +116,20 @@ def _pack_nat(type_: int, address: bytes, port: bytes | None) -> bytes:
     return nested(type_, *parts)
 
 
-def pack_inbound(end: Ends, type_: int = TUPLE_ORIG, zone: bytes = b"") -> bytes:
+def pack_inbound(
+    end: Ends, type_: int = TUPLE_ORIG, zone: bytes = b"", protocol: Protocol = TCP
+) -> bytes:
     """The tuple peer to local end; zone: of this direction alone, packed."""
-    return _pack_tuple(type_, end.peer, end.local, end.peer_port, end.local_port, zone)
+    ports = end.peer_port, end.local_port
+    return _pack_tuple(type_, end.peer, end.local, ports, zone, protocol)
 
 
-def pack_outbound(end: Ends, type_: int = TUPLE_ORIG, zone: bytes = b"") -> bytes:
+def pack_outbound(
+    end: Ends, type_: int = TUPLE_ORIG, zone: bytes = b"", protocol: Protocol = TCP
+) -> bytes:
     """The tuple local end to peer."""
-    return _pack_tuple(type_, end.local, end.peer, end.local_port, end.peer_port, zone)
+    ports = end.local_port, end.peer_port
+    return _pack_tuple(type_, end.local, end.peer, ports, zone, protocol)
 
 
 def pack_zone(zone: int, type_: int = ZONE) -> bytes:
@@ -131,21 +138,33 @@ def pack_zone(zone: int, type_: int = ZONE) -> bytes:
 
 
 def _pack_tuple(
-    type_: int, saddr: bytes, daddr: bytes, sport: bytes, dport: bytes, zone: bytes
+    type_: int,
+    saddr: bytes,
+    daddr: bytes,
+    ports: tuple[bytes, bytes],
+    zone: bytes,
+    protocol: Protocol,
 ) -> bytes:
     source, destination = (1, 2) if len(saddr) == 4 else (3, 4)
+    (sport, dport), number = ports, bytes((protocol.number,))
     return nested(
         type_,
         nested(1, attribute(source, saddr), attribute(destination, daddr)),
-        nested(2, attribute(1, _TCP), attribute(2, sport), attribute(3, dport)),
+        nested(2, attribute(1, number), attribute(2, sport), attribute(3, dport)),
         zone,
     )
 
 
-def ask_for_tcp(
-    version: int, *, destination: bytes = b"", port: bytes = b"", status: int = 0, mask: int = 0
+def ask_for(
+    protocol: Protocol,
+    version: int,
+    *,
+    destination: bytes = b"",
+    port: bytes = b"",
+    status: int = 0,
+    mask: int = 0,
 ) -> bytes:
-    """The body of a dump request: TCP entries, of what is named those alone.
+    """The body of a dump request: entries of *protocol*, of what is named those alone.
 
     destination, port: where the original tuple leads to; status: of the status bits *mask*. What is
     answered may be more, so each is looked at once more: there are kernels that do not know these
@@ -159,13 +178,17 @@ def ask_for_tcp(
         by, ports = by | _BY_PORT, attribute(3, port)
     body = (
         family(version)
-        + nested(TUPLE_ORIG, address, nested(2, attribute(1, _TCP), ports))
+        + nested(TUPLE_ORIG, address, nested(2, attribute(1, bytes((protocol.number,))), ports))
         + nested(_FILTER, attribute(_FILTER_ORIG_FLAGS, struct.pack("=I", by)))
     )
     if mask:
         body += attribute(STATUS_BITS, status.to_bytes(4, "big"))
         body += attribute(_STATUS_MASK, mask.to_bytes(4, "big"))
     return body
+
+
+ask_for_tcp = partial(ask_for, TCP)
+"""The same of TCP."""
 
 
 def ask_for_tcp_from(source: bytes, type_: int) -> bytes:
@@ -261,14 +284,14 @@ def turn(record: bytes) -> bytes:
     return record[half:] + record[:half]
 
 
-def read_tuples(answer: bytes) -> tuple[bytes, bytes, int]:
-    """Original and reply tuple of a TCP entry, and its zone; two empty ones of another protocol.
+def read_tuples(answer: bytes, protocol: Protocol = TCP) -> tuple[bytes, bytes, int]:
+    """Original and reply tuple of an entry of *protocol*, and its zone; of another two empty ones.
 
     A tuple is packed as a record, its source first: that of a reply is the local end. They are the
     first attributes, and those of TCP are all of one form, so each is read by where things stand;
     what looks different is taken apart.
     """
-    form, headers = _FORMS[answer[0]]
+    form, headers = _FORMS[protocol.number][answer[0]]
     if len(answer) >= form.size:
         fields = form.unpack_from(answer)
         if fields[::2] == headers:
@@ -282,7 +305,7 @@ def read_tuples(answer: bytes) -> tuple[bytes, bytes, int]:
                 int.from_bytes(number, "big") if zone == _ZONE_HEADER else 0,
             )
     entry = attributes(answer[NFGENMSG:])
-    tuples = [_take_apart(entry[type_]) for type_ in (TUPLE_ORIG, TUPLE_REPLY)]
+    tuples = [_take_apart(entry[type_], protocol) for type_ in (TUPLE_ORIG, TUPLE_REPLY)]
     if not all(tuples):
         return b"", b"", 0
     # One that is the zone of one direction only (`ct original zone set`) is a part of its tuple.
@@ -290,15 +313,15 @@ def read_tuples(answer: bytes) -> tuple[bytes, bytes, int]:
     return tuples[0], tuples[1], int.from_bytes(zone_of, "big")
 
 
-def _take_apart(value: bytes) -> bytes:
+def _take_apart(value: bytes, protocol: Protocol) -> bytes:
     tuple_ = attributes(value)
     ip, proto = attributes(tuple_[1]), attributes(tuple_[2])
-    if proto.get(1) != _TCP:
+    if proto.get(1) != bytes((protocol.number,)):
         return b""
     return (ip.get(1) or ip[3]) + proto[2] + (ip.get(2) or ip[4]) + proto[3]
 
 
-def _make_form(version: int) -> tuple[struct.Struct, tuple[bytes, ...]]:
+def _make_form(protocol: Protocol, version: int) -> tuple[struct.Struct, tuple[bytes, ...]]:
     """How the two tuples are written: attributes' headers and values by turns; and the headers.
 
     As this file packs them itself, which is as the kernel does.
@@ -306,10 +329,14 @@ def _make_form(version: int) -> tuple[struct.Struct, tuple[bytes, ...]]:
     width = _WIDTH[version]
     form = struct.Struct("4x" + 2 * f"12s{width}s4s{width}s16s2s6s2s2x")
     end = Ends(bytes(width), b"\0\0", bytes(width), b"\0\0")
-    both = pack_inbound(end, TUPLE_ORIG) + pack_outbound(end, TUPLE_REPLY)
+    both = pack_inbound(end, protocol=protocol)
+    both += pack_outbound(end, TUPLE_REPLY, protocol=protocol)
     return form, form.unpack(family(version) + both)[::2]
 
 
 NFGENMSG = 4
-_FORMS = {number: _make_form(version) for version, number in _AF.items()}
+_FORMS = {
+    one.number: {number: _make_form(one, version) for version, number in _AF.items()}
+    for one in (TCP, UDP)
+}
 _ZONE_HEADER = pack_zone(1)[:4]

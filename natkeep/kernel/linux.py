@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import closing, contextmanager, nullcontext, suppress
 from ipaddress import ip_address
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
@@ -39,8 +39,10 @@ from natkeep.plan.identity import Identity
 from natkeep.plan.move import Mode, Move, Site
 from natkeep.plan.nft import Key
 from natkeep.plan.observation import Observation
+from natkeep.plan.protocols import UDP
 from natkeep.plan.roles import Role
 from natkeep.plan.step_undo import (
+    DeleteDatagrams,
     DeleteEntries,
     EndHolder,
     ForgetListeners,
@@ -103,6 +105,7 @@ _FORWARDING = ("ipv4/ip_forward", "ipv6/conf/all/forwarding")
 
 INVERSES: dict[type, Inverse[Any]] = {
     **NFT_INVERSES,
+    DeleteDatagrams: DRIVERS[PurgeEntries],
     DeleteEntries: DRIVERS[InsertEntries],
     EndHolder: DRIVERS[HoldSegments],
     ForgetListeners: DRIVERS[ForgetCalls],
@@ -161,49 +164,64 @@ class LinuxKernel:
 
     def look_around(self, move: Move, connections: Connections) -> Surroundings:
         """What make_plan has to know of the opened sites of *move*."""
-        local: frozenset[Address] = frozenset()
-        beside: frozenset[Address] = frozenset()
-        home: frozenset[Address] = frozenset()
+        local = beside = home = frozenset[Address]()
         forwards, forwarding = False, tuple[str, ...]()
         carried: list[tuple[FourTuple, FourTuple]] = []
         noted: list[Noted] = []
         at_peers: list[tuple[Site, frozenset[Address]]] = []
-        for site in move.sites:
+        for site in (one for one in move.sites if one.row.leaves):
             kept = [connections.at(map_.old) for map_ in move.maps]
-            if not site.row.leaves:
-                continue
+            every = [*kept, *(move.udp.at(map_.old) for map_ in move.maps)]
             with self._at(site):
                 rare = site.role == Role.DESTINATION
                 entries = [own for one in kept for own in conntrack_own.find_own(one, rare=rare)]
                 noted += conntrack_own.find_noted(site, entries)
                 if site.role == Role.DESTINATION:
-                    moved = map(move.on_wire, kept if move.peer_maps else ())
-                    local |= _find_local_peers((*kept, move.lost, *moved))
+                    moved = map(move.on_wire, every if move.peer_maps else ())
+                    local |= _find_local_peers((*every, move.lost, *moved))
                     forwards = any(sysctl.read(name) == "1" for name in _FORWARDING)
                     home |= find_at_home(frozenset(map_.old for map_ in move.maps))
                 elif site.row.relays:
-                    beside |= _find_local_peers(kept)
-                    forwarding = relay_host.find_forwarding(move, kept)
+                    beside |= _find_local_peers(every)
+                    forwarding = relay_host.find_forwarding(move, connections)
                 elif move.mode == Mode.STATELESS:
                     beside |= _find_local_peers((*kept, move.lost))
                 if site.row.own:
-                    here = _find_local_peers(kept)
+                    here = _find_local_peers(every)
                     at_peers.append((site, here))
                     found = conntrack_own.find_carried(entries)
                     carried += [pair for pair in found if pair[0].source.address in here]
                 elif site.row.passes_on and not (site.row.relays or carried):
                     carried = [*conntrack_own.find_carried(entries)]
+        inner, outer = _split(self._find_datagrams(move, dict(at_peers)))
         return Surroundings(
             local,
-            Connections.of(inner for inner, _ in carried),
-            Connections.of(outer for _, outer in carried),
+            *_split(carried),
             noted=tuple(noted),
             beside=beside,
             home=home,
             forwards=forwards,
             at_peers=tuple(at_peers),
             forwarding=forwarding,
+            udp_carried=inner,
+            udp_carriers=outer,
         )
+
+    def _find_datagrams(
+        self, move: Move, at_peers: Mapping[Site, frozenset[Address]]
+    ) -> list[tuple[FourTuple, FourTuple]]:
+        """What gateways, and peers' hosts, translate already of what is kept of UDP."""
+        found: list[tuple[FourTuple, FourTuple]] = []
+        for site in move.sites if len(move.udp) else ():
+            if site.row.relays or not site.row.passes_on or (found and site not in at_peers):
+                continue
+            with self._at(site):
+                some = (move.udp.at(map_.old) for map_ in move.maps)
+                entries = (own for one in some for own in conntrack_own.find_own(one, protocol=UDP))
+                pairs = [*conntrack_own.find_carried(entries)]
+            here = at_peers.get(site)
+            found += (pair for pair in pairs if here is None or pair[0].source.address in here)
+        return found
 
     def observe(self, site: Site, plan: Plan) -> Observation:
         """What *site* shows of *plan* now."""
@@ -319,6 +337,10 @@ class LinuxKernel:
 def _close_all(namespaces: dict[Site, Namespace]) -> None:
     while namespaces:
         os.close(namespaces.popitem()[1].fd)
+
+
+def _split(pairs: list[tuple[FourTuple, FourTuple]]) -> tuple[Connections, Connections]:
+    return Connections.of(inner for inner, _ in pairs), Connections.of(outer for _, outer in pairs)
 
 
 def _find_local_peers(kept: Iterable[Connections]) -> frozenset[Address]:

@@ -65,7 +65,9 @@ def check_destination(step: InstallTranslation) -> None:
     for translation in step.translations:
         _demand_address(step.site, translation.map.new)
         # The gateway could not tell the two apart, and ours would take the other's packets.
-        if (theirs := sock_diag.find_alive(translation.outer)) is not None:
+        streams = translation.protocol.has_states
+        living = None if streams else sock_diag.read_datagrams()
+        if (theirs := sock_diag.find_alive(translation.outer, living)) is not None:
             raise RefusedError(
                 f"{step.site}: {theirs} is a connection of that host's own already",
                 hint="a kept connection would be the same tuple there: choose another NEW",

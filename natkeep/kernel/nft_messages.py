@@ -47,6 +47,7 @@ from natkeep.plan.nft import (
     WriteMap,
     WriteOctets,
 )
+from natkeep.plan.protocols import TCP, UDP
 from natkeep.plan.tuples import RECORD_SIZE, Connections
 
 SUBSYSTEM = 10 << 8
@@ -73,12 +74,18 @@ _PLACES = {
     "ip6 daddr": (_NETWORK, 24, 16),
     "tcp sport": (_TRANSPORT, 0, 2),
     "tcp dport": (_TRANSPORT, 2, 2),
+    "udp sport": (_TRANSPORT, 0, 2),
+    "udp dport": (_TRANSPORT, 2, 2),
 }
 """Where a field stands: counted from which header, at which octet, how many of them."""
 _META_OIF, _META_NFPROTO, _META_L4PROTO = 5, 15, 16
 _LOOPBACK = (1).to_bytes(4, sys.byteorder)
 """lo's index, which is the same in every namespace (LOOPBACK_IFINDEX)."""
-_PROTOCOLS = {"tcp": (_META_L4PROTO, 6), "ip": (_META_NFPROTO, 2), "ip6": (_META_NFPROTO, 10)}
+_PROTOCOLS = {
+    **{one.name: (_META_L4PROTO, one.number) for one in (TCP, UDP)},
+    "ip": (_META_NFPROTO, 2),
+    "ip6": (_META_NFPROTO, 10),
+}
 """What of a packet tells that it is one, and its value."""
 _TCP_FLAGS_AT = 13
 _TCP_FLAGS = {"fin": 1, "syn": 2, "rst": 4, "ack": 16}
@@ -88,6 +95,7 @@ _CHECKSUMS = {
     "ip": {6: _CSUM_INET, 7: 10, 8: _CSUM_PSEUDO},
     "ip6": {8: _CSUM_PSEUDO},
     "tcp": {6: _CSUM_INET, 7: 16},
+    "udp": {6: _CSUM_INET, 7: 6},
 }
 """How the checksums that cover a header's fields are mended (NFTA_PAYLOAD_CSUM_…)."""
 

@@ -7,12 +7,14 @@ set of ours names. All functions act in the namespace that the calling thread is
 from __future__ import annotations
 
 from ipaddress import ip_address
+from itertools import product
 
 from natkeep.kernel import nftables, sysctl
 from natkeep.kernel import nftables_dump as dump
 from natkeep.kernel.conntrack_purge import delete_inbound
 from natkeep.plan.base_chains import held_set, removal
 from natkeep.plan.nft import FAMILIES, TABLE, Undo
+from natkeep.plan.protocols import TCP, UDP
 from natkeep.plan.relay import find_left_on
 from natkeep.plan.strays import SeenTable, find_translated, find_undos
 from natkeep.plan.tuples import Address, Connections
@@ -45,9 +47,9 @@ def clear(table: SeenTable, known: frozenset[str], olds: frozenset[Address], *, 
     elif table.there or table.silent:
         nftables.run_transaction(removal())
     # Behind the rules, which would make them anew.
-    for some in entries:
+    for some, protocol in product(entries, (TCP, UDP)):
         if len(some):
-            delete_inbound(some)
+            delete_inbound(some, protocol)
 
 
 def find_left(move_id: str) -> tuple[str, ...]:

@@ -10,7 +10,6 @@ import errno
 import os
 import socket
 import sys
-from collections.abc import Iterable
 from contextlib import closing
 from ipaddress import ip_address
 
@@ -21,9 +20,11 @@ from natkeep.kernel.netlink import NETLINK_ROUTE, Netlink, attributes
 from natkeep.plan.base_chains import PASSING
 from natkeep.plan.move import Move
 from natkeep.plan.nft import TABLE
+from natkeep.plan.protocols import TCP
 from natkeep.plan.relay import RelayFacts, Setting, forwarding_of, is_plain
 from natkeep.plan.step_undo import RestoreForwarding
 from natkeep.plan.steps import Prior, SwitchForwarding
+from natkeep.plan.translation import Translation
 from natkeep.plan.tuples import Address, Connections
 
 _RTA_PREFSRC = 7
@@ -54,34 +55,39 @@ def _flags(found: dict[int, bytes]) -> int:
     return int.from_bytes(found.get(rtnetlink.IFA_FLAGS, b""), sys.byteorder)
 
 
-def survey_relay(
-    new: Address, sources: tuple[Address, ...], kept: Connections, inner: Connections
-) -> RelayFacts:
-    """What stands here in the way of a relay: *inner* is what is to leave for *new*."""
+def survey_relay(translation: Translation, sources: tuple[Address, ...]) -> RelayFacts:
+    """What stands here in the way of a relay, which has these *sources* for what it passes on."""
+    new, protocol = translation.map.new, translation.protocol
+    living = sock_diag.read_living() if protocol == TCP else sock_diag.read_datagrams()
     with closing(path.Links()) as links:
         routed = links.look_up(new)[0].kind == "unicast"
         local = frozenset(one for one in sources if links.is_local(one))
     low, _, high = (sysctl.read(_EPHEMERAL) or "").partition("\t")
-    back = inner.turned()
-    taken = sock_diag.find_alive(back)
+    back = translation.inner.turned()
+    taken = sock_diag.find_alive(back, living)
     for source in sources if taken is None else ():
-        own = next(conntrack_own.find_own(back.at(source)), None)
+        own = next(conntrack_own.find_own(back.at(source), protocol=protocol), None)
         if own is not None:
             taken = next(iter(Connections.of_records([own.record])))
             break
     return RelayFacts(
         routed, local, range(int(low or 1), int(high or 0) + 1), taken,
-        len(sock_diag.find_kept(kept)),
+        len(sock_diag.find_kept(translation.kept, living)),
     )  # fmt: skip
 
 
-def find_forwarding(move: Move, kept: Iterable[Connections]) -> tuple[str, ...]:
-    """The settings to switch on so that what peers of *kept* and NEW say is passed on."""
+def find_forwarding(move: Move, connections: Connections) -> tuple[str, ...]:
+    """The settings to switch on so that what peers and NEW say of what is kept is passed on.
+
+    connections: the move's, of TCP.
+    """
     comments = [rule.comment for rule in nftables_dump.rules(TABLE, PASSING)]
     found: dict[str, None] = {}
     with closing(path.Links()) as links:
-        for map_, some in zip(move.maps, kept, strict=True):
-            version, peers = map_.old.version, move.on_wire(some).peers()
+        for map_ in move.maps:
+            kept = (some.at(map_.old) for some in (connections, move.udp))
+            version = map_.old.version
+            peers = frozenset[bytes]().union(*(move.on_wire(some).peers() for some in kept))
             if version == 6 and sysctl.read("ipv6/conf/all/forwarding") == "1":
                 continue
             ends = (map_.new, *links.first(peers))

@@ -12,6 +12,7 @@ would cost as much, and an entry that is asked for is not missed.
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from functools import cached_property
 
 from natkeep.kernel import (
@@ -37,6 +38,7 @@ from natkeep.plan.move import Mode, Site
 from natkeep.plan.nft import TABLE, Key
 from natkeep.plan.observation import Gate, Observation, SeenEntry
 from natkeep.plan.path import SourceRule, find_uncopied
+from natkeep.plan.protocols import TCP, UDP
 from natkeep.plan.roles import Role
 from natkeep.plan.steps import (
     AddAddress,
@@ -48,7 +50,7 @@ from natkeep.plan.steps import (
     SwitchForwarding,
 )
 from natkeep.plan.translation import Translation
-from natkeep.plan.tuples import Address, Connections, Endpoint
+from natkeep.plan.tuples import NO_CONNECTIONS, Address, Connections, Endpoint
 from natkeep.plan.wanted import split_opening
 from natkeep.values import replace
 
@@ -99,25 +101,25 @@ class Snapshot:
     def _observe(self, site: Site, plan: Plan) -> Observation:
         here = [t for t in plan.translations if t.site == site]
         move_id, receptions = plan.move.id, make_receptions(plan.move, site)
-        inserted = [s.translation for s in plan.prepare if isinstance(s, InsertEntries)]
+        inserted = [*_find_inserted(plan, site)]
         prepared, opened = split_opening(plan, site)
         there = self._find_objects(prepared | opened)
-        entries = {t.number: self._look_up(t) for t in inserted if t.site == site}
-        sockets = self._find_sockets(here) if site.role in _HAVE_SOCKETS else None
+        entries = {t.number: self._look_up(t) for t in inserted}
+        has = site.role in _HAVE_SOCKETS
+        sockets, datagrams = self._find_sockets(here) if has else (None, NO_CONNECTIONS)
         fills = [step for step in plan.prepare if isinstance(step, FillSet) and step.site == site]
         sets = {one.name: one.keys for step in fills for one in step.fillings()}
         gate = self._read_gate(plan.gate_at(site))
         noted = self._find_noted(site, plan, entries)
         if noted and plan.move.mode == Mode.STATELESS:
             for t in inserted:
-                if t.site == site:
-                    entries[t.number] = _without_counts(t, entries[t.number], noted)
+                entries[t.number] = _without_counts(t, entries[t.number], noted)
         return Observation(
             gate=gate,
             missing={name: self._count_missing(name, kept) for name, kept in sets.items()},
             addresses=frozenset(old for old in plan.olds_at(site) if old.packed in self._addresses),
             entries=entries,
-            alive=_count_alive(entries) if sockets is None else len(sockets),
+            alive=_count_alive(entries) if sockets is None else len(sockets) + len(datagrams),
             holds=syn_block.comment(move_id) in self._comments("gate"),
             callers=sum(self._count_callers(one, here) for one in receptions),
             inner=0 if sockets is None else self._count_inner(plan),
@@ -125,6 +127,7 @@ class Snapshot:
             shut=opened - there,
             loopback=self._loopback,
             sockets=sockets,
+            datagrams=datagrams,
             lingers=self._shortest_timeout,
             guarded=self._is_guarded(site, plan),
             unanswered=self._find_unanswered(sockets),
@@ -132,7 +135,7 @@ class Snapshot:
             spoken=noted if site.row.passes_on else frozenset(),
             lacking=self._find_lacking(site, plan),
             unruled=self._find_unruled(site, plan),
-            back=len(self._find_sockets(here)) if site.row.relays else 0,
+            back=sum(map(len, self._find_sockets(here))) if site.row.relays else 0,
             off=frozenset(
                 step.setting.name
                 for step in plan.prepare
@@ -251,6 +254,10 @@ class Snapshot:
     def _living(self) -> sock_diag.Living:
         return sock_diag.read_living(unanswered=self._unanswered)
 
+    @cached_property
+    def _datagrams(self) -> sock_diag.Living:
+        return sock_diag.read_datagrams()
+
     def _find_unanswered(self, sockets: Connections | None) -> frozenset[bytes]:
         """Of *sockets* those that say the same again and again."""
         if sockets is None or not self._unanswered:
@@ -261,9 +268,14 @@ class Snapshot:
         ends = [plan.inner.at(map_.old) for map_ in plan.move.maps]
         return sum(len(sock_diag.find_kept(some, self._living)) for some in ends if len(some))
 
-    def _find_sockets(self, here: list[Translation]) -> Connections:
-        """The kept connections that have one."""
-        return Connections.joined(sock_diag.find_kept(t.kept, self._living) for t in here)
+    def _find_sockets(self, here: list[Translation]) -> tuple[Connections, Connections]:
+        """The kept connections that have one: those of TCP, and those of UDP."""
+        some = [t.kept for t in here if t.protocol == TCP]
+        others = [t.kept for t in here if t.protocol == UDP]
+        return (
+            Connections.joined(sock_diag.find_kept(one, self._living) for one in some),
+            Connections.joined(sock_diag.find_kept(one, self._datagrams) for one in others),
+        )
 
     def _find_noted(self, site: Site, plan: Plan, entries: Entries) -> frozenset[bytes]:
         """Of the connections whose entry counts nothing of the peer, or at a gateway of NEW, those
@@ -298,6 +310,12 @@ class Snapshot:
 
 
 _HAVE_SOCKETS = (Role.DESTINATION, Role.SOURCE)
+
+
+def _find_inserted(plan: Plan, site: Site) -> Iterator[Translation]:
+    """The translations that have entries of natkeep's there."""
+    steps = (step for step in plan.prepare if isinstance(step, InsertEntries))
+    return (step.translation for step in steps if step.site == site)
 
 
 def _without_counts(

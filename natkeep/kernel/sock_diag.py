@@ -23,6 +23,7 @@ from natkeep.plan.tuples import (
 
 _SYN_RECEIVED, _LISTEN = b"03", b"0A"
 _TABLES = (("/proc/thread-self/net/tcp", 4), ("/proc/thread-self/net/tcp6", 6))
+_DATAGRAMS = (("/proc/thread-self/net/udp", 4), ("/proc/thread-self/net/udp6", 6))
 _ENDED = frozenset({b"06", b"07"})  # TIME-WAIT, CLOSED: no process owns it any more
 _CLOSED = frozenset({b"04", b"05", b"09", b"0B"})  # FIN-WAIT-1 and -2, LAST-ACK, CLOSING
 _HALF_OPEN = frozenset({b"02", _SYN_RECEIVED})  # SYN-SENT is the other
@@ -45,9 +46,9 @@ def find_kept(connections: Connections, living: Living | None = None) -> Connect
     return Connections.joined(_find_alive(connections, living))
 
 
-def find_alive(connections: Connections) -> FourTuple | None:
+def find_alive(connections: Connections, living: Living | None = None) -> FourTuple | None:
     """The first of *connections* that has a socket in the namespace that the thread is in."""
-    found = _find_alive(connections, read_living())
+    found = _find_alive(connections, read_living() if living is None else living)
     return next((inbound for some in found for inbound in some), None)
 
 
@@ -77,6 +78,16 @@ def read_living(
     for path, version in _TABLES:
         for record in _records(path, version, besides, unanswered, orphans=orphans):
             living.setdefault(record[: len(record) // 2], set()).add(record)
+    return living
+
+
+def read_datagrams() -> Living:
+    """The same of UDP; what has no peer is not among them."""
+    living: Living = {}
+    for path, version in _DATAGRAMS:
+        for record in _records(path, version, frozenset(), None, orphans=True):
+            if any(record[-2:]):
+                living.setdefault(record[: len(record) // 2], set()).add(record)
     return living
 
 
@@ -176,6 +187,18 @@ def listening_ports(address: Address) -> frozenset[int]:
         if end.address == address
         or (end.address.is_unspecified and end.address.version >= address.version)
     )
+
+
+def datagram_ports(address: Address) -> frozenset[int]:
+    """UDP ports of the sockets at *address* or at the wildcard address, with no peer."""
+    found: set[int] = set()
+    for path, _ in _DATAGRAMS:
+        for packed, peer, _, _ in _rows(path):
+            local = _address(packed[:-2])
+            wild = local.is_unspecified and local.version >= address.version
+            if not any(peer) and (wild or local == address):
+                found.add(int.from_bytes(packed[-2:], "big"))
+    return frozenset(found)
 
 
 def find_listeners(olds: frozenset[Address]) -> tuple[Endpoint, ...]:

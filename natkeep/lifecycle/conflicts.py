@@ -66,7 +66,8 @@ def _shares_address(move: Move, other: Move) -> bool:
 
 def _refuse_overlap(plan: Plan, other: Plan) -> None:
     """No two moves may have one tuple at one address, be it OLD or NEW; nor reset the other's."""
-    theirs_kept = {record for theirs in other.translations for record in theirs.kept.each()}
+    streams = (one for one in other.translations if one.protocol.has_states)
+    theirs_kept = {record for theirs in streams for record in theirs.kept.each()}
     for reset in plan.resets:
         for inbound in reset.connections:
             if theirs_kept.intersection(Connections.of([inbound]).each()):
@@ -77,7 +78,7 @@ def _refuse_overlap(plan: Plan, other: Plan) -> None:
     for ours in plan.translations:
         for theirs in other.translations:
             shared = {ours.map.old, ours.map.new} & {theirs.map.old, theirs.map.new}
-            if not shared:
+            if not shared or ours.protocol != theirs.protocol:
                 continue
             # At OLD as the process sees them, at NEW as they are on the wire.
             same_old = ours.map.old == theirs.map.old

@@ -74,13 +74,19 @@ def _count(executor: Executor, move_id: str, earlier: Sighting | None) -> tuple[
         # A gate that was being opened when natkeep was killed is open, though no journal says so.
         if seen.gate == Gate.OPEN or has_been_opened(journal, plan, site):
             known = seen.sockets is not None
-            living = seen.alive if known else sighting.count_unended(plan, site)
+            living = seen.alive if known else _count_unended(plan, site, sighting)
             alive.setdefault(site.role, []).append(living + seen.callers + seen.inner)
     # Opened at the source, the process is back where OLD is at home, and needs nothing.
     # Each peers' host has connections of its own, and all others see the same.
     beyond = [sum(alive[Role.PEER])] if Role.PEER in alive else []
     beyond += alive.get(Role.GATEWAY, []) + alive.get(Role.RELAY, [])
     return min(alive.get(Role.DESTINATION) or beyond or [0]), sighting
+
+
+def _count_unended(plan: Plan, site: Site, sighting: Sighting) -> int:
+    """Of UDP no entry tells an end, so all count."""
+    datagrams = (t for t in plan.translations if t.site == site and not t.protocol.has_states)
+    return sighting.count_unended(plan, site) + sum(len(one.kept) for one in datagrams)
 
 
 def find_exposed(

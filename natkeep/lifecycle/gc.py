@@ -324,8 +324,12 @@ def _has_ended(
 
 
 def _are_ended(plan: Plan, sighting: Sighting, sites: list[Site]) -> bool:
-    """Whether entries have shown at all *sites* that every connection has ended."""
-    return bool(sites) and not any(sighting.count_unended(plan, site) for site in sites)
+    """Whether entries have shown at all *sites* that every connection has ended.
+
+    Of UDP they never do.
+    """
+    told = all(one.protocol.has_states for one in plan.translations) and not plan.move.udp_servers
+    return told and bool(sites) and not any(sighting.count_unended(plan, site) for site in sites)
 
 
 def demand_nothing_left(collected: Collected) -> None:

@@ -40,8 +40,9 @@ class Partner:
     site: Site
 
     def translations(self) -> tuple[Translation, ...]:
-        """How it translates there."""
-        return tuple(t for t in plan_today(self.journal).translations if t.site == self.site)
+        """How it translates TCP there."""
+        every = plan_today(self.journal).translations
+        return tuple(t for t in every if t.site == self.site and t.protocol.has_states)
 
     def ends(self) -> frozenset[bytes]:
         """Its connections there, as their other ends see them."""

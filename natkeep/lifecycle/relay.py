@@ -42,11 +42,9 @@ def refuse_relays(executor: Executor, plan: Plan) -> None:
     move = plan.move
     for one in plan.translations:
         if one.site.row.relays:
-            new, version = one.map.new, one.map.new.version
+            version = one.map.new.version
             sources = tuple(via.source for via in move.vias if via.source.version == version)
-            facts = executor.kernel.ask(
-                one.site, relay_host.survey_relay, new, sources, one.kept, one.inner
-            )
+            facts = executor.kernel.ask(one.site, relay_host.survey_relay, one, sources)
             refuse_relay(one, move.vias, facts)
 
 

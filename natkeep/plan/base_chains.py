@@ -39,7 +39,7 @@ from natkeep.plan.nft import (
     VerdictMap,
     jump,
 )
-from natkeep.plan.protocols import TCP
+from natkeep.plan.protocols import TCP, Protocol
 from natkeep.plan.roles import ROLES, RoleRow
 from natkeep.plan.tuples import Address
 
@@ -423,14 +423,19 @@ def rule_at(
     return (*dispatch_to(dispatch, address), Rule(chain, statements, comment, insert=True))
 
 
-def inbound_key(version: int) -> tuple[str, ...]:
+def inbound_key(version: int, protocol: Protocol = TCP) -> tuple[str, ...]:
     """What a set is asked for of a packet from a peer: peer, its port, the local one."""
-    return (f"{IP[version]} saddr", TCP.sport, TCP.dport)
+    return (f"{IP[version]} saddr", protocol.sport, protocol.dport)
 
 
-def outbound_key(version: int) -> tuple[str, ...]:
+def outbound_key(version: int, protocol: Protocol = TCP) -> tuple[str, ...]:
     """The same of a packet to a peer."""
-    return (f"{IP[version]} daddr", TCP.dport, TCP.sport)
+    return (f"{IP[version]} daddr", protocol.dport, protocol.sport)
+
+
+def not_syn(protocol: Protocol) -> tuple[Statement, ...]:
+    """All packets but those that begin a connection, where a protocol has such."""
+    return (NOT_SYN,) if protocol.has_states else ()
 
 
 def connection_set(

@@ -61,7 +61,9 @@ def find_states(
     if seen is None or site.opened is None:
         return [None] * len(translation.kept)
     judged = site.opened >= ONE_WAY_S
-    sockets = None if seen.sockets is None else frozenset(seen.sockets.each())
+    streams = translation.protocol.has_states or seen.sockets is None
+    there = seen.sockets if streams else seen.datagrams
+    sockets = None if there is None else frozenset(there.each())
     over = f"{site.ended.get(translation.number, 0):b}"[::-1]
     states: list[State | None] = []
     for place, (record, entry) in enumerate(zip(translation.kept.each(), entries, strict=True)):

@@ -20,7 +20,7 @@ from collections.abc import Iterator, Mapping
 
 from natkeep.plan.entry_attributes import PLAIN, Attributes
 from natkeep.plan.move import Mode
-from natkeep.plan.protocols import TCP
+from natkeep.plan.protocols import TCP, Protocol
 from natkeep.plan.translation import Translation
 from natkeep.plan.tuples import Connections, FourTuple
 from natkeep.values import dataclass
@@ -159,9 +159,9 @@ def stale_tuples(translation: Translation) -> Iterator[FourTuple]:
             yield tuple_.reply()
 
 
-def describe_purge(stale: FourTuple) -> str:
+def describe_purge(stale: FourTuple, protocol: Protocol = TCP) -> str:
     """The deletion of one stale tuple as a conntrack(8) command."""
     return (
-        f"conntrack -D -p {TCP.name} -s {stale.source.address} -d {stale.destination.address} "
+        f"conntrack -D -p {protocol.name} -s {stale.source.address} -d {stale.destination.address} "
         f"--sport {stale.source.port} --dport {stale.destination.port}"
     )

@@ -124,7 +124,8 @@ def gate(
         ended = ended_set(move_id, translation.number)
         if gives_back(translation):
             objects.append(connection_set(ended, version, size, dynamic=True))
-        arriving = Match(inbound_key(version), f"@{outer_name(move_id, translation)}")
+        inbound = inbound_key(version, translation.protocol)
+        arriving = Match(inbound, f"@{outer_name(move_id, translation)}")
         for local in gated_addresses(translation):
             asked = arriving
             if local != translation.before:
@@ -132,20 +133,29 @@ def gate(
             dispatch = "dial" if translation.site.row.own else GATE
             objects += rule_at(dispatch, local, (asked, jump(chain)), move_id)
         if translation.site.row.puts_old:
-            old = translation.map.old
-            kept = Match(outbound_key(version), f"@{kept_set(move_id, translation.number)}")
-            from_old = Match((f"{IP[version]} saddr",), old)
-            if gives_back(translation):
-                note = Add(outbound_key(version), ended)
-                objects.append(Rule(HALF_OPEN, (from_old, kept, note), move_id))
-            objects.append(Rule(HALF_OPEN, (from_old, kept, DROP), move_id))
-            objects += silence(old) if old not in home else ()
-            if old in home:
-                objects.append(Rule(LEAVING, (from_old, kept, TO_WIRE, DROP), move_id))
+            objects += _silence_old(move_id, translation, home)
             heard = heard_set(move_id, translation.number)
             at = HEARD, translation.before, heard
             objects += _early_resets(move_id, translation, arriving, at)
     return tuple(objects)
+
+
+def _silence_old(
+    move_id: str, translation: Translation, home: frozenset[Address]
+) -> Iterator[Object]:
+    """What a destination does not say as OLD: SYN-ACKs on kept tuples, ARP, nor what is kept."""
+    old, number = translation.map.old, translation.number
+    outbound = outbound_key(old.version, translation.protocol)
+    kept = Match(outbound, f"@{kept_set(move_id, number)}")
+    from_old = Match((f"{IP[old.version]} saddr",), old)
+    if gives_back(translation):
+        note = Add(outbound, ended_set(move_id, number))
+        yield Rule(HALF_OPEN, (from_old, kept, note), move_id)
+    if translation.protocol.has_states:
+        yield Rule(HALF_OPEN, (from_old, kept, DROP), move_id)
+    yield from silence(old) if old not in home else ()
+    if old in home:
+        yield Rule(LEAVING, (from_old, kept, TO_WIRE, DROP), move_id)
 
 
 def _early_resets(
@@ -155,6 +165,8 @@ def _early_resets(
 
     at: the dispatch, the address there, and the set of those that were heard.
     """
+    if not translation.protocol.has_states:
+        return
     dispatch, address, heard = at
     version, size = translation.map.old.version, len(translation.kept)
     yield connection_set(heard, version, size, dynamic=True)
@@ -199,7 +211,8 @@ def mute(move_id: str, translations: Iterable[Translation]) -> tuple[Object, ...
     objects: list[Object] = []
     for translation in translations:
         old = translation.map.old
-        kept = Match(outbound_key(old.version), f"@{kept_set(move_id, translation.number)}")
+        key = outbound_key(old.version, translation.protocol)
+        kept = Match(key, f"@{kept_set(move_id, translation.number)}")
         objects += rule_at("mute", old, (kept, jump(gate_chain(move_id))), move_id)
     return tuple(objects)
 
@@ -364,17 +377,18 @@ def _untranslated(translation: Translation) -> Iterator[tuple[str, tuple[Stateme
     """What is still un-translated where everything should be translated."""
     outer, inner = owned_sets(translation)
     before, after = translation.before, translation.after
-    version = before.version
+    version, protocol = before.version, translation.protocol
+    inbound, outbound = inbound_key(version, protocol), outbound_key(version, protocol)
     to_before = Match((f"{IP[version]} daddr",), before)
-    arrived = (to_before, Match(inbound_key(version), f"@{outer}"))
+    arrived = (to_before, Match(inbound, f"@{outer}"))
     if translation.site.row.own:  # the same the other way round, since the peer is here
         yield "leaving", arrived
         from_after = Match((f"{IP[version]} saddr",), after)
-        yield "arriving", (from_after, Match(outbound_key(version), f"@{inner}"))
+        yield "arriving", (from_after, Match(outbound, f"@{inner}"))
         return
     yield "arriving", arrived
     yield "passing", arrived
     # A peer on the destination itself is not translated.
     to_wire = (TO_WIRE,) if translation.site.row.puts_old else ()
     from_after = Match((f"{IP[version]} saddr",), after)
-    yield "leaving", (*to_wire, from_after, Match(outbound_key(version), f"@{inner}"))
+    yield "leaving", (*to_wire, from_after, Match(outbound, f"@{inner}"))

@@ -296,6 +296,14 @@ class Move:
         home = Role.SOURCE if alone else Role.DESTINATION
         return tuple(site for site in self.sites if site.role == home)
 
+    def why_no_udp(self, *, server: bool = False) -> str:
+        """Why it keeps none of UDP, or no socket there that any peer may speak to; or nothing."""
+        if self.mode == Mode.STATELESS:
+            return "mode stateless keeps no UDP"
+        if server and (self.vias or any(site.row.relays for site in self.sites)):
+            return "behind a relay its new peers would have the relay's address"
+        return ""
+
     @property
     def holds(self) -> bool:
         """Whether there is a destination that holds what peers say, and something to hold."""

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from natkeep.plan.ip_rules import IpRule
 from natkeep.plan.nft import Key
-from natkeep.plan.tuples import Address, Connections
+from natkeep.plan.tuples import NO_CONNECTIONS, Address, Connections
 from natkeep.values import dataclass
 
 
@@ -54,6 +54,7 @@ class Observation:
     loopback: lo is up.
     sockets: at a destination or source, the kept connections that have one, as the process sees
     them; None elsewhere.
+    datagrams: the same of UDP.
     lingers: for how long at least, in seconds, the kernel keeps the entry of a connection that
     has ended.
     guarded: the guard's process lives, if the move has one here.
@@ -89,3 +90,4 @@ class Observation:
     unruled: frozenset[Address] = frozenset()
     back: int = 0
     off: frozenset[str] = frozenset()
+    datagrams: Connections = NO_CONNECTIONS

@@ -34,6 +34,11 @@ class Protocol(NamedTuple):
     ends: tuple[str, ...] = ()
 
     @property
+    def has_states(self) -> bool:
+        """Whether packets tell that a connection begins, and that it ends."""
+        return bool(self.alive)
+
+    @property
     def sport(self) -> str:
         """The field of a packet's source port, as nft has it."""
         return f"{self.name} sport"

@@ -23,12 +23,14 @@ def refuse_none_or_too_many(
     count = sum(map(len, found)) + len(move.lost)
     # A process that talks to itself on lo, and to no host, has no address that OLD could be.
     on_lo_alone = len(inner) > 0 >= others
-    if not (count or on_lo_alone or move.listeners or move.quiesces):
+    datagrams = len(move.udp) or move.udp_servers
+    if not (count or on_lo_alone or move.listeners or move.quiesces or datagrams):
         olds = ", ".join(str(map_.old) for map_ in move.maps)
         raise RefusedError(
             f"none of the {others} connections has the local address {olds}",
             hint="natkeep inspect shows what there is",
         )
+    count += len(move.udp)
     if count > MAX_CONNECTIONS:
         raise RefusedError(f"{count} connections are more than {MAX_CONNECTIONS}")
     if count + sum(map(len, late)) > MAX_CONNECTIONS:
@@ -64,7 +66,8 @@ def refuse_peer_maps(
 
     local: peers' addresses that the destination has; carried: what the gateway translates already.
     """
-    kept = Connections.joined(connections.at(map_.old) for map_ in move.maps)
+    every = (connections, move.udp)
+    kept = Connections.joined(some.at(map_.old) for map_ in move.maps for some in every)
     behind = carried.peers()
     for one in move.peer_maps:
         if one.old.packed not in kept.peers():

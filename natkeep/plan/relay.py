@@ -17,7 +17,7 @@ Rule: this file must never run anything.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from ipaddress import ip_address
 
 from natkeep.errors import RefusedError
@@ -32,6 +32,7 @@ from natkeep.plan.base_chains import (
 )
 from natkeep.plan.filters import outer_name
 from natkeep.plan.nft import ACCEPT, DROP, IP, Match, Meta, Object, Rule, Statement
+from natkeep.plan.protocols import Protocol
 from natkeep.plan.translation import Translation
 from natkeep.plan.tuples import Address, FourTuple
 from natkeep.plan.via import Via
@@ -93,17 +94,18 @@ def is_plain(device: str) -> bool:
 def keep_quiet(move_id: str, translations: Iterable[Translation]) -> Iterator[Object]:
     """The relay's own stack says nothing to kept peers, be the gate open or closed."""
     for one in translations:
-        outer = _outer(outbound_key(one.map.old.version), move_id, one)
+        outer = _outer(outbound_key, move_id, one)
         yield from rule_at("mute", one.map.old, (outer, DROP), move_id)
 
 
 def drop_untranslated(move_id: str, translation: Translation) -> Iterator[Object]:
     """Nor does it hear what no rule has translated: it would answer with a reset."""
     version, new = translation.map.old.version, translation.map.new
-    outer = _outer(inbound_key(version), move_id, translation)
+    outer = _outer(inbound_key, move_id, translation)
     # CRIU's own segments are for a process that is restored here again (rollback).
     yield from rule_at("half", translation.before, (outer, NOT_CRIU, DROP), move_id)
-    kept = Match(outbound_key(version), f"@{kept_set(move_id, translation.number)}")
+    key = outbound_key(version, translation.protocol)
+    kept = Match(key, f"@{kept_set(move_id, translation.number)}")
     back = (Match((f"{IP[version]} saddr",), new), kept, DROP)
     for packed in sorted(translation.inner.peers()):
         yield from rule_at("half", ip_address(packed), back, move_id)
@@ -115,8 +117,8 @@ def pass_kept(
     """What a host passes on that did not before: what is kept, and errors about it."""
     for one in translations:
         version, new = one.map.old.version, one.map.new
-        there = Match((f"{IP[version]} daddr",), new), _outer(inbound_key(version), move_id, one)
-        back = Match((f"{IP[version]} saddr",), new), _outer(outbound_key(version), move_id, one)
+        there = Match((f"{IP[version]} daddr",), new), _outer(inbound_key, move_id, one)
+        back = Match((f"{IP[version]} saddr",), new), _outer(outbound_key, move_id, one)
         for statements in (there, back):
             yield Rule(PASSING, (*statements, ACCEPT), move_id, insert=True)
     for protocol in ("icmp", "ipv6-icmp"):
@@ -134,8 +136,11 @@ def pass_kept(
         yield Rule(REDIRECTING, (Meta(*redirect), DROP), move_id, insert=True)
 
 
-def _outer(key: tuple[str, ...], move_id: str, translation: Translation) -> Match:
-    return Match(key, f"@{outer_name(move_id, translation)}")
+def _outer(
+    key: Callable[[int, Protocol], tuple[str, ...]], move_id: str, translation: Translation
+) -> Match:
+    fields = key(translation.map.old.version, translation.protocol)
+    return Match(fields, f"@{outer_name(move_id, translation)}")
 
 
 # ---- what stands in its way ----------------------------------------------------------------------

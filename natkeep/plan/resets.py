@@ -57,7 +57,8 @@ def make_resets(
     """What of *unkept*, and of what the image has besides (`move.lost`), is told, and where."""
     if move.unkept != Fate.RESET:
         return ()
-    lost = find_lost(move, unkept, connections, surroundings)
+    streams = tuple(one for one in unkept if one.protocol.has_states)
+    lost = find_lost(move, streams, connections, surroundings)
     resets = []
     for site in move.ordered_sites():
         for number, map_ in enumerate(move.maps):

@@ -83,7 +83,6 @@ from natkeep.plan.base_chains import (
     DIRECTIONS,
     FROM_WIRE,
     MARK,
-    NOT_SYN,
     SENT_TO_OLD,
     SYN,
     TO_WIRE,
@@ -92,6 +91,7 @@ from natkeep.plan.base_chains import (
     inbound_key,
     inner_map,
     kept_set,
+    not_syn,
     outbound_key,
     outer_map,
     rule_at,
@@ -112,7 +112,6 @@ from natkeep.plan.nft import (
     Write,
     WriteMap,
 )
-from natkeep.plan.protocols import TCP
 from natkeep.plan.relay import drop_untranslated
 from natkeep.plan.stateless import rewrite
 from natkeep.plan.translation import Translation
@@ -133,14 +132,15 @@ def translate(move_id: str, translations: Iterable[Translation]) -> tuple[Object
 def _nat(move_id: str, translation: Translation) -> list[Object]:
     before, after = translation.before, translation.after
     inbound, outbound = DIRECTIONS[Mode.STATEFUL]
-    outer_port: str | int = TCP.sport
-    inner_port: str | int = TCP.dport
+    protocol, some = translation.protocol, not_syn(translation.protocol)
+    outer_port: str | int = protocol.sport
+    inner_port: str | int = protocol.dport
     if translation.renames and (ports := translation.ports()):
         outer_port, inner_port = ports
     outer, routed = _outer(move_id, translation), _routed(move_id, translation)
     dnat, snat = Nat("dnat", after, inner_port), Nat("snat", before, outer_port)
-    arriving: tuple[Statement, ...] = (NOT_SYN, outer, *_wire(translation, FROM_WIRE), dnat)
-    departing: tuple[Statement, ...] = (NOT_SYN, routed, *_wire(translation, TO_WIRE), snat)
+    arriving: tuple[Statement, ...] = (*some, outer, *_wire(translation, FROM_WIRE), dnat)
+    departing: tuple[Statement, ...] = (*some, routed, *_wire(translation, TO_WIRE), snat)
     objects: list[Object] = [
         *dispatch_to(inbound, before),
         *_syn_drop(move_id, translation),
@@ -155,13 +155,7 @@ def _nat(move_id: str, translation: Translation) -> list[Object]:
             drop = (_kept(move_id, translation), DROP)
             objects += rule_at(outbound, translation.map.old, drop, move_id)
         objects += _nat_peers(move_id, translation)
-        # The destination believes a reset that was sent to OLD (filters.py).
-        mark = (_outer(move_id, translation), Write(*SENT_TO_OLD))
-        objects += rule_at(MARK, before, mark, move_id)
-        # One to NEW answers what has passed untranslated, before all gateways were ready.
-        answers = Match(inbound_key(before.version), f"@{kept_set(move_id, translation.number)}")
-        unmarked = Match((SENT_TO_OLD[0],), SENT_TO_OLD[1], equal=False)
-        objects += rule_at(MARK, after, (answers, unmarked, DROP), move_id)
+        objects += _mark_resets(move_id, translation) if protocol.has_states else ()
         if translation.site.row.own:
             # The peer's kernel knows no such socket, and would answer with a reset.
             objects += rule_at("new", after, (_kept(move_id, translation), DROP), move_id)
@@ -170,22 +164,38 @@ def _nat(move_id: str, translation: Translation) -> list[Object]:
     return objects + _invalid(move_id, translation)
 
 
+def _mark_resets(move_id: str, translation: Translation) -> Iterator[Object]:
+    """The destination believes a reset that was sent to OLD (filters.py)."""
+    before, after = translation.before, translation.after
+    mark = (_outer(move_id, translation), Write(*SENT_TO_OLD))
+    yield from rule_at(MARK, before, mark, move_id)
+    # One to NEW answers what has passed untranslated, before all gateways were ready.
+    answers = Match(inbound_key(before.version), f"@{kept_set(move_id, translation.number)}")
+    unmarked = Match((SENT_TO_OLD[0],), SENT_TO_OLD[1], equal=False)
+    yield from rule_at(MARK, after, (answers, unmarked, DROP), move_id)
+
+
 def _outer(move_id: str, translation: Translation) -> Match:
     """A packet from a peer, as it arrives."""
-    version = translation.map.old.version
-    return Match(inbound_key(version), f"@{outer_name(move_id, translation)}")
+    return Match(_inbound(translation), f"@{outer_name(move_id, translation)}")
 
 
 def _routed(move_id: str, translation: Translation) -> Match:
     """A packet to a peer, as it departs but for its source."""
-    version = translation.map.old.version
-    return Match(outbound_key(version), f"@{routed_name(move_id, translation)}")
+    return Match(_outbound(translation), f"@{routed_name(move_id, translation)}")
 
 
 def _kept(move_id: str, translation: Translation) -> Match:
     """A packet to a peer, as the process sent it."""
-    name = kept_set(move_id, translation.number)
-    return Match(outbound_key(translation.map.old.version), f"@{name}")
+    return Match(_outbound(translation), f"@{kept_set(move_id, translation.number)}")
+
+
+def _inbound(translation: Translation) -> tuple[str, ...]:
+    return inbound_key(translation.map.old.version, translation.protocol)
+
+
+def _outbound(translation: Translation) -> tuple[str, ...]:
+    return outbound_key(translation.map.old.version, translation.protocol)
 
 
 def _nat_peers(move_id: str, translation: Translation) -> Iterator[Object]:
@@ -196,23 +206,24 @@ def _nat_peers(move_id: str, translation: Translation) -> Iterator[Object]:
     destination that it arrived with goes no further: the old host would answer with a reset. Nor
     does what comes to a destination's sockets with a peer that they do not know.
     """
-    version, number = translation.map.old.version, translation.number
+    ip, number, protocol = IP[translation.map.old.version], translation.number, translation.protocol
+    inbound, outbound, some = _inbound(translation), _outbound(translation), not_syn(protocol)
     to_peer: tuple[Statement, ...] = (
         _kept(move_id, translation),
-        Nat("dnat", f"{IP[version]} daddr", TCP.dport),
+        Nat("dnat", f"{ip} daddr", protocol.dport),
     )
     from_peer: tuple[Statement, ...] = (
-        Match(inbound_key(version), f"@{routed_name(move_id, translation)}"),
-        Nat("snat", f"{IP[version]} saddr", TCP.sport),
+        Match(inbound, f"@{routed_name(move_id, translation)}"),
+        Nat("snat", f"{ip} saddr", protocol.sport),
     )
     if translation.masks:
-        to_peer = (NatMap("dnat", outbound_key(version), outer_map(move_id, number)),)
-        from_peer = (NatMap("snat", inbound_key(version), inner_map(move_id, number)),)
-    yield from rule_at("from", translation.after, (NOT_SYN, *to_peer), move_id)
-    yield from rule_at("to", translation.after, (NOT_SYN, *from_peer), move_id)
+        to_peer = (NatMap("dnat", outbound, outer_map(move_id, number)),)
+        from_peer = (NatMap("snat", inbound, inner_map(move_id, number)),)
+    yield from rule_at("from", translation.after, (*some, *to_peer), move_id)
+    yield from rule_at("to", translation.after, (*some, *from_peer), move_id)
     outer = _outer(move_id, translation)
     if translation.site.row.passes_on:
-        yield from rule_at("to", translation.before, (NOT_SYN, outer, DROP), move_id)
+        yield from rule_at("to", translation.before, (*some, outer, DROP), move_id)
         if translation.site.row.relays:
             yield from drop_untranslated(move_id, translation)
         return
@@ -229,16 +240,17 @@ def _invalid(move_id: str, translation: Translation) -> list[Object]:
     An accept ends the base chain: no other move's rules are asked as well.
     """
     before, after, ip = translation.before, translation.after, IP[translation.map.old.version]
+    protocol, some = translation.protocol, not_syn(translation.protocol)
     ports: tuple[tuple[Statement, ...], ...] = ((), ())
     if translation.renames and (changed := translation.ports()):
         outside, inside = changed
-        ports = (Write(TCP.dport, inside),), (Write(TCP.sport, outside),)
+        ports = (Write(protocol.dport, inside),), (Write(protocol.sport, outside),)
     outer = _outer(move_id, translation)
     inward = Write(f"{ip} daddr", after), *ports[0], ACCEPT
     outward = Write(f"{ip} saddr", before), *ports[1], ACCEPT
-    arriving = (NOT_SYN, outer, *_wire(translation, FROM_WIRE), *inward)
+    arriving = (*some, outer, *_wire(translation, FROM_WIRE), *inward)
     departing = (
-        NOT_SYN,
+        *some,
         _routed(move_id, translation),
         *_wire(translation, TO_WIRE),
         *outward,
@@ -248,7 +260,7 @@ def _invalid(move_id: str, translation: Translation) -> list[Object]:
         *rule_at("invalid-out", after, departing, move_id),
     ]
     if translation.site.row.passes_on:
-        objects += rule_at("invalid-to", before, (NOT_SYN, outer, DROP), move_id)
+        objects += rule_at("invalid-to", before, (*some, outer, DROP), move_id)
         drop = (_kept(move_id, translation), DROP)
         if not translation.site.row.relays:
             objects += rule_at("invalid-out", translation.map.old, drop, move_id)
@@ -258,21 +270,19 @@ def _invalid(move_id: str, translation: Translation) -> list[Object]:
 
 
 def _invalid_peers(move_id: str, translation: Translation) -> Iterator[Object]:
-    version, number, after = translation.map.old.version, translation.number, translation.after
-    ip = IP[version]
-    to_peer = WriteMap(
-        outbound_key(version), outer_map(move_id, number), (f"{ip} daddr", TCP.dport)
-    )
-    from_peer = WriteMap(
-        inbound_key(version), inner_map(move_id, number), (f"{ip} saddr", TCP.sport)
-    )
-    yield from rule_at("invalid-from", after, (NOT_SYN, to_peer, ACCEPT), move_id)
-    yield from rule_at("invalid-to", after, (NOT_SYN, from_peer, ACCEPT), move_id)
+    ip, number, protocol = IP[translation.map.old.version], translation.number, translation.protocol
+    after, some = translation.after, not_syn(protocol)
+    to = (f"{ip} daddr", protocol.dport)
+    to_peer = WriteMap(_outbound(translation), outer_map(move_id, number), to)
+    to = (f"{ip} saddr", protocol.sport)
+    from_peer = WriteMap(_inbound(translation), inner_map(move_id, number), to)
+    yield from rule_at("invalid-from", after, (*some, to_peer, ACCEPT), move_id)
+    yield from rule_at("invalid-to", after, (*some, from_peer, ACCEPT), move_id)
 
 
 def _syn_drop(move_id: str, translation: Translation) -> list[Object]:
     """At the destination: a bare SYN of a kept tuple that no entry translates ends here."""
-    if not translation.site.row.puts_old:
+    if not (translation.site.row.puts_old and translation.protocol.has_states):
         return []
     local, asked = translation.before, _outer(move_id, translation)
     inbound, _ = DIRECTIONS[Mode.STATEFUL]

@@ -1,4 +1,4 @@
-"""the order of work: which steps a move takes, in which order, and how the whole is shown.
+"""the order of work: which steps a move takes, and in which order.
 
 Rule: the order is written here and nowhere else, each constraint with its reason beside it.
 This file must never do a step.
@@ -9,10 +9,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from natkeep.plan import filters
-from natkeep.plan.base_chains import base_table, dispatch_table, translation_tables
 from natkeep.plan.ip_rules import stay
 from natkeep.plan.listeners import Reception, make_receptions, refuse_one_end_for_two
 from natkeep.plan.move import Mode, Move, Site
+from natkeep.plan.protocols import UDP
 from natkeep.plan.relay import Setting
 from natkeep.plan.resets import Reset, make_resets
 from natkeep.plan.roles import Role
@@ -41,7 +41,6 @@ from natkeep.plan.steps import (
     SwitchForwarding,
     TakeOverLock,
     TranslateErrors,
-    as_commands,
 )
 from natkeep.plan.translation import (
     NOTHING_SPECIAL,
@@ -84,8 +83,9 @@ def make_plan(
             prepare.append(OpenEarly(site, move.id, make_receptions(move, site)))
     for translation in translations:
         _assert_chain_ends_at_checkpoint(move, translation)
+    held = move.holds and any(one.protocol == UDP for one in translations)
     opening: list[OpenGate | SendResets] = [
-        OpenGate(site, move.id, make_receptions(move, site), delivers=move.holds)
+        OpenGate(site, move.id, make_receptions(move, site), delivers=move.holds, datagrams=held)
         for site in _sites_to_open(move)
     ]
     # Last, so that no kept connection waits for it.
@@ -141,7 +141,7 @@ def _steps_at_source(
         return [*hold]
     steps: list[Step] = [InstallGate(site, move.id, here), *_fill_sets(site, move, here)]
     steps += [*_install_resets(site, move, lost), *hold]
-    steps += _take_over_lock(site, move, [*(t.kept for t in here), *(r.connections for r in lost)])
+    steps += _take_over_lock(site, move, [*_locked(here), *(r.connections for r in lost)])
     if _leaves_alone(move):
         # There is no later moment at this site; CRIU's lock would have dropped what is said.
         steps += _send_resets(move, lost)
@@ -152,6 +152,11 @@ def _take_over_lock(site: Site, move: Move, ours: list[Connections]) -> list[Ste
     """The very last step: whatever fails before it, CRIU's lock still keeps the source quiet."""
     known = (lock for lock in (move.lock,) if lock is not None and lock.is_known())
     return [TakeOverLock(site, lock, Connections.joined(ours)) for lock in known]
+
+
+def _locked(here: tuple[Translation, ...]) -> list[Connections]:
+    """What CRIU locks, which is TCP alone."""
+    return [one.kept for one in here if one.protocol.has_states]
 
 
 def _steps_at(
@@ -215,7 +220,7 @@ def _steps_at_relay(
     steps: list[Step] = [PassKept(site, move.id, here, settings)] if settings else []
     # Forwarding only once strangers are dropped.
     steps += [SwitchForwarding(site, move.id, setting) for setting in settings]
-    return steps + _take_over_lock(site, move, [one.kept for one in here])
+    return steps + _take_over_lock(site, move, _locked(here))
 
 
 def _fill_sets(site: Site, move: Move, here: tuple[Translation, ...]) -> list[Step]:
@@ -300,7 +305,7 @@ def _replace_entries(
             stale = _crossing(translation, around, frozenset(joined.each()))
         if stale is not None:
             steps.append(PurgeEntries(site, stale))
-        if crossing is not None:
+        if crossing is not None and translation.protocol.has_states:  # the rules make the others
             steps.append(InsertEntries(site, crossing))
     return steps
 
@@ -344,57 +349,3 @@ def _assert_chain_ends_at_checkpoint(move: Move, translation: Translation) -> No
         ends, meant = ends.toward(translation.map.old), move.on_wire(meant)
     if ends != meant:  # pragma: no cover - a bug, not an input
         raise AssertionError(f"{translation.site}: the process would see other tuples")
-
-
-def describe_plan(plan: Plan) -> Iterator[str]:
-    """The commands of the whole plan, for a person."""
-    for step in plan.prepare:
-        if isinstance(step, InstallGate):
-            yield f"# {step.site}: the first move there makes the table too"
-            yield from as_commands(step.site, _static_lines(step, plan.move.mode))
-        elif isinstance(step, InstallResets | PassKept):
-            why = "relay that is to forward" if isinstance(step, PassKept) else "--unkept reset"
-            yield f"# {step.site}: the first move with {why} there makes these too"
-            yield from as_commands(step.site, _static_lines(step))
-        yield from step.describe()
-    yield "# when the sockets are there (natkeep open, or natkeep-hook at post-restore):"
-    for step in plan.open:
-        yield from step.describe()
-
-
-def _static_lines(
-    step: InstallGate | InstallResets | PassKept, mode: Mode | None = None
-) -> list[str]:
-    """The part that all moves share: the gate's, with that of the *mode*, or that of resets."""
-    base, *more = step.static()
-    if isinstance(step, InstallGate) and mode is not None and not step.site.row.mutes:
-        peers = any(one.turns_peers for one in step.translations)
-        more = [*translation_tables(step.site.row, mode, peers=peers), *more]
-    return [str(one) for part in (base, *more) for one in part]
-
-
-def render_nft(plan: Plan) -> Iterator[tuple[Site, tuple[str, ...]]]:
-    """For each site the complete nft script of prepare, static part included."""
-    for site in plan.move.ordered_sites():
-        lines: list[str] = []
-        for step in plan.prepare:
-            if step.site != site:
-                continue
-            if isinstance(step, InstallGate):
-                lines += _static_lines(step, plan.move.mode)
-            elif isinstance(step, InstallResets | PassKept):
-                lines += _static_lines(step)
-            elif isinstance(step, HoldListeners) and not lines:
-                lines += map(str, (*base_table(), *dispatch_table("mute")))
-            if isinstance(
-                step,
-                InstallGate
-                | FillSet
-                | InstallTranslation
-                | InstallReception
-                | HoldListeners
-                | InstallResets
-                | PassKept,
-            ):
-                lines += step.lines()
-        yield site, tuple(lines)

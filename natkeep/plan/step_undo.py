@@ -125,6 +125,13 @@ class DeleteEntries:
 
 
 @dataclass(frozen=True, slots=True)
+class DeleteDatagrams:
+    """The same of UDP."""
+
+    outer: Connections
+
+
+@dataclass(frozen=True, slots=True)
 class ForgetListeners:
     """The entries of connections go that came in by these listeners."""
 
@@ -180,6 +187,7 @@ Undo = (
     | RemoveRules
     | RestoreEntries
     | DeleteEntries
+    | DeleteDatagrams
     | ForgetListeners
     | EndHolder
     | RemoveOwnedTable
@@ -216,6 +224,8 @@ def undo_of(step: Step) -> Undo:  # one line a kind of step
         case PurgeEntries():
             translation = step.translation
             outer, kept = translation.outer, translation.kept
+            if not translation.protocol.has_states:  # whose first packet makes one anew
+                return DeleteDatagrams(outer)
             # What a gateway had of peers before they moved was plain.
             row = translation.site.row
             plain = row.relays or (row.passes_on and not translation.renames)

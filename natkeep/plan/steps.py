@@ -355,7 +355,7 @@ class PurgeEntries:
     def describe(self) -> tuple[str, ...]:
         """One command a line."""
         stale = (
-            f"{_prefix(self.site)}{describe_purge(tuple_)}"
+            f"{_prefix(self.site)}{describe_purge(tuple_, self.translation.protocol)}"
             for tuple_ in stale_tuples(self.translation)
         )
         views = len(stale_views(self.translation))

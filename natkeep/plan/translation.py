@@ -28,13 +28,13 @@ for each connection (via.py), which the destination turns into the peer again:
 from __future__ import annotations
 
 import ipaddress
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import lru_cache
 
 from natkeep.errors import RefusedError
 from natkeep.plan.entry_attributes import Noted
 from natkeep.plan.move import Fate, Map, Mode, Move, Site
-from natkeep.plan.protocols import TCP, Protocol
+from natkeep.plan.protocols import TCP, UDP, Protocol
 from natkeep.plan.refusals import (
     refuse_idle_sites,
     refuse_none_or_too_many,
@@ -58,6 +58,7 @@ class Surroundings:
     beside: in mode stateless, peers' addresses that are local to a gateway.
     noted: what the entries say that the sites have of the connections, where it is not the usual.
     home: OLD addresses that the destination has had before any move. forwards: it is a router.
+    udp_carried, udp_carriers: as carried and carriers, of UDP.
     at_peers: of each site of role peer the peers' addresses that it has.
     forwarding: settings that a relay switches on to pass on what is kept, below /proc/sys/net/.
     """
@@ -72,6 +73,8 @@ class Surroundings:
     forwards: bool = False
     at_peers: tuple[tuple[Site, frozenset[Address]], ...] = ()
     forwarding: tuple[str, ...] = ()
+    udp_carried: Connections = NO_CONNECTIONS
+    udp_carriers: Connections = NO_CONNECTIONS
 
     def carry_on(self, earlier: Surroundings, connections: Connections) -> Surroundings:
         """With those of *connections* that an *earlier* move, now replaced, took over itself.
@@ -88,6 +91,11 @@ class Surroundings:
             carriers=Connections.of(taken.values()),
             noted=(*self.noted, *self._find_gone(earlier.noted, connections)),
         )
+
+    def of_udp(self) -> Surroundings:
+        """The same with what entries of UDP told."""
+        both = self.udp_carried, self.udp_carriers
+        return replace(self, carried=both[0], carriers=both[1], joined=NO_CONNECTIONS, noted=())
 
     def _find_gone(self, earlier: tuple[Noted, ...], connections: Connections) -> Iterator[Noted]:
         """What an *earlier* move noted of entries that are not there any more."""
@@ -221,6 +229,27 @@ class Unkept:
 
     inbound: FourTuple
     reason: str
+    protocol: Protocol = TCP
+
+    def __str__(self) -> str:
+        return f"{self.inbound}: {self.reason}"
+
+
+@dataclass(frozen=True, slots=True)
+class UnkeptServer:
+    """A UDP socket of the move that any peer may speak to, and that cannot be kept; and why."""
+
+    local: Endpoint
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.local}: {self.reason}"
+
+
+def find_unkept_servers(move: Move) -> tuple[UnkeptServer, ...]:
+    """Those of its UDP sockets without a peer that the move cannot keep."""
+    reason = move.why_no_udp(server=True)
+    return tuple(UnkeptServer(end, reason) for end in move.udp_servers if reason)
 
 
 def make_translations(
@@ -248,26 +277,66 @@ def make_translations(
     unkept_late = () if change is None else tuple(_find_unkept(move, late, change.surroundings))
     kept = [_without(some, unkept) for some in found]
     came = [_without(some, unkept_late) for some in late]
-    unwanted = move.unkept == Fate.REPORT and not move.listeners
-    if unkept and not any(len(some) for some in (*kept, inner)) and unwanted:
-        count = sum(map(len, found)) + len(move.lost)
-        raise RefusedError(f"{unkept[0].inbound}: {unkept[0].reason}", hint=f"{count} in all")
+    datagrams, unkept_datagrams = _keep_datagrams(move, surroundings)
+    _refuse_all_unkept(move, (*unkept, *unkept_datagrams), (*kept, inner, *datagrams), found)
     both = [_join(*pair) for pair in zip(kept, came, strict=True)] if came else kept
     refuse_peer_maps(move, connections, surroundings.local, surroundings.carried)
     refuse_one_tuple_for_two(move, both)
+    refuse_one_tuple_for_two(move, datagrams)
+    sent = _count_ends(move, [move.udp.at(map_.old) for map_ in move.maps])
     translations: list[Translation] = []
     for site in move.ordered_sites():
+        around, there = surroundings, kept
         if change is not None and move.waits(site):
-            there = [some.minus(change.went) for some in both]
-            translations += _translate_at(move, site, there, change.surroundings, ends)
-            continue
-        prepared = _translate_at(move, site, kept, surroundings, ends)
+            around, there = change.surroundings, [some.minus(change.went) for some in both]
+        prepared = _translate_at(move, site, there, around, ends)
+        prepared += _translate_at(move, site, datagrams, around, sent, len(prepared), UDP)
         translations += prepared
-        if change is not None:
+        if change is not None and not move.waits(site):
             translations += _translate_at(move, site, came, change.surroundings, {}, len(prepared))
     _refuse_what_the_mode_cannot(move, translations)
     refuse_idle_sites(move, {t.site for t in translations} if change is None else move.sites)
-    return tuple(translations), (*unkept, *unkept_late)
+    return tuple(translations), (*unkept, *unkept_late, *unkept_datagrams)
+
+
+def _keep_datagrams(
+    move: Move, surroundings: Surroundings
+) -> tuple[list[Connections], tuple[Unkept, ...]]:
+    """What is kept of UDP of each map, of what is connected; and what is not."""
+    if not len(move.udp):
+        return [NO_CONNECTIONS for _ in move.maps], ()
+    inner = find_inner_datagrams(move)
+    found = [move.udp.at(map_.old).minus(inner) for map_ in move.maps]
+    if reason := move.why_no_udp():
+        unkept = tuple(Unkept(one, reason, UDP) for some in found for one in some)
+        return [NO_CONNECTIONS for _ in move.maps], unkept
+    unkept = tuple(_find_unkept(move, found, surroundings, UDP))
+    return [_without(some, unkept) for some in found], unkept
+
+
+def find_inner_datagrams(move: Move) -> Connections:
+    """As find_inner, of UDP: their peers may be the process' servers, too."""
+    both = find_inner(move, move.udp)
+    olds, ends = {map_.old for map_ in move.maps}, {*move.udp_servers}
+    if not ends or not move.udp.may_have_peer({old.packed for old in olds}):
+        return both
+    return _join(both, Connections.of(one for one in move.udp if one.source in ends).minus(both))
+
+
+def _refuse_all_unkept(
+    move: Move,
+    unkept: tuple[Unkept, ...],
+    kept: Iterable[Connections],
+    found: Iterable[Connections],
+) -> None:
+    """RefusedError where nothing of what was *found* is kept, and the user wants nothing else."""
+    servers = find_unkept_servers(move)
+    lost = (*unkept, *servers)
+    if any(len(some) for some in kept) or len(servers) < len(move.udp_servers) or not lost:
+        return
+    if move.unkept == Fate.REPORT and not move.listeners:
+        count = sum(map(len, (*found, move.lost, move.udp))) + len(servers)
+        raise RefusedError(str(lost[0]), hint=f"{count} in all")
 
 
 def _count_ends(move: Move, found: list[Connections]) -> dict[bytes, bytes]:
@@ -314,8 +383,16 @@ def _refuse_what_the_mode_cannot(move: Move, translations: list[Translation]) ->
 
 
 def _find_unkept(
-    move: Move, found: list[Connections], surroundings: Surroundings
+    move: Move, found: list[Connections], around: Surroundings, protocol: Protocol = TCP
 ) -> Iterator[Unkept]:
+    surroundings = around if protocol is TCP else around.of_udp()
+    for inbound, reason in _find_reasons(move, found, surroundings):
+        yield Unkept(inbound, reason, protocol)
+
+
+def _find_reasons(
+    move: Move, found: list[Connections], surroundings: Surroundings
+) -> Iterator[tuple[FourTuple, str]]:
     olds, beside = {map_.old for map_ in move.maps}, surroundings.beside
     suspects = {address.packed for address in olds | beside}
     refused = _find_refused(surroundings.noted)
@@ -327,18 +404,18 @@ def _find_unkept(
         for inbound in some:
             peer = inbound.source.address
             if inbound in refused:
-                yield Unkept(inbound, refused[inbound])
+                yield inbound, refused[inbound]
             elif peer in olds:
-                yield Unkept(inbound, f"its peer {peer} is on the source host too")
+                yield inbound, f"its peer {peer} is on the source host too"
             elif peer.is_loopback or peer.is_unspecified or peer.is_multicast:
-                yield Unkept(inbound, f"its peer {peer} is not on any wire")
+                yield inbound, f"its peer {peer} is not on any wire"
             elif peer.is_link_local:
-                yield Unkept(inbound, f"its peer {peer} is link-local: no gateway passes it on")
+                yield inbound, f"its peer {peer} is link-local: no gateway passes it on"
             elif peer in beside and move.vias:
-                yield Unkept(inbound, f"its peer {peer} is on the relay itself")
+                yield inbound, f"its peer {peer} is on the relay itself"
             elif peer in beside and inbound not in carried:
                 why = "on the gateway itself, which mode stateless does not translate for"
-                yield Unkept(inbound, f"its peer {peer} is {why}; mode stateful keeps it")
+                yield inbound, f"its peer {peer} is {why}; mode stateful keeps it"
 
 
 def _find_refused(noted: tuple[Noted, ...]) -> dict[FourTuple, str]:
@@ -363,12 +440,15 @@ def _translate_at(
     around: Surroundings,
     ends: dict[bytes, bytes],
     number: int = 0,
+    protocol: Protocol = TCP,
 ) -> list[Translation]:
     """The translations of each map's connections at *site*, numbered from *number*."""
     here: list[Translation] = []
+    if protocol is not TCP:
+        around = around.of_udp()
     for map_, some in zip(move.maps, kept, strict=True):
         here += _translate_map(move, site, number + len(here), map_, some, around, ends)
-    return here
+    return here if protocol is TCP else [replace(one, protocol=protocol) for one in here]
 
 
 def _translate_map(

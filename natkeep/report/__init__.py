@@ -14,10 +14,10 @@ from natkeep.checkpoint import Checkpoint, Inventory, Outcome, Socket
 from natkeep.plan.criu_lock import NetworkLock
 from natkeep.plan.findings import CATALOGUE, Finding, Severity
 from natkeep.plan.move import Fate, Site
+from natkeep.plan.plan_text import render_nft
 from natkeep.plan.process import Tree
 from natkeep.plan.resets import NOT_TOLD, describe_fates
 from natkeep.plan.roles import Role
-from natkeep.plan.step_order import render_nft
 from natkeep.plan.steps import Plan, SwitchForwarding
 from natkeep.plan.translation import Compared, Translation
 from natkeep.plan.tuples import Address, Connections, FourTuple

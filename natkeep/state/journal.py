@@ -181,7 +181,7 @@ class Journal:
     def _files(self) -> Files:
         came = NO_CONNECTIONS if self.change is None else self.change.came
         olds = tuple(map_.old for map_ in self.move.maps)
-        return Files(olds, connections=self.connections, came=came)
+        return Files(olds, connections=self.connections, came=came, udp=self.move.udp)
 
     def resolve(self) -> None:
         """Read what undoes each record's step; JournalError when that is not of its form."""

@@ -34,6 +34,7 @@ KINDS: dict[str, type[step_undo.Undo]] = {
     "rules": step_undo.RemoveRules,
     "purged": step_undo.RestoreEntries,
     "entries": step_undo.DeleteEntries,
+    "datagrams": step_undo.DeleteDatagrams,
     "let-in": step_undo.ForgetListeners,
     "holder": step_undo.EndHolder,
     "owned-table": step_undo.RemoveOwnedTable,

@@ -8,8 +8,9 @@ import pytest
 
 from natkeep.plan.criu_lock import DumpLock, NetworkLock
 from natkeep.plan.move import Map, Mode, Move, Site
+from natkeep.plan.plan_text import describe_plan
 from natkeep.plan.roles import Role
-from natkeep.plan.step_order import describe_plan, make_plan
+from natkeep.plan.step_order import make_plan
 from natkeep.plan.steps import (
     AddAddress,
     FillSet,

@@ -22,8 +22,9 @@ from natkeep.plan.listeners import Reception, make_receptions, refuse_one_end_fo
 from natkeep.plan.move import Map, Mode, Move, Site
 from natkeep.plan.nft import OctetsIn
 from natkeep.plan.observation import Gate, Observation
+from natkeep.plan.plan_text import render_nft
 from natkeep.plan.roles import Role
-from natkeep.plan.step_order import make_plan, render_nft
+from natkeep.plan.step_order import make_plan
 from natkeep.plan.steps import (
     AddAddress,
     ForgetCalls,

@@ -10,8 +10,9 @@ from natkeep.errors import RefusedError
 from natkeep.plan import resets
 from natkeep.plan.criu_lock import DumpLock, NetworkLock
 from natkeep.plan.move import Fate, Map, Move, Site
+from natkeep.plan.plan_text import describe_plan, render_nft
 from natkeep.plan.roles import Role
-from natkeep.plan.step_order import describe_plan, make_plan, render_nft
+from natkeep.plan.step_order import make_plan
 from natkeep.plan.steps import (
     AddAddress,
     FillSet,

@@ -22,11 +22,12 @@ from natkeep.errors import UsageError
 from natkeep.plan import arp, base_chains
 from natkeep.plan.move import Fate, Map, Mode, Move, Site
 from natkeep.plan.nft import Chain, Object, Set
+from natkeep.plan.plan_text import render_nft
 from natkeep.plan.roles import ROLES, Role
-from natkeep.plan.step_order import make_plan, render_nft
+from natkeep.plan.step_order import make_plan
 from natkeep.plan.steps import FillSet, InstallGate, InstallTranslation, OpenGate, Plan
 from natkeep.plan.translation import NOTHING_SPECIAL, Surroundings
-from natkeep.plan.tuples import Address, Connections, Endpoint, FourTuple
+from natkeep.plan.tuples import NO_CONNECTIONS, Address, Connections, Endpoint, FourTuple
 from natkeep.plan.via import Via, parse_via
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -40,6 +41,7 @@ KEPT = Connections.of(
         ("[fd00:1::2]:50594", "[fd00:2::10]:80"),
     )
 )
+FIRST = Connections.of([*KEPT][:1])
 BOTH = (MAP4, MAP6)
 MOVED = (
     Map(ip_address("10.1.0.2"), ip_address("10.4.0.30")),
@@ -98,11 +100,12 @@ class Case:
     kept: Connections = KEPT
     peer_maps: tuple[Map, ...] = ()
     vias: tuple[Via, ...] = ()
+    udp: Connections = NO_CONNECTIONS
 
     def render(self) -> str:
         site = (Site(self.role),)
         move = Move("web", self.maps, site, self.mode, self.listeners, vias=self.vias)
-        move = replace(move, peer_maps=self.peer_maps)
+        move = replace(move, peer_maps=self.peer_maps, udp=self.udp)
         if self.lost is not None:
             move = replace(move, unkept=Fate.RESET, lost=self.lost)
         return render(make_plan(move, self.kept, self.surroundings), opened=self.opened)
@@ -139,6 +142,32 @@ CASES = {
         Role.RELAY, BOTH, opened=True, vias=VIAS, surroundings=Surroundings(forwarding=FORWARDING)
     ),
     "destination-behind-a-relay": Case(Role.DESTINATION, BOTH, vias=VIAS),
+    "gateway-udp": Case(Role.GATEWAY, BOTH, kept=NO_CONNECTIONS, udp=KEPT),
+    "gateway-tcp-and-udp": Case(Role.GATEWAY, kept=FIRST, udp=FIRST, opened=True),
+    "gateway-masquerades-udp": Case(
+        Role.GATEWAY,
+        surroundings=Surroundings(
+            udp_carried=MASKED_PUBLISHED.carried, udp_carriers=MASKED_PUBLISHED.carriers
+        ),
+        kept=NO_CONNECTIONS,
+        udp=MASQUERADED,
+    ),
+    "destination-udp": Case(Role.DESTINATION, BOTH, kept=NO_CONNECTIONS, udp=KEPT),
+    "destination-udp-peers-moved": Case(
+        Role.DESTINATION, kept=NO_CONNECTIONS, udp=FIRST, peer_maps=MOVED[:1]
+    ),
+    "peer-udp": Case(Role.PEER, surroundings=AT_PEER, kept=NO_CONNECTIONS, udp=FIRST, opened=True),
+    "relay-tcp-and-udp": Case(
+        Role.RELAY,
+        vias=VIAS,
+        kept=FIRST,
+        udp=KEPT,
+        surroundings=Surroundings(forwarding=FORWARDING[:1]),
+    ),
+    "destination-behind-a-relay-udp": Case(
+        Role.DESTINATION, vias=VIAS, kept=NO_CONNECTIONS, udp=KEPT
+    ),
+    "source-udp": Case(Role.SOURCE, kept=NO_CONNECTIONS, udp=FIRST),
     "source-unkept": Case(Role.SOURCE, BOTH, lost=LOST),
     "gateway-stateless-listeners": Case(Role.GATEWAY, mode=Mode.STATELESS, listeners=LISTENERS),
 }

@@ -8,8 +8,9 @@ from natkeep.errors import UsageError
 from natkeep.plan import criu_lock as locks
 from natkeep.plan.criu_lock import DumpLock, NetworkLock, find_rules, render_deletion
 from natkeep.plan.move import Map, Mode, Move, Site
+from natkeep.plan.plan_text import render_nft
 from natkeep.plan.roles import Role
-from natkeep.plan.step_order import make_plan, render_nft
+from natkeep.plan.step_order import make_plan
 from natkeep.plan.steps import FillSet, HoldListeners, InstallGate, OpenGate, Plan, TakeOverLock
 from natkeep.plan.syn_block import block
 from natkeep.plan.tuples import NO_CONNECTIONS, Connections, Endpoint, FourTuple, parse_address

@@ -13,8 +13,9 @@ from natkeep.plan.arp import arp_table
 from natkeep.plan.base_chains import shared_names
 from natkeep.plan.move import Map, Mode, Move, Site
 from natkeep.plan.nft import Chain, Set
+from natkeep.plan.plan_text import describe_plan, render_nft
 from natkeep.plan.roles import Role
-from natkeep.plan.step_order import describe_plan, make_plan, render_nft
+from natkeep.plan.step_order import make_plan
 from natkeep.plan.steps import (
     AddAddress,
     AddRules,

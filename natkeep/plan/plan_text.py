@@ -1,0 +1,76 @@
+"""a plan as text: the commands of its steps, or an nft script for each site.
+
+This file must never run anything.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from natkeep.plan.base_chains import base_table, dispatch_table, translation_tables
+from natkeep.plan.move import Mode, Site
+from natkeep.plan.steps import (
+    FillSet,
+    HoldListeners,
+    InstallGate,
+    InstallReception,
+    InstallResets,
+    InstallTranslation,
+    PassKept,
+    Plan,
+    as_commands,
+)
+
+
+def describe_plan(plan: Plan) -> Iterator[str]:
+    """The commands of the whole plan, for a person."""
+    for step in plan.prepare:
+        if isinstance(step, InstallGate):
+            yield f"# {step.site}: the first move there makes the table too"
+            yield from as_commands(step.site, _static_lines(step, plan.move.mode))
+        elif isinstance(step, InstallResets | PassKept):
+            why = "relay that is to forward" if isinstance(step, PassKept) else "--unkept reset"
+            yield f"# {step.site}: the first move with {why} there makes these too"
+            yield from as_commands(step.site, _static_lines(step))
+        yield from step.describe()
+    yield "# when the sockets are there (natkeep open, or natkeep-hook at post-restore):"
+    for step in plan.open:
+        yield from step.describe()
+
+
+def _static_lines(
+    step: InstallGate | InstallResets | PassKept, mode: Mode | None = None
+) -> list[str]:
+    """The part that all moves share: the gate's, with that of the *mode*, or that of resets."""
+    base, *more = step.static()
+    if isinstance(step, InstallGate) and mode is not None and not step.site.row.mutes:
+        peers = any(one.turns_peers for one in step.translations)
+        more = [*translation_tables(step.site.row, mode, peers=peers), *more]
+    return [str(one) for part in (base, *more) for one in part]
+
+
+def render_nft(plan: Plan) -> Iterator[tuple[Site, tuple[str, ...]]]:
+    """For each site the complete nft script of prepare, static part included."""
+    for site in plan.move.ordered_sites():
+        lines: list[str] = []
+        for step in plan.prepare:
+            if step.site != site:
+                continue
+            if isinstance(step, InstallGate):
+                lines += _static_lines(step, plan.move.mode)
+            elif isinstance(step, InstallResets | PassKept):
+                lines += _static_lines(step)
+            elif isinstance(step, HoldListeners) and not lines:
+                lines += map(str, (*base_table(), *dispatch_table("mute")))
+            if isinstance(
+                step,
+                InstallGate
+                | FillSet
+                | InstallTranslation
+                | InstallReception
+                | HoldListeners
+                | InstallResets
+                | PassKept,
+            ):
+                lines += step.lines()
+        yield site, tuple(lines)

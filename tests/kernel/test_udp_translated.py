@@ -1,0 +1,278 @@
+"""UDP through a gateway to a destination: real sockets, before the move and after it.
+
+    peer ── gateway ┬─ source (OLD)
+                    └─ destination (NEW; OLD on lo)
+
+The gateway tracks connections before anything is moved, as one with a firewall does, so it has an
+entry for each; UDP has no state, and a stale entry lives for as long as the peer speaks.
+"""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from ipaddress import ip_address
+
+import pytest
+from entered import entered
+from fake_kernel import revert_step
+from two_hosts import look, run_ip
+
+from natkeep.errors import RefusedError
+from natkeep.kernel.linux import LinuxKernel
+from natkeep.lab.ipv6_addresses import await_addresses
+from natkeep.plan.drift import find_drift
+from natkeep.plan.liveness import Life
+from natkeep.plan.move import Map, Move, Site
+from natkeep.plan.repair import find_patches
+from natkeep.plan.roles import Role
+from natkeep.plan.step_order import make_plan
+from natkeep.plan.steps import FillSet, InstallTranslation, Plan, Prior, PurgeEntries, Step
+from natkeep.plan.tuples import NO_CONNECTIONS, Connections, Endpoint, FourTuple
+
+pytestmark = pytest.mark.root
+Run = Callable[..., str]
+
+_NETWORK = """
+-n {gateway} link set lo up
+-n {source} link set lo up
+-n {destination} link set lo up
+link add out netns {gateway} type veth peer name eth0 netns {peer}
+link add old netns {gateway} type veth peer name eth0 netns {source}
+link add new netns {gateway} type veth peer name eth0 netns {destination}
+"""
+_LINKS = (("out", "peer", 1, 2), ("old", "source", 2, 10), ("new", "destination", 3, 20))
+PEER = {4: ip_address("10.1.0.2"), 6: ip_address("fd00:1::2")}
+OLD = {4: ip_address("10.2.0.10"), 6: ip_address("fd00:2::10")}
+NEW = {4: ip_address("10.3.0.20"), 6: ip_address("fd00:3::20")}
+PORT, PEER_PORT = 5000, 50594
+TRACKS = (
+    "add table inet fw; add chain inet fw in { type filter hook prerouting priority -100; }; "
+    "add rule inet fw in ct state new counter"
+)
+EACH_VERSION = pytest.mark.parametrize("version", [4, 6])
+
+
+@dataclass
+class Net:
+    """The four namespaces, and the sockets in them."""
+
+    names: dict[str, str]
+    run: Run
+    version: int
+    stack: ExitStack
+    kernel: LinuxKernel = field(default_factory=LinuxKernel)
+
+    def socket(self, at: str, own: tuple[str, int], to: tuple[str, int] | None) -> socket.socket:
+        """A socket of UDP there, connected to *to* if that is given."""
+        family = socket.AF_INET if self.version == 4 else socket.AF_INET6
+        with entered(self.names[at]):
+            made = self.stack.enter_context(socket.socket(family, socket.SOCK_DGRAM))
+        made.bind(own)
+        made.settimeout(0.15)
+        if to is not None:
+            made.connect(to)
+        return made
+
+    @property
+    def peer_end(self) -> tuple[str, int]:
+        return str(PEER[self.version]), PEER_PORT
+
+    @property
+    def old_end(self) -> tuple[str, int]:
+        return str(OLD[self.version]), PORT
+
+    def move(self, **more: object) -> Move:
+        """Of the socket at OLD that is connected to the peer, unless *more* says otherwise."""
+        inbound = FourTuple(
+            Endpoint(PEER[self.version], PEER_PORT), Endpoint(OLD[self.version], PORT)
+        )
+        sites = tuple(Site(role, self.names[role]) for role in (Role.GATEWAY, Role.DESTINATION))
+        map_ = Map(OLD[self.version], NEW[self.version])
+        return Move("udp", (map_,), sites, **({"udp": Connections.of([inbound])} | more))  # type: ignore[arg-type]
+
+    def apply(self, steps: tuple[Step, ...]) -> list[tuple[Step, Prior]]:
+        """Do these, and what undoes them."""
+        return [(step, self.kernel.apply(step, lambda prior: None)) for step in steps]
+
+    def undo(self, done: list[tuple[Step, Prior]]) -> None:
+        for step, prior in reversed(done):
+            revert_step(self.kernel, step, prior)
+
+
+@pytest.fixture
+def make_net(make_netns: Callable[[], str], run: Run) -> Iterator[Callable[[int], Net]]:
+    """`make_net(version)`: the four, with addresses and routes of both versions."""
+    with ExitStack() as stack:
+
+        def make(version: int) -> Net:
+            names = {role: make_netns() for role in ("peer", "gateway", "source", "destination")}
+            for name in names.values():
+                run(name, "sysctl", "-qw", "net.ipv6.conf.default.accept_dad=0")
+            run_ip(_NETWORK, names)
+            for device, at, net, own in _LINKS:
+                for where, name, last in ((names["gateway"], device, 1), (names[at], "eth0", own)):
+                    run(where, "ip", "link", "set", name, "up")
+                    run(where, "ip", "address", "add", f"10.{net}.0.{last}/24", "dev", name)
+                    address = f"fd00:{net}::{last}/64"
+                    run(where, "ip", "address", "add", address, "dev", name, "nodad")
+                run(names[at], "ip", "route", "add", "default", "via", f"10.{net}.0.1")
+                run(names[at], "ip", "-6", "route", "add", "default", "via", f"fd00:{net}::1")
+            for name in names.values():
+                await_addresses(name, link_local=True)
+            run(names["gateway"], "nft", TRACKS)
+            net = Net(names, run, version, stack)
+            net.kernel.open_sites(net.move().sites)
+            stack.callback(net.kernel.close_sites, net.move().sites)
+            return net
+
+        yield make
+
+
+def answered(peer: socket.socket, process: socket.socket, count: int, size: int = 5) -> int:
+    """How many of the peer's datagrams came to the process, and were answered."""
+    found = 0
+    for number in range(count):
+        said = bytes([number]) * size
+        try:
+            peer.send(said)
+            heard, sender = process.recvfrom(65535)
+            process.sendto(heard, sender)
+            found += peer.recv(65535) == said
+        except (TimeoutError, ConnectionError):
+            continue
+    return found
+
+
+def carry(net: Net, *, purges: bool = True) -> tuple[Plan, socket.socket, socket.socket]:
+    """A peer that has spoken with a socket at the source, and that socket at the destination."""
+    peer = net.socket("peer", net.peer_end, net.old_end)
+    before = net.socket("source", net.old_end, net.peer_end)
+    assert answered(peer, before, 2) == 2
+    plan = make_plan(net.move(), NO_CONNECTIONS)
+    net.apply(tuple(one for one in plan.prepare if purges or not isinstance(one, PurgeEntries)))
+    before.close()
+    after = net.socket("destination", net.old_end, net.peer_end)
+    assert answered(peer, after, 1) == 0, "the gate is closed"
+    net.apply(plan.open)
+    return plan, peer, after
+
+
+@EACH_VERSION
+def test_a_stale_entry_kills_it_and_the_purge_makes_it_live(
+    make_net: Callable[[int], Net], version: int
+) -> None:
+    _, peer, process = carry(make_net(version), purges=False)
+    assert answered(peer, process, 4) == 0
+
+    _, peer, process = carry(make_net(version))
+    assert answered(peer, process, 4) == 4
+    assert answered(peer, process, 2, size=6000) == 2  # fragments, both ways
+
+
+@EACH_VERSION
+def test_the_process_may_speak_first_and_entries_may_be_lost(
+    make_net: Callable[[int], Net], version: int
+) -> None:
+    net = make_net(version)
+    plan, peer, process = carry(net)
+
+    process.send(b"first")
+    assert peer.recv(99) == b"first"
+    for at in ("gateway", "destination"):
+        net.run(net.names[at], "conntrack", "-F")
+        process.send(b"again")
+        assert peer.recv(99) == b"again"
+        net.run(net.names[at], "conntrack", "-F")
+        assert answered(peer, process, 1) == 1
+
+    looks = {site: net.kernel.observe(site, plan) for site in plan.move.sites}
+    assert {s.role: find_drift(plan, s, seen, opened=True) for s, seen in looks.items()} == {
+        Role.GATEWAY: (),
+        Role.DESTINATION: (),
+    }
+    [_, destination] = looks.values()
+    assert destination.alive == 1
+    assert destination.datagrams == plan.move.udp
+
+
+def test_what_the_old_host_still_says_does_not_reach_the_peer(
+    make_net: Callable[[int], Net],
+) -> None:
+    net = make_net(4)
+    _, peer, process = carry(net)
+
+    stray = net.socket("source", net.old_end, net.peer_end)
+    stray.send(b"stray")
+    assert answered(peer, process, 3) == 3
+
+
+@EACH_VERSION
+def test_what_is_not_tracked_is_translated_too(
+    make_net: Callable[[int], Net], version: int
+) -> None:
+    net = make_net(version)
+    _, peer, process = carry(net)
+    chain = "add chain inet fw raw { type filter hook prerouting priority -300; }"
+    net.run(net.names["gateway"], "nft", f"{chain}; add rule inet fw raw meta l4proto udp notrack")
+
+    assert answered(peer, process, 3) == 3
+
+
+def test_it_goes_without_a_trace(make_net: Callable[[int], Net]) -> None:
+    net = make_net(4)
+    names = {role: net.names[role] for role in ("gateway", "destination")}
+    before = look(names)
+
+    plan = make_plan(net.move(), NO_CONNECTIONS)
+    net.undo(net.apply(plan.steps))
+
+    assert look(names) == before
+
+
+def test_after_the_undo_the_old_host_has_it_again(make_net: Callable[[int], Net]) -> None:
+    net = make_net(4)
+    peer = net.socket("peer", net.peer_end, net.old_end)
+    plan = make_plan(net.move(), NO_CONNECTIONS)
+    done = net.apply(plan.steps)
+    with net.socket("destination", net.old_end, net.peer_end) as process:
+        assert answered(peer, process, 2) == 2
+    net.undo(done)
+
+    back = net.socket("source", net.old_end, net.peer_end)
+    assert answered(peer, back, 3) == 3
+
+
+def test_a_repair_puts_its_set_back(make_net: Callable[[int], Net]) -> None:
+    net = make_net(4)
+    plan, peer, process = carry(net)
+    site = plan.move.sites[0]
+    net.run(net.names["gateway"], "nft", "flush set inet natkeep kept-udp-0")
+    seen = net.kernel.observe(site, plan)
+    assert find_drift(plan, site, seen, opened=True) == (
+        "set kept-udp-0: 1 of 1 connections are missing",
+    )
+
+    [(_, patch)] = find_patches(plan, site, seen, Life(False), opened=True)
+    assert isinstance(patch, FillSet)
+    net.kernel.mend(patch, lambda prior: None)
+    net.run(net.names["gateway"], "conntrack", "-F")
+    assert answered(peer, process, 2) == 2
+
+
+def test_a_socket_of_the_destination_with_the_same_ends_is_refused(
+    make_net: Callable[[int], Net],
+) -> None:
+    net = make_net(4)
+    net.socket("destination", (str(NEW[4]), PORT), net.peer_end)
+    plan = make_plan(net.move(), NO_CONNECTIONS)
+
+    [step] = [
+        one
+        for one in plan.prepare
+        if isinstance(one, InstallTranslation) and one.site.role == Role.DESTINATION
+    ]
+    with pytest.raises(RefusedError, match=r"is a connection of that host's own already"):
+        net.kernel.check(step)
