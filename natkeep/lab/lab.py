@@ -176,8 +176,13 @@ class Lab:
             self.read_sites()
             self.frozen_ns = time.time_ns()
 
-    def read_sites(self) -> None:
-        """Remember how the sites are before anything is done there; the first time counts."""
+    def read_sites(self, anew: Iterable[str] = ()) -> None:
+        """Remember how the sites are before anything is done there; the first time counts.
+
+        anew: roles of hosts that have begun again since.
+        """
+        for role in anew:
+            self._surfaces.pop(role, None)
         more = [*(["client"] if self.at_peer else []), *([self.relay] if self.relay else [])]
         for role in (*self.topology.sites, *more):
             if role not in self._surfaces:

@@ -95,10 +95,12 @@ class ByRelay:
 
     def add_source(self) -> None:
         """The relay has an address beside OLD."""
-        nodad = ["nodad"] if self.lab.family == 6 else []
-        prefix = f"{self.source}/{24 if self.lab.family == 4 else 64}"
-        host = self.lab.topology[self.role]
-        host.run("ip", "address", "add", prefix, "dev", "eth0", *nodad)
+        self._add_address(self.source)
+
+    def _add_address(self, new: Address) -> None:
+        nodad = ["nodad"] if new.version == 6 else []
+        prefix = f"{new}/{24 if new.version == 4 else 64}"
+        self.lab.topology[self.role].run("ip", "address", "add", prefix, "dev", "eth0", *nodad)
 
     def move(self) -> None:
         """Freeze, prepare, restore; natkeep's gate takes the place of the engine's silence."""
@@ -197,6 +199,34 @@ class ByRelay:
         with lab.report.must("repair at the relay"):
             self._call("repair", lab.order.id)
 
+    def boot(self, status: str, ruleset: str) -> None:
+        """The relay has booted: it has its addresses, and of all rules *ruleset* alone.
+
+        status: what `status --json` said of the move there. So the relay is left in the end.
+        """
+        host, seat = self.lab.topology[self.role], self.lab.home
+        self._stop_flooding()
+        host.run("ip", "link", "set", "eth0", "down")
+        host.run("ip", "address", "flush", "dev", "eth0")
+        host.nft(f"flush ruleset\n{ruleset}")
+        host.run("conntrack", "-F")
+        for setting in self.settings_of(status):
+            host.run("sysctl", "-qw", f"net/{setting}=0")
+        host.run("ip", "link", "set", "eth0", "up")
+        self._add_address(seat.address(self.lab.family))
+        self.add_source()
+        self.lab.read_sites(anew=(self.role,))
+
+    def _stop_flooding(self) -> None:
+        """No other port of the switch has frames for a host that is not there.
+
+        A card would discard them, but the capture at that port would have them.
+        """
+        for seat in self.lab.topology.seats:
+            if seat.role != self.role:
+                line = f"link set dev {seat.role} flood off"
+                self.lab.topology["switch"].run("bridge", *line.split())
+
     def _call(self, verb: str, *arguments: str) -> str:
         if not isinstance(self.lab.translator, Natkeep):
             raise TranslatorError(f"{self.lab.translator.name} has no {verb}")
@@ -204,7 +234,12 @@ class ByRelay:
 
     def read_settings(self) -> list[str]:
         """What natkeep has switched on at the relay."""
-        document = json.loads(self._call("status", self.lab.order.id, "--json"))
+        return self.settings_of(self._call("status", self.lab.order.id, "--json"))
+
+    @staticmethod
+    def settings_of(status: str) -> list[str]:
+        """The same of what `status --json` has printed."""
+        document = json.loads(status)
         [relay] = [each for each in document["moves"][0]["sites"] if each["role"] == "relay"]
         return [each["setting"] for each in relay["forwarding"]]
 
@@ -262,10 +297,7 @@ class ByThird(ByRelay):
 
     def take_over(self) -> None:
         """The source's link is down from here on; OLD on the relay's device, told to the link."""
-        # Until the peers are told, the switch floods what they send to the source; a host's card
-        # would discard it, but the capture at the destination's port would have it.
-        port = self.lab.site.role
-        self.lab.topology["switch"].run("bridge", "link", "set", "dev", port, "flood", "off")
+        self._stop_flooding()  # until the peers are told
         self.lab.topology["source"].run("ip", "link", "set", "eth0", "down")
         old = self.lab.old
         self._run("ip", "address", "add", f"{old}/{old.max_prefixlen}", "dev", "eth0")

@@ -1,0 +1,32 @@
+"""What the two rules of scenario `relay_boots` are for: a relay that boots without them."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import pytest
+
+from natkeep.lab.lab import Lab
+from natkeep.lab.scenario import find_scenario, perform
+
+pytestmark = [pytest.mark.root, pytest.mark.lab]
+
+
+@pytest.mark.parametrize(("family", "silent"), [(6, True), (4, False), (6, False)])
+def test_a_relay_that_boots_with_old_and_without_the_rules_resets_its_peers(
+    family: int, silent: bool
+) -> None:
+    run, setup, *_ = find_scenario("relay_boots").load()
+    with Lab("lab", engine="repair", family=family, **setup) as lab:
+        perform(lab, partial(run, silent=silent))
+
+    failed = {each.name for each in lab.report.assertions if not each.ok}
+    assert failed == (set() if silent else RESET)
+    assert bool(lab.report.resets) != silent
+
+
+RESET = {
+    "the connections carry on after the move",
+    "every octet arrived once and in order",
+    "no reset on any wire",
+}
