@@ -23,7 +23,8 @@ from natkeep.errors import NatkeepError
 from natkeep.plan import base_chains, criu_lock, filters, listeners, syn_block
 from natkeep.plan.criu_lock import DumpLock, NetworkLock
 from natkeep.plan.listeners import make_receptions
-from natkeep.plan.move import Map, Mode, Move, Site, parse_id, parse_map
+from natkeep.plan.maps import Map, parse_map
+from natkeep.plan.move import Mode, Move, Site, parse_id
 from natkeep.plan.nft import Rule
 from natkeep.plan.plan_text import render_nft
 from natkeep.plan.roles import Role
@@ -182,9 +183,9 @@ def make_move(word: str, role: Role, mode: Mode) -> Move | None:
     """
     zoned = ipaddress.IPv6Address  # straight from the library, past parse_address
     move_id = attempt(lambda: parse_id(word), "")
-    old, new = attempt(lambda: parse_map(word), (MAP4.old, MAP4.new))
+    old, _, new, _ = attempt(lambda: parse_map(word), (MAP4.old, None, MAP4.new, None))
     old = attempt(lambda: parse_address(word), old)
-    new = attempt(lambda: parse_map(f"10.2.0.10={word}")[1], new)
+    new = attempt(lambda: parse_map(f"10.2.0.10={word}").new, new)
     map_ = attempt(lambda: Map(old, new or MAP4.new), MAP4)
     ends = [
         attempt(lambda: Endpoint.parse(word), None),

@@ -13,7 +13,16 @@ from typing import TYPE_CHECKING
 
 from natkeep.plan.criu_lock import DumpLock
 from natkeep.plan.criu_lock import NetworkLock as NetworkLock
-from natkeep.plan.tuples import NO_CONNECTIONS, Address, Connections, Endpoint, FourTuple
+from natkeep.plan.tuples import (
+    NO_CONNECTIONS,
+    Address,
+    Connections,
+    Endpoint,
+    FourTuple,
+    Local,
+    address_of,
+    is_at,
+)
 from natkeep.values import dataclass, replace
 
 if TYPE_CHECKING:
@@ -133,7 +142,7 @@ class Socket:
             return None
         return FourTuple(self.peer, self.local)
 
-    def why_left(self, olds: Sequence[Address]) -> str | None:
+    def why_left(self, olds: Sequence[Local]) -> str | None:
         """Why a move of *olds* (of any, when empty) does not keep it, as one clause, or None."""
         if self.unkept is not None:
             return self.unkept
@@ -145,13 +154,15 @@ class Socket:
             if self.is_udp_server() and self.local is not None and ends_at((self.local,), olds):
                 return None
             return "its local address is not an OLD of --map"
-        if self.peer is not None and not self.both_ends and self.peer.address in olds:
+        if self.peer is None:
+            return None
+        if not self.both_ends and self.peer.address in map(address_of, olds):
             return f"its peer {self.peer.address} is on the source host too"
-        if self.peer is not None and self.both_ends and not self._moves(self.peer, olds):
+        if self.both_ends and not self._moves(self.peer, olds):
             return f"its other end {self.peer.address} is not an OLD of --map"
         return None
 
-    def outcome(self, olds: Sequence[Address]) -> Outcome:
+    def outcome(self, olds: Sequence[Local]) -> Outcome:
         """What becomes of it in a move of *olds* (of any, when empty)."""
         if self.is_listener():
             return Outcome.LISTENER
@@ -167,8 +178,8 @@ class Socket:
             return self.peer is None or self.state in (TcpState.CLOSED, TcpState.TIME_WAIT)
         return self.local is None or self.local.address.is_loopback
 
-    def _moves(self, end: Endpoint, olds: Sequence[Address]) -> bool:
-        return end.address in olds or (self.both_ends and end.address.is_loopback)
+    def _moves(self, end: Endpoint, olds: Sequence[Local]) -> bool:
+        return is_at(end, olds) or (self.both_ends and end.address.is_loopback)
 
 
 @dataclass(frozen=True, slots=True)
@@ -249,7 +260,7 @@ class Checkpoint:
         )
         return replace(self, sockets=sockets, udp=NO_CONNECTIONS, udp_servers=())
 
-    def lost_at(self, olds: Sequence[Address]) -> Connections:
+    def lost_at(self, olds: Sequence[Local]) -> Connections:
         """What peers of *olds* would wait for in vain: sockets that cannot be kept, with a peer.
 
         Not those of another network namespace than the root task's, where *olds* may be others'
@@ -263,7 +274,7 @@ class Checkpoint:
             if each.unkept not in (None, ELSEWHERE)
             and (each.protocol == "mptcp" or each.state in _WAITED_FOR)
             and (inbound := each.inbound()) is not None
-            and inbound.destination.address in olds
+            and is_at(inbound.destination, olds)
             and (inbound.source, inbound.destination) not in ends
         )
 
@@ -288,7 +299,7 @@ class Checkpoint:
             and not (closed and each.state in SYNCHRONIZED)
         )
 
-    def devices(self, olds: Sequence[Address]) -> frozenset[str]:
+    def devices(self, olds: Sequence[Local]) -> frozenset[str]:
         """Devices that kept sockets at *olds* are bound to (SO_BINDTODEVICE)."""
         bound = [each for each in self.sockets if each.why_left(olds) is None]
         return frozenset(each.bound_device for each in bound if each.bound_device is not None)

@@ -16,7 +16,8 @@ from natkeep.kernel.survey import demand_privileges
 from natkeep.lifecycle.check import find_new
 from natkeep.lifecycle.executor import Executor
 from natkeep.lifecycle.relay import find_vias
-from natkeep.plan.move import Fate, Map, Mode, Move, Site, parse_id, parse_map, parse_peer_map
+from natkeep.plan.maps import Map, find_map, parse_map, parse_peer_map
+from natkeep.plan.move import Fate, Mode, Move, Site, parse_id
 from natkeep.plan.roles import Role
 from natkeep.plan.tuples import NO_CONNECTIONS, Connections, Endpoint
 from natkeep.plan.via import Via, parse_via
@@ -46,7 +47,7 @@ def make_move(args: argparse.Namespace, checkpoint: Checkpoint) -> Move:
     lock = checkpoint.lock if at_source else None
     unkept, lost = Fate(args.unkept), NO_CONNECTIONS
     if unkept == Fate.RESET:
-        lost = checkpoint.lost_at([map_.old for map_ in maps])
+        lost = checkpoint.lost_at([map_.old_end for map_ in maps])
     mode = Mode(args.mode)
     hold = not args.no_hold and getattr(args, "gate", "closed") == "closed"
     return Move(
@@ -69,15 +70,15 @@ def _find_vias(
 def parse_maps(args: argparse.Namespace, sites: tuple[Site, ...]) -> tuple[Map, ...]:
     maps = []
     for text in args.map:
-        old, new = parse_map(text)
-        if new is None:
-            new = find_new(make_executor(args, create=False), old, sites)
-        maps.append(Map(old, new))
+        wish = parse_map(text)
+        new = wish.new or find_new(make_executor(args, create=False), wish.old, sites)
+        maps.append(wish.to(new))
     return tuple(maps)
 
 
 def _find_listeners(checkpoint: Checkpoint, maps: Sequence[Map]) -> tuple[Endpoint, ...]:
-    listeners = checkpoint.listeners_at([map_.old for map_ in maps])
+    found = checkpoint.listeners_at([map_.old for map_ in maps])
+    listeners = tuple(end for end in found if find_map(maps, end))
     if not listeners:
         raise RefusedError(
             "--listeners: the image has no listener at an OLD or at the wildcard address",
@@ -136,6 +137,6 @@ def read_process(args: argparse.Namespace, sites: tuple[Site, ...]) -> Checkpoin
 
 def authorise(move: Move, checkpoint: Checkpoint) -> int:
     """How many connections *move* is about, if the operator's policy allows them."""
-    count = sum(len(checkpoint.connections.at(map_.old)) for map_ in move.maps) + len(move.lost)
+    count = sum(map(len, move.share(checkpoint.connections))) + len(move.lost)
     policy.authorise(move, count)
     return count

@@ -22,7 +22,7 @@ from natkeep.cli.output import hold_document, print_as, print_json, talk
 from natkeep.errors import DriftError, JournalError, NatkeepError, UsageError
 from natkeep.kernel.linux import LinuxKernel
 from natkeep.plan.findings import CATALOGUE, Finding, Severity
-from natkeep.plan.move import parse_olds
+from natkeep.plan.maps import parse_olds
 from natkeep.plan.roles import Role
 from natkeep.state.directory import StateDirectory
 from natkeep.terminal import clear, show, show_json

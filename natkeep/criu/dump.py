@@ -1,6 +1,6 @@
 """The source's part at `post-dump`: our gate instead of CRIU's lock, before the tasks are killed.
 
-    NATKEEP_SOURCE=OLD[=NEW][,…]     which addresses leave; NEW where it is known already
+    NATKEEP_SOURCE=OLD[=NEW][,…]     what leaves, OLD or OLD:PORT; NEW where it is known already
     NATKEEP_ID=ID                    the move's id here, that of a quiesce too; else criu-PID-START
 
 At `post-dump` the images are complete and the tasks are frozen, with all their sockets. A failure
@@ -23,9 +23,10 @@ from natkeep.errors import RefusedError, UsageError
 from natkeep.kernel.interface import Kernel
 from natkeep.lifecycle.executor import Executor
 from natkeep.lifecycle.prepare import prepare
-from natkeep.plan.move import Map, Move, Site, parse_map
+from natkeep.plan.maps import Map, parse_map
+from natkeep.plan.move import Move, Site
 from natkeep.plan.roles import Role
-from natkeep.plan.tuples import Address
+from natkeep.plan.tuples import Endpoint, address_of, parse_local
 
 _UNKNOWN = {4: ip_network("192.0.2.0/24"), 6: ip_network("2001:db8::/32")}
 """Documentation's own addresses stand for a NEW that is not known yet: none is translated here."""
@@ -42,7 +43,7 @@ def serve_post_dump(environment: Mapping[str, str], executor: Executor) -> str:
         (_source_site(call, executor.kernel),),
         lock=checkpoint.lock,
     )
-    count = sum(len(checkpoint.connections.at(map_.old)) for map_ in move.maps)
+    count = sum(map(len, move.share(checkpoint.connections)))
     if not count:
         return "no connection of this dump leaves"
     policy.authorise(move, count)
@@ -55,15 +56,20 @@ def read_maps(text: str) -> tuple[Map, ...]:
     """The maps of NATKEEP_SOURCE; UsageError for what is none."""
     maps = []
     for number, part in enumerate(text.split(",")):
-        old, new = parse_map(part if "=" in part else f"{part}=auto")
-        if new is None and part.endswith("=auto"):
-            raise UsageError(f"NATKEEP_SOURCE: {part}: the source cannot look NEW up")
-        maps.append(Map(old, _stand_in(old, number) if new is None else new))
+        if "=" in part:
+            wish = parse_map(part)
+            if wish.new is None:
+                raise UsageError(f"NATKEEP_SOURCE: {part}: the source cannot look NEW up")
+            maps.append(wish.to(wish.new))
+            continue
+        try:
+            old = parse_local(part)
+        except ValueError as error:
+            raise UsageError(f"NATKEEP_SOURCE: {error}") from None
+        port = old.port if isinstance(old, Endpoint) else None
+        address = address_of(old)
+        maps.append(Map(address, _UNKNOWN[address.version][number + 1], port, port))
     return tuple(maps)
-
-
-def _stand_in(old: Address, number: int) -> Address:
-    return _UNKNOWN[old.version][number + 1]
 
 
 def _source_site(call: Call, kernel: Kernel) -> Site:

@@ -19,7 +19,8 @@ from natkeep.lifecycle.executor import Executor
 from natkeep.lifecycle.prepare import prepare
 from natkeep.lifecycle.replace import replace_move
 from natkeep.lifecycle.teardown import teardown
-from natkeep.plan.move import Fate, Map, Mode, Move, Site, parse_map
+from natkeep.plan.maps import parse_map
+from natkeep.plan.move import Fate, Mode, Move, Site
 from natkeep.plan.roles import Role
 from natkeep.plan.tuples import NO_CONNECTIONS, Connections
 from natkeep.state.directory import read_boot_id
@@ -52,16 +53,16 @@ def ensure_prepared(
         if not orders.maps:
             say("no connection of this image is to be kept here")
             return False
-    olds = [parse_map(text)[0] for text in orders.maps]
+    olds = [parse_map(text).old_end for text in orders.maps]
     lost = checkpoint.lost_at(olds) if orders.unkept == Fate.RESET else NO_CONNECTIONS
-    count = sum(len(checkpoint.connections.at(old)) for old in olds) + len(lost)
     move = _make_move(move_id, orders, executor, site, lost)
+    count = sum(map(len, move.share(checkpoint.connections))) + len(lost)
     policy.authorise(move, count)
     require_devices(executor, move, checkpoint)
     _prepare(move, checkpoint, executor, site, call.criu)
     say(f"{move_id}: {', '.join(str(map_) for map_ in move.maps)}, {count} prepared")
     if orders.readiness is not None:
-        ours = Connections.joined(checkpoint.connections.at(map_.old) for map_ in move.maps)
+        ours = Connections.joined(move.share(checkpoint.connections))
         orders.readiness.wait(move, ours)
     return True
 
@@ -71,8 +72,8 @@ def _make_move(
 ) -> Move:
     maps = []
     for text in orders.maps:
-        old, new = parse_map(text)
-        maps.append(Map(old, find_new(executor, old, (site,)) if new is None else new))
+        wish = parse_map(text)
+        maps.append(wish.to(wish.new or find_new(executor, wish.old, (site,))))
     mode, unkept = Mode(orders.mode or Mode.STATEFUL), Fate(orders.unkept or Fate.REPORT)
     return Move(move_id, tuple(maps), (site,), mode, unkept=unkept, lost=lost)
 

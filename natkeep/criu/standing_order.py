@@ -20,7 +20,8 @@ from natkeep.criu.environment import Call
 from natkeep.kernel.interface import Kernel
 from natkeep.kernel.old_address import find_at_home
 from natkeep.lifecycle.executor import Executor
-from natkeep.plan.move import Site, parse_id, parse_map
+from natkeep.plan.maps import parse_map
+from natkeep.plan.move import Site, parse_id
 from natkeep.state.directory import read_boot_id
 
 
@@ -37,7 +38,7 @@ def why_not_about(move_id: str, call: Call, executor: Executor) -> str:
         return ""
     if journal.image and read_inventory(call.images).run_id == journal.image:
         return ""
-    image, olds = read_checkpoint(call.images), [map_.old for map_ in journal.move.maps]
+    image, olds = read_checkpoint(call.images), [map_.old_end for map_ in journal.move.maps]
     if image.lost_at(olds) or any(image.connections.at(old) for old in olds):
         return ""
     return f"no connection of this image is at an OLD of {move_id}"
@@ -50,14 +51,15 @@ def maps_about(
 
     resets: connections that cannot be kept count too, since they are to be reset.
     """
-    olds = {parse_map(text)[0] for text in maps}
+    wishes = {text: parse_map(text) for text in maps}
     counted = frozenset(
-        old
-        for old in olds
-        if checkpoint.connections.at(old) or (resets and checkpoint.lost_at([old]))
+        wish.old
+        for wish in wishes.values()
+        for end in (wish.old_end,)
+        if checkpoint.connections.at(end) or (resets and checkpoint.lost_at([end]))
     )
     if not counted:
         return ()
     kernel.open_sites([site])
     about = counted - kernel.ask(site, find_at_home, counted)
-    return tuple(text for text in maps if parse_map(text)[0] in about)
+    return tuple(text for text in maps if wishes[text].old in about)

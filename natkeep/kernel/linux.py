@@ -170,8 +170,8 @@ class LinuxKernel:
         noted: list[Noted] = []
         at_peers: list[tuple[Site, frozenset[Address]]] = []
         for site in (one for one in move.sites if one.row.leaves):
-            kept = [connections.at(map_.old) for map_ in move.maps]
-            every = [*kept, *(move.udp.at(map_.old) for map_ in move.maps)]
+            kept = move.share(connections)
+            every = [*kept, *move.share(move.udp)]
             with self._at(site):
                 rare = site.role == Role.DESTINATION
                 entries = [own for one in kept for own in conntrack_own.find_own(one, rare=rare)]

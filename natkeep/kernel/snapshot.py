@@ -265,7 +265,7 @@ class Snapshot:
         return frozenset(self._unanswered.intersection(sockets.each()))
 
     def _count_inner(self, plan: Plan) -> int:
-        ends = [plan.inner.at(map_.old) for map_ in plan.move.maps]
+        ends = plan.move.share(plan.inner)
         return sum(len(sock_diag.find_kept(some, self._living)) for some in ends if len(some))
 
     def _find_sockets(self, here: list[Translation]) -> tuple[Connections, Connections]:

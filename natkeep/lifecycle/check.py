@@ -19,7 +19,7 @@ from natkeep.plan.move import Move, Site
 from natkeep.plan.roles import Role
 from natkeep.plan.step_order import make_plan
 from natkeep.plan.steps import Plan
-from natkeep.plan.tuples import Address, Connections
+from natkeep.plan.tuples import Address, Connections, is_at
 from natkeep.state.directory import read_boot_id
 from natkeep.values import replace
 
@@ -42,10 +42,10 @@ def check(
     executor.open_sites(move)
     move = _with_held(executor, move)
     besides = () if replaces is None else (replaces,)
-    olds = frozenset(map_.old for map_ in move.maps)
+    ours = move.share(connections)
     for site in move.sites if not move.quiesces else ():
         if site.role in (Role.SOURCE, Role.RELAY):
-            refuse_translated(executor.kernel, executor.state, site, olds, connections)
+            refuse_translated(executor.kernel, executor.state, site, ours)
     surroundings = find_surroundings(executor.kernel, executor.state, move, connections, besides)
     if replaces is not None:
         earlier = executor.state.load(replaces)
@@ -93,7 +93,7 @@ def _refuse_living(executor: Executor, plan: Plan) -> None:
 
 def require_devices(executor: Executor, move: Move, checkpoint: Checkpoint) -> None:
     """RefusedError when the destination lacks a device that a kept socket is bound to."""
-    devices = checkpoint.devices([map_.old for map_ in move.maps])
+    devices = checkpoint.devices([map_.old_end for map_ in move.maps])
     for site in _open_destinations(executor, move):
         here = executor.kernel.ask(site, rtnetlink.device_names) if devices else frozenset()
         missing = sorted(devices - here)
@@ -106,11 +106,11 @@ def require_devices(executor: Executor, move: Move, checkpoint: Checkpoint) -> N
 
 def require_sockets(executor: Executor, move: Move, checkpoint: Checkpoint) -> None:
     """RefusedError when a socket's address will not be there, or its host translates it."""
-    olds = [map_.old for map_ in move.maps]
+    olds = [map_.old_end for map_ in move.maps]
     for socket in checkpoint.sockets if checkpoint.live else ():
-        if socket.is_translated() and socket.local and socket.local.address in olds:
+        if socket.is_translated() and socket.local and is_at(socket.local, olds):
             raise RefusedError(f"{socket}: {socket.unkept}", hint=NO_REMEDY)
-    sockets = checkpoint.unmapped(olds)
+    sockets = checkpoint.unmapped([map_.old for map_ in move.maps])
     if not (move.listeners or any(len(checkpoint.connections.at(old)) for old in olds)):
         return  # it is about other addresses, which make_plan says
     for site in _open_destinations(executor, move) if sockets else ():

@@ -147,7 +147,7 @@ def _late_numbers(journal: Journal, plan: Plan) -> frozenset[int]:
 
 
 def _at_olds(journal: Journal, connections: Connections) -> Connections:
-    return Connections.joined(connections.at(map_.old) for map_ in journal.move.maps)
+    return Connections.joined(journal.move.share(connections))
 
 
 def _count(journal: Journal, plan: Plan) -> Compared:

@@ -21,11 +21,8 @@ def mark_translated(executor: Executor, pid: int, checkpoint: Checkpoint) -> Che
     olds = {
         each.local.address for each in checkpoint.sockets if each.is_connection() and each.local
     }
-    found = dict(
-        find_translated(
-            executor.kernel, executor.state, home, frozenset(olds), checkpoint.connections
-        )
-    )
+    kept = [checkpoint.connections.at(old) for old in olds]
+    found = dict(find_translated(executor.kernel, executor.state, home, kept))
     if not found:
         return checkpoint
     return Checkpoint.of(

@@ -100,7 +100,7 @@ def find_surroundings(
     have to be translated in mode stateless.
     """
     around = kernel.look_around(move, connections)
-    kept = [connections.at(map_.old) for map_ in move.maps]
+    kept = move.share(connections)
     peers = frozenset[bytes]().union(*(some.peers() for some in kept))
     for site in move.sites if not move.quiesces else ():
         found = find_partners(state, kernel.identity(site), peers, {move.id, *besides})

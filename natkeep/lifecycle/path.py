@@ -9,7 +9,8 @@ from natkeep.kernel import path
 from natkeep.kernel.neighbours import find_owner
 from natkeep.lifecycle.subject import Subject
 from natkeep.plan.findings import Finding, ok
-from natkeep.plan.move import Map, Site
+from natkeep.plan.maps import Map
+from natkeep.plan.move import Site
 from natkeep.plan.path import find_apart, find_uncopied, judge
 from natkeep.plan.roles import Role
 from natkeep.plan.steps import Plan

@@ -94,14 +94,15 @@ def _look_at_source(subject: Subject, checkpoint: Checkpoint) -> Iterator[Findin
     for each in marked:
         yield Finding("source-translates", None, f"{each}: {each.unkept}")
     if subject.plan is not None:
-        olds = frozenset(map_.old for map_ in subject.plan.move.maps)
+        kept = subject.plan.move.share(checkpoint.connections)
     else:
         here = (each.local for each in checkpoint.sockets if each.is_connection())
-        olds = frozenset(end.address for end in here if end is not None)
+        olds = {end.address for end in here if end is not None}
+        kept = [checkpoint.connections.at(old) for old in olds]
     for site in _sites(subject, Role.SOURCE) if subject.state is not None else ():
         assert subject.state is not None
         around = subject.kernel, subject.state, site
-        found = [*find_translated(*around, olds, checkpoint.connections)]
+        found = [*find_translated(*around, kept)]
         for inner, outer in found[:1]:
             what = f"{inner} is {outer} on the wire; {len(found)} in all"
             yield Finding("source-translates", site, what)

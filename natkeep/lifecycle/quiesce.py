@@ -35,9 +35,10 @@ def quiesce(
         executor.open_sites(move)
         olds = frozenset(map_.old for map_ in move.maps)
         found = executor.kernel.ask(site, sock_diag.find_listeners, olds)
-        listeners = tuple(end for end in found if not ports or end.port in ports)
+        asked = (end for end in found if not ports or end.port in ports)
+        listeners = tuple(end for end in asked if _moves(move, end))
         if not listeners:
-            named = ", ".join(str(map_.old) for map_ in move.maps)
+            named = ", ".join(str(map_.old_end) for map_ in move.maps)
             raise RefusedError(
                 f"{site}: no socket listens at {named} or at the wildcard address",
                 hint="then there is nothing to wait for: dump",
@@ -52,6 +53,13 @@ def quiesce(
         teardown(executor, move.id)
         raise
     return listeners
+
+
+def _moves(move: Move, listener: Endpoint) -> bool:
+    """Whether a map is of its port; one of all addresses is at each OLD."""
+    everywhere = listener.address.is_unspecified
+    maps = (map_ for map_ in move.maps if everywhere or map_.old == listener.address)
+    return not {map_.old_port for map_ in maps}.isdisjoint({None, listener.port})
 
 
 def _await_accepted(

@@ -10,7 +10,8 @@ from collections.abc import Sequence
 from natkeep.errors import RefusedError
 from natkeep.kernel import relay_host
 from natkeep.lifecycle.executor import Executor
-from natkeep.plan.move import Map, Move, Site
+from natkeep.plan.maps import Map
+from natkeep.plan.move import Move, Site
 from natkeep.plan.relay import refuse_relay
 from natkeep.plan.steps import Plan
 from natkeep.plan.via import Via

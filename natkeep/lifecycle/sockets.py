@@ -10,7 +10,7 @@ Rule: nothing is changed. What a move of natkeep's own translates there is known
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 from natkeep.checkpoint import Socket
 from natkeep.errors import RefusedError
@@ -18,7 +18,7 @@ from natkeep.kernel import conntrack_own, sock_diag
 from natkeep.kernel.interface import Kernel
 from natkeep.plan.identity import Identity
 from natkeep.plan.move import Site
-from natkeep.plan.tuples import Address, Connections, FourTuple
+from natkeep.plan.tuples import Connections, FourTuple
 from natkeep.state.directory import StateDirectory
 
 NO_REMEDY = "a redirect, DNAT or masquerade of that host: such connections cannot follow"
@@ -39,11 +39,10 @@ def refuse_translated(
     kernel: Kernel,
     state: StateDirectory,
     site: Site,
-    olds: frozenset[Address],
-    connections: Connections,
+    kept: Iterable[Connections],
 ) -> None:
-    """RefusedError when the opened *site* translates one of *connections* at one of *olds*."""
-    found = list(find_translated(kernel, state, site, olds, connections))
+    """RefusedError when the opened *site* translates one of *kept*."""
+    found = list(find_translated(kernel, state, site, kept))
     if found:
         inner, outer = found[0]
         raise RefusedError(
@@ -57,14 +56,15 @@ def find_translated(
     kernel: Kernel,
     state: StateDirectory,
     site: Site,
-    olds: frozenset[Address],
-    connections: Connections,
+    kept: Iterable[Connections],
 ) -> Iterator[tuple[FourTuple, FourTuple]]:
-    """Those, as the process sees them and as the wire does, that the host itself translates."""
+    """Those, as the process sees them and as the wire does, that the host itself translates.
+
+    kept: such as have one local address each.
+    """
     here = kernel.identity(site)
-    for old in sorted(olds, key=lambda old: (old.version, old)):
-        kept = connections.at(old)
-        for inner, outer in kernel.ask(site, conntrack_own.find_translated, kept):
+    for some in kept:
+        for inner, outer in kernel.ask(site, conntrack_own.find_translated, some):
             if not _is_moved(state, here, inner, outer):
                 yield inner, outer
 

@@ -34,7 +34,8 @@ from natkeep.plan.base_chains import (
     TO_WIRE,
     rule_at,
 )
-from natkeep.plan.move import Map, Mode, Move, Site
+from natkeep.plan.maps import Map, find_map
+from natkeep.plan.move import Mode, Move, Site
 from natkeep.plan.nft import (
     ACCEPT,
     DROP,
@@ -92,7 +93,8 @@ def make_receptions(move: Move, site: Site) -> tuple[Reception, ...]:
     """The receptions of *move* at *site*: one for each map that has listeners."""
     receptions = []
     for number, map_ in enumerate(move.maps):
-        ports = sorted({end.port for end in move.listeners if end.address == map_.old})
+        ends = (end for end in move.listeners if find_map(move.maps, end) is map_)
+        ports = sorted({end.port for end in ends})
         if ports and site.row.leaves:
             receptions.append(Reception(site, number, map_, move.mode, tuple(ports)))
     return tuple(receptions)
@@ -112,8 +114,8 @@ def refuse_one_end_for_two(move: Move, *others: Move) -> None:
 
 def _called_ends(move: Move) -> list[Endpoint]:
     """NEW and port of each listener."""
-    new_of = {map_.old: map_.new for map_ in move.maps}
-    return [Endpoint(new_of[e.address], e.port) for e in move.listeners if e.address in new_of]
+    pairs = ((end, find_map(move.maps, end)) for end in move.listeners)
+    return [Endpoint(map_.new, map_.new_port or end.port) for end, map_ in pairs if map_]
 
 
 def comment(move_id: str) -> str:

@@ -7,22 +7,14 @@ a file, a clock, a socket or a namespace.
 
 from __future__ import annotations
 
-import ipaddress
 import re
-from collections.abc import Iterable
 from enum import StrEnum
 
 from natkeep.errors import RefusedError, UsageError
 from natkeep.plan.criu_lock import DumpLock
+from natkeep.plan.maps import Map, refuse_twice, share
 from natkeep.plan.roles import ROLES, Role, RoleRow
-from natkeep.plan.tuples import (
-    NO_CONNECTIONS,
-    Address,
-    Connections,
-    Endpoint,
-    parse_address,
-    refuse_zone,
-)
+from natkeep.plan.tuples import NO_CONNECTIONS, Connections, Endpoint
 from natkeep.plan.via import Via
 from natkeep.values import dataclass
 
@@ -90,76 +82,6 @@ class Site:
 
 
 @dataclass(frozen=True, slots=True)
-class Map:
-    """OLD becomes NEW; both of one family, both unicast and not loopback."""
-
-    old: Address
-    new: Address
-
-    def __post_init__(self) -> None:
-        if self.old.version != self.new.version:
-            raise UsageError(f"{self.old} and {self.new} are of different families")
-        if self.old == self.new:
-            raise UsageError(f"OLD and NEW are both {self.old}: there is nothing to translate")
-        for name, address in (("OLD", self.old), ("NEW", self.new)):
-            refuse_zone(address)
-            _refuse_special(name, address)
-
-    def __str__(self) -> str:
-        return f"{self.old}={self.new}"
-
-
-def parse_map(text: str) -> tuple[Address, Address | None]:
-    """`OLD=NEW`, where NEW may be `auto` (then None: it is read at the destination)."""
-    old, equals, new = text.partition("=")
-    if not equals:
-        raise UsageError(f"{text!r} is not of the form OLD=NEW")
-    try:
-        return parse_address(old), None if new == "auto" else parse_address(new)
-    except ValueError as error:
-        raise UsageError(f"--map {text}: {error}") from None
-
-
-def parse_peer_map(text: str) -> Map:
-    """`P=Q`: peers at P have moved and are reached at Q."""
-    peer, now = parse_map(text)
-    if now is None:
-        raise UsageError(f"--peer-map {text}: auto is read at no site", hint="name the address")
-    try:
-        return Map(peer, now)
-    except (UsageError, RefusedError) as error:
-        raise type(error)(f"--peer-map {text}: {error}", hint=error.hint) from None
-
-
-def parse_olds(texts: Iterable[str]) -> tuple[Address, ...]:
-    """The OLD of each `OLD=NEW`, where a move could be made of them: refused as there."""
-    olds: list[Address] = []
-    for text in texts:
-        old, new = parse_map(text)
-        if new is not None:
-            Map(old, new)
-        _refuse_special("OLD", old)
-        if old in olds:
-            raise UsageError("one OLD is mapped twice")
-        olds.append(old)
-    return tuple(olds)
-
-
-def _refuse_special(name: str, address: Address) -> None:
-    """Addresses that never name one host on the wire are not moved (threat T1)."""
-    reasons = {
-        "loopback": address.is_loopback,
-        "unspecified": address.is_unspecified,
-        "multicast": address.is_multicast,
-        "link-local": address.is_link_local,
-        "broadcast": address == ipaddress.IPv4Address("255.255.255.255"),
-    }
-    for reason, applies in reasons.items():
-        if applies:
-            raise RefusedError(f"{name} {address} is {reason}", hint="name a unicast address")
-
-
-@dataclass(frozen=True, slots=True)
 class Move:
     """What the user wants: OLD becomes NEW, at these sites.
 
@@ -201,10 +123,9 @@ class Move:
         parse_id(self.id)
         if not self.maps:
             raise UsageError("no --map OLD=NEW: which address becomes which?")
-        olds = [map_.old for map_ in self.maps]
-        if len(set(olds)) != len(olds):
-            raise UsageError("one OLD is mapped twice")
-        if set(olds) & {map_.new for map_ in self.maps}:
+        for place, map_ in enumerate(self.maps):
+            refuse_twice(map_.old_end, [one.old_end for one in self.maps[:place]])
+        if {map_.old for map_ in self.maps} & {map_.new for map_ in self.maps}:
             raise RefusedError("an address is both an OLD and a NEW of this move")
         if not self.sites:
             raise UsageError("no site")
@@ -215,6 +136,11 @@ class Move:
             raise RefusedError(
                 "mode stateless translates nothing at the peers' own host",
                 hint="--site peer needs --mode stateful",
+            )
+        if self.mode == Mode.STATELESS and any(m.old_port != m.new_port for m in self.maps):
+            raise RefusedError(
+                "mode stateless translates no ports",
+                hint="a map to another port needs --mode stateful",
             )
         self._refuse_vias()
         roles = [site.role for site in self.sites]
@@ -283,6 +209,10 @@ class Move:
         """*connections* with their peers as they are on the wires of this move."""
         names = {one.old.packed: one.new.packed for one in self.peer_maps}
         return connections.rename_peers(names) if names else connections
+
+    def share(self, connections: Connections) -> list[Connections]:
+        """Those of *connections* that go by each map, in the order of the maps."""
+        return share(self.maps, connections)
 
     def homes(self) -> tuple[Site, ...]:
         """Where the process may live: at the destination, or back at the source.

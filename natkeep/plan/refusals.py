@@ -25,7 +25,7 @@ def refuse_none_or_too_many(
     on_lo_alone = len(inner) > 0 >= others
     datagrams = len(move.udp) or move.udp_servers
     if not (count or on_lo_alone or move.listeners or move.quiesces or datagrams):
-        olds = ", ".join(str(map_.old) for map_ in move.maps)
+        olds = ", ".join(str(map_.old_end) for map_ in move.maps)
         raise RefusedError(
             f"none of the {others} connections has the local address {olds}",
             hint="natkeep inspect shows what there is",
@@ -44,15 +44,16 @@ def refuse_one_tuple_for_two(move: Move, kept: list[Connections]) -> None:
     """
     seen: dict[Address, set[FourTuple]] = {}
     news = [map_.new for map_ in move.maps]
-    for new, some in zip(news, kept, strict=True):
+    for map_, some in zip(move.maps, kept, strict=True):
+        new = map_.new
         if news.count(new) == 1 and not move.peer_maps:
             continue
         taken = seen.setdefault(new, set())
-        for tuple_ in move.on_wire(some).toward(new):
+        for tuple_ in move.on_wire(some).toward(new, map_.new_port):
             if tuple_ in taken:
                 raise RefusedError(
                     f"{tuple_} would stand for two connections",
-                    hint=f"these two OLD cannot both become {new}"
+                    hint=f"these two OLD cannot both become {map_.new_end}"
                     if news.count(new) > 1
                     else "these two peers cannot both be there",
                 )
@@ -67,7 +68,7 @@ def refuse_peer_maps(
     local: peers' addresses that the destination has; carried: what the gateway translates already.
     """
     every = (connections, move.udp)
-    kept = Connections.joined(some.at(map_.old) for map_ in move.maps for some in every)
+    kept = Connections.joined(one for some in every for one in move.share(some))
     behind = carried.peers()
     for one in move.peer_maps:
         if one.old.packed not in kept.peers():

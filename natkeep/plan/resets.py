@@ -21,6 +21,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from natkeep.plan.maps import find_map
 from natkeep.plan.move import Fate, Move, Site
 from natkeep.plan.translation import Surroundings, Unkept
 from natkeep.plan.tuples import Address, Connections, FourTuple
@@ -65,7 +66,7 @@ def make_resets(
             told = [
                 inbound
                 for inbound in lost
-                if inbound.destination.address == map_.old
+                if find_map(move.maps, inbound.destination) is map_
                 and _passes(site, inbound, move, surroundings)
             ]
             if told:
@@ -79,7 +80,7 @@ def find_lost(
     """The connections that both ends are to be told of, from the peer to the process."""
     olds = {map_.old for map_ in move.maps}
     wanted = [entry.inbound for entry in unkept]
-    wanted += [inbound for inbound in move.lost if inbound.destination.address in olds]
+    wanted += [inbound for inbound in move.lost if find_map(move.maps, inbound.destination)]
     if not wanted:
         return ()
     known, unkept_ones = frozenset(connections.each()), {entry.inbound for entry in unkept}

@@ -226,9 +226,8 @@ def undo_of(step: Step) -> Undo:  # one line a kind of step
             outer, kept = translation.outer, translation.kept
             if not translation.protocol.has_states:  # whose first packet makes one anew
                 return DeleteDatagrams(outer)
-            # What a gateway had of peers before they moved was plain.
-            row = translation.site.row
-            plain = row.relays or (row.passes_on and not translation.renames)
+            # What a gateway had before was plain, of peers that have moved since as well.
+            plain = translation.site.row.passes_on and not translation.carries
             return RestoreEntries(kept if plain else outer, kept, translation.renames)
         case InsertEntries():
             translation = step.translation

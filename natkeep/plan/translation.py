@@ -33,7 +33,8 @@ from functools import lru_cache
 
 from natkeep.errors import RefusedError
 from natkeep.plan.entry_attributes import Noted
-from natkeep.plan.move import Fate, Map, Mode, Move, Site
+from natkeep.plan.maps import Map
+from natkeep.plan.move import Fate, Mode, Move, Site
 from natkeep.plan.protocols import TCP, UDP, Protocol
 from natkeep.plan.refusals import (
     refuse_idle_sites,
@@ -144,9 +145,9 @@ class Translation:
 
     Three views of the same connections, in the same order: *kept* as the process sees them,
     *outer* as packets from the peer arrive at the site, *inner* as they leave it. All have one
-    local address each; local ports differ only where a gateway published another one, and peers
-    where it masquerades them, or they have moved. Where nothing but the local address differs, one
-    of *outer* and *inner* is *kept* itself.
+    local address each; local ports differ only where a gateway published another one, or by the
+    map, and then are one on each side; peers differ where a gateway masquerades them, or they have
+    moved. Where nothing but the local address differs, one of *outer* and *inner* is *kept* itself.
     number: part of the names of the sets; unique at a site. noted: what entries say here.
     protocol: whose connections they are; a translation has those of one.
     """
@@ -181,7 +182,7 @@ class Translation:
         if self.site.row.relays:
             return True
         if self.outer is self.kept:  # the usual gateway, without a look
-            return False
+            return self.inner is not self.kept and self.map.old_port != self.map.new_port
         return _differ(self.outer, self.inner, self.after)
 
     @property
@@ -198,12 +199,19 @@ class Translation:
         return self.renames and self.routed != self.inner
 
     @property
+    def carries(self) -> bool:
+        """Whether the site is a gateway that translated before any move."""
+        if not self.site.row.passes_on or self.site.row.relays or self.outer is self.kept:
+            return False
+        return self.outer != self.inner.toward(self.map.old, self.map.old_port)
+
+    @property
     def wire(self) -> Connections:
         """What passes between this site and NEW's host, or arrives there."""
         return self.outer if self.site.row.puts_old else self.inner
 
     def ports(self) -> tuple[int, int] | None:
-        """The one local port outside, and that inside, where a gateway publishes another."""
+        """The one local port outside, and that inside, where it is another."""
         outer, inner = next(iter(self.outer)), next(iter(self.inner))
         outside, inside = outer.destination.port, inner.destination.port
         return None if outside == inside else (outside, inside)
@@ -267,9 +275,9 @@ def make_translations(
     typing error, and an empty translation would look like success), when none of them can be
     kept, or when there are too many.
     """
-    found = [connections.at(map_.old) for map_ in move.maps]
+    found = move.share(connections)
     ends = _count_ends(move, found)
-    late = [change.came.at(map_.old) for map_ in move.maps] if change is not None else []
+    late = move.share(change.came) if change is not None else []
     inner = find_inner(move, connections if change is None else _join(connections, change.came))
     refuse_none_or_too_many(move, len(connections) - len(inner), found, late, inner)
     found, late = ([some.minus(inner) for some in each] for each in (found, late))
@@ -341,7 +349,7 @@ def _refuse_all_unkept(
 
 def _count_ends(move: Move, found: list[Connections]) -> dict[bytes, bytes]:
     """What a relay has in the place of each peer; of all: what one machine cannot keep counts."""
-    news = [map_.new for map_ in move.maps]
+    news = [map_.new_end for map_ in move.maps]
     return count_ports(move.vias, zip(news, found, strict=True)) if move.vias else {}
 
 
@@ -472,7 +480,7 @@ def _translate_map(
         yield Translation(site, number, map_, mode, kept, kept, kept, noted)
         return
     outer = move.on_wire(kept)
-    wire = (rename(kept, ends) if ends else outer).toward(map_.new)
+    wire = (rename(kept, ends) if ends else outer).toward(map_.new, map_.new_port)
     if site.row.arrives == "new":
         yield Translation(site, number, map_, mode, kept, wire, kept, noted)
         return
@@ -484,12 +492,14 @@ def _translate_map(
     plain = Connections.of(i for i in kept if i not in carried) if carried else kept
     if len(plain):
         outer = move.on_wire(plain)
-        yield Translation(site, number, map_, mode, plain, outer, outer.toward(map_.new), noted)
+        inner = outer.toward(map_.new, map_.new_port)
+        yield Translation(site, number, map_, mode, plain, outer, inner, noted)
         number += 1
     for pairs in groups:
         own = Connections.of(inbound for inbound, _ in pairs)
         outer = Connections.of(outer for _, outer in pairs)
-        yield Translation(site, number, map_, mode, own, outer, own.toward(map_.new), noted)
+        inner = own.toward(map_.new, map_.new_port)
+        yield Translation(site, number, map_, mode, own, outer, inner, noted)
         number += 1
 
 

@@ -68,6 +68,11 @@ class Endpoint:
             return f"[{self.address}]:{self.port}"
         return f"{self.address}:{self.port}"
 
+    @property
+    def packed(self) -> bytes:
+        """Both, in network byte order."""
+        return self.address.packed + self.port.to_bytes(2, "big")
+
     @classmethod
     def parse(cls, text: str) -> Endpoint:
         """`10.2.0.10:80` or `[fd00:2::10]:80`; ValueError with a reason otherwise."""
@@ -78,9 +83,36 @@ class Endpoint:
             host = host[1:-1]
         elif ":" in host:
             raise ValueError(f"{text!r}: write IPv6 as [address]:port")
-        if not (port.isascii() and port.isdigit()):
-            raise ValueError(f"{port!r} is not a port (1 to 65535)")
-        return cls(parse_address(host), int(port))
+        number = parse_port(port)
+        return cls(parse_address(host), number)
+
+
+Local = Address | Endpoint
+"""An address with all its ports, or one port of it."""
+
+
+def parse_port(text: str) -> int:
+    """The number that *text* is; ValueError where it is none. An Endpoint looks at its range."""
+    if not (text.isascii() and text.isdigit()):
+        raise ValueError(f"{text!r} is not a port (1 to 65535)")
+    return int(text)
+
+
+def parse_local(text: str) -> Local:
+    """`10.2.0.10`, `10.2.0.10:80`, `fd00:2::10` or `[fd00:2::10]:80`; ValueError otherwise."""
+    host, colon, _ = text.rpartition(":")
+    has_port = colon and (host.endswith("]") or ":" not in host)
+    return Endpoint.parse(text) if has_port else parse_address(text)
+
+
+def address_of(local: Local) -> Address:
+    """Without its port."""
+    return local.address if isinstance(local, Endpoint) else local
+
+
+def is_at(end: Endpoint, locals_: Collection[Local]) -> bool:
+    """Whether one of *locals_* is the end itself, or all of its address."""
+    return end.address in locals_ or end in locals_
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -157,18 +189,17 @@ class Connections:
         """The packed records of IP *version* 4 or 6."""
         return self.v4 if version == 4 else self.v6
 
-    def at(self, local: Address) -> Connections:
-        """Those of the connections whose local address is *local*."""
-        version = local.version
-        records, size, wanted = self.records(version), RECORD_SIZE[version], local.packed
+    def at(self, local: Local) -> Connections:
+        """Those of the connections whose local end is *local*: an address, or one port of it."""
+        version, wanted = address_of(local).version, local.packed
+        records, size = self.records(version), RECORD_SIZE[version]
         count = len(records) // size
         # The usual case, one local address for all, is decided by columns instead of records.
         if not all(records[i::size] == wanted[i : i + 1] * count for i in range(len(wanted))):
-            width = _ADDRESS_SIZE[version]
             records = b"".join(
                 records[i : i + size]
                 for i in range(0, len(records), size)
-                if records[i : i + width] == wanted
+                if records[i : i + len(wanted)] == wanted
             )
         return _of_version(version, records)
 

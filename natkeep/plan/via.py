@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 
 from natkeep.errors import RefusedError, UsageError
-from natkeep.plan.tuples import Address, Connections, parse_address
+from natkeep.plan.tuples import Address, Connections, Local, address_of, parse_address
 from natkeep.values import dataclass
 
 LOW, HIGH = 10000, 32767
@@ -59,18 +59,21 @@ def parse_via(text: str) -> Via:
 
 
 def count_ports(
-    vias: Iterable[Via], found: Iterable[tuple[Address, Connections]]
+    vias: Iterable[Via], found: Iterable[tuple[Local, Connections]]
 ) -> dict[bytes, bytes]:
     """For each record of the *found* connections of a NEW the FROM and q that stand for its peer.
 
-    RefusedError where the ports do not suffice.
+    NEW is an end of the wire: without a port it has those of the connections. RefusedError where
+    the ports do not suffice.
     """
     vias, ends = tuple(vias), dict[bytes, bytes]()
     of: dict[tuple[bytes, bytes], list[bytes]] = {}
     for new, some in found:
-        half = len(new.packed) + 2
+        at = address_of(new).packed
+        half = len(at) + 2
         for record in some.each():
-            of.setdefault((new.packed, record[half - 2 : half]), []).append(record)
+            port = new.packed[half - 2 :] or record[half - 2 : half]
+            of.setdefault((at, port), []).append(record)
     for (at, port), records in sorted(of.items()):
         total = sum(v.high - v.low + 1 for v in vias if len(v.source.packed) == len(at))
         if len(records) > total:

@@ -20,7 +20,7 @@ from natkeep.plan.resets import NOT_TOLD, describe_fates
 from natkeep.plan.roles import Role
 from natkeep.plan.steps import Plan, SwitchForwarding
 from natkeep.plan.translation import Compared, Translation
-from natkeep.plan.tuples import Address, Connections, FourTuple
+from natkeep.plan.tuples import Connections, FourTuple, Local
 
 
 def move_to_json(plan: Plan) -> dict[str, Any]:
@@ -29,11 +29,10 @@ def move_to_json(plan: Plan) -> dict[str, Any]:
     document: dict[str, Any] = {
         "id": move.id,
         "mode": str(move.mode),
-        "maps": [{"old": str(map_.old), "new": str(map_.new)} for map_ in move.maps],
+        "maps": [map_.to_json() for map_ in move.maps],
     }
     if move.peer_maps:
-        pairs = move.peer_maps
-        document["peer_maps"] = [{"old": str(one.old), "new": str(one.new)} for one in pairs]
+        document["peer_maps"] = [one.to_json() for one in move.peer_maps]
     if move.unkept == Fate.RESET:
         fates = describe_fates(plan.resets).items()
         document["unkept"] = [{**_tuple_to_json(end), "fate": fate} for end, fate in fates]
@@ -84,8 +83,8 @@ def _connections_to_json(plan: Plan) -> Iterator[dict[str, Any]]:
 
 def find_wires(translation: Translation) -> dict[int, FourTuple]:
     """By their place the connections whose peers have moved, as they are on the wire to NEW."""
-    wire = translation.wire
-    if not translation.site.row.leaves or wire.toward(translation.map.old) == translation.kept:
+    wire, map_ = translation.wire, translation.map
+    if not translation.site.row.leaves or wire.toward(map_.old, map_.old_port) == translation.kept:
         return {}
     pairs = enumerate(zip(translation.kept, wire, strict=True))
     return {number: there for number, (kept, there) in pairs if kept.source != there.source}
@@ -121,7 +120,7 @@ def summary(plan: Plan) -> str:
     return f"{plan.move.id}: {maps}, {count} connection{'s' * (count != 1)}, at {sites}"
 
 
-def checkpoint_to_json(checkpoint: Checkpoint, olds: Sequence[Address]) -> dict[str, Any]:
+def checkpoint_to_json(checkpoint: Checkpoint, olds: Sequence[Local]) -> dict[str, Any]:
     """The document of `inspect --json`."""
     dump = checkpoint.inventory
     return {
@@ -168,12 +167,12 @@ def _dump_to_json(dump: Inventory) -> dict[str, Any]:
     }
 
 
-def _sum_up(checkpoint: Checkpoint, olds: Sequence[Address]) -> dict[Outcome, int]:
+def _sum_up(checkpoint: Checkpoint, olds: Sequence[Local]) -> dict[Outcome, int]:
     found = Counter(socket.outcome(olds) for socket in checkpoint.sockets)
     return {outcome: found[outcome] for outcome in Outcome}
 
 
-def checkpoint_lines(checkpoint: Checkpoint, olds: Sequence[Address]) -> Iterator[str]:
+def checkpoint_lines(checkpoint: Checkpoint, olds: Sequence[Local]) -> Iterator[str]:
     """The same for a person, the sum first."""
     if not checkpoint.sockets:
         yield "no inet sockets"
@@ -206,7 +205,7 @@ def _describe_queues(socket: Socket) -> str:
     return f" ({socket.unsent} octets unsent)" if socket.unsent else ""
 
 
-def _verdict(socket: Socket, olds: Sequence[Address]) -> str:
+def _verdict(socket: Socket, olds: Sequence[Local]) -> str:
     reason = socket.why_left(olds)
     match socket.outcome(olds):
         case Outcome.KEPT:
@@ -247,7 +246,7 @@ def lock_lines(plan: Plan) -> Iterator[str]:
 
 def unkept_lines(checkpoint: Checkpoint, plan: Plan) -> Iterator[str]:
     """What of the checkpoint the move leaves behind, without the listeners."""
-    olds = [map_.old for map_ in plan.move.maps]
+    olds = [map_.old_end for map_ in plan.move.maps]
     fates, resets = describe_fates(plan.resets), plan.move.unkept == Fate.RESET
     for unkept in plan.unkept:
         inbound = unkept.inbound
@@ -262,7 +261,7 @@ def unkept_lines(checkpoint: Checkpoint, plan: Plan) -> Iterator[str]:
             yield f"{socket}: {verdict}{fate}"
     if not checkpoint.sockets:
         one_sided = checkpoint.connections.minus(plan.inner)
-        others = len(one_sided) - sum(len(one_sided.at(old)) for old in olds)
+        others = len(one_sided) - sum(map(len, plan.move.share(one_sided)))
         if others:
             yield f"{others} connections whose local address is not an OLD of --map"
 

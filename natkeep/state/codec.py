@@ -15,7 +15,8 @@ from natkeep.errors import JournalError
 from natkeep.plan.criu_lock import DumpLock, NetworkLock
 from natkeep.plan.entry_attributes import Attributes, Noted
 from natkeep.plan.identity import Identity
-from natkeep.plan.move import Fate, Map, Mode, Move, Site
+from natkeep.plan.maps import Map
+from natkeep.plan.move import Fate, Mode, Move, Site
 from natkeep.plan.roles import Role
 from natkeep.plan.steps import Prior
 from natkeep.plan.translation import Surroundings
@@ -144,19 +145,19 @@ def move_to_json(move: Move) -> dict[str, Any]:
         "id": move.id,
         "mode": move.mode,
         "listeners": [str(end) for end in move.listeners],
-        "maps": _maps_to_json(move.maps),
+        "maps": [map_.to_json() for map_ in move.maps],
         "sites": [{"role": site.role, "netns": site.netns} for site in move.sites],
         **_rest_to_json(move),
     }
 
 
-def _maps_to_json(maps: Iterable[Map]) -> list[dict[str, str]]:
-    return [{"old": str(map_.old), "new": str(map_.new)} for map_ in maps]
-
-
 def _maps_from_json(value: object) -> tuple[Map, ...]:
     return tuple(
-        Map(parse_address(as_text(row["old"])), parse_address(as_text(row["new"])))
+        Map(
+            parse_address(as_text(row["old"])),
+            parse_address(as_text(row["new"])),
+            *(as_whole(row[name]) if name in row else None for name in ("old_port", "new_port")),
+        )
         for row in as_list(value)
     )
 
@@ -174,7 +175,7 @@ def _rest_to_json(move: Move) -> dict[str, Any]:
         "hold": move.hold,
         "guard": move.guard,
         "live": move.live,
-        "peer_maps": _maps_to_json(move.peer_maps),
+        "peer_maps": [map_.to_json() for map_ in move.peer_maps],
         "vias": [[str(via.source), via.low, via.high] for via in move.vias],
         "udp": [move.udp.v4.hex(), move.udp.v6.hex()] if len(move.udp) else None,
         "udp_servers": [str(end) for end in move.udp_servers],

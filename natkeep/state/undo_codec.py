@@ -17,7 +17,8 @@ from typing import Any
 from natkeep.plan import nft, step_undo
 from natkeep.plan.ip_rules import IpRule
 from natkeep.plan.listeners import Reception
-from natkeep.plan.move import Map, Mode, Site
+from natkeep.plan.maps import Map
+from natkeep.plan.move import Mode, Site
 from natkeep.plan.roles import Role
 from natkeep.plan.tuples import Address, Connections, parse_address
 from natkeep.state.codec import as_flag, as_list, as_text, as_whole, lock_from_json, lock_to_json

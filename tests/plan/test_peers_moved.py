@@ -9,7 +9,8 @@ import pytest
 from natkeep.errors import NatkeepError, RefusedError, UsageError
 from natkeep.plan.conntrack import entries, stale_tuples
 from natkeep.plan.liveness import Life
-from natkeep.plan.move import Fate, Map, Mode, Move, Site, parse_peer_map
+from natkeep.plan.maps import Map, parse_peer_map
+from natkeep.plan.move import Fate, Mode, Move, Site
 from natkeep.plan.observation import Gate, Observation
 from natkeep.plan.repair import find_patches
 from natkeep.plan.roles import Role
