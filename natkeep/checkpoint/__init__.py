@@ -231,22 +231,23 @@ class Checkpoint:
         count = sum(1 for each in self.sockets if each.protocol == "tcp" and each.peer is not None)
         return DumpLock(dump.network_lock, dump.run_id, dump.own_netns, count)
 
-    def listeners_at(self, olds: Sequence[Address]) -> tuple[Endpoint, ...]:
+    def listeners_at(self, olds: Sequence[Local]) -> tuple[Endpoint, ...]:
         """OLD and port of each listener that is bound to one of *olds*, or to all addresses."""
         ends = (each.local for each in self.sockets if each.is_listener() and each.local)
         return ends_at(ends, olds)
 
-    def udp_at(self, olds: Sequence[Address]) -> Connections:
+    def udp_at(self, olds: Sequence[Local]) -> Connections:
         """The connected sockets of UDP at *olds* that a move translates: no peer of theirs moves.
 
         Datagrams from one OLD to another are those of the process with itself; they stay where
         it is.
         """
-        here = Connections.joined(self.udp.at(old) for old in olds)
-        moving = {old.packed for old in olds}
+        apart = (old for old in olds if old == address_of(old) or address_of(old) not in olds)
+        here = Connections.joined(self.udp.at(old) for old in apart)
+        moving = {old.packed for old in map(address_of, olds)}
         return here.with_peers(moving, without=True) if here.may_have_peer(moving) else here
 
-    def udp_servers_at(self, olds: Sequence[Address]) -> tuple[Endpoint, ...]:
+    def udp_servers_at(self, olds: Sequence[Local]) -> tuple[Endpoint, ...]:
         """OLD and port of each UDP socket without a peer, as `listeners_at`."""
         return ends_at(self.udp_servers, olds)
 
@@ -323,17 +324,18 @@ def servers_of(sockets: Iterable[Socket]) -> tuple[Endpoint, ...]:
     return tuple(dict.fromkeys(ends))
 
 
-def ends_at(ends: Iterable[Endpoint], olds: Sequence[Address]) -> tuple[Endpoint, ...]:
+def ends_at(ends: Iterable[Endpoint], olds: Sequence[Local]) -> tuple[Endpoint, ...]:
     """OLD and port of each of *ends* that is at one of *olds*, or at all addresses; sorted.
 
     A socket on [::] serves IPv4 as well, unless it was told otherwise (IPV6_V6ONLY), which a
     caller then notices by a reset, as before the move.
     """
     found = {
-        Endpoint(old, end.port)
+        at
         for end in ends
-        for old in olds
+        for old in map(address_of, olds)
         if end.address == old or (end.address.is_unspecified and end.address.version >= old.version)
+        if is_at(at := Endpoint(old, end.port), olds)
     }
     return tuple(sorted(found, key=lambda end: (end.address.version, end)))
 

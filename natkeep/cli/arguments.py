@@ -16,7 +16,7 @@ from natkeep.kernel.survey import demand_privileges
 from natkeep.lifecycle.check import find_new
 from natkeep.lifecycle.executor import Executor
 from natkeep.lifecycle.relay import find_vias
-from natkeep.plan.maps import Map, find_map, parse_map, parse_peer_map
+from natkeep.plan.maps import Map, parse_map, parse_peer_map
 from natkeep.plan.move import Fate, Mode, Move, Site, parse_id
 from natkeep.plan.roles import Role
 from natkeep.plan.tuples import NO_CONNECTIONS, Connections, Endpoint
@@ -77,8 +77,7 @@ def parse_maps(args: argparse.Namespace, sites: tuple[Site, ...]) -> tuple[Map, 
 
 
 def _find_listeners(checkpoint: Checkpoint, maps: Sequence[Map]) -> tuple[Endpoint, ...]:
-    found = checkpoint.listeners_at([map_.old for map_ in maps])
-    listeners = tuple(end for end in found if find_map(maps, end))
+    listeners = checkpoint.listeners_at([map_.old_end for map_ in maps])
     if not listeners:
         raise RefusedError(
             "--listeners: the image has no listener at an OLD or at the wildcard address",

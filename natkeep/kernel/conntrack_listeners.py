@@ -95,7 +95,7 @@ def _find(
         return
     # Stateless, conntrack stands between the two rewritings.
     called = reception.before if reception.mode == Mode.STATEFUL else reception.after
-    for number in reception.ports:
+    for number in reception.ports_at(called):
         port = number.to_bytes(2, "big")
         end = called.packed + port
         request = ask_for_tcp(called.version, destination=called.packed, port=port, mask=mask)

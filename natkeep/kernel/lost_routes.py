@@ -35,9 +35,10 @@ from natkeep.kernel.netlink import (
     attribute,
     attributes,
 )
+from natkeep.plan.maps import Map
 from natkeep.plan.move import Site
 from natkeep.plan.steps import InstallReception, InstallTranslation
-from natkeep.plan.tuples import Address
+from natkeep.plan.tuples import Address, Endpoint
 
 _RTM_F_FIB_MATCH = 0x2000
 _RTNH_F_ONLINK = 0x4
@@ -64,6 +65,7 @@ def check_destination(step: InstallTranslation) -> None:
     """
     for translation in step.translations:
         _demand_address(step.site, translation.map.new)
+        _refuse_port_in_use(step.site, translation.map)
         # The gateway could not tell the two apart, and ours would take the other's packets.
         streams = translation.protocol.has_states
         living = None if streams else sock_diag.read_datagrams()
@@ -84,12 +86,22 @@ def check_destination(step: InstallTranslation) -> None:
                     )
 
 
+def _refuse_port_in_use(site: Site, map_: Map) -> None:
+    """A port that the wire is to show for another one has to be free at NEW."""
+    end = map_.new_end
+    if map_.turns_ports and isinstance(end, Endpoint) and sock_diag.is_taken(end):
+        raise RefusedError(
+            f"{site}: a socket there has {end} already",
+            hint="name a port of NEW that is free: --map OLD:PORT=NEW:PORT",
+        )
+
+
 def check_reception(step: InstallReception) -> None:
     """RefusedError unless NEW is here and its ports, which will be OLD's listeners, are free."""
     for receiving in step.receptions:
         new = receiving.map.new
         _demand_address(step.site, new)
-        taken = sock_diag.listening_ports(new) & set(receiving.ports)
+        taken = sock_diag.listening_ports(new) & set(receiving.ports_at(new))
         if taken:
             raise RefusedError(
                 f"{step.site}: a socket listens at {new} port {min(taken)} already",

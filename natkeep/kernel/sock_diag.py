@@ -6,6 +6,7 @@ sock_diag (linux/inet_diag.h) for the list of all, since it shows MPTCP and devi
 
 from __future__ import annotations
 
+import errno
 import socket
 import struct
 import sys
@@ -177,6 +178,22 @@ def can_bind(address: Address, device: str | None) -> bool:
         except OSError:
             return False
     return True
+
+
+def is_taken(end: Endpoint) -> bool:
+    """Whether a socket of this namespace listens at *end*, or has it for itself.
+
+    The kernel is asked, since its tables do not show a socket that is only bound. What has ended,
+    or is a connection, does not count.
+    """
+    family = socket.AF_INET if end.address.version == 4 else socket.AF_INET6
+    with socket.socket(family, socket.SOCK_STREAM) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((str(end.address), end.port))
+        except OSError as error:
+            return error.errno == errno.EADDRINUSE
+    return False
 
 
 def listening_ports(address: Address) -> frozenset[int]:

@@ -5,14 +5,17 @@ Rule: a refusal names the move that was there first.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+
 from natkeep.errors import RefusedError
 from natkeep.lifecycle.executor import Executor
 from natkeep.lifecycle.progress import plan_today
 from natkeep.plan.listeners import refuse_one_end_for_two
+from natkeep.plan.maps import Map
 from natkeep.plan.move import Move
 from natkeep.plan.steps import Plan
 from natkeep.plan.translation import Translation
-from natkeep.plan.tuples import Connections
+from natkeep.plan.tuples import Connections, FourTuple
 
 
 def refuse_conflicts(executor: Executor, plan: Plan, replaces: str | None) -> None:
@@ -46,14 +49,15 @@ def takes_over(move: Move) -> bool:
 
 
 def _refuse_remapped(move: Move, other: Move) -> None:
-    new_of = {map_.old: map_.new for map_ in other.maps}
+    new_of = {map_.old_end: map_.new_end for map_ in other.maps}
     for map_ in move.maps:
-        if new_of.get(map_.old, map_.new) != map_.new:
+        if new_of.get(map_.old_end, map_.new_end) != map_.new_end:
             hint = f"natkeep teardown {other.id} first"
             if move.vias:
                 hint = f"at the relay of {other.id}: prepare --replace {other.id}; elsewhere {hint}"
             raise RefusedError(
-                f"{map_.old} is moved to {new_of[map_.old]} by {other.id} already", hint=hint
+                f"{map_.old_end} is moved to {new_of[map_.old_end]} by {other.id} already",
+                hint=hint,
             )
 
 
@@ -77,33 +81,44 @@ def _refuse_overlap(plan: Plan, other: Plan) -> None:
                 )
     for ours in plan.translations:
         for theirs in other.translations:
-            shared = {ours.map.old, ours.map.new} & {theirs.map.old, theirs.map.new}
-            if not shared or ours.protocol != theirs.protocol:
+            if ours.protocol != theirs.protocol:
                 continue
-            # At OLD as the process sees them, at NEW as they are on the wire.
-            same_old = ours.map.old == theirs.map.old
-            views = (ours.kept, theirs.kept) if same_old else (ours.wire, theirs.wire)
-            common = set[bytes].intersection(*map(_keys, views))
-            if common:
-                raise RefusedError(_describe_overlap(ours, theirs, common, other.move.id))
+            for where, views in _shared_views(ours.map, theirs.map):
+                mine, others = views(ours), views(theirs)
+                if common := _keys(mine) & _keys(others):
+                    one, two = (
+                        _find(translation.kept, view, min(common))
+                        for translation, view in ((ours, mine), (theirs, others))
+                    )
+                    raise RefusedError(
+                        f"{one} and {two} (of move {other.move.id}) would be one tuple at "
+                        f"{where}; {len(common)} in all"
+                    )
+
+
+_View = Callable[[Translation], Connections]
+
+
+def _shared_views(ours: Map, theirs: Map) -> Iterator[tuple[str, _View]]:
+    """At OLD as the process sees them, at NEW as they are on the wire."""
+    if ours.old == theirs.old:
+        yield "OLD", lambda translation: translation.kept
+        if ours.new != theirs.new or not (ours.turns_ports or theirs.turns_ports):
+            return
+    if {ours.old, ours.new} & {theirs.old, theirs.new}:
+        yield "NEW", lambda translation: translation.wire
 
 
 def _keys(some: Connections) -> set[bytes]:
     """Local port, peer and peer port of each connection, packed."""
-    return {one[len(one) // 2 - 2 :] for one in some.each()}
+    return {_key(one) for one in some.each()}
 
 
-def _describe_overlap(
-    ours: Translation, theirs: Translation, common: set[bytes], other_id: str
-) -> str:
-    version = ours.map.old.version
-    key = min(common)
-    texts = []
-    for translation in (ours, theirs):
-        record = translation.map.old.packed + key
-        packed = Connections(v4=record) if version == 4 else Connections(v6=record)
-        texts.append(str(next(iter(packed))))
-    return (
-        f"{texts[0]} and {texts[1]} (of move {other_id}) would be one tuple at "
-        f"{'OLD' if ours.map.old == theirs.map.old else 'NEW'}; {len(common)} in all"
-    )
+def _key(record: bytes) -> bytes:
+    return record[len(record) // 2 - 2 :]
+
+
+def _find(kept: Connections, view: Connections, key: bytes) -> FourTuple:
+    """Of the *kept* connections the one that the *view* of them has with that key."""
+    pairs = zip(kept, view.each(), strict=True)
+    return next(tuple_ for tuple_, record in pairs if _key(record) == key)

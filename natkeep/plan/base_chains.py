@@ -176,6 +176,11 @@ def routed_set(move_id: str, number: int) -> str:
     return f"routed-{move_id}-{number}"
 
 
+def old_set(move_id: str, number: int) -> str:
+    """Name of the set of the same as the old host says them, where neither of those has that."""
+    return f"old-{move_id}-{number}"
+
+
 def outer_map(move_id: str, number: int) -> str:
     """Name of the map to the peer outside, from what the process says to it."""
     return f"to-outer-{move_id}-{number}"

@@ -65,6 +65,7 @@ from natkeep.plan.base_chains import (
     inbound_key,
     inner_map,
     kept_set,
+    old_set,
     outbound_key,
     outer_map,
     outer_set,
@@ -244,7 +245,13 @@ class Filling(NamedTuple):
 
 
 def more_of(move_id: str, translation: Translation) -> tuple[Filling, ...]:
-    """What a translation that renames the peers asks besides its sets."""
+    """What a translation that renames the peers, or has three ports, asks besides its sets."""
+    name = old_set(move_id, translation.number)
+    own = (Filling(name, translation.kept),) if old_name(move_id, translation) == name else ()
+    return (*own, *_more_of_peers(move_id, translation))
+
+
+def _more_of_peers(move_id: str, translation: Translation) -> tuple[Filling, ...]:
     if not translation.masks:
         return ()
     number, routed, inner = translation.number, translation.routed, translation.inner
@@ -260,6 +267,13 @@ def more_of(move_id: str, translation: Translation) -> tuple[Filling, ...]:
 def outer_name(move_id: str, translation: Translation) -> str:
     name = outer_set if translation.renames else kept_set
     return name(move_id, translation.number)
+
+
+def old_name(move_id: str, translation: Translation) -> str:
+    """Name of the set of the connections as the old host says them, at a site where these pass."""
+    if not (translation.site.row.passes_on and translation.map.turns_ports):
+        return kept_set(move_id, translation.number)
+    return (old_set if translation.carries else outer_set)(move_id, translation.number)
 
 
 def routed_name(move_id: str, translation: Translation) -> str:

@@ -61,6 +61,8 @@ SET_PREFIX = "listen-"
 class Reception:
     """At *site*, new connections to *ports* of OLD are translated as the kept ones are.
 
+    A map of one port has that one alone, and on the wire to NEW its own.
+
     number: part of the set's name; that of the map within the move.
     """
 
@@ -79,6 +81,11 @@ class Reception:
     def after(self) -> Address:
         """Where a caller's packet is addressed when it leaves the site."""
         return self.map.old if self.site.row.leaves == "old" else self.map.new
+
+    def ports_at(self, address: Address) -> tuple[int, ...]:
+        """The ports by which callers reach them at OLD, or at NEW."""
+        new_port = self.map.new_port
+        return self.ports if new_port is None or address == self.map.old else (new_port,)
 
     @property
     def gated(self) -> tuple[Address, ...]:
@@ -101,7 +108,7 @@ def make_receptions(move: Move, site: Site) -> tuple[Reception, ...]:
 
 
 def refuse_one_end_for_two(move: Move, *others: Move) -> None:
-    """NEW and a port can stand for one listener only, of all the moves that share a site."""
+    """A port of OLD, or NEW, can be one listener's only, of all the moves that share a site."""
     taken = {end: other.id for other in others for end in _called_ends(other)}
     for end in _called_ends(move):
         if end in taken:
@@ -113,9 +120,14 @@ def refuse_one_end_for_two(move: Move, *others: Move) -> None:
 
 
 def _called_ends(move: Move) -> list[Endpoint]:
-    """NEW and port of each listener."""
+    """OLD and port of each listener, NEW and port."""
     pairs = ((end, find_map(move.maps, end)) for end in move.listeners)
-    return [Endpoint(map_.new, map_.new_port or end.port) for end, map_ in pairs if map_]
+    return [
+        called
+        for end, map_ in pairs
+        if map_
+        for called in (end, Endpoint(map_.new, map_.new_port or end.port))
+    ]
 
 
 def comment(move_id: str) -> str:
@@ -152,22 +164,33 @@ def objects(
 
 
 def _gate(move_id: str, reception: Reception) -> Iterator[Object]:
-    to_port = Match((TCP.dport,), f"@{listen_set(move_id, reception.number)}")
-    statements = (SYN, to_port, jump(callers_chain(move_id)))
     for address in reception.gated:
+        to_port = _port_at(move_id, reception, address, TCP.dport)
+        statements = (SYN, to_port, jump(callers_chain(move_id)))
         yield from rule_at(GATE, address, statements, comment(move_id))
+
+
+def _port_at(move_id: str, reception: Reception, address: Address, field: str) -> Match:
+    """A packet to, or from, one of the listeners, addressed as it is at *address*."""
+    ports: tuple[int, ...] = reception.ports_at(address)
+    if ports != reception.ports:
+        return Match((field,), ports[0])
+    return Match((field,), f"@{listen_set(move_id, reception.number)}")
 
 
 def _translation(move_id: str, reception: Reception) -> Iterator[Object]:
     before, after = reception.before, reception.after
-    ip, ports = IP[before.version], f"@{listen_set(move_id, reception.number)}"
+    ip = IP[before.version]
     inbound, outbound = DIRECTIONS[reception.mode]
     by_wire = reception.site.row.puts_old
     from_wire, to_wire = ((FROM_WIRE,), (TO_WIRE,)) if by_wire else ((), ())
-    to_port, from_port = Match((TCP.dport,), ports), Match((TCP.sport,), ports)
+    to_port = _port_at(move_id, reception, before, TCP.dport)
+    from_port = _port_at(move_id, reception, after, TCP.sport)
     mine = comment(move_id)
     if reception.mode == Mode.STATEFUL:
-        arriving = (SYN, to_port, *from_wire, Nat("dnat", after, TCP.dport))
+        turned = reception.ports_at(before) != reception.ports_at(after)
+        port = reception.ports_at(after)[0] if turned else TCP.dport
+        arriving = (SYN, to_port, *from_wire, Nat("dnat", after, port))
         yield from rule_at(inbound, before, arriving, mine)
         return
     to_before, from_after = Match((f"{ip} daddr",), before), Match((f"{ip} saddr",), after)
@@ -186,7 +209,7 @@ def _answers(move_id: str, reception: Reception) -> Rule:
     """What listeners answer is let out, also to a caller from the port of a kept connection."""
     old = reception.map.old
     from_old = Match((f"{IP[old.version]} saddr",), old)
-    from_port = Match((TCP.sport,), f"@{listen_set(move_id, reception.number)}")
+    from_port = _port_at(move_id, reception, old, TCP.sport)
     return Rule(HALF_OPEN, (from_old, from_port, ACCEPT), comment(move_id), insert=True)
 
 
@@ -197,7 +220,7 @@ def opening(move_id: str) -> Rule:
 
 def describe_forgetting(reception: Reception) -> Iterator[str]:
     """The deletion of calls that were never answered, as conntrack(8) commands."""
-    for port in reception.ports:
+    for port in reception.ports_at(reception.before):
         yield (
             f"conntrack -D -p {TCP.name} --orig-dst {reception.before} --orig-port-dst {port} "
             "--state SYN_SENT"

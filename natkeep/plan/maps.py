@@ -68,6 +68,11 @@ class Map:
         return _end(self.old, self.old_port)
 
     @property
+    def turns_ports(self) -> bool:
+        """Whether the wire to NEW shows another port than the socket has."""
+        return self.old_port != self.new_port
+
+    @property
     def new_end(self) -> Local:
         """NEW, with its port if the map has one."""
         return _end(self.new, self.new_port)
@@ -80,6 +85,12 @@ def _end(address: Address, port: int | None) -> Local:
 def _refuse_half(text: str, *ports: int | None) -> None:
     if None in ports and set(ports) != {None}:
         raise UsageError(f"--map {text}: a port on one side only", hint="OLD:PORT=NEW:PORT")
+
+
+def make_map(old: Local, new: Local) -> Map:
+    """The map of these two ends."""
+    ports = (end.port if isinstance(end, Endpoint) else None for end in (old, new))
+    return Map(address_of(old), address_of(new), *ports)
 
 
 def find_map(maps: Iterable[Map], end: Endpoint) -> Map | None:

@@ -137,7 +137,7 @@ class Move:
                 "mode stateless translates nothing at the peers' own host",
                 hint="--site peer needs --mode stateful",
             )
-        if self.mode == Mode.STATELESS and any(m.old_port != m.new_port for m in self.maps):
+        if self.mode == Mode.STATELESS and any(one.turns_ports for one in self.maps):
             raise RefusedError(
                 "mode stateless translates no ports",
                 hint="a map to another port needs --mode stateful",

@@ -49,7 +49,7 @@ def refuse_one_tuple_for_two(move: Move, kept: list[Connections]) -> None:
         if news.count(new) == 1 and not move.peer_maps:
             continue
         taken = seen.setdefault(new, set())
-        for tuple_ in move.on_wire(some).toward(new, map_.new_port):
+        for tuple_ in move.on_wire(some).toward(map_.new_end):
             if tuple_ in taken:
                 raise RefusedError(
                     f"{tuple_} would stand for two connections",

@@ -30,7 +30,7 @@ from natkeep.plan.base_chains import (
     outbound_key,
     rule_at,
 )
-from natkeep.plan.filters import outer_name
+from natkeep.plan.filters import outer_name, routed_name
 from natkeep.plan.nft import ACCEPT, DROP, IP, Match, Meta, Object, Rule, Statement
 from natkeep.plan.protocols import Protocol
 from natkeep.plan.translation import Translation
@@ -117,10 +117,10 @@ def pass_kept(
     """What a host passes on that did not before: what is kept, and errors about it."""
     for one in translations:
         version, new = one.map.old.version, one.map.new
-        there = Match((f"{IP[version]} daddr",), new), _outer(inbound_key, move_id, one)
-        back = Match((f"{IP[version]} saddr",), new), _outer(outbound_key, move_id, one)
-        for statements in (there, back):
-            yield Rule(PASSING, (*statements, ACCEPT), move_id, insert=True)
+        for key, end in ((inbound_key, "daddr"), (outbound_key, "saddr")):
+            kept = Match(key(version, one.protocol), f"@{routed_name(move_id, one)}")
+            passes = Match((f"{IP[version]} {end}",), new), kept, ACCEPT
+            yield Rule(PASSING, passes, move_id, insert=True)
     for protocol in ("icmp", "ipv6-icmp"):
         related: tuple[Statement, ...] = (
             Meta("meta l4proto", protocol),

@@ -130,7 +130,7 @@ def find_patches(
         if patch is not None:
             yield number, patch
         if opened and isinstance(step, FillSet):
-            yield from ((number, fill) for fill in _fill_noted(step, missing))
+            yield from ((number, fill) for fill in _fill_noted(plan, step, missing))
         if isinstance(step, FillSet) and life.known:
             yield from ((number, fill) for fill in _fill_ended(plan, step, missing, life))
 
@@ -151,15 +151,16 @@ def _fill_ended(
             yield FillSet(step.site, ended, gone)
 
 
-def _fill_noted(step: FillSet, missing: frozenset[Key]) -> Iterator[FillSet]:
+def _fill_noted(plan: Plan, step: FillSet, missing: frozenset[Key]) -> Iterator[FillSet]:
     """Where the set is lost in which packets noted what became of these connections: all of them.
 
     Of those that cannot be kept all ends were reset when the move was opened, so every tuple is
     taken for a new connection; and every end of a kept one for one that was heard.
     """
-    # An end is heard as its packets arrive: with the keys of the map to the peer that is known.
-    maps = (one.keys for one in step.more if one.peers is not None)
-    arriving = next((keys for keys in maps if keys != step.connections), step.connections)
+    # An end is heard as its packets arrive; a set holds no local address.
+    here = (one for one in plan.translations if one.site == step.site)
+    here = (one for one in here if kept_set(plan.move.id, one.number) == step.name)
+    arriving = next((one.outer.toward(one.after) for one in here), step.connections)
     for name in filters.noted_sets(step.name):
         if Key("inet", "set", name) in missing:
             noted = arriving if name.startswith(HEARD) else step.connections

@@ -41,9 +41,10 @@ Theory of operation. A site has one table `inet natkeep`, shared by all moves.
 - `kept-ID-N` is the one set of connections of the move's translation N, `peer . peer port .
   local port`, with its size given: all chains ask it, and nothing else depends on how many
   connections there are. Only where a gateway publishes another port, or masquerades the peer, or
-  it has moved, do packets look different outside: then `outer-ID-N` is that side's set. Of such a
-  peer the maps `to-inner-ID-N` and `to-outer-ID-N` say which it is on the other side, and
-  `routed-ID-N` is the set of what is routed, its destination translated and its source not yet.
+  it has moved, or the map is to another port, do packets look different outside: then `outer-ID-N`
+  is that side's set, and `old-ID-N` what the old host says, where neither of them has that. Of a
+  peer that changes the maps `to-inner-ID-N` and `to-outer-ID-N` say which it is on the other side,
+  and `routed-ID-N` is the set of what is routed, its destination translated and its source not yet.
 - `gate-ID` holds a drop. Opening inserts an accept in front of it: one rule, add-only
   (a deletion would make the closing of the netlink socket wait for an RCU grace period).
 - Where no gate is closed any more the base chain `gate` goes, once the blackout is over: even one
@@ -96,7 +97,7 @@ from natkeep.plan.base_chains import (
     outer_map,
     rule_at,
 )
-from natkeep.plan.filters import outer_name, routed_name
+from natkeep.plan.filters import old_name, outer_name, routed_name
 from natkeep.plan.move import Mode
 from natkeep.plan.nft import (
     ACCEPT,
@@ -152,7 +153,7 @@ def _nat(move_id: str, translation: Translation) -> list[Object]:
         # flow to conntrack, clash with our entry and leave from another port, which the peer
         # answers with a reset. Only first packets of a flow come by here, so it costs nothing.
         if not translation.site.row.relays:  # whose own stack is quiet (relay.py)
-            drop = (_kept(move_id, translation), DROP)
+            drop = (_of_old(move_id, translation), DROP)
             objects += rule_at(outbound, translation.map.old, drop, move_id)
         objects += _nat_peers(move_id, translation)
         objects += _mark_resets(move_id, translation) if protocol.has_states else ()
@@ -186,7 +187,7 @@ def _routed(move_id: str, translation: Translation) -> Match:
 
 
 def _kept(move_id: str, translation: Translation) -> Match:
-    """A packet to a peer, as the process sent it."""
+    """A packet to a peer, as it comes from where the process is."""
     return Match(_outbound(translation), f"@{kept_set(move_id, translation.number)}")
 
 
@@ -196,6 +197,11 @@ def _inbound(translation: Translation) -> tuple[str, ...]:
 
 def _outbound(translation: Translation) -> tuple[str, ...]:
     return outbound_key(translation.map.old.version, translation.protocol)
+
+
+def _of_old(move_id: str, translation: Translation) -> Match:
+    """A packet to a peer, as the old host says it."""
+    return Match(_outbound(translation), f"@{old_name(move_id, translation)}")
 
 
 def _nat_peers(move_id: str, translation: Translation) -> Iterator[Object]:
@@ -228,7 +234,8 @@ def _nat_peers(move_id: str, translation: Translation) -> Iterator[Object]:
             yield from drop_untranslated(move_id, translation)
         return
     yield from rule_at("half", translation.before, (outer, DROP), move_id)
-    yield from rule_at("half", translation.after, (outer, DROP), move_id)
+    half = outer._replace(to=f"@{routed_name(move_id, translation)}")
+    yield from rule_at("half", translation.after, (half, DROP), move_id)
     # In front, since one peer may have moved to where another was.
     whole = outer._replace(to=f"@{kept_set(move_id, number)}")
     yield from rule_at("half", translation.after, (whole, ACCEPT), move_id)
@@ -261,7 +268,7 @@ def _invalid(move_id: str, translation: Translation) -> list[Object]:
     ]
     if translation.site.row.passes_on:
         objects += rule_at("invalid-to", before, (*some, outer, DROP), move_id)
-        drop = (_kept(move_id, translation), DROP)
+        drop = (_of_old(move_id, translation), DROP)
         if not translation.site.row.relays:
             objects += rule_at("invalid-out", translation.map.old, drop, move_id)
     if translation.masks:

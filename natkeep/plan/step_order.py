@@ -346,6 +346,6 @@ def _assert_chain_ends_at_checkpoint(move: Move, translation: Translation) -> No
     if translation.site.row.relays:
         ends, meant = translation.outer, move.on_wire(meant)
     elif not translation.site.row.puts_old:
-        ends, meant = ends.toward(translation.map.old), move.on_wire(meant)
+        ends, meant = ends.toward(translation.map.old_end), move.on_wire(meant)
     if ends != meant:  # pragma: no cover - a bug, not an input
         raise AssertionError(f"{translation.site}: the process would see other tuples")

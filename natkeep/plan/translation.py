@@ -182,7 +182,7 @@ class Translation:
         if self.site.row.relays:
             return True
         if self.outer is self.kept:  # the usual gateway, without a look
-            return self.inner is not self.kept and self.map.old_port != self.map.new_port
+            return self.inner is not self.kept and self.map.turns_ports
         return _differ(self.outer, self.inner, self.after)
 
     @property
@@ -191,7 +191,7 @@ class Translation:
         if not self.renames:
             return self.inner
         ports = self.ports()
-        return self.outer.toward(self.after, None if ports is None else ports[1])
+        return self.outer.toward(self.after if ports is None else Endpoint(self.after, ports[1]))
 
     @property
     def masks(self) -> bool:
@@ -203,7 +203,7 @@ class Translation:
         """Whether the site is a gateway that translated before any move."""
         if not self.site.row.passes_on or self.site.row.relays or self.outer is self.kept:
             return False
-        return self.outer != self.inner.toward(self.map.old, self.map.old_port)
+        return self.outer != self.inner.toward(self.map.old_end)
 
     @property
     def wire(self) -> Connections:
@@ -480,7 +480,7 @@ def _translate_map(
         yield Translation(site, number, map_, mode, kept, kept, kept, noted)
         return
     outer = move.on_wire(kept)
-    wire = (rename(kept, ends) if ends else outer).toward(map_.new, map_.new_port)
+    wire = (rename(kept, ends) if ends else outer).toward(map_.new_end)
     if site.row.arrives == "new":
         yield Translation(site, number, map_, mode, kept, wire, kept, noted)
         return
@@ -492,13 +492,13 @@ def _translate_map(
     plain = Connections.of(i for i in kept if i not in carried) if carried else kept
     if len(plain):
         outer = move.on_wire(plain)
-        inner = outer.toward(map_.new, map_.new_port)
+        inner = outer.toward(map_.new_end)
         yield Translation(site, number, map_, mode, plain, outer, inner, noted)
         number += 1
     for pairs in groups:
         own = Connections.of(inbound for inbound, _ in pairs)
         outer = Connections.of(outer for _, outer in pairs)
-        inner = own.toward(map_.new, map_.new_port)
+        inner = own.toward(map_.new_end)
         yield Translation(site, number, map_, mode, own, outer, inner, noted)
         number += 1
 

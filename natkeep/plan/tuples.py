@@ -279,16 +279,12 @@ class Connections:
             or any(first in (0, 0xFE, 0xFF) for first in firsts6)
         )
 
-    def toward(self, local: Address, port: int | None = None) -> Connections:
-        """The same peers, with *local* as the local address (of the same family).
-
-        port: the local one, if it is to be another.
-        """
-        version = local.version
+    def toward(self, local: Local) -> Connections:
+        """The same peers, with *local* as the local address (of the same family), or end."""
+        version = address_of(local).version
         records, size = bytearray(self.records(version)), RECORD_SIZE[version]
         count = len(records) // size
-        end = local.packed + (b"" if port is None else port.to_bytes(2, "big"))
-        for i, octet in enumerate(end):
+        for i, octet in enumerate(local.packed):
             records[i::size] = bytes((octet,)) * count
         return _of_version(version, bytes(records))
 

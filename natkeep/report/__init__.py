@@ -84,7 +84,7 @@ def _connections_to_json(plan: Plan) -> Iterator[dict[str, Any]]:
 def find_wires(translation: Translation) -> dict[int, FourTuple]:
     """By their place the connections whose peers have moved, as they are on the wire to NEW."""
     wire, map_ = translation.wire, translation.map
-    if not translation.site.row.leaves or wire.toward(map_.old, map_.old_port) == translation.kept:
+    if not translation.site.row.leaves or wire.toward(map_.old_end) == translation.kept:
         return {}
     pairs = enumerate(zip(translation.kept, wire, strict=True))
     return {number: there for number, (kept, there) in pairs if kept.source != there.source}

@@ -17,10 +17,10 @@ from typing import Any
 from natkeep.plan import nft, step_undo
 from natkeep.plan.ip_rules import IpRule
 from natkeep.plan.listeners import Reception
-from natkeep.plan.maps import Map
+from natkeep.plan.maps import make_map
 from natkeep.plan.move import Mode, Site
 from natkeep.plan.roles import Role
-from natkeep.plan.tuples import Address, Connections, parse_address
+from natkeep.plan.tuples import Address, Connections, parse_address, parse_local
 from natkeep.state.codec import as_flag, as_list, as_text, as_whole, lock_from_json, lock_to_json
 
 KINDS: dict[str, type[step_undo.Undo]] = {
@@ -108,7 +108,7 @@ def _read_objects(value: object, _: Files) -> tuple[nft.Undo, ...]:
 
 def _write_listeners(listeners: tuple[Reception, ...], _: Files) -> list[list[Any]]:
     return [
-        [str(r.site.role), str(r.map.old), str(r.map.new), str(r.mode), list(r.ports)]
+        [str(r.site.role), str(r.map.old_end), str(r.map.new_end), str(r.mode), list(r.ports)]
         for r in listeners
     ]
 
@@ -116,7 +116,7 @@ def _write_listeners(listeners: tuple[Reception, ...], _: Files) -> list[list[An
 def _read_listeners(value: object, _: Files) -> tuple[Reception, ...]:
     found = []
     for role, old, new, mode, ports in map(as_list, as_list(value)):
-        map_ = Map(parse_address(as_text(old)), parse_address(as_text(new)))
+        map_ = make_map(parse_local(as_text(old)), parse_local(as_text(new)))
         numbers = tuple(map(as_whole, as_list(ports)))
         found.append(Reception(Site(Role(role)), 0, map_, Mode(mode), numbers))
     return tuple(found)
