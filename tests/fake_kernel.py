@@ -15,7 +15,7 @@ from natkeep.errors import KernelError, RefusedError
 from natkeep.kernel.interface import Kernel, P, Remember, T
 from natkeep.kernel.old_address import Needs
 from natkeep.kernel.sock_diag import Shown
-from natkeep.plan import base_chains, filters, nft
+from natkeep.plan import base_chains, filters, kept_sets, nft
 from natkeep.plan.base_chains import is_address_chain
 from natkeep.plan.conntrack import entries, stale_tuples
 from natkeep.plan.diagnostics import Facts
@@ -492,7 +492,7 @@ class FakeKernel:
             missing={
                 name: len(connections) - len(here.sets.get(name, NO_CONNECTIONS))
                 for t in translations
-                for name, connections in filters.sets_of(move_id, t).items()
+                for name, connections in kept_sets.sets_of(move_id, t).items()
             }
             | {
                 name: len(reset.connections) - len(here.sets.get(name, NO_CONNECTIONS))
@@ -642,7 +642,7 @@ def _change(here: FakeSite, step: Step) -> None:
         case InstallGate():
             here.gates[step.move_id] = Gate.CLOSED
             for translation in step.translations:
-                for name in filters.sets_of(step.move_id, translation):
+                for name in kept_sets.sets_of(step.move_id, translation):
                     here.sets[name] = NO_CONNECTIONS
                 if translation.site.row.puts_old and translation.protocol.has_states:
                     name = base_chains.heard_set(step.move_id, translation.number)

@@ -15,7 +15,8 @@ from natkeep.migrate import back
 from natkeep.migrate.forward import Migration
 from natkeep.migrate.host import Ssh, make_controls
 from natkeep.migrate.record import Record, load, place, refuse_known
-from natkeep.plan.move import parse_id, parse_map
+from natkeep.plan.maps import parse_map
+from natkeep.plan.move import parse_id
 
 _IMAGES = "/var/tmp/natkeep"
 

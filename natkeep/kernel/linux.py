@@ -216,7 +216,7 @@ class LinuxKernel:
             if site.row.relays or not site.row.passes_on or (found and site not in at_peers):
                 continue
             with self._at(site):
-                some = (move.udp.at(map_.old) for map_ in move.maps)
+                some = move.share(move.udp)
                 entries = (own for one in some for own in conntrack_own.find_own(one, protocol=UDP))
                 pairs = [*conntrack_own.find_carried(entries)]
             here = at_peers.get(site)

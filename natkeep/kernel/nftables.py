@@ -39,7 +39,7 @@ from natkeep.plan.base_chains import (
     removal,
     shared_names,
 )
-from natkeep.plan.filters import Filling
+from natkeep.plan.kept_sets import Filling
 from natkeep.plan.nft import DROP, TABLE, Chain, Object, Rule, Table, Undo
 from natkeep.plan.observation import Gate
 from natkeep.plan.steps import HoldListeners, Loads, OpenGate

@@ -84,8 +84,7 @@ def find_forwarding(move: Move, connections: Connections) -> tuple[str, ...]:
     comments = [rule.comment for rule in nftables_dump.rules(TABLE, PASSING)]
     found: dict[str, None] = {}
     with closing(path.Links()) as links:
-        for map_ in move.maps:
-            kept = (some.at(map_.old) for some in (connections, move.udp))
+        for map_, *kept in zip(move.maps, *map(move.share, (connections, move.udp)), strict=True):
             version = map_.old.version
             peers = frozenset[bytes]().union(*(move.on_wire(some).peers() for some in kept))
             if version == 6 and sysctl.read("ipv6/conf/all/forwarding") == "1":

@@ -40,7 +40,6 @@ Rule: exact tuples of the move only. This file must never run anything.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from typing import NamedTuple
 
 from natkeep.plan.arp import silence
 from natkeep.plan.base_chains import (
@@ -63,17 +62,13 @@ from natkeep.plan.base_chains import (
     gate_chain,
     heard_set,
     inbound_key,
-    inner_map,
     kept_set,
-    old_set,
     outbound_key,
-    outer_map,
-    outer_set,
     peer_map,
-    routed_set,
     rule_at,
     spoken_set,
 )
+from natkeep.plan.kept_sets import more_of, outer_name, sets_of
 from natkeep.plan.move import Mode
 from natkeep.plan.nft import (
     ACCEPT,
@@ -226,61 +221,6 @@ def gated_addresses(translation: Translation) -> tuple[Address, ...]:
     if translation.site.row.puts_old:
         return (translation.before, translation.after)
     return (translation.before,)
-
-
-def sets_of(move_id: str, translation: Translation) -> dict[str, Connections]:
-    """The translation's sets by name, and what is in them."""
-    sets = {kept_set(move_id, translation.number): translation.inner}
-    if translation.renames:
-        sets[outer_set(move_id, translation.number)] = translation.outer
-    return sets
-
-
-class Filling(NamedTuple):
-    """What a set is filled with; a map: with the peers of *peers*, in the order of its keys."""
-
-    name: str
-    keys: Connections
-    peers: Connections | None = None
-
-
-def more_of(move_id: str, translation: Translation) -> tuple[Filling, ...]:
-    """What a translation that renames the peers, or has three ports, asks besides its sets."""
-    name = old_set(move_id, translation.number)
-    own = (Filling(name, translation.kept),) if old_name(move_id, translation) == name else ()
-    return (*own, *_more_of_peers(move_id, translation))
-
-
-def _more_of_peers(move_id: str, translation: Translation) -> tuple[Filling, ...]:
-    if not translation.masks:
-        return ()
-    number, routed, inner = translation.number, translation.routed, translation.inner
-    maps = (
-        Filling(outer_map(move_id, number), inner, translation.outer),
-        Filling(inner_map(move_id, number), routed, inner),
-    )
-    name = routed_set(move_id, number)
-    own = (Filling(name, routed),) if routed_name(move_id, translation) == name else ()
-    return (*own, *maps)
-
-
-def outer_name(move_id: str, translation: Translation) -> str:
-    name = outer_set if translation.renames else kept_set
-    return name(move_id, translation.number)
-
-
-def old_name(move_id: str, translation: Translation) -> str:
-    """Name of the set of the connections as the old host says them, at a site where these pass."""
-    if not (translation.site.row.passes_on and translation.map.turns_ports):
-        return kept_set(move_id, translation.number)
-    return (old_set if translation.carries else outer_set)(move_id, translation.number)
-
-
-def routed_name(move_id: str, translation: Translation) -> str:
-    """Name of the set of the connections as they are routed; a set holds no local address."""
-    if not translation.masks:
-        return kept_set(move_id, translation.number)
-    return (routed_set if translation.ports() else outer_set)(move_id, translation.number)
 
 
 def opening(move_id: str) -> Rule:

@@ -30,7 +30,7 @@ from natkeep.plan.base_chains import (
     outbound_key,
     rule_at,
 )
-from natkeep.plan.filters import outer_name, routed_name
+from natkeep.plan.kept_sets import outer_name, routed_name
 from natkeep.plan.nft import ACCEPT, DROP, IP, Match, Meta, Object, Rule, Statement
 from natkeep.plan.protocols import Protocol
 from natkeep.plan.translation import Translation

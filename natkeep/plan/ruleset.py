@@ -97,7 +97,7 @@ from natkeep.plan.base_chains import (
     outer_map,
     rule_at,
 )
-from natkeep.plan.filters import old_name, outer_name, routed_name
+from natkeep.plan.kept_sets import old_name, outer_name, routed_name
 from natkeep.plan.move import Mode
 from natkeep.plan.nft import (
     ACCEPT,

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from natkeep.plan import filters
+from natkeep.plan import filters, kept_sets
 from natkeep.plan.ip_rules import stay
 from natkeep.plan.listeners import Reception, make_receptions, refuse_one_end_for_two
 from natkeep.plan.move import Mode, Move, Site
@@ -226,8 +226,8 @@ def _steps_at_relay(
 def _fill_sets(site: Site, move: Move, here: tuple[Translation, ...]) -> list[Step]:
     steps: list[Step] = []
     for translation in here:
-        (name, kept), *others = filters.sets_of(move.id, translation).items()
-        steps.append(FillSet(site, name, kept, filters.more_of(move.id, translation)))
+        (name, kept), *others = kept_sets.sets_of(move.id, translation).items()
+        steps.append(FillSet(site, name, kept, kept_sets.more_of(move.id, translation)))
         steps += [FillSet(site, *other) for other in others]
     return steps
 

@@ -16,8 +16,8 @@ from typing import NamedTuple
 from natkeep.plan import arp, base_chains, filters, listeners, relay, ruleset, syn_block, undone
 from natkeep.plan.conntrack import describe_purge, entries, stale_tuples, stale_views
 from natkeep.plan.criu_lock import DumpLock, describe_taking
-from natkeep.plan.filters import Filling
 from natkeep.plan.ip_rules import IpRule, rules_of
+from natkeep.plan.kept_sets import Filling
 from natkeep.plan.listeners import Reception
 from natkeep.plan.move import Move, Site
 from natkeep.plan.nft import TABLE, Chain, Object, Rule

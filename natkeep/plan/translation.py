@@ -291,7 +291,7 @@ def make_translations(
     refuse_peer_maps(move, connections, surroundings.local, surroundings.carried)
     refuse_one_tuple_for_two(move, both)
     refuse_one_tuple_for_two(move, datagrams)
-    sent = _count_ends(move, [move.udp.at(map_.old) for map_ in move.maps])
+    sent = _count_ends(move, move.share(move.udp))
     translations: list[Translation] = []
     for site in move.ordered_sites():
         around, there = surroundings, kept
@@ -314,7 +314,7 @@ def _keep_datagrams(
     if not len(move.udp):
         return [NO_CONNECTIONS for _ in move.maps], ()
     inner = find_inner_datagrams(move)
-    found = [move.udp.at(map_.old).minus(inner) for map_ in move.maps]
+    found = [some.minus(inner) for some in move.share(move.udp)]
     if reason := move.why_no_udp():
         unkept = tuple(Unkept(one, reason, UDP) for some in found for one in some)
         return [NO_CONNECTIONS for _ in move.maps], unkept

@@ -11,7 +11,7 @@ from entered import entered
 from natkeep.kernel import nftables, nftables_dump
 from natkeep.kernel.netlink import BUFFER
 from natkeep.kernel.nft_messages import pack_batch, pack_fill
-from natkeep.plan.filters import Filling
+from natkeep.plan.kept_sets import Filling
 from natkeep.plan.tuples import Connections
 
 

@@ -8,7 +8,7 @@ import pytest
 
 from natkeep.errors import RefusedError
 from natkeep.plan.conntrack import entries, stale_tuples
-from natkeep.plan.filters import sets_of
+from natkeep.plan.kept_sets import sets_of
 from natkeep.plan.liveness import Life
 from natkeep.plan.maps import make_map
 from natkeep.plan.move import Fate, Move, Site
