@@ -37,13 +37,18 @@ def serve_post_dump(environment: Mapping[str, str], executor: Executor) -> str:
     call = read_call(environment)
     _refuse_leave_running(call)
     checkpoint = read_checkpoint(call.demand_images())
+    maps = read_maps(environment["NATKEEP_SOURCE"])
+    olds = [*dict.fromkeys(map_.old for map_ in maps)]
     move = Move(
         environment.get("NATKEEP_ID") or own_id(call.criu),
-        read_maps(environment["NATKEEP_SOURCE"]),
+        maps,
         (_source_site(call, executor.kernel),),
         lock=checkpoint.lock,
+        udp=checkpoint.udp_at(olds),
+        udp_servers=checkpoint.udp_servers_at(olds),
     )
     count = sum(map(len, move.share(checkpoint.connections)))
+    count += sum(map(len, move.share(move.udp))) + len(move.udp_servers)
     if not count:
         return "no connection of this dump leaves"
     policy.authorise(move, count)

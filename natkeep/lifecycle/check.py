@@ -59,9 +59,8 @@ def check(
     for step in plan.steps:
         executor.kernel.check(step)
     if looks:
-        executor.warned += refuse_stopped(
-            OF_PATH, Subject(executor.kernel, move.sites, plan, run_id=run_id)
-        )
+        subject = Subject(executor.kernel, move.sites, plan, run_id=run_id, frozen=frozen)
+        executor.warned += refuse_stopped(OF_PATH, subject)
     return plan
 
 

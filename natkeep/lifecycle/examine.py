@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 
 from natkeep.errors import RefusedError
+from natkeep.lifecycle.datagrams import look_at_lock
 from natkeep.lifecycle.hops import look_at_hops
 from natkeep.lifecycle.marks import look_at_marks
 from natkeep.lifecycle.other_rules import look_at_other_rules
@@ -41,6 +42,7 @@ OF_PATH: tuple[Look, ...] = (
     look_at_hops,
     look_at_marks,
     look_at_other_rules,
+    look_at_lock,
 )
 """Of a plan: whether its packets pass. Each prepare asks them, inside a blackout too: the number of
 what they ask the kernel may not grow with the connections, but with their peers at most."""

@@ -20,7 +20,7 @@ class Subject:
     plan: of the move that is asked about; without one the machine alone is.
     checkpoint: where its connections were read; image: the directory, or empty; pid: of a process
     that still runs, or None. state: where the journals of other moves are. run_id: of the dump,
-    where there is one.
+    where there is one. frozen: the process is still there, and does not run.
     """
 
     kernel: Kernel
@@ -31,6 +31,7 @@ class Subject:
     pid: int | None = None
     state: StateDirectory | None = None
     run_id: str | None = None
+    frozen: bool = False
 
 
 Look = Callable[[Subject], Iterator[Finding]]

@@ -290,6 +290,13 @@ CATALOGUE = {
         "to the peer directly, from NEW, and its own host has to make OLD of that.",
         "natkeep prepare --site peer at that host; or a gateway, and routes by it.",
     ),
+    "udp-unlocked": Explanation(
+        Severity.WARN,
+        "CRIU locks TCP alone. Once it has killed the process, the host that was left answers "
+        "datagrams with port unreachable, which connected peers see as ECONNREFUSED.",
+        "Have natkeep-hook prepare the source at post-dump (NATKEEP_SOURCE), while the sockets "
+        "are still there.",
+    ),
     "peer-beside-old": Explanation(
         Severity.STOP,
         "A peer is a neighbour of OLD: what it sends goes on to the old host, past this gateway.",
