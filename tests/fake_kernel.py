@@ -29,6 +29,7 @@ from natkeep.plan.protocols import TCP, UDP, Protocol
 from natkeep.plan.relay import RelayFacts, Setting
 from natkeep.plan.repair import LoadObjects, Patch, RestoreRoutes, StopCounting
 from natkeep.plan.roles import Role
+from natkeep.plan.silence import server_keys
 from natkeep.plan.step_undo import (
     CloseGates,
     DeleteEntries,
@@ -88,7 +89,7 @@ class FakeSite:
     tables, broken: those of its things that somebody else has removed; holders: of which moves;
     lost: notes of routes that are gone; made: things that were loaded without a step; marked: the
     addresses that a step has put there; undone: what is dropped, since a move was undone.
-    settings: what moves have switched on.
+    settings: what moves have switched on. bound, silences: as an Observation has them.
     """
 
     gates: dict[str, Gate] = field(default_factory=dict)
@@ -112,6 +113,8 @@ class FakeSite:
     routes: set[Address] = field(default_factory=set)
     undone: set[FourTuple] = field(default_factory=set)
     settings: set[str] = field(default_factory=set)
+    bound: set[bytes] = field(default_factory=set)
+    silences: dict[bytes, float] = field(default_factory=dict)
 
     def drop_rules(self, old: Address) -> None:
         """Those for *old* go, and with the last of its IP version what all need."""
@@ -501,7 +504,9 @@ class FakeKernel:
             },
             addresses=plan.olds_at(site) & here.addresses,
             entries=seen,
-            alive=_count_alive(here, site, translations, seen),
+            alive=_count_alive(here, site, plan, seen),
+            bound=here.bound & frozenset(server_keys(plan.move).values()),
+            silences={**here.silences},
             holds=move_id in here.holds,
             back=_count_back(here, site, translations),
             off=frozenset(
@@ -559,12 +564,13 @@ def _unload(here: FakeSite, objects: Iterable[nft.Undo]) -> None:
 def _count_alive(
     here: FakeSite,
     site: Site,
-    translations: Iterable[Translation],
+    plan: Plan,
     seen: dict[int, tuple[SeenEntry | None, ...]],
 ) -> int:
+    datagrams = len(_find_sockets(here, site, plan, UDP) or ())
     if site.role == Role.SOURCE:
-        return sum(1 for t in translations for inbound in t.kept if inbound in here.sockets)
-    return sum(1 for of_one in seen.values() for entry in of_one if entry)
+        return len(_find_sockets(here, site, plan, TCP) or ()) + datagrams
+    return sum(1 for of_one in seen.values() for entry in of_one if entry) + datagrams
 
 
 def _count_back(here: FakeSite, site: Site, translations: Iterable[Translation]) -> int:

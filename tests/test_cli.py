@@ -226,6 +226,9 @@ BAD = [
     Bad("unknown finding", "explain NO-SUCH", 2, "no finding has the code 'NO-SUCH'"),
     Bad("negative drain", "teardown web --drain=-1", 2, "argument --drain: '-1' is not a number"),
     Bad("drain of nan", "teardown web --drain=nan", 2, "argument --drain: 'nan' is not a number"),
+    Bad("negative idle", "teardown web --drain --idle=-1", 2, "argument --idle: '-1' is not a"),
+    Bad("idle of words", "teardown web --drain --idle x", 2, "argument --idle: 'x' is not"),
+    Bad("idle alone", "teardown web --idle 3", 2, "--idle is for --drain"),
     Bad("drain of words", "teardown --drain web", 2, "argument --drain: 'web' is not a number"),
 ]  # fmt: skip
 

@@ -195,6 +195,8 @@ def teardown(args: argparse.Namespace) -> int:
     ended = read_ended(args.ended)
     if args.site and not args.by_name:
         raise UsageError("--site is for --by-name", hint="the journal names the sites")
+    if args.idle is not None and args.drain is None:
+        raise UsageError("--idle is for --drain", hint="natkeep teardown ID --drain --idle SECONDS")
     executor.drops = SECONDS if args.drop is None else args.drop
     if args.by_name:
         if args.drain is not None:
@@ -203,7 +205,7 @@ def teardown(args: argparse.Namespace) -> int:
     if executor.state.knows(args.id):
         alive = 0
         if args.drain is not None:
-            alive = drain.drain(executor, args.id, args.drain)
+            alive = drain.drain(executor, args.id, args.drain, args.idle)
         elif not args.yes:
             alive = drain.count_alive(executor, args.id)
         if not args.yes:

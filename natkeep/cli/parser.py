@@ -230,6 +230,11 @@ _TEARDOWN = (
         help="wait until the kept connections have ended, so long at most",
     ),
     _option(
+        "--idle", "SECONDS", type=_seconds,
+        help="with --drain: a UDP socket has ended that is silent for so long (default: as long as "
+        "conntrack remembers one, 120)",
+    ),
+    _option(
         "--ended", "FILE",
         help="at the source: what status --json printed elsewhere of those that have; - is stdin",
     ),

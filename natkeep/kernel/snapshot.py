@@ -23,6 +23,7 @@ from natkeep.kernel import (
     nftables_dump,
     policy_rules,
     rtnetlink,
+    silence,
     sock_diag,
     sysctl,
 )
@@ -40,6 +41,7 @@ from natkeep.plan.observation import Gate, Observation, SeenEntry
 from natkeep.plan.path import SourceRule, find_uncopied
 from natkeep.plan.protocols import TCP, UDP
 from natkeep.plan.roles import Role
+from natkeep.plan.silence import server_keys
 from natkeep.plan.steps import (
     AddAddress,
     AddRules,
@@ -105,8 +107,7 @@ class Snapshot:
         prepared, opened = split_opening(plan, site)
         there = self._find_objects(prepared | opened)
         entries = {t.number: self._look_up(t) for t in inserted}
-        has = site.role in _HAVE_SOCKETS
-        sockets, datagrams = self._find_sockets(here) if has else (None, NO_CONNECTIONS)
+        sockets, datagrams = self._find_sockets(here) if site.role in _AT_HOME else _NOWHERE
         fills = [step for step in plan.prepare if isinstance(step, FillSet) and step.site == site]
         sets = {one.name: one.keys for step in fills for one in step.fillings()}
         gate = self._read_gate(plan.gate_at(site))
@@ -114,7 +115,7 @@ class Snapshot:
         if noted and plan.move.mode == Mode.STATELESS:
             for t in inserted:
                 entries[t.number] = _without_counts(t, entries[t.number], noted)
-        return Observation(
+        seen = Observation(
             gate=gate,
             missing={name: self._count_missing(name, kept) for name, kept in sets.items()},
             addresses=frozenset(old for old in plan.olds_at(site) if old.packed in self._addresses),
@@ -143,6 +144,7 @@ class Snapshot:
                 if sysctl.read(step.setting.name) != "1"
             ),
         )
+        return self._add_silences(seen, here, plan)
 
     # ---- the table ---------------------------------------------------------------------------
 
@@ -254,6 +256,33 @@ class Snapshot:
     def _living(self) -> sock_diag.Living:
         return sock_diag.read_living(unanswered=self._unanswered)
 
+    def _add_silences(self, seen: Observation, here: list[Translation], plan: Plan) -> Observation:
+        """With what is known of UDP sockets besides."""
+        some, servers = [t for t in here if t.protocol == UDP], server_keys(plan.move)
+        if not (some or servers):
+            return seen
+        return replace(
+            seen,
+            bound=self._find_bound(plan) if seen.datagrams is not None else frozenset(),
+            silences=silence.read_silences(some, servers),
+            forgets=self._forgets,
+        )
+
+    @cached_property
+    def _forgets(self) -> float:
+        return float(silence.read_timeouts()[0])
+
+    def _find_bound(self, plan: Plan) -> frozenset[bytes]:
+        """Of the sockets that any peer may speak to those that are there, by their keys."""
+        keys = frozenset(server_keys(plan.move).values())
+        olds = [map_.old for map_ in plan.move.maps] if keys else []
+        there = (
+            old.packed + port.to_bytes(2, "big")
+            for old in olds
+            for port in sock_diag.datagram_ports(old)
+        )
+        return keys.intersection(there)
+
     @cached_property
     def _datagrams(self) -> sock_diag.Living:
         return sock_diag.read_datagrams()
@@ -309,7 +338,8 @@ class Snapshot:
         return owned_table.is_guarded(self._directory, plan.move.id, self._namespace)
 
 
-_HAVE_SOCKETS = (Role.DESTINATION, Role.SOURCE)
+_AT_HOME = (Role.DESTINATION, Role.SOURCE)
+_NOWHERE: tuple[Connections | None, Connections] = (None, NO_CONNECTIONS)
 
 
 def _find_inserted(plan: Plan, site: Site) -> Iterator[Translation]:

@@ -12,25 +12,33 @@ from natkeep.plan.liveness import Life, Sighting, make_sighting
 from natkeep.plan.move import Site
 from natkeep.plan.observation import Gate, Observation
 from natkeep.plan.roles import Role
+from natkeep.plan.silence import Silences, connected, find_keys
 from natkeep.plan.steps import Plan, TakeOverLock
 from natkeep.plan.tuples import NO_CONNECTIONS, Connections
 from natkeep.state.journal import Journal
 
 _DRAIN_INTERVAL = 0.2
+_UDP_INTERVAL = 1.0  # the kernel shows whole seconds, and each look reads its table of UDP
 
 
-def drain(executor: Executor, move_id: str, seconds: float | None) -> int:
-    """Wait until no kept connection lives, *seconds* at most; how many still do."""
+def drain(
+    executor: Executor, move_id: str, seconds: float | None, idle: float | None = None
+) -> int:
+    """Wait until no kept connection lives, *seconds* at most; how many still do.
+
+    idle: seconds of silence from which on a UDP socket counts no more; None: as long as the kernel
+    remembers one that has spoken.
+    """
     deadline = None if seconds is None else time.monotonic() + seconds
-    last, sighting = -1, None
+    last, sighting, silences = -1, None, Silences(idle)
     while True:
-        alive, sighting = _count(executor, move_id, sighting)
+        alive, sighting = _count(executor, move_id, sighting, silences)
         if not alive or (deadline is not None and time.monotonic() >= deadline):
             return alive
         if alive != last:
             executor.talk(f"natkeep: {alive} connections of {move_id} live")
             last = alive
-        time.sleep(_DRAIN_INTERVAL)
+        time.sleep(_UDP_INTERVAL if silences.last else _DRAIN_INTERVAL)
 
 
 def count_alive(executor: Executor, move_id: str) -> int:
@@ -57,8 +65,13 @@ def has_spoken(statuses: tuple[SiteStatus, ...]) -> bool:
     return counted or any(seen.spoken for seen in gateways)
 
 
-def _count(executor: Executor, move_id: str, earlier: Sighting | None) -> tuple[int, Sighting]:
-    """The same, and what was seen; earlier: in the last look, or else a repair's is read."""
+def _count(
+    executor: Executor, move_id: str, earlier: Sighting | None, silences: Silences | None = None
+) -> tuple[int, Sighting]:
+    """The same, and what was seen; earlier: in the last look, or else a repair's is read.
+
+    silences: of UDP only what is not silent counts; without them all but servers that are.
+    """
     at = time.monotonic_ns() // 1_000_000
     journal, plan = executor.load(move_id)
     statuses = look_at_sites(executor, journal, plan)
@@ -74,7 +87,9 @@ def _count(executor: Executor, move_id: str, earlier: Sighting | None) -> tuple[
         # A gate that was being opened when natkeep was killed is open, though no journal says so.
         if seen.gate == Gate.OPEN or has_been_opened(journal, plan, site):
             known = seen.sockets is not None
-            living = seen.alive if known else _count_unended(plan, site, sighting)
+            streams = seen.alive - len(seen.datagrams)
+            living = streams if known else sighting.count_unended(plan, site)
+            living += _count_datagrams(plan, site, seen, silences)
             alive.setdefault(site.role, []).append(living + seen.callers + seen.inner)
     # Opened at the source, the process is back where OLD is at home, and needs nothing.
     # Each peers' host has connections of its own, and all others see the same.
@@ -83,10 +98,12 @@ def _count(executor: Executor, move_id: str, earlier: Sighting | None) -> tuple[
     return min(alive.get(Role.DESTINATION) or beyond or [0]), sighting
 
 
-def _count_unended(plan: Plan, site: Site, sighting: Sighting) -> int:
-    """Of UDP no entry tells an end, so all count."""
-    datagrams = (t for t in plan.translations if t.site == site and not t.protocol.has_states)
-    return sighting.count_unended(plan, site) + sum(len(one.kept) for one in datagrams)
+def _count_datagrams(plan: Plan, site: Site, seen: Observation, silences: Silences | None) -> int:
+    keys = find_keys(plan, site, seen)
+    if not keys:
+        return 0
+    speaking = (silences or Silences()).find_speaking(site, keys, seen, time.monotonic())
+    return len(speaking if silences is not None else speaking | connected(keys))
 
 
 def find_exposed(

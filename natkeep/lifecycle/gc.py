@@ -29,6 +29,7 @@ from natkeep.plan.identity import Identity
 from natkeep.plan.liveness import Sighting
 from natkeep.plan.move import Site
 from natkeep.plan.roles import Role
+from natkeep.plan.silence import find_keys
 from natkeep.plan.step_undo import RemoveAddress, RemoveRules, RemoveUndone
 from natkeep.plan.steps import Plan, Prior
 from natkeep.plan.tuples import Address
@@ -308,7 +309,8 @@ def _has_ended(
     destinations = [site for site in plan.move.sites if site.role == Role.DESTINATION]
     if not destinations:
         gateways = [site for site in sight.looks if sight.looks[site].sockets is None]
-        return not plan.move.listeners and _are_ended(plan, sighting, gateways)
+        datagrams = any(find_keys(plan, site, sight.looks[site]) for site in gateways)
+        return not (plan.move.listeners or datagrams) and _are_ended(plan, sighting, gateways)
     [destination] = destinations
     if destination not in sight.looks:
         return destination not in here  # with its namespace went all that lived there
@@ -319,17 +321,16 @@ def _has_ended(
         olds = frozenset(map_.old for map_ in plan.move.maps)
         if seen.callers or executor.kernel.ask(destination, sock_diag.find_listeners, olds):
             return False
-    # No socket may also mean that it is not restored yet, or dumped to move on.
-    return not (seen.sockets or seen.inner) and _are_ended(plan, sighting, [destination])
+    # No socket may also mean that it is not restored yet, or dumped to move on. Of UDP no entry
+    # tells, but peers that go on speaking.
+    if seen.sockets or seen.inner or seen.datagrams or seen.bound or seen.silences:
+        return False
+    return _are_ended(plan, sighting, [destination])
 
 
 def _are_ended(plan: Plan, sighting: Sighting, sites: list[Site]) -> bool:
-    """Whether entries have shown at all *sites* that every connection has ended.
-
-    Of UDP they never do.
-    """
-    told = all(one.protocol.has_states for one in plan.translations) and not plan.move.udp_servers
-    return told and bool(sites) and not any(sighting.count_unended(plan, site) for site in sites)
+    """Whether entries have shown at all *sites* that every connection has ended, but for UDP."""
+    return bool(sites) and not any(sighting.count_unended(plan, site) for site in sites)
 
 
 def demand_nothing_left(collected: Collected) -> None:

@@ -5,11 +5,14 @@ Rule: it is gathered by kernel/snapshot.py; what it means is decided in drift.py
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from enum import StrEnum
+from types import MappingProxyType
 from typing import NamedTuple
 
 from natkeep.plan.ip_rules import IpRule
 from natkeep.plan.nft import Key
+from natkeep.plan.protocols import UDP
 from natkeep.plan.tuples import NO_CONNECTIONS, Address, Connections
 from natkeep.values import dataclass
 
@@ -54,7 +57,10 @@ class Observation:
     loopback: lo is up.
     sockets: at a destination or source, the kept connections that have one, as the process sees
     them; None elsewhere.
-    datagrams: the same of UDP.
+    datagrams: the same of UDP. bound: of the sockets that any peer may speak to those that are
+    there, by their keys (plan/silence.py). silences: of each UDP socket that the connection table
+    has an entry of, for how many seconds at least no packet has passed. forgets: after how many an
+    entry goes (nf_conntrack_udp_timeout_stream).
     lingers: for how long at least, in seconds, the kernel keeps the entry of a connection that
     has ended.
     guarded: the guard's process lives, if the move has one here.
@@ -91,3 +97,6 @@ class Observation:
     back: int = 0
     off: frozenset[str] = frozenset()
     datagrams: Connections = NO_CONNECTIONS
+    bound: frozenset[bytes] = frozenset()
+    silences: Mapping[bytes, float] = MappingProxyType({})
+    forgets: float = float(UDP.timeout[1])

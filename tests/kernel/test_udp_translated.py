@@ -276,3 +276,32 @@ def test_a_socket_of_the_destination_with_the_same_ends_is_refused(
     ]
     with pytest.raises(RefusedError, match=r"is a connection of that host's own already"):
         net.kernel.check(step)
+
+
+@EACH_VERSION
+def test_the_connection_table_tells_for_how_long_a_socket_is_silent(
+    make_net: Callable[[int], Net], version: int
+) -> None:
+    net = make_net(version)
+    plan, peer, process = carry(net)
+    [key] = plan.move.udp.each()
+    sysctl = "net.netfilter.nf_conntrack_udp_timeout"
+
+    def silences(site: Site) -> list[float]:
+        found = net.kernel.observe(site, plan).silences
+        assert not found.keys() - {key}
+        return [*found.values()]
+
+    for site in plan.move.sites:
+        net.run(site.netns, "sysctl", "-qw", f"{sysctl}=60", f"{sysctl}_stream=90")
+        net.run(site.netns, "conntrack", "-F")
+        assert silences(site) == []
+        assert net.kernel.observe(site, plan).forgets == 90.0
+    assert answered(peer, process, 1) == 1
+    for site in plan.move.sites:
+        [new] = silences(site)
+        assert 0 <= new < 20
+    for site in plan.move.sites:  # as if the time had passed
+        net.run(site.netns, "sysctl", "-qw", f"{sysctl}=100")
+        [later] = silences(site)
+        assert 38 <= later < 60

@@ -9,6 +9,7 @@ import pytest
 from natkeep.plan.criu_lock import DumpLock, NetworkLock
 from natkeep.plan.move import Map, Mode, Move, Site
 from natkeep.plan.plan_text import describe_plan
+from natkeep.plan.protocols import UDP
 from natkeep.plan.roles import Role
 from natkeep.plan.step_order import make_plan
 from natkeep.plan.steps import (
@@ -117,3 +118,12 @@ def test_the_holder_is_told_each_map_with_its_connections() -> None:
         for v in [map_.old.version]
     ]
     assert any("keep what peers say on 2 connections" in line for line in describe_plan(plan))
+
+
+def test_datagrams_are_held_beside_segments_and_delivered_before_the_gate_opens() -> None:
+    plan = make_plan(Move("web", MAPS, (GATEWAY, DESTINATION), udp=KEPT), KEPT)
+
+    [step] = [step for step in plan.prepare if isinstance(step, HoldSegments)]
+    assert step.kept(UDP) == step.kept() != []
+    assert plan.open == (OpenGate(DESTINATION, "web", delivers=True, datagrams=True),)
+    assert any("keep what peers say on 4 connections" in line for line in describe_plan(plan))

@@ -1,0 +1,147 @@
+"""the end of a move of UDP: nothing is heard any more, or no socket is there."""
+
+from __future__ import annotations
+
+import time
+from ipaddress import ip_address
+from pathlib import Path
+
+import pytest
+from fake_kernel import FakeKernel
+
+from natkeep.lifecycle import drain as draining
+from natkeep.lifecycle.drain import count_alive, drain
+from natkeep.lifecycle.executor import Executor
+from natkeep.lifecycle.gc import gc
+from natkeep.lifecycle.open import open_move
+from natkeep.lifecycle.prepare import prepare
+from natkeep.plan.move import Map, Move, Site
+from natkeep.plan.observation import Gate, Observation
+from natkeep.plan.roles import Role
+from natkeep.plan.silence import Silences
+from natkeep.plan.tuples import NO_CONNECTIONS, Connections, Endpoint, FourTuple
+from natkeep.state.directory import StateDirectory
+
+GATEWAY, DESTINATION = Site(Role.GATEWAY, "gw"), Site(Role.DESTINATION, "dst")
+OLD, NEW = ip_address("10.2.0.10"), ip_address("10.3.0.20")
+INBOUND = FourTuple(Endpoint(ip_address("10.1.0.2"), 50594), Endpoint(OLD, 443))
+UDP = Connections.of([INBOUND])
+[CONNECTED] = UDP.each()
+SERVER = Endpoint(OLD, 53)
+SERVER_KEY = OLD.packed + (53).to_bytes(2, "big")
+
+
+@pytest.fixture
+def kernel() -> FakeKernel:
+    return FakeKernel()
+
+
+@pytest.fixture
+def executor(kernel: FakeKernel, tmp_path: Path) -> Executor:
+    return Executor(kernel, StateDirectory(str(tmp_path / "state"), create=True))
+
+
+def begin(executor: Executor, *sites: Site, server: bool = False) -> None:
+    """A move of one connected socket, and of one that any peer may speak to; it is open."""
+    servers = (SERVER,) if server else ()
+    move = Move("web", (Map(OLD, NEW),), sites, udp=UDP, udp_servers=servers)
+    prepare(executor, move, NO_CONNECTIONS)
+    open_move(executor, "web")
+
+
+@pytest.mark.parametrize("sites", [(GATEWAY, DESTINATION), (DESTINATION,), (GATEWAY,)])
+def test_drain_waits_until_a_socket_is_silent(
+    executor: Executor,
+    kernel: FakeKernel,
+    sites: tuple[Site, ...],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    begin(executor, *sites)
+    at = kernel.sites[sites[-1].netns]
+    at.sockets.add(INBOUND)
+    at.silences[CONNECTED] = 3.0
+    now = [1000.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+
+    def sleep(seconds: float) -> None:
+        assert seconds == draining._UDP_INTERVAL
+        now[0] += 30
+        at.silences[CONNECTED] += 30
+
+    monkeypatch.setattr(time, "sleep", sleep)
+
+    assert drain(executor, "web", 0) == 1
+    assert drain(executor, "web", None) == 0
+    assert at.silences[CONNECTED] == 123.0
+
+
+def test_drain_waits_as_long_as_it_is_told(executor: Executor, kernel: FakeKernel) -> None:
+    begin(executor, GATEWAY, DESTINATION)
+    at = kernel.sites["dst"]
+    at.sockets.add(INBOUND)
+    at.silences[CONNECTED] = 3.0
+
+    assert drain(executor, "web", 0, 3.5) == 1
+    assert drain(executor, "web", 0, 3.0) == 0
+    at.silences.clear()  # nothing for 120 s, as far as can be known
+    assert drain(executor, "web", 0) == 0
+    assert drain(executor, "web", 0, 121.0) == 1
+
+
+def test_a_socket_that_is_gone_is_not_waited_for(executor: Executor, kernel: FakeKernel) -> None:
+    begin(executor, GATEWAY, DESTINATION)
+    kernel.sites["dst"].silences[CONNECTED] = 0.0
+
+    assert drain(executor, "web", 0) == 0
+
+
+def test_a_teardown_asks_for_each_connected_socket_and_for_a_server_that_is_spoken_to(
+    executor: Executor, kernel: FakeKernel
+) -> None:
+    begin(executor, DESTINATION, server=True)
+    at = kernel.sites["dst"]
+    assert count_alive(executor, "web") == 0
+
+    at.sockets.add(INBOUND)
+    at.bound.add(SERVER_KEY)
+    assert count_alive(executor, "web") == 1
+    at.silences[SERVER_KEY] = 3.0
+    assert count_alive(executor, "web") == drain(executor, "web", 0) + 1 == 2
+
+
+@pytest.mark.parametrize("what", ["sockets", "bound", "silences"])
+def test_gc_clears_a_move_whose_sockets_are_gone_and_whose_peers_are_silent(
+    executor: Executor, kernel: FakeKernel, what: str
+) -> None:
+    begin(executor, GATEWAY, DESTINATION, server=True)
+    at = kernel.sites["dst"]
+    {"sockets": at.sockets, "bound": at.bound, "silences": at.silences}[what].update(
+        {"sockets": {INBOUND}, "bound": {SERVER_KEY}, "silences": {CONNECTED: 3.0}}[what]
+    )
+    assert gc(executor, ()).cleared == ()
+
+    for some in (at.sockets, at.bound, at.silences):
+        some.clear()
+    assert [(one.kind, one.name) for one in gc(executor, ()).cleared] == [("move", "web")]
+
+
+def test_gc_leaves_a_gateway_alone_that_cannot_know(executor: Executor) -> None:
+    begin(executor, GATEWAY)
+
+    assert gc(executor, ()).cleared == ()
+
+
+def test_what_one_look_has_shown_is_known_when_the_entry_has_gone() -> None:
+    silences = Silences(60.0)
+
+    def speaks(ago: float | None, now: float) -> bool:
+        silent = {} if ago is None else {CONNECTED: ago}
+        seen = Observation(Gate.OPEN, {}, frozenset(), {}, 0, silences=silent)
+        return bool(silences.find_speaking(DESTINATION, [CONNECTED], seen, now))
+
+    assert speaks(20.0, 1000.0)
+    assert speaks(None, 1039.0)  # an entry of one packet is gone after 30 s
+    assert not speaks(None, 1040.0)
+    assert speaks(0.0, 1050.0)
+    assert speaks(None, 1109.0)
+    assert not speaks(None, 1110.0)
