@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from ipaddress import ip_address
 from pathlib import Path
@@ -10,16 +11,19 @@ import pytest
 from fake_kernel import FakeKernel
 
 from natkeep.lifecycle import drain as draining
+from natkeep.lifecycle import status as looking
 from natkeep.lifecycle.drain import count_alive, drain
 from natkeep.lifecycle.executor import Executor
 from natkeep.lifecycle.gc import gc
 from natkeep.lifecycle.open import open_move
 from natkeep.lifecycle.prepare import prepare
+from natkeep.lifecycle.status import read_status
 from natkeep.plan.move import Map, Move, Site
-from natkeep.plan.observation import Gate, Observation
+from natkeep.plan.observation import Gate, Held, Observation
 from natkeep.plan.roles import Role
 from natkeep.plan.silence import Silences
 from natkeep.plan.tuples import NO_CONNECTIONS, Connections, Endpoint, FourTuple
+from natkeep.report.status import move_as_json, status_lines
 from natkeep.state.directory import StateDirectory
 
 GATEWAY, DESTINATION = Site(Role.GATEWAY, "gw"), Site(Role.DESTINATION, "dst")
@@ -145,3 +149,40 @@ def test_what_one_look_has_shown_is_known_when_the_entry_has_gone() -> None:
     assert speaks(0.0, 1050.0)
     assert speaks(None, 1109.0)
     assert not speaks(None, 1110.0)
+
+
+@pytest.mark.parametrize(
+    ("there", "speaks", "expected"),
+    [(True, True, "live"), (True, False, "silent"), (False, True, None), (False, False, "ended")],
+)
+def test_status_says_which_sockets_are_silent(
+    executor: Executor, kernel: FakeKernel, there: bool, speaks: bool, expected: str | None
+) -> None:
+    begin(executor, GATEWAY, DESTINATION)
+    at = kernel.sites["dst"]
+    at.sockets.update([INBOUND] if there else [])
+    at.silences.update({CONNECTED: 3.0} if speaks else {})
+
+    [status] = read_status(executor, ("web",))
+
+    document = json.loads(move_as_json(status, "host"))
+    assert [one["state"] for one in document["connections"]] == [expected]
+
+
+def test_status_says_what_is_held_while_the_gate_is_closed(
+    executor: Executor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held = Held(2, 345, 1, 3)
+    monkeypatch.setattr(looking, "look", lambda directory, move_id: held)
+    move = Move("web", (Map(OLD, NEW),), (DESTINATION,), udp=UDP)
+    prepare(executor, move, NO_CONNECTIONS)
+
+    [status] = read_status(executor, ("web",))
+    expected = {"segments": 2, "datagrams": 3, "octets": 345, "refused": 1}
+    assert json.loads(move_as_json(status, "host"))["held"] == expected
+    lines = [*status_lines(status, "host", verbose=False)]
+    assert "  held for the process: 2 segments and 3 datagrams, 345 octets, 1 lost" in lines
+
+    open_move(executor, "web")
+    [status] = read_status(executor, ("web",))
+    assert "held" not in json.loads(move_as_json(status, "host"))

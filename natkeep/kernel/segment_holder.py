@@ -23,12 +23,12 @@ from natkeep.kernel.interface import Driver, Place, Remember
 from natkeep.kernel.netns import inside
 from natkeep.kernel.segment_holderd import attach_filter
 from natkeep.plan.criu_lock import CRIU_MARK
+from natkeep.plan.observation import Held
 from natkeep.plan.protocols import TCP, UDP
 from natkeep.plan.replay import holder_name, pack_kept
 from natkeep.plan.socket_filter import make_datagram_filter, make_filter, pack_filter
 from natkeep.plan.step_undo import EndHolder
 from natkeep.plan.steps import HoldSegments, Prior
-from natkeep.values import dataclass
 
 AGE = 900
 """Seconds that a holder lives at most; a Linux peer has given up by then (tcp_retries2)."""
@@ -47,19 +47,6 @@ _FAMILY = {4: socket.AF_INET, 6: socket.AF_INET6}
 
 Kept = list[tuple[int, bytes, bytes]]
 """Of each map what replay.pack_kept takes."""
-
-
-@dataclass(frozen=True, slots=True)
-class Held:
-    """What a holder has, or has delivered: segments and datagrams, and octets of both.
-
-    refused: of both, what found no room, or was too old.
-    """
-
-    segments: int
-    octets: int
-    refused: int
-    datagrams: int = 0
 
 
 class HoldSegmentsDriver(Driver[HoldSegments]):

@@ -263,7 +263,7 @@ class Snapshot:
             return seen
         return replace(
             seen,
-            bound=self._find_bound(plan) if seen.datagrams is not None else frozenset(),
+            bound=self._find_bound(plan) if seen.sockets is not None else frozenset(),
             silences=silence.read_silences(some, servers),
             forgets=self._forgets,
         )

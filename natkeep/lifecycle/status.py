@@ -19,6 +19,7 @@ from types import MappingProxyType
 from natkeep.errors import JournalError
 from natkeep.kernel.interface import Kernel, Snapshot
 from natkeep.kernel.netns import NamespaceGoneError
+from natkeep.kernel.segment_holder import look
 from natkeep.lifecycle.executor import Executor
 from natkeep.lifecycle.owners import leave_to_owners
 from natkeep.lifecycle.progress import (
@@ -66,7 +67,9 @@ def read_status(
     """
     if len(move_ids) == 1:
         loaded = _load_each(executor, move_ids, unreadable)
-        return tuple(_sum_up(of, plan, look_at_sites(executor, of, plan)) for of, plan in loaded)
+        return tuple(
+            _sum_up(executor, of, plan, look_at_sites(executor, of, plan)) for of, plan in loaded
+        )
     move_ids = move_ids or executor.state.ids()
     with closing(_Shared(executor.kernel)) as shared:
         many = []
@@ -106,18 +109,23 @@ def _read_one_of_many(
     if shown and any(status.drift for status in sites):
         # Missing may be what was just being made or undone: so it is looked at for itself.
         for again, now in _load_each(executor, [plan.move.id], unreadable):
-            yield _sum_up(again, now, look_at_sites(executor, again, now))
+            yield _sum_up(executor, again, now, look_at_sites(executor, again, now))
     else:
-        yield _sum_up(journal, plan, sites)
+        yield _sum_up(executor, journal, plan, sites)
 
 
-def _sum_up(journal: Journal, plan: Plan, sites: tuple[SiteStatus, ...]) -> MoveStatus:
+def _sum_up(
+    executor: Executor, journal: Journal, plan: Plan, sites: tuple[SiteStatus, ...]
+) -> MoveStatus:
     opening = {step.site for step in plan.open if isinstance(step, OpenGate)}
     gates = {s.seen.gate for s in sites if s.seen is not None and s.site in opening}
     gate = Gate.OPEN if gates == {Gate.OPEN} else Gate.CLOSED
     at = max((opened_at(journal, plan, site) or 0 for site in restored_at(plan)), default=0)
-    if not at or journal.boot != read_boot_id():
+    if journal.boot != read_boot_id():
         return MoveStatus(plan, gate, sites)
+    if not at:
+        held = look(executor.state.path, plan.move.id) if plan.move.holds else None
+        return MoveStatus(plan, gate, sites, held=held)
     silent = None
     frozen = not (plan.move.live or plan.move.quiesces) and journal.begun
     if frozen and any(site.role == Role.DESTINATION for site in plan.move.sites):

@@ -1,6 +1,8 @@
 """what a site tells of each kept connection: whether it lives, and whether both ends are heard.
 
     live       its socket is there; at a gateway, which has none, its entry is in no end
+    silent     its socket is there, or may be, and no packet has passed for so long that conntrack
+               remembers none: of UDP, which has no end that a packet tells
     one-way    it is live, and packets of one direction alone have passed, or what the process says
                is said again and again, for 5 s and more
     ended      the destination has no socket of it, and no entry that goes on; at a gateway its
@@ -35,6 +37,7 @@ class State(StrEnum):
     LIVE = "live"
     ONE_WAY = "one-way"
     ENDED = "ended"
+    SILENT = "silent"
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,10 +63,10 @@ def find_states(
     seen = site.seen
     if seen is None or site.opened is None:
         return [None] * len(translation.kept)
+    if not translation.protocol.has_states:
+        return [*_find_udp_states(seen, translation)]
     judged = site.opened >= ONE_WAY_S
-    streams = translation.protocol.has_states or seen.sockets is None
-    there = seen.sockets if streams else seen.datagrams
-    sockets = None if there is None else frozenset(there.each())
+    sockets = None if seen.sockets is None else frozenset(seen.sockets.each())
     over = f"{site.ended.get(translation.number, 0):b}"[::-1]
     states: list[State | None] = []
     for place, (record, entry) in enumerate(zip(translation.kept.each(), entries, strict=True)):
@@ -82,6 +85,16 @@ def find_states(
         else:
             states.append(State.ENDED if ended else None)
     return states
+
+
+def _find_udp_states(seen: Observation, translation: Translation) -> Iterator[State | None]:
+    there = frozenset(seen.datagrams.each())
+    for record in translation.kept.each():
+        speaks = record in seen.silences
+        if seen.sockets is None or record in there:
+            yield State.LIVE if speaks else State.SILENT
+        else:
+            yield None if speaks else State.ENDED
 
 
 def _counts_one(entry: SeenEntry | None) -> bool:

@@ -14,7 +14,7 @@ from natkeep.plan.connection_state import SiteStatus
 from natkeep.plan.liveness import Life
 from natkeep.plan.move import Mode, Site
 from natkeep.plan.nft import TABLE, Elements, Key
-from natkeep.plan.observation import Gate, Observation
+from natkeep.plan.observation import Gate, Held, Observation
 from natkeep.plan.steps import (
     AddAddress,
     AddRules,
@@ -36,7 +36,8 @@ class MoveStatus:
 
     opened_at: when, in seconds of the clock; None while it is closed, or where the journal does not
     say. silent_ms: for how long at least the peers heard nothing, from the beginning of prepare
-    on, when the process was frozen already; None where that is not known.
+    on, when the process was frozen already; None where that is not known. held: what a holder has
+    of what they said, while the gate is closed.
     """
 
     plan: Plan
@@ -44,6 +45,7 @@ class MoveStatus:
     sites: tuple[SiteStatus, ...]
     opened_at: float | None = None
     silent_ms: int | None = None
+    held: Held | None = None
 
 
 def find_drift(

@@ -41,6 +41,19 @@ class SeenEntry(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True)
+class Held:
+    """What a holder has, or has delivered: segments and datagrams, and octets of both.
+
+    refused: of both, what found no room, or was too old.
+    """
+
+    segments: int
+    octets: int
+    refused: int
+    datagrams: int = 0
+
+
+@dataclass(frozen=True, slots=True)
 class Observation:
     """What a site shows of a move.
 

@@ -34,8 +34,8 @@ def server_keys(move: Move) -> dict[bytes, bytes]:
 
 def find_keys(plan: Plan, site: Site, seen: Observation) -> frozenset[bytes]:
     """The kept UDP sockets that are at *site*, or may be."""
-    if seen.datagrams is not None:
-        return seen.bound.union(seen.datagrams.each())
+    if seen.sockets is not None:
+        return seen.bound.union(seen.datagrams.each() if seen.datagrams else ())
     here = (one for one in plan.translations if one.site == site and one.protocol == UDP)
     return frozenset(server_keys(plan.move).values()).union(*(one.kept.each() for one in here))
 

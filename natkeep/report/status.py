@@ -132,9 +132,17 @@ def move_as_json(status: MoveStatus, host: str) -> str:
         "answered": carried.answered,
         "listeners": [str(end) for end in status.plan.move.listeners],
         "sites": sites,
+        **_held_to_json(status),
     }
     rows = ",".join(_rows(carried))
     return json.dumps({**move, "connections": []}).removesuffix("]}") + rows + "]}"
+
+
+def _held_to_json(status: MoveStatus) -> dict[str, Any]:
+    if (held := status.held) is None:
+        return {}
+    counts = {"segments": held.segments, "datagrams": held.datagrams}
+    return {"held": {**counts, "octets": held.octets, "refused": held.refused}}
 
 
 _UNSEEN = (None, None, None, None)
@@ -197,6 +205,10 @@ def _tell(status: MoveStatus, carried: Carried, host: str) -> Iterator[str]:
             by = "relay" if move.vias else "gateway"
             words[-1] += "" if passing else f": is the {by} open?"
     yield ", ".join(words)
+    if held := status.held:
+        lost = f", {held.refused} lost" if held.refused else ""
+        some = f"{held.segments} segments and {held.datagrams} datagrams"
+        yield f"held for the process: {some}, {held.octets} octets{lost}"
     if any(tally[state] for state in State):
         yield ", ".join(f"{tally[state]} {state}" for state in State)
     if move.listeners:
