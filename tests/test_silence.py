@@ -174,7 +174,7 @@ def test_status_says_what_is_held_while_the_gate_is_closed(
 ) -> None:
     held = Held(2, 345, 1, 3)
     monkeypatch.setattr(looking, "look", lambda directory, move_id: held)
-    move = Move("web", (Map(OLD, NEW),), (DESTINATION,), udp=UDP)
+    move = Move("web", (Map(OLD, NEW),), (DESTINATION,), udp=UDP, hold=True)
     prepare(executor, move, NO_CONNECTIONS)
 
     [status] = read_status(executor, ("web",))

@@ -121,7 +121,7 @@ def test_the_holder_is_told_each_map_with_its_connections() -> None:
 
 
 def test_datagrams_are_held_beside_segments_and_delivered_before_the_gate_opens() -> None:
-    plan = make_plan(Move("web", MAPS, (GATEWAY, DESTINATION), udp=KEPT), KEPT)
+    plan = make_plan(Move("web", MAPS, (GATEWAY, DESTINATION), udp=KEPT, hold=True), KEPT)
 
     [step] = [step for step in plan.prepare if isinstance(step, HoldSegments)]
     assert step.kept(UDP) == step.kept() != []
