@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from natkeep.plan.maps import find_map
 from natkeep.plan.move import Move, Site
 from natkeep.plan.observation import Observation
 from natkeep.plan.protocols import UDP
@@ -23,12 +24,10 @@ def server_keys(move: Move) -> dict[bytes, bytes]:
     """Of each socket that any peer may speak to its local ends on either side, and its key."""
     found: dict[bytes, bytes] = {}
     for end in move.udp_servers if not move.why_no_udp(server=True) else ():
-        port = end.port.to_bytes(2, "big")
-        for map_ in move.maps:
-            if map_.old == end.address:
-                found[map_.new.packed + port] = found[map_.old.packed + port] = (
-                    map_.old.packed + port
-                )
+        if (map_ := find_map(move.maps, end)) is not None:
+            known = end.address.packed + end.port.to_bytes(2, "big")
+            wire = map_.new.packed + (map_.new_port or end.port).to_bytes(2, "big")
+            found[known] = found[wire] = known
     return found
 
 
