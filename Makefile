@@ -34,7 +34,7 @@ export PATH := $(PATH):/usr/local/sbin:/usr/sbin:/sbin
 KILLS       ?= 500
 FAULTS_ARGS ?=
 
-.PHONY: help setup demo test test-quick test-long check lab matrix bench bench-hook bench-control bench-stall bench-path bench-plots bench-million soak kernels fuzz faults many test-caps clean
+.PHONY: help setup demo test test-quick test-long check lab matrix bench bench-hook bench-migrate bench-control bench-stall bench-path bench-plots bench-million soak kernels fuzz faults many test-caps clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-13s %s\n", $$1, $$2 }' Makefile
@@ -97,6 +97,9 @@ bench-million: root setup ## a million kept connections at one gateway: time and
 
 bench-hook: root setup ## what each call of natkeep-hook costs a restore (needs root)
 	@.venv/bin/python -m bench.hook $(BENCH_ARGS)
+
+bench-migrate: root setup ## how long a peer hears nothing in natkeep migrate, beside CRIU in place (needs root, sshd)
+	@.venv/bin/python -m bench.migrate $(BENCH_ARGS)
 
 bench-path: root setup ## what a packet costs, kept or somebody else's, beside plain routing (needs root)
 	@.venv/bin/python -m bench.path $(BENCH_ARGS)

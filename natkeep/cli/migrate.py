@@ -6,6 +6,7 @@ import argparse
 import shlex
 import shutil
 import signal
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -77,12 +78,22 @@ def _with_hosts(args: argparse.Namespace, record: Record, work: Callable[[Migrat
     controls = make_controls()
     ssh = Ssh(tuple(record.ssh), tuple(record.natkeep), controls)
     asked = getattr(args, "via", "") or ""
-    migration = Migration(record, ssh, lambda step, text: talk(args, f"{step:9} {text}"), asked)
+    migration = Migration(record, ssh, _speaker(args), asked)
     try:
         return work(migration)
     finally:
         migration.close()
         shutil.rmtree(controls, ignore_errors=True)
+
+
+def _speaker(args: argparse.Namespace) -> Callable[[str, str], None]:
+    """What tells a step: a line, with the milliseconds since the beginning."""
+    began = time.monotonic()
+
+    def say(step: str, text: str) -> None:
+        talk(args, f"{(time.monotonic() - began) * 1000:6.0f} ms  {step:9} {text}")
+
+    return say
 
 
 def _go(args: argparse.Namespace, migration: Migration) -> int:
@@ -98,7 +109,7 @@ def _take_back(args: argparse.Namespace, migration: Migration, error: BaseExcept
     """What failed is undone; unless the process runs at the destination, which then is told."""
     record = migration.record
     why = str(error) or "interrupted"
-    talk(args, f"{'FAILED':9} {record.reached}: {why}")
+    migration.say("FAILED", f"{record.reached}: {why}")
     try:
         with _uninterrupted():
             back.go_back(migration)

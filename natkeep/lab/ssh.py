@@ -29,11 +29,13 @@ class Machines:
     """sshd at the hosts of these roles, and ssh's configuration for a controller."""
 
     def __init__(
-        self, lab: Lab, *roles: str, controller: str, addresses: Mapping[str, Address] | None = None
-    ) -> None:
+        self, lab: Lab, *roles: str, controller: str,
+        addresses: Mapping[str, Address] | None = None, shared: bool = False,
+    ) -> None:  # fmt: skip
         if not os.access(SSHD, os.X_OK):
             raise LabError("there is no sshd here (Debian: openssh-server)")
         self.lab, self.directory, self.controller = lab, lab.directory / "ssh", controller
+        self.shared = shared
         self.directory.mkdir()
         Path("/run/sshd").mkdir(exist_ok=True)  # where sshd shuts its unprivileged part in
         self.key = self.directory / "key"
@@ -67,8 +69,8 @@ class Machines:
             f"ListenAddress {address}\nPermitRootLogin prohibit-password\nStrictModes no\n"
             f"SetEnv NATKEEP_STATE_DIR={own / 'state'}\n"
         )
-        # Its images are no other host's.
-        host.run("mount", "-t", "tmpfs", "tmpfs", str(self.images))
+        if not self.shared:  # its images are no other host's
+            host.run("mount", "-t", "tmpfs", "tmpfs", str(self.images))
         host.start(f"sshd-{role}", SSHD, "-D", "-e", "-f", str(config))
         self._await(host, str(address))
         with self.client.open("a") as file:

@@ -15,7 +15,7 @@ import time
 from enum import Enum
 
 from natkeep.errors import NatkeepError, UnreachableError
-from natkeep.migrate.forward import Migration, knows, read_move, read_start
+from natkeep.migrate.forward import Migration, knows, quiet_source, read_move, read_start
 from natkeep.migrate.host import Host, HostError
 from natkeep.migrate.record import GATEWAY, RELAY, Record
 
@@ -109,9 +109,7 @@ def _restore_at_source(migration: Migration) -> None:
     if relays:
         source.natkeep("rollback", record.id, "--yes")  # closes its gate
     else:
-        if not knows(source, record.id):  # CRIU's lock is all that keeps it quiet
-            words = [*record.options(listeners=False), "--image", migration.dumped]
-            source.natkeep("prepare", record.id, *words, "--site", "source")
+        quiet_source(migration)
         options += ["--action-script", source.hook]
         environment = {"NATKEEP_ID": record.id}
     migration._criu(
@@ -149,7 +147,7 @@ def resume(migration: Migration) -> None:
     for host in migration.hosts():
         _reach(host, "it is needed to go on")
     if place == Place.DESTINATION:
-        migration.go("verify")
+        migration.go("source")
         return
     for name in ("dump",) if not migration.record.shared else ():
         migration.destination.run("rm", "-rf", "--", f"{migration.record.images}/{name}")

@@ -2,13 +2,15 @@
 
     check      sockets, addresses, who translates; natkeep's own check at every host
     prepare    while the process runs: the destination, its gate closed; CRIU's pre-dumps
-    dump       the process is frozen from here on; the source's gate stands before its tasks end
-    copy       the image to the destination, and beside it whoever translates for the peers
+    dump       the process is frozen from here on; CRIU's lock keeps the source quiet
+    copy       the image to the destination, and beside it what translates for the peers
     restore    CRIU at the destination; natkeep-hook compares, and opens when the sockets are there
+    source     natkeep's gate there, in the place of CRIU's lock
     verify     the peers are heard
 
-By a relay the destination is prepared after the dump, and the source is prepared as the relay,
-whose gate takes the place of CRIU's lock.
+CRIU locks no UDP: of a process that has such sockets the source's gate stands before its tasks end,
+by natkeep-hook at post-dump. By a relay the destination is prepared after the dump, and the source
+as the relay, whose gate takes the place of CRIU's lock.
 
 Rule: nothing is asked of two hosts at once that the order has one after the other.
 """
@@ -42,6 +44,7 @@ _PATIENCE = 10.0  # s for the peers to answer, before it is said that they have 
 class Migration:
     """One migration under way: its record, its hosts, its clock.
 
+    fresh: it was begun by this run, and not by one that was interrupted.
     frozen, running: when the dump began and when the restore was through (s, monotonic).
     answered, count: peers that were heard since, of how many.
     """
@@ -54,7 +57,8 @@ class Migration:
         self.source, self.destination, self.gateway = (
             self._hosts[name] for name in (record.source, record.destination, target)
         )
-        self.sockets = ""
+        self.sockets, self.fresh = "", False
+        self.copying: _Copy | None = None
         self.frozen = self.running = 0.0
         self.answered: int | None = None
         self.count = 0
@@ -71,11 +75,15 @@ class Migration:
         return tuple(dict.fromkeys(some))
 
     def close(self) -> None:
+        """End what was started; what hosts do just now they do to its end."""
+        if self.copying:
+            self.copying.end()
         for host in self._hosts.values():
             host.close()
 
     def go(self, first: str = STEPS[0]) -> None:
         """All steps from *first* on."""
+        self.fresh = first == STEPS[0]
         for step in STEPS[STEPS.index(first) : -1]:
             self.record.begin(step)
             getattr(self, f"_{step}")()
@@ -150,7 +158,7 @@ class Migration:
             *before, *self.record.dump_options,
         )  # fmt: skip
         if not self.record.shared:
-            _Copy(self, name).finish()
+            _Copy(self, name).go()
         self.say("pre-dump", f"round {number} of {self.record.pre_dumps}")
 
     # The blackout
@@ -165,9 +173,11 @@ class Migration:
         if record.pre_dumps:
             options += ["--prev-images-dir", f"../pre-{record.pre_dumps}", "--track-mem"]
         environment = {}
-        if record.role == GATEWAY:
+        if record.role == GATEWAY and self._has_udp():
             options += ["--action-script", self.source.hook]
             environment = {"NATKEEP_ID": record.id, "NATKEEP_SOURCE": ",".join(record.maps)}
+        if not record.shared:
+            self.copying = _Copy(self, "dump")  # started here, so that no start is waited for
         self.frozen = time.monotonic()
         self._criu(
             self.source, self.dumped, "dump", *options, *record.dump_options,
@@ -175,23 +185,24 @@ class Migration:
         )  # fmt: skip
         self.say("dump", f"frozen on {self.source}")
 
+    def _has_udp(self) -> bool:
+        sockets = json.loads(self.sockets)["sockets"]
+        return any(each["kept"] and each["protocol"] == "udp" for each in sockets)
+
     def _copy(self) -> None:
-        copy = None if self.record.shared else _Copy(self, "dump")
+        copy = self.copying
+        if not (copy or self.record.shared):
+            copy = _Copy(self, "dump")
         with ThreadPoolExecutor(1) as beside:
-            done = beside.submit(copy.finish) if copy else None
+            done = beside.submit(copy.go) if copy else None
             self._translate()
+            ours = self.source.digest(self.dumped) if copy else ""
             if done:
                 done.result()
         if copy:
-            self._compare()
+            if self.destination.digest(self.dumped) != ours:
+                raise HostError(f"the image on {self.destination} is not that of {self.source}")
             self.say("copy", f"{copy.octets / 1e6:.1f} MB of image on {self.destination}")
-
-    def _compare(self) -> None:
-        with ThreadPoolExecutor(2) as both:
-            hosts = (self.source, self.destination)
-            ours, theirs = both.map(lambda host: host.digest(self.dumped), hosts)
-        if ours != theirs:
-            raise HostError(f"the image on {self.destination} is not that of {self.source}")
 
     def _translate(self) -> None:
         """Have those sites ready that wait for the freeze; then peers may be passed on."""
@@ -199,22 +210,26 @@ class Migration:
         words = record.options(listeners=False)
         image = self.source.natkeep("inspect", self.dumped, *_maps(words), "--json").stdout
         listed = [*record.options(), "--connections", "-"]
-        if not knows(self.destination, record.id):
+        if self._lacks(self.destination, prepared=record.role == GATEWAY):
             self.destination.natkeep(
                 "prepare", record.id, *listed, "--site", "destination", stdin=image
             )
         if record.role == RELAY:
-            if not knows(self.source, record.id):
+            if self._lacks(self.source):
                 self.source.natkeep(
                     "prepare", record.id, *words, "--image", self.dumped, "--site", "relay"
                 )
             self.source.natkeep("open", record.id)
-        elif not knows(self.gateway, record.id):
+        elif self._lacks(self.gateway):
             self.gateway.natkeep(
                 "prepare", record.id, *listed, "--site", "gateway", "--gate", "open", stdin=image
             )
         who = self.source if record.role == RELAY else self.gateway
         self.say("prepare", f"{who} translates, {self.destination} holds what peers say")
+
+    def _lacks(self, host: Host, *, prepared: bool = False) -> bool:
+        """Whether *host* is to be prepared still; *prepared* says it of a fresh migration."""
+        return not prepared if self.fresh else not knows(host, self.record.id)
 
     def _restore(self) -> None:
         record = self.record
@@ -236,6 +251,12 @@ class Migration:
     def silent_ms(self) -> int | None:
         """From the dump's beginning to the restore's end; None where another run began it."""
         return round((self.running - self.frozen) * 1000) if self.frozen else None
+
+    def _source(self) -> None:
+        record = self.record
+        if record.role == GATEWAY:
+            quiet_source(self)
+            self.say("source", f"{self.source} is quiet, CRIU's lock is gone")
 
     def _verify(self) -> None:
         """Wait for the peers, but not for those that have nothing to say."""
@@ -267,25 +288,25 @@ class Migration:
 
 
 class _Copy:
-    """A directory of images on its way from the source to the destination."""
+    """A directory of images on its way from the source to the destination, once `go` is asked."""
 
     def __init__(self, migration: Migration, name: str) -> None:
-        images = migration.record.images
+        images, streams = migration.record.images, {"stdin": PIPE, "stdout": PIPE, "stderr": PIPE}
         self.octets = 0
-        self._out = migration.source.start(
-            "tar", "-C", images, "-cf", "-", name, stdin=PIPE, stdout=PIPE, stderr=PIPE
-        )
-        self._in = migration.destination.start(
-            "tar", "-C", images, "-xpf", "-", stdin=PIPE, stdout=PIPE, stderr=PIPE
-        )
+        waiting = 'read -r _ && exec tar -C "$1" -cf - "$2"'
+        self._out = migration.source.start("sh", "-c", waiting, "sh", images, name, **streams)
+        self._in = migration.destination.start("tar", "-C", images, "-xpf", "-", **streams)
 
-    def finish(self) -> None:
+    def go(self) -> None:
         """Pass all of it on; HostError with tar's own words where that fails."""
+        assert self._out.stdin is not None
         assert self._out.stdout is not None
         assert self._in.stdin is not None
         try:
             with suppress(BrokenPipeError):
-                while piece := self._out.stdout.read(_PIECE):
+                self._out.stdin.write(b"\n")
+                self._out.stdin.flush()
+                while piece := self._out.stdout.read1(_PIECE):  # type: ignore[attr-defined]
                     self._in.stdin.write(piece)
                     self.octets += len(piece)
                 self._in.stdin.close()
@@ -295,9 +316,13 @@ class _Copy:
                     said = program.stderr.read().decode(errors="backslashreplace").strip()
                     raise HostError(f"copy: {what} the image: {said or 'it ended early'}")
         finally:
-            for program in (self._out, self._in):
-                if program.poll() is None:
-                    program.terminate()
+            self.end()
+
+    def end(self) -> None:
+        """End both programs."""
+        for program in (self._out, self._in):
+            if program.poll() is None:
+                program.terminate()
 
 
 def _end(program: Popen[bytes]) -> int:
@@ -320,6 +345,15 @@ def read_move(host: Host, move_id: str) -> dict[str, Any] | None:
             found: dict[str, Any] = move
             return found
     return None
+
+
+def quiet_source(migration: Migration) -> None:
+    """natkeep's gate at the source, from the image, unless it stands; CRIU's lock goes then."""
+    record, source = migration.record, migration.source
+    move = read_move(source, record.id)
+    if move is None or not move["connections"]:  # nothing yet, or listeners that are held alone
+        words = [*record.options(listeners=False), "--image", migration.dumped]
+        source.natkeep("prepare", record.id, *words, "--site", "source")
 
 
 def knows(host: Host, move_id: str) -> bool:

@@ -17,7 +17,7 @@ from natkeep.errors import JournalError, UsageError
 from natkeep.plan.move import parse_id
 
 SCHEMA = 1
-STEPS = ("check", "prepare", "dump", "copy", "restore", "verify", "done")
+STEPS = ("check", "prepare", "dump", "copy", "restore", "source", "verify", "done")
 """In their order; `back`: it was rolled back."""
 GATEWAY, RELAY = "gateway", "relay"
 

@@ -39,7 +39,7 @@ class Controller:
         assert self.process.stderr is not None
         for line in self.process.stderr:
             self.said.append(line)
-            if line.startswith(step):
+            if line.split()[2:3] == [step]:
                 return True
         return False
 
