@@ -161,6 +161,21 @@ def test_an_image_with_the_same_connections_changes_nothing_at_the_destination(
     assert kept_at(kernel, GATEWAY) == set(PREPARED)
 
 
+def test_a_comparison_makes_all_ready_and_opens_nothing(
+    executor: Executor, kernel: FakeKernel
+) -> None:
+    prepare(executor, move_of(), PREPARED)
+    assert "web.ready" not in files(executor)
+
+    assert open_move(executor, "web", lambda journal: image(), opens=False) == Compared(3, 1)
+
+    assert kept_at(kernel, GATEWAY) == set(FOUND)
+    assert kept_at(kernel, DESTINATION) == {*PREPARED, *FOUND}
+    assert {site.gates["web"] for site in kernel.sites.values()} == {Gate.CLOSED}
+    assert open_move(executor, "web", lambda journal: image()) == Compared(3, 1)
+    assert {site.gates["web"] for site in kernel.sites.values()} == {Gate.OPEN}
+
+
 def test_without_an_image_it_is_opened_as_prepared(executor: Executor, kernel: FakeKernel) -> None:
     prepare(executor, move_of(), PREPARED)
 

@@ -163,8 +163,11 @@ def open(args: argparse.Namespace) -> int:
             blind = journal.move.live and journal.change is None
         return image
 
-    compared = open_move(executor, args.id, confirm)
-    do_afterwards(partial(remove_hooks, args))
+    if args.compare and image is None:
+        raise UsageError("--compare with what?", hint="--image DIR, or --connections FILE")
+    compared = open_move(executor, args.id, confirm, opens=not args.compare)
+    if not args.compare:
+        do_afterwards(partial(remove_hooks, args))
     if blind:
         talk(args, f"natkeep: {args.id}: opened as prepared, with no image to compare (--image)")
     if compared is not None:
@@ -173,7 +176,8 @@ def open(args: argparse.Namespace) -> int:
         for line in report.compared_lines(compared):
             talk(args, f"natkeep: {args.id}: {line}")
     more = {} if compared is None else {"came": compared.came, "went": compared.went}
-    print_verb(args, f"{args.id}: gate open", gate="open", **more)
+    gate = "closed" if args.compare else "open"
+    print_verb(args, f"{args.id}: gate {gate}", gate=gate, **more)
     return 0
 
 

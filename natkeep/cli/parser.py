@@ -217,6 +217,7 @@ _OPEN = (
     _ID,
     _option("--image", "DIR", help="the dump of a process that was prepared for by --live"),
     _CONNECTIONS,
+    _flag("--compare", "with that dump alone, and open nothing yet: natkeep-hook does at once"),
 )
 _DROP = _option(
     "--drop", "SECONDS", type=_deadline,

@@ -3,10 +3,11 @@
 A move that was prepared from a live process is compared with the image before that, and the sites
 that waited for the freeze are made ready. What only makes packets quicker is removed afterwards.
 
-When prepare ends with the gates closed it leaves the file ID.ready: all that the hook needs to open
-the move, in the form it needs it. natkeep/criu/natkeep_hook_open.py reads it, in a tenth of the
-time that reading the journal, making the plan and packing the messages again would take; all that
-is inside the blackout (`make bench-hook`). ASCII lines:
+When prepare (or a comparison before the restore) ends with the gates closed it leaves the file
+ID.ready: all that the hook needs to open the move, in the form it needs it.
+natkeep/criu/natkeep_hook_open.py reads it, in a tenth of the time that reading the journal, making
+the plan and packing the messages again would take; all that is inside the blackout (`make
+bench-hook`). ASCII lines:
 
     natkeep-ready 5
     boot BOOT ID
@@ -35,6 +36,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import ExitStack, suppress
+from functools import partial
 
 from natkeep.checkpoint import Checkpoint
 from natkeep.errors import JournalError, NatkeepError, RefusedError
@@ -55,8 +57,13 @@ def open_move(
     executor: Executor,
     move_id: str,
     confirm: Callable[[Journal], Checkpoint | None] = lambda journal: None,
+    *,
+    opens: bool = True,
 ) -> Compared | None:
     """Let the kept connections through at every site, gateway first; again is fine.
+
+    opens: else all is made ready for that, in a comparison with the image, and no gate is opened:
+    the hook then has nothing to compare in the blackout.
 
     confirm: asked, under the lock, before anything is opened; whatever it raises is the end.
     The image that it returns is compared with what was prepared: what came is added. Returned
@@ -90,11 +97,13 @@ def open_move(
 
             compared = compare.bring_up_to_date(executor, journal, plan, image)
             plan = plan_of(journal)
-        numbers = [n for n in range(len(plan.steps)) if not journal.is_done(n)]
+        wanted = range(len(plan.steps) if opens else len(plan.prepare))
+        numbers = [n for n in wanted if not journal.is_done(n)]
         for number in numbers if journal.move.live else ():
             if number not in journal.records:
                 executor.kernel.check(plan.steps[number])
-        executor.apply_or_undo(journal, plan, numbers)
+        ready = None if opens else partial(write_ready, executor.kernel, journal, plan)
+        executor.apply_or_undo(journal, plan, numbers, ready)
         return compared
 
 

@@ -209,27 +209,36 @@ class Migration:
         record = self.record
         words = record.options(listeners=False)
         image = self.source.natkeep("inspect", self.dumped, *_maps(words), "--json").stdout
-        listed = [*record.options(), "--connections", "-"]
-        if self._lacks(self.destination, prepared=record.role == GATEWAY):
-            self.destination.natkeep(
-                "prepare", record.id, *listed, "--site", "destination", stdin=image
-            )
         if record.role == RELAY:
+            self._prepare_from(image, self.destination, "destination")
             if self._lacks(self.source):
                 self.source.natkeep(
                     "prepare", record.id, *words, "--image", self.dumped, "--site", "relay"
                 )
             self.source.natkeep("open", record.id)
-        elif self._lacks(self.gateway):
-            self.gateway.natkeep(
-                "prepare", record.id, *listed, "--site", "gateway", "--gate", "open", stdin=image
-            )
-        who = self.source if record.role == RELAY else self.gateway
-        self.say("prepare", f"{who} translates, {self.destination} holds what peers say")
+            self.say("prepare", f"{self.source} passes on, {self.destination} holds what peers say")
+            return
+        if not self.fresh:
+            self._prepare_from(image, self.destination, "destination")
+        with ThreadPoolExecutor(1) as beside:
+            # The destination is closed, so the gateway need not wait for it.
+            done = beside.submit(self._prepare_from, image, self.gateway, "gateway")
+            # And the hook then has nothing to compare in the blackout.
+            comparing = ["open", record.id, "--connections", "-", "--compare"]
+            self.destination.natkeep(*comparing, stdin=image)
+            done.result()
+        self.say("prepare", f"{self.gateway} translates, {self.destination} holds what peers say")
 
-    def _lacks(self, host: Host, *, prepared: bool = False) -> bool:
-        """Whether *host* is to be prepared still; *prepared* says it of a fresh migration."""
-        return not prepared if self.fresh else not knows(host, self.record.id)
+    def _prepare_from(self, image: str, host: Host, role: str) -> None:
+        """Prepare a site of *role* there from the document of the image, unless it is."""
+        if self._lacks(host):
+            words = ["prepare", self.record.id, *self.record.options(), "--site", role]
+            gate = ["--gate", "open"] if role == GATEWAY else []
+            host.natkeep(*words, *gate, "--connections", "-", stdin=image)
+
+    def _lacks(self, host: Host) -> bool:
+        """Whether *host* is to be prepared still; asked where another run may have done it."""
+        return self.fresh or not knows(host, self.record.id)
 
     def _restore(self) -> None:
         record = self.record
