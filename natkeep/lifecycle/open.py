@@ -75,17 +75,7 @@ def open_move(
         journal, plan = executor.load(move_id)
         if journal.move.live:  # more than its own rules may have to be changed
             stack.enter_context(executor.state.locked())
-        refuse_earlier_boot(journal)
-        if any(isinstance(s, Unknown) and not journal.is_done(n) for n, s in enumerate(plan.steps)):
-            raise JournalError(
-                f"move {move_id} was prepared by a natkeep that opens it by other steps",
-                hint=f"use that version for it; natkeep teardown {move_id} undoes it",
-            )
-        if journal.move.quiesces:
-            raise RefusedError(
-                f"{move_id} only holds listeners so far: there is no gate to open",
-                hint=f"natkeep prepare {move_id} --site source=...; teardown lets callers in",
-            )
+        _refuse_to_open(journal, plan)
         image = confirm(journal)
         executor.open_known(journal, plan.move.sites)
         compared = None
@@ -105,6 +95,21 @@ def open_move(
         ready = None if opens else partial(write_ready, executor.kernel, journal, plan)
         executor.apply_or_undo(journal, plan, numbers, ready)
         return compared
+
+
+def _refuse_to_open(journal: Journal, plan: Plan) -> None:
+    refuse_earlier_boot(journal)
+    move_id = journal.move.id
+    if any(isinstance(s, Unknown) and not journal.is_done(n) for n, s in enumerate(plan.steps)):
+        raise JournalError(
+            f"move {move_id} was prepared by a natkeep that opens it by other steps",
+            hint=f"use that version for it; natkeep teardown {move_id} undoes it",
+        )
+    if journal.move.quiesces:
+        raise RefusedError(
+            f"{move_id} only holds listeners so far: there is no gate to open",
+            hint=f"natkeep prepare {move_id} --site source=...; teardown lets callers in",
+        )
 
 
 def close_move(executor: Executor, move_id: str) -> None:

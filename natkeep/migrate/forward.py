@@ -111,6 +111,10 @@ class Migration:
                 raise HostError(f"{host} has no natkeep-hook beside its natkeep, nor in PATH")
         if found := way.check(self.destination, record, "destination", self.sockets):
             raise HostError(f"{self.destination} cannot take it: {found}")
+        for host in (self.source, self.destination):
+            there = host.run(record.criu, "--version", ok=None)
+            if there.exit:
+                raise HostError(f"{host} has no {record.criu}: {there.reason()}")
         self._refuse_pid_in_use()
         for host in (self.source, self.destination):
             self._make_directory(host)

@@ -195,3 +195,16 @@ def test_every_ssh_is_killed(step: str):
         return moved
 
     perform(run)
+
+
+def test_a_full_disk_takes_it_back():
+    def run(lab: Lab, machines: Machines) -> bool:
+        host = lab.topology["destination"]
+        host.run("mount", "-o", "remount,size=1m", str(machines.images))
+        done = machines.natkeep("migrate", *machines.words())
+        lab.report.check("it says why", "No space left on device" in done.stderr, done.stderr)
+        lab.report.check("and where it runs", "as before" in done.stderr, done.stderr)
+        lab.report.check("it fails", done.returncode == 1, str(done.returncode))
+        return False
+
+    perform(run)

@@ -1,0 +1,175 @@
+"""natkeep migrate without hosts: what is wrong is told in one line, and nothing is begun."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from natkeep import __version__
+from natkeep.cli import main
+from natkeep.migrate import PROTOCOL
+from natkeep.migrate.criu_errors import first_error
+from natkeep.migrate.record import Record, load, place
+
+
+@pytest.fixture
+def state(tmp_path: Path) -> list[str]:
+    return ["--state-dir", str(tmp_path / "state")]
+
+
+def write_ssh(tmp_path: Path, text: str) -> list[str]:
+    """An ssh that is this shell script, whatever it is asked for."""
+    script = tmp_path / "ssh"
+    script.write_text(f"#!/bin/sh\n{text}\n")
+    script.chmod(0o755)
+    return ["--ssh", str(script)]
+
+
+def hello(**other: object) -> str:
+    line = json.dumps({"natkeep": __version__, "protocol": PROTOCOL, "hook": "/hook", **other})
+    return f"echo '{line}'"
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        ([], "which process, and where to?"),
+        (["a:1"], "which process, and where to?"),
+        (["a", "b"], "'a' is not [USER@]A:PID"),
+        (["a:x", "b"], "'a:x' is not [USER@]A:PID"),
+        (["a:1", "a"], "the same host"),
+        (["a:1", "b", "--map", "10.2.0.10"], "is not of the form"),
+        (["a:1", "b", "--id", "-x"], "--id"),
+        (["a:1", "b", "--pre-dump", "many"], "not a number of rounds"),
+        (["--resume", "x", "--rollback", "x"], "stand alone"),
+        (["a:1", "b", "--resume", "x"], "stand alone"),
+    ],
+)
+def test_a_wrong_command_line_is_exit_2(state, capsys, words: list[str], told: str) -> None:
+    assert main(["migrate", *words, *state]) == 2
+    assert told in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("verb", [["migrate", "--resume"], ["migrate", "--rollback"], ["finish"]])
+def test_what_was_not_begun_is_exit_7(state, capsys, verb: list[str]) -> None:
+    assert main([*verb, "web", *state]) == 7
+    assert "no migration web was begun here" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("script", "code", "told"),
+    [
+        ("echo 'ssh: connect to host a: No route to host' >&2; exit 255", 9, "No route to host"),
+        (
+            "echo 'root@a: Permission denied (publickey).' >&2; exit 255",
+            9,
+            "(a key that ssh offers",
+        ),
+        ("echo 'sh: 1: natkeep: not found' >&2; exit 127", 9, "(natkeep there is to be in PATH"),
+        ("exit 0", 9, "the connection has ended"),
+        (hello(natkeep="0.0.1"), 2, "has natkeep 0.0.1, this is"),
+        (hello(protocol=99), 2, "the same version on all hosts"),
+    ],
+)
+def test_a_host_that_cannot_be_used(
+    tmp_path: Path, state, capsys, script: str, code: int, told: str
+) -> None:
+    assert main(["migrate", "a:1", "b", *write_ssh(tmp_path, script), *state]) == code
+    assert told in capsys.readouterr().err
+    assert main(["migrate", "--rollback", "m1", *state]) == 7  # nothing was begun
+
+
+def test_with_json_an_error_is_a_document(tmp_path: Path, state, capsys) -> None:
+    ssh = write_ssh(tmp_path, "exit 255")
+    assert main(["migrate", "a:1", "b", *ssh, *state, "--json"]) == 9
+    assert json.loads(capsys.readouterr().out)["error"]["exit"] == 9
+
+
+def test_a_record_is_read_as_it_was_written(tmp_path: Path) -> None:
+    record = Record("web", "root@a", 7, "b", maps=["10.2.0.10=10.3.0.20"], listeners=True)
+    record.path = place(str(tmp_path), "web")
+    record.begin("dump")
+    found = load(str(tmp_path), "web")
+    assert found == record
+    assert found.is_past("prepare")
+    assert not found.is_past("copy")
+
+
+@pytest.mark.parametrize("change", [{"schema": 2}, {"more": 1}, {"id": None}])
+def test_a_record_of_another_kind_is_refused(tmp_path: Path, capsys, change: dict) -> None:
+    record = Record("web", "a", 7, "b", path=place(str(tmp_path), "web"))
+    record.save()
+    assert record.path is not None
+    value = json.loads(record.path.read_text())
+    value.update(change)
+    if change == {"id": None}:
+        del value["id"]
+    record.path.write_text(json.dumps(value))
+    assert main(["migrate", "--resume", "web", "--state-dir", str(tmp_path)]) == 7
+    assert str(record.path) in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("log", "told"),
+    [
+        (["(00.1) Error (criu/util.c:1): Can't get rlimit 0", "(00.2) Error (criu/files.c:9): "
+          "Can't open file dev/shm/x on restore", "(00.3) Error (criu/cr.c:2): Restoring FAILED."],
+         "Can't open file dev/shm/x on restore (copy that file there, with the same path)"),
+        (["(00.1) Error (criu/cr.c:1): Can't fork for 3003: File exists"],
+         "Can't fork for 3003: File exists (a process there has that pid: end it)"),
+        (["natkeep-hook: web: 2 prepared", "natkeep-hook: no such move"], "no such move"),
+        (["(00.1) Error (criu/x.c:1): what nobody knows"], "what nobody knows"),
+        (["all is well"], "all is well"),
+        ([], "its log is empty"),
+    ],
+)  # fmt: skip
+def test_the_first_true_error_of_criu_and_its_cure(log: list[str], told: str) -> None:
+    assert first_error(log) == told
+
+
+def test_serve_answers_requests_in_turn(tmp_path: Path) -> None:
+    import subprocess
+
+    (tmp_path / "some").mkdir()
+    requests = [
+        {"natkeep": ["explain", "forwarding-off", "--json"]},
+        {"run": ["sh", "-c", "echo $X; exit 3"], "environment": {"X": "y"}},
+        {"run": ["no-such-program"]},
+        {"digest": str(tmp_path / "some")},
+    ]
+    done = subprocess.run(
+        [sys.executable, "-m", "natkeep.cli", "serve", "web", "--stdio", "--state-dir",
+         str(tmp_path / "state")],
+        input="".join(f"{json.dumps(each)}\n" for each in requests), capture_output=True, text=True,
+    )  # fmt: skip
+    said = [json.loads(line) for line in done.stdout.splitlines()]
+    assert said[0]["natkeep"] == __version__
+    assert json.loads(said[1]["stdout"])["code"] == "forwarding-off"
+    assert (said[2]["exit"], said[2]["stdout"]) == (3, "y\n")
+    assert said[3]["exit"] == 127
+    assert len(said[4]["stdout"]) == 64
+    assert done.returncode == 0
+
+
+def test_an_earlier_serve_does_nothing_more(tmp_path: Path) -> None:
+    """Once another has begun, not even what was on its way to it."""
+    import subprocess
+
+    words = [sys.executable, "-m", "natkeep.cli", "serve", "web", "--stdio"]
+    words += ["--state-dir", str(tmp_path / "state")]
+    mark = tmp_path / "mark"
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen(words, text=True, **pipes) as earlier:
+        assert earlier.stdout is not None
+        assert earlier.stdout.readline()
+        with subprocess.Popen(words, text=True, **pipes) as later:
+            assert later.stdout is not None
+            assert later.stdout.readline()
+            out, said = earlier.communicate(json.dumps({"run": ["touch", str(mark)]}) + "\n")
+            later.communicate("")
+    assert out == ""
+    assert "another natkeep migrate has taken web over" in said
+    assert not mark.exists()
