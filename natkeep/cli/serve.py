@@ -26,7 +26,6 @@ import hashlib
 import json
 import os
 import secrets
-import shutil
 import signal
 import subprocess
 import sys
@@ -39,6 +38,7 @@ from typing import Any
 
 from natkeep import __version__, afterwards
 from natkeep.errors import RefusedError, UsageError
+from natkeep.installed import find_program
 from natkeep.migrate import PROTOCOL
 from natkeep.plan.move import parse_id
 from natkeep.state.directory import StateDirectory
@@ -66,7 +66,9 @@ def serve(args: argparse.Namespace) -> int:
     turn = _Turn(args)
     with turn.taken():
         turn.begin()
-    _answer({"natkeep": __version__, "protocol": PROTOCOL, "hook": _find_hook()})
+    _answer(
+        {"natkeep": __version__, "protocol": PROTOCOL, "hook": find_program("natkeep-hook") or ""}
+    )
     while line := sys.stdin.buffer.readline(_LONGEST):
         with turn.taken():
             if not turn.is_ours():
@@ -79,11 +81,6 @@ def serve(args: argparse.Namespace) -> int:
 def _answer(value: dict[str, Any]) -> None:
     sys.stdout.write(json.dumps(value) + "\n")
     sys.stdout.flush()
-
-
-def _find_hook() -> str:
-    beside = Path(sys.executable).with_name("natkeep-hook")
-    return str(beside) if beside.exists() else shutil.which("natkeep-hook") or ""
 
 
 class _Turn:

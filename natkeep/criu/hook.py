@@ -202,8 +202,8 @@ def _confirm(journal: Journal, orders: Orders, call: Call, executor: Executor) -
     return None
 
 
-def _run() -> NoReturn:
-    """As the program: what an interpreter does for a long life is left out (10 ms of 50)."""
+def program() -> NoReturn:
+    """As a process: what an interpreter does for a long life is left out (10 ms of 50)."""
     import gc
 
     gc.disable()
@@ -216,4 +216,4 @@ def _run() -> NoReturn:
 
 
 if __name__ == "__main__":
-    _run()
+    program()

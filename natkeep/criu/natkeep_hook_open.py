@@ -9,8 +9,8 @@ another millisecond), for `python3 -I -S`, and knows nothing of what is in the m
 is not exactly as prepare left it is left to the long way, which says what is wrong; so is a
 refusal of the kernel's: the journal says then what was begun, and the long way goes on from there.
 
-It is installed beside natkeep-hook and imported from there, since what is imported is compiled once
-and not at each start: 1.3 ms of 9.
+It is installed as share/natkeep/natkeep_hook_open.py, so that it is in no path of programs, and
+imported from there, since what is imported is compiled once and not at each start: 1.3 ms of 9.
 """
 
 import _signal  # type: ignore[import-not-found]  # built in, unknown to mypy
@@ -20,7 +20,12 @@ import posix
 import sys
 from time import monotonic_ns
 
-SLOW = [sys.executable, "-I", "-m", "natkeep.criu.hook"]
+TYPE_CHECKING = False  # typing.TYPE_CHECKING, without importing typing
+if TYPE_CHECKING:
+    from typing import NoReturn
+
+CALL = "import sys; sys.path.append(sys.argv[1]); import natkeep_hook_open as n; n.take_long_way()"
+SLOW = [sys.executable, "-I", "-S", "-c", CALL, *sys.argv[1:]]
 DEFAULT_DIRECTORY = "/run/natkeep"
 ID_ALPHABET = frozenset("abcdefghijklmnopqrstuvwxyz0123456789-")
 SECONDS = 5  # then the long way, which has its own clock, says what it waits for
@@ -282,6 +287,25 @@ def unhook(sites: list[Site], criu: int | None) -> None:
             site.unhook()
     finally:
         posix._exit(0)
+
+
+def take_long_way() -> "NoReturn":
+    """natkeep.criu.hook, of the installation that this file belongs to.
+
+    `pip install --user` and `--prefix` put it where an isolated interpreter does not look; it goes
+    before what else the system has by this name, and behind the standard library.
+    """
+    import site
+
+    version = "lib/python{}.{}".format(*sys.version_info)
+    for kind in ("site", "dist"):  # dist: Debian's word for it
+        site.addsitedir(f"{sys.argv[1]}/../../{version}/{kind}-packages")
+    site.main()
+    try:
+        from natkeep.criu.hook import program
+    except ModuleNotFoundError as error:
+        sys.exit(f"natkeep-hook: {sys.executable} has no {error.name}: install natkeep anew")
+    program()
 
 
 def serve_in_time() -> list[Site]:

@@ -31,6 +31,7 @@ from pathlib import Path
 from natkeep import report
 from natkeep.checkpoint import Checkpoint, NetworkLock
 from natkeep.errors import NatkeepError, UsageError
+from natkeep.installed import find_program
 from natkeep.lifecycle.check import require_devices, require_sockets
 from natkeep.lifecycle.executor import Executor
 from natkeep.lifecycle.open import close_move, open_move, remove_gate_hooks
@@ -214,16 +215,18 @@ class Restore:
 
     def run(self) -> int:
         """CRIU's exit code, once the tree was restored; NatkeepError when it was not."""
-        hook = Path(sys.executable).with_name("natkeep-hook")
-        if not os.access(hook, os.X_OK):
-            raise UsageError(f"there is no {hook}", hint="install natkeep: pip, or `make setup`")
+        hook = find_program("natkeep-hook")
+        if hook is None:
+            raise UsageError(
+                "there is no natkeep-hook beside natkeep, nor in PATH", hint="install natkeep anew"
+            )
         adopt_orphans()
         with tempfile.TemporaryDirectory(prefix="natkeep-run-") as directory:
             resumed = Path(directory, "resumed")
             self._prepare()
             self.is_own = self.executor.state.follow(self.move.id)
             try:
-                status = self._run_criu(hook, resumed)
+                status = self._run_criu(Path(hook), resumed)
             except BaseException:  # Ctrl-C and SIGTERM: nothing stays but a tree that runs
                 self._undo_unless_resumed(keep=False)
                 raise

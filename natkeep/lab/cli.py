@@ -12,6 +12,7 @@ import os
 import shutil
 import time
 from collections.abc import Sequence
+from importlib.util import find_spec
 from json import dumps
 from pathlib import Path
 from typing import Any
@@ -159,10 +160,12 @@ def _matrix(args: argparse.Namespace) -> int:
 
 
 def require_tools(*more: str) -> None:
-    """The lab needs root and a few programs; NatkeepError when they are not there."""
+    """The lab needs root, a few programs and scapy; NatkeepError when they are not there."""
     if os.geteuid() != 0:
         raise RefusedError("the lab makes network namespaces, which needs root", hint="use sudo")
     tools = {**_TOOLS, **{tool: tool for tool in more}}
     missing = [f"{tool} (package {p})" for tool, p in tools.items() if not shutil.which(tool)]
+    if not find_spec("scapy"):
+        missing.append("scapy (package python3-scapy, or pip install 'natkeep[lab]')")
     if missing:
-        raise LabError(f"the lab needs {', '.join(missing)}", hint="`make demo` installs them")
+        raise LabError(f"the lab needs {', '.join(missing)}")

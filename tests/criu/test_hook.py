@@ -44,12 +44,16 @@ TREE_SITE = f"pid:{TREE}"
 def front(tmp_path: Path) -> Callable[..., tuple[int, list[str]]]:
     """Run a copy of the front beside a python3 that notes that it was run, and exits with 9."""
     (tmp_path / "bin").mkdir()
+    (tmp_path / "share/natkeep").mkdir(parents=True)
     shutil.copy(FRONT, tmp_path / "bin/natkeep-hook")
+    shutil.copy(FRONT.with_name("natkeep_hook_open.py"), tmp_path / "share/natkeep")
     python = tmp_path / "bin/python3"
-    python.write_text(f'#!/bin/sh\necho "$0 $*" >> {tmp_path}/noted\nexit 9\n')
+    python.write_text(f'#!/bin/sh\necho "$0 $1 $2 ${{4##*n.}} $5" >> {tmp_path}/noted\nexit 9\n')
     python.chmod(0o755)
 
-    def run(start: str = "bin/natkeep-hook", **environment: str) -> tuple[int, list[str]]:
+    def run(
+        start: str = "bin/natkeep-hook", says: bytes = b"", **environment: str
+    ) -> tuple[int, list[str]]:
         done = subprocess.run(
             [tmp_path / start],
             # python3 of the path is the same: whichever would be started, it is noted
@@ -57,13 +61,18 @@ def front(tmp_path: Path) -> Callable[..., tuple[int, list[str]]]:
             stdin=subprocess.DEVNULL,
             capture_output=True,
         )
-        assert (done.stdout, done.stderr) == (b"", b"")
+        assert (done.stdout, done.stderr) == (b"", says)
         noted = tmp_path / "noted"
         lines = noted.read_text().splitlines() if noted.exists() else []
         noted.unlink(missing_ok=True)
         return done.returncode, lines
 
     return run
+
+
+def started(where: Path, way: str = "main()", python: Path | None = None) -> str:
+    """What the front starts: of *where*, its bin/, the file in share/, by *python*."""
+    return f"{python or where / 'python3'} -I -S {way} {where}/../share/natkeep"
 
 
 @pytest.fixture
@@ -110,7 +119,8 @@ def test_the_front_hands_what_is_ours_to_the_python_beside_it_and_its_exit_code_
     tmp_path: Path,
 ) -> None:
     code, noted = front(CRTOOLS_SCRIPT_ACTION=action, **orders)
-    assert (code, noted) == (9, [f"{tmp_path}/bin/python3 -I -m natkeep.criu.hook"])
+    way = "take_long_way()" if "NATKEEP_MAP" in orders else "main()"
+    assert (code, noted) == (9, [started(tmp_path / "bin", way)])
 
 
 @pytest.mark.parametrize("action", ["pre-restore", "post-setup-namespaces"])
@@ -165,22 +175,59 @@ def test_the_front_finds_its_python_through_a_link(
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "elsewhere/hook").symlink_to("../bin/natkeep-hook")
     code, noted = front("elsewhere/hook", CRTOOLS_SCRIPT_ACTION="post-restore", NATKEEP_ID="web")
-    assert (code, noted) == (9, [f"{tmp_path}/bin/python3 -I -m natkeep.criu.hook"])
+    assert (code, noted) == (9, [started(tmp_path / "bin")])
 
 
-def test_the_front_takes_the_systems_python_and_never_the_paths_where_none_is_beside_it(
+def test_the_front_takes_the_python_that_natkeep_was_installed_for(
     front: Callable[..., tuple[int, list[str]]], tmp_path: Path
 ) -> None:
+    """As after `pip install --user`, whose bin/ has no python, or that of another program."""
+    (tmp_path / "own").mkdir()
+    (tmp_path / "bin/python3").rename(tmp_path / "own/python3.13")
+    (tmp_path / "bin/natkeep").write_text(f"#!{tmp_path}/own/python3.13\nimport natkeep\n")
+    code, noted = front(CRTOOLS_SCRIPT_ACTION="post-restore", NATKEEP_ID="web")
+    assert (code, noted) == (9, [started(tmp_path / "bin", python=tmp_path / "own/python3.13")])
+
+
+@pytest.mark.parametrize("beside", [True, False])
+def test_a_copy_of_the_front_finds_what_belongs_to_natkeep(
+    beside: bool, front: Callable[..., tuple[int, list[str]]], tmp_path: Path
+) -> None:
+    """natkeep is linked beside it, or is in the path."""
+    (tmp_path / "bin/natkeep").write_text(f"#!{tmp_path}/bin/python3\n")
+    (tmp_path / "bin/natkeep").chmod(0o755)
     (tmp_path / "alone").mkdir()
-    text = FRONT.read_text()
-    assert "python=/usr/bin/python3\n" in text
-    text = text.replace("/usr/bin/python3", f"{tmp_path}/bin/python3")
-    (tmp_path / "alone/natkeep-hook").write_text(text)
-    (tmp_path / "alone/natkeep-hook").chmod(0o755)
+    shutil.copy(FRONT, tmp_path / "alone")
+    if beside:
+        (tmp_path / "alone/natkeep").symlink_to("../bin/natkeep")
     code, noted = front(
-        "alone/natkeep-hook", CRTOOLS_SCRIPT_ACTION="post-restore", NATKEEP_ID="web", PATH=""
+        "alone/natkeep-hook", CRTOOLS_SCRIPT_ACTION="post-restore", NATKEEP_ID="web"
     )
-    assert (code, noted) == (9, [f"{tmp_path}/bin/python3 -I -m natkeep.criu.hook"])
+    assert (code, noted) == (9, [started(tmp_path / "bin")])
+
+
+def test_a_copy_of_the_front_that_finds_no_natkeep_says_so(
+    front: Callable[..., tuple[int, list[str]]], tmp_path: Path
+) -> None:
+    """And no python of the path is started."""
+    (tmp_path / "alone/bin").mkdir(parents=True)
+    copy = Path(shutil.copy(FRONT, tmp_path / "alone/bin"))
+    said = f"natkeep-hook: there is no natkeep beside {copy}, nor in PATH (natkeep setup --link)\n"
+    orders = {"CRTOOLS_SCRIPT_ACTION": "post-restore", "NATKEEP_ID": "web"}
+    assert front("alone/bin/natkeep-hook", said.encode(), **orders) == (1, [])
+
+
+def test_the_front_takes_the_systems_python_where_none_is_known(
+    front: Callable[..., tuple[int, list[str]]], tmp_path: Path
+) -> None:
+    """And never the path's."""
+    (tmp_path / "bin/python3").rename(tmp_path / "usual")
+    copy = tmp_path / "bin/natkeep-hook"
+    text = copy.read_text()
+    assert "python=/usr/bin/python3\n" in text
+    copy.write_text(text.replace("/usr/bin/python3", f"{tmp_path}/usual"))
+    code, noted = front(CRTOOLS_SCRIPT_ACTION="post-restore", NATKEEP_ID="web", PATH="")
+    assert (code, noted) == (9, [started(tmp_path / "bin", python=tmp_path / "usual")])
 
 
 def test_the_front_is_executable() -> None:

@@ -27,7 +27,7 @@ CORPUS = Path(__file__).parents[1] / "checkpoint/corpus"
 SOURCE = Path(natkeep.criu.__file__ or "").with_name("natkeep_hook_open.py")
 BIN = Path(sys.executable).parent
 OLD, NEW = "10.2.0.10", "10.3.0.20"
-LONG_WAY = 'SLOW = [sys.executable, "-I", "-m", "natkeep.criu.hook"]'
+LONG_WAY = 'SLOW = [sys.executable, "-I", "-S", "-c", CALL, *sys.argv[1:]]'
 TAKEN = 9
 
 pytestmark = [pytest.mark.root, pytest.mark.needs("nftables")]

@@ -24,7 +24,7 @@ ROOT = Path(__file__).resolve().parents[2]
 CRIU = ROOT / ".lab/criu/criu"
 BIN = Path(sys.executable).parent
 OLD, NEW, PEER = "10.2.0.10", "10.3.0.20", "10.1.0.2"
-LONG_WAY = 'SLOW = [sys.executable, "-I", "-m", "natkeep.criu.hook"]'
+LONG_WAY = 'SLOW = [sys.executable, "-I", "-S", "-c", CALL, *sys.argv[1:]]'
 
 pytestmark = [pytest.mark.root, pytest.mark.criu, pytest.mark.needs("nftables")]
 
@@ -227,16 +227,19 @@ def noting_hook(tmp_path: Path) -> Path:
 
     It has no long way.
     """
-    shutil.copy(ROOT / "natkeep/criu/natkeep-hook", tmp_path)
+    for name in ("bin", "share/natkeep"):
+        (tmp_path / name).mkdir(parents=True)
+    shutil.copy(ROOT / "natkeep/criu/natkeep-hook", tmp_path / "bin")
     text = (ROOT / "natkeep/criu/natkeep_hook_open.py").read_text()
     assert text.count(LONG_WAY) == 1
-    (tmp_path / "natkeep_hook_open.py").write_text(text.replace(LONG_WAY, 'SLOW = ["/bin/false"]'))
-    python = tmp_path / "python3"
+    program = tmp_path / "share/natkeep/natkeep_hook_open.py"
+    program.write_text(text.replace(LONG_WAY, 'SLOW = ["/bin/false"]'))
+    python = tmp_path / "bin/python3"
     python.write_text(
         f'#!/bin/sh\necho "${{4##*n.}}" >>{tmp_path}/noted\nexec {sys.executable} "$@"\n'
     )
     python.chmod(0o755)
-    return tmp_path / "natkeep-hook"
+    return tmp_path / "bin/natkeep-hook"
 
 
 @pytest.mark.parametrize("how", PLACES)
@@ -250,7 +253,7 @@ def test_a_prepared_move_is_opened_by_the_quick_file(
     assert _ours(log) == ["natkeep-hook: web: gate open"]
     (move,) = status["moves"]
     assert (move["gate"], [site["drift"] for site in move["sites"]]) == ("open", [[]])
-    assert (noting_hook.parent / "noted").read_text().split() == ["main()"]
+    assert (noting_hook.parents[1] / "noted").read_text().split() == ["main()"]
 
 
 @pytest.mark.parametrize("how", PLACES[2:])

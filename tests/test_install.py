@@ -1,0 +1,177 @@
+"""natkeep as pip installs it: a wheel in a virtual environment, for one user, by copies and links.
+
+The wheel and what it needs are fetched once; the rest is without an index.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import venv
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from hook_caller import cable
+
+ROOT = Path(__file__).resolve().parent.parent
+CORPUS = ROOT / "tests/checkpoint/corpus/plain"
+OLD, NEW = "10.2.0.10", "10.3.0.20"
+SYSTEM = "/usr/bin/python3"
+ENVIRONMENT = {"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "HOME": "/nonexistent"}
+
+pytestmark = pytest.mark.root
+
+
+def run(*command: str | Path, **environment: str) -> str:
+    done = subprocess.run(
+        command, env={**ENVIRONMENT, **environment}, capture_output=True, text=True, cwd="/",
+        stdin=subprocess.DEVNULL,
+    )  # fmt: skip
+    assert done.returncode == 0, f"{command}: {done.stdout}{done.stderr}"
+    return done.stdout + done.stderr
+
+
+@dataclass
+class Installed:
+    """An installation of natkeep."""
+
+    bin: Path
+
+    def natkeep(self, *arguments: str | Path, **environment: str) -> str:
+        return run(self.bin / "natkeep", *arguments, **environment)
+
+
+@pytest.fixture(scope="module")
+def pip(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A pip, and the directory of wheels that it installs from."""
+    here = tmp_path_factory.mktemp("wheels")
+    venv.create(here / "venv", with_pip=True, symlinks=True)
+    pip = here / "venv/bin/pip"
+    # As the user that we are: pip's own settings say where its index is.
+    subprocess.run(
+        [pip, "wheel", "-q", "--disable-pip-version-check", "--no-input", "-w", here, ROOT],
+        check=True, stdin=subprocess.DEVNULL,
+    )  # fmt: skip
+    return pip, here
+
+
+def install(pip: tuple[Path, Path], *options: str | Path, **environment: str) -> None:
+    quiet = ("-q", "--disable-pip-version-check", "--no-warn-script-location", "--root-user-action")
+    sources = ("ignore", "--no-index", "--find-links", pip[1])
+    python = ("--python", options[0], "install")
+    run(pip[0], *python, *quiet, *sources, *options[1:], "natkeep", **environment)
+
+
+@pytest.fixture(scope="module")
+def in_venv(pip: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> Installed:
+    where = tmp_path_factory.mktemp("a venv")
+    venv.create(where, symlinks=True)
+    before = {path.name for path in (where / "bin").iterdir()}
+    install(pip, where / "bin/python3")
+    added = {path.name for path in (where / "bin").iterdir()} - before
+    assert added == {"natkeep", "natkeep-hook"}
+    return Installed(where / "bin")
+
+
+@pytest.fixture(scope="module")
+def of_user(pip: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> Installed:
+    base = tmp_path_factory.mktemp("user")
+    install(pip, SYSTEM, "--user", "--break-system-packages", PYTHONUSERBASE=str(base))
+    assert {path.name for path in (base / "bin").iterdir()} == {"natkeep", "natkeep-hook"}
+    return Installed(base / "bin")
+
+
+WAYS = ["in_venv", "of_user"]
+
+
+@pytest.fixture
+def installed(request: pytest.FixtureRequest) -> Installed:
+    found: Installed = request.getfixturevalue(request.param)
+    return found
+
+
+@dataclass
+class Call:
+    """natkeep-hook as CRIU calls it after a restore, in a namespace where a move is prepared."""
+
+    installed: Installed
+    netns: str
+    state: str
+
+    def __call__(self, hook: Path, **environment: str) -> str:
+        enter = ("ip", "netns", "exec", self.netns)
+        user = {"PYTHONUSERBASE": str(self.installed.bin.parent), "NATKEEP_STATE_DIR": self.state}
+        prepare = ("-q", "prepare", "web", f"--map={OLD}={NEW}", f"--image={CORPUS}")
+        run(*enter, self.installed.bin / "natkeep", *prepare, **user)
+        try:
+            tree = subprocess.Popen([*enter, "sleep", "600"])
+            said = run(
+                *enter, hook, NATKEEP_ID="web", NATKEEP_STATE_DIR=self.state,
+                CRTOOLS_SCRIPT_ACTION="post-restore", CRTOOLS_INIT_PID=str(tree.pid),
+                CRTOOLS_IMAGE_DIR=str(CORPUS), **environment,
+            )  # fmt: skip
+            [move] = json.loads(self.installed.natkeep("status", "--json", **user))["moves"]
+            assert move["gate"] == "open"
+            return said
+        finally:
+            tree.kill()
+            tree.wait()
+            self.installed.natkeep("-q", "teardown", "web", "--yes", **user)
+
+
+@pytest.fixture
+def call(installed: Installed, make_netns: Callable[[], str], tmp_path: Path) -> Call:
+    netns = make_netns()
+    cable(netns)
+    return Call(installed, netns, str(tmp_path / "state"))
+
+
+OPENED = "natkeep-hook: web: gate open\n"
+
+
+@pytest.mark.parametrize("mode", ["", "stateful"])  # an order of its own: the long way
+@pytest.mark.parametrize("installed", WAYS, indirect=True)
+def test_the_hook_finds_its_package(call: Call, mode: str) -> None:
+    """With the environment of root's, not of the user who installed it."""
+    assert call(call.installed.bin / "natkeep-hook", NATKEEP_MODE=mode) == OPENED
+
+
+@pytest.mark.parametrize("mode", ["", "stateful"])
+@pytest.mark.parametrize("installed", WAYS, indirect=True)
+def test_a_link_and_a_copy_of_the_hook_find_it_too(call: Call, mode: str, tmp_path: Path) -> None:
+    """As pipx links it, and people copy it; to where natkeep is linked, or only in the path."""
+    linked = tmp_path / "linked"
+    linked.mkdir()
+    (linked / "natkeep").symlink_to(call.installed.bin / "natkeep")
+    (linked / "natkeep-hook").symlink_to(call.installed.bin / "natkeep-hook")
+    assert call(linked / "natkeep-hook", NATKEEP_MODE=mode) == OPENED
+
+    copy = tmp_path / "natkeep-hook"
+    copy.write_bytes((call.installed.bin / "natkeep-hook").read_bytes())
+    copy.chmod(0o755)
+    path = f"{ENVIRONMENT['PATH']}:{linked}"
+    assert call(copy, NATKEEP_MODE=mode, PATH=path) == OPENED
+
+
+@pytest.mark.parametrize("installed", WAYS, indirect=True)
+def test_natkeep_finds_the_hook_of_its_own_installation(
+    installed: Installed, tmp_path: Path
+) -> None:
+    """And not that of another one, which may be beside the interpreter or in the path."""
+    said = installed.natkeep(
+        "serve", "web", "--stdio", PYTHONUSERBASE=str(installed.bin.parent),
+        NATKEEP_STATE_DIR=str(tmp_path / "state"),
+    )  # fmt: skip
+    assert json.loads(said.splitlines()[0])["hook"] == str(installed.bin / "natkeep-hook")
+
+
+def test_the_lab_says_what_it_lacks(in_venv: Installed) -> None:
+    done = subprocess.run(
+        [in_venv.bin / "natkeep", "lab", "run", "server_moves_to_new_address"],
+        env=ENVIRONMENT, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 1
+    [line] = done.stderr.splitlines()
+    assert "scapy (package python3-scapy, or pip install 'natkeep[lab]')" in line
