@@ -39,8 +39,8 @@ def read_table() -> SeenTable:
 def clear(table: SeenTable, known: frozenset[str], olds: frozenset[Address], *, sure: bool) -> None:
     """Take away what no *known* move owns, its conntrack entries too (see plan/strays.py)."""
     # First: without the rules the host would be a router for strangers.
-    for setting in find_left_on((comment for _, comment in table.rules), known):
-        sysctl.write(setting.name, "0")
+    for setting in reversed(find_left_on((comment for _, comment in table.rules), known)):
+        sysctl.write(setting.name, setting.off)
     entries = [read_set(*each) for each in find_translated(table, table.ids() - known)]
     if known or not sure:
         nftables.remove(find_undos(table, known, olds, sure=sure))

@@ -10,6 +10,7 @@ import errno
 import os
 import socket
 import sys
+from collections.abc import Iterator, Sequence
 from contextlib import closing
 from ipaddress import ip_address
 
@@ -21,7 +22,7 @@ from natkeep.plan.base_chains import PASSING
 from natkeep.plan.move import Move
 from natkeep.plan.nft import TABLE
 from natkeep.plan.protocols import TCP
-from natkeep.plan.relay import RelayFacts, Setting, forwarding_of, is_plain
+from natkeep.plan.relay import RelayFacts, Setting, forwarding_of, is_plain, routes_of
 from natkeep.plan.step_undo import RestoreForwarding
 from natkeep.plan.steps import Prior, SwitchForwarding
 from natkeep.plan.translation import Translation
@@ -30,6 +31,7 @@ from natkeep.plan.tuples import Address, Connections
 _RTA_PREFSRC = 7
 _PASSING = 0x01 | 0x08 | 0x20 | 0x40
 """IFA_F_TEMPORARY, DADFAILED, DEPRECATED and TENTATIVE: IPv6 addresses that do not last."""
+_ALL = forwarding_of(6, "all")
 _EPHEMERAL = "ipv4/ip_local_port_range"
 """Of both IP versions."""
 
@@ -87,7 +89,8 @@ def find_forwarding(move: Move, connections: Connections) -> tuple[str, ...]:
         for map_, *kept in zip(move.maps, *map(move.share, (connections, move.udp)), strict=True):
             version = map_.old.version
             peers = frozenset[bytes]().union(*(move.on_wire(some).peers() for some in kept))
-            if version == 6 and sysctl.read("ipv6/conf/all/forwarding") == "1":
+            if version == 6 and (sysctl.read(_ALL.name) == "1" or not _knows_one_device()):
+                found |= dict.fromkeys(_find_of_all_devices(comments))
                 continue
             ends = (map_.new, *links.first(peers))
             for index in sorted({links.look_up(end)[1] for end in ends} - {0, rtnetlink.LOOPBACK}):
@@ -97,17 +100,47 @@ def find_forwarding(move: Move, connections: Connections) -> tuple[str, ...]:
     return tuple(found)
 
 
+def _knows_one_device() -> bool:
+    """Whether one device alone can pass IPv6 on (Linux 6.17)."""
+    return sysctl.read("ipv6/conf/default/force_forwarding") is not None
+
+
+def _find_of_all_devices(comments: Sequence[str]) -> Iterator[str]:
+    """The same where all devices have to, in this order (R3).
+
+    Their forwarding purges the routes that routers have told of, and ends the hearing of more,
+    unless accept_ra is 2. RefusedError where the way back would switch a device off that is on.
+    """
+    ours = _ALL.is_of_natkeep(comments)
+    if sysctl.read(_ALL.name) == "1" and not ours:
+        return
+    for device in sysctl.names("ipv6/conf"):
+        if device in ("all", "default", "lo"):
+            continue
+        if not ours and sysctl.read(f"ipv6/conf/{device}/forwarding") == "1":
+            raise RefusedError(
+                "this kernel cannot have one device alone pass IPv6 on, and net.ipv6.conf."
+                f"{device}.forwarding would not outlive all.forwarding",
+                hint="sysctl -w net.ipv6.conf.all.forwarding=1, and first accept_ra=2 of the "
+                "devices that have a route by router advertisement",
+            )
+        routes = routes_of(device)
+        if sysctl.read(routes.name) == routes.off or routes.is_of_natkeep(comments):
+            _refuse_strange(device)
+            yield routes.name
+    yield _ALL.name
+
+
 def _is_off(setting: Setting) -> bool:
     value = sysctl.read(setting.name)
-    if value is None:
-        raise RefusedError(
-            f"this kernel cannot have {setting.device} alone pass IPv{setting.version} on",
-            hint="sysctl -w net.ipv6.conf.all.forwarding=1, and first accept_ra=2 of the devices "
-            "that have a default route by router advertisement",
-        )
-    if value == "0" and not is_plain(setting.device):
-        raise RefusedError(f"forwarding is off for a device called {setting.device!r}")
-    return value == "0"
+    if value == setting.off:
+        _refuse_strange(setting.device)
+    return value == setting.off
+
+
+def _refuse_strange(device: str) -> None:
+    if not is_plain(device):
+        raise RefusedError(f"forwarding is off for a device called {device!r}")
 
 
 class ForwardingDriver(Driver[SwitchForwarding]):
@@ -115,11 +148,11 @@ class ForwardingDriver(Driver[SwitchForwarding]):
 
     def apply(self, at: Place, step: SwitchForwarding, remember: Remember) -> Prior:
         """prior.facts["before"]: as the operator had it, which another move may have changed."""
-        name = step.setting.name
+        name, off = step.setting.name, step.setting.off
         ours = self._is_on_for_another(step.setting, step.move_id)
-        prior = Prior(facts={"before": "0" if ours else sysctl.read(name) or "0"})
+        prior = Prior(facts={"before": off if ours else sysctl.read(name) or off})
         remember(prior)
-        if not sysctl.write(name, "1"):
+        if not sysctl.write(name, step.setting.on):
             raise OSError(errno.EPERM, os.strerror(errno.EPERM), name)
         return prior
 
@@ -129,7 +162,7 @@ class ForwardingDriver(Driver[SwitchForwarding]):
         if sysctl.read(undo.setting) is None:  # the device is gone
             return
         if not self._is_on_for_another(setting, undo.move_id):
-            sysctl.write(undo.setting, str(prior.facts.get("before", "0")))
+            sysctl.write(undo.setting, str(prior.facts.get("before", setting.off)))
 
     @staticmethod
     def _is_on_for_another(setting: Setting, move_id: str) -> bool:

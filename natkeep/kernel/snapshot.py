@@ -141,7 +141,7 @@ class Snapshot:
                 step.setting.name
                 for step in plan.prepare
                 if isinstance(step, SwitchForwarding) and step.site == site
-                if sysctl.read(step.setting.name) != "1"
+                if sysctl.read(step.setting.name) != step.setting.on
             ),
         )
         return self._add_silences(seen, here, plan)

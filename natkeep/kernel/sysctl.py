@@ -2,7 +2,17 @@
 
 from __future__ import annotations
 
+import os
+from contextlib import suppress
+
 _NET = "/proc/sys/net"
+
+
+def names(folder: str) -> list[str]:
+    """What there is in `ipv6/conf`, say; nothing when it cannot be read."""
+    with suppress(OSError):
+        return sorted(os.listdir(f"{_NET}/{folder}"))
+    return []
 
 
 def read(name: str) -> str | None:

@@ -42,6 +42,7 @@ from natkeep.plan.move import Site
 from natkeep.plan.observation import Gate, Observation
 from natkeep.plan.repair import Patch, RestoreRoutes, describe_lost_routes, find_patches
 from natkeep.plan.roles import Role
+from natkeep.plan.step_undo import RestoreForwarding
 from natkeep.plan.steps import AddRules, InsertEntries, InstallTranslation, OpenGate, Plan
 from natkeep.plan.tuples import NO_CONNECTIONS
 from natkeep.state.directory import read_boot_id
@@ -121,18 +122,30 @@ def _sum_up(
     gates = {s.seen.gate for s in sites if s.seen is not None and s.site in opening}
     gate = Gate.OPEN if gates == {Gate.OPEN} else Gate.CLOSED
     at = max((opened_at(journal, plan, site) or 0 for site in restored_at(plan)), default=0)
+    before = _read_settings(journal) if plan.move.vias else {}
     if journal.boot != read_boot_id():
-        return MoveStatus(plan, gate, sites)
+        return MoveStatus(plan, gate, sites, before=before)
     if not at:
         held = look(executor.state.path, plan.move.id) if plan.move.holds else None
-        return MoveStatus(plan, gate, sites, held=held)
+        return MoveStatus(plan, gate, sites, held=held, before=before)
     silent = None
     frozen = not (plan.move.live or plan.move.quiesces) and journal.begun
     if frozen and any(site.role == Role.DESTINATION for site in plan.move.sites):
         silent = (at - journal.begun) // 1_000_000
     # Interrupted between the two clocks it would be less, and another second each time.
     offset = max(time.time_ns() - time.monotonic_ns() for _ in range(3))
-    return MoveStatus(plan, gate, sites, (at + offset) / 1e9, silent)
+    return MoveStatus(plan, gate, sites, (at + offset) / 1e9, silent, before=before)
+
+
+def _read_settings(journal: Journal) -> dict[str, str]:
+    """What each setting was that a relay switched on."""
+    journal.resolve()
+    records = journal.records.values()
+    return {
+        one.undo.setting: str(one.prior.facts["before"])
+        for one in records
+        if isinstance(one.undo, RestoreForwarding) and "before" in one.prior.facts
+    }
 
 
 class Watch:

@@ -6,7 +6,8 @@ This file must never look at a machine.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from types import MappingProxyType
 
 from natkeep.plan import listeners, syn_block
 from natkeep.plan.base_chains import is_address_chain, is_later
@@ -38,6 +39,7 @@ class MoveStatus:
     say. silent_ms: for how long at least the peers heard nothing, from the beginning of prepare
     on, when the process was frozen already; None where that is not known. held: what a holder has
     of what they said, while the gate is closed.
+    before: of each setting that a relay switched on what it was, as the journal says.
     """
 
     plan: Plan
@@ -46,6 +48,7 @@ class MoveStatus:
     opened_at: float | None = None
     silent_ms: int | None = None
     held: Held | None = None
+    before: Mapping[str, str] = MappingProxyType({})
 
 
 def find_drift(
@@ -87,7 +90,7 @@ def find_drift(
         elif isinstance(step, HoldListeners) and not seen.holds:
             drift.append("listeners: their new connections do not wait")
         elif isinstance(step, SwitchForwarding) and step.setting.name in seen.off:
-            drift.append(f"setting net/{step.setting.name}: it is not 1")
+            drift.append(f"setting net/{step.setting.name}: it is not {step.setting.on}")
         elif isinstance(step, GuardSite) and not seen.guarded:
             drift.append("guard: its process is gone")
     return (*drift, *(_lost_entries(seen) if life is None else ()))

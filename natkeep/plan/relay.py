@@ -40,14 +40,32 @@ from natkeep.values import dataclass
 
 _DEVICE = re.compile(r"[A-Za-z0-9_.@-]{1,15}")
 """Names of devices that are put into a rule; others could change its grammar."""
-_VIA = re.compile(rf"via([46])-({_DEVICE.pattern})")
+_SWITCHED = re.compile(rf"(via|ra)([46])-({_DEVICE.pattern})")
 
 
 @dataclass(frozen=True, slots=True)
 class Setting:
-    """One that a device passes packets on by, below /proc/sys/net/; `1` is on."""
+    """One that a device passes packets on by, below /proc/sys/net/.
+
+    Or, where IPv6 knows no device that does so alone, `all` of them; then `accept_ra` is one as
+    well, by which a device keeps the routes that routers have told it of.
+    """
 
     name: str
+
+    @property
+    def on(self) -> str:
+        """What it is while a relay needs it."""
+        return "2" if self._is_of_routes else "1"
+
+    @property
+    def off(self) -> str:
+        """What it is where a relay has to switch it on."""
+        return "1" if self._is_of_routes else "0"
+
+    @property
+    def _is_of_routes(self) -> bool:
+        return self.name.endswith("/accept_ra")
 
     @property
     def device(self) -> str:
@@ -61,7 +79,8 @@ class Setting:
 
     def comment(self, move_id: str) -> str:
         """Of the rule by which a move drops what else comes by the device."""
-        return f"{move_id}:via{self.version}-{self.device}"
+        kind = "ra" if self._is_of_routes else "via"
+        return f"{move_id}:{kind}{self.version}-{self.device}"
 
     def is_of_natkeep(self, comments: Iterable[str], besides: str = "") -> bool:
         """Whether a move's rule says so, of those with these *comments*; but for that move."""
@@ -74,8 +93,10 @@ def find_left_on(comments: Iterable[str], known: frozenset[str]) -> tuple[Settin
     """The settings that moves have switched on whose rules have these *comments*, none *known*."""
     of: dict[Setting, set[str]] = {}
     for move_id, _, what in (comment.partition(":") for comment in comments):
-        if match := _VIA.fullmatch(what):
-            of.setdefault(forwarding_of(int(match[1]), match[2]), set()).add(move_id)
+        if match := _SWITCHED.fullmatch(what):
+            kind, version, device = match.groups()
+            named = routes_of(device) if kind == "ra" else forwarding_of(int(version), device)
+            of.setdefault(named, set()).add(move_id)
     return tuple(setting for setting, moves in of.items() if not moves & known)
 
 
@@ -83,7 +104,14 @@ def forwarding_of(version: int, device: str) -> Setting:
     """How *device* is made to pass packets on; IPv6 without the loss of its routes (R3)."""
     if version == 4:
         return Setting(f"ipv4/conf/{device}/forwarding")
+    if device == "all":
+        return Setting("ipv6/conf/all/forwarding")
     return Setting(f"ipv6/conf/{device}/force_forwarding")
+
+
+def routes_of(device: str) -> Setting:
+    """How *device* keeps the routes that routers advertise, though it passes packets on."""
+    return Setting(f"ipv6/conf/{device}/accept_ra")
 
 
 def is_plain(device: str) -> bool:
@@ -131,7 +159,8 @@ def pass_kept(
     for setting in settings:
         family = Meta("meta nfproto", f"ipv{setting.version}")
         device = Meta("iifname", f'"{setting.device}"')
-        yield Rule(PASSING, (family, device, DROP), setting.comment(move_id))
+        by = () if setting.device == "all" else (device,)
+        yield Rule(PASSING, (family, *by, DROP), setting.comment(move_id))
     for redirect in ("icmp type", "redirect"), ("icmpv6 type", "nd-redirect"):
         yield Rule(REDIRECTING, (Meta(*redirect), DROP), move_id, insert=True)
 

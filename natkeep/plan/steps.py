@@ -561,7 +561,7 @@ class SwitchForwarding:
 
     def describe(self) -> tuple[str, ...]:
         """One command a line."""
-        return (f"{_prefix(self.site)}sysctl -w net/{self.setting.name}=1",)
+        return (f"{_prefix(self.site)}sysctl -w net/{self.setting.name}={self.setting.on}",)
 
 
 @dataclass(frozen=True, slots=True)

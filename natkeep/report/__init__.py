@@ -7,7 +7,7 @@ as `ipaddress` prints them.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from natkeep.checkpoint import Checkpoint, Inventory, Outcome, Socket
@@ -57,14 +57,23 @@ def plan_to_json(plan: Plan) -> dict[str, Any]:
     }
 
 
-def relay_to_json(plan: Plan, site: Site) -> dict[str, object]:
-    """What more is said of a site that is a relay: its addresses, and what it switches on."""
+def relay_to_json(
+    plan: Plan, site: Site, before: Mapping[str, str] | None = None
+) -> dict[str, object]:
+    """What more is said of a site that is a relay: its addresses, and what it switches on.
+
+    before: of each setting what it was; otherwise as one that is switched on has to be.
+    """
     if not site.row.relays:
         return {}
+    before = before or {}
     steps = (s for s in plan.prepare if isinstance(s, SwitchForwarding) and s.site == site)
     return {
         "via": [str(via) for via in plan.move.vias],
-        "forwarding": [{"device": s.setting.device, "setting": s.setting.name} for s in steps],
+        "forwarding": [
+            {"device": of.device, "setting": of.name, "before": before.get(of.name, of.off)}
+            for of in (step.setting for step in steps)
+        ],
     }
 
 

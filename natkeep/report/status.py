@@ -119,9 +119,9 @@ def status_as_json(moves: Sequence[str], dropped: int = 0) -> Iterator[str]:
 def move_as_json(status: MoveStatus, host: str) -> str:
     """The object of a move in the document of `status --json`: a line a connection."""
     carried, at = look_closely(status), status.opened_at
-    plan = status.plan
+    plan, before = status.plan, status.before
     sites = [
-        site_to_json(s.site, host=host, drift=[*s.drift], **relay_to_json(plan, s.site))
+        site_to_json(s.site, host=host, drift=[*s.drift], **relay_to_json(plan, s.site, before))
         for s in status.sites
     ]
     move: dict[str, Any] = {

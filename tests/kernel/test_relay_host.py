@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import sys
 from collections.abc import Callable, Iterator
 from ipaddress import ip_address
 from pathlib import Path
@@ -10,8 +12,10 @@ from pathlib import Path
 import pytest
 from fake_kernel import revert_step
 
+from natkeep.errors import RefusedError
 from natkeep.kernel import relay_host
 from natkeep.kernel.linux import LinuxKernel
+from natkeep.lab.host import await_true
 from natkeep.plan.drift import find_drift
 from natkeep.plan.liveness import Life
 from natkeep.plan.move import Map, Move, Site
@@ -56,8 +60,9 @@ class Host:
         for step, prior in reversed(done):
             revert_step(self.kernel, step, prior)
 
-    def read(self, version: int) -> str:
-        return self.run(self.netns, "cat", f"/proc/sys/net/{SETTING[version]}").strip()
+    def read(self, version: int, name: str = "") -> str:
+        setting = f"ipv{version}/conf/{name}" if name else SETTING[version]
+        return self.run(self.netns, "cat", f"/proc/sys/net/{setting}").strip()
 
 
 @pytest.fixture
@@ -141,6 +146,82 @@ def test_what_a_lost_move_has_left_on_is_switched_off_with_its_rules(host: Host)
     host.kernel.clear_strays(host.site, frozenset(), frozenset(), sure=True)
     assert host.read(4) == "0"
     assert "natkeep" not in host.run(host.netns, "nft", "list", "tables")
+
+
+ADVERTISE = """
+import socket, struct, sys
+with socket.socket(socket.AF_INET6, socket.SOCK_RAW, socket.IPPROTO_ICMPV6) as sock:
+    sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_MULTICAST_HOPS, 255)
+    sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_MULTICAST_IF, socket.if_nametoindex("wire"))
+    sock.bind(("fe80::1", 0, 0, socket.if_nametoindex("wire")))
+    sock.sendto(struct.pack("!BBHBBHII", 134, 0, 0, 64, 0, 1800, 0, 0), ("ff02::1", 0))
+"""
+
+
+def timeless(picture: list[str]) -> list[str]:
+    """Without the seconds for which a route is good still."""
+    return [re.sub(r'"expires":\d+', "", line) for line in picture]
+
+
+def has_advertised(host: Host) -> bool:
+    shown = host.run(host.netns, "ip", "-6", "route", "show", "default", "proto", "ra")
+    return "fe80::1" in shown
+
+
+@pytest.fixture
+def old_kernel(host: Host, monkeypatch: pytest.MonkeyPatch) -> Host:
+    """One that has no force_forwarding; eth0 has a default route by router advertisement."""
+    monkeypatch.setattr(relay_host, "_knows_one_device", lambda: False)
+    host.run(host.netns, "ip", "address", "add", "fe80::1/64", "dev", "wire", "nodad")
+    host.run(host.netns, "ip", "address", "add", "fe80::2/64", "dev", "eth0", "nodad")
+    host.run(host.netns, sys.executable, "-c", ADVERTISE)
+    await_true(lambda: has_advertised(host), "the advertised route")
+    return host
+
+
+def test_where_all_devices_have_to_forward_no_advertised_route_is_lost(
+    old_kernel: Host, take_picture: Callable[[str], list[str]]
+) -> None:
+    before = timeless(take_picture(old_kernel.netns))
+    plan = old_kernel.plan(6)
+    assert plan.surroundings.forwarding == (
+        "ipv6/conf/eth0/accept_ra", "ipv6/conf/wire/accept_ra", "ipv6/conf/all/forwarding"
+    )  # fmt: skip
+
+    done = old_kernel.apply(plan)
+
+    assert has_advertised(old_kernel)
+    assert old_kernel.read(6, "all/forwarding") == "1"
+    assert find_drift(plan, old_kernel.site, old_kernel.kernel.observe(old_kernel.site, plan)) == ()
+    other = old_kernel.apply(old_kernel.plan(6, "other", 6000))
+    old_kernel.revert(done)
+    assert old_kernel.read(6, "all/forwarding") == "1"
+    old_kernel.revert(other)
+    assert has_advertised(old_kernel)
+    assert timeless(take_picture(old_kernel.netns)) == before
+
+
+def test_without_accept_ra_the_route_would_be_lost(old_kernel: Host) -> None:
+    old_kernel.run(old_kernel.netns, "sysctl", "-qw", "net.ipv6.conf.all.forwarding=1")
+
+    assert not has_advertised(old_kernel)
+
+
+def test_a_device_that_forwards_alone_would_not_do_so_afterwards(old_kernel: Host) -> None:
+    old_kernel.run(old_kernel.netns, "sysctl", "-qw", "net.ipv6.conf.wire.forwarding=1")
+
+    with pytest.raises(RefusedError, match=r"wire\.forwarding would not outlive"):
+        old_kernel.plan(6)
+
+
+def test_what_a_lost_move_has_left_on_of_all_devices_is_switched_off(old_kernel: Host) -> None:
+    old_kernel.apply(old_kernel.plan(6))
+
+    old_kernel.kernel.clear_strays(old_kernel.site, frozenset(), frozenset(OLD.values()), sure=True)
+
+    assert old_kernel.read(6, "all/forwarding") == "0"
+    assert old_kernel.read(6, "eth0/accept_ra") == "1"
+    assert has_advertised(old_kernel)
 
 
 @EACH_VERSION

@@ -30,6 +30,7 @@ from natkeep.plan.strays import owner_of
 from natkeep.plan.translation import Surroundings
 from natkeep.plan.tuples import Connections, Endpoint, FourTuple
 from natkeep.plan.via import Via, parse_via
+from natkeep.report import relay_to_json
 from natkeep.state.codec import move_from_json, move_to_json
 from natkeep.values import replace
 
@@ -271,3 +272,29 @@ def test_a_host_that_cannot_be_the_relay_is_refused(facts: RelayFacts, why: str)
     refuse_relay(relay, moves(RELAY).vias, FINE)
     with pytest.raises(RefusedError, match=why):
         refuse_relay(relay, moves(RELAY).vias, facts)
+
+
+def test_where_all_devices_have_to_forward_all_else_is_dropped_and_routes_are_kept() -> None:
+    names = ("ipv6/conf/eth0/accept_ra", "ipv6/conf/all/forwarding")
+    plan = make_plan(moves(RELAY), KEPT, Surroundings(forwarding=names))
+
+    switches = [step for step in plan.prepare if isinstance(step, SwitchForwarding)]
+    assert [line.split()[-1] for step in switches for line in step.describe()] == [
+        "net/ipv6/conf/eth0/accept_ra=2",
+        "net/ipv6/conf/all/forwarding=1",
+    ]
+    [passing] = [step for step in plan.prepare if isinstance(step, PassKept)]
+    drops = [rule for rule in passing.rules() if rule.comment != "web"]
+    assert [rule.comment for rule in drops] == ["web:ra6-eth0", "web:via6-all"]
+    assert "iifname" not in str(drops[1])
+    left = find_left_on((rule.comment for rule in drops), frozenset())
+    assert [(one.name, one.off) for one in left] == [(names[0], "1"), (names[1], "0")]
+
+
+def test_json_says_what_each_setting_was() -> None:
+    plan = make_plan(moves(RELAY), KEPT, SWITCHES)
+    name = "ipv4/conf/eth0/forwarding"
+
+    for before in (None, {name: "0"}):
+        [said] = relay_to_json(plan, RELAY, before)["forwarding"]
+        assert said == {"device": "eth0", "setting": name, "before": "0"}
