@@ -10,10 +10,12 @@ entry for each; UDP has no state, and a stale entry lives for as long as the pee
 from __future__ import annotations
 
 import socket
+import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from ipaddress import ip_address
+from pathlib import Path
 
 import pytest
 from entered import entered
@@ -21,11 +23,14 @@ from fake_kernel import revert_step
 from two_hosts import look, run_ip
 
 from natkeep.errors import RefusedError
+from natkeep.kernel import segment_holder
 from natkeep.kernel.linux import LinuxKernel
 from natkeep.lab.ipv6_addresses import await_addresses
+from natkeep.lab.time_scale import scaled
 from natkeep.plan.drift import find_drift
 from natkeep.plan.liveness import Life
 from natkeep.plan.move import Map, Move, Site
+from natkeep.plan.observation import Held
 from natkeep.plan.repair import find_patches
 from natkeep.plan.roles import Role
 from natkeep.plan.step_order import make_plan
@@ -305,3 +310,34 @@ def test_the_connection_table_tells_for_how_long_a_socket_is_silent(
         net.run(site.netns, "sysctl", "-qw", f"{sysctl}=100")
         [later] = silences(site)
         assert 38 <= later < 60
+
+
+@EACH_VERSION
+def test_what_a_peer_says_at_the_closed_gate_is_held(
+    make_net: Callable[[int], Net],
+    version: int,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(segment_holder, "PATIENCE", scaled(10.0))
+    net = make_net(version)
+    net.kernel = LinuxKernel(str(tmp_path))
+    plan = make_plan(net.move(hold=True), NO_CONNECTIONS)
+    net.kernel.open_sites(plan.move.sites)
+    net.stack.callback(segment_holder.end, str(tmp_path), "udp")
+    peer = net.socket("peer", net.peer_end, net.old_end)
+    net.apply(plan.prepare)
+    said = [b"one", b"two", b"two", bytes(6000)]
+
+    for data in said:
+        peer.send(data)
+    deadline = time.monotonic() + scaled(10.0)
+    while segment_holder.look(str(tmp_path), "udp") != Held(0, sum(map(len, said)), 0, len(said)):
+        assert time.monotonic() < deadline, segment_holder.look(str(tmp_path), "udp")
+    process = net.socket("destination", net.old_end, net.peer_end)
+    [(_, prior)] = net.apply(plan.open)
+    peer.send(b"after")
+
+    assert [process.recv(65535) for _ in range(5)] == [*said, b"after"]
+    assert prior.facts == {"segments": 0, "refused": 0, "datagrams": 4}
+    assert answered(peer, process, 2) == 2
