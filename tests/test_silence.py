@@ -12,12 +12,14 @@ from fake_kernel import FakeKernel
 
 from natkeep.lifecycle import drain as draining
 from natkeep.lifecycle import status as looking
+from natkeep.lifecycle.check import check
 from natkeep.lifecycle.drain import count_alive, drain
 from natkeep.lifecycle.executor import Executor
 from natkeep.lifecycle.gc import gc
 from natkeep.lifecycle.open import open_move
 from natkeep.lifecycle.prepare import prepare
 from natkeep.lifecycle.status import read_status
+from natkeep.plan.criu_lock import DumpLock, NetworkLock
 from natkeep.plan.move import Map, Move, Site
 from natkeep.plan.observation import Gate, Held, Observation
 from natkeep.plan.roles import Role
@@ -26,6 +28,7 @@ from natkeep.plan.tuples import NO_CONNECTIONS, Connections, Endpoint, FourTuple
 from natkeep.report.status import move_as_json, status_lines
 from natkeep.state.directory import StateDirectory
 
+SOURCE = Site(Role.SOURCE, "src")
 GATEWAY, DESTINATION = Site(Role.GATEWAY, "gw"), Site(Role.DESTINATION, "dst")
 OLD, NEW = ip_address("10.2.0.10"), ip_address("10.3.0.20")
 INBOUND = FourTuple(Endpoint(ip_address("10.1.0.2"), 50594), Endpoint(OLD, 443))
@@ -186,3 +189,18 @@ def test_status_says_what_is_held_while_the_gate_is_closed(
     open_move(executor, "web")
     [status] = read_status(executor, ("web",))
     assert "held" not in json.loads(move_as_json(status, "host"))
+
+
+@pytest.mark.parametrize("sites", [(SOURCE,), (GATEWAY, DESTINATION)])
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("whole", [False, True])
+def test_a_source_behind_the_dump_is_warned_of(
+    executor: Executor, sites: tuple[Site, ...], frozen: bool, whole: bool
+) -> None:
+    lock = DumpLock(NetworkLock.NFTABLES, "run", whole, 1) if sites == (SOURCE,) else None
+    move = Move("web", (Map(OLD, NEW),), sites, udp=UDP, lock=lock)
+
+    check(executor, move, NO_CONNECTIONS, frozen=frozen)
+
+    expected = ["udp-unlocked"] if sites == (SOURCE,) and not (frozen or whole) else []
+    assert [one.code for one in executor.warned] == expected

@@ -225,3 +225,50 @@ def test_the_stories_are_told_over_ipv6_as_well(name: str) -> None:
     report = run(find_scenario(name), engine="criu", family=6)
 
     assert [str(each) for each in report.assertions if not each.ok] == []
+
+
+# ---- UDP, which CRIU does not lock --------------------------------------------------------------
+
+
+@pytest.fixture(params=[4, 6])
+def udp_lab(request: pytest.FixtureRequest) -> Iterator[Lab]:
+    """A client's two sockets, to each of which the server has a connected one."""
+    family = request.param
+    with Lab("source", engine="criu", family=family, points=POINTS, udp=True) as made:
+        made.begin(connections=2)
+        made.traffic.connect()
+        yield made
+
+
+def unreachable(lab: Lab) -> list[str]:
+    """What the source answers to what peers say now: ICMP errors."""
+    for _ in range(3):
+        lab.traffic.client.do({"push": 64})
+        time.sleep(0.1)
+    lab.captures.stop()
+    frames = lab.captures["source"].frames()
+    return [frame.summary for frame in frames if "unreach" in frame.summary.lower()]
+
+
+def test_at_post_dump_the_gate_stands_before_the_sockets_are_gone(udp_lab: Lab) -> None:
+    source = Machine(udp_lab, "source")
+
+    images = dump_with_hook(
+        udp_lab, source, "--network-lock", "nftables", NATKEEP_SOURCE=str(udp_lab.old),
+        NATKEEP_ID="web",
+    )  # fmt: skip
+
+    assert unreachable(udp_lab) == []
+    assert [each["state"] for each in udp_lab.traffic.client.fresh()["connections"]] == ["open"] * 2
+    assert "2 connections kept quiet here" in (images / "dump.log").read_text()
+
+
+def test_without_the_hook_peers_are_told_that_a_port_is_unreachable(udp_lab: Lab) -> None:
+    """The wrong order. So the assertions above can fail."""
+    images = Path(udp_lab.directory) / "images"
+    images.mkdir()
+    source = udp_lab.topology["source"]
+
+    udp_lab.engine.run(source, images, "dump", "--tree", str(udp_lab.traffic.server.pid))
+
+    assert unreachable(udp_lab) != []
