@@ -111,7 +111,7 @@ class HeldDatagrams:
         width = (len(one.known) - 4) // 2
         version, family = (4, AF_INET) if width == 4 else (6, AF_INET6)
         try:
-            self.pairs[version][1].sendto(one.packet(), (inet_ntop(family, one.known[:width]), 0))
+            self.pairs[version][1].sendto(one.packet, (inet_ntop(family, one.known[:width]), 0))
         except OSError:
             self.store.refused += 1
             return

@@ -14,7 +14,7 @@ dropped, at its delivery or where it takes the room of another.
 
 from __future__ import annotations
 
-from struct import pack_into, unpack_from
+from struct import pack, unpack_from
 
 from natkeep.plan.replay import SEGMENT_COST, checksum, make_header, pseudo_header
 
@@ -38,36 +38,28 @@ _MOST = 0xFFFF
 
 
 class Datagram:
-    """One that is held.
+    """One that is held, as the packet that brings it back: to OLD, from the known peer.
 
+    It is made as it arrives, since its delivery is inside the blackout.
     at: when it arrived, in seconds of a clock that only goes forward. end: the key in the table by
-    which it was taken. known: its key as the process knows it; replay.py has the form.
+    which it was taken. known: its key as the process knows it; replay.py has the form. octets: of
+    what the process reads.
     """
 
-    __slots__ = ("at", "end", "ip", "known", "udp")
+    __slots__ = ("at", "end", "known", "octets", "packet")
 
-    def __init__(self, at: float, end: bytes, known: bytes, ip: bytes, udp: bytes) -> None:
-        self.at, self.end, self.known, self.ip, self.udp = at, end, known, ip, udp
-
-    @property
-    def octets(self) -> int:
-        """Of what the process reads."""
-        return len(self.udp) - _UDP_SIZE
+    def __init__(self, at: float, end: bytes, known: bytes, ip: bytes, data: bytes) -> None:
+        self.at, self.end, self.known, self.octets = at, end, known, len(data)
+        length = _UDP_SIZE + len(data)
+        header = make_header(ip, known, length)
+        udp = pack("!4sHH", known[-4:], length, 0) + data
+        found = checksum(pseudo_header(header, length, _UDP) + udp) or _MOST  # 0: without one
+        self.packet = b"".join((header, udp[:6], pack("!H", found), data))
 
     @property
     def cost(self) -> int:
         """Octets, in the terms of the bounds."""
         return self.octets + SEGMENT_COST
-
-    def packet(self) -> bytes:
-        """The IP packet that brings it back, to OLD from the known peer."""
-        udp, width = bytearray(self.udp), (len(self.known) - 4) // 2
-        header = make_header(self.ip, self.known, len(udp))
-        udp[:4], udp[6:8] = self.known[2 * width :], b"\0\0"
-        pack_into("!H", udp, 4, len(udp))
-        found = checksum(pseudo_header(header, len(udp), _UDP) + udp)
-        pack_into("!H", udp, 6, found or _MOST)  # 0 is for one without
-        return bytes(header + udp)
 
 
 class Fragments:
@@ -148,19 +140,23 @@ class Datagrams:
             known = known[:width] + key[width:-2] + known[-2:]
         step = size or length
         for first in range(_UDP_SIZE, max(length, _UDP_SIZE + 1), step):
-            self._keep(Datagram(at, end, known, ip, udp[:_UDP_SIZE] + udp[first : first + step]))
+            data = udp[first : first + step]
+            if self._makes_room(end, len(data) + SEGMENT_COST, at):
+                self.held.append(Datagram(at, end, known, ip, data))
 
-    def _keep(self, one: Datagram) -> None:
-        cost = self.costs.get(one.end, 0) + one.cost
-        if cost > self.each or self.cost + one.cost > self.total:
-            self.expire(one.at)
-            cost = self.costs.get(one.end, 0) + one.cost
-        if cost > self.each or self.cost + one.cost > self.total:
-            self.refused += 1
-            return
-        self.costs[one.end] = cost
-        self.cost += one.cost
-        self.held.append(one)
+    def _makes_room(self, end: bytes, cost: int, now: float) -> bool:
+        """Whether there is room for one more to the socket of *end*, which then is taken."""
+        if not self._has_room(end, cost):
+            self.expire(now)
+            if not self._has_room(end, cost):
+                self.refused += 1
+                return False
+        self.costs[end] = self.costs.get(end, 0) + cost
+        self.cost += cost
+        return True
+
+    def _has_room(self, end: bytes, cost: int) -> bool:
+        return self.costs.get(end, 0) + cost <= self.each and self.cost + cost <= self.total
 
     def expire(self, now: float) -> None:
         """Drop what is older than AGE."""

@@ -82,7 +82,7 @@ def payloads(store: Datagrams, now: float = 0.0) -> list[bytes]:
     """What the process reads."""
     found = []
     for one in store.take(now):
-        packet = one.packet()
+        packet = one.packet
         found.append(packet[28 if packet[0] >> 4 == 4 else 48 :])
     return found
 
@@ -105,7 +105,7 @@ def test_only_the_destination_and_the_checksums_change(
     del expected[scapy.UDP].chksum
     if version == 4:
         del expected.chksum
-    assert held.packet() == bytes(expected)
+    assert held.packet == bytes(expected)
 
 
 @EACH_VERSION
@@ -129,8 +129,8 @@ def test_a_peer_that_has_moved_and_a_port_that_is_another_return_as_they_are_kno
     [held] = store.take(0.0)
     expected = make_packet(b"x", version=version, destination=OLD[version], ports=(PEER_PORT, 5353))
     start = 20 if version == 4 else 40
-    assert held.packet()[12 if version == 4 else 8 :] == expected[12 if version == 4 else 8 :]
-    assert replay.checksum(held.packet()[:start]) in (0, 0xFFFF) or version == 6
+    assert held.packet[12 if version == 4 else 8 :] == expected[12 if version == 4 else 8 :]
+    assert replay.checksum(held.packet[:start]) in (0, 0xFFFF) or version == 6
 
 
 def test_all_return_in_the_order_of_arrival_and_equal_ones_are_two() -> None:
@@ -183,7 +183,7 @@ def test_whatever_arrives_raises_nothing_and_costs_what_it_has(version: int) -> 
         store.add(bytes(packet[: chance.randrange(len(packet) + 1)]), 0.0)
 
     assert store.cost == sum(one.cost for one in store.held) == sum(store.costs.values())
-    assert all(one.packet() for one in store.held)
+    assert all(one.packet for one in store.held)
 
 
 # ---- fragments and offloads ----------------------------------------------------------------------
@@ -198,7 +198,7 @@ def test_fragments_return_as_one_in_any_order_and_with_repetitions(version: int)
         store.add(packet, 0.0)
 
     [held] = store.take(0.0)
-    assert held.packet()[28 if version == 4 else 48 :] == data
+    assert held.packet[28 if version == 4 else 48 :] == data
     assert not store.fragments.parts
 
 
