@@ -140,7 +140,7 @@ BAD = [
     Bad("format", f"{PLAN} --format yaml", 2, "argument --format: invalid choice: 'yaml'"),
     Bad("gate", f"prepare web --map {MAP} --gate ajar", 2, "argument --gate: invalid choice"),
     Bad("mode", f"{PLAN} --mode bpf", 2, "argument --mode: invalid choice: 'bpf'"),
-    Bad("id", f"plan Web --map {MAP} --connections list", 2, "'Web' is not an id"),
+    Bad("id", f"plan web.1 --map {MAP} --connections list", 2, "'web.1' is not an id"),
     Bad("id as a path", f"plan ../x --map {MAP} --connections list", 2, "'../x' is not an id"),
     Bad("long id", f"plan {'a' * 33} --map {MAP} --connections list", 2, f"'{'a' * 33}' is not an"),
     Bad(
@@ -741,6 +741,7 @@ def test_a_move_from_prepare_to_teardown_leaves_the_sites_as_they_were(
     name: str, sites: Network, executor: Run, tmp_path: Path
 ) -> None:
     executor = functools.partial(executor, program=name == "by name")
+    web = "Redis_6-at-b_c" if name == "by path" else "web"
     with ExitStack() as stack:
         words = sites.options
         if name == "by path":
@@ -756,11 +757,11 @@ def test_a_move_from_prepare_to_teardown_leaves_the_sites_as_they_were(
                 words = [word.replace(f"={namespace}", f"=pid:{held.pid}") for word in words]
                 wait_for_namespace(held.pid, namespace)
         rows, options = LIST + LIST6, ["--map", MAP, "--map", MAP6, *words]
-        done = executor("prepare", "web", *options, "--connections", "-", input=rows)
+        done = executor("prepare", web, *options, "--connections", "-", input=rows)
         assert done.stdout == ""
         netns = {word.partition("=")[0]: word.partition("=")[2] for word in words[1::2]}
         assert done.stderr == (
-            f"natkeep: web: {MAP}, {MAP6}, 3 connections, at gateway={netns['gateway']}, "
+            f"natkeep: {web}: {MAP}, {MAP6}, 3 connections, at gateway={netns['gateway']}, "
             f"destination={netns['destination']}, gate closed\n"
         )
         assert sites.addresses_of_lo() == {"127.0.0.1", "10.2.0.10", "::1", "fd00:2::10"}
@@ -769,13 +770,13 @@ def test_a_move_from_prepare_to_teardown_leaves_the_sites_as_they_were(
         assert (
             *(move["id"], move["gate"]),
             [site["drift"] for site in move["sites"]],
-        ) == ("web", "closed", [[], []])
-        executor("open", "web")
-        (move,) = json.loads(executor("status", "web", "--json", "--strict").stdout)["moves"]
+        ) == (web, "closed", [[], []])
+        executor("open", web)
+        (move,) = json.loads(executor("status", web, "--json", "--strict").stdout)["moves"]
         assert move["gate"] == "open"
-        assert executor("teardown", "web").stderr == "natkeep: web: undone\n"
+        assert executor("teardown", web).stderr == f"natkeep: {web}: undone\n"
     assert files(tmp_path) == {}
-    assert executor("teardown", "web").stderr == "natkeep: web: nothing to undo\n"
+    assert executor("teardown", web).stderr == f"natkeep: {web}: nothing to undo\n"
     # and `sites` looks whether all is as before
 
 
@@ -963,10 +964,10 @@ def test_ids_in_use_and_unknown_ids(sites: Network, executor: Run, tmp_path: Pat
     for verb in ("open", "status"):
         done = executor(verb, "api", expect=7)
         assert done.stderr.startswith(f"natkeep: no move api in {tmp_path}/state\n")
-        done = executor(verb, "Api", expect=2)
-        assert done.stderr.startswith("natkeep: 'Api' is not an id\n")
+        done = executor(verb, "a.pi", expect=2)
+        assert done.stderr.startswith("natkeep: 'a.pi' is not an id\n")
     assert executor("teardown", "api").stderr == "natkeep: api: nothing to undo\n"
-    executor("teardown", "Api", expect=2)
+    executor("teardown", "a.pi", expect=2)
 
     assert (before, on_disk) == (sites.observe(), files(tmp_path))
     executor("teardown", "web")

@@ -24,7 +24,7 @@ from natkeep.plan import base_chains, criu_lock, filters, listeners, syn_block
 from natkeep.plan.criu_lock import DumpLock, NetworkLock
 from natkeep.plan.listeners import make_receptions
 from natkeep.plan.maps import Map, parse_map
-from natkeep.plan.move import Mode, Move, Site, parse_id
+from natkeep.plan.move import Mode, Move, Site, is_id, parse_id
 from natkeep.plan.nft import Rule
 from natkeep.plan.plan_text import render_nft
 from natkeep.plan.roles import Role
@@ -55,8 +55,8 @@ NFT = """
 KEYWORDS = frozenset(NFT.split())
 TOKEN = re.compile(r'"(?P<string>[^"]*)"|(?P<word>@?[0-9A-Za-z_:.-]+)|(?P<mark>[{};,&|()]|[=!]=)')
 OURS = re.compile(
-    r"@?(?:(?:kept|outer|ended|heard|spoken|routed|to-outer|to-inner|listen)-(?P<a>[a-z0-9-]{1,32})-[0-9]{1,2}"
-    r"|(?:gate|callers|hold)-(?P<b>[a-z0-9-]{1,32}))"
+    r"@?(?:(?:kept|outer|ended|heard|spoken|routed|to-outer|to-inner|listen)-(?P<a>[A-Za-z0-9_-]{1,32})-[0-9]{1,2}"
+    r"|(?:gate|callers|hold)-(?P<b>[A-Za-z0-9_-]{1,32}))"
 )
 AT = re.compile(
     r"(?:gate|(?:invalid-)?(?:in|out|from|to)|set|put|mute|heard|spoken|mark)-at-(?P<address>[0-9a-f._]+)"
@@ -265,7 +265,7 @@ def test_nothing_but_closed_alphabets_gets_into_nft_text() -> None:
     assert rendered > EXAMPLES / 20  # the others were refused by everyone
 
 
-IDS = st.from_regex(r"[a-z0-9][a-z0-9-]{0,5}", fullmatch=True)
+IDS = st.from_regex(r"(at-)?[A-Za-z0-9][A-Za-z0-9_-]{0,5}", fullmatch=True).filter(is_id)
 ADDRESSES = st.ip_addresses()
 
 

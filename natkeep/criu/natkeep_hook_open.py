@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 CALL = "import sys; sys.path.append(sys.argv[1]); import natkeep_hook_open as n; n.take_long_way()"
 SLOW = [sys.executable, "-I", "-S", "-c", CALL, *sys.argv[1:]]
 DEFAULT_DIRECTORY = "/run/natkeep"
-ID_ALPHABET = frozenset("abcdefghijklmnopqrstuvwxyz0123456789-")
+ID_ALPHABET = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789-_")
 SECONDS = 5  # then the long way, which has its own clock, says what it waits for
 REST = 1000  # ms after which the blackout is over, if CRIU goes on
 PATIENCE = 0.05  # seconds, as long as an opening waits for the holder, kernel/segment_holder.py

@@ -40,13 +40,14 @@ from natkeep.plan.base_chains import (
     shared_names,
 )
 from natkeep.plan.kept_sets import Filling
+from natkeep.plan.move import ID
 from natkeep.plan.nft import DROP, TABLE, Chain, Object, Rule, Table, Undo
 from natkeep.plan.observation import Gate
 from natkeep.plan.steps import HoldListeners, Loads, OpenGate
 
 _MESSAGE = re.compile(r"(?:Error|Warning): (.*)")
-_GATES = re.compile(r"(?:gate|callers)-[a-z0-9][a-z0-9-]*")
-"""Chains that drop until they are opened; an address chain's name has a dot or an underscore."""
+_GATES = re.compile(rf"(?:gate|callers)-{ID}")
+"""Chains that drop until they are opened; an address chain's name is never of that form."""
 
 
 class NftError(KernelError):

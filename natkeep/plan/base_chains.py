@@ -200,7 +200,7 @@ def gate_chain(move_id: str) -> str:
 def address_chain(dispatch: str, address: Address) -> str:
     """Name of the chain that packets of one local address are sent to.
 
-    An address has a dot or a colon and an id has neither, so this never equals a gate_chain.
+    It never equals a gate_chain: an id has no dot, and where it begins with `at-` no `_` either.
     """
     return f"{dispatch}-at-{str(address).replace(':', '_')}"
 
@@ -225,7 +225,8 @@ def _later_names() -> frozenset[str]:
 
 def is_address_chain(name: str) -> bool:
     """Whether it is the name of an address_chain."""
-    return "-at-" in name and not {".", "_"}.isdisjoint(name)
+    dispatch, _, address = name.partition("-at-")
+    return dispatch in DISPATCHES and not {".", "_"}.isdisjoint(address)
 
 
 def dispatch_map(dispatch: str, version: int) -> str:

@@ -18,7 +18,9 @@ from natkeep.plan.tuples import NO_CONNECTIONS, Connections, Endpoint
 from natkeep.plan.via import Via
 from natkeep.values import dataclass
 
-_ID = re.compile(r"[a-z0-9][a-z0-9-]{0,31}")
+ID = r"(?!at-[A-Za-z0-9-]*_)[A-Za-z0-9][A-Za-z0-9_-]{0,31}"
+"""The form of a move's id; `at-` with a `_` is that of an IPv6 address in the names of chains."""
+_ID = re.compile(ID)
 
 
 class Mode(StrEnum):
@@ -41,11 +43,11 @@ def is_id(text: str) -> bool:
 
 
 def parse_id(text: str) -> str:
-    """The id of a move: a letter or digit, then up to 31 of `a-z 0-9 -`."""
+    """The id of a move: a letter or digit, then up to 31 of `a-z A-Z 0-9 - _`."""
     if not is_id(text):
         raise UsageError(
             f"{text!r} is not an id",
-            hint="a lower-case letter or digit, then up to 31 of a-z, 0-9 and -",
+            hint="a letter or digit, then up to 31 of a-z, A-Z, 0-9, - and _; not at- with a _",
         )
     return text
 

@@ -21,11 +21,12 @@ from natkeep.plan.base_chains import (
     held_set,
     is_address_chain,
 )
+from natkeep.plan.move import ID
 from natkeep.plan.nft import Undo
 from natkeep.plan.tuples import Address
 from natkeep.values import dataclass
 
-_ID = r"([a-z0-9][a-z0-9-]{0,31})"
+_ID = f"({ID})"
 _CHAINS = (re.compile(rf"(?:gate|callers|hold|reset)-{_ID}"),)
 _SETS = (
     re.compile(rf"(?:kept|outer|ended|heard|spoken|routed|listen|reset|again)-{_ID}-\d+"),

@@ -14,10 +14,11 @@ import stat
 from collections.abc import Collection, Iterator
 
 from natkeep.errors import JournalError
+from natkeep.plan.move import ID
 from natkeep.state.files import MARK, StateFiles
 
 _FILE = re.compile(
-    r"\.?(?P<id>[a-z0-9][a-z0-9-]{0,31})"
+    rf"\.?(?P<id>{ID})"
     r"\.(connections|changed|ready|seen|asked|told|journal)(?P<new>\.new)?"
 )
 

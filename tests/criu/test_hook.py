@@ -300,7 +300,7 @@ def test_without_an_id_nothing_is_done(
     ("move_id", "code", "line"),
     [
         ("api", 7, "natkeep-hook: no move api in {state} (natkeep status lists them)"),
-        ("../web", 2, "natkeep-hook: '../web' is not an id (a lower-case letter or digit, "),
+        ("../web", 2, "natkeep-hook: '../web' is not an id (a letter or digit, "),
     ],
 )
 def test_an_id_that_is_unknown_ends_the_restore_with_one_line(

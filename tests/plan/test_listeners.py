@@ -257,7 +257,7 @@ def test_a_rule_for_callers_that_is_gone_is_drift(site: Site, mode: Mode) -> Non
 _PORTS = st.lists(st.integers(1, 65535), min_size=1, max_size=8, unique=True)
 
 
-@given(st.from_regex("[a-z0-9][a-z0-9-]{0,31}", fullmatch=True), _PORTS, st.booleans())
+@given(st.from_regex("[A-Za-z0-9][A-Za-z0-9_-]{0,31}", fullmatch=True), _PORTS, st.booleans())
 def test_whatever_is_given_what_is_added_is_removed(
     move_id: str, ports: list[int], at_destination: bool
 ) -> None:
@@ -270,7 +270,9 @@ def test_whatever_is_given_what_is_added_is_removed(
         undos = [undo for one in objects for undo in one.undo()]
         removal = [undo.command(7) for undo in undos]
 
-        assert all(re.fullmatch(r'[a-z0-9 .:@_"=&|!(){};,-]+', line) for line in (*lines, *removal))
+        assert all(
+            re.fullmatch(r'[A-Za-z0-9 .:@_"=&|!(){};,-]+', line) for line in (*lines, *removal)
+        )
         own = {f"callers-{move_id}", f"listen-{move_id}-0"}
         assert {u.name for u in undos if u.kind in ("chain", "set") and not u.unused} == own
         added = {line.split()[4] for line in lines if re.match("add (chain|set) ", line)}

@@ -15,13 +15,16 @@ GATEWAY, DESTINATION = Site(Role.GATEWAY, "gw"), Site(Role.DESTINATION, "dst")
 MAP4 = Map(ip_address("10.2.0.10"), ip_address("10.3.0.20"))
 
 
-@pytest.mark.parametrize("text", ["w", "0", "web", "web-1", "9-", "a" * 32])
+@pytest.mark.parametrize(
+    "text", ["w", "0", "web", "web-1", "9-", "a" * 32, "Web", "web_1", "R_-", "at-beef"]
+)
 def test_an_id_is_accepted(text: str) -> None:
     assert text == parse_id(text)
 
 
 @pytest.mark.parametrize(
-    "text", ["", "-web", "Web", "web_1", "web.1", "a" * 33, "web\n", "wéb", 'x"; }', "../x", "٣"]
+    "text",
+    ["", "-web", "_web", "at-fd00_2__10", "web.1", "a" * 33, "web\n", "wéb", 'x"; }', "../x", "٣"],
 )
 def test_what_is_no_id_is_a_usage_error(text: str) -> None:
     with pytest.raises(UsageError, match="is not an id"):

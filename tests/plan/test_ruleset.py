@@ -247,7 +247,7 @@ def words_of(move_id: str, map_: Map, kept: Connections, mode: Mode) -> str:
     return "\n".join(lines)
 
 
-_WORD = re.compile(r"[a-z0-9_.:-]*[a-z0-9_.-]|:")
+_WORD = re.compile(r"[A-Za-z0-9_.:-]*[A-Za-z0-9_.-]|:")
 
 
 def kept_of(peer: Address, old: Address, peer_port: int, port: int) -> Connections:
@@ -261,7 +261,7 @@ SKELETONS = {
     for map_, peer in ((MAP4, IPv4Address("10.1.0.2")), (MAP6, IPv6Address("fd00:1::2")))
     for mode in Mode
 }
-IDS = st.text(max_size=8) | st.text("abcz019-", min_size=1, max_size=34)
+IDS = st.text(max_size=8) | st.text("abcz019-_AZt", min_size=1, max_size=34)
 _WISH = 52  # octets
 
 
@@ -293,7 +293,7 @@ def test_whatever_is_given_only_words_change_and_never_the_grammar(
     try:
         Move(move_id, (MAP4,), (Site(Role.GATEWAY),))
     except UsageError:
-        assert not re.fullmatch("[a-z0-9][a-z0-9-]{0,31}", move_id)
+        assert not re.fullmatch("[A-Za-z0-9][A-Za-z0-9_-]{0,31}", move_id) or "_" in move_id
         move_id = "x"  # it is refused, so nothing is ever rendered with it
     for start in range(0, len(words), _WISH):
         map_, kept = make_wish(words[start : start + _WISH])
