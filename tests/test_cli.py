@@ -134,8 +134,8 @@ class Bad(NamedTuple):
 
 PLAN = f"plan web --map {MAP} --connections list"
 BAD = [
-    Bad("no verb", "", 2, "the following arguments are required: VERB"),
-    Bad("unknown verb", "freeze web", 2, "argument VERB: invalid choice: 'freeze'"),
+    Bad("no verb", "--quiet", 2, "the following arguments are required: VERB"),
+    Bad("unknown verb", "freeze web", 2, "no verb 'freeze'"),
     Bad("unknown option", f"{PLAN} --fast", 2, "unrecognized arguments: --fast"),
     Bad("format", f"{PLAN} --format yaml", 2, "argument --format: invalid choice: 'yaml'"),
     Bad("gate", f"prepare web --map {MAP} --gate ajar", 2, "argument --gate: invalid choice"),
@@ -400,7 +400,7 @@ def test_every_verb_has_a_line_of_help(capsys: pytest.CaptureFixture[str]) -> No
         cli.main(["--help"])
     text = capsys.readouterr().out
     for verb in ("plan", "prepare", "open", "status", "teardown", "inspect", "lab"):
-        assert f"    {verb} " in text
+        assert f"\n  {verb} " in text
 
 
 # ---- as a program ----------------------------------------------------------------------------

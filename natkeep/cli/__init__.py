@@ -1,6 +1,7 @@
 """The command line: verbs; it parses, calls lifecycle, prints, and leaves with the exit code.
 
     parser.py      options, and which module runs each verb
+    usage.py       the verbs in groups, examples, and what a typo may have meant
     arguments.py   from parsed arguments to values
     change.py      the verbs that change sites; show.py: those that only look
     output.py      where words go
@@ -85,9 +86,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _run(arguments: Sequence[str]) -> int:
     try:
         faultpoints.demand_known()
-        args = make_parser(arguments).parse_args(arguments)
+        args = make_parser(arguments).parse_args(arguments or ["help"])
         with _signals_as_exit():
-            return int(args.run(args))
+            code = int(args.run(args))
+        return code if arguments else 2  # a script whose variable is empty is to fail
     finally:
         if sys.stdout:
             sys.stdout.flush()

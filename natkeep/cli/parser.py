@@ -16,8 +16,6 @@ from natkeep.plan.undone import LONGEST
 Option = tuple[str, dict[str, Any]]
 """The name of an option or an argument, and what argparse is told of it."""
 
-LAB = "practice networks: move a real server, see what its peer saw"
-
 
 class _Formatter(argparse.HelpFormatter):
     """argparse's, which makes one for each option and imports shutil (3 ms) for the width alone."""
@@ -46,11 +44,39 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         raise UsageError(message, hint=f"{self.prog} --help")
 
+    def format_help(self) -> str:
+        from natkeep.cli.usage import describe
 
-def make_parser(arguments: Sequence[str] = ("lab",)) -> argparse.ArgumentParser:
-    """The parser of all verbs; tests and documentation read it too.
+        return describe(self)
 
-    *arguments* decide only whether the lab, which no other verb needs, is imported for its own.
+    def parse_args(self, args: Any = (), namespace: Any = None) -> Any:
+        """As argparse's; with what was probably meant where it is wrong."""
+        try:
+            parsed, rest = self.parse_known_args(args, namespace)
+            if not rest:
+                return parsed
+            from natkeep.cli.usage import find_verb, refuse_rest
+
+            verb = find_verb(self, parsed.verb)
+            refuse_rest(find_verb(verb, parsed.lab_verb) if parsed.verb == "lab" else verb, rest)
+        except UsageError as error:
+            if not ({"run", "restore"} <= {*args} and "--" not in args):
+                raise
+            put = "put -- before criu: natkeep run ID OPTIONS -- criu restore ..."
+            raise UsageError(str(error), hint=put) from None
+
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        if isinstance(action, argparse._SubParsersAction) and value not in action.choices:
+            from natkeep.cli.usage import refuse_verb
+
+            refuse_verb(self.prog, value, action.choices)
+        super()._check_value(action, value)
+
+
+def make_parser(arguments: Sequence[str] = ()) -> Parser:
+    """The parser of the verbs that *arguments* name, or of all where they name none.
+
+    Help, tests and pages are made of all; the lab's is imported only then, or where it is named.
     """
     common = _make_common(argparse.SUPPRESS)
     parser = Parser(
@@ -60,16 +86,17 @@ def make_parser(arguments: Sequence[str] = ("lab",)) -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"natkeep {__version__}")
     verbs = parser.add_subparsers(metavar="VERB", required=True, parser_class=Parser)
-    for name, (module, text, options) in _VERBS.items():
+    named = {*VERBS, "lab"}.intersection(arguments)
+    for name, (module, text, options) in VERBS.items():
+        if named and name not in named:  # it takes half a millisecond, and a restore may wait
+            continue
         verb: Parser = verbs.add_parser(name, help=text, description=text, parents=[common])
-        verb.set_defaults(run=partial(_run, module, name))
+        verb.set_defaults(run=partial(_run, module, name), verb=name)
         _add_options(verb, options)
-    if "lab" in arguments:
+    if not named or "lab" in named:
         from natkeep.lab.cli import add_parser, run
 
-        add_parser(verbs, parents=[common]).set_defaults(run=run)
-    else:
-        verbs.add_parser("lab", help=LAB)
+        add_parser(verbs, parents=[common]).set_defaults(run=run, verb="lab")
     return parser
 
 
@@ -95,7 +122,8 @@ def _make_common(unset: object) -> Parser:
     Behind it they are left out of the result when they are not given (argparse.SUPPRESS), or
     they would overwrite what was given before it.
     """
-    common = Parser(add_help=False)
+    parser = Parser(add_help=False)
+    common = parser.add_argument_group("options of every verb")
     common.add_argument(
         "--state-dir", metavar="DIR", default=unset or None,
         help="default: $NATKEEP_STATE_DIR, or /run/natkeep",
@@ -104,10 +132,10 @@ def _make_common(unset: object) -> Parser:
         (("--json",), "one JSON document on stdout"),
         (("-v", "--verbose"), "print each command as it is done"),
         (("-q", "--quiet"), "print errors only"),
-        (("--no-color",), "no colours (there are none so far)"),
+        (("--no-color",), "no colours, as without a terminal or with NO_COLOR set"),
     ):
         common.add_argument(*flags, action="store_true", default=unset, help=text)
-    return common
+    return parser
 
 
 def _option(name: str, metavar: str | None = None, **details: Any) -> Option:
@@ -155,8 +183,19 @@ def _deadline(text: str) -> int:
     return int(text)
 
 
-_ID, _ANY_ID = _option("id", "ID"), _option("id", "ID", nargs="?")
-_MAP, _SITE = _several("--map", "OLD=NEW"), _several("--site", "ROLE[=NETNS]")
+_OF_ID = "of the move: letters, digits, - and _, at most 32"
+_ID = _option("id", "ID", help=_OF_ID)
+_ANY_ID = _option("id", "ID", nargs="?", help=f"{_OF_ID}; without it all")
+_MAP = _several(
+    "--map", "OLD=NEW",
+    help="the address that the process had, and where it goes: IPv4 or IPv6, no names; NEW may be "
+    "auto, read at the destination; repeatable",
+)  # fmt: skip
+_SITE = _several(
+    "--site", "ROLE[=NETNS]",
+    help="where it acts: destination, gateway, peer, relay or source, each in the network "
+    "namespace of that name or path, or pid:N; repeatable; default: destination, here",
+)  # fmt: skip
 _PEER_MAP = _several(
     "--peer-map", "P=Q", help="peers at P have moved as well, and are reached at Q; repeatable"
 )
@@ -174,7 +213,11 @@ _MOVE = (
     _option("--image", "DIR", help="connections from CRIU's images"),
     _CONNECTIONS,
     _flag("--listeners", "let new connections reach the image's listeners"),
-    _choice("--mode", "stateful", "stateless"),
+    _choice(
+        "--mode", "stateful", "stateless",
+        help="by conntrack (stateful), or by rewriting headers before and after it; "
+        "default: stateful",
+    ),
     _flag(
         "--no-hold", "do not keep what peers say while the gate is closed: they say it again, later"
     ),
@@ -187,18 +230,27 @@ _MOVE = (
         help="tell both ends of connections that cannot be kept, once the move is open",
     ),
 )  # fmt: skip
-_PLAN = (*_MOVE, _choice("--format", "text", "json", "nft"))
+_PLAN = (
+    *_MOVE,
+    _choice("--format", "text", "json", "nft", help="commands, a document, or a script for nft -f"),
+)
 _LIVE = _option("--live", "PID", help="connections of a process that still runs, and its children")
 _CHECK = (_ANY_ID, *_MOVE[1:], _LIVE)
 _PREPARE = (
     *_MOVE,
     _LIVE,
-    _choice("--gate", "closed", "open"),
+    _choice(
+        "--gate",
+        "closed",
+        "open",
+        help="open: let the kept connections through at once, with no open later; default: closed",
+    ),
     _option("--replace", "ID", help="the earlier move of the same process, moved on"),
     _flag("--dry-run", "check, and print the plan"),
 )
 _QUIESCE = (
-    _ID, _MAP, _several("--site", "source[=NETNS]"),
+    _ID, _MAP,
+    _several("--site", "source[=NETNS]", help="the process' network namespace; default: here"),
     _several(
         "--port", "PORT", type=_port,
         help="hold listeners on this port only; repeatable; default: all at OLD or the wildcard",
@@ -245,7 +297,7 @@ _TEARDOWN = (
     _DROP,
 )  # fmt: skip
 _INSPECT = (
-    _option("image", "DIR", nargs="?"),
+    _option("image", "DIR", nargs="?", help="of criu dump: its images"),
     _option("--live", "PID", help="of a process that still runs, and its children, instead"),
     _MAP,
 )
@@ -296,9 +348,20 @@ _FINISH = (
         help="wait so long at most for the kept connections to end; default: until they have",
     ),
 )  # fmt: skip
+SHELLS = ("bash", "zsh", "fish")
+"""For which there is a completion."""
+_SETUP = (
+    _option(
+        "--completion", "SHELL", nargs="?", const="",
+        help="print the completion of bash, zsh or fish; default: of $SHELL",
+    ),
+    _flag("--install", "write it where the shell looks, for all users if you are root"),
+)  # fmt: skip
+_CODE = _option("code", "CODE", help="as check printed it")
+_TOPIC = _option("topic", "VERB", nargs="*", help="of natkeep, as prepare or lab run")
 _SERVE = (_ID, _flag("--stdio", "answer requests on stdin and stdout"))
 
-_VERBS: dict[str, tuple[str, str, tuple[Option, ...]]] = {
+VERBS: dict[str, tuple[str, str, tuple[Option, ...]]] = {
     "plan": ("change", "print what prepare would do; touches nothing", _PLAN),
     "prepare": ("change", "make every site ready, with the gate closed", _PREPARE),
     "quiesce": ("change", "before a dump: have new connections, or a move's, wait", _QUIESCE),
@@ -306,7 +369,7 @@ _VERBS: dict[str, tuple[str, str, tuple[Option, ...]]] = {
     "open": ("change", "let the kept connections through", _OPEN),
     "status": ("show", "what is prepared, what it carries, what drifted", _STATUS),
     "check": ("show", "can this machine do it, and with a --map this move?", _CHECK),
-    "explain": ("show", "what a finding means and what to do", (_option("code", "CODE"),)),
+    "explain": ("show", "what a finding means and what to do", (_CODE,)),
     "repair": ("change", "put back what another program removed", _REPAIR),
     "teardown": ("change", "undo a move; a second time is fine", _TEARDOWN),
     "rollback": ("change", "back to the source, in the order that resets no peer", _ROLLBACK),
@@ -314,6 +377,8 @@ _VERBS: dict[str, tuple[str, str, tuple[Option, ...]]] = {
     "migrate": ("migrate", "all of a move over ssh: check, dump, copy, restore, open", _MIGRATE),
     "finish": ("migrate", "after a migrate: wait for the end, and undo it everywhere", _FINISH),
     "serve": ("serve", "what migrate starts on each host over ssh", _SERVE),
+    "setup": ("setup", "what an installation needs beside the package", _SETUP),
+    "help": ("help", "the verbs, or one with examples", (_TOPIC,)),
     "inspect": ("show", "the sockets in an image, kept or not and why", _INSPECT),
 }
 """Each verb: the module of natkeep.cli that runs it, what it does, what it takes."""

@@ -35,7 +35,7 @@ def add_parser(
     verbs = lab.add_subparsers(dest="lab_verb", required=True, metavar="list | run | matrix")
     verbs.add_parser("list", parents=list(parents), help="name the scenarios")
     running = verbs.add_parser("run", parents=list(parents), help="run one, and judge it")
-    running.add_argument("scenario", metavar="SCENARIO")
+    running.add_argument("scenario", metavar="SCENARIO", help="as lab list names it")
     running.add_argument(
         "--engine", choices=("auto", "criu", "repair", "runc", "podman"), default="auto",
         help="what freezes and restores the server (auto: criu where it works)",
@@ -68,8 +68,14 @@ def _add_matrix(matrix: argparse.ArgumentParser) -> None:
         "--translator", action="append", default=[], choices=("natkeep", "naive", "naive+purge"),
         help="repeatable; default: all",
     )  # fmt: skip
-    matrix.add_argument("--mode", action="append", default=[], choices=("stateful", "stateless"))
-    matrix.add_argument("--family", action="append", default=[], type=int, choices=(4, 6))
+    matrix.add_argument(
+        "--mode", action="append", default=[], choices=("stateful", "stateless"),
+        help="of natkeep's translations; repeatable; default: both",
+    )  # fmt: skip
+    matrix.add_argument(
+        "--family", action="append", default=[], type=int, choices=(4, 6),
+        help="IPv4 or IPv6; repeatable; default: both",
+    )  # fmt: skip
     matrix.add_argument(
         "--probe", action="append", default=[], choices=("sent", "lost"),
         help="whether CRIU's window probe arrives; default: both",
