@@ -190,5 +190,5 @@ def refuse_rest(verb: argparse.ArgumentParser, rest: Sequence[str]) -> NoReturn:
 
 
 def _suggest(word: str, names: Collection[str]) -> list[str]:
-    close = difflib.get_close_matches(word, names, n=2, cutoff=0.6)
-    return [f"did you mean {' or '.join(close)}"] if close else []
+    close = difflib.get_close_matches(word, names, n=1)
+    return [f"did you mean {close[0]}"] if close else []
