@@ -82,7 +82,7 @@ def _refuse_living(executor: Executor, plan: Plan) -> None:
     for site in plan.move.sites:
         if site.role != Role.SOURCE or plan.move.quiesces:
             continue
-        alive = executor.kernel.observe(site, plan).alive
+        alive = executor.kernel.observe(site, plan).living
         if alive:
             raise RefusedError(
                 f"{site}: {alive} of the connections still have their sockets there",

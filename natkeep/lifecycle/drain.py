@@ -124,7 +124,7 @@ def find_exposed(
     for site, seen in ((one.site, one.seen) for one in look_at_sites(executor, journal, plan)):
         if seen is None or not (site.role == Role.SOURCE or site.row.relays):
             continue
-        back = seen.back if site.row.relays else seen.alive
+        back = seen.back if site.row.relays else seen.living
         if not _is_open(journal, plan, site, seen) and seen.addresses and not back:
             olds = ", ".join(str(old) for old in sorted(seen.addresses, key=str))
             left = (one.kept.minus(ended) for one in plan.translations if one.site == site)

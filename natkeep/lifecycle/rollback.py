@@ -60,7 +60,7 @@ def rollback(executor: Executor, move_id: str, *, yes: bool = False) -> RolledBa
             _refuse_spoken(journal, plan, statuses)
         sources = [one for one in statuses if one.site.row.mutes or one.site.row.relays]
         seen = [(one.site, one.seen) for one in sources if one.seen is not None]
-        back = any(now.back if site.row.relays else now.alive for site, now in seen)
+        back = any(now.back if site.row.relays else now.living for site, now in seen)
         roles = frozenset(site.role for site in plan.move.sites)
         if plan.move.vias and not back and Role.RELAY in roles:
             undone = finish(lambda: _close_relay(executor, journal))

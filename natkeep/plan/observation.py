@@ -113,3 +113,8 @@ class Observation:
     bound: frozenset[bytes] = frozenset()
     silences: Mapping[bytes, float] = MappingProxyType({})
     forgets: float = float(UDP.timeout[1])
+
+    @property
+    def living(self) -> int:
+        """How many kept connections live here, and UDP sockets that any peer may speak to."""
+        return self.alive + len(self.bound)
