@@ -8,6 +8,7 @@
     map = ["10.2.0.10=auto"]                     # or: id = "web"
     mode = "stateless"
     unkept = "reset"
+    udp = "leave"
     state_dir = "/run/natkeep"
 
 Where there is no file, or a key is not in it, what the command line or the environment names is
@@ -25,7 +26,7 @@ import stat
 from typing import Any
 
 from natkeep.errors import RefusedError, UsageError
-from natkeep.plan.move import Fate, Mode, Move
+from natkeep.plan.move import Datagrams, Fate, Mode, Move
 from natkeep.plan.roles import Role
 from natkeep.plan.tuples import Address
 from natkeep.values import dataclass
@@ -48,6 +49,7 @@ class Standing:
     mode: str = ""
     state_dir: str = ""
     unkept: str = ""
+    udp: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,7 +138,8 @@ def _make_policy(document: dict[str, Any]) -> Policy:
         if key != "map" and not isinstance(value, str):
             raise UsageError(f"{PATH}: hook.{key} is not a text")
     hook = Standing(**table | {"map": tuple(_texts(table, "map", "hook."))})
-    for key, value, known in (("mode", hook.mode, Mode), ("unkept", hook.unkept, Fate)):
+    words = (("mode", hook.mode, Mode), ("unkept", hook.unkept, Fate), ("udp", hook.udp, Datagrams))
+    for key, value, known in words:
         if value and value not in tuple(known):
             raise UsageError(f"{PATH}: hook.{key}: {value!r} is none of {', '.join(known)}")
     return Policy(

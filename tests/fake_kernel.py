@@ -100,6 +100,7 @@ class FakeSite:
     sockets: set[FourTuple] = field(default_factory=set)
     locks: dict[str, set[FourTuple]] = field(default_factory=dict)
     waiting: dict[Endpoint, int] = field(default_factory=dict)
+    taken: frozenset[Endpoint] = frozenset()
     holds: dict[str, tuple[Endpoint, ...]] = field(default_factory=dict)
     resets: dict[str, Gate] = field(default_factory=dict)
     holders: set[str] = field(default_factory=set)
@@ -294,6 +295,10 @@ class FakeKernel:
     def can_bind(self, site: Site, address: Address, device: str | None) -> bool:
         """Whether it is an address that a test, or a step, put there."""
         return address in self.sites[site.netns].addresses
+
+    def is_taken_of_udp(self, site: Site, end: Endpoint) -> bool:
+        """Whether a test has put a socket of UDP there."""
+        return end in self.sites[site.netns].taken
 
     def find_translated(
         self, site: Site, connections: Connections

@@ -347,8 +347,9 @@ def test_the_connections_of_an_image_are_planned(
 ) -> None:
     arguments = f"plan web --map {MAP} --map {MAP6} --image image --json".split()
     connections = json.loads(natkeep_here(*arguments).out)["connections"]
-    assert {"local": "10.2.0.10:5000", "peer": "10.1.0.2:43285"} in connections
-    assert {"local": "[fd00:2::10]:5001", "peer": "[fd00:1::2]:49861"} in connections
+    tcp = {"proto": "tcp"}
+    assert {**tcp, "local": "10.2.0.10:5000", "peer": "10.1.0.2:43285"} in connections
+    assert {**tcp, "local": "[fd00:2::10]:5001", "peer": "[fd00:1::2]:49861"} in connections
     assert not any(row["local"].startswith("127.") for row in connections)
 
 
@@ -836,6 +837,7 @@ def test_the_json_of_each_verb_has_the_contracts_keys(sites: Network, executor: 
         ],
         "connections": [
             {
+                "proto": "tcp",
                 "local": "10.2.0.10:5000",
                 "peer": f"10.1.0.2:{port}",
                 "state": None,  # without a socket, while its entry goes on

@@ -48,7 +48,9 @@ ROWS = (
     "[fd00:2::10]:5000 [fd00:1::2]:50596",
 )
 PLAN = make_plan(MOVE, listed(*ROWS, "10.9.0.9:1 10.1.0.2:50594"))
-CONNECTIONS = [dict(zip(("local", "peer"), row.split(), strict=True)) for row in ROWS]
+CONNECTIONS = [
+    {"proto": "tcp", **dict(zip(("local", "peer"), row.split(), strict=True))} for row in ROWS
+]
 MAPS = [
     {"old": "10.2.0.10", "new": "10.3.0.20"},
     {"old": "fd00:2::10", "new": "fd00:3::20"},
@@ -140,7 +142,7 @@ def test_the_gate_of_status_is_closed_or_open() -> None:
 def packets(status: MoveStatus) -> list[tuple[int | None, int | None]]:
     (move,) = status_to_json([status])["moves"]
     rows = move["connections"]
-    assert [{key: row[key] for key in ("local", "peer")} for row in rows] == CONNECTIONS
+    assert [{key: row[key] for key in ("proto", "local", "peer")} for row in rows] == CONNECTIONS
     return [(row["packets"]["in"], row["packets"]["out"]) for row in rows]
 
 

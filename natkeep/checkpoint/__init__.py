@@ -237,15 +237,9 @@ class Checkpoint:
         return ends_at(ends, olds)
 
     def udp_at(self, olds: Sequence[Local]) -> Connections:
-        """The connected sockets of UDP at *olds* that a move translates: no peer of theirs moves.
-
-        Datagrams from one OLD to another are those of the process with itself; they stay where
-        it is.
-        """
+        """The connected sockets of UDP at *olds*."""
         apart = (old for old in olds if old == address_of(old) or address_of(old) not in olds)
-        here = Connections.joined(self.udp.at(old) for old in apart)
-        moving = {old.packed for old in map(address_of, olds)}
-        return here.with_peers(moving, without=True) if here.may_have_peer(moving) else here
+        return Connections.joined(self.udp.at(old) for old in apart)
 
     def udp_servers_at(self, olds: Sequence[Local]) -> tuple[Endpoint, ...]:
         """OLD and port of each UDP socket without a peer, as `listeners_at`."""

@@ -25,7 +25,9 @@ def parse_ended(data: bytes, name: str) -> Connections:
             raise ValueError("it is no document of schema 1")
         if "error" in document and "moves" not in document:
             raise ValueError(str(document["error"].get("message")))
-        states = [_read_one(one) for move in document["moves"] for one in move["connections"]]
+        # Of UDP no end is told.
+        rows = (one for move in document["moves"] for one in move["connections"])
+        states = [_read_one(one) for one in rows if one.get("proto", "tcp") == "tcp"]
     except RecursionError:
         raise ImageError(f"{name}: nested too deeply", hint=_HINT) from None
     except (ValueError, KeyError, TypeError, AttributeError) as error:

@@ -32,7 +32,7 @@ from functools import lru_cache
 
 from natkeep.checkpoint import Checkpoint, shorten
 from natkeep.errors import ImageError
-from natkeep.plan.tuples import RECORD_SIZE, Connections, Endpoint, FourTuple
+from natkeep.plan.tuples import NO_CONNECTIONS, RECORD_SIZE, Connections, Endpoint, FourTuple
 
 MAX_LISTING = 32 << 20  # 300,000 of the longest lines
 MAX_LINES = 1 << 20  # more than there may be connections in a move
@@ -207,9 +207,16 @@ def _make_checkpoint(lines: Iterable[_Line]) -> Checkpoint:
     )
 
 
-def write_listing(connections: Connections) -> str:
-    """The text that `parse_listing` reads as *connections*."""
-    return "".join(f"{inbound.destination} {inbound.source}\n" for inbound in connections)
+def write_listing(
+    connections: Connections,
+    udp: Connections = NO_CONNECTIONS,
+    udp_servers: Iterable[Endpoint] = (),
+) -> str:
+    """The text that `parse_listing` reads as a checkpoint of these."""
+    lines = [f"{inbound.destination} {inbound.source}\n" for inbound in connections]
+    lines += [f"{_UDP} {inbound.destination} {inbound.source}\n" for inbound in udp]
+    lines += [f"{_UDP} {end} *\n" for end in udp_servers]
+    return "".join(lines)
 
 
 class _Words(dict[bytes, bytes]):

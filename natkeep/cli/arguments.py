@@ -19,7 +19,7 @@ from natkeep.lifecycle.relay import find_vias
 from natkeep.plan.maps import Map, parse_map, parse_peer_map
 from natkeep.plan.move import Fate, Mode, Move, Site, parse_id
 from natkeep.plan.roles import Role
-from natkeep.plan.tuples import NO_CONNECTIONS, Connections, Endpoint
+from natkeep.plan.tuples import NO_CONNECTIONS, Connections, Endpoint, Local
 from natkeep.plan.via import Via, parse_via
 from natkeep.state.directory import StateDirectory
 
@@ -42,12 +42,13 @@ def make_move(args: argparse.Namespace, checkpoint: Checkpoint) -> Move:
     parse_id(args.id)
     sites = parse_sites(args.site)
     maps = parse_maps(args, sites)
-    listeners = _find_listeners(checkpoint, maps) if args.listeners else ()
+    olds = [map_.old_end for map_ in maps]
+    listeners = _find_listeners(checkpoint, olds) if args.listeners else ()
     at_source = any(site.role in (Role.SOURCE, Role.RELAY) for site in sites)
     lock = checkpoint.lock if at_source else None
     unkept, lost = Fate(args.unkept), NO_CONNECTIONS
     if unkept == Fate.RESET:
-        lost = checkpoint.lost_at([map_.old_end for map_ in maps])
+        lost = checkpoint.lost_at(olds)
     mode = Mode(args.mode)
     hold = not args.no_hold and getattr(args, "gate", "closed") == "closed"
     return Move(
@@ -55,6 +56,7 @@ def make_move(args: argparse.Namespace, checkpoint: Checkpoint) -> Move:
         unkept=unkept, lost=lost, hold=hold, guard=args.guard, live=checkpoint.live,
         peer_maps=tuple(map(parse_peer_map, args.peer_map)),
         vias=_find_vias(args, sites, maps),
+        udp=checkpoint.udp_at(olds), udp_servers=checkpoint.udp_servers_at(olds),
     )  # fmt: skip
 
 
@@ -76,8 +78,8 @@ def parse_maps(args: argparse.Namespace, sites: tuple[Site, ...]) -> tuple[Map, 
     return tuple(maps)
 
 
-def _find_listeners(checkpoint: Checkpoint, maps: Sequence[Map]) -> tuple[Endpoint, ...]:
-    listeners = checkpoint.listeners_at([map_.old_end for map_ in maps])
+def _find_listeners(checkpoint: Checkpoint, olds: Sequence[Local]) -> tuple[Endpoint, ...]:
+    listeners = checkpoint.listeners_at(olds)
     if not listeners:
         raise RefusedError(
             "--listeners: the image has no listener at an OLD or at the wildcard address",
@@ -87,6 +89,12 @@ def _find_listeners(checkpoint: Checkpoint, maps: Sequence[Map]) -> tuple[Endpoi
 
 
 def read_connections(args: argparse.Namespace) -> Checkpoint:
+    """What `--image`, `--connections` or `--live` names; of UDP nothing with `--no-udp`."""
+    checkpoint = _read_connections(args)
+    return checkpoint.without_udp() if getattr(args, "no_udp", False) else checkpoint
+
+
+def _read_connections(args: argparse.Namespace) -> Checkpoint:
     # Of the three readers a command needs one.
     if args.image is not None:
         from natkeep.checkpoint.images import read_checkpoint
@@ -135,7 +143,7 @@ def read_process(args: argparse.Namespace, sites: tuple[Site, ...]) -> Checkpoin
 
 
 def authorise(move: Move, checkpoint: Checkpoint) -> int:
-    """How many connections *move* is about, if the operator's policy allows them."""
+    """How many of TCP *move* is about, if the operator's policy allows it, with those of UDP."""
     count = sum(map(len, move.share(checkpoint.connections))) + len(move.lost)
-    policy.authorise(move, count)
+    policy.authorise(move, count + len(move.udp) + len(move.udp_servers))
     return count

@@ -76,7 +76,6 @@ def prepare(args: argparse.Namespace) -> int:
     executor = make_executor(args, create=not args.dry_run)
     require_devices(executor, move, checkpoint)
     require_sockets(executor, move, checkpoint)
-    checkpoint = checkpoint.without_udp()  # which no site carries yet
     if args.dry_run:
         run_id = checkpoint.run_id
         plan = check(executor, move, checkpoint.connections, args.replace, run_id=run_id)

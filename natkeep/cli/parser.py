@@ -206,13 +206,15 @@ _VIA = _several(
 )  # fmt: skip
 _CONNECTIONS = _option(
     "--connections", "FILE",
-    help="lines of LOCAL PEER, or what inspect --json printed; - is stdin",
+    help="lines of [udp] LOCAL PEER, or what inspect --json printed; - is stdin",
 )  # fmt: skip
+_NO_UDP = _flag("--no-udp", "leave the sockets of UDP, connected or not")
 _MOVE = (
     _ID, _MAP, _PEER_MAP, _VIA, _SITE,
     _option("--image", "DIR", help="connections from CRIU's images"),
     _CONNECTIONS,
     _flag("--listeners", "let new connections reach the image's listeners"),
+    _NO_UDP,
     _choice(
         "--mode", "stateful", "stateless",
         help="by conntrack (stateful), or by rewriting headers before and after it; "
@@ -300,6 +302,7 @@ _INSPECT = (
     _option("image", "DIR", nargs="?", help="of criu dump: its images"),
     _option("--live", "PID", help="of a process that still runs, and its children, instead"),
     _MAP,
+    _NO_UDP,
 )
 _STATUS = (
     _ANY_ID,

@@ -196,6 +196,8 @@ def inspect(args: argparse.Namespace) -> int:
         from natkeep.checkpoint.images import read_checkpoint_with_queues
 
         checkpoint = read_checkpoint_with_queues(args.image)
+    if args.no_udp:
+        checkpoint = checkpoint.without_udp()
     olds = parse_olds(args.map)
     print_as(args, report.checkpoint_to_json, report.checkpoint_lines, checkpoint, olds)
     return 0

@@ -18,13 +18,13 @@ from ipaddress import ip_network
 
 from natkeep import policy, report
 from natkeep.checkpoint.images import read_checkpoint
-from natkeep.criu.environment import Call, own_id, read_call
+from natkeep.criu.environment import Call, own_id, read_call, read_datagrams
 from natkeep.errors import RefusedError, UsageError
 from natkeep.kernel.interface import Kernel
 from natkeep.lifecycle.executor import Executor
 from natkeep.lifecycle.prepare import prepare
 from natkeep.plan.maps import Map, parse_map
-from natkeep.plan.move import Move, Site
+from natkeep.plan.move import Datagrams, Move, Site
 from natkeep.plan.roles import Role
 from natkeep.plan.tuples import Endpoint, address_of, parse_local
 
@@ -37,6 +37,8 @@ def serve_post_dump(environment: Mapping[str, str], executor: Executor) -> str:
     call = read_call(environment)
     _refuse_leave_running(call)
     checkpoint = read_checkpoint(call.demand_images())
+    if read_datagrams(environment) == Datagrams.LEAVE:
+        checkpoint = checkpoint.without_udp()
     maps = read_maps(environment["NATKEEP_SOURCE"])
     olds = [*dict.fromkeys(map_.old for map_ in maps)]
     move = Move(

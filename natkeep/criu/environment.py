@@ -1,8 +1,9 @@
 """Reads who gave which orders, and what CRIU says of where it is.
 
-Orders come from the environment (NATKEEP_ID, or NATKEEP_MAP with NATKEEP_MODE and NATKEEP_UNKEPT),
-else from the table [hook] of the operator's file, and never from the image. CRIU's own words
-(CRTOOLS_*) only say which image and which tree: they are looked at before they are believed.
+Orders come from the environment (NATKEEP_ID, or NATKEEP_MAP with NATKEEP_MODE, NATKEEP_UNKEPT and
+NATKEEP_UDP), else from the table [hook] of the operator's file, and never from the image. CRIU's
+own words (CRTOOLS_*) only say which image and which tree: they are looked at before they are
+believed.
 
 Rule: nothing is done here. What is contradictory is an error (exit 2), never a guess.
 """
@@ -13,7 +14,7 @@ import os
 from collections.abc import Iterator, Mapping
 
 from natkeep.errors import UsageError
-from natkeep.plan.move import Fate, Mode, Site
+from natkeep.plan.move import Datagrams, Fate, Mode, Site
 from natkeep.plan.roles import Role
 from natkeep.values import dataclass, replace
 
@@ -38,6 +39,7 @@ class Orders:
     state_dir: str | None
     standing: bool = False
     unkept: str = ""
+    udp: str = ""
     readiness: Readiness | None = None
 
 
@@ -62,13 +64,14 @@ def _read_orders(environment: Mapping[str, str]) -> Orders | None:
     mode, state_dir = environment.get("NATKEEP_MODE", ""), environment.get("NATKEEP_STATE_DIR")
     if mode and mode not in tuple(Mode):
         raise UsageError(f"NATKEEP_MODE: {mode!r} is none of {', '.join(Mode)}")
+    udp = read_datagrams(environment)
     unkept = environment.get("NATKEEP_UNKEPT", "")
     if unkept and unkept not in tuple(Fate):
         raise UsageError(f"NATKEEP_UNKEPT: {unkept!r} is none of {', '.join(Fate)}")
     if move_id or text:
         _refuse_both(move_id, text, "NATKEEP_ID", "NATKEEP_MAP")
         maps = tuple(text.split(",")) if text else ()
-        return Orders(move_id, maps, mode, state_dir, unkept=unkept)
+        return Orders(move_id, maps, mode, state_dir, unkept=unkept, udp=udp)
     from natkeep import policy  # only here: a move that is prepared was authorised before
 
     hook = policy.read_policy().hook
@@ -77,8 +80,16 @@ def _read_orders(environment: Mapping[str, str]) -> Orders | None:
         return None
     return Orders(
         hook.id, hook.map, mode or hook.mode, state_dir or hook.state_dir,
-        standing=True, unkept=unkept or hook.unkept,
+        standing=True, unkept=unkept or hook.unkept, udp=udp or hook.udp,
     )  # fmt: skip
+
+
+def read_datagrams(environment: Mapping[str, str]) -> str:
+    """What NATKEEP_UDP says, "" where it says nothing."""
+    word = environment.get("NATKEEP_UDP", "")
+    if word and word not in tuple(Datagrams):
+        raise UsageError(f"NATKEEP_UDP: {word!r} is none of {', '.join(Datagrams)}")
+    return word
 
 
 def _refuse_both(move_id: object, maps: object, first: str, second: str) -> None:

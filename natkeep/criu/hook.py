@@ -180,6 +180,7 @@ def _confirm(journal: Journal, orders: Orders, call: Call, executor: Executor) -
     """
     from natkeep.checkpoint.images import read_checkpoint, read_inventory
     from natkeep.errors import RefusedError, UsageError
+    from natkeep.plan.move import Datagrams
 
     move = journal.move
     if not executor.is_home(journal, call.tree_site()):
@@ -192,6 +193,8 @@ def _confirm(journal: Journal, orders: Orders, call: Call, executor: Executor) -
     if orders.unkept and orders.unkept != move.unkept:
         told = f"what cannot be kept is to be {orders.unkept}"
         raise UsageError(f"{told}, but {move.id} was prepared with --unkept {move.unkept}")
+    if orders.udp == Datagrams.LEAVE and (len(move.udp) or move.udp_servers):
+        raise UsageError(f"UDP is to be left, but {move.id} was prepared without --no-udp")
     if move.live:
         return read_checkpoint(call.demand_images())
     if journal.image and read_inventory(call.demand_images()).run_id != journal.image:

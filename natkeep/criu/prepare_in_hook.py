@@ -20,7 +20,7 @@ from natkeep.lifecycle.prepare import prepare
 from natkeep.lifecycle.replace import replace_move
 from natkeep.lifecycle.teardown import teardown
 from natkeep.plan.maps import parse_map
-from natkeep.plan.move import Fate, Mode, Move, Site
+from natkeep.plan.move import Datagrams, Fate, Mode, Move, Site
 from natkeep.plan.roles import Role
 from natkeep.plan.tuples import NO_CONNECTIONS, Connections
 from natkeep.state.directory import read_boot_id
@@ -46,6 +46,8 @@ def ensure_prepared(
             return True
         teardown(executor, move_id)  # begun and killed, or for a namespace without the tree
     checkpoint = read_checkpoint(call.demand_images())
+    if orders.udp == Datagrams.LEAVE:
+        checkpoint = checkpoint.without_udp()
     if orders.standing:
         resets = orders.unkept == Fate.RESET
         maps = maps_about(orders.maps, checkpoint, executor.kernel, site, resets=resets)
@@ -57,6 +59,8 @@ def ensure_prepared(
     lost = checkpoint.lost_at(olds) if orders.unkept == Fate.RESET else NO_CONNECTIONS
     move = _make_move(move_id, orders, executor, site, lost)
     count = sum(map(len, move.share(checkpoint.connections))) + len(lost)
+    move = replace(move, udp=checkpoint.udp_at(olds), udp_servers=checkpoint.udp_servers_at(olds))
+    count += len(move.udp) + len(move.udp_servers)
     policy.authorise(move, count)
     require_devices(executor, move, checkpoint)
     _prepare(move, checkpoint, executor, site, call.criu)

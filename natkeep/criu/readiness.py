@@ -5,6 +5,7 @@
 
                              # natkeep ID OLD=NEW[,…]
                              LOCAL PEER
+                             udp LOCAL PEER
                              …
 
     NATKEEP_READY=PATH   a FIFO, or a file that comes into being; what prepares the gateways writes
@@ -55,7 +56,7 @@ class Readiness:
     def wait(self, move: Move, connections: Connections) -> None:
         """Ask for gateways of *move* and return when they are ready; NatkeepError if they are not.
 
-        connections: those of the image at an OLD of the move.
+        connections: those of the image at an OLD of the move; the move has its sockets of UDP.
         """
         wanted, deadline = f"ready {move.id}", time.monotonic() + self.seconds
         fifo = _open_fifo(self.ready)  # before the question, so that no answer is missed
@@ -63,7 +64,8 @@ class Readiness:
         try:
             if self.tell:
                 maps = ",".join(map(str, move.maps))
-                _put(self.tell, f"# natkeep {move.id} {maps}\n{write_listing(connections)}")
+                lines = write_listing(connections, move.udp, move.udp_servers)
+                _put(self.tell, f"# natkeep {move.id} {maps}\n{lines}")
             while (left := deadline - time.monotonic()) > 0:
                 if fifo is None:
                     said = _read(self.ready)

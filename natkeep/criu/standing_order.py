@@ -2,7 +2,8 @@
 
 Such an order is asked at every restore on this host, most of which are others'. It is not about one
 
-- whose image has no connection at the OLD of the order,
+- whose image has no connection at the OLD of the order, and no socket of UDP that is bound there
+  (one at the wildcard address may be any process'),
 - at a host where OLD is at home (the process comes back, or never left),
 - and with `id`, where no such move is there, or it is of an earlier boot or for another namespace.
 
@@ -22,6 +23,7 @@ from natkeep.kernel.old_address import find_at_home
 from natkeep.lifecycle.executor import Executor
 from natkeep.plan.maps import parse_map
 from natkeep.plan.move import Site, parse_id
+from natkeep.plan.tuples import Local, is_at
 from natkeep.state.directory import read_boot_id
 
 
@@ -39,7 +41,7 @@ def why_not_about(move_id: str, call: Call, executor: Executor) -> str:
     if journal.image and read_inventory(call.images).run_id == journal.image:
         return ""
     image, olds = read_checkpoint(call.images), [map_.old_end for map_ in journal.move.maps]
-    if image.lost_at(olds) or any(image.connections.at(old) for old in olds):
+    if image.lost_at(olds) or any(_is_at(image, old) for old in olds):
         return ""
     return f"no connection of this image is at an OLD of {move_id}"
 
@@ -56,10 +58,15 @@ def maps_about(
         wish.old
         for wish in wishes.values()
         for end in (wish.old_end,)
-        if checkpoint.connections.at(end) or (resets and checkpoint.lost_at([end]))
+        if _is_at(checkpoint, end) or (resets and checkpoint.lost_at([end]))
     )
     if not counted:
         return ()
     kernel.open_sites([site])
     about = counted - kernel.ask(site, find_at_home, counted)
     return tuple(text for text in maps if wishes[text].old in about)
+
+
+def _is_at(checkpoint: Checkpoint, old: Local) -> bool:
+    bound = any(is_at(end, [old]) for end in checkpoint.udp_servers)
+    return bound or any(len(some.at(old)) for some in (checkpoint.connections, checkpoint.udp))

@@ -30,6 +30,7 @@ _CLOSED = frozenset({b"04", b"05", b"09", b"0B"})  # FIN-WAIT-1 and -2, LAST-ACK
 _HALF_OPEN = frozenset({b"02", _SYN_RECEIVED})  # SYN-SENT is the other
 _NO_INODE = b"0"
 _BIND_ADDRESS_NO_PORT = 24  # IP_BIND_ADDRESS_NO_PORT: no port is taken, not even for a moment
+_FREEBIND = 15  # IP_FREEBIND
 _TIMER, _RETRANSMITS = slice(21, 29), slice(30, 38)
 """Behind the queues, of fixed width: ticks of 10 ms until the retransmission timer's end, and how
 often it has ended in a row since an answer."""
@@ -189,6 +190,27 @@ def is_taken(end: Endpoint) -> bool:
     family = socket.AF_INET if end.address.version == 4 else socket.AF_INET6
     with socket.socket(family, socket.SOCK_STREAM) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((str(end.address), end.port))
+        except OSError as error:
+            return error.errno == errno.EADDRINUSE
+    return False
+
+
+def is_taken_of_udp(end: Endpoint) -> bool:
+    """Whether another socket of UDP keeps CRIU from binding one to *end* in this namespace.
+
+    The kernel is asked as CRIU asks it: both kinds of sharing are on, and the address may be
+    missing still.
+    """
+    family = socket.AF_INET if end.address.version == 4 else socket.AF_INET6
+    with socket.socket(family, socket.SOCK_DGRAM) as probe:
+        for option in (socket.SO_REUSEADDR, socket.SO_REUSEPORT):
+            probe.setsockopt(socket.SOL_SOCKET, option, 1)
+        probe.setsockopt(socket.IPPROTO_IP, _FREEBIND, 1)
+        if end.address.version == 6:
+            # Whether [::] serves IPv4 as well is not known here.
+            probe.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
         try:
             probe.bind((str(end.address), end.port))
         except OSError as error:

@@ -13,7 +13,7 @@ from natkeep.lifecycle.examine import OF_PATH, refuse_stopped
 from natkeep.lifecycle.executor import Executor
 from natkeep.lifecycle.owners import find_surroundings
 from natkeep.lifecycle.relay import refuse_relays, refuse_stacked
-from natkeep.lifecycle.sockets import NO_REMEDY, find_unbindable, refuse_translated
+from natkeep.lifecycle.sockets import NO_REMEDY, find_taken, find_unbindable, refuse_translated
 from natkeep.lifecycle.subject import Subject
 from natkeep.plan.move import Move, Site
 from natkeep.plan.roles import Role
@@ -110,7 +110,8 @@ def require_sockets(executor: Executor, move: Move, checkpoint: Checkpoint) -> N
         if socket.is_translated() and socket.local and is_at(socket.local, olds):
             raise RefusedError(f"{socket}: {socket.unkept}", hint=NO_REMEDY)
     sockets = checkpoint.unmapped([map_.old for map_ in move.maps])
-    if not (move.listeners or any(len(checkpoint.connections.at(old)) for old in olds)):
+    about = move.listeners or len(move.udp) or move.udp_servers
+    if not (about or any(len(checkpoint.connections.at(old)) for old in olds)):
         return  # it is about other addresses, which make_plan says
     for site in _open_destinations(executor, move) if sockets else ():
         for socket in find_unbindable(executor.kernel, site, sockets):
@@ -120,6 +121,13 @@ def require_sockets(executor: Executor, move: Move, checkpoint: Checkpoint) -> N
                 "moves it",
                 hint=f"--map {address}=NEW, or there: ip addr add {address} dev lo",
             )
+    if any(socket.protocol == "udp" for socket in checkpoint.sockets):
+        for site in _open_destinations(executor, move):
+            for end in find_taken(executor.kernel, site, checkpoint):
+                raise RefusedError(
+                    f"{site}: CRIU could not restore udp {end}: another socket there has it",
+                    hint="end that program, or restore in another namespace",
+                )
 
 
 def _open_destinations(executor: Executor, move: Move) -> list[Site]:

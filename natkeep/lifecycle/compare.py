@@ -10,6 +10,8 @@ from there on, the next open goes on, and a teardown undoes both plans as one.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 from natkeep import faultpoints, policy
 from natkeep.checkpoint import Checkpoint
 from natkeep.errors import RefusedError
@@ -17,6 +19,7 @@ from natkeep.lifecycle.conflicts import refuse_overlaps
 from natkeep.lifecycle.executor import Executor
 from natkeep.lifecycle.owners import find_surroundings
 from natkeep.lifecycle.progress import kinds_of, numbers_before, plan_of, unprepared
+from natkeep.plan.move import Move
 from natkeep.plan.repair import LoadObjects, Patch
 from natkeep.plan.roles import Role
 from natkeep.plan.step_order import make_plan
@@ -38,6 +41,7 @@ from natkeep.plan.translation import Change, Compared
 from natkeep.plan.tuples import Connections
 from natkeep.plan.wanted import objects_of
 from natkeep.state.journal import Journal
+from natkeep.values import replace
 
 
 def bring_up_to_date(
@@ -54,6 +58,8 @@ def bring_up_to_date(
     compared = None
     if image is not None:
         compared = compare(executor, journal, plan, image)
+        more = _find_new_datagrams(journal.move, image)
+        compared = replace(compared, unkept=(*compared.unkept, *more))
         plan = plan_of(journal)
     widen(executor, journal, plan)
     return compared
@@ -136,6 +142,17 @@ def widen(executor: Executor, journal: Journal, plan: Plan) -> None:
         executor.kernel.mend(patch, remember)
         faultpoints.reach("widened")
         journal.note(number, "done", before)
+
+
+def _find_new_datagrams(move: Move, image: Checkpoint) -> Iterator[str]:
+    """The sockets of UDP that a process has made since prepare; none of them is carried."""
+    if not move.live:
+        return
+    olds = [map_.old_end for map_ in move.maps]
+    for inbound in image.udp_at(olds).minus(move.udp):
+        if inbound.destination not in move.udp_servers:  # whose port is carried for any peer
+            yield f"udp {inbound.destination} {inbound.source}"
+    yield from (f"udp {e} *" for e in image.udp_servers_at(olds) if e not in move.udp_servers)
 
 
 def _late_numbers(journal: Journal, plan: Plan) -> frozenset[int]:

@@ -12,8 +12,10 @@ from natkeep.lifecycle.executor import Executor
 from natkeep.lifecycle.subject import Subject
 from natkeep.plan.findings import Finding, ok
 from natkeep.plan.move import Move
+from natkeep.plan.plan_text import describe_count
 from natkeep.plan.step_order import make_plan
 from natkeep.plan.steps import Plan
+from natkeep.plan.translation import find_unkept_servers
 
 
 def make_subject(
@@ -28,9 +30,10 @@ def make_subject(
     try:
         plan = check(executor, move, checkpoint.connections, looks=False)
         require_devices(executor, move, checkpoint)
-        count = sum(map(len, (one.kept for one in plan.translations if one.site == move.sites[0])))
-        lost = f", {len(plan.unkept)} cannot be" if plan.unkept else ""
-        found = ok(None, f"{count} connection{'s' * (count != 1)} can be kept{lost}")
+        unkept = len(plan.unkept) + len(find_unkept_servers(move))
+        lost = f", {unkept} cannot be" if unkept else ""
+        here = (one for one in plan.translations if one.site == move.sites[0])
+        found = ok(None, f"{describe_count(move, here)} can be kept{lost}")
     except RefusedError as error:
         found = Finding("refused", None, str(error), error.hint or "")
     if plan is None:

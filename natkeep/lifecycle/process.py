@@ -10,7 +10,7 @@ from natkeep.checkpoint.tree import read_tree
 from natkeep.errors import ImageError, KernelError
 from natkeep.kernel import criu_trial, rtnetlink
 from natkeep.kernel import process as processes
-from natkeep.lifecycle.sockets import find_translated, find_unbindable
+from natkeep.lifecycle.sockets import find_taken, find_translated, find_unbindable
 from natkeep.lifecycle.subject import Look, Subject
 from natkeep.plan.findings import Finding, ok
 from natkeep.plan.move import Site
@@ -81,7 +81,9 @@ def _look_at_destination(subject: Subject, checkpoint: Checkpoint) -> Iterator[F
         found = [*find_unbindable(subject.kernel, site, unmapped)]
         for each in found:
             yield Finding("address-missing", site, f"{each}, which no --map moves")
-        if not found:
+        taken = [*find_taken(subject.kernel, site, checkpoint)]
+        yield from (Finding("udp-taken", site, f"udp {end}") for end in taken)
+        if not (found or taken):
             yield ok(site, "every socket's address is there, or is moved")
         missing = bound - subject.kernel.ask(site, rtnetlink.device_names) if bound else ()
         for device in sorted(filter(None, missing)):

@@ -12,13 +12,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 
-from natkeep.checkpoint import Socket
+from natkeep.checkpoint import ELSEWHERE, Checkpoint, Socket
 from natkeep.errors import RefusedError
 from natkeep.kernel import conntrack_own, sock_diag
 from natkeep.kernel.interface import Kernel
 from natkeep.plan.identity import Identity
 from natkeep.plan.move import Site
-from natkeep.plan.tuples import Connections, FourTuple
+from natkeep.plan.tuples import Connections, Endpoint, FourTuple
 from natkeep.state.directory import StateDirectory
 
 NO_REMEDY = "a redirect, DNAT or masquerade of that host: such connections cannot follow"
@@ -33,6 +33,18 @@ def find_unbindable(kernel: Kernel, site: Site, sockets: Sequence[Socket]) -> It
         asked.add(end)
         if not kernel.ask(site, sock_diag.can_bind, *end):
             yield each
+
+
+def find_taken(kernel: Kernel, site: Site, checkpoint: Checkpoint) -> Iterator[Endpoint]:
+    """Where CRIU will bind sockets of UDP, and another one at the opened *site* does not let it."""
+    bound = (
+        each.local
+        for each in checkpoint.sockets
+        if each.protocol == "udp" and each.local and each.unkept != ELSEWHERE
+    )
+    for end in dict.fromkeys(bound):
+        if kernel.ask(site, sock_diag.is_taken_of_udp, end):
+            yield end
 
 
 def refuse_translated(

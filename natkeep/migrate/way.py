@@ -97,6 +97,8 @@ def _read_vias(source: Host, record: Record, sockets: str) -> list[str]:
 
 
 def _as_list(document: dict[str, Any]) -> str:
-    """The kept connections as lines of LOCAL PEER."""
-    kept = (one for one in document["sockets"] if one["kept"] and one["peer"])
-    return "".join(f"{one['local']} {one['peer']}\n" for one in kept)
+    """What is kept as lines of `[udp] LOCAL PEER`, and `udp LOCAL *`."""
+    words = {"tcp": "", "udp": "udp "}
+    kept = (one for one in document["sockets"] if one["kept"])
+    lines = (f"{words[one['protocol']]}{one['local']} {one['peer'] or '*'}" for one in kept)
+    return "".join(f"{line}\n" for line in dict.fromkeys(lines))

@@ -37,6 +37,13 @@ class Fate(StrEnum):
     RESET = "reset"
 
 
+class Datagrams(StrEnum):
+    """What a hook's orders say of UDP; `--no-udp` is the command line's word for the second."""
+
+    KEEP = "keep"
+    LEAVE = "leave"
+
+
 def is_id(text: str) -> bool:
     """Whether *text* may be the id of a move."""
     return _ID.fullmatch(text) is not None

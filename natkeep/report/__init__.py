@@ -14,12 +14,13 @@ from natkeep.checkpoint import Checkpoint, Inventory, Outcome, Socket
 from natkeep.plan.criu_lock import NetworkLock
 from natkeep.plan.findings import CATALOGUE, Finding, Severity
 from natkeep.plan.move import Fate, Site
-from natkeep.plan.plan_text import render_nft
+from natkeep.plan.plan_text import describe_count, kept_servers, render_nft
 from natkeep.plan.process import Tree
+from natkeep.plan.protocols import TCP
 from natkeep.plan.resets import NOT_TOLD, describe_fates
 from natkeep.plan.roles import Role
 from natkeep.plan.steps import Plan, SwitchForwarding
-from natkeep.plan.translation import Compared, Translation
+from natkeep.plan.translation import Compared, Translation, find_unkept_servers
 from natkeep.plan.tuples import Connections, FourTuple, Local
 
 
@@ -36,6 +37,8 @@ def move_to_json(plan: Plan) -> dict[str, Any]:
     if move.unkept == Fate.RESET:
         fates = describe_fates(plan.resets).items()
         document["unkept"] = [{**_tuple_to_json(end), "fate": fate} for end, fate in fates]
+    if servers := kept_servers(move):
+        document["udp_servers"] = [str(end) for end in servers]
     return document
 
 
@@ -83,11 +86,11 @@ def site_to_json(site: Site, **more: object) -> dict[str, object]:
 
 
 def _connections_to_json(plan: Plan) -> Iterator[dict[str, Any]]:
-    for translation in _at_first_site(plan):
-        wires = find_wires(translation)
+    for translation in at_first_site(plan):
+        wires, proto = find_wires(translation), translation.protocol.name
         for number, tuple_ in enumerate(translation.kept):
             wire = {"wire": _tuple_to_json(wires[number])} if number in wires else {}
-            yield {**_tuple_to_json(tuple_), **wire}
+            yield {"proto": proto, **_tuple_to_json(tuple_), **wire}
 
 
 def find_wires(translation: Translation) -> dict[int, FourTuple]:
@@ -105,10 +108,10 @@ def _tuple_to_json(inbound: FourTuple) -> dict[str, Any]:
 
 def kept_of(plan: Plan) -> Iterator[Connections]:
     """Each kept connection once, though every site translates it."""
-    return (translation.kept for translation in _at_first_site(plan))
+    return (translation.kept for translation in at_first_site(plan))
 
 
-def _at_first_site(plan: Plan) -> Iterator[Translation]:
+def at_first_site(plan: Plan) -> Iterator[Translation]:
     """The translations of the first site; where peers' own hosts are, of what has all."""
     sites = dict.fromkeys(one.site for one in plan.translations)
     some = [*sites][:1]
@@ -124,9 +127,8 @@ def summary(plan: Plan) -> str:
     maps = ", ".join(str(map_) for map_ in plan.move.maps)
     if plan.move.peer_maps:
         maps += f", peers {', '.join(map(str, plan.move.peer_maps))}"
-    count = sum(map(len, kept_of(plan)))
     sites = ", ".join(str(site) for site in plan.move.ordered_sites())
-    return f"{plan.move.id}: {maps}, {count} connection{'s' * (count != 1)}, at {sites}"
+    return f"{plan.move.id}: {maps}, {describe_count(plan.move, at_first_site(plan))}, at {sites}"
 
 
 def checkpoint_to_json(checkpoint: Checkpoint, olds: Sequence[Local]) -> dict[str, Any]:
@@ -258,19 +260,23 @@ def unkept_lines(checkpoint: Checkpoint, plan: Plan) -> Iterator[str]:
     olds = [map_.old_end for map_ in plan.move.maps]
     fates, resets = describe_fates(plan.resets), plan.move.unkept == Fate.RESET
     for unkept in plan.unkept:
-        inbound = unkept.inbound
-        fate = f"; {fates.get(inbound, NOT_TOLD)}" if resets else ""
-        yield f"tcp {inbound.destination} {inbound.source}: {unkept.reason}{fate}"
+        inbound, proto = unkept.inbound, unkept.protocol.name
+        fate = f"; {fates.get(inbound, NOT_TOLD)}" if resets and unkept.protocol is TCP else ""
+        yield f"{proto} {inbound.destination} {inbound.source}: {unkept.reason}{fate}"
+    yield from (f"udp {one.local} *: {one.reason}" for one in find_unkept_servers(plan.move))
     lost = frozenset(plan.move.lost) if resets else frozenset()
-    told = {unkept.inbound for unkept in plan.unkept}
+    told = {(unkept.protocol.name, unkept.inbound) for unkept in plan.unkept}
     for socket in checkpoint.sockets:
-        if socket.outcome(olds) == Outcome.LOST and (inbound_ := socket.inbound()) not in told:
+        inbound_ = socket.inbound()
+        if socket.outcome(olds) == Outcome.LOST and (socket.protocol, inbound_) not in told:
             verdict = socket.why_left(olds)
-            fate = f"; {fates.get(inbound_, NOT_TOLD)}" if inbound_ in lost else ""
+            told_of = inbound_ if socket.protocol != "udp" and inbound_ in lost else None
+            fate = f"; {fates.get(told_of, NOT_TOLD)}" if told_of else ""
             yield f"{socket}: {verdict}{fate}"
     if not checkpoint.sockets:
         one_sided = checkpoint.connections.minus(plan.inner)
-        others = len(one_sided) - sum(map(len, plan.move.share(one_sided)))
+        every = (one_sided, checkpoint.udp)
+        others = sum(len(some) - sum(map(len, plan.move.share(some))) for some in every)
         if others:
             yield f"{others} connections whose local address is not an OLD of --map"
 

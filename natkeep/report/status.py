@@ -16,12 +16,21 @@ from typing import Any
 from natkeep.plan.connection_state import SiteStatus, State, count_answered, find_states
 from natkeep.plan.drift import MoveStatus
 from natkeep.plan.observation import Gate, Observation, SeenEntry
+from natkeep.plan.plan_text import kept_servers
+from natkeep.plan.protocols import TCP, Protocol
 from natkeep.plan.resets import describe_fates
 from natkeep.plan.roles import Role
 from natkeep.plan.steps import InsertEntries, Plan
 from natkeep.plan.translation import Translation
-from natkeep.plan.tuples import Connections, FourTuple
-from natkeep.report import find_wires, kept_of, move_to_json, relay_to_json, site_to_json, summary
+from natkeep.plan.tuples import Connections, Endpoint, FourTuple
+from natkeep.report import (
+    at_first_site,
+    find_wires,
+    move_to_json,
+    relay_to_json,
+    site_to_json,
+    summary,
+)
 from natkeep.values import dataclass
 
 SHOWN = 20
@@ -39,12 +48,15 @@ class Carried:
     answered: of how many the peer was heard since the move was opened; None where that is not told.
     unknown: what is said of one in no state that has an entry.
     wires: for each translation the connections that look otherwise on the wire (find_wires).
+    protocols: of each translation, in the same order. servers: the UDP sockets without a peer.
     """
 
     parts: tuple[tuple[Connections, Sequence[SeenEntry | None], Sequence[State | None]], ...]
     answered: int | None
     unknown: str = "no socket"
     wires: tuple[dict[int, FourTuple], ...] = ()
+    protocols: tuple[Protocol, ...] = ()
+    servers: tuple[Endpoint, ...] = ()
 
     def count(self) -> int:
         """How many connections there are."""
@@ -55,21 +67,23 @@ class Carried:
         return Counter(chain.from_iterable(states for _, _, states in self.parts))
 
     def has_ended(self) -> bool:
-        """Whether all have, of which there were some."""
-        return self.count() > 0 and self.tally()[State.ENDED] == self.count()
+        """Whether all have, of which there were some; a UDP socket without a peer has no end."""
+        return self.count() > 0 and not self.servers and self.tally()[State.ENDED] == self.count()
 
 
 def look_closely(status: MoveStatus) -> Carried:
     """What the destination shows of each connection, or else the site that is nearest to it."""
     looked = [site for site in status.sites if site.seen is not None]
+    servers = kept_servers(status.plan.move)
     if not looked:
-        every = [(some, len(some)) for some in kept_of(status.plan)]
-        return Carried(tuple((some, [None] * n, [None] * n) for some, n in every), None)
+        every = [*at_first_site(status.plan)]
+        unseen = tuple((t.kept, [None] * len(t.kept), [None] * len(t.kept)) for t in every)
+        return Carried(unseen, None, protocols=tuple(t.protocol for t in every), servers=servers)
     site = min(looked, key=lambda each: _CLOSENESS.index(each.site.role))
     # Each peers' own host has connections of its own, and a gateway those of the others.
     more = looked if site.site.row.passes_on else []
     close = {one.site: one for one in more if one.site.row.own} | {site.site: site}
-    parts, answered, wires = [], list[int | None](), []
+    parts, answered, wires, protocols = [], list[int | None](), [], []
     for translation in status.plan.translations:
         here = close.get(translation.site)
         if here is not None and here.seen is not None:
@@ -77,9 +91,11 @@ def look_closely(status: MoveStatus) -> Carried:
             parts.append((translation.kept, entries, find_states(here, translation, entries)))
             answered.append(count_answered(here, translation, entries))
             wires.append(find_wires(translation))
+            protocols.append(translation.protocol)
     known = [number for number in answered if number is not None]
     unknown = "not tracked" if site.site.row.passes_on else "no socket"
-    return Carried(tuple(parts), sum(known) if known else None, unknown, tuple(wires))
+    heard = sum(known) if known else None
+    return Carried(tuple(parts), heard, unknown, tuple(wires), tuple(protocols), servers)
 
 
 def _entries_of(
@@ -154,12 +170,16 @@ def _rows(carried: Carried) -> Iterator[str]:
     """A line for each connection."""
     for number, (kept, entries, states) in enumerate(carried.parts):
         wires = carried.wires[number] if carried.wires else {}
-        rows = zip(kept.texts(), entries, states, strict=True)
+        rows, proto = (
+            zip(kept.texts(), entries, states, strict=True),
+            carried.protocols[number].name,
+        )
         for place, ((local, peer), seen, state) in enumerate(rows):
             _, inward, outward, _ = seen or _UNSEEN
             wire = _write_wire(wires[place]) if place in wires else ""
+            ends = f'"proto": "{proto}", "local": "{local}", "peer": "{peer}", {wire}'
             yield (
-                f'\n{{"local": "{local}", "peer": "{peer}", {wire}"state": {_STATES[state]}, '
+                f'\n{{{ends}"state": {_STATES[state]}, '
                 f'"packets": {{"in": {_NULL.get(inward, inward)}, '
                 f'"out": {_NULL.get(outward, outward)}}}}}'
             )
@@ -235,11 +255,14 @@ def _stand(plan: Plan, site: SiteStatus) -> str:
 
 def _table(carried: Carried, gate: Gate) -> Iterator[tuple[str, ...]]:
     """A row a connection."""
-    for kept, entries, states in carried.parts:
+    for (kept, entries, states), protocol in zip(carried.parts, carried.protocols, strict=True):
+        word = "" if protocol == TCP else f"{protocol.name} "
         for (local, peer), seen, state in zip(kept.texts(), entries, states, strict=True):
             unknown = "no entry" if seen is None else carried.unknown
             said = state or (unknown if gate == Gate.OPEN else "closed")
-            yield local, peer, str(said), *_packets(seen)
+            yield word + local, peer, str(said), *_packets(seen)
+    said = "server" if gate == Gate.OPEN else "closed"
+    yield from ((f"udp {end}", "*", said, *_packets(None)) for end in carried.servers)
 
 
 def _packets(seen: SeenEntry | None) -> tuple[str, str]:
@@ -286,7 +309,7 @@ def _sum_up(status: MoveStatus) -> tuple[str, ...]:
         move.id,
         ",".join(map(str, move.maps)),
         str(status.gate),
-        str(carried.count()),
+        str(carried.count() + len(carried.servers)),
         *(str(tally[state]) for state in State),
         str(carried.answered) if known else "-",
         "-" if status.opened_at is None else _clock(status.opened_at),

@@ -28,7 +28,7 @@ def test_a_tree_in_crius_namespace_is_prepared_at_pre_restore_and_opened_at_post
     assert criu.call("post-restore") == 0
     assert criu.gates() == {BEFORE: {criu.id: Gate.OPEN}}
     assert capsys.readouterr().err.splitlines() == [
-        f"natkeep-hook: {criu.id}: {OLD}={NEW}, 4 prepared",
+        f"natkeep-hook: {criu.id}: {OLD}={NEW}, 5 prepared",
         f"natkeep-hook: {criu.id}: gate open",
     ]
 
@@ -139,7 +139,7 @@ def test_the_operators_policy_binds_the_hook(
     file = tmp_path / "natkeep.toml"
     file.write_text("max_connections = 3\n")
     assert criu.call("pre-restore") == 4
-    assert "4 connections are more than this machine allows, 3" in capsys.readouterr().err
+    assert "5 connections are more than this machine allows, 3" in capsys.readouterr().err
     file.write_text("max_connection = 3\n")
     assert criu.call("pre-restore") == 2
     assert "unknown key max_connection " in capsys.readouterr().err

@@ -103,7 +103,7 @@ def test_a_time_out_ends_the_restore_behind_the_closed_gate(
         (place / "ready").write_text(said)
     assert criu.call("pre-restore", **order(place, NATKEEP_WAIT="0.2")) == 1
     prepared, told = capsys.readouterr().err.splitlines()
-    assert prepared.endswith("4 prepared")
+    assert prepared.endswith("5 prepared")
     what = f"says {said.strip()!r}" if said and said.strip() else "said nothing"
     assert f"waited 0.2 s for the line 'ready {criu.id}' in {place}/ready, which {what}" in told
     assert criu.gates() == {BEFORE: {criu.id: Gate.CLOSED}}
