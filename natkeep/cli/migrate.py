@@ -20,6 +20,7 @@ from natkeep.plan.maps import parse_map
 from natkeep.plan.move import parse_id
 
 _IMAGES = "/var/tmp/natkeep"
+_SIGNALS = (KeyboardInterrupt, SystemExit)
 
 
 def migrate(args: argparse.Namespace) -> int:
@@ -98,9 +99,12 @@ def _speaker(args: argparse.Namespace) -> Callable[[str, str], None]:
 
 def _go(args: argparse.Namespace, migration: Migration) -> int:
     migration.connect()  # nothing has been changed if that fails
+    if args.dry_run:
+        migration.tell()
+        return 0
     try:
         migration.go()
-    except (NatkeepError, KeyboardInterrupt, OSError) as error:
+    except BaseException as error:  # signals too: what was begun must not stay half done
         return _take_back(args, migration, error)
     return _tell(args, migration)
 
@@ -108,7 +112,7 @@ def _go(args: argparse.Namespace, migration: Migration) -> int:
 def _take_back(args: argparse.Namespace, migration: Migration, error: BaseException) -> int:
     """What failed is undone; unless the process runs at the destination, which then is told."""
     record = migration.record
-    why = str(error) or "interrupted"
+    why = "interrupted" if isinstance(error, _SIGNALS) else str(error) or type(error).__name__
     migration.say("FAILED", f"{record.reached}: {why}")
     try:
         with _uninterrupted():
@@ -116,9 +120,9 @@ def _take_back(args: argparse.Namespace, migration: Migration, error: BaseExcept
     except NatkeepError as other:
         hint = other.hint or f"natkeep migrate --rollback {record.id} tries again"
         raise type(other)(str(other), hint=hint) from error
-    if isinstance(error, NatkeepError):
-        raise error
-    raise NatkeepError(f"{why}; everything was undone") from error
+    if isinstance(error, _SIGNALS):
+        raise NatkeepError("interrupted; everything was undone") from error
+    raise error
 
 
 def _carry_on(

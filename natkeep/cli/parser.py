@@ -341,6 +341,7 @@ _MIGRATE = (
         "--natkeep", "COMMAND", default="natkeep",
         help="natkeep on A and B, perhaps as 'sudo -n natkeep'",
     ),
+    _flag("--dry-run", "check, and say each command that would follow"),
     _option("--resume", "ID", help="go on with one that was interrupted"),
     _option("--rollback", "ID", help="take one back that was interrupted"),
 )  # fmt: skip

@@ -30,7 +30,7 @@ from typing import Any
 from natkeep.errors import NatkeepError, RefusedError
 from natkeep.migrate import way
 from natkeep.migrate.criu_errors import first_error
-from natkeep.migrate.host import LOCAL, Host, HostError, Ssh
+from natkeep.migrate.host import LOCAL, Host, HostError, Ssh, ToldHost
 from natkeep.migrate.record import GATEWAY, RELAY, STEPS, Record
 
 Say = Callable[[str, str], None]
@@ -89,6 +89,16 @@ class Migration:
             getattr(self, f"_{step}")()
         self.record.begin(STEPS[-1])
 
+    def tell(self) -> None:
+        """Look as `check` does, and say each command that would follow; nothing is changed."""
+        self._check()
+        self.fresh = True
+        hosts = {name: ToldHost(host, self.say, self.sockets) for name, host in self._hosts.items()}
+        self.source, self.destination = hosts[self.record.source], hosts[self.record.destination]
+        self.gateway = hosts[self.gateway.target]
+        for step in STEPS[1 : STEPS.index("verify")]:
+            getattr(self, f"_{step}")()
+
     @property
     def dumped(self) -> str:
         """The directory of the image, on source and destination."""
@@ -116,10 +126,6 @@ class Migration:
             if there.exit:
                 raise HostError(f"{host} has no {record.criu}: {there.reason()}")
         self._refuse_pid_in_use()
-        for host in (self.source, self.destination):
-            self._make_directory(host)
-        record.shared = self._is_shared()
-        record.save()
 
     def _refuse_pid_in_use(self) -> None:
         there = self.destination.run("test", "-e", f"/proc/{self.record.pid}", ok=None)
@@ -143,6 +149,10 @@ class Migration:
 
     def _prepare(self) -> None:
         record = self.record
+        for host in (self.source, self.destination):
+            self._make_directory(host)
+        record.shared = self._is_shared()
+        record.save()
         if record.role == GATEWAY:
             self.destination.natkeep(
                 "prepare", record.id, *record.options(), "--site", "destination",
@@ -199,8 +209,13 @@ class Migration:
             copy = _Copy(self, "dump")
         with ThreadPoolExecutor(1) as beside:
             done = beside.submit(copy.go) if copy else None
-            self._translate()
-            ours = self.source.digest(self.dumped) if copy else ""
+            try:
+                self._translate()
+                ours = self.source.digest(self.dumped) if copy else ""
+            except BaseException:
+                if copy:
+                    copy.end()  # it may take long still
+                raise
             if done:
                 done.result()
         if copy:

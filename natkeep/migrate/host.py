@@ -14,7 +14,7 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from typing import IO, Any, NamedTuple
 
@@ -187,6 +187,41 @@ class Host:
         said = self._errors.read().decode(errors="backslashreplace").strip().splitlines()
         why = said[-1] if said else "the connection has ended"
         return UnreachableError(f"{self} cannot be reached: {why}", hint=_cure(why))
+
+
+class ToldHost(Host):
+    """A host of which is only said what it would be asked to do.
+
+    sockets: what a reading of the image would tell.
+    """
+
+    def __init__(self, host: Host, say: Callable[[str, str], None], sockets: str) -> None:
+        super().__init__(host.target, host.role, host.ssh, host.move_id)
+        self.hook, self._say, self._sockets = host.hook, say, sockets
+
+    def natkeep(self, *words: str, stdin: str = "", ok: Sequence[int] = (0,)) -> Answer:
+        if words[0] == "status":
+            return Answer(0, '{"moves": []}', "")
+        self._say("would", f"{self}: {shlex.join(('natkeep', *words))}")
+        return Answer(0, self._sockets, "")
+
+    def run(
+        self, *words: str, environment: Mapping[str, str] | None = None, seconds: float = 60,
+        ok: Sequence[int] | None = (0,), otherwise: Sequence[str] = (),
+    ) -> Answer:  # fmt: skip
+        if words[0] == "test":
+            return Answer(1, "", "")  # so the image would have to be copied
+        if words[0] in ("mkdir", "criu") or words[0].endswith("/criu"):
+            told = [f"{name}={value}" for name, value in (environment or {}).items()]
+            self._say("would", f"{self}: {shlex.join((*told, *words))}")
+        return Answer(0, "", "")
+
+    def digest(self, directory: str) -> str:
+        return ""
+
+    def start(self, *words: str, **streams: Any) -> subprocess.Popen[bytes]:
+        self._say("would", f"{self}: {shlex.join(words)}")
+        return subprocess.Popen(["true"], start_new_session=True, **streams)
 
 
 def _cure(why: str) -> str:

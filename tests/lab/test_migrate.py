@@ -160,12 +160,18 @@ def test_the_controller_is_killed(way: str, step: str):
     perform(run)
 
 
-@pytest.mark.parametrize("step", ["prepare", "dump", "restore"])
-def test_ctrl_c_takes_it_back(step: str):
+@pytest.mark.parametrize(
+    ("number", "step"),
+    [(signal.SIGINT, "prepare"), (signal.SIGHUP, "dump"), (signal.SIGTERM, "dump"),
+     (signal.SIGINT, "restore")],
+)  # fmt: skip
+def test_a_signal_takes_it_back(number: signal.Signals, step: str):
+    """Ctrl-C, the end of the terminal, kill."""
+
     def run(lab: Lab, machines: Machines) -> bool:
         controller = Controller(machines)
         assert controller.read_until(step), controller.said
-        controller.end(signal.SIGINT)
+        controller.end(number)
         code = controller.wait()
         said = "".join(controller.said)
         moved = is_at(lab, "destination")
@@ -205,6 +211,25 @@ def test_a_full_disk_takes_it_back():
         lab.report.check("it says why", "No space left on device" in done.stderr, done.stderr)
         lab.report.check("and where it runs", "as before" in done.stderr, done.stderr)
         lab.report.check("it fails", done.returncode == 1, str(done.returncode))
+        return False
+
+    perform(run)
+
+
+def test_a_dry_run_says_each_command_and_changes_nothing():
+    def run(lab: Lab, machines: Machines) -> bool:
+        done = machines.natkeep("migrate", *machines.words(), "--dry-run")
+        lab.report.check("it succeeds", done.returncode == 0, done.stderr)
+        told = [line for line in done.stderr.splitlines() if " would " in line]
+        order = (
+            "natkeep prepare web", "dump --images-dir", "--site gateway", "restore --images-dir",
+            "--site source",
+        )  # fmt: skip
+        places = [next(n for n, line in enumerate(told) if each in line) for each in order]
+        lab.report.check("each in its place", places == sorted(places), str(told))
+        for role in ("source", "destination", "gateway"):
+            ruleset = lab.topology[role].run("nft", "list", "ruleset").stdout
+            lab.report.check(f"no rule at the {role}", "natkeep" not in ruleset, ruleset)
         return False
 
     perform(run)
