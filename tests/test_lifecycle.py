@@ -101,7 +101,8 @@ def make_move(family: str = "ipv4", move_id: str = "web", sites: tuple[Site, ...
     if family == "unkept":
         return Move(move_id, maps(*MAPS[family]), sites, unkept=Fate.RESET, lost=LOST)
     if family == "udp":
-        return Move(move_id, maps(*MAPS[family]), sites, udp=LOST)
+        ends = tuple(map(Endpoint.parse, ("10.2.0.10:53", "[fd00:2::11]:53")))
+        return Move(move_id, maps(*MAPS[family]), sites, udp=LOST, udp_servers=ends)
     return Move(move_id, maps(*MAPS[family]), sites)
 
 

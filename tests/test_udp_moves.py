@@ -15,7 +15,8 @@ from natkeep.lifecycle.gc import gc
 from natkeep.lifecycle.prepare import prepare
 from natkeep.lifecycle.status import read_status
 from natkeep.lifecycle.teardown import teardown
-from natkeep.plan.move import Map, Mode, Move, Site
+from natkeep.plan.maps import Map
+from natkeep.plan.move import Mode, Move, Site
 from natkeep.plan.observation import Gate
 from natkeep.plan.protocols import TCP, UDP
 from natkeep.plan.roles import Role

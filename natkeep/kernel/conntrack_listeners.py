@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator
 
 from natkeep import faultpoints
 from natkeep.kernel.conntrack_dump import count_tracked, dump
-from natkeep.kernel.conntrack_purge import raise_unless
+from natkeep.kernel.conntrack_purge import delete_ends, raise_unless
 from natkeep.kernel.ctnetlink import (
     DELETE,
     ask_for_tcp,
@@ -25,7 +25,7 @@ from natkeep.kernel.interface import Driver, Place, Remember
 from natkeep.kernel.netlink import NETLINK_NETFILTER, Batch, Netlink, message
 from natkeep.plan.listeners import Reception
 from natkeep.plan.move import Mode
-from natkeep.plan.protocols import TCP
+from natkeep.plan.protocols import TCP, UDP
 from natkeep.plan.step_undo import ForgetListeners
 from natkeep.plan.steps import ForgetCalls, Prior
 
@@ -42,7 +42,10 @@ class ForgetDriver(Driver[ForgetCalls]):
         """Unreplied entries go: their SYNs come again, and take the new way."""
         remember(Prior())
         for reception in step.receptions:
-            delete_unreplied(reception)
+            if reception.protocol == UDP:
+                delete_datagrams(reception)
+            else:
+                delete_unreplied(reception)
         return Prior()
 
     def revert(self, at: Place, undo: ForgetListeners, prior: Prior) -> None:
@@ -57,8 +60,18 @@ def delete_unreplied(reception: Reception) -> None:
     _delete(a for a, said in _find(reception, mask=_SEEN_REPLY) if said.state == _SYN_SENT)
 
 
+def delete_datagrams(reception: Reception) -> None:
+    """Delete all entries of UDP of the ports of *reception*, whatever they say; none is fine."""
+    ends = frozenset(end.address.packed + end.port.to_bytes(2, "big") for end in reception.ends())
+    delete_ends(ends, reception.map.old.version)
+
+
 def delete_translated(reception: Reception) -> None:
     """Delete the entries of connections that *reception* has let in; none is fine."""
+    if reception.protocol == UDP:
+        if reception.site.row.leaves:
+            delete_datagrams(reception)
+        return
     _delete(answer for answer, _ in _find_let_in(reception))
 
 
@@ -77,6 +90,8 @@ def read_table(version: int) -> Table:
 
 def count(reception: Reception, table: Table | None = None) -> int:
     """How many connections that *reception* has let in live, in *table* or as the kernel says."""
+    if reception.protocol == UDP:
+        return 0
     return sum(1 for _, said in _find_let_in(reception, table) if said.state in _ALIVE)
 
 

@@ -63,6 +63,13 @@ def delete_inbound(outer: Connections, protocol: Protocol = TCP) -> None:
             _delete(netlink, outer, zone, pack, "delete")
 
 
+def delete_ends(ends: frozenset[bytes], version: int) -> None:
+    """Delete each entry of UDP one of whose ends, in either direction, is one of *ends*, packed."""
+    half = RECORD_SIZE[version] // 2
+    if count_tracked():
+        _delete_dumped(version, lambda tuple_: tuple_[:half] in ends, UDP)
+
+
 def delete_untracked(olds: Iterable[Address]) -> None:
     """Delete the entries that name one of *olds*, if nothing tracks connections here any more.
 

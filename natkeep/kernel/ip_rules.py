@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import errno
 import os
-import socket
 import struct
 import sys
 from collections.abc import Iterable, Sequence
@@ -37,6 +36,7 @@ from natkeep.kernel.netlink import (
 )
 from natkeep.plan.ip_rules import HERE, LOOPBACK, SOURCES, IpRule
 from natkeep.plan.nft import FAMILIES
+from natkeep.plan.protocols import TCP, UDP
 from natkeep.plan.step_undo import RemoveRules
 from natkeep.plan.steps import AddRules, Prior
 from natkeep.plan.tuples import Address, Endpoint
@@ -150,7 +150,7 @@ def _pack(rule: IpRule, preference: int) -> bytes:
     body += attribute(fib.MARK, _number(rule.mark)) if rule.mark else b""
     body += attribute(fib.MASK, _number(HERE)) if rule.mark == HERE else b""
     if rule.sport or rule.dport:
-        body += attribute(fib.IP_PROTO, bytes([socket.IPPROTO_TCP]))
+        body += attribute(fib.IP_PROTO, bytes([rule.protocol.number]))
     for type_, port in ((fib.SPORT, rule.sport), (fib.DPORT, rule.dport)):
         body += attribute(type_, struct.pack("=HH", port, port)) if port else b""
     shape = bool(rule.source) + 2 * bool(rule.sport) + 4 * bool(rule.dport)
@@ -189,7 +189,9 @@ def _read(answer: bytes, version: int) -> _Standing:
     mark = int.from_bytes(found.get(fib.MARK, b""), sys.byteorder)
     sport, dport = (struct.unpack("=HH", found.get(t, bytes(4)))[0] for t in (fib.SPORT, fib.DPORT))
     everywhere = action == _GOTO_RULE and fib.IIFNAME not in found
-    ours = IpRule(version, to, source, sport, dport, mark, everywhere, protocol == _BOUND)
+    of_udp = found.get(fib.IP_PROTO) == bytes([UDP.number])
+    shape = everywhere, protocol == _BOUND, UDP if of_udp else TCP
+    ours = IpRule(version, to, source, sport, dport, mark, *shape)
     return _Standing(answer, preference, False, ours, False)
 
 

@@ -37,6 +37,7 @@ from natkeep.kernel.netlink import (
 )
 from natkeep.plan.maps import Map
 from natkeep.plan.move import Site
+from natkeep.plan.protocols import UDP
 from natkeep.plan.steps import InstallReception, InstallTranslation
 from natkeep.plan.tuples import Address, Endpoint
 
@@ -101,8 +102,15 @@ def check_reception(step: InstallReception) -> None:
     for receiving in step.receptions:
         new = receiving.map.new
         _demand_address(step.site, new)
-        taken = sock_diag.listening_ports(new) & set(receiving.ports_at(new))
-        if taken:
+        taken = set(receiving.ports_at(new))
+        if receiving.protocol == UDP:
+            if taken := taken & sock_diag.datagram_ports(new):
+                raise RefusedError(
+                    f"{step.site}: a socket has {new} port {min(taken)} of UDP already",
+                    hint="it would lose its datagrams to the one that is moved",
+                )
+            continue
+        if taken := taken & sock_diag.listening_ports(new):
             raise RefusedError(
                 f"{step.site}: a socket listens at {new} port {min(taken)} already",
                 hint="without --listeners their connections stay apart",

@@ -200,6 +200,8 @@ class Snapshot:
 
     def _count_callers(self, receiving: Reception, here: list[Translation]) -> int:
         """How many new connections to a listener live: sockets tell, or conntrack entries."""
+        if receiving.protocol == UDP:
+            return 0  # of which no peer is told
         if receiving.site.row.puts_old:
             ends = frozenset(Endpoint(receiving.map.old, port) for port in receiving.ports)
             return sock_diag.count_callers(ends, [t.kept for t in here], self._living)

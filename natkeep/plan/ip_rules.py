@@ -1,7 +1,8 @@
 """the ip rules: which packets to an OLD that is on lo are this host's own, and stay here.
 
     0:  from all fwmark 0xc114 lookup local                  what CRIU and a holder send
-    0:  from PEER to OLD ipproto tcp sport .. dport .. lookup local      a kept peer on this host
+    0:  from PEER to OLD ipproto tcp sport .. dport .. lookup local      a kept peer on this host,
+                                                                     or ipproto udp
     0:  from OLD to OLD lookup local, from 127.0.0.0/8 to OLD lookup local    never on a wire
     0:  from all to OLD iif lo goto 1                        what else this host says to OLD
     0:  from all lookup local                                as ever, but behind these
@@ -32,8 +33,9 @@ from collections.abc import Iterable, Iterator
 from ipaddress import ip_address
 
 from natkeep.plan.criu_lock import CRIU_MARK
+from natkeep.plan.protocols import TCP, Protocol
 from natkeep.plan.tuples import Address, Endpoint, FourTuple
-from natkeep.values import dataclass
+from natkeep.values import dataclass, replace
 
 MOST = 64
 """So many tuples have a rule each; of more peers on the host their end's port alone tells."""
@@ -55,7 +57,7 @@ class IpRule:
     mark: looks table local up; without ports and mark it leads past it (`to` is OLD), with a source
     that is OLD itself to the route whose source is another, unless bound: that is said from there,
     and table local is looked up. everywhere: not what this host says alone, but also what it has
-    got.
+    got. protocol: whose ports.
     """
 
     version: int
@@ -66,6 +68,7 @@ class IpRule:
     mark: int = 0
     everywhere: bool = False
     bound: bool = False
+    protocol: Protocol = TCP
 
     @property
     def passes(self) -> bool:
@@ -82,7 +85,7 @@ class IpRule:
         words += [f"to {self.to}"] if self.to is not None else []
         mask = f"/{HERE:#x}" if self.mark == HERE else ""
         words += [f"fwmark {self.mark:#x}{mask}"] if self.mark else []
-        words += ["ipproto tcp"] if self.sport or self.dport else []
+        words += [f"ipproto {self.protocol.name}"] if self.sport or self.dport else []
         words += [f"sport {self.sport}"] if self.sport else []
         words += [f"dport {self.dport}"] if self.dport else []
         goes = f"iif lo lookup {SOURCES}" if self.sources else "lookup local"
@@ -105,7 +108,10 @@ def rules_of(old: Address, *, forwards: bool = False) -> tuple[IpRule, ...]:
 
 
 def stay(
-    inner: Iterable[FourTuple], calls: Iterable[Endpoint], home: frozenset[Address]
+    inner: Iterable[FourTuple],
+    calls: Iterable[Endpoint],
+    home: frozenset[Address],
+    protocol: Protocol = TCP,
 ) -> tuple[IpRule, ...]:
     """What of this host's stays here: connections with both ends on it, and calls to listeners.
 
@@ -117,7 +123,8 @@ def stay(
     found |= dict.fromkeys(
         IpRule(end.address.version, end.address, dport=end.port) for end in calls
     )
-    return tuple(rule for rule in found if rule.to not in home)
+    own = (rule for rule in found if rule.to not in home)
+    return tuple(own if protocol is TCP else (replace(rule, protocol=protocol) for rule in own))
 
 
 def _of_tuples(tuples: list[FourTuple]) -> Iterator[IpRule]:

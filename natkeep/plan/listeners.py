@@ -19,6 +19,7 @@ This file must never touch the kernel.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from itertools import count
 
 from natkeep.errors import RefusedError
 from natkeep.plan.arp import silence
@@ -50,11 +51,15 @@ from natkeep.plan.nft import (
     Write,
     jump,
 )
-from natkeep.plan.protocols import TCP
+from natkeep.plan.protocols import TCP, UDP, Protocol
 from natkeep.plan.tuples import Address, Endpoint
 from natkeep.values import dataclass
 
 SET_PREFIX = "listen-"
+_WORDS = {
+    TCP: ("listeners", "without --listeners new connections go on reaching the old host"),
+    UDP: ("sockets of UDP", "--no-udp leaves those of this move out"),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +68,8 @@ class Reception:
 
     A map of one port has that one alone, and on the wire to NEW its own.
 
-    number: part of the set's name; that of the map within the move.
+    number: part of the set's name; that of the map within the move, and of UDP more than all maps'.
+    protocol: of UDP all datagrams of these ports, from and to any peer (servers.py).
     """
 
     site: Site
@@ -71,6 +77,7 @@ class Reception:
     map: Map
     mode: Mode
     ports: tuple[int, ...]
+    protocol: Protocol = TCP
 
     @property
     def before(self) -> Address:
@@ -87,6 +94,11 @@ class Reception:
         new_port = self.map.new_port
         return self.ports if new_port is None or address == self.map.old else (new_port,)
 
+    def ends(self) -> Iterator[Endpoint]:
+        """Where they are reached, at OLD and at NEW."""
+        for address in (self.map.old, self.map.new):
+            yield from (Endpoint(address, port) for port in self.ports_at(address))
+
     @property
     def gated(self) -> tuple[Address, ...]:
         """Where a caller's packet may be addressed when the gate must hold it back.
@@ -97,37 +109,47 @@ class Reception:
 
 
 def make_receptions(move: Move, site: Site) -> tuple[Reception, ...]:
-    """The receptions of *move* at *site*: one for each map that has listeners."""
+    """The receptions of *move* at *site*: one for each map that has listeners, or sockets of UDP.
+
+    At a source, which translates nothing, what UDP says and hears is held back.
+    """
     receptions = []
-    for number, map_ in enumerate(move.maps):
-        ends = (end for end in move.listeners if find_map(move.maps, end) is map_)
-        ports = sorted({end.port for end in ends})
-        if ports and site.row.leaves:
-            receptions.append(Reception(site, number, map_, move.mode, tuple(ports)))
+    numbers = count()
+    for protocol, all_ends in _ends(move).items():
+        for map_, number in zip(move.maps, numbers, strict=False):
+            ends = (end for end in all_ends if find_map(move.maps, end) is map_)
+            ports = sorted({end.port for end in ends})
+            if ports and (site.row.leaves or protocol == UDP):
+                made = Reception(site, number, map_, move.mode, tuple(ports), protocol)
+                receptions.append(made)
     return tuple(receptions)
+
+
+def _ends(move: Move) -> dict[Protocol, tuple[Endpoint, ...]]:
+    """What is called at OLD."""
+    servers = () if move.why_no_udp(server=True) else move.udp_servers
+    return {TCP: move.listeners, UDP: servers}
 
 
 def refuse_one_end_for_two(move: Move, *others: Move) -> None:
     """A port of OLD, or NEW, can be one listener's only, of all the moves that share a site."""
     taken = {end: other.id for other in others for end in _called_ends(other)}
-    for end in _called_ends(move):
-        if end in taken:
-            raise RefusedError(
-                f"{end} would stand for two listeners, of moves {move.id} and {taken[end]}",
-                hint="without --listeners new connections go on reaching the old host",
-            )
-        taken[end] = move.id
+    for called in _called_ends(move):
+        if called in taken:
+            protocol, end = called
+            what, hint = _WORDS[protocol]
+            moves = f"of moves {move.id} and {taken[called]}"
+            raise RefusedError(f"{end} would stand for two {what}, {moves}", hint=hint)
+        taken[called] = move.id
 
 
-def _called_ends(move: Move) -> list[Endpoint]:
+def _called_ends(move: Move) -> Iterator[tuple[Protocol, Endpoint]]:
     """OLD and port of each listener, NEW and port."""
-    pairs = ((end, find_map(move.maps, end)) for end in move.listeners)
-    return [
-        called
-        for end, map_ in pairs
-        if map_
-        for called in (end, Endpoint(map_.new, map_.new_port or end.port))
-    ]
+    for protocol, ends in _ends(move).items():
+        for end in ends:
+            if (map_ := find_map(move.maps, end)) is not None:
+                yield protocol, end
+                yield protocol, Endpoint(map_.new, map_.new_port or end.port)
 
 
 def comment(move_id: str) -> str:
@@ -155,22 +177,30 @@ def objects(
         name = listen_set(move_id, reception.number)
         found += [Set(name, ("inet_service",)), Elements(name, reception.ports)]
         found += _gate(move_id, reception)
-        found += _translation(move_id, reception)
+        if reception.protocol == TCP:
+            found += _translation(move_id, reception)
         if reception.site.row.puts_old:
-            found.append(_answers(move_id, reception))
+            found += [_answers(move_id, reception)] if reception.protocol == TCP else []
             old = reception.map.old
             found += silence(old) if old not in home else ()
     return tuple(found)
 
 
 def _gate(move_id: str, reception: Reception) -> Iterator[Object]:
+    row, protocol = reception.site.row, reception.protocol
+    begins = (SYN,) if protocol == TCP else ()
+    dispatch = "dial" if row.own and protocol == UDP else GATE
     for address in reception.gated:
-        to_port = _port_at(move_id, reception, address, TCP.dport)
-        statements = (SYN, to_port, jump(callers_chain(move_id)))
-        yield from rule_at(GATE, address, statements, comment(move_id))
+        to_port = port_at(move_id, reception, address, protocol.dport)
+        statements = (*begins, to_port, jump(callers_chain(move_id)))
+        yield from rule_at(dispatch, address, statements, comment(move_id))
+        if row.mutes:
+            from_port = port_at(move_id, reception, address, protocol.sport)
+            statements = (from_port, jump(callers_chain(move_id)))
+            yield from rule_at("mute", address, statements, comment(move_id))
 
 
-def _port_at(move_id: str, reception: Reception, address: Address, field: str) -> Match:
+def port_at(move_id: str, reception: Reception, address: Address, field: str) -> Match:
     """A packet to, or from, one of the listeners, addressed as it is at *address*."""
     ports: tuple[int, ...] = reception.ports_at(address)
     if ports != reception.ports:
@@ -184,8 +214,8 @@ def _translation(move_id: str, reception: Reception) -> Iterator[Object]:
     inbound, outbound = DIRECTIONS[reception.mode]
     by_wire = reception.site.row.puts_old
     from_wire, to_wire = ((FROM_WIRE,), (TO_WIRE,)) if by_wire else ((), ())
-    to_port = _port_at(move_id, reception, before, TCP.dport)
-    from_port = _port_at(move_id, reception, after, TCP.sport)
+    to_port = port_at(move_id, reception, before, TCP.dport)
+    from_port = port_at(move_id, reception, after, TCP.sport)
     mine = comment(move_id)
     if reception.mode == Mode.STATEFUL:
         turned = reception.ports_at(before) != reception.ports_at(after)
@@ -209,7 +239,7 @@ def _answers(move_id: str, reception: Reception) -> Rule:
     """What listeners answer is let out, also to a caller from the port of a kept connection."""
     old = reception.map.old
     from_old = Match((f"{IP[old.version]} saddr",), old)
-    from_port = _port_at(move_id, reception, old, TCP.sport)
+    from_port = port_at(move_id, reception, old, TCP.sport)
     return Rule(HALF_OPEN, (from_old, from_port, ACCEPT), comment(move_id), insert=True)
 
 
@@ -219,7 +249,13 @@ def opening(move_id: str) -> Rule:
 
 
 def describe_forgetting(reception: Reception) -> Iterator[str]:
-    """The deletion of calls that were never answered, as conntrack(8) commands."""
+    """The deletion of calls that were never answered, as conntrack(8) commands; of UDP all."""
+    if reception.protocol == UDP:
+        for end in reception.ends():
+            for way, back in (("orig", "dst"), ("orig", "src"), ("reply", "dst"), ("reply", "src")):
+                at = f"--{way}-{back} {end.address} --{way}-port-{back} {end.port}"
+                yield f"conntrack -D -p {UDP.name} {at}"
+        return
     for port in reception.ports_at(reception.before):
         yield (
             f"conntrack -D -p {TCP.name} --orig-dst {reception.before} --orig-port-dst {port} "

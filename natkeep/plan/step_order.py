@@ -9,10 +9,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from natkeep.plan import filters, kept_sets
-from natkeep.plan.ip_rules import stay
+from natkeep.plan.ip_rules import IpRule, stay
 from natkeep.plan.listeners import Reception, make_receptions, refuse_one_end_for_two
 from natkeep.plan.move import Mode, Move, Site
-from natkeep.plan.protocols import UDP
+from natkeep.plan.protocols import TCP, UDP, Protocol
 from natkeep.plan.relay import Setting
 from natkeep.plan.resets import Reset, make_resets
 from natkeep.plan.roles import Role
@@ -48,6 +48,7 @@ from natkeep.plan.translation import (
     Surroundings,
     Translation,
     find_inner,
+    find_inner_datagrams,
     make_translations,
 )
 from natkeep.plan.tuples import NO_CONNECTIONS, Address, Connections, Endpoint, FourTuple
@@ -83,7 +84,8 @@ def make_plan(
             prepare.append(OpenEarly(site, move.id, make_receptions(move, site)))
     for translation in translations:
         _assert_chain_ends_at_checkpoint(move, translation)
-    held = move.holds and any(one.protocol == UDP for one in translations)
+    servers = move.udp_servers and not move.why_no_udp(server=True)
+    held = move.holds and bool(servers or _of(UDP, translations))
     opening: list[OpenGate | SendResets] = [
         OpenGate(site, move.id, make_receptions(move, site), delivers=move.holds, datagrams=held)
         for site in _sites_to_open(move)
@@ -140,6 +142,8 @@ def _steps_at_source(
     if move.quiesces:
         return [*hold]
     steps: list[Step] = [InstallGate(site, move.id, here), *_fill_sets(site, move, here)]
+    if receptions := make_receptions(move, site):
+        steps.append(InstallReception(site, move.id, receptions))
     steps += [*_install_resets(site, move, lost), *hold]
     steps += _take_over_lock(site, move, [*_locked(here), *(r.connections for r in lost)])
     if _leaves_alone(move):
@@ -156,7 +160,7 @@ def _take_over_lock(site: Site, move: Move, ours: list[Connections]) -> list[Ste
 
 def _locked(here: tuple[Translation, ...]) -> list[Connections]:
     """What CRIU locks, which is TCP alone."""
-    return [one.kept for one in here if one.protocol.has_states]
+    return [one.kept for one in _of(TCP, here)]
 
 
 def _steps_at(
@@ -185,14 +189,14 @@ def _steps_at(
     # Before the address too: CRIU's restore may send for these, and must not be answered yet.
     steps += _install_resets(site, move, lost, home)
     if site.row.puts_old:
-        others = [*(r.map.old for r in receptions), *(r.old for r in lost)]
-        # Of a process that talks to itself alone, whatever else it has there.
-        others += [m.old for m in move.maps if len(inner.at(m.old)) or (len(inner) and not here)]
-        # The peers' addresses too, which may otherwise go with the moves that put them there.
-        others += sorted({one.source.address for one in surroundings.joined}, key=str)
-        own = stay(_of_this_host(here, lost, inner, surroundings, change), _calls(receptions), home)
-        steps += _put_old(move, here, others, AddRules(site, (), own, forwards), home)
-    steps += _add_routes(site, here) if site.row.own else []
+        others = _find_olds(move, here, receptions, lost, inner, surroundings.joined)
+        arounds = [surroundings, *([] if change is None else [change.surroundings])]
+        told = _of_this_host(_of(TCP, here), lost, inner, arounds)
+        own = stay(told, _calls(TCP, receptions), home)
+        own += _stay_datagrams(move, here, receptions, arounds, home)
+        rules = AddRules(site, (), own, forwards)
+        steps += _put_old(move, here, receptions, others, rules, home)
+    steps += _add_routes(site, here, receptions) if site.row.own else []
     # The translation before the restore begins: CRIU sends unsent data before post-restore.
     steps.append(InstallTranslation(site, move.id, here))
     if receptions:
@@ -206,10 +210,30 @@ def _steps_at(
     return steps + _replace_entries(site, move, here, surroundings, change)
 
 
-def _add_routes(site: Site, here: tuple[Translation, ...]) -> list[Step]:
+def _find_olds(
+    move: Move,
+    here: tuple[Translation, ...],
+    receptions: tuple[Reception, ...],
+    lost: tuple[Reset, ...],
+    inner: Connections,
+    joined: Connections,
+) -> list[Address]:
+    """The OLDs that are needed for more than what is translated *here*."""
+    others = [*(r.map.old for r in receptions), *(r.old for r in lost)]
+    # Of a process that talks to itself alone, whatever else it has there.
+    others += [m.old for m in move.maps if len(inner.at(m.old)) or (len(inner) and not here)]
+    datagrams = find_inner_datagrams(move)
+    others += [map_.old for map_ in move.maps if len(datagrams.at(map_.old))]
+    # The peers' addresses too, which may otherwise go with the moves that put them there.
+    return others + sorted({one.source.address for one in joined}, key=str)
+
+
+def _add_routes(
+    site: Site, here: tuple[Translation, ...], receptions: tuple[Reception, ...]
+) -> list[Step]:
     """Where peers are: their sockets look up OLD before a packet of theirs is addressed to NEW."""
-    routes = [AddRoute(site, old) for old in dict.fromkeys(t.before for t in here)]
-    return [RaiseLoopback(site), *routes]
+    olds = [*(t.before for t in here), *(r.before for r in receptions if r.protocol == UDP)]
+    return [RaiseLoopback(site), *(AddRoute(site, old) for old in dict.fromkeys(olds))]
 
 
 def _steps_at_relay(
@@ -235,13 +259,16 @@ def _fill_sets(site: Site, move: Move, here: tuple[Translation, ...]) -> list[St
 def _put_old(
     move: Move,
     here: tuple[Translation, ...],
+    receptions: tuple[Reception, ...],
     others: list[Address],
     rules: AddRules,
     home: frozenset[Address],
 ) -> list[Step]:
     """What gives the namespace the addresses that its sockets will say."""
     site = rules.site
-    steps: list[Step] = [HoldSegments(site, move.id, here)] if move.holds and here else []
+    servers = tuple(one for one in receptions if one.protocol == UDP)
+    holds = move.holds and (here or servers)
+    steps: list[Step] = [HoldSegments(site, move.id, here, servers)] if holds else []
     steps.append(RaiseLoopback(site))
     olds = dict.fromkeys([*(t.map.old for t in here), *others])
     strange = tuple(old for old in olds if old not in home)
@@ -251,17 +278,35 @@ def _put_old(
     return steps + [AddAddress(site, old, new_of.get(old)) for old in olds]
 
 
-def _calls(receptions: tuple[Reception, ...]) -> Iterator[Endpoint]:
+def _stay_datagrams(
+    move: Move,
+    here: tuple[Translation, ...],
+    receptions: tuple[Reception, ...],
+    arounds: list[Surroundings],
+    home: frozenset[Address],
+) -> tuple[IpRule, ...]:
+    """What of UDP stays on this host."""
+    told = _of_this_host(
+        _of(UDP, here), (), find_inner_datagrams(move), [one.of_udp() for one in arounds]
+    )
+    return stay(told, _calls(UDP, receptions), home, UDP)
+
+
+def _of(protocol: Protocol, here: tuple[Translation, ...]) -> tuple[Translation, ...]:
+    return tuple(one for one in here if one.protocol == protocol)
+
+
+def _calls(protocol: Protocol, receptions: tuple[Reception, ...]) -> Iterator[Endpoint]:
     """Where listeners are called."""
-    return (Endpoint(one.map.old, port) for one in receptions for port in one.ports)
+    some = (one for one in receptions if one.protocol == protocol)
+    return (Endpoint(one.map.old, port) for one in some for port in one.ports)
 
 
 def _of_this_host(
     here: tuple[Translation, ...],
     lost: tuple[Reset, ...],
     inner: Connections,
-    surroundings: Surroundings,
-    change: Change | None,
+    arounds: list[Surroundings],
 ) -> Iterator[FourTuple]:
     """What is said on this host to an OLD of its: a kept connection's peer is here as well.
 
@@ -270,7 +315,6 @@ def _of_this_host(
     """
     for reset in lost:
         yield from reset.connections
-    arounds = [surroundings, *([] if change is None else [change.surroundings])]
     local = {address.packed for around in arounds for address in around.local}
     for translation in here:
         if local & translation.kept.peers():

@@ -13,7 +13,17 @@ from collections.abc import Iterable, Iterator
 from itertools import islice
 from typing import NamedTuple
 
-from natkeep.plan import arp, base_chains, filters, listeners, relay, ruleset, syn_block, undone
+from natkeep.plan import (
+    arp,
+    base_chains,
+    filters,
+    listeners,
+    relay,
+    ruleset,
+    servers,
+    syn_block,
+    undone,
+)
 from natkeep.plan.conntrack import describe_purge, entries, stale_tuples, stale_views
 from natkeep.plan.criu_lock import DumpLock, describe_taking
 from natkeep.plan.ip_rules import IpRule, rules_of
@@ -21,7 +31,7 @@ from natkeep.plan.kept_sets import Filling
 from natkeep.plan.listeners import Reception
 from natkeep.plan.move import Move, Site
 from natkeep.plan.nft import TABLE, Chain, Object, Rule
-from natkeep.plan.protocols import TCP, Protocol
+from natkeep.plan.protocols import TCP, UDP, Protocol
 from natkeep.plan.relay import Setting
 from natkeep.plan.resets import Reset
 from natkeep.plan.translation import Surroundings, Translation, Unkept
@@ -288,12 +298,18 @@ class InstallReception(Loads):
 
     def make(self) -> tuple[Object, ...]:
         """The rules, their chains and sets."""
-        return listeners.objects(self.move_id, self.receptions, self.home)
+        callers = listeners.objects(self.move_id, self.receptions, self.home)
+        return (*callers, *servers.objects(self.move_id, self.receptions))
 
     def static(self) -> tuple[tuple[Object, ...], ...]:
-        """The base chains of its mode."""
-        modes = dict.fromkeys(reception.mode for reception in self.receptions)
-        return tuple(map(base_chains.mode_table, modes))
+        """The base chains of its mode; of UDP all that translate."""
+        parts: list[tuple[Object, ...]] = []
+        for one in self.receptions if self.site.row.leaves else ():
+            if one.protocol == UDP:
+                parts += base_chains.translation_tables(self.site.row, one.mode)
+            else:
+                parts.append(base_chains.mode_table(one.mode))
+        return tuple(dict.fromkeys(parts))
 
 
 @dataclass(frozen=True, slots=True)
@@ -302,6 +318,7 @@ class ForgetCalls:
 
     Their SYNs are retransmitted, and the entries would send them where the first SYN went. Undone,
     the entries of connections that were let in are deleted: there is no listener behind them.
+    Of UDP all entries of the ports go, both times.
     """
 
     site: Site
@@ -382,19 +399,36 @@ class HoldSegments:
     site: Site
     move_id: str
     translations: tuple[Translation, ...]
+    servers: tuple[Reception, ...] = ()
 
     def describe(self) -> tuple[str, ...]:
         """One comment: it is a process of natkeep's own (kernel/segment_holderd.py), no command."""
         count = sum(len(translation.kept) for translation in self.translations)
+        count += sum(len(one.ports) for one in self.servers)
         return (
             f"# {_prefix(self.site)}natkeep's holder: keep what peers say on {count} connections, "
             "deliver it when the gate opens",
         )
 
     def kept(self, protocol: Protocol = TCP) -> list[tuple[int, bytes, bytes]]:
-        """Of each map its IP version, and the records as they arrive, and as they are known."""
+        """Of each map its IP version, and the records as they arrive, and as they are known.
+
+        Of a UDP socket that any peer may speak to the peer is all zeros.
+        """
         found = ((t.map.old.version, t) for t in self.translations if t.protocol == protocol)
-        return [(v, t.outer.records(v), t.kept.records(v)) for v, t in found]
+        kept: list[tuple[int, bytes, bytes]]
+        kept = [(v, t.outer.records(v), t.kept.records(v)) for v, t in found]
+        for one in self.servers if protocol == UDP else ():
+            version, nobody = one.map.old.version, bytes(len(one.map.old.packed) + 2)
+            new, old = (
+                b"".join(
+                    address.packed + port.to_bytes(2, "big") + nobody
+                    for port in one.ports_at(address)
+                )
+                for address in (one.map.new, one.map.old)
+            )
+            kept.append((version, new, old))
+        return kept
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,6 +19,7 @@ from natkeep.plan.ip_rules import IpRule
 from natkeep.plan.listeners import Reception
 from natkeep.plan.maps import make_map
 from natkeep.plan.move import Mode, Site
+from natkeep.plan.protocols import TCP, UDP, Protocol
 from natkeep.plan.roles import Role
 from natkeep.plan.tuples import Address, Connections, parse_address, parse_local
 from natkeep.state.codec import as_flag, as_list, as_text, as_whole, lock_from_json, lock_to_json
@@ -108,31 +109,50 @@ def _read_objects(value: object, _: Files) -> tuple[nft.Undo, ...]:
 
 def _write_listeners(listeners: tuple[Reception, ...], _: Files) -> list[list[Any]]:
     return [
-        [str(r.site.role), str(r.map.old_end), str(r.map.new_end), str(r.mode), list(r.ports)]
+        [
+            *(str(r.site.role), str(r.map.old_end), str(r.map.new_end), str(r.mode), [*r.ports]),
+            *_name_udp(r.protocol),
+        ]
         for r in listeners
     ]
 
 
 def _read_listeners(value: object, _: Files) -> tuple[Reception, ...]:
     found = []
-    for role, old, new, mode, ports in map(as_list, as_list(value)):
+    for role, old, new, mode, ports, *named in map(as_list, as_list(value)):
         map_ = make_map(parse_local(as_text(old)), parse_local(as_text(new)))
         numbers = tuple(map(as_whole, as_list(ports)))
-        found.append(Reception(Site(Role(role)), 0, map_, Mode(mode), numbers))
+        protocol = _read_protocol(named)
+        found.append(Reception(Site(Role(role)), 0, map_, Mode(mode), numbers, protocol))
     return tuple(found)
 
 
 def _write_rules(rules: tuple[IpRule, ...], _: Files) -> list[list[Any]]:
-    return [[str(rule.to), str(rule.source or ""), rule.sport, rule.dport] for rule in rules]
+    return [
+        [str(rule.to), str(rule.source or ""), rule.sport, rule.dport, *_name_udp(rule.protocol)]
+        for rule in rules
+    ]
 
 
 def _read_rules(value: object, _: Files) -> tuple[IpRule, ...]:
     found = []
-    for to, source, sport, dport in map(as_list, as_list(value)):
+    for to, source, sport, dport, *named in map(as_list, as_list(value)):
         old, at = parse_address(as_text(to)), as_text(source)
         peer = parse_address(at) if at else None
-        found.append(IpRule(old.version, old, peer, as_whole(sport), as_whole(dport)))
+        ports, protocol = (as_whole(sport), as_whole(dport)), _read_protocol(named)
+        found.append(IpRule(old.version, old, peer, *ports, protocol=protocol))
     return tuple(found)
+
+
+def _name_udp(protocol: Protocol) -> list[str]:
+    """What stands behind what is not TCP's; the first natkeeps knew no other."""
+    return [] if protocol == TCP else [protocol.name]
+
+
+def _read_protocol(named: list[object]) -> Protocol:
+    if named not in ([], [UDP.name]):
+        raise ValueError(f"{named!r} is no protocol")
+    return UDP if named else TCP
 
 
 _CONNECTIONS = (lambda some, files: files.refer(some), lambda value, files: files.resolve(value))

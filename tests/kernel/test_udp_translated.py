@@ -16,6 +16,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from ipaddress import ip_address
 from pathlib import Path
+from typing import Any
 
 import pytest
 from entered import entered
@@ -29,13 +30,24 @@ from natkeep.lab.ipv6_addresses import await_addresses
 from natkeep.lab.time_scale import scaled
 from natkeep.plan.drift import find_drift
 from natkeep.plan.liveness import Life
-from natkeep.plan.move import Map, Move, Site
+from natkeep.plan.maps import Map
+from natkeep.plan.move import Move, Site
 from natkeep.plan.observation import Held
 from natkeep.plan.repair import find_patches
 from natkeep.plan.roles import Role
 from natkeep.plan.step_order import make_plan
-from natkeep.plan.steps import FillSet, InstallTranslation, Plan, Prior, PurgeEntries, Step
+from natkeep.plan.steps import (
+    FillSet,
+    ForgetCalls,
+    InstallReception,
+    InstallTranslation,
+    Plan,
+    Prior,
+    PurgeEntries,
+    Step,
+)
 from natkeep.plan.tuples import NO_CONNECTIONS, Connections, Endpoint, FourTuple
+from natkeep.values import replace
 
 pytestmark = pytest.mark.root
 Run = Callable[..., str]
@@ -70,11 +82,19 @@ class Net:
     stack: ExitStack
     kernel: LinuxKernel = field(default_factory=LinuxKernel)
 
-    def socket(self, at: str, own: tuple[str, int], to: tuple[str, int] | None) -> socket.socket:
-        """A socket of UDP there, connected to *to* if that is given."""
+    def socket(
+        self,
+        at: str,
+        own: tuple[str, int],
+        to: tuple[str, int] | None,
+        *,
+        shared: bool = False,
+    ) -> socket.socket:
+        """A socket of UDP there, connected to *to* if that is given; its address may be shared."""
         family = socket.AF_INET if self.version == 4 else socket.AF_INET6
         with entered(self.names[at]):
             made = self.stack.enter_context(socket.socket(family, socket.SOCK_DGRAM))
+        made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, int(shared))
         made.bind(own)
         made.settimeout(0.15)
         if to is not None:
@@ -89,14 +109,14 @@ class Net:
     def old_end(self) -> tuple[str, int]:
         return str(OLD[self.version]), PORT
 
-    def move(self, **more: object) -> Move:
+    def move(self, **more: Any) -> Move:
         """Of the socket at OLD that is connected to the peer, unless *more* says otherwise."""
         inbound = FourTuple(
             Endpoint(PEER[self.version], PEER_PORT), Endpoint(OLD[self.version], PORT)
         )
         sites = tuple(Site(role, self.names[role]) for role in (Role.GATEWAY, Role.DESTINATION))
         map_ = Map(OLD[self.version], NEW[self.version])
-        return Move("udp", (map_,), sites, **({"udp": Connections.of([inbound])} | more))  # type: ignore[arg-type]
+        return replace(Move("udp", (map_,), sites, udp=Connections.of([inbound])), **more)
 
     def apply(self, steps: tuple[Step, ...]) -> list[tuple[Step, Prior]]:
         """Do these, and what undoes them."""
@@ -117,14 +137,14 @@ def make_net(make_netns: Callable[[], str], run: Run) -> Iterator[Callable[[int]
             for name in names.values():
                 run(name, "sysctl", "-qw", "net.ipv6.conf.default.accept_dad=0")
             run_ip(_NETWORK, names)
-            for device, at, net, own in _LINKS:
+            for device, at, subnet, own in _LINKS:
                 for where, name, last in ((names["gateway"], device, 1), (names[at], "eth0", own)):
                     run(where, "ip", "link", "set", name, "up")
-                    run(where, "ip", "address", "add", f"10.{net}.0.{last}/24", "dev", name)
-                    address = f"fd00:{net}::{last}/64"
+                    run(where, "ip", "address", "add", f"10.{subnet}.0.{last}/24", "dev", name)
+                    address = f"fd00:{subnet}::{last}/64"
                     run(where, "ip", "address", "add", address, "dev", name, "nodad")
-                run(names[at], "ip", "route", "add", "default", "via", f"10.{net}.0.1")
-                run(names[at], "ip", "-6", "route", "add", "default", "via", f"fd00:{net}::1")
+                run(names[at], "ip", "route", "add", "default", "via", f"10.{subnet}.0.1")
+                run(names[at], "ip", "-6", "route", "add", "default", "via", f"fd00:{subnet}::1")
             for name in names.values():
                 await_addresses(name, link_local=True)
             run(names["gateway"], "nft", TRACKS)
@@ -341,3 +361,162 @@ def test_what_a_peer_says_at_the_closed_gate_is_held(
     assert [process.recv(65535) for _ in range(5)] == [*said, b"after"]
     assert prior.facts == {"segments": 0, "refused": 0, "datagrams": 4}
     assert answered(peer, process, 2) == 2
+
+
+# ---- sockets that any peer may speak to ----------------------------------------------------------
+
+
+def serve(net: Net, *, purges: bool = True) -> tuple[Plan, socket.socket, socket.socket]:
+    """A peer that has spoken with a server at the source, and that server at the destination."""
+    peer = net.socket("peer", net.peer_end, net.old_end)
+    before = net.socket("source", net.old_end, None)
+    assert answered(peer, before, 2) == 2
+    end = Endpoint(OLD[net.version], PORT)
+    plan = make_plan(net.move(udp=NO_CONNECTIONS, udp_servers=(end,)), NO_CONNECTIONS)
+    net.apply(tuple(one for one in plan.prepare if purges or not isinstance(one, ForgetCalls)))
+    before.close()
+    after = net.socket("destination", net.old_end, None)
+    assert answered(peer, after, 1) == 0, "the gate is closed"
+    net.apply(plan.open)
+    return plan, peer, after
+
+
+@EACH_VERSION
+def test_a_server_hears_peers_that_it_knew_and_new_ones(
+    make_net: Callable[[int], Net], version: int
+) -> None:
+    _, peer, server = serve(make_net(version), purges=False)
+    assert answered(peer, server, 4) == 0
+
+    net = make_net(version)
+    _, peer, server = serve(net)
+    other = net.socket("peer", (str(PEER[version]), PEER_PORT + 1), net.old_end)
+    assert answered(peer, server, 4) == answered(other, server, 4) == 4
+    assert answered(peer, server, 2, size=6000) == 2
+
+
+@EACH_VERSION
+def test_a_server_may_speak_first_whatever_is_tracked(
+    make_net: Callable[[int], Net], version: int
+) -> None:
+    net = make_net(version)
+    plan, peer, server = serve(net)
+
+    for at in ("gateway", "destination"):
+        net.run(net.names[at], "conntrack", "-F")
+        server.sendto(b"first", net.peer_end)
+        assert peer.recv(99) == b"first"
+    chain = "add chain inet fw raw { type filter hook prerouting priority -300; }"
+    net.run(net.names["gateway"], "nft", f"{chain}; add rule inet fw raw meta l4proto udp notrack")
+    server.sendto(b"untracked", net.peer_end)
+    assert peer.recv(99) == b"untracked"
+    assert answered(peer, server, 2) == 2
+
+    drift = {
+        site.role: find_drift(plan, site, net.kernel.observe(site, plan), opened=True)
+        for site in plan.move.sites
+    }
+    assert drift == {Role.GATEWAY: (), Role.DESTINATION: ()}
+
+
+def test_an_answer_comes_from_the_address_that_was_spoken_to_and_old_is_on_no_wire(
+    make_net: Callable[[int], Net],
+) -> None:
+    net = make_net(4)
+    strict = "add chain inet fw wire { type filter hook prerouting priority -400; }; "
+    strict += "add rule inet fw wire iifname new ip saddr 10.2.0.0/24 counter drop"
+    net.run(net.names["gateway"], "nft", f"add table inet fw; {strict}")
+    _, peer, server = serve(net)
+    direct = net.socket("gateway", ("10.3.0.1", 777), (str(NEW[4]), PORT))
+
+    assert answered(direct, server, 2) == answered(peer, server, 2) == 2
+    assert "counter packets 0 " in net.run(net.names["gateway"], "nft", "list", "ruleset")
+
+
+def test_a_local_peer_of_the_destination_is_heard(make_net: Callable[[int], Net]) -> None:
+    net = make_net(4)
+    _, peer, server = serve(net)
+    local = net.socket("destination", ("10.3.0.20", 888), net.old_end)
+
+    assert answered(local, server, 2) == answered(peer, server, 1) + 1 == 2
+
+
+def test_a_port_of_a_server_may_have_connected_sockets_besides(
+    make_net: Callable[[int], Net],
+) -> None:
+    net = make_net(4)
+    end = Endpoint(OLD[4], PORT)
+    plan = make_plan(net.move(udp_servers=(end,)), NO_CONNECTIONS)
+    net.apply(plan.steps)
+    with net.socket("destination", net.old_end, None, shared=True) as server:
+        connected = net.socket("destination", net.old_end, net.peer_end, shared=True)
+        peer = net.socket("peer", net.peer_end, net.old_end)
+        other = net.socket("peer", (str(PEER[4]), PEER_PORT + 1), net.old_end)
+        assert answered(peer, connected, 2) == answered(other, server, 2) == 2
+
+
+def test_a_server_goes_without_a_trace(make_net: Callable[[int], Net]) -> None:
+    net = make_net(6)
+    names = {role: net.names[role] for role in ("gateway", "destination")}
+    before = look(names)
+    end = Endpoint(OLD[6], PORT)
+    plan = make_plan(net.move(udp_servers=(end,)), NO_CONNECTIONS)
+
+    done = net.apply(plan.steps)
+    peer = net.socket("peer", net.peer_end, net.old_end)
+    with net.socket("destination", net.old_end, None) as server:
+        assert answered(peer, server, 2) == 2
+    net.undo(done)
+
+    assert look(names) == before
+    assert answered(peer, net.socket("source", net.old_end, None), 2) == 2
+
+
+@EACH_VERSION
+@pytest.mark.parametrize("server", [False, True], ids=["connected", "server"])
+def test_the_source_keeps_quiet_and_does_not_say_that_the_port_is_unreachable(
+    make_net: Callable[[int], Net], version: int, server: bool
+) -> None:
+    net = make_net(version)
+    ends: dict[str, Any] = (
+        {"udp": NO_CONNECTIONS, "udp_servers": (Endpoint(OLD[version], PORT),)} if server else {}
+    )
+    sites = (Site(Role.SOURCE, net.names["source"]),)
+    plan = make_plan(net.move(sites=sites, **ends), NO_CONNECTIONS)
+    peer = net.socket("peer", net.peer_end, net.old_end)
+    peer.send(b"?")
+    with pytest.raises(ConnectionRefusedError):
+        peer.recv(99)
+
+    net.kernel.open_sites(sites)
+    done = net.apply(plan.prepare)
+    peer.send(b"?")
+    with pytest.raises(TimeoutError):
+        peer.recv(99)
+    with net.socket("source", net.old_end, net.peer_end) as process, pytest.raises(PermissionError):
+        process.send(b"!")
+
+    done += net.apply(plan.open)
+    back = net.socket("source", net.old_end, None)
+    assert answered(peer, back, 2) == 2
+    net.undo(done)
+    assert "natkeep" not in net.run(net.names["source"], "nft", "list", "ruleset")
+    net.kernel.close_sites(sites)
+
+
+def test_a_port_that_the_destination_uses_is_refused(make_net: Callable[[int], Net]) -> None:
+    net = make_net(4)
+    end = Endpoint(OLD[4], PORT)
+    plan = make_plan(net.move(udp=NO_CONNECTIONS, udp_servers=(end,)), NO_CONNECTIONS)
+    [step] = [
+        one
+        for one in plan.prepare
+        if isinstance(one, InstallReception) and one.site.role == Role.DESTINATION
+    ]
+    net.kernel.check(step)
+    for local in ("10.3.0.20", "0.0.0.0"):
+        with (
+            net.socket("destination", (local, PORT), None),
+            pytest.raises(RefusedError, match=r"a socket has 10.3.0.20 port 5000 of UDP"),
+        ):
+            net.kernel.check(step)

@@ -101,11 +101,12 @@ class Case:
     peer_maps: tuple[Map, ...] = ()
     vias: tuple[Via, ...] = ()
     udp: Connections = NO_CONNECTIONS
+    servers: tuple[Endpoint, ...] = ()
 
     def render(self) -> str:
         site = (Site(self.role),)
         move = Move("web", self.maps, site, self.mode, self.listeners, vias=self.vias)
-        move = replace(move, peer_maps=self.peer_maps, udp=self.udp)
+        move = replace(move, peer_maps=self.peer_maps, udp=self.udp, udp_servers=self.servers)
         if self.lost is not None:
             move = replace(move, unkept=Fate.RESET, lost=self.lost)
         return render(make_plan(move, self.kept, self.surroundings), opened=self.opened)
@@ -167,6 +168,16 @@ CASES = {
     "destination-behind-a-relay-udp": Case(
         Role.DESTINATION, vias=VIAS, kept=NO_CONNECTIONS, udp=KEPT
     ),
+    "gateway-udp-servers": Case(
+        Role.GATEWAY, BOTH, kept=NO_CONNECTIONS, udp=FIRST, servers=LISTENERS, opened=True
+    ),
+    "destination-udp-servers": Case(
+        Role.DESTINATION, BOTH, kept=NO_CONNECTIONS, listeners=LISTENERS[:1], servers=LISTENERS
+    ),
+    "peer-udp-servers": Case(
+        Role.PEER, surroundings=AT_PEER, kept=FIRST, servers=LISTENERS, opened=True
+    ),
+    "source-udp-servers": Case(Role.SOURCE, kept=NO_CONNECTIONS, servers=LISTENERS, opened=True),
     "source-udp": Case(Role.SOURCE, kept=NO_CONNECTIONS, udp=FIRST),
     "source-unkept": Case(Role.SOURCE, BOTH, lost=LOST),
     "gateway-stateless-listeners": Case(Role.GATEWAY, mode=Mode.STATELESS, listeners=LISTENERS),

@@ -1,0 +1,81 @@
+"""the receptions of UDP sockets that any peer may speak to, by their own port.
+
+    prerouting -350  gate      … to the port ─► callers-ID: drop, until the move is opened
+    inbound BEFORE ─► AFTER, outbound the reverse, of first packets of a flow, whoever says them
+    the same in the invalid chains, of what has no entry
+
+- UDP has no SYN: all of the port is held back, at the source in both directions.
+- All peers go by the same rules, new ones too; either side may speak first. A reply has the entry
+  of what it answers, so it comes from the address that was spoken to.
+- These rules stand behind those of exact tuples, which may know a peer by another address.
+- What the old host still says, and what no rule has translated, goes no further.
+- Which entries there are of the port is not asked: all go once the rules stand.
+
+Rule: this file must never run anything.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+from natkeep.plan.base_chains import DIRECTIONS, FROM_WIRE, TO_WIRE, address_chain, dispatch_to
+from natkeep.plan.listeners import Reception, comment, port_at
+from natkeep.plan.move import Mode
+from natkeep.plan.nft import ACCEPT, DROP, IP, Match, Nat, Object, Rule, Statement, Write
+from natkeep.plan.protocols import UDP
+from natkeep.plan.tuples import Address
+
+
+def objects(move_id: str, receptions: Iterable[Reception]) -> Iterator[Object]:
+    """The rules that translate; callers are held back by those of listeners.py."""
+    for one in receptions:
+        if one.protocol == UDP and one.site.row.leaves:
+            for dispatch, address, statements in (*_nat(move_id, one), *_stop(move_id, one)):
+                yield from dispatch_to(dispatch, address)
+                chain = address_chain(dispatch, address)
+                yield Rule(chain, statements, comment(move_id))
+
+
+Placed = tuple[str, Address, tuple[Statement, ...]]
+"""Dispatch and address of the chain in which it stands, and what the rule says."""
+
+
+def _nat(move_id: str, one: Reception) -> Iterator[Placed]:
+    before, after = one.before, one.after
+    (inbound, outbound), ip = DIRECTIONS[Mode.STATEFUL], IP[before.version]
+    to_port, from_port = _to(move_id, one, before), _from(move_id, one, after)
+    by_wire = one.site.row.puts_old
+    there = (to_port, *((FROM_WIRE,) if by_wire else ()))
+    back = (from_port, *((TO_WIRE,) if by_wire else ()))
+    turned = one.ports_at(before) != one.ports_at(after)
+    inner: int | str = one.ports_at(after)[0] if turned else UDP.dport
+    outer: int | str = one.ports_at(before)[0] if turned else UDP.sport
+    yield inbound, before, (*there, Nat("dnat", after, inner))
+    yield outbound, after, (*back, Nat("snat", before, outer))
+    inward: tuple[Statement, ...] = (Write(f"{ip} daddr", after),)
+    outward: tuple[Statement, ...] = (Write(f"{ip} saddr", before),)
+    if isinstance(inner, int) and isinstance(outer, int):
+        inward, outward = (*inward, Write(UDP.dport, inner)), (*outward, Write(UDP.sport, outer))
+    yield "invalid-in", before, (*there, *inward, ACCEPT)
+    yield "invalid-out", after, (*back, *outward, ACCEPT)
+
+
+def _stop(move_id: str, one: Reception) -> Iterator[Placed]:
+    """What goes no further than a site that passes on."""
+    row, old = one.site.row, one.map.old
+    if not row.passes_on:
+        return
+    said, heard = _from(move_id, one, old), _to(move_id, one, one.before)
+    for prefix in ("", "invalid-"):
+        yield f"{prefix}out", old, (said, DROP)
+        yield f"{prefix}to", one.before, (heard, DROP)
+    if row.own:
+        yield "new", one.after, (_from(move_id, one, one.after), DROP)
+
+
+def _to(move_id: str, one: Reception, address: Address) -> Match:
+    return port_at(move_id, one, address, UDP.dport)
+
+
+def _from(move_id: str, one: Reception, address: Address) -> Match:
+    return port_at(move_id, one, address, UDP.sport)
