@@ -2,6 +2,7 @@
 
     await_held(lab, look, octets)      says whether so many octets are held
     check_replay(lab, tuples, octets)  after the end: of each connection they came through lo, once
+    check_datagrams(lab, number)       the same of UDP; and that the process has heard all
 
 The lab has a capture `lo` at the destination: `HOLDS` is its setup. look: natkeep's own
 `kernel.segment_holder.look`, which the lab does not import.
@@ -15,6 +16,7 @@ from typing import Any
 
 from natkeep.lab.host import LabError, await_true
 from natkeep.lab.lab import Lab
+from natkeep.lab.udp import Datagrams
 from natkeep.plan.tuples import FourTuple
 
 Look = Callable[[str, str], Any]
@@ -54,3 +56,20 @@ def check_replay(lab: Lab, tuples: Iterable[FourTuple], octets: int) -> None:
     counts = [len(places) for places in inbound.values()]
     ok = counts == [octets] * len(inbound) and bool(inbound)
     lab.report.check("what was held came to the process through lo", ok, f"{counts} octets")
+
+
+def check_datagrams(lab: Lab, number: int) -> None:
+    """What came through lo: of each kept peer *number* datagrams, in order, that were heard."""
+    inbound: dict[FourTuple, list[int]] = {each: [] for each in lab.traffic.views}
+    for frame in lab.captures["lo"].frames():
+        segment = frame.segment
+        if segment and segment.tuple in inbound:
+            inbound[segment.tuple].append(segment.seq)
+    found = [*inbound.values()]
+    ok = all(seen == [*range(seen[0], seen[0] + number)] for seen in found if seen)
+    detail = f"{[len(seen) for seen in found]} datagrams"
+    lab.report.check("what was held came through lo, once and in order", ok and all(found), detail)
+    assert isinstance(lab.traffic, Datagrams)
+    heard = lab.traffic.heard.values()
+    ok = all(len(spans) == 1 and spans[0][0] == 0 for spans in heard) and bool(heard)
+    lab.report.check("the process has heard all that was ever said", ok, str([*heard]))
