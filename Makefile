@@ -19,7 +19,7 @@ PLOTS_ARGS  ?=
 
 # Tests skip what this machine lacks, but not in CI nor as root, where the set-up can provide it:
 # there a missing tool is a failure. `make test NATKEEP_REQUIRE=` skips there too.
-ALL_REQUIRED := root,powers,criu,pycriu,runc,scapy,nftables,ruff,mypy
+ALL_REQUIRED := root,powers,criu,pycriu,runc,scapy,nftables,ruff,mypy,sphinx
 NATKEEP_REQUIRE ?= $(if $(CI)$(filter 0,$(shell id -u)),$(ALL_REQUIRED))
 export NATKEEP_REQUIRE
 
@@ -34,7 +34,7 @@ export PATH := $(PATH):/usr/local/sbin:/usr/sbin:/sbin
 KILLS       ?= 500
 FAULTS_ARGS ?=
 
-.PHONY: help setup demo test test-quick test-long check lab matrix bench bench-hook bench-migrate bench-control bench-stall bench-path bench-plots bench-million soak kernels fuzz faults many test-caps clean
+.PHONY: help setup demo test test-quick test-long check lab matrix bench bench-hook bench-migrate bench-control bench-stall bench-path bench-plots bench-million soak kernels fuzz faults many test-caps docs clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-13s %s\n", $$1, $$2 }' Makefile
@@ -63,6 +63,10 @@ check: ## lint and types
 
 lab: root setup ## one practice network: SCENARIO=name ENGINE=auto|criu|repair (needs root)
 	@.venv/bin/natkeep lab run $(SCENARIO) --engine $(ENGINE)
+
+docs: ## the pages as a site, in .lab/docs; what Sphinx warns of is an error
+	@scripts/setup
+	@.venv/bin/sphinx-build -q -W --keep-going -b html -c docs . .lab/docs && echo .lab/docs/README.html
 
 matrix: root setup ## the correctness matrix, beside rules written by hand: REPS=1 ONLY='name' (needs root)
 	@.venv/bin/natkeep lab matrix --reps $(REPS) $(if $(ONLY),--only '$(ONLY)')

@@ -87,6 +87,7 @@ PROBES: dict[str, tuple[Callable[[], bool], str]] = {
     "pycriu": (_has_pycriu, "needs Debian's pycriu (packages criu, python3-protobuf)"),
     "scapy": (lambda: _has_module("scapy"), "needs scapy: scripts/setup"),
     "nftables": (lambda: _has_module("nftables"), "needs libnftables' binding: scripts/setup"),
+    "sphinx": (lambda: _has_module("myst_parser"), "needs sphinx, myst-parser: scripts/setup"),
     "ruff": (lambda: _has_tool("ruff"), "needs ruff: scripts/setup"),
     "mypy": (lambda: _has_tool("mypy"), "needs mypy: scripts/setup"),
     "runc": (lambda: _has_tool("runc"), "needs Debian's runc: scripts/setup"),

@@ -5,12 +5,15 @@ The pages are README.md, which stays a first page, and docs/*.md.
 
 import argparse
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from natkeep import errors
 from natkeep.cli import make_parser
+from natkeep.migrate.criu_errors import CURES
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
@@ -58,7 +61,8 @@ def test_no_table_names_an_option_that_there_is_not() -> None:
     """What the tables of commands and options promise exists."""
     tables = [line for line in TEXT.splitlines() if line.startswith("| `")]
     promised = set(re.findall(r"--[a-z][a-z-]+", "\n".join(tables)))
-    foreign = {"--action-script"}
+    foreign = {"--action-script", "--network-lock", "--tcp-established", "--feature"}  # CRIU's
+    foreign |= {"--ext-unix-sk", "--file-locks", "--shell-job", "--ghost-limit"}
 
     assert promised - foreign <= set(OPTIONS)
 
@@ -198,3 +202,23 @@ def test_a_page_is_plain(page: Path) -> None:
     hidden = r"\b(whoever|nobody|somebody|whom|anybody)\b"
 
     assert not re.findall(hidden, page.read_text(), re.IGNORECASE)
+
+
+@pytest.mark.needs("sphinx")
+def test_the_pages_are_a_site_without_a_warning(tmp_path):
+    """A link that leads nowhere is one, and a page that is in no chapter."""
+    done = subprocess.run(
+        [sys.executable, "-m", "sphinx", "-q", "-W", "--keep-going", "-c", "docs", ".", tmp_path],
+        cwd=ROOT, capture_output=True, text=True,
+    )  # fmt: skip
+    assert (done.returncode, done.stderr) == (0, "")
+    made = {page.relative_to(tmp_path).as_posix() for page in tmp_path.rglob("*.html")}
+    assert {f"{page.relative_to(ROOT).with_suffix('')}.html" for page in ALL} <= made
+
+
+def test_what_cures_an_error_of_crius_is_on_the_page():
+    """Each of the log's words that migrate knows, by an example that it matches."""
+    page = (ROOT / "docs/when-it-fails.md").read_text().split("## CRIU fails")[1]
+    examples = re.findall(r"`([^`]+)`", page)
+    lost = [p for p in CURES if not any(re.search(p, example) for example in examples)]
+    assert lost == []

@@ -12,7 +12,7 @@ from collections.abc import Iterable
 _HARMLESS = re.compile(r"rlimit|Unable to get \d+ pid|can't get eventfd|Pagemap cache|SO_PEEK")
 _ERROR = re.compile(r"\bError \(([^)]*)\): *(.*)")
 
-_CURES = {
+CURES = {
     r"Can't fork for \d+: File exists": "a process there has that pid: end it",
     r"Can't open file \S+ on restore": "copy that file there, with the same path",
     r"File \S+ has bad (size|mode)": "the file there is another one: copy it again",
@@ -26,7 +26,7 @@ _CURES = {
     r"in-flight": "a connection waits to be accepted: --listeners holds new ones before the dump",
     r"consider using --tcp-established": "CRIU was not told of TCP",
     r"vdso|vDSO|vvar": "CRIU is too old for that kernel: --criu PATH of 4.1 or later",
-    r"userfaultfd|soft-dirty|track-mem|dirty track": "that kernel cannot tell changed memory: "
+    r"userfaultfd|soft-dirty|Tracking memory": "that kernel cannot tell changed memory: "
     "without --pre-dump",
     r"seccomp": "CRIU was built without seccomp: criu check",
     r"Operation not permitted": "CRIU needs the rights of root there",
@@ -49,5 +49,5 @@ def first_error(log: Iterable[str]) -> str:
     errors = [each[2] for each in found if each]
     if not errors:
         return lines[-1] if lines else "its log is empty"
-    cures = (cure for pattern, cure in _CURES.items() if re.search(pattern, errors[0]))
+    cures = (cure for pattern, cure in CURES.items() if re.search(pattern, errors[0]))
     return f"{errors[0]} ({cure})" if (cure := next(cures, "")) else errors[0]
