@@ -186,6 +186,8 @@ BAD = [
         "no source", f"plan web --map {MAP}", 2,
         "which connections? --image DIR or --connections FILE",
     ),
+    Bad("no map", "prepare web", 2, "no --map OLD=NEW: which address becomes which?"),
+    Bad("a name", "plan web --map web.example.org=10.3.0.20 --connections list", 2, "--map web."),
     Bad("no list", f"plan web --map {MAP} --connections gone", 3, "cannot read gone: No such file"),
     Bad("list is a directory", f"plan web --map {MAP} --connections image", 3, "image is neither"),
     Bad("empty list", f"plan web --map {MAP} --connections empty", 3, "empty lists no connections"),

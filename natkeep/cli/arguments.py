@@ -108,6 +108,11 @@ def _read_connections(args: argparse.Namespace) -> Checkpoint:
         return read_listing(args.connections)
     if getattr(args, "live", None) is not None:
         return read_process(args, parse_sites(args.site))
+    if not getattr(args, "map", True):
+        raise UsageError(
+            "no --map OLD=NEW: which address becomes which?",
+            hint="and which connections: --image DIR, --connections FILE or --live PID",
+        )
     raise UsageError(
         "which connections? --image DIR or --connections FILE",
         hint=f"{os.path.basename(sys.argv[0])} inspect DIR shows those of an image",

@@ -121,7 +121,8 @@ def _demand_address(site: Site, new: Address) -> None:
     if rt.device_of(new) is None:
         raise RefusedError(
             f"{site}: NEW {new} is not an address of this namespace",
-            hint="give the namespace that has it: --site destination=NETNS",
+            hint="run it on the host that has it, or say what this one is: --site gateway, relay, "
+            "peer or source; a namespace here: --site destination=NETNS",
         )
 
 

@@ -129,6 +129,9 @@ class Wish(NamedTuple):
         return Map(self.old, new, self.old_port, self.new_port)
 
 
+_WANTED = "OLD and NEW are addresses, no names: getent ahosts NAME tells those of a name"
+
+
 def parse_map(text: str) -> Wish:
     """`OLD=NEW` or `OLD:PORT=NEW:PORT` (IPv6 with a port in brackets); NEW may be `auto`."""
     old, equals, new = text.partition("=")
@@ -137,7 +140,7 @@ def parse_map(text: str) -> Wish:
     try:
         here, there = parse_local(old), _parse_new(new)
     except ValueError as error:
-        raise UsageError(f"--map {text}: {error}") from None
+        raise UsageError(f"--map {text}: {error}", hint=_WANTED) from None
     wish = Wish(address_of(here), here.port if isinstance(here, Endpoint) else None, *there)
     _refuse_half(text, wish.old_port, wish.new_port)
     return wish

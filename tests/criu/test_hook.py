@@ -94,6 +94,17 @@ def test_the_front_leaves_at_once_where_there_is_no_action(
     assert front(NATKEEP_ID="web") == (0, [])
 
 
+def test_the_front_says_what_it_is_unless_criu_asks() -> None:
+    """CRIU sets the action; what a person types has none."""
+    for option in ("-h", "--help"):
+        for environment, says in (({}, b"natkeep-hook: CRIU starts it"), (DUMP, b"")):
+            done = subprocess.run([FRONT, option], env=environment, capture_output=True)
+            assert (done.returncode, done.stdout[:28], done.stderr) == (0, says, b"")
+
+
+DUMP = {"CRTOOLS_SCRIPT_ACTION": "pre-dump"}
+
+
 @pytest.mark.usefixtures("no_configuration")
 @pytest.mark.parametrize("action", sorted(OURS))
 @pytest.mark.parametrize("orders", [{}, {"NATKEEP_ID": ""}, {"NATKEEP_ID": "", "NATKEEP_MAP": ""}])
