@@ -8,6 +8,7 @@ The network of the moves is two namespaces; no packet runs, only what natkeep ch
 
 from __future__ import annotations
 
+import contextlib
 import faulthandler
 import fcntl
 import functools
@@ -781,6 +782,66 @@ def test_a_move_from_prepare_to_teardown_leaves_the_sites_as_they_were(
     assert files(tmp_path) == {}
     assert executor("teardown", web).stderr == f"natkeep: {web}: nothing to undo\n"
     # and `sites` looks whether all is as before
+
+
+@pytest.fixture
+def system_log(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], list[str]]]:
+    """A /dev/log of our own, and what it was sent since it was last asked."""
+    with tempfile.TemporaryDirectory() as short, socket.socket(socket.AF_UNIX, 2) as log:
+        log.bind(f"{short}/log")
+        log.setblocking(False)
+        monkeypatch.setattr("natkeep.system_log.PATH", f"{short}/log")
+
+        def read() -> list[str]:
+            lines = []
+            with contextlib.suppress(BlockingIOError):
+                while True:
+                    lines.append(re.sub(r"\[\d+\]", "[PID]", log.recv(2000).decode()))
+            return lines
+
+        yield read
+
+
+@pytest.mark.root
+def test_each_change_is_a_line_in_the_systems_log(
+    sites: Network, executor: Run, system_log: Callable[[], list[str]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """Who moved what, and how it ended; not what only looks, or is no command."""
+    monkeypatch.setenv("SUDO_USER", "alice\n")
+    where = ",".join(word for word in sites.options if "=" in word)
+    about, by = f"web {MAP} at {where}", r"(by alice\n)"
+
+    executor(*prepare(sites, "--dry-run"), input=LIST)
+    executor("status")
+    executor("plan", "web", expect=2)
+    assert system_log() == []
+    executor(*prepare(sites), input=LIST)
+    executor("open", "web")
+    executor("teardown", "web")
+    assert system_log() == [
+        f"<30>natkeep[PID]: {verb} {about}: done {by}" for verb in ("prepare", "open", "teardown")
+    ]
+    executor("open", "web", expect=7)
+    executor(*prepare(sites, move_id="far"), input="10.9.9.9:1 10.1.0.2:2", expect=4)
+    told = system_log()
+    assert told[0].startswith("<27>natkeep[PID]: open web: failed: no move web in ")
+    assert told[1].startswith(f"<27>natkeep[PID]: prepare far {MAP} at {where}: failed: none of ")
+
+
+def test_a_log_that_is_not_there_or_hangs_is_no_obstacle(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    from natkeep import system_log
+
+    monkeypatch.setattr("natkeep.system_log.PATH", str(tmp_path / "none"))
+    system_log.note("natkeep", "x")
+    with tempfile.TemporaryDirectory() as short, socket.socket(socket.AF_UNIX, 2) as log:
+        log.bind(f"{short}/log")  # and read by nothing
+        monkeypatch.setattr("natkeep.system_log.PATH", f"{short}/log")
+        for _ in range(2000):
+            system_log.note("natkeep", "é" * 2000)
+        assert len(log.recv(5000)) < 1200
 
 
 def wait_for_namespace(pid: int, name: str) -> None:

@@ -20,7 +20,7 @@ FLOORS = {
     **dict.fromkeys(("cli", "criu", "__main__"), 5),
     **dict.fromkeys(("lifecycle", "report", "migrate"), 4),
     **dict.fromkeys(("kernel", "checkpoint", "state", "policy"), 3),
-    **dict.fromkeys(("plan", "faultpoints", "terminal"), 2),
+    **dict.fromkeys(("plan", "faultpoints", "terminal", "system_log"), 2),
     **dict.fromkeys(("errors", "values", "afterwards", "installed", "__init__"), 1),
 }
 BETWEEN_DOORS = [("cli/change.py", ["criu", "run"]), ("cli/change.py", ["criu", "environment"])]

@@ -12,17 +12,20 @@ Nothing is decided here, and what only one verb needs is imported when that verb
 
 from __future__ import annotations
 
+import argparse
 import gc
 import os
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import NoReturn
 
 from natkeep import afterwards, faultpoints
 from natkeep.cli.output import describe_error, end_document, error_to_json, wants_json
 from natkeep.cli.parser import make_parser
-from natkeep.errors import NatkeepError
+from natkeep.errors import NatkeepError, UsageError
+from natkeep.system_log import note
 from natkeep.terminal import say, say_exception, silence
 
 __all__ = ["main", "make_parser", "program"]
@@ -87,12 +90,50 @@ def _run(arguments: Sequence[str]) -> int:
     try:
         faultpoints.demand_known()
         args = make_parser(arguments).parse_args(arguments or ["help"])
-        with _signals_as_exit():
+        with _signals_as_exit(), _noted(args):
             code = int(args.run(args))
         return code if arguments else 2  # a script whose variable is empty is to fail
     finally:
         if sys.stdout:
             sys.stdout.flush()
+
+
+_NOTED = frozenset(
+    (
+        "prepare",
+        "quiesce",
+        "run",
+        "open",
+        "repair",
+        "teardown",
+        "rollback",
+        "gc",
+        "migrate",
+        "finish",
+    )
+)
+"""The verbs that change something."""
+
+
+@contextmanager
+def _noted(args: argparse.Namespace) -> Iterator[None]:
+    """A line in the system's log on what was done, or was tried in vain; `moved` is a verb's word.
+
+    Not on what was only asked for (--dry-run), or was no command.
+    """
+    failed: BaseException | None = None
+    try:
+        yield
+    except BaseException as error:
+        failed = error
+        raise
+    finally:
+        told = args.verb in _NOTED and not getattr(args, "dry_run", False)
+        if told and not isinstance(failed, UsageError):
+            words = [args.verb, getattr(args, "id", None) or "", getattr(args, "moved", "")]
+            how = "done" if failed is None else f"failed: {failed or type(failed).__name__}"
+            line = f"{' '.join(filter(None, words))}: {how}"
+            note("natkeep", line, failed=failed is not None)
 
 
 class _signals_as_exit:

@@ -51,13 +51,20 @@ def make_move(args: argparse.Namespace, checkpoint: Checkpoint) -> Move:
         lost = checkpoint.lost_at(olds)
     mode = Mode(args.mode)
     hold = not args.no_hold and getattr(args, "gate", "closed") == "closed"
-    return Move(
+    move = Move(
         args.id, maps, sites, mode, listeners, lock,
         unkept=unkept, lost=lost, hold=hold, guard=args.guard, live=checkpoint.live,
         peer_maps=tuple(map(parse_peer_map, args.peer_map)),
         vias=_find_vias(args, sites, maps),
         udp=checkpoint.udp_at(olds), udp_servers=checkpoint.udp_servers_at(olds),
     )  # fmt: skip
+    tell_moved(args, move)
+    return move
+
+
+def tell_moved(args: argparse.Namespace, move: Move) -> None:
+    """Say what the verb is about, for the line in the system's log."""
+    args.moved = f"{','.join(map(str, move.maps))} at {','.join(map(str, move.sites))}"
 
 
 def _find_vias(

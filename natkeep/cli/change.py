@@ -22,6 +22,7 @@ from natkeep.cli.arguments import (
     parse_sites,
     read_connections,
     read_ended,
+    tell_moved,
 )
 from natkeep.cli.output import describe_error, print_json, print_verb, talk
 from natkeep.errors import DriftError, NatkeepError, RefusedError, UsageError
@@ -158,6 +159,7 @@ def open(args: argparse.Namespace) -> int:
 
     def confirm(journal: Journal) -> Checkpoint | None:
         nonlocal blind
+        tell_moved(args, journal.move)
         if image is None:
             blind = journal.move.live and journal.change is None
         return image
@@ -219,7 +221,10 @@ def teardown(args: argparse.Namespace) -> int:
                     hint="take OLD from that host, or restore the process there; once they have "
                     "ended elsewhere --ended; or --yes",
                 )
-    opened = executor.state.knows(args.id) and executor.state.load(args.id).is_opened()
+    journal = executor.state.load(args.id) if executor.state.knows(args.id) else None
+    opened = journal is not None and journal.is_opened()
+    if journal is not None:
+        tell_moved(args, journal.move)
     executor.breaks = args.yes and opened and args.drop is None
     found = teardown(executor, args.id)
     line = f"{args.id}: {'undone' if found else 'nothing to undo'}{_describe_dropped(executor)}"
@@ -255,6 +260,7 @@ def rollback(args: argparse.Namespace) -> int:
     executor = make_executor(args, create=False)
     executor.drops = SECONDS if args.drop is None else args.drop
     done = rollback(executor, args.id, yes=args.yes)
+    args.moved = f"at {','.join(map(str, done.undone))}" if done.undone else ""
     sites = [str(site) for site in done.undone]
     undone = f"undone at {', '.join(sites)}" if sites else "nothing to undo here"
     talk(args, f"natkeep: {args.id}: {undone}{_describe_dropped(executor)}")
@@ -299,6 +305,7 @@ def quiesce(args: argparse.Namespace) -> int:
     if [site.role for site in sites] != [Role.SOURCE]:
         raise UsageError("quiesce is for the source", hint="--site source[=NETNS]")
     move = Move(args.id, parse_maps(args, sites), sites)
+    tell_moved(args, move)
     policy.authorise(move, 0)
     executor = make_executor(args, create=True)
     listeners = quiesce(executor, move, frozenset(args.port), args.timeout)

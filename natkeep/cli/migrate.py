@@ -83,6 +83,8 @@ def _with_hosts(args: argparse.Namespace, record: Record, work: Callable[[Migrat
     try:
         return work(migration)
     finally:
+        args.id = record.id
+        args.moved = f"{','.join(record.maps)} {record.source}:{record.pid} to {record.destination}"
         migration.close()
         shutil.rmtree(controls, ignore_errors=True)
 

@@ -67,14 +67,17 @@ def main() -> int:
 
 
 def _fail(text: str, code: int) -> int:
-    _say(text)
+    _say(text, failed=True)
     return code
 
 
-def _say(line: str) -> None:
+def _say(line: str, *, failed: bool = False) -> None:
+    """Into CRIU's log, and the system's."""
+    from natkeep.system_log import note
     from natkeep.terminal import say
 
     say(f"natkeep-hook: {line}")
+    note("natkeep-hook", line, failed=failed)
 
 
 def _start_clock(waits: float = 0.0) -> None:

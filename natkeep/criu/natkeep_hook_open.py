@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 CALL = "import sys; sys.path.append(sys.argv[1]); import natkeep_hook_open as n; n.take_long_way()"
 SLOW = [sys.executable, "-I", "-S", "-c", CALL, *sys.argv[1:]]
 DEFAULT_DIRECTORY = "/run/natkeep"
+SYSTEM_LOG = "/dev/log"
 ID_ALPHABET = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789-_")
 SECONDS = 5  # then the long way, which has its own clock, says what it waits for
 REST = 1000  # ms after which the blackout is over, if CRIU goes on
@@ -285,8 +286,18 @@ def unhook(sites: list[Site], criu: int | None) -> None:
         poll.poll(REST)
         for site in sites:
             site.unhook()
+        note(f"{variable('NATKEEP_ID')}: gate open")
     finally:
         posix._exit(0)
+
+
+def note(line: str) -> None:
+    """A line in the system's log (facility daemon), as natkeep/system_log.py writes it."""
+    who = variable("SUDO_USER") or f"uid {posix.getuid()}"
+    log = _socket.socket(_socket.AF_UNIX, _socket.SOCK_DGRAM)
+    log.settimeout(0)
+    log.connect(SYSTEM_LOG)
+    log.send(f"<30>natkeep-hook[{posix.getpid()}]: {line} (by {who})".encode())
 
 
 def take_long_way() -> "NoReturn":

@@ -10,8 +10,10 @@ import fcntl
 import json
 import os
 import re
+import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -367,6 +369,19 @@ def test_nothing_but_builtin_modules_is_imported(site: Site) -> None:
     )  # fmt: skip
     imported = set(done.stderr.splitlines()[-1].split()) - set(bare)
     assert imported <= {"natkeep_hook_open", "_socket", "fcntl", "posix", "_signal"}
+
+
+def test_the_opening_is_a_line_in_the_systems_log(site: Site) -> None:
+    """Written by the process that nothing waits for."""
+    site.prepare()
+    with tempfile.TemporaryDirectory() as short, socket.socket(socket.AF_UNIX, 2) as log:
+        log.bind(f"{short}/log")
+        log.settimeout(20)
+        text = site.program.read_text().replace('"/dev/log"', repr(f"{short}/log"))
+        site.program.write_text(text)
+        assert site.call(SUDO_USER="alice")[0] == 0
+        line = log.recv(1000).decode()
+    assert re.fullmatch(r"<30>natkeep-hook\[\d+\]: web: gate open \(by alice\)", line)
 
 
 def test_it_is_compiled_once(site: Site) -> None:
