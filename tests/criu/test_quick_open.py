@@ -390,3 +390,36 @@ def test_it_is_compiled_once(site: Site) -> None:
     assert site.call()[0] == 0
     (compiled,) = (site.program.parent / "__pycache__").iterdir()
     assert compiled.name.startswith("natkeep_hook_open.")
+
+
+def test_datagrams_are_delivered_before_the_gate_is_opened(site: Site, tmp_path: Path) -> None:
+    listing = tmp_path / "list"
+    listing.write_text(f"{OLD}:5000 10.1.0.2:50594\nudp {OLD}:53 10.1.0.2:5353\n")
+    site.natkeep("prepare", "web", f"--map={OLD}={NEW}", f"--connections={listing}",
+                 f"--site=destination={site.netns}")  # fmt: skip
+    assert "\ndatagrams web.hold\nhold web.hold\n" in site.ready.read_text()
+    (site.state / "web.hold").unlink()
+    asked = []
+
+    def answer(listening: socket.socket) -> None:
+        for _ in range(2):
+            with listening.accept()[0] as asking:
+                # Not by status, which asks the holder too.
+                listing = ["nft", "list", "chain", "inet", "natkeep", "gate-web"]
+                there = subprocess.run(
+                    ["ip", "netns", "exec", site.netns, *listing], capture_output=True, text=True
+                )
+                asked.append((asking.recv(64).split()[0], "accept" in there.stdout))
+                asking.sendall(b"held 0 0 0 0\n")
+
+    with socket.socket(socket.AF_UNIX) as listening:
+        listening.bind(str(site.state / "web.hold"))
+        listening.listen()
+        thread = threading.Thread(target=answer, args=[listening])
+        thread.start()
+        text = site.program.read_text().replace("PATIENCE = 0.05", "PATIENCE = 30.0")
+        site.program.write_text(text)
+        assert site.call()[0] == 0
+        thread.join()
+
+    assert asked == [(b"datagrams", False), (b"deliver", True)]
