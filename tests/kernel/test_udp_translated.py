@@ -333,16 +333,19 @@ def test_the_connection_table_tells_for_how_long_a_socket_is_silent(
 
 
 @EACH_VERSION
-def test_what_a_peer_says_at_the_closed_gate_is_held(
+@pytest.mark.parametrize("server", [False, True])
+def test_what_peers_say_at_the_closed_gate_is_held(
     make_net: Callable[[int], Net],
     version: int,
+    server: bool,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(segment_holder, "PATIENCE", scaled(10.0))
     net = make_net(version)
     net.kernel = LinuxKernel(str(tmp_path))
-    plan = make_plan(net.move(hold=True), NO_CONNECTIONS)
+    servers = {"udp": NO_CONNECTIONS, "udp_servers": (Endpoint(OLD[version], PORT),)}
+    plan = make_plan(net.move(hold=True, **(servers if server else {})), NO_CONNECTIONS)
     net.kernel.open_sites(plan.move.sites)
     net.stack.callback(segment_holder.end, str(tmp_path), "udp")
     peer = net.socket("peer", net.peer_end, net.old_end)
@@ -354,11 +357,13 @@ def test_what_a_peer_says_at_the_closed_gate_is_held(
     deadline = time.monotonic() + scaled(10.0)
     while segment_holder.look(str(tmp_path), "udp") != Held(0, sum(map(len, said)), 0, len(said)):
         assert time.monotonic() < deadline, segment_holder.look(str(tmp_path), "udp")
-    process = net.socket("destination", net.old_end, net.peer_end)
+    process = net.socket("destination", net.old_end, None if server else net.peer_end)
     [(_, prior)] = net.apply(plan.open)
     peer.send(b"after")
 
-    assert [process.recv(65535) for _ in range(5)] == [*said, b"after"]
+    heard = [process.recvfrom(65535) for _ in range(5)]
+    assert [data for data, _ in heard] == [*said, b"after"]
+    assert {sender[:2] for _, sender in heard} == {net.peer_end}
     assert prior.facts == {"segments": 0, "refused": 0, "datagrams": 4}
     assert answered(peer, process, 2) == 2
 
@@ -520,3 +525,25 @@ def test_a_port_that_the_destination_uses_is_refused(make_net: Callable[[int], N
             pytest.raises(RefusedError, match=r"a socket has 10.3.0.20 port 5000 of UDP"),
         ):
             net.kernel.check(step)
+
+
+@EACH_VERSION
+def test_a_socket_that_any_peer_may_speak_to_is_silent_when_none_does(
+    make_net: Callable[[int], Net], version: int
+) -> None:
+    net = make_net(version)
+    end = Endpoint(OLD[version], PORT)
+    plan = make_plan(net.move(udp=NO_CONNECTIONS, udp_servers=(end,)), NO_CONNECTIONS)
+    net.apply(plan.steps)
+    key = end.address.packed + end.port.to_bytes(2, "big")
+    gateway, destination = plan.move.sites
+
+    assert net.kernel.observe(destination, plan).bound == frozenset()
+    process = net.socket("destination", net.old_end, None)
+    assert net.kernel.observe(destination, plan).bound == {key}
+    peer = net.socket("peer", net.peer_end, net.old_end)
+    assert answered(peer, process, 2) == 2
+    for site in (gateway, destination):
+        assert net.kernel.observe(site, plan).silences.keys() == {key}
+        net.run(site.netns, "conntrack", "-F")
+        assert net.kernel.observe(site, plan).silences == {}
