@@ -232,11 +232,11 @@ def test_the_stories_are_told_over_ipv6_as_well(name: str) -> None:
 
 @pytest.fixture(params=[4, 6])
 def udp_lab(request: pytest.FixtureRequest) -> Iterator[Lab]:
-    """A client's two sockets, to each of which the server has a connected one."""
+    """A client's two sockets: the server has one that is connected to the first, and its own."""
     family = request.param
     with Lab("source", engine="criu", family=family, points=POINTS, udp=True) as made:
         made.begin(connections=2)
-        made.traffic.connect()
+        made.traffic.connect(0)
         yield made
 
 
