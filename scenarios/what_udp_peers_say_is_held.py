@@ -19,7 +19,7 @@ CONNECTIONS, DATAGRAMS, OCTETS = 4, 25, 100
 
 def run(lab):
     lab.begin(connections=CONNECTIONS, pause=True)
-    lab.traffic.connect()
+    lab.traffic.connect(0)  # the others are peers of the server's own socket
     lab.freeze()
     lab.prepare()
     for _ in range(DATAGRAMS):
