@@ -301,7 +301,7 @@ class FakeKernel:
         return end in self.sites[site.netns].taken
 
     def find_translated(
-        self, site: Site, connections: Connections
+        self, site: Site, connections: Connections, protocol: Protocol = TCP
     ) -> tuple[tuple[FourTuple, FourTuple], ...]:
         """What a test says that the host does."""
         return tuple((one, self.wire[one]) for one in connections if one in self.wire)

@@ -164,13 +164,13 @@ def test_what_an_earlier_move_translates_at_the_source_moves_on(tmp_path: Path) 
     )
     executor.kernel.wire = {SEEN: BY_MOVE}  # type: ignore[attr-defined]
     executor.kernel.open_sites([SOURCE])
-    kept, olds = Connections.of([SEEN]), frozenset({MAP.old})
+    kept = [Connections.of([SEEN])]
 
-    refuse_translated(executor.kernel, executor.state, SOURCE, olds, kept)
+    refuse_translated(executor.kernel, executor.state, SOURCE, kept)
 
     executor.kernel.wire = {SEEN: MASQUERADED}  # type: ignore[attr-defined]
     with pytest.raises(RefusedError, match="translates by itself"):
-        refuse_translated(executor.kernel, executor.state, SOURCE, olds, kept)
+        refuse_translated(executor.kernel, executor.state, SOURCE, kept)
 
 
 SERVER = f"""
@@ -178,6 +178,11 @@ import socket, sys
 server = socket.create_server(("{OLD}", 8080))
 client = socket.create_connection(("{OLD}", int(sys.argv[1])), source_address=("10.1.0.2", 4000))
 kept = server.accept()
+udp, other = (socket.socket(socket.AF_INET, socket.SOCK_DGRAM) for _ in range(2))
+for end, mine, its in ((udp, ("{OLD}", 8080), 4000), (other, ("10.1.0.2", 4000), 0)):
+    end.bind(mine)
+    end.connect(("10.1.0.2", its) if its else ("{OLD}", int(sys.argv[1])))
+other.send(b"dialled")
 print("ready", flush=True)
 sys.stdin.read()
 """
@@ -189,8 +194,9 @@ def redirected(netns: str, request: pytest.FixtureRequest) -> Iterator[tuple[str
     for line in ("address add 10.1.0.2/32 dev lo", f"address add {OLD}/32 dev lo"):
         subprocess.run(["ip", "-n", netns, *line.split()], check=True)
     inside = ["ip", "netns", "exec", netns]
-    rule = f"tcp dport 80 dnat to {OLD}:8080"  # here a redirect would be one to 127.0.0.1
-    chain = f"chain out {{ type nat hook output priority -100; {rule}; }}"
+    # Here a redirect would be one to 127.0.0.1.
+    rules = "; ".join(f"{each} dport 80 dnat to {OLD}:8080" for each in ("tcp", "udp"))
+    chain = f"chain out {{ type nat hook output priority -100; {rules}; }}"
     subprocess.run([*inside, "nft", f"table ip own {{ {chain}; }}"], check=True)
     server = subprocess.Popen(
         [*inside, sys.executable, "-c", SERVER, str(request.param)],
@@ -229,9 +235,12 @@ def test_a_redirected_port_is_found_in_the_sources_own_entries(
 
     told = natkeep(tmp_path, "inspect", "--live", str(pid), code=0)
     shown = json.loads(told)["sockets"]
-    [server_side] = [each for each in shown if each["local"] == f"{OLD}:8080" and each["peer"]]
-    assert not server_side["kept"]
-    assert server_side["reason"].endswith(f"10.1.0.2:4000 > {OLD}:80 on the wire")
+    server_side = [each for each in shown if each["local"] == f"{OLD}:8080" and each["peer"]]
+    assert [(each["protocol"], each["kept"]) for each in server_side] == [
+        ("tcp", False), ("udp", False),
+    ]  # fmt: skip
+    for each in server_side:
+        assert each["reason"].endswith(f"10.1.0.2:4000 > {OLD}:80 on the wire")
 
     (tmp_path / "list").write_text(told)
     words = ["prepare", "web", f"--map={OLD}={NEW}", f"--connections={tmp_path}/list"]
@@ -266,7 +275,8 @@ def test_a_port_that_was_dialled_itself_is_kept_beside_the_redirect(
     _, pid = redirected
     shown = json.loads(natkeep(tmp_path, "inspect", "--live", str(pid), code=0))["sockets"]
 
-    assert [each["kept"] for each in shown if each["local"] == f"{OLD}:8080" and each["peer"]]
+    here = [each["kept"] for each in shown if each["local"] == f"{OLD}:8080" and each["peer"]]
+    assert here == [True, True]
     assert not [each for each in shown if "translates" in (each["reason"] or "")]
 
 

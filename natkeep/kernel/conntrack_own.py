@@ -138,9 +138,11 @@ def find_carried(entries: Iterable[Own]) -> Iterator[tuple[FourTuple, FourTuple]
             yield _unpack(own.record), _unpack(carrier)
 
 
-def find_translated(connections: Connections) -> tuple[tuple[FourTuple, FourTuple], ...]:
+def find_translated(
+    connections: Connections, protocol: Protocol = TCP
+) -> tuple[tuple[FourTuple, FourTuple], ...]:
     """find_carried of all entries of *connections*, which have one local address."""
-    return tuple(find_carried(find_own(connections)))
+    return tuple(find_carried(find_own(connections, protocol=protocol)))
 
 
 def _read_carrier(own: Own) -> bytes:

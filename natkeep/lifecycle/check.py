@@ -107,7 +107,9 @@ def require_sockets(executor: Executor, move: Move, checkpoint: Checkpoint) -> N
     """RefusedError when a socket's address will not be there, or its host translates it."""
     olds = [map_.old_end for map_ in move.maps]
     for socket in checkpoint.sockets if checkpoint.live else ():
-        if socket.is_translated() and socket.local and is_at(socket.local, olds):
+        # Of UDP it is only told: a socket that asks a resolver once should not stop a move.
+        at_old = socket.local is not None and is_at(socket.local, olds)
+        if at_old and socket.protocol == "tcp" and socket.is_translated():
             raise RefusedError(f"{socket}: {socket.unkept}", hint=NO_REMEDY)
     sockets = checkpoint.unmapped([map_.old for map_ in move.maps])
     about = move.listeners or len(move.udp) or move.udp_servers

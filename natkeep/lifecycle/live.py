@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from ipaddress import ip_address
+
 from natkeep.checkpoint import TRANSLATED, Checkpoint
 from natkeep.checkpoint.live import Found, find_inodes, make_checkpoint
 from natkeep.errors import ImageError, RefusedError
@@ -11,24 +13,27 @@ from natkeep.kernel.netns import held
 from natkeep.lifecycle.executor import Executor
 from natkeep.lifecycle.sockets import find_translated
 from natkeep.plan.move import Site
+from natkeep.plan.protocols import TCP, UDP
 from natkeep.plan.roles import Role
+from natkeep.plan.tuples import FourTuple
 from natkeep.values import replace
 
 
 def mark_translated(executor: Executor, pid: int, checkpoint: Checkpoint) -> Checkpoint:
     """*checkpoint*, which read_live has just read, where what the host translates is not kept."""
     home = Site(Role.SOURCE, f"pid:{pid}")
-    olds = {
-        each.local.address for each in checkpoint.sockets if each.is_connection() and each.local
-    }
-    kept = [checkpoint.connections.at(old) for old in olds]
-    found = dict(find_translated(executor.kernel, executor.state, home, kept))
+    found: dict[tuple[str, FourTuple | None], FourTuple] = {}
+    for protocol, some in ((TCP, checkpoint.connections), (UDP, checkpoint.udp)):
+        kept = [some.at(old) for old in {ip_address(end[:-2]) for end in some.local_ends()}]
+        around = executor.kernel, executor.state, home
+        for inner, outer in find_translated(*around, kept, protocol):
+            found[protocol.name, inner] = outer
     if not found:
         return checkpoint
     return Checkpoint.of(
         tuple(
-            replace(each, unkept=f"{TRANSLATED}{outer} on the wire")
-            if (inbound := each.inbound()) and (outer := found.get(inbound))
+            replace(each, unkept=f"{TRANSLATED}{outer_} on the wire")
+            if (outer_ := found.get((each.protocol, each.inbound())))
             else each
             for each in checkpoint.sockets
         ),

@@ -18,6 +18,7 @@ from natkeep.kernel import conntrack_own, sock_diag
 from natkeep.kernel.interface import Kernel
 from natkeep.plan.identity import Identity
 from natkeep.plan.move import Site
+from natkeep.plan.protocols import TCP, Protocol
 from natkeep.plan.tuples import Connections, Endpoint, FourTuple
 from natkeep.state.directory import StateDirectory
 
@@ -69,6 +70,7 @@ def find_translated(
     state: StateDirectory,
     site: Site,
     kept: Iterable[Connections],
+    protocol: Protocol = TCP,
 ) -> Iterator[tuple[FourTuple, FourTuple]]:
     """Those, as the process sees them and as the wire does, that the host itself translates.
 
@@ -76,7 +78,7 @@ def find_translated(
     """
     here = kernel.identity(site)
     for some in kept:
-        for inner, outer in kernel.ask(site, conntrack_own.find_translated, some):
+        for inner, outer in kernel.ask(site, conntrack_own.find_translated, some, protocol):
             if not _is_moved(state, here, inner, outer):
                 yield inner, outer
 
