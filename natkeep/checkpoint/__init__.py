@@ -7,8 +7,9 @@ may touch is the operator's word (`--map`), never the image's.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from enum import StrEnum
+from operator import or_
 from typing import TYPE_CHECKING
 
 from natkeep.plan.criu_lock import DumpLock
@@ -352,20 +353,25 @@ def pair_up(sockets: tuple[Socket, ...], records: Sequence[bytes]) -> tuple[Sock
     some = Connections.of_records(records)
     if not some.may_be_with_themselves():  # as a rule, and told without a look at each
         return sockets
-    for protocol in ("tcp", "udp"):
-        movable = [
-            each.unkept in (None, LOOPBACK)
-            and each.protocol == protocol
-            and (each.state in SYNCHRONIZED or (protocol == "udp" and each.peer is not None))
-            for each in sockets
-        ]
-        here = frozenset(record for record, may in zip(records, movable, strict=True) if may)
-        both = here.intersection(some.only(here).turned().each())
-        sockets = tuple(
-            replace(socket, unkept=None, both_ends=True) if may and record in both else socket
-            for socket, record, may in zip(sockets, records, movable, strict=True)
-        )
-    return sockets
+    movable = [each.unkept in (None, LOOPBACK) and each.state in SYNCHRONIZED for each in sockets]
+    here = frozenset(record for record, may in zip(records, movable, strict=True) if may)
+    both = here.intersection(some.only(here).turned().each())
+    within = [may and one in both for may, one in zip(movable, records, strict=True)]
+    pairs = zip(sockets, map(or_, within, _speak_with_themselves(sockets)), strict=True)
+    return tuple(replace(each, unkept=None, both_ends=True) if is_ else each for each, is_ in pairs)
+
+
+def _speak_with_themselves(sockets: tuple[Socket, ...]) -> Iterator[bool]:
+    """Of each, whether it is of UDP and its peer is another of them, connected or not."""
+    udp = [each.protocol == "udp" and each.unkept in (None, LOOPBACK) for each in sockets]
+    ends = {each.local for each, may in zip(sockets, udp, strict=True) if may and each.local}
+    anywhere = {end.port for end in ends if end.address.is_unspecified}
+    for each, may in zip(sockets, udp, strict=True):
+        peer, local = each.peer, each.local
+        if not may or peer is None or local is None:
+            yield False
+        else:
+            yield peer in ends or (peer.address == local.address and peer.port in anywhere)
 
 
 def shorten(error: Exception | str) -> str:

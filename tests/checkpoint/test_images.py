@@ -261,6 +261,26 @@ def test_udp_of_the_process_with_itself_is_translated_nowhere(tmp_path: Path) ->
     assert [each.outcome(olds) for each in checkpoint.sockets] == ["restored"] * 2 + ["lost"] * 2
 
 
+@pytest.mark.parametrize("server", [LOCAL4, bytes(4), PEER4])
+def test_udp_to_a_server_of_the_same_process_stays_within(server: bytes, tmp_path: Path) -> None:
+    udp = {"proto": 17, "type": 2}
+    entries = (
+        socket_entry(server, **udp, src_port=53, dst_port=0),
+        socket_entry(LOCAL4, LOCAL4, **udp, dst_port=53),
+        socket_entry(LOCAL4, LOCAL4, **udp, dst_port=54),  # to a process that is not dumped
+    )
+
+    checkpoint = read_checkpoint(write_images(tmp_path, *entries))
+
+    olds = [parse_address(OLD)]
+    within = server != PEER4
+    assert [each.both_ends for each in checkpoint.sockets] == [False, within, False]
+    assert [each.outcome(olds) for each in checkpoint.sockets][1:] == [
+        "restored" if within else "lost", "lost",
+    ]  # fmt: skip
+    assert [each.both_ends for each in Checkpoint.of(checkpoint.sockets).sockets][1] == within
+
+
 def test_half_closed_dump_and_its_queues() -> None:
     checkpoint = read_checkpoint_with_queues(CORPUS / "half-closed")
 
