@@ -1164,6 +1164,21 @@ def test_open_where_the_gate_is_gone_says_so_and_opens_no_site(
 
 
 @pytest.mark.root
+def test_a_move_of_udp_alone(sites: Network, executor: Run) -> None:
+    """A connected socket, and one for any peer; `sites` looks whether all is as before."""
+    rows = "udp 10.2.0.10:4433 10.1.0.2:50594\nudp 0.0.0.0:53 *\n"
+    done = executor(*prepare(sites), input=rows)
+    assert "10.2.0.10=10.3.0.20, 1 connection (1 udp), 1 udp server, at " in done.stderr
+    executor("open", "web")
+    document = json.loads(executor("status", "web", "--strict", "--json").stdout)
+    (move,) = document["moves"]
+    assert (move["gate"], move["udp_servers"]) == ("open", ["10.2.0.10:53"])
+    (row,) = move["connections"]
+    assert (row["proto"], row["local"]) == ("udp", "10.2.0.10:4433")
+    executor("teardown", "web", "--yes")
+
+
+@pytest.mark.root
 def test_status_as_text(sites: Network, executor: Run) -> None:
     assert executor("status").stdout == "nothing is prepared\n"
     rows = "".join(f"10.2.0.10:5000 10.1.0.2:{port}\n" for port in range(1, 24))
@@ -1173,18 +1188,20 @@ def test_status_as_text(sites: Network, executor: Run) -> None:
         f"web: 10.2.0.10=10.3.0.20, 23 connections, at gateway={sites.gateway}, "
         f"destination={sites.destination}, gate closed",
         f"  on {os.uname().nodename}",
+        "  held for the process: 0 segments and 0 datagrams, 0 octets",
         f"  destination={sites.destination}: as prepared",
         f"  gateway={sites.gateway}: as prepared",
         "  LOCAL           PEER         STATE   PACKETS IN  OUT",
         "  10.2.0.10:5000  10.1.0.2:1   closed  0           0",
-    ] == lines[:6]
-    assert (len(lines), lines[-1]) == (26, "  ... (all with -v)")
-    assert len(executor("status", "-v").stdout.splitlines()) == 28
+    ] == lines[:7]
+    assert (len(lines), lines[-1]) == (27, "  ... (all with -v)")
+    assert len(executor("status", "-v").stdout.splitlines()) == 29
     header, line = executor("status").stdout.splitlines()
     assert header.split() == [
-        "MOVE", "MAPS", "GATE", "KEPT", "LIVE", "ONE-WAY", "ENDED", "ANSWERED", "OPENED", "STANDS",
+        "MOVE", "MAPS", "GATE", "KEPT", "LIVE", "ONE-WAY", "ENDED", "SILENT", "ANSWERED", "OPENED",
+        "STANDS",
     ]  # fmt: skip
-    told = ["web", MAP, "closed", "23", "0", "0", "0", "-", "-", "as", "prepared"]
+    told = ["web", MAP, "closed", "23", "0", "0", "0", "0", "-", "-", "as", "prepared"]
     assert line.split() == told
     executor("teardown", "web")
 
