@@ -34,7 +34,7 @@ export PATH := $(PATH):/usr/local/sbin:/usr/sbin:/sbin
 KILLS       ?= 500
 FAULTS_ARGS ?=
 
-.PHONY: help setup demo test test-quick test-long check lab matrix bench bench-hook bench-migrate bench-control bench-stall bench-path bench-plots bench-million soak kernels fuzz faults many test-caps docs clean
+.PHONY: help setup demo test test-quick test-long check lab matrix bench bench-hook bench-migrate bench-control bench-stall bench-path bench-plots bench-million soak kernels fuzz faults many test-caps docs man clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-13s %s\n", $$1, $$2 }' Makefile
@@ -119,6 +119,10 @@ soak: root setup ## moves back and forth under load, and nothing grows: MINUTES=
 
 faults: root setup ## natkeep struck at every point and killed KILLS=500 times: nothing is left (needs root)
 	@.venv/bin/python bench/faults --kills $(KILLS) $(FAULTS_ARGS)
+
+man: ## the man pages, into dist/man/
+	@scripts/setup
+	@.venv/bin/python scripts/make_man.py dist/man
 
 clean: ## remove .venv/, .lab/ and the caches; the system's packages stay
 	rm -rf .venv .lab .pytest_cache .mypy_cache .ruff_cache .hypothesis dist

@@ -67,6 +67,17 @@ def test_no_table_names_an_option_that_there_is_not() -> None:
     assert promised - foreign <= set(OPTIONS)
 
 
+@pytest.mark.parametrize("verb", VERBS)
+def test_the_reference_gives_a_verb_its_own_options(verb: str) -> None:
+    """What stands behind a command in the table of commands is an option of that verb."""
+    rows = re.findall(rf"^\| `{verb} ((?!list|run|matrix)[^`]*)`", REFERENCE, re.MULTILINE)
+    given = {
+        option for row in rows for option in re.findall(r"--[a-z][a-z-]+", row.split(" -- ")[0])
+    }
+
+    assert given <= {option for action in VERBS[verb]._actions for option in action.option_strings}
+
+
 def test_no_recipe_names_a_verb_or_option_that_there_is_not() -> None:
     """The commands of natkeep in code blocks, up to a `--` behind which CRIU's begin."""
     pages = [page.read_text() for page in PAGES if page.name != "matrix.md"]  # its block is a table

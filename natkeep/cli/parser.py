@@ -17,6 +17,9 @@ Option = tuple[str, dict[str, Any]]
 """The name of an option or an argument, and what argparse is told of it."""
 
 
+EVERYWHERE = "options of every verb"
+
+
 class _Formatter(argparse.HelpFormatter):
     """argparse's, which makes one for each option and imports shutil (3 ms) for the width alone."""
 
@@ -123,7 +126,7 @@ def _make_common(unset: object) -> Parser:
     they would overwrite what was given before it.
     """
     parser = Parser(add_help=False)
-    common = parser.add_argument_group("options of every verb")
+    common = parser.add_argument_group(EVERYWHERE)
     common.add_argument(
         "--state-dir", metavar="DIR", default=unset or None,
         help="default: $NATKEEP_STATE_DIR, or /run/natkeep",
