@@ -22,9 +22,10 @@ from natkeep.plan.protocols import TCP, UDP
 from natkeep.plan.roles import Role
 from natkeep.plan.step_order import make_plan
 from natkeep.plan.steps import InsertEntries, PurgeEntries
-from natkeep.plan.translation import find_unkept_servers
+from natkeep.plan.translation import Surroundings, find_unkept_servers
 from natkeep.plan.tuples import NO_CONNECTIONS, Connections, Endpoint, FourTuple, parse_address
 from natkeep.plan.via import parse_via
+from natkeep.plan.wanted import objects_of
 from natkeep.state.directory import StateDirectory
 from natkeep.values import replace
 
@@ -133,6 +134,19 @@ def test_a_process_may_speak_with_itself(executor: Executor) -> None:
         plan = make_plan(move, OTHERS)
         assert plan.unkept == ()
         assert {t.protocol for t in plan.translations} == {TCP}
+
+
+def test_a_destination_is_ready_before_peers_own_hosts_which_hold_no_datagram_back() -> None:
+    peer = Site(Role.PEER, "peer")
+    around = Surroundings(at_peers=((peer, frozenset({parse_address("10.1.0.2")})),))
+    for move, kept, first in (
+        (replace(UDP_MOVE, sites=(peer, DESTINATION)), NO_CONNECTIONS, DESTINATION),
+        (replace(UDP_MOVE, sites=(peer, DESTINATION), udp=NO_CONNECTIONS), SOME, peer),
+    ):
+        plan = make_plan(move, kept, around)
+        assert plan.prepare[0].site == first
+        dials = [o for s in plan.prepare for o in objects_of(s) if "dial-at" in str(o)]
+        assert bool(dials) == (first == peer)
 
 
 def test_a_relays_ports_are_counted_for_each_protocol() -> None:

@@ -108,17 +108,20 @@ def _follow_hop(translation: Translation, hops: set[str]) -> list[tuple[Effect, 
             return None
         ruleset = reading.read_ruleset(new.version)
         to_new = links.look_up(new)[1]
-        loose = sysctl.read("netfilter/nf_conntrack_tcp_loose") != "0"
+        streams = translation.protocol.has_states
+        loose = not streams or sysctl.read("netfilter/nf_conntrack_tcp_loose") != "0"
         first, second = (NEW, ESTABLISHED) if loose else (INVALID, INVALID)
         for tuple_ in sample(translation.outer):
             out = links.look_up(tuple_.source.address, new, to_new)[1]
             near, far = links.device(out), links.device(to_new)
             away, there = (tuple_.reply(), far, near), (tuple_, near, far)
             for one in (away, there):
-                effects = _follow_through(ruleset, Packet(*one, NEW), _NAT)
+                packet = Packet(*one, NEW, protocol=translation.protocol)
+                effects = _follow_through(ruleset, packet, _NAT)
                 found += ((effect, one[0]) for effect in find_translating(effects))
             for one, state in ((away, first), (there, second)):
-                effects = _follow_through(ruleset, Packet(*one, state), FILTERS)
+                packet = Packet(*one, state, protocol=translation.protocol)
+                effects = _follow_through(ruleset, packet, FILTERS)
                 found += ((each, one[0]) for each in effects if each.does == "drop" and each.sure)
     return found
 

@@ -65,13 +65,13 @@ def _look_at_gateway(
     for source in (old, new):
         device = links.look_up(source)[1]
         away = FourTuple(Endpoint(source, kept.destination.port), peer)
-        packet = Packet(away, iif=links.device(device))
+        packet = Packet(away, iif=links.device(device), protocol=translation.protocol)
         mark = packet.after(follow(ruleset, "prerouting", packet, FILTERS)).mark or 0
         ways.append(links.look_up(peer.address, source, device, mark)[0])
     yield away, ways[0], ways[1]
 
     to_new, near = links.look_up(new)[0], links.look_up(peer.address)[1]
-    packet = Packet(outer, iif=links.device(near))
+    packet = Packet(outer, iif=links.device(near), protocol=translation.protocol)
     for tuple_, priorities in ((outer, range(EVERY.start, first)), (routed, range(first, 0))):
         packet = replace(packet, tuple_=tuple_)
         packet = packet.after(follow(ruleset, "prerouting", packet, FILTERS, priorities))
@@ -89,14 +89,15 @@ def _look_at_destination(
     """
     kept, outer, *_ = views
     new, peer = translation.map.new, outer.source.address
-    came = Packet(outer, iif=links.device(links.device_of(new)), state=NEW, connmark=0)
+    iif, protocol = links.device(links.device_of(new)), translation.protocol
+    came = Packet(outer, iif=iif, state=NEW, connmark=0, protocol=protocol)
     given = came.after(follow(ruleset, "prerouting", came, FILTERS)).connmark
     usual = replace(came, state=ESTABLISHED)
     has = usual.after(follow(ruleset, "prerouting", usual, FILTERS)).connmark
     ways = []
     for source, connmark in ((translation.map.old, has), (new, has), (new, given)):
         away = FourTuple(Endpoint(source, kept.destination.port), kept.source)
-        packet = Packet(away, connmark=connmark)
+        packet = Packet(away, connmark=connmark, protocol=protocol)
         mark = packet.after(follow(ruleset, "output", packet, FILTERS)).mark or 0
         ways.append(links.look_up(peer, new, 0, mark)[0])  # OLD is not there yet
     yield FourTuple(kept.destination, kept.source), ways[1], ways[0]

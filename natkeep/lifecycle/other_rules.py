@@ -28,6 +28,7 @@ from natkeep.plan.other_rules import (
     without_lock,
 )
 from natkeep.plan.packet import ANY, ESTABLISHED, INVALID, Effect, Packet
+from natkeep.plan.protocols import Protocol
 from natkeep.plan.translation import Translation
 from natkeep.plan.tuples import Address, Connections, Endpoint, FourTuple
 from natkeep.values import replace
@@ -134,15 +135,16 @@ def _follow_at(
 def _follow_one(
     ruleset: Ruleset, links: path.Links, translation: Translation, entrances: Mapping[Address, str]
 ) -> Iterator[tuple[Effect, FourTuple]]:
-    proxies = ruleset.has("synproxy")
+    proxies = ruleset.has("synproxy") and translation.protocol.has_states
+    protocol = translation.protocol
     for views in sample_views(translation):
         for way in _find_ways(links, translation, views, entrances):
-            for effect, tuple_ in _follow_way(ruleset, way, ESTABLISHED):
+            for effect, tuple_ in _follow_way(ruleset, way, ESTABLISHED, protocol):
                 if effect.does == "synproxy":
                     effect = effect._replace(does="synproxy dropped")
                 if effect.sure or effect.does not in _IF_SURE:
                     yield effect, tuple_
-            for effect, tuple_ in _follow_way(ruleset, way, INVALID) if proxies else ():
+            for effect, tuple_ in _follow_way(ruleset, way, INVALID, protocol) if proxies else ():
                 if effect.does == "synproxy":
                     yield effect, tuple_
 
@@ -164,9 +166,11 @@ class _Way(NamedTuple):
     locked: bool = False
 
 
-def _follow_way(ruleset: Ruleset, way: _Way, state: int) -> Iterator[tuple[Effect, FourTuple]]:
+def _follow_way(
+    ruleset: Ruleset, way: _Way, state: int, protocol: Protocol
+) -> Iterator[tuple[Effect, FourTuple]]:
     back = None if way.back == ANY else way.back[0]
-    packet = Packet(way.stages[0][1], state=state, back=back)
+    packet = Packet(way.stages[0][1], state=state, back=back, protocol=protocol)
     for hook, tuple_, iif, oif, priorities in way.stages:
         packet = replace(packet, tuple_=tuple_, iif=iif, oif=oif)
         for effect in follow(ruleset, hook, packet, FILTERS, priorities):

@@ -216,8 +216,11 @@ def mute(move_id: str, translations: Iterable[Translation]) -> tuple[Object, ...
 def gated_addresses(translation: Translation) -> tuple[Address, ...]:
     """Where a peer's packet may be addressed when the gate must stop it.
 
-    At the destination both: NEW from the wire, and OLD from a peer on the same host.
+    At the destination both: NEW from the wire, and OLD from a peer on the same host. At the peers'
+    own host nowhere for UDP: where a datagram is dropped on its way out, the send fails (EPERM).
     """
+    if translation.site.row.own and not translation.protocol.has_states:
+        return ()
     if translation.site.row.puts_old:
         return (translation.before, translation.after)
     return (translation.before,)

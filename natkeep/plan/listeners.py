@@ -103,8 +103,11 @@ class Reception:
     def gated(self) -> tuple[Address, ...]:
         """Where a caller's packet may be addressed when the gate must hold it back.
 
-        At the destination both: NEW from the wire, and OLD from a caller on the same host.
+        At the destination both: NEW from the wire, and OLD from a caller on the same host; nowhere
+        at the peers' own host for UDP (filters.gated_addresses).
         """
+        if self.site.row.own and self.protocol == UDP:
+            return ()
         return (self.before, self.after) if self.site.row.puts_old else (self.before,)
 
 
@@ -189,11 +192,10 @@ def objects(
 def _gate(move_id: str, reception: Reception) -> Iterator[Object]:
     row, protocol = reception.site.row, reception.protocol
     begins = (SYN,) if protocol == TCP else ()
-    dispatch = "dial" if row.own and protocol == UDP else GATE
     for address in reception.gated:
         to_port = port_at(move_id, reception, address, protocol.dport)
         statements = (*begins, to_port, jump(callers_chain(move_id)))
-        yield from rule_at(dispatch, address, statements, comment(move_id))
+        yield from rule_at(GATE, address, statements, comment(move_id))
         if row.mutes:
             from_port = port_at(move_id, reception, address, protocol.sport)
             statements = (from_port, jump(callers_chain(move_id)))

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Iterable
 from typing import NamedTuple
 
+from natkeep.plan.protocols import TCP, Protocol
 from natkeep.plan.tuples import FourTuple
 from natkeep.values import dataclass, replace
 
@@ -35,7 +36,7 @@ class Effect(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Packet:
-    """A TCP segment with data of an established connection, as it passes a hook.
+    """A segment with data of an established connection, or a datagram, as it passes a hook.
 
     iif, oif: index and name of the devices; 0 and empty where there is none, ANY where one of
     several is chosen. state: what conntrack calls it, one of INVALID, NEW, ESTABLISHED and
@@ -50,6 +51,7 @@ class Packet:
     mark: int | None = 0
     connmark: int | None = None
     back: int | None = None
+    protocol: Protocol = TCP
 
     def after(self, effects: Iterable[Effect]) -> Packet:
         """The same when *effects* have been done to it."""
@@ -74,7 +76,7 @@ class Packet:
             "iifname": None if self.iif == ANY else self.iif[1].encode().ljust(16, b"\0"),
             "oifname": None if self.oif == ANY else self.oif[1].encode().ljust(16, b"\0"),
             "nfproto": bytes([2 if version == 4 else 10]),
-            "l4proto": b"\x06",
+            "l4proto": bytes([self.protocol.number]),
             "protocol": b"\x08\x00" if version == 4 else b"\x86\xdd",
             "mark": _pack(self.mark),
             "ct mark": _pack(self.connmark),
@@ -87,7 +89,7 @@ class Packet:
 
     def _payload(self, what: str, offset: int, length: int) -> bytes | None:
         source, destination = self.tuple_.source, self.tuple_.destination
-        if (what, offset, length) == ("payload 2", 13, 1):
+        if (what, offset, length) == ("payload 2", 13, 1) and self.protocol == TCP:
             return b"\x10"  # ACK
         if what == "payload 2":
             ports = source.port.to_bytes(2, "big") + destination.port.to_bytes(2, "big")
@@ -95,7 +97,7 @@ class Packet:
         packed = source.address.packed + destination.address.packed
         start, protocol = (12, 9) if len(packed) == 8 else (8, 6)
         if what == "payload 1" and (offset, length) == (protocol, 1):
-            return b"\x06"
+            return bytes([self.protocol.number])
         if what != "payload 1" or not start <= offset <= start + len(packed) - length:
             return None
         return packed[offset - start :][:length]

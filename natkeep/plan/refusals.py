@@ -88,7 +88,8 @@ def refuse_peer_maps(
 def refuse_idle_sites(move: Move, translating: Collection[Site]) -> None:
     """At the peers' own host there has to be a peer; one that is killed there is none any more."""
     for site in move.sites:
-        if site.row.own and site not in translating and not move.listeners:
+        called = move.listeners or (move.udp_servers and not move.why_no_udp(server=True))
+        if site.row.own and site not in translating and not called:
             raise RefusedError(
                 f"{site}: no connection's peer is there",
                 hint="a site of role peer is a host, or pod, that has peers' addresses",

@@ -120,7 +120,9 @@ def _install_resets(
 
 def _sites_to_prepare(move: Move) -> tuple[Site, ...]:
     """In this order; the source is always the last."""
-    first = Role.DESTINATION if move.holds or move.vias else Role.GATEWAY
+    # Peers' own hosts hold back no datagram, so what they let pass has to end at a gate.
+    early = any(site.row.own for site in move.sites) and (len(move.udp) or move.udp_servers)
+    first = Role.DESTINATION if move.holds or move.vias or early else Role.GATEWAY
     last = {first: 0, Role.SOURCE: 2}
     return tuple(sorted(move.ordered_sites(), key=lambda site: last.get(site.role, 1)))
 

@@ -15,7 +15,9 @@ from natkeep.plan.other_rules import (
     follow,
 )
 from natkeep.plan.packet import ANY, ESTABLISHED, NEW, UNTRACKED, Effect, Packet
+from natkeep.plan.protocols import UDP
 from natkeep.plan.tuples import Endpoint, FourTuple
+from natkeep.values import replace
 
 TUPLE = FourTuple(Endpoint(ip_address("10.3.0.20"), 5000), Endpoint(ip_address("10.1.0.2"), 50001))
 PACKET = Packet(TUPLE, (2, "pod"), (3, "eth0"), NEW)
@@ -200,6 +202,22 @@ def test_notrack_is_heeded_in_front_of_conntrack_alone() -> None:
         behind = Chain(Hook("forward", 0, "filter", False), [untracked])
         ruleset = Ruleset({("ip t", "raw"): raw, ("ip t", "c"): behind})
         assert [one.does for one in follow(ruleset, "forward", PACKET, FILTER)] == expected
+
+
+def test_a_datagram_is_asked_for_its_protocol_and_has_no_flags() -> None:
+    flags = (load("payload 2", 13, 1), equals(b"\x10"), DROP)
+    for what in (load("l4proto"), load("payload 1", 9, 1)):
+        rules = [(what, equals(bytes([number])), DROP) for number in (6, 17)]
+        for packet, nth in ((PACKET, 0), (replace(PACKET, protocol=UDP), 1)):
+            for place, rule in enumerate(rules):
+                ruleset = Ruleset(
+                    {("ip t", "c"): Chain(Hook("forward", 0, "filter", False), [rule])}
+                )
+                dropped = follow(ruleset, "forward", packet, FILTER)
+                assert dropped == ([DROPPED] if place == nth else [])
+    ruleset = Ruleset({("ip t", "c"): Chain(Hook("forward", 0, "filter", False), [flags])})
+    [effect] = follow(ruleset, "forward", replace(PACKET, protocol=UDP), FILTER)
+    assert not effect.sure
 
 
 def test_chains_of_some_priorities_or_of_a_device() -> None:

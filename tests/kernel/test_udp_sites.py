@@ -1,0 +1,198 @@
+"""UDP at a relay, at the peers' own host, with both ends moved, and behind a flushed ruleset."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Callable
+from ipaddress import ip_address
+from pathlib import Path
+
+import pytest
+from four_hosts import EACH_VERSION, NEW, OLD, PEER, PEER_PORT, PORT, Net, answered, make_net
+from two_hosts import look
+
+from natkeep.errors import RefusedError
+from natkeep.kernel.linux import LinuxKernel
+from natkeep.lifecycle.executor import Executor
+from natkeep.lifecycle.relay import refuse_relays
+from natkeep.plan.drift import find_drift
+from natkeep.plan.maps import Map
+from natkeep.plan.move import Move, Site
+from natkeep.plan.roles import Role
+from natkeep.plan.step_order import make_plan
+from natkeep.plan.steps import Plan, PurgeEntries
+from natkeep.plan.translation import NOTHING_SPECIAL, Surroundings
+from natkeep.plan.tuples import NO_CONNECTIONS, Endpoint
+from natkeep.plan.via import Via
+
+pytestmark = pytest.mark.root
+__all__ = ["make_net"]
+
+FROM = {4: ip_address("10.2.0.11"), 6: ip_address("fd00:2::11")}
+ELSEWHERE = {4: ip_address("10.2.0.12"), 6: ip_address("fd00:2::12")}
+EACH_PURGE = pytest.mark.parametrize("purges", [False, True], ids=["stale", "purged"])
+
+
+def give(net: Net, at: str, *addresses: object) -> None:
+    """More addresses for a host."""
+    for address in addresses:
+        length, more = (64, ("nodad",)) if ":" in str(address) else (24, ())
+        words = ("address", "add", f"{address}/{length}", "dev", "eth0", *more)
+        net.run(net.names[at], "ip", *words)
+
+
+def move_it(
+    net: Net, move: Move, around: Surroundings = NOTHING_SPECIAL, *, purges: bool = True
+) -> tuple[Plan, socket.socket, socket.socket]:
+    """A peer that has spoken with a socket at the source, and that socket at the destination."""
+    peer = net.socket("peer", net.peer_end, net.old_end)
+    before = net.socket("source", net.old_end, net.peer_end)
+    assert answered(peer, before, 2) == 2
+    plan = make_plan(move, NO_CONNECTIONS, around)
+    net.kernel.open_sites(move.sites)
+    net.stack.callback(net.kernel.close_sites, move.sites)
+    before.close()
+    net.apply(tuple(one for one in plan.prepare if purges or not isinstance(one, PurgeEntries)))
+    after = net.socket("destination", net.old_end, net.peer_end)
+    assert answered(peer, after, 1) == 0, "the gate is closed"
+    net.apply(plan.open)
+    return plan, peer, after
+
+
+def see_drift(net: Net, plan: Plan) -> dict[Role, tuple[str, ...]]:
+    seen = {site: net.kernel.observe(site, plan) for site in plan.move.sites}
+    return {site.role: find_drift(plan, site, seen[site], opened=True) for site in seen}
+
+
+@EACH_VERSION
+@EACH_PURGE
+def test_a_relay_passes_on_what_a_connected_peer_says(
+    make_net: Callable[[int], Net], version: int, purges: bool
+) -> None:
+    net = make_net(version)
+    give(net, "source", FROM[version])
+    track = "add table inet fw; add chain inet fw in { type filter hook input priority 0; }; "
+    net.run(net.names["source"], "nft", track + "add rule inet fw in ct state new counter")
+    sites = tuple(Site(role, net.names[at]) for role, at in _RELAYED)
+    move = net.move(sites=sites, vias=(Via(FROM[version]),))
+
+    plan, peer, process = move_it(net, move, purges=purges)
+
+    assert answered(peer, process, 3) == (3 if purges else 0)
+    if purges:
+        assert answered(peer, process, 2, size=6000) == 2
+        for at in ("source", "destination"):
+            net.run(net.names[at], "conntrack", "-F")
+            process.send(b"first")
+            assert peer.recv(99) == b"first"
+        assert see_drift(net, plan) == {Role.RELAY: (), Role.DESTINATION: ()}
+
+
+_RELAYED = ((Role.RELAY, "source"), (Role.DESTINATION, "destination"))
+
+
+@EACH_VERSION
+@EACH_PURGE
+def test_the_peers_own_host_translates(
+    make_net: Callable[[int], Net], version: int, purges: bool
+) -> None:
+    net = make_net(version)
+    sites = (Site(Role.PEER, net.names["peer"]), Site(Role.DESTINATION, net.names["destination"]))
+    track = "add table inet fw; add chain inet fw in { type filter hook input priority 0; }; "
+    net.run(net.names["peer"], "nft", track + "add rule inet fw in ct state new counter")
+    around = Surroundings(at_peers=((sites[0], frozenset({PEER[version]})),))
+
+    plan, peer, process = move_it(net, net.move(sites=sites), around, purges=purges)
+
+    assert answered(peer, process, 3) == (3 if purges else 0)
+    if purges:
+        net.run(net.names["peer"], "conntrack", "-F")
+        process.send(b"first")
+        assert peer.recv(99) == b"first"
+        assert see_drift(net, plan) == {Role.PEER: (), Role.DESTINATION: ()}
+
+
+@EACH_VERSION
+def test_a_server_is_heard_by_new_sockets_at_the_peers_own_host(
+    make_net: Callable[[int], Net], version: int
+) -> None:
+    net = make_net(version)
+    names = {role: net.names[role] for role in ("peer", "destination")}
+    before = look(names)
+    sites = tuple(Site(Role(role), name) for role, name in names.items())
+    ends = (Endpoint(OLD[version], PORT),)
+    plan = make_plan(net.move(sites=sites, udp=NO_CONNECTIONS, udp_servers=ends), NO_CONNECTIONS)
+    net.kernel.open_sites(sites)
+    net.stack.callback(net.kernel.close_sites, sites)
+    done = net.apply(plan.steps)
+
+    with net.socket("destination", net.old_end, None) as server:
+        for port in (PEER_PORT, PEER_PORT + 1):
+            with net.socket("peer", (str(PEER[version]), port), net.old_end) as peer:
+                assert answered(peer, server, 2) == 2
+    net.undo(done)
+    assert look(names) == before
+
+
+@EACH_VERSION
+def test_both_ends_may_have_moved(make_net: Callable[[int], Net], version: int) -> None:
+    net = make_net(version)
+    old, peer, new, now = OLD[version], PEER[version], NEW[version], ELSEWHERE[version]
+    length = 24 if version == 4 else 64
+    net.run(net.names["source"], "sysctl", "-qw", "net.ipv4.conf.all.promote_secondaries=1")
+    give(net, "source", now)
+    net.run(net.names["source"], "ip", "address", "del", f"{old}/{length}", "dev", "eth0")
+    at = {end: Site(Role.DESTINATION, net.names[end]) for end in ("destination", "source")}
+    ours = net.move(sites=(at["destination"],), peer_maps=(Map(peer, now),))
+    theirs = Move(
+        "theirs", (Map(peer, now),), (at["source"],), udp=ours.udp.turned(),
+        peer_maps=(Map(old, new),),
+    )  # fmt: skip
+    for move in (ours, theirs):
+        net.kernel.open_sites(move.sites)
+        net.stack.callback(net.kernel.close_sites, move.sites)
+        net.apply(make_plan(move, NO_CONNECTIONS).steps)
+
+    process = net.socket("destination", net.old_end, net.peer_end)
+    other = net.socket("source", net.peer_end, net.old_end)
+    assert answered(other, process, 3) == answered(process, other, 3) == 3
+    assert answered(other, process, 2, size=6000) == 2
+
+
+def test_a_relays_port_that_is_in_use_is_found(make_net: Callable[[int], Net]) -> None:
+    net = make_net(4)
+    give(net, "source", FROM[4])
+    sites = tuple(Site(role, net.names[at]) for role, at in _RELAYED)
+    plan = make_plan(net.move(sites=sites, vias=(Via(FROM[4]),)), NO_CONNECTIONS)
+    net.kernel.open_sites(sites)
+    net.stack.callback(net.kernel.close_sites, sites)
+    executor = Executor(net.kernel, None)  # type: ignore[arg-type]  # which is not asked
+    refuse_relays(executor, plan)
+
+    net.socket("source", (str(FROM[4]), 10000), (str(NEW[4]), PORT))
+    with pytest.raises(RefusedError, match=r"10.2.0.11:10000 to 10.3.0.20:5000 is a connection"):
+        refuse_relays(executor, plan)
+
+
+def test_behind_a_flush_of_the_ruleset_a_guard_keeps_the_host_quiet(
+    make_net: Callable[[int], Net], tmp_path: Path
+) -> None:
+    net = make_net(4)
+    net.kernel = LinuxKernel(str(tmp_path))
+    plan = make_plan(net.move(guard=True), NO_CONNECTIONS)
+    net.kernel.open_sites(plan.move.sites)
+    net.stack.callback(net.kernel.close_sites, plan.move.sites)
+    done = net.apply(plan.steps)
+    try:
+        peer = net.socket("peer", net.peer_end, net.old_end)
+        process = net.socket("destination", net.old_end, net.peer_end)
+        assert answered(peer, process, 2) == 2
+        net.run(net.names["destination"], "nft", "flush ruleset")
+        net.run(net.names["destination"], "conntrack", "-F")
+        for _ in range(2):
+            peer.send(b"?")
+            with pytest.raises(TimeoutError):
+                peer.recv(99)
+    finally:
+        net.undo(done)
+    assert "natkeep" not in net.run(net.names["destination"], "nft", "list", "tables")
