@@ -19,7 +19,7 @@ PLOTS_ARGS  ?=
 
 # Tests skip what this machine lacks, but not in CI nor as root, where the set-up can provide it:
 # there a missing tool is a failure. `make test NATKEEP_REQUIRE=` skips there too.
-ALL_REQUIRED := root,powers,criu,pycriu,runc,scapy,aioquic,dnsmasq,socat,iperf3,nftables,ruff,mypy,sphinx
+ALL_REQUIRED := root,powers,criu,pycriu,runc,scapy,nftables,ruff,mypy,sphinx
 NATKEEP_REQUIRE ?= $(if $(CI)$(filter 0,$(shell id -u)),$(ALL_REQUIRED))
 export NATKEEP_REQUIRE
 
@@ -34,7 +34,7 @@ export PATH := $(PATH):/usr/local/sbin:/usr/sbin:/sbin
 KILLS       ?= 500
 FAULTS_ARGS ?=
 
-.PHONY: help setup demo test test-quick test-long check lab matrix bench bench-hook bench-migrate bench-control bench-stall bench-path bench-plots bench-million soak kernels fuzz faults many test-caps docs man clean
+.PHONY: help setup demo test test-quick test-long check lab matrix bench bench-hook bench-migrate bench-control bench-stall bench-path bench-plots bench-million deb test-deb soak kernels fuzz faults many test-caps docs man clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-13s %s\n", $$1, $$2 }' Makefile
@@ -83,6 +83,14 @@ fuzz: ## mutants of real dumps, journals and lists: SECONDS=60; ends in 1 if one
 
 many: root setup ## 16 processes of 50 moves each in the same namespaces: MANY=16x50 (needs root)
 	@NATKEEP_MANY=$(MANY) .venv/bin/pytest tests/test_many_at_once.py -q
+
+deb: ## the Debian package, by Debian's tools, into .lab/deb/ (needs root when these are missing)
+	@scripts/setup deb
+	@scripts/make-deb
+
+test-deb: root ## the Debian package: lintian; installed, upgraded and removed in a copy of this root
+	@scripts/setup deb
+	@NATKEEP_REQUIRE=$(NATKEEP_REQUIRE),debhelper,lintian .venv/bin/pytest tests/test_deb.py $(PYTEST_ARGS)
 
 test-caps: root setup ## the tests of what acts, with natkeep's three capabilities (and scapy's) alone
 	@NATKEEP_REQUIRE=root,nftables,scapy setpriv --no-new-privs --bounding-set $(CAPABILITIES) --inh-caps -all \

@@ -93,11 +93,9 @@ PROBES: dict[str, tuple[Callable[[], bool], str]] = {
     "runc": (lambda: _has_tool("runc"), "needs Debian's runc: scripts/setup"),
     "sshd": (lambda: os.access("/usr/sbin/sshd", os.X_OK), "needs Debian's openssh-server"),
     "podman": (lambda: _has_tool("podman"), "needs Debian's podman: scripts/setup"),
-    "aioquic": (lambda: _has_module("aioquic"), "needs aioquic: scripts/setup"),
-    "dnsmasq": (lambda: _has_tool("dnsmasq"), "needs Debian's dnsmasq-base: scripts/setup"),
-    "socat": (lambda: _has_tool("socat"), "needs Debian's socat: scripts/setup"),
-    "iperf3": (lambda: _has_tool("iperf3"), "needs Debian's iperf3: scripts/setup"),
     "kernel": (_has_kernel, "needs qemu and Debian's own kernel: make kernels KERNELS=own"),
+    "debhelper": (lambda: _has_tool("dh_python3"), "needs debhelper and dh-python: make test-deb"),
+    "lintian": (lambda: _has_tool("lintian"), "needs Debian's lintian: make test-deb"),
     "shellcheck": (lambda: _has_tool("shellcheck"), "needs Debian's shellcheck"),
 }
 REQUIRED = frozenset(filter(None, os.environ.get("NATKEEP_REQUIRE", "").split(",")))

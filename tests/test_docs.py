@@ -199,9 +199,7 @@ def test_what_a_page_names_of_the_repository_exists(page: Path) -> None:
     """Paths below natkeep/, tests/ and the like, and tests by their names."""
     text = page.read_text()
     tests = "\n".join(path.read_text() for path in (ROOT / "tests").rglob("test_*.py"))
-    for name in re.findall(
-        r"(?<![\w/])(?:natkeep|tests|bench|scenarios|systemd)/[\w/]+\.\w+", text
-    ):
+    for name in re.findall(r"(?<![\w/])(?:natkeep|tests|bench|scenarios)/[\w/]+\.\w+", text):
         assert (ROOT / name).exists(), name
     for name in re.findall(r"`(test_\w+)`", text):
         assert f"def {name}(" in tests, name

@@ -119,7 +119,10 @@ RUN = "run web --map 10.2.0.10=10.3.0.20"
         (f"{RUN} criu restore -D x", "unrecognized arguments: -D x", PUT),
         (f"{RUN} criu restore -v4", "argument -v/--verbose: ignored explicit argument '4'", PUT),
         (f"{RUN} -- criu restore -D x --fast", "", ""),
-        ("setup", "set up what? --completion [SHELL]", "natkeep help setup"),
+        (
+            "setup --link --completion", "--completion [--install] stands alone",
+            "natkeep help setup",
+        ),
         (
             "setup --completion csh", "no completion for the shell 'csh'",
             "one of bash, zsh, fish",

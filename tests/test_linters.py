@@ -14,7 +14,8 @@ SHELL = [
     ".ci/run",
     "natkeep/criu/natkeep-hook",
     *(f"scripts/{f.name}" for f in ROOT.glob("scripts/*")),
-    "systemd/natkeep-loop",
+    "natkeep/systemd/natkeep-loop",
+    "debian/natkeep.prerm",
 ]
 
 

@@ -12,7 +12,7 @@ import pytest
 
 from natkeep.cli import make_parser
 
-FOLDER = Path(__file__).parent.parent / "systemd"
+FOLDER = Path(__file__).parent.parent / "natkeep/systemd"
 UNITS = sorted(path.name for path in FOLDER.iterdir() if path.suffix in (".service", ".timer"))
 SERVICES = [name for name in UNITS if name.endswith(".service")]
 LIST = ("After", "Before", "PartOf", "ReloadPropagatedFrom", "WantedBy")

@@ -363,6 +363,9 @@ _SETUP = (
         help="print the completion of bash, zsh or fish; default: of $SHELL",
     ),
     _flag("--install", "write it where the shell looks, for all users if you are root"),
+    _flag("--link", "natkeep and natkeep-hook in /usr/local/bin, where sudo, ssh and systemd look"),
+    _flag("--units", "the units for systemd; none is enabled"),
+    _flag("--remove", "take away the links and units, before natkeep itself is removed"),
 )  # fmt: skip
 _CODE = _option("code", "CODE", help="as check printed it")
 _TOPIC = _option("topic", "VERB", nargs="*", help="of natkeep, as prepare or lab run")

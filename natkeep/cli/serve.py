@@ -42,7 +42,6 @@ from natkeep.installed import find_program
 from natkeep.migrate import PROTOCOL
 from natkeep.plan.move import parse_id
 from natkeep.state.directory import StateDirectory
-from natkeep.terminal import show_json
 
 _LONGEST = 1 << 28  # octets of a request: a list of connections is in it
 _PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
@@ -80,7 +79,8 @@ def serve(args: argparse.Namespace) -> int:
 
 
 def _answer(value: dict[str, Any]) -> None:
-    show_json(json.dumps(value))
+    sys.stdout.write(json.dumps(value) + "\n")
+    sys.stdout.flush()
 
 
 class _Turn:

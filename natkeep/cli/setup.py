@@ -1,4 +1,4 @@
-"""The verb `setup`: what an installation needs beside the package; so far a shell's completion.
+"""The verb `setup`: a shell's completion; installation.py has the links and the units.
 
 The scripts are shtab's, made of the parser, with what it cannot know: ids come from the state
 directory, codes and roles from their tables. Nothing else imports shtab, and no move needs it.
@@ -28,8 +28,13 @@ _SCENARIOS = """sh -c 'natkeep lab list | cut -d" " -f1'"""
 
 def setup(args: argparse.Namespace) -> int:
     """Print the completion of a shell, or write it where the shell looks for it."""
-    if args.completion is None:
-        raise UsageError("set up what? --completion [SHELL]", hint="natkeep help setup")
+    others = args.link or args.units or args.remove
+    if args.completion is None and not args.install:
+        from natkeep.cli.installation import set_up
+
+        return set_up(args)
+    if args.completion is None or others:
+        raise UsageError("--completion [--install] stands alone", hint="natkeep help setup")
     shell = args.completion or os.path.basename(os.environ.get("SHELL", ""))
     if shell not in SHELLS:
         raise UsageError(

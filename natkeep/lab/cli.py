@@ -17,7 +17,6 @@ from json import dumps
 from pathlib import Path
 from typing import Any
 
-from natkeep.colour import choose_paint
 from natkeep.errors import RefusedError, in_one_line
 from natkeep.lab.host import LabError
 from natkeep.terminal import say, show, show_json
@@ -34,8 +33,15 @@ def add_parser(
     text = "practice networks: move a real server and see what its peer saw"
     lab: argparse.ArgumentParser = subparsers.add_parser("lab", help=text, description=text)
     verbs = lab.add_subparsers(dest="lab_verb", required=True, metavar="list | run | matrix")
-    verbs.add_parser("list", parents=list(parents), help="name the scenarios")
-    running = verbs.add_parser("run", parents=list(parents), help="run one, and judge it")
+
+    def add(name: str, text: str) -> argparse.ArgumentParser:
+        verb: argparse.ArgumentParser = verbs.add_parser(
+            name, parents=list(parents), help=text, description=text
+        )
+        return verb
+
+    add("list", "name the scenarios")
+    running = add("run", "run one scenario, and judge it")
     running.add_argument("scenario", metavar="SCENARIO", help="as lab list names it")
     running.add_argument(
         "--engine", choices=("auto", "criu", "repair", "runc", "podman"), default="auto",
@@ -53,9 +59,7 @@ def add_parser(
         "--without-translation", dest="translator", action="store_const", const="none",
         help="leave the translation out; the verdict must then be fail",
     )  # fmt: skip
-    _add_matrix(verbs.add_parser(
-        "matrix", parents=list(parents), help="every situation, with natkeep and the baselines"
-    ))  # fmt: skip
+    _add_matrix(add("matrix", "every situation, with natkeep and the baselines"))
     return lab
 
 
@@ -137,7 +141,7 @@ def _show(args: argparse.Namespace, name: str, value: dict[str, Any], text: str)
     if args.json:
         show_json(document)
     else:
-        show(text.split("\n"), choose_paint(no_color=args.no_color))
+        show(text.split("\n"))
 
 
 def _matrix(args: argparse.Namespace) -> int:

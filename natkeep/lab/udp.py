@@ -45,13 +45,9 @@ _UNREAD_NS = 100_000_000
 
 
 class Datagrams(Traffic):
-    """As Traffic, of UDP; heard: of each kept four-tuple the numbers that the process has heard.
-
-    numbered: whether the application is datagrams.py.
-    """
+    """As Traffic, of UDP; heard: of each kept four-tuple the numbers that the process has heard."""
 
     script = DATAGRAMS
-    numbered = True
 
     def __init__(self, name: str, directory: Path, report: Report) -> None:
         super().__init__(name, directory, report)
@@ -106,19 +102,16 @@ class Datagrams(Traffic):
 
 
 def judge_datagrams(
-    kept: Kept, peers: Points, near: Points, far: Points, heard: dict[FourTuple, Any] | None
+    kept: Kept, peers: Points, near: Points, far: Points, heard: dict[FourTuple, Any]
 ) -> list[Assertion]:
-    """What the captures say; *heard*: of the process, by four-tuple as the peers see them.
-
-    None: the datagrams have no numbers.
-    """
+    """What the captures say; *heard*: of the process, by four-tuple as the peers see them."""
     at_peers = in_order(peers)
     return [
         no_old_address(far, kept),
         tuple_unchanged(at_peers, kept),
         only_kept_ports({**peers, **near}, far, kept),
         no_unreachable(at_peers),
-        *([] if heard is None else [all_heard(at_peers, kept, heard)]),
+        all_heard(at_peers, kept, heard),
     ]
 
 
