@@ -19,7 +19,7 @@ PLOTS_ARGS  ?=
 
 # Tests skip what this machine lacks, but not in CI nor as root, where the set-up can provide it:
 # there a missing tool is a failure. `make test NATKEEP_REQUIRE=` skips there too.
-ALL_REQUIRED := root,powers,criu,pycriu,runc,scapy,nftables,ruff,mypy,sphinx
+ALL_REQUIRED := root,powers,criu,pycriu,runc,scapy,aioquic,dnsmasq,socat,iperf3,nftables,ruff,mypy,sphinx
 NATKEEP_REQUIRE ?= $(if $(CI)$(filter 0,$(shell id -u)),$(ALL_REQUIRED))
 export NATKEEP_REQUIRE
 

@@ -14,13 +14,13 @@ from natkeep.errors import in_one_line
 
 TYPE_CHECKING = False  # typing.TYPE_CHECKING, without importing typing
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Callable, Iterable
     from typing import TextIO
 
 
-def show(lines: Iterable[str]) -> None:
-    """Data, on stdout; OSError where it cannot be written."""
-    _write(sys.stdout, [f"{in_one_line(line)}\n" for line in lines])
+def show(lines: Iterable[str], paint: Callable[[str], str] = str) -> None:
+    """Data, on stdout, each line as *paint* (colour.py) makes it; OSError where it cannot be."""
+    _write(sys.stdout, [f"{paint(in_one_line(line))}\n" for line in lines])
 
 
 def show_json(text: str) -> None:

@@ -32,6 +32,7 @@ from natkeep.lifecycle.teardown import teardown
 from natkeep.plan.criu_lock import DumpLock, NetworkLock
 from natkeep.plan.move import Map, Move, Site
 from natkeep.plan.observation import Gate
+from natkeep.plan.protocols import TCP
 from natkeep.plan.roles import Role
 from natkeep.plan.steps import HoldListeners, TakeOverLock
 from natkeep.plan.tuples import Connections, Endpoint, FourTuple, parse_address
@@ -342,11 +343,11 @@ def test_the_gate_may_go_when_its_connections_have_ended_elsewhere(executor: Exe
     prepare(executor, move(SOURCE), CONNECTIONS)
     every = [*CONNECTIONS]
 
-    assert find_exposed(executor, "web", CONNECTIONS) == ()
-    [reason] = find_exposed(executor, "web", Connections.of(every[:2]))
+    assert find_exposed(executor, "web", {TCP: CONNECTIONS}) == ()
+    [reason] = find_exposed(executor, "web", {TCP: Connections.of(every[:2])})
     assert "would answer 1 peers" in reason
     others = Connections.of([FourTuple(Endpoint.parse("10.9.9.9:1"), every[0].destination)])
-    assert len(find_exposed(executor, "web", others)) == 1
+    assert len(find_exposed(executor, "web", {TCP: others})) == 1
 
 
 def test_the_gate_may_go_when_criu_s_lock_was_never_taken(

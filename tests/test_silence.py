@@ -10,15 +10,17 @@ from pathlib import Path
 import pytest
 from fake_kernel import FakeKernel
 
+from natkeep.checkpoint.ended import parse_ended
 from natkeep.lifecycle import drain as draining
 from natkeep.lifecycle import status as looking
 from natkeep.lifecycle.check import check
-from natkeep.lifecycle.drain import count_alive, drain
+from natkeep.lifecycle.drain import count_alive, drain, find_exposed
 from natkeep.lifecycle.executor import Executor
 from natkeep.lifecycle.gc import gc
 from natkeep.lifecycle.open import open_move
 from natkeep.lifecycle.prepare import prepare
 from natkeep.lifecycle.status import read_status
+from natkeep.plan import protocols
 from natkeep.plan.criu_lock import DumpLock, NetworkLock
 from natkeep.plan.move import Map, Move, Site
 from natkeep.plan.observation import Gate, Held, Observation
@@ -161,15 +163,22 @@ def test_what_one_look_has_shown_is_known_when_the_entry_has_gone() -> None:
 def test_status_says_which_sockets_are_silent(
     executor: Executor, kernel: FakeKernel, there: bool, speaks: bool, expected: str | None
 ) -> None:
-    begin(executor, GATEWAY, DESTINATION)
+    begin(executor, GATEWAY, DESTINATION, server=True)
     at = kernel.sites["dst"]
     at.sockets.update([INBOUND] if there else [])
-    at.silences.update({CONNECTED: 3.0} if speaks else {})
+    at.bound.update([SERVER_KEY] if there else [])
+    at.silences.update(dict.fromkeys([CONNECTED, SERVER_KEY], 3.0) if speaks else {})
 
     [status] = read_status(executor, ("web",))
 
-    document = json.loads(move_as_json(status, "host"))
+    text = move_as_json(status, "host")
+    document = json.loads(text)
     assert [one["state"] for one in document["connections"]] == [expected]
+    assert document["udp_states"] == {str(SERVER): expected}
+    told = any("all have ended" in line for line in status_lines(status, "host", verbose=False))
+    assert told == (expected == "ended")
+    over = parse_ended(f'{{"schema": 1, "moves": [{text}]}}'.encode(), "status", protocols.UDP)
+    assert over == (UDP if expected in ("silent", "ended") else NO_CONNECTIONS)
 
 
 def test_status_says_what_is_held_while_the_gate_is_closed(
@@ -204,3 +213,17 @@ def test_a_source_behind_the_dump_is_warned_of(
 
     expected = ["udp-unlocked"] if sites == (SOURCE,) and not (frozen or whole) else []
     assert [one.code for one in executor.warned] == expected
+
+
+def test_the_source_is_done_with_sockets_that_are_silent_elsewhere(
+    executor: Executor, kernel: FakeKernel
+) -> None:
+    move = Move("web", (Map(OLD, NEW),), (SOURCE,), udp=UDP)
+    prepare(executor, move, NO_CONNECTIONS)
+    kernel.sites["src"].addresses.add(OLD)
+
+    [line] = find_exposed(executor, "web")
+
+    assert "src still has OLD 10.2.0.10: it would tell 1 peers of UDP that the port" in line
+    assert len(find_exposed(executor, "web", {protocols.TCP: UDP})) == 1
+    assert find_exposed(executor, "web", {protocols.UDP: UDP}) == ()

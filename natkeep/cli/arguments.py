@@ -18,6 +18,7 @@ from natkeep.lifecycle.executor import Executor
 from natkeep.lifecycle.relay import find_vias
 from natkeep.plan.maps import Map, parse_map, parse_peer_map
 from natkeep.plan.move import Fate, Mode, Move, Site, parse_id
+from natkeep.plan.protocols import TCP, UDP, Protocol
 from natkeep.plan.roles import Role
 from natkeep.plan.tuples import NO_CONNECTIONS, Connections, Endpoint, Local
 from natkeep.plan.via import Via, parse_via
@@ -133,16 +134,19 @@ def _read_stdin() -> str:
         raise ImageError("stdin is not UTF-8 text") from None
 
 
-def read_ended(path: str | None) -> Connections:
+def read_ended(path: str | None) -> dict[Protocol, Connections]:
     """The connections that have ended elsewhere, as `--ended` names the document that says so."""
     if path is None:
-        return NO_CONNECTIONS
+        return {}
     from natkeep.checkpoint.ended import parse_ended
     from natkeep.checkpoint.listing import read_octets
 
+    name, data = path, b""
     if path == "-":
-        return parse_ended(_read_stdin().encode(), "stdin")
-    return parse_ended(read_octets(path), path)
+        name, data = "stdin", _read_stdin().encode()
+    else:
+        data = read_octets(path)
+    return {protocol: parse_ended(data, name, protocol) for protocol in (TCP, UDP)}
 
 
 def read_process(args: argparse.Namespace, sites: tuple[Site, ...]) -> Checkpoint:

@@ -42,6 +42,7 @@ from natkeep.installed import find_program
 from natkeep.migrate import PROTOCOL
 from natkeep.plan.move import parse_id
 from natkeep.state.directory import StateDirectory
+from natkeep.terminal import show_json
 
 _LONGEST = 1 << 28  # octets of a request: a list of connections is in it
 _PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
@@ -79,8 +80,7 @@ def serve(args: argparse.Namespace) -> int:
 
 
 def _answer(value: dict[str, Any]) -> None:
-    sys.stdout.write(json.dumps(value) + "\n")
-    sys.stdout.flush()
+    show_json(json.dumps(value))
 
 
 class _Turn:

@@ -7,6 +7,8 @@ import os
 import time
 from collections.abc import Sequence
 from contextlib import suppress
+from functools import partial
+from itertools import chain
 from typing import TYPE_CHECKING
 
 from natkeep import report
@@ -19,6 +21,7 @@ from natkeep.cli.arguments import (
     read_process,
 )
 from natkeep.cli.output import hold_document, print_as, print_json, talk
+from natkeep.colour import choose_paint
 from natkeep.errors import DriftError, JournalError, NatkeepError, UsageError
 from natkeep.kernel.linux import LinuxKernel
 from natkeep.plan.findings import CATALOGUE, Finding, Severity
@@ -83,10 +86,10 @@ def _read_status(
     elif not moves and not unreadable:
         show(["nothing is prepared"])
     elif args.id or args.verbose:
-        verbose = args.verbose
-        show(line for m in moves for line in status_report.status_lines(m, host, verbose=verbose))
+        tell = partial(status_report.status_lines, host=host, verbose=args.verbose)
+        show(chain.from_iterable(map(tell, moves)), choose_paint(no_color=args.no_color))
     elif moves:
-        show(status_report.summary_lines(moves))
+        show(status_report.summary_lines(moves), choose_paint(no_color=args.no_color))
     if dropped:
         what = f"what a gateway still sends to {dropped} connections is dropped"
         talk(args, f"natkeep: where moves were undone here {what} (natkeep gc ends that)")
@@ -129,7 +132,7 @@ def check(args: argparse.Namespace) -> int:
     if args.json:
         print_json(report.findings_to_json(findings))
     else:
-        show(report.finding_lines(findings, about))
+        show(report.finding_lines(findings, about), choose_paint(no_color=args.no_color))
     stopping = [finding for finding in findings if finding.severity == Severity.STOP]
     if stopping:
         code = stopping[0].code

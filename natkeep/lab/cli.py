@@ -17,6 +17,7 @@ from json import dumps
 from pathlib import Path
 from typing import Any
 
+from natkeep.colour import choose_paint
 from natkeep.errors import RefusedError, in_one_line
 from natkeep.lab.host import LabError
 from natkeep.terminal import say, show, show_json
@@ -141,7 +142,7 @@ def _show(args: argparse.Namespace, name: str, value: dict[str, Any], text: str)
     if args.json:
         show_json(document)
     else:
-        show(text.split("\n"))
+        show(text.split("\n"), choose_paint(no_color=args.no_color))
 
 
 def _matrix(args: argparse.Namespace) -> int:

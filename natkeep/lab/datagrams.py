@@ -16,7 +16,8 @@ number), `answer`, `swallow`, `push N` (one datagram of N octets), `quiet`, `clo
 
 and of each connection a report has as well "connected", "said", how many it sent, and "heard", the
 numbers that arrived: [[FIRST, LAST], …]; one that is not above all earlier ones, or has wrong
-octets, is a "mismatch".
+octets, is a "mismatch". What is said by a socket of all addresses comes from the one that the
+kernel chooses.
 """
 
 from __future__ import annotations
@@ -38,6 +39,7 @@ else:  # by its path alone, as -I has it
 
 NUMBER_BITS = 16
 MOST = 65_000  # octets of a datagram
+_IP_PKTINFO = 8  # linux/in.h; Python has no name for it
 ASK_AGAIN_S = 0.05
 
 
@@ -54,7 +56,6 @@ class Flow(traffic.Connection):
         self.heard: list[list[int]] = []
         self.again = 0.0
         if sock is not None and to is not None:
-            self.names["local"] = traffic.print_on_wire(sock.getsockname())
             self.names["peer"] = traffic.print_on_wire(to)
             self.names["family"] = traffic.name_family(sock)
 
@@ -158,10 +159,11 @@ class Datagrams(traffic.Process):
     def accept(self, listener: Any) -> None:
         with contextlib.suppress(BlockingIOError):
             while True:
-                data, peer = listener.recvfrom(2 * MOST, socket.MSG_DONTWAIT)
+                data, told, _, peer = listener.recvmsg(2 * MOST, 64, socket.MSG_DONTWAIT)
                 key = (listener.fileno(), traffic.print_address(peer))
                 if key not in self.peers:
                     self.peers[key] = Flow(listener, self.role, peer)
+                    self.peers[key].names["local"] = find_local(listener, told)
                     self.connections.append(self.peers[key])
                 self.peers[key].take(data)
 
@@ -206,9 +208,15 @@ class Datagrams(traffic.Process):
         value = {
             "seq": self.seq + 1, "to": self.to, "source": self.source,
             "listening": self.listening,
-            "connections": [flow.saved() for flow in self.connections],
+            "connections": [
+                {**flow.saved(), "listener": self.find(flow)} for flow in self.connections
+            ],
         }  # fmt: skip
         traffic.replace(path, json.dumps(value))
+
+    def find(self, flow: Flow) -> int | None:
+        """The number of the unconnected socket by which *flow* goes."""
+        return self.listeners.index(flow.sock) if flow.sock in self.listeners else None
 
     def resume(self, path: Path) -> None:
         (self.directory / "go").unlink(missing_ok=True)  # of an earlier move
@@ -225,7 +233,7 @@ class Datagrams(traffic.Process):
         if saved["to"] is None:
             flow = Flow(make_connected(local, peer), self.role)
         else:
-            listener = self.listeners[self.listening.index(saved["names"]["local"])]
+            listener = self.listeners[saved["listener"]]
             flow = Flow(listener, self.role, peer)
             self.peers[listener.fileno(), saved["names"]["peer"]] = flow
         flow.load({**saved, "to": flow.to})
@@ -252,7 +260,20 @@ def make_socket(address: Any) -> socket.socket:
     family = socket.AF_INET6 if len(address) == 4 else socket.AF_INET
     sock = socket.socket(family, socket.SOCK_DGRAM)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    if family == socket.AF_INET6:
+        sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_RECVPKTINFO, 1)
+    else:
+        sock.setsockopt(socket.IPPROTO_IP, _IP_PKTINFO, 1)
     return sock
+
+
+def find_local(sock: socket.socket, told: list[tuple[int, int, bytes]]) -> str:
+    """The address that a datagram was sent to; what is answered says what the kernel chooses."""
+    address = sock.getsockname()
+    for _, kind, value in told:
+        octets = value[8:12] if kind == _IP_PKTINFO else value[:16]
+        address = (socket.inet_ntop(sock.family, octets), *address[1:])
+    return traffic.print_on_wire(address)
 
 
 def make_connected(local: Any, peer: Any) -> socket.socket:

@@ -170,7 +170,7 @@ class Lab:
     def begin_freeze(self) -> None:
         """Remember how all is, just before the server is frozen, by whatever does that."""
         self._freezes += 1
-        self.traffic.client.do("mark")
+        self.traffic.mark()
         self._frozen_at = time.monotonic()
         if self._freezes == 1:
             self.read_sites()
@@ -307,7 +307,7 @@ class Lab:
         peers, near = {at: frames[at] for at in self.peer_points}, {"near": frames["near"]}
         far = {at: frames[at] for at in capture.beyond_gateway(self.topology)}
         if isinstance(self.traffic, Datagrams):
-            heard = self.traffic.heard
+            heard = self.traffic.heard if self.traffic.numbered else None
             report.assertions += judge_datagrams(kept, peers, near, far, heard)
         elif moved:
             report.assertions += wire_checks.judge_move(kept, peers, near, far)

@@ -134,6 +134,10 @@ class Traffic:
         self._note_arrival()
         self.report.check(name, True, f"{exchanges} more answers on each")
 
+    def mark(self) -> None:
+        """Silences are measured from here on."""
+        self.client.do("mark")
+
     def quiet(self) -> None:
         """The client asks nothing more; returns when nothing is under way."""
         self.client.do("quiet")

@@ -45,9 +45,13 @@ _UNREAD_NS = 100_000_000
 
 
 class Datagrams(Traffic):
-    """As Traffic, of UDP; heard: of each kept four-tuple the numbers that the process has heard."""
+    """As Traffic, of UDP; heard: of each kept four-tuple the numbers that the process has heard.
+
+    numbered: whether the application is datagrams.py.
+    """
 
     script = DATAGRAMS
+    numbered = True
 
     def __init__(self, name: str, directory: Path, report: Report) -> None:
         super().__init__(name, directory, report)
@@ -102,16 +106,19 @@ class Datagrams(Traffic):
 
 
 def judge_datagrams(
-    kept: Kept, peers: Points, near: Points, far: Points, heard: dict[FourTuple, Any]
+    kept: Kept, peers: Points, near: Points, far: Points, heard: dict[FourTuple, Any] | None
 ) -> list[Assertion]:
-    """What the captures say; *heard*: of the process, by four-tuple as the peers see them."""
+    """What the captures say; *heard*: of the process, by four-tuple as the peers see them.
+
+    None: the datagrams have no numbers.
+    """
     at_peers = in_order(peers)
     return [
         no_old_address(far, kept),
         tuple_unchanged(at_peers, kept),
         only_kept_ports({**peers, **near}, far, kept),
         no_unreachable(at_peers),
-        all_heard(at_peers, kept, heard),
+        *([] if heard is None else [all_heard(at_peers, kept, heard)]),
     ]
 
 

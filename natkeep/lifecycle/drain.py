@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
+from types import MappingProxyType
 
 from natkeep.lifecycle.executor import Executor
 from natkeep.lifecycle.progress import has_been_opened, restored_at
@@ -11,10 +13,11 @@ from natkeep.plan.connection_state import SiteStatus
 from natkeep.plan.liveness import Life, Sighting, make_sighting
 from natkeep.plan.move import Site
 from natkeep.plan.observation import Gate, Observation
+from natkeep.plan.protocols import TCP, UDP, Protocol
 from natkeep.plan.roles import Role
 from natkeep.plan.silence import Silences, connected, find_keys
 from natkeep.plan.steps import Plan, TakeOverLock
-from natkeep.plan.tuples import NO_CONNECTIONS, Connections
+from natkeep.plan.tuples import NO_CONNECTIONS, Connections, Endpoint
 from natkeep.state.journal import Journal
 
 _DRAIN_INTERVAL = 0.2
@@ -107,11 +110,12 @@ def _count_datagrams(plan: Plan, site: Site, seen: Observation, silences: Silenc
 
 
 def find_exposed(
-    executor: Executor, move_id: str, ended: Connections = NO_CONNECTIONS
+    executor: Executor, move_id: str, ended: Mapping[Protocol, Connections] = MappingProxyType({})
 ) -> tuple[str, ...]:
     """Why a teardown would have the source answer peers with resets; nothing when it is safe.
 
-    ended: connections that have ended elsewhere, so their peers say nothing any more. It is safe,
+    ended: connections that have ended elsewhere, so their peers say nothing any more, also those of
+    UDP, of which the source would tell that there is no such port. It is safe,
     too, where OLD has left the host, where the process is back, and where CRIU's own lock
     was never taken over.
     """
@@ -127,13 +131,27 @@ def find_exposed(
         back = seen.back if site.row.relays else seen.living
         if not _is_open(journal, plan, site, seen) and seen.addresses and not back:
             olds = ", ".join(str(old) for old in sorted(seen.addresses, key=str))
-            left = (one.kept.minus(ended) for one in plan.translations if one.site == site)
-            peers = {inbound.source for some in left for inbound in some}
-            if peers:
-                found.append(
-                    f"{site} still has OLD {olds}: it would answer {len(peers)} peers with a reset"
-                )
+            for protocol, answers in _ANSWERS.items():
+                peers = _find_peers(plan, site, protocol, ended.get(protocol, NO_CONNECTIONS))
+                if peers:
+                    answer = answers.format(len(peers))
+                    found.append(f"{site} still has OLD {olds}: it would {answer}")
     return tuple(found)
+
+
+_ANSWERS = {
+    TCP: "answer {} peers with a reset",
+    UDP: "tell {} peers of UDP that the port is unreachable",
+}
+
+
+def _find_peers(
+    plan: Plan, site: Site, protocol: Protocol, ended: Connections
+) -> frozenset[Endpoint]:
+    """The peers at *site* of connections that have not ended."""
+    here = (t for t in plan.translations if t.site == site and t.protocol == protocol)
+    left = (one.kept.minus(ended) for one in here)
+    return frozenset(inbound.source for some in left for inbound in some)
 
 
 def _is_open(journal: Journal, plan: Plan, site: Site, seen: Observation) -> bool:

@@ -135,6 +135,7 @@ _LOCAL = (
     (Chain("invalid-local-outbound", "input", "90"), "invalid-out"),
 )
 """What a gateway itself says as a peer, and hears, passes other hooks, and asks the same maps."""
+_LOCAL_GATE = Chain("local-gate", "output", "-350")
 _PEERS = (
     (Chain("peer-output", "output", "-120", "nat"), "from"),
     (Chain("peer-input", "input", "80", "nat"), "to"),
@@ -220,6 +221,7 @@ def _later_names() -> frozenset[str]:
     later = [row for row in DISPATCHES if row.startswith("invalid-") or row in _LATER]
     maps = {dispatch_map(row, v) for row in later for v in FAMILIES}
     chains = [DISPATCHES[row].chain for row in later] + [chain.name for chain, _ in _LOCAL]
+    chains.append(_LOCAL_GATE.name)
     return frozenset([*later, *maps, *chains])
 
 
@@ -347,12 +349,20 @@ def translation_tables(
     if row.passes_on:
         parts += [(*dispatch_table("from"), *dispatch_table("to"))]
         parts += [dispatch_table("half")] if row.relays else [_hooks_table(_LOCAL)]
+        parts += [] if row.relays or row.own else [_local_gate()]
     if peers:
         maps = (*_dispatch_maps("from"), *_dispatch_maps("to"))
         parts += [(*maps, *_hooks_table(_PEERS, beside_lo=True)), dispatch_table("half")]
     if row.own:
         parts += [dispatch_table("new"), _own_resets()]
     return tuple(parts)
+
+
+def _local_gate() -> tuple[Object, ...]:
+    """The gates for what a gateway says itself as a peer, which never comes to prerouting."""
+    passed = Rule(_LOCAL_GATE.name, (_CRIU_MARKED, ACCEPT))
+    asked = (rule._replace(chain=_LOCAL_GATE.name) for rule in _dispatch_rules(GATE))
+    return (_LOCAL_GATE, passed, *asked)
 
 
 def _own_resets() -> tuple[Object, ...]:

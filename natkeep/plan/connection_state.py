@@ -25,6 +25,7 @@ from natkeep.plan.move import Mode, Site
 from natkeep.plan.observation import Gate, Observation, SeenEntry
 from natkeep.plan.roles import Role
 from natkeep.plan.translation import Translation
+from natkeep.plan.tuples import Endpoint
 from natkeep.values import dataclass, field
 
 ONE_WAY_S = 5.0
@@ -90,11 +91,22 @@ def find_states(
 def _find_udp_states(seen: Observation, translation: Translation) -> Iterator[State | None]:
     there = frozenset(seen.datagrams.each())
     for record in translation.kept.each():
-        speaks = record in seen.silences
-        if seen.sockets is None or record in there:
-            yield State.LIVE if speaks else State.SILENT
-        else:
-            yield None if speaks else State.ENDED
+        yield _state(seen.sockets is None or record in there, speaks=record in seen.silences)
+
+
+def find_server_state(site: SiteStatus, end: Endpoint) -> State | None:
+    """The state of the UDP socket at *end* that any peer may speak to."""
+    key = end.address.packed + end.port.to_bytes(2, "big")
+    if site.seen is None or site.opened is None:
+        return None
+    there = site.seen.sockets is None or key in site.seen.bound
+    return _state(there, speaks=key in site.seen.silences)
+
+
+def _state(there: bool, *, speaks: bool) -> State | None:
+    if there:
+        return State.LIVE if speaks else State.SILENT
+    return None if speaks else State.ENDED
 
 
 def _counts_one(entry: SeenEntry | None) -> bool:

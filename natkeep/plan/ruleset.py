@@ -26,6 +26,7 @@ Theory of operation. A site has one table `inet natkeep`, shared by all moves.
     input     350  untranslated  local address ─► new-at-ADDRESS ─► (kept?) ─► drop
     stateful, at a relay: half-translated too, and what relay.py has
     stateful, at a gateway that is a peer itself: the same maps
+    output, -350                   local-gate, as gate
     output and input, -120 and 80  local-inbound, local-outbound, as inbound and outbound
     output and input, -110 and 90  invalid-local-inbound, invalid-local-outbound
     stateless:

@@ -9,11 +9,18 @@ from __future__ import annotations
 import json
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import chain, islice
+from types import MappingProxyType
 from typing import Any
 
-from natkeep.plan.connection_state import SiteStatus, State, count_answered, find_states
+from natkeep.plan.connection_state import (
+    SiteStatus,
+    State,
+    count_answered,
+    find_server_state,
+    find_states,
+)
 from natkeep.plan.drift import MoveStatus
 from natkeep.plan.observation import Gate, Observation, SeenEntry
 from natkeep.plan.plan_text import kept_servers
@@ -48,7 +55,8 @@ class Carried:
     answered: of how many the peer was heard since the move was opened; None where that is not told.
     unknown: what is said of one in no state that has an entry.
     wires: for each translation the connections that look otherwise on the wire (find_wires).
-    protocols: of each translation, in the same order. servers: the UDP sockets without a peer.
+    protocols: of each translation, in the same order. servers: the UDP sockets without a peer, and
+    the state of each.
     """
 
     parts: tuple[tuple[Connections, Sequence[SeenEntry | None], Sequence[State | None]], ...]
@@ -56,7 +64,7 @@ class Carried:
     unknown: str = "no socket"
     wires: tuple[dict[int, FourTuple], ...] = ()
     protocols: tuple[Protocol, ...] = ()
-    servers: tuple[Endpoint, ...] = ()
+    servers: Mapping[Endpoint, State | None] = MappingProxyType({})
 
     def count(self) -> int:
         """How many connections there are."""
@@ -64,17 +72,18 @@ class Carried:
 
     def tally(self) -> Counter[State | None]:
         """How many are in each state."""
-        return Counter(chain.from_iterable(states for _, _, states in self.parts))
+        connected = chain.from_iterable(states for _, _, states in self.parts)
+        return Counter(chain(connected, self.servers.values()))
 
     def has_ended(self) -> bool:
-        """Whether all have, of which there were some; a UDP socket without a peer has no end."""
-        return self.count() > 0 and not self.servers and self.tally()[State.ENDED] == self.count()
+        """Whether all have, of which there were some."""
+        return self.tally().keys() == {State.ENDED}
 
 
 def look_closely(status: MoveStatus) -> Carried:
     """What the destination shows of each connection, or else the site that is nearest to it."""
     looked = [site for site in status.sites if site.seen is not None]
-    servers = kept_servers(status.plan.move)
+    servers = dict.fromkeys(kept_servers(status.plan.move))
     if not looked:
         every = [*at_first_site(status.plan)]
         unseen = tuple((t.kept, [None] * len(t.kept), [None] * len(t.kept)) for t in every)
@@ -95,6 +104,7 @@ def look_closely(status: MoveStatus) -> Carried:
     known = [number for number in answered if number is not None]
     unknown = "not tracked" if site.site.row.passes_on else "no socket"
     heard = sum(known) if known else None
+    servers = {end: find_server_state(site, end) for end in servers}
     return Carried(tuple(parts), heard, unknown, tuple(wires), tuple(protocols), servers)
 
 
@@ -149,9 +159,15 @@ def move_as_json(status: MoveStatus, host: str) -> str:
         "listeners": [str(end) for end in status.plan.move.listeners],
         "sites": sites,
         **_held_to_json(status),
+        **_servers_to_json(carried),
     }
     rows = ",".join(_rows(carried))
     return json.dumps({**move, "connections": []}).removesuffix("]}") + rows + "]}"
+
+
+def _servers_to_json(carried: Carried) -> dict[str, Any]:
+    states = {str(end): state and str(state) for end, state in carried.servers.items()}
+    return {"udp_states": states} if states else {}
 
 
 def _held_to_json(status: MoveStatus) -> dict[str, Any]:
@@ -261,8 +277,9 @@ def _table(carried: Carried, gate: Gate) -> Iterator[tuple[str, ...]]:
             unknown = "no entry" if seen is None else carried.unknown
             said = state or (unknown if gate == Gate.OPEN else "closed")
             yield word + local, peer, str(said), *_packets(seen)
-    said = "server" if gate == Gate.OPEN else "closed"
-    yield from ((f"udp {end}", "*", said, *_packets(None)) for end in carried.servers)
+    for end, state in carried.servers.items():
+        said = state or (carried.unknown if gate == Gate.OPEN else "closed")
+        yield f"udp {end}", "*", str(said), *_packets(None)
 
 
 def _packets(seen: SeenEntry | None) -> tuple[str, str]:

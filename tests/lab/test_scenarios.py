@@ -28,8 +28,9 @@ def named(names):
 def by_criu(name: str):
     """The parameters of a scenario by CRIU; one of them is the move of `make test-quick`."""
     quick = [pytest.mark.quick] if name == "server_moves_to_new_address" else []
-    by_ssh = [pytest.mark.needs("sshd")] if name.startswith("migrate_") else []
-    return pytest.param(name, "criu", marks=[pytest.mark.criu, *quick, *by_ssh])
+    needs = {"sshd": name.startswith("migrate_"), "aioquic": name == "quic_goes_on"}
+    marks = [pytest.mark.needs(tool) for tool, needed in needs.items() if needed]
+    return pytest.param(name, "criu", marks=[pytest.mark.criu, *quick, *marks])
 
 
 def is_for(each: Scenario, engine: str) -> bool:

@@ -11,7 +11,7 @@ import pytest
 from natkeep.lab.matrix import Cell, Column, Outcome, find_situations, play
 from natkeep.lab.situations import Situation
 
-NUMBERS = (*range(12, 23), *range(24, 34))
+NUMBERS = (*range(12, 23), *range(24, 34), 35)
 
 KEPT = [
     ("CLOSE_WAIT", 4, "stateful"),
@@ -86,6 +86,14 @@ KEPT = [
     ("the peers' own host knows a service address", 6, "stateful"),
     ("the peers' own host has no route to OLD", 4, "stateful"),
     ("the peers' own host, path MTU drops", 6, "stateful"),
+    ("UDP, a server's socket", 6, "stateful"),
+    ("UDP, connected sockets", 4, "stateful"),
+    ("UDP, the process is the client", 6, "stateful"),
+    ("UDP, peers speak during the blackout", 4, "stateful"),
+    ("UDP, by a relay", 6, "stateful"),
+    ("UDP, by a relay on one link", 4, "stateful"),
+    ("UDP, the peers' own host", 6, "stateful"),
+    ("UDP, both ends move", 4, "stateful"),
 ]
 REFUSED = [
     ("a published port", 4, "stateless", "conntrack's work"),
@@ -96,11 +104,14 @@ REFUSED = [
     ("both ends move", 4, "stateless", "translates no peers"),
     ("by a relay", 4, "stateless", "is not for a move by a relay"),
     ("the peers' own host translates", 6, "stateless", "translates nothing at the peers"),
+    ("UDP, connected sockets", 6, "stateless", "UDP"),
 ]
 LOST = [  # by rules written by hand, and why
     ("FIN_WAIT2", "naive+purge", "octets from the client arrive"),
     ("a published port", "naive", "carry on"),
     ("moved on", "naive", "carry on"),  # purging as well is a race, which may be won
+    ("UDP, a server's socket", "naive", "what the server says"),
+    ("UDP, peers speak during the blackout", "naive+purge", "carry on"),
 ]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from ipaddress import ip_address
 
 import pytest
@@ -16,6 +17,7 @@ from scapy.utils import wrpcap
 from natkeep.lab.capture import read_frames
 from natkeep.lab.datagrams import Flow
 from natkeep.lab.lab import Lab
+from natkeep.lab.matrix import Cell, Column, find_situations, play
 from natkeep.lab.scenario import perform
 from natkeep.lab.traffic import make_octets
 from natkeep.lab.udp import all_heard, no_unreachable
@@ -156,3 +158,24 @@ def test_rules_by_hand_keep_datagrams_if_stale_entries_are_purged(engine, transl
     else:
         assert failed[0].name == "what the client says is answered"
         assert "3 x open with" in failed[0].detail  # nothing else is wrong with them
+
+
+@pytest.mark.root
+@pytest.mark.lab
+@pytest.mark.criu
+@pytest.mark.parametrize(
+    ("name", "family"),
+    [
+        ("UDP, a server's socket", 4),
+        ("UDP, connected sockets", 6),
+        ("UDP, by a relay", 4),
+        ("UDP, the peers' own host", 4),
+        ("UDP, both ends move", 6),
+    ],
+)
+def test_twenty_sockets_move_by_criu(name, family):
+    """As the rows of the matrix, which are told without CRIU."""
+    [row] = (each for each in find_situations() if each.name == name)
+    outcome = play(Cell(replace(row, engine="criu"), family, Column("natkeep", "stateful", True)))
+
+    assert (outcome.verdict, outcome.reason) == ("pass", "")

@@ -1,0 +1,102 @@
+"""UDP: a server's socket for any peer, and connected sockets; in both directions (lab/udp.py).
+
+The gateway knows all of these from before: without a purge its entries send everything to OLD, for
+as long as a peer goes on to speak. Where no gateway translates the sockets are connected ones: a
+peer that a relay has not heard of would be known by the relay's address.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+from natkeep.lab import both_ends
+from natkeep.lab.both_ends import BothEnds
+from natkeep.lab.lab import Lab
+from natkeep.lab.peer_host import PeerHost
+from natkeep.lab.relay import FLAT, ByRelay
+from natkeep.lab.situations import Moves, situation
+from natkeep.lab.situations.roles import begin_dialled
+from natkeep.lab.situations.two_ends import Mover
+from natkeep.lab.udp import Datagrams
+
+BIG = 6000
+"""Octets of a datagram that needs fragments."""
+COUNT = 20
+
+
+def udp(name: str, **setup: object) -> Callable[[Moves], Moves]:
+    """A row of UDP; Lab gets *setup* as well."""
+    return situation(
+        35, f"UDP, {name}", probes=(True,), may_refuse=("stateless",), setup={**setup, "udp": True}
+    )
+
+
+@udp("a server's socket")
+def server(lab: Lab) -> None:
+    """Both sides speak, and a peer that comes afterwards is answered."""
+    lab.conditions.gateway_tracks()
+    lab.begin(connections=COUNT, pause=True)
+    lab.move()
+    _both_speak(lab)
+    newcomer = lab.new_connections.dial(lab.old)
+    lab.new_connections.are_accepted(newcomer)
+    lab.finish()
+
+
+@udp("the process is the client")
+def dialled(lab: Lab) -> None:
+    """Its sockets are connected to a server, from ports that the kernel chose."""
+    lab.conditions.gateway_tracks()
+    begin_dialled(lab)
+    lab.traffic.quiet()
+    lab.move()
+    _both_speak(lab)
+    lab.finish()
+
+
+@udp("peers speak during the blackout")
+def spoken_to(lab: Lab) -> None:
+    """What comes where the socket is not yet would be answered with an error of ICMP's."""
+    lab.conditions.gateway_tracks()
+    lab.begin(connections=COUNT)
+    connect(lab)
+    lab.move()
+    lab.traffic.talk_on()
+    lab.finish()
+
+
+def _connected(make: Callable[[Lab], Mover], lab: Lab) -> None:
+    """Both sides speak after a pause, by connected sockets."""
+    lab.conditions.gateway_tracks()
+    mover = make(lab)
+    mover.begin(connections=COUNT, pause=True)
+    connect(lab)
+    mover.move()
+    _both_speak(lab)
+    mover.finish()
+
+
+def _by_peer(lab: Lab) -> Lab:
+    PeerHost(lab)
+    return lab
+
+
+udp("connected sockets")(partial(_connected, lambda lab: lab))
+udp("by a relay")(partial(_connected, ByRelay))
+udp("by a relay on one link", **FLAT)(partial(_connected, ByRelay))
+udp("the peers' own host")(partial(_connected, _by_peer))
+udp("both ends move", **both_ends.SETUP)(partial(_connected, BothEnds))
+
+
+def connect(lab: Lab) -> None:
+    """The server gives each peer a socket of its own, and has no other."""
+    assert isinstance(lab.traffic, Datagrams)
+    lab.traffic.connect()
+
+
+def _both_speak(lab: Lab) -> None:
+    lab.traffic.server_says()
+    lab.traffic.client_says()
+    lab.traffic.server_says(BIG)
+    lab.traffic.client_says(BIG)
