@@ -50,7 +50,10 @@ def add_parser(
     )  # fmt: skip
     running.add_argument("--pcap", type=Path, metavar="DIR", help="keep the captures in DIR")
     running.add_argument(
-        "--report", type=Path, metavar="DIR", help="write report.json and report.txt into DIR"
+        "--report",
+        type=Path,
+        metavar="DIR",
+        help="write the report into DIR: as .json, as .txt, and as a page with a plot, .html",
     )
     running.add_argument(
         "--translator", choices=("natkeep", "naive", "naive+purge", "none"), default="natkeep",
@@ -123,10 +126,15 @@ def _list(args: argparse.Namespace) -> int:
 
 def _run(args: argparse.Namespace) -> int:
     from natkeep.lab import report, scenario
+    from natkeep.lab.page import demand_matplotlib
 
     found = scenario.find_scenario(args.scenario)
     require_tools()
-    done = scenario.run(found, pcap=args.pcap, engine=args.engine, translator=args.translator)
+    if args.report:
+        demand_matplotlib()
+    done = scenario.run(
+        found, pcap=args.pcap, page=args.report, engine=args.engine, translator=args.translator
+    )
     _show(args, "report", done.as_json(), report.render_report(done))
     return 0 if done.passed else 1
 

@@ -83,6 +83,7 @@ class Lab:
         self.frozen_ns: int | None = None
         self.restored_ns: int | None = None
         self._points, self._freezes, self._concluded = points or {}, 0, False
+        self.seen_by_peers: list[capture.Frame] = []
         self._surfaces: dict[str, dict[str, str]] = {}
 
     def __enter__(self) -> Self:
@@ -318,6 +319,7 @@ class Lab:
         if self.new_connections.made:
             report.assertions += judge_new(self.new_connections.made, peers, far, kept.news)
         at_peers = wire_checks.in_order(peers)
+        self.seen_by_peers = at_peers
         report.segments = wire_checks.count_segments(at_peers, kept)
         report.resets = wire_checks.count_resets(at_peers, kept)
         report.silence_ms = wire_checks.longest_silence_ms(at_peers, kept)

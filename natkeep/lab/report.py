@@ -133,14 +133,15 @@ class Report:
 def render_report(report: Report) -> str:
     """The report as text: what the peer saw, what was asserted, where it was translated."""
     lines = [f"{report.scenario}: {report.title}", "", "What the peer saw"]
-    lines += [f"  {label:<19}{text}" for label, text in _facts(report)]
+    lines += [f"  {label:<19}{text}" for label, text in render_facts(report)]
     lines += ["", "Asserted, on the wires and in the applications"]
     lines += [f"  {each}" for each in report.assertions]
-    lines += ["", *_picture(report), "", _last_line(report)]
+    lines += ["", *render_picture(report), "", _last_line(report)]
     return "\n".join(lines)
 
 
-def _facts(report: Report) -> list[tuple[str, str]]:
+def render_facts(report: Report) -> list[tuple[str, str]]:
+    """What the peer saw: a name and words each."""
     return [
         ("four-tuple before", _tuples(report.before)),
         ("four-tuple after", _tuples(report.after)),
@@ -159,7 +160,7 @@ def _tuples(tuples: list[str]) -> str:
     return tuples[0] + more
 
 
-def _picture(report: Report) -> list[str]:
+def render_picture(report: Report) -> list[str]:
     """The network, with the address that each wire shows for the process."""
     old, new = report.old, report.new
     none = report.translator == "none"

@@ -21,6 +21,7 @@ from typing import Any
 import natkeep
 from natkeep.errors import NatkeepError, UsageError
 from natkeep.lab.lab import Lab
+from natkeep.lab.page import read_trace, render_page
 from natkeep.lab.report import Report, ScenarioOver
 
 
@@ -79,8 +80,13 @@ def find_scenario(name: str) -> Scenario:
     raise UsageError(f"there is no scenario {name!r}", hint="natkeep lab list names them")
 
 
-def run(scenario: Scenario, *, pcap: Path | None = None, **options: Any) -> Report:
-    """Tell *scenario* in a fresh lab; options are Lab's. Captures are kept in *pcap*."""
+def run(
+    scenario: Scenario, *, pcap: Path | None = None, page: Path | None = None, **options: Any
+) -> Report:
+    """Tell *scenario* in a fresh lab; options are Lab's.
+
+    pcap, page: directories where the captures are kept, and the report is written as a page.
+    """
     moves, setup = scenario.load()
     engine = scenario.choose_engine(options.get("engine", "auto"))
     with Lab(scenario.name, **{**setup, **options, "engine": engine}) as lab:
@@ -88,6 +94,8 @@ def run(scenario: Scenario, *, pcap: Path | None = None, **options: Any) -> Repo
         perform(lab, moves)
         if pcap is not None:
             keep_captures(lab, pcap)
+        if page is not None:
+            write_page(lab, page)
     return lab.report
 
 
@@ -100,6 +108,17 @@ def perform(lab: Lab, moves: Callable[[Lab], None]) -> None:
     except NatkeepError as error:
         lab.report.fail("the scenario comes to its end", error)
         lab.conclude()
+
+
+def write_page(lab: Lab, directory: Path) -> None:
+    """Write the report as NAME.html into *directory*, with a plot of the first connection."""
+    directory.mkdir(parents=True, exist_ok=True)
+    trace = None
+    if lab.traffic.views and lab.frozen_ns is not None:
+        first = next(iter(lab.traffic.views))
+        trace = read_trace(lab.seen_by_peers, first, lab.frozen_ns, lab.restored_ns)
+    file = directory / f"{lab.report.scenario}.html"
+    file.write_text(render_page(lab.report, trace), encoding="utf-8")
 
 
 def keep_captures(lab: Lab, directory: Path) -> None:
