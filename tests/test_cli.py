@@ -589,7 +589,7 @@ class Network(NamedTuple):
 @pytest.fixture
 def network(make_netns: Callable[[], str], require: Callable[[str], None]) -> Network:
     require("nftables")
-    for name in ("nftables", "natkeep.kernel.linux", "natkeep.report"):
+    for name in ("pyroute2", "nftables", "natkeep.kernel.linux", "natkeep.report"):
         importlib.import_module(name)  # once, here, and not in each fork
     found = Network(make_netns(), make_netns())
     # An index of its own, or the carrier comes up to a second late (linkwatch.c).

@@ -25,7 +25,7 @@ FLOORS = {
 }
 BETWEEN_DOORS = [("cli/change.py", ["criu", "run"]), ("cli/change.py", ["criu", "environment"])]
 LAB = ("lab", "plan", "errors", "terminal", "colour", "__init__")  # what it may import
-LIBRARIES = {"nftables"}  # and scapy, in the lab
+LIBRARIES = {"pyroute2", "nftables"}  # and scapy, in the lab
 COMPLETION = ("cli/setup.py", "shtab", True)  # of `setup` alone, where there is one
 
 
@@ -104,7 +104,7 @@ def test_every_import_runs_down() -> None:
         ("plan/move.py", "from natkeep.kernel import netns", "natkeep.kernel.netns: not downwards"),
         ("plan/move.py", "import natkeep.state.journal", "natkeep.state.journal: not downwards"),
         ("plan/move.py", "from natkeep import policy", "natkeep.policy: not downwards"),
-        ("plan/move.py", "import nftables", "nftables: an outside library"),
+        ("plan/move.py", "import pyroute2", "pyroute2: an outside library"),
         ("plan/move.py", "from ..kernel import nft", "..kernel.nft: relative"),
         ("state/journal.py", "from natkeep import lifecycle", "natkeep.lifecycle: not downwards"),
         ("checkpoint/live.py", "import natkeep.kernel.netns", "natkeep.kernel.netns: not down"),
@@ -148,18 +148,18 @@ def test_an_import_that_does_not_run_down_is_found(
 def test_an_outside_library_in_two_files_is_found(tmp_path: Path) -> None:
     (tmp_path / "kernel").mkdir()
     for name in ("rtnetlink.py", "conntrack.py"):
-        (tmp_path / "kernel" / name).write_text("from nftables import Nftables")
+        (tmp_path / "kernel" / name).write_text("from pyroute2 import IPRoute")
 
     faults = find_faults(tmp_path)
 
-    assert faults == ["nftables is imported in 2 files: kernel/conntrack.py, kernel/rtnetlink.py"]
+    assert faults == ["pyroute2 is imported in 2 files: kernel/conntrack.py, kernel/rtnetlink.py"]
 
 
 def test_imports_that_run_down_are_no_fault(tmp_path: Path) -> None:
     tree = {
         "cli/parser.py": "import natkeep.lifecycle\ndef f():\n    from natkeep.lab import cli",
         "lifecycle/executor.py": "from natkeep import errors, journal, __version__",
-        "kernel/linux.py": "import os\nimport nftables\nfrom natkeep.kernel import nft",
+        "kernel/linux.py": "import os\nimport pyroute2\nfrom natkeep.kernel import nft",
         "plan/move.py": "from natkeep.plan.tuples import FourTuple\nfrom natkeep.errors import E",
         "lab/wire.py": "import scapy.all\nfrom natkeep.kernel.netns import enter",
         "lab/engines.py": "import scapy\nfrom natkeep.kernel import netns",

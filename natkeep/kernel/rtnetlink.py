@@ -4,8 +4,8 @@ Rule: nothing but lo is ever changed here, and of routes only the one that is th
 (see refresh_cached_routes). All functions act in the namespace that the calling thread is in.
 
 Why not pyroute2: prepare and open ask for these few messages inside the blackout, and its import
-alone (176 ms) takes longer than both. Numbers are from linux/rtnetlink.h, linux/if_addr.h and
-linux/if_link.h.
+alone takes longer than both (docs/performance.md). Numbers are from linux/rtnetlink.h,
+linux/if_addr.h and linux/if_link.h.
 """
 
 from __future__ import annotations
@@ -36,7 +36,6 @@ from natkeep.plan.steps import AddAddress, Prior, RaiseLoopback
 from natkeep.plan.tuples import Address
 
 _NEWLINK, _GETLINK = 16, 18
-IFLA_IFNAME, IFLA_XDP, IFLA_XDP_ATTACHED = 3, 43, 2  # the last is within the second
 NEWADDR, _DELADDR, _GETADDR = 20, 21, 22
 NEWROUTE, DELROUTE, GETROUTE = 24, 25, 26
 
@@ -297,13 +296,7 @@ def _pack_route_through_lo(address: Address) -> bytes:
     )
 
 
-# ---- devices, and lo -----------------------------------------------------------------------------
-
-
-def read_links() -> Iterator[dict[int, bytes]]:
-    """The attributes of each device of the namespace, in the order of their indexes."""
-    for answer in _request(_GETLINK, _LINK.pack(0, 0, 0, 0, 0), NLM_F_DUMP):
-        yield attributes(answer[_LINK.size :])
+# ---- lo ------------------------------------------------------------------------------------------
 
 
 def loopback_is_up() -> bool:

@@ -1,6 +1,8 @@
 """Reads what `natkeep check` has to know of a machine: the facts for plan/diagnostics.py.
 
-Rule: read only, in the namespace that the calling thread is in; nothing is judged here.
+Rule: read only, in the namespace that the calling thread is in; nothing is judged here. This is
+the only file that imports pyroute2, and only when facts are gathered: its import takes 176 ms
+(docs/performance.md), so what a restore waits for reads rtnetlink by rtnetlink.py.
 """
 
 from __future__ import annotations
@@ -10,9 +12,7 @@ import os
 from natkeep.errors import KernelError
 from natkeep.kernel import nftables, nftables_dump, sysctl
 from natkeep.kernel.conntrack_zones import read_legacy_tables
-from natkeep.kernel.netlink import attributes
 from natkeep.kernel.path import has_bridge
-from natkeep.kernel.rtnetlink import IFLA_IFNAME, IFLA_XDP, IFLA_XDP_ATTACHED, read_links
 from natkeep.plan.diagnostics import Facts
 from natkeep.plan.nft import TABLE
 
@@ -68,13 +68,17 @@ def _read_chains() -> tuple[nftables_dump.BaseChain, ...] | None:
 
 def find_xdp() -> tuple[str, ...]:
     """Names of the devices that have an XDP program attached, in order; none where refused."""
+    from pyroute2 import IPRoute
+    from pyroute2.netlink.exceptions import NetlinkError
+
     try:
-        return tuple(
-            found[IFLA_IFNAME].rstrip(b"\0").decode(errors="replace")
-            for found in read_links()
-            if any(attributes(found.get(IFLA_XDP, b"")).get(IFLA_XDP_ATTACHED, b""))
-        )
-    except OSError:
+        with IPRoute() as route:
+            return tuple(
+                link.get_attr("IFLA_IFNAME")
+                for link in route.get_links()
+                if link.get_nested("IFLA_XDP", "IFLA_XDP_ATTACHED")
+            )
+    except (NetlinkError, OSError):
         return ()
 
 
