@@ -19,7 +19,7 @@ PLOTS_ARGS  ?=
 
 # Tests skip what this machine lacks, but not in CI nor as root, where the set-up can provide it:
 # there a missing tool is a failure. `make test NATKEEP_REQUIRE=` skips there too.
-ALL_REQUIRED := root,powers,criu,pycriu,runc,scapy,aioquic,dnsmasq,socat,iperf3,nftables,ruff,mypy,sphinx
+ALL_REQUIRED := root,powers,criu,pycriu,runc,scapy,aioquic,dnsmasq,socat,iperf3,nftables,ruff,mypy,sphinx,matplotlib
 NATKEEP_REQUIRE ?= $(if $(CI)$(filter 0,$(shell id -u)),$(ALL_REQUIRED))
 export NATKEEP_REQUIRE
 
@@ -44,7 +44,7 @@ setup: ## packages, .venv/ and a CRIU that works on this kernel (needs root when
 	@scripts/get-criu
 
 demo: root setup ## move a real server to another address; shows what its peer saw (needs root)
-	@.venv/bin/natkeep lab run server_moves_to_new_address --engine auto
+	@.venv/bin/natkeep lab run server_moves_to_new_address --engine auto --report .lab/demo
 
 test: setup kernel ## the whole test suite; PYTEST_ARGS='-k word' for a part of it, JOBS=2 tests at once
 	@$(PYTEST) $(PYTEST_ARGS)

@@ -87,6 +87,8 @@ PROBES: dict[str, tuple[Callable[[], bool], str]] = {
     "pycriu": (_has_pycriu, "needs Debian's pycriu (packages criu, python3-protobuf)"),
     "scapy": (lambda: _has_module("scapy"), "needs scapy: scripts/setup"),
     "nftables": (lambda: _has_module("nftables"), "needs libnftables' binding: scripts/setup"),
+    "matplotlib": (lambda: _has_module("matplotlib"), "needs matplotlib: scripts/setup"),
+    "chromium": (lambda: _has_tool("chromium"), "needs Debian's chromium"),
     "sphinx": (lambda: _has_module("myst_parser"), "needs sphinx, myst-parser: scripts/setup"),
     "ruff": (lambda: _has_tool("ruff"), "needs ruff: scripts/setup"),
     "mypy": (lambda: _has_tool("mypy"), "needs mypy: scripts/setup"),

@@ -136,6 +136,8 @@ def _run(args: argparse.Namespace) -> int:
         found, pcap=args.pcap, page=args.report, engine=args.engine, translator=args.translator
     )
     _show(args, "report", done.as_json(), report.render_report(done))
+    if args.report:
+        say(f"natkeep: as a page: {args.report / done.scenario}.html")
     return 0 if done.passed else 1
 
 

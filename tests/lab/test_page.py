@@ -1,0 +1,87 @@
+"""The report as a page: the right segments are drawn, and a browser shows them."""
+
+from __future__ import annotations
+
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from natkeep.lab.capture import Frame, Segment
+from natkeep.lab.page import Point, Trace, read_trace, render_page
+from natkeep.lab.report import Report
+from natkeep.plan.tuples import Endpoint, FourTuple
+
+INBOUND = FourTuple(Endpoint.parse("10.1.0.2:40000"), Endpoint.parse("10.2.0.10:5000"))
+OTHER = FourTuple(Endpoint.parse("10.1.0.3:40000"), Endpoint.parse("10.2.0.10:5000"))
+FROZEN = 10_000_000_000
+
+
+def frame(ms: float, tuple_: FourTuple, seq: int, length: int) -> Frame:
+    segment = Segment(tuple_, 0x10, seq % (1 << 32), 0, length, None)
+    return Frame(FROZEN + int(ms * 1e6), frozenset(), "", segment)
+
+
+def test_a_trace_has_the_data_of_one_connection_counted_from_its_first_octet():
+    start = (1 << 32) - 50  # it wraps
+    frames = [
+        frame(-10, INBOUND, start, 100),
+        frame(-9, INBOUND.reply(), 7, 0),  # an acknowledgement
+        frame(-8, OTHER, 1, 100),
+        frame(5, INBOUND, start + 100, 60),
+        frame(300, INBOUND, start + 100, 60),
+        frame(301, INBOUND.reply(), 7, 20),
+    ]
+    trace = read_trace(frames, INBOUND, FROZEN, FROZEN + 250_000_000)
+    assert trace == Trace(
+        INBOUND,
+        250.0,
+        (
+            Point(-10.0, 0, 100, again=False),
+            Point(5.0, 100, 60, again=False),
+            Point(300.0, 100, 60, again=True),
+        ),
+        (Point(301.0, 0, 20, again=False),),
+    )
+
+
+@pytest.fixture
+def page(tmp_path: Path) -> Path:
+    report = Report("a_scenario", title="A server <moves>", old="10.2.0.10", new="10.3.0.20")
+    report.translator = "natkeep"
+    report.check("it is kept", True, "20 of 20")
+    points = (Point(-5, 0, 100, False), Point(20, 100, 100, False), Point(300, 100, 100, True))
+    file = tmp_path / "page.html"
+    file.write_text(render_page(report, Trace(INBOUND, 250.0, points, points[:1])))
+    return file
+
+
+@pytest.mark.needs("matplotlib")
+def test_the_page_says_what_the_report_does_and_loads_nothing(page: Path):
+    text = page.read_text()
+    assert "A server &lt;moves&gt;" in text
+    assert "it is kept: 20 of 20" in text
+    assert "OLD = 10.2.0.10, NEW = 10.3.0.20" in text
+    assert "src=" not in text
+    assert "<script" not in text
+    for what in ("blackout", "sent in the blackout", "said again", "process to peer"):
+        assert what in text, what  # as a comment beside the glyphs
+
+
+@pytest.mark.needs("matplotlib", "chromium")
+def test_a_browser_draws_it(page: Path, tmp_path: Path):
+    """What is red in the plot is red in the picture: more than a word of the page could be."""
+    shot = tmp_path / "page.png"
+    subprocess.run(
+        ["chromium", "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars",
+         f"--user-data-dir={tmp_path / 'profile'}", "--window-size=1000,1400",
+         f"--screenshot={shot}", page.as_uri()],
+        check=True, capture_output=True, timeout=60,
+    )  # fmt: skip
+    from matplotlib.image import imread
+
+    pixels = imread(shot)
+    red = (abs(pixels[..., 0] - 0xB0 / 255) < 0.05) & (pixels[..., 1] < 0.1)
+    grey = abs(pixels[..., :3] - 0xEE / 255).max(axis=2) < 0.01
+    assert red.sum() > 20
+    assert grey.sum() > 10_000  # the blackout
