@@ -6,6 +6,8 @@
 
     [hook]                                       # for natkeep-hook, without NATKEEP_ID or _MAP
     map = ["10.2.0.10=auto"]                     # or: id = "web"
+    peer_map = ["10.1.0.2=10.4.0.30"]
+    via = ["10.2.0.11"]
     mode = "stateless"
     unkept = "reset"
     udp = "leave"
@@ -32,6 +34,8 @@ from natkeep.plan.tuples import Address
 from natkeep.values import dataclass
 
 PATH = "/etc/natkeep/natkeep.toml"
+_LISTS = ("map", "peer_map", "via")
+"""Of the keys of [hook] those that are lists of texts."""
 _SIZE_LIMIT = 1 << 20
 
 Network = ipaddress.IPv4Network | ipaddress.IPv6Network
@@ -50,6 +54,8 @@ class Standing:
     state_dir: str = ""
     unkept: str = ""
     udp: str = ""
+    peer_map: tuple[str, ...] = ()
+    via: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,9 +141,9 @@ def _make_policy(document: dict[str, Any]) -> Policy:
         raise UsageError(f"{PATH}: hook is not a table")
     _refuse_unknown(table, Standing, "hook.")
     for key, value in table.items():
-        if key != "map" and not isinstance(value, str):
+        if key not in _LISTS and not isinstance(value, str):
             raise UsageError(f"{PATH}: hook.{key} is not a text")
-    hook = Standing(**table | {"map": tuple(_texts(table, "map", "hook."))})
+    hook = Standing(**table | {key: tuple(_texts(table, key, "hook.")) for key in _LISTS})
     words = (("mode", hook.mode, Mode), ("unkept", hook.unkept, Fate), ("udp", hook.udp, Datagrams))
     for key, value, known in words:
         if value and value not in tuple(known):

@@ -1,9 +1,9 @@
 """Reads who gave which orders, and what CRIU says of where it is.
 
-Orders come from the environment (NATKEEP_ID, or NATKEEP_MAP with NATKEEP_MODE, NATKEEP_UNKEPT and
-NATKEEP_UDP), else from the table [hook] of the operator's file, and never from the image. CRIU's
-own words (CRTOOLS_*) only say which image and which tree: they are looked at before they are
-believed.
+Orders come from the environment (NATKEEP_ID, or NATKEEP_MAP with NATKEEP_PEER_MAP, NATKEEP_VIA,
+NATKEEP_MODE, NATKEEP_UNKEPT and NATKEEP_UDP), else from the table [hook] of the operator's file,
+and never from the image. CRIU's own words (CRTOOLS_*) only say which image and which tree: they are
+looked at before they are believed.
 
 Rule: nothing is done here. What is contradictory is an error (exit 2), never a guess.
 """
@@ -30,7 +30,7 @@ class Orders:
     """Open the prepared move *id*, or prepare one of *maps* and open that.
 
     standing: they are for whatever is restored on this machine, not for this restore alone.
-    readiness: what is waited for between the two.
+    readiness: what is waited for between the two. peer_maps, vias: as --peer-map and --via.
     """
 
     id: str
@@ -41,6 +41,8 @@ class Orders:
     unkept: str = ""
     udp: str = ""
     readiness: Readiness | None = None
+    peer_maps: tuple[str, ...] = ()
+    vias: tuple[str, ...] = ()
 
 
 def read_orders(environment: Mapping[str, str]) -> Orders | None:
@@ -60,7 +62,7 @@ def read_orders(environment: Mapping[str, str]) -> Orders | None:
 
 
 def _read_orders(environment: Mapping[str, str]) -> Orders | None:
-    move_id, text = environment.get("NATKEEP_ID", ""), environment.get("NATKEEP_MAP", "")
+    move_id = environment.get("NATKEEP_ID", "")
     mode, state_dir = environment.get("NATKEEP_MODE", ""), environment.get("NATKEEP_STATE_DIR")
     if mode and mode not in tuple(Mode):
         raise UsageError(f"NATKEEP_MODE: {mode!r} is none of {', '.join(Mode)}")
@@ -68,10 +70,18 @@ def _read_orders(environment: Mapping[str, str]) -> Orders | None:
     unkept = environment.get("NATKEEP_UNKEPT", "")
     if unkept and unkept not in tuple(Fate):
         raise UsageError(f"NATKEEP_UNKEPT: {unkept!r} is none of {', '.join(Fate)}")
-    if move_id or text:
-        _refuse_both(move_id, text, "NATKEEP_ID", "NATKEEP_MAP")
-        maps = tuple(text.split(",")) if text else ()
-        return Orders(move_id, maps, mode, state_dir, unkept=unkept, udp=udp)
+    maps, peer_maps, vias = (
+        _read_list(environment, name) for name in ("NATKEEP_MAP", "NATKEEP_PEER_MAP", "NATKEEP_VIA")
+    )
+    if move_id or maps:
+        _refuse_both(move_id, maps, "NATKEEP_ID", "NATKEEP_MAP")
+        for name, more in ("NATKEEP_PEER_MAP", peer_maps), ("NATKEEP_VIA", vias):
+            if more and move_id:
+                raise UsageError(f"{name} is for NATKEEP_MAP", hint=f"{move_id} was prepared by it")
+        return Orders(
+            move_id, maps, mode, state_dir, unkept=unkept, udp=udp,
+            peer_maps=peer_maps, vias=vias,
+        )  # fmt: skip
     from natkeep import policy  # only here: a move that is prepared was authorised before
 
     hook = policy.read_policy().hook
@@ -81,7 +91,13 @@ def _read_orders(environment: Mapping[str, str]) -> Orders | None:
     return Orders(
         hook.id, hook.map, mode or hook.mode, state_dir or hook.state_dir,
         standing=True, unkept=unkept or hook.unkept, udp=udp or hook.udp,
+        peer_maps=peer_maps or hook.peer_map, vias=vias or hook.via,
     )  # fmt: skip
+
+
+def _read_list(environment: Mapping[str, str], name: str) -> tuple[str, ...]:
+    text = environment.get(name, "")
+    return tuple(text.split(",")) if text else ()
 
 
 def read_datagrams(environment: Mapping[str, str]) -> str:

@@ -19,10 +19,11 @@ from natkeep.lifecycle.executor import Executor
 from natkeep.lifecycle.prepare import prepare
 from natkeep.lifecycle.replace import replace_move
 from natkeep.lifecycle.teardown import teardown
-from natkeep.plan.maps import parse_map
+from natkeep.plan.maps import parse_map, parse_peer_map
 from natkeep.plan.move import Datagrams, Fate, Mode, Move, Site
 from natkeep.plan.roles import Role
 from natkeep.plan.tuples import NO_CONNECTIONS, Connections
+from natkeep.plan.via import parse_via
 from natkeep.state.directory import read_boot_id
 from natkeep.state.journal import Journal
 from natkeep.values import replace
@@ -52,6 +53,9 @@ def ensure_prepared(
         resets = orders.unkept == Fate.RESET
         maps = maps_about(orders.maps, checkpoint, executor.kernel, site, resets=resets)
         orders = replace(orders, maps=maps)
+        peers = frozenset(checkpoint.connections.peers() | checkpoint.udp.peers())
+        moved = (t for t in orders.peer_maps if parse_peer_map(t).old.packed in peers)
+        orders = replace(orders, peer_maps=tuple(moved))
         if not orders.maps:
             say("no connection of this image is to be kept here")
             return False
@@ -79,7 +83,11 @@ def _make_move(
         wish = parse_map(text)
         maps.append(wish.to(wish.new or find_new(executor, wish.old, (site,))))
     mode, unkept = Mode(orders.mode or Mode.STATEFUL), Fate(orders.unkept or Fate.REPORT)
-    return Move(move_id, tuple(maps), (site,), mode, unkept=unkept, lost=lost)
+    return Move(
+        move_id, tuple(maps), (site,), mode, unkept=unkept, lost=lost,
+        peer_maps=tuple(map(parse_peer_map, orders.peer_maps)),
+        vias=tuple(map(parse_via, orders.vias)),
+    )  # fmt: skip
 
 
 def _prepare(

@@ -65,16 +65,29 @@ class BothEnds:
 
     def move(self) -> None:
         """Both are frozen, then both prepared, then both restored: the server first."""
-        lab, party = self.lab, self.party
+        self.freeze()
+        self.lab.prepare()
+        self.prepare()
+        self.lab.restore()
+        self.restore()
+
+    def freeze(self) -> None:
+        """Both processes."""
+        lab = self.lab
         lab.freeze()
         with lab.report.must("the engine freezes the client"):
             into = lab.directory / "frozen-peer"
-            party.frozen = lab.engine.freeze(self.host, self.moving, into)
-        lab.prepare()
-        party.place_order(move_id="peer")
-        with lab.report.must("the translator prepares the client's destination"):
-            party.translator.prepare(party.order)
-        lab.restore()
+            self.party.frozen = lab.engine.freeze(self.host, self.moving, into)
+
+    def prepare(self) -> None:
+        """The client's destination."""
+        self.party.place_order(move_id="peer")
+        with self.lab.report.must("the translator prepares the client's destination"):
+            self.party.translator.prepare(self.party.order)
+
+    def restore(self) -> None:
+        """The client."""
+        lab, party = self.lab, self.party
         self.host = lab.topology[THIRD.role]
         with lab.report.must("the engine restores the client"):
             opening = party.translator.opening(party.order)

@@ -20,6 +20,7 @@ from natkeep.criu.environment import (
     read_orders,
 )
 from natkeep.errors import UsageError
+from natkeep.values import replace
 
 
 @pytest.fixture(autouse=True)
@@ -47,6 +48,10 @@ def stand(monkeypatch: pytest.MonkeyPatch, **values: object) -> None:
             Orders("", ("10.2.0.10=auto", "fd00::1=fd00::2"), "stateless", None),
         ),
         ({"NATKEEP_ID": "web", "NATKEEP_STATE_DIR": "/x"}, Orders("web", (), "", "/x")),
+        (
+            {"NATKEEP_MAP": "a=b", "NATKEEP_PEER_MAP": "p=q,r=s", "NATKEEP_VIA": "f,g:1-2"},
+            Orders("", ("a=b",), "", None, peer_maps=("p=q", "r=s"), vias=("f", "g:1-2")),
+        ),
     ],
 )
 def test_the_environment_orders(environment: dict[str, str], expected: Orders | None) -> None:
@@ -62,10 +67,20 @@ def test_the_environment_comes_before_the_file(monkeypatch: pytest.MonkeyPatch) 
     )
 
 
+def test_the_file_names_a_relay_and_peers_that_have_moved(monkeypatch: pytest.MonkeyPatch) -> None:
+    stand(monkeypatch, map=("a=b",), peer_map=("p=q",), via=("f",))
+    standing = Orders("", ("a=b",), "", "", standing=True, peer_maps=("p=q",), vias=("f",))
+    assert read_orders({}) == standing
+    assert read_orders({"NATKEEP_VIA": "g"}) == replace(standing, vias=("g",))
+    assert read_orders({"NATKEEP_MAP": "c=d"}) == Orders("", ("c=d",), "", None)
+
+
 @pytest.mark.parametrize(
     ("environment", "said"),
     [
         ({"NATKEEP_ID": "web", "NATKEEP_MAP": "10.2.0.10=auto"}, "NATKEEP_ID and NATKEEP_MAP"),
+        ({"NATKEEP_ID": "web", "NATKEEP_VIA": "10.2.0.11"}, "NATKEEP_VIA is for NATKEEP_MAP"),
+        ({"NATKEEP_ID": "web", "NATKEEP_PEER_MAP": "p=q"}, "NATKEEP_PEER_MAP is for NATKEEP_MAP"),
         ({"NATKEEP_ID": "web", "NATKEEP_MODE": "magic"}, "NATKEEP_MODE: 'magic' is none of"),
     ],
 )

@@ -195,6 +195,19 @@ def test_of_standing_maps_only_those_of_the_image_are_looked_at_closely(
     assert [str(map_) for map_ in journal.move.maps] == [f"{OLD}={NEW}"]
 
 
+@pytest.mark.root
+def test_a_standing_order_tells_of_a_relay_and_of_peers_that_this_image_has(
+    criu: Criu, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("NATKEEP_MAP")
+    order = f'map = ["{OLD}={NEW}"]\nvia = ["10.2.0.11"]\npeer_map = ["10.9.9.9=10.9.9.8"]'
+    (tmp_path / "natkeep.toml").write_text(f"[hook]\n{order}\n")
+    assert criu.call("post-restore") == 0
+    journal = StateDirectory(create=False).load(criu.id)
+    assert [str(via) for via in journal.move.vias] == ["10.2.0.11:10000-32767"]
+    assert journal.move.peer_maps == ()
+
+
 def test_a_hook_that_takes_too_long_is_undone_and_ends_the_restore(
     criu: Criu, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
