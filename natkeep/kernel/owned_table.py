@@ -30,6 +30,7 @@ from natkeep.kernel.netlink import NETLINK_NETFILTER, Netlink
 from natkeep.kernel.netns import Namespace, inside
 from natkeep.kernel.nft_messages import Message, pack_batch, pack_fill, pack_objects
 from natkeep.plan.filters import owned_sets, owned_table, owned_table_name
+from natkeep.plan.listeners import Reception
 from natkeep.plan.step_undo import RemoveOwnedTable
 from natkeep.plan.steps import GuardSite, Prior
 from natkeep.plan.translation import Translation
@@ -52,7 +53,7 @@ class OwnedTableDriver(Driver[GuardSite]):
         if not at.directory:
             raise KernelError("a guard needs a state directory")
         try:
-            start(at, step.move_id, step.translations)
+            start(at, step.move_id, step.translations, step.servers)
         except OSError as error:
             raise KernelError(
                 f"the kernel makes no guard: {error.strerror}",
@@ -66,8 +67,13 @@ class OwnedTableDriver(Driver[GuardSite]):
             end(at.directory, undo.move_id, at.namespace)
 
 
-def start(place: Place, move_id: str, translations: Iterable[Translation]) -> int:
-    """Guard *translations*, those of one site, at *place*; the guardian's pid.
+def start(
+    place: Place,
+    move_id: str,
+    translations: Iterable[Translation],
+    servers: Iterable[Reception] = (),
+) -> int:
+    """Guard *translations*, and *servers*, those of one site, at *place*; the guardian's pid.
 
     One of the same move there is ended first. OSError where the kernel says no, or KernelError;
     then there is neither table nor process.
@@ -84,7 +90,7 @@ def start(place: Place, move_id: str, translations: Iterable[Translation]) -> in
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             with inside(place.namespace):
                 netlink = stack.enter_context(Netlink(NETLINK_NETFILTER))
-            batch = _pack_table(move_id, translations)
+            batch = _pack_table(move_id, translations, servers)
             netlink.send_transaction(pack_batch(batch), len(batch))
             pid = spawn("owned_tabled.py", name, place, [home, lock, netlink.fileno()])
             # It writes the same, but a loaded machine may take seconds to start its interpreter.
@@ -95,7 +101,9 @@ def start(place: Place, move_id: str, translations: Iterable[Translation]) -> in
             raise
 
 
-def _pack_table(move_id: str, translations: Iterable[Translation]) -> list[Message]:
+def _pack_table(
+    move_id: str, translations: Iterable[Translation], servers: Iterable[Reception]
+) -> list[Message]:
     """All of the guard's table, as one transaction."""
     translations, table = tuple(translations), owned_table_name(move_id)
     fills = (
@@ -104,7 +112,7 @@ def _pack_table(move_id: str, translations: Iterable[Translation]) -> list[Messa
         for name, connections in owned_sets(translation).items()
         for message in pack_fill(table, name, connections)
     )
-    return [*pack_objects(owned_table(move_id, translations)), *fills]
+    return [*pack_objects(owned_table(move_id, translations, servers)), *fills]
 
 
 def is_guarded(directory: str, move_id: str, namespace: Namespace) -> bool:

@@ -9,7 +9,7 @@ Of all connections some are followed: of each peer and each local port one, 32 a
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import closing
 from typing import NamedTuple
 
@@ -27,7 +27,7 @@ from natkeep.plan.other_rules import (
     follow,
     without_lock,
 )
-from natkeep.plan.packet import ANY, ESTABLISHED, INVALID, Effect, Packet
+from natkeep.plan.packet import ANY, ESTABLISHED, INVALID, NEW, Effect, Packet
 from natkeep.plan.protocols import Protocol
 from natkeep.plan.translation import Translation
 from natkeep.plan.tuples import Address, Connections, Endpoint, FourTuple
@@ -138,7 +138,10 @@ def _follow_one(
     proxies = ruleset.has("synproxy") and translation.protocol.has_states
     protocol = translation.protocol
     for views in sample_views(translation):
-        for way in _find_ways(links, translation, views, entrances):
+        ways = _find_ways(links, translation, views, entrances)
+        if not protocol.has_states:
+            yield from _find_deaf(ruleset, ways, protocol)
+        for way in ways:
             for effect, tuple_ in _follow_way(ruleset, way, ESTABLISHED, protocol):
                 if effect.does == "synproxy":
                     effect = effect._replace(does="synproxy dropped")
@@ -147,6 +150,18 @@ def _follow_one(
             for effect, tuple_ in _follow_way(ruleset, way, INVALID, protocol) if proxies else ():
                 if effect.does == "synproxy":
                     yield effect, tuple_
+
+
+def _find_deaf(
+    ruleset: Ruleset, ways: Iterable[_Way], protocol: Protocol
+) -> Iterator[tuple[Effect, FourTuple]]:
+    """Where no datagram that begins a flow is let through: none of these has an entry any more."""
+    firsts = []
+    for way in ways:
+        effects = _follow_way(ruleset, way, NEW, protocol)
+        firsts.append([one for one in effects if one[0].does == "drop" and one[0].sure])
+    if all(firsts):
+        yield from (some[0] for some in firsts[:1])
 
 
 _Device = tuple[int, str]

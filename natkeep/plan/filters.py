@@ -41,6 +41,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 
+from natkeep.plan import servers
 from natkeep.plan.arp import silence
 from natkeep.plan.base_chains import (
     EARLY,
@@ -69,6 +70,7 @@ from natkeep.plan.base_chains import (
     spoken_set,
 )
 from natkeep.plan.kept_sets import more_of, outer_name, sets_of
+from natkeep.plan.listeners import Reception
 from natkeep.plan.move import Mode
 from natkeep.plan.nft import (
     ACCEPT,
@@ -316,7 +318,9 @@ def owned_sets(translation: Translation) -> dict[str, Connections]:
     return {f"outer-{number}": translation.outer, f"inner-{number}": translation.inner}
 
 
-def owned_table(move_id: str, translations: Iterable[Translation]) -> tuple[Object, ...]:
+def owned_table(
+    move_id: str, translations: Iterable[Translation], receptions: Iterable[Reception] = ()
+) -> tuple[Object, ...]:
     """The whole table, its sets empty; it lives as long as the socket that makes it."""
     translations, table = tuple(translations), owned_table_name(move_id)
     objects: list[Object] = [Table(name=table, owner=True)]
@@ -327,6 +331,9 @@ def owned_table(move_id: str, translations: Iterable[Translation]) -> tuple[Obje
     for one in translations:
         for chain, statements in _untranslated(one):
             objects.append(Rule(chain, (*statements, DROP), move_id, table=table))
+    for reception in receptions:
+        for chain, asked in servers.find_untranslated(reception):
+            objects.append(Rule(chain, (*asked, DROP), move_id, table=table))
     return tuple(objects)
 
 

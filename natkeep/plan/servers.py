@@ -73,6 +73,24 @@ def _stop(move_id: str, one: Reception) -> Iterator[Placed]:
         yield "new", one.after, (_from(move_id, one, one.after), DROP)
 
 
+def find_untranslated(one: Reception) -> Iterator[tuple[str, tuple[Statement, ...]]]:
+    """What is not translated where everything should be, and in which chain of the owned table.
+
+    A rule for each port: their set is in the other table.
+    """
+    ip, row = IP[one.before.version], one.site.row
+    to_wire = (TO_WIRE,) if row.puts_old else ()
+    for port in one.ports_at(one.before):
+        to_port = Match((UDP.dport,), port)
+        arrived = Match((f"{ip} daddr",), one.before), to_port
+        yield from (
+            (("leaving", arrived),) if row.own else (("arriving", arrived), ("passing", arrived))
+        )
+    for port in one.ports_at(one.after):
+        back = Match((f"{ip} saddr",), one.after), Match((UDP.sport,), port)
+        yield ("arriving", back) if row.own else ("leaving", (*to_wire, *back))
+
+
 def _to(move_id: str, one: Reception, address: Address) -> Match:
     return port_at(move_id, one, address, UDP.dport)
 

@@ -6,16 +6,14 @@ This file must never do a step.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 from natkeep.plan import filters, kept_sets
-from natkeep.plan.ip_rules import IpRule, stay
 from natkeep.plan.listeners import Reception, make_receptions, refuse_one_end_for_two
 from natkeep.plan.move import Mode, Move, Site
 from natkeep.plan.protocols import TCP, UDP, Protocol
 from natkeep.plan.relay import Setting
 from natkeep.plan.resets import Reset, make_resets
 from natkeep.plan.roles import Role
+from natkeep.plan.staying import find_staying
 from natkeep.plan.steps import (
     AddAddress,
     AddRoute,
@@ -51,7 +49,7 @@ from natkeep.plan.translation import (
     find_inner_datagrams,
     make_translations,
 )
-from natkeep.plan.tuples import NO_CONNECTIONS, Address, Connections, Endpoint, FourTuple
+from natkeep.plan.tuples import NO_CONNECTIONS, Address, Connections
 from natkeep.values import replace
 
 
@@ -187,15 +185,13 @@ def _steps_at(
     # can be. Before it has its set, nothing translates either.
     late = move.holds and site.row.passes_on and not site.row.relays
     steps += [] if late else fills
-    steps += [GuardSite(site, move.id, here)] if move.guard and here else []
+    steps += _guard(site, move, here, receptions)
     # Before the address too: CRIU's restore may send for these, and must not be answered yet.
     steps += _install_resets(site, move, lost, home)
     if site.row.puts_old:
         others = _find_olds(move, here, receptions, lost, inner, surroundings.joined)
         arounds = [surroundings, *([] if change is None else [change.surroundings])]
-        told = _of_this_host(_of(TCP, here), lost, inner, arounds)
-        own = stay(told, _calls(TCP, receptions), home)
-        own += _stay_datagrams(move, here, receptions, arounds, home)
+        own = find_staying(move, here, receptions, lost, inner, arounds)
         rules = AddRules(site, (), own, forwards)
         steps += _put_old(move, here, receptions, others, rules, home)
     steps += _add_routes(site, here, receptions) if site.row.own else []
@@ -210,6 +206,17 @@ def _steps_at(
         steps.append(ForgetCalls(site, receptions))
     steps += fills if late else []
     return steps + _replace_entries(site, move, here, surroundings, change)
+
+
+def _guard(
+    site: Site,
+    move: Move,
+    here: tuple[Translation, ...],
+    receptions: tuple[Reception, ...],
+) -> list[Step]:
+    servers = tuple(one for one in receptions if one.protocol == UDP)
+    guarded = move.guard and (here or servers)
+    return [GuardSite(site, move.id, here, servers)] if guarded else []
 
 
 def _find_olds(
@@ -280,50 +287,8 @@ def _put_old(
     return steps + [AddAddress(site, old, new_of.get(old)) for old in olds]
 
 
-def _stay_datagrams(
-    move: Move,
-    here: tuple[Translation, ...],
-    receptions: tuple[Reception, ...],
-    arounds: list[Surroundings],
-    home: frozenset[Address],
-) -> tuple[IpRule, ...]:
-    """What of UDP stays on this host."""
-    told = _of_this_host(
-        _of(UDP, here), (), find_inner_datagrams(move), [one.of_udp() for one in arounds]
-    )
-    return stay(told, _calls(UDP, receptions), home, UDP)
-
-
 def _of(protocol: Protocol, here: tuple[Translation, ...]) -> tuple[Translation, ...]:
     return tuple(one for one in here if one.protocol == protocol)
-
-
-def _calls(protocol: Protocol, receptions: tuple[Reception, ...]) -> Iterator[Endpoint]:
-    """Where listeners are called."""
-    some = (one for one in receptions if one.protocol == protocol)
-    return (Endpoint(one.map.old, port) for one in some for port in one.ports)
-
-
-def _of_this_host(
-    here: tuple[Translation, ...],
-    lost: tuple[Reset, ...],
-    inner: Connections,
-    arounds: list[Surroundings],
-) -> Iterator[FourTuple]:
-    """What is said on this host to an OLD of its: a kept connection's peer is here as well.
-
-    Where the peer was moved here by a move of its own, also what is said to it. And a reset of
-    what cannot be kept, which is made here and goes by lo.
-    """
-    for reset in lost:
-        yield from reset.connections
-    local = {address.packed for around in arounds for address in around.local}
-    for translation in here:
-        if local & translation.kept.peers():
-            yield from (one for one in translation.kept if one.source.address.packed in local)
-    for some in (inner, *(around.joined for around in arounds)):
-        for one in some:
-            yield from (one, one.reply())
 
 
 def _replace_entries(

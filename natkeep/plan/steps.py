@@ -438,6 +438,7 @@ class GuardSite:
     site: Site
     move_id: str
     translations: tuple[Translation, ...]
+    servers: tuple[Reception, ...] = ()
 
     def describe(self) -> tuple[str, ...]:
         """One comment: a table that lives by a process (kernel/owned_tabled.py) is no command."""

@@ -14,7 +14,9 @@ from two_hosts import look
 from natkeep.errors import RefusedError
 from natkeep.kernel.linux import LinuxKernel
 from natkeep.lifecycle.executor import Executor
+from natkeep.lifecycle.other_rules import look_at_other_rules
 from natkeep.lifecycle.relay import refuse_relays
+from natkeep.lifecycle.subject import Subject
 from natkeep.plan.drift import find_drift
 from natkeep.plan.maps import Map
 from natkeep.plan.move import Move, Site
@@ -24,12 +26,14 @@ from natkeep.plan.steps import Plan, PurgeEntries
 from natkeep.plan.translation import NOTHING_SPECIAL, Surroundings
 from natkeep.plan.tuples import NO_CONNECTIONS, Endpoint
 from natkeep.plan.via import Via
+from natkeep.values import replace
 
 pytestmark = pytest.mark.root
 __all__ = ["make_net"]
 
 FROM = {4: ip_address("10.2.0.11"), 6: ip_address("fd00:2::11")}
 ELSEWHERE = {4: ip_address("10.2.0.12"), 6: ip_address("fd00:2::12")}
+_INSERT = "insert rule inet fw pass"
 EACH_PURGE = pytest.mark.parametrize("purges", [False, True], ids=["stale", "purged"])
 
 
@@ -174,18 +178,22 @@ def test_a_relays_port_that_is_in_use_is_found(make_net: Callable[[int], Net]) -
         refuse_relays(executor, plan)
 
 
+@pytest.mark.parametrize("server", [False, True], ids=["connected", "server"])
 def test_behind_a_flush_of_the_ruleset_a_guard_keeps_the_host_quiet(
-    make_net: Callable[[int], Net], tmp_path: Path
+    make_net: Callable[[int], Net], tmp_path: Path, server: bool
 ) -> None:
     net = make_net(4)
     net.kernel = LinuxKernel(str(tmp_path))
-    plan = make_plan(net.move(guard=True), NO_CONNECTIONS)
+    move = net.move(guard=True)
+    if server:
+        move = replace(move, udp=NO_CONNECTIONS, udp_servers=(Endpoint(OLD[4], PORT),))
+    plan = make_plan(move, NO_CONNECTIONS)
     net.kernel.open_sites(plan.move.sites)
     net.stack.callback(net.kernel.close_sites, plan.move.sites)
     done = net.apply(plan.steps)
     try:
         peer = net.socket("peer", net.peer_end, net.old_end)
-        process = net.socket("destination", net.old_end, net.peer_end)
+        process = net.socket("destination", net.old_end, None if server else net.peer_end)
         assert answered(peer, process, 2) == 2
         net.run(net.names["destination"], "nft", "flush ruleset")
         net.run(net.names["destination"], "conntrack", "-F")
@@ -196,3 +204,19 @@ def test_behind_a_flush_of_the_ruleset_a_guard_keeps_the_host_quiet(
     finally:
         net.undo(done)
     assert "natkeep" not in net.run(net.names["destination"], "nft", "list", "tables")
+
+
+def test_a_firewall_that_lets_no_new_flow_through_is_found(make_net: Callable[[int], Net]) -> None:
+    net = make_net(4)
+    plan = make_plan(net.move(), NO_CONNECTIONS)
+    chain = "add chain inet fw pass { type filter hook forward priority 0; policy drop; }"
+    net.run(net.names["gateway"], "nft", f"{chain}; {_INSERT} ct state established accept")
+
+    def codes() -> set[str]:
+        subject = Subject(net.kernel, plan.move.sites, plan)
+        return {finding.code for finding in look_at_other_rules(subject)} - {""}
+
+    net.run(net.names["gateway"], "nft", f"{_INSERT} tcp dport {PORT} accept")
+    assert codes() == {"dropped"}
+    net.run(net.names["gateway"], "nft", f"{_INSERT} udp sport {PORT} accept")
+    assert codes() == set()

@@ -311,6 +311,22 @@ def test_an_answer_comes_from_the_address_that_was_spoken_to_and_old_is_on_no_wi
     assert "counter packets 0 " in net.run(net.names["gateway"], "nft", "list", "ruleset")
 
 
+def test_what_a_server_needs_is_put_back(make_net: Callable[[int], Net]) -> None:
+    net = make_net(4)
+    plan, peer, server = serve(net)
+    site = plan.move.sites[0]
+    for what in ("flush chain inet natkeep in-at-10.2.0.10", "flush set inet natkeep listen-udp-1"):
+        net.run(net.names["gateway"], "nft", what)
+    assert len(find_drift(plan, site, net.kernel.observe(site, plan), opened=True)) == 2
+
+    seen = net.kernel.observe(site, plan)
+    for _, patch in find_patches(plan, site, seen, Life(False), opened=True):
+        net.kernel.mend(patch, lambda prior: None)
+    assert find_drift(plan, site, net.kernel.observe(site, plan), opened=True) == ()
+    net.run(net.names["gateway"], "conntrack", "-F")
+    assert answered(peer, server, 2) == 2
+
+
 def test_a_local_peer_of_the_destination_is_heard(make_net: Callable[[int], Net]) -> None:
     net = make_net(4)
     _, peer, server = serve(net)
