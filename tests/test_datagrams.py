@@ -32,6 +32,7 @@ from natkeep.lifecycle.executor import Executor
 from natkeep.lifecycle.open import open_move
 from natkeep.lifecycle.prepare import prepare
 from natkeep.lifecycle.status import read_status
+from natkeep.migrate.back import count_live
 from natkeep.plan.move import Map, Move, Site
 from natkeep.plan.observation import Gate
 from natkeep.plan.plan_text import describe_count
@@ -221,6 +222,15 @@ def test_of_an_image_what_is_left_is_named(natkeep: Natkeep) -> None:
         write_listing(NO_CONNECTIONS, checkpoint.udp, checkpoint.udp_servers), "list"
     )
     assert (again.udp, again.udp_servers) == (checkpoint.udp, checkpoint.udp_servers)
+
+
+def test_a_migration_is_finished_once_udp_is_silent() -> None:
+    rows = [{"state": state} for state in ("ended", "silent", "live", None)]
+    servers = {"10.2.0.10:53": "silent", "10.2.0.10:54": "live"}
+
+    assert count_live({"connections": rows}) == 2
+    assert count_live({"connections": rows[:2], "udp_states": servers}) == 1
+    assert count_live({"connections": rows[:2]}) == 0
 
 
 # ---- a socket that CRIU could not bind ----------------------------------------------------------

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import time
 from enum import Enum
+from typing import Any
 
 from natkeep.errors import NatkeepError, UnreachableError
 from natkeep.migrate.forward import Migration, knows, quiet_source, read_move, read_start
@@ -157,7 +158,8 @@ def resume(migration: Migration) -> None:
 def finish(migration: Migration, seconds: float | None) -> int:
     """Wait for the end of the kept connections, *seconds* at most, and tear down everywhere.
 
-    How many live still, which then is all that is told: nothing is torn down.
+    UDP sockets end when they are closed, or silent. How many live still, which then is all that is
+    told: nothing is torn down.
     """
     record = migration.record
     for host in migration.hosts():
@@ -165,12 +167,12 @@ def finish(migration: Migration, seconds: float | None) -> int:
     deadline = None if seconds is None else time.monotonic() + seconds
     while True:
         move = read_move(migration.destination, record.id)
-        live = [] if move is None else [c for c in move["connections"] if c["state"] != "ended"]
+        live = 0 if move is None else count_live(move)
         if not live or (deadline is not None and time.monotonic() >= deadline):
             break
         time.sleep(1)
     if live:
-        return len(live)
+        return live
     ended = migration.destination.natkeep("status", "--json").stdout
     if record.role == GATEWAY:
         migration.gateway.natkeep("teardown", record.id, "--yes")
@@ -181,3 +183,10 @@ def finish(migration: Migration, seconds: float | None) -> int:
     _remove_images(migration)
     record.forget()
     return 0
+
+
+def count_live(move: dict[str, Any]) -> int:
+    """How many sockets of the *move* in a document of status have not ended."""
+    states = [one["state"] for one in move["connections"]]
+    states += move.get("udp_states", {}).values()
+    return sum(state not in ("ended", "silent") for state in states)
