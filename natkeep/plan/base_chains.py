@@ -72,6 +72,8 @@ EARLY = (HEARD, SPOKEN)
 MARK = "mark"
 """The dispatch of resets at a gateway, from the chain that asks whether a packet has an entry."""
 INJECTED = "injected"
+SAID = "said"
+"""The dispatch of what a destination says as NEW, which may be of a socket of UDP (servers.py)."""
 PASSING, REDIRECTING = "passing", "redirecting"
 """Base chains of a relay that natkeep has made pass packets on (relay.py)."""
 LEAVING = "leaving"
@@ -109,6 +111,8 @@ DISPATCHES = {
     SPOKEN: Dispatch("early-answers", "filter", "prerouting", "-340", "saddr"),
     "refuse": Dispatch("refusing", "filter", "prerouting", "-360", "daddr"),
     "answer": Dispatch("answering", "filter", "output", "-360", "saddr"),
+    # at a destination, in front of conntrack: UDP that the kernel has given NEW as its source
+    SAID: Dispatch("said-as-new", "filter", "output", "-300", "saddr"),
     # translation, stateful
     "in": Dispatch("inbound", "nat", "prerouting", "dstnat - 20", "daddr"),
     "out": Dispatch("outbound", "nat", "postrouting", "srcnat - 20", "saddr"),

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Iterator
 
-from natkeep.plan.base_chains import base_table, dispatch_table, translation_tables
+from natkeep.plan.base_chains import SAID, base_table, dispatch_table, translation_tables
 from natkeep.plan.move import Mode, Move, Site
 from natkeep.plan.steps import (
     FillSet,
@@ -17,6 +17,7 @@ from natkeep.plan.steps import (
     InstallReception,
     InstallResets,
     InstallTranslation,
+    Loads,
     PassKept,
     Plan,
     as_commands,
@@ -31,8 +32,7 @@ def describe_plan(plan: Plan) -> Iterator[str]:
         if isinstance(step, InstallGate):
             yield f"# {step.site}: the first move there makes the table too"
             yield from as_commands(step.site, _static_lines(step, plan.move.mode))
-        elif isinstance(step, InstallResets | PassKept):
-            why = "relay that is to forward" if isinstance(step, PassKept) else "--unkept reset"
+        elif isinstance(step, Loads) and (why := _why_more(step)):
             yield f"# {step.site}: the first move with {why} there makes these too"
             yield from as_commands(step.site, _static_lines(step))
         yield from step.describe()
@@ -41,10 +41,22 @@ def describe_plan(plan: Plan) -> Iterator[str]:
         yield from step.describe()
 
 
-def _static_lines(
-    step: InstallGate | InstallResets | PassKept, mode: Mode | None = None
-) -> list[str]:
-    """The part that all moves share: the gate's, with that of the *mode*, or that of resets."""
+def _why_more(step: Loads) -> str:
+    """Whose steps need more of the part that all moves share than the gate and the mode do."""
+    match step:
+        case InstallResets():
+            return "--unkept reset"
+        case PassKept():
+            return "relay that is to forward"
+        case InstallReception() if step.answers_as_old:
+            return "UDP for any peer"
+    return ""
+
+
+def _static_lines(step: Loads, mode: Mode | None = None) -> list[str]:
+    """The part that all moves share: the gate's, with that of the *mode*, or what is its alone."""
+    if isinstance(step, InstallReception):
+        return [str(one) for one in dispatch_table(SAID)]
     base, *more = step.static()
     if isinstance(step, InstallGate) and mode is not None and not step.site.row.mutes:
         peers = any(one.turns_peers for one in step.translations)
@@ -61,7 +73,7 @@ def render_nft(plan: Plan) -> Iterator[tuple[Site, tuple[str, ...]]]:
                 continue
             if isinstance(step, InstallGate):
                 lines += _static_lines(step, plan.move.mode)
-            elif isinstance(step, InstallResets | PassKept):
+            elif isinstance(step, Loads) and _why_more(step):
                 lines += _static_lines(step)
             elif isinstance(step, HoldListeners) and not lines:
                 lines += map(str, (*base_table(), *dispatch_table("mute")))

@@ -3,10 +3,13 @@
     prerouting -350  gate      … to the port ─► callers-ID: drop, until the move is opened
     inbound BEFORE ─► AFTER, outbound the reverse, of first packets of a flow, whoever says them
     the same in the invalid chains, of what has no entry
+    output -300  said-as-new   at the destination, what comes from NEW's port: from OLD
 
 - UDP has no SYN: all of the port is held back, at the source in both directions.
 - All peers go by the same rules, new ones too; either side may speak first. A reply has the entry
   of what it answers, so it comes from the address that was spoken to.
+- A socket at the wildcard address names no source, and the kernel takes the route's, which is NEW:
+  to conntrack that is another flow, whose tuple is taken, so it would give it another port.
 - These rules stand behind those of exact tuples, which may know a peer by another address.
 - What the old host still says, and what no rule has translated, goes no further.
 - Which entries there are of the port is not asked: all go once the rules stand.
@@ -18,7 +21,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 
-from natkeep.plan.base_chains import DIRECTIONS, FROM_WIRE, TO_WIRE, address_chain, dispatch_to
+from natkeep.plan.base_chains import (
+    DIRECTIONS,
+    FROM_WIRE,
+    SAID,
+    TO_WIRE,
+    address_chain,
+    dispatch_to,
+)
 from natkeep.plan.listeners import Reception, comment, port_at
 from natkeep.plan.move import Mode
 from natkeep.plan.nft import ACCEPT, DROP, IP, Match, Nat, Object, Rule, Statement, Write
@@ -56,6 +66,8 @@ def _nat(move_id: str, one: Reception) -> Iterator[Placed]:
     outward: tuple[Statement, ...] = (Write(f"{ip} saddr", before),)
     if isinstance(inner, int) and isinstance(outer, int):
         inward, outward = (*inward, Write(UDP.dport, inner)), (*outward, Write(UDP.sport, outer))
+    if by_wire:  # the process' own ports, which a map may change on the wire
+        yield SAID, before, (_from(move_id, one, after), Write(f"{ip} saddr", after))
     yield "invalid-in", before, (*there, *inward, ACCEPT)
     yield "invalid-out", after, (*back, *outward, ACCEPT)
 

@@ -309,7 +309,13 @@ class InstallReception(Loads):
                 parts += base_chains.translation_tables(self.site.row, one.mode)
             else:
                 parts.append(base_chains.mode_table(one.mode))
+        parts += [base_chains.dispatch_table(base_chains.SAID)] if self.answers_as_old else []
         return tuple(dict.fromkeys(parts))
+
+    @property
+    def answers_as_old(self) -> bool:
+        """Whether what comes from NEW here is made to come from OLD (servers.py)."""
+        return self.site.row.puts_old and any(one.protocol == UDP for one in self.receptions)
 
 
 @dataclass(frozen=True, slots=True)

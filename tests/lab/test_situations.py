@@ -87,6 +87,7 @@ KEPT = [
     ("the peers' own host has no route to OLD", 4, "stateful"),
     ("the peers' own host, path MTU drops", 6, "stateful"),
     ("UDP, a server's socket", 6, "stateful"),
+    ("UDP, a socket of all addresses", 6, "stateful"),
     ("UDP, connected sockets", 4, "stateful"),
     ("UDP, the process is the client", 6, "stateful"),
     ("UDP, peers speak during the blackout", 4, "stateful"),

@@ -18,6 +18,7 @@ from natkeep.lab.relay import FLAT, ByRelay
 from natkeep.lab.situations import Moves, situation
 from natkeep.lab.situations.roles import begin_dialled
 from natkeep.lab.situations.two_ends import Mover
+from natkeep.lab.traffic_words import PORT
 from natkeep.lab.udp import Datagrams
 
 BIG = 6000
@@ -41,6 +42,18 @@ def server(lab: Lab) -> None:
     _both_speak(lab)
     newcomer = lab.new_connections.dial(lab.old)
     lab.new_connections.are_accepted(newcomer)
+    lab.finish()
+
+
+@udp("a socket of all addresses")
+def wildcard(lab: Lab) -> None:
+    """What it says comes from the address that the kernel chooses: from NEW at the destination."""
+    lab.conditions.gateway_tracks()
+    every = "0.0.0.0" if lab.family == 4 else "[::]"
+    lab.begin(connections=COUNT, listen=f"{every}:{PORT}", pause=True)
+    lab.move()
+    lab.traffic.client_says()  # or conntrack's entry would be one from NEW
+    _both_speak(lab)
     lab.finish()
 
 
