@@ -1,6 +1,7 @@
 """The source's part at `post-dump`: our gate instead of CRIU's lock, before the tasks are killed.
 
     NATKEEP_SOURCE=OLD[=NEW][,…]     what leaves, OLD or OLD:PORT; NEW where it is known already
+    NATKEEP_VIA=FROM[:LOW-HIGH][,…]  as --via: the source goes on as a relay, and is prepared as one
     NATKEEP_ID=ID                    the move's id here, that of a quiesce too; else criu-PID-START
 
 At `post-dump` the images are complete and the tasks are frozen, with all their sockets. A failure
@@ -25,8 +26,10 @@ from natkeep.lifecycle.executor import Executor
 from natkeep.lifecycle.prepare import prepare
 from natkeep.plan.maps import Map, parse_map
 from natkeep.plan.move import Datagrams, Move, Site
+from natkeep.plan.plan_text import kept_servers
 from natkeep.plan.roles import Role
 from natkeep.plan.tuples import Endpoint, address_of, parse_local
+from natkeep.plan.via import Via, parse_via
 
 _UNKNOWN = {4: ip_network("192.0.2.0/24"), 6: ip_network("2001:db8::/32")}
 """Documentation's own addresses stand for a NEW that is not known yet: none is translated here."""
@@ -39,18 +42,19 @@ def serve_post_dump(environment: Mapping[str, str], executor: Executor) -> str:
     checkpoint = read_checkpoint(call.demand_images())
     if read_datagrams(environment) == Datagrams.LEAVE:
         checkpoint = checkpoint.without_udp()
-    maps = read_maps(environment["NATKEEP_SOURCE"])
+    maps, vias = read_maps(environment["NATKEEP_SOURCE"]), read_vias(environment)
     olds = [*dict.fromkeys(map_.old for map_ in maps)]
     move = Move(
         environment.get("NATKEEP_ID") or own_id(call.criu),
         maps,
-        (_source_site(call, executor.kernel),),
+        (_source_site(call, executor.kernel, Role.RELAY if vias else Role.SOURCE),),
+        vias=vias,
         lock=checkpoint.lock,
         udp=checkpoint.udp_at(olds),
         udp_servers=checkpoint.udp_servers_at(olds),
     )
     count = sum(map(len, move.share(checkpoint.connections)))
-    count += sum(map(len, move.share(move.udp))) + len(move.udp_servers)
+    count += sum(map(len, move.share(move.udp))) + len(kept_servers(move))
     if not count:
         return "no connection of this dump leaves"
     policy.authorise(move, count)
@@ -79,9 +83,17 @@ def read_maps(text: str) -> tuple[Map, ...]:
     return tuple(maps)
 
 
-def _source_site(call: Call, kernel: Kernel) -> Site:
+def read_vias(environment: Mapping[str, str]) -> tuple[Via, ...]:
+    """What NATKEEP_VIA says; UsageError where NATKEEP_SOURCE does not say where a relay leads."""
+    text = environment.get("NATKEEP_VIA", "")
+    if text and any("=" not in part for part in environment["NATKEEP_SOURCE"].split(",")):
+        raise UsageError("NATKEEP_VIA: a relay has to know NEW", hint="NATKEEP_SOURCE=OLD=NEW")
+    return tuple(parse_via(part) for part in text.split(",")) if text else ()
+
+
+def _source_site(call: Call, kernel: Kernel, role: Role) -> Site:
     """Where the dumped tree is; ours if it is the same, since the tree's pids are about to end."""
-    here, there = Site(Role.SOURCE), Site(Role.SOURCE, f"pid:{call.tree}")
+    here, there = Site(role), Site(role, f"pid:{call.tree}")
     if call.tree is None:
         return here
     kernel.open_sites((here, there))

@@ -53,7 +53,7 @@ def check(
         surroundings = surroundings.carry_on(earlier.surroundings_there(), connections)
     plan = make_plan(move, connections, surroundings)
     refuse_conflicts(executor, plan, replaces)
-    refuse_relays(executor, plan)
+    refuse_relays(executor, plan, frozen=frozen)
     if not frozen:
         _refuse_living(executor, plan)
     for step in plan.steps:

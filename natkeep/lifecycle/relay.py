@@ -16,6 +16,7 @@ from natkeep.plan.relay import refuse_relay
 from natkeep.plan.steps import Plan
 from natkeep.plan.via import Via
 from natkeep.state.journal import Journal
+from natkeep.values import replace
 
 
 def find_vias(executor: Executor, sites: Sequence[Site], maps: Sequence[Map]) -> tuple[Via, ...]:
@@ -38,15 +39,15 @@ def find_vias(executor: Executor, sites: Sequence[Site], maps: Sequence[Map]) ->
     return tuple(found)
 
 
-def refuse_relays(executor: Executor, plan: Plan) -> None:
-    """RefusedError where a relay of *plan* could not be one."""
+def refuse_relays(executor: Executor, plan: Plan, *, frozen: bool = False) -> None:
+    """RefusedError where a relay of *plan* could not be one; frozen: as `prepare` has it."""
     move = plan.move
     for one in plan.translations:
         if one.site.row.relays:
             version = one.map.new.version
             sources = tuple(via.source for via in move.vias if via.source.version == version)
             facts = executor.kernel.ask(one.site, relay_host.survey_relay, one, sources)
-            refuse_relay(one, move.vias, facts)
+            refuse_relay(one, move.vias, replace(facts, living=0) if frozen else facts)
 
 
 def refuse_stacked(executor: Executor, move: Move, earlier: Journal) -> None:

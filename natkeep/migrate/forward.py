@@ -10,7 +10,7 @@
 
 CRIU locks no UDP: of a process that has such sockets the source's gate stands before its tasks end,
 by natkeep-hook at post-dump. By a relay the destination is prepared after the dump, and the source
-as the relay, whose gate takes the place of CRIU's lock.
+as the relay, whose gate takes the place of CRIU's lock: with UDP by that hook, too.
 
 Rule: nothing is asked of two hosts at once that the order has one after the other.
 """
@@ -128,8 +128,7 @@ class Migration:
         self._refuse_pid_in_use()
 
     def _refuse_pid_in_use(self) -> None:
-        there = self.destination.run("test", "-e", f"/proc/{self.record.pid}", ok=None)
-        if not there.exit:
+        if not self.destination.run("test", "-e", f"/proc/{self.record.pid}", ok=None).exit:
             raise RefusedError(f"{self.destination} has a process {self.record.pid} already")
 
     def _make_directory(self, host: Host) -> None:
@@ -187,9 +186,10 @@ class Migration:
         if record.pre_dumps:
             options += ["--prev-images-dir", f"../pre-{record.pre_dumps}", "--track-mem"]
         environment = {}
-        if record.role == GATEWAY and self._has_udp():
+        if self._has_udp():
             options += ["--action-script", self.source.hook]
             environment = {"NATKEEP_ID": record.id, "NATKEEP_SOURCE": ",".join(record.maps)}
+            environment["NATKEEP_VIA"] = ",".join(record.vias)
         if not record.shared:
             self.copying = _Copy(self, "dump")  # started here, so that no start is waited for
         self.frozen = time.monotonic()
@@ -230,10 +230,10 @@ class Migration:
         image = self.source.natkeep("inspect", self.dumped, *_maps(words), "--json").stdout
         if record.role == RELAY:
             self._prepare_from(image, self.destination, "destination")
-            if self._lacks(self.source):
-                self.source.natkeep(
-                    "prepare", record.id, *words, "--image", self.dumped, "--site", "relay"
-                )
+            by_hook = self.fresh and self._has_udp() and knows(self.source, record.id)
+            if self._lacks(self.source) and not by_hook:
+                words += ["--image", self.dumped, "--site", "relay"]
+                self.source.natkeep("prepare", record.id, *words)
             self.source.natkeep("open", record.id)
             self.say("prepare", f"{self.source} passes on, {self.destination} holds what peers say")
             return
@@ -281,8 +281,7 @@ class Migration:
         return round((self.running - self.frozen) * 1000) if self.frozen else None
 
     def _source(self) -> None:
-        record = self.record
-        if record.role == GATEWAY:
+        if self.record.role == GATEWAY:
             quiet_source(self)
             self.say("source", f"{self.source} is quiet, CRIU's lock is gone")
 
@@ -293,8 +292,9 @@ class Migration:
             move = read_move(self.destination, self.record.id)
             if move is None:
                 raise HostError(f"{self.destination} does not know {self.record.id} any more")
-            live = [one for one in move["connections"] if one.get("state") != "ended"]
-            self.answered, self.count = move["answered"], len(live)
+            rows = [(one.get("proto"), one["state"]) for one in move["connections"]]
+            self.count = sum(state not in ("ended", "silent") for _, state in rows)
+            self.answered = (move["answered"] or 0) + rows.count(("udp", "live"))
             if (self.answered or 0) >= self.count or time.monotonic() > deadline:
                 break
             time.sleep(0.2)

@@ -303,8 +303,8 @@ CATALOGUE = {
         Severity.WARN,
         "CRIU locks TCP alone. Once it has killed the process, the host that was left answers "
         "datagrams with port unreachable, which connected peers see as ECONNREFUSED.",
-        "Have natkeep-hook prepare the source at post-dump (NATKEEP_SOURCE), while the sockets "
-        "are still there.",
+        "Have natkeep-hook prepare the source (NATKEEP_SOURCE), or relay (NATKEEP_VIA as well), at "
+        "post-dump, while the sockets are still there.",
     ),
     "peer-beside-old": Explanation(
         Severity.STOP,

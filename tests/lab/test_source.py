@@ -12,8 +12,9 @@ import pytest
 
 from natkeep.lab.capture import RST
 from natkeep.lab.criu_restore import Machine
-from natkeep.lab.engine import EngineError
+from natkeep.lab.engine import EngineError, Frozen
 from natkeep.lab.lab import Lab
+from natkeep.lab.relay import FLAT, ByRelay
 from natkeep.lab.scenario import find_scenario, run
 from natkeep.state.directory import StateDirectory
 
@@ -272,3 +273,29 @@ def test_without_the_hook_peers_are_told_that_a_port_is_unreachable(udp_lab: Lab
     udp_lab.engine.run(source, images, "dump", "--tree", str(udp_lab.traffic.server.pid))
 
     assert unreachable(udp_lab) != []
+
+
+@pytest.mark.parametrize("family", [4, 6])
+def test_a_relay_stands_before_the_sockets_are_gone_and_passes_on(family: int) -> None:
+    with Lab("source", engine="criu", family=family, points=POINTS, udp=True, **FLAT) as lab:
+        by = ByRelay(lab)
+        by.begin(connections=2)
+        lab.traffic.connect()
+        source, destination = Machine(lab, "source"), Machine(lab, "destination")
+
+        images = dump_with_hook(
+            lab, source, "--network-lock", "nftables", NATKEEP_SOURCE=f"{lab.old}={lab.new}",
+            NATKEEP_VIA=str(by.source), NATKEEP_ID="web",
+        )  # fmt: skip
+        lab.traffic.client.do({"push": 64})
+        options = ("--image", str(images), "--via", str(by.source))
+        destination.prepare("web", *options)
+        source.natkeep("open", "web")
+        lab.engine.restore(
+            destination.host, lab.traffic.server, Frozen(images, options), destination.hook("web")
+        )
+
+        assert unreachable(lab) == []
+        lab.traffic.talk()
+        lab.traffic.talk_on()
+        assert [str(each) for each in lab.report.assertions if not each.ok] == []
