@@ -11,14 +11,18 @@ At the end the run fails if it left a namespace or an nft table in the host behi
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib.util
 import json
 import os
+import re
 import secrets
 import shutil
+import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -256,3 +260,21 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
     if left:
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
         session.shouldfail = f"left behind in the host: {', '.join(sorted(left))}"
+
+
+@pytest.fixture
+def system_log(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], list[str]]]:
+    """A /dev/log of our own, and what it was sent since it was last asked."""
+    with tempfile.TemporaryDirectory() as short, socket.socket(socket.AF_UNIX, 2) as log:
+        log.bind(f"{short}/log")
+        log.setblocking(False)
+        monkeypatch.setattr("natkeep.system_log.PATH", f"{short}/log")
+
+        def read() -> list[str]:
+            lines = []
+            with contextlib.suppress(BlockingIOError):
+                while True:
+                    lines.append(re.sub(r"\[\d+\]", "[PID]", log.recv(2000).decode()))
+            return lines
+
+        yield read

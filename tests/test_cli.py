@@ -8,7 +8,6 @@ The network of the moves is two namespaces; no packet runs, only what natkeep ch
 
 from __future__ import annotations
 
-import contextlib
 import faulthandler
 import fcntl
 import functools
@@ -784,24 +783,6 @@ def test_a_move_from_prepare_to_teardown_leaves_the_sites_as_they_were(
     # and `sites` looks whether all is as before
 
 
-@pytest.fixture
-def system_log(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], list[str]]]:
-    """A /dev/log of our own, and what it was sent since it was last asked."""
-    with tempfile.TemporaryDirectory() as short, socket.socket(socket.AF_UNIX, 2) as log:
-        log.bind(f"{short}/log")
-        log.setblocking(False)
-        monkeypatch.setattr("natkeep.system_log.PATH", f"{short}/log")
-
-        def read() -> list[str]:
-            lines = []
-            with contextlib.suppress(BlockingIOError):
-                while True:
-                    lines.append(re.sub(r"\[\d+\]", "[PID]", log.recv(2000).decode()))
-            return lines
-
-        yield read
-
-
 @pytest.mark.root
 def test_each_change_is_a_line_in_the_systems_log(
     sites: Network, executor: Run, system_log: Callable[[], list[str]],
@@ -827,6 +808,18 @@ def test_each_change_is_a_line_in_the_systems_log(
     told = system_log()
     assert told[0].startswith("<27>natkeep[PID]: open web: failed: no move web in ")
     assert told[1].startswith(f"<27>natkeep[PID]: prepare far {MAP} at {where}: failed: none of ")
+
+
+def test_a_migration_is_a_line_on_its_controller(
+    system_log: Callable[[], list[str]],
+    natkeep_here: Callable[..., Said],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("SUDO_USER", "alice")
+
+    assert natkeep_here("migrate", "a:12", "b", "--map", MAP, "--ssh", "false").code == 9
+    (line,) = system_log()
+    assert line.startswith(f"<27>natkeep[PID]: migrate m12 {MAP} a:12 to b: failed: ")
 
 
 def test_a_log_that_is_not_there_or_hangs_is_no_obstacle(

@@ -124,6 +124,10 @@ RUN = "run web --map 10.2.0.10=10.3.0.20"
             "natkeep help setup",
         ),
         (
+            "explain pere-on-link", "no finding has the code 'pere-on-link'",
+            "did you mean peer-on-link",
+        ),
+        (
             "setup --completion csh", "no completion for the shell 'csh'",
             "one of bash, zsh, fish",
         ),

@@ -181,7 +181,10 @@ def _read_process(args: argparse.Namespace) -> Subject:
 
 def explain(args: argparse.Namespace) -> int:
     if args.code not in CATALOGUE:
-        raise UsageError(f"no finding has the code {args.code!r}", hint=", ".join(CATALOGUE))
+        from natkeep.cli.usage import suggest
+
+        codes = suggest(args.code, CATALOGUE) or [", ".join(CATALOGUE)]
+        raise UsageError(f"no finding has the code {args.code!r}", hint=codes[0])
     print_as(args, report.explanation_to_json, report.explanation_lines, args.code)
     return 0
 

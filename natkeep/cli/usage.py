@@ -175,20 +175,21 @@ def refuse_verb(prog: str, word: str, choices: Collection[str]) -> NoReturn:
     listed = f"natkeep help{prog.removeprefix('natkeep')} lists them"
     raise UsageError(
         f"no verb {' '.join([*prog.split()[1:], word])!r}",
-        hint="; ".join([*_suggest(word, names), listed]),
+        hint="; ".join([*suggest(word, names), listed]),
     )
 
 
 def refuse_rest(verb: argparse.ArgumentParser, rest: Sequence[str]) -> NoReturn:
     """UsageError for words of a command line that *verb* does not know."""
     words = [word.partition("=")[0] for word in rest if word.startswith("--")]
-    like = [one for word in words for one in _suggest(word, verb._option_string_actions)]
+    like = [one for word in words for one in suggest(word, verb._option_string_actions)]
     raise UsageError(
         f"unrecognized arguments: {' '.join(rest)}",
         hint="; ".join([*like[:1], f"{verb.prog} --help"]),
     )
 
 
-def _suggest(word: str, names: Collection[str]) -> list[str]:
+def suggest(word: str, names: Collection[str]) -> list[str]:
+    """What *word* may have meant among *names*: a phrase, or none."""
     close = difflib.get_close_matches(word, names, n=1)
     return [f"did you mean {close[0]}"] if close else []

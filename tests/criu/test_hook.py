@@ -274,10 +274,13 @@ def gates(kernel: FakeKernel) -> list[Gate]:
 
 
 def test_at_post_restore_the_prepared_move_is_opened(
-    kernel: FakeKernel, capsys: pytest.CaptureFixture[str]
+    kernel: FakeKernel, capsys: pytest.CaptureFixture[str], system_log: Callable[[], list[str]]
 ) -> None:
     assert gates(kernel) == [Gate.CLOSED, Gate.CLOSED]
     assert hook.main() == 0
+    assert [line.partition(" (by ")[0] for line in system_log()] == [
+        "<30>natkeep-hook[PID]: web: gate open"
+    ]
     assert gates(kernel) == [Gate.OPEN, Gate.OPEN]
     assert capsys.readouterr() == ("", "natkeep-hook: web: gate open\n")
     assert hook.main() == 0  # a second restore of the same move finds it open
