@@ -14,18 +14,25 @@ from two_hosts import look
 from natkeep.errors import RefusedError
 from natkeep.kernel.linux import LinuxKernel
 from natkeep.lifecycle.executor import Executor
+from natkeep.lifecycle.open import open_move
 from natkeep.lifecycle.other_rules import look_at_other_rules
+from natkeep.lifecycle.prepare import prepare
 from natkeep.lifecycle.relay import refuse_relays
+from natkeep.lifecycle.replace import replace_move
+from natkeep.lifecycle.status import read_status
 from natkeep.lifecycle.subject import Subject
+from natkeep.lifecycle.teardown import teardown
 from natkeep.plan.drift import find_drift
 from natkeep.plan.maps import Map
 from natkeep.plan.move import Move, Site
+from natkeep.plan.observation import Gate
 from natkeep.plan.roles import Role
 from natkeep.plan.step_order import make_plan
 from natkeep.plan.steps import Plan, PurgeEntries
 from natkeep.plan.translation import NOTHING_SPECIAL, Surroundings
 from natkeep.plan.tuples import NO_CONNECTIONS, Endpoint
 from natkeep.plan.via import Via
+from natkeep.state.directory import StateDirectory
 from natkeep.values import replace
 
 pytestmark = pytest.mark.root
@@ -204,6 +211,44 @@ def test_behind_a_flush_of_the_ruleset_a_guard_keeps_the_host_quiet(
     finally:
         net.undo(done)
     assert "natkeep" not in net.run(net.names["destination"], "nft", "list", "tables")
+
+
+@EACH_VERSION
+@pytest.mark.parametrize("server", [False, True], ids=["connected", "server"])
+def test_a_move_is_replaced_when_the_process_moves_on_and_all_of_it_is_undone(
+    make_net: Callable[[int], Net], version: int, server: bool, tmp_path: Path
+) -> None:
+    net = make_net(version)
+    names = {role: net.names[role] for role in ("gateway", "destination", "source")}
+    old, length = OLD[version], 24 if version == 4 else 64
+    net.run(names["source"], "sysctl", "-qw", "net.ipv4.conf.all.promote_secondaries=1")
+    give(net, "source", ELSEWHERE[version])
+    net.run(names["source"], "ip", "address", "del", f"{old}/{length}", "dev", "eth0")
+    before = look(names)
+    move = net.move(guard=True)
+    if server:
+        move = replace(move, udp=NO_CONNECTIONS, udp_servers=(Endpoint(old, PORT),))
+    further = Move(
+        "further", (Map(old, ELSEWHERE[version]),),
+        (move.sites[0], Site(Role.DESTINATION, names["source"])),
+        udp=move.udp, udp_servers=move.udp_servers,
+    )  # fmt: skip
+    executor = Executor(LinuxKernel(str(tmp_path)), StateDirectory(str(tmp_path), create=True))
+    peer = net.socket("peer", net.peer_end, net.old_end)
+
+    prepare(executor, move, NO_CONNECTIONS, Gate.OPEN)
+    with net.socket("destination", net.old_end, None if server else net.peer_end) as process:
+        assert answered(peer, process, 2) == 2
+    replace_move(executor, "udp", further, NO_CONNECTIONS)
+    with net.socket("source", net.old_end, None if server else net.peer_end) as process:
+        assert answered(peer, process, 1) == 0
+        open_move(executor, "further")
+        assert answered(peer, process, 3) == 3
+        [status] = read_status(executor, ["further"])
+        assert [site.drift for site in status.sites] == [(), ()]
+    for move_id in ("further", "udp"):
+        teardown(executor, move_id)
+    assert look(names) == before
 
 
 def test_a_firewall_that_lets_no_new_flow_through_is_found(make_net: Callable[[int], Net]) -> None:
