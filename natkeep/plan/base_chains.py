@@ -61,6 +61,8 @@ FROM_WIRE = Meta("iif", '"lo"', equal=False)
 TO_WIRE = Meta("oif", '"lo"', equal=False)
 _OWN = Meta("iif", "0")
 """What this host has sent itself came by no device."""
+CAME = Meta("iif", "0", equal=False)
+"""All else. Where a datagram of this host itself is dropped, the send fails (EPERM)."""
 
 GATE = "gate"
 HEARD = "heard"

@@ -44,6 +44,7 @@ from collections.abc import Iterable, Iterator
 from natkeep.plan import servers
 from natkeep.plan.arp import silence
 from natkeep.plan.base_chains import (
+    CAME,
     EARLY,
     GATE,
     HALF_OPEN,
@@ -128,8 +129,10 @@ def gate(
             asked = arriving
             if local != translation.before:
                 asked = arriving._replace(to=f"@{kept_set(move_id, translation.number)}")
-            dispatch = "dial" if translation.site.row.own else GATE
-            objects += rule_at(dispatch, local, (asked, jump(chain)), move_id)
+            row, streams = translation.site.row, translation.protocol.has_states
+            came = (CAME,) if row.passes_on and not streams else ()
+            dispatch = "dial" if row.own else GATE
+            objects += rule_at(dispatch, local, (*came, asked, jump(chain)), move_id)
         if translation.site.row.puts_old:
             objects += _silence_old(move_id, translation, home)
             heard = heard_set(move_id, translation.number)

@@ -24,6 +24,7 @@ from itertools import count
 from natkeep.errors import RefusedError
 from natkeep.plan.arp import silence
 from natkeep.plan.base_chains import (
+    CAME,
     DIRECTIONS,
     FROM_WIRE,
     GATE,
@@ -48,6 +49,7 @@ from natkeep.plan.nft import (
     Object,
     Rule,
     Set,
+    Statement,
     Write,
     jump,
 )
@@ -191,7 +193,9 @@ def objects(
 
 def _gate(move_id: str, reception: Reception) -> Iterator[Object]:
     row, protocol = reception.site.row, reception.protocol
-    begins = (SYN,) if protocol == TCP else ()
+    begins: tuple[Statement, ...] = (SYN,) if protocol == TCP else ()
+    if protocol == UDP and row.passes_on:
+        begins = (CAME,)
     for address in reception.gated:
         to_port = port_at(move_id, reception, address, protocol.dport)
         statements = (*begins, to_port, jump(callers_chain(move_id)))

@@ -12,6 +12,7 @@ from __future__ import annotations
 import socket
 import time
 from collections.abc import Callable
+from ipaddress import ip_address
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +39,7 @@ from natkeep.plan.steps import (
     Plan,
     PurgeEntries,
 )
-from natkeep.plan.tuples import NO_CONNECTIONS, Endpoint
+from natkeep.plan.tuples import NO_CONNECTIONS, Connections, Endpoint, FourTuple
 
 pytestmark = pytest.mark.root
 __all__ = ["make_net"]
@@ -94,6 +95,25 @@ def test_the_process_may_speak_first_and_entries_may_be_lost(
     [_, destination] = looks.values()
     assert destination.alive == 1
     assert destination.datagrams == plan.move.udp
+
+
+@EACH_VERSION
+def test_a_peer_on_the_gateway_itself_does_not_fail_to_send(
+    make_net: Callable[[int], Net], version: int
+) -> None:
+    net = make_net(version)
+    own = ("10.1.0.1" if version == 4 else "fd00:1::1", PEER_PORT)
+    inbound = FourTuple(Endpoint(ip_address(own[0]), own[1]), Endpoint(OLD[version], PORT))
+    plan = make_plan(net.move(udp=Connections.of([inbound])), NO_CONNECTIONS)
+    peer = net.socket("gateway", own, net.old_end)
+    net.apply(plan.prepare)
+
+    peer.send(b"held back")
+    with pytest.raises(TimeoutError):
+        peer.recv(99)
+    net.apply(plan.open)
+    process = net.socket("destination", net.old_end, own)
+    assert answered(peer, process, 3) == 3
 
 
 def test_what_the_old_host_still_says_does_not_reach_the_peer(
