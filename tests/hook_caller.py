@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -64,10 +64,10 @@ def criu(images: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Itera
     os.close(criu.handle)
 
 
-def cable(netns: str, *more: str) -> None:
+def cable(netns: str, *more: str, within: Sequence[str] = ()) -> None:
     """Give the namespace NEW on a device, and what else a restore of the image `plain` needs.
 
-    more: further lines for ip(8).
+    more: further lines for ip(8). within: what ip(8) is started by, where its name is known.
     """
     lines = [
         "link add eth0 type veth peer name eth1",
@@ -77,7 +77,7 @@ def cable(netns: str, *more: str) -> None:
         "route add default via 10.3.0.1",
         "address add fd00:2::10/128 dev lo nodad",  # of the image's other connection
     ]
-    command = ["ip", "-n", netns, "-batch", "-"]
+    command = [*within, "ip", "-n", netns, "-batch", "-"]
     subprocess.run(command, input="\n".join([*lines, *more]), text=True, check=True)
 
 

@@ -1,6 +1,7 @@
 """A copy of this machine's root, made by an overlay in memory, for apt and dpkg to change.
 
-All that they change is gone with the mount namespace that it is in.
+All that they change is gone with the mount namespace that it is in, and so are network namespaces
+that were made there: their names are not known outside.
 """
 
 from __future__ import annotations
@@ -18,10 +19,12 @@ mount --rbind /sys sys
 mount --rbind /dev dev
 mount -t tmpfs none run
 mkdir -p run/lock
-mkdir run/netns
-mount --rbind /run/netns run/netns
 printf '#!/bin/sh\\nexit 101\\n' >usr/sbin/policy-rc.d # no service is started
 chmod 755 usr/sbin/policy-rc.d
+mkdir -p mnt/old
+pivot_root . mnt/old # and not chroot: a namespace that is entered has its own root
+umount -l mnt/old
+rmdir mnt/old
 echo ready
 exec sleep 3600
 """
@@ -31,11 +34,11 @@ class Machine:
     """A copy of this machine, for apt and dpkg to change."""
 
     def __init__(self, directory: Path) -> None:
-        self.root = directory / "root"
         self.holder = subprocess.Popen(
             ["unshare", "--mount", "--propagation=slave", "sh", "-euc", MOUNTS, "-", directory],
             stdout=subprocess.PIPE, stdin=subprocess.DEVNULL,
         )  # fmt: skip
+        self.enter = ("nsenter", "--mount", f"--target={self.holder.pid}")
         assert self.holder.stdout
         assert self.holder.stdout.readline() == b"ready\n"
 
@@ -47,7 +50,7 @@ class Machine:
         path = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
         fixed = {"PATH": path, "DEBIAN_FRONTEND": "noninteractive", "LC_ALL": "C.UTF-8"}
         return subprocess.run(
-            ["nsenter", "--mount", f"--target={self.holder.pid}", "chroot", self.root, *command],
+            [*self.enter, *command],
             env=fixed | environment, capture_output=True, text=True, stdin=subprocess.DEVNULL,
         )  # fmt: skip
 

@@ -224,7 +224,7 @@ def read_frames(path: Path, *, udp: bool = False) -> list[Frame]:
 
     frames: list[Frame] = []
     cut: dict[bytes, int] = {}  # where the first fragment of an IPv4 packet is
-    with RawPcapReader(str(path)) as reader:
+    with contextlib.closing(RawPcapReader(str(path))) as reader:  # scapy 2.5 knows no `with`
         for raw, meta in reader:
             # `usec` holds nanoseconds in a nanosecond capture
             at_ns = meta.sec * 10**9 + meta.usec * (1 if reader.nano else 1000)
