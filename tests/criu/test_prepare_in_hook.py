@@ -89,7 +89,7 @@ def test_what_was_opened_is_nobodys_to_clear(
         assert criu.call("post-restore") == 0
     capsys.readouterr()
     assert criu.call("post-setup-namespaces") == 4
-    assert f"(of move {gone})" in capsys.readouterr().err
+    assert f"of moves {criu.id} and {gone}" in capsys.readouterr().err  # port 53 of UDP is its
     assert criu.gates() == {TREE: {gone: Gate.OPEN}}
 
 
