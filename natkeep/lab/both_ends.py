@@ -22,7 +22,7 @@ from natkeep.lab.engine import Moving
 from natkeep.lab.lab import Frames, Lab
 from natkeep.lab.topology import DESTINATION, SOURCE, THIRD, Seat
 from natkeep.lab.translators import TRANSLATORS
-from natkeep.plan.tuples import Endpoint, FourTuple
+from natkeep.plan.tuples import Endpoint, FourTuple, Local
 
 CLIENT = Seat("client", "near", 2, first_pid=3000)
 SETUP = {"seats": (CLIENT, SOURCE, DESTINATION, THIRD)}
@@ -50,14 +50,14 @@ class BothEnds:
         ends = tuple(f"{proto}{each.source} {each.destination}" for each in lab.traffic.kept)
         self.moving = Moving(application, "dial", pid, ends, lab.udp)
         self.party = lab.beside(CLIENT, "peer")
-        self.party.site = THIRD
+        self.party.site, self.party.wire_port = THIRD, self.party.port
         self.party.settle()
         self.party.orders, self.party.undone, self.party.crosses = [], [], False
         directory = lab.directory / "peer"
         directory.mkdir()
         self.party.translator = TRANSLATORS[lab.report.translator](directory)
         lab.peers = ((self.party.old, self.party.new),)
-        self.party.peers = () if lab.crosses else ((lab.old, lab.new),)
+        self.party.peers = () if lab.crosses else (self._server(),)
         lab.select_frames = self._as_the_client_sees_them
         lab.traffic.talk()
         if pause:
@@ -100,7 +100,7 @@ class BothEnds:
         earlier, lab.site, lab.new = lab.order, site, site.address(lab.family)
         lab.freeze()
         lab.prepare()
-        party.peers = ((lab.old, lab.new),)
+        party.peers = (self._server(),)
         party.place_order(party.order, move_id="peer-2")
         with lab.report.must("the translator replaces the client's move"):
             party.translator.prepare(party.order)
@@ -111,6 +111,13 @@ class BothEnds:
             lab.translator.retire(earlier)
             party.translator.retire(party.orders[0])
         lab.undone.append(earlier)
+
+    def _server(self) -> tuple[Local, Local]:
+        """Where the client's peer was, and where it is on the wire."""
+        lab = self.lab
+        if lab.wire_port == lab.port:
+            return lab.old, lab.new
+        return lab.server_endpoint, Endpoint(lab.new, lab.wire_port)
 
     def finish(self) -> None:
         """Check octets and four-tuples, take the client's move down, and judge as ever."""
@@ -126,9 +133,11 @@ class BothEnds:
     def _as_the_client_sees_them(self, frames: Frames) -> Frames:
         orders = (*self.lab.orders, *self.party.orders)
         names = {order.new: order.old for order in orders}
+        ports = {self.lab.wire_port: self.lab.port}
 
         def known(end: Endpoint) -> Endpoint:
-            return Endpoint(names.get(end.address, end.address), end.port)
+            address = names.get(end.address)
+            return end if address is None else Endpoint(address, ports.get(end.port, end.port))
 
         def turn(frame: Frame) -> Frame:
             if (segment := frame.segment) is None:

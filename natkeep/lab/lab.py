@@ -35,7 +35,7 @@ from natkeep.lab.topology import DESTINATION, SOURCE, USUAL, Address, Seat, Topo
 from natkeep.lab.traffic_words import PORT, Traffic
 from natkeep.lab.translators import TRANSLATORS, Order, Translator, TranslatorError
 from natkeep.lab.udp import Datagrams, judge_datagrams
-from natkeep.plan.tuples import Endpoint, FourTuple
+from natkeep.plan.tuples import Endpoint, FourTuple, Local, address_of
 
 Frames = dict[str, list[capture.Frame]]
 
@@ -70,12 +70,13 @@ class Lab:
         self.conditions = Conditions(self.topology, family, self.report)
         self.name, self.home, self.site = "lab", SOURCE, DESTINATION
         self.refused = ""  # why natkeep refused the move
+        self.port = self.wire_port = PORT  # the server's, and what the wire to NEW shows for it
         self.others: list[FourTuple] = []  # connections of others with NEW
         self.listeners = False  # whether natkeep is told --listeners
         self.crosses = True  # whether peers' packets cross a gateway that translates
         self.at_peer = False  # whether the client's own host is a site
         self.relay = ""  # the role of the host that passes on what comes to OLD, if one does
-        self.peers: tuple[tuple[Address, Address], ...] = ()  # which have moved, and where they are
+        self.peers: tuple[tuple[Local, Local], ...] = ()  # which have moved, and where they are
         self.parties, self.orders, self.undone = [self], list[Order](), list[Order]()
         self.peer_points = [*self.topology.peers]
         self.clean_from_ns = 0
@@ -135,7 +136,7 @@ class Lab:
     @property
     def server_endpoint(self) -> Endpoint:
         """OLD and the server's port."""
-        return Endpoint(self.old, PORT)
+        return Endpoint(self.old, self.port)
 
     def dial(self, *, connections: int = 1, role: str = "client", source: Source = None) -> None:
         """The client opens *connections* to OLD, from the address and port *source*."""
@@ -199,6 +200,7 @@ class Lab:
             self.listeners, self.peers,
             self.topology["client"] if self.at_peer else None,
             self.topology[self.relay] if self.relay else None, "udp" if self.udp else "tcp",
+            (self.port, self.wire_port) if self.port != self.wire_port else None,
         )  # fmt: skip
         self.orders.append(self.order)
         return self.order
@@ -317,7 +319,7 @@ class Lab:
         if self.others:
             report.assertions += wire_checks.judge_others(peers, kept, self.others)
         if self.new_connections.made:
-            report.assertions += judge_new(self.new_connections.made, peers, far, kept.news)
+            report.assertions += judge_new(self.new_connections.made, peers, far, kept)
         at_peers = wire_checks.in_order(peers)
         self.seen_by_peers = at_peers
         report.segments = wire_checks.count_segments(at_peers, kept)
@@ -335,7 +337,9 @@ class Lab:
             min(party.frozen_ns for party in self.parties if party.frozen_ns),
             max(party.restored_ns or 0 for party in self.parties) or None,
             frozenset(each.source for each in self.others) | self.new_connections.clients,
-            tuple(views.values()), self.clean_from_ns, dict(self.peers),
+            tuple(views.values()), self.clean_from_ns,
+            {address_of(peer): address_of(now) for peer, now in self.peers},
+            {one.port: one.wire_port for one in self.parties if one.wire_port != one.port},
         )  # fmt: skip
 
     def _teardown(self) -> None:

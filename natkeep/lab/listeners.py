@@ -12,7 +12,7 @@ of the kept connections leave all of these out.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from natkeep.lab.application import (
@@ -30,7 +30,7 @@ from natkeep.lab.capture import RST, Segment
 from natkeep.lab.report import Assertion, Report
 from natkeep.lab.topology import Address, Topology
 from natkeep.lab.traffic_words import PORT, Traffic
-from natkeep.lab.wire_checks import Points
+from natkeep.lab.wire_checks import Kept, Points
 from natkeep.plan.tuples import Endpoint, FourTuple
 
 _WITHIN_S = 8.0  # a SYN that was dropped comes again after 1, 3 and 7 s
@@ -105,23 +105,20 @@ class NewConnections:
 
 
 def judge_new(
-    attempts: Sequence[NewConnection], near: Points, far: Points,
-    news: Mapping[Address, Sequence[Address]],
+    attempts: Sequence[NewConnection], near: Points, far: Points, kept: Kept
 ) -> list[Assertion]:  # fmt: skip
     """What was captured: the accepted are never reset and go to NEW; the refused stay away.
 
-    news: for each OLD where it went. Connections to other addresses are not judged.
+    kept: says where each OLD went. Connections to other addresses are not judged.
     """
     accepted = [each.tuple for each in attempts if each.accepted]
     refused = {
         each.tuple.source
         for each in attempts
-        if not each.accepted and each.tuple.destination.address in news
+        if not each.accepted and each.tuple.destination.address in kept.news
     }
     inside = {
-        FourTuple(each.source, Endpoint(new, each.destination.port))
-        for each in accepted
-        for new in news[each.destination.address]
+        FourTuple(each.source, new) for each in accepted for new in kept.on_wire(each.destination)
     }
     segments = [s for at in (near, far) for s in _segments(at) if _of(s, accepted)]
     resets = sum(1 for s in segments if s.flags & RST)
@@ -131,7 +128,7 @@ def judge_new(
     return [
         Assertion("callers: no reset", not resets, f"{resets} in {len(segments)} segments"),
         Assertion(
-            "callers: between gateway and destination they go to NEW, ports unchanged",
+            "callers: between gateway and destination they go to NEW, at its port",
             not strange and bool(beyond) == bool(accepted),
             ", ".join(map(str, strange)) or f"{len(beyond)} segments",
         ),

@@ -68,11 +68,8 @@ class PeerHost:
     def _as_the_client_sees_them(self, frames: Frames) -> Frames:
         lab = self.lab
         ends = {tuple_.destination for tuple_ in lab.traffic.kept}
-        names = {
-            Endpoint(address, PORT): end
-            for end in ends
-            for address in (lab.old, *(order.new for order in lab.orders))
-        }
+        wires = [lab.server_endpoint, *(Endpoint(order.new, lab.wire_port) for order in lab.orders)]
+        names = {wire: end for end in ends for wire in wires}
 
         def turn(frame: Frame) -> Frame:
             if (segment := frame.segment) is None:

@@ -23,7 +23,7 @@ from natkeep.lab.engines.criu import CHECKOUT
 from natkeep.lab.host import Host, write_script
 from natkeep.lab.time_scale import scaled
 from natkeep.lab.topology import Address
-from natkeep.plan.tuples import FourTuple
+from natkeep.plan.tuples import Endpoint, FourTuple, Local, address_of
 
 
 class TranslatorError(NatkeepError):
@@ -44,7 +44,7 @@ class Order:
     gateway: None where none translates. peer: the peers' own host, where that does.
     peers: which have moved as well, and where they are.
     relay: the host that passes on what comes to OLD, if one does.
-    protocol: of what is kept, `tcp` or `udp`.
+    protocol: of what is kept, `tcp` or `udp`. ports: OLD's and NEW's, where the map has some.
     """
 
     id: str
@@ -57,10 +57,21 @@ class Order:
     mode: str = "stateful"
     replaces: Order | None = None
     listeners: bool = False
-    peers: tuple[tuple[Address, Address], ...] = ()
+    peers: tuple[tuple[Local, Local], ...] = ()
     peer: Host | None = None
     relay: Host | None = None
     protocol: str = "tcp"
+    ports: tuple[int, int] | None = None
+
+    @property
+    def old_end(self) -> Local:
+        """OLD, and its port where the map has one."""
+        return Endpoint(self.old, self.ports[0]) if self.ports else self.old
+
+    @property
+    def new_end(self) -> Local:
+        """NEW, and its port where the map has one."""
+        return Endpoint(self.new, self.ports[1]) if self.ports else self.new
 
 
 class Translator:
@@ -114,7 +125,7 @@ class Natkeep(Translator):
         more += [f"--site=peer={order.peer.name}"] if order.peer else []
         more += [f"--site=relay={order.relay.name}"] if order.relay else []
         self.call(
-            "prepare", order.id, *more, "--map", f"{order.old}={order.new}",
+            "prepare", order.id, *more, "--map", f"{order.old_end}={order.new_end}",
             "--site", f"destination={order.destination.name}",
             "--mode", order.mode, *order.options,
         )  # fmt: skip
@@ -179,35 +190,35 @@ class Naive(Translator):
         if order.replaces:
             host = order.gateway or order.destination
             host.run("nft", "delete", "table", "inet", _table(order.replaces))
-        rules = self.rules(order, order.new, order.old)
+        rules = self.rules(order, order.new_end, order.old_end)
         order.destination.nft(rules + self.peer_rules(order))
         if order.gateway:
-            order.gateway.nft(self.rules(order, order.old, order.new))
+            order.gateway.nft(self.rules(order, order.old_end, order.new_end))
         if order.peer:
             order.peer.nft(self.own_rules(order))
 
-    def rules(self, order: Order, before: Address, after: Address) -> str:
+    def rules(self, order: Order, before: Local, after: Local) -> str:
         """Packets to *before* go to *after*, and those from *after* say *before*."""
-        ip, table = "ip" if before.version == 4 else "ip6", f"inet {_table(order)}"
+        table = f"inet {_table(order)}"
         lines = [
             f"add table {table}",
             f"add chain {table} pre {{ type nat hook prerouting priority dstnat; }}",
             f"add chain {table} post {{ type nat hook postrouting priority srcnat; }}",
-            f"add rule {table} pre {ip} daddr {before} dnat {ip} to {after}",
+            f"add rule {table} pre {_dnat(order, before, after)}",
         ]
-        sources = self.source_rules(order, ip, before, after)
+        sources = self.source_rules(order, before, after)
         lines += [f"add rule {table} post {rule}" for rule in sources]
         return "\n".join(lines) + "\n"
 
     def own_rules(self, order: Order) -> str:
         """At the peers' own host: what it says and hears itself."""
-        ip, table = "ip" if order.old.version == 4 else "ip6", f"inet {_table(order)}"
+        table = f"inet {_table(order)}"
         lines = [
             f"add table {table}",
             f"add chain {table} out {{ type nat hook output priority -100; }}",
             f"add chain {table} in {{ type nat hook input priority 100; }}",
-            f"add rule {table} out {ip} daddr {order.old} dnat {ip} to {order.new}",
-            f"add rule {table} in {ip} saddr {order.new} snat {ip} to {order.old}",
+            f"add rule {table} out {_dnat(order, order.old_end, order.new_end)}",
+            f"add rule {table} in {_snat(order, order.new_end, order.old_end)}",
         ]
         return "\n".join(lines) + "\n"
 
@@ -220,14 +231,14 @@ class Naive(Translator):
         ]
         for peer, now in order.peers:
             lines += [
-                f"add rule {table} out {ip} saddr {order.old} {ip} daddr {peer} dnat {ip} to {now}",
-                f"add rule {table} in {ip} daddr {order.old} {ip} saddr {now} snat {ip} to {peer}",
+                f"add rule {table} out {ip} saddr {order.old} {_dnat(order, peer, now)}",
+                f"add rule {table} in {ip} daddr {order.old} {_snat(order, now, peer)}",
             ]
         return "\n".join(lines) + "\n" if order.peers else ""
 
-    def source_rules(self, order: Order, ip: str, before: Address, after: Address) -> list[str]:
+    def source_rules(self, order: Order, before: Local, after: Local) -> list[str]:
         """The SNAT half."""
-        return [f"{ip} saddr {after} snat {ip} to {before}"]
+        return [_snat(order, after, before)]
 
     def retire(self, order: Order) -> None:
         self._delete_table(order, order.destination)
@@ -258,13 +269,23 @@ class NaivePurge(Naive):
             # conntrack exits 1 where there was no such entry
             host.run("sh", "-c", f"{purge}\ntrue")
 
-    def source_rules(self, order: Order, ip: str, before: Address, after: Address) -> list[str]:
+    def source_rules(self, order: Order, before: Local, after: Local) -> list[str]:
+        if isinstance(before, Endpoint) or isinstance(after, Endpoint):
+            return super().source_rules(order, before, after)
         ports = sorted({each.destination.port for each in order.connections})
-        target = str(before) if before.version == 4 else f"[{before}]"
-        return [
-            f"{ip} saddr {after} {order.protocol} sport {port} snat {ip} to {target}:{port}"
-            for port in ports
-        ]
+        return [_snat(order, Endpoint(after, port), Endpoint(before, port)) for port in ports]
+
+
+def _dnat(order: Order, to: Local, after: Local) -> str:
+    ip = "ip" if order.old.version == 4 else "ip6"
+    port = f" {order.protocol} dport {to.port}" if isinstance(to, Endpoint) else ""
+    return f"{ip} daddr {address_of(to)}{port} dnat {ip} to {after}"
+
+
+def _snat(order: Order, source: Local, after: Local) -> str:
+    ip = "ip" if order.old.version == 4 else "ip6"
+    port = f" {order.protocol} sport {source.port}" if isinstance(source, Endpoint) else ""
+    return f"{ip} saddr {address_of(source)}{port} snat {ip} to {after}"
 
 
 def _table(order: Order) -> str:

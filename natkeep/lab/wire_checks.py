@@ -30,7 +30,8 @@ class Kept:
     ignored: peers' endpoints whose other connections are not judged here.
     inside: the same tuples as the process sees them, where a gateway makes them differ.
     clean_from_ns: since when OLD must not be seen, where a peer beyond the gateway said it before.
-    moved: peers' addresses that other ones stand for on the far side.
+    moved: peers' addresses that other ones stand for on the far side; ports: the process' ports
+    that others do.
     """
 
     tuples: tuple[FourTuple, ...]
@@ -41,6 +42,7 @@ class Kept:
     inside: tuple[FourTuple, ...] = ()
     clean_from_ns: int = 0
     moved: Mapping[Address, Address] = field(default_factory=dict)
+    ports: Mapping[int, int] = field(default_factory=dict)
 
     def on_far_side(self) -> set[FourTuple]:
         """The tuples that may be seen between gateway and destination."""
@@ -49,11 +51,16 @@ class Kept:
                 Endpoint(
                     self.moved.get(each.source.address, each.source.address), each.source.port
                 ),
-                Endpoint(new, each.destination.port),
+                new,
             )
             for each in self.inside or self.tuples
-            for new in self.news.get(each.destination.address, ())
+            for new in self.on_wire(each.destination)
         }
+
+    def on_wire(self, end: Endpoint) -> list[Endpoint]:
+        """What may stand for an *end* of the process there."""
+        port = self.ports.get(end.port, end.port)
+        return [Endpoint(new, port) for new in self.news.get(end.address, ())]
 
 
 Points = Mapping[str, Sequence[Frame]]

@@ -155,12 +155,10 @@ def _parse_new(text: str) -> tuple[Address | None, int | None]:
 
 
 def parse_peer_map(text: str) -> Map:
-    """`P=Q`: peers at P have moved and are reached at Q."""
+    """`P=Q` or `P:PORT=Q:PORT`: peers at P have moved and are reached at Q."""
     wish = parse_map(text)
     if wish.new is None:
         raise UsageError(f"--peer-map {text}: auto is read at no site", hint="name the address")
-    if wish.old_port is not None:
-        raise UsageError(f"--peer-map {text}: peers keep their ports", hint="P=Q")
     try:
         return wish.to(wish.new)
     except (UsageError, RefusedError) as error:

@@ -164,10 +164,10 @@ class Move:
 
     def _refuse_peer_maps(self) -> None:
         ends = {end for map_ in self.maps for end in (map_.old, map_.new)}
-        peers = [one.old for one in self.peer_maps]
+        peers = [one.old_end for one in self.peer_maps]
         for one in self.peer_maps:
-            if peers.count(one.old) > 1:
-                raise UsageError(f"--peer-map maps {one.old} twice")
+            if peers.count(one.old_end) > 1:
+                raise UsageError(f"--peer-map maps {one.old_end} twice")
             for end in {one.old, one.new} & ends:
                 raise RefusedError(f"--peer-map {one}: {end} is an OLD or a NEW of this move")
         if self.peer_maps and self.mode == Mode.STATELESS:
@@ -216,7 +216,7 @@ class Move:
 
     def on_wire(self, connections: Connections) -> Connections:
         """*connections* with their peers as they are on the wires of this move."""
-        names = {one.old.packed: one.new.packed for one in self.peer_maps}
+        names = {one.old_end.packed: one.new_end.packed for one in self.peer_maps}
         return connections.rename_peers(names) if names else connections
 
     def share(self, connections: Connections) -> list[Connections]:

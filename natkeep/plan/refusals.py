@@ -69,10 +69,11 @@ def refuse_peer_maps(
     """
     every = (connections, move.udp)
     kept = Connections.joined(one for some in every for one in move.share(some))
+    from_peers = kept.turned() if move.peer_maps else kept
     behind = carried.peers()
     for one in move.peer_maps:
-        if one.old.packed not in kept.peers():
-            raise RefusedError(f"--peer-map {one}: no connection has a peer at {one.old}")
+        if not len(from_peers.at(one.old_end)):
+            raise RefusedError(f"--peer-map {one}: no connection has a peer at {one.old_end}")
         for end in {one.old, one.new} & local:
             raise RefusedError(
                 f"--peer-map {one}: {end} is an address of the destination",

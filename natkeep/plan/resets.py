@@ -104,7 +104,7 @@ def _passes(site: Site, inbound: FourTuple, move: Move, surroundings: Surroundin
     """Whether a segment of the connection is seen at *site*; at a gateway, if a wire has it so."""
     peer = inbound.source.address
     on_source_host = peer.is_loopback or any(peer == map_.old for map_ in move.maps)
-    moved = any(peer == map_.old for map_ in move.peer_maps)
+    moved = find_map(move.peer_maps, inbound.source) is not None
     elsewhere = on_source_host or peer in surroundings.beside or moved or site.row.own
     return not (site.row.passes_on and elsewhere)
 

@@ -295,14 +295,20 @@ class Connections:
         )
 
     def rename_peers(self, names: Mapping[bytes, bytes]) -> Connections:
-        """The same with the addresses of peers that *names* has (packed) replaced by its others."""
-        if not self.may_have_peer(names):
+        """The same with the peers that *names* has, packed, replaced by its others.
+
+        names: of addresses, or of ends, which go before the addresses.
+        """
+        addresses = {name[: _ADDRESS_SIZE[4 if len(name) < 16 else 6]] for name in names}
+        if not self.may_have_peer(addresses):
             return self
-        halves = (RECORD_SIZE[6 if len(one) == 36 else 4] // 2 for one in self.each())
-        return Connections.of_records(
-            one[:half] + names.get(one[half:-2], one[half:-2]) + one[-2:]
-            for half, one in zip(halves, self.each(), strict=True)
-        )
+
+        def rename(one: bytes) -> bytes:
+            half = len(one) // 2
+            end, address = one[half:], one[half:-2]
+            return one[:half] + (names.get(end) or names.get(address, address) + end[-2:])
+
+        return Connections.of_records(map(rename, self.each()))
 
     def turned(self) -> Connections:
         """The same connections as their other end sees them: local and peer exchanged."""

@@ -1,0 +1,85 @@
+"""Two ports of one address go to two hosts, each to another port there.
+
+    client 10.1.0.2            gateway                       destination 10.3.0.20
+    ┌──────┐  10.2.0.10:5000  ┌────────────┐  10.3.0.20:8080  ┌─────────┐  10.2.0.10:5000  ┌─────┐
+    │ peer │══════════════════│:5000 ⇄ 8080│══════════════════│NEW ⇄ OLD│══════════════════│ web │
+    │      │  10.2.0.10:5001  │            │  10.4.0.30:8443  ├─────────┤  10.2.0.10:5001  ├─────┤
+    │      │══════════════════│:5001 ⇄ 8443│══════════════════│NEW ⇄ OLD│══════════════════│ api │
+    └──────┘                  └────────────┘                  └─────────┘                  └─────┘
+                                                              third 10.4.0.30
+
+As a host of containers that publish ports. Two processes of the source, 10.2.0.10 (OLD), move by
+two moves, through one gateway. The port that the wire shows has to be free at NEW; the sockets keep
+theirs. Entries that are flushed change nothing, nor that conntrack picks none up.
+"""
+
+import json
+import sys
+
+from natkeep.lab.host import await_true
+from natkeep.lab.topology import SOURCE, THIRD, USUAL
+
+SETUP = {"seats": (*USUAL, THIRD)}
+CONNECTIONS = 20
+LISTEN = """
+import signal, socket, sys
+with socket.create_server((sys.argv[1], 8080)):
+    print("listens", flush=True)
+    signal.pause()
+"""
+
+
+def run(lab):
+    lab.wire_port = 8080
+    lab.begin(connections=CONNECTIONS)
+    api = lab.beside(SOURCE, "api")
+    api.port, api.wire_port, api.site = 5001, 8443, THIRD
+    api.begin(connections=CONNECTIONS)
+    both = (lab, api)
+    for each in both:
+        each.freeze()
+    refuse_taken(lab)
+    for each in both:
+        each.prepare()
+    for each in both:
+        each.restore()
+    talk_on(both)
+    check_status(lab)
+    lab.conditions.conntrack_loose(0)
+    for role in ("gateway", "destination", "third"):
+        lab.conditions.flush_conntrack(role)
+        talk_on(both)
+    lab.conditions.conntrack_loose(1)
+    lab.traffic.server_closes()
+    lab.traffic.client_closes()
+    api.traffic.client_closes()
+    api.traffic.server_closes()
+    api.traffic.check_ends()
+    lab.finish()
+
+
+def talk_on(both):
+    for each in both:
+        each.traffic.talk_on()
+
+
+def refuse_taken(lab):
+    """Another program listens at the port that the wire would show."""
+    program = lab.topology["destination"].start("taken", sys.executable, "-c", LISTEN, str(lab.new))
+    await_true(lambda: program.log.read_text(), "the other program to listen")
+    lab.must_refuse(f"{lab.new}", "8080 already")
+    lab.topology["destination"].kill(program.pid)
+
+
+def check_status(lab):
+    """Both moves of one OLD stand at the gateway, and nothing of either is missing."""
+    with lab.report.must("status finds no drift"):
+        document = json.loads(lab.translator.call("status", "--strict", "--json"))
+    ports = {
+        (one["old"], one["old_port"], one["new"], one["new_port"])
+        for move in document["moves"]
+        for one in move["maps"]
+    }
+    old, web, api = (str(end) for end in (lab.old, lab.new, THIRD.address(lab.family)))
+    wanted = {(old, 5000, web, 8080), (old, 5001, api, 8443)}
+    lab.report.check("status has the ports of both moves", ports == wanted, str(ports))
