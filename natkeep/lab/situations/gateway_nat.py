@@ -13,7 +13,7 @@ from natkeep.lab.situations import THREE_HOSTS, carry_on_after, situation, usual
 from natkeep.lab.topology import THIRD, address
 from natkeep.plan.tuples import Endpoint
 
-PUBLISHED, CONNECTIONS = 8080, 3
+PUBLISHED, WIRE_PORT, CONNECTIONS = 8080, 9090, 3
 translating = partial(situation, may_refuse=("stateless",))
 
 
@@ -47,12 +47,29 @@ def published_deleted(lab: Lab) -> None:
     _go_on_without_entries(lab)
 
 
+@translating(16, "a published port, to another port", probes=(True,))
+def published_to_port(lab: Lab) -> None:
+    """The client, the wire to NEW and the process have a port of their own each."""
+    lab.wire_port = WIRE_PORT
+    _connect(lab, _publish(lab))
+    _go_on_without_entries(lab)
+
+
 @translating(17, "a masqueraded client")
 def masqueraded(lab: Lab) -> None:
     """The process sees the gateway as its peer, and a port that the gateway chose."""
     _masquerade(lab)
     _connect(lab, lab.server_endpoint)
     usual_end(lab)
+
+
+@translating(17, "a masqueraded client, to another port", probes=(True,))
+def masqueraded_to_port(lab: Lab) -> None:
+    """Both ends are translated, with their ports."""
+    lab.wire_port = WIRE_PORT
+    _masquerade(lab)
+    _connect(lab, lab.server_endpoint)
+    _go_on_without_entries(lab)
 
 
 @translating(17, "a masqueraded client, entries deleted")
