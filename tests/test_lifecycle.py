@@ -41,7 +41,8 @@ from natkeep.lifecycle.replace import replace_move
 from natkeep.lifecycle.status import read_status
 from natkeep.lifecycle.teardown import teardown
 from natkeep.plan.identity import Identity
-from natkeep.plan.move import Fate, Map, Move, Site
+from natkeep.plan.maps import Map, parse_map
+from natkeep.plan.move import Fate, Move, Site
 from natkeep.plan.observation import Gate, Observation
 from natkeep.plan.roles import Role
 from natkeep.plan.step_order import make_plan
@@ -74,6 +75,12 @@ MAPS = {
     "udp": ("10.2.0.10=10.3.0.20", "fd00:2::11=fd00:3::21"),
 }
 """What a move maps; in "unkept" there are connections besides that are reset, in "udp" sockets."""
+
+
+def ported(*texts: str) -> tuple[Map, ...]:
+    """Maps whose NEW is named."""
+    wishes = map(parse_map, texts)
+    return tuple(wish.to(wish.new) for wish in wishes if wish.new is not None)
 
 
 def maps(*texts: str) -> tuple[Map, ...]:
@@ -760,6 +767,74 @@ def test_one_old_cannot_become_two_news(kernel: RecordingKernel, executor: Execu
     assert str(caught.value) == "10.2.0.10 is moved to 10.3.0.20 by web already"
     assert caught.value.hint == "natkeep teardown web first"
     assert before == kernel.sites
+
+
+WEB, API = "10.2.0.10:80=10.3.0.20:8080", "10.2.0.10:443=10.3.0.99:8443"
+AT_80, AT_443 = listed("10.2.0.10:80 10.1.0.2:1"), listed("10.2.0.10:443 10.1.0.2:1")
+
+
+def test_two_ports_of_one_old_may_become_two_news(
+    kernel: RecordingKernel, executor: Executor
+) -> None:
+    """Of either move's image both ports have connections; each keeps its own."""
+    before = copy.deepcopy(kernel.sites)
+    both = Connections.joined([AT_80, AT_443])
+    prepare(executor, Move("web", ported(WEB), (SITES[0],)), both)
+    plan = prepare(executor, Move("api", ported(API), (SITES[0],)), both)
+
+    assert [one.kept for one in plan.translations] == [AT_443]
+    assert executor.state.ids() == ("api", "web")
+    for move_id in ("web", "api"):
+        teardown(executor, move_id)
+    assert before == kernel.sites
+
+
+@pytest.mark.parametrize(
+    ("second", "some", "why"),
+    [
+        ("10.2.0.10:80=10.3.0.99:8443", AT_80, "10.2.0.10:80 is moved to 10.3.0.20:8080 by web"),
+        ("10.2.0.10:80=10.3.0.20:8081", AT_80, "10.2.0.10:80 is moved to 10.3.0.20:8080 by web"),
+        (
+            "10.2.0.10=10.3.0.99",
+            AT_80,
+            "10.1.0.2:1 > 10.2.0.10:80 and 10.1.0.2:1 > 10.2.0.10:80 (of move web) "
+            "would be one tuple at OLD",
+        ),
+        (
+            "10.2.0.10:443=10.3.0.20:8080",
+            AT_443,
+            "10.1.0.2:1 > 10.2.0.10:443 and 10.1.0.2:1 > 10.2.0.10:80 (of move web) "
+            "would be one tuple at NEW",
+        ),
+        (
+            "10.2.0.99=10.3.0.20",
+            listed("10.2.0.99:8080 10.1.0.2:1"),
+            "10.1.0.2:1 > 10.2.0.99:8080 and 10.1.0.2:1 > 10.2.0.10:80 (of move web) "
+            "would be one tuple at NEW",
+        ),
+    ],
+)
+def test_moves_of_one_port_or_one_tuple_are_refused(
+    kernel: RecordingKernel, executor: Executor, second: str, some: Connections, why: str
+) -> None:
+    prepare(executor, Move("web", ported(WEB), (SITES[0],)), AT_80)
+    before = copy.deepcopy(kernel.sites)
+
+    with pytest.raises(RefusedError) as caught:
+        prepare(executor, Move("api", ported(second), (SITES[0],)), some)
+
+    assert str(caught.value).startswith(why)
+    assert before == kernel.sites
+
+
+def test_a_listener_of_two_moves_goes_to_one_of_them(executor: Executor) -> None:
+    listener = (Endpoint.parse("10.2.0.10:80"),)
+    web = Move("web", ported(WEB), (SITES[0],), listeners=listener)
+    prepare(executor, web, AT_80)
+    rest = Move("rest", maps("10.2.0.10=10.3.0.99"), (SITES[0],), listeners=listener)
+
+    with pytest.raises(RefusedError, match=r"10\.2\.0\.10:80 would stand for two listeners"):
+        prepare(executor, rest, AT_443)
 
 
 def test_one_old_may_become_two_news_at_different_sites(

@@ -112,6 +112,18 @@ def test_what_is_no_open_move_has_no_gate_to_close(
 # ---- quiesce ---------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize(("port", "held"), [(5000, {LISTENER}), (22, {WILDCARD}), (80, set())])
+def test_a_map_of_one_port_holds_what_listens_at_it(
+    executor: Executor, port: int, held: set[Endpoint]
+) -> None:
+    ported = replace(move(SOURCE), maps=(Map(OLD, NEW, port, 8080),))
+    if held:
+        assert set(quiesce(executor, ported, ANY_PORT, 1)) == held
+        return
+    with pytest.raises(RefusedError, match=f"no socket listens at {OLD}:{port} "):
+        quiesce(executor, ported, ANY_PORT, 1)
+
+
 def test_quiesce_holds_what_listens_at_old_or_everywhere(
     executor: Executor, kernel: FakeKernel
 ) -> None:

@@ -43,7 +43,7 @@ def serve_post_dump(environment: Mapping[str, str], executor: Executor) -> str:
     if read_datagrams(environment) == Datagrams.LEAVE:
         checkpoint = checkpoint.without_udp()
     maps, vias = read_maps(environment["NATKEEP_SOURCE"]), read_vias(environment)
-    olds = [*dict.fromkeys(map_.old for map_ in maps)]
+    olds = [map_.old_end for map_ in maps]
     move = Move(
         environment.get("NATKEEP_ID") or own_id(call.criu),
         maps,

@@ -35,10 +35,10 @@ from natkeep.kernel.netlink import (
     attribute,
     attributes,
 )
-from natkeep.plan.maps import Map
 from natkeep.plan.move import Site
 from natkeep.plan.protocols import UDP
 from natkeep.plan.steps import InstallReception, InstallTranslation
+from natkeep.plan.translation import Translation
 from natkeep.plan.tuples import Address, Endpoint
 
 _RTM_F_FIB_MATCH = 0x2000
@@ -66,7 +66,7 @@ def check_destination(step: InstallTranslation) -> None:
     """
     for translation in step.translations:
         _demand_address(step.site, translation.map.new)
-        _refuse_port_in_use(step.site, translation.map)
+        _refuse_port_in_use(translation)
         # The gateway could not tell the two apart, and ours would take the other's packets.
         streams = translation.protocol.has_states
         living = None if streams else sock_diag.read_datagrams()
@@ -87,12 +87,18 @@ def check_destination(step: InstallTranslation) -> None:
                     )
 
 
-def _refuse_port_in_use(site: Site, map_: Map) -> None:
+def _refuse_port_in_use(translation: Translation) -> None:
     """A port that the wire is to show for another one has to be free at NEW."""
-    end = map_.new_end
-    if map_.turns_ports and isinstance(end, Endpoint) and sock_diag.is_taken(end):
+    end = translation.map.new_end
+    if not (translation.map.turns_ports and isinstance(end, Endpoint)):
+        return
+    if translation.protocol.has_states:
+        taken = sock_diag.is_taken(end)
+    else:
+        taken = end.port in sock_diag.datagram_ports(end.address)
+    if taken:
         raise RefusedError(
-            f"{site}: a socket there has {end} already",
+            f"{translation.site}: a socket there has {end} already",
             hint="name a port of NEW that is free: --map OLD:PORT=NEW:PORT",
         )
 

@@ -182,10 +182,10 @@ def can_bind(address: Address, device: str | None) -> bool:
 
 
 def is_taken(end: Endpoint) -> bool:
-    """Whether a socket of this namespace listens at *end*, or has it for itself.
+    """Whether a socket of TCP of this namespace listens at *end*, or has it for itself.
 
-    The kernel is asked, since its tables do not show a socket that is only bound. What has ended,
-    or is a connection, does not count.
+    The kernel is asked, since its tables do not show a socket that is only bound. A connection
+    counts, until it is gone, where its server did not share the port (SO_REUSEADDR).
     """
     family = socket.AF_INET if end.address.version == 4 else socket.AF_INET6
     with socket.socket(family, socket.SOCK_STREAM) as probe:

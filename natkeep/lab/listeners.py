@@ -128,7 +128,7 @@ def judge_new(
     return [
         Assertion("callers: no reset", not resets, f"{resets} in {len(segments)} segments"),
         Assertion(
-            "callers: between gateway and destination they go to NEW, at its port",
+            "callers: between gateway and destination they go to NEW, ports unchanged",
             not strange and bool(beyond) == bool(accepted),
             ", ".join(map(str, strange)) or f"{len(beyond)} segments",
         ),

@@ -10,7 +10,7 @@ from contextlib import ExitStack
 import pytest
 
 from natkeep.kernel.netns import inside, open_namespace
-from natkeep.kernel.sock_diag import find_alive, find_kept
+from natkeep.kernel.sock_diag import find_alive, find_kept, is_taken
 from natkeep.plan.tuples import Connections, Endpoint, FourTuple, parse_address
 
 pytestmark = pytest.mark.root
@@ -108,3 +108,20 @@ def test_no_connection_lives_in_an_empty_namespace(site: None) -> None:
     tuple_ = FourTuple(Endpoint.parse("10.1.0.2:5000"), Endpoint.parse("10.2.0.10:80"))
 
     assert count_alive(Connections.of([tuple_])) == 0
+
+
+@pytest.mark.parametrize("bound", ["127.0.0.1", "0.0.0.0", "::", "::ffff:127.0.0.1"])
+@pytest.mark.parametrize("listens", [True, False])
+def test_a_port_is_taken_where_something_listens_or_is_bound(
+    site: None, bound: str, listens: bool
+) -> None:
+    end = Endpoint.parse("127.0.0.1:8080")
+    assert not is_taken(end)
+    with socket.socket(socket.AF_INET6 if ":" in bound else socket.AF_INET) as other:
+        other.bind((bound, end.port))
+        if listens:
+            other.listen()
+
+        assert is_taken(end)
+        assert not is_taken(Endpoint(end.address, 8081))
+    assert not is_taken(end)

@@ -119,3 +119,14 @@ def test_callers_count_at_teardown_and_are_forgotten_with_it():
     assert play(story) == []
     assert len(tables) == 2
     assert not [table for table in tables if f"dport={PORT}" in table]
+
+
+@pytest.mark.parametrize("family", [4, 6])
+def test_new_connections_reach_a_listener_at_another_port_of_new(family):
+    tell, _ = find_scenario("listener_follows").load()
+
+    def story(lab):
+        lab.wire_port = 8080
+        tell(lab)
+
+    assert play(story, family=family) == []

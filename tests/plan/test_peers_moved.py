@@ -191,3 +191,15 @@ def test_a_plan_says_what_the_wire_shows_where_that_differs() -> None:
         None,
     ]
     assert "peer_maps" not in plan_to_json(make_plan(moves(""), KEPT))
+
+
+def test_a_peer_that_has_moved_to_another_port_has_that_on_the_wire() -> None:
+    kept = Connections.of(
+        [*KEPT, inbound(f"{STAYS}:443", f"{OLD}:40001"), inbound(f"{P}:9", f"{OLD}:40002")]
+    )
+    plan = make_plan(moves(f"{P}:443={Q}:8443 {P}=10.1.0.77"), kept)
+    [there] = plan.translations
+
+    assert [str(one.source) for one in there.outer] == [
+        "10.1.0.77:5000", f"{Q}:8443", f"{STAYS}:5000", f"{STAYS}:443", "10.1.0.77:9",
+    ]  # fmt: skip
