@@ -45,27 +45,27 @@ def at_port(make: Callable[[Lab], M], lab: Lab) -> M:
 
 _at_gateway = partial(at_port, _usual)
 
-to_port(35, "to another port")(under_traffic(_at_gateway, WHERE))
-to_port(35, "to another port, tcp_loose=0")(not_loose(_at_gateway, WHERE))
+to_port(34, "to another port")(under_traffic(_at_gateway, WHERE))
+to_port(34, "to another port, tcp_loose=0")(not_loose(_at_gateway, WHERE))
 for _name, _words in {
     "the client says first": ("client_says", "server_says"),
     "the server says first": ("server_says", "client_says"),
     "the client closes first": ("client_closes", "server_says", "server_closes"),
     "the server closes first": ("server_closes", "client_closes"),
 }.items():
-    to_port(35, f"to another port, {_name}")(in_order(_at_gateway, *_words))
-to_port(35, "to another port, entries flushed before a FIN", probes=(True,))(
+    to_port(34, f"to another port, {_name}")(in_order(_at_gateway, *_words))
+to_port(34, "to another port, entries flushed before a FIN", probes=(True,))(
     flushed_before_fins(_at_gateway, WHERE)
 )
-to_port(35, "to another port, path MTU drops", setup={"routed": ("near", "far")})(
+to_port(34, "to another port, path MTU drops", setup={"routed": ("near", "far")})(
     narrow(_at_gateway, "far", "near")
 )
-to_port(35, "to another port, by a relay")(
+to_port(34, "to another port, by a relay")(
     under_traffic(partial(at_port, ByRelay), ("source", "destination"))
 )
-to_port(35, "to another port, the peers' own host translates")(
+to_port(34, "to another port, the peers' own host translates")(
     under_traffic(partial(at_port, _by_peer), ("client", "destination"))
 )
-to_port(35, "to another port, both ends move", setup=SETUP)(
+to_port(34, "to another port, both ends move", setup=SETUP)(
     under_traffic(partial(at_port, BothEnds), ("third", "destination"))
 )

@@ -102,6 +102,19 @@ udp("the peers' own host")(partial(_connected, _by_peer))
 udp("both ends move", **both_ends.SETUP)(partial(_connected, BothEnds))
 
 
+def _to_another_port(moves: Moves, lab: Lab) -> None:
+    """The same with a map to another port."""
+    lab.wire_port = 8080
+    moves(lab)
+
+
+udp("to another port, a server's socket")(partial(_to_another_port, server))
+udp("to another port, connected sockets")(
+    partial(_to_another_port, partial(_connected, lambda lab: lab))
+)
+udp("to another port, by a relay")(partial(_to_another_port, partial(_connected, ByRelay)))
+
+
 def connect(lab: Lab) -> None:
     """The server gives each peer a socket of its own, and has no other."""
     assert isinstance(lab.traffic, Datagrams)
