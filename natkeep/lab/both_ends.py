@@ -98,6 +98,8 @@ class BothEnds:
         """The server moves on, and the client's destination learns where it is then."""
         lab, party = self.lab, self.party
         earlier, lab.site, lab.new = lab.order, site, site.address(lab.family)
+        with lab.report.must("the gate closes before the freeze"):
+            lab.translator.close(earlier)
         lab.freeze()
         lab.prepare()
         party.peers = (self._server(),)

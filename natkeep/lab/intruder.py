@@ -57,11 +57,15 @@ class Attempt:
 class Intruder:
     """Tries everything at one lab; `select_frames` keeps its frames from the usual checks."""
 
-    def __init__(self, lab: Lab) -> None:
+    def __init__(self, lab: Lab, wire: FourTuple | None = None) -> None:
+        """wire: the kept tuple as it arrives at NEW, where that is not from its peer itself."""
         self.lab, self.attempts = lab, list[Attempt]()
         self.kept = lab.traffic.kept[0]
+        self.wire = wire or FourTuple(
+            self.kept.source, Endpoint(lab.new, self.kept.destination.port)
+        )
         self.began_ns = time.time_ns()
-        lab.select_frames = self.select_frames
+        self.usual, lab.select_frames = lab.select_frames, self.select_frames
         port, anywhere = self.kept.destination.port, "0.0.0.0" if lab.family == 4 else "[::]"
         self.listener = start_server(
             lab.topology[DESTINATION.role], "listener",
@@ -126,10 +130,11 @@ class Intruder:
         self._check_arrivals(late)
         self._check_answers(late)
         self._check_listeners()
-        return {
+        before = {
             at: [frame for frame in each if frame.at_ns < self.began_ns]
             for at, each in frames.items()
         }
+        return self.usual(before)
 
     def _check_arrivals(self, late: Sequence[Frame]) -> None:
         seqs = {frame.segment.seq for frame in late if frame.segment}
@@ -143,8 +148,7 @@ class Intruder:
     def _check_answers(self, late: Sequence[Frame]) -> None:
         """An answer means that there is something to talk to; a reset would show it, too."""
         numbers = {(each.seq + 1) % 2**32: each for each in self.attempts}
-        on_wire = FourTuple(self.kept.source, Endpoint(self.lab.new, self.kept.destination.port))
-        taken = {on_wire.reply()}
+        taken = {self.wire.reply()}
         bad = []
         for frame in late:
             segment = frame.segment

@@ -129,10 +129,9 @@ class ByRelay:
         self.lab.move_back()
 
     def close(self) -> None:
-        """Before a dump at the destination: CRIU's lock knows the peers by other addresses."""
-        if isinstance(self.lab.translator, Natkeep):
-            with self.lab.report.must("the gate closes before the freeze"):
-                self._call("quiesce", self.lab.order.id)
+        """Before a dump at the destination."""
+        with self.lab.report.must("the gate closes before the freeze"):
+            self.lab.translator.close(self.lab.order)
 
     def check_stacked(self, site: Seat) -> None:
         """A further relay, at the destination towards *site*, is refused, and names the cure."""

@@ -95,6 +95,9 @@ class Translator:
         """How the network is opened when they have."""
         return Opening(open=lambda: None)
 
+    def close(self, order: Order) -> None:
+        """Before a dump where CRIU's lock knows the peers by other addresses than the wire has."""
+
     def retire(self, order: Order) -> None:
         """Undo what is left of *order*, now that another one has replaced it at the gateway."""
         self.teardown(order)
@@ -137,6 +140,9 @@ class Natkeep(Translator):
         """What opens the move of that id when the sockets exist."""
         environment = {**self.environment, "NATKEEP_ID": move_id}
         return Opening(lambda: self.call("open", move_id), self.hook(), environment)
+
+    def close(self, order: Order) -> None:
+        self.call("quiesce", order.id)
 
     def withdrawal(self, order: Order) -> Opening:
         command = shlex.join([*natkeep_command(), "teardown", order.id, "--yes"])

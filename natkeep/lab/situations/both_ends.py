@@ -62,6 +62,11 @@ def moved_on(lab: Lab) -> None:
     both.finish()
 
 
+by_criu = partial(both_move, engine="criu", probes=(True,))
+by_criu(31, "both ends move by CRIU", setup=SETUP)(under_traffic(BothEnds, WHERE))
+by_criu(31, "both ends move, one moves on by CRIU", setup={"seats": (*SETUP["seats"], FOURTH)})(
+    moved_on
+)
 both_move(31, "both ends move, a gateway for one", setup=SETUP)(
     under_traffic(partial(BothEnds, gateway=True), ("gateway", *WHERE))
 )

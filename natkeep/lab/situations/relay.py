@@ -86,6 +86,11 @@ by_relay(33, "by a relay, moved on and back on one link", setup=FLAT_ON)(
 )
 
 
+by_relay(33, "by a relay, moved on and back by CRIU", engine="criu", probes=(True,), setup=FLAT_ON)(
+    partial(_point_elsewhere, BESIDE)
+)
+
+
 # The source's link goes down.
 by_relay(33, "by a third host that takes OLD over", setup=A_THIRD)(
     under_traffic(ByThird, (ByThird.role, "destination"))
