@@ -209,14 +209,16 @@ class Datagrams(traffic.Process):
             "seq": self.seq + 1, "to": self.to, "source": self.source,
             "listening": self.listening,
             "connections": [
-                {**flow.saved(), "listener": self.find(flow)} for flow in self.connections
+                {**flow.saved(), **self.name_socket(flow)} for flow in self.connections
             ],
         }  # fmt: skip
         traffic.replace(path, json.dumps(value))
 
-    def find(self, flow: Flow) -> int | None:
-        """The number of the unconnected socket by which *flow* goes."""
-        return self.listeners.index(flow.sock) if flow.sock in self.listeners else None
+    def name_socket(self, flow: Flow) -> dict[str, Any]:
+        """The number of the unconnected socket of *flow*, or both ends of its own."""
+        if flow.sock is None or flow.to is not None:
+            return {"listener": self.listeners.index(flow.sock) if flow.sock else None}
+        return {"ends": [flow.sock.getsockname(), flow.sock.getpeername()]}
 
     def resume(self, path: Path) -> None:
         (self.directory / "go").unlink(missing_ok=True)  # of an earlier move
@@ -229,14 +231,15 @@ class Datagrams(traffic.Process):
             self.resume_flow(saved)
 
     def resume_flow(self, saved: dict[str, Any]) -> None:
-        local, peer = (traffic.parse_address(saved["names"][end]) for end in ("local", "peer"))
-        if saved["to"] is None:
-            flow = Flow(make_connected(local, peer), self.role)
-        else:
-            listener = self.listeners[saved["listener"]]
-            flow = Flow(listener, self.role, peer)
-            self.peers[listener.fileno(), saved["names"]["peer"]] = flow
-        flow.load({**saved, "to": flow.to})
+        sock, to = None, saved["to"] and tuple(saved["to"])
+        if "ends" in saved:
+            sock = make_connected(*map(tuple, saved["ends"]))
+        elif saved["listener"] is not None:
+            sock = self.listeners[saved["listener"]]
+        flow = Flow(sock, self.role, to)
+        flow.load({**saved, "to": to})
+        if sock is not None and to is not None:
+            self.peers[sock.fileno(), traffic.print_address(to)] = flow
         self.connections.append(flow)
 
     def go(self, how: str) -> None:

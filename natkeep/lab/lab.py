@@ -273,14 +273,16 @@ class Lab:
     def restore_at_source(self, opening: Opening | None = None) -> None:
         """The frozen process is restored where it came from; without *opening*, untranslated."""
         # Unsent data may leave before the restore has ended, and be all there is to say: what
-        # the process sends from here on is after the move, since what is frozen sends nothing.
+        # the process sends from here on is after the move, since what is frozen sends nothing. Of
+        # UDP, what comes to it meanwhile may be lost.
         beginning = time.time_ns()
         with self.report.must("the engine restores the server where it came from"):
             self.at = self.topology[self.home.role]
             opening = opening or Opening(lambda: None)
             self.engine.restore(self.at, self.traffic.server, self.frozen, opening)
         self.note_restored()
-        self.restored_ns = beginning
+        if not self.udp:
+            self.restored_ns = beginning
 
     # The end
 

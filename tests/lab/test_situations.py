@@ -93,6 +93,8 @@ KEPT = [
     ("the peers' own host, path MTU drops", 6, "stateful"),
     ("UDP, a server's socket", 6, "stateful"),
     ("UDP, a socket of all addresses", 6, "stateful"),
+    ("UDP, a socket of both families", 4, "stateful"),
+    ("UDP, moved on and back", 6, "stateful"),
     ("UDP, connected sockets", 4, "stateful"),
     ("UDP, the process is the client", 6, "stateful"),
     ("UDP, peers speak during the blackout", 4, "stateful"),

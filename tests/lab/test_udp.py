@@ -167,7 +167,9 @@ def test_rules_by_hand_keep_datagrams_if_stale_entries_are_purged(engine, transl
     ("name", "family"),
     [
         ("UDP, a server's socket", 6),
-        ("UDP, a socket of all addresses", 4),
+        ("UDP, a socket of all addresses", 6),
+        ("UDP, a socket of both families", 4),
+        ("UDP, moved on and back", 4),
         ("UDP, connected sockets", 6),
         ("UDP, by a relay", 4),
         ("UDP, the peers' own host", 4),

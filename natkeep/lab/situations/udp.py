@@ -7,7 +7,7 @@ peer that a relay has not heard of would be known by the relay's address.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 
 from natkeep.lab import both_ends
@@ -15,9 +15,10 @@ from natkeep.lab.both_ends import BothEnds
 from natkeep.lab.lab import Lab
 from natkeep.lab.peer_host import PeerHost
 from natkeep.lab.relay import FLAT, ByRelay
-from natkeep.lab.situations import Moves, situation
+from natkeep.lab.situations import THREE_HOSTS, Moves, carry_on_after, situation
 from natkeep.lab.situations.roles import begin_dialled
 from natkeep.lab.situations.two_ends import Mover
+from natkeep.lab.topology import THIRD
 from natkeep.lab.traffic_words import PORT
 from natkeep.lab.udp import Datagrams
 
@@ -26,11 +27,14 @@ BIG = 6000
 COUNT = 20
 
 
-def udp(name: str, **setup: object) -> Callable[[Moves], Moves]:
+def udp(
+    name: str, setup: Mapping[str, object] = {}, *, families: tuple[int, ...] = (4, 6)
+) -> Callable[[Moves], Moves]:
     """A row of UDP; Lab gets *setup* as well."""
     return situation(
-        35, f"UDP, {name}", probes=(True,), may_refuse=("stateless",), setup={**setup, "udp": True}
-    )
+        35, f"UDP, {name}", families=families, probes=(True,), may_refuse=("stateless",),
+        setup={**setup, "udp": True},
+    )  # fmt: skip
 
 
 @udp("a server's socket")
@@ -57,6 +61,18 @@ def wildcard(lab: Lab) -> None:
     lab.finish()
 
 
+@udp("a socket of both families", families=(4,))
+def both_families(lab: Lab) -> None:
+    """To IPv6's sockets, one of them connected, IPv4 peers have IPv4-mapped addresses."""
+    lab.conditions.gateway_tracks()
+    lab.begin(connections=COUNT, listen=f"[::]:{PORT}", pause=True)
+    connect(lab, 0)
+    lab.move()
+    lab.traffic.client_says()
+    _both_speak(lab)
+    lab.finish()
+
+
 @udp("the process is the client")
 def dialled(lab: Lab) -> None:
     """Its sockets are connected to a server, from ports that the kernel chose."""
@@ -79,6 +95,16 @@ def spoken_to(lab: Lab) -> None:
     lab.finish()
 
 
+@udp("moved on and back", THREE_HOSTS)
+def moved_on_and_back(lab: Lab) -> None:
+    """Peers go on to speak all the time, by the server's socket and by a connected one."""
+    lab.conditions.gateway_tracks()
+    lab.begin(connections=COUNT)
+    connect(lab, 0)
+    carry_on_after(lab, lab.move, lambda: lab.move_on(THIRD), lab.move_back)
+    lab.finish()
+
+
 def _connected(make: Callable[[Lab], Mover], lab: Lab) -> None:
     """Both sides speak after a pause, by connected sockets."""
     lab.conditions.gateway_tracks()
@@ -97,9 +123,9 @@ def _by_peer(lab: Lab) -> Lab:
 
 udp("connected sockets")(partial(_connected, lambda lab: lab))
 udp("by a relay")(partial(_connected, ByRelay))
-udp("by a relay on one link", **FLAT)(partial(_connected, ByRelay))
+udp("by a relay on one link", FLAT)(partial(_connected, ByRelay))
 udp("the peers' own host")(partial(_connected, _by_peer))
-udp("both ends move", **both_ends.SETUP)(partial(_connected, BothEnds))
+udp("both ends move", both_ends.SETUP)(partial(_connected, BothEnds))
 
 
 def _to_another_port(moves: Moves, lab: Lab) -> None:
@@ -115,10 +141,10 @@ udp("to another port, connected sockets")(
 udp("to another port, by a relay")(partial(_to_another_port, partial(_connected, ByRelay)))
 
 
-def connect(lab: Lab) -> None:
-    """The server gives each peer a socket of its own, and has no other."""
+def connect(lab: Lab, *peers: int) -> None:
+    """The server gives each peer a socket of its own, and has no other; or only these get one."""
     assert isinstance(lab.traffic, Datagrams)
-    lab.traffic.connect()
+    lab.traffic.connect(*peers)
 
 
 def _both_speak(lab: Lab) -> None:
