@@ -20,8 +20,10 @@ from natkeep.kernel.interface import Kernel, Snapshot
 from natkeep.lifecycle.progress import plan_of, plan_today
 from natkeep.plan.conntrack import NOT_TRACKED
 from natkeep.plan.identity import Identity
+from natkeep.plan.listeners import make_receptions
 from natkeep.plan.move import Mode, Move, Site
 from natkeep.plan.observation import Observation, SeenEntry
+from natkeep.plan.protocols import TCP, UDP, Protocol
 from natkeep.plan.roles import Role
 from natkeep.plan.step_undo import RestoreEntries
 from natkeep.plan.steps import InsertEntries, Plan, Prior
@@ -38,11 +40,25 @@ class Partner:
 
     journal: Journal
     site: Site
+    protocol: Protocol = TCP
 
     def translations(self) -> tuple[Translation, ...]:
-        """How it translates TCP there."""
+        """How it translates there."""
         every = plan_today(self.journal).translations
-        return tuple(t for t in every if t.site == self.site and t.protocol.has_states)
+        return tuple(t for t in every if (t.site, t.protocol) == (self.site, self.protocol))
+
+    def servers(self) -> dict[bytes, bytes]:
+        """Its UDP sockets that any peer may speak to: OLD and port, and what the site makes of it.
+
+        Packed, as an end stands in a record.
+        """
+        some = make_receptions(self.journal.move, self.site) if self.protocol == UDP else ()
+        return {
+            one.before.packed + port.to_bytes(2, "big"): one.after.packed + to.to_bytes(2, "big")
+            for one in some
+            if one.protocol == UDP
+            for port, to in zip(one.ports_at(one.before), one.ports_at(one.after), strict=True)
+        }
 
     def ends(self) -> frozenset[bytes]:
         """Its connections there, as their other ends see them."""
@@ -100,11 +116,29 @@ def find_surroundings(
     have to be translated in mode stateless.
     """
     around = kernel.look_around(move, connections)
+    known = kernel, state, {move.id, *besides}
+    around = _take_partners(*known, move, connections, around, TCP)
+    if not len(move.udp) or move.why_no_udp():
+        return around
+    return around.with_udp(_take_partners(*known, move, move.udp, around.of_udp(), UDP))
+
+
+def _take_partners(
+    kernel: Kernel,
+    state: StateDirectory,
+    besides: Iterable[str],
+    move: Move,
+    connections: Connections,
+    around: Surroundings,
+    protocol: Protocol,
+) -> Surroundings:
+    """What earlier moves do at the sites to *connections*, which are of *protocol*."""
     kept = move.share(connections)
     peers = frozenset[bytes]().union(*(some.peers() for some in kept))
     for site in move.sites if not move.quiesces else ():
-        found = find_partners(state, kernel.identity(site), peers, {move.id, *besides})
-        for partner, some in ((partner, some) for partner in reversed(found) for some in kept):
+        found = find_partners(state, kernel.identity(site), peers, besides)
+        found = [replace(one, protocol=protocol) for one in reversed(found)]
+        for partner, some in ((partner, some) for partner in found for some in kept):
             if site.row.own:
                 _refuse_moved(site, partner, some)
             elif site.role == Role.GATEWAY:
@@ -126,9 +160,14 @@ def _carry(
         for view in {theirs.outer, theirs.kept}:
             beyond |= zip(view.turned().each(), theirs.inner.turned().each(), strict=True)
     carriers = dict(zip(around.carried.each(), around.carriers.each(), strict=True))
-    found = {}
+    found, servers = {}, partner.servers()
     for record in kept.each():
-        carrier = beyond.get(record) or beyond.get(carriers.get(record, b""))
+        seen = carriers.get(record, b"")
+        carrier = beyond.get(record) or beyond.get(seen)
+        if carrier is None and servers:
+            seen, half = seen or record, len(record) // 2
+            end = servers.get(seen[half:])
+            carrier = None if end is None else seen[:half] + end
         if carrier is not None:
             found[record] = carrier
     there = Connections.of_records(found)
@@ -155,8 +194,9 @@ def _refuse_moved(site: Site, partner: Partner, kept: Connections) -> None:
 
 def _join(partner: Partner, kept: Connections, around: Surroundings) -> Surroundings:
     """With what of *kept* has its other end at the destination, where the partner put it."""
-    theirs = partner.ends()
-    found = [record for record in kept.each() if record in theirs]
+    theirs, servers = partner.ends(), partner.servers()
+    ends = frozenset(servers.values())  # which at a destination are OLDs
+    found = [r for r in kept.each() if r in theirs or r[len(r) // 2 :] in ends]
     return replace(around, joined=Connections.of_records([*around.joined.each(), *found]))
 
 

@@ -189,7 +189,8 @@ def _steps_at(
     # Before the address too: CRIU's restore may send for these, and must not be answered yet.
     steps += _install_resets(site, move, lost, home)
     if site.row.puts_old:
-        others = _find_olds(move, here, receptions, lost, inner, surroundings.joined)
+        joined = Connections.joined((surroundings.joined, surroundings.udp_joined))
+        others = _find_olds(move, here, receptions, lost, inner, joined)
         arounds = [surroundings, *([] if change is None else [change.surroundings])]
         own = find_staying(move, here, receptions, lost, inner, arounds)
         rules = AddRules(site, (), own, forwards)
@@ -309,6 +310,7 @@ def _replace_entries(
         around = surroundings
         if change is not None and (move.waits(site) or next(translation.kept.each()) in came):
             around = change.surroundings
+        around = around if translation.protocol.has_states else around.of_udp()
         crossing = _crossing(translation, around)
         joined = around.joined if site.row.puts_old else NO_CONNECTIONS
         stale = crossing

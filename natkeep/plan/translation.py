@@ -59,7 +59,7 @@ class Surroundings:
     beside: in mode stateless, peers' addresses that are local to a gateway.
     noted: what the entries say that the sites have of the connections, where it is not the usual.
     home: OLD addresses that the destination has had before any move. forwards: it is a router.
-    udp_carried, udp_carriers: as carried and carriers, of UDP.
+    udp_carried, udp_carriers, udp_joined: as carried, carriers and joined, of UDP.
     at_peers: of each site of role peer the peers' addresses that it has.
     forwarding: settings that a relay switches on to pass on what is kept, below /proc/sys/net/.
     """
@@ -76,6 +76,7 @@ class Surroundings:
     forwarding: tuple[str, ...] = ()
     udp_carried: Connections = NO_CONNECTIONS
     udp_carriers: Connections = NO_CONNECTIONS
+    udp_joined: Connections = NO_CONNECTIONS
 
     def carry_on(self, earlier: Surroundings, connections: Connections) -> Surroundings:
         """With those of *connections* that an *earlier* move, now replaced, took over itself.
@@ -94,9 +95,18 @@ class Surroundings:
         )
 
     def of_udp(self) -> Surroundings:
-        """The same with what entries of UDP told."""
-        both = self.udp_carried, self.udp_carriers
-        return replace(self, carried=both[0], carriers=both[1], joined=NO_CONNECTIONS, noted=())
+        """The same with what is so of UDP, and nothing noted."""
+        carried, carriers, joined = self.udp_carried, self.udp_carriers, self.udp_joined
+        return replace(self, carried=carried, carriers=carriers, joined=joined, noted=())
+
+    def with_udp(self, seen: Surroundings) -> Surroundings:
+        """With what *seen*, made of what `of_udp` gave, says of UDP."""
+        return replace(
+            self,
+            udp_carried=seen.carried,
+            udp_carriers=seen.carriers,
+            udp_joined=seen.joined,
+        )
 
     def _find_gone(self, earlier: tuple[Noted, ...], connections: Connections) -> Iterator[Noted]:
         """What an *earlier* move noted of entries that are not there any more."""

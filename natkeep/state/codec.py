@@ -220,9 +220,9 @@ def peers_to_json(around: Surroundings) -> dict[str, Any]:
     for name, some in (("beside", around.beside), ("home", around.home)):
         if some:
             found[name] = sorted(map(str, some))
-    if len(around.udp_carried):
-        both = around.udp_carried, around.udp_carriers
-        found["udp_carried"] = [[some.v4.hex(), some.v6.hex()] for some in both]
+    every = around.udp_carried, around.udp_carriers, around.udp_joined
+    if any(map(len, every)):
+        found["udp"] = [[some.v4.hex(), some.v6.hex()] for some in every]
     found |= {"forwards": True} if around.forwards else {}
     found |= {"forwarding": [*around.forwarding]} if around.forwarding else {}
     if around.at_peers:
@@ -292,10 +292,10 @@ def read_surroundings(
     at_peers = tuple(_read_at_peers(as_list(row)) for row in as_list(line.get("at_peers", [])))
     names = tuple(map(as_text, as_list(line.get("forwarding", []))))
     seldom = (joined, noted, beside, home, forwards, at_peers, names)
-    inside, outside = map(read_sides, as_list(line.get("udp_carried", [None, None])))
+    inside, outside, alongside = map(read_sides, as_list(line.get("udp", [None, None, None])))
     if len(inside) != len(outside):
         raise ValueError("it does not have a carrier for each carried socket of UDP")
-    return Surroundings(local, carried, carriers, *seldom, inside, outside)
+    return Surroundings(local, carried, carriers, *seldom, inside, outside, alongside)
 
 
 def _read_at_peers(row: list[Any]) -> tuple[Site, frozenset[Address]]:

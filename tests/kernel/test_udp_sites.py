@@ -40,15 +40,16 @@ __all__ = ["make_net"]
 
 FROM = {4: ip_address("10.2.0.11"), 6: ip_address("fd00:2::11")}
 ELSEWHERE = {4: ip_address("10.2.0.12"), 6: ip_address("fd00:2::12")}
+FAR = {4: ip_address("10.4.0.2"), 6: ip_address("fd00:4::2")}
 _INSERT = "insert rule inet fw pass"
 EACH_PURGE = pytest.mark.parametrize("purges", [False, True], ids=["stale", "purged"])
 
 
-def give(net: Net, at: str, *addresses: object) -> None:
+def give(net: Net, at: str, *addresses: object, device: str = "eth0") -> None:
     """More addresses for a host."""
     for address in addresses:
         length, more = (64, ("nodad",)) if ":" in str(address) else (24, ())
-        words = ("address", "add", f"{address}/{length}", "dev", "eth0", *more)
+        words = ("address", "add", f"{address}/{length}", "dev", device, *more)
         net.run(net.names[at], "ip", *words)
 
 
@@ -247,6 +248,73 @@ def test_a_move_is_replaced_when_the_process_moves_on_and_all_of_it_is_undone(
         [status] = read_status(executor, ["further"])
         assert [site.drift for site in status.sites] == [(), ()]
     for move_id in ("further", "udp"):
+        teardown(executor, move_id)
+    assert look(names) == before
+
+
+@EACH_VERSION
+@pytest.mark.parametrize("server", [False, True], ids=["connected", "server"])
+@pytest.mark.parametrize("silent", [False, True], ids=["speaking", "silent"])
+def test_the_peer_moves_later_through_the_same_gateway(
+    make_net: Callable[[int], Net], version: int, server: bool, silent: bool, tmp_path: Path
+) -> None:
+    net = make_net(version)
+    old, peer_address, now = OLD[version], PEER[version], FAR[version]
+    net.run(net.names["source"], "ip", "address", "flush", "dev", "eth0", "scope", "global")
+    give(net, "source", now)
+    router = ip_address("10.4.0.1") if version == 4 else ip_address("fd00:4::1")
+    give(net, "gateway", router, device="old")
+    net.run(net.names["source"], "ip", "route", "replace", "default", "via", str(router))
+    first = second = net.move()
+    if server:
+        first = replace(first, udp=NO_CONNECTIONS, udp_servers=(Endpoint(old, PORT),))
+    sites = (first.sites[0], Site(Role.DESTINATION, net.names["source"]))
+    second = Move("second", (Map(peer_address, now),), sites, udp=second.udp.turned())
+    executor = Executor(LinuxKernel(str(tmp_path)), StateDirectory(str(tmp_path), create=True))
+    peer = net.socket("peer", net.peer_end, net.old_end)
+    prepare(executor, first, NO_CONNECTIONS, Gate.OPEN)
+    process = net.socket("destination", net.old_end, None if server else net.peer_end)
+    assert answered(peer, process, 2) == 2
+    if silent:
+        net.run(net.names["gateway"], "conntrack", "-F")
+
+    prepare(executor, second, NO_CONNECTIONS, Gate.OPEN)
+    peer.close()
+    peer = net.socket("source", net.peer_end, net.old_end)
+    assert answered(peer, process, 3) == 3
+    for at in ("gateway", "source", "destination"):
+        net.run(net.names[at], "conntrack", "-F")
+        process.sendto(b"first", net.peer_end)
+        assert peer.recv(99) == b"first"
+
+
+@EACH_VERSION
+@pytest.mark.parametrize("server", [False, True], ids=["connected", "server"])
+def test_the_peer_moves_later_onto_the_same_host(
+    make_net: Callable[[int], Net], version: int, server: bool, tmp_path: Path
+) -> None:
+    net = make_net(version)
+    also = ip_address("10.3.0.21" if version == 4 else "fd00:3::21")
+    give(net, "destination", also)
+    first = second = net.move()
+    if server:
+        first = replace(first, udp=NO_CONNECTIONS, udp_servers=(Endpoint(OLD[version], PORT),))
+    second = Move("second", (Map(PEER[version], also),), first.sites, udp=second.udp.turned())
+    executor = Executor(LinuxKernel(str(tmp_path)), StateDirectory(str(tmp_path), create=True))
+    names = {role: net.names[role] for role in ("gateway", "destination")}
+    before = look(names)
+    peer = net.socket("peer", net.peer_end, net.old_end)
+    prepare(executor, first, NO_CONNECTIONS, Gate.OPEN)
+    process = net.socket("destination", net.old_end, None if server else net.peer_end)
+    assert answered(peer, process, 2) == 2
+
+    prepare(executor, second, NO_CONNECTIONS, Gate.OPEN)
+    with net.socket("destination", net.peer_end, net.old_end) as moved:
+        assert answered(moved, process, 3) == 3
+        process.sendto(b"first", net.peer_end)
+        assert moved.recv(99) == b"first"
+    process.close()
+    for move_id in ("second", "udp"):
         teardown(executor, move_id)
     assert look(names) == before
 
