@@ -10,11 +10,13 @@
 
 As a host of containers that publish ports. Two processes of the source, 10.2.0.10 (OLD), move by
 two moves, through one gateway. The port that the wire shows has to be free at NEW; the sockets keep
-theirs. Entries that are flushed change nothing, nor that conntrack picks none up.
+theirs. Entries that are flushed change nothing, nor that conntrack picks none up; where the rules
+are flushed in a pause, they are repaired.
 """
 
 import json
 import sys
+import time
 
 from natkeep.lab.host import await_true
 from natkeep.lab.topology import SOURCE, THIRD, USUAL
@@ -50,6 +52,7 @@ def run(lab):
         lab.conditions.flush_conntrack(role)
         talk_on(both)
     lab.conditions.conntrack_loose(1)
+    repair(lab, both)
     lab.traffic.server_closes()
     lab.traffic.client_closes()
     api.traffic.client_closes()
@@ -69,6 +72,21 @@ def refuse_taken(lab):
     await_true(lambda: program.log.read_text(), "the other program to listen")
     lab.must_refuse(f"{lab.new}", "8080 already")
     lab.topology["destination"].kill(program.pid)
+
+
+def repair(lab, both):
+    """Another program flushes the gateway's rules in a pause."""
+    for each in both:
+        each.traffic.quiet()
+    time.sleep(1)  # until nothing is said again: what comes while there are no rules is reset
+    lab.topology["gateway"].run("nft", "flush", "ruleset")
+    for each in both:
+        with lab.report.must(f"repair of {each.order.id}"):
+            lab.translator.call("repair", each.order.id)
+    for each in both:
+        each.traffic.client_says()
+        each.traffic.server_says()
+    check_status(lab)
 
 
 def check_status(lab):

@@ -53,8 +53,8 @@ def ensure_prepared(
         resets = orders.unkept == Fate.RESET
         maps = maps_about(orders.maps, checkpoint, executor.kernel, site, resets=resets)
         orders = replace(orders, maps=maps)
-        peers = frozenset(checkpoint.connections.peers() | checkpoint.udp.peers())
-        moved = (t for t in orders.peer_maps if parse_peer_map(t).old.packed in peers)
+        some = Connections.joined((checkpoint.connections, checkpoint.udp)).turned()
+        moved = (t for t in orders.peer_maps if len(some.at(parse_peer_map(t).old_end)))
         orders = replace(orders, peer_maps=tuple(moved))
         if not orders.maps:
             say("no connection of this image is to be kept here")

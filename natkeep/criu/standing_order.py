@@ -54,17 +54,16 @@ def maps_about(
     resets: connections that cannot be kept count too, since they are to be reset.
     """
     wishes = {text: parse_map(text) for text in maps}
-    counted = frozenset(
-        wish.old
-        for wish in wishes.values()
-        for end in (wish.old_end,)
-        if _is_at(checkpoint, end) or (resets and checkpoint.lost_at([end]))
-    )
-    if not counted:
+    found = {
+        text: wish.old
+        for text, wish in wishes.items()
+        if _is_at(checkpoint, wish.old_end) or (resets and checkpoint.lost_at([wish.old_end]))
+    }
+    if not found:
         return ()
     kernel.open_sites([site])
-    about = counted - kernel.ask(site, find_at_home, counted)
-    return tuple(text for text in maps if wishes[text].old in about)
+    home = kernel.ask(site, find_at_home, frozenset(found.values()))
+    return tuple(text for text, old in found.items() if old not in home)
 
 
 def _is_at(checkpoint: Checkpoint, old: Local) -> bool:

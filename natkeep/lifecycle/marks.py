@@ -14,7 +14,7 @@ from natkeep.plan.other_rules import EVERY, Ruleset, follow
 from natkeep.plan.packet import ESTABLISHED, NEW, Packet
 from natkeep.plan.path import Route
 from natkeep.plan.translation import Translation
-from natkeep.plan.tuples import Endpoint, FourTuple
+from natkeep.plan.tuples import FourTuple
 from natkeep.values import replace
 
 
@@ -58,16 +58,16 @@ def _look_at_gateway(
     ruleset: Ruleset, links: path.Links, translation: Translation, views: list[FourTuple]
 ) -> Iterator[_Apart]:
     """What NEW sends should leave as OLD's, and what the peer sends to NEW, if that is beside."""
-    kept, outer, _, routed = views
-    peer, (old, new) = outer.source, (translation.map.old, translation.map.new)
+    kept, outer, inner, routed = views
+    peer, new = outer.source, translation.map.new
     first, _ = TURNS[translation.mode]
     ways = []
-    for source in (old, new):
-        device = links.look_up(source)[1]
-        away = FourTuple(Endpoint(source, kept.destination.port), peer)
+    for source in (kept.destination, inner.destination):
+        device = links.look_up(source.address)[1]
+        away = FourTuple(source, peer)
         packet = Packet(away, iif=links.device(device), protocol=translation.protocol)
         mark = packet.after(follow(ruleset, "prerouting", packet, FILTERS)).mark or 0
-        ways.append(links.look_up(peer.address, source, device, mark)[0])
+        ways.append(links.look_up(peer.address, source.address, device, mark)[0])
     yield away, ways[0], ways[1]
 
     to_new, near = links.look_up(new)[0], links.look_up(peer.address)[1]
@@ -95,9 +95,9 @@ def _look_at_destination(
     usual = replace(came, state=ESTABLISHED)
     has = usual.after(follow(ruleset, "prerouting", usual, FILTERS)).connmark
     ways = []
-    for source, connmark in ((translation.map.old, has), (new, has), (new, given)):
-        away = FourTuple(Endpoint(source, kept.destination.port), kept.source)
-        packet = Packet(away, connmark=connmark, protocol=protocol)
+    ends = (kept.destination, has), (outer.destination, has), (outer.destination, given)
+    for source, connmark in ends:
+        packet = Packet(FourTuple(source, kept.source), connmark=connmark, protocol=protocol)
         mark = packet.after(follow(ruleset, "output", packet, FILTERS)).mark or 0
         ways.append(links.look_up(peer, new, 0, mark)[0])  # OLD is not there yet
     yield FourTuple(kept.destination, kept.source), ways[1], ways[0]

@@ -29,7 +29,7 @@ from natkeep.values import dataclass
 _ID = f"({ID})"
 _CHAINS = (re.compile(rf"(?:gate|callers|hold|reset)-{_ID}"),)
 _SETS = (
-    re.compile(rf"(?:kept|outer|ended|heard|spoken|routed|listen|reset|again)-{_ID}-\d+"),
+    re.compile(rf"(?:kept|outer|old|ended|heard|spoken|routed|listen|reset|again)-{_ID}-\d+"),
     re.compile(rf"to-(?:outer|inner)-{_ID}-\d+"),
 )
 _COMMENT = re.compile(rf"{_ID}(?::(?:listeners|hold|unkept|via[46]-[A-Za-z0-9_.@-]{{1,15}}))?")

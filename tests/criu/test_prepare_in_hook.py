@@ -10,12 +10,14 @@ import pytest
 from fake_kernel import FakeKernel, FakeSite
 from hook_caller import BEFORE, CORPUS, NEW, OLD, TREE, Criu, own_netns
 
+from natkeep.checkpoint.images import read_checkpoint
 from natkeep.criu import environment, hook
+from natkeep.criu.dump import read_maps
 from natkeep.lifecycle.executor import Executor
 from natkeep.lifecycle.prepare import prepare
 from natkeep.plan.identity import Identity
 from natkeep.plan.observation import Gate
-from natkeep.plan.tuples import parse_address
+from natkeep.plan.tuples import Endpoint, parse_address
 from natkeep.state.directory import StateDirectory
 
 
@@ -63,6 +65,31 @@ def test_new_auto_is_read_in_the_trees_namespace(criu: Criu, images: Path) -> No
     journal = StateDirectory(create=False).load(criu.id)
     assert [str(map_) for map_ in journal.move.maps] == [f"{OLD}=10.9.0.7"]
     assert journal.image is not None
+
+
+def test_a_map_of_one_port_keeps_what_is_at_that_port(criu: Criu, images: Path) -> None:
+    own_netns(images)
+    criu.kernel.sites[TREE] = FakeSite(addresses={parse_address("10.9.0.7")})
+    all_of = read_checkpoint(str(images)).connections.at(parse_address(OLD))
+    port = next(iter(all_of)).destination.port
+    assert criu.call("post-setup-namespaces", NATKEEP_MAP=f"{OLD}:{port}=auto:8080") == 0
+
+    journal = StateDirectory(create=False).load(criu.id)
+    assert [str(map_) for map_ in journal.move.maps] == [f"{OLD}:{port}=10.9.0.7:8080"]
+    [kept] = journal.move.share(journal.connections)
+    assert kept == all_of.at(Endpoint(parse_address(OLD), port))
+
+
+@pytest.mark.parametrize(
+    ("text", "maps"),
+    [
+        (f"{OLD}:80", f"{OLD}:80=192.0.2.1:80"),
+        (f"{OLD}:80={NEW}:8080,{OLD}", f"{OLD}:80={NEW}:8080 {OLD}=192.0.2.2"),
+        ("[fd00:2::10]:80", "[fd00:2::10]:80=[2001:db8::1]:80"),
+    ],
+)
+def test_what_leaves_a_source_may_be_one_port(text: str, maps: str) -> None:
+    assert " ".join(map(str, read_maps(text))) == maps
 
 
 def test_what_a_failed_restore_left_is_replaced_at_the_same_place_and_else_undone(

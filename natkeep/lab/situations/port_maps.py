@@ -12,7 +12,7 @@ from natkeep.lab.both_ends import SETUP, BothEnds
 from natkeep.lab.lab import Lab
 from natkeep.lab.peer_host import PeerHost
 from natkeep.lab.relay import ByRelay
-from natkeep.lab.situations import situation
+from natkeep.lab.situations import THREE_HOSTS, carry_on_after, situation
 from natkeep.lab.situations.two_ends import (
     M,
     flushed_before_fins,
@@ -21,6 +21,7 @@ from natkeep.lab.situations.two_ends import (
     not_loose,
     under_traffic,
 )
+from natkeep.lab.topology import THIRD
 
 WIRE_PORT = 8080
 WHERE = ("gateway", "destination")
@@ -57,6 +58,19 @@ for _name, _words in {
 to_port(34, "to another port, entries flushed before a FIN", probes=(True,))(
     flushed_before_fins(_at_gateway, WHERE)
 )
+
+
+@to_port(34, "to another port, moved on and back", probes=(True,), setup=THREE_HOSTS)
+def moved_on_and_back(lab: Lab) -> None:
+    """To a second host, at the same port there, and home; no entry is left before each."""
+    _at_gateway(lab).begin(connections=3)
+    for move in (lab.move, partial(lab.move_on, THIRD), lab.move_back):
+        for role in ("gateway", lab.site.role):
+            lab.conditions.flush_conntrack(role)
+        carry_on_after(lab, move)
+    lab.finish()
+
+
 to_port(34, "to another port, path MTU drops", setup={"routed": ("near", "far")})(
     narrow(_at_gateway, "far", "near")
 )
