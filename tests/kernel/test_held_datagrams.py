@@ -75,15 +75,12 @@ class Network:
     run: Run
     stack: contextlib.ExitStack
 
-    def hold(self, version: int, *, server: bool = False) -> None:
-        kept = Connections.of(
-            [FourTuple(Endpoint(PEER[version], PEER_PORT), Endpoint(OLD[version], PORT))]
-        )
-        half = RECORD_SIZE[version] // 2
-        records = [kept.toward(NEW[version]).records(version), kept.records(version)]
-        arriving, known = (one[:half] + bytes(half) if server else one for one in records)
+    def hold(
+        self, *versions: int, server: bool = False, tcp: segment_holder.Kept | None = None
+    ) -> None:
+        kept = [(version, *make_records(version, server=server)) for version in versions]
         place = Place(Site(Role.DESTINATION, self.names[1]), self.site, self.state)
-        pid = segment_holder.start(place, "web", [], udp=[(version, arriving, known)])
+        pid = segment_holder.start(place, "web", tcp or [], udp=kept)
         self.stack.callback(_reap, pid)
         self.stack.callback(segment_holder.end, self.state, "web")
 
@@ -118,6 +115,17 @@ class Network:
         segment_holder.deliver_datagrams(self.state, "web")
         self.run(self.names[1], "nft", "flush", "chain", "inet", "gate", "gate")
         return segment_holder.deliver(self.state, "web")
+
+
+def make_records(version: int, *, server: bool = False) -> tuple[bytes, bytes]:
+    """Those of the process's socket: as datagrams arrive, and as they are known."""
+    kept = Connections.of(
+        [FourTuple(Endpoint(PEER[version], PEER_PORT), Endpoint(OLD[version], PORT))]
+    )
+    half = RECORD_SIZE[version] // 2
+    records = [kept.toward(NEW[version]).records(version), kept.records(version)]
+    arriving, known = (one[:half] + bytes(half) if server else one for one in records)
+    return arriving, known
 
 
 def _reap(pid: int) -> None:
@@ -303,3 +311,18 @@ def test_an_opening_that_does_not_wait_any_longer_gets_none(
 
     assert held == segment_holder.Held(0, 0, 1, 0)
     assert not select.select([process], [], [], 0.2)[0]
+
+
+@pytest.mark.parametrize("tcp", [(), (4,), (6,), (4, 6)])
+def test_both_families_are_held_whatever_else_is(network: Network, tcp: tuple[int, ...]) -> None:
+    network.hold(4, 6, tcp=[(version, *make_records(version)) for version in tcp])
+    peers = {version: network.speak(version) for version in (4, 6)}
+
+    for version, peer in peers.items():
+        peer.send(b"%d" % version)
+    network.await_held(2)
+    processes = {version: network.restore(version) for version in (4, 6)}
+    network.open()
+
+    for version, process in processes.items():
+        assert [data for data, _ in read_all(process, 1)] == [b"%d" % version]

@@ -24,6 +24,11 @@ from natkeep.errors import RefusedError
 from natkeep.kernel import segment_holder
 from natkeep.kernel.linux import LinuxKernel
 from natkeep.lab.time_scale import scaled
+from natkeep.lifecycle.drain import count_alive, drain
+from natkeep.lifecycle.executor import Executor
+from natkeep.lifecycle.gc import gc
+from natkeep.lifecycle.open import open_move
+from natkeep.lifecycle.prepare import prepare
 from natkeep.plan.drift import find_drift
 from natkeep.plan.liveness import Life
 from natkeep.plan.move import Site
@@ -40,6 +45,7 @@ from natkeep.plan.steps import (
     PurgeEntries,
 )
 from natkeep.plan.tuples import NO_CONNECTIONS, Connections, Endpoint, FourTuple
+from natkeep.state.directory import StateDirectory
 
 pytestmark = pytest.mark.root
 __all__ = ["make_net"]
@@ -456,3 +462,26 @@ def test_a_socket_that_any_peer_may_speak_to_is_silent_when_none_does(
         assert net.kernel.observe(site, plan).silences.keys() == {key}
         net.run(site.netns, "conntrack", "-F")
         assert net.kernel.observe(site, plan).silences == {}
+
+
+@EACH_VERSION
+def test_the_end_is_silence_for_drain_and_no_socket_for_gc(
+    make_net: Callable[[int], Net], version: int, tmp_path: Path
+) -> None:
+    net = make_net(version)
+    executor = Executor(LinuxKernel(str(tmp_path)), StateDirectory(str(tmp_path), create=True))
+    prepare(executor, net.move(), NO_CONNECTIONS)
+    open_move(executor, "udp")
+    peer = net.socket("peer", net.peer_end, net.old_end)
+    with net.socket("destination", net.old_end, net.peer_end) as process:
+        assert answered(peer, process, 1) == 1
+
+        assert drain(executor, "udp", 0) == count_alive(executor, "udp") == 1
+        assert drain(executor, "udp", 0, idle=0.0) == 0
+        net.run(net.names["destination"], "conntrack", "-F")  # as when its time is over
+        assert drain(executor, "udp", 0) == 0
+        assert count_alive(executor, "udp") == 1  # it may go on
+        assert gc(executor, ()).cleared == ()
+
+    [cleared] = gc(executor, ()).cleared
+    assert (cleared.name, cleared.reason) == ("udp", "its connections have all ended")
