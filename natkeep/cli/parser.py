@@ -192,7 +192,7 @@ _ANY_ID = _option("id", "ID", nargs="?", help=f"{_OF_ID}; without it all")
 _MAP = _several(
     "--map", "OLD=NEW",
     help="the address that the process had, and where it goes: IPv4 or IPv6, no names; NEW may be "
-    "auto, read at the destination; repeatable",
+    "auto, read at the destination; OLD:PORT=NEW:PORT is of that port alone; repeatable",
 )  # fmt: skip
 _SITE = _several(
     "--site", "ROLE[=NETNS]",
@@ -200,8 +200,9 @@ _SITE = _several(
     "namespace of that name or path, or pid:N; repeatable; default: destination, here",
 )  # fmt: skip
 _PEER_MAP = _several(
-    "--peer-map", "P=Q", help="peers at P have moved as well, and are reached at Q; repeatable"
-)
+    "--peer-map", "P=Q",
+    help="peers at P have moved as well, and are reached at Q; ports as of --map; repeatable",
+)  # fmt: skip
 _VIA = _several(
     "--via", "FROM[:LOW-HIGH]",
     help="of a relay: the addresses, and their ports, from which it passes connections on; "
