@@ -4,7 +4,8 @@ A stray may be the work of a natkeep with another state directory, so what the k
 
 - while a gate is closed its process is frozen, and every connection lives;
 - afterwards those with a conntrack entry that has not ended, whatever address it says, since in
-  mode stateless that is not OLD; those with a socket; and whatever has a socket at an OLD.
+  mode stateless that is not OLD; those with a socket; and whatever has a socket at an OLD. Of UDP
+  any entry counts, which goes when nothing is said.
 
 Rule: read only, in the namespace that the calling thread is in.
 """
@@ -18,11 +19,11 @@ from itertools import chain
 from natkeep.kernel import nftables_dump as dump
 from natkeep.kernel.conntrack_dump import count_tracked
 from natkeep.kernel.conntrack_dump import dump as dump_entries
-from natkeep.kernel.ctnetlink import ask_for_tcp, read_tuples, turn
+from natkeep.kernel.ctnetlink import ask_for, read_tuples, turn
 from natkeep.kernel.ctnetlink_answers import read_said
-from natkeep.kernel.sock_diag import read_living
+from natkeep.kernel.sock_diag import read_datagrams, read_living
 from natkeep.plan.nft import TABLE
-from natkeep.plan.protocols import TCP
+from natkeep.plan.protocols import TCP, UDP, Protocol
 from natkeep.plan.strays import SeenTable
 from natkeep.plan.tuples import Address, Endpoint
 
@@ -43,7 +44,7 @@ def count_living(
     alive = find_alive(wanted)
     held = {old.packed for old in table.held if old not in olds}
     left: set[bytes] = set()
-    for record, key in _read_sockets() if held else ():
+    for record, key in (*_read_sockets(), *_read_datagrams()) if held else ():
         at_held = record[: len(record) // 2 - 2] in held
         if at_held and key not in wanted and record[-2:] != _LISTENS:
             left.add(key)
@@ -62,8 +63,9 @@ def find_alive(wanted: set[bytes]) -> set[bytes]:
     """Those of *wanted* (peer, its port, local port) with a socket, or an entry not ended."""
     if not wanted:
         return set()
-    sockets = {key for _, key in _read_sockets()}
-    return {key for key in chain(_find_entries(wanted), sockets) if key in wanted}
+    sockets = {key for _, key in (*_read_sockets(), *_read_datagrams())}
+    found = (_find_entries(wanted, protocol) for protocol in (TCP, UDP))
+    return {key for key in chain(*found, sockets) if key in wanted}
 
 
 def find_dumped(wanted: set[bytes]) -> set[bytes]:
@@ -83,6 +85,12 @@ def _read_sockets(*, orphans: bool = False) -> Iterator[tuple[bytes, bytes]]:
         yield from ((record, shorten(record)) for record in records)
 
 
+def _read_datagrams() -> Iterator[tuple[bytes, bytes]]:
+    """The same of UDP, of what is connected."""
+    for records in read_datagrams().values():
+        yield from ((record, shorten(record)) for record in records)
+
+
 def shorten(record: bytes) -> bytes:
     """A record of Connections as peer, its port, local port."""
     half = len(record) // 2
@@ -95,14 +103,14 @@ def _shorten_key(key: bytes) -> bytes:
     return key[: width + 2] + key[width + 4 : width + 6]
 
 
-def _find_entries(wanted: set[bytes]) -> Iterator[bytes]:
+def _find_entries(wanted: set[bytes], protocol: Protocol = TCP) -> Iterator[bytes]:
     """What each entry that has not ended could be, as peer, its port, local port."""
     if not wanted or not count_tracked():
         return
     for version in {4 if len(key) == 8 else 6 for key in wanted}:
-        for answer in dump_entries(ask_for_tcp(version)):
-            original, reply, _ = read_tuples(answer)
-            if original and read_said(answer).state not in TCP.ended:
+        for answer in dump_entries(ask_for(protocol, version)):
+            original, reply, _ = read_tuples(answer, protocol)
+            if original and read_said(answer).state not in protocol.ended:
                 half = len(original) // 2
                 for tuple_ in (original, reply, turn(original), turn(reply)):
                     yield tuple_[:half] + tuple_[-2:]

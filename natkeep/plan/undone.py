@@ -18,7 +18,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from natkeep.plan.nft import ADDRESS_TYPE, DROP, FAMILIES, IP, Chain, Match, Rule
-from natkeep.plan.protocols import TCP
+from natkeep.plan.protocols import TCP, UDP
 from natkeep.plan.tuples import Connections
 
 UNDONE_TABLE = "natkeep-undone"
@@ -42,9 +42,10 @@ def table_lines() -> Iterator[str]:
         name, address = undone_set(version), ADDRESS_TYPE[version]
         form = f"type {address} . {address} . inet_service . inet_service; flags timeout;"
         yield f"add set inet {UNDONE_TABLE} {name} {{ {form} }}"
-        fields = (f"{IP[version]} daddr", f"{IP[version]} saddr", TCP.sport, TCP.dport)
-        asked = Match(fields, f"@{name}")
-        yield str(Rule(_CHAIN.name, (asked, DROP), table=UNDONE_TABLE))
+        addresses = f"{IP[version]} daddr", f"{IP[version]} saddr"
+        for protocol in (TCP, UDP):
+            asked = Match((*addresses, protocol.sport, protocol.dport), f"@{name}")
+            yield str(Rule(_CHAIN.name, (asked, DROP), table=UNDONE_TABLE))
 
 
 def element_lines(verb: str, arriving: Connections, seconds: int = 0) -> Iterator[str]:

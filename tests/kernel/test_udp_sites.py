@@ -11,9 +11,10 @@ import pytest
 from four_hosts import EACH_VERSION, NEW, OLD, PEER, PEER_PORT, PORT, Net, answered, make_net
 from two_hosts import look
 
-from natkeep.errors import RefusedError
+from natkeep.errors import LeftoverError, RefusedError
 from natkeep.kernel.linux import LinuxKernel
 from natkeep.lifecycle.executor import Executor
+from natkeep.lifecycle.gc import gc
 from natkeep.lifecycle.open import open_move
 from natkeep.lifecycle.other_rules import look_at_other_rules
 from natkeep.lifecycle.prepare import prepare
@@ -317,6 +318,45 @@ def test_the_peer_moves_later_onto_the_same_host(
     for move_id in ("second", "udp"):
         teardown(executor, move_id)
     assert look(names) == before
+
+
+@EACH_VERSION
+def test_an_undone_destination_does_not_answer_what_a_gateway_may_still_send(
+    make_net: Callable[[int], Net], version: int, tmp_path: Path
+) -> None:
+    net = make_net(version)
+    executor = Executor(LinuxKernel(str(tmp_path)), StateDirectory(str(tmp_path), create=True))
+    peer = net.socket("peer", net.peer_end, (str(NEW[version]), PORT))
+    peer.send(b"?")
+    with pytest.raises(ConnectionRefusedError):
+        peer.recv(99)
+
+    prepare(executor, net.move(sites=net.move().sites[1:]), NO_CONNECTIONS)
+    teardown(executor, "udp")
+    peer.send(b"?")
+    with pytest.raises(TimeoutError):
+        peer.recv(99)
+
+
+def test_gc_does_not_clear_what_no_journal_knows_while_it_speaks(
+    make_net: Callable[[int], Net], tmp_path: Path
+) -> None:
+    net = make_net(4)
+    executor = Executor(LinuxKernel(str(tmp_path)), StateDirectory(str(tmp_path), create=True))
+    prepare(executor, net.move(), NO_CONNECTIONS, Gate.OPEN)
+    peer = net.socket("peer", net.peer_end, net.old_end)
+    process = net.socket("destination", net.old_end, net.peer_end)
+    assert answered(peer, process, 2) == 2
+    executor.state.remove("udp")
+
+    sites = net.move().sites
+    collected = gc(executor, sites)
+    assert [type(error) for error in collected.left] == [LeftoverError, LeftoverError]
+    assert answered(peer, process, 2) == 2
+    process.close()
+    gc(executor, sites, yes=True)
+    assert "natkeep" not in net.run(net.names["gateway"], "nft", "list", "tables")
+    assert "udp" not in net.run(net.names["gateway"], "conntrack", "-L", "-p", "udp")
 
 
 def test_a_firewall_that_lets_no_new_flow_through_is_found(make_net: Callable[[int], Net]) -> None:
