@@ -12,13 +12,14 @@ from natkeep.plan.liveness import Life
 from natkeep.plan.maps import Map, parse_peer_map
 from natkeep.plan.move import Fate, Mode, Move, Site
 from natkeep.plan.observation import Gate, Observation
+from natkeep.plan.protocols import TCP, UDP, Protocol
 from natkeep.plan.repair import find_patches
 from natkeep.plan.roles import Role
 from natkeep.plan.step_order import make_plan
 from natkeep.plan.step_undo import RestoreEntries, undo_of
 from natkeep.plan.steps import FillSet, HoldSegments, PurgeEntries
 from natkeep.plan.translation import Surroundings
-from natkeep.plan.tuples import Connections, Endpoint, FourTuple
+from natkeep.plan.tuples import NO_CONNECTIONS, Connections, Endpoint, FourTuple
 from natkeep.plan.wanted import split_opening
 from natkeep.report import plan_to_json
 from natkeep.state.codec import move_from_json, move_to_json
@@ -75,11 +76,13 @@ def test_its_entries_name_both_ends_and_all_that_may_be_stale_is_purged() -> Non
     assert {f"{Q}:5000 > {NEW}:80", f"{P}:5000 > {OLD}:80", f"{NEW}:80 > {Q}:5000"} <= stale
 
 
-def test_what_is_held_arrives_from_where_the_peer_is() -> None:
-    plan = make_plan(moves(f"{P}={Q}", hold=True), KEPT)
+@pytest.mark.parametrize("protocol", [TCP, UDP], ids=["tcp", "udp"])
+def test_what_is_held_arrives_from_where_the_peer_is(protocol: Protocol) -> None:
+    streams, datagrams = (KEPT, NO_CONNECTIONS) if protocol == TCP else (NO_CONNECTIONS, KEPT)
+    plan = make_plan(moves(f"{P}={Q}", hold=True, udp=datagrams), streams)
 
     [step] = [step for step in plan.prepare if isinstance(step, HoldSegments)]
-    [(version, arriving, known)] = step.kept()
+    [(version, arriving, known)] = step.kept(protocol)
 
     assert (version, known) == (4, KEPT.v4)
     assert Connections(arriving) == plan.translations[0].outer
