@@ -16,7 +16,7 @@ from pathlib import Path
 import natkeep.lab
 from natkeep.lab.application import Application, TrafficError
 from natkeep.lab.engine import EngineError
-from natkeep.lab.programs import Programs
+from natkeep.lab.programs import UdpPrograms
 from natkeep.plan.tuples import Endpoint, FourTuple
 
 SETUP = {"engine": "criu", "udp": True}
@@ -43,7 +43,7 @@ def run(lab):
 
 def begin(lab):
     """A server, a client, and a stream between them."""
-    programs = Programs(lab)
+    programs = UdpPrograms(lab)
     at = ("--at", str(lab.old), str(PORT))
     programs.serve_by(*LINE, "serve", *at, "--dir", str(lab.directory))
     client = Application(lab.directory / "quic")

@@ -5,14 +5,18 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from typing import cast
 
 import pytest
 
 from natkeep import __version__
 from natkeep.cli import main
+from natkeep.errors import RefusedError
 from natkeep.migrate import PROTOCOL
 from natkeep.migrate.criu_errors import first_error
+from natkeep.migrate.host import Answer, Host
 from natkeep.migrate.record import Record, load, place
+from natkeep.migrate.way import find_maps
 
 
 @pytest.fixture
@@ -173,3 +177,20 @@ def test_an_earlier_serve_does_nothing_more(tmp_path: Path) -> None:
     assert out == ""
     assert "another natkeep migrate has taken web over" in said
     assert not mark.exists()
+
+
+class Routes:
+    """A destination that speaks to every peer from 10.3.0.20."""
+
+    def run(self, *words: str, ok: object) -> Answer:
+        return Answer(0, json.dumps([{"prefsrc": "10.3.0.20"}]), "")
+
+
+def test_connections_within_the_process_need_no_map() -> None:
+    """As of nginx with its application: they are moved with both ends."""
+    own = {"kept": True, "local": "127.0.0.1:8000", "peer": "127.0.0.1:40000"}
+    kept = {"kept": True, "local": "10.2.0.10:80", "peer": "10.1.0.2:40000"}
+    destination = cast(Host, Routes())
+    assert find_maps({"sockets": [own, kept]}, destination) == ["10.2.0.10=10.3.0.20"]
+    with pytest.raises(RefusedError, match="no connection"):
+        find_maps({"sockets": [own]}, destination)

@@ -1,12 +1,12 @@
-"""Programs that know nothing of the lab, as they are installed: a UDP server of theirs moves.
+"""Programs that know nothing of the lab, as they are installed: a server of theirs moves.
 
-    programs = Programs(lab)
+    programs = Programs(lab)                           UDP: UdpPrograms(lab)
     programs.serve_by("dnsmasq", …)                    at the source, by its command line
     programs.keep_tuples(FourTuple(peer, OLD:53))      which are to be kept, as the peer sees them
     lab.move(); …; programs.newcomer(tuple); lab.finish()
 
 Rule: whether they are answered is for the scenario or the test to say; the captures are judged as
-those of datagrams.py, but that nothing is numbered.
+those of the lab's own applications, but that nothing is numbered.
 """
 
 from __future__ import annotations
@@ -15,14 +15,13 @@ from natkeep.lab.application import Application
 from natkeep.lab.engine import Moving
 from natkeep.lab.lab import Lab
 from natkeep.lab.listeners import NewConnection
+from natkeep.lab.traffic_words import Traffic
 from natkeep.lab.udp import Datagrams
 from natkeep.plan.tuples import FourTuple
 
 
-class Programs(Datagrams):
+class Programs(Traffic):
     """The traffic of *lab*: a program at the source, and what peers say to it."""
-
-    numbered = False
 
     def __init__(self, lab: Lab) -> None:
         super().__init__(lab.name, lab.directory, lab.report)
@@ -35,7 +34,7 @@ class Programs(Datagrams):
         lab.at = lab.topology[lab.home.role]
         program = lab.at.start("program", *argv)
         application = Application(lab.directory / "program")
-        self.server = Moving(application, "serve", program.pid, udp=True)
+        self.server = Moving(application, "serve", program.pid, udp=lab.udp)
 
     def keep_tuples(self, *tuples: FourTuple) -> None:
         """These peers have been answered."""
@@ -54,3 +53,9 @@ class Programs(Datagrams):
     def check_ends(self) -> None:
         """What the peers see was said before this."""
         self.report.after = [str(each) for each in self.kept]
+
+
+class UdpPrograms(Programs, Datagrams):
+    """As Programs, of UDP."""
+
+    numbered = False

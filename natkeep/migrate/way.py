@@ -31,8 +31,9 @@ def find_maps(sockets: dict[str, Any], destination: Host) -> list[str]:
     peers: dict[str, str] = {}
     for each in sockets["sockets"]:
         if each["kept"] and each["local"] and each["peer"]:
-            old, peer = (str(Endpoint.parse(each[end]).address) for end in ("local", "peer"))
-            peers.setdefault(old, peer)
+            old, peer = (Endpoint.parse(each[end]).address for end in ("local", "peer"))
+            if not old.is_loopback:  # the process' own, both ends of which CRIU restores
+                peers.setdefault(str(old), str(peer))
     if not peers:
         raise RefusedError(
             "the process has no connection that can be kept",

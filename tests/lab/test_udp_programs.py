@@ -12,7 +12,7 @@ from entered import entered
 
 from natkeep.lab.host import Program, await_true
 from natkeep.lab.lab import Lab
-from natkeep.lab.programs import Programs
+from natkeep.lab.programs import UdpPrograms
 from natkeep.lab.time_scale import scaled
 from natkeep.lab.topology import CLIENT
 from natkeep.plan.tuples import Endpoint, FourTuple
@@ -89,7 +89,7 @@ def question(number: int) -> bytes:
 @pytest.mark.parametrize("family", [4, 6])
 def test_dnsmasq_answers_known_peers_and_a_newcomer(family):
     with lab_of(family=family) as lab:
-        programs = Programs(lab)
+        programs = UdpPrograms(lab)
         programs.serve_by(
             "dnsmasq", "--keep-in-foreground", "--conf-file=/dev/null", "--pid-file=",
             "--no-resolv", "--no-hosts", "--bind-interfaces", "--user=root", "--group=root",
@@ -119,7 +119,7 @@ def assert_answered(peer: Peer, number: int) -> None:
 def test_socat_goes_on_to_echo(options, count):
     """It connects its socket to the peer, and with `,fork` a child does, for each."""
     with lab_of() as lab:
-        programs = Programs(lab)
+        programs = UdpPrograms(lab)
         listen = f"UDP-LISTEN:5000,bind={lab.old},reuseaddr{options}"
         programs.serve_by("socat", listen, "PIPE")
         await_bound(lab, 5000)
@@ -143,7 +143,7 @@ def test_socat_goes_on_to_echo(options, count):
 def test_iperf3_measures_on(reverse):
     """A connection of TCP beside its datagrams, which the client says, or with --reverse hears."""
     with lab_of(answers=reverse) as lab:
-        programs = Programs(lab)
+        programs = UdpPrograms(lab)
         programs.serve_by("iperf3", "--server", "--bind", str(lab.old), "--one-off")
         await_true(lambda: lab.at.run("ss", "-Hltn", "sport = :5201").stdout, "iperf3 to listen")
         client = lab.topology["client"].start(

@@ -1,0 +1,297 @@
+"""Programs as they are installed, moved by `natkeep migrate`; clients check each message."""
+
+from __future__ import annotations
+
+import http.client
+import itertools
+import socket
+import ssl
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+from entered import entered
+
+from natkeep.lab.host import await_true
+from natkeep.lab.lab import Lab
+from natkeep.lab.programs import Programs
+from natkeep.lab.ssh import Machines
+from natkeep.lab.time_scale import scaled
+from natkeep.plan.tuples import Endpoint, FourTuple
+
+pytestmark = [
+    pytest.mark.root, pytest.mark.lab, pytest.mark.criu, pytest.mark.needs("sshd")
+]  # fmt: skip
+SERVERS = Path(__file__).parent / "servers"
+PAUSE_S = 0.02
+Step = Callable[[int], None]
+
+
+@contextmanager
+def talking(*steps: Step) -> Iterator[None]:
+    """Each of *steps* in a thread, with 0, 1, 2, … while the block runs, and 20 times more."""
+    ended = threading.Event()
+
+    def go_on(step: Step) -> None:
+        more = 20
+        for number in itertools.count():
+            step(number)
+            more -= ended.wait(PAUSE_S)
+            if not more:
+                return
+
+    with ThreadPoolExecutor(len(steps)) as pool:
+        running = [pool.submit(go_on, each) for each in steps]
+        try:
+            yield
+        finally:
+            ended.set()
+    for each in running:
+        each.result()
+
+
+class Move:
+    """A program at the source, and its clients, while `natkeep migrate` moves it."""
+
+    def __init__(self, lab: Lab) -> None:
+        self.lab, self.old = lab, str(lab.home.address(4))
+        self.programs = Programs(lab)
+        self.machines = Machines(lab, "source", "destination", controller="gateway")
+
+    def serve_by(self, *argv: str, ports: Iterable[int]) -> None:
+        """It is started, and listens."""
+        self.programs.serve_by(*argv)
+        for port in ports:
+            shown = ("ss", "-Hltn", f"sport = :{port}")
+            await_true(lambda: self.lab.at.run(*shown).stdout.strip(), f"to listen at {port}")  # noqa: B023
+
+    def connect(self, port: int) -> socket.socket:
+        """A client of OLD."""
+        with entered(self.lab.topology["client"].name):
+            made = socket.socket()
+        made.settimeout(scaled(15))
+        made.connect((self.old, port))
+        return made
+
+    def keep(self, *sockets: socket.socket) -> None:
+        """These are the connections."""
+        self.programs.keep_tuples(*map(tuple_of, sockets))
+
+    def migrate(self, *steps: Step) -> None:
+        """The clients talk before, meanwhile and afterwards."""
+        with talking(*steps):
+            said = self.machines.migrate()
+        count = len(self.programs.kept)
+        assert f"{count} of {count} peers were heard" in said, said
+
+
+def tuple_of(connected: socket.socket) -> FourTuple:
+    source, destination = connected.getsockname(), connected.getpeername()
+    return FourTuple(
+        Endpoint.parse("{}:{}".format(*source)), Endpoint.parse("{}:{}".format(*destination))
+    )
+
+
+def close(*sockets: socket.socket) -> None:
+    """In order, so that there is no reset."""
+    for each in sockets:
+        each.shutdown(socket.SHUT_WR)
+        assert each.recv(1) == b""
+        each.close()
+
+
+@contextmanager
+def move_of() -> Iterator[Move]:
+    """A lab, which is judged when the block is left; the clients have ended by then."""
+    with Lab("programs", engine="criu") as lab:
+        move = Move(lab)
+        yield move
+        move.machines.call("finish", "web", "--drain", "30")
+        lab.finish()
+
+        assert [str(each) for each in lab.report.assertions if not each.ok] == []
+
+
+@pytest.mark.needs("openssl")
+def test_tls():
+    with move_of() as move:
+        certificate = move.lab.directory / "certificate.pem"
+        subprocess.run(
+            ["openssl", "req", "-x509", "-newkey", "ed25519", "-nodes", "-subj", "/CN=server.lab",
+             "-addext", "subjectAltName=DNS:server.lab", "-keyout", certificate,
+             "-out", certificate],
+            check=True, capture_output=True,
+        )  # fmt: skip
+        move.serve_by(
+            sys.executable, str(SERVERS / "tls_echo.py"), move.old, "443", str(certificate),
+            ports=[443],
+        )  # fmt: skip
+        context = ssl.create_default_context(cafile=certificate)
+        clients = [
+            context.wrap_socket(move.connect(443), server_hostname="server.lab") for _ in range(20)
+        ]
+        move.keep(*clients)
+
+        def ask(number: int) -> None:
+            line = b"message %d\n" % number
+            for each in clients:
+                each.sendall(line)
+            for each in clients:
+                assert each.recv(100) == line
+
+        move.migrate(ask)
+        close(*(each.unwrap() for each in clients))
+
+
+def encode(*words: object) -> bytes:
+    """A command of redis."""
+    texts = [str(each).encode() for each in words]
+    return b"*%d\r\n" % len(texts) + b"".join(b"$%d\r\n%s\r\n" % (len(t), t) for t in texts)
+
+
+@pytest.mark.needs("redis-server")
+def test_redis_publishes_and_counts():
+    """Each message comes to the subscriber, in order; and each of 100 INCRs in flight counts."""
+    with move_of() as move:
+        move.serve_by(
+            "redis-server", "--bind", move.old, "--protected-mode", "no", "--save", "",
+            "--dir", str(move.lab.directory), ports=[6379],
+        )  # fmt: skip
+        sockets = [move.connect(6379) for _ in range(3)]
+        move.keep(*sockets)
+        publisher, subscriber, counter = (each.makefile("rwb", 0) for each in sockets)
+        subscriber.write(encode("SUBSCRIBE", "news"))
+        assert [subscriber.readline() for _ in range(6)][-1] == b":1\r\n"
+
+        def publish(number: int) -> None:
+            publisher.write(encode("PUBLISH", "news", number))
+            assert publisher.readline() == b":1\r\n"
+            assert [subscriber.readline() for _ in range(7)][-1] == b"%d\r\n" % number
+
+        def count(number: int) -> None:
+            counter.write(encode("INCR", "n") * 100)
+            for each in range(100):
+                assert counter.readline() == b":%d\r\n" % (100 * number + each + 1)
+
+        move.migrate(publish, count)
+        close(*sockets)
+
+
+NGINX = """\
+daemon off; user root; worker_processes 2; pid {directory}/nginx.pid; error_log stderr;
+events {{}}
+http {{
+    access_log off;
+    server {{
+        listen {old}:80;
+        proxy_buffering off;
+        location / {{ proxy_pass http://127.0.0.1:8000; }}
+    }}
+}}
+"""
+
+
+@pytest.mark.needs("nginx")
+def test_nginx_passes_tokens_on():
+    """A stream of events from an application that is its child; no token is missing."""
+    with move_of() as move:
+        directory = move.lab.directory
+        configuration, end = directory / "nginx.conf", directory / "end"
+        configuration.write_text(NGINX.format(directory=directory, old=move.old))
+        application = f"{sys.executable} {SERVERS / 'tokens.py'} 8000 {end}"
+        move.serve_by(
+            "sh", "-c", f"{application} & exec nginx -c {configuration}", ports=[8000, 80]
+        )
+        sockets = [move.connect(80) for _ in range(2)]
+        move.keep(*sockets)
+        streams = [Stream(each) for each in sockets]
+        move.migrate(*(each.read for each in streams))
+        end.touch()
+        for each in streams:
+            each.end()
+        close(*sockets)
+
+
+class Stream:
+    """Server-sent events, as http.client reads them."""
+
+    def __init__(self, connected: socket.socket) -> None:
+        client = http.client.HTTPConnection("server.lab")
+        client.sock = connected
+        client.request("GET", "/")
+        self.response, self.seen = client.getresponse(), 0
+        assert self.response.status == 200
+
+    def read(self, number: int) -> None:
+        assert self.response.readline() == b"data: %d\n" % number
+        assert self.response.readline() == b"\n"
+        self.seen += 1
+
+    def end(self) -> None:
+        rest = self.response.read().decode().split("\n\n")
+        assert rest == [*(f"data: {self.seen + n}" for n in range(len(rest) - 1)), ""]
+
+
+SSHD = """\
+HostKey {key}
+AuthorizedKeysFile {authorized}
+PidFile none
+UsePAM no
+StrictModes no
+ListenAddress {old}:2222
+"""
+
+
+def test_sshd_keeps_a_shell_on_its_terminal():
+    """The shell is a child of the listening sshd, whose tree moves with the pseudo-terminal."""
+    with move_of() as move:
+        machines = move.machines
+        for role in ("source", "destination"):  # its own terminals, as another machine has
+            options = ("-o", "newinstance,ptmxmode=0666")
+            move.lab.topology[role].run("mount", "-t", "devpts", *options, "devpts", "/dev/pts")
+        configuration = move.lab.directory / "sshd_config"
+        key = machines.directory / "source" / "hostkey"
+        configuration.write_text(SSHD.format(key=key, authorized=machines.authorized, old=move.old))
+        move.serve_by("/usr/sbin/sshd", "-D", "-e", "-f", str(configuration), ports=[2222])
+        client = move.lab.topology["client"]
+        shell = subprocess.Popen(
+            client.command(
+                "ssh", "-tt", "-q", "-F", "/dev/null", "-i", str(machines.key), "-p", "2222",
+                "-o", "StrictHostKeyChecking=no", "-o", "UserKnownHostsFile=/dev/null",
+                f"root@{move.old}", "PS1= bash --noediting --norc --noprofile -i",
+            ),
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0,
+        )  # fmt: skip
+        typed, said = shell.stdin, shell.stdout
+        assert typed is not None
+        assert said is not None
+
+        def tell(line: str) -> None:
+            typed.write(f"{line}\n".encode())
+
+        def hear() -> str:
+            return said.readline().decode().strip()
+
+        tell("stty -echo; n=0; echo begin")
+        while hear() != "begin":
+            pass
+        tell("tty")
+        terminal = hear()
+        shown = client.run("ss", "-Htn", "state", "established", "dport = :2222").stdout.split()
+        move.programs.keep_tuples(FourTuple(*map(Endpoint.parse, shown[2:4])))
+
+        def ask(number: int) -> None:
+            tell("echo line $((n++))")
+            assert hear() == f"line {number}"
+
+        move.migrate(ask)
+        tell("tty; exit 7")
+        assert hear() == terminal
+        assert shell.wait(scaled(10)) == 7
+        said.close()
+        typed.close()
