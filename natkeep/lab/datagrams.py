@@ -152,7 +152,7 @@ class Datagrams(traffic.Process):
     def listen(self, text: str) -> None:
         address = traffic.parse_address(text)
         sock = make_socket(address)
-        sock.bind(address)
+        bind(sock, address)
         self.listeners.append(sock)
         self.listening.append(traffic.print_address(sock.getsockname()))
 
@@ -259,15 +259,21 @@ class Datagrams(traffic.Process):
 
 
 def make_socket(address: Any) -> socket.socket:
-    """A socket of the family of *address*; several may have one port, the connected ones apart."""
+    """A socket of the family of *address*."""
     family = socket.AF_INET6 if len(address) == 4 else socket.AF_INET
     sock = socket.socket(family, socket.SOCK_DGRAM)
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     if family == socket.AF_INET6:
         sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_RECVPKTINFO, 1)
     else:
         sock.setsockopt(socket.IPPROTO_IP, _IP_PKTINFO, 1)
     return sock
+
+
+def bind(sock: socket.socket, address: Any) -> None:
+    """Several may have one port, the connected ones apart; but the kernel chooses one for each."""
+    if address[1]:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    sock.bind(address)
 
 
 def find_local(sock: socket.socket, told: list[tuple[int, int, bytes]]) -> str:
@@ -283,7 +289,7 @@ def make_connected(local: Any, peer: Any) -> socket.socket:
     """A socket bound to *local*, None for any, and connected to *peer*."""
     sock = make_socket(peer)
     if local is not None:
-        sock.bind(local)
+        bind(sock, local)
     sock.connect(peer)
     return sock
 
