@@ -11,7 +11,6 @@ import json
 import os
 import shlex
 import subprocess
-import sys
 import tempfile
 import threading
 from collections.abc import Callable, Mapping, Sequence
@@ -20,6 +19,7 @@ from typing import IO, Any, NamedTuple
 
 from natkeep import __version__
 from natkeep.errors import NatkeepError, UnreachableError, UsageError
+from natkeep.installed import find_program
 from natkeep.migrate import PROTOCOL
 
 LOCAL = "local"
@@ -91,7 +91,9 @@ class Host:
 
     def connect(self) -> None:
         """Start `natkeep serve` there; UnreachableError where that cannot be."""
-        own = [sys.executable, "-m", "natkeep.cli"] if self.target == LOCAL else self.ssh.natkeep
+        # Not by `python -m`, which would take a natkeep of the working directory.
+        here = [find_program("natkeep") or "natkeep"]
+        own = here if self.target == LOCAL else self.ssh.natkeep
         line = self.ssh.line(self.target, [*own, "serve", self.move_id, "--stdio"])
         self.close()
         self._errors = tempfile.TemporaryFile()  # noqa: SIM115 - until close
