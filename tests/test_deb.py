@@ -117,6 +117,9 @@ def test_its_programs_pages_and_units_are_there_and_go_with_it(
     linked = machine.run("find", "/etc/systemd", "-name", "natkeep*")
     assert linked == ""  # none of them is enabled
     assert "server_moves_to_new_address" in machine.run("natkeep", "lab", "list")
+    checked = machine.try_("natkeep", "check", "--json")
+    assert checked.stderr == ""
+    assert json.loads(checked.stdout)["schema"] == 1
     lab = machine.try_("natkeep", "lab", "run", "server_moves_to_new_address")
     assert "python3-scapy" in lab.stderr
     machine.run("apt-get", "install", "-y", "-qq", "--no-install-recommends", "python3-scapy")

@@ -64,14 +64,23 @@ def install(pip: tuple[Path, Path], *options: str | Path, **environment: str) ->
     run(pip[0], *python, *quiet, *sources, *options[1:], "natkeep", **environment)
 
 
+def programs(prefix: Path) -> set[str]:
+    """What natkeep itself has put into bin/; pyroute2 has programs of its own."""
+    [record] = prefix.glob("lib/python3*/site-packages/natkeep-*/RECORD")
+    files = [line.partition(",")[0] for line in record.read_text().splitlines()]
+    return {Path(file).name for file in files if file.startswith("../../../bin/")}
+
+
 @pytest.fixture(scope="module")
 def in_venv(pip: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> Installed:
     where = tmp_path_factory.mktemp("a venv")
     venv.create(where, symlinks=True)
-    before = {path.name for path in (where / "bin").iterdir()}
     install(pip, where / "bin/python3")
-    added = {path.name for path in (where / "bin").iterdir()} - before
-    assert added == {"natkeep", "natkeep-hook"}
+    assert programs(where) == {"natkeep", "natkeep-hook"}
+    share = where / "share"
+    for page in ("man1/natkeep.1", "man1/natkeep-prepare.1", "man5/natkeep.toml.5"):
+        assert (share / "man" / page).read_text().startswith(".TH NATKEEP")
+    assert "natkeep" in (share / "bash-completion/completions/natkeep").read_text()
     return Installed(where / "bin")
 
 
@@ -79,7 +88,7 @@ def in_venv(pip: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) ->
 def of_user(pip: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> Installed:
     base = tmp_path_factory.mktemp("user")
     install(pip, SYSTEM, "--user", "--break-system-packages", PYTHONUSERBASE=str(base))
-    assert {path.name for path in (base / "bin").iterdir()} == {"natkeep", "natkeep-hook"}
+    assert programs(base) == {"natkeep", "natkeep-hook"}
     return Installed(base / "bin")
 
 
