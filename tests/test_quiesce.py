@@ -23,10 +23,12 @@ from natkeep.errors import JournalError, KernelError, NatkeepError, RefusedError
 from natkeep.lifecycle.check import check
 from natkeep.lifecycle.drain import count_alive, find_exposed
 from natkeep.lifecycle.executor import Executor
+from natkeep.lifecycle.gc import gc
 from natkeep.lifecycle.open import close_move, open_move
 from natkeep.lifecycle.prepare import prepare
 from natkeep.lifecycle.quiesce import quiesce
 from natkeep.lifecycle.replace import replace_move
+from natkeep.lifecycle.rollback import rollback
 from natkeep.lifecycle.status import read_status
 from natkeep.lifecycle.teardown import teardown
 from natkeep.plan.criu_lock import DumpLock, NetworkLock
@@ -91,8 +93,11 @@ def test_an_open_move_is_closed_and_opened_again(
     open_move(executor, "web")
 
     for _ in range(2):  # again is fine
-        close_move(executor, "web")
+        close_move(executor, "web", dumps=True)
         assert kernel.sites["dst"].gates == {"web": Gate.CLOSED}
+    assert gc(executor, (), lambda move_id: True).cleared == ()  # its undoing has not begun
+    with pytest.raises(RefusedError, match="web was opened at"):
+        rollback(executor, "web")
     open_move(executor, "web")
 
     assert [kernel.sites[each].gates["web"] for each in ("gw", "dst")] == [Gate.OPEN, Gate.OPEN]

@@ -12,6 +12,7 @@ from natkeep.errors import RefusedError
 from natkeep.lifecycle.check import check
 from natkeep.lifecycle.drain import find_exposed
 from natkeep.lifecycle.executor import Executor
+from natkeep.lifecycle.gc import gc
 from natkeep.lifecycle.open import open_move
 from natkeep.lifecycle.prepare import prepare
 from natkeep.lifecycle.relay import find_vias
@@ -131,8 +132,9 @@ def test_a_relay_is_pointed_elsewhere_and_forwards_until_the_last_of_its_moves_e
     assert relay.settings == {FORWARDING}
     teardown(executor, "web")
     assert not kernel.sites["dst"].gates
-    with pytest.raises(RefusedError, match="next took the place of web"):
+    with pytest.raises(RefusedError, match="next took the place of web") as refused:
         rollback(executor, "next")
+    assert f"--site relay=rel --via {FROM}" in str(refused.value.hint)
     teardown(executor, "next")
     assert not any((relay.settings, relay.gates, relay.sets, relay.loaded))
 
@@ -175,6 +177,7 @@ def test_a_rollback_closes_the_gate_until_the_process_is_back(
     assert kernel.sites["rel"].gates == {"web": Gate.CLOSED}
     assert done.undone == ()
     assert done.next == ((Role.RELAY, RESTORE), (Role.RELAY, again))
+    assert gc(executor, ()).cleared == ()
     kernel.sites["rel"].sockets.add(KEPT)
     done = rollback(executor, "web")
     assert {*done.undone} == {RELAY, DESTINATION}

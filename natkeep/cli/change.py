@@ -319,7 +319,7 @@ def _close(args: argparse.Namespace, executor: Executor) -> int:
     """Of a move that is open already: what its peers say waits."""
     from natkeep.lifecycle.open import close_move
 
-    close_move(executor, args.id)
+    close_move(executor, args.id, dumps=True)
     print_verb(args, f"{args.id}: the gate is closed; dump now, or open it again", gate="closed")
     return 0
 

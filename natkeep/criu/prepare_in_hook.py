@@ -121,5 +121,6 @@ def _abandoned(executor: Executor, criu: int | None) -> Iterator[Journal]:
         except JournalError:
             continue  # torn down by another hook meanwhile, or `natkeep status` tells
         leaves = any(site.role == Role.SOURCE for site in journal.move.sites)
-        if not journal.is_opened() and not leaves:
+        closed = any(map(journal.is_closed_again, journal.records))  # before a dump
+        if not (journal.is_opened() or closed or leaves):
             yield journal

@@ -22,7 +22,7 @@ from natkeep.kernel.old_address import find_idle
 from natkeep.kernel.stray_connections import count_living
 from natkeep.kernel.undone_table import has_undone, read_undone
 from natkeep.lifecycle.executor import Executor, forget
-from natkeep.lifecycle.progress import has_been_opened, is_retired
+from natkeep.lifecycle.progress import has_been_opened, is_retired, was_closed
 from natkeep.lifecycle.status import look_around, remember_sighting
 from natkeep.lifecycle.teardown import end
 from natkeep.plan.identity import Identity
@@ -266,7 +266,8 @@ def _find_reason(
         return "its undoing was begun and never ended"
     opened = [site for site in plan.move.sites if has_been_opened(journal, plan, site)]
     leaves = any(site.role in (Role.SOURCE, Role.RELAY) for site in plan.move.sites)
-    if is_abandoned(move_id) and not opened and not leaves:
+    closed = any(was_closed(journal, plan, site) for site in plan.move.sites)
+    if is_abandoned(move_id) and not (opened or closed or leaves):
         return "the CRIU that it was prepared for is no more"
     if (
         opened
@@ -283,7 +284,8 @@ def _is_half_undone(executor: Executor, journal: Journal, plan: Plan) -> bool:
         return True
     for site in plan.move.sites:
         steps = (n for n, step in enumerate(plan.steps) if step.site == site)
-        states = {journal.records[n].state for n in steps if n in journal.records}
+        known = (n for n in steps if n in journal.records and not journal.is_closed_again(n))
+        states = {journal.records[n].state for n in known}
         if "undone" in states and len(states) > 1:
             return not _is_replaced(executor, journal, site)
     return False

@@ -34,7 +34,7 @@ opened as ever, by `open_move`.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import ExitStack, suppress
 from functools import partial
 
@@ -47,7 +47,7 @@ from natkeep.lifecycle.executor import Executor, leftover
 from natkeep.lifecycle.progress import numbers_before, plan_of, refuse_earlier_boot, unprepared
 from natkeep.plan.move import Site
 from natkeep.plan.replay import holder_name
-from natkeep.plan.steps import OpenEarly, OpenGate, Plan, Unknown
+from natkeep.plan.steps import OpenEarly, OpenGate, Plan, Prior, Unknown
 from natkeep.plan.translation import Compared
 from natkeep.state.directory import read_boot_id
 from natkeep.state.journal import Journal
@@ -112,12 +112,12 @@ def _refuse_to_open(journal: Journal, plan: Plan) -> None:
         )
 
 
-def close_move(executor: Executor, move_id: str) -> None:
+def close_move(executor: Executor, move_id: str, *, dumps: bool = False) -> None:
     """Close the gates that `open_move` opened; all else stays, and it can be opened again.
 
-    For a tree that came to nothing; and before a dump where peers look different on the wire, since
-    CRIU's lock knows them only as the process does, and would let through what they say.
-    LeftoverError when a gate could not be closed.
+    For a tree that came to nothing; and (dumps) before a dump where peers look different on the
+    wire, since CRIU's lock knows them only as the process does, and would let through what they
+    say. LeftoverError when a gate could not be closed.
     """
     with executor.state.holding(move_id):
         journal, plan = executor.load(move_id)
@@ -126,8 +126,21 @@ def close_move(executor: Executor, move_id: str) -> None:
             raise RefusedError(f"{move_id} only holds listeners so far: there is no gate to close")
         executor.open_known(journal, plan.move.sites)
         opened = range(len(plan.prepare), len(plan.steps))
-        if left := executor.undo(journal, reversed(opened)):
+        if dumps:
+            close_gates(executor, journal, opened)
+        elif left := executor.undo(journal, reversed(opened)):
             raise leftover(journal, left)
+
+
+def close_gates(executor: Executor, journal: Journal, opened: Iterable[int]) -> None:
+    """Undo these steps, last first: they may be done again, and no undoing has begun."""
+    numbers = sorted(opened, reverse=True)
+    if left := executor.undo(journal, numbers):
+        raise leftover(journal, left)
+    for number in numbers:
+        record = journal.records.get(number)
+        if record is not None and record.state == "undone":
+            journal.note(number, "undone", Prior(facts={"closed": True}))
 
 
 def remove_gate_hooks(executor: Executor, move_id: str) -> bool:

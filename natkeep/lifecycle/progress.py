@@ -117,6 +117,12 @@ def has_been_opened(journal: Journal, plan: Plan, site: Site) -> bool:
     return any(plan.steps[n].site == site and journal.has_been_done(n) for n in opening)
 
 
+def was_closed(journal: Journal, plan: Plan, site: Site) -> bool:
+    """Whether what had been opened at *site* was closed again, since the move goes on."""
+    steps = (n for n, step in enumerate(plan.steps) if step.site == site)
+    return any(map(journal.is_closed_again, steps))
+
+
 def opened_at(journal: Journal, plan: Plan, site: Site) -> int | None:
     """When the gate at *site* was opened, in nanoseconds of the monotonic clock.
 

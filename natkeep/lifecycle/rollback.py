@@ -19,7 +19,8 @@ from __future__ import annotations
 from natkeep.errors import RefusedError
 from natkeep.lifecycle.drain import has_spoken
 from natkeep.lifecycle.executor import Executor, finish, leftover
-from natkeep.lifecycle.progress import has_been_opened, refuse_earlier_boot
+from natkeep.lifecycle.open import close_gates
+from natkeep.lifecycle.progress import has_been_opened, refuse_earlier_boot, was_closed
 from natkeep.lifecycle.status import look_at_sites
 from natkeep.lifecycle.teardown import end
 from natkeep.plan.connection_state import SiteStatus
@@ -92,9 +93,7 @@ def _close_relay(executor: Executor, journal: Journal) -> tuple[Site, ...]:
     relays = {s for s in journal.move.sites if s.row.relays and executor.reach(journal, s)}
     records = [(n, r) for n, r in journal.records.items() if r.site in relays]
     opened = [n for n, r in records if isinstance(r.undo, CloseGates)]
-    left = executor.undo(journal, sorted(opened, reverse=True))
-    if left:
-        raise leftover(journal, left)
+    close_gates(executor, journal, opened)
     return ()
 
 
@@ -115,6 +114,9 @@ def _refuse_replacing(journal: Journal) -> None:
         if replaced and record.site is not None and record.site.row.passes_on:
             earlier, _, maps = replaced.partition(" ")
             options = "".join(f" --map {each}" for each in maps.split(","))
+            if record.site.row.relays:
+                vias = (f" --via {via}" for via in journal.move.vias)
+                options += f" --site {record.site}{''.join(vias)}"
             raise RefusedError(
                 f"{journal.move.id} took the place of {earlier} ({maps}): the process came by that",
                 hint=f"back there: natkeep prepare ID --replace {journal.move.id}{options}, then "
@@ -128,6 +130,7 @@ def _refuse_spoken(journal: Journal, plan: Plan, statuses: tuple[SiteStatus, ...
         one.site
         for one in ends
         if has_been_opened(journal, plan, one.site)
+        or was_closed(journal, plan, one.site)
         or (one.seen is not None and one.seen.gate == Gate.OPEN)
     ]
     move_id = plan.move.id

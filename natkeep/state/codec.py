@@ -33,6 +33,8 @@ def record_to_json(step: int, state: str, prior: Prior) -> dict[str, Any]:
     record: dict[str, Any] = {"step": step, "state": state}
     if state != "undone":
         record["prior"] = prior.to_json()
+    elif "closed" in prior.facts:
+        record["closed"] = True
     return record
 
 

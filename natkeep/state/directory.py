@@ -23,7 +23,7 @@ The state directory (0700, files 0600; nothing below it is ever opened through a
                            before the step acts; at which of the move's sites, what undoes it
                            (undo_codec.py) and what it loads, if that has not been said yet
         {"step": 4, "state": "done", "prior": {...}}       after it acted
-        {"step": 4, "state": "undone"}
+        {"step": 4, "state": "undone"}     with "closed": true for a while: the move goes on
         {"changed": SHA-256, "image": RUN ID or null, "local": [ADDRESS, ...], "steps": [KIND, ...],
          "from": [STEP or null, ...], "again": [STEP, ...]}
                            the plan is another from here on (a live process has been frozen): which

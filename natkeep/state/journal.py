@@ -303,6 +303,11 @@ class Journal:
         steps = (n for n, kind in enumerate(self.kinds) if kind == OpenGate.__name__)
         return any(self.has_been_done(number) for number in steps)
 
+    def is_closed_again(self, number: int) -> bool:
+        """Whether a step that opened a gate was undone for a while, since the move goes on."""
+        record = self.records.get(number)
+        return record is not None and record.state == "undone" and "closed" in record.prior.facts
+
     def surroundings_there(self) -> Surroundings:
         """The surroundings that the gateways' translations were made for."""
         return self.surroundings if self.change is None else self.change.surroundings
@@ -344,7 +349,7 @@ def _parse_record(text: bytes, steps: int, number: int) -> tuple[int, str, Prior
     if state not in ("doing", "done", "undone"):
         raise ValueError(f"line {number}: no state {state!r}")
     if state == "undone":
-        prior = Prior()
+        prior = Prior(facts={"closed": True} if line.get("closed") is True else {})
     elif isinstance(line["prior"], dict):
         prior = Prior.from_json(line["prior"])
     else:
