@@ -116,6 +116,8 @@ def test_its_programs_pages_and_units_are_there_and_go_with_it(
     assert machine.has("/usr/share/natkeep/__pycache__")  # no restore waits for it to be compiled
     linked = machine.run("find", "/etc/systemd", "-name", "natkeep*")
     assert linked == ""  # none of them is enabled
+    said = machine.run("natkeep", "setup", "--link", "--units")
+    assert said == "natkeep: its package has put all in its place\n"
     assert "server_moves_to_new_address" in machine.run("natkeep", "lab", "list")
     checked = machine.try_("natkeep", "check", "--json")
     assert checked.stderr == ""

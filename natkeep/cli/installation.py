@@ -106,6 +106,8 @@ def _remove(states: dict[Piece, str]) -> Iterator[Piece]:
 
 
 def _tell(args: argparse.Namespace, states: dict[Piece, str], done: list[Piece]) -> None:
+    if not states:
+        talk(args, "natkeep: its package has put all in its place")
     if args.json:
         found = [{"path": str(piece.path), "state": state} for piece, state in states.items()]
         print_json({"schema": 1, "setup": found})
