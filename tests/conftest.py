@@ -107,6 +107,7 @@ PROBES: dict[str, tuple[Callable[[], bool], str]] = {
     "redis-server": (lambda: _has_tool("redis-server"), "needs Debian's redis-server"),
     "nginx": (lambda: _has_tool("nginx"), "needs Debian's nginx"),
     "haproxy": (lambda: _has_tool("haproxy"), "needs Debian's haproxy"),
+    "websockets": (lambda: _has_module("websockets"), "needs websockets: scripts/setup"),
     "node": (lambda: _has_tool("node"), "needs Debian's nodejs"),
     "kernel": (_has_kernel, "needs qemu and Debian's own kernel: make kernels KERNELS=own"),
     "debhelper": (lambda: _has_tool("dh_python3"), "needs debhelper and dh-python: make test-deb"),

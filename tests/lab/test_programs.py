@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import http.client
 import itertools
+import json
 import socket
 import ssl
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import pytest
@@ -22,30 +23,30 @@ from natkeep.lab.lab import Lab
 from natkeep.lab.programs import Programs
 from natkeep.lab.ssh import Machines
 from natkeep.lab.time_scale import scaled
+from natkeep.lab.topology import CLIENT
 from natkeep.plan.tuples import Endpoint, FourTuple
 
 pytestmark = [
     pytest.mark.root, pytest.mark.lab, pytest.mark.criu, pytest.mark.needs("sshd")
 ]  # fmt: skip
 SERVERS = Path(__file__).parent / "servers"
-PAUSE_S = 0.02
 Step = Callable[[int], None]
 
 
 @contextmanager
-def talking(*steps: Step) -> Iterator[None]:
-    """Each of *steps* in a thread, with 0, 1, 2, … while the block runs, and 20 times more."""
+def talking(*steps: Step, pause_s: float) -> Iterator[None]:
+    """Each of *steps* in a thread, with 0, 1, 2, … while the block runs, and 10 times more."""
     ended = threading.Event()
 
     def go_on(step: Step) -> None:
-        more = 20
+        more = 10
         for number in itertools.count():
             step(number)
-            more -= ended.wait(PAUSE_S)
+            more -= ended.wait(pause_s)
             if not more:
                 return
 
-    with ThreadPoolExecutor(len(steps)) as pool:
+    with ThreadPoolExecutor() as pool:
         running = [pool.submit(go_on, each) for each in steps]
         try:
             yield
@@ -82,9 +83,9 @@ class Move:
         """These are the connections."""
         self.programs.keep_tuples(*map(tuple_of, sockets))
 
-    def migrate(self, *steps: Step) -> None:
+    def migrate(self, *steps: Step, pause_s: float = 0.02) -> None:
         """The clients talk before, meanwhile and afterwards."""
-        with talking(*steps):
+        with talking(*steps, pause_s=pause_s):
             said = self.machines.migrate()
         count = len(self.programs.kept)
         assert f"{count} of {count} peers were heard" in said, said
@@ -95,6 +96,28 @@ def tuple_of(connected: socket.socket) -> FourTuple:
     return FourTuple(
         Endpoint.parse("{}:{}".format(*source)), Endpoint.parse("{}:{}".format(*destination))
     )
+
+
+def find_established(move: Move, port: int) -> list[FourTuple]:
+    """The connections of a client that is a program of its own."""
+    shown = move.lab.topology["client"].run(
+        "ss", "-Htn", "state", "established", f"dport = :{port}"
+    )
+    lines = map(str.split, shown.stdout.splitlines())
+    return [FourTuple(*map(Endpoint.parse, words[2:4])) for words in lines]
+
+
+def make_asking(clients: Sequence[socket.socket]) -> Step:
+    """A line on each of them, and its echo."""
+
+    def ask(number: int) -> None:
+        line = b"message %d\n" % number
+        for each in clients:
+            each.sendall(line)
+        for each in clients:
+            assert each.recv(100) == line
+
+    return ask
 
 
 def close(*sockets: socket.socket) -> None:
@@ -136,15 +159,7 @@ def test_tls():
             context.wrap_socket(move.connect(443), server_hostname="server.lab") for _ in range(20)
         ]
         move.keep(*clients)
-
-        def ask(number: int) -> None:
-            line = b"message %d\n" % number
-            for each in clients:
-                each.sendall(line)
-            for each in clients:
-                assert each.recv(100) == line
-
-        move.migrate(ask)
+        move.migrate(make_asking(clients))
         close(*(each.unwrap() for each in clients))
 
 
@@ -258,9 +273,8 @@ def test_sshd_keeps_a_shell_on_its_terminal():
         key = machines.directory / "source" / "hostkey"
         configuration.write_text(SSHD.format(key=key, authorized=machines.authorized, old=move.old))
         move.serve_by("/usr/sbin/sshd", "-D", "-e", "-f", str(configuration), ports=[2222])
-        client = move.lab.topology["client"]
         shell = subprocess.Popen(
-            client.command(
+            move.lab.topology["client"].command(
                 "ssh", "-tt", "-q", "-F", "/dev/null", "-i", str(machines.key), "-p", "2222",
                 "-o", "StrictHostKeyChecking=no", "-o", "UserKnownHostsFile=/dev/null",
                 f"root@{move.old}", "PS1= bash --noediting --norc --noprofile -i",
@@ -282,8 +296,7 @@ def test_sshd_keeps_a_shell_on_its_terminal():
             pass
         tell("tty")
         terminal = hear()
-        shown = client.run("ss", "-Htn", "state", "established", "dport = :2222").stdout.split()
-        move.programs.keep_tuples(FourTuple(*map(Endpoint.parse, shown[2:4])))
+        move.programs.keep_tuples(*find_established(move, 2222))
 
         def ask(number: int) -> None:
             tell("echo line $((n++))")
@@ -295,3 +308,107 @@ def test_sshd_keeps_a_shell_on_its_terminal():
         assert shell.wait(scaled(10)) == 7
         said.close()
         typed.close()
+
+
+HAPROXY = """\
+defaults
+  mode tcp
+  timeout connect 5s
+  timeout client 1h
+  timeout server 1h
+frontend all
+  bind {old}:7000
+  default_backend all
+backend all
+  server one {client}:7001
+"""
+
+
+@pytest.mark.needs("haproxy")
+def test_haproxy_keeps_clients_and_server():
+    """Connections that it accepted, and those that it opened itself."""
+    with move_of() as move:
+        address = str(CLIENT.address(4))
+        configuration = move.lab.directory / "haproxy.cfg"
+        configuration.write_text(HAPROXY.format(old=move.old, client=address))
+        move.serve_by("haproxy", "-db", "-f", str(configuration), ports=[7000])
+        with entered(move.lab.topology["client"].name):
+            listener = socket.create_server((address, 7001))
+        pairs = [(move.connect(7000), listener.accept()[0]) for _ in range(20)]
+        listener.close()
+        move.keep(*itertools.chain(*pairs))
+
+        def pass_on(number: int) -> None:
+            line = b"message %d\n" % number
+            for client, _ in pairs:
+                client.sendall(line)
+            for _, server in pairs:
+                assert server.recv(100) == line
+                server.sendall(line)
+            for client, _ in pairs:
+                assert client.recv(100) == line
+
+        move.migrate(pass_on)
+        for client, server in pairs:
+            client.shutdown(socket.SHUT_WR)
+            close(server)
+            assert client.recv(1) == b""
+            client.close()
+
+
+@pytest.mark.needs("node")
+def test_node_answers_200_clients():
+    with move_of() as move:
+        move.serve_by("node", str(SERVERS / "echo.js"), move.old, "7000", ports=[7000])
+        clients = [move.connect(7000) for _ in range(200)]
+        move.keep(*clients)
+        move.migrate(make_asking(clients), pause_s=0.1)
+        close(*clients)
+
+
+@pytest.mark.needs("websockets")
+def test_web_sockets():
+    """Both ends ping, too."""
+    from websockets.sync.client import connect
+
+    with move_of() as move, ExitStack() as ends:
+        script = str(SERVERS / "web_socket.py")
+        move.serve_by(sys.executable, script, move.old, "7000", ports=[7000])
+        sockets = [move.connect(7000) for _ in range(20)]
+        move.keep(*sockets)
+        clients = [
+            ends.enter_context(
+                connect("ws://server.lab", sock=each, ping_interval=0.2, ping_timeout=60)
+            )
+            for each in sockets
+        ]
+
+        def ask(number: int) -> None:
+            for each in clients:
+                each.send(f"message {number}")
+            for each in clients:
+                assert each.recv(scaled(15)) == f"message {number}"
+
+        move.migrate(ask)
+        ends.close()
+
+
+@pytest.mark.needs("iperf3")
+def test_iperf3_measures_both_ways():
+    """Three connections; the client ends by itself, and both ways go on after the move."""
+    with move_of() as move:
+        move.serve_by("iperf3", "--server", "--bind", move.old, "--one-off", ports=[5201])
+        client = move.lab.topology["client"].start(
+            "iperf3", "iperf3", "--client", move.old, "--bidir", "--json", "--time", "8",
+            "--bitrate", "4M",
+        )  # fmt: skip
+        await_true(lambda: len(find_established(move, 5201)) == 3, "iperf3 to measure")
+        move.programs.keep_tuples(*find_established(move, 5201))
+        move.migrate()
+        assert client.process.poll() is None
+        assert client.process.wait(scaled(30)) == 0, client.log.read_text()
+        told = json.loads(client.log.read_text())
+        assert "error" not in told
+        last = told["intervals"][-2]  # a whole second
+        assert last["sum"]["bytes"] > 0
+        assert last["sum_bidir_reverse"]["bytes"] > 0
