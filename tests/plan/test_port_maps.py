@@ -19,6 +19,7 @@ from natkeep.plan.roles import Role
 from natkeep.plan.step_order import make_plan
 from natkeep.plan.step_undo import RestoreEntries, undo_of
 from natkeep.plan.steps import FillSet, InstallGate, InstallReception, PassKept, PurgeEntries
+from natkeep.plan.strays import SeenTable
 from natkeep.plan.translation import Surroundings
 from natkeep.plan.tuples import Connections, Endpoint, FourTuple, parse_local
 from natkeep.plan.via import parse_via
@@ -127,6 +128,7 @@ def test_where_a_gateway_publishes_the_port_there_are_three_and_each_has_its_set
     lines = [line for step in plan.prepare if hasattr(step, "lines") for line in step.lines()]
     [drop] = [line for line in lines if f" out-at-{OLD} " in line and " drop" in line]
     assert "@old-web-0" in drop
+    assert SeenTable(sets=("old-web-0",)).ids() == {"web"}  # gone with its move, by name
     [purge] = [step for step in plan.prepare if isinstance(step, PurgeEntries)]
     undo = undo_of(purge)
     assert isinstance(undo, RestoreEntries)
