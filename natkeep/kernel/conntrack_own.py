@@ -40,7 +40,7 @@ from natkeep.plan.conntrack import NOT_TRACKED, PEER_DIALLED, PROCESS_DIALLED
 from natkeep.plan.entry_attributes import USUAL, Attributes, Noted
 from natkeep.plan.move import Site
 from natkeep.plan.nft import TABLE
-from natkeep.plan.protocols import TCP, Protocol
+from natkeep.plan.protocols import TCP, UDP, Protocol
 from natkeep.plan.translation import Translation
 from natkeep.plan.tuples import RECORD_SIZE, Connections, FourTuple
 
@@ -136,6 +136,16 @@ def find_carried(entries: Iterable[Own]) -> Iterator[tuple[FourTuple, FourTuple]
         carrier = _read_carrier(own)
         if carrier != own.record:
             yield _unpack(own.record), _unpack(carrier)
+
+
+def find_masqueraded(ends: frozenset[bytes], version: int) -> frozenset[bytes]:
+    """Those of *ends*, packed, whose own datagrams this namespace sends from another address."""
+    half, found = RECORD_SIZE[version] // 2, set[bytes]()
+    for answer in dump(ask_for(UDP, version)) if count_tracked() else ():
+        original, reply, _ = read_tuples(answer, UDP)
+        if original[:half] in ends and reply[half:] != original[:half]:
+            found.add(original[:half])
+    return frozenset(found)
 
 
 def find_translated(

@@ -76,7 +76,7 @@ from natkeep.plan.steps import (
     TakeOverLock,
 )
 from natkeep.plan.translation import Surroundings
-from natkeep.plan.tuples import Address, Connections, FourTuple
+from natkeep.plan.tuples import Address, Connections, Endpoint, FourTuple
 
 if TYPE_CHECKING:
     from natkeep.plan.repair import Patch
@@ -205,6 +205,7 @@ class LinuxKernel:
             forwarding=forwarding,
             udp_carried=inner,
             udp_carriers=outer,
+            masqueraded=self._find_masqueraded(move),
         )
 
     def _find_datagrams(
@@ -222,6 +223,18 @@ class LinuxKernel:
             here = at_peers.get(site)
             found += (pair for pair in pairs if here is None or pair[0].source.address in here)
         return found
+
+    def _find_masqueraded(self, move: Move) -> frozenset[Endpoint]:
+        """Of the UDP sockets without a peer those that a gateway masquerades."""
+        ends = {end.address.packed + end.port.to_bytes(2, "big"): end for end in move.udp_servers}
+        found: set[Endpoint] = set()
+        for site in move.sites if ends else ():
+            if site.row.passes_on and not (site.row.relays or site.row.own):
+                with self._at(site):
+                    for version in {end.address.version for end in ends.values()}:
+                        some = conntrack_own.find_masqueraded(frozenset(ends), version)
+                        found.update(ends[one] for one in some)
+        return frozenset(found)
 
     def observe(self, site: Site, plan: Plan) -> Observation:
         """What *site* shows of *plan* now."""

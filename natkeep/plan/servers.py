@@ -10,6 +10,8 @@
   of what it answers, so it comes from the address that was spoken to.
 - A socket at the wildcard address names no source, and the kernel takes the route's, which is NEW:
   to conntrack that is another flow, whose tuple is taken, so it would give it another port.
+- What a gateway masquerades is left to its own rules where the process speaks first: they send it
+  from an address that answers come back to, from NEW as from OLD.
 - These rules stand behind those of exact tuples, which may know a peer by another address.
 - What the old host still says, and what no rule has translated, goes no further.
 - Which entries there are of the port is not asked: all go once the rules stand.
@@ -31,19 +33,34 @@ from natkeep.plan.base_chains import (
 )
 from natkeep.plan.listeners import Reception, comment, port_at
 from natkeep.plan.move import Mode
-from natkeep.plan.nft import ACCEPT, DROP, IP, Match, Nat, Object, Rule, Statement, Write
+from natkeep.plan.nft import ACCEPT, DROP, IP, RETURN, Match, Nat, Object, Rule, Statement, Write
 from natkeep.plan.protocols import UDP
-from natkeep.plan.tuples import Address
+from natkeep.plan.tuples import Address, Endpoint
 
 
-def objects(move_id: str, receptions: Iterable[Reception]) -> Iterator[Object]:
+def objects(
+    move_id: str, receptions: Iterable[Reception], masqueraded: frozenset[Endpoint] = frozenset()
+) -> Iterator[Object]:
     """The rules that translate; callers are held back by those of listeners.py."""
     for one in receptions:
         if one.protocol == UDP and one.site.row.leaves:
+            yield from _leave_to_others(move_id, one, masqueraded)
             for dispatch, address, statements in (*_nat(move_id, one), *_stop(move_id, one)):
                 yield from dispatch_to(dispatch, address)
                 chain = address_chain(dispatch, address)
                 yield Rule(chain, statements, comment(move_id))
+
+
+def _leave_to_others(
+    move_id: str, one: Reception, masqueraded: frozenset[Endpoint]
+) -> Iterator[Object]:
+    """What of it says first is not translated here; in front, so of this site's *masqueraded*."""
+    _, outbound = DIRECTIONS[Mode.STATEFUL]
+    for port, there in zip(one.ports, one.ports_at(one.after), strict=True):
+        if one.site.row.passes_on and Endpoint(one.map.old, port) in masqueraded:
+            yield from dispatch_to(outbound, one.after)
+            leaves = Match((UDP.sport,), there), RETURN
+            yield Rule(address_chain(outbound, one.after), leaves, comment(move_id))
 
 
 Placed = tuple[str, Address, tuple[Statement, ...]]

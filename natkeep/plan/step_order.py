@@ -199,7 +199,8 @@ def _steps_at(
     # The translation before the restore begins: CRIU sends unsent data before post-restore.
     steps.append(InstallTranslation(site, move.id, here))
     if receptions:
-        steps.append(InstallReception(site, move.id, receptions, home=home))
+        masked = surroundings.masqueraded
+        steps.append(InstallReception(site, move.id, receptions, None, home, masked))
     if move.mode == Mode.STATELESS:
         steps.append(TranslateErrors(site, move.id, here, receptions))
     elif receptions:

@@ -288,18 +288,22 @@ class InstallTranslation(Loads):
 
 @dataclass(frozen=True, slots=True)
 class InstallReception(Loads):
-    """The rules by which new connections reach the listeners, callers held back."""
+    """The rules by which new connections reach the listeners, callers held back.
+
+    masqueraded: of those of UDP what the gateway sends from another address, as of Surroundings.
+    """
 
     site: Site
     move_id: str
     receptions: tuple[Reception, ...]
     recorded: Recorded | None = None
     home: frozenset[Address] = frozenset()
+    masqueraded: frozenset[Endpoint] = frozenset()
 
     def make(self) -> tuple[Object, ...]:
         """The rules, their chains and sets."""
         callers = listeners.objects(self.move_id, self.receptions, self.home)
-        return (*callers, *servers.objects(self.move_id, self.receptions))
+        return (*callers, *servers.objects(self.move_id, self.receptions, self.masqueraded))
 
     def static(self) -> tuple[tuple[Object, ...], ...]:
         """The base chains of its mode; of UDP all that translate."""

@@ -60,6 +60,8 @@ class Surroundings:
     noted: what the entries say that the sites have of the connections, where it is not the usual.
     home: OLD addresses that the destination has had before any move. forwards: it is a router.
     udp_carried, udp_carriers, udp_joined: as carried, carriers and joined, of UDP.
+    masqueraded: of the UDP sockets without a peer those whose first datagrams a gateway sends from
+    another address, or port.
     at_peers: of each site of role peer the peers' addresses that it has.
     forwarding: settings that a relay switches on to pass on what is kept, below /proc/sys/net/.
     """
@@ -77,6 +79,7 @@ class Surroundings:
     udp_carried: Connections = NO_CONNECTIONS
     udp_carriers: Connections = NO_CONNECTIONS
     udp_joined: Connections = NO_CONNECTIONS
+    masqueraded: frozenset[Endpoint] = frozenset()
 
     def carry_on(self, earlier: Surroundings, connections: Connections) -> Surroundings:
         """With those of *connections* that an *earlier* move, now replaced, took over itself.

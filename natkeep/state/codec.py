@@ -225,6 +225,8 @@ def peers_to_json(around: Surroundings) -> dict[str, Any]:
     every = around.udp_carried, around.udp_carriers, around.udp_joined
     if any(map(len, every)):
         found["udp"] = [[some.v4.hex(), some.v6.hex()] for some in every]
+    if around.masqueraded:
+        found["masqueraded"] = sorted(map(str, around.masqueraded))
     found |= {"forwards": True} if around.forwards else {}
     found |= {"forwarding": [*around.forwarding]} if around.forwarding else {}
     if around.at_peers:
@@ -297,7 +299,9 @@ def read_surroundings(
     inside, outside, alongside = map(read_sides, as_list(line.get("udp", [None, None, None])))
     if len(inside) != len(outside):
         raise ValueError("it does not have a carrier for each carried socket of UDP")
-    return Surroundings(local, carried, carriers, *seldom, inside, outside, alongside)
+    masked = frozenset(_read_endpoints(line.get("masqueraded", [])))
+    udp = inside, outside, alongside, masked
+    return Surroundings(local, carried, carriers, *seldom, *udp)
 
 
 def _read_at_peers(row: list[Any]) -> tuple[Site, frozenset[Address]]:

@@ -321,6 +321,36 @@ def test_the_peer_moves_later_onto_the_same_host(
 
 
 @EACH_VERSION
+def test_what_a_gateway_masquerades_it_goes_on_masquerading(
+    make_net: Callable[[int], Net], version: int, tmp_path: Path
+) -> None:
+    """What a server says first comes from the gateway before the move and after it."""
+    net = make_net(version)
+    nat = "add table inet own; add chain inet own nat { type nat hook postrouting priority 100; }; "
+    net.run(net.names["gateway"], "nft", nat + "add rule inet own nat oifname out masquerade")
+    router = "10.1.0.1" if version == 4 else "fd00:1::1"
+    end = Endpoint(OLD[version], PORT)
+    move = net.move(udp=NO_CONNECTIONS, udp_servers=(end,))
+    peer = net.socket("peer", net.peer_end, None)
+    known = net.socket("peer", (str(PEER[version]), 99), net.old_end)
+    with net.socket("source", net.old_end, None) as process:
+        process.sendto(b"first", net.peer_end)
+        assert peer.recvfrom(99)[1][0] == router
+
+    executor = Executor(LinuxKernel(str(tmp_path)), StateDirectory(str(tmp_path), create=True))
+    prepare(executor, move, NO_CONNECTIONS, Gate.OPEN)
+    with net.socket("destination", net.old_end, None) as process:
+        process.sendto(b"first", net.peer_end)
+        said, sender = peer.recvfrom(99)
+        peer.sendto(said, sender)
+        assert sender[0] == router
+        assert process.recvfrom(99) == (said, (*net.peer_end, 0, 0)[: 2 if version == 4 else 4])
+        assert answered(known, process, 2) == 2
+    [status] = read_status(executor, ["udp"])
+    assert [site.drift for site in status.sites] == [(), ()]
+
+
+@EACH_VERSION
 def test_an_undone_destination_does_not_answer_what_a_gateway_may_still_send(
     make_net: Callable[[int], Net], version: int, tmp_path: Path
 ) -> None:
