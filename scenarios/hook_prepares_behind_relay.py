@@ -1,8 +1,11 @@
 """A server is restored behind a relay, and natkeep-hook prepares the destination by itself.
 
-    client 10.1.0.2 ── relay: OLD, 10.1.0.11 (FROM) ── destination 10.1.0.20 (NEW)
-                       by command, closed              by the hook, before CRIU has a socket:
-                       until the restore is through    NATKEEP_MAP=OLD=auto NATKEEP_VIA=FROM
+    client 10.1.0.2           relay 10.1.0.10 (OLD), 10.1.0.11 (FROM)   destination 10.1.0.20 (NEW)
+    ┌──────┐  10.1.0.10:5000  ┌──────────────────────┐  10.1.0.20:5000  ┌───────────────────────┐
+    │ peer │══════════════════│ OLD⇄NEW, peer⇄FROM:q │══════════════════│ NEW⇄OLD, FROM:q⇄peer  │
+    └──────┘                  └──────────────────────┘                  └───────────────────────┘
+                              by command, closed            by the hook, before CRIU has a socket:
+                              until the restore is through  NATKEEP_MAP=OLD=auto NATKEEP_VIA=FROM
 
 Either counts the relay's ports for itself, of the same image.
 """

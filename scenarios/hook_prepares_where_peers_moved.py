@@ -1,8 +1,11 @@
 """Both ends move, and natkeep-hook prepares the server's, by what it is told of its peers.
 
-    client 10.1.0.2 (P) ═════ router ═════ source 10.2.0.10 (OLD)          before
+    client 10.1.0.2 (P) ═════ router ═════ source 10.2.0.10 (OLD)           before
 
-    third 10.4.0.30 (Q) ═════ router ═════ destination 10.3.0.20 (NEW)     afterwards
+    third 10.4.0.30 (Q)                    destination 10.3.0.20 (NEW)      afterwards
+    ┌────────────────┐                     ┌─────────────────┐
+    │ P⇄Q, OLD⇄NEW   │═════ router ════════│ NEW⇄OLD, Q⇄P    │
+    └────────────────┘                     └─────────────────┘
     by command, closed                     by the hook: NATKEEP_MAP=OLD=NEW NATKEEP_PEER_MAP=P=Q
 
 The client's destination is prepared first: what the server says before the client is back is held
