@@ -57,8 +57,9 @@ def run(lab):
     lab.traffic.client_closes()
     api.traffic.client_closes()
     api.traffic.server_closes()
-    api.traffic.check_ends()
-    lab.finish()
+    for each in both:
+        each.traffic.check_ends()
+    lab.conclude()
 
 
 def talk_on(both):
