@@ -252,7 +252,7 @@ def marks(statement: Statement) -> Iterator[str]:
         case Match(fields, to, _):
             if isinstance(to, str):
                 yield to
-            elif fields == ("tcp dport",):
+            elif fields in (("tcp dport",), ("udp dport",)):
                 yield f"port {to}"
             elif fields[0].endswith("daddr"):
                 yield f"to {to}"

@@ -11,6 +11,7 @@ import pytest
 from four_hosts import EACH_VERSION, NEW, OLD, PEER, PEER_PORT, PORT, Net, answered, make_net
 from two_hosts import look
 
+from natkeep.checkpoint import Checkpoint
 from natkeep.errors import LeftoverError, RefusedError
 from natkeep.kernel.linux import LinuxKernel
 from natkeep.lifecycle.executor import Executor
@@ -317,6 +318,70 @@ def test_the_peer_moves_later_onto_the_same_host(
     process.close()
     for move_id in ("second", "udp"):
         teardown(executor, move_id)
+    assert look(names) == before
+
+
+@EACH_VERSION
+@pytest.mark.parametrize("server", [False, True], ids=["connected", "server"])
+@pytest.mark.parametrize("tracked", [True, False], ids=["tracked", "untracked"])
+def test_the_wire_may_show_another_port(
+    make_net: Callable[[int], Net], version: int, server: bool, tracked: bool, tmp_path: Path
+) -> None:
+    net = make_net(version)
+    names = {role: net.names[role] for role in ("gateway", "destination")}
+    if not tracked:
+        chain = "add chain inet own raw { type filter hook prerouting priority -300; }"
+        rule = "add rule inet own raw meta l4proto udp notrack"
+        for name in names.values():
+            net.run(name, "nft", f"add table inet own; {chain}; {rule}")
+    before = look(names)
+    move = net.move(maps=(Map(OLD[version], NEW[version], PORT, 6000),), guard=True)
+    if server:
+        move = replace(move, udp=NO_CONNECTIONS, udp_servers=(Endpoint(OLD[version], PORT),))
+    executor = Executor(LinuxKernel(str(tmp_path)), StateDirectory(str(tmp_path), create=True))
+    with (
+        net.socket("destination", (str(NEW[version]), 6000), None),
+        pytest.raises(RefusedError, match="6000"),
+    ):
+        prepare(executor, move, NO_CONNECTIONS, Gate.OPEN)
+    prepare(executor, move, NO_CONNECTIONS, Gate.OPEN)
+    peer = net.socket("peer", net.peer_end, net.old_end)
+    with net.socket("destination", net.old_end, None if server else net.peer_end) as process:
+        assert answered(peer, process, 3) == 3
+        process.sendto(b"first", net.peer_end)
+        assert peer.recv(99) == b"first"
+    [status] = read_status(executor, ["udp"])
+    assert [site.drift for site in status.sites] == [(), ()]
+    teardown(executor, "udp")
+    assert look(names) == before
+
+
+@EACH_VERSION
+@pytest.mark.parametrize("server", [False, True], ids=["connected", "server"])
+def test_while_the_process_lives_its_peers_reach_it_where_it_is(
+    make_net: Callable[[int], Net], version: int, server: bool, tmp_path: Path
+) -> None:
+    """Prepared with --live: the gateway is made ready by `open`, which has an image to look at."""
+    net = make_net(version)
+    names = {role: net.names[role] for role in ("gateway", "destination")}
+    move = net.move(live=True)
+    if server:
+        move = replace(move, udp=NO_CONNECTIONS, udp_servers=(Endpoint(OLD[version], PORT),))
+    executor = Executor(LinuxKernel(str(tmp_path)), StateDirectory(str(tmp_path), create=True))
+    before = look(names)
+    peer = net.socket("peer", net.peer_end, net.old_end)
+    with net.socket("source", net.old_end, None if server else net.peer_end) as process:
+        assert answered(peer, process, 2) == 2
+        prepare(executor, move, NO_CONNECTIONS)
+        assert answered(peer, process, 2) == 2
+    with net.socket("destination", net.old_end, None if server else net.peer_end) as process:
+        image = Checkpoint(NO_CONNECTIONS, udp=move.udp, udp_servers=move.udp_servers)
+        open_move(executor, "udp", lambda journal: image)
+        assert answered(peer, process, 3) == 3
+        [status] = read_status(executor, ["udp"])
+        assert [site.drift for site in status.sites] == [(), ()]
+    teardown(executor, "udp")
+    net.run(names["gateway"], "conntrack", "-F")
     assert look(names) == before
 
 
