@@ -293,7 +293,7 @@ def test_the_ids_are_sorted_and_other_files_are_none(state: StateDirectory, plac
         "journal",
         "readme.txt",
         "x.connections",
-        "X.journal",
+        "-x.journal",
         "a b.journal",
     ):
         (place / name).touch()
@@ -396,7 +396,7 @@ def test_an_unknown_id(state: StateDirectory, place: Path) -> None:
     )
 
 
-@pytest.mark.parametrize("move_id", ["../web", "Web", "", "a" * 33, "web.journal", "web\n"])
+@pytest.mark.parametrize("move_id", ["../web", "-web", "", "a" * 33, "web.journal", "web\n"])
 def test_what_is_no_id_is_never_a_file_name(move_id: str, state: StateDirectory) -> None:
     begin(state)
     for verb in (state.load, state.remove):
@@ -562,11 +562,11 @@ def test_an_id_is_known_if_it_has_a_journal_and_named_if_that_has_the_address(
     state: StateDirectory, place: Path
 ) -> None:
     begin(state)
-    (place / "Not-An-Id.journal").write_bytes((place / "web.journal").read_bytes())
+    (place / "not an id.journal").write_bytes((place / "web.journal").read_bytes())
     (place / "hollow.journal").mkdir()
     old = MOVE.maps[0].old
 
-    known = ["web", "hollow", "other", "Not-An-Id", "../state/web", ""]
+    known = ["web", "hollow", "other", "not an id", "../state/web", ""]
     assert [state.knows(move_id) for move_id in known] == [True, True] + [False] * 4
     assert state.ids_naming([old]) == ("web",)
     assert state.ids_naming([old + 77]) == ()
