@@ -4,6 +4,7 @@
     record.py      what a migration is, and how far it has come, on the controller's disk
     way.py         who translates for the peers: a gateway, or the source as a relay
     forward.py     the steps: check, prepare, dump, copy, restore, verify
+    image_copy.py  CRIU's image from one host to the other
     back.py        where the process is by now, and the way back to the source
     criu_errors.py the first true error of CRIU's log, and its cure
 

@@ -22,21 +22,19 @@ import secrets
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from itertools import pairwise
-from subprocess import PIPE, Popen, TimeoutExpired
 from typing import Any
 
 from natkeep.errors import NatkeepError, RefusedError
 from natkeep.migrate import way
 from natkeep.migrate.criu_errors import first_error
 from natkeep.migrate.host import LOCAL, Host, HostError, Ssh, ToldHost
+from natkeep.migrate.image_copy import ImageCopy
 from natkeep.migrate.record import GATEWAY, RELAY, STEPS, Record
 
 Say = Callable[[str, str], None]
 """Told of each step: its name, and what there is to say."""
 
-_PIECE = 1 << 20  # octets that are copied at once
 _DUMP = 600.0  # s that CRIU may take
 _PATIENCE = 10.0  # s for the peers to answer, before it is said that they have not
 
@@ -58,7 +56,7 @@ class Migration:
             self._hosts[name] for name in (record.source, record.destination, target)
         )
         self.sockets, self.fresh = "", False
-        self.copying: _Copy | None = None
+        self.copying: ImageCopy | None = None
         self.frozen = self.running = 0.0
         self.answered: int | None = None
         self.count = 0
@@ -114,6 +112,7 @@ class Migration:
         if not record.maps:
             record.maps = way.find_maps(document, self.destination)
         self.say("check", f"{document['sum']['kept']} connections kept: {', '.join(record.maps)}")
+        self._refuse_moved_before()
         chosen = way.choose(record, self.source, self.gateway, self.asked, self.sockets)
         self.say("check", chosen)
         for host in (self.source, self.destination):
@@ -126,6 +125,17 @@ class Migration:
             if there.exit:
                 raise HostError(f"{host} has no {record.criu}: {there.reason()}")
         self._refuse_pid_in_use()
+
+    def _refuse_moved_before(self) -> None:
+        """Where it came by a move, that one is to be replaced: there is not to be a second one."""
+        olds = self.record.olds
+        for move in self.source.natkeep("status", "--json").document()["moves"]:
+            ends = [site for site in move["sites"] if site["role"] == "destination"]
+            if ends and any(each["old"] in olds for each in move["maps"]):
+                raise RefusedError(
+                    f"{self.source}: the process came there by move {move['id']}",
+                    hint="moving on, and back, goes by hand: prepare --replace (docs/by-hand.md)",
+                )
 
     def _refuse_pid_in_use(self) -> None:
         if not self.destination.run("test", "-e", f"/proc/{self.record.pid}", ok=None).exit:
@@ -171,7 +181,7 @@ class Migration:
             *before, *self.record.dump_options,
         )  # fmt: skip
         if not self.record.shared:
-            _Copy(self, name).go()
+            self._start_copy(name).go()
         self.say("pre-dump", f"round {number} of {self.record.pre_dumps}")
 
     # The blackout
@@ -191,13 +201,16 @@ class Migration:
             environment = {"NATKEEP_ID": record.id, "NATKEEP_SOURCE": ",".join(record.maps)}
             environment["NATKEEP_VIA"] = ",".join(record.vias)
         if not record.shared:
-            self.copying = _Copy(self, "dump")  # started here, so that no start is waited for
+            self.copying = self._start_copy("dump")  # started here, so that no start is waited for
         self.frozen = time.monotonic()
         self._criu(
             self.source, self.dumped, "dump", *options, *record.dump_options,
             environment=environment,
         )  # fmt: skip
         self.say("dump", f"frozen on {self.source}")
+
+    def _start_copy(self, name: str) -> ImageCopy:
+        return ImageCopy(self.source, self.destination, self.record.images, name)
 
     def _has_udp(self) -> bool:
         sockets = json.loads(self.sockets)["sockets"]
@@ -206,7 +219,7 @@ class Migration:
     def _copy(self) -> None:
         copy = self.copying
         if not (copy or self.record.shared):
-            copy = _Copy(self, "dump")
+            copy = self._start_copy("dump")
         with ThreadPoolExecutor(1) as beside:
             done = beside.submit(copy.go) if copy else None
             try:
@@ -313,51 +326,6 @@ class Migration:
         if done.exit:
             said = host.run("cat", f"{directory}/{log}", ok=None).stdout.splitlines()
             raise HostError(f"{host}: criu {verb}: {first_error(said or done.stderr.splitlines())}")
-
-
-class _Copy:
-    """A directory of images on its way from the source to the destination, once `go` is asked."""
-
-    def __init__(self, migration: Migration, name: str) -> None:
-        images, streams = migration.record.images, {"stdin": PIPE, "stdout": PIPE, "stderr": PIPE}
-        self.octets = 0
-        waiting = 'read -r _ && exec tar -C "$1" -cf - "$2"'
-        self._out = migration.source.start("sh", "-c", waiting, "sh", images, name, **streams)
-        self._in = migration.destination.start("tar", "-C", images, "-xpf", "-", **streams)
-
-    def go(self) -> None:
-        """Pass all of it on; HostError with tar's own words where that fails."""
-        assert self._out.stdin is not None
-        assert self._out.stdout is not None
-        assert self._in.stdin is not None
-        try:
-            with suppress(BrokenPipeError):
-                self._out.stdin.write(b"\n")
-                self._out.stdin.flush()
-                while piece := self._out.stdout.read1(_PIECE):  # type: ignore[attr-defined]
-                    self._in.stdin.write(piece)
-                    self.octets += len(piece)
-                self._in.stdin.close()
-            for program, what in ((self._in, "writing"), (self._out, "reading")):
-                if _end(program):
-                    assert program.stderr is not None
-                    said = program.stderr.read().decode(errors="backslashreplace").strip()
-                    raise HostError(f"copy: {what} the image: {said or 'it ended early'}")
-        finally:
-            self.end()
-
-    def end(self) -> None:
-        """End both programs."""
-        for program in (self._out, self._in):
-            if program.poll() is None:
-                program.terminate()
-
-
-def _end(program: Popen[bytes]) -> int:
-    try:
-        return program.wait(30)
-    except TimeoutExpired:
-        return 1
 
 
 def _maps(words: list[str]) -> list[str]:

@@ -233,3 +233,15 @@ def test_a_dry_run_says_each_command_and_changes_nothing():
         return False
 
     perform(run)
+
+
+def test_a_process_that_came_by_a_move_is_refused():
+    def run(lab: Lab, machines: Machines) -> bool:
+        machines.call("migrate", *machines.words())
+        back = [f"destination:{lab.traffic.server.pid}", "source", "--id", "back"]
+        done = machines.natkeep("migrate", *back, *machines.words()[4:])
+        lab.report.check("it is refused", done.returncode == 4, done.stderr)
+        lab.report.check("by name", "came there by move web" in done.stderr, done.stderr)
+        return True
+
+    perform(run)
