@@ -25,6 +25,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import hypothesis
@@ -55,11 +56,11 @@ def _is_root() -> bool:
     return os.geteuid() == 0 and _run("unshare", "--net", "true").returncode == 0
 
 
-def _has_powers() -> bool:
-    """CHOWN, SETUID, NET_BIND_SERVICE and MKNOD: for what tests arrange, not for natkeep."""
+def _has_powers(*numbers: int) -> bool:
+    """Capabilities by their numbers."""
     status = Path("/proc/self/status").read_text()
     effective = int(status.partition("CapEff:")[2].split()[0], 16)
-    return all(effective >> number & 1 for number in (0, 7, 10, 27))
+    return all(effective >> number & 1 for number in numbers)
 
 
 def _has_module(name: str) -> bool:
@@ -75,6 +76,10 @@ def _has_pycriu() -> bool:
     return _run("/usr/bin/python3", "-c", "import pycriu").returncode == 0
 
 
+def _has_postgres() -> bool:
+    return any(Path("/usr/lib/postgresql").glob("*/bin/postgres"))
+
+
 def _has_kernel() -> bool:
     """Another one than this machine's, that can be booted: `make test` fetches it for a qemu."""
     sys.path.append(str(ROOT))  # bench/ is a program beside the package
@@ -86,7 +91,11 @@ def _has_kernel() -> bool:
 # What can be required: how it is found, and what to say where it is not.
 PROBES: dict[str, tuple[Callable[[], bool], str]] = {
     "root": (_is_root, "needs root that may make network namespaces"),
-    "powers": (_has_powers, "needs more than natkeep's capabilities, to arrange things"),
+    # CHOWN, SETUID, NET_BIND_SERVICE and MKNOD: for what tests arrange, not for natkeep
+    "powers": (
+        partial(_has_powers, 0, 7, 10, 27),
+        "needs more than natkeep's capabilities, to arrange things",
+    ),
     "criu": (lambda: os.access(CRIU, os.X_OK), "needs a CRIU that works here: scripts/get-criu"),
     "pycriu": (_has_pycriu, "needs Debian's pycriu (packages criu, python3-protobuf)"),
     "scapy": (lambda: _has_module("scapy"), "needs scapy: scripts/setup"),
@@ -107,6 +116,8 @@ PROBES: dict[str, tuple[Callable[[], bool], str]] = {
     "redis-server": (lambda: _has_tool("redis-server"), "needs Debian's redis-server"),
     "nginx": (lambda: _has_tool("nginx"), "needs Debian's nginx"),
     "haproxy": (lambda: _has_tool("haproxy"), "needs Debian's haproxy"),
+    "postgres": (_has_postgres, "needs Debian's postgresql"),
+    "resource": (partial(_has_powers, 24), "needs CAP_SYS_RESOURCE, for CRIU and other users"),
     "websockets": (lambda: _has_module("websockets"), "needs websockets: scripts/setup"),
     "node": (lambda: _has_tool("node"), "needs Debian's nodejs"),
     "kernel": (_has_kernel, "needs qemu and Debian's own kernel: make kernels KERNELS=own"),

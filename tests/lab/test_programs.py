@@ -5,10 +5,13 @@ from __future__ import annotations
 import http.client
 import itertools
 import json
+import shutil
 import socket
 import ssl
+import struct
 import subprocess
 import sys
+import tempfile
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -30,6 +33,7 @@ pytestmark = [
     pytest.mark.root, pytest.mark.lab, pytest.mark.criu, pytest.mark.needs("sshd")
 ]  # fmt: skip
 SERVERS = Path(__file__).parent / "servers"
+AS_POSTGRES = ("setpriv", "--reuid=postgres", "--regid=postgres", "--clear-groups")
 Step = Callable[[int], None]
 
 
@@ -412,3 +416,85 @@ def test_iperf3_measures_both_ways():
         last = told["intervals"][-2]  # a whole second
         assert last["sum"]["bytes"] > 0
         assert last["sum_bidir_reverse"]["bytes"] > 0
+
+
+class Sql:
+    """A client of PostgreSQL's protocol, version 3; an error ends the test."""
+
+    def __init__(self, connected: socket.socket) -> None:
+        self.file = connected.makefile("rwb", 0)
+        begin = b"\0\x03\0\0user\0postgres\0\0"
+        self.file.write(struct.pack("!I", len(begin) + 4) + begin)
+        self.read_rows()
+
+    def read(self) -> tuple[bytes, bytes]:
+        """The kind of the next message, and what is in it."""
+        kind, size = struct.unpack("!cI", self.read_exactly(5))
+        body = self.read_exactly(size - 4)
+        assert kind != b"E", body
+        return kind, body
+
+    def read_exactly(self, size: int) -> bytes:
+        octets = b""
+        while len(octets) < size:
+            octets += (piece := self.file.read(size - len(octets)))
+            assert piece, "the server has ended"
+        return octets
+
+    def read_rows(self) -> list[bytes]:
+        rows = []
+        while (message := self.read())[0] != b"Z":
+            if message[0] == b"D":
+                rows.append(message[1][6:])  # of one column
+        return rows
+
+    def ask(self, text: str) -> list[bytes]:
+        octets = text.encode() + b"\0"
+        self.file.write(b"Q" + struct.pack("!I", len(octets) + 4) + octets)
+        return self.read_rows()
+
+
+@pytest.mark.needs("postgres", "resource")
+def test_postgresql_keeps_a_transaction_and_listen():
+    """An open transaction with a table of its own; each NOTIFY comes, in order."""
+    with move_of() as move, tempfile.TemporaryDirectory() as directory:
+        data = Path(directory) / "data"
+        shutil.chown(directory, "postgres", "postgres")
+        programs = max(Path("/usr/lib/postgresql").glob("*/bin"))
+        subprocess.run(
+            [*AS_POSTGRES, str(programs / "initdb"), "--pgdata", str(data), "--auth", "trust",
+             "--no-sync"],
+            check=True, capture_output=True,
+        )  # fmt: skip
+        with (data / "pg_hba.conf").open("a") as file:
+            file.write("host all all all trust\n")
+        move.serve_by(
+            "unshare", "--ipc", *AS_POSTGRES, str(programs / "postgres"), "-D", str(data),
+            "-h", move.old, "-k", "", "-F", ports=[5432],
+        )  # fmt: skip
+        sockets = [move.connect(5432) for _ in range(3)]
+        move.keep(*sockets)
+        transaction, listener, writer = map(Sql, sockets)
+        writer.ask("CREATE TABLE all_rows (i int); CREATE TEMP TABLE own (i int)")
+        transaction.ask("BEGIN; CREATE TEMP TABLE hidden (i int)")
+        process = transaction.ask("SELECT pg_backend_pid()")
+        listener.ask("LISTEN news")
+
+        def notify(number: int) -> None:
+            transaction.ask(f"INSERT INTO hidden VALUES ({number})")
+            writer.ask(f"INSERT INTO all_rows VALUES ({number}); NOTIFY news, '{number}'")
+            writer.ask(f"INSERT INTO own VALUES ({number})")
+            kind, body = listener.read()
+            assert (kind, body[4:]) == (b"A", b"news\0%d\0" % number)
+
+        move.migrate(notify)
+        assert transaction.ask("SELECT pg_backend_pid()") == process
+        counts = [
+            client.ask(f"SELECT count(*) FROM {table}")
+            for client, table in ((transaction, "hidden"), (writer, "all_rows"), (writer, "own"))
+        ]
+        assert counts[0] == counts[1] == counts[2] != [b"0"]
+        transaction.ask("COMMIT")
+        for each in sockets:
+            each.sendall(b"X\0\0\0\4")
+        close(*sockets)
