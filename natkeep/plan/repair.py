@@ -10,6 +10,9 @@ is opened that was closed, and no connection that has ended comes back:
   before that the kernel, which keeps the entry of a connection that has ended for a while, cannot
   have removed it itself: then another program did.
 
+Of UDP an entry that came while the rules were gone lives for as long as peers speak, and none is
+needed: where anything is put back, all go once more.
+
 This file must never look at a machine; the order of what it returns is that of the plan.
 """
 
@@ -28,9 +31,11 @@ from natkeep.plan.steps import (
     AddAddress,
     AddRules,
     FillSet,
+    ForgetCalls,
     GuardSite,
     InsertEntries,
     Plan,
+    PurgeEntries,
     RaiseLoopback,
     Step,
     SwitchForwarding,
@@ -101,6 +106,8 @@ Patch = (
     | RaiseLoopback
     | AddAddress
     | AddRules
+    | PurgeEntries
+    | ForgetCalls
     | InsertEntries
     | SwitchForwarding
 )
@@ -116,7 +123,7 @@ def find_patches(
     """
     missing = seen.gone | seen.shut
     wanted: dict[int, list[Wanted]] = defaultdict(list)
-    everything = [one for _, one in want(plan, site).values()]
+    everything, again = [one for _, one in want(plan, site).values()], False
     for number, one in want(plan, site).values():
         if one.key in missing:
             wanted[number].append(one)
@@ -127,6 +134,8 @@ def find_patches(
         if objects:
             yield number, LoadObjects(site, objects)
         patch = _patch_of(step, seen, life)
+        again = again or bool(objects) or isinstance(patch, FillSet)
+        patch = _forget_datagrams(step) if again and patch is None else patch
         if patch is not None:
             yield number, patch
         if opened and isinstance(step, FillSet):
@@ -197,6 +206,16 @@ def _patch_of(step: Step, seen: Observation, life: Life) -> Patch | None:
             picked = list(life.picks(translation, seen.entries.get(translation.number, ())))
             if picked:
                 return InsertEntries(step.site, pick_from(translation, picked))
+    return None
+
+
+def _forget_datagrams(step: Step) -> Patch | None:
+    match step:
+        case PurgeEntries() if not step.translation.protocol.has_states:
+            return step
+        case ForgetCalls():
+            some = tuple(one for one in step.receptions if not one.protocol.has_states)
+            return ForgetCalls(step.site, some) if some else None
     return None
 
 

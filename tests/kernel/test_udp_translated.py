@@ -179,11 +179,30 @@ def test_a_repair_puts_its_set_back(make_net: Callable[[int], Net]) -> None:
         "set kept-udp-0: 1 of 1 connections are missing",
     )
 
-    [(_, patch)] = find_patches(plan, site, seen, Life(False), opened=True)
-    assert isinstance(patch, FillSet)
-    net.kernel.mend(patch, lambda prior: None)
-    net.run(net.names["gateway"], "conntrack", "-F")
+    patches = [patch for _, patch in find_patches(plan, site, seen, Life(False), opened=True)]
+    assert [type(patch) for patch in patches] == [FillSet, PurgeEntries]
+    for patch in patches:
+        net.kernel.mend(patch, lambda prior: None)
     assert answered(peer, process, 2) == 2
+
+
+@EACH_VERSION
+@pytest.mark.parametrize("server", [False, True], ids=["connected", "server"])
+def test_a_repair_deletes_the_entries_that_came_while_the_rules_were_gone(
+    make_net: Callable[[int], Net], version: int, server: bool
+) -> None:
+    """Each datagram of a peer keeps them, and so the rules from being asked."""
+    net = make_net(version)
+    plan, peer, process = serve(net) if server else carry(net)
+    net.run(net.names["gateway"], "nft", "delete table inet natkeep")
+    net.run(net.names["gateway"], "conntrack", "-F")
+    assert answered(peer, process, 2) == 0
+
+    site = plan.move.sites[0]
+    seen = net.kernel.observe(site, plan)
+    for _, patch in find_patches(plan, site, seen, Life(False), opened=True):
+        net.kernel.mend(patch, lambda prior: None)
+    assert answered(peer, process, 3) == 3
 
 
 def test_a_socket_of_the_destination_with_the_same_ends_is_refused(
