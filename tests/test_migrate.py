@@ -16,7 +16,7 @@ from natkeep.migrate import PROTOCOL
 from natkeep.migrate.criu_errors import first_error
 from natkeep.migrate.host import Answer, Host
 from natkeep.migrate.record import Record, load, place
-from natkeep.migrate.way import find_maps
+from natkeep.migrate.way import find_maps, find_ports
 
 
 @pytest.fixture
@@ -194,3 +194,14 @@ def test_connections_within_the_process_need_no_map() -> None:
     assert find_maps({"sockets": [own, kept]}, destination) == ["10.2.0.10=10.3.0.20"]
     with pytest.raises(RefusedError, match="no connection"):
         find_maps({"sockets": [own]}, destination)
+
+
+def test_only_the_process_own_ports_are_held_before_the_dump() -> None:
+    """Not those that it alone reaches; a connection's port is none."""
+    rows = [
+        ("tcp", "0.0.0.0:80", None), ("tcp", "[::]:80", None), ("tcp", "10.2.0.10:443", None),
+        ("tcp", "127.0.0.1:8000", None), ("tcp", "10.2.0.10:9", "10.1.0.2:40000"),
+        ("udp", "10.2.0.10:53", None), ("tcp", None, None),
+    ]  # fmt: skip
+    sockets = [dict(zip(("protocol", "local", "peer"), row, strict=True)) for row in rows]
+    assert find_ports({"sockets": sockets}) == ["--port", "80", "--port", "443"]

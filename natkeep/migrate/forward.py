@@ -189,8 +189,9 @@ class Migration:
     def _dump(self) -> None:
         record = self.record
         self.source.run("mkdir", "-m", "700", self.dumped)
-        if record.listeners:
-            words = record.options(listeners=False)
+        if record.listeners and (ports := way.find_ports(json.loads(self.sockets))):
+            # No other program's listeners: the sshd there has to be reached for `finish`.
+            words = [*record.options(listeners=False), *ports]
             self.source.natkeep("quiesce", record.id, *words, "--site", "source")
         options = ["--tree", str(record.pid), "--network-lock", "nftables"]
         if record.pre_dumps:

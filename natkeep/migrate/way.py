@@ -42,6 +42,17 @@ def find_maps(sockets: dict[str, Any], destination: Host) -> list[str]:
     return [f"{old}={_find_new(destination, peer)}" for old, peer in peers.items()]
 
 
+def find_ports(sockets: dict[str, Any]) -> list[str]:
+    """quiesce's words for the ports at which the process listens, to others than itself."""
+    listening = (
+        Endpoint.parse(each["local"])
+        for each in sockets["sockets"]
+        if each["protocol"] == "tcp" and each["local"] and not each["peer"]
+    )
+    ports = {end.port for end in listening if not end.address.is_loopback}
+    return [word for port in sorted(ports) for word in ("--port", str(port))]
+
+
 def _find_new(destination: Host, peer: str) -> str:
     """The address from which *destination* speaks to *peer*."""
     answer = destination.run("ip", "-json", "route", "get", peer, ok=None)

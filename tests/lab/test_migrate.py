@@ -216,6 +216,18 @@ def test_a_full_disk_takes_it_back():
     perform(run)
 
 
+def test_with_listeners_other_programs_are_reached_at_the_source():
+    """Its sshd, which `natkeep finish` asks for a new connection."""
+
+    def run(lab: Lab, machines: Machines) -> bool:
+        lab.listeners = True
+        done = machines.natkeep("migrate", *machines.words(), "--listeners")
+        lab.report.check("it succeeds", done.returncode == 0, done.stderr)
+        return True
+
+    perform(run)
+
+
 def test_a_dry_run_says_each_command_and_changes_nothing():
     def run(lab: Lab, machines: Machines) -> bool:
         done = machines.natkeep("migrate", *machines.words(), "--dry-run")

@@ -87,10 +87,10 @@ class Move:
         """These are the connections."""
         self.programs.keep_tuples(*map(tuple_of, sockets))
 
-    def migrate(self, *steps: Step, pause_s: float = 0.02) -> None:
+    def migrate(self, *steps: Step, pause_s: float = 0.02, options: Iterable[str] = ()) -> None:
         """The clients talk before, meanwhile and afterwards."""
         with talking(*steps, pause_s=pause_s):
-            said = self.machines.migrate()
+            said = self.machines.migrate(*options)
         count = len(self.programs.kept)
         assert f"{count} of {count} peers were heard" in said, said
 
@@ -175,7 +175,10 @@ def encode(*words: object) -> bytes:
 
 @pytest.mark.needs("redis-server")
 def test_redis_publishes_and_counts():
-    """Each message comes to the subscriber, in order; and each of 100 INCRs in flight counts."""
+    """Each message comes to the subscriber, in order; and each of 100 INCRs in flight counts.
+
+    A client that comes after the move is answered, too.
+    """
     with move_of() as move:
         move.serve_by(
             "redis-server", "--bind", move.old, "--protected-mode", "no", "--save", "",
@@ -197,8 +200,13 @@ def test_redis_publishes_and_counts():
             for each in range(100):
                 assert counter.readline() == b":%d\r\n" % (100 * number + each + 1)
 
-        move.migrate(publish, count)
-        close(*sockets)
+        move.lab.listeners = True
+        move.migrate(publish, count, options=["--listeners"])
+        newcomer = move.connect(6379)
+        move.programs.newcomer(tuple_of(newcomer))
+        newcomer.sendall(encode("PING"))
+        assert newcomer.recv(100) == b"+PONG\r\n"
+        close(*sockets, newcomer)
 
 
 NGINX = """\
