@@ -41,16 +41,17 @@ NFT = """
     create add insert delete flush table chain set map rule element inet arp natkeep type filter
     nat hook prerouting postrouting input output priority size ip ip6 tcp icmp ipv6-icmp saddr daddr
     sport dport flags fin syn rst ack meta mark l4proto notrack accept drop jump vmap dnat snat to
-    set comment iifname oifname lo ipv4_addr ipv6_addr inet_service verdict handle policy
+    udp set comment iifname oifname lo ipv4_addr ipv6_addr inet_service verdict handle policy
     dstnat srcnat iif oif gate injected leaving half-open inbound outbound arriving departing muted
     errors silent defragment dynamic tproxy socket wildcard sequence 0x0
     ct state established related new peer-inbound peer-outbound invalid-inbound invalid-outbound
-    local-inbound local-outbound invalid-local-inbound invalid-local-outbound route
+    local-gate local-inbound local-outbound invalid-local-inbound invalid-local-outbound route
     from4 from6 to4 to6 invalid-in4 invalid-in6 invalid-from4 invalid-from6 invalid-out4
     invalid-out6 invalid-to4 invalid-to6
     asked asking held4 held6 gate4 gate6 in4 in6 out4 out6 set4 set6 put4 put6 mute4 mute6
     conns4 conns6 urgptr reject with reset : . -
     heard4 heard6 spoken4 spoken6 mark4 mark6 early-resets early-answers marked-resets forward
+    said4 said6 said-as-new
     strange here passed come"""
 KEYWORDS = frozenset(NFT.split())
 TOKEN = re.compile(r'"(?P<string>[^"]*)"|(?P<word>@?[0-9A-Za-z_:.-]+)|(?P<mark>[{};,&|()]|[=!]=)')
@@ -59,7 +60,7 @@ OURS = re.compile(
     r"|(?:gate|callers|hold)-(?P<b>[A-Za-z0-9_-]{1,32}))"
 )
 AT = re.compile(
-    r"(?:gate|(?:invalid-)?(?:in|out|from|to)|set|put|mute|heard|spoken|mark)-at-(?P<address>[0-9a-f._]+)"
+    r"(?:gate|(?:invalid-)?(?:in|out|from|to)|set|put|mute|heard|spoken|mark|said)-at-(?P<address>[0-9a-f._]+)"
 )
 
 
@@ -212,6 +213,8 @@ def render_all(move: Move) -> Iterator[str]:
         FourTuple(Endpoint.parse(peers[map_.old.version]), Endpoint(map_.old, 5000))
         for map_ in move.maps
     )
+    ends = tuple(Endpoint(map_.old, 53) for map_ in move.maps)
+    move = replace(move, udp=kept, udp_servers=ends)
     plan = make_plan(move, kept)
     (site,) = move.sites
     for _, lines in render_nft(plan):
