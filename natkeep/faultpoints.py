@@ -31,7 +31,7 @@ STEPS = (
     *("PassKept", "SwitchForwarding"),
     *("OpenEarly", "OpenGate", "SendResets"),
 )
-_NEVER_REPAIRED = ("ForgetCalls", "PurgeEntries", "HoldSegments", "TakeOverLock", "AddRoute")
+_NEVER_REPAIRED = ("HoldSegments", "TakeOverLock", "AddRoute")
 _FILES = ("connections", "changed", "journal", "ready", "seen")
 
 # Where a point is of several kinds of thing, those are its names' second halves.

@@ -47,6 +47,7 @@ class _Stage:
         self._write("list", self.rows)
         # Another move's: the same ends, but for the ports.
         self._write("other", [(local, f"{peer[:-4]}9999") for local, peer in self.rows[:1]])
+        self._write("udp", [(f"udp {local}", peer) for local, peer in self.rows])
         (self.place.directory / "live").write_text(json.dumps(_living(self.rows)))
         self.origin = self.place.look()
         return self
@@ -65,7 +66,7 @@ class _Stage:
         if words[0].startswith("fault="):
             words, how["strikes"] = words[1:], words[0].partition("=")[2]
         names = {site: self.place.name(site) for site in SITES}
-        files = {n: self.place.directory / n for n in ("list", "other", "image", "live")}
+        files = {n: self.place.directory / n for n in ("list", "other", "udp", "image", "live")}
         return self.place.natkeep(*(word.format(**names, **files) for word in words), **how)
 
     def tell_well(self, words: tuple[str, ...]) -> None:

@@ -66,6 +66,7 @@ def _prepare(*options: str, move_id: str = "web") -> Words:
 
 STATEFUL = _prepare(*MAP, *PAIR, *LIST)
 STATELESS = _prepare("--mode=stateless", *MAPS[1:], *PAIR, *LIST)
+UDP = _prepare(*MAP, *PAIR, "--connections={udp}")
 RECEIVING = _prepare("--listeners", *MAPS, *PAIR, *IMAGE)
 RECEIVING_STATELESS = (*RECEIVING, "--mode=stateless")
 TEARDOWN = ("teardown", "web", "--yes")
@@ -179,6 +180,9 @@ STORIES = (
     Story("repair, closed", (STATEFUL, *WIPED), REPAIR),
     Story("repair stateless", (STATELESS, ("open", "web"), *DELETED), REPAIR, version=6),
     Story("repair with listeners", (RECEIVING, ("open", "web"), *WIPED), REPAIR),
+    Story("prepare of UDP", (), (*UDP, "--gate=open")),
+    Story("teardown of UDP", (UDP, ("open", "web")), TEARDOWN),
+    Story("repair of UDP", (UDP, ("open", "web"), *DELETED), REPAIR),
     Story("repair, telling", (TELLING, ("open", "web"), *DELETED), REPAIR),
     Story("prepare at the peers' own host", (), (*THERE, "--gate=open"), sites=("peer",)),
     Story("teardown there", (THERE, ("open", "web")), TEARDOWN, sites=("peer",)),
