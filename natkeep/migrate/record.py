@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from natkeep.errors import JournalError, UsageError
+from natkeep.plan.maps import parse_map
 from natkeep.plan.move import parse_id
 
 SCHEMA = 1
@@ -88,8 +89,8 @@ class Record:
 
     @property
     def olds(self) -> list[str]:
-        """The OLD of each map."""
-        return [each.partition("=")[0] for each in self.maps]
+        """The OLD of each map, without its port."""
+        return [str(parse_map(each).old) for each in self.maps]
 
 
 def directory(state_dir: str | None) -> Path:
