@@ -16,7 +16,7 @@ from natkeep.migrate import PROTOCOL
 from natkeep.migrate.criu_errors import first_error
 from natkeep.migrate.host import Answer, Host
 from natkeep.migrate.record import Record, load, place
-from natkeep.migrate.way import find_maps, find_ports
+from natkeep.migrate.way import check, find_maps, find_ports
 
 
 @pytest.fixture
@@ -205,3 +205,19 @@ def test_only_the_process_own_ports_are_held_before_the_dump() -> None:
     ]  # fmt: skip
     sockets = [dict(zip(("protocol", "local", "peer"), row, strict=True)) for row in rows]
     assert find_ports({"sockets": sockets}) == ["--port", "80", "--port", "443"]
+
+
+class Checked:
+    """A host whose check has looked at the process."""
+
+    def natkeep(self, *words: str, stdin: str, ok: object) -> Answer:
+        look = {"result": "stop", "code": "sysv-ipc", "what": "processes 7", "remedy": "unshare"}
+        return Answer(6, json.dumps({"looks": [look]}), "")
+
+
+def test_no_host_is_blamed_for_shared_memory() -> None:
+    """As of PostgreSQL; another gateway would not help."""
+    record = Record("web", "a", 7, "b")
+    with pytest.raises(RefusedError, match="processes 7 have System V") as refused:
+        check(cast(Host, Checked()), record, "gateway", "{}")
+    assert refused.value.hint == "unshare"

@@ -89,11 +89,18 @@ def choose(record: Record, source: Host, gateway: Host, asked: str, sockets: str
 
 
 def check(host: Host, record: Record, role: str, sockets: str) -> str:
-    """What stops the move at a site of *role* at *host*, as natkeep's check says; else empty."""
+    """What stops the move at a site of *role* at *host*, as natkeep's check says; else empty.
+
+    RefusedError for what the process has, which is the fault of no host.
+    """
     # By a relay nothing is prepared for a process that lives, so its connections alone are told.
     listed = _as_list(json.loads(sockets)) if record.vias else sockets
     words = ["check", record.id, *record.options(), "--site", role, "--connections", "-", "--json"]
     looks = host.natkeep(*words, stdin=listed, ok=(0, _STOPPED)).document()["looks"]
+    for one in looks:
+        if one["code"] == "sysv-ipc":
+            why = "have System V shared memory, which CRIU would not dump"
+            raise RefusedError(f"{one['what']} {why}", hint=one["remedy"])
     stops = [f"{one['what']} ({one['code']})" for one in looks if one["result"] == "stop"]
     return stops[0] if stops else ""
 

@@ -480,6 +480,8 @@ def test_postgresql_keeps_a_transaction_and_listen():
             "unshare", "--ipc", *AS_POSTGRES, str(programs / "postgres"), "-D", str(data),
             "-h", move.old, "-k", "", "-F", ports=[5432],
         )  # fmt: skip
+        log = move.lab.at.directory / "program.log"
+        await_true(lambda: "ready to accept" in log.read_text(), "PostgreSQL to begin")
         sockets = [move.connect(5432) for _ in range(3)]
         move.keep(*sockets)
         transaction, listener, writer = map(Sql, sockets)
