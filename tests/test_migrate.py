@@ -16,7 +16,7 @@ from natkeep.migrate import PROTOCOL
 from natkeep.migrate.criu_errors import first_error
 from natkeep.migrate.host import Answer, Host
 from natkeep.migrate.record import Record, load, place
-from natkeep.migrate.way import check, find_maps, find_ports
+from natkeep.migrate.way import check, find_lost, find_maps, find_ports
 
 
 @pytest.fixture
@@ -221,3 +221,11 @@ def test_no_host_is_blamed_for_shared_memory() -> None:
     with pytest.raises(RefusedError, match="processes 7 have System V") as refused:
         check(cast(Host, Checked()), record, "gateway", "{}")
     assert refused.value.hint == "unshare"
+
+
+def test_what_is_lost_is_said_before() -> None:
+    """As a connection to a program behind it that stays."""
+    row = {"local": "127.0.0.1:9", "peer": "127.0.0.1:8", "reason": "loopback", "outcome": "lost"}
+    told = "LOST 127.0.0.1:9 to 127.0.0.1:8: loopback"
+    assert find_lost({"sockets": [row, {**row, "outcome": "kept"}]}) == [told]
+    assert find_lost({"sockets": [row] * 5}) == [told] * 3 + ["LOST 2 more"]

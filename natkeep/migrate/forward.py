@@ -112,6 +112,8 @@ class Migration:
         if not record.maps:
             record.maps = way.find_maps(document, self.destination)
         self.say("check", f"{document['sum']['kept']} connections kept: {', '.join(record.maps)}")
+        for line in way.find_lost(document):
+            self.say("check", line)
         self._refuse_moved_before()
         chosen = way.choose(record, self.source, self.gateway, self.asked, self.sockets)
         self.say("check", chosen)

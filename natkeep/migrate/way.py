@@ -17,6 +17,7 @@ from natkeep.migrate.host import Host, HostError
 from natkeep.migrate.record import GATEWAY, RELAY, Record
 from natkeep.plan.tuples import Endpoint
 
+_SHOWN = 3  # connections that are lost
 _STOPPED = 6  # the exit code of a check that found what stops a move
 
 
@@ -40,6 +41,13 @@ def find_maps(sockets: dict[str, Any], destination: Host) -> list[str]:
             hint="natkeep inspect --live PID there",
         )
     return [f"{old}={_find_new(destination, peer)}" for old, peer in peers.items()]
+
+
+def find_lost(sockets: dict[str, Any]) -> list[str]:
+    """A line for each connection that the move ends, or for the first of many."""
+    lost = [one for one in sockets["sockets"] if one["outcome"] == "lost"]
+    lines = [f"LOST {one['local']} to {one['peer']}: {one['reason']}" for one in lost[:_SHOWN]]
+    return [*lines, *([f"LOST {len(lost) - _SHOWN} more"] if len(lost) > _SHOWN else [])]
 
 
 def find_ports(sockets: dict[str, Any]) -> list[str]:
