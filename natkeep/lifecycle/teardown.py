@@ -19,6 +19,7 @@ from natkeep.plan.listeners import callers_chain
 from natkeep.plan.move import Site
 from natkeep.plan.step_undo import (
     CloseGates,
+    DeleteDatagrams,
     RemoveAddress,
     RemoveRules,
     RemoveUndone,
@@ -72,7 +73,7 @@ def _end_drops(executor: Executor, journal: Journal, sites: set[Site]) -> None:
         return
     for record in journal.records.values():
         for site in sites & {record.site}:
-            if site.row.puts_old and isinstance(record.undo, RestoreEntries):
+            if site.row.puts_old and isinstance(record.undo, RestoreEntries | DeleteDatagrams):
                 executor.kernel.revert(site, RemoveUndone(record.undo.outer), Prior())
 
 
