@@ -201,7 +201,8 @@ def make_move(word: str, role: Role, mode: Mode) -> Move | None:
     if not move_id and map_ == MAP4 and six is None and dump is None and not found:
         return None
     listeners = tuple(end for end in found if end.address == map_.old)
-    site = Site(role if role != Role.PEER else Role.SOURCE, f"./{word}")
+    # These two ask for more than a word: who the peers are, and by which addresses.
+    site = Site(Role.SOURCE if role in (Role.PEER, Role.RELAY) else role, f"./{word}")
     maps = (map_,) if six is None else (map_, six)
     return Move(move_id or "web", maps, (site,), mode, listeners, dump, held=found)
 
