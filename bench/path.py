@@ -44,7 +44,7 @@ from natkeep.lifecycle.executor import Executor
 from natkeep.lifecycle.open import open_move
 from natkeep.lifecycle.prepare import prepare
 from natkeep.plan.base_chains import heard_set, spoken_set
-from natkeep.plan.filters import Filling
+from natkeep.plan.kept_sets import Filling
 from natkeep.plan.move import Map, Mode, Move, Site
 from natkeep.plan.roles import Role
 from natkeep.plan.steps import Plan

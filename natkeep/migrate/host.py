@@ -100,7 +100,7 @@ class Host:
         # A session of its own: Ctrl-C is for the controller, which then asks for the way back.
         self._serve = subprocess.Popen(
             line, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._errors,
-            start_new_session=True,
+            start_new_session=True, env=dict(os.environ),  # ssh's agent, its user's home
         )  # fmt: skip
         hello = self._read()
         if (hello.get("natkeep"), hello.get("protocol")) != (__version__, PROTOCOL):
@@ -134,9 +134,8 @@ class Host:
 
     def start(self, *words: str, **streams: Any) -> subprocess.Popen[bytes]:
         """A program there whose standard streams are ours, which moves octets."""
-        return subprocess.Popen(
-            self.ssh.line(self.target, words), start_new_session=True, **streams
-        )
+        line = self.ssh.line(self.target, words)
+        return subprocess.Popen(line, start_new_session=True, env=dict(os.environ), **streams)
 
     def close(self) -> None:
         """End `natkeep serve` there; what it does just now goes on to its end."""
@@ -223,7 +222,7 @@ class ToldHost(Host):
 
     def start(self, *words: str, **streams: Any) -> subprocess.Popen[bytes]:
         self._say("would", f"{self}: {shlex.join(words)}")
-        return subprocess.Popen(["true"], start_new_session=True, **streams)
+        return subprocess.Popen(["true"], start_new_session=True, env={}, **streams)
 
 
 def _cure(why: str) -> str:
