@@ -94,9 +94,12 @@ class Machines:
 
     def status(self, role: str) -> str:
         """What `natkeep status --json` tells at the host *role*."""
-        environment = {**os.environ, "NATKEEP_STATE_DIR": str(self.directory / role / "state")}
-        host = self.lab.topology[role]
-        return host.run(*natkeep_command(), "status", "--json", env=environment).stdout
+        host, own = self.lab.topology[role], self.environment(role)
+        return host.run(*natkeep_command(), "status", "--json", env=own).stdout
+
+    def environment(self, role: str) -> dict[str, str]:
+        """That of a natkeep at the host *role*."""
+        return {**os.environ, "NATKEEP_STATE_DIR": str(self.directory / role / "state")}
 
     def migrate(self, *options: str) -> str:
         """The lab's server from the source to the destination, by `natkeep migrate`: what it said.

@@ -74,6 +74,10 @@ def _reach(host: Host, otherwise: str) -> None:
 def go_back(migration: Migration) -> None:
     """Undo all; the process goes on at the source. NatkeepError where it cannot, and why."""
     record = migration.record
+    if not record.is_past("prepare"):  # nothing was done anywhere
+        migration.say("rollback", f"runs on {migration.source}, as before")
+        record.forget()
+        return
     place = find_place(migration)
     if place == Place.DESTINATION:
         raise NatkeepError(
@@ -124,7 +128,7 @@ def _restore_at_source(migration: Migration) -> None:
 
 def _remove_images(migration: Migration) -> None:
     record = migration.record
-    for host in (migration.source, migration.destination):
+    for host in (migration.source, migration.destination) if record.made else ():
         try:
             host.run("rm", "-rf", "--", *(f"{record.images}/{name}" for name in _names(record)))
             host.run("rmdir", "--ignore-fail-on-non-empty", record.images, ok=None)

@@ -106,6 +106,9 @@ class Migration:
 
     def _check(self) -> None:
         record = self.record
+        for host in self.hosts():
+            if knows(host, record.id):
+                raise RefusedError(f"{host} has a move {record.id} already", hint="--id another")
         record.started = read_start(self.source, record.pid)
         document = way.read_sockets(self.source, record)
         self.sockets = json.dumps(document)
@@ -162,6 +165,7 @@ class Migration:
         record = self.record
         for host in (self.source, self.destination):
             self._make_directory(host)
+        record.made = True  # what will be in it is ours to remove
         record.shared = self._is_shared()
         record.save()
         if record.role == GATEWAY:

@@ -31,7 +31,7 @@ class Record:
     translates for the peers: for a `relay` the source itself. pid and started: of the process at
     the source, with the clock ticks of its start (proc(5), starttime). maps: `OLD=NEW`. vias: the
     relay's addresses. images: a directory of that name on source and destination; shared: it is one
-    and the same. reached: the step that was begun last.
+    and the same; made: it was empty on both. reached: the step that was begun last.
     """
 
     id: str
@@ -45,6 +45,7 @@ class Record:
     vias: list[str] = field(default_factory=list)
     images: str = ""
     shared: bool = False
+    made: bool = False
     listeners: bool = False
     pre_dumps: int = 0
     criu: str = "criu"

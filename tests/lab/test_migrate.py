@@ -257,3 +257,27 @@ def test_a_process_that_came_by_a_move_is_refused():
         return True
 
     perform(run)
+
+
+def test_what_was_there_before_is_left_alone():
+    """A move of the same id, and an image in the directory that was named."""
+
+    def run(lab: Lab, machines: Machines) -> bool:
+        source = lab.topology["source"]
+        held = ["quiesce", "web", "--map", f"{lab.old}={lab.new}", "--port", "5000"]
+        source.run(*natkeep_command(), *held, env=machines.environment("source"))
+        done = machines.natkeep("migrate", *machines.words())
+        lab.report.check("it is refused", done.returncode == 4, done.stderr)
+        lab.report.check("the move is there", '"web"' in machines.status("source"))
+        end = ["teardown", "web", "--yes"]
+        source.run(*natkeep_command(), *end, env=machines.environment("source"))
+
+        image = machines.images / "dump"
+        destination = lab.topology["destination"]
+        destination.run("mkdir", str(image))
+        done = machines.natkeep("migrate", *machines.words())
+        lab.report.check("an image is, too", "is not empty" in done.stderr, done.stderr)
+        destination.run("rmdir", str(image))  # fails unless it is there still
+        return False
+
+    perform(run)
