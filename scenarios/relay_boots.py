@@ -13,6 +13,8 @@ stay: at the input hook they see only what no translation has turned.
 Relay and destination are machines of their own, which know nothing of each other.
 """
 
+import time
+
 from natkeep.lab.criu_restore import Machine
 from natkeep.lab.relay import FLAT, ByRelay
 
@@ -52,6 +54,7 @@ def run(lab, *, silent=True):
     ends = {"old": lab.old, "source": by.source, "port": lab.server_endpoint.port}
     rules = SILENT.format(ip="ip" if lab.family == 4 else "ip6", **ends)
     by.boot(status, rules if silent else "")
+    time.sleep(2)  # until both ends have said again what was lost: after 0.2, 0.4, 0.8 and 1.6 s
     booted = Machine(lab, "source", state="state-booted")
     booted.natkeep("prepare", "web", *options)
     lab.traffic.talk_on()
