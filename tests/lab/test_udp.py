@@ -159,7 +159,7 @@ def test_rules_by_hand_keep_datagrams_if_stale_entries_are_purged(engine, transl
     else:
         assert failed[0].name == "what the client says is answered"
         counted = re.findall(r"(\d+) x open with", failed[0].detail)
-    assert sum(map(int, counted)) == 3  # nothing else is wrong with them
+        assert sum(map(int, counted)) == 3  # nothing else is wrong with them
 
 
 @pytest.mark.root
