@@ -50,7 +50,8 @@ class Parser(argparse.ArgumentParser):
     def format_help(self) -> str:
         from natkeep.cli.usage import describe
 
-        return describe(self)
+        # Of natkeep itself it lists all verbs, and `natkeep --help open` has made one alone.
+        return describe(self if " " in self.prog else make_parser())
 
     def parse_args(self, args: Any = (), namespace: Any = None) -> Any:
         """As argparse's; with what was probably meant where it is wrong."""

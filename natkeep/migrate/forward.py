@@ -94,7 +94,6 @@ class Migration:
         hosts = {name: ToldHost(host, self.say, self.sockets) for name, host in self._hosts.items()}
         self.source, self.destination = hosts[self.record.source], hosts[self.record.destination]
         self.gateway = hosts[self.gateway.target]
-        self.say = lambda step, text: None  # what the steps say is not so
         for step in STEPS[1 : STEPS.index("verify")]:
             getattr(self, f"_{step}")()
 
@@ -183,7 +182,7 @@ class Migration:
         directory = f"{self.record.images}/{name}"
         self.source.run("mkdir", "-m", "700", directory)
         before = ["--prev-images-dir", f"../pre-{number - 1}"] if number > 1 else []
-        self.run_criu(
+        self._criu(
             self.source, directory, "pre-dump", "--tree", str(self.record.pid), "--track-mem",
             *before, *self.record.dump_options,
         )  # fmt: skip
@@ -211,7 +210,7 @@ class Migration:
         if not record.shared:
             self.copying = self._start_copy("dump")  # started here, so that no start is waited for
         self.frozen = time.monotonic()
-        self.run_criu(
+        self._criu(
             self.source, self.dumped, "dump", *options, *record.dump_options,
             environment=environment,
         )  # fmt: skip
@@ -282,7 +281,7 @@ class Migration:
 
     def _restore(self) -> None:
         record = self.record
-        self.run_criu(
+        self._criu(
             self.destination, self.dumped, "restore", "--restore-detached",
             "--action-script", self.destination.hook, *record.restore_options,
             environment={"NATKEEP_ID": record.id},
@@ -321,7 +320,7 @@ class Migration:
             time.sleep(0.2)
         self.say("verify", f"{self.answered or 0} of {self.count} peers were heard")
 
-    def run_criu(
+    def _criu(
         self, host: Host, directory: str, verb: str, *options: str,
         environment: dict[str, str] | None = None, otherwise: Sequence[str] = (),
     ) -> None:  # fmt: skip
