@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import cast
 
 import pytest
@@ -12,9 +13,9 @@ import pytest
 from natkeep import __version__
 from natkeep.cli import main
 from natkeep.errors import RefusedError
-from natkeep.migrate import PROTOCOL
+from natkeep.migrate import PROTOCOL, back
 from natkeep.migrate.criu_errors import first_error
-from natkeep.migrate.host import Answer, Host
+from natkeep.migrate.host import LOCAL, Answer, Host, HostError, Ssh
 from natkeep.migrate.record import Record, load, place
 from natkeep.migrate.way import check, find_lost, find_maps, find_ports
 
@@ -156,6 +157,7 @@ def test_serve_answers_requests_in_turn(tmp_path: Path) -> None:
     assert said[3]["exit"] == 127
     assert len(said[4]["stdout"]) == 64
     assert done.returncode == 0
+    assert not [*(tmp_path / "state").glob("serve-*")]  # it leaves nothing
 
 
 def test_an_earlier_serve_does_nothing_more(tmp_path: Path) -> None:
@@ -229,3 +231,46 @@ def test_what_is_lost_is_said_before() -> None:
     told = "LOST 127.0.0.1:9 to 127.0.0.1:8: loopback"
     assert find_lost({"sockets": [row, {**row, "outcome": "kept"}]}) == [told]
     assert find_lost({"sockets": [row] * 5}) == [told] * 3 + ["LOST 2 more"]
+
+
+def test_what_a_host_was_asked_for_is_over_before_it_answers_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """This machine too: a CRIU that restores here must not be one that is not asked about."""
+    monkeypatch.setenv("NATKEEP_STATE_DIR", str(tmp_path / "state"))
+    mark = tmp_path / "mark"
+    left = Host(LOCAL, "destination", Ssh(), "web")
+    left.connect()
+    assert left._serve is not None
+    assert left._serve.stdin is not None
+    request = {"run": ["sh", "-c", f"sleep 3; touch {mark}"]}
+    left._serve.stdin.write(json.dumps(request).encode() + b"\n")
+    left._serve.stdin.flush()
+    left.close()
+    again = Host(LOCAL, "destination", Ssh(), "web")
+    again.connect()
+    assert mark.exists()
+    again.close()
+
+
+class Told:
+    """A host that knows these moves."""
+
+    def __init__(self, *moves: dict[str, object]) -> None:
+        self.moves = moves
+
+    def natkeep(self, *words: str) -> Answer:
+        assert words == ("status", "--json")
+        return Answer(0, json.dumps({"moves": self.moves}), "")
+
+
+@pytest.mark.parametrize("role", ["gateway", "relay"])
+def test_a_destination_that_forgot_the_move_does_not_end_it(role: str) -> None:
+    record = Record("web", "a", 7, "b", role=role)
+    knowing, empty = Told({"id": "web"}), Told()
+    hosts = {"gateway": empty, "source": empty, "destination": empty}
+    # As it is where an earlier `finish` came to its end there:
+    assert back._find_live(SimpleNamespace(record=record, **hosts)) == 0
+    hosts["source" if role == "relay" else "gateway"] = knowing
+    with pytest.raises(HostError, match="does not know web any more"):
+        back._find_live(SimpleNamespace(record=record, **hosts))

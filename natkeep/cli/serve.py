@@ -65,8 +65,6 @@ def serve(args: argparse.Namespace) -> int:
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)
     turn = _Turn(args)
-    with turn.taken():
-        turn.begin()
     _answer(
         {"natkeep": __version__, "protocol": PROTOCOL, "hook": find_program("natkeep-hook") or ""}
     )
@@ -76,6 +74,7 @@ def serve(args: argparse.Namespace) -> int:
                 raise RefusedError(f"another natkeep migrate has taken {args.id} over")
             answer = _do(json.loads(line))
         _answer(answer)
+    turn.end()
     return 0
 
 
@@ -84,13 +83,25 @@ def _answer(value: dict[str, Any]) -> None:
 
 
 class _Turn:
-    """Which `serve` of an id may act: the newest; and one request at a time."""
+    """Which `serve` of an id may act: the newest; and one request at a time.
+
+    A file in the state directory, which the newest removes when it has come to its end.
+    """
 
     def __init__(self, args: argparse.Namespace) -> None:
         directory = StateDirectory(args.state_dir, create=True).path
-        flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
-        self._file = os.open(os.path.join(directory, f"serve-{args.id}.lock"), flags, 0o600)
+        self._path = os.path.join(directory, f"serve-{args.id}.lock")
         self._own = secrets.token_bytes(16)
+        while not self._begin():
+            os.close(self._file)
+
+    def _begin(self) -> bool:
+        """Wait for the request that is under way; whether the file was not removed meanwhile."""
+        flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
+        self._file = os.open(self._path, flags, 0o600)
+        with self.taken():
+            os.pwrite(self._file, self._own, 0)
+            return os.fstat(self._file).st_nlink > 0
 
     @contextmanager
     def taken(self) -> Iterator[None]:
@@ -100,11 +111,13 @@ class _Turn:
         finally:
             fcntl.flock(self._file, fcntl.LOCK_UN)
 
-    def begin(self) -> None:
-        os.pwrite(self._file, self._own, 0)
-
     def is_ours(self) -> bool:
         return os.pread(self._file, len(self._own), 0) == self._own
+
+    def end(self) -> None:
+        with self.taken():
+            if self.is_ours():
+                os.unlink(self._path)
 
 
 def _do(request: dict[str, Any]) -> dict[str, Any]:

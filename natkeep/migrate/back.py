@@ -39,7 +39,6 @@ def find_place(migration: Migration) -> Place:
     """
     record = migration.record
     if not record.is_past("prepare"):  # nothing was changed anywhere
-        _reach(migration.source, "nothing is known of it")
         return Place.SOURCE
     if record.is_past("restore"):
         _reach(migration.destination, f"whether it runs on {migration.destination} is not known")
@@ -74,17 +73,22 @@ def _reach(host: Host, otherwise: str) -> None:
 def go_back(migration: Migration) -> None:
     """Undo all; the process goes on at the source. NatkeepError where it cannot, and why."""
     record = migration.record
-    if not record.is_past("prepare"):  # nothing was done anywhere
-        migration.say("rollback", f"runs on {migration.source}, as before")
-        record.forget()
-        return
     place = find_place(migration)
     if place == Place.DESTINATION:
         raise NatkeepError(
             f"it runs on {migration.destination}: there is no way back",
             hint=f"natkeep migrate --resume {record.id} goes on from there",
         )
-    left = []
+    left = _undo(migration, place) if record.is_past("prepare") else ""
+    migration.say("rollback", f"runs on {migration.source}, as before")
+    if left:
+        raise HostError(f"it runs on {migration.source}, but something is left: {left}")
+    record.forget()
+
+
+def _undo(migration: Migration, place: Place) -> str:
+    """All that was done, in the order of the top of this file; what is left at the destination."""
+    record, left = migration.record, ""
     if record.role == GATEWAY and record.is_past("copy"):
         _reach(migration.gateway, f"{migration.gateway} still sends peers to {record.destination}")
         migration.gateway.natkeep("rollback", record.id, "--yes")
@@ -93,16 +97,12 @@ def go_back(migration: Migration) -> None:
     if knows(migration.source, record.id):
         migration.source.natkeep("teardown", record.id, "--yes")
     try:
-        if record.is_past("prepare"):
-            _reach(migration.destination, f"natkeep teardown {record.id} --yes there later")
-            migration.destination.natkeep("teardown", record.id, "--yes", "--drop", "0")
+        _reach(migration.destination, f"natkeep teardown {record.id} --yes there later")
+        migration.destination.natkeep("teardown", record.id, "--yes", "--drop", "0")
     except NatkeepError as error:
-        left.append(str(error))
+        left = str(error)
     _remove_images(migration)
-    migration.say("rollback", f"runs on {migration.source}, as before")
-    if left:
-        raise HostError(f"it runs on {migration.source}, but something is left: {'; '.join(left)}")
-    record.forget()
+    return left
 
 
 def _restore_at_source(migration: Migration) -> None:
@@ -117,7 +117,7 @@ def _restore_at_source(migration: Migration) -> None:
         quiet_source(migration)
         options += ["--action-script", source.hook]
         environment = {"NATKEEP_ID": record.id}
-    migration._criu(
+    migration.run_criu(
         source, migration.dumped, "restore", "--restore-detached", *options, environment=environment
     )
     record.started = read_start(source, record.pid)
@@ -154,8 +154,8 @@ def resume(migration: Migration) -> None:
     if place == Place.DESTINATION:
         migration.go("source")
         return
-    for name in ("dump",) if not migration.record.shared else ():
-        migration.destination.run("rm", "-rf", "--", f"{migration.record.images}/{name}")
+    if not migration.record.shared:
+        migration.destination.run("rm", "-rf", "--", migration.dumped)
     migration.go("copy")
 
 
@@ -168,24 +168,40 @@ def finish(migration: Migration, seconds: float | None) -> int:
     record = migration.record
     for host in migration.hosts():
         _reach(host, "it is needed to finish")
-    deadline = None if seconds is None else time.monotonic() + seconds
-    while True:
-        move = read_move(migration.destination, record.id)
-        live = 0 if move is None else count_live(move)
-        if not live or (deadline is not None and time.monotonic() >= deadline):
-            break
+    deadline = float("inf") if seconds is None else time.monotonic() + seconds
+    while live := _find_live(migration):
+        if time.monotonic() >= deadline:
+            return live
         time.sleep(1)
-    if live:
-        return live
-    ended = migration.destination.natkeep("status", "--json").stdout
     if record.role == GATEWAY:
         migration.gateway.natkeep("teardown", record.id, "--yes")
+        ended = migration.destination.natkeep("status", "--json").stdout
         migration.source.natkeep("teardown", record.id, "--ended", "-", stdin=ended)
     else:
         migration.source.natkeep("teardown", record.id, "--yes")
     migration.destination.natkeep("teardown", record.id, "--yes", "--drop", "0")
     _remove_images(migration)
     record.forget()
+    return 0
+
+
+def _find_live(migration: Migration) -> int:
+    """As count_live, of what the destination tells.
+
+    HostError where that does not know the move any more, and it was not this that ended it there:
+    the destination comes last.
+    """
+    record = migration.record
+    move = read_move(migration.destination, record.id)
+    if move is not None:
+        return count_live(move)
+    before = migration.gateway if record.role == GATEWAY else migration.source
+    if knows(before, record.id):
+        raise HostError(
+            f"{migration.destination} does not know {record.id} any more: whether its connections "
+            "live is not known",
+            hint=f"natkeep teardown {record.id} on each host",
+        )
     return 0
 
 

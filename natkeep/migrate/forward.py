@@ -94,6 +94,7 @@ class Migration:
         hosts = {name: ToldHost(host, self.say, self.sockets) for name, host in self._hosts.items()}
         self.source, self.destination = hosts[self.record.source], hosts[self.record.destination]
         self.gateway = hosts[self.gateway.target]
+        self.say = lambda step, text: None  # what the steps say is not so
         for step in STEPS[1 : STEPS.index("verify")]:
             getattr(self, f"_{step}")()
 
@@ -182,7 +183,7 @@ class Migration:
         directory = f"{self.record.images}/{name}"
         self.source.run("mkdir", "-m", "700", directory)
         before = ["--prev-images-dir", f"../pre-{number - 1}"] if number > 1 else []
-        self._criu(
+        self.run_criu(
             self.source, directory, "pre-dump", "--tree", str(self.record.pid), "--track-mem",
             *before, *self.record.dump_options,
         )  # fmt: skip
@@ -210,7 +211,7 @@ class Migration:
         if not record.shared:
             self.copying = self._start_copy("dump")  # started here, so that no start is waited for
         self.frozen = time.monotonic()
-        self._criu(
+        self.run_criu(
             self.source, self.dumped, "dump", *options, *record.dump_options,
             environment=environment,
         )  # fmt: skip
@@ -281,7 +282,7 @@ class Migration:
 
     def _restore(self) -> None:
         record = self.record
-        self._criu(
+        self.run_criu(
             self.destination, self.dumped, "restore", "--restore-detached",
             "--action-script", self.destination.hook, *record.restore_options,
             environment={"NATKEEP_ID": record.id},
@@ -320,7 +321,7 @@ class Migration:
             time.sleep(0.2)
         self.say("verify", f"{self.answered or 0} of {self.count} peers were heard")
 
-    def _criu(
+    def run_criu(
         self, host: Host, directory: str, verb: str, *options: str,
         environment: dict[str, str] | None = None, otherwise: Sequence[str] = (),
     ) -> None:  # fmt: skip

@@ -90,7 +90,10 @@ class Host:
         return f"this host ({self.role})" if self.target == LOCAL else self.target
 
     def connect(self) -> None:
-        """Start `natkeep serve` there; UnreachableError where that cannot be."""
+        """Start `natkeep serve` there, anew; UnreachableError where that cannot be.
+
+        After an interruption this comes first: what was asked before may still be answered.
+        """
         # Not by `python -m`, which would take a natkeep of the working directory.
         here = [find_program("natkeep") or "natkeep"]
         own = here if self.target == LOCAL else self.ssh.natkeep
@@ -144,9 +147,7 @@ class Host:
                 assert pipe is not None
                 with suppress(OSError):  # it is gone, and what was not written with it
                     pipe.close()
-            try:
-                self._serve.wait(2)
-            except subprocess.TimeoutExpired:
+            if self.target != LOCAL:  # it is ssh: what runs there goes on without it
                 self._serve.terminate()
                 self._serve.wait()
         if self._errors is not None:
@@ -164,9 +165,6 @@ class Host:
                 got = self._read()
             except OSError as error:
                 raise self._lost() from error
-            except KeyboardInterrupt:  # its answer will come, but not to what is asked next
-                self.close()
-                raise
         answer = Answer(int(got["exit"]), str(got["stdout"]), str(got["stderr"]))
         if ok is not None and answer.exit not in ok:
             raise HostError(f"{self}: {what}: {answer.reason()}")
@@ -188,6 +186,10 @@ class Host:
         said = self._errors.read().decode(errors="backslashreplace").strip().splitlines()
         why = said[-1] if said else "the connection has ended"
         return UnreachableError(f"{self} cannot be reached: {why}", hint=_cure(why))
+
+
+_LOOKS = ("cat", "find", "touch", "rm")
+"""Programs by which a migration only looks at a host, or leaves nothing there."""
 
 
 class ToldHost(Host):
@@ -212,7 +214,7 @@ class ToldHost(Host):
     ) -> Answer:  # fmt: skip
         if words[0] == "test":
             return Answer(1, "", "")  # so the image would have to be copied
-        if words[0] in ("mkdir", "criu") or words[0].endswith("/criu"):
+        if words[0] not in _LOOKS:
             told = [f"{name}={value}" for name, value in (environment or {}).items()]
             self._say("would", f"{self}: {shlex.join((*told, *words))}")
         return Answer(0, "", "")

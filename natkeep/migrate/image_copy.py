@@ -20,9 +20,14 @@ class ImageCopy:
         """name: of the directory below *images*, which is the same path on both hosts."""
         streams = {"stdin": PIPE, "stdout": PIPE, "stderr": PIPE}
         self.octets = 0
-        waiting = 'read -r _ && exec tar -C "$1" -cf - "$2"'
-        self._out = source.start("sh", "-c", waiting, "sh", images, name, **streams)
-        self._in = destination.start("tar", "-C", images, "-xpf", "-", **streams)
+        reading = 'printf . && read -r _ && exec tar -C "$1" -cf - "$2"'
+        writing = 'printf . >&2 && exec tar -C "$1" -xpf -'
+        self._out = source.start("sh", "-c", reading, "sh", images, name, **streams)
+        self._in = destination.start("sh", "-c", writing, "sh", images, **streams)
+        # Both are there now; where one is not, `go` tells why.
+        for told in (self._out.stdout, self._in.stderr):
+            assert told is not None
+            told.read(1)
 
     def go(self) -> None:
         """Pass all of it on; HostError with tar's own words where that fails."""
