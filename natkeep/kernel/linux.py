@@ -226,7 +226,7 @@ class LinuxKernel:
 
     def _find_masqueraded(self, move: Move) -> frozenset[Endpoint]:
         """Of the UDP sockets without a peer those that a gateway masquerades."""
-        ends = {end.address.packed + end.port.to_bytes(2, "big"): end for end in move.udp_servers}
+        ends = {end.packed: end for end in move.kept_servers}
         found: set[Endpoint] = set()
         for site in move.sites if ends else ():
             if site.row.passes_on and not (site.row.relays or site.row.own):

@@ -159,7 +159,7 @@ def count_callers(
     """How many sockets have one of *ends* and a peer, and are none of the *kept* ones."""
     living = read_living() if living is None else living
     known = {record for some in kept for record in some.each()}
-    called = (end.address.packed + end.port.to_bytes(2, "big") for end in ends)
+    called = (end.packed for end in ends)
     here = (record for end in called for record in living.get(end, ()))
     return sum(1 for record in here if any(record[-2:]) and record not in known)
 

@@ -120,7 +120,7 @@ def find_surroundings(
     around = _take_partners(*known, move, connections, around, TCP)
     if not len(move.udp) or move.why_no_udp():
         return around
-    return around.with_udp(_take_partners(*known, move, move.udp, around.of_udp(), UDP))
+    return around.with_udp(_take_partners(*known, move, move.udp, around.of(UDP), UDP))
 
 
 def _take_partners(

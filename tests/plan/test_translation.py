@@ -1,4 +1,4 @@
-"""plan/translation.py: which address is which on either side, and whose connection is lost."""
+"""plan/translation.py and kept_connections.py: which address is which, and what is lost."""
 
 from __future__ import annotations
 
