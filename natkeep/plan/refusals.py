@@ -67,7 +67,7 @@ def refuse_peer_maps(move: Move, connections: Connections, surroundings: Surroun
         return
     every, local = (connections, move.udp), surroundings.local
     from_peers = Connections.joined(one for some in every for one in move.share(some)).turned()
-    behind = surroundings.carried.peers()
+    behind = Connections.joined((surroundings.carried, surroundings.udp_carried)).peers()
     for one in move.peer_maps:
         if not len(from_peers.at(one.old_end)):
             raise RefusedError(f"--peer-map {one}: no connection has a peer at {one.old_end}")

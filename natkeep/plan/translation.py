@@ -32,7 +32,7 @@ from functools import lru_cache
 from natkeep.plan.entry_attributes import Noted
 from natkeep.plan.maps import Map
 from natkeep.plan.move import Mode, Site
-from natkeep.plan.protocols import TCP, Protocol
+from natkeep.plan.protocols import TCP, UDP, Protocol
 from natkeep.plan.tuples import NO_CONNECTIONS, Address, Connections, Endpoint, FourTuple
 from natkeep.values import dataclass, replace
 
@@ -71,21 +71,27 @@ class Surroundings:
     udp_joined: Connections = NO_CONNECTIONS
     masqueraded: frozenset[Endpoint] = frozenset()
 
-    def carry_on(self, earlier: Surroundings, connections: Connections) -> Surroundings:
+    def carry_on(
+        self, earlier: Surroundings, connections: Connections, udp: Connections = NO_CONNECTIONS
+    ) -> Surroundings:
         """With those of *connections* that an *earlier* move, now replaced, took over itself.
 
-        Its own translation hides from a look at the gateway what the gateway did before.
+        Its own translation hides from a look at the gateway what the gateway did before. udp: what
+        is kept of UDP.
         """
+        return replace(
+            self._take(earlier, connections),
+            noted=(*self.noted, *self._find_gone(earlier.noted, connections)),
+            masqueraded=self.masqueraded | earlier.masqueraded,
+        ).with_udp(self.of(UDP)._take(earlier.of(UDP), udp))
+
+    def _take(self, earlier: Surroundings, connections: Connections) -> Surroundings:
         wanted = set(connections) if len(earlier.carried) else set()
         pairs = zip(earlier.carried, earlier.carriers, strict=True)
         taken = {inner: outer for inner, outer in pairs if inner in wanted}
         taken |= dict(zip(self.carried, self.carriers, strict=True))
-        return replace(
-            self,
-            carried=Connections.of(taken),
-            carriers=Connections.of(taken.values()),
-            noted=(*self.noted, *self._find_gone(earlier.noted, connections)),
-        )
+        carried, carriers = Connections.of(taken), Connections.of(taken.values())
+        return replace(self, carried=carried, carriers=carriers)
 
     def of(self, protocol: Protocol) -> Surroundings:
         """The same with what is so of *protocol*; of UDP nothing is noted."""

@@ -216,6 +216,17 @@ def test_behind_a_flush_of_the_ruleset_a_guard_keeps_the_host_quiet(
     assert "natkeep" not in net.run(net.names["destination"], "nft", "list", "tables")
 
 
+def back_at_the_source(net: Net, move: Move) -> Move:
+    """The move that takes the process on to where it came from, which has not OLD any more."""
+    source, old, other = net.names["source"], OLD[net.version], ELSEWHERE[net.version]
+    net.run(source, "sysctl", "-qw", "net.ipv4.conf.all.promote_secondaries=1")
+    give(net, "source", other)
+    length = 24 if net.version == 4 else 64
+    net.run(source, "ip", "address", "del", f"{old}/{length}", "dev", "eth0")
+    sites = move.sites[0], Site(Role.DESTINATION, source)
+    return replace(move, id="further", maps=(Map(old, other),), sites=sites, guard=False)
+
+
 @EACH_VERSION
 @pytest.mark.parametrize("server", [False, True], ids=["connected", "server"])
 def test_a_move_is_replaced_when_the_process_moves_on_and_all_of_it_is_undone(
@@ -223,19 +234,11 @@ def test_a_move_is_replaced_when_the_process_moves_on_and_all_of_it_is_undone(
 ) -> None:
     net = make_net(version)
     names = {role: net.names[role] for role in ("gateway", "destination", "source")}
-    old, length = OLD[version], 24 if version == 4 else 64
-    net.run(names["source"], "sysctl", "-qw", "net.ipv4.conf.all.promote_secondaries=1")
-    give(net, "source", ELSEWHERE[version])
-    net.run(names["source"], "ip", "address", "del", f"{old}/{length}", "dev", "eth0")
-    before = look(names)
     move = net.move(guard=True)
     if server:
-        move = replace(move, udp=NO_CONNECTIONS, udp_servers=(Endpoint(old, PORT),))
-    further = Move(
-        "further", (Map(old, ELSEWHERE[version]),),
-        (move.sites[0], Site(Role.DESTINATION, names["source"])),
-        udp=move.udp, udp_servers=move.udp_servers,
-    )  # fmt: skip
+        move = replace(move, udp=NO_CONNECTIONS, udp_servers=(Endpoint(OLD[version], PORT),))
+    further = back_at_the_source(net, move)
+    before = look(names)
     executor = Executor(LinuxKernel(str(tmp_path)), StateDirectory(str(tmp_path), create=True))
     peer = net.socket("peer", net.peer_end, net.old_end)
 
@@ -252,6 +255,31 @@ def test_a_move_is_replaced_when_the_process_moves_on_and_all_of_it_is_undone(
     for move_id in ("further", "udp"):
         teardown(executor, move_id)
     assert look(names) == before
+
+
+@EACH_VERSION
+def test_what_a_gateway_publishes_is_kept_when_the_move_is_replaced(
+    make_net: Callable[[int], Net], version: int, tmp_path: Path
+) -> None:
+    """The earlier move's entries hide from a look what the gateway did before it."""
+    net = make_net(version)
+    ip, router = ("ip", "10.1.0.1") if version == 4 else ("ip6", "fd00:1::1")
+    nat = "add table inet own; add chain inet own nat { type nat hook prerouting priority -100; }; "
+    dnat = f"udp dport 8053 dnat {ip} to {Endpoint(OLD[version], PORT)}"
+    net.run(net.names["gateway"], "nft", f"{nat}add rule inet own nat {dnat}")
+    peer = net.socket("peer", net.peer_end, (router, 8053))
+    with net.socket("source", net.old_end, net.peer_end) as process:
+        assert answered(peer, process, 2) == 2
+    move = net.move()
+    further = back_at_the_source(net, move)
+
+    executor = Executor(LinuxKernel(str(tmp_path)), StateDirectory(str(tmp_path), create=True))
+    prepare(executor, move, NO_CONNECTIONS, Gate.OPEN)
+    with net.socket("destination", net.old_end, net.peer_end) as process:
+        assert answered(peer, process, 2) == 2
+    replace_move(executor, "udp", further, NO_CONNECTIONS, Gate.OPEN)
+    with net.socket("source", net.old_end, net.peer_end) as process:
+        assert answered(peer, process, 3) == 3
 
 
 @EACH_VERSION
@@ -389,7 +417,7 @@ def test_while_the_process_lives_its_peers_reach_it_where_it_is(
 def test_what_a_gateway_masquerades_it_goes_on_masquerading(
     make_net: Callable[[int], Net], version: int, tmp_path: Path
 ) -> None:
-    """What a server says first comes from the gateway before the move and after it."""
+    """What a server says first comes from the gateway before the move, after it and a next one."""
     net = make_net(version)
     nat = "add table inet own; add chain inet own nat { type nat hook postrouting priority 100; }; "
     net.run(net.names["gateway"], "nft", nat + "add rule inet own nat oifname out masquerade")
@@ -404,15 +432,19 @@ def test_what_a_gateway_masquerades_it_goes_on_masquerading(
 
     executor = Executor(LinuxKernel(str(tmp_path)), StateDirectory(str(tmp_path), create=True))
     prepare(executor, move, NO_CONNECTIONS, Gate.OPEN)
-    with net.socket("destination", net.old_end, None) as process:
-        process.sendto(b"first", net.peer_end)
-        said, sender = peer.recvfrom(99)
-        peer.sendto(said, sender)
-        assert sender[0] == router
-        assert process.recvfrom(99) == (said, (*net.peer_end, 0, 0)[: 2 if version == 4 else 4])
-        assert answered(known, process, 2) == 2
-    [status] = read_status(executor, ["udp"])
-    assert [site.drift for site in status.sites] == [(), ()]
+    for move_id, at in (("udp", "destination"), ("further", "source")):
+        if move_id == "further":
+            further = back_at_the_source(net, move)
+            replace_move(executor, "udp", further, NO_CONNECTIONS, Gate.OPEN)
+        with net.socket(at, net.old_end, None) as process:
+            process.sendto(b"first", net.peer_end)
+            said, sender = peer.recvfrom(99)
+            peer.sendto(said, sender)
+            assert sender[0] == router
+            assert process.recvfrom(99) == (said, (*net.peer_end, 0, 0)[: 2 if version == 4 else 4])
+            assert answered(known, process, 2) == 2
+        [status] = read_status(executor, [move_id])
+        assert [site.drift for site in status.sites] == [(), ()]
 
 
 @EACH_VERSION
