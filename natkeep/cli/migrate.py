@@ -8,12 +8,14 @@ import shutil
 import signal
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from typing import Any
 
 from natkeep.cli.output import print_json, talk
+from natkeep.cli.progress import Bar, make_bar
 from natkeep.errors import NatkeepError, RefusedError, UsageError
 from natkeep.migrate import back
-from natkeep.migrate.forward import Migration
+from natkeep.migrate.forward import Migration, sum_up
 from natkeep.migrate.host import Ssh, make_controls
 from natkeep.migrate.record import Record, load, place, refuse_known
 from natkeep.plan.maps import parse_map
@@ -79,7 +81,8 @@ def _with_hosts(args: argparse.Namespace, record: Record, work: Callable[[Migrat
     controls = make_controls()
     ssh = Ssh(tuple(record.ssh), tuple(record.natkeep), controls)
     asked = getattr(args, "via", "") or ""
-    migration = Migration(record, ssh, _speaker(args), asked)
+    bar = make_bar(args)
+    migration = Migration(record, ssh, _speaker(args, bar), asked, bar)
     try:
         return work(migration)
     finally:
@@ -89,12 +92,13 @@ def _with_hosts(args: argparse.Namespace, record: Record, work: Callable[[Migrat
         shutil.rmtree(controls, ignore_errors=True)
 
 
-def _speaker(args: argparse.Namespace) -> Callable[[str, str], None]:
+def _speaker(args: argparse.Namespace, bar: Bar | None) -> Callable[[str, str], None]:
     """What tells a step: a line, with the milliseconds since the beginning."""
     began = time.monotonic()
 
     def say(step: str, text: str) -> None:
-        talk(args, f"{(time.monotonic() - began) * 1000:6.0f} ms  {step:9} {text}")
+        with bar.aside() if bar else nullcontext():
+            talk(args, f"{(time.monotonic() - began) * 1000:6.0f} ms  {step:9} {text}")
 
     return say
 
@@ -150,11 +154,17 @@ def _tell(args: argparse.Namespace, migration: Migration) -> int:
                 "schema": 1, "id": record.id, "maps": record.maps, "role": record.role,
                 "silent_ms": migration.silent_ms, "answered": migration.answered,
                 "connections": migration.count,
+                "lost": None if migration.lost is None else [*map(_name_lost, migration.lost)],
             }
         )  # fmt: skip
     else:
+        talk(args, f"natkeep: {record.id}: {sum_up(migration)}")
         talk(args, f"natkeep: {record.id}: later, natkeep finish {record.id}")
     return 0
+
+
+def _name_lost(socket: dict[str, Any]) -> dict[str, Any]:
+    return {key: socket[key] for key in ("local", "peer", "reason")}
 
 
 @contextmanager

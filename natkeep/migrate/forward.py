@@ -29,7 +29,7 @@ from natkeep.errors import NatkeepError, RefusedError
 from natkeep.migrate import way
 from natkeep.migrate.criu_errors import first_error
 from natkeep.migrate.host import LOCAL, Host, HostError, Ssh, ToldHost
-from natkeep.migrate.image_copy import ImageCopy
+from natkeep.migrate.image_copy import ImageCopy, Watch
 from natkeep.migrate.record import GATEWAY, RELAY, STEPS, Record
 
 Say = Callable[[str, str], None]
@@ -45,10 +45,13 @@ class Migration:
     fresh: it was begun by this run, and not by one that was interrupted.
     frozen, running: when the dump began and when the restore was through (s, monotonic).
     answered, count: peers that were heard since, of how many.
+    lost: the sockets that the move ends, as `inspect` tells of them; None where another run looked.
     """
 
-    def __init__(self, record: Record, ssh: Ssh, say: Say, asked: str = "") -> None:
-        self.record, self.say, self.asked = record, say, asked
+    def __init__(
+        self, record: Record, ssh: Ssh, say: Say, asked: str = "", watch: Watch | None = None
+    ) -> None:
+        self.record, self.say, self.asked, self._watch = record, say, asked, watch
         target = record.gateway or (asked if asked not in ("", RELAY) else LOCAL)
         roles = {target: "gateway", record.destination: "destination", record.source: "source"}
         self._hosts = {name: Host(name, role, ssh, record.id) for name, role in roles.items()}
@@ -60,6 +63,7 @@ class Migration:
         self.frozen = self.running = 0.0
         self.answered: int | None = None
         self.count = 0
+        self.lost: list[dict[str, Any]] | None = None
 
     def connect(self) -> None:
         """Reach every host that has a part in it."""
@@ -116,8 +120,9 @@ class Migration:
         if not record.maps:
             record.maps = way.find_maps(document, self.destination)
         self.say("check", f"{document['sum']['kept']} connections kept: {', '.join(record.maps)}")
-        for line in way.find_lost(document):
-            self.say("check", line)
+        self.lost = way.find_lost(document)
+        for line in way.describe_lost(self.lost):
+            self.say("check", f"LOST {line}")
         self._refuse_moved_before()
         chosen = way.choose(record, self.source, self.gateway, self.asked, self.sockets)
         self.say("check", chosen)
@@ -188,7 +193,7 @@ class Migration:
             *before, *self.record.dump_options,
         )  # fmt: skip
         if not self.record.shared:
-            self._start_copy(name).go()
+            self._start_copy(name).go(self._watch)
         self.say("pre-dump", f"round {number} of {self.record.pre_dumps}")
 
     # The blackout
@@ -229,7 +234,7 @@ class Migration:
         if not (copy or self.record.shared):
             copy = self._start_copy("dump")
         with ThreadPoolExecutor(1) as beside:
-            done = beside.submit(copy.go) if copy else None
+            done = beside.submit(copy.go, self._watch) if copy else None
             try:
                 self._translate()
                 ours = self.source.digest(self.dumped) if copy else ""
@@ -334,6 +339,16 @@ class Migration:
         if done.exit:
             said = host.run("cat", f"{directory}/{log}", ok=None).stdout.splitlines()
             raise HostError(f"{host}: criu {verb}: {first_error(said or done.stderr.splitlines())}")
+
+
+def sum_up(migration: Migration) -> str:
+    """What came of it, in one line: the silence, who answered, what was not kept and why."""
+    silent, lost = migration.silent_ms, migration.lost
+    parts = [] if silent is None else [f"silent for {silent} ms at most"]
+    parts.append(f"{migration.answered or 0} of {migration.count} peers answered")
+    if lost:
+        parts.append(f"{len(lost)} not kept: {', '.join(way.describe_lost(lost))}")
+    return "; ".join(parts)
 
 
 def _maps(words: list[str]) -> list[str]:

@@ -43,11 +43,15 @@ def find_maps(sockets: dict[str, Any], destination: Host) -> list[str]:
     return [f"{old}={_find_new(destination, peer)}" for old, peer in peers.items()]
 
 
-def find_lost(sockets: dict[str, Any]) -> list[str]:
-    """A line for each connection that the move ends, or for the first of many."""
-    lost = [one for one in sockets["sockets"] if one["outcome"] == "lost"]
-    lines = [f"LOST {one['local']} to {one['peer']}: {one['reason']}" for one in lost[:_SHOWN]]
-    return [*lines, *([f"LOST {len(lost) - _SHOWN} more"] if len(lost) > _SHOWN else [])]
+def find_lost(sockets: dict[str, Any]) -> list[dict[str, Any]]:
+    """Each connection that the move ends."""
+    return [one for one in sockets["sockets"] if one["outcome"] == "lost"]
+
+
+def describe_lost(lost: list[dict[str, Any]]) -> list[str]:
+    """What is said of each, and why it is so; of many of the first."""
+    lines = [f"{one['local']} to {one['peer']}: {one['reason']}" for one in lost[:_SHOWN]]
+    return [*lines, *([f"{len(lost) - _SHOWN} more"] if len(lost) > _SHOWN else [])]
 
 
 def find_ports(sockets: dict[str, Any]) -> list[str]:

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import os
+import pty
+import re
 import signal
 import subprocess
+import termios
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -246,6 +250,39 @@ def test_a_dry_run_says_each_command_and_changes_nothing():
             ruleset = lab.topology[role].run("nft", "list", "ruleset").stdout
             lab.report.check(f"no rule at the {role}", "natkeep" not in ruleset, ruleset)
         return False
+
+    perform(run)
+
+
+def test_at_a_terminal_the_copy_has_a_bar():
+    """Over a wire on which it takes some seconds."""
+
+    def run(lab: Lab, machines: Machines) -> bool:
+        slowly = ["tc", "qdisc", "add", "dev", "eth0", "root", "tbf", "rate", "20mbit"]
+        source, gateway = lab.topology["source"], lab.topology[machines.controller]
+        source.run(*slowly, "burst", "64k", "latency", "400ms")
+        ours, theirs = pty.openpty()
+        termios.tcsetwinsize(theirs, (25, 100))
+        controller = subprocess.Popen(
+            gateway.command(*natkeep_command(), "migrate", *machines.words()), stderr=theirs,
+            env={**os.environ, "NATKEEP_STATE_DIR": str(machines.directory / "controller")},
+        )  # fmt: skip
+        os.close(theirs)
+        said = b""
+        with suppress(OSError):  # the end of the other side
+            while piece := os.read(ours, 4096):
+                said += piece
+        os.close(ours)
+        lab.report.check("it succeeds", controller.wait() == 0, said.decode())
+        bars = re.findall(rb"copy: +(\d+)%", said)
+        lab.report.check("the bar goes on", len(set(bars)) > 2, said.decode())
+        lines = [line.rpartition(b"\r")[2] for line in said.splitlines()]
+        steps = [line.split()[2] for line in lines if b" ms  " in line]
+        lab.report.check("each line is whole", steps.count(b"copy") == 1, str(steps))
+        end = b"natkeep: web: silent for ", b" ms at most; 5 of 5 peers answered"
+        told = any(all(each in line for each in end) for line in lines)
+        lab.report.check("it says what came of it", told, said.decode())
+        return True
 
     perform(run)
 
