@@ -144,13 +144,15 @@ def _sorted(
     points: Sequence[Point], restored_ms: float | None
 ) -> list[tuple[str, str, list[Point]]]:
     """The points by what they are: label, colour, and those."""
-    again = [point for point in points if point.again]
-    first = [point for point in points if not point.again]
-    within = [p for p in first if restored_ms is not None and 0 <= p.at_ms < restored_ms]
-    usual = [point for point in first if point not in within]
-    kinds = (
-        ("data", "#1f5fa8", usual),
-        ("sent in the blackout", "#d98200", within),
-        ("said again", "#b00020", again),
-    )
-    return [kind for kind in kinds if kind[2]]
+
+    def name(point: Point) -> str:
+        if point.again:
+            return "said again"
+        within = restored_ms is not None and 0 <= point.at_ms < restored_ms
+        return "sent in the blackout" if within else "data"
+
+    colours = {"data": "#1f5fa8", "sent in the blackout": "#d98200", "said again": "#b00020"}
+    sorts: dict[str, list[Point]] = {each: [] for each in colours}
+    for point in points:
+        sorts[name(point)].append(point)
+    return [(each, colours[each], some) for each, some in sorts.items() if some]

@@ -3,7 +3,7 @@
     client 10.1.0.2 ── eth0 ─────── router ─────── source 10.2.0.10 (OLD)        before
     OLD⇄NEW         ── eth0 ─────── router ─────── destination 10.3.0.20 (NEW)   afterwards
 
-    PeerHost(lab); lab.begin(); lab.move(); lab.traffic.talk_on(); lab.finish()
+    peer = PeerHost(lab); peer.begin(); peer.move(); lab.traffic.talk_on(); peer.finish()
 
 What passes the client's own wire then says NEW; it is judged as its process sees it, which may have
 dialled a service address that its host translates.
@@ -32,6 +32,18 @@ class PeerHost:
         self.lab = lab
         lab.crosses, lab.at_peer = False, True
         lab.select_frames = self._as_the_client_sees_them
+
+    def begin(self, *, connections: int = 1, pause: bool = False) -> None:
+        """As Lab.begin."""
+        self.lab.begin(connections=connections, pause=pause)
+
+    def move(self) -> None:
+        """As Lab.move."""
+        self.lab.move()
+
+    def finish(self) -> None:
+        """As Lab.finish."""
+        self.lab.finish()
 
     def begin_by_service(self, *, connections: int = 1, pause: bool = False) -> None:
         """As `lab.begin`, by the address of a service, which the client's host makes OLD."""
