@@ -146,7 +146,7 @@ def test_the_controller_is_killed(way: str, step: str):
         controller = Controller(machines)
         assert controller.read_until(step), controller.said
         controller.end(signal.SIGKILL)
-        controller.wait()
+        assert controller.wait() == -signal.SIGKILL, controller.said
         done = machines.natkeep("migrate", way, "web")
         moved = is_at(lab, "destination")
         said = f"{''.join(controller.said)}{done.stderr}"
@@ -194,7 +194,9 @@ def test_every_ssh_is_killed(step: str):
     def run(lab: Lab, machines: Machines) -> bool:
         controller = Controller(machines)
         assert controller.read_until(step), controller.said
-        for pid in find_ssh(machines):
+        running = find_ssh(machines)
+        assert running, controller.said
+        for pid in running:
             os.kill(pid, signal.SIGKILL)
         controller.wait()
         time.sleep(0.1)
