@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 from entered import entered
 from fake_kernel import FakeKernel
+from hook_caller import Criu
 
 from natkeep import cli, policy, report
 from natkeep.checkpoint import Checkpoint
@@ -23,7 +24,6 @@ from natkeep.checkpoint.listing import parse_listing, write_listing
 from natkeep.checkpoint.live import Found, make_checkpoint
 from natkeep.cli.arguments import authorise, make_move
 from natkeep.cli.parser import make_parser
-from natkeep.criu import hook
 from natkeep.criu.environment import read_orders
 from natkeep.errors import RefusedError, UsageError
 from natkeep.kernel import linux, sock_diag
@@ -374,20 +374,9 @@ def kernel(monkeypatch: pytest.MonkeyPatch) -> FakeKernel:
 @pytest.fixture
 def call(kernel: FakeKernel, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., int]]:
     """`call(action, NAME=VALUE...)`: what the hook exits with, of an image of UDP alone."""
-    handle = os.open(CORPUS / "udp", os.O_RDONLY)
-
-    def call(action: str, **environment: str) -> int:
-        named = {
-            "CRTOOLS_SCRIPT_ACTION": action,
-            "CRTOOLS_INIT_PID": str(os.getpid()),
-            "CRTOOLS_IMAGE_DIR": f"/proc/{os.getpid()}/fd/{handle}",
-        }
-        for name, value in {**named, **environment}.items():
-            monkeypatch.setenv(name, value)
-        return hook.main()
-
-    yield call
-    os.close(handle)
+    criu = Criu(kernel, CORPUS / "udp", monkeypatch)
+    yield criu.call
+    os.close(criu.handle)
 
 
 def test_the_hook_prepares_and_opens_for_udp_alone(
