@@ -213,7 +213,7 @@ class LinuxKernel:
     ) -> list[tuple[FourTuple, FourTuple]]:
         """What gateways, and peers' hosts, translate already of what is kept of UDP."""
         found: list[tuple[FourTuple, FourTuple]] = []
-        for site in move.sites if len(move.udp) else ():
+        for site in move.sites if len(move.udp) and not move.why_no_udp() else ():
             if site.row.relays or not site.row.passes_on or (found and site not in at_peers):
                 continue
             with self._at(site):

@@ -185,10 +185,8 @@ def _rows(carried: Carried) -> Iterator[str]:
     """A line for each connection."""
     for number, (kept, entries, states) in enumerate(carried.parts):
         wires = carried.wires[number] if carried.wires else {}
-        rows, proto = (
-            zip(kept.texts(), entries, states, strict=True),
-            carried.protocols[number].name,
-        )
+        proto = carried.protocols[number].name
+        rows = zip(kept.texts(), entries, states, strict=True)
         for place, ((local, peer), seen, state) in enumerate(rows):
             _, inward, outward, _ = seen or _UNSEEN
             wire = _write_wire(wires[place]) if place in wires else ""
