@@ -53,6 +53,8 @@ def hello(**other: object) -> str:
         (["a:1", "b", "--map", "10.2.0.10"], "is not of the form"),
         (["a:1", "b", "--id", "-x"], "--id"),
         (["a:1", "b", "--pre-dump", "many"], "not a number of rounds"),
+        (["a:1", "b", "--via", "c", "--via", "d"], "--via names one gateway"),
+        (["a:1", "b", "--via", "peer:b"], "that is where the process is, or goes"),
         (["--resume", "x", "--rollback", "x"], "stand alone"),
         (["a:1", "b", "--resume", "x"], "stand alone"),
     ],
@@ -334,13 +336,14 @@ class Told:
         return Answer(0, json.dumps({"moves": self.moves}), "")
 
 
-@pytest.mark.parametrize("role", ["gateway", "relay"])
+@pytest.mark.parametrize("role", ["gateway", "peer", "relay"])
 def test_a_destination_that_forgot_the_move_does_not_end_it(role: str) -> None:
     record = Record("web", "a", 7, "b", role=role)
     knowing, empty = Told({"id": "web"}), Told()
-    hosts = {"gateway": empty, "source": empty, "destination": empty}
+    own = () if role == "relay" else (empty,)
+    hosts = {"translators": own, "source": empty, "destination": empty}
     # As it is where an earlier `finish` came to its end there:
     assert back._find_live(SimpleNamespace(record=record, **hosts)) == 0
-    hosts["source" if role == "relay" else "gateway"] = knowing
+    hosts |= {"translators": (*own, knowing)} if own else {"source": knowing}
     with pytest.raises(HostError, match="does not know web any more"):
         back._find_live(SimpleNamespace(record=record, **hosts))

@@ -17,7 +17,8 @@ from natkeep.errors import NatkeepError, RefusedError, UsageError
 from natkeep.migrate import back
 from natkeep.migrate.forward import Migration, sum_up
 from natkeep.migrate.host import Ssh, make_controls
-from natkeep.migrate.record import Record, load, place, refuse_known
+from natkeep.migrate.record import PEER, Record, load, place, refuse_known
+from natkeep.migrate.way import parse_via
 from natkeep.plan.maps import parse_map
 from natkeep.plan.move import parse_id
 
@@ -66,9 +67,13 @@ def _make_record(args: argparse.Namespace) -> Record:
         raise UsageError("source and destination are the same host")
     for text in args.map:
         parse_map(text)
+    role, translators = parse_via(args.via)
+    for end in (source, args.destination) if role == PEER else ():
+        if end in translators:
+            raise UsageError(f"--via peer:{end}: that is where the process is, or goes")
     move_id = parse_id(args.id or f"m{pid}")
     return Record(
-        move_id, source, int(pid), args.destination,
+        move_id, source, int(pid), args.destination, role, translators,
         maps=[*args.map], listeners=args.listeners, pre_dumps=args.pre_dump,
         images=args.images or f"{_IMAGES}/{move_id}", criu=args.criu,
         dump_options=[*args.criu_option, *args.dump_option],
@@ -80,9 +85,8 @@ def _make_record(args: argparse.Namespace) -> Record:
 def _with_hosts(args: argparse.Namespace, record: Record, work: Callable[[Migration], int]) -> int:
     controls = make_controls()
     ssh = Ssh(tuple(record.ssh), tuple(record.natkeep), controls)
-    asked = getattr(args, "via", "") or ""
     bar = make_bar(args)
-    migration = Migration(record, ssh, _speaker(args, bar), asked, bar)
+    migration = Migration(record, ssh, _speaker(args, bar), bar)
     try:
         return work(migration)
     finally:
@@ -152,8 +156,8 @@ def _tell(args: argparse.Namespace, migration: Migration) -> int:
         print_json(
             {
                 "schema": 1, "id": record.id, "maps": record.maps, "role": record.role,
-                "silent_ms": migration.silent_ms, "answered": migration.answered,
-                "connections": migration.count,
+                "translators": record.translators, "silent_ms": migration.silent_ms,
+                "answered": migration.answered, "connections": migration.count,
                 "lost": None if migration.lost is None else [*map(_name_lost, migration.lost)],
             }
         )  # fmt: skip

@@ -326,10 +326,11 @@ _MIGRATE = (
     _option("destination", "[USER@]B", nargs="?", help="where it goes"),
     _option("--id", "ID", help="of the move; default: m and the pid"),
     _MAP,
-    _option(
-        "--via", "[USER@]HOST|local|relay",
-        help="the gateway that the peers cross (local: this host), or relay: A goes on receiving "
-        "for OLD; default: this host if it is one, else a relay",
+    _several(
+        "--via", "[USER@]HOST|local|relay|peers|peer:[USER@]HOST",
+        help="the gateway that the peers cross (local: this host); relay: A goes on receiving for "
+        "OLD; peers: their own hosts, or each by peer:HOST, repeatable; default: the first of this "
+        "host, a relay and the peers' hosts that can",
     ),
     _flag("--listeners", "let new connections reach the process where it goes"),
     _option("--pre-dump", "N", type=_rounds, default=0, help="copy memory N times beforehand"),

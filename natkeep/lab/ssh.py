@@ -26,16 +26,20 @@ _PORT = 22
 
 
 class Machines:
-    """sshd at the hosts of these roles, and ssh's configuration for a controller."""
+    """sshd at the hosts of these roles, and ssh's configuration for a controller.
+
+    options: of each `natkeep migrate`.
+    """
 
     def __init__(
         self, lab: Lab, *roles: str, controller: str,
         addresses: Mapping[str, Address] | None = None, shared: bool = False,
+        options: Sequence[str] = (),
     ) -> None:  # fmt: skip
         if not os.access(SSHD, os.X_OK):
             raise LabError("there is no sshd here (Debian: openssh-server)")
         self.lab, self.directory, self.controller = lab, lab.directory / "ssh", controller
-        self.shared = shared
+        self.shared, self.options = shared, tuple(options)
         self.directory.mkdir()
         Path("/run/sshd").mkdir(exist_ok=True)  # where sshd shuts its unprivileged part in
         self.key = self.directory / "key"
@@ -75,8 +79,9 @@ class Machines:
         self._await(host, str(address))
         with self.client.open("a") as file:
             file.write(
-                f"Host {role}\n HostName {address}\n User root\n IdentityFile {self.key}\n"
-                f" IdentitiesOnly yes\n StrictHostKeyChecking accept-new\n"
+                f"Host {role} {address}\n HostName {address}\n User root\n"
+                f" IdentityFile {self.key}\n IdentitiesOnly yes\n"
+                " StrictHostKeyChecking accept-new\n"
                 f" UserKnownHostsFile {self.directory / 'known'}\n"
             )
 
@@ -124,6 +129,7 @@ class Machines:
             f"source:{self.lab.traffic.server.pid}", self.destination, "--id", "web",
             "--images", str(self.images), "--criu", str(engine.binary),
             "--ssh", f"ssh -F {self.client}", "--natkeep", shlex.join(natkeep_command()),
+            *self.options,
         ]  # fmt: skip
 
     def call(self, *words: str) -> str:

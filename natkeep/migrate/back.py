@@ -1,6 +1,6 @@
 """Where the process is by now, and the way back to the source.
 
-    1. gateway       undone: peers' packets go to the source again, which is quiet still
+    1. gateway       undone, or each peer's host: packets go to the source, which is quiet still
     2. source        the process is restored there, from the image that stays there
     3. destination   undone
     4. source        its gate goes last
@@ -16,9 +16,9 @@ from enum import Enum
 from typing import Any
 
 from natkeep.errors import NatkeepError, UnreachableError
-from natkeep.migrate.forward import Migration, knows, quiet_source, read_move, read_start
-from natkeep.migrate.host import Host, HostError
-from natkeep.migrate.record import GATEWAY, RELAY, Record
+from natkeep.migrate.forward import Migration, quiet_source
+from natkeep.migrate.host import Host, HostError, knows, read_move, read_start
+from natkeep.migrate.record import RELAY, Record
 
 _PATIENCE = 30.0  # s for a host that cannot be reached just now
 _FINISHED = "Dumping finished successfully"
@@ -89,9 +89,9 @@ def go_back(migration: Migration) -> None:
 def _undo(migration: Migration, place: Place) -> str:
     """All that was done, in the order of the top of this file; what is left at the destination."""
     record, left = migration.record, ""
-    if record.role == GATEWAY and record.is_past("copy"):
-        _reach(migration.gateway, f"{migration.gateway} still sends peers to {record.destination}")
-        migration.gateway.natkeep("rollback", record.id, "--yes")
+    for host in migration.translators if record.is_past("copy") else ():
+        _reach(host, f"{host} still sends peers to {record.destination}")
+        host.natkeep("rollback", record.id, "--yes")
     if place == Place.FROZEN:
         _restore_at_source(migration)
     if knows(migration.source, record.id):
@@ -173,8 +173,9 @@ def finish(migration: Migration, seconds: float | None) -> int:
         if time.monotonic() >= deadline:
             return live
         time.sleep(1)
-    if record.role == GATEWAY:
-        migration.gateway.natkeep("teardown", record.id, "--yes")
+    if record.role != RELAY:
+        for host in migration.translators:
+            host.natkeep("teardown", record.id, "--yes")
         ended = migration.destination.natkeep("status", "--json").stdout
         migration.source.natkeep("teardown", record.id, "--ended", "-", stdin=ended)
     else:
@@ -195,8 +196,7 @@ def _find_live(migration: Migration) -> int:
     move = read_move(migration.destination, record.id)
     if move is not None:
         return count_live(move)
-    before = migration.gateway if record.role == GATEWAY else migration.source
-    if knows(before, record.id):
+    if any(knows(host, record.id) for host in migration.translators or (migration.source,)):
         raise HostError(
             f"{migration.destination} does not know {record.id} any more: whether its connections "
             "live is not known",

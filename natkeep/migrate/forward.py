@@ -22,15 +22,16 @@ import secrets
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
-from natkeep.errors import NatkeepError, RefusedError
+from natkeep.errors import RefusedError
 from natkeep.migrate import way
 from natkeep.migrate.criu_errors import first_error
-from natkeep.migrate.host import LOCAL, Host, HostError, Ssh, ToldHost
+from natkeep.migrate.host import Host, HostError, Ssh, ToldHost, knows, read_move, read_start
 from natkeep.migrate.image_copy import ImageCopy, Watch
-from natkeep.migrate.record import GATEWAY, RELAY, STEPS, Record
+from natkeep.migrate.record import RELAY, STEPS, Record
 
 Say = Callable[[str, str], None]
 """Told of each step: its name, and what there is to say."""
@@ -48,16 +49,11 @@ class Migration:
     lost: the sockets that the move ends, as `inspect` tells of them; None where another run looked.
     """
 
-    def __init__(
-        self, record: Record, ssh: Ssh, say: Say, asked: str = "", watch: Watch | None = None
-    ) -> None:
-        self.record, self.say, self.asked, self._watch = record, say, asked, watch
-        target = record.gateway or (asked if asked not in ("", RELAY) else LOCAL)
-        roles = {target: "gateway", record.destination: "destination", record.source: "source"}
+    def __init__(self, record: Record, ssh: Ssh, say: Say, watch: Watch | None = None) -> None:
+        self.record, self.say, self._ssh, self._watch = record, say, ssh, watch
+        roles = {**dict.fromkeys(record.translators, record.role),
+                 record.destination: "destination", record.source: "source"}  # fmt: skip
         self._hosts = {name: Host(name, role, ssh, record.id) for name, role in roles.items()}
-        self.source, self.destination, self.gateway = (
-            self._hosts[name] for name in (record.source, record.destination, target)
-        )
         self.sockets, self.fresh = "", False
         self.copying: ImageCopy | None = None
         self.frozen = self.running = 0.0
@@ -65,16 +61,38 @@ class Migration:
         self.count = 0
         self.lost: list[dict[str, Any]] | None = None
 
+    @property
+    def source(self) -> Host:
+        """The host that has the process at first."""
+        return self._hosts[self.record.source]
+
+    @property
+    def destination(self) -> Host:
+        """The host that is to have it."""
+        return self._hosts[self.record.destination]
+
+    @property
+    def translators(self) -> tuple[Host, ...]:
+        """The hosts that translate for the peers and are beside these two: none by a relay."""
+        names = self.record.translators if self.record.role != RELAY else ()
+        return tuple(self._hosts[name] for name in names)
+
     def connect(self) -> None:
-        """Reach every host that has a part in it."""
+        """Reach every host that has a part in it, as far as they are known."""
         for host in self.hosts():
             host.connect()
 
     def hosts(self) -> tuple[Host, ...]:
-        """Source, destination, and the gateway where one may translate; each host once."""
-        own = self.record.role == GATEWAY and self.asked != RELAY
-        some = (self.source, self.destination, *((self.gateway,) if own else ()))
-        return tuple(dict.fromkeys(some))
+        """Source, destination, and those that translate; each host once."""
+        return tuple(dict.fromkeys((self.source, self.destination, *self.translators)))
+
+    def _reach(self, target: str, role: str) -> Host:
+        """One more host, connected; RefusedError where it has a move of this id."""
+        if target not in self._hosts:
+            host = self._hosts[target] = Host(target, role, self._ssh, self.record.id)
+            host.connect()
+            self._refuse_known(host)
+        return self._hosts[target]
 
     def close(self) -> None:
         """End what was started; what hosts do just now they do to its end."""
@@ -95,9 +113,9 @@ class Migration:
         """Look as `check` does, and say each command that would follow; nothing is changed."""
         self._check()
         self.fresh = True
-        hosts = {name: ToldHost(host, self.say, self.sockets) for name, host in self._hosts.items()}
-        self.source, self.destination = hosts[self.record.source], hosts[self.record.destination]
-        self.gateway = hosts[self.gateway.target]
+        for name, host in self._hosts.items():
+            host.close()
+            self._hosts[name] = ToldHost(host, self.say, self.sockets)
         self.say = lambda step, text: None  # what the steps say is not so
         for step in STEPS[1 : STEPS.index("verify")]:
             getattr(self, f"_{step}")()
@@ -112,8 +130,7 @@ class Migration:
     def _check(self) -> None:
         record = self.record
         for host in self.hosts():
-            if knows(host, record.id):
-                raise RefusedError(f"{host} has a move {record.id} already", hint="--id another")
+            self._refuse_known(host)
         record.started = read_start(self.source, record.pid)
         document = way.read_sockets(self.source, record)
         self.sockets = json.dumps(document)
@@ -124,8 +141,7 @@ class Migration:
         for line in way.describe_lost(self.lost):
             self.say("check", f"LOST {line}")
         self._refuse_moved_before()
-        chosen = way.choose(record, self.source, self.gateway, self.asked, self.sockets)
-        self.say("check", chosen)
+        self.say("check", way.choose(record, self._reach, self.sockets))
         for host in (self.source, self.destination):
             if not host.hook:
                 raise HostError(f"{host} has no natkeep-hook beside its natkeep, nor in PATH")
@@ -136,6 +152,10 @@ class Migration:
             if there.exit:
                 raise HostError(f"{host} has no {record.criu}: {there.reason()}")
         self._refuse_pid_in_use()
+
+    def _refuse_known(self, host: Host) -> None:
+        if knows(host, self.record.id):
+            raise RefusedError(f"{host} has a move {self.record.id} already", hint="--id another")
 
     def _refuse_moved_before(self) -> None:
         """Where it came by a move, that one is to be replaced: there is not to be a second one."""
@@ -174,7 +194,7 @@ class Migration:
         record.made = True  # what will be in it is ours to remove
         record.shared = self._is_shared()
         record.save()
-        if record.role == GATEWAY:
+        if record.role != RELAY:
             self.destination.natkeep(
                 "prepare", record.id, *record.options(), "--site", "destination",
                 "--connections", "-", stdin=self.sockets,
@@ -255,7 +275,7 @@ class Migration:
         words = record.options(listeners=False)
         image = self.source.natkeep("inspect", self.dumped, *_maps(words), "--json").stdout
         if record.role == RELAY:
-            self._prepare_from(image, self.destination, "destination")
+            self._prepare_from(image, "destination", self.destination)
             by_hook = self.fresh and self._has_udp() and knows(self.source, record.id)
             if self._lacks(self.source) and not by_hook:
                 words += ["--image", self.dumped, "--site", "relay"]
@@ -264,21 +284,22 @@ class Migration:
             self.say("prepare", f"{self.source} passes on, {self.destination} holds what peers say")
             return
         if not self.fresh:
-            self._prepare_from(image, self.destination, "destination")
-        with ThreadPoolExecutor(1) as beside:
-            # The destination is closed, so the gateway need not wait for it.
-            done = beside.submit(self._prepare_from, image, self.gateway, "gateway")
+            self._prepare_from(image, "destination", self.destination)
+        with ThreadPoolExecutor(len(self.translators)) as beside:
+            # The destination is closed, so these need not wait for it.
+            done = beside.map(partial(self._prepare_from, image, record.role), self.translators)
             # And the hook then has nothing to compare in the blackout.
             comparing = ["open", record.id, "--connections", "-", "--compare"]
             self.destination.natkeep(*comparing, stdin=image)
-            done.result()
-        self.say("prepare", f"{self.gateway} translates, {self.destination} holds what peers say")
+            tuple(done)  # raises what one of them did
+        who = way.name_translators(self.translators)
+        self.say("prepare", f"{who}, {self.destination} holds what peers say")
 
-    def _prepare_from(self, image: str, host: Host, role: str) -> None:
+    def _prepare_from(self, image: str, role: str, host: Host) -> None:
         """Prepare a site of *role* there from the document of the image, unless it is."""
         if self._lacks(host):
             words = ["prepare", self.record.id, *self.record.options(), "--site", role]
-            gate = ["--gate", "open"] if role == GATEWAY else []
+            gate = [] if role == "destination" else ["--gate", "open"]
             host.natkeep(*words, *gate, "--connections", "-", stdin=image)
 
     def _lacks(self, host: Host) -> bool:
@@ -307,7 +328,7 @@ class Migration:
         return round((self.running - self.frozen) * 1000) if self.frozen else None
 
     def _source(self) -> None:
-        if self.record.role == GATEWAY:
+        if self.record.role != RELAY:
             quiet_source(self)
             self.say("source", f"{self.source} is quiet, CRIU's lock is gone")
 
@@ -357,15 +378,6 @@ def _maps(words: list[str]) -> list[str]:
     return [word for pair in pairs for word in pair]
 
 
-def read_move(host: Host, move_id: str) -> dict[str, Any] | None:
-    """What `status` tells of the move at *host*; None where it knows none of that id."""
-    for move in host.natkeep("status", "--json").document()["moves"]:
-        if move["id"] == move_id:
-            found: dict[str, Any] = move
-            return found
-    return None
-
-
 def quiet_source(migration: Migration) -> None:
     """natkeep's gate at the source, from the image, unless it stands; CRIU's lock goes then."""
     record, source = migration.record, migration.source
@@ -373,19 +385,3 @@ def quiet_source(migration: Migration) -> None:
     if move is None or not move["connections"]:  # nothing yet, or listeners that are held alone
         words = [*record.options(listeners=False), "--image", migration.dumped]
         source.natkeep("prepare", record.id, *words, "--site", "source")
-
-
-def knows(host: Host, move_id: str) -> bool:
-    """Whether *host* has a move of that id."""
-    return read_move(host, move_id) is not None
-
-
-def read_start(host: Host, pid: int) -> int:
-    """Clock ticks after boot at which *pid* began there (proc(5)); 0 where there is none."""
-    answer = host.run("cat", f"/proc/{pid}/stat", ok=None)
-    if answer.exit:
-        return 0
-    try:
-        return int(answer.stdout.rpartition(")")[2].split()[19])
-    except (LookupError, ValueError):
-        raise NatkeepError(f"{host}: /proc/{pid}/stat is not as expected") from None

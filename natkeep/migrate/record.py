@@ -20,26 +20,28 @@ from natkeep.plan.move import parse_id
 SCHEMA = 1
 STEPS = ("check", "prepare", "dump", "copy", "restore", "source", "verify", "done")
 """In their order; `back`: it was rolled back."""
-GATEWAY, RELAY = "gateway", "relay"
+GATEWAY, PEER, RELAY = "gateway", "peer", "relay"
 
 
 @dataclass
 class Record:
     """One migration.
 
-    source, destination, gateway: as ssh knows them, or `local`; gateway is the host whose site
-    translates for the peers: for a `relay` the source itself. pid and started: of the process at
-    the source, with the clock ticks of its start (proc(5), starttime). maps: `OLD=NEW`. vias: the
-    relay's addresses. images: a directory of that name on source and destination; shared: it is one
-    and the same; made: it was empty on both. reached: the step that was begun last.
+    source, destination, translators: hosts as ssh knows them, or `local`. translators: those whose
+    site of *role* translates for the peers: one `gateway`, each `peer`'s own host, or the source as
+    a `relay`; until the check has chosen them what was asked for, and role is empty where nothing
+    was. pid and started: of the process at the source, with the clock ticks of its start (proc(5),
+    starttime). maps: `OLD=NEW`. vias: the relay's addresses. images: a directory of that name on
+    source and destination; shared: it is one and the same; made: it was empty on both. reached: the
+    step that was begun last.
     """
 
     id: str
     source: str
     pid: int
     destination: str
-    gateway: str = ""
-    role: str = GATEWAY
+    role: str = ""
+    translators: list[str] = field(default_factory=list)
     started: int = 0
     maps: list[str] = field(default_factory=list)
     vias: list[str] = field(default_factory=list)

@@ -18,7 +18,9 @@ import pytest
 from natkeep.lab import scenario
 from natkeep.lab.engine import Frozen
 from natkeep.lab.lab import Lab
+from natkeep.lab.peer_host import PeerHost
 from natkeep.lab.ssh import Machines
+from natkeep.lab.topology import SECOND_CLIENT, USUAL
 from natkeep.lab.translators import natkeep_command
 
 pytestmark = [
@@ -73,13 +75,24 @@ def find_ssh(machines: Machines) -> list[int]:
     return found
 
 
-def perform(run: Callable[[Lab, Machines], bool]) -> None:
-    """Run it in a lab; *run* says whether the server is at the destination in the end."""
-    with Lab("migrate", engine="criu") as lab:
+def perform(run: Callable[[Lab, Machines], bool], via: str = "") -> None:
+    """Run it in a lab; *run* says whether the server is at the destination in the end.
+
+    via: `peers`, of which each has a host of its own, or else as is found: the gateway.
+    """
+    seats = (*USUAL, SECOND_CLIENT) if via == "peers" else USUAL
+    with Lab("migrate", engine="criu", seats=seats) as lab:
 
         def whole(lab: Lab) -> None:
-            machines = Machines(lab, "source", "destination", controller="gateway")
-            lab.begin(connections=5)
+            if via == "peers":
+                PeerHost(lab)
+            roles = ("source", "destination", *lab.peer_sites)
+            options = ("--via", via) if via else ()
+            machines = Machines(lab, *roles, controller="gateway", options=options)
+            lab.serve()
+            for role in lab.topology.peers:
+                lab.dial(connections=3, role=role)
+            lab.traffic.talk()
             lab.begin_freeze()
             lab.frozen = Frozen(machines.images, ())
             moved = run(lab, machines)
@@ -95,6 +108,9 @@ def perform(run: Callable[[Lab, Machines], bool]) -> None:
                 lab.traffic.client_closes()
                 lab.traffic.server_closes()
                 machines.call("finish", "web", "--drain", "30")
+            for role in () if moved else ("gateway", *roles):
+                left = lab.topology[role].run("nft", "list", "ruleset").stdout
+                lab.report.check(f"no rule is left at the {role}", "natkeep" not in left, left)
             lab.conclude(moved=moved)
 
         scenario.perform(lab, whole)
@@ -132,6 +148,7 @@ def test_a_restore_that_fails_is_taken_back():
     perform(run)
 
 
+@pytest.mark.parametrize("via", ["", "peers"])
 @pytest.mark.parametrize(
     ("way", "step"),
     [
@@ -139,7 +156,7 @@ def test_a_restore_that_fails_is_taken_back():
         ("--resume", "check"), ("--resume", "dump"), ("--resume", "copy"),
     ],
 )  # fmt: skip
-def test_the_controller_is_killed(way: str, step: str):
+def test_the_controller_is_killed(way: str, step: str, via: str):
     """Once the line of *step* was read, and so in the step that follows."""
 
     def run(lab: Lab, machines: Machines) -> bool:
@@ -161,7 +178,7 @@ def test_the_controller_is_killed(way: str, step: str):
             lab.report.check("it says that there is no way back", "no way back" in said, said)
         return moved
 
-    perform(run)
+    perform(run, via)
 
 
 @pytest.mark.parametrize(
@@ -189,8 +206,9 @@ def test_a_signal_takes_it_back(number: signal.Signals, step: str):
     perform(run)
 
 
+@pytest.mark.parametrize("via", ["", "peers"])
 @pytest.mark.parametrize("step", ["prepare", "dump", "copy"])
-def test_every_ssh_is_killed(step: str):
+def test_every_ssh_is_killed(step: str, via: str):
     def run(lab: Lab, machines: Machines) -> bool:
         controller = Controller(machines)
         assert controller.read_until(step), controller.said
@@ -206,7 +224,7 @@ def test_every_ssh_is_killed(step: str):
         lab.report.check("it tells where it runs", told, said)
         return moved
 
-    perform(run)
+    perform(run, via)
 
 
 def test_a_full_disk_takes_it_back():
