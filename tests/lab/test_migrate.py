@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import pty
 import re
+import shlex
 import signal
 import subprocess
 import termios
@@ -14,6 +15,8 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
+from pages import blocks_of
+from recipe import likeness, typed
 
 from natkeep.lab import scenario
 from natkeep.lab.engine import Frozen
@@ -75,10 +78,11 @@ def find_ssh(machines: Machines) -> list[int]:
     return found
 
 
-def perform(run: Callable[[Lab, Machines], bool], via: str = "") -> None:
+def perform(run: Callable[[Lab, Machines], bool], via: str = "", *, connections: int = 3) -> None:
     """Run it in a lab; *run* says whether the server is at the destination in the end.
 
     via: `peers`, of which each has a host of its own, or else as is found: the gateway.
+    connections: of each peer.
     """
     seats = (*USUAL, SECOND_CLIENT) if via == "peers" else USUAL
     with Lab("migrate", engine="criu", seats=seats) as lab:
@@ -91,7 +95,7 @@ def perform(run: Callable[[Lab, Machines], bool], via: str = "") -> None:
             machines = Machines(lab, *roles, controller="gateway", options=options)
             lab.serve()
             for role in lab.topology.peers:
-                lab.dial(connections=3, role=role)
+                lab.dial(connections=connections, role=role)
             lab.traffic.talk()
             lab.begin_freeze()
             lab.frozen = Frozen(machines.images, ())
@@ -341,3 +345,28 @@ def test_what_was_there_before_is_left_alone():
         return False
 
     perform(run)
+
+
+def test_migrate_says_what_the_pages_show():
+    """The README's two commands, and all that docs/migrate.md shows of the first."""
+    short, shown = blocks_of("test_migrate_says_what_the_pages_show")
+    [command] = typed(shown.text)
+    migrate, finish = (shlex.split(line, comments=True) for line in short.text.splitlines())
+    assert migrate == [word.replace("1234", "$PID") for word in shlex.split(command)]
+    assert finish[1:] == ["finish", "web"]
+
+    def run(lab: Lab, machines: Machines) -> bool:
+        hosts = machines.client.read_text()
+        for role, name in (("source", "a.example"), ("destination", "b.example")):
+            hosts = hosts.replace(f"Host {role} ", f"Host {role} {name} ")
+        machines.client.write_text(hosts)
+        words = [word.replace("$PID", str(lab.traffic.server.pid)) for word in migrate]
+        done = machines.natkeep(*words[1:], *machines.words()[4:])
+        lab.report.check("it succeeds", done.returncode == 0, done.stderr)
+        name = f"({os.uname().nodename})"
+        said = likeness(done.stderr.replace(name, "(gateway)"))
+        expected = likeness(shown.text.partition("\n")[2])
+        lab.report.check("it says what the page shows", said == expected, done.stderr)
+        return True
+
+    perform(run, connections=20)

@@ -146,15 +146,19 @@ class Podman:
         self._call(host, "import", "--quiet", str(archive), _IMAGE)
         self._call(host, "save", "--quiet", "--output", str(image), _IMAGE)
 
+    def command(self, host: Host) -> list[str]:
+        """podman with what sets the lab's apart from the machine's."""
+        own = _own(host)
+        return [
+            "podman", "--runroot", str(own / "run"), "--tmpdir", str(own / "tmp"),
+            "--storage-driver", "vfs", "--events-backend", "none",
+            "--cgroup-manager", "cgroupfs", "--runtime", str(_runtime(host)),
+        ]  # fmt: skip
+
     def _call(self, host: Host, *arguments: str) -> str:
         """One call of podman in *host*, and what it said; EngineError when it fails."""
-        own = _own(host)
         done = subprocess.run(
-            inside(
-                host, "podman", "--runroot", str(own / "run"), "--tmpdir", str(own / "tmp"),
-                "--storage-driver", "vfs", "--events-backend", "none",
-                "--cgroup-manager", "cgroupfs", "--runtime", str(_runtime(host)), *arguments,
-            ),
+            inside(host, *self.command(host), *arguments),
             stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=scaled(30),
             env={
                 **os.environ,
