@@ -199,9 +199,9 @@ def test_connections_within_the_process_need_no_map() -> None:
     own = {"kept": True, "local": "127.0.0.1:8000", "peer": "127.0.0.1:40000"}
     kept = {"kept": True, "local": "10.2.0.10:80", "peer": "10.1.0.2:40000"}
     destination = cast(Host, Routes())
-    assert find_maps({"sockets": [own, kept]}, destination) == ["10.2.0.10=10.3.0.20"]
+    assert find_maps({"sockets": [own, kept]}, destination, {}) == ["10.2.0.10=10.3.0.20"]
     with pytest.raises(RefusedError, match="no connection"):
-        find_maps({"sockets": [own]}, destination)
+        find_maps({"sockets": [own]}, destination, {})
 
 
 def test_only_the_process_own_ports_are_held_before_the_dump() -> None:

@@ -322,9 +322,9 @@ _GC = (
 )
 
 _MIGRATE = (
-    _option("source", "[USER@]A:PID", nargs="?", help="the host, as ssh knows it, and the process"),
+    _option("source", "[USER@]A:PID", nargs="?", help="or a container: A:runc:NAME, A:podman:NAME"),
     _option("destination", "[USER@]B", nargs="?", help="where it goes"),
-    _option("--id", "ID", help="of the move; default: m and the pid"),
+    _option("--id", "ID", help="of the move; default: m and the pid, or a container's name"),
     _MAP,
     _several(
         "--via", "[USER@]HOST|local|relay|peers|peer:[USER@]HOST",
@@ -338,10 +338,11 @@ _MIGRATE = (
         "--images", "DIR",
         help="where the image lies, on A and B; nothing is copied where that is one and the same",
     ),
+    _option("--bundle", "DIR", help="of A:runc:NAME: its bundle on B; default: as on A"),
     _option("--criu", "PATH", default="criu", help="CRIU on A and B (default: criu)"),
-    _several("--criu-option", "WORD", help="for criu dump and restore: --criu-option=--shell-job"),
-    _several("--dump-option", "WORD", help="for criu dump alone"),
-    _several("--restore-option", "WORD", help="for criu restore alone"),
+    _several("--criu-option", "WORD", help="for dump and restore: --criu-option=--shell-job"),
+    _several("--dump-option", "WORD", help="for the dump alone"),
+    _several("--restore-option", "WORD", help="for the restore alone"),
     _option("--ssh", "COMMAND", default="ssh", help="ssh, with options of its own"),
     _option(
         "--natkeep", "COMMAND", default="natkeep",

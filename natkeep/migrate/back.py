@@ -21,7 +21,6 @@ from natkeep.migrate.host import Host, HostError, knows, read_move, read_start
 from natkeep.migrate.record import RELAY, Record
 
 _PATIENCE = 30.0  # s for a host that cannot be reached just now
-_FINISHED = "Dumping finished successfully"
 
 
 class Place(Enum):
@@ -50,8 +49,7 @@ def find_place(migration: Migration) -> Place:
         return Place.SOURCE
     if not record.is_past("dump"):
         raise HostError(f"process {record.pid} on {migration.source} has ended")
-    log = migration.source.run("cat", f"{migration.dumped}/dump.log", ok=None).stdout
-    if _FINISHED not in log:
+    if not migration.engine.is_dumped(migration.source):
         raise HostError(
             f"process {record.pid} on {migration.source} has ended, and its image is not complete"
         )
@@ -92,6 +90,8 @@ def _undo(migration: Migration, place: Place) -> str:
     for host in migration.translators if record.is_past("copy") else ():
         _reach(host, f"{host} still sends peers to {record.destination}")
         host.natkeep("rollback", record.id, "--yes")
+    if place == Place.FROZEN and record.is_past("restore"):
+        migration.engine.clear(migration.destination)
     if place == Place.FROZEN:
         _restore_at_source(migration)
     if knows(migration.source, record.id):
@@ -109,17 +109,12 @@ def _restore_at_source(migration: Migration) -> None:
     """The same process again; its gate opens when its sockets are there."""
     record, source = migration.record, migration.source
     relays = record.role == RELAY and knows(source, record.id)
-    options = [*record.restore_options]
-    environment: dict[str, str] = {}
     if relays:
         source.natkeep("rollback", record.id, "--yes")  # closes its gate
     else:
         quiet_source(migration)
-        options += ["--action-script", source.hook]
-        environment = {"NATKEEP_ID": record.id}
-    migration.run_criu(
-        source, migration.dumped, "restore", "--restore-detached", *options, environment=environment
-    )
+    migration.run_engine(source, migration.engine.restore(source, {} if relays else record.hook))
+    record.pid = migration.engine.find_pid(source)
     record.started = read_start(source, record.pid)
     record.save()
     if relays:
@@ -138,7 +133,7 @@ def _remove_images(migration: Migration) -> None:
 
 def _names(record: Record) -> list[str]:
     """The directories of images that a migration makes."""
-    return ["dump", *(f"pre-{number}" for number in range(1, record.pre_dumps + 1))]
+    return ["criu", "dump", *(f"pre-{number}" for number in range(1, record.pre_dumps + 1))]
 
 
 def resume(migration: Migration) -> None:
@@ -155,7 +150,7 @@ def resume(migration: Migration) -> None:
         migration.go("source")
         return
     if not migration.record.shared:
-        migration.destination.run("rm", "-rf", "--", migration.dumped)
+        migration.destination.run("rm", "-rf", "--", migration.engine.dumped)
     migration.go("copy")
 
 
@@ -181,6 +176,7 @@ def finish(migration: Migration, seconds: float | None) -> int:
     else:
         migration.source.natkeep("teardown", record.id, "--yes")
     migration.destination.natkeep("teardown", record.id, "--yes", "--drop", "0")
+    migration.engine.forget(migration.source)
     _remove_images(migration)
     record.forget()
     return 0

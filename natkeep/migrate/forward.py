@@ -29,6 +29,7 @@ from typing import Any
 from natkeep.errors import RefusedError
 from natkeep.migrate import way
 from natkeep.migrate.criu_errors import first_error
+from natkeep.migrate.engines import Command, make_engine
 from natkeep.migrate.host import Host, HostError, Ssh, ToldHost, knows, read_move, read_start
 from natkeep.migrate.image_copy import ImageCopy, Watch
 from natkeep.migrate.record import RELAY, STEPS, Record
@@ -54,6 +55,7 @@ class Migration:
         roles = {**dict.fromkeys(record.translators, record.role),
                  record.destination: "destination", record.source: "source"}  # fmt: skip
         self._hosts = {name: Host(name, role, ssh, record.id) for name, role in roles.items()}
+        self.engine = make_engine(record)
         self.sockets, self.fresh = "", False
         self.copying: ImageCopy | None = None
         self.frozen = self.running = 0.0
@@ -120,22 +122,18 @@ class Migration:
         for step in STEPS[1 : STEPS.index("verify")]:
             getattr(self, f"_{step}")()
 
-    @property
-    def dumped(self) -> str:
-        """The directory of the image, on source and destination."""
-        return f"{self.record.images}/dump"
-
     # Before the freeze
 
     def _check(self) -> None:
         record = self.record
         for host in self.hosts():
             self._refuse_known(host)
+        self.engine.look(self.source, self.destination)
         record.started = read_start(self.source, record.pid)
         document = way.read_sockets(self.source, record)
         self.sockets = json.dumps(document)
         if not record.maps:
-            record.maps = way.find_maps(document, self.destination)
+            record.maps = way.find_maps(document, self.destination, record.netns)
         self.say("check", f"{document['sum']['kept']} connections kept: {', '.join(record.maps)}")
         self.lost = way.find_lost(document)
         for line in way.describe_lost(self.lost):
@@ -147,11 +145,6 @@ class Migration:
                 raise HostError(f"{host} has no natkeep-hook beside its natkeep, nor in PATH")
         if found := way.check(self.destination, record, "destination", self.sockets):
             raise HostError(f"{self.destination} cannot take it: {found}")
-        for host in (self.source, self.destination):
-            there = host.run(record.criu, "--version", ok=None)
-            if there.exit:
-                raise HostError(f"{host} has no {record.criu}: {there.reason()}")
-        self._refuse_pid_in_use()
 
     def _refuse_known(self, host: Host) -> None:
         if knows(host, self.record.id):
@@ -167,10 +160,6 @@ class Migration:
                     f"{self.source}: the process came there by move {move['id']}",
                     hint="moving on, and back, goes by hand: prepare --replace (docs/by-hand.md)",
                 )
-
-    def _refuse_pid_in_use(self) -> None:
-        if not self.destination.run("test", "-e", f"/proc/{self.record.pid}", ok=None).exit:
-            raise RefusedError(f"{self.destination} has a process {self.record.pid} already")
 
     def _make_directory(self, host: Host) -> None:
         images = self.record.images
@@ -194,9 +183,12 @@ class Migration:
         record.made = True  # what will be in it is ours to remove
         record.shared = self._is_shared()
         record.save()
+        self.engine.arrange(self.source, "dump", self._hook_at_dump())
+        for host in (self.source, self.destination):
+            self.engine.arrange(host, "restore", record.hook)
         if record.role != RELAY:
             self.destination.natkeep(
-                "prepare", record.id, *record.options(), "--site", "destination",
+                "prepare", record.id, *record.options(), "--site", record.site("destination"),
                 "--connections", "-", stdin=self.sockets,
             )  # fmt: skip
             self.say("prepare", f"{self.destination} is ready, its gate closed")
@@ -207,11 +199,7 @@ class Migration:
         name = f"pre-{number}"
         directory = f"{self.record.images}/{name}"
         self.source.run("mkdir", "-m", "700", directory)
-        before = ["--prev-images-dir", f"../pre-{number - 1}"] if number > 1 else []
-        self.run_criu(
-            self.source, directory, "pre-dump", "--tree", str(self.record.pid), "--track-mem",
-            *before, *self.record.dump_options,
-        )  # fmt: skip
+        self.run_engine(self.source, self.engine.pre_dump(number))
         if not self.record.shared:
             self._start_copy(name).go(self._watch)
         self.say("pre-dump", f"round {number} of {self.record.pre_dumps}")
@@ -220,30 +208,27 @@ class Migration:
 
     def _dump(self) -> None:
         record = self.record
-        self.source.run("mkdir", "-m", "700", self.dumped)
+        self.source.run("mkdir", "-m", "700", self.engine.dumped)
         if record.listeners and (ports := way.find_ports(json.loads(self.sockets))):
             # No other program's listeners: the sshd there has to be reached for `finish`.
             words = [*record.options(listeners=False), *ports]
-            self.source.natkeep("quiesce", record.id, *words, "--site", "source")
-        options = ["--tree", str(record.pid), "--network-lock", "nftables"]
-        if record.pre_dumps:
-            options += ["--prev-images-dir", f"../pre-{record.pre_dumps}", "--track-mem"]
-        environment = {}
-        if self._has_udp():
-            options += ["--action-script", self.source.hook]
-            environment = {"NATKEEP_ID": record.id, "NATKEEP_SOURCE": ",".join(record.maps)}
-            environment["NATKEEP_VIA"] = ",".join(record.vias)
+            self.source.natkeep("quiesce", record.id, *words, "--site", record.site("source"))
+        command = self.engine.dump(self.source, self._hook_at_dump())
         if not record.shared:
             self.copying = self._start_copy("dump")  # started here, so that no start is waited for
         self.frozen = time.monotonic()
-        self.run_criu(
-            self.source, self.dumped, "dump", *options, *record.dump_options,
-            environment=environment,
-        )  # fmt: skip
+        self.run_engine(self.source, command)
         self.say("dump", f"frozen on {self.source}")
 
     def _start_copy(self, name: str) -> ImageCopy:
         return ImageCopy(self.source, self.destination, self.record.images, name)
+
+    def _hook_at_dump(self) -> dict[str, str]:
+        record = self.record
+        if not self._has_udp():
+            return {}
+        leaving = {"NATKEEP_SOURCE": ",".join(record.maps), "NATKEEP_VIA": ",".join(record.vias)}
+        return {**record.hook, **leaving}
 
     def _has_udp(self) -> bool:
         sockets = json.loads(self.sockets)["sockets"]
@@ -257,7 +242,7 @@ class Migration:
             done = beside.submit(copy.go, self._watch) if copy else None
             try:
                 self._translate()
-                ours = self.source.digest(self.dumped) if copy else ""
+                ours = self.source.digest(self.engine.dumped) if copy else ""
             except BaseException:
                 if copy:
                     copy.end()  # it may take long still
@@ -265,7 +250,7 @@ class Migration:
             if done:
                 done.result()
         if copy:
-            if self.destination.digest(self.dumped) != ours:
+            if self.destination.digest(self.engine.dumped) != ours:
                 raise HostError(f"the image on {self.destination} is not that of {self.source}")
             self.say("copy", f"{copy.octets / 1e6:.1f} MB of image on {self.destination}")
 
@@ -273,12 +258,12 @@ class Migration:
         """Have those sites ready that wait for the freeze; then peers may be passed on."""
         record = self.record
         words = record.options(listeners=False)
-        image = self.source.natkeep("inspect", self.dumped, *_maps(words), "--json").stdout
+        image = self.source.natkeep("inspect", self.engine.image, *_maps(words), "--json").stdout
         if record.role == RELAY:
             self._prepare_from(image, "destination", self.destination)
             by_hook = self.fresh and self._has_udp() and knows(self.source, record.id)
             if self._lacks(self.source) and not by_hook:
-                words += ["--image", self.dumped, "--site", "relay"]
+                words += ["--image", self.engine.image, "--site", record.site(RELAY)]
                 self.source.natkeep("prepare", record.id, *words)
             self.source.natkeep("open", record.id)
             self.say("prepare", f"{self.source} passes on, {self.destination} holds what peers say")
@@ -298,7 +283,8 @@ class Migration:
     def _prepare_from(self, image: str, role: str, host: Host) -> None:
         """Prepare a site of *role* there from the document of the image, unless it is."""
         if self._lacks(host):
-            words = ["prepare", self.record.id, *self.record.options(), "--site", role]
+            site = self.record.site(role)
+            words = ["prepare", self.record.id, *self.record.options(), "--site", site]
             gate = [] if role == "destination" else ["--gate", "open"]
             host.natkeep(*words, *gate, "--connections", "-", stdin=image)
 
@@ -308,10 +294,8 @@ class Migration:
 
     def _restore(self) -> None:
         record = self.record
-        self.run_criu(
-            self.destination, self.dumped, "restore", "--restore-detached",
-            "--action-script", self.destination.hook, *record.restore_options,
-            environment={"NATKEEP_ID": record.id},
+        self.run_engine(
+            self.destination, self.engine.restore(self.destination, record.hook),
             # Another script, or CRIU itself, may have failed after the hook has opened: a host
             # without the socket must not answer.
             otherwise=["teardown", record.id, "--yes"],
@@ -347,19 +331,16 @@ class Migration:
             time.sleep(0.2)
         self.say("verify", f"{self.answered or 0} of {self.count} peers were heard")
 
-    def run_criu(
-        self, host: Host, directory: str, verb: str, *options: str,
-        environment: dict[str, str] | None = None, otherwise: Sequence[str] = (),
-    ) -> None:  # fmt: skip
-        log = f"{verb}.log"
+    def run_engine(self, host: Host, command: Command, otherwise: Sequence[str] = ()) -> None:
+        """Run it at *host*; HostError with what went wrong first. otherwise: as of Host.run."""
         done = host.run(
-            self.record.criu, verb, "--images-dir", directory, "-v3", "--log-file", log,
-            "--tcp-established", *options, environment=environment, seconds=_DUMP, ok=None,
+            *command.words, environment=command.environment, seconds=_DUMP, ok=None,
             otherwise=otherwise,
         )  # fmt: skip
         if done.exit:
-            said = host.run("cat", f"{directory}/{log}", ok=None).stdout.splitlines()
-            raise HostError(f"{host}: criu {verb}: {first_error(said or done.stderr.splitlines())}")
+            said = host.run("cat", *command.logs, ok=None).stdout.splitlines()
+            why = first_error([*said, *done.stderr.splitlines()])
+            raise HostError(f"{host}: {command.what}: {why}")
 
 
 def sum_up(migration: Migration) -> str:
@@ -383,5 +364,5 @@ def quiet_source(migration: Migration) -> None:
     record, source = migration.record, migration.source
     move = read_move(source, record.id)
     if move is None or not move["connections"]:  # nothing yet, or listeners that are held alone
-        words = [*record.options(listeners=False), "--image", migration.dumped]
-        source.natkeep("prepare", record.id, *words, "--site", "source")
+        words = [*record.options(listeners=False), "--image", migration.engine.image]
+        source.natkeep("prepare", record.id, *words, "--site", record.site("source"))

@@ -213,7 +213,7 @@ def read_start(host: Host, pid: int) -> int:
         raise NatkeepError(f"{host}: /proc/{pid}/stat is not as expected") from None
 
 
-_LOOKS = ("cat", "find", "touch", "rm")
+_LOOKS = ("cat", "find", "touch", "rm", "printenv")
 """Programs by which a migration only looks at a host, or leaves nothing there."""
 
 

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import json
 import socket
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from natkeep.errors import RefusedError, UnreachableError, UsageError
@@ -54,8 +54,11 @@ def parse_via(words: Sequence[str]) -> tuple[str, list[str]]:
     return "", []
 
 
-def find_maps(sockets: dict[str, Any], destination: Host) -> list[str]:
-    """`OLD=NEW` for each address that a kept connection has; RefusedError where there is none."""
+def find_maps(sockets: dict[str, Any], destination: Host, netns: Mapping[str, str]) -> list[str]:
+    """`OLD=NEW` for each address that a kept connection has; RefusedError where there is none.
+
+    netns: as the record's.
+    """
     peers: dict[str, str] = {}
     for old, peer in _find_ends(sockets):
         peers.setdefault(str(old), str(peer))
@@ -64,7 +67,7 @@ def find_maps(sockets: dict[str, Any], destination: Host) -> list[str]:
             "the process has no connection that can be kept",
             hint="natkeep inspect --live PID there",
         )
-    return [f"{old}={_find_new(destination, peer)}" for old, peer in peers.items()]
+    return [f"{old}={_find_new(destination, peer, netns)}" for old, peer in peers.items()]
 
 
 def _find_ends(sockets: dict[str, Any]) -> Iterator[tuple[Address, Address]]:
@@ -98,9 +101,11 @@ def find_ports(sockets: dict[str, Any]) -> list[str]:
     return [word for port in sorted(ports) for word in ("--port", str(port))]
 
 
-def _find_new(destination: Host, peer: str) -> str:
-    """The address from which *destination* speaks to *peer*."""
-    answer = destination.run("ip", "-json", "route", "get", peer, ok=None)
+def _find_new(destination: Host, peer: str, netns: Mapping[str, str]) -> str:
+    """The address from which *destination*, or its container, speaks to *peer*."""
+    path = netns.get("destination")
+    inside = ["nsenter", f"--net={path}", "--"] if path else []
+    answer = destination.run(*inside, "ip", "-json", "route", "get", peer, ok=None)
     try:
         return str(json.loads(answer.stdout)[0]["prefsrc"])
     except (ValueError, LookupError):
@@ -220,7 +225,8 @@ def check(host: Host, record: Record, role: str, sockets: str) -> str:
     """
     # By a relay nothing is prepared for a process that lives, so its connections alone are told.
     listed = _as_list(json.loads(sockets)) if record.vias else sockets
-    words = ["check", record.id, *record.options(), "--site", role, "--connections", "-", "--json"]
+    words = ["check", record.id, *record.options(), "--site", record.site(role)]
+    words += ["--connections", "-", "--json"]
     looks = host.natkeep(*words, stdin=listed, ok=(0, _STOPPED)).document()["looks"]
     for one in looks:
         if one["code"] == "sysv-ipc":
@@ -235,7 +241,8 @@ def _read_vias(source: Host, record: Record, sockets: str) -> list[str]:
 
     The plan alone: as long as the process lives there, a check would refuse it.
     """
-    words = ["plan", record.id, *record.options(), "--site", RELAY, "--connections", "-", "--json"]
+    words = ["plan", record.id, *record.options(), "--site", record.site(RELAY)]
+    words += ["--connections", "-", "--json"]
     document = source.natkeep(*words, stdin=_as_list(json.loads(sockets))).document()
     return [via for site in document["sites"] for via in site.get("via", [])]
 

@@ -20,9 +20,10 @@ from recipe import likeness, typed
 
 from natkeep.lab import scenario
 from natkeep.lab.engine import Frozen
+from natkeep.lab.host import write_script
 from natkeep.lab.lab import Lab
 from natkeep.lab.peer_host import PeerHost
-from natkeep.lab.ssh import Machines
+from natkeep.lab.ssh import ContainerMachines, Machines
 from natkeep.lab.topology import SECOND_CLIENT, USUAL
 from natkeep.lab.translators import natkeep_command
 
@@ -78,21 +79,25 @@ def find_ssh(machines: Machines) -> list[int]:
     return found
 
 
-def perform(run: Callable[[Lab, Machines], bool], via: str = "", *, connections: int = 3) -> None:
+def perform(
+    run: Callable[[Lab, Machines], bool], via: str = "", *,
+    engine: str = "criu", connections: int = 3,
+) -> None:  # fmt: skip
     """Run it in a lab; *run* says whether the server is at the destination in the end.
 
     via: `peers`, of which each has a host of its own, or else as is found: the gateway.
     connections: of each peer.
     """
     seats = (*USUAL, SECOND_CLIENT) if via == "peers" else USUAL
-    with Lab("migrate", engine="criu", seats=seats) as lab:
+    with Lab("migrate", engine=engine, seats=seats) as lab:
 
         def whole(lab: Lab) -> None:
             if via == "peers":
                 PeerHost(lab)
             roles = ("source", "destination", *lab.peer_sites)
             options = ("--via", via) if via else ()
-            machines = Machines(lab, *roles, controller="gateway", options=options)
+            kind = Machines if engine == "criu" else ContainerMachines
+            machines = kind(lab, *roles, controller="gateway", options=options)
             lab.serve()
             for role in lab.topology.peers:
                 lab.dial(connections=connections, role=role)
@@ -100,12 +105,11 @@ def perform(run: Callable[[Lab, Machines], bool], via: str = "", *, connections:
             lab.begin_freeze()
             lab.frozen = Frozen(machines.images, ())
             moved = run(lab, machines)
-            lab.at = lab.topology["destination" if moved else "source"]
-            lab.note_restored()
+            machines.take("destination" if moved else "source")
             if moved:
                 lab.undone.append(lab.place_order(move_id="web"))  # `finish` undoes it
             lab.traffic.talk_on()
-            runs = [r for r in ("source", "destination") if is_at(lab, r)]
+            runs = [r for r in ("source", "destination") if machines.is_at(r)]
             lab.report.check("it runs at one host", len(runs) == 1, str(runs))
             lab.traffic.check_ends()
             if moved:
@@ -120,10 +124,6 @@ def perform(run: Callable[[Lab, Machines], bool], via: str = "", *, connections:
         scenario.perform(lab, whole)
     assert [str(each) for each in lab.report.assertions if not each.ok] == []
     assert lab.report.passed
-
-
-def is_at(lab: Lab, role: str) -> bool:
-    return lab.topology[role].alive(lab.traffic.server.pid)
 
 
 def failing(lab: Lab) -> str:
@@ -162,6 +162,48 @@ def test_a_restore_that_fails_is_taken_back():
 )  # fmt: skip
 def test_the_controller_is_killed(way: str, step: str, via: str):
     """Once the line of *step* was read, and so in the step that follows."""
+    kill_controller(way, step, via=via)
+
+
+RUNC, PODMAN = (pytest.param(each, marks=pytest.mark.needs(each)) for each in ("runc", "podman"))
+
+
+@pytest.mark.parametrize("engine", [RUNC, PODMAN])
+def test_a_restore_of_a_container_that_fails_is_taken_back(engine: str):
+    """By a script that the user's own configuration of CRIU names, and only there."""
+
+    def run(lab: Lab, machines: Machines) -> bool:
+        words = machines.words()  # makes what is ready at the destination
+        mark = machines.images.with_name("mark")
+        script = write_script(
+            lab.directory / "failing",
+            f"[ $CRTOOLS_SCRIPT_ACTION != pre-restore ] || ! [ -e {mark}/it ]",
+        )
+        for configuration in lab.directory.rglob("criu*.conf"):
+            configuration.write_text(f"action-script {script}\n")
+        destination = lab.topology["destination"]
+        destination.run("mkdir", "-p", str(mark))
+        destination.run("mount", "-t", "tmpfs", "tmpfs", str(mark))
+        destination.run("touch", f"{mark}/it")
+        done = machines.natkeep("migrate", *words)
+        lab.report.check("it fails", done.returncode == 1, done.stderr)
+        lab.report.check("it says why", f"{engine} restore" in done.stderr, done.stderr)
+        lab.report.check("and where it runs", "as before" in done.stderr, done.stderr)
+        again = machines.natkeep("migrate", *words, "--dry-run")
+        lab.report.check("nothing is in the way of another", not again.returncode, again.stderr)
+        return False
+
+    perform(run, engine=engine)
+
+
+@pytest.mark.parametrize(("way", "step"), [("--rollback", "dump"), ("--resume", "copy")])
+@pytest.mark.parametrize("engine", [RUNC, PODMAN])
+def test_the_controller_of_a_container_is_killed(engine: str, way: str, step: str):
+    kill_controller(way, step, engine=engine)
+
+
+def kill_controller(way: str, step: str, **how: str) -> None:
+    """Once the line of *step* was read, and so in the step that follows."""
 
     def run(lab: Lab, machines: Machines) -> bool:
         controller = Controller(machines)
@@ -169,7 +211,7 @@ def test_the_controller_is_killed(way: str, step: str, via: str):
         controller.end(signal.SIGKILL)
         assert controller.wait() == -signal.SIGKILL, controller.said
         done = machines.natkeep("migrate", way, "web")
-        moved = is_at(lab, "destination")
+        moved = machines.is_at("destination")
         said = f"{''.join(controller.said)}{done.stderr}"
         if way == "--rollback" and not moved:
             lab.report.check("it is taken back", done.returncode == 0, said)
@@ -182,7 +224,7 @@ def test_the_controller_is_killed(way: str, step: str, via: str):
             lab.report.check("it says that there is no way back", "no way back" in said, said)
         return moved
 
-    perform(run, via)
+    perform(run, **how)
 
 
 @pytest.mark.parametrize(
@@ -199,7 +241,7 @@ def test_a_signal_takes_it_back(number: signal.Signals, step: str):
         controller.end(number)
         code = controller.wait()
         said = "".join(controller.said)
-        moved = is_at(lab, "destination")
+        moved = machines.is_at("destination")
         lab.report.check("it says so", code != 0 or moved, said)
         told = (
             "there is no way back" in said or "were heard" in said if moved else "as before" in said
@@ -223,7 +265,7 @@ def test_every_ssh_is_killed(step: str, via: str):
         controller.wait()
         time.sleep(0.1)
         said = "".join(controller.said)
-        moved = is_at(lab, "destination")
+        moved = machines.is_at("destination")
         told = "runs on destination" in said if moved else "as before" in said
         lab.report.check("it tells where it runs", told, said)
         return moved
