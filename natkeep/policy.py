@@ -13,10 +13,25 @@
     udp = "leave"
     state_dir = "/run/natkeep"
 
+    [agent]                                      # for natkeep agent and natkeep fleet
+    node = "gw-1"
+    store = "etcd"                               # or: dir:/shared/fleet
+    endpoints = ["https://10.0.0.1:2379", "https://10.0.0.2:2379", "https://10.0.0.3:2379"]
+    ca = "/etc/natkeep/ca.pem"
+    cert = "/etc/natkeep/node.pem"
+    key = "/etc/natkeep/node.key"
+    user = "gw-1"
+    password_file = "/etc/natkeep/etcd-password"
+    groups = ["edge"]
+    roles = ["gateway"]                          # what the store may order here, and nothing else
+    netns = [""]                                 # in which namespaces; "" is the agent's own
+    max_moves = 2000
+
 Where there is no file, or a key is not in it, what the command line or the environment names is
 allowed. Rule: the file can be written by root only, or it is refused; a key that is not known is a
 mistake, never ignored. The path is fixed: an environment that could name another file could
-allow itself everything, and the environment is just what this file is to set bounds to.
+allow itself everything, and the environment is just what this file is to set bounds to. (Root may
+name another to `natkeep agent`, on the command line: what is bounded there is the store.)
 This file must never change anything, and never read an image.
 """
 
@@ -25,7 +40,8 @@ from __future__ import annotations
 import ipaddress
 import os
 import stat
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, TypeVar
 
 from natkeep.errors import RefusedError, UsageError
 from natkeep.plan.move import Datagrams, Fate, Mode, Move
@@ -38,6 +54,7 @@ _LISTS = ("map", "peer_map", "via")
 """Of the keys of [hook] those that are lists of texts."""
 _SIZE_LIMIT = 1 << 20
 
+T = TypeVar("T")
 Network = ipaddress.IPv4Network | ipaddress.IPv6Network
 
 
@@ -59,6 +76,27 @@ class Standing:
 
 
 @dataclass(frozen=True, slots=True)
+class Agent:
+    """The table [agent]: who this node is, where its store is, and what that may order.
+
+    The fields are the keys; "" is not set, None no bound.
+    """
+
+    node: str = ""
+    store: str = ""
+    endpoints: tuple[str, ...] = ()
+    ca: str = ""
+    cert: str = ""
+    key: str = ""
+    user: str = ""
+    password_file: str = ""
+    groups: tuple[str, ...] = ()
+    roles: tuple[str, ...] | None = None
+    netns: tuple[str, ...] | None = None
+    max_moves: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class Policy:
     """What the operator allows; None is no bound. The fields are the file's keys."""
 
@@ -66,6 +104,7 @@ class Policy:
     allow_new: tuple[Network, ...] | None = None
     max_connections: int | None = None
     hook: Standing = Standing()
+    agent: Agent = Agent()
 
 
 def authorise(move: Move, count: int) -> None:
@@ -136,14 +175,7 @@ def _refuse_foreign(status: os.stat_result) -> None:
 
 def _make_policy(document: dict[str, Any]) -> Policy:
     _refuse_unknown(document, Policy, "")
-    table = document.get("hook", {})
-    if not isinstance(table, dict):
-        raise UsageError(f"{PATH}: hook is not a table")
-    _refuse_unknown(table, Standing, "hook.")
-    for key, value in table.items():
-        if key not in _LISTS and not isinstance(value, str):
-            raise UsageError(f"{PATH}: hook.{key} is not a text")
-    hook = Standing(**table | {key: tuple(_texts(table, key, "hook.")) for key in _LISTS})
+    hook = _make_table(document, "hook", Standing, _LISTS)
     words = (("mode", hook.mode, Mode), ("unkept", hook.unkept, Fate), ("udp", hook.udp, Datagrams))
     for key, value, known in words:
         if value and value not in tuple(known):
@@ -153,15 +185,48 @@ def _make_policy(document: dict[str, Any]) -> Policy:
         _networks(document, "allow_new"),
         _number(document, "max_connections"),
         hook,
+        _make_agent(document),
     )
 
 
-def _refuse_unknown(table: dict[str, Any], kind: type[Policy | Standing], prefix: str) -> None:
+def _make_agent(document: dict[str, Any]) -> Agent:
+    agent = _make_table(
+        document, "agent", Agent, ("endpoints", "groups", "roles", "netns"), "max_moves"
+    )
+    for role in agent.roles or ():
+        if role not in tuple(Role):
+            raise UsageError(f"{PATH}: agent.roles: {role!r} is none of {', '.join(Role)}")
+    return agent
+
+
+def _make_table(
+    document: dict[str, Any], name: str, kind: type[T], lists: Sequence[str], number: str = ""
+) -> T:
+    """The table *name*: each key a text, but *lists* of texts, and a *number*."""
+    table, prefix = document.get(name, {}), f"{name}."
+    if not isinstance(table, dict):
+        raise UsageError(f"{PATH}: {name} is not a table")
+    _refuse_unknown(table, kind, prefix)
+    found: dict[str, Any] = {}
+    for key, value in table.items():
+        if key in lists:
+            found[key] = tuple(_texts(table, key, prefix))
+        elif key == number:
+            found[key] = _number(table, key, prefix)
+        elif isinstance(value, str):
+            found[key] = value
+        else:
+            raise UsageError(f"{PATH}: {prefix}{key} is not a text")
+    return kind(**found)
+
+
+def _refuse_unknown(table: dict[str, Any], kind: type, prefix: str) -> None:
+    names: tuple[str, ...] = kind.__match_args__  # type: ignore[attr-defined]  # values.py gives it
     for key in table:
-        if key not in kind.__match_args__:
+        if key not in names:
             raise UsageError(
                 f"{PATH}: unknown key {prefix}{key}",
-                hint="known are " + ", ".join(prefix + name for name in kind.__match_args__),
+                hint="known are " + ", ".join(prefix + name for name in names),
             )
 
 
@@ -180,8 +245,8 @@ def _networks(document: dict[str, Any], key: str) -> tuple[Network, ...] | None:
     return networks if key in document else None
 
 
-def _number(document: dict[str, Any], key: str) -> int | None:
+def _number(document: dict[str, Any], key: str, prefix: str = "") -> int | None:
     value = document.get(key, 0)
     if not isinstance(value, int) or isinstance(value, bool) or value < 0:
-        raise UsageError(f"{PATH}: {key} is not a number from 0 on")
+        raise UsageError(f"{PATH}: {prefix}{key} is not a number from 0 on")
     return value if key in document else None

@@ -1,4 +1,7 @@
-"""The parser of all verbs, and which module runs each."""
+"""The parser of all verbs, and which module runs each.
+
+Size: over 400 lines, because the table of all options is read as one.
+"""
 
 from __future__ import annotations
 
@@ -50,8 +53,7 @@ class Parser(argparse.ArgumentParser):
     def format_help(self) -> str:
         from natkeep.cli.usage import describe
 
-        # Of natkeep itself it lists all verbs, and `natkeep --help open` has made one alone.
-        return describe(self if " " in self.prog else make_parser())
+        return describe(self)
 
     def parse_args(self, args: Any = (), namespace: Any = None) -> Any:
         """As argparse's; with what was probably meant where it is wrong."""
@@ -322,15 +324,14 @@ _GC = (
 )
 
 _MIGRATE = (
-    _option("source", "[USER@]A:PID", nargs="?", help="or a container: A:runc:NAME, A:podman:NAME"),
+    _option("source", "[USER@]A:PID", nargs="?", help="the host, as ssh knows it, and the process"),
     _option("destination", "[USER@]B", nargs="?", help="where it goes"),
-    _option("--id", "ID", help="of the move; default: m and the pid, or a container's name"),
+    _option("--id", "ID", help="of the move; default: m and the pid"),
     _MAP,
-    _several(
-        "--via", "[USER@]HOST|local|relay|peers|peer:[USER@]HOST",
-        help="the gateway that the peers cross (local: this host); relay: A goes on receiving for "
-        "OLD; peers: their own hosts, or each by peer:HOST, repeatable; default: the first of this "
-        "host, a relay and the peers' hosts that can",
+    _option(
+        "--via", "[USER@]HOST|local|relay",
+        help="the gateway that the peers cross (local: this host), or relay: A goes on receiving "
+        "for OLD; default: this host if it is one, else a relay",
     ),
     _flag("--listeners", "let new connections reach the process where it goes"),
     _option("--pre-dump", "N", type=_rounds, default=0, help="copy memory N times beforehand"),
@@ -338,11 +339,10 @@ _MIGRATE = (
         "--images", "DIR",
         help="where the image lies, on A and B; nothing is copied where that is one and the same",
     ),
-    _option("--bundle", "DIR", help="of A:runc:NAME: its bundle on B; default: as on A"),
     _option("--criu", "PATH", default="criu", help="CRIU on A and B (default: criu)"),
-    _several("--criu-option", "WORD", help="for dump and restore: --criu-option=--shell-job"),
-    _several("--dump-option", "WORD", help="for the dump alone"),
-    _several("--restore-option", "WORD", help="for the restore alone"),
+    _several("--criu-option", "WORD", help="for criu dump and restore: --criu-option=--shell-job"),
+    _several("--dump-option", "WORD", help="for criu dump alone"),
+    _several("--restore-option", "WORD", help="for criu restore alone"),
     _option("--ssh", "COMMAND", default="ssh", help="ssh, with options of its own"),
     _option(
         "--natkeep", "COMMAND", default="natkeep",
@@ -358,6 +358,32 @@ _FINISH = (
         "--drain", "SECONDS", type=_seconds,
         help="wait so long at most for the kept connections to end; default: until they have",
     ),
+)  # fmt: skip
+_STORE = (
+    _option(
+        "--store", "STORE",
+        help="dir:PATH, a directory that the hosts share; default: $NATKEEP_STORE, or agent.store "
+        "in natkeep.toml",
+    ),
+    _option("--config", "FILE", help="in the place of /etc/natkeep/natkeep.toml"),
+)  # fmt: skip
+_AGENT = (
+    *_STORE,
+    _option("--node", "NAME", help="of this node; default: the host's"),
+    _several("--group", "NAME", help="that this node belongs to; repeatable"),
+    _flag("--once", "follow the orders that there are, and end"),
+)
+_FLEET = (
+    _option("action", choices=("apply", "status", "wait", "end"), help="what to do with a move"),
+    _option("subject", "FILE|ID", nargs="?", help="the file of an order, - is stdin; or a move"),
+    *_STORE,
+    _option(
+        "--for", choices=("ready", "open", "settled"), default="ready", dest="goal",
+        help="of wait: ready (default) before a restore, open after it, settled after an end",
+    ),
+    _option("--timeout", "SECONDS", type=_seconds, help="of wait: at most so long (default: 60)"),
+    _flag("--watch", "of status: look again each second, until Ctrl-C"),
+    _flag("--yes", "of end: even if connections live"),
 )  # fmt: skip
 SHELLS = ("bash", "zsh", "fish")
 """For which there is a completion."""
@@ -391,6 +417,8 @@ VERBS: dict[str, tuple[str, str, tuple[Option, ...]]] = {
     "migrate": ("migrate", "all of a move over ssh: check, dump, copy, restore, open", _MIGRATE),
     "finish": ("migrate", "after a migrate: wait for the end, and undo it everywhere", _FINISH),
     "serve": ("serve", "what migrate starts on each host over ssh", _SERVE),
+    "fleet": ("fleet", "order moves in a store, look at them, wait for them, end them", _FLEET),
+    "agent": ("fleet", "follow what a store orders this node", _AGENT),
     "setup": ("setup", "what an installation needs beside the package", _SETUP),
     "help": ("help", "the verbs, or one with examples", (_TOPIC,)),
     "inspect": ("show", "the sockets in an image, kept or not and why", _INSPECT),

@@ -19,6 +19,7 @@ GROUPS: tuple[tuple[str, tuple[str, ...]], ...] = (
         "move it by hand, at each host",
         ("check", "quiesce", "inspect", "plan", "prepare", "run", "open", "rollback", "teardown"),
     ),
+    ("order it of many hosts, in a store that all reach", ("fleet", "agent")),
     ("look, and keep in order", ("status", "explain", "repair", "gc")),
     ("the rest", ("lab", "setup", "help")),
 )
@@ -36,6 +37,17 @@ EXAMPLES: dict[str, tuple[tuple[str, str], ...]] = {
     ),
     "finish": (("when its connections have ended", "natkeep finish web"),),
     "serve": (("migrate starts it", "ssh b natkeep serve web --stdio"),),
+    "fleet": (
+        ("order the move that a file describes", "natkeep fleet apply web.json --store dir:/mnt/f"),
+        ("before criu restore", "natkeep fleet wait web --for ready"),
+        ("undo it everywhere", "natkeep fleet end web"),
+    ),
+    "agent": (
+        (
+            "on a gateway of the group edge",
+            "natkeep agent --store dir:/mnt/f --node gw-1 --group edge",
+        ),
+    ),
     "check": (
         ("this machine", "natkeep check"),
         ("this move, at its destination", f"natkeep check web {_MOVE}"),

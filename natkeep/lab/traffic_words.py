@@ -19,7 +19,6 @@ from typing import Any
 from natkeep.lab.application import (
     SCRIPT,
     Application,
-    Applications,
     Source,
     TrafficError,
     all_open,
@@ -82,11 +81,10 @@ class Traffic:
         self.server = Moving(application, "serve", pid)
 
     def dial(self, host: Host, to: Endpoint, *, count: int, source: Source) -> None:
-        """The client at *host* opens *count* connections, to be kept beside earlier ones."""
-        before = [self.client] if self.kept else []
-        name = f"dial-{self.name}{'-more' * len(before)}"
-        client = start_client(host, name, to, count=count, source=source, script=self.script)
-        self.client = Applications(*before, client) if before else client
+        """The client at *host* opens *count* connections, which are to be kept."""
+        self.client = start_client(
+            host, f"dial-{self.name}", to, count=count, source=source, script=self.script
+        )
         self.keep()
 
     def dial_one_by_one(self, host: Host, to: Endpoint, count: int) -> None:
@@ -106,8 +104,7 @@ class Traffic:
         """The client's connections are what is to be kept; *inside*: as the server sees them."""
         self.kept = tuple(tuple_of(each) for each in self.client.fresh()["connections"])
         self.views = dict(zip(self.kept, inside or self.kept, strict=True))
-        known = self.report.before
-        self.report.before += [name for each in self.kept if (name := str(each)) not in known]
+        self.report.before += [str(each) for each in self.kept]
         self.server.connections = tuple(self.list_kept())
 
     def list_kept(self) -> Iterable[str]:

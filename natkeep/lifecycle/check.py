@@ -50,8 +50,7 @@ def check(
     if replaces is not None:
         earlier = executor.state.load(replaces)
         refuse_stacked(executor, move, earlier)
-        there = earlier.surroundings_there()
-        surroundings = surroundings.carry_on(there, connections, move.udp)
+        surroundings = surroundings.carry_on(earlier.surroundings_there(), connections)
     plan = make_plan(move, connections, surroundings)
     refuse_conflicts(executor, plan, replaces)
     refuse_relays(executor, plan, frozen=frozen)

@@ -92,8 +92,7 @@ def open_move(
         for number in numbers if journal.move.live else ():
             if number not in journal.records:
                 executor.kernel.check(plan.steps[number])
-        closed = not (opens or journal.is_opened())
-        ready = partial(write_ready, executor.kernel, journal, plan) if closed else None
+        ready = None if opens else partial(write_ready, executor.kernel, journal, plan)
         executor.apply_or_undo(journal, plan, numbers, ready)
         return compared
 

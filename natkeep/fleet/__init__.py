@@ -1,0 +1,16 @@
+"""Moves ordered in a store that all hosts reach, and realised by an agent at each.
+
+    store.py      five calls: range, watch, txn, lease, delete; stores.py opens one
+    directory.py  the store in a directory
+    keys.py       where what is in the store
+    want.py       what a node is ordered; done.py: what it says of that; listing.py: connections
+    order.py      a move as a person orders it; apply.py writes it, progress.py says how far it is
+    agent.py      compares what is ordered here with what the journals say, and acts
+    site.py       a move's phase by its journal, and what is done to it, through the lifecycle
+    followed.py   which order of a move was followed last, on disk
+    wake.py       what wakes the agent: the store's changes, and those of journals
+
+Rule: nothing is undone because of what the store does not say. An order undoes a move, or the
+deadline of a gate that was never opened; an order that vanishes, one that is older than what was
+followed, a store that is away: nothing is undone, and it is said.
+"""

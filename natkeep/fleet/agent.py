@@ -1,0 +1,377 @@
+"""The agent of a node: compares what is ordered with what the journals say, and acts.
+
+Whatever wakes it, it looks at the whole of a move again, so one that was killed knows as much as
+one that was not. Three things alone are remembered: which order was followed (followed.py, on
+disk), what was told, and what other nodes say.
+
+Rule: see natkeep/fleet/__init__.py for what undoes a move. A gateway opens only while the
+destination is what it was seen to be, and a destination is undone by its deadline only while no
+gateway has begun to open: each is written in one transaction with a look at the other.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterable
+from typing import NoReturn
+
+from natkeep import policy
+from natkeep.errors import LeftoverError, NatkeepError, RefusedError, UnreachableError
+from natkeep.fleet import keys, site
+from natkeep.fleet.done import Done, Error, parse_done
+from natkeep.fleet.followed import Followed, FollowedFile
+from natkeep.fleet.known import Known
+from natkeep.fleet.listing import fetch
+from natkeep.fleet.site import Seen, Standing
+from natkeep.fleet.store import ABSENT, Store
+from natkeep.fleet.wake import Heard, Wake
+from natkeep.fleet.want import Phase, Want
+from natkeep.lifecycle.executor import Executor
+from natkeep.lifecycle.open import remove_gate_hooks
+from natkeep.lifecycle.teardown import teardown
+from natkeep.plan.observation import Gate
+from natkeep.plan.roles import Role
+
+_SOON, _LATEST = 0.5, 60.0  # s until what failed is tried again, the first time and at last
+_TICK = 0.25  # s
+_HOOKS = 40  # times that it is looked whether a gate's hooks can go (lifecycle/open.py)
+
+
+class DeadlineError(RefusedError):
+    """A gate was not opened in time, and what had been prepared for it is undone."""
+
+
+class Agent:
+    """See above. follow: asked to have changes below a prefix of the store heard, too."""
+
+    def __init__(
+        self, bounds: policy.Agent, store: Store, make_executor: Callable[[], Executor],
+        follow: Callable[[Agent, str], object], say: Callable[[str], None],
+    ) -> None:  # fmt: skip
+        self.bounds, self.node, self.store = bounds, bounds.node, store
+        self._make_executor, self._follow, self._say = make_executor, follow, say
+        self.followed = FollowedFile(make_executor().state.path)
+        self.known = Known(self.node, bounds.groups)
+        self._later: dict[str, float] = {}  # when to look again, by the monotonic clock
+        self._failed: dict[str, int] = {}
+        self._hooked: dict[str, int] = {}
+        self._away = False
+
+    def run(self, wake: Wake) -> NoReturn:
+        """Go on until a signal ends it."""
+        for prefix in self.known.prefixes:
+            wake.follow(prefix)
+        rested = time.monotonic()
+        while True:
+            ids = self.overdue()
+            for heard in wake.wait(_TICK):
+                if isinstance(heard, NatkeepError):
+                    self._note_away(heard)
+                else:
+                    ids |= heard if isinstance(heard, set) else self.hear(heard)
+            self.reconcile(ids)
+            if time.monotonic() - rested > 1:
+                self.remove_hooks()
+                rested = time.monotonic()
+
+    def hear(self, heard: Heard) -> set[str]:
+        """Take what a follower has heard; the ids of the moves to be looked at."""
+        if self._away:
+            self._away = False
+            self._say("the store is back")
+        first = not self.known.is_whole()
+        ids = self.known.take(heard)
+        for move_id in ids:
+            self._failed.pop(move_id, None)
+        return ids | {*self.followed.known} if first and self.known.is_whole() else ids
+
+    def reconcile(self, ids: Iterable[str]) -> None:
+        """Look at each of these moves, and do what is to be done."""
+        for move_id in sorted(ids):
+            self._later.pop(move_id, None)
+            try:
+                self._reconcile(move_id)
+            except UnreachableError as error:
+                self._look_again(move_id, _SOON)
+                self._note_away(error)
+
+    def overdue(self) -> set[str]:
+        """The moves that are to be looked at by now."""
+        now = time.monotonic()
+        return {move_id for move_id, at in self._later.items() if at <= now}
+
+    def describe_alive(self) -> str:
+        """What is in the store while it lives, but for its pid and version."""
+        opened = sum(told.phase == Phase.OPEN for told in self.known.told.values())
+        roles = self.bounds.roles
+        return json.dumps(
+            {
+                "schema": 1, "groups": [*self.bounds.groups], "open": opened,
+                "roles": None if roles is None else [*roles],
+            }
+        )  # fmt: skip
+
+    def remove_hooks(self) -> None:
+        """What only makes packets quicker, once the blackout is over."""
+        for move_id in [*self._hooked]:
+            self._hooked[move_id] -= 1
+            if self._hooked[move_id] == _HOOKS - 1:
+                continue  # the blackout is hardly over
+            if remove_gate_hooks(self._make_executor(), move_id) or not self._hooked[move_id]:
+                del self._hooked[move_id]
+
+    def close(self) -> None:
+        """Let go of what another agent of this node would need."""
+        self.followed.close()
+
+    def _reconcile(self, move_id: str) -> None:
+        executor, followed = self._make_executor(), self.followed.known.get(move_id)
+        order = self.known.find_order(move_id)
+        generation = order.generation if isinstance(order, Want) else 0
+        if order is None and not self.known.is_whole():
+            return
+        if order is None and followed is None:
+            return self._forget(move_id)
+        error, waits = None, dict[str, Phase]()
+        try:
+            if order is None:
+                if followed and site.look(executor.state, move_id).standing == Standing.GONE:
+                    return self._forget(move_id)
+                error = Error(0, "no-order", "its order is no longer there; nothing is undone")
+            elif isinstance(order, NatkeepError):
+                raise order
+            elif followed and generation < followed.generation:
+                raise RefusedError(
+                    f"order {generation} is older than {followed.generation}, which was followed",
+                    hint=f"natkeep fleet apply, or end {move_id}, makes a newer one",
+                )
+            elif order.wanted:
+                waits = self._make_ready(executor, move_id, order, followed)
+            else:
+                waits = self._undo(executor, move_id, order, followed)
+        except UnreachableError:
+            raise
+        except NatkeepError as failed:
+            error = self._fail(move_id, failed)
+        except Exception as failed:  # a fault of natkeep's: the other moves go on
+            name = type(failed).__name__
+            error = self._fail(move_id, NatkeepError(f"{name}: {failed}"))
+        if error is None:
+            self._failed.pop(move_id, None)
+        phase = site.look(executor.state, move_id).standing.phase()
+        generation = max(generation, followed.generation if followed else 0)
+        self._tell(move_id, Done(phase, generation, error, waits))
+
+    def _make_ready(
+        self, executor: Executor, move_id: str, want: Want, followed: Followed | None
+    ) -> dict[str, Phase]:
+        """Have it prepared, as ordered; and what it waits for."""
+        seen = site.look(executor.state, move_id)
+        if seen.standing in (Standing.STALE, Standing.HALF):
+            self._demand_ours(move_id, followed)
+            if seen.standing == Standing.HALF and seen.touched:
+                raise LeftoverError(
+                    f"{move_id} is half undone by another hand", hint=f"natkeep teardown {move_id}"
+                )
+            self._note(move_id, want, "begun")
+            followed = self.followed.known[move_id]
+            self._say(f"{move_id}: what an earlier start left is cleared")
+            teardown(executor, move_id)
+            seen = Seen(Standing.GONE)
+        if seen.standing == Standing.GONE:
+            if followed and followed.generation == want.generation:
+                _refuse_again(move_id, want, followed)
+            return self._prepare(executor, move_id, want)
+        if self._demand_ours(move_id, followed).digest != want.digest():
+            return self._prepare_anew(executor, move_id, want, seen)
+        self._note(move_id, want, "prepared")
+        if seen.standing == Standing.PREPARED and not seen.touched:
+            if want.gate == Gate.OPEN:
+                return self._open(executor, move_id, want)
+            if want.role != Role.SOURCE and want.deadline:  # where a process was, silence is safe
+                self._heed_deadline(executor, move_id, want, seen)
+        return {}
+
+    def _prepare(self, executor: Executor, move_id: str, want: Want) -> dict[str, Phase]:
+        self._refuse_out_of_bounds(executor, want)
+        if waits := self._find_waits(move_id, want):
+            return waits
+        checkpoint = fetch(self.store, move_id, want.listed)
+        move = site.make_move(move_id, want, checkpoint)
+        if not self._claim(move_id, want):
+            return self._find_waits(move_id, want)
+        self._note(move_id, want, "begun")
+        site.make_ready(executor, move, want, checkpoint)
+        self._note(move_id, want, "prepared")
+        self._say(f"{move_id}: prepared as {want.role}, gate {want.gate}")
+        if want.gate == Gate.OPEN:
+            self._hooked[move_id] = _HOOKS
+        elif want.deadline:
+            self._look_again(move_id, want.deadline)
+        return {}
+
+    def _open(self, executor: Executor, move_id: str, want: Want) -> dict[str, Phase]:
+        """What had been prepared to be open, when the agent was killed."""
+        waits = self._find_waits(move_id, want)
+        if not waits and self._claim(move_id, want):
+            site.open_gate(executor, move_id)
+            self._hooked[move_id] = _HOOKS
+        return waits
+
+    def _claim(self, move_id: str, want: Want) -> bool:
+        """Say that it opens, if those that it waits for are still what they were."""
+        if want.gate != Gate.OPEN or not want.after:
+            return True
+        told = Done(Phase.OPENING, want.generation)
+        others = {node: self.known.other(node, move_id) for node in want.after}
+        seen = {keys.done(node, move_id): i.revision for node, i in others.items() if i}
+        done = {keys.done(self.node, move_id): told.write(time.time())}
+        if self.store.txn(done, seen):
+            self.known.told[move_id] = told
+            return True
+        self._look_again(move_id, _SOON)
+        return False
+
+    def _heed_deadline(self, executor: Executor, move_id: str, want: Want, seen: Seen) -> None:
+        """Undo it where its gate has been closed for too long, and nothing is sent to it."""
+        if not seen.is_overdue(want.deadline):
+            self._look_again(move_id, 1.0)
+            return
+        late = f"its gate was not opened within {want.deadline} s"
+        end = f"natkeep fleet end {move_id}"
+        sending, others = self._find_sending(move_id, want)
+        if sending:
+            who = " and ".join(sending)
+            raise RefusedError(f"{late}; not undone, since peers are sent here by {who}", hint=end)
+        error = DeadlineError(f"{late}: undone", hint="natkeep fleet apply orders it anew")
+        told = Done(Phase.GONE, want.generation, Error.of(error))
+        if not self.store.txn({keys.done(self.node, move_id): told.write(time.time())}, others):
+            self._look_again(move_id, _SOON)
+            return
+        self.known.told[move_id] = told
+        self._note(move_id, want, "expired")
+        if site.clear(executor, move_id):
+            self._say(f"{move_id}: {error}")
+            raise error
+        self._note(move_id, want, "prepared")  # it was opened at that moment
+
+    def _prepare_anew(
+        self, executor: Executor, move_id: str, want: Want, seen: Seen
+    ) -> dict[str, Phase]:
+        """What a later order has otherwise: the connections since the freeze, say."""
+        sending, _ = self._find_sending(move_id, want)
+        if sending or seen.standing != Standing.PREPARED or not site.clear(executor, move_id):
+            raise RefusedError(
+                f"{move_id} is {seen.standing.value} as an earlier order had it",
+                hint=f"natkeep fleet end {move_id} first",
+            )
+        return self._prepare(executor, move_id, want)
+
+    def _find_sending(self, move_id: str, want: Want) -> tuple[list[str], dict[str, int]]:
+        """The nodes that send to this one, or have begun to; the revisions of what all said."""
+        others, sending = {}, []
+        for node in want.senders:
+            key = keys.done(node, move_id)
+            item = self.store.range(key).items.get(key)
+            others[key] = item.revision if item else ABSENT
+            if item and parse_done(item.value).phase != Phase.GONE:
+                sending.append(node)
+        return sending, others
+
+    def _undo(
+        self, executor: Executor, move_id: str, want: Want, followed: Followed | None
+    ) -> dict[str, Phase]:
+        """Undo it by order; and what it waits for."""
+        standing = site.look(executor.state, move_id).standing
+        if standing != Standing.GONE:
+            self._demand_ours(move_id, followed)
+            if waits := self._find_waits(move_id, want):
+                return waits
+            if standing == Standing.STALE:
+                teardown(executor, move_id)
+            else:
+                site.undo(executor, move_id, want)
+            self._say(f"{move_id}: undone")
+        self._note(move_id, want, "gone")
+        return {}
+
+    def _note_away(self, error: NatkeepError) -> None:
+        if not self._away:
+            self._away = True
+            self._say(f"the store is away, nothing is undone: {error}")
+
+    # ---- what it needs for that ------------------------------------------------------------------
+
+    def _find_waits(self, move_id: str, want: Want) -> dict[str, Phase]:
+        waits = {}
+        for node, phase in want.after.items():
+            heard = self.known.other(node, move_id)
+            if heard is None:
+                self._follow(self, keys.dones(node))
+                heard = self.known.other(node, move_id)
+            if heard is None or not parse_done(heard.value).reaches(phase, want.generation):
+                waits[node] = phase
+        return waits
+
+    def _refuse_out_of_bounds(self, executor: Executor, want: Want) -> None:
+        bounds = self.bounds
+        if bounds.roles is not None and want.role not in bounds.roles:
+            raise RefusedError(f"{self.node} takes no orders as {want.role}", hint="agent.roles")
+        if bounds.netns is not None and want.netns not in bounds.netns:
+            raise RefusedError(
+                f"{self.node} takes no orders in the namespace {want.netns!r}", hint="agent.netns"
+            )
+        if bounds.max_moves is not None and len(executor.state.ids()) >= bounds.max_moves:
+            raise RefusedError(
+                f"{self.node} has {bounds.max_moves} moves already", hint="agent.max_moves"
+            )
+
+    def _demand_ours(self, move_id: str, followed: Followed | None) -> Followed:
+        if followed is None:
+            raise RefusedError(
+                f"{move_id} was prepared at {self.node} by another hand",
+                hint=f"natkeep teardown {move_id} there, or another id",
+            )
+        return followed
+
+    def _note(self, move_id: str, want: Want, state: str) -> None:
+        self.followed.note(move_id, want.generation, state, want.digest())
+
+    def _fail(self, move_id: str, failed: NatkeepError) -> Error:
+        """Have it tried again, later each time."""
+        times = self._failed[move_id] = self._failed.get(move_id, -1) + 1
+        self._look_again(move_id, min(_SOON * 2**times, _LATEST))
+        return Error.of(failed)
+
+    def _look_again(self, move_id: str, seconds: float) -> None:
+        at = time.monotonic() + seconds
+        self._later[move_id] = min(at, self._later.get(move_id, at))
+
+    def _tell(self, move_id: str, done: Done) -> None:
+        before = self.known.told.get(move_id)
+        if done == before:
+            return
+        self.store.txn({keys.done(self.node, move_id): done.write(time.time())})
+        self.known.told[move_id] = done
+        if done.error is not None and (before is None or before.error != done.error):
+            self._say(f"{move_id}: {done.error.message}")
+
+    def _forget(self, move_id: str) -> None:
+        """Nothing is ordered and nothing is there, so nothing is to be said of it."""
+        if move_id in self.known.told:
+            self.store.txn({keys.done(self.node, move_id): None})
+            del self.known.told[move_id]
+
+
+def _refuse_again(move_id: str, want: Want, followed: Followed) -> None:
+    """What was undone is not prepared again by the same order."""
+    if followed.state == "expired":
+        raise DeadlineError(
+            f"its gate was not opened within {want.deadline} s: undone",
+            hint="natkeep fleet apply orders it anew",
+        )
+    if followed.state == "prepared":
+        raise RefusedError(
+            f"{move_id} was undone by another hand", hint="natkeep fleet apply orders it anew"
+        )

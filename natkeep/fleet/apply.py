@@ -1,0 +1,180 @@
+"""Writes orders into the store: a move to be made, and one to be undone.
+
+Rule: all is looked at before anything is written, and an order is written in one transaction,
+which fails if anything that was looked at is another by then. So of two orders for one OLD one is
+refused.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+
+from natkeep.checkpoint import Checkpoint
+from natkeep.checkpoint.listing import write_listing
+from natkeep.errors import RefusedError
+from natkeep.fleet import keys
+from natkeep.fleet.done import parse_done
+from natkeep.fleet.listing import cut
+from natkeep.fleet.order import Order, Place, parse_order
+from natkeep.fleet.store import ABSENT, Item, Store, read
+from natkeep.fleet.want import Phase, as_object, texts
+from natkeep.plan.move import Move, Site
+from natkeep.plan.roles import Role
+from natkeep.plan.step_order import make_plan
+from natkeep.plan.steps import Plan
+from natkeep.plan.tuples import Connections
+from natkeep.values import replace
+
+
+def apply(store: Store, order: Order, checkpoint: Checkpoint) -> tuple[Order, Plan]:
+    """Order a move, or order it anew; as it is in the store, and what the destination will do.
+
+    RefusedError where a node is not there, OLD is another's, or more than its phase has changed.
+    """
+    order = _with_members(store, order)
+    olds = [map_.old_end for map_ in order.maps]
+    udp, servers = checkpoint.udp_at(olds), checkpoint.udp_servers_at(olds)
+    plans = {
+        place.role: make_plan(
+            Move(
+                order.id, order.maps, (Site(place.role, place.netns),), order.mode,
+                order.listeners, udp=udp, udp_servers=servers,
+            ),
+            checkpoint.connections,
+        )
+        for place in order.places
+    }  # fmt: skip
+    ours = Connections.joined(plans[order.places[0].role].move.share(checkpoint.connections))
+    listed, pieces = cut(
+        order.id, write_listing(ours, udp, servers), len(ours) + len(udp) + len(servers)
+    )
+    before = read(store, keys.move(order.id))
+    order = replace(
+        order, listed=listed, image=checkpoint.run_id, generation=_next(store, order, before)
+    )
+    compare = {keys.move(order.id): before.revision if before else ABSENT}
+    compare |= _look_at_owners(store, order)
+    for key, piece in pieces.items():
+        store.txn({key: piece})
+    owners = dict.fromkeys(map(keys.owner, olds), order.id)
+    if not store.txn({**_orders(order), **owners}, compare):
+        raise RefusedError(f"{order.id}: another order came at the same time; it stands")
+    return order, next(plan for role, plan in plans.items() if role == Role.DESTINATION)
+
+
+def end(store: Store, move_id: str, *, force: bool = False) -> Order | None:
+    """Order a move to be undone everywhere; None where there is no such move."""
+    while True:
+        before = read(store, keys.move(move_id))
+        if before is None:
+            return None
+        order = parse_order(before.value)
+        if order.phase == "settled":
+            return None
+        order = replace(order, phase="gone", generation=_next(store, order, before, ends=True))
+        wants = _orders(order, force=force, unopened=_is_unopened(store, order))
+        if store.txn(wants, {keys.move(move_id): before.revision}):
+            return order
+
+
+def forget(store: Store, order: Order) -> None:
+    """Of a move that is undone everywhere leave nothing in the store but its generation."""
+    owners = dict.fromkeys(keys.owner(map_.old_end) for map_ in order.maps)
+    wants = dict.fromkeys(place.key(order.id) for place in order.places)
+    item = read(store, keys.move(order.id))
+    if item is not None and parse_order(item.value) == order:
+        settled = json.dumps(replace(order, phase="settled").to_json())
+        name = keys.move(order.id)
+        store.txn({**owners, **wants, name: settled}, {name: item.revision})
+        store.delete(keys.pieces(order.id))
+
+
+def is_undone(store: Store, order: Order) -> bool:
+    """Whether each node has undone it, as ordered."""
+    if order.is_wanted() or order.phase == "settled":
+        return not order.is_wanted()
+    items = (read(store, keys.done(node, order.id)) for node, _ in order.nodes())
+    said = [parse_done(item and item.value) for item in items]
+    return all(done.reaches(Phase.GONE, order.generation) for done in said)
+
+
+def _is_unopened(store: Store, order: Order) -> bool:
+    """Whether nothing lives by it yet: its destination is there, and says that it was not opened.
+
+    A gateway cannot know: its entries are there before the process is.
+    """
+    [node] = [name for name, place in order.nodes() if place.role == Role.DESTINATION]
+    item = read(store, keys.done(node, order.id))
+    if item is None or read(store, keys.alive(node)) is None:
+        return False
+    return parse_done(item.value).phase != Phase.OPEN
+
+
+def _orders(order: Order, *, force: bool = False, unopened: bool = False) -> dict[str, str]:
+    wants = order.wants(force=force, unopened=unopened)
+    puts = {key: json.dumps(want.to_json()) for key, want in wants.items()}
+    return {**puts, keys.move(order.id): json.dumps(order.to_json())}
+
+
+def _with_members(store: Store, order: Order) -> Order:
+    """*order* with the members of its groups; RefusedError where a node's agent does not run."""
+    found = store.range(keys.NODES).items
+    alive = {key.split("/")[4]: item for key, item in found.items() if key.endswith("/alive")}
+    places = []
+    for place in order.places:
+        if place.group:
+            members = tuple(sorted(n for n, i in alive.items() if place.group in _groups(i)))
+            if not members:
+                raise RefusedError(f"no agent of the group {place.group} runs")
+            place = Place(place.role, place.netns, members, place.group)
+        elif place.nodes[0] not in alive:
+            raise RefusedError(
+                f"no agent runs as {place.nodes[0]}",
+                hint="natkeep fleet status shows those that do",
+            )
+        places.append(place)
+    return replace(order, places=tuple(places))
+
+
+def _groups(item: Item) -> list[str]:
+    return texts(as_object(item.value).get("groups", []))
+
+
+def _next(store: Store, order: Order, before: Item | None, *, ends: bool = False) -> int:
+    """The generation of an order that is newer than all that any of its nodes has followed."""
+    known = parse_order(before.value) if before else None
+    if known is not None and known.is_wanted() and not ends:
+        _refuse_other(known, order)
+    items = (read(store, keys.done(node, order.id)) for node, _ in order.nodes())
+    followed = [parse_done(item.value).generation for item in items if item]
+    return max([known.generation if known else 0, *followed]) + 1
+
+
+def _refuse_other(known: Order, order: Order) -> None:
+    """RefusedError where nodes would have to undo something for the new order."""
+    same = (known.maps, known.mode, known.listeners) == (order.maps, order.mode, order.listeners)
+    before, now = ({(p.key(order.id), p.role, p.netns) for p in o.places} for o in (known, order))
+    if not same or before - now:
+        raise RefusedError(
+            f"{order.id} is ordered already, with other maps or sites",
+            hint=f"natkeep fleet end {order.id} first, or another id",
+        )
+
+
+def _look_at_owners(store: Store, order: Order) -> Mapping[str, int]:
+    """The revisions of what says whose each OLD is; RefusedError where it is another move's."""
+    seen = {}
+    for map_ in order.maps:
+        key = keys.owner(map_.old_end)
+        item = read(store, key)
+        if item is not None and item.value != order.id:
+            other = read(store, keys.move(item.value))
+            known = parse_order(other.value) if other else None
+            if known is None or not is_undone(store, known):
+                raise RefusedError(
+                    f"{map_.old_end} is moved by {item.value} already",
+                    hint=f"natkeep fleet end {item.value}",
+                )
+        seen[key] = item.revision if item else ABSENT
+    return seen

@@ -1,0 +1,82 @@
+"""What a node says of a move: how far it is, of which order, and what went wrong.
+
+    {"schema": 1, "phase": "prepared", "generation": 3, "since": 1764500000.5,
+     "waits": {"host-b": "prepared"}, "error": {"exit": 4, "code": "refused", "message": "..."}}
+
+since: seconds since 1970, by the node's own clock. waits: for which nodes it waits.
+
+Rule: it is written by the agent of that node alone; what cannot be read is taken for gone.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from natkeep.errors import NatkeepError
+from natkeep.fleet.want import SCHEMA, Phase, a_text, as_object, whole
+from natkeep.values import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Error:
+    """What went wrong: the exit code of DESIGN's contract, a word for programs, a line for us."""
+
+    exit: int
+    code: str
+    message: str
+
+    @classmethod
+    def of(cls, error: NatkeepError) -> Error:
+        """The code is the name of its class."""
+        hint = f" ({error.hint})" if error.hint else ""
+        code = type(error).__name__.removesuffix("Error").lower()
+        return cls(error.exit_code, code, f"{error}{hint}")
+
+
+@dataclass(frozen=True, slots=True)
+class Done:
+    """See above."""
+
+    phase: Phase
+    generation: int
+    error: Error | None = None
+    waits: Mapping[str, Phase] = {}
+
+    def to_json(self) -> dict[str, Any]:
+        """As it is in the store, but for the time."""
+        return {
+            "schema": SCHEMA, "phase": str(self.phase), "generation": self.generation,
+            "waits": {node: str(phase) for node, phase in self.waits.items()},
+            "error": self.error
+            and {
+                "exit": self.error.exit, "code": self.error.code, "message": self.error.message
+            },
+        }  # fmt: skip
+
+    def write(self, now: float) -> str:
+        """The text that is in the store."""
+        return json.dumps({**self.to_json(), "since": round(now, 3)})
+
+    def reaches(self, phase: Phase, generation: int) -> bool:
+        """Whether it is as far, of that very order; gone is as far as an undo comes."""
+        if self.generation != generation:
+            return False
+        return self.phase == phase if phase == Phase.GONE else self.phase.reaches(phase)
+
+
+NOTHING = Done(Phase.GONE, 0)
+
+
+def parse_done(text: str | None) -> Done:
+    """What a node said; NOTHING where it said nothing that can be read."""
+    try:
+        found = as_object(text or "")
+        told, error = found["error"], None
+        if told is not None:
+            error = Error(whole(told["exit"]), a_text(told["code"]), a_text(told["message"]))
+        waits = {node: Phase(phase) for node, phase in found.get("waits", {}).items()}
+        return Done(Phase(found["phase"]), whole(found["generation"]), error, waits)
+    except (KeyError, TypeError, ValueError, AttributeError):
+        return NOTHING

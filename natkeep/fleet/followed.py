@@ -1,0 +1,93 @@
+"""Which order of each move this node has followed last: a file beside the journals.
+
+    DIR/agent.followed: JSON lines, appended and fsynced
+        {"id": "web", "generation": 3, "state": "begun", "digest": "..."}
+
+state: `begun` before anything is done, `prepared` when it is, `expired` where a deadline undid it,
+`gone` where an order did. digest: of what was ordered.
+
+A restored backup of the store shows orders of yesterday; without this they would be followed again.
+Rule: the line is on disk before what it says is done. A last line without its newline is as if it
+were not there.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+from typing import NamedTuple
+
+from natkeep.errors import JournalError
+
+NAME = "agent.followed"
+
+
+class Followed(NamedTuple):
+    """The last order of a move that was followed."""
+
+    generation: int
+    state: str
+    digest: str
+
+
+class FollowedFile:
+    """The file, which one agent at a time has."""
+
+    def __init__(self, directory: str) -> None:
+        self.path = os.path.join(directory, NAME)
+        flags = os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC
+        self._fd = os.open(self.path, flags, 0o600)
+        try:
+            fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if not os.fstat(self._fd).st_nlink:
+                raise BlockingIOError  # it was written anew just then
+        except BlockingIOError:
+            os.close(self._fd)
+            raise JournalError(f"another natkeep agent has {self.path}") from None
+        self.known: dict[str, Followed] = {}
+        self._read()
+
+    def note(self, move_id: str, generation: int, state: str, digest: str) -> None:
+        """Have it on disk, unless it is there."""
+        followed = Followed(generation, state, digest)
+        if self.known.get(move_id) != followed:
+            os.write(self._fd, _line(move_id, followed))
+            os.fsync(self._fd)
+            self.known[move_id] = followed
+
+    def close(self) -> None:
+        """Another may have it now."""
+        os.close(self._fd)
+
+    def _read(self) -> None:
+        with open(self.path, "rb") as file:
+            *lines, torn = file.read().split(b"\n")
+        try:
+            for line in lines:
+                found = json.loads(line)
+                self.known[str(found["id"])] = Followed(
+                    int(found["generation"]), str(found["state"]), str(found["digest"])
+                )
+        except (KeyError, TypeError, ValueError) as error:
+            raise JournalError(
+                f"{self.path} cannot be read: {error}", hint="natkeep status lists what there is"
+            ) from None
+        if torn or len(lines) > 2 * len(self.known):
+            self._write_anew()
+
+    def _write_anew(self) -> None:
+        """A line a move, under the same lock: the file is written over from its beginning."""
+        beside = f"{self.path}.new"
+        with open(beside, "wb") as file:
+            file.writelines(_line(*each) for each in self.known.items())
+            os.fsync(file.fileno())
+        new = os.open(beside, os.O_RDWR | os.O_APPEND | os.O_CLOEXEC)
+        fcntl.flock(new, fcntl.LOCK_EX)
+        os.rename(beside, self.path)
+        os.close(self._fd)
+        self._fd = new
+
+
+def _line(move_id: str, followed: Followed) -> bytes:
+    return json.dumps({"id": move_id, **followed._asdict()}).encode() + b"\n"

@@ -1,0 +1,130 @@
+"""A move at this node: its phase as the journal has it, and what is done to it.
+
+Rule: the journal is asked, never what was meant to be done. What was opened once, even if it was
+closed again since, is undone by an order alone.
+"""
+
+from __future__ import annotations
+
+import time
+from enum import Enum
+
+from natkeep import policy
+from natkeep.checkpoint import Checkpoint
+from natkeep.errors import LeftoverError
+from natkeep.fleet.want import Phase, Want
+from natkeep.lifecycle import drain
+from natkeep.lifecycle.executor import Executor, finish
+from natkeep.lifecycle.open import open_move
+from natkeep.lifecycle.prepare import prepare
+from natkeep.lifecycle.teardown import end, teardown
+from natkeep.plan.move import Move, Site
+from natkeep.plan.observation import Gate
+from natkeep.plan.steps import OpenEarly, OpenGate
+from natkeep.plan.undone import SECONDS
+from natkeep.state.directory import StateDirectory, read_boot_id
+from natkeep.state.journal import Journal
+from natkeep.values import dataclass
+
+_OPENING = (OpenGate.__name__, OpenEarly.__name__)
+
+
+class Standing(Enum):
+    """What a journal says of a move. HALF: it was not prepared to the end, or half undone.
+
+    STALE: it was prepared before the last boot, and nothing of it is there.
+    """
+
+    GONE = "gone"
+    STALE = "stale"
+    HALF = "half"
+    PREPARED = "prepared"
+    OPEN = "open"
+
+    def phase(self) -> Phase:
+        """What is told of it."""
+        known = {Standing.PREPARED: Phase.PREPARED, Standing.OPEN: Phase.OPEN}
+        return known.get(self, Phase.GONE)
+
+
+@dataclass(frozen=True, slots=True)
+class Seen:
+    """A move as its journal has it; begun: nanoseconds of the monotonic clock, 0: unknown.
+
+    touched: a gate of it was opened once, or may have been.
+    """
+
+    standing: Standing
+    touched: bool = False
+    begun: int = 0
+
+    def is_overdue(self, deadline: int) -> bool:
+        """Whether its gate has been closed for *deadline* seconds, from the beginning on."""
+        if self.touched or not (self.begun and deadline):
+            return False
+        return time.monotonic_ns() - self.begun > deadline * 10**9
+
+
+def look(state: StateDirectory, move_id: str) -> Seen:
+    """The move of that id; JournalError where its journal cannot be read."""
+    if not state.knows(move_id):
+        return Seen(Standing.GONE)
+    journal = state.load(move_id)
+    return Seen(_stand(journal), _was_touched(journal), journal.begun)
+
+
+def _stand(journal: Journal) -> Standing:
+    if journal.boot != read_boot_id():
+        return Standing.STALE
+    if journal.is_opened():
+        return Standing.OPEN
+    return Standing.PREPARED if journal.is_prepared() else Standing.HALF
+
+
+def _was_touched(journal: Journal) -> bool:
+    return any(kind in _OPENING and n in journal.records for n, kind in enumerate(journal.kinds))
+
+
+def make_move(move_id: str, want: Want, checkpoint: Checkpoint) -> Move:
+    """The move at this one site; UsageError or RefusedError where it is none."""
+    olds = [map_.old_end for map_ in want.maps]
+    return Move(
+        move_id, want.maps, (Site(want.role, want.netns),), want.mode, want.listeners,
+        hold=want.gate == Gate.CLOSED, udp=checkpoint.udp_at(olds),
+        udp_servers=checkpoint.udp_servers_at(olds),
+    )  # fmt: skip
+
+
+def make_ready(executor: Executor, move: Move, want: Want, checkpoint: Checkpoint) -> None:
+    """Prepare it, and open its gate where that is ordered; if the operator's file allows it."""
+    count = sum(map(len, move.share(checkpoint.connections))) + len(move.udp)
+    policy.authorise(move, count + len(move.udp_servers))
+    prepare(executor, move, checkpoint.connections, want.gate, want.image)
+
+
+def open_gate(executor: Executor, move_id: str) -> None:
+    """Open what was prepared to be open, by an agent that was killed before it did."""
+    open_move(executor, move_id)
+
+
+def undo(executor: Executor, move_id: str, want: Want) -> None:
+    """Undo it by order; LeftoverError, and nothing is undone, while connections live by it."""
+    if not want.force and executor.state.knows(move_id):
+        alive = drain.count_alive(executor, move_id)
+        if alive:
+            raise LeftoverError(
+                f"{alive} connections live; nothing was undone",
+                hint=f"natkeep fleet end {move_id} --yes ends them",
+            )
+    # Once all that sends to it is undone, nothing comes to a destination that it had to drop.
+    executor.drops = 0 if want.after else SECONDS
+    teardown(executor, move_id)
+
+
+def clear(executor: Executor, move_id: str) -> bool:
+    """Undo what was never opened; whether it was undone. A hook may open it at the same time."""
+    with executor.state.changing(move_id):
+        if executor.state.knows(move_id) and _was_touched(executor.load_undo(move_id)):
+            return False
+        finish(lambda: end(executor, move_id))
+        return True

@@ -1,0 +1,273 @@
+"""Agents as processes, with real namespaces and a store in a directory: the command line's way."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from two_hosts import look, make_two_hosts
+
+from natkeep.faultpoints import POINTS
+from natkeep.fleet import keys
+from natkeep.fleet.done import parse_done
+from natkeep.fleet.stores import open_store
+from natkeep.fleet.wake import Wake
+from natkeep.policy import Agent
+
+pytestmark = pytest.mark.root
+
+NATKEEP = [sys.executable, "-m", "natkeep.cli"]
+LIST = "10.2.0.10:5000 10.1.0.2:50001\n10.2.0.10:5000 10.1.0.2:50002\n"
+
+
+class Processes:
+    """A fleet of two hosts: its agents, and natkeep's own command line."""
+
+    def __init__(self, path: Path, names: dict[str, str], store: str) -> None:
+        self.path, self.names, self.store = path, names, store
+        self.agents: dict[str, subprocess.Popen[bytes]] = {}
+        (path / "list").write_text(LIST)
+        self.sites = [
+            {"node": "host-b", "role": "destination", "netns": names["destination"]},
+            {"group": "edge", "role": "gateway", "netns": names["gateway"]},
+        ]
+
+    def run(self, *words: str, **environment: str) -> subprocess.CompletedProcess[str]:
+        everywhere = {**os.environ, "NATKEEP_STORE": self.store, **environment}
+        return subprocess.run(
+            [*NATKEEP, *words], env=everywhere, capture_output=True, text=True, timeout=60
+        )
+
+    def call(self, *words: str) -> str:
+        done = self.run(*words)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    def state(self, node: str) -> str:
+        return str(self.path / f"state-{node}")
+
+    def start(self, node: str, *words: str, fault: str = "") -> None:
+        more = {"NATKEEP_FAULT": fault} if fault else {}
+        with (self.path / f"{node}.log").open("ab") as log:
+            self.agents[node] = subprocess.Popen(
+                [*NATKEEP, "agent", "--node", node, "--state-dir", self.state(node), *words],
+                env={**os.environ, "NATKEEP_STORE": self.store, **more},
+                stdin=subprocess.DEVNULL, stdout=log, stderr=log,
+            )  # fmt: skip
+
+    def start_both(self) -> None:
+        self.start("host-b")
+        self.start("gw-1", "--group", "edge")
+        self.wait_alive("gw-1", "host-b")
+
+    def wait_alive(self, *nodes: str) -> None:
+        until = time.monotonic() + 30
+        while time.monotonic() < until:
+            if {*nodes} <= {*json.loads(self.call("fleet", "status", "--json"))["agents"]}:
+                return
+        pytest.fail(f"not alive: {nodes}")
+
+    def apply(self, **more: Any) -> subprocess.CompletedProcess[str]:
+        order = {
+            "id": "web", "maps": ["10.2.0.10=10.3.0.20"], "connections": "list",
+            "sites": self.sites, **more,
+        }  # fmt: skip
+        (self.path / "web.json").write_text(json.dumps(order))
+        return self.run("fleet", "apply", str(self.path / "web.json"))
+
+    def kill(self, node: str) -> None:
+        agent = self.agents.pop(node)
+        agent.kill()
+        agent.wait()
+
+    def close(self) -> None:
+        for agent in self.agents.values():
+            agent.kill()
+            agent.wait()
+
+
+@pytest.fixture
+def fleet(tmp_path: Path, make_netns: Callable[[], str]) -> Iterator[Processes]:
+    fleet = Processes(tmp_path, make_two_hosts(make_netns), f"dir:{tmp_path}/store")
+    yield fleet
+    fleet.close()
+
+
+def test_a_move_from_apply_to_settled(fleet: Processes) -> None:
+    before = look(fleet.names)
+    fleet.start_both()
+    assert fleet.apply().returncode == 0
+    fleet.call("fleet", "wait", "web")
+    moves = json.loads(fleet.call("fleet", "status", "--json"))["moves"]
+    assert [(s["node"], s["phase"]) for s in moves[0]["sites"]] == [
+        ("gw-1", "open"), ("host-b", "prepared")
+    ]  # fmt: skip
+    assert fleet.run("fleet", "wait", "web", "--for", "open", "--timeout", "0").returncode == 1
+    fleet.call("open", "web", "--state-dir", fleet.state("host-b"))  # as the hook does
+    fleet.call("fleet", "wait", "web", "--for", "open")
+
+    fleet.call("fleet", "end", "web")
+    done = fleet.run("fleet", "wait", "web", "--for", "settled")
+    assert (done.returncode, "2 connections live" in done.stderr) == (8, True)
+    fleet.call("fleet", "end", "web", "--yes")
+    fleet.call("fleet", "wait", "web", "--for", "settled")
+    assert look(fleet.names) == before
+    assert "nothing is ordered" in fleet.call("fleet", "status")
+    fleet.call("fleet", "wait", "web", "--for", "settled")
+    fleet.call("fleet", "end", "web")
+
+
+def test_agents_that_are_killed_and_come_back_touch_nothing(fleet: Processes) -> None:
+    fleet.start_both()
+    fleet.apply()
+    fleet.call("fleet", "wait", "web")
+    fleet.call("open", "web", "--state-dir", fleet.state("host-b"))
+    fleet.call("fleet", "wait", "web", "--for", "open")
+    journals = [Path(fleet.state(n), "web.journal") for n in ("host-b", "gw-1")]
+    times = [journal.stat().st_mtime_ns for journal in journals]
+    for node in ("host-b", "gw-1"):
+        fleet.kill(node)
+    fleet.start_both()
+    fleet.call("fleet", "wait", "web", "--for", "open")
+    assert [journal.stat().st_mtime_ns for journal in journals] == times
+    for node in ("host-b", "gw-1"):
+        fleet.call("status", "web", "--strict", "--state-dir", fleet.state(node))
+
+
+@pytest.mark.parametrize(
+    ("node", "point"),
+    [
+        ("host-b", "begun-InstallGate"),
+        ("host-b", "applied-FillSet"),
+        ("gw-1", "journal-begun"),
+        ("gw-1", "applied-InsertEntries"),
+    ],
+)
+def test_an_agent_killed_at_a_fault_point_and_started_again(
+    fleet: Processes, node: str, point: str
+) -> None:
+    assert point in POINTS
+    before = look(fleet.names)
+    fleet.start("host-b", fault=point if node == "host-b" else "")
+    fleet.start("gw-1", "--group", "edge", fault=point if node == "gw-1" else "")
+    fleet.wait_alive("host-b", "gw-1")
+    fleet.apply()
+    assert fleet.agents[node].wait(30) == -signal.SIGKILL
+    fleet.start(node, *(["--group", "edge"] if node == "gw-1" else []))
+    fleet.call("fleet", "wait", "web")
+    fleet.call("fleet", "end", "web")
+    fleet.call("fleet", "wait", "web", "--for", "settled")
+    assert look(fleet.names) == before
+
+
+def test_once_follows_what_is_ordered_and_ends(fleet: Processes) -> None:
+    store = open_store(fleet.store, Agent())
+    store.txn({keys.alive("host-b"): "{}", keys.alive("gw-1"): '{"groups": ["edge"]}'})
+    assert fleet.apply().returncode == 0
+    for node, group in (("host-b", ()), ("gw-1", ("--group", "edge"))):
+        words = ("agent", "--once", "--node", node, *group, "--state-dir", fleet.state(node))
+        fleet.call(*words)
+    fleet.call("fleet", "wait", "web", "--timeout", "0")
+    store.close()
+
+
+def test_sigterm_ends_an_agent_and_not_its_moves(fleet: Processes) -> None:
+    fleet.start_both()
+    fleet.apply()
+    fleet.call("fleet", "wait", "web")
+    agent = fleet.agents["host-b"]
+    agent.terminate()
+    assert agent.wait(30) == 0
+    status = json.loads(fleet.call("fleet", "status", "web", "--json"))
+    assert status["agents"] == ["gw-1"]
+    assert [site["phase"] for site in status["moves"][0]["sites"]] == ["open", "prepared"]
+
+
+def test_an_order_ends_in_its_exit_code_and_changes_nothing(fleet: Processes) -> None:
+    store = open_store(fleet.store, Agent())
+    assert fleet.apply().returncode == 4, "no agent runs"
+    fleet.start_both()
+    for more, code in (
+        ({"sites": fleet.sites[1:]}, 2),
+        ({"maps": ["10.2.0.10=auto"]}, 2),
+        ({"connections": "not-there"}, 3),
+        ({"maps": ["10.9.9.9=10.3.0.20"]}, 4),
+        ({"sites": [{"node": "host-c", "role": "destination"}]}, 4),
+        ({"maps": ["10.2.0.10=10.2.0.10"]}, 2),
+    ):
+        done = fleet.apply(**more)
+        assert done.returncode == code, done.stderr
+        assert done.stderr.count("\nnatkeep: ") == 0, "one line, and perhaps its hint"
+    assert not store.range(keys.MOVES).items
+    assert fleet.run("fleet", "apply").returncode == 2
+    assert fleet.run("fleet", "status", "web").returncode == 7
+    assert fleet.run("fleet", "wait", "web").returncode == 7
+    assert fleet.run("fleet", "end", "web").returncode == 0
+    (fleet.path / "file").touch()
+    away = {"NATKEEP_STORE": f"dir:{fleet.path}/file/x"}
+    assert fleet.run("fleet", "status", **away).returncode == 9
+    assert fleet.run("fleet", "status", NATKEEP_STORE="").returncode == 2
+    store.close()
+
+
+def test_a_wait_for_a_node_whose_agent_has_ended(fleet: Processes) -> None:
+    fleet.start_both()
+    fleet.agents["gw-1"].terminate()
+    store = open_store(fleet.store, Agent())
+    fleet.agents["gw-1"].wait(30)
+    store.txn({keys.alive("gw-1"): '{"groups": ["edge"]}'})
+    fleet.apply()
+    store.txn({keys.alive("gw-1"): None})
+    done = fleet.run("fleet", "wait", "web", "--timeout", "0.5")
+    assert (done.returncode, "no agent runs as gw-1" in done.stderr) == (9, True)
+    store.close()
+
+
+def test_the_operators_file_bounds_what_the_store_orders(fleet: Processes) -> None:
+    config = fleet.path / "natkeep.toml"
+    config.write_text('allow_new = ["10.4.0.0/16"]\n[agent]\nnode = "host-b"\nmax_moves = 5\n')
+    config.chmod(0o600)
+    fleet.start("host-b", "--config", str(config))
+    fleet.wait_alive("host-b")
+    fleet.apply(sites=fleet.sites[:1])
+    done = fleet.run("fleet", "wait", "web")
+    assert (done.returncode, "NEW 10.3.0.20 is not allowed" in done.stderr) == (4, True)
+
+
+def test_a_journal_that_changes_wakes(tmp_path: Path) -> None:
+    wake = Wake(open_store(f"dir:{tmp_path}/store", Agent()))
+    (tmp_path / "web.journal").write_text("1\n")
+    wake.follow_journals(str(tmp_path))
+    with (tmp_path / "web.journal").open("a") as file:
+        file.write("2\n")
+    assert {"web"} in wake.wait(10)
+    (tmp_path / "web.journal").unlink()
+    assert {"web"} in wake.wait(10)
+    (tmp_path / "lock").touch()
+    assert wake.wait(0.2) == []
+    wake.close()
+
+
+def test_what_an_agent_says_is_of_the_form(fleet: Processes) -> None:
+    fleet.start("host-b")
+    fleet.wait_alive("host-b")
+    fleet.apply(sites=fleet.sites[:1])
+    fleet.call("fleet", "wait", "web")
+    store = open_store(fleet.store, Agent())
+    items = store.range(keys.node("host-b")).items
+    alive = json.loads(items[keys.alive("host-b")].value)
+    assert {*alive} == {"schema", "pid", "version", "boot", "roles", "groups", "open"}
+    assert alive["pid"] == fleet.agents["host-b"].pid
+    done = json.loads(items[keys.done("host-b", "web")].value)
+    assert {*done} == {"schema", "phase", "generation", "since", "waits", "error"}
+    assert abs(done["since"] - time.time()) < 60
+    assert parse_done(items[keys.done("host-b", "web")].value).phase == "prepared"
+    store.close()
