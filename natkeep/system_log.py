@@ -13,7 +13,8 @@ from contextlib import suppress
 from natkeep.errors import in_one_line
 
 PATH = "/dev/log"
-_INFO, _ERROR = 3 << 3 | 6, 3 << 3 | 3  # daemon.info, daemon.err
+# daemon.notice, since natkeep-watch.service has LogLevelMax=notice; daemon.err
+_NOTICE, _ERROR = 3 << 3 | 5, 3 << 3 | 3
 _LIMIT = 1000  # octets: more is no line that a person reads
 _NOT_SET = "4294967295"
 
@@ -21,7 +22,7 @@ _NOT_SET = "4294967295"
 def note(program: str, line: str, *, failed: bool = False) -> None:
     """Write *line* as *program*'s, and by whom it was done."""
     text = in_one_line(line).encode("utf-8", "backslashreplace")[:_LIMIT].decode("utf-8", "ignore")
-    head = f"<{_ERROR if failed else _INFO}>{program}[{os.getpid()}]: "
+    head = f"<{_ERROR if failed else _NOTICE}>{program}[{os.getpid()}]: "
     with suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as log:
         log.setblocking(False)
         log.connect(PATH)

@@ -14,8 +14,10 @@ Relay and destination are machines of their own, which know nothing of each othe
 """
 
 import time
+from functools import partial
 
 from natkeep.lab.criu_restore import Machine
+from natkeep.lab.host import await_true
 from natkeep.lab.relay import FLAT, ByRelay
 
 SETUP = FLAT
@@ -53,8 +55,10 @@ def run(lab, *, silent=True):
 
     ends = {"old": lab.old, "source": by.source, "port": lab.server_endpoint.port}
     rules = SILENT.format(ip="ip" if lab.family == 4 else "ip6", **ends)
-    by.boot(status, rules if silent else "")
+    up_ns = by.boot(status, rules if silent else "")
     time.sleep(2)  # until both ends have said again what was lost: after 0.2, 0.4, 0.8 and 1.6 s
+    with lab.report.must("the peers speak to the relay before it is prepared"):
+        await_true(partial(have_spoken, lab, up_ns), "a peer to say it again", seconds=10)
     booted = Machine(lab, "source", state="state-booted")
     booted.natkeep("prepare", "web", *options)
     lab.traffic.talk_on()
@@ -64,3 +68,9 @@ def run(lab, *, silent=True):
         machine.natkeep("teardown", "web", "--yes", "--drop", "0")
     lab.undone.append(order)
     lab.conclude()
+
+
+def have_spoken(lab, since_ns):
+    """Whether the client's own wire has a segment to OLD since then."""
+    said = (each for each in lab.captures["client"].frames() if each.at_ns > since_ns)
+    return any(each.segment and each.segment.tuple in lab.traffic.kept for each in said)

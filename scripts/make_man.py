@@ -78,7 +78,7 @@ def convert(markdown: str) -> Iterator[str]:
 
 def section(page: str, title: str) -> str:
     """What stands below a heading of docs/*page*, without it; all before the first for `""`."""
-    text = (DOCS / page).read_text(encoding="utf-8")
+    text = re.sub(r"<!-- .* -->\n", "", (DOCS / page).read_text(encoding="utf-8"))
     if not title:
         return text.partition("\n## ")[0].partition("\n")[2]
     found = re.search(rf"^## {re.escape(title)}\n(.*?)(?=^## |\Z)", text, re.DOTALL | re.MULTILINE)

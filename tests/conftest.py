@@ -111,6 +111,7 @@ PROBES: dict[str, tuple[Callable[[], bool], str]] = {
     "aioquic": (lambda: _has_module("aioquic"), "needs aioquic: scripts/setup"),
     "dnsmasq": (lambda: _has_tool("dnsmasq"), "needs Debian's dnsmasq-base: scripts/setup"),
     "socat": (lambda: _has_tool("socat"), "needs Debian's socat: scripts/setup"),
+    "arping": (lambda: _has_tool("arping"), "needs Debian's iputils-arping: scripts/setup"),
     "iperf3": (lambda: _has_tool("iperf3"), "needs Debian's iperf3: scripts/setup"),
     "openssl": (lambda: _has_tool("openssl"), "needs Debian's openssl: scripts/setup"),
     "redis-server": (lambda: _has_tool("redis-server"), "needs Debian's redis-server"),

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from ipaddress import ip_address
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -22,11 +23,14 @@ from two_hosts import run_ip
 
 from natkeep.kernel.linux import LinuxKernel
 from natkeep.lab.ipv6_addresses import await_addresses
+from natkeep.lab.time_scale import scaled
+from natkeep.lifecycle.executor import Executor
 from natkeep.plan.maps import Map
 from natkeep.plan.move import Move, Site
 from natkeep.plan.roles import Role
 from natkeep.plan.steps import Prior, Step
-from natkeep.plan.tuples import Connections, Endpoint, FourTuple
+from natkeep.plan.tuples import NO_CONNECTIONS, Connections, Endpoint, FourTuple
+from natkeep.state.directory import StateDirectory
 from natkeep.values import replace
 
 Run = Callable[..., str]
@@ -49,6 +53,7 @@ TRACKS = (
     "add rule inet fw in ct state new counter"
 )
 EACH_VERSION = pytest.mark.parametrize("version", [4, 6])
+EACH_KIND = pytest.mark.parametrize("server", [False, True], ids=["connected", "server"])
 
 
 @dataclass
@@ -75,7 +80,7 @@ class Net:
             made = self.stack.enter_context(socket.socket(family, socket.SOCK_DGRAM))
         made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, int(shared))
         made.bind(own)
-        made.settimeout(0.15)
+        made.settimeout(scaled(0.15))
         if to is not None:
             made.connect(to)
         return made
@@ -88,13 +93,20 @@ class Net:
     def old_end(self) -> tuple[str, int]:
         return str(OLD[self.version]), PORT
 
-    def move(self, **more: Any) -> Move:
-        """Of the socket at OLD that is connected to the peer, unless *more* says otherwise."""
+    def process(self, at: str, *, server: bool) -> socket.socket:
+        """The process's socket: for any peer, or connected to the one."""
+        return self.socket(at, self.old_end, None if server else self.peer_end)
+
+    def move(self, *, server: bool = False, **more: Any) -> Move:
+        """Of the process's socket, as `process` makes it, unless *more* says otherwise."""
         inbound = FourTuple(
             Endpoint(PEER[self.version], PEER_PORT), Endpoint(OLD[self.version], PORT)
         )
         sites = tuple(Site(role, self.names[role]) for role in (Role.GATEWAY, Role.DESTINATION))
         map_ = Map(OLD[self.version], NEW[self.version])
+        if server:
+            end = inbound.destination
+            more = {"udp": NO_CONNECTIONS, "udp_servers": (end,), **more}
         return replace(Move("udp", (map_,), sites, udp=Connections.of([inbound])), **more)
 
     def apply(self, steps: tuple[Step, ...]) -> list[tuple[Step, Prior]]:
@@ -133,6 +145,11 @@ def make_net(make_netns: Callable[[], str], run: Run) -> Iterator[Callable[[int]
             return net
 
         yield make
+
+
+def make_executor(state: Path) -> Executor:
+    """The conductor of moves, with *state* as its directory."""
+    return Executor(LinuxKernel(str(state)), StateDirectory(str(state), create=True))
 
 
 def answered(peer: socket.socket, process: socket.socket, count: int, size: int = 5) -> int:

@@ -62,11 +62,13 @@ class Network:
         peer: str = "",
         port: int = 5000,
         sites: tuple[str, ...] = ("gateway", "destination"),
+        udp: bool = False,
     ) -> subprocess.CompletedProcess[str]:
-        """A verb about one connection."""
+        """A verb about one connection, and one of UDP besides if asked for."""
         old = MAPS[version].partition("=")[0]
         ends = [f"[{end}]" if version == 6 else end for end in (old, peer or PEERS[version])]
         text = f"{ends[0]}:{port} {ends[1]}:50001\n"
+        text += f"udp {text}" * udp
         named = [f"{site}={getattr(self, site)}" for site in sites]
         words = [*verb.split(), "--map", MAPS[version], "--connections", "-", *more]
         words += [word for site in named for word in ("--site", site)]
@@ -456,7 +458,7 @@ def test_a_host_in_between_that_natkeep_runs_on_is_asked_for_its_rules(
     setting = {4: "net.ipv4.conf.far.forwarding", 6: "net.ipv6.conf.all.forwarding"}[version]
     network.run(hop, "sysctl", "-qw", f"{setting}=0")
     with entered(hop):
-        assert network.codes(version, sites=("destination",)) == ["forwarding-off"]
+        assert network.codes(version, sites=("destination",), udp=True) == ["forwarding-off"]
     network.run(hop, "sysctl", "-qw", f"{setting}=1")
     legacy = {4: "iptables-legacy", 6: "ip6tables-legacy"}[version]
     if network.run(hop, legacy, "-t", "nat", "-A", "POSTROUTING", "-j", "MASQUERADE") == 0:

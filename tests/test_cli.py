@@ -798,11 +798,20 @@ def test_each_change_is_a_line_in_the_systems_log(
     executor("plan", "web", expect=2)
     assert system_log() == []
     executor(*prepare(sites), input=LIST)
+    compared = ("open", "web", "--compare", "--connections", "-")
+    assert executor(*compared, input=LIST).stderr.endswith("natkeep: web: gate closed\n")
     executor("open", "web")
+    assert executor(*compared, input=LIST).stderr.endswith("natkeep: web: gate open\n")
+    executor("repair", "web")
+    executor("repair", "--all")
     executor("teardown", "web")
-    assert system_log() == [
-        f"<30>natkeep[PID]: {verb} {about}: done {by}" for verb in ("prepare", "open", "teardown")
-    ]
+    executor("teardown", "web")
+    executor("rollback", "web")
+    words = [
+        ("prepare", ""), ("open", ", compared alone"), ("open", ""), ("open", ", compared alone"),
+        ("teardown", ""),
+    ]  # fmt: skip
+    assert system_log() == [f"<29>natkeep[PID]: {v} {about}{how}: done {by}" for v, how in words]
     executor("open", "web", expect=7)
     executor(*prepare(sites, move_id="far"), input="10.9.9.9:1 10.1.0.2:2", expect=4)
     told = system_log()

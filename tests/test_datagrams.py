@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 from entered import entered
 from fake_kernel import FakeKernel
+from hook_caller import Criu
 
 from natkeep import cli, policy, report
 from natkeep.checkpoint import Checkpoint
@@ -23,7 +24,6 @@ from natkeep.checkpoint.listing import parse_listing, write_listing
 from natkeep.checkpoint.live import Found, make_checkpoint
 from natkeep.cli.arguments import authorise, make_move
 from natkeep.cli.parser import make_parser
-from natkeep.criu import hook
 from natkeep.criu.environment import read_orders
 from natkeep.errors import RefusedError, UsageError
 from natkeep.kernel import linux, sock_diag
@@ -287,6 +287,35 @@ def test_the_kernel_says_what_criu_could_not_bind(
 
 
 @pytest.mark.root
+@pytest.mark.parametrize(
+    ("bound", "end", "there"),
+    [
+        ("127.0.0.1", "127.0.0.1:53", True),
+        ("127.0.0.1", "127.0.0.1:54", False),
+        ("127.0.0.2", "127.0.0.1:53", False),
+        ("0.0.0.0", "127.0.0.1:53", True),
+        ("0.0.0.0", "[::1]:53", False),
+        ("::", "127.0.0.1:53", True),
+        ("::", "[::1]:53", True),
+        ("::ffff:127.0.0.1", "127.0.0.1:53", True),
+        ("::1", "[::1]:53", True),
+    ],
+)
+def test_a_socket_without_a_peer_is_told_by_its_end(
+    alone: str, bound: str, end: str, there: bool
+) -> None:
+    family = socket.AF_INET6 if ":" in bound else socket.AF_INET
+    packed = Endpoint.parse(end).packed
+    with entered(alone), socket.socket(family, socket.SOCK_DGRAM) as server:
+        server.bind((bound, 53))
+        found = sock_diag.find_bound([packed], sock_diag.read_datagrams())
+        assert found == (frozenset({packed}) if there else frozenset())
+
+        server.connect((bound, 54))  # to a wildcard address is to the host itself
+        assert sock_diag.find_bound([packed], sock_diag.read_datagrams()) == frozenset()
+
+
+@pytest.mark.root
 def test_what_a_socket_is_bound_to_and_has_not_read_is_shown(alone: str) -> None:
     with entered(alone), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as server:
         server.setsockopt(socket.SOL_SOCKET, socket.SO_BINDTODEVICE, b"lo")
@@ -374,20 +403,9 @@ def kernel(monkeypatch: pytest.MonkeyPatch) -> FakeKernel:
 @pytest.fixture
 def call(kernel: FakeKernel, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., int]]:
     """`call(action, NAME=VALUE...)`: what the hook exits with, of an image of UDP alone."""
-    handle = os.open(CORPUS / "udp", os.O_RDONLY)
-
-    def call(action: str, **environment: str) -> int:
-        named = {
-            "CRTOOLS_SCRIPT_ACTION": action,
-            "CRTOOLS_INIT_PID": str(os.getpid()),
-            "CRTOOLS_IMAGE_DIR": f"/proc/{os.getpid()}/fd/{handle}",
-        }
-        for name, value in {**named, **environment}.items():
-            monkeypatch.setenv(name, value)
-        return hook.main()
-
-    yield call
-    os.close(handle)
+    criu = Criu(kernel, CORPUS / "udp", monkeypatch)
+    yield criu.call
+    os.close(criu.handle)
 
 
 def test_the_hook_prepares_and_opens_for_udp_alone(

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 from hook_caller import cable
 from machine_copy import Machine
+from pages import blocks_of
 
 ROOT = Path(__file__).resolve().parent.parent
 CORPUS = ROOT / "tests/checkpoint/corpus/plain"
@@ -93,10 +94,12 @@ def test_it_keeps_moves_over_an_upgrade_and_warns_of_them_when_it_is_removed(
     machine.run("natkeep", "-q", "teardown", "web", "--yes")
 
 
-def test_its_programs_pages_and_units_are_there_and_go_with_it(
-    package: Path, machine: Machine
-) -> None:
-    machine.run("apt-get", "install", "-y", "-qq", "--no-install-recommends", package)
+def test_its_programs_pages_and_units_are_there_and_go_with_it(machine: Machine) -> None:
+    """Made and installed as the page says."""
+    [block] = blocks_of("test_its_programs_pages_and_units_are_there_and_go_with_it")
+    settings = "APT::Get::Assume-Yes yes; APT::Install-Recommends no;"
+    machine.run("sh", "-c", f"echo '{settings}' >/etc/apt/apt.conf.d/settings")
+    machine.run("sh", "-ec", f"cd {ROOT}\n{block.text}")
     listed = machine.run("dpkg", "--listfiles", "natkeep").splitlines()
     in_path = {Path(each).name for each in listed if "/bin/" in each or "/sbin/" in each}
     assert in_path == {"natkeep", "natkeep-hook"}

@@ -10,15 +10,12 @@ import sys
 from pathlib import Path
 
 import pytest
+from pages import ALL, BLOCKS, PAGES, README, ROOT, Block, commands
 
 from natkeep import errors
 from natkeep.cli import make_parser
 from natkeep.migrate.criu_errors import CURES
 
-ROOT = Path(__file__).parent.parent
-README = ROOT / "README.md"
-PAGES = (README, *sorted((ROOT / "docs").glob("*.md")))
-ALL = (*PAGES, *(ROOT / f"{name}.md" for name in ("SECURITY", "CONTRIBUTING", "CHANGELOG")))
 TEXT = "\n".join(page.read_text() for page in PAGES)
 REFERENCE = (ROOT / "docs/reference.md").read_text()
 
@@ -78,30 +75,72 @@ def test_the_reference_gives_a_verb_its_own_options(verb: str) -> None:
     assert given <= {option for action in VERBS[verb]._actions for option in action.option_strings}
 
 
-def test_no_recipe_names_a_verb_or_option_that_there_is_not() -> None:
-    """The commands of natkeep in code blocks, up to a `--` behind which CRIU's begin."""
-    pages = [page.read_text() for page in PAGES if page.name != "matrix.md"]  # its block is a table
-    fence = re.compile(r"^ *```\w*\n(.*?)^ *```", re.DOTALL | re.MULTILINE)
-    blocks = "\n".join(block for page in pages for block in fence.findall(page))
-    recipes = re.findall(r"^\W*natkeep ((?:lab )?[a-z]+)(.*)$", blocks, re.MULTILINE)
+def parse(words: list[str]) -> None:
+    """Have natkeep's own parser read *words*; nothing is done."""
+    if words[-1] not in ("--help", "--version"):
+        PARSER.parse_args([re.sub("^SECONDS$", "1", word) for word in words])
 
-    assert recipes
-    assert {f"natkeep {verb}" for verb, _ in recipes} <= set(VERBS)
-    for _, words in recipes:
-        own = words.partition(" -- ")[0].partition("#")[0]
-        assert set(re.findall(r"--[a-z][a-z-]+", own)) <= set(OPTIONS)
+
+GIVEN = {"sh": r"(.*)", "console": r"^\$ (.*)"}
+"""What is given to a shell in a block of a language: each line, or what stands behind a prompt."""
+
+
+def given(block: Block) -> list[list[str]]:
+    lines = re.findall(GIVEN.get(block.language, "(?!)"), block.text, re.MULTILINE)
+    return list(commands("\n".join(lines)))
+
+
+@pytest.mark.parametrize("block", BLOCKS, ids=str)
+def test_each_block_says_what_is_done_with_it(block: Block) -> None:
+    """As tests/pages.py has it. A text is none that would be given to a shell."""
+    assert block.language in (*GIVEN, "text", "toml", "python")
+    if block.mark:
+        assert re.fullmatch(r"run by test_\w+(, test_\w+)*|parsed|not run: \S.+", block.mark)
+    else:
+        assert block.language == "text"
+    if block.language == "text":
+        programs = "criu|runc|podman|make|nft|ip|apt|pip|systemctl|sudo|[$]"
+        typed = rf"^(({programs}) |natkeep ({'|'.join(name[8:] for name in VERBS)})\b)"
+        assert not re.search(typed, block.text, re.MULTILINE)
+
+
+@pytest.mark.parametrize("block", [block for block in BLOCKS if given(block)], ids=str)
+def test_natkeep_and_make_take_what_a_block_gives_them(block: Block) -> None:
+    """Parsed without effect, whether a test runs the block or not."""
+    targets = re.findall(r"^([\w-]+):.* ## ", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    for words in given(block):
+        if Path(words[0]).name == "natkeep":
+            parse(words[1:])
+        elif words[0] == "make":
+            assert {*words[1:2]} <= {*targets}
+        else:
+            assert block.mark != "parsed", words
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_natkeep_takes_what_a_sentence_names(page: Path) -> None:
+    """A command within a line; a `…` is a value, or more options. A table has synopses."""
+    text = re.sub(r"^\| `natkeep .*", "", page.read_text(), flags=re.MULTILINE)
+    for span in re.findall(r"`([^`\n]*natkeep [^`\n]*)`", text):
+        for words in commands(re.sub(r"( [^-]\S*) …$", r"\1", span)):
+            if words[0] == "natkeep" and " ".join(words) not in VERBS:
+                parse(words[1:])
+
+
+def test_a_block_that_is_run_is_asked_for_by_its_test() -> None:
+    tests = "\n".join(path.read_text() for path in (ROOT / "tests").rglob("test_*.py"))
+    for block in BLOCKS:
+        for name in re.findall(r"test_\w+", block.mark) if block.mark[:6] == "run by" else ():
+            assert f"def {name}(" in tests, block
+            assert f'blocks_of("{name}")' in tests, block
 
 
 RECIPES = [
-    (page, f"{heading}\n{section}", block)
-    for page in PAGES
-    for heading, section in re.findall(
-        r"^##+ (.*)\n((?:(?!^## ).*\n?)*)", page.read_text(), re.MULTILINE
-    )
-    for block in re.findall(r"^```\n(.*?)^```", section, re.DOTALL | re.MULTILINE)
-    if re.search(r"^# (source|gateway|destination)\b", block, re.MULTILINE)
+    block
+    for block in BLOCKS
+    if re.search(r"^# (source|gateway|destination)\b", block.text, re.MULTILINE)
 ]
-"""Code blocks that say what is done at which machine, each with its section."""
+"""Code blocks that say what is done at which machine."""
 
 
 def steps(recipe: str) -> list[str]:
@@ -118,35 +157,29 @@ def steps(recipe: str) -> list[str]:
     return found
 
 
-@pytest.mark.parametrize(("page", "section", "recipe"), RECIPES)
-def test_a_recipe_keeps_the_order_and_is_run(page: Path, section: str, recipe: str) -> None:
+@pytest.mark.parametrize("block", RECIPES, ids=str)
+def test_a_recipe_keeps_the_order_and_is_run(block: Block) -> None:
     """No gateway is open before the destination is prepared, or prepared after the restore."""
-    order = steps(recipe)
+    order = steps(block.text)
+    assert block.mark.startswith("run by ")
     assert "restored" in order
-    if "NATKEEP_READY" in recipe:  # the hook asks for the gateway, whenever it is prepared
-        assert "NATKEEP_TELL" in recipe
-    elif "--site relay" in recipe:
+    if "rollback" in block.text:
+        assert order == ["restored"]
+    elif "NATKEEP_READY" in block.text:  # the hook asks for the gateway, whenever it is prepared
+        assert "NATKEEP_TELL" in block.text
+    elif "--site relay" in block.text:
         assert order == ["destination prepared", "source prepared", "source open", "restored"]
     else:
         assert order.index("gateway prepared") < order.index("restored")
         assert order.index("destination prepared") < order.index("gateway open")
 
-    heading = section.splitlines()[0]
-    run_as_it_stands = (ROOT / "tests/lab/test_recipes.py").read_text()
-    named = re.findall(r"scenario `(\w+)`", section)
-    own = f'("{page.relative_to(ROOT)}", "{heading}")' in run_as_it_stands
-    assert own or named
-    assert all((ROOT / f"scenarios/{name}.py").exists() for name in named)
-
 
 def test_each_block_that_prepares_is_such_a_recipe() -> None:
     """All but a way back, and scripts that only set variables for the hook."""
     assert len(RECIPES) >= 5
-    known = {block for _, _, block in RECIPES}
-    for page in PAGES:
-        for block in re.findall(r"^```\n(.*?)^```", page.read_text(), re.DOTALL | re.MULTILINE):
-            if re.search(r"natkeep (prepare|run) ", block):
-                assert block in known, block
+    for block in BLOCKS:
+        if re.search(r"natkeep (prepare|run) ", block.text):
+            assert block in RECIPES
 
 
 @pytest.mark.parametrize("verb", list(VERBS))

@@ -61,7 +61,9 @@ def test_each_option_has_a_text(topic: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("words", "code"), [([], 2), (["help"], 0), (["--help"], 0)], ids=["alone", "help", "--help"]
+    ("words", "code"),
+    [([], 2), (["help"], 0), (["--help"], 0), (["-q", "--help", "open"], 0)],
+    ids=["alone", "help", "--help", "--help verb"],
 )
 def test_natkeep_alone_lists_its_verbs_in_groups(
     words: list[str], code: int, capsys: pytest.CaptureFixture[str]

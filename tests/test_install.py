@@ -6,6 +6,8 @@ The wheel and what it needs are fetched once; the rest is without an index.
 from __future__ import annotations
 
 import json
+import os
+import shutil
 import subprocess
 import venv
 from collections.abc import Callable
@@ -14,6 +16,8 @@ from pathlib import Path
 
 import pytest
 from hook_caller import cable
+from machine_copy import Machine
+from pages import blocks_of
 
 ROOT = Path(__file__).resolve().parent.parent
 CORPUS = ROOT / "tests/checkpoint/corpus/plain"
@@ -93,6 +97,8 @@ def of_user(pip: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) ->
 
 
 WAYS = ["in_venv", "of_user"]
+UNITS = ROOT / "natkeep/systemd"
+ENABLED = {"natkeep-gc.service", "natkeep-repair.service", "natkeep-watch.timer"}
 
 
 @pytest.fixture
@@ -184,3 +190,31 @@ def test_the_lab_says_what_it_lacks(in_venv: Installed) -> None:
     assert done.returncode == 1
     [line] = done.stderr.splitlines()
     assert "scapy (package python3-scapy, or pip install 'natkeep[lab]')" in line
+
+
+@pytest.mark.skipif(shutil.which("systemctl") is None, reason="needs systemd")
+def test_the_page_brings_natkeep_and_takes_it_away(tmp_path: Path) -> None:
+    """With the units of docs/repair.md; in a copy of this machine, where no systemd runs."""
+    blocks = blocks_of("test_the_page_brings_natkeep_and_takes_it_away")
+    bring, remove, units = (block.text.replace(" --now ", " ") for block in blocks)
+    machine = Machine(tmp_path)
+    own = {name: value for name, value in os.environ.items() if name[:4] in ("HOME", "PIP_")}
+    own |= {"SYSTEMD_OFFLINE": "1", "PIP_YES": "1"}
+    try:
+        machine.run("sh", "-c", "echo 'APT::Get::Assume-Yes yes;' >/etc/apt/apt.conf.d/yes")
+        files = ("find", "/usr/local/bin", "/etc/systemd/system", "-name", "natkeep*")
+        before = machine.run(*files)
+        machine.run("sh", "-ec", f"cd {ROOT}\n{bring}", **own)
+        machine.run("sh", "-ec", units, **own)
+        made = set(machine.run(*files).splitlines()) - set(before.splitlines())
+        wants = {path for path in made if ".wants/" in path}
+        assert {Path(path).name for path in made - wants} == {
+            "natkeep", "natkeep-hook", *(path.name for path in UNITS.iterdir() if path.suffix)
+        }  # fmt: skip
+        assert {Path(path).name for path in wants} == ENABLED
+        assert machine.run("natkeep", "status", NATKEEP_STATE_DIR="/nowhere").startswith("nothing")
+        machine.run("sh", "-ec", remove, **own)
+        assert machine.run(*files) == before
+        assert not machine.has("/opt/natkeep/bin/natkeep")
+    finally:
+        machine.end()

@@ -77,6 +77,7 @@ def test_a_page_is_roff_without_a_fault(page: str) -> None:
 
     assert (done.returncode, done.stderr) == (0, "")
     assert "```" not in PAGES[page]
+    assert "<!" not in PAGES[page]
     assert "|---" not in PAGES[page]
     assert PAGES[page].isascii()
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
-from typing import cast
+from typing import Any, cast
 
 import pytest
 
@@ -15,9 +17,11 @@ from natkeep.cli import main
 from natkeep.errors import RefusedError
 from natkeep.migrate import PROTOCOL, back
 from natkeep.migrate.criu_errors import first_error
+from natkeep.migrate.forward import Migration, sum_up
 from natkeep.migrate.host import LOCAL, Answer, Host, HostError, Ssh
+from natkeep.migrate.image_copy import ImageCopy
 from natkeep.migrate.record import Record, load, place
-from natkeep.migrate.way import check, find_lost, find_maps, find_ports
+from natkeep.migrate.way import check, describe_lost, find_lost, find_maps, find_ports
 
 
 @pytest.fixture
@@ -49,6 +53,8 @@ def hello(**other: object) -> str:
         (["a:1", "b", "--map", "10.2.0.10"], "is not of the form"),
         (["a:1", "b", "--id", "-x"], "--id"),
         (["a:1", "b", "--pre-dump", "many"], "not a number of rounds"),
+        (["a:1", "b", "--via", "c", "--via", "d"], "--via names one gateway"),
+        (["a:1", "b", "--via", "peer:b"], "that is where the process is, or goes"),
         (["--resume", "x", "--rollback", "x"], "stand alone"),
         (["a:1", "b", "--resume", "x"], "stand alone"),
     ],
@@ -193,9 +199,9 @@ def test_connections_within_the_process_need_no_map() -> None:
     own = {"kept": True, "local": "127.0.0.1:8000", "peer": "127.0.0.1:40000"}
     kept = {"kept": True, "local": "10.2.0.10:80", "peer": "10.1.0.2:40000"}
     destination = cast(Host, Routes())
-    assert find_maps({"sockets": [own, kept]}, destination) == ["10.2.0.10=10.3.0.20"]
+    assert find_maps({"sockets": [own, kept]}, destination, {}) == ["10.2.0.10=10.3.0.20"]
     with pytest.raises(RefusedError, match="no connection"):
-        find_maps({"sockets": [own]}, destination)
+        find_maps({"sockets": [own]}, destination, {})
 
 
 def test_only_the_process_own_ports_are_held_before_the_dump() -> None:
@@ -228,9 +234,75 @@ def test_no_host_is_blamed_for_shared_memory() -> None:
 def test_what_is_lost_is_said_before() -> None:
     """As a connection to a program behind it that stays."""
     row = {"local": "127.0.0.1:9", "peer": "127.0.0.1:8", "reason": "loopback", "outcome": "lost"}
-    told = "LOST 127.0.0.1:9 to 127.0.0.1:8: loopback"
-    assert find_lost({"sockets": [row, {**row, "outcome": "kept"}]}) == [told]
-    assert find_lost({"sockets": [row] * 5}) == [told] * 3 + ["LOST 2 more"]
+    told = "127.0.0.1:9 to 127.0.0.1:8: loopback"
+    assert find_lost({"sockets": [row, {**row, "outcome": "kept"}]}) == [row]
+    assert describe_lost([row]) == [told]
+    assert describe_lost([row] * 5) == [told] * 3 + ["2 more"]
+
+
+def test_what_came_of_it_in_one_line() -> None:
+    row = {"local": "10.2.0.10:5", "peer": "10.1.0.2:8", "reason": "half-closed"}
+    done = SimpleNamespace(silent_ms=93, answered=20, count=20, lost=[row])
+    assert sum_up(cast(Migration, done)) == (
+        "silent for 93 ms at most; 20 of 20 peers answered; "
+        "1 not kept: 10.2.0.10:5 to 10.1.0.2:8: half-closed"
+    )
+    done = SimpleNamespace(silent_ms=None, answered=None, count=2, lost=None)  # --resume
+    assert sum_up(cast(Migration, done)) == "0 of 2 peers answered"
+
+
+class Rooted(Host):
+    """This machine, whose images are below *root*."""
+
+    def __init__(self, root: Path) -> None:
+        super().__init__(LOCAL, "one", Ssh(), "web")
+        self.root = root
+        (root / "images").mkdir(parents=True)
+
+    def start(self, *words: str, **streams: Any) -> subprocess.Popen[bytes]:
+        there = [word.replace("/images", f"{self.root}/images") for word in words]
+        return super().start(*there, **streams)
+
+
+class Shown(list[tuple[int, int | None]]):
+    """All that a copy has told."""
+
+    ended = False
+
+    def show(self, octets: int, total: int | None) -> None:
+        self.append((octets, total))
+        time.sleep(0.001)  # or it would be over before its size is known
+
+    def end(self) -> None:
+        self.ended = True
+
+
+def test_a_copy_tells_how_far_it_is(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr("natkeep.migrate.image_copy._LONG", 0.0)
+    source, destination = Rooted(tmp_path / "a"), Rooted(tmp_path / "b")
+    image = tmp_path / "a/images/dump"
+    image.mkdir()
+    (image / "pages.img").write_bytes(bytes(20 << 20))
+    shown = Shown()
+    copy = ImageCopy(source, destination, "/images", "dump")
+    copy.go(shown)
+    assert shown.ended
+    assert (tmp_path / "b/images/dump/pages.img").stat().st_size == 20 << 20
+    octets = [octets for octets, _ in shown]
+    assert octets == sorted(octets)
+    assert octets[-1] == copy.octets
+    totals = {total for _, total in shown}
+    assert totals <= {None, *range(20 << 20, 21 << 20)}
+    assert len(totals) == 2
+
+
+def test_a_copy_that_fails_is_over_too(tmp_path: Path) -> None:
+    source, destination = Rooted(tmp_path / "a"), Rooted(tmp_path / "b")
+    shown = Shown()
+    copy = ImageCopy(source, destination, "/images", "dump")
+    with pytest.raises(HostError, match="reading the image"):
+        copy.go(shown)
+    assert shown.ended
 
 
 def test_what_a_host_was_asked_for_is_over_before_it_answers_anew(
@@ -264,13 +336,14 @@ class Told:
         return Answer(0, json.dumps({"moves": self.moves}), "")
 
 
-@pytest.mark.parametrize("role", ["gateway", "relay"])
+@pytest.mark.parametrize("role", ["gateway", "peer", "relay"])
 def test_a_destination_that_forgot_the_move_does_not_end_it(role: str) -> None:
     record = Record("web", "a", 7, "b", role=role)
     knowing, empty = Told({"id": "web"}), Told()
-    hosts = {"gateway": empty, "source": empty, "destination": empty}
+    own = () if role == "relay" else (empty,)
+    hosts = {"translators": own, "source": empty, "destination": empty}
     # As it is where an earlier `finish` came to its end there:
     assert back._find_live(SimpleNamespace(record=record, **hosts)) == 0
-    hosts["source" if role == "relay" else "gateway"] = knowing
+    hosts |= {"translators": (*own, knowing)} if own else {"source": knowing}
     with pytest.raises(HostError, match="does not know web any more"):
         back._find_live(SimpleNamespace(record=record, **hosts))

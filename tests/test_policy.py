@@ -8,8 +8,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from pages import blocks_of
 
 from natkeep import policy
+from natkeep.criu.environment import read_orders
 from natkeep.errors import NatkeepError, RefusedError, UsageError
 from natkeep.plan.move import Map, Move, Site
 from natkeep.plan.roles import Role
@@ -53,6 +55,18 @@ def test_without_a_file_no_toml_is_imported() -> None:
         check=True,
     )
     assert done.stdout == "False\n"
+
+
+def test_the_file_of_the_page_is_read(path: Path) -> None:
+    [block] = blocks_of("test_the_file_of_the_page_is_read")
+    write(path, block.text)
+    policy.authorise(move(V4), 10_000)
+    for pairs, count in (("10.9.0.10=10.3.0.20", 1), ("10.2.0.10=10.9.0.20", 1), (V4, 10_001)):
+        with pytest.raises(RefusedError):
+            policy.authorise(move(pairs), count)
+    orders = read_orders({})
+    assert orders is not None
+    assert (orders.maps, orders.vias) == (("10.2.0.10=auto",), ("10.2.0.11",))
 
 
 @pytest.mark.parametrize(

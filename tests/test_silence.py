@@ -22,7 +22,7 @@ from natkeep.lifecycle.prepare import prepare
 from natkeep.lifecycle.status import read_status
 from natkeep.plan import protocols
 from natkeep.plan.criu_lock import DumpLock, NetworkLock
-from natkeep.plan.move import Map, Move, Site
+from natkeep.plan.move import Map, Mode, Move, Site
 from natkeep.plan.observation import Gate, Held, Observation
 from natkeep.plan.roles import Role
 from natkeep.plan.silence import Silences
@@ -213,6 +213,17 @@ def test_a_source_behind_the_dump_is_warned_of(
 
     expected = ["udp-unlocked"] if sites == (SOURCE,) and not (frozen or whole) else []
     assert [one.code for one in executor.warned] == expected
+
+
+@pytest.mark.parametrize("mode", Mode)
+def test_a_source_is_warned_of_what_is_kept_of_udp(executor: Executor, mode: Mode) -> None:
+    servers = (SERVER, Endpoint(OLD, 54))
+    move = Move("web", (Map(OLD, NEW),), (SOURCE,), mode, udp=UDP, udp_servers=servers)
+
+    check(executor, move, Connections.of([INBOUND]))
+
+    told = [one.detail.partition(" are ")[0] for one in executor.warned]
+    assert told == (["datagrams to 3 UDP sockets"] if mode == Mode.STATEFUL else [])
 
 
 def test_the_source_is_done_with_sockets_that_are_silent_elsewhere(

@@ -15,6 +15,7 @@ from natkeep.lifecycle.gc import gc
 from natkeep.lifecycle.prepare import prepare
 from natkeep.lifecycle.status import read_status
 from natkeep.lifecycle.teardown import teardown
+from natkeep.plan.kept_connections import find_unkept_servers
 from natkeep.plan.maps import Map
 from natkeep.plan.move import Mode, Move, Site
 from natkeep.plan.observation import Gate
@@ -22,7 +23,7 @@ from natkeep.plan.protocols import TCP, UDP
 from natkeep.plan.roles import Role
 from natkeep.plan.step_order import make_plan
 from natkeep.plan.steps import InsertEntries, PurgeEntries
-from natkeep.plan.translation import Surroundings, find_unkept_servers
+from natkeep.plan.translation import Surroundings
 from natkeep.plan.tuples import NO_CONNECTIONS, Connections, Endpoint, FourTuple, parse_address
 from natkeep.plan.via import parse_via
 from natkeep.plan.wanted import objects_of

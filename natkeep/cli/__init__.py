@@ -119,7 +119,7 @@ _NOTED = frozenset(
 def _noted(args: argparse.Namespace) -> Iterator[None]:
     """A line in the system's log on what was done, or was tried in vain; `moved` is a verb's word.
 
-    Not on what was only asked for (--dry-run), or was no command.
+    Not on what was only asked for (--dry-run), was no command, or (`changed`) found nothing to do.
     """
     failed: BaseException | None = None
     try:
@@ -129,6 +129,7 @@ def _noted(args: argparse.Namespace) -> Iterator[None]:
         raise
     finally:
         told = args.verb in _NOTED and not getattr(args, "dry_run", False)
+        told = told and (failed is not None or getattr(args, "changed", True))
         if told and not isinstance(failed, UsageError):
             words = [args.verb, getattr(args, "id", None) or "", getattr(args, "moved", "")]
             how = "done" if failed is None else f"failed: {failed or type(failed).__name__}"

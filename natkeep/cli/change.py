@@ -151,15 +151,18 @@ def run(args: argparse.Namespace) -> int:
 
 def open(args: argparse.Namespace) -> int:
     executor = make_executor(args, create=False)
-    blind, image = False, None
+    blind, image, gate = False, None, Gate.OPEN
     if args.image is not None or args.connections is not None:
         image = read_connections(args)
         if image.live:
             raise UsageError("open compares with a dump", hint="this is of a process that runs")
 
     def confirm(journal: Journal) -> Checkpoint | None:
-        nonlocal blind
+        nonlocal blind, gate
         tell_moved(args, journal.move)
+        if args.compare:
+            args.moved += ", compared alone"
+            gate = Gate.OPEN if journal.is_opened() else Gate.CLOSED
         if image is None:
             blind = journal.move.live and journal.change is None
         return image
@@ -177,7 +180,6 @@ def open(args: argparse.Namespace) -> int:
         for line in report.compared_lines(compared):
             talk(args, f"natkeep: {args.id}: {line}")
     more = {} if compared is None else {"came": compared.came, "went": compared.went}
-    gate = "closed" if args.compare else "open"
     print_verb(args, f"{args.id}: gate {gate}", gate=gate, **more)
     return 0
 
@@ -226,7 +228,7 @@ def teardown(args: argparse.Namespace) -> int:
     if journal is not None:
         tell_moved(args, journal.move)
     executor.breaks = args.yes and opened and args.drop is None
-    found = teardown(executor, args.id)
+    args.changed = found = teardown(executor, args.id)
     line = f"{args.id}: {'undone' if found else 'nothing to undo'}{_describe_dropped(executor)}"
     print_verb(args, line, found=found, **_dropped(executor))
     if executor.dropped and not opened:
@@ -260,7 +262,7 @@ def rollback(args: argparse.Namespace) -> int:
     executor = make_executor(args, create=False)
     executor.drops = SECONDS if args.drop is None else args.drop
     done = rollback(executor, args.id, yes=args.yes)
-    args.moved = f"at {','.join(map(str, done.undone))}" if done.undone else ""
+    args.changed, args.moved = bool(done.undone), f"at {','.join(map(str, done.undone))}"
     sites = [str(site) for site in done.undone]
     undone = f"undone at {', '.join(sites)}" if sites else "nothing to undo here"
     talk(args, f"natkeep: {args.id}: {undone}{_describe_dropped(executor)}")
@@ -274,7 +276,7 @@ def rollback(args: argparse.Namespace) -> int:
 def _teardown_by_name(args: argparse.Namespace, executor: Executor) -> int:
     from natkeep.lifecycle.teardown import teardown_by_name
 
-    found = teardown_by_name(executor, args.id, parse_sites(args.site), yes=args.yes)
+    args.changed = found = teardown_by_name(executor, args.id, parse_sites(args.site), yes=args.yes)
     print_verb(args, f"{args.id}: {'undone by name' if found else 'nothing to undo'}", found=found)
     return 0
 
@@ -319,6 +321,7 @@ def _close(args: argparse.Namespace, executor: Executor) -> int:
     """Of a move that is open already: what its peers say waits."""
     from natkeep.lifecycle.open import close_move
 
+    tell_moved(args, executor.state.load(args.id).move)
     close_move(executor, args.id, dumps=True)
     print_verb(args, f"{args.id}: the gate is closed; dump now, or open it again", gate="closed")
     return 0
@@ -329,7 +332,9 @@ def repair(args: argparse.Namespace) -> int:
         raise UsageError("repair which move? ID, or --all", hint="natkeep status lists them")
     executor = make_executor(args, create=False)
     if not args.all:
-        print_verb(args, "", repaired=_repair(args, executor, args.id))
+        repaired = _repair(args, executor, args.id)
+        args.changed = bool(repaired)
+        print_verb(args, "", repaired=repaired)
         return 0
     moves, first = [], None
     for move_id in executor.state.ids():
@@ -341,6 +346,8 @@ def repair(args: argparse.Namespace) -> int:
             # One move that cannot be repaired must not keep the others as they are.
             first = first or error
             talk(args, f"natkeep: {move_id}: {error}")
+    back = [str(each["id"]) for each in moves if each["repaired"]]
+    args.changed, args.moved = bool(back), f"--all, put back {','.join(back) or 'nothing'}"
     if args.json:
         print_json({"schema": 1, "moves": moves})
     if first is not None:
@@ -375,6 +382,8 @@ def gc(args: argparse.Namespace) -> int:
     collected = gc(
         executor, parse_sites(args.site), is_abandoned, dry_run=args.dry_run, yes=args.yes
     )
+    args.changed = bool(collected.cleared)
+    args.moved = ", ".join(f"{one.kind} {one.name}" for one in collected.cleared) or "nothing"
     if args.json:
         rows = [{"kind": c.kind, "name": c.name, "reason": c.reason} for c in collected.cleared]
         left = [str(error) for error in collected.left]

@@ -118,7 +118,7 @@ def _tell(args: argparse.Namespace, states: dict[Piece, str], done: list[Piece])
     talk(args, "natkeep: systemd is to be told: systemctl daemon-reload")
     if not args.remove:
         starts = [piece.path.name for piece in done if "[Install]" in piece.text]
-        talk(args, f"natkeep: none is enabled: systemctl enable --now {' '.join(starts)}")
+        talk(args, f"natkeep: this has enabled none: systemctl enable --now {' '.join(starts)}")
 
 
 def _demand_program(name: str) -> str:

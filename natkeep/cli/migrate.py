@@ -8,14 +8,18 @@ import shutil
 import signal
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from typing import Any
 
 from natkeep.cli.output import print_json, talk
+from natkeep.cli.progress import Bar, make_bar
 from natkeep.errors import NatkeepError, RefusedError, UsageError
 from natkeep.migrate import back
-from natkeep.migrate.forward import Migration
+from natkeep.migrate.engines import CONTAINERS
+from natkeep.migrate.forward import Migration, sum_up
 from natkeep.migrate.host import Ssh, make_controls
-from natkeep.migrate.record import Record, load, place, refuse_known
+from natkeep.migrate.record import PEER, Record, load, place, refuse_known
+from natkeep.migrate.way import parse_via
 from natkeep.plan.maps import parse_map
 from natkeep.plan.move import parse_id
 
@@ -57,44 +61,66 @@ def _make_record(args: argparse.Namespace) -> Record:
         raise UsageError(
             "which process, and where to?", hint="natkeep migrate [USER@]A:PID [USER@]B"
         )
-    source, colon, pid = args.source.rpartition(":")
-    if not (colon and source and pid.isascii() and pid.isdigit()):
-        raise UsageError(f"{args.source!r} is not [USER@]A:PID")
+    source, engine, pid, container = _parse_process(args.source)
+    if container and args.criu != "criu":
+        raise UsageError(f"--criu: {engine} takes criu from its PATH")
+    if args.bundle and engine != "runc":
+        raise UsageError("--bundle is for [USER@]A:runc:NAME")
     if source == args.destination:
         raise UsageError("source and destination are the same host")
     for text in args.map:
         parse_map(text)
-    move_id = parse_id(args.id or f"m{pid}")
+    role, translators = parse_via(args.via)
+    for end in (source, args.destination) if role == PEER else ():
+        if end in translators:
+            raise UsageError(f"--via peer:{end}: that is where the process is, or goes")
+    move_id = parse_id(args.id or container or f"m{pid}")
     return Record(
-        move_id, source, int(pid), args.destination,
+        move_id, source, pid, args.destination, role, translators,
         maps=[*args.map], listeners=args.listeners, pre_dumps=args.pre_dump,
         images=args.images or f"{_IMAGES}/{move_id}", criu=args.criu,
         dump_options=[*args.criu_option, *args.dump_option],
         restore_options=[*args.criu_option, *args.restore_option],
         ssh=shlex.split(args.ssh), natkeep=shlex.split(args.natkeep),
+        engine=engine, container=container, bundle=args.bundle or "",
     )  # fmt: skip
+
+
+def _parse_process(text: str) -> tuple[str, str, int, str]:
+    """Of `[USER@]A:PID` or `[USER@]A:ENGINE:NAME` the host, the engine, the pid, the name."""
+    source, colon, name = text.rpartition(":")
+    host, _, engine = source.rpartition(":")
+    if host and name and engine in CONTAINERS:
+        return host, engine, 0, name
+    if not (colon and source and name.isascii() and name.isdigit()):
+        ways = ", ".join(f"A:{each}:NAME" for each in CONTAINERS)
+        raise UsageError(f"{text!r} is not [USER@]A:PID", hint=f"of a container: {ways}")
+    return source, "criu", int(name), ""
 
 
 def _with_hosts(args: argparse.Namespace, record: Record, work: Callable[[Migration], int]) -> int:
     controls = make_controls()
     ssh = Ssh(tuple(record.ssh), tuple(record.natkeep), controls)
-    asked = getattr(args, "via", "") or ""
-    migration = Migration(record, ssh, _speaker(args), asked)
+    bar = make_bar(args)
+    migration = Migration(record, ssh, _speaker(args, bar), bar)
     try:
         return work(migration)
     finally:
         args.id = record.id
-        args.moved = f"{','.join(record.maps)} {record.source}:{record.pid} to {record.destination}"
+        args.moved = (
+            f"{','.join(record.maps)} {record.source}:{record.process} to {record.destination}"
+        )
         migration.close()
         shutil.rmtree(controls, ignore_errors=True)
 
 
-def _speaker(args: argparse.Namespace) -> Callable[[str, str], None]:
+def _speaker(args: argparse.Namespace, bar: Bar | None) -> Callable[[str, str], None]:
     """What tells a step: a line, with the milliseconds since the beginning."""
     began = time.monotonic()
 
     def say(step: str, text: str) -> None:
-        talk(args, f"{(time.monotonic() - began) * 1000:6.0f} ms  {step:9} {text}")
+        with bar.aside() if bar else nullcontext():
+            talk(args, f"{(time.monotonic() - began) * 1000:6.0f} ms  {step:9} {text}")
 
     return say
 
@@ -148,13 +174,19 @@ def _tell(args: argparse.Namespace, migration: Migration) -> int:
         print_json(
             {
                 "schema": 1, "id": record.id, "maps": record.maps, "role": record.role,
-                "silent_ms": migration.silent_ms, "answered": migration.answered,
-                "connections": migration.count,
+                "translators": record.translators, "silent_ms": migration.silent_ms,
+                "answered": migration.answered, "connections": migration.count,
+                "lost": None if migration.lost is None else [*map(_name_lost, migration.lost)],
             }
         )  # fmt: skip
     else:
+        talk(args, f"natkeep: {record.id}: {sum_up(migration)}")
         talk(args, f"natkeep: {record.id}: later, natkeep finish {record.id}")
     return 0
+
+
+def _name_lost(socket: dict[str, Any]) -> dict[str, Any]:
+    return {key: socket[key] for key in ("local", "peer", "reason")}
 
 
 @contextmanager

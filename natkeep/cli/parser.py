@@ -53,7 +53,8 @@ class Parser(argparse.ArgumentParser):
     def format_help(self) -> str:
         from natkeep.cli.usage import describe
 
-        return describe(self)
+        # Of natkeep itself it lists all verbs, and `natkeep --help open` has made one alone.
+        return describe(self if " " in self.prog else make_parser())
 
     def parse_args(self, args: Any = (), namespace: Any = None) -> Any:
         """As argparse's; with what was probably meant where it is wrong."""
@@ -324,14 +325,15 @@ _GC = (
 )
 
 _MIGRATE = (
-    _option("source", "[USER@]A:PID", nargs="?", help="the host, as ssh knows it, and the process"),
+    _option("source", "[USER@]A:PID", nargs="?", help="or a container: A:runc:NAME, A:podman:NAME"),
     _option("destination", "[USER@]B", nargs="?", help="where it goes"),
-    _option("--id", "ID", help="of the move; default: m and the pid"),
+    _option("--id", "ID", help="of the move; default: m and the pid, or a container's name"),
     _MAP,
-    _option(
-        "--via", "[USER@]HOST|local|relay",
-        help="the gateway that the peers cross (local: this host), or relay: A goes on receiving "
-        "for OLD; default: this host if it is one, else a relay",
+    _several(
+        "--via", "[USER@]HOST|local|relay|peers|peer:[USER@]HOST",
+        help="the gateway that the peers cross (local: this host); relay: A goes on receiving for "
+        "OLD; peers: their own hosts, or each by peer:HOST, repeatable; default: the first of this "
+        "host, a relay and the peers' hosts that can",
     ),
     _flag("--listeners", "let new connections reach the process where it goes"),
     _option("--pre-dump", "N", type=_rounds, default=0, help="copy memory N times beforehand"),
@@ -339,10 +341,11 @@ _MIGRATE = (
         "--images", "DIR",
         help="where the image lies, on A and B; nothing is copied where that is one and the same",
     ),
+    _option("--bundle", "DIR", help="of A:runc:NAME: its bundle on B; default: as on A"),
     _option("--criu", "PATH", default="criu", help="CRIU on A and B (default: criu)"),
-    _several("--criu-option", "WORD", help="for criu dump and restore: --criu-option=--shell-job"),
-    _several("--dump-option", "WORD", help="for criu dump alone"),
-    _several("--restore-option", "WORD", help="for criu restore alone"),
+    _several("--criu-option", "WORD", help="for dump and restore: --criu-option=--shell-job"),
+    _several("--dump-option", "WORD", help="for the dump alone"),
+    _several("--restore-option", "WORD", help="for the restore alone"),
     _option("--ssh", "COMMAND", default="ssh", help="ssh, with options of its own"),
     _option(
         "--natkeep", "COMMAND", default="natkeep",

@@ -54,15 +54,14 @@ def setup(args: argparse.Namespace) -> int:
 
 def _find_place(shell: str) -> Path:
     """Where *shell* looks for the completions of programs, all users' if we are root."""
-    home, name = Path.home(), {"zsh": "_natkeep", "fish": "natkeep.fish"}.get(shell, "natkeep")
-    below = {
-        "bash": "bash-completion/completions",
-        "zsh": "zsh/site-functions",
-        "fish": "fish/vendor_completions.d",
+    below = {  # as in scripts/wheel_pages.py
+        "bash": "bash-completion/completions/natkeep",
+        "zsh": "zsh/site-functions/_natkeep",
+        "fish": "fish/vendor_completions.d/natkeep.fish",
     }[shell]
     if os.geteuid() == 0:
-        return Path("/usr/local/share", below, name)
-    return Path(os.environ.get("XDG_DATA_HOME") or home / ".local/share", below, name)
+        return Path("/usr/local/share", below)
+    return Path(os.environ.get("XDG_DATA_HOME") or Path.home() / ".local/share", below)
 
 
 def make_completion(shell: str) -> str:

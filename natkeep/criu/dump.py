@@ -26,7 +26,6 @@ from natkeep.lifecycle.executor import Executor
 from natkeep.lifecycle.prepare import prepare
 from natkeep.plan.maps import Map, parse_map
 from natkeep.plan.move import Datagrams, Move, Site
-from natkeep.plan.plan_text import kept_servers
 from natkeep.plan.roles import Role
 from natkeep.plan.tuples import Endpoint, address_of, parse_local
 from natkeep.plan.via import Via, parse_via
@@ -54,7 +53,7 @@ def serve_post_dump(environment: Mapping[str, str], executor: Executor) -> str:
         udp_servers=checkpoint.udp_servers_at(olds),
     )
     count = sum(map(len, move.share(checkpoint.connections)))
-    count += sum(map(len, move.share(move.udp))) + len(kept_servers(move))
+    count += sum(map(len, move.share(move.udp))) + len(move.kept_servers)
     if not count:
         return "no connection of this dump leaves"
     policy.authorise(move, count)

@@ -28,6 +28,7 @@ CALL = "import sys; sys.path.append(sys.argv[1]); import natkeep_hook_open as n;
 SLOW = [sys.executable, "-I", "-S", "-c", CALL, *sys.argv[1:]]
 DEFAULT_DIRECTORY = "/run/natkeep"
 SYSTEM_LOG = "/dev/log"
+NOT_SET = "4294967295"  # the loginuid of who never logged in
 ID_ALPHABET = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789-_")
 SECONDS = 5  # then the long way, which has its own clock, says what it waits for
 REST = 1000  # ms after which the blackout is over, if CRIU goes on
@@ -293,11 +294,23 @@ def unhook(sites: list[Site], criu: int | None) -> None:
 
 def note(line: str) -> None:
     """A line in the system's log (facility daemon), as natkeep/system_log.py writes it."""
-    who = variable("SUDO_USER") or f"uid {posix.getuid()}"
     log = _socket.socket(_socket.AF_UNIX, _socket.SOCK_DGRAM)
     log.settimeout(0)
     log.connect(SYSTEM_LOG)
-    log.send(f"<30>natkeep-hook[{posix.getpid()}]: {line} (by {who})".encode())
+    log.send(f"<29>natkeep-hook[{posix.getpid()}]: {line} (by {read_user()})".encode())
+
+
+def read_user() -> str:
+    """Who became root by sudo, else who logged in, as natkeep/system_log.py tells it."""
+    if name := variable("SUDO_USER"):
+        return name
+    uid = NOT_SET
+    try:
+        with open("/proc/self/loginuid", "rb") as file:
+            uid = file.read().decode().strip()
+    except OSError:  # a kernel without audit
+        pass
+    return f"uid {posix.getuid() if uid == NOT_SET else uid}"
 
 
 def take_long_way() -> "NoReturn":

@@ -52,13 +52,10 @@ def ensure_prepared(
     if orders.standing:
         resets = orders.unkept == Fate.RESET
         maps = maps_about(orders.maps, checkpoint, executor.kernel, site, resets=resets)
-        orders = replace(orders, maps=maps)
-        some = Connections.joined((checkpoint.connections, checkpoint.udp)).turned()
-        moved = (t for t in orders.peer_maps if len(some.at(parse_peer_map(t).old_end)))
-        orders = replace(orders, peer_maps=tuple(moved))
-        if not orders.maps:
+        if not maps:
             say("no connection of this image is to be kept here")
             return False
+        orders = replace(orders, maps=maps, peer_maps=_peer_maps_about(orders, checkpoint))
     olds = [parse_map(text).old_end for text in orders.maps]
     lost = checkpoint.lost_at(olds) if orders.unkept == Fate.RESET else NO_CONNECTIONS
     move = _make_move(move_id, orders, executor, site, lost)
@@ -73,6 +70,14 @@ def ensure_prepared(
         ours = Connections.joined(move.share(checkpoint.connections))
         orders.readiness.wait(move, ours)
     return True
+
+
+def _peer_maps_about(orders: Orders, checkpoint: Checkpoint) -> tuple[str, ...]:
+    """Of a standing order's --peer-map those that a connection of this image has a peer at."""
+    if not orders.peer_maps:  # and a restore does not wait for all connections to be turned
+        return ()
+    some = Connections.joined((checkpoint.connections, checkpoint.udp)).turned()
+    return tuple(t for t in orders.peer_maps if len(some.at(parse_peer_map(t).old_end)))
 
 
 def _make_move(

@@ -62,7 +62,7 @@ def delete_unreplied(reception: Reception) -> None:
 
 def delete_datagrams(reception: Reception) -> None:
     """Delete all entries of UDP of the ports of *reception*, whatever they say; none is fine."""
-    ends = frozenset(end.address.packed + end.port.to_bytes(2, "big") for end in reception.ends())
+    ends = frozenset(end.packed for end in reception.ends())
     delete_ends(ends, reception.map.old.version)
 
 

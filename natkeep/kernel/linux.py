@@ -213,7 +213,7 @@ class LinuxKernel:
     ) -> list[tuple[FourTuple, FourTuple]]:
         """What gateways, and peers' hosts, translate already of what is kept of UDP."""
         found: list[tuple[FourTuple, FourTuple]] = []
-        for site in move.sites if len(move.udp) else ():
+        for site in move.sites if len(move.udp) and not move.why_no_udp() else ():
             if site.row.relays or not site.row.passes_on or (found and site not in at_peers):
                 continue
             with self._at(site):
@@ -226,7 +226,7 @@ class LinuxKernel:
 
     def _find_masqueraded(self, move: Move) -> frozenset[Endpoint]:
         """Of the UDP sockets without a peer those that a gateway masquerades."""
-        ends = {end.address.packed + end.port.to_bytes(2, "big"): end for end in move.udp_servers}
+        ends = {end.packed: end for end in move.kept_servers}
         found: set[Endpoint] = set()
         for site in move.sites if ends else ():
             if site.row.passes_on and not (site.row.relays or site.row.own):

@@ -66,10 +66,9 @@ def check_destination(step: InstallTranslation) -> None:
     """
     for translation in step.translations:
         _demand_address(step.site, translation.map.new)
-        _refuse_port_in_use(translation)
+        living = sock_diag.read_sockets(translation.protocol)
+        _refuse_port_in_use(translation, living)
         # The gateway could not tell the two apart, and ours would take the other's packets.
-        streams = translation.protocol.has_states
-        living = None if streams else sock_diag.read_datagrams()
         if (theirs := sock_diag.find_alive(translation.outer, living)) is not None:
             raise RefusedError(
                 f"{step.site}: {theirs} is a connection of that host's own already",
@@ -87,7 +86,7 @@ def check_destination(step: InstallTranslation) -> None:
                     )
 
 
-def _refuse_port_in_use(translation: Translation) -> None:
+def _refuse_port_in_use(translation: Translation, living: sock_diag.Living) -> None:
     """A port that the wire is to show for another one has to be free at NEW."""
     end = translation.map.new_end
     if not (translation.map.turns_ports and isinstance(end, Endpoint)):
@@ -95,7 +94,7 @@ def _refuse_port_in_use(translation: Translation) -> None:
     if translation.protocol.has_states:
         taken = sock_diag.is_taken(end)
     else:
-        taken = end.port in sock_diag.datagram_ports(end.address)
+        taken = bool(sock_diag.find_bound([end.packed], living))
     if taken:
         raise RefusedError(
             f"{translation.site}: a socket there has {end} already",
@@ -108,15 +107,15 @@ def check_reception(step: InstallReception) -> None:
     for receiving in step.receptions:
         new = receiving.map.new
         _demand_address(step.site, new)
-        taken = set(receiving.ports_at(new))
         if receiving.protocol == UDP:
-            if taken := taken & sock_diag.datagram_ports(new):
+            ends = {Endpoint(new, port).packed: port for port in receiving.ports_at(new)}
+            if bound := sock_diag.find_bound(ends, sock_diag.read_datagrams()):
                 raise RefusedError(
-                    f"{step.site}: a socket has {new} port {min(taken)} of UDP already",
+                    f"{step.site}: a socket has {new} port {ends[min(bound)]} of UDP already",
                     hint="it would lose its datagrams to the one that is moved",
                 )
             continue
-        if taken := taken & sock_diag.listening_ports(new):
+        if taken := sock_diag.listening_ports(new).intersection(receiving.ports_at(new)):
             raise RefusedError(
                 f"{step.site}: a socket listens at {new} port {min(taken)} already",
                 hint="without --listeners their connections stay apart",

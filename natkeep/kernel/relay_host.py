@@ -21,7 +21,6 @@ from natkeep.kernel.netlink import NETLINK_ROUTE, Netlink, attributes
 from natkeep.plan.base_chains import PASSING
 from natkeep.plan.move import Move
 from natkeep.plan.nft import TABLE
-from natkeep.plan.protocols import TCP
 from natkeep.plan.relay import RelayFacts, Setting, forwarding_of, is_plain, routes_of
 from natkeep.plan.step_undo import RestoreForwarding
 from natkeep.plan.steps import Prior, SwitchForwarding
@@ -60,7 +59,7 @@ def _flags(found: dict[int, bytes]) -> int:
 def survey_relay(translation: Translation, sources: tuple[Address, ...]) -> RelayFacts:
     """What stands here in the way of a relay, which has these *sources* for what it passes on."""
     new, protocol = translation.map.new, translation.protocol
-    living = sock_diag.read_living() if protocol == TCP else sock_diag.read_datagrams()
+    living = sock_diag.read_sockets(protocol)
     with closing(path.Links()) as links:
         routed = links.look_up(new)[0].kind == "unicast"
         local = frozenset(one for one in sources if links.is_local(one))

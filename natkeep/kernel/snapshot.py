@@ -263,9 +263,12 @@ class Snapshot:
         some, servers = [t for t in here if t.protocol == UDP], server_keys(plan.move)
         if not (some or servers):
             return seen
+        bound = frozenset[bytes]()
+        if servers and seen.sockets is not None:
+            bound = sock_diag.find_bound(servers.values(), self._datagrams)
         return replace(
             seen,
-            bound=self._find_bound(plan) if seen.sockets is not None else frozenset(),
+            bound=bound,
             silences=silence.read_silences(some, servers),
             forgets=self._forgets,
         )
@@ -273,17 +276,6 @@ class Snapshot:
     @cached_property
     def _forgets(self) -> float:
         return float(silence.read_timeouts()[0])
-
-    def _find_bound(self, plan: Plan) -> frozenset[bytes]:
-        """Of the sockets that any peer may speak to those that are there, by their keys."""
-        keys = frozenset(server_keys(plan.move).values())
-        olds = [map_.old for map_ in plan.move.maps] if keys else []
-        there = (
-            old.packed + port.to_bytes(2, "big")
-            for old in olds
-            for port in sock_diag.datagram_ports(old)
-        )
-        return keys.intersection(there)
 
     @cached_property
     def _datagrams(self) -> sock_diag.Living:

@@ -13,6 +13,7 @@ import sys
 from collections.abc import Iterable, Iterator
 
 from natkeep.kernel.netlink import NLM_F_DUMP, Netlink, attribute
+from natkeep.plan.protocols import Protocol
 from natkeep.plan.tuples import (
     RECORD_SIZE,
     Address,
@@ -48,9 +49,9 @@ def find_kept(connections: Connections, living: Living | None = None) -> Connect
     return Connections.joined(_find_alive(connections, living))
 
 
-def find_alive(connections: Connections, living: Living | None = None) -> FourTuple | None:
-    """The first of *connections* that has a socket in the namespace that the thread is in."""
-    found = _find_alive(connections, read_living() if living is None else living)
+def find_alive(connections: Connections, living: Living) -> FourTuple | None:
+    """The first of *connections* that has a socket in the namespace that *living* is of."""
+    found = _find_alive(connections, living)
     return next((inbound for some in found for inbound in some), None)
 
 
@@ -84,13 +85,30 @@ def read_living(
 
 
 def read_datagrams() -> Living:
-    """The same of UDP; what has no peer is not among them."""
+    """The same of UDP; the peer of a socket without one is all zeros."""
     living: Living = {}
     for path, version in _DATAGRAMS:
         for record in _records(path, version, frozenset(), None, orphans=True):
-            if any(record[-2:]):
-                living.setdefault(record[: len(record) // 2], set()).add(record)
+            living.setdefault(record[: len(record) // 2], set()).add(record)
     return living
+
+
+def read_sockets(protocol: Protocol) -> Living:
+    """Every socket of *protocol*, as read_living or read_datagrams has it."""
+    return read_living() if protocol.has_states else read_datagrams()
+
+
+def find_bound(ends: Iterable[bytes], datagrams: Living) -> frozenset[bytes]:
+    """Those of the packed *ends* that a socket of UDP without a peer has, or a wildcard one.
+
+    datagrams: what read_datagrams returned.
+    """
+    found = set()
+    for end in ends:
+        wild = (bytes(width) + end[-2:] for width in (4, 16) if width >= len(end) - 2)
+        if any(at + bytes(len(at)) in datagrams.get(at, ()) for at in (end, *wild)):
+            found.add(end)
+    return frozenset(found)
 
 
 def _records(
@@ -159,7 +177,7 @@ def count_callers(
     """How many sockets have one of *ends* and a peer, and are none of the *kept* ones."""
     living = read_living() if living is None else living
     known = {record for some in kept for record in some.each()}
-    called = (end.address.packed + end.port.to_bytes(2, "big") for end in ends)
+    called = (end.packed for end in ends)
     here = (record for end in called for record in living.get(end, ()))
     return sum(1 for record in here if any(record[-2:]) and record not in known)
 
@@ -226,18 +244,6 @@ def listening_ports(address: Address) -> frozenset[int]:
         if end.address == address
         or (end.address.is_unspecified and end.address.version >= address.version)
     )
-
-
-def datagram_ports(address: Address) -> frozenset[int]:
-    """UDP ports of the sockets at *address* or at the wildcard address, with no peer."""
-    found: set[int] = set()
-    for path, _ in _DATAGRAMS:
-        for packed, peer, _, _ in _rows(path):
-            local = _address(packed[:-2])
-            wild = local.is_unspecified and local.version >= address.version
-            if not any(peer) and (wild or local == address):
-                found.add(int.from_bytes(packed[-2:], "big"))
-    return frozenset(found)
 
 
 def find_listeners(olds: frozenset[Address]) -> tuple[Endpoint, ...]:

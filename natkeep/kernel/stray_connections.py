@@ -86,7 +86,7 @@ def _read_sockets(*, orphans: bool = False) -> Iterator[tuple[bytes, bytes]]:
 
 
 def _read_datagrams() -> Iterator[tuple[bytes, bytes]]:
-    """The same of UDP, of what is connected."""
+    """The same of UDP."""
     for records in read_datagrams().values():
         yield from ((record, shorten(record)) for record in records)
 

@@ -134,6 +134,27 @@ class Application:
         os.replace(temporary, self.directory / name)
 
 
+class Applications(Application):
+    """Several as one: each carries the orders out, and a report has the connections of all."""
+
+    def __init__(self, *applications: Application) -> None:
+        self.applications, self.directory = applications, applications[0].directory
+
+    def do(self, *items: Item, within: float = 5.0) -> Report:
+        return self._join([each.do(*items, within=within) for each in self.applications])
+
+    def report(self) -> Report | None:
+        reports = [report for each in self.applications if (report := each.report())]
+        return self._join(reports) if len(reports) == len(self.applications) else None
+
+    @staticmethod
+    def _join(reports: Sequence[Report]) -> Report:
+        return {
+            **reports[0],
+            "connections": [one for each in reports for one in each["connections"]],
+        }
+
+
 def start_server(
     host: Host, name: str, *listen: Endpoint | str, script: Path = SCRIPT
 ) -> Application:

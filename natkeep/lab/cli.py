@@ -126,7 +126,7 @@ def _list(args: argparse.Namespace) -> int:
 
 def _run(args: argparse.Namespace) -> int:
     from natkeep.lab import report, scenario
-    from natkeep.lab.page import demand_matplotlib
+    from natkeep.page import demand_matplotlib
 
     found = scenario.find_scenario(args.scenario)
     require_tools()

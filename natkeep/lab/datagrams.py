@@ -249,13 +249,9 @@ class Datagrams(traffic.Process):
 
     def start(self) -> None:
         """As traffic.py's; the sockets are bound before any of them is read."""
-        if not self.listeners:
-            listening, self.listening = self.listening, []
-            for text in listening:
-                self.listen(text)
+        super().start()
         for listener in self.listeners:
             self.selector.register(listener, selectors.EVENT_READ)
-        super().start()
 
 
 def make_socket(address: Any) -> socket.socket:

@@ -74,7 +74,7 @@ class Lab:
         self.others: list[FourTuple] = []  # connections of others with NEW
         self.listeners = False  # whether natkeep is told --listeners
         self.crosses = True  # whether peers' packets cross a gateway that translates
-        self.at_peer = False  # whether the client's own host is a site
+        self.peer_sites: tuple[str, ...] = ()  # peers' own hosts that are sites
         self.relay = ""  # the role of the host that passes on what comes to OLD, if one does
         self.peers: tuple[tuple[Local, Local], ...] = ()  # which have moved, and where they are
         self.parties, self.orders, self.undone = [self], list[Order](), list[Order]()
@@ -185,7 +185,7 @@ class Lab:
         """
         for role in anew:
             self._surfaces.pop(role, None)
-        more = [*(["client"] if self.at_peer else []), *([self.relay] if self.relay else [])]
+        more = [*self.peer_sites, *([self.relay] if self.relay else [])]
         for role in (*self.topology.sites, *more):
             if role not in self._surfaces:
                 self._surfaces[role] = read_surfaces(self.topology[role])
@@ -198,7 +198,7 @@ class Lab:
             self.topology["gateway"] if self.crosses else None, self.topology[self.site.role],
             tuple(self.traffic.views.values()), self.frozen.options, self.mode, replaces,
             self.listeners, self.peers,
-            self.topology["client"] if self.at_peer else None,
+            tuple(self.topology[role] for role in self.peer_sites),
             self.topology[self.relay] if self.relay else None, "udp" if self.udp else "tcp",
             (self.port, self.wire_port) if self.port != self.wire_port else None,
         )  # fmt: skip

@@ -1,11 +1,11 @@
-"""The peers' own host translates, and nothing between it and the destination does.
+"""The peers' own hosts translate, and nothing between them and the destination does.
 
     client 10.1.0.2 ── eth0 ─────── router ─────── source 10.2.0.10 (OLD)        before
     OLD⇄NEW         ── eth0 ─────── router ─────── destination 10.3.0.20 (NEW)   afterwards
 
-    PeerHost(lab); lab.begin(); lab.move(); lab.traffic.talk_on(); lab.finish()
+    peer = PeerHost(lab); peer.begin(); peer.move(); lab.traffic.talk_on(); peer.finish()
 
-What passes the client's own wire then says NEW; it is judged as its process sees it, which may have
+What passes a client's own wire then says NEW; it is judged as its process sees it, which may have
 dialled a service address that its host translates.
 Rule: as lab.py: what fails becomes an assertion, never a traceback.
 """
@@ -26,12 +26,24 @@ SERVICE_PORT = 80
 
 
 class PeerHost:
-    """The client's host of *lab*, which is a site of role peer."""
+    """The hosts of *lab*'s clients, which are sites of role peer; here the first one."""
 
     def __init__(self, lab: Lab) -> None:
         self.lab = lab
-        lab.crosses, lab.at_peer = False, True
+        lab.crosses, lab.peer_sites = False, lab.topology.peers
         lab.select_frames = self._as_the_client_sees_them
+
+    def begin(self, *, connections: int = 1, pause: bool = False) -> None:
+        """As Lab.begin."""
+        self.lab.begin(connections=connections, pause=pause)
+
+    def move(self) -> None:
+        """As Lab.move."""
+        self.lab.move()
+
+    def finish(self) -> None:
+        """As Lab.finish."""
+        self.lab.finish()
 
     def begin_by_service(self, *, connections: int = 1, pause: bool = False) -> None:
         """As `lab.begin`, by the address of a service, which the client's host makes OLD."""
@@ -68,7 +80,8 @@ class PeerHost:
     def _as_the_client_sees_them(self, frames: Frames) -> Frames:
         lab = self.lab
         ends = {tuple_.destination for tuple_ in lab.traffic.kept}
-        wires = [lab.server_endpoint, *(Endpoint(order.new, lab.wire_port) for order in lab.orders)]
+        news = {lab.new, *(order.new for order in lab.orders)}
+        wires = [lab.server_endpoint, *(Endpoint(new, lab.wire_port) for new in news)]
         names = {wire: end for end in ends for wire in wires}
 
         def turn(frame: Frame) -> Frame:
@@ -78,4 +91,4 @@ class PeerHost:
             both = FourTuple(names.get(source, source), names.get(destination, destination))
             return replace(frame, segment=replace(segment, tuple=both))
 
-        return {**frames, **{at: [*map(turn, frames[at])] for at in ("client", "near")}}
+        return {**frames, **{at: [*map(turn, frames[at])] for at in (*lab.peer_sites, "near")}}

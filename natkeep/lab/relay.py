@@ -198,10 +198,11 @@ class ByRelay:
         with lab.report.must("repair at the relay"):
             self._call("repair", lab.order.id)
 
-    def boot(self, status: str, ruleset: str) -> None:
+    def boot(self, status: str, ruleset: str) -> int:
         """The relay has booted: it has its addresses, and of all rules *ruleset* alone.
 
         status: what `status --json` said of the move there. So the relay is left in the end.
+        Returns since when it is on the link again, in nanoseconds of time.time_ns.
         """
         host, seat = self.lab.topology[self.role], self.lab.home
         self._stop_flooding()
@@ -212,9 +213,11 @@ class ByRelay:
         for setting in self.settings_of(status):
             host.run("sysctl", "-qw", f"net/{setting}=0")
         host.run("ip", "link", "set", "eth0", "up")
+        up_ns = time.time_ns()
         self._add_address(seat.address(self.lab.family))
         self.add_source()
         self.lab.read_sites(anew=(self.role,))
+        return up_ns
 
     def _stop_flooding(self) -> None:
         """No other port of the switch has frames for a host that is not there.

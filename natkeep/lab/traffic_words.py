@@ -19,6 +19,7 @@ from typing import Any
 from natkeep.lab.application import (
     SCRIPT,
     Application,
+    Applications,
     Source,
     TrafficError,
     all_open,
@@ -81,10 +82,11 @@ class Traffic:
         self.server = Moving(application, "serve", pid)
 
     def dial(self, host: Host, to: Endpoint, *, count: int, source: Source) -> None:
-        """The client at *host* opens *count* connections, which are to be kept."""
-        self.client = start_client(
-            host, f"dial-{self.name}", to, count=count, source=source, script=self.script
-        )
+        """The client at *host* opens *count* connections, to be kept beside earlier ones."""
+        before = [self.client] if self.kept else []
+        name = f"dial-{self.name}{'-more' * len(before)}"
+        client = start_client(host, name, to, count=count, source=source, script=self.script)
+        self.client = Applications(*before, client) if before else client
         self.keep()
 
     def dial_one_by_one(self, host: Host, to: Endpoint, count: int) -> None:
@@ -104,7 +106,8 @@ class Traffic:
         """The client's connections are what is to be kept; *inside*: as the server sees them."""
         self.kept = tuple(tuple_of(each) for each in self.client.fresh()["connections"])
         self.views = dict(zip(self.kept, inside or self.kept, strict=True))
-        self.report.before += [str(each) for each in self.kept]
+        known = self.report.before
+        self.report.before += [name for each in self.kept if (name := str(each)) not in known]
         self.server.connections = tuple(self.list_kept())
 
     def list_kept(self) -> Iterable[str]:

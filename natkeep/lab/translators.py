@@ -41,7 +41,7 @@ class Order:
     options: natkeep's way to learn of the connections, as the engine gave it.
     replaces: the move of the same process that brought it where it leaves from now.
     listeners: new connections shall reach the listeners that move along.
-    gateway: None where none translates. peer: the peers' own host, where that does.
+    gateway: None where none translates. peer_sites: the peers' own hosts, where these do.
     peers: which have moved as well, and where they are.
     relay: the host that passes on what comes to OLD, if one does.
     protocol: of what is kept, `tcp` or `udp`. ports: OLD's and NEW's, where the map has some.
@@ -58,7 +58,7 @@ class Order:
     replaces: Order | None = None
     listeners: bool = False
     peers: tuple[tuple[Local, Local], ...] = ()
-    peer: Host | None = None
+    peer_sites: tuple[Host, ...] = ()
     relay: Host | None = None
     protocol: str = "tcp"
     ports: tuple[int, int] | None = None
@@ -125,7 +125,7 @@ class Natkeep(Translator):
         more += ["--listeners"] if order.listeners else []
         more += [f"--peer-map={peer}={now}" for peer, now in order.peers]
         more += [f"--site=gateway={order.gateway.name}"] if order.gateway else []
-        more += [f"--site=peer={order.peer.name}"] if order.peer else []
+        more += [f"--site=peer={host.name}" for host in order.peer_sites]
         more += [f"--site=relay={order.relay.name}"] if order.relay else []
         self.call(
             "prepare", order.id, *more, "--map", f"{order.old_end}={order.new_end}",
@@ -200,8 +200,8 @@ class Naive(Translator):
         order.destination.nft(rules + self.peer_rules(order))
         if order.gateway:
             order.gateway.nft(self.rules(order, order.old_end, order.new_end))
-        if order.peer:
-            order.peer.nft(self.own_rules(order))
+        for host in order.peer_sites:
+            host.nft(self.own_rules(order))
 
     def rules(self, order: Order, before: Local, after: Local) -> str:
         """Packets to *before* go to *after*, and those from *after* say *before*."""
@@ -250,7 +250,7 @@ class Naive(Translator):
         self._delete_table(order, order.destination)
 
     def teardown(self, order: Order) -> None:
-        others = filter(None, (order.gateway, order.peer))
+        others = filter(None, (order.gateway, *order.peer_sites))
         self._delete_table(order, *others, order.destination)
 
     def _delete_table(self, order: Order, *hosts: Host) -> None:
@@ -271,7 +271,7 @@ class NaivePurge(Naive):
             for address in (order.old, order.new)
             for end in ("--orig-dst", "--orig-src")
         )
-        for host in filter(None, (order.destination, order.gateway, order.peer)):
+        for host in filter(None, (order.destination, order.gateway, *order.peer_sites)):
             # conntrack exits 1 where there was no such entry
             host.run("sh", "-c", f"{purge}\ntrue")
 

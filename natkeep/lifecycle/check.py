@@ -50,7 +50,8 @@ def check(
     if replaces is not None:
         earlier = executor.state.load(replaces)
         refuse_stacked(executor, move, earlier)
-        surroundings = surroundings.carry_on(earlier.surroundings_there(), connections)
+        there = earlier.surroundings_there()
+        surroundings = surroundings.carry_on(there, connections, move.udp)
     plan = make_plan(move, connections, surroundings)
     refuse_conflicts(executor, plan, replaces)
     refuse_relays(executor, plan, frozen=frozen)

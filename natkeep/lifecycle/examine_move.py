@@ -11,11 +11,11 @@ from natkeep.lifecycle.check import check, require_devices
 from natkeep.lifecycle.executor import Executor
 from natkeep.lifecycle.subject import Subject
 from natkeep.plan.findings import Finding, ok
+from natkeep.plan.kept_connections import find_unkept_servers
 from natkeep.plan.move import Move
 from natkeep.plan.plan_text import describe_count
 from natkeep.plan.step_order import make_plan
 from natkeep.plan.steps import Plan
-from natkeep.plan.translation import find_unkept_servers
 
 
 def make_subject(

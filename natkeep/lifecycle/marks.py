@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import closing
+from itertools import islice
 
 from natkeep.kernel import other_rules as reading
 from natkeep.kernel import path
 from natkeep.lifecycle.other_rules import FILTERS, TURNS, sample_views
+from natkeep.lifecycle.path import sites_that_translate
 from natkeep.lifecycle.subject import Subject
 from natkeep.plan.findings import Finding
 from natkeep.plan.other_rules import EVERY, Ruleset, follow
@@ -22,33 +24,36 @@ def look_at_marks(subject: Subject) -> Iterator[Finding]:
     """Whether packets go astray by the marks that rules of others set and `ip rule` asks for."""
     plan = subject.plan
     assert plan is not None
-    for site in plan.move.ordered_sites():
-        for translation in plan.translations if site.row.leaves else ():
-            if translation.site != site:
-                continue
-            apart = subject.kernel.ask(site, _find_marked_apart, translation)
-            for tuple_, was, now in apart[:1]:
-                yield Finding(
-                    "marked-apart",
-                    site,
-                    f"by the marks that rules give it {tuple_} leaves {now} instead of {was}",
-                )
+    for site, here in sites_that_translate(plan):
+        for tuple_, was, now in subject.kernel.ask(site, _find_marked_apart, here):
+            yield Finding(
+                "marked-apart",
+                site,
+                f"by the marks that rules give it {tuple_} leaves {now} instead of {was}",
+            )
 
 
-def _find_marked_apart(translation: Translation) -> list[tuple[FourTuple, str, str]]:
-    """Which packets leave by another device than they should, and which, for their marks."""
-    version = translation.map.old.version
-    if not path.asks_for_marks(version):
-        return []
-    ruleset, found = reading.read_ruleset(version), []
-    at_gateway = translation.site.row.passes_on
-    with closing(path.Links()) as links:
-        for views in sample_views(translation):
-            look = _look_at_gateway if at_gateway else _look_at_destination
-            for tuple_, was, now in look(ruleset, links, translation, views):
-                if was.kind == now.kind == "unicast" and was.said() != now.said():
-                    found.append((tuple_, was.said(), now.said()))
+def _find_marked_apart(here: list[Translation]) -> list[tuple[FourTuple, str, str]]:
+    """Of each translation one packet that leaves by another device for its marks, and by which."""
+    found: list[tuple[FourTuple, str, str]] = []
+    versions = filter(path.asks_for_marks, sorted({one.map.old.version for one in here}))
+    for version in versions:
+        ruleset = reading.read_ruleset(version)
+        with closing(path.Links()) as links:
+            for one in here:
+                if one.map.old.version == version:
+                    found += islice(_find_apart(ruleset, links, one), 1)
     return found
+
+
+def _find_apart(
+    ruleset: Ruleset, links: path.Links, translation: Translation
+) -> Iterator[tuple[FourTuple, str, str]]:
+    look = _look_at_gateway if translation.site.row.passes_on else _look_at_destination
+    for views in sample_views(translation):
+        for tuple_, was, now in look(ruleset, links, translation, views):
+            if was.kind == now.kind == "unicast" and was.said() != now.said():
+                yield tuple_, was.said(), now.said()
 
 
 _Apart = tuple[FourTuple, Route, Route]

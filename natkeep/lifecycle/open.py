@@ -92,7 +92,8 @@ def open_move(
         for number in numbers if journal.move.live else ():
             if number not in journal.records:
                 executor.kernel.check(plan.steps[number])
-        ready = None if opens else partial(write_ready, executor.kernel, journal, plan)
+        closed = not (opens or journal.is_opened())
+        ready = partial(write_ready, executor.kernel, journal, plan) if closed else None
         executor.apply_or_undo(journal, plan, numbers, ready)
         return compared
 

@@ -19,6 +19,7 @@ from natkeep.kernel.rtnetlink import LOOPBACK
 from natkeep.lifecycle.path import find_entrances
 from natkeep.lifecycle.subject import Subject
 from natkeep.plan.findings import Finding, Severity, ok
+from natkeep.plan.maps import Map
 from natkeep.plan.move import Mode, Site
 from natkeep.plan.other_rules import (
     EVERY,
@@ -49,7 +50,7 @@ def look_at_other_rules(subject: Subject) -> Iterator[Finding]:
         if not here:
             continue
         found: dict[tuple[str, str], str] = {}
-        entrances = [_find_entrances(subject, one) for one in here]
+        entrances = _find_entrances(subject, site, here)
         effects = subject.kernel.ask(site, _follow_at, here, subject.run_id, entrances)
         for effect, tuple_ in effects:
             found.setdefault((effect.does, effect.where), str(tuple_))
@@ -107,16 +108,19 @@ _CODES = {
 _IF_SURE = frozenset({"drop", "rewrite", "notrack", "synproxy dropped"})
 
 
-def _find_entrances(subject: Subject, translation: Translation) -> Mapping[Address, str]:
-    """At a gateway, by which of its addresses what NEW sends comes in, where that is known."""
-    if not translation.site.row.passes_on:
-        return {}
-    peers = {tuple_.source.address.packed for tuple_ in sample(translation.outer)}
-    return find_entrances(subject, translation.map, peers)
+def _find_entrances(
+    subject: Subject, site: Site, here: list[Translation]
+) -> dict[Map, Mapping[Address, str]]:
+    """At a gateway, by which of its addresses what each NEW sends comes in, where that is known."""
+    peers: dict[Map, set[bytes]] = {}
+    for one in here if site.row.passes_on else ():
+        some = (tuple_.source.address.packed for tuple_ in sample(one.outer))
+        peers.setdefault(one.map, set()).update(some)
+    return {map_: find_entrances(subject, map_, some) for map_, some in peers.items()}
 
 
 def _follow_at(
-    here: list[Translation], run_id: str | None, entrances: list[Mapping[Address, str]]
+    here: list[Translation], run_id: str | None, entrances: Mapping[Map, Mapping[Address, str]]
 ) -> list[tuple[Effect, FourTuple]]:
     """What rules of others here do to the packets of these translations, and to which.
 
@@ -126,9 +130,9 @@ def _follow_at(
     with closing(path.Links()) as links:
         for version in {one.map.old.version for one in here}:
             ruleset = without_lock(reading.read_ruleset(version), run_id)
-            for one, entered in zip(here, entrances, strict=True) if ruleset.chains else ():
+            for one in here if ruleset.chains else ():
                 if one.map.old.version == version:
-                    found += _follow_one(ruleset, links, one, entered)
+                    found += _follow_one(ruleset, links, one, entrances.get(one.map, {}))
     return found
 
 

@@ -116,29 +116,31 @@ def find_surroundings(
     have to be translated in mode stateless.
     """
     around = kernel.look_around(move, connections)
-    known = kernel, state, {move.id, *besides}
-    around = _take_partners(*known, move, connections, around, TCP)
-    if not len(move.udp) or move.why_no_udp():
+    kept = move.share(connections)
+    datagrams = [] if move.why_no_udp() else move.share(move.udp)
+    peers = frozenset[bytes]().union(*(some.peers() for some in (*kept, *datagrams)))
+    known = {move.id, *besides}
+    partners = [
+        (site, partner)
+        for site in (() if move.quiesces else move.sites)
+        for partner in reversed(find_partners(state, kernel.identity(site), peers, known))
+    ]
+    around = _take_partners(move, partners, kept, around)
+    if not any(map(len, datagrams)):
         return around
-    return around.with_udp(_take_partners(*known, move, move.udp, around.of_udp(), UDP))
+    partners = [(site, replace(partner, protocol=UDP)) for site, partner in partners]
+    return around.with_udp(_take_partners(move, partners, datagrams, around.of(UDP)))
 
 
 def _take_partners(
-    kernel: Kernel,
-    state: StateDirectory,
-    besides: Iterable[str],
     move: Move,
-    connections: Connections,
+    partners: Iterable[tuple[Site, Partner]],
+    kept: Iterable[Connections],
     around: Surroundings,
-    protocol: Protocol,
 ) -> Surroundings:
-    """What earlier moves do at the sites to *connections*, which are of *protocol*."""
-    kept = move.share(connections)
-    peers = frozenset[bytes]().union(*(some.peers() for some in kept))
-    for site in move.sites if not move.quiesces else ():
-        found = find_partners(state, kernel.identity(site), peers, besides)
-        found = [replace(one, protocol=protocol) for one in reversed(found)]
-        for partner, some in ((partner, some) for partner in found for some in kept):
+    """What earlier moves do at each site to what is *kept* by each map."""
+    for site, partner in partners:
+        for some in kept:
             if site.row.own:
                 _refuse_moved(site, partner, some)
             elif site.role == Role.GATEWAY:

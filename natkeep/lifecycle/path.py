@@ -23,7 +23,7 @@ def look_at_routes(subject: Subject) -> Iterator[Finding]:
     """Whether peers and NEW reach each other, and by the gateway."""
     plan = subject.plan
     assert plan is not None
-    for site, here in _sites_that_translate(plan):
+    for site, here in sites_that_translate(plan):
         if site.row.own or site.row.relays:
             yield from _look_from_here(subject, site, here)
         elif site.row.passes_on:
@@ -33,7 +33,7 @@ def look_at_routes(subject: Subject) -> Iterator[Finding]:
             direct = {one.new for one in plan.move.peer_maps if own is None}
             direct |= {via.source for via in plan.move.vias}
             direct.update(*(here for _, here in plan.surroundings.at_peers))
-            for map_, peers in _peers_of(here):
+            for map_, peers in peers_of(here):
                 ports = _find_ports(subject, site, here, map_)
                 ways = subject.kernel.ask(
                     site, path.read_at_destination, map_.old, map_.new, peers, own, ports
@@ -45,10 +45,10 @@ def look_at_routes(subject: Subject) -> Iterator[Finding]:
 def look_at_policy_rules(subject: Subject) -> Iterator[Finding]:
     """Whether what the sockets send as OLD is routed as what NEW sends."""
     assert subject.plan is not None
-    for site, here in _sites_that_translate(subject.plan):
+    for site, here in sites_that_translate(subject.plan):
         if not site.row.puts_old:
             continue
-        for map_, _ in _peers_of(here):
+        for map_, _ in peers_of(here):
             rules = subject.kernel.ask(site, path.read_source_rules, map_.old.version)
             apart = find_apart(rules, map_.new, map_.old)
             for rule in apart[:1]:
@@ -68,7 +68,7 @@ def look_at_policy_rules(subject: Subject) -> Iterator[Finding]:
 def look_at_new(subject: Subject) -> Iterator[Finding]:
     """Whether NEW can be used as it stands at the destination."""
     assert subject.plan is not None
-    for site, here in _sites_that_translate(subject.plan):
+    for site, here in sites_that_translate(subject.plan):
         for new in dict.fromkeys(one.map.new for one in here if site.row.puts_old):
             state = subject.kernel.ask(site, path.read_address_state, new)
             if state:
@@ -80,7 +80,7 @@ def look_at_new(subject: Subject) -> Iterator[Finding]:
 def look_at_owners(subject: Subject) -> Iterator[Finding]:
     """Whether another host on the destination's links has NEW; it is asked for, 0.2 s each."""
     assert subject.plan is not None
-    for site, here in _sites_that_translate(subject.plan):
+    for site, here in sites_that_translate(subject.plan):
         for new in dict.fromkeys(one.map.new for one in here if site.row.puts_old):
             owner = subject.kernel.ask(site, find_owner, new, new)
             if owner:
@@ -89,14 +89,15 @@ def look_at_owners(subject: Subject) -> Iterator[Finding]:
                 yield ok(site, f"no other host on the link has NEW {new}")
 
 
-def _sites_that_translate(plan: Plan) -> Iterator[tuple[Site, list[Translation]]]:
+def sites_that_translate(plan: Plan) -> Iterator[tuple[Site, list[Translation]]]:
+    """Each site that changes addresses, gateways first, and its translations."""
     for site in plan.move.ordered_sites():
         here = [one for one in plan.translations if one.site == site]
         if site.row.leaves and here:
             yield site, here
 
 
-def _peers_of(here: list[Translation]) -> Iterator[tuple[Map, frozenset[bytes]]]:
+def peers_of(here: list[Translation]) -> Iterator[tuple[Map, frozenset[bytes]]]:
     """Each pair of OLD and NEW, and the addresses of its peers as they are on the wire."""
     for map_ in dict.fromkeys(one.map for one in here):
         peers: frozenset[bytes] = frozenset()
@@ -123,7 +124,7 @@ def find_entrances(subject: Subject, map_: Map, peers: Iterable[bytes]) -> dict[
     """By which address of a gateway, or other router, what NEW sends to each peer comes in."""
     found: dict[Address, str] = {}
     assert subject.plan is not None
-    for site, here in _sites_that_translate(subject.plan):
+    for site, here in sites_that_translate(subject.plan):
         if site.row.puts_old and any(one.map == map_ for one in here):
             ports = _find_ports(subject, site, here, map_)
             found.update(subject.kernel.ask(site, path.read_entrances, map_.new, peers, ports))
@@ -132,7 +133,7 @@ def find_entrances(subject: Subject, map_: Map, peers: Iterable[bytes]) -> dict[
 
 def _look_from_here(subject: Subject, site: Site, here: list[Translation]) -> Iterator[Finding]:
     """The routes of what leaves this host as its own: to NEW, and from a relay to peers."""
-    for map_, peers in _peers_of(here):
+    for map_, peers in peers_of(here):
         ends = [("no-way-there", f"NEW {map_.new}", frozenset({map_.new.packed}))]
         ends += [("no-way-back", "each peer", peers)] if site.row.relays else []
         for code, name, addresses in ends:
@@ -160,7 +161,7 @@ def _look_at_gateway(
     subject: Subject, plan: Plan, site: Site, here: list[Translation]
 ) -> Iterator[Finding]:
     tells = any(one.role == Role.DESTINATION for one in plan.move.sites)  # NEW's link, itself
-    for map_, peers in _peers_of(here):
+    for map_, peers in peers_of(here):
         off = subject.kernel.ask(site, path.find_not_forwarding, map_.old, map_.new, peers)
         if off:
             what = f"{', '.join(off)} {'is' if len(off) == 1 else 'are'} 0"

@@ -1,6 +1,6 @@
 """Where the process is by now, and the way back to the source.
 
-    1. gateway       undone: peers' packets go to the source again, which is quiet still
+    1. gateway       undone, or each peer's host: packets go to the source, which is quiet still
     2. source        the process is restored there, from the image that stays there
     3. destination   undone
     4. source        its gate goes last
@@ -16,12 +16,11 @@ from enum import Enum
 from typing import Any
 
 from natkeep.errors import NatkeepError, UnreachableError
-from natkeep.migrate.forward import Migration, knows, quiet_source, read_move, read_start
-from natkeep.migrate.host import Host, HostError
-from natkeep.migrate.record import GATEWAY, RELAY, Record
+from natkeep.migrate.forward import Migration, quiet_source
+from natkeep.migrate.host import Host, HostError, knows, read_move, read_start
+from natkeep.migrate.record import RELAY, Record
 
 _PATIENCE = 30.0  # s for a host that cannot be reached just now
-_FINISHED = "Dumping finished successfully"
 
 
 class Place(Enum):
@@ -50,8 +49,7 @@ def find_place(migration: Migration) -> Place:
         return Place.SOURCE
     if not record.is_past("dump"):
         raise HostError(f"process {record.pid} on {migration.source} has ended")
-    log = migration.source.run("cat", f"{migration.dumped}/dump.log", ok=None).stdout
-    if _FINISHED not in log:
+    if not migration.engine.is_dumped(migration.source):
         raise HostError(
             f"process {record.pid} on {migration.source} has ended, and its image is not complete"
         )
@@ -89,9 +87,11 @@ def go_back(migration: Migration) -> None:
 def _undo(migration: Migration, place: Place) -> str:
     """All that was done, in the order of the top of this file; what is left at the destination."""
     record, left = migration.record, ""
-    if record.role == GATEWAY and record.is_past("copy"):
-        _reach(migration.gateway, f"{migration.gateway} still sends peers to {record.destination}")
-        migration.gateway.natkeep("rollback", record.id, "--yes")
+    for host in migration.translators if record.is_past("copy") else ():
+        _reach(host, f"{host} still sends peers to {record.destination}")
+        host.natkeep("rollback", record.id, "--yes")
+    if place == Place.FROZEN and record.is_past("restore"):
+        migration.engine.clear(migration.destination)
     if place == Place.FROZEN:
         _restore_at_source(migration)
     if knows(migration.source, record.id):
@@ -109,17 +109,12 @@ def _restore_at_source(migration: Migration) -> None:
     """The same process again; its gate opens when its sockets are there."""
     record, source = migration.record, migration.source
     relays = record.role == RELAY and knows(source, record.id)
-    options = [*record.restore_options]
-    environment: dict[str, str] = {}
     if relays:
         source.natkeep("rollback", record.id, "--yes")  # closes its gate
     else:
         quiet_source(migration)
-        options += ["--action-script", source.hook]
-        environment = {"NATKEEP_ID": record.id}
-    migration.run_criu(
-        source, migration.dumped, "restore", "--restore-detached", *options, environment=environment
-    )
+    migration.run_engine(source, migration.engine.restore(source, {} if relays else record.hook))
+    record.pid = migration.engine.find_pid(source)
     record.started = read_start(source, record.pid)
     record.save()
     if relays:
@@ -138,7 +133,7 @@ def _remove_images(migration: Migration) -> None:
 
 def _names(record: Record) -> list[str]:
     """The directories of images that a migration makes."""
-    return ["dump", *(f"pre-{number}" for number in range(1, record.pre_dumps + 1))]
+    return ["criu", "dump", *(f"pre-{number}" for number in range(1, record.pre_dumps + 1))]
 
 
 def resume(migration: Migration) -> None:
@@ -155,7 +150,7 @@ def resume(migration: Migration) -> None:
         migration.go("source")
         return
     if not migration.record.shared:
-        migration.destination.run("rm", "-rf", "--", migration.dumped)
+        migration.destination.run("rm", "-rf", "--", migration.engine.dumped)
     migration.go("copy")
 
 
@@ -173,13 +168,15 @@ def finish(migration: Migration, seconds: float | None) -> int:
         if time.monotonic() >= deadline:
             return live
         time.sleep(1)
-    if record.role == GATEWAY:
-        migration.gateway.natkeep("teardown", record.id, "--yes")
+    if record.role != RELAY:
+        for host in migration.translators:
+            host.natkeep("teardown", record.id, "--yes")
         ended = migration.destination.natkeep("status", "--json").stdout
         migration.source.natkeep("teardown", record.id, "--ended", "-", stdin=ended)
     else:
         migration.source.natkeep("teardown", record.id, "--yes")
     migration.destination.natkeep("teardown", record.id, "--yes", "--drop", "0")
+    migration.engine.forget(migration.source)
     _remove_images(migration)
     record.forget()
     return 0
@@ -195,8 +192,7 @@ def _find_live(migration: Migration) -> int:
     move = read_move(migration.destination, record.id)
     if move is not None:
         return count_live(move)
-    before = migration.gateway if record.role == GATEWAY else migration.source
-    if knows(before, record.id):
+    if any(knows(host, record.id) for host in migration.translators or (migration.source,)):
         raise HostError(
             f"{migration.destination} does not know {record.id} any more: whether its connections "
             "live is not known",

@@ -22,15 +22,17 @@ import secrets
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
-from natkeep.errors import NatkeepError, RefusedError
+from natkeep.errors import RefusedError
 from natkeep.migrate import way
 from natkeep.migrate.criu_errors import first_error
-from natkeep.migrate.host import LOCAL, Host, HostError, Ssh, ToldHost
-from natkeep.migrate.image_copy import ImageCopy
-from natkeep.migrate.record import GATEWAY, RELAY, STEPS, Record
+from natkeep.migrate.engines import Command, make_engine
+from natkeep.migrate.host import Host, HostError, Ssh, ToldHost, knows, read_move, read_start
+from natkeep.migrate.image_copy import ImageCopy, Watch
+from natkeep.migrate.record import RELAY, STEPS, Record
 
 Say = Callable[[str, str], None]
 """Told of each step: its name, and what there is to say."""
@@ -45,32 +47,54 @@ class Migration:
     fresh: it was begun by this run, and not by one that was interrupted.
     frozen, running: when the dump began and when the restore was through (s, monotonic).
     answered, count: peers that were heard since, of how many.
+    lost: the sockets that the move ends, as `inspect` tells of them; None where another run looked.
     """
 
-    def __init__(self, record: Record, ssh: Ssh, say: Say, asked: str = "") -> None:
-        self.record, self.say, self.asked = record, say, asked
-        target = record.gateway or (asked if asked not in ("", RELAY) else LOCAL)
-        roles = {target: "gateway", record.destination: "destination", record.source: "source"}
+    def __init__(self, record: Record, ssh: Ssh, say: Say, watch: Watch | None = None) -> None:
+        self.record, self.say, self._ssh, self._watch = record, say, ssh, watch
+        roles = {**dict.fromkeys(record.translators, record.role),
+                 record.destination: "destination", record.source: "source"}  # fmt: skip
         self._hosts = {name: Host(name, role, ssh, record.id) for name, role in roles.items()}
-        self.source, self.destination, self.gateway = (
-            self._hosts[name] for name in (record.source, record.destination, target)
-        )
+        self.engine = make_engine(record)
         self.sockets, self.fresh = "", False
         self.copying: ImageCopy | None = None
         self.frozen = self.running = 0.0
         self.answered: int | None = None
         self.count = 0
+        self.lost: list[dict[str, Any]] | None = None
+
+    @property
+    def source(self) -> Host:
+        """The host that has the process at first."""
+        return self._hosts[self.record.source]
+
+    @property
+    def destination(self) -> Host:
+        """The host that is to have it."""
+        return self._hosts[self.record.destination]
+
+    @property
+    def translators(self) -> tuple[Host, ...]:
+        """The hosts that translate for the peers and are beside these two: none by a relay."""
+        names = self.record.translators if self.record.role != RELAY else ()
+        return tuple(self._hosts[name] for name in names)
 
     def connect(self) -> None:
-        """Reach every host that has a part in it."""
+        """Reach every host that has a part in it, as far as they are known."""
         for host in self.hosts():
             host.connect()
 
     def hosts(self) -> tuple[Host, ...]:
-        """Source, destination, and the gateway where one may translate; each host once."""
-        own = self.record.role == GATEWAY and self.asked != RELAY
-        some = (self.source, self.destination, *((self.gateway,) if own else ()))
-        return tuple(dict.fromkeys(some))
+        """Source, destination, and those that translate; each host once."""
+        return tuple(dict.fromkeys((self.source, self.destination, *self.translators)))
+
+    def _reach(self, target: str, role: str) -> Host:
+        """One more host, connected; RefusedError where it has a move of this id."""
+        if target not in self._hosts:
+            host = self._hosts[target] = Host(target, role, self._ssh, self.record.id)
+            host.connect()
+            self._refuse_known(host)
+        return self._hosts[target]
 
     def close(self) -> None:
         """End what was started; what hosts do just now they do to its end."""
@@ -91,46 +115,40 @@ class Migration:
         """Look as `check` does, and say each command that would follow; nothing is changed."""
         self._check()
         self.fresh = True
-        hosts = {name: ToldHost(host, self.say, self.sockets) for name, host in self._hosts.items()}
-        self.source, self.destination = hosts[self.record.source], hosts[self.record.destination]
-        self.gateway = hosts[self.gateway.target]
+        for name, host in self._hosts.items():
+            host.close()
+            self._hosts[name] = ToldHost(host, self.say, self.sockets)
         self.say = lambda step, text: None  # what the steps say is not so
         for step in STEPS[1 : STEPS.index("verify")]:
             getattr(self, f"_{step}")()
-
-    @property
-    def dumped(self) -> str:
-        """The directory of the image, on source and destination."""
-        return f"{self.record.images}/dump"
 
     # Before the freeze
 
     def _check(self) -> None:
         record = self.record
         for host in self.hosts():
-            if knows(host, record.id):
-                raise RefusedError(f"{host} has a move {record.id} already", hint="--id another")
+            self._refuse_known(host)
+        self.engine.look(self.source, self.destination)
         record.started = read_start(self.source, record.pid)
         document = way.read_sockets(self.source, record)
         self.sockets = json.dumps(document)
         if not record.maps:
-            record.maps = way.find_maps(document, self.destination)
+            record.maps = way.find_maps(document, self.destination, record.netns)
         self.say("check", f"{document['sum']['kept']} connections kept: {', '.join(record.maps)}")
-        for line in way.find_lost(document):
-            self.say("check", line)
+        self.lost = way.find_lost(document)
+        for line in way.describe_lost(self.lost):
+            self.say("check", f"LOST {line}")
         self._refuse_moved_before()
-        chosen = way.choose(record, self.source, self.gateway, self.asked, self.sockets)
-        self.say("check", chosen)
+        self.say("check", way.choose(record, self._reach, self.sockets))
         for host in (self.source, self.destination):
             if not host.hook:
                 raise HostError(f"{host} has no natkeep-hook beside its natkeep, nor in PATH")
         if found := way.check(self.destination, record, "destination", self.sockets):
             raise HostError(f"{self.destination} cannot take it: {found}")
-        for host in (self.source, self.destination):
-            there = host.run(record.criu, "--version", ok=None)
-            if there.exit:
-                raise HostError(f"{host} has no {record.criu}: {there.reason()}")
-        self._refuse_pid_in_use()
+
+    def _refuse_known(self, host: Host) -> None:
+        if knows(host, self.record.id):
+            raise RefusedError(f"{host} has a move {self.record.id} already", hint="--id another")
 
     def _refuse_moved_before(self) -> None:
         """Where it came by a move, that one is to be replaced: there is not to be a second one."""
@@ -142,10 +160,6 @@ class Migration:
                     f"{self.source}: the process came there by move {move['id']}",
                     hint="moving on, and back, goes by hand: prepare --replace (docs/by-hand.md)",
                 )
-
-    def _refuse_pid_in_use(self) -> None:
-        if not self.destination.run("test", "-e", f"/proc/{self.record.pid}", ok=None).exit:
-            raise RefusedError(f"{self.destination} has a process {self.record.pid} already")
 
     def _make_directory(self, host: Host) -> None:
         images = self.record.images
@@ -169,9 +183,12 @@ class Migration:
         record.made = True  # what will be in it is ours to remove
         record.shared = self._is_shared()
         record.save()
-        if record.role == GATEWAY:
+        self.engine.arrange(self.source, "dump", self._hook_at_dump())
+        for host in (self.source, self.destination):
+            self.engine.arrange(host, "restore", record.hook)
+        if record.role != RELAY:
             self.destination.natkeep(
-                "prepare", record.id, *record.options(), "--site", "destination",
+                "prepare", record.id, *record.options(), "--site", record.site("destination"),
                 "--connections", "-", stdin=self.sockets,
             )  # fmt: skip
             self.say("prepare", f"{self.destination} is ready, its gate closed")
@@ -182,43 +199,36 @@ class Migration:
         name = f"pre-{number}"
         directory = f"{self.record.images}/{name}"
         self.source.run("mkdir", "-m", "700", directory)
-        before = ["--prev-images-dir", f"../pre-{number - 1}"] if number > 1 else []
-        self.run_criu(
-            self.source, directory, "pre-dump", "--tree", str(self.record.pid), "--track-mem",
-            *before, *self.record.dump_options,
-        )  # fmt: skip
+        self.run_engine(self.source, self.engine.pre_dump(number))
         if not self.record.shared:
-            self._start_copy(name).go()
+            self._start_copy(name).go(self._watch)
         self.say("pre-dump", f"round {number} of {self.record.pre_dumps}")
 
     # The blackout
 
     def _dump(self) -> None:
         record = self.record
-        self.source.run("mkdir", "-m", "700", self.dumped)
+        self.source.run("mkdir", "-m", "700", self.engine.dumped)
         if record.listeners and (ports := way.find_ports(json.loads(self.sockets))):
             # No other program's listeners: the sshd there has to be reached for `finish`.
             words = [*record.options(listeners=False), *ports]
-            self.source.natkeep("quiesce", record.id, *words, "--site", "source")
-        options = ["--tree", str(record.pid), "--network-lock", "nftables"]
-        if record.pre_dumps:
-            options += ["--prev-images-dir", f"../pre-{record.pre_dumps}", "--track-mem"]
-        environment = {}
-        if self._has_udp():
-            options += ["--action-script", self.source.hook]
-            environment = {"NATKEEP_ID": record.id, "NATKEEP_SOURCE": ",".join(record.maps)}
-            environment["NATKEEP_VIA"] = ",".join(record.vias)
+            self.source.natkeep("quiesce", record.id, *words, "--site", record.site("source"))
+        command = self.engine.dump(self.source, self._hook_at_dump())
         if not record.shared:
             self.copying = self._start_copy("dump")  # started here, so that no start is waited for
         self.frozen = time.monotonic()
-        self.run_criu(
-            self.source, self.dumped, "dump", *options, *record.dump_options,
-            environment=environment,
-        )  # fmt: skip
+        self.run_engine(self.source, command)
         self.say("dump", f"frozen on {self.source}")
 
     def _start_copy(self, name: str) -> ImageCopy:
         return ImageCopy(self.source, self.destination, self.record.images, name)
+
+    def _hook_at_dump(self) -> dict[str, str]:
+        record = self.record
+        if not self._has_udp():
+            return {}
+        leaving = {"NATKEEP_SOURCE": ",".join(record.maps), "NATKEEP_VIA": ",".join(record.vias)}
+        return {**record.hook, **leaving}
 
     def _has_udp(self) -> bool:
         sockets = json.loads(self.sockets)["sockets"]
@@ -229,10 +239,10 @@ class Migration:
         if not (copy or self.record.shared):
             copy = self._start_copy("dump")
         with ThreadPoolExecutor(1) as beside:
-            done = beside.submit(copy.go) if copy else None
+            done = beside.submit(copy.go, self._watch) if copy else None
             try:
                 self._translate()
-                ours = self.source.digest(self.dumped) if copy else ""
+                ours = self.source.digest(self.engine.dumped) if copy else ""
             except BaseException:
                 if copy:
                     copy.end()  # it may take long still
@@ -240,7 +250,7 @@ class Migration:
             if done:
                 done.result()
         if copy:
-            if self.destination.digest(self.dumped) != ours:
+            if self.destination.digest(self.engine.dumped) != ours:
                 raise HostError(f"the image on {self.destination} is not that of {self.source}")
             self.say("copy", f"{copy.octets / 1e6:.1f} MB of image on {self.destination}")
 
@@ -248,32 +258,34 @@ class Migration:
         """Have those sites ready that wait for the freeze; then peers may be passed on."""
         record = self.record
         words = record.options(listeners=False)
-        image = self.source.natkeep("inspect", self.dumped, *_maps(words), "--json").stdout
+        image = self.source.natkeep("inspect", self.engine.image, *_maps(words), "--json").stdout
         if record.role == RELAY:
-            self._prepare_from(image, self.destination, "destination")
+            self._prepare_from(image, "destination", self.destination)
             by_hook = self.fresh and self._has_udp() and knows(self.source, record.id)
             if self._lacks(self.source) and not by_hook:
-                words += ["--image", self.dumped, "--site", "relay"]
+                words += ["--image", self.engine.image, "--site", record.site(RELAY)]
                 self.source.natkeep("prepare", record.id, *words)
             self.source.natkeep("open", record.id)
             self.say("prepare", f"{self.source} passes on, {self.destination} holds what peers say")
             return
         if not self.fresh:
-            self._prepare_from(image, self.destination, "destination")
-        with ThreadPoolExecutor(1) as beside:
-            # The destination is closed, so the gateway need not wait for it.
-            done = beside.submit(self._prepare_from, image, self.gateway, "gateway")
+            self._prepare_from(image, "destination", self.destination)
+        with ThreadPoolExecutor(len(self.translators)) as beside:
+            # The destination is closed, so these need not wait for it.
+            done = beside.map(partial(self._prepare_from, image, record.role), self.translators)
             # And the hook then has nothing to compare in the blackout.
             comparing = ["open", record.id, "--connections", "-", "--compare"]
             self.destination.natkeep(*comparing, stdin=image)
-            done.result()
-        self.say("prepare", f"{self.gateway} translates, {self.destination} holds what peers say")
+            tuple(done)  # raises what one of them did
+        who = way.name_translators(self.translators)
+        self.say("prepare", f"{who}, {self.destination} holds what peers say")
 
-    def _prepare_from(self, image: str, host: Host, role: str) -> None:
+    def _prepare_from(self, image: str, role: str, host: Host) -> None:
         """Prepare a site of *role* there from the document of the image, unless it is."""
         if self._lacks(host):
-            words = ["prepare", self.record.id, *self.record.options(), "--site", role]
-            gate = ["--gate", "open"] if role == GATEWAY else []
+            site = self.record.site(role)
+            words = ["prepare", self.record.id, *self.record.options(), "--site", site]
+            gate = [] if role == "destination" else ["--gate", "open"]
             host.natkeep(*words, *gate, "--connections", "-", stdin=image)
 
     def _lacks(self, host: Host) -> bool:
@@ -282,10 +294,8 @@ class Migration:
 
     def _restore(self) -> None:
         record = self.record
-        self.run_criu(
-            self.destination, self.dumped, "restore", "--restore-detached",
-            "--action-script", self.destination.hook, *record.restore_options,
-            environment={"NATKEEP_ID": record.id},
+        self.run_engine(
+            self.destination, self.engine.restore(self.destination, record.hook),
             # Another script, or CRIU itself, may have failed after the hook has opened: a host
             # without the socket must not answer.
             otherwise=["teardown", record.id, "--yes"],
@@ -302,7 +312,7 @@ class Migration:
         return round((self.running - self.frozen) * 1000) if self.frozen else None
 
     def _source(self) -> None:
-        if self.record.role == GATEWAY:
+        if self.record.role != RELAY:
             quiet_source(self)
             self.say("source", f"{self.source} is quiet, CRIU's lock is gone")
 
@@ -321,19 +331,26 @@ class Migration:
             time.sleep(0.2)
         self.say("verify", f"{self.answered or 0} of {self.count} peers were heard")
 
-    def run_criu(
-        self, host: Host, directory: str, verb: str, *options: str,
-        environment: dict[str, str] | None = None, otherwise: Sequence[str] = (),
-    ) -> None:  # fmt: skip
-        log = f"{verb}.log"
+    def run_engine(self, host: Host, command: Command, otherwise: Sequence[str] = ()) -> None:
+        """Run it at *host*; HostError with what went wrong first. otherwise: as of Host.run."""
         done = host.run(
-            self.record.criu, verb, "--images-dir", directory, "-v3", "--log-file", log,
-            "--tcp-established", *options, environment=environment, seconds=_DUMP, ok=None,
+            *command.words, environment=command.environment, seconds=_DUMP, ok=None,
             otherwise=otherwise,
         )  # fmt: skip
         if done.exit:
-            said = host.run("cat", f"{directory}/{log}", ok=None).stdout.splitlines()
-            raise HostError(f"{host}: criu {verb}: {first_error(said or done.stderr.splitlines())}")
+            said = host.run("cat", *command.logs, ok=None).stdout.splitlines()
+            why = first_error([*said, *done.stderr.splitlines()])
+            raise HostError(f"{host}: {command.what}: {why}")
+
+
+def sum_up(migration: Migration) -> str:
+    """What came of it, in one line: the silence, who answered, what was not kept and why."""
+    silent, lost = migration.silent_ms, migration.lost
+    parts = [] if silent is None else [f"silent for {silent} ms at most"]
+    parts.append(f"{migration.answered or 0} of {migration.count} peers answered")
+    if lost:
+        parts.append(f"{len(lost)} not kept: {', '.join(way.describe_lost(lost))}")
+    return "; ".join(parts)
 
 
 def _maps(words: list[str]) -> list[str]:
@@ -342,35 +359,10 @@ def _maps(words: list[str]) -> list[str]:
     return [word for pair in pairs for word in pair]
 
 
-def read_move(host: Host, move_id: str) -> dict[str, Any] | None:
-    """What `status` tells of the move at *host*; None where it knows none of that id."""
-    for move in host.natkeep("status", "--json").document()["moves"]:
-        if move["id"] == move_id:
-            found: dict[str, Any] = move
-            return found
-    return None
-
-
 def quiet_source(migration: Migration) -> None:
     """natkeep's gate at the source, from the image, unless it stands; CRIU's lock goes then."""
     record, source = migration.record, migration.source
     move = read_move(source, record.id)
     if move is None or not move["connections"]:  # nothing yet, or listeners that are held alone
-        words = [*record.options(listeners=False), "--image", migration.dumped]
-        source.natkeep("prepare", record.id, *words, "--site", "source")
-
-
-def knows(host: Host, move_id: str) -> bool:
-    """Whether *host* has a move of that id."""
-    return read_move(host, move_id) is not None
-
-
-def read_start(host: Host, pid: int) -> int:
-    """Clock ticks after boot at which *pid* began there (proc(5)); 0 where there is none."""
-    answer = host.run("cat", f"/proc/{pid}/stat", ok=None)
-    if answer.exit:
-        return 0
-    try:
-        return int(answer.stdout.rpartition(")")[2].split()[19])
-    except (LookupError, ValueError):
-        raise NatkeepError(f"{host}: /proc/{pid}/stat is not as expected") from None
+        words = [*record.options(listeners=False), "--image", migration.engine.image]
+        source.natkeep("prepare", record.id, *words, "--site", record.site("source"))

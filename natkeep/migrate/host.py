@@ -188,7 +188,32 @@ class Host:
         return UnreachableError(f"{self} cannot be reached: {why}", hint=_cure(why))
 
 
-_LOOKS = ("cat", "find", "touch", "rm")
+def read_move(host: Host, move_id: str) -> dict[str, Any] | None:
+    """What `status` tells of the move at *host*; None where it knows none of that id."""
+    for move in host.natkeep("status", "--json").document()["moves"]:
+        if move["id"] == move_id:
+            found: dict[str, Any] = move
+            return found
+    return None
+
+
+def knows(host: Host, move_id: str) -> bool:
+    """Whether *host* has a move of that id."""
+    return read_move(host, move_id) is not None
+
+
+def read_start(host: Host, pid: int) -> int:
+    """Clock ticks after boot at which *pid* began there (proc(5)); 0 where there is none."""
+    answer = host.run("cat", f"/proc/{pid}/stat", ok=None)
+    if answer.exit:
+        return 0
+    try:
+        return int(answer.stdout.rpartition(")")[2].split()[19])
+    except (LookupError, ValueError):
+        raise NatkeepError(f"{host}: /proc/{pid}/stat is not as expected") from None
+
+
+_LOOKS = ("cat", "find", "touch", "rm", "printenv")
 """Programs by which a migration only looks at a host, or leaves nothing there."""
 
 

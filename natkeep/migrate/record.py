@@ -20,26 +20,30 @@ from natkeep.plan.move import parse_id
 SCHEMA = 1
 STEPS = ("check", "prepare", "dump", "copy", "restore", "source", "verify", "done")
 """In their order; `back`: it was rolled back."""
-GATEWAY, RELAY = "gateway", "relay"
+GATEWAY, PEER, RELAY = "gateway", "peer", "relay"
 
 
 @dataclass
 class Record:
     """One migration.
 
-    source, destination, gateway: as ssh knows them, or `local`; gateway is the host whose site
-    translates for the peers: for a `relay` the source itself. pid and started: of the process at
-    the source, with the clock ticks of its start (proc(5), starttime). maps: `OLD=NEW`. vias: the
-    relay's addresses. images: a directory of that name on source and destination; shared: it is one
-    and the same; made: it was empty on both. reached: the step that was begun last.
+    source, destination, translators: hosts as ssh knows them, or `local`. translators: those whose
+    site of *role* translates for the peers: one `gateway`, each `peer`'s own host, or the source as
+    a `relay`; until the check has chosen them what was asked for, and role is empty where nothing
+    was. pid and started: of the process at the source, with the clock ticks of its start (proc(5),
+    starttime). maps: `OLD=NEW`. vias: the relay's addresses. images: a directory of that name on
+    source and destination; shared: it is one and the same; made: it was empty on both. reached: the
+    step that was begun last. engine and container: who has the process, and its name there; bundle:
+    runc's at the destination; netns: of a container at `source` and `destination`, empty where it
+    is natkeep's own; found: what its engine found out.
     """
 
     id: str
     source: str
     pid: int
     destination: str
-    gateway: str = ""
-    role: str = GATEWAY
+    role: str = ""
+    translators: list[str] = field(default_factory=list)
     started: int = 0
     maps: list[str] = field(default_factory=list)
     vias: list[str] = field(default_factory=list)
@@ -53,6 +57,11 @@ class Record:
     restore_options: list[str] = field(default_factory=list)
     ssh: list[str] = field(default_factory=lambda: ["ssh"])
     natkeep: list[str] = field(default_factory=lambda: ["natkeep"])
+    engine: str = "criu"
+    container: str = ""
+    bundle: str = ""
+    netns: dict[str, str] = field(default_factory=dict)
+    found: dict[str, str] = field(default_factory=dict)
     reached: str = "check"
     path: Path | None = field(default=None, compare=False)
 
@@ -87,6 +96,24 @@ class Record:
         words = [word for each in self.maps for word in ("--map", each)]
         words += [word for each in self.vias for word in ("--via", each)]
         return [*words, *(["--listeners"] if self.listeners and listeners else [])]
+
+    def site(self, role: str) -> str:
+        """natkeep's word for the site of *role*, in the namespace of a container where it is one's.
+
+        A relay is where the process was; who else translates is no container.
+        """
+        path = self.netns.get("source" if role == RELAY else role)
+        return f"{role}={path}" if path else role
+
+    @property
+    def hook(self) -> dict[str, str]:
+        """What natkeep-hook has to know of a restore."""
+        return {"NATKEEP_ID": self.id}
+
+    @property
+    def process(self) -> str:
+        """What moves, as it is named on the command line."""
+        return f"{self.engine}:{self.container}" if self.container else str(self.pid)
 
     @property
     def olds(self) -> list[str]:

@@ -1,8 +1,12 @@
-"""Where the peers' packets are translated: which maps, and at which host.
+"""Where the peers' packets are translated: which maps, and at which hosts.
 
     NEW      the address from which the destination would answer the peers
     gateway  a host that passes on what the peers send, and that natkeep may act at; or
-    relay    the source itself, which goes on receiving what is sent to OLD
+    relay    the source itself, which goes on receiving what is sent to OLD; or
+    peer     each peer's own host
+
+Unasked they are tried in this order, the gateway being this host: what the user has named comes
+before what has not been, and the peers' hosts are asked where nothing else is left.
 
 Rule: what natkeep's own `check` at a host stops is no way; what was chosen, and why, is said.
 """
@@ -10,14 +14,20 @@ Rule: what natkeep's own `check` at a host stops is no way; what was chosen, and
 from __future__ import annotations
 
 import json
+import socket
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-from natkeep.errors import RefusedError
-from natkeep.migrate.host import Host, HostError
-from natkeep.migrate.record import GATEWAY, RELAY, Record
-from natkeep.plan.tuples import Endpoint
+from natkeep.errors import RefusedError, UnreachableError, UsageError
+from natkeep.migrate.host import LOCAL, Host, HostError
+from natkeep.migrate.record import GATEWAY, PEER, RELAY, Record
+from natkeep.plan.tuples import Address, Endpoint, parse_address
+
+Reach = Callable[[str, str], Host]
+"""The host of that name, connected; its role is for messages."""
 
 _SHOWN = 3  # connections that are lost
+_UNASKED = 8  # peers' hosts, at most, that are looked for though --via names none
 _STOPPED = 6  # the exit code of a check that found what stops a move
 
 
@@ -27,27 +37,57 @@ def read_sockets(source: Host, record: Record) -> dict[str, Any]:
     return source.natkeep(*words).document()
 
 
-def find_maps(sockets: dict[str, Any], destination: Host) -> list[str]:
-    """`OLD=NEW` for each address that a kept connection has; RefusedError where there is none."""
+def parse_via(words: Sequence[str]) -> tuple[str, list[str]]:
+    """The role and the hosts that `--via` names: nothing, one gateway, a relay, peers' hosts."""
+    hosts = [word.removeprefix("peer:") for word in words if word.startswith("peer:")]
+    if not all(hosts):
+        raise UsageError("--via peer: which host?")
+    if hosts and len(hosts) == len(words):
+        return PEER, [*dict.fromkeys(hosts)]
+    if len(words) > 1:
+        raise UsageError(
+            "--via names one gateway", hint="several: --via peer:HOST of each peer's own host"
+        )
+    roles = {"peers": PEER, RELAY: RELAY}
+    for word in words:
+        return (roles[word], []) if word in roles else (GATEWAY, [word])
+    return "", []
+
+
+def find_maps(sockets: dict[str, Any], destination: Host, netns: Mapping[str, str]) -> list[str]:
+    """`OLD=NEW` for each address that a kept connection has; RefusedError where there is none.
+
+    netns: as the record's.
+    """
     peers: dict[str, str] = {}
-    for each in sockets["sockets"]:
-        if each["kept"] and each["local"] and each["peer"]:
-            old, peer = (Endpoint.parse(each[end]).address for end in ("local", "peer"))
-            if not old.is_loopback:  # the process' own, both ends of which CRIU restores
-                peers.setdefault(str(old), str(peer))
+    for old, peer in _find_ends(sockets):
+        peers.setdefault(str(old), str(peer))
     if not peers:
         raise RefusedError(
             "the process has no connection that can be kept",
             hint="natkeep inspect --live PID there",
         )
-    return [f"{old}={_find_new(destination, peer)}" for old, peer in peers.items()]
+    return [f"{old}={_find_new(destination, peer, netns)}" for old, peer in peers.items()]
 
 
-def find_lost(sockets: dict[str, Any]) -> list[str]:
-    """A line for each connection that the move ends, or for the first of many."""
-    lost = [one for one in sockets["sockets"] if one["outcome"] == "lost"]
-    lines = [f"LOST {one['local']} to {one['peer']}: {one['reason']}" for one in lost[:_SHOWN]]
-    return [*lines, *([f"LOST {len(lost) - _SHOWN} more"] if len(lost) > _SHOWN else [])]
+def _find_ends(sockets: dict[str, Any]) -> Iterator[tuple[Address, Address]]:
+    """OLD and the peer's address of each kept connection."""
+    for each in sockets["sockets"]:
+        if each["kept"] and each["local"] and each["peer"]:
+            old, peer = (Endpoint.parse(each[end]).address for end in ("local", "peer"))
+            if not old.is_loopback:  # the process' own, both ends of which CRIU restores
+                yield old, peer
+
+
+def find_lost(sockets: dict[str, Any]) -> list[dict[str, Any]]:
+    """Each connection that the move ends."""
+    return [one for one in sockets["sockets"] if one["outcome"] == "lost"]
+
+
+def describe_lost(lost: list[dict[str, Any]]) -> list[str]:
+    """What is said of each, and why it is so; of many of the first."""
+    lines = [f"{one['local']} to {one['peer']}: {one['reason']}" for one in lost[:_SHOWN]]
+    return [*lines, *([f"{len(lost) - _SHOWN} more"] if len(lost) > _SHOWN else [])]
 
 
 def find_ports(sockets: dict[str, Any]) -> list[str]:
@@ -61,9 +101,11 @@ def find_ports(sockets: dict[str, Any]) -> list[str]:
     return [word for port in sorted(ports) for word in ("--port", str(port))]
 
 
-def _find_new(destination: Host, peer: str) -> str:
-    """The address from which *destination* speaks to *peer*."""
-    answer = destination.run("ip", "-json", "route", "get", peer, ok=None)
+def _find_new(destination: Host, peer: str, netns: Mapping[str, str]) -> str:
+    """The address from which *destination*, or its container, speaks to *peer*."""
+    path = netns.get("destination")
+    inside = ["nsenter", f"--net={path}", "--"] if path else []
+    answer = destination.run(*inside, "ip", "-json", "route", "get", peer, ok=None)
     try:
         return str(json.loads(answer.stdout)[0]["prefsrc"])
     except (ValueError, LookupError):
@@ -71,29 +113,109 @@ def _find_new(destination: Host, peer: str) -> str:
         raise RefusedError(f"{destination} has {why}", hint="--map OLD=NEW") from None
 
 
-def choose(record: Record, source: Host, gateway: Host, asked: str, sockets: str) -> str:
+def choose(record: Record, reach: Reach, sockets: str) -> str:
     """Decide who translates, and say so in one line; HostError with what stops it.
 
-    asked: `relay`, a host, or empty: this host if it can, else the source as a relay.
+    record: its role and translators are what `--via` asked for, and then what was chosen.
     sockets: the document of the process' sockets.
     """
-    if asked != RELAY:
-        found = check(gateway, record, GATEWAY, sockets)
-        if not found:
-            record.gateway, record.role = gateway.target, GATEWAY
-            return f"{gateway} translates, as the gateway"
-        if asked:
-            raise HostError(f"{gateway} is no gateway for this move: {found}")
-    else:
-        found = ""
-    try:
-        record.vias = _read_vias(source, record, sockets)
-    except HostError as error:
-        none = f"{gateway} is no gateway for this move: {found}; " if found else ""
-        raise HostError(f"{none}and as a relay {error}") from error
-    record.gateway, record.role = source.target, RELAY
-    why = f" ({gateway} is no gateway for it: {found})" if found else ""
-    return f"{source} goes on receiving for OLD, as a relay from {', '.join(record.vias)}{why}"
+    if record.role:
+        return _WAYS[record.role](record, reach, sockets)
+    found = list[str]()
+    for way in _WAYS.values():
+        try:
+            chosen = way(record, reach, sockets)
+        except (HostError, UnreachableError, UsageError) as error:
+            found.append(str(error))
+        else:
+            return f"{chosen} ({'; '.join(found)})" if found else chosen
+    raise HostError("; ".join(found), hint="--via names who translates (docs/topologies.md)")
+
+
+def _choose_gateway(record: Record, reach: Reach, sockets: str) -> str:
+    [target] = record.translators or [LOCAL]
+    gateway = reach(target, GATEWAY)
+    if found := check(gateway, record, GATEWAY, sockets):
+        raise HostError(f"{gateway} is no gateway for this move: {found}")
+    record.role, record.translators = GATEWAY, [gateway.target]
+    return f"{gateway} translates, as the gateway"
+
+
+def _choose_relay(record: Record, reach: Reach, sockets: str) -> str:
+    source = reach(record.source, "source")
+    record.vias = _read_vias(source, record, sockets)
+    record.role, record.translators = RELAY, [source.target]
+    return f"{source} goes on receiving for OLD, as a relay from {', '.join(record.vias)}"
+
+
+def _choose_peers(record: Record, reach: Reach, sockets: str) -> str:
+    peers = {peer for _, peer in _find_ends(json.loads(sockets))}
+    peers -= _read_addresses(reach(record.destination, "destination"))  # lo carries these there
+    if not peers:
+        raise HostError("no connection has a peer at another host, which could translate for it")
+    if not record.role and len(peers) > _UNASKED:
+        raise HostError(f"{len(peers)} peers' hosts are not asked unless by --via peers")
+    hosts = _reach_peers(record, reach, sorted(peers, key=str))
+    for host in hosts:
+        host.role = PEER  # this host may have been asked whether it is the gateway
+        if found := check(host, record, PEER, sockets):
+            raise HostError(f"{host} cannot translate for the peers there: {found}")
+    record.role, record.translators = PEER, [host.target for host in hosts]
+    return f"{name_translators(hosts)}, as the peers' own hosts"
+
+
+_WAYS = {GATEWAY: _choose_gateway, RELAY: _choose_relay, PEER: _choose_peers}
+
+
+def name_translators(hosts: Sequence[Host]) -> str:
+    """`HOST translates`, or the names of more."""
+    verb = "translates" if len(hosts) == 1 else "translate"
+    return f"{', '.join(map(str, hosts))} {verb}"
+
+
+def _reach_peers(record: Record, reach: Reach, peers: Sequence[Address]) -> list[Host]:
+    """The hosts of all *peers*, each once: those that were named, or where each has its address.
+
+    One after the other: a host with two addresses is not to be asked twice.
+    """
+    hosts = [reach(target, PEER) for target in record.translators]
+    known = {address for host in hosts for address in _read_addresses(host)}
+    at_source = _read_addresses(reach(record.source, "source"))
+    for peer in peers:
+        if peer in at_source:
+            raise HostError(f"peer {peer} is at {record.source} itself")
+        if peer in known:
+            continue
+        if record.translators:
+            raise HostError(f"peer {peer} is at no host of --via peer:HOST")
+        host = reach(_name_peer(record, peer), PEER)
+        if peer not in (found := _read_addresses(host)):
+            raise HostError(f"{host} lacks the address {peer}: its peers are behind it")
+        known |= found
+        hosts.append(host)
+    return hosts
+
+
+def _name_peer(record: Record, peer: Address) -> str:
+    """The host of that address to ssh: `local`, or the same user as at the source."""
+    family = socket.AF_INET if peer.version == 4 else socket.AF_INET6
+    with socket.socket(family, socket.SOCK_DGRAM) as asking:
+        try:
+            asking.connect((str(peer), 9))  # which sends nothing
+            if asking.getsockname()[0] == str(peer):
+                return LOCAL
+        except OSError:
+            pass  # ssh may know a way
+    hosts = (record.source, record.destination)
+    user = next((host.rpartition("@")[0] for host in hosts if host != LOCAL), "")
+    return f"{user}@{peer}" if user else str(peer)
+
+
+def _read_addresses(host: Host) -> frozenset[Address]:
+    """All addresses of its devices but lo's own."""
+    devices = json.loads(host.run("ip", "-json", "address").stdout)
+    found = (parse_address(one["local"]) for each in devices for one in each["addr_info"])
+    return frozenset(address for address in found if not address.is_loopback)
 
 
 def check(host: Host, record: Record, role: str, sockets: str) -> str:
@@ -103,7 +225,8 @@ def check(host: Host, record: Record, role: str, sockets: str) -> str:
     """
     # By a relay nothing is prepared for a process that lives, so its connections alone are told.
     listed = _as_list(json.loads(sockets)) if record.vias else sockets
-    words = ["check", record.id, *record.options(), "--site", role, "--connections", "-", "--json"]
+    words = ["check", record.id, *record.options(), "--site", record.site(role)]
+    words += ["--connections", "-", "--json"]
     looks = host.natkeep(*words, stdin=listed, ok=(0, _STOPPED)).document()["looks"]
     for one in looks:
         if one["code"] == "sysv-ipc":
@@ -118,7 +241,8 @@ def _read_vias(source: Host, record: Record, sockets: str) -> list[str]:
 
     The plan alone: as long as the process lives there, a check would refuse it.
     """
-    words = ["plan", record.id, *record.options(), "--site", RELAY, "--connections", "-", "--json"]
+    words = ["plan", record.id, *record.options(), "--site", record.site(RELAY)]
+    words += ["--connections", "-", "--json"]
     document = source.natkeep(*words, stdin=_as_list(json.loads(sockets))).document()
     return [via for site in document["sites"] for via in site.get("via", [])]
 

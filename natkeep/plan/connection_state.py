@@ -96,11 +96,10 @@ def _find_udp_states(seen: Observation, translation: Translation) -> Iterator[St
 
 def find_server_state(site: SiteStatus, end: Endpoint) -> State | None:
     """The state of the UDP socket at *end* that any peer may speak to."""
-    key = end.address.packed + end.port.to_bytes(2, "big")
     if site.seen is None or site.opened is None:
         return None
-    there = site.seen.sockets is None or key in site.seen.bound
-    return _state(there, speaks=key in site.seen.silences)
+    there = site.seen.sockets is None or end.packed in site.seen.bound
+    return _state(there, speaks=end.packed in site.seen.silences)
 
 
 def _state(there: bool, *, speaks: bool) -> State | None:

@@ -5,8 +5,6 @@
     warn  CODE WHAT    it may lose connections
     stop  CODE WHAT    a move would be refused, fail, or carry nothing
 
-Size: over 400 lines, because the catalogue is one list.
-
 Rule: values and words only; `natkeep explain CODE` prints the catalogue. Whether a finding is one
 is judged in other files of plan/, by what kernel/ has read. This file must never look at a machine.
 

@@ -132,8 +132,7 @@ def make_receptions(move: Move, site: Site) -> tuple[Reception, ...]:
 
 def _ends(move: Move) -> dict[Protocol, tuple[Endpoint, ...]]:
     """What is called at OLD."""
-    servers = () if move.why_no_udp(server=True) else move.udp_servers
-    return {TCP: move.listeners, UDP: servers}
+    return {TCP: move.listeners, UDP: move.kept_servers}
 
 
 def refuse_one_end_for_two(move: Move, *others: Move) -> None:
@@ -154,7 +153,7 @@ def _called_ends(move: Move) -> Iterator[tuple[Protocol, Endpoint]]:
         for end in ends:
             if (map_ := find_map(move.maps, end)) is not None:
                 yield protocol, end
-                yield protocol, Endpoint(map_.new, map_.new_port or end.port)
+                yield protocol, map_.on_wire(end)
 
 
 def comment(move_id: str) -> str:

@@ -77,6 +77,10 @@ class Map:
         """NEW, with its port if the map has one."""
         return _end(self.new, self.new_port)
 
+    def on_wire(self, end: Endpoint) -> Endpoint:
+        """What the wire to NEW shows for *end*, which goes by this map."""
+        return Endpoint(self.new, self.new_port or end.port)
+
 
 def _end(address: Address, port: int | None) -> Local:
     return address if port is None else Endpoint(address, port)

@@ -1,7 +1,7 @@
 """the wish: what the operator wants moved, from which address to which, and at which sites.
 
 Rule: a value from this file has been validated; what is built on it does not check again.
-Nothing here knows what follows from a move (that is translation.py), and nothing here may read
+Nothing here knows what follows from a move (that is kept_connections.py), and nothing here may read
 a file, a clock, a socket or a namespace.
 """
 
@@ -242,6 +242,11 @@ class Move:
         if server and (self.vias or any(site.row.relays for site in self.sites)):
             return "behind a relay its new peers would have the relay's address"
         return ""
+
+    @property
+    def kept_servers(self) -> tuple[Endpoint, ...]:
+        """OLD and port of its UDP sockets without a peer, where it keeps them."""
+        return () if self.why_no_udp(server=True) else self.udp_servers
 
     @property
     def holds(self) -> bool:

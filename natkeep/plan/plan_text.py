@@ -23,7 +23,6 @@ from natkeep.plan.steps import (
     as_commands,
 )
 from natkeep.plan.translation import Translation
-from natkeep.plan.tuples import Endpoint
 
 
 def describe_plan(plan: Plan) -> Iterator[str]:
@@ -91,17 +90,12 @@ def render_nft(plan: Plan) -> Iterator[tuple[Site, tuple[str, ...]]]:
         yield site, tuple(lines)
 
 
-def kept_servers(move: Move) -> tuple[Endpoint, ...]:
-    """OLD and port of its UDP sockets without a peer that are kept: any peer may speak to them."""
-    return () if move.why_no_udp(server=True) else move.udp_servers
-
-
 def describe_count(move: Move, translations: Iterable[Translation]) -> str:
     """How much a site's *translations* keep, as `20 connections (12 udp), 1 udp server`."""
     found = Counter[str]()
     for translation in translations:
         found[translation.protocol.name] += len(translation.kept)
-    count, udp, servers = found.total(), found["udp"], len(kept_servers(move))
+    count, udp, servers = found.total(), found["udp"], len(move.kept_servers)
     of_udp = f" ({udp} udp)" if udp else ""
     also = f", {servers} udp server{'s' * (servers != 1)}" if servers else ""
     return f"{count} connection{'s' * (count != 1)}{of_udp}{also}"

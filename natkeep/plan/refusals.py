@@ -10,6 +10,7 @@ from collections.abc import Collection
 
 from natkeep.errors import RefusedError
 from natkeep.plan.move import Move, Site
+from natkeep.plan.translation import Surroundings
 from natkeep.plan.tuples import Address, Connections, FourTuple
 
 MAX_CONNECTIONS = 1_000_000
@@ -60,17 +61,13 @@ def refuse_one_tuple_for_two(move: Move, kept: list[Connections]) -> None:
             taken.add(tuple_)
 
 
-def refuse_peer_maps(
-    move: Move, connections: Connections, local: frozenset[Address], carried: Connections
-) -> None:
-    """Each is about a peer, and about one that the wire brings as the map says.
-
-    local: peers' addresses that the destination has; carried: what the gateway translates already.
-    """
-    every = (connections, move.udp)
-    kept = Connections.joined(one for some in every for one in move.share(some))
-    from_peers = kept.turned() if move.peer_maps else kept
-    behind = carried.peers()
+def refuse_peer_maps(move: Move, connections: Connections, surroundings: Surroundings) -> None:
+    """Each is about a peer, and about one that the wire brings as the map says."""
+    if not move.peer_maps:
+        return
+    every, local = (connections, move.udp), surroundings.local
+    from_peers = Connections.joined(one for some in every for one in move.share(some)).turned()
+    behind = Connections.joined((surroundings.carried, surroundings.udp_carried)).peers()
     for one in move.peer_maps:
         if not len(from_peers.at(one.old_end)):
             raise RefusedError(f"--peer-map {one}: no connection has a peer at {one.old_end}")
@@ -89,7 +86,7 @@ def refuse_peer_maps(
 def refuse_idle_sites(move: Move, translating: Collection[Site]) -> None:
     """At the peers' own host there has to be a peer; one that is killed there is none any more."""
     for site in move.sites:
-        called = move.listeners or (move.udp_servers and not move.why_no_udp(server=True))
+        called = move.listeners or move.kept_servers
         if site.row.own and site not in translating and not called:
             raise RefusedError(
                 f"{site}: no connection's peer is there",

@@ -40,7 +40,8 @@ from natkeep.values import dataclass
 
 _DEVICE = re.compile(r"[A-Za-z0-9_.@-]{1,15}")
 """Names of devices that are put into a rule; others could change its grammar."""
-_SWITCHED = re.compile(rf"(via|ra)([46])-({_DEVICE.pattern})")
+SWITCHED = re.compile(rf"(via|ra)([46])-({_DEVICE.pattern})")
+"""What the comment of a drop says behind the move's id: `via6-eth0` of Setting.comment."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +94,7 @@ def find_left_on(comments: Iterable[str], known: frozenset[str]) -> tuple[Settin
     """The settings that moves have switched on whose rules have these *comments*, none *known*."""
     of: dict[Setting, set[str]] = {}
     for move_id, _, what in (comment.partition(":") for comment in comments):
-        if match := _SWITCHED.fullmatch(what):
+        if match := SWITCHED.fullmatch(what):
             kind, version, device = match.groups()
             named = routes_of(device) if kind == "ra" else forwarding_of(int(version), device)
             of.setdefault(named, set()).add(move_id)

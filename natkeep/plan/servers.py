@@ -84,7 +84,7 @@ def _nat(move_id: str, one: Reception) -> Iterator[Placed]:
     if isinstance(inner, int) and isinstance(outer, int):
         inward, outward = (*inward, Write(UDP.dport, inner)), (*outward, Write(UDP.sport, outer))
     if by_wire:  # the process' own ports, which a map may change on the wire
-        yield SAID, before, (_from(move_id, one, after), Write(f"{ip} saddr", after))
+        yield SAID, before, (from_port, Write(f"{ip} saddr", after))
     yield "invalid-in", before, (*there, *inward, ACCEPT)
     yield "invalid-out", after, (*back, *outward, ACCEPT)
 

@@ -23,18 +23,16 @@ from natkeep.values import dataclass, field
 def server_keys(move: Move) -> dict[bytes, bytes]:
     """Of each socket that any peer may speak to its local ends on either side, and its key."""
     found: dict[bytes, bytes] = {}
-    for end in move.udp_servers if not move.why_no_udp(server=True) else ():
+    for end in move.kept_servers:
         if (map_ := find_map(move.maps, end)) is not None:
-            known = end.address.packed + end.port.to_bytes(2, "big")
-            wire = map_.new.packed + (map_.new_port or end.port).to_bytes(2, "big")
-            found[known] = found[wire] = known
+            found[end.packed] = found[map_.on_wire(end).packed] = end.packed
     return found
 
 
 def find_keys(plan: Plan, site: Site, seen: Observation) -> frozenset[bytes]:
     """The kept UDP sockets that are at *site*, or may be."""
     if seen.sockets is not None:
-        return seen.bound.union(seen.datagrams.each() if seen.datagrams else ())
+        return seen.bound.union(seen.datagrams.each())
     here = (one for one in plan.translations if one.site == site and one.protocol == UDP)
     return frozenset(server_keys(plan.move).values()).union(*(one.kept.each() for one in here))
 

@@ -8,11 +8,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from natkeep.plan.ip_rules import IpRule, stay
+from natkeep.plan.kept_connections import find_inner_datagrams
 from natkeep.plan.listeners import Reception
 from natkeep.plan.move import Move
 from natkeep.plan.protocols import TCP, UDP
 from natkeep.plan.resets import Reset
-from natkeep.plan.translation import Surroundings, Translation, find_inner_datagrams
+from natkeep.plan.translation import Surroundings, Translation
 from natkeep.plan.tuples import Connections, Endpoint, FourTuple
 
 
@@ -30,14 +31,10 @@ def find_staying(
     at prepare, and when what came since was compared.
     """
     home = arounds[0].home
-    datagrams, seen = find_inner_datagrams(move), [one.of_udp() for one in arounds]
     found: tuple[IpRule, ...] = ()
-    for protocol, told, own, around in (
-        (TCP, lost, inner, arounds),
-        (UDP, (), datagrams, seen),
-    ):
+    for protocol, told, own in ((TCP, lost, inner), (UDP, (), find_inner_datagrams(move))):
         kept = [one for one in here if one.protocol == protocol]
-        tuples = _of_this_host(kept, told, own, around)
+        tuples = _of_this_host(kept, told, own, [one.of(protocol) for one in arounds])
         called = (one for one in receptions if one.protocol == protocol)
         calls = (Endpoint(one.map.old, port) for one in called for port in one.ports)
         found += stay(tuples, calls, home, protocol)

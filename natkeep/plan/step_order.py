@@ -7,6 +7,7 @@ This file must never do a step.
 from __future__ import annotations
 
 from natkeep.plan import filters, kept_sets
+from natkeep.plan.kept_connections import find_inner, find_inner_datagrams, make_translations
 from natkeep.plan.listeners import Reception, make_receptions, refuse_one_end_for_two
 from natkeep.plan.move import Mode, Move, Site
 from natkeep.plan.protocols import TCP, UDP, Protocol
@@ -40,15 +41,7 @@ from natkeep.plan.steps import (
     TakeOverLock,
     TranslateErrors,
 )
-from natkeep.plan.translation import (
-    NOTHING_SPECIAL,
-    Change,
-    Surroundings,
-    Translation,
-    find_inner,
-    find_inner_datagrams,
-    make_translations,
-)
+from natkeep.plan.translation import NOTHING_SPECIAL, Change, Surroundings, Translation
 from natkeep.plan.tuples import NO_CONNECTIONS, Address, Connections
 from natkeep.values import replace
 
@@ -82,8 +75,7 @@ def make_plan(
             prepare.append(OpenEarly(site, move.id, make_receptions(move, site)))
     for translation in translations:
         _assert_chain_ends_at_checkpoint(move, translation)
-    servers = move.udp_servers and not move.why_no_udp(server=True)
-    held = move.holds and bool(servers or _of(UDP, translations))
+    held = move.holds and bool(move.kept_servers or _of(UDP, translations))
     opening: list[OpenGate | SendResets] = [
         OpenGate(site, move.id, make_receptions(move, site), delivers=move.holds, datagrams=held)
         for site in _sites_to_open(move)
@@ -311,7 +303,7 @@ def _replace_entries(
         around = surroundings
         if change is not None and (move.waits(site) or next(translation.kept.each()) in came):
             around = change.surroundings
-        around = around if translation.protocol.has_states else around.of_udp()
+        around = around.of(translation.protocol)
         crossing = _crossing(translation, around)
         joined = around.joined if site.row.puts_old else NO_CONNECTIONS
         stale = crossing

@@ -23,6 +23,7 @@ from natkeep.plan.base_chains import (
 )
 from natkeep.plan.move import ID
 from natkeep.plan.nft import Undo
+from natkeep.plan.relay import SWITCHED
 from natkeep.plan.tuples import Address
 from natkeep.values import dataclass
 
@@ -32,7 +33,7 @@ _SETS = (
     re.compile(rf"(?:kept|outer|old|ended|heard|spoken|routed|listen|reset|again)-{_ID}-\d+"),
     re.compile(rf"to-(?:outer|inner)-{_ID}-\d+"),
 )
-_COMMENT = re.compile(rf"{_ID}(?::(?:listeners|hold|unkept|via[46]-[A-Za-z0-9_.@-]{{1,15}}))?")
+_COMMENT = re.compile(rf"{_ID}(?::(?:listeners|hold|unkept|{SWITCHED.pattern}))?")
 _AT = re.compile(r"([a-z]+(?:-[a-z]+)?)-at-([0-9a-f._]+)")
 _NO_IDS = frozenset({"open"})
 """What comments say besides; a move of this name would have its chains, too."""

@@ -13,14 +13,15 @@ from typing import Any
 from natkeep.checkpoint import Checkpoint, Inventory, Outcome, Socket
 from natkeep.plan.criu_lock import NetworkLock
 from natkeep.plan.findings import CATALOGUE, Finding, Severity
+from natkeep.plan.kept_connections import find_unkept_servers
 from natkeep.plan.move import Fate, Site
-from natkeep.plan.plan_text import describe_count, kept_servers, render_nft
+from natkeep.plan.plan_text import describe_count, render_nft
 from natkeep.plan.process import Tree
 from natkeep.plan.protocols import TCP
 from natkeep.plan.resets import NOT_TOLD, describe_fates
 from natkeep.plan.roles import Role
 from natkeep.plan.steps import Plan, SwitchForwarding
-from natkeep.plan.translation import Compared, Translation, find_unkept_servers
+from natkeep.plan.translation import Compared, Translation
 from natkeep.plan.tuples import Connections, FourTuple, Local
 
 
@@ -37,7 +38,7 @@ def move_to_json(plan: Plan) -> dict[str, Any]:
     if move.unkept == Fate.RESET:
         fates = describe_fates(plan.resets).items()
         document["unkept"] = [{**_tuple_to_json(end), "fate": fate} for end, fate in fates]
-    if servers := kept_servers(move):
+    if servers := move.kept_servers:
         document["udp_servers"] = [str(end) for end in servers]
     return document
 

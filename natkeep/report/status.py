@@ -23,7 +23,6 @@ from natkeep.plan.connection_state import (
 )
 from natkeep.plan.drift import MoveStatus
 from natkeep.plan.observation import Gate, Observation, SeenEntry
-from natkeep.plan.plan_text import kept_servers
 from natkeep.plan.protocols import TCP, Protocol
 from natkeep.plan.resets import describe_fates
 from natkeep.plan.roles import Role
@@ -83,7 +82,7 @@ class Carried:
 def look_closely(status: MoveStatus) -> Carried:
     """What the destination shows of each connection, or else the site that is nearest to it."""
     looked = [site for site in status.sites if site.seen is not None]
-    servers = dict.fromkeys(kept_servers(status.plan.move))
+    servers = dict.fromkeys(status.plan.move.kept_servers)
     if not looked:
         every = [*at_first_site(status.plan)]
         unseen = tuple((t.kept, [None] * len(t.kept), [None] * len(t.kept)) for t in every)
@@ -186,10 +185,8 @@ def _rows(carried: Carried) -> Iterator[str]:
     """A line for each connection."""
     for number, (kept, entries, states) in enumerate(carried.parts):
         wires = carried.wires[number] if carried.wires else {}
-        rows, proto = (
-            zip(kept.texts(), entries, states, strict=True),
-            carried.protocols[number].name,
-        )
+        proto = carried.protocols[number].name
+        rows = zip(kept.texts(), entries, states, strict=True)
         for place, ((local, peer), seen, state) in enumerate(rows):
             _, inward, outward, _ = seen or _UNSEEN
             wire = _write_wire(wires[place]) if place in wires else ""

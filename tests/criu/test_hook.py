@@ -279,7 +279,7 @@ def test_at_post_restore_the_prepared_move_is_opened(
     assert gates(kernel) == [Gate.CLOSED, Gate.CLOSED]
     assert hook.main() == 0
     assert [line.partition(" (by ")[0] for line in system_log()] == [
-        "<30>natkeep-hook[PID]: web: gate open"
+        "<29>natkeep-hook[PID]: web: gate open"
     ]
     assert gates(kernel) == [Gate.OPEN, Gate.OPEN]
     assert capsys.readouterr() == ("", "natkeep-hook: web: gate open\n")

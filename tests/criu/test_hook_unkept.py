@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pytest
 from fake_kernel import FakeKernel
+from hook_caller import Criu
 
 from natkeep import policy
-from natkeep.criu import environment, hook
+from natkeep.criu import environment
 from natkeep.kernel import linux
 from natkeep.lifecycle.executor import Executor
 from natkeep.lifecycle.prepare import prepare
@@ -40,20 +41,9 @@ def kernel(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> FakeKernel:
 @pytest.fixture
 def call(kernel: FakeKernel, monkeypatch: pytest.MonkeyPatch) -> Iterator[Call]:
     """`call(action, NAME=VALUE...)`: what the hook exits with when CRIU calls it for IMAGES."""
-    handle = os.open(IMAGES, os.O_RDONLY)
-
-    def call(action: str, **environment: str) -> int:
-        named = {
-            "CRTOOLS_SCRIPT_ACTION": action,
-            "CRTOOLS_INIT_PID": str(os.getpid()),
-            "CRTOOLS_IMAGE_DIR": f"/proc/{os.getpid()}/fd/{handle}",
-        }
-        for name, value in {**named, **environment}.items():
-            monkeypatch.setenv(name, value)
-        return hook.main()
-
-    yield call
-    os.close(handle)
+    criu = Criu(kernel, IMAGES, monkeypatch)
+    yield criu.call
+    os.close(criu.handle)
 
 
 def told(kernel: FakeKernel) -> list[str]:

@@ -321,6 +321,16 @@ def is_waiting_for(pid: str) -> bool:
         return False
 
 
+def test_a_comparison_of_an_open_move_does_not_have_it_opened_twice(site: Site) -> None:
+    site.prepare()
+    compare = ("open", "web", "--compare", f"--image={CORPUS / 'plain'}")
+    site.natkeep(*compare)
+    assert site.call() == (0, "natkeep-hook: web: gate open\n")
+    site.natkeep(*compare)
+    assert site.call()[0] == TAKEN
+    assert site.gate() == "open"
+
+
 def test_a_second_call_finds_the_gate_open_the_long_way(site: Site) -> None:
     """CRIU 4.1 and older call twice where two configuration files name the hook."""
     site.prepare()
@@ -372,7 +382,8 @@ def test_nothing_but_builtin_modules_is_imported(site: Site) -> None:
     assert imported <= {"natkeep_hook_open", "_socket", "fcntl", "posix", "_signal"}
 
 
-def test_the_opening_is_a_line_in_the_systems_log(site: Site) -> None:
+@pytest.mark.parametrize("sudo", [{"SUDO_USER": "alice"}, {}], ids=["sudo", "login"])
+def test_the_opening_is_a_line_in_the_systems_log(site: Site, sudo: dict[str, str]) -> None:
     """Written by the process that nothing waits for."""
     site.prepare()
     with tempfile.TemporaryDirectory() as short, socket.socket(socket.AF_UNIX, 2) as log:
@@ -380,9 +391,11 @@ def test_the_opening_is_a_line_in_the_systems_log(site: Site) -> None:
         log.settimeout(20)
         text = site.program.read_text().replace('"/dev/log"', repr(f"{short}/log"))
         site.program.write_text(text)
-        assert site.call(SUDO_USER="alice")[0] == 0
+        assert site.call(**sudo)[0] == 0
         line = log.recv(1000).decode()
-    assert re.fullmatch(r"<30>natkeep-hook\[\d+\]: web: gate open \(by alice\)", line)
+    assert re.fullmatch(r"<29>natkeep-hook\[\d+\]: web: gate open \(by (.+)\)", line)
+    uid = Path("/proc/self/loginuid").read_text().replace("4294967295", str(os.getuid()))
+    assert line.endswith(f" (by {sudo.get('SUDO_USER', f'uid {uid}')})")
 
 
 def test_it_is_compiled_once(site: Site) -> None:

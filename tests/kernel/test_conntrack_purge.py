@@ -13,11 +13,12 @@ from natkeep.kernel.conntrack_purge import delete_inbound, delete_untracked, pur
 from natkeep.kernel.netlink import NETLINK_NETFILTER, Netlink
 from natkeep.kernel.netns import inside, open_namespace
 from natkeep.plan.conntrack import PEER_DIALLED
+from natkeep.plan.kept_connections import make_translations
 from natkeep.plan.move import Map, Mode, Move, Site
 from natkeep.plan.roles import Role
 from natkeep.plan.step_undo import undo_of
 from natkeep.plan.steps import PurgeEntries
-from natkeep.plan.translation import Translation, make_translations
+from natkeep.plan.translation import Translation
 from natkeep.plan.tuples import Connections, Endpoint, FourTuple
 from natkeep.plan.via import Via
 from natkeep.values import replace

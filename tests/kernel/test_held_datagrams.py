@@ -7,36 +7,28 @@ The process's sockets are at OLD; rules of the test's own close the gate and tra
 
 from __future__ import annotations
 
-import contextlib
 import os
 import select
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from ipaddress import ip_address
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from cable_hosts import DEADLINE, NEW, OLD, PEER, Cable, cable
 
 from natkeep.kernel import segment_holder
 from natkeep.kernel.interface import Place
-from natkeep.kernel.netns import Namespace, inside, open_namespace
-from natkeep.lab.time_scale import scaled
+from natkeep.kernel.netns import inside
 from natkeep.plan.move import Site
 from natkeep.plan.roles import Role
 from natkeep.plan.tuples import RECORD_SIZE, Connections, Endpoint, FourTuple
 
 pytestmark = pytest.mark.root
+__all__ = ["cable"]
 
-Run = Callable[..., str]
-
-PEER = {4: ip_address("10.1.0.2"), 6: ip_address("fd00:1::2")}
-OLD = {4: ip_address("10.2.0.10"), 6: ip_address("fd00:2::10")}
-NEW = {4: ip_address("10.3.0.20"), 6: ip_address("fd00:3::20")}
 PORT, PEER_PORT = 53, 40_000
-DEADLINE = scaled(10.0)  # s, for what happens at once unless it is broken
 FAMILY = {4: socket.AF_INET, 6: socket.AF_INET6}
 UDP_SEGMENT = 103
 
@@ -64,25 +56,15 @@ table inet gate {
 """
 
 
-@dataclass
-class Network:
-    """Both ends, the gate closed."""
-
-    peer: Namespace
-    site: Namespace
-    names: tuple[str, str]
-    state: str
-    run: Run
-    stack: contextlib.ExitStack
+class Network(Cable):
+    """The gate closed."""
 
     def hold(
         self, *versions: int, server: bool = False, tcp: segment_holder.Kept | None = None
     ) -> None:
         kept = [(version, *make_records(version, server=server)) for version in versions]
         place = Place(Site(Role.DESTINATION, self.names[1]), self.site, self.state)
-        pid = segment_holder.start(place, "web", tcp or [], udp=kept)
-        self.stack.callback(_reap, pid)
-        self.stack.callback(segment_holder.end, self.state, "web")
+        self.end_with_test(segment_holder.start(place, "web", tcp or [], udp=kept))
 
     def speak(self, version: int, port: int = PEER_PORT) -> socket.socket:
         """A peer's socket, which talks to NEW."""
@@ -102,15 +84,6 @@ class Network:
                 sock.connect((str(PEER[version]), PEER_PORT))
         return sock
 
-    def await_held(self, datagrams: int) -> segment_holder.Held:
-        deadline = time.monotonic() + DEADLINE
-        while True:
-            held = segment_holder.look(self.state, "web")
-            assert held is not None, "there is no holder"
-            if held.datagrams >= datagrams:
-                return held
-            assert time.monotonic() < deadline, f"waited for {datagrams} datagrams, it has {held}"
-
     def open(self) -> segment_holder.Held | None:
         segment_holder.deliver_datagrams(self.state, "web")
         self.run(self.names[1], "nft", "flush", "chain", "inet", "gate", "gate")
@@ -128,40 +101,17 @@ def make_records(version: int, *, server: bool = False) -> tuple[bytes, bytes]:
     return arriving, known
 
 
-def _reap(pid: int) -> None:
-    with contextlib.suppress(ChildProcessError):
-        os.waitpid(pid, 0)
-
-
 @pytest.fixture
-def network(
-    make_netns: Callable[[], str],
-    run: Run,
-    tmp_path: Path,
-    require: Callable[[str], None],
-    monkeypatch: pytest.MonkeyPatch,
-) -> Iterator[Network]:
-    """Peer and destination on one cable; a busy machine's holder has time to answer."""
+def network(cable: Cable, tmp_path: Path, require: Callable[[str], None]) -> Network:
+    """OLD and the rules at the destination."""
     require("powers")  # sockets are bound below 1024, by the test and not by natkeep
-    monkeypatch.setattr(segment_holder, "PATIENCE", DEADLINE)
-    peer, site = make_netns(), make_netns()
-    run(site, "ip", "link", "add", "eth0", "type", "veth", "peer", "name", "eth0", "netns", peer)
-    for netns, address in ((peer, PEER), (site, NEW)):
-        run(netns, "ip", "link", "set", "lo", "up")
-        run(netns, "ip", "link", "set", "eth0", "addrgenmode", "none", "up")
-        run(netns, "ip", "address", "add", f"{address[4]}/8", "dev", "eth0")
-        run(netns, "ip", "address", "add", f"{address[6]}/16", "dev", "eth0", "nodad")
-    run(site, "ip", "address", "add", f"{OLD[4]}/32", "dev", "lo")
-    run(site, "ip", "address", "add", f"{OLD[6]}/128", "dev", "lo", "nodad")
+    made = Network(**vars(cable))
+    site = made.names[1]
+    made.run(site, "ip", "address", "add", f"{OLD[4]}/32", "dev", "lo")
+    made.run(site, "ip", "address", "add", f"{OLD[6]}/128", "dev", "lo", "nodad")
     (tmp_path / "rules").write_text(RULES)
-    run(site, "nft", "-f", str(tmp_path / "rules"))
-    with contextlib.ExitStack() as stack:
-        found = []
-        for netns in (peer, site):
-            namespace = open_namespace(netns)
-            stack.callback(os.close, namespace.fd)
-            found.append(namespace)
-        yield Network(found[0], found[1], (peer, site), str(tmp_path), run, stack)
+    made.run(site, "nft", "-f", str(tmp_path / "rules"))
+    return made
 
 
 def read_all(sock: socket.socket, count: int) -> list[tuple[bytes, tuple[str, int]]]:

@@ -214,6 +214,18 @@ def test_a_device_that_forwards_alone_would_not_do_so_afterwards(old_kernel: Hos
         old_kernel.plan(6)
 
 
+def test_what_drops_for_a_lost_move_goes_though_another_is_known(old_kernel: Host) -> None:
+    for plan in (old_kernel.plan(6), old_kernel.plan(6, "known", 6000)):
+        old_kernel.apply(plan)
+    olds = frozenset(OLD.values())
+
+    old_kernel.kernel.clear_strays(old_kernel.site, frozenset({"known"}), olds, sure=True)
+
+    shown = old_kernel.run(old_kernel.netns, "nft", "list", "chain", "inet", "natkeep", "passing")
+    assert {each.partition(":")[0] for each in re.findall(r'comment "([^"]+)"', shown)} == {"known"}
+    assert '"known:ra6-eth0"' in shown
+
+
 def test_what_a_lost_move_has_left_on_of_all_devices_is_switched_off(old_kernel: Host) -> None:
     old_kernel.apply(old_kernel.plan(6))
 

@@ -16,22 +16,21 @@ import signal
 import socket
 import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from ipaddress import ip_address
 from pathlib import Path
 from typing import Any
 
 import pytest
+from cable_hosts import DEADLINE, NEW, OLD, PEER, Cable, cable
 from socket_state import make_state
 
 from natkeep.kernel import daemon, segment_holder, segment_holderd
 from natkeep.kernel.interface import Place
 from natkeep.kernel.linux import LinuxKernel
-from natkeep.kernel.netns import Namespace, inside, open_namespace
+from natkeep.kernel.netns import Namespace, inside
 from natkeep.lab import tcp_repair
 from natkeep.lab.tcp_repair import RepairSocket, SocketState
-from natkeep.lab.time_scale import scaled
 from natkeep.plan import replay
 from natkeep.plan.move import Map, Mode, Move, Site
 from natkeep.plan.roles import Role
@@ -40,14 +39,9 @@ from natkeep.plan.steps import HoldSegments, OpenGate, Prior, Step
 from natkeep.plan.tuples import Connections, Endpoint, FourTuple
 
 pytestmark = pytest.mark.root
+__all__ = ["cable"]
 
-Run = Callable[..., str]
-
-PEER = {4: ip_address("10.1.0.2"), 6: ip_address("fd00:1::2")}
-OLD = {4: ip_address("10.2.0.10"), 6: ip_address("fd00:2::10")}
-NEW = {4: ip_address("10.3.0.20"), 6: ip_address("fd00:3::20")}
 PORT = 80
-DEADLINE = scaled(10.0)  # s, for what happens at once unless it is broken
 SEQ = {"peer": 2**32 - 700, "process": 5_000}
 
 EACH_VERSION = pytest.mark.parametrize("version", [4, 6])
@@ -55,15 +49,9 @@ EACH_MODE = pytest.mark.parametrize("mode", list(Mode))
 
 
 @dataclass
-class Network:
+class Network(Cable):
     """Both ends, a move that is prepared at the destination, and its holder."""
 
-    peer: Namespace
-    site: Namespace
-    names: tuple[str, str]
-    state: str
-    run: Run
-    stack: contextlib.ExitStack
     kernel: LinuxKernel = field(default_factory=LinuxKernel)
     done: list[tuple[Step, Prior]] = field(default_factory=list)
     kept: Connections = field(default_factory=Connections)
@@ -94,19 +82,8 @@ class Network:
         ]
         place = Place(Site(Role.DESTINATION, self.names[1]), self.site, self.state)
         pid = segment_holder.start(place, move_id, maps, age)
-        self.stack.callback(_reap, pid)
-        self.stack.callback(segment_holder.end, self.state, move_id)
+        self.end_with_test(pid, move_id)
         return pid
-
-    def await_held(self, segments: int) -> segment_holder.Held:
-        """Until the holder has as many."""
-        deadline = time.monotonic() + DEADLINE
-        while True:
-            held = segment_holder.look(self.state, "web")
-            assert held is not None, "there is no holder"
-            if held.segments >= segments:
-                return held
-            assert time.monotonic() < deadline, f"waited for {segments} segments, it has {held}"
 
     def connect(self, peer: Endpoint) -> RepairSocket:
         """The peer's socket, which talks to NEW."""
@@ -136,35 +113,9 @@ class Network:
         return segment_holder.deliver(self.state, "web")
 
 
-def _reap(pid: int) -> None:
-    """The holder is a child of the test's own process; a move's is init's."""
-    with contextlib.suppress(ChildProcessError):
-        os.waitpid(pid, 0)
-
-
 @pytest.fixture
-def network(
-    make_netns: Callable[[], str],
-    run: Run,
-    tmp_path: Path,
-    require: Callable[[str], None],
-    monkeypatch: pytest.MonkeyPatch,
-) -> Iterator[Network]:
-    """Peer and destination on one cable; a busy machine's holder has time to answer."""
-    monkeypatch.setattr(segment_holder, "PATIENCE", DEADLINE)
-    peer, site = make_netns(), make_netns()
-    run(site, "ip", "link", "add", "eth0", "type", "veth", "peer", "name", "eth0", "netns", peer)
-    for netns, address in ((peer, PEER), (site, NEW)):
-        run(netns, "ip", "link", "set", "eth0", "addrgenmode", "none", "up")
-        run(netns, "ip", "address", "add", f"{address[4]}/8", "dev", "eth0")
-        run(netns, "ip", "address", "add", f"{address[6]}/16", "dev", "eth0", "nodad")
-    with contextlib.ExitStack() as stack:
-        found = []
-        for netns in (peer, site):
-            namespace = open_namespace(netns)
-            stack.callback(os.close, namespace.fd)
-            found.append(namespace)
-        yield Network(found[0], found[1], (peer, site), str(tmp_path), run, stack, require=require)
+def network(cable: Cable, require: Callable[[str], None]) -> Network:
+    return Network(**vars(cable), require=require)
 
 
 def read_all(sock: socket.socket, octets: int) -> bytes:

@@ -10,7 +10,7 @@ from contextlib import ExitStack
 import pytest
 
 from natkeep.kernel.netns import inside, open_namespace
-from natkeep.kernel.sock_diag import find_alive, find_kept, is_taken
+from natkeep.kernel.sock_diag import find_alive, find_kept, is_taken, read_living
 from natkeep.plan.tuples import Connections, Endpoint, FourTuple, parse_address
 
 pytestmark = pytest.mark.root
@@ -59,7 +59,7 @@ def test_a_connection_lives_as_long_as_its_socket(site: None, case: str) -> None
         client, server, tuple_ = connect(case, stack)
         kept = Connections.of([tuple_])
         assert count_alive(kept) == 1
-        assert find_alive(kept) == tuple_
+        assert find_alive(kept, read_living()) == tuple_
 
         server.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
         server.close()  # with a reset: gone at once

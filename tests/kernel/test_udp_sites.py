@@ -8,7 +8,19 @@ from ipaddress import ip_address
 from pathlib import Path
 
 import pytest
-from four_hosts import EACH_VERSION, NEW, OLD, PEER, PEER_PORT, PORT, Net, answered, make_net
+from four_hosts import (
+    EACH_KIND,
+    EACH_VERSION,
+    NEW,
+    OLD,
+    PEER,
+    PEER_PORT,
+    PORT,
+    Net,
+    answered,
+    make_executor,
+    make_net,
+)
 from two_hosts import look
 
 from natkeep.checkpoint import Checkpoint
@@ -34,7 +46,6 @@ from natkeep.plan.steps import Plan, PurgeEntries
 from natkeep.plan.translation import NOTHING_SPECIAL, Surroundings
 from natkeep.plan.tuples import NO_CONNECTIONS, Endpoint
 from natkeep.plan.via import Via
-from natkeep.state.directory import StateDirectory
 from natkeep.values import replace
 
 pytestmark = pytest.mark.root
@@ -134,8 +145,7 @@ def test_a_server_is_heard_by_new_sockets_at_the_peers_own_host(
     names = {role: net.names[role] for role in ("peer", "destination")}
     before = look(names)
     sites = tuple(Site(Role(role), name) for role, name in names.items())
-    ends = (Endpoint(OLD[version], PORT),)
-    plan = make_plan(net.move(sites=sites, udp=NO_CONNECTIONS, udp_servers=ends), NO_CONNECTIONS)
+    plan = make_plan(net.move(sites=sites, server=True), NO_CONNECTIONS)
     net.kernel.open_sites(sites)
     net.stack.callback(net.kernel.close_sites, sites)
     done = net.apply(plan.steps)
@@ -188,22 +198,20 @@ def test_a_relays_port_that_is_in_use_is_found(make_net: Callable[[int], Net]) -
         refuse_relays(executor, plan)
 
 
-@pytest.mark.parametrize("server", [False, True], ids=["connected", "server"])
+@EACH_KIND
 def test_behind_a_flush_of_the_ruleset_a_guard_keeps_the_host_quiet(
     make_net: Callable[[int], Net], tmp_path: Path, server: bool
 ) -> None:
     net = make_net(4)
     net.kernel = LinuxKernel(str(tmp_path))
-    move = net.move(guard=True)
-    if server:
-        move = replace(move, udp=NO_CONNECTIONS, udp_servers=(Endpoint(OLD[4], PORT),))
+    move = net.move(server=server, guard=True)
     plan = make_plan(move, NO_CONNECTIONS)
     net.kernel.open_sites(plan.move.sites)
     net.stack.callback(net.kernel.close_sites, plan.move.sites)
     done = net.apply(plan.steps)
     try:
         peer = net.socket("peer", net.peer_end, net.old_end)
-        process = net.socket("destination", net.old_end, None if server else net.peer_end)
+        process = net.process("destination", server=server)
         assert answered(peer, process, 2) == 2
         net.run(net.names["destination"], "nft", "flush ruleset")
         net.run(net.names["destination"], "conntrack", "-F")
@@ -216,34 +224,35 @@ def test_behind_a_flush_of_the_ruleset_a_guard_keeps_the_host_quiet(
     assert "natkeep" not in net.run(net.names["destination"], "nft", "list", "tables")
 
 
+def back_at_the_source(net: Net, move: Move) -> Move:
+    """The move that takes the process on to where it came from, which has not OLD any more."""
+    source, old, other = net.names["source"], OLD[net.version], ELSEWHERE[net.version]
+    net.run(source, "sysctl", "-qw", "net.ipv4.conf.all.promote_secondaries=1")
+    give(net, "source", other)
+    length = 24 if net.version == 4 else 64
+    net.run(source, "ip", "address", "del", f"{old}/{length}", "dev", "eth0")
+    sites = move.sites[0], Site(Role.DESTINATION, source)
+    return replace(move, id="further", maps=(Map(old, other),), sites=sites, guard=False)
+
+
 @EACH_VERSION
-@pytest.mark.parametrize("server", [False, True], ids=["connected", "server"])
+@EACH_KIND
 def test_a_move_is_replaced_when_the_process_moves_on_and_all_of_it_is_undone(
     make_net: Callable[[int], Net], version: int, server: bool, tmp_path: Path
 ) -> None:
     net = make_net(version)
     names = {role: net.names[role] for role in ("gateway", "destination", "source")}
-    old, length = OLD[version], 24 if version == 4 else 64
-    net.run(names["source"], "sysctl", "-qw", "net.ipv4.conf.all.promote_secondaries=1")
-    give(net, "source", ELSEWHERE[version])
-    net.run(names["source"], "ip", "address", "del", f"{old}/{length}", "dev", "eth0")
+    move = net.move(server=server, guard=True)
+    further = back_at_the_source(net, move)
     before = look(names)
-    move = net.move(guard=True)
-    if server:
-        move = replace(move, udp=NO_CONNECTIONS, udp_servers=(Endpoint(old, PORT),))
-    further = Move(
-        "further", (Map(old, ELSEWHERE[version]),),
-        (move.sites[0], Site(Role.DESTINATION, names["source"])),
-        udp=move.udp, udp_servers=move.udp_servers,
-    )  # fmt: skip
-    executor = Executor(LinuxKernel(str(tmp_path)), StateDirectory(str(tmp_path), create=True))
+    executor = make_executor(tmp_path)
     peer = net.socket("peer", net.peer_end, net.old_end)
 
     prepare(executor, move, NO_CONNECTIONS, Gate.OPEN)
-    with net.socket("destination", net.old_end, None if server else net.peer_end) as process:
+    with net.process("destination", server=server) as process:
         assert answered(peer, process, 2) == 2
     replace_move(executor, "udp", further, NO_CONNECTIONS)
-    with net.socket("source", net.old_end, None if server else net.peer_end) as process:
+    with net.process("source", server=server) as process:
         assert answered(peer, process, 1) == 0
         open_move(executor, "further")
         assert answered(peer, process, 3) == 3
@@ -255,27 +264,50 @@ def test_a_move_is_replaced_when_the_process_moves_on_and_all_of_it_is_undone(
 
 
 @EACH_VERSION
-@pytest.mark.parametrize("server", [False, True], ids=["connected", "server"])
+def test_what_a_gateway_publishes_is_kept_when_the_move_is_replaced(
+    make_net: Callable[[int], Net], version: int, tmp_path: Path
+) -> None:
+    """The earlier move's entries hide from a look what the gateway did before it."""
+    net = make_net(version)
+    ip, router = ("ip", "10.1.0.1") if version == 4 else ("ip6", "fd00:1::1")
+    nat = "add table inet own; add chain inet own nat { type nat hook prerouting priority -100; }; "
+    dnat = f"udp dport 8053 dnat {ip} to {Endpoint(OLD[version], PORT)}"
+    net.run(net.names["gateway"], "nft", f"{nat}add rule inet own nat {dnat}")
+    peer = net.socket("peer", net.peer_end, (router, 8053))
+    with net.socket("source", net.old_end, net.peer_end) as process:
+        assert answered(peer, process, 2) == 2
+    move = net.move()
+    further = back_at_the_source(net, move)
+
+    executor = make_executor(tmp_path)
+    prepare(executor, move, NO_CONNECTIONS, Gate.OPEN)
+    with net.socket("destination", net.old_end, net.peer_end) as process:
+        assert answered(peer, process, 2) == 2
+    replace_move(executor, "udp", further, NO_CONNECTIONS, Gate.OPEN)
+    with net.socket("source", net.old_end, net.peer_end) as process:
+        assert answered(peer, process, 3) == 3
+
+
+@EACH_VERSION
+@EACH_KIND
 @pytest.mark.parametrize("silent", [False, True], ids=["speaking", "silent"])
 def test_the_peer_moves_later_through_the_same_gateway(
     make_net: Callable[[int], Net], version: int, server: bool, silent: bool, tmp_path: Path
 ) -> None:
     net = make_net(version)
-    old, peer_address, now = OLD[version], PEER[version], FAR[version]
+    peer_address, now = PEER[version], FAR[version]
     net.run(net.names["source"], "ip", "address", "flush", "dev", "eth0", "scope", "global")
     give(net, "source", now)
     router = ip_address("10.4.0.1") if version == 4 else ip_address("fd00:4::1")
     give(net, "gateway", router, device="old")
     net.run(net.names["source"], "ip", "route", "replace", "default", "via", str(router))
-    first = second = net.move()
-    if server:
-        first = replace(first, udp=NO_CONNECTIONS, udp_servers=(Endpoint(old, PORT),))
+    first, second = net.move(server=server), net.move()
     sites = (first.sites[0], Site(Role.DESTINATION, net.names["source"]))
     second = Move("second", (Map(peer_address, now),), sites, udp=second.udp.turned())
-    executor = Executor(LinuxKernel(str(tmp_path)), StateDirectory(str(tmp_path), create=True))
+    executor = make_executor(tmp_path)
     peer = net.socket("peer", net.peer_end, net.old_end)
     prepare(executor, first, NO_CONNECTIONS, Gate.OPEN)
-    process = net.socket("destination", net.old_end, None if server else net.peer_end)
+    process = net.process("destination", server=server)
     assert answered(peer, process, 2) == 2
     if silent:
         net.run(net.names["gateway"], "conntrack", "-F")
@@ -291,23 +323,21 @@ def test_the_peer_moves_later_through_the_same_gateway(
 
 
 @EACH_VERSION
-@pytest.mark.parametrize("server", [False, True], ids=["connected", "server"])
+@EACH_KIND
 def test_the_peer_moves_later_onto_the_same_host(
     make_net: Callable[[int], Net], version: int, server: bool, tmp_path: Path
 ) -> None:
     net = make_net(version)
     also = ip_address("10.3.0.21" if version == 4 else "fd00:3::21")
     give(net, "destination", also)
-    first = second = net.move()
-    if server:
-        first = replace(first, udp=NO_CONNECTIONS, udp_servers=(Endpoint(OLD[version], PORT),))
+    first, second = net.move(server=server), net.move()
     second = Move("second", (Map(PEER[version], also),), first.sites, udp=second.udp.turned())
-    executor = Executor(LinuxKernel(str(tmp_path)), StateDirectory(str(tmp_path), create=True))
+    executor = make_executor(tmp_path)
     names = {role: net.names[role] for role in ("gateway", "destination")}
     before = look(names)
     peer = net.socket("peer", net.peer_end, net.old_end)
     prepare(executor, first, NO_CONNECTIONS, Gate.OPEN)
-    process = net.socket("destination", net.old_end, None if server else net.peer_end)
+    process = net.process("destination", server=server)
     assert answered(peer, process, 2) == 2
 
     prepare(executor, second, NO_CONNECTIONS, Gate.OPEN)
@@ -322,7 +352,7 @@ def test_the_peer_moves_later_onto_the_same_host(
 
 
 @EACH_VERSION
-@pytest.mark.parametrize("server", [False, True], ids=["connected", "server"])
+@EACH_KIND
 @pytest.mark.parametrize("tracked", [True, False], ids=["tracked", "untracked"])
 def test_the_wire_may_show_another_port(
     make_net: Callable[[int], Net], version: int, server: bool, tracked: bool, tmp_path: Path
@@ -335,10 +365,9 @@ def test_the_wire_may_show_another_port(
         for name in names.values():
             net.run(name, "nft", f"add table inet own; {chain}; {rule}")
     before = look(names)
-    move = net.move(maps=(Map(OLD[version], NEW[version], PORT, 6000),), guard=True)
-    if server:
-        move = replace(move, udp=NO_CONNECTIONS, udp_servers=(Endpoint(OLD[version], PORT),))
-    executor = Executor(LinuxKernel(str(tmp_path)), StateDirectory(str(tmp_path), create=True))
+    ported = Map(OLD[version], NEW[version], PORT, 6000)
+    move = net.move(server=server, maps=(ported,), guard=True)
+    executor = make_executor(tmp_path)
     with (
         net.socket("destination", (str(NEW[version]), 6000), None),
         pytest.raises(RefusedError, match="6000"),
@@ -346,7 +375,7 @@ def test_the_wire_may_show_another_port(
         prepare(executor, move, NO_CONNECTIONS, Gate.OPEN)
     prepare(executor, move, NO_CONNECTIONS, Gate.OPEN)
     peer = net.socket("peer", net.peer_end, net.old_end)
-    with net.socket("destination", net.old_end, None if server else net.peer_end) as process:
+    with net.process("destination", server=server) as process:
         assert answered(peer, process, 3) == 3
         process.sendto(b"first", net.peer_end)
         assert peer.recv(99) == b"first"
@@ -357,24 +386,22 @@ def test_the_wire_may_show_another_port(
 
 
 @EACH_VERSION
-@pytest.mark.parametrize("server", [False, True], ids=["connected", "server"])
+@EACH_KIND
 def test_while_the_process_lives_its_peers_reach_it_where_it_is(
     make_net: Callable[[int], Net], version: int, server: bool, tmp_path: Path
 ) -> None:
     """Prepared with --live: the gateway is made ready by `open`, which has an image to look at."""
     net = make_net(version)
     names = {role: net.names[role] for role in ("gateway", "destination")}
-    move = net.move(live=True)
-    if server:
-        move = replace(move, udp=NO_CONNECTIONS, udp_servers=(Endpoint(OLD[version], PORT),))
-    executor = Executor(LinuxKernel(str(tmp_path)), StateDirectory(str(tmp_path), create=True))
+    move = net.move(server=server, live=True)
+    executor = make_executor(tmp_path)
     before = look(names)
     peer = net.socket("peer", net.peer_end, net.old_end)
-    with net.socket("source", net.old_end, None if server else net.peer_end) as process:
+    with net.process("source", server=server) as process:
         assert answered(peer, process, 2) == 2
         prepare(executor, move, NO_CONNECTIONS)
         assert answered(peer, process, 2) == 2
-    with net.socket("destination", net.old_end, None if server else net.peer_end) as process:
+    with net.process("destination", server=server) as process:
         image = Checkpoint(NO_CONNECTIONS, udp=move.udp, udp_servers=move.udp_servers)
         open_move(executor, "udp", lambda journal: image)
         assert answered(peer, process, 3) == 3
@@ -389,30 +416,33 @@ def test_while_the_process_lives_its_peers_reach_it_where_it_is(
 def test_what_a_gateway_masquerades_it_goes_on_masquerading(
     make_net: Callable[[int], Net], version: int, tmp_path: Path
 ) -> None:
-    """What a server says first comes from the gateway before the move and after it."""
+    """What a server says first comes from the gateway before the move, after it and a next one."""
     net = make_net(version)
     nat = "add table inet own; add chain inet own nat { type nat hook postrouting priority 100; }; "
     net.run(net.names["gateway"], "nft", nat + "add rule inet own nat oifname out masquerade")
     router = "10.1.0.1" if version == 4 else "fd00:1::1"
-    end = Endpoint(OLD[version], PORT)
-    move = net.move(udp=NO_CONNECTIONS, udp_servers=(end,))
+    move = net.move(server=True)
     peer = net.socket("peer", net.peer_end, None)
     known = net.socket("peer", (str(PEER[version]), 99), net.old_end)
     with net.socket("source", net.old_end, None) as process:
         process.sendto(b"first", net.peer_end)
         assert peer.recvfrom(99)[1][0] == router
 
-    executor = Executor(LinuxKernel(str(tmp_path)), StateDirectory(str(tmp_path), create=True))
+    executor = make_executor(tmp_path)
     prepare(executor, move, NO_CONNECTIONS, Gate.OPEN)
-    with net.socket("destination", net.old_end, None) as process:
-        process.sendto(b"first", net.peer_end)
-        said, sender = peer.recvfrom(99)
-        peer.sendto(said, sender)
-        assert sender[0] == router
-        assert process.recvfrom(99) == (said, (*net.peer_end, 0, 0)[: 2 if version == 4 else 4])
-        assert answered(known, process, 2) == 2
-    [status] = read_status(executor, ["udp"])
-    assert [site.drift for site in status.sites] == [(), ()]
+    for move_id, at in (("udp", "destination"), ("further", "source")):
+        if move_id == "further":
+            further = back_at_the_source(net, move)
+            replace_move(executor, "udp", further, NO_CONNECTIONS, Gate.OPEN)
+        with net.socket(at, net.old_end, None) as process:
+            process.sendto(b"first", net.peer_end)
+            said, sender = peer.recvfrom(99)
+            peer.sendto(said, sender)
+            assert sender[0] == router
+            assert process.recvfrom(99) == (said, (*net.peer_end, 0, 0)[: 2 if version == 4 else 4])
+            assert answered(known, process, 2) == 2
+        [status] = read_status(executor, [move_id])
+        assert [site.drift for site in status.sites] == [(), ()]
 
 
 @EACH_VERSION
@@ -420,7 +450,7 @@ def test_an_undone_destination_does_not_answer_what_a_gateway_may_still_send(
     make_net: Callable[[int], Net], version: int, tmp_path: Path
 ) -> None:
     net = make_net(version)
-    executor = Executor(LinuxKernel(str(tmp_path)), StateDirectory(str(tmp_path), create=True))
+    executor = make_executor(tmp_path)
     peer = net.socket("peer", net.peer_end, (str(NEW[version]), PORT))
     peer.send(b"?")
     with pytest.raises(ConnectionRefusedError):
@@ -437,7 +467,7 @@ def test_gc_does_not_clear_what_no_journal_knows_while_it_speaks(
     make_net: Callable[[int], Net], tmp_path: Path
 ) -> None:
     net = make_net(4)
-    executor = Executor(LinuxKernel(str(tmp_path)), StateDirectory(str(tmp_path), create=True))
+    executor = make_executor(tmp_path)
     prepare(executor, net.move(), NO_CONNECTIONS, Gate.OPEN)
     peer = net.socket("peer", net.peer_end, net.old_end)
     process = net.socket("destination", net.old_end, net.peer_end)

@@ -14,10 +14,21 @@ import time
 from collections.abc import Callable
 from ipaddress import ip_address
 from pathlib import Path
-from typing import Any
 
 import pytest
-from four_hosts import EACH_VERSION, NEW, OLD, PEER, PEER_PORT, PORT, Net, answered, make_net
+from four_hosts import (
+    EACH_KIND,
+    EACH_VERSION,
+    NEW,
+    OLD,
+    PEER,
+    PEER_PORT,
+    PORT,
+    Net,
+    answered,
+    make_executor,
+    make_net,
+)
 from two_hosts import look
 
 from natkeep.errors import RefusedError
@@ -25,7 +36,6 @@ from natkeep.kernel import segment_holder
 from natkeep.kernel.linux import LinuxKernel
 from natkeep.lab.time_scale import scaled
 from natkeep.lifecycle.drain import count_alive, drain
-from natkeep.lifecycle.executor import Executor
 from natkeep.lifecycle.gc import gc
 from natkeep.lifecycle.open import open_move
 from natkeep.lifecycle.prepare import prepare
@@ -45,21 +55,23 @@ from natkeep.plan.steps import (
     PurgeEntries,
 )
 from natkeep.plan.tuples import NO_CONNECTIONS, Connections, Endpoint, FourTuple
-from natkeep.state.directory import StateDirectory
 
 pytestmark = pytest.mark.root
 __all__ = ["make_net"]
 
 
-def carry(net: Net, *, purges: bool = True) -> tuple[Plan, socket.socket, socket.socket]:
+def carry(
+    net: Net, *, server: bool = False, purges: bool = True
+) -> tuple[Plan, socket.socket, socket.socket]:
     """A peer that has spoken with a socket at the source, and that socket at the destination."""
     peer = net.socket("peer", net.peer_end, net.old_end)
-    before = net.socket("source", net.old_end, net.peer_end)
+    before = net.process("source", server=server)
     assert answered(peer, before, 2) == 2
-    plan = make_plan(net.move(), NO_CONNECTIONS)
-    net.apply(tuple(one for one in plan.prepare if purges or not isinstance(one, PurgeEntries)))
+    plan = make_plan(net.move(server=server), NO_CONNECTIONS)
+    purge = ForgetCalls if server else PurgeEntries
+    net.apply(tuple(one for one in plan.prepare if purges or not isinstance(one, purge)))
     before.close()
-    after = net.socket("destination", net.old_end, net.peer_end)
+    after = net.process("destination", server=server)
     assert answered(peer, after, 1) == 0, "the gate is closed"
     net.apply(plan.open)
     return plan, peer, after
@@ -187,13 +199,13 @@ def test_a_repair_puts_its_set_back(make_net: Callable[[int], Net]) -> None:
 
 
 @EACH_VERSION
-@pytest.mark.parametrize("server", [False, True], ids=["connected", "server"])
+@EACH_KIND
 def test_a_repair_deletes_the_entries_that_came_while_the_rules_were_gone(
     make_net: Callable[[int], Net], version: int, server: bool
 ) -> None:
     """Each datagram of a peer keeps them, and so the rules from being asked."""
     net = make_net(version)
-    plan, peer, process = serve(net) if server else carry(net)
+    plan, peer, process = carry(net, server=server)
     net.run(net.names["gateway"], "nft", "delete table inet natkeep")
     net.run(net.names["gateway"], "conntrack", "-F")
     assert answered(peer, process, 2) == 0
@@ -251,7 +263,7 @@ def test_the_connection_table_tells_for_how_long_a_socket_is_silent(
 
 
 @EACH_VERSION
-@pytest.mark.parametrize("server", [False, True])
+@EACH_KIND
 def test_what_peers_say_at_the_closed_gate_is_held(
     make_net: Callable[[int], Net],
     version: int,
@@ -262,8 +274,7 @@ def test_what_peers_say_at_the_closed_gate_is_held(
     monkeypatch.setattr(segment_holder, "PATIENCE", scaled(10.0))
     net = make_net(version)
     net.kernel = LinuxKernel(str(tmp_path))
-    servers = {"udp": NO_CONNECTIONS, "udp_servers": (Endpoint(OLD[version], PORT),)}
-    plan = make_plan(net.move(hold=True, **(servers if server else {})), NO_CONNECTIONS)
+    plan = make_plan(net.move(server=server, hold=True), NO_CONNECTIONS)
     net.kernel.open_sites(plan.move.sites)
     net.stack.callback(segment_holder.end, str(tmp_path), "udp")
     peer = net.socket("peer", net.peer_end, net.old_end)
@@ -275,7 +286,7 @@ def test_what_peers_say_at_the_closed_gate_is_held(
     deadline = time.monotonic() + scaled(10.0)
     while segment_holder.look(str(tmp_path), "udp") != Held(0, sum(map(len, said)), 0, len(said)):
         assert time.monotonic() < deadline, segment_holder.look(str(tmp_path), "udp")
-    process = net.socket("destination", net.old_end, None if server else net.peer_end)
+    process = net.process("destination", server=server)
     [(_, prior)] = net.apply(plan.open)
     peer.send(b"after")
 
@@ -289,30 +300,15 @@ def test_what_peers_say_at_the_closed_gate_is_held(
 # ---- sockets that any peer may speak to ----------------------------------------------------------
 
 
-def serve(net: Net, *, purges: bool = True) -> tuple[Plan, socket.socket, socket.socket]:
-    """A peer that has spoken with a server at the source, and that server at the destination."""
-    peer = net.socket("peer", net.peer_end, net.old_end)
-    before = net.socket("source", net.old_end, None)
-    assert answered(peer, before, 2) == 2
-    end = Endpoint(OLD[net.version], PORT)
-    plan = make_plan(net.move(udp=NO_CONNECTIONS, udp_servers=(end,)), NO_CONNECTIONS)
-    net.apply(tuple(one for one in plan.prepare if purges or not isinstance(one, ForgetCalls)))
-    before.close()
-    after = net.socket("destination", net.old_end, None)
-    assert answered(peer, after, 1) == 0, "the gate is closed"
-    net.apply(plan.open)
-    return plan, peer, after
-
-
 @EACH_VERSION
 def test_a_server_hears_peers_that_it_knew_and_new_ones(
     make_net: Callable[[int], Net], version: int
 ) -> None:
-    _, peer, server = serve(make_net(version), purges=False)
+    _, peer, server = carry(make_net(version), server=True, purges=False)
     assert answered(peer, server, 4) == 0
 
     net = make_net(version)
-    _, peer, server = serve(net)
+    _, peer, server = carry(net, server=True)
     other = net.socket("peer", (str(PEER[version]), PEER_PORT + 1), net.old_end)
     assert answered(peer, server, 4) == answered(other, server, 4) == 4
     assert answered(peer, server, 2, size=6000) == 2
@@ -323,7 +319,7 @@ def test_a_server_may_speak_first_whatever_is_tracked(
     make_net: Callable[[int], Net], version: int
 ) -> None:
     net = make_net(version)
-    plan, peer, server = serve(net)
+    plan, peer, server = carry(net, server=True)
 
     for at in ("gateway", "destination"):
         net.run(net.names[at], "conntrack", "-F")
@@ -349,7 +345,7 @@ def test_an_answer_comes_from_the_address_that_was_spoken_to_and_old_is_on_no_wi
     strict = "add chain inet fw wire { type filter hook prerouting priority -400; }; "
     strict += "add rule inet fw wire iifname new ip saddr 10.2.0.0/24 counter drop"
     net.run(net.names["gateway"], "nft", f"add table inet fw; {strict}")
-    _, peer, server = serve(net)
+    _, peer, server = carry(net, server=True)
     direct = net.socket("gateway", ("10.3.0.1", 777), (str(NEW[4]), PORT))
 
     assert answered(direct, server, 2) == answered(peer, server, 2) == 2
@@ -358,7 +354,7 @@ def test_an_answer_comes_from_the_address_that_was_spoken_to_and_old_is_on_no_wi
 
 def test_what_a_server_needs_is_put_back(make_net: Callable[[int], Net]) -> None:
     net = make_net(4)
-    plan, peer, server = serve(net)
+    plan, peer, server = carry(net, server=True)
     site = plan.move.sites[0]
     for what in ("flush chain inet natkeep in-at-10.2.0.10", "flush set inet natkeep listen-udp-1"):
         net.run(net.names["gateway"], "nft", what)
@@ -374,7 +370,7 @@ def test_what_a_server_needs_is_put_back(make_net: Callable[[int], Net]) -> None
 
 def test_a_local_peer_of_the_destination_is_heard(make_net: Callable[[int], Net]) -> None:
     net = make_net(4)
-    _, peer, server = serve(net)
+    _, peer, server = carry(net, server=True)
     local = net.socket("destination", ("10.3.0.20", 888), net.old_end)
 
     assert answered(local, server, 2) == answered(peer, server, 1) + 1 == 2
@@ -412,16 +408,13 @@ def test_a_server_goes_without_a_trace(make_net: Callable[[int], Net]) -> None:
 
 
 @EACH_VERSION
-@pytest.mark.parametrize("server", [False, True], ids=["connected", "server"])
+@EACH_KIND
 def test_the_source_keeps_quiet_and_does_not_say_that_the_port_is_unreachable(
     make_net: Callable[[int], Net], version: int, server: bool
 ) -> None:
     net = make_net(version)
-    ends: dict[str, Any] = (
-        {"udp": NO_CONNECTIONS, "udp_servers": (Endpoint(OLD[version], PORT),)} if server else {}
-    )
     sites = (Site(Role.SOURCE, net.names["source"]),)
-    plan = make_plan(net.move(sites=sites, **ends), NO_CONNECTIONS)
+    plan = make_plan(net.move(server=server, sites=sites), NO_CONNECTIONS)
     peer = net.socket("peer", net.peer_end, net.old_end)
     peer.send(b"?")
     with pytest.raises(ConnectionRefusedError):
@@ -445,8 +438,7 @@ def test_the_source_keeps_quiet_and_does_not_say_that_the_port_is_unreachable(
 
 def test_a_port_that_the_destination_uses_is_refused(make_net: Callable[[int], Net]) -> None:
     net = make_net(4)
-    end = Endpoint(OLD[4], PORT)
-    plan = make_plan(net.move(udp=NO_CONNECTIONS, udp_servers=(end,)), NO_CONNECTIONS)
+    plan = make_plan(net.move(server=True), NO_CONNECTIONS)
     [step] = [
         one
         for one in plan.prepare
@@ -466,10 +458,9 @@ def test_a_socket_that_any_peer_may_speak_to_is_silent_when_none_does(
     make_net: Callable[[int], Net], version: int
 ) -> None:
     net = make_net(version)
-    end = Endpoint(OLD[version], PORT)
-    plan = make_plan(net.move(udp=NO_CONNECTIONS, udp_servers=(end,)), NO_CONNECTIONS)
+    plan = make_plan(net.move(server=True), NO_CONNECTIONS)
     net.apply(plan.steps)
-    key = end.address.packed + end.port.to_bytes(2, "big")
+    key = OLD[version].packed + PORT.to_bytes(2, "big")
     gateway, destination = plan.move.sites
 
     assert net.kernel.observe(destination, plan).bound == frozenset()
@@ -488,7 +479,7 @@ def test_the_end_is_silence_for_drain_and_no_socket_for_gc(
     make_net: Callable[[int], Net], version: int, tmp_path: Path
 ) -> None:
     net = make_net(version)
-    executor = Executor(LinuxKernel(str(tmp_path)), StateDirectory(str(tmp_path), create=True))
+    executor = make_executor(tmp_path)
     prepare(executor, net.move(), NO_CONNECTIONS)
     open_move(executor, "udp")
     peer = net.socket("peer", net.peer_end, net.old_end)

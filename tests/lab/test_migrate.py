@@ -3,18 +3,28 @@
 from __future__ import annotations
 
 import os
+import pty
+import re
+import shlex
 import signal
 import subprocess
+import termios
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
+from pages import blocks_of
+from recipe import likeness, typed
 
 from natkeep.lab import scenario
 from natkeep.lab.engine import Frozen
+from natkeep.lab.host import write_script
 from natkeep.lab.lab import Lab
-from natkeep.lab.ssh import Machines
+from natkeep.lab.peer_host import PeerHost
+from natkeep.lab.ssh import ContainerMachines, Machines
+from natkeep.lab.topology import SECOND_CLIENT, USUAL
 from natkeep.lab.translators import natkeep_command
 
 pytestmark = [
@@ -69,37 +79,51 @@ def find_ssh(machines: Machines) -> list[int]:
     return found
 
 
-def perform(run: Callable[[Lab, Machines], bool]) -> None:
-    """Run it in a lab; *run* says whether the server is at the destination in the end."""
-    with Lab("migrate", engine="criu") as lab:
+def perform(
+    run: Callable[[Lab, Machines], bool], via: str = "", *,
+    engine: str = "criu", connections: int = 3,
+) -> None:  # fmt: skip
+    """Run it in a lab; *run* says whether the server is at the destination in the end.
+
+    via: `peers`, of which each has a host of its own, or else as is found: the gateway.
+    connections: of each peer.
+    """
+    seats = (*USUAL, SECOND_CLIENT) if via == "peers" else USUAL
+    with Lab("migrate", engine=engine, seats=seats) as lab:
 
         def whole(lab: Lab) -> None:
-            machines = Machines(lab, "source", "destination", controller="gateway")
-            lab.begin(connections=5)
+            if via == "peers":
+                PeerHost(lab)
+            roles = ("source", "destination", *lab.peer_sites)
+            options = ("--via", via) if via else ()
+            kind = Machines if engine == "criu" else ContainerMachines
+            machines = kind(lab, *roles, controller="gateway", options=options)
+            lab.serve()
+            for role in lab.topology.peers:
+                lab.dial(connections=connections, role=role)
+            lab.traffic.talk()
             lab.begin_freeze()
             lab.frozen = Frozen(machines.images, ())
             moved = run(lab, machines)
-            lab.at = lab.topology["destination" if moved else "source"]
-            lab.note_restored()
+            machines.take("destination" if moved else "source")
             if moved:
                 lab.undone.append(lab.place_order(move_id="web"))  # `finish` undoes it
             lab.traffic.talk_on()
-            runs = [r for r in ("source", "destination") if is_at(lab, r)]
+            runs = [r for r in ("source", "destination") if machines.is_at(r)]
             lab.report.check("it runs at one host", len(runs) == 1, str(runs))
             lab.traffic.check_ends()
             if moved:
                 lab.traffic.client_closes()
                 lab.traffic.server_closes()
                 machines.call("finish", "web", "--drain", "30")
+            for role in () if moved else ("gateway", *roles):
+                left = lab.topology[role].run("nft", "list", "ruleset").stdout
+                lab.report.check(f"no rule is left at the {role}", "natkeep" not in left, left)
             lab.conclude(moved=moved)
 
         scenario.perform(lab, whole)
     assert [str(each) for each in lab.report.assertions if not each.ok] == []
     assert lab.report.passed
-
-
-def is_at(lab: Lab, role: str) -> bool:
-    return lab.topology[role].alive(lab.traffic.server.pid)
 
 
 def failing(lab: Lab) -> str:
@@ -128,6 +152,7 @@ def test_a_restore_that_fails_is_taken_back():
     perform(run)
 
 
+@pytest.mark.parametrize("via", ["", "peers"])
 @pytest.mark.parametrize(
     ("way", "step"),
     [
@@ -135,16 +160,58 @@ def test_a_restore_that_fails_is_taken_back():
         ("--resume", "check"), ("--resume", "dump"), ("--resume", "copy"),
     ],
 )  # fmt: skip
-def test_the_controller_is_killed(way: str, step: str):
+def test_the_controller_is_killed(way: str, step: str, via: str):
+    """Once the line of *step* was read, and so in the step that follows."""
+    kill_controller(way, step, via=via)
+
+
+RUNC, PODMAN = (pytest.param(each, marks=pytest.mark.needs(each)) for each in ("runc", "podman"))
+
+
+@pytest.mark.parametrize("engine", [RUNC, PODMAN])
+def test_a_restore_of_a_container_that_fails_is_taken_back(engine: str):
+    """By a script that the user's own configuration of CRIU names, and only there."""
+
+    def run(lab: Lab, machines: Machines) -> bool:
+        words = machines.words()  # makes what is ready at the destination
+        mark = machines.images.with_name("mark")
+        script = write_script(
+            lab.directory / "failing",
+            f"[ $CRTOOLS_SCRIPT_ACTION != pre-restore ] || ! [ -e {mark}/it ]",
+        )
+        for configuration in lab.directory.rglob("criu*.conf"):
+            configuration.write_text(f"action-script {script}\n")
+        destination = lab.topology["destination"]
+        destination.run("mkdir", "-p", str(mark))
+        destination.run("mount", "-t", "tmpfs", "tmpfs", str(mark))
+        destination.run("touch", f"{mark}/it")
+        done = machines.natkeep("migrate", *words)
+        lab.report.check("it fails", done.returncode == 1, done.stderr)
+        lab.report.check("it says why", f"{engine} restore" in done.stderr, done.stderr)
+        lab.report.check("and where it runs", "as before" in done.stderr, done.stderr)
+        again = machines.natkeep("migrate", *words, "--dry-run")
+        lab.report.check("nothing is in the way of another", not again.returncode, again.stderr)
+        return False
+
+    perform(run, engine=engine)
+
+
+@pytest.mark.parametrize(("way", "step"), [("--rollback", "dump"), ("--resume", "copy")])
+@pytest.mark.parametrize("engine", [RUNC, PODMAN])
+def test_the_controller_of_a_container_is_killed(engine: str, way: str, step: str):
+    kill_controller(way, step, engine=engine)
+
+
+def kill_controller(way: str, step: str, **how: str) -> None:
     """Once the line of *step* was read, and so in the step that follows."""
 
     def run(lab: Lab, machines: Machines) -> bool:
         controller = Controller(machines)
         assert controller.read_until(step), controller.said
         controller.end(signal.SIGKILL)
-        controller.wait()
+        assert controller.wait() == -signal.SIGKILL, controller.said
         done = machines.natkeep("migrate", way, "web")
-        moved = is_at(lab, "destination")
+        moved = machines.is_at("destination")
         said = f"{''.join(controller.said)}{done.stderr}"
         if way == "--rollback" and not moved:
             lab.report.check("it is taken back", done.returncode == 0, said)
@@ -157,7 +224,7 @@ def test_the_controller_is_killed(way: str, step: str):
             lab.report.check("it says that there is no way back", "no way back" in said, said)
         return moved
 
-    perform(run)
+    perform(run, **how)
 
 
 @pytest.mark.parametrize(
@@ -174,7 +241,7 @@ def test_a_signal_takes_it_back(number: signal.Signals, step: str):
         controller.end(number)
         code = controller.wait()
         said = "".join(controller.said)
-        moved = is_at(lab, "destination")
+        moved = machines.is_at("destination")
         lab.report.check("it says so", code != 0 or moved, said)
         told = (
             "there is no way back" in said or "were heard" in said if moved else "as before" in said
@@ -185,22 +252,25 @@ def test_a_signal_takes_it_back(number: signal.Signals, step: str):
     perform(run)
 
 
+@pytest.mark.parametrize("via", ["", "peers"])
 @pytest.mark.parametrize("step", ["prepare", "dump", "copy"])
-def test_every_ssh_is_killed(step: str):
+def test_every_ssh_is_killed(step: str, via: str):
     def run(lab: Lab, machines: Machines) -> bool:
         controller = Controller(machines)
         assert controller.read_until(step), controller.said
-        for pid in find_ssh(machines):
+        running = find_ssh(machines)
+        assert running, controller.said
+        for pid in running:
             os.kill(pid, signal.SIGKILL)
         controller.wait()
         time.sleep(0.1)
         said = "".join(controller.said)
-        moved = is_at(lab, "destination")
+        moved = machines.is_at("destination")
         told = "runs on destination" in said if moved else "as before" in said
         lab.report.check("it tells where it runs", told, said)
         return moved
 
-    perform(run)
+    perform(run, via)
 
 
 def test_a_full_disk_takes_it_back():
@@ -250,6 +320,39 @@ def test_a_dry_run_says_each_command_and_changes_nothing():
     perform(run)
 
 
+def test_at_a_terminal_the_copy_has_a_bar():
+    """Over a wire on which it takes some seconds."""
+
+    def run(lab: Lab, machines: Machines) -> bool:
+        slowly = ["tc", "qdisc", "add", "dev", "eth0", "root", "tbf", "rate", "20mbit"]
+        source, gateway = lab.topology["source"], lab.topology[machines.controller]
+        source.run(*slowly, "burst", "64k", "latency", "400ms")
+        ours, theirs = pty.openpty()
+        termios.tcsetwinsize(theirs, (25, 100))
+        controller = subprocess.Popen(
+            gateway.command(*natkeep_command(), "migrate", *machines.words()), stderr=theirs,
+            env={**os.environ, "NATKEEP_STATE_DIR": str(machines.directory / "controller")},
+        )  # fmt: skip
+        os.close(theirs)
+        said = b""
+        with suppress(OSError):  # the end of the other side
+            while piece := os.read(ours, 4096):
+                said += piece
+        os.close(ours)
+        lab.report.check("it succeeds", controller.wait() == 0, said.decode())
+        bars = re.findall(rb"copy: +(\d+)%", said)
+        lab.report.check("the bar goes on", len(set(bars)) > 2, said.decode())
+        lines = [line.rpartition(b"\r")[2] for line in said.splitlines()]
+        steps = [line.split()[2] for line in lines if b" ms  " in line]
+        lab.report.check("each line is whole", steps.count(b"copy") == 1, str(steps))
+        end = b"natkeep: web: silent for ", b" ms at most; 5 of 5 peers answered"
+        told = any(all(each in line for each in end) for line in lines)
+        lab.report.check("it says what came of it", told, said.decode())
+        return True
+
+    perform(run)
+
+
 def test_a_process_that_came_by_a_move_is_refused():
     def run(lab: Lab, machines: Machines) -> bool:
         machines.call("migrate", *machines.words())
@@ -284,3 +387,28 @@ def test_what_was_there_before_is_left_alone():
         return False
 
     perform(run)
+
+
+def test_migrate_says_what_the_pages_show():
+    """The README's two commands, and all that docs/migrate.md shows of the first."""
+    short, shown = blocks_of("test_migrate_says_what_the_pages_show")
+    [command] = typed(shown.text)
+    migrate, finish = (shlex.split(line, comments=True) for line in short.text.splitlines())
+    assert migrate == [word.replace("1234", "$PID") for word in shlex.split(command)]
+    assert finish[1:] == ["finish", "web"]
+
+    def run(lab: Lab, machines: Machines) -> bool:
+        hosts = machines.client.read_text()
+        for role, name in (("source", "a.example"), ("destination", "b.example")):
+            hosts = hosts.replace(f"Host {role} ", f"Host {role} {name} ")
+        machines.client.write_text(hosts)
+        words = [word.replace("$PID", str(lab.traffic.server.pid)) for word in migrate]
+        done = machines.natkeep(*words[1:], *machines.words()[4:])
+        lab.report.check("it succeeds", done.returncode == 0, done.stderr)
+        name = f"({os.uname().nodename})"
+        said = likeness(done.stderr.replace(name, "(gateway)"))
+        expected = likeness(shown.text.partition("\n")[2])
+        lab.report.check("it says what the page shows", said == expected, done.stderr)
+        return True
+
+    perform(run, connections=20)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from functools import partial
 
 import pytest
+from pages import blocks_of
 
 from natkeep.lab.lab import Lab
 from natkeep.lab.scenario import find_scenario, perform
@@ -12,11 +13,17 @@ from natkeep.lab.scenario import find_scenario, perform
 pytestmark = [pytest.mark.root, pytest.mark.lab]
 
 
+[RULES] = blocks_of("test_a_relay_that_boots_with_old_and_without_the_rules_resets_its_peers")
+
+
 @pytest.mark.parametrize(("family", "silent"), [(6, True), (4, False), (6, False)])
 def test_a_relay_that_boots_with_old_and_without_the_rules_resets_its_peers(
     family: int, silent: bool
 ) -> None:
-    run, setup, *_ = find_scenario("relay_boots").load()
+    """The page's rules are the scenario's, but for the addresses."""
+    run, setup = find_scenario("relay_boots").load()
+    ends = {"old": "10.2.0.10", "source": "10.2.0.11", "port": 5000}
+    assert RULES.text == run.__globals__["SILENT"].format(ip="ip", **ends)
     with Lab("lab", engine="repair", family=family, **setup) as lab:
         perform(lab, partial(run, silent=silent))
 

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from pages import blocks_of
 
 from natkeep.lab import engines, scenario
 from natkeep.lab.engine import EngineError
@@ -57,6 +58,19 @@ def test_scenario_passes(name, engine):
     assert report.segments > 0
     assert report.blackout_ms is not None
     assert report.stall_ms is not None
+
+
+@pytest.mark.root
+@pytest.mark.lab
+@pytest.mark.criu
+def test_the_scenario_of_the_page_passes(tmp_path):
+    [block] = blocks_of("test_the_scenario_of_the_page_passes")
+    file = tmp_path / "of_the_page.py"
+    file.write_text(block.text)
+    report = scenario.run(Scenario(file.stem, file))
+
+    assert [str(each) for each in report.assertions if not each.ok] == []
+    assert report.passed
 
 
 @pytest.mark.root

@@ -155,6 +155,14 @@ def test_a_peer_whose_own_move_has_this_gateway_needs_no_map() -> None:
         make_plan(moves(f"{P}={Q}", GATEWAY), KEPT, around)
 
 
+def test_nor_does_a_peer_that_speaks_udp() -> None:
+    moved = Connections.of([inbound(f"{Q}:5000", f"{OLD}:80")])
+    around = Surroundings(udp_carried=Connections.of([*KEPT][:1]), udp_carriers=moved)
+
+    with pytest.raises(RefusedError, match=f"translates peers at {P} already"):
+        make_plan(moves(f"{P}={Q}", GATEWAY, udp=KEPT), NO_CONNECTIONS, around)
+
+
 def test_mode_stateless_is_refused_beforehand() -> None:
     with pytest.raises(RefusedError, match="stateless translates no peers"):
         moves(f"{P}={Q}", mode=Mode.STATELESS)

@@ -286,6 +286,7 @@ def test_where_all_devices_have_to_forward_all_else_is_dropped_and_routes_are_ke
     [passing] = [step for step in plan.prepare if isinstance(step, PassKept)]
     drops = [rule for rule in passing.rules() if rule.comment != "web"]
     assert [rule.comment for rule in drops] == ["web:ra6-eth0", "web:via6-all"]
+    assert [owner_of(rule.comment) for rule in drops] == ["web", "web"]
     assert "iifname" not in str(drops[1])
     left = find_left_on((rule.comment for rule in drops), frozenset())
     assert [(one.name, one.off) for one in left] == [(names[0], "1"), (names[1], "0")]

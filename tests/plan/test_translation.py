@@ -1,4 +1,4 @@
-"""plan/translation.py: which address is which on either side, and whose connection is lost."""
+"""plan/translation.py and kept_connections.py: which address is which, and what is lost."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from natkeep.plan.roles import Role
 from natkeep.plan.step_order import make_plan
 from natkeep.plan.steps import InsertEntries
 from natkeep.plan.translation import Surroundings
-from natkeep.plan.tuples import Connections, Endpoint, FourTuple
+from natkeep.plan.tuples import NO_CONNECTIONS, Connections, Endpoint, FourTuple
 
 GATEWAY, DESTINATION = Site(Role.GATEWAY, "gw"), Site(Role.DESTINATION, "dst")
 MAP4 = Map(ip_address("10.2.0.10"), ip_address("10.3.0.20"))
@@ -225,6 +225,23 @@ def test_a_move_carries_on_what_the_one_before_it_took_over():
     assert (tuple(both.carried), tuple(both.carriers)) == ((KEPT4,), (outside,))
     assert both.local == found.local
     assert found == found.carry_on(Surroundings(), Connections.of([KEPT4]))
+
+
+def test_it_carries_on_udp_too() -> None:
+    outside, ended = inbound("10.1.0.2:5000", "10.1.0.100:8080"), replace(KEPT4, source=PEER_GONE)
+    server = Endpoint.parse("10.2.0.10:53")
+    earlier = Surroundings(
+        udp_carried=Connections.of([ended, KEPT4]),
+        udp_carriers=Connections.of([ended, outside]),
+        masqueraded=frozenset({server}),
+    )
+    found = Surroundings(udp_joined=Connections.of([KEPT6]))
+
+    both = found.carry_on(earlier, NO_CONNECTIONS, Connections.of([KEPT4]))
+
+    assert (tuple(both.udp_carried), tuple(both.udp_carriers)) == ((KEPT4,), (outside,))
+    assert (both.carried, both.udp_joined) == (NO_CONNECTIONS, found.udp_joined)
+    assert both.masqueraded == {server}
 
 
 OTHER4 = inbound("10.1.0.2:5001", "10.2.0.10:80")

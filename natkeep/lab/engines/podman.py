@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import os
 import shlex
+import shutil
 import subprocess
 import tarfile
 from collections.abc import Sequence
@@ -47,6 +48,7 @@ from natkeep.lab.host import NAMES, Host, LabError, await_true, write_script
 from natkeep.lab.time_scale import scaled
 
 _IMAGE = "localhost/bare"  # nothing but links into the machine's /usr
+_PID = "{{if .State.Running}}{{.State.Pid}}{{else}}0{{end}}"  # it keeps that of one that has ended
 _FURNISH = """\
 set -e
 mkdir -p "$2"
@@ -98,7 +100,7 @@ class Podman:
         end_silence(host)
         self._furnish(host)
         script = _wrap(opening, host.directory / "hook-of-podman") if opening.hook else None
-        _configuration(host).write_text(LOCK + (f'action-script "{script}"\n' if script else ""))
+        _configuration(host).write_text(LOCK + (f"action-script {script}\n" if script else ""))
         self._call(
             host, "container", "restore", "--tcp-established",
             "--import", str(frozen.directory / "archive.tar"),
@@ -106,6 +108,25 @@ class Podman:
         moving.pid = self._pid(host, moving.application)
         if not opening.hook:
             opening.open()
+
+    def write_tools(self, host: Host, directory: Path) -> None:
+        """`podman` and `criu` into *directory*, for those who call them at *host*."""
+        settings = f"export CONTAINERS_CONF={shlex.quote(str(_settings(host)))}"
+        call = shlex.join(["exec", str(shutil.which("podman")), *self.command(host)[1:]])
+        write_script(directory / "podman", f'{settings}\n{call} "$@"')
+        (directory / "criu").symlink_to(self.criu.absolute())
+
+    def expect(self, host: Host, application: Application) -> list[str]:
+        """Make ready that another restores the container at *host*; how that is told where."""
+        self._furnish(host)
+        return []
+
+    def find(self, host: Host, application: Application) -> int:
+        """The pid of the container that runs at *host*, even if another has restored it, or 0."""
+        try:
+            return self._pid(host, application)
+        except EngineError:
+            return 0
 
     def close(self) -> None:
         """End the containers and remove their cgroups, and those of labs that died."""
@@ -120,7 +141,7 @@ class Podman:
 
     def _pid(self, host: Host, application: Application) -> int:
         name = container(host, application)
-        return int(self._call(host, "inspect", "--format", "{{.State.Pid}}", name))
+        return int(self._call(host, "inspect", "--format", _PID, name))
 
     def _furnish(self, host: Host) -> None:
         """What a machine with podman has: a store, the image, the network namespace's path."""
@@ -130,7 +151,7 @@ class Podman:
         self._furnished[host.role] = host
         path = path_with(self.criu, host.directory)
         settings = f'[engine]\nconmon_env_vars = ["PATH={path}"]\n'
-        (host.directory / "containers.conf").write_text(settings)
+        _settings(host).write_text(settings)
         self._bring_image(host)
 
     def _bring_image(self, host: Host) -> None:
@@ -146,26 +167,34 @@ class Podman:
         self._call(host, "import", "--quiet", str(archive), _IMAGE)
         self._call(host, "save", "--quiet", "--output", str(image), _IMAGE)
 
+    def command(self, host: Host) -> list[str]:
+        """podman with what sets the lab's apart from the machine's."""
+        own = _own(host)
+        return [
+            "podman", "--runroot", str(own / "run"), "--tmpdir", str(own / "tmp"),
+            "--storage-driver", "vfs", "--events-backend", "none",
+            "--cgroup-manager", "cgroupfs", "--runtime", str(_runtime(host)),
+        ]  # fmt: skip
+
     def _call(self, host: Host, *arguments: str) -> str:
         """One call of podman in *host*, and what it said; EngineError when it fails."""
-        own = _own(host)
         done = subprocess.run(
-            inside(
-                host, "podman", "--runroot", str(own / "run"), "--tmpdir", str(own / "tmp"),
-                "--storage-driver", "vfs", "--events-backend", "none",
-                "--cgroup-manager", "cgroupfs", "--runtime", str(_runtime(host)), *arguments,
-            ),
+            inside(host, *self.command(host), *arguments),
             stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=scaled(30),
             env={
                 **os.environ,
                 "PATH": path_with(self.criu, host.directory),
-                "CONTAINERS_CONF": str(host.directory / "containers.conf"),
+                "CONTAINERS_CONF": str(_settings(host)),
             },
         )  # fmt: skip
         if done.returncode:
             verb = " ".join(arguments[:2])
             raise EngineError(f"podman {verb} exited {done.returncode}: {done.stderr.strip()}")
         return done.stdout.strip()
+
+
+def _settings(host: Host) -> Path:
+    return host.directory / "containers.conf"
 
 
 def _wrap(opening: Opening, script: Path) -> Path:

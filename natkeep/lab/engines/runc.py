@@ -20,6 +20,8 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterable, Mapping, Sequence
@@ -29,7 +31,7 @@ from typing import Any
 
 from natkeep.lab.application import SCRIPT, Application
 from natkeep.lab.engine import EngineError, Frozen, Moving, Opening, end_silence, errors_in
-from natkeep.lab.host import NAMES, Host
+from natkeep.lab.host import NAMES, Host, write_script
 from natkeep.lab.time_scale import scaled
 from natkeep.lab.topology import LOCKS, PREFIX, hex_of
 
@@ -68,7 +70,7 @@ class Runc:
     def restore(self, host: Host, moving: Moving, frozen: Frozen, opening: Opening) -> None:
         end_silence(host)
         name = container(host, moving.application)
-        script = f'action-script "{opening.hook}"\n' if opening.hook else ""
+        script = f"action-script {opening.hook}\n" if opening.hook else ""
         self._bundle(host, name, LOCK + script)  # the lock is for the next dump
         images = frozen.directory
         moving.pid = self._bring_up(
@@ -76,6 +78,28 @@ class Runc:
         )
         if not opening.hook:
             opening.open()
+
+    def write_tools(self, host: Host, directory: Path) -> None:
+        """`runc` and `criu` into *directory*, for those who call them at *host*."""
+        call = f"exec {shutil.which('runc')} --root {shlex.quote(str(_root(host)))}"
+        write_script(directory / "runc", f'{call} "$@"')
+        (directory / "criu").symlink_to(self.criu.absolute())
+
+    def expect(self, host: Host, application: Application) -> list[str]:
+        """Make ready that another restores the container at *host*; how that is told where."""
+        name = container(host, application)
+        self._bundle(host, name, "")
+        return ["--bundle", str(_bundle_of(host, name))]
+
+    def find(self, host: Host, application: Application) -> int:
+        """The pid of the container that runs at *host*, even if another has restored it, or 0."""
+        name = container(host, application)
+        asking = inside(host, "runc", "--root", str(_root(host)), "state", name)
+        done = subprocess.run(asking, capture_output=True)
+        if done.returncode:
+            return 0
+        self._running[name] = host
+        return int(json.loads(done.stdout)["pid"])
 
     def close(self) -> None:
         """End the containers and remove their cgroups, and those of labs that died."""
@@ -129,9 +153,9 @@ class Runc:
         env: Mapping[str, str] | None = None,
     ) -> None:  # fmt: skip
         """One call of runc in *host*; EngineError with CRIU's words when it fails."""
-        root, log = host.directory / f"runc-{host.role}", host.directory / "runc.log"
+        log = host.directory / "runc.log"
         done = subprocess.run(
-            inside(host, "runc", "--root", str(root), "--log", str(log), verb, *options),
+            inside(host, "runc", "--root", str(_root(host)), "--log", str(log), verb, *options),
             # not pipes: the first process has them, too, until it opens its own
             stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
             timeout=scaled(20),
@@ -148,6 +172,11 @@ class Runc:
 def _images(directory: Path) -> list[str]:
     where = str(directory)
     return ["--image-path", where, "--work-path", where, "--tcp-established"]
+
+
+def _root(host: Host) -> Path:
+    """Where runc keeps what runs at *host*."""
+    return host.directory / f"runc-{host.role}"
 
 
 def _bundle_of(host: Host, name: str) -> Path:

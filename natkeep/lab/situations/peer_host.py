@@ -18,25 +18,19 @@ from natkeep.lab.situations.two_ends import (
 at_peer = partial(situation, may_refuse=("stateless",))
 WHERE = ("client", "destination")
 
-
-def _by_peer(lab: Lab) -> Lab:
-    PeerHost(lab)
-    return lab
-
-
-at_peer(32, "the peers' own host translates")(under_traffic(_by_peer, WHERE))
-at_peer(32, "the peers' own host, tcp_loose=0")(not_loose(_by_peer, WHERE))
+at_peer(32, "the peers' own host translates")(under_traffic(PeerHost, WHERE))
+at_peer(32, "the peers' own host, tcp_loose=0")(not_loose(PeerHost, WHERE))
 at_peer(32, "the peers' own host, the client closes first")(
-    in_order(_by_peer, "client_closes", "server_says", "server_closes")
+    in_order(PeerHost, "client_closes", "server_says", "server_closes")
 )
 at_peer(32, "the peers' own host, the server closes first")(
-    in_order(_by_peer, "server_closes", "client_closes")
+    in_order(PeerHost, "server_closes", "client_closes")
 )
 at_peer(32, "the peers' own host, flushed before a FIN", probes=(True,))(
-    flushed_before_fins(_by_peer, WHERE)
+    flushed_before_fins(PeerHost, WHERE)
 )
 at_peer(32, "the peers' own host, path MTU drops", setup={"routed": ("near", "far")})(
-    narrow(_by_peer, "far", "near")
+    narrow(PeerHost, "far", "near")
 )
 
 
@@ -44,12 +38,6 @@ class _ByService(PeerHost):
     """The client has dialled a service address, which its host translates."""
 
     begin = PeerHost.begin_by_service
-
-    def move(self) -> None:
-        self.lab.move()
-
-    def finish(self) -> None:
-        self.lab.finish()
 
 
 # Its translation is taken over, and goes on without its entry.

@@ -5,7 +5,6 @@ The socket keeps its port; the wire to NEW shows the other one.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
 
 from natkeep.lab.both_ends import SETUP, BothEnds
@@ -14,7 +13,9 @@ from natkeep.lab.peer_host import PeerHost
 from natkeep.lab.relay import ByRelay
 from natkeep.lab.situations import THREE_HOSTS, carry_on_after, situation
 from natkeep.lab.situations.two_ends import (
-    M,
+    FIRST_WORDS,
+    at_port,
+    by_gateway,
     flushed_before_fins,
     in_order,
     narrow,
@@ -23,37 +24,14 @@ from natkeep.lab.situations.two_ends import (
 )
 from natkeep.lab.topology import THIRD
 
-WIRE_PORT = 8080
 WHERE = ("gateway", "destination")
 
 to_port = partial(situation, may_refuse=("stateless",))
-
-
-def _usual(lab: Lab) -> Lab:
-    return lab
-
-
-def _by_peer(lab: Lab) -> Lab:
-    PeerHost(lab)
-    return lab
-
-
-def at_port(make: Callable[[Lab], M], lab: Lab) -> M:
-    """The same with a map to another port."""
-    lab.wire_port = WIRE_PORT
-    return make(lab)
-
-
-_at_gateway = partial(at_port, _usual)
+_at_gateway = partial(at_port, by_gateway)
 
 to_port(34, "to another port")(under_traffic(_at_gateway, WHERE))
 to_port(34, "to another port, tcp_loose=0")(not_loose(_at_gateway, WHERE))
-for _name, _words in {
-    "the client says first": ("client_says", "server_says"),
-    "the server says first": ("server_says", "client_says"),
-    "the client closes first": ("client_closes", "server_says", "server_closes"),
-    "the server closes first": ("server_closes", "client_closes"),
-}.items():
+for _name, _words in FIRST_WORDS.items():
     to_port(34, f"to another port, {_name}")(in_order(_at_gateway, *_words))
 to_port(34, "to another port, entries flushed before a FIN", probes=(True,))(
     flushed_before_fins(_at_gateway, WHERE)
@@ -78,7 +56,7 @@ to_port(34, "to another port, by a relay")(
     under_traffic(partial(at_port, ByRelay), ("source", "destination"))
 )
 to_port(34, "to another port, the peers' own host translates")(
-    under_traffic(partial(at_port, _by_peer), ("client", "destination"))
+    under_traffic(partial(at_port, PeerHost), ("client", "destination"))
 )
 to_port(34, "to another port, both ends move", setup=SETUP)(
     under_traffic(partial(at_port, BothEnds), ("third", "destination"))

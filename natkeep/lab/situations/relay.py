@@ -13,6 +13,7 @@ from natkeep.lab.relay import A_THIRD, FLAT, FLAT_ON, ByRelay, ByThird
 from natkeep.lab.situations import THREE_HOSTS, carry_on_after, situation
 from natkeep.lab.situations.roles import begin_dialled
 from natkeep.lab.situations.two_ends import (
+    FIRST_WORDS,
     flushed_before_fins,
     in_order,
     narrow,
@@ -30,12 +31,7 @@ by_relay = partial(situation, may_refuse=("stateless",))
 for _name, _setup in {"by a relay": {}, "by a relay on one link": FLAT}.items():
     by_relay(33, _name, setup=_setup)(under_traffic(ByRelay, WHERE))
 by_relay(33, "by a relay, tcp_loose=0")(not_loose(ByRelay, WHERE))
-for _name, _words in {
-    "the client says first": ("client_says", "server_says"),
-    "the server says first": ("server_says", "client_says"),
-    "the client closes first": ("client_closes", "server_says", "server_closes"),
-    "the server closes first": ("server_closes", "client_closes"),
-}.items():
+for _name, _words in FIRST_WORDS.items():
     by_relay(33, f"by a relay, {_name}")(in_order(ByRelay, *_words))
 
 

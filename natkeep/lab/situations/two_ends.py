@@ -1,4 +1,4 @@
-"""What both ends of a wire that no gateway translates have to bear; the rows are in other files.
+"""What both ends have to bear, whichever host translates; the rows are in other files.
 
     by_relay(33, "by a relay, tcp_loose=0")(not_loose(ByRelay, WHERE))
 
@@ -17,6 +17,17 @@ from natkeep.lab.situations import Moves
 _MUCH = 300_000
 """Octets of a bulk, of which each segment would be as big as the MTU."""
 
+WIRE_PORT = 8080
+"""NEW's port in a map to another port."""
+
+FIRST_WORDS = {
+    "the client says first": ("client_says", "server_says"),
+    "the server says first": ("server_says", "client_says"),
+    "the client closes first": ("client_closes", "server_says", "server_closes"),
+    "the server closes first": ("server_closes", "client_closes"),
+}
+"""Rows of `in_order`: what follows a pause."""
+
 
 class Mover(Protocol):
     """Who carries out the move of a lab; Lab itself is one."""
@@ -32,6 +43,18 @@ class Mover(Protocol):
 
 
 M = TypeVar("M", bound=Mover)
+T = TypeVar("T")
+
+
+def by_gateway(lab: Lab) -> Lab:
+    """The *make* of a lab whose gateway translates."""
+    return lab
+
+
+def at_port(make: Callable[[Lab], T], lab: Lab) -> T:
+    """The same, of who carries it out or of whole moves, with a map to another port."""
+    lab.wire_port = WIRE_PORT
+    return make(lab)
 
 
 def move_in_a_pause(make: Callable[[Lab], M], lab: Lab) -> M:

@@ -17,7 +17,7 @@ from natkeep.lab.peer_host import PeerHost
 from natkeep.lab.relay import FLAT, ByRelay
 from natkeep.lab.situations import THREE_HOSTS, Moves, carry_on_after, situation
 from natkeep.lab.situations.roles import begin_dialled
-from natkeep.lab.situations.two_ends import Mover
+from natkeep.lab.situations.two_ends import Mover, at_port, by_gateway
 from natkeep.lab.topology import THIRD
 from natkeep.lab.traffic_words import PORT
 from natkeep.lab.udp import Datagrams
@@ -116,29 +116,16 @@ def _connected(make: Callable[[Lab], Mover], lab: Lab) -> None:
     mover.finish()
 
 
-def _by_peer(lab: Lab) -> Lab:
-    PeerHost(lab)
-    return lab
-
-
-udp("connected sockets")(partial(_connected, lambda lab: lab))
+udp("connected sockets")(partial(_connected, by_gateway))
 udp("by a relay")(partial(_connected, ByRelay))
 udp("by a relay on one link", FLAT)(partial(_connected, ByRelay))
-udp("the peers' own host")(partial(_connected, _by_peer))
+udp("the peers' own host")(partial(_connected, PeerHost))
 udp("both ends move", both_ends.SETUP)(partial(_connected, BothEnds))
 
 
-def _to_another_port(moves: Moves, lab: Lab) -> None:
-    """The same with a map to another port."""
-    lab.wire_port = 8080
-    moves(lab)
-
-
-udp("to another port, a server's socket")(partial(_to_another_port, server))
-udp("to another port, connected sockets")(
-    partial(_to_another_port, partial(_connected, lambda lab: lab))
-)
-udp("to another port, by a relay")(partial(_to_another_port, partial(_connected, ByRelay)))
+udp("to another port, a server's socket")(partial(at_port, server))
+udp("to another port, connected sockets")(partial(at_port, partial(_connected, by_gateway)))
+udp("to another port, by a relay")(partial(at_port, partial(_connected, ByRelay)))
 
 
 def connect(lab: Lab, *peers: int) -> None:
