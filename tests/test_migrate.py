@@ -200,6 +200,9 @@ def test_connections_within_the_process_need_no_map() -> None:
     kept = {"kept": True, "local": "10.2.0.10:80", "peer": "10.1.0.2:40000"}
     destination = cast(Host, Routes())
     assert find_maps({"sockets": [own, kept]}, destination, {}) == ["10.2.0.10=10.3.0.20"]
+    asked = ["10.2.0.10:80=auto:8080", "10.2.0.11=10.3.0.21"]
+    found = ["10.2.0.10:80=10.3.0.20:8080", "10.2.0.11=10.3.0.21"]
+    assert find_maps({"sockets": [own, kept]}, destination, {}, asked) == found
     with pytest.raises(RefusedError, match="no connection"):
         find_maps({"sockets": [own]}, destination, {})
 

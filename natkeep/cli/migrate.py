@@ -77,7 +77,7 @@ def _make_record(args: argparse.Namespace) -> Record:
     move_id = parse_id(args.id or container or f"m{pid}")
     return Record(
         move_id, source, pid, args.destination, role, translators,
-        maps=[*args.map], listeners=args.listeners, pre_dumps=args.pre_dump,
+        maps=[*args.map], listeners=args.listeners, no_udp=args.no_udp, pre_dumps=args.pre_dump,
         images=args.images or f"{_IMAGES}/{move_id}", criu=args.criu,
         dump_options=[*args.criu_option, *args.dump_option],
         restore_options=[*args.criu_option, *args.restore_option],

@@ -336,6 +336,7 @@ _MIGRATE = (
         "host, a relay and the peers' hosts that can",
     ),
     _flag("--listeners", "let new connections reach the process where it goes"),
+    _NO_UDP,
     _option("--pre-dump", "N", type=_rounds, default=0, help="copy memory N times beforehand"),
     _option(
         "--images", "DIR",

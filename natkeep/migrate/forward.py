@@ -23,14 +23,13 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from itertools import pairwise
 from typing import Any
 
 from natkeep.errors import RefusedError
 from natkeep.migrate import way
 from natkeep.migrate.criu_errors import first_error
 from natkeep.migrate.engines import Command, make_engine
-from natkeep.migrate.host import Host, HostError, Ssh, ToldHost, knows, read_move, read_start
+from natkeep.migrate.host import LOCAL, Host, HostError, Ssh, ToldHost, knows, read_move, read_start
 from natkeep.migrate.image_copy import ImageCopy, Watch
 from natkeep.migrate.record import RELAY, STEPS, Record
 
@@ -132,14 +131,16 @@ class Migration:
         record.started = read_start(self.source, record.pid)
         document = way.read_sockets(self.source, record)
         self.sockets = json.dumps(document)
-        if not record.maps:
-            record.maps = way.find_maps(document, self.destination, record.netns)
+        record.maps = way.find_maps(document, self.destination, record.netns, record.maps)
         self.say("check", f"{document['sum']['kept']} connections kept: {', '.join(record.maps)}")
         self.lost = way.find_lost(document)
         for line in way.describe_lost(self.lost):
             self.say("check", f"LOST {line}")
         self._refuse_moved_before()
         self.say("check", way.choose(record, self._reach, self.sockets))
+        way.refuse_cut_off(record, self.hosts())
+        if record.source == LOCAL:
+            self.say("check", f"it leaves this host, where `natkeep finish {record.id}` is given")
         for host in (self.source, self.destination):
             if not host.hook:
                 raise HostError(f"{host} has no natkeep-hook beside its natkeep, nor in PATH")
@@ -211,7 +212,7 @@ class Migration:
         self.source.run("mkdir", "-m", "700", self.engine.dumped)
         if record.listeners and (ports := way.find_ports(json.loads(self.sockets))):
             # No other program's listeners: the sshd there has to be reached for `finish`.
-            words = [*record.options(listeners=False), *ports]
+            words = [*record.map_options(), *ports]
             self.source.natkeep("quiesce", record.id, *words, "--site", record.site("source"))
         command = self.engine.dump(self.source, self._hook_at_dump())
         if not record.shared:
@@ -258,7 +259,8 @@ class Migration:
         """Have those sites ready that wait for the freeze; then peers may be passed on."""
         record = self.record
         words = record.options(listeners=False)
-        image = self.source.natkeep("inspect", self.engine.image, *_maps(words), "--json").stdout
+        inspecting = ["inspect", self.engine.image, *record.inspect_options(), "--json"]
+        image = self.source.natkeep(*inspecting).stdout
         if record.role == RELAY:
             self._prepare_from(image, "destination", self.destination)
             by_hook = self.fresh and self._has_udp() and knows(self.source, record.id)
@@ -351,12 +353,6 @@ def sum_up(migration: Migration) -> str:
     if lost:
         parts.append(f"{len(lost)} not kept: {', '.join(way.describe_lost(lost))}")
     return "; ".join(parts)
-
-
-def _maps(words: list[str]) -> list[str]:
-    """Of *words* those that name maps."""
-    pairs = [pair for pair in pairwise(words) if pair[0] == "--map"]
-    return [word for pair in pairs for word in pair]
 
 
 def quiet_source(migration: Migration) -> None:

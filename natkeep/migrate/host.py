@@ -15,12 +15,14 @@ import tempfile
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from subprocess import DEVNULL, PIPE
 from typing import IO, Any, NamedTuple
 
 from natkeep import __version__
 from natkeep.errors import NatkeepError, UnreachableError, UsageError
 from natkeep.installed import find_program
 from natkeep.migrate import PROTOCOL
+from natkeep.plan.tuples import Address, parse_address
 
 LOCAL = "local"
 _CONNECT = 15  # s until ssh gives a host up
@@ -130,6 +132,20 @@ class Host:
             "otherwise": otherwise,
         }  # fmt: skip
         return self._ask(request, words[0], ok)
+
+    def find_ssh_ends(self) -> tuple[Address, Address] | None:
+        """The addresses of ssh's connection, ours first, as the host sees them; None: not told.
+
+        Not by `natkeep serve`, which sudo may have started without ssh's environment.
+        """
+        if self.target == LOCAL:
+            return None
+        asking = self.start("printenv", "SSH_CONNECTION", stdin=DEVNULL, stdout=PIPE)
+        words = asking.communicate()[0].decode().split()
+        if len(words) != 4:
+            return None
+        ours, theirs = (parse_address(words[place].partition("%")[0]) for place in (0, 2))
+        return ours, theirs
 
     def digest(self, directory: str) -> str:
         """What is in *directory* there, as one number."""
@@ -243,6 +259,20 @@ class ToldHost(Host):
             told = [f"{name}={value}" for name, value in (environment or {}).items()]
             self._say("would", f"{self}: {shlex.join((*told, *words))}")
         return Answer(0, "", "")
+
+    def find_ssh_ends(self) -> tuple[Address, Address] | None:
+        """The addresses of ssh's connection, ours first, as the host sees them; None: not told.
+
+        Not by `natkeep serve`, which sudo may have started without ssh's environment.
+        """
+        if self.target == LOCAL:
+            return None
+        asking = self.start("printenv", "SSH_CONNECTION", stdin=DEVNULL, stdout=PIPE)
+        words = asking.communicate()[0].decode().split()
+        if len(words) != 4:
+            return None
+        ours, theirs = (parse_address(words[place].partition("%")[0]) for place in (0, 2))
+        return ours, theirs
 
     def digest(self, directory: str) -> str:
         return ""

@@ -51,6 +51,7 @@ class Record:
     shared: bool = False
     made: bool = False
     listeners: bool = False
+    no_udp: bool = False
     pre_dumps: int = 0
     criu: str = "criu"
     dump_options: list[str] = field(default_factory=list)
@@ -91,9 +92,17 @@ class Record:
         if self.path is not None:
             self.path.unlink(missing_ok=True)
 
-    def options(self, *, listeners: bool = True) -> list[str]:
+    def map_options(self) -> list[str]:
         """natkeep's words that name its maps."""
-        words = [word for each in self.maps for word in ("--map", each)]
+        return [word for each in self.maps for word in ("--map", each)]
+
+    def inspect_options(self) -> list[str]:
+        """The same, and whether UDP is left."""
+        return [*self.map_options(), *(["--no-udp"] if self.no_udp else [])]
+
+    def options(self, *, listeners: bool = True) -> list[str]:
+        """All that prepare is told, but for sites and connections."""
+        words = self.inspect_options()
         words += [word for each in self.vias for word in ("--via", each)]
         return [*words, *(["--listeners"] if self.listeners and listeners else [])]
 

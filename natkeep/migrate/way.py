@@ -21,6 +21,7 @@ from typing import Any
 from natkeep.errors import RefusedError, UnreachableError, UsageError
 from natkeep.migrate.host import LOCAL, Host, HostError
 from natkeep.migrate.record import GATEWAY, PEER, RELAY, Record
+from natkeep.plan.maps import Map, parse_map
 from natkeep.plan.tuples import Address, Endpoint, parse_address
 
 Reach = Callable[[str, str], Host]
@@ -33,7 +34,7 @@ _STOPPED = 6  # the exit code of a check that found what stops a move
 
 def read_sockets(source: Host, record: Record) -> dict[str, Any]:
     """What `inspect --live` tells of the process at the source."""
-    words = ["inspect", "--live", str(record.pid), *record.options(listeners=False), "--json"]
+    words = ["inspect", "--live", str(record.pid), *record.inspect_options(), "--json"]
     return source.natkeep(*words).document()
 
 
@@ -54,20 +55,28 @@ def parse_via(words: Sequence[str]) -> tuple[str, list[str]]:
     return "", []
 
 
-def find_maps(sockets: dict[str, Any], destination: Host, netns: Mapping[str, str]) -> list[str]:
+def find_maps(
+    sockets: dict[str, Any], destination: Host, netns: Mapping[str, str],
+    asked: Sequence[str] = (),
+) -> list[str]:  # fmt: skip
     """`OLD=NEW` for each address that a kept connection has; RefusedError where there is none.
 
-    netns: as the record's.
+    netns: as the record's. asked: maps that were asked for are all there are; their NEW may be
+    `auto`.
     """
-    peers: dict[str, str] = {}
+    peers: dict[Address, Address] = {}
     for old, peer in _find_ends(sockets):
-        peers.setdefault(str(old), str(peer))
+        peers.setdefault(old, peer)
     if not peers:
         raise RefusedError(
             "the process has no connection that can be kept",
             hint="natkeep inspect --live PID there",
         )
-    return [f"{old}={_find_new(destination, peer, netns)}" for old, peer in peers.items()]
+    wishes = [parse_map(text) for text in asked or (f"{old}=auto" for old in peers)]
+    peer = next(iter(peers.values()))
+    news = (one.new or _find_new(destination, peers.get(one.old, peer), netns) for one in wishes)
+    pairs = zip(wishes, news, strict=True)
+    return [str(Map(one.old, new, one.old_port, one.new_port)) for one, new in pairs]
 
 
 def _find_ends(sockets: dict[str, Any]) -> Iterator[tuple[Address, Address]]:
@@ -101,16 +110,40 @@ def find_ports(sockets: dict[str, Any]) -> list[str]:
     return [word for port in sorted(ports) for word in ("--port", str(port))]
 
 
-def _find_new(destination: Host, peer: str, netns: Mapping[str, str]) -> str:
+def _find_new(destination: Host, peer: Address, netns: Mapping[str, str]) -> Address:
     """The address from which *destination*, or its container, speaks to *peer*."""
     path = netns.get("destination")
     inside = ["nsenter", f"--net={path}", "--"] if path else []
-    answer = destination.run(*inside, "ip", "-json", "route", "get", peer, ok=None)
+    answer = destination.run(*inside, "ip", "-json", "route", "get", str(peer), ok=None)
     try:
-        return str(json.loads(answer.stdout)[0]["prefsrc"])
+        return parse_address(json.loads(answer.stdout)[0]["prefsrc"])
     except (ValueError, LookupError):
         why = f"no way to {peer}: {answer.stderr.strip() or 'no route'}"
         raise RefusedError(f"{destination} has {why}", hint="--map OLD=NEW") from None
+
+
+def refuse_cut_off(record: Record, hosts: Sequence[Host]) -> None:
+    """RefusedError where the move itself cuts ssh off: at the destination OLD will be its own.
+
+    hosts: all that have a part in it.
+    """
+    if record.netns.get("destination"):
+        return  # OLD will be the container's
+    olds = {parse_address(old) for old in record.olds}
+    news = (parse_map(each).new for each in record.maps)
+    at_destination = any(_is_here(new) for new in news if new is not None)
+    for host in hosts:
+        seen, called = host.find_ssh_ends() or (None, None)
+        if host.target == record.destination and seen in olds:
+            raise RefusedError(
+                f"{host} sees this host as {seen}, which is to be an address of its own",
+                hint="give it on another machine, or let ssh take another address (BindAddress)",
+            )
+        if at_destination and called in olds:
+            raise RefusedError(
+                f"{host} is reached at {called}, which is to be an address of this host",
+                hint="give it on another machine, or let ssh know the host by another address",
+            )
 
 
 def choose(record: Record, reach: Reach, sockets: str) -> str:
@@ -150,7 +183,8 @@ def _choose_relay(record: Record, reach: Reach, sockets: str) -> str:
 
 def _choose_peers(record: Record, reach: Reach, sockets: str) -> str:
     peers = {peer for _, peer in _find_ends(json.loads(sockets))}
-    peers -= _read_addresses(reach(record.destination, "destination"))  # lo carries these there
+    if not record.netns.get("destination"):  # else lo carries those that are there
+        peers -= _read_addresses(reach(record.destination, "destination"))
     if not peers:
         raise HostError("no connection has a peer at another host, which could translate for it")
     if not record.role and len(peers) > _UNASKED:
@@ -180,10 +214,10 @@ def _reach_peers(record: Record, reach: Reach, peers: Sequence[Address]) -> list
     """
     hosts = [reach(target, PEER) for target in record.translators]
     known = {address for host in hosts for address in _read_addresses(host)}
-    at_source = _read_addresses(reach(record.source, "source"))
+    ends = {end: _read_addresses(reach(end, "")) for end in (record.source, record.destination)}
     for peer in peers:
-        if peer in at_source:
-            raise HostError(f"peer {peer} is at {record.source} itself")
+        for end in (end for end, addresses in ends.items() if peer in addresses):
+            raise HostError(f"peer {peer} is at {end} itself")
         if peer in known:
             continue
         if record.translators:
@@ -198,17 +232,22 @@ def _reach_peers(record: Record, reach: Reach, peers: Sequence[Address]) -> list
 
 def _name_peer(record: Record, peer: Address) -> str:
     """The host of that address to ssh: `local`, or the same user as at the source."""
-    family = socket.AF_INET if peer.version == 4 else socket.AF_INET6
-    with socket.socket(family, socket.SOCK_DGRAM) as asking:
-        try:
-            asking.connect((str(peer), 9))  # which sends nothing
-            if asking.getsockname()[0] == str(peer):
-                return LOCAL
-        except OSError:
-            pass  # ssh may know a way
+    if _is_here(peer):
+        return LOCAL
     hosts = (record.source, record.destination)
     user = next((host.rpartition("@")[0] for host in hosts if host != LOCAL), "")
     return f"{user}@{peer}" if user else str(peer)
+
+
+def _is_here(address: Address) -> bool:
+    """Whether this host would speak to *address* from that very one."""
+    family = socket.AF_INET if address.version == 4 else socket.AF_INET6
+    with socket.socket(family, socket.SOCK_DGRAM) as asking:
+        try:
+            asking.connect((str(address), 9))  # which sends nothing
+        except OSError:
+            return False
+        return bool(asking.getsockname()[0] == str(address))
 
 
 def _read_addresses(host: Host) -> frozenset[Address]:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import os
 import pty
 import re
 import shlex
 import signal
 import subprocess
+import sys
 import termios
 import time
 from collections.abc import Callable
@@ -19,6 +21,7 @@ from pages import blocks_of
 from recipe import likeness, typed
 
 from natkeep.lab import scenario
+from natkeep.lab.application import Application
 from natkeep.lab.engine import Frozen
 from natkeep.lab.host import write_script
 from natkeep.lab.lab import Lab
@@ -360,6 +363,94 @@ def test_a_process_that_came_by_a_move_is_refused():
         done = machines.natkeep("migrate", *back, *machines.words()[4:])
         lab.report.check("it is refused", done.returncode == 4, done.stderr)
         lab.report.check("by name", "came there by move web" in done.stderr, done.stderr)
+        return True
+
+    perform(run)
+
+
+def test_a_peers_host_that_cannot_be_reached_is_named():
+    def run(lab: Lab, machines: Machines) -> bool:
+        lab.topology["client2"].nft(
+            "add table inet no_ssh\n"
+            "add chain inet no_ssh in { type filter hook input priority 0; }\n"
+            "add rule inet no_ssh in tcp dport 22 reject with tcp reset\n"
+        )
+        done = machines.natkeep("migrate", *machines.words())
+        lab.report.check("exit 9", done.returncode == 9, str(done.returncode))
+        told = f"{machines.addresses['client2']} cannot be reached" in done.stderr
+        lab.report.check("it is named", told and "Connection refused" in done.stderr, done.stderr)
+        return False
+
+    perform(run, "peers")
+
+
+def test_unasked_the_peers_hosts_are_taken_where_nothing_else_can():
+    """The host that it is given on is a peer's, and the source has no address beside OLD."""
+
+    def run(lab: Lab, machines: Machines) -> bool:
+        machines.controller, machines.options = "client2", ()
+        done = machines.natkeep("migrate", *machines.words())
+        lab.report.check("it succeeds", done.returncode == 0, done.stderr)
+        told = f"{machines.addresses['client']}, this host (peer) translate, as the peers' own"
+        lab.report.check("it says who", told in done.stderr, done.stderr)
+        lab.report.check("and why", "(this host (gateway) is no gateway" in done.stderr)
+        return True
+
+    perform(run, "peers")
+
+
+def test_where_ssh_would_be_cut_off_it_is_refused():
+    """OLD is the destination's own address from the prepare on."""
+
+    def run(lab: Lab, machines: Machines) -> bool:
+        process, destination, *options = machines.words()
+        for controller, ends, told in (
+            ("source", [process.replace("source", "local"), destination], "sees this host as"),
+            ("destination", [process, "local"], "is reached at"),
+        ):
+            machines.controller = controller
+            done = machines.natkeep("migrate", *ends, *options)
+            lab.report.check(f"at the {controller} it is refused", done.returncode == 4)
+            lab.report.check("and why", f"{told} {lab.old}" in done.stderr, done.stderr)
+        return False
+
+    perform(run, "peers")
+
+
+def test_the_wire_shows_another_port():
+    def run(lab: Lab, machines: Machines) -> bool:
+        lab.wire_port = 8080
+        map_ = f"{lab.old}:{lab.port}={lab.new}:{lab.wire_port}"
+        done = machines.natkeep("migrate", *machines.words(), "--map", map_)
+        lab.report.check("it succeeds", done.returncode == 0, done.stderr)
+        return True
+
+    perform(run)
+
+
+WITH_UDP = """
+import os, socket, sys
+beside = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+beside.bind(("10.2.0.10", 5000))
+beside.set_inheritable(True)
+os.execv(sys.argv[1], sys.argv[1:])
+"""
+"""A server with a socket of UDP, too."""
+
+
+def test_udp_is_left_where_that_is_asked_for(monkeypatch: pytest.MonkeyPatch):
+    line = Application.serve_line
+    monkeypatch.setattr(
+        Application, "serve_line", lambda *args: [sys.executable, "-c", WITH_UDP, *line(*args)]
+    )
+
+    def run(lab: Lab, machines: Machines) -> bool:
+        done = machines.natkeep(
+            "migrate", *machines.words(), "--no-udp", "--map", f"{lab.old}=auto"
+        )
+        lab.report.check("it succeeds", done.returncode == 0, done.stderr)
+        [move] = json.loads(machines.status("destination"))["moves"]
+        lab.report.check("UDP is left", not move.get("udp_servers"), str(move))
         return True
 
     perform(run)
