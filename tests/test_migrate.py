@@ -134,6 +134,9 @@ def test_a_record_of_another_kind_is_refused(tmp_path: Path, capsys, change: dic
         (["natkeep-hook: web: 2 prepared", "natkeep-hook: no such move"], "no such move"),
         (["(00.1) Error (criu/x.c:1): what nobody knows"], "what nobody knows"),
         (["all is well"], "all is well"),
+        (['time="…" level=error msg="CRIU is missing features"'],
+         "CRIU is missing features (that CRIU or kernel cannot tell changed memory: "
+         "without --pre-dump)"),
         ([], "its log is empty"),
     ],
 )  # fmt: skip

@@ -196,6 +196,7 @@ def test_podman_takes_no_pre_dump() -> None:
         (["runc:web", "b"], "'runc:web' is not [USER@]A:PID"),
         (["a:docker:web", "b"], "(of a container: A:runc:NAME, A:podman:NAME)"),
         (["a:runc:web", "b", "--criu", "/opt/criu"], "runc takes criu from its PATH"),
+        (["a:runc:web", "b", "--images", "/a b"], "takes no path with blanks"),
         (["a:1", "b", "--bundle", "/b"], "--bundle is for [USER@]A:runc:NAME"),
         (["a:podman:web", "b", "--bundle", "/b"], "--bundle is for [USER@]A:runc:NAME"),
         (["a:runc:web+1", "b"], "web+1"),

@@ -64,6 +64,8 @@ def _make_record(args: argparse.Namespace) -> Record:
     source, engine, pid, container = _parse_process(args.source)
     if container and args.criu != "criu":
         raise UsageError(f"--criu: {engine} takes criu from its PATH")
+    if container and args.images and any(each.isspace() for each in args.images):
+        raise UsageError("--images: CRIU's configuration file takes no path with blanks")
     if args.bundle and engine != "runc":
         raise UsageError("--bundle is for [USER@]A:runc:NAME")
     if source == args.destination:

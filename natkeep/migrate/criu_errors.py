@@ -11,6 +11,7 @@ from collections.abc import Iterable
 
 _HARMLESS = re.compile(r"rlimit|Unable to get \d+ pid|can't get eventfd|Pagemap cache|SO_PEEK")
 _ERROR = re.compile(r"\bError \(([^)]*)\): *(.*)")
+_RUNC = re.compile(r'level=error msg="(.*)"')
 
 CURES = {
     r"Can't fork for \d+: File exists": "a process there has that pid: end it",
@@ -28,6 +29,7 @@ CURES = {
     r"vdso|vDSO|vvar": "CRIU is too old for that kernel: --criu PATH of 4.1 or later",
     r"userfaultfd|soft-dirty|Tracking memory": "that kernel cannot tell changed memory: "
     "without --pre-dump",
+    r"missing features": "that CRIU or kernel cannot tell changed memory: without --pre-dump",
     r"seccomp": "CRIU was built without seccomp: criu check",
     r"Operation not permitted": "CRIU needs the rights of root there",
     r"No space left on device": "--images DIR where there is room",
@@ -47,7 +49,10 @@ def first_error(log: Iterable[str]) -> str:
         return refused[0].partition("natkeep-hook: ")[2]
     found = [_ERROR.search(line) for line in lines if not _HARMLESS.search(line)]
     errors = [each[2] for each in found if each]
+    if not lines:
+        return "its log is empty"
     if not errors:
-        return lines[-1] if lines else "its log is empty"
+        words = _RUNC.search(lines[-1])
+        errors = [words[1] if words else lines[-1]]
     cures = (cure for pattern, cure in CURES.items() if re.search(pattern, errors[0]))
     return f"{errors[0]} ({cure})" if (cure := next(cures, "")) else errors[0]

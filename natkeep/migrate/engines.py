@@ -6,10 +6,11 @@
     podman:NAME  podman inspect   podman container checkpoint  podman container restore --import;
                                   --export                     at the source from what it kept
 
-A container's tool has no option for an action script, and podman passes no environment on, but
-HOME: each call has one of its own below the directory of images, with a .criu/default.conf, which
-CRIU reads besides the file that the tool names to it. So natkeep-hook is called for this move
-alone, and nothing of the user's is written.
+A container's tool has no option for an action script: each call has a HOME of its own below the
+directory of images, with a .criu/default.conf, which CRIU reads besides the file that the tool
+names to it. So natkeep-hook is called for this move alone, and nothing of the user's is written.
+podman passes HOME on to a restore, and of the environment nothing else; to a dump it passes PATH,
+in which a `criu` then stands that sets HOME.
 
 A container may have a network namespace of its own. It has to have a path at both hosts: where it
 comes into being with the container its address cannot be known before.
@@ -38,6 +39,11 @@ mkdir -p -m 700 "$1/.criu" || exit
 _HOOK = """\
 printf '#!/bin/sh\\n%s\\n' "$3" >"$1/hook" && chmod 700 "$1/hook" && "$1/hook"
 """  # which has nothing to do yet: does that directory allow what is in it to run?
+_PROGRAM = """\
+printf '#!/bin/sh\\nHOME=%s exec %s "$@"\\n' "$1" "$(command -v criu)" >"$1/criu" &&
+chmod 700 "$1/criu" && "$1/criu" --version >/dev/null
+"""
+_BEFORE = 'PATH=$1:$PATH; shift; exec "$@"'
 # Of runc's own standard streams the restored process has those that were pipes.
 _APART = 'exec "$@" </dev/null >/dev/null 2>&1'
 
@@ -284,11 +290,17 @@ class Podman(_Container):
         if self.record.pre_dumps:
             raise RefusedError("--pre-dump is not for podman's archives")
 
+    def arrange(self, host: Host, verb: str, hook: Mapping[str, str]) -> None:
+        super().arrange(host, verb, hook)
+        if verb == "dump":
+            host.run("sh", "-c", _PROGRAM, "sh", self._home(host, verb)["HOME"])
+
     def dump(self, host: Host, hook: Mapping[str, str]) -> Command:
+        home = self._home(host, "dump")["HOME"]
         words = (
-            "podman", "container", "checkpoint", "--tcp-established", "--compress", "none",
-            "--export", f"{self.dumped}/archive.tar", *self.record.dump_options,
-            self.record.container,
+            "sh", "-c", _BEFORE, "sh", home, "podman", "container", "checkpoint",
+            "--tcp-established", "--compress", "none", "--export", f"{self.dumped}/archive.tar",
+            *self.record.dump_options, self.record.container,
         )  # fmt: skip
         return self._call(words, host, "dump")
 

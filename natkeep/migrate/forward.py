@@ -359,6 +359,7 @@ def quiet_source(migration: Migration) -> None:
     """natkeep's gate at the source, from the image, unless it stands; CRIU's lock goes then."""
     record, source = migration.record, migration.source
     move = read_move(source, record.id)
-    if move is None or not move["connections"]:  # nothing yet, or listeners that are held alone
+    if move is None or not (move["connections"] or move.get("udp_servers")):
+        # Nothing yet, or listeners that are held alone.
         words = [*record.options(listeners=False), "--image", migration.engine.image]
         source.natkeep("prepare", record.id, *words, "--site", record.site("source"))
