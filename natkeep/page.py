@@ -25,10 +25,12 @@ from natkeep.plan.tuples import Endpoint, FourTuple
 
 _MOST = 20_000  # points of a direction that are drawn; a bulk transfer has more
 _WRAP = 1 << 32
+_AROUND = 300.0  # ms, at least, that are drawn before and after the blackout
 _COLOURS = {
     "data": "#1f5fa8", "sent in the blackout": "#d98200",
     "held, and replayed to the process": "#1b7f3b", "said again": "#b00020",
 }  # fmt: skip
+_RARE = ("held, and replayed to the process", "said again")
 _STYLE = """
 body { font: 15px/1.5 sans-serif; max-width: 62em; margin: 2em auto; padding: 0 1em }
 pre { line-height: 1.2; overflow-x: auto } th { text-align: left; padding-right: 2em }
@@ -195,8 +197,10 @@ def render_text(lines: Iterable[str]) -> str:
 def draw(trace: Trace) -> str:
     """The time-sequence plot, both directions, as SVG."""
     figure = _make_figure(7)
+    begin, end = _choose_window(trace.restored_ms)
     ways = (("peer to process", trace.to_process), ("process to peer", trace.to_peer))
-    for axes, (name, points) in zip(figure.subplots(2, 1, sharex=True), ways, strict=True):
+    for axes, (name, all_points) in zip(figure.subplots(2, 1, sharex=True), ways, strict=True):
+        points = [point for point in all_points if begin <= point.at_ms <= end]
         if trace.restored_ms is not None:
             axes.axvspan(0, trace.restored_ms, color="#eeeeee", label="blackout")
         axes.axvline(0, color="#999999", linewidth=0.8)
@@ -210,6 +214,10 @@ def draw(trace: Trace) -> str:
                 [p.at_ms for p in some], [p.octet for p in some], [p.end for p in some],
                 colors=colour, linewidth=2, label=label,
             )  # fmt: skip
+            if label in _RARE:  # a few octets would not be seen
+                axes.plot(
+                    [p.at_ms for p in some], [p.end for p in some], ".", color=colour, markersize=5
+                )
         axes.set_title(name, loc="left", fontsize=10)
         axes.set_ylabel("octets")
         axes.margins(y=0.08)
@@ -220,11 +228,18 @@ def draw(trace: Trace) -> str:
     return _to_svg(figure)
 
 
+def _choose_window(restored_ms: float | None) -> tuple[float, float]:
+    """From when to when it is drawn: the blackout, and so much around it that it can be seen."""
+    if restored_ms is None:
+        return float("-inf"), float("inf")
+    return -max(restored_ms / 2, _AROUND), restored_ms + max(restored_ms / 2, _AROUND)
+
+
 def draw_steps(steps: Sequence[Step], restored_ms: float) -> str:
     """A bar for each step, one below the other, as SVG."""
     figure = _make_figure(0.9 + 0.32 * len(steps))
     axes = figure.subplots()
-    axes.axvspan(0, restored_ms, color="#eeeeee")
+    axes.axvspan(0, restored_ms, color="#eeeeee", label="blackout")
     for row, step in enumerate(steps):
         took = step.end_ms - step.begin_ms
         axes.barh(row, took, left=step.begin_ms, color="#1f5fa8", height=0.6)
@@ -234,6 +249,7 @@ def draw_steps(steps: Sequence[Step], restored_ms: float) -> str:
         )  # fmt: skip
     axes.set_yticks(range(len(steps)), [step.name for step in steps])
     axes.invert_yaxis()
+    axes.legend(loc="lower left", fontsize=8)
     axes.margins(x=0.08)
     axes.set_xlabel("milliseconds after the freeze")
     return _to_svg(figure)

@@ -9,6 +9,7 @@ import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from pathlib import Path
 from typing import Any
 
 from natkeep.cli.output import print_json, talk
@@ -18,8 +19,10 @@ from natkeep.migrate import back
 from natkeep.migrate.engines import CONTAINERS
 from natkeep.migrate.forward import Migration, sum_up
 from natkeep.migrate.host import Ssh, make_controls
+from natkeep.migrate.page import Recording
 from natkeep.migrate.record import PEER, Record, load, place, refuse_known
 from natkeep.migrate.way import parse_via
+from natkeep.page import demand_matplotlib
 from natkeep.plan.maps import parse_map
 from natkeep.plan.move import parse_id
 
@@ -30,10 +33,13 @@ _SIGNALS = (KeyboardInterrupt, SystemExit)
 def migrate(args: argparse.Namespace) -> int:
     """All of a move; with --resume or --rollback the rest of one that was interrupted."""
     if args.resume is not None or args.rollback is not None:
-        if args.source or (args.resume is not None and args.rollback is not None):
+        both = args.resume is not None and args.rollback is not None
+        if args.source or args.report or both:
             raise UsageError("--resume ID and --rollback ID stand alone")
         return _carry_on(args, args.resume or args.rollback, back.resume if args.resume else None)
     record = _make_record(args)
+    if args.report:
+        _demand_report(args)
     refuse_known(args.state_dir, record.id)
     record.path = place(args.state_dir, record.id)
     return _with_hosts(args, record, lambda migration: _go(args, migration))
@@ -132,11 +138,40 @@ def _go(args: argparse.Namespace, migration: Migration) -> int:
     if args.dry_run:
         migration.tell()
         return 0
+    recording = Recording(migration) if args.report else None
     try:
-        migration.go()
-    except BaseException as error:  # signals too: what was begun must not stay half done
-        return _take_back(args, migration, error)
-    return _tell(args, migration)
+        try:
+            migration.go()
+        except BaseException as error:  # signals too: what was begun must not stay half done
+            return _take_back(args, migration, error)
+        _tell(args, migration)
+        if recording:
+            _write_page(args, migration.record.id, recording)
+    finally:
+        if recording:
+            recording.close()
+    return 0
+
+
+def _demand_report(args: argparse.Namespace) -> None:
+    """Whether a page can be made, before anything else is."""
+    if args.dry_run:
+        raise UsageError("--report: of a --dry-run there is nothing to report")
+    demand_matplotlib()
+    try:
+        Path(args.report).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"--report {args.report}: {error.strerror}") from None
+
+
+def _write_page(args: argparse.Namespace, move_id: str, recording: Recording) -> None:
+    file = Path(args.report) / f"{move_id}.html"
+    try:
+        file.write_text(recording.render(), encoding="utf-8")
+    except OSError as error:  # the move has been made all the same
+        talk(args, f"natkeep: {move_id}: no page: {error}")
+    else:
+        talk(args, f"natkeep: {move_id}: as a page: {file}")
 
 
 def _take_back(args: argparse.Namespace, migration: Migration, error: BaseException) -> int:

@@ -353,6 +353,10 @@ _MIGRATE = (
         help="natkeep on A and B, perhaps as 'sudo -n natkeep'",
     ),
     _flag("--dry-run", "check, and say each command that would follow"),
+    _option(
+        "--report", "DIR",
+        help="write a page into DIR: what the peers saw, with a plot, and the steps",
+    ),
     _option("--resume", "ID", help="go on with one that was interrupted"),
     _option("--rollback", "ID", help="take one back that was interrupted"),
 )  # fmt: skip

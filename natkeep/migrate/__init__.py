@@ -7,6 +7,8 @@
     forward.py     the steps: check, prepare, dump, copy, restore, verify
     image_copy.py  CRIU's image from one host to the other
     back.py        where the process is by now, and the way back to the source
+    capture.py     what the peers say meanwhile, for a report
+    page.py        the report, as a page
     criu_errors.py the first true error of CRIU's log, and its cure
 
 Rule: which host has the process is asked of the hosts, never assumed; while that cannot be told,

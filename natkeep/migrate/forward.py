@@ -47,6 +47,7 @@ class Migration:
     frozen, running: when the dump began and when the restore was through (s, monotonic).
     answered, count: peers that were heard since, of how many.
     lost: the sockets that the move ends, as `inspect` tells of them; None where another run looked.
+    noted: told of each step before it begins.
     """
 
     def __init__(self, record: Record, ssh: Ssh, say: Say, watch: Watch | None = None) -> None:
@@ -61,6 +62,7 @@ class Migration:
         self.answered: int | None = None
         self.count = 0
         self.lost: list[dict[str, Any]] | None = None
+        self.noted: Callable[[str], None] = lambda step: None
 
     @property
     def source(self) -> Host:
@@ -106,8 +108,10 @@ class Migration:
         """All steps from *first* on."""
         self.fresh = first == STEPS[0]
         for step in STEPS[STEPS.index(first) : -1]:
+            self.noted(step)
             self.record.begin(step)
             getattr(self, f"_{step}")()
+        self.noted(STEPS[-1])
         self.record.begin(STEPS[-1])
 
     def tell(self) -> None:

@@ -17,6 +17,7 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
+from browser import count, take_picture
 from pages import blocks_of
 from recipe import likeness, typed
 
@@ -378,6 +379,42 @@ def test_at_a_terminal_the_copy_has_a_bar():
         return True
 
     perform(run)
+
+
+@pytest.mark.needs("matplotlib", "chromium")
+@pytest.mark.parametrize("via", ["", "peers"])
+def test_a_page_shows_what_the_peers_saw(via: str, tmp_path: Path):
+    def run(lab: Lab, machines: Machines) -> bool:
+        said = machines.call("migrate", *machines.words(), "--report", str(tmp_path / "page"))
+        lab.report.check("it says where it is", f"{tmp_path}/page/web.html" in said, said)
+        return True
+
+    perform(run, via)
+    look_at(tmp_path / "page/web.html", r"10\.1\.0\.\d" if via else r"this host \(gateway\)")
+
+
+@pytest.mark.needs("matplotlib", "chromium")
+def test_a_page_shows_what_a_relay_passes_on(tmp_path: Path, monkeypatch):
+    words, report = Machines.words, ["--report", str(tmp_path / "page")]
+    monkeypatch.setattr(Machines, "words", lambda self: [*words(self), *report])
+    done = scenario.run(scenario.find_scenario("migrate_between_two_hosts"), engine="criu")
+    assert done.passed
+    look_at(tmp_path / "page/web.html", "source")
+
+
+def look_at(page: Path, host: str) -> None:
+    """That it says what it is to, and that a browser shows it."""
+    text = page.read_text()
+    assert re.search(r"silent for \d+ ms at most; \d+ of \d+ peers answered", text)
+    assert re.search(rf"captured at {host}", text)
+    drawn = re.findall(r"<!-- (.+?) -->", text)  # the words in a plot
+    for what in ("peer to process", "process to peer", "blackout", "copy", "restore"):
+        assert what in drawn, what
+    assert any("heard again" in each for each in drawn)
+    assert any(re.fullmatch(r"\S+:\d+ &gt; 10\.[12]\.0\.10:5000", each) for each in drawn)
+    pixels = take_picture(page, page.parent, height=4000)
+    assert count(pixels, "#eeeeee") > 10_000  # the blackout
+    assert count(pixels, "#1f5fa8") > 1_000  # the steps, and what was said
 
 
 def test_a_process_that_came_by_a_move_is_refused():
