@@ -90,14 +90,19 @@ def _undo(migration: Migration, place: Place) -> str:
     for host in migration.translators if record.is_past("copy") else ():
         _reach(host, f"{host} still sends peers to {record.destination}")
         host.natkeep("rollback", record.id, "--yes")
+    image = ""
     if place == Place.FROZEN and record.is_past("restore"):
         migration.engine.clear(migration.destination)
+        image = migration.read_image()
     if place == Place.FROZEN:
         _restore_at_source(migration)
     if knows(migration.source, record.id):
         migration.source.natkeep("teardown", record.id, "--yes")
     try:
         _reach(migration.destination, f"natkeep teardown {record.id} --yes there later")
+        if image:
+            # What a failed restore has left dropped there goes with a move that takes it over.
+            migration.prepare_from(image, "destination", migration.destination)
         migration.destination.natkeep("teardown", record.id, "--yes", "--drop", "0")
     except NatkeepError as error:
         left = str(error)

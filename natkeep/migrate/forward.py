@@ -263,10 +263,9 @@ class Migration:
         """Have those sites ready that wait for the freeze; then peers may be passed on."""
         record = self.record
         words = record.options(listeners=False)
-        inspecting = ["inspect", self.engine.image, *record.inspect_options(), "--json"]
-        image = self.source.natkeep(*inspecting).stdout
+        image = self.read_image()
         if record.role == RELAY:
-            self._prepare_from(image, "destination", self.destination)
+            self.prepare_from(image, "destination", self.destination)
             by_hook = self.fresh and self._has_udp() and knows(self.source, record.id)
             if self._lacks(self.source) and not by_hook:
                 words += ["--image", self.engine.image, "--site", record.site(RELAY)]
@@ -275,10 +274,10 @@ class Migration:
             self.say("prepare", f"{self.source} passes on, {self.destination} holds what peers say")
             return
         if not self.fresh:
-            self._prepare_from(image, "destination", self.destination)
+            self.prepare_from(image, "destination", self.destination)
         with ThreadPoolExecutor(len(self.translators)) as beside:
             # The destination is closed, so these need not wait for it.
-            done = beside.map(partial(self._prepare_from, image, record.role), self.translators)
+            done = beside.map(partial(self.prepare_from, image, record.role), self.translators)
             # And the hook then has nothing to compare in the blackout.
             comparing = ["open", record.id, "--connections", "-", "--compare"]
             self.destination.natkeep(*comparing, stdin=image)
@@ -286,7 +285,12 @@ class Migration:
         who = way.name_translators(self.translators)
         self.say("prepare", f"{who}, {self.destination} holds what peers say")
 
-    def _prepare_from(self, image: str, role: str, host: Host) -> None:
+    def read_image(self) -> str:
+        """The document of what the image has."""
+        words = ["inspect", self.engine.image, *self.record.inspect_options(), "--json"]
+        return self.source.natkeep(*words).stdout
+
+    def prepare_from(self, image: str, role: str, host: Host) -> None:
         """Prepare a site of *role* there from the document of the image, unless it is."""
         if self._lacks(host):
             site = self.record.site(role)
