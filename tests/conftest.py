@@ -120,6 +120,7 @@ PROBES: dict[str, tuple[Callable[[], bool], str]] = {
     "postgres": (_has_postgres, "needs Debian's postgresql"),
     "resource": (partial(_has_powers, 24), "needs CAP_SYS_RESOURCE, for CRIU and other users"),
     "websockets": (lambda: _has_module("websockets"), "needs websockets: scripts/setup"),
+    "etcd": (lambda: _has_tool("etcd"), "needs Debian's etcd-server: scripts/setup"),
     "node": (lambda: _has_tool("node"), "needs Debian's nodejs"),
     "kernel": (_has_kernel, "needs qemu and Debian's own kernel: make kernels KERNELS=own"),
     "debhelper": (lambda: _has_tool("dh_python3"), "needs debhelper and dh-python: make test-deb"),

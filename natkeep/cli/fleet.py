@@ -28,7 +28,7 @@ from natkeep.system_log import note
 from natkeep.terminal import clear, show
 from natkeep.values import replace
 
-_SOONEST, _LATEST = 0.01, 0.2  # s between two looks of `wait`
+_SOONEST, _LATEST = 0.01, 0.05  # s between two looks of `wait`
 _WATCH_S = 1.0
 _WAIT_S = 60.0
 
@@ -100,7 +100,7 @@ def _read_settings(args: argparse.Namespace) -> tuple[policy.Agent, Store]:
     named = args.store or os.environ.get("NATKEEP_STORE") or settings.store
     if not named and not settings.endpoints:
         raise UsageError(
-            "which store? --store dir:PATH, or NATKEEP_STORE", hint=f"agent.store in {policy.PATH}"
+            "which store? --store, or NATKEEP_STORE", hint=f"agent.store in {policy.PATH}"
         )
     return settings, open_store(named, settings)
 

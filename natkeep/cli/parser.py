@@ -370,8 +370,8 @@ _FINISH = (
 _STORE = (
     _option(
         "--store", "STORE",
-        help="dir:PATH, a directory that the hosts share; default: $NATKEEP_STORE, or agent.store "
-        "in natkeep.toml",
+        help="etcd:URL,URL,..., or dir:PATH, a directory that the hosts share; default: "
+        "$NATKEEP_STORE, or what natkeep.toml says",
     ),
     _option("--config", "FILE", help="in the place of /etc/natkeep/natkeep.toml"),
 )  # fmt: skip

@@ -46,7 +46,7 @@ EXAMPLES: dict[str, tuple[tuple[str, str], ...]] = {
     "agent": (
         (
             "on a gateway of the group edge",
-            "natkeep agent --store dir:/mnt/f --node gw-1 --group edge",
+            "natkeep agent --store etcd:http://10.0.0.1:2379 --node gw-1 --group edge",
         ),
     ),
     "check": (

@@ -1,7 +1,7 @@
 """Moves ordered in a store that all hosts reach, and realised by an agent at each.
 
     store.py      five calls: range, watch, txn, lease, delete; stores.py opens one
-    directory.py  the store in a directory
+    etcd.py       the store in etcd; directory.py: in a directory
     keys.py       where what is in the store
     want.py       what a node is ordered; done.py: what it says of that; listing.py: connections
     order.py      a move as a person orders it; apply.py writes it, progress.py says how far it is

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from etcd_cluster import NUMBERS, Cluster
 from two_hosts import look, make_two_hosts
 
 from natkeep.faultpoints import POINTS
@@ -88,10 +89,18 @@ class Processes:
         agent.kill()
         agent.wait()
 
+    def journals(self) -> list[Path]:
+        return [Path(self.state(node), "web.journal") for node in ("host-b", "gw-1")]
+
+    def wait_said(self, node: str, words: str) -> None:
+        until = time.monotonic() + 30
+        while words not in (self.path / f"{node}.log").read_text():
+            assert time.monotonic() < until, f"{node} did not say: {words}"
+            time.sleep(0.05)
+
     def close(self) -> None:
-        for agent in self.agents.values():
-            agent.kill()
-            agent.wait()
+        for node in [*self.agents]:
+            self.kill(node)
 
 
 @pytest.fixture
@@ -131,13 +140,12 @@ def test_agents_that_are_killed_and_come_back_touch_nothing(fleet: Processes) ->
     fleet.call("fleet", "wait", "web")
     fleet.call("open", "web", "--state-dir", fleet.state("host-b"))
     fleet.call("fleet", "wait", "web", "--for", "open")
-    journals = [Path(fleet.state(n), "web.journal") for n in ("host-b", "gw-1")]
-    times = [journal.stat().st_mtime_ns for journal in journals]
+    times = [journal.stat().st_mtime_ns for journal in fleet.journals()]
     for node in ("host-b", "gw-1"):
         fleet.kill(node)
     fleet.start_both()
     fleet.call("fleet", "wait", "web", "--for", "open")
-    assert [journal.stat().st_mtime_ns for journal in journals] == times
+    assert [journal.stat().st_mtime_ns for journal in fleet.journals()] == times
     for node in ("host-b", "gw-1"):
         fleet.call("status", "web", "--strict", "--state-dir", fleet.state(node))
 
@@ -166,6 +174,48 @@ def test_an_agent_killed_at_a_fault_point_and_started_again(
     fleet.call("fleet", "end", "web")
     fleet.call("fleet", "wait", "web", "--for", "settled")
     assert look(fleet.names) == before
+
+
+@pytest.mark.needs("etcd")
+def test_a_move_goes_on_while_etcd_and_the_agents_die(fleet: Processes) -> None:
+    """The leader before the order, the quorum and both agents before the destination opens."""
+    before = look(fleet.names)
+    cluster = Cluster(fleet.path)
+    try:
+        cluster.wait()
+        fleet.store = cluster.store
+        fleet.start_both()
+        leader = cluster.leader()
+        cluster.kill(leader)
+        assert fleet.apply().returncode == 0
+        fleet.call("fleet", "wait", "web")
+
+        left = [number for number in NUMBERS if number != leader]
+        cluster.stop(*left)
+        assert fleet.run("fleet", "status").returncode == 9
+        fleet.call("open", "web", "--state-dir", fleet.state("host-b"))  # as the hook does
+        for node in ("host-b", "gw-1"):
+            fleet.kill(node)
+        times = [journal.stat().st_mtime_ns for journal in fleet.journals()]
+        fleet.start("host-b")
+        fleet.start("gw-1", "--group", "edge")
+        fleet.wait_said("host-b", "the store is away, nothing is undone")
+        fleet.wait_said("gw-1", "the store is away, nothing is undone")
+        cluster.go_on(*left)
+        cluster.start(leader)
+        cluster.wait()
+        fleet.wait_alive("gw-1", "host-b")
+        fleet.call("fleet", "wait", "web", "--for", "open")
+        assert [journal.stat().st_mtime_ns for journal in fleet.journals()] == times
+        for node in ("host-b", "gw-1"):
+            fleet.call("status", "web", "--strict", "--state-dir", fleet.state(node))
+
+        fleet.call("fleet", "end", "web", "--yes")
+        fleet.call("fleet", "wait", "web", "--for", "settled")
+        assert look(fleet.names) == before
+    finally:
+        fleet.close()
+        cluster.close()
 
 
 def test_once_follows_what_is_ordered_and_ends(fleet: Processes) -> None:

@@ -8,26 +8,39 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from etcd_cluster import Cluster
+from fleet_watcher import PATIENCE, Watcher
 
 from natkeep.errors import RefusedError, UnreachableError, UsageError
 from natkeep.fleet.directory import DirectoryStore
-from natkeep.fleet.store import ABSENT, Changes, Store, read
+from natkeep.fleet.store import ABSENT, Store, read
 from natkeep.fleet.stores import open_store
 from natkeep.policy import Agent
 
 Open = Callable[[], Store]
-PATIENCE = 20.0  # s
 
 
-@pytest.fixture(params=["dir"])
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    cluster = Cluster(tmp_path_factory.mktemp("etcd"))
+    cluster.wait()
+    yield cluster
+    cluster.close()
+
+
+@pytest.fixture(params=["dir", pytest.param("etcd", marks=pytest.mark.needs("etcd"))])
 def stores(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Open]:
     """Clients of one store, which is empty at first."""
     made: list[Store] = []
+    name = f"dir:{tmp_path}/store"
+    if request.param == "etcd":
+        name = request.getfixturevalue("cluster").store
 
     def make() -> Store:
-        made.append(DirectoryStore(str(tmp_path / "store")))
+        made.append(open_store(name, Agent()))
         return made[-1]
 
+    make().delete("/")
     yield make
     for store in made:
         store.close()
@@ -36,37 +49,6 @@ def stores(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Open]:
 @pytest.fixture
 def store(stores: Open) -> Store:
     return stores()
-
-
-class Watcher:
-    """Collects what a watch tells, in a thread."""
-
-    def __init__(self, store: Store, prefix: str, revision: int) -> None:
-        self.changes: dict[str, str | None] = {}
-        self.count, self.ended = 0, False
-        self._lock = threading.Condition()
-        work = threading.Thread(target=self._work, args=(store, prefix, revision), daemon=True)
-        work.start()
-
-    def _work(self, store: Store, prefix: str, revision: int) -> None:
-        try:
-            for changes in store.watch(prefix, revision):
-                self._take(changes)
-        except UnreachableError:
-            pass
-        with self._lock:
-            self.ended = True
-            self._lock.notify_all()
-
-    def _take(self, changes: Changes) -> None:
-        with self._lock:
-            self.count += len(changes)
-            self.changes |= {key: item and item.value for key, item in changes.items()}
-            self._lock.notify_all()
-
-    def wait(self, until: Callable[[Watcher], bool]) -> bool:
-        with self._lock:
-            return self._lock.wait_for(lambda: until(self), PATIENCE)
 
 
 def test_what_is_written_is_read(store: Store) -> None:
@@ -148,8 +130,9 @@ def test_what_is_leased_goes_with_its_lease(stores: Open) -> None:
     watcher = Watcher(other, "/t/", other.range("/t/").revision)
     lease = ours.lease(2)
     assert ours.txn({"/t/alive": "1"}, lease=lease)
-    for _ in range(8):  # twice as long as it lasts
-        time.sleep(0.5)
+    until = time.monotonic() + 3  # longer than it lasts
+    while time.monotonic() < until:
+        time.sleep(0.3)
         assert ours.lease(2, lease) == lease
     assert read(other, "/t/alive")
     until = time.monotonic() + PATIENCE
