@@ -18,9 +18,10 @@ from typing import Any
 from natkeep.errors import NatkeepError, UnreachableError
 from natkeep.migrate.forward import Migration, quiet_source
 from natkeep.migrate.host import Host, HostError, knows, read_move, read_start
-from natkeep.migrate.record import RELAY, Record
+from natkeep.migrate.record import PEER, RELAY, Record
 
 _PATIENCE = 30.0  # s for a host that cannot be reached just now
+_PEER_PATIENCE = 5.0  # the same for a peer's own host: the others' peers wait for it
 
 
 class Place(Enum):
@@ -56,9 +57,9 @@ def find_place(migration: Migration) -> Place:
     return Place.FROZEN
 
 
-def _reach(host: Host, otherwise: str) -> None:
+def _reach(host: Host, otherwise: str, seconds: float = _PATIENCE) -> None:
     """Connect anew: an answer to what was asked before must not be taken for another one."""
-    deadline = time.monotonic() + _PATIENCE
+    deadline = time.monotonic() + seconds
     while True:
         try:
             return host.connect()
@@ -85,12 +86,9 @@ def go_back(migration: Migration) -> None:
 
 
 def _undo(migration: Migration, place: Place) -> str:
-    """All that was done, in the order of the top of this file; what is left at the destination."""
-    record, left = migration.record, ""
-    for host in migration.translators if record.is_past("copy") else ():
-        _reach(host, f"{host} still sends peers to {record.destination}")
-        host.natkeep("rollback", record.id, "--yes")
-    image = ""
+    """All that was done, in the order of the top of this file; what is left."""
+    record, image = migration.record, ""
+    left = _undo_translators(migration) if record.is_past("copy") else ""
     if place == Place.FROZEN and record.is_past("restore"):
         migration.engine.clear(migration.destination)
         image = migration.read_image()
@@ -103,11 +101,32 @@ def _undo(migration: Migration, place: Place) -> str:
         if image:
             # What a failed restore has left dropped there goes with a move that takes it over.
             migration.prepare_from(image, "destination", migration.destination)
-        migration.destination.natkeep("teardown", record.id, "--yes", "--drop", "0")
+        if not left:  # else it stays silent for the peers that are sent there still
+            migration.destination.natkeep("teardown", record.id, "--yes", "--drop", "0")
     except NatkeepError as error:
         left = str(error)
     _remove_images(migration)
     return left
+
+
+def _undo_translators(migration: Migration) -> str:
+    """The first of the way back; what is left of it.
+
+    Without a gateway there is no way back for any peer. A peer's own host that is away may never
+    come back, so the other peers do not wait for it.
+    """
+    record, left = migration.record, list[str]()
+    alone = record.role == PEER
+    for host in migration.translators:
+        why = f"{host} still sends peers to {record.destination}"
+        try:
+            _reach(host, why, _PEER_PATIENCE if alone else _PATIENCE)
+            host.natkeep("rollback", record.id, "--yes")
+        except UnreachableError as error:
+            if not alone:
+                raise
+            left.append(str(error))
+    return "; ".join(left)
 
 
 def _restore_at_source(migration: Migration) -> None:

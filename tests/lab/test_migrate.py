@@ -135,12 +135,15 @@ def perform(
     assert lab.report.passed
 
 
-def failing(lab: Lab) -> str:
-    """An action script with which a restore at the destination fails, before it has any socket."""
+def failing(lab: Lab, *, after: float = 0) -> str:
+    """An action script with which a restore at the destination fails, before it has any socket.
+
+    after: so many seconds.
+    """
     script = lab.directory / "failing"
     script.write_text(
         '#!/bin/sh\n[ "$CRTOOLS_SCRIPT_ACTION" != pre-restore ] || '
-        f"ip -o address show dev eth0 | grep -q {lab.old}\n"
+        f"ip -o address show dev eth0 | grep -q {lab.old} || {{ sleep {after}; exit 1; }}\n"
     )
     script.chmod(0o755)
     return str(script)
@@ -429,17 +432,40 @@ def test_a_process_that_came_by_a_move_is_refused():
     perform(run)
 
 
+NO_SSH = (
+    "add table inet no_ssh\n"
+    "add chain inet no_ssh in { type filter hook input priority 0; }\n"
+    "add rule inet no_ssh in tcp dport 22 reject with tcp reset\n"
+)
+
+
 def test_a_peers_host_that_cannot_be_reached_is_named():
     def run(lab: Lab, machines: Machines) -> bool:
-        lab.topology["client2"].nft(
-            "add table inet no_ssh\n"
-            "add chain inet no_ssh in { type filter hook input priority 0; }\n"
-            "add rule inet no_ssh in tcp dport 22 reject with tcp reset\n"
-        )
+        lab.topology["client2"].nft(NO_SSH)
         done = machines.natkeep("migrate", *machines.words())
         lab.report.check("exit 9", done.returncode == 9, str(done.returncode))
         told = f"{machines.addresses['client2']} cannot be reached" in done.stderr
         lab.report.check("it is named", told and "Connection refused" in done.stderr, done.stderr)
+        return False
+
+    perform(run, "peers")
+
+
+def test_a_peers_host_that_is_away_does_not_hold_up_the_way_back():
+    def run(lab: Lab, machines: Machines) -> bool:
+        script = failing(lab, after=5)
+        words = ("--restore-option=--action-script", f"--restore-option={script}")
+        controller = Controller(machines, *words)
+        assert controller.read_until("copy"), controller.said
+        lab.topology["client2"].nft(NO_SSH)
+        code, said = controller.wait(), "".join(controller.said)
+        lab.report.check("it fails", code == 1, said)
+        runs = "runs on source, as before" in said and machines.is_at("source")
+        lab.report.check("it runs", runs, said)
+        left = f"something is left: {machines.addresses['client2']} cannot be reached" in said
+        lab.report.check("what is left is named", left, said)
+        lab.topology["client2"].run("nft", "delete", "table", "inet", "no_ssh")
+        machines.call("migrate", "--rollback", "web")
         return False
 
     perform(run, "peers")
