@@ -334,6 +334,8 @@ def test_what_a_host_was_asked_for_is_over_before_it_answers_anew(
 class Told:
     """A host that knows these moves."""
 
+    target = "gw"
+
     def __init__(self, *moves: dict[str, object]) -> None:
         self.moves = moves
 

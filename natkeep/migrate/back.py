@@ -121,7 +121,7 @@ def _undo_translators(migration: Migration) -> str:
         why = f"{host} still sends peers to {record.destination}"
         try:
             _reach(host, why, _PEER_PATIENCE if alone else _PATIENCE)
-            host.natkeep("rollback", record.id, "--yes")
+            host.natkeep("rollback", record.translator_id(host.target), "--yes")
         except UnreachableError as error:
             if not alone:
                 raise
@@ -194,7 +194,7 @@ def finish(migration: Migration, seconds: float | None) -> int:
         time.sleep(1)
     if record.role != RELAY:
         for host in migration.translators:
-            host.natkeep("teardown", record.id, "--yes")
+            host.natkeep("teardown", record.translator_id(host.target), "--yes")
         ended = migration.destination.natkeep("status", "--json").stdout
         migration.source.natkeep("teardown", record.id, "--ended", "-", stdin=ended)
     else:
@@ -216,7 +216,9 @@ def _find_live(migration: Migration) -> int:
     move = read_move(migration.destination, record.id)
     if move is not None:
         return count_live(move)
-    if any(knows(host, record.id) for host in migration.translators or (migration.source,)):
+    before = {host: record.translator_id(host.target) for host in migration.translators}
+    before = before or {migration.source: record.id}
+    if any(knows(host, move_id) for host, move_id in before.items()):
         raise HostError(
             f"{migration.destination} does not know {record.id} any more: whether its connections "
             "live is not known",

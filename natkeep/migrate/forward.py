@@ -142,6 +142,8 @@ class Migration:
             self.say("check", f"LOST {line}")
         self._refuse_moved_before()
         self.say("check", way.choose(record, self._reach, self.sockets))
+        for host in self.translators:
+            self._refuse_known(host, record.translator_id(host.target))
         way.refuse_cut_off(record, self.hosts())
         if record.source == LOCAL:
             self.say("check", f"it leaves this host, where `natkeep finish {record.id}` is given")
@@ -151,9 +153,10 @@ class Migration:
         if found := way.check(self.destination, record, "destination", self.sockets):
             raise HostError(f"{self.destination} cannot take it: {found}")
 
-    def _refuse_known(self, host: Host) -> None:
-        if knows(host, self.record.id):
-            raise RefusedError(f"{host} has a move {self.record.id} already", hint="--id another")
+    def _refuse_known(self, host: Host, move_id: str = "") -> None:
+        move_id = move_id or self.record.id
+        if knows(host, move_id):
+            raise RefusedError(f"{host} has a move {move_id} already", hint="--id another")
 
     def _refuse_moved_before(self) -> None:
         """Where it came by a move, that one is to be replaced: there is not to be a second one."""
@@ -267,7 +270,7 @@ class Migration:
         if record.role == RELAY:
             self.prepare_from(image, "destination", self.destination)
             by_hook = self.fresh and self._has_udp() and knows(self.source, record.id)
-            if self._lacks(self.source) and not by_hook:
+            if (self.fresh or not knows(self.source, record.id)) and not by_hook:
                 words += ["--image", self.engine.image, "--site", record.site(RELAY)]
                 self.source.natkeep("prepare", record.id, *words)
             self.source.natkeep("open", record.id)
@@ -292,15 +295,12 @@ class Migration:
 
     def prepare_from(self, image: str, role: str, host: Host) -> None:
         """Prepare a site of *role* there from the document of the image, unless it is."""
-        if self._lacks(host):
-            site = self.record.site(role)
-            words = ["prepare", self.record.id, *self.record.options(), "--site", site]
-            gate = [] if role == "destination" else ["--gate", "open"]
+        record, there = self.record, role == "destination"
+        move_id = record.id if there else record.translator_id(host.target)
+        if self.fresh or not knows(host, move_id):
+            words = ["prepare", move_id, *record.options(), "--site", record.site(role)]
+            gate = [] if there else ["--gate", "open"]
             host.natkeep(*words, *gate, "--connections", "-", stdin=image)
-
-    def _lacks(self, host: Host) -> bool:
-        """Whether *host* is to be prepared still; asked where another run may have done it."""
-        return self.fresh or not knows(host, self.record.id)
 
     def _restore(self) -> None:
         record = self.record

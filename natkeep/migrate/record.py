@@ -114,6 +114,15 @@ class Record:
         path = self.netns.get("source" if role == RELAY else role)
         return f"{role}={path}" if path else role
 
+    def translator_id(self, target: str) -> str:
+        """The move's id where *target* translates: one of its own where a container is there, too.
+
+        Each is a move in another namespace of that host.
+        """
+        ends = {self.source: "source", self.destination: "destination"}
+        beside = self.netns.get(ends.get(target, ""))
+        return f"{self.id}-{self.role}" if beside else self.id
+
     @property
     def hook(self) -> dict[str, str]:
         """What natkeep-hook has to know of a restore."""

@@ -233,6 +233,11 @@ def test_the_controller_of_a_container_is_killed(engine: str, way: str, step: st
     kill_controller(way, step, engine=engine)
 
 
+@pytest.mark.needs("runc")
+def test_the_controller_is_killed_where_a_container_is_beside_its_gateway():
+    kill_controller("--rollback", "copy", engine="runc", via="source")
+
+
 def kill_controller(way: str, step: str, **how: str) -> None:
     """Once the line of *step* was read, and so in the step that follows."""
 
