@@ -152,6 +152,8 @@ def steps(recipe: str) -> list[str]:
                 found.append(f"{role} prepared")
             if role != "destination" and re.search(r"natkeep open |--gate open", line):
                 found.append(f"{role} open")
+            if re.search(r"natkeep fleet wait \w+ --for ready", line):  # it is what that means
+                found += ["destination prepared", "gateway prepared", "gateway open"]
             if re.search(r"(criu|runc|container) restore", line):
                 found.append("restored")
     return found

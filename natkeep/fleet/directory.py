@@ -38,8 +38,8 @@ class DirectoryStore:
         self._closed = threading.Event()
 
     def range(self, prefix: str) -> Snapshot:
-        with self._transaction() as database:
-            self._end_leases(database)
+        self._end_leases()
+        with self._transaction("DEFERRED") as database:
             rows = database.execute(
                 f"SELECT key, value, revision FROM kv WHERE {_BELOW} AND value IS NOT NULL",
                 _bounds(prefix),
@@ -71,8 +71,8 @@ class DirectoryStore:
         self, puts: Mapping[str, str | None], compare: Mapping[str, int] | None = None,
         lease: int = 0,
     ) -> bool:  # fmt: skip
+        self._end_leases()
         with self._transaction() as database:
-            self._end_leases(database)
             if any(_revision_of(database, key) != n for key, n in (compare or {}).items()):
                 return False
             if lease and not _has_lease(database, lease):
@@ -81,8 +81,8 @@ class DirectoryStore:
             return True
 
     def lease(self, seconds: int, lease: int = 0) -> int:
+        self._end_leases()
         with self._transaction() as database:
-            self._end_leases(database)
             if lease and not _has_lease(database, lease):
                 lease = 0
             row = (lease or None, time.time() + seconds)
@@ -128,10 +128,10 @@ class DirectoryStore:
             raise UnreachableError(f"the store {self._path}: {why}") from None
 
     @contextmanager
-    def _transaction(self) -> Iterator[sqlite3.Connection]:
+    def _transaction(self, kind: str = "IMMEDIATE") -> Iterator[sqlite3.Connection]:
         with self._errors():
             database = self._connect()
-            database.execute("BEGIN IMMEDIATE")
+            database.execute(f"BEGIN {kind}")
             try:
                 yield database
                 database.execute("COMMIT")
@@ -139,15 +139,19 @@ class DirectoryStore:
                 database.execute("ROLLBACK")
                 raise
 
-    def _end_leases(self, database: sqlite3.Connection) -> None:
-        ended = [(time.time(),)]
-        rows = database.execute("SELECT id FROM leases WHERE until < ?", ended[0]).fetchall()
-        for (lease,) in rows:
-            keys = database.execute(
-                "SELECT key FROM kv WHERE lease = ? AND value IS NOT NULL", (lease,)
-            ).fetchall()
-            _put(database, dict.fromkeys(key for (key,) in keys))
-            database.execute("DELETE FROM leases WHERE id = ?", (lease,))
+    def _end_leases(self) -> None:
+        """Each host looks, so that the keys of one that has died go."""
+        ended = "SELECT id FROM leases WHERE until < ?"
+        with self._errors():
+            if not self._connect().execute(ended, (time.time(),)).fetchone():
+                return
+        with self._transaction() as database:
+            for (lease,) in database.execute(ended, (time.time(),)).fetchall():
+                keys = database.execute(
+                    "SELECT key FROM kv WHERE lease = ? AND value IS NOT NULL", (lease,)
+                ).fetchall()
+                _put(database, dict.fromkeys(key for (key,) in keys))
+                database.execute("DELETE FROM leases WHERE id = ?", (lease,))
 
 
 def _bounds(prefix: str) -> tuple[str, str]:

@@ -1,0 +1,114 @@
+"""natkeep by way of a store and an agent at each site, in the place of its own command line.
+
+    fleet = Fleet(lab)              lab.translator from now on; the agents run
+    lab.freeze(); lab.prepare()     `fleet apply`, and `fleet wait` until all is ready
+    lab.restore()                   natkeep-hook opens the destination, without the store
+    fleet.kill("gateway")           SIGKILL; start("gateway") has it back
+    fleet.lose_store()              the directory is gone; find_store() has it back
+
+Rule: as lab.py: what fails becomes an assertion, never a traceback.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import time
+from pathlib import Path
+
+from natkeep.lab.lab import Lab
+from natkeep.lab.time_scale import scaled
+from natkeep.lab.translators import Natkeep, Order, TranslatorError, natkeep_command
+
+NODES = ("destination", "gateway")
+_GROUP = "edge"
+
+
+class Fleet(Natkeep):
+    """See above. The agents are the lab's own processes, and go with it."""
+
+    def __init__(self, lab: Lab) -> None:
+        super().__init__(lab.directory, self._state("destination"))
+        self._lab, self._store = lab, lab.directory / "fleet"
+        self.environment["NATKEEP_STORE"] = f"dir:{self._store}"
+        self._agents: dict[str, subprocess.Popen[bytes]] = {}
+        lab.translator = self
+        lab.topology.defer(self.end_agents)
+        with lab.report.must("the agents run"):
+            for role in NODES:
+                self.start(role)
+            self.wait_alive()
+
+    def _state(self, role: str) -> str:
+        return f"state-{role}"
+
+    def journal(self, role: str, move_id: str) -> Path:
+        """Where the node has the move."""
+        return self.directory / self._state(role) / f"{move_id}.journal"
+
+    def start(self, role: str) -> None:
+        """Have the agent of a node run."""
+        group = ["--group", _GROUP] if role == "gateway" else []
+        state = str(self.directory / self._state(role))
+        with (self.directory / f"agent-{role}.log").open("ab") as log:
+            self._agents[role] = subprocess.Popen(
+                [*natkeep_command(), "agent", "--node", role, *group, "--state-dir", state],
+                env={**os.environ, **self.environment},
+                stdin=subprocess.DEVNULL, stdout=log, stderr=log,
+            )  # fmt: skip
+
+    def kill(self, role: str) -> None:
+        """As by SIGKILL: it has no last word."""
+        agent = self._agents.pop(role)
+        agent.kill()
+        agent.wait()
+
+    def end_agents(self) -> None:
+        """No agent outlives the lab."""
+        for role in [*self._agents]:
+            self.kill(role)
+
+    def wait_alive(self) -> None:
+        """Until all agents are known in the store."""
+        until = time.monotonic() + scaled(20)
+        while {*NODES} - {*json.loads(self.call("fleet", "status", "--json"))["agents"]}:
+            if time.monotonic() > until:
+                raise TranslatorError("the agents do not run")
+            time.sleep(0.05)
+
+    def lose_store(self) -> None:
+        """The directory is no store any more."""
+        self._store.rename(self.directory / "lost")
+        self._store.touch()
+
+    def find_store(self) -> None:
+        """It is back."""
+        self._store.unlink()
+        (self.directory / "lost").rename(self._store)
+
+    def prepare(self, order: Order) -> None:
+        assert order.gateway
+        way, where = order.options
+        file = self.directory / "order.json"
+        file.write_text(
+            json.dumps(
+                {
+                    "id": order.id, "maps": [f"{order.old_end}={order.new_end}"],
+                    "mode": order.mode, way.removeprefix("--"): where,
+                    "sites": [
+                        {
+                            "node": "destination", "role": "destination",
+                            "netns": order.destination.name,
+                        },
+                        {"group": _GROUP, "role": "gateway", "netns": order.gateway.name},
+                    ],
+                }
+            )
+        )  # fmt: skip
+        self.call("fleet", "apply", str(file))
+        self.call("fleet", "wait", order.id)
+
+    def teardown(self, order: Order) -> None:
+        self.call("fleet", "end", order.id, "--yes")
+        self.call("fleet", "wait", order.id, "--for", "settled")
