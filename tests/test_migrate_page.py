@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import ipaddress
+import os
 import struct
+import subprocess
+import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import cast
@@ -11,7 +16,7 @@ from typing import cast
 import pytest
 
 from natkeep.cli import main
-from natkeep.migrate.capture import Packet, demand_tcpdump, read_packets, select
+from natkeep.migrate.capture import Capture, Packet, demand_tcpdump, read_packets, select
 from natkeep.migrate.forward import Migration
 from natkeep.migrate.host import LOCAL, Answer, Host, HostError, Ssh
 from natkeep.migrate.page import draw_network, find_busiest, find_kept, find_wires
@@ -149,6 +154,63 @@ def test_a_host_without_tcpdump_is_named() -> None:
 
     with pytest.raises(HostError, match=r"this host \(gateway\): .* needs tcpdump there"):
         demand_tcpdump(Bare(LOCAL, "gateway", Ssh(), "web"))
+
+
+@pytest.fixture
+def fake_tcpdump(tmp_path: Path, monkeypatch) -> Callable[[str], None]:
+    """A tcpdump of these lines of shell, in PATH."""
+
+    def make(lines: str) -> None:
+        script = tmp_path / "bin/tcpdump"
+        script.parent.mkdir()
+        script.write_text(f"#!/bin/sh\n{lines}\n")
+        script.chmod(0o755)
+        monkeypatch.setenv("PATH", f"{script.parent}:{os.environ['PATH']}")
+
+    return make
+
+
+LISTENING = "echo 'tcpdump: data link type X' >&2; echo 'tcpdump: listening on any' >&2"
+
+
+def test_a_capture_that_cannot_be_says_why(fake_tcpdump) -> None:
+    fake_tcpdump("echo 'tcpdump: data link type X' >&2; echo 'any: not permitted' >&2; exit 1")
+    with pytest.raises(HostError, match=r"this host .*: tcpdump: any: not permitted"):
+        Capture(Host(LOCAL, "gateway", Ssh(), "web"), [INBOUND.source])
+
+
+def test_a_capture_ends_when_it_is_asked_to(tmp_path: Path, fake_tcpdump) -> None:
+    """And what it has is taken then: tcpdump writes late."""
+    file = tmp_path / "file"
+    file.write_bytes(capture(frame(INBOUND), frame(INBOUND.reply(), kind=4)))
+    fake_tcpdump(f"sleep 60 & trap 'cat {file}; kill $!; exit' TERM; {LISTENING}; wait")
+    some = Capture(Host(LOCAL, "gateway", Ssh(), "web"), [INBOUND.source])
+    seen = some.read(find_wires(Record("web", "a", 1, "b"), [INBOUND]))
+    assert [each.tuple for each in seen] == [INBOUND, INBOUND.reply()]
+    some.close()
+    some.close()
+
+
+def test_a_capture_ends_by_itself_when_we_are_killed(tmp_path: Path, fake_tcpdump) -> None:
+    mark = tmp_path / "pid"
+    fake_tcpdump(f"echo $$ >{mark}; {LISTENING}; exec sleep 60")
+    code = (
+        "import time; from natkeep.migrate.capture import Capture, Host; "
+        "from natkeep.migrate.host import LOCAL, Ssh; "
+        "from natkeep.plan.tuples import Endpoint; "
+        "one = Capture(Host(LOCAL, 'gateway', Ssh(), 'web'), [Endpoint.parse('10.1.0.2:1')]); "
+        "print('ready', flush=True); time.sleep(60)"
+    )
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE) as ours:
+        assert ours.stdout is not None
+        assert ours.stdout.readline() == b"ready\n"
+        pid = int(mark.read_text())
+        assert Path(f"/proc/{pid}").exists()
+        ours.kill()
+    deadline = time.monotonic() + 10
+    while Path(f"/proc/{pid}").exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
 
 
 def migrate(tmp_path: Path, *words: str) -> int:

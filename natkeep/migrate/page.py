@@ -13,7 +13,7 @@ from itertools import pairwise, zip_longest
 
 from natkeep import page
 from natkeep.migrate import way
-from natkeep.migrate.capture import Capture, Wires, demand_tcpdump
+from natkeep.migrate.capture import LATE, Capture, Wires, demand_tcpdump
 from natkeep.migrate.forward import Migration, sum_up
 from natkeep.migrate.host import Host
 from natkeep.migrate.record import PEER, RELAY, Record
@@ -71,7 +71,7 @@ class Recording:
         migration = self._migration
         seen: list[Seen] = []
         if self._capture:
-            time.sleep(_AROUND)
+            time.sleep(_AROUND + LATE)  # what is not handed on yet would be lost
             seen = self._capture.read(find_wires(migration.record, self._kept))
         # What the monotonic clock was by the other one, which captures have.
         since = time.time() - time.monotonic()
