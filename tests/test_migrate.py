@@ -208,6 +208,9 @@ def test_connections_within_the_process_need_no_map() -> None:
     assert find_maps({"sockets": [own, kept]}, destination, {}, asked) == found
     with pytest.raises(RefusedError, match="no connection"):
         find_maps({"sockets": [own]}, destination, {})
+    assert find_maps({"sockets": [own]}, destination, {}, asked[1:]) == asked[1:]  # as of UDP
+    with pytest.raises(RefusedError, match=r"10\.2\.0\.10 has no peer that tells NEW"):
+        find_maps({"sockets": [own]}, destination, {}, asked)
 
 
 def test_only_the_process_own_ports_are_held_before_the_dump() -> None:

@@ -119,6 +119,15 @@ def test_hosts_that_were_named_are_all_that_is_asked() -> None:
     assert asked.translators == ["c", "d"]
 
 
+def test_a_host_that_was_named_needs_no_peer_yet() -> None:
+    """Of a UDP server, or with --listeners; its own check says whether that is right."""
+    asked = record("peer:c")
+    nothing = json.dumps({"sockets": []})
+    assert choose(asked, reach({**ALL, "c": []})[0], nothing).startswith("c translates")
+    with pytest.raises(HostError, match="no connection has a peer"):
+        choose(record("peers"), reach()[0], nothing)
+
+
 def test_peers_at_the_destination_need_no_host() -> None:
     asked = record("peers")
     choose(asked, reach()[0], sockets(PEERS[0], "10.3.0.20"))

@@ -67,16 +67,20 @@ def find_maps(
     peers: dict[Address, Address] = {}
     for old, peer in _find_ends(sockets):
         peers.setdefault(old, peer)
-    if not peers:
+    wishes = [parse_map(text) for text in asked or (f"{old}=auto" for old in peers)]
+    if not wishes:
         raise RefusedError(
             "the process has no connection that can be kept",
             hint="natkeep inspect --live PID there",
         )
-    wishes = [parse_map(text) for text in asked or (f"{old}=auto" for old in peers)]
-    peer = next(iter(peers.values()))
-    news = (one.new or _find_new(destination, peers.get(one.old, peer), netns) for one in wishes)
-    pairs = zip(wishes, news, strict=True)
-    return [str(Map(one.old, new, one.old_port, one.new_port)) for one, new in pairs]
+    found = []
+    for one in wishes:
+        if (new := one.new) is None:
+            if one.old not in peers:
+                raise RefusedError(f"{one.old} has no peer that tells NEW", hint="--map OLD=NEW")
+            new = _find_new(destination, peers[one.old], netns)
+        found.append(str(Map(one.old, new, one.old_port, one.new_port)))
+    return found
 
 
 def _find_ends(sockets: dict[str, Any]) -> Iterator[tuple[Address, Address]]:
@@ -185,7 +189,7 @@ def _choose_peers(record: Record, reach: Reach, sockets: str) -> str:
     peers = {peer for _, peer in _find_ends(json.loads(sockets))}
     if not record.netns.get("destination"):  # else lo carries those that are there
         peers -= _read_addresses(reach(record.destination, "destination"))
-    if not peers:
+    if not (peers or record.translators):
         raise HostError("no connection has a peer at another host, which could translate for it")
     if not record.role and len(peers) > _UNASKED:
         raise HostError(f"{len(peers)} peers' hosts are not asked unless by --via peers")
