@@ -32,7 +32,7 @@ CURES = {
     r"missing features": "that CRIU or kernel cannot tell changed memory: without --pre-dump",
     r"seccomp": "CRIU was built without seccomp: criu check",
     r"Operation not permitted": "CRIU needs the rights of root there",
-    r"No space left on device": "--images DIR where there is room",
+    r"[Nn]o space left on device": "--images DIR where there is room",
     r"Cannot assign requested address": "OLD is not on that host: natkeep status there",
     r"repair": "does that kernel have TCP repair? criu check",
     r"iptables|nftables|nft": "does that host have nft? criu check --feature network_lock_nftables",

@@ -46,6 +46,21 @@ def test_a_container_of_podman_moves():
     judge(scenario.run(find_scenario("podman_container_moves")), "podman")
 
 
+@pytest.mark.root
+@pytest.mark.criu
+@pytest.mark.lab
+@pytest.mark.needs("sshd")
+@pytest.mark.parametrize(
+    "engine",
+    [
+        pytest.param("runc", marks=pytest.mark.needs("runc")),
+        pytest.param("podman", marks=pytest.mark.needs("runc", "podman")),
+    ],
+)
+def test_a_container_moves_by_migrate(engine: str):
+    judge(scenario.run(find_scenario(f"migrate_{engine}_container")), engine)
+
+
 def judge(report: Report, engine: str) -> None:
     assert [str(each) for each in report.assertions if not each.ok] == []
     assert report.engine == engine
