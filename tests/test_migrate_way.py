@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from pathlib import Path
 from typing import cast
 
 import pytest
 
-from natkeep.errors import UnreachableError, UsageError
-from natkeep.migrate.host import Answer, Host, HostError
+from natkeep.errors import RefusedError, UnreachableError, UsageError
+from natkeep.migrate.host import Answer, Host, HostError, Ssh
 from natkeep.migrate.record import Record
-from natkeep.migrate.way import Reach, choose, parse_via
+from natkeep.migrate.way import Reach, choose, parse_via, refuse_cut_off
+from natkeep.plan.tuples import parse_address
 
 OLD, PEERS = "10.2.0.10", ("10.1.0.2", "10.1.0.3")
 ALL = {"root@a": [OLD], "root@b": ["10.3.0.20"], **{f"root@{peer}": [peer] for peer in PEERS}}
@@ -48,6 +50,52 @@ class Fake:
             return Answer(0, json.dumps({"sites": [{"via": ["10.2.0.11"]}]}), "")
         look = {"result": "stop", "what": f"not a {role}", "code": "refused"}
         return Answer(0, json.dumps({"looks": [] if role in self.roles else [look]}), "")
+
+
+@pytest.mark.parametrize(
+    ("told", "found"),
+    [
+        ("192.0.2.1 40000 192.0.2.2 22", ("192.0.2.1", "192.0.2.2")),
+        ("fe80::1%eth0 40000 fe80::2%eth0 22", ("fe80::1", "fe80::2")),
+        ("::ffff:192.0.2.1 40000 ::ffff:192.0.2.2 22", ("192.0.2.1", "192.0.2.2")),
+        ("UNKNOWN 65535 UNKNOWN 65535", None),
+        ("", None),
+    ],
+)
+def test_what_sshd_tells_of_its_connection(tmp_path: Path, told: str, found: object) -> None:
+    ssh = tmp_path / "ssh"
+    ssh.write_text(f"#!/bin/sh\necho '{told}'\n")
+    ssh.chmod(0o755)
+    ends = Host("a", "source", Ssh((str(ssh),)), "web").find_ssh_ends()
+    assert (ends and tuple(map(str, ends))) == found
+
+
+@pytest.mark.parametrize(
+    ("ends", "new", "told"),
+    [
+        ({"root@b": (OLD, "10.3.0.20")}, "10.3.0.20", f"root@b sees this host as {OLD}"),
+        ({"root@a": ("127.0.0.1", OLD)}, "127.0.0.1", f"root@a is reached at {OLD}"),
+        ({"root@a": ("10.9.0.1", OLD), "root@b": ("10.9.0.1", "10.3.0.20")}, "10.3.0.20", None),
+    ],
+)
+def test_it_is_refused_where_ssh_would_be_cut_off(ends, new: str, told: str | None) -> None:
+    """The second is given on the destination, whose address is one of this host."""
+
+    class Seen(Fake):
+        def find_ssh_ends(self) -> object:
+            found = ends.get(self.target)
+            return found and tuple(map(parse_address, found))
+
+    hosts = [cast(Host, Seen(name, [], ())) for name in ("root@a", "root@b")]
+    moved = record()
+    moved.maps = [f"{OLD}={new}"]
+    if told is None:
+        refuse_cut_off(moved, hosts)
+        return
+    with pytest.raises(RefusedError, match=told):
+        refuse_cut_off(moved, hosts)
+    moved.netns["destination"] = "/run/netns/web"
+    refuse_cut_off(moved, hosts)  # OLD will be the container's
 
 
 def reach(hosts: Mapping[str, list[str]] = ALL, **roles: str) -> tuple[Reach, list[str]]:

@@ -140,12 +140,14 @@ class Host:
         """
         if self.target == LOCAL:
             return None
-        asking = self.start("printenv", "SSH_CONNECTION", stdin=DEVNULL, stdout=PIPE)
-        words = asking.communicate()[0].decode().split()
-        if len(words) != 4:
-            return None
-        ours, theirs = (parse_address(words[place].partition("%")[0]) for place in (0, 2))
-        return ours, theirs
+        words = ("printenv", "SSH_CONNECTION")
+        asking = self.start(*words, stdin=DEVNULL, stdout=PIPE, stderr=DEVNULL)
+        told = asking.communicate()[0].decode(errors="replace").split()
+        try:
+            ours, _, theirs, _ = (word.partition("%")[0] for word in told)
+            return parse_address(ours), parse_address(theirs)
+        except ValueError:
+            return None  # as sshd says UNKNOWN of what is no socket
 
     def digest(self, directory: str) -> str:
         """What is in *directory* there, as one number."""
@@ -259,20 +261,6 @@ class ToldHost(Host):
             told = [f"{name}={value}" for name, value in (environment or {}).items()]
             self._say("would", f"{self}: {shlex.join((*told, *words))}")
         return Answer(0, "", "")
-
-    def find_ssh_ends(self) -> tuple[Address, Address] | None:
-        """The addresses of ssh's connection, ours first, as the host sees them; None: not told.
-
-        Not by `natkeep serve`, which sudo may have started without ssh's environment.
-        """
-        if self.target == LOCAL:
-            return None
-        asking = self.start("printenv", "SSH_CONNECTION", stdin=DEVNULL, stdout=PIPE)
-        words = asking.communicate()[0].decode().split()
-        if len(words) != 4:
-            return None
-        ours, theirs = (parse_address(words[place].partition("%")[0]) for place in (0, 2))
-        return ours, theirs
 
     def digest(self, directory: str) -> str:
         return ""
