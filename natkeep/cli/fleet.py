@@ -49,6 +49,7 @@ def agent(args: argparse.Namespace) -> int:
                 ids |= _hear_now(store, one, prefix)
             one.reconcile(ids)
             return 0
+        wake.demand_name(name)
         wake.follow_journals(executor().state.path)
         wake.stay_alive(name, one.describe_alive)
         talk(args, f"natkeep: agent of {name}")

@@ -95,6 +95,9 @@ class Agent:
             except UnreachableError as error:
                 self._look_again(move_id, _SOON)
                 self._note_away(error)
+            except Exception as error:  # the state directory, say; the other moves go on
+                self._fail(move_id, error)
+                self._say(f"{move_id}: {_as_natkeeps(error)}")
 
     def overdue(self) -> set[str]:
         """The moves that are to be looked at by now."""
@@ -152,14 +155,14 @@ class Agent:
                 waits = self._undo(executor, move_id, order, followed)
         except UnreachableError:
             raise
-        except NatkeepError as failed:
+        except Exception as failed:
             error = self._fail(move_id, failed)
-        except Exception as failed:  # a fault of natkeep's: the other moves go on
-            name = type(failed).__name__
-            error = self._fail(move_id, NatkeepError(f"{name}: {failed}"))
         if error is None:
             self._failed.pop(move_id, None)
-        phase = site.look(executor.state, move_id).standing.phase()
+        try:
+            phase = site.look(executor.state, move_id).standing.phase()
+        except NatkeepError as unread:  # it is not gone, and nothing may build upon it
+            phase, error = Phase.OPENING, error or Error.of(unread)
         generation = max(generation, followed.generation if followed else 0)
         self._tell(move_id, Done(phase, generation, error, waits))
 
@@ -338,11 +341,11 @@ class Agent:
     def _note(self, move_id: str, want: Want, state: str) -> None:
         self.followed.note(move_id, want.generation, state, want.digest())
 
-    def _fail(self, move_id: str, failed: NatkeepError) -> Error:
+    def _fail(self, move_id: str, failed: Exception) -> Error:
         """Have it tried again, later each time."""
         times = self._failed[move_id] = self._failed.get(move_id, -1) + 1
         self._look_again(move_id, min(_SOON * 2**times, _LATEST))
-        return Error.of(failed)
+        return Error.of(_as_natkeeps(failed))
 
     def _look_again(self, move_id: str, seconds: float) -> None:
         at = time.monotonic() + seconds
@@ -362,6 +365,13 @@ class Agent:
         if move_id in self.known.told:
             self.store.txn({keys.done(self.node, move_id): None})
             del self.known.told[move_id]
+
+
+def _as_natkeeps(error: Exception) -> NatkeepError:
+    """*error*, or what to say of a fault of natkeep's."""
+    if isinstance(error, NatkeepError):
+        return error
+    return NatkeepError(f"{type(error).__name__}: {error}")
 
 
 def _refuse_again(move_id: str, want: Want, followed: Followed) -> None:

@@ -11,14 +11,15 @@ import json
 import os
 import struct
 import threading
+import time
 from collections.abc import Callable, Mapping
 from queue import Empty, Queue
 from typing import NamedTuple
 
 from natkeep import __version__
-from natkeep.errors import NatkeepError
+from natkeep.errors import NatkeepError, RefusedError, UnreachableError
 from natkeep.fleet import keys
-from natkeep.fleet.store import Item, Store
+from natkeep.fleet.store import Item, Store, read
 from natkeep.plan.move import is_id
 from natkeep.state.directory import read_boot_id
 
@@ -73,6 +74,22 @@ class Wake:
             raise OSError(number, os.strerror(number), directory)
         self._start(self._follow_journals, fd)
 
+    def demand_name(self, node: str) -> None:
+        """RefusedError where an agent of another host has the name, and lives on."""
+        until = time.monotonic() + LEASE + 1
+        while True:
+            try:
+                item = read(self._store, keys.alive(node))
+            except UnreachableError:
+                return  # it will be back; nothing is known till then
+            if item is None or json.loads(item.value).get("boot") == read_boot_id():
+                return
+            if time.monotonic() > until:
+                raise RefusedError(
+                    f"an agent of another host runs as {node}", hint="natkeep agent --node NAME"
+                )
+            self._closed.wait(_REST)
+
     def stay_alive(self, node: str, describe: Callable[[], str]) -> None:
         """Have the node's key in the store for as long as this process lives."""
         self._start(self._stay_alive, node, describe)
@@ -92,8 +109,9 @@ class Wake:
                 self._queue.put(Heard(prefix, items, True))
                 for changes in self._store.watch(prefix, revision):
                     self._queue.put(Heard(prefix, changes, False))
-            except NatkeepError as error:
-                self._queue.put(error)
+            except Exception as error:  # without its follower the agent would be deaf
+                told = error if isinstance(error, NatkeepError) else NatkeepError(repr(error))
+                self._queue.put(told)
                 self._closed.wait(_REST)
 
     def _follow_journals(self, fd: int) -> None:
@@ -123,6 +141,6 @@ class Wake:
                 if lease != before or value != written:
                     self._store.txn({key: value}, lease=lease)
                     written = value
-            except NatkeepError:
+            except Exception:  # the followers say what is wrong with the store
                 lease = 0
             self._closed.wait(LEASE / 3 if lease else _REST)

@@ -474,6 +474,40 @@ def test_what_was_undone_by_hand_is_not_prepared_again(fleet: Fleet) -> None:
     assert "undone by another hand" in error.message
 
 
+def test_a_journal_that_cannot_be_read_is_told_and_stops_nothing_else(fleet: Fleet) -> None:
+    host_b, *_ = fleet.usual()
+    fleet.apply()
+    fleet.turn()
+    Path(host_b.directory, "web.journal").write_text("{}\n")
+    other = {**ORDER, "id": "other", "maps": ["10.2.0.11=10.3.0.21"]}
+    fleet.apply(other, "10.2.0.11:5000 10.1.0.2:50001\n")
+    fleet.end()
+    fleet.turn()
+    done = fleet.done("host-b")
+    assert done.error is not None
+    assert (done.error.exit, done.phase) == (7, "opening"), "it is neither gone nor prepared"
+    assert fleet.done("host-b", "other").phase == "prepared"
+
+
+def test_a_fault_of_natkeeps_is_told_and_stops_nothing_else(
+    fleet: Fleet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    host_b, *_ = fleet.usual()
+
+    def fail(*_: object) -> None:
+        raise ZeroDivisionError("never")
+
+    fleet.apply()
+    with monkeypatch.context() as patch:
+        patch.setattr(site, "make_ready", fail)
+        host_b.turn()
+    error = fleet.done("host-b").error
+    assert error is not None
+    assert (error.exit, error.message) == (1, "ZeroDivisionError: never")
+    fleet.turn()
+    assert fleet.phases() == READY
+
+
 def test_one_agent_has_a_state_directory(fleet: Fleet) -> None:
     node = fleet.add("host-b")
     with pytest.raises(JournalError, match="another natkeep agent"):

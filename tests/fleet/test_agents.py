@@ -16,6 +16,7 @@ import pytest
 from etcd_cluster import NUMBERS, Cluster
 from two_hosts import look, make_two_hosts
 
+from natkeep.errors import RefusedError
 from natkeep.faultpoints import POINTS
 from natkeep.fleet import keys
 from natkeep.fleet.done import parse_done
@@ -303,6 +304,22 @@ def test_a_journal_that_changes_wakes(tmp_path: Path) -> None:
     assert {"web"} in wake.wait(10)
     (tmp_path / "lock").touch()
     assert wake.wait(0.2) == []
+    wake.close()
+
+
+def test_a_name_that_another_host_has(fleet: Processes, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = open_store(fleet.store, Agent())
+    wake = Wake(store)
+    monkeypatch.setattr("natkeep.fleet.wake.LEASE", 0)
+    wake.demand_name("host-b")
+    fleet.start("host-b")
+    fleet.wait_alive("host-b")
+    wake.demand_name("host-b")  # of this host: one that was killed, and is started again
+    key = keys.alive("host-b")
+    told = json.loads(store.range(key).items[key].value)
+    store.txn({key: json.dumps({**told, "boot": "another"})})
+    with pytest.raises(RefusedError, match="an agent of another host runs as host-b"):
+        wake.demand_name("host-b")
     wake.close()
 
 
