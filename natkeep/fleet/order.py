@@ -127,8 +127,9 @@ class Order:
     def wants(self, *, force: bool = False, unopened: bool = False) -> dict[str, Want]:
         """What each node or group is ordered, by key.
 
-        force, unopened: undo it even if connections live; elsewhere than at the destination, which
-        knows whether it was opened.
+        force: undo it even if connections live. unopened: none can, says the destination, which
+        looks for itself; gateways then need not, and the source's process has to be back first.
+        Otherwise the source trusts the gateways, which have found by then that all have ended.
 
         The destination is closed before anything is sent to it. Undone is what sends first, then
         where the process was, and the destination last.
@@ -136,16 +137,23 @@ class Order:
         base = replace(
             NO_WANT, generation=self.generation, wanted=self.is_wanted(), maps=self.maps,
             mode=self.mode, listeners=self.listeners, deadline=self.deadline, image=self.image,
-            listed=self.listed, force=force or unopened,
+            listed=self.listed,
         )  # fmt: skip
         senders = tuple(n for n, place in self.nodes() if ROLES[place.role].passes_on)
         staged = self.phase == "staged"
         places = [p for p in self.places if p.role == Role.DESTINATION or not staged]
+        forced = {
+            Role.DESTINATION: force,
+            Role.SOURCE: force or (bool(senders) and not unopened),
+        }
         return {
-            place.key(self.id): self._want(base, place, senders, force=force) for place in places
+            place.key(self.id): replace(
+                self._want(base, place, senders), force=forced.get(place.role, force or unopened)
+            )
+            for place in places
         }
 
-    def _want(self, base: Want, place: Place, senders: tuple[str, ...], *, force: bool) -> Want:
+    def _want(self, base: Want, place: Place, senders: tuple[str, ...]) -> Want:
         ends = place.role in (Role.DESTINATION, Role.SOURCE)
         if base.wanted:
             here = place.role == Role.DESTINATION
@@ -159,7 +167,6 @@ class Order:
         return replace(
             base, role=place.role, netns=place.netns, gate=gate, after=after,
             senders=senders if here else (),
-            force=force if place.role == Role.DESTINATION else base.force,
         )  # fmt: skip
 
 

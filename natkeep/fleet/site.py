@@ -11,7 +11,7 @@ from enum import Enum
 
 from natkeep import policy
 from natkeep.checkpoint import Checkpoint
-from natkeep.errors import LeftoverError
+from natkeep.errors import LeftoverError, RefusedError
 from natkeep.fleet.want import Phase, Want
 from natkeep.lifecycle import drain
 from natkeep.lifecycle.executor import Executor, finish
@@ -108,13 +108,22 @@ def open_gate(executor: Executor, move_id: str) -> None:
 
 
 def undo(executor: Executor, move_id: str, want: Want) -> None:
-    """Undo it by order; LeftoverError, and nothing is undone, while connections live by it."""
+    """Undo it by order; nothing is undone while connections live by it (LeftoverError).
+
+    RefusedError where the process was and is not, but OLD is still: peers would be reset.
+    """
     if not want.force and executor.state.knows(move_id):
         alive = drain.count_alive(executor, move_id)
         if alive:
             raise LeftoverError(
                 f"{alive} connections live; nothing was undone",
                 hint=f"natkeep fleet end {move_id} --yes ends them",
+            )
+        for line in drain.find_exposed(executor, move_id):
+            raise RefusedError(
+                line,
+                hint="restore the process there, take OLD from that host, or natkeep fleet end "
+                f"{move_id} --yes",
             )
     # Once all that sends to it is undone, nothing comes to a destination that it had to drop.
     executor.drops = 0 if want.after else SECONDS

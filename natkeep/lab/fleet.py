@@ -15,7 +15,9 @@ import json
 import os
 import subprocess
 import time
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 from natkeep.lab.lab import Lab
 from natkeep.lab.time_scale import scaled
@@ -28,16 +30,18 @@ _GROUP = "edge"
 class Fleet(Natkeep):
     """See above. The agents are the lab's own processes, and go with it."""
 
-    def __init__(self, lab: Lab) -> None:
+    def __init__(self, lab: Lab, store: str = "", **starts: Mapping[str, str]) -> None:
+        """store: as --store; default: a directory. starts: more in an agent's environment."""
         super().__init__(lab.directory, self._state("destination"))
-        self._lab, self._store = lab, lab.directory / "fleet"
-        self.environment["NATKEEP_STORE"] = f"dir:{self._store}"
+        self._store = lab.directory / "fleet"
+        self.environment["NATKEEP_STORE"] = store or f"dir:{self._store}"
         self._agents: dict[str, subprocess.Popen[bytes]] = {}
+        self.between: Callable[[], object] = lambda: None  # what happens behind `fleet apply`
         lab.translator = self
         lab.topology.defer(self.end_agents)
         with lab.report.must("the agents run"):
             for role in NODES:
-                self.start(role)
+                self.start(role, starts.get(role, {}))
             self.wait_alive()
 
     def _state(self, role: str) -> str:
@@ -47,16 +51,35 @@ class Fleet(Natkeep):
         """Where the node has the move."""
         return self.directory / self._state(role) / f"{move_id}.journal"
 
-    def start(self, role: str) -> None:
-        """Have the agent of a node run."""
+    def start(self, role: str, more: Mapping[str, str] = MappingProxyType({})) -> None:
+        """Have the agent of a node run; more: in its environment."""
         group = ["--group", _GROUP] if role == "gateway" else []
         state = str(self.directory / self._state(role))
         with (self.directory / f"agent-{role}.log").open("ab") as log:
             self._agents[role] = subprocess.Popen(
                 [*natkeep_command(), "agent", "--node", role, *group, "--state-dir", state],
-                env={**os.environ, **self.environment},
+                env={**os.environ, **self.environment, **more},
                 stdin=subprocess.DEVNULL, stdout=log, stderr=log,
             )  # fmt: skip
+
+    def revive(self) -> None:
+        """Have each agent run that does not."""
+        for role in NODES:
+            if role not in self._agents or self._agents[role].poll() is not None:
+                self.start(role)
+
+    def has_died(self, role: str, seconds: float) -> bool:
+        """Whether its agent comes to an end within so long."""
+        try:
+            self._agents[role].wait(scaled(seconds))
+        except subprocess.TimeoutExpired:
+            return False
+        return True
+
+    def phases(self, move_id: str) -> dict[str, str]:
+        """What each node says of a move."""
+        [move] = json.loads(self.call("fleet", "status", move_id, "--json"))["moves"]
+        return {site["node"]: site["phase"] for site in move["sites"]}
 
     def kill(self, role: str) -> None:
         """As by SIGKILL: it has no last word."""
@@ -88,6 +111,12 @@ class Fleet(Natkeep):
         (self.directory / "lost").rename(self._store)
 
     def prepare(self, order: Order) -> None:
+        self.apply(order)
+        self.between()
+        self.call("fleet", "wait", order.id)
+
+    def apply(self, order: Order, **more: object) -> None:
+        """Write the order; more: what is in it besides, or instead."""
         assert order.gateway
         way, where = order.options
         file = self.directory / "order.json"
@@ -103,11 +132,11 @@ class Fleet(Natkeep):
                         },
                         {"group": _GROUP, "role": "gateway", "netns": order.gateway.name},
                     ],
+                    **more,
                 }
             )
         )  # fmt: skip
         self.call("fleet", "apply", str(file))
-        self.call("fleet", "wait", order.id)
 
     def teardown(self, order: Order) -> None:
         self.call("fleet", "end", order.id, "--yes")

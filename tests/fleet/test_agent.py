@@ -19,6 +19,7 @@ from natkeep.fleet import keys, site
 from natkeep.fleet.directory import DirectoryStore
 from natkeep.fleet.store import read
 from natkeep.fleet.want import parse_want
+from natkeep.lifecycle.open import open_move
 from natkeep.lifecycle.teardown import teardown
 from natkeep.plan.observation import Gate
 
@@ -144,6 +145,41 @@ def test_connections_that_live_are_asked_for(fleet: Fleet) -> None:
     assert (error.exit, error.message.split(";")[0]) == (8, "2 connections live")
     assert surfaces(fleet) == before
     fleet.end(force=True)
+    fleet.turn()
+    assert fleet.phases() == UNDONE
+
+
+def test_where_the_process_was_peers_are_not_reset(fleet: Fleet) -> None:
+    """A way back: until the process is there again its host stays silent, then the rest goes."""
+    host_b, gateway, host_a = fleet.usual()
+    fleet.apply()
+    fleet.turn()
+    old = next(iter(host_b.kernel.sites["dst"].addresses))
+    host_a.kernel.sites["src"].addresses.add(old)
+    fleet.end()
+    fleet.turn()
+    error = fleet.done("host-a").error
+    assert error is not None
+    assert (error.exit, "would answer 2 peers with a reset" in error.message) == (4, True)
+    assert gateway.journal() is None
+    assert host_a.journal()
+    assert host_b.journal()
+    open_move(host_a.executor(), "web")  # by the hook, of the restore there
+    fleet.turn()
+    assert fleet.phases() == UNDONE
+
+
+def test_what_has_ended_says_the_gateway(fleet: Fleet, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The source need not ask whether its process is back."""
+    host_b, _, host_a = fleet.usual()
+    fleet.apply()
+    fleet.turn()
+    fleet.open()
+    fleet.turn()
+    old = next(iter(host_b.kernel.sites["dst"].addresses))
+    host_a.kernel.sites["src"].addresses.add(old)
+    monkeypatch.setattr(site.drain, "count_alive", lambda *_: 0)
+    fleet.end()
     fleet.turn()
     assert fleet.phases() == UNDONE
 

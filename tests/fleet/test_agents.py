@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from etcd_cluster import NUMBERS, Cluster
 from two_hosts import look, make_two_hosts
 
+from bench.etcd_cluster import NUMBERS, Cluster
 from natkeep.errors import RefusedError
 from natkeep.faultpoints import POINTS
 from natkeep.fleet import keys

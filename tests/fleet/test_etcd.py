@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from etcd_cluster import NUMBERS, Cluster
 from fleet_watcher import Watcher
 
+from bench.etcd_cluster import NUMBERS, Cluster
 from natkeep.errors import RefusedError, UnreachableError, UsageError
 from natkeep.fleet import etcd
 from natkeep.fleet.etcd import Endpoint, EtcdStore

@@ -8,9 +8,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from etcd_cluster import Cluster
 from fleet_watcher import PATIENCE, Watcher
 
+from bench.etcd_cluster import Cluster
 from natkeep.errors import RefusedError, UnreachableError, UsageError
 from natkeep.fleet.directory import DirectoryStore
 from natkeep.fleet.store import ABSENT, Store, read
