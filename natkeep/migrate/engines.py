@@ -34,7 +34,7 @@ _FINISHED = "Dumping finished successfully"
 _HERE = "/proc/self/ns/net"
 _CONFIGURATION = """\
 mkdir -p -m 700 "$1/.criu" || exit
-{ cat ~/.criu/default.conf 2>/dev/null; printf %s "$2"; } >"$1/.criu/default.conf"
+{ cat ~/.criu/default.conf 2>/dev/null; printf '\\n%s' "$2"; } >"$1/.criu/default.conf"
 """
 _HOOK = """\
 printf '#!/bin/sh\\n%s\\n' "$3" >"$1/hook" && chmod 700 "$1/hook" && "$1/hook"

@@ -122,8 +122,11 @@ class Migration:
             host.close()
             self._hosts[name] = ToldHost(host, self.say, self.sockets)
         self.say = lambda step, text: None  # what the steps say is not so
-        for step in STEPS[1 : STEPS.index("verify")]:
-            getattr(self, f"_{step}")()
+        try:
+            for step in STEPS[1 : STEPS.index("verify")]:
+                getattr(self, f"_{step}")()
+        finally:
+            self.record.forget()  # nothing was begun
 
     # Before the freeze
 

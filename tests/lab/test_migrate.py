@@ -359,6 +359,8 @@ def test_a_dry_run_says_each_command_and_changes_nothing(via: str, role: str, co
         places = [n for each in each_once for n, line in enumerate(told) if each in line]
         ok = len(places) == len(order) and places == sorted(places)
         lab.report.check("each command once, in its place", ok, done.stderr)
+        again = machines.natkeep("migrate", "--rollback", "web")
+        lab.report.check("nothing was begun", again.returncode == 7, again.stderr)
         return False
 
     perform(run, via)
