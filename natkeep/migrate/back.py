@@ -168,11 +168,13 @@ def resume(migration: Migration) -> None:
             f"nothing is frozen: it runs on {migration.source}",
             hint=f"natkeep migrate --rollback {migration.record.id}, and then anew",
         )
-    for host in migration.hosts():
-        _reach(host, "it is needed to go on")
-    if place == Place.DESTINATION:
+    if place == Place.DESTINATION:  # so what translates stands, and is not asked any more
+        for host in (migration.source, migration.destination):
+            _reach(host, "it is needed to go on")
         migration.go("source")
         return
+    for host in migration.hosts():
+        _reach(host, "it is needed to go on")
     if not migration.record.shared:
         migration.destination.run("rm", "-rf", "--", migration.engine.dumped)
     migration.go("copy")

@@ -486,6 +486,20 @@ def test_a_peers_host_that_is_away_does_not_hold_up_the_way_back():
     perform(run, "peers")
 
 
+def test_a_peers_host_that_is_away_is_not_needed_once_the_process_runs():
+    def run(lab: Lab, machines: Machines) -> bool:
+        controller = Controller(machines)
+        assert controller.read_until("restore"), controller.said
+        controller.end(signal.SIGKILL)
+        controller.wait()
+        lab.topology["client2"].nft(NO_SSH)
+        machines.call("migrate", "--resume", "web")
+        lab.topology["client2"].run("nft", "delete", "table", "inet", "no_ssh")
+        return True
+
+    perform(run, "peers")
+
+
 def test_peers_hosts_translate_ipv6():
     def run(lab: Lab, machines: Machines) -> bool:
         machines.call("migrate", *machines.words())
