@@ -42,7 +42,9 @@ class Machine:
 
     def run(self, *words: str, ok: object = None, **_: object) -> Answer:
         self.asked.append(words)
-        if words[0] == "stat":  # each network namespace but natkeep's own is the container's
+        if (
+            words[0] == "stat" and "stat" not in self.answers
+        ):  # each network namespace but natkeep's own is the container's
             found = ["1" if path == "/proc/self/ns/net" else "2" for path in words[4:]]
             return Answer(0, "\n".join(found), "")
         line = " ".join(words)
@@ -110,6 +112,7 @@ def test_a_container_of_the_host_network_is_where_natkeep_is() -> None:
         ({}, {"cat /bundles/web/config.json": config(linux={"namespaces": [{"type": "network"}]})},
          "its address is known only when it has been restored"),
         ({}, {"criu": NO_PROGRAM}, "destination has no criu"),
+        ({}, {"stat": Answer(0, "1\n1", "")}, "natkeep's own network namespace by a path"),
     ],
 )  # fmt: skip
 def test_what_runc_cannot_move_is_refused_by_name(
@@ -118,6 +121,12 @@ def test_what_runc_cannot_move_is_refused_by_name(
     source, destination = hosts({**RUNC, **at_source}, {**THERE, **at_destination})
     with pytest.raises((RefusedError, HostError), match=told):
         make_engine(record("runc")).look(source, destination)
+
+
+def test_a_process_of_a_container_is_not_moved_without_its_tool() -> None:
+    with pytest.raises(RefusedError, match="process 7 is in another network namespace") as refused:
+        make_engine(Record("m7", "a", 7, "b")).look(*hosts({}, {"test": MISSING}))
+    assert refused.value.hint == "of a container: A:runc:NAME, A:podman:NAME"
 
 
 def test_each_command_of_runc() -> None:

@@ -76,6 +76,13 @@ class Criu:
     def look(self, source: Host, destination: Host) -> None:
         """Find the process, and what is missing on a host; RefusedError, HostError."""
         _demand_criu(self.record.criu, source, destination)
+        pid = self.record.pid
+        found = source.run("stat", "-L", "-c", "%d:%i", f"/proc/{pid}/ns/net", _HERE, ok=None)
+        if not found.exit and len(set(found.stdout.split())) > 1:
+            raise RefusedError(
+                f"{source}: process {pid} is in another network namespace than natkeep there",
+                hint="of a container: A:runc:NAME, A:podman:NAME",
+            )
         if not destination.run("test", "-e", f"/proc/{self.record.pid}", ok=None).exit:
             raise RefusedError(f"{destination} has a process {self.record.pid} already")
 
@@ -362,7 +369,7 @@ def _read_config(host: Host, path: str, hint: str) -> dict[str, Any]:
 
 
 def _find_netns(host: Host, config: Mapping[str, Any]) -> str:
-    """The path of a container's network namespace there; empty where it is natkeep's own."""
+    """The path of a container's network namespace there; empty where it has none of its own."""
     spaces = config.get("linux", {}).get("namespaces", [])
     path = next((each.get("path", "") for each in spaces if each["type"] == "network"), _HERE)
     if not path:
@@ -371,8 +378,16 @@ def _find_netns(host: Host, config: Mapping[str, Any]) -> str:
             "when it has been restored",
             hint="config.json: a path for it, or none of type network (docs/containers.md)",
         )
+    if path == _HERE:
+        return ""
     there, here = _identify(host, path, _HERE)
-    return "" if there == here else path
+    if there == here:
+        raise RefusedError(
+            f"{host}: the container names natkeep's own network namespace by a path, {path}",
+            hint="CRIU would lock all of it, ssh too: config.json without a namespace of type "
+            "network",
+        )
+    return path
 
 
 def _identify(host: Host, *paths: str) -> list[str]:
