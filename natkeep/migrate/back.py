@@ -15,10 +15,10 @@ import time
 from enum import Enum
 from typing import Any
 
-from natkeep.errors import NatkeepError, UnreachableError
+from natkeep.errors import LeftoverError, NatkeepError, UnreachableError
 from natkeep.migrate.forward import Migration, quiet_source
 from natkeep.migrate.host import Host, HostError, knows, read_move, read_start
-from natkeep.migrate.record import PEER, RELAY, Record
+from natkeep.migrate.record import GATEWAY, PEER, RELAY, Record
 
 _PATIENCE = 30.0  # s for a host that cannot be reached just now
 _PEER_PATIENCE = 5.0  # the same for a peer's own host: the others' peers wait for it
@@ -184,41 +184,64 @@ def finish(migration: Migration, seconds: float | None) -> int:
     """Wait for the end of the kept connections, *seconds* at most, and tear down everywhere.
 
     UDP sockets end when they are closed, or silent. How many live still, which then is all that is
-    told: nothing is torn down.
+    told: nothing is torn down. LeftoverError where all is, but at peers' own hosts that are away.
     """
     record = migration.record
-    for host in migration.hosts():
-        _reach(host, "it is needed to finish")
+    away = _reach_all(migration)
     deadline = float("inf") if seconds is None else time.monotonic() + seconds
     while live := _find_live(migration):
         if time.monotonic() >= deadline:
             return live
         time.sleep(1)
     if record.role != RELAY:
-        for host in migration.translators:
+        for host in (host for host in migration.translators if host not in away):
             host.natkeep("teardown", record.translator_id(host.target), "--yes")
         ended = migration.destination.natkeep("status", "--json").stdout
         migration.source.natkeep("teardown", record.id, "--ended", "-", stdin=ended)
     else:
         migration.source.natkeep("teardown", record.id, "--yes")
-    migration.destination.natkeep("teardown", record.id, "--yes", "--drop", "0")
+    drop = [] if away else ["--drop", "0"]  # what these hosts may still send there
+    migration.destination.natkeep("teardown", record.id, "--yes", *drop)
     migration.engine.forget(migration.source)
     _remove_images(migration)
+    if away:
+        record.translators = [host.target for host in away]
+        record.save()
+        raise LeftoverError(
+            f"{record.id} has ended, but for what is left where it translates: "
+            f"{'; '.join(map(str, away.values()))}",
+            hint=f"natkeep finish {record.id} once more, or there: natkeep teardown {record.id}",
+        )
     record.forget()
     return 0
+
+
+def _reach_all(migration: Migration) -> dict[Host, UnreachableError]:
+    """Connect to all hosts; why not, of each peer's own host that is away."""
+    record, away = migration.record, dict[Host, UnreachableError]()
+    peers = migration.translators if record.role == PEER else ()
+    for host in migration.hosts():
+        try:
+            _reach(host, "it is needed to finish", _PEER_PATIENCE if host in peers else _PATIENCE)
+        except UnreachableError as error:
+            if host not in peers:
+                raise
+            away[host] = error
+    return away
 
 
 def _find_live(migration: Migration) -> int:
     """As count_live, of what the destination tells.
 
     HostError where that does not know the move any more, and it was not this that ended it there:
-    the destination comes last.
+    the destination comes last, but for peers' own hosts that were away.
     """
     record = migration.record
     move = read_move(migration.destination, record.id)
     if move is not None:
         return count_live(move)
-    before = {host: record.translator_id(host.target) for host in migration.translators}
+    gateways = migration.translators if record.role == GATEWAY else ()
+    before = {host: record.translator_id(host.target) for host in gateways}
     before = before or {migration.source: record.id}
     if any(knows(host, move_id) for host, move_id in before.items()):
         raise HostError(

@@ -86,6 +86,7 @@ def find_ssh(machines: Machines) -> list[int]:
 def perform(
     run: Callable[[Lab, Machines], bool], via: str = "", *,
     engine: str = "criu", connections: int = 3, udp: bool = False, family: int = 4,
+    before_finish: Callable[[Lab, Machines], None] | None = None,
 ) -> None:  # fmt: skip
     """Run it in a lab; *run* says whether the server is at the destination in the end.
 
@@ -123,6 +124,8 @@ def perform(
             if moved and not udp:
                 lab.traffic.client_closes()
                 lab.traffic.server_closes()
+            if moved and before_finish:
+                before_finish(lab, machines)
             if moved:
                 machines.call("finish", "web", "--drain", "30")
             for role in () if moved else ("gateway", *roles):
@@ -498,6 +501,24 @@ def test_a_peers_host_that_is_away_is_not_needed_once_the_process_runs():
         return True
 
     perform(run, "peers")
+
+
+def test_a_peers_host_that_is_away_does_not_hold_up_the_end():
+    def run(lab: Lab, machines: Machines) -> bool:
+        machines.call("migrate", *machines.words())
+        return True
+
+    def before_finish(lab: Lab, machines: Machines) -> None:
+        lab.topology["client2"].nft(NO_SSH)
+        done = machines.natkeep("finish", "web", "--drain", "30")
+        told = f"translates: {machines.addresses['client2']} cannot be reached" in done.stderr
+        lab.report.check("what is left is named", told and done.returncode == 8, done.stderr)
+        for role in ("source", "destination", "client"):
+            left = '"web"' in machines.status(role)
+            lab.report.check(f"it has ended at the {role}", not left)
+        lab.topology["client2"].run("nft", "delete", "table", "inet", "no_ssh")
+
+    perform(run, "peers", before_finish=before_finish)
 
 
 def test_peers_hosts_translate_ipv6():
