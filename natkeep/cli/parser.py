@@ -407,7 +407,14 @@ _SETUP = (
 )  # fmt: skip
 _CODE = _option("code", "CODE", help="as check printed it")
 _TOPIC = _option("topic", "VERB", nargs="*", help="of natkeep, as prepare or lab run")
-_SERVE = (_ID, _flag("--stdio", "answer requests on stdin and stdout"))
+_SERVE = (
+    _ID,
+    _flag("--stdio", "answer requests on stdin and stdout"),
+    _option(
+        "--exec", "WORD", nargs=argparse.REMAINDER,
+        help="go on as this program, with the rights that natkeep has",
+    ),
+)  # fmt: skip
 
 VERBS: dict[str, tuple[str, str, tuple[Option, ...]]] = {
     "plan": ("change", "print what prepare would do; touches nothing", _PLAN),

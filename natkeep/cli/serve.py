@@ -8,9 +8,12 @@ Each line on stdin is a request, and is answered by one line on stdout, in turn:
     {"digest": "DIR"}                                                  what is in a directory
     →  {"exit": 0, "stdout": "…", "stderr": "…"}
 
-The first line on stdout, before any request, says which natkeep this is and where its hook is. A
-verb runs in a fork of this process, which has imported all that verbs need: no interpreter starts
-in a blackout.
+The first line on stdout, before any request, says which natkeep this is, where its hook is, and
+whether sudo has started it. A verb runs in a fork of this process, which has imported all that
+verbs need: no interpreter starts in a blackout.
+
+A program whose standard streams are the controller's, as tar, is started by ssh alone; where ssh's
+user has not the rights that sudo gives, by `serve ID --exec WORD …`, which goes on as that program.
 
 Rule: a request that has begun goes on to its end, whatever becomes of the connection. The next
 `serve` of the same id waits for that end, and from then on an earlier one does nothing more, even
@@ -37,7 +40,7 @@ from pathlib import Path
 from typing import Any
 
 from natkeep import __version__, afterwards
-from natkeep.errors import RefusedError, UsageError
+from natkeep.errors import NatkeepError, RefusedError, UsageError
 from natkeep.installed import find_program
 from natkeep.migrate import PROTOCOL
 from natkeep.plan.move import parse_id
@@ -55,19 +58,21 @@ _NEEDED = (
 
 def serve(args: argparse.Namespace) -> int:
     """Answer requests until stdin ends."""
+    os.environ["PATH"] = f"{os.environ.get('PATH', '')}:{_PATH}".lstrip(":")
+    if args.exec:
+        return _become(args.exec)
     if not args.stdio:
         raise UsageError("serve answers on stdin and stdout alone", hint="natkeep serve --stdio")
     parse_id(args.id)
-    os.environ["PATH"] = f"{os.environ.get('PATH', '')}:{_PATH}".lstrip(":")
     for name in _NEEDED:
         import_module(f"natkeep.{name}")
     # What is asked for must not end because a terminal or a connection has.
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)
     turn = _Turn(args)
-    _answer(
-        {"natkeep": __version__, "protocol": PROTOCOL, "hook": find_program("natkeep-hook") or ""}
-    )
+    hook = find_program("natkeep-hook") or ""
+    sudo = "SUDO_UID" in os.environ  # so that ssh alone has not the rights that we have
+    _answer({"natkeep": __version__, "protocol": PROTOCOL, "hook": hook, "sudo": sudo})
     while line := sys.stdin.buffer.readline(_LONGEST):
         with turn.taken():
             if not turn.is_ours():
@@ -76,6 +81,15 @@ def serve(args: argparse.Namespace) -> int:
         _answer(answer)
     turn.end()
     return 0
+
+
+def _become(words: list[str]) -> int:
+    """Go on as another program; NatkeepError where there is none."""
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # Python ignores it, and so would that program
+    try:
+        os.execvp(words[0], words)
+    except OSError as error:
+        raise NatkeepError(f"{words[0]}: {error.strerror}") from None
 
 
 def _answer(value: dict[str, Any]) -> None:

@@ -33,6 +33,9 @@ class Machines:
     options: of each `natkeep migrate`.
     """
 
+    sshd = ""
+    """More of sshd's configuration."""
+
     def __init__(
         self, lab: Lab, *roles: str, controller: str,
         addresses: Mapping[str, Address] | None = None, shared: bool = False,
@@ -73,7 +76,7 @@ class Machines:
         config.write_text(
             f"HostKey {key}\nAuthorizedKeysFile {self.authorized}\nPidFile none\nUsePAM no\n"
             f"ListenAddress {address}\nPort {port}\nPermitRootLogin prohibit-password\n"
-            f"StrictModes no\nSetEnv {' '.join(self._settings(role, own))}\n"
+            f"StrictModes no\nSetEnv {' '.join(self._settings(role, own))}\n{self.sshd}\n"
         )
         if not self.shared:  # its images are no other host's
             host.run("mount", "-t", "tmpfs", "tmpfs", str(self.images))

@@ -84,6 +84,7 @@ class Host:
     def __init__(self, target: str, role: str, ssh: Ssh, move_id: str) -> None:
         self.target, self.role, self.ssh, self.move_id = target, role, ssh, move_id
         self.hook = ""
+        self._by: tuple[str, ...] = ()
         self._serve: subprocess.Popen[bytes] | None = None
         self._errors: IO[bytes] | None = None
         self._turn = threading.Lock()
@@ -114,6 +115,8 @@ class Host:
                 hint="the same version on all hosts",
             )
         self.hook = str(hello.get("hook", ""))
+        if hello.get("sudo") and self.target != LOCAL:
+            self._by = (*own, "serve", self.move_id, "--exec")
 
     def natkeep(self, *words: str, stdin: str = "", ok: Sequence[int] = (0,)) -> Answer:
         """A verb there; HostError with its own words unless it exits with one of *ok*."""
@@ -141,7 +144,7 @@ class Host:
         if self.target == LOCAL:
             return None
         words = ("printenv", "SSH_CONNECTION")
-        asking = self.start(*words, stdin=DEVNULL, stdout=PIPE, stderr=DEVNULL)
+        asking = self._start(*words, stdin=DEVNULL, stdout=PIPE, stderr=DEVNULL)
         told = asking.communicate()[0].decode(errors="replace").split()
         try:
             ours, _, theirs, _ = (word.partition("%")[0] for word in told)
@@ -154,7 +157,11 @@ class Host:
         return self._ask({"digest": directory}, "reading the image", (0,)).stdout
 
     def start(self, *words: str, **streams: Any) -> subprocess.Popen[bytes]:
-        """A program there whose standard streams are ours, which moves octets."""
+        """A program there whose standard streams are ours, with the rights that natkeep has."""
+        return self._start(*self._by, *words, **streams)
+
+    def _start(self, *words: str, **streams: Any) -> subprocess.Popen[bytes]:
+        """The same with the rights of ssh's user."""
         line = self.ssh.line(self.target, words)
         return subprocess.Popen(line, start_new_session=True, env=dict(os.environ), **streams)
 

@@ -7,6 +7,7 @@ import os
 import pty
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -87,11 +88,12 @@ def perform(
     run: Callable[[Lab, Machines], bool], via: str = "", *,
     engine: str = "criu", connections: int = 3, udp: bool = False, family: int = 4,
     before_finish: Callable[[Lab, Machines], None] | None = None,
+    usual: type[Machines] = Machines,
 ) -> None:  # fmt: skip
     """Run it in a lab; *run* says whether the server is at the destination in the end.
 
     via: `peers`, of which each has a host of its own, or else as is found: the gateway.
-    connections: of each peer.
+    connections: of each peer. usual: the machines where it is no container.
     """
     seats = (*USUAL, SECOND_CLIENT) if via == "peers" else USUAL
     with Lab("migrate", engine=engine, seats=seats, udp=udp, family=family) as lab:
@@ -101,7 +103,7 @@ def perform(
                 PeerHost(lab)
             roles = ("source", "destination", *lab.peer_sites)
             options = ("--via", via) if via else ()
-            kind = Machines if engine == "criu" else ContainerMachines
+            kind = usual if engine == "criu" else ContainerMachines
             machines = kind(lab, *roles, controller="gateway", options=options)
             lab.serve()
             for role in lab.topology.peers:
@@ -400,6 +402,32 @@ def test_at_a_terminal_the_copy_has_a_bar():
         return True
 
     perform(run)
+
+
+class ByOthers(Machines):
+    """What ssh starts there is not root."""
+
+    sshd = (
+        "ForceCommand setpriv --reuid 65534 --regid 65534 --clear-groups sh -c "
+        '"$SSH_ORIGINAL_COMMAND"'
+    )
+
+
+def test_where_ssh_is_root_by_sudo_alone():
+    """As which a setpriv serves here that anyone may run, and that is root's."""
+
+    def run(lab: Lab, machines: Machines) -> bool:
+        lab.directory.chmod(0o711)
+        sudo = lab.directory / "sudo"
+        shutil.copy(shutil.which("setpriv") or "", sudo)
+        sudo.chmod(0o4755)
+        root = [str(sudo), "--reuid", "0", "--regid", "0", "--clear-groups"]
+        there = shlex.join([*root, "env", "SUDO_UID=65534", *natkeep_command()])
+        done = machines.natkeep("migrate", *machines.words(), "--natkeep", there)
+        lab.report.check("it succeeds", done.returncode == 0, done.stderr)
+        return True
+
+    perform(run, usual=ByOthers)
 
 
 @pytest.mark.needs("matplotlib", "chromium")

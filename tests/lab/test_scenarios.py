@@ -140,6 +140,9 @@ def test_command_line_gives_a_verdict_a_report_and_captures(tmp_path):
     assert min(document["blackout_ms"], document["stall_ms"], document["segments"]) > 0
     assert json.loads((tmp_path / "report/report.json").read_text()) == document
     assert "verdict: pass" in (tmp_path / "report/report.txt").read_text()
+    page = tmp_path / "report/server_moves_to_new_address.html"
+    assert f"as a page: {page}\n" in done.stderr
+    assert "blackout" in page.read_text()
     assert {path.name for path in (tmp_path / "pcap").iterdir()} == {
         "client.pcap", "near.pcap", "far.pcap", "destination.pcap",
     }  # fmt: skip
