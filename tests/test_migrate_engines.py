@@ -10,7 +10,7 @@ import pytest
 
 from natkeep.cli import main
 from natkeep.errors import RefusedError
-from natkeep.migrate.engines import Podman, Runc, make_engine
+from natkeep.migrate.containers import Podman, Runc, make_engine
 from natkeep.migrate.host import Answer, Host, HostError
 from natkeep.migrate.record import Record
 
@@ -112,6 +112,7 @@ def test_a_container_of_the_host_network_is_where_natkeep_is() -> None:
         ({}, {"cat /bundles/web/config.json": config(linux={"namespaces": [{"type": "network"}]})},
          "its address is known only when it has been restored"),
         ({}, {"criu": NO_PROGRAM}, "destination has no criu"),
+        ({}, {"criu": "Version: 3.17.1"}, "destination has CRIU 3.17, which calls no script"),
         ({}, {"stat": Answer(0, "1\n1", "")}, "natkeep's own network namespace by a path"),
     ],
 )  # fmt: skip

@@ -16,7 +16,7 @@ from natkeep.cli.output import print_json, talk
 from natkeep.cli.progress import Bar, make_bar
 from natkeep.errors import NatkeepError, RefusedError, UsageError
 from natkeep.migrate import back
-from natkeep.migrate.engines import CONTAINERS
+from natkeep.migrate.containers import CONTAINERS
 from natkeep.migrate.forward import Migration, sum_up
 from natkeep.migrate.host import Ssh, make_controls
 from natkeep.migrate.page import Recording

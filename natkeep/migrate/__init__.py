@@ -3,7 +3,8 @@
     host.py        a host, and what runs there: `natkeep serve` over ssh, or beside us
     record.py      what a migration is, and how far it has come, on the controller's disk
     way.py         who translates for the peers: a gateway, or the source as a relay
-    engines.py     what dumps and restores: CRIU itself, runc, podman
+    engines.py     what dumps and restores: CRIU itself
+    containers.py  the tools of containers: runc, podman
     forward.py     the steps: check, prepare, dump, copy, restore, verify
     image_copy.py  CRIU's image from one host to the other
     back.py        where the process is by now, and the way back to the source

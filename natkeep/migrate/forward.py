@@ -27,8 +27,9 @@ from typing import Any
 
 from natkeep.errors import RefusedError
 from natkeep.migrate import way
+from natkeep.migrate.containers import make_engine
 from natkeep.migrate.criu_errors import first_error
-from natkeep.migrate.engines import Command, make_engine
+from natkeep.migrate.engines import Command
 from natkeep.migrate.host import LOCAL, Host, HostError, Ssh, ToldHost, knows, read_move, read_start
 from natkeep.migrate.image_copy import ImageCopy, Watch
 from natkeep.migrate.record import RELAY, STEPS, Record
