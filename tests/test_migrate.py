@@ -20,7 +20,7 @@ from natkeep.migrate.criu_errors import first_error
 from natkeep.migrate.forward import Migration, sum_up
 from natkeep.migrate.host import LOCAL, Answer, Host, HostError, Ssh
 from natkeep.migrate.image_copy import ImageCopy
-from natkeep.migrate.record import Record, load, place
+from natkeep.migrate.record import IMAGES, Record, load, place
 from natkeep.migrate.way import check, describe_lost, find_lost, find_maps, find_ports
 
 
@@ -345,6 +345,25 @@ class Told:
     def natkeep(self, *words: str) -> Answer:
         assert words == ("status", "--json")
         return Answer(0, json.dumps({"moves": self.moves}), "")
+
+
+class Planted:
+    """A host where the directory above that of the images is another user's."""
+
+    def run(self, *words: str) -> Answer:
+        return Answer(0, IMAGES if words[:2] == ("find", IMAGES) else "", "")
+
+    def __str__(self) -> str:
+        return "b"
+
+
+def test_no_image_is_put_where_another_user_could_change_it() -> None:
+    """As /var/tmp/natkeep, which anyone may have made before."""
+    migration = SimpleNamespace(record=Record("web", "a", 7, "b", images=f"{IMAGES}/web"))
+    with pytest.raises(RefusedError, match="b: /var/tmp/natkeep is not root's alone"):
+        Migration._make_directory(cast(Migration, migration), cast(Host, Planted()))
+    migration.record.images = "/images"
+    Migration._make_directory(cast(Migration, migration), cast(Host, Planted()))
 
 
 @pytest.mark.parametrize("role", ["gateway", "peer", "relay"])

@@ -20,13 +20,12 @@ from natkeep.migrate.containers import CONTAINERS
 from natkeep.migrate.forward import Migration, sum_up
 from natkeep.migrate.host import Ssh, make_controls
 from natkeep.migrate.page import Recording
-from natkeep.migrate.record import PEER, Record, load, place, refuse_known
+from natkeep.migrate.record import IMAGES, PEER, Record, load, place, refuse_known
 from natkeep.migrate.way import parse_via
 from natkeep.page import demand_matplotlib
 from natkeep.plan.maps import parse_map
 from natkeep.plan.move import parse_id
 
-_IMAGES = "/var/tmp/natkeep"
 _SIGNALS = (KeyboardInterrupt, SystemExit)
 
 
@@ -86,7 +85,7 @@ def _make_record(args: argparse.Namespace) -> Record:
     return Record(
         move_id, source, pid, args.destination, role, translators,
         maps=[*args.map], listeners=args.listeners, no_udp=args.no_udp, pre_dumps=args.pre_dump,
-        images=args.images or f"{_IMAGES}/{move_id}", criu=args.criu,
+        images=args.images or f"{IMAGES}/{move_id}", criu=args.criu,
         dump_options=[*args.criu_option, *args.dump_option],
         restore_options=[*args.criu_option, *args.restore_option],
         ssh=shlex.split(args.ssh), natkeep=shlex.split(args.natkeep),

@@ -32,7 +32,7 @@ from natkeep.migrate.criu_errors import first_error
 from natkeep.migrate.engines import Command
 from natkeep.migrate.host import LOCAL, Host, HostError, Ssh, ToldHost, knows, read_move, read_start
 from natkeep.migrate.image_copy import ImageCopy, Watch
-from natkeep.migrate.record import RELAY, STEPS, Record
+from natkeep.migrate.record import IMAGES, RELAY, STEPS, Record
 
 Say = Callable[[str, str], None]
 """Told of each step: its name, and what there is to say."""
@@ -176,6 +176,12 @@ class Migration:
     def _make_directory(self, host: Host) -> None:
         images = self.record.images
         host.run("mkdir", "-p", "-m", "700", images)
+        if images.startswith(f"{IMAGES}/"):  # all may write above it, and image and hook are root's
+            others = ["(", "!", "-type", "d", "-o", "!", "-uid", "0", "-o", "-perm", "/002", ")"]
+            if host.run("find", IMAGES, "-maxdepth", "0", *others).stdout:
+                raise RefusedError(
+                    f"{host}: {IMAGES} is not root's alone", hint="remove it, or --images DIR"
+                )
         found = host.run("find", images, "-mindepth", "1", "-maxdepth", "1", "-print", "-quit")
         if found.stdout:
             raise RefusedError(f"{host}: {images} is not empty", hint="--images DIR names another")
