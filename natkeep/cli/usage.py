@@ -33,6 +33,10 @@ EXAMPLES: dict[str, tuple[tuple[str, str], ...]] = {
             "a server, by the gateway gw, its memory copied twice before it is frozen",
             "natkeep migrate a:1234 b --via gw --listeners --pre-dump 2 --id web",
         ),
+        (
+            "without a gateway: its peers' own hosts",
+            "natkeep migrate root@a:1234 root@b --via peers",
+        ),
         ("a container of podman", "natkeep migrate root@a:podman:web root@b"),
         ("with a page of what the peers saw", "natkeep migrate a:1234 b --report /tmp/page"),
         ("the controller was killed: take it back", "natkeep migrate --rollback web"),
