@@ -13,6 +13,8 @@ ONLY        ?=
 SECONDS     ?= 60
 FUZZ_ARGS   ?=
 MINUTES     ?= 2
+CHAOS_SECONDS ?= 30
+CHAOS_ARGS  ?=
 KERNELS     ?= own newest
 BENCH_ARGS  ?=
 PLOTS_ARGS  ?=
@@ -34,7 +36,7 @@ export PATH := $(PATH):/usr/local/sbin:/usr/sbin:/sbin
 KILLS       ?= 500
 FAULTS_ARGS ?=
 
-.PHONY: help setup demo test test-quick test-long check lab matrix bench bench-hook bench-migrate bench-control bench-stall bench-path bench-plots bench-million deb test-deb soak kernels fuzz faults many test-caps docs man clean
+.PHONY: help setup demo test test-quick test-long check lab matrix bench bench-hook bench-migrate bench-control bench-stall bench-path bench-plots bench-million deb test-deb soak chaos kernels fuzz faults many test-caps docs man clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-13s %s\n", $$1, $$2 }' Makefile
@@ -124,6 +126,9 @@ bench-stall: root setup ## how long a peer waits, with and without hold: BENCH_A
 
 soak: root setup ## moves back and forth under load, and nothing grows: MINUTES=20 (needs root)
 	@.venv/bin/python -m bench.soak --minutes $(MINUTES)
+
+chaos: root setup ## a fleet's moves while etcd, agents and who orders die: CHAOS_SECONDS=30 without a quorum (needs root, etcd-server)
+	@.venv/bin/python -m bench.chaos --seconds $(CHAOS_SECONDS) $(CHAOS_ARGS)
 
 faults: root setup ## natkeep struck at every point and killed KILLS=500 times: nothing is left (needs root)
 	@.venv/bin/python bench/faults --kills $(KILLS) $(FAULTS_ARGS)

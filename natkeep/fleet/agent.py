@@ -254,7 +254,7 @@ class Agent:
             return
         self.known.told[move_id] = told
         self._note(move_id, want, "expired")
-        if site.clear(executor, move_id):
+        if site.clear(executor, move_id, want):
             self._say(f"{move_id}: {error}")
             raise error
         self._note(move_id, want, "prepared")  # it was opened at that moment
@@ -264,7 +264,7 @@ class Agent:
     ) -> dict[str, Phase]:
         """What a later order has otherwise: the connections since the freeze, say."""
         sending, _ = self._find_sending(move_id, want)
-        if sending or seen.standing != Standing.PREPARED or not site.clear(executor, move_id):
+        if sending or seen.standing != Standing.PREPARED or not site.clear(executor, move_id, want):
             raise RefusedError(
                 f"{move_id} is {seen.standing.value} as an earlier order had it",
                 hint=f"natkeep fleet end {move_id} first",

@@ -130,8 +130,12 @@ def undo(executor: Executor, move_id: str, want: Want) -> None:
     teardown(executor, move_id)
 
 
-def clear(executor: Executor, move_id: str) -> bool:
-    """Undo what was never opened; whether it was undone. A hook may open it at the same time."""
+def clear(executor: Executor, move_id: str, want: Want) -> bool:
+    """Undo what was never opened, nor sent to; whether it was undone.
+
+    A hook may open it at the same time.
+    """
+    executor.drops = 0 if want.senders else SECONDS  # where others send, nothing is known of them
     with executor.state.changing(move_id):
         if executor.state.knows(move_id) and _was_touched(executor.load_undo(move_id)):
             return False

@@ -18,6 +18,7 @@ import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import MappingProxyType
+from typing import Any
 
 from natkeep.lab.lab import Lab
 from natkeep.lab.time_scale import scaled
@@ -76,10 +77,10 @@ class Fleet(Natkeep):
             return False
         return True
 
-    def phases(self, move_id: str) -> dict[str, str]:
-        """What each node says of a move."""
+    def sites(self, move_id: str) -> dict[str, Any]:
+        """What each node says of a move, as `status --json` has it."""
         [move] = json.loads(self.call("fleet", "status", move_id, "--json"))["moves"]
-        return {site["node"]: site["phase"] for site in move["sites"]}
+        return {site["node"]: site for site in move["sites"]}
 
     def kill(self, role: str) -> None:
         """As by SIGKILL: it has no last word."""
@@ -94,7 +95,7 @@ class Fleet(Natkeep):
 
     def wait_alive(self) -> None:
         """Until all agents are known in the store."""
-        until = time.monotonic() + scaled(20)
+        until = time.monotonic() + scaled(60)
         while {*NODES} - {*json.loads(self.call("fleet", "status", "--json"))["agents"]}:
             if time.monotonic() > until:
                 raise TranslatorError("the agents do not run")

@@ -362,9 +362,9 @@ def test_the_hook_opens_in_the_moment_of_the_deadline(
     fleet.turn()
     clear = site.clear
 
-    def open_before(executor: Any, move_id: str) -> bool:
+    def open_before(*words: Any) -> bool:
         fleet.open()
-        return clear(executor, move_id)
+        return clear(*words)
 
     monkeypatch.setattr(site, "clear", open_before)
     later(monkeypatch, 61)
