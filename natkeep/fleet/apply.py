@@ -16,7 +16,7 @@ from natkeep.errors import RefusedError
 from natkeep.fleet import keys
 from natkeep.fleet.done import parse_done
 from natkeep.fleet.listing import cut
-from natkeep.fleet.order import Order, Place, parse_order
+from natkeep.fleet.order import Order, parse_order
 from natkeep.fleet.store import ABSENT, Item, Store, read
 from natkeep.fleet.want import Phase, as_object, texts
 from natkeep.plan.move import Move, Site
@@ -32,7 +32,10 @@ def apply(store: Store, order: Order, checkpoint: Checkpoint) -> tuple[Order, Pl
 
     RefusedError where a node is not there, OLD is another's, or more than its phase has changed.
     """
-    order = _with_members(store, order)
+    alive = _find_alive(store)
+    before = read(store, keys.move(order.id))
+    order = _with_members(_with_earlier(order, before), alive)
+    _refuse_absent(order, alive)
     olds = [map_.old_end for map_ in order.maps]
     udp, servers = checkpoint.udp_at(olds), checkpoint.udp_servers_at(olds)
     plans = {
@@ -49,7 +52,6 @@ def apply(store: Store, order: Order, checkpoint: Checkpoint) -> tuple[Order, Pl
     listed, pieces = cut(
         order.id, write_listing(ours, udp, servers), len(ours) + len(udp) + len(servers)
     )
-    before = read(store, keys.move(order.id))
     order = replace(
         order, listed=listed, image=checkpoint.run_id, generation=_next(store, order, before)
     )
@@ -79,6 +81,9 @@ def end(store: Store, move_id: str, *, force: bool = False) -> Order | None:
         order = parse_order(before.value)
         if order.phase == "settled":
             return None
+        named = {node for place in order.places if not place.group for node in place.nodes}
+        alive = {node: own for node, own in _find_alive(store).items() if node not in named}
+        order = _with_members(order, alive)
         order = replace(order, phase="gone", generation=_next(store, order, before, ends=True))
         wants = _orders(order, force=force, unopened=_is_unopened(store, order))
         if store.txn(wants, {keys.move(move_id): before.revision}):
@@ -124,24 +129,42 @@ def _orders(order: Order, *, force: bool = False, unopened: bool = False) -> dic
     return {**puts, keys.move(order.id): json.dumps(order.to_json())}
 
 
-def _with_members(store: Store, order: Order) -> Order:
-    """*order* with the members of its groups; RefusedError where a node's agent does not run."""
+def _find_alive(store: Store) -> dict[str, list[str]]:
+    """The nodes whose agents run, and their groups."""
     found = store.range(keys.NODES).items
-    alive = {key.split("/")[4]: item for key, item in found.items() if key.endswith("/alive")}
+    return {k.split("/")[4]: _groups(item) for k, item in found.items() if k.endswith("/alive")}
+
+
+def _with_members(order: Order, alive: Mapping[str, list[str]]) -> Order:
+    """*order*, and in its groups the members of now besides those that it has."""
     places = []
     for place in order.places:
-        if place.group:
-            members = tuple(sorted(n for n, i in alive.items() if place.group in _groups(i)))
-            if not members:
-                raise RefusedError(f"no agent of the group {place.group} runs")
-            place = Place(place.role, place.netns, members, place.group)
-        elif place.nodes[0] not in alive:
+        more = [node for node, groups in alive.items() if place.group and place.group in groups]
+        nodes = tuple(sorted({*place.nodes, *more})) if place.group else place.nodes
+        places.append(replace(place, nodes=nodes))
+    return replace(order, places=tuple(places))
+
+
+def _with_earlier(order: Order, before: Item | None) -> Order:
+    """*order*, and in its groups those that had it before: they may have it still."""
+    known = parse_order(before.value) if before else None
+    if known is None or known.phase == "settled":
+        return order
+    had = {place.group: place.nodes for place in known.places if place.group}
+    places = (replace(p, nodes=had.get(p.group, ())) if p.group else p for p in order.places)
+    return replace(order, places=tuple(places))
+
+
+def _refuse_absent(order: Order, alive: Mapping[str, list[str]]) -> None:
+    """RefusedError where a node's agent does not run, or none of a group."""
+    for place in order.places:
+        if place.group and not place.nodes:
+            raise RefusedError(f"no agent of the group {place.group} runs")
+        if not place.group and place.nodes[0] not in alive:
             raise RefusedError(
                 f"no agent runs as {place.nodes[0]}",
                 hint="natkeep fleet status shows those that do",
             )
-        places.append(place)
-    return replace(order, places=tuple(places))
 
 
 def _groups(item: Item) -> list[str]:

@@ -13,15 +13,20 @@ import pytest
 from fake_kernel import KilledError
 from fleet_nodes import LISTING, OPENED, ORDER, READY, UNDONE, Fleet
 
+from natkeep.checkpoint.listing import parse_listing
 from natkeep.errors import JournalError, RefusedError, UnreachableError
 from natkeep.fleet import apply as orders
-from natkeep.fleet import keys, site
+from natkeep.fleet import keys, progress, site
 from natkeep.fleet.directory import DirectoryStore
+from natkeep.fleet.order import parse_file
 from natkeep.fleet.store import read
 from natkeep.fleet.want import parse_want
 from natkeep.lifecycle.open import open_move
 from natkeep.lifecycle.teardown import teardown
 from natkeep.plan.observation import Gate
+from natkeep.plan.tuples import Endpoint
+from natkeep.policy import Agent
+from natkeep.values import replace
 
 
 @pytest.fixture(autouse=True)
@@ -200,6 +205,61 @@ def test_nothing_is_left_in_the_store_but_the_generation(fleet: Fleet) -> None:
     assert fleet.apply().generation == 3
     fleet.turn()
     assert fleet.phases() == READY
+
+
+def test_a_group_is_all_its_gateways_and_one_that_comes_later(fleet: Fleet) -> None:
+    host_b, *_ = fleet.usual()
+    second = fleet.add("gw-2", groups=("edge", "core"))
+    order = fleet.apply()
+    assert [name for name, _ in order.nodes()] == ["gw-1", "gw-2", "host-a", "host-b"]
+    fleet.turn()
+    assert fleet.phases() == {**READY, "gw-2": "open"}
+    third = fleet.add("gw-3", groups=("edge",))
+    fleet.turn()
+    assert third.kernel.sites["gw"].gates == {"web": Gate.OPEN}
+    assert not progress.look(fleet.store, "web").lacking("ready")
+    second.kill()
+    host_b.kill()
+    host_b.bounds = Agent(node="host-b", groups=("edge",))  # a mistake that stops no end
+    host_b.start()
+    fleet.end()
+    fleet.turn()
+    assert host_b.journal(), "gw-2 sends here, as far as is known"
+    assert "gw-2" in fleet.done("host-a").waits
+    assert third.journal() is None
+    host_b.kill()
+    host_b.bounds = Agent(node="host-b")
+    host_b.start()
+    second.start()
+    fleet.turn()
+    assert {*fleet.phases().values()} == {"gone"}
+
+
+def test_listeners_datagrams_and_peers_hosts_are_ordered_too(fleet: Fleet) -> None:
+    host_b = fleet.add("host-b")
+    peer = fleet.add("peer-1")
+    sites = [ORDER["sites"][0], {"node": "peer-1", "role": "peer", "netns": "peer"}]
+    listing = f"{LISTING}udp 10.2.0.10:53 *\nudp 10.2.0.10:4433 10.1.0.2:50594\n"
+    order, _ = parse_file(json.dumps({**ORDER, "sites": sites}))
+    order = replace(order, listeners=(Endpoint.parse("10.2.0.10:80"),))
+    done, _ = orders.apply(fleet.store, order, parse_listing(listing, "list"))
+    assert done.listed.count == 4
+    fleet.turn()
+    assert fleet.phases() == {"host-b": "prepared", "peer-1": "open"}
+    for node in (host_b, peer):
+        move = node.executor().state.load("web").move
+        assert [*map(str, move.listeners)] == ["10.2.0.10:80"]
+        assert (len(move.udp), len(move.udp_servers)) == (1, 1)
+
+
+def test_a_long_list_comes_in_pieces(fleet: Fleet, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("natkeep.fleet.listing.PIECE", 100)
+    host_b, *_ = fleet.usual()
+    listing = "".join(f"10.2.0.10:5000 10.1.0.2:{50000 + n}\n" for n in range(40))
+    assert fleet.apply(listing=listing).listed.pieces == 12
+    fleet.turn()
+    assert fleet.phases() == READY
+    assert len(host_b.executor().state.load("web").connections) == 40
 
 
 # ---- what undoes ---------------------------------------------------------------------------------
@@ -479,7 +539,6 @@ def test_a_host_that_boots_is_made_ready_again(
 
 
 def test_what_was_prepared_by_hand_is_left_alone(fleet: Fleet) -> None:
-    from natkeep.checkpoint.listing import parse_listing
     from natkeep.lifecycle.prepare import prepare
     from natkeep.plan.move import Move, Site
     from natkeep.plan.roles import Role
