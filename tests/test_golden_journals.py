@@ -107,14 +107,21 @@ def exchange(golden: Path, state: Path, names: dict[str, str]) -> None:
 def load_earlier_rules(case: str, names: dict[str, str]) -> None:
     """In the place of today's rules those that the journals' natkeeps had, as nft listed them.
 
-    But for the raw ones, which nft lists and does not read.
+    But for the raw ones, which nft lists and does not read. Of a live process a gateway had none.
     """
     for path in (GOLDEN / "rules" / case).iterdir():
-        within = ["ip", "netns", "exec", names[path.stem], "nft", "-f", "-"]
         text = path.read_text()
         tables = re.findall(r"(?m)^table (\w+ natkeep) {", text)
         deletion = "".join(f"delete table {table}\n" for table in tables)
-        subprocess.run(within, check=True, input=deletion + text, text=True)
+        load(deletion + text, names[path.stem])
+    if case == "live":
+        load("delete table inet natkeep\n", names["gateway"])
+
+
+def load(text: str, netns: str) -> None:
+    """By nft, in the network namespace of that name."""
+    within = ["ip", "netns", "exec", netns, "nft", "-f", "-"]
+    subprocess.run(within, check=True, input=text, text=True)
 
 
 @pytest.fixture

@@ -131,9 +131,10 @@ def test_what_came_is_added_and_teardown_leaves_nothing(
     else:
         said = natkeep(state, *words, "--live", str(pid))
 
-    assert f"gateway={gateway}: left alone until open" in said
-    assert rules(gateway) == ""
+    assert f"gateway={gateway}: changes nothing until open" in said
     port = peers[0].rpartition(":")[2]
+    assert "@kept-web-0" in rules(gateway)
+    assert f"{port} . 5000" not in rules(gateway)  # so nothing is redirected, and no gate closed
     assert f"10.1.0.2 . {port} . 5000" in rules(destination)
     assert natkeep(state, "status", "--strict", "web").count("waits for open") == 1
 

@@ -121,9 +121,9 @@ def _find_missing(
 
 
 def _waiting(move: Move) -> list[str]:
-    """Which sites are left alone until the process is frozen."""
+    """Which sites change nothing for the peers until the process is frozen."""
     return [
-        f"{site}: left alone until open, since the process still talks through it"
+        f"{site}: changes nothing until open, since the process still talks through it"
         for site in move.ordered_sites()
         if move.waits(site)
     ]

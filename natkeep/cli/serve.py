@@ -42,6 +42,7 @@ from typing import Any
 from natkeep import __version__, afterwards
 from natkeep.errors import NatkeepError, RefusedError, UsageError
 from natkeep.installed import find_program
+from natkeep.kernel import nftables
 from natkeep.migrate import PROTOCOL
 from natkeep.plan.move import parse_id
 from natkeep.state.directory import StateDirectory
@@ -50,8 +51,10 @@ from natkeep.terminal import show_json
 _LONGEST = 1 << 28  # octets of a request: a list of connections is in it
 _PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 _NEEDED = (
-    "cli", "cli.change", "cli.show", "checkpoint.images", "checkpoint.described", "kernel.linux",
-    "lifecycle.prepare", "lifecycle.teardown", "lifecycle.status", "lifecycle.rollback",
+    "cli.change", "cli.show", "checkpoint.described", "checkpoint.images", "checkpoint.listing",
+    "kernel.criu_trial", "kernel.linux", "kernel.process", "kernel.silence", "kernel.snapshot",
+    "lifecycle.compare", "lifecycle.live", "lifecycle.prepare", "lifecycle.process",
+    "lifecycle.replace", "lifecycle.rollback", "lifecycle.status", "lifecycle.teardown",
     "report.status",
 )  # fmt: skip
 
@@ -66,6 +69,7 @@ def serve(args: argparse.Namespace) -> int:
     parse_id(args.id)
     for name in _NEEDED:
         import_module(f"natkeep.{name}")
+    nftables.is_available()  # imports its binding
     # What is asked for must not end because a terminal or a connection has.
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)

@@ -2,7 +2,8 @@
 
 Connections come and go until the freeze. What came is added, at the destination beside what stands
 there; what went has no socket: sites that waited never hear of it, and what the destination has of
-it is taken away by teardown, since a deletion would hold up the restore.
+it is taken away by teardown, since a deletion would hold up the restore. A gateway's rules, which
+redirect nothing so far, are made anew where either happened.
 
 Rule: the journal has the new plan, in one line, before the kernel is asked for any of it. Killed
 from there on, the next open goes on, and a teardown undoes both plans as one.
@@ -18,7 +19,7 @@ from natkeep.errors import RefusedError
 from natkeep.lifecycle.conflicts import refuse_overlaps
 from natkeep.lifecycle.executor import Executor
 from natkeep.lifecycle.owners import find_surroundings
-from natkeep.lifecycle.progress import kinds_of, numbers_before, plan_of, unprepared
+from natkeep.lifecycle.progress import is_prepared, is_waiting, kinds_of, plan_of, unprepared
 from natkeep.plan.move import Move
 from natkeep.plan.repair import LoadObjects, Patch
 from natkeep.plan.roles import Role
@@ -51,9 +52,7 @@ def bring_up_to_date(
 
     JournalError when the move was not prepared to the end; how the image differs is returned.
     """
-    late = _late_numbers(journal, plan)
-    done = journal.is_done if journal.change is None else journal.has_been_done
-    if not all(done(number) for number in numbers_before(plan) if number not in late):
+    if not is_prepared(journal, plan, _late_numbers(journal, plan)):
         raise unprepared(journal)
     compared = None
     if image is not None:
@@ -82,7 +81,7 @@ def compare(executor: Executor, journal: Journal, plan: Plan, image: Checkpoint)
     came, went = found.minus(prepared), prepared.minus(found)
     if len(came):
         policy.authorise(move, len(prepared) + len(came) + len(move.lost))
-    begun = {plan.steps[n].site for n, r in journal.records.items() if r.state != "undone"}
+    begun = (site for site in move.sites if not is_waiting(journal, plan, site))
     if any(move.waits(site) for site in begun) or journal.is_opened():
         if len(came):
             raise RefusedError(
@@ -95,14 +94,7 @@ def compare(executor: Executor, journal: Journal, plan: Plan, image: Checkpoint)
     new = make_plan(move, journal.connections, journal.surroundings, change)
     _refuse_to_widen(plan, change)
     refuse_overlaps(executor, new, frozenset({move.id}))
-    again = tuple(
-        number
-        for number, origin in enumerate(_origins(plan, new))
-        if origin is not None
-        and origin in journal.records
-        and not (plan.written or plan.unnoted)
-        and _more(plan.steps[origin], new.steps[number]) is not None
-    )
+    again = () if plan.written or plan.unnoted else _find_again(journal, plan, new)
     faultpoints.reach("change")
     journal.note_change(change, kinds_of(new), _origins(plan, new), again, image.run_id)
     faultpoints.reach("changed")
@@ -125,6 +117,7 @@ def widen(executor: Executor, journal: Journal, plan: Plan) -> None:
     if journal.change is None:
         return
     base = make_plan(journal.move, journal.connections, journal.surroundings)
+    _take_back(executor, journal, plan)
     for number, origin in enumerate(_origins(base, plan)):
         record = journal.records.get(number)
         if origin is None or record is None or not record.again:
@@ -142,6 +135,13 @@ def widen(executor: Executor, journal: Journal, plan: Plan) -> None:
         executor.kernel.mend(patch, remember)
         faultpoints.reach("widened")
         journal.note(number, "done", before)
+
+
+def _take_back(executor: Executor, journal: Journal, plan: Plan) -> None:
+    """What gateways were prepared with, and would have otherwise by now: open does it anew."""
+    again = {number for number, record in journal.records.items() if record.again}
+    stale = [number for number in again if plan.move.waits(plan.steps[number].site)]
+    executor.undo_for_now(journal, stale)
 
 
 def _find_new_datagrams(move: Move, image: Checkpoint) -> Iterator[str]:
@@ -192,6 +192,21 @@ def _key(step: Step) -> tuple[object, ...]:
             return (step.site, type(step), step.translation.number)
         case _:
             return (step.site, type(step))
+
+
+def _find_again(journal: Journal, old: Plan, new: Plan) -> tuple[int, ...]:
+    """The steps of *new* that were done as *old* had them, and have more to do, or others.
+
+    All of a gateway, where one would load others by now: as the sizes of its sets are.
+    """
+    pairs = [
+        (number, old.steps[origin], step)
+        for number, (origin, step) in enumerate(zip(_origins(old, new), new.steps, strict=True))
+        if origin is not None and origin in journal.records
+    ]
+    differ = {now.site for _, was, now in pairs if objects_of(was) != objects_of(now)}
+    redone = {site for site in differ if site.row.passes_on}
+    return tuple(n for n, was, now in pairs if now.site in redone or _more(was, now) is not None)
 
 
 def _more(old: Step, new: Step) -> Patch | None:

@@ -125,18 +125,14 @@ class Executor:
     # ---- do ------------------------------------------------------------------------------------
 
     def apply_or_undo(
-        self,
-        journal: Journal,
-        plan: Plan,
-        numbers: list[int],
-        last: Callable[[], None] | None = None,
-    ) -> None:
+        self, journal: Journal, plan: Plan, numbers: list[int],
+        last: Callable[[], None] = lambda: None,
+    ) -> None:  # fmt: skip
         """Do these steps in order, and then *last*; if anything fails, undo all of them."""
         try:
             for number in numbers:
                 self.apply(journal, plan.steps[number], number)
-            if last is not None:
-                last()
+            last()
         except BaseException as error:
             # Ctrl-C and SIGTERM too: leaving half a translation is what gets connections reset.
             self.talk(f"natkeep: {error or type(error).__name__}: undoing")
@@ -209,8 +205,10 @@ class Executor:
         asked = (journal.move.id, frozenset(map_.old for map_ in journal.move.maps), self.breaks)
         return {site: self.kernel.ask(site, find_arriving, *asked) for site in sites}
 
-    def undo(self, journal: Journal, numbers: Iterable[int]) -> list[NatkeepError]:
-        """Undo those of the steps that were begun, going on after a failure."""
+    def undo(
+        self, journal: Journal, numbers: Iterable[int], noted: Prior | None = None
+    ) -> list[NatkeepError]:
+        """Undo those of the steps that were begun, going on after a failure; *noted* of each."""
         left, incomplete = list[NatkeepError](), set[Site]()
         self.staying.clear()
         journal.resolve()
@@ -230,9 +228,14 @@ class Executor:
                 continue
             # A full disk must not stop this: what the journal still has is only undone again.
             with suppress(Exception):
-                journal.note(number, "undone", Prior())
+                journal.note(number, "undone", noted or Prior())
                 faultpoints.reach("undone", kind)
         return left
+
+    def undo_for_now(self, journal: Journal, numbers: Iterable[int]) -> None:
+        """Undo these, last first: they may be done again, and no undoing of the move has begun."""
+        if left := self.undo(journal, sorted(numbers, reverse=True), Prior(facts={"closed": True})):
+            raise leftover(journal, left)
 
     def _undo_step(
         self, journal: Journal, kind: str, site: Site, undo: Undo, prior: Prior
@@ -285,12 +288,8 @@ class Executor:
         move_id = journal.move.id
         if isinstance(undo, LowerLoopback):
             # Those that could not be taken away are tried again, and lo would not be.
-            here = (one for one in journal.records.values() if one.site == site)
-            left = (
-                one.undo.address
-                for one in here
-                if isinstance(one.undo, RemoveAddress) and one.state != "undone"
-            )
+            here = (r for r in journal.records.values() if r.site == site and r.state != "undone")
+            left = (r.undo.address for r in here if isinstance(r.undo, RemoveAddress))
             return self.kernel.ask(site, needs_loopback, frozenset(left))
         if not isinstance(undo, RemoveAddress):
             return False

@@ -34,7 +34,7 @@ opened as ever, by `open_move`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from contextlib import ExitStack, suppress
 from functools import partial
 
@@ -44,10 +44,10 @@ from natkeep.kernel import nftables
 from natkeep.kernel.interface import Kernel, Packed
 from natkeep.kernel.netns import path_of
 from natkeep.lifecycle.executor import Executor, leftover
-from natkeep.lifecycle.progress import numbers_before, plan_of, refuse_earlier_boot, unprepared
+from natkeep.lifecycle.progress import is_prepared, plan_of, refuse_earlier_boot, unprepared
 from natkeep.plan.move import Site
 from natkeep.plan.replay import holder_name
-from natkeep.plan.steps import OpenEarly, OpenGate, Plan, Prior, Unknown
+from natkeep.plan.steps import OpenEarly, OpenGate, Plan, Unknown
 from natkeep.plan.translation import Compared
 from natkeep.state.directory import read_boot_id
 from natkeep.state.journal import Journal
@@ -80,7 +80,7 @@ def open_move(
         executor.open_known(journal, plan.move.sites)
         compared = None
         if image is None and journal.change is None:
-            if not all(journal.is_done(number) for number in numbers_before(plan)):
+            if not is_prepared(journal, plan):
                 raise unprepared(journal)
         else:
             from natkeep.lifecycle import compare  # a move of a frozen process needs it not
@@ -93,8 +93,8 @@ def open_move(
             if number not in journal.records:
                 executor.kernel.check(plan.steps[number])
         closed = not (opens or journal.is_opened())
-        ready = partial(write_ready, executor.kernel, journal, plan) if closed else None
-        executor.apply_or_undo(journal, plan, numbers, ready)
+        ready = partial(write_ready, executor.kernel, journal, plan)
+        executor.apply_or_undo(journal, plan, numbers, ready if closed else lambda: None)
         return compared
 
 
@@ -128,20 +128,9 @@ def close_move(executor: Executor, move_id: str, *, dumps: bool = False) -> None
         executor.open_known(journal, plan.move.sites)
         opened = range(len(plan.prepare), len(plan.steps))
         if dumps:
-            close_gates(executor, journal, opened)
+            executor.undo_for_now(journal, opened)
         elif left := executor.undo(journal, reversed(opened)):
             raise leftover(journal, left)
-
-
-def close_gates(executor: Executor, journal: Journal, opened: Iterable[int]) -> None:
-    """Undo these steps, last first: they may be done again, and no undoing has begun."""
-    numbers = sorted(opened, reverse=True)
-    if left := executor.undo(journal, numbers):
-        raise leftover(journal, left)
-    for number in numbers:
-        record = journal.records.get(number)
-        if record is not None and record.state == "undone":
-            journal.note(number, "undone", Prior(facts={"closed": True}))
 
 
 def remove_gate_hooks(executor: Executor, move_id: str) -> bool:

@@ -39,8 +39,6 @@ def prepare(
     with executor.state.changing(move.id):
         plan = check(executor, move, connections, frozen=frozen, run_id=image)
         carry_out(executor, plan, connections, gate, image)
-        if gate == Gate.OPEN:
-            executor.kernel.unhook_gates()
     return plan
 
 
@@ -73,7 +71,7 @@ def carry_out(
         finish(partial(executor.undo_all, journal, numbers, error))
         raise
     try:
-        executor.apply_or_undo(journal, plan, numbers, ready if quick else None)
+        executor.apply_or_undo(journal, plan, numbers, ready if quick else lambda: None)
     except BaseException:
         if quiesce is not None and not executor.state.knows(move.id):
             finish(partial(_quiesce_again, executor, quiesce))

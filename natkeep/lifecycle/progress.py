@@ -14,9 +14,9 @@ from natkeep.plan.recorded import Written, follow
 from natkeep.plan.roles import Role
 from natkeep.plan.step_order import make_plan
 from natkeep.plan.step_undo import PutLockBack, RemoveAddress
-from natkeep.plan.steps import OpenGate, Plan, Unknown
+from natkeep.plan.steps import InstallGate, InstallTranslation, OpenGate, Plan, Step, Unknown
 from natkeep.state.directory import read_boot_id
-from natkeep.state.journal import Journal, Record, Unread
+from natkeep.state.journal import Journal, Unread
 from natkeep.state.object_codec import loaded_from_json, loaded_to_json
 from natkeep.values import replace
 
@@ -46,7 +46,7 @@ def _is_as_today(journal: Journal, plan: Plan) -> bool:
         record = journal.records.get(number)
         loaded: Mapping[str, Any] = {}
         if record is not None:
-            loaded = {} if _has_more_to_do(journal, record) else record.loaded
+            loaded = {} if _has_more_to_do(journal, number) else record.loaded
         elif number >= first:
             loaded = journal.opening[number - first]
         if loaded and loaded != loaded_to_json(step):
@@ -54,9 +54,10 @@ def _is_as_today(journal: Journal, plan: Plan) -> bool:
     return True
 
 
-def _has_more_to_do(journal: Journal, record: Record) -> bool:
-    """Whether a comparison with the image has found that the step has to load more."""
-    return journal.change is not None and record.again
+def _has_more_to_do(journal: Journal, number: int) -> bool:
+    """Whether a comparison with the image has found that the step has to load more, or others."""
+    again = journal.records[number].again or journal.is_closed_again(number)
+    return journal.change is not None and again
 
 
 def _read_written(journal: Journal, number: int, later: int) -> Written:
@@ -84,7 +85,19 @@ def kinds_of(plan: Plan) -> tuple[str, ...]:
 def numbers_before(plan: Plan) -> list[int]:
     """The steps that prepare does: of a live process those that leave it and its peers alone."""
     steps = enumerate(plan.prepare)
-    return [number for number, step in steps if not plan.move.waits(step.site)]
+    return [n for n, step in steps if not plan.move.waits(step.site) or _redirects_nothing(step)]
+
+
+def _redirects_nothing(step: Step) -> bool:
+    """Whether it is only rules, which ask a set that is filled once the process is frozen."""
+    return isinstance(step, InstallGate | InstallTranslation) and step.site.row.passes_on
+
+
+def is_prepared(journal: Journal, plan: Plan, late: frozenset[int] = frozenset()) -> bool:
+    """Whether prepare did all that open does not do where it is missing, but for *late*."""
+    done = journal.is_done if journal.change is None else journal.has_been_done
+    needed = (n for n, step in enumerate(plan.prepare) if not plan.move.waits(step.site))
+    return all(done(number) for number in needed if number not in late)
 
 
 def without_lock(journal: Journal, numbers: Iterable[int]) -> list[int]:
@@ -99,8 +112,9 @@ def puts_lock_back(journal: Journal, number: int) -> bool:
 
 
 def is_waiting(journal: Journal, plan: Plan, site: Site) -> bool:
-    """Whether *site* has nothing of the move yet, since it is made ready by open."""
-    begun = [n for n, record in journal.records.items() if record.state != "undone"]
+    """Whether nothing is redirected at *site* yet, since it is made ready by open."""
+    early = numbers_before(plan)
+    begun = [n for n, r in journal.records.items() if r.state != "undone" and n not in early]
     return plan.move.waits(site) and site not in {plan.steps[n].site for n in begun}
 
 
@@ -108,7 +122,7 @@ def is_retired(journal: Journal, plan: Plan, site: Site) -> bool:
     """Whether another move has replaced this one at *site*."""
     numbers = [n for n, step in enumerate(plan.steps) if step.site == site]
     records = [journal.records[n].state for n in numbers if n in journal.records]
-    return bool(records) and set(records) == {"undone"}
+    return set(records) == {"undone"} and not any(map(journal.is_closed_again, numbers))
 
 
 def has_been_opened(journal: Journal, plan: Plan, site: Site) -> bool:

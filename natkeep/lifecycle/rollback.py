@@ -19,7 +19,6 @@ from __future__ import annotations
 from natkeep.errors import RefusedError
 from natkeep.lifecycle.drain import has_spoken
 from natkeep.lifecycle.executor import Executor, finish, leftover
-from natkeep.lifecycle.open import close_gates
 from natkeep.lifecycle.progress import has_been_opened, refuse_earlier_boot, was_closed
 from natkeep.lifecycle.status import look_at_sites
 from natkeep.lifecycle.teardown import end
@@ -93,7 +92,7 @@ def _close_relay(executor: Executor, journal: Journal) -> tuple[Site, ...]:
     relays = {s for s in journal.move.sites if s.row.relays and executor.reach(journal, s)}
     records = [(n, r) for n, r in journal.records.items() if r.site in relays]
     opened = [n for n, r in records if isinstance(r.undo, CloseGates)]
-    close_gates(executor, journal, opened)
+    executor.undo_for_now(journal, opened)
     return ()
 
 

@@ -88,7 +88,7 @@ def go_back(migration: Migration) -> None:
 def _undo(migration: Migration, place: Place) -> str:
     """All that was done, in the order of the top of this file; what is left."""
     record, image = migration.record, ""
-    left = _undo_translators(migration) if record.is_past("copy") else ""
+    left = _undo_translators(migration)
     if place == Place.FROZEN and record.is_past("restore"):
         migration.engine.clear(migration.destination)
         image = migration.read_image()
@@ -101,7 +101,8 @@ def _undo(migration: Migration, place: Place) -> str:
         if image:
             # What a failed restore has left dropped there goes with a move that takes it over.
             migration.prepare_from(image, "destination", migration.destination)
-        if not left:  # else it stays silent for the peers that are sent there still
+        if not left or not record.is_past("copy"):
+            # Else it stays silent for the peers that are sent there still.
             migration.destination.natkeep("teardown", record.id, "--yes", "--drop", "0")
     except NatkeepError as error:
         left = str(error)
@@ -113,10 +114,10 @@ def _undo_translators(migration: Migration) -> str:
     """The first of the way back; what is left of it.
 
     Without a gateway there is no way back for any peer. A peer's own host that is away may never
-    come back, so the other peers do not wait for it.
+    come back, so the other peers do not wait for it; nor do they where nothing is redirected yet.
     """
     record, left = migration.record, list[str]()
-    alone = record.role == PEER
+    alone = record.role == PEER or not record.is_past("copy")
     for host in migration.translators:
         why = f"{host} still sends peers to {record.destination}"
         try:

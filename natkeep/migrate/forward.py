@@ -139,12 +139,12 @@ class Migration:
         record.started = read_start(self.source, record.pid)
         document = way.read_sockets(self.source, record)
         self.sockets = json.dumps(document)
+        self._refuse_moved_before(document)
         record.maps = way.find_maps(document, self.destination, record.netns, record.maps)
         self.say("check", f"{document['sum']['kept']} connections kept: {', '.join(record.maps)}")
         self.lost = way.find_lost(document)
         for line in way.describe_lost(self.lost):
             self.say("check", f"LOST {line}")
-        self._refuse_moved_before()
         self.say("check", way.choose(record, self._reach, self.sockets))
         for host in self.translators:
             self._refuse_known(host, record.translator_id(host.target))
@@ -162,9 +162,9 @@ class Migration:
         if knows(host, move_id):
             raise RefusedError(f"{host} has a move {move_id} already", hint="--id another")
 
-    def _refuse_moved_before(self) -> None:
+    def _refuse_moved_before(self, document: dict[str, Any]) -> None:
         """Where it came by a move, that one is to be replaced: there is not to be a second one."""
-        olds = self.record.olds
+        olds = {*way.find_olds(document), *self.record.olds}
         for move in self.source.natkeep("status", "--json").document()["moves"]:
             ends = [site for site in move["sites"] if site["role"] == "destination"]
             if ends and any(each["old"] in olds for each in move["maps"]):
@@ -205,11 +205,11 @@ class Migration:
         for host in (self.source, self.destination):
             self.engine.arrange(host, "restore", record.hook)
         if record.role != RELAY:
-            self.destination.natkeep(
-                "prepare", record.id, *record.options(), "--site", record.site("destination"),
-                "--connections", "-", stdin=self.sockets,
-            )  # fmt: skip
-            self.say("prepare", f"{self.destination} is ready, its gate closed")
+            self.prepare_from(self.sockets, "destination", self.destination)
+            for host in self.translators:
+                self.prepare_from(self.sockets, record.role, host)
+            names = ", ".join(map(str, (self.destination, *self.translators)))
+            self.say("prepare", f"{names}: ready, nothing is redirected yet")
         for number in range(1, record.pre_dumps + 1):
             self._pre_dump(number)
 
@@ -290,7 +290,7 @@ class Migration:
             self.prepare_from(image, "destination", self.destination)
         with ThreadPoolExecutor(len(self.translators)) as beside:
             # The destination is closed, so these need not wait for it.
-            done = beside.map(partial(self.prepare_from, image, record.role), self.translators)
+            done = beside.map(partial(self._redirect, image), self.translators)
             # And the hook then has nothing to compare in the blackout.
             comparing = ["open", record.id, "--connections", "-", "--compare"]
             self.destination.natkeep(*comparing, stdin=image)
@@ -303,14 +303,20 @@ class Migration:
         words = ["inspect", self.engine.image, *self.record.inspect_options(), "--json"]
         return self.source.natkeep(*words).stdout
 
-    def prepare_from(self, image: str, role: str, host: Host) -> None:
-        """Prepare a site of *role* there from the document of the image, unless it is."""
-        record, there = self.record, role == "destination"
-        move_id = record.id if there else record.translator_id(host.target)
+    def prepare_from(self, sockets: str, role: str, host: Host) -> None:
+        """Prepare a site of *role* there from a document of the sockets, unless it is."""
+        record = self.record
+        move_id = record.id if role == "destination" else record.translator_id(host.target)
         if self.fresh or not knows(host, move_id):
             words = ["prepare", move_id, *record.options(), "--site", record.site(role)]
-            gate = [] if there else ["--gate", "open"]
-            host.natkeep(*words, *gate, "--connections", "-", stdin=image)
+            host.natkeep(*words, "--connections", "-", stdin=sockets)
+
+    def _redirect(self, image: str, host: Host) -> None:
+        """Have a host that translates do so, for what the document of the image has."""
+        if not self.fresh:
+            self.prepare_from(image, self.record.role, host)
+        move_id = self.record.translator_id(host.target)
+        host.natkeep("open", move_id, "--connections", "-", stdin=image)
 
     def _restore(self) -> None:
         record = self.record

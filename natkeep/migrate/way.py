@@ -71,7 +71,7 @@ def find_maps(
     if not wishes:
         raise RefusedError(
             "the process has no connection that can be kept",
-            hint="natkeep inspect --live PID there",
+            hint="natkeep inspect --live PID there; --map OLD=NEW for a server of UDP",
         )
     found = []
     for one in wishes:
@@ -81,6 +81,11 @@ def find_maps(
             new = _find_new(destination, peers[one.old], netns)
         found.append(str(Map(one.old, new, one.old_port, one.new_port)))
     return found
+
+
+def find_olds(sockets: dict[str, Any]) -> set[str]:
+    """The addresses that the kept connections have at the source."""
+    return {str(old) for old, _ in _find_ends(sockets)}
 
 
 def _find_ends(sockets: dict[str, Any]) -> Iterator[tuple[Address, Address]]:

@@ -167,11 +167,11 @@ class Journal:
         loaded = earlier.loaded if earlier is not None else {}
         if step is not None and state == "doing" and self.schema > 1:
             undo = undo.read() if isinstance(undo, Unread) else undo
-            made = _join(undo_of(step), undo)
-            if (step.site, made) != (site, undo) or not loaded:
+            made, now = _join(undo_of(step), undo), loaded_to_json(step)
+            if (step.site, made, now) != (site, undo, loaded):
                 line["site"] = self.move.sites.index(step.site)
                 line["undo"] = undo_to_json(made, self._files())
-                loaded = loaded_to_json(step)
+                loaded = now
                 line |= loaded
             site, undo = step.site, made
         again = state == "doing" and self.has_been_done(number)
