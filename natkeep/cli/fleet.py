@@ -250,6 +250,8 @@ def _wait(args: argparse.Namespace, store: Store) -> int:
     rest = _SOONEST
     while True:
         move = progress.look(store, move_id)
+        if goal != "settled" and not move.order.is_wanted():
+            raise RefusedError(f"{move_id} is undone, or to be", hint="natkeep fleet apply")
         lacking = move.lacking(goal)
         if not lacking:
             break

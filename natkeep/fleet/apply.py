@@ -8,7 +8,7 @@ refused.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 from natkeep.checkpoint import Checkpoint
 from natkeep.checkpoint.listing import write_listing
@@ -131,8 +131,18 @@ def _orders(order: Order, *, force: bool = False, unopened: bool = False) -> dic
 
 def _find_alive(store: Store) -> dict[str, list[str]]:
     """The nodes whose agents run, and their groups."""
-    found = store.range(keys.NODES).items
-    return {k.split("/")[4]: _groups(item) for k, item in found.items() if k.endswith("/alive")}
+    alive = {node: read(store, keys.alive(node)) for node in _find_nodes(store)}
+    return {node: _groups(item) for node, item in alive.items() if item}
+
+
+def _find_nodes(store: Store) -> Iterator[str]:
+    """All there are, without all that they say: of each its first key, and then the next one's."""
+    start = ""
+    while items := store.range(keys.NODES, start, 1).items:
+        [key] = items
+        node = key.removeprefix(keys.NODES).partition("/")[0]
+        yield node
+        start = f"{keys.NODES}{node}{chr(ord('/') + 1)}"
 
 
 def _with_members(order: Order, alive: Mapping[str, list[str]]) -> Order:

@@ -37,12 +37,14 @@ class DirectoryStore:
         self._own = threading.local()
         self._closed = threading.Event()
 
-    def range(self, prefix: str) -> Snapshot:
+    def range(self, prefix: str, start: str = "", limit: int = 0) -> Snapshot:
         self._end_leases()
         with self._transaction("DEFERRED") as database:
+            _, end = _bounds(prefix)
             rows = database.execute(
-                f"SELECT key, value, revision FROM kv WHERE {_BELOW} AND value IS NOT NULL",
-                _bounds(prefix),
+                f"SELECT key, value, revision FROM kv WHERE {_BELOW} AND value IS NOT NULL"
+                " ORDER BY key LIMIT ?",
+                (start or prefix, end, limit or -1),
             )
             items = {key: Item(value, revision) for key, value, revision in rows}
             return Snapshot(items, _revision(database))

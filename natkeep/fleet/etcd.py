@@ -76,8 +76,9 @@ class EtcdStore:
         self._watches: dict[socket.socket, Endpoint] = {}
         self._closed = False
 
-    def range(self, prefix: str) -> Snapshot:
-        found = self._call("kv/range", **_below(prefix))
+    def range(self, prefix: str, start: str = "", limit: int = 0) -> Snapshot:
+        below = _below(prefix) | ({"key": _b64(start)} if start else {})
+        found = self._call("kv/range", **below, limit=limit)
         return Snapshot(dict(map(_read_item, found.get("kvs", ()))), _revision(found))
 
     def watch(self, prefix: str, revision: int) -> Iterator[Changes]:

@@ -35,8 +35,8 @@ Changes = Mapping[str, Item | None]
 class Store(Protocol):
     """What a fleet asks of a store."""
 
-    def range(self, prefix: str) -> Snapshot:
-        """All keys that begin with *prefix*."""
+    def range(self, prefix: str, start: str = "", limit: int = 0) -> Snapshot:
+        """All keys that begin with *prefix*; with a limit the first, from *start* on."""
 
     def watch(self, prefix: str, revision: int) -> Iterator[Changes]:
         """Each change below *prefix* after *revision*, in order, as it comes."""

@@ -252,6 +252,14 @@ def test_listeners_datagrams_and_peers_hosts_are_ordered_too(fleet: Fleet) -> No
         assert (len(move.udp), len(move.udp_servers)) == (1, 1)
 
 
+def test_nodes_are_found_whatever_their_names_are(fleet: Fleet) -> None:
+    for name in ("a", "a-b", "a.b", "a0", "b"):
+        fleet.add(name, groups=("edge",))
+    fleet.add("host-b")
+    order = fleet.apply({**ORDER, "sites": ORDER["sites"][:2]})
+    assert [name for name, _ in order.nodes()] == ["a", "a-b", "a.b", "a0", "b", "host-b"]
+
+
 def test_a_long_list_comes_in_pieces(fleet: Fleet, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("natkeep.fleet.listing.PIECE", 100)
     host_b, *_ = fleet.usual()

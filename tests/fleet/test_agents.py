@@ -128,6 +128,7 @@ def test_a_move_from_apply_to_settled(fleet: Processes) -> None:
     done = fleet.run("fleet", "wait", "web", "--for", "settled")
     assert (done.returncode, "2 connections live" in done.stderr) == (8, True)
     fleet.call("fleet", "end", "web", "--yes")
+    assert fleet.run("fleet", "wait", "web").returncode == 4, "it is to be undone"
     fleet.call("fleet", "wait", "web", "--for", "settled")
     assert look(fleet.names) == before
     assert "nothing is ordered" in fleet.call("fleet", "status")

@@ -75,6 +75,16 @@ def test_a_key_is_no_prefix_of_itself_with_more(store: Store) -> None:
     assert item.value == "1"
 
 
+def test_a_range_goes_on_from_a_key(store: Store) -> None:
+    keys = ["/t/a-b/1", "/t/a.b/1", "/t/a/1", "/t/a/2", "/t/a0/1", "/t/b/1"]
+    store.txn(dict.fromkeys(keys, "x"))
+    store.txn({"/s": "x", "/u": "x"})
+    assert [*store.range("/t/", limit=1).items] == keys[:1]
+    assert [*store.range("/t/", "/t/a0", 1).items] == keys[4:5]
+    assert [*store.range("/t/", "/t/a/2").items] == keys[3:]
+    assert [*store.range("/t/", "/t/b0", 1).items] == []
+
+
 def test_a_transaction_is_whole_or_nothing(store: Store) -> None:
     assert store.txn({"/t/a": "1"}, {"/t/a": ABSENT})
     assert not store.txn({"/t/a": "2", "/t/b": "2"}, {"/t/a": ABSENT})
