@@ -106,7 +106,8 @@ class Agent:
 
     def describe_alive(self) -> str:
         """What is in the store while it lives, but for its pid and version."""
-        opened = sum(told.phase == Phase.OPEN for told in self.known.told.values())
+        told = [*self.known.told.values()]  # at once: it is asked by another thread
+        opened = sum(each.phase == Phase.OPEN for each in told)
         roles = self.bounds.roles
         return json.dumps(
             {

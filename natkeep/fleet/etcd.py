@@ -29,6 +29,7 @@ from natkeep.fleet.store import Changes, Item, Snapshot
 _TIMEOUT = 1.0  # s for one answer of one member
 _PATIENCE = 5.0  # s for an answer of any: an election takes one to three
 _REST = 0.05
+_PAGE = 2000  # keys of one answer
 # codes of gRPC, as a body has them
 _INVALID, _NOT_FOUND, _DENIED, _UNAUTHENTICATED = 3, 5, 7, 16
 _KEEPALIVE = ((socket.TCP_KEEPIDLE, 5), (socket.TCP_KEEPINTVL, 2), (socket.TCP_KEEPCNT, 3))
@@ -77,9 +78,17 @@ class EtcdStore:
         self._closed = False
 
     def range(self, prefix: str, start: str = "", limit: int = 0) -> Snapshot:
-        below = _below(prefix) | ({"key": _b64(start)} if start else {})
-        found = self._call("kv/range", **below, limit=limit)
-        return Snapshot(dict(map(_read_item, found.get("kvs", ()))), _revision(found))
+        below, items, revision = _below(prefix), dict[str, Item](), 0
+        below["key"] = _b64(start or prefix)
+        while True:
+            # All pages are of one revision, and none takes a member long.
+            page = {"limit": min(limit or _PAGE, _PAGE), "revision": revision}
+            found = self._call("kv/range", **below, **page)
+            items |= map(_read_item, found.get("kvs", ()))
+            revision = revision or _revision(found)
+            if not found.get("more") or (limit and len(items) >= limit):
+                return Snapshot(items, revision)
+            below["key"] = _b64([*items][-1] + "\0")
 
     def watch(self, prefix: str, revision: int) -> Iterator[Changes]:
         asked = {"create_request": {**_below(prefix), "start_revision": revision + 1}}

@@ -26,7 +26,8 @@ from natkeep.state.directory import read_boot_id
 LEASE = 10  # s
 _REST = 0.2  # s, until a store that was away is asked again
 _EVENT = struct.Struct("iIII")
-_CHANGES = 0x2 | 0x80 | 0x200 | 0x4000  # IN_MODIFY, IN_MOVED_TO, IN_DELETE, IN_Q_OVERFLOW
+_CHANGES = 0x2 | 0x80 | 0x200  # IN_MODIFY, IN_MOVED_TO, IN_DELETE
+_OVERFLOW = 0x4000  # IN_Q_OVERFLOW: more has changed than was told
 
 
 class Heard(NamedTuple):
@@ -72,7 +73,7 @@ class Wake:
         if fd < 0 or libc.inotify_add_watch(fd, os.fsencode(directory), _CHANGES) < 0:
             number = ctypes.get_errno()
             raise OSError(number, os.strerror(number), directory)
-        self._start(self._follow_journals, fd)
+        self._start(self._follow_journals, fd, directory)
 
     def demand_name(self, node: str) -> None:
         """RefusedError where an agent of another host has the name, and lives on."""
@@ -114,21 +115,18 @@ class Wake:
                 self._queue.put(told)
                 self._closed.wait(_REST)
 
-    def _follow_journals(self, fd: int) -> None:
+    def _follow_journals(self, fd: int, directory: str) -> None:
         while octets := os.read(fd, 1 << 16):
-            ids = set()
+            names: list[str] = []
             while octets:
-                _, _, _, size = _EVENT.unpack_from(octets)
-                name = (
-                    octets[_EVENT.size : _EVENT.size + size]
-                    .rstrip(b"\0")
-                    .decode("ascii", "replace")
-                )
-                octets = octets[_EVENT.size + size :]
-                move_id, _, kind = name.partition(".")
-                if kind == "journal" and is_id(move_id):
-                    ids.add(move_id)
-            if ids:
+                _, mask, _, size = _EVENT.unpack_from(octets)
+                end = _EVENT.size + size
+                names.append(os.fsdecode(octets[_EVENT.size : end].rstrip(b"\0")))
+                if mask & _OVERFLOW:
+                    names += os.listdir(directory)
+                octets = octets[end:]
+            ids = {name.removesuffix(".journal") for name in names if name.endswith(".journal")}
+            if ids := {*filter(is_id, ids)}:
                 self._queue.put(ids)
 
     def _stay_alive(self, node: str, describe: Callable[[], str]) -> None:

@@ -75,11 +75,19 @@ def test_a_key_is_no_prefix_of_itself_with_more(store: Store) -> None:
     assert item.value == "1"
 
 
-def test_a_range_goes_on_from_a_key(store: Store) -> None:
+@pytest.mark.parametrize("page", [1, 2, 6, 100])
+def test_a_range_goes_on_from_a_key(
+    store: Store, page: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("natkeep.fleet.etcd._PAGE", page)
     keys = ["/t/a-b/1", "/t/a.b/1", "/t/a/1", "/t/a/2", "/t/a0/1", "/t/b/1"]
     store.txn(dict.fromkeys(keys, "x"))
     store.txn({"/s": "x", "/u": "x"})
+    items, revision = store.range("/t/")
+    assert [*items] == keys
+    assert revision == items["/t/b/1"].revision + 1
     assert [*store.range("/t/", limit=1).items] == keys[:1]
+    assert [*store.range("/t/", limit=4).items] == keys[:4]
     assert [*store.range("/t/", "/t/a0", 1).items] == keys[4:5]
     assert [*store.range("/t/", "/t/a/2").items] == keys[3:]
     assert [*store.range("/t/", "/t/b0", 1).items] == []
