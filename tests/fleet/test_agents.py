@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from two_hosts import look, make_two_hosts
+from two_hosts import look, make_two_hosts, run_ip
 
 from bench.etcd_cluster import NUMBERS, Cluster
 from natkeep.errors import RefusedError
@@ -99,6 +99,12 @@ class Processes:
             assert time.monotonic() < until, f"{node} did not say: {words}"
             time.sleep(0.05)
 
+    def wait_settled(self, move_id: str) -> None:
+        """An agent that has failed tries again by itself."""
+        until = time.monotonic() + 30
+        while self.run("fleet", "wait", move_id, "--for", "settled").returncode:
+            assert time.monotonic() < until
+
     def close(self) -> None:
         for node in [*self.agents]:
             self.kill(node)
@@ -150,6 +156,32 @@ def test_agents_that_are_killed_and_come_back_touch_nothing(fleet: Processes) ->
     assert [journal.stat().st_mtime_ns for journal in fleet.journals()] == times
     for node in ("host-b", "gw-1"):
         fleet.call("status", "web", "--strict", "--state-dir", fleet.state(node))
+
+
+def test_where_the_process_was_is_silent_and_no_end_has_it_answer(
+    fleet: Processes, make_netns: Callable[[], str]
+) -> None:
+    fleet.names["source"] = make_netns()
+    run_ip("-n {source} address add 10.2.0.10/32 dev lo", fleet.names)
+    before = look(fleet.names)
+    fleet.start("host-a")
+    fleet.start_both()
+    fleet.wait_alive("host-a")
+    site = {"node": "host-a", "role": "source", "netns": fleet.names["source"]}
+    assert fleet.apply(sites=[*fleet.sites, site]).returncode == 0
+    fleet.call("fleet", "wait", "web")
+    [move] = json.loads(fleet.call("fleet", "status", "web", "--json"))["moves"]
+    assert [(s["node"], s["phase"]) for s in move["sites"]] == [
+        ("gw-1", "open"), ("host-a", "prepared"), ("host-b", "prepared")
+    ]  # fmt: skip
+    fleet.call("fleet", "end", "web")
+    done = fleet.run("fleet", "wait", "web", "--for", "settled")
+    assert done.returncode == 4
+    assert "it would answer 2 peers with a reset" in done.stderr
+    run_ip("-n {source} address del 10.2.0.10/32 dev lo", fleet.names)  # what is said there helps
+    fleet.wait_settled("web")
+    run_ip("-n {source} address add 10.2.0.10/32 dev lo", fleet.names)
+    assert look(fleet.names) == before
 
 
 @pytest.mark.parametrize(
