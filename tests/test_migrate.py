@@ -17,6 +17,7 @@ from natkeep.cli import main
 from natkeep.errors import RefusedError
 from natkeep.migrate import PROTOCOL, back
 from natkeep.migrate.criu_errors import first_error
+from natkeep.migrate.engines import Criu
 from natkeep.migrate.forward import Migration, sum_up
 from natkeep.migrate.host import LOCAL, Answer, Host, HostError, Ssh
 from natkeep.migrate.image_copy import ImageCopy
@@ -145,8 +146,6 @@ def test_the_first_true_error_of_criu_and_its_cure(log: list[str], told: str) ->
 
 
 def test_serve_answers_requests_in_turn(tmp_path: Path) -> None:
-    import subprocess
-
     (tmp_path / "some").mkdir()
     requests = [
         {"natkeep": ["explain", "forwarding-off", "--json"]},
@@ -171,8 +170,6 @@ def test_serve_answers_requests_in_turn(tmp_path: Path) -> None:
 
 def test_an_earlier_serve_does_nothing_more(tmp_path: Path) -> None:
     """Once another has begun, not even what was on its way to it."""
-    import subprocess
-
     words = [sys.executable, "-m", "natkeep.cli", "serve", "web", "--stdio"]
     words += ["--state-dir", str(tmp_path / "state")]
     mark = tmp_path / "mark"
@@ -345,6 +342,41 @@ class Told:
     def natkeep(self, *words: str) -> Answer:
         assert words == ("status", "--json")
         return Answer(0, json.dumps({"moves": self.moves}), "")
+
+
+class Frozen(Told):
+    """A host whose process has ended, with a complete image; it knows no move."""
+
+    def connect(self) -> None:
+        pass
+
+    def run(self, *words: str, ok: object) -> Answer:
+        assert words[0] == "cat"  # what removes something is not asked
+        return Answer(int("/proc" in words[1]), "Dumping finished successfully", "")
+
+
+@pytest.mark.parametrize("reached", ["check", "dump", "copy", "restore"])
+def test_finish_leaves_the_image_of_a_process_that_does_not_run(reached: str) -> None:
+    """As of a relay, where no host knows the move yet."""
+    record = Record("web", "a", 7, "b", role="relay", started=5, reached=reached)
+    host = Frozen()
+    ends = {"source": host, "destination": host, "hosts": lambda: (host,)}
+    migration = SimpleNamespace(record=record, engine=Criu(record), translators=(), **ends)
+    with pytest.raises(RefusedError, match=f"web is not through: {reached} was begun") as refused:
+        back.finish(cast(Migration, migration), 0)
+    assert "--resume web or --rollback web" in str(refused.value.hint)
+
+
+@pytest.mark.parametrize(("reached", "asked"), [("copy", ["copy"]), ("restore", ["clear", "copy"])])
+def test_what_a_failed_restore_has_left_goes_before_another(reached: str, asked: list[str]) -> None:
+    """As a container of that name."""
+    record = Record("web", "a", 7, "b", started=5, shared=True, reached=reached)
+    host, done, engine = Frozen(), list[str](), Criu(record)
+    ends = {"source": host, "destination": host, "hosts": lambda: (host,)}
+    engine.clear = lambda destination: done.append("clear")  # type: ignore[method-assign]
+    migration = SimpleNamespace(record=record, engine=engine, go=done.append, **ends)
+    back.resume(cast(Migration, migration))
+    assert done == asked
 
 
 class Planted:

@@ -2,8 +2,8 @@
 
     1. gateway       undone, or each peer's host: packets go to the source, which is quiet still
     2. source        the process is restored there, from the image that stays there
-    3. destination   undone
-    4. source        its gate goes last
+    3. source        its gate goes: the process there waits for no other host
+    4. destination   undone; last, for it may be away
 
 Rule: the process is restored at the source only when the destination has told that it has not been
 opened there. While that cannot be asked, nothing is done, and that is said.
@@ -15,7 +15,7 @@ import time
 from enum import Enum
 from typing import Any
 
-from natkeep.errors import LeftoverError, NatkeepError, UnreachableError
+from natkeep.errors import LeftoverError, NatkeepError, RefusedError, UnreachableError
 from natkeep.migrate.forward import Migration, quiet_source
 from natkeep.migrate.host import Host, HostError, knows, read_move, read_start
 from natkeep.migrate.record import GATEWAY, PEER, RELAY, Record
@@ -176,6 +176,8 @@ def resume(migration: Migration) -> None:
         return
     for host in migration.hosts():
         _reach(host, "it is needed to go on")
+    if migration.record.is_past("restore"):
+        migration.engine.clear(migration.destination)
     if not migration.record.shared:
         migration.destination.run("rm", "-rf", "--", migration.engine.dumped)
     migration.go("copy")
@@ -189,6 +191,7 @@ def finish(migration: Migration, seconds: float | None) -> int:
     """
     record = migration.record
     away = _reach_all(migration)
+    _refuse_unmoved(migration)
     deadline = float("inf") if seconds is None else time.monotonic() + seconds
     while live := _find_live(migration):
         if time.monotonic() >= deadline:
@@ -215,6 +218,17 @@ def finish(migration: Migration, seconds: float | None) -> int:
         )
     record.forget()
     return 0
+
+
+def _refuse_unmoved(migration: Migration) -> None:
+    """RefusedError where the process is not at the destination: finish removes its image."""
+    record = migration.record
+    if record.is_past("source") or find_place(migration) == Place.DESTINATION:
+        return
+    raise RefusedError(
+        f"{record.id} is not through: {record.reached} was begun last",
+        hint=f"natkeep migrate --resume {record.id} or --rollback {record.id}",
+    )
 
 
 def _reach_all(migration: Migration) -> dict[Host, UnreachableError]:

@@ -19,7 +19,7 @@ from natkeep.plan.move import parse_id
 
 SCHEMA = 1
 STEPS = ("check", "prepare", "dump", "copy", "restore", "source", "verify", "done")
-"""In their order; `back`: it was rolled back."""
+"""In their order."""
 IMAGES = "/var/tmp/natkeep"
 """Below it images lie where no directory was named."""
 GATEWAY, PEER, RELAY = "gateway", "peer", "relay"
