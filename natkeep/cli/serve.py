@@ -55,7 +55,7 @@ _NEEDED = (
     "kernel.criu_trial", "kernel.linux", "kernel.process", "kernel.silence", "kernel.snapshot",
     "lifecycle.compare", "lifecycle.live", "lifecycle.prepare", "lifecycle.process",
     "lifecycle.replace", "lifecycle.rollback", "lifecycle.status", "lifecycle.teardown",
-    "report.status",
+    "plan.icmp_errors", "report.status",
 )  # fmt: skip
 
 

@@ -113,10 +113,9 @@ class Machines:
 
     def natkeep(self, *words: str) -> subprocess.CompletedProcess[str]:
         """natkeep at the controller, to its end."""
-        state = self.directory / "controller"
         return self.lab.topology[self.controller].run(
             *natkeep_command(), *words, check=False, timeout=120,
-            env={**os.environ, "NATKEEP_STATE_DIR": str(state)},
+            env=self.environment("controller"),
         )  # fmt: skip
 
     def status(self, role: str) -> str:
@@ -125,7 +124,7 @@ class Machines:
         return host.run(*natkeep_command(), "status", "--json", env=own).stdout
 
     def environment(self, role: str) -> dict[str, str]:
-        """That of a natkeep at the host *role*."""
+        """That of a natkeep at the host *role*; `controller`: of the one that migrates."""
         return {**os.environ, "NATKEEP_STATE_DIR": str(self.directory / role / "state")}
 
     def migrate(self, *options: str) -> str:

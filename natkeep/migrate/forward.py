@@ -1,9 +1,10 @@
 """The steps of a migration, in the one order that resets no connection.
 
     check      sockets, addresses, who translates; natkeep's own check at every host
-    prepare    while the process runs: the destination, its gate closed; CRIU's pre-dumps
+    prepare    while the process runs: the destination, its gate closed, and what translates for the
+               peers, which redirects nothing yet; CRIU's pre-dumps
     dump       the process is frozen from here on; CRIU's lock keeps the source quiet
-    copy       the image to the destination, and beside it what translates for the peers
+    copy       the image to the destination; beside it what translates for the peers is opened
     restore    CRIU at the destination; natkeep-hook compares, and opens when the sockets are there
     source     natkeep's gate there, in the place of CRIU's lock
     verify     the peers are heard
@@ -30,7 +31,7 @@ from natkeep.migrate import way
 from natkeep.migrate.containers import make_engine
 from natkeep.migrate.criu_errors import first_error
 from natkeep.migrate.engines import Command
-from natkeep.migrate.host import LOCAL, Host, HostError, Ssh, ToldHost, knows, read_move, read_start
+from natkeep.migrate.host import LOCAL, DryRun, Host, HostError, Ssh, knows, read_move, read_start
 from natkeep.migrate.image_copy import ImageCopy, Watch
 from natkeep.migrate.record import IMAGES, RELAY, STEPS, Record
 
@@ -121,7 +122,7 @@ class Migration:
         self.fresh = True
         for name, host in self._hosts.items():
             host.close()
-            self._hosts[name] = ToldHost(host, self.say, self.sockets)
+            self._hosts[name] = DryRun(host, self.say, self.sockets)
         self.say = lambda step, text: None  # what the steps say is not so
         try:
             for step in STEPS[1 : STEPS.index("verify")]:
@@ -147,7 +148,8 @@ class Migration:
             self.say("check", f"LOST {line}")
         self.say("check", way.choose(record, self._reach, self.sockets))
         for host in self.translators:
-            self._refuse_known(host, record.translator_id(host.target))
+            if (own := record.translator_id(host.target)) != record.id:
+                self._refuse_known(host, own)
         way.refuse_cut_off(record, self.hosts())
         if record.source == LOCAL:
             self.say("check", f"it leaves this host, where `natkeep finish {record.id}` is given")
@@ -261,12 +263,12 @@ class Migration:
             try:
                 self._translate()
                 ours = self.source.digest(self.engine.dumped) if copy else ""
+                if done:
+                    done.result()
             except BaseException:
                 if copy:
                     copy.end()  # it may take long still
                 raise
-            if done:
-                done.result()
         if copy:
             if self.destination.digest(self.engine.dumped) != ours:
                 raise HostError(f"the image on {self.destination} is not that of {self.source}")
@@ -274,17 +276,9 @@ class Migration:
 
     def _translate(self) -> None:
         """Have those sites ready that wait for the freeze; then peers may be passed on."""
-        record = self.record
-        words = record.options(listeners=False)
-        image = self.read_image()
+        record, image = self.record, self.read_image()
         if record.role == RELAY:
-            self.prepare_from(image, "destination", self.destination)
-            by_hook = self.fresh and self._has_udp() and knows(self.source, record.id)
-            if (self.fresh or not knows(self.source, record.id)) and not by_hook:
-                words += ["--image", self.engine.image, "--site", record.site(RELAY)]
-                self.source.natkeep("prepare", record.id, *words)
-            self.source.natkeep("open", record.id)
-            self.say("prepare", f"{self.source} passes on, {self.destination} holds what peers say")
+            self._relay(image)
             return
         if not self.fresh:
             self.prepare_from(image, "destination", self.destination)
@@ -297,6 +291,20 @@ class Migration:
             tuple(done)  # raises what one of them did
         who = way.name_translators(self.translators)
         self.say("prepare", f"{who}, {self.destination} holds what peers say")
+
+    def _relay(self, image: str) -> None:
+        """Have the source pass on what peers send, once the destination is there, closed."""
+        record, source = self.record, self.source
+        with ThreadPoolExecutor(1) as beside:
+            # Closed both: neither waits for the other.
+            done = beside.submit(self.prepare_from, image, "destination", self.destination)
+            # natkeep-hook has prepared it where there is UDP; or a run that was interrupted has.
+            if (self.fresh and not self._has_udp()) or not knows(source, record.id):
+                words = [*record.options(listeners=False), "--image", self.engine.image]
+                source.natkeep("prepare", record.id, *words, "--site", record.site(RELAY))
+            done.result()
+        source.natkeep("open", record.id)
+        self.say("prepare", f"{source} passes on, {self.destination} holds what peers say")
 
     def read_image(self) -> str:
         """The document of what the image has."""

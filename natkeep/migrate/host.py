@@ -84,7 +84,7 @@ class Host:
     def __init__(self, target: str, role: str, ssh: Ssh, move_id: str) -> None:
         self.target, self.role, self.ssh, self.move_id = target, role, ssh, move_id
         self.hook = ""
-        self._by: tuple[str, ...] = ()
+        self._as_root: tuple[str, ...] = ()
         self._serve: subprocess.Popen[bytes] | None = None
         self._errors: IO[bytes] | None = None
         self._turn = threading.Lock()
@@ -116,7 +116,7 @@ class Host:
             )
         self.hook = str(hello.get("hook", ""))
         if hello.get("sudo") and self.target != LOCAL:
-            self._by = (*own, "serve", self.move_id, "--exec")
+            self._as_root = (*own, "serve", self.move_id, "--exec")
 
     def natkeep(self, *words: str, stdin: str = "", ok: Sequence[int] = (0,)) -> Answer:
         """A verb there; HostError with its own words unless it exits with one of *ok*."""
@@ -158,7 +158,7 @@ class Host:
 
     def start(self, *words: str, **streams: Any) -> subprocess.Popen[bytes]:
         """A program there whose standard streams are ours, with the rights that natkeep has."""
-        return self._start(*self._by, *words, **streams)
+        return self._start(*self._as_root, *words, **streams)
 
     def _start(self, *words: str, **streams: Any) -> subprocess.Popen[bytes]:
         """The same with the rights of ssh's user."""
@@ -242,7 +242,7 @@ _LOOKS = ("cat", "find", "touch", "rm", "printenv")
 """Programs by which a migration only looks at a host, or leaves nothing there."""
 
 
-class ToldHost(Host):
+class DryRun(Host):
     """A host of which is only said what it would be asked to do.
 
     sockets: what a reading of the image would tell.

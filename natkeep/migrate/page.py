@@ -53,9 +53,8 @@ class Recording:
         record, host = self._migration.record, self._host()
         kept = find_kept(json.loads(self._migration.sockets))
         if record.role == PEER:
-            said = host.run("ip", "-json", "address", "show", ok=None).stdout
-            own = {each["local"] for link in json.loads(said or "[]") for each in link["addr_info"]}
-            kept = [each for each in kept if str(each.source.address) in own]
+            own = way.read_addresses(host)
+            kept = [each for each in kept if each.source.address in own]
         self._kept = kept[:_CAPTURED]
         if self._kept:
             self._capture = Capture(host, [each.source for each in self._kept])

@@ -193,7 +193,7 @@ def _choose_relay(record: Record, reach: Reach, sockets: str) -> str:
 def _choose_peers(record: Record, reach: Reach, sockets: str) -> str:
     peers = {peer for _, peer in _find_ends(json.loads(sockets))}
     if not record.netns.get("destination"):  # else lo carries those that are there
-        peers -= _read_addresses(reach(record.destination, "destination"))
+        peers -= read_addresses(reach(record.destination, "destination"))
     if not (peers or record.translators):
         raise HostError("no connection has a peer at another host, which could translate for it")
     if not record.role and len(peers) > _UNASKED:
@@ -222,8 +222,8 @@ def _reach_peers(record: Record, reach: Reach, peers: Sequence[Address]) -> list
     One after the other: a host with two addresses is not to be asked twice.
     """
     hosts = [reach(target, PEER) for target in record.translators]
-    known = {address for host in hosts for address in _read_addresses(host)}
-    ends = {end: _read_addresses(reach(end, "")) for end in (record.source, record.destination)}
+    known = {address for host in hosts for address in read_addresses(host)}
+    ends = {end: read_addresses(reach(end, "")) for end in (record.source, record.destination)}
     for peer in peers:
         for end in (end for end, addresses in ends.items() if peer in addresses):
             raise HostError(f"peer {peer} is at {end} itself")
@@ -232,7 +232,7 @@ def _reach_peers(record: Record, reach: Reach, peers: Sequence[Address]) -> list
         if record.translators:
             raise HostError(f"peer {peer} is at no host of --via peer:HOST")
         host = reach(_name_peer(record, peer), PEER)
-        if peer not in (found := _read_addresses(host)):
+        if peer not in (found := read_addresses(host)):
             raise HostError(f"{host} lacks the address {peer}: its peers are behind it")
         known |= found
         hosts.append(host)
@@ -259,7 +259,7 @@ def _is_here(address: Address) -> bool:
         return bool(asking.getsockname()[0] == str(address))
 
 
-def _read_addresses(host: Host) -> frozenset[Address]:
+def read_addresses(host: Host) -> frozenset[Address]:
     """All addresses of its devices but lo's own."""
     devices = json.loads(host.run("ip", "-json", "address").stdout)
     found = (parse_address(one["local"]) for each in devices for one in each["addr_info"])
