@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -266,7 +267,7 @@ def main() -> int:
     for case in cases:
         try:
             report = run(case, engine=args.engine, seconds=args.seconds)
-        except NatkeepError as error:
+        except (NatkeepError, subprocess.TimeoutExpired) as error:
             bad, resets = [str(error)], 0
         else:
             bad, resets = [str(one) for one in report.assertions if not one.ok], report.resets

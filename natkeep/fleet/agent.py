@@ -190,11 +190,11 @@ class Agent:
         if self._demand_ours(move_id, followed).digest != want.digest():
             return self._prepare_anew(executor, move_id, want, seen)
         self._note(move_id, want, "prepared")
-        if seen.standing == Standing.PREPARED and not seen.touched:
-            if want.gate == Gate.OPEN:
-                return self._open(executor, move_id, want)
-            if want.role != Role.SOURCE and want.deadline:  # where a process was, silence is safe
-                self._heed_deadline(executor, move_id, want, seen)
+        if seen.standing == Standing.PREPARED and want.gate == Gate.OPEN and not seen.closed:
+            return self._open(executor, move_id, want)
+        # Where a process was, silence is safe.
+        if not seen.touched and want.role != Role.SOURCE and want.deadline:
+            self._heed_deadline(executor, move_id, want, seen)
         return {}
 
     def _prepare(self, executor: Executor, move_id: str, want: Want) -> dict[str, Phase]:

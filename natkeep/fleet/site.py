@@ -51,11 +51,12 @@ class Standing(Enum):
 class Seen:
     """A move as its journal has it; begun: nanoseconds of the monotonic clock, 0: unknown.
 
-    touched: a gate of it was opened once, or may have been.
+    touched: a gate of it was opened once, or may have been; closed: and was closed again.
     """
 
     standing: Standing
     touched: bool = False
+    closed: bool = False
     begun: int = 0
 
     def is_overdue(self, deadline: int) -> bool:
@@ -70,7 +71,8 @@ def look(state: StateDirectory, move_id: str) -> Seen:
     if not state.knows(move_id):
         return Seen(Standing.GONE)
     journal = state.load(move_id)
-    return Seen(_stand(journal), _was_touched(journal), journal.begun)
+    closed = any(map(journal.is_closed_again, journal.records))
+    return Seen(_stand(journal), _was_touched(journal), closed, journal.begun)
 
 
 def _stand(journal: Journal) -> Standing:

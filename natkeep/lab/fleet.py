@@ -114,7 +114,7 @@ class Fleet(Natkeep):
     def prepare(self, order: Order) -> None:
         self.apply(order)
         self.between()
-        self.call("fleet", "wait", order.id)
+        self.call("fleet", "wait", order.id, "--timeout", "40")  # less than a call may take
 
     def apply(self, order: Order, **more: object) -> None:
         """Write the order; more: what is in it besides, or instead."""

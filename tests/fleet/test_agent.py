@@ -21,7 +21,7 @@ from natkeep.fleet.directory import DirectoryStore
 from natkeep.fleet.order import parse_file
 from natkeep.fleet.store import read
 from natkeep.fleet.want import parse_want
-from natkeep.lifecycle.open import open_move
+from natkeep.lifecycle.open import close_move, open_move
 from natkeep.lifecycle.teardown import teardown
 from natkeep.plan.observation import Gate
 from natkeep.plan.tuples import Endpoint
@@ -362,8 +362,6 @@ def test_the_deadline_undoes_a_gate_that_was_never_opened(
 def test_the_deadline_undoes_nothing_that_was_opened_even_if_it_is_closed_again(
     fleet: Fleet, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from natkeep.lifecycle.open import close_move
-
     host_b, *_ = fleet.usual()
     fleet.apply()
     fleet.turn()
@@ -508,6 +506,27 @@ def test_an_agent_killed_before_the_journal_knows_as_much(fleet: Fleet) -> None:
     host_b.start()
     fleet.turn()
     assert fleet.phases() == READY
+
+
+def test_a_gateway_that_may_have_been_opened_is_and_one_closed_since_is_not(
+    fleet: Fleet,
+) -> None:
+    """The agent was killed between the kernel's word and the journal's."""
+    _, gateway, _ = fleet.usual()
+    fleet.apply()
+    fleet.turn()
+    journal = Path(gateway.directory, "web.journal")
+    lines = journal.read_text().splitlines(keepends=True)
+    assert json.loads(lines[-1])["state"] == "done"
+    journal.write_text("".join(lines[:-1]))
+    gateway.kill()
+    gateway.start()
+    fleet.turn()
+    assert fleet.phases() == READY
+    close_move(gateway.executor(), "web", dumps=True)
+    fleet.turn()
+    assert gateway.kernel.sites["gw"].gates == {"web": Gate.CLOSED}
+    assert fleet.phases()["gw-1"] == "prepared"
 
 
 def test_a_step_that_fails_is_told_and_tried_again(fleet: Fleet) -> None:

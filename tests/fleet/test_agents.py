@@ -189,7 +189,7 @@ def test_where_the_process_was_is_silent_and_no_end_has_it_answer(
     [
         ("host-b", "begun-InstallGate"),
         ("host-b", "applied-FillSet"),
-        ("gw-1", "journal-begun"),
+        ("gw-1", "applied-OpenGate"),
         ("gw-1", "applied-InsertEntries"),
     ],
 )
