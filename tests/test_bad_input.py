@@ -30,6 +30,7 @@ import socket
 import stat
 import subprocess
 import sys
+import tarfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -171,11 +172,18 @@ def copy(path: Path, name: str) -> None:
     shutil.copytree(path, path.parent / name)
 
 
+def pack(path: Path, folder: str, prefix: str) -> None:
+    """The files of a directory in an archive, as a container engine writes it."""
+    with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as archive:
+        for file in sorted((path.parent / folder).iterdir()):
+            archive.add(file, f"{prefix}{file.name}")
+
+
 ARRANGEMENTS: dict[str, Callable[..., None]] = {
     each.__name__: each
     for each in (
         put, add, sub, cut, link, dangle, fifo, folder, device, listening, mode, owner, size,
-        corpus, copy,
+        corpus, copy, pack,
     )
 } | {"remove": lambda path: _clear(path) and None}  # fmt: skip
 

@@ -34,6 +34,8 @@ PSTREE, IDS, REMAP_FPATH = 0x50273030, 0x54432030, 0x59133954
 class Directory:
     """An open directory; files in it are reached from its handle only."""
 
+    beyond = 1  # octets asked for after the last, which show that a file grows
+
     def __init__(self, handle: int, name: str) -> None:
         self.handle = handle
         self.name = name
@@ -47,7 +49,8 @@ class Directory:
         hence the look before, and O_NONBLOCK; the second look is for what was swapped between.
         """
         try:
-            self._demand_regular(image, os.stat(image, dir_fd=self.handle, follow_symlinks=False))
+            status = os.stat(image, dir_fd=self.handle, follow_symlinks=False)
+            self._demand_regular(image, status.st_mode)
             flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
             descriptor = os.open(image, flags, dir_fd=self.handle)
         except FileNotFoundError:
@@ -56,21 +59,21 @@ class Directory:
             raise ImageError(f"cannot open {self.name}/{image}: {error.strerror}") from None
         try:
             status = os.fstat(descriptor)
-            self._demand_regular(image, status)
+            self._demand_regular(image, status.st_mode)
         except BaseException:
             os.close(descriptor)
             raise
         return descriptor, status.st_size
 
-    def _demand_regular(self, image: str, status: os.stat_result) -> None:
-        if stat.S_ISREG(status.st_mode):
+    def _demand_regular(self, image: str, mode: int) -> None:
+        if stat.S_ISREG(mode):
             return
         kind = {
             stat.S_IFLNK: "a symbolic link",
             stat.S_IFIFO: "a FIFO",
             stat.S_IFDIR: "a directory",
             stat.S_IFSOCK: "a socket",
-        }.get(stat.S_IFMT(status.st_mode), "a device")
+        }.get(stat.S_IFMT(mode), "a device")
         raise ImageError(
             f"{self.name}/{image} is {kind}, not a regular file",
             hint="CRIU writes none of these: do not trust this image",
@@ -82,7 +85,7 @@ class Directory:
         try:
             if size > MAX_IMAGE:
                 raise self.damaged(image, 0, f"{size} octets are more than {MAX_IMAGE}")
-            data = read_up_to(descriptor, size + 1)
+            data = read_up_to(descriptor, size + self.beyond)
         except OSError as error:
             raise ImageError(f"cannot read {self.name}/{image}: {error.strerror}") from None
         finally:

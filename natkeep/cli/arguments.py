@@ -105,9 +105,11 @@ def read_connections(args: argparse.Namespace) -> Checkpoint:
 def _read_connections(args: argparse.Namespace) -> Checkpoint:
     # Of the three readers a command needs one.
     if args.image is not None:
+        from natkeep.checkpoint.archive import opened_image
         from natkeep.checkpoint.images import read_checkpoint
 
-        return read_checkpoint(args.image)
+        with opened_image(args.image) as images:
+            return read_checkpoint(images)
     if args.connections is not None:
         from natkeep.checkpoint.listing import parse_listing, read_listing
 

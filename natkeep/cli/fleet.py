@@ -146,9 +146,11 @@ def _apply(args: argparse.Namespace, store: Store) -> int:
 def _read_checkpoint(folder: Path, where: order.Where) -> Checkpoint:
     path = str(folder / where.path)
     if where.is_image:
+        from natkeep.checkpoint.archive import opened_image
         from natkeep.checkpoint.images import read_checkpoint
 
-        return read_checkpoint(path)
+        with opened_image(path) as images:
+            return read_checkpoint(images)
     from natkeep.checkpoint.listing import read_listing
 
     return read_listing(path)

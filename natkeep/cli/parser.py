@@ -219,7 +219,7 @@ _CONNECTIONS = _option(
 _NO_UDP = _flag("--no-udp", "leave the sockets of UDP, connected or not")
 _MOVE = (
     _ID, _MAP, _PEER_MAP, _VIA, _SITE,
-    _option("--image", "DIR", help="connections from CRIU's images"),
+    _option("--image", "DIR|TAR", help="connections from CRIU's images, or a container's archive"),
     _CONNECTIONS,
     _flag("--listeners", "let new connections reach the image's listeners"),
     _NO_UDP,
@@ -277,7 +277,7 @@ _RUN = (
 )
 _OPEN = (
     _ID,
-    _option("--image", "DIR", help="the dump of a process that was prepared for by --live"),
+    _option("--image", "DIR|TAR", help="the dump of a process that was prepared for by --live"),
     _CONNECTIONS,
     _flag("--compare", "with that dump alone, and open nothing yet: natkeep-hook does at once"),
 )
@@ -307,7 +307,7 @@ _TEARDOWN = (
     _DROP,
 )  # fmt: skip
 _INSPECT = (
-    _option("image", "DIR", nargs="?", help="of criu dump: its images"),
+    _option("image", "DIR|TAR", nargs="?", help="CRIU's images, or a container's archive"),
     _option("--live", "PID", help="of a process that still runs, and its children, instead"),
     _MAP,
     _NO_UDP,

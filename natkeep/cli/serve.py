@@ -51,7 +51,8 @@ from natkeep.terminal import show_json
 _LONGEST = 1 << 28  # octets of a request: a list of connections is in it
 _PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 _NEEDED = (
-    "cli.change", "cli.show", "checkpoint.described", "checkpoint.images", "checkpoint.listing",
+    "cli.change", "cli.show", "checkpoint.archive", "checkpoint.described", "checkpoint.images",
+    "checkpoint.listing",
     "kernel.criu_trial", "kernel.linux", "kernel.process", "kernel.silence", "kernel.snapshot",
     "lifecycle.compare", "lifecycle.live", "lifecycle.prepare", "lifecycle.process",
     "lifecycle.replace", "lifecycle.rollback", "lifecycle.status", "lifecycle.teardown",

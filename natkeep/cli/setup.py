@@ -82,7 +82,7 @@ def _mark(parser: argparse.ArgumentParser, file: Any, directory: Any) -> None:
     """Say at each option and argument what completes it, by its metavar."""
     roles = " ".join(f"{role} {role}=" for role in Role)
     kinds = {
-        "FILE": file, "PATH": file, "DIR": directory,
+        "FILE": file, "PATH": file, "DIR|TAR": file, "DIR": directory,
         "ID": _by_command("ids", _IDS),
         "SCENARIO": _by_command("scenarios", _SCENARIOS),
         "CODE": _by_command("codes", f"printf '%s\\n' {' '.join(CATALOGUE)}"),

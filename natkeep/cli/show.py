@@ -199,9 +199,11 @@ def inspect(args: argparse.Namespace) -> int:
         tree = read_living_tree(parse_pid(args.live))
         checkpoint = replace(read_process(args, ()), tree=tree)
     else:
+        from natkeep.checkpoint.archive import opened_image
         from natkeep.checkpoint.images import read_checkpoint_with_queues
 
-        checkpoint = read_checkpoint_with_queues(args.image)
+        with opened_image(args.image) as images:
+            checkpoint = read_checkpoint_with_queues(images)
     if args.no_udp:
         checkpoint = checkpoint.without_udp()
     olds = parse_olds(args.map)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from natkeep.checkpoint import ELSEWHERE, Checkpoint
+from natkeep.checkpoint.archive import opened_image
 from natkeep.checkpoint.live import find_tree
 from natkeep.checkpoint.tree import read_tree
 from natkeep.errors import ImageError, KernelError
@@ -41,7 +42,8 @@ def look_at_tree(subject: Subject) -> Iterator[Finding]:
     if subject.pid is not None:
         tree = read_living_tree(subject.pid)
     elif tree is None and subject.image and destinations:
-        tree = read_tree(subject.image)
+        with opened_image(subject.image) as images:
+            tree = read_tree(images)
         if tree is None:
             yield Finding("image-incomplete", None, f"no pstree.img in {subject.image}")
     if tree is None:

@@ -4,17 +4,24 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
+from pathlib import Path
 
 import pytest
 from pages import blocks_of
 from recipe import Recipe, Running, follow, freeze_by, judge, paragraphs, talk_on
 
+from natkeep.checkpoint import Checkpoint
+from natkeep.checkpoint.archive import opened_image
+from natkeep.checkpoint.images import read_checkpoint_with_queues
+from natkeep.checkpoint.tree import read_tree
 from natkeep.lab.engine import end_silence
 from natkeep.lab.engines import podman
 from natkeep.lab.engines.podman import Podman
 from natkeep.lab.engines.runc import Runc, container, inside
 from natkeep.lab.host import NAMES
 from natkeep.lab.lab import Lab
+from natkeep.plan.process import Tree
 
 pytestmark = [pytest.mark.root, pytest.mark.lab, pytest.mark.criu]
 
@@ -85,7 +92,6 @@ class PodmanRecipe(Recipe):
     def __init__(self, lab: Lab, engine: Podman) -> None:
         super().__init__(lab)
         self.engine, at = engine, lab.topology["destination"]
-        self.frozen = lab.directory / "frozen"  # where nothing is: the gateway makes /images/web
         self.places |= {"/run/netns/web": str(NAMES / at.name)}
 
     def enter(self, role: str) -> list[str]:
@@ -102,6 +108,25 @@ class PodmanRecipe(Recipe):
         return super().start(role, settings + script)
 
 
+def read_all(place: Path) -> tuple[Checkpoint, Tree]:
+    with opened_image(place) as images:
+        tree = read_tree(images)
+        assert tree is not None
+        return read_checkpoint_with_queues(images), tree
+
+
+def compare_archive(tar: Path) -> None:
+    """What podman wrote says the same as it is, by gzip, and unpacked."""
+    unpacked = tar.with_name("unpacked")
+    unpacked.mkdir()
+    subprocess.run(["tar", "-xf", tar, "-C", unpacked, "checkpoint"], check=True)
+    subprocess.run(["gzip", "--keep", "--fast", tar], check=True)
+    wanted = read_all(unpacked / "checkpoint")
+    assert len(wanted[0].connections) == 2
+    assert read_all(tar) == wanted
+    assert read_all(tar.with_suffix(".tar.gz")) == wanted
+
+
 @pytest.mark.needs("podman")
 def test_the_recipe_for_podman_keeps_the_connections() -> None:
     move, hook = blocks_of("test_the_recipe_for_podman_keeps_the_connections")
@@ -111,6 +136,7 @@ def test_the_recipe_for_podman_keeps_the_connections() -> None:
         lab.translator = recipe = PodmanRecipe(lab, lab.engine)
         lab.begin(connections=2)
         freeze_by(recipe, checkpoint, lab)
+        compare_archive(recipe.frozen.with_suffix(".tar"))
         host = lab.topology["destination"]
         end_silence(host)
         lab.engine._furnish(host)

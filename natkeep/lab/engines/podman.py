@@ -92,9 +92,8 @@ class Podman:
             host, "container", "checkpoint", "--tcp-established", "--compress", "none",
             "--export", str(archive), name,
         )  # fmt: skip
-        host.run("tar", "-xf", str(archive), "-C", str(into), "checkpoint")
         self._call(host, "rm", "--force", name)
-        return Frozen(into, ("--image", str(into / "checkpoint")))
+        return Frozen(into, ("--image", str(archive)))
 
     def restore(self, host: Host, moving: Moving, frozen: Frozen, opening: Opening) -> None:
         end_silence(host)
