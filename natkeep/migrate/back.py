@@ -11,11 +11,14 @@ opened there. While that cannot be asked, nothing is done, and that is said.
 
 from __future__ import annotations
 
+import json
 import time
+from dataclasses import replace
 from enum import Enum
 from typing import Any
 
 from natkeep.errors import LeftoverError, NatkeepError, RefusedError, UnreachableError
+from natkeep.migrate import way
 from natkeep.migrate.forward import Migration, quiet_source
 from natkeep.migrate.host import Host, HostError, knows, read_move, read_start
 from natkeep.migrate.record import GATEWAY, PEER, RELAY, Record
@@ -50,11 +53,38 @@ def find_place(migration: Migration) -> Place:
         return Place.SOURCE
     if not record.is_past("dump"):
         raise HostError(f"process {record.pid} on {migration.source} has ended")
+    if _is_back(migration):
+        return Place.SOURCE
     if not migration.engine.is_dumped(migration.source):
         raise HostError(
             f"process {record.pid} on {migration.source} has ended, and its image is not complete"
         )
     return Place.FROZEN
+
+
+def _is_back(migration: Migration) -> bool:
+    """Whether a way back that was interrupted has restored it at the source all the same.
+
+    Its pid, or name, alone does not tell: another process may have that since. podman has removed
+    its image when it has restored it.
+    """
+    record, source, engine = migration.record, migration.source, migration.engine
+    pid = engine.find_pid(source)
+    if not (pid and read_start(source, pid)):
+        return False
+    if record.container and not engine.is_dumped(source):
+        return True
+    try:
+        here = way.read_sockets(source, replace(record, pid=pid))
+        image = migration.read_image()
+    except HostError:
+        return False  # one of whose sockets is nothing told
+    return not _find_kept(here).isdisjoint(_find_kept(json.loads(image)))
+
+
+def _find_kept(sockets: dict[str, Any]) -> set[tuple[str, str, str | None]]:
+    kept = (each for each in sockets["sockets"] if each["kept"])
+    return {(each["protocol"], each["local"], each["peer"]) for each in kept}
 
 
 def _reach(host: Host, otherwise: str, seconds: float = _PATIENCE) -> None:
@@ -88,8 +118,9 @@ def go_back(migration: Migration) -> None:
 def _undo(migration: Migration, place: Place) -> str:
     """All that was done, in the order of the top of this file; what is left."""
     record, image = migration.record, ""
+    migration.fresh = False  # which move stands where is asked from here on
     left = _undo_translators(migration)
-    if place == Place.FROZEN and record.is_past("restore"):
+    if record.is_past("restore") and migration.engine.is_dumped(migration.source):
         migration.engine.clear(migration.destination)
         image = migration.read_image()
     if place == Place.FROZEN:

@@ -140,15 +140,16 @@ def perform(
     assert lab.report.passed
 
 
-def failing(lab: Lab, *, after: float = 0) -> str:
+def failing(lab: Lab, *, after: float = 0, back: float = 0) -> str:
     """An action script with which a restore at the destination fails, before it has any socket.
 
-    after: so many seconds.
+    after: so many seconds. back: so many does the source wait before it restores.
     """
     script = lab.directory / "failing"
     script.write_text(
-        '#!/bin/sh\n[ "$CRTOOLS_SCRIPT_ACTION" != pre-restore ] || '
-        f"ip -o address show dev eth0 | grep -q {lab.old} || {{ sleep {after}; exit 1; }}\n"
+        '#!/bin/sh\n[ "$CRTOOLS_SCRIPT_ACTION" = pre-restore ] || exit 0\n'
+        f"if ip -o address show dev eth0 | grep -q {lab.old}; then sleep {back}; exit 0; fi\n"
+        f"sleep {after}; exit 1\n"
     )
     script.chmod(0o755)
     return str(script)
@@ -164,6 +165,26 @@ def test_a_restore_that_fails_is_taken_back():
         lab.report.check("it fails", done.returncode == 1, done.stderr)
         lab.report.check("it says why", "criu restore" in done.stderr, done.stderr)
         lab.report.check("and where it runs", "as before" in done.stderr, done.stderr)
+        return False
+
+    perform(run)
+
+
+def test_the_controller_is_killed_on_the_way_back():
+    """While the process is restored at the source, where it is found then."""
+
+    def run(lab: Lab, machines: Machines) -> bool:
+        script = failing(lab, back=4)
+        words = ("--restore-option=--action-script", f"--restore-option={script}")
+        controller = Controller(machines, *words)
+        assert controller.read_until("FAILED"), controller.said
+        time.sleep(2)
+        controller.end(signal.SIGKILL)
+        assert controller.wait() == -signal.SIGKILL, controller.said
+        lab.report.check("it is not there yet", not machines.is_at("source"))
+        again = machines.natkeep("migrate", "--rollback", "web")
+        lab.report.check("it is taken back", again.returncode == 0, again.stderr)
+        lab.report.check("it tells where it runs", "as before" in again.stderr, again.stderr)
         return False
 
     perform(run)
