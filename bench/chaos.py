@@ -150,7 +150,8 @@ def fault(chaos: Chaos, role: str, point: str) -> None:
     lab.freeze()
 
     def revive() -> None:
-        fleet.has_died(role, 3)
+        if not fleet.has_died(role, 3):
+            fleet.kill(role)  # nor is it to strike in the end, when nothing has it run again
         fleet.revive()
 
     fleet.between = revive
