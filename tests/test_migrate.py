@@ -299,7 +299,7 @@ def test_a_copy_tells_how_far_it_is(tmp_path: Path, monkeypatch) -> None:
     assert octets[-1] == copy.octets
     totals = {total for _, total in shown}
     assert totals <= {None, *range(20 << 20, 21 << 20)}
-    assert len(totals) == 2
+    assert len(totals - {None}) == 1  # told in time; at the first piece it may be there already
 
 
 def test_a_copy_that_fails_is_over_too(tmp_path: Path) -> None:
