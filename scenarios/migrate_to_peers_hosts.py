@@ -16,7 +16,7 @@ SETUP = {"engine": "criu", "seats": (*USUAL, SECOND_CLIENT)}
 
 
 def run(lab):
-    PeerHost(lab)
+    PeerHost(lab, lab.topology.peers)
     hosts = ("source", "destination", *lab.peer_sites)
     machines = Machines(lab, *hosts, controller="gateway", options=("--via", "peers"))
     lab.serve()

@@ -92,7 +92,7 @@ def _become(words: list[str]) -> int:
     """Go on as another program; NatkeepError where there is none."""
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # Python ignores it, and so would that program
     try:
-        os.execvp(words[0], words)
+        os.execvpe(words[0], words, env=dict(os.environ))
     except OSError as error:
         raise NatkeepError(f"{words[0]}: {error.strerror}") from None
 

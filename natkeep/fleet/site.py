@@ -102,8 +102,6 @@ def make_ready(executor: Executor, move: Move, want: Want, checkpoint: Checkpoin
     count = sum(map(len, move.share(checkpoint.connections))) + len(move.udp)
     policy.authorise(move, count + len(move.udp_servers))
     prepare(executor, move, checkpoint.connections, want.gate, want.image)
-    if want.gate == Gate.OPEN:
-        executor.kernel.unhook_gates()
 
 
 def open_gate(executor: Executor, move_id: str) -> None:

@@ -26,11 +26,11 @@ SERVICE_PORT = 80
 
 
 class PeerHost:
-    """The hosts of *lab*'s clients, which are sites of role peer; here the first one."""
+    """The hosts of *lab*'s clients of these *roles*, which are sites of role peer."""
 
-    def __init__(self, lab: Lab) -> None:
+    def __init__(self, lab: Lab, roles: tuple[str, ...] = ("client",)) -> None:
         self.lab = lab
-        lab.crosses, lab.peer_sites = False, lab.topology.peers
+        lab.crosses, lab.peer_sites = False, roles
         lab.select_frames = self._as_the_client_sees_them
 
     def begin(self, *, connections: int = 1, pause: bool = False) -> None:

@@ -100,7 +100,7 @@ def perform(
 
         def whole(lab: Lab) -> None:
             if via == "peers":
-                PeerHost(lab)
+                PeerHost(lab, lab.topology.peers)
             roles = ("source", "destination", *lab.peer_sites)
             options = ("--via", via) if via else ()
             kind = usual if engine == "criu" else ContainerMachines

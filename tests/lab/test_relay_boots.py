@@ -28,10 +28,12 @@ def test_a_relay_that_boots_with_old_and_without_the_rules_resets_its_peers(
         perform(lab, partial(run, silent=silent))
 
     failed = {each.name for each in lab.report.assertions if not each.ok}
-    assert failed == (set() if silent else RESET)
+    # The destination may have repeated itself meanwhile, to a port that is the relay's own.
+    assert failed - (set() if silent else {TO_THE_RELAY}) == (set() if silent else RESET)
     assert bool(lab.report.resets) != silent
 
 
+TO_THE_RELAY = "no port differs from the kept ones"
 RESET = {
     "the connections carry on after the move",
     "every octet arrived once and in order",
