@@ -24,12 +24,7 @@ def run(lab):
     before = lab.topology["source"].run("nft", "list", "ruleset").stdout
     said = machines.migrate()
     lab.report.check("all peers were heard", "20 of 20 peers were heard" in said, said)
-    lab.traffic.talk_on()
-    lab.traffic.check_ends()
-    lab.traffic.client_closes()
-    lab.traffic.server_closes()
-    with lab.report.must("natkeep finish undoes it everywhere"):
-        machines.call("finish", "web", "--drain", "30")
+    machines.finish()
     left = lab.topology["source"].run("nft", "list", "ruleset").stdout
     lab.report.check("the source's ruleset is as before", left == before, left)
     lab.conclude()

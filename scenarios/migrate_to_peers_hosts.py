@@ -27,10 +27,5 @@ def run(lab):
     clients = ", ".join(str(machines.addresses[role]) for role in lab.peer_sites)
     lab.report.check("both hosts are named", f"{clients} translate, as the peers'" in said, said)
     lab.report.check("all peers were heard", "6 of 6 peers were heard" in said, said)
-    lab.traffic.talk_on()
-    lab.traffic.check_ends()
-    lab.traffic.client_closes()
-    lab.traffic.server_closes()
-    with lab.report.must("natkeep finish undoes it everywhere"):
-        machines.call("finish", "web", "--drain", "30")
+    machines.finish()
     lab.conclude()

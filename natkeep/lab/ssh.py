@@ -173,6 +173,16 @@ class Machines:
             raise LabError(f"natkeep {words[0]} exited {done.returncode}: {done.stderr.strip()}")
         return done.stderr
 
+    def finish(self) -> None:
+        """Both ends talk on and close, the client first; then the move is undone on all hosts."""
+        lab = self.lab
+        lab.traffic.talk_on()
+        lab.traffic.check_ends()
+        lab.traffic.client_closes()
+        lab.traffic.server_closes()
+        with lab.report.must("natkeep finish undoes it everywhere"):
+            self.call("finish", "web", "--drain", "30")
+
 
 class ContainerMachines(Machines):
     """Machines whose server is a container in a network namespace of its own.

@@ -35,12 +35,7 @@ def move(
         said.append(machines.migrate(*options))
         if by:
             by.note_wires(machines.status("source"))
-        lab.traffic.talk_on()
-        lab.traffic.check_ends()
-        lab.traffic.client_closes()
-        lab.traffic.server_closes()
-        with lab.report.must("natkeep finish undoes it everywhere"):
-            machines.call("finish", "web", "--drain", "30")
+        machines.finish()
         lab.conclude()
 
     with Lab("containers", engine="runc") as lab:
