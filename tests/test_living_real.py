@@ -161,6 +161,25 @@ def test_what_came_is_added_and_teardown_leaves_nothing(
     assert b"43285" not in tracked.stdout
 
 
+def test_a_gateway_whose_rules_were_removed_meanwhile_redirects_nothing(
+    server: tuple[int, list[str]], make_netns: Callable[[], str], tmp_path: Path
+) -> None:
+    gateway, destination, state = make_netns(), make_netns(), tmp_path / "state"
+    connect(gateway, "10.3.0.1")
+    connect(destination, NEW)
+    sites = f"--site=gateway={gateway}", f"--site=destination={destination}"
+    natkeep(state, "prepare", "web", f"--map={OLD}={NEW}", *sites, "--live", str(server[0]))
+    subprocess.run(["ip", "netns", "exec", gateway, "nft", "flush", "ruleset"], check=True)
+
+    natkeep(state, "open", "web", code=5)
+
+    assert rules(gateway) == ""
+    [move] = json.loads(natkeep(state, "status", "--json"))["moves"]
+    assert move["gate"] == "closed"
+    natkeep(state, "teardown", "web", "--yes")
+    assert rules(gateway) == rules(destination) == ""
+
+
 def test_without_an_image_it_says_so(
     server: tuple[int, list[str]], make_netns: Callable[[], str], tmp_path: Path
 ) -> None:
