@@ -37,6 +37,7 @@ from natkeep.checkpoint.images import read_checkpoint
 from natkeep.kernel import nftables
 from natkeep.kernel.netns import inside, open_namespace
 from natkeep.plan.criu_lock import render_restoration, render_table
+from natkeep.state.files import MARK
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 CORPUS = ROOT / "tests/checkpoint/corpus/plain"
@@ -89,7 +90,7 @@ class Place:
             undo.callback(shutil.rmtree, self.directory)
             self.state = self.directory / "state"
             self.state.mkdir(mode=0o700)
-            (self.state / "lock").touch(mode=0o600)  # the first verb makes it, and it stays
+            (self.state / "lock").write_bytes(MARK)  # the first verb makes it, and it stays
             for site in self.sites:
                 _call("ip", "netns", "add", self.name(site))
                 undo.callback(_call, "ip", "netns", "delete", self.name(site))
