@@ -7,6 +7,7 @@
     order.py      a move as a person orders it; apply.py writes it, progress.py says how far it is
     agent.py      compares what is ordered here with what the journals say, and acts
     site.py       a move's phase by its journal, and what is done to it, through the lifecycle
+    restored.py   a destination that natkeep-hook prepares, since NEW is known at the restore only
     followed.py   which order of a move was followed last, on disk
     wake.py       what wakes the agent: the store's changes, and those of journals
 

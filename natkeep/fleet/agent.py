@@ -18,15 +18,15 @@ from typing import NoReturn
 
 from natkeep import policy
 from natkeep.errors import LeftoverError, NatkeepError, RefusedError, UnreachableError
-from natkeep.fleet import keys, site
+from natkeep.fleet import keys, restored, site
 from natkeep.fleet.done import Done, Error, parse_done
-from natkeep.fleet.followed import Followed, FollowedFile
-from natkeep.fleet.known import Known
+from natkeep.fleet.followed import DeadlineError, Followed, FollowedFile, refuse_again
+from natkeep.fleet.known import Known, Order
 from natkeep.fleet.listing import fetch
 from natkeep.fleet.site import Seen, Standing
-from natkeep.fleet.store import ABSENT, Store
+from natkeep.fleet.store import ABSENT, Item, Store
 from natkeep.fleet.wake import Heard, Wake
-from natkeep.fleet.want import Phase, Want
+from natkeep.fleet.want import Phase, Want, is_known
 from natkeep.lifecycle.executor import Executor
 from natkeep.lifecycle.open import remove_gate_hooks
 from natkeep.lifecycle.teardown import teardown
@@ -36,10 +36,6 @@ from natkeep.plan.roles import Role
 _SOON, _LATEST = 0.5, 60.0  # s until what failed is tried again, the first time and at last
 _TICK = 0.25  # s
 _HOOKS = 40  # times that it is looked whether a gate's hooks can go (lifecycle/open.py)
-
-
-class DeadlineError(RefusedError):
-    """A gate was not opened in time, and what had been prepared for it is undone."""
 
 
 class Agent:
@@ -57,6 +53,7 @@ class Agent:
         self._failed: dict[str, int] = {}
         self._hooked: dict[str, int] = {}
         self._away = False
+        self._by_restore = set[str]()  # destinations that natkeep-hook prepares
 
     def run(self, wake: Wake) -> NoReturn:
         """Go on until a signal ends it."""
@@ -69,7 +66,7 @@ class Agent:
                 if isinstance(heard, NatkeepError):
                     self._note_away(heard)
                 else:
-                    ids |= heard if isinstance(heard, set) else self.hear(heard)
+                    ids |= self.about(heard) if isinstance(heard, set) else self.hear(heard)
             self.reconcile(ids)
             if time.monotonic() - rested > 1:
                 self.remove_hooks()
@@ -86,6 +83,11 @@ class Agent:
             self._failed.pop(move_id, None)
         return ids | {*self.followed.known} if first and self.known.is_whole() else ids
 
+    def about(self, ids: set[str]) -> set[str]:
+        """The moves that these journals may be of."""
+        hooked = any(each.startswith(restored.HOOKS) for each in ids)
+        return ids | self._by_restore if hooked else ids
+
     def reconcile(self, ids: Iterable[str]) -> None:
         """Look at each of these moves, and do what is to be done."""
         for move_id in sorted(ids):
@@ -97,7 +99,7 @@ class Agent:
                 self._note_away(error)
             except Exception as error:  # the state directory, say; the other moves go on
                 self._fail(move_id, error)
-                self._say(f"{move_id}: {_as_natkeeps(error)}")
+                self._say(f"{move_id}: {Error.of(error).message}")
 
     def overdue(self) -> set[str]:
         """The moves that are to be looked at by now."""
@@ -131,7 +133,8 @@ class Agent:
 
     def _reconcile(self, move_id: str) -> None:
         executor, followed = self._make_executor(), self.followed.known.get(move_id)
-        order = self.known.find_order(move_id)
+        order = self._find_order(move_id)
+        here = self._find_here(executor, move_id, order)
         generation = order.generation if isinstance(order, Want) else 0
         if order is None and not self.known.is_whole():
             return
@@ -140,7 +143,7 @@ class Agent:
         error, waits = None, dict[str, Phase]()
         try:
             if order is None:
-                if followed and site.look(executor.state, move_id).standing == Standing.GONE:
+                if followed and site.look(executor.state, here).standing == Standing.GONE:
                     return self._forget(move_id)
                 error = Error(0, "no-order", "its order is no longer there; nothing is undone")
             elif isinstance(order, NatkeepError):
@@ -150,10 +153,12 @@ class Agent:
                     f"order {generation} is older than {followed.generation}, which was followed",
                     hint=f"natkeep fleet apply, or end {move_id}, makes a newer one",
                 )
+            elif order.wanted and order.by_restore():
+                self._note(move_id, order, "prepared")
             elif order.wanted:
                 waits = self._make_ready(executor, move_id, order, followed)
             else:
-                waits = self._undo(executor, move_id, order, followed)
+                waits = self._undo(executor, move_id, here, order, followed)
         except UnreachableError:
             raise
         except Exception as failed:
@@ -161,11 +166,31 @@ class Agent:
         if error is None:
             self._failed.pop(move_id, None)
         try:
-            phase = site.look(executor.state, move_id).standing.phase()
+            seen = site.look(executor.state, here)
+            phase, maps = seen.standing.phase(), tuple(map(str, seen.maps))
         except NatkeepError as unread:  # it is not gone, and nothing may build upon it
-            phase, error = Phase.OPENING, error or Error.of(unread)
+            phase, maps, error = Phase.OPENING, (), error or Error.of(unread)
         generation = max(generation, followed.generation if followed else 0)
-        self._tell(move_id, Done(phase, generation, error, waits))
+        hooked = here if here != move_id else ""
+        self._tell(move_id, Done(phase, generation, error, waits, maps, hooked))
+
+    def _find_here(self, executor: Executor, move_id: str, order: Order | None) -> str:
+        """The id that this node has the move by."""
+        if isinstance(order, Want):
+            return restored.find_id(executor.state, move_id, order)
+        told = self.known.told.get(move_id)
+        return told.hooked if told and told.hooked else move_id
+
+    def _find_order(self, move_id: str) -> Order | None:
+        """What is ordered, with NEW as the destination says it where its restore finds it."""
+        order = self.known.find_order(move_id)
+        by_restore = isinstance(order, Want) and order.by_restore()
+        (self._by_restore.add if by_restore else self._by_restore.discard)(move_id)
+        if isinstance(order, Want) and not by_restore and not is_known(order.maps):
+            for node in order.after:
+                heard = self._hear_of(node, move_id)
+                order = restored.with_new(order, parse_done(heard and heard.value))
+        return order
 
     def _make_ready(
         self, executor: Executor, move_id: str, want: Want, followed: Followed | None
@@ -185,8 +210,10 @@ class Agent:
             seen = Seen(Standing.GONE)
         if seen.standing == Standing.GONE:
             if followed and followed.generation == want.generation:
-                _refuse_again(move_id, want, followed)
+                refuse_again(move_id, want, followed)
             return self._prepare(executor, move_id, want)
+        if not is_known(want.maps):  # the destination does not say it just now: nothing is undone
+            return self._find_waits(move_id, want)
         if self._demand_ours(move_id, followed).digest != want.digest():
             return self._prepare_anew(executor, move_id, want, seen)
         self._note(move_id, want, "prepared")
@@ -198,7 +225,7 @@ class Agent:
         return {}
 
     def _prepare(self, executor: Executor, move_id: str, want: Want) -> dict[str, Phase]:
-        self._refuse_out_of_bounds(executor, want)
+        site.refuse_out_of_bounds(executor, want, self.bounds)
         if waits := self._find_waits(move_id, want):
             return waits
         checkpoint = fetch(self.store, move_id, want.listed)
@@ -264,6 +291,9 @@ class Agent:
         self, executor: Executor, move_id: str, want: Want, seen: Seen
     ) -> dict[str, Phase]:
         """What a later order has otherwise: the connections since the freeze, say."""
+        if self._is_restored_anew(move_id, want):
+            teardown(executor, move_id)
+            return self._prepare(executor, move_id, want)
         sending, _ = self._find_sending(move_id, want)
         if sending or seen.standing != Standing.PREPARED or not site.clear(executor, move_id, want):
             raise RefusedError(
@@ -271,6 +301,14 @@ class Agent:
                 hint=f"natkeep fleet end {move_id} first",
             )
         return self._prepare(executor, move_id, want)
+
+    def _is_restored_anew(self, move_id: str, want: Want) -> bool:
+        """Whether NEW is another one since a restore that failed, and nothing was opened there."""
+        order = self.known.find_order(move_id)
+        if not isinstance(order, Want) or is_known(order.maps):
+            return False
+        told = (self._hear_of(node, move_id) for node in want.after)
+        return all(item and parse_done(item.value).phase == Phase.PREPARED for item in told)
 
     def _find_sending(self, move_id: str, want: Want) -> tuple[list[str], dict[str, int]]:
         """The nodes that send to this one, or have begun to; the revisions of what all said."""
@@ -284,18 +322,19 @@ class Agent:
         return sending, others
 
     def _undo(
-        self, executor: Executor, move_id: str, want: Want, followed: Followed | None
+        self, executor: Executor, move_id: str, here: str, want: Want, followed: Followed | None
     ) -> dict[str, Phase]:
-        """Undo it by order; and what it waits for."""
-        standing = site.look(executor.state, move_id).standing
+        """Undo it by order; and what it waits for. here: its id at this node."""
+        standing = site.look(executor.state, here).standing
         if standing != Standing.GONE:
-            self._demand_ours(move_id, followed)
+            if not want.by_restore():
+                self._demand_ours(move_id, followed)
             if waits := self._find_waits(move_id, want):
                 return waits
             if standing == Standing.STALE:
-                teardown(executor, move_id)
+                teardown(executor, here)
             else:
-                site.undo(executor, move_id, want)
+                site.undo(executor, here, want)
             self._say(f"{move_id}: undone")
         self._note(move_id, want, "gone")
         return {}
@@ -310,26 +349,16 @@ class Agent:
     def _find_waits(self, move_id: str, want: Want) -> dict[str, Phase]:
         waits = {}
         for node, phase in want.after.items():
-            heard = self.known.other(node, move_id)
-            if heard is None:
-                self._follow(self, keys.dones(node))
-                heard = self.known.other(node, move_id)
+            heard = self._hear_of(node, move_id)
             if heard is None or not parse_done(heard.value).reaches(phase, want.generation):
                 waits[node] = phase
         return waits
 
-    def _refuse_out_of_bounds(self, executor: Executor, want: Want) -> None:
-        bounds = self.bounds
-        if bounds.roles is not None and want.role not in bounds.roles:
-            raise RefusedError(f"{self.node} takes no orders as {want.role}", hint="agent.roles")
-        if bounds.netns is not None and want.netns not in bounds.netns:
-            raise RefusedError(
-                f"{self.node} takes no orders in the namespace {want.netns!r}", hint="agent.netns"
-            )
-        if bounds.max_moves is not None and len(executor.state.ids()) >= bounds.max_moves:
-            raise RefusedError(
-                f"{self.node} has {bounds.max_moves} moves already", hint="agent.max_moves"
-            )
+    def _hear_of(self, node: str, move_id: str) -> Item | None:
+        """What another node says of a move."""
+        if self.known.other(node, move_id) is None:
+            self._follow(self, keys.dones(node))
+        return self.known.other(node, move_id)
 
     def _demand_ours(self, move_id: str, followed: Followed | None) -> Followed:
         if followed is None:
@@ -346,7 +375,7 @@ class Agent:
         """Have it tried again, later each time."""
         times = self._failed[move_id] = self._failed.get(move_id, -1) + 1
         self._look_again(move_id, min(_SOON * 2**times, _LATEST))
-        return Error.of(_as_natkeeps(failed))
+        return Error.of(failed)
 
     def _look_again(self, move_id: str, seconds: float) -> None:
         at = time.monotonic() + seconds
@@ -366,23 +395,3 @@ class Agent:
         if move_id in self.known.told:
             self.store.txn({keys.done(self.node, move_id): None})
             del self.known.told[move_id]
-
-
-def _as_natkeeps(error: Exception) -> NatkeepError:
-    """*error*, or what to say of a fault of natkeep's."""
-    if isinstance(error, NatkeepError):
-        return error
-    return NatkeepError(f"{type(error).__name__}: {error}")
-
-
-def _refuse_again(move_id: str, want: Want, followed: Followed) -> None:
-    """What was undone is not prepared again by the same order."""
-    if followed.state == "expired":
-        raise DeadlineError(
-            f"its gate was not opened within {want.deadline} s: undone",
-            hint="natkeep fleet apply orders it anew",
-        )
-    if followed.state == "prepared":
-        raise RefusedError(
-            f"{move_id} was undone by another hand", hint="natkeep fleet apply orders it anew"
-        )

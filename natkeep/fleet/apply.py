@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
+from ipaddress import ip_address
 
 from natkeep.checkpoint import Checkpoint
 from natkeep.checkpoint.listing import write_listing
@@ -19,12 +20,15 @@ from natkeep.fleet.listing import cut
 from natkeep.fleet.order import Order, parse_order
 from natkeep.fleet.store import ABSENT, Item, Store, read
 from natkeep.fleet.want import Phase, as_object, texts
+from natkeep.plan.maps import Map
 from natkeep.plan.move import Move, Site
 from natkeep.plan.roles import Role
 from natkeep.plan.step_order import make_plan
 from natkeep.plan.steps import Plan
 from natkeep.plan.tuples import Connections
 from natkeep.values import replace
+
+_NOWHERE = {4: "198.18.0.0", 6: "2001:2::"}  # RFC 2544 and 5180: for benches alone
 
 
 def apply(store: Store, order: Order, checkpoint: Checkpoint) -> tuple[Order, Plan]:
@@ -38,10 +42,11 @@ def apply(store: Store, order: Order, checkpoint: Checkpoint) -> tuple[Order, Pl
     _refuse_absent(order, alive)
     olds = [map_.old_end for map_ in order.maps]
     udp, servers = checkpoint.udp_at(olds), checkpoint.udp_servers_at(olds)
+    maps = _suppose_new(order)
     plans = {
         place.role: make_plan(
             Move(
-                order.id, order.maps, (Site(place.role, place.netns),), order.mode,
+                order.id, maps, (Site(place.role, place.netns),), order.mode,
                 order.listeners, udp=udp, udp_servers=servers,
             ),
             checkpoint.connections,
@@ -64,6 +69,15 @@ def apply(store: Store, order: Order, checkpoint: Checkpoint) -> tuple[Order, Pl
     if not store.txn(puts, compare) and _value(store, name) != puts[name]:
         raise RefusedError(f"{order.id}: another order came at the same time; it stands")
     return order, next(plan for role, plan in plans.items() if role == Role.DESTINATION)
+
+
+def _suppose_new(order: Order) -> tuple[Map, ...]:
+    """Its maps, with an address of no network where NEW is not known: what is kept is the same."""
+    found = []
+    for place, wish in enumerate(order.maps, 1):
+        supposed = ip_address(_NOWHERE[wish.old.version]) + place
+        found.append(wish.to(wish.new or supposed))
+    return tuple(found)
 
 
 def _value(store: Store, key: str) -> str:

@@ -1,9 +1,11 @@
 """What a node says of a move: how far it is, of which order, and what went wrong.
 
     {"schema": 1, "phase": "prepared", "generation": 3, "since": 1764500000.5,
-     "waits": {"host-b": "prepared"}, "error": {"exit": 4, "code": "refused", "message": "..."}}
+     "maps": ["10.2.0.10=10.3.0.20"], "as": "criu-52-34d2c", "waits": {"host-b": "prepared"},
+     "error": {"exit": 4, "code": "refused", "message": "..."}}
 
-since: seconds since 1970, by the node's own clock. waits: for which nodes it waits.
+since: seconds since 1970, by the node's own clock. waits: for which nodes it waits. maps: as they
+are there, none if nothing is. as: the id that natkeep-hook has it by (restored.py), or "".
 
 Rule: it is written by the agent of that node alone; what cannot be read is taken for gone.
 """
@@ -15,7 +17,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from natkeep.errors import NatkeepError
-from natkeep.fleet.want import SCHEMA, Phase, a_text, as_object, whole
+from natkeep.fleet.want import SCHEMA, Phase, a_text, as_object, texts, whole
 from natkeep.values import dataclass
 
 
@@ -28,8 +30,10 @@ class Error:
     message: str
 
     @classmethod
-    def of(cls, error: NatkeepError) -> Error:
-        """The code is the name of its class."""
+    def of(cls, error: Exception) -> Error:
+        """The code is the name of its class; of a fault of natkeep's that of NatkeepError."""
+        if not isinstance(error, NatkeepError):
+            error = NatkeepError(f"{type(error).__name__}: {error}")
         hint = f" ({error.hint})" if error.hint else ""
         code = type(error).__name__.removesuffix("Error").lower()
         return cls(error.exit_code, code, f"{error}{hint}")
@@ -43,11 +47,14 @@ class Done:
     generation: int
     error: Error | None = None
     waits: Mapping[str, Phase] = {}
+    maps: tuple[str, ...] = ()
+    hooked: str = ""
 
     def to_json(self) -> dict[str, Any]:
         """As it is in the store, but for the time."""
         return {
             "schema": SCHEMA, "phase": str(self.phase), "generation": self.generation,
+            "maps": [*self.maps], "as": self.hooked,
             "waits": {node: str(phase) for node, phase in self.waits.items()},
             "error": self.error
             and {
@@ -77,6 +84,10 @@ def parse_done(text: str | None) -> Done:
         if told is not None:
             error = Error(whole(told["exit"]), a_text(told["code"]), a_text(told["message"]))
         waits = {node: Phase(phase) for node, phase in found.get("waits", {}).items()}
-        return Done(Phase(found["phase"]), whole(found["generation"]), error, waits)
+        maps = tuple(texts(found.get("maps", [])))
+        return Done(
+            Phase(found["phase"]), whole(found["generation"]), error, waits, maps,
+            a_text(found.get("as", "")),
+        )  # fmt: skip
     except (KeyError, TypeError, ValueError, AttributeError):
         return NOTHING

@@ -18,9 +18,14 @@ import json
 import os
 from typing import NamedTuple
 
-from natkeep.errors import JournalError
+from natkeep.errors import JournalError, RefusedError
+from natkeep.fleet.want import Want
 
 NAME = "agent.followed"
+
+
+class DeadlineError(RefusedError):
+    """A gate was not opened in time, and what had been prepared for it is undone."""
 
 
 class Followed(NamedTuple):
@@ -91,3 +96,16 @@ class FollowedFile:
 
 def _line(move_id: str, followed: Followed) -> bytes:
     return json.dumps({"id": move_id, **followed._asdict()}).encode() + b"\n"
+
+
+def refuse_again(move_id: str, want: Want, followed: Followed) -> None:
+    """What was undone is not prepared again by the same order."""
+    if followed.state == "expired":
+        raise DeadlineError(
+            f"its gate was not opened within {want.deadline} s: undone",
+            hint="natkeep fleet apply orders it anew",
+        )
+    if followed.state == "prepared":
+        raise RefusedError(
+            f"{move_id} was undone by another hand", hint="natkeep fleet apply orders it anew"
+        )

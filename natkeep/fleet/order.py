@@ -8,7 +8,8 @@ The file, JSON:
 
 and, if need be, `netns` of a site, `mode`, `listeners` (true), `phase`: `staged` orders the
 destination alone, before the freeze, `frozen` (the default) all. In the place of `image` there may
-be `connections`: the path of a list, as of `--connections`. Paths begin at the file's folder.
+be `connections`: the path of a list, as of `--connections`. Paths begin at the file's folder. NEW
+may be `auto` (restored.py).
 
 In the store it has `generation`, a greater one with each order, and `phase` may be `gone`, or
 `settled` once it is: of such a one nothing else is left in the store.
@@ -41,7 +42,7 @@ from natkeep.fleet.want import (
     texts,
     whole,
 )
-from natkeep.plan.maps import Map
+from natkeep.plan.maps import Wish
 from natkeep.plan.move import Mode, parse_id
 from natkeep.plan.observation import Gate
 from natkeep.plan.roles import ROLES, Role
@@ -84,7 +85,7 @@ class Order:
     """A move in the store; see above."""
 
     id: str
-    maps: tuple[Map, ...]
+    maps: tuple[Wish, ...]
     places: tuple[Place, ...]
     mode: Mode = Mode.STATEFUL
     deadline: int = DEADLINE

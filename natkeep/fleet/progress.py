@@ -12,7 +12,7 @@ from natkeep.fleet import keys
 from natkeep.fleet.done import Done, Error, parse_done
 from natkeep.fleet.order import Order, Place, parse_order
 from natkeep.fleet.store import Item, Store, read
-from natkeep.fleet.want import Phase
+from natkeep.fleet.want import Phase, is_known
 from natkeep.plan.roles import ROLES, Role
 
 GOALS = ("ready", "open", "settled")
@@ -52,6 +52,9 @@ class Progress(NamedTuple):
         staged = self.order.phase == "staged" and node.place.role != Role.DESTINATION
         if staged:
             return goal == "ready"
+        [new] = [each.done.maps for each in self.nodes if each.place.role == Role.DESTINATION]
+        if not is_known(self.order.maps) and node.done.maps != new:
+            return False  # it has NEW as an earlier restore found it
         opened = ROLES[node.place.role].passes_on
         opened |= goal != "ready" and node.place.role == Role.DESTINATION
         return node.heard and node.done.phase.reaches(Phase.OPEN if opened else Phase.PREPARED)

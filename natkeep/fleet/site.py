@@ -12,12 +12,13 @@ from enum import Enum
 from natkeep import policy
 from natkeep.checkpoint import Checkpoint
 from natkeep.errors import LeftoverError, RefusedError
-from natkeep.fleet.want import Phase, Want
+from natkeep.fleet.want import Phase, Want, make_maps
 from natkeep.lifecycle import drain
 from natkeep.lifecycle.executor import Executor, finish
 from natkeep.lifecycle.open import open_move
 from natkeep.lifecycle.prepare import prepare
 from natkeep.lifecycle.teardown import end, teardown
+from natkeep.plan.maps import Map
 from natkeep.plan.move import Move, Site
 from natkeep.plan.observation import Gate
 from natkeep.plan.steps import OpenEarly, OpenGate
@@ -52,12 +53,14 @@ class Seen:
     """A move as its journal has it; begun: nanoseconds of the monotonic clock, 0: unknown.
 
     touched: a gate of it was opened once, or may have been; closed: and was closed again.
+    maps: as it was prepared.
     """
 
     standing: Standing
     touched: bool = False
     closed: bool = False
     begun: int = 0
+    maps: tuple[Map, ...] = ()
 
     def is_overdue(self, deadline: int) -> bool:
         """Whether its gate has been closed for *deadline* seconds, from the beginning on."""
@@ -72,7 +75,7 @@ def look(state: StateDirectory, move_id: str) -> Seen:
         return Seen(Standing.GONE)
     journal = state.load(move_id)
     closed = any(map(journal.is_closed_again, journal.records))
-    return Seen(_stand(journal), _was_touched(journal), closed, journal.begun)
+    return Seen(_stand(journal), _was_touched(journal), closed, journal.begun, journal.move.maps)
 
 
 def _stand(journal: Journal) -> Standing:
@@ -91,10 +94,24 @@ def make_move(move_id: str, want: Want, checkpoint: Checkpoint) -> Move:
     """The move at this one site; UsageError or RefusedError where it is none."""
     olds = [map_.old_end for map_ in want.maps]
     return Move(
-        move_id, want.maps, (Site(want.role, want.netns),), want.mode, want.listeners,
+        move_id, make_maps(want.maps), (Site(want.role, want.netns),), want.mode, want.listeners,
         hold=want.gate == Gate.CLOSED, udp=checkpoint.udp_at(olds),
         udp_servers=checkpoint.udp_servers_at(olds),
     )  # fmt: skip
+
+
+def refuse_out_of_bounds(executor: Executor, want: Want, bounds: policy.Agent) -> None:
+    """RefusedError where the operator's file does not let the store order it here."""
+    if bounds.roles is not None and want.role not in bounds.roles:
+        raise RefusedError(f"{bounds.node} takes no orders as {want.role}", hint="agent.roles")
+    if bounds.netns is not None and want.netns not in bounds.netns:
+        raise RefusedError(
+            f"{bounds.node} takes no orders in the namespace {want.netns!r}", hint="agent.netns"
+        )
+    if bounds.max_moves is not None and len(executor.state.ids()) >= bounds.max_moves:
+        raise RefusedError(
+            f"{bounds.node} has {bounds.max_moves} moves already", hint="agent.max_moves"
+        )
 
 
 def make_ready(executor: Executor, move: Move, want: Want, checkpoint: Checkpoint) -> None:

@@ -19,13 +19,13 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from enum import StrEnum
 from typing import Any
 
 from natkeep.errors import NatkeepError, UsageError
 from natkeep.fleet.keys import parse_name
-from natkeep.plan.maps import Map, parse_map
+from natkeep.plan.maps import Map, Wish, parse_map, parse_olds
 from natkeep.plan.move import Mode
 from natkeep.plan.observation import Gate
 from natkeep.plan.roles import Role
@@ -72,13 +72,16 @@ class Listed:
 
 @dataclass(frozen=True, slots=True)
 class Want:
-    """See above; wanted: whether it is to be there, or else undone."""
+    """See above; wanted: whether it is to be there, or else undone.
+
+    maps: where NEW is `auto`, the destination is prepared by its restore, and its `done` has NEW.
+    """
 
     generation: int
     wanted: bool
     role: Role
     netns: str
-    maps: tuple[Map, ...]
+    maps: tuple[Wish, ...]
     mode: Mode
     listeners: tuple[Endpoint, ...]
     gate: Gate
@@ -105,6 +108,10 @@ class Want:
             "gate": str(self.gate), "image": self.image,
             "conn": self.listed.to_json(),
         }  # fmt: skip
+
+    def by_restore(self) -> bool:
+        """Whether it is a destination that agents do not prepare, since NEW is not known before."""
+        return self.role == Role.DESTINATION and not is_known(self.maps)
 
     def digest(self) -> str:
         """Equal for orders that have the same prepared."""
@@ -157,15 +164,21 @@ def parse_role(text: object) -> Role:
     return Role(one_of(text, *ROLES))
 
 
-def parse_maps(value: object) -> tuple[Map, ...]:
-    """Maps whose NEW is named."""
-    wishes = [parse_map(text) for text in texts(value)]
-    if not wishes:
+def parse_maps(value: object) -> tuple[Wish, ...]:
+    """Maps, of which each NEW is named or `auto`."""
+    if not parse_olds(texts(value)):
         raise ValueError("maps: none")
-    for wish in wishes:
-        if wish.new is None:
-            raise ValueError("a map to auto: NEW has to be known")
-    return tuple(wish.to(wish.new) for wish in wishes if wish.new is not None)
+    return tuple(map(parse_map, texts(value)))
+
+
+def is_known(maps: Iterable[Wish]) -> bool:
+    """Whether NEW is named in each."""
+    return all(wish.new is not None for wish in maps)
+
+
+def make_maps(maps: Iterable[Wish]) -> tuple[Map, ...]:
+    """Those whose NEW is named."""
+    return tuple(wish.to(wish.new) for wish in maps if wish.new is not None)
 
 
 def whole(value: object, limit: float = math.inf) -> int:

@@ -123,6 +123,11 @@ class Wish(NamedTuple):
     new: Address | None
     new_port: int | None
 
+    def __str__(self) -> str:
+        port = "" if self.new_port is None else f":{self.new_port}"
+        new = f"auto{port}" if self.new is None else _end(self.new, self.new_port)
+        return f"{self.old_end}={new}"
+
     @property
     def old_end(self) -> Local:
         """OLD, with its port if there is one."""

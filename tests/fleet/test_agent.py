@@ -20,7 +20,7 @@ from natkeep.fleet import keys, progress, site
 from natkeep.fleet.directory import DirectoryStore
 from natkeep.fleet.order import parse_file
 from natkeep.fleet.store import read
-from natkeep.fleet.want import parse_want
+from natkeep.fleet.want import make_maps, parse_want
 from natkeep.lifecycle.open import close_move, open_move
 from natkeep.lifecycle.teardown import teardown
 from natkeep.plan.observation import Gate
@@ -572,7 +572,7 @@ def test_what_was_prepared_by_hand_is_left_alone(fleet: Fleet) -> None:
 
     host_b, *_ = fleet.usual()
     order = fleet.apply()
-    move = Move("web", order.maps, (Site(Role.DESTINATION, "dst"),))
+    move = Move("web", make_maps(order.maps), (Site(Role.DESTINATION, "dst"),))
     prepare(host_b.executor(), move, parse_listing(LISTING, "list").connections)
     before = surfaces(fleet)
     fleet.turn()

@@ -281,7 +281,7 @@ def test_an_order_ends_in_its_exit_code_and_changes_nothing(fleet: Processes) ->
     fleet.start_both()
     for more, code in (
         ({"sites": fleet.sites[1:]}, 2),
-        ({"maps": ["10.2.0.10=auto"]}, 2),
+        ({"maps": ["10.2.0.10"]}, 2),
         ({"connections": "not-there"}, 3),
         ({"maps": ["10.9.9.9=10.3.0.20"]}, 4),
         ({"sites": [{"node": "host-c", "role": "destination"}]}, 4),
@@ -367,7 +367,9 @@ def test_what_an_agent_says_is_of_the_form(fleet: Processes) -> None:
     assert {*alive} == {"schema", "pid", "version", "boot", "roles", "groups", "open"}
     assert alive["pid"] == fleet.agents["host-b"].pid
     done = json.loads(items[keys.done("host-b", "web")].value)
-    assert {*done} == {"schema", "phase", "generation", "since", "waits", "error"}
+    assert {*done} == {
+        "schema", "phase", "generation", "since", "maps", "as", "waits", "error"
+    }  # fmt: skip
     assert abs(done["since"] - time.time()) < 60
     assert parse_done(items[keys.done("host-b", "web")].value).phase == "prepared"
     store.close()

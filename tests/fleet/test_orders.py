@@ -42,7 +42,7 @@ def site(**words: Any) -> dict[str, Any]:
         ({**ORDER, "phase": "gone"}, "'gone' is none of staged, frozen"),
         ({**ORDER, "listeners": 1}, "listeners is true or false"),
         ({**ORDER, "id": "a b"}, "'a b' is not an id"),
-        ({**ORDER, "maps": ["10.2.0.10=auto"]}, "NEW has to be known"),
+        ({**ORDER, "maps": ["127.0.0.1=auto"]}, "is loopback"),
         ({**ORDER, "maps": ["10.2.0.10"]}, "is not of the form OLD=NEW"),
         ({**ORDER, "maps": []}, "maps: none"),
         ({**ORDER, "maps": "10.2.0.10=10.3.0.20"}, "is not a list of texts"),

@@ -1,0 +1,165 @@
+"""NEW is known at the restore only: the hook prepares the destination, and the others follow."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fleet_nodes import LISTING, OPENED, ORDER, READY, UNDONE, Fleet, Node
+
+from natkeep.checkpoint import Inventory, NetworkLock
+from natkeep.checkpoint.listing import parse_listing
+from natkeep.fleet import apply as orders
+from natkeep.fleet import keys, progress
+from natkeep.fleet.directory import DirectoryStore
+from natkeep.fleet.order import parse_file
+from natkeep.lifecycle.open import open_move
+from natkeep.lifecycle.prepare import prepare
+from natkeep.lifecycle.teardown import teardown
+from natkeep.plan.maps import make_map
+from natkeep.plan.move import Move, Site
+from natkeep.plan.observation import Gate
+from natkeep.plan.roles import Role
+from natkeep.plan.tuples import parse_local
+from natkeep.values import replace
+
+DUMP = "2b7c6a80-0000-4000-8000-000000000001"
+AUTO: dict[str, Any] = {**ORDER, "maps": ["10.2.0.10=auto"]}
+
+
+@pytest.fixture
+def fleet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Fleet]:
+    monkeypatch.setattr(os, "fsync", lambda fd: None)
+    monkeypatch.setattr("natkeep.policy.PATH", "/nowhere/natkeep.toml")
+    fleet = Fleet(tmp_path, DirectoryStore(str(tmp_path / "store")))
+    fleet.usual()
+    order, _ = parse_file(json.dumps(AUTO))
+    dump = Inventory(NetworkLock.NFTABLES, DUMP)
+    orders.apply(fleet.store, order, replace(parse_listing(LISTING, "list"), inventory=dump))
+    fleet.turn()
+    yield fleet
+    fleet.store.close()
+
+
+def prepare_in_hook(
+    node: Node, move_id: str = "criu-7-1a", new: str = "10.3.0.20", dump: str | None = DUMP
+) -> None:
+    """As natkeep-hook does, without the agent."""
+    maps = (make_map(parse_local("10.2.0.10"), parse_local(new)),)
+    move = Move(move_id, maps, (Site(Role.DESTINATION, "dst"),))
+    prepare(node.executor(), move, parse_listing(LISTING, "list").connections, image=dump)
+
+
+def hear_hooks(fleet: Fleet) -> None:
+    """By inotify the destination's agent hears of the hook's journal, and the others of that."""
+    agent = fleet.nodes["host-b"].agent
+    assert agent is not None
+    agent.reconcile(agent.about({"criu-7-1a"}))
+    fleet.turn()
+
+
+def gateway_maps(fleet: Fleet) -> list[str]:
+    move = fleet.nodes["gw-1"].executor().state.load("web").move
+    return [*map(str, move.maps)]
+
+
+def test_gateways_wait_for_the_restore_and_have_new_of_it(fleet: Fleet) -> None:
+    assert fleet.phases() == UNDONE
+    assert fleet.done("gw-1").waits == {"host-b": "prepared"}
+    prepare_in_hook(fleet.nodes["host-b"])
+    hear_hooks(fleet)
+    assert fleet.phases() == READY
+    assert gateway_maps(fleet) == ["10.2.0.10=10.3.0.20"]
+    assert fleet.nodes["gw-1"].kernel.sites["gw"].gates == {"web": Gate.OPEN}
+    assert fleet.done("host-b").hooked == "criu-7-1a"
+    assert not progress.look(fleet.store, "web").lacking("ready")
+    open_move(fleet.nodes["host-b"].executor(), "criu-7-1a")
+    hear_hooks(fleet)
+    assert fleet.phases() == OPENED
+    fleet.end(force=True)
+    fleet.turn()
+    assert fleet.phases() == UNDONE
+    assert not fleet.nodes["host-b"].executor().state.ids()
+
+
+def test_who_knows_new_before_prepares_under_the_orders_id(fleet: Fleet) -> None:
+    prepare_in_hook(fleet.nodes["host-b"], "web", dump=None)
+    fleet.turn()
+    assert fleet.phases() == READY
+    assert fleet.done("host-b").hooked == ""
+
+
+def test_agents_that_were_killed_know_as_much(fleet: Fleet) -> None:
+    prepare_in_hook(fleet.nodes["host-b"])
+    hear_hooks(fleet)
+    before = fleet.nodes["gw-1"].journal()
+    for node in fleet.nodes.values():
+        node.kill()
+    open_move(fleet.nodes["host-b"].executor(), "criu-7-1a")
+    for node in fleet.nodes.values():
+        node.start()
+    fleet.turn()
+    assert fleet.phases() == OPENED
+    assert fleet.nodes["gw-1"].journal() == before
+
+
+def test_a_restore_of_another_dump_is_not_the_orders(fleet: Fleet) -> None:
+    prepare_in_hook(fleet.nodes["host-b"], dump="another")
+    hear_hooks(fleet)
+    assert fleet.phases() == UNDONE
+
+
+def test_a_second_restore_finds_another_new_while_nothing_was_opened(fleet: Fleet) -> None:
+    host_b = fleet.nodes["host-b"]
+    prepare_in_hook(host_b)
+    hear_hooks(fleet)
+    teardown(host_b.executor(), "criu-7-1a")
+    prepare_in_hook(host_b, "criu-8-1b", "10.3.0.21")
+    agent = host_b.agent
+    assert agent is not None
+    agent.reconcile(agent.about({"criu-8-1b"}))
+    assert progress.look(fleet.store, "web").lacking("ready"), "NEW was another one"
+    fleet.turn()
+    assert fleet.phases() == READY
+    assert gateway_maps(fleet) == ["10.2.0.10=10.3.0.21"]
+    assert not progress.look(fleet.store, "web").lacking("ready")
+
+
+def test_a_second_new_is_refused_once_the_first_was_opened(fleet: Fleet) -> None:
+    host_b = fleet.nodes["host-b"]
+    prepare_in_hook(host_b)
+    hear_hooks(fleet)
+    open_move(host_b.executor(), "criu-7-1a")
+    hear_hooks(fleet)
+    before = fleet.nodes["gw-1"].journal()
+    told = replace(fleet.done("host-b"), maps=("10.2.0.10=10.3.0.99",))
+    fleet.store.txn({keys.done("host-b", "web"): told.write(0)})
+    fleet.nodes["gw-1"].turn()
+    error = fleet.done("gw-1").error
+    assert error is not None
+    assert "natkeep fleet end web first" in error.message
+    assert fleet.nodes["gw-1"].journal() == before
+
+
+def test_what_the_destination_says_may_name_new_and_nothing_else(fleet: Fleet) -> None:
+    for maps in (["10.2.0.99=10.3.0.20"], ["10.2.0.10=127.0.0.1"], ["10.2.0.10=auto"], []):
+        told = replace(fleet.done("host-b"), phase=progress.Phase.PREPARED, maps=tuple(maps))
+        fleet.store.txn({keys.done("host-b", "web"): told.write(0)})
+        gateway = fleet.nodes["gw-1"]
+        gateway.turn()
+        assert gateway.journal() is None
+        assert fleet.done("gw-1").error is not None
+
+
+def test_a_destination_that_says_nothing_any_more_undoes_nothing(fleet: Fleet) -> None:
+    prepare_in_hook(fleet.nodes["host-b"])
+    hear_hooks(fleet)
+    before = fleet.nodes["gw-1"].journal()
+    fleet.store.txn({keys.done("host-b", "web"): None})
+    fleet.nodes["gw-1"].turn()
+    assert fleet.nodes["gw-1"].journal() == before
+    assert fleet.done("gw-1").error is None
