@@ -8,7 +8,7 @@ import sys
 
 
 def find_program(name: str) -> str | None:
-    """The path of natkeep or natkeep-hook of this installation; None where there is none.
+    """The path of one of natkeep's programs, of this installation; None where there is none.
 
     Beside the program that was started; beside its interpreter (a virtual environment, when natkeep
     was started by `python -m`); else that of the path. Not in this order, `pip install --user`,

@@ -2,6 +2,7 @@
 
     natkeep(1), natkeep-VERB(1)        from the parser, natkeep/cli/usage.py and docs/reference.md
     natkeep-hook(8), natkeep.toml(5)   from docs/hook.md
+    natkeep-cni(8)                     from docs/kubernetes.md
 
 Rule: no word about natkeep is here but what a page needs around them.
 """
@@ -183,6 +184,12 @@ def hook_page() -> list[str]:
     return [*lines, ".SH SEE ALSO", ".BR natkeep (1),", ".BR natkeep.toml (5),", ".BR criu (8)"]
 
 
+def cni_page() -> list[str]:
+    lines = head("natkeep-cni", 8, "have a pod's network prepare a move")
+    lines += [".SH DESCRIPTION", *convert(section("kubernetes.md", "natkeep-cni"))]
+    return [*lines, ".SH SEE ALSO", ".BR natkeep (1),", ".BR natkeep\\-hook (8)"]
+
+
 def configuration_page() -> list[str]:
     lines = head("natkeep.toml", 5, "what may be moved, and standing orders for natkeep-hook")
     lines += [".SH SYNOPSIS", ".PP", "/etc/natkeep/natkeep.toml"]
@@ -205,6 +212,7 @@ def make_pages() -> dict[str, str]:
     pages = {f"natkeep-{t.replace(' ', '-')}.1": verb_page(t, verb) for t, verb in verbs.items()}
     pages["natkeep.1"] = main_page(parser, verbs)
     pages["natkeep-hook.8"] = hook_page()
+    pages["natkeep-cni.8"] = cni_page()
     pages["natkeep.toml.5"] = configuration_page()
     return {f"man{name[-1]}/{name}": "\n".join(lines) + "\n" for name, lines in pages.items()}
 

@@ -102,7 +102,7 @@ def test_its_programs_pages_and_units_are_there_and_go_with_it(machine: Machine)
     machine.run("sh", "-ec", f"cd {ROOT}\n{block.text}")
     listed = machine.run("dpkg", "--listfiles", "natkeep").splitlines()
     in_path = {Path(each).name for each in listed if "/bin/" in each or "/sbin/" in each}
-    assert in_path == {"natkeep", "natkeep-hook"}
+    assert in_path == {"natkeep", "natkeep-hook", "natkeep-cni"}
     units = {Path(each).name for each in listed if "systemd/system/" in each}
     assert units == UNITS
     pages = {Path(each).name for each in listed if "/man/man" in each}
@@ -110,6 +110,7 @@ def test_its_programs_pages_and_units_are_there_and_go_with_it(machine: Machine)
         "natkeep.1.gz",
         "natkeep-migrate.1.gz",
         "natkeep-hook.8.gz",
+        "natkeep-cni.8.gz",
         "natkeep.toml.5.gz",
     } <= pages
     completion = machine.run(

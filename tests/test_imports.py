@@ -17,7 +17,7 @@ import pytest
 
 PACKAGE = Path(__file__).resolve().parent.parent / "natkeep"
 FLOORS = {
-    **dict.fromkeys(("cli", "criu", "__main__"), 6),
+    **dict.fromkeys(("cli", "criu", "cni", "__main__"), 6),
     "fleet": 5,
     **dict.fromkeys(("lifecycle", "report", "migrate"), 4),
     **dict.fromkeys(("kernel", "checkpoint", "state", "policy", "page"), 3),

@@ -80,7 +80,7 @@ def in_venv(pip: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) ->
     where = tmp_path_factory.mktemp("a venv")
     venv.create(where, symlinks=True)
     install(pip, where / "bin/python3")
-    assert programs(where) == {"natkeep", "natkeep-hook"}
+    assert programs(where) == {"natkeep", "natkeep-hook", "natkeep-cni"}
     share = where / "share"
     for page in ("man1/natkeep.1", "man1/natkeep-prepare.1", "man5/natkeep.toml.5"):
         assert (share / "man" / page).read_text().startswith(".TH NATKEEP")
@@ -92,7 +92,7 @@ def in_venv(pip: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) ->
 def of_user(pip: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> Installed:
     base = tmp_path_factory.mktemp("user")
     install(pip, SYSTEM, "--user", "--break-system-packages", PYTHONUSERBASE=str(base))
-    assert programs(base) == {"natkeep", "natkeep-hook"}
+    assert programs(base) == {"natkeep", "natkeep-hook", "natkeep-cni"}
     return Installed(base / "bin")
 
 
@@ -209,7 +209,8 @@ def test_the_page_brings_natkeep_and_takes_it_away(tmp_path: Path) -> None:
         made = set(machine.run(*files).splitlines()) - set(before.splitlines())
         wants = {path for path in made if ".wants/" in path}
         assert {Path(path).name for path in made - wants} == {
-            "natkeep", "natkeep-hook", *(path.name for path in UNITS.iterdir() if path.suffix)
+            "natkeep", "natkeep-hook", "natkeep-cni",
+            *(path.name for path in UNITS.iterdir() if path.suffix)
         }  # fmt: skip
         assert {Path(path).name for path in wants} == ENABLED
         assert machine.run("natkeep", "status", NATKEEP_STATE_DIR="/nowhere").startswith("nothing")

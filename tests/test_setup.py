@@ -13,7 +13,7 @@ import pytest
 
 from natkeep.cli import installation, main
 
-NAMES = ("natkeep", "natkeep-hook")
+NAMES = ("natkeep", "natkeep-hook", "natkeep-cni")
 Setup = Callable[..., tuple[int, str, str]]
 
 
@@ -27,6 +27,7 @@ def run(
         (tmp_path / "own/bin" / name).touch(0o755)
     monkeypatch.setattr(installation, "BIN", str(tmp_path / "bin"))
     monkeypatch.setattr(installation, "UNITS", str(tmp_path / "units"))
+    monkeypatch.setattr(installation, "CNI", (str(tmp_path / "cni"), "/nowhere"))
     monkeypatch.setattr(sys, "argv", [str(tmp_path / "own/bin/natkeep")])
 
     def call(*options: str) -> tuple[int, str, str]:
@@ -42,7 +43,7 @@ def test_without_options_it_only_says_what_there_is(run: Setup, tmp_path: Path) 
     assert (code, err) == (0, "")
     states = [line.split() for line in out.splitlines()]
     assert {state for state, _ in states} == {"missing"}
-    assert [Path(path).name for _, path in states[:2]] == [*NAMES]
+    assert [Path(path).name for _, path in states[:3]] == [*NAMES]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["own"]
 
 
@@ -55,7 +56,7 @@ def test_links_are_made_once_and_taken_away(run: Setup, tmp_path: Path) -> None:
         assert (tmp_path / "bin" / name).readlink() == tmp_path / "own/bin" / name
     assert not (tmp_path / "units").exists()
     code, out, _ = run("--remove")
-    assert (code, out.count("removed")) == (0, 2)
+    assert (code, out.count("removed")) == (0, 3)
     assert [*(tmp_path / "bin").iterdir()] == []
 
 
@@ -111,5 +112,14 @@ def test_another_natkeeps_link_is_replaced_but_not_taken_away(run: Setup, tmp_pa
     other.symlink_to("/opt/natkeep/bin/natkeep")
     assert "removed" not in run("--remove")[1]
     assert other.is_symlink()
-    assert run("--link")[1].count("made") == 2
+    assert run("--link")[1].count("made") == 3
     assert other.readlink() == tmp_path / "own/bin/natkeep"
+
+
+def test_the_cni_plugin_is_linked_where_runtimes_look(run: Setup, tmp_path: Path) -> None:
+    (tmp_path / "cni").mkdir()
+    assert run("--link")[1].count("made") == 4
+    link = tmp_path / "cni/natkeep-cni"
+    assert link.readlink() == tmp_path / "own/bin/natkeep-cni"
+    assert run("--remove")[1].count("removed") == 4
+    assert not link.is_symlink()

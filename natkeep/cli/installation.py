@@ -1,6 +1,7 @@
 """The verb `setup` but for completion: what pip cannot bring to its place.
 
-    --link         natkeep and natkeep-hook in /usr/local/bin, where sudo, ssh and systemd look
+    --link         natkeep, natkeep-hook and natkeep-cni in /usr/local/bin, where sudo, ssh and
+                   systemd look; the last also where container runtimes look, if they do here
     --units        the units of natkeep/systemd/, with the path of this natkeep; none is enabled
     --remove       what the two made, before `pip uninstall`
 
@@ -24,6 +25,8 @@ from natkeep.values import dataclass
 
 BIN = "/usr/local/bin"
 UNITS = "/etc/systemd/system"
+CNI = ("/opt/cni/bin", "/usr/lib/cni")
+"""Where container runtimes look for CNI's plugins."""
 
 _OURS = "# Made by natkeep setup; natkeep setup --remove takes it away.\n"
 _SOURCE = Path(__file__).parents[1] / "systemd"
@@ -129,10 +132,13 @@ def _demand_program(name: str) -> str:
 
 
 def _links() -> Iterator[Piece]:
-    for name in ("natkeep", "natkeep-hook"):
+    plugins = [directory for directory in CNI if os.path.isdir(directory)]
+    for name in ("natkeep", "natkeep-hook", "natkeep-cni"):
         program = _demand_program(name)
         if os.path.dirname(program) not in ("/usr/bin", "/usr/sbin"):
             yield Piece(Path(BIN, name), target=program)
+        if name == "natkeep-cni":
+            yield from (Piece(Path(directory, name), target=program) for directory in plugins)
 
 
 def _units() -> Iterator[Piece]:

@@ -313,8 +313,8 @@ def read_user() -> str:
     return f"uid {posix.getuid() if uid == NOT_SET else uid}"
 
 
-def take_long_way() -> "NoReturn":
-    """natkeep.criu.hook, of the installation that this file belongs to.
+def take_long_way(module: str = "natkeep.criu.hook") -> "NoReturn":
+    """The program that *module* is, of the installation that this file belongs to.
 
     `pip install --user` and `--prefix` put it where an isolated interpreter does not look; it goes
     before what else the system has by this name, and behind the standard library.
@@ -326,10 +326,10 @@ def take_long_way() -> "NoReturn":
         site.addsitedir(f"{sys.argv[1]}/../../{version}/{kind}-packages")
     site.main()
     try:
-        from natkeep.criu.hook import program
+        program = __import__(module, fromlist=("program",)).program
     except ModuleNotFoundError as error:
         sys.exit(f"natkeep-hook: {sys.executable} has no {error.name}: install natkeep anew")
-    program()
+    sys.exit(program())
 
 
 def serve_in_time() -> list[Site]:

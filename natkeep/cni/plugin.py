@@ -1,0 +1,245 @@
+"""What natkeep-cni does for a pod that has an order; CNI's verbs.
+
+    ADD      prepare the destination in the pod's namespace, its gate closed, and tell NEW: beside
+             the order, and to the agent, which answers once the gateways are ready
+    CHECK    is it as it was prepared?
+    DEL      undo what was prepared for this container, and for no other of the pod's name
+    GC       the same for all containers of this network that are not attached any more
+    STATUS   the front answers it
+
+Rule: nothing of the pod runs yet. ADD gives prevResult back as it came, or fails with nothing left
+of it: a pod is never begun half kept. DEL always succeeds. What a plugin that was killed has left
+was never opened, and the next ADD clears it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import sys
+from contextlib import suppress
+
+from natkeep.cni.call import OWN, VERSIONS, Call, CniError, find_addresses, read_call
+from natkeep.cni.order import PodOrder, Told, find_all_told, find_order, make_told, read_told
+from natkeep.errors import DriftError, NatkeepError, RefusedError, UnreachableError
+
+TYPE_CHECKING = False  # typing.TYPE_CHECKING, without importing typing
+if TYPE_CHECKING:
+    from natkeep.checkpoint import Checkpoint
+    from natkeep.lifecycle.executor import Executor
+    from natkeep.plan.maps import Map
+    from natkeep.plan.move import Move
+
+AGENT_PATIENCE = 15.0
+"""Seconds that the agent's answer is waited for: its own are 10."""
+_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+
+
+def main() -> int:
+    """Serve the call that the environment and stdin are; the exit code."""
+    os.environ["PATH"] = f"{os.environ.get('PATH', '')}:{_PATH}".lstrip(":")
+    os.environ.pop("NATKEEP_FAULT", None)  # for tests of the verbs
+    text = sys.stdin.buffer.read().decode("utf-8", "surrogateescape")
+    try:
+        call = read_call(os.environ, text)
+        _serve(call)
+    except CniError as error:
+        return _fail(error.code, str(error), text)
+    except NatkeepError as error:
+        hint = f" ({error.hint})" if error.hint else ""
+        return _fail(OWN + error.exit_code, f"{error}{hint}", text)
+    except Exception as error:  # the runtime would only say that there was no answer
+        return _fail(OWN + 1, f"{type(error).__name__}: {error}", text)
+    if call.verb == "ADD":
+        print(_take_result(text))
+    return 0
+
+
+def _fail(code: int, message: str, text: str) -> int:
+    version = VERSIONS[0]
+    with suppress(ValueError, AttributeError, RecursionError):
+        version = json.loads(text).get("cniVersion", version)
+    version = version if version in VERSIONS else VERSIONS[0]
+    print(json.dumps({"cniVersion": version, "code": code, "msg": f"natkeep-cni: {message}"}))
+    _note(message, failed=True)
+    return 1
+
+
+def _note(line: str, *, failed: bool = False) -> None:
+    from natkeep.system_log import note
+
+    note("natkeep-cni", line, failed=failed)
+
+
+def _take_result(text: str) -> str:
+    """prevResult, with what natkeep does not know of it."""
+    return json.dumps(json.loads(text)["prevResult"])
+
+
+def _serve(call: Call) -> None:
+    if call.verb == "ADD":
+        _add(call)
+    elif call.verb == "CHECK":
+        _check(call)
+    elif call.verb == "DEL":
+        _delete(call)
+    elif call.verb == "GC":
+        _collect(call)
+
+
+def _make_executor(call: Call) -> Executor:
+    from natkeep.kernel.linux import LinuxKernel
+    from natkeep.lifecycle.executor import Executor
+    from natkeep.state.directory import StateDirectory
+
+    state = StateDirectory(call.config.state_dir, create=call.verb == "ADD")
+    return Executor(LinuxKernel(state.path), state)
+
+
+# ---- ADD -----------------------------------------------------------------------------------------
+
+
+def _add(call: Call) -> None:
+    order = find_order(call)
+    if order is None or call.pod is None or call.config.result is None:
+        return
+    maps = order.make_maps(find_addresses(call.config.result))
+    told = make_told(call, call.pod, order.id, maps)
+    executor = _make_executor(call)
+    _clear_earlier(executor, order.id)
+    count = _prepare(executor, order, maps, call)
+    try:
+        told.write()
+        if call.config.agent is not None:
+            for new in told.new:
+                tell_agent(call.config.agent, order.id, new)
+    except BaseException:
+        _undo(executor, told)
+        raise
+    _note(f"{order.id}: {', '.join(told.maps)} at {call.pod.file}, {count} prepared")
+
+
+def _clear_earlier(executor: Executor, move_id: str) -> None:
+    """What an ADD that was killed, or a sandbox that has failed, has left of this move."""
+    from natkeep.fleet.site import clear
+    from natkeep.fleet.want import NO_WANT
+    from natkeep.plan.roles import Role
+
+    header = executor.state.read_header(move_id) if executor.state.knows(move_id) else None
+    if header is None:
+        return
+    ours = [site.role for site in header.move.sites] == [Role.DESTINATION]
+    if not ours or not clear(executor, move_id, NO_WANT):
+        raise RefusedError(
+            f"{move_id} is at this node already, and is in use", hint=f"natkeep status {move_id}"
+        )
+
+
+def _prepare(executor: Executor, order: PodOrder, maps: tuple[Map, ...], call: Call) -> int:
+    """Prepare the destination; how many connections are to be kept."""
+    from natkeep import policy
+    from natkeep.lifecycle.prepare import prepare
+
+    checkpoint = order.read_connections()
+    move = _make_move(order, maps, checkpoint, call)
+    count = sum(map(len, move.share(checkpoint.connections))) + len(move.udp)
+    policy.authorise(move, count + len(move.udp_servers))
+    prepare(executor, move, checkpoint.connections, image=checkpoint.run_id)
+    return count
+
+
+def _make_move(order: PodOrder, maps: tuple[Map, ...], checkpoint: Checkpoint, call: Call) -> Move:
+    from natkeep.plan.move import Move, Site
+    from natkeep.plan.roles import Role
+
+    olds = [map_.old_end for map_ in maps]
+    listeners = checkpoint.listeners_at(olds) if order.listeners else ()
+    if order.listeners and not listeners:
+        raise RefusedError("listeners: there is none at an OLD or at the wildcard address")
+    return Move(
+        order.id, maps, (Site(Role.DESTINATION, call.netns),), order.mode, listeners,
+        live=checkpoint.live, udp=checkpoint.udp_at(olds),
+        udp_servers=checkpoint.udp_servers_at(olds),
+    )  # fmt: skip
+
+
+def tell_agent(path: str, move_id: str, new: str) -> None:
+    """Tell the agent NEW, and wait until it says that the gateways are ready.
+
+    UnreachableError where it does not answer, RefusedError where it says no.
+    """
+    try:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as agent:
+            agent.settimeout(AGENT_PATIENCE)
+            agent.connect(path)
+            question = {"verb": "ready", "id": move_id, "new": new}
+            agent.sendall(json.dumps(question).encode() + b"\n")
+            line = agent.makefile("rb").readline(1 << 16)
+        answer = json.loads(line)
+        ok = answer["ok"] is True
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UnreachableError(f"the agent at {path} gives no answer: {error}") from None
+    if not ok:
+        raise RefusedError(f"the agent says no: {answer.get('error', answer)}")
+
+
+# ---- CHECK, DEL and GC ---------------------------------------------------------------------------
+
+
+def _check(call: Call) -> None:
+    """DriftError where what was prepared for this container is not as it was put there."""
+    from natkeep.lifecycle.status import read_status
+
+    told = read_told(call.config.orders, call.pod.file) if call.pod else None
+    if told is None or not told.is_of(call):
+        return
+    executor = _make_executor(call)
+    if not executor.state.knows(told.id):
+        raise DriftError(f"{told.id} was prepared, and is not any more")
+    for move in read_status(executor, (told.id,)):
+        for line in (line for site in move.sites for line in site.drift):
+            raise DriftError(f"{told.id}: {line}")
+
+
+def _delete(call: Call) -> None:
+    """Whatever goes wrong is noted, and found again by GC: a pod has to be able to end."""
+    try:
+        told = read_told(call.config.orders, call.pod.file) if call.pod else None
+        if told is not None and told.is_of(call):
+            _undo(_make_executor(call), told)
+    except Exception as error:
+        _note(f"DEL of {call.container}: {error}", failed=True)
+
+
+def _undo(executor: Executor, told: Told) -> None:
+    from natkeep.lifecycle.teardown import teardown
+
+    teardown(executor, told.id)
+    told.path.unlink(missing_ok=True)
+    _note(f"{told.id}: undone")
+
+
+def _collect(call: Call) -> None:
+    """Undo what is told of containers of this network that are not attached any more."""
+    if call.config.valid is None:
+        return
+    left: NatkeepError | None = None
+    for name in find_all_told(call.config.orders):
+        try:
+            told = read_told(call.config.orders, name)
+            if told is None or told.network != call.config.network:
+                continue
+            if told.container not in call.config.valid:
+                _undo(_make_executor(call), told)
+        except NatkeepError as error:
+            left = left or error
+    if left is not None:
+        raise left
+
+
+def program() -> int:
+    """As a process: what an interpreter does at its end is left out."""
+    code = main()
+    sys.stdout.flush()
+    os._exit(code)

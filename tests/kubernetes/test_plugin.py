@@ -1,0 +1,331 @@
+"""natkeep-cni as a container runtime starts it, in namespaces of the test; no runtime is needed.
+
+What it does among real plugins, the scenario pod_moves shows.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hook_caller import NEW, OLD, cable
+
+PLUGIN = Path(sys.executable).with_name("natkeep-cni")
+RESULT = (
+    '{"cniVersion":"1.0.0","interfaces":[{"name":"veth0"},{"name":"eth0","sandbox":"/x"}],'
+    '"ips":[{"address":"%s/24","interface":1},{"address":"192.0.2.9/24","interface":0}],'
+    '"dns":{"search":["a\\"}b\\\\"]},"big":12345678901234567890}'
+).replace("%s", NEW)
+POD = {"K8S_POD_NAMESPACE": "default", "K8S_POD_NAME": "web-b", "K8S_POD_UID": "u-1"}
+ORDER = {"schema": 1, "id": "web", "maps": [f"{OLD}=auto"], "connections": "list"}
+
+
+class Node:
+    """A node with a configuration of the plugin's, its orders and its state directory."""
+
+    def __init__(self, folder: Path, netns: str) -> None:
+        self.orders, self.state = folder / "orders", folder / "state"
+        self.orders.mkdir(mode=0o755)
+        (self.orders / "list").write_text(f"{OLD}:5000 192.0.2.1:40000\n")
+        self.netns = netns
+        self.more: dict[str, Any] = {}
+
+    def order(self, **keys: Any) -> Path:
+        path = self.orders / "default_web-b.json"
+        path.write_text(json.dumps(ORDER | keys))
+        return path
+
+    def config(self, result: str | None = RESULT) -> str:
+        """As libcni writes it: keys in their order, no blanks."""
+        given = {"cniVersion": "1.0.0", "name": "pods", "type": "natkeep-cni"}
+        given |= {"orders": str(self.orders), "stateDir": str(self.state), **self.more}
+        text = json.dumps(given, separators=(",", ":"), sort_keys=True)
+        return text if result is None else f'{text[:-1]},"prevResult":{result}}}'
+
+    def call(
+        self, verb: str, text: str | None = None, *, args: dict[str, str] = POD, **environment: str
+    ) -> subprocess.CompletedProcess[str]:
+        words = ";".join(f"{key}={value}" for key, value in {"IgnoreUnknown": "1", **args}.items())
+        given = {
+            "CNI_COMMAND": verb, "CNI_CONTAINERID": "c1", "CNI_NETNS": f"/run/netns/{self.netns}",
+            "CNI_IFNAME": "eth0", "CNI_ARGS": words, "PATH": "/usr/bin:/bin", **environment,
+        }  # fmt: skip
+        given = {name: value for name, value in given.items() if value}
+        text = self.config() if text is None else text
+        return subprocess.run([PLUGIN], input=text, env=given, capture_output=True, text=True)
+
+    def does(self, verb: str, text: str | None = None, **environment: str) -> str:
+        done = self.call(verb, text, **environment)
+        assert (done.returncode, done.stderr) == (0, ""), done.stdout
+        return done.stdout
+
+    def fails(self, verb: str, text: str | None = None, **environment: Any) -> tuple[int, str]:
+        done = self.call(verb, text, **environment)
+        assert done.returncode == 1
+        assert done.stderr == ""
+        error = json.loads(done.stdout)
+        assert error["cniVersion"] == "1.0.0"
+        return error["code"], error["msg"].removeprefix("natkeep-cni: ")
+
+    def told(self) -> dict[str, Any] | None:
+        path = self.orders / "default_web-b.new"
+        return json.loads(path.read_text()) if path.exists() else None
+
+    def status(self) -> list[dict[str, Any]]:
+        natkeep = [PLUGIN.with_name("natkeep"), "status", "--json", "--state-dir", self.state]
+        done = subprocess.run(natkeep, capture_output=True, text=True, check=True)
+        return json.loads(done.stdout)["moves"]
+
+    def gates(self) -> list[tuple[str, str]]:
+        return [(move["id"], move["gate"]) for move in self.status()]
+
+
+@pytest.fixture
+def node(tmp_path: Path) -> Node:
+    """Of its pod there is no namespace."""
+    return Node(tmp_path, "nowhere")
+
+
+@pytest.fixture
+def ready(tmp_path: Path, netns: str) -> Iterator[Node]:
+    cable(netns)
+    node = Node(tmp_path, netns)
+    yield node
+    natkeep = [PLUGIN.with_name("natkeep"), "-q", "teardown", "web", "--yes"]
+    subprocess.run([*natkeep, "--state-dir", node.state], check=True)
+
+
+# ---- without an order ----------------------------------------------------------------------------
+
+
+def test_a_pod_without_an_order_has_its_result_back_octet_by_octet(node: Node) -> None:
+    for version in ("1.0.0", "1.1.0"):
+        text = node.config().replace("1.0.0", version)
+        assert node.does("ADD", text) == RESULT.replace("1.0.0", version) + "\n"
+    assert node.does("ADD", args={}) == RESULT + "\n"  # of no pod
+    assert node.does("DEL") == node.does("CHECK") == node.does("GC") == ""
+    assert not node.state.exists()
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        lambda text: text.replace(":", " : "),
+        lambda text: text.replace(",", ",\n\t"),
+        lambda text: text.replace("{", '{"args":{"prevResult":{},"orders":"/n"},', 1),
+    ],
+)
+def test_a_configuration_of_another_hand_is_read_too(
+    node: Node, text: Callable[[str], str]
+) -> None:
+    said = node.does("ADD", text(node.config(RESULT.replace(",", ", "))))
+    assert json.loads(said) == json.loads(RESULT)
+
+
+def test_no_program_is_started_for_a_pod_without_an_order(node: Node, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    copy = Path(shutil.copy(PLUGIN, tmp_path / "natkeep-cni"))  # nothing is beside it
+    environment = {
+        "CNI_COMMAND": "ADD", "CNI_CONTAINERID": "c1", "CNI_NETNS": "/x", "CNI_IFNAME": "eth0",
+        "CNI_ARGS": ";".join(f"{key}={value}" for key, value in POD.items()),
+        "PATH": str(tmp_path / "empty"),
+    }  # fmt: skip
+    done = subprocess.run(
+        ["/bin/sh", copy], input=node.config(), env=environment, capture_output=True, text=True
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, RESULT + "\n", "")
+
+
+def test_it_says_its_versions_and_that_it_can_serve(node: Node, tmp_path: Path) -> None:
+    said = json.loads(node.does("VERSION"))
+    assert said == {"cniVersion": "1.1.0", "supportedVersions": ["1.0.0", "1.1.0"]}
+    assert node.does("STATUS", node.config(None)) == ""
+    node.more["agent"] = str(tmp_path / "sock")
+    assert node.fails("STATUS", node.config(None))[0] == 50
+    with socket.socket(socket.AF_UNIX) as agent:
+        agent.bind(node.more["agent"])
+        assert node.does("STATUS", node.config(None)) == ""
+
+
+# ---- bad input -----------------------------------------------------------------------------------
+
+
+def test_bad_input_has_the_code_that_the_specification_gives_it(node: Node) -> None:
+    config = json.loads(node.config())
+
+    def changed(**keys: Any) -> str:
+        return json.dumps({**config, **keys})
+
+    assert node.fails("ADD", changed(cniVersion="0.3.1"))[0] == 1
+    assert node.fails("ADD", changed(cniVersion=None))[0] == 1
+    assert node.fails("DO")[0] == 4
+    for name in ("CNI_CONTAINERID", "CNI_NETNS", "CNI_IFNAME"):
+        assert node.fails("ADD", changed(), **{name: ""}) == (4, f"{name} is not set")
+    assert node.fails("ADD", changed(), CNI_CONTAINERID="../c")[0] == 4
+    assert node.fails("ADD", changed(), args=POD | {"K8S_POD_NAME": "../b"})[0] == 4
+    for text in ("", "{", "[]", '{"cniVersion":' * 100_000):
+        assert node.fails("ADD", text)[0] == 6
+    for bad in ({"prevResult": None}, {"prevResult": []}, {"orders": 5}, {"orders": "here"}):
+        assert node.fails("ADD", changed(**bad))[0] == 7
+    assert node.fails("GC", changed(**{"cni.dev/valid-attachments": 5}))[0] == 7
+    assert node.fails("ADD", node.config(None)) == (
+        7, "no prevResult: natkeep-cni stands at the end of a chain",
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("keys", "code", "words"),
+    [
+        ({"schema": 2}, 102, "schema 2 is not 1"),
+        ({"maps": []}, 102, "maps: none"),
+        ({"maps": [f"{OLD}"]}, 102, "is not of the form OLD=NEW"),
+        ({"id": "a/b"}, 102, "a/b"),
+        ({"also": 1}, 102, "unknown key also"),
+        ({"image": "i"}, 102, "which connections"),
+        ({"mode": "other"}, 102, "other"),
+        ({"listeners": 1}, 102, "listeners"),
+        ({"connections": "absent"}, 103, "absent"),
+        ({"maps": [f"{OLD}=10.9.9.9"]}, 104, f"NEW 10.9.9.9 is not of this pod, which has {NEW}"),
+        ({"maps": ["fd00::1=auto"]}, 104, "the pod has not one address, but none"),
+    ],
+)
+def test_an_order_that_cannot_be_carried_out_fails_the_pod(
+    node: Node, keys: dict[str, Any], code: int, words: str
+) -> None:
+    path = node.order(**keys)
+    found, message = node.fails("ADD")
+    assert (found, words in message) == (code, True), message
+    path.unlink()
+    assert node.does("ADD") == RESULT + "\n"
+
+
+def test_an_order_that_others_can_write_is_refused(node: Node) -> None:
+    path = node.order()
+    path.chmod(0o666)
+    assert node.fails("ADD") == (102, f"{path} can be written by others than root")
+    path.chmod(0o600)
+    node.orders.chmod(0o777)
+    assert node.fails("ADD") == (102, f"{node.orders} can be written by others than root")
+    node.orders.chmod(0o755)
+    path.rename(node.orders / "elsewhere")
+    path.symlink_to(node.orders / "elsewhere")
+    assert node.fails("ADD")[0] == 102
+
+
+def test_an_order_for_another_pod_of_that_name_is_none(node: Node) -> None:
+    node.order(uid="u-2")
+    assert json.loads(node.does("ADD")) == json.loads(RESULT)
+    args = {name: value for name, value in POD.items() if name != "K8S_POD_UID"}
+    code, message = node.fails("ADD", args=args)
+    assert (code, "K8S_POD_UID" in message) == (104, True)
+
+
+# ---- with an order -------------------------------------------------------------------------------
+
+
+@pytest.mark.root
+def test_the_destination_is_prepared_and_undone_with_its_container(ready: Node) -> None:
+    ready.order(uid="u-1")
+    assert json.loads(ready.does("ADD")) == json.loads(RESULT)
+    assert ready.gates() == [("web", "closed")]
+    assert ready.told() == {
+        "schema": 1, "id": "web", "network": "pods", "container": "c1",
+        "maps": [f"{OLD}={NEW}"], "new": [NEW],
+    }  # fmt: skip
+    assert ready.does("CHECK") == ""
+
+    # An earlier sandbox of that name, which the runtime ends late, takes nothing with it.
+    assert ready.does("DEL", CNI_CONTAINERID="c0") == ""
+    assert ready.gates() == [("web", "closed")]
+    nft = ["ip", "netns", "exec", ready.netns, "nft", "flush", "ruleset"]
+    subprocess.run(nft, check=True)
+    code, message = ready.fails("CHECK")
+    assert (code, message.startswith("web: ")) == (106, True)
+
+    for _ in range(2):
+        assert ready.does("DEL", CNI_NETNS="") == ""
+        assert (ready.gates(), ready.told()) == ([], None)
+
+
+@pytest.mark.root
+def test_what_another_sandbox_has_left_is_prepared_anew_unless_it_is_in_use(ready: Node) -> None:
+    ready.order()
+    ready.does("ADD", CNI_CONTAINERID="c1")
+    ready.does("ADD", CNI_CONTAINERID="c2")  # c1 was killed, and nothing was said of it
+    assert ready.told()["container"] == "c2"
+    natkeep = [PLUGIN.with_name("natkeep"), "-q", "open", "web", "--state-dir", ready.state]
+    subprocess.run(natkeep, check=True)
+    code, message = ready.fails("ADD", CNI_CONTAINERID="c3")
+    assert (code, message.startswith("web is at this node already, and is in use")) == (104, True)
+    assert ready.gates() == [("web", "open")]
+
+
+@pytest.mark.root
+def test_gc_undoes_what_is_of_no_attached_container_of_this_network(ready: Node) -> None:
+    ready.order()
+    ready.does("ADD")
+    attached = {"cni.dev/valid-attachments": [{"containerID": "c1", "ifname": "eth0"}]}
+    for more, left in (
+        ({}, 1),  # nothing is known of what is attached
+        (attached, 1),
+        ({"cni.dev/valid-attachments": [], "name": "others"}, 1),
+        ({"cni.dev/valid-attachments": []}, 0),
+    ):
+        ready.more = more
+        assert ready.does("GC", ready.config(None), CNI_CONTAINERID="", CNI_NETNS="") == ""
+        assert len(ready.gates()) == left
+
+
+@pytest.mark.root
+def test_a_pod_without_the_address_fails_and_nothing_is_left(ready: Node) -> None:
+    subprocess.run(["ip", "-n", ready.netns, "address", "flush", "dev", "eth0"], check=True)
+    ready.order()
+    code, message = ready.fails("ADD")
+    assert (code, NEW in message) == (104, True)
+    assert (ready.gates(), ready.told()) == ([], None)
+
+
+class Agent(threading.Thread):
+    """Listens as an agent does, and gives each of the *answers* in turn."""
+
+    def __init__(self, path: Path, *answers: str) -> None:
+        super().__init__(daemon=True)
+        self.heard: list[Any] = []
+        self._answers = answers
+        self._socket = socket.socket(socket.AF_UNIX)
+        self._socket.bind(str(path))
+        self._socket.listen()
+
+    def run(self) -> None:
+        for answer in self._answers:
+            asking = self._socket.accept()[0]
+            with asking, asking.makefile("rwb") as lines:
+                self.heard.append(json.loads(lines.readline()))
+                lines.write(f"{answer}\n".encode())
+        self._socket.close()
+
+
+@pytest.mark.root
+def test_the_agent_is_told_new_and_its_no_fails_the_pod(ready: Node, tmp_path: Path) -> None:
+    ready.order()
+    ready.more["agent"] = str(tmp_path / "sock")
+    code, message = ready.fails("ADD")
+    assert (code, "gives no answer" in message) == (109, True)
+    assert (ready.gates(), ready.told()) == ([], None)
+
+    agent = Agent(tmp_path / "sock", '{"ok":false,"error":"no gateway"}', '{"ok":true}')
+    agent.start()
+    assert ready.fails("ADD") == (104, "the agent says no: no gateway")
+    assert (ready.gates(), ready.told()) == ([], None)
+    assert json.loads(ready.does("ADD")) == json.loads(RESULT)
+    assert ready.gates() == [("web", "closed")]
+    agent.join()
+    assert agent.heard == [{"verb": "ready", "id": "web", "new": NEW}] * 2
