@@ -26,6 +26,7 @@
     roles = ["gateway"]                          # what the store may order here, and nothing else
     netns = [""]                                 # in which namespaces; "" is the agent's own
     max_moves = 2000
+    socket = "/run/natkeep/agent.sock"           # where natkeep-hook asks (NATKEEP_AGENT)
 
 Where there is no file, or a key is not in it, what the command line or the environment names is
 allowed. Rule: the file can be written by root only, or it is refused; a key that is not known is a
@@ -94,6 +95,7 @@ class Agent:
     roles: tuple[str, ...] | None = None
     netns: tuple[str, ...] | None = None
     max_moves: int | None = None
+    socket: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,7 +21,7 @@ FLOORS = {
     "fleet": 5,
     **dict.fromkeys(("lifecycle", "report", "migrate"), 4),
     **dict.fromkeys(("kernel", "checkpoint", "state", "policy", "page"), 3),
-    **dict.fromkeys(("plan", "faultpoints", "terminal", "system_log", "colour"), 2),
+    **dict.fromkeys(("plan", "faultpoints", "terminal", "system_log", "colour", "agent_socket"), 2),
     **dict.fromkeys(("errors", "values", "afterwards", "installed", "__init__"), 1),
 }
 BETWEEN_DOORS = [("cli/change.py", ["criu", "run"]), ("cli/change.py", ["criu", "environment"])]

@@ -11,7 +11,7 @@ from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 
-from natkeep import policy
+from natkeep import agent_socket, policy
 from natkeep.checkpoint import Checkpoint
 from natkeep.cli.arguments import make_executor
 from natkeep.cli.output import print_json, talk
@@ -20,6 +20,7 @@ from natkeep.fleet import apply as orders
 from natkeep.fleet import keys, order, progress
 from natkeep.fleet.agent import Agent
 from natkeep.fleet.progress import Node, Progress
+from natkeep.fleet.ready import ReadyServer
 from natkeep.fleet.store import Store
 from natkeep.fleet.stores import open_store
 from natkeep.fleet.wake import Heard, Wake
@@ -52,8 +53,11 @@ def agent(args: argparse.Namespace) -> int:
         wake.demand_name(name)
         wake.follow_journals(executor().state.path)
         wake.stay_alive(name, one.describe_alive)
-        talk(args, f"natkeep: agent of {name}")
-        one.run(wake)
+        path = settings.socket or os.path.join(executor().state.path, agent_socket.NAME)
+        with agent_socket.listening(path) as listening:
+            ReadyServer(listening, store, one.known.find_told, wake.hear).start()
+            talk(args, f"natkeep: agent of {name}")
+            one.run(wake)
     except (KeyboardInterrupt, SystemExit):
         with suppress(NatkeepError):
             store.txn({keys.alive(name): None})
@@ -97,6 +101,7 @@ def _read_settings(args: argparse.Namespace) -> tuple[policy.Agent, Store]:
             settings,
             node=args.node or settings.node,
             groups=tuple(args.group) or settings.groups,
+            socket=args.socket or settings.socket,
         )
     named = args.store or os.environ.get("NATKEEP_STORE") or settings.store
     if not named and not settings.endpoints:
@@ -215,20 +220,7 @@ def _describe(move: Progress) -> Iterator[str]:
     maps = " ".join(map(str, it.maps))
     yield f"{it.id}: {it.phase}, {maps}, {it.listed.count} connections (order {it.generation})"
     for node in move.nodes:
-        yield f"  {node.name:16} {node.place.role:12} {_describe_node(node)}"
-
-
-def _describe_node(node: Node) -> str:
-    words = [str(node.done.phase)]
-    if not node.heard:
-        words.append("has not said anything of this order")
-    if node.heard and node.done.waits:
-        words.append("waits for " + ", ".join(f"{n}: {p}" for n, p in node.done.waits.items()))
-    if error := node.error():
-        words.append(error.message)
-    if not node.alive:
-        words.append("no agent runs")
-    return "; ".join(words)
+        yield f"  {node.name:16} {node.place.role:12} {node.describe()}"
 
 
 def _to_json(move: Progress) -> dict[str, object]:
@@ -282,5 +274,5 @@ def _raise_late(move: Progress, lacking: list[Node], goal: str) -> None:
     names = [node.name for node in lacking if not node.alive]
     if names:
         raise UnreachableError(f"{move.order.id}: no agent runs as {', '.join(names)}")
-    who = "; ".join(f"{node.name}: {_describe_node(node)}" for node in lacking)
+    who = "; ".join(f"{node.name}: {node.describe()}" for node in lacking)
     raise NatkeepError(f"{move.order.id}: not {goal} in time: {who}")

@@ -379,6 +379,9 @@ _AGENT = (
     *_STORE,
     _option("--node", "NAME", help="of this node; default: the host's"),
     _several("--group", "NAME", help="that this node belongs to; repeatable"),
+    _option(
+        "--socket", "PATH", help="where a restore asks; default: agent.sock beside the journals"
+    ),
     _flag("--once", "follow the orders that there are, and end"),
 )
 _FLEET = (

@@ -20,8 +20,9 @@ from natkeep.values import dataclass, replace
 
 TYPE_CHECKING = False  # typing.TYPE_CHECKING, without importing typing
 if TYPE_CHECKING:
-    from natkeep.criu.readiness import Readiness
+    from natkeep.criu.readiness import AgentReadiness, Readiness
 
+_WAITS = ("READY", "TELL", "WAIT", "AGENT")
 _INITIAL_PID_NAMESPACE = 0xEFFFFFFC  # the kernel's PROC_PID_INIT_INO, the same on each machine
 
 
@@ -40,7 +41,7 @@ class Orders:
     standing: bool = False
     unkept: str = ""
     udp: str = ""
-    readiness: Readiness | None = None
+    readiness: Readiness | AgentReadiness | None = None
     peer_maps: tuple[str, ...] = ()
     vias: tuple[str, ...] = ()
 
@@ -48,14 +49,14 @@ class Orders:
 def read_orders(environment: Mapping[str, str]) -> Orders | None:
     """What is to be done, None where there are no orders."""
     orders = _read_orders(environment)
-    named = any(environment.get(f"NATKEEP_{name}") for name in ("READY", "TELL", "WAIT"))
+    named = any(environment.get(f"NATKEEP_{name}") for name in _WAITS)
     if orders is None or not named:
         return orders
     from natkeep.criu.readiness import read_readiness  # only here: a restore seldom waits
 
     if not orders.maps:
         raise UsageError(
-            "NATKEEP_READY, _TELL and _WAIT are for NATKEEP_MAP",
+            "NATKEEP_READY, _TELL, _WAIT and _AGENT are for NATKEEP_MAP",
             hint=f"prepare the gateways of {orders.id} before the restore",
         )
     return replace(orders, readiness=read_readiness(environment))

@@ -12,6 +12,9 @@
                          the line `ready ID` there
     NATKEEP_WAIT=SECONDS how long that is waited for, 10 if not given
 
+    NATKEEP_AGENT=PATH   in the place of both: the socket of this node's agent, which is told NEW
+                         and answers when the gateways of its order are ready (agent_socket.py)
+
 The wait is where no socket exists yet: once CRIU has them it sends, unsent data even before
 `post-restore`, and what leaves as NEW before the gateways translate is reset by the peers. The line
 names the ID, which is another one for each CRIU, so that an answer to an earlier question is none.
@@ -30,8 +33,9 @@ import time
 from collections.abc import Mapping
 from contextlib import suppress
 
+from natkeep.agent_socket import ask
 from natkeep.checkpoint.listing import write_listing
-from natkeep.errors import NatkeepError, RefusedError, UsageError
+from natkeep.errors import NatkeepError, RefusedError, UnreachableError, UsageError
 from natkeep.plan.move import Move
 from natkeep.plan.tuples import Connections
 from natkeep.values import dataclass
@@ -40,6 +44,7 @@ SECONDS = 10.0
 """How long the gateways are waited for where NATKEEP_WAIT does not say."""
 
 _MOST_SECONDS = 3600.0
+_HARMLESS = "nothing was sent, and the gate stays closed: the image can be restored again"
 _LOOK_EVERY = 0.005  # s, for a file
 _LINES = 4096  # octets of an answer that are looked at
 _SAFE = os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
@@ -85,13 +90,46 @@ class Readiness:
         raise NatkeepError(
             f"waited {self.seconds:g} s for the line {wanted!r} in {self.ready}, which "
             f"{f'says {last!r}' if last else 'said nothing'}: the gateways are not ready",
-            hint="nothing was sent, and the gate stays closed: the image can be restored again",
+            hint=_HARMLESS,
         )
 
 
-def read_readiness(environment: Mapping[str, str]) -> Readiness | None:
+@dataclass(frozen=True, slots=True)
+class AgentReadiness:
+    """The socket of the agent that knows the gateways, and how long it is waited for."""
+
+    agent: str
+    seconds: float
+
+    def wait(self, move: Move, connections: Connections) -> None:
+        """Tell NEW and return when the gateways are ready; NatkeepError if they are not.
+
+        connections: not needed, the order has them.
+        """
+        new = ",".join(str(map_.new_end) for map_ in move.maps)
+        request = {"verb": "ready", "id": move.id, "new": new}
+        try:
+            answer = ask(self.agent, request, self.seconds)
+        except UnreachableError as error:
+            raise UnreachableError(str(error), hint=_HARMLESS) from None
+        if not answer.get("ok"):
+            raise NatkeepError(
+                f"the agent at {self.agent} has not got the gateways ready: "
+                f"{answer.get('message')}",
+                hint=_HARMLESS,
+            )
+
+
+def read_readiness(environment: Mapping[str, str]) -> Readiness | AgentReadiness | None:
     """What is to be waited for, None where nothing is; UsageError, RefusedError for bad orders."""
-    ready, tell, wait = (environment.get(f"NATKEEP_{n}", "") for n in ("READY", "TELL", "WAIT"))
+    ready, tell, wait, agent = (
+        environment.get(f"NATKEEP_{name}", "") for name in ("READY", "TELL", "WAIT", "AGENT")
+    )
+    if agent:
+        if ready or tell:
+            raise UsageError("NATKEEP_AGENT and NATKEEP_READY or _TELL contradict each other")
+        _demand_place("NATKEEP_AGENT", agent, {stat.S_IFSOCK}, "no socket")
+        return AgentReadiness(agent, _parse_seconds(wait) if wait else SECONDS)
     if not ready:
         for name, value in (("NATKEEP_TELL", tell), ("NATKEEP_WAIT", wait)):
             if value:
@@ -103,9 +141,9 @@ def read_readiness(environment: Mapping[str, str]) -> Readiness | None:
     seconds = _parse_seconds(wait) if wait else SECONDS
     if tell and os.path.realpath(tell) == os.path.realpath(ready):
         raise UsageError("NATKEEP_READY and NATKEEP_TELL name the same file")
-    _demand_place("NATKEEP_READY", ready, fifo=True)
+    _demand_place("NATKEEP_READY", ready, {stat.S_IFREG, stat.S_IFIFO}, "neither a file nor a FIFO")
     if tell:
-        _demand_place("NATKEEP_TELL", tell, fifo=False)
+        _demand_place("NATKEEP_TELL", tell, {stat.S_IFREG}, "no file")
     return Readiness(ready, tell, seconds)
 
 
@@ -119,7 +157,7 @@ def _parse_seconds(text: str) -> float:
     return seconds
 
 
-def _demand_place(name: str, path: str, *, fifo: bool) -> None:
+def _demand_place(name: str, path: str, kinds: set[int], wrong: str) -> None:
     """UsageError or RefusedError unless *path* is, or can come into being, where only we write."""
     if not os.path.isabs(path) or "\0" in path:
         raise UsageError(f"{name}: {path!r} is no absolute path")
@@ -134,8 +172,8 @@ def _demand_place(name: str, path: str, *, fifo: bool) -> None:
         return
     except OSError as error:
         raise UsageError(f"{name}: {path}: {error.strerror}") from None
-    if not (stat.S_ISREG(status.st_mode) or (fifo and stat.S_ISFIFO(status.st_mode))):
-        raise UsageError(f"{name}: {path} is {'neither a file nor a FIFO' if fifo else 'no file'}")
+    if stat.S_IFMT(status.st_mode) not in kinds:
+        raise UsageError(f"{name}: {path} is {wrong}")
     _demand_own(f"{name}: {path}", status)
 
 

@@ -8,6 +8,7 @@
     agent.py      compares what is ordered here with what the journals say, and acts
     site.py       a move's phase by its journal, and what is done to it, through the lifecycle
     restored.py   a destination that natkeep-hook prepares, since NEW is known at the restore only
+    ready.py      answers a restore that asks by the agent's socket (natkeep/agent_socket.py)
     followed.py   which order of a move was followed last, on disk
     wake.py       what wakes the agent: the store's changes, and those of journals
 

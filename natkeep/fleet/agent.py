@@ -53,7 +53,6 @@ class Agent:
         self._failed: dict[str, int] = {}
         self._hooked: dict[str, int] = {}
         self._away = False
-        self._by_restore = set[str]()  # destinations that natkeep-hook prepares
 
     def run(self, wake: Wake) -> NoReturn:
         """Go on until a signal ends it."""
@@ -86,7 +85,7 @@ class Agent:
     def about(self, ids: set[str]) -> set[str]:
         """The moves that these journals may be of."""
         hooked = any(each.startswith(restored.HOOKS) for each in ids)
-        return ids | self._by_restore if hooked else ids
+        return ids | self.known.by_restore if hooked else ids
 
     def reconcile(self, ids: Iterable[str]) -> None:
         """Look at each of these moves, and do what is to be done."""
@@ -184,9 +183,7 @@ class Agent:
     def _find_order(self, move_id: str) -> Order | None:
         """What is ordered, with NEW as the destination says it where its restore finds it."""
         order = self.known.find_order(move_id)
-        by_restore = isinstance(order, Want) and order.by_restore()
-        (self._by_restore.add if by_restore else self._by_restore.discard)(move_id)
-        if isinstance(order, Want) and not by_restore and not is_known(order.maps):
+        if isinstance(order, Want) and not order.by_restore() and not is_known(order.maps):
             for node in order.after:
                 heard = self._hear_of(node, move_id)
                 order = restored.with_new(order, parse_done(heard and heard.value))

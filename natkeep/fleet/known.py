@@ -28,6 +28,7 @@ class Known:
         self._orders: dict[str, dict[str, Order]] = {}  # by id and folder
         self._others: dict[str, Item] = {}  # what other nodes say, by key
         self._missing = {*self.prefixes}
+        self.by_restore = set[str]()  # the ids of destinations that their restore prepares
 
     def is_whole(self) -> bool:
         """Whether all that concerns the node was heard once."""
@@ -66,6 +67,14 @@ class Known:
         """What another node says; None where that was never heard of, nor that there is nothing."""
         return self._others.get(keys.done(node, move_id))
 
+    def find_told(self, here: str) -> tuple[str, Done] | None:
+        """The order that what was prepared here by the id *here* is of, and what was said of it."""
+        for move_id in [*self.by_restore]:  # at once: it is asked by another thread
+            told = self.told.get(move_id)
+            if told and told.maps and here == (told.hooked or move_id):
+                return move_id, told
+        return None
+
     def _below(self, prefix: str) -> list[str]:
         """The keys below *prefix* that were there when it was heard last."""
         ours = [f"{folder}{each}" for each, by in self._orders.items() for folder in by]
@@ -76,8 +85,11 @@ class Known:
         orders = self._orders.setdefault(move_id, {})
         if item is None:
             orders.pop(folder, None)
-            return
-        try:
-            orders[folder] = parse_want(item.value)
-        except UsageError as error:
-            orders[folder] = error
+        else:
+            try:
+                orders[folder] = parse_want(item.value)
+            except UsageError as error:
+                orders[folder] = error
+        order = self.find_order(move_id)
+        by_restore = isinstance(order, Want) and order.by_restore()
+        (self.by_restore.add if by_restore else self.by_restore.discard)(move_id)

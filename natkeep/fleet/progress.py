@@ -33,6 +33,20 @@ class Node(NamedTuple):
         """What went wrong in this very order."""
         return self.done.error if self.heard else None
 
+    def describe(self) -> str:
+        """A line for a person."""
+        words = [str(self.done.phase)]
+        if not self.heard:
+            words.append("has not said anything of this order")
+        if self.heard and self.done.waits:
+            waits = ", ".join(f"{node}: {phase}" for node, phase in self.done.waits.items())
+            words.append(f"waits for {waits}")
+        if error := self.error():
+            words.append(error.message)
+        if not self.alive:
+            words.append("no agent runs")
+        return "; ".join(words)
+
 
 class Progress(NamedTuple):
     """A move, and its nodes in the order of an undo."""

@@ -60,6 +60,10 @@ class Wake:
         except Empty:
             return found
 
+    def hear(self, ids: set[str]) -> None:
+        """Have these looked at."""
+        self._queue.put(ids)
+
     def follow(self, prefix: str) -> None:
         """Have all changes below *prefix* heard from now on."""
         if prefix not in self._followed:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import time
 from collections.abc import Callable, Mapping
@@ -87,6 +88,18 @@ class Fleet(Natkeep):
         agent = self._agents.pop(role)
         agent.kill()
         agent.wait()
+
+    def stop(self, role: str) -> None:
+        """Its agent does nothing until `go_on`."""
+        self._agents[role].send_signal(signal.SIGSTOP)
+
+    def go_on(self, role: str) -> None:
+        self._agents[role].send_signal(signal.SIGCONT)
+
+    def hooks(self) -> set[str]:
+        """The ids that natkeep-hook has prepared by at the destination."""
+        journals = (self.directory / self._state("destination")).glob("criu-*.journal")
+        return {path.stem for path in journals}
 
     def end_agents(self) -> None:
         """No agent outlives the lab."""
