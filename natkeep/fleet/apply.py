@@ -42,17 +42,7 @@ def apply(store: Store, order: Order, checkpoint: Checkpoint) -> tuple[Order, Pl
     _refuse_absent(order, alive)
     olds = [map_.old_end for map_ in order.maps]
     udp, servers = checkpoint.udp_at(olds), checkpoint.udp_servers_at(olds)
-    maps = _suppose_new(order)
-    plans = {
-        place.role: make_plan(
-            Move(
-                order.id, maps, (Site(place.role, place.netns),), order.mode,
-                order.listeners, udp=udp, udp_servers=servers,
-            ),
-            checkpoint.connections,
-        )
-        for place in order.places
-    }  # fmt: skip
+    plans = make_plans(order, checkpoint)
     ours = Connections.joined(plans[order.places[0].role].move.share(checkpoint.connections))
     listed, pieces = cut(
         order.id, write_listing(ours, udp, servers), len(ours) + len(udp) + len(servers)
@@ -69,6 +59,23 @@ def apply(store: Store, order: Order, checkpoint: Checkpoint) -> tuple[Order, Pl
     if not store.txn(puts, compare) and _value(store, name) != puts[name]:
         raise RefusedError(f"{order.id}: another order came at the same time; it stands")
     return order, next(plan for role, plan in plans.items() if role == Role.DESTINATION)
+
+
+def make_plans(order: Order, checkpoint: Checkpoint) -> dict[Role, Plan]:
+    """What will be done at a site of each role, and what is not kept; RefusedError as prepare's."""
+    olds = [map_.old_end for map_ in order.maps]
+    udp, servers = checkpoint.udp_at(olds), checkpoint.udp_servers_at(olds)
+    maps = _suppose_new(order)
+    return {
+        place.role: make_plan(
+            Move(
+                order.id, maps, (Site(place.role, place.netns),), order.mode,
+                order.listeners, udp=udp, udp_servers=servers,
+            ),
+            checkpoint.connections,
+        )
+        for place in order.places
+    }  # fmt: skip
 
 
 def _suppose_new(order: Order) -> tuple[Map, ...]:

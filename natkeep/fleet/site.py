@@ -13,6 +13,7 @@ from natkeep import policy
 from natkeep.checkpoint import Checkpoint
 from natkeep.errors import LeftoverError, RefusedError
 from natkeep.fleet.want import Phase, Want, make_maps
+from natkeep.kernel.pods import find_netns
 from natkeep.lifecycle import drain
 from natkeep.lifecycle.executor import Executor, finish
 from natkeep.lifecycle.open import open_move
@@ -94,8 +95,8 @@ def make_move(move_id: str, want: Want, checkpoint: Checkpoint) -> Move:
     """The move at this one site; UsageError or RefusedError where it is none."""
     olds = [map_.old_end for map_ in want.maps]
     return Move(
-        move_id, make_maps(want.maps), (Site(want.role, want.netns),), want.mode, want.listeners,
-        hold=want.gate == Gate.CLOSED, udp=checkpoint.udp_at(olds),
+        move_id, make_maps(want.maps), (Site(want.role, find_netns(want.netns)),), want.mode,
+        want.listeners, hold=want.gate == Gate.CLOSED, udp=checkpoint.udp_at(olds),
         udp_servers=checkpoint.udp_servers_at(olds),
     )  # fmt: skip
 
