@@ -25,7 +25,7 @@ nitpicky = True
 CHAPTERS = {
     "Move something": (
         "docs/install", "docs/migrate", "docs/programs", "docs/by-hand", "docs/topologies",
-        "docs/fleet", "docs/containers", "docs/kubernetes", "docs/when-it-fails",
+        "docs/fleet", "docs/containers", "docs/kubernetes", "docs/controller", "docs/when-it-fails",
     ),
     "Look things up": ("docs/reference", "docs/hook", "docs/repair", "docs/limits", "SECURITY"),
     "How it is made": (

@@ -72,8 +72,8 @@ def make_status(
         it = progress.order
         status |= {
             "id": it.id, "connections": it.listed.count,
-            "old": [str(map_.old_end) for map_ in it.maps],
-            "new": [str(map_).partition("=")[2] for map_ in it.maps],
+            "old": [str(wish.old_end) for wish in it.maps],
+            "new": [str(wish).partition("=")[2] for wish in it.maps],
             "sites": [_describe_site(node) for node in progress.nodes],
         }  # fmt: skip
         told += _tell_progress(progress)
@@ -115,18 +115,7 @@ def _tell(kind: str, lacking: list[Node]) -> Told:
 
 def describe_lacking(lacking: list[Node]) -> str:
     """What is waited for, in a line."""
-    return "; ".join(f"{node.name}: {_describe(node)}" for node in lacking)
-
-
-def _describe(node: Node) -> str:
-    if error := node.error():
-        return error.message
-    if not node.alive:
-        return "no agent runs"
-    if not node.heard:
-        return "has not said anything of this order"
-    waits = ", ".join(f"{other} to be {phase}" for other, phase in node.done.waits.items())
-    return f"waits for {waits}" if waits else f"is {node.done.phase}"
+    return "; ".join(f"{node.name}: {node.describe()}" for node in lacking)
 
 
 def _sum_up(before: Mapping[str, Any], ordered: Told, progress: Progress | None) -> str:

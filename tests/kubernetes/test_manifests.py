@@ -7,8 +7,10 @@ from typing import Any
 
 import kubernetes_validate
 import pytest
+import yaml
 from kubernetes_api import make_move
 from kubernetes_schema import DEPLOY, find, load, load_all, refuse, schema
+from pages import BLOCKS
 
 from natkeep.cli.parser import make_parser
 
@@ -93,6 +95,11 @@ PODS = {"sourcePod": {"name": "web-a"}, "targetPod": {"name": "web-b"}}
 def test_a_usual_one_is_taken() -> None:
     assert refuse(make_move()) == []
     assert refuse(make_move(gateways=[{"nodeSelector": {"zone": "a"}}, {"group": "edge"}])) == []
+
+
+def test_the_one_of_the_page_is_taken() -> None:
+    [text] = [each.text for each in BLOCKS if "kind: ConnectionMove" in each.text]
+    assert refuse(yaml.safe_load(text)) == []
 
 
 @pytest.mark.parametrize(

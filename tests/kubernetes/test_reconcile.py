@@ -370,7 +370,7 @@ def test_what_a_node_refuses_is_told(rig: Rig) -> None:
     rig.look()
     assert rig.turn() == "Failed"
     assert rig.told("Ready")[:2] == ("False", "Failed")
-    assert "node-2.gateway: node-2.gateway takes no orders as gateway" in rig.told("Ready")[2]
+    assert "node-2.gateway: gone; node-2.gateway takes no orders as gateway" in rig.told("Ready")[2]
     [error] = [site["error"] for site in rig.body["status"]["sites"] if site["error"]]
     assert (error["exit"], error["code"]) == (4, "refused")
 
@@ -473,7 +473,7 @@ def test_the_end_waits_for_an_agent_that_is_away(rig: Rig) -> None:
     rig.end()
     rig.fleet.turn()
     assert rig.end() == "Ending"
-    assert "gw-1: no agent runs" in rig.told()[2]
+    assert "gw-1: open; has not said anything of this order; no agent runs" in rig.told()[2]
     rig.fleet.nodes["gw-1"].start()
     rig.fleet.turn()
     assert rig.end() is None
