@@ -29,6 +29,9 @@ CAPABILITIES := -all,+net_admin,+sys_admin,+dac_read_search,+net_raw
 ACTING_TESTS := tests/kernel tests/criu tests/checkpoint tests/plan $(addprefix tests/test_,cli.py \
 	lifecycle.py journal.py policy.py children.py capabilities.py names_property.py)
 
+# pytest rewrites what it imports: five seconds of each run where it may not keep that.
+unexport PYTHONDONTWRITEBYTECODE
+
 # nft, criu and the like live in sbin, which not every shell has in its path.
 export PATH := $(PATH):/usr/local/sbin:/usr/sbin:/sbin
 
@@ -52,7 +55,7 @@ test: setup kernel ## the whole test suite; PYTEST_ARGS='-k word' for a part of 
 	@$(PYTEST) $(PYTEST_ARGS)
 
 test-quick: setup ## under a minute: what needs no kernel, and one move by CRIU in a practice network
-	@$(PYTEST) -m quick $(PYTEST_ARGS)
+	@NATKEEP_EXAMPLES=500 $(PYTEST) -m quick $(PYTEST_ARGS)
 
 test-long: setup kernel ## the whole test suite, with EXAMPLES=50000 of what gets into nft's text (test: 5,000)
 	@NATKEEP_EXAMPLES=$(EXAMPLES) $(PYTEST) $(PYTEST_ARGS)

@@ -5,7 +5,8 @@ failure (`make test` as root and `.ci/run` name all). A test says what it needs 
 (`root`, `criu`, `lab`, or `needs("pycriu", "scapy")`) or calls the fixture `require`.
 Every namespace of a test comes from the fixture `netns` or `make_netns`, and goes by its name.
 With several workers (pytest-xdist, `make test`) each has a processor of its own, and its labs
-with it. What needs no kernel is marked `quick` here, by what it asks for (`make test-quick`).
+with it. What needs no kernel, nor a program that takes seconds (SLOW), is marked `quick` here, by
+what it asks for (`make test-quick`), unless it bears the mark `whole`.
 At the end the run fails if it left a namespace or an nft table in the host behind.
 """
 
@@ -31,8 +32,10 @@ from pathlib import Path
 import hypothesis
 import pytest
 
-# How long an example takes says how busy the machine is; figures belong to the benches.
-hypothesis.settings.register_profile("natkeep", deadline=None)
+# How long an example takes says how busy the machine is; figures belong to the benches. The
+# examples are the same each time, so that no change fails by chance; `make test-long` draws others.
+LONG = int(os.environ.get("NATKEEP_EXAMPLES", 0)) > 5000
+hypothesis.settings.register_profile("natkeep", deadline=None, derandomize=not LONG)
 hypothesis.settings.load_profile("natkeep")
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -169,15 +172,18 @@ def _take_one_processor() -> None:
         os.sched_setaffinity(0, {usual[int(worker.removeprefix("gw")) % len(usual)]})
 
 
-KERNEL_MARKS = ("root", "criu", "lab")
+NOT_QUICK = ("root", "criu", "lab", "whole")
+SLOW = {"chromium", "etcd", "matplotlib", "sphinx"}
 
 
 @pytest.hookimpl(tryfirst=True)  # before -m chooses
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark as quick what asks for no kernel."""
+    """Mark as quick what asks for no kernel, and for no program that is slow."""
     for item in items:
         fixtures = getattr(item, "fixturenames", ())
-        if "make_netns" not in fixtures and not any(map(item.get_closest_marker, KERNEL_MARKS)):
+        needs = {name for mark in item.iter_markers("needs") for name in mark.args}
+        slow = SLOW & needs or any(map(item.get_closest_marker, NOT_QUICK))
+        if "make_netns" not in fixtures and not slow:
             item.add_marker("quick")
 
 

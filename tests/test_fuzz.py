@@ -40,7 +40,7 @@ TARGETS = [IMAGES, JOURNALS, LISTINGS, Trees()]
 MUTATORS = {target.name: Mutator(target.seeds) for target in TARGETS}
 NAMES = [target.name for target in TARGETS]
 HAS_ATHERIS = importlib.util.find_spec("atheris") is not None
-ENGINES = ["own", *(["atheris"] if HAS_ATHERIS else [])]
+ENGINES = ["own", *([pytest.param("atheris", marks=pytest.mark.whole)] if HAS_ATHERIS else [])]
 
 
 def outcome(target: Target, case: Case) -> object:
@@ -91,6 +91,7 @@ def test_a_short_run_finds_nothing(engine: str, tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("target", [IMAGES, JOURNALS], ids=NAMES[:2])
 def test_every_damaged_length_is_refused(target: Target) -> None:
     """All lengths of all seeds, each with what is near it and what is known for evil.

@@ -321,6 +321,7 @@ def revive(kernel: FakeKernel, directory: Path) -> Executor:
     return Executor(after, StateDirectory(str(directory), create=False))
 
 
+@pytest.mark.whole
 def test_open_that_was_killed_goes_on_and_is_undone(tmp_path: Path) -> None:
     """At every line of the journal that it writes, and before and after ID.changed."""
     for writes in itertools.count():

@@ -256,8 +256,11 @@ def count_patches(world: World, plan: Plan) -> int:
     return world.kernel.applied - before
 
 
+WHOLE = [pytest.param(verb, marks=pytest.mark.whole) for verb in ("repair", "gc")]
+
+
 @pytest.mark.parametrize("gate", list(Gate)[1:])
-@pytest.mark.parametrize("after", ["teardown", "repair", "gc"])
+@pytest.mark.parametrize("after", ["teardown", *WHOLE])
 @pytest.mark.parametrize("how", ["die_at", "fail_at"])
 def test_killed_or_refused_anywhere_in_it(tmp_path: Path, gate: Gate, after: str, how: str) -> None:
     """At each of its patches: teardown then leaves nothing, and another repair all."""

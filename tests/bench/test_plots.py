@@ -67,9 +67,8 @@ def results(tmp_path: Path) -> Path:
     return directory
 
 
+@pytest.mark.needs("matplotlib")
 def test_all_are_drawn_and_small(results: Path, tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib", reason="needs matplotlib: make bench-plots")
-
     assert main([f"--from={results}", f"--to={tmp_path / 'plots'}"]) == 0
 
     drawn = {path.stem: path.read_bytes() for path in (tmp_path / "plots").iterdir()}
@@ -78,10 +77,10 @@ def test_all_are_drawn_and_small(results: Path, tmp_path: Path) -> None:
     assert max(map(len, drawn.values())) < MOST
 
 
+@pytest.mark.needs("matplotlib")
 def test_what_is_missing_is_said_and_the_others_are_drawn(
     results: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    pytest.importorskip("matplotlib", reason="needs matplotlib: make bench-plots")
     (results / "path.json").unlink()
 
     assert main([f"--from={results}", f"--to={tmp_path}"]) == 1

@@ -629,6 +629,7 @@ def test_entries_that_are_in_the_way_are_replaced(scene: Scene, role: Role) -> N
     assert shows(plan, InsertEntries, observe(scene, plan))
 
 
+@pytest.mark.whole
 @EACH_MODE
 @EACH_ROLE
 def test_three_thousand_connections_of_either_family(scene: Scene, role: Role, mode: Mode) -> None:

@@ -295,6 +295,7 @@ def test_only_characters_of_a_closed_alphabet_are_rendered() -> None:
         assert re.fullmatch(r'[W {}@"&|()!=;,\n-]+', skeleton)
 
 
+@pytest.mark.whole
 @settings(max_examples=125)
 @given(IDS, st.binary(min_size=16 * _WISH, max_size=16 * _WISH))
 def test_whatever_is_given_only_words_change_and_never_the_grammar(
