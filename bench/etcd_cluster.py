@@ -74,7 +74,7 @@ class Cluster:
                 with suppress(NatkeepError), ExitStack() as stack:
                     store = EtcdStore([self.clients[number]], Agent())
                     stack.callback(store.close)
-                    status = store._call("maintenance/status")
+                    status = store.call("maintenance/status")
                     if status.get("leader") == status["header"]["member_id"]:
                         return number
         raise TimeoutError("no member leads")

@@ -17,8 +17,9 @@ from natkeep.cli.arguments import make_executor
 from natkeep.cli.output import print_json, talk
 from natkeep.errors import NatkeepError, RefusedError, UnreachableError, UsageError
 from natkeep.fleet import apply as orders
-from natkeep.fleet import keys, order, progress
+from natkeep.fleet import keys, order, progress, rights
 from natkeep.fleet.agent import Agent
+from natkeep.fleet.etcd import EtcdStore
 from natkeep.fleet.progress import Node, Progress
 from natkeep.fleet.ready import ReadyServer
 from natkeep.fleet.store import Store
@@ -77,7 +78,9 @@ def _say(args: argparse.Namespace, line: str, *, failed: bool = False) -> None:
 
 
 def fleet(args: argparse.Namespace) -> int:
-    """apply FILE, status [ID], wait ID, end ID."""
+    """apply FILE, status [ID], wait ID, end ID; init."""
+    if args.action == "init":
+        return _init(args)
     if args.subject is None and args.action != "status":
         what = "FILE, or - for stdin" if args.action == "apply" else "ID"
         raise UsageError(f"fleet {args.action} needs {what}")
@@ -89,13 +92,13 @@ def fleet(args: argparse.Namespace) -> int:
         store.close()
 
 
-def _read_settings(args: argparse.Namespace) -> tuple[policy.Agent, Store]:
-    """The operator's table [agent], with what the command line says instead; and the store."""
+def _read_settings(args: argparse.Namespace, **more: str) -> tuple[policy.Agent, Store]:
+    """The operator's table [agent], with what the command line and *more* say; and the store."""
     if args.config is not None:
         policy.PATH = args.config
         if not os.path.exists(args.config):
             raise UsageError(f"there is no {args.config}")
-    settings = policy.read_policy().agent
+    settings = replace(policy.read_policy().agent, **more)
     if args.verb == "agent":
         settings = replace(
             settings,
@@ -111,7 +114,33 @@ def _read_settings(args: argparse.Namespace) -> tuple[policy.Agent, Store]:
     return settings, open_store(named, settings)
 
 
-# ---- apply and end -------------------------------------------------------------------------------
+# ---- init, apply and end -------------------------------------------------------------------------
+
+
+def _init(args: argparse.Namespace) -> int:
+    """By root's password, where there is one by now."""
+    if args.subject is not None or not args.node:
+        raise UsageError("fleet init --node NAME: which nodes?")
+    own = os.path.join(args.passwords, rights.ROOT)
+    known = os.path.exists(own)
+    user, file = (rights.ROOT, own) if known else ("", "")
+    _, store = _read_settings(args, user=user, password_file=file)
+    try:
+        if not isinstance(store, EtcdStore):
+            raise UsageError("fleet init is for etcd", hint="a directory has its mode")
+        users = rights.init(store, args.node, args.passwords)
+    except RefusedError as error:
+        raise RefusedError(str(error), hint=f"root's password of etcd, 0600, as {own}") from None
+    finally:
+        store.close()
+    for each in users:
+        told = f"made, its password is in {each.file}" if each.made else "is there, with its rights"
+        talk(args, f"natkeep: {each.name}: {told}")
+    if args.json:
+        rows = [{"name": each.name, "made": each.made, "file": each.file or None} for each in users]
+        print_json({"schema": 1, "users": rows})
+    note("natkeep", f"fleet init: {', '.join(each.name for each in users)}: done")
+    return 0
 
 
 def _apply(args: argparse.Namespace, store: Store) -> int:

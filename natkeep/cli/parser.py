@@ -385,7 +385,10 @@ _AGENT = (
     _flag("--once", "follow the orders that there are, and end"),
 )
 _FLEET = (
-    _option("action", choices=("apply", "status", "wait", "end"), help="what to do with a move"),
+    _option(
+        "action", choices=("apply", "status", "wait", "end", "init"),
+        help="what to do with a move; init: users and rights in etcd",
+    ),
     _option("subject", "FILE|ID", nargs="?", help="the file of an order, - is stdin; or a move"),
     *_STORE,
     _option(
@@ -395,6 +398,11 @@ _FLEET = (
     _option("--timeout", "SECONDS", type=_seconds, help="of wait: at most so long (default: 60)"),
     _flag("--watch", "of status: look again each second, until Ctrl-C"),
     _flag("--yes", "of end: even if connections live"),
+    _several("--node", "NAME", help="of init: that gets a user in etcd; repeatable"),
+    _option(
+        "--passwords", "DIR", default="/etc/natkeep/passwords",
+        help="of init: where the files with passwords are put; default: /etc/natkeep/passwords",
+    ),
 )  # fmt: skip
 SHELLS = ("bash", "zsh", "fish")
 """For which there is a completion."""

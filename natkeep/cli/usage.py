@@ -46,6 +46,7 @@ EXAMPLES: dict[str, tuple[tuple[str, str], ...]] = {
     "fleet": (
         ("order the move that a file describes", "natkeep fleet apply web.json --store dir:/mnt/f"),
         ("before criu restore", "natkeep fleet wait web --for ready"),
+        ("once, where root's password of etcd is", "natkeep fleet init --node gw-1 --node host-b"),
         ("undo it everywhere", "natkeep fleet end web"),
     ),
     "agent": (

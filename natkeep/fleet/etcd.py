@@ -31,7 +31,8 @@ _PATIENCE = 5.0  # s for an answer of any: an election takes one to three
 _REST = 0.05
 _PAGE = 2000  # keys of one answer
 # codes of gRPC, as a body has them
-_INVALID, _NOT_FOUND, _DENIED, _UNAUTHENTICATED = 3, 5, 7, 16
+_INVALID, _NOT_FOUND, _DENIED, _NOT_NOW, _UNAUTHENTICATED = 3, 5, 7, 9, 16
+_OPEN = "authentication is not enabled"
 _KEEPALIVE = ((socket.TCP_KEEPIDLE, 5), (socket.TCP_KEEPINTVL, 2), (socket.TCP_KEEPCNT, 3))
 
 
@@ -70,28 +71,30 @@ class EtcdStore:
     def __init__(self, urls: Sequence[str], settings: policy.Agent) -> None:
         self._members = [Endpoint.parse(url) for url in urls]
         self._tls = _make_tls(settings) if any(one.tls for one in self._members) else None
-        self._user, self._password = settings.user, _read_password(settings)
-        self._token = ""
+        self._user, self._password = settings.user, ""
+        if settings.password_file:
+            self._password = read_password(settings.password_file)
+        self._token, self._certified = "", bool(settings.cert)
         self._own = threading.local()
         self._lock = threading.Lock()
         self._watches: dict[socket.socket, Endpoint] = {}
         self._closed = False
 
     def range(self, prefix: str, start: str = "", limit: int = 0) -> Snapshot:
-        below, items, revision = _below(prefix), dict[str, Item](), 0
-        below["key"] = _b64(start or prefix)
+        among, items, revision = below(prefix), dict[str, Item](), 0
+        among["key"] = b64(start or prefix)
         while True:
             # All pages are of one revision, and none takes a member long.
             page = {"limit": min(limit or _PAGE, _PAGE), "revision": revision}
-            found = self._call("kv/range", **below, **page)
+            found = self.call("kv/range", **among, **page)
             items |= map(_read_item, found.get("kvs", ()))
             revision = revision or _revision(found)
             if not found.get("more") or (limit and len(items) >= limit):
                 return Snapshot(items, revision)
-            below["key"] = _b64([*items][-1] + "\0")
+            among["key"] = b64([*items][-1] + "\0")
 
     def watch(self, prefix: str, revision: int) -> Iterator[Changes]:
-        asked = {"create_request": {**_below(prefix), "start_revision": revision + 1}}
+        asked = {"create_request": {**below(prefix), "start_revision": revision + 1}}
         with self._stream("watch", asked) as lines:
             for line in lines:
                 result = _parse(line).get("result", {})
@@ -104,10 +107,10 @@ class EtcdStore:
         self, puts: Mapping[str, str | None], compare: Mapping[str, int] | None = None,
         lease: int = 0,
     ) -> bool:  # fmt: skip
-        done = self._call(
+        done = self.call(
             "kv/txn",
             compare=[
-                {"key": _b64(key), "target": "MOD", "result": "EQUAL", "mod_revision": revision}
+                {"key": b64(key), "target": "MOD", "result": "EQUAL", "mod_revision": revision}
                 for key, revision in (compare or {}).items()
             ],
             success=[_write(key, value, lease) for key, value in puts.items()],
@@ -116,13 +119,13 @@ class EtcdStore:
 
     def lease(self, seconds: int, lease: int = 0) -> int:
         if lease:
-            kept = self._call("lease/keepalive", ID=lease).get("result", {})
+            kept = self.call("lease/keepalive", ID=lease).get("result", {})
             if int(kept.get("TTL", 0)):
                 return lease
-        return int(self._call("lease/grant", TTL=seconds)["ID"])
+        return int(self.call("lease/grant", TTL=seconds)["ID"])
 
     def delete(self, prefix: str) -> None:
-        self._call("kv/deleterange", **_below(prefix))
+        self.call("kv/deleterange", **below(prefix))
 
     def close(self) -> None:
         with self._lock:
@@ -132,7 +135,7 @@ class EtcdStore:
 
     # ---- calls -----------------------------------------------------------------------------------
 
-    def _call(self, path: str, **body: Any) -> dict[str, Any]:
+    def call(self, path: str, **body: Any) -> dict[str, Any]:
         """The answer of any member; UnreachableError where none answers in time."""
         until, tries, why = time.monotonic() + _PATIENCE, 0, ""
         while tries < len(self._members) or time.monotonic() < until:
@@ -141,6 +144,8 @@ class EtcdStore:
                 answer = self._ask(member, path, body)
             except (OSError, http.client.HTTPException) as error:
                 why = f"{member}: {_describe(error)}"
+                if member.tls and not self._certified and isinstance(error, ssl.SSLError):
+                    why += " (it may want a certificate: agent.cert)"
             else:
                 if answer.status == 200 and answer.body:
                     return answer.body
@@ -187,7 +192,12 @@ class EtcdStore:
             return {}
         if not self._token:
             words = {"name": self._user, "password": self._password}
-            self._token = str(self._call("auth/authenticate", **words)["token"])
+            try:
+                self._token = str(self.call("auth/authenticate", **words)["token"])
+            except RefusedError as error:
+                if _OPEN not in str(error):
+                    raise
+                return {}  # passwords are not demanded yet
         return {"Authorization": self._token}
 
     def _refuse(self, path: str, answer: _Answer) -> str:
@@ -201,9 +211,11 @@ class EtcdStore:
             )
         if code == _UNAUTHENTICATED:
             self._token = ""  # it has ended, or the member has been started anew
+        elif code == _INVALID and "auth store is old" in why:
+            self._token = ""  # rights have changed meanwhile
         elif code == _NOT_FOUND:
             raise UnreachableError(f"etcd: {why}")
-        elif code in (_DENIED, _INVALID):
+        elif code in (_DENIED, _INVALID, _NOT_NOW):
             user = f" {self._user}" if self._user else ", which gives no name"
             raise RefusedError(f"etcd refuses {path} of this node{user}: {why}")
         return why
@@ -282,22 +294,27 @@ def _shut(stream: socket.socket) -> None:
 def _describe(error: Exception) -> str:
     if isinstance(error, TimeoutError):
         return "no answer"
+    if isinstance(error, ssl.SSLCertVerificationError):
+        return f"its certificate is none of agent.ca's: {error.verify_message}"
+    if isinstance(error, ssl.SSLError) and "CERTIFICATE" in (error.reason or "").upper():
+        return f"it wants a certificate that its CA has signed, agent.cert ({error.reason})"
     return getattr(error, "strerror", None) or str(error) or type(error).__name__
 
 
-def _b64(text: str) -> str:
+def b64(text: str) -> str:
+    """As the gateway takes keys and values."""
     return b64encode(text.encode()).decode()
 
 
-def _below(prefix: str) -> dict[str, str]:
+def below(prefix: str) -> dict[str, str]:
     """All keys that begin so; keys are ASCII, so the end is a letter further."""
-    return {"key": _b64(prefix), "range_end": _b64(prefix[:-1] + chr(ord(prefix[-1]) + 1))}
+    return {"key": b64(prefix), "range_end": b64(prefix[:-1] + chr(ord(prefix[-1]) + 1))}
 
 
 def _write(key: str, value: str | None, lease: int) -> dict[str, Any]:
     if value is None:
-        return {"request_delete_range": {"key": _b64(key)}}
-    return {"request_put": {"key": _b64(key), "value": _b64(value), "lease": lease}}
+        return {"request_delete_range": {"key": b64(key)}}
+    return {"request_put": {"key": b64(key), "value": b64(value), "lease": lease}}
 
 
 def _read_item(found: Mapping[str, Any]) -> tuple[str, Item]:
@@ -327,10 +344,8 @@ def _make_tls(settings: policy.Agent) -> ssl.SSLContext:
     return tls
 
 
-def _read_password(settings: policy.Agent) -> str:
-    path = settings.password_file
-    if not path:
-        return ""
+def read_password(path: str) -> str:
+    """What the file says; UsageError if others can read it."""
     try:
         with open(path, encoding="utf-8") as file:
             if stat.S_IMODE(os.fstat(file.fileno()).st_mode) & 0o077:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import http.server
 import socket
-import subprocess
 import threading
 import time
 from collections.abc import Iterator
@@ -173,95 +172,3 @@ def test_a_password_that_others_can_read_is_none(tmp_path: Path) -> None:
 def test_a_certificate_that_is_not_there(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="No such file"):
         EtcdStore(["https://h:1"], Agent(ca=str(tmp_path / "ca.pem")))
-
-
-def certify(path: Path) -> dict[str, str]:
-    """A CA, and certificates of it: the server's, and clients' without and with a CN."""
-
-    def openssl(*words: str) -> None:
-        subprocess.run(["openssl", *words], cwd=path, check=True, capture_output=True)
-
-    new = ("req", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes")
-    openssl(*new, "-x509", "-keyout", "ca.key", "-out", "ca.pem", "-subj", "/O=natkeep test")
-    for name, subject, extensions in (
-        (
-            "server",
-            "/O=etcd",
-            "subjectAltName=IP:127.0.0.1\nextendedKeyUsage=serverAuth,clientAuth",
-        ),
-        ("node", "/O=natkeep/OU=gw-1", "extendedKeyUsage=clientAuth"),
-        ("named", "/CN=gw-1", "extendedKeyUsage=clientAuth"),
-    ):
-        (path / "ext").write_text(extensions)
-        openssl(*new, "-keyout", f"{name}.key", "-out", f"{name}.csr", "-subj", subject)
-        signed = ("-CA", "ca.pem", "-CAkey", "ca.key", "-CAcreateserial", "-extfile", "ext")
-        openssl("x509", "-req", "-in", f"{name}.csr", *signed, "-out", f"{name}.pem")
-    return {name: str(path / name) for name in ("ca", "server", "node", "named")}
-
-
-@pytest.mark.needs("etcd", "openssl")
-def test_who_may_ask_and_what(tmp_path: Path) -> None:
-    """mTLS proves the machine, a password names it, and a role is a prefix of keys."""
-    names = certify(tmp_path)
-    cluster = Cluster(
-        tmp_path, f"--cert-file={names['server']}.pem", f"--key-file={names['server']}.key",
-        f"--trusted-ca-file={names['ca']}.pem", "--client-cert-auth", scheme="https",
-    )  # fmt: skip
-    try:
-        for secret in ("root", "gw-1"):
-            (tmp_path / secret).write_text(f"{secret}-secret\n")
-            (tmp_path / secret).chmod(0o600)
-        ca = f"{names['ca']}.pem"
-        node = {"ca": ca, "cert": f"{names['node']}.pem", "key": f"{names['node']}.key"}
-        named = {"ca": ca, "cert": f"{names['named']}.pem", "key": f"{names['named']}.key"}
-        gateway = {"user": "gw-1", "password_file": str(tmp_path / "gw-1")}
-
-        admin = open_at(cluster, *NUMBERS, **node)
-        until = time.monotonic() + 60
-        while True:
-            try:
-                admin.range("/")
-                break
-            except UnreachableError:
-                assert time.monotonic() < until
-        _give_roles(admin, {"root": "root-secret", "gw-1": "gw-1-secret"})
-
-        with pytest.raises(UnreachableError, match=r"certificate|closed|reset|aborted|EOF"):
-            open_at(cluster, 0, ca=ca).range("/t/")
-        for settings in (named, {**named, **gateway}):
-            with pytest.raises(UnreachableError, match="it has a common name"):
-                open_at(cluster, 0, **settings).range("/t/")
-        with pytest.raises(RefusedError, match="gives no name"):
-            open_at(cluster, 0, **node).range("/natkeep/v1/node/")
-        (tmp_path / "gw-1").write_text("wrong")
-        with pytest.raises(RefusedError, match="authentication failed"):
-            open_at(cluster, 0, **node, **gateway).range("/natkeep/v1/node/")
-        (tmp_path / "gw-1").write_text("gw-1-secret")
-        store = open_at(cluster, *NUMBERS, **node, **gateway)
-        own = "/natkeep/v1/node/gw-1/"
-        assert store.txn({f"{own}done/web": "1"}, {"/natkeep/v1/node/b/done/web": 0})
-        watcher = Watcher(store, own, 1)
-        assert watcher.wait(lambda it: it.changes == {f"{own}done/web": "1"})
-        for key in (f"{own}want/web", "/natkeep/v1/node/gw-2/done/web", "/natkeep/v1/move/web"):
-            with pytest.raises(RefusedError, match="permission denied"):
-                store.txn({key: "1"})
-        with pytest.raises(RefusedError, match="permission denied"):
-            store.range("/")
-        store._token = "ended"
-        assert store.range(own).items
-        store.close()
-    finally:
-        cluster.close()
-
-
-def _give_roles(admin: EtcdStore, passwords: dict[str, str]) -> None:
-    """root, and gw-1 as an agent: it reads, and writes what it has done."""
-
-    for name, password in passwords.items():
-        admin._call("auth/user/add", name=name, password=password)
-        admin._call("auth/role/add", name=name)
-        admin._call("auth/user/grant", user=name, role=name)
-    for kind, key in (("READ", "/natkeep/v1/"), ("READWRITE", "/natkeep/v1/node/gw-1/done/")):
-        perm = {"permType": kind, **etcd._below(key)}
-        admin._call("auth/role/grant", name="gw-1", perm=perm)
-    admin._call("auth/enable")
