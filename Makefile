@@ -39,7 +39,7 @@ export PATH := $(PATH):/usr/local/sbin:/usr/sbin:/sbin
 KILLS       ?= 500
 FAULTS_ARGS ?=
 
-.PHONY: help setup demo test test-quick test-long check lab matrix bench bench-hook bench-migrate bench-control bench-stall bench-path bench-plots bench-million deb test-deb soak chaos kernels fuzz faults many test-caps docs man clean
+.PHONY: help setup demo test test-quick test-long check lab matrix bench bench-hook bench-migrate bench-pods bench-control bench-stall bench-path bench-plots bench-million deb test-deb soak chaos kernels fuzz faults many test-caps docs man clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-13s %s\n", $$1, $$2 }' Makefile
@@ -51,13 +51,13 @@ setup: ## packages, .venv/ and a CRIU that works on this kernel (needs root when
 demo: root setup ## move a real server to another address; shows what its peer saw (needs root)
 	@.venv/bin/natkeep lab run server_moves_to_new_address --engine auto --report .lab/demo
 
-test: setup kernel ## the whole test suite; PYTEST_ARGS='-k word' for a part of it, JOBS=2 tests at once
+test: setup kernel containerd ## the whole test suite; PYTEST_ARGS='-k word' for a part of it, JOBS=2 tests at once
 	@$(PYTEST) $(PYTEST_ARGS)
 
 test-quick: setup ## under a minute: what needs no kernel, and one move by CRIU in a practice network
 	@NATKEEP_EXAMPLES=500 $(PYTEST) -m quick $(PYTEST_ARGS)
 
-test-long: setup kernel ## the whole test suite, with EXAMPLES=50000 of what gets into nft's text (test: 5,000)
+test-long: setup kernel containerd ## the whole test suite, with EXAMPLES=50000 of what gets into nft's text (test: 5,000)
 	@NATKEEP_EXAMPLES=$(EXAMPLES) $(PYTEST) $(PYTEST_ARGS)
 
 check: ## lint and types
@@ -118,6 +118,9 @@ bench-hook: root setup ## what each call of natkeep-hook costs a restore (needs 
 bench-migrate: root setup ## how long a peer hears nothing in natkeep migrate, beside CRIU in place (needs root, sshd)
 	@.venv/bin/python -m bench.migrate $(BENCH_ARGS)
 
+bench-pods: root setup containerd ## pods that move, IPv4 and IPv6, and the two ways to lose them: BENCH_ARGS='--reps 20' (needs root)
+	@.venv/bin/python -m bench.pods $(BENCH_ARGS)
+
 bench-path: root setup ## what a packet costs, kept or somebody else's, beside plain routing (needs root)
 	@.venv/bin/python -m bench.path $(BENCH_ARGS)
 
@@ -148,6 +151,11 @@ clean: ## remove .venv/, .lab/ and the caches; the system's packages stay
 .PHONY: kernel
 kernel: setup
 	@! command -v qemu-system-x86_64 >/dev/null || scripts/get-kernels own || :
+
+# For pods of the lab; where there is none, what needs it skips.
+.PHONY: containerd
+containerd: setup
+	@[ "$$(id -u)" != 0 ] || scripts/get-containerd
 
 .PHONY: root
 root:

@@ -83,6 +83,11 @@ def _has_postgres() -> bool:
     return any(Path("/usr/lib/postgresql").glob("*/bin/postgres"))
 
 
+def _has_containerd() -> bool:
+    fetched = ROOT / ".lab/containerd/bin/containerd"
+    return os.access(fetched, os.X_OK) and _has_module("grpc")
+
+
 def _has_kernel() -> bool:
     """Another one than this machine's, that can be booted: `make test` fetches it for a qemu."""
     sys.path.append(str(ROOT))  # bench/ is a program beside the package
@@ -124,6 +129,7 @@ PROBES: dict[str, tuple[Callable[[], bool], str]] = {
     "resource": (partial(_has_powers, 24), "needs CAP_SYS_RESOURCE, for CRIU and other users"),
     "websockets": (lambda: _has_module("websockets"), "needs websockets: scripts/setup"),
     "etcd": (lambda: _has_tool("etcd"), "needs Debian's etcd-server: scripts/setup"),
+    "containerd": (_has_containerd, "needs containerd 2.1 and grpcio: scripts/get-containerd"),
     "node": (lambda: _has_tool("node"), "needs Debian's nodejs"),
     "kernel": (_has_kernel, "needs qemu and Debian's own kernel: make kernels KERNELS=own"),
     "debhelper": (lambda: _has_tool("dh_python3"), "needs debhelper and dh-python: make test-deb"),

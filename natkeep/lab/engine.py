@@ -1,6 +1,7 @@
 """What every engine of the lab offers: freeze the application at one host, restore it at another.
 
 engines/criu.py is the real thing; engines/runc.py and engines/podman.py move a container with it;
+pods/move.py a container in a pod;
 engines/repair.py moves nothing but the sockets, by TCP_REPAIR, and works without CRIU. Each leaves
 the host that the application left silent, since a host with the address but without the socket
 answers with a reset.

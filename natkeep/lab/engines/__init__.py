@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 
 from natkeep.lab.engine import Engine, EngineError
-from natkeep.lab.engines.criu import Criu, find_criu
+from natkeep.lab.engines.criu import Criu, find_containerd, find_criu
 from natkeep.lab.engines.podman import Podman
 from natkeep.lab.engines.repair import Repair
 from natkeep.lab.engines.runc import Runc
@@ -26,7 +26,11 @@ def choose_engine(name: str = "auto", *, probe: bool = True) -> Engine:
         )
     if name in ("auto", "criu"):
         return Criu(criu)
-    for tool in dict.fromkeys((name, "runc")):
+    if name == "containerd" and find_containerd() is None:
+        raise EngineError("there is no containerd 2.1", hint="scripts/get-containerd")
+    for tool in dict.fromkeys(("runc" if name == "containerd" else name, "runc")):
         if not shutil.which(tool):
             raise EngineError(f"there is no {tool}", hint=f"apt-get install {tool}")
+    if name == "containerd":
+        return Criu(criu)  # of a lab that has pods: pods/move.py is the engine then
     return Runc(criu) if name == "runc" else Podman(criu)

@@ -79,5 +79,11 @@ def find_criu() -> Path | None:
     return None
 
 
+def find_containerd() -> Path | None:
+    """The folder of what scripts/get-containerd fetched into the checkout, if it is there."""
+    fetched = CHECKOUT / ".lab/containerd"
+    return fetched if os.access(fetched / "bin/containerd", os.X_OK) else None
+
+
 def _works(criu: str) -> bool:
     return subprocess.run([criu, "check"], capture_output=True, timeout=scaled(20)).returncode == 0
