@@ -112,8 +112,7 @@ def _add(call: Call) -> None:
     try:
         told.write()
         if call.config.agent is not None:
-            for new in told.new:
-                tell_agent(call.config.agent, order.id, new)
+            tell_agent(call.config.agent, told)
     except BaseException:
         _undo(executor, told)
         raise
@@ -164,7 +163,7 @@ def _make_move(order: PodOrder, maps: tuple[Map, ...], checkpoint: Checkpoint, c
     )  # fmt: skip
 
 
-def tell_agent(path: str, move_id: str, new: str) -> None:
+def tell_agent(path: str, told: Told) -> None:
     """Tell the agent NEW, and wait until it says that the gateways are ready.
 
     UnreachableError where it does not answer, RefusedError where it says no.
@@ -173,7 +172,8 @@ def tell_agent(path: str, move_id: str, new: str) -> None:
         with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as agent:
             agent.settimeout(AGENT_PATIENCE)
             agent.connect(path)
-            question = {"verb": "ready", "id": move_id, "new": new}
+            new = ",".join(each.partition("=")[2] for each in told.maps)
+            question = {"verb": "ready", "id": told.id, "new": new}
             agent.sendall(json.dumps(question).encode() + b"\n")
             line = agent.makefile("rb").readline(1 << 16)
         answer = json.loads(line)
@@ -181,7 +181,7 @@ def tell_agent(path: str, move_id: str, new: str) -> None:
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UnreachableError(f"the agent at {path} gives no answer: {error}") from None
     if not ok:
-        raise RefusedError(f"the agent says no: {answer.get('error', answer)}")
+        raise RefusedError(f"the agent says no: {answer.get('message', answer)}")
 
 
 # ---- CHECK, DEL and GC ---------------------------------------------------------------------------

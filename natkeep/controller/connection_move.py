@@ -30,7 +30,10 @@ class Gateways:
 
 @dataclass(frozen=True, slots=True)
 class ConnectionMove:
-    """See above. source_uid: "" is any. end_connections: its end does not wait for connections."""
+    """See above. source_uid: "" is any; target_node: "" is where the pod turns out to be.
+
+    end_connections: its end does not wait for connections.
+    """
 
     id: str
     namespace: str
@@ -38,6 +41,7 @@ class ConnectionMove:
     source: str
     source_uid: str
     target: str
+    target_node: str
     gateways: tuple[Gateways, ...]
     mode: Mode
     refuses_unkept: bool
@@ -59,7 +63,8 @@ def parse(body: Mapping[str, Any]) -> ConnectionMove:
         return ConnectionMove(
             find_id(body), a_text(meta["namespace"]), whole(meta.get("generation", 0)),
             a_text(spec["sourcePod"]["name"]), a_text(spec["sourcePod"].get("uid", "")),
-            a_text(spec["targetPod"]["name"]), tuple(map(_parse_gateways, spec["gateways"])),
+            a_text(spec["targetPod"]["name"]), a_text(spec["targetPod"].get("nodeName", "")),
+            tuple(map(_parse_gateways, spec["gateways"])),
             Mode(one_of(spec.get("mode", Mode.STATEFUL), *Mode)),
             one_of(spec.get("unkept", "report"), "report", "refuse") == "refuse",
             whole(spec.get("deadlineSeconds", DEADLINE), LONGEST),

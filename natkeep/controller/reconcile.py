@@ -33,6 +33,7 @@ from natkeep.fleet.order import Order, Place
 from natkeep.fleet.progress import Progress
 from natkeep.fleet.store import Store, read
 from natkeep.fleet.want import parse_maps, parse_want
+from natkeep.plan.maps import Wish
 from natkeep.plan.roles import Role
 
 GATEWAY = ".gateway"
@@ -123,10 +124,7 @@ def _order(
 def _make_order(move: ConnectionMove, cluster: Cluster, known: Order | None) -> Order:
     """The order that the object is; WaitsError where a pod of it is not there yet."""
     if known is None:
-        source = _find_pod(cluster, move.namespace, move.source, move.source_uid)
-        target = _find_pod(cluster, move.namespace, move.target)
-        maps = parse_maps(_pair(_addresses(source), _addresses(target)))
-        places = [_place(target)]
+        maps, places = _find_ends(move, cluster)
     else:
         maps = known.maps
         # A node that is gone from the cluster may have something standing all the same.
@@ -140,6 +138,17 @@ def _make_order(move: ConnectionMove, cluster: Cluster, known: Order | None) -> 
         raise WaitsError("gateways: no node has these labels")
     phase = "frozen" if move.frozen else "staged"
     return Order(move.id, maps, tuple(places), move.mode, move.deadline, phase)
+
+
+def _find_ends(move: ConnectionMove, cluster: Cluster) -> tuple[tuple[Wish, ...], list[Place]]:
+    """The maps and the destination, which natkeep-cni prepares where there is no pod yet."""
+    olds = _addresses(_find_pod(cluster, move.namespace, move.source, move.source_uid))
+    if move.target_node and cluster.find_pod(move.namespace, move.target) is None:
+        pod, node = f"{_POD}{move.namespace}/{move.target}", keys.parse_name(move.target_node)
+        place = Place(Role.DESTINATION, pod, (node,))
+        return parse_maps([f"{old}=auto" for old in olds.values()]), [place]
+    target = _find_pod(cluster, move.namespace, move.target)
+    return parse_maps(_pair(olds, _addresses(target))), [_place(target)]
 
 
 def _gateways(move: ConnectionMove, cluster: Cluster) -> list[Place]:

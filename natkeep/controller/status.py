@@ -3,6 +3,7 @@
 phase sums it up for a person; programs wait for conditions:
 
     Ordered    the nodes have been told what the object says
+    Accepted   and have said that they follow it: a pod whose nodeName was given may be made
     Prepared   the target pod is prepared, its gate closed: the checkpoint may be taken
     Ready      and the gateways are open: the restore may begin
     Open       the target pod is open: the move is made
@@ -73,13 +74,19 @@ def make_status(
         status |= {
             "id": it.id, "connections": it.listed.count,
             "old": [str(wish.old_end) for wish in it.maps],
-            "new": [str(wish).partition("=")[2] for wish in it.maps],
+            "new": [text.partition("=")[2] for text in _find_maps(progress)],
             "sites": [_describe_site(node) for node in progress.nodes],
         }  # fmt: skip
         told += _tell_progress(progress)
     status["phase"] = _sum_up(before, ordered, progress)
     status["conditions"] = _as_conditions(before.get("conditions") or (), told)
     return status
+
+
+def _find_maps(progress: Progress) -> list[str]:
+    """With NEW, where the destination has found it."""
+    [said] = [node.done.maps for node in progress.nodes if node.place.role == Role.DESTINATION]
+    return [*(said or map(str, progress.order.maps))]
 
 
 def _describe_site(node: Node) -> dict[str, Any]:
@@ -95,15 +102,18 @@ def _tell_progress(progress: Progress) -> list[Told]:
     order = progress.order
     if not order.is_wanted():
         ended = "it is undone, or to be"
-        return [Told(kind, False, "Ended", ended) for kind in ("Prepared", "Ready", "Open")]
+        kinds = ("Accepted", "Prepared", "Ready", "Open")
+        return [Told(kind, False, "Ended", ended) for kind in kinds]
+    staged = order.phase == "staged"
+    asked = [node for node in progress.nodes if not staged or node.place.role == Role.DESTINATION]
+    accepted = _tell("Accepted", [node for node in asked if not node.heard or node.error()])
     lacking = progress.lacking("ready")
     ends = [node for node in lacking if node.place.role == Role.DESTINATION]
     ready = _tell("Ready", lacking)
-    if order.phase == "staged":
+    if staged:
         ready = Told("Ready", False, "NotFrozen", "the gateways follow when spec.frozen is true")
-    frozen = order.phase == "frozen"
-    opened = _tell("Open", progress.lacking("open")) if frozen else ready._replace(type="Open")
-    return [_tell("Prepared", ends), ready, opened]
+    opened = ready._replace(type="Open") if staged else _tell("Open", progress.lacking("open"))
+    return [accepted, _tell("Prepared", ends), ready, opened]
 
 
 def _tell(kind: str, lacking: list[Node]) -> Told:

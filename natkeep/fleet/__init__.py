@@ -6,6 +6,7 @@
     want.py       what a node is ordered; done.py: what it says of that; listing.py: connections
     order.py      a move as a person orders it; apply.py writes it, progress.py says how far it is
     agent.py      compares what is ordered here with what the journals say, and acts
+    pod_orders.py  what natkeep-cni is to do for a pod that is to come
     site.py       a move's phase by its journal, and what is done to it, through the lifecycle
     restored.py   a destination that natkeep-hook prepares, since NEW is known at the restore only
     ready.py      answers a restore that asks by the agent's socket (natkeep/agent_socket.py)

@@ -18,7 +18,7 @@ from typing import NoReturn
 
 from natkeep import policy
 from natkeep.errors import LeftoverError, NatkeepError, RefusedError, UnreachableError
-from natkeep.fleet import keys, restored, site
+from natkeep.fleet import keys, pod_orders, restored, site
 from natkeep.fleet.done import Done, Error, parse_done
 from natkeep.fleet.followed import DeadlineError, Followed, FollowedFile, refuse_again
 from natkeep.fleet.known import Known, Order
@@ -153,6 +153,7 @@ class Agent:
                     hint=f"natkeep fleet apply, or end {move_id}, makes a newer one",
                 )
             elif order.wanted and order.by_restore():
+                pod_orders.put(self.store, executor, move_id, order, self.bounds)
                 self._note(move_id, order, "prepared")
             elif order.wanted:
                 waits = self._make_ready(executor, move_id, order, followed)
@@ -322,6 +323,7 @@ class Agent:
         self, executor: Executor, move_id: str, here: str, want: Want, followed: Followed | None
     ) -> dict[str, Phase]:
         """Undo it by order; and what it waits for. here: its id at this node."""
+        pod_orders.take_away(executor, move_id, want)
         standing = site.look(executor.state, here).standing
         if standing != Standing.GONE:
             if not want.by_restore():

@@ -26,6 +26,11 @@ def cut(move_id: str, text: str, count: int) -> tuple[Listed, dict[str, str]]:
 
 def fetch(store: Store, move_id: str, listed: Listed) -> Checkpoint:
     """The list of a move; ImageError where it is not the one that was written."""
+    return parse_octets(fetch_octets(store, move_id, listed), f"the connections of {move_id}")
+
+
+def fetch_octets(store: Store, move_id: str, listed: Listed) -> bytes:
+    """The same as it was written."""
     items = store.range(keys.pieces(move_id)).items
     names = [f"{keys.pieces(move_id)}{n:04}" for n in range(listed.pieces)]
     octets = "".join(items[name].value for name in names if name in items).encode()
@@ -34,4 +39,4 @@ def fetch(store: Store, move_id: str, listed: Listed) -> Checkpoint:
             f"{move_id}: the connections in the store do not match their checksum",
             hint="natkeep fleet apply writes them again",
         )
-    return parse_octets(octets, f"the connections of {move_id}")
+    return octets

@@ -321,7 +321,7 @@ def test_the_agent_is_told_new_and_its_no_fails_the_pod(ready: Node, tmp_path: P
     assert (code, "gives no answer" in message) == (109, True)
     assert (ready.gates(), ready.told()) == ([], None)
 
-    agent = Agent(tmp_path / "sock", '{"ok":false,"error":"no gateway"}', '{"ok":true}')
+    agent = Agent(tmp_path / "sock", '{"ok":false,"exit":1,"message":"no gateway"}', '{"ok":true}')
     agent.start()
     assert ready.fails("ADD") == (104, "the agent says no: no gateway")
     assert (ready.gates(), ready.told()) == ([], None)

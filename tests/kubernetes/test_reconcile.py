@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 from fleet_nodes import Fleet
+from fleet_restores import prepare_in_hook
 from kubernetes_api import LISTING, make_move, make_pod
 from kubernetes_schema import refuse
 
@@ -132,7 +133,7 @@ def test_a_move_from_its_order_to_its_end(rig: Rig) -> None:
     rig.usual()
     assert rig.look() == "Ordered"
     assert rig.turn() == "Prepared"
-    assert rig.told("Prepared")[0] == "True"
+    assert (rig.told("Accepted")[0], rig.told("Prepared")[0]) == ("True", "True")
     assert rig.told("Ready")[:2] == ("False", "NotFrozen")
     assert rig.fleet.done("gw-1", rig.id).phase == "gone", "the process runs yet"
     place = next(place for place in rig.order().places if not place.group)
@@ -170,6 +171,53 @@ def test_to_look_again_changes_nothing(rig: Rig) -> None:
 
 
 # ---- what is not there yet, and what is wrong ----------------------------------------------------
+
+
+def test_a_pod_whose_node_is_known_is_ordered_before_it_is_made(rig: Rig) -> None:
+    """natkeep-cni prepares it there, and says NEW."""
+    rig.usual()
+    target = rig.cluster.pods.pop("web-b")
+    rig.change(targetPod={"name": "web-b", "nodeName": "node-2"}, frozen=True)
+    assert rig.look() == "Ordered"
+    assert rig.told("Accepted")[:2] == ("False", "Waiting")
+    assert rig.turn() == "Ordered"
+    assert rig.told("Accepted")[0] == "True"
+    assert rig.told("Prepared")[:2] == ("False", "Waiting")
+    assert rig.body["status"]["new"] == ["auto"]
+    node = rig.fleet.nodes["node-2"]
+    assert Path(node.directory, "orders", "shop_web-b.json").exists()
+    rig.cluster.pods["web-b"] = target
+    prepare_in_hook(node, rig.id, dump=None)
+    assert rig.turn() == "Ready"
+    assert rig.told("Accepted")[0] == "True"
+    assert rig.body["status"]["new"] == ["10.3.0.20"]
+    rig.open()
+    assert rig.turn() == "Open"
+    rig.change(endConnections=True)
+    rig.end()
+    rig.fleet.turn()
+    assert rig.end() is None
+
+
+def test_a_pod_that_is_there_already_is_prepared_by_the_agent(rig: Rig) -> None:
+    """natkeep-cni has been asked by then."""
+    rig.usual()
+    rig.change(targetPod={"name": "web-b", "nodeName": "node-2"})
+    target = rig.cluster.pods["web-b"]
+    rig.cluster.add_pod("web-b", "node-2")
+    assert rig.look() == "Pending"
+    rig.cluster.pods["web-b"] = target
+    rig.look()
+    assert rig.turn() == "Prepared"
+    assert rig.body["status"]["new"] == ["10.3.0.20"]
+
+
+def test_a_node_without_an_agent_is_refused_before_there_is_a_pod(rig: Rig) -> None:
+    rig.usual()
+    del rig.cluster.pods["web-b"]
+    rig.change(targetPod={"name": "web-b", "nodeName": "node-9"})
+    assert rig.look() == "Pending"
+    assert rig.told()[2].startswith("no agent runs as node-9")
 
 
 @pytest.mark.parametrize(
