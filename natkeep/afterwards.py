@@ -28,13 +28,14 @@ def do_afterwards(work: Callable[[], object]) -> None:
 
 
 def begin(beside: int = 0) -> None:
-    """Start it, if there is any, in a process of its own; the program ends at once after this.
+    """Start it, if there is any, in a process of its own: what is to end is the verb, or all.
 
     beside: the number of the process that restores; with its end, at the latest after _REST
     seconds, the blackout is over.
     """
+    works, _works[:] = _works[:], []
     try:
-        if not _works or os.fork():
+        if not works or os.fork():
             return
     except OSError:  # no room for another process; what was asked for is done
         return
@@ -42,7 +43,7 @@ def begin(beside: int = 0) -> None:
         signal.alarm(_LIMIT)  # whatever the kernel does, nothing stays
         _detach()
         _rest(beside)
-        for work in _works:
+        for work in works:
             work()
     finally:
         os._exit(0)

@@ -147,11 +147,19 @@ def test_the_first_true_error_of_criu_and_its_cure(log: list[str], told: str) ->
 
 def test_serve_answers_requests_in_turn(tmp_path: Path) -> None:
     (tmp_path / "some").mkdir()
+    planned = ["web", "--map", "10.2.0.10=10.3.0.20", "--connections", "-", "--json"]
     requests = [
         {"natkeep": ["explain", "forwarding-off", "--json"]},
-        {"run": ["sh", "-c", "echo $X; exit 3"], "environment": {"X": "y"}},
+        {
+            "run": ["sh", "-c", "echo $X; exit 3"],
+            "environment": {"X": "y"},
+            "otherwise": ["open", "none"],
+        },
         {"run": ["no-such-program"]},
         {"digest": str(tmp_path / "some")},
+        {"natkeep": ["plan", *planned], "stdin": "10.2.0.10:80 10.1.0.2:4000\n"},
+        {"natkeep": ["plan", *planned], "stdin": ""},
+        {"natkeep": ["plan", *planned], "stdin": "10.2.0.10:80 10.1.0.2:4001\n"},
     ]
     done = subprocess.run(
         [sys.executable, "-m", "natkeep.cli", "serve", "web", "--stdio", "--state-dir",
@@ -162,8 +170,14 @@ def test_serve_answers_requests_in_turn(tmp_path: Path) -> None:
     assert said[0]["natkeep"] == __version__
     assert json.loads(said[1]["stdout"])["code"] == "forwarding-off"
     assert (said[2]["exit"], said[2]["stdout"]) == (3, "y\n")
+    assert "natkeep: no move none" in said[2]["stderr"]
     assert said[3]["exit"] == 127
     assert len(said[4]["stdout"]) == 64
+    assert "10.1.0.2:4000" in said[5]["stdout"]  # each verb has a stdin of its own
+    assert (said[6]["exit"], said[6]["stderr"]) == (3, "natkeep: stdin lists no connections\n"
+                                                       "  (a line is `LOCAL PEER`)\n")  # fmt: skip
+    assert "10.1.0.2:4001" in said[7]["stdout"]
+    assert len(said) == 8
     assert done.returncode == 0
     assert not [*(tmp_path / "state").glob("serve-*")]  # it leaves nothing
 

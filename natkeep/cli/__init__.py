@@ -23,7 +23,7 @@ from typing import NoReturn
 
 from natkeep import afterwards, faultpoints
 from natkeep.cli.output import describe_error, end_document, error_to_json, wants_json
-from natkeep.cli.parser import make_parser
+from natkeep.cli.parser import Parser, make_parser
 from natkeep.errors import NatkeepError, UsageError
 from natkeep.system_log import note
 from natkeep.terminal import say, say_exception, silence
@@ -54,15 +54,17 @@ def program() -> NoReturn:
     os._exit(code)
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+def main(arguments: Sequence[str] | None = None, parser: Parser | None = None) -> int:
     """Run natkeep; the exit code of DESIGN's contract (see errors.py for each).
+
+    parser: that of the verb, where it has been made beforehand.
 
     An error is a line on stderr and, with --json, in the document on stdout too.
     """
     arguments = sys.argv[1:] if arguments is None else arguments
     error: NatkeepError | None = None
     try:
-        code = _run(arguments)
+        code = _run(arguments, parser or make_parser(arguments))
     except NatkeepError as failed:
         error, code = failed, failed.exit_code
     except KeyboardInterrupt:
@@ -86,10 +88,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return code
 
 
-def _run(arguments: Sequence[str]) -> int:
+def _run(arguments: Sequence[str], parser: Parser) -> int:
     try:
         faultpoints.demand_known()
-        args = make_parser(arguments).parse_args(arguments or ["help"])
+        args = parser.parse_args(arguments or ["help"])
         with _signals_as_exit(), _noted(args):
             code = int(args.run(args))
         return code if arguments else 2  # a script whose variable is empty is to fail

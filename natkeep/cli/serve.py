@@ -4,13 +4,13 @@ Each line on stdin is a request, and is answered by one line on stdout, in turn:
 
     {"natkeep": ["status", "web", "--json"], "stdin": "…"}             a verb
     {"run": ["criu", "dump", …], "environment": {…}, "seconds": 60,    a program, without a shell,
-     "otherwise": ["teardown", "web", "--yes"]}                        and a verb if that fails
+     "otherwise": ["teardown", "web", "--yes"]}   and a verb if that fails; its error is told, too
     {"digest": "DIR"}                                                  what is in a directory
     →  {"exit": 0, "stdout": "…", "stderr": "…"}
 
 The first line on stdout, before any request, says which natkeep this is, where its hook is, and
-whether sudo has started it. A verb runs in a fork of this process, which has imported all that
-verbs need: no interpreter starts in a blackout.
+whether sudo has started it. Verbs run in this process, one after the other: in a blackout nothing
+starts, and what `prepare` has run before is quicker by far (a fork would copy what it touches).
 
 A program whose standard streams are the controller's, as tar, is started by ssh alone; where ssh's
 user has not the rights that sudo gives, by `serve ID --exec WORD …`, which goes on as that program.
@@ -33,20 +33,21 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from natkeep import __version__, afterwards
+from natkeep.cli.parser import VERBS, Parser, make_parser
 from natkeep.errors import NatkeepError, RefusedError, UsageError
 from natkeep.installed import find_program
 from natkeep.kernel import nftables
 from natkeep.migrate import PROTOCOL
 from natkeep.plan.move import parse_id
 from natkeep.state.directory import StateDirectory
-from natkeep.terminal import show_json
+from natkeep.terminal import say_exception, show_json
 
 _LONGEST = 1 << 28  # octets of a request: a list of connections is in it
 _PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
@@ -71,6 +72,7 @@ def serve(args: argparse.Namespace) -> int:
     for name in _NEEDED:
         import_module(f"natkeep.{name}")
     nftables.is_available()  # imports its binding
+    parser = make_parser([*VERBS])
     # What is asked for must not end because a terminal or a connection has.
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)
@@ -82,8 +84,9 @@ def serve(args: argparse.Namespace) -> int:
         with turn.taken():
             if not turn.is_ours():
                 raise RefusedError(f"another natkeep migrate has taken {args.id} over")
-            answer = _do(json.loads(line))
+            answer = _do(json.loads(line), parser)
         _answer(answer)
+        afterwards.begin()
     turn.end()
     return 0
 
@@ -139,14 +142,17 @@ class _Turn:
                 os.unlink(self._path)
 
 
-def _do(request: dict[str, Any]) -> dict[str, Any]:
+def _do(request: dict[str, Any], parser: Parser) -> dict[str, Any]:
     if "natkeep" in request:
-        return _run_verb([str(word) for word in request["natkeep"]], str(request.get("stdin", "")))
+        words = [str(word) for word in request["natkeep"]]
+        return _run_verb(words, str(request.get("stdin", "")), parser)
     if "digest" in request:
         return {"exit": 0, "stdout": digest(Path(str(request["digest"]))), "stderr": ""}
     answer = _run_program(request)
     if answer["exit"] and request.get("otherwise"):
-        _run_verb([str(word) for word in request["otherwise"]], "")
+        undone = _run_verb([str(word) for word in request["otherwise"]], "", parser)
+        if undone["exit"]:
+            answer["stderr"] += f"\n{undone['stderr']}"
     return answer
 
 
@@ -163,33 +169,41 @@ def _run_program(request: dict[str, Any]) -> dict[str, Any]:
     return {"exit": done.returncode, **dict(zip(("stdout", "stderr"), words, strict=True))}
 
 
-def _run_verb(words: list[str], text: str) -> dict[str, Any]:
-    """The verb in a fork of this process, with files for its standard streams."""
+def _run_verb(words: list[str], text: str, parser: Parser) -> dict[str, Any]:
+    """The verb, with files for its standard streams; a fault of natkeep's is told as any error."""
     from natkeep.cli import main
 
-    files = [tempfile.TemporaryFile() for _ in range(3)]  # noqa: SIM115 - closed below
-    files[0].write(text.encode())
-    files[0].seek(0)
-    child = os.fork()
-    if not child:
-        code = 1
+    code = 1
+    with _streams(text) as files:
+        try:
+            code = main(words, parser)
+        except Exception as error:
+            say_exception(None, error, None)
+        said = []
+        for file in files[1:]:
+            file.seek(0)
+            said.append(file.read().decode("utf-8", "backslashreplace"))
+    return {"exit": code, "stdout": said[0], "stderr": said[1]}
+
+
+@contextmanager
+def _streams(text: str) -> Iterator[Sequence[IO[bytes]]]:
+    """Files in the place of the standard streams; *text* is in the first."""
+    before, own = sys.stdin, [os.dup(standard) for standard in range(3)]
+    with ExitStack() as stack:
+        files = [stack.enter_context(tempfile.TemporaryFile()) for _ in own]
+        files[0].write(text.encode())
+        files[0].seek(0)
         try:
             for standard, file in enumerate(files):
                 os.dup2(file.fileno(), standard)
-            sys.stdin = open(0, encoding="utf-8", closefd=False)  # noqa: SIM115 - it ends
-            code = main(words)
-            sys.stderr.flush()
-            afterwards.begin()
+            sys.stdin = open(0, encoding="utf-8", closefd=False)  # noqa: SIM115 - it stays open
+            yield files
         finally:
-            os._exit(code)
-    _, status = os.waitpid(child, 0)
-    said = []
-    for file in files[1:]:
-        file.seek(0)
-        said.append(file.read().decode("utf-8", "backslashreplace"))
-    for file in files:
-        file.close()
-    return {"exit": os.waitstatus_to_exitcode(status), "stdout": said[0], "stderr": said[1]}
+            sys.stdin = before
+            for standard, fd in enumerate(own):
+                os.dup2(fd, standard)
+                os.close(fd)
 
 
 def digest(directory: Path) -> str:

@@ -373,8 +373,10 @@ class Migration:
         )  # fmt: skip
         if done.exit:
             said = host.run("cat", *command.logs, ok=None).stdout.splitlines()
-            why = first_error([*said, *done.stderr.splitlines()])
-            raise HostError(f"{host}: {command.what}: {why}")
+            told = done.stderr.splitlines()
+            why = first_error([*said, *told])
+            undone = [line for line in told if otherwise and line.startswith("natkeep: ")]
+            raise HostError("; ".join([f"{host}: {command.what}: {why}", *undone]))
 
 
 def sum_up(migration: Migration) -> str:
