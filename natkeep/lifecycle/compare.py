@@ -47,10 +47,11 @@ from natkeep.values import replace
 
 def bring_up_to_date(
     executor: Executor, journal: Journal, plan: Plan, image: Checkpoint | None
-) -> Compared | None:
+) -> tuple[Compared | None, Plan]:
     """Compare with *image*, if there is one, and do what a comparison has found to be done.
 
-    JournalError when the move was not prepared to the end; how the image differs is returned.
+    JournalError when the move was not prepared to the end. How the image differs is returned, and
+    the plan by now.
     """
     if not is_prepared(journal, plan, _late_numbers(journal, plan)):
         raise unprepared(journal)
@@ -61,7 +62,7 @@ def bring_up_to_date(
         compared = replace(compared, unkept=(*compared.unkept, *more))
         plan = plan_of(journal)
     widen(executor, journal, plan)
-    return compared
+    return compared, plan
 
 
 def compare(executor: Executor, journal: Journal, plan: Plan, image: Checkpoint) -> Compared:
@@ -90,7 +91,10 @@ def compare(executor: Executor, journal: Journal, plan: Plan, image: Checkpoint)
                 hint=f"natkeep teardown {move.id}, and prepare it from the image",
             )
         return Compared(0, len(went))
-    change = Change(came, went, find_surroundings(executor.kernel, executor.state, move, found))
+    around = journal.surroundings
+    if len(came) or len(went):  # else it is just what prepare has looked at
+        around = find_surroundings(executor.kernel, executor.state, move, found)
+    change = Change(came, went, around)
     new = make_plan(move, journal.connections, journal.surroundings, change)
     _refuse_to_widen(plan, change)
     refuse_overlaps(executor, new, frozenset({move.id}))

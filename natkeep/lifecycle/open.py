@@ -44,7 +44,7 @@ from natkeep.kernel import nftables
 from natkeep.kernel.interface import Kernel, Packed
 from natkeep.kernel.netns import path_of
 from natkeep.lifecycle.executor import Executor, leftover
-from natkeep.lifecycle.progress import is_prepared, plan_of, refuse_earlier_boot, unprepared
+from natkeep.lifecycle.progress import is_prepared, refuse_earlier_boot, unprepared
 from natkeep.plan.move import Site
 from natkeep.plan.replay import holder_name
 from natkeep.plan.steps import OpenEarly, OpenGate, Plan, Unknown
@@ -85,8 +85,7 @@ def open_move(
         else:
             from natkeep.lifecycle import compare  # a move of a frozen process needs it not
 
-            compared = compare.bring_up_to_date(executor, journal, plan, image)
-            plan = plan_of(journal)
+            compared, plan = compare.bring_up_to_date(executor, journal, plan, image)
         wanted = range(len(plan.steps) if opens else len(plan.prepare))
         numbers = [n for n in wanted if not journal.is_done(n)]
         for number in numbers if journal.move.live else ():
