@@ -30,7 +30,7 @@ _PORT = 22
 class Machines:
     """sshd at the hosts of these roles, and ssh's configuration for a controller.
 
-    options: of each `natkeep migrate`.
+    options: of each `natkeep migrate`. states: where natkeep's state directories are: ROLE/state.
     """
 
     sshd = ""
@@ -39,13 +39,14 @@ class Machines:
     def __init__(
         self, lab: Lab, *roles: str, controller: str,
         addresses: Mapping[str, Address] | None = None, shared: bool = False,
-        options: Sequence[str] = (),
+        options: Sequence[str] = (), states: Path | None = None,
     ) -> None:  # fmt: skip
         if not os.access(SSHD, os.X_OK):
             raise LabError("there is no sshd here (Debian: openssh-server)")
         self.lab, self.directory, self.controller = lab, lab.directory / "ssh", controller
         self.shared, self.options = shared, tuple(options)
         self.directory.mkdir()
+        self.states = states or self.directory
         Path("/run/sshd").mkdir(exist_ok=True)  # where sshd shuts its unprivileged part in
         self.key = self.directory / "key"
         subprocess.run(
@@ -97,7 +98,10 @@ class Machines:
 
     def _settings(self, role: str, own: Path) -> list[str]:
         """What is in the environment of what ssh starts there; *own*: a directory of the role's."""
-        return [f"NATKEEP_STATE_DIR={own / 'state'}"]
+        return [f"NATKEEP_STATE_DIR={self._state(role)}"]
+
+    def _state(self, role: str) -> str:
+        return str(self.states / role / "state")
 
     def _enter(self) -> list[str]:
         """What brings sshd to the network namespace that it is in, from the host's own."""
@@ -125,7 +129,7 @@ class Machines:
 
     def environment(self, role: str) -> dict[str, str]:
         """That of a natkeep at the host *role*; `controller`: of the one that migrates."""
-        return {**os.environ, "NATKEEP_STATE_DIR": str(self.directory / role / "state")}
+        return {**os.environ, "NATKEEP_STATE_DIR": self._state(role)}
 
     def migrate(self, *options: str) -> str:
         """The lab's server from the source to the destination, by `natkeep migrate`: what it said.
