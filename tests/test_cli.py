@@ -37,6 +37,8 @@ import pytest
 from entered import entered
 
 from natkeep import cli
+from natkeep.checkpoint.images import read_checkpoint
+from natkeep.checkpoint.listing import parse_listing
 from natkeep.plan import arp, base_chains
 from natkeep.plan.move import Mode
 from natkeep.plan.roles import ROLES, Role
@@ -388,6 +390,24 @@ def test_inspect_tells_what_is_kept_and_why_not(
         "udp: CRIU drops datagrams that a socket had not read at the dump; no image tells\n"
     )
     assert text.count("\n") == len(document["sockets"]) + 2
+
+
+def test_a_list_of_an_image_says_what_the_image_says(
+    inputs: Path, natkeep_here: Callable[..., Said]
+) -> None:
+    """TCP and UDP that is kept, at OLD alone with --map, and the dump; nothing else."""
+    image = read_checkpoint(inputs / "image")
+    listed = parse_listing(natkeep_here("inspect", "image", "--list").out, "it")
+    assert [*listed.connections] == [*image.connections]
+    assert (listed.udp, listed.udp_servers) == (image.udp, image.udp_servers)
+    assert listed.run_id == image.run_id
+    some = parse_listing(natkeep_here("inspect", "image", "--list", "--map", MAP).out, "it")
+    assert {str(each.destination.address) for each in some.connections} == {"10.2.0.10"}
+    tcp = parse_listing(natkeep_here("inspect", "image", "--list", "--no-udp").out, "it")
+    assert (tcp.connections, len(tcp.udp)) == (image.connections, 0)
+    for more in (["--json"], ["--live", "1"]):
+        where = [] if "--live" in more else ["image"]
+        assert natkeep_here("inspect", *where, "--list", *more).code == 2
 
 
 def test_version_and_help_go_to_stdout(capsys: pytest.CaptureFixture[str]) -> None:
@@ -1379,6 +1399,8 @@ def test_teardown_behind_a_closed_gate_does_not_ask(sites: Network, executor: Ru
 STOPPED = """
 import os, signal, sys, time
 from natkeep import cli
+from natkeep.checkpoint.images import read_checkpoint
+from natkeep.checkpoint.listing import parse_listing
 from natkeep.kernel.linux import LinuxKernel
 # Whatever started us may ignore them, as nohup does.
 signal.signal(signal.SIGINT, signal.default_int_handler)

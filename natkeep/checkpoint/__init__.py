@@ -207,7 +207,7 @@ class Checkpoint:
     where the source is not a directory of CRIU's images. live: read while the process ran. tree:
     what it needs besides, where `inspect --live` told it. connections: TCP's. udp: the sockets of
     UDP that are connected; udp_servers: address (or the wildcard one) and port of those that are
-    not.
+    not. listed_dump: the dump that a list says it is of.
     """
 
     connections: Connections
@@ -217,11 +217,12 @@ class Checkpoint:
     tree: Tree | None = None
     udp: Connections = NO_CONNECTIONS
     udp_servers: tuple[Endpoint, ...] = ()
+    listed_dump: str | None = None
 
     @property
     def run_id(self) -> str | None:
         """The dump's own id, where it is known."""
-        return None if self.inventory is None else self.inventory.run_id
+        return self.listed_dump if self.inventory is None else self.inventory.run_id
 
     @property
     def lock(self) -> DumpLock | None:
@@ -237,10 +238,13 @@ class Checkpoint:
         ends = (each.local for each in self.sockets if each.is_listener() and each.local)
         return ends_at(ends, olds)
 
+    def connections_at(self, olds: Sequence[Local]) -> Connections:
+        """Those of TCP at *olds*."""
+        return _at(self.connections, olds)
+
     def udp_at(self, olds: Sequence[Local]) -> Connections:
         """The connected sockets of UDP at *olds*."""
-        apart = (old for old in olds if old == address_of(old) or address_of(old) not in olds)
-        return Connections.joined(self.udp.at(old) for old in apart)
+        return _at(self.udp, olds)
 
     def udp_servers_at(self, olds: Sequence[Local]) -> tuple[Endpoint, ...]:
         """OLD and port of each UDP socket without a peer, as `listeners_at`."""
@@ -317,6 +321,12 @@ def servers_of(sockets: Iterable[Socket]) -> tuple[Endpoint, ...]:
     """Where the UDP servers among *sockets* are bound, each end once: they may share it."""
     ends = (each.local for each in sockets if each.is_udp_server() and each.local)
     return tuple(dict.fromkeys(ends))
+
+
+def _at(connections: Connections, olds: Sequence[Local]) -> Connections:
+    """Those of *connections* whose local end is one of *olds*, each once."""
+    apart = (old for old in olds if old == address_of(old) or address_of(old) not in olds)
+    return Connections.joined(connections.at(old) for old in apart)
 
 
 def ends_at(ends: Iterable[Endpoint], olds: Sequence[Local]) -> tuple[Endpoint, ...]:

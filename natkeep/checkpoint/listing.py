@@ -7,6 +7,8 @@
     udp 10.2.0.10:4433 10.1.0.2:50594       # a connected socket of UDP
     udp 0.0.0.0:53 *                        # one that any peer may speak to
 
+    dump 2d9c5a5c-…                         # which dump of CRIU's it was read from, if any
+
 Or one JSON document, as `natkeep inspect --live PID --json` prints it.
 
 Rule: each line is a connection, a comment or blank, or else an ImageError that names the line; a
@@ -21,6 +23,7 @@ the block (0.3 us a line); anything else is read line by line (0.7 us), also to 
 from __future__ import annotations
 
 import os
+import re
 import select
 import socket
 import stat
@@ -44,14 +47,19 @@ _USUAL_LINE = b"...: ...:\n"
 _UDP = "udp"
 """The word before the ends of a socket of UDP; a line without one is of TCP."""
 
+_DUMP = "dump"
+"""The word before a dump's own id."""
+
 _BLOCK = 1 << 14
 """Octets of a list that are taken at once, so that what they become stays in the cache."""
 
 _SIZES = frozenset(RECORD_SIZE.values())
 
-_Line = bytes | tuple[str, bytes] | Endpoint
-"""A line that was read: the record of a connection, that of a socket of UDP with its word, or the
-local end of one that has no peer."""
+_RUN_ID = re.compile("[0-9A-Za-z-]{1,64}")
+
+_Line = bytes | tuple[str, bytes] | Endpoint | str
+"""A line that was read: the record of a connection, that of a socket of UDP with its word, the
+local end of one that has no peer, or a dump's id."""
 
 
 def read_listing(path: str | os.PathLike[str]) -> Checkpoint:
@@ -188,32 +196,41 @@ def _read_lines(text: str, name: str) -> Checkpoint:
             record = found
         if lines.setdefault(record, number) != number:
             raise ImageError(f"{name}:{number}: the same connection as in line {lines[record]}")
-    if not lines:
+    dumps = [line for line in lines if isinstance(line, str)]
+    if len(dumps) > 1:
+        first, second = (lines[dump] for dump in dumps[:2])
+        raise ImageError(f"{name}:{second}: another dump than in line {first}")
+    if not lines:  # what a dump has may be nothing
         raise ImageError(f"{name} lists no connections", hint="a line is `LOCAL PEER`")
     return _make_checkpoint(lines)
 
 
 def _make_checkpoint(lines: Iterable[_Line]) -> Checkpoint:
-    tcp, udp, servers = [], [], []
+    tcp, udp, servers, dump = [], [], [], None
     for line in lines:
         if isinstance(line, bytes):
             tcp.append(line)
         elif isinstance(line, Endpoint):
             servers.append(line)
+        elif isinstance(line, str):
+            dump = line
         else:
             udp.append(line[1])
     return Checkpoint(
-        Connections.of_records(tcp), udp=Connections.of_records(udp), udp_servers=tuple(servers)
-    )
+        Connections.of_records(tcp), udp=Connections.of_records(udp), udp_servers=tuple(servers),
+        listed_dump=dump,
+    )  # fmt: skip
 
 
 def write_listing(
     connections: Connections,
     udp: Connections = NO_CONNECTIONS,
     udp_servers: Iterable[Endpoint] = (),
+    dump: str | None = None,
 ) -> str:
-    """The text that `parse_listing` reads as a checkpoint of these."""
-    lines = [f"{inbound.destination} {inbound.source}\n" for inbound in connections]
+    """The text that `parse_listing` reads as a checkpoint of these; dump: its own id."""
+    lines = [f"{_DUMP} {dump}\n"] if dump else []
+    lines += [f"{inbound.destination} {inbound.source}\n" for inbound in connections]
     lines += [f"{_UDP} {inbound.destination} {inbound.source}\n" for inbound in udp]
     lines += [f"{_UDP} {end} *\n" for end in udp_servers]
     return "".join(lines)
@@ -259,6 +276,10 @@ def _read_line(line: str, where: str) -> _Line | None:
     parts = line.partition("#")[0].split()
     if not parts:
         return None
+    if parts[0] == _DUMP:
+        if len(parts) == 2 and _RUN_ID.fullmatch(parts[1]):
+            return parts[1]
+        raise ImageError(f"{where}: not `{_DUMP} RUN-ID`, of letters, digits and hyphens")
     word = f"{_UDP} " if parts[0] == _UDP else ""
     try:
         if len(parts) != (3 if word else 2):

@@ -309,6 +309,7 @@ _TEARDOWN = (
 _INSPECT = (
     _option("image", "DIR|TAR", nargs="?", help="CRIU's images, or a container's archive"),
     _option("--live", "PID", help="of a process that still runs, and its children, instead"),
+    _flag("--list", "just what is kept, as --connections takes it"),
     _MAP,
     _NO_UDP,
 )

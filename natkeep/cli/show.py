@@ -12,6 +12,8 @@ from itertools import chain
 from typing import TYPE_CHECKING
 
 from natkeep import report
+from natkeep.checkpoint import Checkpoint
+from natkeep.checkpoint.listing import write_listing
 from natkeep.checkpoint.live import parse_pid
 from natkeep.cli.arguments import (
     make_executor,
@@ -27,6 +29,7 @@ from natkeep.kernel.linux import LinuxKernel
 from natkeep.plan.findings import CATALOGUE, Finding, Severity
 from natkeep.plan.maps import parse_olds
 from natkeep.plan.roles import Role
+from natkeep.plan.tuples import Local
 from natkeep.state.directory import StateDirectory
 from natkeep.terminal import clear, show, show_json
 from natkeep.values import replace
@@ -189,9 +192,20 @@ def explain(args: argparse.Namespace) -> int:
     return 0
 
 
+def _list_kept(checkpoint: Checkpoint, olds: Sequence[Local]) -> list[str]:
+    """The lines of a connections file: what is kept at *olds*, or wherever it is without any."""
+    tcp, udp, servers = checkpoint.connections, checkpoint.udp, checkpoint.udp_servers
+    if olds:
+        tcp, udp = checkpoint.connections_at(olds), checkpoint.udp_at(olds)
+        servers = checkpoint.udp_servers_at(olds)
+    return write_listing(tcp, udp, servers, checkpoint.run_id).splitlines()
+
+
 def inspect(args: argparse.Namespace) -> int:
     if (args.image is None) == (args.live is None):
         raise UsageError("which sockets? DIR or --live PID", hint="the one or the other")
+    if args.list and (args.live is not None or args.json):
+        raise UsageError("--list is of an image", hint="of a process that runs: --live PID --json")
     if args.live is not None:
         from natkeep.checkpoint.live import parse_pid
         from natkeep.lifecycle.process import read_living_tree
@@ -200,12 +214,17 @@ def inspect(args: argparse.Namespace) -> int:
         checkpoint = replace(read_process(args, ()), tree=tree)
     else:
         from natkeep.checkpoint.archive import opened_image
-        from natkeep.checkpoint.images import read_checkpoint_with_queues
+        from natkeep.checkpoint.images import read_checkpoint, read_checkpoint_with_queues
 
         with opened_image(args.image) as images:
-            checkpoint = read_checkpoint_with_queues(images)
+            # Of each queue there is a file, and a migration waits for its list.
+            read = read_checkpoint if args.list else read_checkpoint_with_queues
+            checkpoint = read(images)
     if args.no_udp:
         checkpoint = checkpoint.without_udp()
     olds = parse_olds(args.map)
+    if args.list:
+        show(_list_kept(checkpoint, olds))
+        return 0
     print_as(args, report.checkpoint_to_json, report.checkpoint_lines, checkpoint, olds)
     return 0

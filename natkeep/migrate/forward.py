@@ -276,10 +276,12 @@ class Migration:
 
     def _translate(self) -> None:
         """Have those sites ready that wait for the freeze; then peers may be passed on."""
-        record, image = self.record, self.read_image()
+        record = self.record
         if record.role == RELAY:
-            self._relay(image)
+            self._relay(self.read_image())
             return
+        # Who is prepared needs no more than a list, which is read in a tenth of the time.
+        image = self.read_image("--list" if self.fresh else "--json")
         if not self.fresh:
             self.prepare_from(image, "destination", self.destination)
         with ThreadPoolExecutor(len(self.translators)) as beside:
@@ -306,9 +308,9 @@ class Migration:
         source.natkeep("open", record.id)
         self.say("prepare", f"{source} passes on, {self.destination} holds what peers say")
 
-    def read_image(self) -> str:
-        """The document of what the image has."""
-        words = ["inspect", self.engine.image, *self.record.inspect_options(), "--json"]
+    def read_image(self, form: str = "--json") -> str:
+        """What the image has, as a document or a list."""
+        words = ["inspect", self.engine.image, *self.record.inspect_options(), form]
         return self.source.natkeep(*words).stdout
 
     def prepare_from(self, sockets: str, role: str, host: Host) -> None:
@@ -372,11 +374,10 @@ class Migration:
             otherwise=otherwise,
         )  # fmt: skip
         if done.exit:
-            said = host.run("cat", *command.logs, ok=None).stdout.splitlines()
-            told = done.stderr.splitlines()
-            why = first_error([*said, *told])
-            undone = [line for line in told if otherwise and line.startswith("natkeep: ")]
-            raise HostError("; ".join([f"{host}: {command.what}: {why}", *undone]))
+            said = (host.run("cat", *command.logs, ok=None).stdout + done.stderr).splitlines()
+            words = [f"{host}: {command.what}: {first_error(said)}"]
+            words += [line for line in said if otherwise and line.startswith("natkeep: ")]
+            raise HostError("; ".join(words))
 
 
 def sum_up(migration: Migration) -> str:

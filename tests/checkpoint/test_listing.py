@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from natkeep.checkpoint import Checkpoint, listing
 from natkeep.checkpoint.listing import parse_listing, read_listing, write_listing
 from natkeep.errors import ImageError
-from natkeep.plan.tuples import Connections, Endpoint, FourTuple
+from natkeep.plan.tuples import NO_CONNECTIONS, Connections, Endpoint, FourTuple
 
 GOOD = "10.2.0.10:5000 10.1.0.2:50594\n"
 
@@ -75,6 +75,9 @@ def test_lists_that_are_understood(text: str, expected: list[str] | None) -> Non
         ("UDP 10.2.0.10:1 10.1.0.2:9", "is not `LOCAL PEER`"),
         ("tcp 10.2.0.10:1 10.1.0.2:9", "is not `LOCAL PEER`"),
         ("10.2.0.10:1 *", "'*' has no port"),
+        ("dump", "not `dump RUN-ID`, of letters, digits and hyphens"),
+        ("dump 1 2", "not `dump RUN-ID`, of letters, digits and hyphens"),
+        ("dump a/b", "not `dump RUN-ID`, of letters, digits and hyphens"),
     ],
 )
 def test_a_wrong_line_is_named(line: str, message: str) -> None:
@@ -114,6 +117,18 @@ def test_lines_of_udp_are_told_apart_from_those_of_tcp() -> None:
 def test_a_line_of_udp_twice_is_refused(line: str) -> None:
     with pytest.raises(ImageError, match=r"^f:3: the same connection as in line 1$"):
         parse_listing(f"{line}\n{GOOD}{line} # again", "f")
+
+
+def test_a_list_says_which_dump_it_is_of() -> None:
+    connections = parse_listing(GOOD, "f").connections
+    text = write_listing(connections, dump="2d9c5a5c-1")
+
+    assert parse_listing(text, "f") == Checkpoint(connections, listed_dump="2d9c5a5c-1")
+    assert parse_listing(text, "f").run_id == "2d9c5a5c-1"
+    assert parse_listing(GOOD, "f").run_id is None
+    assert parse_listing("dump 2d9c5a5c-1", "f").connections == NO_CONNECTIONS  # all have ended
+    with pytest.raises(ImageError, match=r"^f:4: another dump than in line 1$"):
+        parse_listing(f"{text}# more\ndump 3\n", "f")
 
 
 @pytest.mark.parametrize("text", ["", "\n", "# nothing\n  \n"])
