@@ -16,13 +16,12 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import sys
 from contextlib import suppress
 
 from natkeep.cni.call import OWN, VERSIONS, Call, CniError, find_addresses, read_call
 from natkeep.cni.order import PodOrder, Told, find_all_told, find_order, make_told, read_told
-from natkeep.errors import DriftError, NatkeepError, RefusedError, UnreachableError
+from natkeep.errors import DriftError, NatkeepError, RefusedError
 
 TYPE_CHECKING = False  # typing.TYPE_CHECKING, without importing typing
 if TYPE_CHECKING:
@@ -31,8 +30,8 @@ if TYPE_CHECKING:
     from natkeep.plan.maps import Map
     from natkeep.plan.move import Move
 
-AGENT_PATIENCE = 15.0
-"""Seconds that the agent's answer is waited for: its own are 10."""
+PATIENCE = 10.0
+"""Seconds that the agent's answer is waited for."""
 _PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 
 
@@ -112,7 +111,7 @@ def _add(call: Call) -> None:
     try:
         told.write()
         if call.config.agent is not None:
-            tell_agent(call.config.agent, told)
+            _tell_agent(call.config.agent, told)
     except BaseException:
         _undo(executor, told)
         raise
@@ -163,24 +162,17 @@ def _make_move(order: PodOrder, maps: tuple[Map, ...], checkpoint: Checkpoint, c
     )  # fmt: skip
 
 
-def tell_agent(path: str, told: Told) -> None:
-    """Tell the agent NEW, and wait until it says that the gateways are ready.
+def _tell_agent(path: str, told: Told) -> None:
+    """Tell the agent NEW, and wait until all that its order asks for by now is ready.
 
-    UnreachableError where it does not answer, RefusedError where it says no.
+    UnreachableError where it does not answer, else the error that it answers with.
     """
-    try:
-        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as agent:
-            agent.settimeout(AGENT_PATIENCE)
-            agent.connect(path)
-            new = ",".join(each.partition("=")[2] for each in told.maps)
-            question = {"verb": "ready", "id": told.id, "new": new}
-            agent.sendall(json.dumps(question).encode() + b"\n")
-            line = agent.makefile("rb").readline(1 << 16)
-        answer = json.loads(line)
-        ok = answer["ok"] is True
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UnreachableError(f"the agent at {path} gives no answer: {error}") from None
-    if not ok:
+    from natkeep.agent_socket import ask
+
+    new = ",".join(text.partition("=")[2] for text in told.maps)  # with ports, if it has some
+    question = {"verb": "ready", "id": told.id, "new": new}
+    answer = ask(path, question, PATIENCE)
+    if answer.get("ok") is not True:
         raise RefusedError(f"the agent says no: {answer.get('message', answer)}")
 
 

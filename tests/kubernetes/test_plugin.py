@@ -5,18 +5,25 @@ What it does among real plugins, the scenario pod_moves shows.
 
 from __future__ import annotations
 
+import io
 import json
+import os
 import shutil
 import socket
 import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 from hook_caller import NEW, OLD, cable
+
+from natkeep.cni import plugin
+from natkeep.lab.host import await_true
 
 PLUGIN = Path(sys.executable).with_name("natkeep-cni")
 RESULT = (
@@ -50,14 +57,17 @@ class Node:
         text = json.dumps(given, separators=(",", ":"), sort_keys=True)
         return text if result is None else f'{text[:-1]},"prevResult":{result}}}'
 
+    def environment(self, verb: str, args: dict[str, str]) -> dict[str, str]:
+        words = ";".join(f"{key}={value}" for key, value in {"IgnoreUnknown": "1", **args}.items())
+        return {
+            "CNI_COMMAND": verb, "CNI_CONTAINERID": "c1", "CNI_NETNS": f"/run/netns/{self.netns}",
+            "CNI_IFNAME": "eth0", "CNI_ARGS": words, "PATH": "/usr/bin:/bin",
+        }  # fmt: skip
+
     def call(
         self, verb: str, text: str | None = None, *, args: dict[str, str] = POD, **environment: str
     ) -> subprocess.CompletedProcess[str]:
-        words = ";".join(f"{key}={value}" for key, value in {"IgnoreUnknown": "1", **args}.items())
-        given = {
-            "CNI_COMMAND": verb, "CNI_CONTAINERID": "c1", "CNI_NETNS": f"/run/netns/{self.netns}",
-            "CNI_IFNAME": "eth0", "CNI_ARGS": words, "PATH": "/usr/bin:/bin", **environment,
-        }  # fmt: skip
+        given = {**self.environment(verb, args), **environment}
         given = {name: value for name, value in given.items() if value}
         text = self.config() if text is None else text
         return subprocess.run([PLUGIN], input=text, env=given, capture_output=True, text=True)
@@ -317,10 +327,6 @@ class Agent(threading.Thread):
 def test_the_agent_is_told_new_and_its_no_fails_the_pod(ready: Node, tmp_path: Path) -> None:
     ready.order()
     ready.more["agent"] = str(tmp_path / "sock")
-    code, message = ready.fails("ADD")
-    assert (code, "gives no answer" in message) == (109, True)
-    assert (ready.gates(), ready.told()) == ([], None)
-
     agent = Agent(tmp_path / "sock", '{"ok":false,"exit":1,"message":"no gateway"}', '{"ok":true}')
     agent.start()
     assert ready.fails("ADD") == (104, "the agent says no: no gateway")
@@ -328,4 +334,79 @@ def test_the_agent_is_told_new_and_its_no_fails_the_pod(ready: Node, tmp_path: P
     assert json.loads(ready.does("ADD")) == json.loads(RESULT)
     assert ready.gates() == [("web", "closed")]
     agent.join()
-    assert agent.heard == [{"verb": "ready", "id": "web", "new": NEW}] * 2
+    assert [{**each, "wait_s": 0} for each in agent.heard] == [
+        {"verb": "ready", "id": "web", "new": NEW, "wait_s": 0}
+    ] * 2
+
+
+@pytest.mark.root
+def test_without_an_agent_where_one_is_named_the_pod_fails(
+    ready: Node, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ready.order()
+    ready.more["agent"] = str(tmp_path / "sock")
+    monkeypatch.setattr(plugin, "PATIENCE", 0.2)
+    for name, value in ready.environment("ADD", POD).items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(ready.config().encode())))
+    assert plugin.main() == 1
+    error = json.loads(capsys.readouterr().out)
+    assert (error["code"], "no agent answers at" in error["msg"]) == (109, True)
+    assert (ready.gates(), ready.told()) == ([], None)
+
+
+@pytest.mark.root
+def test_by_a_fleet_the_gateway_is_open_when_the_pod_is_made(
+    ready: Node, tmp_path: Path, make_netns: Callable[[], str]
+) -> None:
+    """NEW is known from here on; with `phase` `staged` it would be known, and nothing else done."""
+    gateway = make_netns()
+    lines = (
+        "link add near type veth peer name far", "link set near up", "link set far up",
+        "address add 10.3.0.1/24 dev near", "route add default via 10.3.0.9",
+    )  # fmt: skip
+    batch = ["ip", "-n", gateway, "-batch", "-"]
+    subprocess.run(batch, input="\n".join(lines), text=True, check=True)
+    (tmp_path / "store").mkdir(mode=0o700)
+    ready.more["agent"] = str(tmp_path / "sock/agent")
+    Path(ready.more["agent"]).parent.mkdir(mode=0o700)
+    natkeep, store = PLUGIN.with_name("natkeep"), f"dir:{tmp_path / 'store'}"
+    sockets = {"b": ready.more["agent"], "gw": str(tmp_path / "sock/gw")}
+    states = {"b": ready.state, "gw": tmp_path / "gw"}
+    fleet = [natkeep, "-q", "fleet"]
+    with ExitStack() as ends:
+        for node, state in states.items():
+            words = ["--node", node, "--store", store, "--state-dir", state]
+            agent = subprocess.Popen([natkeep, "agent", *words, "--socket", sockets[node]])
+            ends.callback(agent.wait)
+            ends.callback(agent.kill)
+        told = {
+            **ORDER, "connections": str(ready.orders / "list"),
+            "sites": [{"node": "b", "role": "destination"},
+                      {"node": "gw", "role": "gateway", "netns": gateway}],
+        }  # fmt: skip
+        (tmp_path / "web.json").write_text(json.dumps(told))
+        await_true(
+            partial(is_applied, [*fleet, "apply", tmp_path / "web.json"], store),
+            "agents",
+            seconds=60,
+        )
+        ready.order()
+        assert json.loads(ready.does("ADD")) == json.loads(RESULT)
+        shown = [natkeep, "status", "web", "--json", "--state-dir", states["gw"]]
+        done = subprocess.run(shown, capture_output=True, text=True, check=True)
+        [found] = json.loads(done.stdout)["moves"]
+        assert (found["gate"], found["maps"]) == ("open", [{"old": OLD, "new": NEW}])
+        environment = {**os.environ, "NATKEEP_STORE": store}
+        subprocess.run([*fleet, "end", "web", "--yes"], env=environment, check=True)
+        waits = [*fleet, "wait", "web", "--for", "settled"]
+        subprocess.run(waits, env=environment, check=True)
+        assert ready.gates() == []
+        assert ready.does("DEL") == ""
+        assert ready.told() is None
+
+
+def is_applied(words: list[Any], store: str) -> bool:
+    """Whether the order is taken: it is not before its agents run."""
+    done = subprocess.run(words, env={**os.environ, "NATKEEP_STORE": store}, capture_output=True)
+    return done.returncode == 0
