@@ -11,12 +11,15 @@ import os
 
 from natkeep.errors import KernelError
 from natkeep.kernel import nftables, nftables_dump, sysctl
+from natkeep.kernel.bpf import count_programs
 from natkeep.kernel.conntrack_zones import read_legacy_tables
 from natkeep.kernel.path import has_bridge
 from natkeep.plan.diagnostics import Facts
 from natkeep.plan.nft import TABLE
 
 _CAP_NET_ADMIN = 12
+_FILTERED = (0xFFFF0000, 0xFFFFFFF2, 0xFFFFFFF3)
+"""Where filters hang: the qdisc `ingress`, and the two ways of `clsact`."""
 
 
 def is_privileged() -> bool:
@@ -55,6 +58,7 @@ def gather_facts() -> Facts:
         ),
         untracked=nftables_dump.untracking_chains(besides=TABLE) if chains is not None else (),
         xdp=find_xdp(),
+        bpf=find_bpf(),
         virtual_servers=len((_read("/proc/net/ip_vs") or "").splitlines()) > 3,
     )
 
@@ -77,6 +81,30 @@ def find_xdp() -> tuple[str, ...]:
                 link.get_attr("IFLA_IFNAME")
                 for link in route.get_links()
                 if link.get_nested("IFLA_XDP", "IFLA_XDP_ATTACHED")
+            )
+    except (NetlinkError, OSError):
+        return ()
+
+
+def find_bpf() -> tuple[str, ...]:
+    """Names of the devices with a BPF program at their traffic control; none where refused."""
+    from pyroute2 import IPRoute
+    from pyroute2.netlink.exceptions import NetlinkError
+
+    try:
+        with IPRoute() as route:
+            filtered = {
+                each["index"]
+                for each in route.get_qdiscs()
+                if each.get_attr("TCA_KIND") in ("clsact", "ingress")
+                for parent in _FILTERED
+                for filter_ in route.get_filters(index=each["index"], parent=parent)
+                if filter_.get_attr("TCA_KIND") == "bpf"
+            }
+            return tuple(
+                link.get_attr("IFLA_IFNAME")
+                for link in route.get_links()
+                if link["index"] in filtered or count_programs(link["index"])
             )
     except (NetlinkError, OSError):
         return ()

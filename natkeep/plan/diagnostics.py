@@ -19,7 +19,8 @@ class Facts:
     """What survey.py saw in a namespace; None where it could not be read.
 
     rp_filter: the highest of `all` and each device. nat_chains: base chains of type nat that are
-    not ours, as `FAMILY TABLE CHAIN HOOK PRIORITY`. xdp: devices that have a program attached.
+    not ours, as `FAMILY TABLE CHAIN HOOK PRIORITY`. xdp: devices that have a program attached; bpf:
+    those with one at their traffic control.
     untracked: chains with rules that may keep packets from being tracked, `FAMILY TABLE CHAIN`.
     """
 
@@ -38,6 +39,7 @@ class Facts:
     nat_chains: tuple[str, ...]
     virtual_servers: bool
     xdp: tuple[str, ...] = ()
+    bpf: tuple[str, ...] = ()
     untracked: tuple[str, ...] = ()
 
 
@@ -80,6 +82,8 @@ def _judge(site: Site, facts: Facts) -> Iterator[tuple[str, str]]:
         yield "reverse-path-filter", "net.ipv4.conf.*.rp_filter is 1"
     if facts.xdp:
         yield "xdp", "attached to " + ", ".join(facts.xdp)
+    if facts.bpf:
+        yield "bpf", "attached to " + ", ".join(facts.bpf)
     if facts.virtual_servers:
         yield "virtual-servers", "/proc/net/ip_vs lists them"
     if facts.nat_chains:

@@ -131,6 +131,14 @@ CATALOGUE = {
         "answer or redirect them untranslated, as some load balancers and firewalls do.",
         "See that it passes the kept connections on: `ip link show` names it, `bpftool net` too.",
     ),
+    "bpf": Explanation(
+        Severity.WARN,
+        "A BPF program is attached to the traffic control of a device here (tc, tcx or netkit). It "
+        "may send packets to another device past all rules and conntrack, as Cilium does with its "
+        "eBPF host routing: then nothing is translated here.",
+        "`bpftool net` names it. With Cilium: bpf.hostLegacyRouting=true, so that `cilium status` "
+        "says Host: Legacy; a destination in a pod's own namespace works either way.",
+    ),
     "virtual-servers": Explanation(
         Severity.WARN,
         "IPVS has virtual servers here; it keeps its own table of connections and may take "

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import os
+import socket
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
-from natkeep.kernel import survey
+from natkeep.kernel import bpf, survey
 from natkeep.kernel.netns import inside, open_namespace
 from natkeep.plan.diagnostics import find
 from natkeep.plan.move import Site
@@ -57,6 +60,54 @@ def test_a_device_with_an_xdp_program_is_named_and_no_other(
 
         assert survey.find_xdp() == ("wire",)
     os.close(namespace.fd)
+
+
+def test_a_device_whose_traffic_control_has_a_bpf_program_is_named(
+    make_site: Callable[[], str], run: Run
+) -> None:
+    netns = make_site()
+    namespace = open_namespace(netns)
+    site = Site(Role.GATEWAY, netns)
+    with inside(namespace):
+        run(netns, "tc", "qdisc", "add", "dev", "wire", "clsact")
+        assert "bpf" not in {one.code for one in find(site, survey.gather_facts())}
+
+        accept = ["bpf", "bytecode", "1,6 0 0 4294967295,"]
+        run(netns, "tc", "filter", "add", "dev", "wire", "egress", "protocol", "all", *accept)
+        [found] = [one for one in find(site, survey.gather_facts()) if one.code == "bpf"]
+        assert found.detail == "attached to wire"
+        run(netns, "tc", "qdisc", "delete", "dev", "wire", "clsact")
+        assert survey.find_bpf() == ()
+
+        with attached_by_tcx("wire"):
+            assert survey.find_bpf() == ("wire",)
+        assert survey.find_bpf() == ()
+    os.close(namespace.fd)
+
+
+@contextlib.contextmanager
+def attached_by_tcx(device: str) -> Iterator[None]:
+    """`r0 = TCX_NEXT; exit` at its way in, from Linux 6.6 on, as long as the link is open."""
+    code = struct.pack("<BBhi", 0xB7, 0, 0, -1) + struct.pack("<BBhi", 0x95, 0, 0, 0)
+    octets, license_ = ctypes.create_string_buffer(code), ctypes.create_string_buffer(b"GPL")
+    where = ctypes.addressof(octets), ctypes.addressof(license_)
+    program = call_bpf(5, struct.pack("=IIQQ", 3, 2, *where))
+    link = call_bpf(28, struct.pack("=IIII", program, socket.if_nametoindex(device), 46, 0))
+    try:
+        yield
+    finally:
+        os.close(link)
+        os.close(program)
+
+
+def call_bpf(command: int, attributes: bytes) -> int:
+    """bpf(2), which gives a descriptor; the test is skipped on a kernel that does not do this."""
+    libc, room = ctypes.CDLL(None, use_errno=True), ctypes.create_string_buffer(attributes, 128)
+    number = bpf._NUMBERS.get(os.uname().machine)
+    got = libc.syscall(number, command, room, len(room)) if number else -1
+    if got < 0:
+        pytest.skip(f"no tcx here: {os.strerror(ctypes.get_errno())}")
+    return int(got)
 
 
 def test_chains_that_keep_packets_from_being_tracked_are_named(
