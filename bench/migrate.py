@@ -7,6 +7,8 @@ between two answers that its client saw. All that is compared takes turns, each 
 network of its own, over real sshd:
 
     in place     criu dump and criu restore at the source, without natkeep and without a copy
+    by hand      natkeep's own verbs, all of them in the blackout: the gateway is prepared, the
+                 destination, the gateway is opened, criu restore with natkeep-hook; no copy either
     migrate      natkeep migrate, the image copied by ssh
     shared       the same with a directory of images that source and destination share
 
@@ -31,12 +33,14 @@ from typing import Any
 from bench.figures import Figure, at_most, conclude
 from bench.namespaces import end_on_sigterm
 from natkeep.lab.application import Application, start_client
+from natkeep.lab.criu_restore import Machine
 from natkeep.lab.engine import Opening
 from natkeep.lab.lab import Lab
 from natkeep.lab.ssh import Machines
 
 ASKED = {1: 1.8, 100: 1.5, 2000: 1.12}
-"""Of each way, as a multiple of `in place`."""
+"""Of each way to migrate, as a multiple of `in place`."""
+_MIGRATES = {"migrate", "shared"}
 _LINE = re.compile(r" *(\d+) ms  (\S+) ")
 
 Run = tuple[float, dict[str, float]]
@@ -50,6 +54,24 @@ def in_place(lab: Lab, ticking: Application) -> Run:
     lab.frozen = lab.engine.freeze(lab.at, lab.traffic.server, lab.directory / "frozen")
     lab.engine.restore(lab.at, lab.traffic.server, lab.frozen, Opening(lambda: None))
     return read_silence(ticking), {}
+
+
+def by_hand(lab: Lab, ticking: Application) -> Run:
+    """The verbs one after the other, with an image that all hosts see."""
+    lab.begin_freeze()
+    ticking.do("mark")
+    lab.frozen = lab.engine.freeze(lab.at, lab.traffic.server, lab.directory / "frozen")
+    # In memory, as /run usually is: a move's journal is fsynced before and after each step.
+    with tempfile.TemporaryDirectory(prefix="natkeep-bench-", dir="/dev/shm") as states:
+        gateway, destination = (
+            Machine(lab, role, state=f"{states}/{role}") for role in ("gateway", "destination")
+        )
+        for machine in (gateway, destination):
+            machine.prepare("web", *lab.frozen.options)
+        gateway.natkeep("open", "web")
+        hook = destination.cli.open_move("web")
+        lab.engine.restore(destination.host, lab.traffic.server, lab.frozen, hook)
+        return read_silence(ticking), {}
 
 
 def migrate(*options: str, shared: bool = False) -> Callable[[Lab, Application], Run]:
@@ -77,6 +99,7 @@ def migrate(*options: str, shared: bool = False) -> Callable[[Lab, Application],
 
 WAYS = {
     "in place": in_place,
+    "by hand": by_hand,
     "migrate": migrate(),
     "shared": migrate(shared=True),
 }
@@ -122,7 +145,7 @@ def main() -> int:
                 runs[way].append(measure(way, count))
         ratios = tell(count, runs)
         raw[str(count)] = {way: [silence for silence, _ in some] for way, some in runs.items()}
-        for way in ways[1:] if count in ASKED else ():
+        for way in sorted(_MIGRATES.intersection(ways)) if count in ASKED else ():
             what = f"{count} connections, {way}: silence / CRIU in place"
             figures.append(at_most(what, ratios[way], ASKED[count]))
     return conclude("migrate", figures, raw, args.json)
