@@ -59,5 +59,5 @@ def hear_hooks(fleet: Fleet) -> None:
     """By inotify the destination's agent hears of the hook's journal, and the others of that."""
     agent = fleet.nodes["host-b"].agent
     assert agent is not None
-    agent.reconcile(agent.about({"criu-7-1a"}))
+    agent.reconcile(agent.known.about({"criu-7-1a"}))
     fleet.turn()

@@ -20,6 +20,7 @@ from natkeep.fleet import apply as orders
 from natkeep.fleet import keys, order, progress, rights
 from natkeep.fleet.agent import Agent
 from natkeep.fleet.etcd import EtcdStore
+from natkeep.fleet.observed import Observer
 from natkeep.fleet.progress import Node, Progress
 from natkeep.fleet.ready import ReadyServer
 from natkeep.fleet.store import Store
@@ -56,6 +57,7 @@ def agent(args: argparse.Namespace) -> int:
         wake.stay_alive(name, one.describe_alive)
         path = settings.socket or os.path.join(executor().state.path, agent_socket.NAME)
         with agent_socket.listening(path) as listening:
+            Observer(executor().state.path, one.known.phases, wake.hear).start()
             ReadyServer(listening, store, one.known.find_told, wake.hear).start()
             talk(args, f"natkeep: agent of {name}")
             one.run(wake)

@@ -11,18 +11,19 @@ gateway has begun to open: each is written in one transaction with a look at the
 
 from __future__ import annotations
 
-import json
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from typing import NoReturn
 
 from natkeep import policy
 from natkeep.errors import LeftoverError, NatkeepError, RefusedError, UnreachableError
 from natkeep.fleet import keys, pod_orders, restored, site
-from natkeep.fleet.done import Done, Error, parse_done
+from natkeep.fleet.done import Done, Error, describe_alive, parse_done
 from natkeep.fleet.followed import DeadlineError, Followed, FollowedFile, refuse_again
 from natkeep.fleet.known import Known, Order
 from natkeep.fleet.listing import fetch
+from natkeep.fleet.observed import Observed
 from natkeep.fleet.site import Seen, Standing
 from natkeep.fleet.store import ABSENT, Item, Store
 from natkeep.fleet.wake import Heard, Wake
@@ -32,9 +33,11 @@ from natkeep.lifecycle.open import remove_gate_hooks
 from natkeep.lifecycle.teardown import teardown
 from natkeep.plan.observation import Gate
 from natkeep.plan.roles import Role
+from natkeep.values import replace
 
 _SOON, _LATEST = 0.5, 60.0  # s until what failed is tried again, the first time and at last
 _TICK = 0.25  # s
+_TOGETHER = 100  # keys of one transaction; etcd takes 128
 _HOOKS = 40  # times that it is looked whether a gate's hooks can go (lifecycle/open.py)
 
 
@@ -64,8 +67,10 @@ class Agent:
             for heard in wake.wait(_TICK):
                 if isinstance(heard, NatkeepError):
                     self._note_away(heard)
+                elif isinstance(heard, dict):
+                    self.note_observed(heard)
                 else:
-                    ids |= self.about(heard) if isinstance(heard, set) else self.hear(heard)
+                    ids |= self.known.about(heard) if isinstance(heard, set) else self.hear(heard)
             self.reconcile(ids)
             if time.monotonic() - rested > 1:
                 self.remove_hooks()
@@ -81,11 +86,6 @@ class Agent:
         for move_id in ids:
             self._failed.pop(move_id, None)
         return ids | {*self.followed.known} if first and self.known.is_whole() else ids
-
-    def about(self, ids: set[str]) -> set[str]:
-        """The moves that these journals may be of."""
-        hooked = any(each.startswith(restored.HOOKS) for each in ids)
-        return ids | self.known.by_restore if hooked else ids
 
     def reconcile(self, ids: Iterable[str]) -> None:
         """Look at each of these moves, and do what is to be done."""
@@ -107,15 +107,14 @@ class Agent:
 
     def describe_alive(self) -> str:
         """What is in the store while it lives, but for its pid and version."""
-        told = [*self.known.told.values()]  # at once: it is asked by another thread
-        opened = sum(each.phase == Phase.OPEN for each in told)
-        roles = self.bounds.roles
-        return json.dumps(
-            {
-                "schema": 1, "groups": [*self.bounds.groups], "open": opened,
-                "roles": None if roles is None else [*roles],
-            }
-        )  # fmt: skip
+        return describe_alive(self.bounds, [*self.known.told.values()])  # by another thread
+
+    def note_observed(self, seen: Mapping[str, Observed]) -> None:
+        """Say what was seen of moves, by their ids here, where it is another than was said."""
+        with suppress(NatkeepError):  # the next look says it
+            changed = [*self.known.compare(seen).items()]
+            for start in range(0, len(changed), _TOGETHER):
+                self._write(dict(changed[start : start + _TOGETHER]))
 
     def remove_hooks(self) -> None:
         """What only makes packets quicker, once the blackout is over."""
@@ -133,7 +132,8 @@ class Agent:
     def _reconcile(self, move_id: str) -> None:
         executor, followed = self._make_executor(), self.followed.known.get(move_id)
         order = self._find_order(move_id)
-        here = self._find_here(executor, move_id, order)
+        want, told = order if isinstance(order, Want) else None, self.known.told.get(move_id)
+        here = restored.find_id(executor.state, move_id, want, told)
         generation = order.generation if isinstance(order, Want) else 0
         if order is None and not self.known.is_whole():
             return
@@ -173,13 +173,6 @@ class Agent:
         generation = max(generation, followed.generation if followed else 0)
         hooked = here if here != move_id else ""
         self._tell(move_id, Done(phase, generation, error, waits, maps, hooked))
-
-    def _find_here(self, executor: Executor, move_id: str, order: Order | None) -> str:
-        """The id that this node has the move by."""
-        if isinstance(order, Want):
-            return restored.find_id(executor.state, move_id, order)
-        told = self.known.told.get(move_id)
-        return told.hooked if told and told.hooked else move_id
 
     def _find_order(self, move_id: str) -> Order | None:
         """What is ordered, with NEW as the destination says it where its restore finds it."""
@@ -382,12 +375,18 @@ class Agent:
 
     def _tell(self, move_id: str, done: Done) -> None:
         before = self.known.told.get(move_id)
+        if before is not None and before.phase == done.phase:
+            done = replace(done, observed=before.observed)
         if done == before:
             return
-        self.store.txn({keys.done(self.node, move_id): done.write(time.time())})
-        self.known.told[move_id] = done
+        self._write({move_id: done})
         if done.error is not None and (before is None or before.error != done.error):
             self._say(f"{move_id}: {done.error.message}")
+
+    def _write(self, said: Mapping[str, Done]) -> None:
+        now = time.time()
+        self.store.txn({keys.done(self.node, each): done.write(now) for each, done in said.items()})
+        self.known.told |= said
 
     def _forget(self, move_id: str) -> None:
         """Nothing is ordered and nothing is there, so nothing is to be said of it."""

@@ -2,10 +2,12 @@
 
     {"schema": 1, "phase": "prepared", "generation": 3, "since": 1764500000.5,
      "maps": ["10.2.0.10=10.3.0.20"], "as": "criu-52-34d2c", "waits": {"host-b": "prepared"},
+     "observed": {"alive": 2, "drift": []},
      "error": {"exit": 4, "code": "refused", "message": "..."}}
 
 since: seconds since 1970, by the node's own clock. waits: for which nodes it waits. maps: as they
 are there, none if nothing is. as: the id that natkeep-hook has it by (restored.py), or "".
+observed: what was seen there last (observed.py), null before.
 
 Rule: it is written by the agent of that node alone; what cannot be read is taken for gone.
 """
@@ -13,10 +15,12 @@ Rule: it is written by the agent of that node alone; what cannot be read is take
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
+from natkeep import policy
 from natkeep.errors import NatkeepError
+from natkeep.fleet.observed import Observed
 from natkeep.fleet.want import SCHEMA, Phase, a_text, as_object, texts, whole
 from natkeep.values import dataclass
 
@@ -49,12 +53,14 @@ class Done:
     waits: Mapping[str, Phase] = {}
     maps: tuple[str, ...] = ()
     hooked: str = ""
+    observed: Observed | None = None
 
     def to_json(self) -> dict[str, Any]:
         """As it is in the store, but for the time."""
         return {
             "schema": SCHEMA, "phase": str(self.phase), "generation": self.generation,
             "maps": [*self.maps], "as": self.hooked,
+            "observed": self.observed and self.observed.to_json(),
             "waits": {node: str(phase) for node, phase in self.waits.items()},
             "error": self.error
             and {
@@ -65,6 +71,10 @@ class Done:
     def write(self, now: float) -> str:
         """The text that is in the store."""
         return json.dumps({**self.to_json(), "since": round(now, 3)})
+
+    def is_there(self) -> bool:
+        """Whether something of it is there that can be looked at."""
+        return self.phase in (Phase.PREPARED, Phase.OPEN)
 
     def reaches(self, phase: Phase, generation: int) -> bool:
         """Whether it is as far, of that very order; gone is as far as an undo comes."""
@@ -84,10 +94,20 @@ def parse_done(text: str | None) -> Done:
         if told is not None:
             error = Error(whole(told["exit"]), a_text(told["code"]), a_text(told["message"]))
         waits = {node: Phase(phase) for node, phase in found.get("waits", {}).items()}
+        seen = found.get("observed")
         maps = tuple(texts(found.get("maps", [])))
         return Done(
             Phase(found["phase"]), whole(found["generation"]), error, waits, maps,
-            a_text(found.get("as", "")),
+            a_text(found.get("as", "")), seen and Observed.parse(seen),
         )  # fmt: skip
     except (KeyError, TypeError, ValueError, AttributeError):
         return NOTHING
+
+
+def describe_alive(bounds: policy.Agent, told: Iterable[Done]) -> str:
+    """What a node says of itself while it lives, but for its pid and version."""
+    opened = sum(each.phase == Phase.OPEN for each in told)
+    roles = None if bounds.roles is None else [*bounds.roles]
+    return json.dumps(
+        {"schema": SCHEMA, "groups": [*bounds.groups], "open": opened, "roles": roles}
+    )

@@ -5,13 +5,17 @@ Rule: nothing is known to be absent before all that concerns the node was heard 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from natkeep.errors import NatkeepError, RefusedError, UsageError
-from natkeep.fleet import keys
+from natkeep.fleet import keys, restored
 from natkeep.fleet.done import NOTHING, Done, parse_done
+from natkeep.fleet.observed import Observed
 from natkeep.fleet.store import ABSENT, Item
 from natkeep.fleet.wake import Heard
-from natkeep.fleet.want import Want, parse_want
+from natkeep.fleet.want import Phase, Want, parse_want
 from natkeep.plan.move import is_id
+from natkeep.values import replace
 
 Order = Want | NatkeepError
 """What is ordered, or why it is no order."""
@@ -50,7 +54,10 @@ class Known:
                     continue  # by ourselves
                 self.told[move_id] = parse_done(item and item.value)
             elif folder.endswith("/done/"):
+                before = self._others.get(key)
                 self._others[key] = item or _NOTHING
+                if before is not None and _says(before) == _says(item):
+                    continue  # something else was observed there
             else:
                 self._take_order(folder, move_id, item)
             ids.add(move_id)
@@ -75,6 +82,25 @@ class Known:
                 return move_id, told
         return None
 
+    def about(self, ids: set[str]) -> set[str]:
+        """The moves that journals of these ids may be of."""
+        hooked = any(each.startswith(restored.HOOKS) for each in ids)
+        return ids | self.by_restore if hooked else ids
+
+    def phases(self) -> dict[str, Phase]:
+        """How far each move is that is there, by its id here."""
+        told = [*self.told.items()]  # at once: it is asked by another thread
+        return {done.hooked or each: done.phase for each, done in told if done.is_there()}
+
+    def compare(self, seen: Mapping[str, Observed]) -> dict[str, Done]:
+        """What is to be said where something else was seen, by ids here, than was said."""
+        found = {}
+        for move_id, told in self.told.items():
+            observed = seen.get(told.hooked or move_id)
+            if observed is not None and told.is_there() and observed != told.observed:
+                found[move_id] = replace(told, observed=observed)
+        return found
+
     def _below(self, prefix: str) -> list[str]:
         """The keys below *prefix* that were there when it was heard last."""
         ours = [f"{folder}{each}" for each, by in self._orders.items() for folder in by]
@@ -93,3 +119,8 @@ class Known:
         order = self.find_order(move_id)
         by_restore = isinstance(order, Want) and order.by_restore()
         (self.by_restore.add if by_restore else self.by_restore.discard)(move_id)
+
+
+def _says(item: Item | None) -> Done:
+    """What a node says, but for what it has observed."""
+    return replace(parse_done(item and item.value), observed=None)

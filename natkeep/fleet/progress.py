@@ -36,6 +36,8 @@ class Node(NamedTuple):
     def describe(self) -> str:
         """A line for a person."""
         words = [str(self.done.phase)]
+        if self.done.observed:
+            words.append(self.done.observed.describe())
         if not self.heard:
             words.append("has not said anything of this order")
         if self.heard and self.done.waits:

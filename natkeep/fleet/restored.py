@@ -21,8 +21,13 @@ HOOKS = "criu-"
 """How the ids of natkeep-hook begin (criu/environment.py)."""
 
 
-def find_id(state: StateDirectory, move_id: str, want: Want) -> str:
-    """Under which id this node has the move; *move_id* if it does not have it."""
+def find_id(state: StateDirectory, move_id: str, want: Want | None, told: Done | None) -> str:
+    """Under which id this node has the move; *move_id* if it does not have it.
+
+    told: what was said of it last, which counts where there is no order any more.
+    """
+    if want is None:
+        return (told and told.hooked) or move_id
     if not want.by_restore() or want.image is None or state.knows(move_id):
         return move_id
     journals = (_load(state, each) for each in state.ids() if each.startswith(HOOKS))

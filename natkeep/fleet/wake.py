@@ -19,6 +19,7 @@ from typing import NamedTuple
 from natkeep import __version__
 from natkeep.errors import NatkeepError, RefusedError, UnreachableError
 from natkeep.fleet import keys
+from natkeep.fleet.observed import Observed
 from natkeep.fleet.store import Item, Store, read
 from natkeep.plan.move import is_id
 from natkeep.state.directory import read_boot_id
@@ -38,7 +39,7 @@ class Heard(NamedTuple):
     whole: bool
 
 
-Woken = Heard | set[str] | NatkeepError
+Woken = Heard | set[str] | dict[str, Observed] | NatkeepError
 """A set: the ids whose journals changed; an error: why the store cannot be followed just now."""
 
 
@@ -60,9 +61,9 @@ class Wake:
         except Empty:
             return found
 
-    def hear(self, ids: set[str]) -> None:
-        """Have these looked at."""
-        self._queue.put(ids)
+    def hear(self, woken: Woken) -> None:
+        """Have the agent hear this."""
+        self._queue.put(woken)
 
     def follow(self, prefix: str) -> None:
         """Have all changes below *prefix* heard from now on."""

@@ -282,7 +282,7 @@ def test_what_an_agent_says_is_of_the_form(fleet: Processes) -> None:
     assert alive["pid"] == fleet.agents["host-b"].pid
     done = json.loads(items[keys.done("host-b", "web")].value)
     assert {*done} == {
-        "schema", "phase", "generation", "since", "maps", "as", "waits", "error"
+        "schema", "phase", "generation", "since", "maps", "as", "observed", "waits", "error"
     }  # fmt: skip
     assert abs(done["since"] - time.time()) < 60
     assert parse_done(items[keys.done("host-b", "web")].value).phase == "prepared"

@@ -76,7 +76,7 @@ def test_the_answer_comes_when_the_gateways_are_ready(fleet: Fleet, desk: Desk) 
     prepare_in_hook(fleet.nodes["host-b"])
     agent = fleet.nodes["host-b"].agent
     assert agent is not None
-    agent.reconcile(agent.about({"criu-7-1a"}))
+    agent.reconcile(agent.known.about({"criu-7-1a"}))
     assert not answers, "the gateway has not heard of it"
     fleet.turn()
     desk.end()
@@ -105,7 +105,7 @@ def test_a_gateway_that_is_not_ready_is_named(fleet: Fleet, desk: Desk) -> None:
     prepare_in_hook(fleet.nodes["host-b"])
     agent = fleet.nodes["host-b"].agent
     assert agent is not None
-    agent.reconcile(agent.about({"criu-7-1a"}))
+    agent.reconcile(agent.known.about({"criu-7-1a"}))
     answers = desk.begin(ASKED, 2)
     desk.end()
     assert "gw-1: gone; waits for host-b: prepared" in answers[0]["message"]

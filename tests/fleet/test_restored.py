@@ -72,7 +72,7 @@ def test_a_second_restore_finds_another_new_while_nothing_was_opened(fleet: Flee
     prepare_in_hook(host_b, "criu-8-1b", "10.3.0.21")
     agent = host_b.agent
     assert agent is not None
-    agent.reconcile(agent.about({"criu-8-1b"}))
+    agent.reconcile(agent.known.about({"criu-8-1b"}))
     assert progress.look(fleet.store, "web").lacking("ready"), "NEW was another one"
     fleet.turn()
     assert fleet.phases() == READY
