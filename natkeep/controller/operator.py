@@ -8,6 +8,7 @@ its list of connections, which can be larger than annotations may be.
 from __future__ import annotations
 
 import logging
+from functools import partial
 from typing import Any
 
 import kopf
@@ -22,9 +23,10 @@ INTERVAL = 1.0  # s
 _SETTLED = 30  # times as long for a move that is made, or ended by another hand
 
 
-def log_in(**_: Any) -> Connection:
+def log_in(settings: kopf.OperatorSettings, **_: Any) -> Connection:
     """By the pod's service account, or outside of a cluster by the user's kubeconfig."""
-    login = kopf.login_with_service_account() or kopf.login_with_kubeconfig()
+    ways = (kopf.login_with_service_account, kopf.login_with_kubeconfig)
+    login = next(filter(None, (way(settings=settings) for way in ways)), None)
     if login is None:
         raise kopf.LoginError("neither a service account nor a kubeconfig")
     return login  # type: ignore[no-any-return]  # kopf's types are not looked at
@@ -90,8 +92,9 @@ def run(store: Store, namespaces: tuple[str, ...] = ()) -> None:
     """Until a signal ends it. namespaces: none is all."""
     logging.basicConfig(level=logging.INFO, format="%(name)s: %(message)s")
     logging.getLogger("kopf.objects").setLevel(logging.WARNING)  # each look would be a line
-    registry = make_registry(store, Cluster(log_in))
+    settings = make_settings()
+    registry = make_registry(store, Cluster(partial(log_in, settings)))
     kopf.run(
-        registry=registry, settings=make_settings(), standalone=True,
+        registry=registry, settings=settings, standalone=True,
         clusterwide=not namespaces, namespaces=namespaces,
     )  # fmt: skip

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import socket
 import subprocess
 import sys
@@ -92,6 +93,35 @@ def test_a_controller_that_was_restarted_goes_on(api: Api, fleet: Fleet) -> None
     fleet.turn()
     with api.controller(fleet.store):
         api.wait_gone("web", fleet.turn)
+
+
+def test_the_program_runs_by_a_kubeconfig_until_a_signal_ends_it(
+    api: Api, fleet: Fleet, tmp_path: Path
+) -> None:
+    begin(api)
+    config = tmp_path / "kubeconfig"
+    config.write_text(
+        json.dumps(
+            {
+                "current-context": "c",
+                "contexts": [{"name": "c", "context": {"cluster": "k", "user": "u"}}],
+                "clusters": [{"name": "k", "cluster": {"server": api.url}}],
+                "users": [{"name": "u", "user": {"token": "t"}}],
+            }
+        )
+    )
+    program = subprocess.Popen(
+        [sys.executable, "-m", "natkeep.controller", "--namespace", "shop"],
+        env={"KUBECONFIG": str(config), "NATKEEP_STORE": f"dir:{tmp_path}/store"},
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    try:
+        api.wait("web", lambda status: status.get("sites"))
+    finally:
+        program.terminate()
+        said, errors = program.communicate(timeout=60)
+    assert (program.returncode, said) == (0, "")
+    assert "Traceback" not in errors
 
 
 def test_an_object_that_vanishes_undoes_nothing(api: Api, fleet: Fleet) -> None:
