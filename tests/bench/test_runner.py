@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
+from running import is_running
 
 # bench/ is a program beside the package and no part of it.
 sys.path.append(str(Path(__file__).resolve().parents[2]))
@@ -146,14 +147,6 @@ sys.exit(main([{f"--to={tmp_path}"!r}], [one, two]))
     assert not (tmp_path / "second").exists()
     while is_running(forgotten):
         assert time.monotonic() < deadline
-
-
-def is_running(pid: int) -> bool:
-    """Whether there is such a process that has not ended."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except FileNotFoundError:
-        return False
 
 
 @pytest.mark.parametrize("bench", BENCHES, ids=lambda bench: bench.name)

@@ -10,6 +10,7 @@ import fcntl
 import json
 import os
 import re
+import signal
 import socket
 import subprocess
 import sys
@@ -281,10 +282,12 @@ def test_work_on_other_moves_is_not_waited_for(site: Site) -> None:
 
 def test_work_on_the_same_move_is_waited_for_and_then_the_long_way_goes_on(site: Site) -> None:
     site.prepare()
-    site.program.write_text(site.program.read_text().replace("SECONDS = 5", "SECONDS = 0.3"))
+    text = site.program.read_text()
+    site.program.write_text(text.replace("SECONDS = 5", "SECONDS = 0.3"))
     with site.journal.open() as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         assert site.call() == (TAKEN, "")
+        site.program.write_text(text)
         ended = threading.Timer(0.1, lambda: fcntl.flock(lock, fcntl.LOCK_UN))
         ended.start()
         assert site.call() == (0, "natkeep-hook: web: gate open\n")
@@ -294,6 +297,10 @@ def test_work_on_the_same_move_is_waited_for_and_then_the_long_way_goes_on(site:
 def test_what_goes_on_after_the_hook_keeps_nothing_open(site: Site) -> None:
     """For a second it waits for CRIU's end: nothing is locked, and a file system can be left."""
     site.prepare()
+    text = site.program.read_text()
+    assert text.count("REST = 1000 ") == text.count("SECONDS = 5 ") == 1
+    text = text.replace("REST = 1000 ", "REST = 30_000 ")  # until we have looked
+    site.program.write_text(text.replace("SECONDS = 5 ", "SECONDS = 60 "))
     held = os.open(site.state.parent, os.O_RDONLY)
     os.set_inheritable(held, True)
     try:
@@ -302,21 +309,26 @@ def test_what_goes_on_after_the_hook_keeps_nothing_open(site: Site) -> None:
         os.close(held)
     with site.journal.open() as lock:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    children = [pid for pid in os.listdir("/proc") if pid.isdigit() and is_waiting_for(pid)]
-    for child in children:
-        links = [os.readlink(path) for path in Path(f"/proc/{child}/fd").iterdir()]
-        assert [
-            link for link in links if link.startswith((str(site.state.parent), str(CORPUS)))
-        ] == []
-        assert os.readlink(f"/proc/{child}/cwd") == "/"
-    assert children
+    deadline = time.monotonic() + 20
+    while not (children := [pid for pid in map(int, find_pids()) if is_left_by(site, pid)]):
+        assert time.monotonic() < deadline
+    [child] = children
+    while os.readlink(f"/proc/{child}/cwd") != "/":  # which is the last that it does before
+        assert time.monotonic() < deadline
+    links = [os.readlink(path) for path in Path(f"/proc/{child}/fd").iterdir()]
+    os.kill(child, signal.SIGKILL)
+    assert [link for link in links if link.startswith((str(site.state.parent), str(CORPUS)))] == []
 
 
-def is_waiting_for(pid: str) -> bool:
-    """Whether it is what the quick file has left behind: a session of its own, and its program."""
+def find_pids() -> Iterator[str]:
+    return filter(str.isdigit, os.listdir("/proc"))
+
+
+def is_left_by(site: Site, pid: int) -> bool:
+    """Whether it is what the site's program has left behind: a session of its own."""
     try:
-        words = Path(f"/proc/{pid}/cmdline").read_bytes()
-        return b"natkeep_hook_open" in words and os.getsid(int(pid)) == int(pid)
+        words = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
+        return os.fsencode(site.program.parent) in words and os.getsid(pid) == pid
     except OSError:
         return False
 

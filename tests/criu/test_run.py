@@ -357,12 +357,12 @@ def test_a_restore_that_fails_undoes_no_other_move_that_has_the_id_by_now(
 def test_an_interrupt_ends_criu_and_leaves_nothing(
     restore: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    real, interrupted = subprocess.Popen.wait, []
+    real, interrupted, began = subprocess.Popen.wait, [], tmp_path / "began"
 
     def wait(self: subprocess.Popen[bytes], timeout: float | None = None) -> int:
         if not interrupted:
-            deadline = time.monotonic() + 10
-            while not (tmp_path / "began").exists() and time.monotonic() < deadline:
+            deadline = time.monotonic() + 30
+            while not began.exists() and time.monotonic() < deadline:
                 time.sleep(0.01)
             interrupted.append(True)
             raise KeyboardInterrupt
@@ -370,9 +370,9 @@ def test_an_interrupt_ends_criu_and_leaves_nothing(
 
     monkeypatch.setattr(subprocess.Popen, "wait", wait)
     with pytest.raises(KeyboardInterrupt):
-        restore(f"echo $$ >{tmp_path}/began; exec sleep 60", keep=True)
+        restore(f"echo $$ >{began}.new; mv {began}.new {began}; exec sleep 60", keep=True)
     assert restore.gates() == []
-    pid = int((tmp_path / "began").read_text())
+    pid = int(began.read_text())
     with pytest.raises(ProcessLookupError):
         os.kill(pid, 0)
 
@@ -392,8 +392,10 @@ def test_orphans_come_to_us_and_are_killed() -> None:
     script = (
         "import subprocess, sys, time; from natkeep.criu.run import *\n"
         "adopt_orphans()\n"
-        "line = \"setsid sh -c 'sleep 60 & echo $! $$; wait' & exec sleep 0.2\"\n"
-        "subprocess.run(['sh', '-c', line], check=True)\n"
+        "line = \"setsid sh -c 'sleep 60 & echo $! $$; wait' &\"\n"
+        "parent = subprocess.Popen(['sh', '-c', line], stdout=subprocess.PIPE)\n"
+        "print(parent.stdout.readline().decode())\n"
+        "parent.wait()\n"
         "kill_orphans()\n"
     )
     done = subprocess.run(

@@ -143,22 +143,23 @@ def test_close_ends_a_watch(store: Store) -> None:
     assert watcher.wait(lambda it: it.ended)
 
 
+@pytest.mark.whole
 def test_what_is_leased_goes_with_its_lease(stores: Open) -> None:
     ours, other = stores(), stores()
     watcher = Watcher(other, "/t/", other.range("/t/").revision)
-    lease = ours.lease(2)
+    lease = ours.lease(3)
     assert ours.txn({"/t/alive": "1"}, lease=lease)
-    until = time.monotonic() + 2.2  # longer than it lasts
+    until = time.monotonic() + 3.2  # longer than it lasts
     while time.monotonic() < until:
         time.sleep(0.3)
-        assert ours.lease(2, lease) == lease
+        assert ours.lease(3, lease) == lease
     assert read(other, "/t/alive")
     until = time.monotonic() + PATIENCE
     while read(other, "/t/alive") and time.monotonic() < until:
         time.sleep(0.1)
     assert read(other, "/t/alive") is None
     assert watcher.wait(lambda it: it.changes == {"/t/alive": None})
-    again = ours.lease(2, lease)
+    again = ours.lease(3, lease)
     assert again != lease, "who was away too long learns that it was"
 
 

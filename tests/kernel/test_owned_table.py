@@ -12,6 +12,7 @@ from ipaddress import ip_address
 from pathlib import Path
 
 import pytest
+from running import is_running
 
 from natkeep.errors import KernelError
 from natkeep.kernel import nft_messages, owned_table
@@ -55,14 +56,6 @@ def await_true(ready: Callable[[], object]) -> None:
     while not ready():
         assert time.monotonic() < deadline
         time.sleep(0.005)
-
-
-def has_ended(pid: int) -> bool:
-    """Ended, though as our child it may wait to be reaped."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
-    except FileNotFoundError:
-        return True
 
 
 def place(namespace: Namespace, netns: str, state: Path) -> Place:
@@ -147,8 +140,8 @@ def test_a_second_one_takes_the_place_of_the_first(begin, netns, tmp_path):
     first = begin()
     second = begin(translation(Role.GATEWAY, count=1))
 
-    assert has_ended(first)
-    assert not has_ended(second)
+    assert not is_running(first)
+    assert is_running(second)
     assert len(list(tmp_path.iterdir())) == 1
     assert "ip daddr 10.2.0.10" in "\n".join(rules(netns))
 
@@ -157,7 +150,7 @@ def test_killed_it_takes_the_table_along_and_can_be_started_again(begin, netns, 
     pid = begin()
 
     os.kill(pid, signal.SIGKILL)
-    await_true(lambda: has_ended(pid))
+    await_true(lambda: not is_running(pid))
 
     assert tables(netns) == []
     assert not owned_table.is_guarded(str(tmp_path), "web", site)
@@ -171,7 +164,7 @@ def test_it_ends_when_its_file_is_gone(begin, netns, tmp_path):
     (file,) = tmp_path.iterdir()
     file.unlink()
 
-    await_true(lambda: has_ended(pid))
+    await_true(lambda: not is_running(pid))
     assert tables(netns) == []
 
 
@@ -185,7 +178,7 @@ def test_it_ends_with_the_namespace_and_clears_its_file(make_netns, tmp_path):
     subprocess.run(["ip", "netns", "delete", netns], check=True)
     os.close(namespace.fd)
 
-    await_true(lambda: has_ended(pid))
+    await_true(lambda: not is_running(pid))
     assert list(tmp_path.iterdir()) == []
 
 
@@ -229,7 +222,7 @@ def test_one_whose_interpreter_takes_long_to_start_is_ended(
 
     owned_table.end(str(tmp_path), "web", site)
 
-    assert has_ended(pid)
+    assert not is_running(pid)
     assert tables(netns) == []
 
 

@@ -23,6 +23,7 @@ from typing import Any
 
 import pytest
 from cable_hosts import DEADLINE, NEW, OLD, PEER, Cable, cable
+from running import is_running
 from socket_state import make_state
 
 from natkeep.kernel import daemon, segment_holder, segment_holderd
@@ -130,13 +131,6 @@ def read_all(sock: socket.socket, octets: int) -> bytes:
     with contextlib.suppress(BlockingIOError):
         data += sock.recv(1 << 20, socket.MSG_DONTWAIT)
     return data
-
-
-def is_running(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except FileNotFoundError:
-        return False
 
 
 def await_end(pid: int) -> None:

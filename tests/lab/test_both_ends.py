@@ -151,7 +151,7 @@ class Pairs:
             ends += [self.peers[name]] if name in self.peers else []
             for one, other in (ends, reversed(ends)):
                 one.sendall(name.encode())
-                other.settimeout(4)
+                other.settimeout(20)
                 assert other.recv(100) == name.encode(), name
 
     def disturb(self, times: int = 2) -> None:

@@ -25,7 +25,7 @@ from recipe import likeness, typed
 from natkeep.lab import scenario
 from natkeep.lab.application import Application
 from natkeep.lab.engine import Frozen
-from natkeep.lab.host import write_script
+from natkeep.lab.host import await_true, write_script
 from natkeep.lab.lab import Lab
 from natkeep.lab.peer_host import PeerHost
 from natkeep.lab.ssh import ContainerMachines, Machines
@@ -158,7 +158,8 @@ def failing(lab: Lab, *, after: float = 0, back: float = 0) -> str:
     script = lab.directory / "failing"
     script.write_text(
         '#!/bin/sh\n[ "$CRTOOLS_SCRIPT_ACTION" = pre-restore ] || exit 0\n'
-        f"if ip -o address show dev eth0 | grep -q {lab.old}; then sleep {back}; exit 0; fi\n"
+        f"if ip -o address show dev eth0 | grep -q {lab.old}; then\n"
+        f"touch {script}.back; sleep {back}; exit 0\nfi\n"
         f"sleep {after}; exit 1\n"
     )
     script.chmod(0o755)
@@ -188,7 +189,7 @@ def test_the_controller_is_killed_on_the_way_back():
         words = ("--restore-option=--action-script", f"--restore-option={script}")
         controller = Controller(machines, *words)
         assert controller.read_until("FAILED"), controller.said
-        time.sleep(2)
+        await_true(Path(f"{script}.back").exists, "the source to restore it", seconds=30)
         controller.end(signal.SIGKILL)
         assert controller.wait() == -signal.SIGKILL, controller.said
         lab.report.check("it is not there yet", not machines.is_at("source"))

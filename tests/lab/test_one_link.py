@@ -92,7 +92,7 @@ class OneLink:
         for pair in self.ends:
             for one, other in (pair, pair[::-1]):
                 one.sendall(b"0123456789")
-                other.settimeout(4)
+                other.settimeout(20)
                 assert other.recv(100) == b"0123456789"
 
 
