@@ -92,9 +92,11 @@ def _find_maps(progress: Progress) -> list[str]:
 def _describe_site(node: Node) -> dict[str, Any]:
     error = node.error()
     said = error and {"exit": error.exit, "code": error.code, "message": error.message}
+    observed = node.done.observed
     return {
         "node": node.name, "role": str(node.place.role), "phase": str(node.done.phase),
         "heard": node.heard, "alive": node.alive, "error": said,
+        "observed": observed and observed.to_json(),
     }  # fmt: skip
 
 

@@ -60,7 +60,14 @@ def test_the_agents_have_the_capabilities_that_natkeep_needs_and_no_more() -> No
         }  # fmt: skip
         assert rights["readOnlyRootFilesystem"]
     paths = {each["hostPath"]["path"] for each in pod["volumes"]}
-    assert paths == {"/run/natkeep", "/run/natkeep-gateway", "/etc/natkeep"}
+    assert paths == {"/run/natkeep", "/run/natkeep-gateway", "/run/netns", "/etc/natkeep"}
+    writable = {
+        mount["mountPath"]
+        for container in pod["containers"]
+        for mount in container["volumeMounts"]
+        if not mount.get("readOnly")
+    }
+    assert writable == {"/run/natkeep", "/run/natkeep-gateway"}
 
 
 def test_the_controller_has_no_capability() -> None:
@@ -80,10 +87,10 @@ def test_the_agents_are_started_as_natkeep_is() -> None:
         args = make_parser().parse_args([word.replace("$(NODE)", "node-1") for word in words])
         mounted = {mount["mountPath"] for mount in container["volumeMounts"]}
         assert args.state_dir in mounted
-        found[args.node] = args.state_dir, args.group
+        found[args.node] = args.state_dir, args.group, args.config
     assert found == {
-        "node-1": ("/run/natkeep", []),
-        "node-1.gateway": ("/run/natkeep-gateway", ["nodes"]),
+        "node-1": ("/run/natkeep", [], None),
+        "node-1.gateway": ("/run/natkeep-gateway", ["nodes"], "/etc/natkeep/gateway.toml"),
     }
 
 

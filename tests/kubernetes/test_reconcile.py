@@ -16,9 +16,11 @@ from natkeep.controller.reconcile import end, reconcile
 from natkeep.errors import NatkeepError, RefusedError, UnreachableError
 from natkeep.fleet import keys
 from natkeep.fleet.directory import DirectoryStore
+from natkeep.fleet.observed import Observed
 from natkeep.fleet.order import Order, parse_order
 from natkeep.fleet.store import Store, read
 from natkeep.lifecycle.open import open_move
+from natkeep.values import replace
 
 MORE = f"{LISTING}10.2.0.10:5000 10.1.0.2:50003\n"
 
@@ -421,6 +423,16 @@ def test_what_a_node_refuses_is_told(rig: Rig) -> None:
     assert "node-2.gateway: gone; node-2.gateway takes no orders as gateway" in rig.told("Ready")[2]
     [error] = [site["error"] for site in rig.body["status"]["sites"] if site["error"]]
     assert (error["exit"], error["code"]) == (4, "refused")
+
+
+def test_what_a_node_has_observed_is_told(rig: Rig) -> None:
+    rig.to_open()
+    key = keys.done("gw-1", rig.id)
+    done = replace(rig.fleet.done("gw-1", rig.id), observed=Observed(2, ("a rule is gone",)))
+    rig.store.txn({key: done.write(0)})
+    rig.look()
+    [site] = [site for site in rig.body["status"]["sites"] if site["node"] == "gw-1"]
+    assert site["observed"] == {"alive": 2, "drift": ["a rule is gone"]}
 
 
 def test_an_agent_that_has_died_is_told_and_nothing_is_undone(rig: Rig) -> None:
