@@ -18,9 +18,9 @@ from natkeep.lab.pods.move import Pods
 SETUP = {"engine": "containerd"}
 
 
-def run(lab, *, closes_source=True, gateway_first=True):
+def run(lab, *, closes_source=True, gateway_first=True, shares_pids=False):
     """closes_source, gateway_first: what it takes; without either the connections are lost."""
-    pods = Pods(lab, closes_source=closes_source)
+    pods = Pods(lab, closes_source=closes_source, shares_pids=shares_pids)
     lab.begin(connections=3)
     pods.make_destination()
     lab.freeze()

@@ -53,12 +53,13 @@ class PodSeat(Seat):
 class Pods:
     """See above; it is the engine, and its `translator` the lab's.
 
-    closes_source: whether natkeep-hook is called at the checkpoint.
+    closes_source: whether natkeep-hook is called at the checkpoint. shares_pids: whether a pod's
+    containers are in one pid namespace (shareProcessNamespace).
     """
 
     name = "containerd"
 
-    def __init__(self, lab: Lab, *, closes_source: bool = True) -> None:
+    def __init__(self, lab: Lab, *, closes_source: bool = True, shares_pids: bool = False) -> None:
         if not isinstance(lab.engine, Criu):
             raise EngineError("this scenario needs the engine containerd")
         self.lab, self.closes_source = lab, closes_source
@@ -67,14 +68,16 @@ class Pods:
         self.pods: dict[str, str] = {}  # by the node's role
         self.containers: dict[str, str] = {}
         self._command: list[str] = []
-        lab.engine, lab.translator = self, GatewayAlone(lab)
+        lab.engine, lab.translator = self, PeersSide(lab)
         lab.report.engine = self.name
         lab.home, lab.site = (PodSeat(s.role, s.network, _FIRST) for s in (SOURCE, DESTINATION))
         lab.topology.defer(self.close)
         with lab.report.must("the nodes run"):
             for seat in (SOURCE, DESTINATION):
                 host = lab.topology[seat.role]
-                self.nodes[seat.role] = Node(host, NETS[seat.network], self.criu)
+                self.nodes[seat.role] = Node(
+                    host, NETS[seat.network], self.criu, shares_pids=shares_pids
+                )
                 self._route(seat)
             self._filter()
 
@@ -128,6 +131,14 @@ class Pods:
         """The pod that was left is removed."""
         with self.lab.report.must("the old pod is removed"):
             self.nodes["source"].cri.remove_pod(self.pods.pop("source"))
+
+    def open_source(self) -> None:
+        """The move is given up: the container, which a checkpoint leaves running, is heard."""
+        with self.lab.report.must("natkeep teardown at the source's node"):
+            node = self.nodes["source"]
+            teardown = ["teardown", self.lab.name, "--yes", "--state-dir", str(node.state)]
+            node.host.run(*natkeep_command(), *teardown)
+        self.lab.note_restored()
 
     def remove_destination(self) -> None:
         """The pod that the process is in ends, and nothing of the move is left at either node."""
@@ -194,8 +205,8 @@ class Pods:
         remove_cgroups()
 
 
-class GatewayAlone(Natkeep):
-    """natkeep at the gateway, which is opened before the restore; CNI has the destination.
+class PeersSide(Natkeep):
+    """natkeep where peers' packets pass, opened before the restore; CNI has the destination.
 
     It waits for the order, as an agent does: no interpreter starts in the blackout.
     """
@@ -218,11 +229,11 @@ class GatewayAlone(Natkeep):
         self._agent.communicate()
 
     def prepare(self, order: Order) -> None:
-        assert order.gateway
         assert self._agent.stdin
+        sites = [f"--site=gateway={order.gateway.name}"] if order.gateway else []
+        sites += [f"--site=peer={host.name}" for host in order.peer_sites]
         words = [
-            "prepare", order.id, "--map", f"{order.old}={order.new}",
-            "--site", f"gateway={order.gateway.name}", "--gate", "open",
+            "prepare", order.id, "--map", f"{order.old}={order.new}", *sites, "--gate", "open",
             "--mode", order.mode, *order.options,
         ]  # fmt: skip
         self._agent.stdin.write(json.dumps({"natkeep": words}) + "\n")

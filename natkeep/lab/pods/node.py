@@ -69,11 +69,11 @@ disable = true
 class Node:
     """See above; net: the second number of its pods' addresses."""
 
-    def __init__(self, host: Host, net: int, criu: Path) -> None:
+    def __init__(self, host: Host, net: int, criu: Path, *, shares_pids: bool = False) -> None:
         fetched = find_containerd()
         if fetched is None:
             raise EngineError("there is no containerd", hint="scripts/get-containerd")
-        self.host, self.net = host, net
+        self.host, self.net, self.shares_pids = host, net, shares_pids
         self.own = host.directory / f"node-{host.role}"
         self.orders, self.state = self.own / "orders", self.own / "state"
         self.logs = self.own / "logs"
@@ -141,7 +141,7 @@ class Node:
 
     def config(self, name: str) -> dict[int, Any]:
         """A pod's, by its name."""
-        return pod_config(name, cgroup=self.cgroup, logs=self.logs)
+        return pod_config(name, cgroup=self.cgroup, logs=self.logs, shares_pids=self.shares_pids)
 
     def run_pod(self, name: str) -> str:
         """The id of a new pod."""
@@ -153,7 +153,9 @@ class Node:
     ) -> str:  # fmt: skip
         """The id of a container that runs, or was restored if *image* is an archive."""
         annotations = {CONFIGURATION: _CRIU_FILE}
-        config = container_config("app", image, command, mounts, annotations)
+        config = container_config(
+            "app", image, command, mounts, annotations, shares_pids=self.shares_pids
+        )
         container = self.cri.create(pod, config, self.config(pod_name))
         try:
             self.cri.start(container)
