@@ -30,7 +30,11 @@ def find_netns(spec: str, proc: str = "/proc") -> str:
     oldest = min(_find_processes(uid, proc), default=None)
     if oldest is None:
         raise UsageError(f"no process of the pod {uid} runs here", hint="is it on another node?")
-    return f"pid:{oldest[1]}"
+    pid = oldest[1]
+    with suppress(OSError):  # who opens it says why it cannot
+        if os.path.samefile(f"{proc}/{pid}/ns/net", f"{proc}/self/ns/net"):
+            raise UsageError(f"the pod {uid} has no network namespace of its own")
+    return f"pid:{pid}"
 
 
 def _find_processes(uid: str, proc: str) -> list[tuple[int, int]]:

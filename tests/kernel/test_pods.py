@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 from pathlib import Path
 
 import pytest
+from pod_groups import pod_group, put
 
 from natkeep.errors import UsageError
 from natkeep.kernel.pods import find_netns
@@ -42,6 +42,15 @@ def test_it_is_that_of_the_pods_oldest_process(tmp_path: Path, cgroup: str) -> N
     assert find_netns(f"pod:{UID}", str(tmp_path)) == "pid:40"
 
 
+def test_a_pod_with_its_nodes_network_is_refused(tmp_path: Path) -> None:
+    add(tmp_path, 50, f"0::/kubepods/pod{UID}/4f5e\n", 2)
+    (tmp_path / "self").symlink_to("50")
+    (tmp_path / "50/ns").mkdir()
+    (tmp_path / "50/ns/net").touch()
+    with pytest.raises(UsageError, match="has no network namespace of its own"):
+        find_netns(f"pod:{UID}", str(tmp_path))
+
+
 def test_a_pod_that_is_not_here_is_never_ours(tmp_path: Path) -> None:
     add(tmp_path, 50, f"0::/kubepods/pod{OTHER}/4f5e\n", 2)
     with pytest.raises(UsageError, match=f"no process of the pod {UID} runs here"):
@@ -63,24 +72,24 @@ def test_all_else_is_as_it_was(spec: str) -> None:
 
 @pytest.mark.root
 def test_a_real_process_in_a_real_control_group() -> None:
-    """As the kernel says it: cgroup v1 or v2, in whichever hierarchy there is one to write to."""
-    tops = [Path("/sys/fs/cgroup"), *Path("/sys/fs/cgroup").glob("*")]
-    top = next((top for top in tops if (top / "cgroup.procs").exists() and os.access(top, 2)), None)
-    if top is None:
-        pytest.skip("needs a control group that can be written to")
-    group = top / f"natkeep-pod{UID}"
-    try:
-        group.mkdir()
-    except OSError as error:
-        pytest.skip(f"needs control groups that can be made: {error}")
-    process = subprocess.Popen(["sleep", "600"])
-    try:
+    with pod_group(UID) as procs, subprocess.Popen(["sleep", "600"]) as process:
         try:
-            (group / "cgroup.procs").write_text(str(process.pid))
-        except OSError as error:
-            pytest.skip(f"needs control groups that take a process: {error}")
-        assert find_netns(f"pod:{UID}") == f"pid:{process.pid}"
-    finally:
-        process.kill()
-        process.wait()
-        group.rmdir()
+            put(procs, process.pid)
+            with pytest.raises(UsageError, match="has no network namespace of its own"):
+                find_netns(f"pod:{UID}")
+        finally:
+            process.kill()
+            process.wait()
+    words = ["unshare", "--net", "sh", "-c", "echo; exec sleep 600"]
+    with (
+        pod_group(UID) as procs,
+        subprocess.Popen(words, stdout=subprocess.PIPE) as process,
+    ):
+        try:
+            put(procs, process.pid)
+            assert process.stdout
+            process.stdout.readline()
+            assert find_netns(f"pod:{UID}") == f"pid:{process.pid}"
+        finally:
+            process.kill()
+            process.wait()

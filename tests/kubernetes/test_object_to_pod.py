@@ -9,12 +9,15 @@ import json
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from kubernetes_api import MOVES, NODES, PODS, Api, make_move, make_pod
+from kubernetes_schema import find
+from pod_groups import pod_group, put
 from two_hosts import look, make_two_hosts
 
 from natkeep.fleet.directory import DirectoryStore
@@ -23,6 +26,13 @@ pytestmark = pytest.mark.root
 
 NATKEEP = [sys.executable, "-m", "natkeep.cli"]
 PLUGIN = Path(sys.executable).with_name("natkeep-cni")
+_CONTAINER = find("DaemonSet")["spec"]["template"]["spec"]["containers"][0]
+_ADDED = _CONTAINER["securityContext"]["capabilities"]["add"]
+CONFINED = [
+    "setpriv", "--no-new-privs", "--inh-caps=-all",
+    "--bounding-set", ",".join(["-all", *(f"+{name.lower()}" for name in _ADDED)]),
+]  # fmt: skip
+"""As the agents' containers are; the kernel then has nothing else for them."""
 RESULT = {
     "cniVersion": "1.0.0",
     "interfaces": [{"name": "dest0", "sandbox": "/x"}],
@@ -38,7 +48,7 @@ class Cluster:
         self.state = path / "node-2"
         self.agents: list[subprocess.Popen[bytes]] = []
         inside = ["ip", "netns", "exec", names["gateway"]]
-        for node, where in (("node-2", []), ("node-3.gateway", inside)):
+        for node, where in (("node-2", CONFINED), ("node-3.gateway", [*inside, *CONFINED])):
             words = ["agent", "--node", node, "--state-dir", str(path / node)]
             with (path / f"{node}.log").open("wb") as log:
                 self.agents.append(
@@ -118,3 +128,36 @@ def test_an_object_prepares_a_pod_that_is_to_come(cluster: Cluster) -> None:
     assert look(cluster.names) == before
     assert not [*(cluster.state / "orders").glob("*.json")]
     assert cluster.plugin("DEL").returncode == 0
+
+
+def test_a_pod_that_is_there_is_found_by_its_processes(cluster: Cluster) -> None:
+    """Another user's, as the sandbox's is: that takes the agent CAP_SYS_PTRACE."""
+    pod, store = make_pod("web-b", "node-2", "10.3.0.20"), DirectoryStore(f"{cluster.path}/store")
+    before = look(cluster.names)
+    sandbox = ["setpriv", "--reuid=65535", "--clear-groups", "sleep", "600"]
+    inside = ["ip", "netns", "exec", cluster.names["destination"], *sandbox]
+    with (
+        pod_group(pod["metadata"]["uid"]) as procs, subprocess.Popen(inside) as process,
+        Api() as api, api.controller(store),
+    ):  # fmt: skip
+        try:
+            put(procs, process.pid)
+            inode = Path("/run/netns", cluster.names["destination"]).stat().st_ino
+            while Path(f"/proc/{process.pid}/ns/net").stat().st_ino != inode:
+                time.sleep(0.01)
+            api.create(PODS, make_pod("web-a", "node-1", "10.2.0.10"))
+            api.create(PODS, pod)
+            api.create(NODES, {"metadata": {"name": "node-3", "labels": {"zone": "a"}}})
+            wish = make_move(frozen=True, gateways=[{"nodeSelector": {"zone": "a"}}])
+            api.create(MOVES, wish)
+            status = api.wait("web", told("Ready"))
+            assert {site["node"]: site["phase"] for site in status["sites"]} == {
+                "node-2": "prepared", "node-3.gateway": "open",
+            }  # fmt: skip
+            api.delete("web")
+            api.wait_gone("web")
+        finally:
+            process.kill()
+            process.wait()
+    store.close()
+    assert look(cluster.names) == before
