@@ -7,13 +7,14 @@ tests hold, so a test that passes on it says something about natkeep and not abo
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import lru_cache
 from ipaddress import ip_address
 
 from natkeep.errors import KernelError, RefusedError
-from natkeep.kernel.interface import Kernel, P, Remember, T
+from natkeep.kernel.interface import Kernel, P, Remember, RememberMany, T
 from natkeep.kernel.old_address import Needs
 from natkeep.kernel.sock_diag import Shown
 from natkeep.plan import base_chains, filters, kept_sets, nft
@@ -422,6 +423,22 @@ class FakeKernel:
     def unhook_gates(self) -> bool:
         """Nothing: no packet comes by here."""
         return True
+
+    def staying(self, sites: Iterable[Site]) -> AbstractContextManager[None]:
+        return nullcontext()
+
+    def note_absent(self, site: Site, some: Iterable[Connections]) -> None:
+        """Nothing is slow here."""
+
+    def apply_many(self, steps: Sequence[Step], remember: RememberMany) -> list[Prior]:
+        return [
+            self.apply(step, lambda prior, place=place: remember({place: prior}))  # type: ignore[misc]
+            for place, step in enumerate(steps)
+        ]
+
+    def revert_many(self, site: Site, undos: Sequence[tuple[Undo, Prior]]) -> None:
+        for undo, prior in undos:
+            self.revert(site, undo, prior)
 
     def revert(self, site: Site, undo: Undo, prior: Prior) -> None:
         """Take back what a step made; already gone is fine."""

@@ -26,9 +26,11 @@ import time
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import NoReturn
 
+import many
 from surfaces import read_all_surfaces, read_directory
 
 import natkeep
@@ -226,7 +228,8 @@ def _become(
         faultpoints._ARMED = faultpoints._parse(strikes) if strikes else None
         if traced:
             _trace(os.open(traced, os.O_WRONLY | os.O_CREAT | os.O_APPEND))
-        code = cli.main(arguments)
+        verb = partial(many.main, old=OLD[4], new=NEW[4]) if arguments[0] == "many" else cli.main
+        code = verb(arguments)
     except SystemExit as error:
         code = int(error.code or 0)
     except BaseException:

@@ -49,7 +49,7 @@ class Story:
     @property
     def undoes(self) -> bool:
         """Whether the verb only takes away, so that it may succeed in spite of a fault."""
-        return self.verb[0] in ("teardown", "gc")
+        return self.verb[0] in ("teardown", "gc") or "teardown" in self.verb
 
     @property
     def is_whole(self) -> bool:
@@ -106,6 +106,8 @@ WIPED_THERE = (
 )
 NEXT = _prepare(*MAP, *PAIR, *LIST, "--replace=web", move_id="next")
 
+MANY = tuple(("many", "m0", verb, "{gateway}", "{list}") for verb in ("prepare", "teardown"))
+
 STORIES = (
     Story("prepare stateful", (), STATEFUL),
     Story("prepare stateless, IPv6", (), STATELESS, version=6),
@@ -130,6 +132,8 @@ STORIES = (
     Story("teardown of a destination alone", (ALONE,), TEARDOWN, last=GC),
     Story("teardown beside another", (STATEFUL, OTHER), TEARDOWN, ids=("web", "other")),
     Story("prepare beside another", (OTHER,), STATEFUL, ids=("other", "web")),
+    Story("prepare many", (), MANY[0], ids=("m0", "m1", "m2"), sites=("gateway",)),
+    Story("teardown many", MANY[:1], MANY[1], ids=("m0", "m1", "m2"), sites=("gateway",)),
     Story("quiesce", (), QUIESCE, sites=("source",)),
     Story("teardown of a quiesce", (QUIESCE,), TEARDOWN, sites=("source",)),
     Story("source", (), LEAVE, sites=("source",), lock="nftables"),

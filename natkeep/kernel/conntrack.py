@@ -10,7 +10,7 @@ change an entry's NAT (EOPNOTSUPP): an entry is deleted and made anew, behind th
 from __future__ import annotations
 
 import errno
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from types import MappingProxyType
 
@@ -18,8 +18,8 @@ from natkeep import faultpoints
 from natkeep.errors import KernelError, RefusedError
 from natkeep.kernel import sysctl
 from natkeep.kernel.conntrack_dump import LOOK_UP, ask_each, count_tracked, dump, is_dump_cheaper
-from natkeep.kernel.conntrack_own import read_directions, read_timeout
-from natkeep.kernel.conntrack_purge import delete_inbound, purge, raise_unless
+from natkeep.kernel.conntrack_own import note_absent, read_directions, read_timeout
+from natkeep.kernel.conntrack_purge import delete_inbound, purge, purge_many, raise_unless
 from natkeep.kernel.conntrack_zones import find_zones
 from natkeep.kernel.ctnetlink import (
     NEW,
@@ -34,7 +34,7 @@ from natkeep.kernel.ctnetlink import (
     turn,
 )
 from natkeep.kernel.ctnetlink_answers import read_said
-from natkeep.kernel.interface import Driver, Place, Remember
+from natkeep.kernel.interface import Driver, Place, Remember, RememberMany
 from natkeep.kernel.netlink import NETLINK_NETFILTER, NLM_F_CREATE, NLM_F_EXCL, Netlink, Refusal
 from natkeep.plan.conntrack import (
     IPS_DST_NAT,
@@ -84,32 +84,71 @@ class InsertDriver(Driver[InsertEntries]):
 
     def apply(self, at: Place, step: InsertEntries, remember: Remember) -> Prior:
         """All or none of them, whatever packets come meanwhile."""
+        return self.apply_many(at, [step], lambda priors: remember(priors[0]))[0]
+
+    def apply_many(
+        self, at: Place, steps: Sequence[InsertEntries], remember: RememberMany
+    ) -> list[Prior]:
+        """The same of many moves."""
         # Entries count their packets only if accounting was on when they were made; it is on for
         # just this long, so that connections of others are none the wiser.
         before = sysctl.read(_ACCOUNTING)
-        remember(Prior(facts={"acct": before}) if before == "0" else Prior())
+        prior = Prior(facts={"acct": before}) if before == "0" else Prior()
+        remember({place: prior for place, _ in enumerate(steps)})
         counting = before == "0" and sysctl.write(_ACCOUNTING, "1")
         try:
             faultpoints.reach("insert-counting")
-            _insert_despite_races(step.translation)
+            translations = [step.translation for step in steps]
+            if not (len(steps) > 1 and _insert_at_once(translations)):
+                for one in translations:
+                    _insert_despite_races(one)
         except BaseException:
-            delete(step.translation)
+            for step in steps:
+                delete(step.translation)
             raise
         finally:
             if counting:
                 sysctl.write(_ACCOUNTING, "0")
-        return Prior()
+        return [Prior() for _ in steps]
 
     def revert(self, at: Place, undo: DeleteEntries, prior: Prior) -> None:
         """Delete them; and accounting goes off, if the process was killed in the middle."""
-        if "acct" in prior.facts:
-            sysctl.write(_ACCOUNTING, str(prior.facts["acct"]))
-        delete_inbound(undo.outer)
+        self.revert_many(at, [(undo, prior)])
+
+    def revert_many(self, at: Place, undos: Sequence[tuple[DeleteEntries, Prior]]) -> None:
+        """The same of many moves."""
+        for before in {str(prior.facts["acct"]) for _, prior in undos if "acct" in prior.facts}:
+            sysctl.write(_ACCOUNTING, before)
+        every = Connections.joined(undo.outer for undo, _ in undos)
+        for version in (4, 6):
+            if len(some := Connections.packed(every.records(version), version)):
+                delete_inbound(some)
 
 
 def stop_counting() -> None:
     """Accounting goes off, as a repair that was killed in the middle has left it on."""
     sysctl.write(_ACCOUNTING, "0")
+
+
+def _insert_at_once(translations: Sequence[Translation]) -> bool:
+    """Insert those of many moves; False, and none is there, where one cannot be, or is another."""
+    alike: dict[tuple[int, Mode, bool], list[Translation]] = {}
+    for one in translations:
+        alike.setdefault((one.map.old.version, one.mode, one.renames), []).append(one)
+    fine = not any(one.noted or one.site.row.relays for one in translations)
+    for (_, mode, ports), some in alike.items() if fine else ():
+        outers, inners = zip(*map(_sides, some), strict=True)
+        outer = Connections.joined(outers)
+        inner = outer if mode == Mode.STATELESS else Connections.joined(inners)
+        if _insert(outer, inner, read_timeout(), "insert", PLAIN, ports=ports):
+            fine = False
+            break
+        with Netlink(NETLINK_NETFILTER) as netlink:
+            translated = IPS_DST_NAT if mode == Mode.STATEFUL else 0
+            fine = all(e and e.translated for e in _look_up(netlink, outer, inner, translated, 0))
+    for one in translations if not fine else ():
+        delete(one)
+    return fine
 
 
 def _insert_despite_races(translation: Translation) -> None:
@@ -137,15 +176,25 @@ class PurgeDriver(Driver[PurgeEntries]):
 
     def apply(self, at: Place, step: PurgeEntries, remember: Remember) -> Prior:
         """Delete every entry that has one of the stale tuples."""
+        return self.apply_many(at, [step], lambda priors: remember(priors[0]))[0]
+
+    def apply_many(
+        self, at: Place, steps: Sequence[PurgeEntries], remember: RememberMany
+    ) -> list[Prior]:
+        """The same of many moves."""
+        note_absent(step.translation.kept for step in steps if step.translation.protocol is TCP)
+        priors = [self._find_prior(step) for step in steps]
+        remember(dict(enumerate(priors)))
+        purge_many(step.translation for step in steps)
+        return priors
+
+    def _find_prior(self, step: PurgeEntries) -> Prior:
         facts: dict[str, str | int | bool] = {}
         if step.site.row.passes_on and step.translation.protocol.has_states:
             facts["own"] = read_directions(step.translation)
             if noted := noted_to_text(group_entries(step.translation)):
                 facts["noted"] = noted
-        prior = Prior(facts=facts)
-        remember(prior)
-        purge(step.translation)
-        return prior
+        return Prior(facts=facts)
 
     def revert(self, at: Place, undo: RestoreEntries | DeleteDatagrams, prior: Prior) -> None:
         """Make those of the gateway again, where nothing is in their place; of UDP delete ours."""

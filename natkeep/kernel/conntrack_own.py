@@ -36,6 +36,7 @@ from natkeep.kernel.ctnetlink import (
 )
 from natkeep.kernel.ctnetlink_answers import read_attributes
 from natkeep.kernel.netlink import NETLINK_NETFILTER, Netlink
+from natkeep.kernel.once import ask_once
 from natkeep.plan.conntrack import NOT_TRACKED, PEER_DIALLED, PROCESS_DIALLED
 from natkeep.plan.entry_attributes import USUAL, Attributes, Noted
 from natkeep.plan.move import Site
@@ -72,6 +73,14 @@ def find_own(
     miss one, is for tables with few entries, or of which few are wanted (rare: at a destination,
     for which `make bench` knows no look: the kernel picks those of the local address).
     """
+    absent = ask_once("absent", frozenset[bytes])
+    if not (protocol is TCP and absent and absent.issuperset(connections.each())):
+        yield from _find_own(connections, rare=rare, protocol=protocol)
+
+
+def _find_own(
+    connections: Connections, *, rare: bool = False, protocol: Protocol = TCP
+) -> Iterator[Own]:
     tracked = count_tracked()
     if not len(connections) or tracked == 0:
         return
@@ -99,6 +108,18 @@ def find_own(
         rest = connections.only(frozenset(connections.each()) - found)
         for zone in zones:
             yield from _ask(netlink, rest, pack_inbound, zone, protocol)
+
+
+def note_absent(some: Iterable[Connections]) -> None:
+    """Find out which of *some* have no entry of TCP, where all is read once (once.py)."""
+    every = Connections.joined(some)
+
+    def find() -> frozenset[bytes]:
+        parts = (Connections.packed(every.records(version), version) for version in (4, 6))
+        found = {own.record for part in parts for own in _find_own(part)}
+        return frozenset(every.each()) - found
+
+    ask_once("absent", find)
 
 
 def _ask(

@@ -39,18 +39,27 @@ def purge(translation: Translation) -> int:
 
     A packet may make another one at any time: an insertion finds it in the way, and purges again.
     """
+    return purge_many([translation])
+
+
+def purge_many(translations: Iterable[Translation]) -> int:
+    """The same of many."""
+    alike: dict[tuple[int, Protocol], list[Connections]] = {}
+    for one in translations:
+        alike.setdefault((one.map.old.version, one.protocol), []).extend(stale_views(one))
+    return sum(_purge(Connections.joined(views), *kind) for kind, views in alike.items())
+
+
+def _purge(stale: Connections, version: int, protocol: Protocol) -> int:
     tracked = count_tracked()
     if tracked == 0:
         return 0
-    views, protocol = stale_views(translation), translation.protocol
-    number = 2 * len(views) * len(translation.kept)
-    if tracked is not None and is_dump_cheaper(DELETE_ONE * number, tracked):
-        return _purge_dumped(views, translation.map.old.version, protocol)
+    if tracked is not None and is_dump_cheaper(DELETE_ONE * 2 * len(stale), tracked):
+        return _delete_dumped(version, {*stale.each()}.__contains__, protocol)
     with Netlink(NETLINK_NETFILTER) as netlink:
         return sum(
-            _delete(netlink, view, zone, partial(pack, protocol=protocol))
+            _delete(netlink, stale, zone, partial(pack, protocol=protocol))
             for zone in find_zones(netlink, tracked)
-            for view in views
             for pack in (pack_inbound, pack_outbound)
         )
 
@@ -116,12 +125,6 @@ def _delete(
     refusals = netlink.send_batch(batch)
     raise_unless(refusals, errno.ENOENT)
     return len(connections) - len(refusals)
-
-
-def _purge_dumped(views: Iterable[Connections], version: int, protocol: Protocol) -> int:
-    """Read the table once, and delete what has a stale tuple in either direction."""
-    stale = {record for view in views for record in view.each()}
-    return _delete_dumped(version, stale.__contains__, protocol)
 
 
 def _delete_dumped(version: int, is_meant: Callable[[bytes], bool], protocol: Protocol) -> int:

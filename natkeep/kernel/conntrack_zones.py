@@ -18,6 +18,7 @@ from natkeep.kernel import nftables_dump
 from natkeep.kernel.ctnetlink import GET
 from natkeep.kernel.ctnetlink_answers import read_attributes
 from natkeep.kernel.netlink import NLM_F_DUMP, Netlink
+from natkeep.kernel.once import ask_once
 from natkeep.plan.nft import TABLE
 
 _SMALL = 2000
@@ -32,6 +33,10 @@ _ASSIGNERS = ("/sys/module/openvswitch", "/sys/module/act_ct")
 
 def find_zones(netlink: Netlink, tracked: int | None) -> list[int]:
     """The zones in which a kept tuple may be, 0 among them; tracked: how many entries there are."""
+    return ask_once("zones", lambda: _find_zones(netlink, tracked))
+
+
+def _find_zones(netlink: Netlink, tracked: int | None) -> list[int]:
     if tracked is not None and tracked <= _SMALL:
         try:
             with open(_LISTING, "rb") as file:

@@ -7,14 +7,14 @@
       v
     kernel.check(step)                       of every step, before the first is done
       v
-    kernel.apply(step, remember)             in the plan's order
+    kernel.apply(step, remember)             in the plan's order; apply_many: the same step of many
       |
       |   kernel.observe(site, plan)         what stands of it; snapshot(site) for many moves
       |   kernel.mend(patch, remember)       what is missing of it is there again
       |   kernel.unhook_gates()              where no gate is closed, packets pass them by
       v
     kernel.revert(site, undo, prior)         in the reverse order; then nothing is left. The step
-      |                                      is not needed: its inverse is data
+      |                                      is not needed: its inverse is data; revert_many
       v
     kernel.close_sites(sites)
 
@@ -30,15 +30,17 @@ Laws, the same for `LinuxKernel` and `FakeKernel` (tests/kernel/test_contract.py
 - `ask`, `observe` and `check` change nothing.
 - `apply` calls `remember(prior)` once, before it changes anything, so that a journal can undo a
   step even if the process is killed in the middle of it. What it returns replaces that prior.
-- A step that failed in `apply` has changed nothing at its site.
+- A step that failed in `apply` has changed nothing at its site. Of many that failed some may have
+  been done: all of them are to be undone.
 - `revert` of a step that is already gone, or that was never applied, succeeds. It removes only
   what the prior says was not there before.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING, ParamSpec, Protocol, TypeVar
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from typing import TYPE_CHECKING, Any, ParamSpec, Protocol, TypeVar
 
 from natkeep.plan.identity import Identity
 from natkeep.plan.move import Move, Site
@@ -55,6 +57,8 @@ if TYPE_CHECKING:
     from natkeep.plan.repair import Patch
 
 Remember = Callable[[Prior], None]
+RememberMany = Callable[[Mapping[int, Prior]], None]
+"""Of several steps at once, by their places in the list."""
 S_contra = TypeVar("S_contra", contravariant=True)
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -85,6 +89,20 @@ class Driver(Protocol[S_contra]):
     def apply(self, at: Place, step: S_contra, remember: Remember) -> Prior:
         """Do *step*; OSError or KernelError when the kernel says no."""
 
+    def apply_many(
+        self, at: Place, steps: Sequence[S_contra], remember: RememberMany
+    ) -> list[Prior]:
+        """Do *steps*, of many moves; in one go where the driver has a way to."""
+        return [
+            self.apply(at, step, lambda prior, place=place: remember({place: prior}))  # type: ignore[misc]
+            for place, step in enumerate(steps)
+        ]
+
+    def revert_many(self, at: Place, undos: Sequence[tuple[Any, Prior]]) -> None:
+        """As Inverse has it, of a driver that is the inverse, too."""
+        for undo, prior in undos:
+            self.revert(at, undo, prior)  # type: ignore[attr-defined]
+
 
 U_contra = TypeVar("U_contra", bound=Undo, contravariant=True)
 
@@ -96,6 +114,11 @@ class Inverse(Protocol[U_contra]):
 
     def revert(self, at: Place, undo: U_contra, prior: Prior) -> None:
         """Take back what was made; done as well where it never was. prior.present is false."""
+
+    def revert_many(self, at: Place, undos: Sequence[tuple[U_contra, Prior]]) -> None:
+        """The same of many moves; in one go where the inverse has a way to."""
+        for undo, prior in undos:
+            self.revert(at, undo, prior)
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,6 +164,10 @@ class Kernel(Protocol):
     def identity(self, site: Site) -> Identity:
         """Device and inode of an opened site's namespace."""
 
+    def staying(self, sites: Iterable[Site]) -> AbstractContextManager[None]:
+        """In the block it is quicker to ask and to change these opened sites, if they are one."""
+        ...
+
     def ask(self, site: Site, question: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         """What *question*, a function of kernel/ that only reads, answers about an opened site.
 
@@ -158,6 +185,10 @@ class Kernel(Protocol):
 
     def apply(self, step: Step, remember: Remember) -> Prior:
         """Do *step*; KernelError when the kernel says no."""
+
+    def apply_many(self, steps: Sequence[Step], remember: RememberMany) -> list[Prior]:
+        """Do steps of one kind at one site, each of another move; KernelError as for `apply`."""
+        ...
 
     def mend(self, patch: Patch, remember: Remember) -> None:
         """Do what a repair found missing, `remember` as for `apply`; KernelError when refused."""
@@ -182,6 +213,9 @@ class Kernel(Protocol):
 
     def revert(self, site: Site, undo: Undo, prior: Prior) -> None:
         """Undo a step at an opened site, by its inverse; KernelError when the kernel says no."""
+
+    def revert_many(self, site: Site, undos: Sequence[tuple[Undo, Prior]]) -> None:
+        """Undo steps of one kind at one site, each of another move; again is fine."""
 
     def observe(self, site: Site, plan: Plan) -> Observation:
         """What *site* shows of *plan* now: a snapshot that is used once."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, nullcontext, suppress
 from ipaddress import ip_address
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
@@ -30,7 +30,14 @@ from natkeep.kernel import (
     sysctl,
     undone_table,
 )
-from natkeep.kernel.interface import Driver, Inverse, Place, Remember, Snapshot
+from natkeep.kernel.interface import (
+    Driver,
+    Inverse,
+    Place,
+    Remember,
+    RememberMany,
+    Snapshot,
+)
 from natkeep.kernel.netns import Namespace, errors_at, find_namespace, inside, open_namespace
 from natkeep.kernel.nft_drivers import NFT_DRIVERS, NFT_INVERSES
 from natkeep.kernel.old_address import find_at_home
@@ -155,6 +162,15 @@ class LinuxKernel:
         """Device and inode of an opened site's namespace."""
         return self._namespaces[site].identity
 
+    @contextmanager
+    def staying(self, sites: Iterable[Site]) -> Iterator[None]:
+        """In the block it is quicker to ask and to change these opened sites, if they are one."""
+        # Where a destination's own host is looked at, too, the thread has to be at home.
+        there = {self._namespaces[one].identity: one for one in sites if not one.row.puts_old}
+        [site, *others] = there.values() or [None]
+        with nullcontext() if site is None or others else inside(self._namespaces[site]):
+            yield
+
     # ---- what a site shows -------------------------------------------------------------------
 
     def ask(self, site: Site, question: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
@@ -275,13 +291,22 @@ class LinuxKernel:
         with self._driving(step) as (driver, place):
             return driver.apply(place, step, remember)
 
+    def apply_many(self, steps: Sequence[Step], remember: RememberMany) -> list[Prior]:
+        """Do steps of one kind at one site, each of another move; KernelError as for `apply`."""
+        with self._driving(steps[0]) as (driver, place):
+            return driver.apply_many(place, steps, remember)
+
     def revert(self, site: Site, undo: Undo, prior: Prior) -> None:
         """Undo a step at an opened site, by its inverse; KernelError when the kernel says no."""
-        if prior.present or isinstance(undo, Nothing):
-            return
-        inverse = INVERSES[type(undo)]
-        with self._entering(site, enters=inverse.enters) as place:
-            inverse.revert(place, undo, prior)
+        self.revert_many(site, [(undo, prior)])
+
+    def revert_many(self, site: Site, undos: Sequence[tuple[Undo, Prior]]) -> None:
+        """Undo steps of one kind at one site, each of another move; again is fine."""
+        own = [each for each in undos if not (each[1].present or isinstance(each[0], Nothing))]
+        if own:
+            inverse = INVERSES[type(own[0][0])]
+            with self._entering(site, enters=inverse.enters) as place:
+                inverse.revert_many(place, own)
 
     def mend(self, patch: Patch, remember: Remember) -> None:
         """Do what a repair found missing; KernelError when the kernel says no."""

@@ -15,6 +15,7 @@ import socket
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from contextvars import ContextVar
 
 from natkeep.errors import JournalError, KernelError, NatkeepError, UsageError
 from natkeep.plan.identity import Identity
@@ -25,6 +26,10 @@ _NS_GET_NSTYPE = 0xB703
 _SO_NETNS_COOKIE = 71
 _NAMED = "/run/netns"
 _OF_PROCESS = "ns/net"
+
+
+_HERE: ContextVar[Identity | None] = ContextVar("here", default=None)
+"""The namespace of the block that this thread is in."""
 
 
 class NamespaceGoneError(JournalError):
@@ -173,22 +178,37 @@ def inside(namespace: Namespace) -> Iterator[None]:
 
     Sockets made inside stay in it; that is how one process talks to several namespaces.
     """
+    if _HERE.get() == namespace.identity:
+        yield
+        return
     home = os.open("/proc/thread-self/ns/net", os.O_RDONLY | os.O_CLOEXEC)
     try:
         if _identity_here() == namespace.identity:
-            yield
+            with _noting(namespace.identity):
+                yield
             return
         _setns(namespace.fd, namespace.label)
         try:
             # Before anything is changed: a handle that was closed may be another's by now.
             if _identity_here() != namespace.identity:
                 raise KernelError(f"{namespace.label}: its handle leads to another namespace")
-            yield
+            with _noting(namespace.identity):
+                yield
         finally:
             # Not a KernelError: to go on elsewhere is worse than an entry refused.
             _setns(home, "the namespace we came from", NatkeepError)
     finally:
         os.close(home)
+
+
+@contextmanager
+def _noting(identity: Identity) -> Iterator[None]:
+    """A block in the block need not find out where it is: of many moves each asks a dozen times."""
+    token = _HERE.set(identity)
+    try:
+        yield
+    finally:
+        _HERE.reset(token)
 
 
 @contextmanager

@@ -6,6 +6,7 @@ is only what a kind of step needs beside that.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from ipaddress import ip_address
 from typing import Any, TypeVar
 
@@ -19,7 +20,7 @@ from natkeep.kernel import (
     undone_table,
 )
 from natkeep.kernel.conntrack_purge import delete_untracked
-from natkeep.kernel.interface import Driver, Inverse, Place, Remember
+from natkeep.kernel.interface import Driver, Inverse, Place, Remember, RememberMany
 from natkeep.plan.base_chains import gate_chain
 from natkeep.plan.observation import Gate
 from natkeep.plan.roles import Role
@@ -48,14 +49,18 @@ class LoadDriver(Driver[L]):
 
     def apply(self, at: Place, step: L, remember: Remember) -> Prior:
         """Load what the step adds, behind what all moves share."""
-        prior = self.find_prior(step)
-        remember(prior)
-        nftables.load_step(step, step.objects())
-        return prior
+        return self.apply_many(at, [step], lambda priors: remember(priors[0]))[0]
 
-    def find_prior(self, step: L) -> Prior:
-        """What is to be remembered of the site as it is before."""
-        return Prior()
+    def apply_many(self, at: Place, steps: Sequence[L], remember: RememberMany) -> list[Prior]:
+        """The same of many, in one transaction."""
+        priors = self.find_priors(steps)
+        remember(dict(enumerate(priors)))
+        nftables.load_steps(steps)
+        return priors
+
+    def find_priors(self, steps: Sequence[L]) -> list[Prior]:
+        """What is to be remembered of the site as it is before each."""
+        return [Prior() for _ in steps]
 
 
 class UnloadInverse(Inverse[Unload]):
@@ -63,9 +68,13 @@ class UnloadInverse(Inverse[Unload]):
 
     def revert(self, at: Place, undo: Unload, prior: Prior) -> None:
         """What is gone already is fine."""
-        nftables.unload(undo.objects)
-        if undo.part:
-            faultpoints.reach("withdrawn", undo.part)
+        self.revert_many(at, [(undo, prior)])
+
+    def revert_many(self, at: Place, undos: Sequence[tuple[Unload, Prior]]) -> None:
+        """The same, in one transaction."""
+        nftables.unload(one for undo, _ in undos for one in undo.objects)
+        for part in {undo.part for undo, _ in undos if undo.part}:
+            faultpoints.reach("withdrawn", part)
 
 
 class GateDriver(LoadDriver[InstallGate]):
@@ -79,19 +88,24 @@ class GateDriver(LoadDriver[InstallGate]):
                 hint=f"natkeep teardown {step.move_id}, or another id",
             )
 
-    def find_prior(self, step: InstallGate) -> Prior:
+    def find_priors(self, steps: Sequence[InstallGate]) -> list[Prior]:
         """Whether the gate hook, which comes with it, was taken away since all gates were open."""
-        return Prior(facts={"unhooked": True}) if nftables.missing_gate_hook() else Prior()
+        first = Prior(facts={"unhooked": True}) if nftables.missing_gate_hook() else Prior()
+        return [first, *(Prior() for _ in steps[1:])]
 
     def revert(self, at: Place, undo: RemoveGate, prior: Prior) -> None:
         """The gate and its sets go; the gate hook too, if it was not there before."""
-        nftables.unload(undo.objects)
+        self.revert_many(at, [(undo, prior)])
+
+    def revert_many(self, at: Place, undos: Sequence[tuple[RemoveGate, Prior]]) -> None:
+        """The same, in one transaction."""
+        nftables.unload(one for undo, _ in undos for one in undo.objects)
         faultpoints.reach("withdrawn", "gate")
-        if prior.facts.get("unhooked"):
+        if any(prior.facts.get("unhooked") for _, prior in undos):
             nftables.remove_gate_hook()
         nftables.remove_early_hooks()  # which came with it, unless others' peers are not heard
         undone_table.remove()
-        delete_untracked(undo.olds)
+        delete_untracked({old for undo, _ in undos for old in undo.olds})
 
 
 class FillDriver(Driver[FillSet]):
@@ -99,9 +113,15 @@ class FillDriver(Driver[FillSet]):
 
     def apply(self, at: Place, step: FillSet, remember: Remember) -> Prior:
         """All connections in one transaction."""
-        remember(Prior())
-        nftables.fill_sets(step.fillings())
-        return Prior()
+        return self.apply_many(at, [step], lambda priors: remember(priors[0]))[0]
+
+    def apply_many(
+        self, at: Place, steps: Sequence[FillSet], remember: RememberMany
+    ) -> list[Prior]:
+        """Also those of many moves."""
+        remember({place: Prior() for place, _ in enumerate(steps)})
+        nftables.fill_sets(one for step in steps for one in step.fillings())
+        return [Prior() for _ in steps]
 
 
 class TranslationDriver(LoadDriver[InstallTranslation]):
@@ -112,15 +132,21 @@ class TranslationDriver(LoadDriver[InstallTranslation]):
         if step.site.role == Role.DESTINATION:
             lost_routes.check_destination(step)
 
-    def apply(self, at: Place, step: InstallTranslation, remember: Remember) -> Prior:
+    def apply_many(
+        self, at: Place, steps: Sequence[InstallTranslation], remember: RememberMany
+    ) -> list[Prior]:
         """Load it; the gate stands by now, and drops what was dropped since an earlier undo."""
-        prior = super().apply(at, step, remember)
-        if step.site.row.puts_old:
-            undone_table.remove(Connections.joined(t.outer for t in step.translations))
-        return prior
+        priors = super().apply_many(at, steps, remember)
+        for step in steps:
+            if step.site.row.puts_old:
+                undone_table.remove(Connections.joined(t.outer for t in step.translations))
+        return priors
 
-    def find_prior(self, step: InstallTranslation) -> Prior:
+    def find_priors(self, steps: Sequence[InstallTranslation]) -> list[Prior]:
         """The routes and the address that the translation stands on, for a repair."""
+        return [*map(self._find_prior, steps)]
+
+    def _find_prior(self, step: InstallTranslation) -> Prior:
         news = [t.map.new for t in step.translations]
         peers = sorted({peer for t in step.translations for peer in t.outer.peers()})
         others = [ip_address(peer) for peer in peers]
@@ -173,12 +199,24 @@ class OpenDriver(Driver[OpenGate]):
 
     def apply(self, at: Place, step: OpenGate, remember: Remember) -> Prior:
         """One rule in front of each drop; what has been held is delivered, datagrams before."""
-        prior = Prior(present=nftables.chain_state(step.rules()[0].chain) == Gate.OPEN)
-        remember(prior)
-        if not prior.present:
-            if step.datagrams and at.directory:
+        return self.apply_many(at, [step], lambda priors: remember(priors[0]))[0]
+
+    def apply_many(
+        self, at: Place, steps: Sequence[OpenGate], remember: RememberMany
+    ) -> list[Prior]:
+        """The gates of many moves in one transaction; what has been held, one after the other."""
+        gates = [step.rules() for step in steps]
+        states = [nftables.chain_state(rules[0].chain) for rules in gates]
+        priors = [Prior(present=state == Gate.OPEN) for state in states]
+        remember(dict(enumerate(priors)))
+        for step, prior in zip(steps, priors, strict=True):
+            if step.datagrams and at.directory and not prior.present:
                 segment_holder.deliver_datagrams(at.directory, step.move_id)
-            nftables.open_gates(step.rules())
+        pairs = zip(gates, priors, strict=True)
+        nftables.open_gates([one for rules, prior in pairs if not prior.present for one in rules])
+        return [self._deliver(at, *each) for each in zip(steps, priors, strict=True)]
+
+    def _deliver(self, at: Place, step: OpenGate, prior: Prior) -> Prior:
         if not (step.delivers and at.directory):
             return prior
         held = segment_holder.deliver(at.directory, step.move_id)
@@ -191,6 +229,10 @@ class OpenDriver(Driver[OpenGate]):
     def revert(self, at: Place, undo: CloseGates, prior: Prior) -> None:
         """Closed again; and of resets: nothing is answered any more, what was reset stays reset."""
         nftables.close_gates(undo.chains)
+
+    def revert_many(self, at: Place, undos: Sequence[tuple[CloseGates, Prior]]) -> None:
+        """The same, in one transaction."""
+        nftables.close_gates(chain for undo, _ in undos for chain in undo.chains)
 
 
 class SendResetsDriver(Driver[SendResets]):

@@ -12,6 +12,7 @@ from itertools import product
 from natkeep.kernel import nftables, sysctl
 from natkeep.kernel import nftables_dump as dump
 from natkeep.kernel.conntrack_purge import delete_inbound
+from natkeep.kernel.once import ask_once
 from natkeep.plan.base_chains import held_set, removal
 from natkeep.plan.nft import FAMILIES, TABLE, Undo
 from natkeep.plan.protocols import TCP, UDP
@@ -59,12 +60,10 @@ def find_left(move_id: str) -> tuple[str, ...]:
 
 def find_undone(move_id: str, undos: tuple[Undo, ...]) -> tuple[str, ...]:
     """The same, quick beside a thousand moves, and whatever a natkeep called what *undos* undo."""
-    standing = SeenTable(
-        tuple(sorted(dump.chain_names(TABLE))), tuple(sorted(dump.set_names(TABLE)))
-    )
-    found = dict.fromkeys(standing.names_of(move_id))
+    chains, sets, by_id = ask_once("names", _read_names)
+    found = dict.fromkeys(by_id.get(move_id, ()))
     for undo in undos:
-        names = standing.chains if undo.kind in ("chain", "rule") else standing.sets
+        names = chains if undo.kind in ("chain", "rule") else sets
         if undo.unused or undo.kind == "element" or undo.name not in names:
             continue
         if undo.kind != "rule":
@@ -72,6 +71,11 @@ def find_undone(move_id: str, undos: tuple[Undo, ...]) -> tuple[str, ...]:
         elif any(rule.comment == undo.what for rule in dump.rules(TABLE, undo.name)):
             found[f"rules in {undo.name}"] = None
     return tuple(found)
+
+
+def _read_names() -> tuple[frozenset[str], frozenset[str], dict[str, list[str]]]:
+    chains, sets = dump.chain_names(TABLE), dump.set_names(TABLE)
+    return chains, sets, SeenTable(tuple(sorted(chains)), tuple(sorted(sets))).names_by_id()
 
 
 def read_set(name: str, local: Address) -> Connections:

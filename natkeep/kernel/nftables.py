@@ -134,10 +134,14 @@ def _hook_early(dispatch: str) -> None:
         run_transaction(map(str, early_hook(dispatch)))
 
 
-def load_step(step: Loads, objects: Iterable[Object], first: Iterable[str] = ()) -> None:
-    """Add *objects* of a step, behind what all moves share, as far as that is missing."""
-    shared = [one for part in step.static() if not _stands(part) for one in part]
-    load([*shared, *objects], first)
+def load_steps(steps: Sequence[Loads]) -> None:
+    """Add what these steps add, behind what all moves share, as far as that is missing."""
+    load([*_missing_shared(steps), *(one for step in steps for one in step.objects())])
+
+
+def _missing_shared(steps: Sequence[Loads]) -> list[Object]:
+    parts = dict.fromkeys(part for step in steps for part in step.static())
+    return [one for part in parts if not _stands(part) for one in part]
 
 
 def load_block(step: HoldListeners) -> None:
@@ -146,7 +150,7 @@ def load_block(step: HoldListeners) -> None:
     linked = syn_block.comment(step.move_id) in links
     chain = syn_block.chain_name(step.move_id)
     flush = [f"flush chain inet {TABLE} {chain}"] if dump.has_chain(TABLE, chain) else []
-    load_step(step, step.make(linked=linked), flush)
+    load([*_missing_shared([step]), *step.make(linked=linked)], flush)
 
 
 def _stands(part: tuple[Object, ...]) -> bool:
@@ -175,11 +179,17 @@ def unload(undos: Iterable[Undo]) -> None:
     """
     undos = tuple(dict.fromkeys(undos))
     names = {undo.name for undo in undos if undo.kind in ("chain", "set", "map")}
-    if not names or _has_others(names):
+    if not names or _has_another(names) or _has_others(names):
         remove(undos)
     # The last move takes the tables with it; others may come only under the same lock.
     elif dump.has_table("inet", TABLE) or dump.has_table("arp", TABLE):
         run_transaction(removal())
+
+
+def _has_another(own: set[str]) -> bool:
+    """The same where it is so; the one that is told first, of a hundred thousand, is enough."""
+    there = (name for name in dump.each_chain_name(TABLE) if _GATES.fullmatch(name))
+    return any(name not in own for name in there)
 
 
 def _has_others(own: set[str]) -> bool:

@@ -24,6 +24,7 @@ from natkeep.kernel.netlink import (
     nested,
 )
 from natkeep.kernel.nft_messages import SUBSYSTEM, nfgenmsg
+from natkeep.kernel.once import ask_once
 from natkeep.plan.nft import TABLE
 from natkeep.plan.other_rules import Chain, Element, Expression, Hook, Ruleset
 from natkeep.plan.packet import UNTRACKED
@@ -65,6 +66,10 @@ def read_ruleset(version: int) -> Ruleset:
 
     What sets have is asked later, in the namespace that the calling thread is in then.
     """
+    return ask_once(("ruleset", version), lambda: _read_ruleset(version))
+
+
+def _read_ruleset(version: int) -> Ruleset:
     family = 2 if version == 4 else 10
     chains: dict[tuple[str, str], Chain] = {}
     with Netlink(NETLINK_NETFILTER) as netlink:

@@ -23,6 +23,7 @@ from natkeep.kernel import rtnetlink as rt
 from natkeep.kernel import sysctl
 from natkeep.kernel.fib_rules import DPORT, MARK, SPORT
 from natkeep.kernel.netlink import NETLINK_ROUTE, NLM_F_DUMP, Netlink, attribute, attributes
+from natkeep.kernel.once import ask_once
 from natkeep.kernel.policy_rules import asks_for, read_rules
 from natkeep.plan.path import Route, SourceRule, Way, find_uncopied, network_of
 from natkeep.plan.tuples import Address
@@ -49,33 +50,41 @@ _REVERSE = frozenset({errno.EXDEV, errno.EINVAL})
 """Answers about a packet that comes in, whose source is no such one: EXDEV before Linux 6.14."""
 
 
+class _Seen:
+    """The links and the addresses of a namespace."""
+
+    def __init__(self, netlink: Netlink) -> None:
+        self.names: dict[int, str] = {}
+        self.silent: set[int] = set()
+        self.mtus: dict[int, int] = {}
+        self.local: dict[bytes, int] = {}
+        self.networks: list[tuple[int, int, int]] = []
+        self.flags: dict[bytes, int] = {}
+        self.bridges = False
+        for answer in [*netlink.request(_GETLINK, NLM_F_DUMP, _LINK.pack(0, 0, 0, 0, 0))]:
+            _, _, index, flags, _ = _LINK.unpack_from(answer)
+            found = attributes(answer[_LINK.size :])
+            self.names[index] = os.fsdecode(found[_IFNAME].rstrip(b"\0"))
+            self.mtus[index] = int.from_bytes(found.get(_MTU, b""), sys.byteorder)
+            self.bridges |= _BRIDGE in found.get(_LINKINFO, b"")
+            if flags & _ASKED:
+                self.silent.add(index)
+        for header, found in rt.read_addresses(netlink):
+            packed = rt.local_address(found)
+            if len(packed) in (4, 16):
+                self.local[packed] = header[4]
+                flags = found.get(rt.IFA_FLAGS, b"")
+                self.flags[packed] = int.from_bytes(flags, sys.byteorder) or header[2]
+                self.networks.append((len(packed), *network_of(packed, header[1])))
+
+
 class Links:
     """The links of the namespace in which this was made, and the routes that packets take there."""
 
     def __init__(self) -> None:
         self._netlink = Netlink(NETLINK_ROUTE)
-        self._names: dict[int, str] = {}
-        self._silent: set[int] = set()
-        self._mtus: dict[int, int] = {}
-        self._local: dict[bytes, int] = {}
-        self._networks: list[tuple[int, int, int]] = []
-        self._flags: dict[bytes, int] = {}
-        self.bridges = False
-        for answer in [*self._netlink.request(_GETLINK, NLM_F_DUMP, _LINK.pack(0, 0, 0, 0, 0))]:
-            _, _, index, flags, _ = _LINK.unpack_from(answer)
-            found = attributes(answer[_LINK.size :])
-            self._names[index] = os.fsdecode(found[_IFNAME].rstrip(b"\0"))
-            self._mtus[index] = int.from_bytes(found.get(_MTU, b""), sys.byteorder)
-            self.bridges |= _BRIDGE in found.get(_LINKINFO, b"")
-            if flags & _ASKED:
-                self._silent.add(index)
-        for header, found in rt.read_addresses(self._netlink):
-            packed = rt.local_address(found)
-            if len(packed) in (4, 16):
-                self._local[packed] = header[4]
-                flags = found.get(rt.IFA_FLAGS, b"")
-                self._flags[packed] = int.from_bytes(flags, sys.byteorder) or header[2]
-                self._networks.append((len(packed), *network_of(packed, header[1])))
+        self._seen = ask_once("links", lambda: _Seen(self._netlink))
+        self.bridges = self._seen.bridges
 
     def close(self) -> None:
         """Close the socket."""
@@ -83,24 +92,24 @@ class Links:
 
     def state_of(self, address: Address) -> str:
         """`duplicate` or `tentative` (RFC 4862) of an address that cannot be used; else empty."""
-        flags = self._flags.get(address.packed, 0)
+        flags = self._seen.flags.get(address.packed, 0)
         if flags & _DADFAILED:
             return "duplicate"
         return "tentative" if flags & _TENTATIVE and not flags & _OPTIMISTIC else ""
 
     def device_of(self, address: Address) -> int:
         """Index of the device that has *address*; 0 where none, or lo, has it."""
-        index = self._local.get(address.packed, 0)
+        index = self._seen.local.get(address.packed, 0)
         return 0 if index == rt.LOOPBACK else index
 
     def home_of(self, address: Address) -> str:
         """Name of the device that has *address*, if hosts are asked for there."""
         index = self.device_of(address)
-        return self._names.get(index, "") if index not in self._silent else ""
+        return self._seen.names.get(index, "") if index not in self._seen.silent else ""
 
     def is_local(self, address: Address) -> bool:
         """Whether it is an address of this host."""
-        return address.packed in self._local
+        return address.packed in self._seen.local
 
     def source_rules(self, version: int) -> tuple[SourceRule, ...]:
         """The policy rules that select a source."""
@@ -108,7 +117,7 @@ class Links:
 
     def device(self, index: int) -> tuple[int, str]:
         """Index and name of a device."""
-        return index, self._names.get(index, "")
+        return index, self._seen.names.get(index, "")
 
     def first(self, peers: Iterable[bytes]) -> list[Address]:
         """At most LIMIT of the packed *peers*, those of connected networks first."""
@@ -120,7 +129,7 @@ class Links:
     def _is_near(self, packed: bytes) -> bool:
         number = int.from_bytes(packed, "big")
         size = len(packed)
-        return any(size == width and number & mask == at for width, at, mask in self._networks)
+        return any(size == width and number & mask == at for width, at, mask in self._seen.networks)
 
     def enters_by(self, hop: str) -> int:
         """Index of the device here that has the address *hop*; 0 where none has."""
@@ -157,7 +166,7 @@ class Links:
             header[7] == rt.RTN_UNICAST
             and not via
             and _MULTIPATH not in found
-            and index not in self._silent
+            and index not in self._seen.silent
             and (connected or header[1] == whole or self._has_own_in(found, header[1], index))
         )
         entry = b"".join(
@@ -165,8 +174,8 @@ class Links:
             for at in (rt.RTA_DST, _TABLE, rt.RTA_OIF, rt.RTA_GATEWAY, _MULTIPATH)
         )
         kind = _KINDS.get(header[7], "none")
-        mtu = self._mtus.get(index, 0)
-        return Route(kind, self._names.get(index, ""), hop, neighbour, entry, mtu), index
+        mtu = self._seen.mtus.get(index, 0)
+        return Route(kind, self._seen.names.get(index, ""), hop, neighbour, entry, mtu), index
 
     def _has_own_in(self, found: dict[int, bytes], length: int, index: int) -> bool:
         """Whether the network of a route is that of an address of its device, whoever added it."""
@@ -174,7 +183,7 @@ class Links:
         to, mask = network_of(packed, length) if packed else (0, 0)
         return any(
             at == index and len(own) == len(packed) and int.from_bytes(own, "big") & mask == to
-            for own, at in self._local.items()
+            for own, at in self._seen.local.items()
         )
 
 

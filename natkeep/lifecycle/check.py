@@ -33,11 +33,13 @@ def check(
     frozen: bool = False,
     looks: bool = True,
     run_id: str | None = None,
+    again: bool = False,
 ) -> Plan:
     """The plan, if it could be carried out as things stand; nothing is changed.
 
     replaces, frozen: as `prepare` and `replace_move` have them. looks: the path is looked at, too;
-    what is found and does not stop the move is in `executor.warned`. run_id: of the dump.
+    what is found and does not stop the move is in `executor.warned`. run_id: of the dump. again: it
+    was there before the boot, so a gateway may be made ready before it forwards.
     """
     executor.open_sites(move)
     move = _with_held(executor, move)
@@ -61,7 +63,8 @@ def check(
         executor.kernel.check(step)
     if looks:
         subject = Subject(executor.kernel, move.sites, plan, run_id=run_id, frozen=frozen)
-        executor.warned += refuse_stopped(OF_PATH, subject)
+        passed_over = frozenset({"forwarding-off"} if again else ())
+        executor.warned += refuse_stopped(OF_PATH, subject, passed_over)
     return plan
 
 

@@ -6,6 +6,7 @@ Rule: a refusal names the move that was there first.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 
 from natkeep.errors import RefusedError
 from natkeep.lifecycle.executor import Executor
@@ -36,11 +37,20 @@ def refuse_overlaps(executor: Executor, plan: Plan, besides: frozenset[str]) -> 
         other = executor.state.read_header(move_id)
         if other is None or move_id in besides or not any(map(other.is_at, ours)):
             continue
-        _refuse_remapped(plan.move, other.move)
-        refuse_one_end_for_two(plan.move, other.move)
-        if _shares_address(plan.move, other.move):
-            journal = executor.state.load(move_id)
-            _refuse_overlap(plan, plan_today(journal))
+        journal = partial(executor.state.load, move_id)
+        _refuse_beside(plan, other.move, lambda load=journal: plan_today(load()))
+
+
+def refuse_beside(plan: Plan, other: Plan) -> None:
+    """The same of two moves that are to be prepared at the same sites."""
+    _refuse_beside(plan, other.move, lambda: other)
+
+
+def _refuse_beside(plan: Plan, other: Move, plan_of_other: Callable[[], Plan]) -> None:
+    _refuse_remapped(plan.move, other)
+    refuse_one_end_for_two(plan.move, other)
+    if _shares_address(plan.move, other):
+        _refuse_overlap(plan, plan_of_other())
 
 
 def takes_over(move: Move) -> bool:

@@ -61,9 +61,15 @@ def examine(subject: Subject) -> Iterator[Finding]:
         yield from look(subject)
 
 
-def refuse_stopped(looks: Iterable[Look], subject: Subject) -> tuple[Finding, ...]:
-    """The warnings of *looks*; RefusedError for the first finding that stops the move."""
-    findings = [finding for look in looks for finding in look(subject)]
+def refuse_stopped(
+    looks: Iterable[Look], subject: Subject, passed_over: frozenset[str] = frozenset()
+) -> tuple[Finding, ...]:
+    """The warnings of *looks*; RefusedError for the first finding that stops the move.
+
+    passed_over: codes of findings that do not count.
+    """
+    found = (finding for look in looks for finding in look(subject))
+    findings = [finding for finding in found if finding.code not in passed_over]
     for finding in findings:
         if finding.severity == Severity.STOP:
             raise RefusedError(

@@ -27,17 +27,19 @@ def prepare(
     image: str | None = None,
     *,
     frozen: bool = False,
+    again: bool = False,
 ) -> Plan:
     """Make every site ready; with Gate.OPEN let the connections through as well.
 
     image: the run id of the dump that the connections were read from, for `open_move`'s confirm.
     frozen: CRIU holds the process at the source just now, so its sockets are to be there.
+    again: as `check` has it.
 
     Raises what was refused or failed; then everything has been undone, and if it could not
     be, LeftoverError says what is there.
     """
     with executor.state.changing(move.id):
-        plan = check(executor, move, connections, frozen=frozen, run_id=image)
+        plan = check(executor, move, connections, frozen=frozen, run_id=image, again=again)
         carry_out(executor, plan, connections, gate, image)
     return plan
 

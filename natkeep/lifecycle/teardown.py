@@ -56,7 +56,7 @@ def end(executor: Executor, move_id: str) -> None:
         # The gates close first, at every site: while the destination is taken apart
         # the gateway must not hand it packets that it would answer with a reset.
         left = executor.undo_move(journal, numbers)
-        left += _find_left(executor, journal, reachable)
+        left += find_remains(executor, journal, reachable)
         staying = "; ".join(executor.staying)
         if not left and not executor.dropped:
             _end_drops(executor, journal, reachable)
@@ -77,7 +77,7 @@ def _end_drops(executor: Executor, journal: Journal, sites: set[Site]) -> None:
                 executor.kernel.revert(site, RemoveUndone(record.undo.outer), Prior())
 
 
-def _find_left(executor: Executor, journal: Journal, sites: Iterable[Site]) -> list[NatkeepError]:
+def find_remains(executor: Executor, journal: Journal, sites: Iterable[Site]) -> list[NatkeepError]:
     """What bears the id of a move that has been undone: it is looked for before that is said."""
     move_id, left = journal.move.id, list[NatkeepError]()
     for site in sites:

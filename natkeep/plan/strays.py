@@ -68,10 +68,18 @@ class SeenTable:
 
     def names_of(self, move_id: str) -> tuple[str, ...]:
         """What bears the id of that move: chains, sets, and rules by their chain, in words."""
-        own = [f"chain {name}" for name in self.chains if _match(name, _CHAINS) == move_id]
-        own += [f"set {name}" for name in self.sets if _match(name, _SETS) == move_id]
+        own = self.names_by_id().get(move_id, [])
         chains = (chain for chain, comment in self.rules if owner_of(comment) == move_id)
         return (*own, *(f"rules in {chain}" for chain in dict.fromkeys(chains)))
+
+    def names_by_id(self) -> dict[str, list[str]]:
+        """The chains and the sets that bear the id of each move, in words."""
+        found: dict[str, list[str]] = {}
+        for kind, names, patterns in (("chain", self.chains, _CHAINS), ("set", self.sets, _SETS)):
+            for name in names:
+                if move_id := _match(name, patterns):
+                    found.setdefault(move_id, []).append(f"{kind} {name}")
+        return found
 
     def olds_of(self, move_id: str) -> frozenset[Address]:
         """The addresses that are held for that move, and for no other."""

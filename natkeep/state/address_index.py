@@ -30,10 +30,15 @@ class _Header(NamedTuple):
 
 
 class AddressIndex:
-    """The addresses in each journal of a directory."""
+    """The addresses in each journal of a directory.
+
+    locked: no other process adds or removes a journal just now; fresh: nor have we, since it was
+    asked last.
+    """
 
     def __init__(self, files: StateFiles) -> None:
         self._files = files
+        self.locked = self.fresh = False
         self.forget()
 
     def forget(self) -> None:
@@ -45,7 +50,9 @@ class AddressIndex:
 
     def find(self, addresses: Iterable[bytes], *, olds_only: bool = False) -> tuple[str, ...]:
         """The ids of the journals with one of the packed *addresses* as OLD (or NEW), sorted."""
-        self._refresh()
+        if not (self.locked and self.fresh):
+            self._refresh()
+            self.fresh = True
         indexes = (self._olds,) if olds_only else (self._olds, self._news)
         wanted = frozenset(addresses)
         found = (index[one] for index in indexes for one in wanted.intersection(index))

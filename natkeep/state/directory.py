@@ -41,7 +41,7 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager
 from functools import cache
 from typing import Any
 
@@ -118,11 +118,21 @@ class StateDirectory:
         """Hold the directory's lock; JournalError when others keep it for *timeout* seconds."""
         return self._locks.shared(self.patience if timeout is None else timeout)
 
-    def changing(self, *move_ids: str) -> AbstractContextManager[None]:
+    @contextmanager
+    def changing(self, *move_ids: str) -> Iterator[None]:
         """Hold the locks of these moves, as far as there are such, and the directory's."""
         names = frozenset(f"{move_id}.journal" for move_id in move_ids if is_id(move_id))
         self._addresses.forget()
-        return self._locks.changing(names, self.patience)
+        with self._locks.changing(names, self.patience):
+            self._addresses.fresh, self._addresses.locked = False, True
+            try:
+                yield
+            finally:
+                self._addresses.locked = False
+
+    def at_once(self) -> AbstractContextManager[None]:
+        """What is begun and noted in the block is on disk, and can be read, when it ends."""
+        return self._files.at_once()
 
     def holding(self, move_id: str, timeout: float | None = None) -> AbstractContextManager[bool]:
         """Hold the lock of one move; False where there is no such move."""
@@ -180,6 +190,7 @@ class StateDirectory:
             hint = f"natkeep teardown {move.id}, or another id"
             raise RefusedError(f"the id {move.id} is in use", hint=hint)
         replaced = self._files.read(f"{move.id}.journal") if begun else None
+        self._addresses.fresh = False
         faultpoints.reach("journal-begin")
         try:
             if packed is not None:
@@ -200,7 +211,7 @@ class StateDirectory:
                 return
             if self._files.read(f"{move_id}.journal") != before:
                 self._files.write_new(f"{move_id}.journal", before)
-            self._remove_rest(move_id)
+            self._remove_rest(move_id, self._files.names())
         except Exception as error:
             raise LeftoverError(
                 f"{reason}; its files in {self.path} are left: {error}",
@@ -327,25 +338,27 @@ class StateDirectory:
         """Octets of a file that is there."""
         return self._files.size(name)
 
-    def remove(self, move_id: str) -> None:
-        """Remove a move's files, the journal first; done as well when they are not there."""
-        parse_id(move_id)
-        with self._files.errors_of(f"{move_id}.journal"):
-            faultpoints.reach("journal-remove")
-            self._files.unlink(f"{move_id}.journal")
-            faultpoints.reach("journal-removed")
-            self._remove_rest(move_id)
-            faultpoints.reach("journal-forgotten")
-            self._files.sync()
+    def remove(self, *move_ids: str) -> None:
+        """Remove the files of moves, the journals first; done as well when they are not there."""
+        guards = [name for name in self._files.names() if ".guard-" in name]
+        self._addresses.fresh = False
+        for move_id in map(parse_id, move_ids):
+            with self._files.errors_of(f"{move_id}.journal"):
+                faultpoints.reach("journal-remove")
+                self._files.unlink(f"{move_id}.journal")
+                faultpoints.reach("journal-removed")
+                self._remove_rest(move_id, guards)
+                faultpoints.reach("journal-forgotten")
+        self._files.sync()
 
-    def _remove_rest(self, move_id: str) -> None:
+    def _remove_rest(self, move_id: str, guards: Iterable[str]) -> None:
         """What was written before the journal, and what a killed writer had not renamed yet."""
         # With its socket the holder ends.
         for kind in ("ready", "seen", "changed", "connections", "hold", "asked", "told"):
             self._files.unlink(f"{move_id}.{kind}")
         for kind in ("ready", "seen", "changed", "connections", "journal"):
             self._files.unlink(f".{move_id}.{kind}.new")
-        for name in self._files.names():
+        for name in guards:
             if name.startswith(f"{move_id}.guard-"):  # whose guardian ends with it
                 self._files.unlink(name)
 

@@ -30,6 +30,7 @@ class StateFiles:
     def __init__(self, path: str | None, *, create: bool) -> None:
         self.path = path or os.environ.get("NATKEEP_STATE_DIR") or DEFAULT_DIRECTORY
         self._fd: int | None = None
+        self._later: list[tuple[str, str]] | None = None
         if create:
             try:
                 os.makedirs(self.path, mode=0o700, exist_ok=True)
@@ -46,7 +47,7 @@ class StateFiles:
                 f"cannot open the state directory {self.path}: {error.strerror}"
             ) from error
         weakref.finalize(self, os.close, self._fd)
-        if create and not os.listdir(self._fd):
+        if create and self._is_empty():
             self._mark()
         _refuse_foreign(f"the state directory {self.path}", os.fstat(self._fd), "700 " + self.path)
 
@@ -68,6 +69,10 @@ class StateFiles:
             yield fd
         finally:
             os.close(fd)
+
+    def _is_empty(self) -> bool:
+        with os.scandir(self._fd) as entries:
+            return next(entries, None) is None
 
     def _mark(self) -> None:
         """Say that the directory, which is empty, is natkeep's from now on."""
@@ -203,10 +208,12 @@ class StateFiles:
             try:
                 _write_all(fd, content)
                 faultpoints.reach("journal-written", of)
-                os.fsync(fd)
+                self._sync_file(fd)
                 first(fd)
-                faultpoints.reach("journal-rename", of)
-                os.rename(temporary, name, src_dir_fd=self._fd, dst_dir_fd=self._fd)
+                if self._later is not None:
+                    self._later.append((temporary, name))
+                    return
+                self._rename(temporary, name)
             except BaseException:
                 self.unlink(temporary)
                 raise
@@ -214,6 +221,39 @@ class StateFiles:
                 os.close(fd)
             faultpoints.reach("journal-renamed", of)
             self.sync()
+
+    def _rename(self, temporary: str, name: str) -> None:
+        faultpoints.reach("journal-rename", name.rpartition(".")[2])
+        os.rename(temporary, name, src_dir_fd=self._fd, dst_dir_fd=self._fd)
+
+    @contextmanager
+    def at_once(self) -> Iterator[None]:
+        """What is written in the block is on disk when it ends, in one go.
+
+        New files take their names then, in order; all but those of a block that fails.
+        """
+        later = self._later = list[tuple[str, str]]()
+        try:
+            yield
+            self._later = None
+            if self._fd is not None:
+                with self.errors_of(""):
+                    _sync_all(self._fd)
+            renamed = bool(later)
+            while later:
+                with self.errors_of(later[0][1]):
+                    self._rename(*later[0])
+                faultpoints.reach("journal-renamed", later.pop(0)[1].rpartition(".")[2])
+            if renamed:
+                self.sync()
+        finally:
+            self._later = None
+            for temporary, _ in later:
+                self.unlink(temporary)
+
+    def _sync_file(self, fd: int) -> None:
+        if self._later is None:
+            os.fsync(fd)
 
     def sync(self) -> None:
         """Have on disk what was removed and renamed."""
@@ -230,9 +270,19 @@ class StateFiles:
                 faultpoints.reach("journal-torn", state, lambda: os.write(fd, line[:20]))
                 _write_all(fd, line)
                 faultpoints.reach("journal-appended", state)
-                os.fsync(fd)
+                self._sync_file(fd)
             finally:
                 os.close(fd)
+
+
+def _sync_all(fd: int) -> None:
+    """All of the file system that *fd* is on; Python has no name for it."""
+    import ctypes  # late: most verbs write one file at a time
+
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.syncfs(fd):
+        number = ctypes.get_errno()
+        raise OSError(number, os.strerror(number))
 
 
 def _read_all(fd: int, size: int) -> bytes:
