@@ -12,7 +12,7 @@ gateway has begun to open: each is written in one transaction with a look at the
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Generator, Iterable, Mapping
 from contextlib import suppress
 from typing import NoReturn
 
@@ -21,6 +21,7 @@ from natkeep.errors import LeftoverError, NatkeepError, RefusedError, Unreachabl
 from natkeep.fleet import keys, pod_orders, restored, site
 from natkeep.fleet.done import Done, Error, describe_alive, parse_done
 from natkeep.fleet.followed import DeadlineError, Followed, FollowedFile, refuse_again
+from natkeep.fleet.jobs import TOGETHER, Job, Open, Prepare, Teardown, Work, work_off
 from natkeep.fleet.known import Known, Order
 from natkeep.fleet.listing import fetch
 from natkeep.fleet.observed import Observed
@@ -30,15 +31,17 @@ from natkeep.fleet.wake import Heard, Wake
 from natkeep.fleet.want import Phase, Want, is_known
 from natkeep.lifecycle.executor import Executor
 from natkeep.lifecycle.open import remove_gate_hooks
-from natkeep.lifecycle.teardown import teardown
 from natkeep.plan.observation import Gate
 from natkeep.plan.roles import Role
 from natkeep.values import replace
 
 _SOON, _LATEST = 0.5, 60.0  # s until what failed is tried again, the first time and at last
 _TICK = 0.25  # s
-_TOGETHER = 100  # keys of one transaction; etcd takes 128
 _HOOKS = 40  # times that it is looked whether a gate's hooks can go (lifecycle/open.py)
+
+
+_Waits = Generator[Job, None, dict[str, Phase]]
+"""What is to be done of a move, and in the end what it waits for."""
 
 
 class Agent:
@@ -54,14 +57,14 @@ class Agent:
         self.known = Known(self.node, bounds.groups)
         self._later: dict[str, float] = {}  # when to look again, by the monotonic clock
         self._failed: dict[str, int] = {}
-        self._hooked: dict[str, int] = {}
+        self._hooked: dict[str, tuple[str, int]] = {}  # by namespace: the move that was opened last
         self._away = False
 
     def run(self, wake: Wake) -> NoReturn:
         """Go on until a signal ends it."""
         for prefix in self.known.prefixes:
             wake.follow(prefix)
-        rested = time.monotonic()
+        rest = time.monotonic() + 1
         while True:
             ids = self.overdue()
             for heard in wake.wait(_TICK):
@@ -72,9 +75,11 @@ class Agent:
                 else:
                     ids |= self.known.about(heard) if isinstance(heard, set) else self.hear(heard)
             self.reconcile(ids)
-            if time.monotonic() - rested > 1:
+            if time.monotonic() > rest:
+                began = time.monotonic()
                 self.remove_hooks()
-                rested = time.monotonic()
+                # Of ten thousand moves a look takes long.
+                rest = time.monotonic() + max(1, 10 * (time.monotonic() - began))
 
     def hear(self, heard: Heard) -> set[str]:
         """Take what a follower has heard; the ids of the moves to be looked at."""
@@ -89,14 +94,15 @@ class Agent:
 
     def reconcile(self, ids: Iterable[str]) -> None:
         """Look at each of these moves, and do what is to be done."""
+        executor, works = self._make_executor(), dict[str, Work]()
         for move_id in sorted(ids):
             self._later.pop(move_id, None)
-            try:
-                self._reconcile(move_id)
-            except UnreachableError as error:
+            works[move_id] = self._reconcile(executor, move_id)
+        for move_id, error in work_off(works, executor, self.bounds, self._write).items():
+            if isinstance(error, UnreachableError):
                 self._look_again(move_id, _SOON)
                 self._note_away(error)
-            except Exception as error:  # the state directory, say; the other moves go on
+            else:  # the state directory, say; the other moves go on
                 self._fail(move_id, error)
                 self._say(f"{move_id}: {Error.of(error).message}")
 
@@ -113,25 +119,24 @@ class Agent:
         """Say what was seen of moves, by their ids here, where it is another than was said."""
         with suppress(NatkeepError):  # the next look says it
             changed = [*self.known.compare(seen).items()]
-            for start in range(0, len(changed), _TOGETHER):
-                self._write(dict(changed[start : start + _TOGETHER]))
+            for start in range(0, len(changed), TOGETHER):
+                self._write(dict(changed[start : start + TOGETHER]))
 
     def remove_hooks(self) -> None:
         """What only makes packets quicker, once the blackout is over."""
-        for move_id in [*self._hooked]:
-            self._hooked[move_id] -= 1
-            if self._hooked[move_id] == _HOOKS - 1:
+        for netns, (move_id, times) in [*self._hooked.items()]:
+            self._hooked[netns] = (move_id, times - 1)
+            if times == _HOOKS:
                 continue  # the blackout is hardly over
-            if remove_gate_hooks(self._make_executor(), move_id) or not self._hooked[move_id]:
-                del self._hooked[move_id]
+            if remove_gate_hooks(self._make_executor(), move_id) or times == 1:
+                del self._hooked[netns]
 
     def close(self) -> None:
         """Let go of what another agent of this node would need."""
         self.followed.close()
 
-    def _reconcile(self, move_id: str) -> None:
-        executor, followed = self._make_executor(), self.followed.known.get(move_id)
-        order = self._find_order(move_id)
+    def _reconcile(self, executor: Executor, move_id: str) -> Work:
+        followed, order = self.followed.known.get(move_id), self._find_order(move_id)
         want, told = order if isinstance(order, Want) else None, self.known.told.get(move_id)
         here = restored.find_id(executor.state, move_id, want, told)
         generation = order.generation if isinstance(order, Want) else 0
@@ -156,9 +161,9 @@ class Agent:
                 pod_orders.put(self.store, executor, move_id, order, self.bounds)
                 self._note(move_id, order, "prepared")
             elif order.wanted:
-                waits = self._make_ready(executor, move_id, order, followed)
+                waits = yield from self._make_ready(executor, move_id, order, followed)
             else:
-                waits = self._undo(executor, move_id, here, order, followed)
+                waits = yield from self._undo(executor, move_id, here, order, followed)
         except UnreachableError:
             raise
         except Exception as failed:
@@ -172,7 +177,7 @@ class Agent:
             phase, maps, error = Phase.OPENING, (), error or Error.of(unread)
         generation = max(generation, followed.generation if followed else 0)
         hooked = here if here != move_id else ""
-        self._tell(move_id, Done(phase, generation, error, waits, maps, hooked))
+        yield from self._tell(move_id, Done(phase, generation, error, waits, maps, hooked))
 
     def _find_order(self, move_id: str) -> Order | None:
         """What is ordered, with NEW as the destination says it where its restore finds it."""
@@ -185,7 +190,7 @@ class Agent:
 
     def _make_ready(
         self, executor: Executor, move_id: str, want: Want, followed: Followed | None
-    ) -> dict[str, Phase]:
+    ) -> _Waits:
         """Have it prepared, as ordered; and what it waits for."""
         seen = site.look(executor.state, move_id)
         if seen.standing in (Standing.STALE, Standing.HALF):
@@ -197,48 +202,50 @@ class Agent:
             self._note(move_id, want, "begun")
             followed = self.followed.known[move_id]
             self._say(f"{move_id}: what an earlier start left is cleared")
-            teardown(executor, move_id)
+            yield Teardown(move_id, executor.drops)
             seen = Seen(Standing.GONE)
         if seen.standing == Standing.GONE:
             if followed and followed.generation == want.generation:
                 refuse_again(move_id, want, followed)
-            return self._prepare(executor, move_id, want)
+            return (yield from self._prepare(executor, move_id, want))
         if not is_known(want.maps):  # the destination does not say it just now: nothing is undone
             return self._find_waits(move_id, want)
         if self._demand_ours(move_id, followed).digest != want.digest():
-            return self._prepare_anew(executor, move_id, want, seen)
+            return (yield from self._prepare_anew(executor, move_id, want, seen))
         self._note(move_id, want, "prepared")
         if seen.standing == Standing.PREPARED and want.gate == Gate.OPEN and not seen.closed:
-            return self._open(executor, move_id, want)
+            return (yield from self._open(move_id, want))
         # Where a process was, silence is safe.
         if not seen.touched and want.role != Role.SOURCE and want.deadline:
             self._heed_deadline(executor, move_id, want, seen)
         return {}
 
-    def _prepare(self, executor: Executor, move_id: str, want: Want) -> dict[str, Phase]:
-        site.refuse_out_of_bounds(executor, want, self.bounds)
+    def _prepare(self, executor: Executor, move_id: str, want: Want) -> _Waits:
+        site.refuse_out_of_bounds(want, self.bounds)
         if waits := self._find_waits(move_id, want):
             return waits
         checkpoint = fetch(self.store, move_id, want.listed)
         move = site.make_move(move_id, want, checkpoint)
+        told = self.known.told.get(move_id)
+        again = told is not None and told.phase.reaches(Phase.PREPARED)  # and since, it has booted
         if not self._claim(move_id, want):
             return self._find_waits(move_id, want)
         self._note(move_id, want, "begun")
-        site.make_ready(executor, move, want, checkpoint)
+        yield Prepare(move, want, checkpoint, again)
         self._note(move_id, want, "prepared")
         self._say(f"{move_id}: prepared as {want.role}, gate {want.gate}")
         if want.gate == Gate.OPEN:
-            self._hooked[move_id] = _HOOKS
+            self._hooked[want.netns] = (move_id, _HOOKS)
         elif want.deadline:
             self._look_again(move_id, want.deadline)
         return {}
 
-    def _open(self, executor: Executor, move_id: str, want: Want) -> dict[str, Phase]:
+    def _open(self, move_id: str, want: Want) -> _Waits:
         """What had been prepared to be open, when the agent was killed."""
         waits = self._find_waits(move_id, want)
         if not waits and self._claim(move_id, want):
-            site.open_gate(executor, move_id)
-            self._hooked[move_id] = _HOOKS
+            yield Open(move_id)
+            self._hooked[want.netns] = (move_id, _HOOKS)
         return waits
 
     def _claim(self, move_id: str, want: Want) -> bool:
@@ -278,20 +285,18 @@ class Agent:
             raise error
         self._note(move_id, want, "prepared")  # it was opened at that moment
 
-    def _prepare_anew(
-        self, executor: Executor, move_id: str, want: Want, seen: Seen
-    ) -> dict[str, Phase]:
+    def _prepare_anew(self, executor: Executor, move_id: str, want: Want, seen: Seen) -> _Waits:
         """What a later order has otherwise: the connections since the freeze, say."""
         if self._is_restored_anew(move_id, want):
-            teardown(executor, move_id)
-            return self._prepare(executor, move_id, want)
+            yield Teardown(move_id, executor.drops)
+            return (yield from self._prepare(executor, move_id, want))
         sending, _ = self._find_sending(move_id, want)
         if sending or seen.standing != Standing.PREPARED or not site.clear(executor, move_id, want):
             raise RefusedError(
                 f"{move_id} is {seen.standing.value} as an earlier order had it",
                 hint=f"natkeep fleet end {move_id} first",
             )
-        return self._prepare(executor, move_id, want)
+        return (yield from self._prepare(executor, move_id, want))
 
     def _is_restored_anew(self, move_id: str, want: Want) -> bool:
         """Whether NEW is another one since a restore that failed, and nothing was opened there."""
@@ -314,7 +319,7 @@ class Agent:
 
     def _undo(
         self, executor: Executor, move_id: str, here: str, want: Want, followed: Followed | None
-    ) -> dict[str, Phase]:
+    ) -> _Waits:
         """Undo it by order; and what it waits for. here: its id at this node."""
         pod_orders.take_away(executor, move_id, want)
         standing = site.look(executor.state, here).standing
@@ -324,9 +329,9 @@ class Agent:
             if waits := self._find_waits(move_id, want):
                 return waits
             if standing == Standing.STALE:
-                teardown(executor, here)
+                yield Teardown(here, executor.drops)
             else:
-                site.undo(executor, here, want)
+                yield site.undo(executor, here, want)
             self._say(f"{move_id}: undone")
         self._note(move_id, want, "gone")
         return {}
@@ -373,13 +378,13 @@ class Agent:
         at = time.monotonic() + seconds
         self._later[move_id] = min(at, self._later.get(move_id, at))
 
-    def _tell(self, move_id: str, done: Done) -> None:
+    def _tell(self, move_id: str, done: Done) -> Work:
         before = self.known.told.get(move_id)
         if before is not None and before.phase == done.phase:
             done = replace(done, observed=before.observed)
         if done == before:
             return
-        self._write({move_id: done})
+        yield done
         if done.error is not None and (before is None or before.error != done.error):
             self._say(f"{move_id}: {done.error.message}")
 

@@ -36,7 +36,7 @@ def put(store: Store, executor: Executor, move_id: str, want: Want, bounds: poli
     if standing == Standing.OPEN:
         return take_away(executor, move_id, want)
     if standing == Standing.GONE:
-        site.refuse_out_of_bounds(executor, want, bounds)
+        site.refuse_out_of_bounds(want, bounds)
     if want.listeners:
         raise RefusedError("listeners: a list has none, and natkeep-cni reads a list")
     text = json.dumps(

@@ -12,13 +12,12 @@ from enum import Enum
 from natkeep import policy
 from natkeep.checkpoint import Checkpoint
 from natkeep.errors import LeftoverError, RefusedError
+from natkeep.fleet.jobs import Teardown
 from natkeep.fleet.want import Phase, Want, make_maps
 from natkeep.kernel.pods import find_netns
 from natkeep.lifecycle import drain
 from natkeep.lifecycle.executor import Executor, finish
-from natkeep.lifecycle.open import open_move
-from natkeep.lifecycle.prepare import prepare
-from natkeep.lifecycle.teardown import end, teardown
+from natkeep.lifecycle.teardown import end
 from natkeep.plan.maps import Map
 from natkeep.plan.move import Move, Site
 from natkeep.plan.observation import Gate
@@ -101,7 +100,7 @@ def make_move(move_id: str, want: Want, checkpoint: Checkpoint) -> Move:
     )  # fmt: skip
 
 
-def refuse_out_of_bounds(executor: Executor, want: Want, bounds: policy.Agent) -> None:
+def refuse_out_of_bounds(want: Want, bounds: policy.Agent) -> None:
     """RefusedError where the operator's file does not let the store order it here."""
     if bounds.roles is not None and want.role not in bounds.roles:
         raise RefusedError(f"{bounds.node} takes no orders as {want.role}", hint="agent.roles")
@@ -109,26 +108,10 @@ def refuse_out_of_bounds(executor: Executor, want: Want, bounds: policy.Agent) -
         raise RefusedError(
             f"{bounds.node} takes no orders in the namespace {want.netns!r}", hint="agent.netns"
         )
-    if bounds.max_moves is not None and len(executor.state.ids()) >= bounds.max_moves:
-        raise RefusedError(
-            f"{bounds.node} has {bounds.max_moves} moves already", hint="agent.max_moves"
-        )
 
 
-def make_ready(executor: Executor, move: Move, want: Want, checkpoint: Checkpoint) -> None:
-    """Prepare it, and open its gate where that is ordered; if the operator's file allows it."""
-    count = sum(map(len, move.share(checkpoint.connections))) + len(move.udp)
-    policy.authorise(move, count + len(move.udp_servers))
-    prepare(executor, move, checkpoint.connections, want.gate, want.image)
-
-
-def open_gate(executor: Executor, move_id: str) -> None:
-    """Open what was prepared to be open, by an agent that was killed before it did."""
-    open_move(executor, move_id)
-
-
-def undo(executor: Executor, move_id: str, want: Want) -> None:
-    """Undo it by order; nothing is undone while connections live by it (LeftoverError).
+def undo(executor: Executor, move_id: str, want: Want) -> Teardown:
+    """What undoes it by order; LeftoverError while connections live by it.
 
     RefusedError where the process was and is not, but OLD is still: peers would be reset.
     """
@@ -146,8 +129,7 @@ def undo(executor: Executor, move_id: str, want: Want) -> None:
                 f"{move_id} --yes",
             )
     # Once all that sends to it is undone, nothing comes to a destination that it had to drop.
-    executor.drops = 0 if want.after else SECONDS
-    teardown(executor, move_id)
+    return Teardown(move_id, 0 if want.after else SECONDS)
 
 
 def clear(executor: Executor, move_id: str, want: Want) -> bool:

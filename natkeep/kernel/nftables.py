@@ -19,9 +19,11 @@ from contextlib import suppress
 from natkeep.errors import KernelError
 from natkeep.kernel import nftables_dump as dump
 from natkeep.kernel.interface import Packed
-from natkeep.kernel.netlink import NETLINK_NETFILTER, Netlink
+from natkeep.kernel.netlink import NETLINK_NETFILTER, NLM_F_DUMP, Netlink, find_attribute
 from natkeep.kernel.nft_messages import (
+    SUBSYSTEM,
     Message,
+    nfgenmsg,
     pack_batch,
     pack_chain_removal,
     pack_fill,
@@ -46,6 +48,7 @@ from natkeep.plan.observation import Gate
 from natkeep.plan.steps import HoldListeners, Loads, OpenGate
 
 _MESSAGE = re.compile(r"(?:Error|Warning): (.*)")
+_INET = 1  # NFPROTO_INET
 _GATES = re.compile(rf"(?:gate|callers)-{ID}")
 """Chains that drop until they are opened; an address chain's name is never of that form."""
 
@@ -188,8 +191,12 @@ def unload(undos: Iterable[Undo]) -> None:
 
 def _has_another(own: set[str]) -> bool:
     """The same where it is so; the one that is told first, of a hundred thousand, is enough."""
-    there = (name for name in dump.each_chain_name(TABLE) if _GATES.fullmatch(name))
-    return any(name not in own for name in there)
+    with Netlink(NETLINK_NETFILTER) as netlink, suppress(FileNotFoundError):
+        for answer in netlink.request(SUBSYSTEM | dump.GETCHAIN, NLM_F_DUMP, nfgenmsg(_INET)):
+            table, name = (dump.text(find_attribute(answer[4:], at)) for at in (1, 3))
+            if table == TABLE and _GATES.fullmatch(name) and name not in own:
+                return True
+    return False
 
 
 def _has_others(own: set[str]) -> bool:

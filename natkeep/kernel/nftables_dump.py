@@ -95,15 +95,6 @@ def chain_names(table: str) -> frozenset[str]:
     return frozenset(text(chain[3]) for chain in chains if text(chain[1]) == table)
 
 
-def each_chain_name(table: str) -> Iterator[str]:
-    """The same one after the other as they are read: some may be missing, or gone meanwhile."""
-    with Netlink(NETLINK_NETFILTER) as netlink, suppress(FileNotFoundError):
-        body = nfgenmsg(_FAMILY["inet"]) + attribute(1, string(table))
-        for answer in netlink.request(SUBSYSTEM | GETCHAIN, NLM_F_DUMP, body):
-            if find_attribute(answer[4:], 1) == string(table):
-                yield text(find_attribute(answer[4:], 3))
-
-
 def set_names(table: str) -> frozenset[str]:
     """The sets and maps of the inet table, without reading an element."""
     found = _dump(GETSET, "inet", attribute(1, string(table)))

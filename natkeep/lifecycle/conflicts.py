@@ -37,8 +37,11 @@ def refuse_overlaps(executor: Executor, plan: Plan, besides: frozenset[str]) -> 
         other = executor.state.read_header(move_id)
         if other is None or move_id in besides or not any(map(other.is_at, ours)):
             continue
-        journal = partial(executor.state.load, move_id)
-        _refuse_beside(plan, other.move, lambda load=journal: plan_today(load()))
+        _refuse_beside(plan, other.move, partial(_plan_of, executor, move_id))
+
+
+def _plan_of(executor: Executor, move_id: str) -> Plan:
+    return plan_today(executor.state.load(move_id))
 
 
 def refuse_beside(plan: Plan, other: Plan) -> None:

@@ -32,17 +32,17 @@ class _Header(NamedTuple):
 class AddressIndex:
     """The addresses in each journal of a directory.
 
-    locked: no other process adds or removes a journal just now; fresh: nor have we, since it was
-    asked last.
+    locked: no other process adds or removes a journal just now.
     """
 
     def __init__(self, files: StateFiles) -> None:
         self._files = files
-        self.locked = self.fresh = False
+        self.locked = False
         self.forget()
 
     def forget(self) -> None:
         """Read all of them again when one is next asked for."""
+        self._turns = -1
         self._headers: dict[str, _Header] = {}
         self._olds: dict[bytes, set[str]] = {}
         self._news: dict[bytes, set[str]] = {}
@@ -50,9 +50,9 @@ class AddressIndex:
 
     def find(self, addresses: Iterable[bytes], *, olds_only: bool = False) -> tuple[str, ...]:
         """The ids of the journals with one of the packed *addresses* as OLD (or NEW), sorted."""
-        if not (self.locked and self.fresh):
+        if not (self.locked and self._turns == self._files.turns):
             self._refresh()
-            self.fresh = True
+            self._turns = self._files.turns
         indexes = (self._olds,) if olds_only else (self._olds, self._news)
         wanted = frozenset(addresses)
         found = (index[one] for index in indexes for one in wanted.intersection(index))

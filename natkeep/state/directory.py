@@ -124,7 +124,7 @@ class StateDirectory:
         names = frozenset(f"{move_id}.journal" for move_id in move_ids if is_id(move_id))
         self._addresses.forget()
         with self._locks.changing(names, self.patience):
-            self._addresses.fresh, self._addresses.locked = False, True
+            self._addresses.locked = True
             try:
                 yield
             finally:
@@ -190,7 +190,6 @@ class StateDirectory:
             hint = f"natkeep teardown {move.id}, or another id"
             raise RefusedError(f"the id {move.id} is in use", hint=hint)
         replaced = self._files.read(f"{move.id}.journal") if begun else None
-        self._addresses.fresh = False
         faultpoints.reach("journal-begin")
         try:
             if packed is not None:
@@ -341,7 +340,6 @@ class StateDirectory:
     def remove(self, *move_ids: str) -> None:
         """Remove the files of moves, the journals first; done as well when they are not there."""
         guards = [name for name in self._files.names() if ".guard-" in name]
-        self._addresses.fresh = False
         for move_id in map(parse_id, move_ids):
             with self._files.errors_of(f"{move_id}.journal"):
                 faultpoints.reach("journal-remove")

@@ -25,11 +25,15 @@ _SIZE_LIMIT = 64 << 20
 
 
 class StateFiles:
-    """The directory, held by one handle; where there is none it has no files."""
+    """The directory, held by one handle; where there is none it has no files.
+
+    turns: how often a name was added or removed by this handle.
+    """
 
     def __init__(self, path: str | None, *, create: bool) -> None:
         self.path = path or os.environ.get("NATKEEP_STATE_DIR") or DEFAULT_DIRECTORY
         self._fd: int | None = None
+        self.turns = 0
         self._later: list[tuple[str, str]] | None = None
         if create:
             try:
@@ -114,6 +118,7 @@ class StateFiles:
     def unlink(self, name: str) -> None:
         """Remove the file, if there is one."""
         if self._fd is not None:  # without it the name would be one of the working directory
+            self.turns += 1
             with suppress(FileNotFoundError):
                 os.unlink(name, dir_fd=self._fd)
 
@@ -224,6 +229,7 @@ class StateFiles:
 
     def _rename(self, temporary: str, name: str) -> None:
         faultpoints.reach("journal-rename", name.rpartition(".")[2])
+        self.turns += 1
         os.rename(temporary, name, src_dir_fd=self._fd, dst_dir_fd=self._fd)
 
     @contextmanager

@@ -16,11 +16,12 @@ from fleet_nodes import LISTING, OPENED, ORDER, READY, UNDONE, Fleet
 from natkeep.checkpoint.listing import parse_listing
 from natkeep.errors import JournalError, RefusedError, UnreachableError
 from natkeep.fleet import apply as orders
-from natkeep.fleet import keys, progress, site
+from natkeep.fleet import jobs, keys, progress, site
 from natkeep.fleet.directory import DirectoryStore
 from natkeep.fleet.order import parse_file
 from natkeep.fleet.store import read
 from natkeep.fleet.want import make_maps, parse_want
+from natkeep.lifecycle import many
 from natkeep.lifecycle.open import close_move, open_move
 from natkeep.lifecycle.teardown import teardown
 from natkeep.plan.observation import Gate
@@ -616,12 +617,12 @@ def test_a_fault_of_natkeeps_is_told_and_stops_nothing_else(
 ) -> None:
     host_b, *_ = fleet.usual()
 
-    def fail(*_: object) -> None:
+    def fail(*_: object, **__: object) -> None:
         raise ZeroDivisionError("never")
 
     fleet.apply()
     with monkeypatch.context() as patch:
-        patch.setattr(site, "make_ready", fail)
+        patch.setattr(many, "prepare", fail)
         host_b.turn()
     error = fleet.done("host-b").error
     assert error is not None
@@ -764,3 +765,52 @@ def test_a_node_that_is_ordered_twice(fleet: Fleet) -> None:
     fleet.add("host-a")
     with pytest.raises(Exception, match="host-b is two of them"):
         fleet.apply()
+
+
+# ---- many moves ----------------------------------------------------------------------------------
+
+
+def apply_many(fleet: Fleet, count: int) -> list[str]:
+    ids = [f"m{n}" for n in range(count)]
+    for n, move_id in enumerate(ids):
+        order = {**ORDER, "id": move_id, "maps": [f"10.2.1.{n}=10.3.1.{n}"], "deadline_s": 0}
+        fleet.apply(order, f"10.2.1.{n}:5000 10.1.0.2:{50000 + n}\n")
+    return ids
+
+
+def test_many_orders_are_followed_at_once_and_each_is_told(
+    fleet: Fleet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, gateway, _ = fleet.usual()
+    ids = apply_many(fleet, 4)
+    made = []
+    prepare_many = jobs.prepare_many
+
+    def note(executor: Any, wanted: Any) -> Any:
+        made.append([one.move.id for one in wanted])
+        return prepare_many(executor, wanted)
+
+    monkeypatch.setattr(jobs, "prepare_many", note)
+    vars(gateway.kernel)["fail_at"] = 1  # of one of them, once
+    fleet.turn()
+    assert ids in made
+    for move_id in ids:
+        assert {n: str(fleet.done(n, move_id).phase) for n in fleet.nodes} == READY
+    for move_id in ids[1:]:
+        fleet.end(move_id, force=True)
+    fleet.turn()
+    assert gateway.executor().state.ids() == ("m0",)
+    assert {str(fleet.done("gw-1", move_id).phase) for move_id in ids[1:]} == {"gone"}
+
+
+def test_of_many_orders_as_many_are_followed_as_are_allowed(fleet: Fleet) -> None:
+    fleet.add("host-b", max_moves=2)
+    fleet.add("gw-1", groups=("edge",))
+    fleet.add("host-a")
+    ids = apply_many(fleet, 3)
+    fleet.turn()
+    errors = [fleet.done("host-b", move_id).error for move_id in ids]
+    assert [error and error.message for error in errors] == [
+        None, None, "host-b has 2 moves already (agent.max_moves)"
+    ]  # fmt: skip
+    assert str(fleet.done("gw-1", ids[2]).phase) == "gone"
