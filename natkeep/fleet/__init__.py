@@ -10,6 +10,7 @@
     site.py       a move's phase by its journal, and what is done to it, through the lifecycle
     restored.py   a destination that natkeep-hook prepares, since NEW is known at the restore only
     ready.py      answers a restore that asks by the agent's socket (natkeep/agent_socket.py)
+    jobs.py       what is to be done of many moves, done at once
     followed.py   which order of a move was followed last, on disk
     wake.py       what wakes the agent: the store's changes, and those of journals
 

@@ -7,6 +7,7 @@
     open.py       compare.py: with the image, for a move that was prepared from a living process
     status.py     drain.py: what a teardown would break
     repair.py     teardown.py   gc.py
+    many.py       many_undo.py: prepare, open and teardown of a list of moves in one transaction
     examine.py    what stops or endangers a move, of a subject.py; path.py and other_rules.py:
                   its packets' way; examine_move.py: as prepare would make it
     live.py       the sockets of a living process; sockets.py: what a site lacks or does of them
