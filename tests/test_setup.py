@@ -116,6 +116,18 @@ def test_another_natkeeps_link_is_replaced_but_not_taken_away(run: Setup, tmp_pa
     assert other.readlink() == tmp_path / "own/bin/natkeep"
 
 
+def test_of_debians_package_only_what_it_does_not_link_itself_is_linked(
+    run: Setup, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(installation, "CNI", (str(tmp_path / "opt"), str(tmp_path / "cni")))
+    monkeypatch.setattr(installation, "find_program", lambda name: f"/usr/bin/{name}")
+    (tmp_path / "cni").mkdir()
+    assert run("--link")[:2] == (0, "")
+    (tmp_path / "opt").mkdir()
+    assert run("--link")[1].split() == ["made", str(tmp_path / "opt/natkeep-cni")]
+    assert [*(tmp_path / "cni").iterdir()] == []
+
+
 def test_the_cni_plugin_is_linked_where_runtimes_look(run: Setup, tmp_path: Path) -> None:
     (tmp_path / "cni").mkdir()
     assert run("--link")[1].count("made") == 4

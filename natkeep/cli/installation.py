@@ -26,7 +26,7 @@ from natkeep.values import dataclass
 BIN = "/usr/local/bin"
 UNITS = "/etc/systemd/system"
 CNI = ("/opt/cni/bin", "/usr/lib/cni")
-"""Where container runtimes look for CNI's plugins."""
+"""Where container runtimes look for CNI's plugins; the second is Debian's."""
 
 _OURS = "# Made by natkeep setup; natkeep setup --remove takes it away.\n"
 _SOURCE = Path(__file__).parents[1] / "systemd"
@@ -132,13 +132,13 @@ def _demand_program(name: str) -> str:
 
 
 def _links() -> Iterator[Piece]:
-    plugins = [directory for directory in CNI if os.path.isdir(directory)]
     for name in ("natkeep", "natkeep-hook", "natkeep-cni"):
         program = _demand_program(name)
-        if os.path.dirname(program) not in ("/usr/bin", "/usr/sbin"):
-            yield Piece(Path(BIN, name), target=program)
-        if name == "natkeep-cni":
-            yield from (Piece(Path(directory, name), target=program) for directory in plugins)
+        packaged = os.path.dirname(program) in ("/usr/bin", "/usr/sbin")
+        places = [] if packaged else [BIN]
+        if name == "natkeep-cni":  # Debian's package has a link where Debian's runtimes look
+            places += [each for each in CNI[: 1 if packaged else 2] if os.path.isdir(each)]
+        yield from (Piece(Path(directory, name), target=program) for directory in places)
 
 
 def _units() -> Iterator[Piece]:

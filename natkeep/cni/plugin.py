@@ -5,7 +5,7 @@
     CHECK    is it as it was prepared?
     DEL      undo what was prepared for this container, and for no other of the pod's name
     GC       the same for all containers of this network that are not attached any more
-    STATUS   the front answers it
+    STATUS   is there an agent, where one is named?
 
 Rule: nothing of the pod runs yet. ADD gives prevResult back as it came, or fails with nothing left
 of it: a pod is never begun half kept. DEL always succeeds. What a plugin that was killed has left
@@ -18,8 +18,9 @@ import json
 import os
 import sys
 from contextlib import suppress
+from pathlib import Path
 
-from natkeep.cni.call import OWN, VERSIONS, Call, CniError, find_addresses, read_call
+from natkeep.cni.call import NOT_AVAILABLE, OWN, VERSIONS, Call, CniError, find_addresses, read_call
 from natkeep.cni.order import PodOrder, Told, find_all_told, find_order, make_told, read_told
 from natkeep.errors import DriftError, NatkeepError, RefusedError
 
@@ -85,6 +86,8 @@ def _serve(call: Call) -> None:
         _delete(call)
     elif call.verb == "GC":
         _collect(call)
+    elif call.config.agent is not None and not Path(call.config.agent).is_socket():
+        raise CniError(NOT_AVAILABLE, f"no agent listens at {call.config.agent}")
 
 
 def _make_executor(call: Call) -> Executor:
