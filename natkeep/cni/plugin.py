@@ -23,6 +23,7 @@ from pathlib import Path
 from natkeep.cni.call import NOT_AVAILABLE, OWN, VERSIONS, Call, CniError, find_addresses, read_call
 from natkeep.cni.order import PodOrder, Told, find_all_told, find_order, make_told, read_told
 from natkeep.errors import DriftError, NatkeepError, RefusedError
+from natkeep.terminal import show_json
 
 TYPE_CHECKING = False  # typing.TYPE_CHECKING, without importing typing
 if TYPE_CHECKING:
@@ -52,7 +53,7 @@ def main() -> int:
     except Exception as error:  # the runtime would only say that there was no answer
         return _fail(OWN + 1, f"{type(error).__name__}: {error}", text)
     if call.verb == "ADD":
-        print(_take_result(text))
+        show_json(_take_result(text))
     return 0
 
 
@@ -61,7 +62,8 @@ def _fail(code: int, message: str, text: str) -> int:
     with suppress(ValueError, AttributeError, RecursionError):
         version = json.loads(text).get("cniVersion", version)
     version = version if version in VERSIONS else VERSIONS[0]
-    print(json.dumps({"cniVersion": version, "code": code, "msg": f"natkeep-cni: {message}"}))
+    said = {"cniVersion": version, "code": code, "msg": f"natkeep-cni: {message}"}
+    show_json(json.dumps(said))
     _note(message, failed=True)
     return 1
 

@@ -12,6 +12,7 @@ import sys
 from natkeep import policy
 from natkeep.errors import NatkeepError
 from natkeep.fleet.stores import open_store
+from natkeep.terminal import say
 
 
 def main() -> int:
@@ -33,7 +34,7 @@ def main() -> int:
         run(store, tuple(args.namespace))
     except NatkeepError as error:
         hint = f" ({error.hint})" if error.hint else ""
-        print(f"natkeep: {error}{hint}", file=sys.stderr)
+        say(f"natkeep: {error}{hint}")
         return error.exit_code
     return 0
 

@@ -25,6 +25,7 @@ from typing import Any
 
 from natkeep.errors import JournalError
 from natkeep.fleet.want import Phase, as_object, texts, whole
+from natkeep.terminal import show_json
 from natkeep.values import dataclass
 
 _EVERY, _CALM, _TICK = 30.0, 5.0, 1.0  # s; calm: nothing has changed of a move for so long
@@ -137,4 +138,4 @@ def show(directory: str, *ids: str) -> None:
         tally = look_closely(status).tally()
         drift = [line for site in status.sites for line in site.drift][:_LINES]
         seen = Observed(tally[State.LIVE] + tally[State.ONE_WAY], tuple(drift))
-        print(json.dumps({"id": status.plan.move.id, **seen.to_json()}))
+        show_json(json.dumps({"id": status.plan.move.id, **seen.to_json()}))
