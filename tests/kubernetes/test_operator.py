@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import socket
 import subprocess
 import sys
@@ -31,6 +32,8 @@ def api() -> Iterator[Api]:
 
 @pytest.fixture
 def fleet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Fleet]:
+    monkeypatch.setattr(os, "fsync", lambda fd: None)
+    monkeypatch.setattr("natkeep.policy.PATH", "/nowhere/natkeep.toml")
     monkeypatch.setattr("natkeep.fleet.site.find_netns", lambda spec: spec.replace(":", "-"))
     store = DirectoryStore(str(tmp_path / "store"))
     fleet = Fleet(tmp_path, store)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -119,6 +120,8 @@ class Rig:
 @pytest.fixture
 def rig(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Rig]:
     # The fake kernel has a namespace of any name; tests/kernel/test_pods.py has pods of /proc.
+    monkeypatch.setattr(os, "fsync", lambda fd: None)
+    monkeypatch.setattr("natkeep.policy.PATH", "/nowhere/natkeep.toml")
     monkeypatch.setattr("natkeep.fleet.site.find_netns", lambda spec: spec.replace(":", "-"))
     rig = Rig(tmp_path)
     store = rig.store
