@@ -5,7 +5,8 @@
                                        └──── …
 
 containerd runs in all of the host's namespaces; what it keeps below /run and /var/lib is on tmpfs
-of the host's own, so that all of it ends with the host.
+of the host's own, so that all of it ends with the host. Its snapshots are copies (`native`), since
+the lab's directory may be on an overlay itself.
 
 Rule: what lies outside of the lab's namespaces and directory is cgroups that bear the lab's
 prefix. This file must never write below /etc, /run or /var of the machine.
@@ -47,6 +48,9 @@ state = "/run/containerd"
 disabled_plugins = ["io.containerd.internal.v1.opt"]
 [grpc]
 address = "{own}/sock"
+[plugins.'io.containerd.cri.v1.images']
+snapshotter = "native"
+use_local_image_pull = true
 [plugins.'io.containerd.cri.v1.images'.pinned_images]
 sandbox = "{pause}"
 [plugins.'io.containerd.cri.v1.images'.registry]
@@ -103,7 +107,7 @@ class Node:
             write_images(directory)
         line = [sys.executable, "-I", "-S", script, str(directory), str(PORT)]
         self.host.start(f"registry-{self.host.role}", *line)
-        await_true(self._is_served, "the registry to answer")
+        await_true(self._is_served, "the registry to answer", seconds=30)
         for name in (BARE, PAUSE):
             self.cri.pull(name)
 
