@@ -62,14 +62,15 @@ def test_links_are_made_once_and_taken_away(run: Setup, tmp_path: Path) -> None:
 
 def test_the_units_start_this_natkeep_and_are_accepted(run: Setup, tmp_path: Path) -> None:
     code, out, err = run("--units")
-    assert (code, out.count("made")) == (0, 4)
+    assert (code, out.count("made")) == (0, 5)
     assert (
         "systemctl enable --now natkeep-gc.service natkeep-repair.service natkeep-watch.timer"
         in err
     )
+    assert "on a node of a fleet: systemctl enable --now natkeep-agent.service" in err
     units = [*(tmp_path / "units").iterdir()]
     starts = "".join(path.read_text() for path in units)
-    assert starts.count(f"={tmp_path}/own/bin/natkeep ") == 4
+    assert starts.count(f"={tmp_path}/own/bin/natkeep ") == 5
     assert "/usr/bin/env" not in starts
     if shutil.which("systemd-analyze"):
         done = subprocess.run(["systemd-analyze", "verify", *units], capture_output=True, text=True)
@@ -77,7 +78,7 @@ def test_the_units_start_this_natkeep_and_are_accepted(run: Setup, tmp_path: Pat
 
     (tmp_path / "units/natkeep-gc.service").write_text(units[0].read_text() + "# earlier\n")
     assert run("--units")[1].count("made") == 1
-    assert run("--remove")[1].count("removed") == 4
+    assert run("--remove")[1].count("removed") == 5
     assert [*(tmp_path / "units").iterdir()] == []
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from natkeep import policy
 from natkeep.cli import make_parser
 
 FOLDER = Path(__file__).parent.parent / "natkeep/systemd"
@@ -51,8 +52,9 @@ def test_a_service_starts_a_verb_that_there_is(name: str) -> None:
 def test_a_service_may_no_more_than_it_needs(name: str) -> None:
     service = read(name)["Service"]
 
+    holds = ["CAP_NET_RAW"] if name == "natkeep-agent.service" else []
     assert service["CapabilityBoundingSet"].split() == [
-        "CAP_NET_ADMIN", "CAP_SYS_ADMIN", "CAP_SYS_PTRACE", "CAP_DAC_READ_SEARCH"
+        "CAP_NET_ADMIN", "CAP_SYS_ADMIN", "CAP_SYS_PTRACE", "CAP_DAC_READ_SEARCH", *holds
     ]  # fmt: skip
     assert service["NoNewPrivileges"] == "yes"
     assert service["ProtectSystem"] == "strict"
@@ -85,3 +87,13 @@ def test_the_watch_looks_before_the_kernel_forgets_an_end() -> None:
 
 def test_gc_comes_before_repair_at_boot() -> None:
     assert "natkeep-repair.service" in read("natkeep-gc.service")["Unit"]["Before"].split()
+
+
+def test_what_an_agent_has_prepared_outlives_it() -> None:
+    """Its journals and the processes that hold segments; and it starts only where it is bounded."""
+    unit = read("natkeep-agent.service")
+
+    assert unit["Service"]["KillMode"] == "process"
+    assert unit["Service"]["RuntimeDirectory"] == "natkeep"
+    assert unit["Service"]["RuntimeDirectoryPreserve"] == "yes"
+    assert unit["Unit"]["ConditionPathExists"] == policy.PATH

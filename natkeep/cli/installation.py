@@ -30,6 +30,7 @@ CNI = ("/opt/cni/bin", "/usr/lib/cni")
 
 _OURS = "# Made by natkeep setup; natkeep setup --remove takes it away.\n"
 _SOURCE = Path(__file__).parents[1] / "systemd"
+_OF_A_FLEET = "natkeep-agent.service"
 _HOMES = ("/home/", "/root/", "/run/user/")
 
 
@@ -121,7 +122,11 @@ def _tell(args: argparse.Namespace, states: dict[Piece, str], done: list[Piece])
     talk(args, "natkeep: systemd is to be told: systemctl daemon-reload")
     if not args.remove:
         starts = [piece.path.name for piece in done if "[Install]" in piece.text]
-        talk(args, f"natkeep: this has enabled none: systemctl enable --now {' '.join(starts)}")
+        usual = " ".join(name for name in starts if name != _OF_A_FLEET)
+        if usual:
+            talk(args, f"natkeep: this has enabled none: systemctl enable --now {usual}")
+        if _OF_A_FLEET in starts:
+            talk(args, f"natkeep: on a node of a fleet: systemctl enable --now {_OF_A_FLEET}")
 
 
 def _demand_program(name: str) -> str:

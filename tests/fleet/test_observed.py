@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import queue
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -41,6 +42,23 @@ def test_a_move_is_looked_at_when_it_is_calm_and_then_seldom() -> None:
     assert observer.find_due(at + 229) == set(), "what takes long is done the less often"
     del phases["mail"]
     assert observer.find_due(at + 230) == {"web"}
+
+
+def test_what_is_due_is_looked_at_and_handed_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(observed, "_CALM", 0.0)
+    monkeypatch.setattr(observed, "_TICK", 0.01)
+    looked: queue.Queue[tuple[str, set[str]]] = queue.Queue()
+
+    def look(directory: str, ids: set[str]) -> dict[str, Observed]:
+        looked.put((directory, ids))
+        return {"web": Observed(3), "another": Observed(1)}
+
+    monkeypatch.setattr(observed, "look", look)
+    handed: queue.Queue[dict[str, Observed]] = queue.Queue()
+    Observer("/run/natkeep", lambda: {"web": OPEN}, handed.put).start()
+    assert looked.get(timeout=30) == ("/run/natkeep", {"web"})
+    assert handed.get(timeout=30) == {"web": Observed(3)}
+    assert looked.empty(), "once, until something changes"
 
 
 def test_what_was_seen_is_said_and_wakes_no_other(fleet: Fleet) -> None:
