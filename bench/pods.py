@@ -23,7 +23,7 @@ from natkeep.lab.scenario import find_scenario
 WANTED_MS = 1100
 OTHERS = (
     "", "pod_behind_service_moves", "pod_behind_policy_moves", "pod_moves_beside_its_peer",
-    "pod_stays_when_it_cannot_move",
+    "pod_stays_when_it_cannot_move", "pod_moves_by_a_fleet",
 )  # fmt: skip
 CONTROLS = {"no hook at the source": "closes_source", "the gateway afterwards": "gateway_first"}
 

@@ -8,9 +8,10 @@
 
 containerd at both nodes, asked by the CRI as a kubelet asks; the network is CNI's bridge, with
 natkeep-cni at its end. While the server runs, the new pod is made: natkeep-cni finds its order and
-prepares the destination, closed. The checkpoint leaves the server running, so natkeep-hook closes
-the source at post-dump; the gateway is opened; CRIU restores in the new pod, whose gate
-natkeep-hook opens. Then the old pod is removed. (docs/kubernetes.md)
+prepares the destination, closed. A connection that begins afterwards is in the image alone. The
+checkpoint leaves the server running, so natkeep-hook closes the source at post-dump; the gateway is
+opened; CRIU restores in the new pod, whose gate natkeep-hook opens. Then the old pod is removed.
+(docs/kubernetes.md)
 """
 
 from natkeep.lab.pods.move import Pods
@@ -21,8 +22,10 @@ SETUP = {"engine": "containerd"}
 def run(lab, *, closes_source=True, gateway_first=True, shares_pids=False):
     """closes_source, gateway_first: what it takes; without either the connections are lost."""
     pods = Pods(lab, closes_source=closes_source, shares_pids=shares_pids)
-    lab.begin(connections=3)
+    lab.begin(connections=2)
     pods.make_destination()
+    lab.dial()
+    lab.traffic.talk()
     lab.freeze()
     if gateway_first:
         lab.prepare()

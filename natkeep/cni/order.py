@@ -3,11 +3,13 @@
 NAMESPACE_NAME.json is written by an agent, or by hand, before the pod is made:
 
     {"schema": 1, "id": "web", "uid": "...", "maps": ["10.211.1.4=auto"],
-     "connections": "web.connections", "mode": "stateful", "listeners": true}
+     "connections": "web.connections", "dump": "...", "mode": "stateful", "listeners": true}
 
 `auto` is the pod's address of OLD's family. In the place of `connections` (as of --connections)
-there may be `image`; paths begin at the directory. uid: of the pod, if it matters; another pod of
-that name has no order then. NAMESPACE_NAME.new is ours, while the destination is prepared:
+there may be `image`; paths begin at the directory. dump: the run id of the dump that the list is
+of; a list of none is compared with the image at the restore, since connections come and go. uid: of
+the pod, if it matters; another pod of that name has no order then. NAMESPACE_NAME.new is ours,
+while the destination is prepared:
 
     {"schema": 1, "id": "web", "network": "pods", "container": "...",
      "maps": ["10.211.1.4=10.211.2.7"], "new": ["10.211.2.7"]}
@@ -33,7 +35,7 @@ from natkeep.plan.move import Mode, parse_id
 from natkeep.plan.tuples import Address
 from natkeep.values import dataclass
 
-_KEYS = {"schema", "id", "uid", "maps", "connections", "image", "mode", "listeners"}
+_KEYS = {"schema", "id", "uid", "maps", "connections", "image", "mode", "listeners", "dump"}
 _LIMIT = 1 << 20
 
 
@@ -48,6 +50,7 @@ class PodOrder:
     is_image: bool
     mode: Mode
     listeners: bool
+    dump: str
 
     def is_for(self, pod: Pod) -> bool:
         """Whether it means this very pod; RefusedError where that is not known."""
@@ -113,6 +116,7 @@ def _parse(text: str, call: Call) -> PodOrder:
             parse_id(a_text(found["id"])), a_text(found.get("uid", "")), wishes,
             os.path.join(call.config.orders, a_text(found[ways[0]])), ways == ["image"],
             Mode(found.get("mode", Mode.STATEFUL)), found.get("listeners", False),
+            a_text(found.get("dump", "")),
         )  # fmt: skip
     except (KeyError, TypeError, ValueError, NatkeepError) as error:
         why = f"{error} is missing" if isinstance(error, KeyError) else error

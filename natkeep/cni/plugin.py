@@ -148,7 +148,7 @@ def _prepare(executor: Executor, order: PodOrder, maps: tuple[Map, ...], call: C
     move = _make_move(order, maps, checkpoint, call)
     count = sum(map(len, move.share(checkpoint.connections))) + len(move.udp)
     policy.authorise(move, count + len(move.udp_servers))
-    prepare(executor, move, checkpoint.connections, image=checkpoint.run_id)
+    prepare(executor, move, checkpoint.connections, image=checkpoint.run_id or order.dump or None)
     return count
 
 
@@ -162,7 +162,7 @@ def _make_move(order: PodOrder, maps: tuple[Map, ...], checkpoint: Checkpoint, c
         raise RefusedError("listeners: there is none at an OLD or at the wildcard address")
     return Move(
         order.id, maps, (Site(Role.DESTINATION, call.netns),), order.mode, listeners,
-        live=checkpoint.live, udp=checkpoint.udp_at(olds),
+        live=not (checkpoint.run_id or order.dump), udp=checkpoint.udp_at(olds),
         udp_servers=checkpoint.udp_servers_at(olds),
     )  # fmt: skip
 

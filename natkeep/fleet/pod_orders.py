@@ -43,6 +43,7 @@ def put(store: Store, executor: Executor, move_id: str, want: Want, bounds: poli
         {
             "schema": SCHEMA, "id": move_id, "maps": [*map(str, want.maps)],
             "connections": _list_of(path, want).name, "mode": str(want.mode),
+            **({"dump": want.image} if want.image else {}),
         }
     )  # fmt: skip
     known = _read(path)

@@ -10,12 +10,17 @@ from typing import Any
 
 import pytest
 from fleet_nodes import LISTING, ORDER, Fleet
-from fleet_restores import prepare_in_hook
+from fleet_restores import DUMP, prepare_in_hook
 
+from natkeep.checkpoint import Inventory, NetworkLock
+from natkeep.checkpoint.listing import parse_listing
 from natkeep.cni.call import Call, Config, Pod
 from natkeep.cni.order import find_order
+from natkeep.fleet import apply as orders
 from natkeep.fleet.directory import DirectoryStore
+from natkeep.fleet.order import parse_file
 from natkeep.lifecycle.open import open_move
+from natkeep.values import replace
 
 MORE = f"{LISTING}10.2.0.10:5000 10.1.0.2:50003\n"
 
@@ -66,10 +71,21 @@ def test_the_plugin_finds_the_order_and_its_list(fleet: Fleet) -> None:
     found = read(fleet)
     assert (found.id, [*map(str, found.wishes)]) == ("web", ["10.2.0.10=auto"])
     assert len(found.read_connections().connections) == 2
+    assert found.dump == "", "the list is of no dump"
     assert read(fleet, "web-c") is None
     folder = Path(fleet.nodes["host-b"].directory, "orders")
     assert folder.stat().st_mode & 0o777 == 0o700
     assert {path.stat().st_mode & 0o777 for path in folder.iterdir()} == {0o600}
+
+
+def test_the_order_names_the_dump_that_its_list_is_of(fleet: Fleet) -> None:
+    fleet.add("host-b")
+    fleet.add("gw-1", groups=("edge",))
+    told, _ = parse_file(json.dumps(order()))
+    dump = Inventory(NetworkLock.NFTABLES, DUMP)
+    orders.apply(fleet.store, told, replace(parse_listing(LISTING, "list"), inventory=dump))
+    fleet.turn()
+    assert read(fleet).dump == DUMP
 
 
 def test_it_is_there_until_the_pod_is_open(fleet: Fleet) -> None:

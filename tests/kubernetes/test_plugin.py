@@ -270,6 +270,15 @@ def test_the_destination_is_prepared_and_undone_with_its_container(ready: Node) 
 
 
 @pytest.mark.root
+def test_a_list_is_compared_with_the_image_unless_it_is_of_a_dump(ready: Node) -> None:
+    for keys, image in ({}, None), ({"dump": "r-1"}, "r-1"):
+        ready.order(**keys)
+        ready.does("ADD")
+        header = json.loads((ready.state / "web.journal").read_text().splitlines()[0])
+        assert (header["image"], bool(header["move"].get("live"))) == (image, image is None)
+
+
+@pytest.mark.root
 def test_what_another_sandbox_has_left_is_prepared_anew_unless_it_is_in_use(ready: Node) -> None:
     ready.order()
     ready.does("ADD", CNI_CONTAINERID="c1")

@@ -54,12 +54,16 @@ class Pods:
     """See above; it is the engine, and its `translator` the lab's.
 
     closes_source: whether natkeep-hook is called at the checkpoint. shares_pids: whether a pod's
-    containers are in one pid namespace (shareProcessNamespace).
+    containers are in one pid namespace (shareProcessNamespace). agent: whether the new pod's
+    node has one.
     """
 
     name = "containerd"
 
-    def __init__(self, lab: Lab, *, closes_source: bool = True, shares_pids: bool = False) -> None:
+    def __init__(
+        self, lab: Lab, *, closes_source: bool = True, shares_pids: bool = False,
+        agent: bool = False,
+    ) -> None:  # fmt: skip
         if not isinstance(lab.engine, Criu):
             raise EngineError("this scenario needs the engine containerd")
         self.lab, self.closes_source = lab, closes_source
@@ -76,8 +80,9 @@ class Pods:
             for seat in (SOURCE, DESTINATION):
                 host = lab.topology[seat.role]
                 self.nodes[seat.role] = Node(
-                    host, NETS[seat.network], self.criu, shares_pids=shares_pids
-                )
+                    host, NETS[seat.network], self.criu, shares_pids=shares_pids,
+                    agent=agent and seat == DESTINATION,
+                )  # fmt: skip
                 self._route(seat)
             self._filter()
 
@@ -97,18 +102,33 @@ class Pods:
     # ---- what the kubelet and an agent do -------------------------------------------------------
 
     def make_destination(self) -> None:
-        """The pod that the container will be in; its destination is prepared."""
+        """Order the pod that the container will be in, and make it."""
+        lab = self.lab
+        order = {
+            "schema": 1, "id": lab.name, "maps": [f"{lab.old}=auto"],
+            "connections": str(self.list_connections()), "mode": lab.mode,
+        }  # fmt: skip
+        self.order_file.write_text(json.dumps(order))
+        self.run_destination()
+
+    @property
+    def order_file(self) -> Path:
+        """Where natkeep-cni looks for the order of the pod that is to come."""
+        return self.nodes["destination"].orders / "default_web-b.json"
+
+    def list_connections(self) -> Path:
+        """What the server has, while it runs."""
+        told = self.lab.directory / "web.json"
+        with self.lab.report.must("natkeep lists the connections of the server"):
+            pid = str(self.lab.traffic.server.pid)
+            inspect = [*natkeep_command(), "inspect", "--live", pid, "--json"]
+            told.write_text(self.lab.topology["source"].run(*inspect).stdout)
+        return told
+
+    def run_destination(self) -> None:
+        """Make the pod that has an order."""
         lab, node = self.lab, self.nodes["destination"]
         with lab.report.must("natkeep-cni prepares the destination in the new pod"):
-            pid = str(lab.traffic.server.pid)
-            inspect = [*natkeep_command(), "inspect", "--live", pid, "--json"]
-            said = lab.topology["source"].run(*inspect).stdout
-            (node.orders / "web.json").write_text(said)
-            order = {
-                "schema": 1, "id": lab.name, "maps": [f"{lab.old}=auto"],
-                "connections": "web.json", "mode": lab.mode,
-            }  # fmt: skip
-            (node.orders / "default_web-b.json").write_text(json.dumps(order))
             self._run_pod("destination", "web-b")
             hook = {"NATKEEP_ID": lab.name, "NATKEEP_STATE_DIR": str(node.state)}
             node.write_criu_file(self._hook(), hook)

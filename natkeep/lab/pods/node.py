@@ -73,16 +73,22 @@ disable = true
 class Node:
     """See above; net: the second number of its pods' addresses."""
 
-    def __init__(self, host: Host, net: int, criu: Path, *, shares_pids: bool = False) -> None:
+    def __init__(
+        self, host: Host, net: int, criu: Path, *, shares_pids: bool = False, agent: bool = False
+    ) -> None:
         fetched = find_containerd()
         if fetched is None:
             raise EngineError("there is no containerd", hint="scripts/get-containerd")
         self.host, self.net, self.shares_pids = host, net, shares_pids
         self.own = host.directory / f"node-{host.role}"
-        self.orders, self.state = self.own / "orders", self.own / "state"
+        self.state, self.agent = self.own / "state", agent
+        # An agent has them in its state directory, and makes them there.
+        self.orders = self.state / "orders" if agent else self.own / "orders"
         self.logs = self.own / "logs"
-        for folder in (self.own, self.orders, self.logs, self.own / "cni", self.own / "net.d"):
+        for folder in (self.own, self.logs, self.own / "cni", self.own / "net.d"):
             folder.mkdir(mode=0o755)
+        if not agent:
+            self.orders.mkdir(mode=0o755)
         self._link_plugins(fetched)
         (self.own / "config.toml").write_text(
             _CONFIG.format(own=self.own, pause=PAUSE, annotation=CONFIGURATION)
@@ -135,6 +141,7 @@ class Node:
         bridge = {"type": "bridge", "bridge": "cni0", "isGateway": True, "ipMasq": False}
         sysctl = {"net.ipv4.tcp_congestion_control": "reno"}  # as topology.py has it, and why
         natkeep = {"type": "natkeep-cni", "orders": str(self.orders), "stateDir": str(self.state)}
+        natkeep |= {"agent": str(self.state / "agent.sock")} if self.agent else {}
         plugins = [{**bridge, "ipam": ipam}, {"type": "tuning", "sysctl": sysctl}, natkeep]
         return {"cniVersion": "1.0.0", "name": "pods", "plugins": plugins}
 
