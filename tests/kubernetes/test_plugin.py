@@ -65,12 +65,16 @@ class Node:
         }  # fmt: skip
 
     def call(
-        self, verb: str, text: str | None = None, *, args: dict[str, str] = POD, **environment: str
-    ) -> subprocess.CompletedProcess[str]:
+        self, verb: str, text: str | None = None, *, args: dict[str, str] = POD, at: str = "",
+        **environment: str,
+    ) -> subprocess.CompletedProcess[str]:  # fmt: skip
         given = {**self.environment(verb, args), **environment}
         given = {name: value for name, value in given.items() if value}
         text = self.config() if text is None else text
-        return subprocess.run([PLUGIN], input=text, env=given, capture_output=True, text=True)
+        enter = ["nsenter", f"--net=/run/netns/{at}"] if at else []
+        return subprocess.run(
+            [*enter, PLUGIN], input=text, env=given, capture_output=True, text=True
+        )
 
     def does(self, verb: str, text: str | None = None, **environment: str) -> str:
         done = self.call(verb, text, **environment)
@@ -314,6 +318,33 @@ def test_a_pod_without_the_address_fails_and_nothing_is_left(ready: Node) -> Non
     code, message = ready.fails("ADD")
     assert (code, NEW in message) == (104, True)
     assert (ready.gates(), ready.told()) == ([], None)
+
+
+@pytest.mark.root
+def test_a_policy_of_the_node_that_drops_them_fails_the_pod(
+    ready: Node, make_netns: Callable[[], str]
+) -> None:
+    """The plugin runs at the node, which the pod's packets pass."""
+    host = make_netns()
+    lines = ("link set eth1 netns " + host,)
+    inside = ("address add 10.3.0.1/24 dev eth1", "link set eth1 up")
+    inside += ("link add uplink type veth peer name far", "address add 192.0.2.9/24 dev uplink")
+    inside += ("link set uplink up", "link set far up")
+    for netns, batch in ((ready.netns, lines), (host, inside)):
+        ip = ["ip", "-n", netns, "-batch", "-"]
+        subprocess.run(ip, input="\n".join(batch), text=True, check=True)
+    policy = (
+        "add table inet policy_of\n"
+        "add chain inet policy_of forward { type filter hook forward priority filter; }\n"
+        f"add rule inet policy_of forward ip saddr {NEW} drop\n"
+    )
+    nft = ["ip", "netns", "exec", host, "nft", "-f", "-"]
+    subprocess.run(nft, input=policy, text=True, check=True)
+    ready.order()
+    code, message = ready.fails("ADD", at=host)
+    assert (code, "inet policy_of forward drops" in message) == (104, True), message
+    subprocess.run(nft, input="delete table inet policy_of\n", text=True, check=True)
+    assert json.loads(ready.does("ADD", at=host)) == json.loads(RESULT)
 
 
 class Agent(threading.Thread):
