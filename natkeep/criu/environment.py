@@ -23,12 +23,16 @@ if TYPE_CHECKING:
     from natkeep.criu.readiness import AgentReadiness, Readiness
 
 _WAITS = ("READY", "TELL", "WAIT", "AGENT")
+ANY = "*"
+"""In the place of an id."""
 _INITIAL_PID_NAMESPACE = 0xEFFFFFFC  # the kernel's PROC_PID_INIT_INO, the same on each machine
 
 
 @dataclass(frozen=True, slots=True)
 class Orders:
     """Open the prepared move *id*, or prepare one of *maps* and open that.
+
+    id: ANY opens what was prepared for the tree's namespace (standing_order.py).
 
     standing: they are for whatever is restored on this machine, not for this restore alone.
     readiness: what is waited for between the two. peer_maps, vias: as --peer-map and --via.

@@ -124,7 +124,7 @@ def _serve_dump() -> int:
 
 
 def _serve_restore() -> int:
-    from natkeep.criu.environment import find_site, own_id, read_call, read_orders
+    from natkeep.criu.environment import ANY, find_site, own_id, read_call, read_orders
 
     orders = read_orders(os.environ)
     if orders is None:
@@ -136,6 +136,9 @@ def _serve_restore() -> int:
         return 0
     if not orders.maps:
         executor = _make_executor(orders.state_dir, create=False)
+        if orders.id == ANY:
+            _open_any(orders, call, executor)
+            return 0
         if orders.standing:
             from natkeep.criu.standing_order import why_not_about
 
@@ -154,6 +157,16 @@ def _serve_restore() -> int:
     if prepared and call.action == "post-restore":
         _open(move_id, orders, call, executor)
     return 0
+
+
+def _open_any(orders: Orders, call: Call, executor: Executor) -> None:
+    from natkeep.criu.standing_order import find_about
+
+    found = find_about(call, executor)
+    for move_id in found:
+        _open(move_id, orders, call, executor)
+    if not found:
+        _say("nothing is prepared for this restore's namespace")
 
 
 def _open(move_id: str, orders: Orders, call: Call, executor: Executor) -> None:

@@ -7,6 +7,9 @@ Such an order is asked at every restore on this host, most of which are others'.
 - at a host where OLD is at home (the process comes back, or never left),
 - and with `id`, where no such move is there, or it is of an earlier boot or for another namespace.
 
+ANY in the place of an id is an order to open whatever was prepared for the tree's namespace, if it
+is about this restore: each pod has a namespace of its own, and one file of CRIU's is for all.
+
 Then the hook leaves with 0 and nothing is done. What is about this restore and cannot be done ends
 it, as an order in CRIU's environment does.
 
@@ -25,6 +28,16 @@ from natkeep.plan.maps import parse_map
 from natkeep.plan.move import Site, parse_id
 from natkeep.plan.tuples import Local, is_at
 from natkeep.state.directory import read_boot_id
+
+
+def find_about(call: Call, executor: Executor) -> list[str]:
+    """The moves that were prepared for the tree's namespace and are about this restore."""
+    site = call.tree_site()
+    executor.kernel.open_sites([site])
+    here = executor.kernel.identity(site)
+    headers = {move_id: executor.state.read_header(move_id) for move_id in executor.state.ids()}
+    near = [move_id for move_id, header in headers.items() if header and header.is_at(here)]
+    return [move_id for move_id in near if not why_not_about(move_id, call, executor)]
 
 
 def why_not_about(move_id: str, call: Call, executor: Executor) -> str:

@@ -17,6 +17,7 @@ from natkeep.criu import hook
 from natkeep.kernel import linux
 from natkeep.lifecycle.executor import Executor
 from natkeep.lifecycle.prepare import prepare
+from natkeep.lifecycle.teardown import teardown
 from natkeep.plan.move import Map, Move, Site
 from natkeep.plan.observation import Gate
 from natkeep.plan.roles import Role
@@ -308,6 +309,35 @@ def test_without_an_id_nothing_is_done(
     assert hook.main() == 0
     assert gates(kernel) == [Gate.CLOSED, Gate.CLOSED]
     assert capsys.readouterr() == ("", "")
+
+
+def test_any_move_that_was_prepared_for_the_namespace_is_opened(
+    kernel: FakeKernel, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One file of CRIU's is for all pods of a node."""
+    monkeypatch.setenv("NATKEEP_ID", "*")
+    assert hook.main() == 0
+    assert gates(kernel) == [Gate.OPEN, Gate.OPEN]
+    assert capsys.readouterr() == ("", "natkeep-hook: web: gate open\n")
+
+
+def test_where_none_was_prepared_for_the_namespace_the_restore_goes_on(
+    kernel: FakeKernel, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    state = StateDirectory(create=True)
+    teardown(Executor(kernel, state), "web")
+    peer, local = Endpoint.parse("10.1.0.2:50594"), Endpoint.parse("10.2.0.10:5000")
+    move = Move(
+        "web",
+        (Map(parse_address("10.2.0.10"), parse_address("10.3.0.20")),),
+        (Site(Role.DESTINATION, "another pod"),),
+    )
+    prepare(Executor(kernel, state), move, Connections.of([FourTuple(peer, local)]))
+    monkeypatch.setenv("NATKEEP_ID", "*")
+    assert hook.main() == 0
+    assert kernel.sites["another pod"].gates["web"] == Gate.CLOSED
+    told = "natkeep-hook: nothing is prepared for this restore's namespace\n"
+    assert capsys.readouterr() == ("", told)
 
 
 @pytest.mark.parametrize(

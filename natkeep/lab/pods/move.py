@@ -130,7 +130,7 @@ class Pods:
         lab, node = self.lab, self.nodes["destination"]
         with lab.report.must("natkeep-cni prepares the destination in the new pod"):
             self._run_pod("destination", "web-b")
-            hook = {"NATKEEP_ID": lab.name, "NATKEEP_STATE_DIR": str(node.state)}
+            hook = {"NATKEEP_ID": "*", "NATKEEP_STATE_DIR": str(node.state)}
             node.write_criu_file(self._hook(), hook)
             told = json.loads((node.orders / "default_web-b.new").read_text())
             if told["new"] != [str(lab.new)]:
