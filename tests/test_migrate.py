@@ -335,7 +335,7 @@ def test_what_a_host_was_asked_for_is_over_before_it_answers_anew(
     left.connect()
     assert left._serve is not None
     assert left._serve.stdin is not None
-    request = {"run": ["sh", "-c", f"sleep 3; touch {mark}"]}
+    request = {"run": ["sh", "-c", f"sleep 1; touch {mark}"]}
     left._serve.stdin.write(json.dumps(request).encode() + b"\n")
     left._serve.stdin.flush()
     left.close()

@@ -28,6 +28,7 @@ from natkeep.plan.tuples import Endpoint, FourTuple
 PEER, OLD = Endpoint.parse("10.1.0.2:40000"), Endpoint.parse("10.2.0.10:5000")
 PEER6, OLD6 = Endpoint.parse("[fd00:1::2]:40000"), Endpoint.parse("[fd00:2::10]:5000")
 SECOND = 1_000_000_000
+FRAME = Ether(dst="02:00:00:00:00:01")  # or scapy asks this machine's neighbours, for a second
 
 
 def datagram(number: int, size: int = 64) -> bytes:
@@ -73,7 +74,7 @@ def four(version: int):
 def test_a_datagram_is_read_with_its_number(tmp_path, version):
     tuple_, network = four(version)
     udp = UDP(sport=40000, dport=5000)
-    wrpcap(str(tmp_path / "one.pcap"), [Ether() / network / udp / datagram(7)])
+    wrpcap(str(tmp_path / "one.pcap"), [FRAME / network / udp / datagram(7)])
     [frame] = read_frames(tmp_path / "one.pcap", udp=True)
 
     assert frame.segment is not None
@@ -90,7 +91,7 @@ def test_one_in_fragments_is_its_first_one(tmp_path, version):
         cut = fragment(network / udp, 1400)
     else:
         cut = fragment6(network / IPv6ExtHdrFragment(id=1) / udp, 1400)
-    wrpcap(str(tmp_path / "cut.pcap"), [Ether() / each for each in cut])
+    wrpcap(str(tmp_path / "cut.pcap"), [FRAME / each for each in cut])
     frames = read_frames(tmp_path / "cut.pcap", udp=True)
 
     assert len(frames) > 4
@@ -108,7 +109,7 @@ def test_an_unreachable_port_is_noticed(tmp_path, version):
     else:
         error = IPv6(src="fd00:2::10", dst="fd00:1::2") / ICMPv6DestUnreach(code=4)
         error /= IPv6(src="fd00:1::2", dst="fd00:2::10") / UDP(sport=40000, dport=5000)
-    wrpcap(str(tmp_path / "one.pcap"), [Ether() / error])
+    wrpcap(str(tmp_path / "one.pcap"), [FRAME / error])
 
     assert not no_unreachable(read_frames(tmp_path / "one.pcap", udp=True)).ok
 
@@ -117,7 +118,7 @@ def test_only_what_is_said_in_the_blackout_may_be_lost(tmp_path):
     tuple_, network = four(4)
     packets = []
     for number, at in enumerate((1, 2, 5, 9, 10)):  # s
-        packet = Ether() / network / UDP(sport=40000, dport=5000) / datagram(number)
+        packet = FRAME / network / UDP(sport=40000, dport=5000) / datagram(number)
         packet.time = at
         packets.append(packet)
     wrpcap(str(tmp_path / "five.pcap"), packets)
