@@ -4,9 +4,9 @@ Rule: what a test needs and does not find is a skip, unless NATKEEP_REQUIRE name
 failure (`make test` as root and `.ci/run` name all). A test says what it needs by a marker
 (`root`, `criu`, `lab`, or `needs("pycriu", "scapy")`) or calls the fixture `require`.
 Every namespace of a test comes from the fixture `netns` or `make_netns`, and goes by its name.
-With several workers (pytest-xdist, `make test`) each has a processor of its own, and its labs
-with it. What needs no kernel, nor a program that takes seconds (SLOW), is marked `quick` here, by
-what it asks for (`make test-quick`), unless it bears the mark `whole`.
+With several workers (pytest-xdist, `make test`) each stays on one processor, and its labs with it.
+What needs no kernel, nor a program that takes seconds (SLOW), is marked `quick` here, by what it
+asks for (`make test-quick`), unless it bears the mark `whole`.
 At the end the run fails if it left a namespace or an nft table in the host behind.
 """
 
@@ -172,7 +172,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def _take_one_processor() -> None:
-    """Each worker and all it starts on one processor: a lab is not disturbed by the other's."""
+    """Each worker and all it starts on one processor: a lab is not moved about amid its work."""
     if worker := os.environ.get("PYTEST_XDIST_WORKER"):
         usual = sorted(os.sched_getaffinity(0))
         os.sched_setaffinity(0, {usual[int(worker.removeprefix("gw")) % len(usual)]})
