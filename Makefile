@@ -41,7 +41,7 @@ export PATH := $(PATH):/usr/local/sbin:/usr/sbin:/sbin
 KILLS       ?= 500
 FAULTS_ARGS ?=
 
-.PHONY: help setup demo test test-quick test-long check lab matrix bench bench-hook bench-migrate bench-pods bench-control bench-stall bench-path bench-plots bench-million deb test-deb soak chaos kernels fuzz faults many test-caps docs man clean
+.PHONY: help setup demo test test-quick test-long check lab matrix bench bench-hook bench-migrate bench-pods bench-fleet bench-control bench-stall bench-path bench-plots bench-million deb test-deb soak chaos kernels fuzz faults many test-caps docs man clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-13s %s\n", $$1, $$2 }' Makefile
@@ -134,6 +134,9 @@ bench-stall: root setup ## how long a peer waits, with and without hold: BENCH_A
 
 soak: root setup ## moves back and forth under load, and nothing grows: MINUTES=20 (needs root)
 	@.venv/bin/python -m bench.soak --minutes $(MINUTES)
+
+bench-fleet: root setup ## 10,000 moves at one gateway, 100 agents, and the way from an order to ready, by etcd (needs root, etcd-server)
+	@.venv/bin/python -m bench.fleet $(BENCH_ARGS)
 
 chaos: root setup ## a fleet's moves while etcd, agents and who orders die: CHAOS_SECONDS=30 without a quorum (needs root, etcd-server)
 	@.venv/bin/python -m bench.chaos --seconds $(CHAOS_SECONDS) $(CHAOS_ARGS)

@@ -51,7 +51,7 @@ class Cluster:
                     "--enable-v2=false", "--logger=zap", "--log-level=warn",
                     "--unsafe-no-fsync", *self.more,
                 ],
-                stdin=subprocess.DEVNULL, stdout=log, stderr=log, preexec_fn=_die_with_us,
+                stdin=subprocess.DEVNULL, stdout=log, stderr=log, preexec_fn=die_with_us,
             )  # fmt: skip
 
     def wait(self) -> None:
@@ -98,7 +98,7 @@ class Cluster:
             self.kill(number)
 
 
-def _die_with_us() -> None:
+def die_with_us() -> None:
     """However the test ends, no member outlives it."""
     ctypes.CDLL(None).prctl(_PDEATHSIG, signal.SIGKILL)
 

@@ -33,8 +33,8 @@ from natkeep.plan.steps import Prior
 from natkeep.state.directory import read_boot_id
 from natkeep.state.journal import Journal
 
-MOST = 500
-"""Moves in one transaction: each has its journal locked, and descriptors are 1,024."""
+MOST = 200
+"""Moves in one transaction; each takes 0.2 MiB meanwhile, and a descriptor for its lock."""
 
 _AT_ONCE = (CloseGates, DeleteEntries, Nothing, RemoveGate, RestoreEntries, Unload)
 """What is undone of many moves at once; all else by `Executor.undo`."""

@@ -1,0 +1,65 @@
+"""A gateway that has booted is as it was before it forwards, by what the store orders."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from fleet_processes import Processes
+from two_hosts import make_two_hosts
+
+pytestmark = [pytest.mark.root, pytest.mark.needs("nftables")]
+
+FORWARDING = "net.ipv4.ip_forward"
+
+
+@pytest.fixture
+def fleet(tmp_path: Path, make_netns: Callable[[], str]) -> Iterator[Processes]:
+    fleet = Processes(tmp_path, make_two_hosts(make_netns), f"dir:{tmp_path}/store")
+    yield fleet
+    fleet.close()
+
+
+def at_gateway(fleet: Processes, *words: str) -> str:
+    command = ["ip", "netns", "exec", fleet.names["gateway"], *words]
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+
+def boot(fleet: Processes, *, keeps_state: bool) -> None:
+    """The gateway's kernel has forgotten all; /run goes, a state directory on a disk does not."""
+    fleet.kill("gw-1")
+    for command in ("nft flush ruleset", "conntrack -F", f"sysctl -qw {FORWARDING}=0"):
+        at_gateway(fleet, *command.split())
+    state = Path(fleet.state("gw-1"))
+    if not keeps_state:
+        shutil.rmtree(state)
+    for journal in state.glob("*.journal"):
+        boot = json.loads(journal.read_text().splitlines()[0])["boot"]
+        journal.write_text(journal.read_text().replace(boot, "0" * len(boot)))
+
+
+@pytest.mark.parametrize("keeps_state", [False, True])
+def test_it_is_filled_before_it_forwards(fleet: Processes, keeps_state: bool) -> None:
+    fleet.start_both()
+    fleet.apply()
+    fleet.call("fleet", "wait", "web")
+    boot(fleet, keeps_state=keeps_state)
+    words = ("--node", "gw-1", "--group", "edge", "--state-dir", fleet.state("gw-1"))
+    fleet.call("agent", "--once", *words)
+    assert at_gateway(fleet, "sysctl", "-n", FORWARDING) == "0\n"
+    fleet.call("fleet", "wait", "web", "--timeout", "0")
+    fleet.call("status", "web", "--strict", "--state-dir", fleet.state("gw-1"))
+    assert "kept-web-0" in at_gateway(fleet, "nft", "list", "ruleset")
+    assert "dst=10.2.0.10" in at_gateway(fleet, "conntrack", "-L")
+
+    # One that was never there is refused, as ever where nothing is passed on.
+    fleet.start("gw-1", "--group", "edge")
+    fleet.wait_alive("gw-1")
+    (fleet.path / "other").write_text("10.2.0.11:5000 10.1.0.2:50009\n")
+    fleet.apply(id="other", maps=["10.2.0.11=10.3.0.20"], connections="other")
+    done = fleet.run("fleet", "wait", "other")
+    assert (done.returncode, "forwarding is 0" in done.stderr) == (4, True)
