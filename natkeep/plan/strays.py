@@ -28,7 +28,8 @@ from natkeep.plan.tuples import Address
 from natkeep.values import dataclass
 
 _ID = f"({ID})"
-_CHAINS = (re.compile(rf"(?:gate|callers|hold|reset)-{_ID}"),)
+_OWN_CHAINS = ("gate", "callers", "hold", "reset")
+_CHAINS = (re.compile(rf"(?:{'|'.join(_OWN_CHAINS)})-{_ID}"),)
 _SETS = (
     re.compile(rf"(?:kept|outer|old|ended|heard|spoken|routed|listen|reset|again)-{_ID}-\d+"),
     re.compile(rf"to-(?:outer|inner)-{_ID}-\d+"),
@@ -98,6 +99,11 @@ class SeenTable:
 def _match(name: str, patterns: Iterable[re.Pattern[str]]) -> str:
     matches = (pattern.fullmatch(name) for pattern in patterns)
     return next((match.group(1) for match in matches if match), "")
+
+
+def chains_of(move_id: str) -> tuple[str, ...]:
+    """The chains that bear the id of a move, if they are there."""
+    return tuple(f"{name}-{move_id}" for name in _OWN_CHAINS)
 
 
 def owner_of(comment: str) -> str:
