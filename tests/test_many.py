@@ -198,6 +198,18 @@ def test_of_an_earlier_boot_only_the_journals_go(fake: Executor) -> None:
     assert fake.state.ids() == ()
 
 
+def test_a_lock_that_is_not_given_up_is_named_of_each(fake: Executor) -> None:
+    assert prepare_many(fake, [make(n) for n in range(2)]) == {}
+    other = StateDirectory(fake.state.path, create=True)
+    fake.state.patience = 0
+    with other.locked():
+        failed = prepare_many(fake, [make(n) for n in range(2, 4)])
+        failed |= teardown_many(fake, ["m0", "m1"])
+    assert {*failed} == {"m0", "m1", "m2", "m3"}
+    assert {type(error) for error in failed.values()} == {JournalError}
+    assert fake.state.ids() == ("m0", "m1")
+
+
 def test_more_than_go_at_once_go_in_several(
     fake: Executor, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -33,6 +33,7 @@ from natkeep.lifecycle.executor import Executor
 from natkeep.lifecycle.open import remove_gate_hooks
 from natkeep.plan.observation import Gate
 from natkeep.plan.roles import Role
+from natkeep.plan.undone import SECONDS
 from natkeep.values import replace
 
 _SOON, _LATEST = 0.5, 60.0  # s until what failed is tried again, the first time and at last
@@ -78,8 +79,7 @@ class Agent:
             if time.monotonic() > rest:
                 began = time.monotonic()
                 self.remove_hooks()
-                # Of ten thousand moves a look takes long.
-                rest = time.monotonic() + max(1, 10 * (time.monotonic() - began))
+                rest = time.monotonic() + max(1, 10 * (time.monotonic() - began))  # of thousands
 
     def hear(self, heard: Heard) -> set[str]:
         """Take what a follower has heard; the ids of the moves to be looked at."""
@@ -202,7 +202,7 @@ class Agent:
             self._note(move_id, want, "begun")
             followed = self.followed.known[move_id]
             self._say(f"{move_id}: what an earlier start left is cleared")
-            yield Teardown(move_id, executor.drops)
+            yield Teardown(move_id, SECONDS)
             seen = Seen(Standing.GONE)
         if seen.standing == Standing.GONE:
             if followed and followed.generation == want.generation:
@@ -288,7 +288,7 @@ class Agent:
     def _prepare_anew(self, executor: Executor, move_id: str, want: Want, seen: Seen) -> _Waits:
         """What a later order has otherwise: the connections since the freeze, say."""
         if self._is_restored_anew(move_id, want):
-            yield Teardown(move_id, executor.drops)
+            yield Teardown(move_id, SECONDS)
             return (yield from self._prepare(executor, move_id, want))
         sending, _ = self._find_sending(move_id, want)
         if sending or seen.standing != Standing.PREPARED or not site.clear(executor, move_id, want):
@@ -329,7 +329,7 @@ class Agent:
             if waits := self._find_waits(move_id, want):
                 return waits
             if standing == Standing.STALE:
-                yield Teardown(here, executor.drops)
+                yield Teardown(here, SECONDS)
             else:
                 yield site.undo(executor, here, want)
             self._say(f"{move_id}: undone")

@@ -62,7 +62,10 @@ def prepare_many(executor: Executor, wanted: Iterable[Wanted]) -> Failed:
     """Prepare these moves; of those that failed nothing is left, or LeftoverError says what."""
     failed: Failed = {}
     for some in _split(wanted):
-        failed |= _prepare_some(executor, some)
+        try:
+            failed |= _prepare_some(executor, some)
+        except Exception as error:  # the lock of the directory, say
+            failed |= {one.move.id: error for one in some}
     return failed
 
 

@@ -12,7 +12,7 @@ from contextlib import suppress
 from functools import partial
 
 from natkeep import faultpoints
-from natkeep.errors import LeftoverError, NatkeepError
+from natkeep.errors import JournalError, LeftoverError, NatkeepError
 from natkeep.kernel.once import reading_once
 from natkeep.lifecycle.executor import Executor, finish, leftover
 from natkeep.lifecycle.owners import give_up_claims
@@ -70,12 +70,13 @@ def teardown_many(executor: Executor, ids: Sequence[str]) -> Failed:
     for some in chunks(ids):
         alone = [*some]
         if len(some) > 1:
-            with executor.state.changing(*some):
+            with suppress(JournalError), executor.state.changing(*some):
                 begun = _find_plain(executor, some)
                 failed |= finish(partial(_end, executor, begun))
-            done = {one.move.id for one in begun}
-            alone = [each for each in some if each not in done]
+                done = {one.move.id for one in begun}
+                alone = [each for each in some if each not in done]
         for move_id in alone:
+            executor.dropped.clear()  # of the one before
             failed |= attempt(move_id, partial(teardown, executor, move_id))
     return failed
 
