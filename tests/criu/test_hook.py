@@ -13,6 +13,7 @@ import pytest
 from fake_kernel import FakeKernel
 
 import natkeep.criu
+from natkeep import policy
 from natkeep.criu import hook
 from natkeep.kernel import linux
 from natkeep.lifecycle.executor import Executor
@@ -311,11 +312,16 @@ def test_without_an_id_nothing_is_done(
     assert capsys.readouterr() == ("", "")
 
 
+@pytest.mark.parametrize("standing", [False, True])
 def test_any_move_that_was_prepared_for_the_namespace_is_opened(
-    kernel: FakeKernel, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """One file of CRIU's is for all pods of a node."""
-    monkeypatch.setenv("NATKEEP_ID", "*")
+    standing: bool, tmp_path: Path,
+    kernel: FakeKernel, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    """One file of CRIU's is for all pods of a node; so is natkeep's own."""
+    file = tmp_path / "natkeep.toml"
+    file.write_text('[hook]\nid = "*"\n')
+    monkeypatch.setattr(policy, "PATH", str(file))
+    monkeypatch.setenv("NATKEEP_ID", "" if standing else "*")
     assert hook.main() == 0
     assert gates(kernel) == [Gate.OPEN, Gate.OPEN]
     assert capsys.readouterr() == ("", "natkeep-hook: web: gate open\n")

@@ -158,6 +158,19 @@ def test_no_program_is_started_for_a_pod_without_an_order(node: Node, tmp_path: 
     assert (done.returncode, done.stdout, done.stderr) == (0, RESULT + "\n", "")
 
 
+@pytest.mark.parametrize("told", ["{", '{"schema": 1, "id": 5}', ""])
+def test_a_pod_can_end_whatever_is_told_of_it(node: Node, tmp_path: Path, told: str) -> None:
+    path = node.orders / "default_web-b.new"
+    path.write_text(told)
+    assert node.does("DEL") == ""
+    assert node.call("DEL", node.config().replace('"name"', '"name":"x","na')).returncode == 0
+    copy = shutil.copy(PLUGIN, tmp_path / "natkeep-cni")  # natkeep is not there any more
+    environment = {**node.environment("DEL", POD), "PATH": "/nowhere"}
+    done = subprocess.run(["/bin/sh", copy], input=node.config(), env=environment, text=True)
+    assert done.returncode == 0
+    assert path.exists()
+
+
 def test_it_says_its_versions_and_that_it_can_serve(node: Node, tmp_path: Path) -> None:
     said = json.loads(node.does("VERSION"))
     assert said == {"cniVersion": "1.1.0", "supportedVersions": ["1.0.0", "1.1.0"]}
