@@ -56,10 +56,11 @@ class Observed:
         """What *found* says; KeyError or ValueError if it does not."""
         return cls(whole(found["alive"]), tuple(texts(found["drift"])))
 
-    def describe(self) -> str:
-        """For a person."""
+    def describe(self, phase: Phase) -> list[str]:
+        """For a person; nothing lives yet where no gate is open."""
         more = f" (and {len(self.drift) - 1} more)" if self.drift[1:] else ""
-        return f"{self.alive} live" + (f"; DRIFTED: {self.drift[0]}{more}" if self.drift else "")
+        drifted = [f"DRIFTED: {self.drift[0]}{more}"] if self.drift else []
+        return [*([f"{self.alive} live"] if phase == Phase.OPEN else []), *drifted]
 
 
 class Observer:

@@ -37,7 +37,7 @@ class Node(NamedTuple):
         """A line for a person."""
         words = [str(self.done.phase)]
         if self.done.observed:
-            words.append(self.done.observed.describe())
+            words += self.done.observed.describe(self.done.phase)
         if not self.heard:
             words.append("has not said anything of this order")
         if self.heard and self.done.waits:

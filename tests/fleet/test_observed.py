@@ -89,6 +89,14 @@ def test_what_was_seen_is_said_and_wakes_no_other(fleet: Fleet) -> None:
     assert fleet.done("host-b").observed is None
 
 
+def test_what_a_person_reads() -> None:
+    seen = Observed(2, ("address 10.2.0.10: not on this host", "x"))
+    drifted = "DRIFTED: address 10.2.0.10: not on this host (and 1 more)"
+    assert seen.describe(OPEN) == ["2 live", drifted]
+    assert seen.describe(PREPARED) == [drifted]
+    assert Observed(0).describe(PREPARED) == []
+
+
 def test_it_is_read_as_it_is_written() -> None:
     done = Done(OPEN, 3, observed=Observed(2, ("x",)))
     assert parse_done(done.write(0)) == done

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
+import pytest
 from fleet_nodes import OPENED, READY, UNDONE, Fleet
 from fleet_restores import fleet as fleet
 from fleet_restores import hear_hooks, prepare_in_hook
@@ -114,3 +117,17 @@ def test_a_destination_that_says_nothing_any_more_undoes_nothing(fleet: Fleet) -
     fleet.nodes["gw-1"].turn()
     assert fleet.nodes["gw-1"].journal() == before
     assert fleet.done("gw-1").error is None
+
+
+def test_each_node_bounds_what_new_may_be(
+    fleet: Fleet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "natkeep.toml"
+    file.write_text('allow_new = ["10.9.0.0/16"]\n')
+    monkeypatch.setattr("natkeep.policy.PATH", str(file))
+    prepare_in_hook(fleet.nodes["host-b"])
+    hear_hooks(fleet)
+    error = fleet.done("gw-1").error
+    assert error is not None
+    assert (error.exit, "NEW 10.3.0.20 is not allowed" in error.message) == (4, True)
+    assert fleet.nodes["gw-1"].journal() is None
