@@ -113,18 +113,13 @@ def _refuse(
     most = bounds.max_moves
     there = len(executor.state.ids()) if wanted and most is not None else 0
     for move_id, job in wanted.items():
-        move, connections = job.move, job.checkpoint.connections
-        count = sum(map(len, move.share(connections))) + len(move.udp) + len(move.udp_servers)
-        try:
-            if most is not None and there + len(allowed) >= most:
-                raise RefusedError(
-                    f"{bounds.node} has {most} moves already", hint="agent.max_moves"
-                )
-            policy.authorise(move, count)
-        except Exception as error:
-            failed[move_id] = error
+        if most is not None and there + len(allowed) >= most:
+            failed[move_id] = RefusedError(
+                f"{bounds.node} has {most} moves already", hint="agent.max_moves"
+            )
             continue
-        allowed.append(Wanted(move, connections, job.want.gate, job.want.image, job.again))
+        connections = job.checkpoint.connections
+        allowed.append(Wanted(job.move, connections, job.want.gate, job.want.image, job.again))
     return failed, allowed
 
 

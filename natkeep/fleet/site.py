@@ -91,13 +91,16 @@ def _was_touched(journal: Journal) -> bool:
 
 
 def make_move(move_id: str, want: Want, checkpoint: Checkpoint) -> Move:
-    """The move at this one site; UsageError or RefusedError where it is none."""
+    """The move at this one site; UsageError or RefusedError where it is none, or not allowed."""
     olds = [map_.old_end for map_ in want.maps]
-    return Move(
+    move = Move(
         move_id, make_maps(want.maps), (Site(want.role, find_netns(want.netns)),), want.mode,
         want.listeners, hold=want.gate == Gate.CLOSED, udp=checkpoint.udp_at(olds),
         udp_servers=checkpoint.udp_servers_at(olds),
     )  # fmt: skip
+    count = sum(map(len, move.share(checkpoint.connections))) + len(move.udp)
+    policy.authorise(move, count + len(move.udp_servers))
+    return move
 
 
 def refuse_out_of_bounds(want: Want, bounds: policy.Agent) -> None:
