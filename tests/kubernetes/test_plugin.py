@@ -189,6 +189,7 @@ def test_it_says_its_versions_and_that_it_can_serve(node: Node, tmp_path: Path) 
 # ---- bad input -----------------------------------------------------------------------------------
 
 
+@pytest.mark.whole
 def test_bad_input_has_the_code_that_the_specification_gives_it(node: Node) -> None:
     config = json.loads(node.config())
 
