@@ -30,7 +30,7 @@ from natkeep.errors import RefusedError, UnreachableError, UsageError
 NAME = "agent.sock"
 LINE = 4096  # octets at most
 _REST = 0.05  # s until an agent that is not there is asked again
-_MARGIN = 0.5  # s that the agent has less, so that its answer says what is lacking
+_MARGIN = 2.0  # s that the agent has less, so that its answer says what is lacking
 
 
 @contextmanager
@@ -41,6 +41,7 @@ def listening(path: str) -> Iterator[socket.socket]:
             yield found
         finally:
             with suppress(OSError):
+                found.shutdown(socket.SHUT_RDWR)  # what accepts ends
                 os.unlink(path)
 
 

@@ -42,9 +42,11 @@ def run(lab, waits=True):
     socket = str(fleet.journal("destination", order.id).with_name("agent.sock"))
     if waits:
         orders["NATKEEP_AGENT"] = socket
-        moved.must_abort("has not got the gateways ready", {**orders, "NATKEEP_WAIT": "1"})
+        briefly = {**orders, "NATKEEP_WAIT": str(scaled(3))}
+        orders["NATKEEP_WAIT"] = str(scaled(20))
+        moved.must_abort("has not got the gateways ready", briefly)
         fleet.kill("destination")
-        moved.must_abort("no agent answers", {**orders, "NATKEEP_WAIT": "1"})
+        moved.must_abort("no agent answers", briefly)
         fleet.start("destination")
     slow = threading.Thread(target=go_on_later, args=(fleet, fleet.hooks()))
     slow.start()

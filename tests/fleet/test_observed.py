@@ -55,9 +55,11 @@ def test_what_is_due_is_looked_at_and_handed_on(monkeypatch: pytest.MonkeyPatch)
 
     monkeypatch.setattr(observed, "look", look)
     handed: queue.Queue[dict[str, Observed]] = queue.Queue()
-    Observer("/run/natkeep", lambda: {"web": OPEN}, handed.put).start()
+    phases = {"web": OPEN}
+    Observer("/run/natkeep", lambda: phases, handed.put).start()
     assert looked.get(timeout=30) == ("/run/natkeep", {"web"})
     assert handed.get(timeout=30) == {"web": Observed(3)}
+    phases.clear()  # its thread stays, and looks no more
     assert looked.empty(), "once, until something changes"
 
 

@@ -95,7 +95,7 @@ def test_what_is_lacking_is_said_when_the_time_is_over(
 ) -> None:
     prepare_in_hook(fleet.nodes["host-b"])
     hear_hooks(fleet)
-    answers = desk.begin({**ASKED, **more}, 2)
+    answers = desk.begin({**ASKED, **more}, 3)
     desk.end()
     assert answers[0]["ok"] is False
     assert lacking in answers[0]["message"]
@@ -106,7 +106,7 @@ def test_a_gateway_that_is_not_ready_is_named(fleet: Fleet, desk: Desk) -> None:
     agent = fleet.nodes["host-b"].agent
     assert agent is not None
     agent.reconcile(agent.known.about({"criu-7-1a"}))
-    answers = desk.begin(ASKED, 2)
+    answers = desk.begin(ASKED, 3)
     desk.end()
     assert "gw-1: gone; waits for host-b: prepared" in answers[0]["message"]
 
@@ -115,7 +115,7 @@ def test_a_move_that_is_to_end_is_not_ready(fleet: Fleet, desk: Desk) -> None:
     prepare_in_hook(fleet.nodes["host-b"])
     hear_hooks(fleet)
     fleet.end()
-    answers = desk.begin(ASKED, 2)
+    answers = desk.begin(ASKED, 3)
     desk.end()
     assert "is undone, or to be" in answers[0]["message"]
 

@@ -132,8 +132,8 @@ def read_rights(guarded: Guarded) -> dict[str, Any]:
 
 def test_passwords_are_in_files_that_their_owner_reads(guarded: Guarded) -> None:
     files = {path.name: path for path in guarded.passwords.iterdir()}
-    assert {*files} == {"root", "orderer", *NODES}
-    assert len({path.read_text() for path in files.values()}) == 4
+    assert {"root", "orderer", *NODES} <= {*files}
+    assert len({path.read_text() for path in files.values()}) == len(files)
     for path in (*files.values(), guarded.passwords):
         assert not stat.S_IMODE(path.stat().st_mode) & 0o077
 
@@ -177,7 +177,7 @@ def test_a_right_too_many_is_taken_back(guarded: Guarded) -> None:
 @pytest.fixture
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     """No election is waited for."""
-    monkeypatch.setattr(etcd, "_PATIENCE", 0.3)
+    monkeypatch.setattr(etcd, "_PATIENCE", 1.0)
 
 
 # ---- the table of who may what -------------------------------------------------------------------
