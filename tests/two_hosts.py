@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import subprocess
+import time
 from collections.abc import Callable
 
 from bench.faults.surfaces import read_all_surfaces
@@ -39,3 +40,11 @@ def look(names: dict[str, str]) -> dict[str, str]:
         for role, name in names.items()
         for surface, text in read_all_surfaces(name).items()
     }
+
+
+def demand_as_before(names: dict[str, str], before: dict[str, str]) -> None:
+    """They look so; what an agent has sent to look at them may be there for a moment yet."""
+    deadline = time.monotonic() + 30
+    while (now := look(names)) != before and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert now == before

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from fleet_processes import Processes
-from two_hosts import look, make_two_hosts, run_ip
+from two_hosts import demand_as_before, look, make_two_hosts, run_ip
 
 from bench.etcd_cluster import NUMBERS, Cluster
 from natkeep.errors import RefusedError
@@ -50,7 +50,7 @@ def test_a_move_from_apply_to_settled(fleet: Processes) -> None:
     fleet.call("fleet", "end", "web", "--yes")
     assert fleet.run("fleet", "wait", "web").returncode == 4, "it is to be undone"
     fleet.call("fleet", "wait", "web", "--for", "settled")
-    assert look(fleet.names) == before
+    demand_as_before(fleet.names, before)
     assert "nothing is ordered" in fleet.call("fleet", "status")
     fleet.call("fleet", "wait", "web", "--for", "settled")
     fleet.call("fleet", "end", "web")
@@ -95,7 +95,7 @@ def test_where_the_process_was_is_silent_and_no_end_has_it_answer(
     run_ip("-n {source} address del 10.2.0.10/32 dev lo", fleet.names)  # what is said there helps
     fleet.wait_settled("web")
     run_ip("-n {source} address add 10.2.0.10/32 dev lo", fleet.names)
-    assert look(fleet.names) == before
+    demand_as_before(fleet.names, before)
 
 
 @pytest.mark.parametrize(
@@ -121,7 +121,7 @@ def test_an_agent_killed_at_a_fault_point_and_started_again(
     fleet.call("fleet", "wait", "web")
     fleet.call("fleet", "end", "web")
     fleet.call("fleet", "wait", "web", "--for", "settled")
-    assert look(fleet.names) == before
+    demand_as_before(fleet.names, before)
 
 
 @pytest.mark.needs("etcd")
@@ -160,7 +160,7 @@ def test_a_move_goes_on_while_etcd_and_the_agents_die(fleet: Processes) -> None:
 
         fleet.call("fleet", "end", "web", "--yes")
         fleet.call("fleet", "wait", "web", "--for", "settled")
-        assert look(fleet.names) == before
+        demand_as_before(fleet.names, before)
     finally:
         fleet.close()
         cluster.close()

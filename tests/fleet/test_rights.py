@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from fleet_processes import Processes
 from fleet_watcher import Watcher
-from two_hosts import look, make_two_hosts
+from two_hosts import demand_as_before, look, make_two_hosts
 
 from bench.etcd_cluster import NUMBERS, Cluster
 from natkeep.errors import NatkeepError, RefusedError, UnreachableError
@@ -333,7 +333,7 @@ def test_agents_carry_a_move_from_apply_to_settled_by_these_rights(
         fleet.call("fleet", "wait", "web", "--for", "open")
         fleet.call("fleet", "end", "web", "--yes")
         fleet.call("fleet", "wait", "web", "--for", "settled")
-        assert look(fleet.names) == before
+        demand_as_before(fleet.names, before)
         store = guarded.open("node", "orderer")
         left = {key for key in store.range(keys.TOP).items if "web" in key}
         store.close()

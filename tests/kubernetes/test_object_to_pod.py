@@ -18,7 +18,7 @@ import pytest
 from kubernetes_api import MOVES, NODES, PODS, Api, make_move, make_pod
 from kubernetes_schema import find
 from pod_groups import pod_group, put
-from two_hosts import look, make_two_hosts
+from two_hosts import demand_as_before, look, make_two_hosts
 
 from natkeep.fleet.directory import DirectoryStore
 
@@ -125,7 +125,7 @@ def test_an_object_prepares_a_pod_that_is_to_come(cluster: Cluster) -> None:
         api.delete("web")
         api.wait_gone("web")
     store.close()
-    assert look(cluster.names) == before
+    demand_as_before(cluster.names, before)
     assert not [*(cluster.state / "orders").glob("*.json")]
     assert cluster.plugin("DEL").returncode == 0
 
@@ -160,4 +160,4 @@ def test_a_pod_that_is_there_is_found_by_its_processes(cluster: Cluster) -> None
             process.kill()
             process.wait()
     store.close()
-    assert look(cluster.names) == before
+    demand_as_before(cluster.names, before)
