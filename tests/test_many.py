@@ -159,6 +159,15 @@ def test_ends_of_one_connection_go_one_after_the_other(fake: Executor) -> None:
     assert len(fake.state.load("client").surroundings.carried) == 1
 
 
+def test_what_is_of_another_kind_goes_alone() -> None:
+    some = [make(n) for n in range(5)]
+    guarded = Move("m1", some[1].move.maps, (GATEWAY,), hold=False, guard=True)
+    two_sites = Move("m3", some[3].move.maps, (GATEWAY, Site(Role.DESTINATION, "dst")))
+    some[1], some[3] = some[1]._replace(move=guarded), some[3]._replace(move=two_sites)
+    lists = [[one.move.id for one in part] for part in many._split(some)]
+    assert lists == [["m0"], ["m1"], ["m2"], ["m3"], ["m4"]]
+
+
 def test_a_journal_that_cannot_be_read_stops_no_other(fake: Executor) -> None:
     assert prepare_many(fake, [make(n) for n in range(3)]) == {}
     Path(fake.state.path, "m1.journal").write_text("?\n")

@@ -93,6 +93,7 @@ def _change(jobs: Mapping[str, Job], executor: Executor, bounds: policy.Agent) -
     wanted = {move_id: job for move_id, job in jobs.items() if isinstance(job, Prepare)}
     failed, allowed = _refuse(wanted, executor, bounds)
     failed |= prepare_many(executor, allowed)
+    executor.warned.clear()
     wrong = open_many(executor, [job.move_id for job in jobs.values() if isinstance(job, Open)])
     undone = [job for job in jobs.values() if isinstance(job, Teardown)]
     for executor.drops in {job.drops for job in undone}:

@@ -78,7 +78,8 @@ def _split(wanted: Iterable[Wanted]) -> Iterator[list[Wanted]]:
         own = {map_.old.packed for map_ in move.maps}
         views = (*move.share(one.connections), *move.share(move.udp))
         theirs = {peer for view in views for peer in view.peers()}
-        alone = move.live or move.held or move.quiesces or len(move.sites) > 1
+        # What guards is a process, which may not be in a site's namespace when it is started.
+        alone = move.live or move.held or move.quiesces or move.guard or len(move.sites) > 1
         apart = move.id in ids or own & peers or theirs & olds
         if some and (alone or apart or len(some) == MOST):
             yield some
