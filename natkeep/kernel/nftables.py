@@ -29,6 +29,7 @@ from natkeep.kernel.nft_messages import (
     pack_fill,
     pack_objects,
 )
+from natkeep.kernel.nft_removal import pack_removal
 from natkeep.plan import syn_block
 from natkeep.plan.base_chains import (
     DISPATCHES,
@@ -48,6 +49,7 @@ from natkeep.plan.observation import Gate
 from natkeep.plan.steps import HoldListeners, Loads, OpenGate
 
 _MESSAGE = re.compile(r"(?:Error|Warning): (.*)")
+_MANY = 50  # removals that are quicker packed than read again by libnftables
 _INET = 1  # NFPROTO_INET
 _GATES = re.compile(rf"(?:gate|callers)-{ID}")
 """Chains that drop until they are opened; an address chain's name is never of that form."""
@@ -212,31 +214,48 @@ def remove(undos: Sequence[Undo]) -> None:
     looked_at = [u.name for u in undos if u.kind in ("rule", "chain")]
     looked_at += [undo.unused for undo in undos if undo.unused]
     seen = {name: dump.rules(TABLE, name) for name in dict.fromkeys(looked_at)}
-    _run_what_is_there(_removal_lines(undos, seen))
+    _run_what_is_there(_order_removals(undos, seen))
 
 
-def _removal_lines(undos: Sequence[Undo], seen: dict[str, tuple[dump.SeenRule, ...]]) -> list[str]:
+def _order_removals(
+    undos: Sequence[Undo], seen: dict[str, tuple[dump.SeenRule, ...]]
+) -> list[tuple[Undo, int]]:
+    """What goes; a rule with its number, and all of a chain by 0."""
     comments: dict[str, set[str]] = {}
     for undo in undos:
         if undo.kind == "rule":
             comments.setdefault(undo.name, set()).add(undo.what)
-    left, lines = {name: len(rules) for name, rules in seen.items()}, []
+    left, found = {name: len(rules) for name, rules in seen.items()}, []
     for chain, wanted in comments.items():
         for rule in seen.get(chain, ()):
             if rule.comment in wanted:
-                lines.append(Undo("inet", "rule", chain).command(rule.handle))
+                found.append((Undo("inet", "rule", chain), rule.handle))
                 left[chain] -= 1
     going = [u for u in undos if u.kind != "rule" and not (u.unused and left.get(u.unused, 0))]
     order = {"element": 0, "chain": 1, "set": 2, "map": 2}
     for undo in sorted(going, key=lambda undo: order[undo.kind]):
         if undo.kind == "chain" and not undo.unused and left.get(undo.name, 0):
-            lines.append(f"flush chain {undo.family} {TABLE} {undo.name}")
-        lines.append(undo.command())
-    return lines
+            found.append((Undo(undo.family, "rule", undo.name), 0))
+        found.append((undo, 0))
+    return found
 
 
-def _run_what_is_there(lines: list[str]) -> None:
-    """Run deletions in one transaction, or, when something is gone already, one by one."""
+def _say(undo: Undo, handle: int) -> str:
+    if undo.kind == "rule" and not handle:
+        return f"flush chain {undo.family} {TABLE} {undo.name}"
+    return undo.command(handle)
+
+
+def _run_what_is_there(removals: Sequence[tuple[Undo, int]], first: Sequence[str] = ()) -> None:
+    """Run deletions in one transaction, or, when something is gone already, one by one.
+
+    first: text that goes in front of them.
+    """
+    packed = pack_removal(removals) if len(removals) > _MANY and not first else None
+    with suppress(OSError):  # then it is said, or passed over, below
+        if packed is not None:
+            return send_batch(packed)
+    lines = [*first, *(_say(*each) for each in removals)]
     if not lines:
         return
     try:
@@ -272,11 +291,11 @@ def open_gates(opening: Sequence[Rule]) -> None:
 
 def close_gates(chains: Iterable[str]) -> None:
     """Take away what opened the gates of these chains, the gate hook back with the first."""
-    lines = [*map(str, missing_gate_hook())]
+    first, removals = [*map(str, missing_gate_hook())], []
     for chain in chains:
         rules = (rule for rule in dump.rules(TABLE, chain) if rule.comment == OPEN)
-        lines += [Undo("inet", "rule", chain).command(rule.handle) for rule in rules]
-    _run_what_is_there(lines)
+        removals += [(Undo("inet", "rule", chain), rule.handle) for rule in rules]
+    _run_what_is_there(removals, first)
     _hook_again()
 
 
