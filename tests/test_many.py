@@ -326,3 +326,21 @@ def test_some_of_many_leave_the_others(hosts: dict[str, str], tmp_path: Path) ->
     assert not any(site.drift for one in read_status(executor, ()) for site in one.sites)
     assert teardown_many(executor, executor.state.ids()) == {}
     assert look(hosts) == before
+
+
+@pytest.mark.root
+@pytest.mark.needs("nftables")
+def test_what_another_program_removed_of_one_is_in_no_others_way(
+    hosts: dict[str, str], tmp_path: Path
+) -> None:
+    site = Site(Role.GATEWAY, hosts["gateway"])
+    executor = make_executor(tmp_path / "state")
+    before = look(hosts)
+    assert prepare_many(executor, [make(n, site=site) for n in range(5)]) == {}
+    gone = "delete element inet natkeep in4 { 10.2.0.2 }"
+    subprocess.run(["ip", "netns", "exec", hosts["gateway"], "nft", gone], check=True)
+    assert teardown_many(executor, [f"m{n}" for n in range(4)]) == {}
+    assert executor.state.ids() == ("m4",)
+    assert not any(site.drift for one in read_status(executor, ()) for site in one.sites)
+    teardown(executor, "m4")
+    assert look(hosts) == before

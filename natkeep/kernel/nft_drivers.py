@@ -72,7 +72,8 @@ class UnloadInverse(Inverse[Unload]):
 
     def revert_many(self, at: Place, undos: Sequence[tuple[Unload, Prior]]) -> None:
         """The same, in one transaction."""
-        nftables.unload(one for undo, _ in undos for one in undo.objects)
+        objects = (one for undo, _ in undos for one in undo.objects)
+        nftables.unload(objects, whole=len(undos) > 1)
         for part in {undo.part for undo, _ in undos if undo.part}:
             faultpoints.reach("withdrawn", part)
 
@@ -99,7 +100,8 @@ class GateDriver(LoadDriver[InstallGate]):
 
     def revert_many(self, at: Place, undos: Sequence[tuple[RemoveGate, Prior]]) -> None:
         """The same, in one transaction."""
-        nftables.unload(one for undo, _ in undos for one in undo.objects)
+        objects = (one for undo, _ in undos for one in undo.objects)
+        nftables.unload(objects, whole=len(undos) > 1)
         faultpoints.reach("withdrawn", "gate")
         if any(prior.facts.get("unhooked") for _, prior in undos):
             nftables.remove_gate_hook()
@@ -232,7 +234,8 @@ class OpenDriver(Driver[OpenGate]):
 
     def revert_many(self, at: Place, undos: Sequence[tuple[CloseGates, Prior]]) -> None:
         """The same, in one transaction."""
-        nftables.close_gates(chain for undo, _ in undos for chain in undo.chains)
+        chains = (chain for undo, _ in undos for chain in undo.chains)
+        nftables.close_gates(chains, whole=len(undos) > 1)
 
 
 class SendResetsDriver(Driver[SendResets]):

@@ -49,7 +49,6 @@ from natkeep.plan.observation import Gate
 from natkeep.plan.steps import HoldListeners, Loads, OpenGate
 
 _MESSAGE = re.compile(r"(?:Error|Warning): (.*)")
-_MANY = 50  # removals that are quicker packed than read again by libnftables
 _INET = 1  # NFPROTO_INET
 _GATES = re.compile(rf"(?:gate|callers)-{ID}")
 """Chains that drop until they are opened; an address chain's name is never of that form."""
@@ -177,15 +176,16 @@ def _closes_gate(one: Object) -> bool:
 # ---- out -----------------------------------------------------------------------------------------
 
 
-def unload(undos: Iterable[Undo]) -> None:
+def unload(undos: Iterable[Undo], *, whole: bool = False) -> None:
     """Take objects away; what is gone already is fine. With the last move the tables go.
 
-    Rules first, and what they refer to behind them, in one transaction.
+    Rules first, and what they refer to behind them, in one transaction. whole: of many moves, and
+    NftError or OSError where one has something that is gone: then nothing went.
     """
     undos = tuple(dict.fromkeys(undos))
     names = {undo.name for undo in undos if undo.kind in ("chain", "set", "map")}
     if not names or _has_another(names) or _has_others(names):
-        remove(undos)
+        remove(undos, whole=whole)
     # The last move takes the tables with it; others may come only under the same lock.
     elif dump.has_table("inet", TABLE) or dump.has_table("arp", TABLE):
         run_transaction(removal())
@@ -209,12 +209,12 @@ def _has_others(own: set[str]) -> bool:
     return not all(is_address_chain(name) or name.startswith("__") for name in left)
 
 
-def remove(undos: Sequence[Undo]) -> None:
-    """Take these objects away, whatever else is there; what is gone already is fine."""
+def remove(undos: Sequence[Undo], *, whole: bool = False) -> None:
+    """Take these objects away, whatever else is there; whole: as unload has it."""
     looked_at = [u.name for u in undos if u.kind in ("rule", "chain")]
     looked_at += [undo.unused for undo in undos if undo.unused]
     seen = {name: dump.rules(TABLE, name) for name in dict.fromkeys(looked_at)}
-    _run_what_is_there(_order_removals(undos, seen))
+    _run_what_is_there(_order_removals(undos, seen), whole=whole)
 
 
 def _order_removals(
@@ -246,21 +246,24 @@ def _say(undo: Undo, handle: int) -> str:
     return undo.command(handle)
 
 
-def _run_what_is_there(removals: Sequence[tuple[Undo, int]], first: Sequence[str] = ()) -> None:
+def _run_what_is_there(
+    removals: Sequence[tuple[Undo, int]], first: Sequence[str] = (), *, whole: bool = False
+) -> None:
     """Run deletions in one transaction, or, when something is gone already, one by one.
 
-    first: text that goes in front of them.
+    first: text that goes in front of them. whole: as unload has it.
     """
-    packed = pack_removal(removals) if len(removals) > _MANY and not first else None
-    with suppress(OSError):  # then it is said, or passed over, below
-        if packed is not None:
-            return send_batch(packed)
+    packed = pack_removal(removals) if whole and not first else None
+    if packed is not None:
+        return send_batch(packed)
     lines = [*first, *(_say(*each) for each in removals)]
     if not lines:
         return
     try:
         run_transaction(lines)
     except NftError:
+        if whole:
+            raise
         for line in lines:
             try:
                 run_transaction([line])
@@ -289,13 +292,16 @@ def open_gates(opening: Sequence[Rule]) -> None:
     send_batch(pack_objects(opening))
 
 
-def close_gates(chains: Iterable[str]) -> None:
-    """Take away what opened the gates of these chains, the gate hook back with the first."""
+def close_gates(chains: Iterable[str], *, whole: bool = False) -> None:
+    """Take away what opened the gates of these chains, the gate hook back with the first.
+
+    whole: as unload has it.
+    """
     first, removals = [*map(str, missing_gate_hook())], []
     for chain in chains:
         rules = (rule for rule in dump.rules(TABLE, chain) if rule.comment == OPEN)
         removals += [(Undo("inet", "rule", chain), rule.handle) for rule in rules]
-    _run_what_is_there(removals, first)
+    _run_what_is_there(removals, first, whole=whole)
     _hook_again()
 
 

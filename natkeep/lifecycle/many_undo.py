@@ -161,14 +161,28 @@ def _undo(
 
     for column in take_columns(queues, head):
         undos = [(plain[at][0], number) for at, number in column]
-        try:
-            _undo_column(executor, undos)
-        except Exception:  # which of them it was shows one by one, to the end of each
-            for at, number in column:
-                journal = plain[at][0]
+        alone = _undo_or_halve(executor, undos)
+        for at, number in column:
+            journal = plain[at][0]
+            if journal.move.id in alone:  # to its end
                 left[journal.move.id] += executor.undo(journal, [number, *queues[at]])
                 queues[at].clear()
     return left
+
+
+def _undo_or_halve(executor: Executor, some: list[tuple[Journal, int]]) -> set[str]:
+    """Undo the same step of many moves; the ids of those whose own is not undone so."""
+    record = some[0][0].records[some[0][1]]
+    if not isinstance(record.undo, _AT_ONCE):
+        return {journal.move.id for journal, _ in some}
+    try:
+        _undo_column(executor, some)
+    except Exception:
+        if len(some) == 1:
+            return {some[0][0].move.id}
+        half = len(some) // 2
+        return _undo_or_halve(executor, some[:half]) | _undo_or_halve(executor, some[half:])
+    return set()
 
 
 def _undo_column(executor: Executor, some: list[tuple[Journal, int]]) -> None:
@@ -178,8 +192,7 @@ def _undo_column(executor: Executor, some: list[tuple[Journal, int]]) -> None:
         record, kind = journal.records[number], journal.kinds[number]
         assert record.site is not None  # once resolved
         site, undo, prior = record.site, record.undo, record.prior
-        if not isinstance(undo, _AT_ONCE):
-            raise LeftoverError(f"{kind}: one by one")
+        assert isinstance(undo, _AT_ONCE)
         if isinstance(undo, RestoreEntries):
             prior = give_up_claims(executor.state, journal, site, undo, prior)
         undos.append((undo, prior))
