@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parent.parent
 SHELL = [
     ".ci/run",
     "natkeep/criu/natkeep-hook",
-    *(f"scripts/{f.name}" for f in ROOT.glob("scripts/*") if f.suffix != ".py"),
+    *(f"scripts/{f.name}" for f in ROOT.glob("scripts/*") if f.is_file() and f.suffix != ".py"),
     "natkeep/systemd/natkeep-loop",
     "debian/natkeep.prerm",
 ]
