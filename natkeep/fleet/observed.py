@@ -31,6 +31,7 @@ from natkeep.values import dataclass
 _EVERY, _CALM, _TICK = 30.0, 5.0, 1.0  # s; calm: nothing has changed of a move for so long
 _SHARE = 10  # of the time, looking takes no more than one in so many parts
 _FEW = 50  # moves that are named; of more all are looked at
+_AT_ONCE = 500  # moves; what is known of each takes some 60 KiB until all of them are read
 _LINES = 5  # of drift
 _PATIENCE = 600  # s
 _CALL = (
@@ -135,8 +136,10 @@ def show(directory: str, *ids: str) -> None:
     os.nice(19)
     state = StateDirectory(directory, create=False)
     executor, unreadable = Executor(LinuxKernel(state.path), state), list[JournalError]()
-    for status in read_status(executor, ids, unreadable):
-        tally = look_closely(status).tally()
-        drift = [line for site in status.sites for line in site.drift][:_LINES]
-        seen = Observed(tally[State.LIVE] + tally[State.ONE_WAY], tuple(drift))
-        show_json(json.dumps({"id": status.plan.move.id, **seen.to_json()}))
+    ids = ids or executor.state.ids()
+    for start in range(0, len(ids), _AT_ONCE):
+        for status in read_status(executor, ids[start : start + _AT_ONCE], unreadable):
+            tally = look_closely(status).tally()
+            drift = [line for site in status.sites for line in site.drift][:_LINES]
+            seen = Observed(tally[State.LIVE] + tally[State.ONE_WAY], tuple(drift))
+            show_json(json.dumps({"id": status.plan.move.id, **seen.to_json()}))
