@@ -121,6 +121,7 @@ HEADER = json.loads(JOURNALS.seeds[0][f"{ID}.journal"].split(b"\n")[0])
 PLACES = [(key,) for key in HEADER] + [("move", key) for key in HEADER["move"]]
 
 
+@pytest.mark.whole
 @settings(max_examples=400)
 @given(place=st.sampled_from(PLACES), value=JSON)
 def test_a_journal_with_another_value_somewhere(place: tuple[str, ...], value: object) -> None:
