@@ -7,7 +7,6 @@ EXAMPLES    ?= 50000
 # Tests at once, each with what it starts on one processor, of which two may share one: a lab waits
 # half of its time. With more than four the kernel's own locks are in the way. JOBS=0: one by one.
 JOBS        ?= $(shell n=$$(nproc) && echo $$((n < 2 ? 2 : 4)))
-QUICK_JOBS  ?= $(shell n=$$(nproc) && echo $$((n < 4 ? n : 4)))
 PYTEST       = .venv/bin/pytest -n $(JOBS) --dist worksteal
 MANY        ?= 16x50
 REPS        ?= 1
@@ -57,7 +56,7 @@ test: setup kernel containerd ## the whole test suite; PYTEST_ARGS='-k word' for
 	@$(PYTEST) $(PYTEST_ARGS)
 
 test-quick: setup ## under a minute: what needs no kernel, and one move by CRIU in a practice network
-	@NATKEEP_EXAMPLES=500 $(PYTEST) -n $(QUICK_JOBS) -m quick $(PYTEST_ARGS)
+	@NATKEEP_EXAMPLES=500 $(PYTEST) -m quick $(PYTEST_ARGS)
 
 test-long: setup kernel containerd ## the whole test suite, with EXAMPLES=50000 of what gets into nft's text (test: 5,000)
 	@NATKEEP_EXAMPLES=$(EXAMPLES) $(PYTEST) $(PYTEST_ARGS)
