@@ -35,6 +35,7 @@ from bench.namespaces import end_on_sigterm
 from natkeep.lab.application import Application, start_client
 from natkeep.lab.criu_restore import Machine
 from natkeep.lab.engine import Opening
+from natkeep.lab.engines.criu import Criu
 from natkeep.lab.lab import Lab
 from natkeep.lab.ssh import Machines
 
@@ -123,6 +124,8 @@ def measure(way: str, count: int) -> Run:
             lab.traffic.client = ticking
         ticking.do({"talk": {"interval_ms": 2, "size": 8, "answer": 8}})
         time.sleep(0.5)
+        assert isinstance(lab.engine, Criu)
+        lab.engine.verbosity = "-v3"  # as natkeep migrate has it
         return WAYS[way](lab, ticking)
 
 

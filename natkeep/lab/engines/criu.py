@@ -35,6 +35,7 @@ class Criu(InHost):
 
     def __init__(self, binary: Path) -> None:
         self.binary = binary
+        self.verbosity = "-v4"
 
     def freeze(self, host: Host, moving: Moving, into: Path) -> Frozen:
         into.mkdir()
@@ -59,7 +60,7 @@ class Criu(InHost):
         log = images / f"{verb}.log"
         done = host.run(
             str(self.binary), verb, "--images-dir", str(images), "--tcp-established",
-            "-v4", "--log-file", log.name, *options,
+            self.verbosity, "--log-file", log.name, *options,
             check=False, env=dict(env) if env else None,
         )  # fmt: skip
         if done.returncode:
