@@ -19,6 +19,7 @@ import pytest
 
 from natkeep.kernel import segment_holder
 from natkeep.kernel.netns import Namespace, open_namespace
+from natkeep.lab.ipv6_addresses import await_addresses
 from natkeep.lab.time_scale import scaled
 
 Run = Callable[..., str]
@@ -73,6 +74,8 @@ def cable(
         run(netns, "ip", "link", "set", "eth0", "addrgenmode", "none", "up")
         run(netns, "ip", "address", "add", f"{address[4]}/8", "dev", "eth0")
         run(netns, "ip", "address", "add", f"{address[6]}/16", "dev", "eth0", "nodad")
+    for netns in (peer, site):
+        await_addresses(netns)
     with contextlib.ExitStack() as stack:
         found = []
         for netns in (peer, site):

@@ -18,6 +18,8 @@ from pathlib import Path
 
 import pytest
 
+from natkeep.lab.ipv6_addresses import await_addresses
+
 pytestmark = [pytest.mark.root, pytest.mark.needs("nftables")]
 
 ACTING = ("net_admin", "sys_admin", "dac_read_search")
@@ -92,6 +94,7 @@ def site(make_netns: Callable[[], str], tmp_path: Path) -> Site:
         "address add fd00:2::10/128 dev lo nodad",  # of the image's other connection
     ):
         subprocess.run(["ip", "-n", netns, *line.split()], check=True)
+    await_addresses(netns)
     return Site(netns, tmp_path / "state", only(*ACTING))
 
 

@@ -14,6 +14,7 @@ from entered import entered
 
 from natkeep.cli import main
 from natkeep.kernel import survey
+from natkeep.lab.ipv6_addresses import await_addresses
 from natkeep.lifecycle.other_rules import judge
 from natkeep.plan.move import Mode, Site
 from natkeep.plan.roles import Role
@@ -43,6 +44,8 @@ class Network:
                 self.ip(f"-n {netns} address add fd00:{number}::{host}/64 dev {name} nodad")
         self.ip(f"-n {self.destination} route add default via 10.3.0.1")
         self.ip(f"-n {self.destination} -6 route add default via fd00:3::1")
+        for netns in (self.gateway, self.destination, self.rest):
+            await_addresses(netns)
 
     def ip(self, line: str) -> None:
         subprocess.run(["ip", *line.split()], check=True)

@@ -14,6 +14,7 @@ from two_hosts import look, make_two_hosts
 
 from natkeep.errors import JournalError, KernelError, RefusedError
 from natkeep.kernel.linux import LinuxKernel
+from natkeep.lab.ipv6_addresses import await_addresses
 from natkeep.lifecycle import many, many_undo
 from natkeep.lifecycle.executor import Executor
 from natkeep.lifecycle.many import Wanted, open_many, prepare_many
@@ -239,6 +240,7 @@ def hosts(make_netns: Callable[[], str]) -> dict[str, str]:
     subprocess.run(["ip", "netns", "exec", names["gateway"], "nft", theirs], check=True)
     for line in ("address add fd00:3::1/64 dev gate0 nodad", "route add fd00:1::/64 dev gate0"):
         subprocess.run(["ip", "-n", names["gateway"], *line.split()], check=True)
+    await_addresses(names["gateway"])
     return names
 
 

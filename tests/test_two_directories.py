@@ -13,6 +13,7 @@ from natkeep.errors import LeftoverError
 from natkeep.kernel import nft_strays, rtnetlink
 from natkeep.kernel.linux import LinuxKernel
 from natkeep.kernel.netns import inside, open_namespace
+from natkeep.lab.ipv6_addresses import await_addresses
 from natkeep.lifecycle.executor import Executor
 from natkeep.lifecycle.gc import Collected, gc
 from natkeep.lifecycle.open import open_move
@@ -98,6 +99,7 @@ def destination(make_netns: Callable[[], str], tmp_path: Path) -> Iterator[Desti
     ]
     command = ["ip", "-n", netns, "-batch", "-"]
     subprocess.run(command, input="\n".join(lines), text=True, check=True)
+    await_addresses(netns)
     destination = Destination(netns, tmp_path)
     yield destination
     for restored in destination.sockets:

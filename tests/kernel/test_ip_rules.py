@@ -21,6 +21,7 @@ from kernel.conftest import Picture
 from natkeep.errors import RefusedError
 from natkeep.kernel import ip_rules
 from natkeep.kernel.linux import LinuxKernel
+from natkeep.lab.ipv6_addresses import await_addresses
 from natkeep.lifecycle.check import check
 from natkeep.lifecycle.executor import Executor
 from natkeep.lifecycle.gc import gc
@@ -68,6 +69,8 @@ class Hosts:
             way = f"via {ROUTER[version]}" if routed else "dev eth0"
             self("b", f"ip -{version} route add {old} {way}")
             self("b", f"ip -{version} route add {PEER[version]} via {ROUTER[version]}")
+        for netns in (self.a, self.b):
+            await_addresses(netns)
         self.state = StateDirectory(str(path), create=True)
         self.executor = Executor(LinuxKernel(self.state.path), self.state)
         self.site = Site(Role.DESTINATION, self.b)
@@ -257,6 +260,8 @@ class Behind:
         for version, router, via in ((4, "10.8.0.1", NEW[4]), (6, "fd00:8::1", NEW[6])):
             hosts.run(name, *f"ip -{version} route add default via {router}".split())
             hosts("a", f"ip -{version} route add {self.at[version]} via {via}")
+        for netns in (hosts.a, hosts.b, name):
+            await_addresses(netns)
 
     def listen(self, port: int) -> socket.socket:
         with entered(self.name):

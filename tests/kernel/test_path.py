@@ -15,6 +15,7 @@ from natkeep.kernel import path, policy_rules, rtnetlink
 from natkeep.kernel.fib_rules import MARK
 from natkeep.kernel.linux import LinuxKernel
 from natkeep.kernel.old_address import find_at_home
+from natkeep.lab.ipv6_addresses import await_addresses
 from natkeep.lab.time_scale import scaled
 from natkeep.plan.findings import Severity
 from natkeep.plan.move import Site
@@ -183,6 +184,7 @@ def gateway(make_netns: Callable[[], str], run: Run) -> str:
         run(netns, "ip", *f"address add 10.{number}.0.1/24 dev {name}".split())
         run(netns, "ip", *f"address add fd00:{number}::1/64 dev {name} nodad".split())
     run(netns, "sysctl", "-qw", "net.ipv4.ip_forward=1", "net.ipv6.conf.all.forwarding=1")
+    await_addresses(netns)
     return netns
 
 

@@ -16,6 +16,7 @@ from natkeep.errors import RefusedError
 from natkeep.kernel import relay_host
 from natkeep.kernel.linux import LinuxKernel
 from natkeep.lab.host import await_true
+from natkeep.lab.ipv6_addresses import await_addresses
 from natkeep.plan.drift import find_drift
 from natkeep.plan.liveness import Life
 from natkeep.plan.move import Map, Move, Site
@@ -70,6 +71,7 @@ def host(make_site: Callable[[], str], run: Callable[..., str], tmp_path: Path) 
     netns = make_site()
     run(netns, "ip", "address", "add", "10.3.0.21/24", "dev", "eth0")
     run(netns, "ip", "address", "add", "fd00:3::21/64", "dev", "eth0", "nodad")
+    await_addresses(netns)
     run(netns, "sysctl", "-qw", "net.ipv4.ip_forward=0", "net.ipv6.conf.all.forwarding=0")
     made = Host(netns, run, str(tmp_path))
     yield made

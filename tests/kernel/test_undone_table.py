@@ -16,6 +16,7 @@ from two_hosts import look, make_two_hosts, run_ip
 
 from natkeep.errors import KernelError
 from natkeep.kernel.linux import LinuxKernel
+from natkeep.lab.ipv6_addresses import await_addresses
 from natkeep.lab.translators import natkeep_command
 from natkeep.lifecycle.executor import Executor
 from natkeep.lifecycle.gc import Cleared, gc
@@ -77,6 +78,7 @@ def place(make_netns: Callable[[], str], tmp_path: Path) -> Place:
     names = make_two_hosts(make_netns)
     run_ip("-n {destination} address add fd00:3::20/64 dev dest0 nodad", names)
     run_ip("-n {destination} route add fd00:1::/64 dev dest0", names)
+    await_addresses(names["destination"])
     return Place(names, tmp_path / "state")
 
 
