@@ -28,7 +28,7 @@ def do_afterwards(work: Callable[[], object]) -> None:
 
 
 def begin(beside: int = 0) -> None:
-    """Start it, if there is any, in a process of its own: what is to end is the verb, or all.
+    """Start it, if there is any, in a process of its own; the verb ends at once after this.
 
     beside: the number of the process that restores; with its end, at the latest after _REST
     seconds, the blackout is over.

@@ -21,7 +21,7 @@ import socket
 import stat
 import struct
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
 
@@ -78,6 +78,15 @@ def ask(path: str, request: dict[str, Any], seconds: float) -> dict[str, Any]:
             why = getattr(error, "strerror", None) or str(error)
             time.sleep(max(min(_REST, until - time.monotonic()), 0))
     raise UnreachableError(f"no agent answers at {path} within {seconds:g} s: {why}")
+
+
+def ask_ready(path: str, move_id: str, news: Iterable[str], seconds: float) -> str:
+    """Why the gateways of what was prepared here as *move_id* are not ready; empty when they are.
+
+    news: its NEWs, with ports if they have some. UnreachableError as of `ask`.
+    """
+    answer = ask(path, {"verb": "ready", "id": move_id, "new": ",".join(news)}, seconds)
+    return "" if answer.get("ok") is True else str(answer.get("message", answer))
 
 
 def is_roots(link: socket.socket) -> bool:

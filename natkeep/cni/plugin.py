@@ -172,13 +172,11 @@ def _tell_agent(path: str, told: Told) -> None:
 
     UnreachableError where it does not answer, else the error that it answers with.
     """
-    from natkeep.agent_socket import ask
+    from natkeep.agent_socket import ask_ready
 
-    new = ",".join(text.partition("=")[2] for text in told.maps)  # with ports, if it has some
-    question = {"verb": "ready", "id": told.id, "new": new}
-    answer = ask(path, question, PATIENCE)
-    if answer.get("ok") is not True:
-        raise RefusedError(f"the agent says no: {answer.get('message', answer)}")
+    news = (text.partition("=")[2] for text in told.maps)
+    if lacking := ask_ready(path, told.id, news, PATIENCE):
+        raise RefusedError(f"the agent says no: {lacking}")
 
 
 # ---- CHECK, DEL and GC ---------------------------------------------------------------------------

@@ -33,7 +33,6 @@ import time
 from collections.abc import Mapping
 from contextlib import suppress
 
-from natkeep.agent_socket import ask
 from natkeep.checkpoint.listing import write_listing
 from natkeep.errors import NatkeepError, RefusedError, UnreachableError, UsageError
 from natkeep.plan.move import Move
@@ -106,16 +105,16 @@ class AgentReadiness:
 
         connections: not needed, the order has them.
         """
-        new = ",".join(str(map_.new_end) for map_ in move.maps)
-        request = {"verb": "ready", "id": move.id, "new": new}
+        from natkeep.agent_socket import ask_ready  # late: other restores wait for a file
+
+        news = (str(map_.new_end) for map_ in move.maps)
         try:
-            answer = ask(self.agent, request, self.seconds)
+            lacking = ask_ready(self.agent, move.id, news, self.seconds)
         except UnreachableError as error:
             raise UnreachableError(str(error), hint=_HARMLESS) from None
-        if not answer.get("ok"):
+        if lacking:
             raise NatkeepError(
-                f"the agent at {self.agent} has not got the gateways ready: "
-                f"{answer.get('message')}",
+                f"the agent at {self.agent} has not got the gateways ready: {lacking}",
                 hint=_HARMLESS,
             )
 

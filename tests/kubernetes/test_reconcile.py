@@ -71,6 +71,13 @@ class Rig:
         self.body["spec"] |= spec
         self.body["metadata"]["generation"] += 1
 
+    def make_ready(self) -> None:
+        """As `usual`, and the move is ordered and made ready."""
+        self.usual()
+        self.change(frozen=True)
+        self.look()
+        self.fleet.turn()
+
     def look(self) -> str:
         status = reconcile(self.body, self.store, self.cluster)  # type: ignore[arg-type]
         return self._keep(status)
@@ -439,10 +446,7 @@ def test_what_a_node_has_observed_is_told(rig: Rig) -> None:
 
 
 def test_an_agent_that_has_died_is_told_and_nothing_is_undone(rig: Rig) -> None:
-    rig.usual()
-    rig.change(frozen=True)
-    rig.look()
-    rig.fleet.turn()
+    rig.make_ready()
     rig.fleet.nodes["gw-1"].kill()
     rig.store.txn({keys.alive("gw-1"): None})
     assert rig.look() == "Ready"
@@ -527,10 +531,7 @@ def test_the_end_waits_for_connections_that_live(rig: Rig) -> None:
 
 
 def test_the_end_waits_for_an_agent_that_is_away(rig: Rig) -> None:
-    rig.usual()
-    rig.change(frozen=True)
-    rig.look()
-    rig.fleet.turn()
+    rig.make_ready()
     rig.fleet.nodes["gw-1"].kill()
     rig.store.txn({keys.alive("gw-1"): None})
     rig.end()
@@ -543,10 +544,7 @@ def test_the_end_waits_for_an_agent_that_is_away(rig: Rig) -> None:
 
 
 def test_what_ended_by_another_hand_is_not_ordered_again(rig: Rig) -> None:
-    rig.usual()
-    rig.change(frozen=True)
-    rig.look()
-    rig.fleet.turn()
+    rig.make_ready()
     rig.fleet.end(rig.id)
     assert rig.look() == "Ending"
     assert rig.turn() == "Ended"
