@@ -33,6 +33,7 @@ from natkeep.fleet.want import SCHEMA, a_text, as_object, texts
 from natkeep.plan.maps import Map, Wish, parse_map
 from natkeep.plan.move import Mode, parse_id
 from natkeep.plan.tuples import Address
+from natkeep.state.files import replace_file
 from natkeep.values import dataclass
 
 _KEYS = {"schema", "id", "uid", "maps", "connections", "image", "mode", "listeners", "dump"}
@@ -136,16 +137,14 @@ class Told:
 
     def write(self) -> None:
         """Have it there, whole."""
-        new = self.path.with_name(f".{self.path.name}.{os.getpid()}")
         document = {
             "schema": SCHEMA, "id": self.id, "network": self.network,
             "container": self.container, "maps": [*self.maps], "new": [*self.new],
         }  # fmt: skip
         try:
-            new.write_text(json.dumps(document) + "\n")
-            new.replace(self.path)
+            text = f"{json.dumps(document)}\n"
+            replace_file(self.path, text.encode(), mode=0o644, durable=False)
         except OSError as error:
-            new.unlink(missing_ok=True)
             raise NatkeepError(f"{self.path}: {error.strerror}") from None
 
     def is_of(self, call: Call) -> bool:

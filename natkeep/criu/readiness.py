@@ -37,6 +37,7 @@ from natkeep.checkpoint.listing import write_listing
 from natkeep.errors import NatkeepError, RefusedError, UnreachableError, UsageError
 from natkeep.plan.move import Move
 from natkeep.plan.tuples import Connections
+from natkeep.state.files import replace_file
 from natkeep.values import dataclass
 
 SECONDS = 10.0
@@ -69,7 +70,7 @@ class Readiness:
             if self.tell:
                 maps = ",".join(map(str, move.maps))
                 lines = write_listing(connections, move.udp, move.udp_servers)
-                _put(self.tell, f"# natkeep {move.id} {maps}\n{lines}")
+                _tell(self.tell, f"# natkeep {move.id} {maps}\n{lines}")
             while (left := deadline - time.monotonic()) > 0:
                 if fifo is None:
                     said = _read(self.ready)
@@ -215,15 +216,8 @@ def _read(path: str) -> bytes:
         os.close(file)
 
 
-def _put(path: str, text: str) -> None:
-    """Have the file there, whole, in the place of an earlier one."""
-    temporary = f"{path}.new"
+def _tell(path: str, text: str) -> None:
     try:
-        with suppress(FileNotFoundError):
-            os.unlink(temporary)
-        file = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | _SAFE, 0o600)
-        with open(file, "w", encoding="ascii") as stream:
-            stream.write(text)
-        os.rename(temporary, path)
+        replace_file(path, text.encode("ascii"), durable=False)
     except OSError as error:
         raise RefusedError(f"NATKEEP_TELL: {path}: {error.strerror}") from None

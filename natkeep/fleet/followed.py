@@ -20,6 +20,7 @@ from typing import NamedTuple
 
 from natkeep.errors import JournalError, RefusedError
 from natkeep.fleet.want import Want
+from natkeep.state.files import replace_file
 
 NAME = "agent.followed"
 
@@ -82,16 +83,17 @@ class FollowedFile:
             self._write_anew()
 
     def _write_anew(self) -> None:
-        """A line a move, under the same lock: the file is written over from its beginning."""
-        beside = f"{self.path}.new"
-        with open(beside, "wb") as file:
-            file.writelines(_line(*each) for each in self.known.items())
-            os.fsync(file.fileno())
-        new = os.open(beside, os.O_RDWR | os.O_APPEND | os.O_CLOEXEC)
-        fcntl.flock(new, fcntl.LOCK_EX)
-        os.rename(beside, self.path)
+        """A line a move, in a file that is locked before it has the name."""
+        lines = b"".join(_line(*each) for each in self.known.items())
+        new = list[int]()
+
+        def lock(fd: int) -> None:
+            fcntl.flock(fd, fcntl.LOCK_EX)
+            new.append(os.dup(fd))
+
+        replace_file(self.path, lines, durable=True, first=lock)
         os.close(self._fd)
-        self._fd = new
+        self._fd = new[0]
 
 
 def _line(move_id: str, followed: Followed) -> bytes:

@@ -10,7 +10,6 @@ Rule: the list is there before the order. A vanished order takes nothing away.
 from __future__ import annotations
 
 import json
-import os
 import re
 from pathlib import Path
 
@@ -22,6 +21,7 @@ from natkeep.fleet.site import Standing
 from natkeep.fleet.store import Store
 from natkeep.fleet.want import SCHEMA, Want, as_object
 from natkeep.lifecycle.executor import Executor
+from natkeep.state.files import replace_file
 
 FOLDER = "orders"
 _POD = re.compile(r"pod:([a-z0-9](?:[a-z0-9-]*[a-z0-9])?)/([a-z0-9](?:[a-z0-9.-]*[a-z0-9])?)")
@@ -52,8 +52,10 @@ def put(store: Store, executor: Executor, move_id: str, want: Want, bounds: poli
     if known is not None and as_object(known).get("id") != move_id:
         raise RefusedError(f"the pod {path.stem} has the order of another move: {path}")
     path.parent.mkdir(mode=0o700, exist_ok=True)
-    _write(_list_of(path, want), fetch_octets(store, move_id, want.listed))
-    _write(path, text.encode())
+    # Not synced: after a boot the agent puts them there again, before any pod is made.
+    octets = fetch_octets(store, move_id, want.listed)
+    replace_file(_list_of(path, want), octets, durable=False)
+    replace_file(path, text.encode(), durable=False)
     for old in path.parent.glob(f"{path.stem}.*.list"):
         if old != _list_of(path, want):
             old.unlink()
@@ -84,11 +86,3 @@ def _read(path: Path) -> str | None:
         return path.read_text()
     except FileNotFoundError:
         return None
-
-
-def _write(path: Path, octets: bytes) -> None:
-    new = path.with_name(f".{path.name}")
-    descriptor = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW, 0o600)
-    with open(descriptor, "wb") as file:
-        file.write(octets)
-    new.replace(path)

@@ -16,6 +16,7 @@ from typing import Any
 from natkeep.errors import JournalError, UsageError
 from natkeep.plan.maps import parse_map
 from natkeep.plan.move import parse_id
+from natkeep.state.files import replace_file
 
 SCHEMA = 1
 STEPS = ("check", "prepare", "dump", "copy", "restore", "source", "verify", "done")
@@ -72,13 +73,7 @@ class Record:
         """Write it whole, on disk before this returns."""
         assert self.path is not None
         value = {"schema": SCHEMA, **{k: v for k, v in asdict(self).items() if k != "path"}}
-        beside = self.path.with_suffix(".new")
-        descriptor = os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
-        with os.fdopen(descriptor, "w") as file:
-            json.dump(value, file, indent=1)
-            file.flush()
-            os.fsync(file.fileno())
-        beside.replace(self.path)
+        replace_file(self.path, json.dumps(value, indent=1).encode(), durable=True)
 
     def begin(self, step: str) -> None:
         """Note that *step* begins."""

@@ -207,11 +207,11 @@ class StateFiles:
         temporary = f".{name}.new"
         of = name.rpartition(".")[2]
         with self.errors_of(name):
-            self.unlink(temporary)
+            if self._fd is None:  # without it the name would be one of the working directory
+                raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), name)
+            self.turns += 1
             faultpoints.reach("journal-create", of)
-            fd = self._open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL)
-            try:
-                _write_all(fd, content)
+            with _written(temporary, content, dir_fd=self._fd) as fd:
                 faultpoints.reach("journal-written", of)
                 self._sync_file(fd)
                 first(fd)
@@ -219,11 +219,6 @@ class StateFiles:
                     self._later.append((temporary, name))
                     return
                 self._rename(temporary, name)
-            except BaseException:
-                self.unlink(temporary)
-                raise
-            finally:
-                os.close(fd)
             faultpoints.reach("journal-renamed", of)
             self.sync()
 
@@ -279,6 +274,55 @@ class StateFiles:
                 self._sync_file(fd)
             finally:
                 os.close(fd)
+
+
+def replace_file(
+    path: str | os.PathLike[str],
+    content: bytes,
+    *,
+    mode: int = 0o600,
+    durable: bool,
+    first: Callable[[int], None] = lambda fd: None,
+) -> None:
+    """Have the file there, whole, in the place of an earlier one; OSError where it cannot be.
+
+    mode: but for the umask. durable: it is on disk before this returns. first: called with its
+    descriptor, which appends, before it has its name. Until then it is named `.NAME.PID`.
+    """
+    directory, name = os.path.split(os.path.abspath(path))
+    # By the pid, since two processes may write the same one at once.
+    temporary = os.path.join(directory, f".{name}.{os.getpid()}")
+    with _written(temporary, content, mode) as fd:
+        if durable:
+            os.fsync(fd)
+        first(fd)
+        os.rename(temporary, path)
+    if durable:
+        parent = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            os.fsync(parent)
+        finally:
+            os.close(parent)
+
+
+@contextmanager
+def _written(
+    name: str, content: bytes, mode: int = 0o600, dir_fd: int | None = None
+) -> Iterator[int]:
+    """The descriptor of a new file, which is removed again if the block fails."""
+    with suppress(FileNotFoundError):
+        os.unlink(name, dir_fd=dir_fd)
+    flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
+    fd = os.open(name, flags, mode, dir_fd=dir_fd)
+    try:
+        _write_all(fd, content)
+        yield fd
+    except BaseException:
+        with suppress(FileNotFoundError):
+            os.unlink(name, dir_fd=dir_fd)
+        raise
+    finally:
+        os.close(fd)
 
 
 def _sync_all(fd: int) -> None:
