@@ -45,8 +45,9 @@ ORDER: dict[str, Any] = {
 class Node:
     """A node: its kernel and its state directory outlive its agent."""
 
-    def __init__(self, fleet: Fleet, name: str, **bounds: Any) -> None:
+    def __init__(self, fleet: Fleet, name: str, store: Store | None, **bounds: Any) -> None:
         self.fleet, self.name, self.kernel = fleet, name, FakeKernel()
+        self.store = store or fleet.store
         self.directory = str(fleet.path / name)
         self.bounds = policy.Agent(node=name, **bounds)
         self.said: list[str] = []
@@ -58,9 +59,8 @@ class Node:
 
     def start(self) -> None:
         self.followed: set[str] = set()
-        store = self.fleet.store
-        self.agent = Agent(self.bounds, store, self.executor, self._follow, self.said.append)
-        store.txn({keys.alive(self.name): self.agent.describe_alive()})
+        self.agent = Agent(self.bounds, self.store, self.executor, self._follow, self.said.append)
+        self.store.txn({keys.alive(self.name): self.agent.describe_alive()})
 
     def kill(self) -> None:
         """As by SIGKILL: it has no last word; the file's lock goes with it."""
@@ -73,7 +73,7 @@ class Node:
         self._hear(agent, prefix)
 
     def _hear(self, agent: Agent, prefix: str) -> set[str]:
-        return agent.hear(Heard(prefix, self.fleet.store.range(prefix).items, True))
+        return agent.hear(Heard(prefix, self.store.range(prefix).items, True))
 
     def turn(self) -> None:
         """Hear all that concerns it, and act."""
@@ -95,8 +95,9 @@ class Fleet:
         self.path, self.store = path, store
         self.nodes: dict[str, Node] = {}
 
-    def add(self, name: str, **bounds: Any) -> Node:
-        node = self.nodes[name] = Node(self, name, **bounds)
+    def add(self, name: str, store: Store | None = None, **bounds: Any) -> Node:
+        """store: as that node sees it, with its own rights."""
+        node = self.nodes[name] = Node(self, name, store, **bounds)
         return node
 
     def usual(self) -> tuple[Node, Node, Node]:

@@ -8,6 +8,7 @@ its list of connections, which can be larger than annotations may be.
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
@@ -60,7 +61,7 @@ def make_registry(
             return
         status = reconcile(body, store, cluster)
         memo.generation = body["metadata"].get("generation")
-        memo.rest = _SETTLED if status["phase"] in ("Open", "Ended") else 0
+        memo.rest = count_rest(status)
         _tell(body, patch, status)
 
     def finish(body: Any, patch: Any, retry: int, **_: Any) -> None:
@@ -75,6 +76,12 @@ def make_registry(
     kopf.timer(*kind, registry=registry, interval=interval, id="reconcile")(look)
     kopf.on.delete(*kind, registry=registry, id="end")(finish)
     return registry
+
+
+def count_rest(status: Mapping[str, Any]) -> int:
+    """How many looks may be left out: none while something is to come, be it the store."""
+    unknown = any(each["status"] == "Unknown" for each in status["conditions"])
+    return _SETTLED if status["phase"] in ("Open", "Ended") and not unknown else 0
 
 
 def _tell(body: Any, patch: Any, status: dict[str, Any]) -> None:

@@ -18,6 +18,7 @@ from kubernetes_api import MOVES, NODES, PODS, Api, make_move, make_pod
 from kubernetes_schema import find
 
 from natkeep.controller.cluster import Cluster
+from natkeep.controller.operator import count_rest
 from natkeep.errors import NatkeepError, RefusedError, UnreachableError
 from natkeep.fleet import keys
 from natkeep.fleet.directory import DirectoryStore
@@ -125,6 +126,20 @@ def test_the_program_runs_by_a_kubeconfig_until_a_signal_ends_it(
         said, errors = program.communicate(timeout=60)
     assert (program.returncode, said) == (0, "")
     assert "Traceback" not in errors
+
+
+@pytest.mark.parametrize(
+    ("phase", "ordered", "rests"),
+    [
+        ("Ready", "True", False), ("Open", "True", True), ("Open", "Unknown", False),
+        ("Ended", "False", True),
+    ],
+)  # fmt: skip
+def test_what_is_settled_is_seldom_looked_at_unless_the_store_is_away(
+    phase: str, ordered: str, rests: bool
+) -> None:
+    status = {"phase": phase, "conditions": [{"type": "Ordered", "status": ordered}]}
+    assert (count_rest(status) > 1) == rests
 
 
 def test_an_object_that_vanishes_undoes_nothing(api: Api, fleet: Fleet) -> None:
