@@ -18,7 +18,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import json
-import os
 import select
 import socket
 import time
@@ -27,9 +26,9 @@ from dataclasses import dataclass
 
 import scapy.layers.inet as ipv4
 import scapy.layers.inet6 as ipv6
+from entered import entered
 from scapy.packet import Packet
 
-from natkeep.kernel.netns import inside, open_namespace
 from natkeep.lab import tcp_repair
 from natkeep.lab.engine import Opening
 from natkeep.lab.host import await_true
@@ -247,12 +246,8 @@ class Peer:
 @contextlib.contextmanager
 def within(topology: Topology, role: str) -> Iterator[None]:
     """Sockets that are made in the block are of that host's namespace."""
-    namespace = open_namespace(topology.name(role))
-    try:
-        with inside(namespace):
-            yield
-    finally:
-        os.close(namespace.fd)
+    with entered(topology.name(role)):
+        yield
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,11 +13,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from entered import entered
 
 from natkeep.criu import run
 from natkeep.errors import UsageError
 from natkeep.kernel import criu_lock
-from natkeep.kernel.netns import inside, open_namespace
 
 PACKAGE = Path(__file__).parent.parent / "natkeep"
 STARTERS = {"run", "Popen", "call", "check_call", "check_output", "posix_spawn", "posix_spawnp"}
@@ -126,10 +126,6 @@ def test_the_tools_of_the_system_are_the_systems(
 ) -> None:
     """iptables-save, asked for what CRIU locked, is not the one that PATH leads to."""
     monkeypatch.setenv("PATH", f"{decoy}/bin")
-    namespace = open_namespace(netns)
-    try:
-        with inside(namespace):
-            criu_lock._run(("nft", 4), "save", ["-t", "filter"])
-    finally:
-        os.close(namespace.fd)
+    with entered(netns):
+        criu_lock._run(("nft", 4), "save", ["-t", "filter"])
     assert not (decoy / "told").exists()

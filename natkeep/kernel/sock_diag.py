@@ -208,11 +208,7 @@ def is_taken(end: Endpoint) -> bool:
     family = socket.AF_INET if end.address.version == 4 else socket.AF_INET6
     with socket.socket(family, socket.SOCK_STREAM) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((str(end.address), end.port))
-        except OSError as error:
-            return error.errno == errno.EADDRINUSE
-    return False
+        return _is_in_use(probe, end)
 
 
 def is_taken_of_udp(end: Endpoint) -> bool:
@@ -229,10 +225,14 @@ def is_taken_of_udp(end: Endpoint) -> bool:
         if end.address.version == 6:
             # Whether [::] serves IPv4 as well is not known here.
             probe.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
-        try:
-            probe.bind((str(end.address), end.port))
-        except OSError as error:
-            return error.errno == errno.EADDRINUSE
+        return _is_in_use(probe, end)
+
+
+def _is_in_use(probe: socket.socket, end: Endpoint) -> bool:
+    try:
+        probe.bind((str(end.address), end.port))
+    except OSError as error:
+        return error.errno == errno.EADDRINUSE
     return False
 
 

@@ -27,7 +27,6 @@ import json
 import selectors
 import socket
 import sys
-import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -105,10 +104,7 @@ class Flow(traffic.Connection):
         else:
             self.heard.append([number, number])
         self.rx += len(data)
-        now = time.monotonic()
-        self.longest_silence = max(self.longest_silence, now - self.silent_since)
-        self.last_rx = self.silent_since = now
-        self.count(len(data), now)
+        self.note_arrival(len(data))
 
     def ask(self, now: float) -> None:
         talk = self.talk

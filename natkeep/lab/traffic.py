@@ -269,15 +269,18 @@ class Connection:
             self.state = "done" if self.state == "shut" else "eof"
             return
         self.check(data)
-        now = time.monotonic()
-        self.longest_silence = max(self.longest_silence, now - self.silent_since)
-        self.last_rx = self.silent_since = now
-        self.count(len(data), now)
+        self.note_arrival(len(data))
 
     def check(self, data: bytes) -> None:
         if self.mismatch is None:  # only the first says something: after it all is shifted
             self.mismatch = find_mismatch(OTHER[self.role], self.rx, data)
         self.rx += len(data)
+
+    def note_arrival(self, octets: int) -> None:
+        now = time.monotonic()
+        self.longest_silence = max(self.longest_silence, now - self.silent_since)
+        self.last_rx = self.silent_since = now
+        self.count(octets, now)
 
     def count(self, octets: int, now: float) -> None:
         if self.answering:

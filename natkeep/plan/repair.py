@@ -41,9 +41,8 @@ from natkeep.plan.steps import (
     SwitchForwarding,
     as_commands,
 )
-from natkeep.plan.translation import Translation
 from natkeep.plan.wanted import Wanted, order_rules, place, want
-from natkeep.values import dataclass, replace
+from natkeep.values import dataclass
 
 if TYPE_CHECKING:
     from natkeep.plan.observation import Observation
@@ -205,7 +204,7 @@ def _patch_of(step: Step, seen: Observation, life: Life) -> Patch | None:
             translation = step.translation
             picked = list(life.picks(translation, seen.entries.get(translation.number, ())))
             if picked:
-                return InsertEntries(step.site, pick_from(translation, picked))
+                return InsertEntries(step.site, translation.pick(picked))
     return None
 
 
@@ -217,14 +216,3 @@ def _forget_datagrams(step: Step) -> Patch | None:
             some = tuple(one for one in step.receptions if not one.protocol.has_states)
             return ForgetCalls(step.site, some) if some else None
     return None
-
-
-def pick_from(translation: Translation, indices: list[int]) -> Translation:
-    """The translation of these of its connections only."""
-    version = translation.map.old.version
-    return replace(
-        translation,
-        kept=translation.kept.pick(indices, version),
-        outer=translation.outer.pick(indices, version),
-        inner=translation.inner.pick(indices, version),
-    )

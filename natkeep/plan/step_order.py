@@ -327,7 +327,6 @@ def _crossing(
     """
     if not surroundings.local:
         return translation
-    version = translation.map.old.version
     pairs = enumerate(zip(translation.kept.each(), translation.inner, strict=True))
     crossing = [
         index
@@ -338,12 +337,7 @@ def _crossing(
         return translation
     if not crossing:
         return None
-    return replace(
-        translation,
-        kept=translation.kept.pick(crossing, version),
-        outer=translation.outer.pick(crossing, version),
-        inner=translation.inner.pick(crossing, version),
-    )
+    return translation.pick(crossing)
 
 
 def _assert_chain_ends_at_checkpoint(move: Move, translation: Translation) -> None:

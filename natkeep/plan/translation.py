@@ -26,7 +26,7 @@ for each connection (via.py), which the destination turns into the peer again:
 from __future__ import annotations
 
 import ipaddress
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
 
 from natkeep.plan.entry_attributes import Noted
@@ -231,6 +231,16 @@ class Translation:
     def turns_peers(self) -> bool:
         """Whether it does so at the destination, where the peers have moved."""
         return self.site.row.puts_old and self.masks
+
+    def pick(self, indices: Sequence[int]) -> Translation:
+        """The translation of these of its connections only."""
+        version = self.map.old.version
+        return replace(
+            self,
+            kept=self.kept.pick(indices, version),
+            outer=self.outer.pick(indices, version),
+            inner=self.inner.pick(indices, version),
+        )
 
     def tuples(self) -> Iterator[tuple[FourTuple, FourTuple]]:
         """For each kept connection its tuple (peer to process) before and after the site."""

@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from fleet_processes import Processes
-from two_hosts import demand_as_before, look, make_two_hosts, run_ip
+from two_hosts import demand_as_before, look, run_ip
 
 from bench.etcd_cluster import NUMBERS, Cluster
 from natkeep.errors import RefusedError
@@ -22,13 +22,6 @@ from natkeep.fleet.wake import Wake
 from natkeep.policy import Agent
 
 pytestmark = pytest.mark.root
-
-
-@pytest.fixture
-def fleet(tmp_path: Path, make_netns: Callable[[], str]) -> Iterator[Processes]:
-    fleet = Processes(tmp_path, make_two_hosts(make_netns), f"dir:{tmp_path}/store")
-    yield fleet
-    fleet.close()
 
 
 def test_a_move_from_apply_to_settled(fleet: Processes) -> None:

@@ -5,23 +5,14 @@ from __future__ import annotations
 import json
 import shutil
 import subprocess
-from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 from fleet_processes import Processes
-from two_hosts import make_two_hosts
 
 pytestmark = [pytest.mark.root, pytest.mark.needs("nftables")]
 
 FORWARDING = "net.ipv4.ip_forward"
-
-
-@pytest.fixture
-def fleet(tmp_path: Path, make_netns: Callable[[], str]) -> Iterator[Processes]:
-    fleet = Processes(tmp_path, make_two_hosts(make_netns), f"dir:{tmp_path}/store")
-    yield fleet
-    fleet.close()
 
 
 def at_gateway(fleet: Processes, *words: str) -> str:

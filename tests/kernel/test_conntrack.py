@@ -5,19 +5,18 @@ The oracles are pyroute2's parser for what an entry says, and conntrack(8) for m
 
 from __future__ import annotations
 
-import os
 import socket
 from collections.abc import Callable, Iterator
 from ipaddress import ip_address
 from typing import Any
 
 import pytest
+from entered import entered
 
 from natkeep.kernel import conntrack, netlink, sysctl
 from natkeep.kernel.conntrack_own import find_carried, find_own
 from natkeep.kernel.conntrack_purge import purge
 from natkeep.kernel.linux import LinuxKernel
-from natkeep.kernel.netns import inside, open_namespace
 from natkeep.plan.conntrack import PEER_DIALLED, Entry, entries
 from natkeep.plan.move import Map, Mode, Move, Site
 from natkeep.plan.observation import SeenEntry
@@ -49,10 +48,8 @@ EACH_ROLE = pytest.mark.parametrize("role", [Role.GATEWAY, Role.DESTINATION])
 @pytest.fixture
 def site(netns: str) -> Iterator[str]:
     """The test is inside; the namespace tracks nothing by itself."""
-    namespace = open_namespace(netns)
-    with inside(namespace):
+    with entered(netns):
         yield netns
-    os.close(namespace.fd)
 
 
 def plan_of(case: str, role: Role, netns: str, mode: Mode = Mode.STATEFUL, count: int = 4) -> Plan:

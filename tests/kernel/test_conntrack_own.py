@@ -13,6 +13,7 @@ from functools import partial
 from ipaddress import ip_address
 
 import pytest
+from entered import entered
 
 from natkeep.errors import RefusedError
 from natkeep.kernel import sysctl
@@ -28,7 +29,6 @@ from natkeep.kernel.netlink import (
     Netlink,
     attribute,
 )
-from natkeep.kernel.netns import inside, open_namespace
 from natkeep.plan.entry_attributes import BOTH, PLAIN, Attributes
 from natkeep.plan.move import Map, Mode, Move, Site
 from natkeep.plan.observation import SeenEntry
@@ -69,8 +69,7 @@ EACH_KIND = pytest.mark.parametrize("kind", EACH)
 @pytest.fixture
 def site(netns: str) -> Iterator[str]:
     """The test is inside; something asks for labels and for a helper there."""
-    namespace = open_namespace(netns)
-    with inside(namespace):
+    with entered(netns):
         ruleset = 'table ip other {\nct helper f {\ntype "ftp" protocol tcp\n}\nchain c {\n'
         ruleset += 'ct zone set 7\nct label set 1\nct helper set "f"\n}\n}\n'
         subprocess.run(["nft", "-f", "-"], check=True, text=True, input=ruleset)

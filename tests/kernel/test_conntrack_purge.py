@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator
 from ipaddress import ip_address
 
 import pytest
+from entered import entered
 
 from natkeep.kernel import conntrack, nftables_dump
 from natkeep.kernel.conntrack_purge import delete_inbound, delete_untracked, purge
 from natkeep.kernel.netlink import NETLINK_NETFILTER, Netlink
-from natkeep.kernel.netns import inside, open_namespace
 from natkeep.plan.conntrack import PEER_DIALLED
 from natkeep.plan.kept_connections import make_translations
 from natkeep.plan.move import Map, Mode, Move, Site
@@ -38,10 +37,8 @@ EACH_FAMILY = pytest.mark.parametrize("family", ENDS)
 @pytest.fixture
 def site(netns: str) -> Iterator[str]:
     """The test is inside; the namespace tracks nothing by itself."""
-    namespace = open_namespace(netns)
-    with inside(namespace):
+    with entered(netns):
         yield netns
-    os.close(namespace.fd)
 
 
 def translation_of(

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Iterator
 from ipaddress import ip_address
 
 import pytest
+from entered import entered
 
 from natkeep.kernel import rtnetlink
 from natkeep.kernel.netlink import NETLINK_ROUTE, Netlink
-from natkeep.kernel.netns import inside, open_namespace
 
 pytestmark = pytest.mark.root
 Run = Callable[..., str]
@@ -24,10 +23,8 @@ BOTH = pytest.mark.parametrize("old", [OLD4, OLD6], ids=["v4", "v6"])
 def site(make_site: Callable[[], str]) -> Iterator[str]:
     """The test is inside a namespace that has NEW."""
     netns = make_site()
-    namespace = open_namespace(netns)
-    with inside(namespace):
+    with entered(netns):
         yield netns
-    os.close(namespace.fd)
 
 
 def shown(run: Run, netns: str, device: str) -> dict[str, dict[str, object]]:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import socket
 from collections.abc import Iterator
 from contextlib import ExitStack
 
 import pytest
+from entered import entered
 
-from natkeep.kernel.netns import inside, open_namespace
 from natkeep.kernel.sock_diag import find_alive, find_kept, is_taken, read_living
 from natkeep.plan.tuples import Connections, Endpoint, FourTuple, parse_address
 
@@ -26,10 +25,8 @@ CASES = {
 @pytest.fixture
 def site(netns: str) -> Iterator[None]:
     """The test is inside a namespace of its own."""
-    namespace = open_namespace(netns)
-    with inside(namespace):
+    with entered(netns):
         yield
-    os.close(namespace.fd)
 
 
 def count_alive(connections: Connections) -> int:

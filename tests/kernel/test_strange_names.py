@@ -14,9 +14,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from entered import entered
 
 from natkeep.kernel.netlink import NETLINK_NETFILTER, Netlink
-from natkeep.kernel.netns import inside, open_namespace
 
 pytestmark = [pytest.mark.root, pytest.mark.needs("nftables")]
 
@@ -64,10 +64,8 @@ def place(netns: str, tmp_path: Path) -> Path:
         b"address add fd00:2::10/128 dev lo nodad".split(),  # of the image's other connection
     ):
         subprocess.run([b"ip", b"-n", netns.encode(), *words], check=True)
-    namespace = open_namespace(netns)
-    with inside(namespace):
+    with entered(netns):
         add_nat_chain()
-    os.close(namespace.fd)
     path = tmp_path / "n\u202e\x1b[2J"
     path.symlink_to(f"/run/netns/{netns}")
     return path

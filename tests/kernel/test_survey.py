@@ -11,15 +11,23 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from entered import entered
 
 from natkeep.kernel import bpf, survey
-from natkeep.kernel.netns import inside, open_namespace
 from natkeep.plan.diagnostics import find
 from natkeep.plan.move import Site
 from natkeep.plan.roles import Role
 
 pytestmark = pytest.mark.root
 Run = Callable[..., str]
+
+
+@pytest.fixture
+def netns(make_site: Callable[[], str]) -> Iterator[str]:
+    """The test is inside; `wire` is one of its devices."""
+    name = make_site()
+    with entered(name):
+        yield name
 
 
 def write_program(path: Path) -> Path:
@@ -48,41 +56,31 @@ def write_program(path: Path) -> Path:
 
 
 def test_a_device_with_an_xdp_program_is_named_and_no_other(
-    make_site: Callable[[], str], run: Run, tmp_path: Path
+    netns: str, run: Run, tmp_path: Path
 ) -> None:
-    netns = make_site()
-    namespace = open_namespace(netns)
-    with inside(namespace):
-        assert survey.find_xdp() == ()
+    assert survey.find_xdp() == ()
 
-        program = write_program(tmp_path / "pass.o")
-        run(netns, "ip", "link", "set", "wire", "xdpgeneric", "obj", str(program), "sec", "xdp")
+    program = write_program(tmp_path / "pass.o")
+    run(netns, "ip", "link", "set", "wire", "xdpgeneric", "obj", str(program), "sec", "xdp")
 
-        assert survey.find_xdp() == ("wire",)
-    os.close(namespace.fd)
+    assert survey.find_xdp() == ("wire",)
 
 
-def test_a_device_whose_traffic_control_has_a_bpf_program_is_named(
-    make_site: Callable[[], str], run: Run
-) -> None:
-    netns = make_site()
-    namespace = open_namespace(netns)
+def test_a_device_whose_traffic_control_has_a_bpf_program_is_named(netns: str, run: Run) -> None:
     site = Site(Role.GATEWAY, netns)
-    with inside(namespace):
-        run(netns, "tc", "qdisc", "add", "dev", "wire", "clsact")
-        assert "bpf" not in {one.code for one in find(site, survey.gather_facts())}
+    run(netns, "tc", "qdisc", "add", "dev", "wire", "clsact")
+    assert "bpf" not in {one.code for one in find(site, survey.gather_facts())}
 
-        accept = ["bpf", "bytecode", "1,6 0 0 4294967295,"]
-        run(netns, "tc", "filter", "add", "dev", "wire", "egress", "protocol", "all", *accept)
-        [found] = [one for one in find(site, survey.gather_facts()) if one.code == "bpf"]
-        assert found.detail == "attached to wire"
-        run(netns, "tc", "qdisc", "delete", "dev", "wire", "clsact")
-        assert survey.find_bpf() == ()
+    accept = ["bpf", "bytecode", "1,6 0 0 4294967295,"]
+    run(netns, "tc", "filter", "add", "dev", "wire", "egress", "protocol", "all", *accept)
+    [found] = [one for one in find(site, survey.gather_facts()) if one.code == "bpf"]
+    assert found.detail == "attached to wire"
+    run(netns, "tc", "qdisc", "delete", "dev", "wire", "clsact")
+    assert survey.find_bpf() == ()
 
-        with attached_by_tcx("wire"):
-            assert survey.find_bpf() == ("wire",)
-        assert survey.find_bpf() == ()
-    os.close(namespace.fd)
+    with attached_by_tcx("wire"):
+        assert survey.find_bpf() == ("wire",)
+    assert survey.find_bpf() == ()
 
 
 @contextlib.contextmanager
@@ -110,25 +108,19 @@ def call_bpf(command: int, attributes: bytes) -> int:
     return int(got)
 
 
-def test_chains_that_keep_packets_from_being_tracked_are_named(
-    make_site: Callable[[], str], run: Run
-) -> None:
-    netns = make_site()
-    namespace = open_namespace(netns)
+def test_chains_that_keep_packets_from_being_tracked_are_named(netns: str, run: Run) -> None:
     site = Site(Role.GATEWAY, netns)
-    with inside(namespace):
-        assert "not-tracked" not in {one.code for one in find(site, survey.gather_facts())}
-        ruleset = """
-            table inet natkeep { chain c { notrack; }; }
-            table inet fast {
-                chain pre { tcp dport 5000 notrack; tcp sport 5000 notrack; }
-                chain other { accept; }
-            }"""
-        run(netns, "nft", "-f", "-", stdin=ruleset)
-        raw = ("iptables-nft", "-t", "raw", "-A", "OUTPUT", "-p", "tcp", "-j", "NOTRACK")
-        run(netns, *raw)
+    assert "not-tracked" not in {one.code for one in find(site, survey.gather_facts())}
+    ruleset = """
+        table inet natkeep { chain c { notrack; }; }
+        table inet fast {
+            chain pre { tcp dport 5000 notrack; tcp sport 5000 notrack; }
+            chain other { accept; }
+        }"""
+    run(netns, "nft", "-f", "-", stdin=ruleset)
+    raw = ("iptables-nft", "-t", "raw", "-A", "OUTPUT", "-p", "tcp", "-j", "NOTRACK")
+    run(netns, *raw)
 
-        [found] = [one for one in find(site, survey.gather_facts()) if one.code == "not-tracked"]
+    [found] = [one for one in find(site, survey.gather_facts()) if one.code == "not-tracked"]
 
-        assert found.detail == "inet fast pre; ip raw OUTPUT"
-    os.close(namespace.fd)
+    assert found.detail == "inet fast pre; ip raw OUTPUT"

@@ -29,7 +29,6 @@ from fake_kernel import revert_step
 from natkeep.errors import RefusedError
 from natkeep.kernel.linux import LinuxKernel
 from natkeep.kernel.netlink import NETLINK_NETFILTER, Netlink
-from natkeep.kernel.netns import inside, open_namespace
 from natkeep.kernel.nftables_dump import count_heard, find_unheard
 from natkeep.lab.time_scale import scaled
 from natkeep.plan.base_chains import heard_set
@@ -353,9 +352,7 @@ def make_stage(make_netns: Callable[[], str], run: Run) -> Iterator[Callable[[Ro
                     _neighbour(run, site, NEW[version], "inside", MAC["far"])
                 run(site, "sysctl", "-qw", "net.ipv4.ip_forward=1")
                 run(site, "sysctl", "-qw", "net.ipv6.conf.all.forwarding=1")
-                process: End = _inside(
-                    stack, far, lambda: CableEnd("eth0", MAC["far"], MAC["site"])
-                )
+                process: End = _inside(far, lambda: CableEnd("eth0", MAC["far"], MAC["site"]))
             else:
                 _connect(run, site, "eth0", peer, "peer")
                 _address(run, site, "eth0", "10.3.0.20/24", "fd00:3::20/64")
@@ -363,17 +360,15 @@ def make_stage(make_netns: Callable[[], str], run: Run) -> Iterator[Callable[[Ro
                     run(site, "ip", "route", "add", "default", "via", via)
                     _neighbour(run, site, ip_address(via), "eth0", MAC["peer"])
                 run(site, "nft", MUTE)
-                process = _inside(stack, site, ProcessEnd)
-            cable = _inside(stack, peer, lambda: CableEnd("eth0", MAC["peer"], MAC["site"]))
+                process = _inside(site, ProcessEnd)
+            cable = _inside(peer, lambda: CableEnd("eth0", MAC["peer"], MAC["site"]))
             return Stage(role, site, cable, process, run)
 
         yield make
 
 
-def _inside(stack: ExitStack, netns: str, make: Callable[[], Any]) -> Any:
-    namespace = open_namespace(netns)
-    stack.callback(os.close, namespace.fd)
-    with inside(namespace):
+def _inside(netns: str, make: Callable[[], Any]) -> Any:
+    with entered(netns):
         return make()
 
 
@@ -806,21 +801,20 @@ def test_the_gateway_itself_may_be_the_peer(
     stage = make_stage(Role.GATEWAY)
     own, old, new = own_ends(version)
     stage.apply(plan_for_own(stage, role, version).steps)
-    with ExitStack() as stack:
-        peer = _inside(stack, stage.netns, ProcessEnd)
-        for flags in FLAGS:
-            stage.run(stage.netns, "sh", "-ec", WITHOUT_ENTRY.get(done, ":"))
-            packet = segment(own.address, own.port, old.address, old.port, flags=flags)
-            wanted = segment(own.address, own.port, new.address, new.port, flags=flags)
-            if "R" in flags and role == Role.PEER:  # for the destination to believe it
-                wanted.payload.urgptr = CRIU_MARK
-            peer.send(bytes(packet))
-            assert bytes(wanted) == stage.process.receive(time.monotonic() + DEADLINE), flags
-            stage.run(stage.netns, "conntrack", "-F")
-            packet = segment(new.address, new.port, own.address, own.port, flags=flags)
-            wanted = segment(old.address, old.port, own.address, own.port, flags=flags)
-            stage.process.send(bytes(packet))
-            assert bytes(wanted) == peer.receive(time.monotonic() + DEADLINE), flags
+    peer = _inside(stage.netns, ProcessEnd)
+    for flags in FLAGS:
+        stage.run(stage.netns, "sh", "-ec", WITHOUT_ENTRY.get(done, ":"))
+        packet = segment(own.address, own.port, old.address, old.port, flags=flags)
+        wanted = segment(own.address, own.port, new.address, new.port, flags=flags)
+        if "R" in flags and role == Role.PEER:  # for the destination to believe it
+            wanted.payload.urgptr = CRIU_MARK
+        peer.send(bytes(packet))
+        assert bytes(wanted) == stage.process.receive(time.monotonic() + DEADLINE), flags
+        stage.run(stage.netns, "conntrack", "-F")
+        packet = segment(new.address, new.port, own.address, own.port, flags=flags)
+        wanted = segment(old.address, old.port, own.address, own.port, flags=flags)
+        stage.process.send(bytes(packet))
+        assert bytes(wanted) == peer.receive(time.monotonic() + DEADLINE), flags
 
 
 def own_ends(version: int) -> tuple[Endpoint, Endpoint, Endpoint]:
@@ -855,23 +849,22 @@ def test_at_the_peers_own_host_nothing_leaves_a_closed_gate_nor_comes_half_trans
         segment(one.address, MARKER_PORT, two.address, MARKER_PORT)
         for one, two in ((own, new), (new, own))
     )
-    with ExitStack() as stack:
-        peer = _inside(stack, stage.netns, ProcessEnd)
-        assert stage._cross(peer, packet, stage.process, away) == []
+    peer = _inside(stage.netns, ProcessEnd)
+    assert stage._cross(peer, packet, stage.process, away) == []
 
-        stage.apply(plan.open)
-        wanted = segment(own.address, own.port, new.address, new.port)
-        assert stage._cross(peer, packet, stage.process, away) == [bytes(wanted)]
-        # What its kernel would answer to something untranslated.
-        reset = segment(own.address, own.port, new.address, new.port, flags="R", data=b"")
-        assert stage._cross(peer, reset, stage.process, away) == []
+    stage.apply(plan.open)
+    wanted = segment(own.address, own.port, new.address, new.port)
+    assert stage._cross(peer, packet, stage.process, away) == [bytes(wanted)]
+    # What its kernel would answer to something untranslated.
+    reset = segment(own.address, own.port, new.address, new.port, flags="R", data=b"")
+    assert stage._cross(peer, reset, stage.process, away) == []
 
-        name = str(new.address).replace(":", "_")
-        for chain in (f"out-at-{name}", f"invalid-out-at-{name}"):
-            stage.run(stage.netns, "nft", "flush", "chain", "inet", "natkeep", chain)
-        for _ in range(2):
-            stage.run(stage.netns, "conntrack", "-F")
-            assert stage._cross(stage.process, answer, peer, home) == []
+    name = str(new.address).replace(":", "_")
+    for chain in (f"out-at-{name}", f"invalid-out-at-{name}"):
+        stage.run(stage.netns, "nft", "flush", "chain", "inet", "natkeep", chain)
+    for _ in range(2):
+        stage.run(stage.netns, "conntrack", "-F")
+        assert stage._cross(stage.process, answer, peer, home) == []
 
 
 MASKED = {4: "10.3.0.1:20001", 6: "[fd00:3::1]:20001"}
