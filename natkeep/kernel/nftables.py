@@ -28,8 +28,8 @@ from natkeep.kernel.nft_messages import (
     pack_chain_removal,
     pack_fill,
     pack_objects,
+    pack_removal,
 )
-from natkeep.kernel.nft_removal import pack_removal
 from natkeep.plan import syn_block
 from natkeep.plan.base_chains import (
     DISPATCHES,
@@ -97,23 +97,22 @@ def fill_sets(fillings: Iterable[Filling]) -> None:
 # ---- in ------------------------------------------------------------------------------------------
 
 
-def load(objects: Iterable[Object], first: Iterable[str] = ()) -> None:
+def load(objects: Iterable[Object], first: Iterable[str] = (), *, bulk: bool = False) -> None:
     """Add *objects*, all or nothing but for raw rules, which come last; NftError or OSError.
 
-    first: text that goes in front of them, in the same transaction.
+    first: text that goes in front of them, in the same transaction. bulk: of so many moves that
+    they are packed here, as far as they can be.
     """
     objects = tuple(objects)
     raw = [one for one in objects if isinstance(one, Rule) and one.is_raw()]
-    text = [*first, *(str(one) for one in objects if one not in raw)]
     closes = any(_closes_gate(one) for one in objects)
     hook = missing_gate_hook() if closes and gate_hook()[0] not in objects else ()
-    try:
-        run_transaction([*map(str, hook), *text])
-    except NftError:
-        late = missing_gate_hook() if closes and not hook else ()
-        if not late:
-            raise
-        run_transaction([*map(str, late), *text])  # it went since we looked
+    packed = _pack_bulk(objects) if bulk and not (raw or hook or first) else ()
+    if packed:
+        send_batch(packed)
+    else:
+        text = [*first, *(str(one) for one in objects if one not in raw)]
+        _run_behind_hook(hook, text, closes=closes)
     if closes:
         _hook_again()
     for dispatch in EARLY:
@@ -121,6 +120,24 @@ def load(objects: Iterable[Object], first: Iterable[str] = ()) -> None:
         if any(isinstance(one, Rule) and one.chain.startswith(begins) for one in objects):
             _hook_early(dispatch)
     send_batch(pack_objects(raw))
+
+
+def _pack_bulk(objects: Iterable[Object]) -> list[Message]:
+    """All of them packed; none where one goes by its text."""
+    try:
+        return pack_objects(objects)
+    except TypeError:
+        return []
+
+
+def _run_behind_hook(hook: Iterable[Object], text: Sequence[str], *, closes: bool) -> None:
+    try:
+        run_transaction([*map(str, hook), *text])
+    except NftError:
+        late = missing_gate_hook() if closes and not hook else ()
+        if not late:
+            raise
+        run_transaction([*map(str, late), *text])  # it went since we looked
 
 
 def _hook_again() -> None:
@@ -140,7 +157,9 @@ def _hook_early(dispatch: str) -> None:
 
 def load_steps(steps: Sequence[Loads]) -> None:
     """Add what these steps add, behind what all moves share, as far as that is missing."""
-    load([*_missing_shared(steps), *(one for step in steps for one in step.objects())])
+    missing = _missing_shared(steps)
+    objects = [*missing, *(one for step in steps for one in step.objects())]
+    load(objects, bulk=len(steps) > 1 and not missing)
 
 
 def _missing_shared(steps: Sequence[Loads]) -> list[Object]:

@@ -22,7 +22,8 @@ from natkeep.kernel.netlink import (
     attributes,
     find_attribute,
 )
-from natkeep.kernel.nft_messages import SUBSYSTEM, list_keys, nfgenmsg, string
+from natkeep.kernel.nft_expressions import string
+from natkeep.kernel.nft_messages import SUBSYSTEM, list_keys, nfgenmsg
 from natkeep.plan.nft import TABLE, Key, describe_rule, number_alike
 from natkeep.plan.tuples import Connections
 from natkeep.values import dataclass

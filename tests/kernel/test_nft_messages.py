@@ -17,10 +17,10 @@ from natkeep.kernel.nft_messages import pack_objects
 from natkeep.plan import base_chains, filters, listeners
 from natkeep.plan.filters import owned_table, owned_table_name
 from natkeep.plan.move import Map, Move, Site
-from natkeep.plan.nft import DROP, TABLE, Chain, Match, Nat, Object, Rule, Set, Table, TcpFlags
+from natkeep.plan.nft import DROP, TABLE, Chain, Match, NatMap, Object, Rule, Set, Table, TcpFlags
 from natkeep.plan.roles import Role
 from natkeep.plan.step_order import make_plan
-from natkeep.plan.steps import FillSet, InstallGate
+from natkeep.plan.steps import FillSet, InstallGate, InstallTranslation, Loads, OpenGate
 from natkeep.plan.translation import Surroundings
 from natkeep.plan.tuples import Connections, Endpoint, FourTuple
 
@@ -187,6 +187,37 @@ def test_the_kernel_has_the_same_of_what_fills_a_map(
 
 @pytest.mark.root
 @pytest.mark.needs("nftables")
+@pytest.mark.parametrize("port", [80, 8080])
+@EACH_FAMILY
+def test_the_kernel_has_the_same_of_a_gateways_move(
+    old: str, new: str, peer: str, port: int, netns: str
+) -> None:
+    """All of it that goes packed where there are thousands; port: at NEW, for a server's 80."""
+    kept = Connections.of(
+        [FourTuple(Endpoint(ip_address(peer), 5000), Endpoint(ip_address(old), 80))]
+    )
+    maps = (Map(ip_address(old), ip_address(new), 80, port),)
+    move = Move("web", maps, (Site(Role.GATEWAY, "x"),))
+    steps = [one for one in make_plan(move, kept).steps if isinstance(one, Loads)]
+    shared = [part for part in dict.fromkeys(part for step in steps for part in step.static())]
+    assert {type(one) for one in steps} == {InstallGate, InstallTranslation, OpenGate}
+
+    def packed(objects: Iterable[Object]) -> None:
+        by_text(one for part in shared for one in part)
+        by_messages(objects)
+
+    def typed(objects: Iterable[Object]) -> None:
+        by_text([*(one for part in shared for one in part), *objects])
+
+    objects = [one for step in steps for one in step.objects()]
+    ours, theirs = (load(netns, objects, way) for way in (packed, typed))
+
+    assert str(ours).count("spoken-web-0") > 3
+    assert ours == theirs
+
+
+@pytest.mark.root
+@pytest.mark.needs("nftables")
 def test_a_difference_would_show(netns: str) -> None:
     """One octet of one expression."""
     rule = Rule("one", (TcpFlags(("fin", "syn"), ("syn",)), DROP))
@@ -199,7 +230,7 @@ def test_a_difference_would_show(netns: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "statement", [Nat("dnat", ip_address("10.3.0.20"), 80), base_chains.FROM_WIRE, filters.RETURN]
+    "statement", [NatMap("dnat", ("ip daddr",), "to"), base_chains.FROM_WIRE, filters.RETURN]
 )
 def test_what_goes_by_its_text_is_not_packed(statement: object) -> None:
     with pytest.raises(TypeError, match="goes by its text"):
