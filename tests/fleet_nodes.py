@@ -1,6 +1,7 @@
 """A fleet on the fake kernel: nodes with an agent each, one store, no threads.
 
 fleet.add("host-b"); fleet.add("gw-1", groups=("edge",))
+fleet                        the fixture: a fleet without nodes
 fleet.apply(ORDER)           as `natkeep fleet apply`
 fleet.turn()                 every agent hears everything and acts, until nothing changes
 """
@@ -8,10 +9,12 @@ fleet.turn()                 every agent hears everything and acts, until nothin
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import pytest
 from fake_kernel import FakeKernel
 
 from natkeep import policy
@@ -19,6 +22,7 @@ from natkeep.checkpoint.listing import parse_listing
 from natkeep.fleet import apply as orders
 from natkeep.fleet import keys
 from natkeep.fleet.agent import Agent
+from natkeep.fleet.directory import DirectoryStore
 from natkeep.fleet.done import Done, parse_done
 from natkeep.fleet.order import Order, parse_file
 from natkeep.fleet.store import Store, read
@@ -130,6 +134,21 @@ class Fleet:
     def open(self, name: str = "host-b") -> None:
         """As the hook does at post-restore, without the agent."""
         open_move(self.nodes[name].executor(), "web")
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing here is about a power cut, nor about this machine's operator."""
+    monkeypatch.setattr(os, "fsync", lambda fd: None)
+    monkeypatch.setattr("natkeep.policy.PATH", "/nowhere/natkeep.toml")
+
+
+@pytest.fixture
+def fleet(tmp_path: Path, quick: None) -> Iterator[Fleet]:
+    """Without nodes yet."""
+    store = DirectoryStore(str(tmp_path / "store"))
+    yield Fleet(tmp_path, store)
+    store.close()
 
 
 PREPARED, OPEN, GONE = Phase.PREPARED, Phase.OPEN, Phase.GONE

@@ -43,8 +43,11 @@ class Standing(Enum):
     OPEN = "open"
 
     def phase(self) -> Phase:
-        """What is told of it."""
-        known = {Standing.PREPARED: Phase.PREPARED, Standing.OPEN: Phase.OPEN}
+        """What is told of it: what is half there is neither gone nor ready."""
+        known = {
+            Standing.HALF: Phase.OPENING, Standing.PREPARED: Phase.PREPARED,
+            Standing.OPEN: Phase.OPEN,
+        }  # fmt: skip
         return known.get(self, Phase.GONE)
 
 

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import copy
 import json
-import os
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from fake_kernel import KilledError
 from fleet_nodes import LISTING, OPENED, ORDER, READY, UNDONE, Fleet
+from fleet_nodes import fleet as fleet
+from fleet_nodes import quick as quick
 
 from natkeep.checkpoint.listing import parse_listing
 from natkeep.errors import JournalError, RefusedError, UnreachableError
@@ -28,20 +28,6 @@ from natkeep.plan.observation import Gate
 from natkeep.plan.tuples import Endpoint
 from natkeep.policy import Agent
 from natkeep.values import replace
-
-
-@pytest.fixture(autouse=True)
-def _no_fsync(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nothing here is about a power cut."""
-    monkeypatch.setattr(os, "fsync", lambda fd: None)
-    monkeypatch.setattr("natkeep.policy.PATH", "/nowhere/natkeep.toml")
-
-
-@pytest.fixture
-def fleet(tmp_path: Path) -> Iterator[Fleet]:
-    store = DirectoryStore(str(tmp_path / "store"))
-    yield Fleet(tmp_path, store)
-    store.close()
 
 
 def later(monkeypatch: pytest.MonkeyPatch, seconds: int) -> None:
@@ -460,7 +446,7 @@ def test_agents_killed_after_open_touch_nothing_when_they_are_back(fleet: Fleet)
     assert fleet.store.range(keys.TOP).revision == revision, "what was told is not told again"
 
 
-def test_an_agent_killed_in_any_step_comes_to_the_same(tmp_path: Path) -> None:
+def test_an_agent_killed_in_any_step_comes_to_the_same(tmp_path: Path, quick: None) -> None:
     """Each of the steps of the three nodes, in turn, is the agent's last."""
 
     def run(name: str, at: int | None) -> tuple[dict[str, str], int]:
