@@ -20,23 +20,31 @@ from natkeep import policy
 from natkeep.errors import LeftoverError, NatkeepError, RefusedError, UnreachableError
 from natkeep.fleet import keys, pod_orders, restored, site
 from natkeep.fleet.done import Done, Error, describe_alive, parse_done
-from natkeep.fleet.followed import DeadlineError, Followed, FollowedFile, refuse_again
+from natkeep.fleet.followed import (
+    DeadlineError,
+    Followed,
+    FollowedFile,
+    demand_ours,
+    refuse_again,
+)
 from natkeep.fleet.jobs import TOGETHER, Job, Open, Prepare, Teardown, Work, work_off
 from natkeep.fleet.known import Known, Order
 from natkeep.fleet.listing import fetch
 from natkeep.fleet.observed import Observed
+from natkeep.fleet.retries import Retries
+from natkeep.fleet.senders import find_sending
 from natkeep.fleet.site import Seen, Standing
-from natkeep.fleet.store import ABSENT, Item, Store
+from natkeep.fleet.store import Item, Store
 from natkeep.fleet.wake import Heard, Wake
 from natkeep.fleet.want import Phase, Want, is_known
 from natkeep.lifecycle.executor import Executor
+from natkeep.lifecycle.many_undo import Failed
 from natkeep.lifecycle.open import remove_gate_hooks
 from natkeep.plan.observation import Gate
 from natkeep.plan.roles import Role
 from natkeep.plan.undone import SECONDS
 from natkeep.values import replace
 
-_SOON, _LATEST = 0.5, 60.0  # s until what failed is tried again, the first time and at last
 _TICK = 0.25  # s
 _HOOKS = 40  # times that it is looked whether a gate's hooks can go (lifecycle/open.py)
 
@@ -56,8 +64,7 @@ class Agent:
         self._make_executor, self._follow, self._say = make_executor, follow, say
         self.followed = FollowedFile(make_executor().state.path)
         self.known = Known(self.node, bounds.groups)
-        self._later: dict[str, float] = {}  # when to look again, by the monotonic clock
-        self._failed: dict[str, int] = {}
+        self._retries = Retries()
         self._hooked: dict[str, tuple[str, int]] = {}  # by namespace: the move that was opened last
         self._away = False
 
@@ -67,7 +74,7 @@ class Agent:
             wake.follow(prefix)
         rest = time.monotonic() + 1
         while True:
-            ids = self.overdue()
+            ids = self._retries.overdue()
             for heard in wake.wait(_TICK):
                 if isinstance(heard, NatkeepError):
                     self._note_away(heard)
@@ -89,27 +96,24 @@ class Agent:
         first = not self.known.is_whole()
         ids = self.known.take(heard)
         for move_id in ids:
-            self._failed.pop(move_id, None)
+            self._retries.succeed(move_id)
         return ids | {*self.followed.known} if first and self.known.is_whole() else ids
 
-    def reconcile(self, ids: Iterable[str]) -> None:
-        """Look at each of these moves, and do what is to be done."""
+    def reconcile(self, ids: Iterable[str]) -> Failed:
+        """Look at each of these moves, and do what is to be done; why some could not be told of."""
         executor, works = self._make_executor(), dict[str, Work]()
         for move_id in sorted(ids):
-            self._later.pop(move_id, None)
+            self._retries.begin(move_id)
             works[move_id] = self._reconcile(executor, move_id)
-        for move_id, error in work_off(works, executor, self.bounds, self._write).items():
+        failed = work_off(works, executor, self.bounds, self._write)
+        for move_id, error in failed.items():
             if isinstance(error, UnreachableError):
-                self._look_again(move_id, _SOON)
+                self._retries.after(move_id)
                 self._note_away(error)
-            else:  # the state directory, say; the other moves go on
-                self._fail(move_id, error)
+            else:  # the state directory, or the store refuses it; the other moves go on
+                self._retries.fail(move_id)
                 self._say(f"{move_id}: {Error.of(error).message}")
-
-    def overdue(self) -> set[str]:
-        """The moves that are to be looked at by now."""
-        now = time.monotonic()
-        return {move_id for move_id, at in self._later.items() if at <= now}
+        return failed
 
     def describe_alive(self) -> str:
         """What is in the store while it lives, but for its pid and version."""
@@ -151,15 +155,14 @@ class Agent:
                     return self._forget(move_id)
                 error = Error(0, "no-order", "its order is no longer there; nothing is undone")
             elif isinstance(order, NatkeepError):
-                raise order
+                raise order.with_traceback(None)  # each time: it would hold all frames
             elif followed and generation < followed.generation:
                 raise RefusedError(
                     f"order {generation} is older than {followed.generation}, which was followed",
                     hint=f"natkeep fleet apply, or end {move_id}, makes a newer one",
                 )
             elif order.wanted and order.by_restore():
-                pod_orders.put(self.store, executor, move_id, order, self.bounds)
-                self._note(move_id, order, "prepared")
+                self._let_restore(executor, move_id, here, order, followed)
             elif order.wanted:
                 waits = yield from self._make_ready(executor, move_id, order, followed)
             else:
@@ -167,9 +170,10 @@ class Agent:
         except UnreachableError:
             raise
         except Exception as failed:
-            error = self._fail(move_id, failed)
+            self._retries.fail(move_id)
+            error = Error.of(failed)
         if error is None:
-            self._failed.pop(move_id, None)
+            self._retries.succeed(move_id)
         try:
             seen = site.look(executor.state, here)
             phase, maps = seen.standing.phase(), tuple(map(str, seen.maps))
@@ -188,29 +192,45 @@ class Agent:
                 order = restored.with_new(order, parse_done(heard and heard.value))
         return order
 
+    def _let_restore(
+        self, executor: Executor, move_id: str, here: str, want: Want, followed: Followed | None
+    ) -> None:
+        """Have its restore prepare it, by a pod's order perhaps, until it was open once."""
+        standing = site.look(executor.state, here).standing
+        if followed is None or standing == Standing.GONE:
+            site.refuse_out_of_bounds(want, self.bounds)
+        known = followed.state if followed and followed.generation == want.generation else ""
+        if standing == Standing.OPEN or known == "opened":
+            pod_orders.take_away(executor, move_id, want)
+            self._note(move_id, want, "opened")
+        else:
+            pod_orders.put(self.store, executor, move_id, want)
+            self._note(move_id, want, "prepared")
+
     def _make_ready(
         self, executor: Executor, move_id: str, want: Want, followed: Followed | None
     ) -> _Waits:
         """Have it prepared, as ordered; and what it waits for."""
-        seen = site.look(executor.state, move_id)
+        seen = site.look_calmly(executor.state, move_id)
         if seen.standing in (Standing.STALE, Standing.HALF):
-            self._demand_ours(move_id, followed)
-            if seen.standing == Standing.HALF and seen.touched:
+            followed = demand_ours(self.node, move_id, followed)
+            ended = followed.state if followed.generation == want.generation else ""
+            if seen.standing == Standing.HALF and (seen.touched or ended == "prepared"):
                 raise LeftoverError(
                     f"{move_id} is half undone by another hand", hint=f"natkeep teardown {move_id}"
                 )
-            self._note(move_id, want, "begun")
-            followed = self.followed.known[move_id]
+            if ended != "expired":
+                self._note(move_id, want, "begun")
+                followed = self.followed.known[move_id]
             self._say(f"{move_id}: what an earlier start left is cleared")
             yield Teardown(move_id, SECONDS)
             seen = Seen(Standing.GONE)
         if seen.standing == Standing.GONE:
-            if followed and followed.generation == want.generation:
-                refuse_again(move_id, want, followed)
+            refuse_again(move_id, want, followed, self.known.told.get(move_id))
             return (yield from self._prepare(executor, move_id, want))
         if not is_known(want.maps):  # the destination does not say it just now: nothing is undone
             return self._find_waits(move_id, want)
-        if self._demand_ours(move_id, followed).digest != want.digest():
+        if demand_ours(self.node, move_id, followed).digest != want.digest():
             return (yield from self._prepare_anew(executor, move_id, want, seen))
         self._note(move_id, want, "prepared")
         if seen.standing == Standing.PREPARED and want.gate == Gate.OPEN and not seen.closed:
@@ -237,7 +257,7 @@ class Agent:
         if want.gate == Gate.OPEN:
             self._hooked[want.netns] = (move_id, _HOOKS)
         elif want.deadline:
-            self._look_again(move_id, want.deadline)
+            self._retries.after(move_id, want.deadline)
         return {}
 
     def _open(self, move_id: str, want: Want) -> _Waits:
@@ -252,33 +272,32 @@ class Agent:
         """Say that it opens, if those that it waits for are still what they were."""
         if want.gate != Gate.OPEN or not want.after:
             return True
-        told = Done(Phase.OPENING, want.generation)
         others = {node: self.known.other(node, move_id) for node in want.after}
         seen = {keys.done(node, move_id): i.revision for node, i in others.items() if i}
-        done = {keys.done(self.node, move_id): told.write(time.time())}
-        if self.store.txn(done, seen):
+        return self._say_if(move_id, Done(Phase.OPENING, want.generation), seen)
+
+    def _say_if(self, move_id: str, told: Done, others: Mapping[str, int]) -> bool:
+        """Say this, if what others said is what it was; else it is looked at again."""
+        if self.store.txn({keys.done(self.node, move_id): told.write(time.time())}, others):
             self.known.told[move_id] = told
             return True
-        self._look_again(move_id, _SOON)
+        self._retries.after(move_id)
         return False
 
     def _heed_deadline(self, executor: Executor, move_id: str, want: Want, seen: Seen) -> None:
         """Undo it where its gate has been closed for too long, and nothing is sent to it."""
         if not seen.is_overdue(want.deadline):
-            self._look_again(move_id, 1.0)
+            self._retries.after(move_id, 1.0)
             return
         late = f"its gate was not opened within {want.deadline} s"
         end = f"natkeep fleet end {move_id}"
-        sending, others = self._find_sending(move_id, want)
+        sending, others = find_sending(self.store, move_id, want)
         if sending:
             who = " and ".join(sending)
             raise RefusedError(f"{late}; not undone, since peers are sent here by {who}", hint=end)
         error = DeadlineError(f"{late}: undone", hint="natkeep fleet apply orders it anew")
-        told = Done(Phase.GONE, want.generation, Error.of(error))
-        if not self.store.txn({keys.done(self.node, move_id): told.write(time.time())}, others):
-            self._look_again(move_id, _SOON)
+        if not self._say_if(move_id, Done(Phase.GONE, want.generation, Error.of(error)), others):
             return
-        self.known.told[move_id] = told
         self._note(move_id, want, "expired")
         if site.clear(executor, move_id, want):
             self._say(f"{move_id}: {error}")
@@ -290,8 +309,12 @@ class Agent:
         if self._is_restored_anew(move_id, want):
             yield Teardown(move_id, SECONDS)
             return (yield from self._prepare(executor, move_id, want))
-        sending, _ = self._find_sending(move_id, want)
-        if sending or seen.standing != Standing.PREPARED or not site.clear(executor, move_id, want):
+        sending, others = find_sending(self.store, move_id, want)
+        # Where the process was peers would be reset in between.
+        stays = bool(sending) or seen.standing != Standing.PREPARED or want.role == Role.SOURCE
+        if not stays and not self._say_if(move_id, Done(Phase.OPENING, want.generation), others):
+            return {}
+        if stays or not site.clear(executor, move_id, want):
             raise RefusedError(
                 f"{move_id} is {seen.standing.value} as an earlier order had it",
                 hint=f"natkeep fleet end {move_id} first",
@@ -306,17 +329,6 @@ class Agent:
         told = (self._hear_of(node, move_id) for node in want.after)
         return all(item and parse_done(item.value).phase == Phase.PREPARED for item in told)
 
-    def _find_sending(self, move_id: str, want: Want) -> tuple[list[str], dict[str, int]]:
-        """The nodes that send to this one, or have begun to; the revisions of what all said."""
-        others, sending = {}, []
-        for node in want.senders:
-            key = keys.done(node, move_id)
-            item = self.store.range(key).items.get(key)
-            others[key] = item.revision if item else ABSENT
-            if item and parse_done(item.value).phase != Phase.GONE:
-                sending.append(node)
-        return sending, others
-
     def _undo(
         self, executor: Executor, move_id: str, here: str, want: Want, followed: Followed | None
     ) -> _Waits:
@@ -325,7 +337,9 @@ class Agent:
         standing = site.look(executor.state, here).standing
         if standing != Standing.GONE:
             if not want.by_restore():
-                self._demand_ours(move_id, followed)
+                demand_ours(self.node, move_id, followed)
+            elif followed is None:
+                site.refuse_out_of_bounds(want, self.bounds)
             if waits := self._find_waits(move_id, want):
                 return waits
             if standing == Standing.STALE:
@@ -357,26 +371,8 @@ class Agent:
             self._follow(self, keys.dones(node))
         return self.known.other(node, move_id)
 
-    def _demand_ours(self, move_id: str, followed: Followed | None) -> Followed:
-        if followed is None:
-            raise RefusedError(
-                f"{move_id} was prepared at {self.node} by another hand",
-                hint=f"natkeep teardown {move_id} there, or another id",
-            )
-        return followed
-
     def _note(self, move_id: str, want: Want, state: str) -> None:
         self.followed.note(move_id, want.generation, state, want.digest())
-
-    def _fail(self, move_id: str, failed: Exception) -> Error:
-        """Have it tried again, later each time."""
-        times = self._failed[move_id] = self._failed.get(move_id, -1) + 1
-        self._look_again(move_id, min(_SOON * 2**times, _LATEST))
-        return Error.of(failed)
-
-    def _look_again(self, move_id: str, seconds: float) -> None:
-        at = time.monotonic() + seconds
-        self._later[move_id] = min(at, self._later.get(move_id, at))
 
     def _tell(self, move_id: str, done: Done) -> Work:
         before = self.known.told.get(move_id)

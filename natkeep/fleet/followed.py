@@ -3,8 +3,9 @@
     DIR/agent.followed: JSON lines, appended and fsynced
         {"id": "web", "generation": 3, "state": "begun", "digest": "..."}
 
-state: `begun` before anything is done, `prepared` when it is, `expired` where a deadline undid it,
-`gone` where an order did. digest: of what was ordered.
+state: `begun` before anything is done, `prepared` when it is, `opened` once it was open (of what a
+restore prepares), `expired` where a deadline undid it, `gone` where an order did. digest: of what
+was ordered.
 
 A restored backup of the store shows orders of yesterday; without this they would be followed again.
 Rule: the line is on disk before what it says is done. A last line without its newline is as if it
@@ -19,6 +20,7 @@ import os
 from typing import NamedTuple
 
 from natkeep.errors import JournalError, RefusedError
+from natkeep.fleet.done import Done, Error
 from natkeep.fleet.want import Want
 from natkeep.state.files import replace_file
 
@@ -27,6 +29,10 @@ NAME = "agent.followed"
 
 class DeadlineError(RefusedError):
     """A gate was not opened in time, and what had been prepared for it is undone."""
+
+
+EXPIRED = Error.of(DeadlineError("")).code
+"""How the store has it."""
 
 
 class Followed(NamedTuple):
@@ -100,14 +106,30 @@ def _line(move_id: str, followed: Followed) -> bytes:
     return json.dumps({"id": move_id, **followed._asdict()}).encode() + b"\n"
 
 
-def refuse_again(move_id: str, want: Want, followed: Followed) -> None:
-    """What was undone is not prepared again by the same order."""
-    if followed.state == "expired":
+def demand_ours(node: str, move_id: str, followed: Followed | None) -> Followed:
+    """RefusedError for what is there, and not by an order: none came, or it has been undone."""
+    if followed is None or followed.state == "gone":
+        raise RefusedError(
+            f"{move_id} was prepared at {node} by another hand",
+            hint=f"natkeep teardown {move_id} there, or another id",
+        )
+    return followed
+
+
+def refuse_again(move_id: str, want: Want, followed: Followed | None, told: Done | None) -> None:
+    """What was undone is not prepared again by the same order.
+
+    told: what was said of it last. The store keeps that where a boot has taken the file away.
+    """
+    state = followed.state if followed and followed.generation == want.generation else ""
+    if followed is None and told is not None and told.generation == want.generation:
+        state = "expired" if told.error and told.error.code == EXPIRED else ""
+    if state == "expired":
         raise DeadlineError(
             f"its gate was not opened within {want.deadline} s: undone",
             hint="natkeep fleet apply orders it anew",
         )
-    if followed.state == "prepared":
+    if state == "prepared":
         raise RefusedError(
             f"{move_id} was undone by another hand", hint="natkeep fleet apply orders it anew"
         )

@@ -12,7 +12,7 @@ from collections.abc import Callable, Generator, Mapping
 
 from natkeep import policy
 from natkeep.checkpoint import Checkpoint
-from natkeep.errors import RefusedError, UnreachableError
+from natkeep.errors import NatkeepError, RefusedError
 from natkeep.fleet.done import Done
 from natkeep.fleet.want import Want
 from natkeep.lifecycle.executor import Executor
@@ -132,6 +132,6 @@ def _tell(jobs: Mapping[str, Job], tell: Tell) -> Failed:
         some = dict(told[start : start + TOGETHER])
         try:
             tell(some)
-        except UnreachableError as error:
+        except NatkeepError as error:  # it is away, or refuses it
             failed |= dict.fromkeys(some, error)
     return failed

@@ -13,11 +13,8 @@ import json
 import re
 from pathlib import Path
 
-from natkeep import policy
 from natkeep.errors import RefusedError
-from natkeep.fleet import site
 from natkeep.fleet.listing import fetch_octets
-from natkeep.fleet.site import Standing
 from natkeep.fleet.store import Store
 from natkeep.fleet.want import SCHEMA, Want, as_object
 from natkeep.lifecycle.executor import Executor
@@ -27,16 +24,11 @@ FOLDER = "orders"
 _POD = re.compile(r"pod:([a-z0-9](?:[a-z0-9-]*[a-z0-9])?)/([a-z0-9](?:[a-z0-9.-]*[a-z0-9])?)")
 
 
-def put(store: Store, executor: Executor, move_id: str, want: Want, bounds: policy.Agent) -> None:
+def put(store: Store, executor: Executor, move_id: str, want: Want) -> None:
     """Have it there, if it is of a pod that is to come; RefusedError where another's is there."""
     path = _find_path(executor.state.path, want)
     if path is None:
         return
-    standing = site.look(executor.state, move_id).standing
-    if standing == Standing.OPEN:
-        return take_away(executor, move_id, want)
-    if standing == Standing.GONE:
-        site.refuse_out_of_bounds(want, bounds)
     if want.listeners:
         raise RefusedError("listeners: a list has none, and natkeep-cni reads a list")
     text = json.dumps(
@@ -48,7 +40,7 @@ def put(store: Store, executor: Executor, move_id: str, want: Want, bounds: poli
     )  # fmt: skip
     known = _read(path)
     if known == text:
-        return None
+        return
     if known is not None and as_object(known).get("id") != move_id:
         raise RefusedError(f"the pod {path.stem} has the order of another move: {path}")
     path.parent.mkdir(mode=0o700, exist_ok=True)

@@ -81,6 +81,15 @@ def look(state: StateDirectory, move_id: str) -> Seen:
     return Seen(_stand(journal), _was_touched(journal), closed, journal.begun, journal.move.maps)
 
 
+def look_calmly(state: StateDirectory, move_id: str) -> Seen:
+    """The same, and of what is half there once nobody is at it: a teardown or repair by hand."""
+    seen = look(state, move_id)
+    if seen.standing != Standing.HALF:
+        return seen
+    with state.holding(move_id):
+        return look(state, move_id)
+
+
 def _stand(journal: Journal) -> Standing:
     if journal.boot != read_boot_id():
         return Standing.STALE

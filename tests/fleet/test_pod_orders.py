@@ -20,6 +20,7 @@ from natkeep.fleet import apply as orders
 from natkeep.fleet.directory import DirectoryStore
 from natkeep.fleet.order import parse_file
 from natkeep.lifecycle.open import open_move
+from natkeep.lifecycle.teardown import teardown
 from natkeep.values import replace
 
 MORE = f"{LISTING}10.2.0.10:5000 10.1.0.2:50003\n"
@@ -182,3 +183,23 @@ def test_a_file_that_was_written_by_hand_is_left(fleet: Fleet) -> None:
     assert error is not None
     assert "another move" in error.message
     assert path.read_text() == before
+
+
+def test_a_later_pod_of_that_name_has_no_order(fleet: Fleet) -> None:
+    """The pod was open, and is deleted; one of a StatefulSet comes again by its name."""
+    begin(fleet)
+    prepare_in_plugin(fleet)
+    node = fleet.nodes["host-b"]
+    open_move(node.executor(), "web")
+    fleet.turn()
+    teardown(node.executor(), "web")  # by DEL
+    assert node.agent is not None
+    node.agent.reconcile({"web"})
+    assert files(fleet) == []
+    node.kill()
+    node.start()
+    fleet.turn()
+    assert files(fleet) == []
+    fleet.apply(order())
+    fleet.turn()
+    assert read(fleet).id == "web", "it was ordered anew"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from natkeep.fleet import keys, progress
 from natkeep.lifecycle.open import open_move
 from natkeep.lifecycle.teardown import teardown
 from natkeep.plan.observation import Gate
+from natkeep.policy import Agent
 from natkeep.values import replace
 
 
@@ -131,3 +133,20 @@ def test_each_node_bounds_what_new_may_be(
     assert error is not None
     assert (error.exit, "NEW 10.3.0.20 is not allowed" in error.message) == (4, True)
     assert fleet.nodes["gw-1"].journal() is None
+
+
+def test_the_operators_file_bounds_what_is_undone_of_a_restore(fleet: Fleet) -> None:
+    """A store that may order no destination here may not end what a hook has made, either."""
+    host_b = fleet.nodes["host-b"]
+    host_b.kill()
+    shutil.rmtree(host_b.directory)
+    host_b.bounds = Agent(node="host-b", roles=("gateway",))
+    host_b.start()
+    prepare_in_hook(host_b)
+    for _ in range(2):
+        hear_hooks(fleet)
+        error = fleet.done("host-b").error
+        assert error is not None
+        assert (error.exit, "takes no orders as destination" in error.message) == (4, True)
+        assert host_b.executor().state.ids() == ("criu-7-1a",)
+        fleet.end(force=True)
