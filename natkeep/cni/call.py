@@ -45,7 +45,7 @@ class CniError(Exception):
 class Config:
     """The plugin's configuration: `name` of the network, and natkeep's own keys.
 
-    valid: the containers that are attached to the network, where GC names them.
+    valid: what is attached to the network, where GC names it: containers, and their interfaces.
     """
 
     network: str
@@ -53,7 +53,7 @@ class Config:
     state_dir: str | None
     agent: str | None
     result: Mapping[str, Any] | None
-    valid: frozenset[str] | None
+    valid: frozenset[tuple[str, str]] | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,10 +72,14 @@ class Pod:
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """One call: which verb, for which container, and its network namespace ("" if it is gone)."""
+    """One call: which verb, for which container's interface, and its network namespace.
+
+    netns: "" if it is gone. A pod in several networks is added to each by a call of its own.
+    """
 
     verb: str
     container: str
+    interface: str
     netns: str
     pod: Pod | None
     config: Config
@@ -96,7 +100,8 @@ def read_call(environment: Mapping[str, str], text: str) -> Call:
     if verb in ("ADD", "CHECK") and config.result is None:
         raise CniError(BAD_CONFIG, "no prevResult: natkeep-cni stands at the end of a chain")
     pod = _read_pod(environment.get("CNI_ARGS", ""))
-    return Call(verb, container, environment.get("CNI_NETNS", ""), pod, config)
+    interface, netns = environment.get("CNI_IFNAME", ""), environment.get("CNI_NETNS", "")
+    return Call(verb, container, interface, netns, pod, config)
 
 
 def _read_pod(text: str) -> Pod | None:
@@ -140,13 +145,13 @@ def _text(found: Mapping[str, Any], key: str) -> str:
     return value
 
 
-def _read_valid(found: Mapping[str, Any]) -> frozenset[str] | None:
+def _read_valid(found: Mapping[str, Any]) -> frozenset[tuple[str, str]] | None:
     key = "cni.dev/valid-attachments"
     value = found.get(key)
     if value is None:
         return None
     try:
-        return frozenset(str(each["containerID"]) for each in value)
+        return frozenset((str(each["containerID"]), str(each["ifname"])) for each in value)
     except (TypeError, KeyError):
         raise CniError(BAD_CONFIG, f"{key} is no list of attachments") from None
 

@@ -3,15 +3,17 @@
 NAMESPACE_NAME.json is written by an agent, or by hand, before the pod is made:
 
     {"schema": 1, "id": "web", "uid": "...", "maps": ["10.211.1.4=auto"],
-     "connections": "web.connections", "dump": "...", "mode": "stateful", "listeners": true}
+     "connections": "web.connections", "dump": "...", "mode": "stateful", "listeners": true,
+     "interface": "eth0"}
 
-`auto` is the pod's address of OLD's family. In the place of `connections` (as of --connections)
-there may be `image`; paths begin at the directory. dump: the run id of the dump that the list is
-of; a list of none is compared with the image at the restore, since connections come and go. uid: of
-the pod, if it matters; another pod of that name has no order then. NAMESPACE_NAME.new is ours,
-while the destination is prepared:
+`auto` is the interface's address of OLD's family. Of a pod in several networks each is added by a
+call of its own: `interface` says which one NEW is of, else it is eth0. In the place of
+`connections` (as of --connections) there may be `image`; paths begin at the directory. dump: the
+run id of the dump that the list is of; a list of none is compared with the image at the restore,
+since connections come and go. uid: of the pod, if it matters; another pod of that name has no order
+then. NAMESPACE_NAME.new is ours, while the destination is prepared:
 
-    {"schema": 1, "id": "web", "network": "pods", "container": "...",
+    {"schema": 1, "id": "web", "network": "pods", "container": "...", "interface": "eth0",
      "maps": ["10.211.1.4=10.211.2.7"], "new": ["10.211.2.7"]}
 
 Rule: half an order is refused by name, and so is what others than root can write.
@@ -21,6 +23,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import stat
 from collections.abc import Iterator
 from pathlib import Path
@@ -36,13 +39,18 @@ from natkeep.plan.tuples import Address
 from natkeep.state.files import replace_file
 from natkeep.values import dataclass
 
-_KEYS = {"schema", "id", "uid", "maps", "connections", "image", "mode", "listeners", "dump"}
+_KEYS = {
+    "schema", "id", "uid", "maps", "connections", "image", "mode", "listeners", "dump", "interface",
+}  # fmt: skip
 _LIMIT = 1 << 20
+FIRST = "eth0"
+"""How runtimes name a pod's interface in the cluster's own network, the first they make."""
+_INTERFACE = re.compile(r"[^\s/:]{1,15}")
 
 
 @dataclass(frozen=True, slots=True)
 class PodOrder:
-    """See above; path: of the connections."""
+    """See above; path: of the connections. interface: "" where it does not say."""
 
     id: str
     uid: str
@@ -52,6 +60,7 @@ class PodOrder:
     mode: Mode
     listeners: bool
     dump: str
+    interface: str
 
     def is_for(self, pod: Pod) -> bool:
         """Whether it means this very pod; RefusedError where that is not known."""
@@ -80,7 +89,10 @@ def _find_new(wish: Wish, addresses: tuple[Address, ...]) -> Address:
     found = [each for each in addresses if each.version == wish.old.version]
     listed = ", ".join(map(str, found)) or "none"
     if wish.new is not None and wish.new not in found:
-        raise RefusedError(f"NEW {wish.new} is not of this pod, which has {listed}")
+        raise RefusedError(
+            f"NEW {wish.new} is not of this pod, which has {listed}",
+            hint='if another of its interfaces has it, "interface" of the order names that',
+        )
     if wish.new is None and len(found) != 1:
         raise RefusedError(f"auto for {wish.old}: the pod has not one address, but {listed}")
     return wish.new or found[0]
@@ -113,11 +125,14 @@ def _parse(text: str, call: Call) -> PodOrder:
         wishes = tuple(map(parse_map, texts(found["maps"])))
         if not wishes:
             raise ValueError("maps: none")
+        interface = found.get("interface")
+        if interface is not None and not _INTERFACE.fullmatch(a_text(interface)):
+            raise ValueError(f"{interface!r} is no name of an interface")
         return PodOrder(
             parse_id(a_text(found["id"])), a_text(found.get("uid", "")), wishes,
             os.path.join(call.config.orders, a_text(found[ways[0]])), ways == ["image"],
             Mode(found.get("mode", Mode.STATEFUL)), found.get("listeners", False),
-            a_text(found.get("dump", "")),
+            a_text(found.get("dump", "")), interface or "",
         )  # fmt: skip
     except (KeyError, TypeError, ValueError, NatkeepError) as error:
         why = f"{error} is missing" if isinstance(error, KeyError) else error
@@ -126,12 +141,16 @@ def _parse(text: str, call: Call) -> PodOrder:
 
 @dataclass(frozen=True, slots=True)
 class Told:
-    """What was prepared for a pod, as it is told beside the order; path: where."""
+    """What was prepared for a pod, as it is told beside the order; path: where.
+
+    interface: "" where an earlier natkeep has told it.
+    """
 
     path: Path
     id: str
     network: str
     container: str
+    interface: str
     maps: tuple[str, ...]
     new: tuple[str, ...]
 
@@ -139,7 +158,8 @@ class Told:
         """Have it there, whole."""
         document = {
             "schema": SCHEMA, "id": self.id, "network": self.network,
-            "container": self.container, "maps": [*self.maps], "new": [*self.new],
+            "container": self.container, "interface": self.interface,
+            "maps": [*self.maps], "new": [*self.new],
         }  # fmt: skip
         try:
             text = f"{json.dumps(document)}\n"
@@ -148,15 +168,24 @@ class Told:
             raise NatkeepError(f"{self.path}: {error.strerror}") from None
 
     def is_of(self, call: Call) -> bool:
-        """Whether it was prepared for the container of *call*."""
-        return (self.network, self.container) == (call.config.network, call.container)
+        """Whether it was prepared for the container of *call*, at this interface."""
+        ours = (self.network, self.container) == (call.config.network, call.container)
+        return ours and self.interface in ("", call.interface)
+
+    def is_attached(self, valid: frozenset[tuple[str, str]]) -> bool:
+        """Whether its interface is one of *valid*."""
+        return any(
+            container == self.container and self.interface in ("", interface)
+            for container, interface in valid
+        )
 
 
 def make_told(call: Call, pod: Pod, move_id: str, maps: tuple[Map, ...]) -> Told:
     """What is to be told of a pod, not written yet."""
     return Told(
         Path(call.config.orders, f"{pod.file}.new"), move_id, call.config.network,
-        call.container, tuple(map(str, maps)), tuple(str(map_.new) for map_ in maps),
+        call.container, call.interface, tuple(map(str, maps)),
+        tuple(str(map_.new) for map_ in maps),
     )  # fmt: skip
 
 
@@ -169,7 +198,8 @@ def read_told(directory: str, name: str) -> Told | None:
         found: dict[str, Any] = as_object(text)
         return Told(
             Path(directory, f"{name}.new"), parse_id(found["id"]), a_text(found["network"]),
-            a_text(found["container"]), tuple(texts(found["maps"])), tuple(texts(found["new"])),
+            a_text(found["container"]), a_text(found.get("interface", "")),
+            tuple(texts(found["maps"])), tuple(texts(found["new"])),
         )  # fmt: skip
     except (KeyError, TypeError, ValueError, NatkeepError) as error:
         raise UsageError(f"{name}.new cannot be read: {error}") from None

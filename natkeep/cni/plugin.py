@@ -4,8 +4,10 @@
              the order, and to the agent, which answers once the gateways are ready
     CHECK    is it as it was prepared?
     DEL      undo what was prepared for this container, and for no other of the pod's name
-    GC       the same for all containers of this network that are not attached any more
+    GC       the same for all of this network that is not attached any more
     STATUS   is there an agent, where one is named?
+
+Each is about one interface of the pod; what was prepared for another one is left alone.
 
 Rule: nothing of the pod runs yet. ADD gives prevResult back as it came, or fails with nothing left
 of it: a pod is never begun half kept. DEL always succeeds. What a plugin that was killed has left
@@ -20,8 +22,25 @@ import sys
 from contextlib import suppress
 from pathlib import Path
 
-from natkeep.cni.call import NOT_AVAILABLE, OWN, VERSIONS, Call, CniError, find_addresses, read_call
-from natkeep.cni.order import PodOrder, Told, find_all_told, find_order, make_told, read_told
+from natkeep.cni.call import (
+    NOT_AVAILABLE,
+    OWN,
+    VERSIONS,
+    Call,
+    CniError,
+    Pod,
+    find_addresses,
+    read_call,
+)
+from natkeep.cni.order import (
+    FIRST,
+    PodOrder,
+    Told,
+    find_all_told,
+    find_order,
+    make_told,
+    read_told,
+)
 from natkeep.errors import DriftError, NatkeepError, RefusedError
 from natkeep.terminal import show_json
 
@@ -108,6 +127,8 @@ def _add(call: Call) -> None:
     order = find_order(call)
     if order is None or call.pod is None or call.config.result is None:
         return
+    if not _is_for_interface(order, call, call.pod):
+        return
     maps = order.make_maps(find_addresses(call.config.result))
     told = make_told(call, call.pod, order.id, maps)
     executor = _make_executor(call)
@@ -121,6 +142,22 @@ def _add(call: Call) -> None:
         _undo(executor, told)
         raise
     _note(f"{order.id}: {', '.join(told.maps)} at {call.pod.file}, {count} prepared")
+
+
+def _is_for_interface(order: PodOrder, call: Call, pod: Pod) -> bool:
+    """Whether it is this interface's; RefusedError where another one may be meant, or none.
+
+    Without a word of the order it is the first one's. What was prepared for that is no other's.
+    """
+    if order.interface or call.interface == FIRST:
+        return call.interface == (order.interface or FIRST)
+    told = read_told(call.config.orders, pod.file)
+    if told is not None and (told.id, told.container) == (order.id, call.container):
+        return told.interface == call.interface
+    raise RefusedError(
+        f"the order does not say which interface it is for, and this one is {call.interface}",
+        hint=f'its key "interface"; without it {FIRST} is meant',
+    )
 
 
 def _clear_earlier(executor: Executor, move_id: str) -> None:
@@ -225,7 +262,7 @@ def _collect(call: Call) -> None:
             told = read_told(call.config.orders, name)
             if told is None or told.network != call.config.network:
                 continue
-            if told.container not in call.config.valid:
+            if not told.is_attached(call.config.valid):
                 _undo(_make_executor(call), told)
         except NatkeepError as error:
             left = left or error

@@ -52,7 +52,7 @@ def read(fleet: Fleet, name: str = "web-b") -> Any:
     """The order as natkeep-cni reads it."""
     folder = str(Path(fleet.nodes["host-b"].directory, "orders"))
     config = Config("pods", folder, None, None, None, None)
-    return find_order(Call("ADD", "c1", "/run/netns/x", Pod("shop", name, "u-1"), config))
+    return find_order(Call("ADD", "c1", "eth0", "/run/netns/x", Pod("shop", name, "u-1"), config))
 
 
 def prepare_in_plugin(fleet: Fleet) -> None:

@@ -224,6 +224,8 @@ def test_bad_input_has_the_code_that_the_specification_gives_it(node: Node) -> N
         ({"image": "i"}, 102, "which connections"),
         ({"mode": "other"}, 102, "other"),
         ({"listeners": 1}, 102, "listeners"),
+        ({"interface": ""}, 102, "'' is no name of an interface"),
+        ({"interface": 5}, 102, "5 is not a text"),
         ({"connections": "absent"}, 103, "absent"),
         ({"maps": [f"{OLD}=10.9.9.9"]}, 104, f"NEW 10.9.9.9 is not of this pod, which has {NEW}"),
         ({"maps": ["fd00::1=auto"]}, 104, "the pod has not one address, but none"),
@@ -269,7 +271,7 @@ def test_the_destination_is_prepared_and_undone_with_its_container(ready: Node) 
     assert json.loads(ready.does("ADD")) == json.loads(RESULT)
     assert ready.gates() == [("web", "closed")]
     assert ready.told() == {
-        "schema": 1, "id": "web", "network": "pods", "container": "c1",
+        "schema": 1, "id": "web", "network": "pods", "container": "c1", "interface": "eth0",
         "maps": [f"{OLD}={NEW}"], "new": [NEW],
     }  # fmt: skip
     assert ready.does("CHECK") == ""
@@ -321,6 +323,100 @@ def test_gc_undoes_what_is_of_no_attached_container_of_this_network(ready: Node)
         ({"cni.dev/valid-attachments": []}, 0),
     ):
         ready.more = more
+        assert ready.does("GC", ready.config(None), CNI_CONTAINERID="", CNI_NETNS="") == ""
+        assert len(ready.gates()) == left
+
+
+# ---- a pod in several networks -------------------------------------------------------------------
+
+SECOND = RESULT.replace(NEW, "192.168.7.5").replace("eth0", "net1")
+"""What the chain of the other network has made, as Multus has it."""
+
+
+def at_net1(node: Node, verb: str, name: str = "storage", **environment: str) -> str:
+    """What natkeep-cni says of the pod's other interface."""
+    text = node.config(SECOND).replace('"name":"pods"', f'"name":"{name}"')
+    return node.does(verb, text, CNI_IFNAME="net1", **environment)
+
+
+@pytest.mark.root
+@pytest.mark.parametrize("name", ["storage", "pods"])
+@pytest.mark.parametrize("new", ["auto", NEW])
+def test_of_two_networks_the_first_is_meant_and_the_other_one_changes_nothing(
+    ready: Node, new: str, name: str
+) -> None:
+    """name: of the other network, or the pod is twice in one."""
+    ready.order(maps=[f"{OLD}={new}"])
+    ready.does("ADD")
+    journal, told = (ready.state / "web.journal").read_text(), ready.told()
+    assert json.loads(at_net1(ready, "ADD", name)) == json.loads(SECOND)
+    for verb in ("CHECK", "DEL", "DEL"):
+        assert at_net1(ready, verb, name) == ""
+        assert ((ready.state / "web.journal").read_text(), ready.told()) == (journal, told)
+    assert ready.does("CHECK") == ""
+    nft = ["ip", "netns", "exec", ready.netns, "nft", "flush", "ruleset"]
+    subprocess.run(nft, check=True)
+    assert at_net1(ready, "CHECK", name) == ""
+    assert ready.fails("CHECK")[0] == 106
+    ready.does("DEL")
+    assert (ready.gates(), ready.told()) == ([], None)
+
+
+@pytest.mark.root
+@pytest.mark.parametrize("new", ["auto", "192.168.7.5"])
+def test_an_order_names_the_other_network(ready: Node, new: str) -> None:
+    lines = "link add net1 type veth peer name net2\naddress add 192.168.7.5/24 dev net1\n"
+    ip = ["ip", "-n", ready.netns, "-batch", "-"]
+    subprocess.run(ip, input=f"{lines}link set net1 up\nlink set net2 up\n", text=True, check=True)
+    ready.order(maps=[f"{OLD}={new}"], interface="net1")
+    assert json.loads(ready.does("ADD")) == json.loads(RESULT)
+    assert (ready.state.exists(), ready.told()) == (False, None)
+    at_net1(ready, "ADD")
+    told = ready.told()
+    assert told is not None
+    assert (told["interface"], told["new"]) == ("net1", ["192.168.7.5"])
+    assert ready.gates() == [("web", "closed")]
+    ready.does("CHECK")
+    ready.does("DEL")
+    assert at_net1(ready, "CHECK") == ""
+    assert ready.gates() == [("web", "closed")]
+    at_net1(ready, "DEL")
+    assert (ready.gates(), ready.told()) == ([], None)
+
+
+@pytest.mark.root
+def test_which_network_is_not_guessed(ready: Node) -> None:
+    """A pod is not begun without what was ordered for it, whichever network is made first."""
+    path = ready.order()
+    text = ready.config(SECOND)
+    code, message = ready.fails("ADD", text, CNI_IFNAME="net1")
+    assert (code, "does not say which interface it is for" in message) == (104, True), message
+    ready.order(maps=[f"{OLD}=192.168.7.5"])
+    code, message = ready.fails("ADD")
+    assert (code, '"interface" of the order names that' in message) == (104, True), message
+    assert (ready.gates(), ready.told()) == ([], None)
+    ready.order()
+    ready.does("ADD")
+    for other in ({"CNI_CONTAINERID": "c2"}, {}):  # another sandbox's; and another order by then
+        assert ready.fails("ADD", text, CNI_IFNAME="net1", **other)[0] == 104
+        path.write_text(path.read_text().replace('"web"', '"shop"'))
+    assert ready.gates() == [("web", "closed")]
+
+
+@pytest.mark.root
+def test_gc_looks_at_the_interface_and_at_none_of_an_earlier_natkeep(ready: Node) -> None:
+    ready.order()
+    ready.does("ADD")
+    told = ready.orders / "default_web-b.new"
+    was = told.read_text()
+    both = [{"containerID": "c1", "ifname": name} for name in ("eth0", "net1")]
+    for attached, text, left in (
+        (both, was, 1),
+        (both[1:], was.replace('"interface": "eth0", ', ""), 1),
+        (both[1:], was, 0),
+    ):
+        told.write_text(text)
+        ready.more = {"cni.dev/valid-attachments": attached}
         assert ready.does("GC", ready.config(None), CNI_CONTAINERID="", CNI_NETNS="") == ""
         assert len(ready.gates()) == left
 
