@@ -92,10 +92,11 @@ def pack_statement(statement: Statement, known: set[str]) -> Iterator[Packed]:
         case Verdict("jump", chain):
             yield "immediate", (integer(1, 0), nested(2, pack_jump(chain)))
         case Nat():
-            yield from _pack_nat(statement)
+            yield from _pack_nat(statement, known)
         case Write(field, value):
+            yield from _depend(field.partition(" ")[0], known)
             yield _immediate(pack_value(value))
-            yield _store(*_PLACES[field], _CHECKSUMS[field.partition(" ")[0]])
+            yield _store(*_find_place(field), _CHECKSUMS[field.partition(" ")[0]])
         case Add(fields, name):
             yield from _load_fields(fields, known)
             yield "dynset", (attribute(1, string(name)), *_integers({3: 0, 4: _REGISTER}))
@@ -130,7 +131,13 @@ def _depend(protocol: str, known: set[str]) -> Iterator[Packed]:
 def _load_fields(fields: Sequence[str], known: set[str]) -> Iterator[Packed]:
     for name in fields:
         yield from _depend(name.partition(" ")[0], known)
-    yield from _load_key(_PLACES[name] for name in fields)
+    yield from _load_key(map(_find_place, fields))
+
+
+def _find_place(field: str) -> tuple[int, int, int]:
+    if field not in _PLACES:
+        raise TypeError(f"{field} goes by its text")
+    return _PLACES[field]
 
 
 def _load_key(places: Iterable[tuple[int, int, int]]) -> Iterator[Packed]:
@@ -146,8 +153,9 @@ def _pack_write_map(write: WriteMap, known: set[str]) -> Iterator[Packed]:
     register = _REGISTER + sum((_PLACES[name][2] + 3) // 4 for name in write.fields)
     yield "lookup", (attribute(1, string(write.name)), *_integers({2: _REGISTER, 3: register}))
     for name in write.to:
-        yield _store(*_PLACES[name], _CHECKSUMS[name.partition(" ")[0]], register)
-        register += (_PLACES[name][2] + 3) // 4
+        place = _find_place(name)
+        yield _store(*place, _CHECKSUMS[name.partition(" ")[0]], register)
+        register += (place[2] + 3) // 4
 
 
 def _pack_match(match: Match, known: set[str]) -> Iterator[Packed]:
@@ -158,13 +166,14 @@ def _pack_match(match: Match, known: set[str]) -> Iterator[Packed]:
         yield _compare(pack_value(match.to), equal=match.equal)
 
 
-def _pack_nat(nat: Nat) -> Iterator[Packed]:
+def _pack_nat(nat: Nat, known: set[str]) -> Iterator[Packed]:
     """Address and port into a register each, whether they are values or fields of the packet."""
     at = nat.address
     family = at.partition(" ")[0] if isinstance(at, str) else IP[at.version]
     for value, register in ((at, _REGISTER), (nat.port, _SECOND_REGISTER)):
         if isinstance(value, str):
-            yield _load(*_PLACES[value], register)
+            yield from _depend(value.partition(" ")[0], known)
+            yield _load(*_find_place(value), register)
         else:
             yield _immediate(pack_value(value), register)
     numbers = {1: _NAT_TYPES[nat.kind], 2: _NAT_FAMILIES[family], 3: _REGISTER, 5: _SECOND_REGISTER}

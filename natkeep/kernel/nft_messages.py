@@ -162,7 +162,7 @@ def _pack_object(one: Object, number: int) -> Message:
         case Table(name=name, owner=owner):
             flags = integer(2, _OWNER if owner else 0)
             return Message(_NEWTABLE, attribute(1, string(name)) + flags, NLM_F_CREATE | NLM_F_EXCL)
-        case Chain(name=name, table=table):
+        case Chain(name=name, table=table, priority=priority) if _is_number(priority or "0"):
             body = attribute(1, string(table)) + attribute(3, string(name)) + _pack_hook(one)
             return Message(_NEWCHAIN, body)
         case Set(table=table, verdicts=False, data=()):
@@ -176,6 +176,11 @@ def _pack_object(one: Object, number: int) -> Message:
     raise TypeError(f"{one} goes by its text")
 
 
+def _is_number(priority: str) -> bool:
+    """Not a name, as `dstnat`, nor what is counted from one."""
+    return priority.removeprefix("-").isdecimal()
+
+
 def _pack_hook(chain: Chain) -> bytes:
     if not chain.hook:
         return b""
@@ -184,10 +189,11 @@ def _pack_hook(chain: Chain) -> bytes:
 
 
 def _pack_set(one: Set, number: int) -> bytes:
-    key = octets = 0
-    for name in one.type:
+    key, octets = _TYPES[one.type[0]]
+    if len(one.type) > 1:  # each part begins four octets of their own
+        octets = sum((_TYPES[name][1] + 3) & ~3 for name in one.type)
+    for name in one.type[1:]:
         key = key << _TYPE_BITS | _TYPES[name][0]
-        octets += (_TYPES[name][1] + 3) & ~3
     size = integer(1, one.size) if one.size else b""
     added_to = integer(3, _EVAL) if one.dynamic else b""
     order = bytes((0, 4)) + (0).to_bytes(4, sys.byteorder)  # libnftnl: the key's byte order
