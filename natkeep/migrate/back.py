@@ -45,8 +45,7 @@ def find_place(migration: Migration) -> Place:
         return Place.SOURCE
     if record.is_past("restore"):
         _reach(migration.destination, f"whether it runs on {migration.destination} is not known")
-        move = read_move(migration.destination, record.id)
-        if move is not None and move["gate"] == "open":
+        if _has_run_there(migration):
             return Place.DESTINATION
     _reach(migration.source, f"nothing can be restored on {migration.source} now")
     if record.started and read_start(migration.source, record.pid) == record.started:
@@ -60,6 +59,44 @@ def find_place(migration: Migration) -> Place:
             f"process {record.pid} on {migration.source} has ended, and its image is not complete"
         )
     return Place.FROZEN
+
+
+def _has_run_there(migration: Migration) -> bool:
+    """Whether it runs at the destination; False only where it has not been opened there.
+
+    HostError where it was opened, and may have ended since: peers may have been answered there, of
+    which the image knows nothing. An open gate alone tells of no process.
+    """
+    record, there = migration.record, migration.destination
+    move = read_move(there, record.id)
+    opened = move is not None and move["gate"] == "open"
+    pid = migration.engine.find_pid(there)
+    if move is not None and opened and (_has_socket(move) or (pid and read_start(there, pid))):
+        return True
+    if opened:
+        found = (
+            f"{there}: the gate of {record.id} is open, but neither process "
+            f"{record.container or record.pid} nor a socket of its connections is there: "
+            "it has ended there, or its restore failed after the gate was opened"
+        )
+    elif record.is_past("source"):
+        says = "does not know the move any more" if move is None else "has its gate closed by now"
+        found = f"it was restored on {there}, which {says}"
+    elif record.boot and record.boot != way.read_boot(there):
+        found = f"{there} has booted since: whether it was opened there before is not known"
+    else:
+        return False
+    raise HostError(
+        f"{found}; its image is not restored again, since peers may have heard more",
+        hint=f"natkeep teardown {record.id} on each host ends the move; the image stays on "
+        f"{migration.source}, in {record.images}",
+    )
+
+
+def _has_socket(move: dict[str, Any]) -> bool:
+    """Whether the *move* in a document of status has a socket at its destination."""
+    states = {one["state"] for one in move["connections"]} | {*move.get("udp_states", {}).values()}
+    return not states.isdisjoint(("live", "one-way", "silent"))
 
 
 def _is_back(migration: Migration) -> bool:

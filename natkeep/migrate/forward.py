@@ -201,7 +201,7 @@ class Migration:
         for host in (self.source, self.destination):
             self._make_directory(host)
         record.made = True  # what will be in it is ours to remove
-        record.shared = self._is_shared()
+        record.shared, record.boot = self._is_shared(), way.read_boot(self.destination)
         record.save()
         self.engine.arrange(self.source, "dump", self._hook_at_dump())
         for host in (self.source, self.destination):

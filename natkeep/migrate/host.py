@@ -228,12 +228,16 @@ def knows(host: Host, move_id: str) -> bool:
 
 
 def read_start(host: Host, pid: int) -> int:
-    """Clock ticks after boot at which *pid* began there (proc(5)); 0 where there is none."""
+    """Clock ticks after boot at which *pid* began there (proc(5)); 0 where there is none.
+
+    One that has ended, and whose parent has not waited for it yet, is none.
+    """
     answer = host.run("cat", f"/proc/{pid}/stat", ok=None)
     if answer.exit:
         return 0
     try:
-        return int(answer.stdout.rpartition(")")[2].split()[19])
+        state, *others = answer.stdout.rpartition(")")[2].split()
+        return 0 if state in "ZX" else int(others[18])
     except (LookupError, ValueError):
         raise NatkeepError(f"{host}: /proc/{pid}/stat is not as expected") from None
 

@@ -37,8 +37,9 @@ class Record:
     starttime). maps: `OLD=NEW`. vias: the relay's addresses. images: a directory of that name on
     source and destination; shared: it is one and the same; made: it was empty on both. reached: the
     step that was begun last. engine and container: who has the process, and its name there; bundle:
-    runc's at the destination; netns: of a container at `source` and `destination`, empty where it
-    is natkeep's own; found: what its engine found out.
+    runc's at the destination; boot: the destination's, its boot_id, empty where an earlier natkeep
+    did not note it; netns: of a container at `source` and `destination`, empty where it is
+    natkeep's own; found: what its engine found out.
     """
 
     id: str
@@ -64,6 +65,7 @@ class Record:
     engine: str = "criu"
     container: str = ""
     bundle: str = ""
+    boot: str = ""
     netns: dict[str, str] = field(default_factory=dict)
     found: dict[str, str] = field(default_factory=dict)
     reached: str = "check"
@@ -172,7 +174,7 @@ def load(state_dir: str | None, move_id: str) -> Record:
 def _from_json(value: Any, path: Path) -> Record:
     if not isinstance(value, dict) or value.pop("schema", None) != SCHEMA:
         raise ValueError("it is no record of a migration that this natkeep knows")
-    if set(value) != {each.name for each in fields(Record)} - {"path"}:
+    if {*value, "boot"} != {each.name for each in fields(Record)} - {"path"}:
         raise ValueError("it has other keys than this natkeep writes")
     return Record(**value, path=path)
 

@@ -259,6 +259,11 @@ def _is_here(address: Address) -> bool:
         return bool(asking.getsockname()[0] == str(address))
 
 
+def read_boot(host: Host) -> str:
+    """Another one after each boot of *host*."""
+    return host.run("cat", "/proc/sys/kernel/random/boot_id").stdout.strip()
+
+
 def read_addresses(host: Host) -> frozenset[Address]:
     """All addresses of its devices but lo's own."""
     devices = json.loads(host.run("ip", "-json", "address").stdout)
