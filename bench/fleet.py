@@ -25,7 +25,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from ipaddress import IPv4Address
 from pathlib import Path
@@ -96,11 +96,24 @@ def _make_want(folder: str, number: int, netns: str, generation: int) -> dict[st
     return {**pieces, f"{folder}m{number}": json.dumps(want.to_json())}
 
 
-def count_alive(store: Store) -> int:
-    """How many agents there are."""
-    with suppress(UnreachableError):
-        return sum(key.endswith("/alive") for key in store.range(keys.NODES).items)
-    return 0
+def wait_alive(store: Store, count: int) -> None:
+    """Until so many agents live."""
+
+    def do_live() -> bool:
+        with suppress(UnreachableError):
+            return sum(key.endswith("/alive") for key in store.range(keys.NODES).items) >= count
+        return False
+
+    wait_until(f"{count} agents live", do_live, every=0.05)
+
+
+def wait_until(what: str, reached: Callable[[], bool], every: float) -> None:
+    """Look every so many seconds; SystemExit if it does not come to that."""
+    until = time.monotonic() + PATIENCE
+    while not reached():
+        if time.monotonic() > until:
+            raise SystemExit(f"not within {PATIENCE:.0f} s: {what}")
+        time.sleep(every)
 
 
 def wait_told(store: Store, nodes: Mapping[str, range], phase: Phase) -> None:
@@ -173,28 +186,21 @@ def measure_ready(store: Store, rounds: int) -> list[float]:
     order, _ = parse_file(ORDER % (NAME, NAME, NAME))
     lines = (f"10.2.0.10:5000 10.1.0.2:{40000 + n}\n" for n in range(CONNECTIONS))
     checkpoint = parse_listing("".join(lines), "list")
-    while count_alive(store) < 3:
-        time.sleep(0.05)
+
+    def has_come_to(goal: str) -> bool:
+        return not progress.look(store, order.id).lacking(goal)
+
+    wait_alive(store, 3)
     taken = []
     for _ in range(rounds):
         began = time.monotonic()
         orders.apply(store, order, checkpoint)
-        _wait_until(store, "ready")
+        wait_until("all is ready", lambda: has_come_to("ready"), every=0.002)
         taken.append((time.monotonic() - began) * 1000)
-        ended = orders.end(store, "ready", force=True)
-        until = time.monotonic() + PATIENCE
-        while ended and not orders.is_undone(store, ended) and time.monotonic() < until:
-            time.sleep(0.05)
+        orders.end(store, order.id, force=True)
+        wait_until("all is undone", lambda: has_come_to("settled"), every=0.05)
         time.sleep(1)  # what only makes packets quicker is done by then
     return taken
-
-
-def _wait_until(store: Store, goal: str) -> None:
-    until = time.monotonic() + PATIENCE
-    while progress.look(store, "ready").lacking(goal):
-        if time.monotonic() > until:
-            raise SystemExit(f"not {goal}: {progress.look(store, 'ready').describe()}")
-        time.sleep(0.002)
 
 
 # ---- many agents ---------------------------------------------------------------------------------
@@ -205,11 +211,7 @@ def tell_by_many(store: Store, name: str, directory: Path, count: int, moves: in
     shares = {f"n{n}": range(moves * n // count, moves * (n + 1) // count) for n in range(count)}
     children = [_fork_agent(node, name, directory / node) for node in shares]
     try:
-        until = time.monotonic() + PATIENCE
-        while count_alive(store) < count:
-            if time.monotonic() > until:
-                raise SystemExit("not all agents live")
-            time.sleep(0.1)
+        wait_alive(store, count)
         began = time.monotonic()
         write_wants(store, {keys.wants(node): some for node, some in shares.items()}, "gw", 1)
         wait_told(store, shares, Phase.OPEN)
