@@ -244,7 +244,7 @@ class Agent:
         site.refuse_out_of_bounds(want, self.bounds)
         if waits := self._find_waits(move_id, want):
             return waits
-        checkpoint = fetch(self.store, move_id, want.listed)
+        checkpoint = fetch(self.store, move_id, want)
         move = site.make_move(move_id, want, checkpoint)
         told = self.known.told.get(move_id)
         again = told is not None and told.phase.reaches(Phase.PREPARED)  # and since, it has booted

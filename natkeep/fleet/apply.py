@@ -16,7 +16,7 @@ from natkeep.checkpoint.listing import write_listing
 from natkeep.errors import RefusedError
 from natkeep.fleet import keys
 from natkeep.fleet.done import parse_done
-from natkeep.fleet.listing import cut
+from natkeep.fleet.listing import cut, sweep
 from natkeep.fleet.order import Order, parse_order
 from natkeep.fleet.store import ABSENT, Item, Store, read
 from natkeep.fleet.want import Phase, as_object, texts
@@ -44,20 +44,15 @@ def apply(store: Store, order: Order, checkpoint: Checkpoint) -> tuple[Order, Pl
     udp, servers = checkpoint.udp_at(olds), checkpoint.udp_servers_at(olds)
     plans = make_plans(order, checkpoint)
     ours = Connections.joined(plans[order.places[0].role].move.share(checkpoint.connections))
-    listed, pieces = cut(
-        order.id, write_listing(ours, udp, servers), len(ours) + len(udp) + len(servers)
-    )
-    order = replace(
-        order, listed=listed, image=checkpoint.run_id, generation=_next(store, order, before)
-    )
+    generation, count = _next(store, order, before), len(ours) + len(udp) + len(servers)
+    listed, pieces = cut(order.id, generation, write_listing(ours, udp, servers), count)
+    order = replace(order, listed=listed, image=checkpoint.run_id, generation=generation)
     compare = {keys.move(order.id): before.revision if before else ABSENT}
     compare |= _look_at_owners(store, order)
     for key, piece in pieces.items():
         store.txn({key: piece})
-    owners = dict.fromkeys(map(keys.owner, olds), order.id)
-    puts, name = {**_orders(order), **owners}, keys.move(order.id)
-    if not store.txn(puts, compare) and _value(store, name) != puts[name]:
-        raise RefusedError(f"{order.id}: another order came at the same time; it stands")
+    _write(store, order, before, compare)
+    sweep(store, order.id, generation)
     return order, next(plan for role, plan in plans.items() if role == Role.DESTINATION)
 
 
@@ -87,10 +82,27 @@ def _suppose_new(order: Order) -> tuple[Map, ...]:
     return tuple(found)
 
 
-def _value(store: Store, key: str) -> str:
-    """It may have been written, though nothing said so: a member of the store died in between."""
-    item = read(store, key)
-    return item.value if item else ""
+def _write(
+    store: Store, order: Order, before: Item | None, compare: Mapping[str, int]
+) -> None:  # fmt: skip
+    """Write an order whose list is there; RefusedError where another came, and it leaves nothing.
+
+    It may have been written, though nothing said so: a member of the store died in between.
+    """
+    owners = dict.fromkeys((keys.owner(map_.old_end) for map_ in order.maps), order.id)
+    earlier = parse_order(before.value).places if before else ()
+    ours = {place.key(order.id) for place in order.places}
+    left = dict.fromkeys({place.key(order.id) for place in earlier} - ours)  # undone: see _next
+    puts, name = {**left, **_orders(order), **owners}, keys.move(order.id)
+    if store.txn(puts, compare):
+        return
+    there = read(store, name)
+    if there is not None and there.value == puts[name]:
+        return
+    known = parse_order(there.value) if there else None
+    if known is None or (known.generation, known.listed) != (order.generation, order.listed):
+        store.delete(keys.pieces(order.id, order.generation, order.listed.sha256))
+    raise RefusedError(f"{order.id}: another order came at the same time; it stands")
 
 
 def end(store: Store, move_id: str, *, force: bool = False) -> Order | None:
@@ -113,14 +125,21 @@ def end(store: Store, move_id: str, *, force: bool = False) -> Order | None:
 
 def forget(store: Store, order: Order) -> None:
     """Of a move that is undone everywhere leave nothing in the store but its generation."""
-    owners = dict.fromkeys(keys.owner(map_.old_end) for map_ in order.maps)
-    wants = dict.fromkeys(place.key(order.id) for place in order.places)
-    item = read(store, keys.move(order.id))
-    if item is not None and parse_order(item.value) == order:
-        settled = json.dumps(replace(order, phase="settled").to_json())
-        name = keys.move(order.id)
-        store.txn({**owners, **wants, name: settled}, {name: item.revision})
-        store.delete(keys.pieces(order.id))
+    name = keys.move(order.id)
+    item = read(store, name)
+    if item is None or parse_order(item.value) != order:
+        return
+    puts: dict[str, str | None] = dict.fromkeys(place.key(order.id) for place in order.places)
+    puts[name], compare = (
+        json.dumps(replace(order, phase="settled").to_json()),
+        {name: item.revision},
+    )
+    for key in (keys.owner(map_.old_end) for map_ in order.maps):
+        owner = read(store, key)
+        if owner is not None and owner.value == order.id:  # else another move has OLD by now
+            puts[key], compare[key] = None, owner.revision
+    if store.txn(puts, compare):
+        sweep(store, order.id, order.generation + 1)
 
 
 def is_undone(store: Store, order: Order) -> bool:
@@ -141,7 +160,7 @@ def _is_unopened(store: Store, order: Order) -> bool:
     item = read(store, keys.done(node, order.id))
     if item is None or read(store, keys.alive(node)) is None:
         return False
-    return parse_done(item.value).phase != Phase.OPEN
+    return parse_done(item.value).phase in (Phase.GONE, Phase.PREPARED)
 
 
 def _orders(order: Order, *, force: bool = False, unopened: bool = False) -> dict[str, str]:
@@ -163,7 +182,7 @@ def _find_nodes(store: Store) -> Iterator[str]:
         [key] = items
         node = key.removeprefix(keys.NODES).partition("/")[0]
         yield node
-        start = f"{keys.NODES}{node}{chr(ord('/') + 1)}"
+        start = keys.after(keys.node(node))
 
 
 def _with_members(order: Order, alive: Mapping[str, list[str]]) -> Order:
@@ -189,7 +208,7 @@ def _with_earlier(order: Order, before: Item | None) -> Order:
 def _refuse_absent(order: Order, alive: Mapping[str, list[str]]) -> None:
     """RefusedError where a node's agent does not run, or none of a group."""
     for place in order.places:
-        if place.group and not place.nodes:
+        if place.group and not alive.keys() & {*place.nodes}:
             raise RefusedError(f"no agent of the group {place.group} runs")
         if not place.group and place.nodes[0] not in alive:
             raise RefusedError(
@@ -205,7 +224,7 @@ def _groups(item: Item) -> list[str]:
 def _next(store: Store, order: Order, before: Item | None, *, ends: bool = False) -> int:
     """The generation of an order that is newer than all that any of its nodes has followed."""
     known = parse_order(before.value) if before else None
-    if known is not None and known.is_wanted() and not ends:
+    if known is not None and not ends and not is_undone(store, known):
         _refuse_other(known, order)
     items = (read(store, keys.done(node, order.id)) for node, _ in order.nodes())
     followed = [parse_done(item.value).generation for item in items if item]
@@ -217,9 +236,13 @@ def _refuse_other(known: Order, order: Order) -> None:
     same = (known.maps, known.mode, known.listeners) == (order.maps, order.mode, order.listeners)
     before, now = ({(p.key(order.id), p.role, p.netns) for p in o.places} for o in (known, order))
     if not same or before - now:
+        what, hint = "ordered already", f"natkeep fleet end {order.id} first, or another id"
+        if not known.is_wanted():
+            what, hint = "not undone yet", f"natkeep fleet wait {order.id} --for settled"
+        raise RefusedError(f"{order.id} is {what}, with other maps or sites", hint=hint)
+    if (known.phase, order.phase) == ("frozen", "staged"):
         raise RefusedError(
-            f"{order.id} is ordered already, with other maps or sites",
-            hint=f"natkeep fleet end {order.id} first, or another id",
+            f"{order.id} is ordered whole already", hint=f"natkeep fleet end {order.id} undoes it"
         )
 
 
@@ -232,7 +255,8 @@ def _look_at_owners(store: Store, order: Order) -> Mapping[str, int]:
         if item is not None and item.value != order.id:
             other = read(store, keys.move(item.value))
             known = parse_order(other.value) if other else None
-            if known is None or not is_undone(store, known):
+            ended = known and map_.old_end not in [wish.old_end for wish in known.maps]
+            if known is None or not (ended or is_undone(store, known)):
                 raise RefusedError(
                     f"{map_.old_end} is moved by {item.value} already",
                     hint=f"natkeep fleet end {item.value}",

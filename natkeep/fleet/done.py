@@ -9,7 +9,8 @@ since: seconds since 1970, by the node's own clock. waits: for which nodes it wa
 are there, none if nothing is. as: the id that natkeep-hook has it by (restored.py), or "".
 observed: what was seen there last (observed.py), null before.
 
-Rule: it is written by the agent of that node alone; what cannot be read is taken for gone.
+Rule: it is written by the agent of that node alone; what cannot be read, of a later natkeep say,
+is taken neither for gone nor for ready.
 """
 
 from __future__ import annotations
@@ -84,12 +85,17 @@ class Done:
 
 
 NOTHING = Done(Phase.GONE, 0)
+UNREADABLE = Done(Phase.OPENING, 0)
 
 
 def parse_done(text: str | None) -> Done:
-    """What a node said; NOTHING where it said nothing that can be read."""
+    """What a node said; NOTHING where it said nothing."""
+    if text is None:
+        return NOTHING
     try:
-        found = as_object(text or "")
+        found = as_object(text)
+        if found["schema"] != SCHEMA:
+            return UNREADABLE
         told, error = found["error"], None
         if told is not None:
             error = Error(whole(told["exit"]), a_text(told["code"]), a_text(told["message"]))
@@ -101,7 +107,7 @@ def parse_done(text: str | None) -> Done:
             a_text(found.get("as", "")), seen and Observed.parse(seen),
         )  # fmt: skip
     except (KeyError, TypeError, ValueError, AttributeError):
-        return NOTHING
+        return UNREADABLE
 
 
 def describe_alive(bounds: policy.Agent, told: Iterable[Done]) -> str:

@@ -1,7 +1,7 @@
 """The keys of the store; the node comes first, so that its rights are a prefix.
 
 /natkeep/v1/move/ID              a move, by who orders it (order.py)
-/natkeep/v1/conn/ID/NNNN         its connections, in pieces (listing.py)
+/natkeep/v1/conn/ID/LIST/NNNN    its connections, in pieces (listing.py)
 /natkeep/v1/owner/OLD            the id of the move that has OLD
 /natkeep/v1/node/NODE/want/ID    what the node is ordered (want.py)
 /natkeep/v1/group/GROUP/want/ID  the same for each node of a group
@@ -35,9 +35,25 @@ def move(move_id: str) -> str:
     return f"{MOVES}{move_id}"
 
 
-def pieces(move_id: str) -> str:
-    """All pieces of its connections begin so."""
+def lists(move_id: str) -> str:
+    """All lists of its connections begin so."""
     return f"{TOP}conn/{move_id}/"
+
+
+def pieces(move_id: str, generation: int, sha256: str) -> str:
+    """The list of one order; all pieces of it begin so."""
+    return f"{lists(move_id)}{generation}-{sha256[:16]}/"
+
+
+def generation_of(pieces: str) -> int:
+    """Of which order a list is; 0 where that is not known."""
+    number = pieces.split("/")[-2].partition("-")[0]
+    return int(number) if number.isdecimal() else 0
+
+
+def after(folder: str) -> str:
+    """The first key that can come behind all that begin with *folder*."""
+    return f"{folder[:-1]}{chr(ord('/') + 1)}"
 
 
 def owner(old: object) -> str:

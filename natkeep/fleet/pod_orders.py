@@ -45,7 +45,7 @@ def put(store: Store, executor: Executor, move_id: str, want: Want) -> None:
         raise RefusedError(f"the pod {path.stem} has the order of another move: {path}")
     path.parent.mkdir(mode=0o700, exist_ok=True)
     # Not synced: after a boot the agent puts them there again, before any pod is made.
-    octets = fetch_octets(store, move_id, want.listed)
+    octets = fetch_octets(store, move_id, want)
     replace_file(_list_of(path, want), octets, durable=False)
     replace_file(path, text.encode(), durable=False)
     for old in path.parent.glob(f"{path.stem}.*.list"):

@@ -62,4 +62,4 @@ class Store(Protocol):
 
 def read(store: Store, key: str) -> Item | None:
     """The item of one key."""
-    return store.range(key).items.get(key)
+    return store.range(key, limit=1).items.get(key)  # of those that begin so it is the first

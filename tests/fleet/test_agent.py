@@ -675,7 +675,8 @@ def test_the_operators_file_bounds_the_store(
 def test_a_list_that_does_not_match_its_checksum_is_none(fleet: Fleet) -> None:
     host_b, *_ = fleet.usual()
     fleet.apply()
-    fleet.store.txn({f"{keys.pieces('web')}0000": LISTING.replace("50001", "50009")})
+    [piece] = fleet.store.range(keys.lists("web")).items
+    fleet.store.txn({piece: LISTING.replace("50001", "50009")})
     fleet.turn()
     error = fleet.done("host-b").error
     assert error is not None

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from natkeep.errors import UsageError
-from natkeep.fleet.done import NOTHING, Done, Error, parse_done
+from natkeep.fleet.done import NOTHING, UNREADABLE, Done, Error, parse_done
 from natkeep.fleet.order import parse_file, parse_order
 from natkeep.fleet.want import NO_WANT, Phase, parse_want
 from natkeep.values import replace
@@ -68,7 +68,8 @@ def test_what_is_no_json_object_is_no_order(text: str) -> None:
     for parse in (parse_file, parse_order, parse_want):
         with pytest.raises(UsageError):
             parse(text)
-    assert parse_done(text) == NOTHING
+    assert parse_done(text) == UNREADABLE, "neither gone nor ready"
+    assert parse_done(None) == NOTHING
 
 
 def test_a_move_in_the_store_is_what_was_ordered() -> None:

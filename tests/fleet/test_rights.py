@@ -159,7 +159,7 @@ def test_a_node_writes_what_it_has_done_and_that_it_lives_and_nothing_else(
     denied = [
         f"{keys.wants('gw-1')}web", f"{keys.group_wants('edge')}web", keys.alive("gw-2"),
         keys.done("gw-2", "web"), keys.move("web"), keys.owner("10.2.0.10"), "/other",
-        f"{keys.pieces('web')}0000", f"{keys.alive('gw-1')}s", keys.node("gw-1"),
+        f"{keys.lists('web')}1-a/0000", f"{keys.alive('gw-1')}s", keys.node("gw-1"),
     ]  # fmt: skip
     for key in denied:
         for value in ("1", None):
@@ -185,7 +185,7 @@ def test_who_orders_writes_nothing_that_a_node_says(guarded: Guarded) -> None:
     store = guarded.open("node", "orderer")
     written = [
         keys.move("x"), keys.owner("10.2.0.99"), f"{keys.wants('gw-1')}x",
-        f"{keys.group_wants('edge')}x", f"{keys.pieces('x')}0000",
+        f"{keys.group_wants('edge')}x", f"{keys.lists('x')}1-a/0000",
     ]  # fmt: skip
     assert store.txn(dict.fromkeys(written, "1"))
     assert {*written} <= {*store.range(keys.TOP).items}
