@@ -5,16 +5,17 @@ from __future__ import annotations
 import json
 import subprocess
 import time
+from pathlib import Path
 from types import SimpleNamespace
 from typing import cast
 
 import pytest
 
-from natkeep.migrate import back
+from natkeep.migrate import back, engines
 from natkeep.migrate.back import Place
 from natkeep.migrate.engines import Criu
 from natkeep.migrate.forward import Migration
-from natkeep.migrate.host import Answer, Host, HostError, read_start
+from natkeep.migrate.host import LOCAL, Answer, Host, HostError, Ssh, read_start
 from natkeep.migrate.record import Record
 
 LIVE = {"proto": "tcp", "state": "live"}
@@ -48,6 +49,32 @@ class End:
             said = f"{pid} (x) S {' '.join(['0'] * 18)} 77 0" if pid in self.pids else ""
             return Answer(0 if said else 1, said, "")
         return Answer(0, "Dumping finished successfully", "")
+
+
+class Source(End):
+    """The source after a dump whose CRIU was killed, or is at work still: its log has no end."""
+
+    def __init__(self, *, pids: tuple[int, ...], table: str = "CRIU-1", tracer: str = ""):
+        super().__init__(pids=pids)
+        self.table, self.tracer, self.taken = table, tracer, list[str]()
+
+    def run(self, *words: str, ok: object = (0,)) -> Answer:
+        if words[1].endswith("/status"):
+            return Answer(0, f"TracerPid:\t{self.tracer and 99}\n", "")
+        if words[1] == "/proc/99/comm":
+            return Answer(0, f"{self.tracer}\n", "")
+        if words[1].startswith("/proc/"):
+            return super().run(*words, ok=ok)
+        return Answer(0, "(00.000000) CRIU run id = 1-a\n", "")
+
+    def find_lock(self, run_id: str, netns: str) -> str:
+        assert (run_id, netns) == ("1-a", "/run/netns/pod")
+        return self.table
+
+    def release(self, run_id: str, netns: str, pid: int) -> str:
+        assert (run_id, netns, pid) == ("1-a", "/run/netns/pod", 7)
+        self.taken.append(self.table)
+        return self.table
 
 
 def move(gate: str, *connections: dict[str, object], **more: object) -> dict[str, object]:
@@ -130,3 +157,79 @@ def test_a_zombie_is_no_process() -> None:
     with open(f"/proc/{zombie.pid}/stat", encoding="ascii") as file:
         assert file.read().split()[2] == "Z"
     zombie.wait()
+
+
+def killed(source: Source, reached: str = "dump") -> tuple[Migration, list[str]]:
+    """The migration of a container whose dump was begun, and what it says."""
+    netns = {"source": "/run/netns/pod"}
+    record = Record("web", "a", 7, "b", started=77, reached=reached, netns=netns)
+    said: list[str] = []
+    ended = SimpleNamespace(
+        connect=lambda: None, natkeep=lambda *words: said.append(" ".join(words))
+    )
+    migration = SimpleNamespace(
+        record=record, engine=Criu(record), source=source, destination=ended, translators=(),
+        say=lambda step, text: said.append(text), fresh=True,
+    )  # fmt: skip
+    return cast(Migration, migration), said
+
+
+def test_the_lock_of_a_killed_criu_goes_where_the_process_lives_and_was_restored_nowhere() -> None:
+    source = Source(pids=(7,))
+    migration, said = killed(source)
+    back.go_back(migration)
+    assert source.taken == ["CRIU-1"]
+    assert "removed CRIU-1, a killed CRIU's lock" in said[0]
+    assert said[-1] == "runs on b, as before"
+
+
+def test_no_lock_is_taken_while_criu_is_at_work_on_the_process() -> None:
+    source = Source(pids=(7,), tracer="criu")
+    migration, said = killed(source)
+    with pytest.raises(HostError, match="criu, process 99 on b, is at work on process 7"):
+        back.go_back(migration)
+    assert (source.taken, said) == ([], [])
+
+
+def test_a_debugger_is_no_criu() -> None:
+    source = Source(pids=(7,), tracer="gdb")
+    migration, said = killed(source)
+    back.go_back(migration)
+    assert said[-1] == "runs on b, as before"
+
+
+def test_what_a_killed_criu_leaves_of_a_process_that_has_ended_is_said_and_stays() -> None:
+    source = Source(pids=())
+    migration, said = killed(source)
+    with pytest.raises(HostError, match="its image is not complete; CRIU's lock, table") as error:
+        back.go_back(migration)
+    assert "nft delete table inet CRIU-1 there has them reset" in str(error.value.hint)
+    assert (source.taken, said) == ([], [])
+
+
+def test_criu_is_not_killed_however_long_it_takes(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(engines, "LONG", 0.05)
+    monkeypatch.setenv("NATKEEP_STATE_DIR", str(tmp_path))
+    said: list[tuple[str, str]] = []
+    asked: list[object] = []
+    host = Host(LOCAL, "source", Ssh(), "web")
+    host.connect()
+    asking = host._ask
+    monkeypatch.setattr(host, "_ask", lambda *words: asked.append(words[0]) or asking(*words))
+    go = tmp_path / "go"
+    # It ends when it was said that it takes long.
+    words = ("sh", "-c", f"until [ -e {go} ]; do sleep 0.01; done")
+    try:
+        engines.run(
+            engines.Command("criu dump", words, {}, ()), host,
+            lambda step, text: said.append((step, text)) or go.touch(),
+        )  # fmt: skip
+    finally:
+        host.close()
+    assert [(one["run"], one["seconds"]) for one in asked if isinstance(one, dict)] == [
+        (words, None)
+    ]
+    assert said == [("waiting", f"{host}: criu dump takes longer than 0.05 s; to kill it may end "
+                     "the process")]  # fmt: skip

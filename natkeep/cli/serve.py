@@ -4,8 +4,11 @@ Each line on stdin is a request, and is answered by one line on stdout, in turn:
 
     {"natkeep": ["status", "web", "--json"], "stdin": "…"}             a verb
     {"run": ["criu", "dump", …], "environment": {…}, "seconds": 60,    a program, without a shell,
-     "otherwise": ["teardown", "web", "--yes"]}   and a verb if that fails; its error is told, too
+     "otherwise": ["teardown", "web", "--yes"]}   and a verb if that fails; its error is told, too;
+                                                  seconds null: it is never killed
     {"digest": "DIR"}                                                  what is in a directory
+    {"lock": "find", "run_id": "…", "netns": ""}   the table of a killed CRIU, or nothing; `release`
+                                                   with a pid lets that process go on, too
     →  {"exit": 0, "stdout": "…", "stderr": "…"}
 
 The first line on stdout, before any request, says which natkeep this is, where its hook is, and
@@ -44,6 +47,7 @@ from natkeep.cli.parser import VERBS, Parser, make_parser
 from natkeep.errors import NatkeepError, RefusedError, UsageError
 from natkeep.installed import find_program
 from natkeep.kernel import nftables
+from natkeep.lifecycle import killed_dump
 from natkeep.migrate import PROTOCOL
 from natkeep.plan.move import parse_id
 from natkeep.state.directory import StateDirectory
@@ -148,6 +152,8 @@ def _do(request: dict[str, Any], parser: Parser) -> dict[str, Any]:
         return _run_verb(words, str(request.get("stdin", "")), parser)
     if "digest" in request:
         return {"exit": 0, "stdout": digest(Path(str(request["digest"]))), "stderr": ""}
+    if "lock" in request:
+        return _do_lock(request)
     answer = _run_program(request)
     if answer["exit"] and request.get("otherwise"):
         undone = _run_verb([str(word) for word in request["otherwise"]], "", parser)
@@ -156,12 +162,25 @@ def _do(request: dict[str, Any], parser: Parser) -> dict[str, Any]:
     return answer
 
 
+def _do_lock(request: dict[str, Any]) -> dict[str, Any]:
+    netns, run_id = str(request["netns"]), str(request["run_id"])
+    try:
+        if request["lock"] == "find":
+            table = killed_dump.find_lock(netns, run_id)
+        else:
+            table = killed_dump.release(netns, run_id, int(request["pid"]))
+    except NatkeepError as error:
+        return {"exit": error.exit_code, "stdout": "", "stderr": f"natkeep: {error}"}
+    return {"exit": 0, "stdout": table, "stderr": ""}
+
+
 def _run_program(request: dict[str, Any]) -> dict[str, Any]:
     environment = {**os.environ, **request.get("environment", {})}
+    seconds = request.get("seconds", 60)
     try:
         done = subprocess.run(
             [str(word) for word in request["run"]], env=environment, stdin=subprocess.DEVNULL,
-            capture_output=True, timeout=float(request.get("seconds", 60)), start_new_session=True,
+            capture_output=True, timeout=seconds, start_new_session=True,
         )  # fmt: skip
     except (OSError, subprocess.TimeoutExpired) as error:
         return {"exit": 127, "stdout": "", "stderr": str(error)}

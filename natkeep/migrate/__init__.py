@@ -16,5 +16,5 @@ Rule: which host has the process is asked of the hosts, never assumed; while tha
 nothing is restored. Nothing here touches a site itself: hosts do, by natkeep's own verbs.
 """
 
-PROTOCOL = 1
+PROTOCOL = 2
 """Of the lines that a controller and `natkeep serve` exchange."""

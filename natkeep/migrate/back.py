@@ -12,6 +12,7 @@ opened there. While that cannot be asked, nothing is done, and that is said.
 from __future__ import annotations
 
 import json
+import re
 import time
 from dataclasses import replace
 from enum import Enum
@@ -19,6 +20,7 @@ from typing import Any
 
 from natkeep.errors import LeftoverError, NatkeepError, RefusedError, UnreachableError
 from natkeep.migrate import way
+from natkeep.migrate.engines import run
 from natkeep.migrate.forward import Migration, quiet_source
 from natkeep.migrate.host import Host, HostError, knows, read_move, read_start
 from natkeep.migrate.record import GATEWAY, PEER, RELAY, Record
@@ -49,16 +51,57 @@ def find_place(migration: Migration) -> Place:
             return Place.DESTINATION
     _reach(migration.source, f"nothing can be restored on {migration.source} now")
     if record.started and read_start(migration.source, record.pid) == record.started:
+        _refuse_dumped(migration)
         return Place.SOURCE
     if not record.is_past("dump"):
         raise HostError(f"process {record.pid} on {migration.source} has ended")
     if _is_back(migration):
         return Place.SOURCE
     if not migration.engine.is_dumped(migration.source):
-        raise HostError(
-            f"process {record.pid} on {migration.source} has ended, and its image is not complete"
-        )
+        raise _ended(migration)
     return Place.FROZEN
+
+
+def _refuse_dumped(migration: Migration) -> None:
+    """HostError while a CRIU whose controller has gone is at work on the process still."""
+    record, source = migration.record, migration.source
+    status = source.run("cat", f"/proc/{record.pid}/status", ok=None).stdout
+    found = re.search(r"(?m)^TracerPid:\t([1-9][0-9]*)$", status)
+    name = source.run("cat", f"/proc/{found[1]}/comm", ok=None).stdout.strip() if found else ""
+    if found and "criu" in name:
+        raise HostError(
+            f"{name}, process {found[1]} on {source}, is at work on process {record.pid}",
+            hint=f"when it has ended, natkeep migrate --rollback {record.id}",
+        )
+
+
+def _ended(migration: Migration) -> HostError:
+    """What is left of a process whose CRIU was killed; it cannot be restored anywhere."""
+    record, source = migration.record, migration.source
+    what = f"process {record.pid} on {source} has ended, and its image is not complete"
+    undo = f"natkeep teardown {record.id} on each host"
+    try:
+        table = migration.engine.find_lock(source)
+    except HostError as error:
+        table, what = "", f"{what}; whether CRIU's lock is left is not known: {error}"
+    if table:
+        what += f"; CRIU's lock, table inet {table}, keeps its peers waiting"
+        undo += f"; nft delete table inet {table} there has them reset"
+    return HostError(what, hint=undo)
+
+
+def _release(migration: Migration) -> str:
+    """Let the process go on, whose CRIU was killed, if it was; what is left of that.
+
+    Only where no CRIU is at work on it, and it was restored nowhere.
+    """
+    source = migration.source
+    try:
+        if table := migration.engine.release(source):
+            migration.say("rollback", f"{source}: removed {table}, a killed CRIU's lock")
+    except HostError as error:
+        return f"CRIU's lock, if one is left: {error}"
+    return ""
 
 
 def _has_run_there(migration: Migration) -> bool:
@@ -162,6 +205,8 @@ def _undo(migration: Migration, place: Place) -> str:
         image = migration.read_image()
     if place == Place.FROZEN:
         _restore_at_source(migration)
+    elif record.reached == "dump":
+        left = "; ".join(filter(None, (left, _release(migration))))
     if knows(migration.source, record.id):
         migration.source.natkeep("teardown", record.id, "--yes")
     try:
@@ -206,7 +251,8 @@ def _restore_at_source(migration: Migration) -> None:
         source.natkeep("rollback", record.id, "--yes")  # closes its gate
     else:
         quiet_source(migration)
-    migration.run_engine(source, migration.engine.restore(source, {} if relays else record.hook))
+    hook = {} if relays else record.hook
+    run(migration.engine.restore(source, hook), source, migration.say)
     record.pid = migration.engine.find_pid(source)
     record.started = read_start(source, record.pid)
     record.save()

@@ -171,6 +171,10 @@ class Podman(_Container):
     def image(self) -> str:
         return f"{self.record.found['static']}/checkpoint"
 
+    @property
+    def log(self) -> str:
+        return f"{self.record.found['static']}/dump.log"
+
     def look(self, source: Host, destination: Host) -> None:
         record = self.record
         found = self._ask(source, "container", "inspect")

@@ -7,14 +7,20 @@ alone, so that one who comes later makes the same.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from threading import Timer
 from typing import NamedTuple
 
 from natkeep.errors import RefusedError
+from natkeep.migrate.criu_errors import first_error
 from natkeep.migrate.host import Host, HostError
 from natkeep.migrate.record import Record
 
+LONG = 600.0
+"""Seconds after which it is said that CRIU is at work still."""
+
 _FINISHED = "Dumping finished successfully"
+_RUN_ID = re.compile(r"CRIU run id = ([0-9A-Za-z-]{1,64})")  # CRIU 4.1 and later, at -v3
 HERE = "/proc/self/ns/net"
 """natkeep's own network namespace."""
 
@@ -26,6 +32,33 @@ class Command(NamedTuple):
     words: tuple[str, ...]
     environment: dict[str, str]
     logs: tuple[str, ...]
+
+
+def run(
+    command: Command, host: Host, say: Callable[[str, str], None], otherwise: Sequence[str] = ()
+) -> None:
+    """Run it at *host*, however long it takes; HostError with what went wrong first.
+
+    otherwise: as of Host.run. CRIU is never killed. With a dump's gone the network stays locked,
+    and, once it was in the process, TCP sockets stay in repair: to most programs recv(2)'s EPERM is
+    the end, and of the image there is a half (4.2, Linux 6.18).
+    """
+    told = f"{host}: {command.what} takes longer than {LONG:g} s; to kill it may end the process"
+    waiting = Timer(LONG, say, ("waiting", told))
+    waiting.daemon = True
+    waiting.start()
+    try:
+        done = host.run(
+            *command.words, environment=command.environment, seconds=None, ok=None,
+            otherwise=otherwise,
+        )  # fmt: skip
+    finally:
+        waiting.cancel()
+    if done.exit:
+        said = (host.run("cat", *command.logs, ok=None).stdout + done.stderr).splitlines()
+        words = [f"{host}: {command.what}: {first_error(said)}"]
+        words += [line for line in said if otherwise and line.startswith("natkeep: ")]
+        raise HostError("; ".join(words))
 
 
 class Criu:
@@ -43,6 +76,11 @@ class Criu:
     def image(self) -> str:
         """The directory of CRIU's images at the source."""
         return self.dumped
+
+    @property
+    def log(self) -> str:
+        """CRIU's log of the dump."""
+        return f"{self.dumped}/dump.log"
 
     def look(self, source: Host, destination: Host) -> None:
         """Find the process, and what is missing on a host; RefusedError, HostError."""
@@ -92,8 +130,24 @@ class Criu:
 
     def is_dumped(self, source: Host) -> bool:
         """Whether the image there is complete, of a process that has ended."""
-        log = source.run("cat", f"{self.dumped}/dump.log", ok=None).stdout
-        return _FINISHED in log
+        return _FINISHED in source.run("cat", self.log, ok=None).stdout
+
+    def find_lock(self, source: Host) -> str:
+        """The table there by which CRIU locked what was dumped; "" where it is gone, or not known.
+
+        A CRIU that fails takes it away; one that is killed does not.
+        """
+        run_id = self._find_run_id(source)
+        return run_id and source.find_lock(run_id, self.record.netns.get("source", ""))
+
+    def release(self, source: Host) -> str:
+        """Let a process go on whose CRIU was killed; the table that was removed, as above."""
+        netns = self.record.netns.get("source", "")
+        return source.release(self._find_run_id(source), netns, self.record.pid)
+
+    def _find_run_id(self, source: Host) -> str:
+        found = _RUN_ID.search(source.run("cat", self.log, ok=None).stdout)
+        return found[1] if found else ""
 
     def find_pid(self, host: Host) -> int:
         """The pid of the process that was restored at *host*."""

@@ -21,7 +21,7 @@ from __future__ import annotations
 import json
 import secrets
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any
@@ -29,8 +29,7 @@ from typing import Any
 from natkeep.errors import RefusedError
 from natkeep.migrate import way
 from natkeep.migrate.containers import make_engine
-from natkeep.migrate.criu_errors import first_error
-from natkeep.migrate.engines import Command
+from natkeep.migrate.engines import run
 from natkeep.migrate.host import LOCAL, DryRun, Host, HostError, Ssh, knows, read_move, read_start
 from natkeep.migrate.image_copy import ImageCopy, Watch
 from natkeep.migrate.record import IMAGES, RELAY, STEPS, Record
@@ -38,7 +37,6 @@ from natkeep.migrate.record import IMAGES, RELAY, STEPS, Record
 Say = Callable[[str, str], None]
 """Told of each step: its name, and what there is to say."""
 
-_DUMP = 600.0  # s that CRIU may take
 _PATIENCE = 10.0  # s for the peers to answer, before it is said that they have not
 
 
@@ -219,7 +217,7 @@ class Migration:
         name = f"pre-{number}"
         directory = f"{self.record.images}/{name}"
         self.source.run("mkdir", "-m", "700", directory)
-        self.run_engine(self.source, self.engine.pre_dump(number))
+        run(self.engine.pre_dump(number), self.source, self.say)
         if not self.record.shared:
             self._start_copy(name).go(self._watch)
         self.say("pre-dump", f"round {number} of {self.record.pre_dumps}")
@@ -237,7 +235,7 @@ class Migration:
         if not record.shared:
             self.copying = self._start_copy("dump")  # started here, so that no start is waited for
         self.frozen = time.monotonic()
-        self.run_engine(self.source, command)
+        run(command, self.source, self.say)
         self.say("dump", f"frozen on {self.source}")
 
     def _start_copy(self, name: str) -> ImageCopy:
@@ -330,8 +328,8 @@ class Migration:
 
     def _restore(self) -> None:
         record = self.record
-        self.run_engine(
-            self.destination, self.engine.restore(self.destination, record.hook),
+        run(
+            self.engine.restore(self.destination, record.hook), self.destination, self.say,
             # Another script, or CRIU itself, may have failed after the hook has opened: a host
             # without the socket must not answer.
             otherwise=["teardown", record.id, "--yes"],
@@ -366,18 +364,6 @@ class Migration:
                 break
             time.sleep(0.2)
         self.say("verify", f"{self.answered or 0} of {self.count} peers were heard")
-
-    def run_engine(self, host: Host, command: Command, otherwise: Sequence[str] = ()) -> None:
-        """Run it at *host*; HostError with what went wrong first. otherwise: as of Host.run."""
-        done = host.run(
-            *command.words, environment=command.environment, seconds=_DUMP, ok=None,
-            otherwise=otherwise,
-        )  # fmt: skip
-        if done.exit:
-            said = (host.run("cat", *command.logs, ok=None).stdout + done.stderr).splitlines()
-            words = [f"{host}: {command.what}: {first_error(said)}"]
-            words += [line for line in said if otherwise and line.startswith("natkeep: ")]
-            raise HostError("; ".join(words))
 
 
 def sum_up(migration: Migration) -> str:

@@ -123,10 +123,10 @@ class Host:
         return self._ask({"natkeep": words, "stdin": stdin}, f"natkeep {words[0]}", ok)
 
     def run(
-        self, *words: str, environment: Mapping[str, str] | None = None, seconds: float = 60,
-        ok: Sequence[int] | None = (0,), otherwise: Sequence[str] = (),
+        self, *words: str, environment: Mapping[str, str] | None = None,
+        seconds: float | None = 60, ok: Sequence[int] | None = (0,), otherwise: Sequence[str] = (),
     ) -> Answer:  # fmt: skip
-        """A program there, *seconds* at most; None in the place of *ok*: however it exits.
+        """A program there, *seconds* at most (None: however long); ok None: however it exits.
 
         otherwise: a verb of natkeep that follows at once if it fails.
         """
@@ -155,6 +155,16 @@ class Host:
     def digest(self, directory: str) -> str:
         """What is in *directory* there, as one number."""
         return self._ask({"digest": directory}, "reading the image", (0,)).stdout
+
+    def find_lock(self, run_id: str, netns: str) -> str:
+        """The table by which CRIU's dump *run_id* locks at *netns* ("": natkeep's), "" for none."""
+        request = {"lock": "find", "run_id": run_id, "netns": netns}
+        return self._ask(request, "CRIU's lock", (0,)).stdout
+
+    def release(self, run_id: str, netns: str, pid: int) -> str:
+        """Let process *pid* go on, whose CRIU was killed; the table that was removed, as above."""
+        request = {"lock": "release", "run_id": run_id, "netns": netns, "pid": pid}
+        return self._ask(request, "CRIU's lock", (0,)).stdout
 
     def start(self, *words: str, **streams: Any) -> subprocess.Popen[bytes]:
         """A program there whose standard streams are ours, with the rights that natkeep has."""
@@ -263,8 +273,8 @@ class DryRun(Host):
         return Answer(0, self._sockets, "")
 
     def run(
-        self, *words: str, environment: Mapping[str, str] | None = None, seconds: float = 60,
-        ok: Sequence[int] | None = (0,), otherwise: Sequence[str] = (),
+        self, *words: str, environment: Mapping[str, str] | None = None,
+        seconds: float | None = 60, ok: Sequence[int] | None = (0,), otherwise: Sequence[str] = (),
     ) -> Answer:  # fmt: skip
         if words[0] == "test":
             return Answer(1, "", "")  # so the image would have to be copied
