@@ -2,12 +2,13 @@
 
 A line of JSON each way, and a connection for each:
 
-    {"verb": "ready", "id": "criu-52-34d2c", "new": "10.3.0.20", "wait_s": 10}
+    {"verb": "ready", "id": "criu-52-34d2c", "new": "10.3.0.20", "wait_s": 10, "staged": false}
     {"ok": true, "id": "web"}
     {"ok": false, "exit": 1, "message": "..."}
 
 id: what was prepared here; new: its NEW, or several with commas between. The answer comes when the
-gateways are ready (fleet/ready.py), or after wait_s seconds with what is lacking.
+gateways are ready (fleet/ready.py), or after wait_s seconds with what is lacking. staged: of an
+order that has no gateways yet the destination will do; a restore may not begin by that.
 
 Rule: both ends are root's, and look: the socket is in a directory that others cannot write to, and
 the kernel says who is at the other end. A path crosses network namespaces, so no address does.
@@ -70,7 +71,7 @@ def ask(path: str, request: dict[str, Any], seconds: float) -> dict[str, Any]:
 
     An agent that is not there, or ends meanwhile, is asked again.
     """
-    until = time.monotonic() + seconds
+    until, why = time.monotonic() + seconds, "no time was given"
     while (left := until - time.monotonic()) > 0:
         try:
             return _ask(path, {**request, "wait_s": max(left - _MARGIN, left / 2)}, left)
@@ -80,12 +81,15 @@ def ask(path: str, request: dict[str, Any], seconds: float) -> dict[str, Any]:
     raise UnreachableError(f"no agent answers at {path} within {seconds:g} s: {why}")
 
 
-def ask_ready(path: str, move_id: str, news: Iterable[str], seconds: float) -> str:
+def ask_ready(
+    path: str, move_id: str, news: Iterable[str], seconds: float, *, staged: bool = False
+) -> str:
     """Why the gateways of what was prepared here as *move_id* are not ready; empty when they are.
 
-    news: its NEWs, with ports if they have some. UnreachableError as of `ask`.
+    news: its NEWs, with ports if they have some. staged: see above. UnreachableError as of `ask`.
     """
-    answer = ask(path, {"verb": "ready", "id": move_id, "new": ",".join(news)}, seconds)
+    request = {"verb": "ready", "id": move_id, "new": ",".join(news), "staged": staged}
+    answer = ask(path, request, seconds)
     return "" if answer.get("ok") is True else str(answer.get("message", answer))
 
 

@@ -26,6 +26,7 @@ from natkeep.fleet.ready import ReadyServer
 from natkeep.fleet.store import Store
 from natkeep.fleet.stores import open_store
 from natkeep.fleet.wake import Heard, Wake
+from natkeep.fleet.want import Phase
 from natkeep.plan.move import parse_id
 from natkeep.system_log import note
 from natkeep.terminal import clear, show
@@ -44,16 +45,13 @@ def agent(args: argparse.Namespace) -> int:
     wake = Wake(store)
     executor = partial(make_executor, args, create=True)
     follow = partial(_hear_now, store) if args.once else lambda _, prefix: wake.follow(prefix)
-    one = Agent(settings, store, executor, follow, partial(_say, args))
+    one, alive = Agent(settings, store, executor, follow, partial(_say, args)), False
     try:
         if args.once:
-            ids = set[str]()
-            for prefix in one.known.prefixes:
-                ids |= _hear_now(store, one, prefix)
-            one.reconcile(ids)
-            return 0
+            return _follow_once(store, one)
         wake.demand_name(name)
-        wake.follow_journals(executor().state.path)
+        wake.follow_journals(executor().state.path, one.known.phases)
+        alive = True
         wake.stay_alive(name, one.describe_alive)
         path = settings.socket or os.path.join(executor().state.path, agent_socket.NAME)
         with agent_socket.listening(path) as listening:
@@ -63,11 +61,27 @@ def agent(args: argparse.Namespace) -> int:
             one.run(wake)
     except (KeyboardInterrupt, SystemExit):
         with suppress(NatkeepError):
-            store.txn({keys.alive(name): None})
+            if alive:  # else it is another's perhaps
+                store.txn({keys.alive(name): None})
         return 0
     finally:
         wake.close()
         one.close()
+
+
+def _follow_once(store: Store, one: Agent) -> int:
+    """What is ordered now; an error where that is not known, or one that was ready is not again."""
+    ids = set[str]()
+    for prefix in one.known.prefixes:
+        ids |= _hear_now(store, one, prefix)
+    ready = {each for each, told in one.known.told.items() if told.was_ready()}
+    for error in one.reconcile(ids).values():
+        raise error
+    for move_id in sorted(ready & one.known.told.keys()):
+        told = one.known.told[move_id]
+        if told.error is not None and not told.phase.reaches(Phase.PREPARED):
+            raise _as_exception(f"{move_id}: {told.error.message}", told.error.exit)
+    return 0
 
 
 def _hear_now(store: Store, one: Agent, prefix: str) -> set[str]:
@@ -305,5 +319,4 @@ def _raise_late(move: Progress, lacking: list[Node], goal: str) -> None:
     names = [node.name for node in lacking if not node.alive]
     if names:
         raise UnreachableError(f"{move.order.id}: no agent runs as {', '.join(names)}")
-    who = "; ".join(f"{node.name}: {node.describe()}" for node in lacking)
-    raise NatkeepError(f"{move.order.id}: not {goal} in time: {who}")
+    raise NatkeepError(f"{move.order.id}: not {goal} in time: {move.describe(lacking)}")

@@ -393,7 +393,7 @@ _FLEET = (
     _option("subject", "FILE|ID", nargs="?", help="the file of an order, - is stdin; or a move"),
     *_STORE,
     _option(
-        "--for", choices=("ready", "open", "settled"), default="ready", dest="goal",
+        "--for", choices=("staged", "ready", "open", "settled"), default="ready", dest="goal",
         help="of wait: ready (default) before a restore, open after it, settled after an end",
     ),
     _option("--timeout", "SECONDS", type=_seconds, help="of wait: at most so long (default: 60)"),

@@ -212,7 +212,7 @@ def _tell_agent(path: str, told: Told) -> None:
     from natkeep.agent_socket import ask_ready
 
     news = (text.partition("=")[2] for text in told.maps)
-    if lacking := ask_ready(path, told.id, news, PATIENCE):
+    if lacking := ask_ready(path, told.id, news, PATIENCE, staged=True):
         raise RefusedError(f"the agent says no: {lacking}")
 
 

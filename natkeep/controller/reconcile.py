@@ -21,7 +21,6 @@ from natkeep.controller.status import (
     Status,
     Told,
     WaitsError,
-    describe_lacking,
     is_opened,
     make_status,
     tell_error,
@@ -79,7 +78,7 @@ def end(body: Mapping[str, Any], store: Store) -> Status | None:
         if not lacking:
             orders.forget(store, now.order)
             return None
-        told = Told("Ordered", False, "Ending", f"to be undone: {describe_lacking(lacking)}")
+        told = Told("Ordered", False, "Ending", f"to be undone: {now.describe(lacking)}")
     except NatkeepError as error:
         told = tell_error(error)
     return make_status(before, told, now, None)

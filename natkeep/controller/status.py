@@ -25,7 +25,7 @@ from natkeep.errors import (
     UsageError,
 )
 from natkeep.fleet.done import Error
-from natkeep.fleet.progress import Node, Progress
+from natkeep.fleet.progress import Node, Progress, describe
 from natkeep.fleet.want import Phase
 from natkeep.plan.roles import Role
 
@@ -122,12 +122,7 @@ def _tell(kind: str, lacking: list[Node]) -> Told:
     if not lacking:
         return Told(kind, True, kind, "")
     failed = any(node.error() for node in lacking)
-    return Told(kind, False, "Failed" if failed else "Waiting", describe_lacking(lacking))
-
-
-def describe_lacking(lacking: list[Node]) -> str:
-    """What is waited for, in a line."""
-    return "; ".join(f"{node.name}: {node.describe()}" for node in lacking)
+    return Told(kind, False, "Failed" if failed else "Waiting", describe(lacking))
 
 
 def _sum_up(before: Mapping[str, Any], ordered: Told, progress: Progress | None) -> str:
@@ -139,7 +134,7 @@ def _sum_up(before: Mapping[str, Any], ordered: Told, progress: Progress | None)
     if any(node.error() for node in progress.nodes):
         return "Failed"
     if order.phase == "staged":
-        return "Ordered" if progress.lacking("ready") else "Prepared"
+        return "Ordered" if progress.lacking("staged") else "Prepared"
     if not progress.lacking("open"):
         return "Open"
     return "Ordered" if progress.lacking("ready") else "Ready"

@@ -247,8 +247,8 @@ class Agent:
         checkpoint = fetch(self.store, move_id, want)
         move = site.make_move(move_id, want, checkpoint)
         told = self.known.told.get(move_id)
-        again = told is not None and told.phase.reaches(Phase.PREPARED)  # and since, it has booted
-        if not self._claim(move_id, want):
+        again = told is not None and told.was_ready()  # and since, it has booted
+        if not self._claim(move_id, want, again=again):
             return self._find_waits(move_id, want)
         self._note(move_id, want, "begun")
         yield Prepare(move, want, checkpoint, again)
@@ -268,13 +268,13 @@ class Agent:
             self._hooked[want.netns] = (move_id, _HOOKS)
         return waits
 
-    def _claim(self, move_id: str, want: Want) -> bool:
+    def _claim(self, move_id: str, want: Want, *, again: bool = False) -> bool:
         """Say that it opens, if those that it waits for are still what they were."""
         if want.gate != Gate.OPEN or not want.after:
             return True
         others = {node: self.known.other(node, move_id) for node in want.after}
         seen = {keys.done(node, move_id): i.revision for node, i in others.items() if i}
-        return self._say_if(move_id, Done(Phase.OPENING, want.generation), seen)
+        return self._say_if(move_id, Done(Phase.OPENING, want.generation, lost=again), seen)
 
     def _say_if(self, move_id: str, told: Done, others: Mapping[str, int]) -> bool:
         """Say this, if what others said is what it was; else it is looked at again."""
@@ -378,6 +378,9 @@ class Agent:
         before = self.known.told.get(move_id)
         if before is not None and before.phase == done.phase:
             done = replace(done, observed=before.observed)
+        if before is not None and before.was_ready() and done.phase == Phase.GONE:
+            followed = self.followed.known.get(move_id)
+            done = replace(done, lost=followed is None or followed.state == "begun")  # not undone
         if done == before:
             return
         yield done

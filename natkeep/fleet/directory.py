@@ -60,9 +60,10 @@ class DirectoryStore:
                     if version == seen:
                         continue
                     since = f"SELECT key, value, revision FROM kv WHERE {_BELOW} AND revision > ?"
-                    rows = database.execute(f"{since} ORDER BY revision", (*bounds, revision))
+                    found = database.execute(f"{since} ORDER BY revision", (*bounds, revision))
+                    rows = found.fetchall()
                     changes = {k: None if v is None else Item(v, n) for k, v, n in rows}
-                    revision = max((revision, *(i.revision for i in changes.values() if i)))
+                    revision = rows[-1][2] if rows else revision
                 seen = version
                 if changes:
                     yield changes

@@ -2,12 +2,13 @@
 
     {"schema": 1, "phase": "prepared", "generation": 3, "since": 1764500000.5,
      "maps": ["10.2.0.10=10.3.0.20"], "as": "criu-52-34d2c", "waits": {"host-b": "prepared"},
-     "observed": {"alive": 2, "drift": []},
+     "lost": false, "observed": {"alive": 2, "drift": []},
      "error": {"exit": 4, "code": "refused", "message": "..."}}
 
 since: seconds since 1970, by the node's own clock. waits: for which nodes it waits. maps: as they
 are there, none if nothing is. as: the id that natkeep-hook has it by (restored.py), or "".
-observed: what was seen there last (observed.py), null before.
+observed: what was seen there last (observed.py), null before. lost: it was ready before the host
+booted, and could not be made so again yet.
 
 Rule: it is written by the agent of that node alone; what cannot be read, of a later natkeep say,
 is taken neither for gone nor for ready.
@@ -55,12 +56,13 @@ class Done:
     maps: tuple[str, ...] = ()
     hooked: str = ""
     observed: Observed | None = None
+    lost: bool = False
 
     def to_json(self) -> dict[str, Any]:
         """As it is in the store, but for the time."""
         return {
             "schema": SCHEMA, "phase": str(self.phase), "generation": self.generation,
-            "maps": [*self.maps], "as": self.hooked,
+            "maps": [*self.maps], "as": self.hooked, "lost": self.lost,
             "observed": self.observed and self.observed.to_json(),
             "waits": {node: str(phase) for node, phase in self.waits.items()},
             "error": self.error
@@ -72,6 +74,10 @@ class Done:
     def write(self, now: float) -> str:
         """The text that is in the store."""
         return json.dumps({**self.to_json(), "since": round(now, 3)})
+
+    def was_ready(self) -> bool:
+        """Whether it is, or was before a boot."""
+        return self.lost or self.phase.reaches(Phase.PREPARED)
 
     def is_there(self) -> bool:
         """Whether something of it is there that can be looked at."""
@@ -104,7 +110,7 @@ def parse_done(text: str | None) -> Done:
         maps = tuple(texts(found.get("maps", [])))
         return Done(
             Phase(found["phase"]), whole(found["generation"]), error, waits, maps,
-            a_text(found.get("as", "")), seen and Observed.parse(seen),
+            a_text(found.get("as", "")), seen and Observed.parse(seen), found.get("lost") is True,
         )  # fmt: skip
     except (KeyError, TypeError, ValueError, AttributeError):
         return UNREADABLE

@@ -203,6 +203,8 @@ class EtcdStore:
     def _refuse(self, path: str, answer: _Answer) -> str:
         """Why the member did not do it, if another may; else what is wrong is raised."""
         code, why = answer.body.get("code"), str(answer.body.get("error", answer.text))
+        if "HTTPS server" in answer.text:
+            raise UnreachableError("etcd wants https", hint="https:// in the names of its members")
         if "CommonName" in answer.text or (not answer.body and answer.status == 400):
             raise UnreachableError(
                 "etcd refuses the certificate: it has a common name (CN), and by its JSON gateway "
@@ -224,7 +226,8 @@ class EtcdStore:
         """Ask the next one from now on, and have the watches there end."""
         with self._lock:
             if self._members[0] == member:
-                self._members.append(self._members.pop(0))
+                # At once: other threads ask without the lock, and there may be one member alone.
+                self._members = [*self._members[1:], member]
             for stream, where in self._watches.items():
                 if where == member:
                     _shut(stream)
@@ -345,11 +348,13 @@ def _make_tls(settings: policy.Agent) -> ssl.SSLContext:
 
 
 def read_password(path: str) -> str:
-    """What the file says; UsageError if others can read it."""
+    """What the file says; UsageError if others can read it, or it is empty."""
     try:
         with open(path, encoding="utf-8") as file:
             if stat.S_IMODE(os.fstat(file.fileno()).st_mode) & 0o077:
                 raise UsageError(f"{path} can be read by others", hint=f"chmod 600 {path}")
-            return file.read().strip()
+            if password := file.read().strip():
+                return password
+            raise UsageError(f"{path} is empty", hint=f"rm {path}, and natkeep fleet init again")
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"cannot read {path}: {_describe(error)}") from None

@@ -21,10 +21,11 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from typing import Any
 
 from natkeep.errors import JournalError
-from natkeep.fleet.want import Phase, as_object, texts, whole
+from natkeep.fleet.want import Phase, a_text, as_object, texts, whole
 from natkeep.terminal import show_json
 from natkeep.values import dataclass
 
@@ -119,8 +120,12 @@ def look(directory: str, ids: set[str]) -> dict[str, Observed]:
         )
     except (OSError, subprocess.TimeoutExpired):
         return {}
-    rows = [as_object(line) for line in done.stdout.decode().splitlines()]
-    return {row["id"]: Observed.parse(row) for row in rows}
+    found: dict[str, Observed] = {}
+    for line in done.stdout.splitlines():
+        with suppress(KeyError, ValueError):  # it was killed in the middle of the last one
+            row = as_object(line.decode())
+            found[a_text(row["id"])] = Observed.parse(row)
+    return found
 
 
 def show(directory: str, *ids: str) -> None:

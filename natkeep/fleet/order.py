@@ -198,6 +198,8 @@ def parse_file(text: str) -> tuple[Order, Where]:
             raise ValueError("listeners is true or false")
         where = Where(a_text(found[ways[0]]), ways == ["image"], listeners)
         order = _read(found, one_of(found.get("phase", "frozen"), "staged", "frozen"))
+        if any(place.group and place.nodes for place in order.places):
+            raise ValueError("unknown key members")
     except (KeyError, TypeError, ValueError, AttributeError, NatkeepError) as error:
         why = f"{error} is missing" if isinstance(error, KeyError) else error
         raise UsageError(f"half an order: {why}") from None
@@ -233,9 +235,12 @@ def _read(found: dict[str, Any], phase: str) -> Order:
 def _read_place(found: Mapping[str, Any]) -> Place:
     _refuse_unknown(found, {"node", "group", "members", "role", "netns"})
     role, netns = parse_role(found["role"]), a_text(found.get("netns", ""))
-    if "group" in found and "node" not in found:
+    if ("group" in found) == ("node" in found):
+        raise ValueError("a site is of a node, or else of a group")
+    if "group" in found:
         members = tuple(map(parse_name, texts(found.get("members", []))))
         return Place(role, netns, members, parse_name(a_text(found["group"])))
+    _refuse_unknown(found, {"node", "role", "netns"})
     return Place(role, netns, (parse_name(a_text(found["node"])),))
 
 

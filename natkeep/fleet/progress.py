@@ -5,6 +5,7 @@ Rule: nothing is written here. What a node said of an earlier order counts for n
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import NamedTuple
 
 from natkeep.errors import JournalError
@@ -15,9 +16,10 @@ from natkeep.fleet.store import Item, Store, read
 from natkeep.fleet.want import Phase, is_known
 from natkeep.plan.roles import ROLES, Role
 
-GOALS = ("ready", "open", "settled")
-"""What can be waited for. ready: all is as it has to be before a restore, gateways open; open: the
-destination as well; settled: the same, or after an `end` that all is undone."""
+GOALS = ("staged", "ready", "open", "settled")
+"""What can be waited for. staged: the destination is prepared; ready: all is as it has to be before
+a restore, gateways open; open: the destination as well; settled: the same, or after an `end` that
+all is undone."""
 
 
 class Node(NamedTuple):
@@ -62,18 +64,27 @@ class Progress(NamedTuple):
             return []
         return [node for node in self.nodes if not self._reaches(node, goal)]
 
+    def describe(self, lacking: list[Node]) -> str:
+        """What is waited for, in a line; empty where nothing is."""
+        staged = "; it is staged: nothing but the destination is ordered yet"
+        return describe(lacking) + (staged if lacking and self.order.phase == "staged" else "")
+
     def _reaches(self, node: Node, goal: str) -> bool:
         if not self.order.is_wanted():
             return goal == "settled" and node.heard and node.done.phase == Phase.GONE
-        staged = self.order.phase == "staged" and node.place.role != Role.DESTINATION
-        if staged:
-            return goal == "ready"
+        if node.place.role != Role.DESTINATION and "staged" in (goal, self.order.phase):
+            return goal == "staged"
         [new] = [each.done.maps for each in self.nodes if each.place.role == Role.DESTINATION]
-        if not is_known(self.order.maps) and node.done.maps != new:
+        if not is_known(self.order.maps) and {*node.done.maps} != {*new}:
             return False  # it has NEW as an earlier restore found it
         opened = ROLES[node.place.role].passes_on
-        opened |= goal != "ready" and node.place.role == Role.DESTINATION
+        opened |= goal in ("open", "settled") and node.place.role == Role.DESTINATION
         return node.heard and node.done.phase.reaches(Phase.OPEN if opened else Phase.PREPARED)
+
+
+def describe(nodes: Iterable[Node]) -> str:
+    """A line for all of them."""
+    return "; ".join(f"{node.name}: {node.describe()}" for node in nodes)
 
 
 def look(store: Store, move_id: str) -> Progress:

@@ -1,7 +1,8 @@
 """Answers a restore that asks by the agent's socket whether the gateways of its move are ready.
 
 Rule: nothing is done here. The agent is woken, and looks; the answer is what the store says, as of
-`natkeep fleet wait --for ready`: all of the order is ready, with the NEW that this restore has.
+`natkeep fleet wait --for ready`: all of the order is ready, with the NEW that this restore has, or
+where that is asked the destination alone of a staged one.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from natkeep.agent_socket import is_roots, read_line
+from natkeep.agent_socket import LINE, is_roots, read_line
 from natkeep.errors import NatkeepError, RefusedError, UsageError
 from natkeep.fleet import progress
 from natkeep.fleet.done import Done
@@ -24,6 +25,7 @@ from natkeep.fleet.want import a_text
 LONGEST = 3600.0
 _LOOK_EVERY = 0.005  # s; it is in the blackout
 _PATIENCE = 5.0  # s for a line
+_LONGEST_MESSAGE = LINE // 8  # characters; in JSON one may be six octets
 
 
 class ReadyServer:
@@ -57,7 +59,7 @@ class ReadyServer:
                 answer = self._answer(link)
             except (NatkeepError, TypeError, ValueError) as error:
                 code = getattr(error, "exit_code", UsageError.exit_code)
-                answer = {"ok": False, "exit": code, "message": str(error)}
+                answer = {"ok": False, "exit": code, "message": str(error)[:_LONGEST_MESSAGE]}
             except OSError:
                 return
             try:
@@ -73,13 +75,14 @@ class ReadyServer:
         if asked.get("verb") != "ready":
             raise UsageError('a line is {"verb": "ready", "id": ID, "new": NEW, "wait_s": SECONDS}')
         here, new = a_text(asked.get("id")), a_text(asked.get("new", ""))
+        staged = asked.get("staged") is True
         seconds = float(asked.get("wait_s", 10))
         self._wake({here})
         until = time.monotonic() + min(seconds, LONGEST)
         lacking = "no time was given"
         while time.monotonic() < until:
             try:
-                move_id, lacking = self._look(here, new)
+                move_id, lacking = self._look(here, new, staged)
             except NatkeepError as error:  # the store is away, say: it may be back in time
                 move_id, lacking = "", str(error)
             if not lacking:
@@ -88,7 +91,7 @@ class ReadyServer:
                 raise ConnectionAbortedError  # it has gone, and asks again if need be
         raise NatkeepError(lacking)
 
-    def _look(self, here: str, new: str) -> tuple[str, str]:
+    def _look(self, here: str, new: str, staged: bool) -> tuple[str, str]:
         """Of which order it is, and what is lacking."""
         found = self._find(here)
         if found is None:
@@ -99,5 +102,5 @@ class ReadyServer:
         move = progress.look(self._store, move_id)
         if not move.order.is_wanted():
             return move_id, f"{move_id} is undone, or to be"
-        nodes = move.lacking("ready")
-        return move_id, "; ".join(f"{node.name}: {node.describe()}" for node in nodes)
+        nodes = move.lacking("staged" if staged and move.order.phase == "staged" else "ready")
+        return move_id, move.describe(nodes)

@@ -43,9 +43,10 @@ def with_new(want: Want, told: Done) -> Want:
         maps = parse_maps([*told.maps])
     except (ValueError, NatkeepError):
         return want
-    olds = [wish.old_end for wish in want.maps]
-    named = is_known(maps) and [wish.old_end for wish in maps] == olds
-    return replace(want, maps=maps) if named else want
+    named = {wish.old_end: wish for wish in maps}
+    if not is_known(maps) or named.keys() != {wish.old_end for wish in want.maps}:
+        return want
+    return replace(want, maps=tuple(named[wish.old_end] for wish in want.maps))
 
 
 def _load(state: StateDirectory, move_id: str) -> Journal | None:

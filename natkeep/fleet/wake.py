@@ -12,7 +12,7 @@ import os
 import struct
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from queue import Empty, Queue
 from typing import NamedTuple
 
@@ -71,14 +71,14 @@ class Wake:
             self._followed.add(prefix)
             self._start(self._follow_store, prefix)
 
-    def follow_journals(self, directory: str) -> None:
-        """Have the ids heard whose journals change in *directory*."""
+    def follow_journals(self, directory: str, known: Callable[[], Iterable[str]]) -> None:
+        """Have the ids heard whose journals change in *directory*; known: those that are there."""
         libc = ctypes.CDLL(None, use_errno=True)
         fd = libc.inotify_init1(os.O_CLOEXEC)
         if fd < 0 or libc.inotify_add_watch(fd, os.fsencode(directory), _CHANGES) < 0:
             number = ctypes.get_errno()
             raise OSError(number, os.strerror(number), directory)
-        self._start(self._follow_journals, fd, directory)
+        self._start(self._follow_journals, fd, directory, known)
 
     def demand_name(self, node: str) -> None:
         """RefusedError where an agent of another host has the name, and lives on."""
@@ -120,7 +120,7 @@ class Wake:
                 self._queue.put(told)
                 self._closed.wait(_REST)
 
-    def _follow_journals(self, fd: int, directory: str) -> None:
+    def _follow_journals(self, fd: int, directory: str, known: Callable[[], Iterable[str]]) -> None:
         while octets := os.read(fd, 1 << 16):
             names: list[str] = []
             while octets:
@@ -128,7 +128,7 @@ class Wake:
                 end = _EVENT.size + size
                 names.append(os.fsdecode(octets[_EVENT.size : end].rstrip(b"\0")))
                 if mask & _OVERFLOW:
-                    names += os.listdir(directory)
+                    names += [*os.listdir(directory), *(f"{each}.journal" for each in known())]
                 octets = octets[end:]
             ids = {name.removesuffix(".journal") for name in names if name.endswith(".journal")}
             if ids := {*filter(is_id, ids)}:

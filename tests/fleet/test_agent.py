@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from natkeep.errors import JournalError, RefusedError, UnreachableError
 from natkeep.fleet import apply as orders
 from natkeep.fleet import jobs, keys, progress, site
 from natkeep.fleet.directory import DirectoryStore
+from natkeep.fleet.done import NOTHING
 from natkeep.fleet.order import parse_file
 from natkeep.fleet.store import read
 from natkeep.fleet.want import make_maps, parse_want
@@ -801,3 +803,35 @@ def test_of_many_orders_as_many_are_followed_as_are_allowed(fleet: Fleet) -> Non
         None, None, "host-b has 2 moves already (agent.max_moves)"
     ]  # fmt: skip
     assert str(fleet.done("gw-1", ids[2]).phase) == "gone"
+
+
+def test_a_gateway_that_boots_before_its_destination_is_heard_was_ready_all_the_same(
+    fleet: Fleet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As it waits it is gone; what it was before decides whether it is filled in time."""
+    host_b, gateway, _ = fleet.usual()
+    fleet.apply()
+    fleet.turn()
+    for node in (host_b, gateway):
+        node.kill()
+        node.kernel.sites.clear()
+        shutil.rmtree(node.directory)
+    fleet.store.txn({keys.done("host-b", "web"): NOTHING.write(0)})
+    gateway.start()
+    for _ in range(2):
+        gateway.turn()
+        done = fleet.done("gw-1")
+        assert (done.waits, done.lost) == ({"host-b": "prepared"}, True)
+    made = []
+    prepare_many = jobs.prepare_many
+
+    def note(executor: Any, wanted: Any) -> Any:
+        made.extend(one.again for one in wanted)
+        return prepare_many(executor, wanted)
+
+    host_b.start()
+    host_b.turn()
+    monkeypatch.setattr(jobs, "prepare_many", note)
+    gateway.turn()
+    assert made == [True]
+    assert not fleet.done("gw-1").lost

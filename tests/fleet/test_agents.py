@@ -17,8 +17,9 @@ from natkeep.errors import RefusedError
 from natkeep.faultpoints import POINTS
 from natkeep.fleet import keys
 from natkeep.fleet.done import parse_done
+from natkeep.fleet.store import read
 from natkeep.fleet.stores import open_store
-from natkeep.fleet.wake import Wake
+from natkeep.fleet.wake import _EVENT, _OVERFLOW, Wake
 from natkeep.policy import Agent
 
 pytestmark = pytest.mark.root
@@ -236,7 +237,7 @@ def test_the_operators_file_bounds_what_the_store_orders(fleet: Processes) -> No
 def test_a_journal_that_changes_wakes(tmp_path: Path) -> None:
     wake = Wake(open_store(f"dir:{tmp_path}/store", Agent()))
     (tmp_path / "web.journal").write_text("1\n")
-    wake.follow_journals(str(tmp_path))
+    wake.follow_journals(str(tmp_path), tuple)
     with (tmp_path / "web.journal").open("a") as file:
         file.write("2\n")
     assert {"web"} in wake.wait(10)
@@ -263,6 +264,35 @@ def test_a_name_that_another_host_has(fleet: Processes, monkeypatch: pytest.Monk
     wake.close()
 
 
+def test_who_may_not_have_a_name_takes_it_from_no_other(fleet: Processes) -> None:
+    store = open_store(fleet.store, Agent())
+    other = json.dumps({"boot": "another"})
+    store.txn({keys.alive("host-b"): other})
+    fleet.start("host-b")
+    agent = fleet.agents.pop("host-b")
+    while not Path(fleet.state("host-b"), "agent.followed").exists():
+        assert agent.poll() is None
+    agent.terminate()
+    assert agent.wait(30) == 0
+    item = read(store, keys.alive("host-b"))
+    assert item is not None
+    assert item.value == other
+    store.close()
+
+
+def test_journals_of_which_too_many_change_are_looked_at(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """IN_Q_OVERFLOW: of those that are gone the kernel says nothing."""
+    wake = Wake(open_store(f"dir:{tmp_path}/store", Agent()))
+    (tmp_path / "web.journal").touch()
+    events = [_EVENT.pack(-1, _OVERFLOW, 0, 0), b""]
+    monkeypatch.setattr("natkeep.fleet.wake.os.read", lambda *_: events.pop(0))
+    wake._follow_journals(-1, str(tmp_path), lambda: ["mail"])
+    assert wake.wait(10) == [{"web", "mail"}]
+    wake.close()
+
+
 def test_what_an_agent_says_is_of_the_form(fleet: Processes) -> None:
     fleet.start("host-b")
     fleet.wait_alive("host-b")
@@ -275,7 +305,7 @@ def test_what_an_agent_says_is_of_the_form(fleet: Processes) -> None:
     assert alive["pid"] == fleet.agents["host-b"].pid
     done = json.loads(items[keys.done("host-b", "web")].value)
     assert {*done} == {
-        "schema", "phase", "generation", "since", "maps", "as", "observed", "waits", "error"
+        "schema", "phase", "generation", "since", "maps", "as", "observed", "waits", "error", "lost"
     }  # fmt: skip
     assert abs(done["since"] - time.time()) < 60
     assert parse_done(items[keys.done("host-b", "web")].value).phase == "prepared"

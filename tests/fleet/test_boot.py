@@ -10,6 +10,10 @@ from pathlib import Path
 import pytest
 from fleet_processes import Processes
 
+from natkeep.fleet import keys
+from natkeep.fleet.stores import open_store
+from natkeep.policy import Agent
+
 pytestmark = [pytest.mark.root, pytest.mark.needs("nftables")]
 
 FORWARDING = "net.ipv4.ip_forward"
@@ -54,3 +58,21 @@ def test_it_is_filled_before_it_forwards(fleet: Processes, keeps_state: bool) ->
     fleet.apply(id="other", maps=["10.2.0.11=10.3.0.20"], connections="other")
     done = fleet.run("fleet", "wait", "other")
     assert (done.returncode, "forwarding is 0" in done.stderr) == (4, True)
+
+
+def test_what_was_ready_and_is_not_again_keeps_forwarding_off(fleet: Processes) -> None:
+    """What peers say would be answered with resets; what the store has is not its list."""
+    fleet.start_both()
+    fleet.apply()
+    fleet.call("fleet", "wait", "web")
+    boot(fleet, keeps_state=False)
+    store = open_store(fleet.store, Agent())
+    [(piece, item)] = store.range(keys.lists("web")).items.items()
+    store.txn({piece: "10.2.0.10:5000 10.1.0.2:50009\n"})
+    words = ("--node", "gw-1", "--group", "edge", "--state-dir", fleet.state("gw-1"))
+    done = fleet.run("agent", "--once", *words)
+    assert (done.returncode, "do not match their checksum" in done.stderr) == (3, True)
+    store.txn({piece: item.value})
+    fleet.call("agent", "--once", *words)
+    fleet.call("fleet", "wait", "web", "--timeout", "0")
+    store.close()

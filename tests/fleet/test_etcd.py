@@ -8,7 +8,7 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, SupportsIndex
 
 import pytest
 from fleet_watcher import Watcher
@@ -143,6 +143,7 @@ class Strange(http.server.BaseHTTPRequestHandler):
     [
         (400, b"CommonName of client sending a request against gateway will be ignored and not "
               b"used as expected\n", UnreachableError, "it has a common name"),
+        (400, b"Client sent an HTTP request to an HTTPS server.\n", UnreachableError, "https"),
         (403, b'{"error":"etcdserver: permission denied","code":7}', RefusedError, "denied"),
         (400, b'{"error":"user name is empty","code":3}', RefusedError, "gives no name"),
         (404, b'{"error":"requested lease not found","code":5}', UnreachableError, "not found"),
@@ -173,6 +174,32 @@ def test_a_password_that_others_can_read_is_none(tmp_path: Path) -> None:
         EtcdStore(["http://h:1"], Agent(user="gw-1", password_file=str(path)))
     with pytest.raises(UsageError, match="cannot read"):
         EtcdStore(["http://h:1"], Agent(password_file=str(tmp_path / "none")))
+    path.write_text("\n")
+    path.chmod(0o600)
+    with pytest.raises(UsageError, match="is empty"):  # an `init` was killed as it wrote it
+        EtcdStore(["http://h:1"], Agent(user="gw-1", password_file=str(path)))
+
+
+def test_while_one_thread_leaves_a_member_others_have_one() -> None:
+    store = EtcdStore(["http://h:1"], Agent())
+    members = store._members
+    [member] = members
+    monitored = Emptied(members)
+    store._members = monitored
+    store._leave(member)
+    assert not monitored.was_empty
+    assert store._members == [member]
+
+
+class Emptied(list[etcd.Endpoint]):
+    """Whether it was empty for a moment."""
+
+    was_empty = False
+
+    def pop(self, index: SupportsIndex = -1) -> etcd.Endpoint:
+        one = super().pop(index)
+        self.was_empty |= not self
+        return one
 
 
 def test_a_certificate_that_is_not_there(tmp_path: Path) -> None:

@@ -91,6 +91,17 @@ def test_what_was_seen_is_said_and_wakes_no_other(fleet: Fleet) -> None:
     assert fleet.done("host-b").observed is None
 
 
+def test_one_that_is_killed_in_the_middle_says_what_it_saw(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    said = b'{"id": "web", "alive": 2, "drift": []}\n{"id": "mail", "ali'
+    done = subprocess.CompletedProcess([], -9, said, b"")
+    monkeypatch.setattr(subprocess, "run", lambda *_, **__: done)
+    assert observed.look("/nowhere", {"web", "mail"}) == {"web": Observed(2)}
+    done.stdout = b'{"id": []}\n\xff\n7\n'
+    assert observed.look("/nowhere", {"web"}) == {}
+
+
 def test_what_a_person_reads() -> None:
     seen = Observed(2, ("address 10.2.0.10: not on this host", "x"))
     drifted = "DRIFTED: address 10.2.0.10: not on this host (and 1 more)"

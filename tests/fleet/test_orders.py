@@ -52,9 +52,12 @@ def site(**words: Any) -> dict[str, Any]:
         (site(node="a", role="relay"), "'relay' is none of"),
         (site(node="b", role="gateway"), "b is two of them"),
         (site(node="../a", role="gateway"), "'../a' is not a name"),
-        (site(role="gateway"), "'node' is missing"),
+        (site(role="gateway"), "of a node, or else of a group"),
         (site(group="edge", role="source"), "a group is of gateways"),
         (site(node="a", role="gateway", ns="x"), "unknown key ns"),
+        (site(node="a", group="edge", role="gateway"), "of a node, or else of a group"),
+        (site(group="edge", members=["a"], role="gateway"), "unknown key members"),
+        (site(node="a", members=["c"], role="gateway"), "unknown key members"),
     ],
 )
 def test_half_an_order_is_refused_by_name(wrong: dict[str, Any], why: str) -> None:
@@ -108,7 +111,7 @@ def test_whatever_a_node_says_it_is_read(key: str, value: Any) -> None:
 
 
 def test_what_a_node_says_is_read_as_it_was_written() -> None:
-    done = Done(Phase.OPENING, 3, Error(4, "refused", "no"), {"b": Phase.PREPARED})
+    done = Done(Phase.OPENING, 3, Error(4, "refused", "no"), {"b": Phase.PREPARED}, lost=True)
     assert parse_done(done.write(1.5)) == done
 
 

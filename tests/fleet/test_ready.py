@@ -12,17 +12,23 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fleet_nodes import Fleet
+from fleet_nodes import LISTING, Fleet
+from fleet_restores import AUTO, DUMP, hear_hooks, prepare_in_hook
 from fleet_restores import fleet as fleet
-from fleet_restores import hear_hooks, prepare_in_hook
 from hook_caller import BEFORE, OLD, Criu
 from hook_caller import criu as criu
 from hook_caller import images as images
 
 from natkeep import agent_socket
+from natkeep.checkpoint import Inventory, NetworkLock
+from natkeep.checkpoint.listing import parse_listing
 from natkeep.errors import RefusedError, UnreachableError
+from natkeep.fleet import apply as orders
+from natkeep.fleet import progress
+from natkeep.fleet.order import parse_file
 from natkeep.fleet.ready import ReadyServer
 from natkeep.plan.observation import Gate
+from natkeep.values import replace
 
 ASKED = {"verb": "ready", "id": "criu-7-1a", "new": "10.3.0.20"}
 
@@ -111,6 +117,33 @@ def test_a_gateway_that_is_not_ready_is_named(fleet: Fleet, desk: Desk) -> None:
     assert "gw-1: gone; waits for host-b: prepared" in answers[0]["message"]
 
 
+def test_a_restore_does_not_begin_by_a_staged_order(fleet: Fleet, desk: Desk) -> None:
+    """Its gateways are not ordered yet; natkeep-cni makes the pod, and the restore comes later."""
+    fleet.end()
+    fleet.turn()
+    order, _ = parse_file(json.dumps({**AUTO, "phase": "staged"}))
+    dump = Inventory(NetworkLock.NFTABLES, DUMP)
+    orders.apply(fleet.store, order, replace(parse_listing(LISTING, "list"), inventory=dump))
+    fleet.turn()
+    prepare_in_hook(fleet.nodes["host-b"])
+    hear_hooks(fleet)
+    move = progress.look(fleet.store, "web")
+    assert not move.lacking("staged")
+    assert [node.name for node in move.lacking("ready")] == ["gw-1", "host-a"]
+    answers = desk.begin(ASKED, 3)
+    desk.end()
+    assert answers[0]["ok"] is False
+    assert "nothing but the destination is ordered yet" in answers[0]["message"]
+    assert agent_socket.ask(desk.path, {**ASKED, "staged": True}, 60) == {"ok": True, "id": "web"}
+
+
+def test_a_long_answer_is_cut_and_read(fleet: Fleet, desk: Desk) -> None:
+    answers = desk.begin({**ASKED, "id": "é" * 600}, 3)
+    desk.end()
+    assert answers[0]["ok"] is False
+    assert "no order with NEW auto is about é" in answers[0]["message"]
+
+
 def test_a_move_that_is_to_end_is_not_ready(fleet: Fleet, desk: Desk) -> None:
     prepare_in_hook(fleet.nodes["host-b"])
     hear_hooks(fleet)
@@ -175,6 +208,8 @@ def test_without_an_agent_the_restore_ends_behind_the_closed_gate(
 ) -> None:
     with pytest.raises(UnreachableError):
         agent_socket.ask(f"{place}/agent.sock", ASKED, 0.1)
+    with pytest.raises(UnreachableError, match="no time was given"):
+        agent_socket.ask(f"{place}/agent.sock", ASKED, 0)
     code = criu.call("pre-restore", NATKEEP_AGENT=f"{place}/agent.sock", NATKEEP_WAIT="0.3")
     assert code == 9
     said = capsys.readouterr().err

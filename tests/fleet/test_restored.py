@@ -2,18 +2,28 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
 import pytest
-from fleet_nodes import OPENED, READY, UNDONE, Fleet
+from fleet_nodes import LISTING, OPENED, READY, UNDONE, Fleet
+from fleet_restores import AUTO, DUMP, hear_hooks, prepare_in_hook
 from fleet_restores import fleet as fleet
-from fleet_restores import hear_hooks, prepare_in_hook
 
+from natkeep.checkpoint import Inventory, NetworkLock
+from natkeep.checkpoint.listing import parse_listing
+from natkeep.fleet import apply as orders
 from natkeep.fleet import keys, progress
+from natkeep.fleet.order import parse_file
 from natkeep.lifecycle.open import open_move
+from natkeep.lifecycle.prepare import prepare
 from natkeep.lifecycle.teardown import teardown
+from natkeep.plan.maps import make_map
+from natkeep.plan.move import Move, Site
 from natkeep.plan.observation import Gate
+from natkeep.plan.roles import Role
+from natkeep.plan.tuples import parse_local
 from natkeep.policy import Agent
 from natkeep.values import replace
 
@@ -150,3 +160,23 @@ def test_the_operators_file_bounds_what_is_undone_of_a_restore(fleet: Fleet) -> 
         assert (error.exit, "takes no orders as destination" in error.message) == (4, True)
         assert host_b.executor().state.ids() == ("criu-7-1a",)
         fleet.end(force=True)
+
+
+def test_of_two_families_the_order_does_not_matter(fleet: Fleet) -> None:
+    """NATKEEP_MAP of the hook, and maps of the order."""
+    fleet.end()
+    fleet.turn()
+    maps = ["10.2.0.10=auto", "fd00:2::10=auto"]
+    listing = f"{LISTING}[fd00:2::10]:5000 [fd00:1::2]:50001\n"
+    order, _ = parse_file(json.dumps({**AUTO, "maps": maps}))
+    dump = Inventory(NetworkLock.NFTABLES, DUMP)
+    orders.apply(fleet.store, order, replace(parse_listing(listing, "list"), inventory=dump))
+    pairs = [("fd00:2::10", "fd00:3::20"), ("10.2.0.10", "10.3.0.20")]
+    hooks = tuple(make_map(parse_local(old), parse_local(new)) for old, new in pairs)
+    move = Move("criu-7-1a", hooks, (Site(Role.DESTINATION, "dst"),))
+    connections = parse_listing(listing, "list").connections
+    prepare(fleet.nodes["host-b"].executor(), move, connections, image=DUMP)
+    hear_hooks(fleet)
+    assert fleet.phases() == READY
+    assert gateway_maps(fleet) == ["10.2.0.10=10.3.0.20", "fd00:2::10=fd00:3::20"]
+    assert not progress.look(fleet.store, "web").lacking("ready")

@@ -137,6 +137,17 @@ def test_a_watch_misses_nothing_after_its_snapshot(stores: Open) -> None:
     assert watcher.count == 52
 
 
+def test_what_was_deleted_is_said_once(stores: Open) -> None:
+    ours, other = stores(), stores()
+    ours.txn({"/t/a": "1"})
+    watcher = Watcher(ours, "/t/", ours.range("/t/").revision)
+    other.txn({"/t/a": None})
+    assert watcher.wait(lambda it: it.count == 1)
+    other.txn({"/t/b": "2"})
+    assert watcher.wait(lambda it: "/t/b" in it.changes)
+    assert watcher.count == 2
+
+
 def test_close_ends_a_watch(store: Store) -> None:
     watcher = Watcher(store, "/t/", store.range("/t/").revision)
     store.close()

@@ -56,7 +56,7 @@ def test_the_agents_have_the_capabilities_that_natkeep_needs_and_no_more() -> No
         assert rights["capabilities"]["drop"] == ["ALL"]
         # natkeep/systemd/*.service has the same four
         assert {*rights["capabilities"]["add"]} == {
-            "NET_ADMIN", "SYS_ADMIN", "SYS_PTRACE", "DAC_READ_SEARCH",
+            "NET_ADMIN", "SYS_ADMIN", "SYS_PTRACE", "DAC_READ_SEARCH", "NET_RAW",
         }  # fmt: skip
         assert rights["readOnlyRootFilesystem"]
     paths = {each["hostPath"]["path"] for each in pod["volumes"]}

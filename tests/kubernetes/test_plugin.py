@@ -489,7 +489,7 @@ def test_the_agent_is_told_new_and_its_no_fails_the_pod(ready: Node, tmp_path: P
     assert ready.gates() == [("web", "closed")]
     agent.join()
     assert [{**each, "wait_s": 0} for each in agent.heard] == [
-        {"verb": "ready", "id": "web", "new": NEW, "wait_s": 0}
+        {"verb": "ready", "id": "web", "new": NEW, "wait_s": 0, "staged": True}
     ] * 2
 
 
