@@ -12,7 +12,7 @@
     ready.py      answers a restore that asks by the agent's socket (natkeep/agent_socket.py)
     jobs.py       what is to be done of many moves, done at once
     followed.py   which order of a move was followed last, on disk
-    senders.py    who sends to a destination
+    nodes.py      which nodes there are, and which send to a destination
     retries.py    when what failed is tried again
     wake.py       what wakes the agent: the store's changes, and those of journals
 

@@ -30,9 +30,9 @@ from natkeep.fleet.followed import (
 from natkeep.fleet.jobs import TOGETHER, Job, Open, Prepare, Teardown, Work, work_off
 from natkeep.fleet.known import Known, Order
 from natkeep.fleet.listing import fetch
+from natkeep.fleet.nodes import find_sending
 from natkeep.fleet.observed import Observed
 from natkeep.fleet.retries import Retries
-from natkeep.fleet.senders import find_sending
 from natkeep.fleet.site import Seen, Standing
 from natkeep.fleet.store import Item, Store
 from natkeep.fleet.wake import Heard, Wake
@@ -286,8 +286,8 @@ class Agent:
 
     def _heed_deadline(self, executor: Executor, move_id: str, want: Want, seen: Seen) -> None:
         """Undo it where its gate has been closed for too long, and nothing is sent to it."""
-        if not seen.is_overdue(want.deadline):
-            self._retries.after(move_id, 1.0)
+        if (left := seen.left(want.deadline)) > 0:
+            self._retries.after(move_id, left)
             return
         late = f"its gate was not opened within {want.deadline} s"
         end = f"natkeep fleet end {move_id}"

@@ -8,7 +8,7 @@ refused.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from ipaddress import ip_address
 
 from natkeep.checkpoint import Checkpoint
@@ -17,6 +17,7 @@ from natkeep.errors import RefusedError
 from natkeep.fleet import keys
 from natkeep.fleet.done import parse_done
 from natkeep.fleet.listing import cut, sweep
+from natkeep.fleet.nodes import find_late, find_nodes, is_there
 from natkeep.fleet.order import Order, parse_order
 from natkeep.fleet.store import ABSENT, Item, Store, read
 from natkeep.fleet.want import Phase, as_object, texts
@@ -114,9 +115,7 @@ def end(store: Store, move_id: str, *, force: bool = False) -> Order | None:
         order = parse_order(before.value)
         if order.phase == "settled":
             return None
-        named = {node for place in order.places if not place.group for node in place.nodes}
-        alive = {node: own for node, own in _find_alive(store).items() if node not in named}
-        order = _with_members(order, alive)
+        order = _with_late(store, order)
         order = replace(order, phase="gone", generation=_next(store, order, before, ends=True))
         wants = _orders(order, force=force, unopened=_is_unopened(store, order))
         if store.txn(wants, {keys.move(move_id): before.revision}):
@@ -171,18 +170,8 @@ def _orders(order: Order, *, force: bool = False, unopened: bool = False) -> dic
 
 def _find_alive(store: Store) -> dict[str, list[str]]:
     """The nodes whose agents run, and their groups."""
-    alive = {node: read(store, keys.alive(node)) for node in _find_nodes(store)}
+    alive = {node: read(store, keys.alive(node)) for node in find_nodes(store)}
     return {node: _groups(item) for node, item in alive.items() if item}
-
-
-def _find_nodes(store: Store) -> Iterator[str]:
-    """All there are, without all that they say: of each its first key, and then the next one's."""
-    start = ""
-    while items := store.range(keys.NODES, start, 1).items:
-        [key] = items
-        node = key.removeprefix(keys.NODES).partition("/")[0]
-        yield node
-        start = keys.after(keys.node(node))
 
 
 def _with_members(order: Order, alive: Mapping[str, list[str]]) -> Order:
@@ -203,6 +192,20 @@ def _with_earlier(order: Order, before: Item | None) -> Order:
     had = {place.group: place.nodes for place in known.places if place.group}
     places = (replace(p, nodes=had.get(p.group, ())) if p.group else p for p in order.places)
     return replace(order, places=tuple(places))
+
+
+def _with_late(store: Store, order: Order) -> Order:
+    """*order*, and in its groups those that may have it though it did not name them.
+
+    Of one whose agent is dead by now the groups are not known; what it has done is.
+    """
+    named = {node for place in order.places if not place.group for node in place.nodes}
+    alive = {node: own for node, own in _find_alive(store).items() if node not in named}
+    groups = [place.group for place in order.places if place.group][:1]
+    known = {node for node, _ in order.nodes()} | alive.keys()
+    late = (node for node in find_late(store, order.id) if groups and node not in known)
+    dead = {node: groups for node in late if is_there(store, node, order.id)}
+    return _with_members(order, {**alive, **dead})
 
 
 def _refuse_absent(order: Order, alive: Mapping[str, list[str]]) -> None:

@@ -6,6 +6,7 @@ closed again since, is undone by an order alone.
 
 from __future__ import annotations
 
+import math
 import time
 from enum import Enum
 
@@ -65,11 +66,11 @@ class Seen:
     begun: int = 0
     maps: tuple[Map, ...] = ()
 
-    def is_overdue(self, deadline: int) -> bool:
-        """Whether its gate has been closed for *deadline* seconds, from the beginning on."""
+    def left(self, deadline: int) -> float:
+        """Seconds until its gate has been closed for *deadline* seconds, from the beginning on."""
         if self.touched or not (self.begun and deadline):
-            return False
-        return time.monotonic_ns() - self.begun > deadline * 10**9
+            return math.inf
+        return deadline - (time.monotonic_ns() - self.begun) / 10**9
 
 
 def look(state: StateDirectory, move_id: str) -> Seen:
@@ -148,13 +149,14 @@ def undo(executor: Executor, move_id: str, want: Want) -> Teardown:
 
 
 def clear(executor: Executor, move_id: str, want: Want) -> bool:
-    """Undo what was never opened, nor sent to; whether it was undone.
+    """Undo what was never opened, nor sent to, or is of an earlier boot; whether it was undone.
 
     A hook may open it at the same time.
     """
     executor.drops = 0 if want.senders else SECONDS  # where others send, nothing is known of them
     with executor.state.changing(move_id):
-        if executor.state.knows(move_id) and _was_touched(executor.load_undo(move_id)):
+        journal = executor.load_undo(move_id) if executor.state.knows(move_id) else None
+        if journal and journal.boot == read_boot_id() and _was_touched(journal):
             return False
         finish(lambda: end(executor, move_id))
         return True

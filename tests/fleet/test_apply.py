@@ -181,7 +181,7 @@ def test_what_a_later_natkeep_says_is_neither_gone_nor_closed(
     fleet.nodes["gw-1"].kill()
     later = json.dumps({"schema": 2, "phase": "gone", "generation": 1, "error": None})
     fleet.store.txn({keys.done("gw-1", "web"): later})
-    monkeypatch.setattr("natkeep.fleet.site.Seen.is_overdue", lambda *_: True)
+    monkeypatch.setattr("natkeep.fleet.site.Seen.left", lambda *_: 0)
     fleet.turn()
     assert host_b.journal(), "peers may be sent here"
     error = fleet.done("host-b").error

@@ -17,7 +17,8 @@ from natkeep.checkpoint.listing import parse_listing
 from natkeep.errors import KernelError, LeftoverError
 from natkeep.fleet import apply as orders
 from natkeep.fleet import keys, progress, site
-from natkeep.fleet.want import make_maps
+from natkeep.fleet.agent import Agent
+from natkeep.fleet.want import NO_WANT, make_maps
 from natkeep.lifecycle.prepare import prepare
 from natkeep.lifecycle.teardown import teardown
 from natkeep.plan.move import Move, Site
@@ -222,3 +223,74 @@ def test_of_a_later_list_and_a_gateway_only_one_comes_first(fleet: Fleet) -> Non
     fleet.turn()
     assert fleet.phases() == READY
     assert len(gateway.executor().state.load("web").connections) == 3
+
+
+def test_what_was_open_before_a_boot_is_cleared(fleet: Fleet) -> None:
+    """Of a pod that is made again, say: nothing of the first is there."""
+    host_b, *_ = fleet.usual()
+    fleet.apply()
+    fleet.turn()
+    fleet.open()
+    executor = host_b.executor()
+    assert not site.clear(executor, "web", NO_WANT), "it is in use"
+    journal = Path(host_b.directory, "web.journal")
+    boot = journal.read_text().partition('"boot":')[2].split('"')[1]
+    journal.write_text(journal.read_text().replace(boot, "another"))
+    host_b.kernel.sites.clear()
+    assert site.clear(host_b.executor(), "web", NO_WANT)
+    assert host_b.journal() is None
+
+
+def test_a_gateway_that_came_later_sends_too(fleet: Fleet, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The order does not name it, and its agent is dead by now; what it has loaded is not."""
+    host_b, gateway, host_a = fleet.usual()
+    gateway.kernel.fail_at = 0
+    fleet.apply({**ORDER, "deadline_s": 1})
+    fleet.turn()
+    gateway.kill()
+    fleet.store.txn({keys.done("gw-1", "web"): None, keys.alive("gw-1"): None})
+    late = fleet.add("gw-2", groups=("edge",))
+    fleet.turn()
+    assert late.journal()
+    late.kill()
+    fleet.store.txn({keys.alive("gw-2"): None})
+    now = site.time.monotonic_ns()
+    monkeypatch.setattr(site.time, "monotonic_ns", lambda: now + 2 * 10**9)
+    fleet.turn()
+    assert host_b.journal()
+    error = fleet.done("host-b").error
+    assert error is not None
+    assert "since peers are sent here by gw-2" in error.message
+    fleet.end(force=True)
+    fleet.turn()
+    assert host_b.journal()
+    assert host_a.journal()
+    assert fleet.done("host-b").waits == {"gw-1": "gone", "gw-2": "gone", "host-a": "gone"}
+    late.start()
+    gateway.start()
+    fleet.turn()
+    assert {*fleet.phases().values()} == {"gone"}
+
+
+def test_of_deadline_and_a_gateway_that_comes_just_then_one_comes_first(
+    fleet: Fleet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    host_b, gateway, _ = fleet.usual()
+    gateway.kernel.fail_at = 0
+    fleet.apply({**ORDER, "deadline_s": 1})
+    host_b.turn()
+    gateway.kill()
+    late = fleet.add("gw-2", groups=("edge",))
+    now = site.time.monotonic_ns()
+    monkeypatch.setattr(site.time, "monotonic_ns", lambda: now + 2 * 10**9)
+    say_if = Agent._say_if
+
+    def open_before(*words: Any) -> bool:
+        monkeypatch.setattr(Agent, "_say_if", say_if)
+        late.turn()
+        return say_if(*words)
+
+    monkeypatch.setattr(Agent, "_say_if", open_before)
+    host_b.turn()
+    assert late.journal()
+    assert host_b.journal()
