@@ -33,7 +33,14 @@ from typing import NoReturn
 
 from bench.etcd_cluster import Cluster, die_with_us
 from bench.figures import Figure, at_most, conclude
-from bench.namespaces import PREFIX, destination, end_on_sigterm, namespace
+from bench.namespaces import (
+    PREFIX,
+    destination,
+    end_children,
+    end_on_sigterm,
+    namespace,
+    remove_left_by,
+)
 from natkeep.checkpoint.listing import parse_listing
 from natkeep.errors import UnreachableError
 from natkeep.fleet import apply as orders
@@ -88,7 +95,7 @@ def _write(store: Store, puts: Mapping[str, str | None]) -> None:
 def _make_want(folder: str, number: int, netns: str, generation: int) -> dict[str, str]:
     old, new = IPv4Address("10.64.0.1") + number, IPv4Address("10.96.0.1") + number
     lines = (f"{old}:5000 10.1.0.{n + 2}:{40000 + n}\n" for n in range(CONNECTIONS))
-    listed, pieces = cut(f"m{number}", "".join(lines), CONNECTIONS)
+    listed, pieces = cut(f"m{number}", generation, "".join(lines), CONNECTIONS)
     want = replace(
         NO_WANT, generation=generation, wanted=generation == 1, netns=netns, force=True,
         maps=tuple(parse_maps([f"{old}={new}"])), listed=listed,
@@ -153,7 +160,8 @@ def _run_agent(name: str, state: Path) -> tuple[float, float]:
     """Seconds and MiB of an agent that follows what is ordered, and ends."""
     began = time.monotonic()
     process = subprocess.Popen(
-        [NATKEEP, "-q", "agent", "--once", "--node=gw", f"--store={name}", f"--state-dir={state}"]
+        [NATKEEP, "-q", "agent", "--once", "--node=gw", f"--store={name}", f"--state-dir={state}"],
+        preexec_fn=die_with_us,
     )
     _, status, used = os.wait4(process.pid, 0)
     process.returncode = os.waitstatus_to_exitcode(status)
@@ -175,7 +183,7 @@ def agents(name: str, directory: Path) -> Iterator[None]:
             subprocess.run(["nsenter", f"--net=/run/netns/{netns}", "sysctl", "-qw", *FORWARDS])
         for node, *more in (("host-b",), ("gw", "--group=edge"), ("host-a",)):
             words = (f"--node={node}", f"--store={name}", f"--state-dir={directory / node}", *more)
-            process = subprocess.Popen([NATKEEP, "-q", "agent", *words])
+            process = subprocess.Popen([NATKEEP, "-q", "agent", *words], preexec_fn=die_with_us)
             stack.callback(process.wait)
             stack.callback(process.kill)
         yield
@@ -270,6 +278,8 @@ def main() -> int:
     # In memory, as /run usually is: a move's journal is fsynced before and after each step.
     with tempfile.TemporaryDirectory(dir="/dev/shm", prefix=NAME) as folder, ExitStack() as stack:
         directory = Path(folder)
+        stack.callback(remove_left_by, os.getpid())
+        stack.callback(end_children)
         cluster = Cluster(directory)
         stack.callback(cluster.close)
         cluster.wait()

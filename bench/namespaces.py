@@ -44,6 +44,14 @@ def remove_left_by(pid: int) -> None:
         subprocess.run(["ip", "netns", "delete", path.name], check=False)
 
 
+def end_children() -> None:
+    """Kill what we have started; a signal may have come before we knew of it."""
+    pid = os.getpid()
+    for child in map(int, Path(f"/proc/{pid}/task/{pid}/children").read_text().split()):
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+
+
 @contextmanager
 def destination(name: str) -> Iterator[str]:
     """A namespace that has NEW, and a route to the peers."""
