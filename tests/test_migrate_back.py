@@ -54,15 +54,18 @@ class End:
 class Source(End):
     """The source after a dump whose CRIU was killed, or is at work still: its log has no end."""
 
-    def __init__(self, *, pids: tuple[int, ...], table: str = "CRIU-1", tracer: str = ""):
+    def __init__(self, *, pids: tuple[int, ...], tracer: str = "", parent: str = "init"):
         super().__init__(pids=pids)
-        self.table, self.tracer, self.taken = table, tracer, list[str]()
+        self.table, self.taken = "CRIU-1", list[str]()
+        self.tracer, self.parent = tracer, parent
 
     def run(self, *words: str, ok: object = (0,)) -> Answer:
         if words[1].endswith("/status"):
-            return Answer(0, f"TracerPid:\t{self.tracer and 99}\n", "")
-        if words[1] == "/proc/99/comm":
-            return Answer(0, f"{self.tracer}\n", "")
+            return Answer(0, f"PPid:\t99\nTracerPid:\t{98 if self.tracer else 0}\n", "")
+        if words[1].endswith("/comm"):
+            return Answer(0, f"{self.parent if '/99/' in words[1] else self.tracer}\n", "")
+        if words[1].endswith("boot_id"):
+            return super().run(*words, ok=ok)
         if words[1].startswith("/proc/"):
             return super().run(*words, ok=ok)
         return Answer(0, "(00.000000) CRIU run id = 1-a\n", "")
@@ -112,6 +115,16 @@ def test_an_open_gate_without_process_and_socket_is_neither_here_nor_there(
     """It ended there, or its restore failed behind the hook: peers may have been answered."""
     with pytest.raises(HostError, match="gate of web is open, but neither process 7 nor a socket"):
         find(End(move("open", *states)), reached)
+
+
+def test_while_criu_restores_it_there_it_is_nowhere_else() -> None:
+    """As after a `serve` there that was killed: CRIU goes on, and its hook will open the gate."""
+    there = Source(pids=(7,), parent="criu")
+    there.moves = (move("closed", LOST),)
+    with pytest.raises(HostError, match="criu, process 99 on b, is at work on process 7"):
+        find(there)
+    there.parent = "systemd"  # half a tree, which a CRIU that was killed has left
+    assert find(there) == Place.FROZEN
 
 
 @pytest.mark.parametrize("there", [End(), End(move("closed", LOST))])
@@ -186,7 +199,7 @@ def test_the_lock_of_a_killed_criu_goes_where_the_process_lives_and_was_restored
 def test_no_lock_is_taken_while_criu_is_at_work_on_the_process() -> None:
     source = Source(pids=(7,), tracer="criu")
     migration, said = killed(source)
-    with pytest.raises(HostError, match="criu, process 99 on b, is at work on process 7"):
+    with pytest.raises(HostError, match="criu, process 98 on b, is at work on process 7"):
         back.go_back(migration)
     assert (source.taken, said) == ([], [])
 

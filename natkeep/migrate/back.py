@@ -51,7 +51,7 @@ def find_place(migration: Migration) -> Place:
             return Place.DESTINATION
     _reach(migration.source, f"nothing can be restored on {migration.source} now")
     if record.started and read_start(migration.source, record.pid) == record.started:
-        _refuse_dumped(migration)
+        _refuse_at_work(migration, migration.source, record.pid, "TracerPid")
         return Place.SOURCE
     if not record.is_past("dump"):
         raise HostError(f"process {record.pid} on {migration.source} has ended")
@@ -62,16 +62,19 @@ def find_place(migration: Migration) -> Place:
     return Place.FROZEN
 
 
-def _refuse_dumped(migration: Migration) -> None:
-    """HostError while a CRIU whose controller has gone is at work on the process still."""
-    record, source = migration.record, migration.source
-    status = source.run("cat", f"/proc/{record.pid}/status", ok=None).stdout
-    found = re.search(r"(?m)^TracerPid:\t([1-9][0-9]*)$", status)
-    name = source.run("cat", f"/proc/{found[1]}/comm", ok=None).stdout.strip() if found else ""
+def _refuse_at_work(migration: Migration, host: Host, pid: int, field: str) -> None:
+    """HostError while a CRIU that nobody waits for any more is at work on the process still.
+
+    field: of proc(5)'s status, by which that is known: whom it dumps CRIU traces, and of what it
+    restores it is the parent until the end.
+    """
+    status = host.run("cat", f"/proc/{pid}/status", ok=None).stdout
+    found = re.search(rf"(?m)^{field}:\t([1-9][0-9]*)$", status)
+    name = host.run("cat", f"/proc/{found[1]}/comm", ok=None).stdout.strip() if found else ""
     if found and "criu" in name:
         raise HostError(
-            f"{name}, process {found[1]} on {source}, is at work on process {record.pid}",
-            hint=f"when it has ended, natkeep migrate --rollback {record.id}",
+            f"{name}, process {found[1]} on {host}, is at work on process {pid}",
+            hint=f"when it has ended, natkeep migrate --rollback {migration.record.id}",
         )
 
 
@@ -128,6 +131,7 @@ def _has_run_there(migration: Migration) -> bool:
     elif record.boot and record.boot != way.read_boot(there):
         found = f"{there} has booted since: whether it was opened there before is not known"
     else:
+        _refuse_at_work(migration, there, pid, "PPid")
         return False
     raise HostError(
         f"{found}; its image is not restored again, since peers may have heard more",
