@@ -42,6 +42,12 @@ class Criu:
             self.patch.setenv(name, value)
         return hook.main()
 
+    def stand(self, order: str) -> None:
+        """An order of the machine's configuration, in the place of any of the environment's."""
+        for name in ("NATKEEP_MAP", "NATKEEP_ID"):
+            self.patch.delenv(name, raising=False)
+        Path(policy.PATH).write_text(f"[hook]\n{order}\n")
+
     def gates(self) -> dict[str, dict[str, Gate]]:
         """The gates of each namespace that has one."""
         return {name: site.gates for name, site in self.kernel.sites.items() if site.gates}

@@ -175,14 +175,12 @@ def test_the_operators_policy_binds_the_hook(
 
 @pytest.mark.root
 def test_standing_orders_pass_by_whatever_has_nothing_to_keep(
-    criu: Criu, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    criu: Criu,
 ) -> None:
-    monkeypatch.delenv("NATKEEP_MAP")
-    file = tmp_path / "natkeep.toml"
-    file.write_text('[hook]\nmap = ["10.9.9.9=auto"]\n')
+    criu.stand('map = ["10.9.9.9=auto"]')
     assert criu.call("post-restore") == 0
     assert criu.gates() == {}
-    file.write_text(f'[hook]\nmap = ["{OLD}={NEW}"]\n')
+    criu.stand(f'map = ["{OLD}={NEW}"]')
     assert criu.call("post-restore") == 0
     assert criu.gates() == {TREE: {criu.id: Gate.OPEN}}
 
@@ -190,15 +188,10 @@ def test_standing_orders_pass_by_whatever_has_nothing_to_keep(
 @pytest.mark.root
 @pytest.mark.parametrize("new", ["auto", NEW])
 def test_a_standing_map_leaves_a_restore_at_home_alone(
-    new: str,
-    criu: Criu,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    new: str, criu: Criu, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """OLD is an address of that host: there is nothing to translate, and NEW may be elsewhere."""
-    monkeypatch.delenv("NATKEEP_MAP")
-    (tmp_path / "natkeep.toml").write_text(f'[hook]\nmap = ["{OLD}={new}"]\n')
+    criu.stand(f'map = ["{OLD}={new}"]')
     for name in (BEFORE, TREE):
         criu.kernel.sites[name] = FakeSite(addresses={parse_address(OLD)})
     for action in ("pre-restore", "post-restore"):
@@ -211,12 +204,10 @@ def test_a_standing_map_leaves_a_restore_at_home_alone(
 
 @pytest.mark.root
 def test_of_standing_maps_only_those_of_the_image_are_looked_at_closely(
-    criu: Criu, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    criu: Criu,
 ) -> None:
     """Of another OLD, NEW=auto need not be one address here."""
-    monkeypatch.delenv("NATKEEP_MAP")
-    maps = f'["2001:db8::1=auto", "{OLD}={NEW}", "10.9.9.9=auto"]'
-    (tmp_path / "natkeep.toml").write_text(f"[hook]\nmap = {maps}\n")
+    criu.stand(f'map = ["2001:db8::1=auto", "{OLD}={NEW}", "10.9.9.9=auto"]')
     assert criu.call("post-restore") == 0
     journal = StateDirectory(create=False).load(criu.id)
     assert [str(map_) for map_ in journal.move.maps] == [f"{OLD}={NEW}"]
@@ -224,11 +215,10 @@ def test_of_standing_maps_only_those_of_the_image_are_looked_at_closely(
 
 @pytest.mark.root
 def test_a_standing_order_tells_of_a_relay_and_of_peers_that_this_image_has(
-    criu: Criu, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    criu: Criu,
 ) -> None:
-    monkeypatch.delenv("NATKEEP_MAP")
     order = f'map = ["{OLD}={NEW}"]\nvia = ["10.2.0.11"]\npeer_map = ["10.9.9.9=10.9.9.8"]'
-    (tmp_path / "natkeep.toml").write_text(f"[hook]\n{order}\n")
+    criu.stand(order)
     assert criu.call("post-restore") == 0
     journal = StateDirectory(create=False).load(criu.id)
     assert [str(via) for via in journal.move.vias] == ["10.2.0.11:10000-32767"]
@@ -342,8 +332,6 @@ def test_a_standing_id_leaves_the_restores_of_others_alone(
     boot: str,
     said: str,
     criu: Criu,
-    images: Path,
-    tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
@@ -352,8 +340,7 @@ def test_a_standing_id_leaves_the_restores_of_others_alone(
             earlier.setattr("natkeep.state.directory.read_boot_id", lambda: boot)
         if where is not None:
             prepare_for(criu, TREE if where == "tree" else where, old)
-    monkeypatch.delenv("NATKEEP_MAP")
-    (tmp_path / "natkeep.toml").write_text('[hook]\nid = "web"\n')
+    criu.stand('id = "web"')
     before = criu.gates()
     assert criu.call("post-restore") == 0
     assert criu.gates() == before
@@ -364,11 +351,10 @@ def test_a_standing_id_leaves_the_restores_of_others_alone(
 
 @pytest.mark.root
 def test_a_standing_id_that_is_about_this_restore_is_an_order_as_any(
-    criu: Criu, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    criu: Criu, images: Path
 ) -> None:
     prepare_at(criu, images, TREE)
-    monkeypatch.delenv("NATKEEP_ID")
-    (tmp_path / "natkeep.toml").write_text('[hook]\nid = "web"\n')
+    criu.stand('id = "web"')
     inventory = images / "inventory.img"
     own = inventory.read_bytes()
     shutil.copy(CORPUS / "half-closed/inventory.img", images)
