@@ -128,9 +128,10 @@ class Order:
     def wants(self, *, force: bool = False, unopened: bool = False) -> dict[str, Want]:
         """What each node or group is ordered, by key.
 
-        force: undo it even if connections live. unopened: none can, says the destination, which
-        looks for itself; gateways then need not, and the source's process has to be back first.
-        Otherwise the source trusts the gateways, which have found by then that all have ended.
+        force: undo it even if connections live. unopened: none can, said the destination, which
+        looks for itself; gateways then ask only whether they have heard of it, and the source's
+        process has to be back first. Otherwise the source trusts the gateways, which have found by
+        then that all have ended.
 
         The destination is closed before anything is sent to it. Undone is what sends first, then
         where the process was, and the destination last.
@@ -149,7 +150,9 @@ class Order:
         }
         return {
             place.key(self.id): replace(
-                self._want(base, place, senders), force=forced.get(place.role, force or unopened)
+                self._want(base, place, senders),
+                force=forced.get(place.role, force),
+                unopened=unopened and place.role not in forced,
             )
             for place in places
         }

@@ -3,13 +3,14 @@
     {"schema": 1, "generation": 3, "phase": "ready", "role": "gateway", "netns": "",
      "maps": ["10.2.0.10=10.3.0.20"], "mode": "stateful", "listeners": [], "gate": "open",
      "after": {"host-b": "prepared"}, "senders": [], "deadline_s": 60, "image": null,
-     "conn": {"pieces": 1, "count": 100, "sha256": "..."}, "force": false}
+     "conn": {"pieces": 1, "count": 100, "sha256": "..."}, "force": false, "unopened": false}
 
-phase: `ready`, or `gone` to undo the move; force: even if connections live. generation: which order
-of the move it is; a later one is greater. after: how far other nodes have to be, of the same order,
-before this one acts. senders: at a destination the nodes that send it what peers say, once they
-have prepared. deadline_s: seconds after which a gate that was never opened is undone; 0: never.
-image: the dump's run id.
+phase: `ready`, or `gone` to undo the move; force: even if connections live; unopened: even if they
+seem to, where nothing of the process was heard, since its destination was not open. generation:
+which order of the move it is; a later one is greater. after: how far other nodes have to be, of the
+same order, before this one acts. senders: at a destination the nodes that send it what peers say,
+once they have prepared. deadline_s: seconds after which a gate that was never opened is undone; 0:
+never. image: the dump's run id.
 
 Rule: an order that is not exactly of this form is refused by name, and nothing is done.
 """
@@ -91,6 +92,7 @@ class Want:
     image: str | None
     listed: Listed
     force: bool = False
+    unopened: bool = False
 
     def to_json(self) -> dict[str, Any]:
         """As it is in the store."""
@@ -99,6 +101,7 @@ class Want:
             "phase": "ready" if self.wanted else "gone", **self._what(),
             "after": {node: str(phase) for node, phase in self.after.items()},
             "senders": [*self.senders], "deadline_s": self.deadline, "force": self.force,
+            "unopened": self.unopened,
         }  # fmt: skip
 
     def _what(self) -> dict[str, Any]:
@@ -155,7 +158,7 @@ def _read(found: dict[str, Any]) -> Want:
         {parse_name(node): Phase(phase) for node, phase in found["after"].items()},
         tuple(map(parse_name, texts(found["senders"]))), whole(found["deadline_s"], LONGEST),
         None if found["image"] is None else a_text(found["image"]),
-        Listed.parse(found["conn"]), found["force"] is True,
+        Listed.parse(found["conn"]), found["force"] is True, found["unopened"] is True,
     )  # fmt: skip
 
 

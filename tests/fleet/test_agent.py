@@ -163,6 +163,33 @@ def test_where_the_process_was_peers_are_not_reset(fleet: Fleet) -> None:
     assert fleet.phases() == UNDONE
 
 
+def test_a_gateway_that_hears_the_process_is_not_undone_by_what_was_said_before(
+    fleet: Fleet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The hook opens, and its agent has not told yet: the store says that nothing was opened."""
+    host_b, gateway, _ = fleet.usual()
+    fleet.apply()
+    fleet.turn()
+    fleet.open()
+    look_at_sites = site.drain.look_at_sites
+
+    def hear(*words: Any) -> Any:
+        return tuple(
+            replace(one, seen=one.seen and replace(one.seen, spoken=frozenset({b"x"})))
+            for one in look_at_sites(*words)
+        )
+
+    fleet.end()
+    with monkeypatch.context() as patch:
+        patch.setattr(site.drain, "look_at_sites", hear)
+        fleet.turn()
+    error = fleet.done("gw-1").error
+    assert error is not None
+    assert (error.exit, error.message.split(";")[0]) == (8, "2 connections live")
+    assert gateway.journal()
+    assert host_b.journal()
+
+
 def test_what_has_ended_says_the_gateway(fleet: Fleet, monkeypatch: pytest.MonkeyPatch) -> None:
     """The source need not ask whether its process is back."""
     host_b, _, host_a = fleet.usual()
