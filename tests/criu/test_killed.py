@@ -69,7 +69,7 @@ class Dumped:
         assert self.ask(b"before") == b"before"
 
     def await_word(self, path: Path, word: str) -> None:
-        deadline = time.monotonic() + scaled(20)
+        deadline = time.monotonic() + scaled(60)
         while not (path.exists() and word in path.read_text(errors="replace")):
             assert time.monotonic() < deadline, f"{path} does not say {word!r}"
             time.sleep(0.001)
@@ -83,8 +83,10 @@ class Dumped:
         images.mkdir()
         inode = os.stat(f"/run/netns/{self.netns}").st_ino
         criu = subprocess.Popen(
-            [CRIU, "dump", "-t", str(self.server.pid), "-D", images, "--tcp-established", "-v3",
-             "--network-lock", "nftables", "-o", "dump.log", "--external", f"net[{inode}]:key"],
+            # Scheduled behind us, so that it cannot be through before we have read its log.
+            ["nice", "-n", "19", CRIU, "dump", "-t", str(self.server.pid), "-D", images,
+             "--tcp-established", "-v3", "--network-lock", "nftables", "-o", "dump.log",
+             "--external", f"net[{inode}]:key"],
             stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
         )  # fmt: skip
         self.await_word(images / "dump.log", when)
