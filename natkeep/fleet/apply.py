@@ -227,26 +227,29 @@ def _groups(item: Item) -> list[str]:
 def _next(store: Store, order: Order, before: Item | None, *, ends: bool = False) -> int:
     """The generation of an order that is newer than all that any of its nodes has followed."""
     known = parse_order(before.value) if before else None
-    if known is not None and not ends and not is_undone(store, known):
-        _refuse_other(known, order)
+    if known is not None and not ends:
+        _refuse_other(store, known, order)
     items = (read(store, keys.done(node, order.id)) for node, _ in order.nodes())
     followed = [parse_done(item.value).generation for item in items if item]
     return max([known.generation if known else 0, *followed]) + 1
 
 
-def _refuse_other(known: Order, order: Order) -> None:
+def _refuse_other(store: Store, known: Order, order: Order) -> None:
     """RefusedError where nodes would have to undo something for the new order."""
     same = (known.maps, known.mode, known.listeners) == (order.maps, order.mode, order.listeners)
     before, now = ({(p.key(order.id), p.role, p.netns) for p in o.places} for o in (known, order))
-    if not same or before - now:
-        what, hint = "ordered already", f"natkeep fleet end {order.id} first, or another id"
-        if not known.is_wanted():
-            what, hint = "not undone yet", f"natkeep fleet wait {order.id} --for settled"
-        raise RefusedError(f"{order.id} is {what}, with other maps or sites", hint=hint)
-    if (known.phase, order.phase) == ("frozen", "staged"):
+    same &= before <= now
+    whole = (known.phase, order.phase) == ("frozen", "staged")
+    if (same and not whole) or is_undone(store, known):
+        return
+    if same:
         raise RefusedError(
             f"{order.id} is ordered whole already", hint=f"natkeep fleet end {order.id} undoes it"
         )
+    what, hint = "ordered already", f"natkeep fleet end {order.id} first, or another id"
+    if not known.is_wanted():
+        what, hint = "not undone yet", f"natkeep fleet wait {order.id} --for settled"
+    raise RefusedError(f"{order.id} is {what}, with other maps or sites", hint=hint)
 
 
 def _look_at_owners(store: Store, order: Order) -> Mapping[str, int]:
