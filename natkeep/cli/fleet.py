@@ -236,14 +236,15 @@ def _noted(action: str, move_id: str) -> Iterator[None]:
 def _status(args: argparse.Namespace, store: Store) -> int:
     with suppress(KeyboardInterrupt):
         while True:
-            moves, alive = _look(args, store)
+            moves, alive, unread = _look(args, store)
             if args.watch:
                 clear()
             if args.json:
                 rows = [_to_json(move) for move in moves]
-                print_json({"schema": 1, "moves": rows, "agents": alive})
+                print_json({"schema": 1, "moves": rows, "agents": alive, "unread": unread})
             else:
-                show([line for move in moves for line in _describe(move)] or ["nothing is ordered"])
+                lines = [*(line for move in moves for line in _describe(move)), *unread]
+                show(lines or ["nothing is ordered"])
                 if not args.subject:
                     show([f"agents: {', '.join(alive) or 'none'}"])
             if not args.watch:
@@ -252,11 +253,11 @@ def _status(args: argparse.Namespace, store: Store) -> int:
     return 0
 
 
-def _look(args: argparse.Namespace, store: Store) -> tuple[list[Progress], list[str]]:
+def _look(args: argparse.Namespace, store: Store) -> tuple[list[Progress], list[str], list[str]]:
     if args.subject is None:
         return progress.look_at_all(store)
     move = progress.look(store, parse_id(args.subject))
-    return [move], [node.name for node in move.nodes if node.alive]
+    return [move], [node.name for node in move.nodes if node.alive], []
 
 
 def _describe(move: Progress) -> Iterator[str]:

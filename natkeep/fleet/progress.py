@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import NamedTuple
 
-from natkeep.errors import JournalError
+from natkeep.errors import JournalError, UsageError
 from natkeep.fleet import keys
 from natkeep.fleet.done import Done, Error, parse_done
 from natkeep.fleet.order import Order, Place, parse_order
@@ -101,13 +101,17 @@ def look(store: Store, move_id: str) -> Progress:
     return _make(order, found)
 
 
-def look_at_all(store: Store) -> tuple[list[Progress], list[str]]:
-    """All moves that are not settled, and the nodes whose agents run."""
+def look_at_all(store: Store) -> tuple[list[Progress], list[str], list[str]]:
+    """All moves that are not settled, the nodes whose agents run, and what cannot be read."""
     nodes = store.range(keys.NODES).items
-    moves = store.range(keys.MOVES).items.values()
-    found = [_make(parse_order(item.value), nodes) for item in moves]
+    found, unread = list[Progress](), list[str]()
+    for key, item in store.range(keys.MOVES).items.items():
+        try:
+            found.append(_make(parse_order(item.value), nodes))
+        except UsageError as error:  # of a later natkeep, say: the others are shown
+            unread.append(f"{key.removeprefix(keys.MOVES)}: {error}")
     alive = [key.split("/")[4] for key in nodes if key.endswith("/alive")]
-    return [move for move in found if move.order.phase != "settled"], sorted(alive)
+    return [move for move in found if move.order.phase != "settled"], sorted(alive), unread
 
 
 def _make(order: Order, items: dict[str, Item]) -> Progress:

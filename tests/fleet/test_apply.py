@@ -10,6 +10,7 @@ from fleet_nodes import LISTING, ORDER, READY, UNDONE, Fleet
 from fleet_nodes import fleet as fleet
 from fleet_nodes import quick as quick
 
+from natkeep.cli import main
 from natkeep.errors import RefusedError, UnreachableError
 from natkeep.fleet import apply as orders
 from natkeep.fleet import keys
@@ -206,3 +207,20 @@ def test_one_key_is_read_whatever_begins_like_it(
     monkeypatch.setattr(fleet.store, "range", look)
     assert read(fleet.store, "/t/web")
     assert asked == [1]
+
+
+def test_a_move_that_cannot_be_read_hides_no_other(
+    fleet: Fleet, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fleet.usual()
+    fleet.apply()
+    fleet.store.txn({keys.move("later"): '{"schema": 2}'})
+    monkeypatch.setenv("NATKEEP_STORE", f"dir:{fleet.path}/store")
+    assert main(["fleet", "status"]) == 0
+    said = capsys.readouterr().out
+    assert "web: frozen" in said
+    assert "later: a move in the store cannot be read: schema 2 is not 1" in said
+    assert main(["fleet", "status", "--json"]) == 0
+    shown = json.loads(capsys.readouterr().out)
+    assert [move["id"] for move in shown["moves"]] == ["web"]
+    assert [line.partition(":")[0] for line in shown["unread"]] == ["later"]
