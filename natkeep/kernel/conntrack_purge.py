@@ -28,6 +28,7 @@ from natkeep.kernel.ctnetlink import (
 )
 from natkeep.kernel.netlink import NETLINK_NETFILTER, Netlink, Refusal
 from natkeep.plan.conntrack import stale_views
+from natkeep.plan.nft import TABLE
 from natkeep.plan.protocols import TCP, UDP, Protocol
 from natkeep.plan.translation import Translation
 from natkeep.plan.tuples import RECORD_SIZE, Address, Connections
@@ -96,7 +97,9 @@ def delete_untracked(olds: Iterable[Address]) -> None:
 
 
 def _has_chains_of_others() -> bool:
-    """Whether a chain may track; the drop that an undo leaves does not."""
+    """Whether a chain may track, of other moves too; the drop that an undo leaves does not."""
+    if nftables_dump.has_table("inet", TABLE):  # with base chains, beside those of thousands
+        return True
     return any(chain.table != UNDONE_TABLE for chain in nftables_dump.base_chains())
 
 

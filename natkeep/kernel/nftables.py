@@ -232,7 +232,7 @@ def remove(undos: Sequence[Undo], *, whole: bool = False) -> None:
     """Take these objects away, whatever else is there; whole: as unload has it."""
     looked_at = [u.name for u in undos if u.kind in ("rule", "chain")]
     looked_at += [undo.unused for undo in undos if undo.unused]
-    seen = {name: dump.rules(TABLE, name) for name in dict.fromkeys(looked_at)}
+    seen = dump.rules_by_chain(TABLE, dict.fromkeys(looked_at))
     _run_what_is_there(_order_removals(undos, seen), whole=whole)
 
 

@@ -104,9 +104,18 @@ def set_names(table: str) -> frozenset[str]:
 
 def rules(table: str, chain: str) -> tuple[SeenRule, ...]:
     """The rules of one chain, in order; empty when the chain is not there."""
-    scope = attribute(1, string(table)) + attribute(2, string(chain))
-    found = map(_read_rule, _dump(GETRULE, "inet", scope))
-    return tuple(rule for rule in found if rule.chain == chain)
+    return rules_by_chain(table, [chain])[chain]
+
+
+def rules_by_chain(table: str, chains: Iterable[str]) -> dict[str, tuple[SeenRule, ...]]:
+    """The same of each of these chains."""
+    found = {}
+    with Netlink(NETLINK_NETFILTER) as netlink:
+        for chain in chains:
+            scope = attribute(1, string(table)) + attribute(2, string(chain))
+            answers = map(_read_rule, _request(netlink, GETRULE, _FAMILY["inet"], scope))
+            found[chain] = tuple(rule for rule in answers if rule.chain == chain)
+    return found
 
 
 def rules_of_chains(table: str, *beginnings: str) -> Iterator[SeenRule]:
@@ -341,8 +350,7 @@ def untracking_chains(*, besides: str) -> tuple[str, ...]:
 
     Found are `notrack` of nft and the targets NOTRACK and CT of iptables.
     """
-    chains = _chains_with((_NOTRACK, _NOTRACK_TARGET, _CT_TARGET), besides)
-    return tuple(dict.fromkeys(chains))
+    return tuple(dict.fromkeys(_chains_with((_NOTRACK, _NOTRACK_TARGET, _CT_TARGET), besides)))
 
 
 def _chains_with(parts: tuple[bytes, ...], besides: str) -> Iterator[str]:
@@ -359,17 +367,10 @@ def _chains_with(parts: tuple[bytes, ...], besides: str) -> Iterator[str]:
                     yield f"{names.get(family, family)} {text(table)} {chain}"
 
 
-_NOTRACK = attribute(1, b"notrack\0")
-"""NFTA_EXPR_NAME."""
-
-_NOTRACK_TARGET = attribute(1, b"NOTRACK\0")
-"""NFTA_TARGET_NAME."""
-
-_CT_ZONE = attribute(2, (17).to_bytes(4, "big"))
-"""NFTA_CT_KEY, NFT_CT_ZONE."""
-
-_CT_TARGET = attribute(1, b"CT\0")[:7]
-"""NFTA_TARGET_NAME: how iptables-nft stores `-j CT`, which `--zone` is an option of."""
+_NOTRACK = attribute(1, b"notrack\0")  # NFTA_EXPR_NAME
+_NOTRACK_TARGET = attribute(1, b"NOTRACK\0")  # NFTA_TARGET_NAME
+_CT_ZONE = attribute(2, (17).to_bytes(4, "big"))  # NFTA_CT_KEY, NFT_CT_ZONE
+_CT_TARGET = attribute(1, b"CT\0")[:7]  # iptables-nft's `-j CT`, of which `--zone` is an option
 
 
 def _comment(userdata: bytes) -> str:
