@@ -20,10 +20,10 @@ from fake_kernel import FakeKernel
 from natkeep import policy
 from natkeep.checkpoint.listing import parse_listing
 from natkeep.fleet import apply as orders
-from natkeep.fleet import keys
+from natkeep.fleet import keys, site
 from natkeep.fleet.agent import Agent
 from natkeep.fleet.directory import DirectoryStore
-from natkeep.fleet.done import Done, parse_done
+from natkeep.fleet.done import Done, Error, parse_done
 from natkeep.fleet.order import Order, parse_file
 from natkeep.fleet.store import Store, read
 from natkeep.fleet.wake import Heard
@@ -128,12 +128,24 @@ class Fleet:
         item = read(self.store, keys.done(name, move_id))
         return parse_done(item and item.value)
 
+    def error(self, name: str, move_id: str = "web") -> Error:
+        """What is wrong there, as it says."""
+        error = self.done(name, move_id).error
+        assert error is not None
+        return error
+
     def phases(self) -> dict[str, str]:
         return {name: str(self.done(name).phase) for name in self.nodes}
 
     def open(self, name: str = "host-b") -> None:
         """As the hook does at post-restore, without the agent."""
         open_move(self.nodes[name].executor(), "web")
+
+
+def later(monkeypatch: pytest.MonkeyPatch, seconds: int) -> None:
+    """The node's own clock goes on."""
+    now = site.time.monotonic_ns()
+    monkeypatch.setattr(site.time, "monotonic_ns", lambda: now + seconds * 10**9)
 
 
 @pytest.fixture

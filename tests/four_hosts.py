@@ -17,11 +17,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from entered import entered
 from fake_kernel import revert_step
 from two_hosts import run_ip
 
 from natkeep.kernel.linux import LinuxKernel
+from natkeep.kernel.netns import entered
 from natkeep.lab.ipv6_addresses import await_addresses
 from natkeep.lab.time_scale import scaled
 from natkeep.lifecycle.executor import Executor

@@ -26,9 +26,9 @@ from dataclasses import dataclass
 
 import scapy.layers.inet as ipv4
 import scapy.layers.inet6 as ipv6
-from entered import entered
 from scapy.packet import Packet
 
+from natkeep.kernel.netns import entered
 from natkeep.lab import tcp_repair
 from natkeep.lab.engine import Opening
 from natkeep.lab.host import await_true

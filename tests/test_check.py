@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from entered import entered
 
 from natkeep.cli import main
 from natkeep.kernel import survey
+from natkeep.kernel.netns import entered
 from natkeep.lab.ipv6_addresses import await_addresses
 from natkeep.lifecycle.other_rules import judge
 from natkeep.plan.move import Mode, Site

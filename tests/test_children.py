@@ -13,11 +13,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from entered import entered
 
 from natkeep.criu import run
 from natkeep.errors import UsageError
 from natkeep.kernel import criu_lock
+from natkeep.kernel.netns import entered
 
 PACKAGE = Path(__file__).parent.parent / "natkeep"
 STARTERS = {"run", "Popen", "call", "check_call", "check_output", "posix_spawn", "posix_spawnp"}

@@ -34,11 +34,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
-from entered import entered
 
 from natkeep import cli
 from natkeep.checkpoint.images import read_checkpoint
 from natkeep.checkpoint.listing import parse_listing
+from natkeep.kernel.netns import entered
 from natkeep.plan import arp, base_chains
 from natkeep.plan.move import Mode
 from natkeep.plan.roles import ROLES, Role

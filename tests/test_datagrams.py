@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from entered import entered
 from fake_kernel import FakeKernel
 from hook_caller import Criu
 
@@ -27,6 +26,7 @@ from natkeep.cli.parser import make_parser
 from natkeep.criu.environment import read_orders
 from natkeep.errors import RefusedError, UsageError
 from natkeep.kernel import linux, sock_diag
+from natkeep.kernel.netns import entered
 from natkeep.lifecycle.check import require_sockets
 from natkeep.lifecycle.executor import Executor
 from natkeep.lifecycle.open import open_move

@@ -11,10 +11,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from entered import entered
 
 from natkeep.kernel import nftables, nftables_dump
 from natkeep.kernel.linux import LinuxKernel
+from natkeep.kernel.netns import entered
 from natkeep.lifecycle.executor import Executor
 from natkeep.lifecycle.open import open_move, remove_gate_hooks
 from natkeep.lifecycle.prepare import prepare

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import time
@@ -160,6 +161,7 @@ def test_serve_answers_requests_in_turn(tmp_path: Path) -> None:
         {"natkeep": ["plan", *planned], "stdin": "10.2.0.10:80 10.1.0.2:4000\n"},
         {"natkeep": ["plan", *planned], "stdin": ""},
         {"natkeep": ["plan", *planned], "stdin": "10.2.0.10:80 10.1.0.2:4001\n"},
+        {"lock": "forget", "run_id": "", "netns": "", "pid": os.getpid()},
     ]
     done = subprocess.run(
         [sys.executable, "-m", "natkeep.cli", "serve", "web", "--stdio", "--state-dir",
@@ -177,7 +179,9 @@ def test_serve_answers_requests_in_turn(tmp_path: Path) -> None:
     assert (said[6]["exit"], said[6]["stderr"]) == (3, "natkeep: stdin lists no connections\n"
                                                        "  (a line is `LOCAL PEER`)\n")  # fmt: skip
     assert "10.1.0.2:4001" in said[7]["stdout"]
-    assert len(said) == 8
+    assert (said[8]["exit"], said[8]["stdout"]) == (2, "")  # what is not known releases nothing
+    assert "forget" in said[8]["stderr"]
+    assert len(said) == 9
     assert done.returncode == 0
     assert not [*(tmp_path / "state").glob("serve-*")]  # it leaves nothing
 

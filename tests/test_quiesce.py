@@ -15,11 +15,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from entered import entered
 from fake_kernel import FakeKernel, FakeSite, KilledError
 
 from natkeep import cli
 from natkeep.errors import JournalError, KernelError, NatkeepError, RefusedError
+from natkeep.kernel.netns import entered
 from natkeep.lifecycle.check import check
 from natkeep.lifecycle.drain import count_alive, find_exposed
 from natkeep.lifecycle.executor import Executor

@@ -16,10 +16,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from entered import entered
 from two_hosts import make_two_hosts, run_ip
 
 from natkeep.cli.parser import VERBS
+from natkeep.kernel.netns import entered
 
 pytestmark = [pytest.mark.root, pytest.mark.whole, pytest.mark.needs("nftables")]
 ROOT = Path(__file__).resolve().parents[1]

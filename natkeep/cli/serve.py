@@ -164,8 +164,10 @@ def _do_lock(request: dict[str, Any]) -> dict[str, Any]:
     try:
         if request["lock"] == "find":
             table = killed_dump.find_lock(netns, run_id)
-        else:
+        elif request["lock"] == "release":
             table = killed_dump.release(netns, run_id, int(request["pid"]))
+        else:
+            raise UsageError(f"lock: {request['lock']!r} is neither find nor release")
     except NatkeepError as error:
         return {"exit": error.exit_code, "stdout": "", "stderr": f"natkeep: {error}"}
     return {"exit": 0, "stdout": table, "stderr": ""}

@@ -26,6 +26,7 @@ from natkeep.fleet.followed import (
     FollowedFile,
     demand_ours,
     refuse_again,
+    state_under,
 )
 from natkeep.fleet.jobs import TOGETHER, Job, Open, Prepare, Teardown, Work, work_off
 from natkeep.fleet.known import Known, Order
@@ -199,8 +200,7 @@ class Agent:
         standing = site.look(executor.state, here).standing
         if followed is None or standing == Standing.GONE:
             site.refuse_out_of_bounds(want, self.bounds)
-        known = followed.state if followed and followed.generation == want.generation else ""
-        if standing == Standing.OPEN or known == "opened":
+        if standing == Standing.OPEN or state_under(followed, want) == "opened":
             pod_orders.take_away(executor, move_id, want)
             self._note(move_id, want, "opened")
         else:
@@ -214,7 +214,7 @@ class Agent:
         seen = site.look_calmly(executor.state, move_id)
         if seen.standing in (Standing.STALE, Standing.HALF):
             followed = demand_ours(self.node, move_id, followed)
-            ended = followed.state if followed.generation == want.generation else ""
+            ended = state_under(followed, want)
             if seen.standing == Standing.HALF and (seen.touched or ended == "prepared"):
                 raise LeftoverError(
                     f"{move_id} is half undone by another hand", hint=f"natkeep teardown {move_id}"

@@ -116,12 +116,17 @@ def demand_ours(node: str, move_id: str, followed: Followed | None) -> Followed:
     return followed
 
 
+def state_under(followed: Followed | None, want: Want) -> str:
+    """How far this very order was followed; "" where it was not yet."""
+    return followed.state if followed and followed.generation == want.generation else ""
+
+
 def refuse_again(move_id: str, want: Want, followed: Followed | None, told: Done | None) -> None:
     """What was undone is not prepared again by the same order.
 
     told: what was said of it last. The store keeps that where a boot has taken the file away.
     """
-    state = followed.state if followed and followed.generation == want.generation else ""
+    state = state_under(followed, want)
     if followed is None and told is not None and told.generation == want.generation:
         state = "expired" if told.error and told.error.code == EXPIRED else ""
     if state == "expired":

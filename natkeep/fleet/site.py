@@ -132,7 +132,7 @@ def undo(executor: Executor, move_id: str, want: Want) -> Teardown:
     RefusedError where the process was and is not, but OLD is still: peers would be reset.
     """
     if not want.force and executor.state.knows(move_id):
-        silent = want.unopened and not drain.has_sent(executor, move_id)
+        silent = want.unopened and drain.is_silent(executor, move_id)
         alive = 0 if silent else drain.count_alive(executor, move_id)
         if alive:
             raise LeftoverError(

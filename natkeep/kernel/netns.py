@@ -232,3 +232,17 @@ def _setns(fd: int, label: str, kind: type[NatkeepError] = KernelError) -> None:
             f"cannot enter {label}: {os.strerror(ctypes.get_errno())}",
             hint="natkeep needs CAP_SYS_ADMIN to enter another network namespace",
         )
+
+
+@contextmanager
+def entered(spec: str) -> Iterator[None]:
+    """The same by a namespace's name; errors of open_namespace.
+
+    Its handle is closed again: select() takes few, and libnftables calls that.
+    """
+    namespace = open_namespace(spec)
+    try:
+        with inside(namespace):
+            yield
+    finally:
+        os.close(namespace.fd)

@@ -68,15 +68,6 @@ def has_spoken(statuses: tuple[SiteStatus, ...]) -> bool:
     return counted or any(seen.spoken for seen in gateways)
 
 
-def has_sent(executor: Executor, move_id: str) -> bool:
-    """Whether a gateway has seen a packet from NEW, as it counts or notes them."""
-    journal, plan = executor.load(move_id)
-    statuses = look_at_sites(executor, journal, plan)
-    looks = [one.seen for one in statuses if one.seen is not None]
-    entries = (entry for seen in looks for some in seen.entries.values() for entry in some)
-    return any(entry and entry.packets_out for entry in entries) or any(s.spoken for s in looks)
-
-
 def _count(
     executor: Executor, move_id: str, earlier: Sighting | None, silences: Silences | None = None
 ) -> tuple[int, Sighting]:

@@ -9,13 +9,9 @@ nowhere, may ask for this.
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterator
-from contextlib import contextmanager
-
 from natkeep.checkpoint.live import find_tree
 from natkeep.kernel import criu_lock
-from natkeep.kernel.netns import inside, open_namespace
+from natkeep.kernel.netns import entered
 from natkeep.kernel.socket_repair import end_repair
 from natkeep.plan.criu_lock import DumpLock, NetworkLock
 from natkeep.plan.tuples import NO_CONNECTIONS
@@ -23,9 +19,8 @@ from natkeep.plan.tuples import NO_CONNECTIONS
 
 def find_lock(netns: str, run_id: str) -> str:
     """The nftables table at *netns* by which the dump *run_id* locks; "" where there is none."""
-    lock = _lock_of(run_id)
-    with _entered(netns):
-        return lock.table if criu_lock.find_lock(lock, NO_CONNECTIONS).facts else ""
+    with entered(netns):
+        return _find_lock(_lock_of(run_id))
 
 
 def release(netns: str, run_id: str, pid: int) -> str:
@@ -34,10 +29,12 @@ def release(netns: str, run_id: str, pid: int) -> str:
     run_id: "" where CRIU did not tell it. KernelError, and ImageError where the process has ended.
     """
     end_repair(find_tree(pid))
-    table = find_lock(netns, run_id) if run_id else ""
-    if table:
-        with _entered(netns):
-            criu_lock.take_lock(_lock_of(run_id), NO_CONNECTIONS)
+    if not run_id:
+        return ""
+    lock = _lock_of(run_id)
+    with entered(netns):
+        table = _find_lock(lock)
+        criu_lock.take_lock(lock, NO_CONNECTIONS)
     return table
 
 
@@ -46,11 +43,5 @@ def _lock_of(run_id: str) -> DumpLock:
     return DumpLock(NetworkLock.NFTABLES, run_id, whole=True)
 
 
-@contextmanager
-def _entered(netns: str) -> Iterator[None]:
-    namespace = open_namespace(netns)
-    try:
-        with inside(namespace):
-            yield
-    finally:
-        os.close(namespace.fd)
+def _find_lock(lock: DumpLock) -> str:
+    return lock.table if criu_lock.find_lock(lock, NO_CONNECTIONS).facts else ""

@@ -20,8 +20,8 @@ from types import SimpleNamespace
 from typing import cast
 
 import pytest
-from entered import entered
 
+from natkeep.kernel.netns import entered
 from natkeep.lab.time_scale import scaled
 from natkeep.migrate import back
 from natkeep.migrate.engines import Criu

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 from fake_kernel import KilledError
-from fleet_nodes import LISTING, OPENED, ORDER, READY, UNDONE, Fleet
+from fleet_nodes import LISTING, OPENED, ORDER, READY, UNDONE, Fleet, later
 from fleet_nodes import fleet as fleet
 from fleet_nodes import quick as quick
 
@@ -30,12 +30,6 @@ from natkeep.plan.observation import Gate
 from natkeep.plan.tuples import Endpoint
 from natkeep.policy import Agent
 from natkeep.values import replace
-
-
-def later(monkeypatch: pytest.MonkeyPatch, seconds: int) -> None:
-    """The node's own clock goes on."""
-    now = site.time.monotonic_ns()
-    monkeypatch.setattr(site.time, "monotonic_ns", lambda: now + seconds * 10**9)
 
 
 def surfaces(fleet: Fleet) -> dict[str, Any]:
@@ -134,8 +128,7 @@ def test_connections_that_live_are_asked_for(fleet: Fleet) -> None:
     before = surfaces(fleet)
     fleet.end()
     fleet.turn()
-    error = fleet.done("gw-1").error
-    assert error is not None
+    error = fleet.error("gw-1")
     assert (error.exit, error.message.split(";")[0]) == (8, "2 connections live")
     assert surfaces(fleet) == before
     fleet.end(force=True)
@@ -152,8 +145,7 @@ def test_where_the_process_was_peers_are_not_reset(fleet: Fleet) -> None:
     host_a.kernel.sites["src"].addresses.add(old)
     fleet.end()
     fleet.turn()
-    error = fleet.done("host-a").error
-    assert error is not None
+    error = fleet.error("host-a")
     assert (error.exit, "would answer 2 peers with a reset" in error.message) == (4, True)
     assert gateway.journal() is None
     assert host_a.journal()
@@ -183,8 +175,7 @@ def test_a_gateway_that_hears_the_process_is_not_undone_by_what_was_said_before(
     with monkeypatch.context() as patch:
         patch.setattr(site.drain, "look_at_sites", hear)
         fleet.turn()
-    error = fleet.done("gw-1").error
-    assert error is not None
+    error = fleet.error("gw-1")
     assert (error.exit, error.message.split(";")[0]) == (8, "2 connections live")
     assert gateway.journal()
     assert host_b.journal()
@@ -299,8 +290,7 @@ def test_an_order_that_vanishes_undoes_nothing_and_it_is_said(fleet: Fleet) -> N
     fleet.turn()
     assert surfaces(fleet) == before
     for name in ("host-b", "gw-1"):
-        error = fleet.done(name).error
-        assert error is not None
+        error = fleet.error(name)
         assert error.code == "no-order"
         assert any("nothing is undone" in line for line in fleet.nodes[name].said)
 
@@ -316,8 +306,7 @@ def test_a_store_without_anything_undoes_nothing_after_a_start_either(fleet: Fle
     fleet.turn()
     assert surfaces(fleet) == before
     assert fleet.done("host-b").phase == "prepared"
-    error = fleet.done("host-b").error
-    assert error is not None
+    error = fleet.error("host-b")
     assert error.code == "no-order"
 
 
@@ -333,8 +322,7 @@ def test_a_restored_backup_is_not_followed(fleet: Fleet, *, ended: bool) -> None
     fleet.store.txn(backup)
     fleet.turn()
     assert surfaces(fleet) == before
-    error = fleet.done("host-b").error
-    assert error is not None
+    error = fleet.error("host-b")
     assert (error.exit, error.message.partition(",")[0]) == (4, "order 1 is older than 2")
     assert fleet.done("host-b").generation == 2, "what it said is said again"
 
@@ -363,8 +351,7 @@ def test_the_deadline_undoes_a_gate_that_was_never_opened(
     later(monkeypatch, 2)
     fleet.turn()
     assert host_b.journal() is None
-    error = fleet.done("host-b").error
-    assert error is not None
+    error = fleet.error("host-b")
     assert (error.exit, error.code) == (4, "deadline")
     host_b.kill()
     host_b.start()
@@ -401,8 +388,7 @@ def test_the_deadline_undoes_no_destination_that_peers_are_sent_to(
     later(monkeypatch, 3600)
     fleet.turn()
     assert surfaces(fleet) == before
-    error = fleet.done("host-b").error
-    assert error is not None
+    error = fleet.error("host-b")
     assert "not undone, since peers are sent here by gw-1" in error.message
 
 
@@ -550,8 +536,7 @@ def test_a_step_that_fails_is_told_and_tried_again(fleet: Fleet) -> None:
     host_b.kernel.fail_at = 2
     fleet.apply()
     host_b.turn()
-    error = fleet.done("host-b").error
-    assert error is not None
+    error = fleet.error("host-b")
     assert error.exit == 5
     assert host_b.journal() is None
     fleet.turn()
@@ -592,8 +577,7 @@ def test_what_was_prepared_by_hand_is_left_alone(fleet: Fleet) -> None:
     prepare(host_b.executor(), move, parse_listing(LISTING, "list").connections)
     before = surfaces(fleet)
     fleet.turn()
-    error = fleet.done("host-b").error
-    assert error is not None
+    error = fleet.error("host-b")
     assert "by another hand" in error.message
     fleet.end()
     fleet.turn()
@@ -607,8 +591,7 @@ def test_what_was_undone_by_hand_is_not_prepared_again(fleet: Fleet) -> None:
     teardown(host_b.executor(), "web")
     fleet.turn()
     assert host_b.journal() is None
-    error = fleet.done("host-b").error
-    assert error is not None
+    error = fleet.error("host-b")
     assert "undone by another hand" in error.message
 
 
@@ -639,8 +622,7 @@ def test_a_fault_of_natkeeps_is_told_and_stops_nothing_else(
     with monkeypatch.context() as patch:
         patch.setattr(many, "prepare", fail)
         host_b.turn()
-    error = fleet.done("host-b").error
-    assert error is not None
+    error = fleet.error("host-b")
     assert (error.exit, error.message) == (1, "ZeroDivisionError: never")
     fleet.turn()
     assert fleet.phases() == READY
@@ -693,8 +675,7 @@ def test_the_operators_file_bounds_the_store(
     fleet.add("host-a")
     fleet.apply()
     fleet.turn()
-    error = fleet.done("host-b").error
-    assert error is not None
+    error = fleet.error("host-b")
     assert error.exit == 4
     assert refusal in error.message
     assert not host_b.kernel.sites
@@ -707,8 +688,7 @@ def test_a_list_that_does_not_match_its_checksum_is_none(fleet: Fleet) -> None:
     [piece] = fleet.store.range(keys.lists("web")).items
     fleet.store.txn({piece: LISTING.replace("50001", "50009")})
     fleet.turn()
-    error = fleet.done("host-b").error
-    assert error is not None
+    error = fleet.error("host-b")
     assert (error.exit, host_b.journal()) == (3, None)
     assert "checksum" in error.message
 
@@ -721,8 +701,7 @@ def test_what_is_no_order_is_refused_by_name(fleet: Fleet, wrong: str) -> None:
     host_b = fleet.add("host-b")
     fleet.store.txn({f"{keys.wants('host-b')}web": wrong})
     fleet.turn()
-    error = fleet.done("host-b").error
-    assert error is not None
+    error = fleet.error("host-b")
     assert (error.exit, error.message[:13]) == (2, "half an order")
     assert host_b.journal() is None
 

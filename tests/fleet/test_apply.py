@@ -14,6 +14,7 @@ from natkeep.cli import main
 from natkeep.errors import RefusedError, UnreachableError
 from natkeep.fleet import apply as orders
 from natkeep.fleet import keys
+from natkeep.fleet.order import Order
 from natkeep.fleet.store import Snapshot, read
 
 MORE = f"{LISTING}10.2.0.10:5000 10.1.0.2:50003\n"
@@ -97,13 +98,19 @@ def test_an_order_that_is_not_written_to_the_end_leaves_the_list_of_the_one_befo
     assert piece.value == MORE, "and no other list is left"
 
 
-def test_who_forgets_a_move_takes_no_old_from_another(fleet: Fleet) -> None:
+def undone(fleet: Fleet) -> Order:
+    """A move that was ready everywhere, and is undone everywhere by the order that this is."""
     fleet.usual()
     fleet.apply()
     fleet.turn()
     ended = fleet.end()
     fleet.turn()
     assert ended is not None
+    return ended
+
+
+def test_who_forgets_a_move_takes_no_old_from_another(fleet: Fleet) -> None:
+    ended = undone(fleet)
     fleet.apply(OTHER)
     assert owner(fleet) == "other"
     orders.forget(fleet.store, ended)
@@ -115,12 +122,7 @@ def test_who_forgets_a_move_takes_no_old_from_another(fleet: Fleet) -> None:
 def test_who_forgets_a_move_leaves_the_list_of_a_newer_order(
     fleet: Fleet, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    fleet.usual()
-    fleet.apply()
-    fleet.turn()
-    ended = fleet.end()
-    fleet.turn()
-    assert ended is not None
+    ended = undone(fleet)
     come_between(fleet, monkeypatch)
     orders.forget(fleet.store, ended)
     fleet.turn()
@@ -185,8 +187,7 @@ def test_what_a_later_natkeep_says_is_neither_gone_nor_closed(
     monkeypatch.setattr("natkeep.fleet.site.Seen.left", lambda *_: 0)
     fleet.turn()
     assert host_b.journal(), "peers may be sent here"
-    error = fleet.done("host-b").error
-    assert error is not None
+    error = fleet.error("host-b")
     assert "since peers are sent here by gw-1" in error.message
     fleet.store.txn({keys.done("host-b", "web"): later})
     assert not orders._is_unopened(fleet.store, fleet.apply())

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fleet_nodes import LISTING, ORDER, READY, UNDONE, Fleet, Node
+from fleet_nodes import LISTING, ORDER, READY, UNDONE, Fleet, Node, later
 from fleet_nodes import fleet as fleet
 from fleet_nodes import quick as quick
 
@@ -86,15 +86,13 @@ def test_what_a_hand_is_undoing_is_not_prepared_again(
     assert before
     fleet.turn()
     assert node.journal() == before
-    error = fleet.done(name).error
-    assert error is not None
+    error = fleet.error(name)
     assert (error.exit, "half undone by another hand" in error.message) == (8, True)
     monkeypatch.undo()
     teardown(node.executor(), "web")
     fleet.turn()
     assert node.journal() is None
-    error = fleet.done(name).error
-    assert error is not None
+    error = fleet.error(name)
     assert "undone by another hand" in error.message
 
 
@@ -136,8 +134,7 @@ def test_what_was_prepared_by_hand_after_an_end_is_left_alone(fleet: Fleet) -> N
         host_b.start()
         fleet.turn()
         assert host_b.journal() == before
-        error = fleet.done("host-b").error
-        assert error is not None
+        error = fleet.error("host-b")
         assert "by another hand" in error.message
         fleet.apply()
 
@@ -148,8 +145,7 @@ def test_an_agent_killed_while_a_deadline_undoes_does_not_prepare_it_again(
     host_b, *_ = fleet.usual()
     fleet.apply({**ORDER, "phase": "staged", "deadline_s": 1})
     fleet.turn()
-    now = site.time.monotonic_ns()
-    monkeypatch.setattr(site.time, "monotonic_ns", lambda: now + 2 * 10**9)
+    later(monkeypatch, 2)
     with monkeypatch.context() as patch:
         fail_in_undo(patch, host_b, "RemoveGate")
         fleet.turn()
@@ -158,8 +154,7 @@ def test_an_agent_killed_while_a_deadline_undoes_does_not_prepare_it_again(
     host_b.start()
     fleet.turn()
     assert host_b.journal() is None
-    error = fleet.done("host-b").error
-    assert error is not None
+    error = fleet.error("host-b")
     assert error.code == "deadline"
 
 
@@ -170,16 +165,14 @@ def test_what_expired_before_a_boot_is_not_prepared_after_it(
     host_b, *_ = fleet.usual()
     fleet.apply({**ORDER, "phase": "staged", "deadline_s": 1})
     fleet.turn()
-    now = site.time.monotonic_ns()
-    monkeypatch.setattr(site.time, "monotonic_ns", lambda: now + 2 * 10**9)
+    later(monkeypatch, 2)
     fleet.turn()
     host_b.kill()
     shutil.rmtree(host_b.directory)
     host_b.start()
     fleet.turn()
     assert host_b.journal() is None
-    error = fleet.done("host-b").error
-    assert error is not None
+    error = fleet.error("host-b")
     assert error.code == "deadline"
     fleet.apply()
     fleet.turn()
@@ -195,8 +188,7 @@ def test_where_the_process_was_a_later_list_leaves_no_gap(fleet: Fleet) -> None:
     fleet.apply(listing=LISTING + "10.2.0.10:5000 10.1.0.2:50003\n")
     fleet.turn()
     assert host_a.journal() == before
-    error = fleet.done("host-a").error
-    assert error is not None
+    error = fleet.error("host-a")
     assert "is prepared as an earlier order had it" in error.message
 
 
@@ -254,12 +246,10 @@ def test_a_gateway_that_came_later_sends_too(fleet: Fleet, monkeypatch: pytest.M
     assert late.journal()
     late.kill()
     fleet.store.txn({keys.alive("gw-2"): None})
-    now = site.time.monotonic_ns()
-    monkeypatch.setattr(site.time, "monotonic_ns", lambda: now + 2 * 10**9)
+    later(monkeypatch, 2)
     fleet.turn()
     assert host_b.journal()
-    error = fleet.done("host-b").error
-    assert error is not None
+    error = fleet.error("host-b")
     assert "since peers are sent here by gw-2" in error.message
     fleet.end(force=True)
     fleet.turn()
@@ -281,8 +271,7 @@ def test_of_deadline_and_a_gateway_that_comes_just_then_one_comes_first(
     host_b.turn()
     gateway.kill()
     late = fleet.add("gw-2", groups=("edge",))
-    now = site.time.monotonic_ns()
-    monkeypatch.setattr(site.time, "monotonic_ns", lambda: now + 2 * 10**9)
+    later(monkeypatch, 2)
     say_if = Agent._say_if
 
     def open_before(*words: Any) -> bool:

@@ -143,8 +143,7 @@ def test_a_pod_has_one_order(fleet: Fleet) -> None:
     begin(fleet)
     fleet.apply(order(id="other", maps=["10.2.0.99=auto"]), "10.2.0.99:1 10.1.0.2:2\n")
     fleet.turn()
-    error = fleet.done("host-b", "other").error
-    assert error is not None
+    error = fleet.error("host-b", "other")
     assert (error.exit, "has the order of another move" in error.message) == (4, True)
     assert read(fleet).id == "web"
     fleet.end("other")
@@ -157,8 +156,7 @@ def test_what_the_operator_does_not_allow_is_not_put_there(fleet: Fleet) -> None
     fleet.add("gw-1", groups=("edge",))
     fleet.apply(order())
     fleet.turn()
-    error = fleet.done("host-b").error
-    assert error is not None
+    error = fleet.error("host-b")
     assert "takes no orders as destination" in error.message
     assert files(fleet) == []
 
@@ -179,8 +177,7 @@ def test_a_file_that_was_written_by_hand_is_left(fleet: Fleet) -> None:
     before = path.read_text()
     fleet.apply(order())
     fleet.turn()
-    error = fleet.done("host-b").error
-    assert error is not None
+    error = fleet.error("host-b")
     assert "another move" in error.message
     assert path.read_text() == before
 

@@ -105,8 +105,7 @@ def test_a_second_new_is_refused_once_the_first_was_opened(fleet: Fleet) -> None
     told = replace(fleet.done("host-b"), maps=("10.2.0.10=10.3.0.99",))
     fleet.store.txn({keys.done("host-b", "web"): told.write(0)})
     fleet.nodes["gw-1"].turn()
-    error = fleet.done("gw-1").error
-    assert error is not None
+    error = fleet.error("gw-1")
     assert "natkeep fleet end web first" in error.message
     assert fleet.nodes["gw-1"].journal() == before
 
@@ -139,8 +138,7 @@ def test_each_node_bounds_what_new_may_be(
     monkeypatch.setattr("natkeep.policy.PATH", str(file))
     prepare_in_hook(fleet.nodes["host-b"])
     hear_hooks(fleet)
-    error = fleet.done("gw-1").error
-    assert error is not None
+    error = fleet.error("gw-1")
     assert (error.exit, "NEW 10.3.0.20 is not allowed" in error.message) == (4, True)
     assert fleet.nodes["gw-1"].journal() is None
 
@@ -155,8 +153,7 @@ def test_the_operators_file_bounds_what_is_undone_of_a_restore(fleet: Fleet) -> 
     prepare_in_hook(host_b)
     for _ in range(2):
         hear_hooks(fleet)
-        error = fleet.done("host-b").error
-        assert error is not None
+        error = fleet.error("host-b")
         assert (error.exit, "takes no orders as destination" in error.message) == (4, True)
         assert host_b.executor().state.ids() == ("criu-7-1a",)
         fleet.end(force=True)

@@ -11,12 +11,12 @@ from ipaddress import ip_address
 from typing import Any
 
 import pytest
-from entered import entered
 
 from natkeep.kernel import conntrack, netlink, sysctl
 from natkeep.kernel.conntrack_own import find_carried, find_own
 from natkeep.kernel.conntrack_purge import purge
 from natkeep.kernel.linux import LinuxKernel
+from natkeep.kernel.netns import entered
 from natkeep.plan.conntrack import PEER_DIALLED, Entry, entries
 from natkeep.plan.move import Map, Mode, Move, Site
 from natkeep.plan.observation import SeenEntry

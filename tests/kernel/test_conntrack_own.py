@@ -13,7 +13,6 @@ from functools import partial
 from ipaddress import ip_address
 
 import pytest
-from entered import entered
 
 from natkeep.errors import RefusedError
 from natkeep.kernel import sysctl
@@ -29,6 +28,7 @@ from natkeep.kernel.netlink import (
     Netlink,
     attribute,
 )
+from natkeep.kernel.netns import entered
 from natkeep.plan.entry_attributes import BOTH, PLAIN, Attributes
 from natkeep.plan.move import Map, Mode, Move, Site
 from natkeep.plan.observation import SeenEntry

@@ -6,11 +6,11 @@ from collections.abc import Callable, Iterator
 from ipaddress import ip_address
 
 import pytest
-from entered import entered
 
 from natkeep.kernel import conntrack, nftables_dump
 from natkeep.kernel.conntrack_purge import delete_inbound, delete_untracked, purge
 from natkeep.kernel.netlink import NETLINK_NETFILTER, Netlink
+from natkeep.kernel.netns import entered
 from natkeep.plan.conntrack import PEER_DIALLED
 from natkeep.plan.kept_connections import make_translations
 from natkeep.plan.move import Map, Mode, Move, Site

@@ -6,10 +6,10 @@ import subprocess
 from collections.abc import Iterator
 
 import pytest
-from entered import entered
 
 from natkeep.kernel import conntrack
 from natkeep.kernel.conntrack_purge import purge
+from natkeep.kernel.netns import entered
 from natkeep.plan.move import Map, Move, Site
 from natkeep.plan.roles import Role
 from natkeep.plan.step_order import make_plan

@@ -11,13 +11,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from entered import entered
 from fake_kernel import revert_step
 
 from natkeep.checkpoint.images import read_checkpoint
 from natkeep.errors import KernelError
 from natkeep.kernel import criu_lock
 from natkeep.kernel.linux import LinuxKernel
+from natkeep.kernel.netns import entered
 from natkeep.lab.host import Host
 from natkeep.lab.lab import Lab
 from natkeep.plan.criu_lock import DumpLock, NetworkLock

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 
 import pytest
-from entered import entered
 from fake_kernel import revert_step
 
 from natkeep.kernel import nftables, nftables_dump
 from natkeep.kernel.interface import Packed
 from natkeep.kernel.linux import LinuxKernel
 from natkeep.kernel.netlink import NETLINK_NETFILTER, Netlink
+from natkeep.kernel.netns import entered
 from natkeep.plan.base_chains import gate_chain
 from natkeep.plan.drift import find_drift
 from natkeep.plan.move import Map, Move, Site

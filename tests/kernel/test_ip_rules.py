@@ -15,12 +15,12 @@ from ipaddress import ip_address
 from pathlib import Path
 
 import pytest
-from entered import entered
 from kernel.conftest import Picture
 
 from natkeep.errors import RefusedError
 from natkeep.kernel import ip_rules
 from natkeep.kernel.linux import LinuxKernel
+from natkeep.kernel.netns import entered
 from natkeep.lab.ipv6_addresses import await_addresses
 from natkeep.lifecycle.check import check
 from natkeep.lifecycle.executor import Executor

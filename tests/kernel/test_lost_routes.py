@@ -7,10 +7,10 @@ from contextlib import contextmanager
 from ipaddress import ip_address
 
 import pytest
-from entered import entered
 
 from natkeep.errors import KernelError
 from natkeep.kernel import lost_routes
+from natkeep.kernel.netns import entered
 
 pytestmark = pytest.mark.root
 

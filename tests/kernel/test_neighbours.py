@@ -6,9 +6,9 @@ import subprocess
 from collections.abc import Callable
 
 import pytest
-from entered import entered
 
 from natkeep.kernel.neighbours import find_owner
+from natkeep.kernel.netns import entered
 from natkeep.lab.ipv6_addresses import await_addresses
 from natkeep.plan.tuples import parse_address
 

@@ -10,11 +10,11 @@ from ipaddress import ip_address
 from typing import TypeVar
 
 import pytest
-from entered import entered
 from golden_rules import CASES, Case
 
 from natkeep.kernel import nftables
 from natkeep.kernel.netlink import NETLINK_NETFILTER, NLM_F_DUMP, Netlink, attribute, attributes
+from natkeep.kernel.netns import entered
 from natkeep.kernel.nft_messages import pack_objects
 from natkeep.plan import base_chains, filters, listeners
 from natkeep.plan.filters import owned_table, owned_table_name

@@ -6,10 +6,10 @@ import struct
 from ipaddress import ip_address
 
 import pytest
-from entered import entered
 
 from natkeep.kernel import nftables, nftables_dump
 from natkeep.kernel.netlink import BUFFER
+from natkeep.kernel.netns import entered
 from natkeep.kernel.nft_messages import pack_batch, pack_fill
 from natkeep.plan.kept_sets import Filling
 from natkeep.plan.tuples import Connections

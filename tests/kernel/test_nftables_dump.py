@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import pytest
-from entered import entered
 
 from natkeep.kernel import nftables_dump
 from natkeep.kernel.netlink import NETLINK_NETFILTER, Netlink
+from natkeep.kernel.netns import entered
 
 pytestmark = pytest.mark.root
 

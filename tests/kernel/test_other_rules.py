@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import pytest
-from entered import entered
 
+from natkeep.kernel.netns import entered
 from natkeep.kernel.other_rules import read_ruleset
 from natkeep.plan.criu_lock import DumpLock, NetworkLock, render_restoration, render_table
 from natkeep.plan.other_rules import follow, without_lock

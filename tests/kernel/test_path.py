@@ -9,11 +9,11 @@ from contextlib import contextmanager
 from ipaddress import ip_address
 
 import pytest
-from entered import entered
 
 from natkeep.kernel import path, policy_rules, rtnetlink
 from natkeep.kernel.fib_rules import MARK
 from natkeep.kernel.linux import LinuxKernel
+from natkeep.kernel.netns import entered
 from natkeep.kernel.old_address import find_at_home
 from natkeep.lab.ipv6_addresses import await_addresses
 from natkeep.lab.time_scale import scaled

@@ -9,7 +9,6 @@ from contextlib import ExitStack
 from ipaddress import ip_address
 
 import pytest
-from entered import entered
 from fake_kernel import chains_left, revert_step
 
 from natkeep.errors import RefusedError
@@ -25,6 +24,7 @@ from natkeep.kernel.netlink import (
     message,
     nested,
 )
+from natkeep.kernel.netns import entered
 from natkeep.plan.drift import find_drift
 from natkeep.plan.listeners import make_receptions
 from natkeep.plan.move import Map, Mode, Move, Site

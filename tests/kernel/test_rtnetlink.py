@@ -7,10 +7,10 @@ from collections.abc import Callable, Iterator
 from ipaddress import ip_address
 
 import pytest
-from entered import entered
 
 from natkeep.kernel import rtnetlink
 from natkeep.kernel.netlink import NETLINK_ROUTE, Netlink
+from natkeep.kernel.netns import entered
 
 pytestmark = pytest.mark.root
 Run = Callable[..., str]

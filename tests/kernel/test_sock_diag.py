@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from contextlib import ExitStack
 
 import pytest
-from entered import entered
 
+from natkeep.kernel.netns import entered
 from natkeep.kernel.sock_diag import find_alive, find_kept, is_taken, read_living
 from natkeep.plan.tuples import Connections, Endpoint, FourTuple, parse_address
 

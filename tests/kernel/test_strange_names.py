@@ -14,9 +14,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from entered import entered
 
 from natkeep.kernel.netlink import NETLINK_NETFILTER, Netlink
+from natkeep.kernel.netns import entered
 
 pytestmark = [pytest.mark.root, pytest.mark.needs("nftables")]
 

@@ -11,9 +11,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from entered import entered
 
 from natkeep.kernel import bpf, survey
+from natkeep.kernel.netns import entered
 from natkeep.plan.diagnostics import find
 from natkeep.plan.move import Site
 from natkeep.plan.roles import Role

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import pytest
-from entered import entered
 
 from natkeep.kernel import tcp_probe
+from natkeep.kernel.netns import entered
 from natkeep.plan.tuples import Endpoint, FourTuple
 
 TUPLES = {

@@ -10,12 +10,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from entered import entered
 from golden_journals.cases import V4, V6, listed
 from two_hosts import look, make_two_hosts, run_ip
 
 from natkeep.errors import KernelError
 from natkeep.kernel.linux import LinuxKernel
+from natkeep.kernel.netns import entered
 from natkeep.lab.ipv6_addresses import await_addresses
 from natkeep.lab.translators import natkeep_command
 from natkeep.lifecycle.executor import Executor

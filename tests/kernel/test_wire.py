@@ -23,12 +23,12 @@ from ipaddress import ip_address
 from typing import Any, Protocol
 
 import pytest
-from entered import entered
 from fake_kernel import revert_step
 
 from natkeep.errors import RefusedError
 from natkeep.kernel.linux import LinuxKernel
 from natkeep.kernel.netlink import NETLINK_NETFILTER, Netlink
+from natkeep.kernel.netns import entered
 from natkeep.kernel.nftables_dump import count_heard, find_unheard
 from natkeep.lab.time_scale import scaled
 from natkeep.plan.base_chains import heard_set

@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
-from entered import entered
 
 from natkeep.errors import RefusedError
 from natkeep.kernel.linux import LinuxKernel
+from natkeep.kernel.netns import entered
 from natkeep.lab import tcp_repair
 from natkeep.lab.host_state import difference, read_surfaces
 from natkeep.lab.topology import (

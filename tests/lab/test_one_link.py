@@ -12,10 +12,10 @@ from ipaddress import ip_address
 from pathlib import Path
 
 import pytest
-from entered import entered
 
 from natkeep.errors import RefusedError
 from natkeep.kernel.linux import LinuxKernel
+from natkeep.kernel.netns import entered
 from natkeep.lab import tcp_repair
 from natkeep.lab.host_state import difference, read_surfaces
 from natkeep.lab.topology import Seat, Topology

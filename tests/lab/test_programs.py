@@ -19,8 +19,8 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import pytest
-from entered import entered
 
+from natkeep.kernel.netns import entered
 from natkeep.lab.host import await_true
 from natkeep.lab.lab import Lab
 from natkeep.lab.programs import Programs

@@ -10,8 +10,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from entered import entered
 
+from natkeep.kernel.netns import entered
 from natkeep.lab import traffic
 from natkeep.lab.application import (
     Application,

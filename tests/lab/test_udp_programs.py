@@ -8,8 +8,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import pytest
-from entered import entered
 
+from natkeep.kernel.netns import entered
 from natkeep.lab.host import Program, await_true
 from natkeep.lab.lab import Lab
 from natkeep.lab.programs import UdpPrograms
